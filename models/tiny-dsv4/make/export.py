@@ -1,0 +1,76 @@
+"""Quantize a trained tiny model and write it as the two checkpoints that people start from.
+
+`base/` is a W4A16-FP8 checkpoint without `mtp.*`, as the published quantizations are; `upstream/`
+holds the head alone in DeepSeek's own format: MXFP4 experts, FP8 linears with E8M0 scales.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
+
+from mtp_graft.checkpoint.quantization_config import base_quantization_config
+from mtp_graft.checkpoint.shards import save_checkpoint, save_shard, write_index, write_json
+from mtp_graft.dsv4 import names
+from mtp_graft.quant import fp8_block, int4, mxfp4
+
+MAX_SHARD_BYTES = 15 * 2**20
+UPSTREAM_SHARD = "model-00002-of-00002.safetensors"
+
+
+def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return the W4A16-FP8 storage of one base tensor."""
+    stem = name.removesuffix(".weight")
+    if names.EXPERT.match(name):
+        scale = int4.group_scale(weight, group_size=128)
+        return {
+            f"{stem}.weight_packed": int4.pack(int4.encode(weight, scale)),
+            f"{stem}.weight_scale": scale,
+            f"{stem}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
+    if names.FP8_LINEAR.search(name):
+        scale = fp8_block.block_scale(weight)
+        return {name: fp8_block.encode(weight, scale), f"{stem}.weight_scale": scale}
+    return {name: weight.to(names.storage_dtype(name))}
+
+
+def upstream_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return the upstream storage of one tensor of the head."""
+    stem = name.removesuffix(".weight")
+    if names.EXPERT.match(name):
+        scale = mxfp4.group_scale(weight)
+        return {name: mxfp4.encode(weight, scale).view(torch.int8), f"{stem}.scale": scale}
+    if names.FP8_LINEAR.search(name) or names.FP8_UPSTREAM_ONLY.search(name):
+        scale = fp8_block.power_of_two_scale(weight)
+        return {name: fp8_block.encode(weight, scale), f"{stem}.scale": scale}
+    return {name: weight.to(names.storage_dtype(name))}
+
+
+def export(base: dict[str, Tensor], head: dict[str, Tensor], config: Path, out: Path) -> None:
+    """Write `out/base` and `out/upstream`.
+
+    `base` is a transformers `DeepseekV4ForCausalLM` state dict, `head` one of `MTPHead`, both on
+    the CPU in float32; `config` is the model's config.json.
+    """
+    settings = json.loads(config.read_text())
+    for folder in (out / "base", out / "upstream"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    stored: dict[str, Tensor] = {}
+    for name, weight in names.base_from_transformers(base).items():
+        stored.update(base_tensors(name, weight))
+    save_checkpoint(stored, out / "base", MAX_SHARD_BYTES)
+    quantized = {**settings, "quantization_config": base_quantization_config()}
+    write_json(quantized, out / "base" / "config.json")
+
+    upstream: dict[str, Tensor] = {}
+    for name, weight in names.head_from_module(head).items():
+        upstream.update(upstream_tensors(name, weight))
+    save_shard(upstream, out / "upstream" / UPSTREAM_SHARD)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in upstream.values())
+    write_index(dict.fromkeys(upstream, UPSTREAM_SHARD), size, out / "upstream")
+    write_json({**settings, "expert_dtype": "fp4"}, out / "upstream" / "config.json")

@@ -1,0 +1,235 @@
+"""Single-stream greedy decode speed, and whether speculative decoding changed the text."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mtp_graft.bench.prompts import Prompt
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.client import Completion, ScoredCompletion, ServerClient
+from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.metrics import SpecDecodeCounters
+from mtp_graft.serving.server import managed_server
+
+#: Called with what is going on, how much of it is done, and of how much (0: not known).
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How long and how often each prompt is continued."""
+
+    max_tokens: int = 128
+    rounds: int = 3
+    ignore_eos: bool = True  # the same number of tokens from every prompt
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """A prompt as the token ids that every server gets."""
+
+    id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Round:
+    """Every prompt continued once, one after the other."""
+
+    completions: tuple[Completion, ...]
+    counters: SpecDecodeCounters | None  # what this round added; None without MTP
+
+    @property
+    def token_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Return the continuations, in the prompts' order."""
+        return tuple(completion.token_ids for completion in self.completions)
+
+    @property
+    def decode_tok_s(self) -> float:
+        """Return tokens after the first chunks over the time they took, all prompts pooled."""
+        return sum(c.num_decoded for c in self.completions) / sum(
+            c.decode_s for c in self.completions
+        )
+
+    @property
+    def ttft_ms(self) -> float:
+        """Return the median time to first token."""
+        return 1e3 * median(c.ttft_s for c in self.completions)
+
+    @property
+    def tpot_ms(self) -> float:
+        """Return the median over prompts of the time per token after the first chunk."""
+        return 1e3 * median(c.decode_s / c.num_decoded for c in self.completions if c.num_decoded)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first position at which two greedy continuations of a prompt differ."""
+
+    prompt: str
+    position: int
+    margin: float | None  # the base's logprob margin there; None past the base's last token
+
+
+def tokenize(client: ServerClient, prompts: Sequence[Prompt]) -> list[TokenPrompt]:
+    """Return the prompts as the server's token ids."""
+    return [TokenPrompt(p.id, tuple(client.tokenize(p.text))) for p in prompts]
+
+
+def measure_decode(
+    client: ServerClient,
+    prompts: Sequence[TokenPrompt],
+    config: DecodeConfig,
+    report: Report,
+    label: str = "decode",
+) -> list[Round]:
+    """Continue all prompts `config.rounds` times, one request at a time, after a warm-up.
+
+    Raises GraftError if no prompt is continued by more than one chunk of tokens.
+    """
+    report(f"{label}: warm-up", 0, 0)
+    client.stream(prompts[0].token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
+    rounds: list[Round] = []
+    total = config.rounds * len(prompts)
+    before = client.spec_decode_counters()
+    for _ in range(config.rounds):
+        completions: list[Completion] = []
+        for prompt in prompts:
+            report(label, len(rounds) * len(prompts) + len(completions), total)
+            completions.append(
+                client.stream(prompt.token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
+            )
+        if not any(completion.num_decoded for completion in completions):
+            raise GraftError(
+                f"{client.base_url}: every answer is a single chunk, so there is no decode time "
+                f"to measure; ask for more than {config.max_tokens} tokens or longer answers"
+            )
+        after = client.spec_decode_counters()
+        counters = None if before is None or after is None else after - before
+        rounds.append(Round(tuple(completions), counters))
+        before = after
+    report(label, total, total)
+    return rounds
+
+
+def score_greedy(
+    client: ServerClient,
+    prompts: Sequence[TokenPrompt],
+    config: DecodeConfig,
+    report: Report,
+    label: str = "margins",
+) -> list[ScoredCompletion]:
+    """Return every prompt's greedy continuation with its margins; it warms the server up too."""
+    scored = []
+    for done, prompt in enumerate(prompts):
+        report(label, done, len(prompts))
+        scored.append(
+            client.score(prompt.token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
+        )
+    return scored
+
+
+def find_divergences(
+    prompts: Sequence[TokenPrompt],
+    base: Sequence[ScoredCompletion],
+    other: Sequence[tuple[int, ...]],
+) -> list[Divergence]:
+    """Compare continuations with the base's, prompt by prompt."""
+    divergences = []
+    for prompt, reference, tokens in zip(prompts, base, other, strict=True):
+        if tokens == reference.token_ids:
+            continue
+        pairs = zip(reference.token_ids, tokens, strict=False)
+        shared = min(len(reference.token_ids), len(tokens))
+        position = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
+        known = position < len(reference.margins)
+        margin = reference.margins[position] if known else None
+        divergences.append(Divergence(prompt.id, position, margin))
+    return divergences
+
+
+def decode_result(rounds: Sequence[Round], config: DecodeConfig) -> dict[str, Any]:
+    """Return the JSON result of `bench decode`: each quantity over the rounds."""
+    counters = [r.counters for r in rounds if r.counters is not None]
+    acceptance = [c.acceptance for c in counters if c.acceptance is not None]
+    num_tokens = sum(len(tokens) for tokens in rounds[0].token_ids)
+    return {
+        "decode_tok_s": _spread([r.decode_tok_s for r in rounds]),
+        "ttft_ms": _spread([r.ttft_ms for r in rounds]),
+        "tpot_ms": _spread([r.tpot_ms for r in rounds]),
+        "acceptance": _spread(acceptance) if acceptance else None,
+        "drafts": _sum_counters(counters),
+        "repeatable": all(r.token_ids == rounds[0].token_ids for r in rounds),
+        "num_prompts": len(rounds[0].completions),
+        "tokens_per_round": num_tokens,
+        "config": asdict(config),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "median": median(values),
+        "min": min(values),
+        "max": max(values),
+        "runs": len(values),
+        "values": list(values),
+    }
+
+
+def _sum_counters(counters: Sequence[SpecDecodeCounters]) -> dict[str, Any] | None:
+    """Return drafted and accepted tokens of all rounds, and acceptance by draft position."""
+    if not counters:
+        return None
+    num_drafts = sum(c.num_drafts for c in counters)
+    per_position = [
+        sum(at) for at in zip(*(c.accepted_per_position for c in counters), strict=True)
+    ]
+    return {
+        "drafted": sum(c.num_draft_tokens for c in counters),
+        "accepted": sum(c.num_accepted_tokens for c in counters),
+        "acceptance_per_position": [n / num_drafts for n in per_position] if num_drafts else None,
+    }
+
+
+def compare_decode(
+    base: ServeOptions,
+    mtp: ServeOptions,
+    prompts: Sequence[Prompt],
+    config: DecodeConfig,
+    log_dir: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Serve `base`, then `mtp`, on the same token ids; return both results and how they differ.
+
+    The servers run one after the other, so that they never share the machine. Keys: `base` and
+    `mtp` (as `bench decode`), `acceptance`, `decode_tok_s`, `greedy_identical`, `divergences`.
+    """
+
+    def on_start(name: str) -> Callable[[float, str], None]:
+        return lambda elapsed_s, _line: report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
+
+    with managed_server(base, log_dir / "vllm-base.log", on_start=on_start("base")) as client:
+        token_prompts = tokenize(client, prompts)
+        reference = score_greedy(client, token_prompts, config, report, "base: margins")
+        base_rounds = measure_decode(client, token_prompts, config, report, "base: decode")
+    with managed_server(mtp, log_dir / "vllm-mtp.log", on_start=on_start("MTP")) as client:
+        mtp_rounds = measure_decode(client, token_prompts, config, report, "MTP: decode")
+
+    results = {
+        "base": decode_result(base_rounds, config),
+        "mtp": decode_result(mtp_rounds, config),
+    }
+    results["base"]["repeatable"] &= base_rounds[0].token_ids == tuple(
+        scored.token_ids for scored in reference
+    )
+    divergences = find_divergences(token_prompts, reference, mtp_rounds[0].token_ids)
+    acceptance = results["mtp"]["acceptance"]
+    return {
+        "acceptance": acceptance and acceptance["median"],
+        "decode_tok_s": {name: r["decode_tok_s"]["median"] for name, r in results.items()},
+        "greedy_identical": not divergences,
+        "divergences": [asdict(divergence) for divergence in divergences],
+        **results,
+    }

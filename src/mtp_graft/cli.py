@@ -1,0 +1,280 @@
+"""The `mtp-graft` command; what it does is in `pipeline`, `serving` and `bench`."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mtp_graft.errors import GraftError
+
+if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
+    from mtp_graft.bench.decode import DecodeConfig, Report
+    from mtp_graft.serving.client import ServerClient
+
+app = typer.Typer(
+    help="Give a quantized DeepSeek-V4 its multi-token-prediction head back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output."),
+]
+SpeculativeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-speculative-tokens",
+        "-k",
+        min=0,
+        help="Tokens to draft a step; 0 leaves the head out. Default: 1 if there is a head.",
+    ),
+]
+MaxTokensOption = Annotated[int, typer.Option(min=2, help="Tokens to continue each prompt by.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="How often every prompt is continued.")]
+IgnoreEosOption = Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Hold the commands; a callback keeps them commands even when there is only one."""
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[Path, typer.Argument(help="A DeepSeek-V4 checkpoint folder.")],
+    extra: Annotated[
+        list[str] | None, typer.Argument(help="After --: arguments for vllm serve, as they are.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    tp: Annotated[
+        int, typer.Option("--tensor-parallel-size", "--tp", min=1, help="Ranks to shard over.")
+    ] = 1,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests at once.")] = None,
+    num_speculative_tokens: SpeculativeOption = None,
+    served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM names it.")] = "fp8",
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(min=0.01, help="KV cache per rank. Default: 1 on a CPU.")
+    ] = None,
+    prefix_caching: Annotated[bool, typer.Option(help="Reuse shared prompt prefixes.")] = True,
+    enforce_eager: Annotated[
+        bool | None, typer.Option(help="Do not compile. Default: eager on a CPU.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="VLLM_API_KEY", help="Key that /v1 requests must show.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command only.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Serve a checkpoint with vLLM in the foreground, drafting with its head if it has one."""
+    from mtp_graft.serving.command import LOOPBACK_HOSTS, ServeOptions, build_command
+    from mtp_graft.serving.server import serve_foreground
+
+    if json_file is not None and not dry_run:
+        raise typer.BadParameter("needs --dry-run: a server has no result", param_hint="--json")
+    options = ServeOptions(
+        checkpoint,
+        host=host,
+        port=port,
+        tensor_parallel_size=tp,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        num_speculative_tokens=num_speculative_tokens,
+        served_model_names=tuple(served_model_name or ()),
+        kv_cache_dtype=kv_cache_dtype,
+        kv_cache_gib=kv_cache_gib,
+        prefix_caching=prefix_caching,
+        enforce_eager=enforce_eager,
+        api_key=api_key,
+        extra_args=tuple(extra or ()),
+    )
+    if host not in LOOPBACK_HOSTS and api_key is None:
+        _note(f"warning: {host} is not loopback and there is no --api-key: anyone may use it")
+    if dry_run:
+        command = build_command(options)
+        _write_json({"env": command.printable_env(), "argv": list(command.argv)}, json_file)
+        if not _is_stdout(json_file):
+            print(command.as_shell())
+        return
+    raise typer.Exit(serve_foreground(options, on_ready=lambda url: _note(f"ready: {url}")))
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    model: Annotated[
+        Path | None, typer.Option(help="Folder with base/, upstream/ and prompts.jsonl.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to use.")] = 8,
+    max_tokens: MaxTokensOption = 128,
+    rounds: RoundsOption = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Graft the tiny model's head on, serve it with and without, and compare on held-out text."""
+    from mtp_graft.bench.decode import DecodeConfig
+    from mtp_graft.pipeline import DemoConfig, find_model, run_demo
+
+    config = DemoConfig(num_prompts=prompts, decode=DecodeConfig(max_tokens, rounds))
+    with _progress() as report:
+        result = run_demo(run, find_model(model), config, report)
+    _write_json(result, json_file)
+    decode = result["decode"]
+    table = _decode_table({"base": decode["base"], "with MTP": decode["mtp"]})
+    out = _result_console(json_file)
+    out.print(table)
+    out.print(_identity_line(result["divergences"], prompts=decode["base"]["num_prompts"]))
+    out.print(f"details: {run / 'bench' / 'decode.json'}", soft_wrap=True)
+
+
+@bench.command("decode")
+def bench_decode(
+    base_url: Annotated[str | None, typer.Option(help="A running server's address.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Serve this folder meanwhile.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first prompts only.")] = None,
+    max_tokens: MaxTokensOption = 128,
+    rounds: RoundsOption = 3,
+    ignore_eos: IgnoreEosOption = True,
+    num_speculative_tokens: SpeculativeOption = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The key.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Where the server's output goes.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure greedy single-stream decode speed, time to first token and acceptance."""
+    from mtp_graft.bench.decode import DecodeConfig
+    from mtp_graft.pipeline import find_model
+    from mtp_graft.serving.client import ServerClient
+    from mtp_graft.serving.command import ServeOptions
+    from mtp_graft.serving.server import managed_server
+
+    if (base_url is None) == (checkpoint is None):
+        raise typer.BadParameter("give one of --base-url and --checkpoint")
+    config = DecodeConfig(max_tokens, rounds, ignore_eos)
+    file = prompts or find_model().prompts
+    with _progress() as report:
+        if checkpoint is None:
+            assert base_url is not None
+            with ServerClient(base_url, api_key) as client:
+                result = _measure(client, file, limit, config, report)
+        else:
+            options = ServeOptions(
+                checkpoint,
+                port=0,
+                max_model_len=max_model_len,
+                num_speculative_tokens=num_speculative_tokens,
+                prefix_caching=False,
+                api_key=api_key,
+            )
+            log = log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
+            _note(f"server log: {log}")
+            with managed_server(options, log) as client:
+                result = _measure(client, file, limit, config, report)
+    _write_json(result, json_file)
+    _result_console(json_file).print(_decode_table({"decode": result}))
+
+
+def _measure(
+    client: "ServerClient",
+    prompt_file: Path,
+    limit: int | None,
+    config: "DecodeConfig",
+    report: "Report",
+) -> dict[str, Any]:
+    from mtp_graft.bench.decode import decode_result, measure_decode, tokenize
+    from mtp_graft.bench.prompts import load_prompts
+
+    prompts = tokenize(client, load_prompts(prompt_file, limit))
+    return decode_result(measure_decode(client, prompts, config, report), config)
+
+
+def _decode_table(results: dict[str, dict[str, Any]]) -> Table:
+    """Return one row per server, each cell `median (min to max)`."""
+    table = Table("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
+    for name, result in results.items():
+        keys = ("decode_tok_s", "ttft_ms", "tpot_ms")
+        acceptance = result["acceptance"]
+        accepted = "-" if acceptance is None else f"{100 * acceptance['median']:.1f} %"
+        table.add_row(name, *(_spread_cell(result[key]) for key in keys), accepted)
+    return table
+
+
+def _spread_cell(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+def _identity_line(divergences: list[dict[str, Any]], prompts: int) -> str:
+    if not divergences:
+        return f"greedy text: identical on all {prompts} prompts"
+    where = ", ".join(
+        f"{d['prompt']} at {d['position']} (margin {d['margin']})" for d in divergences
+    )
+    return f"greedy text: differs on {len(divergences)} of {prompts} prompts: {where}"
+
+
+@contextmanager
+def _progress() -> Iterator["Report"]:
+    """Show on standard error what is going on."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+
+        def report(label: str, done: int, total: int) -> None:
+            progress.update(task, description=label, completed=done, total=total or None)
+
+        yield report
+
+
+def _write_json(result: dict[str, Any], target: Path | None) -> None:
+    if target is None:
+        return
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    if _is_stdout(target):
+        print(text)
+        return
+    try:
+        target.write_text(text + "\n")
+    except OSError as error:
+        raise GraftError(f"{target}: cannot be written ({error.strerror})") from error
+
+
+def _is_stdout(target: Path | None) -> bool:
+    return target is not None and str(target) == "-"
+
+
+def _result_console(json_target: Path | None) -> Console:
+    """Return standard output, or standard error where JSON has standard output for itself."""
+    return Console(stderr=_is_stdout(json_target))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the command line; a GraftError is one line on standard error and status 1."""
+    try:
+        app()
+    except GraftError as error:
+        _note("error: " + " ".join(str(error).split()))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

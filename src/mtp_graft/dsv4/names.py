@@ -1,0 +1,104 @@
+"""Tensor names: DeepSeek's own (as in the checkpoints) and transformers' (as in its modules).
+
+DeepSeek's flat names (`layers.N.attn.wq_a.weight`, `mtp.0.e_proj.weight`, ...) are what the
+upstream master, the W4A16-FP8 base and vLLM read; they are the names used everywhere here.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+HEAD_PREFIX = "mtp.0."
+
+#: Linears that are FP8 in 128 x 128 blocks, in base layers and head alike.
+FP8_LINEAR = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$")
+#: Further linears that upstream stores as FP8; the published W4A16-FP8 bases keep them in BF16.
+FP8_UPSTREAM_ONLY = re.compile(r"(^mtp\.\d+\.(e_proj|h_proj)|\.shared_experts\.w[123])\.weight$")
+#: Routed expert matrices.
+EXPERT = re.compile(r"^(?P<layer>.+)\.ffn\.experts\.(?P<expert>\d+)\.(?P<matrix>w[123])\.weight$")
+#: Parameters that lose routing or mixing precision in BF16 and stay in float32.
+FLOAT32 = re.compile(r"(\.|^)(hc_\w+|attn_sink|ape)$|\.gate\.bias$")
+
+# (transformers, DeepSeek), applied in this order to the dotted name.
+_RENAMES = (
+    (r"^model\.", ""),
+    (r"^embed_tokens\.", "embed."),
+    (r"^lm_head\.", "head."),
+    (r"\.self_attn\.compressor\.indexer\.scorer\.weights_proj\.", ".attn.indexer.weights_proj."),
+    (r"\.self_attn\.compressor\.indexer\.q_b_proj\.", ".attn.indexer.wq_b."),
+    (r"\.self_attn\.compressor\.indexer\.", ".attn.indexer.compressor."),
+    (r"\.self_attn\.", ".attn."),
+    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
+    (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
+    (r"\.position_bias$", ".ape"),
+    (r"\.q_a_proj\.", ".wq_a."),
+    (r"\.q_b_proj\.", ".wq_b."),
+    (r"\.q_a_norm\.", ".q_norm."),
+    (r"\.kv_proj\.", ".wkv."),
+    (r"\.o_a_proj\.", ".wo_a."),
+    (r"\.o_b_proj\.", ".wo_b."),
+    (r"\.sinks$", ".attn_sink"),
+    (r"\.mlp\.", ".ffn."),
+    (r"\.e_score_correction_bias$", ".bias"),
+    (r"\.gate\.tid2eid$", ".gate.tid2eid"),
+    (r"\.shared_experts\.gate_proj\.", ".shared_experts.w1."),
+    (r"\.shared_experts\.up_proj\.", ".shared_experts.w3."),
+    (r"\.shared_experts\.down_proj\.", ".shared_experts.w2."),
+    (r"\.input_layernorm\.", ".attn_norm."),
+    (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    (r"\.(attn|ffn)_hc\.(\w+)$", r".hc_\1_\2"),
+    (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
+)
+_RENAME_PATTERNS = tuple((re.compile(pattern), target) for pattern, target in _RENAMES)
+
+
+def from_transformers(name: str) -> str:
+    """Return DeepSeek's name for a transformers `deepseek_v4` parameter (fused experts apart)."""
+    for pattern, target in _RENAME_PATTERNS:
+        name = pattern.sub(target, name)
+    return name
+
+
+def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Split one transformers tensor into DeepSeek-named ones.
+
+    `...mlp.experts.gate_up_proj` [E, 2*M, D] becomes w1 and w3 [M, D] of every expert,
+    `...mlp.experts.down_proj` [E, D, M] becomes w2; any other tensor keeps its values.
+    """
+    match = re.match(r"^(.*)\.mlp\.experts\.(gate_up_proj|down_proj)$", name)
+    if match is None:
+        return {from_transformers(name): tensor}
+    prefix = from_transformers(f"{match[1]}.mlp.experts")
+    if match[2] == "down_proj":
+        return {f"{prefix}.{e}.w2.weight": w for e, w in enumerate(tensor)}
+    split = {}
+    for e, gate_up in enumerate(tensor):
+        split[f"{prefix}.{e}.w1.weight"], split[f"{prefix}.{e}.w3.weight"] = gate_up.chunk(2)
+    return split
+
+
+def base_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename a transformers `DeepseekV4ForCausalLM` state dict to DeepSeek's names."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        renamed.update(split_experts(name, tensor))
+    return renamed
+
+
+def head_from_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename an `MTPHead` state dict (enorm, layer.*, hc_head.*, ...) to `mtp.0.*` names."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        inner = name.removeprefix("layer.")
+        # A leading dot lets the layer patterns match at the start of the name.
+        for native, part in split_experts(f".{inner}", tensor).items():
+            renamed[HEAD_PREFIX + native.lstrip(".")] = part
+    return renamed
+
+
+def storage_dtype(name: str) -> torch.dtype:
+    """Return the dtype that an unquantized tensor of this name is stored in."""
+    if name.endswith(".tid2eid"):
+        return torch.int32
+    return torch.float32 if FLOAT32.search(name) else torch.bfloat16

@@ -1,0 +1,50 @@
+"""Symmetric INT4 in groups along the inputs, as compressed-tensors stores W4A16.
+
+A weight is `code * scale`, the code in [-8, 7], one BF16 scale per group. Storage packs eight
+codes into an int32, least significant nibble first, each with an offset of +8.
+"""
+
+import torch
+from torch import Tensor
+
+CODE_MIN, CODE_MAX = -8, 7
+CODES_PER_WORD = 8
+
+
+def group_scale(weight: Tensor, group_size: int) -> Tensor:
+    """Return the BF16 scale of every group: absmax / 7.5, or 1 where a group is all zero.
+
+    `weight` is [..., O, I] with I a multiple of `group_size`; the result is [..., O, G].
+    7.5 is half of the 15 steps between the end codes, compressed-tensors' symmetric rule.
+    """
+    groups = weight.float().unflatten(-1, (-1, group_size))  # [..., O, G, group_size]
+    scale = (groups.abs().amax(dim=-1) / 7.5).to(torch.bfloat16)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def encode(weight: Tensor, scale: Tensor) -> Tensor:
+    """Round `weight` [..., O, I] to the nearest INT4 codes, int8 [..., O, I], for given scales."""
+    groups = weight.float().unflatten(-1, (scale.shape[-1], -1))
+    codes = torch.round(groups / scale.float().unsqueeze(-1))
+    return codes.clamp(CODE_MIN, CODE_MAX).to(torch.int8).flatten(-2)
+
+
+def decode(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 weights [..., O, I] that `codes` and `scale` [..., O, G] stand for."""
+    groups = codes.float().unflatten(-1, (scale.shape[-1], -1))
+    return (groups * scale.float().unsqueeze(-1)).flatten(-2)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Pack int8 codes [..., O, I] into int32 words [..., O, I/8]."""
+    nibbles = (codes.to(torch.int32) - CODE_MIN).unflatten(-1, (-1, CODES_PER_WORD))
+    shifts = 4 * torch.arange(CODES_PER_WORD, dtype=torch.int32, device=codes.device)
+    # The nibbles do not overlap, so their sum is their union; int32 wraps as two's complement.
+    return (nibbles << shifts).sum(dim=-1, dtype=torch.int32)
+
+
+def unpack(words: Tensor) -> Tensor:
+    """Undo `pack`: int32 words [..., O, I/8] to int8 codes [..., O, I]."""
+    shifts = 4 * torch.arange(CODES_PER_WORD, dtype=torch.int32, device=words.device)
+    nibbles = (words.unsqueeze(-1) >> shifts) & 0xF  # [..., O, I/8, 8]
+    return (nibbles + CODE_MIN).to(torch.int8).flatten(-2)

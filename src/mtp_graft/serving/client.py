@@ -1,0 +1,194 @@
+"""What we ask of a running vLLM server: completions on token ids, tokenization, metrics."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
+
+#: Silence allowed between two bytes of an answer; the first step may compile kernels.
+READ_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One greedy answer, with the arrival time of each chunk of tokens."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    started_s: float  # on time.perf_counter's clock, as the chunks
+    chunks: tuple[tuple[float, int], ...]  # (arrival in s, tokens in it)
+
+    @property
+    def ttft_s(self) -> float:
+        """Return the seconds from the request to its first token."""
+        return self.chunks[0][0] - self.started_s
+
+    @property
+    def decode_s(self) -> float:
+        """Return the seconds between the first and the last chunk."""
+        return self.chunks[-1][0] - self.chunks[0][0]
+
+    @property
+    def num_decoded(self) -> int:
+        """Return the tokens that came after the first chunk (all but one, as a rule)."""
+        return len(self.token_ids) - self.chunks[0][1]
+
+
+@dataclass(frozen=True)
+class ScoredCompletion:
+    """One greedy answer and how sure the model was of each token."""
+
+    token_ids: tuple[int, ...]
+    margins: tuple[float, ...]  # logprob of the best token less that of the second best
+
+
+class ServerUnreachable(GraftError):
+    """No connection, or it broke before the answer was complete."""
+
+
+class ServerClient:
+    """A client of one vLLM server; closes with its `with` block.
+
+    Every method raises GraftError, naming the server, where it cannot be reached or refuses.
+    """
+
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
+        # A proxy of the environment has no business between us and a named server.
+        self._http = httpx.Client(
+            base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def is_healthy(self, timeout_s: float = 5.0) -> bool:
+        """Return whether /health answers 200; an unreachable server is not healthy."""
+        try:
+            return self._http.get("/health", timeout=timeout_s).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the server's token ids of `text`, special tokens added."""
+        answer = self._post("/tokenize", {"prompt": text, "add_special_tokens": True})
+        return [int(token) for token in answer["tokens"]]
+
+    def complete(
+        self, prompt: Sequence[int], max_tokens: int, *, timeout_s: float = READ_TIMEOUT_S
+    ) -> tuple[int, ...]:
+        """Return the greedy continuation of `prompt`, not streamed."""
+        body = _greedy_body(prompt, max_tokens, ignore_eos=False)
+        answer = self._post("/v1/completions", body, timeout_s=timeout_s)
+        return tuple(answer["choices"][0]["token_ids"])
+
+    def score(
+        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
+    ) -> ScoredCompletion:
+        """Return the greedy continuation of `prompt` with the margin of every token.
+
+        Margins are differences of natural-log probabilities, at least 0.
+        """
+        body = _greedy_body(prompt, max_tokens, ignore_eos)
+        body |= {"logprobs": 2, "return_tokens_as_token_ids": True}
+        choice = self._post("/v1/completions", body)["choices"][0]
+        margins = tuple(_margin(top) for top in choice["logprobs"]["top_logprobs"])
+        return ScoredCompletion(tuple(choice["token_ids"]), margins)
+
+    def stream(
+        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
+    ) -> Completion:
+        """Return the greedy continuation of `prompt`, streamed to time its tokens."""
+        body = _greedy_body(prompt, max_tokens, ignore_eos) | {"stream": True}
+        tokens: list[int] = []
+        chunks: list[tuple[float, int]] = []
+        finish_reason = None
+        started = time.perf_counter()
+        for event in self._events("/v1/completions", body):
+            arrived = time.perf_counter()
+            choice = event["choices"][0]
+            if choice["token_ids"]:
+                tokens += choice["token_ids"]
+                chunks.append((arrived, len(choice["token_ids"])))
+            finish_reason = choice["finish_reason"] or finish_reason
+        if not chunks:
+            raise GraftError(f"{self.base_url}: an answer without tokens; expected at least one")
+        return Completion(tuple(tokens), finish_reason, started, tuple(chunks))
+
+    def spec_decode_counters(self) -> SpecDecodeCounters | None:
+        """Return the server's drafting counters so far, or None if it does not draft."""
+        try:
+            answer = self._http.get("/metrics")
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        self._check(answer)
+        return parse_spec_decode(answer.text)
+
+    def _post(
+        self, path: str, body: dict[str, Any], *, timeout_s: float = READ_TIMEOUT_S
+    ) -> dict[str, Any]:
+        try:
+            answer = self._http.post(path, json=body, timeout=timeout_s)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        self._check(answer)
+        result: dict[str, Any] = answer.json()
+        return result
+
+    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        try:
+            with self._http.stream("POST", path, json=body) as answer:
+                if answer.is_error:
+                    answer.read()
+                self._check(answer)
+                for line in answer.iter_lines():
+                    if line.startswith("data: ") and line != "data: [DONE]":
+                        event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                        if "error" in event:
+                            raise GraftError(f"{self.base_url}{path}: {event['error']}")
+                        yield event
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: httpx.TransportError) -> ServerUnreachable:
+        reason = str(error) or type(error).__name__
+        return ServerUnreachable(f"{self.base_url}: no answer ({reason}); is the server running?")
+
+    def _check(self, answer: httpx.Response) -> None:
+        if answer.is_error:
+            raise GraftError(
+                f"{answer.request.url}: status {answer.status_code}, expected 200: "
+                f"{answer.text[:300]}"
+            )
+
+
+def _greedy_body(prompt: Sequence[int], max_tokens: int, ignore_eos: bool) -> dict[str, Any]:
+    return {
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "ignore_eos": ignore_eos,
+        "return_token_ids": True,
+    }
+
+
+def _margin(top_logprobs: dict[str, float]) -> float:
+    best, second = sorted(top_logprobs.values(), reverse=True)[:2]
+    return best - second

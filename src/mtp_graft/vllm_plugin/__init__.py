@@ -1,0 +1,24 @@
+"""What stock vLLM lacks to serve a W4A16-FP8 DeepSeek-V4 with its MTP head, one module a gap.
+
+vLLM calls `register` in each of its processes. All it does is name our variants of the
+DeepSeek-V4 classes in vLLM's model registry, by path: they are imported, and the gaps filled,
+when such a model is built. Other models never reach this package.
+"""
+
+SUPPORTED_VLLM = ">=0.26,<0.34"
+
+
+def register() -> None:
+    """Name our DeepSeek-V4 target and MTP drafter in vLLM's registry; safe to call twice."""
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        platform = "cpu"
+    elif current_platform.is_cuda():
+        platform = "cuda"
+    else:
+        return
+    package = f"{__name__}.{platform}"
+    ModelRegistry.register_model("DeepseekV4ForCausalLM", f"{package}:DeepseekV4ForCausalLM")
+    ModelRegistry.register_model("DeepSeekV4MTPModel", f"{package}:DeepSeekV4MTP")

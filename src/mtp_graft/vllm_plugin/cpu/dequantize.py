@@ -1,0 +1,133 @@
+"""Gap: FP8 blocks and INT4 experts load on a CPU only with AMX; MXFP4 experts select a GPU kernel.
+
+One place serves all three: the checkpoint's quantized tensors are loaded as they are and decoded
+to the model's dtype once, after loading (experts to float32); a linear then runs vLLM's unquantized CPU path.
+"""
+
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+from vllm.model_executor.layers.quantization.utils.fp8_utils import (
+    create_fp8_scale_parameter,
+    create_fp8_weight_parameter,
+    validate_fp8_block_shape,
+)
+from vllm.model_executor.parameter import BlockQuantScaleParameter
+
+from mtp_graft.errors import GraftError
+from mtp_graft.quant import fp8_block
+from mtp_graft.vllm_plugin.cpu.experts import BF16Experts, Int4Experts, MXFP4Experts
+
+
+class DequantizeOnLoad(CompressedTensorsConfig):  # type: ignore[misc]
+    """A compressed-tensors config whose layers decode their weights after loading."""
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Return how to load and run `layer`; GraftError for a scheme that is not W4A16-FP8's."""
+        if isinstance(layer, LinearBase):
+            weights = self._weight_scheme(layer, prefix)
+            if weights is None:
+                return UnquantizedLinearMethod()
+            if weights.block_structure == [fp8_block.BLOCK, fp8_block.BLOCK]:
+                return FP8BlockLinear()
+            raise _unsupported(prefix, weights)
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        return super().get_quant_method(layer, prefix)
+
+    def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
+        matrices = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+        schemes = [self._weight_scheme(layer, f"{prefix}.0.{matrix}") for matrix in matrices]
+        if schemes.count(schemes[0]) != len(schemes):
+            raise GraftError(
+                f"{prefix}: w1, w2 and w3 match different quantization groups; expected one. "
+                "Check the config's target patterns, each anchored at a dot"
+            )
+        weights = schemes[0]
+        if weights is None:
+            return BF16Experts(layer.moe_config)
+        if weights.type == QuantizationType.INT and weights.num_bits == 4 and weights.symmetric:
+            return Int4Experts(layer.moe_config, weights.group_size)
+        if self._is_mxfp4(weights):
+            return MXFP4Experts(layer.moe_config)
+        raise _unsupported(prefix, weights)
+
+    def _weight_scheme(self, layer: nn.Module, name: str) -> QuantizationArgs | None:
+        scheme = self.get_scheme_dict(layer, name)
+        return scheme["weights"] if scheme else None
+
+
+def dequantize_on_load(config: QuantizationConfig | None) -> QuantizationConfig | None:
+    """Return `config` as a `DequantizeOnLoad`; an unquantized model's None stays None."""
+    if config is None or isinstance(config, DequantizeOnLoad):
+        return config
+    if type(config) is not CompressedTensorsConfig:
+        raise GraftError(
+            f"config.json: quant_method is {config.get_name()}; on a CPU only compressed-tensors "
+            "checkpoints (W4A16-FP8) are supported"
+        )
+    dequantizing = DequantizeOnLoad.__new__(DequantizeOnLoad)
+    dequantizing.__dict__.update(config.__dict__)
+    return dequantizing
+
+
+def _unsupported(name: str, weights: QuantizationArgs) -> GraftError:
+    return GraftError(
+        f"{name}: weights are {weights.num_bits}-bit {weights.type} by {weights.strategy}; "
+        "supported on a CPU are FP8 in 128x128 blocks, symmetric INT4 groups and MXFP4 experts"
+    )
+
+
+class FP8BlockLinear(UnquantizedLinearMethod):  # type: ignore[misc]
+    """A linear stored as FP8 in 128 x 128 blocks, run in the model's dtype."""
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Register `weight` (FP8 [O, I]) and `weight_scale` ([O/128, I/128]) for loading."""
+        block = [fp8_block.BLOCK, fp8_block.BLOCK]
+        # vLLM's merged-column loader reads the block size from the layer.
+        layer.weight_block_size = block
+        layer.orig_dtype = params_dtype
+        validate_fp8_block_shape(
+            layer, input_size, output_size, input_size_per_partition, output_partition_sizes, block
+        )
+        loader = attributes["weight_loader"]
+        outputs = sum(output_partition_sizes)
+        weight = create_fp8_weight_parameter(outputs, input_size_per_partition, loader)
+        layer.register_parameter("weight", weight)
+        scale = create_fp8_scale_parameter(
+            BlockQuantScaleParameter,
+            output_partition_sizes,
+            input_size_per_partition,
+            block,
+            loader,
+        )
+        layer.register_parameter("weight_scale", scale)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Replace the stored pair by one weight in the model's dtype."""
+        weight = fp8_block.decode(layer.weight.data, layer.weight_scale.data)
+        del layer.weight_scale
+        layer.weight = nn.Parameter(weight.to(layer.orig_dtype), requires_grad=False)
+        super().process_weights_after_loading(layer)
+
+

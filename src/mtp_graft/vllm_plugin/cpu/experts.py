@@ -1,0 +1,193 @@
+"""Routed experts on a CPU: stored INT4, MXFP4 or BF16, run with the clamp of DeepSeek-V4.
+
+Gap: `cpu_fused_moe`, vLLM's CPU kernel, takes no `swiglu_limit`. It is right only while no
+activation passes the limit of 10, so the experts are computed here, with the clamp.
+
+Shapes: E experts, M intermediate size (of this rank), D hidden size, T tokens, K experts a token.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.utils import set_weight_attrs
+
+from mtp_graft.errors import GraftError
+from mtp_graft.quant import int4, mxfp4
+
+#: A verification step has at most this many tokens: eight requests with k = 3, say.
+MAX_DECODE_TOKENS = 32
+
+
+def clamped_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
+) -> Tensor:
+    """Return the weighted sum [T, D] of each token's K experts, computed in float32.
+
+    `x` [T, D], `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M] in float32, `topk_weights`
+    and `topk_ids` [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
+    reference model's order.
+
+    A decode step must not depend on how many tokens it verifies, or speculation would change
+    greedy output: a matrix product's summation order can depend on its row count. So few tokens
+    are computed one (token, expert) pair at a time; a prefill goes expert by expert.
+    """
+    rows = _pairs if x.shape[0] <= MAX_DECODE_TOKENS else _by_expert
+    return rows(x.float(), w13, w2, topk_weights, topk_ids, limit).to(x.dtype)
+
+
+def _activation(gate_up: Tensor, limit: float) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+def _pairs(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
+) -> Tensor:
+    out = torch.zeros_like(x)
+    chosen = zip(topk_ids.tolist(), topk_weights.tolist(), strict=True)
+    for token, (experts, weights) in enumerate(chosen):
+        for expert, weight in zip(experts, weights, strict=True):
+            hidden = _activation(torch.mv(w13[expert], x[token]), limit)  # [M]
+            out[token].addmv_(w2[expert], hidden, alpha=weight)
+    return out
+
+
+def _by_expert(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
+) -> Tensor:
+    out = torch.zeros_like(x)
+    flat = topk_ids.flatten()  # [T*K], row r is token r // K
+    order = torch.argsort(flat, stable=True)
+    tokens = order // topk_ids.shape[1]
+    weights = topk_weights.flatten()[order].float().unsqueeze(-1)  # [T*K, 1]
+    experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
+    end = 0
+    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+        start, end = end, end + count
+        mine = tokens[start:end]
+        hidden = _activation(F.linear(x[mine], w13[expert]), limit)  # [rows, M]
+        out.index_add_(0, mine, F.linear(hidden, w2[expert]) * weights[start:end])
+    return out
+
+
+class ClampedCPUExperts(CPUUnquantizedExperts):  # type: ignore[misc]
+    """vLLM's portable CPU experts with the swiglu clamp; weights stay in their plain layout."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Remember the layer's clamp."""
+        if layer.swiglu_limit is None:
+            raise GraftError("the experts have no swiglu_limit; expected DeepSeek-V4's, 10.0")
+        self._limit = float(layer.swiglu_limit)
+
+    def apply(  # type: ignore[no-untyped-def]
+        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor,
+        topk_weights: Tensor, topk_ids: Tensor, *args, **kwargs,
+    ) -> None:
+        """Write `clamped_experts` of `hidden_states` [T, D] into `output`."""
+        output.copy_(clamped_experts(hidden_states, w1, w2, topk_weights, topk_ids, self._limit))
+
+
+class BF16Experts(UnquantizedFusedMoEMethod):  # type: ignore[misc]
+    """Experts stored in the model's dtype and run in float32; the base of the decoded formats."""
+
+    def __init__(self, moe: FusedMoEConfig) -> None:
+        super().__init__(moe)
+        self.experts_cls = ClampedCPUExperts
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Widen `w13_weight` and `w2_weight` to float32, exactly."""
+        for matrix in ("w13_weight", "w2_weight"):
+            wide = getattr(layer, matrix).data.float()
+            setattr(layer, matrix, nn.Parameter(wide, requires_grad=False))
+        super().process_weights_after_loading(layer)
+
+
+class _DecodedExperts(BF16Experts):
+    """Experts stored in groups of `group_size` inputs and decoded once they are loaded."""
+
+    group_size: int
+    codes_dtype: torch.dtype
+    codes_per_word: int
+    scale_dtype: torch.dtype
+    has_shape = False
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        """Register `{w13,w2}_weight_packed` and `_weight_scale` (and `_weight_shape`)."""
+        sizes = {
+            "w13": (2 * intermediate_size_per_partition, hidden_size),
+            "w2": (hidden_size, intermediate_size_per_partition),
+        }
+        attributes = {**attributes, "is_transposed": False, "quant_method": "group"}
+        for matrix, (outputs, inputs) in sizes.items():
+            if inputs % self.group_size:
+                raise GraftError(
+                    f"{matrix}: {inputs} inputs a rank do not divide into groups of "
+                    f"{self.group_size}; use a smaller tensor parallel size"
+                )
+            shapes = {
+                "weight_packed": ((outputs, inputs // self.codes_per_word), self.codes_dtype),
+                "weight_scale": ((outputs, inputs // self.group_size), self.scale_dtype),
+            }
+            if self.has_shape:
+                shapes["weight_shape"] = ((2,), torch.int64)
+            for name, (shape, dtype) in shapes.items():
+                tensor = torch.zeros(num_experts, *shape, dtype=dtype)
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                layer.register_parameter(f"{matrix}_{name}", parameter)
+                set_weight_attrs(parameter, attributes)
+
+    def decode(self, packed: Tensor, scale: Tensor) -> Tensor:
+        """Return the float32 weights of one expert."""
+        raise NotImplementedError
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        """Replace the stored tensors by float32 `w13_weight` and `w2_weight`."""
+        for matrix in ("w13", "w2"):
+            packed = getattr(layer, f"{matrix}_weight_packed").data
+            scale = getattr(layer, f"{matrix}_weight_scale").data
+            experts = [self.decode(p, s) for p, s in zip(packed, scale, strict=True)]
+            for name in ("weight_packed", "weight_scale", "weight_shape"):
+                if hasattr(layer, f"{matrix}_{name}"):
+                    delattr(layer, f"{matrix}_{name}")
+            weight = nn.Parameter(torch.stack(experts), requires_grad=False)
+            layer.register_parameter(f"{matrix}_weight", weight)
+        super().process_weights_after_loading(layer)
+
+
+class Int4Experts(_DecodedExperts):
+    """Symmetric INT4 experts (`quant.int4`)."""
+
+    codes_dtype, codes_per_word = torch.int32, int4.CODES_PER_WORD
+    scale_dtype, has_shape = torch.bfloat16, True
+
+    def __init__(self, moe: FusedMoEConfig, group_size: int) -> None:
+        super().__init__(moe)
+        self.group_size = group_size
+
+    def decode(self, packed: Tensor, scale: Tensor) -> Tensor:
+        """Decode int32 words [O, I/8] and BF16 scales [O, I/group_size]."""
+        return int4.decode(int4.unpack(packed), scale)
+
+
+class MXFP4Experts(_DecodedExperts):
+    """MXFP4 experts as compressed-tensors keeps them (`quant.mxfp4`)."""
+
+    codes_dtype, codes_per_word = torch.uint8, 2
+    scale_dtype, group_size = torch.uint8, mxfp4.GROUP
+
+    def decode(self, packed: Tensor, scale: Tensor) -> Tensor:
+        """Decode bytes [O, I/2] and E8M0 exponents [O, I/32], both uint8."""
+        return mxfp4.decode(packed, scale.view(torch.float8_e8m0fnu))

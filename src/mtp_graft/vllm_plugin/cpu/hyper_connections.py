@@ -1,0 +1,34 @@
+"""Gap: the CPU kernel of hyper-connections sums a lone row in another order than one of several.
+
+`hc_pre_fused_cpu` splits the 4 x D inputs of a row over the threads when there are fewer rows
+than threads, and the rows over the threads otherwise. The last bits differ, so a token verified
+beside a draft would not equal the same token decoded alone, and greedy output would depend on
+speculation. Few rows are therefore always computed one at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.mhc import MHCPreOp
+
+from mtp_graft.vllm_plugin.cpu.experts import MAX_DECODE_TOKENS
+
+
+class RowwiseMHCPre(MHCPreOp):  # type: ignore[misc]
+    """vLLM's `MHCPreOp` whose result for a token does not depend on the tokens beside it."""
+
+    def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return (post, comb, layer input) of `residual` [T, 4, D], as `MHCPreOp` does."""
+        if residual.shape[0] > MAX_DECODE_TOKENS:
+            return super().forward_cpu(residual, *args, **kwargs)
+        rows = [super(RowwiseMHCPre, self).forward_cpu(row, *args, **kwargs)
+                for row in residual.split(1)]
+        return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+
+
+def compute_rowwise(model: nn.Module) -> None:
+    """Give every decoder layer in `model` a `RowwiseMHCPre`."""
+    for module in model.modules():
+        if isinstance(getattr(module, "mhc_pre", None), MHCPreOp):
+            module.mhc_pre = RowwiseMHCPre()

@@ -1,0 +1,102 @@
+"""Gap: vLLM loads quantized checkpoints leniently, and an unknown expert tensor not at all.
+
+A head that loads half-way serves without an error and accepts nothing. So every load is watched
+twice: a checkpoint tensor during which no parameter was written has not been read, and a
+parameter that was written fewer times than it has parts has not been filled.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+from mtp_graft.errors import GraftError
+
+Weights = Iterable[tuple[str, Tensor]]
+_SHOWN = 5
+
+
+def load_strictly(
+    model: nn.Module,
+    weights: Weights,
+    load: Callable[[Weights], set[str]],
+    shared: Collection[str] = (),
+) -> set[str]:
+    """Call `load(weights)` and raise GraftError for whatever was left unread or unwritten.
+
+    `load` is the model's stock `load_weights`; it must consume the tensors one at a time.
+    `shared` names parameters that come from another model. Returns the names `load` reports.
+    """
+    expected = _expected_parts(model)
+    writes = _count_writes(model)
+    unread: list[str] = []
+    loaded = load(_watch(weights, writes, unread))
+    # vLLM copies the attention sinks itself, past any weight loader.
+    sinks = {name for name in loaded if name.endswith("attn_sink")}
+    unread = [name for name in unread if not (sinks and name.endswith("attn_sink"))]
+    unwritten = [
+        f"{name} ({writes[name]} of {parts} parts)"
+        for name, parts in expected.items()
+        if writes[name] < parts and name not in sinks and name not in shared
+    ]
+    if unread:
+        raise GraftError(_report("checkpoint tensors that no parameter takes", unread))
+    if unwritten:
+        raise GraftError(_report("parameters that no checkpoint tensor fills", unwritten))
+    return loaded
+
+
+def _report(what: str, names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return (
+        f"loading the checkpoint: {len(names)} {what}: {shown}; expected none. "
+        "The names or the quantization config do not match the model: see `mtp-graft verify`"
+    )
+
+
+def _count_writes(model: nn.Module) -> Counter[str]:
+    """Wrap every parameter's weight loader so that successful calls are counted by its name."""
+    writes: Counter[str] = Counter()
+
+    def counting(name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+        def count_and_load(*args: Any, **kwargs: Any) -> Any:
+            result = loader(*args, **kwargs)
+            if result is not False:  # experts of other ranks answer False
+                writes[name] += 1
+            return result
+
+        return count_and_load
+
+    for name, parameter in model.named_parameters():
+        loader = getattr(parameter, "weight_loader", default_weight_loader)
+        parameter.weight_loader = counting(name, loader)  # type: ignore[attr-defined]
+    return writes
+
+
+def _watch(weights: Weights, writes: Counter[str], unread: list[str]) -> Iterator[Any]:
+    for name, tensor in weights:
+        before = writes.total()
+        yield name, tensor
+        if writes.total() == before:
+            unread.append(name)
+
+
+def _expected_parts(model: nn.Module) -> dict[str, int]:
+    """Return how many checkpoint tensors each parameter is made of."""
+    parts = {name: 1 for name, _ in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        for local, _ in module.named_parameters(recurse=False):
+            name = f"{prefix}.{local}" if prefix else local
+            if name not in parts:
+                continue  # another module's parameter under a second name
+            if isinstance(module, MergedColumnParallelLinear):
+                parts[name] = len(module.output_sizes)
+            elif isinstance(module, RoutedExperts) and local.startswith("w13_"):
+                parts[name] = 2 * module.local_num_experts
+            elif isinstance(module, RoutedExperts) and local.startswith("w2_"):
+                parts[name] = module.local_num_experts
+    return parts

@@ -1,0 +1,79 @@
+"""Fixtures and the rules of the markers that all tests share."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS_LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The bundled tiny model's folder; it ships with the repository, so tests never skip it."""
+    folder = ROOT / "models" / "tiny-dsv4"
+    assert folder.is_dir(), f"{folder}: the bundled model is missing from this checkout"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public benchmark data that is not in the repository: gsm8k/, human_eval/, mmlu/, text/."""
+    named = os.environ.get("MTP_GRAFT_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        assert not named, f"MTP_GRAFT_DATA names {folder}, which is not a folder"
+        pytest.skip(f"no benchmark data: {folder} does not exist; set MTP_GRAFT_DATA to have it")
+    return folder
+
+
+@cache
+def cuda_is_there() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TESTS_LEFT_OUT] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run; the summary names it, so that it is not overlooked."""
+    no_vllm = importlib.util.find_spec("vllm") is None
+    left_out = config.stash[TESTS_LEFT_OUT]
+    for item in items:
+        if item.get_closest_marker("gpu") and not cuda_is_there():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            count(left_out, "GPU tests not run: no CUDA device")
+        elif item.get_closest_marker("vllm") and no_vllm:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+            count(left_out, "vLLM tests not run: vLLM is not installed (extra `cpu` or `gpu`)")
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Count the GPU tests that the default run leaves out although a device is there."""
+    for item in items:
+        if item.get_closest_marker("gpu") and cuda_is_there():
+            left_out = item.config.stash[TESTS_LEFT_OUT]
+            count(left_out, "GPU tests not run: left out by default, `pytest -m gpu` runs them")
+
+
+def count(left_out: dict[str, int], what: str) -> None:
+    left_out[what] = left_out.get(what, 0) + 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for what, number in terminalreporter.config.stash[TESTS_LEFT_OUT].items():
+        terminalreporter.write_line(f"{number} {what}", yellow=True)

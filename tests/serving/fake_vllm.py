@@ -1,0 +1,159 @@
+"""A stand-in for the `vllm` command: the HTTP surface we use, with text and timing known.
+
+FAKE_VLLM holds JSON: `mode` and the numbers below. The token at position i of any answer is
+`(sum(prompt) + 7 * i) % 1000`; with a draft head, every second step accepts its draft.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+SETTINGS: dict[str, Any] = {
+    "mode": "ok",  # ok, dies, never_healthy, refuses, ignores_sigterm, dies_on_completion
+    "step_s": 0.0,
+    "diverge_at": None,  # a server with a draft head says 999 at this position
+    "exit_status": 0,  # of a server that SIGTERM or SIGINT ended
+    "record": None,  # file that gets argv, environment and process ids
+    **json.loads(os.environ.get("FAKE_VLLM", "{}")),
+}
+ARGV = sys.argv[1:]
+
+
+def argument(name: str, default: str) -> str:
+    return ARGV[ARGV.index(name) + 1] if name in ARGV else default
+
+
+NUM_DRAFT = json.loads(argument("--speculative-config", "{}")).get("num_speculative_tokens", 0)
+COUNTERS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+
+
+def answer(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = [(sum(prompt) + 7 * i) % 1000 for i in range(max_tokens)]
+    at = SETTINGS["diverge_at"]
+    if NUM_DRAFT and at is not None and at < max_tokens:
+        tokens[at] = 999
+    return tokens
+
+
+def steps(num_tokens: int) -> list[int]:
+    """Split tokens into the steps that make them; the first comes from prefill alone."""
+    sizes = [1]
+    while (left := num_tokens - sum(sizes)) > 0:
+        accepted = NUM_DRAFT if len(sizes) % 2 else 0
+        if NUM_DRAFT:
+            COUNTERS["drafts"] += 1
+            COUNTERS["draft_tokens"] += NUM_DRAFT
+            COUNTERS["accepted_tokens"] += accepted
+        sizes.append(min(left, 1 + accepted))
+    return sizes
+
+
+def metrics() -> str:
+    lines = ["# TYPE vllm:spec_decode_num_drafts counter", "vllm:num_requests_running 0.0"]
+    if NUM_DRAFT:
+        label = 'engine="0",model_name="m{0}"'
+        for name, value in COUNTERS.items():
+            lines.append(f"vllm:spec_decode_num_{name}_total{{{label}}} {float(value)}")
+            lines.append(f"vllm:spec_decode_num_{name}_created{{{label}}} 1.7e+09")
+        lines.append(
+            f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="0"}} '
+            f"{float(COUNTERS['accepted_tokens'])}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/health":
+            self.reply(503 if SETTINGS["mode"] == "never_healthy" else 200, "")
+        else:
+            self.reply(200, metrics())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            self.reply(200, json.dumps({"tokens": [0, *body["prompt"].encode()]}))
+        elif SETTINGS["mode"] == "refuses":
+            print("ERROR 11-23 20:00:00 [serving.py:1] ValueError: no such kernel", flush=True)
+            self.reply(500, '{"error": {"message": "engine is broken"}}')
+        elif SETTINGS["mode"] == "dies_on_completion":
+            print("RuntimeError: died in the first step", flush=True)
+            os._exit(7)
+        elif body.get("stream"):
+            self.stream(answer(body["prompt"], body["max_tokens"]))
+        else:
+            self.reply(200, json.dumps({"choices": [self.choice(body)]}))
+
+    def choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        tokens = answer(body["prompt"], body["max_tokens"])
+        choice: dict[str, Any] = {"token_ids": tokens, "finish_reason": "length"}
+        if body.get("logprobs"):
+            top = [{f"token_id:{t}": -0.5, "token_id:998": -0.75 - i} for i, t in enumerate(tokens)]
+            choice["logprobs"] = {"top_logprobs": top}
+        return choice
+
+    def stream(self, tokens: list[int]) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        done = 0
+        for size in steps(len(tokens)):
+            time.sleep(SETTINGS["step_s"])
+            choice = {"token_ids": tokens[done : done + size], "finish_reason": None}
+            self.event({"choices": [choice]})
+            done += size
+        self.event({"choices": [{"token_ids": [], "finish_reason": "length"}]})
+        self.wfile.write(b"data: [DONE]\n\n")
+        self.close_connection = True
+
+    def event(self, content: dict[str, Any]) -> None:
+        self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
+
+    def reply(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay quiet."""
+
+
+def stop(_signum: int, _frame: object) -> None:
+    if SETTINGS["mode"] != "ignores_sigterm":
+        os._exit(SETTINGS["exit_status"])
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    # A worker that outlives its parent unless somebody ends the group.
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    if SETTINGS["record"]:
+        record = {"argv": ARGV, "env": dict(os.environ), "pids": [os.getpid(), worker.pid]}
+        with open(SETTINGS["record"] + ".tmp", "w") as file:
+            json.dump(record, file)
+        os.rename(SETTINGS["record"] + ".tmp", SETTINGS["record"])
+    if SETTINGS["mode"] == "dies":
+        print("INFO loading", "(EngineCore pid=7) ERROR 11-23 20:00:00 [core.py:9] ", sep="\n")
+        print("(EngineCore pid=7) ERROR 11-23 20:00:00 [core.py:9] KeyError: 'c1a'")
+        print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
+        sys.exit(3)
+    host, port = argument("--host", "127.0.0.1"), int(argument("--port", "8000"))
+    server = ThreadingHTTPServer((host, port), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving import command
+from mtp_graft.serving.command import ServeOptions, build_command, check_port, find_vllm
+
+from .conftest import install, only_from
+
+
+def value(argv: list[str], name: str) -> str:
+    return argv[argv.index(name) + 1]
+
+
+def test_command_for_a_grafted_checkpoint_on_a_cpu_is_exact(vllm: Path, grafted: Path) -> None:
+    built = build_command(ServeOptions(grafted, max_model_len=2048, max_num_seqs=4))
+    assert list(built.argv) == [
+        *(str(vllm), "serve", str(grafted), "--host", "127.0.0.1", "--port", "8000"),
+        *("--tokenizer-mode", "deepseek_v4", "--reasoning-parser", "deepseek_v4"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4"),
+        *("--kv-cache-dtype", "fp8", "--block-size", "256", "--tensor-parallel-size", "1"),
+        *("--max-model-len", "2048", "--max-num-seqs", "4"),
+        *("--kv-cache-memory-bytes", "1073741824", "--enforce-eager"),
+        *("--speculative-config", '{"method":"mtp","num_speculative_tokens":1}'),
+    ]
+    assert built.env == {
+        "VLLM_PLUGINS": "mtp_graft",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    assert built.base_url == "http://127.0.0.1:8000"
+
+
+def test_a_gpu_keeps_its_own_memory_and_compilation_defaults(
+    tmp_path: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "gpu" / "site", "vllm", "0.26.0")
+    only_from(tmp_path / "gpu" / "site", monkeypatch)
+    built = build_command(ServeOptions(grafted, tensor_parallel_size=8))
+    assert "--enforce-eager" not in built.argv
+    assert "--kv-cache-memory-bytes" not in built.argv
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in built.env
+
+
+def test_a_base_is_served_without_drafting(vllm: Path, base: Path) -> None:
+    built = build_command(ServeOptions(base))
+    assert built.num_speculative_tokens == 0
+    assert "--speculative-config" not in built.argv
+
+
+def test_a_head_can_be_left_out_or_used_twice(vllm: Path, grafted: Path) -> None:
+    without = build_command(ServeOptions(grafted, num_speculative_tokens=0))
+    assert "--speculative-config" not in without.argv
+    twice = build_command(ServeOptions(grafted, num_speculative_tokens=2))
+    config = json.loads(value(list(twice.argv), "--speculative-config"))
+    assert config == {"method": "mtp", "num_speculative_tokens": 2}
+
+
+def test_options_reach_the_command(vllm: Path, base: Path) -> None:
+    options = ServeOptions(
+        base,
+        served_model_names=("a", "b"),
+        kv_cache_gib=0.5,
+        prefix_caching=False,
+        enforce_eager=False,
+        extra_args=("--seed", "7"),
+    )
+    argv = list(build_command(options).argv)
+    assert argv[argv.index("--served-model-name") + 1 :][:2] == ["a", "b"]
+    assert value(argv, "--kv-cache-memory-bytes") == str(2**29)
+    assert "--no-enable-prefix-caching" in argv
+    assert "--enforce-eager" not in argv
+    assert argv[-2:] == ["--seed", "7"]
+
+
+def test_plugins_that_the_user_chose_are_kept(
+    vllm: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other,mtp_graft")
+    assert build_command(ServeOptions(base)).env["VLLM_PLUGINS"] == "other,mtp_graft"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "binding"),
+    [({0, 1}, 2, "0|1"), ({1, 3, 5, 7, 9}, 2, "1,3|5,7"), ({4, 2, 3}, 3, "2|3|4")],
+)
+def test_ranks_on_a_cpu_share_the_allowed_cpus(
+    vllm: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: set[int],
+    ranks: int,
+    binding: str,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: cpus)
+    built = build_command(ServeOptions(base, tensor_parallel_size=ranks))
+    assert built.env["VLLM_CPU_OMP_THREADS_BIND"] == binding
+
+
+def test_more_ranks_than_cpus_is_an_error(
+    vllm: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0})
+    with pytest.raises(GraftError, match="size 2 on 1 CPUs"):
+        build_command(ServeOptions(base, tensor_parallel_size=2))
+
+
+def test_the_api_key_is_in_neither_argv_nor_what_is_printed(vllm: Path, base: Path) -> None:
+    built = build_command(ServeOptions(base, api_key="s3cret"))
+    assert built.env["VLLM_API_KEY"] == "s3cret"
+    assert "s3cret" not in " ".join(built.argv) + built.as_shell() + repr(built.printable_env())
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:8000"), ("::1", "http://[::1]:8000")],
+)
+def test_the_address_is_one_that_this_machine_can_reach(
+    vllm: Path, base: Path, host: str, url: str
+) -> None:
+    assert build_command(ServeOptions(base, host=host)).base_url == url
+
+
+def test_port_0_becomes_a_free_port(vllm: Path, base: Path) -> None:
+    built = build_command(ServeOptions(base, port=0))
+    assert built.port > 1023
+    assert value(list(built.argv), "--port") == str(built.port)
+
+
+def test_a_host_of_another_machine_is_an_error() -> None:
+    with pytest.raises(GraftError, match=r"192\.0\.2\.1:0: cannot listen"):
+        check_port("192.0.2.1", 0)
+
+
+def test_speculative_tokens_without_a_head_are_an_error(vllm: Path, base: Path) -> None:
+    with pytest.raises(GraftError, match=r"lists no mtp\.0\.\* tensor"):
+        build_command(ServeOptions(base, num_speculative_tokens=1))
+
+
+def damage_folder(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+
+
+def damage_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def damage_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def damage_type(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+def damage_shard(folder: Path) -> None:
+    (folder / "model-1.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_folder, "not a folder"),
+        (damage_config, "config.json: not found"),
+        (damage_json, "not a model config"),
+        (damage_type, "model_type is 'llama', expected 'deepseek_v4'"),
+        (damage_shard, "model-1.safetensors: not found"),
+    ],
+)
+def test_a_bad_checkpoint_is_named(
+    vllm: Path, base: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(base)
+    with pytest.raises(GraftError, match=message):
+        build_command(ServeOptions(base))
+
+
+def test_no_vllm_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_from(tmp_path, monkeypatch)
+    with pytest.raises(GraftError, match="vLLM is not installed"):
+        find_vllm()
+
+
+@pytest.mark.parametrize("version", ["0.25.3", "0.34.0"])
+def test_a_vllm_outside_the_supported_range_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    install(tmp_path / "site", "vllm", version)
+    only_from(tmp_path / "site", monkeypatch)
+    with pytest.raises(GraftError, match=rf"vllm {version} is installed, expected >=0\.26,<0\.34"):
+        find_vllm()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "platform"),
+    [
+        ("vllm-cpu", "0.32.0", "cpu"),
+        ("vllm", "0.32.0+cpu", "cpu"),
+        ("vllm", "0.33.0rc1", "cuda"),
+        ("vllm", "0.26.0", "cuda"),
+    ],
+)
+def test_the_distribution_says_the_platform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: str, platform: str
+) -> None:
+    script = install(tmp_path / "site", name, version)
+    only_from(tmp_path / "site", monkeypatch)
+    found = find_vllm()
+    assert found.platform == platform
+    assert (found.launcher == (str(script), "serve")) is (name == "vllm")
+
+
+def test_vllm_cpu_is_started_by_its_module_because_its_command_does_not_start(
+    tmp_path: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", "vllm-cpu", "0.32.0")
+    only_from(tmp_path / "site", monkeypatch)
+    argv = list(build_command(ServeOptions(grafted)).argv)
+    module = "vllm.entrypoints.openai.api_server"
+    assert argv[:5] == [sys.executable, "-m", module, "--model", str(grafted)]
+
+
+def test_an_unpacked_wheel_is_started_by_its_module(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_from(site, monkeypatch)
+    next(site.glob("*.dist-info/RECORD")).write_text("vllm/__init__.py,,\n")
+    assert find_vllm().launcher[1:] == ("-m", "vllm.entrypoints.cli.main", "serve")
+
+
+def test_the_supported_range_is_that_of_the_gpu_extra(repo_root: Path) -> None:
+    assert f'"vllm{command.SUPPORTED_VLLM}"' in (repo_root / "pyproject.toml").read_text()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_installed_vllm_accepts_every_flag(grafted: Path) -> None:
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ModuleNotFoundError:  # before 0.32
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    options = ServeOptions(
+        grafted,
+        max_model_len=64,
+        max_num_seqs=2,
+        served_model_names=("a", "b"),
+        prefix_caching=False,
+        enforce_eager=True,
+    )
+    built = build_command(options)
+    argv = list(built.argv)
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(argv[argv.index(str(grafted)) :])
+    assert parsed.tool_call_parser == "deepseek_v4"
+    assert parsed.enable_prefix_caching is False
+    assert parsed.speculative_config == {"method": "mtp", "num_speculative_tokens": 1}

@@ -1,0 +1,173 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_graft.bench.decode import (
+    DecodeConfig,
+    Divergence,
+    Round,
+    TokenPrompt,
+    compare_decode,
+    decode_result,
+    find_divergences,
+)
+from mtp_graft.bench.prompts import Prompt, load_prompts
+from mtp_graft.errors import GraftError
+from mtp_graft.serving import server
+from mtp_graft.serving.client import Completion, ScoredCompletion
+from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
+
+PROMPTS = [Prompt("a", "ab"), Prompt("b", "hello")]
+CONFIG = DecodeConfig(max_tokens=20, rounds=2)
+
+
+def quiet(_label: str, _done: int, _total: int) -> None:
+    pass
+
+
+def compare(tmp_path: Path, base: Path, grafted: Path) -> dict[str, Any]:
+    return compare_decode(
+        ServeOptions(base, port=0),
+        ServeOptions(grafted, port=0),
+        PROMPTS,
+        CONFIG,
+        tmp_path / "logs",
+        quiet,
+    )
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "POLL_S", 0.05)
+
+
+def test_a_faster_identical_server_is_seen_as_that(
+    fake: Callable[..., None], base: Path, grafted: Path, tmp_path: Path
+) -> None:
+    step_s = 0.02
+    fake(step_s=step_s)
+    result = compare(tmp_path, base, grafted)
+    assert result["greedy_identical"] is True
+    assert result["divergences"] == []
+    # 20 tokens: one from prefill, then 2, 1, 2, 1, ...: 13 steps, 7 of which accept.
+    assert result["acceptance"] == pytest.approx(7 / 13)
+    assert result["base"]["acceptance"] is None
+    assert result["mtp"]["drafts"] == {
+        "drafted": 52,
+        "accepted": 28,
+        "acceptance_per_position": [pytest.approx(7 / 13)],
+    }
+    speeds = result["decode_tok_s"]
+    # The stand-in sleeps a step's time and more, never less; a late first chunk adds a little.
+    assert 0.5 / step_s < speeds["base"] < 1.1 / step_s
+    assert 1.2 < speeds["mtp"] / speeds["base"] < 1.75  # 19 / 13, but for noise
+    assert result["base"]["decode_tok_s"]["runs"] == 2
+    assert result["base"]["repeatable"] and result["mtp"]["repeatable"]
+
+
+def test_divergences_name_prompt_position_and_the_bases_margin(
+    fake: Callable[..., None], base: Path, grafted: Path, tmp_path: Path
+) -> None:
+    fake(diverge_at=4)
+    result = compare(tmp_path, base, grafted)
+    assert result["greedy_identical"] is False
+    # The stand-in's margin at position i is 0.25 + i.
+    assert result["divergences"] == [
+        {"prompt": "a", "position": 4, "margin": pytest.approx(4.25)},
+        {"prompt": "b", "position": 4, "margin": pytest.approx(4.25)},
+    ]
+
+
+def completion(tokens: int, first: int, ttft_s: float, decode_s: float) -> Completion:
+    chunks = ((10.0 + ttft_s, first), (10.0 + ttft_s + decode_s, tokens - first))
+    return Completion(tuple(range(tokens)), "length", 10.0, chunks)
+
+
+def test_speed_counts_tokens_after_the_first_chunk_over_all_prompts() -> None:
+    one = Round((completion(11, 1, 0.1, 1.0), completion(32, 2, 0.3, 4.0)), None)
+    assert one.decode_tok_s == pytest.approx((10 + 30) / 5.0)
+    assert one.ttft_ms == pytest.approx(200.0)
+    assert one.tpot_ms == pytest.approx((100.0 + 4000.0 / 30) / 2)
+
+
+def test_results_give_median_extremes_and_number_of_rounds() -> None:
+    rounds = [
+        Round(
+            (completion(11, 1, 0.1, 10 / speed),), SpecDecodeCounters(10, 10, accepted, (accepted,))
+        )
+        for speed, accepted in [(20.0, 5), (10.0, 7), (40.0, 9)]
+    ]
+    result = decode_result(rounds, CONFIG)
+    speed = result["decode_tok_s"]
+    assert [speed[key] for key in ("median", "min", "max", "runs")] == [
+        *(pytest.approx(20.0), pytest.approx(10.0), pytest.approx(40.0), 3)
+    ]
+    assert result["acceptance"]["median"] == pytest.approx(0.7)
+
+
+def test_rounds_that_differ_are_not_called_repeatable() -> None:
+    rounds = [Round((completion(n, 1, 0.1, 1.0),), None) for n in (5, 6)]
+    assert decode_result(rounds, CONFIG)["repeatable"] is False
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ((1, 2, 3), []),
+        ((1, 9, 3), [Divergence("p", 1, 0.2)]),
+        ((1, 2), [Divergence("p", 2, 0.3)]),
+        ((1, 2, 3, 4), [Divergence("p", 3, None)]),
+    ],
+)
+def test_the_first_difference_is_found(tokens: tuple[int, ...], expected: list[Divergence]) -> None:
+    reference = ScoredCompletion((1, 2, 3), (0.1, 0.2, 0.3))
+    assert find_divergences([TokenPrompt("p", (0,))], [reference], [tokens]) == expected
+
+
+def test_counters_are_summed_over_engines_and_split_by_position() -> None:
+    page = "\n".join(
+        f'vllm:spec_decode_num_{name}_total{{engine="{engine}",model_name="m"{label}}} {value}'
+        for engine in (0, 1)
+        for name, label, value in [
+            ("drafts", "", 10.0),
+            ("draft_tokens", "", 2e1),
+            ("accepted_tokens", "", 12.0),
+            ("accepted_tokens_per_pos", ',position="1"', 4.0),
+            ("accepted_tokens_per_pos", ',position="0"', 8.0),
+        ]
+    )
+    counters = parse_spec_decode("# HELP vllm:spec_decode_num_drafts_total x\n" + page)
+    assert counters == SpecDecodeCounters(20, 40, 24, (16, 8))
+    assert counters is not None and counters.acceptance == pytest.approx(0.6)
+
+
+def test_a_server_that_does_not_draft_has_no_counters() -> None:
+    assert parse_spec_decode("vllm:num_requests_running 0.0\n") is None
+
+
+def test_prompts_are_loaded_in_order_up_to_the_limit(prompts_file: Path) -> None:
+    assert load_prompts(prompts_file) == [Prompt("a", "ab"), Prompt("b", "hello")]
+    assert load_prompts(prompts_file, 1) == [Prompt("a", "ab")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": 1, "text": "x"}\n{"id": 2}', ":2: not a prompt"),
+        ("[]", ":1: not a prompt"),
+        (json.dumps({"id": 1, "text": ""}), ":1: prompt '1' is empty"),
+        ('{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', ":2: id '1' comes twice"),
+        ("\n", "no prompts"),
+    ],
+)
+def test_a_bad_prompt_file_is_named_with_its_line(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    with pytest.raises(GraftError, match=message):
+        load_prompts(file)

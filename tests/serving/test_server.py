@@ -1,0 +1,225 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving import server
+from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.log_tail import explain
+from mtp_graft.serving.server import managed_server
+
+from .conftest import command_environment, is_running, read_record, wait_gone
+
+Configure = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "POLL_S", 0.05)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return tmp_path / "record.json"
+
+
+def test_a_managed_server_answers_inside_its_block_and_is_gone_after(
+    fake: Configure, grafted: Path, tmp_path: Path, record: Path
+) -> None:
+    fake(record=str(record))
+    seen: list[float] = []
+    options = ServeOptions(grafted, port=0)
+    with managed_server(
+        options, tmp_path / "log" / "vllm.log", on_start=lambda s, _line: seen.append(s)
+    ) as client:
+        assert client.complete([5, 6], 3) == (11, 18, 25)
+        started = read_record(record)
+        assert all(is_running(pid) for pid in started["pids"])
+    assert wait_gone(started["pids"]) == []
+    assert started["env"]["VLLM_PLUGINS"] == "mtp_graft"
+    assert seen
+
+
+def test_an_exception_in_the_block_takes_the_server_down(
+    fake: Configure, base: Path, tmp_path: Path, record: Path
+) -> None:
+    fake(record=str(record))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
+    ):
+        raise KeyboardInterrupt
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_healthy_is_not_ready_until_a_completion_came_back(
+    fake: Configure, base: Path, tmp_path: Path, record: Path
+) -> None:
+    fake(mode="refuses", record=str(record))
+    with (
+        pytest.raises(GraftError, match=r"status 500.*no such kernel"),
+        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
+    ):
+        pytest.fail("the block was entered")
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("dies", r"base: vLLM ended with status 3 .*vllm\.log: KeyError: 'c1a'$"),
+        ("dies_on_completion", r"status 7 .*RuntimeError: died in the first step"),
+    ],
+)
+def test_a_server_that_dies_is_explained_by_its_log(
+    fake: Configure, base: Path, tmp_path: Path, record: Path, mode: str, message: str
+) -> None:
+    fake(mode=mode, record=str(record))
+    with (
+        pytest.raises(GraftError, match=message),
+        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
+    ):
+        pytest.fail("the block was entered")
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_a_server_that_never_gets_ready_times_out_and_leaves_nothing(
+    fake: Configure, base: Path, tmp_path: Path, record: Path
+) -> None:
+    fake(mode="never_healthy", record=str(record))
+    with (
+        pytest.raises(GraftError, match="is not ready after 1 s"),
+        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log", timeout_s=1.0),
+    ):
+        pytest.fail("the block was entered")
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_a_server_that_ignores_sigterm_is_killed_after_its_grace(
+    fake: Configure, base: Path, tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.ServerProcess.stop, "__defaults__", (0.3,))
+    fake(mode="ignores_sigterm", record=str(record))
+    with managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"):
+        pass
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_sigterm_to_our_process_ends_the_server_too(
+    fake: Configure, base: Path, tmp_path: Path, record: Path
+) -> None:
+    fake(record=str(record))
+    with (
+        pytest.raises(SystemExit) as ended,
+        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert wait_gone(read_record(record)["pids"]) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_taken_port_is_an_error_before_anything_starts(
+    fake: Configure, base: Path, tmp_path: Path, record: Path
+) -> None:
+    fake(record=str(record))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        options = ServeOptions(base, port=other.getsockname()[1])
+        with (
+            pytest.raises(GraftError, match="cannot listen"),
+            managed_server(options, tmp_path / "vllm.log"),
+        ):
+            pytest.fail("the block was entered")
+    assert not record.exists()
+
+
+@contextmanager
+def serving(site: Path, checkpoint: Path, **settings: object) -> Iterator[subprocess.Popen[str]]:
+    """Run `mtp-graft serve` on a free port as a user would."""
+    command = [sys.executable, "-m", "mtp_graft.cli", "serve", str(checkpoint), "--port", "0"]
+    environment = command_environment(site, **settings)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("ready: http://127.0.0.1:"):
+            return line
+    pytest.fail("the server never got ready")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_serve_passes_signals_on_and_exits_with_the_servers_status(
+    vllm: Path, site: Path, base: Path, record: Path, signum: int
+) -> None:
+    with serving(site, base, record=str(record), exit_status=5) as process:
+        wait_until_ready(process)
+        process.send_signal(signum)
+        assert process.wait(20) == 5
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_a_second_signal_kills_a_server_that_does_not_stop(
+    vllm: Path, site: Path, base: Path, record: Path
+) -> None:
+    with serving(site, base, record=str(record), mode="ignores_sigterm") as process:
+        wait_until_ready(process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 128 + signal.SIGKILL
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_serve_exits_with_the_status_of_a_server_that_dies_at_start(
+    vllm: Path, site: Path, base: Path
+) -> None:
+    with serving(site, base, mode="dies") as process:
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 3
+    assert "ready:" not in errors
+
+
+def test_serve_does_not_call_a_server_ready_that_refuses_completions(
+    vllm: Path, site: Path, base: Path, record: Path
+) -> None:
+    with serving(site, base, mode="refuses", record=str(record)) as process:
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "ready:" not in errors
+    assert "error: http://127.0.0.1:" in errors
+    assert "status 500" in errors
+    assert "Traceback" not in errors
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_a_log_without_exceptions_is_explained_by_its_last_lines(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("one\n\n\x1b[31mINFO 11-23 20:00:00 [api.py:3] two\x1b[0m\nthree\nfour\n")
+    assert explain(log) == "two | three | four"
+
+
+def test_a_wrong_flag_is_explained_by_the_parsers_message(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("usage: vllm serve\n  [--host]\nvllm: error: unrecognized arguments: --x\n")
+    assert explain(log) == "vllm: error: unrecognized arguments: --x"
+
+
+def test_an_empty_log_says_so(tmp_path: Path) -> None:
+    (tmp_path / "vllm.log").touch()
+    assert explain(tmp_path / "vllm.log") == "it wrote nothing"

