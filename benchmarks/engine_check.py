@@ -176,12 +176,19 @@ def main() -> None:
         process.join()
         summary = {name: value for name, value in runs[str(k)].items() if name != "texts"}
         print(f"k = {k}: {json.dumps(summary)}", flush=True)
+        write_report(options, runs, device, len(prompts))
+
+
+def write_report(
+    options: argparse.Namespace, runs: dict[str, Any], device: str, num_prompts: int
+) -> None:
+    """Write what has been measured so far, with the divergences of every k from the base."""
     results: dict[str, Any] = {}
     for k, run in runs.items():
         results[k] = {name: value for name, value in run.items() if name != "texts"}
         if k != "0" and "0" in runs:
             results[k]["divergences"] = divergences(runs["0"]["texts"], run["texts"])
-            results[k]["prompts"] = len(prompts)
+            results[k]["prompts"] = num_prompts
     report = {
         "benchmark": options.benchmark,
         "date": datetime.now(UTC).date().isoformat(),
@@ -192,7 +199,6 @@ def main() -> None:
         "results": results,
     }
     options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
 
 
 def versions() -> dict[str, str]:

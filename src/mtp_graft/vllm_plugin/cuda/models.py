@@ -1,6 +1,6 @@
 """vLLM's CUDA DeepSeek-V4 and its MTP drafter, with what they lack for W4A16-FP8 checkpoints."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from vllm.models import deepseek_v4 as stock
@@ -9,9 +9,18 @@ from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
 Weights = Iterable[tuple[str, Tensor]]
 
+#: Gap, until vLLM 0.32: without it no quantization group matches the fused modules.
+FUSED = {
+    "gate_up_proj": ["w1", "w3"],
+    "fused_wqa_wkv": ["wq_a", "wkv"],
+    "fused_wkv_wgate": ["wkv", "wgate"],
+}
+
 
 class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):  # type: ignore[misc]
     """The target; unread checkpoint tensors and unwritten parameters are errors."""
+
+    packed_modules_mapping = FUSED
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load the base's tensors; the head's (`mtp.*`) belong to the drafter."""
@@ -22,6 +31,8 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):  # type: ignore[misc]
 
 class DeepSeekV4MTP(stock.DeepSeekV4MTP):  # type: ignore[misc]
     """The drafter; unread checkpoint tensors and unwritten parameters are errors."""
+
+    packed_modules_mapping = FUSED
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load `mtp.0.*`; embedding and LM head are the target's."""
@@ -36,14 +47,21 @@ class DeepSeekV4MTP(stock.DeepSeekV4MTP):  # type: ignore[misc]
 
 
 def alias_scale_of_wo_a(model: nn.Module) -> None:
-    """Let `wo_a.weight_scale_inv` answer with `wo_a.weight_scale`.
+    """Give every `wo_a` its scale under the name `weight_scale_inv` too, once it is processed.
 
     Gap, until vLLM 0.32: the output projection reads the name of DeepSeek's own FP8 layers, while
-    a compressed-tensors layer has `weight_scale`.
+    a compressed-tensors layer has `weight_scale`. Earlier the name must not exist: vLLM's kernels
+    take it as a sign of the other layout.
     """
     for name, module in model.named_modules():
         if name.endswith(".wo_a") and hasattr(module, "weight_scale"):
-            aliased = property(lambda self: self.weight_scale)
-            module.__class__ = type(
-                module.__class__.__name__, (module.__class__,), {"weight_scale_inv": aliased}
-            )
+            method = module.quant_method
+            method.process_weights_after_loading = _then_alias(method.process_weights_after_loading)
+
+
+def _then_alias(process: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+    def process_and_alias(layer: nn.Module) -> None:
+        process(layer)
+        layer.weight_scale_inv = layer.weight_scale
+
+    return process_and_alias
