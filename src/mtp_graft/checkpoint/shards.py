@@ -25,7 +25,7 @@ def read_index(folder: Path) -> dict[str, str]:
         weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
     except FileNotFoundError:
         raise GraftError(f"{path}: not found; expected a sharded safetensors checkpoint") from None
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise GraftError(f"{path}: not a safetensors index ({error!r})") from error
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
@@ -92,6 +92,13 @@ def write_json(value: object, path: Path) -> None:
 def num_bytes(tensor: Tensor) -> int:
     """Return the size of a tensor's values in bytes."""
     return tensor.numel() * tensor.element_size()
+
+
+def values_size(path: Path) -> int:
+    """Return how many bytes of values a shard holds, by its size and its header's."""
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - 8 - header
 
 
 def write_index(

@@ -28,9 +28,11 @@ def block_scale(weight: Tensor) -> Tensor:
 def power_of_two_scale(weight: Tensor) -> Tensor:
     """Return E8M0 scales [ceil(O/128), ceil(I/128)]: the least power of two that fits a block."""
     absmax = _blocks(weight.float()).abs().amax(dim=(1, 3))
-    exponent = torch.ceil(torch.log2(absmax / FP8_MAX)).clamp(-127, 127)
-    scale = torch.where(absmax > 0, torch.exp2(exponent), torch.ones_like(absmax))
-    return scale.to(torch.float8_e8m0fnu)
+    # 448 is 0.875 * 2**9. Comparing mantissas is exact; a rounded log2 would miss by one there.
+    mantissa, exponent = torch.frexp(absmax)
+    exponent = (exponent - 9 + (mantissa > 0.875)).clamp(-127, 127)
+    scale = torch.ldexp(torch.ones_like(absmax), exponent)
+    return torch.where(absmax > 0, scale, torch.ones_like(absmax)).to(torch.float8_e8m0fnu)
 
 
 def _expand(scale: Tensor, shape: torch.Size) -> Tensor:

@@ -23,6 +23,7 @@ from mtp_graft.checkpoint.shards import (
     num_bytes,
     read_index,
     save_shard,
+    values_size,
     write_index,
     write_json,
 )
@@ -98,11 +99,16 @@ def _read_head(upstream: Path) -> dict[str, Tensor]:
 
 
 def _head_config(base: Path, variant: Variant) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((base / "config.json").read_text())
-    layer = config["num_hidden_layers"]
-    quantization = add_head(
-        config["quantization_config"], layer, _EXPERTS[variant], fp8_projections=True
-    )
+    path = base / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        layer, quantization = config["num_hidden_layers"], config["quantization_config"]
+        quantization = add_head(quantization, layer, _EXPERTS[variant], fp8_projections=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise GraftError(
+            f"{path}: {error!r}; expected a compressed-tensors checkpoint's config with "
+            "num_hidden_layers and quantization_config.config_groups"
+        ) from error
     return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
 
 
@@ -150,6 +156,7 @@ def _expert_bf16(stem: str, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
 
 def _link(source: Path, target: Path, *, copy: bool) -> None:
     place: Callable[[Path, Path], object] = shutil.copy2 if copy else os.link
+    source = source.resolve()  # the hub's cache has relative symbolic links, which would break
     try:
         place(source, target)
     except OSError as error:
@@ -162,5 +169,6 @@ def _write_union_index(
     base: Path, weight_map: dict[str, str], stored: dict[str, Tensor], out: Path
 ) -> None:
     metadata = json.loads((base / INDEX_NAME).read_text()).get("metadata", {})
-    total = metadata["total_size"] + sum(map(num_bytes, stored.values()))
+    # Counted, not added up: a base's own total_size can be missing or wrong.
+    total = sum(values_size(out / shard) for shard in {*weight_map.values(), HEAD_SHARD})
     write_index({**weight_map, **dict.fromkeys(stored, HEAD_SHARD)}, total, out, metadata)

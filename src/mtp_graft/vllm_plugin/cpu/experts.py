@@ -49,11 +49,14 @@ def _pairs(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
 ) -> Tensor:
     out = torch.zeros_like(x)
-    chosen = zip(topk_ids.tolist(), topk_weights.tolist(), strict=True)
-    for token, (experts, weights) in enumerate(chosen):
-        for expert, weight in zip(experts, weights, strict=True):
-            hidden = _activation(torch.mv(w13[expert], x[token]), limit)  # [M]
-            out[token].addmv_(w2[expert], hidden, alpha=weight)
+    experts, weights = topk_ids.flatten().tolist(), topk_weights.flatten().tolist()
+    choices = topk_ids.shape[1]  # pair r belongs to token r // K
+    gate_up = x.new_empty(len(experts), w13.shape[1])  # [T*K, 2M]
+    for pair, expert in enumerate(experts):
+        torch.mv(w13[expert], x[pair // choices], out=gate_up[pair])
+    hidden = _activation(gate_up, limit)  # [T*K, M]
+    for pair, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
+        out[pair // choices].addmv_(w2[expert], hidden[pair], alpha=weight)
     return out
 
 

@@ -1,0 +1,110 @@
+"""Real engines for the tests: each configuration is started once a session, in its own process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from mtp_graft.stages.splice import splice
+
+HERE = Path(__file__).parent
+MEASURED = pytest.StashKey[dict[str, Any]]()
+MAX_MARGIN = 0.5  # nats; above it a different token is no rounding matter
+
+Job = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The bundled base, and the same with its head in BF16."""
+
+    base: Path
+    spliced: Path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    spliced = tmp_path_factory.mktemp("checkpoint") / "tiny-bf16"
+    splice(tiny_model / "base", tiny_model / "upstream", spliced, "bf16")
+    return Checkpoints(tiny_model / "base", spliced)
+
+
+@pytest.fixture(scope="session")
+def text(tiny_model: Path) -> list[int]:
+    """The token ids of all bundled prompts, one after the other."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model / "base")
+    lines = (tiny_model / "prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["text"] for line in lines]
+    return [t for prompt in prompts for t in tokenizer.encode(prompt, add_special_tokens=False)]
+
+
+@pytest.fixture(scope="session")
+def prompts_of(text: list[int]) -> Callable[[int], list[int]]:
+    """Return a function that gives a prompt of any length from the bundled text."""
+    endless = text * (4096 // len(text) + 1)
+
+    def prompt(length: int, start: int = 0) -> list[int]:
+        start %= len(text)
+        return endless[start : start + length]
+
+    return prompt
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], list[Any]]:
+    """Return a function that runs a job (see engine_job.py) and gives its batches' results."""
+
+    def run(job: Job) -> list[Any]:
+        folder = tmp_path_factory.mktemp("engine")
+        (folder / "job.json").write_text(json.dumps(job))
+        command = [sys.executable, str(HERE / "engine_job.py"), "job.json", "result.json"]
+        with (folder / "log").open("w") as log:
+            done = subprocess.run(
+                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=900, check=False
+            )
+        tail = "\n".join((folder / "log").read_text().splitlines()[-30:])
+        assert done.returncode == 0, f"the engine failed; the end of its log:\n{tail}"
+        batches: list[Any] = json.loads((folder / "result.json").read_text())["batches"]
+        return batches
+
+    return run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = {}
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What a test measures: shown in the summary, and written to $MTP_GRAFT_MEASURED if set."""
+    values: dict[str, Any] = {}
+    yield values
+    request.config.stash[MEASURED][request.node.name] = values
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    everything = terminalreporter.config.stash[MEASURED]
+    for test, values in everything.items():
+        terminalreporter.write_line(f"measured by {test}: {json.dumps(values)}")
+    path = os.environ.get("MTP_GRAFT_MEASURED")
+    if path and everything:
+        Path(path).write_text(json.dumps(everything, indent=2) + "\n")
+
+
+def divergences(base: list[Any], other: list[Any]) -> list[dict[str, Any]]:
+    """Return where each prompt's tokens first left the base's, with the base's margin there."""
+    found = []
+    for prompt, (expected, actual) in enumerate(zip(base, other, strict=True)):
+        pairs = enumerate(zip(expected["tokens"], actual["tokens"], strict=True))
+        position = next((i for i, (a, b) in pairs if a != b), None)
+        if position is not None:
+            best, second = expected["steps"][position]["logprobs"]
+            found.append({"prompt": prompt, "position": position, "margin": best - second})
+    return found

@@ -1,0 +1,109 @@
+"""Run one vLLM engine for the tests: `python engine_job.py JOB.json RESULT.json`.
+
+A job is {checkpoint, k, tensor_parallel_size, batches: [{prompts, max_tokens, together,
+prompt_logprobs}]}; prompts are token ids, decoding is greedy. The result has, per batch and
+prompt, the tokens, the top-2 logprobs of every generated position and, if asked for, of every
+prompt position; and the engine's own counts of drafted and accepted tokens.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_PLUGINS", "mtp_graft")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def start(job: dict[str, Any]) -> Any:
+    from vllm import LLM
+
+    tensor_parallel_size = job.get("tensor_parallel_size", 1)
+    if tensor_parallel_size > 1:
+        cores = sorted(os.sched_getaffinity(0))[:tensor_parallel_size]
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
+    speculation: dict[str, Any] = {}
+    if job["k"]:
+        config = {"method": "mtp", "num_speculative_tokens": job["k"]}
+        speculation = {"speculative_config": config}
+    return LLM(
+        job["checkpoint"],
+        skip_tokenizer_init=True,
+        tensor_parallel_size=tensor_parallel_size,
+        kv_cache_dtype="fp8",
+        kv_cache_memory_bytes=2**29,
+        block_size=256,
+        max_model_len=4096,
+        max_num_batched_tokens=4096,
+        max_num_seqs=4,
+        max_logprobs=3,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        **speculation,
+    )
+
+
+def top(step: dict[int, Any], token: int) -> dict[str, Any]:
+    """Return the two best tokens, their logprobs and the logprob of `token` itself."""
+    best = sorted(step.items(), key=lambda item: item[1].rank)[:2]
+    return {
+        "tokens": [t for t, _ in best],
+        "logprobs": [entry.logprob for _, entry in best],
+        "own": step[token].logprob,
+    }
+
+
+def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    asked = batch.get("prompt_logprobs", False)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=batch["max_tokens"],
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=2,
+        prompt_logprobs=2 if asked else None,
+    )
+    requests = [{"prompt_token_ids": prompt} for prompt in batch["prompts"]]
+    groups = [requests] if batch.get("together") else [[request] for request in requests]
+    outputs = [o for group in groups for o in llm.generate(group, sampling, use_tqdm=False)]
+    results = []
+    for output in outputs:
+        generated = output.outputs[0]
+        tokens = list(generated.token_ids)
+        result: dict[str, Any] = {
+            "tokens": tokens,
+            "steps": [top(s, t) for s, t in zip(generated.logprobs, tokens, strict=True)],
+        }
+        if asked:
+            pairs = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+            result["prompt_steps"] = [top(step, token) for step, token in pairs]
+        results.append(result)
+    return results
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    llm = start(job)
+    batches = []
+    for batch in job["batches"]:
+        before = counters(llm)
+        results = run_batch(llm, batch)
+        after = counters(llm)
+        batches.append({"results": results, **{n: after[n] - before[n] for n in after}})
+    Path(sys.argv[2]).write_text(json.dumps({"batches": batches}))
+
+
+def counters(llm: Any) -> dict[str, float]:
+    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    return {
+        "drafted": values.get("vllm:spec_decode_num_draft_tokens", 0),
+        "accepted": values.get("vllm:spec_decode_num_accepted_tokens", 0),
+    }
+
+
+if __name__ == "__main__":
+    main()

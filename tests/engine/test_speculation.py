@@ -1,0 +1,87 @@
+"""Greedy output must not depend on speculation: bit for bit at TP 1, one request at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine.conftest import MAX_MARGIN, Checkpoints, divergences
+
+pytestmark = pytest.mark.vllm
+LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
+NUM_PROMPTS = 50
+LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose
+
+
+@pytest.fixture(scope="module")
+def batches(prompts_of: Callable[..., list[int]]) -> list[Any]:
+    """50 prompts of mixed length, alone; a long one; and 16 prompts, four at a time."""
+    mixed = [prompts_of(LENGTHS[i % len(LENGTHS)], start=61 * i) for i in range(NUM_PROMPTS)]
+    fours = [mixed[i : i + 4] for i in range(0, 16, 4)]
+    return [
+        {"prompts": mixed, "max_tokens": 48},
+        {"prompts": [prompts_of(LONG)], "max_tokens": 48},
+        *({"prompts": four, "max_tokens": 48, "together": True} for four in fours),
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(run_engine: Callable[[Any], list[Any]], checkpoints: Checkpoints, batches: Any) -> Any:
+    return run_engine({"checkpoint": str(checkpoints.base), "k": 0, "batches": batches})
+
+
+@pytest.fixture(scope="module")
+def speculative(
+    run_engine: Callable[[Any], list[Any]], checkpoints: Checkpoints, batches: Any
+) -> dict[int, Any]:
+    job = {"checkpoint": str(checkpoints.spliced), "batches": batches}
+    return {k: run_engine({**job, "k": k}) for k in (1, 2)}
+
+
+def tokens_of(batch: Any) -> list[Any]:
+    return [result["tokens"] for result in batch["results"]]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_greedy_tokens_are_identical_with_and_without_the_head(
+    k: int, base: Any, speculative: dict[int, Any]
+) -> None:
+    assert len(base[0]["results"]) == NUM_PROMPTS
+    assert tokens_of(speculative[k][0]) == tokens_of(base[0])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_logprobs_are_bit_identical_with_and_without_the_head(
+    k: int, base: Any, speculative: dict[int, Any]
+) -> None:
+    assert speculative[k][0]["results"] == base[0]["results"]
+
+
+def test_both_acceptance_and_rejection_were_exercised(
+    speculative: dict[int, Any], measured: dict[str, Any]
+) -> None:
+    runs = {k: speculative[k][0] for k in (1, 2)}
+    accepted = sum(run["accepted"] for run in runs.values())
+    rejected = sum(run["drafted"] - run["accepted"] for run in runs.values())
+    measured.update(accepted=accepted, rejected=rejected)
+    measured.update({f"acceptance_k{k}": r["accepted"] / r["drafted"] for k, r in runs.items()})
+    assert accepted >= 500
+    assert rejected >= 500
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_context_beyond_the_indexers_choice_is_identical_too(
+    k: int, base: Any, speculative: dict[int, Any]
+) -> None:
+    assert tokens_of(speculative[k][1]) == tokens_of(base[1])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_four_requests_at_once_diverge_only_at_small_margins(
+    k: int, base: Any, speculative: dict[int, Any], measured: dict[str, Any]
+) -> None:
+    found = []
+    for number, (expected, actual) in enumerate(zip(base[2:], speculative[k][2:], strict=True)):
+        for divergence in divergences(expected["results"], actual["results"]):
+            found.append({"batch": number, **divergence})
+    measured["divergences"] = found
+    assert all(divergence["margin"] <= MAX_MARGIN for divergence in found), found

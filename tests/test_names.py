@@ -1,0 +1,163 @@
+"""Names against transformers' own table, the bundled checkpoints and the format's description."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DeepseekV4ForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+
+from mtp_graft.dsv4 import names
+from mtp_graft.dsv4.head import MTPHead
+
+NUM_EXPERTS = 64
+MATRICES = [f"ffn.experts.{e}.{w}" for e in range(NUM_EXPERTS) for w in ("w1", "w2", "w3")]
+ATTENTION = [f"attn.{linear}" for linear in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")]
+SHARED_EXPERT = [f"ffn.shared_experts.{w}" for w in ("w1", "w2", "w3")]
+#: What upstream's head consists of: matrices with a scale, then everything else.
+SCALED = [*MATRICES, *ATTENTION, *SHARED_EXPERT, "e_proj", "h_proj"]
+BF16 = [
+    "ffn.gate.weight",
+    *(f"attn.{norm}_norm.weight" for norm in ("q", "kv")),
+    *(f"{norm}.weight" for norm in ("attn_norm", "ffn_norm", "enorm", "hnorm", "norm")),
+]
+F32 = [
+    "ffn.gate.bias",
+    "attn.attn_sink",
+    *(f"hc_{place}_{p}" for place in ("attn", "ffn", "head") for p in ("fn", "base", "scale")),
+]
+HEAD = {f"mtp.0.{name}" for name in [*(f"{stem}.weight" for stem in SCALED), *BF16, *F32]}
+
+
+def index_names(folder: Path) -> set[str]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return set(index["weight_map"])
+
+
+def weights_of(stored: set[str]) -> set[str]:
+    """Name every quantized weight, stored in parts, by its plain `.weight`."""
+    return {
+        re.sub(r"\.(weight_(packed|scale|shape)|scale)$", ".weight", name) for name in stored
+    }
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path) -> DeepseekV4Config:
+    return DeepseekV4Config(**json.loads((tiny_model / "make" / "config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def base_state(config: DeepseekV4Config) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return DeepseekV4ForCausalLM(config).state_dict()
+
+
+@pytest.fixture(scope="module")
+def head_state(config: DeepseekV4Config) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return MTPHead(config).state_dict()
+
+
+def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
+    base_state: dict[str, Tensor],
+) -> None:
+    table = get_checkpoint_conversion_mapping("deepseek_v4")
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    assert len(renamings) > 30 and len(converters) == 2
+    for name, tensor in base_state.items():
+        natives = names.split_experts(name, tensor)
+        assert len(natives) == {"gate_up_proj": 128, "down_proj": 64}.get(name.split(".")[-1], 1)
+        for native in natives:
+            theirs, _ = rename_source_key(native, renamings, converters, "model", base_state)
+            assert theirs == name, native
+
+
+def test_base_names_are_those_of_the_bundled_checkpoint(
+    base_state: dict[str, Tensor], tiny_model: Path
+) -> None:
+    renamed = names.base_from_transformers(base_state)
+    assert set(renamed) == weights_of(index_names(tiny_model / "base"))
+
+
+def test_head_names_are_those_of_the_format(head_state: dict[str, Tensor]) -> None:
+    assert set(names.head_from_module(head_state)) == HEAD
+
+
+def test_bundled_upstream_holds_the_formats_tensors_and_a_scale_for_each_matrix(
+    tiny_model: Path,
+) -> None:
+    scales = {f"mtp.0.{stem}.scale" for stem in SCALED}
+    assert index_names(tiny_model / "upstream") == HEAD | scales
+
+
+def test_experts_are_split_gate_first_and_keep_their_values() -> None:
+    gate_up = torch.arange(2 * 6 * 4).reshape(2, 6, 4)  # [E, 2M, D]
+    down = torch.arange(2 * 4 * 3).reshape(2, 4, 3)  # [E, D, M]
+    prefix = "model.layers.7.mlp.experts"
+    split = names.split_experts(f"{prefix}.gate_up_proj", gate_up)
+    split |= names.split_experts(f"{prefix}.down_proj", down)
+    assert len(split) == 6
+    for e in range(2):
+        native = f"layers.7.ffn.experts.{e}"
+        assert torch.equal(split[f"{native}.w1.weight"], gate_up[e, :3])
+        assert torch.equal(split[f"{native}.w3.weight"], gate_up[e, 3:])
+        assert torch.equal(split[f"{native}.w2.weight"], down[e])
+
+
+def test_head_module_is_renamed_without_touching_values() -> None:
+    state = {
+        "layer.mlp.experts.gate_up_proj": torch.arange(24).reshape(1, 6, 4),
+        "layer.mlp.shared_experts.up_proj.weight": torch.ones(2, 2),
+        "layer.attn_hc.fn": torch.full((1,), 2.0),
+        "hc_head.hc_fn": torch.full((1,), 3.0),
+    }
+    renamed = names.head_from_module(state)
+    gate_up = state["layer.mlp.experts.gate_up_proj"]
+    assert torch.equal(renamed.pop("mtp.0.ffn.experts.0.w1.weight"), gate_up[0, :3])
+    assert torch.equal(renamed.pop("mtp.0.ffn.experts.0.w3.weight"), gate_up[0, 3:])
+    expected = {
+        "mtp.0.ffn.shared_experts.w3.weight": state["layer.mlp.shared_experts.up_proj.weight"],
+        "mtp.0.hc_attn_fn": state["layer.attn_hc.fn"],
+        "mtp.0.hc_head_fn": state["hc_head.hc_fn"],
+    }
+    assert renamed == expected
+
+
+def test_storage_dtypes_are_those_of_the_format() -> None:
+    assert all(names.storage_dtype(f"mtp.0.{name}") == torch.float32 for name in F32)
+    assert all(names.storage_dtype(f"mtp.0.{name}") == torch.bfloat16 for name in BF16)
+    in_float32 = ["hc_head_fn", "layers.2.attn.compressor.ape", "layers.3.hc_ffn_scale"]
+    assert all(names.storage_dtype(name) == torch.float32 for name in in_float32)
+    in_bf16 = ["embed.weight", "head.weight", "norm.weight", "layers.2.attn.indexer.wq_b.weight"]
+    assert all(names.storage_dtype(name) == torch.bfloat16 for name in in_bf16)
+    assert names.storage_dtype("layers.0.ffn.gate.tid2eid") == torch.int32
+
+
+def test_quantized_matrices_are_recognized_by_name(tiny_model: Path) -> None:
+    """FP8 in base and head; FP8 upstream alone; routed experts: each name is in one class."""
+    head = {name for name in HEAD if names.FP8_LINEAR.search(name)}
+    assert head == {f"mtp.0.{linear}.weight" for linear in ATTENTION}
+    upstream_only = {name for name in HEAD if names.FP8_UPSTREAM_ONLY.search(name)}
+    assert upstream_only == {
+        f"mtp.0.{linear}.weight" for linear in (*SHARED_EXPERT, "e_proj", "h_proj")
+    }
+    assert {name for name in HEAD if names.EXPERT.match(name)} == {
+        f"mtp.0.{matrix}.weight" for matrix in MATRICES
+    }
+    base = {name for name in weights_of(index_names(tiny_model / "base"))}
+    fp8 = {f"layers.{layer}.{linear}.weight" for layer in range(4) for linear in ATTENTION}
+    fp8.add("layers.2.attn.indexer.wq_b.weight")
+    assert {name for name in base if names.FP8_LINEAR.search(name)} == fp8
+    assert len({name for name in base if names.EXPERT.match(name)}) == 4 * 3 * NUM_EXPERTS
+
+
+def test_an_expert_name_gives_its_parts() -> None:
+    match = names.EXPERT.match("mtp.0.ffn.experts.12.w3.weight")
+    assert match is not None
+    assert match.groupdict() == {"layer": "mtp.0", "expert": "12", "matrix": "w3"}

@@ -1,0 +1,196 @@
+"""Checkpoints written and read back, and what is said about broken ones."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mtp_graft.checkpoint import shards
+from mtp_graft.errors import GraftError
+
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 1000
+
+
+@pytest.fixture
+def tensors() -> dict[str, Tensor]:
+    """Shards of at most 1,000 bytes: a and b (1,000), big (1,600), c (1,000), d and e (208)."""
+    torch.manual_seed(0)
+    return {
+        "a": torch.randn(10, 20).bfloat16(),
+        "b": torch.randn(150, 4).to(torch.float8_e4m3fn),
+        "big": torch.randn(400),
+        "c": torch.randn(25, 10).T,  # not contiguous
+        "d": torch.arange(100, dtype=torch.int8).view(torch.float8_e8m0fnu),
+        "e": torch.arange(108, dtype=torch.uint8),
+    }
+
+
+@pytest.fixture
+def checkpoint(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
+    shards.save_checkpoint(tensors, tmp_path, MAX_SHARD_BYTES)
+    return tmp_path
+
+
+def same(ours: Tensor, other: Tensor) -> bool:
+    as_bytes = [t.contiguous().view(torch.uint8) for t in (ours, other)]
+    return (
+        ours.dtype == other.dtype
+        and ours.shape == other.shape
+        and torch.equal(as_bytes[0], as_bytes[1])
+    )
+
+
+def test_shards_are_filled_in_order_up_to_the_limit(checkpoint: Path) -> None:
+    held = []
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            held.append((path.name, sorted(file.keys())))
+    assert held == [
+        ("model-00001-of-00004.safetensors", ["a", "b"]),
+        ("model-00002-of-00004.safetensors", ["big"]),
+        ("model-00003-of-00004.safetensors", ["c"]),
+        ("model-00004-of-00004.safetensors", ["d", "e"]),
+    ]
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    assert weight_map == {name: shard for shard, names in held for name in names}
+    assert shards.read_index(checkpoint) == weight_map
+
+
+def test_total_size_is_that_of_the_values(checkpoint: Path) -> None:
+    metadata = json.loads((checkpoint / INDEX).read_text())["metadata"]
+    assert metadata == {"total_size": 400 + 600 + 1600 + 1000 + 100 + 108}
+
+
+def test_tensors_read_back_as_they_were(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+    loaded = shards.load_tensors(checkpoint)
+    assert list(loaded) == list(tensors)
+    assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_only_the_tensors_asked_for_are_read_in_that_order(
+    checkpoint: Path, tensors: dict[str, Tensor]
+) -> None:
+    (checkpoint / "model-00002-of-00004.safetensors").write_bytes(b"unreadable")
+    loaded = shards.load_tensors(checkpoint, ["e", "a"])
+    assert list(loaded) == ["e", "a"]
+    assert all(same(tensor, tensors[name]) for name, tensor in loaded.items())
+
+
+def test_temporary_files_are_gone_and_the_same_tensors_give_the_same_bytes(
+    checkpoint: Path, tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    again = tmp_path_factory.mktemp("again")
+    shards.save_checkpoint(tensors, again, MAX_SHARD_BYTES)
+    files = sorted(path.name for path in checkpoint.iterdir())
+    assert len(files) == 5 and not any("tmp" in name for name in files)
+    for name in files:
+        assert (checkpoint / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_a_shards_bytes_do_not_depend_on_the_order_it_is_given(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    shards.save_shard(tensors, tmp_path / "one.safetensors")
+    shards.save_shard(dict(reversed(tensors.items())), tmp_path / "two.safetensors")
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_a_failed_write_leaves_the_old_file(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint / "model-00001-of-00004.safetensors"
+    before = path.read_bytes()
+
+    def fail_half_way(_tensors: object, target: Path, **_options: object) -> None:
+        target.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(shards, "save_file", fail_half_way)
+    with pytest.raises(OSError, match="no space"):
+        shards.save_shard({"a": torch.zeros(3)}, path)
+    assert path.read_bytes() == before
+
+
+def test_index_keeps_the_metadata_it_is_given(tmp_path: Path) -> None:
+    shards.write_index({"a": "one.safetensors"}, 7, tmp_path, {"format": "pt", "total_size": 3})
+    content = json.loads((tmp_path / INDEX).read_text())
+    assert content == {
+        "metadata": {"format": "pt", "total_size": 7},
+        "weight_map": {"a": "one.safetensors"},
+    }
+
+
+def truncate(folder: Path) -> None:
+    shard = folder / "model-00001-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def truncate_header(folder: Path) -> None:
+    shard = folder / "model-00001-of-00004.safetensors"
+    shard.write_bytes(shard.read_bytes()[:20])
+
+
+def empty(folder: Path) -> None:
+    (folder / "model-00001-of-00004.safetensors").write_bytes(b"")
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / "model-00001-of-00004.safetensors").unlink()
+
+
+def remove_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+
+
+def garble_index(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {')
+
+
+def drop_weight_map(folder: Path) -> None:
+    (folder / INDEX).write_text('{"metadata": {}}')
+
+
+def list_as_index(folder: Path) -> None:
+    (folder / INDEX).write_text('["a"]')
+
+
+def name_a_stranger(folder: Path) -> None:
+    content = json.loads((folder / INDEX).read_text())
+    content["weight_map"]["stranger"] = "model-00001-of-00004.safetensors"
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+SHARD = r"model-00001-of-00004\.safetensors: "
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, SHARD + "not a readable safetensors file"),
+        (truncate_header, SHARD + "not a readable safetensors file"),
+        (empty, SHARD + "not a readable safetensors file"),
+        (remove_shard, SHARD + "not found, but model.safetensors.index.json lists it"),
+        (remove_index, r"index\.json: not found; expected a sharded"),
+        (garble_index, r"index\.json: not a safetensors index"),
+        (drop_weight_map, r"index\.json: not a safetensors index"),
+        (list_as_index, r"index\.json: not a safetensors index"),
+        (name_a_stranger, SHARD + ".*stranger.*the index lists it"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_error_that_names_the_file(
+    checkpoint: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(checkpoint)
+    with pytest.raises(GraftError, match=message):
+        shards.load_tensors(checkpoint)
+
+
+def test_asking_for_unknown_tensors_names_the_first_and_counts_them(checkpoint: Path) -> None:
+    with pytest.raises(GraftError, match=r"no tensor x \(2 missing in all\)"):
+        shards.load_tensors(checkpoint, ["a", "x", "y"])

@@ -1,0 +1,478 @@
+"""Splicing the bundled head into the bundled base: nothing lost, nothing touched, nothing guessed."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from references import decode_fp8_blocks, decode_int4, decode_mxfp4
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.errors import GraftError
+from mtp_graft.quant import int4, mxfp4
+from mtp_graft.stages import splice as stage
+from mtp_graft.stages.splice import HEAD_SHARD, Variant, splice
+
+INDEX = "model.safetensors.index.json"
+VARIANTS: tuple[Variant, ...] = ("rtn", "mxfp4", "bf16")
+EXPERTS = [f"mtp.0.ffn.experts.{e}.{w}" for e in range(64) for w in ("w1", "w2", "w3")]
+SHARED = [f"mtp.0.ffn.shared_experts.{w}" for w in ("w1", "w2", "w3")]
+FP8 = [f"mtp.0.attn.{n}" for n in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")]
+FP8 += ["mtp.0.e_proj", "mtp.0.h_proj"]
+MX_GROUPS = 32
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that links stay on one file system and a broken splice harms nothing."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    shutil.copytree(tiny_model / "base", folder)
+    index = read_json(folder / INDEX)
+    index["metadata"]["note"] = "kept"
+    (folder / INDEX).write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def before(base: Path) -> dict[str, str]:
+    return hashes(base)
+
+
+@pytest.fixture(scope="module")
+def spliced(base: Path, before: dict[str, str], tiny_model: Path) -> dict[str, Path]:
+    assert before
+    for variant in VARIANTS:
+        splice(base, tiny_model / "upstream", base.with_name(variant), variant)
+    return {variant: base.with_name(variant) for variant in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def upstream(tiny_model: Path) -> dict[str, Tensor]:
+    return load_tensors(tiny_model / "upstream")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def checkpoint(spliced: dict[str, Path], variant: Variant) -> Path:
+    return spliced[variant]
+
+
+@pytest.fixture
+def head(checkpoint: Path) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in load_tensors(checkpoint).items()
+        if name.startswith("mtp.")
+    }
+
+
+def small_checkpoint(folder: Path, names: list[str], **index: Any) -> Path:
+    folder.mkdir()
+    save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
+    content = {"metadata": {"total_size": 8 * len(names)}, **index}
+    content["weight_map"] = dict.fromkeys(names, "model.safetensors")
+    (folder / INDEX).write_text(json.dumps(content))
+    return folder
+
+
+# The base
+
+
+def test_splice_keeps_base_shards_byte_identical(
+    base: Path, before: dict[str, str], checkpoint: Path
+) -> None:
+    assert hashes(base) == before
+    after = hashes(checkpoint)
+    added = {HEAD_SHARD}
+    assert set(after) == set(before) | added
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"config.json", INDEX}
+
+
+def test_base_files_are_linked_not_copied(base: Path, checkpoint: Path) -> None:
+    for source in base.iterdir():
+        linked = os.path.samefile(source, checkpoint / source.name)
+        assert linked == (source.name not in ("config.json", INDEX))
+
+
+def test_copy_makes_files_of_its_own(base: Path, tiny_model: Path, tmp_path: Path) -> None:
+    splice(base, tiny_model / "upstream", tmp_path / "out", "mxfp4", copy=True)
+    shard = "model-00001-of-00003.safetensors"
+    assert not os.path.samefile(base / shard, tmp_path / "out" / shard)
+    assert hashes(tmp_path / "out")[shard] == hashes(base)[shard]
+
+
+def test_another_file_system_gets_copies(
+    base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_source: Path, _target: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    splice(base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
+    shard = "model-00001-of-00003.safetensors"
+    assert hashes(tmp_path / "out")[shard] == hashes(base)[shard]
+
+
+def test_a_base_of_symbolic_links_is_linked_through(
+    base: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """As in the hub's cache, whose snapshots are relative links to blobs."""
+    snapshot = tmp_path / "cache" / "snapshot"
+    snapshot.mkdir(parents=True)
+    for source in base.iterdir():
+        os.link(source, tmp_path / "cache" / source.name)
+        (snapshot / source.name).symlink_to(Path("..") / source.name)
+    out = tmp_path / "elsewhere" / "deep" / "out"
+    splice(snapshot, tiny_model / "upstream", out, "mxfp4")
+    shard = out / "model-00001-of-00003.safetensors"
+    assert not shard.is_symlink()
+    assert os.path.samefile(shard, base / shard.name)
+
+
+# Index and config
+
+
+def test_index_is_the_union_and_its_total_size_true(
+    base: Path, checkpoint: Path, head: dict[str, Tensor]
+) -> None:
+    index = read_json(checkpoint / INDEX)
+    own = {name: shard for name, shard in index["weight_map"].items() if name.startswith("mtp.")}
+    assert own == dict.fromkeys(head, HEAD_SHARD)
+    rest = {name: s for name, s in index["weight_map"].items() if not name.startswith("mtp.")}
+    assert rest == read_json(base / INDEX)["weight_map"]
+    values = load_tensors(checkpoint).values()
+    assert index["metadata"] == {
+        "note": "kept",
+        "total_size": sum(value.numel() * value.element_size() for value in values),
+    }
+
+
+def test_total_size_is_true_even_if_the_base_states_none(
+    base: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for name, metadata in (("none", {}), ("wrong", {"metadata": {"total_size": 5}})):
+        other = shutil.copytree(base, tmp_path / name, copy_function=os.link)
+        (other / INDEX).unlink()
+        weight_map = read_json(base / INDEX)["weight_map"]
+        (other / INDEX).write_text(json.dumps({**metadata, "weight_map": weight_map}))
+        out = tmp_path / f"{name}-out"
+        splice(other, tiny_model / "upstream", out, "mxfp4")
+        values = load_tensors(out).values()
+        expected = sum(value.numel() * value.element_size() for value in values)
+        assert read_json(out / INDEX)["metadata"]["total_size"] == expected
+
+
+def test_config_changes_where_the_head_needs_it(base: Path, checkpoint: Path) -> None:
+    old, new = read_json(base / "config.json"), read_json(checkpoint / "config.json")
+    assert new["num_nextn_predict_layers"] == 1
+    changed = {key for key in {*old, *new} if old.get(key) != new.get(key)}
+    assert changed == {"quantization_config"}
+    old_groups = old["quantization_config"]["config_groups"]
+    new_groups = new["quantization_config"]["config_groups"]
+    assert {name: new_groups[name] for name in old_groups} == old_groups
+
+
+def test_num_nextn_predict_layers_is_set_where_the_base_says_zero(
+    base: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(base, tmp_path / "base", copy_function=os.link)
+    config = read_json(base / "config.json")
+    (other / "config.json").unlink()
+    (other / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 0}))
+    splice(other, tiny_model / "upstream", tmp_path / "out", "mxfp4")
+    assert read_json(tmp_path / "out" / "config.json")["num_nextn_predict_layers"] == 1
+
+
+def test_two_runs_give_the_same_bytes(
+    base: Path, checkpoint: Path, variant: Variant, tiny_model: Path, tmp_path: Path
+) -> None:
+    splice(base, tiny_model / "upstream", tmp_path / "again", variant)
+    assert hashes(tmp_path / "again") == hashes(checkpoint)
+
+
+# The head's tensors
+
+
+def stored_names(variant: Variant, upstream: dict[str, Tensor]) -> set[str]:
+    plain = {name for name in upstream if f"{name.removesuffix('.weight')}.scale" not in upstream}
+    plain = {name for name in plain if not name.endswith(".scale")}
+    parts = {
+        "rtn": ("weight_packed", "weight_scale", "weight_shape"),
+        "mxfp4": ("weight_packed", "weight_scale"),
+        "bf16": ("weight",),
+    }[variant]
+    experts = {f"{stem}.{part}" for stem in EXPERTS for part in parts}
+    fp8 = {f"{stem}.{part}" for stem in FP8 for part in ("weight", "weight_scale")}
+    return plain | experts | fp8 | {f"{stem}.weight" for stem in SHARED}
+
+
+def test_every_upstream_tensor_is_accounted_for(
+    head: dict[str, Tensor], upstream: dict[str, Tensor], variant: Variant
+) -> None:
+    assert set(head) == stored_names(variant, upstream)
+    plain = [name for name in head if name in upstream and name.removesuffix(".weight") not in
+             {*EXPERTS, *FP8, *SHARED}]
+    assert len(plain) == 19
+    for name in plain:
+        assert head[name].dtype == upstream[name].dtype
+        assert torch.equal(head[name], upstream[name]), name
+
+
+def test_fp8_codes_are_untouched_and_scales_equal_as_numbers(
+    head: dict[str, Tensor], upstream: dict[str, Tensor]
+) -> None:
+    for stem in FP8:
+        codes, theirs = head[f"{stem}.weight"], upstream[f"{stem}.weight"]
+        assert codes.dtype == torch.float8_e4m3fn
+        assert torch.equal(codes.view(torch.uint8), theirs.view(torch.uint8))
+        scale = head[f"{stem}.weight_scale"]
+        assert scale.dtype == torch.bfloat16
+        assert torch.equal(scale.double(), upstream[f"{stem}.scale"].double())
+
+
+def test_shared_experts_are_decoded_without_loss(
+    head: dict[str, Tensor], upstream: dict[str, Tensor]
+) -> None:
+    for stem in SHARED:
+        exact = decode_fp8_blocks(upstream[f"{stem}.weight"], upstream[f"{stem}.scale"])
+        assert head[f"{stem}.weight"].dtype == torch.bfloat16
+        assert torch.equal(head[f"{stem}.weight"].double(), exact)
+
+
+def expert_values(head: dict[str, Tensor], stem: str, variant: Variant) -> Tensor:
+    """Return what a spliced expert matrix stands for, float64, read by slow loops."""
+    if variant == "bf16":
+        assert head[f"{stem}.weight"].dtype == torch.bfloat16
+        return head[f"{stem}.weight"].double()
+    packed, scale = head[f"{stem}.weight_packed"], head[f"{stem}.weight_scale"]
+    if variant == "mxfp4":
+        assert packed.dtype == scale.dtype == torch.uint8
+        return decode_mxfp4(packed, scale)
+    assert packed.dtype == torch.int32 and scale.dtype == torch.bfloat16
+    shape = head[f"{stem}.weight_shape"]
+    assert shape.dtype == torch.int64 and shape.tolist() == [256, 256]
+    return decode_int4(packed, scale, group_size=128)
+
+
+def test_experts_are_upstreams_exactly_or_the_nearest_int4(
+    head: dict[str, Tensor], upstream: dict[str, Tensor], variant: Variant
+) -> None:
+    for stem in (EXPERTS[0], EXPERTS[94], EXPERTS[-1]):
+        exact = decode_mxfp4(upstream[f"{stem}.weight"], upstream[f"{stem}.scale"])
+        values = expert_values(head, stem, variant)
+        if variant == "rtn":
+            step = head[f"{stem}.weight_scale"].double().repeat_interleave(128, dim=1)
+            # Half a step, and a little more at the end codes, where the scale was rounded.
+            assert ((values - exact).abs() / step).max() <= 0.54
+            assert not torch.equal(values, exact)
+        else:
+            assert torch.equal(values, exact)
+
+
+def scheme_of(checkpoint: Path, storage: str) -> QuantizationScheme:
+    groups = read_json(checkpoint / "config.json")["quantization_config"]["config_groups"]
+    group = next(group for group in groups.values() if group["format"] == storage)
+    weights = QuantizationArgs.model_validate(group["weights"])
+    return QuantizationScheme(targets=group["targets"], weights=weights)
+
+
+def parts_of(head: dict[str, Tensor], stem: str) -> dict[str, Tensor]:
+    found = {name: t for name, t in head.items() if name.startswith(f"{stem}.")}
+    return {name.removeprefix(f"{stem}."): tensor for name, tensor in found.items()}
+
+
+def test_compressed_tensors_reads_every_rtn_expert_as_we_do(spliced: dict[str, Path]) -> None:
+    head = load_tensors(spliced["rtn"])
+    scheme = scheme_of(spliced["rtn"], "pack-quantized")
+    for stem in EXPERTS:
+        parts = parts_of(head, stem)
+        theirs = PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+        ours = int4.decode(int4.unpack(parts["weight_packed"]), parts["weight_scale"])
+        assert torch.equal(theirs, ours.to(theirs.dtype))
+
+
+def test_compressed_tensors_reads_every_mxfp4_expert_as_upstreams(
+    spliced: dict[str, Path], upstream: dict[str, Tensor]
+) -> None:
+    head = load_tensors(spliced["mxfp4"])
+    scheme = scheme_of(spliced["mxfp4"], "mxfp4-pack-quantized")
+    for stem in EXPERTS:
+        theirs = MXFP4PackedCompressor.decompress(parts_of(head, stem), scheme)["weight"]
+        ours = mxfp4.decode(upstream[f"{stem}.weight"], upstream[f"{stem}.scale"])
+        assert torch.equal(theirs.float(), ours)
+
+
+# Which scheme an engine finds for its own names
+
+LAYER = "model.layers.4"
+EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+
+
+def expected_schemes(variant: Variant) -> dict[str, str | None]:
+    """Return module name -> stored format, None for unquantized."""
+    experts = {"rtn": "pack-quantized", "mxfp4": "mxfp4-pack-quantized", "bf16": None}[variant]
+    linears = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
+    unquantized = ("head", "shared_head.head", "ffn.gate", "enorm", "ffn.shared_experts.w1")
+    schemes: dict[str, str | None] = {}
+    for name in (*linears, "e_proj", "h_proj"):
+        schemes[f"{LAYER}.{name}"] = "float-quantized"
+    for name in (*unquantized, *(f"ffn.shared_experts.{m}" for m in EXPERT_MATRICES)):
+        schemes[f"{LAYER}.{name}"] = None
+    for expert in (0, 63):
+        for matrix in EXPERT_MATRICES:
+            schemes[f"{LAYER}.ffn.experts.{expert}.{matrix}"] = experts
+    # The base's layers, and layers of a larger model whose number contains the head's.
+    for layer in (0, 3, 14, 40, 44):
+        stem = f"model.layers.{layer}"
+        schemes |= {f"{stem}.{name}": "float-quantized" for name in linears}
+        schemes |= {f"{stem}.ffn.experts.7.{m}": "pack-quantized" for m in EXPERT_MATRICES}
+        schemes |= {f"{stem}.ffn.shared_experts.{m}": None for m in EXPERT_MATRICES}
+        schemes |= {f"{stem}.attn.compressor.{m}": None for m in ("wkv", "wgate")}
+        schemes[f"{stem}.attn.indexer.wq_b"] = "float-quantized"
+        schemes[f"{stem}.attn.indexer.weights_proj"] = None
+    return {**schemes, "lm_head": None, "model.embed": None}
+
+
+def matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern == name
+
+
+def test_each_module_finds_its_scheme(checkpoint: Path, variant: Variant) -> None:
+    config = read_json(checkpoint / "config.json")["quantization_config"]
+    for name, expected in expected_schemes(variant).items():
+        groups = config["config_groups"].values()
+        found = [g["format"] for g in groups if any(matches(t, name) for t in g["targets"])]
+        ignored = any(matches(pattern, name) for pattern in config["ignore"])
+        assert (None if ignored or not found else found[0]) == expected, name
+
+
+@pytest.mark.vllm
+def test_vllm_finds_the_same_schemes(checkpoint: Path, variant: Variant) -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    settings = read_json(checkpoint / "config.json")["quantization_config"]
+    config = CompressedTensorsConfig.from_config(deepcopy(settings))
+    config.packed_modules_mapping = {
+        "gate_up_proj": ["w1", "w3"],
+        "fused_wqa_wkv": ["wq_a", "wkv"],
+    }
+    fused = {
+        f"{LAYER}.attn.fused_wqa_wkv": "float-quantized",
+        f"{LAYER}.ffn.shared_experts.gate_up_proj": None,
+        "model.layers.0.attn.fused_wqa_wkv": "float-quantized",
+        "model.layers.0.ffn.shared_experts.gate_up_proj": None,
+    }
+    for name, expected in (expected_schemes(variant) | fused).items():
+        scheme = config.get_scheme_dict(nn.Linear(1, 1), name)
+        assert (scheme["format"] if scheme else None) == expected, name
+
+
+# What it refuses
+
+
+def test_a_base_that_has_a_head_is_refused(
+    spliced: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GraftError, match=r"already has a head \(mtp\.0\."):
+        splice(spliced["mxfp4"], tiny_model / "upstream", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dspark_drafter_is_refused(base: Path, tmp_path: Path) -> None:
+    names = [f"mtp.{block}.e_proj.weight" for block in range(3)]
+    dspark = small_checkpoint(tmp_path / "dspark", names)
+    with pytest.raises(GraftError, match=r"has blocks mtp\.\{0,1,2\}.*DSpark"):
+        splice(base, dspark, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_upstream_without_a_head_is_refused(base: Path, tmp_path: Path) -> None:
+    headless = small_checkpoint(tmp_path / "headless", ["layers.0.attn.wq_a.weight"])
+    with pytest.raises(GraftError, match=r"has no mtp\.\* tensors"):
+        splice(base, headless, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_output_folder_is_refused_and_left_alone(
+    base: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    with pytest.raises(GraftError, match=r"out: already exists"):
+        splice(base, tiny_model / "upstream", tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+@pytest.mark.parametrize("config", [None, "{", '{"num_hidden_layers": 4}'])
+def test_a_base_without_quantization_config_is_refused(
+    tiny_model: Path, tmp_path: Path, config: str | None
+) -> None:
+    plain = small_checkpoint(tmp_path / "plain", ["layers.0.attn.wq_a.weight"])
+    if config is not None:
+        (plain / "config.json").write_text(config)
+    with pytest.raises(GraftError, match=r"plain/config\.json: .*quantization_config"):
+        splice(plain, tiny_model / "upstream", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("function", ["save_shard", "write_index", "write_json"])
+def test_an_interrupted_splice_leaves_nothing_and_can_be_repeated(
+    base: Path,
+    before: dict[str, str],
+    spliced: dict[str, Path],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+) -> None:
+    def stop(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, function, stop)
+        with pytest.raises(KeyboardInterrupt):
+            splice(base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
+    assert not (tmp_path / "out").exists()
+    assert hashes(base) == before
+    result = splice(base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert hashes(tmp_path / "out") == hashes(spliced["mxfp4"])
+    assert (result.checkpoint, result.variant) == (tmp_path / "out", "mxfp4")
+
+
+def test_result_counts_what_was_written(
+    base: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    result = splice(base, tiny_model / "upstream", tmp_path / "out", "rtn")
+    head = {n: t for n, t in load_tensors(tmp_path / "out").items() if n.startswith("mtp.")}
+    assert result.tensors == len(head)
+    assert result.bytes_written == sum(t.numel() * t.element_size() for t in head.values())
