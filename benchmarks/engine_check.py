@@ -82,8 +82,12 @@ def run_engine(options: argparse.Namespace, k: int, prompts: list[list[int]]) ->
     texts = []
     for prompt in prompts:
         request = {"prompt_token_ids": prompt}
-        output = llm.generate(request, sampling(options.max_tokens, 2), use_tqdm=False)[0].outputs[0]
-        tops = [sorted((v.logprob for v in step.values()), reverse=True) for step in output.logprobs]
+        output = llm.generate(request, sampling(options.max_tokens, 2), use_tqdm=False)[0].outputs[
+            0
+        ]
+        tops = [
+            sorted((v.logprob for v in step.values()), reverse=True) for step in output.logprobs
+        ]
         margins = [top[0] - top[1] if len(top) > 1 else None for top in tops]
         texts.append({"tokens": list(output.token_ids), "margins": margins})
 

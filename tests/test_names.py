@@ -41,9 +41,7 @@ def index_names(folder: Path) -> set[str]:
 
 def weights_of(stored: set[str]) -> set[str]:
     """Name every quantized weight, stored in parts, by its plain `.weight`."""
-    return {
-        re.sub(r"\.(weight_(packed|scale|shape)|scale)$", ".weight", name) for name in stored
-    }
+    return {re.sub(r"\.(weight_(packed|scale|shape)|scale)$", ".weight", name) for name in stored}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The encode/decode pairs against bit-by-bit loops and against compressed-tensors."""
 
+import itertools
 import math
 
 import pytest
@@ -13,10 +14,10 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import decode_fp8_blocks, decode_int4, decode_mxfp4, e2m1, e4m3, e8m0, unpack_int4
 from torch import Tensor
 
 from mtp_graft.quant import fp8_block, int4, mxfp4
+from references import decode_fp8_blocks, decode_int4, decode_mxfp4, e2m1, e4m3, e8m0, unpack_int4
 
 quick = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -206,8 +207,10 @@ def test_fp8_block_of_zeros_decodes_to_zeros(kind: str) -> None:
     weight[0, 200] = 1.0
     scale = fp8_scale(kind, weight)
     assert scale[0, 0].item() == 1.0
-    assert torch.equal(fp8_block.decode(fp8_block.encode(weight, scale), scale)[:, :128] != 0,
-                       torch.zeros(2, 128, dtype=torch.bool))
+    assert torch.equal(
+        fp8_block.decode(fp8_block.encode(weight, scale), scale)[:, :128] != 0,
+        torch.zeros(2, 128, dtype=torch.bool),
+    )
 
 
 def test_fp8_padding_of_odd_shapes_does_not_raise_a_scale() -> None:
@@ -316,7 +319,7 @@ def test_mxfp4_encodes_to_the_nearest_code(seed: int) -> None:
 
 def test_mxfp4_ties_go_to_the_even_code() -> None:
     grid = [e2m1(nibble) for nibble in range(8)]
-    middles = [(low + high) / 2 for low, high in zip(grid, grid[1:], strict=False)]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(grid)]
     weight = torch.zeros(1, 32)
     weight[0, :7], weight[0, 7:14] = torch.tensor(middles), -torch.tensor(middles)
     one = torch.tensor([[127]], dtype=torch.uint8).view(torch.float8_e8m0fnu)

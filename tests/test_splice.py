@@ -1,12 +1,10 @@
-"""Splicing the bundled head into the bundled base: nothing lost, nothing touched, nothing guessed."""
+"""Splicing the bundled head into the bundled base: nothing lost, touched or guessed."""
 
 import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +13,16 @@ import torch
 from compressed_tensors.compressors.mxfp4.base import MXFP4PackedCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from references import decode_fp8_blocks, decode_int4, decode_mxfp4
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
 from mtp_graft.stages import splice as stage
 from mtp_graft.stages.splice import HEAD_SHARD, Variant, splice
+from references import decode_fp8_blocks, decode_int4, decode_mxfp4
 
 INDEX = "model.safetensors.index.json"
 VARIANTS: tuple[Variant, ...] = ("rtn", "mxfp4", "bf16")
@@ -31,7 +30,6 @@ EXPERTS = [f"mtp.0.ffn.experts.{e}.{w}" for e in range(64) for w in ("w1", "w2",
 SHARED = [f"mtp.0.ffn.shared_experts.{w}" for w in ("w1", "w2", "w3")]
 FP8 = [f"mtp.0.attn.{n}" for n in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")]
 FP8 += ["mtp.0.e_proj", "mtp.0.h_proj"]
-MX_GROUPS = 32
 
 
 def read_json(path: Path) -> Any:
@@ -83,19 +81,14 @@ def checkpoint(spliced: dict[str, Path], variant: Variant) -> Path:
 
 @pytest.fixture
 def head(checkpoint: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for name, tensor in load_tensors(checkpoint).items()
-        if name.startswith("mtp.")
-    }
+    return {name: t for name, t in load_tensors(checkpoint).items() if name.startswith("mtp.")}
 
 
-def small_checkpoint(folder: Path, names: list[str], **index: Any) -> Path:
+def small_checkpoint(folder: Path, names: list[str]) -> Path:
     folder.mkdir()
     save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
-    content = {"metadata": {"total_size": 8 * len(names)}, **index}
-    content["weight_map"] = dict.fromkeys(names, "model.safetensors")
-    (folder / INDEX).write_text(json.dumps(content))
+    weight_map = dict.fromkeys(names, "model.safetensors")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 
@@ -107,10 +100,8 @@ def test_splice_keeps_base_shards_byte_identical(
 ) -> None:
     assert hashes(base) == before
     after = hashes(checkpoint)
-    added = {HEAD_SHARD}
-    assert set(after) == set(before) | added
-    changed = {name for name in before if after[name] != before[name]}
-    assert changed == {"config.json", INDEX}
+    assert set(after) == {*before, HEAD_SHARD}
+    assert {name for name in before if after[name] != before[name]} == {"config.json", INDEX}
 
 
 def test_base_files_are_linked_not_copied(base: Path, checkpoint: Path) -> None:
@@ -187,14 +178,16 @@ def test_total_size_is_true_even_if_the_base_states_none(
         assert read_json(out / INDEX)["metadata"]["total_size"] == expected
 
 
-def test_config_changes_where_the_head_needs_it(base: Path, checkpoint: Path) -> None:
+def test_config_changes_where_the_head_needs_it(
+    base: Path, checkpoint: Path, variant: Variant
+) -> None:
     old, new = read_json(base / "config.json"), read_json(checkpoint / "config.json")
     assert new["num_nextn_predict_layers"] == 1
     changed = {key for key in {*old, *new} if old.get(key) != new.get(key)}
     assert changed == {"quantization_config"}
-    old_groups = old["quantization_config"]["config_groups"]
-    new_groups = new["quantization_config"]["config_groups"]
-    assert {name: new_groups[name] for name in old_groups} == old_groups
+    experts: Any = {"rtn": "int4"}.get(variant, variant)
+    added = add_head(old["quantization_config"], 4, experts, fp8_projections=True)
+    assert new["quantization_config"] == added
 
 
 def test_num_nextn_predict_layers_is_set_where_the_base_says_zero(
@@ -208,11 +201,18 @@ def test_num_nextn_predict_layers_is_set_where_the_base_says_zero(
     assert read_json(tmp_path / "out" / "config.json")["num_nextn_predict_layers"] == 1
 
 
-def test_two_runs_give_the_same_bytes(
-    base: Path, checkpoint: Path, variant: Variant, tiny_model: Path, tmp_path: Path
+def test_two_runs_give_the_same_bytes_and_count_them(
+    base: Path,
+    checkpoint: Path,
+    head: dict[str, Tensor],
+    variant: Variant,
+    tiny_model: Path,
+    tmp_path: Path,
 ) -> None:
-    splice(base, tiny_model / "upstream", tmp_path / "again", variant)
+    result = splice(base, tiny_model / "upstream", tmp_path / "again", variant)
     assert hashes(tmp_path / "again") == hashes(checkpoint)
+    written = sum(tensor.numel() * tensor.element_size() for tensor in head.values())
+    assert (result.tensors, result.bytes_written) == (len(head), written)
 
 
 # The head's tensors
@@ -235,8 +235,8 @@ def test_every_upstream_tensor_is_accounted_for(
     head: dict[str, Tensor], upstream: dict[str, Tensor], variant: Variant
 ) -> None:
     assert set(head) == stored_names(variant, upstream)
-    plain = [name for name in head if name in upstream and name.removesuffix(".weight") not in
-             {*EXPERTS, *FP8, *SHARED}]
+    scaled = {f"{stem}.weight" for stem in (*EXPERTS, *FP8, *SHARED)}
+    plain = set(head) & set(upstream) - scaled
     assert len(plain) == 19
     for name in plain:
         assert head[name].dtype == upstream[name].dtype
@@ -327,75 +327,6 @@ def test_compressed_tensors_reads_every_mxfp4_expert_as_upstreams(
         assert torch.equal(theirs.float(), ours)
 
 
-# Which scheme an engine finds for its own names
-
-LAYER = "model.layers.4"
-EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-
-
-def expected_schemes(variant: Variant) -> dict[str, str | None]:
-    """Return module name -> stored format, None for unquantized."""
-    experts = {"rtn": "pack-quantized", "mxfp4": "mxfp4-pack-quantized", "bf16": None}[variant]
-    linears = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
-    unquantized = ("head", "shared_head.head", "ffn.gate", "enorm", "ffn.shared_experts.w1")
-    schemes: dict[str, str | None] = {}
-    for name in (*linears, "e_proj", "h_proj"):
-        schemes[f"{LAYER}.{name}"] = "float-quantized"
-    for name in (*unquantized, *(f"ffn.shared_experts.{m}" for m in EXPERT_MATRICES)):
-        schemes[f"{LAYER}.{name}"] = None
-    for expert in (0, 63):
-        for matrix in EXPERT_MATRICES:
-            schemes[f"{LAYER}.ffn.experts.{expert}.{matrix}"] = experts
-    # The base's layers, and layers of a larger model whose number contains the head's.
-    for layer in (0, 3, 14, 40, 44):
-        stem = f"model.layers.{layer}"
-        schemes |= {f"{stem}.{name}": "float-quantized" for name in linears}
-        schemes |= {f"{stem}.ffn.experts.7.{m}": "pack-quantized" for m in EXPERT_MATRICES}
-        schemes |= {f"{stem}.ffn.shared_experts.{m}": None for m in EXPERT_MATRICES}
-        schemes |= {f"{stem}.attn.compressor.{m}": None for m in ("wkv", "wgate")}
-        schemes[f"{stem}.attn.indexer.wq_b"] = "float-quantized"
-        schemes[f"{stem}.attn.indexer.weights_proj"] = None
-    return {**schemes, "lm_head": None, "model.embed": None}
-
-
-def matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
-
-
-def test_each_module_finds_its_scheme(checkpoint: Path, variant: Variant) -> None:
-    config = read_json(checkpoint / "config.json")["quantization_config"]
-    for name, expected in expected_schemes(variant).items():
-        groups = config["config_groups"].values()
-        found = [g["format"] for g in groups if any(matches(t, name) for t in g["targets"])]
-        ignored = any(matches(pattern, name) for pattern in config["ignore"])
-        assert (None if ignored or not found else found[0]) == expected, name
-
-
-@pytest.mark.vllm
-def test_vllm_finds_the_same_schemes(checkpoint: Path, variant: Variant) -> None:
-    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-        CompressedTensorsConfig,
-    )
-
-    settings = read_json(checkpoint / "config.json")["quantization_config"]
-    config = CompressedTensorsConfig.from_config(deepcopy(settings))
-    config.packed_modules_mapping = {
-        "gate_up_proj": ["w1", "w3"],
-        "fused_wqa_wkv": ["wq_a", "wkv"],
-    }
-    fused = {
-        f"{LAYER}.attn.fused_wqa_wkv": "float-quantized",
-        f"{LAYER}.ffn.shared_experts.gate_up_proj": None,
-        "model.layers.0.attn.fused_wqa_wkv": "float-quantized",
-        "model.layers.0.ffn.shared_experts.gate_up_proj": None,
-    }
-    for name, expected in (expected_schemes(variant) | fused).items():
-        scheme = config.get_scheme_dict(nn.Linear(1, 1), name)
-        assert (scheme["format"] if scheme else None) == expected, name
-
-
 # What it refuses
 
 
@@ -467,12 +398,3 @@ def test_an_interrupted_splice_leaves_nothing_and_can_be_repeated(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert hashes(tmp_path / "out") == hashes(spliced["mxfp4"])
     assert (result.checkpoint, result.variant) == (tmp_path / "out", "mxfp4")
-
-
-def test_result_counts_what_was_written(
-    base: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    result = splice(base, tiny_model / "upstream", tmp_path / "out", "rtn")
-    head = {n: t for n, t in load_tensors(tmp_path / "out").items() if n.startswith("mtp.")}
-    assert result.tensors == len(head)
-    assert result.bytes_written == sum(t.numel() * t.element_size() for t in head.values())

@@ -1,8 +1,18 @@
 """Real layers of vLLM, built without an engine: one rank, small sizes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import (
@@ -63,3 +73,16 @@ def load_expert(layer: RoutedExperts, expert: int, matrix: str, part: str, value
         parameter, value, name, shard_id=matrix, expert_id=expert, return_success=True
     )
     assert done
+
+
+@contextmanager
+def one_rank_group(folder: Path) -> Iterator[None]:
+    """Have a tensor parallel group of this process alone; vLLM's linears ask for its size."""
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder / 'rendezvous'}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        try:
+            yield
+        finally:
+            destroy_model_parallel()
+            destroy_distributed_environment()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from engine.conftest import MAX_MARGIN, Checkpoints
 from engine.reference_model import load_reference, reference_logprobs
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from engine.conftest import MAX_MARGIN, Checkpoints, divergences
 
 pytestmark = pytest.mark.vllm

@@ -1,6 +1,6 @@
 """Write a tiny model with random weights, to try the dimensions on every engine before training.
 
-    python models/tiny-dsv4/make/random_weights.py OUT
+python models/tiny-dsv4/make/random_weights.py OUT
 """
 
 import sys

@@ -102,7 +102,10 @@ def values_size(path: Path) -> int:
 
 
 def write_index(
-    weight_map: Mapping[str, str], total_size: int, folder: Path, metadata: Mapping[str, object] = {}
+    weight_map: Mapping[str, str],
+    total_size: int,
+    folder: Path,
+    metadata: Mapping[str, object] = {},
 ) -> None:
     """Write the index of a checkpoint; call it last, when every shard is in place."""
     content = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(weight_map)}
@@ -128,4 +131,3 @@ def save_checkpoint(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes
         save_shard(shard, folder / file_name)
         weight_map.update(dict.fromkeys(shard, file_name))
     write_index(weight_map, sum(map(num_bytes, tensors.values())), folder)
-

@@ -1,8 +1,8 @@
 """Gap: vLLM loads quantized checkpoints leniently, and an unknown expert tensor not at all.
 
 A head that loads half-way serves without an error and accepts nothing. So every load is watched
-twice: a checkpoint tensor during which no parameter was written has not been read, and a
-parameter that was written fewer times than it has parts has not been filled.
+twice: a checkpoint tensor that was given to no parameter has not been read, and a parameter
+that was written fewer times than it has parts has not been filled.
 """
 
 from collections import Counter
@@ -30,20 +30,26 @@ def load_strictly(
 ) -> set[str]:
     """Call `load(weights)` and raise GraftError for whatever was left unread or unwritten.
 
-    `load` is the model's stock `load_weights`; it must consume the tensors one at a time.
+    `load` is the model's stock `load_weights`; it must consume the tensors one at a time. What it
+    leaves unconsumed counts as unread.
     `shared` names parameters that come from another model. Returns the names `load` reports.
     """
     expected = _expected_parts(model)
-    writes = _count_writes(model)
+    offers, writes = _count(model)
     unread: list[str] = []
-    loaded = load(_watch(weights, writes, unread))
+    watched = _watch(weights, offers, unread)
+    loaded = load(watched)
+    for _ in watched:
+        pass  # left by `load`, so it is noted as unread
     # vLLM copies the attention sinks itself, past any weight loader.
     sinks = {name for name in loaded if name.endswith("attn_sink")}
     unread = [name for name in unread if not (sinks and name.endswith("attn_sink"))]
     unwritten = [
         f"{name} ({writes[name]} of {parts} parts)"
         for name, parts in expected.items()
-        if writes[name] < parts and name not in sinks and name not in shared
+        if writes[name] < parts
+        and name not in sinks
+        and name not in shared
         and not name.endswith(_ENGINE_OWNED)
     ]
     if unread:
@@ -61,14 +67,19 @@ def _report(what: str, names: list[str]) -> str:
     )
 
 
-def _count_writes(model: nn.Module) -> Counter[str]:
-    """Wrap every parameter's weight loader so that successful calls are counted by its name."""
+def _count(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
+    """Wrap every parameter's weight loader to count, by its name, its calls and its writes.
+
+    They differ for an expert of another rank: its loader answers False and writes nothing.
+    """
+    offers: Counter[str] = Counter()
     writes: Counter[str] = Counter()
 
     def counting(name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         def count_and_load(*args: Any, **kwargs: Any) -> Any:
             result = loader(*args, **kwargs)
-            if result is not False:  # experts of other ranks answer False
+            offers[name] += 1
+            if result is not False:
                 writes[name] += 1
             return result
 
@@ -77,14 +88,14 @@ def _count_writes(model: nn.Module) -> Counter[str]:
     for name, parameter in model.named_parameters():
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         parameter.weight_loader = counting(name, loader)  # type: ignore[attr-defined]
-    return writes
+    return offers, writes
 
 
-def _watch(weights: Weights, writes: Counter[str], unread: list[str]) -> Iterator[Any]:
+def _watch(weights: Weights, offers: Counter[str], unread: list[str]) -> Iterator[Any]:
     for name, tensor in weights:
-        before = writes.total()
+        before = offers.total()
         yield name, tensor
-        if writes.total() == before:
+        if offers.total() == before:
             unread.append(name)
 
 

@@ -1,7 +1,7 @@
 """Gap: FP8 blocks and INT4 experts load on a CPU only with AMX; MXFP4 experts select a GPU kernel.
 
 One place serves all three: the checkpoint's quantized tensors are loaded as they are and decoded
-to the model's dtype once, after loading (experts to float32); a linear then runs vLLM's unquantized CPU path.
+once, after loading. Linears become BF16 and run vLLM's unquantized path; experts become float32.
 """
 
 from typing import Any
@@ -28,19 +28,21 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block
 from mtp_graft.vllm_plugin.cpu.experts import BF16Experts, Int4Experts, MXFP4Experts
+from mtp_graft.vllm_plugin.cpu.tensor_parallel import Float32RowParallelLinear, is_split_by_rows
 
 
-class DequantizeOnLoad(CompressedTensorsConfig):  # type: ignore[misc]
+class DequantizeOnLoad(CompressedTensorsConfig):
     """A compressed-tensors config whose layers decode their weights after loading."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return how to load and run `layer`; GraftError for a scheme that is not W4A16-FP8's."""
         if isinstance(layer, LinearBase):
             weights = self._weight_scheme(layer, prefix)
+            by_rows = is_split_by_rows(layer)
             if weights is None:
-                return UnquantizedLinearMethod()
+                return Float32RowParallelLinear() if by_rows else UnquantizedLinearMethod()
             if weights.block_structure == [fp8_block.BLOCK, fp8_block.BLOCK]:
-                return FP8BlockLinear()
+                return FP8BlockRowParallelLinear() if by_rows else FP8BlockLinear()
             raise _unsupported(prefix, weights)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
@@ -89,12 +91,12 @@ def _unsupported(name: str, weights: QuantizationArgs) -> GraftError:
     )
 
 
-class FP8BlockLinear(UnquantizedLinearMethod):  # type: ignore[misc]
+class FP8BlockLinear(UnquantizedLinearMethod):
     """A linear stored as FP8 in 128 x 128 blocks, run in the model's dtype."""
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -123,7 +125,7 @@ class FP8BlockLinear(UnquantizedLinearMethod):  # type: ignore[misc]
         )
         layer.register_parameter("weight_scale", scale)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the stored pair by one weight in the model's dtype."""
         weight = fp8_block.decode(layer.weight.data, layer.weight_scale.data)
         del layer.weight_scale
@@ -131,3 +133,5 @@ class FP8BlockLinear(UnquantizedLinearMethod):  # type: ignore[misc]
         super().process_weights_after_loading(layer)
 
 
+class FP8BlockRowParallelLinear(FP8BlockLinear, Float32RowParallelLinear):
+    """The same, split over ranks by its inputs; their sums are added in float32."""

@@ -9,6 +9,7 @@ Shapes: T tokens, S hyper-connection streams (4), D hidden size.
 
 import re
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,13 @@ _FUSED = (
 _OUTSIDE_BLOCK = re.compile(r"^(enorm|hnorm|e_proj|h_proj|hc_head_\w+)(\.|$)")
 
 
+def _projection(vllm_config: VllmConfig, size: int, prefix: str) -> ReplicatedLinear:
+    quant_config = vllm_config.quant_config
+    return ReplicatedLinear(
+        size, size, bias=False, return_bias=False, quant_config=quant_config, prefix=prefix
+    )
+
+
 class MTPLayer(nn.Module):
     """One head: projections of residual and embedding, a decoder layer, and what logits need."""
 
@@ -52,16 +60,8 @@ class MTPLayer(nn.Module):
         self.config = config
         self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        for name in ("e_proj", "h_proj"):
-            projection = ReplicatedLinear(
-                config.hidden_size,
-                config.hidden_size,
-                bias=False,
-                return_bias=False,
-                quant_config=vllm_config.quant_config,
-                prefix=f"{prefix}.{name}",
-            )
-            self.add_module(name, projection)
+        self.e_proj = _projection(vllm_config, config.hidden_size, f"{prefix}.e_proj")
+        self.h_proj = _projection(vllm_config, config.hidden_size, f"{prefix}.h_proj")
         streams, width = config.hc_mult, config.hc_mult * config.hidden_size
         for name, shape in (("fn", (streams, width)), ("base", (streams,)), ("scale", (1,))):
             parameter = nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
@@ -125,7 +125,7 @@ class MultiTokenPredictor(nn.Module):
     @property
     def layer(self) -> MTPLayer:
         """The one head; every speculative step runs it again on its own output."""
-        return self.layers[self.layer_index]
+        return cast(MTPLayer, self.layers[self.layer_index])
 
 
 class DeepSeekV4MTP(nn.Module):
@@ -169,7 +169,7 @@ class DeepSeekV4MTP(nn.Module):
         return load_strictly(self, head, self._load, shared)
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        parameters = dict(self.named_parameters())
+        parameters: dict[str, Any] = dict(self.named_parameters())
         experts = _expert_parameters(self)
         loaded = set()
         for name, tensor in weights:
@@ -205,7 +205,7 @@ def _module_name(name: str) -> str:
     return "mtp_block." + inner.replace(".shared_experts.w2.", ".shared_experts.down_proj.")
 
 
-def _expert_parameters(model: nn.Module) -> dict[str, tuple[str, int, str]]:
+def _expert_parameters(model: "DeepSeekV4MTP") -> dict[str, tuple[str, int, str]]:
     """Return `experts.7.w1.` -> (parameter prefix, expert, matrix) for every expert matrix."""
     mapping = fused_moe_make_expert_params_mapping(
         model,
@@ -218,7 +218,7 @@ def _expert_parameters(model: nn.Module) -> dict[str, tuple[str, int, str]]:
 
 
 def _load_expert(
-    parameters: dict[str, nn.Parameter],
+    parameters: dict[str, Any],
     experts: dict[str, tuple[str, int, str]],
     target: str,
     tensor: Tensor,

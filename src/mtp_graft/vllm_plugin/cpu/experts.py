@@ -18,15 +18,14 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
-
-#: A verification step has at most this many tokens: eight requests with k = 3, say.
-MAX_DECODE_TOKENS = 32
+from mtp_graft.vllm_plugin.cpu.rowwise import MAX_DECODE_TOKENS
+from mtp_graft.vllm_plugin.cpu.tensor_parallel import add_over_ranks
 
 
 def clamped_experts(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
 ) -> Tensor:
-    """Return the weighted sum [T, D] of each token's K experts, computed in float32.
+    """Return the weighted sum [T, D] of each token's K experts in float32.
 
     `x` [T, D], `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M] in float32, `topk_weights`
     and `topk_ids` [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
@@ -37,7 +36,7 @@ def clamped_experts(
     are computed one (token, expert) pair at a time; a prefill goes expert by expert.
     """
     rows = _pairs if x.shape[0] <= MAX_DECODE_TOKENS else _by_expert
-    return rows(x.float(), w13, w2, topk_weights, topk_ids, limit).to(x.dtype)
+    return rows(x.float(), w13, w2, topk_weights, topk_ids, limit)
 
 
 def _activation(gate_up: Tensor, limit: float) -> Tensor:
@@ -78,24 +77,32 @@ def _by_expert(
     return out
 
 
-class ClampedCPUExperts(CPUUnquantizedExperts):  # type: ignore[misc]
+class ClampedCPUExperts(CPUUnquantizedExperts):
     """vLLM's portable CPU experts with the swiglu clamp; weights stay in their plain layout."""
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Remember the layer's clamp."""
         if layer.swiglu_limit is None:
             raise GraftError("the experts have no swiglu_limit; expected DeepSeek-V4's, 10.0")
         self._limit = float(layer.swiglu_limit)
 
     def apply(  # type: ignore[no-untyped-def]
-        self, output: Tensor, hidden_states: Tensor, w1: Tensor, w2: Tensor,
-        topk_weights: Tensor, topk_ids: Tensor, *args, **kwargs,
+        self,
+        output: Tensor,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *args,
+        **kwargs,
     ) -> None:
-        """Write `clamped_experts` of `hidden_states` [T, D] into `output`."""
-        output.copy_(clamped_experts(hidden_states, w1, w2, topk_weights, topk_ids, self._limit))
+        """Write `clamped_experts` of `hidden_states` [T, D] into `output`, summed over ranks."""
+        mine = clamped_experts(hidden_states, w1, w2, topk_weights, topk_ids, self._limit)
+        output.copy_(add_over_ranks(mine, output.dtype))
 
 
-class BF16Experts(UnquantizedFusedMoEMethod):  # type: ignore[misc]
+class BF16Experts(UnquantizedFusedMoEMethod):
     """Experts stored in the model's dtype and run in float32; the base of the decoded formats."""
 
     def __init__(self, moe: FusedMoEConfig) -> None:
@@ -140,7 +147,7 @@ class _DecodedExperts(BF16Experts):
                     f"{matrix}: {inputs} inputs a rank do not divide into groups of "
                     f"{self.group_size}; use a smaller tensor parallel size"
                 )
-            shapes = {
+            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
                 "weight_packed": ((outputs, inputs // self.codes_per_word), self.codes_dtype),
                 "weight_scale": ((outputs, inputs // self.group_size), self.scale_dtype),
             }

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.mhc import MHCPreOp
 
-from mtp_graft.vllm_plugin.cpu.experts import MAX_DECODE_TOKENS
+from mtp_graft.vllm_plugin.cpu.rowwise import MAX_DECODE_TOKENS
 
 
-class RowwiseMHCPre(MHCPreOp):  # type: ignore[misc]
+class RowwiseMHCPre(MHCPreOp):
     """vLLM's `MHCPreOp` whose result for a token does not depend on the tokens beside it."""
 
     def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return (post, comb, layer input) of `residual` [T, 4, D], as `MHCPreOp` does."""
         if residual.shape[0] > MAX_DECODE_TOKENS:
             return super().forward_cpu(residual, *args, **kwargs)
-        rows = [super(RowwiseMHCPre, self).forward_cpu(row, *args, **kwargs)
-                for row in residual.split(1)]
+        rows = [
+            super(RowwiseMHCPre, self).forward_cpu(row, *args, **kwargs)
+            for row in residual.split(1)
+        ]
         return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 

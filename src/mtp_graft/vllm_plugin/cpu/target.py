@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.models.deepseek_v4.cpu import model as stock
 
 from mtp_graft.vllm_plugin import tile_scheduler, triton_kernels
@@ -16,6 +17,8 @@ from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
 class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     """vLLM's CPU DeepSeek-V4 that also loads compressed-tensors W4A16-FP8, strictly."""
+
+    hf_to_vllm_mapper: WeightsMapper
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         triton_kernels.register()

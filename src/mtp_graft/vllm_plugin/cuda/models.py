@@ -17,7 +17,7 @@ FUSED = {
 }
 
 
-class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):  # type: ignore[misc]
+class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     """The target; unread checkpoint tensors and unwritten parameters are errors."""
 
     packed_modules_mapping = FUSED
@@ -29,7 +29,7 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):  # type: ignore[misc]
         return load_strictly(self, base, super().load_weights)
 
 
-class DeepSeekV4MTP(stock.DeepSeekV4MTP):  # type: ignore[misc]
+class DeepSeekV4MTP(stock.DeepSeekV4MTP):
     """The drafter; unread checkpoint tensors and unwritten parameters are errors."""
 
     packed_modules_mapping = FUSED
