@@ -14,7 +14,7 @@ MAX_DECODE_TOKENS = 32
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x` [T, I] times `weight` [O, I] transposed, in their dtype, row by row if T is small."""
+    """Return `x` [T, I] times `weight` [O, I], transposed; row by row if T is small."""
     if x.shape[0] > MAX_DECODE_TOKENS:
         return F.linear(x, weight)
     out = x.new_empty(x.shape[0], weight.shape[0])  # [T, O]
