@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from mtp_graft import vllm_plugin
+import mtp_graft
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_command_and_plugin_entry_points_resolve_to_functions() -> None:
 
 
 def test_supported_vllm_range_is_the_one_the_extras_install(project: dict[str, Any]) -> None:
-    supported = SpecifierSet(vllm_plugin.SUPPORTED_VLLM)
+    supported = SpecifierSet(mtp_graft.SUPPORTED_VLLM)
     extras = project["optional-dependencies"]
     gpu = Requirement(extras["gpu"][0])
     assert (gpu.name, gpu.specifier) == ("vllm", supported)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mtp_graft import SUPPORTED_VLLM
 from mtp_graft.errors import GraftError
-from mtp_graft.serving import command
 from mtp_graft.serving.command import ServeOptions, build_command, check_port, find_vllm
 
 from .conftest import install, only_from
@@ -233,7 +233,7 @@ def test_an_unpacked_wheel_is_started_by_its_module(
 
 
 def test_the_supported_range_is_that_of_the_gpu_extra(repo_root: Path) -> None:
-    assert f'"vllm{command.SUPPORTED_VLLM}"' in (repo_root / "pyproject.toml").read_text()
+    assert f'"vllm{SUPPORTED_VLLM}"' in (repo_root / "pyproject.toml").read_text()
 
 
 @pytest.mark.vllm

@@ -6,6 +6,7 @@ layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, bec
 `re:.*e_proj` also matches `gate_proj`.
 """
 
+from copy import deepcopy
 from typing import Any, Literal
 
 #: Formats of the head's routed experts that a checkpoint can carry.
@@ -60,7 +61,7 @@ _MXFP4: dict[str, Any] = {
 
 def base_quantization_config() -> dict[str, Any]:
     """Return the config of a base: FP8_BLOCK attention linears, INT4 g128 routed experts."""
-    return {
+    config = {
         "quant_method": "compressed-tensors",
         "format": "mixed-precision",
         "quantization_status": "compressed",
@@ -76,6 +77,7 @@ def base_quantization_config() -> dict[str, Any]:
         },
         "ignore": ["lm_head", "head"],
     }
+    return deepcopy(config)
 
 
 def add_head(

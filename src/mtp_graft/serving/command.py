@@ -14,11 +14,11 @@ from typing import Literal
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from mtp_graft import SUPPORTED_VLLM
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
 
-SUPPORTED_VLLM = ">=0.26,<0.34"
 PLUGIN_NAME = "mtp_graft"
 #: The only KV block size that DeepSeek-V4's attention backends accept.
 BLOCK_SIZE = 256

@@ -5,8 +5,6 @@ DeepSeek-V4 classes in vLLM's model registry, by path: they are imported, and th
 when such a model is built. Other models never reach this package.
 """
 
-SUPPORTED_VLLM = ">=0.26,<0.34"
-
 
 def register() -> None:
     """Name our DeepSeek-V4 target and MTP drafter in vLLM's registry; safe to call twice."""

@@ -53,6 +53,7 @@ def _pairs(
     gate_up = x.new_empty(len(experts), w13.shape[1])  # [T*K, 2M]
     for pair, expert in enumerate(experts):
         torch.mv(w13[expert], x[pair // choices], out=gate_up[pair])
+    # Elementwise over whole rows: M is a multiple of the group size, so no row shares a vector.
     hidden = _activation(gate_up, limit)  # [T*K, M]
     for pair, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
         out[pair // choices].addmv_(w2[expert], hidden[pair], alpha=weight)
