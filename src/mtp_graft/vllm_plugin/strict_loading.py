@@ -63,7 +63,7 @@ def _report(what: str, names: list[str]) -> str:
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     return (
         f"loading the checkpoint: {len(names)} {what}: {shown}; expected none. "
-        "The names or the quantization config do not match the model: see `mtp-graft verify`"
+        "The names or the quantization config do not match the model: see docs/format.md"
     )
 
 

@@ -87,7 +87,7 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
             raise GraftError("the experts have no swiglu_limit; expected DeepSeek-V4's, 10.0")
         self._limit = float(layer.swiglu_limit)
 
-    def apply(  # type: ignore[no-untyped-def]
+    def apply(
         self,
         output: Tensor,
         hidden_states: Tensor,
@@ -95,8 +95,8 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
         w2: Tensor,
         topk_weights: Tensor,
         topk_ids: Tensor,
-        *args,
-        **kwargs,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Write `clamped_experts` of `hidden_states` [T, D] into `output`, summed over ranks."""
         mine = clamped_experts(hidden_states, w1, w2, topk_weights, topk_ids, self._limit)
