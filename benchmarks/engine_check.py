@@ -11,6 +11,7 @@ which the text left the base's, with the base's margin there.
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -150,11 +151,10 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, or 'unknown' outside of one."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    """Return the commit of the checkout, or what GIT_COMMIT says on a host without its history."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    return result.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown")
 
 
 def _child(queue: Any, options: argparse.Namespace, k: int, prompts: list[list[int]]) -> None:
