@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.models import deepseek_v4 as stock
 
+from mtp_graft.vllm_plugin.cuda import hyper_connections, rope
+from mtp_graft.vllm_plugin.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
 Weights = Iterable[tuple[str, Tensor]]
@@ -21,6 +24,12 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     """The target; unread checkpoint tensors and unwritten parameters are errors."""
 
     packed_modules_mapping = FUSED
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        rope.apply()
+        hyper_connections.apply(vllm_config.model_config.hf_config.hidden_size)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        record_on_demand(self, vllm_config)
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load the base's tensors; the head's (`mtp.*`) belong to the drafter."""
