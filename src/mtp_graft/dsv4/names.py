@@ -5,9 +5,12 @@ upstream master, the W4A16-FP8 base and vLLM read; they are the names used every
 """
 
 import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from mtp_graft.errors import GraftError
 
 HEAD_PREFIX = "mtp.0."
 
@@ -95,6 +98,64 @@ def head_from_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for native, part in split_experts(f".{inner}", tensor).items():
             renamed[HEAD_PREFIX + native.lstrip(".")] = part
     return renamed
+
+
+def head_to_module(
+    tensors: Mapping[str, Tensor],
+    like: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Undo `head_from_module`: fill an `MTPHead` state dict from decoded `mtp.0.*` tensors.
+
+    `like` is the module's state dict (of meta tensors, say): its names and shapes. Parameters of
+    `FLOAT32` stay in float32, all others become `dtype`.
+    Raises GraftError for a missing, unexpected or misshapen tensor.
+    """
+    left = dict(tensors)
+    state: dict[str, Tensor] = {}
+    for name, target in like.items():
+        exact = FLOAT32.search(next(iter(head_from_module({name: target}))))
+        own = torch.float32 if exact else dtype
+        state[name] = torch.empty(target.shape, dtype=own, device=device)
+        # The native tensors are views of the module's fused one, so copying fills it.
+        for native, view in head_from_module({name: state[name]}).items():
+            view.copy_(_fitting(left, native, view))
+    if left:
+        raise GraftError(
+            f"{next(iter(left))}: not a tensor of the MTP head ({len(left)} unexpected in all)"
+        )
+    return state
+
+
+def _fitting(tensors: dict[str, Tensor], name: str, view: Tensor) -> Tensor:
+    """Take `name` out of `tensors`; it must have the shape of `view`."""
+    if name not in tensors:
+        raise GraftError(f"{name}: missing; expected {list(view.shape)}: fetch the head again")
+    tensor = tensors.pop(name)
+    if tensor.shape != view.shape:
+        raise GraftError(
+            f"{name}: is {list(tensor.shape)}, expected {list(view.shape)} by the base's "
+            "config.json; head and base are of different models"
+        )
+    return tensor
+
+
+def upstream_head_names(found: Iterable[str], where: object) -> list[str]:
+    """Return the sorted `mtp.*` names among `found`, the tensors of the checkpoint at `where`.
+
+    Raises GraftError if there are none, or blocks other than mtp.0.
+    """
+    head = sorted(name for name in found if name.startswith("mtp."))
+    if not head:
+        raise GraftError(f"{where}: has no mtp.* tensors; expected the upstream master's head")
+    blocks = sorted({name.split(".")[1] for name in head})
+    if blocks != ["0"]:
+        raise GraftError(
+            f"{where}: has blocks mtp.{{{','.join(blocks)}}}; expected mtp.0 alone. "
+            "Three blocks are a DSpark drafter, another architecture"
+        )
+    return head
 
 
 def storage_dtype(name: str) -> torch.dtype:

@@ -1,0 +1,116 @@
+"""Replay: what the MTP head does on sequences that the base has already computed.
+
+Everything the server computes is there: sliding-window attention over the sequence, the router
+with its bias, the activation clamp. Only the KV cache's FP8 rounding is left out.
+
+Shape legend: T tokens of a sequence, R = T - 1 rows (the last token has no successor whose
+embedding the head could read), S streams, D hidden size, K experts a token, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
+
+from mtp_graft.dsv4 import names
+from mtp_graft.dsv4.head import MTPHead, one_layer_config
+from mtp_graft.errors import GraftError
+
+#: Sorts the tokens by expert instead of asking every expert which tokens are its own.
+_EXPERTS_IMPLEMENTATION = "grouped_mm"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What the router saw and chose at each row of a sequence."""
+
+    x: Tensor  # [R, D], the routed experts' input
+    experts: Tensor  # int64 [R, K], in ascending order
+
+
+class RoutingRecorder(nn.Module):
+    """Stand in for the routed experts: keep what they are given, add nothing."""
+
+    routed: Routed
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Keep the input `x` [R, D] and the chosen `experts` [R, K]."""
+        self.routed = Routed(x, experts.sort(dim=-1).values)
+        return torch.zeros_like(x)
+
+
+def model_config(settings: Mapping[str, Any]) -> DeepseekV4Config:
+    """Return transformers' configuration for a checkpoint's config.json."""
+    left_out = ("quantization_config", "architectures")
+    return DeepseekV4Config(**{k: v for k, v in settings.items() if k not in left_out})
+
+
+def build_head(
+    config: DeepseekV4Config,
+    tensors: Mapping[str, Tensor],
+    *,
+    with_experts: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> MTPHead:
+    """Return the head with decoded `mtp.0.*` weights, as `variants.decode_head` gives them.
+
+    Without experts, a `RoutingRecorder` takes their place and `tensors` must not have them.
+    Raises GraftError for a missing, unexpected or misshapen tensor.
+    """
+    with torch.device("meta"):  # the weights are given: none is allocated or initialized here
+        head = MTPHead(config, _EXPERTS_IMPLEMENTATION).eval()
+    if not with_experts:
+        head.layer.mlp.experts = RoutingRecorder()
+    one_layer = one_layer_config(config, _EXPERTS_IMPLEMENTATION)
+    head.rotary_emb = DeepseekV4RotaryEmbedding(one_layer).to(device)
+    state = names.head_to_module(tensors, head.state_dict(), dtype, device)
+    head.load_state_dict(state, assign=True)
+    return head
+
+
+@torch.inference_mode()
+def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> Routed:
+    """Return the routed experts' inputs and choices on one sequence.
+
+    `head` was built without experts; `residual` [T, S, D] and `embeds` [T, D], those of the
+    tokens themselves, may be of any float type and on any device.
+    Raises GraftError if the head gives values that are not finite.
+    """
+    recorder = head.layer.mlp.experts
+    assert isinstance(recorder, RoutingRecorder)
+    _run(head, residual, embeds)
+    return recorder.routed
+
+
+@torch.inference_mode()
+def replay_drafts(
+    head: MTPHead, lm_head: Tensor, residual: Tensor, embeds: Tensor, first_row: int = 0
+) -> Tensor:
+    """Return the drafted tokens int64 [R - first_row]; row i's is the guess at token i + 2.
+
+    `residual` [T, S, D] and `embeds` [T, D] are those of the sequence's tokens, `lm_head` [V, D]
+    is the base's, in the head's dtype. Attention covers all rows; only those from `first_row` on
+    are drafted for. Raises GraftError if the head gives values that are not finite.
+    """
+    out = _run(head, residual, embeds)  # [1, R, S, D]
+    logits: Tensor = head.logits(out[:, first_row:], lm_head)[0]  # [R - first_row, V]
+    return logits.argmax(dim=-1)
+
+
+def _run(head: MTPHead, residual: Tensor, embeds: Tensor) -> Tensor:
+    """Return the head's residual stream [1, R, S, D]: row i reads token i + 1's embedding."""
+    like = head.h_proj.weight
+    rows = residual[None, :-1].to(like)
+    positions = torch.arange(rows.shape[1], device=like.device)[None]
+    stream: Tensor = head(rows, embeds[None, 1:].to(like), positions)
+    if not torch.isfinite(stream).all():
+        raise GraftError(
+            "mtp.0: gives values that are not finite on a captured residual that is; check that "
+            "upstream and base are of the same model, or fetch the head again"
+        )
+    return stream

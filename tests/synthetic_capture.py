@@ -1,0 +1,86 @@
+"""Small captures made without a server: random ones, and ones from transformers' base."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_sequence
+from mtp_graft.checkpoint.shards import save_shard
+
+
+@dataclass(frozen=True)
+class Played:
+    """One sequence as the server would have computed it."""
+
+    split: str
+    prompt_tokens: int
+    token_ids: Tensor  # int [T]
+    residual: Tensor  # [T, S, D]
+
+
+def write_capture(folder: Path, sequences: Sequence[Played], per_recording: int = 2) -> None:
+    """Write a capture folder, several sequences a recording as the server's passes have them."""
+    (folder / RECORDINGS).mkdir(parents=True)
+    for first in range(0, len(sequences), per_recording):
+        together = sequences[first : first + per_recording]
+        name = f"{first:06d}.safetensors"
+        token_ids = torch.cat([s.token_ids for s in together]).int()
+        residual = torch.cat([s.residual.flatten(1) for s in together]).bfloat16()
+        targets = token_ids.roll(-1)  # as if the base had foretold every token
+        tensors = {"token_ids": token_ids, "residual": residual, "targets": targets}
+        save_shard(tensors, folder / RECORDINGS / name)
+        start = 0
+        for number, s in enumerate(together, start=first):
+            tokens = len(s.token_ids)
+            append_sequence(
+                folder,
+                CapturedSequence(
+                    number, f"prompt-{number}", s.split, s.prompt_tokens, tokens, name, start
+                ),
+            )
+            start += tokens
+
+
+def random_sequences(
+    lengths: Sequence[int],
+    *,
+    hidden: int,
+    streams: int = 4,
+    vocab: int,
+    split: str = "calibration",
+    seed: int = 0,
+) -> list[Played]:
+    """Return sequences of random tokens and residuals, their first third being the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Played(
+            split,
+            max(1, length // 3),
+            torch.randint(vocab, (length,), generator=generator),
+            torch.randn(length, streams, hidden, generator=generator),
+        )
+        for length in lengths
+    ]
+
+
+@torch.no_grad()
+def base_sequences(
+    model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, split: str
+) -> list[Played]:
+    """Continue prompts of equal length greedily with transformers' base; record its residual."""
+    ids = torch.tensor(prompts)
+    seen: list[Tensor] = []
+    hook = model.model.hc_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        for _ in range(new_tokens):
+            newest = model(input_ids=ids, logits_to_keep=1).logits[:, -1].argmax(-1)
+            ids = torch.cat((ids, newest[:, None]), dim=1)
+        seen.clear()
+        model(input_ids=ids, logits_to_keep=1)
+    finally:
+        hook.remove()
+    start = len(prompts[0])
+    return [Played(split, start, row, residual) for row, residual in zip(ids, seen[0], strict=True)]

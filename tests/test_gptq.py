@@ -1,0 +1,186 @@
+"""GPTQ against a float64 oracle that works on one matrix and one input at a time."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mtp_graft.quant import int4
+from mtp_graft.quant.gptq import (
+    NotPositiveDefiniteError,
+    damped,
+    gptq,
+    inverse_factor,
+    relative_error,
+)
+
+quick = settings(max_examples=25, deadline=None)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def problem(
+    batch: int, outputs: int, inputs: int, *, seed: int, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return weights and the Hessians of strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(batch, outputs, inputs, generator=generator)
+    mixing = torch.randn(batch, inputs, inputs, generator=generator) / math.sqrt(inputs)
+    mixing += torch.randn(batch, 1, inputs, generator=generator)  # one direction they all share
+    x = torch.randn(batch, rows or 4 * inputs, inputs, generator=generator) @ mixing
+    return weight, x.mT @ x
+
+
+def round_to_nearest(weight: Tensor, group_size: int) -> Tensor:
+    scale = int4.group_scale(weight, group_size)
+    return int4.decode(int4.encode(weight, scale), scale)
+
+
+def oracle(
+    weight: Tensor, hessian: Tensor, damp: float, group_size: int
+) -> tuple[list[list[float]], list[list[float]], float]:
+    """Quantize one matrix in float64, as the paper's algorithm 1 does without its blocks.
+
+    Returns codes [O][I], scales [O][G], and how close any weight came to a tie between codes.
+    """
+    w, h = weight.double().clone(), hessian.double().clone()
+    outputs, inputs = w.shape
+    mean = sum(h[i, i] for i in range(inputs)) / inputs
+    for i in range(inputs):
+        h[i, i] = 1.0 if h[i, i] == 0 else h[i, i] + damp * mean
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    u = torch.linalg.cholesky(inverse, upper=True)
+    codes = [[0.0] * inputs for _ in range(outputs)]
+    scales: list[list[float]] = [[] for _ in range(outputs)]
+    closest = 1.0
+    for i in range(inputs):
+        for o in range(outputs):
+            if i % group_size == 0:
+                absmax = max(abs(float(v)) for v in w[o, i : i + group_size])
+                rounded = torch.tensor(absmax / 7.5).to(torch.bfloat16).item()
+                scales[o].append(rounded or 1.0)
+            exact = float(w[o, i]) / scales[o][-1]
+            closest = min(closest, abs(exact - math.floor(exact) - 0.5))
+            codes[o][i] = max(-8.0, min(7.0, float(round(exact))))
+            error = (float(w[o, i]) - codes[o][i] * scales[o][-1]) / float(u[i, i])
+            for j in range(i + 1, inputs):
+                w[o, j] -= error * u[i, j]
+    return codes, scales, closest
+
+
+@pytest.mark.parametrize("group_size", [8, 16, 24, 48])
+def test_gptq_gives_the_codes_of_the_float64_loop(group_size: int) -> None:
+    weight, hessian = problem(3, 6, 48, seed=1)
+    result = gptq(weight, hessian, damp=0.01, group_size=group_size)
+    for b in range(3):
+        codes, scales, closest = oracle(weight[b], hessian[b], 0.01, group_size)
+        assert closest > 1e-5, "a tie within float32's error: choose another seed"
+        assert result.codes[b].tolist() == codes
+        assert result.scale[b].tolist() == scales
+
+
+def test_stacking_matrices_that_share_a_hessian_changes_nothing() -> None:
+    weight, hessian = problem(2, 20, 64, seed=2)
+    stacked = gptq(weight, hessian, group_size=32)
+    top, bottom = (gptq(part, hessian, group_size=32) for part in weight.split(10, dim=1))
+    assert torch.equal(stacked.codes, torch.cat((top.codes, bottom.codes), dim=1))
+    assert torch.equal(stacked.scale, torch.cat((top.scale, bottom.scale), dim=1))
+
+
+def test_result_does_not_depend_on_what_else_is_in_the_batch() -> None:
+    weight, hessian = problem(7, 64, 256, seed=3)
+    together = gptq(weight, hessian)
+    for part in (slice(0, 1), slice(2, 5), slice(6, 7)):
+        alone = gptq(weight[part], hessian[part])
+        assert torch.equal(alone.codes, together.codes[part])
+        assert torch.equal(alone.scale, together.scale[part])
+
+
+def test_factor_is_the_cholesky_factor_of_the_inverse() -> None:
+    _, hessian = problem(4, 1, 64, seed=4)
+    hessian = damped(hessian.double(), 0.01)
+    factor = inverse_factor(hessian)
+    classic = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
+    )
+    torch.testing.assert_close(factor, classic, rtol=1e-9, atol=1e-12)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
+    hessian = torch.diag(torch.tensor([1.0, 2.0, 3.0]))[None]
+    assert damped(hessian, 0.5).diagonal(dim1=-2, dim2=-1).tolist() == [[2.0, 3.0, 4.0]]
+
+
+@quick
+@given(seeds, st.sampled_from([8, 32]))
+def test_with_independent_inputs_gptq_is_rounding_to_nearest(seed: int, group_size: int) -> None:
+    weight, _ = problem(2, 5, 32, seed=seed)
+    scale = int4.group_scale(weight, group_size)
+    for hessian in (torch.eye(32).expand(2, -1, -1), torch.zeros(2, 32, 32)):
+        result = gptq(weight, hessian, group_size=group_size)
+        assert torch.equal(result.scale, scale)
+        assert torch.equal(result.codes, int4.encode(weight, scale))
+
+
+@quick
+@given(seeds)
+def test_with_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(seed: int) -> None:
+    weight, hessian = problem(2, 32, 64, seed=seed)
+    result = gptq(weight, hessian, group_size=32)
+    gptq_error = relative_error(weight, int4.decode(result.codes, result.scale), hessian)
+    assert (gptq_error < relative_error(weight, round_to_nearest(weight, 32), hessian)).all()
+
+
+@quick
+@given(seeds, st.sampled_from([1e-6, 1.0, 1e6]))
+def test_scale_of_the_hessian_does_not_matter(seed: int, scale: float) -> None:
+    weight, hessian = problem(1, 8, 32, seed=seed)
+    power = 2.0 ** round(math.log2(scale))  # exact in float32
+    result, scaled = (gptq(weight, h, group_size=16) for h in (hessian, hessian * power))
+    assert (result.codes == scaled.codes).float().mean() > 0.98  # ties may fall otherwise
+
+
+def test_input_never_seen_is_rounded_to_nearest_and_moves_no_other() -> None:
+    weight, hessian = problem(1, 8, 32, seed=5)
+    dead = 11
+    hessian[:, dead], hessian[:, :, dead] = 0.0, 0.0
+    weight[:, :, dead] = 0.01 * weight[:, :, dead]  # never a group's largest
+    result = gptq(weight, hessian, group_size=32)
+    nearest = int4.encode(weight, result.scale)
+    assert torch.equal(result.codes[:, :, dead], nearest[:, :, dead])
+    weight[:, :, dead] *= -1
+    other = gptq(weight, hessian, group_size=32)
+    alive = torch.arange(32) != dead
+    assert torch.equal(result.codes[:, :, alive], other.codes[:, :, alive])
+
+
+def test_fewer_rows_than_inputs_are_enough() -> None:
+    weight, hessian = problem(2, 16, 64, seed=6, rows=3)
+    result = gptq(weight, hessian, group_size=32)
+    decoded = int4.decode(result.codes, result.scale)
+    nearest = relative_error(weight, round_to_nearest(weight, 32), hessian)
+    assert (relative_error(weight, decoded, hessian) < nearest).all()
+
+
+def test_hessian_that_is_not_positive_definite_is_named() -> None:
+    weight, hessian = problem(3, 4, 16, seed=7)
+    hessian[1] = -hessian[1]
+    with pytest.raises(NotPositiveDefiniteError) as caught:
+        gptq(weight, hessian, group_size=16)
+    assert caught.value.index == 1
+
+
+def test_relative_error_is_that_of_the_outputs() -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight, decoded = torch.randn(2, 3, 5, 16, generator=generator)
+    x = torch.randn(3, 40, 16, generator=generator)
+    found = relative_error(weight, decoded, x.mT @ x)
+    for b in range(3):
+        outputs = [weight[b].double() @ row for row in x[b].double()]
+        errors = [(weight[b] - decoded[b]).double() @ row for row in x[b].double()]
+        expected = math.sqrt(sum(float(e @ e) for e in errors) / sum(float(y @ y) for y in outputs))
+        assert found[b].item() == pytest.approx(expected, rel=1e-5)
+    assert relative_error(weight, weight, x.mT @ x).tolist() == [0.0] * 3
