@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_graft.checkpoint import shards
@@ -194,3 +194,81 @@ def test_a_broken_checkpoint_is_one_error_that_names_the_file(
 def test_asking_for_unknown_tensors_names_the_first_and_counts_them(checkpoint: Path) -> None:
     with pytest.raises(GraftError, match=r"no tensor x \(2 missing in all\)"):
         shards.load_tensors(checkpoint, ["a", "x", "y"])
+
+
+# Streaming, headers, and full disks
+
+
+def test_a_streamed_shard_has_the_bytes_of_a_saved_one(
+    tensors: dict[str, Tensor], tmp_path: Path
+) -> None:
+    tensors |= {
+        "i64": torch.arange(3),
+        "i32": torch.arange(3, dtype=torch.int32),
+        "f64": torch.zeros(3, dtype=torch.float64),
+        "f16": torch.zeros(3, dtype=torch.float16),
+        "i16": torch.zeros(3, dtype=torch.int16),
+        "i8": torch.zeros(3, dtype=torch.int8),
+        "bool": torch.zeros(3, dtype=torch.bool),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "\u00e9": torch.zeros(1),
+    }
+    shards.save_shard(tensors, tmp_path / "saved")
+    layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    shards.stream_shard(layout, reversed(list(tensors.items())), tmp_path / "streamed")
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "saved").read_bytes()
+
+
+def test_meta_tensors_have_the_shapes_and_dtypes_of_what_is_stored(
+    checkpoint: Path, tensors: dict[str, Tensor]
+) -> None:
+    wanted = {"e": "model-00004-of-00004.safetensors", "a": "model-00001-of-00004.safetensors"}
+    meta = shards.read_meta(checkpoint, wanted)
+    assert list(meta) == ["e", "a"] and all(tensor.is_meta for tensor in meta.values())
+    for name, tensor in meta.items():
+        assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
+
+
+def test_an_index_of_one_prefix_needs_only_its_shards(checkpoint: Path) -> None:
+    (checkpoint / "model-00003-of-00004.safetensors").unlink()
+    assert shards.check_index(checkpoint, "b") == {
+        name: shard for name, shard in shards.read_index(checkpoint, "b").items()
+    }
+    assert set(shards.read_index(checkpoint, "b")) == {"b", "big"}
+    with pytest.raises(GraftError, match=r"00003-of-00004.*not found"):
+        shards.check_index(checkpoint)
+
+
+def test_index_and_shards_are_compared_both_ways(checkpoint: Path) -> None:
+    assert shards.check_index(checkpoint) == shards.read_index(checkpoint)
+    content = json.loads((checkpoint / INDEX).read_text())
+    shard = content["weight_map"].pop("b")
+    (checkpoint / INDEX).write_text(json.dumps(content))
+    with pytest.raises(GraftError, match=rf"index\.json: does not list b \(1 in all\).*{shard}"):
+        shards.check_index(checkpoint)
+    content["weight_map"] |= {"b": shard, "x": shard, "y": shard}
+    (checkpoint / INDEX).write_text(json.dumps(content))
+    with pytest.raises(GraftError, match=rf"{shard}: has no x \(2 missing in all\)"):
+        shards.check_index(checkpoint)
+
+
+@pytest.mark.parametrize("how", ["save", "stream", "json"])
+def test_a_full_disk_is_one_error_that_names_file_and_size(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object, **_options: object) -> None:  # as seen on a full tmpfs
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shards, "save_file", fail)  # it does not write through a link
+    path = tmp_path / "out"
+    (tmp_path / ".out.tmp").symlink_to("/dev/full")  # every write fails as on a full disk
+    tensors = {"a": torch.zeros(1_000_000)}
+    with pytest.raises(GraftError, match=r"out: the disk is full; [\d,]+ bytes"):
+        if how == "save":
+            shards.save_shard(tensors, path)
+        elif how == "stream":
+            shards.stream_shard(tensors, iter(tensors.items()), path)
+        else:
+            shards.write_json({"a": 1}, path)
+    assert list(tmp_path.iterdir()) == []

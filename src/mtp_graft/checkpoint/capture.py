@@ -4,6 +4,7 @@ A capture folder holds `recordings/NNNNNN.safetensors`, one per forward pass of 
 with whole sequences one after the other, and `index.jsonl`, one line per sequence saying where it
 lies. Lines are appended as sequences finish: an index is always a valid, perhaps shorter, capture.
 A recording that no line names belongs to a pass whose client was killed, and may be removed.
+`texts.jsonl` holds the sequences themselves, from before they are recorded.
 """
 
 import json
@@ -11,16 +12,38 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mtp_graft.checkpoint.shards import open_shard
+from mtp_graft.checkpoint.shards import is_full_disk, open_shard
 from mtp_graft.errors import GraftError
 
 INDEX_NAME = "index.jsonl"
+TEXTS_NAME = "texts.jsonl"
 RECORDINGS = "recordings"
+#: A server with this variable in its environment records into the capture folder it names,
+RECORD_VARIABLE = "MTP_GRAFT_RECORD"
+#: while a file of this name is there.
+SWITCH_NAME = "recording-on"
+
+
+@dataclass(frozen=True)
+class FinishedText:
+    """A prompt and its greedy continuation, as token ids."""
+
+    number: int  # of the prompt, in the order of the calibration set
+    id: str
+    split: str  # "calibration" or "evaluation"
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Return the whole sequence."""
+        return self.prompt + self.continuation
 
 
 @dataclass(frozen=True)
@@ -45,12 +68,26 @@ class Recorded:
     targets: Tensor  # int64 [T], the base's argmax after each position
 
 
+def append_text(folder: Path, text: FinishedText) -> None:
+    """Add one finished text to `texts.jsonl` and sync it."""
+    _append_line(folder / TEXTS_NAME, asdict(text))
+
+
+def read_texts(folder: Path) -> list[FinishedText]:
+    """Return the finished texts of a capture folder, by number; a torn last line is not one.
+
+    Raises GraftError for a line in the middle that is no text.
+    """
+    texts = _read_lines(folder / TEXTS_NAME, FinishedText)
+    whole = (
+        FinishedText(t.number, t.id, t.split, tuple(t.prompt), tuple(t.continuation)) for t in texts
+    )
+    return sorted(whole, key=lambda text: text.number)
+
+
 def append_sequence(folder: Path, sequence: CapturedSequence) -> None:
     """Add one line to the index and sync it."""
-    with (folder / INDEX_NAME).open("a") as index:
-        index.write(json.dumps(asdict(sequence), ensure_ascii=False) + "\n")
-        index.flush()
-        os.fsync(index.fileno())
+    _append_line(folder / INDEX_NAME, asdict(sequence))
 
 
 def read_sequences(folder: Path) -> list[CapturedSequence]:
@@ -58,19 +95,44 @@ def read_sequences(folder: Path) -> list[CapturedSequence]:
 
     Raises GraftError for a line in the middle that is no sequence.
     """
-    path = folder / INDEX_NAME
+    by_number = {s.number: s for s in _read_lines(folder / INDEX_NAME, CapturedSequence)}
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def _append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one line of JSON and sync it; a line that a kill tore is cut off first.
+
+    Raises GraftError if the disk is full.
+    """
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    try:
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        raise GraftError(f"{path}: the disk is full; make room and run again") from error
+
+
+Row = TypeVar("Row", FinishedText, CapturedSequence)
+
+
+def _read_lines(path: Path, kind: type[Row]) -> list[Row]:
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_bytes().split(b"\n")
     lines.pop()  # what follows the last newline: nothing, or a line whose write was cut off
-    sequences = {}
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            sequence = CapturedSequence(**json.loads(line))
+            rows.append(kind(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise GraftError(f"{path}:{number}: not a captured sequence ({error})") from error
-        sequences[sequence.number] = sequence
-    return [sequences[number] for number in sorted(sequences)]
+            raise GraftError(f"{path}:{number}: not a {kind.__name__} ({error})") from error
+    return rows
 
 
 def read_recorded(folder: Path, sequence: CapturedSequence, streams: int) -> Recorded:

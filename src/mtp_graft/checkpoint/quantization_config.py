@@ -6,8 +6,11 @@ layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, bec
 `re:.*e_proj` also matches `gate_proj`.
 """
 
+import re
 from copy import deepcopy
 from typing import Any, Literal
+
+from mtp_graft.errors import GraftError
 
 #: Formats of the head's routed experts that a checkpoint can carry.
 ExpertFormat = Literal["int4", "mxfp4", "bf16"]
@@ -103,3 +106,66 @@ def add_head(
         ignore.append(rf"{layer}(mtp_block\.)?ffn\.experts\..*")
     ignore.append(rf"{layer}(mtp_block\.)?ffn\.shared_experts\..*")
     return {**config, "config_groups": groups, "ignore": ignore}
+
+
+def scheme_of(config: dict[str, Any], module: str) -> dict[str, Any] | None:
+    """Return the group that covers a module, by the engine's name for it; None if none does.
+
+    As vLLM looks it up: what is ignored has no scheme, and the first group that matches wins. A
+    target that is a class name (`Linear`) matches every linear, after the patterns.
+    """
+    if any(_matches(pattern, module) for pattern in config.get("ignore", [])):
+        return None
+    groups: list[dict[str, Any]] = list(config["config_groups"].values())
+    for group in groups:
+        if any(_matches(target, module) for target in group["targets"]):
+            return group
+    return next((group for group in groups if "Linear" in group["targets"]), None)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern == name
+
+
+def check_head(config: dict[str, Any], head_layer: int, experts: ExpertFormat) -> None:
+    """Check that every module of the head finds the scheme it is stored in.
+
+    Raises GraftError for a module that the base's own groups or ignore list take elsewhere: it
+    would load as noise, or not at all.
+    """
+    layer = f"model.layers.{head_layer}"
+    expert_format = {"int4": _INT4["format"], "mxfp4": _MXFP4["format"], "bf16": None}[experts]
+    expected: dict[str, str | None] = {
+        f"{layer}.ffn.experts.0.{m}": expert_format
+        for m in ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+    }
+    expected |= {f"{layer}.ffn.shared_experts.{m}": None for m in ("w1", "w2", "w3")}
+    linears = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "e_proj", "h_proj")
+    expected |= {f"{layer}.{name}": _FP8_BLOCK["format"] for name in linears}
+    for module, wanted in expected.items():
+        group = scheme_of(config, module)
+        found = None if group is None else group.get("format", config.get("format"))
+        if found != wanted:
+            raise GraftError(
+                f"quantization_config: {module} would load as {found or 'unquantized'}, expected "
+                f"{wanted or 'unquantized'}; the base's targets or ignore list differ from a "
+                "W4A16-FP8 base's: correct its config.json"
+            )
+
+
+def int4_group_size(config: dict[str, Any]) -> int:
+    """Return the inputs per scale of the base's INT4 group; GraftError if it has no single one."""
+    weights = [group.get("weights") or {} for group in config["config_groups"].values()]
+    sizes = {
+        each.get("group_size")
+        for each in weights
+        if (each.get("type"), each.get("num_bits")) == ("int", 4)
+    }
+    if len(sizes) != 1 or not isinstance(size := sizes.pop(), int):
+        raise GraftError(
+            f"quantization_config: has {len(sizes)} INT4 group sizes, expected one; is this a "
+            "W4A16-FP8 base?"
+        )
+    return size

@@ -1,11 +1,14 @@
 """Safetensors checkpoints on disk: shards, their index, and reading single tensors from them."""
 
+import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,19 +17,39 @@ from mtp_graft.errors import GraftError
 
 INDEX_NAME = "model.safetensors.index.json"
 
+#: The format's names of the dtypes, in the order in which its own writer lays tensors out.
+_DTYPES: dict[str, torch.dtype] = {
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-def read_index(folder: Path) -> dict[str, str]:
+
+def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
     """Return the checkpoint's weight map, tensor name to shard file name.
 
-    Raises GraftError if the index is missing or unreadable, or names a shard that is not there.
+    With a `prefix`, only of the names that start with it; shards of other tensors need not be
+    there. Raises GraftError if the index is missing or unreadable, or names a shard that is not
+    there.
     """
     path = folder / INDEX_NAME
     try:
-        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
     except FileNotFoundError:
         raise GraftError(f"{path}: not found; expected a sharded safetensors checkpoint") from None
     except (ValueError, KeyError, TypeError) as error:
         raise GraftError(f"{path}: not a safetensors index ({error!r})") from error
+    weight_map = {name: shard for name, shard in weight_map.items() if name.startswith(prefix)}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise GraftError(f"{folder / shard}: not found, but {path.name} lists it; fetch again")
@@ -54,6 +77,49 @@ def load_tensors(folder: Path, names: list[str] | None = None) -> dict[str, Tens
     return {name: loaded[name] for name in wanted}
 
 
+def check_index(folder: Path, prefix: str = "") -> dict[str, str]:
+    """Return `read_index` after opening every shard it names and comparing names, both ways.
+
+    Raises GraftError for a truncated or corrupt shard, an entry whose shard lacks the tensor, and
+    a tensor (of a name with `prefix`) that the index does not list.
+    """
+    weight_map = read_index(folder, prefix)
+    for shard in sorted(set(weight_map.values())):
+        listed = {name for name, its_shard in weight_map.items() if its_shard == shard}
+        with open_shard(folder / shard) as tensors:
+            held = {name for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
+        if missing := sorted(listed - held):
+            raise GraftError(
+                f"{folder / shard}: has no {missing[0]} ({len(missing)} missing in all), but "
+                f"{INDEX_NAME} lists it; fetch again"
+            )
+        if unlisted := sorted(held - listed):
+            raise GraftError(
+                f"{folder / INDEX_NAME}: does not list {unlisted[0]} ({len(unlisted)} in all), "
+                f"which {shard} holds; fetch the index again"
+            )
+    return weight_map
+
+
+def read_meta(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return meta tensors (shape and dtype, no values) of the names in `weight_map`."""
+    found: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        with open_shard(folder / shard) as tensors:
+            for name in tensors.keys():  # noqa: SIM118, a handle is no mapping
+                if weight_map.get(name) == shard:
+                    part = tensors.get_slice(name)
+                    dtype = _dtype(part.get_dtype(), f"{folder / shard}: {name}")
+                    found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    return {name: found[name] for name in weight_map}
+
+
+def _dtype(name: str, where: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise GraftError(f"{where}: is {name}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
 @contextmanager
 def open_shard(path: Path) -> Iterator["safe_open"]:
     """Open one safetensors file, with a GraftError for a truncated or corrupt one."""
@@ -68,25 +134,104 @@ def open_shard(path: Path) -> Iterator["safe_open"]:
 def save_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write one safetensors file under a temporary name, sync it and rename it into place.
 
-    The bytes depend on names and values alone: safetensors orders its header itself.
+    The bytes depend on names and values alone: safetensors orders its header itself. Raises
+    GraftError if the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.rename(path)
+
+    def write(temporary: Path) -> None:
+        save_file(contiguous, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+
+    _write_whole(path, write, sum(map(num_bytes, tensors.values())))
+
+
+def stream_shard(
+    layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], path: Path
+) -> None:
+    """Write the bytes that `save_shard` would, with one tensor at a time in memory.
+
+    `layout` has the shape and dtype of every tensor (meta tensors will do); `tensors` yields each
+    of them once, in any order. Raises GraftError if the disk is full.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            starts = _write_header(layout, file)
+            for name, tensor in tensors:
+                expected = layout[name]
+                assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), name
+                file.seek(starts.pop(name))
+                file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            assert not starts, f"{min(starts)}: laid out, but never given"
+            file.flush()
+            os.fsync(file.fileno())
+
+    _write_whole(path, write, sum(map(num_bytes, layout.values())))
+
+
+def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int]:
+    """Write a safetensors header; return where in the file each tensor's values start."""
+    order = list(_DTYPE_NAMES)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    # Wide dtypes first, as the format's own writer does it: every value is aligned.
+    for name in sorted(layout, key=lambda name: (order.index(layout[name].dtype), name)):
+        starts[name], end = end, end + num_bytes(layout[name])
+        header[name] = {
+            "dtype": _DTYPE_NAMES[layout[name].dtype],
+            "shape": list(layout[name].shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: 8 + len(text) + start for name, start in starts.items()}
 
 
 def write_json(value: object, path: Path) -> None:
     """Write JSON under a temporary name, sync it and rename it into place."""
+    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file under a temporary name, sync it and rename it into place.
+
+    Raises GraftError if the disk is full.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    _write_whole(path, write, len(text.encode()))
+
+
+def _write_whole(path: Path, write: Callable[[Path], None], size: int) -> None:
+    """Let `write` fill a temporary file, then rename it to `path`; leave nothing of a failure."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        write(temporary)
+        temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        if not is_full_disk(error):
+            raise
+        raise GraftError(
+            f"{path}: the disk is full; {size:,} bytes are to be written there: "
+            "make room and run again"
+        ) from error
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Say whether a failed write ran out of space or quota; safetensors has it in words only."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "(os error 28)" in str(error)
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -1,0 +1,262 @@
+"""A recipe: one TOML file that says what is grafted onto what, and how it is measured.
+
+Every section is a frozen dataclass, which is also the stage's configuration. A key that no
+section has, or a value of another type, is an error that names it.
+"""
+
+import difflib
+import re
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mtp_graft.errors import GraftError
+
+#: How the routed experts are stored: rounded to INT4, INT4 by GPTQ, upstream's codes, decoded.
+Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
+_ALL_VARIANTS: tuple[Variant, ...] = get_args(Variant)
+#: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
+ZeroTokens = Literal["pool", "rtn", "error"]
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """The two checkpoints: a folder (`./x`, `../x`, `/x`, `~/x`) or a hub id (`owner/name`)."""
+
+    name: str  # of the spliced checkpoint's folder and of the report
+    base: str  # quantized, without its head
+    upstream: str  # the master that has the head
+    base_revision: str | None = None  # of the hub: branch, tag or commit
+    upstream_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class CaptureSection:
+    """What the base is asked and how long it answers; two sets, so that scores are held out."""
+
+    calibration_prompts: str  # JSON Lines file, or hub:owner/dataset
+    evaluation_prompts: str
+    calibration_count: int = 256
+    evaluation_count: int = 64
+    max_prompt_tokens: int = 512  # longer prompts are left out
+    new_tokens: int = 256  # per prompt; the base does not stop early
+    concurrency: int = 8  # prompts in work at a time
+    max_model_len: int = 2048
+
+
+@dataclass(frozen=True)
+class QuantizeSection:
+    """How the head's routed experts are rounded."""
+
+    variants: tuple[Variant, ...] = _ALL_VARIANTS
+    damp: float = 0.01  # of the mean of the Hessian's diagonal
+    group_size: int = 128  # inputs per INT4 scale; as the base has it
+    experts_per_batch: int = 16  # the unit of resuming
+    zero_tokens: ZeroTokens = "pool"  # for an expert that no calibration token reached
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class ScoreSection:
+    """Where the offline acceptance is computed."""
+
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class SpliceSection:
+    """Which variant the final checkpoint carries."""
+
+    variant: Variant = "gptq"
+    copy: bool = False  # copy the base's files instead of hard-linking them
+
+
+@dataclass(frozen=True)
+class BenchSection:
+    """What is served and timed at the end."""
+
+    prompts: str  # JSON Lines file, or hub:owner/dataset
+    count: int = 8
+    max_tokens: int = 128
+    rounds: int = 3
+    num_speculative_tokens: int = 1
+    served_variants: tuple[Variant, ...] = _ALL_VARIANTS
+
+
+@dataclass(frozen=True)
+class ServeSection:
+    """How vLLM serves base and grafted checkpoint; None leaves it to vLLM or the platform."""
+
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    kv_cache_gib: float | None = None
+    extra_args: tuple[str, ...] = ()  # for `vllm serve`, as they are
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run needs to know."""
+
+    model: ModelSection
+    capture: CaptureSection
+    bench: BenchSection
+    quantize: QuantizeSection = field(default_factory=QuantizeSection)
+    score: ScoreSection = field(default_factory=ScoreSection)
+    splice: SpliceSection = field(default_factory=SpliceSection)
+    serve: ServeSection = field(default_factory=ServeSection)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return section -> key -> value, as manifests record it."""
+        return asdict(self)
+
+
+_SECTIONS: Mapping[str, type] = get_type_hints(Recipe)
+_MODEL_KEYS = ("base", "upstream")  # a folder or a hub id
+_PROMPT_KEYS = (
+    ("capture", "calibration_prompts"),
+    ("capture", "evaluation_prompts"),
+    ("bench", "prompts"),
+)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in a TOML file, with `section.key=value` overrides applied in order.
+
+    An override's value is read as TOML, or else as a bare string. Relative paths are relative to
+    the recipe's folder, those in overrides to the current one. Raises GraftError for a file that
+    is not TOML, for keys nobody knows, missing keys and values of the wrong type.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise GraftError(f"{path}: not readable ({error.strerror}); expected a recipe") from error
+    except ValueError as error:
+        raise GraftError(f"{path}: not a TOML file ({error})") from error
+    _resolve_paths(table, path.parent)
+    for override in overrides:
+        change = _parse_override(override)
+        _resolve_paths(change, Path.cwd())
+        for section, values in change.items():
+            _known(section, _SECTIONS, f"--set {override}", "section")
+            target = table.setdefault(section, {})
+            if isinstance(target, dict):  # else the recipe itself is wrong, as is said below
+                target.update(values)
+    return _build(table, str(path))
+
+
+def _parse_override(override: str) -> dict[str, dict[str, Any]]:
+    dotted, equals, text = override.partition("=")
+    section, dot, key = dotted.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise GraftError(f"--set {override}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        value = text.strip()  # a bare string: variant=gptq
+    return {section: {key: value}}
+
+
+def _resolve_paths(table: Mapping[str, Any], folder: Path) -> None:
+    """Make the paths in `table` absolute, in place; hub ids stay, and wrong types for later."""
+    for section, key in (*(("model", key) for key in _MODEL_KEYS), *_PROMPT_KEYS):
+        values = table.get(section)
+        if not isinstance(values, dict):
+            continue
+        value = values.get(key)
+        if isinstance(value, str) and not _is_hub_id(section, value):
+            values[key] = str((folder / Path(value).expanduser()).resolve())
+
+
+def _is_hub_id(section: str, value: str) -> bool:
+    if section == "model":
+        return not value.startswith((".", "/", "~"))
+    return value.startswith("hub:")
+
+
+def _build(table: Mapping[str, Any], where: str) -> Recipe:
+    for name in table:
+        _known(name, _SECTIONS, where, "section")
+    sections = {}
+    for name, kind in _SECTIONS.items():
+        values = table.get(name, {})
+        if not isinstance(values, dict):
+            raise GraftError(f"{where}: {name} is {values!r}, expected a section [{name}]")
+        sections[name] = _build_section(kind, values, f"{where}: [{name}]")
+    recipe = Recipe(**sections)
+    _check_values(recipe, where)
+    return recipe
+
+
+def _build_section(kind: type, values: Mapping[str, Any], where: str) -> Any:
+    hints = get_type_hints(kind)
+    for key in values:
+        _known(key, hints, where, "key")
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    if required:
+        raise GraftError(f"{where}: {required[0]} is missing; give it a value")
+    return kind(**{k: _convert(v, hints[k], f"{where} {k}") for k, v in values.items()})
+
+
+def _known(name: str, valid: Mapping[str, Any], where: str, what: str) -> None:
+    if name in valid:
+        return
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
+    raise GraftError(
+        f"{where}: unknown {what} {name!r}; did you mean {near[0]!r}? "
+        f"There are {', '.join(sorted(valid))}"
+    )
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Return `value` as the type a field asks for; GraftError where it is another."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):  # X | None: TOML has no null, so it is X
+        return _convert(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise GraftError(f"{where}: is {value!r}, expected a list")
+        return tuple(_convert(item, arguments[0], where) for item in value)
+    if origin is Literal:
+        if value not in arguments:
+            raise GraftError(f"{where}: is {value!r}, expected one of {', '.join(arguments)}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:  # exactly: True is an int, but no number
+        raise GraftError(f"{where}: is {value!r}, expected {hint.__name__}")
+    return value
+
+
+def _check_values(recipe: Recipe, where: str) -> None:
+    """Refuse what no stage could do anything with."""
+    for section, values in recipe.as_dict().items():
+        for key, value in values.items():
+            least = 0 if key in ("damp", "num_speculative_tokens") else 1
+            if type(value) in (int, float) and value < least:
+                raise GraftError(f"{where}: [{section}] {key} is {value}, expected >= {least}")
+    for key in _MODEL_KEYS:
+        value = getattr(recipe.model, key)
+        if not value.startswith("/") and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise GraftError(
+                f"{where}: [model] {key} is {value!r}, expected a hub id (owner/name) or a folder "
+                "that starts with ./, ../, / or ~"
+            )
+    if not re.fullmatch(r"[\w][\w.-]*", recipe.model.name):
+        raise GraftError(
+            f"{where}: [model] name is {recipe.model.name!r}, expected letters, digits, . _ or -"
+        )
+    for section, variants in (
+        ("quantize", recipe.quantize.variants),
+        ("bench", recipe.bench.served_variants),
+    ):
+        if len(set(variants)) < len(variants):
+            raise GraftError(f"{where}: [{section}] names a variant twice: {', '.join(variants)}")
+    for name in (*recipe.bench.served_variants, recipe.splice.variant):
+        if name not in recipe.quantize.variants:
+            raise GraftError(
+                f"{where}: variant {name!r} is to be spliced, but [quantize] variants has "
+                f"{', '.join(recipe.quantize.variants)} only"
+            )

@@ -1,0 +1,61 @@
+"""A quantize stage's folder without quantizing: GPTQ's stand-ins are a coarser rounding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mtp_graft.dsv4 import variants
+from mtp_graft.quant import int4
+
+MATRICES = ("w1", "w2", "w3")
+
+
+def stand_in(stem: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return an expert rounded with scales a sixteenth too large: not what nearest gives."""
+    scale = (int4.group_scale(weight, 128).float() * 1.0625).to(torch.bfloat16)
+    return variants.pack_int4(stem, int4.encode(weight, scale), scale)
+
+
+def report(num_experts: int) -> dict[str, Any]:
+    errors = {w: [0.1 + e / 1000 for e in range(num_experts)] for w in MATRICES}
+    counts = [10 * e for e in range(num_experts)]
+    summary = {"bits_per_weight": 4.125, "rel_error": 0.1315, "bytes": 1}
+    return {
+        "variants": {"rtn": summary, "gptq": summary},
+        "tokens_per_expert": {
+            "min": 0,
+            "mean": sum(counts) / num_experts,
+            "max": max(counts),
+            "zero": 1,
+            "counts": counts,
+        },
+        "rel_errors": {"rtn": errors, "gptq": errors},
+        "zero_token_policy": "pool",
+        "experts_without_tokens": [0],
+        "seconds": {"hessian": 1.5, "gptq": 2.5, "io": 0.5},
+        "peak_gpu_bytes": 0,
+        "peak_host_bytes": 123,
+        "damp": 0.01,
+        "group_size": 128,
+        "calibration_tokens": 3360,
+        "replay": "true attention",
+    }
+
+
+def write_quantized(folder: Path, upstream: dict[str, Tensor], num_experts: int = 64) -> Path:
+    """Write `folder` as `mtp-graft quantize` leaves it, in batches of 32 experts."""
+    (folder / "gptq").mkdir(parents=True)
+    decoded = variants.decode_head(upstream, variants.is_expert)
+    for first in range(0, num_experts, 32):
+        batch: dict[str, Tensor] = {}
+        for e in range(first, first + 32):
+            for w in MATRICES:
+                stem = f"mtp.0.ffn.experts.{e}.{w}"
+                batch |= stand_in(stem, decoded[f"{stem}.weight"])
+        save_file(batch, folder / "gptq" / f"experts-{first:04d}-{first + 31:04d}.safetensors")
+    (folder / "report.json").write_text(json.dumps(report(num_experts)))
+    return folder

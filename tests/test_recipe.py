@@ -1,0 +1,128 @@
+"""Recipes: read exactly, or refused with the name of what is wrong."""
+
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from mtp_graft.errors import GraftError
+from mtp_graft.recipe import load_recipe
+
+MINIMAL = """
+[model]
+name = "m"
+base = "./base"
+upstream = "owner/name"
+[capture]
+calibration_prompts = "../c.jsonl"
+evaluation_prompts = "hub:owner/data"
+[bench]
+prompts = "p.jsonl"
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "recipes" / "minimal.toml"
+    path.parent.mkdir()
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_paths_are_relative_to_the_recipe_and_hub_ids_stay(minimal: Path) -> None:
+    recipe = load_recipe(minimal)
+    assert recipe.model.base == str(minimal.parent / "base")
+    assert recipe.model.upstream == "owner/name"
+    assert recipe.capture.calibration_prompts == str(minimal.parent.parent / "c.jsonl")
+    assert recipe.capture.evaluation_prompts == "hub:owner/data"
+    assert recipe.bench.prompts == str(minimal.parent / "p.jsonl")
+
+
+def test_what_a_recipe_leaves_out_has_defaults(minimal: Path) -> None:
+    recipe = load_recipe(minimal)
+    assert recipe.quantize.damp == 0.01
+    assert recipe.quantize.variants == ("rtn", "gptq", "mxfp4", "bf16")
+    assert recipe.splice.variant == "gptq"
+    assert recipe.serve.max_model_len is None
+    with pytest.raises(FrozenInstanceError):
+        recipe.splice.variant = "rtn"  # type: ignore[misc]
+
+
+def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    overrides = [
+        "splice.variant=rtn",
+        'splice.variant="bf16"',
+        "quantize.damp=1",
+        "serve.extra_args=['--x', '--y=1']",
+        "serve.max_model_len=4096",
+        "bench.prompts=here.jsonl",
+    ]
+    recipe = load_recipe(minimal, overrides)
+    assert recipe.splice.variant == "bf16"
+    assert recipe.quantize.damp == 1.0 and isinstance(recipe.quantize.damp, float)
+    assert recipe.serve.extra_args == ("--x", "--y=1")
+    assert recipe.serve.max_model_len == 4096
+    assert recipe.bench.prompts == str(tmp_path / "here.jsonl")  # typed in this folder
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; did you mean 'variant'\?"),
+        ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; did you mean 'splice'"),
+        ("splice.variant=int4", r"\[splice\] variant: is 'int4', expected one of rtn, gptq"),
+        ("splice.copy=1", r"\[splice\] copy: is 1, expected bool"),
+        ("bench.count=true", r"\[bench\] count: is True, expected int"),
+        ("bench.count=0", r"\[bench\] count is 0, expected >= 1"),
+        ("quantize.damp=-0.1", r"damp is -0.1, expected >= 0"),
+        ("quantize.variants=rtn", r"variants: is 'rtn', expected a list"),
+        ('quantize.variants=["rtn"]', r"variant 'gptq' is to be spliced"),
+        ('bench.served_variants=["rtn", "rtn"]', r"names a variant twice"),
+        ("model.base=base", r"base is 'base', expected a hub id.*or a folder"),
+        ("model.name=../x", r"name is '\.\./x'"),
+        ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),
+        ("splice.variant", r"expected section\.key=value"),
+    ],
+)
+def test_what_nobody_understands_is_refused(minimal: Path, override: str, message: str) -> None:
+    with pytest.raises(GraftError, match=message):
+        load_recipe(minimal, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"not readable"),
+        ("[model", r"not a TOML file"),
+        ("model = 3", r"model is 3, expected a section"),
+        (MINIMAL + "[models]\n", r"unknown section 'models'; did you mean 'model'"),
+        (MINIMAL.replace('name = "m"', ""), r"\[model\]: name is missing"),
+        (MINIMAL + "num_prompts = 8\n", r"\[bench\]: unknown key 'num_prompts'"),
+    ],
+)
+def test_a_broken_recipe_is_one_error_that_names_the_file(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    path = tmp_path / "broken.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(GraftError, match=rf"broken\.toml.*{message}"):
+        load_recipe(path)
+
+
+def test_bundled_recipes_are_valid(repo_root: Path) -> None:
+    recipes = sorted((repo_root / "recipes").glob("*.toml"))
+    assert {path.stem for path in recipes} >= {"tiny", "dsv4-flash"}
+    for path in recipes:
+        load_recipe(path)
+    tiny = load_recipe(repo_root / "recipes" / "tiny.toml")
+    assert Path(tiny.model.base) == repo_root / "models" / "tiny-dsv4" / "base"
+
+
+def test_a_recipe_as_dict_has_every_section(minimal: Path) -> None:
+    sections = load_recipe(minimal).as_dict()
+    assert set(sections) == {"model", "capture", "quantize", "score", "splice", "bench", "serve"}
+    assert sections["splice"] == {"variant": "gptq", "copy": False}

@@ -1,0 +1,167 @@
+"""The head's variants as tensors: what each stores, and what it decodes back to."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.dsv4 import variants
+from mtp_graft.dsv4.variants import VARIANTS, Variant
+from mtp_graft.errors import GraftError
+from references import decode_fp8_blocks, decode_int4, decode_mxfp4
+
+EXPERT = "mtp.0.ffn.experts.7.w1"
+WANTED = (
+    "mtp.0.ffn.experts.7.",
+    "mtp.0.ffn.shared_experts.w2.",
+    "mtp.0.attn.",
+    "mtp.0.e_proj.",
+    "mtp.0.hc_",
+    "mtp.0.ffn.gate.",
+)
+
+
+@pytest.fixture(scope="module")
+def upstream(tiny_model: Path) -> dict[str, Tensor]:
+    """One expert and a tensor of every other kind."""
+    loaded = load_tensors(tiny_model / "upstream")
+    return {name: tensor for name, tensor in loaded.items() if name.startswith(WANTED)}
+
+
+@pytest.fixture(scope="module")
+def gptq_experts(upstream: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stand-ins, unlike what nearest rounding gives: the codes of doubled weights."""
+    given: dict[str, Tensor] = {}
+    for matrix in ("w1", "w2", "w3"):
+        stem = f"mtp.0.ffn.experts.7.{matrix}"
+        weight = decode_mxfp4(upstream[f"{stem}.weight"], upstream[f"{stem}.scale"])
+        given |= variants.store_int4(stem, 2 * weight.float())
+    return given
+
+
+def oracle(upstream: dict[str, Tensor], name: str) -> Tensor:
+    """Return float64 of one decoded name, by slow loops."""
+    stem = name.removesuffix(".weight")
+    if f"{stem}.scale" not in upstream:
+        return upstream[name].double()
+    decode = decode_mxfp4 if ".experts." in name else decode_fp8_blocks
+    return decode(upstream[f"{stem}.weight"], upstream[f"{stem}.scale"])
+
+
+def test_upstream_decodes_to_what_its_formats_define(upstream: dict[str, Tensor]) -> None:
+    decoded = variants.decode_head(upstream)
+    assert set(decoded) == {name for name in upstream if not name.endswith(".scale")}
+    for name in ("mtp.0.attn.wkv.weight", f"{EXPERT}.weight", "mtp.0.hc_attn_fn"):
+        assert decoded[name].dtype == torch.float32
+        assert torch.equal(decoded[name].double(), oracle(upstream, name)), name
+
+
+@pytest.mark.parametrize("variant", ["mxfp4", "bf16"])
+def test_kept_and_decoded_heads_lose_nothing(upstream: dict[str, Tensor], variant: Variant) -> None:
+    exact = variants.decode_head(upstream)
+    decoded = variants.decode_head(variants.store_head(upstream, variant))
+    assert decoded.keys() == exact.keys()
+    assert all(torch.equal(decoded[name], exact[name]) for name in exact)
+
+
+def test_rtn_changes_the_experts_alone_and_decodes_as_stored(upstream: dict[str, Tensor]) -> None:
+    exact = variants.decode_head(upstream)
+    stored = variants.store_head(upstream, "rtn")
+    decoded = variants.decode_head(stored)
+    changed = {name for name in exact if not torch.equal(decoded[name], exact[name])}
+    assert changed == {f"mtp.0.ffn.experts.7.{w}.weight" for w in ("w1", "w2", "w3")}
+    packed, scale = stored[f"{EXPERT}.weight_packed"], stored[f"{EXPERT}.weight_scale"]
+    assert torch.equal(decoded[f"{EXPERT}.weight"].double(), decode_int4(packed, scale, 128))
+
+
+def test_gptq_stores_the_experts_it_is_given(
+    upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor]
+) -> None:
+    stored = variants.store_head(upstream, "gptq", gptq_experts)
+    assert stored.keys() == variants.store_head(upstream, "rtn").keys()
+    assert all(stored[name] is tensor for name, tensor in gptq_experts.items())
+
+
+def test_gptq_without_an_expert_is_an_error_that_names_it(
+    upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor]
+) -> None:
+    less = {n: t for n, t in gptq_experts.items() if n != f"{EXPERT}.weight_scale"}
+    with pytest.raises(GraftError, match=rf"{EXPERT}\.weight_scale: not among the quantized"):
+        variants.store_head(upstream, "gptq", less)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_meta_tensors_give_a_variants_names_shapes_and_dtypes(
+    upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor], variant: Variant
+) -> None:
+    def shapes(head: dict[str, Tensor]) -> dict[str, object]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in head.items()}
+
+    real = variants.store_head(upstream, variant, gptq_experts)
+    meta = {name: tensor.to("meta") for name, tensor in upstream.items()}
+    assert shapes(variants.store_head(meta, variant, gptq_experts)) == shapes(real)
+
+
+def test_another_group_size_gives_scales_of_that_group(upstream: dict[str, Tensor]) -> None:
+    stored = variants.store_head(upstream, "rtn", group_size=64)
+    assert stored[f"{EXPERT}.weight_scale"].shape == (256, 4)
+    decoded = variants.decode_head(stored, group_size=64)[f"{EXPERT}.weight"]
+    assert decoded.shape == (256, 256)
+    with pytest.raises(GraftError, match=r"scale is \[256, 4\].*expected \[256, 2\].*group 128"):
+        variants.decode_head(stored)
+
+
+def test_only_wanted_stems_are_read_and_decoded(upstream: dict[str, Tensor]) -> None:
+    chosen = variants.decode_head(upstream, variants.is_expert)
+    assert set(chosen) == {f"mtp.0.ffn.experts.7.{w}.weight" for w in ("w1", "w2", "w3")}
+
+
+def drop_scale(head: dict[str, Tensor]) -> None:
+    del head[f"{EXPERT}.scale"]
+
+
+def drop_codes(head: dict[str, Tensor]) -> None:
+    del head[f"{EXPERT}.weight"]
+
+
+def halve_scale(head: dict[str, Tensor]) -> None:
+    head[f"{EXPERT}.scale"] = head[f"{EXPERT}.scale"][:, :4]
+
+
+def spoil_scale(head: dict[str, Tensor]) -> None:
+    scale = head[f"{EXPERT}.scale"].view(torch.uint8).clone()
+    scale[0, 0] = 255
+    head[f"{EXPERT}.scale"] = scale.view(torch.float8_e8m0fnu)
+
+
+def odd_inputs(head: dict[str, Tensor]) -> None:
+    head[f"{EXPERT}.weight"] = head[f"{EXPERT}.weight"][:, :-8]
+
+
+def drop_fp8_block(head: dict[str, Tensor]) -> None:
+    head["mtp.0.attn.wkv.scale"] = head["mtp.0.attn.wkv.scale"][:3]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop_scale, rf"{EXPERT}: is torch\.int8 without a scale"),
+        (drop_codes, rf"{EXPERT}: has scale; expected a weight with its scale"),
+        (halve_scale, rf"{EXPERT}: scale is \[256, 4\].*expected \[256, 8\].*in 256, group 32"),
+        (spoil_scale, rf"{EXPERT}: has a scale that is not finite"),
+        (odd_inputs, rf"{EXPERT}: 240 inputs are no multiple of the group size 32"),
+        (drop_fp8_block, r"attn\.wkv: scale is \[3, 2\].*expected \[4, 2\].*blocks of 128"),
+    ],
+)
+def test_parts_that_do_not_fit_are_an_error_that_names_the_tensor(
+    upstream: dict[str, Tensor], damage: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    head = dict(upstream)
+    damage(head)
+    with pytest.raises(GraftError, match=message):
+        variants.store_head(head, "rtn")
+    with pytest.raises(GraftError, match=message):
+        variants.decode_head(head)
