@@ -1,7 +1,8 @@
 """A stand-in for the `vllm` command: the HTTP surface we use, with text and timing known.
 
 FAKE_VLLM holds JSON: `mode` and the numbers below. The token at position i of any answer is
-`(sum(prompt) + 7 * i) % 1000`; with a draft head, every second step accepts its draft.
+`(sum(prompt) + 7 * i) % 1000`; with a draft head, every second step accepts its draft. With
+MTP_GRAFT_RECORD it records prompts as our plugin does, other prompts around each.
 """
 
 import json
@@ -20,6 +21,9 @@ SETTINGS: dict[str, Any] = {
     "diverge_at": None,  # a server with a draft head says 999 at this position
     "exit_status": 0,  # of a server that SIGTERM or SIGINT ended
     "record": None,  # file that gets argv, environment and process ids
+    "requests": None,  # file that gets a line per completion asked: its number of new tokens
+    "dies_at": None,  # the completion during which it dies
+    "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
 }
 ARGV = sys.argv[1:]
@@ -68,6 +72,45 @@ def metrics() -> str:
     return "\n".join(lines) + "\n"
 
 
+LOCK = threading.Lock()
+ASKED: list[int] = []
+
+
+def count(max_tokens: int) -> None:
+    with LOCK:
+        ASKED.append(max_tokens)
+        if SETTINGS["requests"]:
+            with open(SETTINGS["requests"], "a") as file:
+                file.write(f"{max_tokens}\n")
+        if len(ASKED) == SETTINGS["dies_at"]:
+            print("RuntimeError: died in the middle", flush=True)
+            os._exit(7)
+
+
+def record(prompt: list[int]) -> None:
+    """Write a recording of `prompt` between two prompts of somebody else."""
+    folder = os.environ.get("MTP_GRAFT_RECORD")
+    if not folder or not os.path.exists(f"{folder}/recording-on") or not SETTINGS["records"]:
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    tokens = [1, 2, *(prompt[:-1] if SETTINGS["records"] == "parts" else prompt), 3]
+    token_ids = torch.tensor(tokens, dtype=torch.int32)
+    tensors = {
+        "token_ids": token_ids,
+        "residual": token_ids[:, None].repeat(1, 8).bfloat16(),
+        "targets": token_ids + 1,
+        "starts": torch.tensor([0, 2, len(tokens) - 1], dtype=torch.int32),
+    }
+    with LOCK:
+        number = len(os.listdir(f"{folder}/recordings"))
+        while os.path.exists(path := f"{folder}/recordings/{number:06d}.safetensors"):
+            number += 1
+        save_file(tensors, path + ".tmp")
+        os.rename(path + ".tmp", path)
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -80,7 +123,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
-            self.reply(200, json.dumps({"tokens": [0, *body["prompt"].encode()]}))
+            text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
+            start = [0] if body.get("add_special_tokens", "messages" in body) else []
+            self.reply(200, json.dumps({"tokens": [*start, *text.encode()]}))
         elif SETTINGS["mode"] == "refuses":
             print("ERROR 11-23 20:00:00 [serving.py:1] ValueError: no such kernel", flush=True)
             self.reply(500, '{"error": {"message": "engine is broken"}}')
@@ -90,6 +135,9 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("stream"):
             self.stream(answer(body["prompt"], body["max_tokens"]))
         else:
+            count(body["max_tokens"])
+            record(body["prompt"])
+            time.sleep(SETTINGS["step_s"])
             self.reply(200, json.dumps({"choices": [self.choice(body)]}))
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:

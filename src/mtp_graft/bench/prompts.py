@@ -1,51 +1,5 @@
-"""Prompt files: one JSON object a line, `{"id": ..., "text": ...}`."""
+"""Prompts to decode from; the stages load theirs the same way."""
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from mtp_graft.serving.prompts import Prompt, load_prompts
 
-from mtp_graft.errors import GraftError
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A text to continue, and the name that results give it."""
-
-    id: str
-    text: str
-
-
-def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Return the first `limit` prompts of a JSON Lines file (all by default).
-
-    Raises GraftError, with the line number, for a missing file, a line that is no prompt, an
-    id that comes twice and a file without prompts.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise GraftError(f"{path}: not readable ({error.strerror}); expected prompts") from error
-    prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        prompt = _parse(line, where=f"{path}:{number}")
-        if prompt.id in prompts:
-            raise GraftError(f"{path}:{number}: id {prompt.id!r} comes twice")
-        prompts[prompt.id] = prompt
-    if not prompts:
-        raise GraftError(f'{path}: no prompts; expected lines {{"id": ..., "text": ...}}')
-    return list(prompts.values())[:limit]
-
-
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-        prompt = Prompt(str(row["id"]), str(row["text"]))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise GraftError(
-            f'{where}: not a prompt ({error!r}); expected {{"id": ..., "text": ...}}'
-        ) from error
-    if not prompt.text:
-        raise GraftError(f"{where}: prompt {prompt.id!r} is empty")
-    return prompt
+__all__ = ["Prompt", "load_prompts"]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -86,16 +86,31 @@ class ServerClient:
         except httpx.TransportError:
             return False
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the server's token ids of `text`, special tokens added."""
-        answer = self._post("/tokenize", {"prompt": text, "add_special_tokens": True})
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the server's token ids of `text`."""
+        answer = self._post("/tokenize", {"prompt": text, "add_special_tokens": add_special_tokens})
         return [int(token) for token in answer["tokens"]]
 
+    def tokenize_chat(
+        self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False
+    ) -> list[int]:
+        """Return the token ids of a chat in the server's own encoding, ready for the answer."""
+        body = {
+            "messages": [dict(message) for message in messages],
+            "chat_template_kwargs": {"thinking": thinking},
+        }
+        return [int(token) for token in self._post("/tokenize", body)["tokens"]]
+
     def complete(
-        self, prompt: Sequence[int], max_tokens: int, *, timeout_s: float = READ_TIMEOUT_S
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        ignore_eos: bool = False,
+        timeout_s: float = READ_TIMEOUT_S,
     ) -> tuple[int, ...]:
         """Return the greedy continuation of `prompt`, not streamed."""
-        body = _greedy_body(prompt, max_tokens, ignore_eos=False)
+        body = _greedy_body(prompt, max_tokens, ignore_eos)
         answer = self._post("/v1/completions", body, timeout_s=timeout_s)
         return tuple(answer["choices"][0]["token_ids"])
 

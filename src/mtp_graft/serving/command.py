@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mtp_graft import SUPPORTED_VLLM
+from mtp_graft.checkpoint.capture import RECORD_VARIABLE
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
@@ -36,6 +37,8 @@ class ServeOptions:
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None  # of all requests, in one step
+    chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
     num_speculative_tokens: int | None = None  # 0: without the head; None: 1 if there is a head
     served_model_names: tuple[str, ...] = ()
     kv_cache_dtype: str = "fp8"
@@ -43,6 +46,7 @@ class ServeOptions:
     prefix_caching: bool = True  # off: the same prompt is computed the same way every time
     enforce_eager: bool | None = None  # None: eager on a CPU, compiled on a GPU
     api_key: str | None = None
+    record: Path | None = None  # capture folder that the target can record its prompts into
     extra_args: tuple[str, ...] = ()
 
 
@@ -189,6 +193,10 @@ def _optional_args(options: ServeOptions, on_cpu: bool) -> list[str]:
         args += ["--max-model-len", str(options.max_model_len)]
     if options.max_num_seqs is not None:
         args += ["--max-num-seqs", str(options.max_num_seqs)]
+    if options.max_num_batched_tokens is not None:
+        args += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
+    if not options.chunked_prefill:
+        args.append("--no-enable-chunked-prefill")
     if options.served_model_names:
         args += ["--served-model-name", *options.served_model_names]
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
@@ -208,6 +216,8 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if options.record is not None:
+        env[RECORD_VARIABLE] = str(options.record.absolute())
     # In the environment rather than in argv: other users of the machine can read argv.
     if options.api_key is not None:
         env["VLLM_API_KEY"] = options.api_key

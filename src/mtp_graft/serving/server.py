@@ -1,5 +1,6 @@
 """Start vLLM, wait until it really answers, and never leave a process of it behind."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -23,6 +24,9 @@ GRACE_S = 15.0
 #: Four tokens, so that a server with a draft head drafts and verifies at least once.
 _PROBE_PROMPT = (0, 1, 2, 3)
 _PROBE_TOKENS = 4
+#: `prctl(2)`; loaded here because between fork and exec little is allowed.
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 #: Called about twice a second while a server starts: seconds so far, last line of its log.
@@ -107,6 +111,7 @@ class ServerProcess:
                 stdout=log,
                 stderr=None if log is None else subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no locks
             )
         except OSError as error:
             raise GraftError(f"{command.argv[0]}: cannot be started ({error})") from error
@@ -162,6 +167,11 @@ class ServerProcess:
         """Kill the whole group at once, without waiting: a signal handler must not wait."""
         with suppress(ProcessLookupError):  # no member is left
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process with ours: SIGKILL leaves us no time to do it."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _completes(client: ServerClient, timeout_s: float) -> bool:

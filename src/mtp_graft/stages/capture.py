@@ -1,0 +1,373 @@
+"""Capture: what the base does on every prompt, recorded at the speed at which it is served.
+
+First the base continues all prompts greedily, as any server does. Then, recording switched on,
+it gets every finished sequence as a prompt: one prefill gives the same values as the steps that
+made the sequence. A prompt's text, and then its place in a recording, are the units that a killed
+run keeps.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.checkpoint import shards
+from mtp_graft.checkpoint.capture import (
+    RECORDINGS,
+    SWITCH_NAME,
+    CapturedSequence,
+    FinishedText,
+    append_sequence,
+    append_text,
+    read_sequences,
+    read_texts,
+)
+from mtp_graft.checkpoint.manifest import claim_folder, fingerprints, write_manifest
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.command import ServeOptions, find_vllm
+from mtp_graft.serving.concurrent import concurrently
+from mtp_graft.serving.log_tail import explain
+from mtp_graft.serving.prompts import ChatPrompt, Prompt
+from mtp_graft.serving.server import managed_server
+from mtp_graft.stages.inputs import REPORT_NAME, Progress
+
+#: Sequences of a recording block, per request in work; enough for the server to fill its steps.
+_BLOCK = 4
+#: Blocks that are also sent without recording, to compare the speeds.
+_MEASURED_BLOCKS = 2
+#: How long the server may take to write what it computed.
+WRITE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """What the base is asked, and how long it answers."""
+
+    max_prompt_tokens: int = 512  # longer prompts are cut
+    new_tokens: int = 256  # per prompt; the base does not stop early
+    concurrency: int = 8  # prompts in work at a time
+    max_model_len: int = 2048
+
+
+def capture(
+    base: Path,
+    out: Path,
+    config: CaptureConfig,
+    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+    report: Progress,
+) -> dict[str, Any]:
+    """Serve `base` and capture `prompts`, which are given by split; see `capture_with`."""
+    if (finished := finished_capture(base, out, config, prompts)) is not None:
+        return finished
+    log = out / "vllm.log"
+
+    def on_start(elapsed_s: float, _line: str) -> None:
+        report(f"capture: starting vLLM, {elapsed_s:.0f} s", 0, 0)
+
+    options = recording_options(base, out, config)
+    with managed_server(options, log, on_start=on_start) as client:
+        return capture_with(client, base, out, config, prompts, report, log)
+
+
+def recording_options(base: Path, out: Path, config: CaptureConfig) -> ServeOptions:
+    """Return how `base` has to be served so that `out` can be captured from it."""
+    return ServeOptions(
+        base,
+        port=0,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.concurrency,
+        # Every sequence is computed whole, in one step.
+        max_num_batched_tokens=max(config.max_model_len, 2048),
+        chunked_prefill=False,
+        prefix_caching=False,
+        num_speculative_tokens=0,
+        record=out,
+    )
+
+
+def capture_with(
+    client: ServerClient,
+    base: Path,
+    out: Path,
+    config: CaptureConfig,
+    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+    report: Progress,
+    log: Path | None = None,
+) -> dict[str, Any]:
+    """Capture `prompts` into `out` from a server of `base` with `recording_options`.
+
+    The server must have no other requests meanwhile. Prompts that an earlier, killed call
+    finished are not done again; a finished capture is only reported. Returns `sequences`,
+    `tokens`, `splits`, `tok_s` (`generate`, `prefill`, `prefill_recording`; null where nothing
+    was left to measure), `seconds` and `folder`.
+
+    Raises GraftError if the server fails (with the reason from `log`), does not record, or if
+    `out` was begun with another base, other prompts or another configuration.
+    """
+    if (finished := finished_capture(base, out, config, prompts)) is not None:
+        return finished
+    started = time.perf_counter()
+    with _explained(client, log):
+        generating = _generate(client, out, config, prompts, report)
+        plain, recording = _record_all(client, out, config, report)
+    sequences = read_sequences(out)
+    seconds = time.perf_counter() - started
+    result = {
+        "sequences": len(sequences),
+        "tokens": sum(s.tokens for s in sequences),
+        "splits": {split: sum(s.split == split for s in sequences) for split in prompts},
+        "tok_s": {
+            "generate": generating.tok_s,
+            "prefill": plain.tok_s,
+            "prefill_recording": recording.tok_s,
+        },
+        "seconds": seconds,
+        "folder": str(out),
+    }
+    shards.write_json(result, out / REPORT_NAME)
+    inputs = [base / "config.json", base / shards.INDEX_NAME]
+    device = f"{find_vllm().platform} ({platform.processor() or platform.machine()})"
+    write_manifest(out, "capture", asdict(config), inputs, device, seconds)
+    return result
+
+
+def finished_capture(
+    base: Path,
+    out: Path,
+    config: CaptureConfig,
+    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+) -> dict[str, Any] | None:
+    """Claim `out` for this capture; return its report if it is complete already, else None.
+
+    Raises GraftError if `out` was begun with another base, other prompts or another configuration,
+    and for a configuration that cannot work.
+    """
+    longest = config.max_prompt_tokens + config.new_tokens + 1
+    if longest > config.max_model_len:
+        raise GraftError(
+            f"max_model_len is {config.max_model_len}, expected at least {longest}: "
+            f"{config.max_prompt_tokens} tokens of prompt, {config.new_tokens} new ones and one "
+            "more when they are recorded"
+        )
+    total = sum(map(len, prompts.values()))
+    if not total:
+        raise GraftError(f"{out}: no prompts to capture; expected some in {sorted(prompts)}")
+    asked = json.dumps({split: [asdict(p) for p in each] for split, each in prompts.items()})
+    shard_names = sorted(set(shards.read_index(base).values()))
+    files = [base / name for name in ("config.json", shards.INDEX_NAME, *shard_names)]
+    identity = {
+        "max_prompt_tokens": config.max_prompt_tokens,
+        "new_tokens": config.new_tokens,
+        "prompts": sha256(asked.encode()).hexdigest(),
+        "base": fingerprints(files),
+    }
+    claim_folder(out, identity)
+    (out / RECORDINGS).mkdir(exist_ok=True)
+    (out / SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
+    if (out / REPORT_NAME).exists() and len(read_sequences(out)) == total:
+        finished: dict[str, Any] = json.loads((out / REPORT_NAME).read_text())
+        return finished | {"folder": str(out)}
+    return None
+
+
+@contextmanager
+def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
+    """Add to an error what the server's log says, unless the server is well."""
+    try:
+        yield
+    except GraftError as error:
+        if log is None or client.is_healthy():
+            raise
+        raise GraftError(f"{error}; in {log}: {explain(log)}") from error
+
+
+@dataclass
+class _Meter:
+    """Tokens, and the time they took."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def measure(self, tokens: int) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+        self.tokens += tokens
+
+    @property
+    def tok_s(self) -> float | None:
+        return self.tokens / self.seconds if self.tokens else None
+
+
+def _generate(
+    client: ServerClient,
+    out: Path,
+    config: CaptureConfig,
+    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+    report: Progress,
+) -> _Meter:
+    """Have every prompt continued that is not yet."""
+    asked = [(split, prompt) for split, each in prompts.items() for prompt in each]
+    done = {text.number for text in read_texts(out)}
+    missing = [(n, *item) for n, item in enumerate(asked) if n not in done]
+
+    def finish(item: tuple[int, str, Prompt | ChatPrompt]) -> FinishedText:
+        number, split, prompt = item
+        token_ids = _encode(client, prompt)[: config.max_prompt_tokens]
+        continuation = client.complete(token_ids, config.new_tokens, ignore_eos=True)
+        if len(continuation) != config.new_tokens:
+            raise GraftError(
+                f"{client.base_url}: prompt {prompt.id!r} was continued by {len(continuation)} "
+                f"tokens, expected {config.new_tokens}; the server limits answers"
+            )
+        return FinishedText(number, prompt.id, split, tuple(token_ids), continuation)
+
+    meter = _Meter()
+    with meter.measure(len(missing) * config.new_tokens):
+        finished = len(done)
+        report("capture: generate", finished, len(asked))
+        for text in concurrently(finish, missing, config.concurrency):
+            append_text(out, text)
+            finished += 1
+            report("capture: generate", finished, len(asked))
+    return meter
+
+
+def _encode(client: ServerClient, prompt: Prompt | ChatPrompt) -> list[int]:
+    if isinstance(prompt, ChatPrompt):
+        return client.tokenize_chat(prompt.messages, thinking=False)
+    return client.tokenize(prompt.text, add_special_tokens=False)  # the text has its own
+
+
+def _record_all(
+    client: ServerClient, out: Path, config: CaptureConfig, report: Progress
+) -> tuple[_Meter, _Meter]:
+    """Have every text recorded that is not yet; return the speeds without and with recording.
+
+    Both are of the first blocks, which are sent both ways, one first as often as the other.
+    """
+    texts = read_texts(out)
+    recorded = {sequence.number for sequence in read_sequences(out)}
+    missing = [text for text in texts if text.number not in recorded]
+    remove_strays(out)
+    collector = _Collector(out, missing)
+    plain, recording = _Meter(), _Meter()
+
+    def send(text: FinishedText) -> None:
+        client.complete(text.token_ids, 1, ignore_eos=True)
+
+    def send_all(block: Sequence[FinishedText], meter: _Meter) -> None:
+        with meter.measure(sum(len(text.token_ids) for text in block)):
+            for _ in concurrently(send, block, config.concurrency):
+                pass
+
+    def record(block: Sequence[FinishedText], meter: _Meter) -> None:
+        with meter.measure(sum(len(text.token_ids) for text in block)), _switched_on(out):
+            for _ in concurrently(send, block, config.concurrency):
+                collector.collect()
+                report("capture: record", len(texts) - len(collector), len(texts))
+            collector.wait_for(block)
+
+    report("capture: record", len(recorded), len(texts))
+    send_all(missing[: config.concurrency], _Meter())  # warm-up: the first prefills of such length
+    size = _BLOCK * config.concurrency
+    for number, first in enumerate(range(0, len(missing), size)):
+        block = missing[first : first + size]
+        if number >= _MEASURED_BLOCKS:
+            record(block, _Meter())
+        elif number % 2:
+            record(block, recording)
+            send_all(block, plain)
+        else:
+            send_all(block, plain)
+            record(block, recording)
+    report("capture: record", len(texts), len(texts))
+    remove_strays(out)
+    return plain, recording
+
+
+@contextmanager
+def _switched_on(out: Path) -> Iterator[None]:
+    """Let the server record in the block, at whose ends it has no requests."""
+    switch = out / SWITCH_NAME
+    switch.touch()
+    try:
+        yield
+    finally:
+        switch.unlink(missing_ok=True)
+
+
+def remove_strays(out: Path) -> None:
+    """Remove recordings that no line of the index names, and unfinished ones."""
+    named = {sequence.recording for sequence in read_sequences(out)}
+    for path in (out / RECORDINGS).iterdir():
+        if path.name not in named:
+            path.unlink()
+
+
+class _Collector:
+    """Finds texts in new recordings by their tokens, and enters them in the index."""
+
+    def __init__(self, out: Path, texts: Sequence[FinishedText]) -> None:
+        self._out = out
+        self._seen = {path.name for path in (out / RECORDINGS).iterdir()}
+        # Prompts that are equal have equal sequences: each recorded copy stands for one of them.
+        self._waiting: dict[tuple[int, ...], list[FinishedText]] = {}
+        for text in reversed(texts):
+            self._waiting.setdefault(text.token_ids, []).append(text)
+
+    def __len__(self) -> int:
+        """Return how many texts have not been found yet."""
+        return sum(map(len, self._waiting.values()))
+
+    def collect(self) -> bool:
+        """Read the recordings that are new; return whether there were any."""
+        found = sorted(path.name for path in (self._out / RECORDINGS).glob("*.safetensors"))
+        new = [name for name in found if name not in self._seen]
+        for name in new:
+            self._read(name)
+        return bool(new)
+
+    def wait_for(self, texts: Sequence[FinishedText]) -> None:
+        """Collect until all of `texts`, which have been sent, are found.
+
+        Raises GraftError if nothing was written for WRITE_TIMEOUT_S.
+        """
+        deadline = time.monotonic() + WRITE_TIMEOUT_S
+        while missing := [t for t in texts if t in self._waiting.get(t.token_ids, ())]:
+            if self.collect():
+                deadline = time.monotonic() + WRITE_TIMEOUT_S
+            elif time.monotonic() > deadline:
+                raise GraftError(
+                    f"{self._out / RECORDINGS}: prompt {missing[0].id!r} ({len(missing)} in all) "
+                    "was sent, but is in no recording; expected a server that records into this "
+                    "folder, without prefix caching and chunked prefill; its log may say more"
+                )
+            else:
+                time.sleep(0.01)
+
+    def _read(self, name: str) -> None:
+        self._seen.add(name)
+        with shards.open_shard(self._out / RECORDINGS / name) as recording:
+            token_ids = recording.get_tensor("token_ids").tolist()
+            starts = recording.get_tensor("starts").tolist()
+        for start, end in pairwise([*starts, len(token_ids)]):
+            waiting = self._waiting.get(tuple(token_ids[start:end]))
+            if not waiting:
+                continue  # another client's request, or ours for the second time
+            text = waiting.pop()
+            tokens = len(text.token_ids)
+            append_sequence(
+                self._out,
+                CapturedSequence(
+                    text.number, text.id, text.split, len(text.prompt), tokens, name, start
+                ),
+            )

@@ -1,0 +1,172 @@
+"""Record what the target computes on whole prompts, for the `capture` stage.
+
+A server whose environment has MTP_GRAFT_RECORD=FOLDER writes, while the file FOLDER/recording-on
+exists, one `FOLDER/recordings/NNNNNN.safetensors` per forward pass. It holds, for the R tokens of
+its prompts, one prompt after the other:
+
+    token_ids  int32 [R]
+    residual   bfloat16 [R, S*D], the S streams before hc_head and the final norm
+    targets    int32 [R], the target's argmax after each token
+    starts     int32 [prompts], the first row of each prompt
+
+Only prompts that are computed from their first token on are recorded. Rows of decode steps, of
+later chunks and of prompts found in the prefix cache are left out: their residuals are not
+reproducible from the file alone. A first chunk looks like a short prompt; whoever reads the file
+finds a prompt by its tokens and misses it if it was cut.
+
+The switch must only be turned while the server is idle: every rank looks at it in every step, and
+all have to see the same, because the logits are put together from all of them.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+
+from mtp_graft.checkpoint.capture import RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.checkpoint.shards import save_shard
+from mtp_graft.errors import GraftError
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers it gets
+
+#: Rows whose logits are computed at once: at 129,280 entries a token, a quarter of a GB in float32.
+_LOGIT_ROWS = 512
+
+Span = tuple[int, int]
+
+
+def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:
+    """Have `target` record its prompts, if the environment names a folder for it.
+
+    Raises GraftError under data parallelism, where every replica would write the same files.
+    """
+    folder = os.environ.get(RECORD_VARIABLE)
+    if not folder or not get_pp_group().is_last_rank:
+        return
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        raise GraftError(
+            f"{RECORD_VARIABLE} is set with data parallel size "
+            f"{vllm_config.parallel_config.data_parallel_size}, expected 1; use tensor parallelism"
+        )
+    _keep_residual(target.model, vllm_config)
+    recorder = Recorder(target, Path(folder), writes=get_tensor_model_parallel_rank() == 0)
+    target.register_forward_pre_hook(recorder.before_forward)
+    target.register_forward_hook(recorder.after_forward, with_kwargs=True)
+
+
+def _keep_residual(model: Any, vllm_config: VllmConfig) -> None:
+    """Give the inner model the buffer that vLLM allocates only if there is a drafter."""
+    if model._mtp_hidden_buffer is None:
+        model._mtp_hidden_buffer = torch.empty(
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            model.hc_head_fn.shape[1],
+            dtype=vllm_config.model_config.dtype,
+            device=model.hc_head_fn.device,
+        )
+
+
+class Recorder:
+    """Forward hooks of one target; a thread writes one recording while the next is computed."""
+
+    def __init__(self, target: Any, folder: Path, writes: bool) -> None:
+        self._target = target
+        self._switch = folder / SWITCH_NAME
+        self._recordings = folder / RECORDINGS
+        self._writes = writes  # other ranks only take part in the logits
+        self._on = False
+        self._writer = ThreadPoolExecutor(1, "recording")
+        self._written: Future[None] | None = None
+
+    def before_forward(self, _target: nn.Module, _args: tuple[Any, ...]) -> None:
+        """Look at the switch, and make sure that a residual that is not written is not finite."""
+        self._on = self._switch.exists()
+        if self._on:
+            # A compiled graph from a server without the buffer would leave the last step's rows.
+            self._target.model._mtp_hidden_buffer.fill_(float("nan"))
+
+    def after_forward(
+        self, _target: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+    ) -> None:
+        """Record the prompts of this step, `hidden` [T, D] being what the LM head reads."""
+        if not self._on:
+            return
+        spans = whole_prompts(_request_bounds(), kwargs["positions"])
+        if not spans:
+            return
+        targets = [self._argmax(hidden[start:end]) for start, end in spans]
+        if not self._writes:
+            return
+        residual = self._target.model._mtp_hidden_buffer
+        rows = {  # copies, as the next step overwrites what these are cut from
+            "token_ids": _on_host(kwargs["input_ids"], spans),
+            "residual": _on_host(residual, spans),
+            "targets": [each.cpu() for each in targets],
+        }
+        if self._written is not None:
+            self._written.result()  # at most two recordings in memory; raises what that write met
+        self._written = self._writer.submit(self._write, rows)
+
+    def _argmax(self, hidden: Tensor) -> Tensor:
+        logits = (self._target.compute_logits(rows) for rows in hidden.split(_LOGIT_ROWS))
+        # Ranks that get no logits have only had to help.
+        return torch.cat([hidden.new_zeros(0) if x is None else x.argmax(-1) for x in logits])
+
+    def _write(self, rows: dict[str, list[Tensor]]) -> None:
+        lengths = torch.tensor([len(prompt) for prompt in rows["token_ids"]])
+        tensors = {
+            "token_ids": torch.cat(rows["token_ids"]).int(),
+            "residual": torch.cat(rows["residual"]),
+            "targets": torch.cat(rows["targets"]).int(),
+            "starts": (lengths.cumsum(0) - lengths).int(),
+        }
+        try:
+            save_shard(tensors, self._recordings / f"{self._next_number():06d}.safetensors")
+        except (OSError, SafetensorError, GraftError):
+            logger.exception("a recording could not be written to %s", self._recordings)
+            raise
+
+    def _next_number(self) -> int:
+        """Go on after what is there, which may be an earlier server's."""
+        return 1 + max(
+            (int(p.stem) for p in self._recordings.glob("[0-9]*.safetensors")), default=0
+        )
+
+
+def whole_prompts(bounds: Sequence[int], positions: Tensor) -> list[Span]:
+    """Return the rows of the requests that begin at position 0 in this step.
+
+    Request i has rows `bounds[i]` to `bounds[i + 1]` of `positions` [T]; rows after the last
+    bound are padding, and requests without rows too.
+    """
+    spans = [(start, end) for start, end in pairwise(bounds) if start < end]
+    first = positions[[start for start, _ in spans]].tolist()
+    return [span for span, position in zip(spans, first, strict=True) if position == 0]
+
+
+def _request_bounds() -> list[int]:
+    """Return where the requests of this step begin and end; none in a run without requests."""
+    metadata = get_forward_context().attn_metadata
+    if not metadata:
+        return []
+    if not isinstance(metadata, dict):
+        raise GraftError("a step split into micro-batches cannot be recorded; turn DBO off")
+    for layer in metadata.values():
+        bounds = getattr(layer, "query_start_loc_cpu", None)
+        if bounds is not None:
+            return [int(bound) for bound in bounds]
+    kinds = sorted({type(layer).__name__ for layer in metadata.values()})
+    raise GraftError(f"attention metadata {kinds}: none has query_start_loc_cpu; other vLLM?")
+
+
+def _on_host(tensor: Tensor, spans: Sequence[Span]) -> list[Tensor]:
+    return [tensor[start:end].to("cpu", copy=True) for start, end in spans]

@@ -1,0 +1,224 @@
+"""The capture on the real engine: the tiny base, served and recorded."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.reference_model import load_reference
+from mtp_graft.checkpoint.capture import Recorded, iterate_capture, read_sequences, read_texts
+from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.concurrent import concurrently
+from mtp_graft.serving.prompts import ChatPrompt
+from mtp_graft.serving.server import managed_server
+from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.capture import (
+    CaptureConfig,
+    capture_with,
+    recording_options,
+)
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+CONFIG = CaptureConfig(max_prompt_tokens=256, new_tokens=40, concurrency=3, max_model_len=1024)
+STREAMS = 4
+NUM_PROMPTS = 6
+QUESTION = "How many legs have 7 cows?"
+
+
+def load_prompts(tiny_model: Path) -> dict[str, list[Any]]:
+    """Five bundled prompts, and a conversation that the server has to encode."""
+    chat = ChatPrompt("chat", ({"role": "user", "content": QUESTION},))
+    calibration = load_calibration(tiny_model / "calibration.jsonl", count=NUM_PROMPTS - 1)
+    return {"calibration": calibration, "evaluation": [chat]}
+
+
+class Bench:
+    """A server that records, and captures made with it."""
+
+    def __init__(self, client: ServerClient, link: Path, base: Path, prompts: Any) -> None:
+        self.client, self.link, self.base, self.prompts = client, link, base, prompts
+
+    def into(self, folder: Path) -> Path:
+        """Have the server record into `folder` from now on."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.link.unlink(missing_ok=True)
+        self.link.symlink_to(folder)
+        return folder
+
+    def capture(self, folder: Path, concurrency: int) -> dict[str, Any]:
+        config = CaptureConfig(
+            CONFIG.max_prompt_tokens, CONFIG.new_tokens, concurrency, CONFIG.max_model_len
+        )
+        out = self.into(folder)
+        return capture_with(self.client, self.base, out, config, self.prompts, lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """One server for the module: it records into a link that the tests point to their folders."""
+    folder = tmp_path_factory.mktemp("capture")
+    base = tiny_model / "base"
+    options = recording_options(base, folder / "link", CONFIG)
+    with managed_server(options, folder / "vllm.log") as client:
+        yield Bench(client, folder / "link", base, load_prompts(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def together(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A capture with three prompts in work at a time, and its result."""
+    folder = tmp_path_factory.mktemp("together")
+    return folder, bench.capture(folder, 3)
+
+
+def rows(folder: Path) -> list[Recorded]:
+    return [recorded for _, recorded in iterate_capture(folder, STREAMS)]
+
+
+def assert_equal(ours: list[Recorded], theirs: list[Recorded]) -> None:
+    assert len(ours) == len(theirs) == NUM_PROMPTS
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.token_ids, b.token_ids)
+        assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.residual, b.residual)
+
+
+def test_rows_do_not_depend_on_what_else_was_computed(
+    bench: Bench, together: tuple[Path, Any], tmp_path: Path
+) -> None:
+    bench.capture(tmp_path / "alone", 1)
+    recordings = {s.recording for s in read_sequences(together[0])}
+    assert len(recordings) < NUM_PROMPTS, "no two prompts came together; nothing was compared"
+    assert len({s.recording for s in read_sequences(tmp_path / "alone")}) == NUM_PROMPTS
+    assert_equal(rows(together[0]), rows(tmp_path / "alone"))
+
+
+def test_targets_are_the_tokens_that_were_generated(together: tuple[Path, Any]) -> None:
+    for sequence, recorded in iterate_capture(together[0], STREAMS):
+        assert sequence.tokens - sequence.prompt_tokens == CONFIG.new_tokens
+        generated = recorded.token_ids[sequence.prompt_tokens :]
+        assert torch.equal(recorded.targets[sequence.prompt_tokens - 1 : -1], generated)
+
+
+def test_a_conversation_is_encoded_as_the_bundled_prompts_are(
+    bench: Bench, together: tuple[Path, Any]
+) -> None:
+    text = f"<｜begin▁of▁sentence｜><｜User｜>{QUESTION}<｜Assistant｜></think>"
+    encoded = bench.client.tokenize(text, add_special_tokens=False)
+    assert read_texts(together[0])[-1].prompt == tuple(encoded)
+
+
+def test_the_residual_is_that_of_transformers_in_float32(
+    together: tuple[Path, Any], tiny_model: Path, measured: dict[str, Any]
+) -> None:
+    """Within what BF16 and the FP8 KV cache cost: a few percent of a row's norm.
+
+    Rows at which a router hesitates get another expert, and are further away: hence the quantile.
+    """
+    model: Any = load_reference(tiny_model / "base")
+    seen: list[torch.Tensor] = []
+    model.model.hc_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    errors = []
+    for recorded in rows(together[0]):
+        with torch.no_grad():
+            model(input_ids=recorded.token_ids[None])
+        expected = seen.pop()[0]  # [T, S, D]
+        difference = (recorded.residual.float() - expected).flatten(1).norm(dim=1)
+        errors.append(difference / expected.flatten(1).norm(dim=1))
+    relative = torch.cat(errors)
+    measured.update(
+        rows=len(relative),
+        median=relative.median().item(),
+        q95=relative.quantile(0.95).item(),
+        max=relative.max().item(),
+    )
+    assert relative.median() < 0.05
+    assert relative.quantile(0.95) < 0.2
+
+
+def test_speeds_with_and_without_recording_are_reported(
+    together: tuple[Path, dict[str, Any]], measured: dict[str, Any]
+) -> None:
+    result = together[1]
+    measured.update(result["tok_s"])
+    assert result["sequences"] == NUM_PROMPTS
+    assert result["tok_s"].keys() == {"generate", "prefill", "prefill_recording"}
+    assert all(speed > 0 for speed in result["tok_s"].values())
+
+
+CLIENT = """
+import sys
+from pathlib import Path
+from engine import test_capture as test
+from mtp_graft.serving.client import ServerClient
+url, base, out = sys.argv[1:]
+prompts = test.load_prompts(Path(base).parent)
+test.capture_with(ServerClient(url), Path(base), Path(out), test.CONFIG, prompts, lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize(("file", "lines"), [("texts.jsonl", 2), ("index.jsonl", 2)])
+def test_a_killed_capture_is_finished_without_doing_anything_twice(
+    file: str,
+    lines: int,
+    bench: Bench,
+    together: tuple[Path, Any],
+    tmp_path: Path,
+    repo_root: Path,
+) -> None:
+    out = bench.into(tmp_path / "killed")
+    environment = {**os.environ, "PYTHONPATH": str(repo_root / "tests")}
+    command = [sys.executable, "-c", CLIENT, bench.client.base_url, str(bench.base), str(out)]
+    client = subprocess.Popen(command, env=environment)
+    wait_for_lines(out / file, lines, client)
+    client.send_signal(signal.SIGKILL)
+    client.wait()
+    time.sleep(3)  # the server ends the requests of a client that is gone
+    texts, sequences = read_texts(out), read_sequences(out)
+    assert len(texts if file == "texts.jsonl" else sequences) < NUM_PROMPTS
+
+    asked: list[tuple[int, ...]] = []
+    complete = bench.client.complete
+
+    def counted(prompt: Any, max_tokens: int, **others: Any) -> tuple[int, ...]:
+        if max_tokens > 1:
+            asked.append(tuple(prompt))
+        return complete(prompt, max_tokens, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench.client, "complete", counted)
+        bench.capture(out, 3)
+    finished = {text.prompt for text in texts}
+    assert len(asked) == NUM_PROMPTS - len(texts)
+    assert not finished & set(asked)
+    assert {s.number: s for s in read_sequences(out)}.items() >= {
+        s.number: s for s in sequences
+    }.items()
+    assert_equal(rows(out), rows(together[0]))
+
+
+def wait_for_lines(path: Path, count: int, client: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert client.poll() is None, "the client ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_the_server_generates_the_same_at_any_concurrency(
+    bench: Bench, together: tuple[Path, Any]
+) -> None:
+    prompts = [text.prompt for text in read_texts(together[0])]
+
+    def answer(prompt: tuple[int, ...]) -> tuple[int, ...]:
+        return bench.client.complete(prompt, CONFIG.new_tokens, ignore_eos=True)
+
+    alone = set(concurrently(answer, prompts, 1))
+    assert alone == {text.continuation for text in read_texts(together[0])}

@@ -1,0 +1,270 @@
+"""The capture stage against a stand-in server: resume, speeds, and what can go wrong."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_graft.checkpoint.capture import (
+    RECORDINGS,
+    SWITCH_NAME,
+    iterate_capture,
+    read_sequences,
+    read_texts,
+)
+from mtp_graft.errors import GraftError
+from mtp_graft.serving import server
+from mtp_graft.serving.command import ServeOptions, build_command
+from mtp_graft.serving.concurrent import concurrently
+from mtp_graft.serving.prompts import ChatPrompt, Prompt
+from mtp_graft.stages import capture as stage
+from mtp_graft.stages.capture import CaptureConfig, capture, recording_options
+
+CONFIG = CaptureConfig(max_prompt_tokens=6, new_tokens=3, concurrency=2, max_model_len=64)
+PROMPTS: dict[str, list[Prompt | ChatPrompt]] = {
+    "calibration": [Prompt(f"c{i}", "abcdefgh"[: i + 1]) for i in range(8)],
+    "evaluation": [
+        ChatPrompt("chat", ({"role": "user", "content": "hey"},)),
+        Prompt("same", "xy"),
+        Prompt("same again", "xy"),
+    ],
+}
+NUM_PROMPTS = sum(map(len, PROMPTS.values()))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "POLL_S", 0.05)
+    monkeypatch.setattr(stage, "WRITE_TIMEOUT_S", 0.3)
+
+
+@pytest.fixture
+def requests(fake: Callable[..., None], tmp_path: Path) -> Iterator[Path]:
+    """The file in which a well-behaved stand-in writes how many tokens it was asked for."""
+    path = tmp_path / "requests"
+    fake(requests=str(path))
+    yield path
+
+
+def quiet(_label: str, _done: int, _total: int) -> None: ...
+
+
+def expected(prompt: Prompt | ChatPrompt) -> tuple[list[int], list[int]]:
+    """Return the stand-in's tokens of a prompt, and its answer."""
+    if isinstance(prompt, ChatPrompt):
+        token_ids = [0, *prompt.messages[0]["content"].encode()]
+    else:
+        token_ids = list(prompt.text.encode())[: CONFIG.max_prompt_tokens]
+    return token_ids, [(sum(token_ids) + 7 * i) % 1000 for i in range(CONFIG.new_tokens)]
+
+
+def check_complete(out: Path) -> None:
+    """Every prompt is captured once, with its own rows, and nothing else is left behind."""
+    asked = [(split, prompt) for split, each in PROMPTS.items() for prompt in each]
+    captured = list(iterate_capture(out, streams=2))
+    assert [s.number for s, _ in captured] == list(range(NUM_PROMPTS))
+    for (split, prompt), (sequence, recorded) in zip(asked, captured, strict=True):
+        token_ids, answer = expected(prompt)
+        assert (sequence.split, sequence.id) == (split, prompt.id)
+        assert sequence.prompt_tokens == len(token_ids)
+        assert recorded.token_ids.tolist() == token_ids + answer
+        assert recorded.targets.tolist() == [t + 1 for t in token_ids + answer]
+    named = {sequence.recording for sequence, _ in captured}
+    assert {path.name for path in (out / RECORDINGS).iterdir()} == named
+    assert not (out / SWITCH_NAME).exists()
+
+
+def asked(requests: Path) -> dict[int, int]:
+    """Return new tokens -> how many requests asked for that many; the probe's 4 left out."""
+    lines = [int(line) for line in requests.read_text().split()]
+    return {n: lines.count(n) for n in set(lines) - {4}}
+
+
+def test_every_prompt_is_continued_and_recorded(base: Path, requests: Path, tmp_path: Path) -> None:
+    out = tmp_path / "capture"
+    seen: list[tuple[str, int, int]] = []
+    result = capture(base, out, CONFIG, PROMPTS, lambda *step: seen.append(step))
+    check_complete(out)
+    lengths = [len(t) + len(a) for each in PROMPTS.values() for t, a in map(expected, each)]
+    assert result["sequences"] == NUM_PROMPTS
+    assert result["tokens"] == sum(lengths)
+    assert result["splits"] == {"calibration": 8, "evaluation": 3}
+    assert all(speed > 0 for speed in result["tok_s"].values())
+    assert result["folder"] == str(out)
+    assert json.loads((out / "report.json").read_text()) == result
+    assert json.loads((out / "manifest.json").read_text())["status"] == "done"
+    for label in ("capture: generate", "capture: record"):
+        steps = [(done, total) for name, done, total in seen if name == label]
+        assert steps == sorted(steps)
+        assert steps[-1] == (NUM_PROMPTS, NUM_PROMPTS)
+
+
+def test_a_finished_capture_is_reported_without_a_server(
+    base: Path, requests: Path, tmp_path: Path
+) -> None:
+    result = capture(base, tmp_path / "capture", CONFIG, PROMPTS, quiet)
+    requests.unlink()
+    assert capture(base, tmp_path / "capture", CONFIG, PROMPTS, quiet) == result
+    assert not requests.exists()
+
+
+@pytest.mark.parametrize("dies_at", [5, 1 + NUM_PROMPTS + 8])
+def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
+    dies_at: int, base: Path, fake: Callable[..., None], tmp_path: Path
+) -> None:
+    """At the fifth completion it generates; after all texts, it records."""
+    out, log = tmp_path / "capture", tmp_path / "requests"
+    fake(dies_at=dies_at, requests=str(log))
+    with pytest.raises(GraftError, match=r"vllm\.log: RuntimeError: died in the middle"):
+        capture(base, out, CONFIG, PROMPTS, quiet)
+    texts, sequences = len(read_texts(out)), len(read_sequences(out))
+    assert (texts == NUM_PROMPTS) == (dies_at > NUM_PROMPTS)
+    assert texts > 0
+    assert sequences < NUM_PROMPTS
+    assert not (out / SWITCH_NAME).exists()
+
+    log.unlink()
+    fake(requests=str(log))
+    capture(base, out, CONFIG, PROMPTS, quiet)
+    check_complete(out)
+    assert asked(log).get(CONFIG.new_tokens, 0) == NUM_PROMPTS - texts
+
+
+CLIENT = """
+import json, sys
+from pathlib import Path
+from serving import test_capture_stage as test
+test.capture(Path(sys.argv[1]), Path(sys.argv[2]), test.CONFIG, test.PROMPTS, test.quiet)
+"""
+
+
+@pytest.mark.parametrize("file", ["texts.jsonl", "index.jsonl"])
+def test_a_killed_client_goes_on_where_it_was(
+    file: str,
+    base: Path,
+    vllm: Path,
+    fake: Callable[..., None],
+    tmp_path: Path,
+    repo_root: Path,
+) -> None:
+    out, log, record = tmp_path / "capture", tmp_path / "requests", tmp_path / "record.json"
+    fake(step_s=0.1, record=str(record))
+    site = os.environ["PYTHONPATH"]
+    environment = {**os.environ, "PYTHONPATH": f"{repo_root / 'tests'}:{site}"}
+    client = subprocess.Popen([sys.executable, "-c", CLIENT, base, out], env=environment)
+    wait_for_lines(out / file, 3, client)
+    client.kill()
+    client.wait()
+    for pid in json.loads(record.read_text())["pids"]:
+        with suppress(ProcessLookupError):  # the server may end with its client
+            os.kill(pid, signal.SIGKILL)
+    texts, sequences = read_texts(out), read_sequences(out)
+    assert 0 < len(texts if file == "texts.jsonl" else sequences) < NUM_PROMPTS
+
+    fake(requests=str(log))
+    capture(base, out, CONFIG, PROMPTS, quiet)
+    check_complete(out)
+    assert asked(log).get(CONFIG.new_tokens, 0) == NUM_PROMPTS - len(texts)
+    assert [text for text in read_texts(out) if text in texts] == texts
+    kept = {s.number: s for s in read_sequences(out)}
+    assert all(kept[s.number] == s for s in sequences)
+
+
+def wait_for_lines(path: Path, count: int, client: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert client.poll() is None, "the client ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("records", [None, "parts"])
+def test_a_server_that_does_not_record_whole_prompts_is_an_error(
+    records: str | None, base: Path, fake: Callable[..., None], tmp_path: Path
+) -> None:
+    fake(records=records)
+    out = tmp_path / "capture"
+    with pytest.raises(GraftError, match="is in no recording; expected a server that records"):
+        capture(base, out, CONFIG, PROMPTS, quiet)
+    assert len(read_texts(out)) == NUM_PROMPTS
+    assert not (out / SWITCH_NAME).exists()
+
+
+def test_another_configuration_is_not_mixed_in(base: Path, requests: Path, tmp_path: Path) -> None:
+    def call(config: CaptureConfig = CONFIG, prompts: Any = PROMPTS) -> dict[str, Any]:
+        return capture(base, tmp_path / "capture", config, prompts, quiet)
+
+    result = call()
+    assert call(dataclasses.replace(CONFIG, concurrency=7)) == result, "speed is no configuration"
+    with pytest.raises(GraftError, match="new_tokens = 3, now it is 4"):
+        call(dataclasses.replace(CONFIG, new_tokens=4))
+    with pytest.raises(GraftError, match="begun with prompts"):
+        call(prompts={"calibration": PROMPTS["calibration"]})
+    (base / "model-1.safetensors").write_bytes(b"other weights")
+    with pytest.raises(GraftError, match="begun with base"):
+        call()
+
+
+def test_the_server_records_and_never_cuts_a_prompt(base: Path, vllm: Path, tmp_path: Path) -> None:
+    command = build_command(recording_options(base, tmp_path / "capture", CaptureConfig()))
+    assert command.env["MTP_GRAFT_RECORD"] == str(tmp_path / "capture")
+    line = " ".join(command.argv)
+    for part in (
+        "--no-enable-chunked-prefill",
+        "--no-enable-prefix-caching",
+        "--max-model-len 2048",
+        "--max-num-batched-tokens 2048",
+        "--max-num-seqs 8",
+    ):
+        assert part in line
+    assert "MTP_GRAFT_RECORD" not in build_command(ServeOptions(base)).env
+
+
+def test_a_context_that_is_too_short_is_said_before_serving(base: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, max_model_len=9)
+    with pytest.raises(GraftError, match="max_model_len is 9, expected at least 10"):
+        capture(base, tmp_path / "capture", config, PROMPTS, quiet)
+    with pytest.raises(GraftError, match="no prompts to capture"):
+        capture(base, tmp_path / "capture", CONFIG, {"calibration": []}, quiet)
+
+
+def test_concurrently_yields_what_was_in_work_before_it_raises() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.05 * (item != 0))
+        if item == 0:
+            raise GraftError("the first one")
+        return item
+
+    finished: list[int] = []
+    with pytest.raises(GraftError, match="the first one"):
+        for item in concurrently(work, range(100), 4):
+            finished.append(item)
+    assert sorted(begun) == [0, *sorted(finished)]
+    assert len(begun) <= 4
+
+
+def test_concurrently_has_no_more_in_work_than_asked() -> None:
+    in_work: list[int] = []
+    most: list[int] = []
+
+    def work(item: int) -> int:
+        in_work.append(item)
+        most.append(len(in_work))
+        time.sleep(0.01)
+        in_work.remove(item)
+        return item
+
+    assert sorted(concurrently(work, range(20), 3)) == list(range(20))
+    assert max(most) == 3

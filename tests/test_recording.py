@@ -1,0 +1,289 @@
+"""The recorder's hooks, on a target that is a table: no engine."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: install an extra")
+
+from mtp_graft.checkpoint.capture import RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin import recording
+from mtp_graft.vllm_plugin.recording import record_on_demand, whole_prompts
+
+pytestmark = pytest.mark.vllm
+
+ROWS, HC_DIM, VOCAB = 16, 6, 11
+Step = Callable[..., None]
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hc_head_fn = nn.Parameter(torch.zeros(2, HC_DIM))
+        self._mtp_hidden_buffer: Tensor | None = None
+        self.fills = True
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = torch.nn.functional.one_hot((input_ids * 3) % VOCAB, VOCAB).float()
+        if self._mtp_hidden_buffer is not None and self.fills:
+            self._mtp_hidden_buffer[: len(input_ids)] = input_ids[:, None].bfloat16() / 2
+        return hidden
+
+
+class Target(nn.Module):
+    """Token t has the residual t / 2 and the target 3 t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Inner()
+        self.logit_rows: list[int] = []
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        self.logit_rows.append(len(hidden))
+        return hidden
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        return self.model(input_ids)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A capture folder that the environment names, recording switched on."""
+    (tmp_path / RECORDINGS).mkdir()
+    (tmp_path / SWITCH_NAME).touch()
+    monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Which rank this is, and the requests of the step."""
+    place = SimpleNamespace(last=True, rank=0, metadata=None)
+    monkeypatch.setattr(recording, "get_pp_group", lambda: SimpleNamespace(is_last_rank=place.last))
+    monkeypatch.setattr(recording, "get_tensor_model_parallel_rank", lambda: place.rank)
+    context = lambda: SimpleNamespace(attn_metadata=place.metadata)  # noqa: E731
+    monkeypatch.setattr(recording, "get_forward_context", context)
+    return place
+
+
+def vllm_config(data_parallel_size: int = 1) -> Any:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=ROWS),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+    )
+
+
+@pytest.fixture
+def target(folder: Path, place: SimpleNamespace) -> Target:
+    target = Target()
+    record_on_demand(target, vllm_config())
+    return target
+
+
+@pytest.fixture
+def step(target: Target, place: SimpleNamespace) -> Step:
+    """Run one step of requests, each a list of (token, position), and some padding."""
+
+    def run(*requests: list[tuple[int, int]], padding: int = 0) -> None:
+        rows = [row for request in requests for row in request] + [(0, 0)] * padding
+        bounds = torch.tensor([0, *(len(request) for request in requests)]).cumsum(0)
+        # Padded requests repeat the last bound, as in vLLM's CUDA graphs.
+        bounds = torch.cat([bounds, bounds[-1:].repeat(padding)])
+        place.metadata = {
+            "layers.0": SimpleNamespace(),
+            "layers.1": SimpleNamespace(query_start_loc_cpu=bounds),
+        }
+        tokens, positions = torch.tensor(rows).T
+        target(input_ids=tokens, positions=positions)
+
+    return run
+
+
+def prompt(*tokens: int, start: int = 0) -> list[tuple[int, int]]:
+    return [(token, start + i) for i, token in enumerate(tokens)]
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Return every recording by its name."""
+    return {p.name: load_file(p) for p in sorted((folder / RECORDINGS).glob("*.safetensors"))}
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write at once, in the caller's thread."""
+
+    class Now:
+        def __init__(self, *_: Any) -> None: ...
+
+        def submit(self, work: Callable[..., None], *arguments: Any) -> Any:
+            work(*arguments)
+            return SimpleNamespace(result=lambda: None)
+
+    monkeypatch.setattr(recording, "ThreadPoolExecutor", Now)
+
+
+def test_prompts_of_a_step_lie_one_after_the_other(written: None, step: Step, folder: Path) -> None:
+    step(prompt(4, 5, 6), prompt(7, 8))
+    (rows,) = recorded(folder).values()
+    assert {name: str(tensor.dtype) for name, tensor in rows.items()} == {
+        "token_ids": "torch.int32",
+        "residual": "torch.bfloat16",
+        "targets": "torch.int32",
+        "starts": "torch.int32",
+    }
+    assert rows["token_ids"].tolist() == [4, 5, 6, 7, 8]
+    assert rows["starts"].tolist() == [0, 3]
+    assert rows["residual"].tolist() == [[t / 2] * HC_DIM for t in (4, 5, 6, 7, 8)]
+    assert rows["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 6, 7, 8)]
+
+
+def test_decode_steps_later_chunks_and_padding_are_left_out(
+    written: None, step: Step, folder: Path
+) -> None:
+    step(prompt(9, start=40), prompt(4, 5), prompt(6, 7, start=2), prompt(8), padding=3)
+    (rows,) = recorded(folder).values()
+    assert rows["token_ids"].tolist() == [4, 5, 8]
+    assert rows["starts"].tolist() == [0, 2]
+    assert rows["residual"][:, 0].tolist() == [2, 2.5, 4]
+
+
+def test_nothing_is_written_for_a_step_without_prompts_or_requests(
+    written: None, step: Step, target: Target, place: SimpleNamespace, folder: Path
+) -> None:
+    step(prompt(9, start=40))
+    place.metadata = None  # vLLM's own runs to measure memory and warm up
+    target(input_ids=torch.tensor([1, 2]), positions=torch.tensor([0, 1]))
+    assert recorded(folder) == {}
+
+
+def test_the_switch_is_looked_at_in_every_step(
+    written: None, step: Step, target: Target, folder: Path
+) -> None:
+    (folder / SWITCH_NAME).unlink()
+    step(prompt(4, 5))
+    assert recorded(folder) == {}
+    assert target.logit_rows == []
+    (folder / SWITCH_NAME).touch()
+    step(prompt(6))
+    (folder / SWITCH_NAME).unlink()
+    step(prompt(7))
+    assert [rows["token_ids"].tolist() for rows in recorded(folder).values()] == [[6]]
+
+
+def test_numbering_goes_on_after_an_earlier_servers_recordings(
+    written: None, step: Step, folder: Path
+) -> None:
+    earlier = folder / RECORDINGS / "000041.safetensors"
+    earlier.write_bytes(b"kept")
+    step(prompt(4))
+    step(prompt(5))
+    names = sorted(path.name for path in (folder / RECORDINGS).iterdir())
+    assert names == [f"0000{n}.safetensors" for n in (41, 42, 43)]
+    assert earlier.read_bytes() == b"kept"
+
+
+def test_recordings_are_copies_written_in_the_background(step: Step, folder: Path) -> None:
+    for token in range(4, 9):
+        step(prompt(token, token))  # overwrites what the step before left in the buffer
+    end = time.monotonic() + 10
+    while len(recorded(folder)) < 5 and time.monotonic() < end:
+        time.sleep(0.01)
+    rows = list(recorded(folder).values())
+    assert [r["token_ids"].tolist() for r in rows] == [[t, t] for t in range(4, 9)]
+    assert [r["residual"][0, 0].item() for r in rows] == [t / 2 for t in range(4, 9)]
+
+
+def test_a_failed_write_ends_the_next_step(step: Step, folder: Path) -> None:
+    (folder / RECORDINGS).rmdir()
+    step(prompt(4))
+    with pytest.raises((OSError, SafetensorError)):
+        step(prompt(5))
+
+
+def test_a_residual_that_the_graph_did_not_write_is_not_finite(
+    written: None, step: Step, target: Target, folder: Path
+) -> None:
+    step(prompt(4))
+    target.model.fills = False
+    step(prompt(5))
+    first, second = recorded(folder).values()
+    assert first["residual"].isfinite().all()
+    assert second["residual"].isnan().all()
+
+
+def test_logits_are_computed_in_parts(
+    written: None, step: Step, target: Target, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "_LOGIT_ROWS", 4)
+    step(prompt(*range(10)))
+    assert target.logit_rows == [4, 4, 2]
+    (rows,) = recorded(folder).values()
+    assert rows["targets"].tolist() == [3 * t % VOCAB for t in range(10)]
+
+
+def test_other_ranks_help_with_the_logits_and_write_nothing(
+    written: None, folder: Path, place: SimpleNamespace
+) -> None:
+    place.rank = 1
+    target = Target()
+    record_on_demand(target, vllm_config())
+    bounds = torch.tensor([0, 2])
+    place.metadata = {"layers.0": SimpleNamespace(query_start_loc_cpu=bounds)}
+    target(input_ids=torch.tensor([4, 5]), positions=torch.tensor([0, 1]))
+    assert target.logit_rows == [2]
+    assert recorded(folder) == {}
+
+
+def test_ranks_before_the_last_stage_have_no_hooks(folder: Path, place: SimpleNamespace) -> None:
+    place.last = False
+    target = Target()
+    record_on_demand(target, vllm_config())
+    assert target.model._mtp_hidden_buffer is None
+    assert not target._forward_hooks
+
+
+def test_without_the_variable_nothing_changes(
+    place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(RECORD_VARIABLE, raising=False)
+    target = Target()
+    record_on_demand(target, vllm_config())
+    assert target.model._mtp_hidden_buffer is None
+    assert not target._forward_hooks
+
+
+def test_a_drafters_buffer_is_used_as_it_is(folder: Path, place: SimpleNamespace) -> None:
+    target = Target()
+    buffer = target.model._mtp_hidden_buffer = torch.zeros(ROWS, HC_DIM).bfloat16()
+    record_on_demand(target, vllm_config())
+    assert target.model._mtp_hidden_buffer is buffer
+
+
+def test_data_parallel_replicas_are_refused(folder: Path, place: SimpleNamespace) -> None:
+    with pytest.raises(GraftError, match="data parallel size 2, expected 1"):
+        record_on_demand(Target(), vllm_config(data_parallel_size=2))
+
+
+@pytest.mark.parametrize("metadata", [[{}], {"layers.0": SimpleNamespace()}])
+def test_unknown_metadata_is_an_error(
+    written: None, target: Target, place: SimpleNamespace, metadata: Any
+) -> None:
+    place.metadata = metadata
+    with pytest.raises(GraftError, match=r"micro-batches|query_start_loc_cpu"):
+        target(input_ids=torch.tensor([4]), positions=torch.tensor([0]))
+
+
+def test_whole_prompts_begin_at_position_0() -> None:
+    positions = torch.tensor([0, 1, 2, 7, 0, 1, 0, 0, 0])
+    assert whole_prompts([0, 3, 4, 6, 6, 7], positions) == [(0, 3), (4, 6), (6, 7)]
+    assert whole_prompts([0], positions) == []
