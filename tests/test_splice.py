@@ -5,6 +5,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -661,6 +665,43 @@ def test_what_a_killed_splice_left_is_removed(
     splice(base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert hashes(tmp_path / "out") == hashes(spliced["mxfp4"])
+
+
+#: The stage in a process of its own, with time enough between two tensors to be killed there.
+SLOW_SPLICE = """
+import sys, time
+from pathlib import Path
+from mtp_graft.stages import splice as stage
+
+stored_tensors = stage._stored_tensors
+
+def slowly(plan):
+    for item in stored_tensors(plan):
+        time.sleep(0.01)
+        yield item
+
+stage._stored_tensors = slowly
+base, upstream, out = map(Path, sys.argv[1:])
+stage.splice(base, upstream, out, "mxfp4")
+"""
+
+
+def test_a_splice_that_sigkill_ended_in_the_shard_is_done_again(
+    base: Path, before: dict[str, str], spliced: dict[str, Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    upstream, out = tiny_model / "upstream", tmp_path / "out"
+    command = [sys.executable, "-c", SLOW_SPLICE, *map(str, (base, upstream, out))]
+    with subprocess.Popen(command) as process:
+        while not list(tmp_path.glob(f".out.tmp/*{HEAD_SHARD}*")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".out.tmp"]
+    splice(base, upstream, out, "mxfp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert hashes(out) == hashes(spliced["mxfp4"])
+    assert hashes(base) == before
 
 
 def test_a_splice_of_the_same_inputs_is_not_done_again(

@@ -113,31 +113,124 @@ def serve(
     raise typer.Exit(serve_foreground(options, on_ready=lambda url: _note(f"ready: {url}")))
 
 
+RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe.")]
+RunOption = Annotated[
+    Path | None, typer.Option("--run", help="Run folder. Default: runs/ and the recipe's name.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: capture.new_tokens=64."),
+]
+
+
 @app.command()
 def demo(
     run: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    model: Annotated[
-        Path | None, typer.Option(help="Folder with base/, upstream/ and prompts.jsonl.")
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to use.")] = 8,
-    max_tokens: MaxTokensOption = 128,
-    rounds: RoundsOption = 3,
+    overrides: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Graft the tiny model's head on, serve it with and without, and compare on held-out text."""
-    from mtp_graft.bench.decode import DecodeConfig
-    from mtp_graft.pipeline import DemoConfig, find_model, run_demo
+    """Run the whole pipeline on the bundled tiny model: graft its head on, serve it, measure it."""
+    from mtp_graft.pipeline import find_bundled_recipe
 
-    config = DemoConfig(num_prompts=prompts, decode=DecodeConfig(max_tokens, rounds))
+    _run_recipe(find_bundled_recipe(), run, overrides, None, None, dry_run, json_file)
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeArgument,
+    run: RunOption = None,
+    overrides: SetOption = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run one stage.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Do this stage and those after it anew."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Run a recipe's stages, from capture to report; a run that was cut off goes on."""
+    folder = run or Path("runs") / recipe.stem
+    _run_recipe(recipe, folder, overrides, only, start, dry_run, json_file)
+
+
+def _run_recipe(
+    file: Path,
+    run: Path,
+    overrides: list[str] | None,
+    only: str | None,
+    start: str | None,
+    dry_run: bool,
+    json_file: Path | None,
+) -> None:
+    from mtp_graft.pipeline import choose_stages, run_pipeline
+    from mtp_graft.recipe import load_recipe
+
+    recipe = load_recipe(file, overrides or ())
+    stages = choose_stages(only, start)
+    if dry_run:
+        plan = {"run": str(run), "stages": list(stages), "recipe": recipe.as_dict()}
+        _write_json(plan, json_file)
+        if not _is_stdout(json_file):
+            print(json.dumps(plan, indent=2, ensure_ascii=False))
+        return
     with _progress() as report:
-        result = run_demo(run, find_model(model), config, report)
+        result = run_pipeline(recipe, run, report, stages, again=start is not None)
     _write_json(result, json_file)
-    decode = result["decode"]
-    table = _decode_table({"base": decode["base"], "with MTP": decode["mtp"]})
-    out = _result_console(json_file)
-    out.print(table)
-    out.print(_identity_line(result["divergences"], prompts=decode["base"]["num_prompts"]))
-    out.print(f"details: {run / 'bench' / 'decode.json'}", soft_wrap=True)
+    _print_result(result, _result_console(json_file))
+
+
+def _print_result(result: dict[str, Any], out: Console) -> None:
+    """Show acceptance, decode speeds and where everything is."""
+    if result["acceptance_offline"] or result["acceptance_served"]:
+        table = Table("head", "offline acceptance", "served acceptance", "95 % interval")
+        for name in result["acceptance_offline"] or result["acceptance_served"]:
+            offline = result["acceptance_offline"].get(name)
+            served = result["acceptance_served"].get(name)
+            low, high = result["intervals_served"].get(name, (None, None))
+            interval = "-" if low is None else f"{_percent(low)} to {_percent(high)}"
+            table.add_row(name, _percent(offline), _percent(served), interval)
+        out.print(table)
+    if result["decode_tok_s"] is not None:
+        base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
+        ratio = mtp / base
+        out.print(f"decode: base {base:.1f} tok/s, with MTP {mtp:.1f} tok/s ({ratio:.2f} times)")
+        out.print(_identity_line(result["divergences"]))
+    for what in ("checkpoint", "report"):
+        if result[what] is not None and Path(result[what]).exists():
+            out.print(f"{what}: {result[what]}", soft_wrap=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _stage_command(stage: str, summary: str) -> None:
+    """Add the command that runs one stage of a recipe, in its run folder."""
+
+    @app.command(stage, help=summary)
+    def command(
+        recipe: RecipeArgument,
+        run: RunOption = None,
+        overrides: SetOption = None,
+        json_file: JsonOption = None,
+    ) -> None:
+        from mtp_graft.pipeline import run_stage
+        from mtp_graft.recipe import load_recipe
+
+        folder = run or Path("runs") / recipe.stem
+        with _progress() as report:
+            result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)
+        _write_json(result, json_file)
+        _result_console(json_file).print(f"{stage}: done, in {folder / stage}", soft_wrap=True)
+
+
+_stage_command("fetch", "Fetch a recipe's base and upstream head, or find their folders.")
+_stage_command("capture", "Serve the base and record what it does on the recipe's prompts.")
+_stage_command("quantize", "Quantize the head with GPTQ on the captured tokens.")
+_stage_command("score", "Compute every variant's offline acceptance.")
+_stage_command("splice", "Write the checkpoints: the base's shards linked, one new shard each.")
+_stage_command("verify", "Read the checkpoints back and account for every tensor.")
 
 
 @bench.command("decode")
@@ -159,7 +252,6 @@ def bench_decode(
 ) -> None:
     """Measure greedy single-stream decode speed, time to first token and acceptance."""
     from mtp_graft.bench.decode import DecodeConfig
-    from mtp_graft.pipeline import find_model
     from mtp_graft.serving.client import ServerClient
     from mtp_graft.serving.command import ServeOptions
     from mtp_graft.serving.server import managed_server
@@ -167,7 +259,7 @@ def bench_decode(
     if (base_url is None) == (checkpoint is None):
         raise typer.BadParameter("give one of --base-url and --checkpoint")
     config = DecodeConfig(max_tokens, rounds, ignore_eos)
-    file = prompts or find_model().prompts
+    file = prompts or _bundled_prompts()
     with _progress() as report:
         if checkpoint is None:
             assert base_url is not None
@@ -188,6 +280,13 @@ def bench_decode(
                 result = _measure(client, file, limit, config, report)
     _write_json(result, json_file)
     _result_console(json_file).print(_decode_table({"decode": result}))
+
+
+def _bundled_prompts() -> Path:
+    from mtp_graft.pipeline import find_bundled_recipe
+    from mtp_graft.recipe import load_recipe
+
+    return Path(load_recipe(find_bundled_recipe()).bench.prompts)
 
 
 def _measure(
@@ -219,20 +318,33 @@ def _spread_cell(spread: dict[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
 
 
-def _identity_line(divergences: list[dict[str, Any]], prompts: int) -> str:
+def _identity_line(divergences: list[dict[str, Any]]) -> str:
     if not divergences:
-        return f"greedy text: identical on all {prompts} prompts"
+        return "greedy text: identical on every prompt"
     where = ", ".join(
         f"{d['prompt']} at {d['position']} (margin {d['margin']})" for d in divergences
     )
-    return f"greedy text: differs on {len(divergences)} of {prompts} prompts: {where}"
+    return f"greedy text: differs on {len(divergences)} prompts: {where}"
 
 
 @contextmanager
 def _progress() -> Iterator["Report"]:
-    """Show on standard error what is going on."""
+    """Show on standard error what is going on: a bar on a terminal, else a line per step."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = ""
+
+        def log(label: str, _done: int, _total: int) -> None:
+            nonlocal last
+            step = label.partition(",")[0]  # without a count of seconds
+            if step != last:
+                _note(step)
+            last = step
+
+        yield log
+        return
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
 
         def report(label: str, done: int, total: int) -> None:

@@ -84,6 +84,7 @@ class BenchSection:
     rounds: int = 3
     num_speculative_tokens: int = 1
     served_variants: tuple[Variant, ...] = _ALL_VARIANTS
+    acceptance_count: int | None = None  # evaluation texts to serve; all of them are scored
 
 
 @dataclass(frozen=True)

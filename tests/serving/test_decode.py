@@ -10,9 +10,13 @@ from mtp_graft.bench.decode import (
     Divergence,
     Round,
     TokenPrompt,
-    compare_decode,
     decode_result,
     find_divergences,
+    measure_base,
+    measure_mtp,
+)
+from mtp_graft.bench.decode import (
+    compare as compare_results,
 )
 from mtp_graft.bench.prompts import Prompt, load_prompts
 from mtp_graft.errors import GraftError
@@ -30,14 +34,10 @@ def quiet(_label: str, _done: int, _total: int) -> None:
 
 
 def compare(tmp_path: Path, base: Path, grafted: Path) -> dict[str, Any]:
-    return compare_decode(
-        ServeOptions(base, port=0),
-        ServeOptions(grafted, port=0),
-        PROMPTS,
-        CONFIG,
-        tmp_path / "logs",
-        quiet,
-    )
+    with server.managed_server(ServeOptions(base, port=0), tmp_path / "base.log") as client:
+        without = json.loads(json.dumps(measure_base(client, PROMPTS, CONFIG, quiet)))
+    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "mtp.log") as client:
+        return compare_results(without, measure_mtp(client, without, CONFIG, quiet))
 
 
 @pytest.fixture(autouse=True)

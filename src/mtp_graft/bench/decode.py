@@ -1,17 +1,14 @@
 """Single-stream greedy decode speed, and whether speculative decoding changed the text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from mtp_graft.bench.prompts import Prompt
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Completion, ScoredCompletion, ServerClient
-from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.metrics import SpecDecodeCounters
-from mtp_graft.serving.server import managed_server
 
 #: Called with what is going on, how much of it is done, and of how much (0: not known).
 Report = Callable[[str, int, int], None]
@@ -193,38 +190,51 @@ def _sum_counters(counters: Sequence[SpecDecodeCounters]) -> dict[str, Any] | No
     }
 
 
-def compare_decode(
-    base: ServeOptions,
-    mtp: ServeOptions,
-    prompts: Sequence[Prompt],
-    config: DecodeConfig,
-    log_dir: Path,
-    report: Report,
+def measure_base(
+    client: ServerClient, prompts: Sequence[Prompt], config: DecodeConfig, report: Report
 ) -> dict[str, Any]:
-    """Serve `base`, then `mtp`, on the same token ids; return both results and how they differ.
+    """Decode `prompts` without a head; return what `measure_mtp` and `compare` need of it.
 
-    The servers run one after the other, so that they never share the machine. Keys: `base` and
-    `mtp` (as `bench decode`), `acceptance`, `decode_tok_s`, `greedy_identical`, `divergences`.
+    Keys: `prompts` ([{id, token_ids}]), `reference` (greedy texts with margins) and `result` (as
+    `bench decode`). JSON all of it, so that a killed run need not measure the base again.
     """
-
-    def on_start(name: str) -> Callable[[float, str], None]:
-        return lambda elapsed_s, _line: report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
-
-    with managed_server(base, log_dir / "vllm-base.log", on_start=on_start("base")) as client:
-        token_prompts = tokenize(client, prompts)
-        reference = score_greedy(client, token_prompts, config, report, "base: margins")
-        base_rounds = measure_decode(client, token_prompts, config, report, "base: decode")
-    with managed_server(mtp, log_dir / "vllm-mtp.log", on_start=on_start("MTP")) as client:
-        mtp_rounds = measure_decode(client, token_prompts, config, report, "MTP: decode")
-
-    results = {
-        "base": decode_result(base_rounds, config),
-        "mtp": decode_result(mtp_rounds, config),
+    token_prompts = tokenize(client, prompts)
+    reference = score_greedy(client, token_prompts, config, report, "base: margins")
+    rounds = measure_decode(client, token_prompts, config, report, "base: decode")
+    result = decode_result(rounds, config)
+    result["repeatable"] &= rounds[0].token_ids == tuple(scored.token_ids for scored in reference)
+    return {
+        "prompts": [asdict(prompt) for prompt in token_prompts],
+        "reference": [asdict(scored) for scored in reference],
+        "result": result,
     }
-    results["base"]["repeatable"] &= base_rounds[0].token_ids == tuple(
-        scored.token_ids for scored in reference
-    )
-    divergences = find_divergences(token_prompts, reference, mtp_rounds[0].token_ids)
+
+
+def measure_mtp(
+    client: ServerClient, base: Mapping[str, Any], config: DecodeConfig, report: Report
+) -> dict[str, Any]:
+    """Decode the base's prompts with a head; return `result` and the `texts` (token ids)."""
+    prompts = [TokenPrompt(p["id"], tuple(p["token_ids"])) for p in base["prompts"]]
+    rounds = measure_decode(client, prompts, config, report, "MTP: decode")
+    return {
+        "texts": [list(tokens) for tokens in rounds[0].token_ids],
+        "result": decode_result(rounds, config),
+    }
+
+
+def compare(base: Mapping[str, Any], mtp: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both results and how the texts differ.
+
+    Keys: `base` and `mtp` (as `bench decode`), `acceptance`, `decode_tok_s`, `greedy_identical`,
+    `divergences`.
+    """
+    prompts = [TokenPrompt(p["id"], tuple(p["token_ids"])) for p in base["prompts"]]
+    reference = [
+        ScoredCompletion(tuple(r["token_ids"]), tuple(r["margins"])) for r in base["reference"]
+    ]
+    texts = [tuple(tokens) for tokens in mtp["texts"]]
+    divergences = find_divergences(prompts, reference, texts)
+    results = {"base": base["result"], "mtp": mtp["result"]}
     acceptance = results["mtp"]["acceptance"]
     return {
         "acceptance": acceptance and acceptance["median"],

@@ -1,0 +1,155 @@
+"""The whole pipeline on the real engine, shortened, and killed wherever it works for long."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SETTINGS = (
+    "capture.calibration_count=6",
+    "capture.evaluation_count=6",
+    "capture.new_tokens=24",
+    "capture.concurrency=6",
+    "quantize.experts_per_batch=4",
+    "bench.count=2",
+    "bench.max_tokens=24",
+    "bench.rounds=1",
+    'bench.served_variants=["gptq"]',
+)
+
+
+def arguments(run: Path, *command: str) -> list[str]:
+    program = [sys.executable, "-m", "mtp_graft.cli", *command, "--run", str(run)]
+    return [*program, *(word for value in SETTINGS for word in ("--set", value))]
+
+
+def kill_when(seen: Callable[[], bool], command: list[str]) -> None:
+    """Start `command` and SIGKILL it, not its children, as soon as `seen` says so."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not seen():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.002)
+        process.kill()
+
+
+def processes_of(run: Path) -> list[int]:
+    """Return the processes whose command line names something in `run`."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdigit() and str(run).encode() in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Any]:
+    """A run that was killed in capture and in quantize, and then finished."""
+    run = tmp_path_factory.mktemp("pipeline") / "run"
+    before = hashes(tiny_model / "base")
+    texts, experts = run / "capture" / "texts.jsonl", run / "quantize" / "gptq"
+    kill_when(lambda: texts.exists() and texts.read_text().count("\n") >= 2, arguments(run, "demo"))
+    kept = texts.read_text().splitlines()[:2]
+    wait_until_gone(run)
+    kill_when(lambda: len(list(experts.glob("experts-*.json"))) >= 2, arguments(run, "demo"))
+    done = {path: path.stat().st_mtime_ns for path in experts.glob("experts-*.safetensors")}
+    done.pop(max(done))  # the last may have been written after the signal was sent
+    result = run / "result.json"
+    command = [*arguments(run, "demo"), "--json", str(result)]
+    subprocess.run(command, check=True, timeout=600)
+    yield {
+        "run": run,
+        "result": json.loads(result.read_text()),
+        "kept_texts": kept,
+        "kept_experts": done,
+        "base_hashes": before,
+    }
+    for pid in processes_of(run):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_gone(run: Path) -> None:
+    deadline = time.monotonic() + 60
+    while processes_of(run):
+        assert time.monotonic() < deadline, f"still there: {processes_of(run)}"
+        time.sleep(0.2)
+
+
+def test_a_killed_run_leaves_no_server_behind(killed_run: Any) -> None:
+    assert processes_of(killed_run["run"]) == []
+
+
+def test_finished_prompts_and_experts_are_not_redone(killed_run: Any) -> None:
+    texts = (killed_run["run"] / "capture" / "texts.jsonl").read_text().splitlines()
+    assert texts[:2] == killed_run["kept_texts"]
+    assert len(texts) == len({json.loads(line)["number"] for line in texts}) == 12
+    assert killed_run["kept_experts"]
+    for path, written in killed_run["kept_experts"].items():
+        assert path.stat().st_mtime_ns == written
+
+
+def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
+    result = killed_run["result"]
+    assert result["greedy_identical"] is True
+    assert result["divergences"] == []
+    assert 0.5 < result["acceptance"] <= 1
+    assert result["acceptance_served"] == {"gptq": result["acceptance"]}
+    assert set(result["acceptance_offline"]) == {"rtn", "gptq", "mxfp4", "bf16"}
+    assert set(result["decode_tok_s"]) == {"base", "mtp"}
+    assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
+    assert Path(result["report"]).is_file()
+
+
+def test_offline_and_served_acceptance_agree(killed_run: Any) -> None:
+    """On so few drafts (about 80) two of them are 2.5 points; the demo compares thousands."""
+    result = killed_run["result"]
+    assert abs(result["acceptance_offline"]["gptq"] - result["acceptance"]) < 0.08
+
+
+def test_the_checkpoint_is_verified_and_was_loaded(killed_run: Any) -> None:
+    found = json.loads((killed_run["run"] / "verify" / "gptq.json").read_text())
+    assert found["ok"] and found["loaded_in_vllm"]
+    assert not found["missing"] and not found["unexpected"] and not found["mismatched"]
+
+
+def test_the_same_capture_gives_the_same_checkpoint_without_a_kill(
+    killed_run: Any, tmp_path: Path
+) -> None:
+    other = tmp_path / "run"
+    other.mkdir()
+    shutil.copytree(killed_run["run"] / "capture", other / "capture")
+    recipe = str(Path(__file__).parents[2] / "recipes" / "tiny.toml")
+    for stage in ("quantize", "splice"):
+        subprocess.run(arguments(other, stage, recipe), check=True, timeout=300)
+    name = "splice/gptq"
+    assert hashes(other / name) == hashes(killed_run["run"] / name)
+
+
+def test_the_base_is_linked_and_untouched(killed_run: Any, tiny_model: Path) -> None:
+    checkpoint = Path(killed_run["result"]["checkpoint"])
+    assert hashes(tiny_model / "base") == killed_run["base_hashes"]
+    for shard in (tiny_model / "base").glob("*.safetensors"):
+        assert (checkpoint / shard.name).stat().st_ino == shard.stat().st_ino
+    with safe_open(checkpoint / "model-mtp-w4a16.safetensors", framework="pt") as head:
+        assert all(name.startswith("mtp.0.") for name in head.keys())  # noqa: SIM118
