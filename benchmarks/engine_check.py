@@ -151,10 +151,10 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """Return the commit of the checkout, or what GIT_COMMIT says on a host without its history."""
+    """Return what GIT_COMMIT says, for a host without the history, or the checkout's commit."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or os.environ.get("GIT_COMMIT", "unknown")
+    return os.environ.get("GIT_COMMIT") or result.stdout.strip() or "unknown"
 
 
 def _child(queue: Any, options: argparse.Namespace, k: int, prompts: list[list[int]]) -> None:
