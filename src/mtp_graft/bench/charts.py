@@ -1,177 +1,250 @@
-"""The report's charts: PNG files in one style, drawn without a display and without global state.
+"""The report's charts: plain numbers in, PNG bytes out, the same bytes for the same numbers.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart. Files are 640 points wide
-at twice the density, and the same data gives the same bytes.
+A variant keeps its colour in every chart (Okabe and Ito's palette, safe for colour-blind readers).
+Values are written where they are drawn, so there are no legends to look up. Charts are 6 inches
+wide: 600 pixels on a page, stored with twice as many.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import numpy as np
+import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
-BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#9AA0A6", "#202124"
-#: One colour a head, in every chart.
-VARIANT_COLOURS: Mapping[str, str] = {
-    "rtn": GREY,
-    "gptq": BLUE,
-    "mxfp4": ORANGE,
-    "bf16": GREEN,
+DPI = 200
+WIDTH = 6.0  # inches
+INK, FAINT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
+COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
+BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#8c8c8c", "#0072b2", "#7aa6c2"
+
+_STYLE = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same glyphs everywhere
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.labelsize": 8.5,
+    "axes.titlesize": 9.0,
+    "axes.edgecolor": "#b0b0b0",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "xtick.major.size": 0.0,
+    "ytick.major.size": 0.0,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "figure.facecolor": "white",
+    "figure.constrained_layout.use": True,
 }
-_WIDTH_IN, _DPI = 6.4, 200
 
 
-def draw_acceptance(
-    path: Path,
-    offline: Mapping[str, tuple[float, float, float]],
-    served: Mapping[str, tuple[float, float, float]],
-) -> None:
-    """Draw rate, low and high (0..1) of every head, offline beside served."""
-    figure, axes = _figure(2.9)
-    names = list(offline or served)
-    for column, (label, rates, marker) in enumerate(
-        (("offline", offline, "o"), ("served", served, "s"))
-    ):
-        for row, name in enumerate(names):
-            if name not in rates:
-                continue
-            rate, low, high = (100 * value for value in rates[name])
-            y = row + (column - 0.5) * 0.34
-            colour = VARIANT_COLOURS.get(name, INK)
-            face = "white" if label == "offline" else colour
-            axes.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-            axes.plot(rate, y, marker, color=colour, markerfacecolor=face, markersize=7)
-            axes.annotate(
-                f"{rate:.1f} %  {label}",
-                (high, y),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color=INK,
-            )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.35 * (high - low))  # room for the labels
-    axes.set_xlabel("drafts accepted, % (bars: 95 % interval)")
-    axes.tick_params(axis="y", length=0)
-    _save(figure, path)
+@dataclass(frozen=True)
+class Rate:
+    """How many drafts were accepted; what was not counted is None."""
+
+    rate: float
+    interval: tuple[float, float] | None = None  # 95 %
+    accepted: int | None = None
+    drafts: int | None = None
 
 
-def draw_decode_speed(path: Path, speeds: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the median of each server's decode speed in tok/s, with the least and the most."""
-    figure, axes = _figure(1.6)
-    for row, speed in enumerate(speeds.values()):
-        median, least, most = speed["median"], speed["min"], speed["max"]
-        axes.barh(row, median, color=BLUE if row else GREY, height=0.55)
-        axes.plot([least, most], [row, row], color=INK, linewidth=1.2)
-        axes.annotate(
-            f"{median:.1f}",
-            (max(most, median), row),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
-    axes.set_yticks(range(len(speeds)), list(speeds))
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(speed["max"] for speed in speeds.values()))
-    axes.set_xlabel("decoded tokens a second, one stream (line: least to most of the rounds)")
-    axes.tick_params(axis="y", length=0)
-    _save(figure, path)
+def acceptance_chart(served: Mapping[str, Rate], offline: Mapping[str, Rate]) -> bytes:
+    """Draw the acceptance of every variant, served above offline, with 95 % intervals."""
+    variants = in_order({**served, **offline})
+    rates = [*served.values(), *offline.values()]
+    edges = [edge for rate in rates for edge in rate.interval or (rate.rate, rate.rate)]
+    # Differences are points of a percent, so dots (which need no zero) on the part that matters.
+    margin = max(0.02, 0.15 * (max(edges) - min(edges)))
+    with _figure("Accepted drafts, with 95 % intervals", 0.95 + 0.52 * len(variants)) as figure:
+        axes = figure.subplots()
+        for row, variant in enumerate(variants):
+            for name, found, offset in (("served", served, -0.17), ("offline", offline, 0.17)):
+                if variant in found:
+                    _draw_rate(axes, found[variant], row + offset, COLOURS[variant], name)
+        axes.set_xlim(max(0.0, min(edges) - margin), min(1.0, max(edges) + margin))
+        axes.set_ylim(len(variants) - 0.5, -0.5)
+        axes.set_yticks(range(len(variants)), variants)
+        _name_rows(axes, 9.5)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        return _png(figure)
 
 
-def draw_expert_errors(path: Path, errors: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """Draw the relative errors of every expert matrix, one panel a matrix.
+def error_chart(
+    rel_errors: Mapping[str, Mapping[str, Sequence[float]]], counts: Sequence[int]
+) -> bytes:
+    """Draw every expert's error by matrix; experts go from the fewest tokens to the most.
 
-    `errors` is head -> matrix -> one error an expert. Experts are sorted by the first head's.
+    `rel_errors` has variants, then matrices, then a number an expert.
     """
-    matrices = list(next(iter(errors.values())))
-    figure = Figure(figsize=(_WIDTH_IN, 2.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
-    for panel, matrix in zip(panels, matrices, strict=True):
-        order = np.argsort(next(iter(errors.values()))[matrix])
-        for name, of_matrix in errors.items():
-            values = 100 * np.asarray(of_matrix[matrix])[order]
-            colour = VARIANT_COLOURS.get(name, INK)
-            label = f"{name}, mean {values.mean():.1f} %"
-            panel.plot(values, ".", color=colour, markersize=4, label=label)
-        _style(panel)
-        panel.set_title(matrix, loc="left", fontsize=10, color=INK)
-        panel.legend(frameon=False, fontsize=7, handletextpad=0.2, loc="best")
-    largest = max(max(values) for of_matrix in errors.values() for values in of_matrix.values())
-    panels[0].set_ylim(0, 108 * largest)  # shared by the panels
-    panels[0].set_ylabel("error, %")
-    figure.supxlabel("experts, sorted", fontsize=9, color=INK)
-    _save(figure, path)
-
-
-def draw_tokens_per_expert(path: Path, counts: Sequence[int]) -> None:
-    """Draw how many calibration tokens reached each expert, the busiest first."""
-    figure, axes = _figure(2.0)
-    ordered = sorted(counts, reverse=True)
-    axes.bar(range(len(ordered)), ordered, color=BLUE, width=0.85)
-    mean = sum(ordered) / len(ordered)
-    axes.axhline(mean, color=INK, linewidth=1)
-    axes.annotate(
-        f"mean {mean:,.0f}",
-        (len(ordered) - 1, mean),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=9,
-    )
-    axes.set_xlabel(f"{len(ordered)} experts, the busiest first")
-    axes.set_ylabel("tokens")
-    axes.set_xlim(-1, len(ordered))
-    _save(figure, path)
-
-
-def draw_stage_seconds(path: Path, seconds: Mapping[str, float]) -> None:
-    """Draw the time of each stage."""
-    figure, axes = _figure(0.5 + 0.28 * len(seconds))
-    axes.barh(range(len(seconds)), list(seconds.values()), color=GREY, height=0.6)
-    for row, value in enumerate(seconds.values()):
-        axes.annotate(
-            f"{value:.1f} s",
-            (value, row),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
+    variants = in_order(rel_errors)
+    matrices = list(rel_errors[variants[0]])
+    order = sorted(range(len(counts)), key=lambda expert: counts[expert])
+    highest = max(max(values) for by in rel_errors.values() for values in by.values())
+    size = 9.0 if len(order) <= 100 else 4.0
+    title = "Hessian-weighted relative error of each expert, and the mean"
+    with _figure(title, 2.7) as figure:
+        panels = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+        for axes, matrix in zip(panels, matrices, strict=True):
+            means = {}
+            for variant in variants:
+                values = [rel_errors[variant][matrix][expert] for expert in order]
+                means[variant] = sum(values) / len(values)
+                colour = COLOURS[variant]
+                axes.scatter(range(len(values)), values, s=size, color=colour, linewidths=0)
+                axes.axhline(means[variant], color=colour, linewidth=1.0, alpha=0.6)
+            _label_means(axes, means, 1.12 * highest)
+            axes.set_ylim(0, 1.12 * highest)
+            axes.set_title(matrix, loc="left", color=INK, fontweight="bold")
+            axes.set_xticks([])
+            axes.grid(axis="y")
+        panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        panels[0].yaxis.set_major_locator(MaxNLocator(5))
+        figure.supxlabel(
+            f"{len(order)} experts, from the fewest calibration tokens to the most",
+            fontsize=8.5,
+            color=FAINT,
         )
-    axes.set_yticks(range(len(seconds)), list(seconds))
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(seconds.values()))
-    axes.set_xlabel("seconds")
-    axes.tick_params(axis="y", length=0)
-    _save(figure, path)
+        return _png(figure)
 
 
-def _figure(height_in: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    _style(axes)
-    return figure, axes
+def token_chart(counts: Sequence[int]) -> bytes:
+    """Draw the calibration tokens of every expert, sorted, and their mean."""
+    ordered = sorted(counts)
+    mean = sum(ordered) / len(ordered)
+    with _figure("Calibration tokens of each expert, sorted", 2.3) as figure:
+        axes = figure.subplots()
+        axes.bar(range(len(ordered)), ordered, width=0.8, color=BAR_COLOUR, linewidth=0)
+        axes.axhline(mean, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
+        halo = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        axes.text(-0.4, mean, f"mean {mean:,.1f}", va="center", fontsize=8.5, bbox=halo)
+        zero = ordered.count(0)
+        lowest = f"{zero} without tokens" if zero else f"fewest {ordered[0]:,}"
+        axes.annotate(
+            lowest, (-0.4, ordered[zero] if zero < len(ordered) else 0), (0, 4), fontsize=8.5,
+            textcoords="offset points", ha="left", va="bottom",
+        )  # fmt: skip
+        axes.annotate(
+            f"most {ordered[-1]:,}", (len(ordered) - 0.5, ordered[-1]), (0, 3), fontsize=8.5,
+            textcoords="offset points", ha="right", va="bottom",
+        )  # fmt: skip
+        axes.set_xlim(-0.7, len(ordered) - 0.3)
+        axes.set_ylim(0, 1.15 * max(1, ordered[-1]))
+        axes.set_xticks([])
+        axes.set_xlabel(f"{len(ordered)} experts")
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.grid(axis="y")
+        axes.spines["left"].set_visible(False)
+        return _png(figure)
 
 
-def _style(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GREY)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.xaxis.label.set_fontsize(9)
-    axes.yaxis.label.set_fontsize(9)
+def decode_chart(base: Mapping[str, float], mtp: Mapping[str, float]) -> bytes:
+    """Draw both decode speeds: the median of the rounds, with whiskers to the extremes."""
+    rows = [("base", base, BASE_COLOUR), ("with MTP", mtp, MTP_COLOUR)]
+    title = "Decode speed, tokens a second: median, slowest and fastest round"
+    with _figure(title, 1.45) as figure:
+        axes = figure.subplots()
+        for row, (_, speed, colour) in enumerate(rows):
+            axes.barh(row, speed["median"], height=0.56, color=colour)
+            _whisker(axes, speed["min"], speed["max"], row, INK)
+            axes.annotate(
+                f"{speed['median']:,.1f}", (speed["max"], row), (6, 0), va="center",
+                textcoords="offset points", fontweight="bold",
+            )  # fmt: skip
+        _finish_bars(axes, [name for name, _, _ in rows], max(base["max"], mtp["max"]))
+        return _png(figure)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
-    temporary.rename(path)
+def stage_chart(seconds: Mapping[str, float]) -> bytes:
+    """Draw the time that every stage took, in the order given."""
+    with _figure("Time of each stage, seconds", 0.6 + 0.22 * len(seconds)) as figure:
+        axes = figure.subplots()
+        for row, value in enumerate(seconds.values()):
+            axes.barh(row, value, height=0.62, color=BAR_COLOUR)
+            axes.annotate(
+                f"{value:,.1f}", (value, row), (4, 0), textcoords="offset points", va="center",
+                fontsize=8.5,
+            )  # fmt: skip
+        _finish_bars(axes, list(seconds), max(seconds.values()))
+        return _png(figure)
+
+
+def in_order(variants: Mapping[str, object]) -> list[str]:
+    """Return those variants that have a colour, in the colours' order."""
+    return [variant for variant in COLOURS if variant in variants]
+
+
+# Parts of a chart
+
+
+@contextmanager
+def _figure(title: str, height: float) -> Iterator[Figure]:
+    """Give a figure in our style, whatever the user's matplotlibrc says; restore that after."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=10.0, fontweight="bold")
+        yield figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # The version of the software would make the bytes change without the picture changing.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_rate(axes: Axes, rate: Rate, y: float, colour: str, name: str) -> None:
+    low, high = rate.interval or (rate.rate, rate.rate)
+    if rate.interval is not None:
+        _whisker(axes, low, high, y, colour)
+    face = colour if name == "served" else "white"
+    axes.plot(rate.rate, y, "o", markersize=6, color=colour, markerfacecolor=face, zorder=3)
+    axes.annotate(
+        f"{100 * rate.rate:.1f} % {name}", (1, y), (6, 0), va="center", annotation_clip=False,
+        xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8.5, color=INK,
+    )  # fmt: skip
+
+
+def _whisker(axes: Axes, low: float, high: float, y: float, colour: str) -> None:
+    axes.plot([low, high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt")
+    axes.plot([low, high], [y, y], "|", color=colour, markersize=6, markeredgewidth=1.4)
+
+
+def _label_means(axes: Axes, means: Mapping[str, float], top: float) -> None:
+    """Write the means at the right edge, moved apart where they would touch."""
+    last = -1.0
+    for variant in sorted(means, key=lambda variant: means[variant]):
+        y = max(means[variant], last + 0.17 * top)
+        axes.annotate(
+            f"{variant}\n{100 * means[variant]:.2f} %", (1, y), (3, 0), va="center",
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8.0,
+            color=COLOURS[variant], fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+        last = y
+
+
+def _finish_bars(axes: Axes, names: Sequence[str], longest: float) -> None:
+    """Name the rows of a bar chart; values stand at the bars, so there is no axis of numbers."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1.12 * longest if longest else 1.0)
+    _name_rows(axes, 9.0)
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+
+
+def _name_rows(axes: Axes, size: float) -> None:
+    axes.tick_params(axis="y", labelsize=size, labelcolor=INK)
