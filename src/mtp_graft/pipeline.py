@@ -31,7 +31,8 @@ import torch
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
 from mtp_graft.bench.prompts import load_prompts
-from mtp_graft.bench.report import RunResults, write_report
+from mtp_graft.bench.report import write_report
+from mtp_graft.bench.results import RunResults
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
@@ -181,6 +182,8 @@ class _Run:
         for stage in self.stages:
             with self._timed(stage):
                 work[stage]()
+            if stage in ("splice", "verify", "bench", "report"):
+                self._write_manifest(stage)
             if stage == "capture" and "bench" in self.stages:
                 with self._timed("bench"):
                     self.bench_base()
@@ -273,8 +276,6 @@ class _Run:
                 quantized=quantized,
                 copy=self.recipe.splice.copy,
             )
-        out = self.folder / "splice"
-        self._manifest("splice", asdict(self.recipe.splice), [quantized / "report.json"])
 
     def verify(self) -> None:
         quantized = self._finished("quantize")
@@ -292,8 +293,6 @@ class _Run:
             known = self._read(path) or {}
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json({**found, "loaded_in_vllm": known.get("loaded_in_vllm")}, path)
-        config = {"variants": self.variants}
-        self._manifest("verify", config, [self.checkpoint(v) / HEAD_SHARD for v in self.variants])
 
     def _verify_file(self, variant: str) -> Path:
         return self.folder / "verify" / f"{variant}.json"
@@ -301,7 +300,6 @@ class _Run:
     # bench
 
     def bench(self) -> None:
-        started = time.perf_counter()
         self.bench_base()
         self.stop_base_server()
         for variant in self.variants:
@@ -310,8 +308,6 @@ class _Run:
                     self._bench_variant(variant, client)
         decode = compare(self._bench_unit("base"), self._bench_unit("mtp"))
         write_json(decode, self.folder / "bench" / "decode.json")
-        inputs = [self.checkpoint(v) / INDEX_NAME for v in self.variants]
-        self._manifest("bench", asdict(self.recipe.bench), inputs, time.perf_counter() - started)
 
     def bench_base(self) -> None:
         """Decode the benchmark's prompts with the base alone."""
@@ -457,7 +453,7 @@ class _Run:
 
     def write_report(self) -> None:
         on_cpu = find_vllm().platform == "cpu"
-        notes = [_CPU_NOTE] if on_cpu else []
+        notes = [_ERROR_NOTE, *([_CPU_NOTE] if on_cpu else [])]
         results = RunResults(
             result=self.summary(),
             capture=self._read(self.folder / "capture" / "report.json"),
@@ -472,12 +468,19 @@ class _Run:
             notes=notes,
         )
         write_report(self.folder / "report", results)
-        self._manifest("report", {}, [])
 
-    def _manifest(
-        self, stage: str, config: dict[str, Any], inputs: list[Path], seconds: float = 0.0
-    ) -> None:
-        write_manifest(self.folder / stage, stage, config, inputs, _device(), seconds)
+    def _write_manifest(self, stage: str) -> None:
+        """Say how a stage came about that has no manifest of its own making."""
+        recipe = self.recipe
+        heads = [self.checkpoint(v) / MANIFEST_NAME for v in self.variants]  # with the hashes
+        config, inputs = {
+            "splice": (asdict(recipe.splice), [self.folder / "quantize" / REPORT_NAME]),
+            "verify": ({"variants": self.variants}, heads),
+            "bench": (asdict(recipe.bench), heads),
+            "report": ({}, []),
+        }[stage]
+        folder = self.folder / stage
+        write_manifest(folder, stage, config, inputs, _device(), self.seconds[stage])
 
     def _finished(self, stage: str) -> Path:
         """Return an earlier stage's folder; GraftError if it has not been finished."""
@@ -503,6 +506,10 @@ class _Run:
         return found
 
 
+_ERROR_NOTE = (
+    "Relative errors are weighted with the Hessian of the calibration tokens themselves, which "
+    "flatters GPTQ; acceptance is measured on other texts."
+)
 _CPU_NOTE = (
     "Served on a CPU by the plugin's reference path, on a model of a few layers: speeds show that "
     "the pipeline is right, not what the real model gains, and only their ratio within this run "

@@ -9,19 +9,20 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 DPI = 200
 WIDTH = 6.0  # inches
 INK, FAINT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
 COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
-BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#8c8c8c", "#0072b2", "#7aa6c2"
+BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#bdbdbd", "#56b4e9", "#7aa6c2"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same glyphs everywhere
     "font.size": 9.0,
     "text.color": INK,
@@ -66,15 +67,16 @@ def acceptance_chart(served: Mapping[str, Rate], offline: Mapping[str, Rate]) ->
     with _figure("Accepted drafts, with 95 % intervals", 0.95 + 0.52 * len(variants)) as figure:
         axes = figure.subplots()
         for row, variant in enumerate(variants):
-            for name, found, offset in (("served", served, -0.17), ("offline", offline, 0.17)):
+            apart = 0.17 if variant in served and variant in offline else 0.0
+            for name, found, offset in (("served", served, -apart), ("offline", offline, apart)):
                 if variant in found:
                     _draw_rate(axes, found[variant], row + offset, COLOURS[variant], name)
         axes.set_xlim(max(0.0, min(edges) - margin), min(1.0, max(edges) + margin))
         axes.set_ylim(len(variants) - 0.5, -0.5)
         axes.set_yticks(range(len(variants)), variants)
         _name_rows(axes, 9.5)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(_percent())
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
         return _png(figure)
@@ -83,13 +85,13 @@ def acceptance_chart(served: Mapping[str, Rate], offline: Mapping[str, Rate]) ->
 def error_chart(
     rel_errors: Mapping[str, Mapping[str, Sequence[float]]], counts: Sequence[int]
 ) -> bytes:
-    """Draw every expert's error by matrix; experts go from the fewest tokens to the most.
+    """Draw every expert's error by matrix; experts go from the most tokens to the fewest.
 
     `rel_errors` has variants, then matrices, then a number an expert.
     """
     variants = in_order(rel_errors)
     matrices = list(rel_errors[variants[0]])
-    order = sorted(range(len(counts)), key=lambda expert: counts[expert])
+    order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
     highest = max(max(values) for by in rel_errors.values() for values in by.values())
     size = 9.0 if len(order) <= 100 else 4.0
     title = "Hessian-weighted relative error of each expert, and the mean"
@@ -108,10 +110,10 @@ def error_chart(
             axes.set_title(matrix, loc="left", color=INK, fontweight="bold")
             axes.set_xticks([])
             axes.grid(axis="y")
-        panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        panels[0].yaxis.set_major_formatter(_percent())
         panels[0].yaxis.set_major_locator(MaxNLocator(5))
         figure.supxlabel(
-            f"{len(order)} experts, from the fewest calibration tokens to the most",
+            f"{len(order)} experts, from the most calibration tokens to the fewest",
             fontsize=8.5,
             color=FAINT,
         )
@@ -119,27 +121,25 @@ def error_chart(
 
 
 def token_chart(counts: Sequence[int]) -> bytes:
-    """Draw the calibration tokens of every expert, sorted, and their mean."""
-    ordered = sorted(counts)
+    """Draw the calibration tokens of every expert, from the most to the fewest, and their mean."""
+    ordered = sorted(counts, reverse=True)
     mean = sum(ordered) / len(ordered)
+    zero = ordered.count(0)
+    top = 1.15 * max(1, ordered[0])
     with _figure("Calibration tokens of each expert, sorted", 2.3) as figure:
         axes = figure.subplots()
         axes.bar(range(len(ordered)), ordered, width=0.8, color=BAR_COLOUR, linewidth=0)
         axes.axhline(mean, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-        halo = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        axes.text(-0.4, mean, f"mean {mean:,.1f}", va="center", fontsize=8.5, bbox=halo)
-        zero = ordered.count(0)
-        lowest = f"{zero} without tokens" if zero else f"fewest {ordered[0]:,}"
+        fewest = f"{zero} with none" if zero else f"fewest {ordered[-1]:,}"
+        labels = {f"mean {mean:,.1f}": mean, fewest: float(ordered[-1])}
+        for label, y in _moved_apart(labels, 0.12 * top).items():
+            _label_at_right(axes, label, y)
         axes.annotate(
-            lowest, (-0.4, ordered[zero] if zero < len(ordered) else 0), (0, 4), fontsize=8.5,
-            textcoords="offset points", ha="left", va="bottom",
-        )  # fmt: skip
-        axes.annotate(
-            f"most {ordered[-1]:,}", (len(ordered) - 0.5, ordered[-1]), (0, 3), fontsize=8.5,
-            textcoords="offset points", ha="right", va="bottom",
+            f"most {ordered[0]:,}", (-0.4, ordered[0]), (0, 3), fontsize=8.5,
+            textcoords="offset points", va="bottom",
         )  # fmt: skip
         axes.set_xlim(-0.7, len(ordered) - 0.3)
-        axes.set_ylim(0, 1.15 * max(1, ordered[-1]))
+        axes.set_ylim(0, top)
         axes.set_xticks([])
         axes.set_xlabel(f"{len(ordered)} experts")
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -151,18 +151,19 @@ def token_chart(counts: Sequence[int]) -> bytes:
 
 def decode_chart(base: Mapping[str, float], mtp: Mapping[str, float]) -> bytes:
     """Draw both decode speeds: the median of the rounds, with whiskers to the extremes."""
-    rows = [("base", base, BASE_COLOUR), ("with MTP", mtp, MTP_COLOUR)]
+    ratio = f"   {mtp['median'] / base['median']:.2f}× base"
+    rows = [("base", base, BASE_COLOUR, ""), ("with MTP", mtp, MTP_COLOUR, ratio)]
     title = "Decode speed, tokens a second: median, slowest and fastest round"
     with _figure(title, 1.45) as figure:
         axes = figure.subplots()
-        for row, (_, speed, colour) in enumerate(rows):
+        for row, (_, speed, colour, remark) in enumerate(rows):
             axes.barh(row, speed["median"], height=0.56, color=colour)
             _whisker(axes, speed["min"], speed["max"], row, INK)
             axes.annotate(
-                f"{speed['median']:,.1f}", (speed["max"], row), (6, 0), va="center",
+                f"{speed['median']:,.1f}{remark}", (speed["max"], row), (6, 0), va="center",
                 textcoords="offset points", fontweight="bold",
             )  # fmt: skip
-        _finish_bars(axes, [name for name, _, _ in rows], max(base["max"], mtp["max"]))
+        _finish_bars(axes, [name for name, *_ in rows], max(base["max"], mtp["max"]), room=1.3)
         return _png(figure)
 
 
@@ -181,8 +182,8 @@ def stage_chart(seconds: Mapping[str, float]) -> bytes:
 
 
 def in_order(variants: Mapping[str, object]) -> list[str]:
-    """Return those variants that have a colour, in the colours' order."""
-    return [variant for variant in COLOURS if variant in variants]
+    """Return the variants in the colours' order."""
+    return sorted(variants, key=list(COLOURS).index)
 
 
 # Parts of a chart
@@ -212,10 +213,7 @@ def _draw_rate(axes: Axes, rate: Rate, y: float, colour: str, name: str) -> None
         _whisker(axes, low, high, y, colour)
     face = colour if name == "served" else "white"
     axes.plot(rate.rate, y, "o", markersize=6, color=colour, markerfacecolor=face, zorder=3)
-    axes.annotate(
-        f"{100 * rate.rate:.1f} % {name}", (1, y), (6, 0), va="center", annotation_clip=False,
-        xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8.5, color=INK,
-    )  # fmt: skip
+    _label_at_right(axes, f"{100 * rate.rate:.1f} % {name}", y)
 
 
 def _whisker(axes: Axes, low: float, high: float, y: float, colour: str) -> None:
@@ -224,23 +222,40 @@ def _whisker(axes: Axes, low: float, high: float, y: float, colour: str) -> None
 
 
 def _label_means(axes: Axes, means: Mapping[str, float], top: float) -> None:
-    """Write the means at the right edge, moved apart where they would touch."""
-    last = -1.0
-    for variant in sorted(means, key=lambda variant: means[variant]):
-        y = max(means[variant], last + 0.17 * top)
-        axes.annotate(
-            f"{variant}\n{100 * means[variant]:.2f} %", (1, y), (3, 0), va="center",
-            xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=8.0,
-            color=COLOURS[variant], fontweight="bold", annotation_clip=False,
-        )  # fmt: skip
-        last = y
+    for variant, y in _moved_apart(means, 0.17 * top).items():
+        label = f"{variant}\n{100 * means[variant]:.2f} %"
+        _label_at_right(axes, label, y, COLOURS[variant], "bold")
 
 
-def _finish_bars(axes: Axes, names: Sequence[str], longest: float) -> None:
+def _moved_apart(positions: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Return the labels' positions, raised where they would touch the label below."""
+    moved: dict[str, float] = {}
+    for label in sorted(positions, key=lambda label: positions[label]):
+        below = max(moved.values(), default=-gap)
+        moved[label] = max(positions[label], below + gap)
+    return moved
+
+
+def _label_at_right(
+    axes: Axes, label: str, y: float, colour: str = INK, weight: str = "normal"
+) -> None:
+    """Write beside the plot, at a height of its y axis."""
+    axes.annotate(
+        label, (1, y), (5, 0), va="center", xycoords=axes.get_yaxis_transform(),
+        textcoords="offset points", fontsize=8.5, color=colour, fontweight=weight,
+        annotation_clip=False,
+    )  # fmt: skip
+
+
+def _percent() -> FuncFormatter:
+    return FuncFormatter(lambda value, _: f"{100 * value:g} %")
+
+
+def _finish_bars(axes: Axes, names: Sequence[str], longest: float, room: float = 1.12) -> None:
     """Name the rows of a bar chart; values stand at the bars, so there is no axis of numbers."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1.12 * longest if longest else 1.0)
+    axes.set_xlim(0, room * longest if longest else 1.0)
     _name_rows(axes, 9.0)
     axes.set_xticks([])
     axes.spines["bottom"].set_visible(False)

@@ -1,269 +1,413 @@
-"""The report of a run: what was measured, in Markdown with charts beside it.
+"""The report of a run: one Markdown page with charts, made of the stages' JSON and nothing else.
 
-Every number is taken or computed from the stages' results; what was not measured is said to be.
+Every number is one that a stage measured, or a ratio, difference or mean of such numbers. What was
+not measured is named as such. No dates and no paths of this machine but those in the results: the
+same results give the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench import charts
-from mtp_graft.checkpoint.shards import write_text
+from mtp_graft.bench.charts import Rate, in_order
+from mtp_graft.bench.markdown import (
+    NOT_MEASURED,
+    NOTHING,
+    bullets,
+    count,
+    drafts,
+    image,
+    interval,
+    not_measured,
+    number,
+    percent,
+    points,
+    rate_spread,
+    spread,
+    table,
+    yes_no,
+)
+from mtp_graft.bench.results import (
+    RunResults,
+    expert_errors,
+    main_variant,
+    offline_rates,
+    served_rates,
+    speedup,
+    stage_seconds,
+)
+from mtp_graft.checkpoint.shards import is_full_disk, write_text
+from mtp_graft.errors import GraftError
 
-Json = Mapping[str, Any]
+REPORT_NAME = "report.md"
+CHARTS = ("acceptance.png", "errors.png", "tokens.png", "decode.png", "stages.png")
+_REPRODUCE = """\
+```sh
+mtp-graft run RECIPE --run DIR    # the recipe and the run folder of this run; goes on if cut off
+```
 
-
-@dataclass(frozen=True)
-class RunResults:
-    """The stages' JSON results; None for what has not been run."""
-
-    model: str
-    device: str
-    versions: Mapping[str, str]
-    result: Json  # of `run`
-    capture: Json | None = None
-    quantize: Json | None = None
-    score: Json | None = None
-    served: Mapping[str, Json] | None = None  # variant -> counts
-    decode: Json | None = None
-    verify: Json | None = None
-    notes: Sequence[str] = ()
+Each stage's folder in the run folder has a `manifest.json` with the configuration, the inputs'
+hashes, the commit and the versions it ran with, and the JSON that this page is made of."""
 
 
 def write_report(folder: Path, results: RunResults) -> Path:
-    """Write `folder/report.md` and its charts; return the path of the former."""
+    """Write `report.md` and its charts to `folder`; return the report's path.
+
+    Charts go first and the page last, each under a temporary name. Charts of an earlier report
+    that this one does not have are removed. Raises GraftError if the disk is full.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [
-        _head(results),
-        _acceptance(folder, results),
-        _decode(folder, results),
-        _variants(results),
-        _calibration(folder, results),
-        _verification(results),
-        _seconds(folder, results),
-        _environment(results),
-    ]
-    path = folder / "report.md"
-    write_text("\n\n".join(section for section in sections if section) + "\n", path)
+    drawn = _draw(results)
+    for name, picture in drawn.items():
+        _write_picture(picture, folder / name)
+    path = folder / REPORT_NAME
+    write_text(_page(results), path)
+    for name in CHARTS:
+        if name not in drawn:
+            (folder / name).unlink(missing_ok=True)
     return path
 
 
-def _head(results: RunResults) -> str:
-    result = results.result
-    lines = [f"# {results.model}", ""]
-    acceptance, speeds = result.get("acceptance"), result.get("decode_tok_s")
-    facts = []
-    if acceptance is not None:
-        facts.append(f"the served head has **{_percent(acceptance)}** of its drafts accepted")
-    if speeds is not None:
-        ratio = speeds["mtp"] / speeds["base"]
-        facts.append(f"decoding runs at **{ratio:.2f} times** the base's speed")
-    if result.get("greedy_identical") is not None:
-        same = "the same as" if result["greedy_identical"] else "**not** the same as"
-        facts.append(f"greedy text is {same} the base's")
-    summary = "; ".join(facts) if facts else "nothing has been served yet"
-    lines.append(summary[0].upper() + summary[1:] + ".")
-    lines += [f"\n> {note}" for note in results.notes]
-    return "\n".join(lines)
+def _write_picture(picture: bytes, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(picture)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if not is_full_disk(error):
+            raise
+        raise GraftError(
+            f"{path}: the disk is full; {len(picture):,} bytes are to be written there: "
+            "make room and run again"
+        ) from error
 
 
-def _acceptance(folder: Path, results: RunResults) -> str:
-    offline = {
-        name: (a["top1"], *a["interval"])
-        for name, a in (results.score or {"acceptance": {}})["acceptance"].items()
-    }
-    served = {name: (s["acceptance"], *s["interval"]) for name, s in (results.served or {}).items()}
-    lines = ["## Acceptance", ""]
-    if not offline and not served:
-        return "\n".join([*lines, "Not measured."])
-    charts.draw_acceptance(folder / "acceptance.png", offline, served)
-    lines += ["![Acceptance of every head, offline and served](acceptance.png)", ""]
-    if offline:
-        drafts = max(a["tokens"] for a in results.score["acceptance"].values())  # type: ignore[index]
-        lines.append(
-            f"Offline: the server's walk over the captured texts, up to {drafts:,} drafts."
-        )
-    if served:
-        drafts = max(s["drafted"] for s in results.served.values())  # type: ignore[union-attr]
-        texts = max(s["texts"] for s in results.served.values())  # type: ignore[union-attr]
-        lines.append(
-            f"Served: vLLM's own counters on {texts} of the texts, up to {drafts:,} drafts."
-        )
-        lines.append(_overlap(served))
+def _draw(results: RunResults) -> dict[str, bytes]:
+    """Return the charts that there are numbers for, by file name."""
+    drawn: dict[str, bytes] = {}
+    served, offline = served_rates(results), offline_rates(results)
+    if served or offline:
+        drawn["acceptance.png"] = charts.acceptance_chart(served, offline)
+    if results.quantize:
+        counts = results.quantize["tokens_per_expert"]["counts"]
+        drawn["errors.png"] = charts.error_chart(expert_errors(results.quantize), counts)
+        drawn["tokens.png"] = charts.token_chart(counts)
+    if results.decode:
+        base, mtp = (results.decode[name]["decode_tok_s"] for name in ("base", "mtp"))
+        drawn["decode.png"] = charts.decode_chart(base, mtp)
+    if results.result["seconds"]:
+        drawn["stages.png"] = charts.stage_chart(stage_seconds(results))
+    return drawn
+
+
+def _page(results: RunResults) -> str:
+    sections = [
+        (f"# MTP head for {results.model}", _verdict(results), *_headline(results)),
+        ("## Acceptance", *_acceptance(results)),
+        ("## Variants", *_variants(results)),
+        ("## Calibration", *_calibration(results)),
+        ("## Decode speed", *_decode(results)),
+        ("## Verification", *_verification(results)),
+        ("## Time", *_time(results)),
+        ("## How to reproduce", _REPRODUCE),
+        ("## Device and versions", *_device(results)),
+        ("## Notes", bullets(results.notes or ["None."])),
+    ]
+    return "\n\n".join(part for section in sections for part in section) + "\n"
+
+
+# The page, section by section
+
+
+def _verdict(results: RunResults) -> str:
+    """Return the summary: one sentence, of what was measured."""
+    findings = []
+    if (acceptance := results.result["acceptance"]) is not None:
+        head = main_variant(results)
+        findings.append(f"the server accepts {percent(acceptance)} of the {head} head's drafts")
+    if (ratio := speedup(results)) is not None:
+        findings.append(f"decoding with MTP is {_describe_speedup(ratio)}")
+    if results.result["greedy_identical"] is not None:
+        findings.append(f"the greedy text is {_describe_texts(results)}")
+    if results.verify:
+        findings.append(f"the checkpoint {_describe_check(results.verify)}")
+    sentence = "; ".join(findings) or "nothing of the finished checkpoint was measured"
+    return f"**{sentence[0].upper()}{sentence[1:]}.**"
+
+
+def _describe_speedup(ratio: float) -> str:
+    shown = f"{ratio:.2f}×"
+    if shown == "1.00×":
+        return f"as fast as without ({shown} the base's speed)"
+    word = "faster" if ratio > 1 else "slower"
+    return f"{word} than without ({shown} the base's speed)"
+
+
+def _describe_texts(results: RunResults) -> str:
+    if results.result["greedy_identical"]:
+        prompts = f"all {results.decode['mtp']['num_prompts']}" if results.decode else "all"
+        return f"the same with and without MTP on {prompts} prompts"
+    return f"not the same on {count(len(results.result['divergences']), 'prompt')}"
+
+
+def _describe_check(verify: Mapping[str, Any]) -> str:
+    return "passes verification" if verify["ok"] else "fails verification"
+
+
+def _headline(results: RunResults) -> Iterator[str]:
+    speeds, ratio = results.result["decode_tok_s"], speedup(results)
+    rows = [["decode speed, base", f"{speeds['base']:,.1f} tok/s" if speeds else NOT_MEASURED]]
+    with_mtp = f"{speeds['mtp']:,.1f} tok/s, {ratio:.2f}× the base's" if speeds else NOT_MEASURED
+    rows.append(["decode speed, with MTP", with_mtp])
+    acceptance, head = results.result["acceptance"], main_variant(results)
+    within = interval(served_rates(results).get(head, Rate(0.0)))
+    shown = NOT_MEASURED if acceptance is None else percent(acceptance)
+    rows.append([f"acceptance, {head}", shown + (f" (95 %: {within})" if within else "")])
+    identical = {True: "yes", False: "no", None: NOT_MEASURED}[results.result["greedy_identical"]]
+    rows.append(["greedy text identical", identical])
+    verified = "ok" if results.verify and results.verify["ok"] else "failed"
+    rows.append(["verification", NOT_MEASURED if results.verify is None else verified])
+    yield table(["headline", "result"], rows, "lr")
+
+
+def _acceptance(results: RunResults) -> Iterator[str]:
+    served, offline = served_rates(results), offline_rates(results)
+    if not served:
+        yield not_measured("Served acceptance")
+    if not offline:
+        yield not_measured("Offline acceptance")
+    if not (served or offline):
+        return
+    said = [
+        f"{variant} {_join_rates(served.get(variant), offline.get(variant))}"
+        for variant in in_order({**served, **offline})
+    ]
+    yield image("acceptance.png", f"Acceptance with 95 % intervals: {'; '.join(said)}")
+    rows = [
+        [variant, name, percent(found[variant].rate), interval(found[variant]) or NOT_MEASURED,
+         drafts(found[variant])]
+        for variant in in_order({**served, **offline})
+        for name, found in (("served", served), ("offline", offline))
+        if variant in found
+    ]  # fmt: skip
+    heading = ["variant", "measured", "acceptance", "95 % interval", "accepted of drafted"]
+    yield table(heading, rows, "llrrr")
+    findings = [
+        *_compare_with_rtn("served", served),
+        *_compare_with_rtn("offline", offline),
+        *_compare_with_bf16(served),
+    ]
+    if findings:
+        yield bullets(findings)
+    if any(rate.interval for rate in (*served.values(), *offline.values())):
+        yield "Intervals are Wilson's and take drafts as independent of each other."
+
+
+def _join_rates(served: Rate | None, offline: Rate | None) -> str:
+    named = (("served", served), ("offline", offline))
+    return ", ".join(f"{percent(rate.rate)} {name}" for name, rate in named if rate)
+
+
+def _compare_with_rtn(name: str, found: Mapping[str, Rate]) -> Iterator[str]:
+    """Say whether the intervals of gptq and rtn overlap."""
+    if "gptq" not in found or "rtn" not in found:
+        return
+    gptq, rtn = found["gptq"], found["rtn"]
+    if gptq.interval is None or rtn.interval is None:
+        yield f"The {name} rates of gptq and rtn have no intervals to compare."
+        return
+    both = f"the {name} intervals of gptq ({interval(gptq)}) and rtn ({interval(rtn)})"
+    if gptq.interval[0] > rtn.interval[1]:
+        yield f"gptq is accepted more often than rtn: {both} do not overlap."
+    elif gptq.interval[1] < rtn.interval[0]:
+        yield f"gptq is accepted less often than rtn: {both} do not overlap."
     else:
-        lines.append("Served acceptance was not measured.")
-    return "\n".join(lines)
+        yield f"No difference between gptq and rtn is shown: {both} overlap."
 
 
-def _overlap(served: Mapping[str, tuple[float, float, float]]) -> str:
-    """Say in words whether GPTQ can be told from rounding to nearest."""
-    if "gptq" not in served or "rtn" not in served:
-        return ""
-    (gptq, gptq_low, gptq_high), (rtn, rtn_low, rtn_high) = served["gptq"], served["rtn"]
-    if gptq_low > rtn_high:
-        return "GPTQ's head is accepted more often than the one rounded to nearest."
-    if rtn_low > gptq_high:
-        return "GPTQ's head is accepted **less** often than the one rounded to nearest."
-    points = 100 * (gptq - rtn)
-    return (
-        f"GPTQ and rounding to nearest are {points:+.1f} points apart and their intervals overlap: "
-        "on these texts the served acceptance does not tell them apart."
+def _compare_with_bf16(served: Mapping[str, Rate]) -> Iterator[str]:
+    if "gptq" in served and "bf16" in served and served["bf16"].rate:
+        gptq, bf16 = served["gptq"].rate, served["bf16"].rate
+        yield f"Served, gptq has {percent(gptq / bf16)} of the acceptance of bf16."
+
+
+def _variants(results: RunResults) -> Iterator[str]:
+    served, offline = served_rates(results), offline_rates(results)
+    stored = results.quantize["variants"] if results.quantize else {}
+    if not results.quantize:
+        yield not_measured("Size and error of the variants")
+    names = in_order({**served, **offline, **stored})
+    rows = []
+    for name in names:
+        rates = [found[name].rate if name in found else None for found in (offline, served)]
+        rows.append([name, *_stored(stored.get(name)), *map(percent, rates), points(*rates)])
+    if rows:
+        heading = ["variant", "bits per weight", "bytes", "relative error", "offline", "served",
+                   "served − offline"]  # fmt: skip
+        yield table(heading, rows, "lrrrrrr")
+    if not results.quantize:
+        return
+    yield (
+        "Bits per weight are the routed experts', scales included; bytes are the whole head's. "
+        "The relative error is Hessian-weighted, ‖(W − Q) H^½‖ / ‖W H^½‖, the mean over experts "
+        "and matrices."
     )
+    yield image("errors.png", f"Error of each expert: {_describe_errors(results.quantize)}")
 
 
-def _decode(folder: Path, results: RunResults) -> str:
+def _stored(variant: Mapping[str, float] | None) -> list[str]:
+    if variant is None:
+        return [NOTHING] * 3
+    error = f"{100 * variant['rel_error']:.2f} %"
+    return [f"{variant['bits_per_weight']:.3f}", f"{variant['bytes']:,}", error]
+
+
+def _describe_errors(quantize: Mapping[str, Any]) -> str:
+    means = [
+        f"{variant} {matrix} {100 * sum(values) / len(values):.2f} %"
+        for variant, by_matrix in expert_errors(quantize).items()
+        for matrix, values in by_matrix.items()
+    ]
+    return f"means {', '.join(means)}"
+
+
+def _calibration(results: RunResults) -> Iterator[str]:
+    if results.capture is None:
+        yield not_measured("The capture")
+    else:
+        yield from _capture(results.capture)
+    if results.quantize is None:
+        yield not_measured("The calibration")
+        return
+    quantize, tokens = results.quantize, results.quantize["tokens_per_expert"]
+    yield (
+        f"GPTQ with damp {quantize['damp']} and groups of {quantize['group_size']}, calibrated on "
+        f"{quantize['calibration_tokens']:,} tokens (replay: {quantize['replay']}). Time: "
+        f"{', '.join(f'{part} {s:,.1f} s' for part, s in quantize['seconds'].items())}. Peak "
+        f"memory: {quantize['peak_host_bytes']:,} bytes on the host, "
+        f"{quantize['peak_gpu_bytes']:,} on the GPU."
+    )
+    caption = (
+        f"Tokens per expert: {tokens['min']:,} at the least, {tokens['mean']:,.1f} in the mean, "
+        f"{tokens['max']:,} at the most; {count(tokens['zero'], 'expert')} without tokens"
+    )
+    yield image("tokens.png", caption)
+    if tokens["zero"]:
+        experts = ", ".join(map(str, quantize["experts_without_tokens"]))
+        caption += f" ({experts}), treated by the policy `{quantize['zero_token_policy']}`"
+    yield f"{caption}."
+
+
+def _capture(capture: Mapping[str, Any]) -> Iterator[str]:
+    speeds = capture["tok_s"]
+    rows = [
+        ["sequences", f"{capture['sequences']:,}"],
+        ["tokens", f"{capture['tokens']:,}"],
+        *([f"{what}, tok/s", number(speeds[key])] for key, what in _CAPTURE_SPEEDS.items()),
+        ["seconds", number(capture["seconds"])],
+    ]
+    yield table(["capture", "result"], rows, "lr")
+    plain, recording = speeds["prefill"], speeds["prefill_recording"]
+    if plain and recording:
+        yield f"With recording, prefill runs at {recording / plain:.2f}× its speed without."
+
+
+_CAPTURE_SPEEDS = {
+    "generate": "generating",
+    "prefill": "prefill",
+    "prefill_recording": "prefill, recording",
+}
+
+
+def _decode(results: RunResults) -> Iterator[str]:
     if results.decode is None:
-        return "## Decode speed\n\nNot measured."
-    base, mtp = results.decode["base"], results.decode["mtp"]
-    speeds = {"base": base["decode_tok_s"], "with MTP": mtp["decode_tok_s"]}
-    charts.draw_decode_speed(folder / "decode.png", speeds)
-    rows = [
-        [
-            name,
-            *(_spread(side[key]) for key in ("decode_tok_s", "ttft_ms", "tpot_ms")),
-            _spread(side["acceptance"], 100, " %"),
-        ]
-        for name, side in (("base", base), ("with MTP", mtp))
-    ]
-    divergences = results.result.get("divergences") or []
-    lines = [
-        "## Decode speed",
-        "",
-        "![Decode speed of the base and with MTP](decode.png)",
-        "",
-        _table(["", "decode tok/s", "TTFT ms", "ms a token", "acceptance"], rows),
-        "",
-        f"Greedy, one stream, {base['num_prompts']} prompts, {base['tokens_per_round']:,} tokens a "
-        f"round; median (least to most) of {base['decode_tok_s']['runs']} rounds.",
-    ]
-    if divergences:
-        lines += ["", "Texts that left the base's:", ""]
-        rows = [[d["prompt"], str(d["position"]), f"{d['margin']}"] for d in divergences]
-        lines.append(_table(["prompt", "position", "the base's margin there"], rows))
-    return "\n".join(lines)
+        yield not_measured("Decode speed, as a spread over rounds,")
+    else:
+        yield from _speeds(results.decode)
+    if results.result["greedy_identical"] is None:
+        yield not_measured("Whether MTP changes the greedy text")
+    elif results.result["greedy_identical"]:
+        yield "The greedy text is the same with and without MTP on every prompt."
+    else:
+        yield "The greedy text differs; the margin is the base's, between its two best tokens:"
+        rows = [
+            [d["prompt"], f"{d['position']:,}", NOTHING if d["margin"] is None
+             else f"{d['margin']:.4f}"]
+            for d in results.result["divergences"]
+        ]  # fmt: skip
+        yield table(["prompt", "position", "margin"], rows, "lrr")
 
 
-def _variants(results: RunResults) -> str:
-    if results.quantize is None:
-        return "## Heads\n\nNot quantized."
-    offline, served = results.result["acceptance_offline"], results.result["acceptance_served"]
-    rows = [
-        [
-            name,
-            f"{v['bits_per_weight']:.2f}",
-            f"{v['bytes'] / 2**20:,.1f}",
-            _percent(v["rel_error"]),
-            _percent(offline.get(name)),
-            _percent(served.get(name)),
-        ]
-        for name, v in results.quantize["variants"].items()
-    ]
-    header = ["head", "bits a weight", "MiB", "error", "offline", "served"]
-    return "\n".join(
-        [
-            "## Heads",
-            "",
-            _table(header, rows),
-            "",
-            "Bits a weight are the routed experts', scales included. The error is weighted with "
-            "the Hessian of the calibration tokens themselves, which flatters GPTQ, and averaged "
-            "over experts.",
-        ]
+def _speeds(decode: Mapping[str, Any]) -> Iterator[str]:
+    base, mtp = decode["base"], decode["mtp"]
+    speeds = base["decode_tok_s"], mtp["decode_tok_s"]
+    said = [f"{n} {s['median']:,.1f}" for n, s in zip(("base", "with MTP"), speeds, strict=True)]
+    yield image("decode.png", f"Decode speed in tokens a second: {', '.join(said)}")
+    measured = {
+        "decode, tok/s": "decode_tok_s",
+        "time to first token, ms": "ttft_ms",
+        "time per token after it, ms": "tpot_ms",
+    }
+    rows = [[what, spread(base[key]), spread(mtp[key])] for what, key in measured.items()]
+    rates = [rate_spread(result["acceptance"]) for result in (base, mtp)]
+    rows.append(["acceptance on these prompts", *rates])
+    rows.append(["rounds", *(f"{speed['runs']}" for speed in speeds)])
+    yield table(["median (min to max)", "base", "with MTP"], rows, "lrr")
+    overlap = speeds[0]["min"] <= speeds[1]["max"] and speeds[1]["min"] <= speeds[0]["max"]
+    yield (
+        f"Each round continues {count(mtp['num_prompts'], 'prompt')}, one at a time, by "
+        f"{mtp['tokens_per_round']:,} tokens in all. The rounds' speeds with and without MTP "
+        f"{'overlap' if overlap else 'do not overlap'}."
     )
 
 
-def _calibration(folder: Path, results: RunResults) -> str:
-    if results.quantize is None:
-        return ""
-    quantized = results.quantize
-    tokens = quantized["tokens_per_expert"]
-    errors = {
-        v: quantized["rel_errors"][v] for v in ("rtn", "gptq") if v in quantized["rel_errors"]
+def _verification(results: RunResults) -> Iterator[str]:
+    verify = results.verify
+    if verify is None:
+        yield not_measured("The checkpoint's integrity")
+        return
+    flags = {
+        "result": "ok" if verify["ok"] else "failed",
+        "loaded in vLLM": yes_no(verify["loaded_in_vllm"]),
+        "base's files linked": yes_no(verify.get("base_files_linked")),
+        "base unchanged": yes_no(verify.get("base_unchanged")),
     }
-    charts.draw_expert_errors(folder / "errors.png", errors)
-    charts.draw_tokens_per_expert(folder / "tokens.png", tokens["counts"])
-    lines = [
-        "## Calibration",
-        "",
-        "![Relative error of every expert, by matrix](errors.png)",
-        "",
-        "![Calibration tokens that reached each expert](tokens.png)",
-        "",
-        f"Tokens an expert: {tokens['min']:,} at least, {tokens['mean']:,.0f} on average, "
-        f"{tokens['max']:,} at most; {tokens['zero']} experts without any.",
-    ]
-    if results.capture is not None:
-        captured, rates = results.capture, results.capture["tok_s"]
-        lines.append(
-            f"Captured {captured['sequences']:,} sequences, {captured['tokens']:,} tokens, in "
-            f"{captured['seconds']:.0f} s."
-        )
-        if rates["prefill"] and rates["prefill_recording"]:
-            ratio = rates["prefill_recording"] / rates["prefill"]
-            lines.append(
-                f"Recording ran at {ratio:.2f} times the speed of the same prefills without."
-            )
-    return "\n".join(lines)
-
-
-def _verification(results: RunResults) -> str:
-    found = results.verify
-    if found is None:
-        return "## Verification\n\nNot run."
-    loaded = "not tried" if found["loaded_in_vllm"] is None else _word(found["loaded_in_vllm"])
     rows = [
-        ["tensors compared", f"{found['tensors']:,}"],
-        ["missing, unexpected, different", _counts(found)],
-        ["largest relative error of an expert matrix", _percent(found["rel_error_max"])],
-        ["base files linked", _word(found["base_files_linked"])],
-        ["base unchanged", _word(found["base_unchanged"])],
-        ["loaded in vLLM", loaded],
+        *([what, shown] for what, shown in flags.items()),
+        ["tensors compared", f"{verify['tensors']:,}"],
+        *([f"{what} tensors", f"{len(verify[what]):,}"] for what in _FAULTS),
+        ["largest relative error (Frobenius)", f"{verify['rel_error_max']:.4f}"],
     ]
-    return "\n".join(["## Verification", "", _table(["what", "found"], rows)])
+    variant = verify.get("variant")
+    yield table([f"verification{f' of {variant}' if variant else ''}", "result"], rows, "lr")
+    faults = [f"{what}: {_describe_fault(each)}" for what in _FAULTS for each in verify[what]]
+    if faults:
+        yield bullets(faults)
 
 
-def _counts(found: Json) -> str:
-    return ", ".join(str(len(found[key])) for key in ("missing", "unexpected", "mismatched"))
+_FAULTS = ("missing", "unexpected", "mismatched")
 
 
-def _word(value: bool) -> str:
-    return "yes" if value else "no"
+def _describe_fault(fault: str | Mapping[str, str]) -> str:
+    return f"`{fault}`" if isinstance(fault, str) else f"`{fault['tensor']}` {fault['why']}"
 
 
-def _seconds(folder: Path, results: RunResults) -> str:
-    seconds = {stage: s for stage, s in results.result["seconds"].items() if s >= 0.05}
+def _time(results: RunResults) -> Iterator[str]:
+    seconds = stage_seconds(results)
     if not seconds:
-        return ""
-    charts.draw_stage_seconds(folder / "seconds.png", seconds)
-    total = sum(seconds.values())
-    return f"## Time\n\n![Seconds of each stage](seconds.png)\n\n{total:.0f} s in all."
+        yield not_measured("The stages' time")
+        return
+    said = ", ".join(f"{stage} {value:,.1f} s" for stage, value in seconds.items())
+    yield image("stages.png", f"Time of each stage: {said}")
+    yield f"{sum(seconds.values()):,.1f} s in all."
 
 
-def _environment(results: RunResults) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    lines = [
-        "## Where",
-        "",
-        f"{results.device}; {versions}.",
-        "",
-        "The numbers are in this run's `capture/report.json`, `quantize/report.json`, "
-        "`score/report.json`, `verify/` and `bench/`; `manifest.json` in each says what made them.",
-    ]
-    return "\n".join(lines)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _spread(spread: Json | None, factor: float = 1.0, unit: str = "") -> str:
-    if spread is None:
-        return "-"
-    median, least, most = (factor * spread[key] for key in ("median", "min", "max"))
-    return f"{median:.1f}{unit} ({least:.1f} to {most:.1f})"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def _device(results: RunResults) -> Iterator[str]:
+    rows = [["device", results.device], *([k, v] for k, v in results.versions.items())]
+    yield table(["what", "which"], rows, "ll")
