@@ -71,29 +71,64 @@ def test_setup_script_installs_the_torch_that_the_cpu_extra_asks_for(
     assert f"torch=={setup_venv.TORCH_VERSION}" in project["optional-dependencies"]["cpu"]
 
 
-def test_importing_the_plugin_imports_neither_vllm_nor_torch() -> None:
+@pytest.mark.parametrize(
+    ("module", "function"), [("mtp_graft.vllm_plugin", "register"), ("mtp_graft.cli", "main")]
+)
+def test_entry_points_import_neither_vllm_nor_torch(module: str, function: str) -> None:
+    """Every vLLM process imports the one; `--help` should not wait for the other."""
     code = (
-        "import sys, mtp_graft.vllm_plugin as plugin\n"
-        "print(plugin.register.__name__, [m for m in ('vllm', 'torch') if m in sys.modules])"
+        f"import sys, {module} as entry\n"
+        f"print(entry.{function}.__name__, [m for m in ('vllm', 'torch') if m in sys.modules])"
     )
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "register []"
+    assert result.stdout.strip() == f"{function} []"
 
 
 @pytest.mark.slow
-def test_every_room_but_the_plugin_imports_without_vllm() -> None:
+def test_every_room_but_the_plugin_imports_without_vllm(repo_root: Path) -> None:
     code = (
         "import sys, pkgutil, importlib, mtp_graft\n"
-        "sys.modules['vllm'] = None\n"
-        "walk = pkgutil.walk_packages(mtp_graft.__path__, 'mtp_graft.')\n"
-        "names = [m.name for m in walk if not m.name.startswith('mtp_graft.vllm_plugin')]\n"
-        "[importlib.import_module(name) for name in names]\n"
-        "print(len(names))"
+        "sys.modules['vllm'] = sys.modules['mtp_graft.vllm_plugin'] = None\n"
+        "walk = pkgutil.iter_modules(mtp_graft.__path__, 'mtp_graft.')\n"
+        "rooms = [m.name for m in walk if m.name != 'mtp_graft.vllm_plugin']\n"
+        "for room in rooms:\n"
+        "    path = getattr(importlib.import_module(room), '__path__', ())\n"
+        "    for part in pkgutil.walk_packages(path, room + '.'):\n"
+        "        importlib.import_module(part.name)\n"
+        "print(*(name for name in sys.modules if name.startswith('mtp_graft.')))"
     )
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 0
+    source = repo_root / "src" / "mtp_graft"
+    files = [file.relative_to(source) for file in source.rglob("*.py")]
+    expected = {
+        ".".join(("mtp_graft", *file.with_suffix("").parts)).removesuffix(".__init__")
+        for file in files
+        if file.parts[0] != "vllm_plugin"
+    } - {"mtp_graft"}
+    found = set(result.stdout.split()) - {"mtp_graft.vllm_plugin"}
+    assert found == expected
+    stages = {f"mtp_graft.stages.{name}" for name in ("quantize", "score", "splice", "verify")}
+    assert stages < found
+
+
+def test_splice_and_verify_work_without_vllm(tiny_model: Path, tmp_path: Path) -> None:
+    folders = [str(tiny_model / "base"), str(tiny_model / "upstream"), str(tmp_path / "out")]
+    code = (
+        "import sys\n"
+        "sys.modules['vllm'] = sys.modules['mtp_graft.vllm_plugin'] = None\n"
+        "from pathlib import Path\n"
+        "from mtp_graft.stages.splice import splice\n"
+        "from mtp_graft.stages.verify import verify\n"
+        f"base, upstream, out = map(Path, {folders!r})\n"
+        "splice(base, upstream, out, 'mxfp4')\n"
+        "found = verify(out, base, upstream)\n"
+        "print(found['ok'], found['loaded_in_vllm'])"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "True None"
 
 
 def imported_packages(source: Path) -> Iterator[str]:

@@ -43,7 +43,6 @@ def test_what_a_recipe_leaves_out_has_defaults(minimal: Path) -> None:
     assert recipe.quantize.damp == 0.01
     assert recipe.quantize.variants == ("rtn", "gptq", "mxfp4", "bf16")
     assert recipe.splice.variant == "gptq"
-    assert recipe.serve.max_model_len is None
     with pytest.raises(FrozenInstanceError):
         recipe.splice.variant = "rtn"  # type: ignore[misc]
 
@@ -57,14 +56,12 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         'splice.variant="bf16"',
         "quantize.damp=1",
         "serve.extra_args=['--x', '--y=1']",
-        "serve.max_model_len=4096",
         "bench.prompts=here.jsonl",
     ]
     recipe = load_recipe(minimal, overrides)
     assert recipe.splice.variant == "bf16"
     assert recipe.quantize.damp == 1.0 and isinstance(recipe.quantize.damp, float)
     assert recipe.serve.extra_args == ("--x", "--y=1")
-    assert recipe.serve.max_model_len == 4096
     assert recipe.bench.prompts == str(tmp_path / "here.jsonl")  # typed in this folder
 
 

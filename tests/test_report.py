@@ -326,6 +326,29 @@ def test_any_part_may_be_missing(part: str, chart: str | None, tmp_path: Path) -
     assert pictures == set(re.findall(r"\]\((\w+\.png)\)", page))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_single_variant_has_its_report(variant: str, tmp_path: Path) -> None:
+    run = whole_run()
+    acceptance = ACCEPTED[variant] / DRAFTED
+    result = {**run.result, "acceptance": acceptance, "acceptance_served": {variant: acceptance}}
+    page = written(
+        tmp_path,
+        replace(
+            run,
+            result=result,
+            served={variant: served()[variant]},
+            score={"acceptance": {variant: scored()[variant]}},
+            verify={**verified(), "variant": variant},
+        ),
+    )
+    assert f"The server accepts {100 * acceptance:.1f} % of the {variant} head's drafts" in page
+    assert f"| acceptance, {variant} | {100 * acceptance:.1f} % (95 %: " in page
+    assert {path.name for path in tmp_path.glob("*.png")} == set(CHARTS)
+    assert "overlap" not in page.partition("## Decode speed")[0], "there is nothing to compare"
+    for other in set(VARIANTS) - {variant}:
+        assert f"| {other} | served" not in page and f"| {other} | offline" not in page
+
+
 def test_rates_of_the_summary_come_without_intervals(tmp_path: Path) -> None:
     page = written(tmp_path, replace(whole_run(), served=None))
     assert "| gptq | served | 77.7 % | not measured | not measured |" in page

@@ -150,6 +150,8 @@ def run_command(
     json_file: JsonOption = None,
 ) -> None:
     """Run a recipe's stages, from capture to report; a run that was cut off goes on."""
+    if only is not None and start is not None:  # together they would remove what --only names
+        raise typer.BadParameter("give one of --only and --from")
     folder = run or Path("runs") / recipe.stem
     _run_recipe(recipe, folder, overrides, only, start, dry_run, json_file)
 
@@ -297,7 +299,7 @@ def _measure(
     report: "Report",
 ) -> dict[str, Any]:
     from mtp_graft.bench.decode import decode_result, measure_decode, tokenize
-    from mtp_graft.bench.prompts import load_prompts
+    from mtp_graft.serving.prompts import load_prompts
 
     prompts = tokenize(client, load_prompts(prompt_file, limit))
     return decode_result(measure_decode(client, prompts, config, report), config)
@@ -385,6 +387,9 @@ def main() -> None:
         app()
     except GraftError as error:
         _note("error: " + " ".join(str(error).split()))
+        sys.exit(1)
+    except OSError as error:  # a path that cannot be used, or a disk that is full
+        _note(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
         sys.exit(1)
 
 

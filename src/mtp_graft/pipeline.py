@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +31,23 @@ import torch
 
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
-from mtp_graft.bench.prompts import load_prompts
 from mtp_graft.bench.report import write_report
 from mtp_graft.bench.results import RunResults
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.manifest import (
+    CONFIG_NAME,
     claim_folder,
     fingerprints,
     package_versions,
     write_manifest,
 )
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.shards import INDEX_NAME, write_json
+from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
+from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages import capture as capturing
 from mtp_graft.stages.calibration import load_calibration
@@ -53,7 +55,7 @@ from mtp_graft.stages.fetch import fetch_base, fetch_head
 from mtp_graft.stages.inputs import REPORT_NAME
 from mtp_graft.stages.quantize import QuantizeConfig, quantize
 from mtp_graft.stages.score import ScoreConfig, score
-from mtp_graft.stages.splice import HEAD_SHARD, splice
+from mtp_graft.stages.splice import HEAD_SHARD, check_inputs, splice
 from mtp_graft.stages.verify import verify
 
 STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
@@ -97,7 +99,12 @@ def run_pipeline(
     Raises GraftError if a stage fails, if an earlier one that it needs has not been run, or if
     another process works in the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GraftError(
+            f"{folder}: cannot be a run folder ({error.strerror}); use another --run"
+        ) from error
     with _locked(folder):
         if again:
             _forget(folder, stages)
@@ -170,7 +177,7 @@ class _Run:
     def result(self) -> dict[str, Any]:
         """Run the chosen stages in order and put their results together."""
         work: dict[str, Callable[[], object]] = {
-            "fetch": lambda: (self.base, self.upstream),
+            "fetch": self.check_inputs,
             "capture": self.capture,
             "quantize": self.quantize,
             "score": self.score,
@@ -203,9 +210,14 @@ class _Run:
         """The folder that has the upstream head, fetched if it is on the hub."""
         return fetch_head(self.recipe.model.upstream, self.recipe.model.upstream_revision)
 
+    def check_inputs(self) -> None:
+        """Look at base and upstream before hours of work depend on them."""
+        check_inputs(self.base, self.upstream)
+
     # capture
 
     def capture(self) -> dict[str, Any]:
+        self.check_inputs()
         wanted = self.recipe.capture
         calibration = load_calibration(wanted.calibration_prompts, wanted.calibration_count)
         same = wanted.evaluation_prompts == wanted.calibration_prompts
@@ -279,20 +291,16 @@ class _Run:
 
     def verify(self) -> None:
         quantized = self._finished("quantize")
+        self._finished("splice")
         for number, variant in enumerate(self.variants):
             self.report(f"verify: {variant}", number, len(self.variants))
             found = verify(self.checkpoint(variant), self.base, self.upstream, quantized)
-            if not found["ok"]:
-                wrong = [*found["missing"], *found["unexpected"]]
-                wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
-                raise GraftError(
-                    f"{self.checkpoint(variant)}: {len(wrong)} tensors are wrong: "
-                    f"{', '.join(wrong[:3])}; remove the folder and splice again"
-                )
+            found["loaded_in_vllm"] = True if self._has_served(variant) else None
             path = self._verify_file(variant)
-            known = self._read(path) or {}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json({**found, "loaded_in_vllm": known.get("loaded_in_vllm")}, path)
+            write_json(found, path)
+            if not found["ok"]:
+                raise GraftError(f"{self.checkpoint(variant)}: {_what_is_wrong(found)}")
 
     def _verify_file(self, variant: str) -> Path:
         return self.folder / "verify" / f"{variant}.json"
@@ -300,6 +308,8 @@ class _Run:
     # bench
 
     def bench(self) -> None:
+        for needed in ("capture", "splice"):
+            self._finished(needed)  # said before anything is served
         self.bench_base()
         self.stop_base_server()
         for variant in self.variants:
@@ -311,24 +321,39 @@ class _Run:
 
     def bench_base(self) -> None:
         """Decode the benchmark's prompts with the base alone."""
+        bench, prompts = self.recipe.bench, self._bench_prompts()
+        asked = json.dumps([asdict(prompt) for prompt in prompts])
         claim_folder(
             self.folder / "bench",
             {
-                "bench": asdict(self.recipe.bench),
-                "capture": asdict(self.recipe.capture),
-                "base": fingerprints([self.base / "config.json", self.base / INDEX_NAME]),
+                "bench": asdict(bench) | {"prompts": sha256(asked.encode()).hexdigest()},
+                "serve": asdict(self.recipe.serve),
+                "vllm": str(find_vllm().version),
+                "capture": fingerprints([self._finished("capture") / CONFIG_NAME]),
             },
         )
         if self._read(self._bench_file("base")) is None:
-            bench = self.recipe.bench
-            prompts = load_prompts(Path(bench.prompts), bench.count)
             measured = measure_base(self.base_client(), prompts, self._decode_config(), self.report)
             write_json(measured, self._bench_file("base"))
 
+    def _bench_prompts(self) -> list[Prompt | ChatPrompt]:
+        """Return the prompts to time, none of them captured."""
+        wanted, capture = self.recipe.bench, self.recipe.capture
+        skip = 0
+        if wanted.prompts == capture.calibration_prompts:
+            skip += capture.calibration_count
+        if wanted.prompts == capture.evaluation_prompts:
+            skip += capture.evaluation_count
+        return load_calibration(wanted.prompts, wanted.count, skip)
+
+    def _has_served(self, variant: str) -> bool:
+        """Return whether vLLM has loaded and served the variant's present head."""
+        served = self._read(self._bench_file(f"served-{variant}"))
+        return served is not None and served["head"] == self._head(variant)
+
     def _is_served(self, variant: str) -> bool:
         """Return whether all that a variant's server is needed for has been measured."""
-        served = self._read(self._bench_file(f"served-{variant}"))
-        if served is None or served["head"] != self._head(variant):
+        if not self._has_served(variant):
             return False
         return variant != self.recipe.splice.variant or self._bench_file("mtp").exists()
 
@@ -349,8 +374,9 @@ class _Run:
         return fingerprints([self.checkpoint(variant) / HEAD_SHARD])
 
     def _known_texts(self) -> list[KnownText]:
-        texts = read_texts(self._finished("capture"))
-        return [KnownText(t.id, t.prompt, t.continuation) for t in texts if t.split == "evaluation"]
+        texts = [t for t in read_texts(self._finished("capture")) if t.split == EVALUATION]
+        served = texts[: self.recipe.bench.acceptance_count]
+        return [KnownText(t.id, t.prompt, t.continuation) for t in served]
 
     def _decode_config(self) -> DecodeConfig:
         return DecodeConfig(self.recipe.bench.max_tokens, self.recipe.bench.rounds)
@@ -398,7 +424,6 @@ class _Run:
         options = replace(
             options,
             tensor_parallel_size=serve.tensor_parallel_size,
-            max_model_len=serve.max_model_len or options.max_model_len,
             kv_cache_gib=serve.kv_cache_gib,
             extra_args=serve.extra_args,
         )
@@ -453,7 +478,7 @@ class _Run:
 
     def write_report(self) -> None:
         on_cpu = find_vllm().platform == "cpu"
-        notes = [_ERROR_NOTE, *([_CPU_NOTE] if on_cpu else [])]
+        notes = [_ERROR_NOTE, *self._identity_notes(), *([_CPU_NOTE] if on_cpu else [])]
         results = RunResults(
             result=self.summary(),
             capture=self._read(self.folder / "capture" / "report.json"),
@@ -468,6 +493,15 @@ class _Run:
             notes=notes,
         )
         write_report(self.folder / "report", results)
+
+    def _identity_notes(self) -> list[str]:
+        """Say how many of the texts served at once came out as captured."""
+        at_once = self.recipe.capture.concurrency
+        return [
+            f"{variant}: with drafts, {at_once} requests at once, {found['identical']} of "
+            f"{found['texts']} texts equal the captured ones; sums then round in another order."
+            for variant, found in self._served().items()
+        ]
 
     def _write_manifest(self, stage: str) -> None:
         """Say how a stage came about that has no manifest of its own making."""
@@ -493,17 +527,31 @@ class _Run:
     def _timed(self, stage: str) -> Iterator[None]:
         """Add the time inside to what earlier calls spent on the stage."""
         started = time.perf_counter()
-        yield
-        spent = time.perf_counter() - started
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-        write_json(self.seconds, self.folder / _SECONDS)
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+            write_json(self.seconds, self.folder / _SECONDS)
 
     @staticmethod
     def _read(path: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
-        found: dict[str, Any] = json.loads(path.read_text())
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise GraftError(f"{path}: not JSON ({error}); remove it and run again") from error
         return found
+
+
+def _what_is_wrong(found: dict[str, Any]) -> str:
+    """Say in one line what `verify` found."""
+    wrong = [*found["missing"], *found["unexpected"]]
+    wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
+    if not wrong:
+        return "the base is not the one that it was spliced from; splice again"
+    return f"{len(wrong)} tensors are wrong: {', '.join(wrong[:3])}; remove it and splice again"
 
 
 _ERROR_NOTE = (
@@ -525,4 +573,4 @@ def _torch_device(wanted: str) -> str:
 
 
 def _device() -> str:
-    return f"{find_vllm().platform} ({platform.processor() or platform.machine()})"
+    return f"{_torch_device('auto')} ({platform.processor() or platform.machine()})"

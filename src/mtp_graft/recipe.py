@@ -1,10 +1,11 @@
 """A recipe: one TOML file that says what is grafted onto what, and how it is measured.
 
-Every section is a frozen dataclass, which is also the stage's configuration. A key that no
-section has, or a value of another type, is an error that names it.
+Every section is a frozen dataclass. A key that no section has, or a value of another type, is an
+error that names it.
 """
 
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -18,6 +19,8 @@ from mtp_graft.errors import GraftError
 #: How the routed experts are stored: rounded to INT4, INT4 by GPTQ, upstream's codes, decoded.
 Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
 _ALL_VARIANTS: tuple[Variant, ...] = get_args(Variant)
+#: `auto` is the GPU if there is one.
+Device = Literal["auto", "cpu", "cuda"]
 #: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
 ZeroTokens = Literal["pool", "rtn", "error"]
 
@@ -56,14 +59,14 @@ class QuantizeSection:
     group_size: int = 128  # inputs per INT4 scale; as the base has it
     experts_per_batch: int = 16  # the unit of resuming
     zero_tokens: ZeroTokens = "pool"  # for an expert that no calibration token reached
-    device: str = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
 class ScoreSection:
     """Where the offline acceptance is computed."""
 
-    device: str = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,6 @@ class ServeSection:
     """How vLLM serves base and grafted checkpoint; None leaves it to vLLM or the platform."""
 
     tensor_parallel_size: int = 1
-    max_model_len: int | None = None
     kv_cache_gib: float | None = None
     extra_args: tuple[str, ...] = ()  # for `vllm serve`, as they are
 
@@ -236,7 +238,7 @@ def _check_values(recipe: Recipe, where: str) -> None:
     for section, values in recipe.as_dict().items():
         for key, value in values.items():
             least = 0 if key in ("damp", "num_speculative_tokens") else 1
-            if type(value) in (int, float) and value < least:
+            if type(value) in (int, float) and not least <= value < math.inf:
                 raise GraftError(f"{where}: [{section}] {key} is {value}, expected >= {least}")
     for key in _MODEL_KEYS:
         value = getattr(recipe.model, key)

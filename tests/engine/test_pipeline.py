@@ -46,11 +46,15 @@ def kill_when(seen: Callable[[], bool], command: list[str]) -> None:
 
 
 def processes_of(run: Path) -> list[int]:
-    """Return the processes whose command line names something in `run`."""
+    """Return the processes whose command line or environment names something in `run`.
+
+    The base's server has the folder to record into in its environment, which its workers inherit.
+    """
     found = []
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
-            if folder.name.isdigit() and str(run).encode() in (folder / "cmdline").read_bytes():
+            about = b"".join((folder / name).read_bytes() for name in ("cmdline", "environ"))
+            if folder.name.isdigit() and str(run).encode() in about:
                 found.append(int(folder.name))
     return found
 
@@ -65,10 +69,14 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Any]:
-    """A run that was killed in capture and in quantize, and then finished."""
+    """A run that was killed while vLLM started, in capture and in quantize, and then finished."""
     run = tmp_path_factory.mktemp("pipeline") / "run"
     before = hashes(tiny_model / "base")
     texts, experts = run / "capture" / "texts.jsonl", run / "quantize" / "gptq"
+    log = run / "logs" / "vllm-base.log"
+    kill_when(lambda: log.exists() and log.stat().st_size > 0, arguments(run, "demo"))
+    assert processes_of(run), "the server is gone before it can be left behind"
+    wait_until_gone(run)
     kill_when(lambda: texts.exists() and texts.read_text().count("\n") >= 2, arguments(run, "demo"))
     kept = texts.read_text().splitlines()[:2]
     wait_until_gone(run)

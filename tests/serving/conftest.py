@@ -75,7 +75,8 @@ def fake(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def write_checkpoint(folder: Path, tensors: tuple[str, ...]) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v4"}))
+    config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
+    (folder / "config.json").write_text(json.dumps(config))
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-1.safetensors").write_bytes(b"")

@@ -1,16 +1,17 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mtp_graft import cli, pipeline
+from mtp_graft.bench.decode import Report
+from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
-
-from .conftest import write_checkpoint
+from mtp_graft.stages.splice import check_inputs
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -81,6 +82,13 @@ def test_a_users_mistake_is_one_line_and_status_1(run: Run, tmp_path: Path) -> N
         ("bench", "decode"),
         ("bench", "decode", "--base-url", "u", "--checkpoint", "c"),
         ("capture",),
+        ("run",),
+        ("run", "x.toml", "--only"),
+        ("run", "x.toml", "--only", "score", "--from", "score"),
+        ("run", "x.toml", "y.toml"),
+        ("run", "x.toml", "--stage", "score"),
+        ("demo", "x.toml"),
+        ("train",),
     ],
 )
 def test_wrong_usage_is_status_2(run: Run, arguments: tuple[str, ...]) -> None:
@@ -124,64 +132,226 @@ def test_bench_decode_of_nobody_is_one_clear_error(run: Run, prompts_file: Path)
     assert "Traceback" not in errors
 
 
+RECIPE = """
+[model]
+name = "m"
+base = "./base"
+upstream = "./upstream"
+[capture]
+calibration_prompts = "prompts.jsonl"
+calibration_count = 1
+evaluation_prompts = "prompts.jsonl"
+evaluation_count = 1
+max_prompt_tokens = 8
+new_tokens = 3
+max_model_len = 64
+[bench]
+prompts = "prompts.jsonl"
+"""
+RESULT: dict[str, Any] = {
+    "acceptance": 0.75,
+    "acceptance_served": {"gptq": 0.75, "rtn": 0.5},
+    "acceptance_offline": {"gptq": 0.7421, "rtn": 0.5, "bf16": 0.76},
+    "intervals_served": {"gptq": [0.73, 0.77], "rtn": [0.48, 0.52]},
+    "decode_tok_s": {"base": 20.0, "mtp": 30.0},
+    "greedy_identical": True,
+    "divergences": [],
+    "seconds": {"bench": 1.0},
+}
+
+
 @pytest.fixture
-def model(tmp_path: Path, base: Path, prompts_file: Path) -> Path:
-    """A model folder as the bundled one is laid out."""
-    root = tmp_path / "model"
-    root.mkdir()
-    base.rename(root / "base")
-    (root / "upstream").mkdir()
-    prompts_file.rename(root / "prompts.jsonl")
-    return root
+def recipe(tmp_path: Path, base: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe for the stand-in's base and prompts, whose tensors have no bytes to check."""
+    (tmp_path / "upstream").mkdir()
+    config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(pipeline, "check_inputs", lambda _base, _upstream: None)
+    file = tmp_path / "some.toml"
+    file.write_text(RECIPE)
+    return file
 
 
-def fake_splice(base: Path, upstream: Path, out: Path, variant: str) -> None:
-    assert not out.exists()
-    write_checkpoint(out, ("embed.weight", "mtp.0.e_proj.weight"))
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """What `run_pipeline` is asked for; it does nothing but return RESULT."""
+    calls: list[dict[str, Any]] = []
+
+    def run_pipeline(
+        recipe: Recipe, folder: Path, report: Report, stages: Sequence[str], *, again: bool
+    ) -> dict[str, Any]:
+        calls.append({"recipe": recipe, "run": folder, "stages": tuple(stages), "again": again})
+        report("bench: decode, 1 s", 0, 0)
+        report("bench: decode, 2 s", 0, 0)
+        page = tmp_path / "report.md"
+        page.touch()
+        return {**RESULT, "checkpoint": str(tmp_path / "nowhere"), "report": str(page)}
+
+    monkeypatch.setattr(pipeline, "run_pipeline", run_pipeline)
+    return calls
 
 
-def test_demo_serves_base_and_graft_and_reports_both(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_demo_runs_every_stage_of_the_bundled_recipe(
+    run: Run, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(pipeline, "splice", fake_splice)
-    folder = tmp_path / "run"
-    arguments = ("demo", "--run", folder, "--model", model, "--rounds", 1, "--max-tokens", 20)
-    status, out, errors = run(*arguments, "--json", tmp_path / "demo.json")
+    json_file = tmp_path / "demo.json"
+    status, out, errors = run("demo", "--run", tmp_path / "run", "--json", json_file)
     assert status == 0, errors
-    result: dict[str, Any] = json.loads((tmp_path / "demo.json").read_text())
-    assert result["acceptance"] == pytest.approx(7 / 13)
-    assert result["acceptance_served"] == {"bf16": result["acceptance"]}
-    assert result["greedy_identical"] is True and result["divergences"] == []
-    assert result["decode_tok_s"].keys() == {"base", "mtp"}
-    assert result["seconds"].keys() == {"splice", "decode"}
-    assert result["report"] is None
-    assert "53.8 %" in out and "identical on all 2 prompts" in out
+    [call] = asked
+    assert call["recipe"].model.name == "tiny-dsv4-mtp"
+    assert (call["run"], call["stages"]) == (tmp_path / "run", pipeline.STAGES)
+    assert call["again"] is False
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    assert ["gptq", "74.2 %", "75.0 %", "73.0 % to 77.0 %"] in rows
+    assert ["bf16", "76.0 %", "-", "-"] in rows
+    assert "decode: base 20.0 tok/s, with MTP 30.0 tok/s (1.50 times)" in out
+    assert "identical on every prompt" in out
+    assert f"report: {tmp_path / 'report.md'}" in out
+    assert "nowhere" not in out, "a checkpoint that does not exist is not offered"
+    assert json.loads(json_file.read_text())["acceptance"] == 0.75
+    assert errors == "bench: decode\n", "a line a step, not one a second"
 
-    written = json.loads((folder / "bench" / "decode.json").read_text())
-    assert written["acceptance"] == result["acceptance"]
-    manifest = json.loads((folder / "bench" / "manifest.json").read_text())
-    assert manifest["status"] == "done"
-    assert manifest["config"]["decode"]["max_tokens"] == 20
-    assert len(manifest["inputs"]) == 3
 
-    # A second run into the same folder starts over, and JSON has standard output for itself.
-    status, out, errors = run(*arguments, "--json", "-")
+def test_a_text_that_differs_is_said_with_its_margin(
+    run: Run, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = [{"prompt": "b7", "position": 31, "margin": 0.0625}]
+    monkeypatch.setitem(RESULT, "divergences", where)
+    status, out, _ = run("demo")
+    assert status == 0
+    assert "greedy text: differs on 1 prompts: b7 at 31 (margin 0.0625)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stages", "again"),
+    [
+        ((), pipeline.STAGES, False),
+        (("--only", "score"), ("score",), False),
+        (("--from", "verify"), ("verify", "bench", "report"), True),
+    ],
+)
+def test_run_does_the_stages_that_are_asked_for(
+    run: Run,
+    recipe: Path,
+    asked: list[dict[str, Any]],
+    arguments: tuple[str, ...],
+    stages: tuple[str, ...],
+    again: bool,
+) -> None:
+    settings = ("--set", "splice.variant=bf16", "--set", "bench.rounds=7")
+    status, _, errors = run("run", recipe, *arguments, *settings)
     assert status == 0, errors
-    assert json.loads(out)["greedy_identical"] is True
+    [call] = asked
+    assert (call["stages"], call["again"]) == (stages, again)
+    assert call["run"] == Path("runs/some"), "named after the recipe"
+    assert call["recipe"].splice.variant == "bf16"
+    assert call["recipe"].bench.rounds == 7
+    assert call["recipe"].model.base == str(recipe.parent / "base")
 
 
-def test_demo_says_which_part_of_the_model_is_missing(run: Run, model: Path) -> None:
-    (model / "prompts.jsonl").unlink()
-    status, _, errors = run("demo", "--model", model)
-    assert status == 1
-    assert "prompts.jsonl: not found" in errors
+@pytest.mark.parametrize("command", ["demo", "run"])
+def test_json_has_standard_output_for_itself(
+    run: Run, recipe: Path, asked: list[dict[str, Any]], command: str
+) -> None:
+    status, out, errors = run(command, *([recipe] if command == "run" else []), "--json", "-")
+    assert status == 0
+    assert json.loads(out)["acceptance_served"] == RESULT["acceptance_served"]
+    assert "74.2 %" in errors
 
 
-def test_without_a_checkout_the_demo_asks_for_a_model(
+def test_a_dry_run_shows_stages_and_recipe_and_does_nothing(
+    run: Run, recipe: Path, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    command = ("run", recipe, "--run", tmp_path / "run", "--from", "bench", "--dry-run")
+    status, out, _ = run(*command)
+    assert status == 0
+    plan = json.loads(out)
+    assert plan["run"] == str(tmp_path / "run")
+    assert plan["stages"] == ["bench", "report"]
+    assert plan["recipe"]["capture"]["new_tokens"] == 3
+    assert plan["recipe"]["quantize"]["group_size"] == 128
+    assert json.loads(run(*command, "--json", "-")[1]) == plan, "once, and nothing else"
+    assert asked == [] and not (tmp_path / "run").exists()
+
+
+def test_without_a_checkout_the_demo_says_where_its_model_is(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = tmp_path / "lib" / "site-packages" / "mtp_graft" / "pipeline.py"
     monkeypatch.setattr(pipeline, "__file__", str(module))
     status, _, errors = run("demo", "--run", tmp_path / "run")
     assert status == 1
-    assert "pass --model DIR" in errors
+    assert "recipes/tiny.toml: not found; the tiny model is in the repository" in errors
+
+
+def test_a_stage_has_its_own_command_and_result(run: Run, recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    status, out, errors = run("capture", recipe, "--run", folder, "--json", "-")
+    assert status == 0, errors
+    result = json.loads(out)
+    assert result["splits"] == {"calibration": 1, "evaluation": 1}
+    assert result["folder"] == str(folder / "capture")
+    assert "base: starting vLLM" in errors and "capture: done, in" in errors
+
+    status, out, errors = run("run", recipe, "--run", folder, "--only", "capture", "--json", "-")
+    assert status == 0, errors
+    assert json.loads(out)["seconds"].keys() == {"capture"}
+    assert "starting vLLM" not in errors, "it was finished"
+
+
+def test_fetch_says_where_both_checkpoints_are(run: Run, recipe: Path, tmp_path: Path) -> None:
+    status, out, errors = run("fetch", recipe, "--run", tmp_path / "run", "--json", "-")
+    assert status == 0, errors
+    base, upstream = str(tmp_path / "base"), str(tmp_path / "upstream")
+    assert json.loads(out) == {"base": base, "upstream": upstream}
+
+
+def test_inputs_that_do_not_fit_are_one_message(
+    run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "check_inputs", check_inputs)
+    status, out, errors = run("fetch", recipe, "--run", tmp_path / "run")
+    assert (status, out, errors.count("error: ")) == (1, "", 1)
+    assert "base/model-1.safetensors: not a readable safetensors file" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "RECIPE", "--only", "train"), "'train' is no stage; expected one of fetch, cap"),
+        (("run", "RECIPE", "--from", "train"), "'train' is no stage; expected one of fetch, cap"),
+        (("run", "RECIPE", "--only", "quantize"), "run `mtp-graft capture` first"),
+        (("quantize", "RECIPE"), "run `mtp-graft capture` first"),
+        (("splice", "RECIPE"), "run `mtp-graft quantize` first"),
+        (("run", "RECIPE", "--set", "capture.tokens=3"), "did you mean 'new_tokens'?"),
+        (("run", "RECIPE", "--set", "bench.rounds=two"), "is 'two', expected int"),
+        (("run", "RECIPE", "--set", "bench"), "--set bench: expected section.key=value"),
+        (("demo", "--set", "bench.round=2"), "did you mean 'rounds'?"),
+        (("run", "nowhere.toml"), "nowhere.toml: not readable"),
+        (("fetch", "RECIPE", "--set", "model.base=./gone"), "gone: not a folder"),
+        (("capture", "RECIPE", "--set", "bench.prompts=x", "--run", "FILE"), "use another --run"),
+        (("capture", "RECIPE", "--set", "capture.evaluation_count=9"), "ask for fewer"),
+        (("fetch", "RECIPE", "--json", "/nowhere/x.json"), "x.json: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_1(
+    run: Run, recipe: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    named = {"RECIPE": recipe, "FILE": tmp_path / "file"}
+    folder = () if arguments[0] == "demo" or "--run" in arguments else ("--run", tmp_path / "run")
+    status, out, errors = run(*(named.get(word, word) for word in arguments), *folder)
+    assert (status, out) == (1, "")
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == [
+        errors.splitlines()[-1]
+    ]
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_mistake_of_demo_is_not_taken_for_a_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("demo", "--set", "bench.round=2")[0] == 1
+    assert list(tmp_path.glob("runs")) == []

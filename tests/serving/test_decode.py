@@ -18,12 +18,12 @@ from mtp_graft.bench.decode import (
 from mtp_graft.bench.decode import (
     compare as compare_results,
 )
-from mtp_graft.bench.prompts import Prompt, load_prompts
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
 from mtp_graft.serving.client import Completion, ScoredCompletion
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
+from mtp_graft.serving.prompts import Prompt, load_prompts
 
 PROMPTS = [Prompt("a", "ab"), Prompt("b", "hello")]
 CONFIG = DecodeConfig(max_tokens=20, rounds=2)

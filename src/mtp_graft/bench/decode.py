@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from mtp_graft.bench.prompts import Prompt
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Completion, ScoredCompletion, ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters
+from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 #: Called with what is going on, how much of it is done, and of how much (0: not known).
 Report = Callable[[str, int, int], None]
@@ -70,9 +70,9 @@ class Divergence:
     margin: float | None  # the base's logprob margin there; None past the base's last token
 
 
-def tokenize(client: ServerClient, prompts: Sequence[Prompt]) -> list[TokenPrompt]:
+def tokenize(client: ServerClient, prompts: Sequence[Prompt | ChatPrompt]) -> list[TokenPrompt]:
     """Return the prompts as the server's token ids."""
-    return [TokenPrompt(p.id, tuple(client.tokenize(p.text))) for p in prompts]
+    return [TokenPrompt(p.id, tuple(client.encode(p))) for p in prompts]
 
 
 def measure_decode(
@@ -191,7 +191,10 @@ def _sum_counters(counters: Sequence[SpecDecodeCounters]) -> dict[str, Any] | No
 
 
 def measure_base(
-    client: ServerClient, prompts: Sequence[Prompt], config: DecodeConfig, report: Report
+    client: ServerClient,
+    prompts: Sequence[Prompt | ChatPrompt],
+    config: DecodeConfig,
+    report: Report,
 ) -> dict[str, Any]:
     """Decode `prompts` without a head; return what `measure_mtp` and `compare` need of it.
 
@@ -239,7 +242,7 @@ def compare(base: Mapping[str, Any], mtp: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "acceptance": acceptance and acceptance["median"],
         "decode_tok_s": {name: r["decode_tok_s"]["median"] for name, r in results.items()},
-        "greedy_identical": not divergences,
+        "greedy_identical": not divergences and all(r["repeatable"] for r in results.values()),
         "divergences": [asdict(divergence) for divergence in divergences],
         **results,
     }

@@ -44,12 +44,12 @@ def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
     """
     path = folder / INDEX_NAME
     try:
-        weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
+        listed = json.loads(path.read_text())["weight_map"].items()
+        weight_map = {name: str(shard) for name, shard in listed if name.startswith(prefix)}
     except FileNotFoundError:
         raise GraftError(f"{path}: not found; expected a sharded safetensors checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise GraftError(f"{path}: not a safetensors index ({error!r})") from error
-    weight_map = {name: shard for name, shard in weight_map.items() if name.startswith(prefix)}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise GraftError(f"{folder / shard}: not found, but {path.name} lists it; fetch again")
@@ -58,7 +58,8 @@ def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
 
 def load_tensors(folder: Path, names: list[str] | None = None) -> dict[str, Tensor]:
     """Load tensors by name (all of them by default) from the checkpoint in `folder`."""
-    weight_map = read_index(folder)
+    # Of an upstream master only the head's shard need be there.
+    weight_map = read_index(folder, os.path.commonprefix(names or []))  # noqa: RUF071 - no paths
     wanted = list(weight_map) if names is None else names
     missing = [name for name in wanted if name not in weight_map]
     if missing:

@@ -11,6 +11,7 @@ import httpx
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
+from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 #: Silence allowed between two bytes of an answer; the first step may compile kernels.
 READ_TIMEOUT_S = 600.0
@@ -101,6 +102,12 @@ class ServerClient:
         }
         return [int(token) for token in self._post("/tokenize", body)["tokens"]]
 
+    def encode(self, prompt: Prompt | ChatPrompt) -> list[int]:
+        """Return a prompt's token ids; a text has its own special tokens."""
+        if isinstance(prompt, ChatPrompt):
+            return self.tokenize_chat(prompt.messages, thinking=False)
+        return self.tokenize(prompt.text, add_special_tokens=False)
+
     def complete(
         self,
         prompt: Sequence[int],
@@ -164,7 +171,12 @@ class ServerClient:
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         self._check(answer)
-        result: dict[str, Any] = answer.json()
+        try:
+            result: dict[str, Any] = answer.json()
+        except ValueError as error:
+            raise GraftError(
+                f"{answer.request.url}: not JSON ({error}); is a vLLM server at this address?"
+            ) from error
         return result
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -31,8 +31,8 @@ def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise GraftError(f"{path}: not readable ({error.strerror}); expected prompts") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraftError(f"{path}: not readable ({error}); expected prompts") from error
     prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -1,6 +1,5 @@
 """Start vLLM, wait until it really answers, and never leave a process of it behind."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -24,9 +23,18 @@ GRACE_S = 15.0
 #: Four tokens, so that a server with a draft head drafts and verifies at least once.
 _PROBE_PROMPT = (0, 1, 2, 3)
 _PROBE_TOKENS = 4
-#: `prctl(2)`; loaded here because between fork and exec little is allowed.
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
+#: A process of its own that waits for the end of ours, SIGKILL included, and then ends the server
+#: with all it started. vLLM ignores SIGTERM while it starts, so one signal is not enough.
+_WATCHER = """
+import os, signal, sys, time
+sys.stdin.buffer.read()
+for signum in (signal.SIGTERM, signal.SIGKILL):
+    try:
+        os.killpg(int(sys.argv[1]), signum)
+    except ProcessLookupError:
+        break
+    time.sleep(5)
+"""
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 #: Called about twice a second while a server starts: seconds so far, last line of its log.
@@ -51,16 +59,18 @@ def managed_server(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _signals_as(_exit_on_signal, *_STOP_SIGNALS):
         server = ServerProcess(command, log)
+        grace_s = 0.0  # vLLM does not listen while it starts
         try:
             try:
                 server.require_ready(timeout_s, lambda s: on_start(s, last_line(log_path)))
             except GraftError as error:
                 reason = f"{error}; in {log_path}: {explain(log_path)}"
                 raise GraftError(f"{options.checkpoint}: {reason}") from error
+            grace_s = GRACE_S
             with server.client() as client:
                 yield client
         finally:
-            server.stop()
+            server.stop(grace_s)
 
 
 def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> int:
@@ -111,10 +121,14 @@ class ServerProcess:
                 stdout=log,
                 stderr=None if log is None else subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no locks
             )
         except OSError as error:
             raise GraftError(f"{command.argv[0]}: cannot be started ({error})") from error
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-c", _WATCHER, str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     def client(self) -> ServerClient:
         """Return a new client of this server."""
@@ -162,16 +176,13 @@ class ServerProcess:
         finally:
             self.kill()
             self._process.wait()
+            self._watcher.kill()  # after the group has gone: its number may be used again
+            self._watcher.communicate()
 
     def kill(self) -> None:
         """Kill the whole group at once, without waiting: a signal handler must not wait."""
         with suppress(ProcessLookupError):  # no member is left
             os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process with ours: SIGKILL leaves us no time to do it."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _completes(client: ServerClient, timeout_s: float) -> bool:

@@ -53,8 +53,8 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
         return
     try:
         lines = path.read_text().splitlines()
-    except OSError as error:
-        raise GraftError(f"{path}: not readable ({error.strerror}); expected prompts") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraftError(f"{path}: not readable ({error}); expected prompts") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

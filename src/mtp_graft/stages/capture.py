@@ -8,6 +8,7 @@ run keeps.
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,6 +117,7 @@ def capture_with(
     started = time.perf_counter()
     with _explained(client, log):
         generating = _generate(client, out, config, prompts, report)
+        _check_space(base, out)
         plain, recording = _record_all(client, out, config, report)
     sequences = read_sequences(out)
     seconds = time.perf_counter() - started
@@ -171,10 +173,34 @@ def finished_capture(
     claim_folder(out, identity)
     (out / RECORDINGS).mkdir(exist_ok=True)
     (out / SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
-    if (out / REPORT_NAME).exists() and len(read_sequences(out)) == total:
+    sequences = read_sequences(out)
+    for name in sorted({sequence.recording for sequence in sequences}):
+        if not (out / RECORDINGS / name).is_file():
+            raise GraftError(
+                f"{out / RECORDINGS / name}: not found, but the capture's index names it; "
+                f"remove {out} and capture again"
+            )
+    if (out / "manifest.json").exists() and len(sequences) == total:
         finished: dict[str, Any] = json.loads((out / REPORT_NAME).read_text())
         return finished | {"folder": str(out)}
     return None
+
+
+def _check_space(base: Path, out: Path) -> None:
+    """Raise GraftError if what is left to record does not fit the disk."""
+    recorded = {sequence.number for sequence in read_sequences(out)}
+    tokens = sum(len(t.token_ids) for t in read_texts(out) if t.number not in recorded)
+    settings = json.loads((base / "config.json").read_text())
+    try:
+        needed = tokens * settings["hc_mult"] * settings["hidden_size"] * 2  # BF16
+    except KeyError as error:
+        raise GraftError(f"{base / 'config.json'}: has no {error}; expected DeepSeek-V4") from error
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise GraftError(
+            f"{out}: {free:,} bytes free, {needed:,} needed for the residuals of {tokens:,} "
+            "tokens; make room or use another --run"
+        )
 
 
 @contextmanager
@@ -221,7 +247,7 @@ def _generate(
 
     def finish(item: tuple[int, str, Prompt | ChatPrompt]) -> FinishedText:
         number, split, prompt = item
-        token_ids = _encode(client, prompt)[: config.max_prompt_tokens]
+        token_ids = client.encode(prompt)[: config.max_prompt_tokens]
         continuation = client.complete(token_ids, config.new_tokens, ignore_eos=True)
         if len(continuation) != config.new_tokens:
             raise GraftError(
@@ -239,12 +265,6 @@ def _generate(
             finished += 1
             report("capture: generate", finished, len(asked))
     return meter
-
-
-def _encode(client: ServerClient, prompt: Prompt | ChatPrompt) -> list[int]:
-    if isinstance(prompt, ChatPrompt):
-        return client.tokenize_chat(prompt.messages, thinking=False)
-    return client.tokenize(prompt.text, add_special_tokens=False)  # the text has its own
 
 
 def _record_all(

@@ -42,9 +42,8 @@ def fetch_head(source: str, revision: str | None = None) -> Path:
     if is_folder(source):
         return _existing(source)
     index = _download(source, lambda: hf_hub_download(source, INDEX_NAME, revision=revision))
-    weight_map = json.loads(index.read_text())["weight_map"]
     head = HEAD_PREFIX.partition(".")[0] + "."
-    shards = sorted({shard for name, shard in weight_map.items() if name.startswith(head)})
+    shards = sorted({shard for name, shard in _weight_map(index).items() if name.startswith(head)})
     if not shards:
         raise GraftError(
             f"{source}: its index lists no {head}* tensor; expected the upstream master, "
@@ -54,6 +53,14 @@ def fetch_head(source: str, revision: str | None = None) -> Path:
     return _download(
         source, lambda: snapshot_download(source, revision=revision, allow_patterns=files)
     )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return tensor name to shard; unlike `read_index`, before the shards are there."""
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise GraftError(f"{index}: not a safetensors index ({error!r})") from error
 
 
 def _existing(source: str) -> Path:
@@ -67,7 +74,7 @@ def _download(source: str, download: Callable[[], str]) -> Path:
     try:
         return Path(download())
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GraftError(
             f"{source}: cannot be fetched from the hub ({first}); check the id and the network, "
             "or name a local folder"

@@ -152,7 +152,7 @@ def quantize(
 
 def _open(capture: Path, upstream: Path, base: Path, out: Path, config: QuantizeConfig) -> _Job:
     """Check what can be checked before anything is computed, and claim the stage's folder."""
-    head_map = read_index(upstream)
+    head_map = read_index(upstream, "mtp.")
     head_names = names.upstream_head_names(head_map, upstream)
     model = read_model_config(base)
     _check_groups(model, config.group_size)
@@ -165,6 +165,7 @@ def _open(capture: Path, upstream: Path, base: Path, out: Path, config: Quantize
     shards = sorted({upstream / head_map[name] for name in head_names})
     recordings = {capture / capture_files.RECORDINGS / s.recording for s in sequences}
     inputs = [capture / capture_files.INDEX_NAME, *sorted(recordings), *shards]
+    inputs.append(base / read_index(base)["embed.weight"])
     claim_folder(out, {**asdict(config), "inputs": fingerprints([base / "config.json", *inputs])})
     for folder in (REPLAY, GPTQ):
         (out / folder).mkdir(exist_ok=True)

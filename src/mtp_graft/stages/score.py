@@ -93,7 +93,7 @@ def _open(
     capture: Path, quantized: Path, upstream: Path, base: Path, out: Path, config: ScoreConfig
 ) -> _Job:
     """Check what can be checked before anything is computed, and claim the stage's folder."""
-    head_map = read_index(upstream)
+    head_map = read_index(upstream, "mtp.")
     head_names = names.upstream_head_names(head_map, upstream)
     model = read_model_config(base)
     split = [s for s in read_sequences(capture) if s.split == config.split]
@@ -106,6 +106,7 @@ def _open(
     inputs = [base / "config.json", capture / capture_files.INDEX_NAME]
     inputs += sorted({capture / capture_files.RECORDINGS / s.recording for s in sequences})
     inputs += sorted({upstream / head_map[name] for name in head_names})
+    inputs += sorted({base / read_index(base)[name] for name in ("embed.weight", "head.weight")})
     if "gptq" in config.variants:
         inputs += _gptq_files(quantized)
     claim_folder(out, {**asdict(config), "inputs": fingerprints(inputs)})

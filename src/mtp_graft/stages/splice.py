@@ -167,6 +167,16 @@ def splice(
 # Reading and checking, before anything is written
 
 
+def check_inputs(base: Path, upstream: Path) -> None:
+    """Raise GraftError for what no stage could work with; reads headers only.
+
+    A base that has a head or is cut off, an upstream head that is another or not whole.
+    """
+    _check_base(base)
+    config = _head_config(base, "gptq")
+    _check_head_complete(upstream, _read_head(upstream).meta, head_shapes(config))
+
+
 def _plan(base: Path, upstream: Path, variant: Variant, quantized: Path | None) -> _Plan:
     base_map = _check_base(base)
     config = _head_config(base, variant)

@@ -1,0 +1,548 @@
+"""The pipeline's orchestration: real capture and serving of a stand-in, the other stages faked."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtp_graft import pipeline
+from mtp_graft.bench.acceptance import KnownText
+from mtp_graft.bench.acceptance import measure_acceptance as real_measure_acceptance
+from mtp_graft.checkpoint.capture import read_texts
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.errors import GraftError
+from mtp_graft.pipeline import STAGES, choose_stages, run_pipeline, run_stage
+from mtp_graft.recipe import load_recipe
+from mtp_graft.serving import command, server
+from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.command import ServeOptions
+from mtp_graft.stages.splice import HEAD_SHARD
+from quantized import report as quantize_report
+
+from .conftest import BASE_TENSORS, HEAD_TENSORS, write_checkpoint
+from .test_acceptance import Streamed, quiet
+
+RECIPE = """
+[model]
+name = "tiny-mtp"
+base = "./base"
+upstream = "./upstream"
+[capture]
+calibration_prompts = "prompts.jsonl"
+calibration_count = 3
+evaluation_prompts = "prompts.jsonl"
+evaluation_count = 2
+max_prompt_tokens = 8
+new_tokens = 6
+concurrency = 1
+max_model_len = 64
+[bench]
+prompts = "bench.jsonl"
+count = 2
+max_tokens = 8
+rounds = 1
+served_variants = ["rtn", "gptq"]
+[serve]
+extra_args = ["--seed", "7"]
+"""
+BASE, GPTQ, RTN = "base", "gptq", "rtn"  # whose servers are started
+MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all but the report
+
+
+def write_lines(path: Path, prefix: str, count: int) -> None:
+    rows = [{"id": f"{prefix}{n}", "text": prefix * (n + 1)} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, base: Path) -> Path:
+    (tmp_path / "upstream").mkdir()
+    config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    write_lines(tmp_path / "prompts.jsonl", "p", 6)
+    write_lines(tmp_path / "bench.jsonl", "b", 2)
+    file = tmp_path / "recipe.toml"
+    file.write_text(RECIPE)
+    return file
+
+
+@dataclass
+class StandIns:
+    """Stages that write what the pipeline reads, once; and what was done, in order."""
+
+    done: list[str] = field(default_factory=list)
+    devices: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)  # what verify says is missing
+    refused: str | None = None  # what is wrong with the inputs
+
+    def check_inputs(self, base: Path, upstream: Path) -> None:
+        assert base.is_dir() and upstream.is_dir()
+        if self.refused:
+            raise GraftError(self.refused)
+
+    def quantize(
+        self, _capture: Path, _up: Path, _base: Path, out: Path, config: Any, _: Any
+    ) -> Any:
+        self.devices["quantize"] = config.device
+        return self._finish("quantize", out, quantize_report(4))
+
+    def score(
+        self,
+        _capture: Path,
+        _quantized: Path,
+        _up: Path,
+        _base: Path,
+        out: Path,
+        config: Any,
+        _: Any,
+    ) -> Any:
+        self.devices["score"] = config.device
+        walks = [{"id": "p3", "drafts": 4, "accepted": 3}, {"id": "p4", "drafts": 4, "accepted": 1}]
+        each = {"top1": 0.5, "tokens": 8, "accepted": 4, "interval": [0.2, 0.8], "sequences": walks}
+        return self._finish("score", out, {"acceptance": dict.fromkeys(config.variants, each)})
+
+    def _finish(self, stage: str, out: Path, result: dict[str, Any]) -> dict[str, Any]:
+        if not (out / "manifest.json").exists():
+            self.done.append(stage)
+            out.mkdir(exist_ok=True)
+            (out / "report.json").write_text(json.dumps(result))
+            (out / "manifest.json").write_text("{}")
+        return result
+
+    def splice(
+        self, _base: Path, _upstream: Path, out: Path, variant: str, *, quantized: Path, copy: bool
+    ) -> None:
+        if out.exists():
+            return
+        self.done.append(f"splice {variant}")
+        write_checkpoint(out, BASE_TENSORS + HEAD_TENSORS)
+        (out / HEAD_SHARD).write_text(variant)
+        (out / MANIFEST_NAME).write_text(json.dumps({"variant": variant}))
+
+    def verify(self, checkpoint: Path, _base: Path, _up: Path, _quantized: Path) -> dict[str, Any]:
+        self.done.append(f"verify {checkpoint.parent.name}")
+        return {
+            "ok": not self.missing,
+            "variant": checkpoint.parent.name,
+            "tensors": 7,
+            "missing": self.missing,
+            "unexpected": [],
+            "mismatched": [],
+            "rel_error_max": 0.1,
+            "loaded_in_vllm": None,
+        }
+
+
+@pytest.fixture
+def stages(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    stand_ins = StandIns()
+    for name in ("check_inputs", "quantize", "score", "splice", "verify"):
+        monkeypatch.setattr(pipeline, name, getattr(stand_ins, name))
+
+    def measure_streamed(client: ServerClient, *rest: Any) -> dict[str, Any]:
+        with Streamed(client.base_url) as streamed:
+            return real_measure_acceptance(streamed, *rest)
+
+    monkeypatch.setattr(pipeline, "measure_acceptance", measure_streamed)
+    return stand_ins
+
+
+@dataclass
+class Servers:
+    """Which servers were started, in order; how they behave can be set for each."""
+
+    options: dict[str, ServeOptions] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    running: int = 0
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timeout_s: float = 30.0
+
+
+@pytest.fixture
+def servers(fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Servers:
+    servers = Servers()
+
+    @contextmanager
+    def managed(options: ServeOptions, log: Path, **rest: Any) -> Iterator[ServerClient]:
+        is_base = options.checkpoint == tmp_path / "base"
+        name = BASE if is_base else options.checkpoint.parent.name
+        fake(**servers.settings.get(name, {}))
+        servers.started.append(name)
+        servers.options[name] = options
+        running = server.managed_server(options, log, timeout_s=servers.timeout_s, **rest)
+        with running as client:
+            servers.running += 1
+            assert servers.running == 1, "two servers share the machine"
+            try:
+                yield client
+            finally:
+                servers.running -= 1
+
+    monkeypatch.setattr(server, "POLL_S", 0.05)
+    monkeypatch.setattr(pipeline, "managed_server", managed)
+    return servers
+
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def run(recipe: Path, folder: Path, stages: StandIns, servers: Servers) -> Run:
+    """Run the recipe's stages; forget first what earlier calls started and did."""
+
+    def call(*overrides: str, only: str | None = None, start: str | None = None) -> dict[str, Any]:
+        stages.done.clear()
+        servers.started.clear()
+        chosen = choose_stages(only, start)
+        if chosen == STAGES:
+            chosen = MEASURED  # charts take seconds, and one test looks at them
+        loaded = load_recipe(recipe, overrides)
+        return run_pipeline(loaded, folder, quiet, chosen, again=start is not None)
+
+    return call
+
+
+def files_under(*folders: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file()}
+
+
+def test_the_base_is_served_once_and_every_variant_once(
+    run: Run, stages: StandIns, servers: Servers, folder: Path
+) -> None:
+    result = run()
+    assert servers.started == [BASE, GPTQ, RTN]
+    assert stages.done == [
+        *("quantize", "score", "splice gptq", "splice rtn", "verify gptq", "verify rtn")
+    ]
+    assert result["greedy_identical"] is True and result["divergences"] == []
+    # 6 new tokens: one from prefill, then 2, 1, 2: three drafts, two accepted.
+    assert result["acceptance"] == pytest.approx(2 / 3)
+    assert result["acceptance_served"] == {GPTQ: pytest.approx(2 / 3), RTN: pytest.approx(2 / 3)}
+    assert result["drafts_served"] == {GPTQ: 6, RTN: 6}
+    assert result["acceptance_offline"] == dict.fromkeys(("rtn", "gptq", "mxfp4", "bf16"), 0.5)
+    assert result["acceptance_offline_on_served"] == {GPTQ: 0.5, RTN: 0.5}
+    assert set(result["decode_tok_s"]) == {"base", "mtp"}
+    assert set(result["seconds"]) == set(MEASURED)
+    assert result["checkpoint"] == str(folder / "splice" / GPTQ / "tiny-mtp")
+    assert result["report"] is None
+    for variant in (GPTQ, RTN):
+        verified = json.loads((folder / "verify" / f"{variant}.json").read_text())
+        assert verified["loaded_in_vllm"] is True
+
+
+def test_the_base_records_without_drafting_and_variants_draft_without_recording(
+    run: Run, servers: Servers, folder: Path
+) -> None:
+    run("bench.num_speculative_tokens=2")
+    base, variant = servers.options[BASE], servers.options[GPTQ]
+    assert (base.record, base.num_speculative_tokens) == (folder / "capture", 0)
+    assert (variant.record, variant.num_speculative_tokens) == (None, 2)
+    for options in (base, variant):
+        assert options.extra_args == ("--seed", "7")
+        assert options.max_model_len == 64
+
+
+def test_evaluation_prompts_of_the_same_file_are_held_out(run: Run, folder: Path) -> None:
+    run(only="capture")
+    splits = [(t.split, t.id) for t in read_texts(folder / "capture")]
+    assert splits == [
+        *(("calibration", f"p{n}") for n in range(3)),
+        *(("evaluation", f"p{n}") for n in (3, 4)),
+    ]
+
+
+def test_prompts_to_time_are_none_of_those_captured(run: Run, recipe: Path, folder: Path) -> None:
+    run(f"bench.prompts={recipe.parent / 'prompts.jsonl'}", "bench.count=1")
+    timed = json.loads((folder / "bench" / "base.json").read_text())["prompts"]
+    assert [prompt["id"] for prompt in timed] == ["p5"]
+
+
+def test_as_many_evaluation_texts_are_served_as_the_recipe_says(
+    run: Run, stages: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    measure = pipeline.measure_acceptance
+
+    def remember(client: ServerClient, texts: list[KnownText], *rest: Any) -> dict[str, Any]:
+        asked.append([text.id for text in texts])
+        return measure(client, texts, *rest)
+
+    monkeypatch.setattr(pipeline, "measure_acceptance", remember)
+    result = run("bench.acceptance_count=1")
+    assert asked == [["p3"], ["p3"]]
+    assert result["drafts_served"] == {GPTQ: 3, RTN: 3}
+    assert result["acceptance_offline_on_served"] == {GPTQ: 0.75, RTN: 0.75}
+
+
+def test_a_finished_run_is_told_again_without_a_server(
+    run: Run, stages: StandIns, servers: Servers, folder: Path
+) -> None:
+    first = run()
+    captured = files_under(folder / "capture", folder / "quantize", folder / "score")
+    second = run()
+    assert servers.started == []
+    assert [step for step in stages.done if not step.startswith("verify")] == []
+    assert captured == files_under(folder / "capture", folder / "quantize", folder / "score")
+    assert {**first, "seconds": None} == {**second, "seconds": None}
+    assert all(second["seconds"][stage] >= first["seconds"][stage] for stage in MEASURED)
+    verified = json.loads((folder / "verify" / "gptq.json").read_text())
+    assert verified["loaded_in_vllm"] is True, "verifying again forgets that it was served"
+
+
+def test_every_stage_leaves_a_manifest_and_the_report_its_page(
+    run: Run, recipe: Path, folder: Path
+) -> None:
+    run()
+    result = run_pipeline(load_recipe(recipe), folder, quiet, ["report"])
+    page = Path(result["report"]).read_text()
+    assert "tiny-mtp" in page and "66.7 %" in page
+    assert (folder / "report" / "acceptance.png").is_file()
+    for stage in ("capture", "splice", "verify", "bench", "report"):
+        manifest = json.loads((folder / stage / "manifest.json").read_text())
+        assert (manifest["stage"], manifest["status"]) == (stage, "done")
+        assert manifest["seconds"] > 0
+
+
+def test_stages_apart_give_what_the_whole_run_gives(
+    run: Run, servers: Servers, folder: Path
+) -> None:
+    whole = run()
+    shutil.rmtree(folder)
+    for stage in MEASURED:
+        apart = run(only=stage)
+        assert servers.started == {"capture": [BASE], "bench": [BASE, GPTQ, RTN]}.get(stage, [])
+    timing = {"seconds": None, "decode_tok_s": None}
+    assert {**apart, **timing} == {**whole, **timing}
+
+
+def test_from_a_stage_on_everything_is_removed_and_done_anew(
+    run: Run, stages: StandIns, servers: Servers, folder: Path
+) -> None:
+    first = run()
+    kept = files_under(folder / "capture", folder / "quantize")
+    later = ("score", "splice", "verify", "bench")
+    for stage in later:
+        (folder / stage / "stray").touch()
+    (folder / "seconds.json").write_text(json.dumps({**first["seconds"], "score": 1e6}))
+    second = run(start="score")
+    assert files_under(folder / "capture", folder / "quantize") == kept
+    assert not list(folder.rglob("stray"))
+    assert stages.done[:3] == ["score", "splice gptq", "splice rtn"]
+    assert servers.started == [BASE, GPTQ, RTN]
+    assert second["seconds"]["score"] < 1e6
+    assert second["seconds"]["quantize"] == first["seconds"]["quantize"]
+    assert second["acceptance"] == first["acceptance"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "finished", "needed"),
+    [
+        ("quantize", (), "capture"),
+        ("score", (), "capture"),
+        ("score", ("capture",), "quantize"),
+        ("splice", ("capture",), "quantize"),
+        ("verify", ("capture", "quantize"), "splice"),
+        ("bench", (), "capture"),
+        ("bench", ("capture", "quantize"), "splice"),
+    ],
+)
+def test_a_stage_before_its_time_names_the_one_to_run_first(
+    stage: str, finished: tuple[str, ...], needed: str, run: Run, servers: Servers
+) -> None:
+    for earlier in finished:
+        run(only=earlier)
+    with pytest.raises(GraftError, match=rf"/{needed}: not finished; run `mtp-graft {needed}` f"):
+        run(only=stage)
+    assert servers.started == [], "it is said before anything is served"
+
+
+def test_a_stage_that_nobody_knows_is_an_error() -> None:
+    for names in ({"only": "train"}, {"start": "train"}):
+        with pytest.raises(GraftError, match=r"'train' is no stage; expected one of fetch, cap"):
+            choose_stages(**names)
+
+
+HOLD = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_do_not_work_in_one_run_folder(
+    run: Run, servers: Servers, folder: Path
+) -> None:
+    folder.mkdir()
+    holder = [sys.executable, "-c", HOLD, str(folder / ".lock")]
+    with subprocess.Popen(holder, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(GraftError, match="run: another mtp-graft works in this run folder"):
+            run(start="fetch")
+        other.kill()
+    assert servers.started == []
+    run(only="fetch")  # a killed process leaves its file, but no lock
+
+
+def test_a_run_folder_that_cannot_be_one_is_an_error(run: Run, folder: Path) -> None:
+    folder.write_text("not a folder")
+    with pytest.raises(GraftError, match=r"run: cannot be a run folder .*use another --run"):
+        run()
+
+
+@pytest.mark.parametrize("stage", ["fetch", "capture"])
+def test_inputs_that_do_not_fit_are_refused_before_anything_is_served(
+    stage: str, run: Run, stages: StandIns, servers: Servers
+) -> None:
+    stages.refused = "base: has a head already"
+    with pytest.raises(GraftError, match="base: has a head already"):
+        run(only=stage)
+    assert servers.started == []
+
+
+def test_a_result_that_was_cut_off_is_one_error(run: Run, servers: Servers, folder: Path) -> None:
+    run()
+    (folder / "bench" / "base.json").write_text('{"prompts": [')
+    with pytest.raises(GraftError, match=r"bench/base\.json: not JSON .*; remove it and run again"):
+        run()
+    assert servers.started == []
+
+
+def test_a_base_server_that_dies_while_capturing_says_why_and_the_next_run_goes_on(
+    run: Run, servers: Servers, folder: Path
+) -> None:
+    servers.settings[BASE] = {"dies_at": 4}  # the probe, two texts, and then
+    with pytest.raises(GraftError, match=r"vllm-base\.log: RuntimeError: died in the middle"):
+        run()
+    kept = read_texts(folder / "capture")
+    assert len(kept) == 2
+    servers.settings.clear()
+    run()
+    assert read_texts(folder / "capture")[:2] == kept
+    assert servers.started == [BASE, GPTQ, RTN]
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("dies", r"vLLM ended with status 3 before it was ready; in .*log: KeyError: 'c1a'"),
+        ("never_healthy", "is not ready after 1 s"),
+        ("refuses", "status 500, expected 200"),
+    ],
+)
+def test_a_base_server_that_does_not_get_ready_is_one_error(
+    mode: str, reason: str, run: Run, servers: Servers, stages: StandIns, tmp_path: Path
+) -> None:
+    servers.settings[BASE] = {"mode": mode}
+    servers.timeout_s = 1.0 if mode == "never_healthy" else 30.0
+    with pytest.raises(GraftError, match=rf"^{tmp_path}/base: .*{reason}"):
+        run()
+    assert servers.started == [BASE]
+    assert stages.done == []
+
+
+def test_a_variant_that_does_not_load_is_one_error_and_the_rest_is_kept(
+    run: Run, servers: Servers, folder: Path
+) -> None:
+    servers.settings[RTN] = {"mode": "dies"}
+    with pytest.raises(GraftError, match=r"splice/rtn/tiny-mtp: vLLM ended .*vllm-rtn\.log"):
+        run()
+    loaded = [
+        json.loads((folder / "verify" / f"{v}.json").read_text())["loaded_in_vllm"]
+        for v in (GPTQ, RTN)
+    ]
+    assert loaded == [True, None]
+    assert not (folder / "bench" / "manifest.json").exists()
+    servers.settings.clear()
+    result = run()
+    assert servers.started == [RTN], "the base and gptq were measured before"
+    assert result["acceptance_served"].keys() == {GPTQ, RTN}
+
+
+def test_a_head_that_is_another_one_now_is_measured_again(
+    run: Run, servers: Servers, folder: Path
+) -> None:
+    run()
+    (folder / "splice" / RTN / "tiny-mtp" / HEAD_SHARD).write_text("another head")
+    run()
+    assert servers.started == [RTN]
+
+
+def test_what_changes_the_measurements_is_not_mixed_in(run: Run, servers: Servers) -> None:
+    run()
+    with pytest.raises(GraftError, match=r"bench: was begun with bench\.max_tokens = 8, now it is"):
+        run("bench.max_tokens=16")
+    with pytest.raises(GraftError, match=r"capture: was begun with new_tokens = 6, now it is 7"):
+        run("capture.new_tokens=7")
+    assert servers.started == []
+
+
+def test_a_failed_verification_ends_the_run_with_the_tensors_name(
+    run: Run, stages: StandIns, servers: Servers, folder: Path
+) -> None:
+    stages.missing = ["mtp.0.norm.weight"]
+    message = r"gptq/tiny-mtp: 1 tensors are wrong: mtp\.0\.norm\.weight; remove it and splice"
+    with pytest.raises(GraftError, match=message):
+        run()
+    assert servers.started == [BASE]
+    assert not (folder / "verify" / "manifest.json").exists()
+    assert json.loads((folder / "verify" / "gptq.json").read_text())["missing"] == stages.missing
+
+
+@pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_device_auto_is_the_gpu_if_there_is_one(
+    there: bool, expected: str, run: Run, stages: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    run(only="capture")
+    run(only="quantize")
+    run("score.device=cpu", only="score")
+    assert stages.devices == {"quantize": expected, "score": "cpu"}
+
+
+def test_stages_that_need_no_vllm_run_without_it(
+    run: Run, recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(only="capture")
+
+    def nothing_installed(name: str) -> None:
+        raise command.PackageNotFoundError(name)
+
+    monkeypatch.setattr(command, "distribution", nothing_installed)
+    for stage in ("quantize", "score", "splice", "verify"):
+        run(only=stage)
+        assert (folder / stage / "manifest.json").exists()
+    with pytest.raises(GraftError, match=r"[Vv]LLM"):
+        run(only="bench")
+
+
+def test_one_stage_returns_its_own_result(run: Run, recipe: Path, folder: Path) -> None:
+    loaded = load_recipe(recipe)
+    results = {
+        stage: run_stage(loaded, folder, stage, quiet)
+        for stage in ("fetch", "capture", "quantize", "score", "splice", "verify")
+    }
+    assert results["fetch"] == {
+        "base": str(recipe.parent / "base"),
+        "upstream": str(recipe.parent / "upstream"),
+    }
+    assert results["capture"]["splits"] == {"calibration": 3, "evaluation": 2}
+    assert results["quantize"]["group_size"] == 128
+    assert results["score"]["acceptance"]["gptq"]["top1"] == 0.5
+    assert results["splice"]["variant"] == "gptq"
+    assert results["splice"]["checkpoint"] == str(folder / "splice" / "gptq" / "tiny-mtp")
+    assert results["verify"]["ok"] is True and results["verify"]["variant"] == "gptq"
