@@ -80,7 +80,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
     kill_when(lambda: texts.exists() and texts.read_text().count("\n") >= 2, arguments(run, "demo"))
     kept = texts.read_text().splitlines()[:2]
     wait_until_gone(run)
-    kill_when(lambda: len(list(experts.glob("experts-*.json"))) >= 2, arguments(run, "demo"))
+    kill_when(lambda: len(list(experts.glob("experts-*.safetensors"))) >= 3, arguments(run, "demo"))
     done = {path: path.stat().st_mtime_ns for path in experts.glob("experts-*.safetensors")}
     done.pop(max(done))  # the last may have been written after the signal was sent
     result = run / "result.json"
