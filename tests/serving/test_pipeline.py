@@ -243,6 +243,25 @@ def test_the_base_is_served_once_and_every_variant_once(
         assert verified["loaded_in_vllm"] is True
 
 
+def test_no_server_runs_and_no_other_run_begins_while_the_head_is_quantized(
+    run: Run,
+    recipe: Path,
+    folder: Path,
+    stages: StandIns,
+    servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def quantize(*arguments: Any) -> Any:
+        assert servers.started == [BASE] and servers.running == 0
+        with pytest.raises(GraftError, match="another mtp-graft works in this run folder"):
+            run_pipeline(load_recipe(recipe), folder, quiet, ["fetch"])
+        return stages.quantize(*arguments)
+
+    monkeypatch.setattr(pipeline, "quantize", quantize)
+    run()
+    assert "quantize" in stages.done
+
+
 def test_the_base_records_without_drafting_and_variants_draft_without_recording(
     run: Run, servers: Servers, folder: Path
 ) -> None:
