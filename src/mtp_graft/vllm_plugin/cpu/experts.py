@@ -6,6 +6,7 @@ activation passes the limit of 10, so the experts are computed here, with the cl
 Shapes: E experts, M intermediate size (of this rank), D hidden size, T tokens, K experts a token.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -160,9 +161,9 @@ class _DecodedExperts(BF16Experts):
                 layer.register_parameter(f"{matrix}_{name}", parameter)
                 set_weight_attrs(parameter, attributes)
 
+    @abstractmethod
     def decode(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return the float32 weights of one expert."""
-        raise NotImplementedError
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Replace the stored tensors by float32 `w13_weight` and `w2_weight`."""

@@ -1,8 +1,9 @@
 """Gap: sliding-window layers get the long-context YaRN scaling (vLLM 0.26.0; 0.32.0 has it right).
 
 DeepSeek-V4 scales only the layers with compressed attention; sliding-window layers, the MTP head's
-among them, have plain rotary embeddings of base `rope_theta`. Scaled, the attention of the tiny
-model was off by 20 to 100 % (one H100, relative error of a layer's output; 4 to 8 % without).
+among them, have plain rotary embeddings of base `rope_theta`. Scaled, the output of a layer's
+attention was off by 16 to 41 % in the tiny model's prefill, and by 4 to 8 % against a reference
+with the same mistake (one H100, `benchmarks/results/layers_h100.json`).
 """
 
 from collections.abc import Callable
