@@ -1,0 +1,23 @@
+"""The `mtp-graft` command: parse, call, print; one module a group of commands.
+
+What the commands do is in `pipeline`, `serving` and `bench`.
+"""
+
+import sys
+
+from mtp_graft.cli import bench, pipeline, serve  # noqa: F401 - importing registers the commands
+from mtp_graft.cli.app import app
+from mtp_graft.cli.output import note
+from mtp_graft.errors import GraftError
+
+
+def main() -> None:
+    """Run the command line; a GraftError is one line on standard error and status 1."""
+    try:
+        app()
+    except GraftError as error:
+        note("error: " + " ".join(str(error).split()))
+        sys.exit(1)
+    except OSError as error:  # a path that cannot be used, or a disk that is full
+        note(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
+        sys.exit(1)

@@ -1,0 +1,4 @@
+from mtp_graft.cli import main
+
+if __name__ == "__main__":
+    main()
