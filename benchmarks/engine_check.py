@@ -64,7 +64,9 @@ def run_engine(options: argparse.Namespace, k: int, prompts: list[list[int]]) ->
     }
     if k:
         settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
-    if platform_name() != "cpu":
+    if platform_name() == "cpu":
+        settings["kv_cache_memory_bytes"] = 2**29
+    else:
         settings["gpu_memory_utilization"] = options.gpu_memory_utilization
     started = time.perf_counter()
     llm = LLM(**settings)
@@ -177,7 +179,8 @@ def main() -> None:
             process.join()
             sys.exit(f"engine_check: the engine with k = {k} died with status {process.exitcode}")
         runs[str(k)], device = queue.get()
-        process.join()
+        process.join(60)
+        process.kill()  # an engine in a process of its own may hang at the exit on a CPU
         summary = {name: value for name, value in runs[str(k)].items() if name != "texts"}
         print(f"k = {k}: {json.dumps(summary)}", flush=True)
         write_report(options, runs, device, len(prompts))

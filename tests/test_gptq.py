@@ -13,8 +13,8 @@ from mtp_graft.quant.gptq import (
     NotPositiveDefiniteError,
     damped,
     gptq,
-    inverse_factor,
     relative_error,
+    upper_root,
 )
 
 quick = settings(max_examples=25, deadline=None)
@@ -98,15 +98,16 @@ def test_result_does_not_depend_on_what_else_is_in_the_batch() -> None:
         assert torch.equal(alone.scale, together.scale[part])
 
 
-def test_factor_is_the_cholesky_factor_of_the_inverse() -> None:
+def test_root_is_upper_and_the_inverse_of_the_papers_factor() -> None:
     _, hessian = problem(4, 1, 64, seed=4)
     hessian = damped(hessian.double(), 0.01)
-    factor = inverse_factor(hessian)
-    classic = torch.linalg.cholesky(
-        torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
-    )
-    torch.testing.assert_close(factor, classic, rtol=1e-9, atol=1e-12)
-    assert torch.equal(factor, factor.triu())
+    root = upper_root(hessian)
+    torch.testing.assert_close(root @ root.mT, hessian, rtol=1e-12, atol=1e-9)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    classic = torch.linalg.cholesky(inverse, upper=True)
+    identity = torch.eye(64, dtype=torch.float64).expand(4, -1, -1)
+    torch.testing.assert_close(classic @ root, identity, rtol=1e-9, atol=1e-9)
+    assert torch.equal(root, root.triu())
 
 
 def test_damping_adds_a_share_of_the_mean_diagonal() -> None:

@@ -95,7 +95,8 @@ def test_every_room_but_the_plugin_imports_without_vllm(repo_root: Path) -> None
         "for room in rooms:\n"
         "    path = getattr(importlib.import_module(room), '__path__', ())\n"
         "    for part in pkgutil.walk_packages(path, room + '.'):\n"
-        "        importlib.import_module(part.name)\n"
+        "        if not part.name.endswith('_triton'):\n"
+        "            importlib.import_module(part.name)\n"
         "print(*(name for name in sys.modules if name.startswith('mtp_graft.')))"
     )
     result = run_python(code)
@@ -105,7 +106,7 @@ def test_every_room_but_the_plugin_imports_without_vllm(repo_root: Path) -> None
     expected = {
         ".".join(("mtp_graft", *file.with_suffix("").parts)).removesuffix(".__init__")
         for file in files
-        if file.parts[0] != "vllm_plugin"
+        if file.parts[0] != "vllm_plugin" and not file.stem.endswith("_triton")  # need a GPU
     } - {"mtp_graft"}
     found = set(result.stdout.split()) - {"mtp_graft.vllm_plugin"}
     assert found == expected

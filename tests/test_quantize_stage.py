@@ -112,7 +112,8 @@ def test_experts_are_gptq_of_the_rows_that_reached_them(
             shared += torch.outer(x, x)
             down += torch.outer(inner, inner)
         for matrix, hessian in (("w1", shared), ("w3", shared), ("w2", down)):
-            expected = gptq(w[matrix][None].float(), hessian[None].float())
+            damp = max(0.01, len(hessian) / len(inputs))
+            expected = gptq(w[matrix][None].float(), hessian[None].float(), damp, scale="mse")
             stem = f"mtp.0.ffn.experts.{e}.{matrix}"
             codes = unpack_int4(stored[f"{stem}.weight_packed"])
             # Sums in another order move a few weights that lie close to a tie.
@@ -231,7 +232,8 @@ def test_experts_without_tokens_share_all_tokens_under_pool(
     x = load_file(out / "replay" / "000000.safetensors")["x"].float()
     name = f"mtp.0.ffn.experts.{empty[0]}.w1"
     upstream = decode_head(load_tensors(tiny_model / "upstream"))
-    expected = gptq(upstream[f"{name}.weight"][None], (x.T @ x)[None])
+    damp = HIDDEN / len(x)  # as many as all experts together saw
+    expected = gptq(upstream[f"{name}.weight"][None], (x.T @ x)[None], damp, scale="mse")
     codes = unpack_int4(stored_experts(out)[f"{name}.weight_packed"])
     assert (codes == expected.codes[0]).float().mean() > 0.99
 
@@ -240,7 +242,8 @@ def test_experts_without_tokens_are_rounded_under_rtn(
     run: Callable[..., dict[str, Any]], one_token: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     out = tmp_path / "quantize"
-    report = run(out, replace(CONFIG, zero_tokens="rtn"), capture=one_token)
+    config = replace(CONFIG, zero_tokens="rtn", scale="absmax")
+    report = run(out, config, capture=one_token)
     rounded = store_head(load_tensors(tiny_model / "upstream"), "rtn")
     stored = stored_experts(out)
     for e in report["experts_without_tokens"]:
@@ -318,7 +321,7 @@ def test_hessian_that_damping_does_not_save_names_the_expert(
     run: Callable[..., dict[str, Any]], one_token: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(GraftError, match=r"experts\.0\.w1: its Hessian is not positive definite"):
-        run(tmp_path / "q", replace(CONFIG, damp=0.0), capture=one_token)
+        run(tmp_path / "q", replace(CONFIG, damp=0.0, damping="fixed"), capture=one_token)
 
 
 def test_int4_decodes_to_what_the_errors_were_measured_on(done: Path, tiny_model: Path) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from mtp_graft.checkpoint.shards import is_full_disk, open_shard
+from mtp_graft.checkpoint.shards import is_full_disk, read_tensors
 from mtp_graft.errors import GraftError
 
 INDEX_NAME = "index.jsonl"
@@ -26,8 +25,10 @@ TEXTS_NAME = "texts.jsonl"
 RECORDINGS = "recordings"
 #: A server with this variable in its environment records into the capture folder it names,
 RECORD_VARIABLE = "MTP_GRAFT_RECORD"
-#: while a file of this name is there.
+#: while a file of this name is there. What it cannot write, it says in its log, and
 SWITCH_NAME = "recording-on"
+#: it removes this file, for which a full disk has room.
+INTACT_NAME = "recording-intact"
 
 
 @dataclass(frozen=True)
@@ -135,21 +136,19 @@ def _read_lines(path: Path, kind: type[Row]) -> list[Row]:
     return rows
 
 
-def read_recorded(folder: Path, sequence: CapturedSequence, streams: int) -> Recorded:
-    """Return what was recorded of `sequence`, its residual split into `streams` streams.
+def read_recorded(
+    folder: Path, sequence: CapturedSequence, streams: int, device: torch.device | str = "cpu"
+) -> Recorded:
+    """Return what was recorded of `sequence`, its residual in `streams` streams on `device`.
 
     Raises GraftError for a missing or unreadable recording, for one that is too short or of other
     shapes, and for values that are not finite.
     """
     path = folder / RECORDINGS / sequence.recording
     rows = slice(sequence.start, sequence.start + sequence.tokens)
-    with open_shard(path) as recording:
-        try:
-            token_ids, residual, targets = (
-                recording.get_slice(name)[rows] for name in ("token_ids", "residual", "targets")
-            )
-        except SafetensorError as error:
-            raise GraftError(f"{path}: {error}; expected a recording of the base") from error
+    recorded = read_tensors(path, ("token_ids", "residual", "targets"), rows)
+    token_ids, targets = recorded["token_ids"], recorded["targets"]
+    residual = recorded["residual"].to(device)
     where = f"{path}: prompt {sequence.id!r}"
     if len(token_ids) != sequence.tokens or len(residual) != sequence.tokens:
         raise GraftError(

@@ -34,7 +34,10 @@ _REPORT_KEYS = (
     "zero_token_policy",
     "experts_without_tokens",
     "damp",
+    "damping",
     "group_size",
+    "order",
+    "scale",
     "calibration_tokens",
     "replay",
 )
@@ -95,7 +98,10 @@ def manifest(
 
 
 def _calibration(report: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("damp", "group_size", "calibration_tokens", "tokens_per_expert", "replay")
+    keys = (
+        *("damp", "damping", "group_size", "order", "scale"),
+        *("calibration_tokens", "tokens_per_expert", "replay"),
+    )
     policy = ("zero_token_policy", "experts_without_tokens")
     return {key: report[key] for key in (*keys, *policy)}
 
@@ -110,6 +116,11 @@ def _rel_error(variant: str, report: Mapping[str, Any]) -> dict[str, Any] | None
         for matrix, errors in report["rel_errors"].get(variant, {}).items()
     }
     return {"mean": summary["rel_error"], **matrices}
+
+
+def _damp(calibration: Mapping[str, Any]) -> str:
+    least = calibration["damp"]
+    return str(least) if calibration["damping"] == "fixed" else f"inputs / tokens, at least {least}"
 
 
 def base_provenance(base: Path, shards: list[str]) -> dict[str, Any]:
@@ -189,7 +200,8 @@ def _calibration_lines(calibration: Mapping[str, Any] | None) -> list[str]:
         f"| tokens per expert | min {tokens['min']:,}, mean {tokens['mean']:,.1f}, "
         f"max {tokens['max']:,}; {tokens['zero']} experts without (policy: "
         f"{calibration['zero_token_policy']}) |",
-        f"| damp, group | {calibration['damp']}, {calibration['group_size']} |",
+        f"| damp, group | {_damp(calibration)}, {calibration['group_size']} |",
+        f"| order, scales | {calibration['order']}, {calibration['scale']} |",
         f"| replay | {calibration['replay']} |",
     ]
 

@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+#: Bytes from which on the kernel is told beforehand what will be read.
+_READ_AHEAD = 2**20
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -69,13 +72,50 @@ def load_tensors(folder: Path, names: list[str] | None = None) -> dict[str, Tens
         by_shard.setdefault(weight_map[name], []).append(name)
     loaded: dict[str, Tensor] = {}
     for shard, shard_names in by_shard.items():
-        with open_shard(folder / shard) as tensors:
-            for name in shard_names:
-                try:
-                    loaded[name] = tensors.get_tensor(name)
-                except SafetensorError as error:
-                    raise GraftError(f"{folder / shard}: {error}; the index lists it") from error
+        loaded.update(read_tensors(folder / shard, shard_names))
     return {name: loaded[name] for name in wanted}
+
+
+def read_tensors(path: Path, names: Iterable[str], rows: slice = slice(None)) -> dict[str, Tensor]:
+    """Read tensors of one shard, or the same `rows` of each, into memory of their own.
+
+    Mapping the file, as safetensors does, would count its pages as this process's and read a cold
+    file a page fault at a time. Raises GraftError for a corrupt shard and a missing tensor.
+    """
+    with open_shard(path):  # checks header and length
+        pass
+    with path.open("rb", buffering=0) as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+        found = {}
+        for name in names:
+            if name not in header:
+                raise GraftError(f"{path}: has no tensor {name}; fetch or capture again")
+            entry = header[name]
+            dtype = _dtype(entry["dtype"], f"{path}: {name}")
+            found[name] = _read_rows(file, 8 + header_size, entry, dtype, rows)
+        return found
+
+
+def _read_rows(
+    file: FileIO, values_start: int, entry: Mapping[str, Any], dtype: torch.dtype, rows: slice
+) -> Tensor:
+    """Read the rows of one tensor, as its header `entry` has it, from an unbuffered file."""
+    begin, end = entry["data_offsets"]
+    shape: list[int] = entry["shape"]
+    if shape and shape[0]:
+        first, last, _ = rows.indices(shape[0])
+        row = (end - begin) // shape[0]
+        begin, end = begin + first * row, begin + max(first, last) * row
+        shape = [max(last - first, 0), *shape[1:]]
+    values = torch.empty(end - begin, dtype=torch.uint8)
+    view = values.numpy().data
+    if len(view) > _READ_AHEAD:
+        os.posix_fadvise(file.fileno(), values_start + begin, len(view), os.POSIX_FADV_WILLNEED)
+    file.seek(values_start + begin)
+    while view:
+        view = view[file.readinto(view) :]
+    return values.view(dtype).view(shape)
 
 
 def check_index(folder: Path, prefix: str = "") -> dict[str, str]:

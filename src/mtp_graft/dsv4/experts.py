@@ -1,97 +1,173 @@
 """Calibrating a batch of routed experts: what they saw, GPTQ with it, and the error it left.
 
-Shape legend: E experts of a batch, T tokens that reached one, D hidden size, M the experts'
-intermediate size; O outputs and I inputs of a matrix (w1, w3: M, D; w2: D, M).
+Shape legend: R rows of all sequences, E experts (of all, or of a batch), K experts a row, T rows
+that reached one expert, D hidden size, M the experts' intermediate size; O outputs and I inputs of
+a matrix (w1, w3: M, D; w2: D, M).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_graft.dsv4 import names
-from mtp_graft.dsv4.variants import pack_int4
+from mtp_graft.dsv4.variants import Variant, pack_int4
 from mtp_graft.errors import GraftError
-from mtp_graft.quant.gptq import NotPositiveDefiniteError, gptq, relative_error
+from mtp_graft.quant.gptq import (
+    NotPositiveDefiniteError,
+    Order,
+    Quantized,
+    Scale,
+    gptq,
+    output_energy,
+)
 
 MATRICES = ("w1", "w2", "w3")
 #: Rows of activations worked on at once; bounds memory where an expert has very many.
 _ROWS = 8192
 
 
+class RoutedRows:
+    """What reached each routed expert, over all sequences; every row is held once."""
+
+    def __init__(self, x: Tensor, experts: Tensor, num_experts: int) -> None:
+        """Sort the rows `x` [R, D] by the `experts` [R, K] that the router chose for them."""
+        self.x = x
+        by_expert = experts.flatten().long().argsort(stable=True)
+        self._rows = by_expert // experts.shape[1]  # [R * K]
+        self.counts: list[int] = experts.flatten().bincount(minlength=num_experts).tolist()
+        self._ends = torch.tensor(self.counts).cumsum(0).tolist()
+
+    def rows(self, expert: int) -> Tensor:
+        """Return which rows of `x` reached an expert, int64 [T], in ascending order."""
+        end = self._ends[expert]
+        return self._rows[end - self.counts[expert] : end]
+
+    def parts(self, expert: int) -> Iterator[Tensor]:
+        """Yield the rows that reached an expert, a few thousand [T, D] at a time."""
+        for part in self.rows(expert).split(_ROWS):
+            yield self.x[part]
+
+    def all_parts(self) -> Iterator[Tensor]:
+        """Yield all rows, a few thousand [T, D] at a time."""
+        yield from self.x.split(_ROWS)
+
+
 def expert_hessians(
-    rows: Sequence[Tensor], weights: Mapping[str, Tensor], limit: float
+    rows: Sequence[Iterable[Tensor]], weights: Mapping[str, Tensor], limit: float
 ) -> dict[str, Tensor]:
     """Return H = sum x x^T, [E, I, I] f32, of each matrix's inputs; w1 and w3 share one.
 
-    An input of w2 is silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) with the original
-    weights, whatever the routing weight: the error that counts is that of the expert itself.
+    `rows` are each expert's, in parts [T, D]. An input of w2 is
+    silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit) with the original weights, whatever the
+    routing weight: the error that counts is that of the expert itself.
     Without any rows H is the identity, under which GPTQ is rounding to nearest.
     """
+    num_experts, inner, hidden = weights["w1"].shape
     device = weights["w1"].device
-    shared, down = [], []
-    for e, x in enumerate(rows):
-        h1 = torch.zeros(weights["w1"].shape[2], weights["w1"].shape[2], device=device)
-        h2 = torch.zeros(weights["w2"].shape[2], weights["w2"].shape[2], device=device)
-        if not len(x):
-            h1, h2 = h1.fill_diagonal_(1.0), h2.fill_diagonal_(1.0)
-        for part in x.split(_ROWS):
+    shared = torch.zeros(num_experts, hidden, hidden, device=device)
+    down = torch.zeros(num_experts, inner, inner, device=device)
+    for e, parts in enumerate(rows):
+        seen = 0
+        for part in parts:
             inputs = part.to(device, torch.float32)  # [T, D]
             gate = F.silu((inputs @ weights["w1"][e].T).clamp(max=limit))
-            inner = gate * (inputs @ weights["w3"][e].T).clamp(-limit, limit)  # [T, M]
-            h1.addmm_(inputs.T, inputs)
-            h2.addmm_(inner.T, inner)
-        shared.append(h1)
-        down.append(h2)
-    h13 = torch.stack(shared)
-    return {"w1": h13, "w2": torch.stack(down), "w3": h13}
+            inner_inputs = gate * (inputs @ weights["w3"][e].T).clamp(-limit, limit)  # [T, M]
+            shared[e].addmm_(inputs.T, inputs)
+            down[e].addmm_(inner_inputs.T, inner_inputs)
+            seen += len(part)
+        if not seen:
+            shared[e].fill_diagonal_(1.0)
+            down[e].fill_diagonal_(1.0)
+    return {"w1": shared, "w2": down, "w3": shared}
+
+
+@dataclass(frozen=True)
+class GptqRules:
+    """How GPTQ rounds, apart from the Hessian; `quant.gptq.gptq` explains order and scale."""
+
+    damp: float = 0.01
+    #: "tokens" damps an expert by inputs / tokens of the mean diagonal where that is more than
+    #: `damp`: the fewer tokens, the less its Hessian says about the tokens to come.
+    damping: Literal["fixed", "tokens"] = "tokens"
+    group_size: int = 128
+    order: Order = "stored"
+    scale: Scale = "mse"
+
+    def damp_for(self, counts: Sequence[int], num_inputs: int) -> Tensor:
+        """Return each matrix's damp f32 [E], for the number of tokens behind its Hessian."""
+        tokens = torch.tensor(counts, dtype=torch.float32).clamp(min=1)
+        least = torch.full_like(tokens, self.damp)
+        return least if self.damping == "fixed" else torch.maximum(least, num_inputs / tokens)
 
 
 def quantize_experts(
     weights: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
+    counts: Sequence[int],
     experts: range,
-    damp: float,
-    group_size: int,
-) -> dict[str, Tensor]:
-    """Return the experts by GPTQ in INT4, on the CPU under the names of the checkpoint.
+    rules: GptqRules,
+) -> dict[str, Quantized]:
+    """Return matrix -> the experts' INT4 weights by GPTQ.
 
-    Raises GraftError for a Hessian that damping does not make positive definite.
+    `counts` are the tokens behind each expert's Hessian. Raises GraftError for a Hessian that
+    damping does not make positive definite.
     """
-    stored: dict[str, Tensor] = {}
+    found: dict[str, Quantized] = {}
     # The rows of a matrix are independent: w1 and w3 go through one sweep, one below the other.
     for swept in (("w1", "w3"), ("w2",)):
         stacked = torch.cat([weights[matrix] for matrix in swept], dim=1)
         try:
-            result = gptq(stacked, hessians[swept[0]], damp, group_size)
+            result = gptq(
+                stacked,
+                hessians[swept[0]],
+                rules.damp_for(counts, stacked.shape[-1]),
+                rules.group_size,
+                order=rules.order,
+                scale=rules.scale,
+            )
         except NotPositiveDefiniteError as error:
             raise GraftError(
                 f"{names.HEAD_PREFIX}ffn.experts.{experts[error.index]}.{swept[0]}: its Hessian "
-                f"is not positive definite with damp {damp}; choose a larger damp"
+                f"is not positive definite with damp {rules.damp}; choose a larger damp"
             ) from error
         codes = result.codes.chunk(len(swept), dim=1)
         scales = result.scale.chunk(len(swept), dim=1)
-        for matrix, matrix_codes, matrix_scale in zip(swept, codes, scales, strict=True):
-            for e, expert_codes, scale in zip(experts, matrix_codes, matrix_scale, strict=True):
-                stem = f"{names.HEAD_PREFIX}ffn.experts.{e}.{matrix}"
-                stored.update(pack_int4(stem, expert_codes.cpu(), scale.cpu()))
+        found.update(zip(swept, map(Quantized, codes, scales), strict=True))
+    return found
+
+
+def pack_experts(quantized: Mapping[str, Quantized], experts: range) -> dict[str, Tensor]:
+    """Return INT4 experts as the checkpoint stores them, under its names."""
+    stored: dict[str, Tensor] = {}
+    for matrix, weights in quantized.items():
+        for e, codes, scale in zip(experts, weights.codes, weights.scale, strict=True):
+            stem = f"{names.HEAD_PREFIX}ffn.experts.{e}.{matrix}"
+            stored.update(pack_int4(stem, codes, scale))
     return stored
 
 
 def expert_errors(
-    decoded: Mapping[str, Tensor],
+    variants: Mapping[Variant, Mapping[str, Tensor]],
     weights: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
     experts: range,
-) -> dict[str, list[float]]:
-    """Return the relative error of each expert's matrices, by matrix.
+) -> dict[Variant, dict[str, list[float]]]:
+    """Return variant -> matrix -> the relative error of each expert's matrix.
 
-    `decoded` are a variant's matrices by name, in any order; `weights` are the original ones.
+    `variants` are decoded matrices by name, in any order; `weights` are the original ones. The
+    error is `quant.gptq.relative_error`'s, under the undamped Hessians.
     """
-    errors = {}
+    errors: dict[Variant, dict[str, list[float]]] = {variant: {} for variant in variants}
     for matrix, original in weights.items():
-        found = [decoded[f"{names.HEAD_PREFIX}ffn.experts.{e}.{matrix}.weight"] for e in experts]
-        stacked = torch.stack(found).to(original.device)
-        errors[matrix] = relative_error(original, stacked, hessians[matrix]).tolist()
+        whole = output_energy(original, hessians[matrix])  # [E]
+        stems = [f"{names.HEAD_PREFIX}ffn.experts.{e}.{matrix}.weight" for e in experts]
+        for variant, decoded in variants.items():
+            off = original - torch.stack([decoded[stem] for stem in stems])
+            # A variant that keeps the values costs no product.
+            lost = output_energy(off, hessians[matrix]) if off.any() else torch.zeros_like(whole)
+            errors[variant][matrix] = (lost / whole).clamp(min=0).sqrt().tolist()
     return errors

@@ -17,8 +17,12 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
+from mtp_graft.dsv4 import windowed_attention
 
-def one_layer_config(config: DeepseekV4Config, experts_implementation: str) -> DeepseekV4Config:
+
+def one_layer_config(
+    config: DeepseekV4Config, experts_implementation: str = "eager", attention: str = "eager"
+) -> DeepseekV4Config:
     """Return the config under which transformers builds the head's layer.
 
     The head is one pure sliding-window layer with scored routing, at index 0: its real index,
@@ -28,7 +32,7 @@ def one_layer_config(config: DeepseekV4Config, experts_implementation: str) -> D
     head.num_hidden_layers = 1
     head.layer_types = ["sliding_attention"]
     head.mlp_layer_types = ["moe"]
-    head._attn_implementation = "eager"  # sdpa would drop the attention sinks
+    head._attn_implementation = attention
     head._experts_implementation = experts_implementation
     return head
 
@@ -49,11 +53,17 @@ class MTPHead(nn.Module):
     translates. Embedding and LM head are the base model's. The weights are uninitialized.
     """
 
-    def __init__(self, config: DeepseekV4Config, experts_implementation: str = "eager") -> None:
+    def __init__(
+        self,
+        config: DeepseekV4Config,
+        experts_implementation: str = "eager",
+        attention: str = "eager",  # not sdpa, which would drop the attention sinks
+    ) -> None:
         super().__init__()
-        config = one_layer_config(config, experts_implementation)
+        config = one_layer_config(config, experts_implementation, attention)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.sliding_window: int = config.sliding_window
+        self.attention = attention
         self.enorm = DeepseekV4RMSNorm(size, eps=eps)
         self.hnorm = DeepseekV4RMSNorm(size, eps=eps)
         self.e_proj = nn.Linear(size, size, bias=False)
@@ -75,7 +85,9 @@ class MTPHead(nn.Module):
         streams = self.h_proj(self.hnorm(residual))  # [B, T, H, D]
         streams = streams + self.e_proj(self.enorm(embeds)).unsqueeze(2)
         rotary = self.rotary_emb(embeds, position_ids=position_ids, layer_type="main")
-        mask = sliding_window_mask(position_ids, self.sliding_window, streams.dtype)
+        mask = None  # what windowed attention needs none of
+        if self.attention != windowed_attention.NAME:
+            mask = sliding_window_mask(position_ids, self.sliding_window, streams.dtype)
         residual_out: Tensor = self.layer(
             streams,
             position_embeddings={"main": rotary},

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4DecoderLayer,
+    DeepseekV4RotaryEmbedding,
+)
 
-from mtp_graft.dsv4 import names
+from mtp_graft.dsv4 import names, windowed_attention
 from mtp_graft.dsv4.head import MTPHead, one_layer_config
 from mtp_graft.errors import GraftError
 
@@ -30,6 +33,25 @@ class Routed:
 
     x: Tensor  # [R, D], the routed experts' input
     experts: Tensor  # int64 [R, K], in ascending order
+
+
+class FeedForwardOnly(nn.Module):
+    """Stand in for the head's layer: the routed experts see the stream without its attention.
+
+    How the published GPTQ head was calibrated ("attention skipped, treated as identity-residual");
+    here to be compared with.
+    """
+
+    def __init__(self, layer: DeepseekV4DecoderLayer) -> None:
+        super().__init__()
+        self.ffn_hc, self.mlp = layer.ffn_hc, layer.mlp
+        self.post_attention_layernorm = layer.post_attention_layernorm
+
+    def forward(self, stream: Tensor, **_: Any) -> Tensor:
+        """Give the experts their input from `stream` [B, R, S, D]; return the stream itself."""
+        _, _, collapsed = self.ffn_hc(stream)
+        self.mlp(self.post_attention_layernorm(collapsed))
+        return stream
 
 
 class RoutingRecorder(nn.Module):
@@ -54,22 +76,25 @@ def build_head(
     tensors: Mapping[str, Tensor],
     *,
     with_experts: bool = True,
+    with_attention: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> MTPHead:
     """Return the head with decoded `mtp.0.*` weights, as `variants.decode_head` gives them.
 
     Without experts, a `RoutingRecorder` takes their place and `tensors` must not have them.
+    Without attention, `FeedForwardOnly` takes the layer's place.
     Raises GraftError for a missing, unexpected or misshapen tensor.
     """
     with torch.device("meta"):  # the weights are given: none is allocated or initialized here
-        head = MTPHead(config, _EXPERTS_IMPLEMENTATION).eval()
+        head = MTPHead(config, _EXPERTS_IMPLEMENTATION, windowed_attention.NAME).eval()
     if not with_experts:
         head.layer.mlp.experts = RoutingRecorder()
-    one_layer = one_layer_config(config, _EXPERTS_IMPLEMENTATION)
-    head.rotary_emb = DeepseekV4RotaryEmbedding(one_layer).to(device)
+    head.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
     state = names.head_to_module(tensors, head.state_dict(), dtype, device)
     head.load_state_dict(state, assign=True)
+    if not with_attention:
+        head.layer = FeedForwardOnly(head.layer)
     return head
 
 

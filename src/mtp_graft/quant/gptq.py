@@ -2,18 +2,31 @@
 
 Rounding one input's weights moves the layer's output; the Hessian of the squared output error,
 H = X^T X, says how the weights of the inputs still to come best take that back. Inputs are
-rounded in their stored order, a group of them at a time.
+rounded one after the other, a block of them at a time.
+
+The paper carries errors forward with U, the upper Cholesky factor of H^-1: E, the rounding errors
+over U's diagonal, give W - Q = E U. With R = U^-1, upper triangular and H = R R^T, that reads
+(W - Q) R = E. So of the inputs before a block only W - Q is needed, and of U only the diagonal
+blocks, the inverses of R's: one Cholesky factorization of the reversed H, and no inverse of it.
 
 Shape legend: B matrices (experts, independent of each other), O outputs, I inputs, G groups of
-inputs, N inputs of one group.
+inputs, N inputs of one block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mtp_graft.quant import int4
+
+Order = Literal["stored", "activation"]
+Scale = Literal["absmax", "mse"]
+
+#: Inputs swept at once where groups are not swept one by one.
+_BLOCK = 128
 
 
 class NotPositiveDefiniteError(Exception):
@@ -32,75 +45,168 @@ class Quantized:
     scale: Tensor  # bfloat16 [B, O, G]
 
 
-def gptq(weight: Tensor, hessian: Tensor, damp: float = 0.01, group_size: int = 128) -> Quantized:
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    damp: float | Tensor = 0.01,
+    group_size: int = 128,
+    *,
+    order: Order = "stored",
+    scale: Scale = "absmax",
+) -> Quantized:
     """Quantize `weight` [B, O, I] to symmetric INT4 so that its outputs move least.
 
     `hessian` [B, I, I] is sum x x^T over the inputs x seen, in any scale: the sweep does not
-    depend on it. `damp` times the mean of its diagonal is added to the diagonal. Inputs never
-    seen (zero diagonal) are rounded to nearest and neither give nor take corrections.
-    The rule for scales is `int4.group_scale`'s, applied to each group as the sweep reaches it,
-    with the corrections of all groups before it. Computed in float32.
-    Raises NotPositiveDefiniteError.
+    depend on it. `damp`, one number or one for each matrix [B], times the mean of its diagonal is
+    added to the diagonal. Inputs never seen (zero diagonal) are rounded to nearest and neither
+    give nor take corrections.
+
+    `order` "stored" rounds the inputs as they are stored, and chooses each group's scale when the
+    sweep reaches it, with the corrections of all groups before. "activation" rounds the inputs
+    with the largest diagonal first and takes the scales of the weights as they were, so that
+    groups stay where they are stored and no permutation has to be stored with them.
+    `scale` is the rule for a group's scale: `int4.group_scale` or `int4.searched_scale`.
+
+    Computed in float32 on the device of `weight`. Raises NotPositiveDefiniteError.
     """
     assert weight.shape[-1] % group_size == 0, "callers check that groups are whole"
-    factor = inverse_factor(damped(hessian.float(), damp))  # U [B, I, I], upper
-    columns = weight.float().mT.contiguous()  # [B, I, O]: the sweep works on whole inputs
+    weight, hessian = weight.float(), hessian.float()
+    importance = hessian.diagonal(dim1=-2, dim2=-1)  # [B, I]
+    if order == "stored":
+        root = upper_root(damped(hessian, damp))  # R [B, I, I]
+        columns = weight.mT.contiguous()  # [B, I, O]: the sweep works on whole inputs
+        return _sweep_groups(columns, root, group_size, importance, scale)
+    scales = torch.cat(
+        [
+            _scale_of_group(
+                weight[:, :, g : g + group_size].mT, importance[:, g : g + group_size], scale
+            )
+            for g in range(0, weight.shape[-1], group_size)
+        ],
+        dim=-1,
+    )  # [B, O, G]
+    sequence = importance.argsort(dim=-1, descending=True, stable=True)  # [B, I]
+    permuted = hessian.gather(1, sequence[:, :, None].expand_as(hessian))
+    permuted = permuted.gather(2, sequence[:, None, :].expand_as(hessian))
+    root = upper_root(damped(permuted, damp))
+    columns = weight.mT.gather(1, sequence[:, :, None].expand(-1, -1, weight.shape[1]))
+    codes = _sweep_permuted(columns, root, scales.mT.contiguous(), sequence // group_size)
+    stored = torch.empty_like(codes)
+    stored.scatter_(1, sequence[:, :, None].expand_as(codes), codes)
+    return Quantized(stored.mT.contiguous(), scales)
+
+
+def _sweep_groups(
+    columns: Tensor, root: Tensor, group_size: int, importance: Tensor, rule: Scale
+) -> Quantized:
+    """Round `columns` [B, I, O] group by group; they are overwritten by what rounding took off."""
     codes = torch.empty_like(columns, dtype=torch.int8)  # [B, I, O]
     scales = []
-    for start in range(0, columns.shape[1], group_size):
-        group = slice(start, start + group_size)
-        scale = int4.group_scale(columns[:, group].mT, group_size)  # [B, O, 1]
-        codes[:, group], errors = sweep(columns[:, group], factor[:, group, group], scale.mT)
-        rest = slice(start + group_size, None)
-        columns[:, rest] -= factor[:, group, rest].mT @ errors
+    for group, factor in _blocks(root, group_size):
+        corrected = _corrected(columns, root, factor, group)  # [B, N, O]
+        scale = _scale_of_group(corrected, importance[:, group], rule)  # [B, O, 1]
+        step = scale.mT.float().expand(-1, group_size, -1)
+        codes[:, group] = sweep(corrected, factor, step)
+        columns[:, group].addcmul_(codes[:, group], step, value=-1)
         scales.append(scale)
     return Quantized(codes.mT.contiguous(), torch.cat(scales, dim=-1))
 
 
-def sweep(columns: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the inputs of one group in order; return codes int8 and errors f32, both [B, N, O].
+def _sweep_permuted(columns: Tensor, root: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+    """Round `columns` [B, I, O], input i with row `groups[:, i]` of `scales` [B, G, O]."""
+    codes = torch.empty_like(columns, dtype=torch.int8)
+    for block, factor in _blocks(root, _BLOCK):
+        rows = groups[:, block, None].expand(-1, -1, columns.shape[2])
+        step = scales.gather(1, rows).float()  # [B, N, O]
+        codes[:, block] = sweep(_corrected(columns, root, factor, block), factor, step)
+        columns[:, block].addcmul_(codes[:, block], step, value=-1)
+    return codes
 
-    `columns` [B, N, O] are the group's weights, corrected for all groups before; `factor`
-    [B, N, N] is U's diagonal block; `scale` is [B, 1, O]. An error is the rounding error over
-    U's diagonal entry: times U's row it is the correction of the inputs to come. The group is
-    halved down to single inputs, so that all but the smallest corrections are matrix products.
+
+def _blocks(root: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield every block of inputs with U's diagonal block [B, N, N] of it."""
+    for start in range(0, root.shape[-1], size):
+        block = slice(start, start + size)
+        diagonal = root[:, block, block]
+        identity = torch.eye(diagonal.shape[-1], dtype=root.dtype, device=root.device)
+        yield block, torch.linalg.solve_triangular(diagonal, identity, upper=True)
+
+
+def _corrected(columns: Tensor, root: Tensor, factor: Tensor, block: slice) -> Tensor:
+    """Return the block's weights [B, N, O] with the corrections of all inputs before it.
+
+    Of those inputs `columns` [B, I, O] holds what rounding took off, W - Q.
+    """
+    pulled = root[:, : block.start, block].mT @ columns[:, : block.start]  # (W - Q) R
+    return torch.baddbmm(columns[:, block], factor.mT, pulled)
+
+
+def _scale_of_group(columns: Tensor, importance: Tensor, rule: Scale) -> Tensor:
+    """Return the scales [B, O, 1] of one group's weights [B, N, O], under the rule asked for."""
+    if rule == "absmax":
+        return int4.group_scale(columns.mT, columns.shape[1])
+    if columns.is_cuda:
+        from mtp_graft.quant import gptq_triton
+
+        return gptq_triton.searched_scale(columns, importance)
+    return int4.searched_scale(columns.mT, columns.shape[1], importance)
+
+
+def sweep(columns: Tensor, factor: Tensor, step: Tensor) -> Tensor:
+    """Round the inputs of one block in order; return the codes, int8 [B, N, O].
+
+    `columns` [B, N, O] are the block's weights, corrected for all inputs before; `factor`
+    [B, N, N] is U's diagonal block; `step` [B, N, O] is the scale of each weight. Float32 all.
+    """
+    if columns.is_cuda:
+        from mtp_graft.quant import gptq_triton
+
+        return gptq_triton.sweep(columns, factor, step)
+    return _sweep_halves(columns, factor, step)[0]
+
+
+def _sweep_halves(columns: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Do `sweep`, halving the block down to single inputs: corrections become matrix products.
+
+    Returns the codes and the errors f32 [B, N, O]: an error times U's row is the correction of
+    the inputs to come.
     """
     num_inputs = columns.shape[1]
     if num_inputs == 1:
-        codes = (columns / scale.float()).round_().clamp_(int4.CODE_MIN, int4.CODE_MAX)
-        return codes.to(torch.int8), (columns - codes * scale.float()) / factor
+        codes = (columns / step).round_().clamp_(int4.CODE_MIN, int4.CODE_MAX)
+        return codes.to(torch.int8), (columns - codes * step) / factor
     first, second = slice(0, num_inputs // 2), slice(num_inputs // 2, None)
-    codes_1, errors_1 = sweep(columns[:, first], factor[:, first, first], scale)
+    codes_1, errors_1 = _sweep_halves(columns[:, first], factor[:, first, first], step[:, first])
     corrected = torch.baddbmm(columns[:, second], factor[:, first, second].mT, errors_1, alpha=-1)
-    codes_2, errors_2 = sweep(corrected, factor[:, second, second], scale)
+    codes_2, errors_2 = _sweep_halves(corrected, factor[:, second, second], step[:, second])
     return torch.cat((codes_1, codes_2), dim=1), torch.cat((errors_1, errors_2), dim=1)
 
 
-def damped(hessian: Tensor, damp: float) -> Tensor:
+def damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
     """Return `hessian` [B, I, I] with `damp` times its mean diagonal added to the diagonal.
 
-    An input never seen has a zero row and column; it gets 1 on the diagonal, which leaves it
-    independent of the others.
+    `damp` is one number or one for each matrix [B]. An input never seen has a zero row and column;
+    it gets 1 on the diagonal, which leaves it independent of the others.
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)  # [B, I]
-    added = damp * diagonal.mean(dim=-1, keepdim=True)
+    share = torch.as_tensor(damp, dtype=hessian.dtype, device=hessian.device).reshape(-1, 1)
+    added = share * diagonal.mean(dim=-1, keepdim=True)  # [B, 1]
     added = torch.where(diagonal == 0, torch.ones_like(diagonal), added)
-    return hessian + torch.diag_embed(added)
+    result = hessian.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(added)
+    return result
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Return U [B, I, I], upper with positive diagonal and U^T U = H^-1.
+def upper_root(hessian: Tensor) -> Tensor:
+    """Return R [B, I, I], upper triangular with positive diagonal and R R^T = H.
 
-    With J the reversal of indices and J H J = L L^T, U is J L^-1 J: one Cholesky and one
-    triangular inverse instead of the usual Cholesky, inverse, Cholesky.
+    With J the reversal of indices and J H J = L L^T, R is J L J.
     Raises NotPositiveDefiniteError.
     """
     lower, failed = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
     if failed.any():
         raise NotPositiveDefiniteError(int(failed.nonzero()[0]))
-    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.flip(-2, -1)
+    return lower.flip(-2, -1)
 
 
 def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:

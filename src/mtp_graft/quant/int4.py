@@ -9,6 +9,8 @@ from torch import Tensor
 
 CODE_MIN, CODE_MAX = -8, 7
 CODES_PER_WORD = 8
+#: Shares of `group_scale` that `searched_scale` tries: 50/50, 49/50, ... 30/50.
+SCALES_TRIED = 21
 
 
 def group_scale(weight: Tensor, group_size: int) -> Tensor:
@@ -20,6 +22,27 @@ def group_scale(weight: Tensor, group_size: int) -> Tensor:
     groups = weight.float().unflatten(-1, (-1, group_size))  # [..., O, G, group_size]
     scale = (groups.abs().amax(dim=-1) / 7.5).to(torch.bfloat16)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def searched_scale(weight: Tensor, group_size: int, importance: Tensor) -> Tensor:
+    """Return the BF16 scale of every group that rounds it with the least weighted squared error.
+
+    `weight` is [B, O, I], `importance` [B, I] weighs the inputs' errors; the result is [B, O, G].
+    Tried are `group_scale` and shares of it down to 0.6, in steps of 0.02: a smaller scale
+    clips the largest weights and rounds all others finer. Of equal ones the largest is taken.
+    """
+    groups = weight.float().unflatten(-1, (-1, group_size))  # [B, O, G, group_size]
+    shares = importance.unflatten(-1, (-1, group_size)).unsqueeze(1)  # [B, 1, G, group_size]
+    largest = group_scale(weight, group_size)
+    best, least = largest, torch.full(largest.shape, torch.inf, device=weight.device)
+    for tried in range(SCALES_TRIED):
+        scale = (largest.float() * ((50 - tried) / 50)).to(torch.bfloat16)
+        wide = scale.float().unsqueeze(-1)
+        rounded = torch.round(groups / wide).clamp_(CODE_MIN, CODE_MAX)
+        error = ((rounded * wide - groups).square_() * shares).sum(dim=-1)  # [B, O, G]
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best
 
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:

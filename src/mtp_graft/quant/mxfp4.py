@@ -44,8 +44,8 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     Codes may be uint8 or, as upstream stores them, int8 of the same bits. Every value is exact
     in BF16 too.
     """
-    packed = codes.view(torch.uint8)
-    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).long()  # [..., O, I]
     table = torch.tensor((*MAGNITUDES, *(-m for m in MAGNITUDES)), device=codes.device)
-    groups = table[nibbles].unflatten(-1, (-1, GROUP))
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)  # [256, 2], a byte
+    values = pairs[codes.view(torch.uint8).int()]  # [..., O, I/2, 2]
+    groups = values.flatten(-2).unflatten(-1, (-1, GROUP))
     return (groups * scale.float().unsqueeze(-1)).flatten(-2)

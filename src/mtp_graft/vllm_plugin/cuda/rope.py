@@ -3,7 +3,7 @@
 DeepSeek-V4 scales only the layers with compressed attention; sliding-window layers, the MTP head's
 among them, have plain rotary embeddings of base `rope_theta`. Scaled, the output of a layer's
 attention was off by 16 to 41 % in the tiny model's prefill, and by 4 to 8 % against a reference
-with the same mistake (one H100, `benchmarks/results/layers_h100.json`).
+with the same mistake (one H100, `benchmarks/results/layers_h100_unpatched.json`).
 """
 
 from collections.abc import Callable
