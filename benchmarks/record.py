@@ -1,0 +1,53 @@
+"""What every result file says beside its numbers; see "Measurements" in CONTRIBUTING.md."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "triton", "transformers", "safetensors", "compressed-tensors", "mtp-graft")
+
+
+def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:
+    """Write one result file; `more` are further keys, such as a note."""
+    report = {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": device_name(),
+        "commit": commit(),
+        "versions": versions(),
+        "command": " ".join(["python", *sys.argv]),
+        "results": results,
+        **more,
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def device_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    name = models[0].partition(":")[2].strip() if models else platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """Return what GIT_COMMIT says, for a host without the history, or the checkout's commit."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return os.environ.get("GIT_COMMIT") or result.stdout.strip() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    installed = {dist.metadata["Name"] for dist in metadata.distributions()}
+    found = {name: metadata.version(name) for name in _PACKAGES if name in installed}
+    return {"python": platform.python_version(), **found}

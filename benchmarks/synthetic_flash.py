@@ -1,0 +1,251 @@
+"""Make an input of DeepSeek-V4-Flash's size for the quantize stage, on the host that uses it.
+
+    python benchmarks/synthetic_flash.py FOLDER [--tokens 473000] [--tiny]
+
+FOLDER gets `base/` (config and embedding), `upstream/` (an upstream-format shard with the head,
+random weights: MXFP4 experts, FP8 linears) and `capture/` (residuals, token ids). Activations have
+a common low-rank part, heavy tails and outlier channels; the router's bias is fitted until the
+experts are as popular as those of the published calibration: 430 tokens for the rarest, 11,094 on
+average, 175,375 for the most frequent of 473,000. `--tiny` is the same in small, for a CPU.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_sequence
+from mtp_graft.checkpoint.shards import (
+    save_shard,
+    stream_shard,
+    write_index,
+    write_json,
+)
+from mtp_graft.dsv4 import names
+from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
+from mtp_graft.dsv4.variants import decode_head, is_expert
+from mtp_graft.quant import fp8_block, mxfp4
+from mtp_graft.stages.overlap import write_behind
+
+#: What the head needs of Flash's config.json (`design` facts of the model card and its config).
+FLASH: dict[str, Any] = {
+    **{"model_type": "deepseek_v4", "hidden_size": 4096, "vocab_size": 129280},
+    **{"num_hidden_layers": 43, "num_nextn_predict_layers": 1, "num_hash_layers": 3},
+    **{"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512},
+    **{"qk_rope_head_dim": 64, "q_lora_rank": 1024, "o_groups": 8, "o_lora_rank": 1024},
+    **{"n_routed_experts": 256, "num_experts_per_tok": 6, "n_shared_experts": 1},
+    **{"moe_intermediate_size": 2048, "scoring_func": "sqrtsoftplus", "norm_topk_prob": True},
+    **{"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "topk_method": "noaux_tc"},
+    **{"hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "sliding_window": 128},
+    **{"index_head_dim": 128, "index_n_heads": 64, "index_topk": 512},
+    **{"rope_theta": 10000, "compress_rope_theta": 160000, "rms_norm_eps": 1e-6},
+    **{"max_position_embeddings": 1048576, "hidden_act": "silu", "tie_word_embeddings": False},
+    "rope_scaling": {
+        **{"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1},
+        "original_max_position_embeddings": 65536,
+    },
+    "compress_ratios": [0, 0, *([4, 128] * 21)[:41], 0],
+}
+TINY = FLASH | {
+    **{"hidden_size": 256, "vocab_size": 512, "num_attention_heads": 4, "q_lora_rank": 128},
+    **{"o_groups": 2, "o_lora_rank": 128, "n_routed_experts": 16, "moe_intermediate_size": 128},
+}
+#: Tokens of an expert over the mean: least and most.
+RAREST, MOST_FREQUENT = 430 / 11_094, 175_375 / 11_094
+SEQUENCE, PER_RECORDING = 1848, 4  # tokens; sequences
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokens", type=int, default=473_000)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    generate(options.folder, TINY if options.tiny else FLASH, options.tokens)
+
+
+def generate(folder: Path, config: dict[str, Any], tokens: int, sequence: int = SEQUENCE) -> None:
+    """Write `base/`, `upstream/` and `capture/` for `config` under `folder`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    write_base(folder / "base", config, generator)
+    activations = Activations(config, generator)
+    write_capture(folder / "capture", activations, tokens, sequence)
+    write_upstream(folder / "upstream", config, activations, generator)
+
+
+def write_base(folder: Path, config: dict[str, Any], generator: torch.Generator) -> None:
+    folder.mkdir(parents=True)
+    write_json(config, folder / "config.json")
+    shape = (config["vocab_size"], config["hidden_size"])
+    embed = torch.randn(shape, generator=generator, device=generator.device).bfloat16()
+    save_shard({"embed.weight": embed.cpu()}, folder / "model-00001-of-00001.safetensors")
+    size = embed.numel() * 2
+    write_index({"embed.weight": "model-00001-of-00001.safetensors"}, size, folder)
+
+
+class Activations:
+    """Residual streams with a common low-rank part, heavy tails and outlier channels."""
+
+    def __init__(self, config: dict[str, Any], generator: torch.Generator) -> None:
+        self.config, self.generator = config, generator
+        size, streams, rank = config["hidden_size"], config["hc_mult"], 64
+        self.common = self._randn(rank, size)
+        self.of_stream = self._randn(streams, 1, size).mul(0.3).exp()
+        channels = self._randn(size).mul(0.5).exp()
+        outliers = torch.randperm(size, generator=generator, device=generator.device)
+        channels[outliers[: max(1, size // 512)]] *= 30
+        self.channels = channels
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.generator.device)
+
+    def residual(self, tokens: int) -> Tensor:
+        """Return the residual of `tokens` tokens, bf16 [T, S, D]."""
+        rank, size = self.common.shape
+        streams = len(self.of_stream)
+        shared = self._randn(tokens, rank) @ self.common / math.sqrt(rank)  # [T, D]
+        own = self._randn(tokens, streams, size)
+        # Student's t with four degrees of freedom, a factor for each token.
+        tail = (4 / self._randn(tokens, 4).square().sum(-1)).sqrt().clamp(max=20)
+        values = (shared[:, None] + 0.7 * own) * tail[:, None, None]
+        return (values * self.channels * self.of_stream[:, 0]).bfloat16()
+
+
+def write_capture(folder: Path, activations: Activations, tokens: int, sequence: int) -> None:
+    """Write `tokens` tokens in sequences of equal length, several to a recording."""
+    (folder / RECORDINGS).mkdir(parents=True)
+    count, vocab = max(1, tokens // sequence), activations.config["vocab_size"]
+    ids = torch.Generator().manual_seed(1)
+    with write_behind() as write:
+        for first in range(0, count, PER_RECORDING):
+            number_here = min(PER_RECORDING, count - first)
+            rows = number_here * sequence
+            name = f"{first:06d}.safetensors"
+            token_ids = torch.randint(vocab, (rows,), generator=ids, dtype=torch.int32)
+            residual = activations.residual(rows).flatten(1).cpu()
+            recording = {
+                "token_ids": token_ids,
+                "residual": residual,
+                "targets": token_ids.roll(-1),
+            }
+            write(save_shard, recording, folder / RECORDINGS / name)
+            for i in range(number_here):
+                start = i * sequence
+                line = CapturedSequence(
+                    *(first + i, f"synthetic-{first + i}", "calibration"),
+                    *(sequence // 8, sequence, name, start),
+                )
+                append_sequence(folder, line)
+
+
+def write_upstream(
+    folder: Path, config: dict[str, Any], activations: Activations, generator: torch.Generator
+) -> None:
+    """Write the head in upstream's format, its router fitted to the popularity wanted."""
+    folder.mkdir(parents=True)
+    shard = "model-00046-of-00046.safetensors"
+    shapes = head_shapes(config)
+    others = {n: s for n, s in shapes.items() if not is_expert(n.removesuffix(".weight"))}
+    stored = dict(part for n, s in others.items() for part in upstream_parts(n, s, generator))
+    bias = f"{names.HEAD_PREFIX}ffn.gate.bias"
+    stored[bias] = fit_bias(config, stored, activations).cpu()
+    layout = {name: torch.empty_like(t, device="meta") for name, t in stored.items()}
+    experts = [n for n in shapes if n not in others]
+    for name in experts:
+        layout.update(expert_layout(name, shapes[name]))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from stored.items()
+        for name in experts:
+            yield from upstream_parts(name, shapes[name], generator)
+
+    stream_shard(layout, tensors(), folder / shard)
+    size = sum(t.numel() * t.element_size() for t in layout.values())
+    write_index(dict.fromkeys(layout, shard), size, folder)
+
+
+def expert_layout(name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    stem, (outputs, inputs) = name.removesuffix(".weight"), shape
+    scale = torch.empty(outputs, inputs // mxfp4.GROUP, dtype=torch.float8_e8m0fnu, device="meta")
+    codes = torch.empty(outputs, inputs // 2, dtype=torch.int8, device="meta")
+    return {f"{stem}.weight": codes, f"{stem}.scale": scale}
+
+
+def upstream_parts(
+    name: str, shape: tuple[int, ...], generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one parameter as upstream stores it."""
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    stem = name.removesuffix(".weight")
+    if names.EXPERT.match(name):
+        weight = values * (1.2 / math.sqrt(shape[-1]))
+        scale = mxfp4.group_scale(weight)
+        yield name, mxfp4.encode(weight, scale).view(torch.int8).cpu()
+        yield f"{stem}.scale", scale.cpu()
+    elif names.FP8_LINEAR.search(name) or names.FP8_UPSTREAM_ONLY.search(name):
+        weight = values / math.sqrt(shape[-1])
+        scale = fp8_block.power_of_two_scale(weight)
+        yield name, fp8_block.encode(weight, scale).cpu()
+        yield f"{stem}.scale", scale.cpu()
+    else:
+        if name.endswith("norm.weight"):
+            values = 1 + 0.1 * values
+        elif len(shape) == 2:
+            values = values / math.sqrt(shape[-1])
+        else:
+            values = 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
+        yield name, values.to(names.storage_dtype(name)).cpu()
+
+
+def fit_bias(config: dict[str, Any], stored: dict[str, Tensor], activations: Activations) -> Tensor:
+    """Return the router's bias f32 [E] under which experts are as popular as wanted."""
+    experts, top = config["n_routed_experts"], config["num_experts_per_tok"]
+    wanted = wanted_popularity(experts, top, activations.generator)
+    head = build_head(
+        model_config(config),
+        decode_head(stored),
+        with_experts=False,
+        device=activations.generator.device,
+    )
+    embed = torch.randn(2048, config["hidden_size"], device=wanted.device)
+    sample = [activations.residual(2048) for _ in range(8)]
+    x = torch.cat([replay_routing(head, residual, embed).x for residual in sample])
+    gate = decode_head(stored)[f"{names.HEAD_PREFIX}ffn.gate.weight"].to(x)
+    scores = torch.nn.functional.softplus(x @ gate.T).sqrt()
+    bias = torch.zeros(experts, device=x.device)
+    for step in range(400):
+        chosen = (scores + bias).topk(top).indices
+        share = chosen.flatten().bincount(minlength=experts).float() / len(x)
+        rate = 0.05 * 0.99**step  # the scores spread by about 0.3
+        bias += rate * (wanted.log() - share.clamp(min=0.2 / len(x)).log())
+    return bias.float()
+
+
+def wanted_popularity(experts: int, top: int, generator: torch.Generator) -> Tensor:
+    """Return each expert's share of the tokens: log-normal inside, its ends as published."""
+    device = generator.device
+    most = min(MOST_FREQUENT, experts / top / 2)  # of few experts none can be so frequent
+    inside = torch.randn(experts - 2, generator=generator, device=device).mul(1.1).exp()
+    inside = inside.clamp(2 * RAREST, most / 2)
+    ends = torch.tensor([RAREST, most], device=device)
+    left = experts - RAREST - most
+    share = torch.cat((ends, inside * (left / inside.sum())))
+    return (share * top / experts)[torch.randperm(experts, generator=generator, device=device)]
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Return how many bytes each part has."""
+    return {
+        part: sum(f.stat().st_size for f in (folder / part).rglob("*") if f.is_file())
+        for part in ("base", "upstream", "capture")
+    }
+
+
+if __name__ == "__main__":
+    main()
