@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.manifest import write_manifest
-from mtp_graft.checkpoint.shards import INDEX_NAME, num_bytes, save_shard, write_json
+from mtp_graft.checkpoint.shards import INDEX_NAME, num_bytes, read_index, read_meta, write_json
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.experts import (
     MATRICES,
@@ -38,7 +38,7 @@ from mtp_graft.stages.inputs import REPORT_NAME, Progress, cpu_threads
 from mtp_graft.stages.overlap import read_ahead, write_behind
 from mtp_graft.stages.quantize_job import GPTQ, Job, QuantizeConfig, is_whole, open_job
 from mtp_graft.stages.ranks import torchrun_ranks
-from mtp_graft.stages.routing import read_rows, replay_capture
+from mtp_graft.stages.routing import read_rows, replay_capture, save_from_device
 
 __all__ = ["GPTQ", "QuantizeConfig", "quantize"]
 
@@ -95,7 +95,7 @@ def _quantize_experts(job: Job, report: Progress) -> None:
     with write_behind() as write, read_ahead(job.expert_tensors, pending, 1) as upstream:
         for experts in pending:
             with job.timed("io"):
-                tensors = {name: t.to(job.device) for name, t in next(upstream).items()}
+                tensors = next(upstream)
             stored, known = _quantize_batch(job, experts, tensors, rows)
             with job.timed("io"):
                 write(_save_batch, job.batch_file(experts), stored, known)
@@ -111,7 +111,7 @@ def _is_done(job: Job, experts: range) -> bool:
 def _save_batch(path: Path, stored: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
     write_json(known, path.with_suffix(".json"))
     # The experts are written last: where they are, the batch is complete.
-    save_shard({name: tensor.cpu() for name, tensor in stored.items()}, path)
+    save_from_device(stored, path)
 
 
 def _quantize_batch(
@@ -238,7 +238,9 @@ def _variants(
     """Return size and mean error of every variant."""
     num_experts, hidden = job.model.n_routed_experts, job.model.hidden_size
     num_weights = 3 * num_experts * hidden * job.model.moe_intermediate_size
-    not_experts = sum(num_bytes(t) for t in store_head(job.other_tensors(), "bf16").values())
+    shards = read_index(job.upstream, "mtp.")
+    others = read_meta(job.upstream, {name: shards[name] for name in job.other_names()})
+    not_experts = sum(num_bytes(t) for t in store_head(others, "bf16").values())
     variants: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         size = sum(batch["bytes"][variant] for batch in known)

@@ -116,14 +116,22 @@ class Job:
         return [range(e, min(e + step, num_experts)) for e in range(0, num_experts, step)]
 
     def expert_tensors(self, experts: range) -> dict[str, Tensor]:
-        """Read the upstream tensors of a batch."""
+        """Read the upstream tensors of a batch to the stage's device."""
         prefixes = tuple(f"{names.HEAD_PREFIX}ffn.experts.{e}." for e in experts)
-        return load_tensors(self.upstream, [n for n in self.head_names if n.startswith(prefixes)])
+        return self._load([n for n in self.head_names if n.startswith(prefixes)])
 
     def other_tensors(self) -> dict[str, Tensor]:
-        """Read the upstream tensors that are no routed expert's."""
+        """Read the upstream tensors that are no routed expert's to the stage's device."""
+        return self._load(self.other_names())
+
+    def other_names(self) -> list[str]:
+        """Return the names of the upstream tensors that are no routed expert's."""
         prefix = f"{names.HEAD_PREFIX}ffn.experts."
-        return load_tensors(self.upstream, [n for n in self.head_names if not n.startswith(prefix)])
+        return [n for n in self.head_names if not n.startswith(prefix)]
+
+    def _load(self, tensor_names: list[str]) -> dict[str, Tensor]:
+        tensors = load_tensors(self.upstream, tensor_names)
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
 
 def open_job(

@@ -1,5 +1,6 @@
 """What each routed expert sees: the head replayed on every captured sequence, a file each."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from mtp_graft.stages.quantize_job import Job, is_whole
 
 #: Threads that read files ahead: one alone does not keep a fast disk busy.
 READERS = 4
+#: Rows of up to this size are kept on a GPU: 786,000 of Flash, beside which 24 GiB have room.
+RESIDENT_BYTES = 6 * 2**30
 
 
 def replay_capture(job: Job, report: Progress) -> None:
@@ -27,7 +30,7 @@ def replay_capture(job: Job, report: Progress) -> None:
         return
     config = job.config
     with job.timed("io"):
-        embed = read_base_tensor(job.base, "embed.weight", job.model)
+        embed = read_base_tensor(job.base, "embed.weight", job.model).to(job.device)
         head = build_head(
             job.model,
             decode_head(job.other_tensors()),
@@ -47,22 +50,31 @@ def replay_capture(job: Job, report: Progress) -> None:
             with job.timed("io"):
                 recorded = next(capture)
             with job.timed("replay"), job.products():
-                routed = replay_routing(head, recorded.residual, embed[recorded.token_ids])
+                embeds = embed[recorded.token_ids.to(job.device)]
+                routed = replay_routing(head, recorded.residual, embeds)
                 # BF16 is the precision that the experts' inputs have in service.
                 unit = {"x": routed.x.to(torch.bfloat16), "experts": routed.experts.int()}
             with job.timed("io"):
-                write(save_shard, {n: t.cpu() for n, t in unit.items()}, job.replay_file(sequence))
+                write(save_from_device, unit, job.replay_file(sequence))
             done += 1
             report("replay", done, total)
 
 
+def save_from_device(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Do `save_shard` with tensors of any device; for a thread that need not wait for another."""
+    save_shard({name: tensor.cpu() for name, tensor in tensors.items()}, path)
+
+
 def read_rows(job: Job) -> RoutedRows:
-    """Return every sequence's rows on the stage's device: 8 KiB a row for Flash."""
+    """Return every sequence's rows: on the stage's device, or in host memory if they are many."""
     files = [job.replay_file(s) for s in job.sequences]
+    num_rows = sum(s.tokens - 1 for s in job.sequences)
+    fits = 2 * num_rows * job.model.hidden_size <= RESIDENT_BYTES
+    device = job.device if fits else "cpu"
 
     def read(path: Path) -> tuple[Tensor, Tensor]:
         unit = read_tensors(path, ("x", "experts"))
-        return unit["x"].to(job.device), unit["experts"].to(job.device)
+        return unit["x"].to(device), unit["experts"].to(device)
 
     with read_ahead(read, files, READERS) as units:
         x, experts = zip(*units, strict=True)
