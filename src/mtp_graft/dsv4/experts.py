@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_graft.dsv4 import names
-from mtp_graft.dsv4.variants import Variant, pack_int4
+from mtp_graft.dsv4.variants import Variant, int4_parts
 from mtp_graft.errors import GraftError
+from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import (
     NotPositiveDefiniteError,
     Order,
@@ -73,16 +74,26 @@ def expert_hessians(
     for e, parts in enumerate(rows):
         seen = 0
         for part in parts:
-            inputs = part.to(device, torch.float32)  # [T, D]
+            inputs = part.to(device).float()  # [T, D]
             gate = F.silu((inputs @ weights["w1"][e].T).clamp(max=limit))
             inner_inputs = gate * (inputs @ weights["w3"][e].T).clamp(-limit, limit)  # [T, M]
-            shared[e].addmm_(inputs.T, inputs)
+            shared[e] += _gram(part.to(device))
             down[e].addmm_(inner_inputs.T, inner_inputs)
             seen += len(part)
         if not seen:
             shared[e].fill_diagonal_(1.0)
             down[e].fill_diagonal_(1.0)
     return {"w1": shared, "w2": down, "w3": shared}
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Return x^T x f32 [D, D] of rows x [T, D]; BF16 rows are multiplied as such on a GPU.
+
+    Products of BF16 numbers are exact in float32, so only the order of summation differs.
+    """
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return torch.mm(rows.T, rows, out_dtype=torch.float32)
+    return rows.float().T @ rows.float()
 
 
 @dataclass(frozen=True)
@@ -144,29 +155,39 @@ def pack_experts(quantized: Mapping[str, Quantized], experts: range) -> dict[str
     """Return INT4 experts as the checkpoint stores them, under its names."""
     stored: dict[str, Tensor] = {}
     for matrix, weights in quantized.items():
-        for e, codes, scale in zip(experts, weights.codes, weights.scale, strict=True):
+        words = int4.pack(weights.codes)  # [E, O, I/8]
+        for e, packed, scale in zip(experts, words, weights.scale, strict=True):
+            shape = [packed.shape[0], int4.CODES_PER_WORD * packed.shape[1]]
             stem = f"{names.HEAD_PREFIX}ffn.experts.{e}.{matrix}"
-            stored.update(pack_int4(stem, codes, scale))
+            stored.update(int4_parts(stem, packed, scale, shape))
     return stored
 
 
 def expert_errors(
-    variants: Mapping[Variant, Mapping[str, Tensor]],
     weights: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
-    experts: range,
+    quantized: Mapping[str, Quantized],
+    group_size: int,
 ) -> dict[Variant, dict[str, list[float]]]:
     """Return variant -> matrix -> the relative error of each expert's matrix.
 
-    `variants` are decoded matrices by name, in any order; `weights` are the original ones. The
-    error is `quant.gptq.relative_error`'s, under the undamped Hessians.
+    `weights` are the original ones, `quantized` GPTQ's. The error is `gptq.relative_error`'s, under
+    the undamped Hessians. Kept MXFP4 is the original bit for bit, so its error is 0.
     """
-    errors: dict[Variant, dict[str, list[float]]] = {variant: {} for variant in variants}
+    errors: dict[Variant, dict[str, list[float]]] = {
+        variant: {} for variant in ("rtn", "gptq", "mxfp4", "bf16")
+    }
     for matrix, original in weights.items():
         whole = output_energy(original, hessians[matrix])  # [E]
-        stems = [f"{names.HEAD_PREFIX}ffn.experts.{e}.{matrix}.weight" for e in experts]
-        for variant, decoded in variants.items():
-            off = original - torch.stack([decoded[stem] for stem in stems])
+        scale = int4.group_scale(original, group_size)
+        values: dict[Variant, Tensor] = {
+            "rtn": int4.decode(int4.encode(original, scale), scale),
+            "gptq": int4.decode(quantized[matrix].codes, quantized[matrix].scale),
+            "bf16": original.to(torch.bfloat16).float(),
+        }
+        errors["mxfp4"][matrix] = [0.0] * len(original)
+        for variant, decoded in values.items():
+            off = original - decoded
             # A variant that keeps the values costs no product.
             lost = output_energy(off, hessians[matrix]) if off.any() else torch.zeros_like(whole)
             errors[variant][matrix] = (lost / whole).clamp(min=0).sqrt().tolist()

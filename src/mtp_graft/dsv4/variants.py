@@ -8,7 +8,7 @@ Shape legend: O outputs, I inputs. Meta tensors pass through `store_tensor` and 
 too, which gives a variant's names, shapes and sizes before anything is read or computed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -130,15 +130,16 @@ def store_int4(stem: str, weight: Tensor, *, group_size: int = GROUP_SIZE) -> di
     """Return a matrix [O, I] rounded to the nearest INT4, as the checkpoint stores it."""
     _expect_whole_groups(stem, weight.shape[-1], group_size)
     scale = int4.group_scale(weight, group_size)
-    return pack_int4(stem, int4.encode(weight, scale), scale)
+    packed = int4.pack(int4.encode(weight, scale))
+    return int4_parts(stem, packed, scale, weight.shape)
 
 
-def pack_int4(stem: str, codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    """Return INT4 codes [O, I] and scales [O, I/group] under the names of the checkpoint."""
+def int4_parts(stem: str, packed: Tensor, scale: Tensor, shape: Sequence[int]) -> dict[str, Tensor]:
+    """Return packed codes [O, I/8] and scales [O, I/group] under the names of the checkpoint."""
     return {
-        f"{stem}.weight_packed": int4.pack(codes),
+        f"{stem}.weight_packed": packed,
         f"{stem}.weight_scale": scale,
-        f"{stem}.weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
+        f"{stem}.weight_shape": torch.tensor(shape, dtype=torch.int64),
     }
 
 

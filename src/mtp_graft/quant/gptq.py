@@ -70,26 +70,23 @@ def gptq(
     Computed in float32 on the device of `weight`. Raises NotPositiveDefiniteError.
     """
     assert weight.shape[-1] % group_size == 0, "callers check that groups are whole"
-    weight, hessian = weight.float(), hessian.float()
+    hessian = hessian.float()
     importance = hessian.diagonal(dim1=-2, dim2=-1)  # [B, I]
+    columns = torch.empty_like(
+        weight.mT, dtype=torch.float32, memory_format=torch.contiguous_format
+    )
+    columns.copy_(weight.mT)  # [B, I, O]: the sweep works on whole inputs, and in place
     if order == "stored":
         root = upper_root(damped(hessian, damp))  # R [B, I, I]
-        columns = weight.mT.contiguous()  # [B, I, O]: the sweep works on whole inputs
         return _sweep_groups(columns, root, group_size, importance, scale)
-    scales = torch.cat(
-        [
-            _scale_of_group(
-                weight[:, :, g : g + group_size].mT, importance[:, g : g + group_size], scale
-            )
-            for g in range(0, weight.shape[-1], group_size)
-        ],
-        dim=-1,
-    )  # [B, O, G]
+    groups = [slice(i, i + group_size) for i in range(0, columns.shape[1], group_size)]
+    rules = [_scale_of_group(columns[:, g], importance[:, g], scale) for g in groups]
+    scales = torch.cat(rules, dim=-1)  # [B, O, G]
     sequence = importance.argsort(dim=-1, descending=True, stable=True)  # [B, I]
     permuted = hessian.gather(1, sequence[:, :, None].expand_as(hessian))
     permuted = permuted.gather(2, sequence[:, None, :].expand_as(hessian))
     root = upper_root(damped(permuted, damp))
-    columns = weight.mT.gather(1, sequence[:, :, None].expand(-1, -1, weight.shape[1]))
+    columns = columns.gather(1, sequence[:, :, None].expand_as(columns))
     codes = _sweep_permuted(columns, root, scales.mT.contiguous(), sequence // group_size)
     stored = torch.empty_like(codes)
     stored.scatter_(1, sequence[:, :, None].expand_as(codes), codes)

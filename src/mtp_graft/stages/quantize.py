@@ -32,7 +32,7 @@ from mtp_graft.dsv4.experts import (
     pack_experts,
     quantize_experts,
 )
-from mtp_graft.dsv4.variants import VARIANTS, decode_head, store_head
+from mtp_graft.dsv4.variants import VARIANTS, decode_head, is_expert, split_name, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import REPORT_NAME, Progress, cpu_threads
 from mtp_graft.stages.overlap import read_ahead, write_behind
@@ -117,7 +117,7 @@ def _save_batch(path: Path, stored: Mapping[str, Tensor], known: Mapping[str, An
 def _quantize_batch(
     job: Job, experts: range, upstream: Mapping[str, Tensor], rows: RoutedRows
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the batch's stored experts, and its token counts, sizes and relative errors."""
+    """Return the batch's stored experts, and its token counts and relative errors."""
     rules = job.config.rules()
     counts = [rows.counts[e] for e in experts]
     with job.timed("hessian"), job.products():
@@ -129,16 +129,10 @@ def _quantize_batch(
         quantized = quantize_experts(weights, hessians, behind, experts, rules)
     with job.timed("pack"):
         stored = pack_experts(quantized, experts)
-        variants = {
-            variant: store_head(upstream, variant, stored, group_size=rules.group_size)
-            for variant in VARIANTS
-        }
     with job.timed("errors"), job.products():
-        decoded = {v: decode_head(t, group_size=rules.group_size) for v, t in variants.items()}
-        errors = expert_errors(decoded, weights, hessians, experts)
+        errors = expert_errors(weights, hessians, quantized, rules.group_size)
     unseen = {m: (hessians[m].diagonal(dim1=1, dim2=2) == 0).sum(1).tolist() for m in MATRICES}
-    sizes = {variant: sum(map(num_bytes, head.values())) for variant, head in variants.items()}
-    return stored, {"counts": counts, "bytes": sizes, "rel_errors": errors, "unseen": unseen}
+    return stored, {"counts": counts, "rel_errors": errors, "unseen": unseen}
 
 
 def _calibrating_rows(job: Job, rows: RoutedRows, expert: int) -> Iterable[Tensor]:
@@ -198,7 +192,7 @@ def _summary(job: Job, of_ranks: list[tuple[dict[str, float], int, int]]) -> dic
     config = job.config
     seconds, gpu_bytes, host_bytes = zip(*of_ranks, strict=True)
     return {
-        "variants": _variants(job, known, errors),
+        "variants": _variants(job, errors),
         "tokens_per_expert": {
             "min": min(counts),
             "mean": sum(counts) / len(counts),
@@ -231,25 +225,24 @@ def _peak_host() -> int:
 
 
 def _variants(
-    job: Job,
-    known: list[dict[str, Any]],
-    errors: Mapping[str, Mapping[str, list[float]]],
+    job: Job, errors: Mapping[str, Mapping[str, list[float]]]
 ) -> dict[str, dict[str, float]]:
     """Return size and mean error of every variant."""
     num_experts, hidden = job.model.n_routed_experts, job.model.hidden_size
     num_weights = 3 * num_experts * hidden * job.model.moe_intermediate_size
     shards = read_index(job.upstream, "mtp.")
-    others = read_meta(job.upstream, {name: shards[name] for name in job.other_names()})
-    not_experts = sum(num_bytes(t) for t in store_head(others, "bf16").values())
+    upstream = read_meta(job.upstream, {name: shards[name] for name in job.head_names})
     variants: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
-        size = sum(batch["bytes"][variant] for batch in known)
+        as_stored = "rtn" if variant == "gptq" else variant  # INT4 both
+        stored = store_head(upstream, as_stored, group_size=job.config.group_size)
+        experts = {n: t for n, t in stored.items() if is_expert(split_name(n)[0])}
         # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
-        shapes = 3 * num_experts * 16 if variant in ("rtn", "gptq") else 0
+        weights = sum(num_bytes(t) for n, t in experts.items() if not n.endswith("_shape"))
         all_errors = [error for matrix in MATRICES for error in errors[variant][matrix]]
         variants[variant] = {
-            "bits_per_weight": 8 * (size - shapes) / num_weights,
+            "bits_per_weight": 8 * weights / num_weights,
             "rel_error": sum(all_errors) / len(all_errors),
-            "bytes": size + not_experts,
+            "bytes": sum(map(num_bytes, stored.values())),
         }
     return variants

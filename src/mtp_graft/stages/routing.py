@@ -16,7 +16,7 @@ from mtp_graft.stages.overlap import read_ahead, write_behind
 from mtp_graft.stages.quantize_job import Job, is_whole
 
 #: Threads that read files ahead: one alone does not keep a fast disk busy.
-READERS = 4
+READERS = 8
 #: Rows of up to this size are kept on a GPU: 786,000 of Flash, beside which 24 GiB have room.
 RESIDENT_BYTES = 6 * 2**30
 
