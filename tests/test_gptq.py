@@ -11,6 +11,8 @@ from torch import Tensor
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import (
     NotPositiveDefiniteError,
+    Order,
+    Scale,
     damped,
     gptq,
     relative_error,
@@ -38,8 +40,24 @@ def round_to_nearest(weight: Tensor, group_size: int) -> Tensor:
     return int4.decode(int4.encode(weight, scale), scale)
 
 
+def chosen_scale(values: list[float], importance: list[float], rule: str) -> float:
+    """Return the scale of one group by its rule, its values one at a time."""
+    largest = torch.tensor(max(map(abs, values)) / 7.5).to(torch.bfloat16).item() or 1.0
+    if rule == "absmax":
+        return largest
+    candidates = [
+        torch.tensor(largest * n / 50).to(torch.bfloat16).item() for n in range(50, 29, -1)
+    ]
+
+    def error(scale: float) -> float:
+        rounded = (max(-8.0, min(7.0, float(round(v / scale)))) * scale for v in values)
+        return sum(i * (v - q) ** 2 for v, q, i in zip(values, rounded, importance, strict=True))
+
+    return min(candidates, key=error)
+
+
 def oracle(
-    weight: Tensor, hessian: Tensor, damp: float, group_size: int
+    weight: Tensor, hessian: Tensor, damp: float, group_size: int, order: str, rule: str
 ) -> tuple[list[list[float]], list[list[float]], float]:
     """Quantize one matrix in float64, as the paper's algorithm 1 does without its blocks.
 
@@ -47,38 +65,68 @@ def oracle(
     """
     w, h = weight.double().clone(), hessian.double().clone()
     outputs, inputs = w.shape
-    mean = sum(h[i, i] for i in range(inputs)) / inputs
+    importance = [float(h[i, i]) for i in range(inputs)]
+    mean = sum(importance) / inputs
     for i in range(inputs):
         h[i, i] = 1.0 if h[i, i] == 0 else h[i, i] + damp * mean
+    sequence = list(range(inputs))
+    if order == "activation":
+        sequence.sort(key=lambda i: -importance[i])
+    h = h[sequence][:, sequence]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     u = torch.linalg.cholesky(inverse, upper=True)
     codes = [[0.0] * inputs for _ in range(outputs)]
-    scales: list[list[float]] = [[] for _ in range(outputs)]
+    scales = [[0.0] * (inputs // group_size) for _ in range(outputs)]
     closest = 1.0
-    for i in range(inputs):
+    for step, i in enumerate(sequence):
         for o in range(outputs):
-            if i % group_size == 0:
-                absmax = max(abs(float(v)) for v in w[o, i : i + group_size])
-                rounded = torch.tensor(absmax / 7.5).to(torch.bfloat16).item()
-                scales[o].append(rounded or 1.0)
-            exact = float(w[o, i]) / scales[o][-1]
+            start = i % group_size == 0 if order == "stored" else step == 0
+            for g in [i // group_size] if order == "stored" else range(inputs // group_size):
+                if start:
+                    group = slice(g * group_size, (g + 1) * group_size)
+                    scales[o][g] = chosen_scale(w[o, group].tolist(), importance[group], rule)
+            scale = scales[o][i // group_size]
+            exact = float(w[o, i]) / scale
             closest = min(closest, abs(exact - math.floor(exact) - 0.5))
             codes[o][i] = max(-8.0, min(7.0, float(round(exact))))
-            error = (float(w[o, i]) - codes[o][i] * scales[o][-1]) / float(u[i, i])
-            for j in range(i + 1, inputs):
-                w[o, j] -= error * u[i, j]
+            error = (float(w[o, i]) - codes[o][i] * scale) / float(u[step, step])
+            for later in range(step + 1, inputs):
+                w[o, sequence[later]] -= error * u[step, later]
     return codes, scales, closest
 
 
-@pytest.mark.parametrize("group_size", [8, 16, 24, 48])
-def test_gptq_gives_the_codes_of_the_float64_loop(group_size: int) -> None:
-    weight, hessian = problem(3, 6, 48, seed=1)
-    result = gptq(weight, hessian, damp=0.01, group_size=group_size)
+@pytest.mark.parametrize("rule", ["absmax", "mse"])
+@pytest.mark.parametrize("order", ["stored", "activation"])
+@pytest.mark.parametrize("group_size", [8, 24, 48])
+def test_gptq_gives_the_codes_of_the_float64_loop(
+    group_size: int, order: Order, rule: Scale
+) -> None:
+    weight, hessian = problem(3, 6, 48, seed=3)
+    result = gptq(weight, hessian, 0.01, group_size, order=order, scale=rule)
     for b in range(3):
-        codes, scales, closest = oracle(weight[b], hessian[b], 0.01, group_size)
+        codes, scales, closest = oracle(weight[b], hessian[b], 0.01, group_size, order, rule)
         assert closest > 1e-5, "a tie within float32's error: choose another seed"
         assert result.codes[b].tolist() == codes
         assert result.scale[b].tolist() == scales
+
+
+def test_activation_order_leaves_blocks_of_other_sizes_than_the_kernels_whole() -> None:
+    weight, hessian = problem(1, 4, 160, seed=9)  # a block of 128 inputs and one of 32
+    result = gptq(weight, hessian, 0.01, 32, order="activation")
+    codes, scales, closest = oracle(weight[0], hessian[0], 0.01, 32, "activation", "absmax")
+    assert closest > 1e-5, "a tie within float32's error: choose another seed"
+    assert result.codes[0].tolist() == codes
+    assert result.scale[0].tolist() == scales
+
+
+def test_weights_and_hessians_given_stay_as_they_were() -> None:
+    weight, hessian = problem(2, 8, 32, seed=4)
+    for stored in (weight, weight.mT.contiguous().mT):  # stored by outputs, and by inputs
+        for order in ("stored", "activation"):
+            before = stored.clone(), hessian.clone()
+            gptq(stored, hessian, group_size=16, order=order)
+            assert torch.equal(stored, before[0])
+            assert torch.equal(hessian, before[1])
 
 
 def test_stacking_matrices_that_share_a_hessian_changes_nothing() -> None:
@@ -113,6 +161,9 @@ def test_root_is_upper_and_the_inverse_of_the_papers_factor() -> None:
 def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
     hessian = torch.diag(torch.tensor([1.0, 2.0, 3.0]))[None]
     assert damped(hessian, 0.5).diagonal(dim1=-2, dim2=-1).tolist() == [[2.0, 3.0, 4.0]]
+    two = torch.cat((hessian, hessian))
+    each = damped(two, torch.tensor([0.0, 1.0])).diagonal(dim1=-2, dim2=-1)
+    assert each.tolist() == [[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]
 
 
 @quick

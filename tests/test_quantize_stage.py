@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors, save_checkpoint
+from mtp_graft.dsv4.experts import GptqRules
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import VARIANTS, decode_head, is_expert, store_head
 from mtp_graft.errors import GraftError
@@ -260,6 +261,60 @@ def test_experts_without_tokens_can_be_an_error(
 ) -> None:
     with pytest.raises(GraftError, match=r"mtp\.0\.ffn\.experts\.\d+: no token .* reached it"):
         run(tmp_path / "q", replace(CONFIG, zero_tokens="error"), capture=one_token)
+
+
+def test_experts_with_fewer_tokens_than_inputs_are_quantized_and_reported(
+    run: Callable[..., dict[str, Any]], one_token: Path, tmp_path: Path
+) -> None:
+    """Two rows: Hessians of rank one and two, which damping by tokens makes regular."""
+    report = run(tmp_path / "q", capture=one_token)
+    counts = report["tokens_per_expert"]["counts"]
+    assert {0, 1} <= set(counts)
+    assert report["experts_rank_deficient"] == list(range(NUM_EXPERTS))
+    errors = report["rel_errors"]
+    for e in (e for e, count in enumerate(counts) if count):
+        assert errors["gptq"]["w1"][e] < errors["rtn"]["w1"][e]
+
+
+def test_an_input_that_no_token_used_is_counted(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Upstream's norm before the experts is made to silence one input."""
+    tensors = load_tensors(tiny_model / "upstream")
+    tensors["mtp.0.ffn_norm.weight"][7] = 0
+    (tmp_path / "upstream").mkdir()
+    save_checkpoint(tensors, tmp_path / "upstream", 2**30)
+    report = run(tmp_path / "q", upstream=tmp_path / "upstream")
+    assert report["inputs_never_seen"] == {"w1": NUM_EXPERTS, "w2": 0, "w3": NUM_EXPERTS}
+
+
+def test_fewer_tokens_are_damped_more() -> None:
+    damps = GptqRules(damp=0.01, damping="tokens").damp_for([0, 1, 100, 10**6], 256)
+    assert damps.tolist() == pytest.approx([256, 256, 2.56, 0.01])
+    fixed = GptqRules(damp=0.01, damping="fixed").damp_for([0, 1, 100, 10**6], 256)
+    assert fixed.tolist() == pytest.approx([0.01] * 4)
+
+
+def test_replay_without_attention_gives_the_experts_the_stream_that_came_in(
+    run: Callable[..., dict[str, Any]], capture: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    report = run(tmp_path / "q", replace(CONFIG, replay="identity"))
+    assert report["replay"] == "attention skipped (identity residual)"
+    decoded = decode_head(load_tensors(tiny_model / "upstream"))
+    embed = load_tensors(tiny_model / "base", ["embed.weight"])["embed.weight"]
+    config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
+    others = {n: t for n, t in decoded.items() if not is_expert(n.removesuffix(".weight"))}
+    head = build_head(config, others, with_experts=False)
+    recorded = read_recorded(capture, read_sequences(capture)[0], 4)
+    seen: list[Tensor] = []
+    hook = head.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    replay_routing(head, recorded.residual, embed[recorded.token_ids])
+    hook.remove()
+    with torch.no_grad():
+        _, _, collapsed = head.layer.ffn_hc(seen[0])
+        expected = head.layer.post_attention_layernorm(collapsed)[0]
+    x = load_file(tmp_path / "q" / "replay" / "000000.safetensors")["x"]
+    torch.testing.assert_close(x, expected.bfloat16(), rtol=0, atol=0.02)
 
 
 def test_nan_in_the_capture_is_refused_with_its_place(
