@@ -17,7 +17,8 @@ MATRICES = ("w1", "w2", "w3")
 def stand_in(stem: str, weight: Tensor) -> dict[str, Tensor]:
     """Return an expert rounded with scales a sixteenth too large: not what nearest gives."""
     scale = (int4.group_scale(weight, 128).float() * 1.0625).to(torch.bfloat16)
-    return variants.pack_int4(stem, int4.encode(weight, scale), scale)
+    packed = int4.pack(int4.encode(weight, scale))
+    return variants.int4_parts(stem, packed, scale, weight.shape)
 
 
 def report(num_experts: int) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tenso
 def config_for(variant: str) -> CompressedTensorsConfig:
     config = base_quantization_config()
     if variant != "int4":
-        config = add_head(config, 4, variant, fp8_projections=True)  # type: ignore[arg-type]
+        config = add_head(config, 4, variant, "base")  # type: ignore[arg-type]
     return dequantize_on_load(CompressedTensorsConfig.from_config(config))
 
 

@@ -113,7 +113,7 @@ def test_linears_get_the_method_of_their_group() -> None:
 
 
 def test_heads_projections_are_fp8_where_the_config_says_so() -> None:
-    with_head = add_head(base_quantization_config(), 4, "int4", fp8_projections=True)
+    with_head = add_head(base_quantization_config(), 4, "int4", "base")
     config = dequantize_on_load(parsed(with_head))
     assert type(linear(config, "e_proj").quant_method) is FP8BlockLinear
     assert type(linear(config, "h_proj").quant_method) is FP8BlockLinear
@@ -124,7 +124,7 @@ def test_heads_projections_are_fp8_where_the_config_says_so() -> None:
     [("int4", Int4Experts), ("mxfp4", MXFP4Experts), ("bf16", BF16Experts)],
 )
 def test_experts_get_the_method_of_their_group(head: Any, expected: type) -> None:
-    settings = add_head(base_quantization_config(), 4, head, fp8_projections=True)
+    settings = add_head(base_quantization_config(), 4, head, "base")
     config = dequantize_on_load(parsed(settings))
     of_head = routed_experts(config, f"{LAYER}.ffn.experts", 2, 128, 128)
     assert type(of_head.quant_method) is expected

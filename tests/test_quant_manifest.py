@@ -22,9 +22,9 @@ PROVENANCE = {"base": {"config.json": "0" * 64}, "upstream": {}}
 
 def content(variant: str, known: dict[str, Any] | None) -> dict[str, Any]:
     experts: Any = {"rtn": "int4", "gptq": "int4"}.get(variant, variant)
-    quantization = add_head(base_quantization_config(), 4, experts, fp8_projections=True)
+    quantization = add_head(base_quantization_config(), 4, experts, "base")
     config = {"num_hidden_layers": 4, "n_routed_experts": 64, "quantization_config": quantization}
-    return quant_manifest.manifest(variant, config, known, PROVENANCE, 612, 8_019_304)
+    return quant_manifest.manifest(variant, "base", config, known, PROVENANCE, 612, 8_019_304)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mtp_graft.checkpoint.quantization_config import (
     add_head,
     base_quantization_config,
 )
+from mtp_graft.recipe import Linears
 
 LAYER = "model.layers.4"
 EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
@@ -32,27 +33,30 @@ def experts(request: pytest.FixtureRequest) -> ExpertFormat:
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture(params=[True, False], ids=["fp8 projections", "bf16 projections"])
-def fp8_projections(request: pytest.FixtureRequest) -> bool:
+@pytest.fixture(params=["fp8", "base", "bf16"])
+def linears(request: pytest.FixtureRequest) -> Linears:
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture
-def config(experts: ExpertFormat, fp8_projections: bool) -> dict[str, Any]:
-    return add_head(base_quantization_config(), 4, experts, fp8_projections)
+def config(experts: ExpertFormat, linears: Linears) -> dict[str, Any]:
+    return add_head(base_quantization_config(), 4, experts, linears)
 
 
 @pytest.fixture
-def expected(experts: ExpertFormat, fp8_projections: bool) -> dict[str, str | None]:
+def expected(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
     """Module name -> stored format, None for unquantized."""
-    linears = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
-    unquantized = ("head", "shared_head.head", "ffn.gate", "enorm", "ffn.shared_experts.w1")
+    attention = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
+    unquantized = ("head", "shared_head.head", "ffn.gate", "enorm")
     schemes: dict[str, str | None] = {}
+    for name in EXPERT_MATRICES:
+        shared = "float-quantized" if linears == "fp8" else None
+        schemes[f"{LAYER}.ffn.shared_experts.{name}"] = shared
     for name in ("e_proj", "h_proj"):
-        schemes[f"{LAYER}.{name}"] = "float-quantized" if fp8_projections else None
-    for name in linears:
+        schemes[f"{LAYER}.{name}"] = None if linears == "bf16" else "float-quantized"
+    for name in attention:
         schemes[f"{LAYER}.{name}"] = "float-quantized"
-    for name in (*unquantized, *(f"ffn.shared_experts.{m}" for m in EXPERT_MATRICES)):
+    for name in unquantized:
         schemes[f"{LAYER}.{name}"] = None
     for expert in (0, 63):
         for matrix in EXPERT_MATRICES:
@@ -60,7 +64,7 @@ def expected(experts: ExpertFormat, fp8_projections: bool) -> dict[str, str | No
     # The base's layers, and layers of a larger model whose number contains the head's.
     for layer in (0, 3, 14, 40, 44):
         stem = f"model.layers.{layer}"
-        schemes |= {f"{stem}.{name}": "float-quantized" for name in linears}
+        schemes |= {f"{stem}.{name}": "float-quantized" for name in attention}
         schemes |= {f"{stem}.ffn.experts.7.{m}": "pack-quantized" for m in EXPERT_MATRICES}
         schemes |= {f"{stem}.ffn.shared_experts.{m}": None for m in EXPERT_MATRICES}
         schemes |= {f"{stem}.attn.compressor.{m}": None for m in ("wkv", "wgate")}
@@ -100,7 +104,7 @@ def test_vllm_finds_the_same_schemes(
     }
     fused = {
         f"{LAYER}.attn.fused_wqa_wkv": "float-quantized",
-        f"{LAYER}.ffn.shared_experts.gate_up_proj": None,
+        f"{LAYER}.ffn.shared_experts.gate_up_proj": expected[f"{LAYER}.ffn.shared_experts.w1"],
         "model.layers.0.attn.fused_wqa_wkv": "float-quantized",
         "model.layers.0.ffn.shared_experts.gate_up_proj": None,
     }
@@ -112,7 +116,7 @@ def test_vllm_finds_the_same_schemes(
 def test_adding_a_head_leaves_the_bases_config_as_it_was(experts: ExpertFormat) -> None:
     config = base_quantization_config()
     before = deepcopy(config)
-    add_head(config, 4, experts, fp8_projections=False)
+    add_head(config, 4, experts, "bf16")
     assert config == before
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mtp_graft.errors import GraftError
+from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.recipe import load_recipe
 
 MINIMAL = """
@@ -122,4 +123,12 @@ def test_bundled_recipes_are_valid(repo_root: Path) -> None:
 def test_a_recipe_as_dict_has_every_section(minimal: Path) -> None:
     sections = load_recipe(minimal).as_dict()
     assert set(sections) == {"model", "capture", "quantize", "score", "splice", "bench", "serve"}
-    assert sections["splice"] == {"variant": "gptq", "copy": False}
+    assert sections["splice"] == {"variant": "gptq", "copy": False, "linears": "base"}
+
+
+@pytest.mark.parametrize("written", ["true", '"true"', "identity"])
+def test_a_choice_called_true_may_be_written_without_quotes(written: str) -> None:
+    recipe = load_recipe(find_bundled_recipe(), [f"quantize.replay={written}"])
+    assert recipe.quantize.replay == written.strip('"')
+    with pytest.raises(GraftError, match="replay: is 'false', expected one of true, identity"):
+        load_recipe(find_bundled_recipe(), ["quantize.replay=false"])

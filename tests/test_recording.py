@@ -1,5 +1,6 @@
 """The recorder's hooks, on a target that is a table: no engine."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: install an extra")
 
-from mtp_graft.checkpoint.capture import RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin import recording
 from mtp_graft.vllm_plugin.recording import record_on_demand, whole_prompts
@@ -132,6 +132,15 @@ def written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "ThreadPoolExecutor", Now)
 
 
+@pytest.fixture
+def caplog_vllm(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    """What is logged under vLLM's logger, which does not pass it on to the root's."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
+
+
 def test_prompts_of_a_step_lie_one_after_the_other(written: None, step: Step, folder: Path) -> None:
     step(prompt(4, 5, 6), prompt(7, 8))
     (rows,) = recorded(folder).values()
@@ -203,11 +212,28 @@ def test_recordings_are_copies_written_in_the_background(step: Step, folder: Pat
     assert [r["residual"][0, 0].item() for r in rows] == [t / 2 for t in range(4, 9)]
 
 
-def test_a_failed_write_ends_the_next_step(step: Step, folder: Path) -> None:
-    (folder / RECORDINGS).rmdir()
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
+def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
+    error: Exception,
+    written: None,
+    step: Step,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog_vllm: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    (folder / INTACT_NAME).touch()
     step(prompt(4))
-    with pytest.raises((OSError, SafetensorError)):
+    assert (folder / INTACT_NAME).exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(recording, "save_shard", refuse)
         step(prompt(5))
+    assert not (folder / INTACT_NAME).exists()
+    assert str(error) in caplog_vllm.text, "the log says why"
+    step(prompt(6))
+    assert [rows["token_ids"].tolist() for rows in recorded(folder).values()] == [[4], [6]]
 
 
 def test_a_residual_that_the_graph_did_not_write_is_not_finite(

@@ -231,6 +231,26 @@ def test_page_has_no_number_that_was_not_measured(tmp_path: Path) -> None:
         assert digits in forms, f"{shown} is none of the results"
 
 
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        ([0.004, 0.021], "gptq is accepted more often than rtn; the difference is +0.4 points to"),
+        ([-0.03, -0.01], "gptq is accepted less often than rtn; the difference is −3.0 points to"),
+        ([-0.0135, 0.0016], "no difference between gptq and rtn is shown; the difference is −1.4"),
+    ],
+)
+def test_page_compares_heads_on_the_same_texts_where_it_can(
+    interval: list[float], expected: str, tmp_path: Path
+) -> None:
+    run = whole_run()
+    known = {"acceptance_difference": {"gptq-rtn": interval}}
+    page = written(tmp_path, replace(run, result={**run.result, **known}))
+    assert f"- On the same texts, served: {expected}" in page
+    assert "the served intervals of gptq" not in page, "one comparison, the better one"
+    assert "the offline intervals of gptq" in page
+    assert "resampling texts, the same for both heads" in page
+
+
 def test_page_says_whether_intervals_of_gptq_and_rtn_overlap(tmp_path: Path) -> None:
     run = whole_run()
     above = intervals(run, gptq=(0.77, 0.79), rtn=(0.74, 0.76))

@@ -204,7 +204,7 @@ def test_config_changes_where_the_head_needs_it(
     changed = {key for key in {*old, *new} if old.get(key) != new.get(key)}
     assert changed == {"quantization_config"}
     experts: Any = {"rtn": "int4", "gptq": "int4"}.get(variant, variant)
-    added = add_head(old["quantization_config"], 4, experts, fp8_projections=True)
+    added = add_head(old["quantization_config"], 4, experts, "base")
     assert new["quantization_config"] == added
 
 

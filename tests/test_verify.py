@@ -15,7 +15,7 @@ from torch import Tensor
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4 import variants
-from mtp_graft.dsv4.variants import VARIANTS, Variant
+from mtp_graft.dsv4.variants import VARIANTS, Linears, Variant
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 from mtp_graft.stages.verify import verify
@@ -47,6 +47,30 @@ def spliced(base: Path, upstream: Path, quantized: Path) -> dict[str, Path]:
         given = quantized if variant == "gptq" else None
         splice(base, upstream, base.with_name(variant), variant, quantized=given)
     return {variant: base.with_name(variant) for variant in VARIANTS}
+
+
+@pytest.mark.parametrize(("linears", "fp8"), [("fp8", 10), ("base", 7), ("bf16", 5)])
+def test_every_choice_of_linears_is_sound_and_keeps_as_many_in_fp8(
+    base: Path, upstream: Path, tmp_path: Path, linears: Linears, fp8: int
+) -> None:
+    splice(base, upstream, tmp_path / "out", "mxfp4", linears=linears)
+    result = verify(tmp_path / "out", base, upstream)
+    assert result["ok"], result
+    head = load_file(tmp_path / "out" / HEAD_SHARD)
+    kept = [name for name, t in head.items() if t.dtype == torch.float8_e4m3fn]
+    assert len(kept) == fp8
+
+
+def test_a_config_that_takes_a_decoded_linear_for_fp8_is_found(
+    base: Path, upstream: Path, tmp_path: Path
+) -> None:
+    splice(base, upstream, tmp_path / "fp8", "mxfp4", linears="fp8")
+    splice(base, upstream, tmp_path / "bf16", "mxfp4", linears="bf16")
+    (tmp_path / "bf16" / "config.json").unlink()
+    shutil.copy(tmp_path / "fp8" / "config.json", tmp_path / "bf16")
+    result = verify(tmp_path / "bf16", base, upstream)
+    assert not result["ok"]
+    assert "mtp.0.e_proj.weight_scale" in result["missing"]
 
 
 @pytest.fixture
@@ -295,6 +319,17 @@ def test_a_changed_base_file_is_found(
     shard.write_bytes(content)
     result = verify(checkpoint, base, upstream)
     assert not (result["ok"] or result["base_unchanged"] or result["base_files_linked"])
+    assert result["base_files"][shard.name] == "differs"
+    assert result["base_files"]["model-00002-of-00003.safetensors"] == "same inode"
+
+
+def test_a_base_file_that_did_not_come_along_is_found(
+    damaged: Callable[[Variant], Path], base: Path, upstream: Path
+) -> None:
+    checkpoint = damaged("mxfp4")
+    (checkpoint / "tokenizer.json").unlink()
+    result = verify(checkpoint, base, upstream)
+    assert not result["ok"] and result["base_files"]["tokenizer.json"] == "missing"
 
 
 def test_a_base_other_than_the_one_that_was_spliced_is_found(
@@ -311,6 +346,7 @@ def test_copies_of_the_base_are_sound_too_but_not_linked(
     splice(base, upstream, tmp_path / "out", "mxfp4", copy=True)
     result = verify(tmp_path / "out", base, upstream)
     assert result["ok"] and result["base_unchanged"] and not result["base_files_linked"]
+    assert set(result["base_files"].values()) == {"same bytes"}
 
 
 def test_a_checkpoint_without_a_manifest_is_one_error(

@@ -18,9 +18,12 @@ from mtp_graft.errors import GraftError
 
 #: How the routed experts are stored: rounded to INT4, INT4 by GPTQ, upstream's codes, decoded.
 Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
+Linears = Literal["fp8", "base", "bf16"]
 _ALL_VARIANTS: tuple[Variant, ...] = get_args(Variant)
 #: `auto` is the GPU if there is one.
 Device = Literal["auto", "cpu", "cuda"]
+#: What experts are calibrated on: the head's true inputs to them, or those without its attention.
+Replay = Literal["true", "identity"]
 #: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
 ZeroTokens = Literal["pool", "rtn", "error"]
 
@@ -56,9 +59,13 @@ class QuantizeSection:
 
     variants: tuple[Variant, ...] = _ALL_VARIANTS
     damp: float = 0.01  # of the mean of the Hessian's diagonal
+    damping: Literal["fixed", "tokens"] = "tokens"  # more than `damp` for experts with few tokens
+    order: Literal["stored", "activation"] = "stored"  # in which inputs are rounded
+    scale: Literal["absmax", "mse"] = "mse"  # the rule for a group's scale
     group_size: int = 128  # inputs per INT4 scale; as the base has it
     experts_per_batch: int = 16  # the unit of resuming
     zero_tokens: ZeroTokens = "pool"  # for an expert that no calibration token reached
+    replay: Replay = "true"
     device: Device = "auto"
 
 
@@ -74,6 +81,7 @@ class SpliceSection:
     """Which variant the final checkpoint carries."""
 
     variant: Variant = "gptq"
+    linears: Linears = "base"  # what the head's FP8 linears become
     copy: bool = False  # copy the base's files instead of hard-linking them
 
 
@@ -110,6 +118,12 @@ class Recipe:
     score: ScoreSection = field(default_factory=ScoreSection)
     splice: SpliceSection = field(default_factory=SpliceSection)
     serve: ServeSection = field(default_factory=ServeSection)
+
+    @property
+    def served_variants(self) -> tuple[Variant, ...]:
+        """Return the variants that become checkpoints, and are served: the chosen one first."""
+        chosen = self.splice.variant
+        return (chosen, *(v for v in self.bench.served_variants if v != chosen))
 
     def as_dict(self) -> dict[str, Any]:
         """Return section -> key -> value, as manifests record it."""
@@ -223,6 +237,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise GraftError(f"{where}: is {value!r}, expected a list")
         return tuple(_convert(item, arguments[0], where) for item in value)
     if origin is Literal:
+        if isinstance(value, bool):  # `replay = true` and `--set quantize.replay=true` are meant so
+            value = str(value).lower()
         if value not in arguments:
             raise GraftError(f"{where}: is {value!r}, expected one of {', '.join(arguments)}")
         return value

@@ -2,11 +2,13 @@
 
 FAKE_VLLM holds JSON: `mode` and the numbers below. The token at position i of any answer is
 `(sum(prompt) + 7 * i) % 1000`; with a draft head, every second step accepts its draft. With
-MTP_GRAFT_RECORD it records prompts as our plugin does, other prompts around each.
+MTP_GRAFT_RECORD it records prompts as our plugin does, other prompts around each. A chat's prompt
+is the bytes of its messages.
 """
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +26,10 @@ SETTINGS: dict[str, Any] = {
     "requests": None,  # file that gets a line per completion asked: its number of new tokens
     "dies_at": None,  # the completion during which it dies
     "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
+    "streams": None,  # file that gets a line per stream asked: the sum of its prompt
+    "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs or closes
+    "noise": 0.0,  # steps take up to this share more; the same ones whenever it starts
+    "chat_tokens": 24,  # new tokens of a chat without max_tokens
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
 }
 ARGV = sys.argv[1:]
@@ -65,15 +71,18 @@ def metrics() -> str:
         for name, value in COUNTERS.items():
             lines.append(f"vllm:spec_decode_num_{name}_total{{{label}}} {float(value)}")
             lines.append(f"vllm:spec_decode_num_{name}_created{{{label}}} 1.7e+09")
-        lines.append(
-            f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="0"}} '
-            f"{float(COUNTERS['accepted_tokens'])}"
-        )
+        each = float(COUNTERS["accepted_tokens"] // NUM_DRAFT)
+        lines += [
+            f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{at}"}} {each}'
+            for at in range(NUM_DRAFT)
+        ]
     return "\n".join(lines) + "\n"
 
 
 LOCK = threading.Lock()
 ASKED: list[int] = []
+STREAMED: list[int] = []
+NOISE = random.Random(0)
 
 
 def count(max_tokens: int) -> None:
@@ -85,6 +94,21 @@ def count(max_tokens: int) -> None:
         if len(ASKED) == SETTINGS["dies_at"]:
             print("RuntimeError: died in the middle", flush=True)
             os._exit(7)
+
+
+def count_stream(prompt: list[int]) -> str | None:
+    """Note that a stream was asked for; return how it is to fail."""
+    with LOCK:
+        STREAMED.append(sum(prompt))
+        if SETTINGS["streams"]:
+            with open(SETTINGS["streams"], "a") as file:
+                file.write(f"{sum(prompt)}\n")
+        failure: str | None = SETTINGS["fails"].get(str(len(STREAMED)))
+        return failure
+
+
+def prompt_of_chat(body: dict[str, Any]) -> list[int]:
+    return list("".join(m["content"] for m in body["messages"]).encode())
 
 
 def record(prompt: list[int]) -> None:
@@ -132,8 +156,10 @@ class Handler(BaseHTTPRequestHandler):
         elif SETTINGS["mode"] == "dies_on_completion":
             print("RuntimeError: died in the first step", flush=True)
             os._exit(7)
+        elif self.path == "/v1/chat/completions":
+            self.stream(prompt_of_chat(body), body.get("max_tokens", SETTINGS["chat_tokens"]), True)
         elif body.get("stream"):
-            self.stream(answer(body["prompt"], body["max_tokens"]))
+            self.stream(body["prompt"], body["max_tokens"], False)
         else:
             count(body["max_tokens"])
             record(body["prompt"])
@@ -148,19 +174,32 @@ class Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"top_logprobs": top}
         return choice
 
-    def stream(self, tokens: list[int]) -> None:
+    def stream(self, prompt: list[int], max_tokens: int, chat: bool) -> None:
+        failure = count_stream(prompt)
+        if failure == "500":
+            self.reply(500, '{"error": {"message": "out of luck"}}')
+            return
         self.send_response(200)
         self.send_header("Connection", "close")
         self.end_headers()
-        done = 0
-        for size in steps(len(tokens)):
-            time.sleep(SETTINGS["step_s"])
-            choice = {"token_ids": tokens[done : done + size], "finish_reason": None}
-            self.event({"choices": [choice]})
-            done += size
-        self.event({"choices": [{"token_ids": [], "finish_reason": "length"}]})
-        self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
+        if chat:
+            self.event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        tokens, done = answer(prompt, max_tokens), 0
+        for size in steps(len(tokens)):
+            time.sleep(SETTINGS["step_s"] * (1 + SETTINGS["noise"] * NOISE.random()))
+            choice = {"token_ids": tokens[done : done + size], "finish_reason": None}
+            self.event({"choices": [choice | ({"delta": {"content": "x" * size}} if chat else {})]})
+            done += size
+            if failure == "hangs":
+                time.sleep(300)
+            if failure == "closes":
+                return
+        self.event({"choices": [{"token_ids": [], "finish_reason": "length"}]})
+        if chat:
+            usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
+            self.event({"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, content: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())

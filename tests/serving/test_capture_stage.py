@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from mtp_graft.checkpoint.capture import (
+    INTACT_NAME,
     RECORDINGS,
     SWITCH_NAME,
     iterate_capture,
@@ -26,7 +28,7 @@ from mtp_graft.serving import server
 from mtp_graft.serving.command import ServeOptions, build_command
 from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
-from mtp_graft.stages import capture as stage
+from mtp_graft.stages import recordings
 from mtp_graft.stages.capture import CaptureConfig, capture, recording_options
 
 CONFIG = CaptureConfig(max_prompt_tokens=6, new_tokens=3, concurrency=2, max_model_len=64)
@@ -44,7 +46,7 @@ NUM_PROMPTS = sum(map(len, PROMPTS.values()))
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "POLL_S", 0.05)
-    monkeypatch.setattr(stage, "WRITE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(recordings, "WRITE_TIMEOUT_S", 0.3)
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ def check_complete(out: Path) -> None:
         assert recorded.targets.tolist() == [t + 1 for t in token_ids + answer]
     named = {sequence.recording for sequence, _ in captured}
     assert {path.name for path in (out / RECORDINGS).iterdir()} == named
-    assert not (out / SWITCH_NAME).exists()
+    assert not (out / SWITCH_NAME).exists() and not (out / INTACT_NAME).exists()
 
 
 def asked(requests: Path) -> dict[int, int]:
@@ -199,6 +201,36 @@ def test_a_server_that_does_not_record_whole_prompts_is_an_error(
     assert not (out / SWITCH_NAME).exists()
 
 
+def test_a_recording_that_cannot_be_written_is_one_error_with_the_logs_reason(
+    base: Path, fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "capture"
+    fake(records=None)
+
+    def fail_to_write() -> None:
+        """Do what the server's recorder does on a full disk."""
+        while not (out / SWITCH_NAME).exists():
+            time.sleep(0.001)
+        with (out / "vllm.log").open("a") as log:
+            log.write("OSError: [Errno 28] No space left on device\n")
+        (out / INTACT_NAME).unlink()
+
+    recorder = threading.Thread(target=fail_to_write)
+    recorder.start()
+    monkeypatch.setattr(recordings, "WRITE_TIMEOUT_S", 30.0)
+    started = time.monotonic()
+    with pytest.raises(GraftError) as raised:
+        capture(base, out, CONFIG, PROMPTS, quiet)
+    recorder.join()
+    assert time.monotonic() - started < 20, "it is seen at once, not after the timeout"
+    assert "recordings: the server could not write what it recorded; make room" in str(raised.value)
+    assert "vllm.log: OSError: [Errno 28] No space left on device" in str(raised.value)
+    assert len(read_texts(out)) == NUM_PROMPTS
+    fake()
+    capture(base, out, CONFIG, PROMPTS, quiet)
+    check_complete(out)
+
+
 def test_another_configuration_is_not_mixed_in(base: Path, requests: Path, tmp_path: Path) -> None:
     def call(config: CaptureConfig = CONFIG, prompts: Any = PROMPTS) -> dict[str, Any]:
         return capture(base, tmp_path / "capture", config, prompts, quiet)
@@ -253,6 +285,45 @@ def test_concurrently_yields_what_was_in_work_before_it_raises() -> None:
             finished.append(item)
     assert sorted(begun) == [0, *sorted(finished)]
     assert len(begun) <= 4
+
+
+INTERRUPTED = """
+import signal, sys, threading, time
+from mtp_graft.serving.concurrent import concurrently
+
+def work(item):
+    if item == 3:
+        print("in work", flush=True)
+    time.sleep(60)
+
+for _ in concurrently(work, range(100), 4):
+    pass
+"""
+
+
+def test_ctrl_c_does_not_wait_for_what_is_in_work() -> None:
+    command = [sys.executable, "-c", INTERRUPTED]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as client:
+        assert client.stdout is not None and client.stdout.readline() == "in work\n"
+        client.send_signal(signal.SIGINT)
+        assert client.wait(timeout=5) == -signal.SIGINT
+
+
+def test_a_caller_that_leaves_begins_nothing_more() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.02)
+        return item
+
+    for _ in concurrently(work, range(100), 2):
+        break
+    time.sleep(0.1)
+    assert len(begun) <= 4
+    assert list(concurrently(work, [], 2)) == []
 
 
 def test_concurrently_has_no_more_in_work_than_asked() -> None:

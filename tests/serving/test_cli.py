@@ -11,7 +11,7 @@ from mtp_graft import cli, pipeline
 from mtp_graft.bench.decode import Report
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
-from mtp_graft.stages.splice import check_inputs
+from mtp_graft.stages.splice_plan import check_inputs
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -153,6 +153,7 @@ RESULT: dict[str, Any] = {
     "acceptance_served": {"gptq": 0.75, "rtn": 0.5},
     "acceptance_offline": {"gptq": 0.7421, "rtn": 0.5, "bf16": 0.76},
     "intervals_served": {"gptq": [0.73, 0.77], "rtn": [0.48, 0.52]},
+    "acceptance_difference": {"gptq-rtn": [-0.0135, 0.0021]},
     "decode_tok_s": {"base": 20.0, "mtp": 30.0},
     "greedy_identical": True,
     "divergences": [],
@@ -166,7 +167,8 @@ def recipe(tmp_path: Path, base: Path, prompts_file: Path, monkeypatch: pytest.M
     (tmp_path / "upstream").mkdir()
     config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
     (base / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(pipeline, "check_inputs", lambda _base, _upstream: None)
+    monkeypatch.setattr(pipeline.run, "check_inputs", lambda _base, _upstream: None)
+    monkeypatch.setattr(pipeline.run, "check_needs", lambda *_: None)
     file = tmp_path / "some.toml"
     file.write_text(RECIPE)
     return file
@@ -204,6 +206,7 @@ def test_demo_runs_every_stage_of_the_bundled_recipe(
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert ["gptq", "74.2 %", "75.0 %", "73.0 % to 77.0 %"] in rows
     assert ["bf16", "76.0 %", "-", "-"] in rows
+    assert "gptq less rtn, served, on the same texts: -1.4 to +0.2 points (95 %)" in out
     assert "decode: base 20.0 tok/s, with MTP 30.0 tok/s (1.50 times)" in out
     assert "identical on every prompt" in out
     assert f"report: {tmp_path / 'report.md'}" in out
@@ -270,14 +273,44 @@ def test_a_dry_run_shows_stages_and_recipe_and_does_nothing(
     assert plan["stages"] == ["bench", "report"]
     assert plan["recipe"]["capture"]["new_tokens"] == 3
     assert plan["recipe"]["quantize"]["group_size"] == 128
+    assert "upstream" in plan["unknown"], "a folder without a model has no sizes"
     assert json.loads(run(*command, "--json", "-")[1]) == plan, "once, and nothing else"
     assert asked == [] and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_the_demo_shows_sizes_needs_and_times_to_people(run: Run) -> None:
+    status, out, errors = run("demo", "--dry-run")
+    assert status == 0
+    plan = json.loads(out)
+    assert plan["sources"]["base"]["bytes"] > 39_000_000
+    assert {need["stage"] for need in plan["needs"]} >= {"capture", "splice", "bench"}
+    assert "GB to download" in errors and "residuals, BF16" in errors and "room: " in errors
+
+
+@pytest.mark.parametrize("target", ["/nowhere/x.json", "FOLDER"])
+def test_a_result_that_could_not_be_written_is_said_before_anything_is_done(
+    target: str, run: Run, recipe: Path, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    file = tmp_path if target == "FOLDER" else Path(target)
+    status, _, errors = run("run", recipe, "--run", tmp_path / "run", "--json", file)
+    assert (status, asked) == (1, [])
+    assert f"error: {file}: cannot be written (" in errors
+
+
+def test_looking_whether_a_result_can_be_written_leaves_no_file(
+    run: Run, recipe: Path, tmp_path: Path
+) -> None:
+    there, new = tmp_path / "there.json", tmp_path / "new.json"
+    there.write_text("of an earlier run")
+    for file in (there, new):
+        assert run("quantize", recipe, "--run", tmp_path / "run", "--json", file)[0] == 1
+    assert there.read_text() == "of an earlier run" and not new.exists()
 
 
 def test_without_a_checkout_the_demo_says_where_its_model_is(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = tmp_path / "lib" / "site-packages" / "mtp_graft" / "pipeline.py"
+    module = tmp_path / "lib" / "site-packages" / "mtp_graft" / "pipeline" / "__init__.py"
     monkeypatch.setattr(pipeline, "__file__", str(module))
     status, _, errors = run("demo", "--run", tmp_path / "run")
     assert status == 1
@@ -303,13 +336,14 @@ def test_fetch_says_where_both_checkpoints_are(run: Run, recipe: Path, tmp_path:
     status, out, errors = run("fetch", recipe, "--run", tmp_path / "run", "--json", "-")
     assert status == 0, errors
     base, upstream = str(tmp_path / "base"), str(tmp_path / "upstream")
-    assert json.loads(out) == {"base": base, "upstream": upstream}
+    found = json.loads(out)
+    assert (found["base"], found["upstream"]) == (base, upstream)
 
 
 def test_inputs_that_do_not_fit_are_one_message(
     run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "check_inputs", check_inputs)
+    monkeypatch.setattr(pipeline.run, "check_inputs", check_inputs)
     status, out, errors = run("fetch", recipe, "--run", tmp_path / "run")
     assert (status, out, errors.count("error: ")) == (1, "", 1)
     assert "base/model-1.safetensors: not a readable safetensors file" in errors

@@ -2,12 +2,23 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mtp_graft import SUPPORTED_VLLM
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import ServeOptions, build_command, check_port, find_vllm
+from mtp_graft.serving.command import (
+    ServeCommand,
+    ServeOptions,
+    build_command,
+    check_port,
+    find_vllm,
+    vllm_elsewhere,
+)
+from mtp_graft.serving.plan import Node, make_plan
+from mtp_graft.serving.profiles import SERVED_MODEL_NAMES
+from mtp_graft.serving.topology import named_gpus
 
 from .conftest import install, only_from
 
@@ -236,15 +247,22 @@ def test_the_supported_range_is_that_of_the_gpu_extra(repo_root: Path) -> None:
     assert f'"vllm{SUPPORTED_VLLM}"' in (repo_root / "pyproject.toml").read_text()
 
 
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_the_installed_vllm_accepts_every_flag(grafted: Path) -> None:
+def parse_with_vllm(built: ServeCommand) -> Any:
+    """Return what the installed vLLM understands by the arguments after the checkpoint."""
     try:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
     except ModuleNotFoundError:  # before 0.32
         from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    argv = list(built.argv)
+    first = next(i for i, word in enumerate(argv) if word.startswith("--host"))
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(argv[first:])
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_installed_vllm_accepts_every_flag(grafted: Path) -> None:
     options = ServeOptions(
         grafted,
         max_model_len=64,
@@ -253,9 +271,25 @@ def test_the_installed_vllm_accepts_every_flag(grafted: Path) -> None:
         prefix_caching=False,
         enforce_eager=True,
     )
-    built = build_command(options)
-    argv = list(built.argv)
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(argv[argv.index(str(grafted)) :])
+    parsed = parse_with_vllm(build_command(options))
     assert parsed.tool_call_parser == "deepseek_v4"
     assert parsed.enable_prefix_caching is False
     assert parsed.speculative_config == {"method": "mtp", "num_speculative_tokens": 1}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_installed_vllm_accepts_the_flags_of_profiles(tiny_model: Path) -> None:
+    """Those of two cards on PCIe, and those of the second of two machines."""
+    options = ServeOptions(tiny_model / "base", max_model_len=4096)
+    vllm = vllm_elsewhere("0.32.0")
+    cards = make_plan(options, "524k", named_gpus("RTX PRO 6000 Max-Q", 2), vllm)
+    parsed = parse_with_vllm(build_command(cards.options, vllm))
+    assert parsed.disable_custom_all_reduce is True
+    assert parsed.gpu_memory_utilization == 0.93
+    assert parsed.max_num_batched_tokens == 8192
+    assert parsed.served_model_name == list(SERVED_MODEL_NAMES)
+    sparks = make_plan(options, "524k", named_gpus("GB10", 2), vllm, Node(1, "192.0.2.1"))
+    parsed = parse_with_vllm(build_command(sparks.options, vllm))
+    assert (parsed.nnodes, parsed.node_rank, parsed.master_addr) == (2, 1, "192.0.2.1")
+    assert parsed.headless is True

@@ -9,15 +9,20 @@ from mtp_graft.bench.decode import (
     DecodeConfig,
     Divergence,
     Round,
+    Timed,
     TokenPrompt,
     decode_result,
     find_divergences,
     measure_base,
+    measure_decode,
+    measure_kept,
     measure_mtp,
 )
 from mtp_graft.bench.decode import (
     compare as compare_results,
 )
+from mtp_graft.bench.ledger import Ledger, open_ledger
+from mtp_graft.bench.streams import BenchClient, Retrying
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
 from mtp_graft.serving.client import Completion, ScoredCompletion
@@ -60,6 +65,7 @@ def test_a_faster_identical_server_is_seen_as_that(
         "drafted": 52,
         "accepted": 28,
         "acceptance_per_position": [pytest.approx(7 / 13)],
+        "tokens_per_step": pytest.approx(20 / 13),
     }
     speeds = result["decode_tok_s"]
     # The stand-in sleeps a step's time and more, never less; a late first chunk adds a little.
@@ -82,13 +88,17 @@ def test_divergences_name_prompt_position_and_the_bases_margin(
     ]
 
 
+def timed(*completions: Completion, counters: SpecDecodeCounters | None = None) -> Round:
+    return Round(tuple(Timed(done, counters) for done in completions))
+
+
 def completion(tokens: int, first: int, ttft_s: float, decode_s: float) -> Completion:
     chunks = ((10.0 + ttft_s, first), (10.0 + ttft_s + decode_s, tokens - first))
     return Completion(tuple(range(tokens)), "length", 10.0, chunks)
 
 
 def test_speed_counts_tokens_after_the_first_chunk_over_all_prompts() -> None:
-    one = Round((completion(11, 1, 0.1, 1.0), completion(32, 2, 0.3, 4.0)), None)
+    one = timed(completion(11, 1, 0.1, 1.0), completion(32, 2, 0.3, 4.0))
     assert one.decode_tok_s == pytest.approx((10 + 30) / 5.0)
     assert one.ttft_ms == pytest.approx(200.0)
     assert one.tpot_ms == pytest.approx((100.0 + 4000.0 / 30) / 2)
@@ -96,8 +106,9 @@ def test_speed_counts_tokens_after_the_first_chunk_over_all_prompts() -> None:
 
 def test_results_give_median_extremes_and_number_of_rounds() -> None:
     rounds = [
-        Round(
-            (completion(11, 1, 0.1, 10 / speed),), SpecDecodeCounters(10, 10, accepted, (accepted,))
+        timed(
+            completion(11, 1, 0.1, 10 / speed),
+            counters=SpecDecodeCounters(10, 10, accepted, (accepted,)),
         )
         for speed, accepted in [(20.0, 5), (10.0, 7), (40.0, 9)]
     ]
@@ -109,8 +120,23 @@ def test_results_give_median_extremes_and_number_of_rounds() -> None:
     assert result["acceptance"]["median"] == pytest.approx(0.7)
 
 
+def test_the_interval_spans_what_other_prompts_would_have_given() -> None:
+    rounds = [timed(*(completion(11, 1, 0.1, 10 / speed) for speed in (10.0, 20.0, 40.0)))]
+    low, high = decode_result(rounds, CONFIG)["decode_tok_s"]["interval"]
+    assert low == pytest.approx(10.0) and high == pytest.approx(40.0)
+    same = [timed(*(completion(11, 1, 0.1, 0.5) for _ in range(3)))]
+    assert decode_result(same, CONFIG)["decode_tok_s"]["interval"] == pytest.approx([20.0, 20.0])
+
+
+def test_a_prompt_that_is_answered_in_one_chunk_has_no_time_per_token() -> None:
+    result = decode_result([timed(completion(11, 1, 0.1, 1.0), completion(1, 1, 0.1, 0.0))], CONFIG)
+    assert result["tpot_ms"]["median"] == pytest.approx(100.0)
+    assert result["tpot_ms"]["interval"] == pytest.approx([100.0, 100.0])
+    assert result["decode_tok_s"]["interval"] == pytest.approx([10.0, 10.0])
+
+
 def test_rounds_that_differ_are_not_called_repeatable() -> None:
-    rounds = [Round((completion(n, 1, 0.1, 1.0),), None) for n in (5, 6)]
+    rounds = [timed(completion(n, 1, 0.1, 1.0)) for n in (5, 6)]
     assert decode_result(rounds, CONFIG)["repeatable"] is False
 
 
@@ -171,3 +197,76 @@ def test_a_bad_prompt_file_is_named_with_its_line(
     file.write_text(content)
     with pytest.raises(GraftError, match=message):
         load_prompts(file)
+
+
+TOKEN_PROMPTS = [TokenPrompt("a", (1, 2)), TokenPrompt("b", (3,))]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"), [("500", "refused"), ("hangs", "timeout"), ("closes", "broken")]
+)
+def test_a_failed_request_is_counted_and_asked_again(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path, failure: str, kind: str
+) -> None:
+    fake(fails={"3": failure}, step_s=0.001)  # the warm-up is stream 1, "a" 2, "b" 3
+    retrying = Retrying(wait_s=0.0)
+    with (
+        server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as running,
+        BenchClient(running.base_url, silence_s=0.5) as client,
+    ):
+        rounds = measure_decode(client, TOKEN_PROMPTS, CONFIG, quiet, retrying=retrying)
+    assert [(f.request, f.attempt, f.kind) for f in retrying.failures] == [("decode/0/b", 1, kind)]
+    assert retrying.as_dict()["errors"] == 1
+    # What the broken attempt drafted is in no round.
+    assert rounds[0].counters == rounds[1].counters
+    assert decode_result(rounds, CONFIG)["repeatable"] is True
+
+
+def test_a_request_that_always_fails_ends_the_measurement(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(fails={"2": "500", "3": "closes"})
+    with (
+        server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client,
+        pytest.raises(GraftError, match=r"decode/0/a: failed 2 times in a row, .* ended after 1"),
+    ):
+        measure_decode(
+            client, TOKEN_PROMPTS, CONFIG, quiet, retrying=Retrying(attempts=2, wait_s=0.0)
+        )
+
+
+def test_what_was_measured_before_a_kill_is_not_asked_again(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    streams, folder = tmp_path / "streams", tmp_path / "run"
+    fake(streams=str(streams), fails={"4": "500"})
+    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client:
+
+        def measure() -> list[Round]:
+            with open_ledger(folder, {"a": 1}) as ledger:
+                give_up = Retrying(attempts=1)
+                return measure_kept(lambda: client, PROMPTS, CONFIG, quiet, ledger, give_up)
+
+        with pytest.raises(GraftError, match="decode/1/a"):
+            measure()
+        rounds = measure()
+        assert measure() == rounds  # nothing is left to ask
+    a, b = sum(b"ab"), sum(b"hello")
+    # Warm-up, a, b, a (which failed); then warm-up and what was missing: a, b.
+    assert list(map(int, streams.read_text().split())) == [a, a, b, a, a, a, b]
+    assert [len(r.timed) for r in rounds] == [2, 2]
+
+
+def test_a_finished_measurement_needs_no_server(tmp_path: Path) -> None:
+    ledger = Ledger()
+    ledger.add("prompts", [{"id": "a", "token_ids": [1]}])
+    one = Timed(completion(5, 1, 0.1, 1.0), SpecDecodeCounters(4, 4, 2, (2,)))
+    for n in range(CONFIG.rounds):
+        ledger.add(f"decode/{n}/a", json.loads(json.dumps(one.as_dict())))
+
+    def no_server() -> BenchClient:
+        raise AssertionError("a server was asked for")
+
+    rounds = measure_kept(no_server, PROMPTS, CONFIG, quiet, ledger, Retrying())
+    assert [r.counters for r in rounds] == [(one.counters,)] * 2
+    assert rounds[0].completions[0].decode_s == pytest.approx(one.completion.decode_s)

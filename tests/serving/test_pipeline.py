@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from mtp_graft import pipeline
-from mtp_graft.bench.acceptance import KnownText
-from mtp_graft.bench.acceptance import measure_acceptance as real_measure_acceptance
+from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
@@ -27,7 +26,7 @@ from mtp_graft.serving.command import ServeOptions
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
-from .conftest import BASE_TENSORS, HEAD_TENSORS, write_checkpoint
+from .conftest import BASE_TENSORS, HEAD_TENSORS, install, write_checkpoint
 from .test_acceptance import Streamed, quiet
 
 RECIPE = """
@@ -80,8 +79,10 @@ class StandIns:
 
     done: list[str] = field(default_factory=list)
     devices: dict[str, str] = field(default_factory=dict)
+    replay: str | None = None  # what quantize was asked for
     missing: list[str] = field(default_factory=list)  # what verify says is missing
     refused: str | None = None  # what is wrong with the inputs
+    counts: list[dict[str, Any]] | None = None  # of each served text
 
     def check_inputs(self, base: Path, upstream: Path) -> None:
         assert base.is_dir() and upstream.is_dir()
@@ -92,6 +93,7 @@ class StandIns:
         self, _capture: Path, _up: Path, _base: Path, out: Path, config: Any, _: Any
     ) -> Any:
         self.devices["quantize"] = config.device
+        self.replay = config.replay
         return self._finish("quantize", out, quantize_report(4))
 
     def score(
@@ -118,7 +120,7 @@ class StandIns:
         return result
 
     def splice(
-        self, _base: Path, _upstream: Path, out: Path, variant: str, *, quantized: Path, copy: bool
+        self, _base: Path, _upstream: Path, out: Path, variant: str, *, quantized: Path, **_: Any
     ) -> None:
         if out.exists():
             return
@@ -145,13 +147,15 @@ class StandIns:
 def stages(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     stand_ins = StandIns()
     for name in ("check_inputs", "quantize", "score", "splice", "verify"):
-        monkeypatch.setattr(pipeline, name, getattr(stand_ins, name))
+        monkeypatch.setattr(pipeline.run, name, getattr(stand_ins, name))
+
+    monkeypatch.setattr(pipeline.run, "check_needs", lambda *_: None)
 
     def measure_streamed(client: ServerClient, *rest: Any) -> dict[str, Any]:
         with Streamed(client.base_url) as streamed:
-            return real_measure_acceptance(streamed, *rest)
+            return {**measure_acceptance(streamed, *rest), "sequences": stand_ins.counts}
 
-    monkeypatch.setattr(pipeline, "measure_acceptance", measure_streamed)
+    monkeypatch.setattr(pipeline.bench, "measure_paired", measure_streamed)
     return stand_ins
 
 
@@ -187,7 +191,7 @@ def servers(fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.Monke
                 servers.running -= 1
 
     monkeypatch.setattr(server, "POLL_S", 0.05)
-    monkeypatch.setattr(pipeline, "managed_server", managed)
+    monkeypatch.setattr(pipeline.servers, "managed_server", managed)
     return servers
 
 
@@ -257,7 +261,7 @@ def test_no_server_runs_and_no_other_run_begins_while_the_head_is_quantized(
             run_pipeline(load_recipe(recipe), folder, quiet, ["fetch"])
         return stages.quantize(*arguments)
 
-    monkeypatch.setattr(pipeline, "quantize", quantize)
+    monkeypatch.setattr(pipeline.run, "quantize", quantize)
     run()
     assert "quantize" in stages.done
 
@@ -269,9 +273,31 @@ def test_the_base_records_without_drafting_and_variants_draft_without_recording(
     base, variant = servers.options[BASE], servers.options[GPTQ]
     assert (base.record, base.num_speculative_tokens) == (folder / "capture", 0)
     assert (variant.record, variant.num_speculative_tokens) == (None, 2)
-    for options in (base, variant):
-        assert options.extra_args == ("--seed", "7")
-        assert options.max_model_len == 64
+    counting = ("--per-request-spec-decode-metrics", "summary")
+    assert base.extra_args == ("--seed", "7")
+    assert variant.extra_args == (*counting, "--seed", "7"), "the recipe's come last, and win"
+    assert base.max_model_len == variant.max_model_len == 64
+
+
+def test_a_vllm_that_cannot_count_drafts_by_request_is_not_asked_to(
+    run: Run, servers: Servers, vllm: Path, site: Path
+) -> None:
+    for info in site.glob("*.dist-info"):
+        shutil.rmtree(info)
+    install(site, version="0.31.0+cpu")
+    result = run()
+    assert servers.options[GPTQ].extra_args == ("--seed", "7")
+    assert result["acceptance_difference"] == {}
+
+
+def test_heads_are_compared_on_the_same_texts(run: Run, stages: StandIns) -> None:
+    stages.counts = [{"id": f"p{n}", "drafts": 4, "accepted": n % 3} for n in range(2)]
+    result = run()
+    same = pytest.approx([0.0, 0.0])  # both heads have the same counts, on every draw of texts
+    assert result["acceptance_difference"] == {"gptq-rtn": same}
+    assert result["acceptance_difference_offline"] == dict.fromkeys(
+        ("gptq-rtn", "gptq-mxfp4", "gptq-bf16"), same
+    )
 
 
 def test_evaluation_prompts_of_the_same_file_are_held_out(run: Run, folder: Path) -> None:
@@ -293,13 +319,13 @@ def test_as_many_evaluation_texts_are_served_as_the_recipe_says(
     run: Run, stages: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    measure = pipeline.measure_acceptance
+    measure = pipeline.bench.measure_paired
 
     def remember(client: ServerClient, texts: list[KnownText], *rest: Any) -> dict[str, Any]:
         asked.append([text.id for text in texts])
         return measure(client, texts, *rest)
 
-    monkeypatch.setattr(pipeline, "measure_acceptance", remember)
+    monkeypatch.setattr(pipeline.bench, "measure_paired", remember)
     result = run("bench.acceptance_count=1")
     assert asked == [["p3"], ["p3"]]
     assert result["drafts_served"] == {GPTQ: 3, RTN: 3}
@@ -522,6 +548,18 @@ def test_a_failed_verification_ends_the_run_with_the_tensors_name(
     assert json.loads((folder / "verify" / "gptq.json").read_text())["missing"] == stages.missing
 
 
+def test_a_base_that_changed_since_it_was_captured_is_not_verified(
+    run: Run, recipe: Path, folder: Path
+) -> None:
+    for stage in ("capture", "quantize", "splice", "verify"):
+        run(only=stage)
+    found = json.loads((folder / "verify" / "gptq.json").read_text())
+    assert found["ok"] and found["base_as_captured"] is True
+    (recipe.parent / "base" / "model-1.safetensors").write_bytes(b"other values")
+    with pytest.raises(GraftError, match="the base is not the one that it was spliced from"):
+        run(only="verify")
+
+
 @pytest.mark.parametrize(("there", "expected"), [(True, "cuda"), (False, "cpu")])
 def test_device_auto_is_the_gpu_if_there_is_one(
     there: bool, expected: str, run: Run, stages: StandIns, monkeypatch: pytest.MonkeyPatch
@@ -531,6 +569,15 @@ def test_device_auto_is_the_gpu_if_there_is_one(
     run(only="quantize")
     run("score.device=cpu", only="score")
     assert stages.devices == {"quantize": expected, "score": "cpu"}
+
+
+@pytest.mark.parametrize("replay", ["true", "identity"])
+def test_the_recipe_says_what_experts_are_calibrated_on(
+    replay: str, run: Run, stages: StandIns
+) -> None:
+    run(only="capture")
+    run(f"quantize.replay={replay}", only="quantize")
+    assert stages.replay == replay
 
 
 def test_stages_that_need_no_vllm_run_without_it(
@@ -558,6 +605,9 @@ def test_one_stage_returns_its_own_result(run: Run, recipe: Path, folder: Path) 
     assert results["fetch"] == {
         "base": str(recipe.parent / "base"),
         "upstream": str(recipe.parent / "upstream"),
+        "base_commit": None,
+        "upstream_commit": None,
+        "model": asdict(loaded.model),
     }
     assert results["capture"]["splits"] == {"calibration": 3, "evaluation": 2}
     assert results["quantize"]["group_size"] == 128

@@ -2,9 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from mtp_graft.bench.intervals import bootstrap_median, bootstrap_pooled
+from mtp_graft.bench.ledger import Ledger
+from mtp_graft.bench.streams import Retrying, stream_whole
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Completion, ScoredCompletion, ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters
@@ -32,16 +38,54 @@ class TokenPrompt:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """One continuation, and what the server drafted for it (None without MTP)."""
+
+    completion: Completion
+    counters: SpecDecodeCounters | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON that `from_dict` reads; times count from the request."""
+        done = self.completion
+        return {
+            "token_ids": list(done.token_ids),
+            "finish_reason": done.finish_reason,
+            "chunks": [[arrived - done.started_s, size] for arrived, size in done.chunks],
+            "counters": self.counters and asdict(self.counters),
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> "Timed":
+        """Return what `as_dict` wrote."""
+        chunks = tuple((arrived, size) for arrived, size in found["chunks"])
+        completion = Completion(tuple(found["token_ids"]), found["finish_reason"], 0.0, chunks)
+        counted = found["counters"]
+        if counted is None:
+            return cls(completion, None)
+        positions = tuple(counted["accepted_per_position"])
+        return cls(completion, SpecDecodeCounters(**counted | {"accepted_per_position": positions}))
+
+
+@dataclass(frozen=True)
 class Round:
     """Every prompt continued once, one after the other."""
 
-    completions: tuple[Completion, ...]
-    counters: SpecDecodeCounters | None  # what this round added; None without MTP
+    timed: tuple[Timed, ...]
+
+    @property
+    def completions(self) -> tuple[Completion, ...]:
+        """Return the continuations with their times, in the prompts' order."""
+        return tuple(timed.completion for timed in self.timed)
 
     @property
     def token_ids(self) -> tuple[tuple[int, ...], ...]:
         """Return the continuations, in the prompts' order."""
         return tuple(completion.token_ids for completion in self.completions)
+
+    @property
+    def counters(self) -> tuple[SpecDecodeCounters, ...]:
+        """Return what was drafted for each prompt; empty without MTP."""
+        return tuple(timed.counters for timed in self.timed if timed.counters is not None)
 
     @property
     def decode_tok_s(self) -> float:
@@ -81,34 +125,79 @@ def measure_decode(
     config: DecodeConfig,
     report: Report,
     label: str = "decode",
+    *,
+    ledger: Ledger | None = None,
+    retrying: Retrying | None = None,
 ) -> list[Round]:
     """Continue all prompts `config.rounds` times, one request at a time, after a warm-up.
 
-    Raises GraftError if no prompt is continued by more than one chunk of tokens.
+    Continuations in `ledger` under this label are not asked for again. Raises GraftError if a
+    prompt fails for good, or if no prompt is continued by more than one chunk of tokens.
     """
-    report(f"{label}: warm-up", 0, 0)
-    client.stream(prompts[0].token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
-    rounds: list[Round] = []
-    total = config.rounds * len(prompts)
-    before = client.spec_decode_counters()
-    for _ in range(config.rounds):
-        completions: list[Completion] = []
-        for prompt in prompts:
-            report(label, len(rounds) * len(prompts) + len(completions), total)
-            completions.append(
-                client.stream(prompt.token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
-            )
-        if not any(completion.num_decoded for completion in completions):
-            raise GraftError(
-                f"{client.base_url}: every answer is a single chunk, so there is no decode time "
-                f"to measure; ask for more than {config.max_tokens} tokens or longer answers"
-            )
+    ledger, retrying = ledger or Ledger(), retrying or Retrying()
+
+    def ask(prompt: TokenPrompt) -> Timed:
+        before = client.spec_decode_counters()
+        completion = stream_whole(
+            client, prompt.token_ids, config.max_tokens, ignore_eos=config.ignore_eos
+        )
         after = client.spec_decode_counters()
-        counters = None if before is None or after is None else after - before
-        rounds.append(Round(tuple(completions), counters))
-        before = after
-    report(label, total, total)
+        return Timed(completion, None if before is None or after is None else after - before)
+
+    report(f"{label}: warm-up", 0, 0)
+    retrying.ask(f"{label}: warm-up", partial(ask, prompts[0]))
+    names = unit_names(prompts, config, label)
+    for done, (name, prompt) in enumerate(zip(names, [*prompts] * config.rounds, strict=True)):
+        report(label, done, len(names))
+        if name not in ledger:
+            ledger.add(name, retrying.ask(name, partial(ask, prompt)).as_dict())
+    report(label, len(names), len(names))
+    rounds = rounds_of(ledger, names, len(prompts))
+    if not any(c.num_decoded for r in rounds for c in r.completions):
+        raise GraftError(
+            f"{client.base_url}: every answer is a single chunk, so there is no decode time "
+            f"to measure; ask for more than {config.max_tokens} tokens or longer answers"
+        )
     return rounds
+
+
+def measure_kept(
+    client: Callable[[], ServerClient],
+    prompts: Sequence[Prompt | ChatPrompt],
+    config: DecodeConfig,
+    report: Report,
+    ledger: Ledger,
+    retrying: Retrying,
+) -> list[Round]:
+    """Measure what the ledger does not have; `client` is called only if that is something."""
+    label = "decode"
+    if "prompts" in ledger:
+        known = kept_prompts(ledger)
+        names = unit_names(known, config, label)
+        if all(name in ledger for name in names):
+            return rounds_of(ledger, names, len(known))
+    server = client()
+    if "prompts" not in ledger:
+        ledger.add("prompts", [asdict(prompt) for prompt in tokenize(server, prompts)])
+    known = kept_prompts(ledger)
+    return measure_decode(server, known, config, report, label, ledger=ledger, retrying=retrying)
+
+
+def kept_prompts(ledger: Ledger) -> list[TokenPrompt]:
+    """Return the prompts that a ledger's measurement began with."""
+    return [TokenPrompt(p["id"], tuple(p["token_ids"])) for p in ledger["prompts"]]
+
+
+def unit_names(prompts: Sequence[TokenPrompt], config: DecodeConfig, label: str) -> list[str]:
+    """Return the names of a measurement's continuations in its ledger, in the order asked."""
+    return [f"{label}/{n}/{prompt.id}" for n in range(config.rounds) for prompt in prompts]
+
+
+def rounds_of(ledger: Ledger, names: Sequence[str], num_prompts: int) -> list[Round]:
+    """Return the rounds that a ledger holds under these names."""
+    timed = [Timed.from_dict(ledger[name]) for name in names]
+    starts = range(0, len(timed), num_prompts)
+    return [Round(tuple(timed[start : start + num_prompts])) for start in starts]
 
 
 def score_greedy(
@@ -149,29 +238,54 @@ def find_divergences(
 
 def decode_result(rounds: Sequence[Round], config: DecodeConfig) -> dict[str, Any]:
     """Return the JSON result of `bench decode`: each quantity over the rounds."""
-    counters = [r.counters for r in rounds if r.counters is not None]
-    acceptance = [c.acceptance for c in counters if c.acceptance is not None]
-    num_tokens = sum(len(tokens) for tokens in rounds[0].token_ids)
+    counters = [counted for r in rounds for counted in r.counters]
     return {
-        "decode_tok_s": _spread([r.decode_tok_s for r in rounds]),
-        "ttft_ms": _spread([r.ttft_ms for r in rounds]),
-        "tpot_ms": _spread([r.tpot_ms for r in rounds]),
-        "acceptance": _spread(acceptance) if acceptance else None,
+        **_speeds(rounds),
+        "acceptance": _acceptance(rounds),
         "drafts": _sum_counters(counters),
         "repeatable": all(r.token_ids == rounds[0].token_ids for r in rounds),
-        "num_prompts": len(rounds[0].completions),
-        "tokens_per_round": num_tokens,
+        "num_prompts": len(rounds[0].timed),
+        "tokens_per_round": sum(len(tokens) for tokens in rounds[0].token_ids),
         "config": asdict(config),
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _speeds(rounds: Sequence[Round]) -> dict[str, Any]:
+    table = [r.completions for r in rounds]
+    tokens = np.array([[c.num_decoded for c in row] for row in table], dtype=float)  # [R, P]
+    seconds = np.array([[c.decode_s for c in row] for row in table])
+    ttft_ms = 1e3 * np.array([[c.ttft_s for c in row] for row in table])
+    decoded = tokens.all(axis=0)  # a prompt that is answered in one chunk has no time per token
+    tpot_ms = 1e3 * seconds[:, decoded] / tokens[:, decoded]
+    return {
+        "decode_tok_s": _spread(
+            [r.decode_tok_s for r in rounds], bootstrap_pooled(tokens, seconds)
+        ),
+        "ttft_ms": _spread([r.ttft_ms for r in rounds], bootstrap_median(ttft_ms)),
+        "tpot_ms": _spread([r.tpot_ms for r in rounds], bootstrap_median(tpot_ms)),
+    }
+
+
+def _acceptance(rounds: Sequence[Round]) -> dict[str, Any] | None:
+    """Return accepted over drafted tokens; None if nothing was drafted."""
+    table = [r.counters for r in rounds]
+    drafted = np.array([[c.num_draft_tokens for c in row] for row in table], dtype=float)
+    accepted = np.array([[c.num_accepted_tokens for c in row] for row in table], dtype=float)
+    if not drafted.size or not drafted.sum(axis=1).all():
+        return None
+    rates = (accepted.sum(axis=1) / drafted.sum(axis=1)).tolist()
+    return _spread(rates, bootstrap_pooled(accepted, drafted))
+
+
+def _spread(values: Sequence[float], interval: tuple[float, float]) -> dict[str, Any]:
+    """Return a quantity over the rounds; the interval is that of the median."""
     return {
         "median": median(values),
         "min": min(values),
         "max": max(values),
         "runs": len(values),
         "values": list(values),
+        "interval": list(interval),
     }
 
 
@@ -180,13 +294,15 @@ def _sum_counters(counters: Sequence[SpecDecodeCounters]) -> dict[str, Any] | No
     if not counters:
         return None
     num_drafts = sum(c.num_drafts for c in counters)
+    accepted = sum(c.num_accepted_tokens for c in counters)
     per_position = [
         sum(at) for at in zip(*(c.accepted_per_position for c in counters), strict=True)
     ]
     return {
         "drafted": sum(c.num_draft_tokens for c in counters),
-        "accepted": sum(c.num_accepted_tokens for c in counters),
+        "accepted": accepted,
         "acceptance_per_position": [n / num_drafts for n in per_position] if num_drafts else None,
+        "tokens_per_step": 1 + accepted / num_drafts if num_drafts else None,
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from mtp_graft.checkpoint.quantization_config import scheme_of
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import Linears
 
 MANIFEST_NAME = "MTP_QUANT_MANIFEST.json"
 MANIFEST_TEXT_NAME = "MTP_QUANT_MANIFEST.md"
@@ -41,11 +42,7 @@ _REPORT_KEYS = (
     "calibration_tokens",
     "replay",
 )
-_KEPT = {
-    "attn.{wq_a,wq_b,wkv,wo_a,wo_b}, e_proj, h_proj": "upstream FP8 codes, scales as BF16 (exact)",
-    "ffn.shared_experts.{w1,w2,w3}": "upstream FP8 decoded to BF16 (exact)",
-    "norms, gate, attn_sink, hc_*": "as upstream, F32 kept F32",
-}
+_FP8, _BF16 = "upstream FP8 codes, scales as BF16 (exact)", "upstream FP8 decoded to BF16 (exact)"
 
 
 def read_report(quantized: Path) -> dict[str, Any]:
@@ -65,6 +62,7 @@ def read_report(quantized: Path) -> dict[str, Any]:
 
 def manifest(
     variant: str,
+    linears: Linears,
     config: Mapping[str, Any],
     report: Mapping[str, Any] | None,
     provenance: Mapping[str, Any],
@@ -88,12 +86,22 @@ def manifest(
             "format": "bfloat16" if scheme is None else scheme.get("format"),
             "weights": None if scheme is None else scheme["weights"],
         },
-        "other_tensors": _KEPT,
+        "other_tensors": _other_tensors(linears),
         "tensors": num_tensors,
         "bytes": num_bytes,
         "calibration": _calibration(report) if calibrated and report else None,
         "rel_error": None if report is None else _rel_error(variant, report),
         "provenance": dict(provenance),
+    }
+
+
+def _other_tensors(linears: Linears) -> dict[str, str]:
+    """Return what became of the tensors that are no routed expert's."""
+    return {
+        "attn.{wq_a,wq_b,wkv,wo_a,wo_b}": _FP8,
+        "e_proj, h_proj": _BF16 if linears == "bf16" else _FP8,
+        "ffn.shared_experts.{w1,w2,w3}": _FP8 if linears == "fp8" else _BF16,
+        "norms, gate, attn_sink, hc_*": "as upstream, F32 kept F32",
     }
 
 

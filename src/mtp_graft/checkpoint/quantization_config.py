@@ -11,6 +11,7 @@ from copy import deepcopy
 from typing import Any, Literal
 
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import Linears
 
 #: Formats of the head's routed experts that a checkpoint can carry.
 ExpertFormat = Literal["int4", "mxfp4", "bf16"]
@@ -84,27 +85,31 @@ def base_quantization_config() -> dict[str, Any]:
 
 
 def add_head(
-    config: dict[str, Any], head_layer: int, experts: ExpertFormat, fp8_projections: bool
+    config: dict[str, Any], head_layer: int, experts: ExpertFormat, linears: Linears
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
     The head's attention is covered by the base's FP8 group and INT4 experts by its INT4 group.
-    `fp8_projections` says that e_proj and h_proj are FP8_BLOCK too; else they are BF16.
+    Its other linears are FP8_BLOCK or BF16 as `linears` says (`dsv4.variants` explains it).
     """
     layer = rf"re:.*layers\.{head_layer}\."
     groups = dict(config["config_groups"])
     ignore = list(config.get("ignore", []))
-    if fp8_projections:
-        groups["mtp_projections"] = {"targets": [rf"{layer}(e_proj|h_proj)$"], **_FP8_BLOCK}
+    fp8: list[str] = []
+    (ignore if linears == "bf16" else fp8).append(rf"{layer}(e_proj|h_proj)$")
+    shared = rf"{layer}(mtp_block\.)?ffn\.shared_experts\."
+    if linears == "fp8":
+        fp8.append(rf"{shared}{_EXPERT_MATRIX}$")
     else:
-        ignore.append(rf"{layer}(e_proj|h_proj)$")
+        ignore.append(rf"{shared}.*")
+    if fp8:
+        groups["mtp_projections"] = {"targets": fp8, **_FP8_BLOCK}
     # First match wins, so a head in another format goes before the base's groups.
     if experts == "mxfp4":
         expert_target = rf"{layer}(mtp_block\.)?ffn\.experts\.\d+\.{_EXPERT_MATRIX}$"
         groups = {"mtp_experts": {"targets": [expert_target], **_MXFP4}, **groups}
     elif experts == "bf16":
         ignore.append(rf"{layer}(mtp_block\.)?ffn\.experts\..*")
-    ignore.append(rf"{layer}(mtp_block\.)?ffn\.shared_experts\..*")
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
@@ -129,7 +134,9 @@ def _matches(pattern: str, name: str) -> bool:
     return pattern == name
 
 
-def check_head(config: dict[str, Any], head_layer: int, experts: ExpertFormat) -> None:
+def check_head(
+    config: dict[str, Any], head_layer: int, experts: ExpertFormat, linears: Linears
+) -> None:
     """Check that every module of the head finds the scheme it is stored in.
 
     Raises GraftError for a module that the base's own groups or ignore list take elsewhere: it
@@ -141,9 +148,13 @@ def check_head(config: dict[str, Any], head_layer: int, experts: ExpertFormat) -
         f"{layer}.ffn.experts.0.{m}": expert_format
         for m in ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
     }
-    expected |= {f"{layer}.ffn.shared_experts.{m}": None for m in ("w1", "w2", "w3")}
-    linears = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b", "e_proj", "h_proj")
-    expected |= {f"{layer}.{name}": _FP8_BLOCK["format"] for name in linears}
+    fp8, bf16 = _FP8_BLOCK["format"], None
+    attention = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")
+    expected |= {f"{layer}.attn.{name}": fp8 for name in attention}
+    projections = bf16 if linears == "bf16" else fp8
+    expected |= {f"{layer}.{name}": projections for name in ("e_proj", "h_proj")}
+    shared = fp8 if linears == "fp8" else bf16
+    expected |= {f"{layer}.ffn.shared_experts.{m}": shared for m in ("w1", "w2", "w3")}
     for module, wanted in expected.items():
         group = scheme_of(config, module)
         found = None if group is None else group.get("format", config.get("format"))

@@ -5,7 +5,8 @@ What the commands do is in `pipeline`, `serving` and `bench`.
 
 import sys
 
-from mtp_graft.cli import bench, pipeline, serve  # noqa: F401 - importing registers the commands
+# Importing these registers their commands.
+from mtp_graft.cli import bench, doctor, evals, pipeline, serve  # noqa: F401
 from mtp_graft.cli.app import app
 from mtp_graft.cli.output import note
 from mtp_graft.errors import GraftError

@@ -1,104 +1,301 @@
-"""`mtp-graft bench`: measurements of one server."""
+"""`mtp-graft bench decode`, `sweep` and `workload`: how fast a server is."""
 
-import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
-from mtp_graft.cli.output import note, progress_bar, result_console, write_json
+from mtp_graft.cli.bench_tables import (
+    decode_table,
+    ratio_lines,
+    sweep_lines,
+    sweep_table,
+    workload_table,
+)
+from mtp_graft.cli.output import Report, note, progress_bar, result_console, write_json
+from mtp_graft.cli.target import (
+    ATTEMPTS,
+    SILENCE_S,
+    ApiKeyOption,
+    AttemptsOption,
+    BaseUrlOption,
+    CheckpointOption,
+    IgnoreEosOption,
+    LimitOption,
+    LogOption,
+    MaxModelLenOption,
+    PromptsOption,
+    RunOption,
+    ServeArgument,
+    SilenceOption,
+    Target,
+    keep_result,
+    prompts_of,
+    retry_policy,
+)
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
-    from mtp_graft.bench.decode import DecodeConfig, Report
-    from mtp_graft.serving.client import ServerClient
+    from mtp_graft.bench.decode import DecodeConfig
+    from mtp_graft.bench.streams import BenchClient, Retrying
 
 MaxTokensOption = Annotated[int, typer.Option(min=2, help="Tokens to continue each prompt by.")]
-RoundsOption = Annotated[int, typer.Option(min=1, help="How often every prompt is continued.")]
-IgnoreEosOption = Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")]
 
 
 @bench.command("decode")
 def bench_decode(
-    base_url: Annotated[str | None, typer.Option(help="A running server's address.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Serve this folder meanwhile.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.')
+    extra: ServeArgument = None,
+    base_url: BaseUrlOption = None,
+    checkpoint: CheckpointOption = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with this checkpoint, served in turn.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first prompts only.")] = None,
+    against_url: Annotated[
+        str | None, typer.Option(help="Compare with this running server, asked in turn.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="How often the two take turns.")] = 4,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
     max_tokens: MaxTokensOption = 128,
-    rounds: RoundsOption = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often every prompt is continued, in each turn.")
+    ] = 3,
     ignore_eos: IgnoreEosOption = True,
     num_speculative_tokens: SpeculativeOption = None,
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The key.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Where the server's output goes.")] = None,
+    max_model_len: MaxModelLenOption = None,
+    silence_s: SilenceOption = SILENCE_S,
+    attempts: AttemptsOption = ATTEMPTS,
+    api_key: ApiKeyOption = None,
+    log: LogOption = None,
+    run: RunOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure greedy single-stream decode speed, time to first token and acceptance."""
+    """Measure greedy single-stream decode speed, time to first token and acceptance.
+
+    With --against, both servers take turns (base, MTP, MTP, base, ...) and the ratio of their
+    speeds comes with an interval.
+    """
     from mtp_graft.bench.decode import DecodeConfig
-    from mtp_graft.serving.client import ServerClient
-    from mtp_graft.serving.command import ServeOptions
-    from mtp_graft.serving.server import managed_server
 
-    if (base_url is None) == (checkpoint is None):
-        raise typer.BadParameter("give one of --base-url and --checkpoint")
-    config = DecodeConfig(max_tokens, rounds, ignore_eos)
-    file = prompts or _bundled_prompts()
-    with progress_bar() as report:
-        if checkpoint is None:
-            assert base_url is not None
-            with ServerClient(base_url, api_key) as client:
-                result = _measure(client, file, limit, config, report)
-        else:
-            options = ServeOptions(
-                checkpoint,
-                port=0,
-                max_model_len=max_model_len,
-                num_speculative_tokens=num_speculative_tokens,
-                prefix_caching=False,
-                api_key=api_key,
+    options = (api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    target = Target(base_url, checkpoint, *options)
+    other = None
+    if against is not None or against_url is not None:
+        if (against is None) != (checkpoint is None):
+            raise typer.BadParameter(
+                "compare a --checkpoint with --against, or a --base-url with --against-url"
             )
-            log = log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
-            note(f"server log: {log}")
-            with managed_server(options, log) as client:
-                result = _measure(client, file, limit, config, report)
+        other = Target(against_url, against, *options)
+    config = DecodeConfig(max_tokens, rounds, ignore_eos)
+    asked = prompts_of(prompts, limit)
+    folder = run and run / "bench" / "decode"
+    retrying = retry_policy(attempts)()
+    with progress_bar() as report:
+        if other is None:
+            result = _decode_one(
+                target, num_speculative_tokens, asked, config, folder, retrying, report
+            )
+        else:
+            result = _decode_two(
+                target,
+                other,
+                num_speculative_tokens,
+                pairs,
+                asked,
+                config,
+                folder,
+                retrying,
+                report,
+            )
+    keep_result(result, folder)
     write_json(result, json_file)
-    result_console(json_file).print(_decode_table({"decode": result}))
+    out = result_console(json_file)
+    if other is None:
+        out.print(decode_table({"decode": result}))
+    else:
+        out.print(decode_table({"against": result["against"], "decode": result}))
+        for line in ratio_lines(result):
+            out.print(line, soft_wrap=True)
 
 
-def _bundled_prompts() -> Path:
-    from mtp_graft.pipeline import find_bundled_recipe
-    from mtp_graft.recipe import load_recipe
-
-    return Path(load_recipe(find_bundled_recipe()).bench.prompts)
-
-
-def _measure(
-    client: "ServerClient",
-    prompt_file: Path,
-    limit: int | None,
+def _decode_one(
+    target: Target,
+    k: int | None,
+    prompts: Sequence[Any],
     config: "DecodeConfig",
-    report: "Report",
+    folder: Path | None,
+    retrying: "Retrying",
+    report: Report,
 ) -> dict[str, Any]:
-    from mtp_graft.bench.decode import decode_result, measure_decode, tokenize
-    from mtp_graft.serving.prompts import load_prompts
+    from mtp_graft.bench.decode import decode_result, measure_kept
+    from mtp_graft.bench.ledger import open_ledger
 
-    prompts = tokenize(client, load_prompts(prompt_file, limit))
-    return decode_result(measure_decode(client, prompts, config, report), config)
-
-
-def _decode_table(results: dict[str, dict[str, Any]]) -> Table:
-    """Return one row per server, each cell `median (min to max)`."""
-    table = Table("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
-    for name, result in results.items():
-        keys = ("decode_tok_s", "ttft_ms", "tpot_ms")
-        acceptance = result["acceptance"]
-        accepted = "-" if acceptance is None else f"{100 * acceptance['median']:.1f} %"
-        table.add_row(name, *(_spread_cell(result[key]) for key in keys), accepted)
-    return table
+    claim = {"decode": asdict(config), "server": target.identity(), "k": k} | _named(prompts)
+    with open_ledger(folder, claim) as ledger, ExitStack() as stack:
+        rounds = measure_kept(
+            lambda: stack.enter_context(target.client(report, "", k)),
+            *(prompts, config, report, ledger, retrying),
+        )
+    return decode_result(rounds, config) | retrying.as_dict()
 
 
-def _spread_cell(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+def _decode_two(
+    target: Target,
+    other: Target,
+    k: int | None,
+    pairs: int,
+    prompts: Sequence[Any],
+    config: "DecodeConfig",
+    folder: Path | None,
+    retrying: "Retrying",
+    report: Report,
+) -> dict[str, Any]:
+    from mtp_graft.bench.alternating import AlternatingConfig, measure_alternating
+    from mtp_graft.bench.ledger import open_ledger
+
+    servers = {"server": target.identity(), "against": other.identity(), "k": k}
+    alternating = AlternatingConfig(pairs, config)
+    with open_ledger(folder, asdict(alternating) | servers | _named(prompts)) as ledger:
+        result = measure_alternating(
+            lambda name: target.client(report, name, k),
+            lambda name: other.client(report, name, 0),
+            *(prompts, alternating, report, ledger, retrying),
+        )
+    # Servers that are not ours were not started again between their turns.
+    return result | {"restarted": target.checkpoint is not None}
+
+
+def _named(prompts: Sequence[Any]) -> dict[str, Any]:
+    """Return what tells these prompts from others."""
+    from hashlib import sha256
+
+    asked = repr([asdict(prompt) for prompt in prompts])
+    return {"prompts": sha256(asked.encode()).hexdigest()}
+
+
+@bench.command("sweep")
+def bench_sweep(
+    extra: ServeArgument = None,
+    base_url: BaseUrlOption = None,
+    checkpoint: CheckpointOption = None,
+    streams: Annotated[
+        str, typer.Option(help="Numbers of streams at a time, odd ones too.")
+    ] = "1,2,3,4,6,8",
+    k: Annotated[
+        str | None,
+        typer.Option(
+            "--k",
+            help="Numbers of speculative tokens, one server each; 0 is without the head. "
+            "Default: 1 if there is a head.",
+        ),
+    ] = None,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    max_tokens: MaxTokensOption = 128,
+    requests: Annotated[
+        int, typer.Option(min=1, help="Measured requests a stream, at each point.")
+    ] = 4,
+    ignore_eos: IgnoreEosOption = True,
+    max_model_len: MaxModelLenOption = None,
+    silence_s: SilenceOption = SILENCE_S,
+    attempts: AttemptsOption = ATTEMPTS,
+    api_key: ApiKeyOption = None,
+    log: LogOption = None,
+    run: RunOption = None,
+    chart: Annotated[
+        Path | None, typer.Option(help="Draw the points here (PNG). Default: in the run folder.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure speed with several streams at a time, for one or more numbers of drafted tokens."""
+    from mtp_graft.bench.ledger import open_ledger
+    from mtp_graft.bench.sweep import SweepConfig, measure_sweep
+
+    target = Target(
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    )
+    if k is not None and checkpoint is None:
+        raise typer.BadParameter("--k needs --checkpoint: a running server drafts what it drafts")
+    ks = (None,) if k is None else _numbers("--k", k, 0)
+    config = SweepConfig(_numbers("--streams", streams, 1), ks, max_tokens, requests, ignore_eos)
+    asked = prompts_of(prompts, limit)
+    folder = run and run / "bench" / "sweep"
+    # More loads or another k may be added to a folder later: each point stands by itself.
+    claim = {"max_tokens": max_tokens, "requests_per_stream": requests, "ignore_eos": ignore_eos}
+    claim |= {"server": target.identity()} | _named(asked)
+    with progress_bar() as report, open_ledger(folder, claim) as ledger:
+
+        def serve(drafted: int | None) -> AbstractContextManager["BenchClient"]:
+            return target.client(report, "" if drafted is None else f"k{drafted}", drafted)
+
+        result = measure_sweep(serve, asked, config, report, ledger, retry_policy(attempts))
+    keep_result(result, folder)
+    write_json(result, json_file)
+    out = result_console(json_file)
+    out.print(sweep_table(result["points"]))
+    for line in sweep_lines(result):
+        out.print(line, soft_wrap=True)
+    _draw(result["points"], chart or (folder and folder / "sweep.png"))
+
+
+def _draw(points: list[dict[str, Any]], file: Path | None) -> None:
+    from mtp_graft.bench.sweep_chart import sweep_chart
+
+    if file is not None:
+        file.write_bytes(sweep_chart(points))
+        note(f"chart: {file}")
+
+
+def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+    """Return the numbers of a list such as 1,2,4."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
+        raise typer.BadParameter(
+            f"{option} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
+        )
+    return numbers
+
+
+@bench.command("workload")
+def bench_workload(
+    extra: ServeArgument = None,
+    base_url: BaseUrlOption = None,
+    checkpoint: CheckpointOption = None,
+    thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Cap on an answer. Default: the context's end.")
+    ] = None,
+    num_speculative_tokens: SpeculativeOption = None,
+    max_model_len: MaxModelLenOption = None,
+    silence_s: SilenceOption = SILENCE_S,
+    attempts: AttemptsOption = ATTEMPTS,
+    api_key: ApiKeyOption = None,
+    log: LogOption = None,
+    run: RunOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure speed on fifteen everyday requests with a system prompt and tools."""
+    from mtp_graft.bench.ledger import open_ledger
+    from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
+
+    target = Target(
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    )
+    config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
+    folder = run and run / "bench" / "workload"
+    claim = asdict(config) | {"server": target.identity(), "k": num_speculative_tokens}
+    claim |= _named([workload])
+    with progress_bar() as report, open_ledger(folder, claim) as ledger, ExitStack() as stack:
+        result = measure_workload(
+            lambda: stack.enter_context(target.client(report, "", num_speculative_tokens)),
+            *(workload, config, report, ledger, retry_policy(attempts)()),
+        )
+    keep_result(result, folder)
+    write_json(result, json_file)
+    result_console(json_file).print(workload_table(result))

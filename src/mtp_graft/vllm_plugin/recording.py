@@ -16,6 +16,9 @@ finds a prompt by its tokens and misses it if it was cut.
 
 The switch must only be turned while the server is idle: every rank looks at it in every step, and
 all have to see the same, because the logits are put together from all of them.
+
+A recording that cannot be written, as on a full disk, does not end the server: the reason is in its
+log, and FOLDER/recording-intact, which the client made, is removed. The client looks for that.
 """
 
 import os
@@ -33,7 +36,7 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
-from mtp_graft.checkpoint.capture import RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.errors import GraftError
 
@@ -81,6 +84,7 @@ class Recorder:
     def __init__(self, target: Any, folder: Path, writes: bool) -> None:
         self._target = target
         self._switch = folder / SWITCH_NAME
+        self._intact = folder / INTACT_NAME
         self._recordings = folder / RECORDINGS
         self._writes = writes  # other ranks only take part in the logits
         self._on = False
@@ -113,7 +117,7 @@ class Recorder:
             "targets": [each.cpu() for each in targets],
         }
         if self._written is not None:
-            self._written.result()  # at most two recordings in memory; raises what that write met
+            self._written.result()  # at most two recordings in memory
         self._written = self._writer.submit(self._write, rows)
 
     def _argmax(self, hidden: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ class Recorder:
             save_shard(tensors, self._recordings / f"{self._next_number():06d}.safetensors")
         except (OSError, SafetensorError, GraftError):
             logger.exception("a recording could not be written to %s", self._recordings)
-            raise
+            self._intact.unlink(missing_ok=True)
 
     def _next_number(self) -> int:
         """Go on after what is there, which may be an earlier server's."""

@@ -1,0 +1,107 @@
+"""What each option of GPTQ brings on the tiny model: errors on tokens it saw and on others.
+
+    python benchmarks/gptq_options.py --capture RUN/capture --out result.json
+
+Every option quantizes all experts on the calibration split's Hessians. Its error is measured on
+those, and on the Hessians of the evaluation split, which no option has seen: the mean over experts
+and matrices of ||(W - Q) H^1/2|| / ||W H^1/2||. `identity` calibrates on what the experts see
+without the head's attention, and is measured on what they see with it.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from record import write_result
+from torch import Tensor
+
+from mtp_graft.dsv4.experts import MATRICES, GptqRules, expert_hessians, quantize_experts
+from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.quant import int4
+from mtp_graft.quant.gptq import relative_error
+from mtp_graft.stages.quantize_job import QuantizeConfig, open_job
+from mtp_graft.stages.ranks import Ranks
+from mtp_graft.stages.routing import read_rows, replay_capture
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
+Matrices = dict[str, Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capture", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        weights, seen, counts = calibrate(options.capture, folder / "a", "calibration", "true")
+        _, identity, counts_2 = calibrate(options.capture, folder / "b", "calibration", "identity")
+        _, unseen, held_out = calibrate(options.capture, folder / "c", "evaluation", "true")
+
+    def errors(values: Matrices) -> dict[str, Any]:
+        return {
+            name: {
+                "mean": fmean(e for m in MATRICES for e in each[m]),
+                **{m: fmean(each[m]) for m in MATRICES},
+            }
+            for name, hessians in (("calibration", seen), ("held_out", unseen))
+            for each in [
+                {m: relative_error(weights[m], values[m], hessians[m]).tolist() for m in MATRICES}
+            ]
+        }
+
+    results: list[dict[str, Any]] = [{"option": "rtn", **errors(nearest(weights))}]
+    for name, hessians, rules in candidates(seen, identity):
+        tokens = counts_2 if hessians is identity else counts
+        quantized = quantize_experts(weights, hessians, tokens, range(len(counts)), rules)
+        values = {m: int4.decode(q.codes, q.scale) for m, q in quantized.items()}
+        results.append({"option": name, **errors(values)})
+        print(
+            name, {s: round(100 * results[-1][s]["mean"], 2) for s in ("calibration", "held_out")}
+        )
+    tokens = {"calibration": sum(counts) // 6, "held_out": sum(held_out) // 6}
+    write_result(options.out, "gptq_options", results, tokens=tokens)
+
+
+def calibrate(
+    capture: Path, out: Path, split: str, replay: str
+) -> tuple[Matrices, Matrices, list[int]]:
+    """Return the original weights, the Hessians of a split, and each expert's tokens."""
+    config = QuantizeConfig(split=split, replay=replay)  # type: ignore[arg-type]
+    job = open_job(capture, MODEL / "upstream", MODEL / "base", out, config, Ranks())
+    replay_capture(job, lambda *_: None)
+    rows = read_rows(job)
+    experts = range(job.model.n_routed_experts)
+    decoded = decode_head(job.expert_tensors(experts))
+    weights = {
+        m: torch.stack([decoded[f"mtp.0.ffn.experts.{e}.{m}.weight"] for e in experts])
+        for m in MATRICES
+    }
+    parts = [rows.parts(e) for e in experts]
+    return weights, expert_hessians(parts, weights, job.model.swiglu_limit), rows.counts
+
+
+def nearest(weights: Matrices) -> Matrices:
+    scales = {m: int4.group_scale(w, 128) for m, w in weights.items()}
+    return {m: int4.decode(int4.encode(w, scales[m]), scales[m]) for m, w in weights.items()}
+
+
+def candidates(seen: Matrices, identity: Matrices) -> list[tuple[str, Matrices, GptqRules]]:
+    found = [("default", seen, GptqRules()), ("default, identity replay", identity, GptqRules())]
+    for order in ("stored", "activation"):
+        for scale in ("absmax", "mse"):
+            for damp in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
+                rules = GptqRules(damp, "fixed", order=order, scale=scale)
+                found.append((f"{order}, {scale}, damp {damp}", seen, rules))
+            found.append(
+                (f"{order}, {scale}, damp by tokens", seen, GptqRules(order=order, scale=scale))
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main()

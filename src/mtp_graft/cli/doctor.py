@@ -1,0 +1,90 @@
+"""`mtp-graft doctor`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mtp_graft.cli.app import JsonOption, app
+from mtp_graft.cli.output import note, result_console, write_json
+
+if TYPE_CHECKING:
+    from mtp_graft.serving.doctor.findings import Finding
+
+
+@app.command()
+def doctor(
+    checkpoint: Annotated[Path, typer.Argument(help="A DeepSeek-V4 checkpoint folder.")],
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to shard over. Default: all GPUs.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest sequence. Default: the model's.")
+    ] = None,
+    vllm: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="The vLLM to serve with. Default: ours.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="NAME", help="GPU to serve on, or cpu. Default: ours.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="How many of that GPU.")] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write a copy with config and names corrected."),
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Say what would fail or be silently wrong before loading; 1 if anything is an error."""
+    from mtp_graft.serving.doctor import diagnose
+    from mtp_graft.serving.doctor.fix import write_corrected
+    from mtp_graft.serving.doctor.survey import read_survey
+    from mtp_graft.serving.doctor.target import find_target
+
+    if count is not None and gpu is None:
+        raise typer.BadParameter("needs --gpu", param_hint="--count")
+    target = find_target(vllm, gpu, count, tp, max_model_len)
+    findings = diagnose(checkpoint, target)
+    remaining: Sequence[Finding] = findings
+    fixed = None
+    if fix is not None and any(finding.fixable for finding in findings):
+        write_corrected(read_survey(checkpoint), fix)
+        remaining, fixed = diagnose(fix, target), str(fix)
+    elif fix is not None:
+        note(f"{checkpoint}: nothing that --fix corrects; {fix} was not written")
+    ok = not any(finding.severity == "error" for finding in remaining)
+    result = {
+        "checkpoint": str(checkpoint),
+        "ok": ok,
+        "vllm": str(target.vllm) if target.vllm else None,
+        "hardware": str(target.hardware) if target.hardware else None,
+        "tp": target.tp,
+        "max_model_len": target.max_model_len,
+        "findings": [finding.as_json() for finding in findings],
+        "fixed": fixed,
+        "remaining": [finding.id for finding in remaining],
+    }
+    write_json(result, json_file)
+    console = result_console(json_file)
+    for finding in findings:
+        console.print(_text(finding), markup=False, highlight=False, soft_wrap=True)
+    if fixed:
+        left = ", ".join(f.id for f in remaining if f.severity != "note")
+        console.print(f"{fixed}: written; left: {left or 'nothing'}", markup=False, highlight=False)
+    hardware = target.hardware or "unknown hardware"
+    note(f"{checkpoint}: {_counts(findings)}; vLLM {target.vllm or 'unknown'} on {hardware}")
+    raise typer.Exit(0 if ok else 1)
+
+
+def _text(finding: "Finding") -> str:
+    lines = [f"{finding.severity}: {finding.id}"]
+    for key in ("where", "found", "expected", "why", "cure"):
+        lines.append(f"  {key + ':':<10}{getattr(finding, key)}")
+    return "\n".join(lines)
+
+
+def _counts(findings: Sequence["Finding"]) -> str:
+    from mtp_graft.serving.doctor.findings import SEVERITIES
+
+    counts = {s: sum(finding.severity == s for finding in findings) for s in SEVERITIES}
+    return ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items())

@@ -1,0 +1,260 @@
+"""`mtp-graft bench gsm8k`, `humaneval`, `mmlu` and `capability`: how good the answers are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
+from mtp_graft.cli.output import is_stdout, note, progress_bar, result_console, write_json
+from mtp_graft.cli.target import (
+    ATTEMPTS,
+    SILENCE_S,
+    ApiKeyOption,
+    AttemptsOption,
+    BaseUrlOption,
+    CheckpointOption,
+    LogOption,
+    MaxModelLenOption,
+    RunOption,
+    ServeArgument,
+    SilenceOption,
+    Target,
+    keep_result,
+    retry_policy,
+)
+
+if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
+    from mtp_graft.bench.evals.asking import ChatClient
+    from mtp_graft.bench.evals.evaluation import Evaluation
+    from mtp_graft.bench.evals.sandbox import Sandbox
+    from mtp_graft.cli.output import Report
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Folder with gsm8k/, human_eval/, mmlu/. Default: the hub."),
+]
+SeedOption = Annotated[int, typer.Option(help="Draws the questions.")]
+ThinkingOption = Annotated[bool, typer.Option(help="Let the model think before it answers.")]
+ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Questions asked at a time.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="How many questions.")]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Cap on an answer, thinking included.")]
+WithoutOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sandbox-without",
+        metavar="LAYER",
+        help="Give up a layer of the sandbox: namespaces, landlock, seccomp or limits.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """How the questions are asked, and where the answers are kept."""
+
+    target: Target
+    num_speculative_tokens: int | None
+    thinking: bool
+    concurrency: int
+    attempts: int
+    run: Path | None
+    json_file: Path | None
+
+
+@bench.command("gsm8k")
+def bench_gsm8k(
+    extra: ServeArgument = None,
+    base_url: BaseUrlOption = None,
+    checkpoint: CheckpointOption = None,
+    data_dir: DataOption = None,
+    limit: LimitOption = 100,
+    seed: SeedOption = 0,
+    thinking: ThinkingOption = False,
+    max_tokens: MaxTokensOption = 1024,
+    concurrency: ConcurrencyOption = 4,
+    num_speculative_tokens: SpeculativeOption = None,
+    max_model_len: MaxModelLenOption = None,
+    silence_s: SilenceOption = SILENCE_S,
+    attempts: AttemptsOption = ATTEMPTS,
+    api_key: ApiKeyOption = None,
+    log: LogOption = None,
+    run: RunOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Ask GSM8K's word problems: greedy, step by step, exact match on `#### N`."""
+    from mtp_graft.bench.evals.gsm8k import gsm8k
+
+    target = Target(
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    )
+    k = num_speculative_tokens
+    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
+    _measure(gsm8k(data_dir, limit, seed, max_tokens), asking)
+
+
+@bench.command("humaneval")
+def bench_humaneval(
+    extra: ServeArgument = None,
+    base_url: BaseUrlOption = None,
+    checkpoint: CheckpointOption = None,
+    data_dir: DataOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many. Default: all 164.")] = None,
+    seed: SeedOption = 0,
+    thinking: ThinkingOption = False,
+    max_tokens: MaxTokensOption = 1024,
+    test_timeout_s: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that a problem's tests may take.")
+    ] = 60.0,
+    without: WithoutOption = None,
+    concurrency: ConcurrencyOption = 4,
+    num_speculative_tokens: SpeculativeOption = None,
+    max_model_len: MaxModelLenOption = None,
+    silence_s: SilenceOption = SILENCE_S,
+    attempts: AttemptsOption = ATTEMPTS,
+    api_key: ApiKeyOption = None,
+    log: LogOption = None,
+    run: RunOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Ask HumanEval's functions: pass@1, greedy, with their unit tests in a sandbox."""
+    from mtp_graft.bench.evals.humaneval import humaneval
+
+    target = Target(
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    )
+    k = num_speculative_tokens
+    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
+    sandbox = _sandbox(without, test_timeout_s)
+    _measure(humaneval(data_dir, limit, seed, sandbox, max_tokens), asking)
+
+
+@bench.command("mmlu")
+def bench_mmlu(
+    extra: ServeArgument = None,
+    base_url: BaseUrlOption = None,
+    checkpoint: CheckpointOption = None,
+    data_dir: DataOption = None,
+    limit: LimitOption = 100,
+    seed: SeedOption = 0,
+    thinking: ThinkingOption = False,
+    max_tokens: MaxTokensOption = 128,
+    concurrency: ConcurrencyOption = 4,
+    num_speculative_tokens: SpeculativeOption = None,
+    max_model_len: MaxModelLenOption = None,
+    silence_s: SilenceOption = SILENCE_S,
+    attempts: AttemptsOption = ATTEMPTS,
+    api_key: ApiKeyOption = None,
+    log: LogOption = None,
+    run: RunOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Ask MMLU's four-way questions: greedy, all subjects alike, with room to reason."""
+    from mtp_graft.bench.evals.mmlu import mmlu
+
+    target = Target(
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    )
+    k = num_speculative_tokens
+    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
+    _measure(mmlu(data_dir, limit, seed, max_tokens), asking)
+
+
+@bench.command("capability")
+def bench_capability(
+    extra: ServeArgument = None,
+    base_url: BaseUrlOption = None,
+    checkpoint: CheckpointOption = None,
+    thinking: ThinkingOption = False,
+    max_tokens: MaxTokensOption = 2048,
+    without: WithoutOption = None,
+    concurrency: ConcurrencyOption = 4,
+    num_speculative_tokens: SpeculativeOption = None,
+    max_model_len: MaxModelLenOption = None,
+    silence_s: SilenceOption = SILENCE_S,
+    attempts: AttemptsOption = ATTEMPTS,
+    api_key: ApiKeyOption = None,
+    log: LogOption = None,
+    run: RunOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Ask fourteen small tasks of seven kinds, from arithmetic to tool calls."""
+    from mtp_graft.bench.evals.capability import capability
+
+    target = Target(
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    )
+    k = num_speculative_tokens
+    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
+    _measure(capability(_sandbox(without, 60.0), max_tokens), asking)
+
+
+def _sandbox(without: list[str] | None, seconds: float) -> "Sandbox":
+    from mtp_graft.bench.evals.sandbox import Sandbox
+
+    if without:
+        note(f"warning: generated code runs without {', '.join(without)}, as you asked")
+    return Sandbox(frozenset(without or ()), seconds)
+
+
+def _measure(evaluation: "Evaluation", asking: _Asking) -> None:
+    """Ask, judge and print; answers that came are kept if a run folder is given."""
+    from mtp_graft.bench.evals.asking import Unanswered
+    from mtp_graft.bench.evals.evaluation import run_evaluation
+    from mtp_graft.bench.ledger import open_ledger
+
+    target, k = asking.target, asking.num_speculative_tokens
+    folder = asking.run and asking.run / "bench" / evaluation.benchmark
+    claim = evaluation.claim() | {"thinking": asking.thinking, "k": k}
+    claim |= {"server": target.identity()}
+    with progress_bar() as report, open_ledger(folder, claim) as ledger:
+        try:
+            result = run_evaluation(
+                evaluation,
+                lambda: _chat_client(target, k, report),
+                *(asking.thinking, asking.concurrency, ledger),
+                *(retry_policy(asking.attempts)(), report),
+            )
+        except Unanswered as error:
+            cure = (
+                f"the answered ones are in {folder}: run the same command again to go on"
+                if folder
+                else "nothing was kept: give --run DIR to be able to go on"
+            )
+            raise Unanswered(f"{evaluation.benchmark}: {error}; {cure}") from error
+    result["settings"] |= {"thinking": asking.thinking, "concurrency": asking.concurrency}
+    keep_result(result, folder)
+    write_json(result, asking.json_file)
+    _print_result(result, asking.json_file)
+
+
+@contextmanager
+def _chat_client(target: Target, k: int | None, report: "Report") -> Iterator["ChatClient"]:
+    from mtp_graft.bench.evals.asking import ChatClient
+
+    with (
+        target.client(report, "", k) as server,
+        ChatClient(server.base_url, target.api_key, target.silence_s) as client,
+    ):
+        yield client
+
+
+def _print_result(result: dict[str, Any], json_file: Path | None) -> None:
+    low, high = result["interval"]
+    table = Table("", "score", "95 % interval", "correct", "failures")
+    kinds = ", ".join(f"{number} {kind}" for kind, number in result["kinds"].items())
+    table.add_row(
+        result["benchmark"],
+        f"{100 * result['score']:.1f} %",
+        f"{100 * low:.1f} % to {100 * high:.1f} %",
+        f"{result['correct']} of {result['total']}",
+        kinds or "-",
+    )
+    result_console(json_file).print(table)
+    if result["retried"] and not is_stdout(json_file):
+        counts = ", ".join(f"{number} {kind}" for kind, number in result["retried"].items())
+        note(f"requests asked again: {counts}")

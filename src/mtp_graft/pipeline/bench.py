@@ -1,0 +1,113 @@
+"""The bench stage: what is measured on which server, one file a measurement."""
+
+import json
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.bench.acceptance import KnownText
+from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
+from mtp_graft.bench.paired import measure_paired
+from mtp_graft.checkpoint.capture import read_texts
+from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints
+from mtp_graft.checkpoint.shards import write_json
+from mtp_graft.pipeline.folder import RunFolder, read_result
+from mtp_graft.pipeline.servers import Servers
+from mtp_graft.recipe import Recipe
+from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.command import find_vllm
+from mtp_graft.serving.prompts import ChatPrompt, Prompt
+from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.splice import HEAD_SHARD
+
+EVALUATION = "evaluation"  # the split that scores and served acceptance are measured on
+
+
+class Bench:
+    """The measurements of one run; those that are done are not done again."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, servers: Servers, report: Report) -> None:
+        self._recipe = recipe
+        self._folder = folder
+        self._servers = servers
+        self._report = report
+        self._config = DecodeConfig(recipe.bench.max_tokens, recipe.bench.rounds)
+
+    def run(self, base: Path) -> None:
+        """Measure whatever has not been, then compare decoding with the base's."""
+        for needed in ("capture", "splice"):
+            self._folder.finished(needed)  # said before anything is served
+        self.measure_base(base)
+        self._servers.stop_base()
+        for variant in self._recipe.served_variants:
+            if not self._is_done(variant):
+                with self._servers.serving(variant) as client:
+                    self._measure_variant(variant, client)
+        decode = compare(self._unit("base"), self._unit("mtp"))
+        write_json(decode, self._folder.bench_unit("decode"))
+
+    def measure_base(self, base: Path) -> None:
+        """Decode the benchmark's prompts with the base alone."""
+        bench, prompts = self._recipe.bench, self._prompts()
+        asked = json.dumps([asdict(prompt) for prompt in prompts])
+        claim_folder(
+            self._folder.stage("bench"),
+            {
+                "bench": asdict(bench) | {"prompts": sha256(asked.encode()).hexdigest()},
+                "serve": asdict(self._recipe.serve),
+                "vllm": str(find_vllm().version),
+                "capture": fingerprints([self._folder.finished("capture") / CONFIG_NAME]),
+            },
+        )
+        if read_result(self._folder.bench_unit("base")) is None:
+            client = self._servers.base_client(base)
+            measured = measure_base(client, prompts, self._config, self._report)
+            write_json(measured, self._folder.bench_unit("base"))
+
+    def has_served(self, variant: str) -> bool:
+        """Return whether vLLM has loaded and served the variant's present head."""
+        served = read_result(self._folder.bench_unit(f"served-{variant}"))
+        return served is not None and served["head"] == self._head(variant)
+
+    def _is_done(self, variant: str) -> bool:
+        """Return whether all that a variant's server is needed for has been measured."""
+        if not self.has_served(variant):
+            return False
+        return variant != self._recipe.splice.variant or self._folder.bench_unit("mtp").exists()
+
+    def _measure_variant(self, variant: str, client: ServerClient) -> None:
+        """Note that a served variant loaded; measure its acceptance, and decode if chosen."""
+        verified = read_result(self._folder.verified(variant))
+        if verified is not None:
+            write_json({**verified, "loaded_in_vllm": True}, self._folder.verified(variant))
+        label, concurrency = f"acceptance: {variant}", self._recipe.capture.concurrency
+        served = measure_paired(client, self._known_texts(), concurrency, self._report, label)
+        if variant == self._recipe.splice.variant:
+            mtp = measure_mtp(client, self._unit("base"), self._config, self._report)
+            write_json(mtp, self._folder.bench_unit("mtp"))
+        head = {"head": self._head(variant)}
+        write_json(served | head, self._folder.bench_unit(f"served-{variant}"))
+
+    def _prompts(self) -> list[Prompt | ChatPrompt]:
+        """Return the prompts to time, none of them captured."""
+        wanted, capture = self._recipe.bench, self._recipe.capture
+        skip = 0
+        if wanted.prompts == capture.calibration_prompts:
+            skip += capture.calibration_count
+        if wanted.prompts == capture.evaluation_prompts:
+            skip += capture.evaluation_count
+        return load_calibration(wanted.prompts, wanted.count, skip)
+
+    def _known_texts(self) -> list[KnownText]:
+        texts = [t for t in read_texts(self._folder.finished("capture")) if t.split == EVALUATION]
+        served = texts[: self._recipe.bench.acceptance_count]
+        return [KnownText(t.id, t.prompt, t.continuation) for t in served]
+
+    def _head(self, variant: str) -> dict[str, str]:
+        return fingerprints([self._folder.checkpoint(variant) / HEAD_SHARD])
+
+    def _unit(self, unit: str) -> dict[str, Any]:
+        found = read_result(self._folder.bench_unit(unit))
+        assert found is not None, f"{unit} is measured before it is read"
+        return found

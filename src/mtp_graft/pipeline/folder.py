@@ -1,0 +1,109 @@
+"""The run folder: where each stage leaves what, what has been finished, and how long it took."""
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.checkpoint.manifest import write_manifest
+from mtp_graft.checkpoint.shards import write_json
+from mtp_graft.errors import GraftError
+from mtp_graft.pipeline.device import device_name
+from mtp_graft.recipe import Recipe
+
+_SECONDS = "seconds.json"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Make the run folder and keep others out of it inside the block.
+
+    Raises GraftError if it cannot be made, or if another process works in it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise GraftError(
+            f"{path}: cannot be a run folder ({error.strerror}); use another --run"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GraftError(f"{path}: another mtp-graft works in this run folder") from None
+        yield
+
+
+class RunFolder:
+    """The folder of one run of a recipe."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path = path
+        self._name = recipe.model.name
+        self.seconds: dict[str, float] = read_result(path / _SECONDS) or {}
+
+    def stage(self, stage: str) -> Path:
+        """Return the folder of a stage."""
+        return self.path / stage
+
+    def finished(self, stage: str) -> Path:
+        """Return an earlier stage's folder; GraftError if it has not been finished."""
+        folder = self.stage(stage)
+        if not (folder / "manifest.json").exists():
+            raise GraftError(f"{folder}: not finished; run `mtp-graft {stage}` first")
+        return folder
+
+    def checkpoint(self, variant: str) -> Path:
+        """Return where the checkpoint with this head is, or will be."""
+        return self.stage("splice") / variant / self._name
+
+    def verified(self, variant: str) -> Path:
+        """Return the file with what `verify` found in a checkpoint."""
+        return self.stage("verify") / f"{variant}.json"
+
+    def bench_unit(self, unit: str) -> Path:
+        """Return the file of one measurement: `base`, `mtp` or `served-VARIANT`."""
+        return self.stage("bench") / f"{unit}.json"
+
+    def log(self, server: str) -> Path:
+        """Return where a server's output goes."""
+        return self.path / "logs" / f"vllm-{server}.log"
+
+    def forget(self, stages: Sequence[str]) -> None:
+        """Remove what the stages left, and the time they took."""
+        for stage in stages:
+            if self.stage(stage).exists():
+                shutil.rmtree(self.stage(stage))
+            self.seconds.pop(stage, None)
+        write_json(self.seconds, self.path / _SECONDS)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time inside to what earlier calls spent on the stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+            write_json(self.seconds, self.path / _SECONDS)
+
+    def write_manifest(self, stage: str, config: Mapping[str, Any], inputs: Sequence[Path]) -> None:
+        """Say how a stage came about that has no manifest of its own making."""
+        write_manifest(self.stage(stage), stage, config, inputs, device_name(), self.seconds[stage])
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return a stage's JSON, None if there is none yet; GraftError for a damaged file."""
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise GraftError(f"{path}: not JSON ({error}); remove it and run again") from error
+    return found

@@ -1,0 +1,263 @@
+"""One run: the stages in order, each as the recipe wants it, in one run folder."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.bench.decode import Report
+from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.checkpoint.shards import write_json
+from mtp_graft.errors import GraftError
+from mtp_graft.pipeline.bench import EVALUATION, Bench
+from mtp_graft.pipeline.device import torch_device
+from mtp_graft.pipeline.folder import RunFolder, locked, read_result
+from mtp_graft.pipeline.plan import check_room, describe, find_needs
+from mtp_graft.pipeline.results import report_run, summarize
+from mtp_graft.pipeline.servers import Servers, capture_config
+from mtp_graft.recipe import Recipe
+from mtp_graft.stages import capture as capturing
+from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
+from mtp_graft.stages.inputs import REPORT_NAME
+from mtp_graft.stages.quantize import QuantizeConfig, quantize
+from mtp_graft.stages.score import ScoreConfig, score
+from mtp_graft.stages.splice import splice
+from mtp_graft.stages.splice_plan import check_inputs
+from mtp_graft.stages.verify import verify
+
+STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
+
+
+def choose_stages(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
+    """Return the stages that `--only` or `--from` name; raises GraftError for unknown ones."""
+    for name in (only, start):
+        if name is not None and name not in STAGES:
+            raise GraftError(f"{name!r} is no stage; expected one of {', '.join(STAGES)}")
+    if only is not None:
+        return (only,)
+    return STAGES[STAGES.index(start) :] if start is not None else STAGES
+
+
+def run_pipeline(
+    recipe: Recipe,
+    folder: Path,
+    report: Report,
+    stages: Sequence[str] = STAGES,
+    *,
+    again: bool = False,
+) -> dict[str, Any]:
+    """Run `stages` of `recipe` in the run folder; return the `run` command's JSON.
+
+    What finished earlier is kept, unless `again` asks to remove the named stages' folders first.
+    Raises GraftError if a stage fails, if an earlier one that it needs has not been run, or if
+    another process works in the folder.
+    """
+    with locked(folder):
+        run_folder = RunFolder(folder, recipe)
+        if again:
+            run_folder.forget(stages)
+        with Servers(recipe, run_folder, report) as servers:
+            _Run(recipe, run_folder, stages, servers, report).do()
+        return summarize(recipe, run_folder)
+
+
+def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[str, Any]:
+    """Run one stage of `recipe` in the run folder; return the stage's own JSON.
+
+    Raises GraftError as `run_pipeline` does.
+    """
+    run_pipeline(recipe, folder, report, [stage])
+    chosen = recipe.splice.variant
+    match stage:
+        case "splice":
+            found = RunFolder(folder, recipe).checkpoint(chosen) / MANIFEST_NAME
+        case "verify":
+            found = RunFolder(folder, recipe).verified(chosen)
+        case _:
+            found = folder / stage / REPORT_NAME
+    result: dict[str, Any] = json.loads(found.read_text())
+    return {"checkpoint": str(found.parent), **result} if stage == "splice" else result
+
+
+def plan_run(recipe: Recipe, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON of `--dry-run`: what would be done, with sizes and times; nothing is."""
+    run_folder = RunFolder(folder, recipe)
+    return describe(recipe, run_folder, stages, lambda: survey_models(recipe, run_folder))
+
+
+def survey_models(recipe: Recipe, folder: RunFolder) -> tuple[Source, Source]:
+    """Return what is needed of base and upstream; of fetched ones, without asking the hub."""
+    model = recipe.model
+    fetched = already_fetched(folder.stage("fetch"), model)
+    if fetched is not None:
+        model = replace(model, base=str(fetched.base), upstream=str(fetched.upstream))
+    return survey(model)
+
+
+def check_needs(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
+    """Raise GraftError if disk or memory will not do for `stages`."""
+    check_room(find_needs(recipe, folder, stages, survey_models(recipe, folder)))
+
+
+class _Run:
+    """The stages of one recipe in one run folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        stages: Sequence[str],
+        servers: Servers,
+        report: Report,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.stages = stages
+        self.servers = servers
+        self.report = report
+        self.bench = Bench(recipe, folder, servers, report)
+
+    def do(self) -> None:
+        """Run the stages in their order, the base's server shared by those that need it."""
+        work: dict[str, Callable[[], object]] = {
+            "fetch": self.fetch,
+            "capture": self.capture,
+            "quantize": self.quantize,
+            "score": self.score,
+            "splice": self.splice,
+            "verify": self.verify,
+            "bench": lambda: self.bench.run(self.models.base),
+            "report": lambda: report_run(self.recipe, self.folder),
+        }
+        for stage in self.stages:
+            with self.folder.timed(stage):
+                work[stage]()
+            if stage in ("splice", "verify", "bench", "report"):
+                self._write_manifest(stage)
+            if stage == "capture" and "bench" in self.stages:
+                with self.folder.timed("bench"):
+                    self.bench.measure_base(self.models.base)
+            if stage == "capture":
+                self.servers.stop_base()
+
+    @cached_property
+    def models(self) -> FetchedModels:
+        """The folders of base and upstream, fetched if they are on the hub."""
+        return fetch(self.recipe.model, self.folder.stage("fetch"), self.report)
+
+    def fetch(self) -> None:
+        """Look at room, base and upstream before hours of work depend on them."""
+        check_needs(self.recipe, self.folder, self.stages)
+        check_inputs(self.models.base, self.models.upstream)
+
+    def capture(self) -> None:
+        self.fetch()
+        wanted = self.recipe.capture
+        calibration = load_calibration(wanted.calibration_prompts, wanted.calibration_count)
+        same = wanted.evaluation_prompts == wanted.calibration_prompts
+        skip = wanted.calibration_count if same else 0  # held out either way
+        evaluation = load_calibration(wanted.evaluation_prompts, wanted.evaluation_count, skip)
+        prompts = {"calibration": calibration, EVALUATION: evaluation}
+        base, out = self.models.base, self.folder.stage("capture")
+        config = capture_config(self.recipe)
+        if capturing.finished_capture(base, out, config, prompts) is None:
+            client, log = self.servers.base_client(base), self.folder.log("base")
+            capturing.capture_with(client, base, out, config, prompts, self.report, log)
+
+    def quantize(self) -> None:
+        capture, out = self.folder.finished("capture"), self.folder.stage("quantize")
+        wanted = self.recipe.quantize
+        config = QuantizeConfig(
+            damp=wanted.damp,
+            damping=wanted.damping,
+            order=wanted.order,
+            scale=wanted.scale,
+            group_size=wanted.group_size,
+            zero_tokens=wanted.zero_tokens,
+            replay=wanted.replay,
+            experts_per_batch=wanted.experts_per_batch,
+            device=torch_device(wanted.device),
+        )
+        quantize(capture, self.models.upstream, self.models.base, out, config, self.report)
+
+    def score(self) -> None:
+        capture, quantized = self.folder.finished("capture"), self.folder.finished("quantize")
+        variants, device = self.recipe.quantize.variants, torch_device(self.recipe.score.device)
+        score(
+            capture,
+            quantized,
+            self.models.upstream,
+            self.models.base,
+            self.folder.stage("score"),
+            ScoreConfig(variants=variants, device=device),
+            self.report,
+        )
+
+    def splice(self) -> None:
+        quantized = self.folder.finished("quantize")
+        variants = self.recipe.served_variants
+        for number, variant in enumerate(variants):
+            self.report(f"splice: {variant}", number, len(variants))
+            out = self.folder.checkpoint(variant)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            splice(
+                self.models.base,
+                self.models.upstream,
+                out,
+                variant,
+                linears=self.recipe.splice.linears,
+                quantized=quantized,
+                copy=self.recipe.splice.copy,
+            )
+
+    def verify(self) -> None:
+        quantized = self.folder.finished("quantize")
+        self.folder.finished("splice")
+        variants = self.recipe.served_variants
+        for number, variant in enumerate(variants):
+            self.report(f"verify: {variant}", number, len(variants))
+            checkpoint, path = self.folder.checkpoint(variant), self.folder.verified(variant)
+            found = verify(checkpoint, self.models.base, self.models.upstream, quantized)
+            found["loaded_in_vllm"] = True if self.bench.has_served(variant) else None
+            found["base_as_captured"] = self._base_as_captured()
+            found["ok"] = found["ok"] and found["base_as_captured"] is not False
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(found, path)
+            if not found["ok"]:
+                raise GraftError(f"{checkpoint}: {_what_is_wrong(found)}")
+
+    def _base_as_captured(self) -> bool | None:
+        """Return whether the base's files, values included, are those that were captured.
+
+        By size, first and last MiB; None for a checkpoint whose capture is not here.
+        """
+        captured = read_result(self.folder.stage("capture") / CONFIG_NAME)
+        if captured is None:
+            return None
+        known: dict[str, str] = captured["base"]
+        return known == fingerprints([self.models.base / name for name in known])
+
+    def _write_manifest(self, stage: str) -> None:
+        """Say how a stage came about that has no manifest of its own making."""
+        recipe, variants = self.recipe, self.recipe.served_variants
+        heads = [self.folder.checkpoint(v) / MANIFEST_NAME for v in variants]  # with the hashes
+        config, inputs = {
+            "splice": (asdict(recipe.splice), [self.folder.stage("quantize") / REPORT_NAME]),
+            "verify": ({"variants": variants}, heads),
+            "bench": (asdict(recipe.bench), heads),
+            "report": ({}, []),
+        }[stage]
+        self.folder.write_manifest(stage, config, inputs)
+
+
+def _what_is_wrong(found: dict[str, Any]) -> str:
+    """Say in one line what `verify` found."""
+    wrong = [*found["missing"], *found["unexpected"]]
+    wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
+    if not wrong:
+        return "the base is not the one that it was spliced from; splice again"
+    return f"{len(wrong)} tensors are wrong: {', '.join(wrong[:3])}; remove it and splice again"

@@ -1,0 +1,48 @@
+"""Whether a server's draft head is alive: one sentence repeated, and how much it foresaw."""
+
+from dataclasses import dataclass
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.client import ServerClient
+
+_SENTENCE = "The quick brown fox jumps over the lazy dog. "
+_REPETITIONS = 30
+_NEW_TOKENS = 128
+#: Text that repeats itself is foreseen almost wholly by a head that works and not at all by one
+#: whose weights are wrong, so anything between serves as the border.
+MIN_ACCEPTANCE = 0.2
+
+
+@dataclass(frozen=True)
+class DrafterCheck:
+    """Drafted tokens of the check, and the share of them that the model accepted (0..1)."""
+
+    num_draft_tokens: int
+    acceptance: float
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the head drafts what the model says."""
+        return self.acceptance >= MIN_ACCEPTANCE
+
+
+def check_drafter(client: ServerClient) -> DrafterCheck:
+    """Let the server go on with a sentence repeated thirty times; return what its counters say.
+
+    Other requests meanwhile would be counted too. Raises GraftError for a server that does not
+    draft.
+    """
+    before = client.spec_decode_counters()
+    if before is None:
+        raise GraftError(
+            f"{client.base_url}: the server does not draft; expected a checkpoint with a head "
+            "and at least one speculative token"
+        )
+    prompt = client.tokenize(_SENTENCE * _REPETITIONS)
+    client.stream(prompt, _NEW_TOKENS, ignore_eos=True)
+    after = client.spec_decode_counters()
+    assert after is not None
+    gained = after - before
+    if gained.acceptance is None:
+        raise GraftError(f"{client.base_url}: {_NEW_TOKENS} tokens were made without one draft")
+    return DrafterCheck(gained.num_draft_tokens, gained.acceptance)

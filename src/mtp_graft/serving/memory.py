@@ -1,0 +1,201 @@
+"""How much memory a checkpoint needs on each rank: an estimate from headers and config.
+
+Weights follow from the tensors and from which of them vLLM cuts into ranks. The KV cache follows
+from vLLM 0.32's own rules for DeepSeek-V4, which docs/doctor.md derives: every sequence draws
+blocks from one pool, and a block has the size of the widest group of layers. Nothing of the cache
+is cut: every rank holds all of it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
+from mtp_graft.errors import GraftError
+
+#: Tokens of a KV block of compressed layers; vLLM has no other for this model.
+BLOCK_TOKENS = 256
+#: Besides weights and KV cache, per rank: activations of a step of 8,192 tokens, CUDA graphs,
+#: NCCL's buffers and the CUDA context. Assumed, not measured.
+RESERVE_BYTES = 4 * 2**30
+
+_PAGE_ALIGNMENT = 576  # of FlashMLA's packed FP8 layout
+_ENTRY_BYTES = 584  # a cached FP8 vector: 448 without RoPE, 64 with in BF16, 8 of scales
+_INDEX_SCALE_BYTES = 4
+_WINDOW_PAGE_TOKENS = 64
+_C4_STATE_TOKENS = 4
+_C128_STATE_TOKENS = 8
+
+#: Tensors of which each rank holds its share; all others are on every rank.
+_CUT = re.compile(
+    r"\.ffn\.(experts\.\d+|shared_experts)\.w[123]\."
+    r"|^(layers|mtp)\.\d+\.attn\.(wq_b|wo_a|wo_b|attn_sink)(\.|$)"
+    r"|^(embed|head)\.weight$"
+)
+_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
+
+
+# Weights
+
+
+def weights_bytes_per_rank(checkpoint: Path, tp: int, *, decoded: bool = False) -> int:
+    """Return the bytes of weights on one of `tp` ranks; `decoded` as the CPU plugin keeps them.
+
+    Raises GraftError for a checkpoint whose index or shards cannot be read.
+    """
+    return weights_bytes(read_meta(checkpoint, read_index(checkpoint)), tp, decoded=decoded)
+
+
+def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = False) -> int:
+    """Return the same for meta tensors by their checkpoint names."""
+    total = 0
+    for name, tensor in tensors.items():
+        size = _decoded_bytes(name, tensor) if decoded else num_bytes(tensor)
+        total += -(-size // tp) if _CUT.search(name) else size
+    return total
+
+
+def _decoded_bytes(name: str, tensor: Tensor) -> int:
+    """Return a tensor's size in the CPU's memory: experts in float32, FP8 linears in BF16."""
+    if name.endswith((".weight_scale", ".weight_shape")):
+        return 0
+    if _EXPERT.search(name):
+        codes_per_word = 2 * tensor.element_size()
+        return 4 * codes_per_word * tensor.numel()
+    if tensor.element_size() == 1 and tensor.is_floating_point():
+        return 2 * tensor.numel()
+    return num_bytes(tensor)
+
+
+# KV cache
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """How vLLM lays the cache out: one pool of blocks, and groups of layers that draw from it.
+
+    A block of any group takes `block_bytes`, whether the group fills it or not.
+    """
+
+    block_bytes: int
+    window_groups: int  # groups of sliding-window layers; a block is 64 tokens of each
+    has_c4: bool
+    has_c128: bool
+    sliding_window: int
+
+
+def kv_layout(config: Mapping[str, Any]) -> KvLayout:
+    """Return the layout of a DeepSeek-V4 config, its head included, with the FP8 cache.
+
+    Raises GraftError if the config lacks what this needs.
+    """
+    try:
+        layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
+        ratios = config["compress_ratios"][:layers]
+        index_entry = config["index_head_dim"] + _INDEX_SCALE_BYTES
+        latent, index, window = config["head_dim"], config["index_head_dim"], _window(config)
+    except KeyError as error:
+        raise GraftError(f"config.json: has no {error}; expected a DeepSeek-V4 config") from None
+    num_c4, num_c128 = ratios.count(4), ratios.count(128)
+    pages_c4 = _page(BLOCK_TOKENS // 4 * _ENTRY_BYTES) + _page(BLOCK_TOKENS // 4 * index_entry)
+    pages_c128 = _page(BLOCK_TOKENS // 128 * _ENTRY_BYTES)
+    # A compressor keeps, in float32, a value and a score an element: twice over for ratio 4.
+    states_c4 = sum(_page(_C4_STATE_TOKENS * 4 * 4 * size) for size in (latent, index))
+    states_c128 = _page(_C128_STATE_TOKENS * 2 * 4 * latent)
+    window_page = _page(_WINDOW_PAGE_TOKENS * _ENTRY_BYTES)
+    repeats = _layers_per_group(layers, num_c4, num_c128)
+    return KvLayout(
+        block_bytes=max(
+            num_c4 * pages_c4 + num_c128 * pages_c128,
+            min(repeats, layers) * window_page,
+            num_c4 * states_c4,
+            min(repeats, num_c128) * states_c128,
+        ),
+        window_groups=-(-layers // repeats),
+        has_c4=num_c4 > 0,
+        has_c128=num_c128 > 0,
+        sliding_window=window,
+    )
+
+
+def _window(config: Mapping[str, Any]) -> int:
+    return int(config["sliding_window"])
+
+
+def _page(size: int) -> int:
+    return -(-size // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
+
+
+def _layers_per_group(layers: int, num_c4: int, num_c128: int) -> int:
+    """Return into how many layers a group the sliding-window layers are split.
+
+    vLLM takes the number, at least that of the ratio-4 layers, that pads least; the larger of two.
+    """
+    counts = [layers, *(count for count in (num_c4, num_c128) if count)]
+    if num_c4 and num_c4 == num_c128:  # then the compressed layers count as a pattern as well
+        counts.append(num_c4)
+    lowest = max(num_c4, 1)
+    sizes = range(lowest, max(counts) + 1)
+    return min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
+
+
+def kv_cache_bytes_per_token(config: Mapping[str, Any]) -> float:
+    """Return what each further token of a sequence takes, in bytes on every rank."""
+    return kv_layout(config).block_bytes / BLOCK_TOKENS
+
+
+def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int = 0) -> int:
+    """Return what one sequence of `tokens` takes on every rank.
+
+    `tokens_in_flight` are those of the steps being computed: the sliding windows and compressor
+    states keep them as well until a step is done. vLLM counts `max_num_batched_tokens`, twice with
+    asynchronous scheduling.
+    """
+    layout = kv_layout(config)
+    return layout.block_bytes * _blocks(layout, tokens, tokens_in_flight)
+
+
+def _blocks(layout: KvLayout, tokens: int, tokens_in_flight: int) -> int:
+    def sliding(window: int, page_tokens: int) -> int:
+        held = min(window - 1 + tokens_in_flight, tokens)
+        return -(-held // page_tokens) + 1  # a window need not start where a block does
+
+    blocks = -(-tokens // BLOCK_TOKENS) if layout.has_c4 or layout.has_c128 else 0
+    blocks += layout.window_groups * sliding(layout.sliding_window, _WINDOW_PAGE_TOKENS)
+    blocks += sliding(2 * 4, _C4_STATE_TOKENS) if layout.has_c4 else 0
+    blocks += sliding(128, _C128_STATE_TOKENS) if layout.has_c128 else 0
+    return blocks
+
+
+def sequence_fixed_bytes(config: Mapping[str, Any], tokens_in_flight: int = 0) -> int:
+    """Return what a sequence takes whatever its length: sliding windows and compressor states."""
+    layout = kv_layout(config)
+    long = 10**9 // BLOCK_TOKENS * BLOCK_TOKENS
+    growing = long // BLOCK_TOKENS if layout.has_c4 or layout.has_c128 else 0
+    return layout.block_bytes * (_blocks(layout, long, tokens_in_flight) - growing)
+
+
+def largest_context(
+    config: Mapping[str, Any], kv_bytes: int, num_seqs: int = 1, tokens_in_flight: int = 0
+) -> int:
+    """Return the longest context that `num_seqs` sequences can have in `kv_bytes`; 0 if none.
+
+    All sequences are taken to be that long at once, and one of them to be computing
+    `tokens_in_flight`. At most the config's `max_position_embeddings`.
+    """
+    layout = kv_layout(config)
+
+    def fits(tokens: int) -> bool:
+        blocks = _blocks(layout, tokens, tokens_in_flight)
+        blocks += (num_seqs - 1) * _blocks(layout, tokens, 0)
+        return blocks * layout.block_bytes <= kv_bytes
+
+    low, high = 0, int(config.get("max_position_embeddings", 2**20))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,315 @@
+"""Fits a serving profile to a checkpoint, the hardware and the vLLM at hand, and says how."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from mtp_graft.checkpoint.quantization_config import int4_group_size
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import (
+    BLOCK_SIZE,
+    InstalledVllm,
+    ServeOptions,
+    num_speculative_tokens,
+    read_config,
+)
+from mtp_graft.serving.profiles import (
+    DIFFERENCES_FROM_SEED,
+    GPU_ENVIRONMENT,
+    MAX_NUM_BATCHED_TOKENS,
+    MOST_SEQUENCES,
+    PCIE_ENVIRONMENT,
+    PCIE_FLAGS,
+    PROFILES,
+    SEED,
+    SEED_HOST,
+    SERVED_MODEL_NAMES,
+    UNIFIED_MEMORY_UTILIZATION,
+    UNIFIED_MEMORY_WHY,
+    WIDE_TENSOR_PARALLEL_VERSIONS,
+    Profile,
+    Setting,
+)
+from mtp_graft.serving.room import Room, measure_room
+from mtp_graft.serving.topology import Hardware
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's place among several that serve together."""
+
+    rank: int = 0
+    master_address: str | None = None  # of the machine with rank 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options with everything decided that the profile decides, and what was decided and why."""
+
+    profile: str
+    hardware: Hardware
+    options: ServeOptions
+    notes: tuple[str, ...]
+
+
+def make_plan(
+    options: ServeOptions,
+    profile_name: str,
+    hardware: Hardware,
+    vllm: InstalledVllm,
+    node: Node | None = None,
+) -> Plan:
+    """Return how to serve `options.checkpoint` with a profile; what `options` set stays.
+
+    Raises GraftError for an unknown profile, weights that do not fit, a profile's context that
+    does not (`auto` takes the largest that does), more ranks than GPUs, and several machines
+    without the address of the first.
+    """
+    notes: list[str] = []
+    config = read_config(options.checkpoint)
+    tp = _tensor_parallel_size(options, config, hardware, vllm, notes)
+    options = replace(options, tensor_parallel_size=tp)
+    room = measure_room(
+        *(options.checkpoint, config, hardware, tp),
+        # Twice: with asynchronous scheduling the next step is prepared while one is computed.
+        tokens_in_flight=2 * (options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS),
+        cache_gib=options.kv_cache_gib,
+    )
+    name, profile = _choose(profile_name, options, room)
+    notes += _explained(name, profile, options, room)
+    if num_speculative_tokens(options) == 0:
+        notes.append("no drafting: the checkpoint has no head, or 0 tokens were asked for")
+    environment, flags = _adapted(hardware, tp, vllm, notes)
+    flags += _node_flags(hardware, node or Node(), notes)
+    options = replace(
+        _filled(options, profile, room),
+        environment={**environment, **options.environment},
+        extra_args=(*flags, *options.extra_args),
+    )
+    if options.host != SEED_HOST:
+        notes.append(
+            f"listens on {options.host}; the seed on {SEED_HOST} (--host, and then an --api-key)"
+        )
+    return Plan(name, hardware, options, (*notes, *DIFFERENCES_FROM_SEED))
+
+
+def _tensor_parallel_size(
+    options: ServeOptions,
+    config: dict[str, Any],
+    hardware: Hardware,
+    vllm: InstalledVllm,
+    notes: list[str],
+) -> int:
+    """Return the ranks asked for, or the most that hardware, model and vLLM allow."""
+    wanted = options.tensor_parallel_size
+    if hardware.gpu is None:
+        return wanted or 1
+    if wanted is not None:
+        if wanted > hardware.num_gpus:
+            raise GraftError(
+                f"tensor parallel size {wanted} on {hardware}; expected at most {hardware.num_gpus}"
+            )
+        return wanted
+    most = 1
+    while 2 * most <= hardware.num_gpus and _divides(config, 2 * most):
+        most *= 2
+    if most > 2 and not SpecifierSet(WIDE_TENSOR_PARALLEL_VERSIONS).contains(
+        vllm.version, prereleases=True
+    ):
+        most = 2
+        notes.append(
+            f"--tensor-parallel-size 2: from 4 on, vLLM before 0.32 may shard the group scales "
+            f"wrongly (vllm-project/vllm#41511); this is {vllm.version}"
+        )
+    if most < hardware.num_gpus:
+        notes.append(f"{hardware.num_gpus - most} of {hardware.num_gpus} GPUs stay unused")
+    return most
+
+
+def _divides(config: dict[str, Any], ranks: int) -> bool:
+    """Return whether heads, output groups and the experts' scale groups can be shared out."""
+    try:
+        group = int4_group_size(config["quantization_config"])
+        inner = config["moe_intermediate_size"]
+        shared = (config["num_attention_heads"], config["o_groups"], inner)
+    except KeyError as error:
+        raise GraftError(
+            f"config.json: has no {error}; expected a DeepSeek-V4 in W4A16-FP8"
+        ) from None
+    return all(part % ranks == 0 for part in shared) and inner // ranks % group == 0
+
+
+def _choose(wanted: str, options: ServeOptions, room: Room) -> tuple[str, Profile]:
+    """Return the profile of that name as it is to be served; for `auto` the one that fits best."""
+    if wanted == AUTO:
+        return _choose_automatically(options, room)
+    if wanted not in PROFILES:
+        names = ", ".join((*PROFILES, AUTO))
+        raise GraftError(f"--profile {wanted}: unknown; expected one of {names}")
+    profile = _with_options(PROFILES[wanted], options, room)
+    largest = room.largest_context(profile.gpu_memory_utilization)
+    if profile.max_model_len > largest and options.max_model_len is None:
+        estimate = next(room.describe(profile.gpu_memory_utilization, profile.max_model_len))
+        raise GraftError(
+            f"{options.checkpoint}: --profile {wanted} has a context of {profile.max_model_len} "
+            f"tokens; the model has {room.model_limit} positions, and on {room.hardware} there is "
+            f"room for {largest} tokens ({estimate}); take --profile auto, more ranks, or set "
+            "--max-model-len"
+        )
+    return wanted, profile
+
+
+def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profile]:
+    """Return the profile with the longest context that fits, for as many sequences as fit.
+
+    Where none fits whole, that is the one that gets furthest, its context cut to what there is.
+    """
+    profiles = {name: _with_options(profile, options, room) for name, profile in PROFILES.items()}
+    largest = {
+        name: room.largest_context(profile.gpu_memory_utilization)
+        for name, profile in profiles.items()
+    }
+    whole = [
+        name
+        for name, profile in profiles.items()
+        if profile.max_model_len <= largest[name] or options.max_model_len is not None
+    ]
+    if whole:
+        name = max(whole, key=lambda name: PROFILES[name].max_model_len)
+        profile = profiles[name]
+    else:
+        name = max(largest, key=lambda name: largest[name])
+        profile = replace(profiles[name], max_model_len=largest[name])
+    utilization = profile.gpu_memory_utilization
+    if profile.max_model_len < BLOCK_SIZE:
+        raise GraftError(
+            f"{options.checkpoint}: no room for a context on {room.hardware} "
+            f"({next(room.describe(utilization, BLOCK_SIZE))}); take more GPUs, or larger ones"
+        )
+    if options.max_num_seqs is None and room.hardware.gpu is not None:
+        num_seqs = room.num_sequences(utilization, profile.max_model_len, MOST_SEQUENCES)
+        profile = replace(profile, max_num_seqs=max(num_seqs, 1))
+    return name, profile
+
+
+def _with_options(profile: Profile, options: ServeOptions, room: Room) -> Profile:
+    """Return the profile with what the options say, and the memory it may take."""
+    most = UNIFIED_MEMORY_UTILIZATION if room.hardware.unified_memory else 1.0
+    return replace(
+        profile,
+        max_model_len=options.max_model_len or profile.max_model_len,
+        max_num_seqs=options.max_num_seqs or profile.max_num_seqs,
+        gpu_memory_utilization=options.gpu_memory_utilization
+        or min(profile.gpu_memory_utilization, most),
+    )
+
+
+def _explained(name: str, profile: Profile, options: ServeOptions, room: Room) -> Iterator[str]:
+    """Say which profile it is, where it was changed and why, and what memory it takes."""
+    yield f"profile {name}: {profile.why} ({profile.source})"
+    for flag, value, default, why in _compared(profile, PROFILES[name], options):
+        if value != default:
+            yield f"{flag} {value}, the profile has {default}: {why}"
+    if room.hardware.gpu is None:
+        yield (
+            "--gpu-memory-utilization and --max-num-batched-tokens left out: on a CPU the KV cache "
+            "is given in bytes, and a step takes a whole prompt"
+        )
+    yield from room.describe(profile.gpu_memory_utilization, profile.max_model_len)
+    if options.kv_cache_dtype != "fp8":
+        yield f"the estimate is for a KV cache in fp8, not in {options.kv_cache_dtype}"
+
+
+def _compared(
+    profile: Profile, original: Profile, options: ServeOptions
+) -> Iterator[tuple[str, float, float, str]]:
+    """Yield flag, value, the original profile's value, and why the two may differ."""
+    asked = "as asked for"
+    length, num_seqs = profile.max_model_len, profile.max_num_seqs
+    why = asked if options.max_model_len else "the longest that fits"
+    yield "--max-model-len", length, original.max_model_len, why
+    why = f"auto takes as many of full length as fit, {MOST_SEQUENCES} at most"
+    yield "--max-num-seqs", num_seqs, original.max_num_seqs, asked if options.max_num_seqs else why
+    share = profile.gpu_memory_utilization, original.gpu_memory_utilization
+    why = asked if options.gpu_memory_utilization else UNIFIED_MEMORY_WHY
+    yield "--gpu-memory-utilization", *share, why
+    step = options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
+    yield "--max-num-batched-tokens", step, MAX_NUM_BATCHED_TOKENS, asked
+
+
+def _filled(options: ServeOptions, profile: Profile, room: Room) -> ServeOptions:
+    """Return `options` with the profile's values."""
+    options = replace(
+        options,
+        max_model_len=profile.max_model_len,
+        max_num_seqs=profile.max_num_seqs,
+        served_model_names=options.served_model_names or SERVED_MODEL_NAMES,
+    )
+    if room.hardware.gpu is None:
+        # Memory is given in bytes on a CPU. vLLM switches chunked prefill off without AMX, and then
+        # a step has to hold a whole prompt: it takes the context for the size of a step itself.
+        cache_gib = options.kv_cache_gib or room.cpu_cache_gib(profile.max_model_len)
+        return replace(options, gpu_memory_utilization=None, kv_cache_gib=cache_gib)
+    return replace(
+        options,
+        gpu_memory_utilization=profile.gpu_memory_utilization,
+        max_num_batched_tokens=options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS,
+    )
+
+
+def _adapted(
+    hardware: Hardware, tp: int, vllm: InstalledVllm, notes: list[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the variables and flags that suit the hardware and this vLLM."""
+    variables: tuple[Setting, ...] = () if hardware.gpu is None else GPU_ENVIRONMENT
+    flags: tuple[Setting, ...] = ()
+    if hardware.link == "pcie" and tp > 1:
+        variables, flags = variables + PCIE_ENVIRONMENT, PCIE_FLAGS
+    else:
+        why = "a CPU" if hardware.gpu is None else _LINKS.get(hardware.link, "a single rank")
+        notes.append(f"{', '.join(map(str, PCIE_FLAGS))} and the NCCL variables left out: {why}")
+    environment: dict[str, str] = {}
+    for setting in variables:
+        users = os.environ.get(setting.name)
+        if not SpecifierSet(setting.versions).contains(vllm.version, prereleases=True):
+            notes.append(f"{setting} left out: {setting.why} (this is vLLM {vllm.version})")
+        elif users is not None and users != setting.value:
+            notes.append(f"{setting} left out: the environment has {setting.name}={users}")
+        else:
+            assert setting.value is not None
+            environment[setting.name] = setting.value
+            if not setting.source.startswith(SEED):
+                notes.append(f"{setting}: {setting.why} ({setting.source})")
+    return environment, tuple(word for flag in flags for word in flag.as_args())
+
+
+def _node_flags(hardware: Hardware, node: Node, notes: list[str]) -> tuple[str, ...]:
+    """Return vLLM's own flags for several machines."""
+    if hardware.num_nodes == 1:
+        if node != Node():
+            raise GraftError(
+                f"{hardware}: one machine; --node-rank and --master-addr expect several (--nnodes)"
+            )
+        return ()
+    if node.master_address is None or not 0 <= node.rank < hardware.num_nodes:
+        raise GraftError(
+            f"{hardware}: --master-addr is {node.master_address}, --node-rank {node.rank}; "
+            f"expected the address of the first machine and a rank below {hardware.num_nodes}"
+        )
+    notes.append(
+        f"run this command on every machine, with --node-rank 0 to {hardware.num_nodes - 1}; "
+        "where vLLM takes the wrong network, set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME"
+    )
+    return (
+        *("--nnodes", str(hardware.num_nodes), "--node-rank", str(node.rank)),
+        *("--master-addr", node.master_address),
+        *(("--headless",) if node.rank else ()),
+    )
+
+
+_LINKS = {"nvlink": "the GPUs have NVLink", "network": "the ranks speak over the network"}

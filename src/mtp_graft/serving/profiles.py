@@ -1,0 +1,163 @@
+"""The serving profiles as data: every flag and variable with its reason and its source.
+
+"Seed" is the model card that this project started from; its numbers were taken on two RTX PRO
+6000 Max-Q with a patched vLLM. `plan.py` fits a profile to the hardware and the vLLM at hand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SEED = "seed card"
+SEED_COMMAND = "seed card, validated 524k command"
+SEED_ENVIRONMENT = "seed card, required environment"
+OURS = "ours, not in the seed card and not run on its hardware"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag or an environment variable of `vllm serve`."""
+
+    name: str
+    value: str | None  # None: a flag without a value
+    why: str
+    source: str
+    versions: str = ""  # the vLLM versions that have a use for it; empty: all supported ones
+
+    def __str__(self) -> str:
+        separator = " " if self.name.startswith("-") else "="
+        return self.name if self.value is None else f"{self.name}{separator}{self.value}"
+
+    def as_args(self) -> tuple[str, ...]:
+        """Return a flag as words of a command line."""
+        return (self.name,) if self.value is None else (self.name, self.value)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long and how many sequences may be."""
+
+    max_model_len: int
+    max_num_seqs: int
+    gpu_memory_utilization: float
+    why: str
+    source: str
+
+
+#: By name, the shortest context first; of two with the same length the first is what `auto` takes.
+PROFILES: Mapping[str, Profile] = {
+    "128k": Profile(131072, 8, 0.90, "many chats or agents at once", f"{SEED}, table of profiles"),
+    "256k": Profile(262144, 4, 0.95, "longer documents", f"{SEED}, table of profiles"),
+    "256k-2": Profile(
+        262144, 2, 0.93, "two long streams; the rest as in the 524k command", SEED_COMMAND
+    ),
+    "524k": Profile(
+        524288,
+        3,
+        0.93,
+        "one to three users with long contexts; the conservative variant is the seed's command "
+        "with --max-num-seqs 2",
+        f"{SEED}, table of profiles",
+    ),
+    "640k": Profile(
+        655360,
+        2,
+        0.93,
+        "the seed ran 15 prompts at this length and gives no flags; taken from its 524k command",
+        OURS,
+    ),
+    "1m": Profile(1048576, 1, 0.93, "all positions that the model has, one sequence", OURS),
+}
+DEFAULT_PROFILE = "524k"  # of the container, as in the seed
+
+#: The most that a GPU may take of a memory that it shares with the CPU.
+UNIFIED_MEMORY_UTILIZATION = 0.92
+UNIFIED_MEMORY_WHY = (
+    "the memory is the machine's as well; 0.92 was tight on two DGX Sparks (pasta-paul's report "
+    "in dsv4-flash-w4a16-fp8)"
+)
+#: `auto` lets as many sequences of full length run as fit, and no more than the seed ever tried.
+MOST_SEQUENCES = 8
+
+#: So that clients of the seed's server find their model; its validated 524k command.
+SERVED_MODEL_NAMES = (
+    "deepseek-v4-flash",
+    "deepseek-v4-flash-mtp",
+    "DSV4-W4A16-FP8",
+    "deepseek-ai/DeepSeek-V4-Flash",
+)
+#: The step size of the seed's 524k command; its table gives none for the other profiles.
+MAX_NUM_BATCHED_TOKENS = 8192
+SEED_HOST = "0.0.0.0"
+
+#: What every server of this model gets, with or without a profile.
+MODEL_FLAGS = (
+    Setting(
+        "--tokenizer-mode",
+        "deepseek_v4",
+        "the chat encoding is code in vLLM, there is no template file",
+        SEED_COMMAND,
+    ),
+    Setting(
+        "--reasoning-parser",
+        "deepseek_v4",
+        "thinking goes into `reasoning`, the answer into `content`",
+        SEED_COMMAND,
+    ),
+    Setting("--enable-auto-tool-choice", None, "the model may call tools", SEED_COMMAND),
+    Setting("--tool-call-parser", "deepseek_v4", "reads the model's tool calls", SEED_COMMAND),
+)
+
+#: On any GPU.
+GPU_ENVIRONMENT = (
+    Setting(
+        "VLLM_USE_FLASHINFER_SAMPLER",
+        "0",
+        "the seed served without FlashInfer's sampler; not compared",
+        SEED_ENVIRONMENT,
+    ),
+    Setting(
+        "VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP",
+        "0",
+        "a switch of the seed's patched vLLM; no stock version has it",
+        SEED_ENVIRONMENT,
+        versions="<0",
+    ),
+    Setting(
+        "VLLM_USE_V2_MODEL_RUNNER",
+        "0",
+        "from 0.32 vLLM takes its second model runner by itself, which was not tried with the head",
+        "docs/engine.md",
+        versions=">=0.32",
+    ),
+)
+
+#: Where several GPUs of one host have no NVLink between them.
+PCIE_FLAGS = (
+    Setting(
+        "--disable-custom-all-reduce",
+        None,
+        "vLLM's own all-reduce uses peer access over PCIe with two ranks and can hang in it, "
+        "whatever NCCL is told",
+        f"{SEED_COMMAND}; vllm-project/vllm#51513",
+    ),
+)
+PCIE_ENVIRONMENT = (
+    Setting("NCCL_P2P_DISABLE", "1", "peer access over PCIe hung", SEED_ENVIRONMENT),
+    Setting("NCCL_IB_DISABLE", "1", "one host: no InfiniBand to look for", SEED_ENVIRONMENT),
+    Setting("NCCL_SHM_DISABLE", "0", "ranks speak through shared memory", SEED_ENVIRONMENT),
+    Setting("NCCL_PROTO", "LL", "low latency for the small sums of decoding", SEED_ENVIRONMENT),
+    Setting("NCCL_ALGO", "Ring", "as above", SEED_ENVIRONMENT),
+    Setting("NCCL_MIN_NCHANNELS", "8", "as above", SEED_ENVIRONMENT),
+    Setting("NCCL_NTHREADS", "512", "as above", SEED_ENVIRONMENT),
+)
+
+#: W4A16 group scales were not cut to the ranks' share before this (vllm-project/vllm#41511).
+#: 0.32 and 0.33 were read; the versions between 0.26 and 0.32 were not.
+WIDE_TENSOR_PARALLEL_VERSIONS = ">=0.32"
+
+#: How the printed command differs from the seed's on purpose, whatever the hardware.
+DIFFERENCES_FROM_SEED = (
+    "no --trust-remote-code: stock vLLM has the model's code",
+    "VLLM_PLUGINS loads what stock vLLM lacks, where the seed patches vLLM (docs/engine.md)",
+    "HF_HUB_OFFLINE and VLLM_NO_USAGE_STATS: a folder is served, nothing is fetched or reported",
+)

@@ -1,0 +1,119 @@
+"""How much context the memory of the hardware leaves room for: `memory.py` applied to a plan."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.memory import (
+    BLOCK_TOKENS,
+    RESERVE_BYTES,
+    kv_cache_bytes,
+    largest_context,
+    weights_bytes_per_rank,
+)
+from mtp_graft.serving.topology import Hardware
+
+_GIB = 2**30
+_CPU_CACHE_GIB = 1.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of one rank: what the weights take and what is left for the KV cache."""
+
+    config: Mapping[str, Any]
+    hardware: Hardware
+    tp: int
+    weights_bytes: int
+    tokens_in_flight: int  # vLLM keeps what the steps in work read and write, besides the context
+    cache_bytes: int | None  # asked for; None: what is left, and on a CPU what is needed
+
+    @property
+    def model_limit(self) -> int:
+        """Return the positions that the model has."""
+        return int(self.config.get("max_position_embeddings", 2**20))
+
+    def cache_budget(self, utilization: float) -> int:
+        """Return the bytes for the KV cache on each GPU; negative if the weights do not fit."""
+        if self.cache_bytes is not None:
+            return self.cache_bytes
+        return int(utilization * self.hardware.memory_bytes) - self.weights_bytes - RESERVE_BYTES
+
+    def largest_context(self, utilization: float) -> int:
+        """Return the longest sequence that can be served, in whole blocks where memory decides."""
+        if self.hardware.gpu is None and self.cache_bytes is None:
+            return self.model_limit
+        budget = self.cache_budget(utilization)
+        if budget <= 0:
+            return 0
+        tokens = largest_context(
+            self.config, budget, num_seqs=1, tokens_in_flight=self.tokens_in_flight
+        )
+        return tokens if tokens == self.model_limit else tokens // BLOCK_TOKENS * BLOCK_TOKENS
+
+    def num_sequences(self, utilization: float, tokens: int, most: int) -> int:
+        """Return how many sequences of `tokens` have room at once, at most `most`."""
+        budget = self.cache_budget(utilization)
+        for number in range(1, most + 1):
+            longest = largest_context(self.config, budget, number, self.tokens_in_flight)
+            if longest < tokens:
+                return number - 1
+        return most
+
+    def cpu_cache_gib(self, tokens: int) -> float:
+        """Return the cache that a CPU needs for one sequence, at least the usual size."""
+        needed = kv_cache_bytes(self.config, tokens, tokens)
+        return max(_CPU_CACHE_GIB, -(-needed * 10 // _GIB) / 10)
+
+    def describe(self, utilization: float, tokens: int) -> Iterator[str]:
+        """Say what the estimate is, and what follows for a context of `tokens`."""
+        needed = kv_cache_bytes(self.config, tokens, self.tokens_in_flight)
+        weights = f"estimate for a rank: weights {self.weights_bytes / _GIB:.1f} GiB"
+        if self.hardware.gpu is None:
+            yield f"{weights}, decoded; KV cache of {tokens} tokens {needed / _GIB:.2f} GiB"
+            return
+        budget = self.cache_budget(utilization)
+        yield (
+            f"{weights}, {RESERVE_BYTES / _GIB:.0f} GiB for all else, {max(budget, 0) / _GIB:.1f} "
+            f"GiB left for the KV cache at {utilization:.2f} of the memory; a sequence of {tokens} "
+            f"tokens takes {needed / _GIB:.1f} GiB of it (docs/doctor.md)"
+        )
+        if needed > budget:
+            yield (
+                f"--max-model-len {tokens} does not fit by this estimate; the longest that does is "
+                f"{self.largest_context(utilization)}"
+            )
+
+
+def measure_room(
+    checkpoint: Path,
+    config: Mapping[str, Any],
+    hardware: Hardware,
+    tp: int,
+    *,
+    tokens_in_flight: int,
+    cache_gib: float | None,
+) -> Room:
+    """Return the room that a checkpoint leaves on a rank.
+
+    Raises GraftError if the weights alone are more than the memory.
+    """
+    on_cpu = hardware.gpu is None
+    weights = weights_bytes_per_rank(checkpoint, tp, decoded=on_cpu)
+    # All ranks of a CPU share one memory.
+    memory = _physical_memory() // tp if on_cpu else hardware.memory_bytes
+    if weights > memory:
+        raise GraftError(
+            f"{checkpoint}: the weights take {weights / _GIB:.1f} GiB of a rank's memory, and "
+            f"there are {memory / _GIB:.1f} ({hardware}; {tp} ranks); "
+            + ("a CPU is for small models" if on_cpu else "take more GPUs, or larger ones")
+        )
+    cache_bytes = None if cache_gib is None else int(cache_gib * _GIB)
+    return Room(config, hardware, tp, weights, tokens_in_flight, cache_bytes)
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

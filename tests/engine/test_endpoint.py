@@ -1,0 +1,297 @@
+"""The OpenAI-compatible endpoint on the real engine, MTP on, through the official client.
+
+One server answers the whole file. The tiny model is not clever: what is tested holds whatever it
+says. Greedy answers to one request at a time are reproducible, so they can be compared.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletion
+
+from engine.conftest import Checkpoints
+from mtp_graft.serving.check import check_drafter
+from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.server import managed_server
+
+pytestmark = pytest.mark.vllm
+NAME = "deepseek-v4-flash"
+API_KEY = "a-key-of-the-tests"
+MAX_MODEL_LEN = 2048
+QUESTION = "A boat carries 4 crates of 6 lamps each. How many lamps are on the boat?"
+SMALL_NUMBER = {"type": "integer", "minimum": 0, "maximum": 999}
+ADD_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Add two whole numbers.",
+        "strict": True,  # without it vLLM holds the model to the call's form, not to the schema
+        "parameters": {
+            "type": "object",
+            "properties": {"a": SMALL_NUMBER, "b": SMALL_NUMBER},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def server(
+    checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerClient]:
+    """Half as many places as the clients that come at once."""
+    options = ServeOptions(
+        checkpoints.spliced,
+        port=0,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=4,
+        served_model_names=(NAME, "another-name"),
+        api_key=API_KEY,
+    )
+    with managed_server(options, tmp_path_factory.mktemp("endpoint") / "vllm.log") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerClient) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{server.base_url}/v1", api_key=API_KEY, max_retries=0, timeout=120
+    ) as client:
+        yield client
+
+
+def request(question: str = QUESTION, thinking: bool = False, **more: Any) -> dict[str, Any]:
+    return {
+        "model": NAME,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 48,
+        "temperature": 0,
+        "extra_body": {"chat_template_kwargs": {"thinking": thinking}},
+        **more,
+    }
+
+
+def ask(client: openai.OpenAI, *arguments: Any, **more: Any) -> ChatCompletion:
+    answer: ChatCompletion = client.chat.completions.create(**request(*arguments, **more))
+    return answer
+
+
+def content_of(answer: ChatCompletion) -> str:
+    content = answer.choices[0].message.content
+    assert content, answer
+    return content
+
+
+def test_a_chat_is_answered_and_counted(client: openai.OpenAI, server: ServerClient) -> None:
+    before = server.spec_decode_counters()
+    answer = ask(client)
+    after = server.spec_decode_counters()
+    assert answer.model == NAME
+    assert "<｜" not in content_of(answer), "a special token leaked into the text"
+    assert answer.choices[0].finish_reason in {"stop", "length"}
+    assert answer.usage is not None
+    assert 1 <= answer.usage.completion_tokens <= 48
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert before is not None and after is not None
+    assert (after - before).num_draft_tokens > 0, "the answer was not drafted"
+
+
+def test_every_served_name_is_listed_and_answers(client: openai.OpenAI) -> None:
+    assert {model.id for model in client.models.list()} == {NAME, "another-name"}
+    assert content_of(ask(client, model="another-name")) == content_of(ask(client))
+
+
+def test_a_stream_has_the_same_text_and_the_same_count(client: openai.OpenAI) -> None:
+    whole = ask(client)
+    chunks = list(
+        client.chat.completions.create(
+            **request(stream=True, stream_options={"include_usage": True})
+        )
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == content_of(whole)
+    assert sum(bool(piece) for piece in pieces) > 1, "the answer came in one piece"
+    finish = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices]
+    assert [reason for reason in finish if reason] == [whole.choices[0].finish_reason]
+    assert chunks[-1].usage == whole.usage
+
+
+# Greedily the tiny model would fill the call with white space, which the grammar allows.
+TOOL_CALL: dict[str, Any] = {"max_tokens": 400, "frequency_penalty": 2, "tools": [ADD_TOOL]}
+
+
+def check_call(name: str | None, arguments: str | None) -> None:
+    assert name == "add"
+    values = json.loads(arguments or "")
+    assert set(values) == {"a", "b"}
+    assert all(isinstance(value, int) and 0 <= value <= 999 for value in values.values())
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=["any", "named"]
+)
+def test_a_demanded_tool_call_fits_its_schema(client: openai.OpenAI, choice: Any) -> None:
+    message = ask(client, tool_choice=choice, **TOOL_CALL).choices[0].message
+    assert message.tool_calls
+    for call in message.tool_calls:
+        assert call.type == "function"
+        assert call.id
+        check_call(call.function.name, call.function.arguments)
+    assert "DSML" not in (message.content or ""), "the call's own syntax leaked into the text"
+
+
+def test_a_streamed_tool_call_is_whole_when_put_together(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        **request(tool_choice="required", stream=True, **TOOL_CALL)
+    )
+    parts = [
+        call
+        for chunk in stream
+        if chunk.choices
+        for call in chunk.choices[0].delta.tool_calls or ()
+        if call.index == 0 and call.function is not None
+    ]
+    names = [part.function.name for part in parts if part.function.name]
+    check_call("".join(names), "".join(part.function.arguments or "" for part in parts))
+
+
+def test_tools_change_the_prompt_and_their_results_are_taken(client: openai.OpenAI) -> None:
+    plain = ask(client)
+    offered = ask(client, tools=[ADD_TOOL], tool_choice="auto")
+    assert plain.usage is not None and offered.usage is not None
+    assert offered.usage.prompt_tokens > plain.usage.prompt_tokens + 20
+    function = {"name": "add", "arguments": '{"a": 4, "b": 6}'}
+    conversation = [
+        {"role": "user", "content": QUESTION},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call-1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "call-1", "content": "10"},
+    ]
+    answer = ask(client, tools=[ADD_TOOL], messages=conversation)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > offered.usage.prompt_tokens
+
+
+def test_without_tools_wanted_none_is_called(client: openai.OpenAI) -> None:
+    answer = ask(client, tools=[ADD_TOOL], tool_choice="none")
+    assert not answer.choices[0].message.tool_calls
+
+
+def reasoning_of(message: Any) -> str | None:
+    reasoning: str | None = (message.model_extra or {}).get("reasoning")
+    return reasoning
+
+
+def test_thinking_goes_into_reasoning_and_its_absence_into_content(client: openai.OpenAI) -> None:
+    thought = ask(client, thinking=True).choices[0].message
+    assert reasoning_of(thought)
+    assert "think>" not in f"{reasoning_of(thought)}{thought.content}"
+    plain = ask(client, thinking=False).choices[0].message
+    assert plain.content
+    assert not reasoning_of(plain)
+
+
+def test_streamed_thinking_is_the_same_reasoning(client: openai.OpenAI) -> None:
+    whole = ask(client, thinking=True).choices[0].message
+    deltas = [
+        chunk.choices[0].delta
+        for chunk in client.chat.completions.create(**request(thinking=True, stream=True))
+        if chunk.choices
+    ]
+    assert "".join(reasoning_of(delta) or "" for delta in deltas) == reasoning_of(whole)
+    assert "".join(delta.content or "" for delta in deltas) == (whole.content or "")
+
+
+def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
+    text = content_of(ask(client))
+    words = re.findall(r"\w+", text)
+    stop = next(word for word in words[3:] if text.index(word) > 0)
+    stopped = ask(client, stop=[stop])
+    assert stopped.choices[0].message.content == text[: text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+    stream = client.chat.completions.create(**request(stop=[stop], stream=True))
+    streamed = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+    assert streamed == stopped.choices[0].message.content
+
+
+def test_logprobs_belong_to_the_tokens_of_the_answer(client: openai.OpenAI) -> None:
+    answer = ask(client, logprobs=True, top_logprobs=3)
+    assert answer.choices[0].logprobs is not None and answer.usage is not None
+    tokens = answer.choices[0].logprobs.content
+    assert tokens is not None
+    assert len(tokens) == answer.usage.completion_tokens
+    assert content_of(answer) in "".join(token.token for token in tokens)
+    for token in tokens:
+        best = [top.logprob for top in token.top_logprobs]
+        assert len(best) >= 3
+        assert best == sorted(best, reverse=True)
+        assert token.logprob == best[0] <= 0, "a greedy token is the most probable one"
+
+
+def test_eight_clients_at_once_each_get_their_own_answer(client: openai.OpenAI) -> None:
+    questions = ["How many lamps? " * (1 + number) for number in range(8)]
+    alone = [ask(client, question).usage for question in questions]
+    with ThreadPoolExecutor(len(questions)) as pool:
+        together = list(pool.map(lambda question: ask(client, question), questions))
+    for usage, answer in zip(alone, together, strict=True):
+        assert content_of(answer)
+        assert answer.usage is not None and usage is not None
+        assert answer.usage.prompt_tokens == usage.prompt_tokens
+
+
+def gauge(server: ServerClient, name: str) -> float:
+    with openai.OpenAI(base_url=server.base_url, api_key=API_KEY) as raw:
+        page = raw.get("/metrics", cast_to=str)
+    return sum(
+        float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(name)
+    )
+
+
+def test_a_client_that_leaves_in_mid_stream_frees_its_request(
+    client: openai.OpenAI, server: ServerClient
+) -> None:
+    most = MAX_MODEL_LEN - 200
+    before = gauge(server, "vllm:generation_tokens_total")
+    stream = client.chat.completions.create(
+        **request(stream=True, max_tokens=most)
+        | {"extra_body": {"chat_template_kwargs": {"thinking": False}, "ignore_eos": True}}
+    )
+    for _chunk in zip(range(5), stream, strict=False):
+        pass
+    assert gauge(server, "vllm:num_requests_running") == 1
+    stream.close()
+    deadline = time.monotonic() + 10
+    while gauge(server, "vllm:num_requests_running"):
+        assert time.monotonic() < deadline, "the request goes on without its client"
+        time.sleep(0.1)
+    generated = gauge(server, "vllm:generation_tokens_total") - before
+    assert generated < most / 2, "it ended by itself"
+    assert server.is_healthy()
+    assert content_of(ask(client))
+
+
+def test_mistakes_are_the_clients_and_the_server_goes_on(
+    client: openai.OpenAI, server: ServerClient
+) -> None:
+    with pytest.raises(openai.NotFoundError):
+        ask(client, model="nobody")
+    with pytest.raises(openai.BadRequestError, match="context"):
+        ask(client, "lamp " * (2 * MAX_MODEL_LEN))
+    with pytest.raises(openai.AuthenticationError):
+        ask(client.with_options(api_key="another"))
+    assert server.is_healthy()
+
+
+def test_the_check_of_serve_finds_the_head_alive(server: ServerClient) -> None:
+    assert check_drafter(server).acceptance > 0.5

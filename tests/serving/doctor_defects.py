@@ -1,0 +1,246 @@
+"""Defects to plant into a good checkpoint, by the id that doctor has for each.
+
+A defect works on a copy whose files are its own. `benchmarks/` and the docs say what vLLM does
+with some of them.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+HEAD = "model-mtp-w4a16.safetensors"
+Plant = Callable[[Path], None]
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_quantization(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    edit_config(folder, lambda config: change(config["quantization_config"]))
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def edit_shard(
+    folder: Path, change: Callable[[dict[str, Tensor]], object], shard: str = HEAD
+) -> None:
+    """Change a shard's tensors; the index follows."""
+    tensors = load_file(folder / shard)
+    before = set(tensors)
+    change(tensors)
+    (folder / shard).unlink()
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+
+    def follow(weight_map: dict[str, str]) -> None:
+        for name in before - tensors.keys():
+            del weight_map[name]
+        weight_map.update(dict.fromkeys(tensors, shard))
+
+    edit_index(folder, follow)
+
+
+def rename(pattern: str, replacement: str) -> Plant:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            renamed = re.sub(pattern, replacement, name)
+            if renamed != name:
+                tensors[renamed] = tensors.pop(name)
+
+    return lambda folder: edit_shard(folder, change)
+
+
+def rename_experts(folder: Path) -> None:
+    for old, new in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+        rename(rf"(\.experts\.\d+\.){old}\.", rf"\1{new}.")(folder)
+
+
+def shard_of(folder: Path, name: str) -> str:
+    shard: str = json.loads((folder / INDEX).read_text())["weight_map"][name]
+    return shard
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / HEAD).read_bytes()
+    (folder / HEAD).unlink()
+    (folder / HEAD).write_bytes(data[: len(data) // 2])
+
+
+def remove_shard(folder: Path) -> None:
+    (folder / HEAD).unlink()
+
+
+def list_what_is_not_there(folder: Path) -> None:
+    edit_shard(folder, lambda tensors: tensors.pop("mtp.0.ffn.experts.5.w2.weight_scale"))
+    edit_index(folder, lambda m: m.update({"mtp.0.ffn.experts.5.w2.weight_scale": HEAD}))
+
+
+def forget_the_head_in_the_index(folder: Path) -> None:
+    def drop(weight_map: dict[str, str]) -> None:
+        for name in [name for name, shard in weight_map.items() if shard == HEAD]:
+            del weight_map[name]
+
+    edit_index(folder, drop)
+
+
+def forget_one_entry(folder: Path) -> None:
+    edit_index(folder, lambda m: m.pop("mtp.0.e_proj.weight"))
+
+
+def hold_a_tensor_twice(folder: Path) -> None:
+    edit_shard(folder, lambda t: t.update({"mtp.0.enorm.weight": torch.ones(256).bfloat16()}))
+    tensors = {"mtp.0.enorm.weight": torch.ones(256).bfloat16()}
+    save_file(tensors, folder / "model-extra.safetensors")
+    edit_index(folder, lambda m: m.update({"mtp.0.enorm.weight": "model-extra.safetensors"}))
+
+
+def drop(name: str) -> Plant:
+    return lambda folder: edit_shard(folder, lambda tensors: tensors.pop(name))
+
+
+def add(name: str) -> Plant:
+    extra = torch.zeros(4, dtype=torch.bfloat16)
+    return lambda folder: edit_shard(folder, lambda tensors: tensors.update({name: extra}))
+
+
+def replace(name: str, make: Callable[[Tensor], Tensor]) -> Plant:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = make(tensors[name]).contiguous()
+
+    return lambda folder: edit_shard(folder, change)
+
+
+def round_float32(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "hc_" in name or name.endswith(("attn_sink", "gate.bias")):
+                tensors[name] = tensor.bfloat16()
+
+    edit_shard(folder, change)
+
+
+def quantize_a_compressor(folder: Path) -> None:
+    stem = "layers.2.attn.compressor.wkv"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        weight = tensors[f"{stem}.weight"]
+        tensors[f"{stem}.weight"] = weight.to(torch.float8_e4m3fn)
+        blocks = (-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
+        tensors[f"{stem}.weight_scale"] = torch.ones(blocks, dtype=torch.bfloat16)
+
+    edit_shard(folder, change, shard_of(folder, f"{stem}.weight"))
+
+
+def drop_from_the_base(folder: Path) -> None:
+    name = "layers.1.ffn_norm.weight"
+    edit_shard(folder, lambda tensors: tensors.pop(name), shard_of(folder, name))
+
+
+def add_to_the_base(folder: Path) -> None:
+    extra = {"layers.1.attn.wq_a.weight_zero_point": torch.zeros(2)}
+    shard = shard_of(folder, "layers.1.attn.wq_a.weight")
+    edit_shard(folder, lambda tensors: tensors.update(extra), shard)
+
+
+def add_dspark_blocks(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for block in (1, 2):
+            tensors[f"mtp.{block}.enorm.weight"] = tensors["mtp.0.enorm.weight"].clone()
+
+    edit_shard(folder, change)
+
+
+def ignore(pattern: str) -> Plant:
+    return lambda folder: edit_quantization(folder, lambda q: q["ignore"].append(pattern))
+
+
+def retarget(group: str, targets: list[str]) -> Plant:
+    def change(quantization: dict[str, Any]) -> None:
+        quantization["config_groups"][group]["targets"] = targets
+
+    return lambda folder: edit_quantization(folder, change)
+
+
+def set_group_size(folder: Path) -> None:
+    def change(quantization: dict[str, Any]) -> None:
+        quantization["config_groups"]["group_1"]["weights"]["group_size"] = 64
+
+    edit_quantization(folder, change)
+
+
+def drop_projections_group(folder: Path) -> None:
+    edit_quantization(folder, lambda q: q["config_groups"].pop("mtp_projections"))
+
+
+def set_config(key: str, value: object) -> Plant:
+    return lambda folder: edit_config(folder, lambda config: config.update({key: value}))
+
+
+def drop_config(key: str) -> Plant:
+    return lambda folder: edit_config(folder, lambda config: config.pop(key))
+
+
+EXPERT = "mtp.0.ffn.experts.3"
+NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
+
+#: name -> (id that doctor reports, what plants it)
+DEFECTS: dict[str, tuple[str, Plant]] = {
+    "truncated-shard": ("shard-unreadable", truncate),
+    "missing-shard": ("shard-missing", remove_shard),
+    "entry-without-tensor": ("index-entry-without-tensor", list_what_is_not_there),
+    "shard-not-in-index": ("tensor-without-index-entry", forget_the_head_in_the_index),
+    "tensor-not-in-index": ("tensor-without-index-entry", forget_one_entry),
+    "tensor-in-two-shards": ("tensor-twice", hold_a_tensor_twice),
+    "missing-parameter": ("head-tensor-missing", drop("mtp.0.hnorm.weight")),
+    "missing-scale": ("head-tensor-missing", drop(f"{EXPERT}.w1.weight_scale")),
+    "unknown-tensor": ("head-tensor-unknown", add("mtp.0.ffn.experts.3.w4.weight")),
+    "base-without-a-norm": ("base-tensor-missing", drop_from_the_base),
+    "base-with-zero-points": ("base-tensor-unknown", add_to_the_base),
+    "gate-up-down-names": (
+        "tensor-name",
+        rename_experts,
+    ),
+    "head-named-as-layer": ("tensor-name", rename(r"^mtp\.0\.", "layers.4.")),
+    "scale-inv": ("scale-name", rename(r"\.weight_scale$", ".weight_scale_inv")),
+    "scale-of-linears": ("scale-name", rename(r"(_proj|attn\.w\w+)\.weight_scale$", r"\1.scale")),
+    "wrong-shape": ("tensor-shape", replace("mtp.0.attn.q_norm.weight", lambda t: t[:64])),
+    "wrong-group": (
+        "scale-shape",
+        replace(f"{EXPERT}.w2.weight_scale", lambda t: t.repeat_interleave(2, dim=1)),
+    ),
+    "wrong-group-size-in-config": ("group-size", set_group_size),
+    "wrong-dtype": ("tensor-dtype", replace("mtp.0.e_proj.weight", lambda t: t.view(torch.int8))),
+    "rounded-float32": ("float32-rounded", round_float32),
+    "fp8-compressor": ("compressor-quantized", quantize_a_compressor),
+    "dspark": ("dspark-drafter", add_dspark_blocks),
+    "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
+    "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
+    "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),
+    "no-ratio-for-head": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128])),
+    "too-few-ratios": ("compress-ratios", set_config("compress_ratios", [0, 0, 4])),
+    "no-ratios": ("compress-ratios", drop_config("compress_ratios")),
+    "no-quantization-config": ("quantization-config", drop_config("quantization_config")),
+    "target-for-mtp": (
+        "pattern-names-mtp",
+        retarget("mtp_projections", [r"re:^mtp\.0\.(e_proj|h_proj)$"]),
+    ),
+    "ignore-for-mtp": ("pattern-names-mtp", ignore("mtp.0.ffn.shared_experts.w1")),
+    "unanchored-ignore": ("pattern-too-wide", ignore("re:.*e_proj")),
+    "ignore-takes-the-head": ("pattern-too-wide", ignore(r"re:.*layers\.4\.attn\..*")),
+    "misspelled-ignore": ("pattern-matches-nothing", ignore(r"re:.*layers\.4\.fnn\..*")),
+    "one-family-of-names": ("expert-target-names", retarget("group_1", [NATIVE_EXPERTS])),
+    "projections-without-group": ("scheme-mismatch", drop_projections_group),
+}

@@ -1,0 +1,151 @@
+"""`mtp-graft bench` from the command line, on a stand-in vLLM."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mtp_graft import cli
+from mtp_graft.serving import server
+
+from .conftest import command_environment
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in this process; return exit status, output and errors."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mtp-graft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            sys.exit(0)
+        out, errors = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, out, errors
+
+    monkeypatch.setattr(server, "POLL_S", 0.02)
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("decode", "--against", "b", "--base-url", "u"), "compare a --checkpoint with --against"),
+        (("decode", "--against-url", "v", "--checkpoint", "c"), "with --against, or a --base-url"),
+        (("decode", "--base-url", "u", "--against-url", "v", "--pairs", "1"), "--pairs"),
+        (("sweep",), "give one of --base-url and --checkpoint"),
+        (("sweep", "--base-url", "u", "--k", "1,2"), "--k needs --checkpoint"),
+        (("sweep", "--checkpoint", "c", "--streams", "1,0"), "--streams is '1,0'"),
+        (("sweep", "--checkpoint", "c", "--k", "1,1"), "--k is '1,1'"),
+        (("workload", "--base-url", "u", "--max-model-len", "9"), "need --checkpoint"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_says_what_is_wrong(
+    run: Run, arguments: tuple[str, ...], message: str
+) -> None:
+    status, out, errors = run("bench", *arguments)
+    assert (status, out) == (2, "")
+    assert message in " ".join(errors.replace("│", " ").split())
+
+
+def test_decode_against_a_base_prints_the_ratio_and_writes_it(
+    run: Run, base: Path, grafted: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    status, out, errors = run(
+        *("bench", "decode", "--checkpoint", grafted, "--against", base, "--pairs", 2),
+        *("--prompts", prompts_file, "--rounds", 1, "--max-tokens", 20, "--run", tmp_path / "run"),
+        *("--log", tmp_path / "vllm.log", "--json", tmp_path / "decode.json"),
+    )
+    assert status == 0, errors
+    result = json.loads((tmp_path / "decode.json").read_text())
+    for key in ("decode_tok_s", "ttft_ms", "tpot_ms", "acceptance"):
+        assert {"median", "min", "max", "runs"} <= result[key].keys()
+    assert result["restarted"] is True
+    assert result["errors"] == 0
+    assert "decode speed: " in out and "95 % interval" in out
+    assert "greedy text: identical on every prompt" in out
+    assert json.loads((tmp_path / "run" / "bench" / "decode" / "result.json").read_text()) == result
+    assert {f"vllm-{side}-{n}.log" for side in ("base", "mtp") for n in (1, 2)} <= {
+        file.name for file in tmp_path.iterdir()
+    }
+
+
+def test_sweep_prints_a_row_a_point_and_draws_them(
+    run: Run, grafted: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    status, out, errors = run(
+        *("bench", "sweep", "--checkpoint", grafted, "--k", "0,1", "--streams", "1,3"),
+        *("--prompts", prompts_file, "--requests", 2, "--max-tokens", 6),
+        *("--chart", tmp_path / "sweep.png", "--json", "-"),
+    )
+    assert status == 0, errors
+    points = json.loads(out)["points"]
+    assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    keys = {"per_stream_tok_s", "aggregate_tok_s", "ttft_ms", "acceptance", "errors"}
+    assert all(keys <= point.keys() for point in points)
+    assert "streams 3: k = " in errors
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_workload_prints_a_row_a_category(run: Run, grafted: Path) -> None:
+    status, out, errors = run("bench", "workload", "--checkpoint", grafted, "--thinking")
+    assert status == 0, errors
+    rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
+    names = {name.strip(): number.strip() for name, number in rows}
+    assert names == {
+        **dict.fromkeys(("chat", "coding", "retrieval", "writing", "planning"), "3"),
+        "all": "15",
+    }
+
+
+def test_a_client_that_is_killed_goes_on_where_it_was(
+    vllm: Path, site: Path, grafted: Path, tmp_path: Path
+) -> None:
+    """SIGKILL in the middle of the workload; then the rest is asked and nothing twice."""
+    streams, result = tmp_path / "streams", tmp_path / "result.json"
+    environment = command_environment(site, streams=str(streams), step_s=0.01)
+    command = [
+        *(sys.executable, "-c", KILLABLE),
+        *("bench", "workload", "--checkpoint", str(grafted), "--run", str(tmp_path / "run")),
+        *("--json", str(result)),
+    ]
+    process = subprocess.Popen(command, env=environment)
+    units = tmp_path / "run" / "bench" / "workload" / "units.jsonl"
+    deadline = time.monotonic() + 60
+    while not units.exists() or len(units.read_text().splitlines()) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = units.read_text().splitlines()
+    asked_before = len(streams.read_text().split())
+    subprocess.run(command, env=environment, check=True, timeout=60)
+    asked = len(streams.read_text().split()) - asked_before
+    assert asked == 1 + 15 - len(kept)  # a warm-up, and what was missing
+    assert units.read_text().splitlines()[: len(kept)] == kept
+    assert len(json.loads(result.read_text())["tasks"]) == 15
+
+
+#: The command, seeing the stand-in only: the test's own patch ends with its process.
+KILLABLE = """
+import os, sys
+from importlib.metadata import Distribution, PackageNotFoundError
+from mtp_graft import cli
+from mtp_graft.serving import command
+
+def distribution(name):
+    for dist in Distribution.discover(name=name, path=[os.environ["PYTHONPATH"]]):
+        return dist
+    raise PackageNotFoundError(name)
+
+command.distribution = distribution
+cli.main()
+"""

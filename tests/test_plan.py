@@ -1,0 +1,185 @@
+"""What a run needs before it begins: counted from the bundled model, whose sizes are known."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from mtp_graft.errors import GraftError
+from mtp_graft.pipeline import find_bundled_recipe, plan, plan_run
+from mtp_graft.pipeline.folder import RunFolder
+from mtp_graft.pipeline.plan import Need, check_room, find_needs
+from mtp_graft.pipeline.run import STAGES, check_needs
+from mtp_graft.pipeline.times import estimate_times
+from mtp_graft.recipe import Recipe, load_recipe
+from mtp_graft.stages.fetch import Source, survey
+
+GB = 10**9
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return load_recipe(find_bundled_recipe())
+
+
+@pytest.fixture
+def sources(recipe: Recipe) -> tuple[Source, Source]:
+    return survey(recipe.model)
+
+
+@pytest.fixture
+def folder(recipe: Recipe, tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run", recipe)
+
+
+class Disk(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def full_disk(free: int) -> Any:
+    return lambda _path: Disk(10**15, 0, free)
+
+
+def test_the_heads_sizes_are_bounds_of_what_splice_writes(
+    recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder, tiny_model: Path
+) -> None:
+    """The stored sizes are those of `benchmarks/results/demo_cpu.json`'s run."""
+    head = plan._count_head(sources[0])
+    for variant, stored in {"rtn": 8_019_304, "mxfp4": 8_212_840, "bf16": 26_693_992}.items():
+        assert stored < head.bytes_as(variant) < 1.25 * stored
+    spliced = next(n for n in find_needs(recipe, folder, STAGES, sources) if n.stage == "splice")
+    assert spliced.bytes == sum(head.bytes_as(v) for v in ("rtn", "gptq", "mxfp4", "bf16"))
+
+
+def test_residuals_are_counted_at_the_longest_that_prompts_may_be(
+    recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder, tiny_model: Path
+) -> None:
+    config = json.loads((tiny_model / "base" / "config.json").read_text())
+    captured = next(n for n in find_needs(recipe, folder, ["capture"], sources) if n.of == "disk")
+    rows = (64 + 96) * (512 + 96)
+    assert captured.bytes == rows * config["hc_mult"] * config["hidden_size"] * 2
+
+
+def test_only_the_stages_asked_for_and_not_yet_done_need_room(
+    recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder
+) -> None:
+    assert find_needs(recipe, folder, ["fetch"], sources) == [], "folders need no download"
+    assert {n.stage for n in find_needs(recipe, folder, STAGES, sources)} == {
+        *("capture", "quantize", "score", "splice", "bench")
+    }
+    folder.stage("capture").mkdir(parents=True)
+    (folder.stage("capture") / "manifest.json").touch()
+    assert find_needs(recipe, folder, ["capture"], sources) == []
+
+
+def test_what_a_killed_run_has_written_is_not_needed_again(
+    recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder, tmp_path: Path
+) -> None:
+    def needed() -> int:
+        return next(n for n in find_needs(recipe, folder, STAGES, sources) if n.of == "disk").bytes
+
+    before = needed()
+    recordings = folder.stage("capture") / "recordings"
+    recordings.mkdir(parents=True)
+    (recordings / "000001.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "of the base").write_bytes(bytes(5000))
+    (recordings / "linked").hardlink_to(tmp_path / "of the base")
+    assert needed() == before - 1000
+
+
+def test_a_copied_base_needs_its_size_for_every_head(
+    recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder
+) -> None:
+    copying = replace(recipe, splice=replace(recipe.splice, copy=True))
+    needs = [n for n in find_needs(copying, folder, ["splice"], sources)]
+    assert [n.what_for for n in needs] == ["4 heads; the base is linked", "copies of the base"]
+    assert needs[1].bytes == 4 * sum(sources[0].sizes.values())
+
+
+def test_a_small_disk_is_refused_with_what_is_needed_and_free(
+    recipe: Recipe, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(1000))
+    with pytest.raises(GraftError) as raised:
+        check_needs(recipe, folder, STAGES)
+    message = str(raised.value)
+    assert f"disk of {folder.path}: 1,000 bytes free, " in message
+    assert "capture: 199," in message and "splice: " in message
+    assert not folder.path.exists(), "nothing was begun"
+
+
+def test_needs_of_one_disk_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = [Need(stage, "disk", str(tmp_path / stage), 600, "") for stage in ("fetch", "capture")]
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(1000))
+    check_room(needs[:1])
+    with pytest.raises(GraftError, match=r"1,000 bytes free, 1,200 needed \(fetch: 600, captur"):
+        check_room(needs)
+
+
+def test_too_little_memory_is_refused() -> None:
+    need = Need("score", "memory", "this machine", 10**18, "the head in float32")
+    with pytest.raises(GraftError, match=r"memory of this machine: [\d,]+ bytes free, 1,000,000,0"):
+        check_room([need])
+
+
+@pytest.mark.parametrize(
+    ("gpus", "free", "message"),
+    [
+        (1, 200 * GB, "bench: 1 GPUs found, 2 asked for"),
+        (2, 50 * GB, r"GPU memory of 2 GPUs: 100,000,000,000 bytes free, 160,000,000,000 needed"),
+        (2, 90 * GB, None),
+    ],
+)
+def test_the_gpus_are_looked_at_before_the_model_is_served(
+    gpus: int, free: int, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, free))
+    need = Need("bench", "GPU memory", "2 GPUs", 160 * GB, "the served model")
+    if message is None:
+        check_room([need])
+        return
+    with pytest.raises(GraftError, match=message):
+        check_room([need])
+
+
+def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
+    recipe: Recipe, tmp_path: Path, tiny_model: Path
+) -> None:
+    told = plan_run(recipe, tmp_path / "run", STAGES)
+    base = tiny_model / "base"
+    assert told["sources"]["base"]["files"] == {
+        path.name: path.stat().st_size
+        for path in base.iterdir()
+        if path.suffix in (".safetensors", ".json")
+    }
+    assert told["sources"]["base"]["bytes_to_download"] == 0
+    assert (told["room"], told["unknown"]) == ("enough", None)
+    assert 50 < told["seconds"]["bench"]["seconds"] < 400
+    assert "demo_cpu.json" in told["seconds"]["bench"]["by"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_large_base_is_estimated_by_the_seeds_times(
+    recipe: Recipe, sources: tuple[Source, Source]
+) -> None:
+    large = replace(sources[0], sizes={"model.safetensors": 143 * GB})
+    times = estimate_times(recipe, [large, sources[1]])
+    assert times["score"].seconds is None and "never timed" in times["score"].by
+    assert "seed" in times["capture"].by
+
+
+def test_a_dry_run_without_the_checkpoints_says_why_it_knows_no_sizes(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    gone = replace(recipe, model=replace(recipe.model, base="/nowhere"))
+    told = plan_run(gone, tmp_path / "run", STAGES)
+    assert told["unknown"] == "/nowhere: not a folder; expected a checkpoint or a hub id owner/name"
+    assert told["sources"] is told["needs"] is told["seconds"] is None
