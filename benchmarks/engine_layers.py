@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_check import commit, device_name, versions
+from record import commit, device_name, versions
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -13,12 +13,12 @@ import json
 import os
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from engine_check import commit, counters, device_name, versions
+from engine_check import counters
+from record import write_result
 
 from mtp_graft.stages.splice import splice
 
@@ -113,16 +113,7 @@ def main() -> None:
         checkpoint = Path(scratch) / "tiny-bf16"
         splice(MODEL / "base", MODEL / "upstream", checkpoint, "bf16", copy=True)
         results = measure(checkpoint, splits, options.max_tokens)
-    report = {
-        "benchmark": "heldout_acceptance",
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": device_name(),
-        "commit": commit(),
-        "versions": versions(),
-        "command": " ".join(["python", *sys.argv]),
-        "results": results,
-    }
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_result(options.out, "heldout_acceptance", results)
     print(json.dumps(results, indent=2))
 
 

