@@ -20,7 +20,7 @@ demo: setup
 	.venv/bin/mtp-graft demo $(if $(RUN),--run $(RUN)) $(ARGS)
 
 test: setup-dev
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python tools/run_tests.py $(ARGS)
 
 setup:
 	@$(PYTHON) tools/setup_venv.py
