@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from mtp_graft import cli
-from mtp_graft.serving import server
+from mtp_graft.pipeline.device import device_name
+from mtp_graft.serving import command, server
 
-from .conftest import command_environment
+from .conftest import command_environment, read_record
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -46,6 +47,7 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
         (("sweep", "--checkpoint", "c", "--streams", "1,0"), "--streams is '1,0'"),
         (("sweep", "--checkpoint", "c", "--k", "1,1"), "--k is '1,1'"),
         (("workload", "--base-url", "u", "--max-model-len", "9"), "need --checkpoint"),
+        (("sweep", "--base-url", "u", "--profile", "128k"), "need --checkpoint"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what_is_wrong(
@@ -76,6 +78,42 @@ def test_decode_against_a_base_prints_the_ratio_and_writes_it(
     assert {f"vllm-{side}-{n}.log" for side in ("base", "mtp") for n in (1, 2)} <= {
         file.name for file in tmp_path.iterdir()
     }
+
+
+def test_a_profile_is_served_as_serve_does_and_kept_apart(
+    run: Run, fake: Callable[..., None], tiny_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    fake(record=str(tmp_path / "record.json"))
+    status, _, errors = run(
+        *("bench", "sweep", "--checkpoint", tiny_model / "base", "--profile", "524k"),
+        *("--max-model-len", 2048, "--streams", "1", "--requests", 1, "--max-tokens", 6),
+        *("--prompts", prompts_file, "--run", tmp_path / "run"),
+    )
+    assert status == 0, errors
+    argv = read_record(tmp_path / "record.json")["argv"]
+    assert argv[argv.index("--max-num-seqs") + 1] == "3"  # the profile's
+    assert argv[argv.index("--max-model-len") + 1] == "2048"  # ours
+    assert "plan: profile 524k" in errors
+    kept = tmp_path / "run" / "bench" / "sweep-524k"
+    manifest = json.loads((kept / "manifest.json").read_text())
+    assert (manifest["stage"], manifest["status"]) == ("bench sweep-524k", "done")
+    assert manifest["config"]["server"]["profile"] == "524k"
+    assert manifest["device"] == device_name()
+    assert (kept / "result.json").exists()
+
+
+def test_a_running_servers_device_is_not_taken_for_this_machines(
+    run: Run, base: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    options = command.ServeOptions(base, port=0)
+    with server.managed_server(options, tmp_path / "vllm.log") as client:
+        status, _, errors = run(
+            *("bench", "decode", "--base-url", client.base_url, "--prompts", prompts_file),
+            *("--rounds", 1, "--max-tokens", 6, "--run", tmp_path / "run"),
+        )
+    assert status == 0, errors
+    manifest = json.loads((tmp_path / "run" / "bench" / "decode" / "manifest.json").read_text())
+    assert manifest["device"] == f"server at {client.base_url}"
 
 
 def test_sweep_prints_a_row_a_point_and_draws_them(

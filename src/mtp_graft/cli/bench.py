@@ -28,6 +28,7 @@ from mtp_graft.cli.target import (
     LimitOption,
     LogOption,
     MaxModelLenOption,
+    ProfileOption,
     PromptsOption,
     RunOption,
     ServeArgument,
@@ -65,6 +66,7 @@ def bench_decode(
     ] = 3,
     ignore_eos: IgnoreEosOption = True,
     num_speculative_tokens: SpeculativeOption = None,
+    profile: ProfileOption = None,
     max_model_len: MaxModelLenOption = None,
     silence_s: SilenceOption = SILENCE_S,
     attempts: AttemptsOption = ATTEMPTS,
@@ -80,7 +82,7 @@ def bench_decode(
     """
     from mtp_graft.bench.decode import DecodeConfig
 
-    options = (api_key, silence_s, max_model_len, tuple(extra or ()), log)
+    options = (api_key, silence_s, max_model_len, tuple(extra or ()), log, profile)
     target = Target(base_url, checkpoint, *options)
     other = None
     if against is not None or against_url is not None:
@@ -91,7 +93,7 @@ def bench_decode(
         other = Target(against_url, against, *options)
     config = DecodeConfig(max_tokens, rounds, ignore_eos)
     asked = prompts_of(prompts, limit)
-    folder = run and run / "bench" / "decode"
+    folder = target.folder(run, "decode")
     retrying = retry_policy(attempts)()
     with progress_bar() as report:
         if other is None:
@@ -110,7 +112,7 @@ def bench_decode(
                 retrying,
                 report,
             )
-    keep_result(result, folder)
+    keep_result(result, folder, target)
     write_json(result, json_file)
     out = result_console(json_file)
     if other is None:
@@ -199,6 +201,7 @@ def bench_sweep(
         int, typer.Option(min=1, help="Measured requests a stream, at each point.")
     ] = 4,
     ignore_eos: IgnoreEosOption = True,
+    profile: ProfileOption = None,
     max_model_len: MaxModelLenOption = None,
     silence_s: SilenceOption = SILENCE_S,
     attempts: AttemptsOption = ATTEMPTS,
@@ -215,14 +218,14 @@ def bench_sweep(
     from mtp_graft.bench.sweep import SweepConfig, measure_sweep
 
     target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log, profile)
     )
     if k is not None and checkpoint is None:
         raise typer.BadParameter("--k needs --checkpoint: a running server drafts what it drafts")
     ks = (None,) if k is None else _numbers("--k", k, 0)
     config = SweepConfig(_numbers("--streams", streams, 1), ks, max_tokens, requests, ignore_eos)
     asked = prompts_of(prompts, limit)
-    folder = run and run / "bench" / "sweep"
+    folder = target.folder(run, "sweep")
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"max_tokens": max_tokens, "requests_per_stream": requests, "ignore_eos": ignore_eos}
     claim |= {"server": target.identity()} | _named(asked)
@@ -232,7 +235,7 @@ def bench_sweep(
             return target.client(report, "" if drafted is None else f"k{drafted}", drafted)
 
         result = measure_sweep(serve, asked, config, report, ledger, retry_policy(attempts))
-    keep_result(result, folder)
+    keep_result(result, folder, target)
     write_json(result, json_file)
     out = result_console(json_file)
     out.print(sweep_table(result["points"]))
@@ -272,6 +275,7 @@ def bench_workload(
         int | None, typer.Option(min=2, help="Cap on an answer. Default: the context's end.")
     ] = None,
     num_speculative_tokens: SpeculativeOption = None,
+    profile: ProfileOption = None,
     max_model_len: MaxModelLenOption = None,
     silence_s: SilenceOption = SILENCE_S,
     attempts: AttemptsOption = ATTEMPTS,
@@ -285,10 +289,10 @@ def bench_workload(
     from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
 
     target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
+        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log, profile)
     )
     config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
-    folder = run and run / "bench" / "workload"
+    folder = target.folder(run, "workload")
     claim = asdict(config) | {"server": target.identity(), "k": num_speculative_tokens}
     claim |= _named([workload])
     with progress_bar() as report, open_ledger(folder, claim) as ledger, ExitStack() as stack:
@@ -296,6 +300,6 @@ def bench_workload(
             lambda: stack.enter_context(target.client(report, "", num_speculative_tokens)),
             *(workload, config, report, ledger, retry_policy(attempts)()),
         )
-    keep_result(result, folder)
+    keep_result(result, folder, target)
     write_json(result, json_file)
     result_console(json_file).print(workload_table(result))

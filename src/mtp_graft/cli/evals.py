@@ -227,7 +227,7 @@ def _measure(evaluation: "Evaluation", asking: _Asking) -> None:
             )
             raise Unanswered(f"{evaluation.benchmark}: {error}; {cure}") from error
     result["settings"] |= {"thinking": asking.thinking, "concurrency": asking.concurrency}
-    keep_result(result, folder)
+    keep_result(result, folder, target)
     write_json(result, asking.json_file)
     _print_result(result, asking.json_file)
 

@@ -1,9 +1,11 @@
 """The server that a benchmark measures: one that runs, or a checkpoint served meanwhile."""
 
+import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,7 @@ from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.bench.streams import BenchClient, Retrying
+    from mtp_graft.serving.command import ServeOptions
 
 BaseUrlOption = Annotated[str | None, typer.Option(help="A running server's address.")]
 CheckpointOption = Annotated[Path | None, typer.Option(help="Serve this folder meanwhile.")]
@@ -21,6 +24,10 @@ PromptsOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first prompts only.")]
 IgnoreEosOption = Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(help="Serve --checkpoint as `mtp-graft serve --profile` does: 128k, 524k, ..."),
+]
 MaxModelLenOption = Annotated[int | None, typer.Option(min=1, help="Longest sequence.")]
 ApiKeyOption = Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The key.")]
 LogOption = Annotated[Path | None, typer.Option(help="Where the server's output goes.")]
@@ -50,14 +57,17 @@ class Target:
     max_model_len: int | None = None
     extra_args: tuple[str, ...] = ()
     log: Path | None = None
+    profile: str | None = None
+    began_s: float = field(default_factory=time.perf_counter, compare=False)
 
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
-        if self.checkpoint is None and (self.max_model_len is not None or self.extra_args):
+        ours_only = (self.max_model_len, self.profile, self.extra_args or None)
+        if self.checkpoint is None and any(value is not None for value in ours_only):
             raise typer.BadParameter(
-                "--max-model-len and arguments after -- need --checkpoint: a running server "
-                "cannot be changed"
+                "--max-model-len, --profile and arguments after -- need --checkpoint: a running "
+                "server cannot be changed"
             )
 
     def identity(self) -> dict[str, Any]:
@@ -70,8 +80,14 @@ class Target:
         return {
             "files": fingerprints(files),
             "max_model_len": self.max_model_len,
+            "profile": self.profile,
             "extra_args": list(self.extra_args),
         }
+
+    def folder(self, run: Path | None, benchmark: str) -> Path | None:
+        """Return the benchmark's part of a run folder; profiles are kept apart."""
+        name = benchmark if self.profile is None else f"{benchmark}-{self.profile}"
+        return run and run / "bench" / name
 
     @contextmanager
     def client(
@@ -82,7 +98,6 @@ class Target:
         `name` tells its log from those of other starts.
         """
         from mtp_graft.bench.streams import BenchClient
-        from mtp_graft.serving.command import ServeOptions
         from mtp_graft.serving.server import managed_server
 
         if self.checkpoint is None:
@@ -90,15 +105,7 @@ class Target:
             with BenchClient(self.base_url, self.api_key, self.silence_s) as client:
                 yield client
             return
-        options = ServeOptions(
-            self.checkpoint,
-            port=0,
-            max_model_len=self.max_model_len,
-            num_speculative_tokens=num_speculative_tokens,
-            prefix_caching=False,  # a prompt that comes again is computed again
-            api_key=self.api_key,
-            extra_args=self.extra_args,
-        )
+        options = self._options(self.checkpoint, num_speculative_tokens)
         log = self._log_file(name)
         note(f"server log: {log}")
 
@@ -110,6 +117,28 @@ class Target:
             BenchClient(running.base_url, self.api_key, self.silence_s) as client,
         ):
             yield client
+
+    def _options(self, checkpoint: Path, num_speculative_tokens: int | None) -> "ServeOptions":
+        from mtp_graft.serving.command import ServeOptions, find_vllm
+        from mtp_graft.serving.plan import make_plan
+        from mtp_graft.serving.topology import hardware_for
+
+        options = ServeOptions(
+            checkpoint,
+            port=0,
+            max_model_len=self.max_model_len,
+            num_speculative_tokens=num_speculative_tokens,
+            prefix_caching=False,  # a prompt that comes again is computed again
+            api_key=self.api_key,
+            extra_args=self.extra_args,
+        )
+        if self.profile is None:
+            return options
+        vllm = find_vllm()
+        plan = make_plan(options, self.profile, hardware_for(vllm.platform), vllm)
+        for text in plan.notes:
+            note(f"plan: {text}")
+        return plan.options
 
     def _log_file(self, name: str) -> Path:
         log = self.log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
@@ -137,9 +166,19 @@ def _bundled_prompts() -> Path:
     return Path(load_recipe(find_bundled_recipe()).bench.prompts)
 
 
-def keep_result(result: dict[str, Any], folder: Path | None) -> None:
-    """Write `result.json` into a benchmark's part of the run folder, if there is one."""
-    from mtp_graft.checkpoint.shards import write_json
+def keep_result(result: dict[str, Any], folder: Path | None, target: Target) -> None:
+    """Write `result.json` and `manifest.json` into a benchmark's part of the run folder, if any.
 
-    if folder is not None:
-        write_json(result, folder / "result.json")
+    A running server's device is not known here: the manifest names its address instead.
+    """
+    from mtp_graft.checkpoint.manifest import CONFIG_NAME, write_manifest
+    from mtp_graft.checkpoint.shards import write_json
+    from mtp_graft.pipeline.device import device_name
+
+    if folder is None:
+        return
+    write_json(result, folder / "result.json")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    device = device_name() if target.checkpoint else f"server at {target.base_url}"
+    seconds = time.perf_counter() - target.began_s
+    write_manifest(folder, f"bench {folder.name}", config, (), device, seconds)

@@ -80,6 +80,11 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
     return Hardware(name, len(rows) * num_nodes, memory_bytes, link, num_nodes, unified)
 
 
+def hardware_for(platform: str) -> Hardware:
+    """Return what a vLLM built for `platform` ("cpu" or "cuda") finds on this machine."""
+    return CPU if platform == "cpu" else find_gpus()
+
+
 def _visible() -> tuple[str, ...]:
     """Return the option that limits nvidia-smi to the GPUs that vLLM will see."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
