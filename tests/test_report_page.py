@@ -216,8 +216,11 @@ def test_page_shows_only_chunks_where_drafts_are_not_known(tmp_path: Path) -> No
     cells = [(attrs["class"], attrs["width"]) for attrs in page.of("rect", y="68")]
     assert cells == [("chunk", "0.88"), ("chunk", "1.88"), ("chunk", "0.88"), ("chunk", "1.88")]
     assert page.replay[0]["mtp"]["drafts"] is None
+    assert "a whole chunk, where drafts are not known" in page.text["main"][0]
     said = " ".join("".join(page.text["li"]).split())
-    assert "6 tokens came in 4 chunks, but the server counted 5 steps with drafts" in said
+    assert (
+        "6 tokens came in 4 chunks, the first from prefill, but the server counted 5 steps" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ const [script, data] = process.argv.slice(2).map((path) => fs.readFileSync(path,
 const elements = {};
 const byId = (id) => (elements[id] ??= new Element());
 byId("recorded").textContent = data;
-byId("prompt").value = "0"; byId("speed").value = "2"; byId("time").value = "1000";
+byId("replay-prompt").value = "0"; byId("replay-speed").value = "2";
 const frames = [];
 globalThis.document = { getElementById: byId, createElement: () => new Element() };
 globalThis.requestAnimationFrame = (draw) => frames.push(draw);
@@ -340,15 +343,16 @@ new Function(script)();
 const textOf = (id) => byId(id).children
   .filter((span) => !span.classes.has("later")).map((span) => span.textContent).join("");
 const shown = () => ({
-  base: textOf("base-text"), mtp: textOf("mtp-text"),
-  counters: [byId("base-counters").textContent, byId("mtp-counters").textContent],
-  clock: byId("clock").textContent, button: byId("play").textContent,
+  base: textOf("replay-base-text"), mtp: textOf("replay-mtp-text"),
+  counters: [byId("replay-base-counters").textContent, byId("replay-mtp-counters").textContent],
+  clock: byId("replay-clock").textContent, button: byId("replay-play").textContent,
 });
 const seen = [shown()];
-byId("play").listeners.click();
+byId("replay-play").listeners.click();
 for (const at of [1000, 1200, 1500, 9000]) { frames.shift()(at); seen.push(shown()); }
-byId("time").value = "500"; byId("time").listeners.input(); seen.push(shown());
-console.log(JSON.stringify({ seen, frames: frames.length, verdict: byId("verdict").textContent }));
+byId("replay-time").value = "500"; byId("replay-time").listeners.input(); seen.push(shown());
+const verdict = byId("replay-verdict").textContent;
+console.log(JSON.stringify({ seen, frames: frames.length, verdict }));
 """
 
 

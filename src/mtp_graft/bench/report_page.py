@@ -8,7 +8,7 @@ page's policy lets no script run but its own, nor load anything.
 
 import hashlib
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -19,7 +19,7 @@ from markdown_it.token import Token
 from markdown_it.utils import EnvType, OptionsDict
 from markupsafe import Markup, escape
 
-from mtp_graft.bench.charts import BASE_COLOUR, COLOURS, MTP_COLOUR
+from mtp_graft.bench.charts import BASE_COLOUR, MTP_COLOUR
 from mtp_graft.bench.decode import Timed
 from mtp_graft.bench.markdown import NOTHING, percent, visible
 from mtp_graft.bench.recorded import Piece, Recording, base_pieces, mtp_pieces
@@ -60,17 +60,22 @@ def render_page(
     return environment.get_template("report.html").render(
         title=title,
         sections=[
-            {"id": f"part-{number}", "heading": heading, "body": to_html(text)}
-            for number, (heading, text) in enumerate(sections.items())
+            {"id": _slug(heading), "heading": heading, "body": to_html(text)}
+            for heading, text in sections.items()
         ],
         figures_in=figures_in,
         style=_asset("report.css"),
         script=script,
         script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        colours={"own": BASE_COLOUR, "draft": MTP_COLOUR, "line": COLOURS["rtn"]},
+        colours={"own": BASE_COLOUR, "draft": MTP_COLOUR},
         strips=[_strip(recording) for recording in recordings],
         replay=[_replay(recording) for recording in both],
+        marks={mark for recording in both for mark in _marks(recording)},
     )
+
+
+def _slug(heading: str) -> str:
+    return heading.lower().replace(" ", "-") or "summary"
 
 
 def _asset(name: str) -> Markup:
@@ -179,6 +184,15 @@ def _replay(recording: Recording) -> dict[str, Any]:
             "drafts": known and {"accepted": known.accepted, "each": known.drafts_per_step},
         },
     }
+
+
+def _marks(recording: Recording) -> Iterator[str]:
+    """Yield how the texts of one prompt are marked, so that the legend explains no more."""
+    for parts in (*base_pieces(recording), *mtp_pieces(recording)):
+        for piece in parts:
+            yield piece.kind
+            if not piece.shared:
+                yield "apart"
 
 
 def _steps(timed: Timed, pieces: Sequence[Sequence[Piece]]) -> list[dict[str, Any]]:

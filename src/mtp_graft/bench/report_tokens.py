@@ -76,7 +76,7 @@ def _doubts(recording: Recording) -> Iterator[str]:
         return
     yield (
         f"{recording.id}: {count(len(done.token_ids), 'token')} came in "
-        f"{count(len(done.chunks), 'chunk')}, but the server counted "
+        f"{count(len(done.chunks), 'chunk')}, the first from prefill, but the server counted "
         f"{count(counted.num_drafts, 'step')} with drafts and {counted.num_accepted_tokens:,} "
         "accepted drafts, so a chunk is not always one step: which tokens were drafts is not known."
     )

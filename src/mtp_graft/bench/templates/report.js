@@ -2,9 +2,9 @@
 "use strict";
 
 const recorded = JSON.parse(document.getElementById("recorded").textContent);
-const [replay, prompt, speed, play, time, clock, verdict] =
-  ["replay", "prompt", "speed", "play", "time", "clock", "verdict"]
-    .map((id) => document.getElementById(id));
+const [all, prompt, speed, play, time, clock, verdict] =
+  ["all", "prompt", "speed", "play", "time", "clock", "verdict"]
+    .map((part) => document.getElementById(`replay-${part}`));
 
 let sides = []; // what is drawn of the chosen prompt: base, then MTP
 let end = 0; // seconds from the request to the last token of the slower side
@@ -13,7 +13,7 @@ let frame = null; // of the animation, null while it stands still
 let last = 0; // when that frame was drawn, in milliseconds
 
 function makeSide(name, stream) {
-  const text = document.getElementById(`${name}-text`);
+  const text = document.getElementById(`replay-${name}-text`);
   const steps = stream.steps.map((step) => ({
     ...step,
     spans: step.pieces.map(([content, kind, shared]) => {
@@ -24,7 +24,7 @@ function makeSide(name, stream) {
     }),
   }));
   text.replaceChildren(...steps.flatMap((step) => step.spans));
-  const counters = document.getElementById(`${name}-counters`);
+  const counters = document.getElementById(`replay-${name}-counters`);
   return { steps, drafts: stream.drafts, counters };
 }
 
@@ -105,5 +105,5 @@ time.addEventListener("input", () => {
   now = (end * Number(time.value)) / 1000;
   draw();
 });
-replay.hidden = false;
+all.hidden = false;
 choose();
