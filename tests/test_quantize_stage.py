@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
-from mtp_graft.checkpoint.shards import load_tensors, save_checkpoint
+from mtp_graft.checkpoint.shards import load_tensors, num_bytes, save_checkpoint
 from mtp_graft.dsv4.experts import GptqRules
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import VARIANTS, decode_head, is_expert, store_head
@@ -138,8 +138,15 @@ def test_store_head_takes_the_experts(done: Path, tiny_model: Path) -> None:
     upstream = load_tensors(tiny_model / "upstream")
     head = store_head(upstream, "gptq", stored_experts(done))
     report = json.loads((done / "report.json").read_text())
-    size = sum(t.numel() * t.element_size() for t in head.values())
-    assert report["variants"]["gptq"]["bytes"] == report["variants"]["rtn"]["bytes"] == size
+    assert report["variants"]["gptq"]["bytes"] == sum(map(num_bytes, head.values()))
+
+
+def test_report_has_the_size_of_every_variant(done: Path, tiny_model: Path) -> None:
+    upstream = load_tensors(tiny_model / "upstream")
+    report = json.loads((done / "report.json").read_text())
+    for variant in ("rtn", "mxfp4", "bf16"):
+        head = store_head(upstream, variant)
+        assert report["variants"][variant]["bytes"] == sum(map(num_bytes, head.values())), variant
 
 
 def test_report_has_sizes_counts_and_errors(done: Path) -> None:
