@@ -62,7 +62,8 @@ def pack(codes: Tensor) -> Tensor:
     """Pack int8 codes [..., O, I] into int32 words [..., O, I/8]."""
     nibbles = (codes - CODE_MIN).view(torch.uint8).unflatten(-1, (-1, 2))  # [..., O, I/2, 2]
     low, high = nibbles.unbind(-1)
-    return (low | (high << 4)).view(torch.int32)  # a word's first byte is its least significant
+    pairs = (low | (high << 4)).contiguous()  # [..., O, I/2]
+    return pairs.view(torch.int32)  # a word's first byte is its least significant
 
 
 def unpack(words: Tensor) -> Tensor:
