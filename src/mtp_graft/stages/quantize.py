@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
-from mtp_graft.checkpoint.manifest import write_manifest
+from mtp_graft.checkpoint.manifest import finished_result, write_manifest
 from mtp_graft.checkpoint.shards import (
     INDEX_NAME,
     num_bytes,
@@ -69,8 +69,8 @@ def quantize(
     started = time.perf_counter()
     with torchrun_ranks() as ranks:
         job = open_job(capture, upstream, base, out, config, ranks)
-        if (out / "manifest.json").exists():
-            return json.loads((out / REPORT_NAME).read_text())
+        if (finished := finished_result(out, REPORT_NAME)) is not None:
+            return finished
         if config.device != "cpu":
             torch.cuda.reset_peak_memory_stats(job.device)
         pending = [b for b in ranks.share(job.batches()) if not _is_done(job, b)]
