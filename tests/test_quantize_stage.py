@@ -4,6 +4,9 @@ import hashlib
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +36,19 @@ from synthetic_capture import random_sequences, write_capture
 NUM_EXPERTS, HIDDEN, INTER = 64, 256, 256
 CONFIG = QuantizeConfig()
 LENGTHS = (40, 25, 60, 33)
+
+
+KILLED_PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from mtp_graft.stages.quantize import QuantizeConfig, quantize
+
+def kill(label, units, total):
+    if (label, units) == ("gptq", 16):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+quantize(*map(Path, sys.argv[1:]), QuantizeConfig(), kill)
+"""
 
 
 class Killed(Exception):
@@ -189,6 +205,27 @@ def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
         run(out, report=kill)
     before = {p: p.stat().st_mtime_ns for p in [*out.glob("replay/*"), *out.glob("gptq/*")]}
     assert before
+    run(out)
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished unit was redone"
+    assert hashes(out) == hashes(done)
+
+
+@pytest.mark.slow
+def test_what_was_finished_before_a_kill_9_is_not_computed_again(
+    run: Callable[..., dict[str, Any]],
+    done: Path,
+    capture: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Files of rows are not synced, and need not be for this."""
+    out = tmp_path / "quantize"
+    inputs = (capture, tiny_model / "upstream", tiny_model / "base", out)
+    command = [sys.executable, "-c", KILLED_PROGRAM, *map(str, inputs)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert len(list(out.glob("replay/*.safetensors"))) == len(LENGTHS)
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.safetensors")}
     run(out)
     assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished unit was redone"
     assert hashes(out) == hashes(done)
