@@ -63,7 +63,7 @@ def write_report(folder: Path, results: RunResults) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _draw(results)
     for name, picture in drawn.items():
-        _write_picture(picture, folder / name)
+        write_picture(picture, folder / name)
     path = folder / REPORT_NAME
     write_text(_page(results), path)
     for name in CHARTS:
@@ -72,7 +72,8 @@ def write_report(folder: Path, results: RunResults) -> Path:
     return path
 
 
-def _write_picture(picture: bytes, path: Path) -> None:
+def write_picture(picture: bytes, path: Path) -> None:
+    """Write a chart under a temporary name, then rename it; GraftError for a full disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,0 +1,45 @@
+"""Which checkpoint a run is about: the one with the variant that its recipe chose."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.errors import GraftError
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """A run's checkpoint."""
+
+    variant: str
+    folder: Path
+    manifest: Mapping[str, Any]  # MTP_QUANT_MANIFEST.json
+
+
+def find_spliced(run: Path) -> Spliced:
+    """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
+    stage = run / "splice"
+    variant = read_object(stage / "manifest.json", "run `mtp-graft splice` first")["config"][
+        "variant"
+    ]
+    found = sorted(path.parent for path in (stage / variant).glob(f"*/{MANIFEST_NAME}"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise GraftError(
+            f"{stage / variant}: {names} found, expected one checkpoint; remove the others, or run "
+            "`mtp-graft splice` again"
+        )
+    return Spliced(variant, found[0], read_object(found[0] / MANIFEST_NAME, "splice again"))
+
+
+def read_object(path: Path, cure: str) -> dict[str, Any]:
+    """Return a JSON object; GraftError, with the cure, for a file that has none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise GraftError(f"{path}: not found; {cure}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise GraftError(f"{path}: not readable ({error}); {cure}") from error
