@@ -46,10 +46,10 @@ class Node:
         """Go through an object's keys and values."""
         return ((key, self[key]) for key in self.value)
 
-    def __format__(self, _spec: str) -> NoReturn:
+    def __format__(self, _spec: str = "") -> NoReturn:
         raise TypeError(f"{self.file}{self.pointer}: show it through Citations")
 
-    __str__ = __format__  # type: ignore[assignment]
+    __str__ = __format__
 
     def _below(self, key: str | int) -> str:
         escaped = str(key).replace("~", "~0").replace("/", "~1")
