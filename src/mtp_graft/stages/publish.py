@@ -152,15 +152,18 @@ def _upload(publication: Publication, api: HfApi, report: Progress) -> dict[str,
 
 def _explained(publication: Publication, error: Exception) -> str:
     """Return one line: what happened, and what to do."""
-    repo, chain = publication.repo, (error, error.__cause__)
-    statuses = [e.response.status_code for e in chain if isinstance(e, HfHubHTTPError)]
-    status = statuses[0] if statuses else None
-    said = " ".join(": ".join(str(e) for e in chain if e is not None).split())
+    repo, chain = publication.repo, [e for e in (error, error.__cause__) if e is not None]
+    answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
+    status = answered and answered.response.status_code
+    if answered is not None:
+        said = f"status {status}: {answered.server_message or 'without a reason'}"
+    else:
+        said = " ".join(": ".join(map(str, chain)).split())
     if status == _UNAUTHORIZED:
         return f"{repo}: the hub refused the token ({said}); give another in HF_TOKEN"
     if status == _FORBIDDEN:
         return f"{repo}: the token may not write there ({said}); give one that may"
     return (
-        f"{repo}: the upload stopped ({type(error).__name__}: {said}); run the same command again: "
+        f"{repo}: the upload stopped ({said}); run the same command again: "
         "what has arrived is not sent twice"
     )

@@ -9,6 +9,7 @@
 No dates, no paths of this machine: the same results give the same bytes.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +78,7 @@ def _page(inputs: CardInputs, cite: Citations) -> str:
         autoescape=False,  # it is Markdown
     )
     template = environment.get_template("card.md.jinja")
-    return template.render(_context(inputs, cite))
+    return re.sub(r"\n{3,}", "\n\n", template.render(_context(inputs, cite)))
 
 
 def _context(inputs: CardInputs, cite: Citations) -> Mapping[str, Any]:

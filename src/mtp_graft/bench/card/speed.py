@@ -119,6 +119,11 @@ def _decode_remark(measurement: Measurement, cite: Citations) -> str:
         said.append(f"time to first token {slower} the base's")
     elif measurement.benchmark == "pipeline":
         said.append("base and MTP served once each, so the speed-up has no interval")
+    drafts = of.get("drafts")
+    if drafts and (per_position := drafts.get("acceptance_per_position")):
+        rates = cite.show("percents", per_position)
+        steps = cite.show("two decimals", drafts["tokens_per_step"])
+        said.append(f"accepted by draft position {rates}, {steps} tokens a step")
     if (identical := result.get("greedy_identical")) is not None:
         said.append(f"greedy text {_texts(identical, result['divergences'], cite)}")
     return f"{label(measurement)}: {'; '.join(said)}."
@@ -167,7 +172,7 @@ def _profile_row(inputs: CardInputs, measurement: Measurement, cite: Citations) 
         _k(best, cite),
         _number(best, "per_stream_tok_s", cite),
         _number(best, "aggregate_tok_s", cite),
-        Name(profile["why"].value) if profile else NOTHING,
+        Name(profile["why"].value.partition(";")[0]) if profile else NOTHING,
     ]
 
 

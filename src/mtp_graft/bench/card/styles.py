@@ -62,6 +62,10 @@ STYLES: Mapping[str, Style] = {
     "number": Style("one decimal", lambda x: f"{x:,.1f}"),
     "plain": Style("up to six digits", lambda x: f"{x:g}"),
     "percent": Style("100 a %, one decimal", _percent),
+    "percents": Style(
+        "100 a % for each, one decimal", lambda rates: ", ".join(map(_percent, rates))
+    ),
+    "two decimals": Style("two decimals", lambda x: f"{x:,.2f}"),
     "small percent": Style("100 a %, two decimals", lambda x: f"{100 * x:.2f} %"),
     "whole percentage": Style("100 a, no decimals", lambda x: f"{100 * x:.0f}"),
     "percentage": Style("100 a, one decimal", lambda x: f"{100 * x:.1f}"),
