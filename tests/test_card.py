@@ -506,6 +506,7 @@ def test_charts_of_an_earlier_card_go_and_other_files_stay(tmp_path: Path) -> No
     ("break_", "message"),
     [
         (lambda run: (run / "splice/manifest.json").unlink(), "run `mtp-graft splice` first"),
+        (lambda run: write(run / "splice/manifest.json", {}), "which variant was chosen"),
         (lambda run: (run / "bench/gsm8k/result.json").write_text("{"), "bench/gsm8k/result.json"),
         (
             lambda run: write(run / "bench/gsm8k/result.json", {"score": 0.5}),
@@ -535,6 +536,8 @@ def test_what_cannot_be_read_is_one_error_and_leaves_no_card(
 def test_two_checkpoints_of_one_variant_are_an_error_that_names_both(tmp_path: Path) -> None:
     run = tmp_path / "run"
     folder = stages(run)
+    write(folder.parent / ".unfinished.tmp/MTP_QUANT_MANIFEST.json", {})
+    card(run)
     write(folder.parent / "another/MTP_QUANT_MANIFEST.json", {})
     with pytest.raises(GraftError, match=f"{NAME}, another found, expected one"):
         write_card(run, run / "card")

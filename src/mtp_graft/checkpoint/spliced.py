@@ -22,10 +22,15 @@ class Spliced:
 def find_spliced(run: Path) -> Spliced:
     """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
     stage = run / "splice"
-    variant = read_object(stage / "manifest.json", "run `mtp-graft splice` first")["config"][
-        "variant"
-    ]
-    found = sorted(path.parent for path in (stage / variant).glob(f"*/{MANIFEST_NAME}"))
+    config = read_object(stage / "manifest.json", "run `mtp-graft splice` first").get("config")
+    variant = config.get("variant") if isinstance(config, dict) else None
+    if not isinstance(variant, str):
+        raise GraftError(
+            f"{stage / 'manifest.json'}: does not say which variant was chosen; run `mtp-graft "
+            "splice` again"
+        )
+    manifests = (stage / variant).glob(f"*/{MANIFEST_NAME}")  # a hidden folder is not finished
+    found = sorted(m.parent for m in manifests if not m.parent.name.startswith("."))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise GraftError(
