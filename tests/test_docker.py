@@ -247,7 +247,7 @@ def test_the_entrypoint_serves_the_tiny_model_with_the_real_vllm(
         counters = client.spec_decode_counters()
     assert counters is not None and counters.num_drafts > 0
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(180) == 0
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,37 @@ def test_every_rank_has_a_gpu_of_its_own() -> None:
     assert Ranks().device("cuda") == "cuda"
 
 
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+    *("--nproc-per-node=2", "-m", "--", "mtp_graft.cli"),
+)
+
+
+def start_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [*TORCHRUN, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.slow
+def test_the_documented_command_quantizes_on_two_ranks(tmp_path: Path, repo_root: Path) -> None:
+    recipe, run = repo_root / "recipes" / "tiny.toml", tmp_path / "run"
+    write_capture(run / "capture", random_sequences((40, 25, 60), hidden=256, vocab=4096))
+    (run / "capture" / "manifest.json").write_text("{}")  # says that it is finished
+    result = start_cli("quantize", recipe, "--run", run, "--json", tmp_path / "result.json")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("quantize: done") == 1, "one rank tells"
+    assert json.loads((tmp_path / "result.json").read_text())["ranks"] == 2
+    assert "quantize" in json.loads((run / "seconds.json").read_text())
+    assert hashes(run / "quantize")
+
+
+@pytest.mark.slow
+def test_no_other_stage_is_run_on_several_ranks(tmp_path: Path, repo_root: Path) -> None:
+    result = start_cli("score", repo_root / "recipes" / "tiny.toml", "--run", tmp_path)
+    assert result.returncode != 0
+    assert "score: started on 2 ranks; only quantize shares its work" in result.stderr
+
+
 @pytest.mark.slow
 def test_two_ranks_write_the_bytes_of_one(tiny_model: Path, tmp_path: Path) -> None:
     capture = tmp_path / "capture"

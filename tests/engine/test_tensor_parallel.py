@@ -1,7 +1,7 @@
-"""Two ranks on the CPU: partial sums are rounded to BF16 before they are added, hence the noise.
+"""Two ranks on the CPU, teacher-forced: the plugin adds partial sums in float32, in another order.
 
-A router that hesitates between two experts turns a last bit into another expert, so a handful of
-positions flip at margins above 0.5 (docs/log.md, 2026-11-23); every one is listed.
+A router that hesitates between two experts turns a last bit into another expert. On these prompts
+no token with a margin above 0.5 changes; on others one was seen that did (docs/log.md, 2026-11-23).
 """
 
 import os
@@ -39,7 +39,7 @@ def runs(
     }
 
 
-def test_two_ranks_choose_the_same_token_almost_wherever_one_rank_is_sure(
+def test_two_ranks_choose_the_same_token_wherever_one_rank_is_sure(
     runs: dict[str, Any], measured: dict[str, Any]
 ) -> None:
     flips, sure, distances = [], 0, []
@@ -60,7 +60,7 @@ def test_two_ranks_choose_the_same_token_almost_wherever_one_rank_is_sure(
         flips_with_margin=[flip for flip in flips if flip["margin"] > MAX_MARGIN],
     )
     assert sure > len(distances) / 3
-    assert len(measured["flips_with_margin"]) <= 0.005 * sure, flips
+    assert measured["flips_with_margin"] == []
 
 
 def test_the_head_changes_no_token_within_two_ranks(

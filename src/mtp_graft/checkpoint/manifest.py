@@ -77,6 +77,30 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return a stage's JSON, None if there is none yet; GraftError for a damaged file."""
+    if not path.exists():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise GraftError(f"{path}: not JSON ({error}); remove it and run again") from error
+    return found
+
+
+def finished_result(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return a finished stage's result, the file `name` in its folder; None if it is not finished.
+
+    Raises GraftError where there is a manifest and no result.
+    """
+    if not (folder / "manifest.json").exists():
+        return None
+    found = read_result(folder / name)
+    if found is None:
+        raise GraftError(f"{folder}: has manifest.json and no {name}; remove it and run again")
+    return found
+
+
 def write_manifest(
     folder: Path,
     stage: str,

@@ -174,11 +174,14 @@ def _stage_command(stage: str, summary: str) -> None:
     ) -> None:
         from mtp_graft.pipeline import run_stage
         from mtp_graft.recipe import load_recipe
+        from mtp_graft.stages.ranks import is_first_rank
 
         _check_writable(json_file)
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
             result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)
+        if not is_first_rank():  # of torchrun's: the first one tells
+            return
         write_json(result, json_file)
         result_console(json_file).print(f"{stage}: done, in {folder / stage}", soft_wrap=True)
 

@@ -124,13 +124,14 @@ def quantize_experts(
 ) -> dict[str, Quantized]:
     """Return matrix -> the experts' INT4 weights by GPTQ.
 
-    `counts` are the tokens behind each expert's Hessian. Raises GraftError for a Hessian that
-    damping does not make positive definite.
+    `counts` are the tokens behind each expert's Hessian. Raises GraftError for a Hessian that is
+    not finite, and for one that damping does not make positive definite.
     """
     found: dict[str, Quantized] = {}
     # The rows of a matrix are independent: w1 and w3 go through one sweep, one below the other.
     for swept in (("w1", "w3"), ("w2",)):
         stacked = torch.cat([weights[matrix] for matrix in swept], dim=1)
+        _check_finite(hessians[swept[0]], experts, swept[0])
         try:
             result = gptq(
                 stacked,
@@ -149,6 +150,19 @@ def quantize_experts(
         scales = result.scale.chunk(len(swept), dim=1)
         found.update(zip(swept, map(Quantized, codes, scales), strict=True))
     return found
+
+
+def _check_finite(hessian: Tensor, experts: range, matrix: str) -> None:
+    """Raise GraftError for a Hessian [E, I, I] of inputs that are not finite, or too large."""
+    # A sum of squares: an input that is not finite shows on the diagonal.
+    finite = hessian.diagonal(dim1=1, dim2=2).isfinite().all(dim=1)  # [E]
+    if not finite.all():
+        expert = experts[int(finite.logical_not().nonzero()[0])]
+        raise GraftError(
+            f"{names.HEAD_PREFIX}ffn.experts.{expert}.{matrix}: the squares of its inputs add up "
+            "to no finite number, so no damp helps; the capture, or the head's weights, hold "
+            "values beyond what this model computes: capture again, and check the upstream shard"
+        )
 
 
 def pack_experts(quantized: Mapping[str, Quantized], experts: range) -> dict[str, Tensor]:
@@ -172,7 +186,8 @@ def expert_errors(
     """Return variant -> matrix -> the relative error of each expert's matrix.
 
     `weights` are the original ones, `quantized` GPTQ's. The error is `gptq.relative_error`'s, under
-    the undamped Hessians. Kept MXFP4 is the original bit for bit, so its error is 0.
+    the undamped Hessians; a matrix whose inputs are all zero loses nothing. Kept MXFP4 is the
+    original bit for bit, so its error is 0.
     """
     errors: dict[Variant, dict[str, list[float]]] = {
         variant: {} for variant in ("rtn", "gptq", "mxfp4", "bf16")
@@ -190,5 +205,6 @@ def expert_errors(
             off = original - decoded
             # A variant that keeps the values costs no product.
             lost = output_energy(off, hessians[matrix]) if off.any() else torch.zeros_like(whole)
-            errors[variant][matrix] = (lost / whole).clamp(min=0).sqrt().tolist()
+            share = torch.where(whole > 0, lost / whole, 0.0)
+            errors[variant][matrix] = share.clamp(min=0).sqrt().tolist()
     return errors

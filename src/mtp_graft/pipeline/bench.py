@@ -10,9 +10,9 @@ from mtp_graft.bench.acceptance import KnownText
 from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
 from mtp_graft.bench.paired import measure_paired
 from mtp_graft.checkpoint.capture import read_texts
-from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints
+from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
 from mtp_graft.checkpoint.shards import write_json
-from mtp_graft.pipeline.folder import RunFolder, read_result
+from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.servers import Servers
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import ServerClient

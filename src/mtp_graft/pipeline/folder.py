@@ -1,7 +1,6 @@
 """The run folder: where each stage leaves what, what has been finished, and how long it took."""
 
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.manifest import write_manifest
+from mtp_graft.checkpoint.manifest import read_result, write_manifest
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.recipe import Recipe
+from mtp_graft.stages.ranks import is_first_rank
 
 _SECONDS = "seconds.json"
 
@@ -22,8 +22,12 @@ _SECONDS = "seconds.json"
 def locked(path: Path) -> Iterator[None]:
     """Make the run folder and keep others out of it inside the block.
 
-    Raises GraftError if it cannot be made, or if another process works in it.
+    Of torchrun's ranks, which work in it together, the first holds it for all. Raises GraftError if
+    it cannot be made, or if another process works in it.
     """
+    if not is_first_rank():
+        yield
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
@@ -91,19 +95,10 @@ class RunFolder:
         finally:
             spent = time.perf_counter() - started
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-            write_json(self.seconds, self.path / _SECONDS)
+            if is_first_rank():
+                write_json(self.seconds, self.path / _SECONDS)
 
     def write_manifest(self, stage: str, config: Mapping[str, Any], inputs: Sequence[Path]) -> None:
         """Say how a stage came about that has no manifest of its own making."""
         write_manifest(self.stage(stage), stage, config, inputs, device_name(), self.seconds[stage])
 
-
-def read_result(path: Path) -> dict[str, Any] | None:
-    """Return a stage's JSON, None if there is none yet; GraftError for a damaged file."""
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise GraftError(f"{path}: not JSON ({error}); remove it and run again") from error
-    return found

@@ -6,9 +6,9 @@ from typing import Any
 from mtp_graft.bench.paired import paired_differences
 from mtp_graft.bench.report import write_report
 from mtp_graft.bench.results import RunResults
-from mtp_graft.checkpoint.manifest import package_versions
+from mtp_graft.checkpoint.manifest import package_versions, read_result
 from mtp_graft.pipeline.device import device_name
-from mtp_graft.pipeline.folder import RunFolder, read_result
+from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.inputs import REPORT_NAME

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench.decode import Report
-from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints
+from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.bench import EVALUATION, Bench
 from mtp_graft.pipeline.device import torch_device
-from mtp_graft.pipeline.folder import RunFolder, locked, read_result
+from mtp_graft.pipeline.folder import RunFolder, locked
 from mtp_graft.pipeline.plan import check_room, describe, find_needs
 from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.pipeline.servers import Servers, capture_config
@@ -24,6 +24,7 @@ from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
 from mtp_graft.stages.inputs import REPORT_NAME
 from mtp_graft.stages.quantize import QuantizeConfig, quantize
+from mtp_graft.stages.ranks import num_ranks
 from mtp_graft.stages.score import ScoreConfig, score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.splice_plan import check_inputs
@@ -68,8 +69,11 @@ def run_pipeline(
 def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[str, Any]:
     """Run one stage of `recipe` in the run folder; return the stage's own JSON.
 
-    Raises GraftError as `run_pipeline` does.
+    Under torchrun every rank calls it, for `quantize` alone. Raises GraftError as `run_pipeline`
+    does.
     """
+    if num_ranks() > 1 and stage != "quantize":
+        raise GraftError(f"{stage}: started on {num_ranks()} ranks; only quantize shares its work")
     run_pipeline(recipe, folder, report, [stage])
     chosen = recipe.splice.variant
     match stage:

@@ -27,7 +27,12 @@ from mtp_graft.checkpoint.capture import (
     read_sequences,
     read_texts,
 )
-from mtp_graft.checkpoint.manifest import claim_folder, fingerprints, write_manifest
+from mtp_graft.checkpoint.manifest import (
+    claim_folder,
+    fingerprints,
+    finished_result,
+    write_manifest,
+)
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
@@ -176,10 +181,10 @@ def finished_capture(
                 f"{out / RECORDINGS / name}: not found, but the capture's index names it; "
                 f"remove {out} and capture again"
             )
-    if (out / "manifest.json").exists() and len(sequences) == total:
-        finished: dict[str, Any] = json.loads((out / REPORT_NAME).read_text())
-        return finished | {"folder": str(out)}
-    return None
+    finished = finished_result(out, REPORT_NAME)
+    if finished is None or len(sequences) < total:
+        return None
+    return finished | {"folder": str(out)}
 
 
 def _check_space(base: Path, out: Path) -> None:

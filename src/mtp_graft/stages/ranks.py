@@ -42,13 +42,23 @@ class Ranks:
         return [v for v in values if v is not None]
 
 
+def num_ranks() -> int:
+    """Return how many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_rank() -> bool:
+    """Say whether this is the rank that speaks, and writes what is one for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def torchrun_ranks() -> Iterator[Ranks]:
     """Join the ranks that torchrun started, over gloo; without it, be the only one.
 
     Nothing large goes between ranks: each writes files of its own.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = num_ranks()
     if size == 1:
         yield Ranks()
         return

@@ -4,7 +4,6 @@ The capture has what the base said; the replay has what a head drafts after ever
 over them as the server does (two tokens forward on a hit, one on a miss) gives the acceptance.
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,13 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, read_recorded, read_sequences
-from mtp_graft.checkpoint.manifest import claim_folder, fingerprints, write_manifest
+from mtp_graft.checkpoint.manifest import (
+    claim_folder,
+    fingerprints,
+    finished_result,
+    read_result,
+    write_manifest,
+)
 from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors, open_shard, read_index, write_json
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.acceptance import walk, wilson_interval
@@ -77,8 +82,8 @@ def score(
     """
     started = time.perf_counter()
     job = _open(capture, quantized, upstream, base, out, config)
-    if (out / "manifest.json").exists():
-        return json.loads((out / REPORT_NAME).read_text())
+    if (finished := finished_result(out, REPORT_NAME)) is not None:
+        return finished
     with cpu_threads(config.cpu_threads):
         acceptance = {variant: _score_variant(job, variant, report) for variant in config.variants}
     result = {"acceptance": acceptance, "split": config.split, "replay": "true attention"}
@@ -126,8 +131,8 @@ def _gptq_files(quantized: Path) -> list[Path]:
 def _score_variant(job: _Job, variant: Variant, report: Progress) -> dict[str, Any]:
     """Return the acceptance of one variant, from its file if it has been scored before."""
     path = job.out / f"{variant}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    if (scored := read_result(path)) is not None:
+        return scored
     label, total = f"score {variant}", len(job.sequences)
     report(label, 0, total)
     head = _load_head(job, variant)

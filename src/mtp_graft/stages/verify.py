@@ -371,17 +371,19 @@ def _compare_base_files(checkpoint: Path, base: Path) -> dict[str, str]:
     A linked file is one and the same by its inode, which costs nothing; any other is read whole.
     """
     found = {}
-    for source in sorted(base.iterdir()):
-        target = checkpoint / source.name
-        if not source.is_file() or source.name in _NOT_LINKED:
+    for source in sorted(path for path in base.rglob("*") if path.is_file()):
+        relative = source.relative_to(base)
+        name = str(relative)
+        if name in _NOT_LINKED or any(part.startswith(".") for part in relative.parts[:-1]):
             continue
+        target = checkpoint / relative
         if not target.exists():
-            found[source.name] = "missing"
+            found[name] = "missing"
         elif os.path.samefile(source, target):
-            found[source.name] = "same inode"
+            found[name] = "same inode"
         else:
             same = filecmp.cmp(source, target, shallow=False)
-            found[source.name] = "same bytes" if same else "differs"
+            found[name] = "same bytes" if same else "differs"
     return found
 
 
