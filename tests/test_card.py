@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from mtp_graft.bench.card.cite import SIZE_POINTER, Citations, Name, Node
 from mtp_graft.bench.card.metadata import find_license
 from mtp_graft.bench.card.styles import STYLES
 from mtp_graft.bench.card.tables import Table
+from mtp_graft.checkpoint.manifest import write_manifest
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import ModelSection, SpliceSection
+from mtp_graft.serving.profiles import PROFILES
+from mtp_graft.stages.fetch import fetch
+from mtp_graft.stages.quantize import QuantizeConfig, quantize
+from mtp_graft.stages.score import ScoreConfig, score
+from mtp_graft.stages.splice import splice
+from mtp_graft.stages.verify import verify
 from run_folder import (
     GPU,
     HEAD,
@@ -29,6 +38,7 @@ from run_folder import (
     whole_run,
     write,
 )
+from synthetic_capture import random_sequences, write_capture
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
@@ -80,10 +90,6 @@ def resolve(run: Path, origin: dict[str, str]) -> Any:
     if pointer == SIZE_POINTER:
         return (run / file).stat().st_size
     if file.startswith("package:"):
-        from dataclasses import asdict
-
-        from mtp_graft.serving.profiles import PROFILES
-
         assert (SRC / file.removeprefix("package:")).is_file()
         value: Any = {name: asdict(profile) for name, profile in PROFILES.items()}
     else:
@@ -541,3 +547,37 @@ def test_two_checkpoints_of_one_variant_are_an_error_that_names_both(tmp_path: P
     write(folder.parent / "another/MTP_QUANT_MANIFEST.json", {})
     with pytest.raises(GraftError, match=f"{NAME}, another found, expected one"):
         write_card(run, run / "card")
+
+
+@pytest.mark.slow
+def test_card_of_what_the_real_stages_leave(tiny_model: Path, tmp_path: Path) -> None:
+    """Their results have the shapes that the other tests' hand-made run has."""
+    run, base, upstream = tmp_path / "run", tiny_model / "base", tiny_model / "upstream"
+    sequences = [
+        *random_sequences([48] * 4, hidden=256, vocab=4096),
+        *random_sequences([24] * 2, hidden=256, vocab=4096, split="evaluation", seed=1),
+    ]
+    write_capture(run / "capture", sequences)
+    fetch(ModelSection("tiny", str(base), str(upstream)), run / "fetch", quiet)
+    folders = (run / "capture", upstream, base, run / "quantize")
+    quantize(*folders, QuantizeConfig(), quiet)
+    config = ScoreConfig(variants=("rtn", "gptq"))
+    score(run / "capture", run / "quantize", upstream, base, run / "score", config, quiet)
+    folder = run / "splice/gptq/tiny"
+    folder.parent.mkdir(parents=True)
+    splice(base, upstream, folder, "gptq", quantized=run / "quantize")
+    write_manifest(run / "splice", "splice", asdict(SpliceSection()), (), "cpu", 1.0)
+    write(run / "verify/gptq.json", verify(folder, base, upstream, run / "quantize"))
+    page = card(run)
+    for entry in traced(run):
+        values = [resolve(run, origin) for origin in entry["from"]]
+        assert STYLES[entry["style"]].write(*values) == entry["shown"], entry
+    assert "calibration tokens in PyTorch (true attention)" in page
+    assert "| result | ok |" in page
+    assert re.search(r"\| gptq \| yes \| not measured \| – \| – \| \d+\.\d % \|", page)
+    assert re.search(r"\| quantize: `experts-0000-\S+` \| [0-9a-f]{64} \|", page)
+    assert str(tmp_path) not in page and str(tiny_model) not in page
+
+
+def quiet(_label: str, _done: int, _total: int) -> None:
+    pass
