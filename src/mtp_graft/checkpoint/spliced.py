@@ -1,13 +1,17 @@
 """Which checkpoint a run is about: the one with the variant that its recipe chose."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, sha256
 from mtp_graft.errors import GraftError
+
+#: The shard with the head, whatever its variant.
+HEAD_SHARD = "model-mtp-w4a16.safetensors"
+#: The model card, and the origins of its numbers.
+CARD_NAME, TRACE_NAME = "README.md", "card.json"
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,11 @@ class Spliced:
 
     variant: str
     folder: Path
-    manifest: Mapping[str, Any]  # MTP_QUANT_MANIFEST.json
+
+    def identity(self) -> dict[str, str]:
+        """Return what tells this checkpoint from another: the manifest has its origins' hashes."""
+        manifest = sha256(self.folder / MANIFEST_NAME)
+        return {"name": self.folder.name, "variant": self.variant, "manifest": manifest}
 
 
 def find_spliced(run: Path) -> Spliced:
@@ -37,7 +45,7 @@ def find_spliced(run: Path) -> Spliced:
             f"{stage / variant}: {names} found, expected one checkpoint; remove the others, or run "
             "`mtp-graft splice` again"
         )
-    return Spliced(variant, found[0], read_object(found[0] / MANIFEST_NAME, "splice again"))
+    return Spliced(variant, found[0])
 
 
 def read_object(path: Path, cure: str) -> dict[str, Any]:

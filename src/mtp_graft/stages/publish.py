@@ -17,13 +17,17 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, sha256
-from mtp_graft.checkpoint.spliced import Spliced, find_spliced, read_object
+from mtp_graft.checkpoint.spliced import (
+    CARD_NAME,
+    TRACE_NAME,
+    Spliced,
+    find_spliced,
+    read_object,
+)
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.hub import HUB_ERRORS
 from mtp_graft.stages.inputs import Progress
 
-CARD_NAME, TRACE_NAME = "README.md", "card.json"
 _LARGE = ".safetensors"
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 
@@ -93,12 +97,7 @@ def _check_card(card: Path, spliced: Spliced) -> None:
     cure = "run `mtp-graft card` first"
     if not (card / CARD_NAME).is_file():
         raise GraftError(f"{card / CARD_NAME}: not found; {cure}")
-    about = read_object(card / TRACE_NAME, cure).get("checkpoint")
-    here = {
-        "name": spliced.folder.name,
-        "variant": spliced.variant,
-        "manifest": sha256(spliced.folder / MANIFEST_NAME),
-    }
+    about, here = read_object(card / TRACE_NAME, cure).get("checkpoint"), spliced.identity()
     if about != here:
         raise GraftError(
             f"{card}: is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}; "

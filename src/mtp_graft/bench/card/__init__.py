@@ -24,10 +24,9 @@ from mtp_graft.bench.card.collect import CardInputs, by_environment, collect
 from mtp_graft.bench.card.tables import Block
 from mtp_graft.bench.markdown import image
 from mtp_graft.bench.report import write_picture
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, sha256
 from mtp_graft.checkpoint.shards import write_json, write_text
+from mtp_graft.checkpoint.spliced import CARD_NAME, TRACE_NAME
 
-CARD_NAME, TRACE_NAME = "README.md", "card.json"
 _CHARTS = ("decode*.png", "sweep*.png", "workload*.png", "scores*.png", "acceptance.png")
 
 
@@ -44,7 +43,7 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in drawn.items():
         write_picture(picture, out / name)
-    trace = {"checkpoint": _identity(inputs), **cite.as_json()}
+    trace = {"checkpoint": inputs.spliced.identity(), **cite.as_json()}
     write_json(trace, out / TRACE_NAME)
     write_text(page, out / CARD_NAME)
     for pattern in _CHARTS:
@@ -59,12 +58,6 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
         "not_measured": list(quality.missing(inputs)),
         "left_out": list(inputs.left_out),
     }
-
-
-def _identity(inputs: CardInputs) -> dict[str, str]:
-    """Return which checkpoint the card is about, so that it is not published with another."""
-    manifest = inputs.spliced.folder / MANIFEST_NAME
-    return {"name": inputs.name, "variant": inputs.spliced.variant, "manifest": sha256(manifest)}
 
 
 def _page(inputs: CardInputs, cite: Citations) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from mtp_graft.bench.card.cite import Node
 from mtp_graft.checkpoint.manifest import fingerprints
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.spliced import Spliced, find_spliced, read_object
+from mtp_graft.checkpoint.spliced import HEAD_SHARD, Spliced, find_spliced, read_object
 from mtp_graft.serving.profiles import PROFILES
 
 SPEED_BENCHMARKS = ("decode", "sweep", "workload")
@@ -98,17 +98,11 @@ def collect(run: Path) -> CardInputs:
         manifest = _read(run, "bench/manifest.json")
         ours.insert(0, Measurement("pipeline", None, pipeline, manifest))
     checkpoint = spliced.folder.relative_to(run)
-    config = _read(run, f"{checkpoint}/config.json")
-    quantization = _read(run, f"{checkpoint}/{MANIFEST_NAME}")
-    assert quantization is not None, "it was found by this file"
-    if config is None:
-        read_object(spliced.folder / "config.json", "splice again")
-    assert config is not None
     return CardInputs(
         run=run,
         spliced=spliced,
-        quantization=quantization,
-        config=config,
+        quantization=_required(run, f"{checkpoint}/{MANIFEST_NAME}"),
+        config=_required(run, f"{checkpoint}/config.json"),
         profiles=Node(
             "package:mtp_graft/serving/profiles.py", {n: asdict(p) for n, p in PROFILES.items()}
         ),
@@ -151,8 +145,7 @@ def _measurements(run: Path, benchmark: str) -> list[Measurement]:
         name, _, profile = path.parent.name.partition("-")
         if name == benchmark:
             where = path.parent.relative_to(run)
-            result = _read(run, f"{where}/result.json")
-            assert result is not None
+            result = _required(run, f"{where}/result.json")
             more = (_read(run, f"{where}/{file}.json") for file in ("manifest", "config"))
             found.append(Measurement(benchmark, profile or None, result, *more))
     return sorted(
@@ -167,8 +160,7 @@ def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
     files = server.get("files") if server else None
     if files is None:
         return True
-    heads = [path for path in spliced.folder.glob("model-mtp-*.safetensors")]
-    return all(files.value.get(name) == print_ for name, print_ in fingerprints(heads).items())
+    return bool(fingerprints([spliced.folder / HEAD_SHARD]).items() <= files.value.items())
 
 
 def _present(run: Path, files: Mapping[str, str]) -> dict[str, Node]:
@@ -177,7 +169,8 @@ def _present(run: Path, files: Mapping[str, str]) -> dict[str, Node]:
 
 
 def _read(run: Path, file: str) -> Node | None:
-    path = run / file
-    if not path.is_file():
-        return None
-    return Node(file, read_object(path, "remove it and run again"))
+    return _required(run, file) if (run / file).is_file() else None
+
+
+def _required(run: Path, file: str) -> Node:
+    return Node(file, read_object(run / file, "remove it and run again"))

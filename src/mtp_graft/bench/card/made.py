@@ -8,6 +8,7 @@ from mtp_graft.bench.card.collect import CardInputs, environment_of
 from mtp_graft.bench.card.tables import Block, Table
 from mtp_graft.bench.markdown import NOT_MEASURED, NOTHING, yes_no
 from mtp_graft.checkpoint.quantization_config import scheme_of
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
 
 _PROPERTIES = {
     "num_hidden_layers": "decoder layers",
@@ -35,7 +36,6 @@ _DESCRIPTIONS = {
     "MTP_QUANT_MANIFEST.md": "the same for people",
     "recipe.yaml": "the base's recipe, if it has one, and the head's",
 }
-HEAD_SHARD = "model-mtp-w4a16.safetensors"
 
 
 def architecture(inputs: CardInputs, cite: Citations) -> Block:
