@@ -2,9 +2,16 @@
 
     python benchmarks/quantize_full.py --input FOLDER --out result.json [--rounds 2] [--replay true]
 
-FOLDER is `synthetic_flash.py`'s. Before every round the files are dropped from the page cache and
-the disk's own speed is measured: one recording, read with O_DIRECT. Each round runs in a process
-of its own; `seconds` are the stage's, starting with its first line.
+FOLDER is `synthetic_flash.py`'s. Triton compiles its kernels beforehand, in a process of its own
+(`warm_up_s`). Before every round the files are dropped from the page cache and the disk's own
+speed is measured past it: a few recordings with O_DIRECT, one after the other and eight at once,
+none twice. Each round runs in a process of its own. `seconds` are the stage's, from its first line
+to its report; `phases_s` says when each phase ended.
+
+`bytes` are the kernel's counts for the stage (/proc/self/io): read from the disk and through the
+page cache, and handed over to be written; `dirty_at_end` is what of that (and of all else on the
+machine) was not on the disk when the stage returned. `floor_s` is what the disk alone would take
+for the bytes read, at the better of the two speeds.
 """
 
 import argparse
@@ -16,6 +23,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +33,8 @@ import torch
 from record import write_result
 
 CHUNK = 2**24
+READERS = 8
+MEASURED = "measured.json"  # beside the run: what its process counted
 
 
 def main() -> None:
@@ -31,34 +43,60 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replay", nargs="+", default=["true"])
+    parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.warm_up:
+        warm_up()
+        return
     if options.run is not None:
         run_stage(options.input, options.run, options.replay[0])
         return
+    command = [sys.executable, __file__, "--input", ".", "--out", "-", "--warm-up"]
+    warm_up_s = seconds_of(command)
     rounds = []
     for replay in options.replay:
         for _ in range(options.rounds):
             rounds.append({"replay": replay, **one_round(options.input, replay)})
             print(json.dumps(rounds[-1]), flush=True)
-            write_result(options.out, "quantize_full", summary(rounds))
+            found = {**summary(rounds), "warm_up_s": warm_up_s}
+            write_result(options.out, "quantize_full", found)
 
 
 def one_round(folder: Path, replay: str) -> dict[str, Any]:
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     drop_from_cache(folder)
-    recording = min((folder / "capture" / "recordings").iterdir())
-    disk = direct_read_speed(recording)
+    disk = disk_speeds(folder)
     command = [sys.executable, __file__, "--input", str(folder), "--out", "-"]
-    started = time.perf_counter()
-    subprocess.run([*command, "--run", str(run), "--replay", replay], check=True)
-    wall = time.perf_counter() - started
+    wall = seconds_of([*command, "--run", str(run), "--replay", replay])
     report = json.loads((run / "report.json").read_text())
+    measured = json.loads((folder / MEASURED).read_text())
     keys = ("variants", "seconds", "peak_gpu_bytes", "peak_host_bytes", "calibration_tokens")
     tokens = {k: v for k, v in report["tokens_per_expert"].items() if k != "counts"}
     found = {key: report[key] for key in keys}
-    return {**found, "tokens_per_expert": tokens, "process_s": wall, "disk_bytes_per_s": disk}
+    floor = measured["bytes"]["disk_read"] / max(disk.values())
+    return {
+        **{**found, **measured, "tokens_per_expert": tokens},
+        **{"process_s": wall, "disk_bytes_per_s": disk, "floor_s": floor},
+    }
+
+
+def seconds_of(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - started
+
+
+def warm_up() -> None:
+    """Let Triton compile what GPTQ needs at Flash's sizes; it keeps it on disk."""
+    from mtp_graft.quant.gptq import gptq
+
+    if torch.cuda.is_available():
+        for outputs, inputs in ((4096, 4096), (4096, 2048)):
+            hessian = torch.eye(inputs, device="cuda")[None]
+            gptq(torch.randn(1, outputs, inputs, device="cuda"), hessian, scale="mse")
+        torch.cuda.synchronize()
 
 
 def run_stage(folder: Path, run: Path, replay: str) -> None:
@@ -70,7 +108,35 @@ def run_stage(folder: Path, run: Path, replay: str) -> None:
         torch.zeros(1, device=device)  # the context is the process's, not the stage's
     config = QuantizeConfig(device=device, replay=replay)  # type: ignore[arg-type]
     inputs = (folder / "capture", folder / "upstream", folder / "base")
-    quantize(*inputs, run, config, lambda *_: None)
+    started = time.perf_counter()
+    phases: dict[str, float] = {}
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if done == total:
+            phases.setdefault(phase, time.perf_counter() - started)
+
+    with counted_bytes() as moved:
+        quantize(*inputs, run, config, progress)
+    phases["report"] = time.perf_counter() - started
+    (folder / MEASURED).write_text(json.dumps({"phases_s": phases, "bytes": moved}))
+
+
+@contextmanager
+def counted_bytes() -> Iterator[dict[str, int]]:
+    """Yield what, at the end, holds the bytes that this process moved inside."""
+    names = {"read_bytes": "disk_read", "rchar": "read"}
+    names |= {"write_bytes": "to_be_written", "wchar": "written"}
+    before, moved = proc_counts("self/io"), dict.fromkeys([*names.values(), "dirty_at_end"], 0)
+    yield moved
+    after = proc_counts("self/io")
+    moved |= {ours: after[kernels] - before[kernels] for kernels, ours in names.items()}
+    memory = proc_counts("meminfo")
+    moved["dirty_at_end"] = 1024 * (memory["Dirty"] + memory["Writeback"])
+
+
+def proc_counts(name: str) -> dict[str, int]:
+    lines = Path("/proc", name).read_text().splitlines()
+    return {key: int(value.split()[0]) for key, _, value in (line.partition(":") for line in lines)}
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -82,29 +148,46 @@ def drop_from_cache(folder: Path) -> None:
             os.close(descriptor)
 
 
-def direct_read_speed(file: Path) -> float:
-    """Return bytes a second of reading `file` past the page cache."""
+def disk_speeds(folder: Path) -> dict[str, float]:
+    """Return bytes a second read past the page cache, by one reader and by `READERS` at once."""
+    recordings = sorted((folder / "capture" / "recordings").iterdir())
+    few = min(READERS, len(recordings) // 2)
+    alone, together = recordings[:few], recordings[few : few + READERS]
+    return {"1": direct_read_speed(alone, 1), str(READERS): direct_read_speed(together, READERS)}
+
+
+def direct_read_speed(files: list[Path], readers: int) -> float:
+    """Return bytes a second of reading `files` past the page cache, `readers` of them at once."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(readers) as pool:
+        total = sum(pool.map(read_directly, files))
+    return total / (time.perf_counter() - started)
+
+
+def read_directly(file: Path) -> int:
     descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     buffer = mmap.mmap(-1, CHUNK)  # aligned, as O_DIRECT wants it
-    started, total = time.perf_counter(), 0
+    total = 0
     while got := os.preadv(descriptor, [buffer], total):
         total += got
         if got % 4096:  # the end of the file
             break
     os.close(descriptor)
-    return total / (time.perf_counter() - started)
+    return total
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Return medians over the rounds with true attention, and every round."""
     main_rounds = [r for r in rounds if r["replay"] == rounds[0]["replay"]]
-    parts = main_rounds[0]["seconds"]
+    parts, speeds = main_rounds[0]["seconds"], main_rounds[0]["disk_bytes_per_s"]
     return {
         "tokens": main_rounds[0]["calibration_tokens"],
         "seconds": {p: statistics.median(r["seconds"][p] for r in main_rounds) for p in parts},
         "peak_gpu_bytes": max(r["peak_gpu_bytes"] for r in main_rounds),
         "peak_host_bytes": max(r["peak_host_bytes"] for r in main_rounds),
-        "disk_bytes_per_s": statistics.median(r["disk_bytes_per_s"] for r in main_rounds),
+        "disk_bytes_per_s": {
+            n: statistics.median(r["disk_bytes_per_s"][n] for r in main_rounds) for n in speeds
+        },
         "rounds": rounds,
     }
 

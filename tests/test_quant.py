@@ -68,6 +68,12 @@ def test_int4_unpack_undoes_pack(codes: Tensor) -> None:
     assert torch.equal(unpacked, codes)
 
 
+def test_int4_packs_codes_that_lie_in_any_order() -> None:
+    codes = torch.randint(-8, 8, (2, 16, 24), dtype=torch.int8)
+    assert torch.equal(int4.pack(codes.mT), int4.pack(codes.mT.contiguous()))
+    assert torch.equal(int4.unpack(int4.pack(codes)[:, ::2]), codes[:, ::2])
+
+
 @quick
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=6))
 def test_int4_unpacks_any_word_as_the_loop_does(words: list[int]) -> None:

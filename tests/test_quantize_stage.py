@@ -4,6 +4,10 @@ import hashlib
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
-from mtp_graft.checkpoint.shards import load_tensors, save_checkpoint
+from mtp_graft.checkpoint.shards import load_tensors, num_bytes, save_checkpoint
 from mtp_graft.dsv4.experts import GptqRules
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import VARIANTS, decode_head, is_expert, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import gptq
+from mtp_graft.stages import quantize as stage
+from mtp_graft.stages import routing
 from mtp_graft.stages.quantize import QuantizeConfig, quantize
 from references import unpack_int4
 from synthetic_capture import random_sequences, write_capture
@@ -30,6 +36,19 @@ from synthetic_capture import random_sequences, write_capture
 NUM_EXPERTS, HIDDEN, INTER = 64, 256, 256
 CONFIG = QuantizeConfig()
 LENGTHS = (40, 25, 60, 33)
+
+
+KILLED_PROGRAM = """
+import os, signal, sys
+from pathlib import Path
+from mtp_graft.stages.quantize import QuantizeConfig, quantize
+
+def kill(label, units, total):
+    if (label, units) == ("gptq", 16):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+quantize(*map(Path, sys.argv[1:]), QuantizeConfig(), kill)
+"""
 
 
 class Killed(Exception):
@@ -138,8 +157,15 @@ def test_store_head_takes_the_experts(done: Path, tiny_model: Path) -> None:
     upstream = load_tensors(tiny_model / "upstream")
     head = store_head(upstream, "gptq", stored_experts(done))
     report = json.loads((done / "report.json").read_text())
-    size = sum(t.numel() * t.element_size() for t in head.values())
-    assert report["variants"]["gptq"]["bytes"] == report["variants"]["rtn"]["bytes"] == size
+    assert report["variants"]["gptq"]["bytes"] == sum(map(num_bytes, head.values()))
+
+
+def test_report_has_the_size_of_every_variant(done: Path, tiny_model: Path) -> None:
+    upstream = load_tensors(tiny_model / "upstream")
+    report = json.loads((done / "report.json").read_text())
+    for variant in ("rtn", "mxfp4", "bf16"):
+        head = store_head(upstream, variant)
+        assert report["variants"][variant]["bytes"] == sum(map(num_bytes, head.values())), variant
 
 
 def test_report_has_sizes_counts_and_errors(done: Path) -> None:
@@ -182,6 +208,75 @@ def test_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(
     run(out)
     assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished unit was redone"
     assert hashes(out) == hashes(done)
+
+
+@pytest.mark.slow
+def test_what_was_finished_before_a_kill_9_is_not_computed_again(
+    run: Callable[..., dict[str, Any]],
+    done: Path,
+    capture: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Files of rows are not synced, and need not be for this."""
+    out = tmp_path / "quantize"
+    inputs = (capture, tiny_model / "upstream", tiny_model / "base", out)
+    command = [sys.executable, "-c", KILLED_PROGRAM, *map(str, inputs)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert len(list(out.glob("replay/*.safetensors"))) == len(LENGTHS)
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.safetensors")}
+    run(out)
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "a finished unit was redone"
+    assert hashes(out) == hashes(done)
+
+
+def test_rows_that_were_just_computed_are_not_read_again(
+    run: Callable[..., dict[str, Any]],
+    done: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that a killed run left are."""
+    read: list[str] = []
+    real = routing.read_tensors
+
+    def reading(path: Path, *names: Any) -> dict[str, Tensor]:
+        read.append(path.name)
+        return real(path, *names)
+
+    monkeypatch.setattr(routing, "read_tensors", reading)
+    run(tmp_path / "whole")
+    assert read == []
+    out = tmp_path / "resumed"
+    shutil.copytree(done, out)
+    (out / "manifest.json").unlink()
+    for unit in [*out.glob("gptq/*"), *(out / "replay" / f"00000{n}.safetensors" for n in (0, 2))]:
+        unit.unlink()
+    run(out)
+    assert sorted(read) == ["000001.safetensors", "000003.safetensors"]
+    assert hashes(out) == hashes(tmp_path / "whole") == hashes(done)
+
+
+@pytest.mark.gpu
+def test_rows_that_a_gpu_has_no_room_for_are_kept_in_host_memory(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = replace(CONFIG, device="cuda")
+    run(tmp_path / "gpu", on_gpu)
+    monkeypatch.setattr(routing, "RESIDENT_BYTES", 0)
+    run(tmp_path / "host", on_gpu)
+    assert hashes(tmp_path / "host") == hashes(tmp_path / "gpu")
+
+
+def test_seconds_cover_the_whole_stage(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what comes after the last batch: the report."""
+    real = stage._variants
+    monkeypatch.setattr(stage, "_variants", lambda *given: (time.sleep(0.5), real(*given))[1])
+    seconds = run(tmp_path / "q")["seconds"]
+    assert seconds["total"] > 0.5 + sum(s for part, s in seconds.items() if part != "total")
 
 
 def test_unit_that_a_crash_left_unreadable_is_made_again(

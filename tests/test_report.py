@@ -316,12 +316,13 @@ def test_parts_that_were_not_measured_are_named(tmp_path: Path) -> None:
         "The calibration",
         "Decode speed, as a spread over rounds,",
         "Whether MTP changes the greedy text",
+        "When each token came",
         "The checkpoint's integrity",
         "The stages' time",
     ):
         assert f"{what} was not measured in this run." in page
     assert not re.search(r"\d", without_names(page))
-    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.html"}
 
 
 @pytest.mark.parametrize(
@@ -405,7 +406,9 @@ def test_same_results_give_the_same_bytes_whatever_the_users_style(tmp_path: Pat
         write_report(second, whole_run())
         assert dict(mpl.rcParams) == before
     names = {path.name for path in first.iterdir()}
-    assert names == {"report.md", *CHARTS} == {path.name for path in second.iterdir()}
+    assert (
+        names == {"report.md", "report.html", *CHARTS} == {path.name for path in second.iterdir()}
+    )
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 

@@ -1,7 +1,8 @@
 """Checkpoints written and read back, and what is said about broken ones."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,48 @@ def test_a_shards_bytes_do_not_depend_on_the_order_it_is_given(
     shards.save_shard(dict(reversed(tensors.items())), tmp_path / "two.safetensors")
     files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 90)])
+def test_large_tensors_are_read_in_parts(
+    rows: slice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {"a": torch.randn(100, 33), "b": torch.arange(100), "c": torch.zeros(100, 0)}
+    shards.save_shard(tensors, tmp_path / "one.safetensors")
+    monkeypatch.setattr(shards, "_READ_BYTES", 1000)  # which rows lie across
+    found = shards.read_tensors(tmp_path / "one.safetensors", tensors, rows)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor[rows])
+
+
+def test_a_file_cut_off_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "one.safetensors"
+    shards.save_shard({"a": torch.zeros(100)}, path)
+    checked = shards.open_shard
+
+    @contextmanager
+    def cut_after_check(path: Path) -> Iterator[object]:
+        with checked(path) as tensors:
+            yield tensors
+        path.write_bytes(path.read_bytes()[:-1])
+
+    monkeypatch.setattr(shards, "open_shard", cut_after_check)
+    with pytest.raises(GraftError, match=r"one\.safetensors: was cut off while it was read"):
+        shards.read_tensors(path, ["a"])
+
+
+def test_what_can_be_computed_again_need_not_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(shards.os, "fsync", synced.append)
+    shards.save_shard({"a": torch.zeros(3)}, tmp_path / "one", sync=False)
+    assert not synced
+    shards.save_shard({"a": torch.zeros(3)}, tmp_path / "two")
+    assert len(synced) == 1
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
 def test_a_failed_write_leaves_the_old_file(

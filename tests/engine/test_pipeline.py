@@ -69,7 +69,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Any]:
-    """A run that was killed while vLLM started, in capture and in quantize, and then finished."""
+    """A run killed while vLLM started, in capture, in quantize and in splice, and then finished."""
     run = tmp_path_factory.mktemp("pipeline") / "run"
     before = hashes(tiny_model / "base")
     texts, experts = run / "capture" / "texts.jsonl", run / "quantize" / "gptq"
@@ -86,6 +86,8 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
     kill_when(lambda: len(list(experts.glob("experts-*.safetensors"))) >= 3, arguments(run, "demo"))
     done = {path: path.stat().st_mtime_ns for path in experts.glob("experts-*.safetensors")}
     done.pop(max(done))  # the last may have been written after the signal was sent
+    unfinished = run / "splice" / "gptq" / ".tiny-dsv4-mtp.tmp"
+    kill_when(unfinished.exists, arguments(run, "demo"))
     result = run / "result.json"
     command = [*arguments(run, "demo"), "--json", str(result)]
     subprocess.run(command, check=True, timeout=600)
@@ -129,7 +131,7 @@ def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
     assert set(result["acceptance_offline"]) == {"rtn", "gptq", "mxfp4", "bf16"}
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
-    assert Path(result["report"]).is_file()
+    assert Path(result["report"]).is_file() and Path(result["report_html"]).is_file()
 
 
 def test_offline_and_served_acceptance_agree(killed_run: Any) -> None:

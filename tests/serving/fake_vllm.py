@@ -51,6 +51,10 @@ def answer(prompt: list[int], max_tokens: int) -> list[int]:
     return tokens
 
 
+def text_of(tokens: list[int]) -> str:
+    return "".join(f" {token}" for token in tokens)
+
+
 def steps(num_tokens: int) -> list[int]:
     """Split tokens into the steps that make them; the first comes from prefill alone."""
     sizes = [1]
@@ -188,14 +192,15 @@ class Handler(BaseHTTPRequestHandler):
         tokens, done = answer(prompt, max_tokens), 0
         for size in steps(len(tokens)):
             time.sleep(SETTINGS["step_s"] * (1 + SETTINGS["noise"] * NOISE.random()))
-            choice = {"token_ids": tokens[done : done + size], "finish_reason": None}
-            self.event({"choices": [choice | ({"delta": {"content": "x" * size}} if chat else {})]})
+            new = tokens[done : done + size]
+            text = {"delta": {"content": "x" * size}} if chat else {"text": text_of(new)}
+            self.event({"choices": [{"token_ids": new, "finish_reason": None, **text}]})
             done += size
             if failure == "hangs":
                 time.sleep(300)
             if failure == "closes":
                 return
-        self.event({"choices": [{"token_ids": [], "finish_reason": "length"}]})
+        self.event({"choices": [{"token_ids": [], "finish_reason": "length", "text": ""}]})
         if chat:
             usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
             self.event({"choices": [], "usage": usage})

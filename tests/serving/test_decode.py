@@ -17,6 +17,7 @@ from mtp_graft.bench.decode import (
     measure_decode,
     measure_kept,
     measure_mtp,
+    median_round,
 )
 from mtp_graft.bench.decode import (
     compare as compare_results,
@@ -118,6 +119,31 @@ def test_results_give_median_extremes_and_number_of_rounds() -> None:
         *(pytest.approx(20.0), pytest.approx(10.0), pytest.approx(40.0), 3)
     ]
     assert result["acceptance"]["median"] == pytest.approx(0.7)
+
+
+def test_the_round_that_is_kept_has_the_median_speed() -> None:
+    def kept(*speeds: float) -> int:
+        rounds = [timed(completion(11, 1, 0.1, 10 / speed)) for speed in speeds]
+        found = median_round(rounds)
+        assert found["rounds"] == len(speeds)
+        assert found["timed"] == [rounds[found["round"] - 1].timed[0].as_dict()]
+        number: int = found["round"]
+        return number
+
+    assert kept(20.0, 10.0, 40.0) == 1
+    assert kept(20.0, 40.0) == 1 and kept(40.0, 20.0, 30.0, 10.0) == 2
+
+
+def test_chunks_are_kept_with_their_texts(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake()
+    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client:
+        done = client.stream([1, 2], 5)
+    assert [size for _, size in done.chunks] == [1, 2, 1, 1]
+    assert done.texts == (" 3", " 10 17", " 24", " 31")
+    one = Timed(done, None)
+    assert Timed.from_dict(json.loads(json.dumps(one.as_dict()))).completion.texts == done.texts
 
 
 def test_the_interval_spans_what_other_prompts_would_have_given() -> None:

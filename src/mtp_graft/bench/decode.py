@@ -51,6 +51,7 @@ class Timed:
             "token_ids": list(done.token_ids),
             "finish_reason": done.finish_reason,
             "chunks": [[arrived - done.started_s, size] for arrived, size in done.chunks],
+            "texts": list(done.texts),
             "counters": self.counters and asdict(self.counters),
         }
 
@@ -58,7 +59,8 @@ class Timed:
     def from_dict(cls, found: Mapping[str, Any]) -> "Timed":
         """Return what `as_dict` wrote."""
         chunks = tuple((arrived, size) for arrived, size in found["chunks"])
-        completion = Completion(tuple(found["token_ids"]), found["finish_reason"], 0.0, chunks)
+        tokens, texts = tuple(found["token_ids"]), tuple(found.get("texts", ()))  # once not kept
+        completion = Completion(tokens, found["finish_reason"], 0.0, chunks, texts)
         counted = found["counters"]
         if counted is None:
             return cls(completion, None)
@@ -227,13 +229,17 @@ def find_divergences(
     for prompt, reference, tokens in zip(prompts, base, other, strict=True):
         if tokens == reference.token_ids:
             continue
-        pairs = zip(reference.token_ids, tokens, strict=False)
-        shared = min(len(reference.token_ids), len(tokens))
-        position = next((i for i, (a, b) in enumerate(pairs) if a != b), shared)
+        position = shared_length(reference.token_ids, tokens)
         known = position < len(reference.margins)
         margin = reference.margins[position] if known else None
         divergences.append(Divergence(prompt.id, position, margin))
     return divergences
+
+
+def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many items two sequences begin with that are the same."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def decode_result(rounds: Sequence[Round], config: DecodeConfig) -> dict[str, Any]:
@@ -314,8 +320,9 @@ def measure_base(
 ) -> dict[str, Any]:
     """Decode `prompts` without a head; return what `measure_mtp` and `compare` need of it.
 
-    Keys: `prompts` ([{id, token_ids}]), `reference` (greedy texts with margins) and `result` (as
-    `bench decode`). JSON all of it, so that a killed run need not measure the base again.
+    Keys: `prompts` ([{id, token_ids}]), `reference` (greedy texts with margins), `result` (as
+    `bench decode`) and `stream` (as `median_round`). JSON all of it, so that a killed run need not
+    measure the base again.
     """
     token_prompts = tokenize(client, prompts)
     reference = score_greedy(client, token_prompts, config, report, "base: margins")
@@ -326,19 +333,33 @@ def measure_base(
         "prompts": [asdict(prompt) for prompt in token_prompts],
         "reference": [asdict(scored) for scored in reference],
         "result": result,
+        "stream": median_round(rounds),
     }
 
 
 def measure_mtp(
     client: ServerClient, base: Mapping[str, Any], config: DecodeConfig, report: Report
 ) -> dict[str, Any]:
-    """Decode the base's prompts with a head; return `result` and the `texts` (token ids)."""
+    """Decode the base's prompts with a head; return `result`, `texts` (token ids) and `stream`."""
     prompts = [TokenPrompt(p["id"], tuple(p["token_ids"])) for p in base["prompts"]]
     rounds = measure_decode(client, prompts, config, report, "MTP: decode")
     return {
         "texts": [list(tokens) for tokens in rounds[0].token_ids],
         "result": decode_result(rounds, config),
+        "stream": median_round(rounds),
     }
+
+
+def median_round(rounds: Sequence[Round]) -> dict[str, Any]:
+    """Return every answer of the round with the median speed, chunk by chunk.
+
+    Keys: `round` (from 1), `rounds` and `timed` (`Timed.as_dict`, in the prompts' order). Of an
+    even number of rounds it is the slower one of the two in the middle.
+    """
+    by_speed = sorted(range(len(rounds)), key=lambda number: rounds[number].decode_tok_s)
+    number = by_speed[(len(rounds) - 1) // 2]
+    timed = [timed.as_dict() for timed in rounds[number].timed]
+    return {"round": number + 1, "rounds": len(rounds), "timed": timed}
 
 
 def compare(base: Mapping[str, Any], mtp: Mapping[str, Any]) -> dict[str, Any]:

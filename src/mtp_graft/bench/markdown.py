@@ -82,3 +82,19 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> 
     rules = ["---:" if side == "r" else "---" for side in align]
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [heading, rules, *escaped])
+
+
+def visible(text: str) -> str:
+    """Return a text of anybody's with signs for what no file or page should have in it.
+
+    Control characters but line feed and tab become the signs of their names, lone surrogates and
+    C1 controls U+FFFD. Every character stays one character.
+    """
+    return text.translate(_SIGNS)
+
+
+_SIGNS = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    0x7F: 0x2421,
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0xD800, 0xE000)), 0xFFFD),
+}

@@ -1,4 +1,6 @@
-"""The report of a run: one Markdown page with charts, made of the stages' JSON and nothing else.
+"""The report of a run: a Markdown page with charts, and the same as one HTML file.
+
+It is made of the stages' JSON and nothing else.
 
 Every number is one that a stage measured, or a ratio, difference or mean of such numbers. What was
 not measured is named as such. No dates and no paths of this machine but those in the results: the
@@ -24,13 +26,17 @@ from mtp_graft.bench.markdown import (
     rate_spread,
     spread,
     table,
+    visible,
     yes_no,
 )
+from mtp_graft.bench.recorded import read_recordings
 from mtp_graft.bench.report_heads import (
     acceptance_section,
     calibration_section,
     variants_section,
 )
+from mtp_graft.bench.report_page import render_page
+from mtp_graft.bench.report_tokens import tokens_section
 from mtp_graft.bench.results import (
     RunResults,
     expert_errors,
@@ -43,7 +49,8 @@ from mtp_graft.bench.results import (
 from mtp_graft.checkpoint.shards import is_full_disk, write_text
 from mtp_graft.errors import GraftError
 
-REPORT_NAME = "report.md"
+PAGE_NAME, HTML_NAME = "report.md", "report.html"
+_TOKENS = "Token by token"
 CHARTS = ("acceptance.png", "errors.png", "tokens.png", "decode.png", "stages.png")
 _REPRODUCE = """\
 ```sh
@@ -55,17 +62,22 @@ hashes, the commit and the versions it ran with, and the JSON that this page is 
 
 
 def write_report(folder: Path, results: RunResults) -> Path:
-    """Write `report.md` and its charts to `folder`; return the report's path.
+    """Write `report.md`, its charts and `report.html` to `folder`; return the first's path.
 
-    Charts go first and the page last, each under a temporary name. Charts of an earlier report
+    Charts go first and `report.md` last, each under a temporary name. Charts of an earlier report
     that this one does not have are removed. Raises GraftError if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _draw(results)
     for name, picture in drawn.items():
         write_picture(picture, folder / name)
-    path = folder / REPORT_NAME
-    write_text(_page(results), path)
+    title, sections = f"MTP head for {visible(results.model)}", _sections(results)
+    recordings = read_recordings(results.recorded)
+    page = render_page(title, sections, drawn, recordings, figures_in=_TOKENS)
+    write_text(page, folder / HTML_NAME)
+    path = folder / PAGE_NAME
+    parts = [f"## {heading}\n\n{text}" if heading else text for heading, text in sections.items()]
+    write_text("\n\n".join([f"# {title}", *parts]) + "\n", path)
     for name in CHARTS:
         if name not in drawn:
             (folder / name).unlink(missing_ok=True)
@@ -109,20 +121,22 @@ def _draw(results: RunResults) -> dict[str, bytes]:
     return drawn
 
 
-def _page(results: RunResults) -> str:
-    sections = [
-        (f"# MTP head for {results.model}", _verdict(results), *_headline(results)),
-        ("## Acceptance", *acceptance_section(results)),
-        ("## Variants", *variants_section(results)),
-        ("## Calibration", *calibration_section(results)),
-        ("## Decode speed", *_decode(results)),
-        ("## Verification", *_verification(results)),
-        ("## Time", *_time(results)),
-        ("## How to reproduce", _REPRODUCE),
-        ("## Device and versions", *_device(results)),
-        ("## Notes", bullets(results.notes or ["None."])),
-    ]
-    return "\n\n".join(part for section in sections for part in section) + "\n"
+def _sections(results: RunResults) -> dict[str, str]:
+    """Return the Markdown under each heading; under the empty one, the summary."""
+    sections = {
+        "": (_verdict(results), *_headline(results)),
+        "Acceptance": acceptance_section(results),
+        "Variants": variants_section(results),
+        "Calibration": calibration_section(results),
+        "Decode speed": _decode(results),
+        _TOKENS: tokens_section(results),
+        "Verification": _verification(results),
+        "Time": _time(results),
+        "How to reproduce": (_REPRODUCE,),
+        "Device and versions": _device(results),
+        "Notes": (bullets(results.notes or ["None."]),),
+    }
+    return {heading: visible("\n\n".join(parts)) for heading, parts in sections.items()}
 
 
 # The page, section by section

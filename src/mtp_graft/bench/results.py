@@ -24,6 +24,8 @@ class RunResults:
     device: str
     versions: Mapping[str, str]
     notes: Sequence[str]
+    #: `prompts` (ids); `base` and `mtp`, as `bench.decode.median_round`, None if not kept.
+    recorded: Mapping[str, Any] | None = None
 
 
 def served_rates(results: RunResults) -> dict[str, Rate]:

@@ -146,9 +146,10 @@ def read_recorded(
     """
     path = folder / RECORDINGS / sequence.recording
     rows = slice(sequence.start, sequence.start + sequence.tokens)
-    recorded = read_tensors(path, ("token_ids", "residual", "targets"), rows)
+    pinned = torch.device(device).type == "cuda"
+    recorded = read_tensors(path, ("token_ids", "residual", "targets"), rows, pinned=pinned)
     token_ids, targets = recorded["token_ids"], recorded["targets"]
-    residual = recorded["residual"].to(device)
+    residual = recorded["residual"].to(device, non_blocking=pinned)
     where = f"{path}: prompt {sequence.id!r}"
     if len(token_ids) != sequence.tokens or len(residual) != sequence.tokens:
         raise GraftError(

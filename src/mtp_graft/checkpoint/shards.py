@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -33,8 +34,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-#: Bytes from which on the kernel is told beforehand what will be read.
-_READ_AHEAD = 2**20
+#: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
+_READ_BYTES, _READS = 2**24, 8
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -59,7 +60,9 @@ def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
     return weight_map
 
 
-def load_tensors(folder: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+def load_tensors(
+    folder: Path, names: list[str] | None = None, *, pinned: bool = False
+) -> dict[str, Tensor]:
     """Load tensors by name (all of them by default) from the checkpoint in `folder`."""
     # Of an upstream master only the head's shard need be there.
     weight_map = read_index(folder, os.path.commonprefix(names or []))  # noqa: RUF071 - no paths
@@ -72,35 +75,43 @@ def load_tensors(folder: Path, names: list[str] | None = None) -> dict[str, Tens
         by_shard.setdefault(weight_map[name], []).append(name)
     loaded: dict[str, Tensor] = {}
     for shard, shard_names in by_shard.items():
-        loaded.update(read_tensors(folder / shard, shard_names))
+        loaded.update(read_tensors(folder / shard, shard_names, pinned=pinned))
     return {name: loaded[name] for name in wanted}
 
 
-def read_tensors(path: Path, names: Iterable[str], rows: slice = slice(None)) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
+) -> dict[str, Tensor]:
     """Read tensors of one shard, or the same `rows` of each, into memory of their own.
 
     Mapping the file, as safetensors does, would count its pages as this process's and read a cold
-    file a page fault at a time. Raises GraftError for a corrupt shard and a missing tensor.
+    file a page fault at a time. `pinned` memory is what a GPU copies from by itself; torch keeps
+    and reuses it, so that it need not be mapped anew for every read.
+    Raises GraftError for a corrupt shard and a missing tensor.
     """
     with open_shard(path):  # checks header and length
         pass
+    found: dict[str, Tensor] = {}
+    reads: list[tuple[memoryview, int]] = []  # where to, and from which byte of the file
     with path.open("rb", buffering=0) as file:
         header_size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_size))
-        found = {}
         for name in names:
             if name not in header:
                 raise GraftError(f"{path}: has no tensor {name}; fetch or capture again")
             entry = header[name]
             dtype = _dtype(entry["dtype"], f"{path}: {name}")
-            found[name] = _read_rows(file, 8 + header_size, entry, dtype, rows)
-        return found
+            begin, end, shape = _extent(entry, rows)
+            values = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pinned)
+            reads.extend(_parts(values.numpy().data, 8 + header_size + begin))
+            found[name] = values.view(dtype).view(shape)
+        with ThreadPoolExecutor(_READS) as pool:  # starts no more threads than there are reads
+            list(pool.map(lambda read: _read_at(file, *read), reads))
+    return found
 
 
-def _read_rows(
-    file: FileIO, values_start: int, entry: Mapping[str, Any], dtype: torch.dtype, rows: slice
-) -> Tensor:
-    """Read the rows of one tensor, as its header `entry` has it, from an unbuffered file."""
+def _extent(entry: Mapping[str, Any], rows: slice) -> tuple[int, int, list[int]]:
+    """Return first byte, end and shape of a tensor's `rows`, by its header `entry`."""
     begin, end = entry["data_offsets"]
     shape: list[int] = entry["shape"]
     if shape and shape[0]:
@@ -108,14 +119,24 @@ def _read_rows(
         row = (end - begin) // shape[0]
         begin, end = begin + first * row, begin + max(first, last) * row
         shape = [max(last - first, 0), *shape[1:]]
-    values = torch.empty(end - begin, dtype=torch.uint8)
-    view = values.numpy().data
-    if len(view) > _READ_AHEAD:
-        os.posix_fadvise(file.fileno(), values_start + begin, len(view), os.POSIX_FADV_WILLNEED)
-    file.seek(values_start + begin)
+    return begin, end, shape
+
+
+def _parts(view: memoryview, start: int) -> Iterator[tuple[memoryview, int]]:
+    """Yield what one read is to fill of `view`, and where in the file it begins."""
+    for first in range(0, len(view), _READ_BYTES):
+        yield view[first : first + _READ_BYTES], start + first
+
+
+def _read_at(file: FileIO, view: memoryview, start: int) -> None:
+    """Fill `view` from byte `start` of an unbuffered file."""
     while view:
-        view = view[file.readinto(view) :]
-    return values.view(dtype).view(shape)
+        got = os.preadv(file.fileno(), [view], start)
+        if not got:
+            raise GraftError(
+                f"{file.name!s}: was cut off while it was read; fetch or capture again"
+            )
+        view, start = view[got:], start + got
 
 
 def check_index(folder: Path, prefix: str = "") -> dict[str, str]:
@@ -172,18 +193,20 @@ def open_shard(path: Path) -> Iterator["safe_open"]:
         yield tensors
 
 
-def save_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_shard(tensors: Mapping[str, Tensor], path: Path, *, sync: bool = True) -> None:
     """Write one safetensors file under a temporary name, sync it and rename it into place.
 
-    The bytes depend on names and values alone: safetensors orders its header itself. Raises
-    GraftError if the disk is full.
+    The bytes depend on names and values alone: safetensors orders its header itself. Without
+    `sync` it outlives this process, killed or not, but perhaps not a power cut: for what can be
+    computed again. Raises GraftError if the disk is full.
     """
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
         save_file(contiguous, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
 
     _write_whole(path, write, sum(map(num_bytes, tensors.values())))
 

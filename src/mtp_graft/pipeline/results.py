@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtp_graft.bench.paired import paired_differences
-from mtp_graft.bench.report import write_report
+from mtp_graft.bench.report import HTML_NAME, PAGE_NAME, write_report
 from mtp_graft.bench.results import RunResults
 from mtp_graft.checkpoint.manifest import package_versions, read_result
 from mtp_graft.pipeline.device import device_name
@@ -30,7 +30,7 @@ def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     scored = (read_result(folder.stage("score") / REPORT_NAME) or {}).get("acceptance", {})
     served = _served(recipe, folder)
     main = served.get("gptq") or served.get(recipe.splice.variant) or {}
-    report = folder.stage("report") / "report.md"
+    report, report_html = (folder.stage("report") / name for name in (PAGE_NAME, HTML_NAME))
     counts = {variant: found.get("sequences") for variant, found in served.items()}
     return {
         "acceptance": main.get("acceptance"),
@@ -49,6 +49,7 @@ def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "seconds": folder.seconds,
         "checkpoint": str(folder.checkpoint(recipe.splice.variant)),
         "report": str(report) if report.exists() else None,
+        "report_html": str(report_html) if report_html.exists() else None,
     }
 
 
@@ -73,6 +74,7 @@ def report_run(recipe: Recipe, folder: RunFolder) -> None:
         device=device_name(),
         versions=package_versions(),
         notes=notes,
+        recorded=_recorded(folder),
     )
     write_report(folder.stage("report"), results)
 
@@ -80,6 +82,15 @@ def report_run(recipe: Recipe, folder: RunFolder) -> None:
 def _served(recipe: Recipe, folder: RunFolder) -> dict[str, dict[str, Any]]:
     found = {v: read_result(folder.bench_unit(f"served-{v}")) for v in recipe.served_variants}
     return {variant: result for variant, result in found.items() if result is not None}
+
+
+def _recorded(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the answers that the bench stage recorded, None where it has not been run."""
+    base, mtp = (read_result(folder.bench_unit(unit)) for unit in ("base", "mtp"))
+    if base is None or mtp is None:
+        return None
+    prompts = [prompt["id"] for prompt in base["prompts"]]
+    return {"prompts": prompts, "base": base.get("stream"), "mtp": mtp.get("stream")}
 
 
 def _offline_on_served(

@@ -60,14 +60,14 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
 
 def pack(codes: Tensor) -> Tensor:
     """Pack int8 codes [..., O, I] into int32 words [..., O, I/8]."""
-    nibbles = (codes.to(torch.int32) - CODE_MIN).unflatten(-1, (-1, CODES_PER_WORD))
-    shifts = 4 * torch.arange(CODES_PER_WORD, dtype=torch.int32, device=codes.device)
-    # The nibbles do not overlap, so their sum is their union; int32 wraps as two's complement.
-    return (nibbles << shifts).sum(dim=-1, dtype=torch.int32)
+    nibbles = (codes - CODE_MIN).view(torch.uint8).unflatten(-1, (-1, 2))  # [..., O, I/2, 2]
+    low, high = nibbles.unbind(-1)
+    pairs = (low | (high << 4)).contiguous()  # [..., O, I/2]
+    return pairs.view(torch.int32)  # a word's first byte is its least significant
 
 
 def unpack(words: Tensor) -> Tensor:
     """Undo `pack`: int32 words [..., O, I/8] to int8 codes [..., O, I]."""
-    shifts = 4 * torch.arange(CODES_PER_WORD, dtype=torch.int32, device=words.device)
-    nibbles = (words.unsqueeze(-1) >> shifts) & 0xF  # [..., O, I/8, 8]
-    return (nibbles + CODE_MIN).to(torch.int8).flatten(-2)
+    pairs = words.contiguous().view(torch.uint8)  # [..., O, I/2]
+    nibbles = torch.stack((pairs & 0xF, pairs >> 4), dim=-1).flatten(-2)
+    return nibbles.view(torch.int8) + CODE_MIN

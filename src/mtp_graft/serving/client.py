@@ -25,6 +25,7 @@ class Completion:
     finish_reason: str | None
     started_s: float  # on time.perf_counter's clock, as the chunks
     chunks: tuple[tuple[float, int], ...]  # (arrival in s, tokens in it)
+    texts: tuple[str, ...] = ()  # what each chunk adds to the text; empty if not asked for
 
     @property
     def ttft_s(self) -> float:
@@ -141,6 +142,7 @@ class ServerClient:
         body = _greedy_body(prompt, max_tokens, ignore_eos) | {"stream": True}
         tokens: list[int] = []
         chunks: list[tuple[float, int]] = []
+        texts: list[str] = []
         finish_reason = None
         started = time.perf_counter()
         for event in self._events("/v1/completions", body):
@@ -149,10 +151,13 @@ class ServerClient:
             if choice["token_ids"]:
                 tokens += choice["token_ids"]
                 chunks.append((arrived, len(choice["token_ids"])))
+                texts.append(choice["text"])
+            elif texts:  # the rest of a character that the tokens before had begun
+                texts[-1] += choice["text"]
             finish_reason = choice["finish_reason"] or finish_reason
         if not chunks:
             raise GraftError(f"{self.base_url}: an answer without tokens; expected at least one")
-        return Completion(tuple(tokens), finish_reason, started, tuple(chunks))
+        return Completion(tuple(tokens), finish_reason, started, tuple(chunks), tuple(texts))
 
     def spec_decode_counters(self) -> SpecDecodeCounters | None:
         """Return the server's drafting counters so far, or None if it does not draft."""

@@ -36,17 +36,17 @@ def read_ahead(
 
 
 @contextmanager
-def write_behind() -> Iterator[Callable[..., None]]:
-    """Yield a function that calls another one in a thread, one call after the other.
+def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
+    """Yield a function that calls another one in a thread, up to `writers` calls at once.
 
-    It waits while one call is in work and another is waiting. All are done at the end, also when
-    it is reached by an error; a call's own error is raised by the next call or at the end.
+    It waits while as many calls are in work and another is waiting. All are done at the end, also
+    when it is reached by an error; a call's own error is raised by a later call or at the end.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(writers) as pool:
         pending: deque[Future[Any]] = deque()
 
         def write(call: Callable[..., Any], *arguments: Any) -> None:
-            while len(pending) > 1:
+            while len(pending) > writers:
                 pending.popleft().result()
             pending.append(pool.submit(call, *arguments))
 

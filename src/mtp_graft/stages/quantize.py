@@ -12,7 +12,7 @@ row.
 import json
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,15 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
-from mtp_graft.checkpoint.manifest import write_manifest
-from mtp_graft.checkpoint.shards import INDEX_NAME, num_bytes, read_index, read_meta, write_json
+from mtp_graft.checkpoint.manifest import finished_result, write_manifest
+from mtp_graft.checkpoint.shards import (
+    INDEX_NAME,
+    num_bytes,
+    read_index,
+    read_meta,
+    save_shard,
+    write_json,
+)
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.experts import (
     MATRICES,
@@ -38,10 +45,13 @@ from mtp_graft.stages.inputs import REPORT_NAME, Progress, cpu_threads
 from mtp_graft.stages.overlap import read_ahead, write_behind
 from mtp_graft.stages.quantize_job import GPTQ, Job, QuantizeConfig, is_whole, open_job
 from mtp_graft.stages.ranks import torchrun_ranks
-from mtp_graft.stages.routing import read_rows, replay_capture, save_from_device
+from mtp_graft.stages.routing import ReplayedRows, replay_capture, to_host
 
 __all__ = ["GPTQ", "QuantizeConfig", "quantize"]
 
+#: Batches of upstream's experts that are read ahead, and written at once: while one is synced,
+#: another can be copied.
+EXPERTS_AHEAD, EXPERT_WRITERS = 2, 2
 #: What the report says of each way to replay.
 _REPLAYS = {"true": "true attention", "identity": "attention skipped (identity residual)"}
 
@@ -59,22 +69,23 @@ def quantize(
     started = time.perf_counter()
     with torchrun_ranks() as ranks:
         job = open_job(capture, upstream, base, out, config, ranks)
-        if (out / "manifest.json").exists():
-            return json.loads((out / REPORT_NAME).read_text())
+        if (finished := finished_result(out, REPORT_NAME)) is not None:
+            return finished
         if config.device != "cpu":
             torch.cuda.reset_peak_memory_stats(job.device)
-        with cpu_threads(config.cpu_threads):
-            replay_capture(job, report)
-            ranks.wait()  # every rank reads every sequence's rows
-            _quantize_experts(job, report)
-        job.seconds["total"] = time.perf_counter() - started
+        pending = [b for b in ranks.share(job.batches()) if not _is_done(job, b)]
+        # The first experts come in while the last sequences are replayed.
+        ahead = read_ahead(job.expert_tensors, pending, EXPERTS_AHEAD)
+        with cpu_threads(config.cpu_threads), ahead as tensors:
+            rows = replay_capture(job, report)
+            ranks.wait()  # every rank needs every sequence's rows
+            _quantize_experts(job, pending, tensors, rows, report)
         result = _summary(job, ranks.gather((job.seconds, _peak_gpu(job), _peak_host())))
+        total = result["seconds"]["total"] = time.perf_counter() - started
         if ranks.rank == 0:
             write_json(result, out / REPORT_NAME)
             inputs = [capture / capture_files.INDEX_NAME, upstream / INDEX_NAME, base / INDEX_NAME]
-            write_manifest(
-                out, "quantize", asdict(config), inputs, config.device, job.seconds["total"]
-            )
+            write_manifest(out, "quantize", asdict(config), inputs, config.device, total)
         ranks.wait()
         return result
 
@@ -82,17 +93,25 @@ def quantize(
 # Hessians, GPTQ and errors, a batch of experts at a time
 
 
-def _quantize_experts(job: Job, report: Progress) -> None:
-    """Quantize the batches that are still to do, writing what is known of each beside it."""
-    total, batches = job.model.n_routed_experts, job.batches()
-    pending = [b for b in job.ranks.share(batches) if not _is_done(job, b)]
+def _quantize_experts(
+    job: Job,
+    pending: list[range],
+    upstream: Iterator[Mapping[str, Tensor]],
+    replayed: ReplayedRows,
+    report: Progress,
+) -> None:
+    """Quantize the `pending` batches, writing what is known of each beside it.
+
+    `upstream` gives their tensors.
+    """
+    total = job.model.n_routed_experts
     done = total - sum(map(len, pending))
     report("gptq", done, total)
     if not pending:
         return
     with job.timed("io"):
-        rows = read_rows(job)
-    with write_behind() as write, read_ahead(job.expert_tensors, pending, 1) as upstream:
+        rows = replayed.complete()
+    with write_behind(EXPERT_WRITERS) as write:
         for experts in pending:
             with job.timed("io"):
                 tensors = next(upstream)
@@ -111,7 +130,7 @@ def _is_done(job: Job, experts: range) -> bool:
 def _save_batch(path: Path, stored: Mapping[str, Tensor], known: Mapping[str, Any]) -> None:
     write_json(known, path.with_suffix(".json"))
     # The experts are written last: where they are, the batch is complete.
-    save_from_device(stored, path)
+    save_shard(to_host(stored), path)
 
 
 def _quantize_batch(
@@ -227,22 +246,24 @@ def _peak_host() -> int:
 def _variants(
     job: Job, errors: Mapping[str, Mapping[str, list[float]]]
 ) -> dict[str, dict[str, float]]:
-    """Return size and mean error of every variant."""
-    num_experts, hidden = job.model.n_routed_experts, job.model.hidden_size
-    num_weights = 3 * num_experts * hidden * job.model.moe_intermediate_size
+    """Return size and mean error of every variant; the experts are alike, so one is measured."""
+    num_experts = job.model.n_routed_experts
+    num_weights = 3 * job.model.hidden_size * job.model.moe_intermediate_size  # of an expert
     shards = read_index(job.upstream, "mtp.")
-    upstream = read_meta(job.upstream, {name: shards[name] for name in job.head_names})
+    measured = [*job.other_names(), *job.expert_names(range(1))]
+    upstream = read_meta(job.upstream, {name: shards[name] for name in measured})
     variants: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         as_stored = "rtn" if variant == "gptq" else variant  # INT4 both
         stored = store_head(upstream, as_stored, group_size=job.config.group_size)
-        experts = {n: t for n, t in stored.items() if is_expert(split_name(n)[0])}
+        sizes = {name: num_bytes(tensor) for name, tensor in stored.items()}
+        expert = {n: size for n, size in sizes.items() if is_expert(split_name(n)[0])}
         # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
-        weights = sum(num_bytes(t) for n, t in experts.items() if not n.endswith("_shape"))
+        weights = sum(size for name, size in expert.items() if not name.endswith("_shape"))
         all_errors = [error for matrix in MATRICES for error in errors[variant][matrix]]
         variants[variant] = {
             "bits_per_weight": 8 * weights / num_weights,
             "rel_error": sum(all_errors) / len(all_errors),
-            "bytes": sum(map(num_bytes, stored.values())),
+            "bytes": sum(sizes.values()) + (num_experts - 1) * sum(expert.values()),
         }
     return variants

@@ -117,12 +117,16 @@ class Job:
 
     def expert_tensors(self, experts: range) -> dict[str, Tensor]:
         """Read the upstream tensors of a batch to the stage's device."""
-        prefixes = tuple(f"{names.HEAD_PREFIX}ffn.experts.{e}." for e in experts)
-        return self._load([n for n in self.head_names if n.startswith(prefixes)])
+        return self._load(self.expert_names(experts))
 
     def other_tensors(self) -> dict[str, Tensor]:
         """Read the upstream tensors that are no routed expert's to the stage's device."""
         return self._load(self.other_names())
+
+    def expert_names(self, experts: range) -> list[str]:
+        """Return the names of some experts' upstream tensors."""
+        prefixes = tuple(f"{names.HEAD_PREFIX}ffn.experts.{e}." for e in experts)
+        return [n for n in self.head_names if n.startswith(prefixes)]
 
     def other_names(self) -> list[str]:
         """Return the names of the upstream tensors that are no routed expert's."""
@@ -130,8 +134,9 @@ class Job:
         return [n for n in self.head_names if not n.startswith(prefix)]
 
     def _load(self, tensor_names: list[str]) -> dict[str, Tensor]:
-        tensors = load_tensors(self.upstream, tensor_names)
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        pinned = self.config.device != "cpu"
+        tensors = load_tensors(self.upstream, tensor_names, pinned=pinned)
+        return {name: t.to(self.device, non_blocking=pinned) for name, t in tensors.items()}
 
 
 def open_job(
