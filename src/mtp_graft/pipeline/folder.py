@@ -101,4 +101,3 @@ class RunFolder:
     def write_manifest(self, stage: str, config: Mapping[str, Any], inputs: Sequence[Path]) -> None:
         """Say how a stage came about that has no manifest of its own making."""
         write_manifest(self.stage(stage), stage, config, inputs, device_name(), self.seconds[stage])
-
