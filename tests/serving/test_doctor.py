@@ -136,6 +136,22 @@ def test_at_least_fifteen_kinds_of_defect_are_planted_and_described(repo_root: P
     assert [issue.id for issue in ISSUES if f"`{issue.id}`" not in described] == []
 
 
+def test_what_the_docs_call_seen_is_in_the_result_file(repo_root: Path) -> None:
+    results = repo_root / "benchmarks" / "results" / "doctor_defects_cpu.json"
+    runs = json.loads(results.read_text())["results"]
+    page = (repo_root / "docs" / "doctor.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` .*\| (seen[^|]*) \|$", page, re.MULTILINE)
+    modes = {"seen": "strict", "seen, lenient": "lenient"}
+    claimed = {
+        f"{modes[how]}: {defect}"
+        for defect, hows in rows
+        for how in hows.split("; ")
+        if how != "seen, not recorded"
+    }
+    assert len(claimed) > 10
+    assert claimed <= runs.keys()
+
+
 def test_every_finding_that_the_code_can_make_is_described(repo_root: Path) -> None:
     package = repo_root / "src" / "mtp_graft" / "serving" / "doctor"
     text = "\n".join(path.read_text() for path in sorted(package.glob("*.py")))
