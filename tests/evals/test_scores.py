@@ -151,11 +151,10 @@ def test_humaneval_known_mistakes_are_counted_and_classified(
     for row in humaneval:
         number = int(row["task_id"].partition("/")[2]) % 8
         expected = mistakes[number][1] if number < len(mistakes) else None
-        kind = found.get(row["task_id"])
-        if expected == "AssertionError":  # some tests compute with the value before they compare
-            assert kind in {"AssertionError", "TypeError"}, row["task_id"]
-        else:
-            assert kind == expected, row["task_id"]
+        if expected == "AssertionError" and "assert tuple(candidate(" in row["test"]:
+            expected = "TypeError"  # it takes the value apart before it compares
+        assert found.get(row["task_id"]) == expected, row["task_id"]
+    assert list(found.values()).count("TypeError") == 1
     assert result["correct"] == sum(i % 8 >= len(mistakes) for i in range(164))
 
 

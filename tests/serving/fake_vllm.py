@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
     "streams": None,  # file that gets a line per stream asked: the sum of its prompt
     "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs or closes
+    "completion_fails": {},  # the same for completions that are not streamed
     "noise": 0.0,  # steps take up to this share more; the same ones whenever it starts
     "chat_tokens": 24,  # new tokens of a chat without max_tokens
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
@@ -89,7 +90,8 @@ STREAMED: list[int] = []
 NOISE = random.Random(0)
 
 
-def count(max_tokens: int) -> None:
+def count(max_tokens: int) -> int:
+    """Note that a completion was asked for; return how many were."""
     with LOCK:
         ASKED.append(max_tokens)
         if SETTINGS["requests"]:
@@ -98,6 +100,7 @@ def count(max_tokens: int) -> None:
         if len(ASKED) == SETTINGS["dies_at"]:
             print("RuntimeError: died in the middle", flush=True)
             os._exit(7)
+        return len(ASKED)
 
 
 def count_stream(prompt: list[int]) -> str | None:
@@ -165,10 +168,11 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("stream"):
             self.stream(body["prompt"], body["max_tokens"], False)
         else:
-            count(body["max_tokens"])
+            number = count(body["max_tokens"])
             record(body["prompt"])
             time.sleep(SETTINGS["step_s"])
-            self.reply(200, json.dumps({"choices": [self.choice(body)]}))
+            answer = json.dumps({"choices": [self.choice(body)]})
+            self.reply(200, answer, failure=SETTINGS["completion_fails"].get(str(number)))
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
         tokens = answer(body["prompt"], body["max_tokens"])
@@ -181,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
     def stream(self, prompt: list[int], max_tokens: int, chat: bool) -> None:
         failure = count_stream(prompt)
         if failure == "500":
-            self.reply(500, '{"error": {"message": "out of luck"}}')
+            self.reply(200, "", failure=failure)
             return
         self.send_response(200)
         self.send_header("Connection", "close")
@@ -209,11 +213,21 @@ class Handler(BaseHTTPRequestHandler):
     def event(self, content: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
 
-    def reply(self, status: int, text: str) -> None:
+    def reply(self, status: int, text: str, *, failure: str | None = None) -> None:
+        """Answer, or fail as told: after the first half of the text, if not at once."""
+        if failure == "500":
+            status, text = 500, '{"error": {"message": "out of luck"}}'
+        data = text.encode()
         self.send_response(status)
-        self.send_header("Content-Length", str(len(text.encode())))
+        self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(text.encode())
+        self.wfile.write(data[: len(data) // 2])
+        if failure == "hangs":
+            time.sleep(300)
+        if failure == "closes":
+            self.close_connection = True
+            return
+        self.wfile.write(data[len(data) // 2 :])
 
     def log_message(self, format: str, *args: object) -> None:
         """Stay quiet."""

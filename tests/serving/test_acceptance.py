@@ -9,7 +9,7 @@ import pytest
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
-from mtp_graft.serving.client import READ_TIMEOUT_S, ServerClient
+from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions
 
 
@@ -22,7 +22,7 @@ class Streamed(ServerClient):
         max_tokens: int,
         *,
         ignore_eos: bool = False,
-        timeout_s: float = READ_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> tuple[int, ...]:
         return self.stream(prompt, max_tokens, ignore_eos=ignore_eos).token_ids
 

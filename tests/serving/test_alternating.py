@@ -11,7 +11,7 @@ import pytest
 from mtp_graft.bench.alternating import AlternatingConfig, measure_alternating
 from mtp_graft.bench.decode import DecodeConfig, Timed
 from mtp_graft.bench.ledger import Ledger, open_ledger
-from mtp_graft.bench.streams import Retrying
+from mtp_graft.bench.streams import BenchClient, Retrying
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
 from mtp_graft.serving.client import Completion, ServerClient
@@ -33,27 +33,35 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 class Sessions:
     """Serves a checkpoint for a session, and notes the sessions' names."""
 
-    def __init__(self, log: Path) -> None:
-        self.log, self.names = log, list[str]()
+    def __init__(self, log: Path, silence_s: float = 5.0) -> None:
+        self.log, self.silence_s, self.names = log, silence_s, list[str]()
 
     def of(self, checkpoint: Path) -> Callable[[str], Any]:
         @contextmanager
         def serve(name: str) -> Iterator[ServerClient]:
             self.names.append(name)
-            with server.managed_server(ServeOptions(checkpoint, port=0), self.log) as client:
+            with (
+                server.managed_server(ServeOptions(checkpoint, port=0), self.log) as running,
+                BenchClient(running.base_url, silence_s=self.silence_s) as client,
+            ):
                 yield client
 
         return serve
 
 
 def measure(
-    sessions: Sessions, mtp: Path, base: Path, run: Path | None, config: AlternatingConfig
+    sessions: Sessions,
+    mtp: Path,
+    base: Path,
+    run: Path | None,
+    config: AlternatingConfig,
+    attempts: int = 1,
 ) -> dict[str, Any]:
     with open_ledger(run, {}) as ledger:
         return measure_alternating(
             sessions.of(mtp),
             sessions.of(base),
-            *(PROMPTS, config, quiet, ledger, Retrying(attempts=1)),
+            *(PROMPTS, config, quiet, ledger, Retrying(attempts, wait_s=0.0)),
         )
 
 
@@ -85,6 +93,39 @@ def test_a_text_that_the_head_changed_is_named_with_the_bases_margin(
     assert result["greedy_identical"] is False
     found = [(d["prompt"], d["position"], d["margin"]) for d in result["divergences"]]
     assert found == [(prompt.id, 4, pytest.approx(4.25)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "margins_kind"),
+    [
+        ("500", "refused", "refused"),
+        ("hangs", "timeout", "timeout"),
+        ("closes", "broken", "connection"),  # what is not streamed has a length to be cut short
+    ],
+)
+def test_a_failed_request_is_counted_and_asked_again_in_every_turn(
+    fake: Callable[..., None],
+    base: Path,
+    grafted: Path,
+    tmp_path: Path,
+    failure: str,
+    kind: str,
+    margins_kind: str,
+) -> None:
+    # Each server's first completion shows that it is up, and its first stream is the warm-up.
+    fake(completion_fails={"2": failure}, fails={"3": failure}, step_s=0.001)
+    sessions = Sessions(tmp_path / "vllm.log", silence_s=0.5)
+    config = AlternatingConfig(pairs=2, decode=DecodeConfig(20, rounds=1))
+    result = measure(sessions, grafted, base, None, config, attempts=2)
+    assert [(f["request"], f["kind"]) for f in result["failures"]] == [
+        ("reference/a", margins_kind),
+        *((f"{session}/0/b", kind) for session in ("base-1", "mtp-1", "mtp-2", "base-2")),
+    ]
+    assert result["errors"] == 5
+    # Half an answer is no text, and what was drafted for it is in no number.
+    assert result["greedy_identical"] is True
+    assert result["acceptance"]["values"] == pytest.approx([7 / 13] * 2)
+    assert result["tokens_per_round"] == result["against"]["tokens_per_round"] == 3 * 20
 
 
 def test_the_ratio_is_that_of_the_speeds_whatever_drifts_meanwhile() -> None:

@@ -1,17 +1,17 @@
 """`mtp-graft bench` from the command line, on a stand-in vLLM."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import run_folder
+from killing import TIMES, kill_in_the_middle, units_in, without
 from mtp_graft import cli
+from mtp_graft.bench.ledger import LEDGER_NAME
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.serving import command, server
 
@@ -175,32 +175,80 @@ def test_card_is_made_of_what_the_commands_leave(
     assert f"\nmtp-graft serve {checkpoint.name} --max-model-len 4096\n" in page
 
 
-def test_a_client_that_is_killed_goes_on_where_it_was(
-    vllm: Path, site: Path, grafted: Path, tmp_path: Path
+@dataclass(frozen=True)
+class Kill:
+    """A benchmark, and when it is killed."""
+
+    command: str
+    kept: int  # after so many units, while another is being answered
+    requests: int = 1  # of a unit
+    times: frozenset[str] = TIMES  # what the clock decides of its result
+
+
+#: With several streams at a time the clock also decides how many requests a point measures.
+OF_A_LOAD = TIMES | {
+    *("per_stream_tok_s", "per_stream_spread", "aggregate_tok_s", "aggregate_interval"),
+    *("ttft_ms_max", "acceptance", "tokens_per_step", "requests", "tokens", "best_k", "dips"),
+}
+ASKED = "--prompts PROMPTS --max-tokens 20"
+KILLS = {
+    "decode": Kill(f"decode --checkpoint MTP {ASKED} --rounds 5", kept=4),
+    "against": Kill(f"decode --checkpoint MTP --against BASE {ASKED} --pairs 2 --rounds 1", kept=7),
+    # A point has a warm-up of each stream; the interrupted one is all asked again.
+    "sweep": Kill(
+        f"sweep --checkpoint MTP {ASKED} --k 1,0 --streams 2,1 --requests 4",
+        kept=3,
+        requests=4,
+        times=OF_A_LOAD,
+    ),
+    "workload": Kill("workload --checkpoint MTP", kept=5),
+}
+
+
+@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
+def test_a_killed_client_asks_nothing_twice_and_gives_the_same_result(
+    run: Run,
+    fake: Callable[..., None],
+    site: Path,
+    base: Path,
+    grafted: Path,
+    prompts_file: Path,
+    tmp_path: Path,
+    kill: Kill,
 ) -> None:
-    """SIGKILL in the middle of the workload; then the rest is asked and nothing twice."""
-    streams, result = tmp_path / "streams", tmp_path / "result.json"
-    environment = command_environment(site, streams=str(streams), step_s=0.01)
-    command = [
-        *(sys.executable, "-c", KILLABLE),
-        *("bench", "workload", "--checkpoint", str(grafted), "--run", str(tmp_path / "run")),
-        *("--json", str(result)),
-    ]
-    process = subprocess.Popen(command, env=environment)
-    units = tmp_path / "run" / "bench" / "workload" / "units.jsonl"
-    deadline = time.monotonic() + 60
-    while not units.exists() or len(units.read_text().splitlines()) < 5:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = units.read_text().splitlines()
-    asked_before = len(streams.read_text().split())
-    subprocess.run(command, env=environment, check=True, timeout=60)
-    asked = len(streams.read_text().split()) - asked_before
-    assert asked == 1 + 15 - len(kept)  # a warm-up, and what was missing
-    assert units.read_text().splitlines()[: len(kept)] == kept
-    assert len(json.loads(result.read_text())["tasks"]) == 15
+    streams, completions = tmp_path / "streams", tmp_path / "completions"
+    asked = {"streams": str(streams), "requests": str(completions)}
+    words = {"MTP": str(grafted), "BASE": str(base), "PROMPTS": str(prompts_file)}
+    arguments = ["bench", *(words.get(word, word) for word in kill.command.split())]
+    arguments += ["--log", str(tmp_path / "vllm.log"), "--run"]
+    ledger, whole = (tmp_path / n / "bench" / arguments[1] / LEDGER_NAME for n in ("run", "whole"))
+
+    kept = kill_in_the_middle(
+        [sys.executable, "-c", KILLABLE, *arguments, str(tmp_path / "run")],
+        *(ledger, kill.kept, lambda: num_lines(streams)),
+        command_environment(site, **asked, step_s=0.005),
+    )
+    streams.unlink()
+    completions.unlink()
+    fake(**asked)
+    status, _, errors = run(*arguments, tmp_path / "run")
+    assert status == 0, errors
+    left = units_in(ledger.read_bytes().removeprefix(kept))
+    # What stands before a unit's first slash is measured on one server. Its first completion
+    # shows that it is up, its first stream is a warm-up; then comes what was missing.
+    servers = {unit[: unit.find("/") + 1] for unit in left}
+    assert num_lines(completions) == len(servers)
+    assert num_lines(streams) == len(servers) + kill.requests * len(left)
+
+    assert run(*arguments, tmp_path / "whole")[0] == 0
+    assert ledger.read_bytes().startswith(kept)
+    assert units_in(ledger.read_bytes()) == units_in(whole.read_bytes())
+    result, expected = (json.loads(f.with_name("result.json").read_text()) for f in (ledger, whole))
+    assert without(result, kill.times) == without(expected, kill.times)
+
+
+def num_lines(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 #: The command, seeing the stand-in only: the test's own patch ends with its process.
@@ -208,7 +256,7 @@ KILLABLE = """
 import os, sys
 from importlib.metadata import Distribution, PackageNotFoundError
 from mtp_graft import cli
-from mtp_graft.serving import command
+from mtp_graft.serving import command, server
 
 def distribution(name):
     for dist in Distribution.discover(name=name, path=[os.environ["PYTHONPATH"]]):
@@ -216,5 +264,6 @@ def distribution(name):
     raise PackageNotFoundError(name)
 
 command.distribution = distribution
+server.POLL_S = 0.02
 cli.main()
 """

@@ -35,8 +35,9 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 class Servers:
     """Serves a checkpoint for each k, and notes which were started."""
 
-    def __init__(self, checkpoint: Path, log: Path) -> None:
-        self.checkpoint, self.log, self.started = checkpoint, log, list[int | None]()
+    def __init__(self, checkpoint: Path, log: Path, silence_s: float = 5.0) -> None:
+        self.checkpoint, self.log, self.silence_s = checkpoint, log, silence_s
+        self.started: list[int | None] = []
 
     @contextmanager
     def __call__(self, k: int | None) -> Iterator[BenchClient]:
@@ -44,7 +45,7 @@ class Servers:
         options = ServeOptions(self.checkpoint, port=0, num_speculative_tokens=k)
         with (
             server.managed_server(options, self.log) as running,
-            BenchClient(running.base_url, silence_s=5.0) as client,
+            BenchClient(running.base_url, silence_s=self.silence_s) as client,
         ):
             yield client
 
@@ -130,16 +131,20 @@ def test_the_load_stays_what_it_is_called_until_the_last_measured_request() -> N
     assert point["aggregate_tok_s"] == pytest.approx(4 * point["per_stream_tok_s"], rel=0.35)
 
 
+@pytest.mark.parametrize(
+    ("failure", "kind"), [("500", "refused"), ("hangs", "timeout"), ("closes", "broken")]
+)
 def test_failures_are_counted_at_their_point_and_asked_again(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
+    fake: Callable[..., None], grafted: Path, tmp_path: Path, failure: str, kind: str
 ) -> None:
-    fake(fails={"3": "500", "5": "closes"}, step_s=0.001)
-    servers = Servers(grafted, tmp_path / "vllm.log")
+    fake(fails={"3": failure}, step_s=0.001)  # the warm-ups are 1 and 2
+    servers = Servers(grafted, tmp_path / "vllm.log", silence_s=0.5)
     config = SweepConfig(streams=(2,), ks=(1,), max_tokens=8, requests_per_stream=4)
     (point,) = sweep(servers, config)["points"]
-    assert point["errors"] == 2
-    assert {failure["kind"] for failure in point["failures"]} == {"refused", "broken"}
+    assert point["errors"] == 1
+    assert [(found["attempt"], found["kind"]) for found in point["failures"]] == [(1, kind)]
     assert point["requests"] >= 8, "what failed was asked again"
+    assert point["tokens"] >= 8 * 8
 
 
 def test_a_request_that_always_fails_ends_the_sweep_and_its_point_is_not_kept(

@@ -13,7 +13,7 @@ import numpy as np
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.bench.decode import Report
 from mtp_graft.bench.intervals import bootstrap_interval
-from mtp_graft.serving.client import READ_TIMEOUT_S, ServerClient
+from mtp_graft.serving.client import ServerClient
 
 #: The differences that are asked for: is calibration worth it, and what does INT4 cost.
 PAIRS = (("gptq", "rtn"), ("gptq", "mxfp4"), ("gptq", "bf16"))
@@ -30,7 +30,7 @@ class CountingClient(ServerClient):
         self.counted: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> drafts, accepted
 
     def _post(
-        self, path: str, body: dict[str, Any], *, timeout_s: float = READ_TIMEOUT_S
+        self, path: str, body: dict[str, Any], *, timeout_s: float | None = None
     ) -> dict[str, Any]:
         answer = super()._post(path, body, timeout_s=timeout_s)
         found = (answer.get("metrics") or {}).get("speculative_decoding")

@@ -115,7 +115,7 @@ class ServerClient:
         max_tokens: int,
         *,
         ignore_eos: bool = False,
-        timeout_s: float = READ_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> tuple[int, ...]:
         """Return the greedy continuation of `prompt`, not streamed."""
         body = _greedy_body(prompt, max_tokens, ignore_eos)
@@ -169,10 +169,11 @@ class ServerClient:
         return parse_spec_decode(answer.text)
 
     def _post(
-        self, path: str, body: dict[str, Any], *, timeout_s: float = READ_TIMEOUT_S
+        self, path: str, body: dict[str, Any], *, timeout_s: float | None = None
     ) -> dict[str, Any]:
+        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
-            answer = self._http.post(path, json=body, timeout=timeout_s)
+            answer = self._http.post(path, json=body, timeout=timeout)
         except httpx.TransportError as error:
             raise self._unreachable(error) from error
         self._check(answer)

@@ -57,13 +57,9 @@ class Answer:
 class ChatClient(BenchClient):
     """A client that asks whole answers; thread-safe."""
 
-    def __init__(self, base_url: str, api_key: str | None, silence_s: float) -> None:
-        super().__init__(base_url, api_key, silence_s)
-        self._silence_s = silence_s
-
     def chat(self, body: Mapping[str, Any]) -> Answer:
         """Return a chat's answer. Raises GraftError for any that is not whole and readable."""
-        found = self._post("/v1/chat/completions", dict(body), timeout_s=self._silence_s)
+        found = self._post("/v1/chat/completions", dict(body))
         try:
             choice = found["choices"][0]
             message = choice["message"]
