@@ -11,6 +11,7 @@ from collections.abc import Generator
 from copy import copy
 from typing import Any
 
+import torch
 from layers import copies, layer_of
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -24,7 +25,8 @@ class WorkerExtension:
     def set_acceptance_rate(self, rate: float) -> list[float]:
         """Accept each draft with probability `rate`, if all before it were accepted."""
         rates = self.model_runner.rejection_sampler.synthetic_conditional_rates  # type: ignore[attr-defined]
-        rates.fill_(rate)
+        with torch.inference_mode():  # it may be an inference tensor
+            rates.fill_(rate)
         return rates.tolist()
 
 
