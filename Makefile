@@ -7,12 +7,12 @@ TORCH_INDEX ?=
 ARGS ?=
 export TORCH_INDEX
 
-.PHONY: help demo test setup setup-dev check lint types imports format clean
+.PHONY: help demo test setup setup-dev check lint types imports container format clean
 
 help:
 	@echo "make demo    set up .venv, then run the pipeline on the bundled tiny model"
 	@echo "make test    set up .venv with the development tools, then run the tests"
-	@echo "make check   ruff, mypy and import-linter"
+	@echo "make check   ruff, mypy, import-linter, shellcheck and hadolint"
 	@echo "make format  rewrite the code as ruff formats it"
 	@echo "make clean   remove .venv and the tools' caches"
 
@@ -28,7 +28,7 @@ setup:
 setup-dev:
 	@$(PYTHON) tools/setup_venv.py --dev
 
-check: lint types imports
+check: lint types imports container
 
 lint: setup-dev
 	.venv/bin/ruff check .
@@ -39,6 +39,10 @@ types: setup-dev
 
 imports: setup-dev
 	.venv/bin/lint-imports
+
+container: setup-dev
+	.venv/bin/shellcheck docker/entrypoint.sh .ci/run
+	.venv/bin/hadolint docker/Dockerfile
 
 format: setup-dev
 	.venv/bin/ruff format .

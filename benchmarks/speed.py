@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py sweep_cpu --note "..." -- bench sweep --checkpoint DIR --k 0,1,2
 
-The file is benchmarks/results/NAME.json. Its command is the one after `--`.
+The file is NAME.json in benchmarks/results, or in --results. Its command is the one after `--`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
     parser.add_argument("--note", help="what a reader has to know of the run")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("words", nargs="+", help="after --: the command, without mtp-graft")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -37,7 +38,7 @@ def main() -> None:
         results = json.loads(file.read_text())
     more = {"note": options.note} if options.note else {}
     write_result(
-        RESULTS / f"{options.name}.json",
+        options.results / f"{options.name}.json",
         options.name,
         results,
         command=" ".join(["mtp-graft", *options.words]),

@@ -145,16 +145,25 @@ def write_capture(folder: Path, activations: Activations, tokens: int, sequence:
 
 
 def write_upstream(
-    folder: Path, config: dict[str, Any], activations: Activations, generator: torch.Generator
+    folder: Path,
+    config: dict[str, Any],
+    activations: Activations | None,
+    generator: torch.Generator,
 ) -> None:
-    """Write the head in upstream's format, its router fitted to the popularity wanted."""
+    """Write the head in upstream's format, its router fitted to the popularity wanted.
+
+    Without activations to fit it on, the router's bias is zero: all experts are about as popular.
+    """
     folder.mkdir(parents=True)
     shard = "model-00046-of-00046.safetensors"
     shapes = head_shapes(config)
     others = {n: s for n, s in shapes.items() if not is_expert(n.removesuffix(".weight"))}
     stored = dict(part for n, s in others.items() for part in upstream_parts(n, s, generator))
     bias = f"{names.HEAD_PREFIX}ffn.gate.bias"
-    stored[bias] = fit_bias(config, stored, activations).cpu()
+    if activations is None:
+        stored[bias].zero_()
+    else:
+        stored[bias] = fit_bias(config, stored, activations).cpu()
     layout = {name: torch.empty_like(t, device="meta") for name, t in stored.items()}
     experts = [n for n in shapes if n not in others]
     for name in experts:

@@ -6,6 +6,7 @@ The image itself is not built here; docker/README.md says so.
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -309,11 +310,39 @@ def test_the_image_has_the_same_default_and_the_same_path(dockerfile: str) -> No
     assert "MODEL_PATH=/models/checkpoint" in dockerfile
 
 
+def variables_of(docker: Path) -> set[str]:
+    """Return the variables that the entrypoint reads, and the one that it leaves to serve."""
+    script = (docker / "entrypoint.sh").read_text()
+    names = set(re.findall(r"\$\{([A-Z_]+)[:}]", script)) | {"VLLM_API_KEY"}
+    assert names >= VARIABLES.keys()
+    return names
+
+
 def test_the_readme_explains_every_variable(docker: Path) -> None:
     readme = (docker / "README.md").read_text()
-    script = (docker / "entrypoint.sh").read_text()
-    names = set(re.findall(r"\$\{([A-Z_]+)[:}]", script))
-    assert names >= VARIABLES.keys() - {"VLLM_API_KEY"}
-    for name in names | {"VLLM_API_KEY"}:
+    for name in variables_of(docker):
         assert f"`{name}`" in readme, name
     assert os.access(docker / "entrypoint.sh", os.X_OK)
+
+
+def test_compose_passes_on_every_variable_that_the_entrypoint_reads(docker: Path) -> None:
+    compose = yaml.safe_load((docker / "compose.yaml").read_text())
+    fixed = {"MODEL_PATH", "HOST", "PORT", "PROFILE"}  # by the mount, the ports and the service
+    for service in compose["services"].values():
+        passed = {k: v for k, v in service["environment"].items() if k != "PROFILE"}
+        assert passed == {name: f"${{{name}:-}}" for name in variables_of(docker) - fixed}
+
+
+@pytest.mark.parametrize(
+    ("linter", "files"),
+    [("shellcheck", ("docker/entrypoint.sh", ".ci/run")), ("hadolint", ("docker/Dockerfile",))],
+)
+def test_the_linters_find_nothing(repo_root: Path, linter: str, files: tuple[str, ...]) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program = shutil.which(linter, path=path)
+    if program is None:
+        pytest.skip(f"{linter} is not installed; it comes with the dev extra")
+    done = subprocess.run(
+        [program, *files], cwd=repo_root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -131,6 +132,18 @@ def test_splice_and_verify_work_without_vllm(tiny_model: Path, tmp_path: Path) -
     result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "True None"
+
+
+def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    built = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    source = repo_root / "src"
+    files = [f for f in source.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    expected = {f.relative_to(source).as_posix() for f in files if f.suffix != ".py"}
+    assert "mtp_graft/bench/card/card.md.jinja" in expected
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def imported_packages(source: Path) -> Iterator[str]:

@@ -25,10 +25,11 @@ from mtp_graft.checkpoint import shards
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, MANIFEST_TEXT_NAME, RECIPE_NAME
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.checkpoint.shards import load_tensors, save_shard
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
 from mtp_graft.stages import splice as stage
-from mtp_graft.stages.splice import HEAD_SHARD, Variant, splice
+from mtp_graft.stages.splice import Variant, splice
 from quantized import write_quantized
 from references import decode_fp8_blocks, decode_int4, decode_mxfp4
 

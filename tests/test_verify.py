@@ -14,10 +14,11 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4 import variants
 from mtp_graft.dsv4.variants import VARIANTS, Linears, Variant
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.splice import HEAD_SHARD, splice
+from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 from quantized import write_quantized
 

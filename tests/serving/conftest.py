@@ -132,4 +132,5 @@ def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
 
 def command_environment(site: Path, **settings: Any) -> dict[str, str]:
     """Return the environment for a `mtp-graft` subprocess that finds the stand-in."""
-    return {**os.environ, "PYTHONPATH": str(site), "FAKE_VLLM": json.dumps(settings)}
+    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "FAKE_VLLM": json.dumps(settings)}

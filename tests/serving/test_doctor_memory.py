@@ -179,6 +179,15 @@ def test_the_cpu_decodes_experts_to_float32_and_fp8_to_bf16() -> None:
     assert weights_bytes(stored, 1, decoded=True) == 4 * 128 * 4 * 2 + 8 * 8 * 2 + 8 * 2
 
 
+def test_fp8_compressors_take_the_room_of_bf16_on_a_gpu_too() -> None:
+    stored = {
+        "layers.2.attn.compressor.wkv.weight": torch.empty(8, 8, dtype=torch.float8_e4m3fn),
+        "layers.2.attn.compressor.wkv.weight_scale": torch.empty(1, 1, dtype=torch.bfloat16),
+        "layers.2.attn.wkv.weight": torch.empty(8, 8, dtype=torch.float8_e4m3fn),
+    }
+    assert weights_bytes(stored, 1) == 8 * 8 * 2 + 8 * 8
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [

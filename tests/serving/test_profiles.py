@@ -150,6 +150,44 @@ def test_more_ranks_than_gpus_is_an_error(flash: Path) -> None:
         plan(flash, "524k", tensor_parallel_size=4)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "undivided"),
+    [(3, "64 attention heads"), (16, "8 output groups")],
+)
+def test_ranks_asked_for_have_to_divide_the_model(flash: Path, ranks: int, undivided: str) -> None:
+    hardware = Hardware("big", 16, 400 * 2**30, "nvlink")
+    with pytest.raises(GraftError, match=f"size {ranks}: config.json has {undivided}"):
+        plan(flash, "524k", hardware, tensor_parallel_size=ranks)
+
+
+def test_ranks_asked_for_have_to_divide_the_scale_groups_on_a_cpu_too(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = with_config(tiny_model / "base", tmp_path / "wide", o_groups=4)
+    with pytest.raises(GraftError, match="moe_intermediate_size 256 in groups of 128"):
+        plan(folder, "auto", CPU, CPU_VLLM, tensor_parallel_size=4)
+    chosen = plan(folder, "auto", CPU, CPU_VLLM, tensor_parallel_size=2)
+    assert chosen.options.num_ranks == 2
+
+
+def test_four_ranks_on_a_vllm_that_garbles_them_are_refused(flash: Path) -> None:
+    hardware = Hardware("big", 4, 400 * 2**30, "nvlink")
+    with pytest.raises(GraftError, match=r"size 4 on vLLM 0\.26\.0: .*vllm#41511.*--tp 2"):
+        plan(flash, "524k", hardware, vllm_elsewhere("0.26.0"), tensor_parallel_size=4)
+    for version, ranks in (("0.32.0", 4), ("0.26.0", 2)):
+        vllm = vllm_elsewhere(version)
+        chosen = plan(flash, "524k", hardware, vllm, tensor_parallel_size=ranks)
+        assert chosen.options.num_ranks == ranks
+
+
+def with_config(checkpoint: Path, folder: Path, **changes: Any) -> Path:
+    """Copy a checkpoint and change its config."""
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
 def memory_for(checkpoint: Path, tokens: int, utilization: float) -> int:
     """Return a MiB more than weights on two ranks, the cache and the 4 GiB for all else need."""
     needed = cached_weights(checkpoint, 2) + kv_cache_bytes(CONFIG, tokens, 16384)
@@ -179,10 +217,41 @@ def test_auto_cuts_the_context_to_what_fits_where_no_profile_does(flash: Path) -
     assert any("--max-model-len 4096, the profile has 262144" in note for note in chosen.notes)
 
 
-def test_a_context_that_does_not_fit_is_the_users_own_choice_and_said(flash: Path) -> None:
-    chosen = plan(flash, "524k", named_gpus("H100", 2), max_model_len=1024)
-    assert chosen.options.max_model_len == 1024
-    assert any("does not fit" in note for note in chosen.notes)
+@pytest.mark.parametrize("profile", ["524k", "auto"])
+def test_a_context_asked_for_that_does_not_fit_is_refused_with_the_longest_that_does(
+    flash: Path, profile: str
+) -> None:
+    hardware = Hardware("small", 2, memory_for(flash, 4096, 0.95), "pcie")
+    asked = {"gpu_memory_utilization": 0.95}
+    refused = r"--max-model-len 4608; .*room for 4096 tokens .*take --max-model-len 4096, or more"
+    with pytest.raises(GraftError, match=refused):
+        plan(flash, profile, hardware, max_model_len=4608, **asked)
+    assert plan(flash, profile, hardware, max_model_len=4096, **asked).options.max_model_len == 4096
+    with pytest.raises(GraftError, match=r"room for 0 tokens .*; take more ranks$"):
+        plan(flash, profile, named_gpus("H100", 2), max_model_len=1024)
+
+
+@pytest.mark.parametrize("profile", ["128k", "auto"])
+def test_a_context_beyond_the_models_positions_is_refused(tiny_model: Path, profile: str) -> None:
+    base = tiny_model / "base"
+    with pytest.raises(GraftError, match=r"--max-model-len 8193; the model has 8192 positions"):
+        plan(base, profile, CPU, CPU_VLLM, max_model_len=8193)
+    assert plan(base, profile, CPU, CPU_VLLM, max_model_len=8192).options.max_model_len == 8192
+
+
+def test_a_cache_that_was_asked_for_decides_the_longest_context(tiny_model: Path) -> None:
+    small = {"kv_cache_gib": 0.05}
+    with pytest.raises(GraftError, match=r"room for [1-9][0-9]+ tokens"):
+        plan(tiny_model / "base", "128k", CPU, CPU_VLLM, max_model_len=8192, **small)
+
+
+def test_more_sequences_than_have_room_at_full_length_are_said(flash: Path) -> None:
+    """A third sequence of 524,288 tokens would need 0.5 GiB more than two Max-Q have left."""
+    assert any(
+        "--max-num-seqs 3: of full length 2 have room" in n for n in plan(flash, "524k").notes
+    )
+    for fitting in (plan(flash, "524k", max_num_seqs=2), plan(flash, "auto")):
+        assert not any("of full length" in note for note in fitting.notes)
 
 
 @pytest.mark.parametrize(("profile", "count"), [("524k", 2), ("auto", 2), ("auto", 1)])
@@ -208,11 +277,8 @@ def test_a_cpu_gets_a_cache_in_bytes_and_none_of_the_gpus_settings(
 
 
 def test_a_cpu_takes_more_cache_for_more_context(tiny_model: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "long"
-    shutil.copytree(tiny_model / "base", folder)
+    folder = with_config(tiny_model / "base", tmp_path / "long", max_position_embeddings=2**20)
     config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 2**20
-    (folder / "config.json").write_text(json.dumps(config))
     gib = plan(folder, "1m", CPU, CPU_VLLM).options.kv_cache_gib
     assert gib is not None
     assert kv_cache_bytes(config, 2**20, 2**20) <= gib * 2**30 < 40 * 2**30

@@ -70,7 +70,7 @@ def write_report(folder: Path, results: RunResults) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _draw(results)
     for name, picture in drawn.items():
-        _write_picture(picture, folder / name)
+        write_picture(picture, folder / name)
     title, sections = f"MTP head for {visible(results.model)}", _sections(results)
     recordings = read_recordings(results.recorded)
     page = render_page(title, sections, drawn, recordings, figures_in=_TOKENS)
@@ -84,7 +84,8 @@ def write_report(folder: Path, results: RunResults) -> Path:
     return path
 
 
-def _write_picture(picture: bytes, path: Path) -> None:
+def write_picture(picture: bytes, path: Path) -> None:
+    """Write a chart under a temporary name, then rename it; GraftError for a full disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -231,9 +231,10 @@ def _comments(notes: Iterable[str]) -> Iterable[str]:
 def _check(options: "ServeOptions", log: Path | None, json_file: Path | None) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
     from mtp_graft.errors import GraftError
-    from mtp_graft.serving.check import MIN_ACCEPTANCE, check_drafter
+    from mtp_graft.serving.check import MIN_ACCEPTANCE, check_drafter, require_context
     from mtp_graft.serving.server import managed_server
 
+    require_context(options)
     log = log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
     note(f"server log: {log}")
     with progress_bar() as report:
@@ -264,8 +265,8 @@ def _serve(options: "ServeOptions", plan: "Plan | None") -> None:
     from mtp_graft.serving.server import serve_foreground
     from mtp_graft.serving.service_manager import notify
 
-    def on_ready(url: str) -> None:
-        note(f"ready: {url}")
+    def on_ready(where: str) -> None:
+        note(f"ready: {where}")
         notify("READY=1")
 
     if plan is not None:

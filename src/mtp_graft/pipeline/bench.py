@@ -12,6 +12,7 @@ from mtp_graft.bench.paired import measure_paired
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
 from mtp_graft.checkpoint.shards import write_json
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.servers import Servers
 from mtp_graft.recipe import Recipe
@@ -19,7 +20,6 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages.calibration import load_calibration
-from mtp_graft.stages.splice import HEAD_SHARD
 
 EVALUATION = "evaluation"  # the split that scores and served acceptance are measured on
 

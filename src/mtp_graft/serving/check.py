@@ -4,10 +4,13 @@ from dataclasses import dataclass
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.command import ServeOptions
 
 _SENTENCE = "The quick brown fox jumps over the lazy dog. "
 _REPETITIONS = 30
 _NEW_TOKENS = 128
+#: Prompt and answer: 429 tokens with DeepSeek-V4's tokenizer, 549 with the tiny model's.
+MIN_CONTEXT = 576
 #: Text that repeats itself is foreseen almost wholly by a head that works and not at all by one
 #: whose weights are wrong, so anything between serves as the border.
 MIN_ACCEPTANCE = 0.2
@@ -24,6 +27,16 @@ class DrafterCheck:
     def is_alive(self) -> bool:
         """Return whether the head drafts what the model says."""
         return self.acceptance >= MIN_ACCEPTANCE
+
+
+def require_context(options: ServeOptions) -> None:
+    """Raise GraftError, before anything starts, if the check's request would not be taken."""
+    length = options.max_model_len
+    if length is not None and length < MIN_CONTEXT:
+        raise GraftError(
+            f"{options.checkpoint}: --check with a context of {length} tokens; its sentence and "
+            f"the answer take up to {MIN_CONTEXT}: --max-model-len {MIN_CONTEXT} or more"
+        )
 
 
 def check_drafter(client: ServerClient) -> DrafterCheck:

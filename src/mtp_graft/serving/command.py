@@ -75,6 +75,11 @@ class ServeCommand:
         host = _ANY_HOST.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
+    @property
+    def is_headless(self) -> bool:
+        """Return whether this is a further machine of several, which has no address at all."""
+        return "--headless" in self.argv
+
     def printable_env(self) -> dict[str, str]:
         """Return the environment additions with the API key masked."""
         return {k: "***" if k == "VLLM_API_KEY" else v for k, v in self.env.items()}

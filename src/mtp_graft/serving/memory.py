@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
+from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
 
 #: Tokens of a KV block of compressed layers; vLLM has no other for this model.
@@ -54,7 +55,8 @@ def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = Fal
     """Return the same for meta tensors by their checkpoint names."""
     total = 0
     for name, tensor in tensors.items():
-        size = _decoded_bytes(name, tensor) if decoded else num_bytes(tensor)
+        in_bf16 = decoded or NEVER_QUANTIZED.search(name)  # the plugin decodes these on GPUs too
+        size = _decoded_bytes(name, tensor) if in_bf16 else num_bytes(tensor)
         total += -(-size // tp) if _CUT.search(name) else size
     return total
 

@@ -30,6 +30,7 @@ from mtp_graft.serving.profiles import (
     UNIFIED_MEMORY_UTILIZATION,
     UNIFIED_MEMORY_WHY,
     WIDE_TENSOR_PARALLEL_VERSIONS,
+    WIDEST_ANYWHERE,
     Profile,
     Setting,
 )
@@ -37,6 +38,10 @@ from mtp_graft.serving.room import Room, measure_room
 from mtp_graft.serving.topology import Hardware
 
 AUTO = "auto"
+_UNCUT_SCALES = (
+    "from 4 ranks on, vLLM before 0.32 may shard the group scales wrongly, which garbles the text "
+    "(vllm-project/vllm#41511)"
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,10 @@ def make_plan(
 ) -> Plan:
     """Return how to serve `options.checkpoint` with a profile; what `options` set stays.
 
-    Raises GraftError for an unknown profile, weights that do not fit, a profile's context that
-    does not (`auto` takes the largest that does), more ranks than GPUs, and several machines
-    without the address of the first.
+    Raises GraftError for an unknown profile, weights that do not fit, a context that does not
+    (without one, `auto` takes the largest that does) or that the model has no positions for,
+    ranks that hardware, model or vLLM do not allow, and several machines without the address of
+    the first.
     """
     notes: list[str] = []
     config = read_config(options.checkpoint)
@@ -105,43 +111,72 @@ def _tensor_parallel_size(
     vllm: InstalledVllm,
     notes: list[str],
 ) -> int:
-    """Return the ranks asked for, or the most that hardware, model and vLLM allow."""
+    """Return the ranks asked for, or the most that hardware, model and vLLM allow.
+
+    Raises GraftError if those asked for are more than that, or do not divide the model.
+    """
     wanted = options.tensor_parallel_size
-    if hardware.gpu is None:
-        return wanted or 1
     if wanted is not None:
-        if wanted > hardware.num_gpus:
-            raise GraftError(
-                f"tensor parallel size {wanted} on {hardware}; expected at most {hardware.num_gpus}"
-            )
+        _check_ranks(wanted, config, hardware, vllm)
         return wanted
+    if hardware.gpu is None:
+        return 1
     most = 1
-    while 2 * most <= hardware.num_gpus and _divides(config, 2 * most):
+    while 2 * most <= hardware.num_gpus and not _undivided(config, 2 * most):
         most *= 2
-    if most > 2 and not SpecifierSet(WIDE_TENSOR_PARALLEL_VERSIONS).contains(
-        vllm.version, prereleases=True
-    ):
-        most = 2
-        notes.append(
-            f"--tensor-parallel-size 2: from 4 on, vLLM before 0.32 may shard the group scales "
-            f"wrongly (vllm-project/vllm#41511); this is {vllm.version}"
-        )
+    if most > WIDEST_ANYWHERE and not _cuts_scales(vllm):
+        most = WIDEST_ANYWHERE
+        notes.append(f"--tensor-parallel-size {most}: {_UNCUT_SCALES}; this is {vllm.version}")
     if most < hardware.num_gpus:
         notes.append(f"{hardware.num_gpus - most} of {hardware.num_gpus} GPUs stay unused")
     return most
 
 
-def _divides(config: dict[str, Any], ranks: int) -> bool:
-    """Return whether heads, output groups and the experts' scale groups can be shared out."""
+def _check_ranks(
+    wanted: int, config: dict[str, Any], hardware: Hardware, vllm: InstalledVllm
+) -> None:
+    """Raise GraftError for a number of ranks that would not start, or would serve noise.
+
+    That vLLM before 0.32 garbles four ranks is an error and no note: it says nothing itself, and
+    nobody asks for noise. The cure costs an upgrade; a note would be read after the damage.
+    """
+    flag = f"--tensor-parallel-size {wanted}"
+    if hardware.gpu is not None and wanted > hardware.num_gpus:
+        raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
+    undivided = wanted > 1 and _undivided(config, wanted)
+    if undivided:
+        raise GraftError(
+            f"{flag}: config.json has {undivided}, which the ranks cannot share evenly; "
+            "expected a number that divides it"
+        )
+    if wanted > WIDEST_ANYWHERE and not _cuts_scales(vllm):
+        raise GraftError(
+            f"{flag} on vLLM {vllm.version}: {_UNCUT_SCALES}, and nothing would say so; take "
+            f"vLLM{WIDE_TENSOR_PARALLEL_VERSIONS}, or --tp {WIDEST_ANYWHERE}"
+        )
+
+
+def _cuts_scales(vllm: InstalledVllm) -> bool:
+    return SpecifierSet(WIDE_TENSOR_PARALLEL_VERSIONS).contains(vllm.version, prereleases=True)
+
+
+def _undivided(config: dict[str, Any], ranks: int) -> str | None:
+    """Return what of heads, output groups and the experts' scale groups cannot be shared out."""
     try:
         group = int4_group_size(config["quantization_config"])
         inner = config["moe_intermediate_size"]
-        shared = (config["num_attention_heads"], config["o_groups"], inner)
+        heads, output_groups = config["num_attention_heads"], config["o_groups"]
     except KeyError as error:
         raise GraftError(
             f"config.json: has no {error}; expected a DeepSeek-V4 in W4A16-FP8"
         ) from None
-    return all(part % ranks == 0 for part in shared) and inner // ranks % group == 0
+    if heads % ranks:
+        return f"{heads} attention heads"
+    if output_groups % ranks:
+        return f"{output_groups} output groups"
+    if inner % (ranks * group):
+        return f"moe_intermediate_size {inner} in groups of {group} that share a scale"
+    return None
 
 
 def _choose(wanted: str, options: ServeOptions, room: Room) -> tuple[str, Profile]:
@@ -152,44 +187,52 @@ def _choose(wanted: str, options: ServeOptions, room: Room) -> tuple[str, Profil
         names = ", ".join((*PROFILES, AUTO))
         raise GraftError(f"--profile {wanted}: unknown; expected one of {names}")
     profile = _with_options(PROFILES[wanted], options, room)
-    largest = room.largest_context(profile.gpu_memory_utilization)
-    if profile.max_model_len > largest and options.max_model_len is None:
-        estimate = next(room.describe(profile.gpu_memory_utilization, profile.max_model_len))
-        raise GraftError(
-            f"{options.checkpoint}: --profile {wanted} has a context of {profile.max_model_len} "
-            f"tokens; the model has {room.model_limit} positions, and on {room.hardware} there is "
-            f"room for {largest} tokens ({estimate}); take --profile auto, more ranks, or set "
-            "--max-model-len"
-        )
+    if profile.max_model_len > room.largest_context(profile.gpu_memory_utilization):
+        raise _too_long(wanted, profile, options, room)
     return wanted, profile
+
+
+def _too_long(name: str, profile: Profile, options: ServeOptions, room: Room) -> GraftError:
+    """Return the error of a context that the model or the memory has no room for."""
+    length, utilization = profile.max_model_len, profile.gpu_memory_utilization
+    largest = room.largest_context(utilization)
+    if options.max_model_len is None:
+        asked, cure = f"--profile {name} has a context of {length} tokens", "take --profile auto, "
+    else:
+        asked, cure = f"--max-model-len {length}", "take "
+    cure += f"--max-model-len {largest}, or more ranks" if largest else "more ranks"
+    return GraftError(
+        f"{options.checkpoint}: {asked}; the model has {room.model_limit} positions, and on "
+        f"{room.hardware} there is room for {largest} tokens "
+        f"({room.describe(utilization, length)}); {cure}"
+    )
 
 
 def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profile]:
     """Return the profile with the longest context that fits, for as many sequences as fit.
 
-    Where none fits whole, that is the one that gets furthest, its context cut to what there is.
+    Where none fits whole, that is the one that gets furthest, its context cut to what there is;
+    one that was asked for is not cut.
     """
     profiles = {name: _with_options(profile, options, room) for name, profile in PROFILES.items()}
     largest = {
         name: room.largest_context(profile.gpu_memory_utilization)
         for name, profile in profiles.items()
     }
-    whole = [
-        name
-        for name, profile in profiles.items()
-        if profile.max_model_len <= largest[name] or options.max_model_len is not None
-    ]
+    whole = [name for name, profile in profiles.items() if profile.max_model_len <= largest[name]]
     if whole:
         name = max(whole, key=lambda name: PROFILES[name].max_model_len)
         profile = profiles[name]
     else:
         name = max(largest, key=lambda name: largest[name])
+        if options.max_model_len is not None:
+            raise _too_long(name, profiles[name], options, room)
         profile = replace(profiles[name], max_model_len=largest[name])
     utilization = profile.gpu_memory_utilization
     if profile.max_model_len < BLOCK_SIZE:
         raise GraftError(
             f"{options.checkpoint}: no room for a context on {room.hardware} "
-            f"({next(room.describe(utilization, BLOCK_SIZE))}); take more GPUs, or larger ones"
+            f"({room.describe(utilization, BLOCK_SIZE)}); take more GPUs, or larger ones"
         )
     if options.max_num_seqs is None and room.hardware.gpu is not None:
         num_seqs = room.num_sequences(utilization, profile.max_model_len, MOST_SEQUENCES)
@@ -220,7 +263,14 @@ def _explained(name: str, profile: Profile, options: ServeOptions, room: Room) -
             "--gpu-memory-utilization and --max-num-batched-tokens left out: on a CPU the KV cache "
             "is given in bytes, and a step takes a whole prompt"
         )
-    yield from room.describe(profile.gpu_memory_utilization, profile.max_model_len)
+    yield room.describe(profile.gpu_memory_utilization, profile.max_model_len)
+    shape = profile.max_model_len, profile.max_num_seqs
+    num_seqs = room.num_sequences(profile.gpu_memory_utilization, *shape)
+    if num_seqs < profile.max_num_seqs:
+        yield (
+            f"--max-num-seqs {profile.max_num_seqs}: of full length {num_seqs} have room at once "
+            "by this estimate; when the cache is full, vLLM lets others wait or computes them again"
+        )
     if options.kv_cache_dtype != "fp8":
         yield f"the estimate is for a KV cache in fp8, not in {options.kv_cache_dtype}"
 

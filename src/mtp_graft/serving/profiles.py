@@ -154,6 +154,8 @@ PCIE_ENVIRONMENT = (
 #: W4A16 group scales were not cut to the ranks' share before this (vllm-project/vllm#41511).
 #: 0.32 and 0.33 were read; the versions between 0.26 and 0.32 were not.
 WIDE_TENSOR_PARALLEL_VERSIONS = ">=0.32"
+#: So many ranks are right in every supported version.
+WIDEST_ANYWHERE = 2
 
 #: How the printed command differs from the seed's on purpose, whatever the hardware.
 DIFFERENCES_FROM_SEED = (

@@ -1,7 +1,7 @@
 """How much context the memory of the hardware leaves room for: `memory.py` applied to a plan."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Room:
     def num_sequences(self, utilization: float, tokens: int, most: int) -> int:
         """Return how many sequences of `tokens` have room at once, at most `most`."""
         budget = self.cache_budget(utilization)
+        if self.hardware.gpu is None and self.cache_bytes is None:
+            budget = int(self.cpu_cache_gib(tokens) * _GIB)
         for number in range(1, most + 1):
             longest = largest_context(self.config, budget, number, self.tokens_in_flight)
             if longest < tokens:
@@ -68,24 +70,18 @@ class Room:
         needed = kv_cache_bytes(self.config, tokens, tokens)
         return max(_CPU_CACHE_GIB, -(-needed * 10 // _GIB) / 10)
 
-    def describe(self, utilization: float, tokens: int) -> Iterator[str]:
-        """Say what the estimate is, and what follows for a context of `tokens`."""
+    def describe(self, utilization: float, tokens: int) -> str:
+        """Say what the estimate is, and what a context of `tokens` takes of it."""
         needed = kv_cache_bytes(self.config, tokens, self.tokens_in_flight)
         weights = f"estimate for a rank: weights {self.weights_bytes / _GIB:.1f} GiB"
         if self.hardware.gpu is None:
-            yield f"{weights}, decoded; KV cache of {tokens} tokens {needed / _GIB:.2f} GiB"
-            return
+            return f"{weights}, decoded; KV cache of {tokens} tokens {needed / _GIB:.2f} GiB"
         budget = self.cache_budget(utilization)
-        yield (
+        return (
             f"{weights}, {RESERVE_BYTES / _GIB:.0f} GiB for all else, {max(budget, 0) / _GIB:.1f} "
             f"GiB left for the KV cache at {utilization:.2f} of the memory; a sequence of {tokens} "
             f"tokens takes {needed / _GIB:.1f} GiB of it (docs/doctor.md)"
         )
-        if needed > budget:
-            yield (
-                f"--max-model-len {tokens} does not fit by this estimate; the longest that does is "
-                f"{self.largest_context(utilization)}"
-            )
 
 
 def measure_room(
@@ -108,7 +104,7 @@ def measure_room(
     if weights > memory:
         raise GraftError(
             f"{checkpoint}: the weights take {weights / _GIB:.1f} GiB of a rank's memory, and "
-            f"there are {memory / _GIB:.1f} ({hardware}; {tp} ranks); "
+            f"there are {memory / _GIB:.1f} ({hardware}; {tp} rank{'s' if tp > 1 else ''}); "
             + ("a CPU is for small models" if on_cpu else "take more GPUs, or larger ones")
         )
     cache_bytes = None if cache_gib is None else int(cache_gib * _GIB)

@@ -53,9 +53,15 @@ def managed_server(
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
     and SIGHUP to our own process raise SystemExit in the block, so they end it too. Raises
-    GraftError with the reason from the log if the server dies or is not ready in `timeout_s`.
+    GraftError with the reason from the log if the server dies or is not ready in `timeout_s`, and
+    for a headless node, which answers nobody.
     """
     command = build_command(options)
+    if command.is_headless:
+        raise GraftError(
+            f"{options.checkpoint}: --headless: such a node answers no requests; ask the first "
+            "machine (--node-rank 0)"
+        )
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _signals_as(_exit_on_signal, *_STOP_SIGNALS):
         server = ServerProcess(command, log)
@@ -77,7 +83,8 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     """Run vLLM on our own streams until it ends; return its exit status.
 
     SIGINT, SIGTERM and SIGHUP are passed on; the second one kills the server. `on_ready` gets
-    the address once a completion came back. Raises GraftError if a healthy server refuses one.
+    the address once a completion came back; on a headless node, which cannot be asked, it is
+    called once vLLM runs. Raises GraftError if a healthy server refuses the completion.
     """
     server = ServerProcess(build_command(options), log=None)
     asked_to_stop = False
@@ -92,7 +99,9 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
 
     with _signals_as(pass_on, signal.SIGINT, *_STOP_SIGNALS):
         try:
-            if server.wait_ready(float("inf"), lambda _elapsed_s: None):
+            if server.command.is_headless:
+                on_ready("headless; the first machine answers")
+            elif server.wait_ready(float("inf"), lambda _elapsed_s: None):
                 on_ready(server.command.base_url)
             return server.wait()
         except GraftError:
@@ -112,7 +121,8 @@ class ServerProcess:
         Raises GraftError if the port is taken or the program cannot be started.
         """
         self.command = command
-        check_port(command.host, command.port)
+        if not command.is_headless:
+            check_port(command.host, command.port)
         try:
             self._process = subprocess.Popen(
                 command.argv,

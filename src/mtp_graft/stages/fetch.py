@@ -32,7 +32,17 @@ from mtp_graft.stages.inputs import REPORT_NAME, Progress
 
 _HEAD = HEAD_PREFIX.partition(".")[0] + "."
 #: What a base's folder needs besides its shards: configuration, tokenizer, licence.
-_SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.yaml", "*.md", "*.model", "LICENSE*", "*.py")
+_SMALL_FILES = (
+    "*.json",
+    "*.txt",
+    "*.jinja",
+    "*.yaml",
+    "*.md",
+    "*.model",
+    "LICENSE*",
+    "NOTICE*",
+    "*.py",
+)
 _CHECKED = "checked.json"
 
 

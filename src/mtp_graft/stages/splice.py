@@ -28,11 +28,11 @@ from mtp_graft.checkpoint.shards import (
     write_json,
     write_text,
 )
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4.variants import Linears, Variant, group_by_stem, store_tensor
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.splice_plan import Source, SplicePlan, plan_splice
 
-HEAD_SHARD = "model-mtp-w4a16.safetensors"
 _OWN_FILES = frozenset(
     {
         INDEX_NAME,

@@ -19,6 +19,7 @@ from mtp_graft.bench.evals.asking import (
     answer_unit,
     ask_all,
 )
+from mtp_graft.bench.evals.sandbox import TIMED_OUT
 from mtp_graft.bench.ledger import Ledger
 from mtp_graft.bench.streams import Retrying
 from mtp_graft.dsv4.acceptance import wilson_interval
@@ -104,18 +105,30 @@ def run_evaluation(
 def _judge_all(items: Sequence[Item], ledger: Ledger, report: Report, stopwatch: Stopwatch) -> None:
     """Put the judgement of every answer into the ledger as `judgement ID`."""
     missing = [item for item in items if _judgement_unit(item) not in ledger]
-    # Not as many as were asked at once: tests that wait for a processor would run out of time.
-    at_once = os.cpu_count() or 1
-
-    def judge(item: Item) -> tuple[Item, Judgement]:
-        return item, item.judge(answer_in(ledger, item.question))
-
-    for number, (item, judgement) in enumerate(concurrently(judge, missing, at_once), start=1):
+    for number, (item, judgement) in enumerate(_judgements(missing, ledger), start=1):
         # Half a surrogate pair, which JSON can carry, could not be written or printed later.
         detail = judgement.detail.encode(errors="replace").decode()
         unit = asdict(judgement) | {"detail": detail, "seconds": stopwatch.seconds()}
         ledger.add(_judgement_unit(item), unit)
         report("judging", number, len(missing))
+
+
+def _judgements(items: Sequence[Item], ledger: Ledger) -> Iterator[tuple[Item, Judgement]]:
+    """Judge as many at once as there are processors; what ran out of time once more, alone.
+
+    On a busy machine a right answer can be late. Only the second verdict counts.
+    """
+
+    def judge(item: Item) -> tuple[Item, Judgement]:
+        return item, item.judge(answer_in(ledger, item.question))
+
+    late = []
+    for item, judgement in concurrently(judge, items, len(os.sched_getaffinity(0))):
+        if judgement.kind == TIMED_OUT:
+            late.append(item)
+        else:
+            yield item, judgement
+    yield from map(judge, late)
 
 
 def _judgement_unit(item: Item) -> str:

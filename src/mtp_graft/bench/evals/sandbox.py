@@ -13,6 +13,8 @@ from pathlib import Path
 
 from mtp_graft.errors import GraftError
 
+#: The kind of a verdict on code that was not done in time.
+TIMED_OUT = TimeoutError.__name__
 LAYERS = ("namespaces", "landlock", "seccomp", "limits")
 _SCRIPT = Path(__file__).with_name("jail.py")
 _GUEST = Path(__file__).with_name("guest.py")
@@ -83,7 +85,7 @@ class Sandbox:
                 try:
                     out, errors = checker.communicate(message, timeout=left)
                 except subprocess.TimeoutExpired:
-                    return Verdict(False, "TimeoutError", f"not done after {self.seconds:g} s")
+                    return Verdict(False, TIMED_OUT, f"not done after {self.seconds:g} s")
             _kill(candidate)
             assert candidate.stderr is not None
             errors = errors or candidate.stderr.read()

@@ -6,6 +6,7 @@ from typing import Any
 from packaging.version import Version
 
 from mtp_graft.checkpoint.quantization_config import scheme_of
+from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.dsv4.variants import is_expert
 from mtp_graft.serving.doctor.findings import Finding, Severity, listed
 from mtp_graft.serving.doctor.formats import format_of, format_of_group
@@ -23,7 +24,6 @@ from mtp_graft.serving.doctor.patterns import (
 )
 from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target
-from mtp_graft.serving.doctor.tensors import NEVER_QUANTIZED
 
 #: From here CUDA asks for experts as w1, w2, w3; 0.26 asks as the CPU does.
 _NATIVE_NAMES_SINCE = Version("0.32")

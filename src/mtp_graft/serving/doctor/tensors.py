@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import FLOAT32
+from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED
 from mtp_graft.dsv4.variants import decoded_name, is_expert, split_name
 from mtp_graft.serving.doctor.expected import base_shapes
 from mtp_graft.serving.doctor.findings import Finding, listed
@@ -21,8 +21,6 @@ from mtp_graft.serving.doctor.formats import (
 from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target
 
-#: Modules that vLLM builds without quantization, whatever the config says.
-NEVER_QUANTIZED = re.compile(r"\.attn\.(indexer\.)?compressor\.|\.indexer\.weights_proj$")
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _UNQUANTIZED_LOAD = (
@@ -241,22 +239,35 @@ def rounded_float32(survey: Survey, _target: Target) -> Iterator[Finding]:
 
 
 def quantized_compressors(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find compressor or indexer weights in FP8."""
-    stems = [
-        stem
+    """Find compressor or indexer weights that are quantized: FP8 blocks are decoded at load."""
+    found = {
+        stem: format_of(parts)
         for stem, parts in survey.stems.items()
         if NEVER_QUANTIZED.search(stem) and (format_of(parts) != "plain" or "weight_scale" in parts)
-    ]
-    if stems:
+    }
+    decoded = [stem for stem, stored in found.items() if stored == "fp8"]
+    others = [stem for stem in found if stem not in decoded]
+    expected = "BF16: vLLM builds compressors and the indexer's weights_proj without quantization"
+    stops = "stock vLLM stops with a KeyError at the first `compressor...weight_scale`"
+    if decoded:
+        yield Finding(
+            "compressor-fp8",
+            "note",
+            listed(decoded),
+            f"{len(decoded)} weights in FP8 blocks",
+            expected,
+            f"{stops}; the plugin decodes them to BF16 while it loads",
+            "nothing with `mtp-graft serve`; without the plugin, decode them in the base",
+        )
+    if others:
         yield Finding(
             "compressor-quantized",
             "error",
-            listed(stems),
-            f"{len(stems)} quantized weights",
-            "BF16: vLLM builds compressors and the indexer's weights_proj without quantization",
-            "vLLM stops with a KeyError at the first `compressor...weight_scale`",
-            "decode them to BF16 (codes times scale, per block) when the base is fetched; "
-            "mtp-graft does not do it",
+            listed(others),
+            f"{len(others)} quantized weights that are not FP8 in blocks",
+            expected,
+            f"{stops} or `weight_packed`; the plugin decodes FP8 in blocks alone",
+            "decode them to BF16 in the base, or take them from upstream",
         )
 
 

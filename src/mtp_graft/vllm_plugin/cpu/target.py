@@ -8,6 +8,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.models.deepseek_v4.cpu import model as stock
 
 from mtp_graft.vllm_plugin import tile_scheduler, triton_kernels
+from mtp_graft.vllm_plugin.compressors import decode_compressors
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.hyper_connections import compute_rowwise
 from mtp_graft.vllm_plugin.cpu.indexer import flatten_drafts
@@ -34,4 +35,4 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base's tensors; the head's (`mtp.*`) belong to the drafter."""
         base = ((name, tensor) for name, tensor in weights if not name.startswith("mtp."))
-        return load_strictly(self, base, super().load_weights)
+        return load_strictly(self, decode_compressors(base), super().load_weights)

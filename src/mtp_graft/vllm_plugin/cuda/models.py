@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.models import deepseek_v4 as stock
 
+from mtp_graft.vllm_plugin.compressors import decode_compressors
 from mtp_graft.vllm_plugin.cuda import hyper_connections, rope
 from mtp_graft.vllm_plugin.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
@@ -35,7 +36,7 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
         """Load the base's tensors; the head's (`mtp.*`) belong to the drafter."""
         alias_scale_of_wo_a(self)
         base = ((name, tensor) for name, tensor in weights if not name.startswith("mtp."))
-        return load_strictly(self, base, super().load_weights)
+        return load_strictly(self, decode_compressors(base), super().load_weights)
 
 
 class DeepSeekV4MTP(stock.DeepSeekV4MTP):

@@ -1,0 +1,293 @@
+"""Write checkpoints of DeepSeek-V4-Flash's width with random weights, with and without a head.
+
+    python benchmarks/flash_width.py FOLDER --layers 5 17 [--width tiny] [--dry-run]
+
+For each number of layers N: FOLDER/base-N (W4A16-FP8 without head), FOLDER/int4-N and
+FOLDER/mxfp4-N (the same with a head, made by the project's own splice). The layers' pattern is
+Flash's. At most five layers are stored, since all later ones are like the fourth or the fifth;
+`worker_extension.py` lets vLLM load them again under the other names. Folders share their shards
+by hard links. What is there already is kept.
+
+Codes and scales are drawn, not computed from floats. Scales follow from the number of inputs, so
+that every product has outputs of about the size of its inputs.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from layers import NUM_STORED
+from synthetic_flash import FLASH, write_upstream
+from torch import Tensor
+
+from mtp_graft.checkpoint.quantization_config import (
+    ExpertFormat,
+    add_head,
+    base_quantization_config,
+)
+from mtp_graft.checkpoint.shards import (
+    INDEX_NAME,
+    read_index,
+    read_meta,
+    save_shard,
+    write_index,
+    write_json,
+)
+from mtp_graft.dsv4 import names
+from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.variants import Variant
+from mtp_graft.stages.splice import HEAD_SHARD, splice
+
+#: The dimensions of the bundled tiny model, in Flash's pattern of layers.
+TINY = FLASH | {
+    **{"hidden_size": 256, "vocab_size": 4096, "num_attention_heads": 4, "q_lora_rank": 128},
+    **{"o_groups": 2, "o_lora_rank": 128, "n_routed_experts": 64, "moe_intermediate_size": 256},
+    "max_position_embeddings": 8192,
+    "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 512},
+}
+WIDTHS = {"flash": FLASH, "tiny": TINY}
+VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4"}
+#: Root mean square of a uniform code from -8 to 7, and of an FP8 byte as `fp8_bytes` draws it.
+INT4_RMS = math.sqrt(sum(code * code for code in range(-8, 8)) / 16)
+FP8_RMS = math.sqrt(sum((m / 16) ** 2 + (m / 32) ** 2 for m in range(8, 16)) / 16)
+GROUP, BLOCK = 128, 128
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 17])
+    parser.add_argument("--width", choices=WIDTHS, default="flash")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--dry-run", action="store_true", help="only say how large all would be")
+    options = parser.parse_args()
+    config = WIDTHS[options.width]
+    if options.dry_run:
+        print(sizes(config, options.layers))
+        return
+    write_all(options.folder, config, options.layers, options.variants)
+
+
+def write_all(folder: Path, config: dict[str, Any], layers: list[int], variants: list[str]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.perf_counter()
+
+    def say(what: object) -> None:
+        print(f"{time.perf_counter() - began:6.1f} s  {what}", flush=True)
+
+    shards = folder / "shards"
+    shards.mkdir(parents=True, exist_ok=True)
+    for number in range(-1, min(max(layers), NUM_STORED)):
+        path = shards / shard_name(number)
+        if not path.exists():
+            save_shard(random_part(config, number, device), path)
+            say(f"{path}, {path.stat().st_size / 1e9:.2f} GB")
+    upstream = folder / "upstream"
+    if not (upstream / "model.safetensors.index.json").exists():
+        shutil.rmtree(upstream, ignore_errors=True)
+        write_upstream(upstream, config, None, torch.Generator(device).manual_seed(1))
+        say(upstream)
+    for num_layers in layers:
+        base = folder / f"base-{num_layers}"
+        link_base(shards, base, config, num_layers)
+        for variant in variants:
+            out, first = folder / f"{variant}-{num_layers}", folder / f"{variant}-{layers[0]}"
+            if num_layers == layers[0]:
+                splice(base, upstream, out, VARIANTS[variant])
+            else:
+                link_spliced(base, first, out, variant)
+            say(out)
+
+
+def shard_name(layer: int) -> str:
+    return f"model-layer-{layer}.safetensors" if layer >= 0 else "model-outside.safetensors"
+
+
+def link_base(shards: Path, base: Path, config: dict[str, Any], num_layers: int) -> None:
+    """Put a base of `num_layers` layers together from the stored ones."""
+    base.mkdir(exist_ok=True)
+    weight_map: dict[str, str] = {}
+    for number in range(-1, min(num_layers, NUM_STORED)):
+        name = shard_name(number)
+        if not (base / name).exists():
+            os.link(shards / name, base / name)
+        weight_map.update(dict.fromkeys(stored_shapes(config, number), name))
+    write_json(base_config(config, num_layers), base / "config.json")
+    write_index(weight_map, sum(map(tensor_bytes, read_meta(base, weight_map).values())), base)
+
+
+def link_spliced(base: Path, spliced: Path, out: Path, variant: str) -> None:
+    """Put a base of another number of layers and a head that was spliced already together.
+
+    The head's tensors are the same, and rounding 768 matrices again would take minutes.
+    """
+    shutil.rmtree(out, ignore_errors=True)  # cheap to make again, if it was not finished
+    shutil.copytree(base, out, copy_function=os.link)
+    os.link(spliced / HEAD_SHARD, out / HEAD_SHARD)
+    config = json.loads((base / "config.json").read_text())
+    experts: ExpertFormat = "mxfp4" if variant == "mxfp4" else "int4"
+    added = add_head(config["quantization_config"], config["num_hidden_layers"], experts, "base")
+    for name in ("config.json", INDEX_NAME):
+        (out / name).unlink()  # a link to the base's
+    write_json(config | {"quantization_config": added}, out / "config.json")
+    head = {n: s for n, s in read_index(spliced).items() if s == HEAD_SHARD}
+    weight_map = read_index(base) | head
+    write_index(weight_map, sum(map(tensor_bytes, read_meta(out, weight_map).values())), out)
+
+
+def base_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """Return config.json of a base with so many layers; the head's entry comes last in ratios."""
+    return config | {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "num_hidden_layers": num_layers,
+        "compress_ratios": [*config["compress_ratios"][:num_layers], 0],
+        "expert_dtype": "int4",
+        "torch_dtype": "bfloat16",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "quantization_config": base_quantization_config(),
+    }
+
+
+def logical_shapes(config: dict[str, Any], layer: int) -> Shapes:
+    """Return plain name -> shape of one layer's tensors, or with -1 of those outside of layers."""
+    size, head_dim = config["hidden_size"], config["head_dim"]
+    head = {name.removeprefix(names.HEAD_PREFIX): s for name, s in head_shapes(config).items()}
+    if layer < 0:
+        vocabulary = (config["vocab_size"], size)
+        outside = {n: s for n, s in head.items() if n.startswith(("norm.", "hc_head_"))}
+        return {"embed.weight": vocabulary, "head.weight": vocabulary, **outside}
+    own = ("e_proj", "h_proj", "enorm", "hnorm", "norm.", "hc_head_")
+    shapes = {name: shape for name, shape in head.items() if not name.startswith(own)}
+    ratio = config["compress_ratios"][layer]
+    if ratio:
+        shapes |= _compressor("attn.compressor", ratio, head_dim, size)
+    if ratio == 4:
+        index, heads = config["index_head_dim"], config["index_n_heads"]
+        shapes |= _compressor("attn.indexer.compressor", ratio, index, size)
+        shapes["attn.indexer.wq_b.weight"] = (heads * index, config["q_lora_rank"])
+        shapes["attn.indexer.weights_proj.weight"] = (heads, size)
+    if layer < config["num_hash_layers"]:
+        del shapes["ffn.gate.bias"]
+        shapes["ffn.gate.tid2eid"] = (config["vocab_size"], config["num_experts_per_tok"])
+    return {f"layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+def _compressor(prefix: str, ratio: int, head_dim: int, size: int) -> Shapes:
+    width = head_dim * (2 if ratio == 4 else 1)  # windows of ratio 4 overlap
+    return {
+        f"{prefix}.ape": (ratio, width),
+        f"{prefix}.wkv.weight": (width, size),
+        f"{prefix}.wgate.weight": (width, size),
+        f"{prefix}.norm.weight": (head_dim,),
+    }
+
+
+def stored_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Return name -> (shape, dtype) as W4A16-FP8 stores them."""
+    stored: dict[str, tuple[tuple[int, ...], Any]] = {}
+    for name, shape in logical_shapes(config, layer).items():
+        stem = name.removesuffix(".weight")
+        if names.EXPERT.match(name):
+            outputs, inputs = shape
+            stored[f"{stem}.weight_packed"] = (outputs, inputs // 8), torch.int32
+            stored[f"{stem}.weight_scale"] = (outputs, inputs // GROUP), torch.bfloat16
+            stored[f"{stem}.weight_shape"] = (2,), torch.int64
+        elif names.FP8_LINEAR.search(name):
+            blocks = tuple(math.ceil(n / BLOCK) for n in shape)
+            stored[name] = shape, torch.float8_e4m3fn
+            stored[f"{stem}.weight_scale"] = blocks, torch.bfloat16
+        else:
+            stored[name] = shape, names.storage_dtype(name)
+    return stored
+
+
+def random_part(config: dict[str, Any], layer: int, device: str) -> dict[str, Tensor]:
+    """Return the stored tensors of one layer; the same layer always gets the same values."""
+    generator = torch.Generator(device).manual_seed(100 + layer)
+    logical = logical_shapes(config, layer)
+    return {
+        name: random_tensor(name, shape, dtype, logical, config, generator).cpu()
+        for name, (shape, dtype) in stored_shapes(config, layer).items()
+    }
+
+
+def random_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    logical: Shapes,
+    config: dict[str, Any],
+    generator: torch.Generator,
+) -> Tensor:
+    place: dict[str, Any] = {"generator": generator, "device": generator.device}
+    weight = f"{name.rpartition('.')[0]}.weight"
+    if name.endswith(".weight_shape"):
+        return torch.tensor(logical[weight])
+    if name.endswith(".weight_packed"):
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64, **place).int()
+    if name.endswith(".weight_scale"):
+        rms = INT4_RMS if names.EXPERT.match(weight) else FP8_RMS
+        scale = 1 / (rms * math.sqrt(logical[weight][-1]))
+        return (scale * (1 + 0.1 * torch.rand(shape, **place))).to(dtype)
+    if dtype == torch.float8_e4m3fn:
+        return fp8_bytes(shape, place)
+    if name.endswith(".tid2eid"):
+        chosen = torch.rand(shape[0], config["n_routed_experts"], **place)
+        return chosen.topk(shape[1]).indices.to(dtype)
+    return _plain(name, torch.randn(shape, **place)).to(dtype)
+
+
+def _plain(name: str, values: Tensor) -> Tensor:
+    """Return the values of a tensor that is not quantized, from normal ones."""
+    if name.endswith("norm.weight"):
+        return 1 + 0.1 * values
+    if name == "embed.weight":
+        return values
+    if values.dim() == 2 and not name.endswith(".ape"):
+        return values / math.sqrt(values.shape[-1])
+    return 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
+
+
+def fp8_bytes(shape: tuple[int, ...], place: dict[str, Any]) -> Tensor:
+    """Return random E4M3 values of either sign with magnitudes from 0.25 up to 0.94."""
+    magnitude = torch.randint(0x28, 0x38, shape, dtype=torch.uint8, **place)
+    sign = torch.randint(0, 2, shape, dtype=torch.uint8, **place) << 7
+    return (magnitude | sign).view(torch.float8_e4m3fn)
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def sizes(config: dict[str, Any], layers: list[int]) -> str:
+    """Say what is written, and what a GPU has to hold."""
+    parts = [
+        sum(math.prod(s) * dtype.itemsize for s, dtype in stored_shapes(config, n).values()) / 1e9
+        for n in range(-1, NUM_STORED)
+    ]
+    outside, stored = parts[0], parts[1:]
+    head = stored[0]  # a layer's size, within a few percent
+    disk = outside + sum(stored[: max(layers)]) + head * (1 + len(VARIANTS))
+    lines = [f"on the disk {disk:.1f} GB (may be /dev/shm); one layer {max(stored):.2f} GB"]
+    for num_layers in layers:
+        later = sum(stored[3 + (n - 3) % 2] for n in range(NUM_STORED, num_layers))
+        weights = outside + sum(stored[:num_layers]) + later
+        lines.append(f"{num_layers} layers: {weights:.1f} GB on the GPUs, {head:.1f} with a head")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

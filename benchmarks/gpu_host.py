@@ -1,0 +1,176 @@
+"""Run the GPU benchmarks in order of value within a budget of time; run again, it goes on.
+
+    python benchmarks/gpu_host.py one --work /tmp/gpu --budget-s 560 --copy-to "$OUT"
+    python benchmarks/gpu_host.py two --work /tmp/gpu --budget-s 560 --copy-to "$OUT"
+
+--work keeps results, logs, checkpoints and compiled kernels; results and logs are copied to
+--copy-to at the end, and with --pack-caches the kernels as kernel-caches.tar.gz, which --caches
+takes on another host. --only names steps, --dry-run shows them. docs/gpu.md explains all of it.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from engines import ENVIRONMENT
+
+HERE = Path(__file__).resolve().parent
+TINY = HERE.parent / "models" / "tiny-dsv4"
+CACHES = {
+    "VLLM_CACHE_ROOT": "vllm",
+    "TRITON_CACHE_DIR": "triton",
+    "TILELANG_CACHE_DIR": "tilelang",
+    "DG_JIT_CACHE_DIR": "deep_gemm",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `needs_s` is the least time left with which it is begun."""
+
+    name: str
+    command: tuple[str, ...]
+    needs_s: float
+    takes_deadline: bool = True
+    done_when: Path | None = None  # for commands that do not look for themselves
+
+
+def script(name: str, *words: object) -> tuple[str, ...]:
+    return (sys.executable, str(HERE / f"{name}.py"), *map(str, words))
+
+
+def splice(out: Path) -> tuple[str, ...]:
+    code = (
+        "import sys; from pathlib import Path; from mtp_graft.stages.splice import splice; "
+        "splice(*map(Path, sys.argv[1:]), 'mxfp4')"
+    )
+    return (sys.executable, "-c", code, str(TINY / "base"), str(TINY / "upstream"), str(out))
+
+
+def one_gpu(work: Path) -> list[Step]:
+    """Issue 5, then issue 6's part: what one GPU can show, the most telling first."""
+    flash, results, tiny = work / "flash", work / "results", work / "tiny-mxfp4"
+    reference = HERE / "results" / "serve_check_cpu.json"
+    times = ("--folder", flash, "--out", results / "step_time_h100.json", "--layers", 5, 17)
+    check = ("--out", results / "serve_check_h100.json", "--reference", reference)
+    serve = ("--checkpoint", tiny, "--max-model-len", 4096, "--limit", 6)
+    decode = ("bench", "decode", *serve, "--against", TINY / "base", "--pairs", 2, "--rounds", 2)
+    sweep = ("bench", "sweep", *serve, "--k", "0,1", "--streams", "1,2,3,4,8", "--requests", 3)
+
+    def speed(name: str, words: tuple[object, ...], needs_s: float) -> Step:
+        out = results / f"{name}.json"
+        run = ("--run", work / "runs" / name)
+        command = script("speed", name, "--results", results, "--", *words, *run)
+        return Step(name, command, needs_s, takes_deadline=False, done_when=out)
+
+    return [
+        Step("write", script("flash_width", flash, "--layers", 5, 17), 120, takes_deadline=False),
+        Step("step_time", script("step_time", *times, "--variants", "int4", "--k", 1), 90),
+        Step("serve_check", script("gpu_serve_check", *check), 90),
+        Step("splice_tiny", splice(tiny), 10, takes_deadline=False, done_when=tiny),
+        Step("step_time_mxfp4", script("step_time", *times, "--k", 1), 90),
+        speed("decode_h100", decode, 300),
+        speed("sweep_h100", sweep, 200),
+        Step("step_time_k2", script("step_time", *times, "--k", 1, 2), 90),
+        Step("step_time_16k", script("step_time", *times, *LONG), 90),
+    ]
+
+
+LONG = ("--k", 1, "--variants", "int4", "--contexts", 16000, "--streams", 1, 2, "--rates", 0.7)
+
+
+def two_gpus(work: Path, layers: int) -> list[Step]:
+    """Issue 7. All 43 layers fit two H200; on two H100 take --layers 35."""
+    flash = work / "flash"
+    out = ("--folder", flash, "--out", work / "results" / "two_ranks.json", "--layers", layers)
+    write = ("--layers", layers, "--variants", "int4")
+    return [
+        Step("write", script("flash_width", flash, *write), 120, takes_deadline=False),
+        *(Step(part, script("two_gpus", part, *out), 90) for part in ("tiny", "speed", "quantize")),
+    ]
+
+
+def run(step: Step, left: float, environment: dict[str, str]) -> bool:
+    """Run a step within `left` seconds; say whether it ended well. Its own output is passed on."""
+    command = [*step.command]
+    if step.takes_deadline:  # time to stop an engine and to write the last line
+        command += ["--deadline-s", str(int(left - 15))]
+    print(f"== {step.name}: {shlex.join(command)}", flush=True)
+    process = subprocess.Popen(command, env=environment)
+    try:
+        return process.wait(timeout=left) == 0
+    except subprocess.TimeoutExpired:
+        process.terminate()  # our scripts take their engines with them
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        return False
+
+
+def prepare(work: Path, caches: Path | None) -> dict[str, str]:
+    """Make the folders, unpack kernels of an earlier host, and return the environment."""
+    for name in ("results", "flash", "caches"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+    if caches is not None and not any((work / "caches").iterdir()):
+        with tarfile.open(caches) as archive:
+            archive.extractall(work / "caches", filter="data")
+    python_path = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    kernels = {name: str(work / "caches" / folder) for name, folder in CACHES.items()}
+    kernels = {name: os.environ.get(name, value) for name, value in kernels.items()}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, python_path))}
+    return {**ENVIRONMENT, **os.environ, **kernels, **path}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("gpus", choices=["one", "two"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--budget-s", type=float, default=560)
+    parser.add_argument("--copy-to", type=Path)
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--layers", type=int, default=43, help="of `two`")
+    parser.add_argument("--caches", type=Path, help="kernel-caches.tar.gz of an earlier host")
+    parser.add_argument("--pack-caches", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    steps = (
+        one_gpu(options.work) if options.gpus == "one" else two_gpus(options.work, options.layers)
+    )
+    steps = [s for s in steps if not options.only or s.name in options.only]
+    if options.dry_run:
+        print("\n".join(f"{s.name}: {shlex.join(s.command)}" for s in steps))
+        return
+    end = time.monotonic() + options.budget_s
+    environment = prepare(options.work, options.caches)
+    outcome: dict[str, str] = {}
+    for step in steps:
+        left, began = end - time.monotonic(), time.monotonic()
+        if step.done_when is not None and step.done_when.exists():
+            outcome[step.name] = "done before"
+        elif left < step.needs_s:
+            outcome[step.name] = f"not begun: {left:.0f} s left, {step.needs_s:.0f} needed"
+        else:
+            ended_well = run(step, left, environment)
+            how = "ended" if ended_well else "FAILED or cut off"
+            outcome[step.name] = f"{how} after {time.monotonic() - began:.0f} s"
+    print("\n".join(f"{name}: {what}" for name, what in outcome.items()), flush=True)
+    if options.copy_to is not None:
+        shutil.copytree(options.work / "results", options.copy_to / "results", dirs_exist_ok=True)
+        if options.pack_caches:
+            with tarfile.open(options.copy_to / "kernel-caches.tar.gz", "w:gz") as archive:
+                archive.add(options.work / "caches", ".")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Is the tiny model on a GPU the same as on the CPU? Text, acceptance, chunked prefill, capture.
+
+    python benchmarks/gpu_serve_check.py --out benchmarks/results/serve_check_cpu.json
+    python benchmarks/gpu_serve_check.py --out GPU.json --reference CPU.json
+
+Two engines on the bundled tiny model, without and with its head (kept MXFP4), greedy, one request
+at a time. On a GPU they are compiled, with CUDA graphs and chunked prefill in steps of 512 tokens;
+the last prompt has 1,500 tokens. Compared with the reference: the best token at each position of
+the CPU's own text (teacher-forced), the first differing position of free-running text, the share of
+accepted drafts, and what capture recorded: 16 random projections of each residual row, whose
+relative error estimates that of the rows themselves.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engine_check import divergences
+from engines import (
+    EngineFailed,
+    EngineOptions,
+    Send,
+    counters,
+    exit_on_sigterm,
+    gained,
+    in_child,
+    start,
+)
+from measurements import Deadline, Entry, Measurements
+from safetensors.torch import load_file
+from texts import bundled_prompts, compare_forced, forced, greedy
+
+from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.stages.splice import splice
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
+PROJECTIONS, CHUNK, LONG = 16, 512, 1500
+NOTE = (
+    "Greedy, one request at a time, 12 bundled prompts and one of 1,500 tokens. Speed is not "
+    "measured here. The CPU's steps take a whole prompt."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--reference", type=Path, help="result of this script on a CPU")
+    parser.add_argument("--prompts", type=int, default=12)
+    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.4)
+    parser.add_argument("--deadline-s", type=float, default=float("inf"))
+    parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
+    parser.add_argument("--stall-s", type=float, default=420)
+    options = parser.parse_args()
+    exit_on_sigterm()
+    deadline = Deadline.after(options.deadline_s)
+    reference = json.loads(options.reference.read_text()) if options.reference else None
+    expected = {e["part"]: e for e in reference["measurements"]} if reference else {}
+
+    def summary(entries: list[Entry]) -> dict[str, Any]:
+        return summarize({e["part"]: e for e in entries}, expected)
+
+    done = Measurements(options.out, "serve_check", summary, NOTE)
+    for k in (0, 1):
+        if done.has(part=f"texts-k{k}"):
+            continue
+        if deadline.passed(options.start_s):
+            print(f"{deadline.left():.0f} s left: k = {k} is not begun", flush=True)
+            continue
+        run_engine(done, options, k, expected)
+
+
+def run_engine(
+    done: Measurements, options: argparse.Namespace, k: int, expected: dict[str, Entry]
+) -> None:
+    job = f"tiny-k{k}"
+    done.forget_failure(job)
+    log = options.out.parent / "logs" / f"{options.out.stem}-k{k}.log"
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = options.model / "base"
+        if k:
+            checkpoint = Path(scratch) / "spliced"
+            splice(options.model / "base", options.model / "upstream", checkpoint, "mxfp4")
+        engine = EngineOptions(
+            *(checkpoint, k, 4096, 4, CHUNK),
+            gpu_memory_utilization=options.gpu_memory_utilization,
+        )
+        prompts = bundled_prompts(options.model, options.prompts, LONG)
+        text = expected.get("texts-k0", {}).get("texts")
+        arguments = (engine, prompts, options.max_tokens, text, Path(scratch) / "capture")
+        try:
+            for entry in in_child(observe, *arguments, log=log, stall_s=options.stall_s):
+                if not done.has(part=entry["part"]):
+                    done.add(entry)
+        except EngineFailed as error:
+            done.fail(job, str(error))
+
+
+def observe(
+    send: Send,
+    engine: EngineOptions,
+    prompts: list[list[int]],
+    max_tokens: int,
+    reference: list[Any] | None,
+    folder: Path,
+) -> None:
+    """Start the engine and send what is compared; runs in a process of its own."""
+    began = time.perf_counter()
+    (folder / RECORDINGS).mkdir(parents=True)
+    os.environ[RECORD_VARIABLE] = str(folder)
+    llm = start(engine)
+    start_s = time.perf_counter() - began
+    before = counters(llm)
+    texts = greedy(llm, prompts, max_tokens)
+    counts = gained(before, counters(llm))
+    if engine.k == 0:
+        if reference is not None:
+            send({"part": "forced", "best": forced(llm, prompts, reference)})
+        recorded = record(llm, [p for p in prompts if len(p) <= CHUNK], folder)
+        send({"part": "recording", "prompts": recorded})
+    send({"part": f"texts-k{engine.k}", "texts": texts, **counts, "start_s": start_s})
+
+
+def record(llm: Any, prompts: list[list[int]], folder: Path) -> list[Entry]:
+    """Have the engine record each prompt; return targets and projected residuals."""
+    (folder / INTACT_NAME).touch()
+    (folder / SWITCH_NAME).touch()
+    greedy(llm, prompts, 1)
+    (folder / SWITCH_NAME).unlink()
+    deadline = time.monotonic() + 30
+    while len(files := sorted((folder / RECORDINGS).glob("*.safetensors"))) < len(prompts):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{len(files)} of {len(prompts)} prompts recorded")
+        time.sleep(0.2)
+    if not (folder / INTACT_NAME).exists():
+        raise OSError("a recording could not be written; see the engine's log")
+    return [_projected(load_file(file)) for file in files]
+
+
+def _projected(recording: dict[str, Any]) -> Entry:
+    residual = recording["residual"].float().numpy()  # [R, S*D]
+    shape = (residual.shape[1], PROJECTIONS)
+    directions = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    values = residual @ directions / np.sqrt(PROJECTIONS)  # [R, 16], keeps squared norms
+    rows = [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
+    return {"targets": recording["targets"].tolist(), "projected": rows}
+
+
+def summarize(found: dict[str, Entry], expected: dict[str, Entry]) -> dict[str, Any]:
+    """Return the comparisons that what was measured so far allows."""
+    result: dict[str, Any] = {}
+    base, head = found.get("texts-k0"), found.get("texts-k1")
+    if head:
+        result["acceptance"] = head["acceptance"]
+    if base and head:
+        result["divergences_from_base"] = divergences(base["texts"], head["texts"])
+    if head and "texts-k1" in expected:
+        points = 100 * (head["acceptance"] - expected["texts-k1"]["acceptance"])
+        result |= {"acceptance_difference_points": points, "within_3_points": abs(points) <= 3}
+    if "texts-k0" in expected:
+        texts = expected["texts-k0"]["texts"]
+        if "forced" in found:
+            result["teacher_forced"] = compare_forced(texts, found["forced"]["best"])
+        if base:
+            result["divergences_from_reference"] = divergences(texts, base["texts"])
+    if "recording" in found and "recording" in expected:
+        pair = (expected["recording"]["prompts"], found["recording"]["prompts"])
+        result["recording"] = compare_recordings(*pair)
+    return result
+
+
+def compare_recordings(expected: list[Entry], actual: list[Entry]) -> dict[str, Any]:
+    """Return the residuals' relative error over all rows, and how many targets are equal."""
+    error = norm = 0.0
+    equal = rows = 0
+    for wanted, found in zip(expected, actual, strict=True):
+        reference = np.array(wanted["projected"])
+        error += float(np.square(np.array(found["projected"]) - reference).sum())
+        norm += float(np.square(reference).sum())
+        rows += len(reference)
+        equal += sum(map(int.__eq__, wanted["targets"], found["targets"]))
+    return {"rows": rows, "rel_error": (error / norm) ** 0.5, "targets_equal": equal}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Result files that grow: every measurement is on the disk as soon as it is made.
+
+A script that is stopped, or whose engine fails, leaves what it had; started again, it makes only
+what is missing. Nothing new is begun after the deadline.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from record import device_name, write_result
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A moment after which nothing new is begun; it holds in every process of the host."""
+
+    at: float  # seconds since the epoch
+
+    @classmethod
+    def after(cls, seconds: float) -> "Deadline":
+        return cls(time.time() + seconds)
+
+    def left(self) -> float:
+        return self.at - time.time()
+
+    def passed(self, needed_s: float = 0.0) -> bool:
+        return self.left() < needed_s
+
+
+@dataclass
+class Measurements:
+    """One result file: `measurements` as they were made, `failures`, and `results` made of them."""
+
+    path: Path
+    benchmark: str
+    summarize: Callable[[list[Entry]], Any]
+    note: str
+    entries: list[Entry] = field(default_factory=list)
+    failures: list[Entry] = field(default_factory=list)
+    device: str = ""
+
+    def __post_init__(self) -> None:
+        if self.path.exists():
+            before = json.loads(self.path.read_text())
+            self.entries, self.failures = before["measurements"], before["failures"]
+            if before["device"] != device_name():
+                raise SystemExit(f"{self.path}: is of {before['device']}; choose another --out")
+
+    def has(self, **key: Any) -> bool:
+        return self.find(**key) is not None
+
+    def find(self, **key: Any) -> Entry | None:
+        """Return the measurement with these values, if it was made."""
+        wanted = key.items()
+        return next((e for e in self.entries if all(e.get(n) == v for n, v in wanted)), None)
+
+    def add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        shown = {name: value for name, value in entry.items() if not _is_long(value)}
+        print(json.dumps(shown), flush=True)
+        self.write()
+
+    def fail(self, job: str, reason: str) -> None:
+        """Record that a job failed; a later run that does it drops this again."""
+        self.forget_failure(job)
+        self.failures.append({"job": job, "reason": reason})
+        print(f"FAILED {job}: {reason[-1500:]}", flush=True)
+        self.write()
+
+    def forget_failure(self, job: str) -> None:
+        self.failures = [f for f in self.failures if f["job"] != job]
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        more = {"note": self.note, "failures": self.failures, "measurements": self.entries}
+        write_result(temporary, self.benchmark, self.summarize(self.entries), **more)
+        temporary.replace(self.path)
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, list | dict) and len(json.dumps(value)) > 200

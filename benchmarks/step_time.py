@@ -1,0 +1,222 @@
+"""Time decode steps with and without MTP, at several loads and rates of acceptance.
+
+    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 5 17
+
+FOLDER is `flash_width.py`'s. One engine for each number of layers, head and k; on it, for each
+number of streams, context and rate of acceptance, one decode of `--steps` steps. What is in the
+result already is not measured again, what fails is in `failures`. The most telling come first.
+
+Weights are random, so the head's drafts agree with nothing. On a GPU vLLM accepts them at the rate
+that it is told (`rejection_sample_method: synthetic`); without that (`--natural`, and on a CPU,
+which has no such sampler) the acceptance is about 0. Text is sampled at temperature 1: greedy text
+of random weights repeats one token, and a step that sees a token twice reads fewer experts.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from engines import (
+    EngineFailed,
+    EngineOptions,
+    Send,
+    counters,
+    decode,
+    exit_on_sigterm,
+    gained,
+    has_accelerator,
+    in_child,
+    random_prompts,
+    set_rate,
+    start,
+    summarize_steps,
+)
+from measurements import Deadline, Entry, Measurements
+
+NOTE = (
+    "Random weights of Flash's width, offline engine, no HTTP. step_ms is the time between two "
+    "outputs of the engine while all streams decode. rate: synthetic acceptance of each draft, if "
+    "all before it were accepted; null: what the random head happens to get, about 0. results has "
+    "the medians over all rates at the shortest context."
+)
+CPU_NOTE = " A small form on a shared CPU: it shows that the script runs, and nothing about a GPU."
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine."""
+
+    layers: int
+    variant: str  # base, int4 or mxfp4
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.layers}-k{self.k}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One decode on it."""
+
+    streams: int
+    context: int
+    rate: float | None
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 17])
+    parser.add_argument("--variants", nargs="+", default=["int4", "mxfp4"])
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1000])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0, 0.6, 0.7, 0.85, 0.95])
+    parser.add_argument("--natural", action="store_true", help="no synthetic acceptance")
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
+    parser.add_argument("--deadline-s", type=float, default=float("inf"))
+    parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
+    parser.add_argument("--stall-s", type=float, default=420)
+    return parser.parse_args()
+
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """Return the engines in order of value: k = 1 before 2, a whole pair of layers before a head.
+
+    With the first four there is a speed-up to extrapolate.
+    """
+    found = [Job(layers, "base", 0) for layers in options.layers]
+    for k in options.k:
+        found += [Job(layers, v, k) for v in options.variants for layers in options.layers]
+    return found
+
+
+def points(job: Job, options: argparse.Namespace) -> list[Point]:
+    natural = options.natural or job.k == 0
+    rates = [None] if natural else options.rates
+    return [Point(n, c, r) for c in options.contexts for n in options.streams for r in rates]
+
+
+def missing(job: Job, options: argparse.Namespace, done: Measurements) -> list[Point]:
+    return [p for p in points(job, options) if not done.has(**vars(job), **vars(p))]
+
+
+def measure(
+    send: Send, job: Job, todo: list[Point], options: argparse.Namespace, deadline: Deadline
+) -> None:
+    """Start the engine and send one entry for each point; runs in a process of its own."""
+    began = time.perf_counter()
+    rate = max((p.rate for p in todo if p.rate is not None), default=None)
+    checkpoint = options.folder / f"{job.variant}-{job.layers}"
+    per_stream = max(options.contexts) + options.steps * (1 + job.k) + 64
+    engine = EngineOptions(
+        *(checkpoint, job.k, per_stream, max(options.streams), 8192),
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        rate=rate,
+        eager=options.eager,
+    )
+    llm = start(engine)
+    identity = {**vars(job), "start_s": time.perf_counter() - began}
+    measure_points(send, llm, checkpoint, identity, todo, options, deadline)
+
+
+def measure_points(
+    send: Send,
+    llm: Any,
+    checkpoint: Path,
+    identity: Entry,
+    todo: list[Point],
+    options: argparse.Namespace,
+    deadline: Deadline,
+) -> None:
+    """Send an entry for each point, `identity` in it; of more streams than seats, some wait."""
+    vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    warmed: set[tuple[int, int]] = set()
+    for point in todo:
+        if deadline.passed():
+            return
+        prompts = random_prompts(point.streams, point.context, vocabulary)
+        if point.rate is not None:
+            set_rate(llm, point.rate)
+        if (point.streams, point.context) not in warmed:
+            decode(llm, prompts, 16, options.temperature)
+            warmed.add((point.streams, point.context))
+        before = counters(llm)
+        wanted = num_tokens(options.steps, identity["k"], point.rate)
+        steps, text = decode(llm, prompts, wanted, options.temperature)
+        seated = min(point.streams, identity.get("seats", point.streams))
+        entry = summarize_steps(steps, seated) | gained(before, counters(llm))
+        send({**identity, **vars(point), **entry, "distinct_tokens": len(set(text)) / len(text)})
+
+
+def num_tokens(steps: int, k: int, rate: float | None) -> int:
+    """Return how many tokens a request is to decode for about `steps` steps."""
+    return int(steps * tokens_per_step(k, rate or 0.0))
+
+
+def tokens_per_step(k: int, rate: float) -> float:
+    """Return 1 + a + ... + a^k: one token of the base, and the drafts accepted before a miss."""
+    return sum(rate**i for i in range(k + 1))
+
+
+def summarize(entries: list[Entry]) -> list[Entry]:
+    """Return a line for each layers, variant, k and streams that has a base beside it."""
+    if not entries:
+        return []
+    context = min(e["context"] for e in entries)
+    times: dict[tuple[Any, ...], list[float]] = {}
+    for e in entries:
+        if e["context"] == context:
+            key = e["layers"], e["variant"], e["k"], e["streams"]
+            times.setdefault(key, []).append(e["step_ms"]["median"])
+    return list(_pairs({key: median(values) for key, values in times.items()}))
+
+
+def _pairs(times: dict[tuple[Any, ...], float]) -> Iterator[Entry]:
+    for (layers, variant, k, streams), step_ms in sorted(times.items()):
+        base = times.get((layers, "base", 0, streams))
+        if k and base is not None:
+            line = {"layers": layers, "variant": variant, "k": k, "streams": streams}
+            yield {**line, "step_ms_base": base, "step_ms_mtp": step_ms}
+
+
+def main() -> None:
+    options = parse_arguments()
+    exit_on_sigterm()
+    deadline = Deadline.after(options.deadline_s)
+    on_gpu = has_accelerator()
+    options.natural |= not on_gpu  # vLLM's CPU sampler has no synthetic acceptance
+    note = NOTE if on_gpu else NOTE + CPU_NOTE
+    done = Measurements(options.out, "step_time", summarize, note)
+    for job in jobs(options):
+        todo = missing(job, options, done)
+        if not todo:
+            continue
+        if deadline.passed(options.start_s):
+            print(f"{deadline.left():.0f} s left: {job.name} is not begun", flush=True)
+            continue
+        print(f"{job.name}: {len(todo)} points", flush=True)
+        done.forget_failure(job.name)
+        log = options.out.parent / "logs" / f"{options.out.stem}-{job.name}.log"
+        work = in_child(measure, job, todo, options, deadline, log=log, stall_s=options.stall_s)
+        try:
+            for entry in work:
+                done.add(entry)
+        except EngineFailed as error:
+            done.fail(job.name, str(error))
+    left = sum(len(missing(job, options, done)) for job in jobs(options))
+    print(f"{len(done.entries)} measured, {left} missing, {len(done.failures)} failed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Extrapolate step times to all 43 layers, and say what speed-up to expect at which acceptance.
+
+    python benchmarks/step_time_table.py benchmarks/results/step_time_h100.json [--layers 43]
+
+The step time of a load is taken as a + b x layers, through the two numbers of layers measured: b is
+a layer's time, a that of all else, the head and its drafting included. With the probability p that
+a draft is accepted, if all before it were, a step brings 1 + p + ... + p^k tokens, so
+
+    speed-up = (1 + p + ... + p^k) x base step time / MTP step time.
+
+The Markdown keeps apart what was measured (few layers) and what is extrapolated. What it leaves
+out: real routing is skewed where random weights' is even, a server's own time a step, and other
+hardware. Two numbers of layers cannot show a departure from the line.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from step_time import tokens_per_step
+
+RATES = (0.6, 0.7, 0.85, 0.95)
+SEED = (
+    "The seed card reports 1.62x (524k profile) and 2.10x (128k, single stream), with two RTX PRO "
+    "6000 Max-Q, the base without MTP against k = 1; its acceptance and hardware are others."
+)
+Key = tuple[str, int, int]  # variant, k, streams
+
+
+def fit(first: tuple[int, float], second: tuple[int, float]) -> tuple[float, float]:
+    """Return a and b of the line through two (layers, ms)."""
+    (layers, ms), (more_layers, more_ms) = first, second
+    b = (more_ms - ms) / (more_layers - layers)
+    return ms - b * layers, b
+
+
+def extrapolate(results: list[dict[str, Any]], layers: int) -> dict[Key, tuple[float, float]]:
+    """Return base and MTP step time in ms at `layers`, of what was measured at two or more.
+
+    Of more than two numbers of layers the smallest and the largest are taken.
+    """
+    found: dict[Key, list[dict[str, Any]]] = {}
+    for line in results:
+        found.setdefault((line["variant"], line["k"], line["streams"]), []).append(line)
+    times: dict[Key, tuple[float, float]] = {}
+    for key, lines in found.items():
+        few, many = (choose(lines, key=lambda line: line["layers"]) for choose in (min, max))
+        if few["layers"] < many["layers"]:
+            a, b = fit(*((end["layers"], end["step_ms_base"]) for end in (few, many)))
+            c, d = fit(*((end["layers"], end["step_ms_mtp"]) for end in (few, many)))
+            times[key] = a + b * layers, c + d * layers
+    return times
+
+
+def speed_ups(base_ms: float, mtp_ms: float, k: int) -> list[float]:
+    return [tokens_per_step(k, rate) * base_ms / mtp_ms for rate in RATES]
+
+
+def table(rows: list[tuple[str, Key, float, float]], unit: str) -> list[str]:
+    """Return a Markdown table; rows are (first cell, key, base ms, MTP ms)."""
+    rates = "".join(f" {rate:.0%} |" for rate in RATES)
+    lines = [f"| {unit} | head | k | streams | base ms | MTP ms | cost |{rates}"]
+    lines.append("| ---: | --- " + "| ---: " * (5 + len(RATES)) + "|")
+    for first, (variant, k, streams), base, mtp in rows:
+        cells = [first, variant, str(k), str(streams), f"{base:.2f}", f"{mtp:.2f}"]
+        cells += [f"{mtp / base:.2f}x", *(f"{s:.2f}x" for s in speed_ups(base, mtp, k))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def markdown(report: dict[str, Any], layers: int) -> str:
+    results = report["results"]
+    measured = [
+        (
+            str(r["layers"]),
+            (r["variant"], r["k"], r["streams"]),
+            r["step_ms_base"],
+            r["step_ms_mtp"],
+        )
+        for r in results
+    ]
+    whole = [(str(layers), key, *times) for key, times in extrapolate(results, layers).items()]
+    return "\n".join(
+        [
+            f"**Measured** step times, {report['device']}; the speed-ups follow from them:",
+            "",
+            *table(measured, "layers"),
+            "",
+            f"**Extrapolated** to {layers} layers, not measured:",
+            "",
+            *(table(whole, "layers") if whole else ["(two numbers of layers are needed)"]),
+            "",
+            *directly_measured(report["measurements"]),
+            SEED,
+        ]
+    )
+
+
+def directly_measured(entries: list[dict[str, Any]]) -> list[str]:
+    """Return decode speeds at synthetic acceptance over the base's, as they were measured."""
+    base = {(e["layers"], e["context"], e["streams"]): e for e in entries if e["variant"] == "base"}
+    lines = []
+    for e in entries:
+        other = base.get((e["layers"], e["context"], e["streams"]))
+        if e["rate"] is None or other is None:
+            continue
+        ratio = e["aggregate_tok_s"] / other["aggregate_tok_s"]
+        cells = (e["layers"], e["variant"], e["k"], e["streams"], e["context"], f"{e['rate']:.0%}")
+        speeds = (f"{other['aggregate_tok_s']:.1f}", f"{e['aggregate_tok_s']:.1f}", f"{ratio:.2f}x")
+        lines.append(f"| {' | '.join(map(str, (*cells, *speeds)))} |")
+    if not lines:
+        return []
+    head = "| layers | head | k | streams | context | acceptance | base tok/s | MTP tok/s | ratio |"
+    ruler = "| ---: | --- |" + " ---: |" * 7
+    return ["**Measured** decode speed at synthetic acceptance:", "", head, ruler, *lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--layers", type=int, default=43)
+    options = parser.parse_args()
+    print(markdown(json.loads(options.result.read_text()), options.layers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The seed's deployment shape: two ranks, in three parts that can be asked for by name.
+
+    python benchmarks/two_gpus.py tiny speed quantize --folder FOLDER --out result.json
+
+tiny      the bundled model: one rank's greedy text, read by two ranks (teacher-forced), and the
+          text with the head against the text without, both on two ranks
+speed     FOLDER/base-N and FOLDER/int4-N of `flash_width.py` on two ranks, in the profiles'
+          settings: speed at synthetic acceptance for one stream, and for 1 to 8 streams
+quantize  the stage on `synthetic_flash.py`'s input in FOLDER/quantize (made if it is not there), on
+          one rank and on two: are the files the same, byte for byte?
+
+Without GPUs all of it runs in small, on two ranks of the CPU over gloo.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import synthetic_flash
+from engine_check import divergences
+from engines import EngineFailed, EngineOptions, exit_on_sigterm, has_accelerator, in_child, start
+from gpu_serve_check import MODEL
+from measurements import Deadline, Entry, Measurements
+from step_time import Point, measure_points
+from texts import bundled_prompts, compare_forced, forced, greedy
+
+from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, PROFILES
+from mtp_graft.stages.splice import splice
+
+HERE = Path(__file__).resolve().parent
+NOTE = (
+    "Two ranks on one host. Flash's width: random weights, offline engine, and layers after the "
+    "fifth are loaded from copies through vLLM's own weight loaders, so no whole 146 GB checkpoint "
+    "was read. Of more streams than a profile has seats, the others wait."
+)
+CPU_NOTE = " A small form on two shared CPU cores: it shows that the script runs, no speed."
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=43)
+    parser.add_argument("--profiles", nargs="+", default=["524k", "128k", "256k"])
+    parser.add_argument("--cap-context", type=int, default=2**20, help="shorter than the profile's")
+    parser.add_argument("--context", type=int, default=1000, help="tokens of each prompt")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.7, 0.85, 0.95])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 3, 4, 8])
+    parser.add_argument("--sweep-rate", type=float, default=0.7)
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=64, help="of each text in `tiny`")
+    parser.add_argument("--tokens", type=int, default=40_000, help="captured tokens in `quantize`")
+    parser.add_argument("--small", action="store_true", help="`quantize` in small, for a CPU")
+    parser.add_argument("--deadline-s", type=float, default=float("inf"))
+    parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
+    parser.add_argument("--stall-s", type=float, default=540)
+    options = parser.parse_args()
+    options.temperature = 1.0
+    return options
+
+
+def run_engine(
+    done: Measurements, options: argparse.Namespace, job: str, work: Callable[..., None], *args: Any
+) -> None:
+    """Run one engine's work in a process of its own, if there is time for it."""
+    if options.deadline.passed(options.start_s):
+        print(f"{options.deadline.left():.0f} s left: {job} is not begun", flush=True)
+        return
+    print(job, flush=True)
+    done.forget_failure(job)
+    log = options.out.parent / "logs" / f"{options.out.stem}-{job}.log"
+    try:
+        for entry in in_child(work, *args, log=log, stall_s=options.stall_s):
+            done.add(entry)
+    except EngineFailed as error:
+        done.fail(job, str(error))
+
+
+def tiny(done: Measurements, options: argparse.Namespace) -> None:
+    spliced = options.folder / "tiny-mxfp4"
+    splice(MODEL / "base", MODEL / "upstream", spliced, "mxfp4")
+    prompts = bundled_prompts(MODEL, 8, 700)
+    for checkpoint, k, ranks in ((MODEL / "base", 0, 1), (MODEL / "base", 0, options.ranks)):
+        part = f"tiny-tp{ranks}-k{k}"
+        if not done.has(part=part):
+            engine = EngineOptions(checkpoint, k, 4096, 4, 4096, 0.4, ranks)
+            first = done.find(part="tiny-tp1-k0")
+            texts = first and first["texts"]
+            arguments = (engine, prompts, options.max_tokens, texts, part)
+            run_engine(done, options, part, write_texts, *arguments)
+    part = f"tiny-tp{options.ranks}-k1"
+    if not done.has(part=part):
+        engine = EngineOptions(spliced, 1, 4096, 4, 4096, 0.4, options.ranks)
+        arguments = (engine, prompts, options.max_tokens, None, part)
+        run_engine(done, options, part, write_texts, *arguments)
+
+
+def write_texts(
+    send: Callable[[Any], None],
+    engine: EngineOptions,
+    prompts: list[list[int]],
+    max_tokens: int,
+    other: list[Any] | None,
+    part: str,
+) -> None:
+    """Send greedy texts, and the best tokens along another engine's."""
+    llm = start(engine)
+    best = None if other is None else forced(llm, prompts, other)
+    texts = greedy(llm, prompts, max_tokens)
+    send({"part": part, "ranks": engine.tensor_parallel_size, "texts": texts, "best": best})
+
+
+def speed(done: Measurements, options: argparse.Namespace) -> None:
+    single = [Point(1, options.context, rate) for rate in options.rates]
+    sweep = [Point(n, options.context, options.sweep_rate) for n in options.streams]
+    for name in options.profiles:
+        for variant, k in (("base", 0), ("int4", 1)):
+            wanted = dict.fromkeys(sweep + single)  # ordered, each once
+            if k == 0 or not has_accelerator():
+                wanted = dict.fromkeys(Point(p.streams, p.context, None) for p in wanted)
+            identity = {"part": "speed", "profile": name, "layers": options.layers}
+            identity |= {"variant": variant, "k": k}
+            todo = [p for p in wanted if not done.has(**identity, **vars(p))]
+            if todo:
+                job = f"speed-{name}-{variant}-k{k}"
+                run_engine(done, options, job, measure_profile, identity, todo, options)
+
+
+def measure_profile(
+    send: Callable[[Any], None], identity: Entry, todo: list[Point], options: argparse.Namespace
+) -> None:
+    profile = PROFILES[identity["profile"]]
+    checkpoint = options.folder / f"{identity['variant']}-{options.layers}"
+    length = min(profile.max_model_len, options.cap_context)
+    engine = EngineOptions(
+        *(checkpoint, identity["k"], length, profile.max_num_seqs, MAX_NUM_BATCHED_TOKENS),
+        *(profile.gpu_memory_utilization, options.ranks),
+        rate=max((p.rate for p in todo if p.rate is not None), default=None),
+    )
+    began = time.perf_counter()
+    llm = start(engine)
+    identity |= {"seats": profile.max_num_seqs, "start_s": time.perf_counter() - began}
+    measure_points(send, llm, checkpoint, identity, todo, options, options.deadline)
+
+
+def quantize(done: Measurements, options: argparse.Namespace) -> None:
+    folder = options.folder / "quantize"
+    if not (folder / "upstream" / "model.safetensors.index.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        config = synthetic_flash.TINY if options.small else synthetic_flash.FLASH
+        sequence = 128 if options.small else synthetic_flash.SEQUENCE
+        synthetic_flash.generate(folder, config, options.tokens, sequence)
+    for ranks in (1, options.ranks):
+        job = f"quantize-{ranks}"
+        if done.has(part="quantize", ranks=ranks):
+            continue
+        if options.deadline.passed(options.start_s):
+            print(f"{options.deadline.left():.0f} s left: {job} is not begun", flush=True)
+            continue
+        done.forget_failure(job)
+        try:
+            done.add(quantize_on(folder, ranks, options.deadline.left()))
+        except (subprocess.SubprocessError, OSError) as error:
+            done.fail(job, repr(error))
+
+
+def quantize_on(folder: Path, ranks: int, limit_s: float) -> Entry:
+    """Run the stage on so many ranks; return its times and the hashes of its tensors."""
+    run = folder / f"run-{ranks}"
+    shutil.rmtree(run, ignore_errors=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    script = str(HERE / "quantize_full.py")
+    command = [sys.executable, *(launcher if ranks > 1 else ()), script, "--input", str(folder)]
+    command += ["--out", "-", "--run", str(run)]
+    path = os.pathsep.join(filter(None, (str(HERE.parent / "src"), os.environ.get("PYTHONPATH"))))
+    began = time.perf_counter()
+    limit = None if limit_s == float("inf") else max(limit_s, 1) + 60
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=limit)
+    report = json.loads((run / "report.json").read_text())
+    return {
+        "part": "quantize",
+        "ranks": ranks,
+        "process_s": time.perf_counter() - began,
+        "seconds": report["seconds"],
+        "sha256": hashes(run),
+    }
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of tensors below `folder`."""
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            found[str(file.relative_to(folder))] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def summarize(entries: list[Entry]) -> dict[str, Any]:
+    """Return the comparisons that what was measured so far allows."""
+    texts = {(e["ranks"], e["part"][-2:]): e for e in entries if e["part"].startswith("tiny")}
+    quantized = [e for e in entries if e["part"] == "quantize"]
+    result: dict[str, Any] = {}
+    one = texts.get((1, "k0"))
+    for (ranks, kind), entry in texts.items():
+        if one and ranks > 1 and kind == "k0" and entry["best"]:
+            result["tiny_teacher_forced"] = compare_forced(one["texts"], entry["best"])
+        if kind == "k1" and (ranks, "k0") in texts:
+            base = texts[ranks, "k0"]["texts"]
+            result["tiny_mtp_divergences"] = divergences(base, entry["texts"])
+    if speeds := [e for e in entries if e["part"] == "speed"]:
+        result["speed"] = speed_lines(speeds)
+    if len(quantized) > 1:
+        same = all(e["sha256"] == quantized[0]["sha256"] for e in quantized)
+        result["quantize"] = {
+            "byte_identical": same,
+            "files": len(quantized[0]["sha256"]),
+            "process_s": {str(e["ranks"]): e["process_s"] for e in quantized},
+        }
+    return result
+
+
+def speed_lines(entries: list[Entry]) -> list[Entry]:
+    """Return MTP beside its base, and whether a load brings less than the next smaller one."""
+    base = {(e["profile"], e["streams"]): e for e in entries if e["variant"] == "base"}
+    lines = []
+    for e in entries:
+        other = base.get((e["profile"], e["streams"]))
+        if e["k"] and other:
+            line = {name: e[name] for name in ("profile", "streams", "rate", "acceptance")}
+            line |= {"base_tok_s": other["aggregate_tok_s"], "mtp_tok_s": e["aggregate_tok_s"]}
+            line["ratio"] = line["mtp_tok_s"] / line["base_tok_s"]
+            lines.append(line)
+    for line in lines:
+        key = line["profile"], line["rate"]
+        fewer = [o for o in lines if (o["profile"], o["rate"]) == key]
+        fewer = [o for o in fewer if o["streams"] < line["streams"]]
+        if fewer:
+            before = max(fewer, key=lambda o: o["streams"])
+            line["dips"] = line["mtp_tok_s"] < before["mtp_tok_s"]
+    return lines
+
+
+PARTS = {"tiny": tiny, "speed": speed, "quantize": quantize}
+
+
+def main() -> None:
+    options = parse_arguments()
+    exit_on_sigterm()
+    options.deadline = Deadline.after(options.deadline_s)
+    note = NOTE if has_accelerator() else NOTE + CPU_NOTE
+    done = Measurements(options.out, "two_ranks", summarize, note)
+    for part in options.parts:
+        try:
+            PARTS[part](done, options)
+        except Exception as error:  # the other parts are worth having
+            done.fail(part, repr(error))
+    print(f"{len(done.entries)} measured, {len(done.failures)} failed", flush=True)
+
+
+if __name__ == "__main__":
+    main()

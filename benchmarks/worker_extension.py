@@ -1,0 +1,51 @@
+"""What the benchmarks add to vLLM's workers: settable acceptance, and layers that repeat.
+
+vLLM imports this module in every worker, through `worker_extension_cls`, before it loads a model.
+
+A checkpoint of random weights need not hold every layer: with the load format `repeat_layers`, the
+last layer stored of either kind of attention also serves as all later layers of that kind. All
+weights still go through vLLM's own loaders, one layer after the other, as from a whole checkpoint.
+"""
+
+from collections.abc import Generator
+from copy import copy
+from typing import Any
+
+import torch
+from layers import copies, layer_of
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+LOAD_FORMAT = "repeat_layers"
+
+
+class WorkerExtension:
+    """Methods for `LLM.collective_rpc`."""
+
+    def set_acceptance_rate(self, rate: float) -> list[float]:
+        """Accept each draft with probability `rate`, if all before it were accepted."""
+        rates = self.model_runner.rejection_sampler.synthetic_conditional_rates  # type: ignore[attr-defined]
+        with torch.inference_mode():  # it may be an inference tensor
+            rates.fill_(rate)
+        return rates.tolist()
+
+
+@register_model_loader(LOAD_FORMAT)
+class RepeatingLoader(DefaultModelLoader):
+    """vLLM's own loader, and stored layers under further names."""
+
+    def __init__(self, load_config: Any) -> None:
+        as_default = copy(load_config)  # the drafter's loader looks at the same config
+        as_default.load_format = "auto"
+        super().__init__(as_default)
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, Any]]:
+        stored = super().get_all_weights(model_config, model)
+        num_layers = model_config.hf_config.num_hidden_layers
+        for name, tensor in stored:
+            yield name, tensor
+            layer = layer_of(name)
+            if layer is not None:
+                stem = f"layers.{layer}."
+                for other in copies(layer, num_layers):
+                    yield name.replace(stem, f"layers.{other}.", 1), tensor

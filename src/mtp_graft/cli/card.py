@@ -1,0 +1,66 @@
+"""`mtp-graft card` and `publish`: a run's model card, and its checkpoint on the hub."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mtp_graft.cli.app import JsonOption, app
+from mtp_graft.cli.output import note, result_console, write_json
+
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@app.command()
+def card(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="Where to. Default: card/ in the run.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Write a run's model card with charts, every number traced to a result file."""
+    from mtp_graft.bench.card import write_card
+
+    result = write_card(run, out or run / "card")
+    write_json(result, json_file)
+    console = result_console(json_file)
+    console.print(f"card: {result['card']}", soft_wrap=True)
+    console.print(f"{result['numbers']} numbers, traced in {result['trace']}", soft_wrap=True)
+    for what in result["not_measured"]:
+        note(f"not measured: {what}")
+    for file in result["left_out"]:
+        note(f"left out: {file} is of another checkpoint")
+
+
+@app.command()
+def publish(
+    run: RunArgument,
+    repo: Annotated[str, typer.Option(metavar="ID", help="OWNER/NAME on the hub.")],
+    card_folder: Annotated[
+        Path | None, typer.Option("--card", help="The card. Default: card/ in the run.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be uploaded; needs no network.")
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Upload a run's verified checkpoint with its card; a call that failed can be repeated."""
+    from mtp_graft.stages import publish as publishing
+
+    publication = publishing.plan_publication(run, repo, private, card_folder or run / "card")
+    result = publication.as_json() | {"dry_run": dry_run}
+    if not dry_run:
+        # huggingface_hub draws bars of its own, with which ours would interfere.
+        result |= publishing.publish(publication, lambda label, *_: note(label))
+    write_json(result, json_file)
+    console = result_console(json_file)
+    for file in result["files"]:
+        console.print(f"{file['bytes']:>18,}  {file['path']}", highlight=False, soft_wrap=True)
+    verb = "to be uploaded" if dry_run else "uploaded"
+    which = "private" if result["private"] else "public"
+    total = f"{len(result['files'])} files, {result['total_bytes']:,} bytes"
+    console.print(f"{total} {verb} to {repo} ({which})", highlight=False, soft_wrap=True)
+    if not dry_run:
+        console.print(result["url"], highlight=False, soft_wrap=True)

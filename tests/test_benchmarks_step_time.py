@@ -1,0 +1,228 @@
+"""What the GPU scripts compute from their measurements, with known inputs."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str) -> Any:
+    """Import a script of benchmarks/, which import each other by their bare names."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def line(layers: int, base: float, mtp: float) -> dict[str, Any]:
+    times = {"step_ms_base": base, "step_ms_mtp": mtp}
+    return {"layers": layers, "variant": "int4", "k": 1, "streams": 1, **times}
+
+
+def entry(variant: str, k: int, rate: float | None, step_ms: float) -> dict[str, Any]:
+    place = {"layers": 5, "variant": variant, "k": k, "streams": 1, "context": 1000}
+    return {
+        **place,
+        "rate": rate,
+        "step_ms": {"median": step_ms},
+        "aggregate_tok_s": 1000 / step_ms,
+    }
+
+
+def test_a_line_through_two_layer_counts_is_carried_on() -> None:
+    # base: 1 + 0.5 a layer; MTP: 2 + 0.6 a layer
+    results = [line(5, 3.5, 5.0), line(17, 9.5, 12.2)]
+    assert load("step_time_table").extrapolate(results, 43)["int4", 1, 1] == pytest.approx(
+        (22.5, 27.8)
+    )
+
+
+def test_one_layer_count_is_not_extrapolated() -> None:
+    assert load("step_time_table").extrapolate([line(5, 3.5, 5.0)], 43) == {}
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, 1.7), (2, 2.19)])
+def test_tokens_of_a_step_are_the_sum_of_the_powers_of_the_rate(k: int, expected: float) -> None:
+    assert load("step_time").tokens_per_step(k, 0.7) == pytest.approx(expected)
+
+
+def test_speed_up_is_tokens_of_a_step_over_its_cost() -> None:
+    assert load("step_time_table").speed_ups(10.0, 12.5, 1)[0] == pytest.approx(1.6 * 10 / 12.5)
+
+
+def test_results_pair_each_mtp_time_with_the_base_of_its_load_and_depth() -> None:
+    entries = [entry("base", 0, None, 4.0), entry("int4", 1, 0.6, 5.0), entry("int4", 1, 0.7, 7.0)]
+    assert load("step_time").summarize(entries) == [line(5, 4.0, 6.0)]
+
+
+def test_a_head_without_its_base_gives_no_result() -> None:
+    assert load("step_time").summarize([entry("int4", 1, 0.6, 5.0)]) == []
+
+
+def test_table_keeps_measured_and_extrapolated_apart() -> None:
+    report = {
+        "device": "a GPU",
+        "results": [line(5, 3.5, 5.0), line(17, 9.5, 12.2)],
+        "measurements": [entry("base", 0, None, 4.0), entry("int4", 1, 0.6, 5.0)],
+    }
+    measured, extrapolated = load("step_time_table").markdown(report, 43).split("**Extrapolated**")
+    assert "| 17 | int4 | 1 | 1 | 9.50 | 12.20 |" in measured
+    assert "| 43 | int4 | 1 | 1 | 22.50 | 27.80 |" in extrapolated
+    assert "22.50" not in measured
+    assert "| 60% | 250.0 | 200.0 | 0.80x |" in extrapolated
+
+
+def test_only_steps_in_which_every_stream_decodes_are_timed() -> None:
+    engines = load("engines")
+    alone = [engines.Step(t / 10, {"a": 1}) for t in range(3)]  # b is still being prefilled
+    both = [engines.Step(1 + t / 100, {"a": 1, "b": 2}) for t in range(engines.SETTLING + 11)]
+    late = [engines.Step(9.0, {"b": 2})]
+    summary = engines.summarize_steps([*alone, *both, *late], 2)
+    assert summary["steps"] == 10
+    assert summary["step_ms"]["median"] == pytest.approx(10)
+    assert summary["tokens_per_step"] == pytest.approx(1.5)
+    assert summary["aggregate_tok_s"] == pytest.approx(300)
+
+
+def test_too_few_steps_are_an_error() -> None:
+    with pytest.raises(ValueError, match="ask for more tokens"):
+        load("engines").summarize_steps([], 1)
+
+
+def test_synthetic_rates_are_those_of_all_drafts_up_to_each() -> None:
+    config = load("engines").speculation(2, 0.7)
+    assert config["synthetic_acceptance_rates"] == pytest.approx([0.7, 0.49])
+    assert "rejection_sample_method" not in load("engines").speculation(2, None)
+
+
+def raises(send: Any) -> None:
+    send("first")
+    raise OSError("no such GPU")
+
+
+def dies(send: Any) -> None:
+    import os
+
+    os._exit(3)
+
+
+def hangs(send: Any) -> None:
+    import time
+
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"), [(raises, "no such GPU"), (dies, "status 3"), (hangs, "silent")]
+)
+def test_an_engine_that_fails_says_why_and_keeps_what_it_sent(
+    work: Any, reason: str, tmp_path: Path
+) -> None:
+    engines = load("engines")
+    seen = []
+    with pytest.raises(engines.EngineFailed, match=reason):
+        seen.extend([m for m in engines.in_child(work, log=tmp_path / "log", stall_s=15)])
+    if work is raises:
+        messages = engines.in_child(work, log=tmp_path / "log", stall_s=15)
+        assert next(messages) == "first"
+        messages.close()
+
+
+def test_measurements_are_on_disk_at_once_and_failures_go_when_the_job_succeeds(
+    tmp_path: Path,
+) -> None:
+    measurements = load("measurements")
+    path = tmp_path / "result.json"
+
+    def read() -> Any:
+        return measurements.Measurements(path, "step_time", len, "a note")
+
+    first = read()
+    first.add({"layers": 5, "k": 0})
+    first.fail("engine", "out of memory")
+    again = read()
+    assert again.has(layers=5) and not again.has(layers=17)
+    assert json.loads(path.read_text())["failures"] == [
+        {"job": "engine", "reason": "out of memory"}
+    ]
+    again.forget_failure("engine")
+    again.add({"layers": 17})
+    assert json.loads(path.read_text())["failures"] == []
+    assert json.loads(path.read_text())["results"] == 2
+
+
+def test_nothing_is_left_of_a_passed_deadline() -> None:
+    deadline = load("measurements").Deadline.after(100)
+    assert not deadline.passed() and not deadline.passed(50) and deadline.passed(200)
+
+
+def test_stored_layers_stand_for_all_others_of_their_kind() -> None:
+    layers = load("layers")
+    assert [list(layers.copies(n, 9)) for n in range(5)] == [[], [], [], [5, 7], [6, 8]]
+    ratios = load("synthetic_flash").FLASH["compress_ratios"]
+    assert all(ratios[c] == ratios[n] for n in (3, 4) for c in layers.copies(n, 43))
+    assert layers.layer_of("layers.12.attn.wkv.weight") == 12
+    assert layers.layer_of("mtp.0.attn.wkv.weight") is None
+
+
+def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> None:
+    """The tiny model's own config must give exactly the bundled base's tensors."""
+    from mtp_graft.checkpoint.shards import read_index, read_meta
+
+    flash_width = load("flash_width")
+    base = tiny_model / "base"
+    config = json.loads((base / "config.json").read_text())
+    wanted = {
+        name: (tuple(t.shape), t.dtype) for name, t in read_meta(base, read_index(base)).items()
+    }
+    made: dict[str, Any] = {}
+    for layer in range(-1, config["num_hidden_layers"]):
+        made |= flash_width.stored_shapes(config, layer)
+    assert made == wanted
+
+
+def test_random_weights_keep_the_size_of_activations() -> None:
+    flash_width = load("flash_width")
+    place = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+    values = flash_width.fp8_bytes((256, 256), place).float()
+    assert values.isfinite().all()
+    assert values.square().mean().sqrt().item() == pytest.approx(flash_width.FP8_RMS, rel=0.01)
+
+
+def test_flips_count_against_the_margin_of_the_text() -> None:
+    texts = load("texts")
+    text = [{"tokens": [1, 2, 3], "margins": [0.1, 0.9, 2.0]}]
+    found = texts.compare_forced(text, [[9, 9, 3]])
+    assert (found["positions"], found["positions_with_margin"], found["flips"]) == (3, 2, 2)
+    assert found["flips_with_margin"] == [{"prompt": 0, "position": 1, "margin": 0.9}]
+
+
+def test_recordings_are_compared_by_their_projections() -> None:
+    check = load("gpu_serve_check")
+    expected = [{"targets": [1, 2], "projected": [[3.0, 4.0], [0.0, 0.0]]}]
+    actual = [{"targets": [1, 3], "projected": [[3.0, 4.5], [0.0, 0.0]]}]
+    found = check.compare_recordings(expected, actual)
+    assert found == {"rows": 2, "rel_error": pytest.approx(0.1), "targets_equal": 1}
+
+
+def test_a_load_that_brings_less_than_a_smaller_one_dips() -> None:
+    speeds = [(1, 100.0), (2, 180.0), (3, 170.0), (4, 240.0)]
+    place = {"profile": "524k", "rate": 0.7, "acceptance": 0.7}
+    entries = [
+        {**place, "streams": n, "variant": variant, "k": k, "aggregate_tok_s": speed}
+        for n, speed in speeds
+        for variant, k in (("base", 0), ("int4", 1))
+    ]
+    lines = load("two_gpus").speed_lines(entries)
+    assert [entry.get("dips") for entry in lines] == [None, False, True, False]
+
+
+def test_the_host_driver_asks_for_the_cpu_reference_that_is_committed() -> None:
+    steps = load("gpu_host").one_gpu(Path("/work"))
+    command = next(step.command for step in steps if step.name == "serve_check")
+    assert Path(command[command.index("--reference") + 1]).is_file()
