@@ -71,10 +71,41 @@ def mmlu(shared_data: Path) -> dict[tuple[str, ...], str]:
 @pytest.fixture
 def own_gsm8k(tmp_path: Path) -> Path:
     """A data folder with twelve questions of our own; the answer to question i is 10 * i."""
-    folder = tmp_path / "data" / "gsm8k"
-    folder.mkdir(parents=True)
     rows = [
         {"question": f"Ten times {i}?", "answer": f"10 * {i}\n#### {10 * i}"} for i in range(12)
     ]
-    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder.parent
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text(json_lines(rows))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def own_humaneval(tmp_path: Path) -> Path:
+    """A data folder with twelve problems of our own: times_i is to return i times its argument."""
+    rows = [
+        {
+            "task_id": f"HumanEval/{i}",
+            "entry_point": f"times_{i}",
+            "prompt": f'def times_{i}(x):\n    """Return {i} times x."""\n',
+            "test": f"def check(candidate):\n    assert candidate(3) == {3 * i}\n",
+        }
+        for i in range(12)
+    ]
+    (tmp_path / "data" / "human_eval").mkdir(parents=True)
+    packed = gzip.compress(json_lines(rows).encode())
+    (tmp_path / "data" / "human_eval" / "HumanEval.jsonl.gz").write_bytes(packed)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def own_mmlu(tmp_path: Path) -> Path:
+    """A data folder with two subjects of six questions each; the answer is B."""
+    (tmp_path / "data" / "mmlu" / "test").mkdir(parents=True)
+    for subject in ("sums", "products"):
+        rows = "".join(f"{subject} {i}?,{i},{2 * i},{3 * i},{4 * i},B\n" for i in range(6))
+        (tmp_path / "data" / "mmlu" / "test" / f"{subject}_test.csv").write_text(rows)
+    return tmp_path / "data"
+
+
+def json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,8 +1,7 @@
-"""Servers that fail, clients that are killed, and mistakes of users."""
+"""Servers that fail, and mistakes of users; see test_killed.py for clients that are killed."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,8 +15,6 @@ from mtp_graft.bench import streams
 
 from .chat_server import ChatServer, serving
 from .conftest import Run
-
-COMMAND = "import sys; from mtp_graft.cli import main; main()"
 
 
 def right(text: str) -> str:
@@ -113,45 +110,6 @@ def test_a_server_that_is_gone_is_not_asked_every_question(run: Run, own_gsm8k: 
     assert "12 of 12 questions left" in errors
     assert "give --run DIR to be able to go on" in errors
     assert len(asked(server)) == 3
-
-
-def test_a_killed_client_goes_on_and_gives_the_same_result(
-    run: Run, own_gsm8k: Path, tmp_path: Path
-) -> None:
-    def say(text: str) -> str:
-        return "none" if "times 4?" in text else right(text)
-
-    arguments = ["bench", "gsm8k", "--data-dir", str(own_gsm8k), "--limit", "12"]
-    units = tmp_path / "killed" / "bench" / "gsm8k" / "units.jsonl"
-    with serving(say, delay_s=0.2) as server:
-        url = ("--base-url", server.url)
-        command = [*arguments, *url, "--run", str(tmp_path / "killed"), "--concurrency", "1"]
-        client = subprocess.Popen([sys.executable, "-c", COMMAND, *command])
-        deadline = time.monotonic() + 60
-        while not units.exists() or len(units.read_bytes().splitlines()) < 5:
-            assert time.monotonic() < deadline and client.poll() is None
-            time.sleep(0.01)
-        client.send_signal(signal.SIGKILL)
-        client.wait()
-        finished = {json.loads(line)["unit"] for line in units.read_bytes().splitlines(True)
-                    if line.endswith(b"\n")}  # fmt: skip
-        before = asked(server)
-        server.bodies.clear()
-        status, _, errors = run(*command, "--json", tmp_path / "killed.json")
-        assert status == 0, errors
-        again = asked(server)
-        server.delay_s = 0.0
-        assert run(*arguments, *url, "--json", tmp_path / "whole.json")[0] == 0
-    assert 5 <= len(finished) < 12
-    assert again.total() == 12 - len(finished)
-    in_flight = set(before) & set(again)
-    assert len(in_flight) <= 1, "the one that was being answered when the client was killed"
-    killed, whole = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("killed", "whole"))
-    assert killed.pop("seconds") > 0.2 * 12, "those of both sessions"
-    assert whole.pop("seconds") > 0
-    assert killed.pop("settings") | {"concurrency": 4} == whole.pop("settings")
-    assert killed == whole
-    assert killed["failures"] == [{"id": "gsm8k/4", "kind": "no answer found", "detail": "none"}]
 
 
 def test_answers_of_another_server_or_other_settings_are_not_mixed(
