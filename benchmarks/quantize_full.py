@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replay", nargs="+", default=["true"])
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stage-run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run is not None:
-        run_stage(options.input, options.run, options.replay[0])
+    if options.stage_run is not None:
+        run_stage(options.input, options.stage_run, options.replay[0])
         return
     rounds = []
     for replay in options.replay:
@@ -52,7 +52,7 @@ def one_round(folder: Path, replay: str) -> dict[str, Any]:
     disk = direct_read_speed(recording)
     command = [sys.executable, __file__, "--input", str(folder), "--out", "-"]
     started = time.perf_counter()
-    subprocess.run([*command, "--run", str(run), "--replay", replay], check=True)
+    subprocess.run([*command, "--stage-run", str(run), "--replay", replay], check=True)
     wall = time.perf_counter() - started
     report = json.loads((run / "report.json").read_text())
     keys = ("variants", "seconds", "peak_gpu_bytes", "peak_host_bytes", "calibration_tokens")
