@@ -5,6 +5,7 @@ what is missing. Nothing new is begun after the deadline.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,14 +44,17 @@ class Measurements:
     note: str
     entries: list[Entry] = field(default_factory=list)
     failures: list[Entry] = field(default_factory=list)
-    device: str = ""
+    commands: list[str] = field(default_factory=list)  # of all runs that made the file
 
     def __post_init__(self) -> None:
+        this = " ".join(["python", *sys.argv])
         if self.path.exists():
             before = json.loads(self.path.read_text())
             self.entries, self.failures = before["measurements"], before["failures"]
+            self.commands = before.get("commands", [before["command"]])
             if before["device"] != device_name():
                 raise SystemExit(f"{self.path}: is of {before['device']}; choose another --out")
+        self.commands = list(dict.fromkeys([*self.commands, this]))
 
     def has(self, **key: Any) -> bool:
         return self.find(**key) is not None
@@ -79,7 +83,8 @@ class Measurements:
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
-        more = {"note": self.note, "failures": self.failures, "measurements": self.entries}
+        more = {"note": self.note, "commands": self.commands, "failures": self.failures}
+        more["measurements"] = self.entries
         write_result(temporary, self.benchmark, self.summarize(self.entries), **more)
         temporary.replace(self.path)
 

@@ -44,13 +44,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replay", nargs="+", default=["true"])
     parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--stage-run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.warm_up:
         warm_up()
         return
-    if options.run is not None:
-        run_stage(options.input, options.run, options.replay[0])
+    if options.stage_run is not None:
+        run_stage(options.input, options.stage_run, options.replay[0])
         return
     command = [sys.executable, __file__, "--input", ".", "--out", "-", "--warm-up"]
     warm_up_s = seconds_of(command)
@@ -69,7 +69,7 @@ def one_round(folder: Path, replay: str) -> dict[str, Any]:
     drop_from_cache(folder)
     disk = disk_speeds(folder)
     command = [sys.executable, __file__, "--input", str(folder), "--out", "-"]
-    wall = seconds_of([*command, "--run", str(run), "--replay", replay])
+    wall = seconds_of([*command, "--stage-run", str(run), "--replay", replay])
     report = json.loads((run / "report.json").read_text())
     measured = json.loads((folder / MEASURED).read_text())
     keys = ("variants", "seconds", "peak_gpu_bytes", "peak_host_bytes", "calibration_tokens")

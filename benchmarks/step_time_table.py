@@ -25,6 +25,7 @@ SEED = (
     "The seed card reports 1.62x (524k profile) and 2.10x (128k, single stream), with two RTX PRO "
     "6000 Max-Q, the base without MTP against k = 1; its acceptance and hardware are others."
 )
+NOISE = "**An MTP step that takes less than its base's cannot be: noise. Measure again.**"
 Key = tuple[str, int, int]  # variant, k, streams
 
 
@@ -81,6 +82,7 @@ def markdown(report: dict[str, Any], layers: int) -> str:
         for r in results
     ]
     whole = [(str(layers), key, *times) for key, times in extrapolate(results, layers).items()]
+    noise = any(mtp < base for *_, base, mtp in [*measured, *whole])
     return "\n".join(
         [
             f"**Measured** step times, {report['device']}; the speed-ups follow from them:",
@@ -91,6 +93,7 @@ def markdown(report: dict[str, Any], layers: int) -> str:
             "",
             *(table(whole, "layers") if whole else ["(two numbers of layers are needed)"]),
             "",
+            *([NOISE, ""] if noise else []),
             *directly_measured(report["measurements"]),
             SEED,
         ]

@@ -181,7 +181,7 @@ def quantize_on(folder: Path, ranks: int, limit_s: float) -> Entry:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     script = str(HERE / "quantize_full.py")
     command = [sys.executable, *(launcher if ranks > 1 else ()), script, "--input", str(folder)]
-    command += ["--out", "-", "--run", str(run)]
+    command += ["--out", "-", "--stage-run", str(run)]  # torchrun takes "--run" for its own
     path = os.pathsep.join(filter(None, (str(HERE.parent / "src"), os.environ.get("PYTHONPATH"))))
     began = time.perf_counter()
     limit = None if limit_s == float("inf") else max(limit_s, 1) + 60

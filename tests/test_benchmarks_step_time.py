@@ -77,6 +77,13 @@ def test_table_keeps_measured_and_extrapolated_apart() -> None:
     assert "| 60% | 250.0 | 200.0 | 0.80x |" in extrapolated
 
 
+def test_a_step_that_mtp_makes_cheaper_is_called_noise() -> None:
+    report = {"device": "a GPU", "results": [line(5, 4.0, 3.0)], "measurements": []}
+    table = load("step_time_table")
+    assert table.NOISE in table.markdown(report, 43)
+    assert table.NOISE not in table.markdown(report | {"results": [line(5, 3.0, 4.0)]}, 43)
+
+
 def test_only_steps_in_which_every_stream_decodes_are_timed() -> None:
     engines = load("engines")
     alone = [engines.Step(t / 10, {"a": 1}) for t in range(3)]  # b is still being prefilled
