@@ -1,7 +1,7 @@
 """Two ranks on the CPU, teacher-forced: the plugin adds partial sums in float32, in another order.
 
 A router that hesitates between two experts turns a last bit into another expert, so a handful of
-positions may flip at margins above 0.5: on these prompts none on processors without AMX, two with it
+positions may flip at margins above 0.5: on these prompts none without AMX, two with it
 (docs/log.md, 2026-11-25). Every one is listed.
 """
 
