@@ -259,7 +259,7 @@ from mtp_graft import cli
 from mtp_graft.serving import command, server
 
 def distribution(name):
-    for dist in Distribution.discover(name=name, path=[os.environ["PYTHONPATH"]]):
+    for dist in Distribution.discover(name=name, path=os.environ["PYTHONPATH"].split(os.pathsep)):
         return dist
     raise PackageNotFoundError(name)
 
