@@ -29,6 +29,7 @@ from mtp_graft.stages.hub import (
     sha256_of,
 )
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
+from mtp_graft.stages.ranks import is_first_rank
 
 _HEAD = HEAD_PREFIX.partition(".")[0] + "."
 #: What a base's folder needs besides its shards: configuration, tokenizer, licence.
@@ -104,7 +105,8 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     out.mkdir(parents=True, exist_ok=True)
     result = {"base": str(folders[0]), "upstream": str(folders[1])}
     result_commits = {"base_commit": commits[0], "upstream_commit": commits[1]}
-    write_json({**result, **result_commits, "model": asdict(model)}, out / REPORT_NAME)
+    if is_first_rank():  # of torchrun's, which all come here at once
+        write_json({**result, **result_commits, "model": asdict(model)}, out / REPORT_NAME)
     return FetchedModels(*folders)
 
 
