@@ -20,7 +20,7 @@ demo: setup
 	.venv/bin/mtp-graft demo $(if $(RUN),--run $(RUN)) $(ARGS)
 
 test: setup-dev
-	.venv/bin/python tools/run_tests.py $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 setup:
 	@$(PYTHON) tools/setup_venv.py

@@ -1,15 +1,22 @@
 """Fixtures and the rules of the markers that all tests share."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from workers import keep_to_own_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_LEFT_OUT = pytest.StashKey[dict[str, int]]()
+MEASURED = "measured"  # the user property of a test that measures something
+
+keep_to_own_cores()  # before anything counts them
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +44,14 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def measured(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What a test measures: shown in the summary, and written to $MTP_GRAFT_MEASURED if set."""
+    values: dict[str, Any] = {}
+    request.node.user_properties.append((MEASURED, values))
+    return values
+
+
 @cache
 def cuda_is_there() -> bool:
     import torch
@@ -50,7 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; the summary names it, so that it is not overlooked."""
+    """Put slow tests first; skip what this machine cannot run, and name it in the summary."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     no_vllm = importlib.util.find_spec("vllm") is None
     left_out = config.stash[TESTS_LEFT_OUT]
     for item in items:
@@ -75,5 +91,16 @@ def count(left_out: dict[str, int], what: str) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    measured = {
+        report.nodeid.rpartition("::")[2]: dict(report.user_properties)[MEASURED]
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if getattr(report, "when", None) == "call" and MEASURED in dict(report.user_properties)
+    }
+    for test, values in measured.items():
+        terminalreporter.write_line(f"measured by {test}: {json.dumps(values)}")
+    file = os.environ.get("MTP_GRAFT_MEASURED")
+    if file and measured:
+        Path(file).write_text(json.dumps(measured, indent=2) + "\n")
     for what, number in terminalreporter.config.stash[TESTS_LEFT_OUT].items():
         terminalreporter.write_line(f"{number} {what}", yellow=True)

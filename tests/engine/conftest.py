@@ -1,10 +1,9 @@
 """Real engines for the tests: each configuration is started once a session, in its own process."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from transformers import AutoTokenizer
 from mtp_graft.stages.splice import splice
 
 HERE = Path(__file__).parent
-MEASURED = pytest.StashKey[dict[str, Any]]()
 MAX_MARGIN = 0.5  # nats; above it a different token is no rounding matter
 
 Job = dict[str, Any]
@@ -75,27 +73,6 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], list
         return batches
 
     return run
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[MEASURED] = {}
-
-
-@pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """What a test measures: shown in the summary, and written to $MTP_GRAFT_MEASURED if set."""
-    values: dict[str, Any] = {}
-    yield values
-    request.config.stash[MEASURED][request.node.name] = values
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    everything = terminalreporter.config.stash[MEASURED]
-    for test, values in everything.items():
-        terminalreporter.write_line(f"measured by {test}: {json.dumps(values)}")
-    path = os.environ.get("MTP_GRAFT_MEASURED")
-    if path and everything:
-        Path(path).write_text(json.dumps(everything, indent=2) + "\n")
 
 
 def divergences(base: list[Any], other: list[Any]) -> list[dict[str, Any]]:

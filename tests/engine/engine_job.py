@@ -1,8 +1,8 @@
 """Run one vLLM engine for the tests: `python engine_job.py JOB.json RESULT.json`.
 
-A job is {checkpoint, k, tensor_parallel_size, batches: [{prompts, max_tokens, together,
-prompt_logprobs}]}; prompts are token ids, decoding is greedy. The result has, per batch and
-prompt, the tokens, the top-2 logprobs of every generated position and, if asked for, of every
+A job is {checkpoint, k, tensor_parallel_size, cores (one a rank), batches: [{prompts, max_tokens,
+together, prompt_logprobs}]}; prompts are token ids, decoding is greedy. The result has, per batch
+and prompt, the tokens, the top-2 logprobs of every generated position and, if asked for, of every
 prompt position; and the engine's own counts of drafted and accepted tokens.
 """
 
@@ -21,8 +21,8 @@ def start(job: dict[str, Any]) -> Any:
 
     tensor_parallel_size = job.get("tensor_parallel_size", 1)
     if tensor_parallel_size > 1:
-        cores = sorted(os.sched_getaffinity(0))[:tensor_parallel_size]
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
+        os.sched_setaffinity(0, job["cores"])
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, job["cores"]))
     speculation: dict[str, Any] = {}
     if job["k"]:
         config = {"method": "mtp", "num_speculative_tokens": job["k"]}

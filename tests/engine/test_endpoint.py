@@ -21,7 +21,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 NAME = "deepseek-v4-flash"
 API_KEY = "a-key-of-the-tests"
 MAX_MODEL_LEN = 2048

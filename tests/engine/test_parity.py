@@ -9,7 +9,7 @@ import torch
 from engine.conftest import MAX_MARGIN, Checkpoints
 from engine.reference_model import load_reference, reference_logprobs
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 LENGTHS = (5, 130, 300, 1500)
 
 

@@ -10,7 +10,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 QUESTION = "A boat carries 4 crates of 6 lamps each. How many lamps are on the boat?"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from engine.conftest import MAX_MARGIN, Checkpoints, divergences
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
 NUM_PROMPTS = 50
 LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose

@@ -5,17 +5,18 @@ positions may flip at margins above 0.5: on these prompts none without AMX, two 
 (docs/log.md, 2026-11-25). Every one is listed.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from engine.conftest import MAX_MARGIN, Checkpoints, divergences
+from workers import CORES
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, one a rank"),
+    pytest.mark.slow,
+    pytest.mark.skipif(len(CORES) < 2, reason="needs two cores, one a rank"),
 ]
 
 
@@ -33,10 +34,11 @@ def runs(
     ]
     base = {"checkpoint": str(checkpoints.base), "k": 0, "batches": batches}
     head = {**base, "checkpoint": str(checkpoints.spliced), "k": 1, "batches": batches[1:]}
+    two = {"tensor_parallel_size": 2, "cores": CORES[:2]}  # beyond this worker's own
     return {
         "tp1": run_engine(base),
-        "tp2": run_engine({**base, "tensor_parallel_size": 2}),
-        "tp2_mtp": run_engine({**head, "tensor_parallel_size": 2}),
+        "tp2": run_engine({**base, **two}),
+        "tp2_mtp": run_engine({**head, **two}),
     }
 
 

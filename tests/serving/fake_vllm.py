@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "dies_at": None,  # the completion during which it dies
     "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
     "streams": None,  # file that gets a line per stream asked: the sum of its prompt
-    "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs or closes
+    "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs, closes or aborts
     "completion_fails": {},  # the same for completions that are not streamed
     "noise": 0.0,  # steps take up to this share more; the same ones whenever it starts
     "chat_tokens": 24,  # new tokens of a chat without max_tokens
@@ -204,7 +204,8 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(300)
             if failure == "closes":
                 return
-        self.event({"choices": [{"token_ids": [], "finish_reason": "length", "text": ""}]})
+        reason = "abort" if failure == "aborts" else "length"
+        self.event({"choices": [{"token_ids": [], "finish_reason": reason, "text": ""}]})
         if chat:
             usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
             self.event({"choices": [], "usage": usage})
@@ -257,8 +258,8 @@ def main() -> None:
     server = ThreadingHTTPServer((host, port), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    while True:
-        signal.pause()
+    while True:  # `signal.pause` would miss a signal that comes just before it
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

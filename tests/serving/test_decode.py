@@ -229,7 +229,8 @@ TOKEN_PROMPTS = [TokenPrompt("a", (1, 2)), TokenPrompt("b", (3,))]
 
 
 @pytest.mark.parametrize(
-    ("failure", "kind"), [("500", "refused"), ("hangs", "timeout"), ("closes", "broken")]
+    ("failure", "kind"),
+    [("500", "refused"), ("hangs", "timeout"), ("closes", "broken"), ("aborts", "broken")],
 )
 def test_a_failed_request_is_counted_and_asked_again(
     fake: Callable[..., None], grafted: Path, tmp_path: Path, failure: str, kind: str

@@ -72,8 +72,8 @@ def test_each_load_has_a_point_with_its_own_server_for_each_k(
         assert point["errors"] == 0
         low, high = point["aggregate_interval"]
         assert low < point["aggregate_tok_s"] < high
-        # 20 tokens in at least 12 steps of 2 ms: no stream can be faster than that.
-        assert 0 < point["per_stream_tok_s"] < 20 / (12 * 0.002)
+        # How fast, the next test says: a client that had to wait for a core reads many at once.
+        assert point["per_stream_tok_s"] > 0
 
 
 class Steady(ServerClient):

@@ -141,7 +141,8 @@ def test_there_is_no_cap_on_tokens_but_system_tools_and_thinking_are_sent() -> N
 
 
 @pytest.mark.parametrize(
-    ("failure", "kind"), [("500", "refused"), ("hangs", "timeout"), ("closes", "broken")]
+    ("failure", "kind"),
+    [("500", "refused"), ("hangs", "timeout"), ("closes", "broken"), ("aborts", "broken")],
 )
 def test_a_failed_request_is_counted_and_asked_again(
     fake: Callable[..., None], connect: Connect, failure: str, kind: str

@@ -12,6 +12,8 @@ from mtp_graft.serving.client import Completion, ServerClient, ServerUnreachable
 
 #: Silence after which a request counts as hung. The first may compile kernels.
 SILENCE_S = 300.0
+#: Any other reason (abort, error) leaves an answer that is not the model's.
+WHOLE_REASONS = frozenset({"stop", "length", "tool_calls"})
 
 Answer = TypeVar("Answer")
 
@@ -137,6 +139,7 @@ class _ChatReader:
     def answer(self, where: str, started: float) -> ChatAnswer:
         if self.usage is None or self.finish_reason is None:
             raise BrokenAnswer(f"{where}: the stream ended in the middle of an answer")
+        check_whole(where, self.finish_reason)
         counted = self.usage["completion_tokens"]
         if counted != len(self.tokens) or not self.tokens:
             raise BrokenAnswer(
@@ -153,6 +156,12 @@ class _ChatReader:
         )
 
 
+def check_whole(where: str, finish_reason: str) -> None:
+    """Raise BrokenAnswer for a reason that no whole answer ends with."""
+    if finish_reason not in WHOLE_REASONS:
+        raise BrokenAnswer(f"{where}: an answer that ended with {finish_reason!r}")
+
+
 def stream_whole(
     client: ServerClient, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool
 ) -> Completion:
@@ -166,4 +175,5 @@ def stream_whole(
             f"{client.base_url}: the stream ended after {len(completion.token_ids)} tokens "
             "without a reason to stop"
         )
+    check_whole(client.base_url, completion.finish_reason)
     return completion

@@ -67,8 +67,11 @@ def _run_recipe(
     from mtp_graft.pipeline import choose_stages, plan_run, run_pipeline
     from mtp_graft.recipe import load_recipe
 
+    try:
+        stages = choose_stages(only, start)
+    except GraftError as error:
+        raise typer.BadParameter(str(error)) from error
     recipe = load_recipe(file, overrides or ())
-    stages = choose_stages(only, start)
     if dry_run:
         plan = plan_run(recipe, run, stages)
         write_json(plan, json_file)

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -15,6 +15,8 @@ from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 #: Silence allowed between two bytes of an answer; the first step may compile kernels.
 READ_TIMEOUT_S = 600.0
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class ServerClient:
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the server's token ids of `text`."""
-        answer = self._post("/tokenize", {"prompt": text, "add_special_tokens": add_special_tokens})
-        return [int(token) for token in answer["tokens"]]
+        body = {"prompt": text, "add_special_tokens": add_special_tokens}
+        return self._read("/tokenize", body, _token_ids)
 
     def tokenize_chat(
         self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False
@@ -101,7 +103,7 @@ class ServerClient:
             "messages": [dict(message) for message in messages],
             "chat_template_kwargs": {"thinking": thinking},
         }
-        return [int(token) for token in self._post("/tokenize", body)["tokens"]]
+        return self._read("/tokenize", body, _token_ids)
 
     def encode(self, prompt: Prompt | ChatPrompt) -> list[int]:
         """Return a prompt's token ids; a text has its own special tokens."""
@@ -119,8 +121,7 @@ class ServerClient:
     ) -> tuple[int, ...]:
         """Return the greedy continuation of `prompt`, not streamed."""
         body = _greedy_body(prompt, max_tokens, ignore_eos)
-        answer = self._post("/v1/completions", body, timeout_s=timeout_s)
-        return tuple(answer["choices"][0]["token_ids"])
+        return self._read("/v1/completions", body, _completed, timeout_s=timeout_s)
 
     def score(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -131,9 +132,7 @@ class ServerClient:
         """
         body = _greedy_body(prompt, max_tokens, ignore_eos)
         body |= {"logprobs": 2, "return_tokens_as_token_ids": True}
-        choice = self._post("/v1/completions", body)["choices"][0]
-        margins = tuple(_margin(top) for top in choice["logprobs"]["top_logprobs"])
-        return ScoredCompletion(tuple(choice["token_ids"]), margins)
+        return self._read("/v1/completions", body, _scored)
 
     def stream(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -167,6 +166,23 @@ class ServerClient:
             raise self._unreachable(error) from error
         self._check(answer)
         return parse_spec_decode(answer.text)
+
+    def _read(
+        self,
+        path: str,
+        body: dict[str, Any],
+        read: Callable[[dict[str, Any]], Found],
+        *,
+        timeout_s: float | None = None,
+    ) -> Found:
+        answer = self._post(path, body, timeout_s=timeout_s)
+        try:
+            return read(answer)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise GraftError(
+                f"{self.base_url}{path}: not an answer of vLLM's ({error!r}); "
+                "is a vLLM server at this address?"
+            ) from error
 
     def _post(
         self, path: str, body: dict[str, Any], *, timeout_s: float | None = None
@@ -220,6 +236,20 @@ def _greedy_body(prompt: Sequence[int], max_tokens: int, ignore_eos: bool) -> di
         "ignore_eos": ignore_eos,
         "return_token_ids": True,
     }
+
+
+def _token_ids(answer: dict[str, Any]) -> list[int]:
+    return [int(token) for token in answer["tokens"]]
+
+
+def _completed(answer: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(answer["choices"][0]["token_ids"])
+
+
+def _scored(answer: dict[str, Any]) -> ScoredCompletion:
+    choice = answer["choices"][0]
+    margins = tuple(_margin(top) for top in choice["logprobs"]["top_logprobs"])
+    return ScoredCompletion(tuple(choice["token_ids"]), margins)
 
 
 def _margin(top_logprobs: dict[str, float]) -> float:

@@ -168,8 +168,10 @@ class ServerProcess:
             raise GraftError(f"vLLM ended with status {self.wait()} before it was ready")
 
     def wait(self) -> int:
-        """Return the exit status, a shell's 128 + n for signal n."""
-        status = self._process.wait()
+        """Wait for the end; return the exit status, a shell's 128 + n for signal n."""
+        # A wait without end would not notice a signal to us that comes just before it begins.
+        while (status := self._process.poll()) is None:
+            time.sleep(POLL_S)
         return status if status >= 0 else 128 - status
 
     def send(self, signum: int) -> None:

@@ -8,15 +8,12 @@ from typing import Any
 
 from mtp_graft.bench.decode import Report
 from mtp_graft.bench.ledger import Ledger
-from mtp_graft.bench.streams import BenchClient, BrokenAnswer, Retrying
+from mtp_graft.bench.streams import BenchClient, BrokenAnswer, Retrying, check_whole
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.concurrent import concurrently
 
 #: A run ends when this many questions in a row have used up their attempts: the server is gone.
 GIVE_UP_AFTER = 3
-#: Any other reason, such as that the engine was stopped, leaves an answer that is not the model's.
-#: Not every server gives one; without streaming, an answer that arrives is whole.
-_WHOLE = frozenset({"stop", "length", "tool_calls", None})
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,9 @@ class ChatClient(BenchClient):
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise BrokenAnswer(f"{self.base_url}: not a chat's answer ({error!r})") from error
-        if answer.finish_reason not in _WHOLE:
-            reason = answer.finish_reason
-            raise BrokenAnswer(f"{self.base_url}: an answer that ended with {reason!r}")
+        # Not every server gives a reason; without streaming, an answer that arrives is whole.
+        if answer.finish_reason is not None:
+            check_whole(self.base_url, answer.finish_reason)
         return answer
 
 

@@ -1,0 +1,69 @@
+"""A server at the address that is no vLLM, or one that answers less than it was asked for."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.client import ServerClient
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[str], str]]:
+    """Return a function that serves one text for every request, and gives its address."""
+    servers = []
+
+    def serve(text: str) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Stay quiet."""
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def one_choice(**content: Any) -> str:
+    return json.dumps({"choices": [content]})
+
+
+@pytest.mark.parametrize(
+    ("text", "ask"),
+    [
+        ('{"count": 3}', lambda client: client.tokenize("x")),
+        ('{"choices": []}', lambda client: client.complete([1], 1)),
+        (one_choice(text=" a"), lambda client: client.complete([1], 1)),
+        (one_choice(token_ids=[7], logprobs=None), lambda client: client.score([1], 1)),
+        (
+            one_choice(token_ids=[7], logprobs={"top_logprobs": [{"token_id:7": 0.0}]}),
+            lambda client: client.score([1], 1),
+        ),
+        ("[]", lambda client: client.complete([1], 1)),
+        ("<html>", lambda client: client.complete([1], 1)),
+    ],
+)
+def test_an_answer_that_is_not_vllms_is_one_error_with_the_address(
+    answering: Callable[[str], str], text: str, ask: Callable[[ServerClient], Any]
+) -> None:
+    url = answering(text)
+    with (
+        ServerClient(url) as client,
+        pytest.raises(GraftError, match=rf"{url}/.*is a vLLM server at this address\?"),
+    ):
+        ask(client)
