@@ -19,7 +19,6 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     ReplicatedLinear,
-    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -35,6 +34,7 @@ from mtp_graft.vllm_plugin.cpu.dequantize import (
     dequantize_on_load,
 )
 from mtp_graft.vllm_plugin.cpu.experts import BF16Experts, Int4Experts, MXFP4Experts
+from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
 from references import decode_fp8_blocks
 from vllm_layers import one_rank_group, routed_experts
 
@@ -109,7 +109,7 @@ def test_linears_get_the_method_of_their_group() -> None:
     config = dequantize_on_load(parsed())
     assert type(linear(config, "attn.wq_b").quant_method) is FP8BlockLinear
     for name in ("ffn.shared_experts.down_proj", "attn.indexer.weights_proj", "e_proj"):
-        assert type(linear(config, name).quant_method) is UnquantizedLinearMethod
+        assert type(linear(config, name).quant_method) is OrderFreeLinear
 
 
 def test_heads_projections_are_fp8_where_the_config_says_so() -> None:
@@ -179,17 +179,11 @@ def stored(outputs: int, inputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def check_output(layer: Any, weight: Tensor) -> None:
-    """The processed layer may keep its weight packed, so it is seen by what it computes."""
-
-    def run(x: Tensor) -> Tensor:
-        output = layer(x)
-        return (output[0] if isinstance(output, tuple) else output).double()
-
-    rounded = weight.bfloat16().double()
-    assert torch.equal(run(torch.eye(weight.shape[1]).bfloat16()), rounded.T)
-    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = x.double() @ rounded.T
-    assert (run(x) - expected).norm() / expected.norm() < 3e-3
+    """The layer multiplies by the weights in BF16 and rounds once."""
+    x = torch.randn(40, weight.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    output = layer(x)
+    found = output[0] if isinstance(output, tuple) else output
+    assert torch.equal(found, (x.double() @ weight.bfloat16().double().T).bfloat16())
 
 
 def test_fp8_linear_computes_what_its_stored_tensors_stand_for() -> None:
@@ -199,7 +193,6 @@ def test_fp8_linear_computes_what_its_stored_tensors_stand_for() -> None:
     layer.weight.weight_loader(layer.weight, codes)
     layer.weight_scale.weight_loader(layer.weight_scale, scale)
     layer.quant_method.process_weights_after_loading(layer)
-    assert layer.weight.dtype == torch.bfloat16
     assert not hasattr(layer, "weight_scale")
     check_output(layer, weight)
 

@@ -17,8 +17,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.mhc.torch import mhc_pre_torch
 from vllm.model_executor.layers.mhc import MHCPreOp
 
-from mtp_graft.vllm_plugin.cpu.hyper_connections import RowwiseMHCPre, compute_rowwise
-from mtp_graft.vllm_plugin.cpu.rowwise import MAX_DECODE_TOKENS
+from mtp_graft.vllm_plugin.cpu.hyper_connections import (
+    MAX_DECODE_TOKENS,
+    RowwiseMHCPre,
+    compute_rowwise,
+)
 
 pytestmark = pytest.mark.vllm
 

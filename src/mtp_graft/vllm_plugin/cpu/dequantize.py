@@ -1,7 +1,7 @@
 """Gap: FP8 blocks and INT4 experts load on a CPU only with AMX; MXFP4 experts select a GPU kernel.
 
 One place serves all three: the checkpoint's quantized tensors are loaded as they are and decoded
-once, after loading. Linears become BF16 and run vLLM's unquantized path; experts become float32.
+once, after loading: linears to the model's dtype, experts to float32.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -28,7 +28,7 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block
 from mtp_graft.vllm_plugin.cpu.experts import BF16Experts, Int4Experts, MXFP4Experts
-from mtp_graft.vllm_plugin.cpu.tensor_parallel import Float32RowParallelLinear, is_split_by_rows
+from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
 
 
 class DequantizeOnLoad(CompressedTensorsConfig):
@@ -38,11 +38,10 @@ class DequantizeOnLoad(CompressedTensorsConfig):
         """Return how to load and run `layer`; GraftError for a scheme that is not W4A16-FP8's."""
         if isinstance(layer, LinearBase):
             weights = self._weight_scheme(layer, prefix)
-            by_rows = is_split_by_rows(layer)
             if weights is None:
-                return Float32RowParallelLinear() if by_rows else UnquantizedLinearMethod()
+                return OrderFreeLinear()
             if weights.block_structure == [fp8_block.BLOCK, fp8_block.BLOCK]:
-                return FP8BlockRowParallelLinear() if by_rows else FP8BlockLinear()
+                return FP8BlockLinear()
             raise _unsupported(prefix, weights)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
@@ -91,8 +90,8 @@ def _unsupported(name: str, weights: QuantizationArgs) -> GraftError:
     )
 
 
-class FP8BlockLinear(UnquantizedLinearMethod):
-    """A linear stored as FP8 in 128 x 128 blocks, run in the model's dtype."""
+class FP8BlockLinear(OrderFreeLinear):
+    """A linear stored as FP8 in 128 x 128 blocks."""
 
     def create_weights(
         self,
@@ -131,7 +130,3 @@ class FP8BlockLinear(UnquantizedLinearMethod):
         del layer.weight_scale
         layer.weight = nn.Parameter(weight.to(layer.orig_dtype), requires_grad=False)
         super().process_weights_after_loading(layer)
-
-
-class FP8BlockRowParallelLinear(FP8BlockLinear, Float32RowParallelLinear):
-    """The same, split over ranks by its inputs; their sums are added in float32."""

@@ -19,25 +19,21 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
-from mtp_graft.vllm_plugin.cpu.rowwise import MAX_DECODE_TOKENS
-from mtp_graft.vllm_plugin.cpu.tensor_parallel import add_over_ranks
+from mtp_graft.vllm_plugin.cpu.order_free import MAX_DECODE_TOKENS, add_over_ranks
 
 
 def clamped_experts(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
 ) -> Tensor:
-    """Return the weighted sum [T, D] of each token's K experts in float32.
+    """Return the weighted sum [T, D] of each token's K experts, not yet rounded.
 
     `x` [T, D], `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M] in float32, `topk_weights`
     and `topk_ids` [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
-    reference model's order.
-
-    A decode step must not depend on how many tokens it verifies, or speculation would change
-    greedy output: a matrix product's summation order can depend on its row count. So few tokens
-    are computed one (token, expert) pair at a time; a prefill goes expert by expert.
+    reference model's order. As `order_free` says, a decode step is computed in float32, one
+    (token, expert) pair at a time; a prompt in float64, expert by expert.
     """
     rows = _pairs if x.shape[0] <= MAX_DECODE_TOKENS else _by_expert
-    return rows(x.float(), w13, w2, topk_weights, topk_ids, limit)
+    return rows(x, w13, w2, topk_weights, topk_ids, limit)
 
 
 def _activation(gate_up: Tensor, limit: float) -> Tensor:
@@ -48,6 +44,7 @@ def _activation(gate_up: Tensor, limit: float) -> Tensor:
 def _pairs(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
 ) -> Tensor:
+    x = x.float()
     out = torch.zeros_like(x)
     experts, weights = topk_ids.flatten().tolist(), topk_weights.flatten().tolist()
     choices = topk_ids.shape[1]  # pair r belongs to token r // K
@@ -64,18 +61,19 @@ def _pairs(
 def _by_expert(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
 ) -> Tensor:
+    x = x.double()
     out = torch.zeros_like(x)
     flat = topk_ids.flatten()  # [T*K], row r is token r // K
     order = torch.argsort(flat, stable=True)
     tokens = order // topk_ids.shape[1]
-    weights = topk_weights.flatten()[order].float().unsqueeze(-1)  # [T*K, 1]
+    weights = topk_weights.flatten()[order].double().unsqueeze(-1)  # [T*K, 1]
     experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
     end = 0
     for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
         start, end = end, end + count
         mine = tokens[start:end]
-        hidden = _activation(F.linear(x[mine], w13[expert]), limit)  # [rows, M]
-        out.index_add_(0, mine, F.linear(hidden, w2[expert]) * weights[start:end])
+        hidden = _activation(F.linear(x[mine], w13[expert].double()), limit)  # [rows, M]
+        out.index_add_(0, mine, F.linear(hidden, w2[expert].double()) * weights[start:end])
     return out
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.mhc import MHCPreOp
 
-from mtp_graft.vllm_plugin.cpu.rowwise import MAX_DECODE_TOKENS
+from mtp_graft.vllm_plugin.cpu.order_free import MAX_DECODE_TOKENS
 
 
 class RowwiseMHCPre(MHCPreOp):
