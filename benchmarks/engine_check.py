@@ -1,6 +1,6 @@
 """Run a base and its spliced checkpoint on stock vLLM plus the plugin; compare text and speed.
 
-    python benchmarks/engine_check.py --base DIR --spliced DIR --out result.json [--k 0 1 2]
+    python benchmarks/engine_check.py --base DIR --spliced DIR --out FILE [--k 0 1 2] [--tp 2]
 
 Every engine runs in a process of its own, greedy, one request at a time, on the same prompts
 (token ids, a JSON list of lists; random ids when not given). The result has, per number of
@@ -11,6 +11,7 @@ which the text left the base's, with the base's margin there.
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=Path, help="JSON list of token id lists")
     parser.add_argument("--k", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tp", type=int, default=1, help="ranks")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--eager", action="store_true")
@@ -57,12 +59,16 @@ def run_engine(options: argparse.Namespace, k: int, prompts: list[list[int]]) ->
         "max_num_seqs": 4,
         "enable_prefix_caching": False,
         "enforce_eager": options.eager,
+        "tensor_parallel_size": options.tp,
         "disable_log_stats": False,
     }
     if k:
         settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
     if platform_name() == "cpu":
         settings["kv_cache_memory_bytes"] = 2**29
+        if options.tp > 1:
+            cores = sorted(os.sched_getaffinity(0))[: options.tp]
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
     else:
         settings["gpu_memory_utilization"] = options.gpu_memory_utilization
     started = time.perf_counter()
