@@ -9,7 +9,7 @@ from engine.conftest import MAX_MARGIN, Checkpoints, divergences
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
-NUM_PROMPTS = 50
+NUM_PROMPTS, NEW_TOKENS = 50, 32
 LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose
 
 
@@ -19,9 +19,9 @@ def batches(prompts_of: Callable[..., list[int]]) -> list[Any]:
     mixed = [prompts_of(LENGTHS[i % len(LENGTHS)], start=61 * i) for i in range(NUM_PROMPTS)]
     fours = [mixed[i : i + 4] for i in range(0, 16, 4)]
     return [
-        {"prompts": mixed, "max_tokens": 48},
-        {"prompts": [prompts_of(LONG)], "max_tokens": 48},
-        *({"prompts": four, "max_tokens": 48, "together": True} for four in fours),
+        {"prompts": mixed, "max_tokens": NEW_TOKENS},
+        {"prompts": [prompts_of(LONG)], "max_tokens": NEW_TOKENS},
+        *({"prompts": four, "max_tokens": NEW_TOKENS, "together": True} for four in fours),
     ]
 
 

@@ -25,7 +25,7 @@ def runs(
     prompts = [prompts_of(length, start=113 * length) for length in (5, 64, 130, 300, 700)]
     batches = [
         {"prompts": prompts, "max_tokens": 1, "prompt_logprobs": True},
-        {"prompts": prompts, "max_tokens": 48},
+        {"prompts": prompts, "max_tokens": 32},
     ]
     base = {"checkpoint": str(checkpoints.base), "k": 0, "batches": batches}
     head = {**base, "checkpoint": str(checkpoints.spliced), "k": 1, "batches": batches[1:]}
