@@ -58,7 +58,7 @@ def bf16(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 7, MAX_DECODE_TOKENS])
 def test_a_decode_steps_row_has_the_bits_that_it_has_alone(num_rows: int, threads: int) -> None:
     assert torch.get_num_threads() == threads
-    x, weight = bf16(num_rows, INPUTS, seed=num_rows), bf16(OUTPUTS, INPUTS, seed=1).float()
+    x, weight = bf16(num_rows, INPUTS, seed=num_rows), bf16(OUTPUTS, INPUTS, seed=1).double()
     together = product(x, weight)
     for row in range(num_rows):
         assert torch.equal(together[row : row + 1], product(x[row : row + 1], weight))
@@ -68,7 +68,7 @@ def test_a_decode_steps_row_has_the_bits_that_it_has_alone(num_rows: int, thread
 
 @pytest.mark.parametrize("num_rows", [MAX_DECODE_TOKENS + 1, 700])
 def test_a_prompts_row_is_summed_in_float64(num_rows: int, threads: int) -> None:
-    x, weight = bf16(num_rows, INPUTS, seed=num_rows), bf16(OUTPUTS, INPUTS, seed=1).float()
+    x, weight = bf16(num_rows, INPUTS, seed=num_rows), bf16(OUTPUTS, INPUTS, seed=1).double()
     found = product(x, weight)
     for row in range(num_rows):
         other_order = (x[row].double() * weight.double()).flip(-1).sum(-1)
@@ -78,7 +78,7 @@ def test_a_prompts_row_is_summed_in_float64(num_rows: int, threads: int) -> None
 
 @pytest.mark.parametrize("num_tokens", [3, MAX_DECODE_TOKENS + 1])
 def test_a_tokens_streams_are_computed_like_any_row(num_tokens: int) -> None:
-    x, weight = bf16(num_tokens, 4, INPUTS, seed=2), bf16(OUTPUTS, INPUTS, seed=3).float()
+    x, weight = bf16(num_tokens, 4, INPUTS, seed=2), bf16(OUTPUTS, INPUTS, seed=3).double()
     found = product(x, weight)
     assert found.shape == (num_tokens, 4, OUTPUTS)
     expected = torch.stack([product(stream, weight) for stream in x.unbind(1)], dim=1)
@@ -89,7 +89,7 @@ def test_a_tokens_streams_are_computed_like_any_row(num_tokens: int) -> None:
 def test_ranks_that_share_the_inputs_give_the_sum_of_one(
     monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    x, weight = bf16(50, 32 * ranks, seed=4), bf16(OUTPUTS, 32 * ranks, seed=5).float()
+    x, weight = bf16(50, 32 * ranks, seed=4), bf16(OUTPUTS, 32 * ranks, seed=5).double()
     expected = product(x, weight).bfloat16()
     shares = zip(x.chunk(ranks, -1), weight.chunk(ranks, -1), strict=True)
     partial = [mine.double() @ part.double().T for mine, part in shares]

@@ -27,10 +27,11 @@ def clamped_experts(
 ) -> Tensor:
     """Return the weighted sum [T, D] of each token's K experts, not yet rounded.
 
-    `x` [T, D], `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M] in float32, `topk_weights`
-    and `topk_ids` [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
+    `x` [T, D], `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M], `topk_weights` and `topk_ids`
+    [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
     reference model's order. As `order_free` says, a decode step is computed in float32, one
-    (token, expert) pair at a time; a prompt in float64, expert by expert.
+    (token, expert) pair at a time; a prompt in float64, expert by expert. Weights of the other
+    dtype are converted at each use.
     """
     rows = _pairs if x.shape[0] <= MAX_DECODE_TOKENS else _by_expert
     return rows(x, w13, w2, topk_weights, topk_ids, limit)
@@ -50,11 +51,11 @@ def _pairs(
     choices = topk_ids.shape[1]  # pair r belongs to token r // K
     gate_up = x.new_empty(len(experts), w13.shape[1])  # [T*K, 2M]
     for pair, expert in enumerate(experts):
-        torch.mv(w13[expert], x[pair // choices], out=gate_up[pair])
+        torch.mv(w13[expert].float(), x[pair // choices], out=gate_up[pair])
     # Elementwise over whole rows: M is a multiple of the group size, so no row shares a vector.
     hidden = _activation(gate_up, limit)  # [T*K, M]
     for pair, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-        out[pair // choices].addmv_(w2[expert], hidden[pair], alpha=weight)
+        out[pair // choices].addmv_(w2[expert].float(), hidden[pair], alpha=weight)
     return out
 
 
@@ -81,10 +82,11 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
     """vLLM's portable CPU experts with the swiglu clamp; weights stay in their plain layout."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Remember the layer's clamp."""
+        """Remember the layer's clamp, and its weights in float64 for prompts."""
         if layer.swiglu_limit is None:
             raise GraftError("the experts have no swiglu_limit; expected DeepSeek-V4's, 10.0")
         self._limit = float(layer.swiglu_limit)
+        self._float64 = (layer.w13_weight.data.double(), layer.w2_weight.data.double())
 
     def apply(
         self,
@@ -98,6 +100,8 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
         **kwargs: Any,
     ) -> None:
         """Write `clamped_experts` of `hidden_states` [T, D] into `output`, summed over ranks."""
+        if hidden_states.shape[0] > MAX_DECODE_TOKENS:
+            w1, w2 = self._float64
         mine = clamped_experts(hidden_states, w1, w2, topk_weights, topk_ids, self._limit)
         output.copy_(add_over_ranks(mine, output.dtype))
 

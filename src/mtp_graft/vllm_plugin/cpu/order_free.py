@@ -8,7 +8,7 @@ speculation, which verifies several tokens in a step, beside other requests, or 
 So the products of a prompt are summed in float64 and rounded once: whatever the order, the result
 is the same, unless the sum lies within rounding of the middle between two BF16 values, one in 10^11
 or so. Decode steps, where float64 would cost a third of the speed, keep vLLM's kernels, which give
-a row of so few the same bits as alone; on several ranks they are computed in float32, row by row.
+a row of so few the same bits as alone; on several ranks they are computed row by row.
 
 Shapes: T tokens, S streams, I inputs, O outputs, V vocabulary.
 """
@@ -34,10 +34,10 @@ MAX_DECODE_TOKENS = 32
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x` [T, I] or [T, S, I] times float32 `weight` [O, I], transposed, not yet rounded."""
+    """Return `x` [T, I] or [T, S, I] times float64 `weight` [O, I], transposed, not yet rounded."""
     if x.shape[0] > MAX_DECODE_TOKENS:
-        return F.linear(x.double(), weight.double())
-    rows = x.float().flatten(0, -2)
+        return F.linear(x.double(), weight)
+    rows = x.double().flatten(0, -2)
     out = rows.new_empty(rows.shape[0], weight.shape[0])
     for row, result in zip(rows, out, strict=True):
         torch.mv(weight, row, out=result)
@@ -63,26 +63,26 @@ class OrderFreeLinear(UnquantizedLinearMethod):
     """A linear whose results for prompts, and on several ranks, do not depend on any order."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weight in float32 beside what vLLM packs for its kernels."""
-        layer.float32_weight = layer.weight.data.float()
+        """Keep the weight in float64 beside what vLLM packs for its kernels."""
+        layer.float64_weight = layer.weight.data.double()
         super().process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `x` [..., I] times the weight [O, I] in the dtype of `x`, or this rank's share."""
         assert bias is None, "DeepSeek-V4 has no biases here"
         if isinstance(layer, RowParallelLinear) and get_tensor_model_parallel_world_size() > 1:
-            return add_over_ranks(product(x, layer.float32_weight), x.dtype)
+            return add_over_ranks(product(x, layer.float64_weight), x.dtype)
         if x.shape[0] <= MAX_DECODE_TOKENS:
             return super().apply(layer, x)
-        return product(x, layer.float32_weight).to(x.dtype)
+        return product(x, layer.float64_weight).to(x.dtype)
 
 
 class OrderFreeHead(UnquantizedEmbeddingMethod):
     """The same for the LM head."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weight in float32 beside what vLLM packs for its kernels."""
-        layer.float32_weight = layer.weight.data.float()
+        """Keep the weight in float64 beside what vLLM packs for its kernels."""
+        layer.float64_weight = layer.weight.data.double()
         super().process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,7 +90,7 @@ class OrderFreeHead(UnquantizedEmbeddingMethod):
         assert bias is None, "DeepSeek-V4's head has no bias"
         if x.shape[0] <= MAX_DECODE_TOKENS:
             return super().apply(layer, x)
-        return product(x, layer.float32_weight).to(x.dtype)
+        return product(x, layer.float64_weight).to(x.dtype)
 
 
 def free_from_order(model: nn.Module) -> None:
