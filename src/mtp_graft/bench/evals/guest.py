@@ -172,7 +172,7 @@ def _named(names: dict[str, Any], name: str) -> Any:
 def _text(error: BaseException) -> str:
     try:
         return str(error)[:MAX_TEXT]
-    except Exception:
+    except Exception:  # generated code may raise in its own __str__; the type's name is kept
         return ""
 
 
