@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # not tried with the head (docs/engine.md)
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",  # docs/gpu.md
     "VLLM_DEEP_GEMM_WARMUP": "skip",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # with its NVLink multicast, which shared hosts turn off
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -170,6 +171,8 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
     else:
         chosen["gpu_memory_utilization"] = options.gpu_memory_utilization
         chosen["max_num_batched_tokens"] = options.max_num_batched_tokens
+        if options.tensor_parallel_size > 1:  # FlashInfer's all-reduce may take multicast too
+            chosen["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
     return chosen
 
 
