@@ -22,18 +22,19 @@ def sweep(columns: Tensor, factor: Tensor, step: Tensor) -> Tensor:
     codes = torch.empty(columns.shape, dtype=torch.int8, device=columns.device)
     grid = (triton.cdiv(num_outputs, OUTPUTS), num_matrices)
     tensors = (columns, factor, step)
-    _sweep[grid](
-        *tensors,
-        codes,
-        *(stride for tensor in tensors for stride in tensor.stride()),
-        num_inputs,
-        num_outputs,
-        INPUTS=triton.next_power_of_2(num_inputs),
-        OUTPUTS=OUTPUTS,
-        CODE_MIN=int4.CODE_MIN,
-        CODE_MAX=int4.CODE_MAX,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device(columns.device):  # Triton launches on the current one
+        _sweep[grid](
+            *tensors,
+            codes,
+            *(stride for tensor in tensors for stride in tensor.stride()),
+            num_inputs,
+            num_outputs,
+            INPUTS=triton.next_power_of_2(num_inputs),
+            OUTPUTS=OUTPUTS,
+            CODE_MIN=int4.CODE_MIN,
+            CODE_MAX=int4.CODE_MAX,
+            num_warps=WARPS,
+        )
     return codes
 
 
@@ -81,18 +82,19 @@ def searched_scale(columns: Tensor, importance: Tensor) -> Tensor:
     """
     num_matrices, num_inputs, num_outputs = columns.shape
     scale = torch.empty(num_matrices, num_outputs, 1, dtype=torch.bfloat16, device=columns.device)
-    _search[(triton.cdiv(num_outputs, OUTPUTS), num_matrices)](
-        *(columns, importance, scale),
-        *(*columns.stride(), *importance.stride()),
-        num_inputs,
-        num_outputs,
-        INPUTS=triton.next_power_of_2(num_inputs),
-        OUTPUTS=OUTPUTS,
-        CODE_MIN=int4.CODE_MIN,
-        CODE_MAX=int4.CODE_MAX,
-        TRIED=int4.SCALES_TRIED,
-        num_warps=WARPS,
-    )
+    with torch.cuda.device(columns.device):
+        _search[(triton.cdiv(num_outputs, OUTPUTS), num_matrices)](
+            *(columns, importance, scale),
+            *(*columns.stride(), *importance.stride()),
+            num_inputs,
+            num_outputs,
+            INPUTS=triton.next_power_of_2(num_inputs),
+            OUTPUTS=OUTPUTS,
+            CODE_MIN=int4.CODE_MIN,
+            CODE_MAX=int4.CODE_MAX,
+            TRIED=int4.SCALES_TRIED,
+            num_warps=WARPS,
+        )
     return scale
 
 
