@@ -171,8 +171,11 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
     else:
         chosen["gpu_memory_utilization"] = options.gpu_memory_utilization
         chosen["max_num_batched_tokens"] = options.max_num_batched_tokens
+        # Piecewise CUDA graphs give wrong results (docs/engine.md).
+        compilation: dict[str, Any] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
         if options.tensor_parallel_size > 1:  # FlashInfer's all-reduce may take multicast too
-            chosen["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
+            compilation["pass_config"] = {"fuse_allreduce_rms": False}
+        chosen["compilation_config"] = compilation
     return chosen
 
 

@@ -1,5 +1,6 @@
 """The CUDA shims' arithmetic, on a CPU; that the patched engine decodes right needs a GPU."""
 
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ pytest.importorskip("vllm", reason="the shims patch vLLM: install an extra")
 
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from mtp_graft.vllm_plugin.cuda import hyper_connections, rope
+from mtp_graft.vllm_plugin.cuda import graph_breaks, hyper_connections, rope
 
 pytestmark = pytest.mark.vllm
 
@@ -104,3 +105,50 @@ def test_the_two_halves_stand_in_for_the_fused_kernel(monkeypatch: pytest.Monkey
     assert result == ("new residual", "new post", "new res", "new x")
     assert seen["post"] == ("x", "residual", "post", "res")
     assert seen["pre"] == ("new residual", ("fn", "scale", "base", 1e-6), {"norm_weight": "w"})
+
+
+LATE_VARIABLE = """
+import os
+from vllm.model_executor.layers.quantization import get_quantization_config
+get_quantization_config("compressed-tensors")  # as ModelConfig does
+os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "1"  # as VllmConfig does, after it
+from vllm.models.deepseek_v4 import attention
+from mtp_graft.vllm_plugin.cuda import graph_breaks
+
+def undecorated():
+    found = vars(attention.DeepseekV4Attention)
+    return [n for n in graph_breaks.BREAKS if n in found and not hasattr(found[n], "__wrapped__")]
+
+before = undecorated()
+graph_breaks.apply()
+decorated = vars(attention.DeepseekV4Attention)[before[0]]
+graph_breaks.apply()
+assert vars(attention.DeepseekV4Attention)[before[0]] is decorated
+print(before, undecorated())
+"""
+
+
+def test_attention_gets_the_decorator_that_vllm_set_too_late() -> None:
+    command = [sys.executable, "-c", LATE_VARIABLE]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "['_prepare_and_attn_eager', '_sparse_indexer_and_attn'] []"
+
+
+def test_a_decorated_attention_runs_between_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.compilation import breakable_cudagraph
+
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    calls: list[str] = []
+
+    class Attention:
+        def attention_impl(self, out: list[str]) -> None:
+            out.append("attention")
+
+    module = ModuleType(Attention.__module__)
+    module.Attention = Attention  # type: ignore[attr-defined]
+    graph_breaks.decorate(module, breakable_cudagraph.eager_break_during_capture)
+    capture = SimpleNamespace(_capturing=True, add_eager=lambda run: (calls.append("cut"), run()))
+    Attention().attention_impl(calls)
+    monkeypatch.setattr(breakable_cudagraph.BreakableCUDAGraphCapture, "current", lambda: capture)
+    Attention().attention_impl(calls)
+    assert calls == ["attention", "cut", "attention"]

@@ -24,13 +24,13 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def problem(
-    batch: int, outputs: int, inputs: int, *, seed: int, rows: int | None = None
+    batch: int, outputs: int, inputs: int, *, seed: int, rows: int | None = None, shared: float = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return weights and the Hessians of strongly correlated inputs."""
+    """Return weights and the Hessians of correlated inputs, with a direction that all share."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(batch, outputs, inputs, generator=generator)
     mixing = torch.randn(batch, inputs, inputs, generator=generator) / math.sqrt(inputs)
-    mixing += torch.randn(batch, 1, inputs, generator=generator)  # one direction they all share
+    mixing += shared * torch.randn(batch, 1, inputs, generator=generator)
     x = torch.randn(batch, rows or 4 * inputs, inputs, generator=generator) @ mixing
     return weight, x.mT @ x
 

@@ -35,7 +35,9 @@ def test_the_search_gives_the_cpus_scales() -> None:
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
 @pytest.mark.parametrize("order", ["stored", "activation"])
 def test_gptq_agrees_with_the_cpu(order: Order, scale: Scale) -> None:
-    weight, hessian = problem(4, 256, 512, seed=0)
+    # A direction that all inputs share makes the error itself a matter of rounding: 2e-7 of noise
+    # in such a Hessian moved it by 0.7 % on a CPU.
+    weight, hessian = problem(4, 256, 512, seed=0, shared=0)
     on_cpu = gptq(weight, hessian, order=order, scale=scale)
     on_gpu = gptq(weight.cuda(), hessian.cuda(), order=order, scale=scale)
     assert (on_gpu.codes.cpu() == on_cpu.codes).float().mean() > 0.99

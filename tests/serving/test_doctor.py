@@ -123,7 +123,8 @@ def test_a_planted_defect_is_found_by_its_id_and_no_other(
     found = diagnose(folder, ON_CPU)
     assert ids(found) == expected
     on_gpu = ids(diagnose(folder, on("H200")))
-    assert [id_ for id_ in on_gpu if id_ not in ("memory", "runner-v2")] == expected
+    notes = ("memory", "runner-v2", "piecewise-graphs")  # of every checkpoint
+    assert [id_ for id_ in on_gpu if id_ not in notes] == expected
     assert all((f.where, f.found, f.expected, f.why, f.cure) for f in found)
 
 

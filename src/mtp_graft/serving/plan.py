@@ -19,6 +19,7 @@ from mtp_graft.serving.command import (
 from mtp_graft.serving.profiles import (
     DIFFERENCES_FROM_SEED,
     GPU_ENVIRONMENT,
+    GRAPH_FLAGS,
     MAX_NUM_BATCHED_TOKENS,
     MOST_SEQUENCES,
     PCIE_ENVIRONMENT,
@@ -323,6 +324,8 @@ def _adapted(
     else:
         why = "a CPU" if hardware.gpu is None else _LINKS.get(hardware.link, "a single rank")
         notes.append(f"{', '.join(map(str, PCIE_FLAGS))} and the NCCL variables left out: {why}")
+    if hardware.gpu is not None:  # `build_command` sets them
+        notes.extend(f"{flag}: {flag.why} ({flag.source})" for flag in GRAPH_FLAGS)
     environment: dict[str, str] = {}
     for setting in variables:
         users = os.environ.get(setting.name)

@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 from vllm.models import deepseek_v4 as stock
 
 from mtp_graft.vllm_plugin.compressors import decode_compressors
-from mtp_graft.vllm_plugin.cuda import hyper_connections, rope
+from mtp_graft.vllm_plugin.cuda import graph_breaks, hyper_connections, rope
 from mtp_graft.vllm_plugin.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
@@ -27,6 +27,7 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     packed_modules_mapping = FUSED
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        graph_breaks.apply()
         rope.apply()
         hyper_connections.apply(vllm_config.model_config.hf_config.hidden_size)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
