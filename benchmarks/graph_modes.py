@@ -24,8 +24,8 @@ from mtp_graft.stages.splice import splice
 MODES = ("eager", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "PIECEWISE")
 NOTE = (
     "Tiny model, MXFP4 head, k = 1, greedy, one request at a time, 12 bundled prompts and one of "
+    f"{LONG:,} tokens, 96 tokens each. Speed is not measured here."
 )
-NOTE += f"{LONG:,} tokens, 96 tokens each. Speed is not measured here."
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def observe(
     def in_mode(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
         chosen = settings(options, cpu=cpu)
         if mode != "eager":
-            chosen["compilation_config"]["cudagraph_mode"] = mode
+            chosen.setdefault("compilation_config", {})["cudagraph_mode"] = mode
         return chosen
 
     engines.settings = in_mode
