@@ -73,6 +73,7 @@ def one_gpu(work: Path) -> list[Step]:
         return Step(name, command, needs_s, takes_deadline=False, done_when=out)
 
     return [
+        Step("graph_modes", script("graph_modes", "--out", results / "graph_modes_h100.json"), 90),
         Step("write", script("flash_width", flash, "--layers", 5, 17), 120, takes_deadline=False),
         Step("step_time", script("step_time", *times, "--variants", "int4", "--k", 1), 90),
         Step("serve_check", script("gpu_serve_check", *check), 90),
