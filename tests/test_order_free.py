@@ -92,7 +92,7 @@ def test_kernels_get_blocks_of_the_wanted_sizes_and_every_row_once(num_rows: int
 
     x = torch.arange(num_rows * 4.0).view(num_rows, 4)
     assert torch.equal(in_blocks(kernel, x), x + 1)
-    assert all(MIN_ROWS <= size <= MAX_ROWS for size in sizes)
+    assert all(size <= MAX_ROWS and size % MIN_ROWS == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 50])

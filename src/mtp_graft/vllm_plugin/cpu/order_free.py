@@ -7,9 +7,10 @@ speculation, which verifies several tokens in a step, beside other requests, or 
 
 So linears whose inputs the ranks share are summed in float64 and rounded once: whatever the order,
 the result is the same, unless the sum lies within rounding of the middle between two BF16 values,
-one in 10^11 or so. All others keep vLLM's kernels, which are several times as fast. Those take
-another order for less than five rows with AMX, and oneDNN's for more than 32 of 1,024 inputs: they
-get numbers of rows between. `experts`, `hyper_connections` and `output_projection` do the rest.
+one in 10^11 or so. All others keep vLLM's kernels, which are several times as fast, in numbers of
+rows at which a row's bits do not depend on the others: below five, AMX has another order; beyond 32
+and 1,024 inputs, oneDNN; without BF16 in the processor, it has another for what is left over when
+threads share rows. `experts`, `hyper_connections` and `output_projection` do the rest.
 
 Shapes: T tokens, S streams, I inputs, O outputs, V vocabulary.
 """
@@ -32,25 +33,23 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-#: With so many rows, a row's bits in vLLM's kernels do not depend on how many there are.
+#: vLLM's kernels get a multiple of the one number of rows, up to the other.
 MIN_ROWS, MAX_ROWS = 8, 32
 
 
 def at_least(num_rows: int, x: Tensor) -> Tensor:
     """Return `x` [T, ...] with rows of zeros behind it, if it has fewer than `num_rows`."""
-    missing = max(0, num_rows - x.shape[0])
+    missing = max(0, num_rows - len(x))
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
 
 
 def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return [..., O] what `kernel` makes of `x` [..., I], in blocks of MIN_ROWS to MAX_ROWS."""
+    """Return [..., O] what `kernel` makes of `x` [..., I], a block of rows at a time."""
     rows = x.flatten(0, -2)
-    if len(rows) <= MAX_ROWS:
-        out = kernel(at_least(MIN_ROWS, rows))[: len(rows)]
-    else:
-        num_blocks = -(-len(rows) // MAX_ROWS)
-        out = torch.cat([kernel(block) for block in rows.tensor_split(num_blocks)])
-    return out.unflatten(0, x.shape[:-1])
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % MIN_ROWS))
+    blocks = [kernel(block) for block in padded.split(MAX_ROWS)]
+    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return out[: len(rows)].unflatten(0, x.shape[:-1])
 
 
 def add_over_ranks(partial: Tensor, dtype: torch.dtype) -> Tensor:
