@@ -1,7 +1,8 @@
 """The routed experts on a CPU against a float64 loop, with activations far beyond the clamp."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,8 +26,12 @@ from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
 from mtp_graft.vllm_plugin.cpu import experts as plugin
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
-from mtp_graft.vllm_plugin.cpu.experts import clamped_experts
-from mtp_graft.vllm_plugin.cpu.order_free import MAX_DECODE_TOKENS
+from mtp_graft.vllm_plugin.cpu.experts import (
+    MAX_VERIFIED_TOKENS,
+    clamped_experts,
+    clamped_pairs,
+    prompts_apart,
+)
 from vllm_layers import LIMIT, load_expert, one_rank_group, routed_experts
 
 pytestmark = pytest.mark.vllm
@@ -64,23 +69,30 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-COUNTS = [1, 2, MAX_DECODE_TOKENS, MAX_DECODE_TOKENS + 1, 75]
+COUNTS = [1, 2, 32, 75]
 
 
+def in_float64(x: Tensor, w13: Tensor, w2: Tensor, *choice: Any) -> Tensor:
+    return clamped_experts(x, w13.double(), w2.double(), *choice)
+
+
+WAYS = {"pairs": clamped_pairs, "prompt": in_float64}
+both_ways = pytest.mark.parametrize("way", WAYS)
+
+
+@both_ways
 @pytest.mark.parametrize("num_tokens", COUNTS)
-def test_experts_agree_with_the_loop_where_the_clamp_binds(num_tokens: int) -> None:
+def test_experts_agree_with_the_loop_where_the_clamp_binds(num_tokens: int, way: str) -> None:
     (w13, w2), (x, weights, ids) = matrices(seed=0), tokens(num_tokens, seed=1)
     expected = references.clamped_experts(x, w13, w2, weights, ids, LIMIT)
     unclamped = references.clamped_experts(x, w13, w2, weights, ids, 1e9)
     assert relative_error(unclamped, expected) > 0.1, "the clamp has to bind"
-    found = clamped_experts(x, w13, w2, weights, ids, LIMIT)
-    if num_tokens <= MAX_DECODE_TOKENS:
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
-    else:
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
+    found = WAYS[way](x, w13, w2, weights, ids, LIMIT)
+    rtol, atol = (1e-4, 1e-3) if way == "pairs" else (1e-12, 1e-11)
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("num_tokens", [1, MAX_DECODE_TOKENS + 1])
+@both_ways
 @pytest.mark.parametrize(
     ("gate", "up", "expected"),
     [
@@ -91,40 +103,87 @@ def test_experts_agree_with_the_loop_where_the_clamp_binds(num_tokens: int) -> N
     ],
 )
 def test_each_side_is_clamped_as_the_reference_model_clamps(
-    num_tokens: int, gate: float, up: float, expected: float
+    way: str, gate: float, up: float, expected: float
 ) -> None:
     w13, w2 = torch.tensor([[[gate], [up]]]), torch.ones(1, 1, 1)  # E = M = D = 1
-    x, ids = torch.ones(num_tokens, 1), torch.zeros(num_tokens, 1, dtype=torch.int32)
-    found = clamped_experts(x, w13, w2, torch.ones(num_tokens, 1), ids, LIMIT)
+    x, ids = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    found = WAYS[way](x, w13, w2, torch.ones(1, 1), ids, LIMIT)
     torch.testing.assert_close(found, torch.full_like(found, expected), rtol=2e-4, atol=0)
 
 
 def test_a_prompts_tokens_do_not_depend_on_their_neighbours(threads: int) -> None:
     (w13, w2), (x, weights, ids) = matrices(seed=4), tokens(200, seed=5)
-    together = clamped_experts(x, w13, w2, weights, ids, LIMIT).bfloat16()
-    part = slice(37, 37 + MAX_DECODE_TOKENS + 1)
-    alone = clamped_experts(x[part], w13, w2, weights[part], ids[part], LIMIT)
+    together = in_float64(x, w13, w2, weights, ids, LIMIT).bfloat16()
+    part = slice(37, 37 + MAX_VERIFIED_TOKENS + 1)
+    alone = in_float64(x[part], w13, w2, weights[part], ids[part], LIMIT)
     assert torch.equal(together[part], alone.bfloat16())
 
 
-def test_an_expert_chosen_twice_counts_twice() -> None:
-    w13, w2 = matrices(seed=2)
-    for num_tokens in (3, MAX_DECODE_TOKENS + 3):
-        x, weights, ids = tokens(num_tokens, seed=3)
-        ids[:, 1] = ids[:, 0]
-        expected = references.clamped_experts(x, w13, w2, weights, ids, LIMIT)
-        assert relative_error(clamped_experts(x, w13, w2, weights, ids, LIMIT), expected) < 1e-5
+@both_ways
+def test_an_expert_chosen_twice_counts_twice(way: str) -> None:
+    (w13, w2), (x, weights, ids) = matrices(seed=2), tokens(3, seed=3)
+    ids[:, 1] = ids[:, 0]
+    expected = references.clamped_experts(x, w13, w2, weights, ids, LIMIT)
+    assert relative_error(WAYS[way](x, w13, w2, weights, ids, LIMIT), expected) < 1e-5
 
 
-@pytest.mark.parametrize("num_tokens", [2, 3, 7, 23, MAX_DECODE_TOKENS])
+@pytest.mark.parametrize("num_tokens", [2, 3, 7, 23, 96])
 def test_a_tokens_result_does_not_depend_on_its_neighbours(num_tokens: int, threads: int) -> None:
     assert torch.get_num_threads() == threads
     (w13, w2), (x, weights, ids) = matrices(seed=4), tokens(num_tokens, seed=5)
-    together = clamped_experts(x, w13, w2, weights, ids, LIMIT)
+    together = clamped_pairs(x, w13, w2, weights, ids, LIMIT)
     for t in range(num_tokens):
         one = slice(t, t + 1)
-        alone = clamped_experts(x[one], w13, w2, weights[one], ids[one], LIMIT)
+        alone = clamped_pairs(x[one], w13, w2, weights[one], ids[one], LIMIT)
         assert torch.equal(together[one], alone)
+
+
+# Which tokens are computed how
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that says how many tokens each request of the step has."""
+
+    def of(*lengths: int) -> None:
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        monkeypatch.setattr(plugin, "request_bounds", lambda: bounds)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_tokens", "expected"),
+    [
+        ((1,) * 48, 48, [(False, slice(0, 48))]),  # many streams are no prompt
+        ((2, 8, 1), 11, [(False, slice(0, 11))]),
+        ((9,), 9, [(True, slice(0, 9))]),  # and a short prompt is one
+        ((1, 1, 40, 20), 62, [(False, slice(0, 2)), (True, slice(2, 62))]),
+        ((9, 3, 9), 21, [(True, slice(0, 9)), (False, slice(9, 12)), (True, slice(12, 21))]),
+        ((), 64, [(True, slice(0, 64))]),
+    ],
+)
+def test_prompts_are_told_from_decoding_by_each_requests_tokens(
+    lengths: tuple[int, ...], num_tokens: int, expected: Any, requests: Callable[..., None]
+) -> None:
+    requests(*lengths)
+    assert list(prompts_apart(num_tokens)) == expected
+
+
+def test_a_decoded_token_has_the_same_bits_beside_a_prompt(
+    requests: Callable[..., None], tmp_path: Path
+) -> None:
+    layer, _, _ = loaded_layer("int4")
+    layer.quant_method.process_weights_after_loading(layer)
+    x, weights, ids = tokens(42, seed=7, choices=2)
+    with one_rank_group(tmp_path):
+        requests(1, 1, 40)
+        together = layer.quant_method.apply(layer, x, weights, ids, None, None)
+        for rows in (slice(0, 1), slice(1, 2), slice(2, 42)):
+            requests(rows.stop - rows.start)
+            part = x[rows], weights[rows], ids[rows]
+            alone = layer.quant_method.apply(layer, *part, None, None)
+            assert torch.equal(together[rows], alone)
 
 
 # The stored formats, through vLLM's own layer: create, load, process, apply
@@ -171,8 +230,9 @@ def loaded_layer(variant: str, limit: float | None = LIMIT) -> tuple[RoutedExper
 
 @pytest.mark.parametrize("variant", ["int4", "mxfp4", "bf16"])
 def test_stored_experts_are_decoded_exactly_and_run_with_the_clamp(
-    variant: str, tmp_path: Path
+    variant: str, requests: Callable[..., None], tmp_path: Path
 ) -> None:
+    requests(5)
     layer, w13, w2 = loaded_layer(variant)
     method = layer.quant_method
     classes = {

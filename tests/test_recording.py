@@ -16,7 +16,7 @@ pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: i
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.vllm_plugin import recording
+from mtp_graft.vllm_plugin import recording, steps
 from mtp_graft.vllm_plugin.recording import record_on_demand, whole_prompts
 
 pytestmark = pytest.mark.vllm
@@ -71,7 +71,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(recording, "get_pp_group", lambda: SimpleNamespace(is_last_rank=place.last))
     monkeypatch.setattr(recording, "get_tensor_model_parallel_rank", lambda: place.rank)
     context = lambda: SimpleNamespace(attn_metadata=place.metadata)  # noqa: E731
-    monkeypatch.setattr(recording, "get_forward_context", context)
+    monkeypatch.setattr(steps, "get_forward_context", context)
     return place
 
 

@@ -33,12 +33,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin.steps import request_bounds
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers it gets
 
@@ -104,7 +104,7 @@ class Recorder:
         """Record the prompts of this step, `hidden` [T, D] being what the LM head reads."""
         if not self._on:
             return
-        spans = whole_prompts(_request_bounds(), kwargs["positions"])
+        spans = whole_prompts(request_bounds().tolist(), kwargs["positions"])
         if not spans:
             return
         targets = [self._argmax(hidden[start:end]) for start, end in spans]
@@ -155,21 +155,6 @@ def whole_prompts(bounds: Sequence[int], positions: Tensor) -> list[Span]:
     spans = [(start, end) for start, end in pairwise(bounds) if start < end]
     first = positions[[start for start, _ in spans]].tolist()
     return [span for span, position in zip(spans, first, strict=True) if position == 0]
-
-
-def _request_bounds() -> list[int]:
-    """Return where the requests of this step begin and end; none in a run without requests."""
-    metadata = get_forward_context().attn_metadata
-    if not metadata:
-        return []
-    if not isinstance(metadata, dict):
-        raise GraftError("a step split into micro-batches cannot be recorded; turn DBO off")
-    for layer in metadata.values():
-        bounds = getattr(layer, "query_start_loc_cpu", None)
-        if bounds is not None:
-            return [int(bound) for bound in bounds]
-    kinds = sorted({type(layer).__name__ for layer in metadata.values()})
-    raise GraftError(f"attention metadata {kinds}: none has query_start_loc_cpu; other vLLM?")
 
 
 def _on_host(tensor: Tensor, spans: Sequence[Span]) -> list[Tensor]:

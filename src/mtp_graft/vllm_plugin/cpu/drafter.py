@@ -32,6 +32,7 @@ from vllm.sequence import IntermediateTensors
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.hyper_connections import compute_rowwise
 from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
+from mtp_graft.vllm_plugin.cpu.output_projection import project_rowwise
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
 #: Parts of fused parameters: checkpoint name, parameter name, position.
@@ -139,6 +140,7 @@ class DeepSeekV4MTP(nn.Module):
         inner = f"{prefix}.model" if prefix else "model"
         self.model = MultiTokenPredictor(vllm_config=vllm_config, prefix=inner)
         compute_rowwise(self)
+        project_rowwise(self)
         free_from_order(self)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:

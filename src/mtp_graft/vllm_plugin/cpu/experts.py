@@ -7,6 +7,8 @@ Shapes: E experts, M intermediate size (of this rank), D hidden size, T tokens, 
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -19,49 +21,58 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
-from mtp_graft.vllm_plugin.cpu.order_free import MAX_DECODE_TOKENS, add_over_ranks
+from mtp_graft.vllm_plugin.cpu.order_free import add_over_ranks
+from mtp_graft.vllm_plugin.steps import request_bounds
+
+#: A request's next token and up to seven drafts; a shorter prompt is computed like them.
+MAX_VERIFIED_TOKENS = 8
+
+
+def prompts_apart(num_tokens: int) -> Iterator[tuple[bool, slice]]:
+    """Yield the rows of the step's T tokens in runs, and of each whether they are prompts'."""
+    bounds = request_bounds().tolist()
+    requests = groupby(pairwise(bounds), lambda bound: bound[1] - bound[0] > MAX_VERIFIED_TOKENS)
+    for is_prompt, run in requests:
+        rows = [*run]
+        yield is_prompt, slice(rows[0][0], rows[-1][1])
+    if bounds[-1] < num_tokens:
+        yield True, slice(bounds[-1], num_tokens)  # no requests: a run to measure memory, say
+
+
+def clamped_pairs(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
+) -> Tensor:
+    """Return the weighted sum [T, D] of each token's K experts, one (token, expert) pair at a time.
+
+    `x` [T, D], float32 `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M], `topk_weights` and
+    `topk_ids` [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
+    reference model's order. All pairs of an expert follow each other: its weights are in the cache.
+    """
+    choices = topk_ids.shape[1]  # pair r belongs to token r // K
+    experts, weights = topk_ids.flatten().tolist(), topk_weights.flatten().tolist()
+    pairs = sorted(range(len(experts)), key=experts.__getitem__)
+    rows = x.float().unbind()
+    gate_up = w13.new_empty(len(pairs), w13.shape[1])  # [T*K, 2M]
+    products = gate_up.unbind()
+    for expert, mine in groupby(pairs, experts.__getitem__):
+        weight = w13[expert]
+        for pair in mine:
+            torch.mv(weight, rows[pair // choices], out=products[pair])
+    # Elementwise over whole rows: M is a multiple of the group size, so no row shares a vector.
+    hidden = _activation(gate_up, limit).unbind()  # T*K of [M]
+    out = w2.new_zeros(x.shape)
+    sums = out.unbind()
+    for expert, mine in groupby(pairs, experts.__getitem__):
+        weight = w2[expert]
+        for pair in mine:
+            sums[pair // choices].addmv_(weight, hidden[pair], alpha=weights[pair])
+    return out
 
 
 def clamped_experts(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
 ) -> Tensor:
-    """Return the weighted sum [T, D] of each token's K experts, not yet rounded.
-
-    `x` [T, D], `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M], `topk_weights` and `topk_ids`
-    [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
-    reference model's order. As `order_free` says, a decode step is computed in float32, one
-    (token, expert) pair at a time; a prompt in float64, expert by expert. Weights of the other
-    dtype are converted at each use.
-    """
-    rows = _pairs if x.shape[0] <= MAX_DECODE_TOKENS else _by_expert
-    return rows(x, w13, w2, topk_weights, topk_ids, limit)
-
-
-def _activation(gate_up: Tensor, limit: float) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
-
-
-def _pairs(
-    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
-) -> Tensor:
-    x = x.float()
-    out = torch.zeros_like(x)
-    experts, weights = topk_ids.flatten().tolist(), topk_weights.flatten().tolist()
-    choices = topk_ids.shape[1]  # pair r belongs to token r // K
-    gate_up = x.new_empty(len(experts), w13.shape[1])  # [T*K, 2M]
-    for pair, expert in enumerate(experts):
-        torch.mv(w13[expert].float(), x[pair // choices], out=gate_up[pair])
-    # Elementwise over whole rows: M is a multiple of the group size, so no row shares a vector.
-    hidden = _activation(gate_up, limit)  # [T*K, M]
-    for pair, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
-        out[pair // choices].addmv_(w2[expert].float(), hidden[pair], alpha=weight)
-    return out
-
-
-def _by_expert(
-    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float
-) -> Tensor:
+    """Return the same expert by expert, with float64 `w13` and `w2`, not yet rounded."""
     x = x.double()
     out = torch.zeros_like(x)
     flat = topk_ids.flatten()  # [T*K], row r is token r // K
@@ -73,9 +84,14 @@ def _by_expert(
     for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
         start, end = end, end + count
         mine = tokens[start:end]
-        hidden = _activation(F.linear(x[mine], w13[expert].double()), limit)  # [rows, M]
-        out.index_add_(0, mine, F.linear(hidden, w2[expert].double()) * weights[start:end])
+        hidden = _activation(F.linear(x[mine], w13[expert]), limit)  # [rows, M]
+        out.index_add_(0, mine, F.linear(hidden, w2[expert]) * weights[start:end])
     return out
+
+
+def _activation(gate_up: Tensor, limit: float) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
 class ClampedCPUExperts(CPUUnquantizedExperts):
@@ -99,10 +115,18 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Write `clamped_experts` of `hidden_states` [T, D] into `output`, summed over ranks."""
-        if hidden_states.shape[0] > MAX_DECODE_TOKENS:
-            w1, w2 = self._float64
-        mine = clamped_experts(hidden_states, w1, w2, topk_weights, topk_ids, self._limit)
+        """Write the experts' sum for `hidden_states` [T, D] into `output`, added over ranks.
+
+        Decoded tokens, for which more weights are read than computed with, go pair by pair in
+        float32, prompts expert by expert in float64, whatever else the step consists of.
+        """
+        mine = torch.empty_like(hidden_states, dtype=torch.float64)
+        for is_prompt, rows in prompts_apart(len(hidden_states)):
+            experts, w13, down = (
+                (clamped_experts, *self._float64) if is_prompt else (clamped_pairs, w1, w2)
+            )
+            x, weights, ids = hidden_states[rows], topk_weights[rows], topk_ids[rows]
+            mine[rows] = experts(x, w13, down, weights, ids, self._limit)
         output.copy_(add_over_ranks(mine, output.dtype))
 
 

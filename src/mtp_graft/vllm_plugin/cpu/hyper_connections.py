@@ -3,7 +3,7 @@
 `hc_pre_fused_cpu` splits the 4 x D inputs of a row over the threads when there are fewer rows
 than threads, and the rows over the threads otherwise. The last bits differ, so a token verified
 beside a draft would not equal the same token decoded alone, and greedy output would depend on
-speculation. Few rows are therefore always computed one at a time.
+speculation. So the kernel always gets a row for every thread.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.mhc import MHCPreOp
 
-from mtp_graft.vllm_plugin.cpu.order_free import MAX_DECODE_TOKENS
+from mtp_graft.vllm_plugin.cpu.order_free import at_least
 
 
 class RowwiseMHCPre(MHCPreOp):
@@ -20,13 +20,8 @@ class RowwiseMHCPre(MHCPreOp):
 
     def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return (post, comb, layer input) of `residual` [T, 4, D], as `MHCPreOp` does."""
-        if residual.shape[0] > MAX_DECODE_TOKENS:
-            return super().forward_cpu(residual, *args, **kwargs)
-        rows = [
-            super(RowwiseMHCPre, self).forward_cpu(row, *args, **kwargs)
-            for row in residual.split(1)
-        ]
-        return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
+        rows = at_least(torch.get_num_threads(), residual)
+        return tuple(part[: len(residual)] for part in super().forward_cpu(rows, *args, **kwargs))
 
 
 def compute_rowwise(model: nn.Module) -> None:

@@ -5,14 +5,18 @@ threads, the rows beside, and the ranks, which round to BF16 before they add. A 
 hesitates between two experts, or a tie between two tokens, turns a last bit into another text: with
 speculation, which verifies several tokens in a step, beside other requests, or on two ranks.
 
-So the products of a prompt are summed in float64 and rounded once: whatever the order, the result
-is the same, unless the sum lies within rounding of the middle between two BF16 values, one in 10^11
-or so. Decode steps, where float64 would cost a third of the speed, keep vLLM's kernels, which give
-a row of so few the same bits as alone; on several ranks they are computed row by row.
+So linears whose inputs the ranks share are summed in float64 and rounded once: whatever the order,
+the result is the same, unless the sum lies within rounding of the middle between two BF16 values,
+one in 10^11 or so. All others keep vLLM's kernels, which are several times as fast, in numbers of
+rows at which a row's bits do not depend on the others: below five, AMX has another order; beyond 32
+and 1,024 inputs, oneDNN; without BF16 in the processor, it has another for what is left over when
+threads share rows. `experts`, `hyper_connections` and `output_projection` do the rest.
 
 Shapes: T tokens, S streams, I inputs, O outputs, V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,19 +33,23 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
 )
 
-#: A verification step has at most this many tokens: eight requests with k = 3, say.
-MAX_DECODE_TOKENS = 32
+#: vLLM's kernels get a multiple of the one number of rows, up to the other.
+MIN_ROWS, MAX_ROWS = 8, 32
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x` [T, I] or [T, S, I] times float64 `weight` [O, I], transposed, not yet rounded."""
-    if x.shape[0] > MAX_DECODE_TOKENS:
-        return F.linear(x.double(), weight)
-    rows = x.double().flatten(0, -2)
-    out = rows.new_empty(rows.shape[0], weight.shape[0])
-    for row, result in zip(rows, out, strict=True):
-        torch.mv(weight, row, out=result)
-    return out.unflatten(0, x.shape[:-1])
+def at_least(num_rows: int, x: Tensor) -> Tensor:
+    """Return `x` [T, ...] with rows of zeros behind it, if it has fewer than `num_rows`."""
+    missing = max(0, num_rows - len(x))
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+
+
+def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return [..., O] what `kernel` makes of `x` [..., I], a block of rows at a time."""
+    rows = x.flatten(0, -2)
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % MIN_ROWS))
+    blocks = [kernel(block) for block in padded.split(MAX_ROWS)]
+    out = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return out[: len(rows)].unflatten(0, x.shape[:-1])
 
 
 def add_over_ranks(partial: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,37 +68,29 @@ def add_over_ranks(partial: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class OrderFreeLinear(UnquantizedLinearMethod):
-    """A linear whose results for prompts, and on several ranks, do not depend on any order."""
+    """A linear whose results do not depend on the rows beside, nor on the number of ranks."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weight in float64 beside what vLLM packs for its kernels."""
-        layer.float64_weight = layer.weight.data.double()
+        """Keep the weight in float64 if ranks share its inputs, else as vLLM's kernels want it."""
+        if isinstance(layer, RowParallelLinear):
+            layer.float64_weight = layer.weight.data.double()
         super().process_weights_after_loading(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return `x` [..., I] times the weight [O, I] in the dtype of `x`, or this rank's share."""
         assert bias is None, "DeepSeek-V4 has no biases here"
-        if isinstance(layer, RowParallelLinear) and get_tensor_model_parallel_world_size() > 1:
-            return add_over_ranks(product(x, layer.float64_weight), x.dtype)
-        if x.shape[0] <= MAX_DECODE_TOKENS:
-            return super().apply(layer, x)
-        return product(x, layer.float64_weight).to(x.dtype)
+        if isinstance(layer, RowParallelLinear):
+            return add_over_ranks(F.linear(x.double(), layer.float64_weight), x.dtype)
+        return in_blocks(partial(super().apply, layer), x)
 
 
 class OrderFreeHead(UnquantizedEmbeddingMethod):
-    """The same for the LM head."""
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Keep the weight in float64 beside what vLLM packs for its kernels."""
-        layer.float64_weight = layer.weight.data.double()
-        super().process_weights_after_loading(layer)
+    """The same for the LM head, whose vocabulary the ranks share."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the logits [T, V] of `x` [T, I] in its dtype."""
         assert bias is None, "DeepSeek-V4's head has no bias"
-        if x.shape[0] <= MAX_DECODE_TOKENS:
-            return super().apply(layer, x)
-        return product(x, layer.float64_weight).to(x.dtype)
+        return in_blocks(partial(super().apply, layer), x)
 
 
 def free_from_order(model: nn.Module) -> None:

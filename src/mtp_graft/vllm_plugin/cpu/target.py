@@ -13,6 +13,7 @@ from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.hyper_connections import compute_rowwise
 from mtp_graft.vllm_plugin.cpu.indexer import flatten_drafts
 from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
+from mtp_graft.vllm_plugin.cpu.output_projection import project_rowwise
 from mtp_graft.vllm_plugin.recording import record_on_demand
 from mtp_graft.vllm_plugin.scale_names import keep_weight_scale
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
@@ -30,6 +31,7 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
         vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         compute_rowwise(self)
+        project_rowwise(self)
         free_from_order(self)
         record_on_demand(self, vllm_config)
         self.hf_to_vllm_mapper = keep_weight_scale(self.hf_to_vllm_mapper)
