@@ -26,7 +26,7 @@ from layers import NUM_STORED
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
     "VLLM_PLUGINS": "mtp_graft",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # not tried with the head (docs/engine.md)
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # stopped at its start (docs/engine.md)
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",  # docs/gpu.md
     "VLLM_DEEP_GEMM_WARMUP": "skip",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # with its NVLink multicast, which shared hosts turn off

@@ -1,4 +1,4 @@
-"""Gap: piecewise CUDA graphs leave attention out (read in vLLM 0.26.0 and 0.32.0).
+"""Gap: in a forked engine piecewise CUDA graphs leave attention out (read in 0.26.0 and 0.32.0).
 
 vLLM cuts this model's graphs around attention with a decorator that does nothing unless
 `VLLM_USE_BREAKABLE_CUDAGRAPH` is set when the module is imported. vLLM sets the variable itself,
