@@ -17,7 +17,9 @@ def request_bounds() -> Tensor:
     if not metadata:
         return torch.zeros(1, dtype=torch.int32)
     if not isinstance(metadata, dict):
-        raise GraftError("a step is split into micro-batches; turn DBO off")
+        raise GraftError(
+            "requests of a step that is split into micro-batches cannot be told apart; turn DBO off"
+        )
     for layer in metadata.values():
         bounds: Tensor | None = getattr(layer, "query_start_loc_cpu", None)
         if bounds is not None:

@@ -90,8 +90,8 @@ ISSUES = (
         "",
         lambda _survey, target: target.platform == "cuda",
         "piecewise CUDA graphs, vLLM's default",
-        "an engine that is forked, as offline ones are, leaves attention out of them: on an H100 with "
-        "vLLM 0.26.0 45 % of the drafts were accepted instead of 79 %; `vllm serve` does not fork",
+        "an engine that is forked, as offline ones are, leaves attention out of them: on an H100 "
+        "with vLLM 0.26.0 45 % of the drafts were accepted instead of 79 %; a server does not fork",
         '--compilation-config \'{"cudagraph_mode":"FULL_DECODE_ONLY"}\', which `mtp-graft serve` '
         "sets on GPUs",
         "docs/engine.md",
