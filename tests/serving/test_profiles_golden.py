@@ -198,3 +198,10 @@ def test_the_conservative_524k_is_the_seeds_command_but_for_what_is_explained(
     flags = ("--trust-remote-code", "127.0.0.1", "--compilation-config")
     for name in (*flags, "SPARSE_MLA_WARMUP=0 left out", *added):
         assert name in notes, f"{name} differs from the seed and is not explained"
+
+
+def test_an_eager_engine_has_no_graphs_to_choose(dry_run: Print, flash: Path) -> None:
+    case = (*FLASH_CASES["h200-x2-524k"], "--enforce-eager")
+    result = json.loads(dry_run(flash, *case, "--json", "-"))
+    assert "--enforce-eager" in result["argv"]
+    assert "--compilation-config" not in (" ".join(result["argv"]) + " ".join(result["notes"]))

@@ -91,6 +91,8 @@ def make_plan(
     notes += _explained(name, profile, options, room)
     if num_speculative_tokens(options) == 0:
         notes.append("no drafting: the checkpoint has no head, or 0 tokens were asked for")
+    if hardware.gpu is not None and not options.enforce_eager:  # `build_command` sets them
+        notes.extend(f"{flag}: {flag.why} ({flag.source})" for flag in GRAPH_FLAGS)
     environment, flags = _adapted(hardware, tp, vllm, notes)
     flags += _node_flags(hardware, node or Node(), notes)
     options = replace(
@@ -324,8 +326,6 @@ def _adapted(
     else:
         why = "a CPU" if hardware.gpu is None else _LINKS.get(hardware.link, "a single rank")
         notes.append(f"{', '.join(map(str, PCIE_FLAGS))} and the NCCL variables left out: {why}")
-    if hardware.gpu is not None:  # `build_command` sets them
-        notes.extend(f"{flag}: {flag.why} ({flag.source})" for flag in GRAPH_FLAGS)
     environment: dict[str, str] = {}
     for setting in variables:
         users = os.environ.get(setting.name)
