@@ -26,6 +26,7 @@ from layers import NUM_STORED
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
     "VLLM_PLUGINS": "mtp_graft",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` starts its engine
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # stopped at its start (docs/engine.md)
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",  # docs/gpu.md
     "VLLM_DEEP_GEMM_WARMUP": "skip",
@@ -54,6 +55,8 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     rate: float | None = None
     eager: bool = False
+    custom_all_reduce: bool = True
+    graphs: str | None = None  # vLLM's cudagraph_mode; None: its default, as in `vllm serve`
 
 
 @dataclass(frozen=True)
@@ -171,8 +174,10 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
     else:
         chosen["gpu_memory_utilization"] = options.gpu_memory_utilization
         chosen["max_num_batched_tokens"] = options.max_num_batched_tokens
-        # Piecewise CUDA graphs give wrong results (docs/engine.md).
-        compilation: dict[str, Any] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
+        compilation: dict[str, Any] = {}
+        if options.graphs is not None:
+            compilation["cudagraph_mode"] = options.graphs
+        chosen["disable_custom_all_reduce"] = not options.custom_all_reduce
         if options.tensor_parallel_size > 1:  # FlashInfer's all-reduce may take multicast too
             compilation["pass_config"] = {"fuse_allreduce_rms": False}
         chosen["compilation_config"] = compilation
@@ -221,7 +226,10 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
 def decode(
     llm: Any, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0
 ) -> tuple[list[Step], list[int]]:
-    """Decode all prompts at once; return the steps and the first prompt's tokens."""
+    """Decode all prompts at once; return the steps and the first prompt's tokens.
+
+    The first step has no tokens: it is the moment at which the requests are sent.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -233,9 +241,9 @@ def decode(
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
+    steps = [Step(time.perf_counter(), {})]
     for i, prompt in enumerate(prompts):
         engine.add_request(f"decode-{i}", {"prompt_token_ids": prompt}, sampling)
-    steps: list[Step] = []
     first: list[int] = []
     while engine.has_unfinished_requests():
         outputs = engine.step()
@@ -252,7 +260,8 @@ def summarize_steps(steps: list[Step], streams: int) -> dict[str, Any]:
     """Return the time of a step in which all of `streams` requests decode, and what it brings.
 
     A step counts if it and the one before gave tokens to exactly `streams` requests: no prefill
-    is in it, and nobody has finished. The first of them are left out.
+    is in it, and nobody has finished. The first of them are left out. `ttft_ms` is the time from
+    sending the requests to the first token of any of them.
     """
     counted = [
         (now.at - before.at, sum(now.tokens.values()))
@@ -265,6 +274,7 @@ def summarize_steps(steps: list[Step], streams: int) -> dict[str, Any]:
     tokens = sum(tokens for _, tokens in counted)
     tenths = statistics.quantiles(times, n=10)
     return {
+        "ttft_ms": 1000 * (steps[1].at - steps[0].at),
         "step_ms": {"median": statistics.median(times), "p10": tenths[0], "p90": tenths[-1]},
         "steps": len(times),
         "tokens_per_step": tokens / len(times) / streams,  # of one stream

@@ -5,7 +5,9 @@
 
 --work keeps results, logs, checkpoints and compiled kernels; results and logs are copied to
 --copy-to at the end, and with --pack-caches the kernels as kernel-caches.tar.gz, which --caches
-takes on another host. --only names steps, --dry-run shows them. docs/gpu.md explains all of it.
+takes on another host. --only names steps, --dry-run shows them. On a host of several GPUs start it
+several times at once, each with its own GPUs (CUDA_VISIBLE_DEVICES), cores (taskset) and steps, on
+the same --work. docs/gpu.md explains all of it.
 """
 
 import argparse
@@ -19,7 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines import ENVIRONMENT
+from engines import ENVIRONMENT, has_accelerator
+from record import device_name
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE.parent / "models" / "tiny-dsv4"
@@ -56,47 +59,69 @@ def splice(out: Path) -> tuple[str, ...]:
     return (sys.executable, "-c", code, str(TINY / "base"), str(TINY / "upstream"), str(out))
 
 
-def one_gpu(work: Path) -> list[Step]:
-    """Issue 5, then issue 6's part: what one GPU can show, the most telling first."""
+def one_gpu(work: Path, layers: list[int], gpu: str) -> list[Step]:
+    """What one GPU can show, the most telling first; `gpu` ends the names of the results."""
     flash, results, tiny = work / "flash", work / "results", work / "tiny-mxfp4"
     reference = HERE / "results" / "serve_check_cpu.json"
-    times = ("--folder", flash, "--out", results / "step_time_h100.json", "--layers", 5, 17)
-    check = ("--out", results / "serve_check_h100.json", "--reference", reference)
+    check = ("--out", results / f"serve_check_{gpu}.json", "--reference", reference)
     serve = ("--checkpoint", tiny, "--max-model-len", 4096, "--limit", 6)
     decode = ("bench", "decode", *serve, "--against", TINY / "base", "--pairs", 2, "--rounds", 2)
     sweep = ("bench", "sweep", *serve, "--k", "0,1", "--streams", "1,2,3,4,8", "--requests", 3)
 
+    def times(name: str, *words: object) -> Step:
+        variant = "mxfp4" if "mxfp4" in name else "int4"
+        out = ("--out", results / f"step_time_{variant}_{gpu}.json", "--variants", variant)
+        where = ("--folder", flash, *out, "--layers", *layers)
+        return Step(name, script("step_time", *where, *words), 90)
+
+    def graphs(name: str, *words: object) -> Step:
+        out = results / f"graph_modes_{gpu}.json"
+        return Step(name, script("graph_modes", "--out", out, *words), 90)
+
     def speed(name: str, words: tuple[object, ...], needs_s: float) -> Step:
+        name = f"{name}_{gpu}"
         out = results / f"{name}.json"
         run = ("--run", work / "runs" / name)
         command = script("speed", name, "--results", results, "--", *words, *run)
         return Step(name, command, needs_s, takes_deadline=False, done_when=out)
 
     return [
-        Step("graph_modes", script("graph_modes", "--out", results / "graph_modes_h100.json"), 90),
-        Step("write", script("flash_width", flash, "--layers", 5, 17), 120, takes_deadline=False),
-        Step("step_time", script("step_time", *times, "--variants", "int4", "--k", 1), 90),
+        graphs("graph_modes", "--modes", "FULL_AND_PIECEWISE", "eager"),
+        Step("write", script("flash_width", flash, "--layers", *layers), 120, takes_deadline=False),
+        times("step_time", "--k", 1),
         Step("serve_check", script("gpu_serve_check", *check), 90),
         Step("splice_tiny", splice(tiny), 10, takes_deadline=False, done_when=tiny),
-        Step("step_time_mxfp4", script("step_time", *times, "--k", 1), 90),
-        speed("decode_h100", decode, 300),
-        speed("sweep_h100", sweep, 200),
-        Step("step_time_k2", script("step_time", *times, "--k", 1, 2), 90),
-        Step("step_time_16k", script("step_time", *times, *LONG), 90),
+        times("step_time_mxfp4", "--k", 1),
+        speed("decode", decode, 300),
+        speed("sweep", sweep, 200),
+        times("step_time_k2", "--k", 2),
+        times("step_time_mxfp4_k2", "--k", 2),
+        graphs("graph_modes_fork", "--modes", "FULL_AND_PIECEWISE", "PIECEWISE", "--start", "fork"),
+        times("step_time_16k", *LONG),
     ]
 
 
-LONG = ("--k", 1, "--variants", "int4", "--contexts", 16000, "--streams", 1, 2, "--rates", 0.7)
+LONG = ("--k", 1, "--contexts", 16000, "--streams", 1, 2, "--rates", 0.7)
 
 
-def two_gpus(work: Path, layers: int) -> list[Step]:
-    """Issue 7. All 43 layers fit two H200; on two H100 take --layers 35."""
+def two_gpus(work: Path, layers: int, gpu: str) -> list[Step]:
+    """Return the steps of the seed's deployment shape, and at the end four ranks.
+
+    All 43 layers fit two H200; on two H100 take --layers 35.
+    """
     flash = work / "flash"
-    out = ("--folder", flash, "--out", work / "results" / "two_ranks.json", "--layers", layers)
     write = ("--layers", layers, "--variants", "int4")
+
+    def ranks(part: str, name: str, *words: object) -> Step:
+        out = ("--folder", flash, "--out", work / "results" / f"{name}_{gpu}.json")
+        return Step(part, script("two_gpus", *words, *out, "--layers", layers), 90)
+
     return [
         Step("write", script("flash_width", flash, *write), 120, takes_deadline=False),
-        *(Step(part, script("two_gpus", part, *out), 90) for part in ("tiny", "speed", "quantize")),
+        *(ranks(part, "two_ranks", part) for part in ("tiny", "speed")),
+        ranks("pcie", "two_ranks", "speed", "--pcie", "--profiles", "524k", "--streams", 1),
+        ranks("quantize", "two_ranks", "quantize"),
+        ranks("four", "four_ranks", "speed", "--ranks", 4, "--profiles", "524k"),
     ]
 
 
@@ -117,6 +142,11 @@ def run(step: Step, left: float, environment: dict[str, str]) -> bool:
             process.kill()
             process.wait()
         return False
+
+
+def gpu_name() -> str:
+    """Return the GPU's name for a file: h100, h200; without one, gpu."""
+    return device_name().split()[1].lower() if has_accelerator() else "gpu"
 
 
 def prepare(work: Path, caches: Path | None) -> dict[str, str]:
@@ -140,14 +170,16 @@ def main() -> None:
     parser.add_argument("--budget-s", type=float, default=560)
     parser.add_argument("--copy-to", type=Path)
     parser.add_argument("--only", nargs="+")
-    parser.add_argument("--layers", type=int, default=43, help="of `two`")
+    parser.add_argument("--layers", type=int, nargs="+", help="5 17; of `two`: one number, 43")
     parser.add_argument("--caches", type=Path, help="kernel-caches.tar.gz of an earlier host")
     parser.add_argument("--pack-caches", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    steps = (
-        one_gpu(options.work) if options.gpus == "one" else two_gpus(options.work, options.layers)
-    )
+    gpu = gpu_name()
+    if options.gpus == "one":
+        steps = one_gpu(options.work, options.layers or [5, 17], gpu)
+    else:
+        steps = two_gpus(options.work, (options.layers or [43])[0], gpu)
     steps = [s for s in steps if not options.only or s.name in options.only]
     if options.dry_run:
         print("\n".join(f"{s.name}: {shlex.join(s.command)}" for s in steps))

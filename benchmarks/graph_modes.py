@@ -2,19 +2,30 @@
 
     python benchmarks/graph_modes.py --out benchmarks/results/graph_modes_h100.json
 
-One engine a mode, one after the other, k = 1, greedy, one request at a time: `gpu_serve_check.py`'s
-prompts and settings. Text must be the same in every mode, and the acceptance that of `eager`. The
-plugin's own remedy (`cuda/graph_breaks.py`) is at work unless --without-remedy is given.
+One engine a mode, one after the other, k = 1, greedy, one request at a time: the prompts and
+settings of `gpu_serve_check.py`. Text must be the same in every mode, and the acceptance that of
+`eager`. `vllm serve` spawns its engine, an offline one is forked: --start says which. The plugin's
+own remedy (`cuda/graph_breaks.py`) is at work unless --without-remedy is given; `remedied` has the
+methods that it found without vLLM's decorator.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import engines
-from engines import EngineFailed, EngineOptions, Send, counters, exit_on_sigterm, gained, in_child
+from engines import (
+    EngineFailed,
+    EngineOptions,
+    Send,
+    counters,
+    exit_on_sigterm,
+    gained,
+    in_child,
+    start,
+)
 from gpu_serve_check import CHUNK, LONG, MODEL
 from measurements import Deadline, Entry, Measurements
 from texts import bundled_prompts, greedy
@@ -34,10 +45,13 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--without-remedy", action="store_true")
+    parser.add_argument("--start", choices=["spawn", "fork"], default="spawn")
+    parser.add_argument("--without-remedy", action="store_true", help="of a forked engine")
     parser.add_argument("--deadline-s", type=float, default=float("inf"))
     parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
     options = parser.parse_args()
+    if options.without_remedy and options.start == "spawn":
+        parser.error("--without-remedy: a spawned engine loads the plugin anew; add --start fork")
     exit_on_sigterm()
     deadline = Deadline.after(options.deadline_s)
     done = Measurements(options.out, "graph_modes", summarize, NOTE)
@@ -46,52 +60,48 @@ def main() -> None:
         splice(MODEL / "base", MODEL / "upstream", checkpoint, "mxfp4")
         prompts = bundled_prompts(MODEL, options.prompts, LONG)
         for mode in options.modes:
-            identity = {"mode": mode, "remedy": not options.without_remedy}
+            remedy = not options.without_remedy
+            identity = {"mode": mode, "start": options.start, "remedy": remedy}
             if done.has(**identity) or deadline.passed(options.start_s):
                 continue
-            done.forget_failure(mode)
-            log = options.out.parent / "logs" / f"{options.out.stem}-{mode}.log"
+            job = "-".join(map(str, identity.values()))
+            done.forget_failure(job)
+            log = options.out.parent / "logs" / f"{options.out.stem}-{job}.log"
             try:
                 for entry in in_child(
                     observe, identity, checkpoint, prompts, options.max_tokens, log=log
                 ):
                     done.add(entry)
             except EngineFailed as error:
-                done.fail(mode, str(error))
+                done.fail(job, str(error))
 
 
 def observe(
     send: Send, identity: Entry, checkpoint: Path, prompts: list[list[int]], max_tokens: int
 ) -> None:
     """Start the engine in one mode and send what it drafted and wrote."""
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = identity["start"]
     if not identity["remedy"]:
         from mtp_graft.vllm_plugin.cuda import graph_breaks
 
         graph_breaks.BREAKS = ()  # inherited by the engine, which is forked
     mode = identity["mode"]
-    settings = engines.settings
-
-    def in_mode(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
-        chosen = settings(options, cpu=cpu)
-        if mode != "eager":
-            chosen.setdefault("compilation_config", {})["cudagraph_mode"] = mode
-        return chosen
-
-    engines.settings = in_mode
+    how = {"eager": True} if mode == "eager" else {"graphs": mode}
     began = time.perf_counter()
-    engine = EngineOptions(checkpoint, 1, 4096, 4, CHUNK, 0.4, eager=mode == "eager")
-    llm = engines.start(engine)
+    llm = start(EngineOptions(checkpoint, 1, 4096, 4, CHUNK, 0.4, **how))
     start_s = time.perf_counter() - began
     before = counters(llm)
     texts = [text["tokens"] for text in greedy(llm, prompts, max_tokens)]
-    send({**identity, **gained(before, counters(llm)), "start_s": start_s, "texts": texts})
+    seen = {"start_s": start_s, "remedied": llm.collective_rpc("attention_remedied")[0]}
+    send({**identity, **gained(before, counters(llm)), **seen, "texts": texts})
 
 
 def summarize(entries: list[Entry]) -> list[dict[str, Any]]:
     """Return each mode's acceptance, and in how many texts it differs from the first one's."""
+    keys = ("mode", "start", "remedy", "remedied", "drafted", "accepted", "acceptance")
     return [
         {
-            **{key: entry[key] for key in ("mode", "remedy", "drafted", "accepted", "acceptance")},
+            **{key: entry[key] for key in keys},
             "texts_changed": sum(map(list.__ne__, entry["texts"], entries[0]["texts"])),
         }
         for entry in entries

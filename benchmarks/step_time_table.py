@@ -1,6 +1,6 @@
 """Extrapolate step times to all 43 layers, and say what speed-up to expect at which acceptance.
 
-    python benchmarks/step_time_table.py benchmarks/results/step_time_h100.json [--layers 43]
+    python benchmarks/step_time_table.py benchmarks/results/step_time_*_h100.json [--layers 43]
 
 The step time of a load is taken as a + b x layers, through the two numbers of layers measured: b is
 a layer's time, a that of all else, the head and its drafting included. With the probability p that
@@ -16,9 +16,10 @@ hardware. Two numbers of layers cannot show a departure from the line.
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from step_time import tokens_per_step
+from step_time import summarize, tokens_per_step
 
 RATES = (0.6, 0.7, 0.85, 0.95)
 SEED = (
@@ -102,15 +103,20 @@ def markdown(report: dict[str, Any], layers: int) -> str:
 
 def directly_measured(entries: list[dict[str, Any]]) -> list[str]:
     """Return decode speeds at synthetic acceptance over the base's, as they were measured."""
-    base = {(e["layers"], e["context"], e["streams"]): e for e in entries if e["variant"] == "base"}
+    bases: dict[tuple[int, int, int], list[float]] = {}
+    for e in entries:
+        if e["variant"] == "base":
+            key = e["layers"], e["context"], e["streams"]
+            bases.setdefault(key, []).append(e["aggregate_tok_s"])
     lines = []
     for e in entries:
-        other = base.get((e["layers"], e["context"], e["streams"]))
-        if e["rate"] is None or other is None:
+        found = bases.get((e["layers"], e["context"], e["streams"]))
+        if e["rate"] is None or found is None:
             continue
-        ratio = e["aggregate_tok_s"] / other["aggregate_tok_s"]
+        base = median(found)
+        ratio = e["aggregate_tok_s"] / base
         cells = (e["layers"], e["variant"], e["k"], e["streams"], e["context"], f"{e['rate']:.0%}")
-        speeds = (f"{other['aggregate_tok_s']:.1f}", f"{e['aggregate_tok_s']:.1f}", f"{ratio:.2f}x")
+        speeds = (f"{base:.1f}", f"{e['aggregate_tok_s']:.1f}", f"{ratio:.2f}x")
         lines.append(f"| {' | '.join(map(str, (*cells, *speeds)))} |")
     if not lines:
         return []
@@ -121,10 +127,20 @@ def directly_measured(entries: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path)
+    parser.add_argument("results", type=Path, nargs="+", help="of one kind of GPU")
     parser.add_argument("--layers", type=int, default=43)
     options = parser.parse_args()
-    print(markdown(json.loads(options.result.read_text()), options.layers))
+    print(markdown(together(options.results), options.layers))
+
+
+def together(files: list[Path]) -> dict[str, Any]:
+    """Return the measurements of all files as one report; a base is paired with every file's."""
+    reports = [json.loads(file.read_text()) for file in files]
+    devices = {report["device"] for report in reports}
+    if len(devices) > 1:
+        raise SystemExit(f"results of {', '.join(sorted(devices))}: give those of one kind")
+    entries = [entry for report in reports for entry in report["measurements"]]
+    return {"device": devices.pop(), "results": summarize(entries), "measurements": entries}
 
 
 if __name__ == "__main__":

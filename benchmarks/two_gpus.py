@@ -5,7 +5,8 @@
 tiny      the bundled model: one rank's greedy text, read by two ranks (teacher-forced), and the
           text with the head against the text without, both on two ranks
 speed     FOLDER/base-N and FOLDER/int4-N of `flash_width.py` on two ranks, in the profiles'
-          settings: speed at synthetic acceptance for one stream, and for 1 to 8 streams
+          settings: speed at synthetic acceptance for one stream, and for 1 to 8 streams; with
+          --pcie under the seed's NCCL variables and without vLLM's own all-reduce
 quantize  the stage on `synthetic_flash.py`'s input in FOLDER/quantize (made if it is not there), on
           one rank and on two: are the files the same, byte for byte?
 
@@ -32,7 +33,7 @@ from measurements import Deadline, Entry, Measurements
 from step_time import Point, measure_points
 from texts import bundled_prompts, compare_forced, forced, greedy
 
-from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, PROFILES
+from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, PCIE_ENVIRONMENT, PROFILES
 from mtp_graft.stages.splice import splice
 
 HERE = Path(__file__).resolve().parent
@@ -60,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=64, help="of each text in `tiny`")
     parser.add_argument("--tokens", type=int, default=40_000, help="captured tokens in `quantize`")
+    parser.add_argument("--variants", nargs="+", default=["base", "int4"], help="in `speed`")
+    parser.add_argument("--pcie", action="store_true", help="serve's settings without NVLink")
     parser.add_argument("--small", action="store_true", help="`quantize` in small, for a CPU")
     parser.add_argument("--deadline-s", type=float, default=float("inf"))
     parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
@@ -124,15 +127,17 @@ def speed(done: Measurements, options: argparse.Namespace) -> None:
     single = [Point(1, options.context, rate) for rate in options.rates]
     sweep = [Point(n, options.context, options.sweep_rate) for n in options.streams]
     for name in options.profiles:
-        for variant, k in (("base", 0), ("int4", 1)):
+        for variant in options.variants:
+            k = 0 if variant == "base" else 1
             wanted = dict.fromkeys(sweep + single)  # ordered, each once
             if k == 0 or not has_accelerator():
                 wanted = dict.fromkeys(Point(p.streams, p.context, None) for p in wanted)
             identity = {"part": "speed", "profile": name, "layers": options.layers}
-            identity |= {"variant": variant, "k": k}
+            identity |= {"ranks": options.ranks, "pcie": options.pcie, "variant": variant, "k": k}
             todo = [p for p in wanted if not done.has(**identity, **vars(p))]
             if todo:
-                job = f"speed-{name}-{variant}-k{k}"
+                links = "-pcie" if options.pcie else ""
+                job = f"speed-{name}-tp{options.ranks}{links}-{variant}-k{k}"
                 run_engine(done, options, job, measure_profile, identity, todo, options)
 
 
@@ -146,7 +151,10 @@ def measure_profile(
         *(checkpoint, identity["k"], length, profile.max_num_seqs, MAX_NUM_BATCHED_TOKENS),
         *(profile.gpu_memory_utilization, options.ranks),
         rate=max((p.rate for p in todo if p.rate is not None), default=None),
+        custom_all_reduce=not identity["pcie"],
     )
+    if identity["pcie"]:
+        os.environ.update({str(setting.name): str(setting.value) for setting in PCIE_ENVIRONMENT})
     began = time.perf_counter()
     llm = start(engine)
     identity |= {"seats": profile.max_num_seqs, "start_s": time.perf_counter() - began}
@@ -231,23 +239,31 @@ def summarize(entries: list[Entry]) -> dict[str, Any]:
 
 def speed_lines(entries: list[Entry]) -> list[Entry]:
     """Return MTP beside its base, and whether a load brings less than the next smaller one."""
-    base = {(e["profile"], e["streams"]): e for e in entries if e["variant"] == "base"}
+    setting = ("layers", "ranks", "pcie", "profile")
+    base = {_key(e, *setting, "streams"): e for e in entries if e["variant"] == "base"}
     lines = []
     for e in entries:
-        other = base.get((e["profile"], e["streams"]))
+        other = base.get(_key(e, *setting, "streams"))
         if e["k"] and other:
-            line = {name: e[name] for name in ("profile", "streams", "rate", "acceptance")}
+            line = {name: e[name] for name in (*setting, "streams", "rate", "acceptance")}
+            for kind, entry in (("base", other), ("mtp", e)):
+                line[f"ttft_ms_{kind}"] = entry["ttft_ms"]
+                line[f"step_ms_{kind}"] = entry["step_ms"]["median"]
             line |= {"base_tok_s": other["aggregate_tok_s"], "mtp_tok_s": e["aggregate_tok_s"]}
             line["ratio"] = line["mtp_tok_s"] / line["base_tok_s"]
             lines.append(line)
     for line in lines:
-        key = line["profile"], line["rate"]
-        fewer = [o for o in lines if (o["profile"], o["rate"]) == key]
+        key = _key(line, *setting, "rate")
+        fewer = [o for o in lines if _key(o, *setting, "rate") == key]
         fewer = [o for o in fewer if o["streams"] < line["streams"]]
         if fewer:
             before = max(fewer, key=lambda o: o["streams"])
             line["dips"] = line["mtp_tok_s"] < before["mtp_tok_s"]
     return lines
+
+
+def _key(entry: Entry, *names: str) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in names)
 
 
 PARTS = {"tiny": tiny, "speed": speed, "quantize": quantize}

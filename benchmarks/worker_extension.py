@@ -29,6 +29,12 @@ class WorkerExtension:
             rates.fill_(rate)
         return rates.tolist()
 
+    def attention_remedied(self) -> list[str]:
+        """Return the methods that the plugin had to decorate, of `cuda/graph_breaks.py`."""
+        from mtp_graft.vllm_plugin.cuda import graph_breaks
+
+        return graph_breaks.remedied
+
 
 @register_model_loader(LOAD_FORMAT)
 class RepeatingLoader(DefaultModelLoader):

@@ -219,7 +219,8 @@ def test_recordings_are_compared_by_their_projections() -> None:
 
 def test_a_load_that_brings_less_than_a_smaller_one_dips() -> None:
     speeds = [(1, 100.0), (2, 180.0), (3, 170.0), (4, 240.0)]
-    place = {"profile": "524k", "rate": 0.7, "acceptance": 0.7}
+    place = {"layers": 43, "ranks": 2, "pcie": False, "profile": "524k"}
+    place |= {"rate": 0.7, "acceptance": 0.7, "ttft_ms": 90.0, "step_ms": {"median": 10.0}}
     entries = [
         {**place, "streams": n, "variant": variant, "k": k, "aggregate_tok_s": speed}
         for n, speed in speeds
@@ -230,6 +231,6 @@ def test_a_load_that_brings_less_than_a_smaller_one_dips() -> None:
 
 
 def test_the_host_driver_asks_for_the_cpu_reference_that_is_committed() -> None:
-    steps = load("gpu_host").one_gpu(Path("/work"))
+    steps = load("gpu_host").one_gpu(Path("/work"), [5, 17], "h100")
     command = next(step.command for step in steps if step.name == "serve_check")
     assert Path(command[command.index("--reference") + 1]).is_file()

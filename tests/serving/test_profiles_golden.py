@@ -188,20 +188,12 @@ def test_the_conservative_524k_is_the_seeds_command_but_for_what_is_explained(
     assert ours.pop("--host") == ("127.0.0.1",)
     assert seeds.pop("--host") == ("0.0.0.0",)
     assert seeds.pop("--trust-remote-code") == ()
-    assert ours.pop("--compilation-config") == ('{"cudagraph_mode":"FULL_DECODE_ONLY"}',)
     assert ours == seeds
     environment = dict(pair.split("=") for pair in SEED_ENVIRONMENT.split())
     assert environment.pop("VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP") == "0"
     assert environment.items() <= result["env"].items()
     added = result["env"].keys() - environment.keys()
     notes = " ".join(result["notes"])
-    flags = ("--trust-remote-code", "127.0.0.1", "--compilation-config")
+    flags = ("--trust-remote-code", "127.0.0.1")
     for name in (*flags, "SPARSE_MLA_WARMUP=0 left out", *added):
         assert name in notes, f"{name} differs from the seed and is not explained"
-
-
-def test_an_eager_engine_has_no_graphs_to_choose(dry_run: Print, flash: Path) -> None:
-    case = (*FLASH_CASES["h200-x2-524k"], "--enforce-eager")
-    result = json.loads(dry_run(flash, *case, "--json", "-"))
-    assert "--enforce-eager" in result["argv"]
-    assert "--compilation-config" not in (" ".join(result["argv"]) + " ".join(result["notes"]))

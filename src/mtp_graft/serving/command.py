@@ -19,7 +19,7 @@ from mtp_graft.checkpoint.capture import RECORD_VARIABLE
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.profiles import GRAPH_FLAGS, MODEL_FLAGS
+from mtp_graft.serving.profiles import MODEL_FLAGS
 
 PLUGIN_NAME = "mtp_graft"
 #: The only KV block size that DeepSeek-V4's attention backends accept.
@@ -247,8 +247,6 @@ def _optional_args(options: ServeOptions, on_cpu: bool) -> list[str]:
         args.append("--no-enable-prefix-caching")
     if on_cpu if options.enforce_eager is None else options.enforce_eager:
         args.append("--enforce-eager")
-    elif not on_cpu:
-        args += [word for flag in GRAPH_FLAGS for word in flag.as_args()]
     return args
 
 

@@ -19,7 +19,6 @@ from mtp_graft.serving.command import (
 from mtp_graft.serving.profiles import (
     DIFFERENCES_FROM_SEED,
     GPU_ENVIRONMENT,
-    GRAPH_FLAGS,
     MAX_NUM_BATCHED_TOKENS,
     MOST_SEQUENCES,
     PCIE_ENVIRONMENT,
@@ -91,8 +90,6 @@ def make_plan(
     notes += _explained(name, profile, options, room)
     if num_speculative_tokens(options) == 0:
         notes.append("no drafting: the checkpoint has no head, or 0 tokens were asked for")
-    if hardware.gpu is not None and not options.enforce_eager:  # `build_command` sets them
-        notes.extend(f"{flag}: {flag.why} ({flag.source})" for flag in GRAPH_FLAGS)
     environment, flags = _adapted(hardware, tp, vllm, notes)
     flags += _node_flags(hardware, node or Node(), notes)
     options = replace(

@@ -132,17 +132,6 @@ GPU_ENVIRONMENT = (
     ),
 )
 
-#: On any GPU, unless the engine runs without CUDA graphs.
-GRAPH_FLAGS = (
-    Setting(
-        "--compilation-config",
-        '{"cudagraph_mode":"FULL_DECODE_ONLY"}',
-        "a precaution: with piecewise graphs an offline engine left the head's attention out and "
-        "45 % of the drafts were accepted instead of 79 % (H100, vLLM 0.26.0); a server should not",
-        "docs/engine.md",
-    ),
-)
-
 #: Where several GPUs of one host have no NVLink between them.
 PCIE_FLAGS = (
     Setting(

@@ -13,6 +13,9 @@ from typing import Any
 #: The methods that vLLM decorates, in one version or another.
 BREAKS = ("attention_impl", "_prepare_and_attn_eager", "_sparse_indexer_and_attn")
 
+#: The methods that `apply` found undecorated in this process.
+remedied: list[str] = []
+
 
 def apply() -> None:
     """Let attention run outside of the graphs, where vLLM meant it to; safe to call twice."""
@@ -20,11 +23,12 @@ def apply() -> None:
     from vllm.models.deepseek_v4 import attention
 
     if breakable_cudagraph.is_breakable_cudagraph_enabled():
-        decorate(attention, breakable_cudagraph.eager_break_during_capture)
+        remedied.extend(decorate(attention, breakable_cudagraph.eager_break_during_capture))
 
 
-def decorate(module: Any, decorator: Any) -> None:
-    """Put `decorator` on those BREAKS of the classes in `module` that lack it."""
+def decorate(module: Any, decorator: Any) -> list[str]:
+    """Put `decorator` on those BREAKS of the classes in `module` that lack it; name them."""
+    found: list[str] = []
     for owner in vars(module).values():
         if not isinstance(owner, type) or owner.__module__ != module.__name__:
             continue
@@ -32,3 +36,5 @@ def decorate(module: Any, decorator: Any) -> None:
             method = vars(owner).get(name)
             if method is not None and not hasattr(method, "__wrapped__"):
                 setattr(owner, name, decorator(method))
+                found.append(f"{owner.__name__}.{name}")
+    return found
