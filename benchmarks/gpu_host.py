@@ -75,7 +75,7 @@ def one_gpu(work: Path, layers: list[int], gpu: str) -> list[Step]:
         return Step(name, script("step_time", *where, *words), 90)
 
     def graphs(name: str, *words: object) -> Step:
-        out = results / f"graph_modes_{gpu}.json"
+        out = results / f"{name}_{gpu}.json"
         return Step(name, script("graph_modes", "--out", out, *words), 90)
 
     def speed(name: str, words: tuple[object, ...], needs_s: float) -> Step:
