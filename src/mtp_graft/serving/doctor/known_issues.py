@@ -89,11 +89,10 @@ ISSUES = (
         "note",
         "",
         lambda _survey, target: target.platform == "cuda",
-        "piecewise CUDA graphs, vLLM's default",
-        "an engine that is forked, as offline ones are, leaves attention out of them: on an H100 "
-        "with vLLM 0.26.0 45 % of the drafts were accepted instead of 79 %; a server does not fork",
-        '--compilation-config \'{"cudagraph_mode":"FULL_DECODE_ONLY"}\', which `mtp-graft serve` '
-        "sets on GPUs",
+        "piecewise CUDA graphs, vLLM's default, in an offline engine",
+        "one that is forked, as they are by default, leaves attention out of them: on an H100 with "
+        "vLLM 0.26.0 45 % of the drafts were accepted instead of 79 %; a server is not forked",
+        "VLLM_PLUGINS=mtp_graft, which cures it, or VLLM_WORKER_MULTIPROC_METHOD=spawn",
         "docs/engine.md",
     ),
     KnownIssue(
