@@ -230,6 +230,45 @@ def decode(
 
     The first step has no tokens: it is the moment at which the requests are sent.
     """
+    steps = [Step(time.perf_counter(), {})]
+    first: list[int] = []
+    for at, outputs in _stepping(llm, prompts, max_tokens, temperature):
+        tokens = {o.request_id: len(o.outputs[0].token_ids) for o in outputs}
+        tokens = {request: n for request, n in tokens.items() if n}
+        first += [t for o in outputs if o.request_id == "decode-0" for t in o.outputs[0].token_ids]
+        if tokens:
+            steps.append(Step(at, tokens))
+    return steps, first
+
+
+def gpu_ms_of_a_step(
+    llm: Any, prompts: list[list[int]], k: int, temperature: float, steps: int = 24
+) -> float:
+    """Return the milliseconds in which a GPU computes in a step that decodes all prompts.
+
+    Of several ranks, the one that computes longest.
+    """
+    seen: set[str] = set()
+    since = 0  # steps after every prompt got its first token
+    clocked = False
+    for _, outputs in _stepping(llm, prompts, (steps + 4 * SETTLING) * (1 + k), temperature):
+        seen |= {output.request_id for output in outputs if output.outputs[0].token_ids}
+        since += len(seen) == len(prompts)
+        if since == SETTLING and not clocked:
+            llm.collective_rpc("start_gpu_clock")
+            clocked = True
+        if since == SETTLING + steps and clocked:
+            ranks = llm.collective_rpc("stop_gpu_clock")
+            clocked = False
+    if since < SETTLING + steps:
+        raise ValueError(f"{since} steps with {len(prompts)} streams; ask for more tokens")
+    return max(busy_ms / counted for counted, busy_ms in ranks)
+
+
+def _stepping(
+    llm: Any, prompts: list[list[int]], max_tokens: int, temperature: float
+) -> Iterator[tuple[float, list[Any]]]:
+    """Send all prompts, and yield when each of the engine's outputs came, and what it was."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -241,19 +280,11 @@ def decode(
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    steps = [Step(time.perf_counter(), {})]
     for i, prompt in enumerate(prompts):
         engine.add_request(f"decode-{i}", {"prompt_token_ids": prompt}, sampling)
-    first: list[int] = []
     while engine.has_unfinished_requests():
         outputs = engine.step()
-        at = time.perf_counter()
-        tokens = {o.request_id: len(o.outputs[0].token_ids) for o in outputs}
-        tokens = {request: n for request, n in tokens.items() if n}
-        first += [t for o in outputs if o.request_id == "decode-0" for t in o.outputs[0].token_ids]
-        if tokens:
-            steps.append(Step(at, tokens))
-    return steps, first
+        yield time.perf_counter(), outputs
 
 
 def summarize_steps(steps: list[Step], streams: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from engines import (
     decode,
     exit_on_sigterm,
     gained,
+    gpu_ms_of_a_step,
     has_accelerator,
     in_child,
     random_prompts,
@@ -40,7 +41,8 @@ from measurements import Deadline, Entry, Measurements
 
 NOTE = (
     "Random weights of Flash's width, offline engine, no HTTP. step_ms is the time between two "
-    "outputs of the engine while all streams decode. rate: synthetic acceptance of each draft, if "
+    "outputs of the engine while all streams decode, gpu_ms the part of it in which the GPU "
+    "computed, by a profiler in a decode of its own. rate: synthetic acceptance of each draft, if "
     "all before it were accepted; null: what the random head happens to get, about 0. results has "
     "the medians over all rates at the shortest context."
 )
@@ -141,22 +143,34 @@ def measure_points(
 ) -> None:
     """Send an entry for each point, `identity` in it; of more streams than seats, some wait."""
     vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    warmed: set[tuple[int, int]] = set()
+    gpu_ms: dict[tuple[int, int], float | None] = {}  # of a step, by streams and context
     for point in todo:
         if deadline.passed():
             return
         prompts = random_prompts(point.streams, point.context, vocabulary)
         if point.rate is not None:
             set_rate(llm, point.rate)
-        if (point.streams, point.context) not in warmed:
-            decode(llm, prompts, 16, options.temperature)
-            warmed.add((point.streams, point.context))
+        load = point.streams, point.context
+        if load not in gpu_ms:  # this warms up, too
+            gpu_ms[load] = _gpu_ms(llm, prompts, identity, options.temperature)
         before = counters(llm)
         wanted = num_tokens(options.steps, identity["k"], point.rate)
         steps, text = decode(llm, prompts, wanted, options.temperature)
         seated = min(point.streams, identity.get("seats", point.streams))
         entry = summarize_steps(steps, seated) | gained(before, counters(llm))
-        send({**identity, **vars(point), **entry, "distinct_tokens": len(set(text)) / len(text)})
+        entry |= {"gpu_ms": gpu_ms[load], "distinct_tokens": len(set(text)) / len(text)}
+        send({**identity, **vars(point), **entry})
+
+
+def _gpu_ms(
+    llm: Any, prompts: list[list[int]], identity: Entry, temperature: float
+) -> float | None:
+    """Decode twice, to warm up and to time the GPU; None on a CPU."""
+    seated = prompts[: identity.get("seats", len(prompts))]
+    decode(llm, prompts, 16, temperature)
+    if not has_accelerator():
+        return None
+    return gpu_ms_of_a_step(llm, seated, identity["k"], temperature)
 
 
 def num_tokens(steps: int, k: int, rate: float | None) -> int:
@@ -174,20 +188,27 @@ def summarize(entries: list[Entry]) -> list[Entry]:
     if not entries:
         return []
     context = min(e["context"] for e in entries)
-    times: dict[tuple[Any, ...], list[float]] = {}
+    found: dict[tuple[Any, ...], list[Entry]] = {}
     for e in entries:
         if e["context"] == context:
             key = e["layers"], e["variant"], e["k"], e["streams"]
-            times.setdefault(key, []).append(e["step_ms"]["median"])
-    return list(_pairs({key: median(values) for key, values in times.items()}))
+            found.setdefault(key, []).append(e)
+    return list(_pairs({key: _times(group) for key, group in found.items()}))
 
 
-def _pairs(times: dict[tuple[Any, ...], float]) -> Iterator[Entry]:
-    for (layers, variant, k, streams), step_ms in sorted(times.items()):
+def _times(group: list[Entry]) -> tuple[float, float | None]:
+    """Return the medians of the step times and of the GPU's times, of one load."""
+    busy = [e["gpu_ms"] for e in group if e["gpu_ms"] is not None]
+    return median(e["step_ms"]["median"] for e in group), median(busy) if busy else None
+
+
+def _pairs(times: dict[tuple[Any, ...], tuple[float, float | None]]) -> Iterator[Entry]:
+    for (layers, variant, k, streams), (step_ms, gpu_ms) in sorted(times.items()):
         base = times.get((layers, "base", 0, streams))
         if k and base is not None:
             line = {"layers": layers, "variant": variant, "k": k, "streams": streams}
-            yield {**line, "step_ms_base": base, "step_ms_mtp": step_ms}
+            line |= {"step_ms_base": base[0], "step_ms_mtp": step_ms}
+            yield {**line, "gpu_ms_base": base[1], "gpu_ms_mtp": gpu_ms}
 
 
 def main() -> None:

@@ -2,9 +2,11 @@
 
     python benchmarks/step_time_table.py benchmarks/results/step_time_*_h100.json [--layers 43]
 
-The step time of a load is taken as a + b x layers, through the two numbers of layers measured: b is
-a layer's time, a that of all else, the head and its drafting included. With the probability p that
-a draft is accepted, if all before it were, a step brings 1 + p + ... + p^k tokens, so
+A step takes the engine's own time, scheduling and launching, or the GPU's if that is longer: the
+two overlap. The GPU's time grows with the layers and is taken as a + b x layers, through the
+smallest and the largest number measured; the engine's is that of a step of the fewest layers, if
+the GPU computed for less than two thirds of it, and is not known otherwise. With the probability p
+that a draft is accepted, if all before it were, a step brings 1 + p + ... + p^k tokens, so
 
     speed-up = (1 + p + ... + p^k) x base step time / MTP step time.
 
@@ -27,7 +29,10 @@ SEED = (
     "6000 Max-Q, the base without MTP against k = 1; its acceptance and hardware are others."
 )
 NOISE = "**An MTP step that takes less than its base's cannot be: noise. Measure again.**"
+#: Below this share of a step the GPU waits for the engine.
+HOST_BOUND = 2 / 3
 Key = tuple[str, int, int]  # variant, k, streams
+Row = tuple[str, Key, float, float, str]  # layers, load, base and MTP step in ms, GPU's times
 
 
 def fit(first: tuple[int, float], second: tuple[int, float]) -> tuple[float, float]:
@@ -48,24 +53,31 @@ def extrapolate(results: list[dict[str, Any]], layers: int) -> dict[Key, tuple[f
     times: dict[Key, tuple[float, float]] = {}
     for key, lines in found.items():
         few, many = (choose(lines, key=lambda line: line["layers"]) for choose in (min, max))
-        if few["layers"] < many["layers"]:
-            a, b = fit(*((end["layers"], end["step_ms_base"]) for end in (few, many)))
-            c, d = fit(*((end["layers"], end["step_ms_mtp"]) for end in (few, many)))
-            times[key] = a + b * layers, c + d * layers
+        if few["layers"] < many["layers"] and few["gpu_ms_mtp"] is not None:
+            base, mtp = (step_ms(few, many, kind, layers) for kind in ("base", "mtp"))
+            times[key] = base, mtp
     return times
+
+
+def step_ms(few: dict[str, Any], many: dict[str, Any], kind: str, layers: int) -> float:
+    """Return the larger of the GPU's time on its line and the engine's own."""
+    step, busy = f"step_ms_{kind}", f"gpu_ms_{kind}"
+    a, b = fit((few["layers"], few[busy]), (many["layers"], many[busy]))
+    engine = few[step] if few[busy] < HOST_BOUND * few[step] else 0.0
+    return max(a + b * layers, engine)
 
 
 def speed_ups(base_ms: float, mtp_ms: float, k: int) -> list[float]:
     return [tokens_per_step(k, rate) * base_ms / mtp_ms for rate in RATES]
 
 
-def table(rows: list[tuple[str, Key, float, float]], unit: str) -> list[str]:
-    """Return a Markdown table; rows are (first cell, key, base ms, MTP ms)."""
+def table(rows: list[Row]) -> list[str]:
+    """Return a Markdown table of step times and what follows from them."""
     rates = "".join(f" {rate:.0%} |" for rate in RATES)
-    lines = [f"| {unit} | head | k | streams | base ms | MTP ms | cost |{rates}"]
-    lines.append("| ---: | --- " + "| ---: " * (5 + len(RATES)) + "|")
-    for first, (variant, k, streams), base, mtp in rows:
-        cells = [first, variant, str(k), str(streams), f"{base:.2f}", f"{mtp:.2f}"]
+    lines = [f"| layers | head | k | streams | base ms | MTP ms | of these GPU | cost |{rates}"]
+    lines.append("| ---: | --- " + "| ---: " * (6 + len(RATES)) + "|")
+    for first, (variant, k, streams), base, mtp, busy in rows:
+        cells = [first, variant, str(k), str(streams), f"{base:.2f}", f"{mtp:.2f}", busy]
         cells += [f"{mtp / base:.2f}x", *(f"{s:.2f}x" for s in speed_ups(base, mtp, k))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -79,26 +91,33 @@ def markdown(report: dict[str, Any], layers: int) -> str:
             (r["variant"], r["k"], r["streams"]),
             r["step_ms_base"],
             r["step_ms_mtp"],
+            busy_cell(r),
         )
         for r in results
     ]
-    whole = [(str(layers), key, *times) for key, times in extrapolate(results, layers).items()]
-    noise = any(mtp < base for *_, base, mtp in [*measured, *whole])
+    whole = [(str(layers), key, *times, "") for key, times in extrapolate(results, layers).items()]
+    noise = any(mtp < base for _, _, base, mtp, _ in [*measured, *whole])
     return "\n".join(
         [
             f"**Measured** step times, {report['device']}; the speed-ups follow from them:",
             "",
-            *table(measured, "layers"),
+            *table(measured),
             "",
             f"**Extrapolated** to {layers} layers, not measured:",
             "",
-            *(table(whole, "layers") if whole else ["(two numbers of layers are needed)"]),
+            *(table(whole) if whole else ["(two numbers of layers, timed on a GPU, are needed)"]),
             "",
             *([NOISE, ""] if noise else []),
             *directly_measured(report["measurements"]),
             SEED,
         ]
     )
+
+
+def busy_cell(line: dict[str, Any]) -> str:
+    if line["gpu_ms_base"] is None or line["gpu_ms_mtp"] is None:
+        return ""
+    return f"{line['gpu_ms_base']:.2f}, {line['gpu_ms_mtp']:.2f}"
 
 
 def directly_measured(entries: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the benchmarks add to vLLM's workers: settable acceptance, and layers that repeat.
+"""What the benchmarks add to vLLM's workers: settable acceptance, a clock, layers that repeat.
 
 vLLM imports this module in every worker, through `worker_extension_cls`, before it loads a model.
 
@@ -12,6 +12,7 @@ from copy import copy
 from typing import Any
 
 import torch
+from gpu_clock import GpuClock
 from layers import copies, layer_of
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -28,6 +29,14 @@ class WorkerExtension:
         with torch.inference_mode():  # it may be an inference tensor
             rates.fill_(rate)
         return rates.tolist()
+
+    def start_gpu_clock(self) -> None:
+        """Begin to count steps and to time the GPU in them."""
+        self.gpu_clock = GpuClock(self.model_runner)  # type: ignore[attr-defined]
+
+    def stop_gpu_clock(self) -> tuple[int, float]:
+        """Return the steps since the start and the milliseconds in which the GPU computed."""
+        return self.gpu_clock.stop()
 
     def attention_remedied(self) -> list[str]:
         """Return the methods that the plugin had to decorate, of `cuda/graph_breaks.py`."""

@@ -3,7 +3,9 @@
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +21,12 @@ def load(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def line(layers: int, base: float, mtp: float) -> dict[str, Any]:
+def line(
+    layers: int, base: float, mtp: float, gpu: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    busy = gpu or (base, mtp)  # the GPU computes all the time
     times = {"step_ms_base": base, "step_ms_mtp": mtp}
+    times |= {"gpu_ms_base": busy[0], "gpu_ms_mtp": busy[1]}
     return {"layers": layers, "variant": "int4", "k": 1, "streams": 1, **times}
 
 
@@ -30,6 +36,7 @@ def entry(variant: str, k: int, rate: float | None, step_ms: float) -> dict[str,
         **place,
         "rate": rate,
         "step_ms": {"median": step_ms},
+        "gpu_ms": step_ms,
         "aggregate_tok_s": 1000 / step_ms,
     }
 
@@ -40,6 +47,37 @@ def test_a_line_through_two_layer_counts_is_carried_on() -> None:
     assert load("step_time_table").extrapolate(results, 43)["int4", 1, 1] == pytest.approx(
         (22.5, 27.8)
     )
+
+
+def test_an_engine_slower_than_the_gpu_sets_the_step() -> None:
+    # The GPU computes 0.1 ms a layer, and a half more for the head; the engine takes 4 and 7 ms.
+    few, many = line(5, 4.0, 7.0, (0.5, 1.0)), line(17, 4.1, 7.1, (1.7, 2.2))
+    table = load("step_time_table")
+    assert table.extrapolate([few, many], 43)["int4", 1, 1] == pytest.approx((4.3, 7.0))
+
+
+def test_without_the_gpus_times_nothing_is_extrapolated() -> None:
+    lines = [line(n, 4.0, 7.0) | {"gpu_ms_base": None, "gpu_ms_mtp": None} for n in (5, 17)]
+    assert load("step_time_table").extrapolate(lines, 43) == {}
+
+
+def test_kernels_that_overlap_count_once() -> None:
+    covered = load("gpu_clock").covered
+    assert covered([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.8)]) == pytest.approx(5)
+    assert covered([]) == 0
+
+
+@pytest.mark.gpu
+def test_the_gpu_clock_counts_steps_and_no_more_than_the_time_that_passed() -> None:
+    matrix = torch.randn(4096, 4096, device="cuda")
+    runner = SimpleNamespace(execute_model=lambda _: matrix @ matrix)
+    clock = load("gpu_clock").GpuClock(runner)
+    began = time.perf_counter()
+    for scheduled in (8, 0, 8):
+        runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=scheduled))
+    steps, busy_ms = clock.stop()
+    assert steps == 2
+    assert 1 < busy_ms < 1000 * (time.perf_counter() - began)
 
 
 def test_one_layer_count_is_not_extrapolated() -> None:
@@ -71,7 +109,7 @@ def test_table_keeps_measured_and_extrapolated_apart() -> None:
         "measurements": [entry("base", 0, None, 4.0), entry("int4", 1, 0.6, 5.0)],
     }
     measured, extrapolated = load("step_time_table").markdown(report, 43).split("**Extrapolated**")
-    assert "| 17 | int4 | 1 | 1 | 9.50 | 12.20 |" in measured
+    assert "| 17 | int4 | 1 | 1 | 9.50 | 12.20 | 9.50, 12.20 |" in measured
     assert "| 43 | int4 | 1 | 1 | 22.50 | 27.80 |" in extrapolated
     assert "22.50" not in measured
     assert "| 60% | 250.0 | 200.0 | 0.80x |" in extrapolated
@@ -119,8 +157,6 @@ def dies(send: Any) -> None:
 
 
 def hangs(send: Any) -> None:
-    import time
-
     time.sleep(600)
 
 
