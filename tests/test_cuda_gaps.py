@@ -1,5 +1,6 @@
 """The CUDA shims' arithmetic, on a CPU; that the patched engine decodes right needs a GPU."""
 
+import os
 import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
@@ -132,6 +133,18 @@ def test_attention_gets_the_decorator_that_vllm_set_too_late() -> None:
     command = [sys.executable, "-c", LATE_VARIABLE]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "['_prepare_and_attn_eager', '_sparse_indexer_and_attn'] []"
+
+
+def test_a_spawned_engine_has_the_decorator_and_needs_no_remedy() -> None:
+    script = (
+        "from vllm.models.deepseek_v4 import attention\n"
+        "from mtp_graft.vllm_plugin.cuda import graph_breaks\n"
+        "graph_breaks.apply()\nprint(graph_breaks.remedied)"
+    )
+    environment = {**os.environ, "VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}  # inherited by the engine
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_decorated_attention_runs_between_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:

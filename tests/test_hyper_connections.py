@@ -17,10 +17,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.kernels.mhc.torch import mhc_pre_torch
 from vllm.model_executor.layers.mhc import MHCPreOp
 
-from mtp_graft.vllm_plugin.cpu.hyper_connections import (
-    RowwiseMHCPre,
-    compute_rowwise,
-)
+from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin.cpu.hyper_connections import RowwiseMHCPre, compute_rowwise
 
 pytestmark = pytest.mark.vllm
 
@@ -136,3 +134,8 @@ def test_every_layer_of_a_model_gets_the_override_and_nothing_else_changes() -> 
     assert isinstance(model[0].mhc_pre, RowwiseMHCPre)
     assert isinstance(model[1][0].mhc_pre, RowwiseMHCPre)
     assert model[2].mhc_pre is other
+
+
+def test_a_model_without_hyper_connections_is_an_error() -> None:
+    with pytest.raises(GraftError, match="no mhc_pre"):
+        compute_rowwise(nn.Sequential(nn.Identity()))

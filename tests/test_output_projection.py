@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vllm.models.deepseek_v4.cpu import cpu_sparse
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
+from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu.output_projection import RowwiseAttention, project_rowwise
 
 pytestmark = pytest.mark.vllm
@@ -58,3 +59,8 @@ def test_a_token_alone_and_beside_others_gives_the_same_bits(
     together = torch.cat([attention._o_proj(*pair) for pair in pairs])
     assert torch.equal(together, torch.cat(alone))
     torch.testing.assert_close(together, stock, rtol=1e-2, atol=1e-2)
+
+
+def test_a_model_without_attention_is_an_error() -> None:
+    with pytest.raises(GraftError, match="no attention"):
+        project_rowwise(nn.Sequential(nn.Identity()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.mhc import MHCPreOp
 
+from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu.order_free import at_least
 
 
@@ -25,7 +26,9 @@ class RowwiseMHCPre(MHCPreOp):
 
 
 def compute_rowwise(model: nn.Module) -> None:
-    """Give every decoder layer in `model` a `RowwiseMHCPre`."""
-    for module in model.modules():
-        if isinstance(getattr(module, "mhc_pre", None), MHCPreOp):
-            module.mhc_pre = RowwiseMHCPre()
+    """Give every decoder layer in `model` a `RowwiseMHCPre`; raises GraftError if there is none."""
+    layers = [m for m in model.modules() if isinstance(getattr(m, "mhc_pre", None), MHCPreOp)]
+    if not layers:
+        raise GraftError("found no mhc_pre in the model's layers; is this vLLM a supported one?")
+    for layer in layers:
+        layer.mhc_pre = RowwiseMHCPre()

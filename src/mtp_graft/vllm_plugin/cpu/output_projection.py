@@ -7,6 +7,7 @@ takes another order of sums for less than five rows, as `order_free` says of its
 from torch import Tensor, nn
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
+from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu.order_free import MIN_ROWS, at_least
 
 
@@ -20,7 +21,12 @@ class RowwiseAttention(DeepseekV4CPUAttention):
 
 
 def project_rowwise(model: nn.Module) -> None:
-    """Make every attention of `model` a `RowwiseAttention`, as vLLM changes its caches' classes."""
-    for module in model.modules():
-        if type(module) is DeepseekV4CPUAttention:
-            module.__class__ = RowwiseAttention
+    """Make every attention of `model` a `RowwiseAttention`, as vLLM changes its caches' classes.
+
+    Raises GraftError if there is none.
+    """
+    layers = [m for m in model.modules() if type(m) is DeepseekV4CPUAttention]
+    if not layers:
+        raise GraftError("found no attention in the model's layers; is this vLLM a supported one?")
+    for layer in layers:
+        layer.__class__ = RowwiseAttention
