@@ -18,13 +18,13 @@ from openai.types.chat import ChatCompletion
 from engine.conftest import Checkpoints
 from mtp_graft.serving.check import check_drafter
 from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.command import CPU_STEP, ServeOptions
 from mtp_graft.serving.server import managed_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 NAME = "deepseek-v4-flash"
 API_KEY = "a-key-of-the-tests"
-MAX_MODEL_LEN = 2048
+MAX_MODEL_LEN = 3072  # more than a step of vLLM's own on a CPU
 QUESTION = "A boat carries 4 crates of 6 lamps each. How many lamps are on the boat?"
 SMALL_NUMBER = {"type": "integer", "minimum": 0, "maximum": 999}
 ADD_TOOL: dict[str, Any] = {
@@ -281,6 +281,11 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_request(
     assert generated < most / 2, "it ended by itself"
     assert server.is_healthy()
     assert content_of(ask(client))
+
+
+def test_a_prompt_longer_than_vllms_own_step_is_answered(client: openai.OpenAI) -> None:
+    answer = ask(client, "the " * 2300, max_tokens=2)
+    assert answer.usage is not None and answer.usage.prompt_tokens > CPU_STEP
 
 
 def test_mistakes_are_the_clients_and_the_server_goes_on(

@@ -46,6 +46,24 @@ def test_command_for_a_grafted_checkpoint_on_a_cpu_is_exact(vllm: Path, grafted:
     assert built.base_url == "http://127.0.0.1:8000"
 
 
+@pytest.mark.parametrize(("context", "step"), [(2048, None), (4096, "4096"), (None, "8192")])
+def test_on_a_cpu_with_a_head_a_step_holds_the_longest_prompt(
+    vllm: Path, grafted: Path, base: Path, context: int | None, step: str | None
+) -> None:
+    config = json.loads((grafted / "config.json").read_text())
+    config["max_position_embeddings"] = 8192
+    (grafted / "config.json").write_text(json.dumps(config))
+    argv = list(build_command(ServeOptions(grafted, max_model_len=context)).argv)
+    assert (value(argv, "--max-num-batched-tokens") if step else None) == step
+    without = build_command(ServeOptions(base, max_model_len=context)).argv
+    assert "--max-num-batched-tokens" not in without
+
+
+def test_a_step_too_small_for_a_prompt_is_refused_on_a_cpu(vllm: Path, grafted: Path) -> None:
+    with pytest.raises(GraftError, match="expected at least the context's 2048"):
+        build_command(ServeOptions(grafted, max_model_len=2048, max_num_batched_tokens=512))
+
+
 def test_a_gpu_keeps_its_own_memory_and_compilation_defaults(
     tmp_path: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

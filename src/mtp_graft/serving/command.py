@@ -22,6 +22,8 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving.profiles import MODEL_FLAGS
 
 PLUGIN_NAME = "mtp_graft"
+#: vLLM's own step of a server on a CPU, in tokens.
+CPU_STEP = 2048
 #: The only KV block size that DeepSeek-V4's attention backends accept.
 BLOCK_SIZE = 256
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -104,7 +106,8 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
 
     `vllm` defaults to the installed one; another is for printing the command only. Raises
     GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative tokens
-    without a head, and for a vLLM that is missing or not supported.
+    without a head, for a step that cannot hold a prompt, and for a vLLM that is missing or not
+    supported.
     """
     num_draft = num_speculative_tokens(options)
     vllm = vllm or find_vllm()
@@ -116,7 +119,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
         *(word for flag in MODEL_FLAGS for word in flag.as_args()),
         *("--kv-cache-dtype", options.kv_cache_dtype, "--block-size", str(BLOCK_SIZE)),
         *("--tensor-parallel-size", str(options.num_ranks)),
-        *_optional_args(options, on_cpu),
+        *_optional_args(options, on_cpu, _step_size(options, on_cpu, num_draft)),
     ]
     if num_draft:
         speculative = {"method": "mtp", "num_speculative_tokens": num_draft}
@@ -225,14 +228,34 @@ def _launcher(dist: Distribution) -> tuple[str, ...]:
     return (sys.executable, "-m", "vllm.entrypoints.cli.main", "serve")
 
 
-def _optional_args(options: ServeOptions, on_cpu: bool) -> list[str]:
+def _step_size(options: ServeOptions, on_cpu: bool, num_draft: int) -> int | None:
+    """Return how many tokens a step may have; None leaves it to vLLM.
+
+    On a CPU without AMX vLLM takes prompts whole and widens its steps for that. With a head it
+    forgets to (0.32.0), and a prompt that is longer than a step waits for ever: a step gets the
+    whole context. Raises GraftError if less was asked for.
+    """
+    wanted = options.max_num_batched_tokens
+    if not (on_cpu and num_draft):
+        return wanted
+    positions: int = read_config(options.checkpoint).get("max_position_embeddings", 0)
+    context = options.max_model_len or positions
+    if wanted is not None and wanted < context:
+        raise GraftError(
+            f"{wanted} tokens a step on a CPU, with the head: expected at least the context's "
+            f"{context}, or longer prompts wait for ever; leave --max-num-batched-tokens out"
+        )
+    return wanted or (context if context > CPU_STEP else None)
+
+
+def _optional_args(options: ServeOptions, on_cpu: bool, step_size: int | None) -> list[str]:
     args: list[str] = []
     if options.max_model_len is not None:
         args += ["--max-model-len", str(options.max_model_len)]
     if options.max_num_seqs is not None:
         args += ["--max-num-seqs", str(options.max_num_seqs)]
-    if options.max_num_batched_tokens is not None:
-        args += ["--max-num-batched-tokens", str(options.max_num_batched_tokens)]
+    if step_size is not None:
+        args += ["--max-num-batched-tokens", str(step_size)]
     if not options.chunked_prefill:
         args.append("--no-enable-chunked-prefill")
     if options.served_model_names:

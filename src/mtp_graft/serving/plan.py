@@ -260,8 +260,8 @@ def _explained(name: str, profile: Profile, options: ServeOptions, room: Room) -
             yield f"{flag} {value}, the profile has {default}: {why}"
     if room.hardware.gpu is None:
         yield (
-            "--gpu-memory-utilization and --max-num-batched-tokens left out: on a CPU the KV cache "
-            "is given in bytes, and a step takes a whole prompt"
+            "--gpu-memory-utilization left out: on a CPU the KV cache is given in bytes; "
+            "--max-num-batched-tokens is the context, since a step takes a whole prompt"
         )
     yield room.describe(profile.gpu_memory_utilization, profile.max_model_len)
     shape = profile.max_model_len, profile.max_num_seqs
@@ -301,8 +301,7 @@ def _filled(options: ServeOptions, profile: Profile, room: Room) -> ServeOptions
         served_model_names=options.served_model_names or SERVED_MODEL_NAMES,
     )
     if room.hardware.gpu is None:
-        # Memory is given in bytes on a CPU. vLLM switches chunked prefill off without AMX, and then
-        # a step has to hold a whole prompt: it takes the context for the size of a step itself.
+        # Memory is given in bytes on a CPU, and `build_command` sees to the size of a step.
         cache_gib = options.kv_cache_gib or room.cpu_cache_gib(profile.max_model_len)
         return replace(options, gpu_memory_utilization=None, kv_cache_gib=cache_gib)
     return replace(
