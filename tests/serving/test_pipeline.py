@@ -284,7 +284,7 @@ def test_a_vllm_that_cannot_count_drafts_by_request_is_not_asked_to(
 ) -> None:
     for info in site.glob("*.dist-info"):
         shutil.rmtree(info)
-    install(site, version="0.31.0+cpu")
+    install(site, version="0.28.0")
     result = run()
     assert servers.options[GPTQ].extra_args == ("--seed", "7")
     assert result["acceptance_difference"] == {}

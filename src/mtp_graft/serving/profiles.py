@@ -7,6 +7,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 SEED = "seed card"
 SEED_COMMAND = "seed card, validated 524k command"
 SEED_ENVIRONMENT = "seed card, required environment"
@@ -26,6 +29,10 @@ class Setting:
     def __str__(self) -> str:
         separator = " " if self.name.startswith("-") else "="
         return self.name if self.value is None else f"{self.name}{separator}{self.value}"
+
+    def is_for(self, version: Version) -> bool:
+        """Return whether this version of vLLM has a use for it."""
+        return SpecifierSet(self.versions).contains(version, prereleases=True)
 
     def as_args(self) -> tuple[str, ...]:
         """Return a flag as words of a command line."""
@@ -107,6 +114,15 @@ MODEL_FLAGS = (
     Setting("--tool-call-parser", "deepseek_v4", "reads the model's tool calls", SEED_COMMAND),
 )
 
+#: On any GPU, with or without a profile.
+FIRST_RUNNER = Setting(
+    "VLLM_USE_V2_MODEL_RUNNER",
+    "0",
+    "from 0.28 vLLM takes its second model runner for this model; tried once, with vLLM 0.26.0 and "
+    "piecewise graphs on an H100, it stopped at its start",
+    "docs/engine.md",
+    versions=">=0.28",
+)
 #: On any GPU.
 GPU_ENVIRONMENT = (
     Setting(
@@ -122,14 +138,7 @@ GPU_ENVIRONMENT = (
         SEED_ENVIRONMENT,
         versions="<0",
     ),
-    Setting(
-        "VLLM_USE_V2_MODEL_RUNNER",
-        "0",
-        "from 0.32 vLLM takes its second model runner by itself; tried once, with vLLM 0.26.0 and "
-        "piecewise graphs on an H100, it stopped at its start",
-        "docs/engine.md",
-        versions=">=0.32",
-    ),
+    FIRST_RUNNER,
 )
 
 #: Where several GPUs of one host have no NVLink between them.
@@ -151,12 +160,6 @@ PCIE_ENVIRONMENT = (
     Setting("NCCL_MIN_NCHANNELS", "8", "as above", SEED_ENVIRONMENT),
     Setting("NCCL_NTHREADS", "512", "as above", SEED_ENVIRONMENT),
 )
-
-#: W4A16 group scales were not cut to the ranks' share before this (vllm-project/vllm#41511).
-#: 0.32 and 0.33 were read; the versions between 0.26 and 0.32 were not.
-WIDE_TENSOR_PARALLEL_VERSIONS = ">=0.32"
-#: So many ranks are right in every supported version.
-WIDEST_ANYWHERE = 2
 
 #: How the printed command differs from the seed's on purpose, whatever the hardware.
 DIFFERENCES_FROM_SEED = (

@@ -66,8 +66,7 @@ def group_division(survey: Survey, target: Target) -> Iterator[Finding]:
             "config.json: moe_intermediate_size",
             f"{inner} on {target.tp} ranks is {inner / target.tp:g} each",
             f"a multiple of the group of {group} inputs on every rank",
-            "w2's scales belong to groups that a rank has in part. vLLM from 0.32 stops with a "
-            "ValueError; before, scales of other groups were used (vllm-project/vllm#41511)",
+            "w2's scales belong to groups that a rank has in part; vLLM stops with a ValueError",
             f"a smaller --tp: at most {max(1, inner // group)}, and one that divides",
         )
 

@@ -64,14 +64,25 @@ ISSUES = (
     ),
     KnownIssue(
         "vllm-41511",
-        "error",
-        "<0.32",
+        "note",
+        "",
         lambda survey, target: target.tp >= 4 and _has_int4(survey),
         "INT4 experts on four ranks or more",
-        "group scales of W4A16 experts are not cut to a rank's share: every rank reads the scales "
-        "of the first, and the text is noise",
-        "vLLM 0.32 or later, or --tp 2",
-        "vllm-project/vllm#41511 by the seed card; read in 0.32 and 0.33, not between",
+        "the seed card met a defect in cutting group scales to the ranks; by the source all "
+        "supported versions cut them, but we never ran four ranks",
+        "if text is noise: --tp 2",
+        "vllm-project/vllm#41511; read in 0.26 to 0.33",
+    ),
+    KnownIssue(
+        "vllm-51970",
+        "warning",
+        ">=0.27,<0.28",
+        lambda _survey, target: "H100" in str(target.hardware) or "H200" in str(target.hardware),
+        "CUDA graphs of 32 sequences or more on Hopper",
+        "this version's DeepGEMM reads out of bounds while graphs are captured, and the engine "
+        "stops with an illegal memory access",
+        "another vLLM, or --max-num-seqs below 32, as all profiles have",
+        "vllm-project/vllm#51970, #51499; read in 0.27.1, not run",
     ),
     KnownIssue(
         "vllm-46307",
@@ -98,7 +109,7 @@ ISSUES = (
     KnownIssue(
         "runner-v2",
         "note",
-        ">=0.32",
+        ">=0.28",
         lambda _survey, target: target.platform == "cuda",
         "vLLM's second model runner, the default here",
         "with the head and piecewise CUDA graphs it stopped at its start (one H100, vLLM 0.26.0, "

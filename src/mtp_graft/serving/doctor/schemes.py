@@ -25,7 +25,7 @@ from mtp_graft.serving.doctor.patterns import (
 from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target
 
-#: From here CUDA asks for experts as w1, w2, w3; 0.26 asks as the CPU does.
+#: From here CUDA asks for experts as w1, w2, w3, before as the CPU does (0.26 to 0.33 read).
 _NATIVE_NAMES_SINCE = Version("0.32")
 
 
@@ -180,7 +180,7 @@ def half_named(survey: Survey, target: Target) -> Iterator[Finding]:
             "quantization_config.config_groups: targets of routed experts",
             f"none for {', '.join(FAMILIES[family])} in {len(layers)} layers",
             "both w1, w2, w3 and gate_proj, down_proj, up_proj",
-            "CUDA builds from 0.32 ask for the first names, 0.26 and the CPU for the others. An "
+            "CUDA builds from 0.32 ask for the first names, others for the second. An "
             "expert without a scheme is built unquantized, in several times the memory, and "
             "loading stops with a KeyError at `weight_packed`",
             "--fix adds the other names",

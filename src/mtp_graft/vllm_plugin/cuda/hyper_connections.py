@@ -1,6 +1,4 @@
-"""Gap: the fused hyper-connection kernel skips its work for small hidden sizes (vLLM 0.26.0).
-
-In 0.32.0 it chooses splits that fit.
+"""Gap, until vLLM 0.30: the fused hyper-connection kernel skips its work for small hidden sizes.
 
 Steps of up to 16 tokens split the hidden size over 8 or 4 blocks of 256 threads, and every thread
 takes `hidden_size / splits // 256` elements: none at all where that is below 1. The outputs then
@@ -13,7 +11,7 @@ import vllm
 from packaging.version import Version
 from torch import Tensor
 
-_FIXED = Version("0.32.0")
+_FIXED = Version("0.30.0")
 _THREADS = 256
 
 

@@ -13,7 +13,8 @@ from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
 Weights = Iterable[tuple[str, Tensor]]
 
-#: Gap, until vLLM 0.32: without it no quantization group matches the fused modules.
+#: Gap: without it no quantization group matches the fused modules. Upstream from vLLM 0.29 for the
+#: target, with these entries, and in no version for the drafter (0.26 to 0.33 read).
 FUSED = {
     "gate_up_proj": ["w1", "w3"],
     "fused_wqa_wkv": ["wq_a", "wkv"],
@@ -60,7 +61,7 @@ class DeepSeekV4MTP(stock.DeepSeekV4MTP):
 def alias_scale_of_wo_a(model: nn.Module) -> None:
     """Give every `wo_a` its scale under the name `weight_scale_inv` too, once it is processed.
 
-    Gap, until vLLM 0.32: the output projection reads the name of DeepSeek's own FP8 layers, while
+    Gap, until vLLM 0.27: the output projection reads the name of DeepSeek's own FP8 layers, while
     a compressed-tensors layer has `weight_scale`. Earlier the name must not exist: vLLM's kernels
     take it as a sign of the other layout.
     """

@@ -1,4 +1,4 @@
-"""Gap: sliding-window layers get the long-context YaRN scaling (vLLM 0.26.0; 0.32.0 has it right).
+"""Gap, until vLLM 0.30: sliding-window layers get the long-context YaRN scaling.
 
 DeepSeek-V4 scales only the layers with compressed attention; sliding-window layers, the MTP head's
 among them, have plain rotary embeddings of base `rope_theta`. Scaled, the output of a layer's
@@ -14,7 +14,7 @@ import vllm
 from packaging.version import Version
 
 BuildRope = Callable[..., Any]
-_FIXED = Version("0.32.0")
+_FIXED = Version("0.30.0")
 
 
 def apply() -> None:
