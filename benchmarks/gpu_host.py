@@ -4,10 +4,10 @@
     python benchmarks/gpu_host.py two --work /tmp/gpu --budget-s 560 --copy-to "$OUT"
 
 --work keeps results, logs, checkpoints and compiled kernels; results and logs are copied to
---copy-to at the end, and with --pack-caches the kernels as kernel-caches.tar.gz, which --caches
-takes on another host. --only names steps, --dry-run shows them. On a host of several GPUs start it
-several times at once, each with its own GPUs (CUDA_VISIBLE_DEVICES), cores (taskset) and steps, on
-the same --work. docs/gpu.md explains all of it.
+--copy-to after every step, and with --pack-caches the kernels as kernel-caches.tar.gz at the end,
+which --caches takes on another host. --only names steps, --dry-run shows them. On a host of
+several GPUs start it several times at once, each with its own GPUs (CUDA_VISIBLE_DEVICES), cores
+(taskset) and steps, on the same --work. docs/gpu.md explains all of it.
 """
 
 import argparse
@@ -197,12 +197,13 @@ def main() -> None:
             ended_well = run(step, left, environment)
             how = "ended" if ended_well else "FAILED or cut off"
             outcome[step.name] = f"{how} after {time.monotonic() - began:.0f} s"
+            if options.copy_to is not None:  # now: the host may be gone before the last step
+                copy = options.copy_to / "results"
+                shutil.copytree(options.work / "results", copy, dirs_exist_ok=True)
     print("\n".join(f"{name}: {what}" for name, what in outcome.items()), flush=True)
-    if options.copy_to is not None:
-        shutil.copytree(options.work / "results", options.copy_to / "results", dirs_exist_ok=True)
-        if options.pack_caches:
-            with tarfile.open(options.copy_to / "kernel-caches.tar.gz", "w:gz") as archive:
-                archive.add(options.work / "caches", ".")
+    if options.copy_to is not None and options.pack_caches:
+        with tarfile.open(options.copy_to / "kernel-caches.tar.gz", "w:gz") as archive:
+            archive.add(options.work / "caches", ".")
 
 
 if __name__ == "__main__":
