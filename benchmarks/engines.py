@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {
     "VLLM_PLUGINS": "mtp_graft",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` starts its engine
+    "TEARDOWN_CUPTI": "0",  # one profile may follow another (gpu_clock.py)
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # stopped at its start (docs/engine.md)
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",  # docs/gpu.md
     "VLLM_DEEP_GEMM_WARMUP": "skip",
@@ -241,28 +242,27 @@ def decode(
     return steps, first
 
 
-def gpu_ms_of_a_step(
-    llm: Any, prompts: list[list[int]], k: int, temperature: float, steps: int = 24
-) -> float:
-    """Return the milliseconds in which a GPU computes in a step that decodes all prompts.
+def time_gpu(
+    llm: Any, prompts: list[list[int]], k: int, temperature: float, steps: int = 32
+) -> dict[str, float]:
+    """Decode all prompts and return `gpu_ms` and `kernels` of a step: how long a GPU computes.
 
-    Of several ranks, the one that computes longest.
+    Of several ranks, the one that computes least: the others' sums over ranks wait in a kernel.
     """
     seen: set[str] = set()
     since = 0  # steps after every prompt got its first token
-    clocked = False
+    ranks: list[tuple[int, int, float]] = []
     for _, outputs in _stepping(llm, prompts, (steps + 4 * SETTLING) * (1 + k), temperature):
         seen |= {output.request_id for output in outputs if output.outputs[0].token_ids}
         since += len(seen) == len(prompts)
-        if since == SETTLING and not clocked:
+        if since == SETTLING:
             llm.collective_rpc("start_gpu_clock")
-            clocked = True
-        if since == SETTLING + steps and clocked:
+        if since == SETTLING + steps:
             ranks = llm.collective_rpc("stop_gpu_clock")
-            clocked = False
-    if since < SETTLING + steps:
+    if not ranks:
         raise ValueError(f"{since} steps with {len(prompts)} streams; ask for more tokens")
-    return max(busy_ms / counted for counted, busy_ms in ranks)
+    counted, kernels, busy_ms = min(ranks, key=lambda rank: rank[2] / rank[0])
+    return {"gpu_ms": busy_ms / counted, "kernels": kernels / counted}
 
 
 def _stepping(

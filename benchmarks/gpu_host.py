@@ -7,7 +7,7 @@
 --copy-to after every step, and with --pack-caches the kernels as kernel-caches.tar.gz at the end,
 which --caches takes on another host. --only names steps, --dry-run shows them. On a host of
 several GPUs start it several times at once, each with its own GPUs (CUDA_VISIBLE_DEVICES), cores
-(taskset) and steps, on the same --work. docs/gpu.md explains all of it.
+(taskset), steps and --work, and one --flash for all. docs/gpu.md explains all of it.
 """
 
 import argparse
@@ -59,9 +59,9 @@ def splice(out: Path) -> tuple[str, ...]:
     return (sys.executable, "-c", code, str(TINY / "base"), str(TINY / "upstream"), str(out))
 
 
-def one_gpu(work: Path, layers: list[int], gpu: str) -> list[Step]:
+def one_gpu(work: Path, flash: Path, layers: list[int], gpu: str) -> list[Step]:
     """What one GPU can show, the most telling first; `gpu` ends the names of the results."""
-    flash, results, tiny = work / "flash", work / "results", work / "tiny-mxfp4"
+    results, tiny = work / "results", work / "tiny-mxfp4"
     reference = HERE / "results" / "serve_check_cpu.json"
     check = ("--out", results / f"serve_check_{gpu}.json", "--reference", reference)
     serve = ("--checkpoint", tiny, "--max-model-len", 4096, "--limit", 6)
@@ -69,8 +69,7 @@ def one_gpu(work: Path, layers: list[int], gpu: str) -> list[Step]:
     sweep = ("bench", "sweep", *serve, "--k", "0,1", "--streams", "1,2,3,4,8", "--requests", 3)
 
     def times(name: str, *words: object) -> Step:
-        variant = "mxfp4" if "mxfp4" in name else "int4"
-        out = ("--out", results / f"step_time_{variant}_{gpu}.json", "--variants", variant)
+        out = ("--out", results / f"step_time_{gpu}.json")
         where = ("--folder", flash, *out, "--layers", *layers)
         return Step(name, script("step_time", *where, *words), 90)
 
@@ -88,28 +87,26 @@ def one_gpu(work: Path, layers: list[int], gpu: str) -> list[Step]:
     return [
         graphs("graph_modes", "--modes", "FULL_AND_PIECEWISE", "eager"),
         Step("write", script("flash_width", flash, "--layers", *layers), 120, takes_deadline=False),
-        times("step_time", "--k", 1),
+        times("step_time", "--k", 1, "--variants", "int4"),
         Step("serve_check", script("gpu_serve_check", *check), 90),
         Step("splice_tiny", splice(tiny), 10, takes_deadline=False, done_when=tiny),
-        times("step_time_mxfp4", "--k", 1),
+        times("step_time_mxfp4", "--k", 1, "--variants", "mxfp4"),
         speed("decode", decode, 300),
         speed("sweep", sweep, 200),
         times("step_time_k2", "--k", 2),
-        times("step_time_mxfp4_k2", "--k", 2),
         graphs("graph_modes_fork", "--modes", "FULL_AND_PIECEWISE", "PIECEWISE", "--start", "fork"),
         times("step_time_16k", *LONG),
     ]
 
 
-LONG = ("--k", 1, "--contexts", 16000, "--streams", 1, 2, "--rates", 0.7)
+LONG = ("--k", 1, "--variants", "int4", "--contexts", 16000, "--streams", 1, 2, "--rates", 0.7)
 
 
-def two_gpus(work: Path, layers: int, gpu: str) -> list[Step]:
+def two_gpus(work: Path, flash: Path, layers: int, gpu: str) -> list[Step]:
     """Return the steps of the seed's deployment shape, and at the end four ranks.
 
     All 43 layers fit two H200; on two H100 take --layers 35.
     """
-    flash = work / "flash"
     write = ("--layers", layers, "--variants", "int4")
 
     def ranks(part: str, name: str, *words: object) -> Step:
@@ -151,7 +148,7 @@ def gpu_name() -> str:
 
 def prepare(work: Path, caches: Path | None) -> dict[str, str]:
     """Make the folders, unpack kernels of an earlier host, and return the environment."""
-    for name in ("results", "flash", "caches"):
+    for name in ("results", "caches"):
         (work / name).mkdir(parents=True, exist_ok=True)
     if caches is not None and not any((work / "caches").iterdir()):
         with tarfile.open(caches) as archive:
@@ -167,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gpus", choices=["one", "two"])
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--flash", type=Path, help="folder of the weights; in --work if not given")
     parser.add_argument("--budget-s", type=float, default=560)
     parser.add_argument("--copy-to", type=Path)
     parser.add_argument("--only", nargs="+")
@@ -175,11 +173,11 @@ def main() -> None:
     parser.add_argument("--pack-caches", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    gpu = gpu_name()
+    gpu, flash = gpu_name(), options.flash or options.work / "flash"
     if options.gpus == "one":
-        steps = one_gpu(options.work, options.layers or [5, 17], gpu)
+        steps = one_gpu(options.work, flash, options.layers or [5, 17], gpu)
     else:
-        steps = two_gpus(options.work, (options.layers or [43])[0], gpu)
+        steps = two_gpus(options.work, flash, (options.layers or [43])[0], gpu)
     steps = [s for s in steps if not options.only or s.name in options.only]
     if options.dry_run:
         print("\n".join(f"{s.name}: {shlex.join(s.command)}" for s in steps))

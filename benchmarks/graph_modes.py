@@ -67,10 +67,9 @@ def main() -> None:
             job = "-".join(map(str, identity.values()))
             done.forget_failure(job)
             log = options.out.parent / "logs" / f"{options.out.stem}-{job}.log"
+            arguments = (identity, checkpoint, prompts, options.max_tokens)
             try:
-                for entry in in_child(
-                    observe, identity, checkpoint, prompts, options.max_tokens, log=log
-                ):
+                for entry in in_child(observe, *arguments, log=log, stall_s=540):
                     done.add(entry)
             except EngineFailed as error:
                 done.fail(job, str(error))

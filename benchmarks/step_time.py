@@ -15,7 +15,7 @@ of random weights repeats one token, and a step that sees a token twice reads fe
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,22 +29,22 @@ from engines import (
     decode,
     exit_on_sigterm,
     gained,
-    gpu_ms_of_a_step,
     has_accelerator,
     in_child,
     random_prompts,
     set_rate,
     start,
     summarize_steps,
+    time_gpu,
 )
 from measurements import Deadline, Entry, Measurements
 
 NOTE = (
     "Random weights of Flash's width, offline engine, no HTTP. step_ms is the time between two "
-    "outputs of the engine while all streams decode, gpu_ms the part of it in which the GPU "
-    "computed, by a profiler in a decode of its own. rate: synthetic acceptance of each draft, if "
-    "all before it were accepted; null: what the random head happens to get, about 0. results has "
-    "the medians over all rates at the shortest context."
+    "outputs of the engine while all streams decode; gpu_ms (clock: true), taken by a profiler "
+    "after all others, the part of a step in which the GPU computes or waits for a sum. rate: "
+    "synthetic acceptance of each draft, if all before it were accepted; null: what the random "
+    "head happens to get, about 0. results has the medians over all rates at the shortest context."
 )
 CPU_NOTE = " A small form on a shared CPU: it shows that the script runs, and nothing about a GPU."
 
@@ -69,6 +69,7 @@ class Point:
     streams: int
     context: int
     rate: float | None
+    clock: bool = False  # the GPU's time is taken, and not the step's
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     parser.add_argument("--deadline-s", type=float, default=float("inf"))
     parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
-    parser.add_argument("--stall-s", type=float, default=420)
+    parser.add_argument("--stall-s", type=float, default=540)
     return parser.parse_args()
 
 
@@ -106,7 +107,14 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 def points(job: Job, options: argparse.Namespace) -> list[Point]:
     natural = options.natural or job.k == 0
     rates = [None] if natural else options.rates
-    return [Point(n, c, r) for c in options.contexts for n in options.streams for r in rates]
+    steps = [Point(n, c, r) for c in options.contexts for n in options.streams for r in rates]
+    return steps + clocks(steps)
+
+
+def clocks(points: Iterable[Point]) -> list[Point]:
+    """Return the points at which the GPU is timed, a load each; none on a CPU. They come last."""
+    loads = dict.fromkeys((point.streams, point.context) for point in points)
+    return [Point(*load, None, clock=True) for load in loads if has_accelerator()]
 
 
 def missing(job: Job, options: argparse.Namespace, done: Measurements) -> list[Point]:
@@ -143,34 +151,26 @@ def measure_points(
 ) -> None:
     """Send an entry for each point, `identity` in it; of more streams than seats, some wait."""
     vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    gpu_ms: dict[tuple[int, int], float | None] = {}  # of a step, by streams and context
+    warmed: set[tuple[int, int]] = set()
     for point in todo:
         if deadline.passed():
             return
         prompts = random_prompts(point.streams, point.context, vocabulary)
         if point.rate is not None:
             set_rate(llm, point.rate)
-        load = point.streams, point.context
-        if load not in gpu_ms:  # this warms up, too
-            gpu_ms[load] = _gpu_ms(llm, prompts, identity, options.temperature)
+        if (point.streams, point.context) not in warmed:
+            decode(llm, prompts, 16, options.temperature)
+            warmed.add((point.streams, point.context))
+        seated = min(point.streams, identity.get("seats", point.streams))
+        if point.clock:
+            found = time_gpu(llm, prompts[:seated], identity["k"], options.temperature)
+            send({**identity, **vars(point), **found})
+            continue
         before = counters(llm)
         wanted = num_tokens(options.steps, identity["k"], point.rate)
         steps, text = decode(llm, prompts, wanted, options.temperature)
-        seated = min(point.streams, identity.get("seats", point.streams))
         entry = summarize_steps(steps, seated) | gained(before, counters(llm))
-        entry |= {"gpu_ms": gpu_ms[load], "distinct_tokens": len(set(text)) / len(text)}
-        send({**identity, **vars(point), **entry})
-
-
-def _gpu_ms(
-    llm: Any, prompts: list[list[int]], identity: Entry, temperature: float
-) -> float | None:
-    """Decode twice, to warm up and to time the GPU; None on a CPU."""
-    seated = prompts[: identity.get("seats", len(prompts))]
-    decode(llm, prompts, 16, temperature)
-    if not has_accelerator():
-        return None
-    return gpu_ms_of_a_step(llm, seated, identity["k"], temperature)
+        send({**identity, **vars(point), **entry, "distinct_tokens": len(set(text)) / len(text)})
 
 
 def num_tokens(steps: int, k: int, rate: float | None) -> int:
@@ -193,13 +193,15 @@ def summarize(entries: list[Entry]) -> list[Entry]:
         if e["context"] == context:
             key = e["layers"], e["variant"], e["k"], e["streams"]
             found.setdefault(key, []).append(e)
-    return list(_pairs({key: _times(group) for key, group in found.items()}))
+    timed = {key: group for key, group in found.items() if not all(e["clock"] for e in group)}
+    return list(_pairs({key: _times(group) for key, group in timed.items()}))
 
 
 def _times(group: list[Entry]) -> tuple[float, float | None]:
     """Return the medians of the step times and of the GPU's times, of one load."""
-    busy = [e["gpu_ms"] for e in group if e["gpu_ms"] is not None]
-    return median(e["step_ms"]["median"] for e in group), median(busy) if busy else None
+    busy = [e["gpu_ms"] for e in group if e["clock"]]
+    steps = median(e["step_ms"]["median"] for e in group if not e["clock"])
+    return steps, median(busy) if busy else None
 
 
 def _pairs(times: dict[tuple[Any, ...], tuple[float, float | None]]) -> Iterator[Entry]:

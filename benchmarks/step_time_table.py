@@ -53,14 +53,15 @@ def extrapolate(results: list[dict[str, Any]], layers: int) -> dict[Key, tuple[f
     times: dict[Key, tuple[float, float]] = {}
     for key, lines in found.items():
         few, many = (choose(lines, key=lambda line: line["layers"]) for choose in (min, max))
-        if few["layers"] < many["layers"] and few["gpu_ms_mtp"] is not None:
+        timed = all(end[f"gpu_ms_{kind}"] for end in (few, many) for kind in ("base", "mtp"))
+        if timed and few["layers"] < many["layers"]:
             base, mtp = (step_ms(few, many, kind, layers) for kind in ("base", "mtp"))
             times[key] = base, mtp
     return times
 
 
 def step_ms(few: dict[str, Any], many: dict[str, Any], kind: str, layers: int) -> float:
-    """Return the larger of the GPU's time on its line and the engine's own."""
+    """Return the larger of the GPU's time on its line and the engine's own: a step's least."""
     step, busy = f"step_ms_{kind}", f"gpu_ms_{kind}"
     a, b = fit((few["layers"], few[busy]), (many["layers"], many[busy]))
     engine = few[step] if few[busy] < HOST_BOUND * few[step] else 0.0
@@ -103,7 +104,7 @@ def markdown(report: dict[str, Any], layers: int) -> str:
             "",
             *table(measured),
             "",
-            f"**Extrapolated** to {layers} layers, not measured:",
+            f"**Extrapolated** to {layers} layers, not measured; steps take no less than that:",
             "",
             *(table(whole) if whole else ["(two numbers of layers, timed on a GPU, are needed)"]),
             "",
@@ -123,6 +124,7 @@ def busy_cell(line: dict[str, Any]) -> str:
 def directly_measured(entries: list[dict[str, Any]]) -> list[str]:
     """Return decode speeds at synthetic acceptance over the base's, as they were measured."""
     bases: dict[tuple[int, int, int], list[float]] = {}
+    entries = [e for e in entries if not e["clock"]]
     for e in entries:
         if e["variant"] == "base":
             key = e["layers"], e["context"], e["streams"]

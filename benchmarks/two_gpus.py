@@ -30,7 +30,7 @@ from engine_check import divergences
 from engines import EngineFailed, EngineOptions, exit_on_sigterm, has_accelerator, in_child, start
 from gpu_serve_check import MODEL
 from measurements import Deadline, Entry, Measurements
-from step_time import Point, measure_points
+from step_time import Point, clocks, measure_points
 from texts import bundled_prompts, compare_forced, forced, greedy
 
 from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, PCIE_ENVIRONMENT, PROFILES
@@ -38,9 +38,9 @@ from mtp_graft.stages.splice import splice
 
 HERE = Path(__file__).resolve().parent
 NOTE = (
-    "Two ranks on one host. Flash's width: random weights, offline engine, and layers after the "
-    "fifth are loaded from copies through vLLM's own weight loaders, so no whole 146 GB checkpoint "
-    "was read. Of more streams than a profile has seats, the others wait."
+    "Several ranks on one host. Flash's width: random weights, offline engine, and layers after "
+    "the fifth are loaded from copies through vLLM's own weight loaders, so no whole 146 GB "
+    "checkpoint was read. Of more streams than a profile has seats, the others wait."
 )
 CPU_NOTE = " A small form on two shared CPU cores: it shows that the script runs, no speed."
 
@@ -134,6 +134,7 @@ def speed(done: Measurements, options: argparse.Namespace) -> None:
                 wanted = dict.fromkeys(Point(p.streams, p.context, None) for p in wanted)
             identity = {"part": "speed", "profile": name, "layers": options.layers}
             identity |= {"ranks": options.ranks, "pcie": options.pcie, "variant": variant, "k": k}
+            wanted |= dict.fromkeys(clocks(wanted))
             todo = [p for p in wanted if not done.has(**identity, **vars(p))]
             if todo:
                 links = "-pcie" if options.pcie else ""
@@ -239,15 +240,16 @@ def summarize(entries: list[Entry]) -> dict[str, Any]:
 
 def speed_lines(entries: list[Entry]) -> list[Entry]:
     """Return MTP beside its base, and whether a load brings less than the next smaller one."""
+    entries = [e for e in entries if not e.get("clock")]
     setting = ("layers", "ranks", "pcie", "profile")
     base = {_key(e, *setting, "streams"): e for e in entries if e["variant"] == "base"}
     lines = []
     for e in entries:
         other = base.get(_key(e, *setting, "streams"))
         if e["k"] and other:
-            line = {name: e[name] for name in (*setting, "streams", "rate", "acceptance")}
+            line = {name: e.get(name) for name in (*setting, "streams", "rate", "acceptance")}
             for kind, entry in (("base", other), ("mtp", e)):
-                line[f"ttft_ms_{kind}"] = entry["ttft_ms"]
+                line[f"ttft_ms_{kind}"] = entry.get("ttft_ms")
                 line[f"step_ms_{kind}"] = entry["step_ms"]["median"]
             line |= {"base_tok_s": other["aggregate_tok_s"], "mtp_tok_s": e["aggregate_tok_s"]}
             line["ratio"] = line["mtp_tok_s"] / line["base_tok_s"]
@@ -263,7 +265,7 @@ def speed_lines(entries: list[Entry]) -> list[Entry]:
 
 
 def _key(entry: Entry, *names: str) -> tuple[Any, ...]:
-    return tuple(entry[name] for name in names)
+    return tuple(entry.get(name) for name in names)  # older entries lack some
 
 
 PARTS = {"tiny": tiny, "speed": speed, "quantize": quantize}
@@ -274,7 +276,8 @@ def main() -> None:
     exit_on_sigterm()
     options.deadline = Deadline.after(options.deadline_s)
     note = NOTE if has_accelerator() else NOTE + CPU_NOTE
-    done = Measurements(options.out, "two_ranks", summarize, note)
+    name = "two_ranks" if options.ranks == 2 else f"{options.ranks}_ranks"
+    done = Measurements(options.out, name, summarize, note)
     for part in options.parts:
         try:
             PARTS[part](done, options)

@@ -34,8 +34,8 @@ class WorkerExtension:
         """Begin to count steps and to time the GPU in them."""
         self.gpu_clock = GpuClock(self.model_runner)  # type: ignore[attr-defined]
 
-    def stop_gpu_clock(self) -> tuple[int, float]:
-        """Return the steps since the start and the milliseconds in which the GPU computed."""
+    def stop_gpu_clock(self) -> tuple[int, int, float]:
+        """Return the steps, the kernels in them and the milliseconds in which the GPU computed."""
         return self.gpu_clock.stop()
 
     def attention_remedied(self) -> list[str]:

@@ -35,8 +35,8 @@ def entry(variant: str, k: int, rate: float | None, step_ms: float) -> dict[str,
     return {
         **place,
         "rate": rate,
+        "clock": False,
         "step_ms": {"median": step_ms},
-        "gpu_ms": step_ms,
         "aggregate_tok_s": 1000 / step_ms,
     }
 
@@ -68,16 +68,80 @@ def test_kernels_that_overlap_count_once() -> None:
 
 
 @pytest.mark.gpu
-def test_the_gpu_clock_counts_steps_and_no_more_than_the_time_that_passed() -> None:
+def test_the_gpu_clock_counts_the_kernels_of_replayed_graphs_twice_in_a_row() -> None:
     matrix = torch.randn(4096, 4096, device="cuda")
-    runner = SimpleNamespace(execute_model=lambda _: matrix @ matrix)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # captured before any profiler runs
+        for _ in range(5):
+            matrix = matrix.sin()
+    runner = SimpleNamespace(execute_model=lambda _: graph.replay())
+    for _ in range(2):
+        clock = load("gpu_clock").GpuClock(runner)
+        began = time.perf_counter()
+        for scheduled in (8, 8, 0, 8, 8, 8, 8, 8):
+            runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=scheduled))
+        steps, kernels, busy_ms = clock.stop()
+        assert steps == 7 - load("gpu_clock").WARM_UP
+        assert kernels == 5 * steps
+        assert 0.01 < busy_ms < 1000 * (time.perf_counter() - began)
+
+
+def test_a_gpu_clock_that_sees_no_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = SimpleNamespace(CUDA=torch.profiler.ProfilerActivity.CPU)
+    monkeypatch.setattr(torch.profiler, "ProfilerActivity", cpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    runner = SimpleNamespace(execute_model=lambda _: None)
+    execute = runner.execute_model
     clock = load("gpu_clock").GpuClock(runner)
-    began = time.perf_counter()
-    for scheduled in (8, 0, 8):
-        runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=scheduled))
-    steps, busy_ms = clock.stop()
-    assert steps == 2
-    assert 1 < busy_ms < 1000 * (time.perf_counter() - began)
+    for _ in range(6):
+        runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=1))
+    with pytest.raises(ValueError, match="0 kernels in 2 steps"):
+        clock.stop()
+    assert runner.execute_model is execute
+
+
+def test_the_gpu_is_timed_when_all_streams_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = load("engines")
+    calls: list[tuple[int, str]] = []
+    at = 0
+
+    def stepping(*_: Any) -> Any:
+        nonlocal at
+        for at in range(60):
+            names = ["a"] if at < 10 else ["a", "b"]  # b comes later
+            yield (
+                0.0,
+                [
+                    SimpleNamespace(request_id=n, outputs=[SimpleNamespace(token_ids=[1])])
+                    for n in names
+                ],
+            )
+
+    def rpc(name: str) -> Any:
+        calls.append((at, name))
+        return [(28, 2800, 56.0), (28, 2900, 84.0)]
+
+    monkeypatch.setattr(engines, "_stepping", stepping)
+    llm = SimpleNamespace(collective_rpc=rpc)
+    found = engines.time_gpu(llm, [[1], [2]], 1, 1.0, steps=32)
+    first = 10 + engines.SETTLING - 1
+    assert calls == [(first, "start_gpu_clock"), (first + 32, "stop_gpu_clock")]
+    assert found == {"gpu_ms": 2.0, "kernels": 100.0}
+    with pytest.raises(ValueError, match="ask for more tokens"):
+        engines.time_gpu(llm, [[1], [2]], 1, 1.0, steps=100)
+
+
+@pytest.mark.parametrize("gpus", ["one_gpu", "two_gpus"])
+def test_the_host_drivers_scripts_know_their_arguments(
+    gpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [5, 17] if gpus == "one_gpu" else 43
+    steps = getattr(load("gpu_host"), gpus)(Path("/work"), Path("/flash"), layers, "h100")
+    for name in ("step_time", "two_gpus"):
+        for step in steps:
+            if step.command[1].endswith(f"/{name}.py"):
+                monkeypatch.setattr(sys, "argv", [*step.command[1:], "--deadline-s", "9"])
+                assert load(name).parse_arguments().deadline_s == 9
 
 
 def test_one_layer_count_is_not_extrapolated() -> None:
@@ -95,7 +159,12 @@ def test_speed_up_is_tokens_of_a_step_over_its_cost() -> None:
 
 def test_results_pair_each_mtp_time_with_the_base_of_its_load_and_depth() -> None:
     entries = [entry("base", 0, None, 4.0), entry("int4", 1, 0.6, 5.0), entry("int4", 1, 0.7, 7.0)]
-    assert load("step_time").summarize(entries) == [line(5, 4.0, 6.0)]
+    untimed = line(5, 4.0, 6.0) | {"gpu_ms_base": None, "gpu_ms_mtp": None}
+    assert load("step_time").summarize(entries) == [untimed]
+    place = {"layers": 5, "streams": 1, "context": 1000, "rate": None, "clock": True}
+    entries.append({**place, "variant": "base", "k": 0, "gpu_ms": 2.0})
+    entries.append({**place, "variant": "int4", "k": 1, "gpu_ms": 3.0})
+    assert load("step_time").summarize(entries) == [line(5, 4.0, 6.0, (2.0, 3.0))]
 
 
 def test_a_head_without_its_base_gives_no_result() -> None:
@@ -267,6 +336,6 @@ def test_a_load_that_brings_less_than_a_smaller_one_dips() -> None:
 
 
 def test_the_host_driver_asks_for_the_cpu_reference_that_is_committed() -> None:
-    steps = load("gpu_host").one_gpu(Path("/work"), [5, 17], "h100")
+    steps = load("gpu_host").one_gpu(Path("/work"), Path("/flash"), [5, 17], "h100")
     command = next(step.command for step in steps if step.name == "serve_check")
     assert Path(command[command.index("--reference") + 1]).is_file()

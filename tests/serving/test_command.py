@@ -9,6 +9,7 @@ import pytest
 
 from mtp_graft import SUPPORTED_VLLM
 from mtp_graft.errors import GraftError
+from mtp_graft.serving import command
 from mtp_graft.serving.command import (
     ServeCommand,
     ServeOptions,
@@ -49,8 +50,14 @@ def test_command_for_a_grafted_checkpoint_on_a_cpu_is_exact(vllm: Path, grafted:
 
 @pytest.mark.parametrize(("context", "step"), [(2048, None), (4096, "4096"), (None, "8192")])
 def test_on_a_cpu_with_a_head_a_step_holds_the_longest_prompt(
-    vllm: Path, grafted: Path, base: Path, context: int | None, step: str | None
+    vllm: Path,
+    grafted: Path,
+    base: Path,
+    context: int | None,
+    step: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(command, "has_amx", lambda: False)
     config = json.loads((grafted / "config.json").read_text())
     config["max_position_embeddings"] = 8192
     (grafted / "config.json").write_text(json.dumps(config))
@@ -60,9 +67,15 @@ def test_on_a_cpu_with_a_head_a_step_holds_the_longest_prompt(
     assert "--max-num-batched-tokens" not in without
 
 
-def test_a_step_too_small_for_a_prompt_is_refused_on_a_cpu(vllm: Path, grafted: Path) -> None:
+def test_a_step_too_small_for_a_prompt_is_refused_on_a_cpu_without_amx(
+    vllm: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ServeOptions(grafted, max_model_len=2048, max_num_batched_tokens=512)
+    monkeypatch.setattr(command, "has_amx", lambda: False)
     with pytest.raises(GraftError, match="expected at least the context's 2048"):
-        build_command(ServeOptions(grafted, max_model_len=2048, max_num_batched_tokens=512))
+        build_command(options)
+    monkeypatch.setattr(command, "has_amx", lambda: True)
+    assert value(list(build_command(options).argv), "--max-num-batched-tokens") == "512"
 
 
 def test_a_gpu_keeps_its_own_memory_and_compilation_defaults(

