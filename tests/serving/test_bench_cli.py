@@ -107,14 +107,18 @@ def test_a_running_servers_device_is_not_taken_for_this_machines(
     run: Run, base: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     options = command.ServeOptions(base, port=0)
+    path = tmp_path / "run" / "bench" / "decode" / "manifest.json"
     with server.managed_server(options, tmp_path / "vllm.log") as client:
-        status, _, errors = run(
+        call = (
             *("bench", "decode", "--base-url", client.base_url, "--prompts", prompts_file),
             *("--rounds", 1, "--max-tokens", 6, "--run", tmp_path / "run"),
         )
-    assert status == 0, errors
-    manifest = json.loads((tmp_path / "run" / "bench" / "decode" / "manifest.json").read_text())
-    assert manifest["device"] == f"server at {client.base_url}"
+        status, _, errors = run(*call)
+        assert status == 0, errors
+        manifest = json.loads(path.read_text())
+        assert manifest["device"] == f"server at {client.base_url}"
+        assert run(*call)[0] == 0
+    assert json.loads(path.read_text()) == manifest, "nothing was measured again"
 
 
 def test_sweep_prints_a_row_a_point_and_draws_them(

@@ -169,7 +169,8 @@ def _bundled_prompts() -> Path:
 def keep_result(result: dict[str, Any], folder: Path | None, target: Target) -> None:
     """Write `result.json` and `manifest.json` into a benchmark's part of the run folder, if any.
 
-    A running server's device is not known here: the manifest names its address instead.
+    A running server's device is not known here: the manifest names its address instead. A call that
+    found everything measured leaves both as they are.
     """
     from mtp_graft.checkpoint.manifest import CONFIG_NAME, write_manifest
     from mtp_graft.checkpoint.shards import write_json
@@ -177,7 +178,11 @@ def keep_result(result: dict[str, Any], folder: Path | None, target: Target) -> 
 
     if folder is None:
         return
-    write_json(result, folder / "result.json")
+    path = folder / "result.json"
+    is_finished = path.exists() and (folder / "manifest.json").exists()
+    if is_finished and json.loads(path.read_text()) == json.loads(json.dumps(result)):
+        return
+    write_json(result, path)
     config = json.loads((folder / CONFIG_NAME).read_text())
     device = device_name() if target.checkpoint else f"server at {target.base_url}"
     seconds = time.perf_counter() - target.began_s
