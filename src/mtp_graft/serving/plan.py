@@ -233,8 +233,9 @@ def _explained(name: str, profile: Profile, options: ServeOptions, room: Room) -
             yield f"{flag} {value}, the profile has {default}: {why}"
     if room.hardware.gpu is None:
         yield (
-            "--gpu-memory-utilization left out: on a CPU the KV cache is given in bytes; the size "
-            "of a step, too, but where it has to hold a whole prompt (docs/engine.md)"
+            "--gpu-memory-utilization left out: on a CPU the KV cache is given in bytes; "
+            "--max-num-batched-tokens as well, unless a step has to hold a whole prompt "
+            "(docs/engine.md)"
         )
     yield room.describe(profile.gpu_memory_utilization, profile.max_model_len)
     shape = profile.max_model_len, profile.max_num_seqs
