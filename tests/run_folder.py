@@ -11,7 +11,8 @@ from mtp_graft.checkpoint.manifest import fingerprints
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.dsv4.acceptance import wilson_interval
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 NAME = "DeepSeek-V4-Flash-MTP-W4A16-FP8"
 HEAD = "model-mtp-w4a16.safetensors"
 GPU, OTHER_GPU = "2x NVIDIA RTX PRO 6000", "8x NVIDIA H200"
@@ -24,9 +25,9 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-def recorded(name: str) -> dict[str, Any]:
-    """Return a result that a benchmark wrote, as benchmarks/results has it."""
-    found: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / name).read_text())["results"]
+def recorded(benchmark: str) -> dict[str, Any]:
+    """Return the results of one run of `bench decode` or `bench sweep`, kept for the tests."""
+    found: dict[str, Any] = json.loads((TESTS / f"data/{benchmark}.json").read_text())
     return found
 
 
@@ -145,7 +146,7 @@ def scored() -> dict[str, Any]:
 
 def pipeline_bench(run: Path, device: str = GPU) -> None:
     """Write the pipeline's own measurements."""
-    decode = recorded("decode_cpu.json")
+    decode = recorded("decode")
     base, mtp = decode.pop("against"), decode
     speeds = {name: r["decode_tok_s"]["median"] for name, r in (("base", base), ("mtp", mtp))}
     found = {"base": base, "mtp": mtp, "decode_tok_s": speeds, "acceptance": 0.78}
@@ -219,11 +220,11 @@ def whole_run(run: Path) -> Path:
     """Write a run with a result of everything; return the checkpoint's folder."""
     folder = stages(run)
     pipeline_bench(run)
-    decode, slower = recorded("decode_cpu.json"), recorded("decode_cpu.json")
+    decode, slower = recorded("decode"), recorded("decode")
     slower["ratio"]["decode_tok_s"] |= {"estimate": 1.62, "interval": [1.5512, 1.6951]}
     bench(run, "decode-128k", decode)
     bench(run, "decode-524k", slower, k=1)
-    bench(run, "sweep-128k", recorded("sweep_cpu.json"))
+    bench(run, "sweep-128k", recorded("sweep"))
     bench(run, "workload-524k", everyday())
     bench(run, "gsm8k", evaluated("gsm8k", 93, 100, {"wrong answer": 7}))
     kinds = {"NameError": 3, "AssertionError": 2, "AttributeError": 1}

@@ -177,7 +177,7 @@ def test_pointers_with_slashes_and_tildes_lead_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shown",
     [
-        # bench decode --against, from decode_cpu.json
+        # bench decode --against, from data/decode.json
         "- 128k: 0.91× (0.64 to 1.28) the base's decode speed (95 % interval): no gain and no loss",
         "- 524k: 1.62× (1.55 to 1.70) the base's decode speed (95 % interval): faster than the",
         "| 128k | base | 139.5 (126.0 to 142.5) | 52.0 (47.5 to 62.6) | – | reference |",
@@ -188,7 +188,7 @@ def test_pointers_with_slashes_and_tildes_lead_back(tmp_path: Path) -> None:
         "3 pairs of sessions; time to first token 1.01× (0.81 to 1.25) the base's",
         "accepted by draft position 78.0 %, 1.78 tokens a step",
         "greedy text the same with and without MTP on every prompt",
-        # bench sweep, from sweep_cpu.json; the profile's settings
+        # bench sweep, from data/sweep.json; the profile's settings
         "| 128k | 131,072 | 8 | 0.9 | 4 | 1 | 59.7 | 227.3 | many chats or agents at once |",
         "| 2 | 90.2, 167.2 | 80.9, 146.6 |",
         "- 128k: the fastest k by streams is 1: k = 1 (intervals overlap), 2: k = 1, 3:",
@@ -306,7 +306,7 @@ def test_two_devices_or_versions_are_never_in_one_table(
 ) -> None:
     run = tmp_path / "run"
     stages(run)
-    results = {"decode": recorded("decode_cpu.json"), "sweep": recorded("sweep_cpu.json"),
+    results = {"decode": recorded("decode"), "sweep": recorded("sweep"),
                "workload": everyday()}  # fmt: skip
     bench(run, f"{benchmark}-128k", results[benchmark])
     bench(run, f"{benchmark}-256k", results[benchmark])
@@ -350,7 +350,7 @@ def test_speeds_of_a_cpu_are_marked(tmp_path: Path) -> None:
 def test_decode_without_a_comparison_has_speeds_and_no_ratio(tmp_path: Path) -> None:
     run = tmp_path / "run"
     stages(run)
-    alone = recorded("decode_cpu.json")
+    alone = recorded("decode")
     for key in ("against", "ratio", "greedy_identical", "divergences", "pairs"):
         alone.pop(key)
     bench(run, "decode", alone)
@@ -374,7 +374,7 @@ def test_verdict_follows_from_the_interval(
 ) -> None:
     run = tmp_path / "run"
     stages(run)
-    found = recorded("decode_cpu.json")
+    found = recorded("decode")
     found["ratio"]["decode_tok_s"]["interval"] = interval
     bench(run, "decode", found)
     assert f"interval): {words}." in card(run)
@@ -390,7 +390,7 @@ def test_verdict_follows_from_the_interval(
 def test_another_text_is_not_hidden(divergences: list[Any], words: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     stages(run)
-    found = recorded("decode_cpu.json")
+    found = recorded("decode")
     bench(run, "decode", found | {"greedy_identical": False, "divergences": divergences})
     assert f"greedy text {words}" in card(run)
 
@@ -398,7 +398,7 @@ def test_another_text_is_not_hidden(divergences: list[Any], words: str, tmp_path
 def test_dips_and_failed_requests_of_a_sweep_are_told(tmp_path: Path) -> None:
     run = tmp_path / "run"
     stages(run)
-    found = recorded("sweep_cpu.json")
+    found = recorded("sweep")
     found["points"][0]["errors"], found["points"][5]["errors"] = 2, 3
     dip = {"k": 1, "concurrency": 3, "aggregate_tok_s": 151.26, "smaller": 2,
            "smaller_aggregate_tok_s": 167.21}  # fmt: skip
