@@ -2,12 +2,13 @@
 
     python benchmarks/gpu_host.py one --work /tmp/gpu --budget-s 560 --copy-to "$OUT"
     python benchmarks/gpu_host.py two --work /tmp/gpu --budget-s 560 --copy-to "$OUT"
+    python benchmarks/gpu_host.py lanes --work /tmp/gpu --budget-s 1500 --copy-to "$OUT"
 
 --work keeps results, logs, checkpoints and compiled kernels; results and logs are copied to
 --copy-to after every step, and with --pack-caches the kernels as kernel-caches.tar.gz at the end,
-which --caches takes on another host. --only names steps, --dry-run shows them. On a host of
-several GPUs start it several times at once, each with its own GPUs (CUDA_VISIBLE_DEVICES), cores
-(taskset), steps and --work, and one --flash for all. docs/gpu.md explains all of it.
+which --caches takes on another host. --only names steps, in the order to take; --dry-run shows
+them. `lanes` does the most telling steps side by side on all GPUs of a host, two or four: each lane
+has GPUs, cores and a folder in --work of its own. docs/gpu.md explains all of it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +80,12 @@ def one_gpu(work: Path, flash: Path, layers: list[int], gpu: str) -> list[Step]:
         return Step(name, script("graph_modes", "--out", out, *words), 90)
 
     def speed(name: str, words: tuple[object, ...], needs_s: float) -> Step:
-        name = f"{name}_{gpu}"
-        out = results / f"{name}.json"
-        run = ("--run", work / "runs" / name)
-        command = script("speed", name, "--results", results, "--", *words, *run)
-        return Step(name, command, needs_s, takes_deadline=False, done_when=out)
+        file = f"{name}_{gpu}"
+        run = ("--run", work / "runs" / file)
+        command = script("speed", file, "--results", results, "--", *words, *run)
+        return Step(
+            name, command, needs_s, takes_deadline=False, done_when=results / f"{file}.json"
+        )
 
     return [
         graphs("graph_modes", "--modes", "FULL_AND_PIECEWISE", "eager"),
@@ -120,6 +123,80 @@ def two_gpus(work: Path, flash: Path, layers: int, gpu: str) -> list[Step]:
         ranks("quantize", "two_ranks", "quantize"),
         ranks("four", "four_ranks", "speed", "--ranks", 4, "--profiles", "524k"),
     ]
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Steps that run beside others of the host, one after the other."""
+
+    gpus: int
+    kind: str  # one or two
+    layers: dict[str, tuple[int, ...]]  # as many as fit a GPU of that name
+    steps: tuple[str, ...]
+
+
+ONE, TWO = {"h100": (5, 17), "h200": (17, 35)}, {"h100": (35,), "h200": (43,)}
+#: By the number of GPUs. Each lane with step times measures its own base.
+LANES = {
+    2: (
+        Lane(1, "one", ONE, ("step_time", "step_time_k2")),
+        Lane(1, "one", ONE, ("splice_tiny", "decode", "step_time_mxfp4")),
+    ),
+    4: (
+        Lane(2, "two", TWO, ("tiny", "speed", "pcie")),
+        Lane(1, "one", ONE, ("step_time", "step_time_k2")),
+        Lane(1, "one", ONE, ("splice_tiny", "decode", "step_time_mxfp4")),
+    ),
+}
+
+
+def lane_commands(
+    lanes: Sequence[Lane], cores: Sequence[int], work: Path, flash: Path, gpu: str
+) -> list[tuple[Path, str, list[str]]]:
+    """Return the folder, the GPUs and the command of each lane; cores are shared out by GPUs."""
+    found, first = [], 0
+    share = len(cores) // sum(lane.gpus for lane in lanes)
+    for lane in lanes:
+        last = first + lane.gpus
+        gpus = ",".join(map(str, range(first, last)))
+        mine = ",".join(map(str, cores[first * share : last * share]))
+        folder = work / f"gpu-{gpus.replace(',', '-')}"
+        words = (lane.kind, "--work", folder, "--flash", flash, "--layers", *lane.layers[gpu])
+        command = [
+            "taskset",
+            "--cpu-list",
+            mine,
+            *script("gpu_host", *words, "--only", *lane.steps),
+        ]
+        found.append((folder, gpus, command))
+        first = last
+    return found
+
+
+def run_lanes(options: argparse.Namespace, flash: Path, gpu: str) -> None:
+    """Write all weights, then run the lanes at once, each on its own GPUs and cores."""
+    import torch
+
+    lanes = LANES.get(torch.cuda.device_count())
+    if lanes is None or gpu not in ONE:
+        raise SystemExit("lanes are for two or four GPUs, H100 or H200")
+    end = time.monotonic() + options.budget_s
+    layers = sorted({number for lane in lanes for number in lane.layers[gpu]})
+    write = script("flash_width", flash, "--layers", *layers)
+    cores = sorted(os.sched_getaffinity(0))
+    commands = lane_commands(lanes, cores, options.work, flash, gpu)
+    print("\n".join(map(shlex.join, [write, *(command for *_, command in commands)])), flush=True)
+    if options.dry_run:
+        return
+    subprocess.run(write, check=True, env=prepare(options.work, None))
+    processes = []
+    for folder, gpus, command in commands:
+        command += ["--budget-s", str(int(end - time.monotonic()))]
+        if options.copy_to is not None:
+            command += ["--copy-to", str(options.copy_to / folder.name)]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
+        processes.append(subprocess.Popen(command, env=environment))
+    sys.exit(max(process.wait() for process in processes))
 
 
 def run(step: Step, left: float, environment: dict[str, str]) -> bool:
@@ -162,7 +239,7 @@ def prepare(work: Path, caches: Path | None) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("gpus", choices=["one", "two"])
+    parser.add_argument("gpus", choices=["one", "two", "lanes"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--flash", type=Path, help="folder of the weights; in --work if not given")
     parser.add_argument("--budget-s", type=float, default=560)
@@ -174,17 +251,25 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     gpu, flash = gpu_name(), options.flash or options.work / "flash"
+    if options.gpus == "lanes":
+        run_lanes(options, flash, gpu)
+        return
     if options.gpus == "one":
         steps = one_gpu(options.work, flash, options.layers or [5, 17], gpu)
     else:
         steps = two_gpus(options.work, flash, (options.layers or [43])[0], gpu)
-    steps = [s for s in steps if not options.only or s.name in options.only]
+    if options.only:
+        named = {step.name: step for step in steps}
+        if unknown := set(options.only) - set(named):
+            parser.error(f"no step {', '.join(sorted(unknown))}; there are {', '.join(named)}")
+        steps = [named[name] for name in options.only]
     if options.dry_run:
         print("\n".join(f"{s.name}: {shlex.join(s.command)}" for s in steps))
         return
     end = time.monotonic() + options.budget_s
     environment = prepare(options.work, options.caches)
     outcome: dict[str, str] = {}
+    failed = False
     for step in steps:
         left, began = end - time.monotonic(), time.monotonic()
         if step.done_when is not None and step.done_when.exists():
@@ -194,6 +279,7 @@ def main() -> None:
         else:
             ended_well = run(step, left, environment)
             how = "ended" if ended_well else "FAILED or cut off"
+            failed |= not ended_well
             outcome[step.name] = f"{how} after {time.monotonic() - began:.0f} s"
             if options.copy_to is not None:  # now: the host may be gone before the last step
                 copy = options.copy_to / "results"
@@ -202,6 +288,7 @@ def main() -> None:
     if options.copy_to is not None and options.pack_caches:
         with tarfile.open(options.copy_to / "kernel-caches.tar.gz", "w:gz") as archive:
             archive.add(options.work / "caches", ".")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

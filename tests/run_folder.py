@@ -27,7 +27,7 @@ def write(path: Path, value: object) -> None:
 
 def recorded(benchmark: str) -> dict[str, Any]:
     """Return the results of one run of `bench decode` or `bench sweep`, kept for the tests."""
-    found: dict[str, Any] = json.loads((TESTS / f"data/{benchmark}.json").read_text())
+    found: dict[str, Any] = json.loads((TESTS / f"bench_results/{benchmark}.json").read_text())
     return found
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -129,6 +130,36 @@ def test_the_gpu_is_timed_when_all_streams_decode(monkeypatch: pytest.MonkeyPatc
     assert found == {"gpu_ms": 2.0, "kernels": 100.0}
     with pytest.raises(ValueError, match="ask for more tokens"):
         engines.time_gpu(llm, [[1], [2]], 1, 1.0, steps=100)
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_lanes_share_out_all_gpus_and_cores_and_know_their_steps(
+    count: int, gpu: str, tmp_path: Path
+) -> None:
+    host = load("gpu_host")
+    lanes = host.lane_commands(host.LANES[count], range(16), tmp_path, tmp_path / "flash", gpu)
+    used = [number for _, gpus, _ in lanes for number in gpus.split(",")]
+    assert used == [str(number) for number in range(count)]
+    cores = [core for *_, command in lanes for core in command[2].split(",")]
+    assert cores == [str(core) for core in range(16)]
+    assert len({folder for folder, *_ in lanes}) == len(lanes)
+    for folder, gpus, command in lanes:
+        steps = command[command.index("--only") + 1 :]
+        layers = [int(word) for word in command[command.index("--layers") + 1 : -len(steps) - 1]]
+        if "," in gpus:
+            known = host.two_gpus(folder, tmp_path, layers[0], gpu)
+        else:
+            known = host.one_gpu(folder, tmp_path, layers, gpu)
+        assert set(steps) <= {step.name for step in known}
+
+
+def test_the_host_driver_refuses_a_step_that_it_does_not_know(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu_host.py", "one", "--work", tmp_path, "--dry-run"]
+    command += ["--only", "step_time", "sweeep"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "no step sweeep; there are graph_modes, write, step_time" in ended.stderr
 
 
 @pytest.mark.parametrize("gpus", ["one_gpu", "two_gpus"])

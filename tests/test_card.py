@@ -177,7 +177,7 @@ def test_pointers_with_slashes_and_tildes_lead_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shown",
     [
-        # bench decode --against, from data/decode.json
+        # bench decode --against, from bench_results/decode.json
         "- 128k: 0.91× (0.64 to 1.28) the base's decode speed (95 % interval): no gain and no loss",
         "- 524k: 1.62× (1.55 to 1.70) the base's decode speed (95 % interval): faster than the",
         "| 128k | base | 139.5 (126.0 to 142.5) | 52.0 (47.5 to 62.6) | – | reference |",
@@ -188,7 +188,7 @@ def test_pointers_with_slashes_and_tildes_lead_back(tmp_path: Path) -> None:
         "3 pairs of sessions; time to first token 1.01× (0.81 to 1.25) the base's",
         "accepted by draft position 78.0 %, 1.78 tokens a step",
         "greedy text the same with and without MTP on every prompt",
-        # bench sweep, from data/sweep.json; the profile's settings
+        # bench sweep, from bench_results/sweep.json; the profile's settings
         "| 128k | 131,072 | 8 | 0.9 | 4 | 1 | 59.7 | 227.3 | many chats or agents at once |",
         "| 2 | 90.2, 167.2 | 80.9, 146.6 |",
         "- 128k: the fastest k by streams is 1: k = 1 (intervals overlap), 2: k = 1, 3:",
