@@ -29,6 +29,7 @@ from vllm.model_executor.models.deepseek_mtp import SharedHead
 from vllm.models.deepseek_v4.cpu.model import DeepseekV4DecoderLayer
 from vllm.sequence import IntermediateTensors
 
+from mtp_graft.vllm_plugin import draft_steps
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.hyper_connections import compute_rowwise
 from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
@@ -135,6 +136,7 @@ class DeepSeekV4MTP(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        draft_steps.apply()
         vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
         self.config = vllm_config.model_config.hf_config
         inner = f"{prefix}.model" if prefix else "model"

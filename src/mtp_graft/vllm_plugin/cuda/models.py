@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.models import deepseek_v4 as stock
 
+from mtp_graft.vllm_plugin import draft_steps
 from mtp_graft.vllm_plugin.compressors import decode_compressors
 from mtp_graft.vllm_plugin.cuda import graph_breaks, hyper_connections, rope
 from mtp_graft.vllm_plugin.recording import record_on_demand
@@ -45,6 +46,10 @@ class DeepSeekV4MTP(stock.DeepSeekV4MTP):
     """The drafter; unread checkpoint tensors and unwritten parameters are errors."""
 
     packed_modules_mapping = FUSED
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        draft_steps.apply()
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load `mtp.0.*`; embedding and LM head are the target's."""
