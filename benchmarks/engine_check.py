@@ -10,15 +10,17 @@ which the text left the base's, with the base's margin there.
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from record import device_name, write_result
+from engines import EngineOptions, Send, counters, exit_on_sigterm, gained, start
+from measurements import Entry, Limits, Measurements
+from texts import divergences, generate, greedy
+
+LENGTHS = (5, 130, 300, 1500)
+NOTE = "Greedy, one request at a time, offline engine. decode_tok_s is without the first token."
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,156 +37,75 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     parser.add_argument("--benchmark", default="engine_check")
+    Limits.add_options(parser)
     return parser.parse_args()
 
 
 def random_prompts() -> list[list[int]]:
-    """Return prompts of 5, 130, 300 and 1,500 random token ids."""
+    """Return prompts of random token ids, of each of LENGTHS."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 4000, (n,), generator=generator).tolist() for n in (5, 130, 300, 1500)]
+    return [torch.randint(3, 4000, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def run_engine(options: argparse.Namespace, k: int, prompts: list[list[int]]) -> dict[str, Any]:
-    """Start one engine, warm it up, decode every prompt `rounds` times; return what was seen."""
-    from vllm import LLM, SamplingParams
-
-    settings: dict[str, Any] = {
-        "model": str(options.spliced if k else options.base),
-        "skip_tokenizer_init": True,
-        "kv_cache_dtype": "fp8",
-        "block_size": 256,
-        "max_model_len": options.max_model_len,
-        "max_num_seqs": 4,
-        "enable_prefix_caching": False,
-        "enforce_eager": options.eager,
-        "tensor_parallel_size": options.tp,
-        "disable_log_stats": False,
-    }
-    if k:
-        settings["speculative_config"] = {"method": "mtp", "num_speculative_tokens": k}
-    if platform_name() == "cpu":
-        settings["kv_cache_memory_bytes"] = 2**29
-        if options.tp > 1:
-            cores = sorted(os.sched_getaffinity(0))[: options.tp]
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
-    else:
-        settings["gpu_memory_utilization"] = options.gpu_memory_utilization
-    started = time.perf_counter()
-    llm = LLM(**settings)
-    start_seconds = time.perf_counter() - started
-
-    def sampling(tokens: int, logprobs: int | None = None) -> SamplingParams:
-        return SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs
-        )
+def observe(
+    send: Send, engine: EngineOptions, prompts: list[list[int]], max_tokens: int, rounds: int
+) -> None:
+    """Start the engine, let it write all texts, then time each `rounds` times."""
+    began = time.perf_counter()
+    llm = start(engine)
+    start_seconds = time.perf_counter() - began
+    texts = greedy(llm, prompts, max_tokens)
 
     def timed(prompt: list[int], tokens: int) -> float:
         begin = time.perf_counter()
-        llm.generate({"prompt_token_ids": prompt}, sampling(tokens), use_tqdm=False)
+        generate(llm, prompt, tokens)
         return time.perf_counter() - begin
 
-    texts = []
-    for prompt in prompts:
-        request = {"prompt_token_ids": prompt}
-        output = llm.generate(request, sampling(options.max_tokens, 2), use_tqdm=False)[0].outputs[
-            0
-        ]
-        tops = [
-            sorted((v.logprob for v in step.values()), reverse=True) for step in output.logprobs
-        ]
-        margins = [top[0] - top[1] if len(top) > 1 else None for top in tops]
-        texts.append({"tokens": list(output.token_ids), "margins": margins})
-
     before = counters(llm)
-    speeds = []
-    for _ in range(options.rounds):
-        for prompt in prompts:
-            decode = timed(prompt, options.max_tokens) - timed(prompt, 1)
-            speeds.append((options.max_tokens - 1) / decode)
-    after = counters(llm)
-    drafted = after["drafted"] - before["drafted"]
-    return {
-        "start_seconds": start_seconds,
-        "texts": texts,
-        "decode_tok_s": {
-            "median": statistics.median(speeds),
-            "min": min(speeds),
-            "max": max(speeds),
-            "runs": len(speeds),
-        },
-        "drafted": drafted,
-        "accepted": after["accepted"] - before["accepted"],
-        "acceptance": (after["accepted"] - before["accepted"]) / drafted if drafted else None,
-    }
+    speeds = [
+        (max_tokens - 1) / (timed(prompt, max_tokens) - timed(prompt, 1))
+        for _ in range(rounds)
+        for prompt in prompts
+    ]
+    spread = {"min": min(speeds), "max": max(speeds), "runs": len(speeds)}
+    decode = {"median": statistics.median(speeds), **spread}
+    found = {"start_seconds": start_seconds, "decode_tok_s": decode, "texts": texts}
+    send({"k": engine.k, **found, **gained(before, counters(llm))})
 
 
-def counters(llm: Any) -> dict[str, float]:
-    """Return the engine's own speculative decoding counters."""
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    return {
-        "drafted": values.get("vllm:spec_decode_num_draft_tokens", 0),
-        "accepted": values.get("vllm:spec_decode_num_accepted_tokens", 0),
-    }
-
-
-def divergences(base: list[Any], other: list[Any]) -> list[dict[str, Any]]:
-    """Return the first position of every prompt at which `other` left the base's text."""
-    found = []
-    for prompt, (expected, actual) in enumerate(zip(base, other, strict=True)):
-        pairs = enumerate(zip(expected["tokens"], actual["tokens"], strict=True))
-        position = next((i for i, (a, b) in pairs if a != b), None)
-        if position is not None:
-            margin = expected["margins"][position]
-            found.append({"prompt": prompt, "position": position, "margin": margin})
-    return found
-
-
-def platform_name() -> str:
-    from vllm.platforms import current_platform
-
-    return str(current_platform.device_type)
-
-
-def _child(queue: Any, options: argparse.Namespace, k: int, prompts: list[list[int]]) -> None:
-    queue.put((run_engine(options, k, prompts), device_name()))
+def summarize(entries: list[Entry]) -> dict[str, Any]:
+    """Return what was seen with each k, and where its text left the base's."""
+    results: dict[str, Any] = {}
+    base = next((entry for entry in entries if entry["k"] == 0), None)
+    for entry in entries:
+        line = {name: value for name, value in entry.items() if name not in ("k", "texts")}
+        if entry["k"] and base is not None:
+            line["divergences"] = divergences(base["texts"], entry["texts"])
+            line["prompts"] = len(entry["texts"])
+        results[str(entry["k"])] = line
+    return results
 
 
 def main() -> None:
     options = parse_arguments()
+    exit_on_sigterm()
+    limits = Limits.of(options)
     prompts = json.loads(options.prompts.read_text()) if options.prompts else random_prompts()
-    context = multiprocessing.get_context("spawn")
-    runs: dict[str, Any] = {}
-    device = "unknown"
+    done = Measurements(options.out, options.benchmark, summarize, NOTE)
     for k in options.k:
-        queue = context.Queue()
-        process = context.Process(target=_child, args=(queue, options, k, prompts))
-        process.start()
-        while process.is_alive() and queue.empty():
-            time.sleep(0.2)
-        if queue.empty():
-            process.join()
-            sys.exit(f"engine_check: the engine with k = {k} died with status {process.exitcode}")
-        runs[str(k)], device = queue.get()
-        process.join(60)
-        process.kill()  # an engine in a process of its own may hang at the exit on a CPU
-        summary = {name: value for name, value in runs[str(k)].items() if name != "texts"}
-        print(f"k = {k}: {json.dumps(summary)}", flush=True)
-        write_report(options, runs, device, len(prompts))
-
-
-def write_report(
-    options: argparse.Namespace, runs: dict[str, Any], device: str, num_prompts: int
-) -> None:
-    """Write what has been measured so far, with the divergences of every k from the base."""
-    results: dict[str, Any] = {}
-    for k, run in runs.items():
-        results[k] = {name: value for name, value in run.items() if name != "texts"}
-        if k != "0" and "0" in runs:
-            results[k]["divergences"] = divergences(runs["0"]["texts"], run["texts"])
-            results[k]["prompts"] = num_prompts
-    write_result(options.out, options.benchmark, results, device=device)
+        engine = EngineOptions(
+            options.spliced if k else options.base,
+            k,
+            options.max_model_len,
+            max_num_seqs=4,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            tensor_parallel_size=options.tp,
+            eager=options.eager,
+        )
+        if not done.has(k=k):
+            done.run(f"k{k}", limits, observe, engine, prompts, options.max_tokens, options.rounds)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # stopped at its start (docs/engine.md)
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",  # docs/gpu.md
     "VLLM_DEEP_GEMM_WARMUP": "skip",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # with its NVLink multicast, which shared hosts turn off
+    "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200",  # of several ranks: the first step compiles
+    **{"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"},  # shared hosts may forbid
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",  # NVLink multicast
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }

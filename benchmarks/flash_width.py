@@ -26,6 +26,7 @@ from layers import NUM_STORED
 from synthetic_flash import FLASH, write_upstream
 from torch import Tensor
 
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
@@ -99,11 +100,12 @@ def write_all(folder: Path, config: dict[str, Any], layers: list[int], variants:
         base = folder / f"base-{num_layers}"
         link_base(shards, base, config, num_layers)
         for variant in variants:
-            out, first = folder / f"{variant}-{num_layers}", folder / f"{variant}-{layers[0]}"
-            if num_layers == layers[0]:
+            out = folder / f"{variant}-{num_layers}"
+            spliced = [path.parent for path in folder.glob(f"{variant}-*/{MANIFEST_NAME}")]
+            if out in spliced or not spliced:
                 splice(base, upstream, out, VARIANTS[variant])
             else:
-                link_spliced(base, first, out, variant)
+                link_spliced(base, spliced[0], out, variant)
             say(out)
 
 

@@ -1,8 +1,8 @@
 """Run the GPU benchmarks in order of value within a budget of time; run again, it goes on.
 
-    python benchmarks/gpu_host.py one --work /tmp/gpu --budget-s 560 --copy-to "$OUT"
-    python benchmarks/gpu_host.py two --work /tmp/gpu --budget-s 560 --copy-to "$OUT"
-    python benchmarks/gpu_host.py lanes --work /tmp/gpu --budget-s 1500 --copy-to "$OUT"
+    python benchmarks/gpu_host.py one --work /tmp/gpu --budget-s 560 --copy-to DIR
+    python benchmarks/gpu_host.py two --work /tmp/gpu --budget-s 560 --copy-to DIR
+    python benchmarks/gpu_host.py lanes --work /tmp/gpu --budget-s 1500 --copy-to DIR
 
 --work keeps results, logs, checkpoints and compiled kernels; results and logs are copied to
 --copy-to after every step, and with --pack-caches the kernels as kernel-caches.tar.gz at the end,
@@ -135,7 +135,7 @@ class Lane:
     steps: tuple[str, ...]
 
 
-ONE, TWO = {"h100": (5, 17), "h200": (17, 35)}, {"h100": (35,), "h200": (43,)}
+ONE, TWO = {"h100": (5, 17), "h200": (17, 35)}, {"h100": (33,), "h200": (43,)}
 #: By the number of GPUs. Each lane with step times measures its own base.
 LANES = {
     2: (
@@ -194,6 +194,10 @@ def run_lanes(options: argparse.Namespace, flash: Path, gpu: str) -> None:
         command += ["--budget-s", str(int(end - time.monotonic()))]
         if options.copy_to is not None:
             command += ["--copy-to", str(options.copy_to / folder.name)]
+        if options.caches is not None:
+            command += ["--caches", str(options.caches)]
+        if options.pack_caches:
+            command.append("--pack-caches")
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
         processes.append(subprocess.Popen(command, env=environment))
     sys.exit(max(process.wait() for process in processes))
@@ -211,7 +215,7 @@ def run(step: Step, left: float, environment: dict[str, str]) -> bool:
     except subprocess.TimeoutExpired:
         process.terminate()  # our scripts take their engines with them
         try:
-            process.wait(10)
+            process.wait(25)  # a server has 15 s to stop
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

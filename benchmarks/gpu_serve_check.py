@@ -20,20 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engine_check import divergences
-from engines import (
-    EngineFailed,
-    EngineOptions,
-    Send,
-    counters,
-    exit_on_sigterm,
-    gained,
-    in_child,
-    start,
-)
-from measurements import Deadline, Entry, Measurements
+from engines import EngineOptions, Send, counters, exit_on_sigterm, gained, start
+from measurements import Entry, Limits, Measurements
 from safetensors.torch import load_file
-from texts import bundled_prompts, compare_forced, forced, greedy
+from texts import bundled_prompts, compare_forced, divergences, forced, greedy
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.stages.splice import splice
@@ -54,12 +44,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.4)
-    parser.add_argument("--deadline-s", type=float, default=float("inf"))
-    parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
-    parser.add_argument("--stall-s", type=float, default=420)
+    Limits.add_options(parser)
     options = parser.parse_args()
     exit_on_sigterm()
-    deadline = Deadline.after(options.deadline_s)
+    limits = Limits.of(options)
     reference = json.loads(options.reference.read_text()) if options.reference else None
     expected = {e["part"]: e for e in reference["measurements"]} if reference else {}
 
@@ -67,39 +55,19 @@ def main() -> None:
         return summarize({e["part"]: e for e in entries}, expected)
 
     done = Measurements(options.out, "serve_check", summary, NOTE)
-    for k in (0, 1):
-        if done.has(part=f"texts-k{k}"):
-            continue
-        if deadline.passed(options.start_s):
-            print(f"{deadline.left():.0f} s left: k = {k} is not begun", flush=True)
-            continue
-        run_engine(done, options, k, expected)
-
-
-def run_engine(
-    done: Measurements, options: argparse.Namespace, k: int, expected: dict[str, Entry]
-) -> None:
-    job = f"tiny-k{k}"
-    done.forget_failure(job)
-    log = options.out.parent / "logs" / f"{options.out.stem}-k{k}.log"
+    prompts = bundled_prompts(options.model, options.prompts, LONG)
+    text = expected.get("texts-k0", {}).get("texts")
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = options.model / "base"
-        if k:
-            checkpoint = Path(scratch) / "spliced"
-            splice(options.model / "base", options.model / "upstream", checkpoint, "mxfp4")
-        engine = EngineOptions(
-            *(checkpoint, k, 4096, 4, CHUNK),
-            gpu_memory_utilization=options.gpu_memory_utilization,
-        )
-        prompts = bundled_prompts(options.model, options.prompts, LONG)
-        text = expected.get("texts-k0", {}).get("texts")
-        arguments = (engine, prompts, options.max_tokens, text, Path(scratch) / "capture")
-        try:
-            for entry in in_child(observe, *arguments, log=log, stall_s=options.stall_s):
-                if not done.has(part=entry["part"]):
-                    done.add(entry)
-        except EngineFailed as error:
-            done.fail(job, str(error))
+        spliced, capture = Path(scratch) / "spliced", Path(scratch) / "capture"
+        splice(options.model / "base", options.model / "upstream", spliced, "mxfp4")
+        for k, checkpoint in ((0, options.model / "base"), (1, spliced)):
+            engine = EngineOptions(
+                *(checkpoint, k, 4096, 4, CHUNK),
+                gpu_memory_utilization=options.gpu_memory_utilization,
+            )
+            if not done.has(part=f"texts-k{k}"):
+                arguments = (engine, prompts, options.max_tokens, text, capture)
+                done.run(f"tiny-k{k}", limits, observe, *arguments)
 
 
 def observe(

@@ -16,18 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import (
-    EngineFailed,
-    EngineOptions,
-    Send,
-    counters,
-    exit_on_sigterm,
-    gained,
-    in_child,
-    start,
-)
+from engines import EngineOptions, Send, counters, exit_on_sigterm, gained, start
 from gpu_serve_check import CHUNK, LONG, MODEL
-from measurements import Deadline, Entry, Measurements
+from measurements import Entry, Limits, Measurements
 from texts import bundled_prompts, greedy
 
 from mtp_graft.stages.splice import splice
@@ -47,13 +38,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--start", choices=["spawn", "fork"], default="spawn")
     parser.add_argument("--without-remedy", action="store_true", help="of a forked engine")
-    parser.add_argument("--deadline-s", type=float, default=float("inf"))
-    parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
+    Limits.add_options(parser)
     options = parser.parse_args()
     if options.without_remedy and options.start == "spawn":
         parser.error("--without-remedy: a spawned engine loads the plugin anew; add --start fork")
     exit_on_sigterm()
-    deadline = Deadline.after(options.deadline_s)
+    limits = Limits.of(options)
     done = Measurements(options.out, "graph_modes", summarize, NOTE)
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "spliced"
@@ -62,17 +52,10 @@ def main() -> None:
         for mode in options.modes:
             remedy = not options.without_remedy
             identity = {"mode": mode, "start": options.start, "remedy": remedy}
-            if done.has(**identity) or deadline.passed(options.start_s):
-                continue
-            job = "-".join(map(str, identity.values()))
-            done.forget_failure(job)
-            log = options.out.parent / "logs" / f"{options.out.stem}-{job}.log"
-            arguments = (identity, checkpoint, prompts, options.max_tokens)
-            try:
-                for entry in in_child(observe, *arguments, log=log, stall_s=540):
-                    done.add(entry)
-            except EngineFailed as error:
-                done.fail(job, str(error))
+            if not done.has(**identity):
+                job = "-".join(map(str, identity.values()))
+                arguments = (identity, checkpoint, prompts, options.max_tokens)
+                done.run(job, limits, observe, *arguments)
 
 
 def observe(

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from engine_check import counters
+from engines import EngineOptions, counters, gained, start
 from record import write_result
 
 from mtp_graft.stages.splice import splice
@@ -64,21 +64,9 @@ def distinct_ratio(texts: list[list[int]], n: int = 4) -> tuple[float, float]:
 
 def measure(checkpoint: Path, splits: dict[str, list[list[int]]], max_tokens: int) -> Any:
     """Decode every split with the head; return acceptance and repetition per split."""
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    llm = LLM(
-        str(checkpoint),
-        skip_tokenizer_init=True,
-        kv_cache_dtype="fp8",
-        kv_cache_memory_bytes=2**29,
-        block_size=256,
-        max_model_len=2048,
-        max_num_seqs=1,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        speculative_config={"method": "mtp", "num_speculative_tokens": 1},
-    )
+    llm = start(EngineOptions(checkpoint, k=1, max_model_len=2048, max_num_seqs=1))
     sampling = SamplingParams(
         temperature=0, max_tokens=max_tokens, detokenize=False, stop_token_ids=[1]
     )
@@ -87,18 +75,14 @@ def measure(checkpoint: Path, splits: dict[str, list[list[int]]], max_tokens: in
         before = counters(llm)
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(requests, sampling, use_tqdm=False)
-        after = counters(llm)
+        counts = gained(before, counters(llm))
         texts = [list(output.outputs[0].token_ids) for output in outputs]
         overall, per_text = distinct_ratio(texts)
-        drafted = after["drafted"] - before["drafted"]
-        accepted = after["accepted"] - before["accepted"]
         results[split] = {
             "prompts": len(prompts),
             "tokens": sum(map(len, texts)),
             "finished": sum(text[-1] == 1 for text in texts),
-            "drafted": drafted,
-            "accepted": accepted,
-            "acceptance": accepted / drafted,
+            **counts,
             "distinct_4grams": overall,
             "distinct_4grams_mean_per_text": per_text,
         }

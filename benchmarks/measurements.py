@@ -4,6 +4,7 @@ A script that is stopped, or whose engine fails, leaves what it had; started aga
 what is missing. Nothing new is begun after the deadline.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines import EngineFailed, in_child
 from record import device_name, write_result
 
 Entry = dict[str, Any]
@@ -32,6 +34,25 @@ class Deadline:
 
     def passed(self, needed_s: float = 0.0) -> bool:
         return self.left() < needed_s
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When no engine is started any more, and how long one may say nothing."""
+
+    deadline: Deadline
+    start_s: float
+    stall_s: float
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--deadline-s", type=float, default=float("inf"))
+        parser.add_argument("--start-s", type=float, default=60, help="no start with less left")
+        parser.add_argument("--stall-s", type=float, default=540, help="silence that is a failure")
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Limits":
+        return cls(Deadline.after(options.deadline_s), options.start_s, options.stall_s)
 
 
 @dataclass
@@ -69,6 +90,20 @@ class Measurements:
         shown = {name: value for name, value in entry.items() if not _is_long(value)}
         print(json.dumps(shown), flush=True)
         self.write()
+
+    def run(self, job: str, limits: Limits, work: Callable[..., None], *args: Any) -> None:
+        """Add what `work(send, *args)` sends from a process of its own, if there is time for it."""
+        if limits.deadline.passed(limits.start_s):
+            print(f"{limits.deadline.left():.0f} s left: {job} is not begun", flush=True)
+            return
+        print(job, flush=True)
+        self.forget_failure(job)
+        log = self.path.parent / "logs" / f"{self.path.stem}-{job}.log"
+        try:
+            for entry in in_child(work, *args, log=log, stall_s=limits.stall_s):
+                self.add(entry)
+        except EngineFailed as error:
+            self.fail(job, str(error))
 
     def fail(self, job: str, reason: str) -> None:
         """Record that a job failed; a later run that does it drops this again."""

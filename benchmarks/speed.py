@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from engines import exit_on_sigterm
 from record import write_result
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("words", nargs="+", help="after --: the command, without mtp-graft")
     options = parser.parse_args()
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
         command = [sys.executable, "-m", "mtp_graft.cli", *options.words, "--json", str(file)]
@@ -32,7 +34,13 @@ def main() -> None:
                 *("--json", str(file)),
                 *options.words[options.words.index("--") :],
             ]
-        status = subprocess.run(command, check=False).returncode
+        process = subprocess.Popen(command)
+        try:
+            status = process.wait()
+        finally:  # by SIGTERM too: the command takes its servers with it
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
         if status:
             sys.exit(status)
         results = json.loads(file.read_text())

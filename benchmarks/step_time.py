@@ -22,7 +22,6 @@ from statistics import median
 from typing import Any
 
 from engines import (
-    EngineFailed,
     EngineOptions,
     Send,
     counters,
@@ -30,14 +29,13 @@ from engines import (
     exit_on_sigterm,
     gained,
     has_accelerator,
-    in_child,
     random_prompts,
     set_rate,
     start,
     summarize_steps,
     time_gpu,
 )
-from measurements import Deadline, Entry, Measurements
+from measurements import Deadline, Entry, Limits, Measurements
 
 NOTE = (
     "Random weights of Flash's width, offline engine, no HTTP. step_ms is the time between two "
@@ -87,9 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
-    parser.add_argument("--deadline-s", type=float, default=float("inf"))
-    parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
-    parser.add_argument("--stall-s", type=float, default=540)
+    parser.add_argument("--no-clock", action="store_true", help="do not profile the GPU")
+    Limits.add_options(parser)
     return parser.parse_args()
 
 
@@ -108,13 +105,15 @@ def points(job: Job, options: argparse.Namespace) -> list[Point]:
     natural = options.natural or job.k == 0
     rates = [None] if natural else options.rates
     steps = [Point(n, c, r) for c in options.contexts for n in options.streams for r in rates]
-    return steps + clocks(steps)
+    return steps + clocks(steps, options)
 
 
-def clocks(points: Iterable[Point]) -> list[Point]:
+def clocks(points: Iterable[Point], options: argparse.Namespace) -> list[Point]:
     """Return the points at which the GPU is timed, a load each; none on a CPU. They come last."""
+    if options.no_clock or not has_accelerator():
+        return []
     loads = dict.fromkeys((point.streams, point.context) for point in points)
-    return [Point(*load, None, clock=True) for load in loads if has_accelerator()]
+    return [Point(*load, None, clock=True) for load in loads]
 
 
 def missing(job: Job, options: argparse.Namespace, done: Measurements) -> list[Point]:
@@ -126,7 +125,7 @@ def measure(
 ) -> None:
     """Start the engine and send one entry for each point; runs in a process of its own."""
     began = time.perf_counter()
-    rate = max((p.rate for p in todo if p.rate is not None), default=None)
+    rate = None if options.natural or job.k == 0 else max(options.rates)
     checkpoint = options.folder / f"{job.variant}-{job.layers}"
     per_stream = max(options.contexts) + options.steps * (1 + job.k) + 64
     engine = EngineOptions(
@@ -163,14 +162,23 @@ def measure_points(
             warmed.add((point.streams, point.context))
         seated = min(point.streams, identity.get("seats", point.streams))
         if point.clock:
-            found = time_gpu(llm, prompts[:seated], identity["k"], options.temperature)
-            send({**identity, **vars(point), **found})
+            send({**identity, **vars(point), **clocked(llm, prompts, identity["k"], options)})
             continue
         before = counters(llm)
         wanted = num_tokens(options.steps, identity["k"], point.rate)
         steps, text = decode(llm, prompts, wanted, options.temperature)
         entry = summarize_steps(steps, seated) | gained(before, counters(llm))
         send({**identity, **vars(point), **entry, "distinct_tokens": len(set(text)) / len(text)})
+
+
+def clocked(
+    llm: Any, prompts: list[list[int]], k: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the GPU's time and kernels, or why they are not known: the steps' times are kept."""
+    try:
+        return time_gpu(llm, prompts, k, options.temperature)
+    except Exception as error:  # the profiler's or the engine's, whichever it was
+        return {"gpu_ms": None, "error": repr(error)}
 
 
 def num_tokens(steps: int, k: int, rate: float | None) -> int:
@@ -199,7 +207,7 @@ def summarize(entries: list[Entry]) -> list[Entry]:
 
 def _times(group: list[Entry]) -> tuple[float, float | None]:
     """Return the medians of the step times and of the GPU's times, of one load."""
-    busy = [e["gpu_ms"] for e in group if e["clock"]]
+    busy = [e["gpu_ms"] for e in group if e["clock"] and e["gpu_ms"] is not None]
     steps = median(e["step_ms"]["median"] for e in group if not e["clock"])
     return steps, median(busy) if busy else None
 
@@ -216,27 +224,13 @@ def _pairs(times: dict[tuple[Any, ...], tuple[float, float | None]]) -> Iterator
 def main() -> None:
     options = parse_arguments()
     exit_on_sigterm()
-    deadline = Deadline.after(options.deadline_s)
+    limits = Limits.of(options)
     on_gpu = has_accelerator()
     options.natural |= not on_gpu  # vLLM's CPU sampler has no synthetic acceptance
-    note = NOTE if on_gpu else NOTE + CPU_NOTE
-    done = Measurements(options.out, "step_time", summarize, note)
+    done = Measurements(options.out, "step_time", summarize, NOTE if on_gpu else NOTE + CPU_NOTE)
     for job in jobs(options):
-        todo = missing(job, options, done)
-        if not todo:
-            continue
-        if deadline.passed(options.start_s):
-            print(f"{deadline.left():.0f} s left: {job.name} is not begun", flush=True)
-            continue
-        print(f"{job.name}: {len(todo)} points", flush=True)
-        done.forget_failure(job.name)
-        log = options.out.parent / "logs" / f"{options.out.stem}-{job.name}.log"
-        work = in_child(measure, job, todo, options, deadline, log=log, stall_s=options.stall_s)
-        try:
-            for entry in work:
-                done.add(entry)
-        except EngineFailed as error:
-            done.fail(job.name, str(error))
+        if todo := missing(job, options, done):
+            done.run(job.name, limits, measure, job, todo, options, limits.deadline)
     left = sum(len(missing(job, options, done)) for job in jobs(options))
     print(f"{len(done.entries)} measured, {left} missing, {len(done.failures)} failed", flush=True)
 

@@ -2,11 +2,11 @@
 
     python benchmarks/step_time_table.py benchmarks/results/step_time_*_h100.json [--layers 43]
 
-A step takes the engine's own time, scheduling and launching, or the GPU's if that is longer: the
-two overlap. The GPU's time grows with the layers and is taken as a + b x layers, through the
-smallest and the largest number measured; the engine's is that of a step of the fewest layers, if
-the GPU computed for less than two thirds of it, and is not known otherwise. With the probability p
-that a draft is accepted, if all before it were, a step brings 1 + p + ... + p^k tokens, so
+Of two numbers of layers the GPU's time for one layer more is known, b. If the GPU computes for most
+of a step of the larger number, a step of all layers takes b for each layer more. If it mostly waits
+for the engine's scheduling and launching, which overlap with it, a step takes what it took until
+the GPU's time is longer. With the probability p that a draft is accepted, if all before it were, a
+step brings 1 + p + ... + p^k tokens, so
 
     speed-up = (1 + p + ... + p^k) x base step time / MTP step time.
 
@@ -35,37 +35,30 @@ Key = tuple[str, int, int]  # variant, k, streams
 Row = tuple[str, Key, float, float, str]  # layers, load, base and MTP step in ms, GPU's times
 
 
-def fit(first: tuple[int, float], second: tuple[int, float]) -> tuple[float, float]:
-    """Return a and b of the line through two (layers, ms)."""
-    (layers, ms), (more_layers, more_ms) = first, second
-    b = (more_ms - ms) / (more_layers - layers)
-    return ms - b * layers, b
-
-
 def extrapolate(results: list[dict[str, Any]], layers: int) -> dict[Key, tuple[float, float]]:
-    """Return base and MTP step time in ms at `layers`, of what was measured at two or more.
+    """Return base and MTP step time in ms at `layers`, of what was timed at two or more.
 
     Of more than two numbers of layers the smallest and the largest are taken.
     """
     found: dict[Key, list[dict[str, Any]]] = {}
     for line in results:
-        found.setdefault((line["variant"], line["k"], line["streams"]), []).append(line)
+        if line["gpu_ms_base"] and line["gpu_ms_mtp"]:
+            found.setdefault((line["variant"], line["k"], line["streams"]), []).append(line)
     times: dict[Key, tuple[float, float]] = {}
     for key, lines in found.items():
         few, many = (choose(lines, key=lambda line: line["layers"]) for choose in (min, max))
-        timed = all(end[f"gpu_ms_{kind}"] for end in (few, many) for kind in ("base", "mtp"))
-        if timed and few["layers"] < many["layers"]:
+        if few["layers"] < many["layers"]:
             base, mtp = (step_ms(few, many, kind, layers) for kind in ("base", "mtp"))
             times[key] = base, mtp
     return times
 
 
 def step_ms(few: dict[str, Any], many: dict[str, Any], kind: str, layers: int) -> float:
-    """Return the larger of the GPU's time on its line and the engine's own: a step's least."""
-    step, busy = f"step_ms_{kind}", f"gpu_ms_{kind}"
-    a, b = fit((few["layers"], few[busy]), (many["layers"], many[busy]))
-    engine = few[step] if few[busy] < HOST_BOUND * few[step] else 0.0
-    return max(a + b * layers, engine)
+    """Return the time of a step with `layers`, from two that were measured and timed."""
+    step, busy = many[f"step_ms_{kind}"], many[f"gpu_ms_{kind}"]
+    b = (busy - few[f"gpu_ms_{kind}"]) / (many["layers"] - few["layers"])
+    added = b * (layers - many["layers"])
+    return step + added if busy >= HOST_BOUND * step else max(step, busy + added)
 
 
 def speed_ups(base_ms: float, mtp_ms: float, k: int) -> list[float]:
@@ -104,7 +97,7 @@ def markdown(report: dict[str, Any], layers: int) -> str:
             "",
             *table(measured),
             "",
-            f"**Extrapolated** to {layers} layers, not measured; steps take no less than that:",
+            f"**Extrapolated** to {layers} layers, not measured:",
             "",
             *(table(whole) if whole else ["(two numbers of layers, timed on a GPU, are needed)"]),
             "",

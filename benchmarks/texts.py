@@ -29,7 +29,7 @@ def greedy(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[Text]:
     """Continue each prompt alone; return its tokens and the margin at each of them."""
     texts = []
     for prompt in prompts:
-        output = _generate(llm, prompt, max_tokens, logprobs=2).outputs[0]
+        output = generate(llm, prompt, max_tokens, logprobs=2).outputs[0]
         margins = [margin(step) for step in output.logprobs]
         texts.append({"tokens": list(output.token_ids), "margins": margins})
     return texts
@@ -39,7 +39,7 @@ def forced(llm: Any, prompts: list[list[int]], texts: list[Text]) -> list[list[i
     """Return the engine's best token at each position of another engine's texts."""
     best = []
     for prompt, text in zip(prompts, texts, strict=True):
-        output = _generate(llm, prompt + text["tokens"], 1, prompt_logprobs=2)
+        output = generate(llm, prompt + text["tokens"], 1, prompt_logprobs=2)
         steps = output.prompt_logprobs[len(prompt) :]
         best.append([min(step, key=lambda token: step[token].rank) for step in steps])
     return best
@@ -64,13 +64,26 @@ def compare_forced(texts: list[Text], best: list[list[int]]) -> dict[str, Any]:
     }
 
 
+def divergences(base: list[Text], other: list[Text]) -> list[dict[str, Any]]:
+    """Return the first position of every prompt at which `other` left the base's text."""
+    found = []
+    for prompt, (expected, actual) in enumerate(zip(base, other, strict=True)):
+        pairs = enumerate(zip(expected["tokens"], actual["tokens"], strict=True))
+        position = next((i for i, (a, b) in pairs if a != b), None)
+        if position is not None:
+            margin = expected["margins"][position]
+            found.append({"prompt": prompt, "position": position, "margin": margin})
+    return found
+
+
 def margin(step: dict[int, Any]) -> float:
     """Return how far the best token is ahead, in nats."""
     best, second = sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
     return best - second
 
 
-def _generate(llm: Any, prompt: list[int], max_tokens: int, **logprobs: int) -> Any:
+def generate(llm: Any, prompt: list[int], max_tokens: int, **logprobs: int) -> Any:
+    """Continue one prompt greedily, past any end of text; return vLLM's RequestOutput."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import synthetic_flash
-from engine_check import divergences
-from engines import EngineFailed, EngineOptions, exit_on_sigterm, has_accelerator, in_child, start
+from engines import EngineOptions, exit_on_sigterm, has_accelerator, start
 from gpu_serve_check import MODEL
-from measurements import Deadline, Entry, Measurements
+from measurements import Entry, Limits, Measurements
 from step_time import Point, clocks, measure_points
-from texts import bundled_prompts, compare_forced, forced, greedy
+from texts import bundled_prompts, compare_forced, divergences, forced, greedy
 
 from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, PCIE_ENVIRONMENT, PROFILES
 from mtp_graft.stages.splice import splice
@@ -62,31 +61,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=64, help="of each text in `tiny`")
     parser.add_argument("--tokens", type=int, default=40_000, help="captured tokens in `quantize`")
     parser.add_argument("--variants", nargs="+", default=["base", "int4"], help="in `speed`")
+    parser.add_argument("--no-custom-all-reduce", action="store_true", help="NCCL's alone")
     parser.add_argument("--pcie", action="store_true", help="serve's settings without NVLink")
     parser.add_argument("--small", action="store_true", help="`quantize` in small, for a CPU")
-    parser.add_argument("--deadline-s", type=float, default=float("inf"))
-    parser.add_argument("--start-s", type=float, default=60, help="no start with less time left")
-    parser.add_argument("--stall-s", type=float, default=540)
+    parser.add_argument("--no-clock", action="store_true", help="do not profile the GPUs")
+    Limits.add_options(parser)
     options = parser.parse_args()
     options.temperature = 1.0
     return options
-
-
-def run_engine(
-    done: Measurements, options: argparse.Namespace, job: str, work: Callable[..., None], *args: Any
-) -> None:
-    """Run one engine's work in a process of its own, if there is time for it."""
-    if options.deadline.passed(options.start_s):
-        print(f"{options.deadline.left():.0f} s left: {job} is not begun", flush=True)
-        return
-    print(job, flush=True)
-    done.forget_failure(job)
-    log = options.out.parent / "logs" / f"{options.out.stem}-{job}.log"
-    try:
-        for entry in in_child(work, *args, log=log, stall_s=options.stall_s):
-            done.add(entry)
-    except EngineFailed as error:
-        done.fail(job, str(error))
 
 
 def tiny(done: Measurements, options: argparse.Namespace) -> None:
@@ -100,12 +82,12 @@ def tiny(done: Measurements, options: argparse.Namespace) -> None:
             first = done.find(part="tiny-tp1-k0")
             texts = first and first["texts"]
             arguments = (engine, prompts, options.max_tokens, texts, part)
-            run_engine(done, options, part, write_texts, *arguments)
+            done.run(part, options.limits, write_texts, *arguments)
     part = f"tiny-tp{options.ranks}-k1"
     if not done.has(part=part):
         engine = EngineOptions(spliced, 1, 4096, 4, 4096, 0.4, options.ranks)
         arguments = (engine, prompts, options.max_tokens, None, part)
-        run_engine(done, options, part, write_texts, *arguments)
+        done.run(part, options.limits, write_texts, *arguments)
 
 
 def write_texts(
@@ -134,12 +116,13 @@ def speed(done: Measurements, options: argparse.Namespace) -> None:
                 wanted = dict.fromkeys(Point(p.streams, p.context, None) for p in wanted)
             identity = {"part": "speed", "profile": name, "layers": options.layers}
             identity |= {"ranks": options.ranks, "pcie": options.pcie, "variant": variant, "k": k}
-            wanted |= dict.fromkeys(clocks(wanted))
+            seated = (p for p in wanted if p.streams <= PROFILES[name].max_num_seqs)
+            wanted |= dict.fromkeys(clocks(seated, options))
             todo = [p for p in wanted if not done.has(**identity, **vars(p))]
             if todo:
                 links = "-pcie" if options.pcie else ""
                 job = f"speed-{name}-tp{options.ranks}{links}-{variant}-k{k}"
-                run_engine(done, options, job, measure_profile, identity, todo, options)
+                done.run(job, options.limits, measure_profile, identity, todo, options)
 
 
 def measure_profile(
@@ -151,15 +134,15 @@ def measure_profile(
     engine = EngineOptions(
         *(checkpoint, identity["k"], length, profile.max_num_seqs, MAX_NUM_BATCHED_TOKENS),
         *(profile.gpu_memory_utilization, options.ranks),
-        rate=max((p.rate for p in todo if p.rate is not None), default=None),
-        custom_all_reduce=not identity["pcie"],
+        rate=max(options.rates) if identity["k"] and has_accelerator() else None,
+        custom_all_reduce=not (identity["pcie"] or options.no_custom_all_reduce),
     )
     if identity["pcie"]:
         os.environ.update({str(setting.name): str(setting.value) for setting in PCIE_ENVIRONMENT})
     began = time.perf_counter()
     llm = start(engine)
     identity |= {"seats": profile.max_num_seqs, "start_s": time.perf_counter() - began}
-    measure_points(send, llm, checkpoint, identity, todo, options, options.deadline)
+    measure_points(send, llm, checkpoint, identity, todo, options, options.limits.deadline)
 
 
 def quantize(done: Measurements, options: argparse.Namespace) -> None:
@@ -173,12 +156,12 @@ def quantize(done: Measurements, options: argparse.Namespace) -> None:
         job = f"quantize-{ranks}"
         if done.has(part="quantize", ranks=ranks):
             continue
-        if options.deadline.passed(options.start_s):
-            print(f"{options.deadline.left():.0f} s left: {job} is not begun", flush=True)
+        if options.limits.deadline.passed(options.start_s):
+            print(f"{options.limits.deadline.left():.0f} s left: {job} is not begun", flush=True)
             continue
         done.forget_failure(job)
         try:
-            done.add(quantize_on(folder, ranks, options.deadline.left()))
+            done.add(quantize_on(folder, ranks, options.limits.deadline.left()))
         except (subprocess.SubprocessError, OSError) as error:
             done.fail(job, repr(error))
 
@@ -274,7 +257,7 @@ PARTS = {"tiny": tiny, "speed": speed, "quantize": quantize}
 def main() -> None:
     options = parse_arguments()
     exit_on_sigterm()
-    options.deadline = Deadline.after(options.deadline_s)
+    options.limits = Limits.of(options)
     note = NOTE if has_accelerator() else NOTE + CPU_NOTE
     name = "two_ranks" if options.ranks == 2 else f"{options.ranks}_ranks"
     done = Measurements(options.out, name, summarize, note)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -54,7 +55,20 @@ def test_an_engine_slower_than_the_gpu_sets_the_step() -> None:
     # The GPU computes 0.1 ms a layer, and a half more for the head; the engine takes 4 and 7 ms.
     few, many = line(5, 4.0, 7.0, (0.5, 1.0)), line(17, 4.1, 7.1, (1.7, 2.2))
     table = load("step_time_table")
-    assert table.extrapolate([few, many], 43)["int4", 1, 1] == pytest.approx((4.3, 7.0))
+    assert table.extrapolate([few, many], 43)["int4", 1, 1] == pytest.approx((4.3, 7.1))
+
+
+def test_no_step_of_more_layers_is_shorter_than_one_that_was_measured() -> None:
+    # The GPU computes for 8.0 of 10.5 ms: the gaps between kernels stay.
+    few, many = line(17, 6.0, 7.0, (4.4, 5.0)), line(35, 10.5, 12.0, (8.0, 9.0))
+    base, mtp = load("step_time_table").extrapolate([few, many], 43)["int4", 1, 1]
+    assert (base, mtp) == pytest.approx((10.5 + 8 * 0.2, 12.0 + 8 * 4 / 18))
+
+
+def test_layers_without_the_gpus_times_are_passed_over() -> None:
+    untimed = line(43, 9.9, 9.9) | {"gpu_ms_base": None, "gpu_ms_mtp": None}
+    lines = [line(5, 3.5, 5.0), line(17, 9.5, 12.2), untimed]
+    assert load("step_time_table").extrapolate(lines, 43)["int4", 1, 1][0] == pytest.approx(22.5)
 
 
 def test_without_the_gpus_times_nothing_is_extrapolated() -> None:
@@ -160,6 +174,27 @@ def test_the_host_driver_refuses_a_step_that_it_does_not_know(tmp_path: Path) ->
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert "no step sweeep; there are graph_modes, write, step_time" in ended.stderr
+
+
+def test_a_benchmark_that_is_cut_off_takes_its_command_with_it(tmp_path: Path) -> None:
+    command = tmp_path / "mtp_graft"
+    command.mkdir()
+    (command / "__init__.py").touch()
+    (command / "cli.py").write_text(
+        "import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    words = [sys.executable, BENCHMARKS / "speed.py", "sweep", "--", "bench", "sweep"]
+    process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 @pytest.mark.parametrize("gpus", ["one_gpu", "two_gpus"])
