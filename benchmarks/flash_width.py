@@ -62,14 +62,18 @@ GROUP, BLOCK = 128, 128
 Shapes = dict[str, tuple[int, ...]]
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 17])
     parser.add_argument("--width", choices=WIDTHS, default="flash")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--dry-run", action="store_true", help="only say how large all would be")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     config = WIDTHS[options.width]
     if options.dry_run:
         print(sizes(config, options.layers))

@@ -36,7 +36,7 @@ NOTE = (
 )
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--out", type=Path, required=True)
@@ -45,7 +45,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.4)
     Limits.add_options(parser)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     exit_on_sigterm()
     limits = Limits.of(options)
     reference = json.loads(options.reference.read_text()) if options.reference else None

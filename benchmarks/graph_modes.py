@@ -30,7 +30,7 @@ NOTE = (
 )
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
@@ -42,6 +42,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.without_remedy and options.start == "spawn":
         parser.error("--without-remedy: a spawned engine loads the plugin anew; add --start fork")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments()
     exit_on_sigterm()
     limits = Limits.of(options)
     done = Measurements(options.out, "graph_modes", summarize, NOTE)

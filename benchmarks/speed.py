@@ -18,13 +18,17 @@ from record import write_result
 RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name")
     parser.add_argument("--note", help="what a reader has to know of the run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("words", nargs="+", help="after --: the command, without mtp-graft")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
     exit_on_sigterm()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+import failing_work
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -197,17 +199,25 @@ def test_a_benchmark_that_is_cut_off_takes_its_command_with_it(tmp_path: Path) -
         os.kill(int(pid.read_text()), 0)
 
 
+#: Steps of the host driver that run no script of benchmarks/.
+INLINE = {"one_gpu": ["splice_tiny"], "two_gpus": []}
+
+
 @pytest.mark.parametrize("gpus", ["one_gpu", "two_gpus"])
 def test_the_host_drivers_scripts_know_their_arguments(
     gpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = [5, 17] if gpus == "one_gpu" else 43
     steps = getattr(load("gpu_host"), gpus)(Path("/work"), Path("/flash"), layers, "h100")
-    for name in ("step_time", "two_gpus"):
-        for step in steps:
-            if step.command[1].endswith(f"/{name}.py"):
-                monkeypatch.setattr(sys, "argv", [*step.command[1:], "--deadline-s", "9"])
-                assert load(name).parse_arguments().deadline_s == 9
+    scripts = [step for step in steps if step.command[1] != "-c"]
+    assert [step.name for step in steps if step not in scripts] == INLINE[gpus]
+    for step in scripts:
+        script = Path(step.command[1])
+        assert script.parent == BENCHMARKS
+        words = [*step.command[2:], *(["--deadline-s", "9"] if step.takes_deadline else [])]
+        monkeypatch.setattr(sys, "argv", [str(script), *words])
+        options = load(script.stem).parse_arguments()
+        assert not step.takes_deadline or options.deadline_s == 9
 
 
 def test_one_layer_count_is_not_extrapolated() -> None:
@@ -280,35 +290,32 @@ def test_synthetic_rates_are_those_of_all_drafts_up_to_each() -> None:
     assert "rejection_sample_method" not in load("engines").speculation(2, None)
 
 
-def raises(send: Any) -> None:
-    send("first")
-    raise OSError("no such GPU")
-
-
-def dies(send: Any) -> None:
-    import os
-
-    os._exit(3)
-
-
-def hangs(send: Any) -> None:
-    time.sleep(600)
-
-
 @pytest.mark.parametrize(
-    ("work", "reason"), [(raises, "no such GPU"), (dies, "status 3"), (hangs, "silent")]
+    ("work", "reason", "stall_s"),
+    [
+        (failing_work.raises, "no such GPU", 60),
+        (failing_work.dies, "status 3", 60),
+        (failing_work.hangs, "silent for 1 s", 1),
+    ],
 )
 def test_an_engine_that_fails_says_why_and_keeps_what_it_sent(
-    work: Any, reason: str, tmp_path: Path
+    work: Any, reason: str, stall_s: float, tmp_path: Path
 ) -> None:
     engines = load("engines")
     seen = []
     with pytest.raises(engines.EngineFailed, match=reason):
-        seen.extend([m for m in engines.in_child(work, log=tmp_path / "log", stall_s=15)])
-    if work is raises:
-        messages = engines.in_child(work, log=tmp_path / "log", stall_s=15)
-        assert next(messages) == "first"
-        messages.close()
+        for message in engines.in_child(work, log=tmp_path / "log", stall_s=stall_s):
+            seen.append(message)
+    assert seen == (["first"] if work is failing_work.raises else [])
+
+
+def test_an_engine_whose_messages_are_wanted_no_more_is_ended(tmp_path: Path) -> None:
+    messages = load("engines").in_child(failing_work.goes_on, log=tmp_path / "log", stall_s=60)
+    child = next(messages)
+    os.kill(child, 0)
+    messages.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 def test_measurements_are_on_disk_at_once_and_failures_go_when_the_job_succeeds(

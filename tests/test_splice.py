@@ -607,8 +607,11 @@ def test_other_shards_of_the_upstream_need_not_be_there(
     base: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     upstream = shutil.copytree(tiny_model / "upstream", tmp_path / "upstream")
+    splice(base, upstream, tmp_path / "whole", "mxfp4")
     set_index(upstream, lambda m: m.update({"layers.0.attn_norm.weight": "not-fetched"}))
     splice(base, upstream, tmp_path / "out", "mxfp4")
+    written, whole = (tmp_path / name / HEAD_SHARD for name in ("out", "whole"))
+    assert written.read_bytes() == whole.read_bytes()
 
 
 # Full disks, kills, and doing it again
