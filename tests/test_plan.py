@@ -1,22 +1,39 @@
 """What a run needs before it begins: counted from the bundled model, whose sizes are known."""
 
 import json
+import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
+from mtp_graft.checkpoint.shards import read_index, read_meta
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import find_bundled_recipe, plan, plan_run
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.plan import Need, check_room, find_needs
 from mtp_graft.pipeline.run import STAGES, check_needs
 from mtp_graft.pipeline.times import estimate_times
-from mtp_graft.recipe import Recipe, load_recipe
+from mtp_graft.pipeline.weights import base_tensors, head_tensors
+from mtp_graft.recipe import Linears, Recipe, Variant, load_recipe
+from mtp_graft.serving.doctor import examine
+from mtp_graft.serving.doctor.survey import Survey
+from mtp_graft.serving.doctor.target import find_target
+from mtp_graft.serving.memory import (
+    RESERVE_BYTES,
+    UTILIZATION,
+    kv_cache_bytes,
+    weights_bytes,
+    weights_bytes_per_rank,
+)
 from mtp_graft.stages.fetch import Source, survey
+from mtp_graft.stages.splice import splice
+from serving.flash_headers import flash
 
 GB = 10**9
 
@@ -116,7 +133,7 @@ def test_a_small_disk_is_refused_with_what_is_needed_and_free(
 
 
 def test_needs_of_one_disk_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs = [Need(stage, "disk", str(tmp_path / stage), 600, "") for stage in ("fetch", "capture")]
+    needs = [Need(stage, "disk", 600, "", tmp_path / stage) for stage in ("fetch", "capture")]
     monkeypatch.setattr(shutil, "disk_usage", full_disk(1000))
     check_room(needs[:1])
     with pytest.raises(GraftError, match=r"1,000 bytes free, 1,200 needed \(fetch: 600, captur"):
@@ -124,7 +141,7 @@ def test_needs_of_one_disk_are_added_up(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_too_little_memory_is_refused() -> None:
-    need = Need("score", "memory", "this machine", 10**18, "the head in float32")
+    need = Need("score", "memory", 10**18, "the head in float32")
     with pytest.raises(GraftError, match=r"memory of this machine: [\d,]+ bytes free, 1,000,000,0"):
         check_room([need])
 
@@ -142,12 +159,107 @@ def test_the_gpus_are_looked_at_before_the_model_is_served(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, free))
-    need = Need("bench", "GPU memory", "2 GPUs", 160 * GB, "the served model")
+    need = Need("bench", "GPU memory", 160 * GB, "the served model", num_gpus=2)
     if message is None:
         check_room([need])
         return
     with pytest.raises(GraftError, match=message):
         check_room([need])
+
+
+def tensor_list(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, list[int]]]:
+    return {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def test_tensors_are_known_from_the_config_as_the_bundled_base_has_them(
+    sources: tuple[Source, Source], tiny_model: Path
+) -> None:
+    base = tiny_model / "base"
+    stored = tensor_list(read_meta(base, read_index(base)))
+    assert tensor_list(base_tensors(sources[0].config, 128)) == stored
+
+
+@pytest.mark.parametrize(
+    ("variant", "linears"), [("rtn", "base"), ("mxfp4", "fp8"), ("bf16", "bf16")]
+)
+def test_tensors_are_known_from_the_config_as_splice_writes_the_head(
+    variant: Variant,
+    linears: Linears,
+    sources: tuple[Source, Source],
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    spliced = tmp_path / "spliced"
+    splice(tiny_model / "base", tiny_model / "upstream", spliced, variant, linears=linears)
+    stored = tensor_list(read_meta(spliced, read_index(spliced, "mtp.")))
+    assert tensor_list(head_tensors(sources[0].config, variant, linears, 128)) == stored
+
+
+def test_on_a_cpu_the_served_model_takes_what_doctor_says(
+    recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder, tiny_model: Path
+) -> None:
+    (need,) = (n for n in find_needs(recipe, folder, ["capture"], sources) if n.of == "memory")
+    assert need.bytes == weights_bytes_per_rank(tiny_model / "base", 1, decoded=True)
+    assert need.bytes > 4 * sum(sources[0].sizes.values()), "experts become float32"
+
+
+@pytest.fixture(scope="module")
+def full_size() -> Survey:
+    return flash()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "count", "fits"),
+    [
+        ("RTX PRO 6000 Max-Q", 1, False),
+        ("RTX PRO 6000 Max-Q", 2, True),
+        ("H100", 2, False),
+        ("H100", 4, True),
+        ("H200", 1, False),
+        ("H200", 2, True),
+        ("H200", 8, True),
+    ],
+)
+def test_on_gpus_a_run_is_refused_where_doctor_finds_an_error(
+    gpu: str,
+    count: int,
+    fits: bool,
+    full_size: Survey,
+    sources: tuple[Source, Source],
+    folder: RunFolder,
+    repo_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = find_target("0.33.0", gpu, count, max_model_len=4096)
+    assert target.hardware is not None
+    free = target.hardware.memory_bytes
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, free))
+    settings = [f"serve.tensor_parallel_size={count}", 'bench.served_variants=["gptq"]']
+    wanted = load_recipe(repo_root / "recipes" / "dsv4-flash.toml", settings)
+    large = replace(sources[0], config=full_size.config)
+    (need,) = find_needs(wanted, folder, ["bench"], [large, sources[1]])
+    weights = weights_bytes(full_size.tensors, count)
+    cache = kv_cache_bytes(full_size.config, 4096, 2 * 4096)
+    assert need.bytes == count * math.ceil((weights + RESERVE_BYTES + cache) / UTILIZATION)
+    errors = {f.id for f in examine(full_size, target) if f.severity == "error"}
+    assert errors == (set() if fits else {"memory-weights"})
+    if fits:
+        check_room([need])
+        return
+    with pytest.raises(GraftError, match=f"GPU memory of {need.where}: "):
+        check_room([need])
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size"])
+def test_a_config_of_another_model_is_refused(
+    key: str, recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder
+) -> None:
+    config = {name: value for name, value in sources[0].config.items() if name != key}
+    other = replace(sources[0], config=config)
+    with pytest.raises(GraftError, match=f"has no '{key}'; expected a DeepSeek-V4 config"):
+        find_needs(recipe, folder, STAGES, [other, sources[1]])
 
 
 def test_a_dry_run_tells_files_sizes_and_times_and_by_what(

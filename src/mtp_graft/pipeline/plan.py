@@ -6,13 +6,14 @@ each with what it was estimated by.
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import constants
+from torch import Tensor
 
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.variants import is_expert
@@ -20,15 +21,14 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import torch_device
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.times import estimate_times
+from mtp_graft.pipeline.weights import base_tensors, head_tensors
 from mtp_graft.recipe import Recipe
+from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
+from mtp_graft.stages.capture import step_tokens
 from mtp_graft.stages.fetch import Source, nearest_folder
 
 #: Bits a weight of the routed experts; all else of the head takes two bytes at most.
 _EXPERT_BITS = {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}
-#: On a CPU the plugin decodes INT4 to BF16: four times the size.
-_CPU_DECODED = 4
-#: What vLLM may take of a GPU (its default), for weights and all else.
-_GPU_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,23 @@ class Need:
     """Bytes that one stage needs of a disk or a memory, at most."""
 
     stage: str
-    of: str  # "disk", "memory" or "GPU memory"
-    where: str  # a folder, "this machine", or how many GPUs
-    bytes: int
+    of: Literal["disk", "memory", "GPU memory"]
+    bytes: int  # of all GPUs together
     what_for: str
+    folder: Path | None = None  # whose disk it is
+    num_gpus: int = 0  # that share it evenly
+
+    @property
+    def where(self) -> str:
+        """Return the folder, how many GPUs, or that it is this machine."""
+        if self.num_gpus:
+            return f"{self.num_gpus} GPU{'s' if self.num_gpus > 1 else ''}"
+        return str(self.folder or "this machine")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `--dry-run` says of it."""
+        names = ("stage", "of", "where", "bytes", "what_for")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ def find_needs(
     wanted = recipe.capture
     length = wanted.max_prompt_tokens + wanted.new_tokens
     tokens = length * (wanted.calibration_count + wanted.evaluation_count)
-    cache, run = str(constants.HF_HUB_CACHE), str(folder.path)
+    cache, run = Path(constants.HF_HUB_CACHE), folder.path
     chosen = base.config.get("num_experts_per_tok", 1)
     replayed = wanted.calibration_count * length * (2 * size + 4 * chosen)
     variants = recipe.served_variants
@@ -72,19 +85,19 @@ def find_needs(
     whole = sum(base.sizes.values())
     download = sum(source.bytes_to_download for source in sources)
     needs = [
-        Need("fetch", "disk", cache, download, "what is still to be downloaded"),
-        Need("capture", "disk", run, 2 * tokens * size * streams, "residuals, BF16"),
-        Need("quantize", "disk", run, replayed + head.bytes_as("gptq"), "inputs, GPTQ's experts"),
-        Need("splice", "disk", run, spliced, f"{len(variants)} heads; the base is linked"),
+        Need("fetch", "disk", download, "what is still to be downloaded", cache),
+        Need("capture", "disk", 2 * tokens * size * streams, "residuals, BF16", run),
+        Need("quantize", "disk", replayed + head.bytes_as("gptq"), "inputs, GPTQ's experts", run),
+        Need("splice", "disk", spliced, f"{len(variants)} heads; the base is linked", run),
     ]
-    if recipe.splice.copy or _is_copied(base, folder.path):
-        copies = len(variants) * whole
-        needs.append(Need("splice", "disk", run, copies, "copies of the base"))
-    device = torch_device(recipe.score.device)
-    of, where = ("memory", "this machine") if device == "cpu" else ("GPU memory", "1 GPU")
-    needs.append(Need("score", of, where, 4 * (head.routed + head.other), "the head in float32"))
-    needs.append(_serving_need("capture", recipe, whole))
-    needs.append(_serving_need("bench", recipe, whole + max(map(head.bytes_as, variants))))
+    if recipe.splice.copy or _is_copied(base, run):
+        needs.append(Need("splice", "disk", len(variants) * whole, "copies of the base", run))
+    in_float32 = 4 * (head.routed + head.other), "the head in float32"
+    if torch_device(recipe.score.device) == "cpu":
+        needs.append(Need("score", "memory", *in_float32))
+    else:
+        needs.append(Need("score", "GPU memory", *in_float32, num_gpus=1))
+    needs += _serving_needs(recipe, base.config)
     left = (_still_needed(need, folder) for need in needs if need.stage in stages)
     return [need for need in left if need.bytes]
 
@@ -94,7 +107,7 @@ def _still_needed(need: Need, folder: RunFolder) -> Need:
     stage = folder.stage(need.stage)
     if (stage / "manifest.json").exists():
         return replace(need, bytes=0)
-    if need.where != str(folder.path) or not stage.exists():
+    if need.folder != folder.path or not stage.exists():
         return need
     files = (path.stat() for path in stage.rglob("*") if path.is_file())
     written = sum(file.st_size for file in files if file.st_nlink == 1)  # links are the base's
@@ -114,32 +127,57 @@ def _is_copied(base: Source, folder: Path) -> bool:
     return there.stat().st_dev != nearest_folder(folder).stat().st_dev
 
 
-def _serving_need(stage: str, recipe: Recipe, weights: int) -> Need:
-    ranks = recipe.serve.tensor_parallel_size
-    if torch_device("auto") == "cpu":
-        decoded = _CPU_DECODED * weights
-        return Need(stage, "memory", "this machine", decoded, "the served model, decoded")
-    where = f"{ranks} GPU{'s' if ranks > 1 else ''}"
-    needed = math.ceil(weights / _GPU_SHARE)
-    return Need(stage, "GPU memory", where, needed, "the served model; its cache comes on top")
+def _serving_needs(recipe: Recipe, config: Mapping[str, Any]) -> list[Need]:
+    """Return the memory that base and largest head take when served, by doctor's estimate."""
+    ranks, group = recipe.serve.tensor_parallel_size, recipe.quantize.group_size
+    on_cpu = torch_device("auto") == "cpu"
+
+    def weights(tensors: Mapping[str, Tensor]) -> int:
+        return weights_bytes(tensors, ranks, decoded=on_cpu)
+
+    linears = recipe.splice.linears
+    base = weights(base_tensors(config, group))
+    heads = [weights(head_tensors(config, v, linears, group)) for v in recipe.served_variants]
+    by_stage = {"capture": base, "bench": base + max(heads)}
+    if on_cpu:
+        what_for = "the served model, decoded"
+        return [Need(stage, "memory", ranks * size, what_for) for stage, size in by_stage.items()]
+    besides = RESERVE_BYTES + _cache_bytes(recipe, config)
+    return [
+        Need(
+            stage,
+            "GPU memory",
+            ranks * math.ceil((size + besides) / UTILIZATION),
+            f"the served model and its cache in {UTILIZATION:.0%} of the memory",
+            num_gpus=ranks,
+        )
+        for stage, size in by_stage.items()
+    ]
+
+
+def _cache_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int:
+    """Return the KV cache on each rank: what the recipe says, or one sequence of full length."""
+    if recipe.serve.kv_cache_gib is not None:
+        return int(recipe.serve.kv_cache_gib * 2**30)
+    length = recipe.capture.max_model_len
+    return kv_cache_bytes(config, length, tokens_in_flight=2 * step_tokens(length))
 
 
 def check_room(needs: Sequence[Need]) -> None:
     """Raise GraftError, before hours of work, for a disk or memory that will not do."""
-    disks: dict[str, int] = {}
+    by_device: dict[int, list[Need]] = {}  # cache and run folder may share a disk
     for need in needs:
-        if need.of == "disk":
-            disks[need.where] = disks.get(need.where, 0) + need.bytes
+        if need.folder is not None:
+            device = nearest_folder(need.folder).stat().st_dev
+            by_device.setdefault(device, []).append(need)
         else:
             _check(need.bytes, _free(need), f"{need.of} of {need.where}", need.what_for)
-    by_device: dict[int, list[str]] = {}
-    for where in disks:
-        device = nearest_folder(Path(where)).stat().st_dev
-        by_device.setdefault(device, []).append(where)
-    for folders in by_device.values():  # cache and run folder may share a disk
-        free = shutil.disk_usage(nearest_folder(Path(folders[0]))).free
-        what_for = ", ".join(f"{n.stage}: {n.bytes:,}" for n in needs if n.where in folders)
-        _check(sum(disks[f] for f in folders), free, f"disk of {' and '.join(folders)}", what_for)
+    for on_disk in by_device.values():
+        folders = list(dict.fromkeys(need.folder for need in on_disk if need.folder))
+        free = shutil.disk_usage(nearest_folder(folders[0])).free
+        what_for = ", ".join(f"{need.stage}: {need.bytes:,}" for need in on_disk)
+        where = " and ".join(map(str, folders))
+        _check(sum(need.bytes for need in on_disk), free, f"disk of {where}", what_for)
 
 
 def _check(needed: int, free: int, what: str, what_for: str) -> None:
@@ -157,13 +195,13 @@ def _free(need: Need) -> int:
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
         raise GraftError("/proc/meminfo: has no MemAvailable; expected Linux")
-    wanted = int(need.where.split()[0])
+    wanted = need.num_gpus
     if torch.cuda.device_count() < wanted:
         raise GraftError(
             f"{need.stage}: {torch.cuda.device_count()} GPUs found, {wanted} asked for by the "
             "recipe; set serve.tensor_parallel_size, or run where they are"
         )
-    return sum(int(torch.cuda.mem_get_info(device)[0]) for device in range(wanted))
+    return wanted * min(int(torch.cuda.mem_get_info(device)[0]) for device in range(wanted))
 
 
 def describe(
@@ -208,7 +246,7 @@ def describe(
             }
             for name, source in zip(("base", "upstream"), sources, strict=True)
         },
-        "needs": [asdict(need) for need in needs],
+        "needs": [need.as_json() for need in needs],
         "seconds": {
             stage: asdict(estimate)
             for stage, estimate in estimate_times(recipe, sources).items()

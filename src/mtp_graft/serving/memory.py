@@ -23,6 +23,8 @@ BLOCK_TOKENS = 256
 #: Besides weights and KV cache, per rank: activations of a step of 8,192 tokens, CUDA graphs,
 #: NCCL's buffers and the CUDA context. One rank of an H100 took 3.7 to 4.2 GiB (docs/doctor.md).
 RESERVE_BYTES = 4 * 2**30
+#: vLLM's own share of a GPU's memory, unless told otherwise (0.32).
+UTILIZATION = 0.92
 
 _PAGE_ALIGNMENT = 576  # of FlashMLA's packed FP8 layout
 _ENTRY_BYTES = 584  # a cached FP8 vector: 448 without RoPE, 64 with in BF16, 8 of scales

@@ -85,12 +85,17 @@ def recording_options(base: Path, out: Path, config: CaptureConfig) -> ServeOpti
         max_model_len=config.max_model_len,
         max_num_seqs=config.concurrency,
         # Every sequence is computed whole, in one step.
-        max_num_batched_tokens=max(config.max_model_len, 2048),
+        max_num_batched_tokens=step_tokens(config.max_model_len),
         chunked_prefill=False,
         prefix_caching=False,
         num_speculative_tokens=0,
         record=out,
     )
+
+
+def step_tokens(max_model_len: int) -> int:
+    """Return how many tokens a step of a recording server may have."""
+    return max(max_model_len, 2048)
 
 
 def capture_with(

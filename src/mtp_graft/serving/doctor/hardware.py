@@ -9,6 +9,7 @@ from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target
 from mtp_graft.serving.memory import (
     RESERVE_BYTES,
+    UTILIZATION,
     kv_cache_bytes,
     largest_context,
     weights_bytes,
@@ -16,8 +17,6 @@ from mtp_graft.serving.memory import (
 from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
 
 _GIB = 2**30
-#: vLLM's own share of a GPU's memory, unless told otherwise (0.32).
-UTILIZATION = 0.92
 #: Of steps being computed: with asynchronous scheduling there are two.
 TOKENS_IN_FLIGHT = 2 * MAX_NUM_BATCHED_TOKENS
 
