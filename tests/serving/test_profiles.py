@@ -1,6 +1,7 @@
 """How a profile is fitted to what is there; the whole output is in test_profiles_golden.py."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from packaging.version import Version
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import room
 from mtp_graft.serving.command import InstalledVllm, ServeOptions, build_command, vllm_elsewhere
+from mtp_graft.serving.doctor.known_issues import ISSUES
 from mtp_graft.serving.memory import kv_cache_bytes
 from mtp_graft.serving.plan import Node, Plan, make_plan
 from mtp_graft.serving.profiles import (
@@ -70,6 +72,16 @@ def test_the_profiles_are_the_seeds_table() -> None:
     assert table["524k"] == (524288, 3, 0.93)
     assert table["640k"][0] == 655360
     assert table["1m"][0] == CONFIG["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("profile", [*PROFILES, "auto"])
+def test_a_shared_memory_is_filled_no_further_than_doctor_advises(
+    flash: Path, profile: str
+) -> None:
+    advice = next(issue.cure for issue in ISSUES if issue.id == "vllm-46307")
+    most = float(re.search(r"--gpu-memory-utilization ([\d.]+) or less", advice)[1])  # type: ignore[index]
+    planned = plan(flash, profile, named_gpus("GB10", 2), node=Node(0, "192.0.2.1"))
+    assert planned.options.gpu_memory_utilization == most == 0.85
 
 
 def test_every_setting_has_a_reason_and_a_source_and_is_in_the_docs(repo_root: Path) -> None:

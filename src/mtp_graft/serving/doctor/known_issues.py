@@ -16,6 +16,7 @@ from mtp_graft.serving.doctor.findings import Finding, Severity
 from mtp_graft.serving.doctor.formats import format_of
 from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target
+from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ ISSUES = (
         "two ranks without NVLink",
         "vLLM's custom all-reduce stays on for exactly two PCIe GPUs, relies on peer access, and "
         "can wait for ever after the weights are loaded; NCCL_P2P_DISABLE does not reach it",
-        "--disable-custom-all-reduce, which `mtp-graft serve --profile` sets",
+        "--disable-custom-all-reduce, which `mtp-graft serve --profile` and `run` set",
         "vllm-project/vllm#51513; seed card",
     ),
     KnownIssue(
@@ -93,7 +94,8 @@ ISSUES = (
         "memory that CPU and GPU share",
         "gpu_memory_utilization is no upper bound while vLLM profiles: the machine can run out of "
         "memory and stop answering",
-        "leave room: --gpu-memory-utilization 0.85 or less, and watch the first start",
+        f"leave room: --gpu-memory-utilization {UNIFIED_MEMORY_UTILIZATION} or less, which "
+        "`mtp-graft serve --profile` and `run` set, and watch the first start",
         "vllm-project/vllm#46307",
     ),
     KnownIssue(
