@@ -83,11 +83,44 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         ("model.name=../x", r"name is '\.\./x'"),
         ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),
         ("splice.variant", r"expected section\.key=value"),
+        ("serve.kv_cache_gib=0.001", r"\[serve\] kv_cache_gib is 0\.001, expected >= 0\.01"),
+        ("bench.num_speculative_tokens=-1", r"num_speculative_tokens is -1, expected >= 0"),
+        ("quantize.damp=nan", r"damp is nan, expected >= 0"),
     ],
 )
-def test_what_nobody_understands_is_refused(minimal: Path, override: str, message: str) -> None:
-    with pytest.raises(GraftError, match=message):
-        load_recipe(minimal, [override])
+def test_what_nobody_understands_is_refused_by_its_option(
+    minimal: Path, override: str, message: str
+) -> None:
+    with pytest.raises(GraftError, match=message) as raised:
+        load_recipe(minimal, ["bench.rounds=2", override])
+    assert str(raised.value).startswith(f"--set {override}: ")
+    assert "minimal.toml" not in str(raised.value), "which is not to blame"
+
+
+def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> None:
+    minimal.write_text(MINIMAL + "count = 0\n")
+    with pytest.raises(GraftError, match=r"minimal\.toml: \[bench\] count is 0"):
+        load_recipe(minimal, ["bench.rounds=2", "splice.variant=rtn"])
+    assert load_recipe(minimal, ["bench.count=2"]).bench.count == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("serve.kv_cache_gib=0.5", 0.5),
+        ("serve.kv_cache_gib=0.01", 0.01),
+        ("bench.num_speculative_tokens=0", 0),
+        ("quantize.damp=0", 0.0),
+    ],
+)
+def test_every_number_has_its_own_bound(minimal: Path, override: str, value: float) -> None:
+    section, key = override.partition("=")[0].split(".")
+    assert load_recipe(minimal, [override]).as_dict()[section][key] == value
+
+
+def test_a_name_that_is_like_no_other_gets_no_suggestion(minimal: Path) -> None:
+    with pytest.raises(GraftError, match=r"unknown key 'xyz'; there are copy, linears, variant$"):
+        load_recipe(minimal, ["splice.xyz=1"])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A recipe: one TOML file that says what is grafted onto what, and how it is measured.
 
-Every section is a frozen dataclass. A key that no section has, or a value of another type, is an
-error that names it.
+Every section is a frozen dataclass. A key that no section has, or a value of another type or out of
+bounds, is an error that names it. Numbers are 1 or more where a field has no bound of its own.
 """
 
 import difflib
@@ -26,6 +26,11 @@ Device = Literal["auto", "cpu", "cuda"]
 Replay = Literal["true", "identity"]
 #: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
 ZeroTokens = Literal["pool", "rtn", "error"]
+
+
+def _at_least(least: float, default: float | None) -> Any:
+    """Return a field whose number has this bound."""
+    return field(default=default, metadata={"least": least})
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class QuantizeSection:
     """How the head's routed experts are rounded."""
 
     variants: tuple[Variant, ...] = _ALL_VARIANTS
-    damp: float = 0.01  # of the mean of the Hessian's diagonal
+    damp: float = _at_least(0, 0.01)  # of the mean of the Hessian's diagonal
     damping: Literal["fixed", "tokens"] = "tokens"  # more than `damp` for experts with few tokens
     order: Literal["stored", "activation"] = "stored"  # in which inputs are rounded
     scale: Literal["absmax", "mse"] = "mse"  # the rule for a group's scale
@@ -93,7 +98,7 @@ class BenchSection:
     count: int = 8
     max_tokens: int = 128
     rounds: int = 3
-    num_speculative_tokens: int = 1
+    num_speculative_tokens: int = _at_least(0, 1)
     served_variants: tuple[Variant, ...] = _ALL_VARIANTS
     acceptance_count: int | None = None  # evaluation texts to serve; all of them are scored
 
@@ -103,7 +108,7 @@ class ServeSection:
     """How vLLM serves base and grafted checkpoint; None leaves it to vLLM or the platform."""
 
     tensor_parallel_size: int = 1
-    kv_cache_gib: float | None = None
+    kv_cache_gib: float | None = _at_least(0.01, None)  # as `serve --kv-cache-gib`
     extra_args: tuple[str, ...] = ()  # for `vllm serve`, as they are
 
 
@@ -153,6 +158,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValueError as error:
         raise GraftError(f"{path}: not a TOML file ({error})") from error
     _resolve_paths(table, path.parent)
+    origin = _Origin(str(path))
     for override in overrides:
         change = _parse_override(override)
         _resolve_paths(change, Path.cwd())
@@ -161,7 +167,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             target = table.setdefault(section, {})
             if isinstance(target, dict):  # else the recipe itself is wrong, as is said below
                 target.update(values)
-    return _build(table, str(path))
+                origin.overrides.update({(section, key): f"--set {override}" for key in values})
+    return _build(table, origin)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where values come from: the file, or the `--set` that gave the section's key."""
+
+    file: str
+    overrides: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def of(self, *keys: tuple[str, str]) -> str:
+        """Return who is to blame for these keys' values: the first `--set` among them, if any."""
+        return next((self.overrides[key] for key in keys if key in self.overrides), self.file)
 
 
 def _parse_override(override: str) -> dict[str, dict[str, Any]]:
@@ -193,38 +212,40 @@ def _is_hub_id(section: str, value: str) -> bool:
     return value.startswith("hub:")
 
 
-def _build(table: Mapping[str, Any], where: str) -> Recipe:
+def _build(table: Mapping[str, Any], origin: _Origin) -> Recipe:
     for name in table:
-        _known(name, _SECTIONS, where, "section")
+        _known(name, _SECTIONS, origin.file, "section")
     sections = {}
     for name, kind in _SECTIONS.items():
         values = table.get(name, {})
         if not isinstance(values, dict):
-            raise GraftError(f"{where}: {name} is {values!r}, expected a section [{name}]")
-        sections[name] = _build_section(kind, values, f"{where}: [{name}]")
+            raise GraftError(f"{origin.file}: {name} is {values!r}, expected a section [{name}]")
+        sections[name] = _build_section(name, kind, values, origin)
     recipe = Recipe(**sections)
-    _check_values(recipe, where)
+    _check_numbers(recipe, origin)
+    _check_values(recipe, origin)
     return recipe
 
 
-def _build_section(kind: type, values: Mapping[str, Any], where: str) -> Any:
+def _build_section(section: str, kind: type, values: Mapping[str, Any], origin: _Origin) -> Any:
     hints = get_type_hints(kind)
-    for key in values:
+    converted = {}
+    for key, value in values.items():
+        where = f"{origin.of((section, key))}: [{section}]"
         _known(key, hints, where, "key")
+        converted[key] = _convert(value, hints[key], f"{where} {key}")
     required = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
     if required:
-        raise GraftError(f"{where}: {required[0]} is missing; give it a value")
-    return kind(**{k: _convert(v, hints[k], f"{where} {k}") for k, v in values.items()})
+        raise GraftError(f"{origin.file}: [{section}]: {required[0]} is missing; give it a value")
+    return kind(**converted)
 
 
 def _known(name: str, valid: Mapping[str, Any], where: str, what: str) -> None:
     if name in valid:
         return
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
-    raise GraftError(
-        f"{where}: unknown {what} {name!r}; did you mean {near[0]!r}? "
-        f"There are {', '.join(sorted(valid))}"
-    )
+    near = difflib.get_close_matches(name, valid, n=1)
+    hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+    raise GraftError(f"{where}: unknown {what} {name!r}; {hint} {', '.join(sorted(valid))}")
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -249,33 +270,45 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return value
 
 
-def _check_values(recipe: Recipe, where: str) -> None:
-    """Refuse what no stage could do anything with."""
-    for section, values in recipe.as_dict().items():
-        for key, value in values.items():
-            least = 0 if key in ("damp", "num_speculative_tokens") else 1
+def _check_numbers(recipe: Recipe, origin: _Origin) -> None:
+    """Refuse numbers below their fields' bounds, and those that are none or endless."""
+    for section in _SECTIONS:
+        values = getattr(recipe, section)
+        for known in fields(values):
+            key, value = known.name, getattr(values, known.name)
+            least = known.metadata.get("least", 1)
             if type(value) in (int, float) and not least <= value < math.inf:
+                where = origin.of((section, key))
                 raise GraftError(f"{where}: [{section}] {key} is {value}, expected >= {least}")
+
+
+def _check_values(recipe: Recipe, origin: _Origin) -> None:
+    """Refuse what no stage could do anything with."""
     for key in _MODEL_KEYS:
         value = getattr(recipe.model, key)
         if not value.startswith("/") and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
             raise GraftError(
-                f"{where}: [model] {key} is {value!r}, expected a hub id (owner/name) or a folder "
-                "that starts with ./, ../, / or ~"
+                f"{origin.of(('model', key))}: [model] {key} is {value!r}, expected a hub id "
+                "(owner/name) or a folder that starts with ./, ../, / or ~"
             )
     if not re.fullmatch(r"[\w][\w.-]*", recipe.model.name):
         raise GraftError(
-            f"{where}: [model] name is {recipe.model.name!r}, expected letters, digits, . _ or -"
+            f"{origin.of(('model', 'name'))}: [model] name is {recipe.model.name!r}, expected "
+            "letters, digits, . _ or -"
         )
-    for section, variants in (
-        ("quantize", recipe.quantize.variants),
-        ("bench", recipe.bench.served_variants),
+    quantized, served = ("quantize", "variants"), ("bench", "served_variants")
+    for where, variants in (
+        (quantized, recipe.quantize.variants),
+        (served, recipe.bench.served_variants),
     ):
         if len(set(variants)) < len(variants):
-            raise GraftError(f"{where}: [{section}] names a variant twice: {', '.join(variants)}")
-    for name in (*recipe.bench.served_variants, recipe.splice.variant):
-        if name not in recipe.quantize.variants:
             raise GraftError(
-                f"{where}: variant {name!r} is to be spliced, but [quantize] variants has "
-                f"{', '.join(recipe.quantize.variants)} only"
+                f"{origin.of(where)}: [{where[0]}] names a variant twice: {', '.join(variants)}"
+            )
+    for name in recipe.served_variants:
+        if name not in recipe.quantize.variants:
+            chosen = served if name in recipe.bench.served_variants else ("splice", "variant")
+            raise GraftError(
+                f"{origin.of(chosen, quantized)}: variant {name!r} is to be spliced, but "
+                f"[quantize] variants has {', '.join(recipe.quantize.variants)} only"
             )
