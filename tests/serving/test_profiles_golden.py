@@ -5,6 +5,7 @@ MTP_GRAFT_WRITE_GOLDEN=1 writes the files anew; the difference is then what a re
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -198,3 +199,24 @@ def test_the_conservative_524k_is_the_seeds_command_but_for_what_is_explained(
     flags = ("--trust-remote-code", "127.0.0.1")
     for name in (*flags, "SPARSE_MLA_WARMUP=0 left out", *added):
         assert name in notes, f"{name} differs from the seed and is not explained"
+
+
+def settings_of(flags: dict[str, tuple[str, ...]], variables: list[str]) -> set[str]:
+    """Return `--flag value ...` and `VARIABLE=value`, each as one text."""
+    return {" ".join((flag, *values)) for flag, values in flags.items()} | set(variables)
+
+
+def test_the_docs_list_every_difference_from_the_seeds_command_and_no_other(
+    repo_root: Path,
+) -> None:
+    golden = (GOLDEN / "max-q-x2-524k-conservative.txt").read_text().splitlines()
+    ours = settings_of(
+        flags_of(shlex.split(golden[-1])),
+        [line.removeprefix("export ") for line in golden if line.startswith("export ")],
+    )
+    seeds = settings_of(flags_of(shlex.split(SEED_COMMAND)), SEED_ENVIRONMENT.split())
+    page = (repo_root / "docs" / "serving.md").read_text()
+    section = page.partition("### The seed's validated command")[2].partition("\n###")[0]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("|")]
+    listed = [set(re.findall(r"`([^`]+)`", " ".join(column))) for column in zip(*rows, strict=True)]
+    assert listed == [seeds - ours, ours - seeds]
