@@ -43,6 +43,20 @@ def only_from(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "distribution", distribution)
 
 
+def install_nvidia_smi(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, memory_mib: str, link: str
+) -> None:
+    """Put an `nvidia-smi` into `folder`, first on PATH, that tells of two GPUs."""
+    script = folder / "nvidia-smi"
+    script.write_text(
+        f'#!/bin/sh\nif [ "$1" = topo ]; then printf "GPU0 X {link}\\nGPU1 {link} X\\n"\n'
+        f'else printf "{gpu}, {memory_mib}\\n{gpu}, {memory_mib}\\n"; fi\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
     """A site-packages folder with the stand-in, a CPU build of vLLM 0.32.0."""

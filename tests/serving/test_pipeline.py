@@ -1,6 +1,7 @@
 """The pipeline's orchestration: real capture and serving of a stand-in, the other stages faked."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,10 +24,11 @@ from mtp_graft.recipe import load_recipe
 from mtp_graft.serving import command, server
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
-from .conftest import BASE_TENSORS, HEAD_TENSORS, install, write_checkpoint
+from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_nvidia_smi, write_checkpoint
 from .test_acceptance import Streamed, quiet
 
 RECIPE = """
@@ -279,15 +281,69 @@ def test_the_base_records_without_drafting_and_variants_draft_without_recording(
     assert base.max_model_len == variant.max_model_len == 64
 
 
+OnGpus = Callable[..., None]
+
+
+@pytest.fixture
+def on_gpus(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnGpus:
+    """Return a function that makes the stand-in a CUDA build on a machine with two GPUs."""
+    for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
+        monkeypatch.delenv(name)
+
+    def install_on(gpu: str, memory_mib: str, link: str, version: str = "0.32.0") -> None:
+        for info in site.glob("*.dist-info"):
+            shutil.rmtree(info)
+        install(site, version=version)
+        install_nvidia_smi(tmp_path, monkeypatch, gpu, memory_mib, link)
+
+    return install_on
+
+
 def test_a_vllm_that_cannot_count_drafts_by_request_is_not_asked_to(
-    run: Run, servers: Servers, vllm: Path, site: Path
+    run: Run, servers: Servers, on_gpus: OnGpus
 ) -> None:
-    for info in site.glob("*.dist-info"):
-        shutil.rmtree(info)
-    install(site, version="0.28.0")
+    on_gpus("NVIDIA H200", "143771", "NV18", "0.28.0")
     result = run()
     assert servers.options[GPTQ].extra_args == ("--seed", "7")
     assert result["acceptance_difference"] == {}
+
+
+def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
+    run: Run, servers: Servers, on_gpus: OnGpus, tmp_path: Path
+) -> None:
+    on_gpus("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "97887", "NODE")
+    records = {name: tmp_path / f"{name}.json" for name in (BASE, GPTQ)}
+    for name, file in records.items():
+        servers.settings[name] = {"record": str(file)}
+    run("serve.tensor_parallel_size=2")
+    for name, file in records.items():
+        started = json.loads(file.read_text())
+        assert "--disable-custom-all-reduce" in started["argv"], name
+        assert started["argv"][-2:] == ["--seed", "7"], "the recipe's come last, and win"
+        assert started["env"]["NCCL_P2P_DISABLE"] == "1"
+    assert servers.options.keys() == {BASE, GPTQ, RTN}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "link", "settings"), [(1, "NODE", False), (2, "NV18", False), (2, "NODE", True)]
+)
+def test_the_settings_for_pcie_are_for_ranks_that_speak_over_it(
+    ranks: int, link: str, settings: bool, run: Run, servers: Servers, on_gpus: OnGpus
+) -> None:
+    on_gpus("NVIDIA H200", "143771", link)
+    run(f"serve.tensor_parallel_size={ranks}", only="capture")
+    options = servers.options[BASE]
+    assert ("--disable-custom-all-reduce" in options.extra_args) is settings
+    assert ("NCCL_P2P_DISABLE" in options.environment) is settings
+    assert options.gpu_memory_utilization is None, "which is vLLM's to say"
+
+
+def test_a_memory_that_the_gpu_shares_with_the_machine_is_not_filled(
+    run: Run, servers: Servers, on_gpus: OnGpus
+) -> None:
+    on_gpus("NVIDIA GB10", "[N/A]", "NODE")
+    run(only="capture")
+    assert servers.options[BASE].gpu_memory_utilization == UNIFIED_MEMORY_UTILIZATION
 
 
 def test_heads_are_compared_on_the_same_texts(run: Run, stages: StandIns) -> None:

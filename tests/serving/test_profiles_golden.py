@@ -18,7 +18,7 @@ from mtp_graft import cli
 from mtp_graft.serving import command, room
 from mtp_graft.stages.splice import splice
 
-from .conftest import install, only_from
+from .conftest import install, install_nvidia_smi, only_from
 from .flash import cached_weights, write_flash
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -109,13 +109,7 @@ def test_gpus_that_are_found_give_the_same_as_their_name(
     script = install(site, "vllm", "0.32.0")
     only_from(site, monkeypatch)
     card = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(
-        '#!/bin/sh\nif [ "$1" = topo ]; then printf "GPU0 X NODE\\nGPU1 NODE X\\n"\n'
-        f'else printf "{card}, 97887\\n{card}, 97887\\n"; fi\n'
-    )
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    install_nvidia_smi(tmp_path, monkeypatch, card, "97887", "NODE")
     printed = dry_run(flash, "--profile", "524k").replace(str(script), "vllm")
     expected = (GOLDEN / "max-q-x2-524k.txt").read_text()
     assert printed == expected.replace("2x RTX PRO 6000 Max-Q", f"2x {card}")

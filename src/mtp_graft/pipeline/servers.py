@@ -17,7 +17,9 @@ from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
+from mtp_graft.serving.plan import adapt
 from mtp_graft.serving.server import managed_server
+from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.capture import CaptureConfig, recording_options
 
 #: From this version on we know the server to count drafts for each request, if asked to.
@@ -34,7 +36,7 @@ def capture_config(recipe: Recipe) -> CaptureConfig:
 
 
 class Servers:
-    """Starts servers as the recipe says; closes what still runs with its `with` block."""
+    """Starts servers as the recipe says and as the hardware needs; its `with` block ends them."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, report: Report) -> None:
         self._recipe = recipe
@@ -98,6 +100,8 @@ class Servers:
             kv_cache_gib=serve.kv_cache_gib,
             extra_args=(*options.extra_args, *serve.extra_args),
         )
+        vllm = find_vllm()
+        options, _notes = adapt(options, hardware_for(vllm.platform), vllm)
 
         def on_start(elapsed_s: float, _line: str) -> None:
             self._report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)

@@ -82,13 +82,10 @@ def make_plan(
     notes += _explained(name, profile, options, room)
     if num_speculative_tokens(options) == 0:
         notes.append("no drafting: the checkpoint has no head, or 0 tokens were asked for")
-    environment, flags = _adapted(hardware, tp, vllm, notes)
-    flags += _node_flags(hardware, node or Node(), notes)
-    options = replace(
-        _filled(options, profile, room),
-        environment={**environment, **options.environment},
-        extra_args=(*flags, *options.extra_args),
-    )
+    options, adapted = adapt(_filled(options, profile, room), hardware, vllm)
+    notes += adapted
+    flags = _node_flags(hardware, node or Node(), notes)
+    options = replace(options, extra_args=(*flags, *options.extra_args))
     if options.host != SEED_HOST:
         notes.append(
             f"listens on {options.host}; the seed on {SEED_HOST} (--host, and then an --api-key)"
@@ -285,13 +282,18 @@ def _filled(options: ServeOptions, profile: Profile, room: Room) -> ServeOptions
     )
 
 
-def _adapted(
-    hardware: Hardware, tp: int, vllm: InstalledVllm, notes: list[str]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the variables and flags that suit the hardware and this vLLM."""
+def adapt(
+    options: ServeOptions, hardware: Hardware, vllm: InstalledVllm
+) -> tuple[ServeOptions, list[str]]:
+    """Return `options` with what suits the hardware and this vLLM, and notes on it.
+
+    Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop. What
+    `options` and the environment say stays.
+    """
+    notes: list[str] = []
     variables: tuple[Setting, ...] = () if hardware.gpu is None else GPU_ENVIRONMENT
     flags: tuple[Setting, ...] = ()
-    if hardware.link == "pcie" and tp > 1:
+    if hardware.link == "pcie" and options.num_ranks > 1:
         variables, flags = variables + PCIE_ENVIRONMENT, PCIE_FLAGS
     else:
         why = "a CPU" if hardware.gpu is None else _LINKS.get(hardware.link, "a single rank")
@@ -308,7 +310,14 @@ def _adapted(
             environment[setting.name] = setting.value
             if not setting.source.startswith(SEED):
                 notes.append(f"{setting}: {setting.why} ({setting.source})")
-    return environment, tuple(word for flag in flags for word in flag.as_args())
+    share = UNIFIED_MEMORY_UTILIZATION if hardware.unified_memory else None
+    options = replace(
+        options,
+        gpu_memory_utilization=options.gpu_memory_utilization or share,
+        environment={**environment, **options.environment},
+        extra_args=(*(word for flag in flags for word in flag.as_args()), *options.extra_args),
+    )
+    return options, notes
 
 
 def _node_flags(hardware: Hardware, node: Node, notes: list[str]) -> tuple[str, ...]:
