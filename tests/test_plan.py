@@ -31,6 +31,7 @@ from mtp_graft.serving.memory import (
     weights_bytes,
     weights_bytes_per_rank,
 )
+from mtp_graft.stages import hub
 from mtp_graft.stages.fetch import Source, survey
 from mtp_graft.stages.splice import splice
 from serving.flash_headers import flash
@@ -295,3 +296,20 @@ def test_a_dry_run_without_the_checkpoints_says_why_it_knows_no_sizes(
     told = plan_run(gone, tmp_path / "run", STAGES)
     assert told["unknown"] == "/nowhere: not a folder; expected a checkpoint or a hub id owner/name"
     assert told["sources"] is told["needs"] is told["seconds"] is None
+
+
+def test_a_dry_run_without_the_hub_tells_what_is_known_of_the_real_models(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")
+    told = plan_run(real, tmp_path / "run", STAGES)
+    assert "cannot be fetched from the hub (Name or service not known)" in told["unknown"]
+    base, upstream = told["known"]
+    assert base.startswith(f"{real.model.base}: 4 shards, about 143 GiB (seed card")
+    assert upstream.startswith(f"{real.model.upstream}: the head is in one shard of 46")
+    other = replace(real, model=replace(real.model, base="some/base", upstream="some/master"))
+    assert plan_run(other, tmp_path / "run", STAGES)["known"] == []

@@ -1,6 +1,5 @@
 """`mtp-graft demo`, `run`, and one command for each stage of a recipe."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,9 +74,7 @@ def _run_recipe(
     if dry_run:
         plan = plan_run(recipe, run, stages)
         write_json(plan, json_file)
-        if not is_stdout(json_file):
-            print(json.dumps(plan, indent=2, ensure_ascii=False))
-        _print_plan(plan)
+        _print_plan(plan, result_console(json_file))
         return
     _check_writable(json_file)
     with progress_bar() as report:
@@ -99,11 +96,18 @@ def _check_writable(target: Path | None) -> None:
         target.unlink()
 
 
-def _print_plan(plan: dict[str, Any]) -> None:
-    """Show sizes and times for people, on standard error: standard output has the JSON."""
-    out = Console(stderr=True)
+def _print_plan(plan: dict[str, Any], out: Console) -> None:
+    """Show stages, sizes and times for people."""
+    out.print(f"{', '.join(plan['stages'])}: in {plan['run']}", soft_wrap=True)
     if plan["unknown"] is not None:
-        out.print(f"sizes and times are not known: {plan['unknown']}", soft_wrap=True)
+        out.print(
+            plan["unknown"],
+            "not known therefore: bytes to download, disk and memory for every stage, and times",
+            *(f"known all the same: {size}" for size in plan["known"]),
+            sep="\n",
+            soft_wrap=True,
+            markup=False,
+        )
         return
     sources = Table("checkpoint", "from", "files", "GB", "GB to download")
     for name, source in plan["sources"].items():

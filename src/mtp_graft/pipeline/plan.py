@@ -29,6 +29,13 @@ from mtp_graft.stages.fetch import Source, nearest_folder
 
 #: Bits a weight of the routed experts; all else of the head takes two bytes at most.
 _EXPERT_BITS = {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}
+#: What is known of repositories on the hub without asking it.
+_KNOWN_SIZES = {
+    "pastapaul/DeepSeek-V4-Flash-W4A16-FP8": "4 shards, about 143 GiB (seed card; the GB that it "
+    "says are GiB by the tensors' shapes, docs/log.md)",
+    "deepseek-ai/DeepSeek-V4-Flash": "the head is in one shard of 46; its routed experts, nearly "
+    "all of it, take 3.2 GiB (docs/format.md)",
+}
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,8 @@ def describe(
 ) -> dict[str, Any]:
     """Return the JSON of `--dry-run`: recipe, stages, sizes and times, doing nothing.
 
-    Where the checkpoints cannot be looked at, `unknown` says why, and sizes and times are null.
+    Where the checkpoints cannot be looked at, `unknown` says why, sizes and times are null, and
+    `known` has what can be said of them all the same.
     """
     plan: dict[str, Any] = {
         "run": str(folder.path),
@@ -223,12 +231,15 @@ def describe(
         "seconds": None,
         "room": None,
         "unknown": None,
+        "known": [],
     }
     try:
         sources = survey()
         needs = find_needs(recipe, folder, stages, sources)
     except GraftError as error:
-        return {**plan, "unknown": str(error)}
+        given = (recipe.model.base, recipe.model.upstream)
+        known = [f"{name}: {_KNOWN_SIZES[name]}" for name in given if name in _KNOWN_SIZES]
+        return {**plan, "unknown": str(error), "known": known}
     try:
         check_room(needs)
         room = "enough"
