@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
+from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = ".safetensors"  # what is kept in large file storage
@@ -116,3 +120,24 @@ def stand_in_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[StandInH
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def in_place_of_the_hub(
+    repositories: dict[str, dict[str, bytes]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StandInHub]:
+    """Let this process take the repositories for the hub inside the block."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with stand_in_hub(repositories) as hub:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+
+
+def as_repository(folder: Path) -> dict[str, bytes]:
+    """Return the files of a checkpoint's folder as a repository has them."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
-from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from hub_stand_in import COMMIT, StandInHub, stand_in_hub
+from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import find_bundled_recipe, plan_run, run_stage
@@ -69,21 +68,13 @@ def repositories() -> dict[str, dict[str, bytes]]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    return folder
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "hub"
 
 
 @pytest.fixture
 def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with stand_in_hub(repositories()) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with in_place_of_the_hub(repositories(), cache, monkeypatch) as hub:
         yield hub
 
 
@@ -394,8 +385,7 @@ def test_the_bundled_model_goes_from_the_hub_into_a_checkpoint(
     hub: StandInHub, tiny_model: Path, tmp_path: Path
 ) -> None:
     for repo, name in ((BASE, "base"), (UPSTREAM, "upstream")):
-        files = (tiny_model / name).iterdir()
-        hub.repositories[repo] = {path.name: path.read_bytes() for path in files}
+        hub.repositories[repo] = as_repository(tiny_model / name)
     hub.chunk = 2**20
     recipe = load_recipe(
         find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"]

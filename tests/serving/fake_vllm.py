@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "record": None,  # file that gets argv, environment and process ids
     "requests": None,  # file that gets a line per completion asked: its number of new tokens
     "dies_at": None,  # the completion during which it dies
+    "width": 8,  # of a recorded row: streams times hidden size
     "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
     "streams": None,  # file that gets a line per stream asked: the sum of its prompt
     "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs, closes or aborts
@@ -130,7 +131,7 @@ def record(prompt: list[int]) -> None:
     token_ids = torch.tensor(tokens, dtype=torch.int32)
     tensors = {
         "token_ids": token_ids,
-        "residual": token_ids[:, None].repeat(1, 8).bfloat16(),
+        "residual": (token_ids[:, None] * torch.arange(1, SETTINGS["width"] + 1)).sin().bfloat16(),
         "targets": token_ids + 1,
         "starts": torch.tensor([0, 2, len(tokens) - 1], dtype=torch.int32),
     }

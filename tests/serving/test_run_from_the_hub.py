@@ -1,0 +1,104 @@
+"""One `mtp-graft run` from two hub ids to served checkpoints: only hub and vLLM are stand-ins."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
+from mtp_graft import cli, pipeline
+from mtp_graft.bench.acceptance import measure_acceptance
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.pipeline import find_bundled_recipe
+from mtp_graft.serving import server
+from mtp_graft.serving.client import ServerClient
+
+from .test_acceptance import Streamed
+
+BASE, UPSTREAM = "quantizer/base", "maker/upstream"
+SETTINGS = (
+    f"model.base={BASE}",
+    f"model.upstream={UPSTREAM}",
+    "capture.calibration_count=3",
+    "capture.evaluation_count=2",
+    "capture.new_tokens=6",
+    "bench.count=1",
+    "bench.max_tokens=8",
+    "bench.rounds=1",
+    'bench.served_variants=["gptq"]',
+)
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    repositories = {
+        repo: as_repository(tiny_model / name)
+        for repo, name in ((BASE, "base"), (UPSTREAM, "upstream"))
+    }
+    with in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
+        hub.chunk = 2**20
+        yield hub
+
+
+@pytest.fixture
+def run(
+    hub: StandInHub,
+    fake: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Run:
+    """Run the bundled recipe with the hub's ids, by the command; return its JSON."""
+
+    def measure_streamed(client: ServerClient, *rest: Any) -> dict[str, Any]:
+        with Streamed(client.base_url) as streamed:
+            return {**measure_acceptance(streamed, *rest), "sequences": None}
+
+    monkeypatch.setattr(pipeline.bench, "measure_paired", measure_streamed)
+    monkeypatch.setattr(server, "POLL_S", 0.05)
+    config = json.loads(hub.repositories[BASE]["config.json"])
+    fake(width=config["hc_mult"] * config["hidden_size"], record=str(tmp_path / "server.json"))
+
+    def call(*arguments: str) -> dict[str, Any]:
+        settings = [word for setting in SETTINGS for word in ("--set", setting)]
+        command = ["run", str(find_bundled_recipe()), "--run", str(tmp_path / "run")]
+        monkeypatch.setattr(sys, "argv", ["mtp-graft", *command, *settings, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            sys.exit(0)
+        out, errors = capfd.readouterr()
+        assert ended.value.code in (0, None), errors
+        result: dict[str, Any] = json.loads(out)
+        return result
+
+    return call
+
+
+def test_one_run_goes_from_hub_ids_to_a_served_checkpoint(
+    run: Run, hub: StandInHub, tiny_model: Path, tmp_path: Path
+) -> None:
+    result = run("--json", "-")
+    folder = tmp_path / "run"
+    for stage in pipeline.STAGES[1:]:
+        assert json.loads((folder / stage / "manifest.json").read_text())["status"] == "done"
+    fetched = json.loads((folder / "fetch" / "report.json").read_text())
+    assert fetched["base_commit"] == fetched["upstream_commit"] == COMMIT
+    checkpoint = Path(result["checkpoint"])
+    served = json.loads((tmp_path / "server.json").read_text())["argv"]  # the last server's
+    assert served[1] == str(checkpoint) and "--speculative-config" in served
+    assert 0 < result["acceptance"] < 1 and result["greedy_identical"]
+    verified = json.loads((folder / "verify" / "gptq.json").read_text())
+    assert verified["ok"] and verified["loaded_in_vllm"] and verified["base_as_captured"]
+    assert verified["base_files_linked"], "through the cache's symbolic links"
+    assert (checkpoint / HEAD_SHARD).is_file()
+    for shard in (tiny_model / "base").glob("*.safetensors"):
+        assert (checkpoint / shard.name).read_bytes() == shard.read_bytes()
+        assert len(hub.downloads(shard.name)) == 1, "once for all stages"
+
+    hub.asked.clear()
+    assert run("--json", "-")["acceptance"] == result["acceptance"]
+    assert hub.asked == [], "a finished run asks the hub for nothing"
