@@ -364,3 +364,15 @@ def test_a_version_or_gpu_that_is_none_is_one_error(
 
 def test_a_count_without_a_gpu_is_wrong_usage(good: dict[str, Path]) -> None:
     assert run(good["rtn"], "--count", "2")[0] == 2
+
+
+def test_findings_are_shown_even_if_they_cannot_be_written(
+    good: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise GraftError("the disk is full")
+
+    monkeypatch.setattr("mtp_graft.cli.doctor.write_json", fail)
+    result = CliRunner().invoke(app, ["doctor", str(good["base"])])
+    assert isinstance(result.exception, GraftError)
+    assert "head-absent" in result.stdout

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from mtp_graft.cli.output import check_writable
+
 app = typer.Typer(
     help="Give a quantized DeepSeek-V4 its multi-token-prediction head back.",
     no_args_is_help=True,
@@ -16,7 +18,12 @@ app.add_typer(bench, name="bench")
 
 JsonOption = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        callback=check_writable,
+        help="Write the result as JSON; - for standard output.",
+    ),
 ]
 SpeculativeOption = Annotated[
     int | None,

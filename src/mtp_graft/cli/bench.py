@@ -16,7 +16,14 @@ from mtp_graft.cli.bench_tables import (
     sweep_table,
     workload_table,
 )
-from mtp_graft.cli.output import Report, note, progress_bar, result_console, write_json
+from mtp_graft.cli.output import (
+    Report,
+    check_writable,
+    note,
+    progress_bar,
+    result_console,
+    write_json,
+)
 from mtp_graft.cli.target import (
     ATTEMPTS,
     SILENCE_S,
@@ -209,7 +216,11 @@ def bench_sweep(
     log: LogOption = None,
     run: RunOption = None,
     chart: Annotated[
-        Path | None, typer.Option(help="Draw the points here (PNG). Default: in the run folder.")
+        Path | None,
+        typer.Option(
+            callback=check_writable,
+            help="Draw the points here (PNG). Default: in the run folder.",
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:

@@ -64,7 +64,6 @@ def doctor(
         "fixed": fixed,
         "remaining": [finding.id for finding in remaining],
     }
-    write_json(result, json_file)
     console = result_console(json_file)
     for finding in findings:
         console.print(_text(finding), markup=False, highlight=False, soft_wrap=True)
@@ -73,6 +72,7 @@ def doctor(
         console.print(f"{fixed}: written; left: {left or 'nothing'}", markup=False, highlight=False)
     hardware = target.hardware or "unknown hardware"
     note(f"{checkpoint}: {_counts(findings)}; vLLM {target.vllm or 'unknown'} on {hardware}")
+    write_json(result, json_file)
     raise typer.Exit(0 if ok else 1)
 
 

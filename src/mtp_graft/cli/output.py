@@ -58,6 +58,23 @@ def write_json(result: dict[str, Any], target: Path | None) -> None:
         raise GraftError(f"{target}: cannot be written ({error.strerror})") from error
 
 
+def check_writable(target: Path | None) -> Path | None:
+    """Return `target`, an option's file, if it can be written: said now, not after hours of work.
+
+    Raises GraftError if not. Nothing is left behind, and what is there stays.
+    """
+    if target is None or is_stdout(target):
+        return target
+    existed = target.exists()
+    try:
+        target.open("a").close()
+    except OSError as error:
+        raise GraftError(f"{target}: cannot be written ({error.strerror})") from error
+    if not existed:
+        target.unlink(missing_ok=True)  # under torchrun every rank looks
+    return target
+
+
 def is_stdout(target: Path | None) -> bool:
     """Say whether JSON goes to standard output, which then has nothing else."""
     return target is not None and str(target) == "-"

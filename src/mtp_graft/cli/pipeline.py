@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, app
-from mtp_graft.cli.output import is_stdout, progress_bar, result_console, write_json
+from mtp_graft.cli.output import progress_bar, result_console, write_json
 from mtp_graft.errors import GraftError
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe.")]
@@ -76,24 +76,10 @@ def _run_recipe(
         write_json(plan, json_file)
         _print_plan(plan, result_console(json_file))
         return
-    _check_writable(json_file)
     with progress_bar() as report:
         result = run_pipeline(recipe, run, report, stages, again=start is not None)
     write_json(result, json_file)
     _print_result(result, result_console(json_file))
-
-
-def _check_writable(target: Path | None) -> None:
-    """Raise GraftError now, rather than after hours, if the result could not be written."""
-    if target is None or is_stdout(target):
-        return
-    existed = target.exists()
-    try:
-        target.open("a").close()
-    except OSError as error:
-        raise GraftError(f"{target}: cannot be written ({error.strerror})") from error
-    if not existed:
-        target.unlink()
 
 
 def _print_plan(plan: dict[str, Any], out: Console) -> None:
@@ -183,7 +169,6 @@ def _stage_command(stage: str, summary: str) -> None:
         from mtp_graft.recipe import load_recipe
         from mtp_graft.stages.ranks import is_first_rank
 
-        _check_writable(json_file)
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
             result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)
