@@ -34,7 +34,8 @@ def asked(server: ChatServer) -> Counter[str]:
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let failed requests be asked again almost at once."""
     monkeypatch.setattr(
-        "mtp_graft.cli.evals.retry_policy", lambda n: lambda: streams.Retrying(n, wait_s=0.01)
+        "mtp_graft.cli.target.Target.retrying",
+        lambda target: streams.Retrying(target.attempts, wait_s=0.01),
     )
 
 

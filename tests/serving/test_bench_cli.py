@@ -49,6 +49,11 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
         (("sweep", "--checkpoint", "c", "--k", "1,1"), "--k is '1,1'"),
         (("workload", "--base-url", "u", "--max-model-len", "9"), "need --checkpoint"),
         (("sweep", "--base-url", "u", "--profile", "128k"), "need --checkpoint"),
+        (("mmlu", "--base-url", "u", "--tp", "2"), "need --checkpoint"),
+        (
+            ("decode", "--checkpoint", "c", "--against", "b", "--against-url", "u"),
+            "compare a --checkpoint with --against",
+        ),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what_is_wrong(

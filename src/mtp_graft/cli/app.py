@@ -16,6 +16,8 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
+SERVER = "Server"  # the section of help with the options of a server, be it ours or not
+
 JsonOption = Annotated[
     Path | None,
     typer.Option(
@@ -31,8 +33,31 @@ SpeculativeOption = Annotated[
         "--num-speculative-tokens",
         "-k",
         min=0,
+        metavar="N",
+        rich_help_panel=SERVER,
         help="Tokens to draft a step; 0 leaves the head out. Default: 1 if there is a head.",
     ),
+]
+TensorParallelOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel-size",
+        "--tp",
+        min=1,
+        metavar="N",
+        rich_help_panel=SERVER,
+        help="Ranks to shard over. Default: 1; with a profile, as many GPUs as can be used.",
+    ),
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", rich_help_panel=SERVER, help="Longest sequence. Default: the model's."
+    ),
+]
+ServeArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="ARGS", help="After --: arguments for vllm serve, as they are."),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from mtp_graft.cli.bench_tables import (
     sweep_table,
     workload_table,
 )
+from mtp_graft.cli.grouped import grouped
 from mtp_graft.cli.output import (
     Report,
     check_writable,
@@ -25,25 +26,13 @@ from mtp_graft.cli.output import (
     write_json,
 )
 from mtp_graft.cli.target import (
-    ATTEMPTS,
-    SILENCE_S,
-    ApiKeyOption,
-    AttemptsOption,
-    BaseUrlOption,
-    CheckpointOption,
     IgnoreEosOption,
     LimitOption,
-    LogOption,
-    MaxModelLenOption,
-    ProfileOption,
     PromptsOption,
     RunOption,
-    ServeArgument,
-    SilenceOption,
     Target,
     keep_result,
     prompts_of,
-    retry_policy,
 )
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
@@ -54,10 +43,9 @@ MaxTokensOption = Annotated[int, typer.Option(min=2, help="Tokens to continue ea
 
 
 @bench.command("decode")
+@grouped
 def bench_decode(
-    extra: ServeArgument = None,
-    base_url: BaseUrlOption = None,
-    checkpoint: CheckpointOption = None,
+    target: Target,
     against: Annotated[
         Path | None, typer.Option(help="Compare with this checkpoint, served in turn.")
     ] = None,
@@ -73,12 +61,6 @@ def bench_decode(
     ] = 3,
     ignore_eos: IgnoreEosOption = True,
     num_speculative_tokens: SpeculativeOption = None,
-    profile: ProfileOption = None,
-    max_model_len: MaxModelLenOption = None,
-    silence_s: SilenceOption = SILENCE_S,
-    attempts: AttemptsOption = ATTEMPTS,
-    api_key: ApiKeyOption = None,
-    log: LogOption = None,
     run: RunOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -89,19 +71,18 @@ def bench_decode(
     """
     from mtp_graft.bench.decode import DecodeConfig
 
-    options = (api_key, silence_s, max_model_len, tuple(extra or ()), log, profile)
-    target = Target(base_url, checkpoint, *options)
     other = None
     if against is not None or against_url is not None:
-        if (against is None) != (checkpoint is None):
+        given = (against is None, against_url is None)
+        if given != (target.checkpoint is None, target.base_url is None):
             raise typer.BadParameter(
                 "compare a --checkpoint with --against, or a --base-url with --against-url"
             )
-        other = Target(against_url, against, *options)
+        other = replace(target, base_url=against_url, checkpoint=against)
     config = DecodeConfig(max_tokens, rounds, ignore_eos)
     asked = prompts_of(prompts, limit)
     folder = target.folder(run, "decode")
-    retrying = retry_policy(attempts)()
+    retrying = target.retrying()
     with progress_bar() as report:
         if other is None:
             result = _decode_one(
@@ -186,10 +167,9 @@ def _named(prompts: Sequence[Any]) -> dict[str, Any]:
 
 
 @bench.command("sweep")
+@grouped
 def bench_sweep(
-    extra: ServeArgument = None,
-    base_url: BaseUrlOption = None,
-    checkpoint: CheckpointOption = None,
+    target: Target,
     streams: Annotated[
         str, typer.Option(help="Numbers of streams at a time, odd ones too.")
     ] = "1,2,3,4,6,8",
@@ -208,12 +188,6 @@ def bench_sweep(
         int, typer.Option(min=1, help="Measured requests a stream, at each point.")
     ] = 4,
     ignore_eos: IgnoreEosOption = True,
-    profile: ProfileOption = None,
-    max_model_len: MaxModelLenOption = None,
-    silence_s: SilenceOption = SILENCE_S,
-    attempts: AttemptsOption = ATTEMPTS,
-    api_key: ApiKeyOption = None,
-    log: LogOption = None,
     run: RunOption = None,
     chart: Annotated[
         Path | None,
@@ -228,10 +202,7 @@ def bench_sweep(
     from mtp_graft.bench.ledger import open_ledger
     from mtp_graft.bench.sweep import SweepConfig, measure_sweep
 
-    target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log, profile)
-    )
-    if k is not None and checkpoint is None:
+    if k is not None and target.checkpoint is None:
         raise typer.BadParameter("--k needs --checkpoint: a running server drafts what it drafts")
     ks = (None,) if k is None else _numbers("--k", k, 0)
     config = SweepConfig(_numbers("--streams", streams, 1), ks, max_tokens, requests, ignore_eos)
@@ -245,7 +216,7 @@ def bench_sweep(
         def serve(drafted: int | None) -> AbstractContextManager["BenchClient"]:
             return target.client(report, "" if drafted is None else f"k{drafted}", drafted)
 
-        result = measure_sweep(serve, asked, config, report, ledger, retry_policy(attempts))
+        result = measure_sweep(serve, asked, config, report, ledger, target.retrying)
     keep_result(result, folder, target)
     write_json(result, json_file)
     out = result_console(json_file)
@@ -277,21 +248,14 @@ def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
 
 
 @bench.command("workload")
+@grouped
 def bench_workload(
-    extra: ServeArgument = None,
-    base_url: BaseUrlOption = None,
-    checkpoint: CheckpointOption = None,
+    target: Target,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Cap on an answer. Default: the context's end.")
     ] = None,
     num_speculative_tokens: SpeculativeOption = None,
-    profile: ProfileOption = None,
-    max_model_len: MaxModelLenOption = None,
-    silence_s: SilenceOption = SILENCE_S,
-    attempts: AttemptsOption = ATTEMPTS,
-    api_key: ApiKeyOption = None,
-    log: LogOption = None,
     run: RunOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -299,9 +263,6 @@ def bench_workload(
     from mtp_graft.bench.ledger import open_ledger
     from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
 
-    target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log, profile)
-    )
     config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
     folder = target.folder(run, "workload")
     claim = asdict(config) | {"server": target.identity(), "k": num_speculative_tokens}
@@ -309,7 +270,7 @@ def bench_workload(
     with progress_bar() as report, open_ledger(folder, claim) as ledger, ExitStack() as stack:
         result = measure_workload(
             lambda: stack.enter_context(target.client(report, "", num_speculative_tokens)),
-            *(workload, config, report, ledger, retry_policy(attempts)()),
+            *(workload, config, report, ledger, target.retrying()),
         )
     keep_result(result, folder, target)
     write_json(result, json_file)

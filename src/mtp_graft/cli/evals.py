@@ -10,23 +10,9 @@ import typer
 from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
+from mtp_graft.cli.grouped import grouped
 from mtp_graft.cli.output import is_stdout, note, progress_bar, result_console, write_json
-from mtp_graft.cli.target import (
-    ATTEMPTS,
-    SILENCE_S,
-    ApiKeyOption,
-    AttemptsOption,
-    BaseUrlOption,
-    CheckpointOption,
-    LogOption,
-    MaxModelLenOption,
-    RunOption,
-    ServeArgument,
-    SilenceOption,
-    Target,
-    keep_result,
-    retry_policy,
-)
+from mtp_graft.cli.target import RunOption, Target, keep_result
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.bench.evals.asking import ChatClient
@@ -39,8 +25,6 @@ DataOption = Annotated[
     typer.Option("--data-dir", help="Folder with gsm8k/, human_eval/, mmlu/. Default: the hub."),
 ]
 SeedOption = Annotated[int, typer.Option(help="Draws the questions.")]
-ThinkingOption = Annotated[bool, typer.Option(help="Let the model think before it answers.")]
-ConcurrencyOption = Annotated[int, typer.Option(min=1, help="Questions asked at a time.")]
 LimitOption = Annotated[int, typer.Option(min=1, help="How many questions.")]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="Cap on an answer, thinking included.")]
 WithoutOption = Annotated[
@@ -53,144 +37,84 @@ WithoutOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class _Asking:
-    """How the questions are asked, and where the answers are kept."""
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """The options of how the questions are asked, and where the answers are kept."""
 
-    target: Target
-    num_speculative_tokens: int | None
-    thinking: bool
-    concurrency: int
-    attempts: int
-    run: Path | None
-    json_file: Path | None
+    thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False
+    concurrency: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Questions asked at a time.")
+    ] = 4
+    num_speculative_tokens: SpeculativeOption = None
+    run: RunOption = None
+    json_file: JsonOption = None
 
 
 @bench.command("gsm8k")
+@grouped
 def bench_gsm8k(
-    extra: ServeArgument = None,
-    base_url: BaseUrlOption = None,
-    checkpoint: CheckpointOption = None,
+    target: Target,
+    asking: Asking,
     data_dir: DataOption = None,
     limit: LimitOption = 100,
     seed: SeedOption = 0,
-    thinking: ThinkingOption = False,
     max_tokens: MaxTokensOption = 1024,
-    concurrency: ConcurrencyOption = 4,
-    num_speculative_tokens: SpeculativeOption = None,
-    max_model_len: MaxModelLenOption = None,
-    silence_s: SilenceOption = SILENCE_S,
-    attempts: AttemptsOption = ATTEMPTS,
-    api_key: ApiKeyOption = None,
-    log: LogOption = None,
-    run: RunOption = None,
-    json_file: JsonOption = None,
 ) -> None:
     """Ask GSM8K's word problems: greedy, step by step, exact match on `#### N`."""
     from mtp_graft.bench.evals.gsm8k import gsm8k
 
-    target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
-    )
-    k = num_speculative_tokens
-    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
-    _measure(gsm8k(data_dir, limit, seed, max_tokens), asking)
+    _measure(gsm8k(data_dir, limit, seed, max_tokens), target, asking)
 
 
 @bench.command("humaneval")
+@grouped
 def bench_humaneval(
-    extra: ServeArgument = None,
-    base_url: BaseUrlOption = None,
-    checkpoint: CheckpointOption = None,
+    target: Target,
+    asking: Asking,
     data_dir: DataOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many. Default: all 164.")] = None,
     seed: SeedOption = 0,
-    thinking: ThinkingOption = False,
     max_tokens: MaxTokensOption = 1024,
     test_timeout_s: Annotated[
         float, typer.Option(min=1.0, help="Seconds that a problem's tests may take.")
     ] = 60.0,
     without: WithoutOption = None,
-    concurrency: ConcurrencyOption = 4,
-    num_speculative_tokens: SpeculativeOption = None,
-    max_model_len: MaxModelLenOption = None,
-    silence_s: SilenceOption = SILENCE_S,
-    attempts: AttemptsOption = ATTEMPTS,
-    api_key: ApiKeyOption = None,
-    log: LogOption = None,
-    run: RunOption = None,
-    json_file: JsonOption = None,
 ) -> None:
     """Ask HumanEval's functions: pass@1, greedy, with their unit tests in a sandbox."""
     from mtp_graft.bench.evals.humaneval import humaneval
 
-    target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
-    )
-    k = num_speculative_tokens
-    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
     sandbox = _sandbox(without, test_timeout_s)
-    _measure(humaneval(data_dir, limit, seed, sandbox, max_tokens), asking)
+    _measure(humaneval(data_dir, limit, seed, sandbox, max_tokens), target, asking)
 
 
 @bench.command("mmlu")
+@grouped
 def bench_mmlu(
-    extra: ServeArgument = None,
-    base_url: BaseUrlOption = None,
-    checkpoint: CheckpointOption = None,
+    target: Target,
+    asking: Asking,
     data_dir: DataOption = None,
     limit: LimitOption = 100,
     seed: SeedOption = 0,
-    thinking: ThinkingOption = False,
     max_tokens: MaxTokensOption = 128,
-    concurrency: ConcurrencyOption = 4,
-    num_speculative_tokens: SpeculativeOption = None,
-    max_model_len: MaxModelLenOption = None,
-    silence_s: SilenceOption = SILENCE_S,
-    attempts: AttemptsOption = ATTEMPTS,
-    api_key: ApiKeyOption = None,
-    log: LogOption = None,
-    run: RunOption = None,
-    json_file: JsonOption = None,
 ) -> None:
     """Ask MMLU's four-way questions: greedy, all subjects alike, with room to reason."""
     from mtp_graft.bench.evals.mmlu import mmlu
 
-    target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
-    )
-    k = num_speculative_tokens
-    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
-    _measure(mmlu(data_dir, limit, seed, max_tokens), asking)
+    _measure(mmlu(data_dir, limit, seed, max_tokens), target, asking)
 
 
 @bench.command("capability")
+@grouped
 def bench_capability(
-    extra: ServeArgument = None,
-    base_url: BaseUrlOption = None,
-    checkpoint: CheckpointOption = None,
-    thinking: ThinkingOption = False,
+    target: Target,
+    asking: Asking,
     max_tokens: MaxTokensOption = 2048,
     without: WithoutOption = None,
-    concurrency: ConcurrencyOption = 4,
-    num_speculative_tokens: SpeculativeOption = None,
-    max_model_len: MaxModelLenOption = None,
-    silence_s: SilenceOption = SILENCE_S,
-    attempts: AttemptsOption = ATTEMPTS,
-    api_key: ApiKeyOption = None,
-    log: LogOption = None,
-    run: RunOption = None,
-    json_file: JsonOption = None,
 ) -> None:
     """Ask fourteen small tasks of seven kinds, from arithmetic to tool calls."""
     from mtp_graft.bench.evals.capability import capability
 
-    target = Target(
-        *(base_url, checkpoint, api_key, silence_s, max_model_len, tuple(extra or ()), log)
-    )
-    k = num_speculative_tokens
-    asking = _Asking(target, k, thinking, concurrency, attempts, run, json_file)
-    _measure(capability(_sandbox(without, 60.0), max_tokens), asking)
+    _measure(capability(_sandbox(without, 60.0), max_tokens), target, asking)
 
 
 def _sandbox(without: list[str] | None, seconds: float) -> "Sandbox":
@@ -201,14 +125,14 @@ def _sandbox(without: list[str] | None, seconds: float) -> "Sandbox":
     return Sandbox(frozenset(without or ()), seconds)
 
 
-def _measure(evaluation: "Evaluation", asking: _Asking) -> None:
+def _measure(evaluation: "Evaluation", target: Target, asking: Asking) -> None:
     """Ask, judge and print; answers that came are kept if a run folder is given."""
     from mtp_graft.bench.evals.asking import Unanswered
     from mtp_graft.bench.evals.evaluation import run_evaluation
     from mtp_graft.bench.ledger import open_ledger
 
-    target, k = asking.target, asking.num_speculative_tokens
-    folder = asking.run and asking.run / "bench" / evaluation.benchmark
+    k = asking.num_speculative_tokens
+    folder = target.folder(asking.run, evaluation.benchmark)
     claim = evaluation.claim() | {"thinking": asking.thinking, "k": k}
     claim |= {"server": target.identity()}
     with progress_bar() as report, open_ledger(folder, claim) as ledger:
@@ -217,7 +141,7 @@ def _measure(evaluation: "Evaluation", asking: _Asking) -> None:
                 evaluation,
                 lambda: _chat_client(target, k, report),
                 *(asking.thinking, asking.concurrency, ledger),
-                *(retry_policy(asking.attempts)(), report),
+                *(target.retrying(), report),
             )
         except Unanswered as error:
             cure = (

@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,63 +11,76 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mtp_graft.cli.app import SERVER, MaxModelLenOption, ServeArgument, TensorParallelOption
 from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.bench.streams import BenchClient, Retrying
     from mtp_graft.serving.command import ServeOptions
 
-BaseUrlOption = Annotated[str | None, typer.Option(help="A running server's address.")]
-CheckpointOption = Annotated[Path | None, typer.Option(help="Serve this folder meanwhile.")]
 PromptsOption = Annotated[
-    Path | None, typer.Option(help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.')
+    Path | None,
+    typer.Option(metavar="FILE", help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.'),
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Use the first prompts only.")]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Use the first prompts only.")
+]
 IgnoreEosOption = Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")]
-ProfileOption = Annotated[
-    str | None,
-    typer.Option(help="Serve --checkpoint as `mtp-graft serve --profile` does: 128k, 524k, ..."),
-]
-MaxModelLenOption = Annotated[int | None, typer.Option(min=1, help="Longest sequence.")]
-ApiKeyOption = Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="The key.")]
-LogOption = Annotated[Path | None, typer.Option(help="Where the server's output goes.")]
-SilenceOption = Annotated[
-    float, typer.Option(min=0.1, help="Seconds without a byte after which a request failed.")
-]
-AttemptsOption = Annotated[int, typer.Option(min=1, help="How often a request is asked in all.")]
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", help="Keep what is measured here, and go on if there is some."),
+    typer.Option(
+        "--run", metavar="DIR", help="Keep what is measured here, and go on if there is some."
+    ),
 ]
-ServeArgument = Annotated[
-    list[str] | None, typer.Argument(help="After --: arguments for vllm serve, as they are.")
-]
-SILENCE_S = 300.0
-ATTEMPTS = 3
 
 
-@dataclass(frozen=True)
+def _option(*names: str, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=SERVER, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a server is, or what to serve and how; exactly one of the first two is given."""
+    """The options of a command that asks a server: where it is, or what to serve and how."""
 
-    base_url: str | None
-    checkpoint: Path | None
-    api_key: str | None = None
-    silence_s: float = SILENCE_S
-    max_model_len: int | None = None
-    extra_args: tuple[str, ...] = ()
-    log: Path | None = None
-    profile: str | None = None
-    began_s: float = field(default_factory=time.perf_counter, compare=False)
+    base_url: Annotated[str | None, _option(metavar="URL", help="A running server's address.")] = (
+        None
+    )
+    checkpoint: Annotated[
+        Path | None, _option(metavar="DIR", help="Serve this checkpoint meanwhile.")
+    ] = None
+    profile: Annotated[
+        str | None,
+        _option(
+            metavar="NAME",
+            help="Serve --checkpoint as `mtp-graft serve --profile` does: 128k, 524k, ...",
+        ),
+    ] = None
+    tensor_parallel_size: TensorParallelOption = None
+    max_model_len: MaxModelLenOption = None
+    api_key: Annotated[
+        str | None, _option(envvar="VLLM_API_KEY", metavar="KEY", help="The server's key.")
+    ] = None
+    silence_s: Annotated[
+        float,
+        _option(min=0.1, metavar="S", help="Seconds without a byte after which a request failed."),
+    ] = 300.0
+    attempts: Annotated[
+        int, _option(min=1, metavar="N", help="How often a request is asked in all.")
+    ] = 3
+    log: Annotated[
+        Path | None, _option(metavar="FILE", help="Where --checkpoint's server writes to.")
+    ] = None
+    extra: ServeArgument = None
+    began_s: float = field(default_factory=time.perf_counter, init=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
-        ours_only = (self.max_model_len, self.profile, self.extra_args or None)
-        if self.checkpoint is None and any(value is not None for value in ours_only):
+        ours_only = (self.profile, self.tensor_parallel_size, self.max_model_len, self.extra)
+        if self.checkpoint is None and any(ours_only):
             raise typer.BadParameter(
-                "--max-model-len, --profile and arguments after -- need --checkpoint: a running "
-                "server cannot be changed"
+                "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
+                "--checkpoint: a running server cannot be changed"
             )
 
     def identity(self) -> dict[str, Any]:
@@ -79,15 +92,22 @@ class Target:
         files = [self.checkpoint / "config.json", *sorted(self.checkpoint.glob("*.safetensors"))]
         return {
             "files": fingerprints(files),
-            "max_model_len": self.max_model_len,
             "profile": self.profile,
-            "extra_args": list(self.extra_args),
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "max_model_len": self.max_model_len,
+            "extra_args": self.extra or [],
         }
 
     def folder(self, run: Path | None, benchmark: str) -> Path | None:
         """Return the benchmark's part of a run folder; profiles are kept apart."""
         name = benchmark if self.profile is None else f"{benchmark}-{self.profile}"
         return run and run / "bench" / name
+
+    def retrying(self) -> "Retrying":
+        """Return a fresh count of failures."""
+        from mtp_graft.bench.streams import Retrying
+
+        return Retrying(self.attempts)
 
     @contextmanager
     def client(
@@ -126,11 +146,12 @@ class Target:
         options = ServeOptions(
             checkpoint,
             port=0,
+            tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
             num_speculative_tokens=num_speculative_tokens,
             prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
-            extra_args=self.extra_args,
+            extra_args=tuple(self.extra or ()),
         )
         if self.profile is None:
             return options
@@ -143,13 +164,6 @@ class Target:
     def _log_file(self, name: str) -> Path:
         log = self.log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
         return log.with_stem(f"{log.stem}-{name}") if name else log
-
-
-def retry_policy(attempts: int) -> Callable[[], "Retrying"]:
-    """Return what makes a fresh count of failures."""
-    from mtp_graft.bench.streams import Retrying
-
-    return lambda: Retrying(attempts)
 
 
 def prompts_of(file: Path | None, limit: int | None) -> list[Any]:

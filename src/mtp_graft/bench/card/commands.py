@@ -26,6 +26,8 @@ def _served(inputs: CardInputs, cite: Citations) -> Iterator[str]:
 def _options(measurement: Measurement, server: Node, cite: Citations) -> Iterator[str]:
     if profile := server.get("profile"):
         yield from ("--profile", cite.show("text", profile))
+    if ranks := server.get("tensor_parallel_size"):
+        yield from ("--tp", cite.show("text", ranks))
     if length := server.get("max_model_len"):
         yield from ("--max-model-len", cite.show("text", length))
     assert measurement.config is not None
