@@ -40,18 +40,27 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("decode", "--against", "b", "--base-url", "u"), "compare a --checkpoint with --against"),
-        (("decode", "--against-url", "v", "--checkpoint", "c"), "with --against, or a --base-url"),
-        (("decode", "--base-url", "u", "--against-url", "v", "--pairs", "1"), "--pairs"),
+        (
+            ("decode", "--against", "b", "--base-url", "http://u"),
+            "compare a --checkpoint with --against",
+        ),
+        (
+            ("decode", "--against-url", "http://v", "--checkpoint", "c"),
+            "with --against, or a --base-url",
+        ),
+        (
+            ("decode", "--base-url", "http://u", "--against-url", "http://v", "--pairs", "1"),
+            "--pairs",
+        ),
         (("sweep",), "give one of --base-url and --checkpoint"),
-        (("sweep", "--base-url", "u", "--k", "1,2"), "--k needs --checkpoint"),
+        (("sweep", "--base-url", "http://u", "--k", "1,2"), "--k needs --checkpoint"),
         (("sweep", "--checkpoint", "c", "--streams", "1,0"), "--streams is '1,0'"),
         (("sweep", "--checkpoint", "c", "--k", "1,1"), "--k is '1,1'"),
-        (("workload", "--base-url", "u", "--max-model-len", "9"), "need --checkpoint"),
-        (("sweep", "--base-url", "u", "--profile", "128k"), "need --checkpoint"),
-        (("mmlu", "--base-url", "u", "--tp", "2"), "need --checkpoint"),
+        (("workload", "--base-url", "http://u", "--max-model-len", "9"), "need --checkpoint"),
+        (("sweep", "--base-url", "http://u", "--profile", "128k"), "need --checkpoint"),
+        (("mmlu", "--base-url", "http://u", "--tp", "2"), "need --checkpoint"),
         (
-            ("decode", "--checkpoint", "c", "--against", "b", "--against-url", "u"),
+            ("decode", "--checkpoint", "c", "--against", "b", "--against-url", "http://u"),
             "compare a --checkpoint with --against",
         ),
     ],

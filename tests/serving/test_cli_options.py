@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import read_record
-from .test_cli import Run, run  # noqa: F401
+from .test_cli import Run, recipe, run  # noqa: F401
 
 COMMANDS = (
     *(("demo",), ("run", "x.toml")),
@@ -71,3 +71,47 @@ def test_every_benchmark_serves_with_the_profile_and_ranks_asked_for(
     assert argv[argv.index("--tensor-parallel-size") + 1] == "2"
     assert argv[argv.index("--max-num-seqs") + 1] == "3"  # the profile's
     assert argv[argv.index("--max-model-len") + 1] == "1024"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("serve MODEL --profile 9k --dry-run --gpu H200", "--profile 9k: unknown; expected one"),
+        ("serve MODEL --profile 1m --dry-run --gpu H300", "--gpu H300: not a GPU known here"),
+        ("serve MODEL --profile 1m --dry-run --gpu H200 --vllm x", "--vllm x: not a version"),
+        ("doctor MODEL --gpu H300", "--gpu H300: not a GPU known here"),
+        ("doctor MODEL --vllm new", "--vllm new: not a version"),
+        ("bench mmlu --base-url localhost:8000", "expected http://HOST:PORT"),
+        ("bench mmlu --base-url http://", "expected http://HOST:PORT"),
+        ("bench mmlu --base-url http://h:x", "expected http://HOST:PORT"),
+        ("bench decode --base-url http://h --against-url h:1", "expected http://HOST:PORT"),
+        ("run RECIPE --set capture.tokens=3", "did you mean 'new_tokens'?"),
+        ("run RECIPE --set bench.rounds=two", "is 'two', expected int"),
+        ("run RECIPE --set bench", "--set bench: expected section.key=value"),
+        ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
+        ("demo --set bench.round=2", "did you mean 'rounds'?"),
+    ],
+)
+def test_a_value_that_means_nothing_is_wrong_usage(
+    run: Run,  # noqa: F811
+    recipe: Path,  # noqa: F811
+    tiny_model: Path,
+    arguments: str,
+    message: str,
+) -> None:
+    named = {"RECIPE": recipe, "MODEL": tiny_model / "base"}
+    status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
+    assert (status, out) == (2, "")
+    assert message in " ".join(errors.replace("│", " ").split())
+    if "--set" in arguments:
+        assert errors.startswith("error: --set ") and str(recipe) not in errors
+
+
+def test_what_is_wrong_with_a_recipe_is_not_blamed_on_set(
+    run: Run,  # noqa: F811
+    recipe: Path,  # noqa: F811
+) -> None:
+    recipe.write_text(recipe.read_text() + "rounds = 0\n")
+    status, _, errors = run("run", recipe, "--set", "bench.count=1")
+    assert status == 1
+    assert f"{recipe}: [bench] rounds is 0" in errors

@@ -13,12 +13,12 @@ from mtp_graft.errors import GraftError
 
 
 def main() -> None:
-    """Run the command line; a GraftError is one line on standard error and status 1."""
+    """Run the command line; a GraftError is one line on standard error and its exit status."""
     try:
         app()
     except GraftError as error:
         note("error: " + " ".join(str(error).split()))
-        sys.exit(1)
+        sys.exit(error.exit_status)
     except OSError as error:  # a path that cannot be used, or a disk that is full
         note(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
         sys.exit(1)

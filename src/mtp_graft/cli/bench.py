@@ -31,6 +31,7 @@ from mtp_graft.cli.target import (
     PromptsOption,
     RunOption,
     Target,
+    check_url,
     keep_result,
     prompts_of,
 )
@@ -50,7 +51,12 @@ def bench_decode(
         Path | None, typer.Option(help="Compare with this checkpoint, served in turn.")
     ] = None,
     against_url: Annotated[
-        str | None, typer.Option(help="Compare with this running server, asked in turn.")
+        str | None,
+        typer.Option(
+            metavar="URL",
+            callback=check_url,
+            help="Compare with this running server, asked in turn.",
+        ),
     ] = None,
     pairs: Annotated[int, typer.Option(min=2, help="How often the two take turns.")] = 4,
     prompts: PromptsOption = None,

@@ -1,7 +1,8 @@
 """`mtp-graft demo`, `run`, and one command for each stage of a recipe."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -9,7 +10,10 @@ from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, app
 from mtp_graft.cli.output import progress_bar, result_console, write_json
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, UsageError
+
+if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
+    from mtp_graft.recipe import Recipe
 
 RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe.")]
 RunOption = Annotated[
@@ -64,13 +68,12 @@ def _run_recipe(
     json_file: Path | None,
 ) -> None:
     from mtp_graft.pipeline import choose_stages, plan_run, run_pipeline
-    from mtp_graft.recipe import load_recipe
 
     try:
         stages = choose_stages(only, start)
     except GraftError as error:
         raise typer.BadParameter(str(error)) from error
-    recipe = load_recipe(file, overrides or ())
+    recipe = _load(file, overrides or ())
     if dry_run:
         plan = plan_run(recipe, run, stages)
         write_json(plan, json_file)
@@ -80,6 +83,20 @@ def _run_recipe(
         result = run_pipeline(recipe, run, report, stages, again=start is not None)
     write_json(result, json_file)
     _print_result(result, result_console(json_file))
+
+
+def _load(file: Path, overrides: Sequence[str]) -> "Recipe":
+    """Return the recipe with what --set changes; what --set alone spoils is wrong usage."""
+    from mtp_graft.recipe import load_recipe
+
+    try:
+        return load_recipe(file, overrides)
+    except GraftError as error:
+        load_recipe(file)  # raises what is wrong with the recipe itself
+        problem = str(error).removeprefix(f"{file}: ")
+        if not problem.startswith("--set"):
+            problem = f"--set {' --set '.join(overrides)}: {problem}"
+        raise UsageError(problem) from error
 
 
 def _print_plan(plan: dict[str, Any], out: Console) -> None:
@@ -166,12 +183,11 @@ def _stage_command(stage: str, summary: str) -> None:
         json_file: JsonOption = None,
     ) -> None:
         from mtp_graft.pipeline import run_stage
-        from mtp_graft.recipe import load_recipe
         from mtp_graft.stages.ranks import is_first_rank
 
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
-            result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)
+            result = run_stage(_load(recipe, overrides or ()), folder, stage, report)
         if not is_first_rank():  # of torchrun's: the first one tells
             return
         write_json(result, json_file)

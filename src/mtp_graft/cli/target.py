@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -34,6 +35,20 @@ RunOption = Annotated[
 ]
 
 
+def check_url(url: str | None) -> str | None:
+    """Return an option's server address; wrong usage if it is none."""
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or beyond 65535
+        is_address = False
+    if not is_address:
+        raise typer.BadParameter(f"{url}: expected http://HOST:PORT")
+    return url
+
+
 def _option(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=SERVER, **settings)
 
@@ -42,9 +57,10 @@ def _option(*names: str, **settings: Any) -> Any:
 class Target:
     """The options of a command that asks a server: where it is, or what to serve and how."""
 
-    base_url: Annotated[str | None, _option(metavar="URL", help="A running server's address.")] = (
-        None
-    )
+    base_url: Annotated[
+        str | None,
+        _option(metavar="URL", callback=check_url, help="A running server's address."),
+    ] = None
     checkpoint: Annotated[
         Path | None, _option(metavar="DIR", help="Serve this checkpoint meanwhile.")
     ] = None

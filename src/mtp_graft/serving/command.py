@@ -18,7 +18,7 @@ from mtp_graft import SUPPORTED_VLLM
 from mtp_graft.checkpoint.capture import RECORD_VARIABLE
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import FIRST_RUNNER, MODEL_FLAGS
 
 PLUGIN_NAME = "mtp_graft"
@@ -201,12 +201,12 @@ def find_vllm() -> InstalledVllm:
 def vllm_elsewhere(version: str) -> InstalledVllm:
     """Return a CUDA build of `version` that is not installed here, to print commands for it.
 
-    Raises GraftError for what is no version or not a supported one.
+    Raises UsageError for what is no version, GraftError for one that is not supported.
     """
     try:
         parsed = Version(version)
     except InvalidVersion:
-        raise GraftError(f"vLLM {version!r}: not a version, expected {SUPPORTED_VLLM}") from None
+        raise UsageError(f"--vllm {version}: not a version, expected {SUPPORTED_VLLM}") from None
     if not is_supported(parsed):
         raise GraftError(f"vLLM {version}: not supported, expected {SUPPORTED_VLLM}")
     return InstalledVllm(parsed, "cuda", ("vllm", "serve"))

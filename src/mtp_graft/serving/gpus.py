@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import UsageError
 
 _NVIDIA_SMI = "total that nvidia-smi reports"
 
@@ -80,11 +80,11 @@ GPUS = (
 def find_gpu(name: str) -> Gpu:
     """Return the GPU that `name` means, be it our name, NVIDIA's or a part of it.
 
-    Raises GraftError for a name that means none of them.
+    Raises UsageError for a name that means none of them.
     """
     said = name.lower()
     for gpu in GPUS:
         if all(word in said for word in gpu.words):
             return gpu
     known = ", ".join(dict.fromkeys(gpu.name for gpu in GPUS))
-    raise GraftError(f"--gpu {name}: not a GPU known here; expected one of {known}")
+    raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {known}")

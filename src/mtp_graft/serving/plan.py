@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import (
     BLOCK_SIZE,
     InstalledVllm,
@@ -63,10 +63,10 @@ def make_plan(
 ) -> Plan:
     """Return how to serve `options.checkpoint` with a profile; what `options` set stays.
 
-    Raises GraftError for an unknown profile, weights that do not fit, a context that does not
-    (without one, `auto` takes the largest that does) or that the model has no positions for,
-    ranks that hardware, model or vLLM do not allow, and several machines without the address of
-    the first.
+    Raises UsageError for an unknown profile. Raises GraftError for weights that do not fit, a
+    context that does not (without one, `auto` takes the largest that does) or that the model has
+    no positions for, ranks that hardware, model or vLLM do not allow, and several machines without
+    the address of the first.
     """
     notes: list[str] = []
     config = read_config(options.checkpoint)
@@ -155,7 +155,7 @@ def _choose(wanted: str, options: ServeOptions, room: Room) -> tuple[str, Profil
         return _choose_automatically(options, room)
     if wanted not in PROFILES:
         names = ", ".join((*PROFILES, AUTO))
-        raise GraftError(f"--profile {wanted}: unknown; expected one of {names}")
+        raise UsageError(f"--profile {wanted}: unknown; expected one of {names}")
     profile = _with_options(PROFILES[wanted], options, room)
     if profile.max_model_len > room.largest_context(profile.gpu_memory_utilization):
         raise _too_long(wanted, profile, options, room)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import UsageError
 from mtp_graft.serving.command import PLUGIN_NAME
 from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_gpus
 
@@ -39,7 +39,7 @@ def find_target(
 ) -> Target:
     """Return what the options name, and for the rest what is installed and present.
 
-    `gpu` may be `cpu`. `tp` defaults to the number of GPUs. Raises GraftError for a version or a
+    `gpu` may be `cpu`. `tp` defaults to the number of GPUs. Raises UsageError for a version or a
     GPU that is none.
     """
     found_version, found_platform = _installed()
@@ -86,4 +86,4 @@ def _version(text: str) -> Version:
     try:
         return Version(text)
     except InvalidVersion:
-        raise GraftError(f"--vllm {text}: not a version; expected one such as 0.32.0") from None
+        raise UsageError(f"--vllm {text}: not a version; expected one such as 0.32.0") from None
