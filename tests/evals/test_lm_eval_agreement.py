@@ -23,7 +23,7 @@ from mtp_graft.bench.evals.humaneval import judge_code
 from mtp_graft.bench.evals.mmlu import judge_letter
 from mtp_graft.bench.evals.sandbox import Sandbox, Task
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra `evals`)")
+lm_eval = pytest.importorskip("lm_eval", reason="no lm-eval: `make test-evals` has it")
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 
@@ -187,12 +187,13 @@ def continuations(row: dict[str, Any], number: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("whole_sandbox")
+@pytest.mark.parametrize("half", [0, 1])  # side by side on two workers
 def test_humaneval_passes_what_passes_by_lm_evals_programs(
-    humaneval: list[dict[str, Any]], lm_evals_humaneval: ModuleType
+    humaneval: list[dict[str, Any]], lm_evals_humaneval: ModuleType, half: int
 ) -> None:
     sandbox = Sandbox()
     ours, theirs = [], []
-    for number, row in enumerate(humaneval):
+    for number, row in list(enumerate(humaneval))[half::2]:
         outputs = continuations(row, number)
         # Each of the 164 with two of the five forms; all pairs of forms come up.
         outputs = [outputs[number % 5], outputs[(number + 1 + number // 5) % 5]]
@@ -204,4 +205,5 @@ def test_humaneval_passes_what_passes_by_lm_evals_programs(
         tests = f"{row['test']}\ncheck({row['entry_point']})"
         theirs += passes([f"{program}\n{tests}" for program in built])
     assert ours == theirs
-    assert 150 < sum(ours) < 250, "both right and wrong ones were compared"
+    assert len(ours) == 164
+    assert 75 < sum(ours) < 125, "both right and wrong ones were compared"
