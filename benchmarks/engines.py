@@ -60,6 +60,7 @@ class EngineOptions:
     eager: bool = False
     custom_all_reduce: bool = True
     graphs: str | None = None  # vLLM's cudagraph_mode; None: its default, as in `vllm serve`
+    graph_sizes: tuple[int, ...] = ()  # in tokens; empty: vLLM's own
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
         compilation: dict[str, Any] = {}
         if options.graphs is not None:
             compilation["cudagraph_mode"] = options.graphs
+        if options.graph_sizes:
+            compilation["cudagraph_capture_sizes"] = list(options.graph_sizes)
         chosen["disable_custom_all_reduce"] = not options.custom_all_reduce
         if options.tensor_parallel_size > 1:  # FlashInfer's all-reduce may take multicast too
             compilation["pass_config"] = {"fuse_allreduce_rms": False}

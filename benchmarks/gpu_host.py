@@ -102,6 +102,8 @@ def one_gpu(work: Path, flash: Path, layers: list[int], gpu: str) -> list[Step]:
     ]
 
 
+#: As many streams as the profile seats.
+FULL_HOUSE = ("--profiles", "524k", "--streams", 3, "--rates", 0.7)
 LONG = ("--k", 1, "--variants", "int4", "--contexts", 16000, "--streams", 1, 2, "--rates", 0.7)
 
 
@@ -120,6 +122,7 @@ def two_gpus(work: Path, flash: Path, layers: int, gpu: str) -> list[Step]:
         Step("write", script("flash_width", flash, *write), 120, takes_deadline=False),
         *(ranks(part, "two_ranks", part) for part in ("tiny", "speed")),
         ranks("pcie", "two_ranks", "speed", "--pcie", "--profiles", "524k", "--streams", 1),
+        ranks("stock_graphs", "two_ranks", "speed", "--stock-graphs", *FULL_HOUSE),
         ranks("quantize", "two_ranks", "quantize"),
         ranks("four", "four_ranks", "speed", "--ranks", 4, "--profiles", "524k"),
     ]
@@ -140,12 +143,12 @@ ONE, TWO = {"h100": (5, 17), "h200": (17, 35)}, {"h100": (33,), "h200": (43,)}
 LANES = {
     2: (
         Lane(1, "one", ONE, ("step_time", "step_time_k2")),
-        Lane(1, "one", ONE, ("splice_tiny", "decode", "step_time_mxfp4")),
+        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4")),
     ),
     4: (
-        Lane(2, "two", TWO, ("tiny", "speed", "pcie")),
+        Lane(2, "two", TWO, ("tiny", "speed", "stock_graphs", "pcie")),
         Lane(1, "one", ONE, ("step_time", "step_time_k2")),
-        Lane(1, "one", ONE, ("splice_tiny", "decode", "step_time_mxfp4")),
+        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4")),
     ),
 }
 

@@ -6,7 +6,8 @@ tiny      the bundled model: one rank's greedy text, read by two ranks (teacher-
           text with the head against the text without, both on two ranks
 speed     FOLDER/base-N and FOLDER/int4-N of `flash_width.py` on two ranks, in the profiles'
           settings: speed at synthetic acceptance for one stream, and for 1 to 8 streams; with
-          --pcie under the seed's NCCL variables and without vLLM's own all-reduce
+          --pcie under the seed's NCCL variables and without vLLM's own all-reduce, with
+          --stock-graphs without the CUDA graph sizes that `serve` adds
 quantize  the stage on `synthetic_flash.py`'s input in FOLDER/quantize (made if it is not there), on
           one rank and on two: are the files the same, byte for byte?
 
@@ -32,6 +33,8 @@ from measurements import Entry, Limits, Measurements
 from step_time import Point, clocks, measure_points
 from texts import bundled_prompts, compare_forced, divergences, forced, greedy
 
+from mtp_graft.serving.command import find_vllm
+from mtp_graft.serving.graphs import missing_sizes
 from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, PCIE_ENVIRONMENT, PROFILES
 from mtp_graft.stages.splice import splice
 
@@ -62,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=40_000, help="captured tokens in `quantize`")
     parser.add_argument("--variants", nargs="+", default=["base", "int4"], help="in `speed`")
     parser.add_argument("--no-custom-all-reduce", action="store_true", help="NCCL's alone")
+    parser.add_argument("--stock-graphs", action="store_true", help="without serve's graph sizes")
     parser.add_argument("--pcie", action="store_true", help="serve's settings without NVLink")
     parser.add_argument("--small", action="store_true", help="`quantize` in small, for a CPU")
     parser.add_argument("--no-clock", action="store_true", help="do not profile the GPUs")
@@ -116,12 +120,13 @@ def speed(done: Measurements, options: argparse.Namespace) -> None:
                 wanted = dict.fromkeys(Point(p.streams, p.context, None) for p in wanted)
             identity = {"part": "speed", "profile": name, "layers": options.layers}
             identity |= {"ranks": options.ranks, "pcie": options.pcie, "variant": variant, "k": k}
+            identity["stock_graphs"] = options.stock_graphs
             seated = (p for p in wanted if p.streams <= PROFILES[name].max_num_seqs)
             wanted |= dict.fromkeys(clocks(seated, options))
             todo = [p for p in wanted if not done.has(**identity, **vars(p))]
             if todo:
-                links = "-pcie" if options.pcie else ""
-                job = f"speed-{name}-tp{options.ranks}{links}-{variant}-k{k}"
+                how = "-pcie" * options.pcie + "-stock" * options.stock_graphs
+                job = f"speed-{name}-tp{options.ranks}{how}-{variant}-k{k}"
                 done.run(job, options.limits, measure_profile, identity, todo, options)
 
 
@@ -131,10 +136,12 @@ def measure_profile(
     profile = PROFILES[identity["profile"]]
     checkpoint = options.folder / f"{identity['variant']}-{options.layers}"
     length = min(profile.max_model_len, options.cap_context)
+    sizes = missing_sizes(profile.max_num_seqs, identity["k"], find_vllm().version)
     engine = EngineOptions(
         *(checkpoint, identity["k"], length, profile.max_num_seqs, MAX_NUM_BATCHED_TOKENS),
         *(profile.gpu_memory_utilization, options.ranks),
         rate=max(options.rates) if identity["k"] and has_accelerator() else None,
+        graph_sizes=() if identity["stock_graphs"] else tuple(sizes),
         custom_all_reduce=not (identity["pcie"] or options.no_custom_all_reduce),
     )
     if identity["pcie"]:
@@ -224,7 +231,7 @@ def summarize(entries: list[Entry]) -> dict[str, Any]:
 def speed_lines(entries: list[Entry]) -> list[Entry]:
     """Return MTP beside its base, and whether a load brings less than the next smaller one."""
     entries = [e for e in entries if not e.get("clock")]
-    setting = ("layers", "ranks", "pcie", "profile")
+    setting = ("layers", "ranks", "pcie", "stock_graphs", "profile")
     base = {_key(e, *setting, "streams"): e for e in entries if e["variant"] == "base"}
     lines = []
     for e in entries:

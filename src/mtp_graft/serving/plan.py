@@ -14,6 +14,7 @@ from mtp_graft.serving.command import (
     num_speculative_tokens,
     read_config,
 )
+from mtp_graft.serving.graphs import missing_sizes
 from mtp_graft.serving.profiles import (
     DIFFERENCES_FROM_SEED,
     GPU_ENVIRONMENT,
@@ -310,12 +311,21 @@ def adapt(
             environment[setting.name] = setting.value
             if not setting.source.startswith(SEED):
                 notes.append(f"{setting}: {setting.why} ({setting.source})")
+    words = [word for flag in flags for word in flag.as_args()]
+    if hardware.gpu is not None and not options.enforce_eager:
+        drafts = num_speculative_tokens(options)
+        if sizes := missing_sizes(options.max_num_seqs, drafts, vllm.version):
+            words += ["--cudagraph-capture-sizes", *map(str, sizes)]
+            notes.append(
+                f"CUDA graphs for {', '.join(map(str, sizes))} tokens: vLLM {vllm.version} has "
+                f"none for a whole step of {options.max_num_seqs} sequences (docs/engine.md)"
+            )
     share = UNIFIED_MEMORY_UTILIZATION if hardware.unified_memory else None
     options = replace(
         options,
         gpu_memory_utilization=options.gpu_memory_utilization or share,
         environment={**environment, **options.environment},
-        extra_args=(*(word for flag in flags for word in flag.as_args()), *options.extra_args),
+        extra_args=(*words, *options.extra_args),
     )
     return options, notes
 
