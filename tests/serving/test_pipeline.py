@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, choose_stages, run_pipeline, run_stage
-from mtp_graft.recipe import load_recipe
+from mtp_graft.recipe import QuantizeSection, load_recipe
 from mtp_graft.serving import command, server
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions
@@ -81,7 +81,7 @@ class StandIns:
 
     done: list[str] = field(default_factory=list)
     devices: dict[str, str] = field(default_factory=dict)
-    replay: str | None = None  # what quantize was asked for
+    asked: dict[str, Any] = field(default_factory=dict)  # of quantize
     missing: list[str] = field(default_factory=list)  # what verify says is missing
     refused: str | None = None  # what is wrong with the inputs
     counts: list[dict[str, Any]] | None = None  # of each served text
@@ -95,7 +95,7 @@ class StandIns:
         self, _capture: Path, _up: Path, _base: Path, out: Path, config: Any, _: Any
     ) -> Any:
         self.devices["quantize"] = config.device
-        self.replay = config.replay
+        self.asked = asdict(config)
         return self._finish("quantize", out, quantize_report(4))
 
     def score(
@@ -656,13 +656,22 @@ def test_device_auto_is_the_gpu_if_there_is_one(
     assert stages.devices == {"quantize": expected, "score": "cpu"}
 
 
-@pytest.mark.parametrize("replay", ["true", "identity"])
-def test_the_recipe_says_what_experts_are_calibrated_on(
-    replay: str, run: Run, stages: StandIns
-) -> None:
+def test_the_recipe_says_how_the_experts_are_quantized(run: Run, stages: StandIns) -> None:
+    settings = {
+        "damp": 0.5,
+        "damping": "fixed",
+        "order": "activation",
+        "scale": "absmax",
+        "group_size": 64,
+        "experts_per_batch": 3,
+        "zero_tokens": "rtn",
+        "replay": "identity",
+        "device": "cpu",
+    }
+    assert settings.keys() == {f.name for f in fields(QuantizeSection)} - {"variants"}
     run(only="capture")
-    run(f"quantize.replay={replay}", only="quantize")
-    assert stages.replay == replay
+    run(*(f"quantize.{key}={value}" for key, value in settings.items()), only="quantize")
+    assert settings.items() <= stages.asked.items()
 
 
 def test_stages_that_need_no_vllm_run_without_it(

@@ -1,7 +1,7 @@
 """One run: the stages in order, each as the recipe wants it, in one run folder."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -107,8 +107,15 @@ def check_needs(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> Non
     check_room(find_needs(recipe, folder, stages, survey_models(recipe, folder)))
 
 
+#: A stage's configuration and inputs, for its manifest.
+MadeFrom = tuple[Mapping[str, Any], Sequence[Path]]
+
+
 class _Run:
-    """The stages of one recipe in one run folder."""
+    """The stages of one recipe in one run folder, a method each.
+
+    Those that leave no manifest of their own making return what theirs is to say.
+    """
 
     def __init__(
         self,
@@ -122,36 +129,30 @@ class _Run:
         self.folder = folder
         self.stages = stages
         self.servers = servers
-        self.report = report
-        self.bench = Bench(recipe, folder, servers, report)
+        self.progress = report
+        self._bench = Bench(recipe, folder, servers, report)
 
     def do(self) -> None:
         """Run the stages in their order, the base's server shared by those that need it."""
-        work: dict[str, Callable[[], object]] = {
-            "fetch": self.fetch,
-            "capture": self.capture,
-            "quantize": self.quantize,
-            "score": self.score,
-            "splice": self.splice,
-            "verify": self.verify,
-            "bench": lambda: self.bench.run(self.models.base),
-            "report": lambda: report_run(self.recipe, self.folder),
-        }
         for stage in self.stages:
             with self.folder.timed(stage):
-                work[stage]()
-            if stage in ("splice", "verify", "bench", "report"):
-                self._write_manifest(stage)
-            if stage == "capture" and "bench" in self.stages:
-                with self.folder.timed("bench"):
-                    self.bench.measure_base(self.models.base)
+                made_from: MadeFrom | None = getattr(self, stage)()
+            if made_from is not None:
+                self.folder.write_manifest(stage, *made_from)
             if stage == "capture":
-                self.servers.stop_base()
+                self._measure_captured_base()
+
+    def _measure_captured_base(self) -> None:
+        """Do what bench needs the base's server for while it still runs, and stop it."""
+        if "bench" in self.stages:
+            with self.folder.timed("bench"):
+                self._bench.measure_base(self.models.base)
+        self.servers.stop_base()
 
     @cached_property
     def models(self) -> FetchedModels:
         """The folders of base and upstream, fetched if they are on the hub."""
-        return fetch(self.recipe.model, self.folder.stage("fetch"), self.report)
+        return fetch(self.recipe.model, self.folder.stage("fetch"), self.progress)
 
     def fetch(self) -> None:
         """Look at room, base and upstream before hours of work depend on them."""
@@ -170,23 +171,15 @@ class _Run:
         config = capture_config(self.recipe)
         if capturing.finished_capture(base, out, config, prompts) is None:
             client, log = self.servers.base_client(base), self.folder.log("base")
-            capturing.capture_with(client, base, out, config, prompts, self.report, log)
+            capturing.capture_with(client, base, out, config, prompts, self.progress, log)
 
     def quantize(self) -> None:
         capture, out = self.folder.finished("capture"), self.folder.stage("quantize")
-        wanted = self.recipe.quantize
-        config = QuantizeConfig(
-            damp=wanted.damp,
-            damping=wanted.damping,
-            order=wanted.order,
-            scale=wanted.scale,
-            group_size=wanted.group_size,
-            zero_tokens=wanted.zero_tokens,
-            replay=wanted.replay,
-            experts_per_batch=wanted.experts_per_batch,
-            device=torch_device(wanted.device),
-        )
-        quantize(capture, self.models.upstream, self.models.base, out, config, self.report)
+        settings = asdict(self.recipe.quantize)
+        del settings["variants"]  # which heads there are is for the later stages to know
+        settings["device"] = torch_device(settings["device"])
+        config = QuantizeConfig(**settings)
+        quantize(capture, self.models.upstream, self.models.base, out, config, self.progress)
 
     def score(self) -> None:
         capture, quantized = self.folder.finished("capture"), self.folder.finished("quantize")
@@ -198,14 +191,14 @@ class _Run:
             self.models.base,
             self.folder.stage("score"),
             ScoreConfig(variants=variants, device=device),
-            self.report,
+            self.progress,
         )
 
-    def splice(self) -> None:
+    def splice(self) -> MadeFrom:
         quantized = self.folder.finished("quantize")
         variants = self.recipe.served_variants
         for number, variant in enumerate(variants):
-            self.report(f"splice: {variant}", number, len(variants))
+            self.progress(f"splice: {variant}", number, len(variants))
             out = self.folder.checkpoint(variant)
             out.parent.mkdir(parents=True, exist_ok=True)
             splice(
@@ -217,22 +210,32 @@ class _Run:
                 quantized=quantized,
                 copy=self.recipe.splice.copy,
             )
+        return asdict(self.recipe.splice), [quantized / REPORT_NAME]
 
-    def verify(self) -> None:
+    def verify(self) -> MadeFrom:
         quantized = self.folder.finished("quantize")
         self.folder.finished("splice")
         variants = self.recipe.served_variants
         for number, variant in enumerate(variants):
-            self.report(f"verify: {variant}", number, len(variants))
+            self.progress(f"verify: {variant}", number, len(variants))
             checkpoint, path = self.folder.checkpoint(variant), self.folder.verified(variant)
             found = verify(checkpoint, self.models.base, self.models.upstream, quantized)
-            found["loaded_in_vllm"] = True if self.bench.has_served(variant) else None
+            found["loaded_in_vllm"] = True if self._bench.has_served(variant) else None
             found["base_as_captured"] = self._base_as_captured()
             found["ok"] = found["ok"] and found["base_as_captured"] is not False
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(found, path)
             if not found["ok"]:
                 raise GraftError(f"{checkpoint}: {_what_is_wrong(found)}")
+        return {"variants": variants}, self._heads()
+
+    def bench(self) -> MadeFrom:
+        self._bench.run(self.models.base)
+        return asdict(self.recipe.bench), self._heads()
+
+    def report(self) -> MadeFrom:
+        report_run(self.recipe, self.folder)
+        return {}, []
 
     def _base_as_captured(self) -> bool | None:
         """Return whether the base's files, values included, are those that were captured.
@@ -245,17 +248,10 @@ class _Run:
         known: dict[str, str] = captured["base"]
         return known == fingerprints([self.models.base / name for name in known])
 
-    def _write_manifest(self, stage: str) -> None:
-        """Say how a stage came about that has no manifest of its own making."""
-        recipe, variants = self.recipe, self.recipe.served_variants
-        heads = [self.folder.checkpoint(v) / MANIFEST_NAME for v in variants]  # with the hashes
-        config, inputs = {
-            "splice": (asdict(recipe.splice), [self.folder.stage("quantize") / REPORT_NAME]),
-            "verify": ({"variants": variants}, heads),
-            "bench": (asdict(recipe.bench), heads),
-            "report": ({}, []),
-        }[stage]
-        self.folder.write_manifest(stage, config, inputs)
+    def _heads(self) -> list[Path]:
+        """Return the checkpoints' manifests, which have the hashes."""
+        variants = self.recipe.served_variants
+        return [self.folder.checkpoint(variant) / MANIFEST_NAME for variant in variants]
 
 
 def _what_is_wrong(found: dict[str, Any]) -> str:
