@@ -139,7 +139,7 @@ def test_sweep_prints_a_row_a_point_and_draws_them(
     run: Run, grafted: Path, prompts_file: Path, tmp_path: Path
 ) -> None:
     status, out, errors = run(
-        *("bench", "sweep", "--checkpoint", grafted, "--k", "0,1", "--streams", "1,3"),
+        *("bench", "sweep", "--checkpoint", grafted, "-k", "0,1", "--streams", "1,3"),
         *("--prompts", prompts_file, "--requests", 2, "--max-tokens", 6),
         *("--chart", tmp_path / "sweep.png", "--json", "-"),
     )

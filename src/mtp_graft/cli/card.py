@@ -6,15 +6,18 @@ from typing import Annotated
 import typer
 
 from mtp_graft.cli.app import JsonOption, app
+from mtp_graft.cli.help import PUBLISH
 from mtp_graft.cli.output import note, result_console, write_json
 
-RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISH)
 def card(
     run: RunArgument,
-    out: Annotated[Path | None, typer.Option(help="Where to. Default: card/ in the run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to. Default: card/ in the run.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Write a run's model card with charts, every number traced to a result file."""
@@ -31,12 +34,13 @@ def card(
         note(f"left out: {file} is of another checkpoint")
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISH)
 def publish(
     run: RunArgument,
     repo: Annotated[str, typer.Option(metavar="ID", help="OWNER/NAME on the hub.")],
     card_folder: Annotated[
-        Path | None, typer.Option("--card", help="The card. Default: card/ in the run.")
+        Path | None,
+        typer.Option("--card", metavar="DIR", help="The card. Default: card/ in the run."),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private.")

@@ -7,20 +7,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtp_graft.cli.app import JsonOption, app
+from mtp_graft.cli.help import SERVE, SectionedCommand
 from mtp_graft.cli.output import note, result_console, write_json
 
 if TYPE_CHECKING:
     from mtp_graft.serving.doctor.findings import Finding
 
 
-@app.command()
+@app.command(cls=SectionedCommand, rich_help_panel=SERVE)
 def doctor(
-    checkpoint: Annotated[Path, typer.Argument(help="A DeepSeek-V4 checkpoint folder.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A DeepSeek-V4 checkpoint folder.")
+    ],
     tp: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to shard over. Default: all GPUs.")
+        int | None,
+        typer.Option(
+            *("--tensor-parallel-size", "--tp"),
+            min=1,
+            metavar="N",
+            help="Ranks to shard over. Default: all GPUs.",
+        ),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest sequence. Default: the model's.")
+        int | None, typer.Option(min=1, metavar="N", help="Longest sequence. Default: the model's.")
     ] = None,
     vllm: Annotated[
         str | None, typer.Option(metavar="VERSION", help="The vLLM to serve with. Default: ours.")
@@ -28,7 +37,9 @@ def doctor(
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="GPU to serve on, or cpu. Default: ours.")
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="How many of that GPU.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many of that GPU.")
+    ] = None,
     fix: Annotated[
         Path | None,
         typer.Option(metavar="OUT", help="Write a copy with config and names corrected."),

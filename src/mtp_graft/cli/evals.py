@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
 from mtp_graft.cli.grouped import grouped
+from mtp_graft.cli.help import QUALITY, SectionedCommand
 from mtp_graft.cli.output import is_stdout, note, progress_bar, result_console, write_json
 from mtp_graft.cli.target import RunOption, Target, keep_result
 
@@ -22,11 +23,17 @@ if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait
 
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Folder with gsm8k/, human_eval/, mmlu/. Default: the hub."),
+    typer.Option(
+        "--data-dir",
+        metavar="DIR",
+        help="Folder with gsm8k/, human_eval/, mmlu/. Default: the hub.",
+    ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Draws the questions.")]
-LimitOption = Annotated[int, typer.Option(min=1, help="How many questions.")]
-MaxTokensOption = Annotated[int, typer.Option(min=1, help="Cap on an answer, thinking included.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Draws the questions.")]
+LimitOption = Annotated[int, typer.Option(min=1, metavar="N", help="How many questions.")]
+MaxTokensOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Cap on an answer, thinking included.")
+]
 WithoutOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -50,7 +57,7 @@ class Asking:
     json_file: JsonOption = None
 
 
-@bench.command("gsm8k")
+@bench.command("gsm8k", cls=SectionedCommand, rich_help_panel=QUALITY)
 @grouped
 def bench_gsm8k(
     target: Target,
@@ -66,17 +73,19 @@ def bench_gsm8k(
     _measure(gsm8k(data_dir, limit, seed, max_tokens), target, asking)
 
 
-@bench.command("humaneval")
+@bench.command("humaneval", cls=SectionedCommand, rich_help_panel=QUALITY)
 @grouped
 def bench_humaneval(
     target: Target,
     asking: Asking,
     data_dir: DataOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="How many. Default: all 164.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many. Default: all 164.")
+    ] = None,
     seed: SeedOption = 0,
     max_tokens: MaxTokensOption = 1024,
     test_timeout_s: Annotated[
-        float, typer.Option(min=1.0, help="Seconds that a problem's tests may take.")
+        float, typer.Option(min=1.0, metavar="S", help="Seconds that a problem's tests may take.")
     ] = 60.0,
     without: WithoutOption = None,
 ) -> None:
@@ -87,7 +96,7 @@ def bench_humaneval(
     _measure(humaneval(data_dir, limit, seed, sandbox, max_tokens), target, asking)
 
 
-@bench.command("mmlu")
+@bench.command("mmlu", cls=SectionedCommand, rich_help_panel=QUALITY)
 @grouped
 def bench_mmlu(
     target: Target,
@@ -103,7 +112,7 @@ def bench_mmlu(
     _measure(mmlu(data_dir, limit, seed, max_tokens), target, asking)
 
 
-@bench.command("capability")
+@bench.command("capability", cls=SectionedCommand, rich_help_panel=QUALITY)
 @grouped
 def bench_capability(
     target: Target,

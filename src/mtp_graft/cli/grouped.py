@@ -13,7 +13,8 @@ Command = Callable[..., Any]
 def grouped(command: Command) -> Command:
     """Replace a command's parameters that are dataclasses by their fields.
 
-    The fields are options as any others; the command gets them as the dataclass that they make.
+    The fields are options as any others, shown after the command's own; the command gets them as
+    the dataclass that they make.
     """
     parameters = inspect.signature(command).parameters.values()
     groups: dict[str, Any] = {
@@ -28,7 +29,7 @@ def grouped(command: Command) -> Command:
         command(**given)
 
     def flattened() -> Iterator[Parameter]:
-        for parameter in parameters:
+        for parameter in sorted(parameters, key=lambda p: p.name in groups):
             group = groups.get(parameter.name)
             options = inspect.signature(group).parameters.values() if group else [parameter]
             yield from (option.replace(kind=Parameter.KEYWORD_ONLY) for option in options)

@@ -9,15 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, app
+from mtp_graft.cli.help import PIPELINE
 from mtp_graft.cli.output import progress_bar, result_console, write_json
 from mtp_graft.errors import GraftError, UsageError
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.recipe import Recipe
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A TOML recipe.")]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")]
 RunOption = Annotated[
-    Path | None, typer.Option("--run", help="Run folder. Default: runs/ and the recipe's name.")
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Run folder. Default: runs/ and the recipe's name."),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -25,9 +27,9 @@ SetOption = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=PIPELINE)
 def demo(
-    run: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    run: Annotated[Path, typer.Option(metavar="DIR", help="Run folder.")] = Path("runs/demo"),
     overrides: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")] = False,
     json_file: JsonOption = None,
@@ -38,7 +40,7 @@ def demo(
     _run_recipe(find_bundled_recipe(), run, overrides, None, None, dry_run, json_file)
 
 
-@app.command("run")
+@app.command("run", rich_help_panel=PIPELINE)
 def run_command(
     recipe: RecipeArgument,
     run: RunOption = None,
@@ -175,7 +177,7 @@ def _identity_line(divergences: list[dict[str, Any]]) -> str:
 def _stage_command(stage: str, summary: str) -> None:
     """Add the command that runs one stage of a recipe, in its run folder."""
 
-    @app.command(stage, help=summary)
+    @app.command(stage, help=summary, rich_help_panel=PIPELINE)
     def command(
         recipe: RecipeArgument,
         run: RunOption = None,

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mtp_graft.cli.app import JsonOption, SpeculativeOption, app
+from mtp_graft.cli.help import HARDWARE, SERVE, SectionedCommand
 from mtp_graft.cli.output import is_stdout, note, progress_bar, write_json
 
 if TYPE_CHECKING:
     from mtp_graft.serving.command import InstalledVllm, ServeOptions
     from mtp_graft.serving.plan import Plan
 
-HARDWARE = "Hardware"
 
-
-@app.command()
+@app.command(cls=SectionedCommand, rich_help_panel=SERVE)
 def serve(
     checkpoint: Annotated[Path, typer.Argument(help="A DeepSeek-V4 checkpoint folder.")],
     extra: Annotated[

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from mtp_graft.cli.app import SERVER, MaxModelLenOption, ServeArgument, TensorParallelOption
+from mtp_graft.cli.app import MaxModelLenOption, ServeArgument, TensorParallelOption
+from mtp_graft.cli.help import SERVER
 from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
