@@ -239,15 +239,15 @@ def test_logprobs_belong_to_the_tokens_of_the_answer(client: openai.OpenAI) -> N
         assert token.logprob == best[0] <= 0, "a greedy token is the most probable one"
 
 
-def test_eight_clients_at_once_each_get_their_own_answer(client: openai.OpenAI) -> None:
+def test_eight_clients_at_once_are_answered_as_each_alone(client: openai.OpenAI) -> None:
+    """On a CPU a token's last bit does not depend on what is computed beside it."""
     questions = ["How many lamps? " * (1 + number) for number in range(8)]
-    alone = [ask(client, question).usage for question in questions]
+    alone = [ask(client, question) for question in questions]
     with ThreadPoolExecutor(len(questions)) as pool:
         together = list(pool.map(lambda question: ask(client, question), questions))
-    for usage, answer in zip(alone, together, strict=True):
-        assert content_of(answer)
-        assert answer.usage is not None and usage is not None
-        assert answer.usage.prompt_tokens == usage.prompt_tokens
+    assert [content_of(answer) for answer in together] == [content_of(one) for one in alone]
+    assert [answer.usage for answer in together] == [one.usage for one in alone]
+    assert len({content_of(one) for one in alone}) > 4, "hardly any answer is its client's own"
 
 
 def gauge(server: ServerClient, name: str) -> float:
