@@ -79,10 +79,10 @@ def one_gpu(work: Path, flash: Path, layers: list[int], gpu: str) -> list[Step]:
         out = results / f"{name}_{gpu}.json"
         return Step(name, script("graph_modes", "--out", out, *words), 90)
 
-    def speed(name: str, words: tuple[object, ...], needs_s: float) -> Step:
+    def speed(name: str, words: tuple[object, ...], needs_s: float, *vllms: object) -> Step:
         file = f"{name}_{gpu}"
         run = ("--run", work / "runs" / file)
-        command = script("speed", file, "--results", results, "--", *words, *run)
+        command = script("speed", file, "--results", results, "--", *words, *run, *vllms)
         return Step(
             name, command, needs_s, takes_deadline=False, done_when=results / f"{file}.json"
         )
@@ -96,6 +96,7 @@ def one_gpu(work: Path, flash: Path, layers: list[int], gpu: str) -> list[Step]:
         times("step_time_mxfp4", "--k", 1, "--variants", "mxfp4"),
         speed("decode", decode, 300),
         speed("sweep", sweep, 200),
+        speed("sweep_sizes", sweep, 200, "--", "--cudagraph-capture-sizes", *range(1, 17)),
         times("step_time_k2", "--k", 2),
         graphs("graph_modes_fork", "--modes", "FULL_AND_PIECEWISE", "PIECEWISE", "--start", "fork"),
         times("step_time_16k", *LONG),
@@ -138,17 +139,18 @@ class Lane:
     steps: tuple[str, ...]
 
 
+SWEEPS = ("sweep", "sweep_sizes")
 ONE, TWO = {"h100": (5, 17), "h200": (17, 35)}, {"h100": (33,), "h200": (43,)}
 #: By the number of GPUs. Each lane with step times measures its own base.
 LANES = {
     2: (
         Lane(1, "one", ONE, ("step_time", "step_time_k2")),
-        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4")),
+        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4", *SWEEPS)),
     ),
     4: (
         Lane(2, "two", TWO, ("tiny", "speed", "stock_graphs", "pcie")),
         Lane(1, "one", ONE, ("step_time", "step_time_k2")),
-        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4")),
+        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4", *SWEEPS)),
     ),
 }
 

@@ -23,8 +23,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("name")
     parser.add_argument("--note", help="what a reader has to know of the run")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
-    parser.add_argument("words", nargs="+", help="after --: the command, without mtp-graft")
-    return parser.parse_args()
+    # Not left to argparse, whose versions treat the second `--`, before vLLM's words, differently.
+    own, words = split(sys.argv[1:])
+    options = parser.parse_args(own)
+    if not words:
+        parser.error("no command after --")
+    options.words = words
+    return options
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return what is before the first `--`, and what is after it."""
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
 
 
 def main() -> None:
@@ -32,13 +43,9 @@ def main() -> None:
     exit_on_sigterm()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", "mtp_graft.cli", *options.words, "--json", str(file)]
-        if "--" in options.words:  # what follows it is vLLM's
-            command[3 + options.words.index("--") :] = [
-                *("--json", str(file)),
-                *options.words[options.words.index("--") :],
-            ]
-        process = subprocess.Popen(command)
+        words, for_vllm = split(options.words)
+        command = [sys.executable, "-m", "mtp_graft.cli", *words, "--json", str(file)]
+        process = subprocess.Popen([*command, "--", *for_vllm] if for_vllm else command)
         try:
             status = process.wait()
         finally:  # by SIGTERM too: the command takes its servers with it

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -168,6 +169,14 @@ def test_lanes_share_out_all_gpus_and_cores_and_know_their_steps(
         else:
             known = host.one_gpu(folder, tmp_path, layers, gpu)
         assert set(steps) <= {step.name for step in known}
+
+
+def test_the_docs_list_the_host_drivers_steps_in_their_order() -> None:
+    host, page = load("gpu_host"), (BENCHMARKS.parent / "docs/gpu.md").read_text()
+    one = host.one_gpu(Path("/work"), Path("/flash"), [5, 17], "h100")
+    two = host.two_gpus(Path("/work"), Path("/flash"), 43, "h100")
+    listed = re.findall(r"^\| `([a-z]\w*)`( \(two\))? \|", page, re.MULTILINE)
+    assert listed == [(s.name, "") for s in one] + [(s.name, " (two)") for s in two]
 
 
 def test_the_host_driver_refuses_a_step_that_it_does_not_know(tmp_path: Path) -> None:
