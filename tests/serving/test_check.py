@@ -103,11 +103,11 @@ def test_the_check_fits_into_the_context_that_it_asks_for(tiny_model: Path) -> N
     "arguments",
     [
         ("--check", "--dry-run"),
-        ("--gpu", "H200"),
+        ("--profile", "none", "--gpu", "H200", "--dry-run"),
+        ("--profile", "none", "--nnodes", "2"),
         ("--profile", "524k", "--vllm", "0.32.0"),
         ("--profile", "524k", "--gpu", "H200", "--vllm", "0.32.0"),
         ("--profile", "524k", "--count", "2"),
-        ("--node-rank", "1"),
         ("--log", "file"),
     ],
 )
@@ -121,12 +121,14 @@ def test_options_that_do_not_go_together_are_wrong_usage(
 
 
 @pytest.mark.parametrize("arguments", [("--gpu", "H200"), ("--nnodes", "2", "--dry-run")])
+@pytest.mark.parametrize("profile", [("--profile", "524k"), ()])
 def test_a_cpu_build_of_vllm_cannot_serve_on_gpus(
     run: Run,  # noqa: F811
     grafted: Path,
     arguments: tuple[str, ...],
+    profile: tuple[str, ...],
 ) -> None:
-    status, _, errors = run("serve", grafted, "--profile", "524k", *arguments)
+    status, _, errors = run("serve", grafted, *profile, *arguments)
     assert status == 1
     assert "a CPU build" in errors
 

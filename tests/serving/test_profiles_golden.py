@@ -101,18 +101,55 @@ def test_the_dry_run_on_a_cpu_is_the_golden_file(
     compare("cpu-tiny-auto", dry_run(tmp_path / "tiny", "--profile", "auto"))
 
 
-def test_gpus_that_are_found_give_the_same_as_their_name(
-    dry_run: Print, flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here vLLM is a CUDA build and `nvidia-smi` tells of two cards on PCIe."""
+@pytest.fixture
+def dry_run_on_max_q(dry_run: Print, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Print:
+    """The same where vLLM is a CUDA build and `nvidia-smi` tells of two cards on PCIe."""
     site = tmp_path / "cuda" / "site-packages"
     script = install(site, "vllm", "0.32.0")
     only_from(site, monkeypatch)
     card = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
     install_nvidia_smi(tmp_path, monkeypatch, card, "97887", "NODE")
-    printed = dry_run(flash, "--profile", "524k").replace(str(script), "vllm")
-    expected = (GOLDEN / "max-q-x2-524k.txt").read_text()
-    assert printed == expected.replace("2x RTX PRO 6000 Max-Q", f"2x {card}")
+
+    def call(checkpoint: Path, *arguments: str) -> str:
+        printed = dry_run(checkpoint, *arguments).replace(str(script), "vllm")
+        return printed.replace(f"2x {card}", "2x RTX PRO 6000 Max-Q")
+
+    return call
+
+
+def test_gpus_that_are_found_give_the_same_as_their_name(
+    dry_run_on_max_q: Print, flash: Path
+) -> None:
+    printed = dry_run_on_max_q(flash, "--profile", "524k")
+    assert printed == (GOLDEN / "max-q-x2-524k.txt").read_text()
+
+
+BY_DEFAULT = "# - no --profile given: auto, which took 1m; none leaves all to vLLM\n"
+
+
+def test_without_a_profile_gpus_that_are_found_are_served_as_auto_does(
+    dry_run_on_max_q: Print, flash: Path
+) -> None:
+    printed = dry_run_on_max_q(flash)
+    assert BY_DEFAULT in printed
+    assert printed.replace(BY_DEFAULT, "") == (GOLDEN / "max-q-x2-auto.txt").read_text()
+    printed = dry_run_on_max_q(flash, "--max-model-len", "4096", "--json", "-")
+    given = flags_of(json.loads(printed)["argv"])
+    assert given["--max-model-len"] == ("4096",), "what is asked for wins"
+
+
+def test_hardware_that_is_named_needs_no_profile(dry_run: Print, flash: Path) -> None:
+    printed = dry_run(flash, *MAX_Q)
+    assert printed.replace(BY_DEFAULT, "") == (GOLDEN / "max-q-x2-auto.txt").read_text()
+
+
+def test_the_profile_none_leaves_all_to_vllm(dry_run_on_max_q: Print, flash: Path) -> None:
+    result = json.loads(dry_run_on_max_q(flash, "--profile", "none", "--json", "-"))
+    assert (result["profile"], result["hardware"], result["notes"]) == (None, None, [])
+    flags = flags_of(result["argv"])
+    assert flags["--tensor-parallel-size"] == ("1",)
+    assert {"--max-model-len", "--disable-custom-all-reduce"}.isdisjoint(flags)
+    assert not any(name.startswith("NCCL") for name in result["env"])
 
 
 def test_no_golden_file_is_left_over() -> None:

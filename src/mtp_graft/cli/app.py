@@ -24,6 +24,9 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 
+#: In the place of a profile: what vLLM does by itself.
+NO_PROFILE = "none"
+
 JsonOption = Annotated[
     Path | None,
     typer.Option(

@@ -3,14 +3,17 @@
 import tempfile
 import textwrap
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtp_graft.cli.app import JsonOption, SpeculativeOption, app
-from mtp_graft.cli.help import HARDWARE, SERVE, SectionedCommand
+from mtp_graft.cli.app import NO_PROFILE, JsonOption, app
+from mtp_graft.cli.grouped import grouped
+from mtp_graft.cli.help import SERVE, SectionedCommand
 from mtp_graft.cli.output import is_stdout, note, progress_bar, write_json
+from mtp_graft.cli.serve_options import HardwareOptions, ServerFlags
 
 if TYPE_CHECKING:
     from mtp_graft.serving.command import InstalledVllm, ServeOptions
@@ -18,128 +21,41 @@ if TYPE_CHECKING:
 
 
 @app.command(cls=SectionedCommand, rich_help_panel=SERVE)
+@grouped
 def serve(
-    checkpoint: Annotated[Path, typer.Argument(help="A DeepSeek-V4 checkpoint folder.")],
-    extra: Annotated[
-        list[str] | None, typer.Argument(help="After --: arguments for vllm serve, as they are.")
-    ] = None,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A DeepSeek-V4 checkpoint folder.")
+    ],
+    server: ServerFlags,
+    hardware: HardwareOptions,
     profile: Annotated[
         str | None,
         typer.Option(
-            help="128k, 256k, 256k-2, 524k, 640k, 1m, or auto: the longest context that fits. "
-            "Other options replace its values."
+            metavar="NAME",
+            help="128k, 256k, 256k-2, 524k, 640k, 1m; auto: the longest context that fits; none: "
+            "vLLM's own defaults. Other options replace its values. Default: auto on GPUs, none "
+            "on a CPU.",
         ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
-    tp: Annotated[
-        int | None,
-        typer.Option(
-            "--tensor-parallel-size",
-            "--tp",
-            min=1,
-            help="Ranks to shard over. Default: 1; with a profile, as many GPUs as can be used.",
-        ),
-    ] = None,
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest sequence.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests at once.")] = None,
-    max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of all requests in one step.")
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(min=0.01, max=1.0, help="Share of a GPU's memory to use.")
-    ] = None,
-    num_speculative_tokens: SpeculativeOption = None,
-    served_model_name: Annotated[list[str] | None, typer.Option(help="Name in the API.")] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="As vLLM names it.")] = "fp8",
-    kv_cache_gib: Annotated[
-        float | None, typer.Option(min=0.01, help="KV cache per rank. Default: 1 on a CPU.")
-    ] = None,
-    prefix_caching: Annotated[bool, typer.Option(help="Reuse shared prompt prefixes.")] = True,
-    enforce_eager: Annotated[
-        bool | None, typer.Option(help="Do not compile. Default: eager on a CPU.")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="VLLM_API_KEY", help="Key that /v1 requests must show.")
-    ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="Fit the profile to this GPU, not to those found.", rich_help_panel=HARDWARE
-        ),
-    ] = None,
-    count: Annotated[
-        int | None,
-        typer.Option(min=1, help="How many of --gpu. Default: 1.", rich_help_panel=HARDWARE),
-    ] = None,
-    vllm_version: Annotated[
-        str | None,
-        typer.Option("--vllm", help="With --dry-run: for this vLLM.", rich_help_panel=HARDWARE),
-    ] = None,
-    nnodes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Machines that serve together.", rich_help_panel=HARDWARE),
-    ] = None,
-    node_rank: Annotated[
-        int | None,
-        typer.Option(min=0, help="This machine's number. Default: 0.", rich_help_panel=HARDWARE),
-    ] = None,
-    master_addr: Annotated[
-        str | None,
-        typer.Option(help="Address of machine 0, for the others.", rich_help_panel=HARDWARE),
     ] = None,
     check: Annotated[
         bool,
         typer.Option("--check", help="Start, test that the head drafts well, stop; 1 if not."),
     ] = False,
-    log: Annotated[Path | None, typer.Option(help="With --check: the server's output.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --check: the server's output.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command only.")] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Serve a checkpoint with vLLM in the foreground, drafting with its head if it has one."""
-    from mtp_graft.serving.command import LOOPBACK_HOSTS, ServeOptions
+    from mtp_graft.serving.command import LOOPBACK_HOSTS
 
-    if dry_run and check:
-        raise typer.BadParameter("give one of --dry-run and --check")
-    if json_file is not None and not (dry_run or check):
-        raise typer.BadParameter(
-            "needs --dry-run or --check: a server has no result", param_hint="--json"
-        )
-    elsewhere = (gpu, count, vllm_version, nnodes, node_rank, master_addr)
-    if profile is None and any(value is not None for value in elsewhere):
-        raise typer.BadParameter("options for hardware need a --profile to fit to it")
-    if count is not None and gpu is None:
-        raise typer.BadParameter("needs --gpu", param_hint="--count")
-    if vllm_version is not None and not (dry_run and gpu):
-        raise typer.BadParameter("needs --dry-run and --gpu", param_hint="--vllm")
-    if log is not None and not check:
-        raise typer.BadParameter("needs --check", param_hint="--log")
-    options = ServeOptions(
-        checkpoint,
-        host=host,
-        port=port,
-        tensor_parallel_size=tp,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        gpu_memory_utilization=gpu_memory_utilization,
-        num_speculative_tokens=num_speculative_tokens,
-        served_model_names=tuple(served_model_name or ()),
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_gib=kv_cache_gib,
-        prefix_caching=prefix_caching,
-        enforce_eager=enforce_eager,
-        api_key=api_key,
-        extra_args=tuple(extra or ()),
-    )
-    if host not in LOOPBACK_HOSTS and api_key is None:
-        note(f"warning: {host} is not loopback and there is no --api-key: anyone may use it")
-    vllm = _vllm(vllm_version, gpu if dry_run else None)
-    plan = None
-    if profile is not None:
-        plan = _plan(
-            *(options, profile, vllm, gpu, count or 1, nnodes, node_rank or 0, master_addr)
-        )
+    _check_usage(profile, hardware, check, log, dry_run, json_file)
+    if server.host not in LOOPBACK_HOSTS and server.api_key is None:
+        note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
+    options, vllm = server.options(checkpoint), hardware.find_vllm(dry_run)
+    plan = _plan(options, profile, vllm, hardware)
+    if plan is not None:
         options = plan.options
     if dry_run:
         _print_command(options, vllm, plan, json_file)
@@ -149,46 +65,49 @@ def serve(
         _serve(options, plan)
 
 
-def _vllm(version: str | None, gpu: str | None) -> "InstalledVllm":
-    """Return the vLLM to plan for; a GPU that is named need not be this machine's."""
-    from mtp_graft.serving.command import find_vllm, vllm_elsewhere
-
-    if gpu is None:
-        return find_vllm()
-    if version is None:
-        installed = find_vllm()
-        return (
-            installed if installed.platform == "cuda" else vllm_elsewhere(installed.version.public)
+def _check_usage(
+    profile: str | None,
+    hardware: HardwareOptions,
+    check: bool,
+    log: Path | None,
+    dry_run: bool,
+    json_file: Path | None,
+) -> None:
+    """Refuse options that do not go together."""
+    if dry_run and check:
+        raise typer.BadParameter("give one of --dry-run and --check")
+    if json_file is not None and not (dry_run or check):
+        raise typer.BadParameter(
+            "needs --dry-run or --check: a server has no result", param_hint="--json"
         )
-    return vllm_elsewhere(version)
+    if log is not None and not check:
+        raise typer.BadParameter("needs --check", param_hint="--log")
+    if profile == NO_PROFILE and hardware.are_given:
+        raise typer.BadParameter("options for hardware need a --profile to fit to it")
+    if hardware.count is not None and hardware.gpu is None:
+        raise typer.BadParameter("needs --gpu", param_hint="--count")
+    if hardware.vllm_version is not None and not (dry_run and hardware.gpu):
+        raise typer.BadParameter("needs --dry-run and --gpu", param_hint="--vllm")
 
 
 def _plan(
     options: "ServeOptions",
-    profile: str,
+    profile: str | None,
     vllm: "InstalledVllm",
-    gpu: str | None,
-    count: int,
-    nnodes: int | None,
-    node_rank: int,
-    master_addr: str | None,
-) -> "Plan":
-    from mtp_graft.errors import GraftError
-    from mtp_graft.serving.plan import Node, make_plan
-    from mtp_graft.serving.topology import CPU, find_gpus, named_gpus
+    hardware: HardwareOptions,
+) -> "Plan | None":
+    """Return the profile fitted to the hardware, None for vLLM's own defaults."""
+    from mtp_graft.serving.plan import AUTO, make_plan
 
-    if vllm.platform == "cpu":
-        if gpu is not None or nnodes is not None:
-            raise GraftError(
-                f"vLLM {vllm.version} is installed, a CPU build; expected one for CUDA with --gpu "
-                "or --nnodes (--dry-run --gpu prints for hardware that is elsewhere)"
-            )
-        hardware = CPU
-    elif gpu is not None:
-        hardware = named_gpus(gpu, count, nnodes)
-    else:
-        hardware = find_gpus(nnodes or 1)
-    return make_plan(options, profile, hardware, vllm, Node(node_rank, master_addr))
+    if profile == NO_PROFILE:
+        return None
+    if profile is not None:
+        return make_plan(options, profile, hardware.find(vllm), vllm, hardware.node)
+    if vllm.platform == "cpu" and not hardware.are_given:
+        return None
+    plan = make_plan(options, AUTO, hardware.find(vllm), vllm, hardware.node)
+    why = f"no --profile given: {AUTO}, which took {plan.profile}; {NO_PROFILE} leaves all to vLLM"
+    return replace(plan, notes=(why, *plan.notes))
 
 
 def _print_command(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from mtp_graft.cli.app import MaxModelLenOption, ServeArgument, TensorParallelOption
+from mtp_graft.cli.app import NO_PROFILE, MaxModelLenOption, ServeArgument, TensorParallelOption
 from mtp_graft.cli.help import SERVER
 from mtp_graft.cli.output import Report, note
 
@@ -69,7 +69,9 @@ class Target:
         str | None,
         _option(
             metavar="NAME",
-            help="Serve --checkpoint as `mtp-graft serve --profile` does: 128k, 524k, ...",
+            callback=lambda name: None if name == NO_PROFILE else name,
+            help="Serve --checkpoint as `mtp-graft serve --profile` does: 128k, ..., auto. "
+            "Default: none.",
         ),
     ] = None
     tensor_parallel_size: TensorParallelOption = None

@@ -156,7 +156,7 @@ def _choose(wanted: str, options: ServeOptions, room: Room) -> tuple[str, Profil
         return _choose_automatically(options, room)
     if wanted not in PROFILES:
         names = ", ".join((*PROFILES, AUTO))
-        raise UsageError(f"--profile {wanted}: unknown; expected one of {names}")
+        raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
     profile = _with_options(PROFILES[wanted], options, room)
     if profile.max_model_len > room.largest_context(profile.gpu_memory_utilization):
         raise _too_long(wanted, profile, options, room)

@@ -110,6 +110,7 @@ def _nvidia_smi(*arguments: str) -> list[str]:
     except (OSError, subprocess.SubprocessError) as error:
         raise GraftError(
             f"nvidia-smi {' '.join(arguments)}: failed ({error}); vLLM is a CUDA build: is the "
-            "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere"
+            "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
+            "--profile none serves without looking"
         ) from error
     return [line for line in done.stdout.splitlines() if line.strip()]
