@@ -49,7 +49,7 @@ def test_count_and_skip_choose_rows_that_do_not_overlap(tmp_path: Path) -> None:
     ("row", "said"),
     [
         ("{", r"p\.jsonl:2: not JSON"),
-        ({"id": "b"}, r"p\.jsonl:2: not a prompt \(KeyError\('text'\)\)"),
+        ({"id": "b"}, r"p\.jsonl:2: not a prompt \(has no 'text'\)"),
         ("7", r"p\.jsonl:2: not a prompt"),
         ({"id": "a", "text": "y"}, r"p\.jsonl:2: id 'a' comes twice"),
         ({"id": "b", "text": ""}, r"p\.jsonl:2: prompt 'b' asks nothing"),

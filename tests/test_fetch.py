@@ -248,8 +248,8 @@ def test_a_file_of_the_cache_is_hashed_once_a_run(
 ) -> None:
     fetch(MODEL, tmp_path / "out", quiet)
     hashed: list[str] = []
-    real = stage.sha256_of
-    monkeypatch.setattr(stage, "sha256_of", lambda p: (hashed.append(p.name), real(p))[1])
+    real = stage.sha256
+    monkeypatch.setattr(stage, "sha256", lambda p: (hashed.append(p.name), real(p))[1])
     other = tmp_path / "another run"
     fetch(MODEL, other, quiet)
     assert sorted(hashed) == sorted([SHARDS[0], SHARDS[1], SHARDS[2], SHARDS[3]])

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from mtp_graft.checkpoint import quant_manifest
+from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.quantization_config import add_head, base_quantization_config
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.variants import VARIANTS, Variant
@@ -127,7 +128,7 @@ def test_hashes_are_of_the_inputs(tiny_model: Path, tmp_path: Path) -> None:
     found = stored["provenance"]
     shards = sorted(path.name for path in base.glob("*.safetensors"))
     assert list(found["base"]["shard_headers"]) == shards
-    assert found["base"]["config.json"] == quant_manifest.sha256(base / "config.json")
+    assert found["base"]["config.json"] == sha256(base / "config.json")
     (head_shard,) = upstream.glob("*.safetensors")
-    assert found["upstream"] == {head_shard.name: quant_manifest.sha256(head_shard)}
+    assert found["upstream"] == {head_shard.name: sha256(head_shard)}
     assert "quantize" not in found

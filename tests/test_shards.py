@@ -203,6 +203,10 @@ def list_as_index(folder: Path) -> None:
     (folder / INDEX).write_text('["a"]')
 
 
+def number_a_shard(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {"a": 1}}')
+
+
 def name_a_stranger(folder: Path) -> None:
     content = json.loads((folder / INDEX).read_text())
     content["weight_map"]["stranger"] = "model-00001-of-00004.safetensors"
@@ -219,10 +223,11 @@ SHARD = r"model-00001-of-00004\.safetensors: "
         (truncate_header, SHARD + "not a readable safetensors file"),
         (empty, SHARD + "not a readable safetensors file"),
         (remove_shard, SHARD + "not found, but model.safetensors.index.json lists it"),
-        (remove_index, r"index\.json: not found; expected a sharded"),
+        (remove_index, r"index\.json: not found; expected a safetensors index"),
         (garble_index, r"index\.json: not a safetensors index"),
         (drop_weight_map, r"index\.json: not a safetensors index"),
         (list_as_index, r"index\.json: not a safetensors index"),
+        (number_a_shard, r"index\.json: the shard of a is 1, expected a file's name"),
         (name_a_stranger, SHARD + ".*has no tensor .*stranger"),
     ],
 )

@@ -1,5 +1,7 @@
 """The exceptions that a user's input, files or environment can cause."""
 
+import json
+
 
 class GraftError(Exception):
     """A problem the user can act on; the message says where, found, expected and what to do.
@@ -14,3 +16,23 @@ class UsageError(GraftError):
     """An option's value that means nothing, whatever the files and the machine are."""
 
     exit_status = 2
+
+
+def in_words(error: Exception) -> str:
+    """Say what an exception of reading a file, or an answer, means; for people, in one phrase."""
+    match error:
+        case json.JSONDecodeError():
+            where = f"column {error.colno}"
+            if "\n" in error.doc:
+                where = f"line {error.lineno}, {where}"
+            return f"not JSON: {error.msg.lower()} at {where}"
+        case UnicodeDecodeError():
+            return "not text in UTF-8"
+        case OSError():
+            return str(error.strerror or error).lower()
+        case KeyError():
+            return f"has no {error}"
+        case TypeError() | AttributeError() | IndexError():
+            return "JSON of another structure"
+        case _:
+            return str(error)

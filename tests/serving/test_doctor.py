@@ -237,14 +237,55 @@ def test_known_spellings_lead_to_the_name_that_is_read(spelled: str, read: str) 
     assert canonical_name(spelled, 43) == read
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors.index.json"])
-def test_a_folder_without_config_or_index_is_one_error(
-    copy: Callable[[str], Path], missing: str
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, "not found"),
+        ("{\n  'a': 1\n}", "at line 2, column 3)"),
+        ("[]", "(JSON, but no object)"),
+    ],
+)
+def test_a_config_or_index_that_cannot_be_used_is_the_one_finding(
+    copy: Callable[[str], Path], file: str, text: str | None, found: str
 ) -> None:
     folder = copy("rtn")
-    (folder / missing).unlink()
-    with pytest.raises(GraftError, match=f"{re.escape(missing)}: not found"):
-        diagnose(folder, ON_CPU)
+    (folder / file).unlink()
+    if text is not None:
+        (folder / file).write_text(text)
+    (finding,) = diagnose(folder, ON_CPU)
+    kind = "config-unusable" if file == "config.json" else "index-unusable"
+    assert (finding.id, finding.severity, finding.where) == (kind, "error", file)
+    assert found in finding.found and str(folder) not in finding.found
+    status, result = run(folder, "--gpu", "cpu", "--vllm", "0.32.0")
+    assert (status, result["ok"], [f["id"] for f in result["findings"]]) == (1, False, [kind])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "found"),
+    [
+        ("config.json", '{"model_type": "llama"}', "model_type is 'llama', expected 'deepseek_v4'"),
+        ("config.json", '{"model_type": "deepseek_v4"}', "num_hidden_layers is None"),
+        (INDEX, '{"weight_map": []}', "weight_map is no object"),
+        (INDEX, '{"weight_map": {"a": 1}}', "the shard of a is 1, expected a file's name"),
+    ],
+)
+def test_what_is_wrong_inside_of_config_or_index_is_said(
+    copy: Callable[[str], Path], file: str, text: str, found: str
+) -> None:
+    folder = copy("rtn")
+    (folder / file).unlink()
+    (folder / file).write_text(text)
+    (finding,) = diagnose(folder, ON_CPU)
+    assert found in finding.found
+
+
+def test_what_is_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="gone: not a folder"):
+        diagnose(tmp_path / "gone", ON_CPU)
 
 
 # --fix

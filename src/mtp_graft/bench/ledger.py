@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mtp_graft.checkpoint.manifest import claim_folder
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 
 LEDGER_NAME = "units.jsonl"
 
@@ -73,6 +73,6 @@ def _read(path: Path, file: BinaryIO) -> dict[str, Any]:
             units[row["unit"]] = row["value"]
         except (ValueError, KeyError, TypeError) as error:
             raise GraftError(
-                f"{path}:{number}: not a measured unit ({error!r}); remove {path.parent}"
+                f"{path}:{number}: not a measured unit ({in_words(error)}); remove {path.parent}"
             ) from error
     return units

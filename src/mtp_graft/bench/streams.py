@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import Completion, ServerClient, ServerUnreachable
 
 #: Silence after which a request counts as hung. The first may compile kernels.
@@ -106,7 +106,9 @@ class BenchClient(ServerClient):
             for event in self._events("/v1/chat/completions", {**body, **options, **usage}):
                 reader.read(event, time.perf_counter())
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise BrokenAnswer(f"{self.base_url}: not a chat's stream ({error!r})") from error
+            raise BrokenAnswer(
+                f"{self.base_url}: not a chat's stream ({in_words(error)})"
+            ) from error
         return reader.answer(self.base_url, started)
 
 
@@ -169,7 +171,9 @@ def stream_whole(
     try:
         completion = client.stream(prompt, max_tokens, ignore_eos=ignore_eos)
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise BrokenAnswer(f"{client.base_url}: not a completion's stream ({error!r})") from error
+        raise BrokenAnswer(
+            f"{client.base_url}: not a completion's stream ({in_words(error)})"
+        ) from error
     if completion.finish_reason is None:
         raise BrokenAnswer(
             f"{client.base_url}: the stream ended after {len(completion.token_ids)} tokens "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import is_full_disk, read_tensors
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "index.jsonl"
 TEXTS_NAME = "texts.jsonl"
@@ -132,7 +132,9 @@ def _read_lines(path: Path, kind: type[Row]) -> list[Row]:
         try:
             rows.append(kind(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise GraftError(f"{path}:{number}: not a {kind.__name__} ({error})") from error
+            raise GraftError(
+                f"{path}:{number}: not a {kind.__name__} ({in_words(error)})"
+            ) from error
     return rows
 
 

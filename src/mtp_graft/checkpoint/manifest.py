@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 
@@ -117,7 +118,7 @@ def write_manifest(
         "stage": stage,
         "status": "done",
         "config": dict(config),
-        "inputs": {str(path): _sha256(path) for path in inputs},
+        "inputs": {str(path): sha256(path) for path in inputs},
         "git_commit": _git_commit(),
         "versions": package_versions(),
         "device": device,
@@ -125,11 +126,6 @@ def write_manifest(
         "peak_memory_bytes": _peak_memory_bytes(),
     }
     write_json(manifest, folder / "manifest.json")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git_commit() -> str | None:

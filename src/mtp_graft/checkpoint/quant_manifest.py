@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mtp_graft.checkpoint.files import read_object, sha256
 from mtp_graft.checkpoint.quantization_config import scheme_of
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
@@ -51,13 +52,15 @@ def read_report(quantized: Path) -> dict[str, Any]:
     Raises GraftError if the quantize stage has not finished, or left a part out.
     """
     path = quantized / REPORT_NAME
+    if not path.exists():
+        raise GraftError(f"{path}: not found; run `mtp-graft quantize` to its end")
+    report = read_object(path, "a report of `mtp-graft quantize`")
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
         return {key: report[key] for key in _REPORT_KEYS}
-    except FileNotFoundError:
-        raise GraftError(f"{path}: not found; run `mtp-graft quantize` to its end") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"{path}: not a report of `mtp-graft quantize` ({error!r})") from error
+    except KeyError as error:
+        raise GraftError(
+            f"{path}: not a report of `mtp-graft quantize` (has no {error})"
+        ) from error
 
 
 def manifest(
@@ -159,12 +162,6 @@ def quantize_provenance(report: Mapping[str, Any], expert_files: list[Path]) -> 
         "report": hashlib.sha256(text.encode()).hexdigest(),
         "experts": {path.name: sha256(path) for path in sorted(expert_files)},
     }
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a whole file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_header(path: Path) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import read_weight_map
 from mtp_graft.errors import GraftError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -47,13 +48,8 @@ def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
     there.
     """
     path = folder / INDEX_NAME
-    try:
-        listed = json.loads(path.read_text())["weight_map"].items()
-        weight_map = {name: str(shard) for name, shard in listed if name.startswith(prefix)}
-    except FileNotFoundError:
-        raise GraftError(f"{path}: not found; expected a sharded safetensors checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GraftError(f"{path}: not a safetensors index ({error!r})") from error
+    listed = read_weight_map(path)
+    weight_map = {name: shard for name, shard in listed.items() if name.startswith(prefix)}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise GraftError(f"{folder / shard}: not found, but {path.name} lists it; fetch again")

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, sha256
-from mtp_graft.errors import GraftError
+from mtp_graft.checkpoint.files import sha256
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.errors import GraftError, in_words
 
 #: The shard with the head, whatever its variant.
 HEAD_SHARD = "model-mtp-w4a16.safetensors"
@@ -55,4 +56,4 @@ def read_object(path: Path, cure: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise GraftError(f"{path}: not found; {cure}") from None
     except (OSError, ValueError, TypeError) as error:
-        raise GraftError(f"{path}: not readable ({error}); {cure}") from error
+        raise GraftError(f"{path}: not readable ({in_words(error)}); {cure}") from error

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
@@ -180,7 +180,7 @@ class ServerClient:
             return read(answer)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise GraftError(
-                f"{self.base_url}{path}: not an answer of vLLM's ({error!r}); "
+                f"{self.base_url}{path}: not an answer of vLLM's ({in_words(error)}); "
                 "is a vLLM server at this address?"
             ) from error
 
@@ -197,7 +197,7 @@ class ServerClient:
             result: dict[str, Any] = answer.json()
         except ValueError as error:
             raise GraftError(
-                f"{answer.request.url}: not JSON ({error}); is a vLLM server at this address?"
+                f"{answer.request.url}: {in_words(error)}; is a vLLM server at this address?"
             ) from error
         return result
 

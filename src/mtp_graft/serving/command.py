@@ -16,6 +16,7 @@ from packaging.version import InvalidVersion, Version
 
 from mtp_graft import SUPPORTED_VLLM
 from mtp_graft.checkpoint.capture import RECORD_VARIABLE
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError, UsageError
@@ -159,13 +160,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        model_type = config["model_type"]
-    except FileNotFoundError:
-        raise GraftError(f"{path}: not found; expected a checkpoint folder") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise GraftError(f"{path}: not a model config ({error!r})") from error
+    config = read_object(path, "a model config")
+    model_type = config.get("model_type")
     if model_type != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
     return config

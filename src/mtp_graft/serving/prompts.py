@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _parse(line: str, where: str) -> Prompt:
         prompt = Prompt(str(row["id"]), str(row["text"]))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise GraftError(
-            f'{where}: not a prompt ({error!r}); expected {{"id": ..., "text": ...}}'
+            f'{where}: not a prompt ({in_words(error)}); expected {{"id": ..., "text": ...}}'
         ) from error
     if not prompt.text:
         raise GraftError(f"{where}: prompt {prompt.id!r} is empty")

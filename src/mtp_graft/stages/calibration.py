@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 HUB = "hub:"
@@ -61,7 +61,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except ValueError as error:
-            raise GraftError(f"{path}:{number}: not JSON ({error})") from error
+            raise GraftError(f"{path}:{number}: {in_words(error)}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -116,7 +116,7 @@ def _parse(row: Any, where: str) -> Prompt | ChatPrompt:
             prompt = ChatPrompt(str(row["prompt_id"]), _asked(row["messages"]))
             empty = not prompt.messages
     except (KeyError, TypeError) as error:
-        raise GraftError(f"{where}: not a prompt ({error!r}); {expected}") from error
+        raise GraftError(f"{where}: not a prompt ({in_words(error)}); {expected}") from error
     if empty:
         raise GraftError(f"{where}: prompt {prompt.id!r} asks nothing; {expected}")
     return prompt

@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import constants
 
+from mtp_graft.checkpoint.files import read_object, read_weight_map, sha256
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_index, write_json
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
@@ -26,7 +27,6 @@ from mtp_graft.stages.hub import (
     download,
     fetch_small,
     read_repository,
-    sha256_of,
 )
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.ranks import is_first_rank
@@ -146,8 +146,8 @@ def _survey(source: str, revision: str | None, *, head_only: bool) -> Source:
     if is_folder(source):
         return _survey_folder(_existing(source), source, head_only=head_only)
     repository = read_repository(source, revision)
-    weight_map = _weight_map(fetch_small(repository, INDEX_NAME))
-    config = _read_config(fetch_small(repository, "config.json"))
+    weight_map = read_weight_map(fetch_small(repository, INDEX_NAME))
+    config = read_object(fetch_small(repository, "config.json"), "a model config")
     names = _needed(source, weight_map, list(repository.files), head_only=head_only)
     if absent := [name for name in names if name not in repository.files]:
         raise GraftError(
@@ -163,7 +163,9 @@ def _survey_folder(folder: Path, source: str, *, head_only: bool) -> Source:
     weight_map = read_index(folder, _HEAD if head_only else "")
     names = _needed(source, weight_map, files, head_only=head_only)
     sizes = {n: (folder / n).stat().st_size for n in names if (folder / n).is_file()}
-    return Source(source, folder, None, sizes, _read_config(folder / "config.json"))
+    return Source(
+        source, folder, None, sizes, read_object(folder / "config.json", "a model config")
+    )
 
 
 def _needed(
@@ -179,21 +181,6 @@ def _needed(
             "deepseek-ai/DeepSeek-V4-Flash"
         )
     return [INDEX_NAME, "config.json", *shards]
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return tensor name to shard; unlike `read_index`, before the shards are there."""
-    try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"{index}: not a safetensors index ({error!r})") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise GraftError(f"{path}: not a model's configuration ({error})") from error
 
 
 def _existing(source: str) -> Path:
@@ -238,7 +225,7 @@ def _check_once(folder: Path, file: HubFile, out: Path) -> None:
     checked = json.loads(record.read_text()) if record.exists() else {}
     if checked.get(file.sha256) == state:
         return
-    found = sha256_of(path)
+    found = sha256(path)
     if found != file.sha256:
         raise GraftError(
             f"{path.resolve()}: sha256 is {found}, expected {file.sha256} by the hub, for "

@@ -5,7 +5,6 @@ its process was killed and does not compare hashes. They get their place in the 
 laid out as the hub documents it (`models--OWNER--NAME/blobs/SHA256`), when the hash is right.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download, hf_hub_ur
 from huggingface_hub import try_to_load_from_cache as find_cached
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
+from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.shards import is_full_disk
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.concurrent import concurrently
@@ -128,12 +128,6 @@ def _each(fetch: Callable[[str], Path], names: Sequence[str]) -> Iterator[tuple[
     return concurrently(lambda name: (name, fetch(name)), names, _FILES_AT_ONCE)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _fetch_blob(repository: Repository, file: HubFile, on_bytes: OnBytes) -> None:
     """Put a large file's bytes into the cache, going on with those that are there."""
     blob = repository.blob(file)
@@ -149,7 +143,7 @@ def _fetch_blob(repository: Repository, file: HubFile, on_bytes: OnBytes) -> Non
                 f"{repository.id}/{file.name}: ended at {_size(part):,} of {file.size:,} bytes; "
                 "run again to go on from there"
             )
-        found = sha256_of(part)
+        found = sha256(part)
         if found != file.sha256:
             part.unlink()
             raise GraftError(

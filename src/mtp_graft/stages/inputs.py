@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, Recorded
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import model_config
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 
 Progress = Callable[[str, int, int], None]  # label, units done, units in all
 
@@ -28,7 +28,9 @@ def read_model_config(base: Path) -> DeepseekV4Config:
             raise GraftError(f"{path}: model_type {settings['model_type']!r}, expected deepseek_v4")
         return model_config(settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"{path}: {error!r}; expected a DeepSeek-V4 configuration") from error
+        raise GraftError(
+            f"{path}: {in_words(error)}; expected a DeepSeek-V4 configuration"
+        ) from error
 
 
 def read_base_tensor(base: Path, name: str, model: DeepseekV4Config) -> Tensor:

@@ -36,7 +36,7 @@ from mtp_graft.dsv4.variants import (
     is_expert,
     store_tensor,
 )
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.stages.quantize import GPTQ
 
 _EXPERTS: dict[str, ExpertFormat] = {
@@ -137,7 +137,7 @@ def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, An
         check_head(quantization, layer, _EXPERTS[variant], linears)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GraftError(
-            f"{path}: {error!r}; expected a compressed-tensors checkpoint's config with "
+            f"{path}: {in_words(error)}; expected a compressed-tensors checkpoint's config with "
             "num_hidden_layers and quantization_config.config_groups"
         ) from error
     return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.shards import INDEX_NAME, open_shard, read_index
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.stages.quantize import GPTQ
 
 #: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of
@@ -125,7 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise GraftError(
-            f"{path}: not readable ({error}); expected a spliced checkpoint"
+            f"{path}: not readable ({in_words(error)}); expected a spliced checkpoint"
         ) from error
     return content
 

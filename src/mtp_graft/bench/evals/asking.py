@@ -9,7 +9,7 @@ from typing import Any
 from mtp_graft.bench.decode import Report
 from mtp_graft.bench.ledger import Ledger
 from mtp_graft.bench.streams import BenchClient, BrokenAnswer, Retrying, check_whole
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.concurrent import concurrently
 
 #: A run ends when this many questions in a row have used up their attempts: the server is gone.
@@ -68,7 +68,9 @@ class ChatClient(BenchClient):
                 tuple({"name": c["name"], "arguments": c["arguments"]} for c in calls),
             )
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise BrokenAnswer(f"{self.base_url}: not a chat's answer ({error!r})") from error
+            raise BrokenAnswer(
+                f"{self.base_url}: not a chat's answer ({in_words(error)})"
+            ) from error
         # Not every server gives a reason; without streaming, an answer that arrives is whole.
         if answer.finish_reason is not None:
             check_whole(self.base_url, answer.finish_reason)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mtp_graft.serving.doctor import files, hardware, known_issues, model, schemes, tensors
 from mtp_graft.serving.doctor.findings import SEVERITIES, Finding
-from mtp_graft.serving.doctor.survey import Survey, read_survey
+from mtp_graft.serving.doctor.survey import Survey, Unusable, read_survey
 from mtp_graft.serving.doctor.target import Target
 
 Check = Callable[[Survey, Target], Iterable[Finding]]
@@ -49,11 +49,15 @@ CHECKS: tuple[Check, ...] = (
 
 
 def diagnose(checkpoint: Path, target: Target) -> list[Finding]:
-    """Return every finding, errors first.
+    """Return every finding, errors first; raises GraftError for what is no folder.
 
-    Raises GraftError for a folder without a DeepSeek-V4 config or without an index.
+    Where config or index cannot be used, that is the only finding.
     """
-    return examine(read_survey(checkpoint), target)
+    try:
+        survey = read_survey(checkpoint)
+    except Unusable as error:
+        return [files.unusable(error)]
+    return examine(survey, target)
 
 
 def examine(survey: Survey, target: Target) -> list[Finding]:

@@ -5,8 +5,32 @@ from collections.abc import Iterator
 
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.serving.doctor.findings import Finding, listed
-from mtp_graft.serving.doctor.survey import Survey
+from mtp_graft.serving.doctor.survey import Survey, Unusable
 from mtp_graft.serving.doctor.target import Target
+
+
+def unusable(error: Unusable) -> Finding:
+    """Return the finding of a config or an index that cannot be used."""
+    where, found = error.file.name, str(error).removeprefix(f"{error.file}: ")
+    if where == INDEX_NAME:
+        return Finding(
+            "index-unusable",
+            "error",
+            where,
+            found,
+            "the index of a sharded safetensors checkpoint",
+            "vLLM stops at an index that it cannot read, and mtp-graft at one that is missing",
+            "fetch it again; for a checkpoint that was spliced, splice again",
+        )
+    return Finding(
+        "config-unusable",
+        "error",
+        where,
+        found,
+        "the configuration of a DeepSeek-V4, with its num_hidden_layers",
+        "vLLM stops before it loads anything, or takes the model for another",
+        "take the config.json of the base",
+    )
 
 
 def unreadable_shards(survey: Survey, _target: Target) -> Iterator[Finding]:

@@ -4,10 +4,10 @@ Names are taken to those that vLLM and this project read where another spelling 
 so that a misnamed tensor is one finding and not also a missing and an unknown one.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import read_weight_map
 from mtp_graft.checkpoint.shards import INDEX_NAME, open_shard, read_meta
 from mtp_graft.dsv4.names import from_transformers
 from mtp_graft.dsv4.variants import group_by_stem
@@ -94,18 +95,31 @@ class Survey:
         return any(name.startswith("mtp.") for name in self.tensors.keys() | self.unknown_state)
 
 
+class Unusable(GraftError):
+    """A file without which there is nothing to look at."""
+
+    def __init__(self, file: Path, problem: str) -> None:
+        super().__init__(problem)
+        self.file = file
+
+
 def read_survey(folder: Path) -> Survey:
     """Read a checkpoint's config, index and shard headers.
 
-    Raises GraftError only for what leaves nothing to look at: no DeepSeek-V4 config, no index.
+    Raises Unusable only for what leaves nothing to look at: no DeepSeek-V4 config, no index; and
+    GraftError for what is no folder.
     """
-    config = read_config(folder)
-    if not isinstance(config.get("num_hidden_layers"), int):
-        raise GraftError(
-            f"{folder / 'config.json'}: num_hidden_layers is {config.get('num_hidden_layers')!r}, "
-            "expected a number; take the config.json of the base"
-        )
-    index = _read_index(folder / INDEX_NAME)
+    if not folder.is_dir():
+        raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
+    with _needed(folder / "config.json"):
+        config = read_config(folder)
+        if not isinstance(config.get("num_hidden_layers"), int):
+            raise GraftError(
+                f"{folder / 'config.json'}: num_hidden_layers is "
+                f"{config.get('num_hidden_layers')!r}, expected a number"
+            )
+    with _needed(folder / INDEX_NAME):
+        index = read_weight_map(folder / INDEX_NAME)
     shards: dict[str, Mapping[str, Tensor]] = {}
     unreadable: dict[str, str] = {}
     files = {path.name for path in folder.glob("*.safetensors")}
@@ -120,14 +134,12 @@ def read_survey(folder: Path) -> Survey:
     return Survey(folder, config, index, shards, unreadable)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+@contextmanager
+def _needed(file: Path) -> Iterator[None]:
     try:
-        listed = json.loads(path.read_text())["weight_map"].items()
-        return {str(name): str(shard) for name, shard in listed}
-    except FileNotFoundError:
-        raise GraftError(f"{path}: not found; expected a sharded safetensors checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GraftError(f"{path}: not a safetensors index ({error!r}); fetch it again") from error
+        yield
+    except GraftError as error:
+        raise Unusable(file, str(error)) from error
 
 
 def _read_header(folder: Path, shard: str) -> dict[str, Tensor]:

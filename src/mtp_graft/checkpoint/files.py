@@ -1,0 +1,48 @@
+"""Files that are read whole: JSON, with an error for people where it is damaged, and hashes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.errors import GraftError, in_words
+
+
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """Return the JSON object in a file that should be `what`, such as "a model config".
+
+    Raises GraftError for a file that is missing, unreadable, no JSON or no object.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise GraftError(f"{path}: not found; expected {what}") from None
+    except (OSError, ValueError) as error:
+        raise GraftError(f"{path}: not {what} ({in_words(error)})") from error
+    if not isinstance(found, dict):
+        raise GraftError(f"{path}: not {what} (JSON, but no object)")
+    return found
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return an index file's weight map, tensor name to shard file name.
+
+    The shards need not be there. Raises GraftError as `read_object` does, and for an index without
+    a weight map or with a shard that is no name.
+    """
+    weight_map = read_object(path, "a safetensors index").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise GraftError(f"{path}: not a safetensors index (weight_map is no object); fetch again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise GraftError(
+                f"{path}: the shard of {name} is {json.dumps(shard)}, expected a file's name; "
+                "fetch again"
+            )
+    return weight_map
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
