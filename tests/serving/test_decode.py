@@ -25,6 +25,7 @@ from mtp_graft.bench.decode import (
 from mtp_graft.bench.ledger import Ledger, open_ledger
 from mtp_graft.bench.streams import BenchClient, Retrying
 from mtp_graft.errors import GraftError
+from mtp_graft.serving import client as serving_client
 from mtp_graft.serving import server
 from mtp_graft.serving.client import Completion, ScoredCompletion
 from mtp_graft.serving.command import ServeOptions
@@ -51,11 +52,28 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "POLL_S", 0.05)
 
 
+class Ticking:
+    """The clock of the client: a step has passed whenever it is looked at, once a chunk."""
+
+    STEP_S = 0.02
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        self.now_s += self.STEP_S
+        return self.now_s
+
+
 def test_a_faster_identical_server_is_seen_as_that(
-    fake: Callable[..., None], base: Path, grafted: Path, tmp_path: Path
+    fake: Callable[..., None],
+    base: Path,
+    grafted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    step_s = 0.02
-    fake(step_s=step_s)
+    fake()
+    monkeypatch.setattr(serving_client, "time", Ticking())
     result = compare(tmp_path, base, grafted)
     assert result["greedy_identical"] is True
     assert result["divergences"] == []
@@ -69,9 +87,8 @@ def test_a_faster_identical_server_is_seen_as_that(
         "tokens_per_step": pytest.approx(20 / 13),
     }
     speeds = result["decode_tok_s"]
-    # The stand-in sleeps a step's time and more, never less; a late first chunk adds a little.
-    assert 0.5 / step_s < speeds["base"] < 1.1 / step_s
-    assert 1.2 < speeds["mtp"] / speeds["base"] < 1.75  # 19 / 13, but for noise
+    assert speeds["base"] == pytest.approx(1 / Ticking.STEP_S)
+    assert speeds["mtp"] == pytest.approx(19 / 13 / Ticking.STEP_S)
     assert result["base"]["decode_tok_s"]["runs"] == 2
     assert result["base"]["repeatable"] and result["mtp"]["repeatable"]
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Steady(ServerClient):
         super().__init__("http://127.0.0.1:9")
         self.lock = threading.Lock()
         self.running = 0
-        self.seen: list[tuple[float, int]] = []  # (time, requests running)
+        self.seen: list[int] = []  # how many run, after each begin and end
         self.max_tokens: list[int] = []
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -95,7 +96,7 @@ class Steady(ServerClient):
     def change(self, by: int) -> None:
         with self.lock:
             self.running += by
-            self.seen.append((time.perf_counter(), self.running))
+            self.seen.append(self.running)
 
     def stream(self, prompt: Any, max_tokens: int, *, ignore_eos: bool = False) -> Completion:
         started = time.perf_counter()
@@ -121,14 +122,18 @@ def test_the_load_stays_what_it_is_called_until_the_last_measured_request() -> N
     assert point["requests"] >= 12
     # Warm-up requests are of different lengths, so that the streams do not go in step.
     assert sorted(client.max_tokens[:4]) == [10, 20, 30, 40]
-    # Within the measured time at most one stream at a time is between two requests.
-    last = client.seen[-1][0]
-    first = client.seen[0][0]
-    middle = [n for at, n in client.seen if first + 0.1 < at < last - 0.2]
-    assert middle and min(middle) >= 2
-    assert max(n for _, n in client.seen) == 4
+    # From the first to the last moment with all four, at most one or two are between two requests.
+    numbers = client.seen
+    assert max(numbers) == 4
+    first, last = numbers.index(4), len(numbers) - 1 - numbers[::-1].index(4)
+    assert min(numbers[first:last]) >= 2
+    # Then the window has ended, and each stream ends what it has begun; one or two may just have
+    # looked whether it has.
+    assert numbers[-1] == 0 and sum(b > a for a, b in pairwise(numbers[last:])) <= 2
+    # However fast the machine is at the moment, the streams decode side by side.
+    slowest, fastest = point["per_stream_spread"]
     assert point["aggregate_tok_s"] == pytest.approx(point["tokens"] / point["seconds"])
-    assert point["aggregate_tok_s"] == pytest.approx(4 * point["per_stream_tok_s"], rel=0.35)
+    assert 0.8 * 3 * slowest < point["aggregate_tok_s"] < 1.2 * 4 * fastest
 
 
 @pytest.mark.parametrize(
