@@ -239,6 +239,8 @@ def test_the_entrypoint_serves_the_tiny_model_with_the_real_vllm(
         PORT=port,
         SERVED_MODEL_NAME="tiny",
         HOME=str(tmp_path),
+        # Else vLLM inspects the model's class anew, in one more process.
+        VLLM_CACHE_ROOT=str(Path.home() / ".cache" / "vllm"),
         # What vLLM prints would fill the pipe, which nobody reads.
         VLLM_LOGGING_LEVEL="ERROR",
     )

@@ -14,6 +14,9 @@ from typing import Any
 
 os.environ.setdefault("VLLM_PLUGINS", "mtp_graft")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+# The engine in this process, and on one rank its worker too: each process of its own would import
+# vLLM anew, ten seconds of a core. The tests that start servers have the usual processes.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 def start(job: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.conftest import wait_until_idle
 from engine.reference_model import load_reference
 from mtp_graft.checkpoint.capture import Recorded, iterate_capture, read_sequences, read_texts
 from mtp_graft.serving.client import ServerClient
@@ -199,7 +200,7 @@ def test_a_killed_capture_is_finished_without_doing_anything_twice(
     wait_for_lines(out / file, lines, client)
     client.send_signal(signal.SIGKILL)
     client.wait()
-    time.sleep(3)  # the server ends the requests of a client that is gone
+    wait_until_idle(bench.client)
     texts, sequences = read_texts(out), read_sequences(out)
     assert len(texts if file == "texts.jsonl" else sequences) < NUM_PROMPTS
 
