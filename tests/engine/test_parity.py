@@ -28,19 +28,25 @@ def engine_batches(
     return run_engine({"checkpoint": str(checkpoints.base), "k": 0, "batches": batches})
 
 
+@pytest.fixture(scope="module")
+def expected_logprobs(checkpoints: Checkpoints, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """What transformers gives each prompt's positions: [T, vocabulary]."""
+    reference = load_reference(checkpoints.base)
+    return [reference_logprobs(reference, prompt) for prompt in prompts]
+
+
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "batched"])
 def test_every_prompt_position_agrees_with_transformers_in_float32(
     together: bool,
     engine_batches: list[Any],
-    checkpoints: Checkpoints,
+    expected_logprobs: list[torch.Tensor],
     prompts: list[list[int]],
     measured: dict[str, Any],
 ) -> None:
-    reference = load_reference(checkpoints.base)
     equal = sure = total = 0
     distances: list[float] = []
-    for prompt, result in zip(prompts, engine_batches[together]["results"], strict=True):
-        expected = reference_logprobs(reference, prompt)  # [T, vocabulary]
+    results = engine_batches[together]["results"]
+    for prompt, result, expected in zip(prompts, results, expected_logprobs, strict=True):
         steps = [*result["prompt_steps"], *result["steps"]]
         assert len(steps) == len(prompt)
         best = expected.topk(2).values
