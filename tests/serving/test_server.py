@@ -105,7 +105,7 @@ def test_a_server_that_never_gets_ready_times_out_and_leaves_nothing(
 def test_a_server_that_ignores_sigterm_is_killed_after_its_grace(
     fake: Configure, base: Path, tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.ServerProcess.stop, "__defaults__", (0.3,))
+    monkeypatch.setattr(server, "GRACE_S", 0.3)
     fake(mode="ignores_sigterm", record=str(record))
     with managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"):
         pass
