@@ -109,7 +109,7 @@ LONG = ("--k", 1, "--variants", "int4", "--contexts", 16000, "--streams", 1, 2, 
 
 
 def two_gpus(work: Path, flash: Path, layers: int, gpu: str) -> list[Step]:
-    """Return the steps of the seed's deployment shape, and at the end four ranks.
+    """Return the steps of Acti's deployment shape, and at the end four ranks.
 
     All 43 layers fit two H200; on two H100 take --layers 35.
     """

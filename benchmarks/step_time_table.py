@@ -24,8 +24,8 @@ from typing import Any
 from step_time import summarize, tokens_per_step
 
 RATES = (0.6, 0.7, 0.85, 0.95)
-SEED = (
-    "The seed card reports 1.62x (524k profile) and 2.10x (128k, single stream), with two RTX PRO "
+ACTI = (
+    "The Acti card reports 1.62x (524k profile) and 2.10x (128k, single stream), with two RTX PRO "
     "6000 Max-Q, the base without MTP against k = 1; its acceptance and hardware are others."
 )
 NOISE = "**An MTP step that takes less than its base's cannot be: noise. Measure again.**"
@@ -103,7 +103,7 @@ def markdown(report: dict[str, Any], layers: int) -> str:
             "",
             *([NOISE, ""] if noise else []),
             *directly_measured(report["measurements"]),
-            SEED,
+            ACTI,
         ]
     )
 

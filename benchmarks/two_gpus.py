@@ -1,4 +1,4 @@
-"""The seed's deployment shape: two ranks, in three parts that can be asked for by name.
+"""Acti's deployment shape: two ranks, in three parts that can be asked for by name.
 
     python benchmarks/two_gpus.py tiny speed quantize --folder FOLDER --out result.json
 
@@ -6,7 +6,7 @@ tiny      the bundled model: one rank's greedy text, read by two ranks (teacher-
           text with the head against the text without, both on two ranks
 speed     FOLDER/base-N and FOLDER/int4-N of `flash_width.py` on two ranks, in the profiles'
           settings: speed at synthetic acceptance for one stream, and for 1 to 8 streams; with
-          --pcie under the seed's NCCL variables and without vLLM's own all-reduce, with
+          --pcie under Acti's NCCL variables and without vLLM's own all-reduce, with
           --stock-graphs without the CUDA graph sizes that `serve` adds
 quantize  the stage on `synthetic_flash.py`'s input in FOLDER/quantize (made if it is not there), on
           one rank and on two: are the files the same, byte for byte?

@@ -64,8 +64,12 @@ def grafted(tmp_path: Path) -> Path:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return a container's environment: nothing of ours but what finds the command."""
+    """Return a container's environment: nothing of ours but what finds the command.
+
+    There are no GPUs to fit a profile to, unless a test names some.
+    """
     return {
+        "PROFILE": "none",
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "OMP_NUM_THREADS": "1",
         **variables,
@@ -302,7 +306,7 @@ def test_compose_has_the_seeds_three_profiles_and_524k_is_the_default(docker: Pa
         assert ("profiles" not in service) is (profile == DEFAULT_PROFILE)
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         assert any(volume.endswith(":/models/checkpoint:ro") for volume in service["volumes"])
-        # As in the seed's docker run.
+        # As in Acti's docker run.
         assert service["shm_size"] == "16gb"
         assert service["ulimits"] == {"memlock": -1, "stack": 67108864}
 

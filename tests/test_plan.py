@@ -280,13 +280,13 @@ def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_large_base_is_estimated_by_the_seeds_times(
+def test_a_large_base_is_estimated_by_acti_times(
     recipe: Recipe, sources: tuple[Source, Source]
 ) -> None:
     large = replace(sources[0], sizes={"model.safetensors": 143 * GB})
     times = estimate_times(recipe, [large, sources[1]])
     assert times["score"].seconds is None and "never timed" in times["score"].by
-    assert "seed" in times["capture"].by
+    assert "Acti card" in times["capture"].by
 
 
 def test_a_dry_run_without_the_checkpoints_says_why_it_knows_no_sizes(
@@ -309,7 +309,7 @@ def test_a_dry_run_without_the_hub_tells_what_is_known_of_the_real_models(
     told = plan_run(real, tmp_path / "run", STAGES)
     assert "cannot be fetched from the hub (Name or service not known)" in told["unknown"]
     base, upstream = told["known"]
-    assert base.startswith(f"{real.model.base}: 4 shards, about 143 GiB (seed card")
+    assert base.startswith(f"{real.model.base}: 4 shards, about 143 GiB (Acti card")
     assert upstream.startswith(f"{real.model.upstream}: the head is in one shard of 46")
     other = replace(real, model=replace(real.model, base="some/base", upstream="some/master"))
     assert plan_run(other, tmp_path / "run", STAGES)["known"] == []

@@ -155,7 +155,7 @@ def test_flash_is_too_much_for_a_cpu(full_size: Survey) -> None:
 
 
 def test_flash_weighs_what_the_published_checkpoint_weighs(full_size: Survey) -> None:
-    # The seed card: about 146 GB on disk, 143 of them in the base's four shards.
+    # The Acti card: about 146 GB on disk, 143 of them in the base's four shards.
     in_gib = {
         place: sum(
             t.numel() * t.element_size()

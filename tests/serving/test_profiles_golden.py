@@ -182,8 +182,8 @@ def test_what_is_printed_runs_as_it_is_in_a_shell(
     assert result["notes"]
 
 
-# The seed card's validated 524k command, and the environment that it requires.
-SEED_COMMAND = """
+# The Acti card's validated 524k command, and the environment that it requires.
+ACTI_COMMAND = """
 vllm serve LordNeel/DeepSeek-V4-Flash-Acti-MTP-W4A16-FP8
   --served-model-name deepseek-v4-flash deepseek-v4-flash-mtp
                       DSV4-W4A16-FP8 deepseek-ai/DeepSeek-V4-Flash
@@ -193,7 +193,7 @@ vllm serve LordNeel/DeepSeek-V4-Flash-Acti-MTP-W4A16-FP8
   --reasoning-parser deepseek_v4 --trust-remote-code --disable-custom-all-reduce
   --speculative-config '{"method":"mtp","num_speculative_tokens":1}' --host 0.0.0.0 --port 8000
 """
-SEED_ENVIRONMENT = """
+ACTI_ENVIRONMENT = """
 VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0
 NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 NCCL_SHM_DISABLE=0
 NCCL_PROTO=LL NCCL_ALGO=Ring NCCL_MIN_NCHANNELS=8 NCCL_NTHREADS=512
@@ -217,19 +217,19 @@ def test_the_conservative_524k_is_the_seeds_command_but_for_what_is_explained(
 ) -> None:
     case = FLASH_CASES["max-q-x2-524k-conservative"]
     result = json.loads(dry_run(flash, *case, "--json", "-"))
-    ours, seeds = flags_of(result["argv"]), flags_of(shlex.split(SEED_COMMAND))
+    ours, seeds = flags_of(result["argv"]), flags_of(shlex.split(ACTI_COMMAND))
     assert ours.pop("--host") == ("127.0.0.1",)
     assert seeds.pop("--host") == ("0.0.0.0",)
     assert seeds.pop("--trust-remote-code") == ()
     assert ours == seeds
-    environment = dict(pair.split("=") for pair in SEED_ENVIRONMENT.split())
+    environment = dict(pair.split("=") for pair in ACTI_ENVIRONMENT.split())
     assert environment.pop("VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP") == "0"
     assert environment.items() <= result["env"].items()
     added = result["env"].keys() - environment.keys()
     notes = " ".join(result["notes"])
     flags = ("--trust-remote-code", "127.0.0.1")
     for name in (*flags, "SPARSE_MLA_WARMUP=0 left out", *added):
-        assert name in notes, f"{name} differs from the seed and is not explained"
+        assert name in notes, f"{name} differs from the Acti card and is not explained"
 
 
 def settings_of(flags: dict[str, tuple[str, ...]], variables: list[str]) -> set[str]:
@@ -245,9 +245,9 @@ def test_the_docs_list_every_difference_from_the_seeds_command_and_no_other(
         flags_of(shlex.split(golden[-1])),
         [line.removeprefix("export ") for line in golden if line.startswith("export ")],
     )
-    seeds = settings_of(flags_of(shlex.split(SEED_COMMAND)), SEED_ENVIRONMENT.split())
+    seeds = settings_of(flags_of(shlex.split(ACTI_COMMAND)), ACTI_ENVIRONMENT.split())
     page = (repo_root / "docs" / "serving.md").read_text()
-    section = page.partition("### The seed's validated command")[2].partition("\n###")[0]
+    section = page.partition("### Acti's validated command")[2].partition("\n###")[0]
     rows = [line.split("|")[1:3] for line in section.splitlines() if line.startswith("|")]
     listed = [set(re.findall(r"`([^`]+)`", " ".join(column))) for column in zip(*rows, strict=True)]
     assert listed == [seeds - ours, ours - seeds]

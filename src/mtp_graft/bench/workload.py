@@ -137,7 +137,7 @@ def workload_result(found: Sequence[dict[str, Any]], config: WorkloadConfig) -> 
 
 
 def _summary(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean of the requests' speeds (as the seed card has it), and the pooled one."""
+    """Return the mean of the requests' speeds (as the Acti card has it), and the pooled one."""
     decoded = [task for task in tasks if task["decode_tok_s"] is not None]
     drafted = sum(task["drafted"] or 0 for task in tasks)
     return {

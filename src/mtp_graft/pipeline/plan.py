@@ -31,7 +31,7 @@ from mtp_graft.stages.fetch import Source, nearest_folder
 _EXPERT_BITS = {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}
 #: What is known of repositories on the hub without asking it.
 _KNOWN_SIZES = {
-    "pastapaul/DeepSeek-V4-Flash-W4A16-FP8": "4 shards, about 143 GiB (seed card; the GB that it "
+    "pastapaul/DeepSeek-V4-Flash-W4A16-FP8": "4 shards, about 143 GiB (Acti card; the GB that it "
     "says are GiB by the tensors' shapes, docs/log.md)",
     "deepseek-ai/DeepSeek-V4-Flash": "the head is in one shard of 46; its routed experts, nearly "
     "all of it, take 3.2 GiB (docs/format.md)",

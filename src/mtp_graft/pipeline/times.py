@@ -35,7 +35,7 @@ class Rates:
 _DEMO = Rates("a demo of 288 s on two CPU cores", 23, 330, 400, 120, 3.1, 8.8, 1.5)
 #: 25 minutes for 256 prompts x 256 tokens, in an eager server; 52.8 tok/s is 85.5 by 1.62.
 _SEED = Rates(
-    "the seed's model card, 2x RTX PRO 6000; starting a server as we saw it on a cold H100",
+    "the Acti card, 2x RTX PRO 6000; starting a server as we saw it on a cold H100",
     *(244, 256 * 256 / 1500, None, 52.8, 180, None, 120),
 )
 

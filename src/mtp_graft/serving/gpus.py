@@ -32,7 +32,7 @@ GPUS = (
         pcie_only=True,
         unified_memory=False,
         words=("6000", "max", "q"),
-        source=f"{_NVIDIA_SMI}; PCIe only: seed card",
+        source=f"{_NVIDIA_SMI}; PCIe only: Acti card",
     ),
     Gpu(
         "RTX PRO 6000 Server",

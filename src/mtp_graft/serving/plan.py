@@ -16,15 +16,15 @@ from mtp_graft.serving.command import (
 )
 from mtp_graft.serving.graphs import missing_sizes
 from mtp_graft.serving.profiles import (
-    DIFFERENCES_FROM_SEED,
+    ACTI,
+    ACTI_HOST,
+    DIFFERENCES_FROM_ACTI,
     GPU_ENVIRONMENT,
     MAX_NUM_BATCHED_TOKENS,
     MOST_SEQUENCES,
     PCIE_ENVIRONMENT,
     PCIE_FLAGS,
     PROFILES,
-    SEED,
-    SEED_HOST,
     SERVED_MODEL_NAMES,
     UNIFIED_MEMORY_UTILIZATION,
     UNIFIED_MEMORY_WHY,
@@ -87,11 +87,11 @@ def make_plan(
     notes += adapted
     flags = _node_flags(hardware, node or Node(), notes)
     options = replace(options, extra_args=(*flags, *options.extra_args))
-    if options.host != SEED_HOST:
+    if options.host != ACTI_HOST:
         notes.append(
-            f"listens on {options.host}; the seed on {SEED_HOST} (--host, and then an --api-key)"
+            f"listens on {options.host}; Acti on {ACTI_HOST} (--host, and then an --api-key)"
         )
-    return Plan(name, hardware, options, (*notes, *DIFFERENCES_FROM_SEED))
+    return Plan(name, hardware, options, (*notes, *DIFFERENCES_FROM_ACTI))
 
 
 def _tensor_parallel_size(
@@ -309,7 +309,7 @@ def adapt(
         else:
             assert setting.value is not None
             environment[setting.name] = setting.value
-            if not setting.source.startswith(SEED):
+            if not setting.source.startswith(ACTI):
                 notes.append(f"{setting}: {setting.why} ({setting.source})")
     words = [word for flag in flags for word in flag.as_args()]
     if hardware.gpu is not None and not options.enforce_eager:

@@ -1,7 +1,8 @@
 """The serving profiles as data: every flag and variable with its reason and its source.
 
-"Seed" is the model card that this project started from; its numbers were taken on two RTX PRO
-6000 Max-Q with a patched vLLM. `plan.py` fits a profile to the hardware and the vLLM at hand.
+The Acti card is the model card of LordNeel/DeepSeek-V4-Flash-Acti-MTP-W4A16-FP8, from which this
+project started; its numbers were taken on two RTX PRO 6000 Max-Q with a patched vLLM. `plan.py`
+fits a profile to the hardware and the vLLM at hand.
 """
 
 from collections.abc import Mapping
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-SEED = "seed card"
-SEED_COMMAND = "seed card, validated 524k command"
-SEED_ENVIRONMENT = "seed card, required environment"
-OURS = "ours, not in the seed card and not run on its hardware"
+ACTI = "Acti card"
+ACTI_COMMAND = "Acti card, validated 524k command"
+ACTI_ENVIRONMENT = "Acti card, required environment"
+OURS = "ours, not in the Acti card and not run on its hardware"
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,29 @@ class Profile:
 
 #: By name, the shortest context first; of two with the same length the first is what `auto` takes.
 PROFILES: Mapping[str, Profile] = {
-    "128k": Profile(131072, 8, 0.90, "many chats or agents at once", f"{SEED}, table of profiles"),
-    "256k": Profile(262144, 4, 0.95, "longer documents", f"{SEED}, table of profiles"),
+    "128k": Profile(131072, 8, 0.90, "many chats or agents at once", f"{ACTI}, table of profiles"),
+    "256k": Profile(262144, 4, 0.95, "longer documents", f"{ACTI}, table of profiles"),
     "256k-2": Profile(
-        262144, 2, 0.93, "two long streams; the rest as in the 524k command", SEED_COMMAND
+        262144, 2, 0.93, "two long streams; the rest as in the 524k command", ACTI_COMMAND
     ),
     "524k": Profile(
         524288,
         3,
         0.93,
-        "one to three users with long contexts; the conservative variant is the seed's command "
+        "one to three users with long contexts; the conservative variant is Acti's command "
         "with --max-num-seqs 2",
-        f"{SEED}, table of profiles",
+        f"{ACTI}, table of profiles",
     ),
     "640k": Profile(
         655360,
         2,
         0.93,
-        "the seed ran 15 prompts at this length and gives no flags; taken from its 524k command",
+        "Acti ran 15 prompts at this length and gives no flags; taken from its 524k command",
         OURS,
     ),
     "1m": Profile(1048576, 1, 0.93, "all positions that the model has, one sequence", OURS),
 }
-DEFAULT_PROFILE = "524k"  # of the container, as in the seed
+DEFAULT_PROFILE = "524k"  # of the container, as on the Acti card
 
 #: The most that a GPU may take of a memory that it shares with the CPU.
 UNIFIED_MEMORY_UTILIZATION = 0.85
@@ -83,19 +84,19 @@ UNIFIED_MEMORY_WHY = (
     "(vllm-project/vllm#46307); 0.92 was tight on two DGX Sparks (pasta-paul's report in "
     "dsv4-flash-w4a16-fp8)"
 )
-#: `auto` lets as many sequences of full length run as fit, and no more than the seed ever tried.
+#: `auto` lets as many sequences of full length run as fit, and no more than Acti ever tried.
 MOST_SEQUENCES = 8
 
-#: So that clients of the seed's server find their model; its validated 524k command.
+#: So that clients of Acti's server find their model; its validated 524k command.
 SERVED_MODEL_NAMES = (
     "deepseek-v4-flash",
     "deepseek-v4-flash-mtp",
     "DSV4-W4A16-FP8",
     "deepseek-ai/DeepSeek-V4-Flash",
 )
-#: The step size of the seed's 524k command; its table gives none for the other profiles.
+#: The step size of Acti's 524k command; its table gives none for the other profiles.
 MAX_NUM_BATCHED_TOKENS = 8192
-SEED_HOST = "0.0.0.0"
+ACTI_HOST = "0.0.0.0"
 
 #: What every server of this model gets, with or without a profile.
 MODEL_FLAGS = (
@@ -103,16 +104,16 @@ MODEL_FLAGS = (
         "--tokenizer-mode",
         "deepseek_v4",
         "the chat encoding is code in vLLM, there is no template file",
-        SEED_COMMAND,
+        ACTI_COMMAND,
     ),
     Setting(
         "--reasoning-parser",
         "deepseek_v4",
         "thinking goes into `reasoning`, the answer into `content`",
-        SEED_COMMAND,
+        ACTI_COMMAND,
     ),
-    Setting("--enable-auto-tool-choice", None, "the model may call tools", SEED_COMMAND),
-    Setting("--tool-call-parser", "deepseek_v4", "reads the model's tool calls", SEED_COMMAND),
+    Setting("--enable-auto-tool-choice", None, "the model may call tools", ACTI_COMMAND),
+    Setting("--tool-call-parser", "deepseek_v4", "reads the model's tool calls", ACTI_COMMAND),
 )
 
 #: On any GPU, with or without a profile.
@@ -129,14 +130,14 @@ GPU_ENVIRONMENT = (
     Setting(
         "VLLM_USE_FLASHINFER_SAMPLER",
         "0",
-        "the seed served without FlashInfer's sampler; not compared",
-        SEED_ENVIRONMENT,
+        "Acti served without FlashInfer's sampler; not compared",
+        ACTI_ENVIRONMENT,
     ),
     Setting(
         "VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP",
         "0",
-        "a switch of the seed's patched vLLM; no stock version has it",
-        SEED_ENVIRONMENT,
+        "a switch of Acti's patched vLLM; no stock version has it",
+        ACTI_ENVIRONMENT,
         versions="<0",
     ),
     FIRST_RUNNER,
@@ -149,22 +150,22 @@ PCIE_FLAGS = (
         None,
         "vLLM's own all-reduce uses peer access over PCIe with two ranks and can hang in it, "
         "whatever NCCL is told",
-        f"{SEED_COMMAND}; vllm-project/vllm#51513",
+        f"{ACTI_COMMAND}; vllm-project/vllm#51513",
     ),
 )
 PCIE_ENVIRONMENT = (
-    Setting("NCCL_P2P_DISABLE", "1", "peer access over PCIe hung", SEED_ENVIRONMENT),
-    Setting("NCCL_IB_DISABLE", "1", "one host: no InfiniBand to look for", SEED_ENVIRONMENT),
-    Setting("NCCL_SHM_DISABLE", "0", "ranks speak through shared memory", SEED_ENVIRONMENT),
-    Setting("NCCL_PROTO", "LL", "low latency for the small sums of decoding", SEED_ENVIRONMENT),
-    Setting("NCCL_ALGO", "Ring", "as above", SEED_ENVIRONMENT),
-    Setting("NCCL_MIN_NCHANNELS", "8", "as above", SEED_ENVIRONMENT),
-    Setting("NCCL_NTHREADS", "512", "as above", SEED_ENVIRONMENT),
+    Setting("NCCL_P2P_DISABLE", "1", "peer access over PCIe hung", ACTI_ENVIRONMENT),
+    Setting("NCCL_IB_DISABLE", "1", "one host: no InfiniBand to look for", ACTI_ENVIRONMENT),
+    Setting("NCCL_SHM_DISABLE", "0", "ranks speak through shared memory", ACTI_ENVIRONMENT),
+    Setting("NCCL_PROTO", "LL", "low latency for the small sums of decoding", ACTI_ENVIRONMENT),
+    Setting("NCCL_ALGO", "Ring", "as above", ACTI_ENVIRONMENT),
+    Setting("NCCL_MIN_NCHANNELS", "8", "as above", ACTI_ENVIRONMENT),
+    Setting("NCCL_NTHREADS", "512", "as above", ACTI_ENVIRONMENT),
 )
 
-#: How the printed command differs from the seed's on purpose, whatever the hardware.
-DIFFERENCES_FROM_SEED = (
+#: How the printed command differs from Acti's on purpose, whatever the hardware.
+DIFFERENCES_FROM_ACTI = (
     "no --trust-remote-code: stock vLLM has the model's code",
-    "VLLM_PLUGINS loads what stock vLLM lacks, where the seed patches vLLM (docs/engine.md)",
+    "VLLM_PLUGINS loads what stock vLLM lacks, where Acti patches vLLM (docs/engine.md)",
     "HF_HUB_OFFLINE and VLLM_NO_USAGE_STATS: a folder is served, nothing is fetched or reported",
 )

@@ -46,7 +46,7 @@ def managed_server(
     options: ServeOptions,
     log_path: Path,
     *,
-    timeout_s: float = 600.0,
+    timeout_s: float = 1800.0,
     on_start: OnStart = lambda _elapsed_s, _line: None,
 ) -> Iterator[ServerClient]:
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.

@@ -24,8 +24,8 @@ def _served(inputs: CardInputs, cite: Citations) -> Iterator[str]:
 
 
 def _options(measurement: Measurement, server: Node, cite: Citations) -> Iterator[str]:
-    if profile := server.get("profile"):
-        yield from ("--profile", cite.show("text", profile))
+    profile = server.get("profile")  # without one `serve` would take one, on a GPU
+    yield from ("--profile", "none" if profile is None else cite.show("text", profile))
     if ranks := server.get("tensor_parallel_size"):
         yield from ("--tp", cite.show("text", ranks))
     if length := server.get("max_model_len"):

@@ -51,7 +51,7 @@ ISSUES = (
         "vLLM's custom all-reduce stays on for exactly two PCIe GPUs, relies on peer access, and "
         "can wait for ever after the weights are loaded; NCCL_P2P_DISABLE does not reach it",
         "--disable-custom-all-reduce, which `mtp-graft serve --profile` and `run` set",
-        "vllm-project/vllm#51513; seed card",
+        "vllm-project/vllm#51513; Acti card",
     ),
     KnownIssue(
         "vllm-42063",
@@ -70,7 +70,7 @@ ISSUES = (
         "",
         lambda survey, target: target.tp >= 4 and _has_int4(survey),
         "INT4 experts on four ranks or more",
-        "the seed card met a defect in cutting group scales to the ranks; by the source all "
+        "the Acti card met a defect in cutting group scales to the ranks; by the source all "
         "supported versions cut them, but we never ran four ranks",
         "if text is noise: --tp 2",
         "vllm-project/vllm#41511; read in 0.26 to 0.33",
