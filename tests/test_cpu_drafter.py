@@ -15,7 +15,7 @@ if not current_platform.is_cpu():
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers.models.deepseek_v4 import DeepseekV4Config
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -49,7 +49,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def reference(tiny_model: Path) -> MTPHead:
     """Our replay's head in float64 with random weights that BF16 can hold."""
-    head = MTPHead(AutoConfig.from_pretrained(tiny_model / "base"))
+    head = MTPHead(DeepseekV4Config.from_pretrained(tiny_model / "base"))
     head.layer = nn.Module()
     head.layer.forward = lambda streams, **_others: streams  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def head(reference: MTPHead) -> drafter.MTPLayer:
     size = reference.e_proj.weight.shape[0]
     layer = drafter.MTPLayer.__new__(drafter.MTPLayer)
     nn.Module.__init__(layer)
-    layer.config = AutoConfig.for_model("deepseek_v4", hidden_size=size, hc_mult=4)
+    layer.config = DeepseekV4Config(hidden_size=size, hc_mult=4)
     with set_current_vllm_config(VllmConfig()):
         layer.hc_head = HCHeadOp()
         shared = nn.Module()

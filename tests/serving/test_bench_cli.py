@@ -189,8 +189,8 @@ def test_card_is_made_of_what_the_commands_leave(
     assert "| no profile | with MTP | " in page and "2 pairs of sessions" in page
     assert "| streams | no profile, k = 0 | no profile, k = 1 |" in page
     assert "| no profile | all | 15 | " in page
-    assert f"\nmtp-graft serve {checkpoint.name} -k 1\n" in page
-    assert f"\nmtp-graft serve {checkpoint.name} --max-model-len 4096\n" in page
+    assert f"\nmtp-graft serve {checkpoint.name} --profile none -k 1\n" in page
+    assert f"\nmtp-graft serve {checkpoint.name} --profile none --max-model-len 4096\n" in page
 
 
 @dataclass(frozen=True)

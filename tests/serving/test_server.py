@@ -112,6 +112,15 @@ def test_a_server_that_ignores_sigterm_is_killed_after_its_grace(
     assert wait_gone(read_record(record)["pids"]) == []
 
 
+@pytest.fixture
+def hangup_ends() -> Iterator[None]:
+    """SIGHUP as in a terminal, also where the tests run under `nohup`; processes inherit it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_our_process_ends_the_server_too(
     fake: Configure, base: Path, tmp_path: Path, record: Path, signum: int
@@ -163,6 +172,7 @@ def wait_until_ready(process: subprocess.Popen[str]) -> str:
     pytest.fail("the server never got ready")
 
 
+@pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize(
     ("signum", "status"),
     # Neither vLLM nor the stand-in handles SIGHUP: they die of it.
@@ -175,6 +185,20 @@ def test_serve_passes_signals_on_and_exits_with_the_servers_status(
         wait_until_ready(process)
         process.send_signal(signum)
         assert process.wait(20) == status
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_serve_under_nohup_outlives_the_terminal(
+    vllm: Path, site: Path, base: Path, record: Path, hangup_ends: None
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with serving(site, base, record=str(record)) as process:
+        wait_until_ready(process)
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
     assert wait_gone(read_record(record)["pids"]) == []
 
 

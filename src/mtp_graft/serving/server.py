@@ -216,11 +216,16 @@ def _exit_on_signal(signum: int, _frame: FrameType | None) -> NoReturn:
 def _signals_as(
     handler: Callable[[int, FrameType | None], object], *signums: int
 ) -> Iterator[None]:
-    """Handle `signums` with `handler` inside the block; only the main thread can."""
+    """Handle `signums` with `handler` inside the block; only the main thread can.
+
+    A SIGHUP that is ignored stays so: `nohup` asked for it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {signum: signal.signal(signum, handler) for signum in signums}
+    is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    taken = [signum for signum in signums if not (is_kept and signum == signal.SIGHUP)]
+    before = {signum: signal.signal(signum, handler) for signum in taken}
     try:
         yield
     finally:
