@@ -93,15 +93,3 @@ def wait_until_idle(server: ServerClient) -> None:
     while gauge(server, "vllm:num_requests_running") + gauge(server, "vllm:num_requests_waiting"):
         assert time.monotonic() < deadline, "a request goes on without its client"
         time.sleep(0.1)
-
-
-def divergences(base: list[Any], other: list[Any]) -> list[dict[str, Any]]:
-    """Return where each prompt's tokens first left the base's, with the base's margin there."""
-    found = []
-    for prompt, (expected, actual) in enumerate(zip(base, other, strict=True)):
-        pairs = enumerate(zip(expected["tokens"], actual["tokens"], strict=True))
-        position = next((i for i, (a, b) in pairs if a != b), None)
-        if position is not None:
-            best, second = expected["steps"][position]["logprobs"]
-            found.append({"prompt": prompt, "position": position, "margin": best - second})
-    return found

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.conftest import MAX_MARGIN, Checkpoints, divergences
+from engine.conftest import MAX_MARGIN, Checkpoints
 from workers import CORES
 
 pytestmark = [
@@ -68,4 +68,5 @@ def test_the_head_changes_no_token_within_two_ranks(
 ) -> None:
     base, head = runs["tp2"][1], runs["tp2_mtp"][0]
     measured["acceptance"] = head["accepted"] / head["drafted"]
-    assert divergences(base["results"], head["results"]) == []
+    texts = [[result["tokens"] for result in run["results"]] for run in (base, head)]
+    assert texts[0] == texts[1]

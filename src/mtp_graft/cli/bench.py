@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,35 +84,13 @@ def bench_decode(
     """
     from mtp_graft.bench.decode import DecodeConfig
 
-    other = None
-    if against is not None or against_url is not None:
-        given = (against is None, against_url is None)
-        if given != (target.checkpoint is None, target.base_url is None):
-            raise typer.BadParameter(
-                "compare a --checkpoint with --against, or a --base-url with --against-url"
-            )
-        other = replace(target, base_url=against_url, checkpoint=against)
+    other = _other(target, against, against_url)
     config = DecodeConfig(max_tokens, rounds, ignore_eos)
-    asked = prompts_of(prompts, limit)
     folder = target.folder(run, "decode")
-    retrying = target.retrying()
+    asked = prompts_of(prompts, limit)
+    decode = _Decode(target, num_speculative_tokens, asked, config, folder, target.retrying())
     with progress_bar() as report:
-        if other is None:
-            result = _decode_one(
-                target, num_speculative_tokens, asked, config, folder, retrying, report
-            )
-        else:
-            result = _decode_two(
-                target,
-                other,
-                num_speculative_tokens,
-                pairs,
-                asked,
-                config,
-                folder,
-                retrying,
-                report,
-            )
+        result = decode.alone(report) if other is None else decode.beside(other, pairs, report)
     keep_result(result, folder, target)
     write_json(result, json_file)
     out = result_console(json_file)
@@ -124,51 +102,57 @@ def bench_decode(
             out.print(line, soft_wrap=True)
 
 
-def _decode_one(
-    target: Target,
-    k: int | None,
-    prompts: Sequence[Any],
-    config: "DecodeConfig",
-    folder: Path | None,
-    retrying: "Retrying",
-    report: Report,
-) -> dict[str, Any]:
-    from mtp_graft.bench.decode import decode_result, measure_kept
-    from mtp_graft.bench.ledger import open_ledger
-
-    claim = {"decode": asdict(config), "server": target.identity(), "k": k} | _named(prompts)
-    with open_ledger(folder, claim) as ledger, ExitStack() as stack:
-        rounds = measure_kept(
-            lambda: stack.enter_context(target.client(report, "", k)),
-            *(prompts, config, report, ledger, retrying),
+def _other(target: Target, against: Path | None, against_url: str | None) -> Target | None:
+    """Return the server to compare with, if any; it is ours if the first one is."""
+    if against is None and against_url is None:
+        return None
+    given = (against is None, against_url is None)
+    if given != (target.checkpoint is None, target.base_url is None):
+        raise typer.BadParameter(
+            "compare a --checkpoint with --against, or a --base-url with --against-url"
         )
-    return decode_result(rounds, config) | retrying.as_dict()
+    return replace(target, base_url=against_url, checkpoint=against)
 
 
-def _decode_two(
-    target: Target,
-    other: Target,
-    k: int | None,
-    pairs: int,
-    prompts: Sequence[Any],
-    config: "DecodeConfig",
-    folder: Path | None,
-    retrying: "Retrying",
-    report: Report,
-) -> dict[str, Any]:
-    from mtp_graft.bench.alternating import AlternatingConfig, measure_alternating
-    from mtp_graft.bench.ledger import open_ledger
+@dataclass(frozen=True)
+class _Decode:
+    """One `bench decode`: of a server alone, or in turns with another."""
 
-    servers = {"server": target.identity(), "against": other.identity(), "k": k}
-    alternating = AlternatingConfig(pairs, config)
-    with open_ledger(folder, asdict(alternating) | servers | _named(prompts)) as ledger:
-        result = measure_alternating(
-            lambda name: target.client(report, name, k),
-            lambda name: other.client(report, name, 0),
-            *(prompts, alternating, report, ledger, retrying),
-        )
-    # Servers that are not ours were not started again between their turns.
-    return result | {"restarted": target.checkpoint is not None}
+    target: Target
+    k: int | None
+    prompts: Sequence[Any]
+    config: "DecodeConfig"
+    folder: Path | None
+    retrying: "Retrying"
+
+    def alone(self, report: Report) -> dict[str, Any]:
+        from mtp_graft.bench.decode import decode_result, measure_kept
+        from mtp_graft.bench.ledger import open_ledger
+
+        servers = {"server": self.target.identity(), "k": self.k}
+        claim = {"decode": asdict(self.config)} | servers | _named(self.prompts)
+        with open_ledger(self.folder, claim) as ledger, ExitStack() as stack:
+            rounds = measure_kept(
+                lambda: stack.enter_context(self.target.client(report, "", self.k)),
+                *(self.prompts, self.config, report, ledger, self.retrying),
+            )
+        return decode_result(rounds, self.config) | self.retrying.as_dict()
+
+    def beside(self, other: Target, pairs: int, report: Report) -> dict[str, Any]:
+        from mtp_graft.bench.alternating import AlternatingConfig, measure_alternating
+        from mtp_graft.bench.ledger import open_ledger
+
+        servers = {"server": self.target.identity(), "against": other.identity(), "k": self.k}
+        alternating = AlternatingConfig(pairs, self.config)
+        claim = asdict(alternating) | servers | _named(self.prompts)
+        with open_ledger(self.folder, claim) as ledger:
+            result = measure_alternating(
+                lambda name: self.target.client(report, name, self.k),
+                lambda name: other.client(report, name, 0),
+                *(self.prompts, alternating, report, ledger, self.retrying),
+            )
+        # Servers that are not ours were not started again between their turns.
+        return result | {"restarted": self.target.checkpoint is not None}
 
 
 def _named(prompts: Sequence[Any]) -> dict[str, Any]:
