@@ -79,15 +79,16 @@ def in_child(
 ) -> Iterator[Any]:
     """Yield what `work(send, *args)` sends from a process of its own, while it runs.
 
-    Raises EngineFailed if it raises, dies, or sends nothing for `stall_s` seconds. The process and
-    all that it started are gone when the iteration ends, however it ends.
+    Raises EngineFailed if it raises, dies, or sends nothing for `stall_s` seconds, after its start
+    for a third of that. The process and all that it started are gone when the iteration ends,
+    however it ends.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     process = context.Process(target=_child, args=(messages, work, args, str(log)))
     process.start()
-    heard = time.monotonic()
+    heard, silence_s = time.monotonic(), stall_s
     try:
         while True:
             try:
@@ -95,10 +96,10 @@ def in_child(
             except queue.Empty:
                 if not process.is_alive() and messages.empty():
                     raise EngineFailed(f"exit status {process.exitcode}; {_tail(log)}") from None
-                if time.monotonic() - heard > stall_s:
-                    raise EngineFailed(f"silent for {stall_s:.0f} s; {_tail(log)}") from None
+                if time.monotonic() - heard > silence_s:
+                    raise EngineFailed(f"silent for {silence_s:.0f} s; {_tail(log)}") from None
                 continue
-            heard = time.monotonic()
+            heard, silence_s = time.monotonic(), stall_s / 3
             if kind == "done":
                 return
             if kind == "raised":

@@ -8,7 +8,8 @@
 --copy-to after every step, and with --pack-caches the kernels as kernel-caches.tar.gz at the end,
 which --caches takes on another host. --only names steps, in the order to take; --dry-run shows
 them. `lanes` does the most telling steps side by side on all GPUs of a host, two or four: each lane
-has GPUs, cores and a folder in --work of its own. docs/gpu.md explains all of it.
+has GPUs, cores and a folder in --work of its own; compiled kernels they share. docs/gpu.md explains
+all of it.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +108,8 @@ def one_gpu(work: Path, flash: Path, layers: list[int], gpu: str) -> list[Step]:
 
 #: As many streams as the profile seats.
 FULL_HOUSE = ("--profiles", "524k", "--streams", 3, "--rates", 0.7)
+#: The head first: that all of it loads on four ranks is what is asked.
+LOADED = ("--profiles", "524k", "--variants", "int4", "base")
 LONG = ("--k", 1, "--variants", "int4", "--contexts", 16000, "--streams", 1, 2, "--rates", 0.7)
 
 
@@ -125,87 +130,100 @@ def two_gpus(work: Path, flash: Path, layers: int, gpu: str) -> list[Step]:
         ranks("pcie", "two_ranks", "speed", "--pcie", "--profiles", "524k", "--streams", 1),
         ranks("stock_graphs", "two_ranks", "speed", "--stock-graphs", *FULL_HOUSE),
         ranks("quantize", "two_ranks", "quantize"),
-        ranks("four", "four_ranks", "speed", "--ranks", 4, "--profiles", "524k"),
+        ranks("four", "four_ranks", "speed", "--ranks", 4, *LOADED),
     ]
 
 
 @dataclass(frozen=True)
 class Lane:
-    """Steps that run beside others of the host, one after the other."""
+    """Steps one after the other, begun as soon as no earlier lane has any of the GPUs."""
 
-    gpus: int
+    gpus: tuple[int, ...]
     kind: str  # one or two
-    layers: dict[str, tuple[int, ...]]  # as many as fit a GPU of that name
     steps: tuple[str, ...]
+    leave_s: int = 0  # of the budget, to the lanes that wait for its GPUs
+
+    @property
+    def name(self) -> str:
+        return "-".join(["gpu", *map(str, self.gpus)])
 
 
-SWEEPS = ("sweep", "sweep_sizes")
-ONE, TWO = {"h100": (5, 17), "h200": (17, 35)}, {"h100": (33,), "h200": (43,)}
-#: By the number of GPUs. Each lane with step times measures its own base.
+#: As many layers as fit.
+LAYERS = {
+    "one": {"h100": (5, 17), "h200": (17, 35)},
+    "two": {"h100": (33,), "h200": (43,)},
+}
+STEP_TIMES = ("step_time", "step_time_mxfp4", "step_time_k2")
+OVER_HTTP = ("splice_tiny", "decode", "serve_check", "sweep", "sweep_sizes")
+#: By the number of GPUs.
 LANES = {
     2: (
-        Lane(1, "one", ONE, ("step_time", "step_time_k2")),
-        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4", *SWEEPS)),
+        Lane((0,), "one", STEP_TIMES, 700),
+        Lane((1,), "one", OVER_HTTP, 700),
+        Lane((0, 1), "two", ("tiny", "speed")),
     ),
     4: (
-        Lane(2, "two", TWO, ("tiny", "speed", "stock_graphs", "pcie")),
-        Lane(1, "one", ONE, ("step_time", "step_time_k2")),
-        Lane(1, "one", ONE, ("splice_tiny", "decode", "serve_check", "step_time_mxfp4", *SWEEPS)),
+        Lane((0, 1), "two", ("speed", "tiny", "pcie", "stock_graphs"), 300),
+        Lane((2,), "one", STEP_TIMES, 300),
+        Lane((3,), "one", OVER_HTTP, 300),
+        Lane((0, 1, 2, 3), "two", ("four",)),
     ),
 }
 
 
 def lane_commands(
     lanes: Sequence[Lane], cores: Sequence[int], work: Path, flash: Path, gpu: str
-) -> list[tuple[Path, str, list[str]]]:
-    """Return the folder, the GPUs and the command of each lane; cores are shared out by GPUs."""
-    found, first = [], 0
-    share = len(cores) // sum(lane.gpus for lane in lanes)
+) -> list[list[str]]:
+    """Return the command of each lane, without its budget; cores are shared out by GPUs."""
+    share = len(cores) // len({number for lane in lanes for number in lane.gpus})
+    commands = []
     for lane in lanes:
-        last = first + lane.gpus
-        gpus = ",".join(map(str, range(first, last)))
+        first, last = min(lane.gpus), max(lane.gpus) + 1
         mine = ",".join(map(str, cores[first * share : last * share]))
-        folder = work / f"gpu-{gpus.replace(',', '-')}"
-        words = (lane.kind, "--work", folder, "--flash", flash, "--layers", *lane.layers[gpu])
-        command = [
-            "taskset",
-            "--cpu-list",
-            mine,
-            *script("gpu_host", *words, "--only", *lane.steps),
-        ]
-        found.append((folder, gpus, command))
-        first = last
-    return found
+        layers = LAYERS[lane.kind][gpu]
+        words = (lane.kind, "--work", work / lane.name, "--flash", flash, "--layers", *layers)
+        command = script("gpu_host", *words, "--only", *lane.steps)
+        commands.append(["taskset", "--cpu-list", mine, *command])
+    return commands
+
+
+def run_lane(
+    lane: Lane, command: list[str], earlier: list[Future[int]], end: float, work: Path
+) -> int:
+    """Wait for the lanes that have its GPUs, and return the exit status of its command."""
+    wait_for(earlier)
+    gpus = ",".join(map(str, lane.gpus))
+    environment = prepare(work, None) | {"CUDA_VISIBLE_DEVICES": gpus}
+    budget = ("--budget-s", str(int(end - time.monotonic() - lane.leave_s)))
+    return subprocess.run([*command, *budget], env=environment, check=False).returncode
 
 
 def run_lanes(options: argparse.Namespace, flash: Path, gpu: str) -> None:
-    """Write all weights, then run the lanes at once, each on its own GPUs and cores."""
+    """Write all weights, then run the lanes, each on its own GPUs and cores."""
     import torch
 
     lanes = LANES.get(torch.cuda.device_count())
-    if lanes is None or gpu not in ONE:
+    if lanes is None or gpu not in LAYERS["one"]:
         raise SystemExit("lanes are for two or four GPUs, H100 or H200")
     end = time.monotonic() + options.budget_s
-    layers = sorted({number for lane in lanes for number in lane.layers[gpu]})
+    layers = sorted({number for lane in lanes for number in LAYERS[lane.kind][gpu]})
     write = script("flash_width", flash, "--layers", *layers)
     cores = sorted(os.sched_getaffinity(0))
     commands = lane_commands(lanes, cores, options.work, flash, gpu)
-    print("\n".join(map(shlex.join, [write, *(command for *_, command in commands)])), flush=True)
+    print("\n".join(map(shlex.join, [write, *commands])), flush=True)
     if options.dry_run:
         return
-    subprocess.run(write, check=True, env=prepare(options.work, None))
-    processes = []
-    for folder, gpus, command in commands:
-        command += ["--budget-s", str(int(end - time.monotonic()))]
-        if options.copy_to is not None:
-            command += ["--copy-to", str(options.copy_to / folder.name)]
-        if options.caches is not None:
-            command += ["--caches", str(options.caches)]
-        if options.pack_caches:
-            command.append("--pack-caches")
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
-        processes.append(subprocess.Popen(command, env=environment))
-    sys.exit(max(process.wait() for process in processes))
+    subprocess.run(write, check=True, env=prepare(options.work, options.caches))
+    begun: list[Future[int]] = []
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        for lane, command in zip(lanes, commands, strict=True):
+            if options.copy_to is not None:
+                command += ["--copy-to", str(options.copy_to / lane.name)]
+            shared = [set(other.gpus) & set(lane.gpus) for other in lanes[: len(begun)]]
+            earlier = [future for future, gpus in zip(begun, shared, strict=True) if gpus]
+            begun.append(pool.submit(run_lane, lane, command, earlier, end, options.work))
+    pack_caches(options)
+    sys.exit(max(future.result() for future in begun))
 
 
 def run(step: Step, left: float, environment: dict[str, str]) -> bool:
@@ -294,10 +312,14 @@ def main() -> None:
                 copy = options.copy_to / "results"
                 shutil.copytree(options.work / "results", copy, dirs_exist_ok=True)
     print("\n".join(f"{name}: {what}" for name, what in outcome.items()), flush=True)
+    pack_caches(options)
+    sys.exit(failed)
+
+
+def pack_caches(options: argparse.Namespace) -> None:
     if options.copy_to is not None and options.pack_caches:
         with tarfile.open(options.copy_to / "kernel-caches.tar.gz", "w:gz") as archive:
             archive.add(options.work / "caches", ".")
-    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ vLLM imports this module in every worker, through `worker_extension_cls`, before
 
 A checkpoint of random weights need not hold every layer: with the load format `repeat_layers`, the
 last layer stored of either kind of attention also serves as all later layers of that kind. All
-weights still go through vLLM's own loaders, one layer after the other, as from a whole checkpoint.
+weights still go through vLLM's own loaders, one layer after the other, as from a whole checkpoint;
+those that serve again come from the GPU, to which each is copied once.
 """
 
 from collections.abc import Generator
@@ -57,10 +58,11 @@ class RepeatingLoader(DefaultModelLoader):
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, Any]]:
         stored = super().get_all_weights(model_config, model)
         num_layers = model_config.hf_config.num_hidden_layers
+        device = next(model.parameters()).device
         for name, tensor in stored:
             yield name, tensor
             layer = layer_of(name)
-            if layer is not None:
-                stem = f"layers.{layer}."
-                for other in copies(layer, num_layers):
-                    yield name.replace(stem, f"layers.{other}.", 1), tensor
+            others = copies(layer, num_layers) if layer is not None else ()
+            on_device = tensor.to(device) if others else tensor
+            for other in others:
+                yield name.replace(f"layers.{layer}.", f"layers.{other}.", 1), on_device

@@ -23,3 +23,8 @@ def hangs(_send: Send) -> None:
 def goes_on(send: Send) -> None:
     send(os.getpid())
     time.sleep(600)
+
+
+def sends_and_hangs(send: Send) -> None:
+    send("first")
+    time.sleep(600)

@@ -1,5 +1,6 @@
 """What the GPU scripts compute from their measurements, with known inputs."""
 
+import argparse
 import importlib
 import json
 import os
@@ -155,20 +156,54 @@ def test_lanes_share_out_all_gpus_and_cores_and_know_their_steps(
     count: int, gpu: str, tmp_path: Path
 ) -> None:
     host = load("gpu_host")
-    lanes = host.lane_commands(host.LANES[count], range(16), tmp_path, tmp_path / "flash", gpu)
-    used = [number for _, gpus, _ in lanes for number in gpus.split(",")]
-    assert used == [str(number) for number in range(count)]
-    cores = [core for *_, command in lanes for core in command[2].split(",")]
-    assert cores == [str(core) for core in range(16)]
-    assert len({folder for folder, *_ in lanes}) == len(lanes)
-    for folder, gpus, command in lanes:
-        steps = command[command.index("--only") + 1 :]
-        layers = [int(word) for word in command[command.index("--layers") + 1 : -len(steps) - 1]]
-        if "," in gpus:
-            known = host.two_gpus(folder, tmp_path, layers[0], gpu)
+    lanes = host.LANES[count]
+    assert {number for lane in lanes for number in lane.gpus} == set(range(count))
+    commands = host.lane_commands(lanes, range(16), tmp_path, tmp_path / "flash", gpu)
+    for lane, command in zip(lanes, commands, strict=True):
+        share = 16 // count
+        cores = range(lane.gpus[0] * share, (lane.gpus[-1] + 1) * share)
+        assert command[2].split(",") == [str(core) for core in cores]
+        assert command[command.index("--work") + 1] == str(tmp_path / lane.name)
+        layers = [int(word) for word in command[command.index("--layers") + 1 :] if word.isdigit()]
+        if lane.kind == "two":
+            assert len(lane.gpus) >= 2
+            known = host.two_gpus(tmp_path, tmp_path, layers[0], gpu)
         else:
-            known = host.one_gpu(folder, tmp_path, layers, gpu)
-        assert set(steps) <= {step.name for step in known}
+            known = host.one_gpu(tmp_path, tmp_path, layers, gpu)
+        assert set(lane.steps) <= {step.name for step in known}
+
+
+def test_a_lane_waits_for_those_before_it_that_have_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = load("gpu_host")
+    seen: list[tuple[str, str]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        if command[0] == "flash_width":
+            return seen.append(("ends", "weights"))
+        assert seen[0] == ("ends", "weights")
+        seen.append(("begins", env["CUDA_VISIBLE_DEVICES"]))
+        time.sleep({"0": 0.4, "1": 0.1}.get(env["CUDA_VISIBLE_DEVICES"], 0))
+        seen.append(("ends", env["CUDA_VISIBLE_DEVICES"]))
+        budget = int(command[command.index("--budget-s") + 1])
+        assert budget == pytest.approx(60 if "speed" in command else 50, abs=2)
+        return SimpleNamespace(returncode=0 if "speed" in command else 1)
+
+    first = [host.Lane((number,), "one", ("step_time",), 10) for number in (0, 1)]
+    lanes = (*first, host.Lane((0, 1), "two", ("speed",)), host.Lane((2,), "two", ("speed",)))
+    monkeypatch.setattr(host, "LANES", {3: lanes})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(host, "script", lambda *words: tuple(map(str, words)))
+    monkeypatch.setattr(host.subprocess, "run", run)
+    options = {"work": tmp_path, "budget_s": 60, "dry_run": False, "caches": None}
+    options |= {"copy_to": None, "pack_caches": False}
+    with pytest.raises(SystemExit) as ended:
+        host.run_lanes(argparse.Namespace(**options), tmp_path / "flash", "h200")
+    assert ended.value.code == 1
+    both = seen.index(("begins", "0,1"))
+    assert both > max(seen.index(("ends", "0")), seen.index(("ends", "1")))
+    assert seen.index(("begins", "2")) < seen.index(("ends", "0"))
 
 
 def test_the_docs_list_the_host_drivers_steps_in_their_order() -> None:
@@ -309,6 +344,7 @@ def test_synthetic_rates_are_those_of_all_drafts_up_to_each() -> None:
         (failing_work.raises, "no such GPU", 60),
         (failing_work.dies, "status 3", 60),
         (failing_work.hangs, "silent for 1 s", 1),
+        (failing_work.sends_and_hangs, "silent for 4 s", 12),
     ],
 )
 def test_an_engine_that_fails_says_why_and_keeps_what_it_sent(
@@ -319,7 +355,8 @@ def test_an_engine_that_fails_says_why_and_keeps_what_it_sent(
     with pytest.raises(engines.EngineFailed, match=reason):
         for message in engines.in_child(work, log=tmp_path / "log", stall_s=stall_s):
             seen.append(message)
-    assert seen == (["first"] if work is failing_work.raises else [])
+    sends = (failing_work.raises, failing_work.sends_and_hangs)
+    assert seen == (["first"] if work in sends else [])
 
 
 def test_an_engine_whose_messages_are_wanted_no_more_is_ended(tmp_path: Path) -> None:
