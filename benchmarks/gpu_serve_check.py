@@ -23,7 +23,7 @@ import numpy as np
 from engines import EngineOptions, Send, counters, exit_on_sigterm, gained, start
 from measurements import Entry, Limits, Measurements
 from safetensors.torch import load_file
-from texts import bundled_prompts, compare_forced, divergences, forced, greedy
+from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.stages.splice import splice
@@ -93,7 +93,8 @@ def observe(
     counts = gained(before, counters(llm))
     if engine.k == 0:
         if reference is not None:
-            send({"part": "forced", "best": forced(llm, prompts, reference)})
+            best = tokens_of(forced(llm, prompts, reference))
+            send({"part": "forced", "best": best})
         recorded = record(llm, [p for p in prompts if len(p) <= CHUNK], folder)
         send({"part": "recording", "prompts": recorded})
     send({"part": f"texts-k{engine.k}", "texts": texts, **counts, "start_s": start_s})

@@ -46,6 +46,9 @@ NOTE = (
 )
 CPU_NOTE = " A small form on a shared CPU: it shows that the script runs, and nothing about a GPU."
 
+#: Prompts whose first token is timed, of one stream.
+PROMPTS = 7
+
 
 @dataclass(frozen=True)
 class Job:
@@ -151,6 +154,7 @@ def measure_points(
     """Send an entry for each point, `identity` in it; of more streams than seats, some wait."""
     vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
     warmed: set[tuple[int, int]] = set()
+    first_tokens: dict[int, list[float]] = {}  # of one stream, by context
     for point in todo:
         if deadline.passed():
             return
@@ -160,6 +164,8 @@ def measure_points(
         if (point.streams, point.context) not in warmed:
             decode(llm, prompts, 16, options.temperature)
             warmed.add((point.streams, point.context))
+            if point.streams == 1:
+                first_tokens[point.context] = ttfts_ms(llm, point.context, vocabulary)
         seated = min(point.streams, identity.get("seats", point.streams))
         if point.clock:
             send({**identity, **vars(point), **clocked(llm, prompts, identity["k"], options)})
@@ -168,7 +174,18 @@ def measure_points(
         wanted = num_tokens(options.steps, identity["k"], point.rate)
         steps, text = decode(llm, prompts, wanted, options.temperature)
         entry = summarize_steps(steps, seated) | gained(before, counters(llm))
+        if point.streams == 1:
+            entry["ttfts_ms"] = first_tokens[point.context]
         send({**identity, **vars(point), **entry, "distinct_tokens": len(set(text)) / len(text)})
+
+
+def ttfts_ms(llm: Any, context: int, vocabulary: int) -> list[float]:
+    """Return the time to the first token of several prompts, one after the other."""
+    times = []
+    for seed in range(1, 1 + PROMPTS):
+        steps, _ = decode(llm, random_prompts(1, context, vocabulary, seed), 1)
+        times.append(1000 * (steps[1].at - steps[0].at))
+    return times
 
 
 def clocked(

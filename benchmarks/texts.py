@@ -1,7 +1,9 @@
 """Greedy texts of an engine, and how two engines' texts are compared.
 
 Free-running texts of two engines part for good at their first difference. So the other engine also
-reads the first one's text (teacher-forced), and its best token is compared at every position.
+reads the first one's text (teacher-forced), and its best token is compared at every position. A
+text is read in one prefill and written in decode steps, by other kernels: the engine that wrote a
+text may not choose each of its tokens when it reads it.
 """
 
 import json
@@ -35,14 +37,19 @@ def greedy(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[Text]:
     return texts
 
 
-def forced(llm: Any, prompts: list[list[int]], texts: list[Text]) -> list[list[int]]:
-    """Return the engine's best token at each position of another engine's texts."""
-    best = []
+def forced(llm: Any, prompts: list[list[int]], texts: list[Text]) -> list[Text]:
+    """Return the engine's best token, and its margin, at each position of the texts."""
+    read = []
     for prompt, text in zip(prompts, texts, strict=True):
         output = generate(llm, prompt + text["tokens"], 1, prompt_logprobs=2)
         steps = output.prompt_logprobs[len(prompt) :]
-        best.append([min(step, key=lambda token: step[token].rank) for step in steps])
-    return best
+        tokens = [min(step, key=lambda token: step[token].rank) for step in steps]
+        read.append({"tokens": tokens, "margins": [margin(step) for step in steps]})
+    return read
+
+
+def tokens_of(texts: list[Text]) -> list[list[int]]:
+    return [text["tokens"] for text in texts]
 
 
 def compare_forced(texts: list[Text], best: list[list[int]]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
     python benchmarks/two_gpus.py tiny speed quantize --folder FOLDER --out result.json
 
-tiny      the bundled model: one rank's greedy text, read by two ranks (teacher-forced), and the
-          text with the head against the text without, both on two ranks
+tiny      the bundled model: one rank's greedy text, read by one rank and by two (teacher-forced),
+          by one rank that rounds as two would, and the text with the head against the text without,
+          both on two ranks
 speed     FOLDER/base-N and FOLDER/int4-N of `flash_width.py` on two ranks, in the profiles'
           settings: speed at synthetic acceptance for one stream, and for 1 to 8 streams; with
           --pcie under Acti's NCCL variables and without vLLM's own all-reduce, with
@@ -24,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import synthetic_flash
@@ -31,7 +33,7 @@ from engines import EngineOptions, exit_on_sigterm, has_accelerator, start
 from gpu_serve_check import MODEL
 from measurements import Entry, Limits, Measurements
 from step_time import Point, clocks, measure_points
-from texts import bundled_prompts, compare_forced, divergences, forced, greedy
+from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
 
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.graphs import missing_sizes
@@ -79,34 +81,55 @@ def tiny(done: Measurements, options: argparse.Namespace) -> None:
     spliced = options.folder / "tiny-mxfp4"
     splice(MODEL / "base", MODEL / "upstream", spliced, "mxfp4")
     prompts = bundled_prompts(MODEL, 8, 700)
-    for checkpoint, k, ranks in ((MODEL / "base", 0, 1), (MODEL / "base", 0, options.ranks)):
-        part = f"tiny-tp{ranks}-k{k}"
-        if not done.has(part=part):
-            engine = EngineOptions(checkpoint, k, 4096, 4, 4096, 0.4, ranks)
-            first = done.find(part="tiny-tp1-k0")
-            texts = first and first["texts"]
-            arguments = (engine, prompts, options.max_tokens, texts, part)
-            done.run(part, options.limits, write_texts, *arguments)
-    part = f"tiny-tp{options.ranks}-k1"
-    if not done.has(part=part):
-        engine = EngineOptions(spliced, 1, 4096, 4, 4096, 0.4, options.ranks)
-        arguments = (engine, prompts, options.max_tokens, None, part)
-        done.run(part, options.limits, write_texts, *arguments)
+    base = MODEL / "base"
+    jobs = (
+        ("tiny", base, 0, 1),
+        ("tiny-rounded", base, 0, 1),
+        ("tiny", base, 0, options.ranks),
+        ("tiny", spliced, 1, options.ranks),
+    )
+    for part, checkpoint, k, ranks in jobs:
+        identity = {"part": part, "ranks": ranks, "k": k}
+        if not done.has(**identity):
+            rounded = part == "tiny-rounded"
+            engine = EngineOptions(checkpoint, k, 4096, 4, 4096, 0.4, ranks, eager=rounded)
+            first = done.find(part="tiny", ranks=1, k=0)
+            arguments = (engine, prompts, options.max_tokens, first and first["texts"], identity)
+            work = read_rounded if rounded else write_and_read
+            done.run(f"{part}-tp{ranks}-k{k}", options.limits, work, *arguments)
 
 
-def write_texts(
+def write_and_read(
     send: Callable[[Any], None],
     engine: EngineOptions,
     prompts: list[list[int]],
     max_tokens: int,
-    other: list[Any] | None,
-    part: str,
+    first: list[Any] | None,
+    identity: Entry,
 ) -> None:
-    """Send greedy texts, and the best tokens along another engine's."""
+    """Send greedy texts and, without the head, the best tokens along `first` or along these."""
     llm = start(engine)
-    best = None if other is None else forced(llm, prompts, other)
     texts = greedy(llm, prompts, max_tokens)
-    send({"part": part, "ranks": engine.tensor_parallel_size, "texts": texts, "best": best})
+    read = None if engine.k else forced(llm, prompts, first or texts)
+    send({**identity, "texts": texts, "read": read})
+
+
+def read_rounded(
+    send: Callable[[Any], None],
+    engine: EngineOptions,
+    prompts: list[list[int]],
+    _max_tokens: int,
+    first: list[Any] | None,
+    identity: Entry,
+) -> None:
+    """Send the best tokens along `first`, of an engine as it is and one that rounds as two do."""
+    if first is None:
+        raise ValueError("there is no text of one rank")
+    llm = start(engine)
+    read = forced(llm, prompts, first)
+    modules = llm.collective_rpc("round_as_two_ranks")[0]
+    rounded = forced(llm, prompts, first)
+    send({**identity, "read": read, "rounded": rounded, "modules": len(modules)})
 
 
 def speed(done: Measurements, options: argparse.Namespace) -> None:
@@ -206,16 +229,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def summarize(entries: list[Entry]) -> dict[str, Any]:
     """Return the comparisons that what was measured so far allows."""
-    texts = {(e["ranks"], e["part"][-2:]): e for e in entries if e["part"].startswith("tiny")}
     quantized = [e for e in entries if e["part"] == "quantize"]
-    result: dict[str, Any] = {}
-    one = texts.get((1, "k0"))
-    for (ranks, kind), entry in texts.items():
-        if one and ranks > 1 and kind == "k0" and entry["best"]:
-            result["tiny_teacher_forced"] = compare_forced(one["texts"], entry["best"])
-        if kind == "k1" and (ranks, "k0") in texts:
-            base = texts[ranks, "k0"]["texts"]
-            result["tiny_mtp_divergences"] = divergences(base, entry["texts"])
+    result = summarize_texts([e for e in entries if e["part"].startswith("tiny")])
     if speeds := [e for e in entries if e["part"] == "speed"]:
         result["speed"] = speed_lines(speeds)
     if len(quantized) > 1:
@@ -225,6 +240,29 @@ def summarize(entries: list[Entry]) -> dict[str, Any]:
             "files": len(quantized[0]["sha256"]),
             "process_s": {str(e["ranks"]): e["process_s"] for e in quantized},
         }
+    return result
+
+
+def summarize_texts(entries: list[Entry]) -> dict[str, Any]:
+    """Return how the tiny model's texts differ: the ranks', and for comparison one rank's own.
+
+    `tiny_written_and_read` is one rank's decode steps against its prefill, `tiny_rounded` its
+    prefill against one that rounds as two ranks round.
+    """
+    result: dict[str, Any] = {}
+    texts = {(e["ranks"], e["k"]): e for e in entries if e["part"] == "tiny"}
+    for e in entries:
+        if e["part"] == "tiny-rounded":
+            result["tiny_rounded"] = compare_forced(e["read"], tokens_of(e["rounded"]))
+    if one := texts.get((1, 0)):
+        read = tokens_of(one["read"])
+        result["tiny_written_and_read"] = compare_forced(one["texts"], read)
+    for (ranks, k), entry in texts.items():
+        if one and ranks > 1 and not k:
+            best = tokens_of(entry["read"])
+            result["tiny_teacher_forced"] = compare_forced(one["read"], best)
+        if k and (base := texts.get((ranks, 0))):
+            result["tiny_mtp_divergences"] = divergences(base["texts"], entry["texts"])
     return result
 
 
@@ -239,7 +277,7 @@ def speed_lines(entries: list[Entry]) -> list[Entry]:
         if e["k"] and other:
             line = {name: e.get(name) for name in (*setting, "streams", "rate", "acceptance")}
             for kind, entry in (("base", other), ("mtp", e)):
-                line[f"ttft_ms_{kind}"] = entry.get("ttft_ms")
+                line[f"ttft_ms_{kind}"] = ttft_ms(entry)
                 line[f"step_ms_{kind}"] = entry["step_ms"]["median"]
             line |= {"base_tok_s": other["aggregate_tok_s"], "mtp_tok_s": e["aggregate_tok_s"]}
             line["ratio"] = line["mtp_tok_s"] / line["base_tok_s"]
@@ -252,6 +290,11 @@ def speed_lines(entries: list[Entry]) -> list[Entry]:
             before = max(fewer, key=lambda o: o["streams"])
             line["dips"] = line["mtp_tok_s"] < before["mtp_tok_s"]
     return lines
+
+
+def ttft_ms(entry: Entry) -> float | None:
+    """Return the median of several prompts, or what one decode took if no more is known."""
+    return median(entry["ttfts_ms"]) if "ttfts_ms" in entry else entry.get("ttft_ms")
 
 
 def _key(entry: Entry, *names: str) -> tuple[Any, ...]:

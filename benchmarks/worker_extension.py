@@ -1,4 +1,4 @@
-"""What the benchmarks add to vLLM's workers: settable acceptance, a clock, layers that repeat.
+"""What the benchmarks add to vLLM's workers: acceptance, a clock, rounding, layers that repeat.
 
 vLLM imports this module in every worker, through `worker_extension_cls`, before it loads a model.
 
@@ -39,11 +39,30 @@ class WorkerExtension:
         """Return the steps, the kernels in them and the milliseconds in which the GPU computed."""
         return self.gpu_clock.stop()
 
+    def round_as_two_ranks(self) -> list[str]:
+        """Round each attention's and feed-forward's output as a sum over two ranks is rounded.
+
+        Returns the names of the modules. An eager engine alone obeys: graphs are recorded before.
+        """
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        torch.manual_seed(0)
+        modules = [(n, m) for n, m in model.named_modules() if n.endswith((".attn", ".ffn"))]
+        for _, module in modules:
+            module.register_forward_hook(lambda _module, _inputs, output: sum_of_parts(output))
+        return [name for name, _ in modules]
+
     def attention_remedied(self) -> list[str]:
         """Return the methods that the plugin had to decorate, of `cuda/graph_breaks.py`."""
         from mtp_graft.vllm_plugin.cuda import graph_breaks
 
         return graph_breaks.remedied
+
+
+def sum_of_parts(whole: torch.Tensor) -> torch.Tensor:
+    """Return two parts of `whole` [T, D], independent and of equal size, rounded and added."""
+    half = whole.float() / 2
+    apart = torch.randn_like(half) * half.square().mean(-1, keepdim=True).sqrt()
+    return (half + apart).to(whole.dtype) + (half - apart).to(whole.dtype)
 
 
 @register_model_loader(LOAD_FORMAT)
