@@ -11,9 +11,11 @@ import torch
 
 pytest.importorskip("vllm", reason="the shims patch vLLM: install an extra")
 
+from vllm.model_executor.layers.fused_moe.oracle import int_wna16
+from vllm.model_executor.layers.quantization.utils import marlin_utils
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from mtp_graft.vllm_plugin.cuda import graph_breaks, hyper_connections, rope
+from mtp_graft.vllm_plugin.cuda import expert_scales, graph_breaks, hyper_connections, rope
 
 pytestmark = pytest.mark.vllm
 
@@ -106,6 +108,51 @@ def test_the_two_halves_stand_in_for_the_fused_kernel(monkeypatch: pytest.Monkey
     assert result == ("new residual", "new post", "new res", "new x")
     assert seen["post"] == ("x", "residual", "post", "res")
     assert seen["pre"] == ("new residual", ("fn", "scale", "base", 1e-6), {"norm_weight": "w"})
+
+
+def scales_of_w13(intermediate: int) -> torch.Tensor:
+    """What vLLM's conversion to Marlin makes of w13's scales, with 256 inputs in two groups.
+
+    The first 256 columns are the same for every size, and so is what Marlin needs.
+    """
+    columns = 2 * intermediate
+    scales = torch.arange(columns * 2, dtype=torch.float32).reshape(1, columns, 2)
+    converted = int_wna16._process_weights_marlin(
+        layer=SimpleNamespace(intermediate_size_per_partition=intermediate),
+        input_dtype=None,
+        num_bits=4,
+        pack_factor=8,
+        group_size=128,
+        w13_qweight=torch.zeros(1, columns, 32, dtype=torch.int32),
+        w2_qweight=torch.zeros(1, 256, intermediate // 8, dtype=torch.int32),
+        w13_scales=scales,
+        w2_scales=torch.zeros(1, 256, intermediate // 128),
+    )
+    return converted[2][0, 0, :256]  # of the first group
+
+
+@pytest.fixture
+def _marlin_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes are repacked by an operator that a CPU build lacks; scales are not."""
+    monkeypatch.setattr(int_wna16.ops, "gptq_marlin_moe_repack", lambda codes, *_, **__: codes)
+    monkeypatch.setattr(
+        int_wna16, "marlin_moe_permute_scales", marlin_utils.marlin_moe_permute_scales
+    )
+
+
+@pytest.mark.usefixtures("_marlin_on_a_cpu")
+def test_stock_vllm_mixes_up_scales_where_a_ranks_share_is_one_group() -> None:
+    """If this fails, vLLM has mended it: `expert_scales` is not needed any more."""
+    assert not torch.equal(scales_of_w13(128), scales_of_w13(256))
+
+
+@pytest.mark.usefixtures("_marlin_on_a_cpu")
+def test_scales_are_in_the_order_of_their_own_number_of_groups() -> None:
+    stock = scales_of_w13(256)
+    expert_scales.apply()
+    expert_scales.apply()
+    assert torch.equal(scales_of_w13(128), stock)
+    assert torch.equal(scales_of_w13(256), stock)
 
 
 LATE_VARIABLE = """

@@ -8,7 +8,13 @@ from vllm.models import deepseek_v4 as stock
 
 from mtp_graft.vllm_plugin import draft_steps
 from mtp_graft.vllm_plugin.compressors import decode_compressors
-from mtp_graft.vllm_plugin.cuda import graph_breaks, hyper_connections, rope, scale_alias
+from mtp_graft.vllm_plugin.cuda import (
+    expert_scales,
+    graph_breaks,
+    hyper_connections,
+    rope,
+    scale_alias,
+)
 from mtp_graft.vllm_plugin.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
@@ -32,6 +38,7 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
         graph_breaks.apply()
         rope.apply()
         hyper_connections.apply(vllm_config.model_config.hf_config.hidden_size)
+        expert_scales.apply()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         record_on_demand(self, vllm_config)
 
