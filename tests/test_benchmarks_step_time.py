@@ -437,6 +437,40 @@ def test_flips_count_against_the_margin_of_the_text() -> None:
     assert found["flips_with_margin"] == [{"prompt": 0, "position": 1, "margin": 0.9}]
 
 
+def test_ranks_are_compared_with_what_one_rank_reads_and_not_with_what_it_wrote() -> None:
+    def text(*tokens: int, margin: float = 1.0) -> list[dict[str, Any]]:
+        return [{"tokens": list(tokens), "margins": [margin] * len(tokens)}]
+
+    one = {"part": "tiny", "ranks": 1, "k": 0, "texts": text(1, 2, 3), "read": text(1, 2, 4)}
+    rounded = {"part": "tiny-rounded", "ranks": 1, "k": 0}
+    rounded |= {"read": text(1, 2, 3, margin=0.1), "rounded": text(7, 2, 3)}
+    two = {"part": "tiny", "ranks": 2, "k": 0, "texts": text(1, 2, 3), "read": text(1, 5, 4)}
+    head = {"part": "tiny", "ranks": 2, "k": 1, "texts": text(1, 2, 9), "read": None}
+    found = load("two_gpus").summarize([one, rounded, two, head])
+    clear = {name: found[f"tiny_{name}"]["flips_with_margin"] for name in TEACHER_FORCED}
+    assert clear["written_and_read"] == [{"prompt": 0, "position": 2, "margin": 1.0}]
+    assert clear["teacher_forced"] == [{"prompt": 0, "position": 1, "margin": 1.0}]
+    assert (clear["rounded"], found["tiny_rounded"]["flips"]) == ([], 1)
+    assert found["tiny_mtp_divergences"] == [{"prompt": 0, "position": 2, "margin": 1.0}]
+
+
+TEACHER_FORCED = ("written_and_read", "teacher_forced", "rounded")
+
+
+@pytest.mark.vllm
+def test_a_sum_of_two_ranks_is_off_by_its_rounding_and_no_more() -> None:
+    whole = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    apart = load("worker_extension").sum_of_parts(whole).float() - whole.float()
+    row = whole.float().square().mean(-1, keepdim=True).sqrt()
+    assert 2**-10 < (apart.square().mean().sqrt() / row.mean()) < 2**-7
+
+
+def test_tokens_are_counted_as_those_of_one_gpu_or_of_two() -> None:
+    found = load("mixed_scales").compare([[1, 2, 9, 4]], [[1, 2, 3, 4]], [[1, 5, 9, 4]])
+    assert (found["differ_from_one"], found["differ_from_two"]) == (1, 1)
+    assert (found["two_differ_from_one"], found["as_two"]) == (2, 1)
+
+
 def test_recordings_are_compared_by_their_projections() -> None:
     check = load("gpu_serve_check")
     expected = [{"targets": [1, 2], "projected": [[3.0, 4.0], [0.0, 0.0]]}]

@@ -150,6 +150,14 @@ def test_flash_on_the_hardware_that_the_project_names(
     assert set(ids(found, "error", "warning")) == expected
 
 
+@pytest.mark.parametrize(("tp", "expected"), [(1, []), (2, ["vllm-50196"])])
+def test_a_rank_whose_share_of_an_expert_is_one_group_is_noted(
+    good: dict[str, Path], tp: int, expected: list[str]
+) -> None:
+    found = ids(diagnose(good["rtn"], on("H200", tp)), "note")
+    assert [id_ for id_ in found if id_ == "vllm-50196"] == expected
+
+
 def test_flash_is_too_much_for_a_cpu(full_size: Survey) -> None:
     assert ids(examine(full_size, ON_CPU)) == ["memory-weights"]
 

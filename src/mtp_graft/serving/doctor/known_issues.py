@@ -41,6 +41,13 @@ def _has_int4(survey: Survey) -> bool:
     return any(format_of(parts) == "int4" for parts in survey.stems.values())
 
 
+def _is_one_group(survey: Survey, tp: int) -> bool:
+    inner, hidden = (survey.config.get(key) for key in ("moe_intermediate_size", "hidden_size"))
+    if not (_has_int4(survey) and isinstance(inner, int) and isinstance(hidden, int)):
+        return False
+    return inner // tp <= survey.group_size < hidden
+
+
 ISSUES = (
     KnownIssue(
         "vllm-51513",
@@ -71,9 +78,20 @@ ISSUES = (
         lambda survey, target: target.tp >= 4 and _has_int4(survey),
         "INT4 experts on four ranks or more",
         "the Acti card met a defect in cutting group scales to the ranks; by the source all "
-        "supported versions cut them, but we never ran four ranks",
+        "supported versions cut them; four H100 loaded Flash's width, and no text was read",
         "if text is noise: --tp 2",
         "vllm-project/vllm#41511; read in 0.26 to 0.33",
+    ),
+    KnownIssue(
+        "vllm-50196",
+        "note",
+        "",
+        lambda survey, target: target.platform == "cuda" and _is_one_group(survey, target.tp),
+        "a rank's share of an INT4 expert is one group of scales",
+        "vLLM then mixes up the scales of w1 and w3 in each 64 columns: other text and no error; "
+        "two H200 chose 38 of 576 tokens unlike one",
+        "VLLM_PLUGINS=mtp_graft, which `mtp-graft serve` sets and which puts them right",
+        "vllm-project/vllm#50196; docs/engine.md",
     ),
     KnownIssue(
         "vllm-51970",
