@@ -187,6 +187,19 @@ def test_a_killed_sweep_measures_only_the_points_that_are_missing(
     assert sweep(no_server, config, run) == again
 
 
+def test_points_of_earlier_calls_stay_in_the_result(tmp_path: Path) -> None:
+    def measured(*streams: int, k: int | None = None) -> list[tuple[int | None, int]]:
+        config = SweepConfig(streams, (k,), max_tokens=4, requests_per_stream=1)
+        result = sweep(lambda _k: running(Steady()), config, tmp_path)
+        assert [best["concurrency"] for best in result["best_k"]] == []
+        return [(point["k"], point["concurrency"]) for point in result["points"]]
+
+    assert measured(1, 3) == [(None, 1), (None, 3)]
+    assert measured(2) == [(None, 1), (None, 2), (None, 3)]
+    # As it is, the server may draft as many: those two are not compared.
+    assert measured(2, k=1) == [(None, 1), (None, 2), (None, 3), (1, 2)]
+
+
 def point(k: int, concurrency: int, speed: float, half: float = 1.0) -> dict[str, Any]:
     return {
         "k": k,

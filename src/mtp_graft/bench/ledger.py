@@ -29,6 +29,10 @@ class Ledger:
     def __getitem__(self, name: str) -> Any:
         return self._units[name]
 
+    def values(self) -> list[Any]:
+        """Return all finished units."""
+        return list(self._units.values())
+
     def add(self, name: str, unit: Any) -> None:
         """Keep a finished unit; a name is given once."""
         assert name not in self._units, name

@@ -45,8 +45,9 @@ def measure_sweep(
 ) -> dict[str, Any]:
     """Hold every load on a server for each k; points that the ledger has are not measured again.
 
-    Returns `points`, `best_k` (for each load) and `dips` (loads that bring fewer tokens a second
-    than the next smaller one). Raises GraftError if a request fails for good.
+    Returns `points` (all that the ledger has then), `best_k` (for each load) and `dips` (loads that
+    bring fewer tokens a second than the next smaller one). Raises GraftError if a request fails for
+    good.
     """
     for k in config.ks:
         missing = [n for n in config.streams if _point_name(k, n) not in ledger]
@@ -60,12 +61,16 @@ def measure_sweep(
                 for done in load.run():
                     report(f"{label}: {streams} streams", done, load.num_wanted)
                 ledger.add(_point_name(k, streams), {"k": k} | load.point())
-    points = [ledger[_point_name(k, n)] for k in config.ks for n in config.streams]
+    points = sorted(ledger.values(), key=_k_and_streams)
     return {"points": points, "best_k": best_k(points), "dips": dips(points)}
 
 
 def _point_name(k: int | None, streams: int) -> str:
     return f"k={k}/streams={streams}"
+
+
+def _k_and_streams(point: dict[str, Any]) -> tuple[int, int]:
+    return -1 if point["k"] is None else point["k"], point["concurrency"]
 
 
 class _Load:
@@ -204,11 +209,12 @@ def best_k(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each load, the k with the most tokens a second, and whether it stands out.
 
     It does if its interval lies above that of every other k. The intervals know what varied
-    within the window, not what another start of the server would change.
+    within the window, not what another start of the server would change. A server that drafts as
+    it likes has no k to be named.
     """
     found = []
     for streams in sorted({point["concurrency"] for point in points}):
-        rivals = [point for point in points if point["concurrency"] == streams]
+        rivals = [p for p in points if p["concurrency"] == streams and p["k"] is not None]
         if len(rivals) < 2:
             continue
         best = max(rivals, key=lambda point: point["aggregate_tok_s"])
