@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +134,73 @@ def test_a_running_servers_device_is_not_taken_for_this_machines(
         assert manifest["device"] == f"server at {client.base_url}"
         assert run(*call)[0] == 0
     assert json.loads(path.read_text()) == manifest, "nothing was measured again"
+
+
+@pytest.fixture
+def sweep_words(grafted: Path, prompts_file: Path, tmp_path: Path) -> tuple[object, ...]:
+    """A small sweep into a run folder, but for its loads."""
+    asked = ("--prompts", prompts_file, "--requests", 1, "--max-tokens", 6)
+    return ("bench", "sweep", "--checkpoint", grafted, "--run", tmp_path / "run", *asked)
+
+
+def test_loads_that_are_added_join_those_of_the_run_folder(
+    run: Run, sweep_words: tuple[object, ...], tmp_path: Path
+) -> None:
+    kept = tmp_path / "run" / "bench" / "sweep"
+
+    def after(streams: str) -> tuple[list[int], dict[str, Any]]:
+        status, out, errors = run(*sweep_words, "--streams", streams, "--json", "-")
+        assert status == 0, errors
+        result = json.loads((kept / "result.json").read_text())
+        assert json.loads(out) == result
+        manifest = json.loads((kept / "manifest.json").read_text())
+        return [point["concurrency"] for point in result["points"]], manifest
+
+    numbers, first = after("1,3")
+    assert numbers == [1, 3]
+    numbers, second = after("2")
+    assert numbers == [1, 2, 3] and second["seconds"] != first["seconds"]
+    assert after("3") == ([1, 2, 3], second), "nothing was measured"
+
+
+@pytest.mark.parametrize(
+    ("what", "other", "message"),
+    [
+        ("pipeline.device.device_name", "1x another", "server.device = "),
+        ("serving.command.find_vllm", command.vllm_elsewhere("0.33.0"), "server.vllm = "),
+    ],
+)
+def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
+    run: Run,
+    sweep_words: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    other: Any,
+    message: str,
+) -> None:
+    assert run(*sweep_words, "--streams", "1")[0] == 0
+    manifest = tmp_path / "run" / "bench" / "sweep" / "manifest.json"
+    before = manifest.read_bytes()
+    monkeypatch.setattr(f"mtp_graft.{what}", lambda: other)
+    status, _, errors = run(*sweep_words, "--streams", "1,2")
+    assert status == 1
+    assert f"was begun with {message}" in errors and "use another --run" in errors
+    assert manifest.read_bytes() == before
+
+
+def test_a_repeated_decode_keeps_the_failures_of_the_one_that_measured(
+    run: Run, fake: Callable[..., None], grafted: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    fake(fails={"2": "500"})
+    words = (
+        *("bench", "decode", "--checkpoint", grafted, "--prompts", prompts_file, "--rounds", 1),
+        *("--max-tokens", 6, "--run", tmp_path / "run", "--json", "-"),
+    )
+    first, again = run(*words), run(*words)
+    assert first[0] == again[0] == 0, first[2] + again[2]
+    assert json.loads(first[1])["errors"] == 1
+    assert again[1] == first[1]
 
 
 def test_sweep_prints_a_row_a_point_and_draws_them(

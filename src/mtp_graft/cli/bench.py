@@ -90,8 +90,7 @@ def bench_decode(
     asked = prompts_of(prompts, limit)
     decode = _Decode(target, num_speculative_tokens, asked, config, folder, target.retrying())
     with progress_bar() as report:
-        result = decode.alone(report) if other is None else decode.beside(other, pairs, report)
-    keep_result(result, folder, target)
+        result = decode.alone(report) if other is None else decode.beside(other, pairs or 4, report)
     write_json(result, json_file)
     out = result_console(json_file)
     if other is None:
@@ -136,7 +135,8 @@ class _Decode:
                 lambda: stack.enter_context(self.target.client(report, "", self.k)),
                 *(self.prompts, self.config, report, ledger, self.retrying),
             )
-        return decode_result(rounds, self.config) | self.retrying.as_dict()
+            result = decode_result(rounds, self.config) | self.retrying.as_dict()
+            return keep_result(result, self.folder, self.target, ledger)
 
     def beside(self, other: Target, pairs: int, report: Report) -> dict[str, Any]:
         from mtp_graft.bench.alternating import AlternatingConfig, measure_alternating
@@ -151,8 +151,9 @@ class _Decode:
                 lambda name: other.client(report, name, 0),
                 *(self.prompts, alternating, report, ledger, self.retrying),
             )
-        # Servers that are not ours were not started again between their turns.
-        return result | {"restarted": self.target.checkpoint is not None}
+            # Servers that are not ours were not started again between their turns.
+            result |= {"restarted": self.target.checkpoint is not None}
+            return keep_result(result, self.folder, self.target, ledger)
 
 
 def _named(prompts: Sequence[Any]) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def bench_sweep(
             return target.client(report, "" if drafted is None else f"k{drafted}", drafted)
 
         result = measure_sweep(serve, asked, config, report, ledger, target.retrying)
-    keep_result(result, folder, target)
+        result = keep_result(result, folder, target, ledger)
     write_json(result, json_file)
     out = result_console(json_file)
     out.print(sweep_table(result["points"]))
@@ -272,6 +273,6 @@ def bench_workload(
             lambda: stack.enter_context(target.client(report, "", num_speculative_tokens)),
             *(workload, config, report, ledger, target.retrying()),
         )
-    keep_result(result, folder, target)
+        result = keep_result(result, folder, target, ledger)
     write_json(result, json_file)
     result_console(json_file).print(workload_table(result))
