@@ -53,6 +53,7 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
             ("decode", "--base-url", "http://u", "--against-url", "http://v", "--pairs", "1"),
             "--pairs",
         ),
+        (("decode", "--base-url", "http://u", "--pairs", "2"), "--pairs needs --against"),
         (("sweep",), "give one of --base-url and --checkpoint"),
         (("sweep", "--base-url", "http://u", "--k", "1,2"), "--k needs --checkpoint"),
         (("sweep", "--checkpoint", "c", "--streams", "1,0"), "--streams is '1,0'"),

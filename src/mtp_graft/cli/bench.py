@@ -63,8 +63,9 @@ def bench_decode(
         ),
     ] = None,
     pairs: Annotated[
-        int, typer.Option(min=2, metavar="N", help="How often the two take turns.")
-    ] = 4,
+        int | None,
+        typer.Option(min=2, metavar="N", help="How often the two take turns. Default: 4."),
+    ] = None,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
     max_tokens: MaxTokensOption = 128,
@@ -85,6 +86,10 @@ def bench_decode(
     from mtp_graft.bench.decode import DecodeConfig
 
     other = _other(target, against, against_url)
+    if pairs is not None and other is None:
+        raise typer.BadParameter(
+            "--pairs needs --against or --against-url: one server has no turns"
+        )
     config = DecodeConfig(max_tokens, rounds, ignore_eos)
     folder = target.folder(run, "decode")
     asked = prompts_of(prompts, limit)
