@@ -134,7 +134,7 @@ def measure_decode(
     """Continue all prompts `config.rounds` times, one request at a time, after a warm-up.
 
     Continuations in `ledger` under this label are not asked for again. Raises GraftError if a
-    prompt fails for good, or if no prompt is continued by more than one chunk of tokens.
+    prompt fails for good, or if a round continues no prompt by more than one chunk of tokens.
     """
     ledger, retrying = ledger or Ledger(), retrying or Retrying()
 
@@ -154,13 +154,7 @@ def measure_decode(
         if name not in ledger:
             ledger.add(name, retrying.ask(name, partial(ask, prompt)).as_dict())
     report(label, len(names), len(names))
-    rounds = rounds_of(ledger, names, len(prompts))
-    if not any(c.num_decoded for r in rounds for c in r.completions):
-        raise GraftError(
-            f"{client.base_url}: every answer is a single chunk, so there is no decode time "
-            f"to measure; ask for more than {config.max_tokens} tokens or longer answers"
-        )
-    return rounds
+    return rounds_of(ledger, names, len(prompts))
 
 
 def measure_kept(
@@ -196,10 +190,20 @@ def unit_names(prompts: Sequence[TokenPrompt], config: DecodeConfig, label: str)
 
 
 def rounds_of(ledger: Ledger, names: Sequence[str], num_prompts: int) -> list[Round]:
-    """Return the rounds that a ledger holds under these names."""
-    timed = [Timed.from_dict(ledger[name]) for name in names]
-    starts = range(0, len(timed), num_prompts)
-    return [Round(tuple(timed[start : start + num_prompts])) for start in starts]
+    """Return the rounds that a ledger holds under these names.
+
+    Raises GraftError if every answer of a round came in a single chunk.
+    """
+    rounds = []
+    for start in range(0, len(names), num_prompts):
+        one = Round(tuple(Timed.from_dict(ledger[n]) for n in names[start : start + num_prompts]))
+        if not any(completion.num_decoded for completion in one.completions):
+            raise GraftError(
+                f"{names[start]} and the round's other answers are each a single chunk, so there "
+                "is no decode time to measure; ask for more tokens or longer answers"
+            )
+        rounds.append(one)
+    return rounds
 
 
 def score_greedy(
