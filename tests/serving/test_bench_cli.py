@@ -1,7 +1,10 @@
 """`mtp-graft bench` from the command line, on a stand-in vLLM."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,13 +337,34 @@ def test_a_killed_client_asks_nothing_twice_and_gives_the_same_result(
     assert without(result, kill.times) == without(expected, kill.times)
 
 
+def test_ctrl_c_does_not_wait_for_streams_that_hang(
+    site: Path, grafted: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    streams = tmp_path / "streams"
+    hangs = {str(number): "hangs" for number in range(4, 20)}  # 1 to 3 are warm-ups
+    words = ("bench", "sweep", "--checkpoint", grafted, "--streams", "3", "--prompts", prompts_file)
+    client = subprocess.Popen(
+        [sys.executable, "-c", KILLABLE, *map(str, words), "--log", str(tmp_path / "vllm.log")],
+        env=command_environment(site, streams=str(streams), fails=hangs),
+    )
+    try:
+        while num_lines(streams) < 6:
+            assert client.poll() is None
+            time.sleep(0.02)
+        client.send_signal(signal.SIGINT)
+        assert client.wait(timeout=10) != 0
+    finally:
+        client.kill()
+        client.wait()
+
+
 def num_lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 #: The command, seeing the stand-in only: the test's own patch ends with its process.
 KILLABLE = """
-import os, sys
+import os, signal, sys
 from importlib.metadata import Distribution, PackageNotFoundError
 from mtp_graft import cli
 from mtp_graft.serving import command, server
@@ -352,5 +376,6 @@ def distribution(name):
 
 command.distribution = distribution
 server.POLL_S = 0.02
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 cli.main()
 """

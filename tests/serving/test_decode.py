@@ -329,3 +329,14 @@ def test_a_round_without_a_second_chunk_is_refused_also_when_it_was_measured_bef
     ):
         with pytest.raises(GraftError, match=f"{unit} .* single chunk"):
             measure_kept(no_server, PROMPTS, CONFIG, quiet, ledger, Retrying())
+
+
+def test_a_refused_tokenization_is_counted_and_asked_again(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(refuses_first={"/tokenize": 1})
+    retrying = Retrying(wait_s=0.0)
+    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client:
+        rounds = measure_kept(lambda: client, PROMPTS, CONFIG, quiet, Ledger(), retrying)
+    assert [(f.request, f.kind) for f in retrying.failures] == [("tokenize a", "refused")]
+    assert [len(r.timed) for r in rounds] == [2, 2]

@@ -116,9 +116,12 @@ class Divergence:
     margin: float | None  # the base's logprob margin there; None past the base's last token
 
 
-def tokenize(client: ServerClient, prompts: Sequence[Prompt | ChatPrompt]) -> list[TokenPrompt]:
+def tokenize(
+    client: ServerClient, prompts: Sequence[Prompt | ChatPrompt], retrying: Retrying
+) -> list[TokenPrompt]:
     """Return the prompts as the server's token ids."""
-    return [TokenPrompt(p.id, tuple(client.encode(p))) for p in prompts]
+    encoded = [retrying.ask(f"tokenize {p.id}", partial(client.encode, p)) for p in prompts]
+    return [TokenPrompt(p.id, tuple(ids)) for p, ids in zip(prompts, encoded, strict=True)]
 
 
 def measure_decode(
@@ -174,7 +177,7 @@ def measure_kept(
             return rounds_of(ledger, names, len(known))
     server = client()
     if "prompts" not in ledger:
-        ledger.add("prompts", [asdict(prompt) for prompt in tokenize(server, prompts)])
+        ledger.add("prompts", [asdict(prompt) for prompt in tokenize(server, prompts, retrying)])
     known = kept_prompts(ledger)
     return measure_decode(server, known, config, report, label, ledger=ledger, retrying=retrying)
 
@@ -328,7 +331,7 @@ def measure_base(
     `bench decode`) and `stream` (as `median_round`). JSON all of it, so that a killed run need not
     measure the base again.
     """
-    token_prompts = tokenize(client, prompts)
+    token_prompts = tokenize(client, prompts, Retrying())
     reference = score_greedy(client, token_prompts, config, report, "base: margins")
     rounds = measure_decode(client, token_prompts, config, report, "base: decode")
     result = decode_result(rounds, config)
