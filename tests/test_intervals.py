@@ -115,8 +115,21 @@ def test_servers_that_never_vary_have_an_interval_without_width() -> None:
     assert found["interval"] == pytest.approx([2.0, 2.0])
 
 
-def test_a_mean_of_two_values_has_students_interval() -> None:
-    assert mean_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), rel=1e-3)
+def test_a_mean_of_two_values_has_students_interval_of_its_logarithm() -> None:
+    found = mean_interval([1.0, 3.0])
+    assert np.log(found) == pytest.approx(np.log(2) + np.array([-1, 1]) * 12.706 / 2, rel=1e-3)
+
+
+def test_no_interval_of_a_speed_is_negative_and_a_narrow_one_is_students() -> None:
+    low, high = mean_interval([0.0] * 7 + [800.0])  # all tokens came in one slice
+    assert 0 < low < 100 < high
+    assert mean_interval([99.0, 101.0, 100.0]) == pytest.approx((97.52, 102.48), abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [2.0, 20.0])  # of a slice: its spread is 71 %, or 22 %
+def test_the_interval_of_a_speed_holds_it_about_as_often_as_it_says(shape: float) -> None:
+    means = [mean_interval(RNG.gamma(shape, 1 / shape, 8)) for _ in range(SIMULATIONS)]
+    assert sum(low <= 1 <= high for low, high in means) / SIMULATIONS > 0.9
 
 
 def test_the_fast_bootstraps_are_those_of_a_plain_loop() -> None:

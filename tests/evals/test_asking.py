@@ -124,6 +124,7 @@ def test_answers_of_another_server_or_other_settings_are_not_mixed(
             ("--base-url", server.url, "--limit", 6, "--seed", 1),
             ("--base-url", server.url, "--limit", 6, "--thinking"),
             ("--base-url", server.url, "--limit", 6, "--max-tokens", 9),
+            ("--base-url", server.url, "--limit", 6, "--concurrency", 1),
             ("--base-url", other.url, "--limit", 6),
         ):
             status, _, errors = run(*command, *change)

@@ -12,7 +12,7 @@ from mtp_graft.stages.splice import splice
 
 from .conftest import Run
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("whole_sandbox")]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 EVALS = ("gsm8k", "humaneval", "mmlu", "capability")
 
@@ -26,12 +26,14 @@ def checkpoint(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path)
     return tmp_path / "spliced"
 
 
+@pytest.mark.usefixtures("whole_sandbox")
 def test_every_benchmark_runs_to_its_end(
     run: Run, checkpoint: Path, tiny_model: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     limited = ("--data-dir", shared_data, "--limit", 3)
     asked = {name: ("--max-tokens", 24, *limited) for name in EVALS[:3]}
     asked |= {"capability": ("--max-tokens", 24), "workload": ("--max-tokens", 32)}
+    asked |= {"decode": ("--max-tokens", 16, "--limit", 2, "--rounds", 1)}
     results: dict[str, dict[str, Any]] = {}
     # The workload's longest prompt is 2,269 tokens with its document, system prompt and tools.
     options = ServeOptions(checkpoint, port=0, max_model_len=4096)
@@ -55,3 +57,26 @@ def test_every_benchmark_runs_to_its_end(
     assert all(0 < task["completion_tokens"] <= 32 for task in workload["tasks"])
     drafts = checkpoint != tiny_model / "base"
     assert (counters is not None) == (workload["acceptance"] is not None) == drafts
+
+    decode = results["decode"]
+    assert (decode["num_prompts"], decode["tokens_per_round"], decode["errors"]) == (2, 32, 0)
+    assert decode["decode_tok_s"]["median"] > 0
+    assert (decode["acceptance"] is not None) == drafts
+
+
+@pytest.mark.parametrize("checkpoint", ["mxfp4"], indirect=True)
+def test_sweep_holds_an_odd_load_with_and_without_the_head(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    status, out, errors = run(
+        *("bench", "sweep", "--checkpoint", checkpoint, "-k", "0,1", "--streams", "1,3"),
+        *("--max-model-len", 256, "--max-tokens", 8, "--limit", 3, "--requests", 1),
+        *("--run", tmp_path / "run", "--json", "-"),
+    )
+    assert status == 0, errors
+    points = json.loads(out)["points"]
+    assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    for point in points:
+        assert point["requests"] >= point["concurrency"] and point["errors"] == 0
+        assert point["tokens"] >= 8 * point["concurrency"]
+        assert (point["acceptance"] is not None) == (point["k"] == 1)

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "streams": None,  # file that gets a line per stream asked: the sum of its prompt
     "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs, closes or aborts
     "completion_fails": {},  # the same for completions that are not streamed
+    "refuses_first": {},  # path -> how many requests for it are refused before one is answered
     "noise": 0.0,  # steps take up to this share more; the same ones whenever it starts
     "chat_tokens": 24,  # new tokens of a chat without max_tokens
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
@@ -147,14 +148,18 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.path == "/health":
+        if self.is_refused():
+            self.reply(200, "", failure="500")
+        elif self.path == "/health":
             self.reply(503 if SETTINGS["mode"] == "never_healthy" else 200, "")
         else:
             self.reply(200, metrics())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":
+        if self.is_refused():
+            self.reply(200, "", failure="500")
+        elif self.path == "/tokenize":
             text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
             start = [0] if body.get("add_special_tokens", "messages" in body) else []
             self.reply(200, json.dumps({"tokens": [*start, *text.encode()]}))
@@ -174,6 +179,12 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(SETTINGS["step_s"])
             answer = json.dumps({"choices": [self.choice(body)]})
             self.reply(200, answer, failure=SETTINGS["completion_fails"].get(str(number)))
+
+    def is_refused(self) -> bool:
+        with LOCK:
+            left: int = SETTINGS["refuses_first"].get(self.path, 0)
+            SETTINGS["refuses_first"][self.path] = left - 1
+            return left > 0
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
         tokens = answer(body["prompt"], body["max_tokens"])

@@ -113,15 +113,21 @@ def test_a_failed_request_is_counted_and_asked_again_in_every_turn(
     margins_kind: str,
 ) -> None:
     # Each server's first completion shows that it is up, and its first stream is the warm-up.
-    fake(completion_fails={"2": failure}, fails={"3": failure}, step_s=0.001)
+    fake(
+        completion_fails={"2": failure},
+        fails={"3": failure},
+        refuses_first={"/tokenize": 1},
+        step_s=0.001,
+    )
     sessions = Sessions(tmp_path / "vllm.log", silence_s=0.5)
     config = AlternatingConfig(pairs=2, decode=DecodeConfig(20, rounds=1))
     result = measure(sessions, grafted, base, None, config, attempts=2)
     assert [(f["request"], f["kind"]) for f in result["failures"]] == [
+        ("tokenize a", "refused"),
         ("reference/a", margins_kind),
         *((f"{session}/0/b", kind) for session in ("base-1", "mtp-1", "mtp-2", "base-2")),
     ]
-    assert result["errors"] == 5
+    assert result["errors"] == 6
     # Half an answer is no text, and what was drafted for it is in no number.
     assert result["greedy_identical"] is True
     assert result["acceptance"]["values"] == pytest.approx([7 / 13] * 2)

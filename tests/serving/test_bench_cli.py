@@ -1,10 +1,14 @@
 """`mtp-graft bench` from the command line, on a stand-in vLLM."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +56,7 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
             ("decode", "--base-url", "http://u", "--against-url", "http://v", "--pairs", "1"),
             "--pairs",
         ),
+        (("decode", "--base-url", "http://u", "--pairs", "2"), "--pairs needs --against"),
         (("sweep",), "give one of --base-url and --checkpoint"),
         (("sweep", "--base-url", "http://u", "--k", "1,2"), "--k needs --checkpoint"),
         (("sweep", "--checkpoint", "c", "--streams", "1,0"), "--streams is '1,0'"),
@@ -133,6 +138,73 @@ def test_a_running_servers_device_is_not_taken_for_this_machines(
         assert manifest["device"] == f"server at {client.base_url}"
         assert run(*call)[0] == 0
     assert json.loads(path.read_text()) == manifest, "nothing was measured again"
+
+
+@pytest.fixture
+def sweep_words(grafted: Path, prompts_file: Path, tmp_path: Path) -> tuple[object, ...]:
+    """A small sweep into a run folder, but for its loads."""
+    asked = ("--prompts", prompts_file, "--requests", 1, "--max-tokens", 6)
+    return ("bench", "sweep", "--checkpoint", grafted, "--run", tmp_path / "run", *asked)
+
+
+def test_loads_that_are_added_join_those_of_the_run_folder(
+    run: Run, sweep_words: tuple[object, ...], tmp_path: Path
+) -> None:
+    kept = tmp_path / "run" / "bench" / "sweep"
+
+    def after(streams: str) -> tuple[list[int], dict[str, Any]]:
+        status, out, errors = run(*sweep_words, "--streams", streams, "--json", "-")
+        assert status == 0, errors
+        result = json.loads((kept / "result.json").read_text())
+        assert json.loads(out) == result
+        manifest = json.loads((kept / "manifest.json").read_text())
+        return [point["concurrency"] for point in result["points"]], manifest
+
+    numbers, first = after("1,3")
+    assert numbers == [1, 3]
+    numbers, second = after("2")
+    assert numbers == [1, 2, 3] and second["seconds"] != first["seconds"]
+    assert after("3") == ([1, 2, 3], second), "nothing was measured"
+
+
+@pytest.mark.parametrize(
+    ("what", "other", "message"),
+    [
+        ("pipeline.device.device_name", "1x another", "server.device = "),
+        ("serving.command.find_vllm", command.vllm_elsewhere("0.33.0"), "server.vllm = "),
+    ],
+)
+def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
+    run: Run,
+    sweep_words: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    other: Any,
+    message: str,
+) -> None:
+    assert run(*sweep_words, "--streams", "1")[0] == 0
+    manifest = tmp_path / "run" / "bench" / "sweep" / "manifest.json"
+    before = manifest.read_bytes()
+    monkeypatch.setattr(f"mtp_graft.{what}", lambda: other)
+    status, _, errors = run(*sweep_words, "--streams", "1,2")
+    assert status == 1
+    assert f"was begun with {message}" in errors and "use another --run" in errors
+    assert manifest.read_bytes() == before
+
+
+def test_a_repeated_decode_keeps_the_failures_of_the_one_that_measured(
+    run: Run, fake: Callable[..., None], grafted: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    fake(fails={"2": "500"})
+    words = (
+        *("bench", "decode", "--checkpoint", grafted, "--prompts", prompts_file, "--rounds", 1),
+        *("--max-tokens", 6, "--run", tmp_path / "run", "--json", "-"),
+    )
+    first, again = run(*words), run(*words)
+    assert first[0] == again[0] == 0, first[2] + again[2]
+    assert json.loads(first[1])["errors"] == 1
+    assert again[1] == first[1]
 
 
 def test_sweep_prints_a_row_a_point_and_draws_them(
@@ -265,13 +337,34 @@ def test_a_killed_client_asks_nothing_twice_and_gives_the_same_result(
     assert without(result, kill.times) == without(expected, kill.times)
 
 
+def test_ctrl_c_does_not_wait_for_streams_that_hang(
+    site: Path, grafted: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    streams = tmp_path / "streams"
+    hangs = {str(number): "hangs" for number in range(4, 20)}  # 1 to 3 are warm-ups
+    words = ("bench", "sweep", "--checkpoint", grafted, "--streams", "3", "--prompts", prompts_file)
+    client = subprocess.Popen(
+        [sys.executable, "-c", KILLABLE, *map(str, words), "--log", str(tmp_path / "vllm.log")],
+        env=command_environment(site, streams=str(streams), fails=hangs),
+    )
+    try:
+        while num_lines(streams) < 6:
+            assert client.poll() is None
+            time.sleep(0.02)
+        client.send_signal(signal.SIGINT)
+        assert client.wait(timeout=10) != 0
+    finally:
+        client.kill()
+        client.wait()
+
+
 def num_lines(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 #: The command, seeing the stand-in only: the test's own patch ends with its process.
 KILLABLE = """
-import os, sys
+import os, signal, sys
 from importlib.metadata import Distribution, PackageNotFoundError
 from mtp_graft import cli
 from mtp_graft.serving import command, server
@@ -283,5 +376,6 @@ def distribution(name):
 
 command.distribution = distribution
 server.POLL_S = 0.02
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 cli.main()
 """

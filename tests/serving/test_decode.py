@@ -301,16 +301,42 @@ def test_what_was_measured_before_a_kill_is_not_asked_again(
     assert [len(r.timed) for r in rounds] == [2, 2]
 
 
-def test_a_finished_measurement_needs_no_server(tmp_path: Path) -> None:
+def no_server() -> BenchClient:
+    raise AssertionError("a server was asked for")
+
+
+def finished(*timed: Timed) -> Ledger:
+    """Return the ledger of one prompt, with a continuation a round."""
     ledger = Ledger()
     ledger.add("prompts", [{"id": "a", "token_ids": [1]}])
-    one = Timed(completion(5, 1, 0.1, 1.0), SpecDecodeCounters(4, 4, 2, (2,)))
-    for n in range(CONFIG.rounds):
+    for n, one in enumerate(timed):
         ledger.add(f"decode/{n}/a", json.loads(json.dumps(one.as_dict())))
+    return ledger
 
-    def no_server() -> BenchClient:
-        raise AssertionError("a server was asked for")
 
-    rounds = measure_kept(no_server, PROMPTS, CONFIG, quiet, ledger, Retrying())
+def test_a_finished_measurement_needs_no_server() -> None:
+    one = Timed(completion(5, 1, 0.1, 1.0), SpecDecodeCounters(4, 4, 2, (2,)))
+    rounds = measure_kept(no_server, PROMPTS, CONFIG, quiet, finished(one, one), Retrying())
     assert [r.counters for r in rounds] == [(one.counters,)] * 2
     assert rounds[0].completions[0].decode_s == pytest.approx(one.completion.decode_s)
+
+
+def test_a_round_without_a_second_chunk_is_refused_also_when_it_was_measured_before() -> None:
+    two_chunks, one_chunk = (Timed(completion(5, n, 0.1, 1.0), None) for n in (1, 5))
+    for ledger, unit in (
+        (finished(one_chunk, one_chunk), "decode/0/a"),
+        (finished(two_chunks, one_chunk), "decode/1/a"),
+    ):
+        with pytest.raises(GraftError, match=f"{unit} .* single chunk"):
+            measure_kept(no_server, PROMPTS, CONFIG, quiet, ledger, Retrying())
+
+
+def test_a_refused_tokenization_is_counted_and_asked_again(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(refuses_first={"/tokenize": 1})
+    retrying = Retrying(wait_s=0.0)
+    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client:
+        rounds = measure_kept(lambda: client, PROMPTS, CONFIG, quiet, Ledger(), retrying)
+    assert [(f.request, f.kind) for f in retrying.failures] == [("tokenize a", "refused")]
+    assert [len(r.timed) for r in rounds] == [2, 2]

@@ -152,6 +152,46 @@ def test_failures_are_counted_at_their_point_and_asked_again(
     assert point["tokens"] >= 8 * 8
 
 
+@pytest.mark.parametrize(
+    ("path", "request_"), [("/tokenize", "tokenize a"), ("/metrics", "2 streams: counters")]
+)
+def test_a_refused_request_beside_the_load_is_counted_and_asked_again(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path, path: str, request_: str
+) -> None:
+    fake(refuses_first={path: 1})
+    config = SweepConfig(streams=(2,), ks=(1,), max_tokens=8, requests_per_stream=2)
+    (point,) = sweep(Servers(grafted, tmp_path / "vllm.log"), config)["points"]
+    assert [failure["request"] for failure in point["failures"]] == [request_]
+    assert point["acceptance"] is not None
+
+
+class FailsLate(Steady):
+    """Fails every request that is in flight when the window has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_readings = 0
+
+    def spec_decode_counters(self) -> None:
+        self.num_readings += 1
+        if self.num_readings == 2:
+            time.sleep(0.1)  # longer than a request: the other stream has begun one
+
+    def stream(self, prompt: Any, max_tokens: int, *, ignore_eos: bool = False) -> Completion:
+        completion = super().stream(prompt, max_tokens, ignore_eos=ignore_eos)
+        if self.num_readings == 2:
+            raise GraftError("out of luck")
+        return completion
+
+
+def test_a_request_that_nobody_measures_may_fail() -> None:
+    client = FailsLate()
+    config = SweepConfig(streams=(2,), max_tokens=20, requests_per_stream=2)
+    (point,) = sweep(lambda _k: running(client), config)["points"]
+    assert point["requests"] >= 4
+    assert point["errors"] == 2, "both attempts of the other stream's last request"
+
+
 def test_a_request_that_always_fails_ends_the_sweep_and_its_point_is_not_kept(
     fake: Callable[..., None], grafted: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +225,19 @@ def test_a_killed_sweep_measures_only_the_points_that_are_missing(
         raise AssertionError("a server was asked for")
 
     assert sweep(no_server, config, run) == again
+
+
+def test_points_of_earlier_calls_stay_in_the_result(tmp_path: Path) -> None:
+    def measured(*streams: int, k: int | None = None) -> list[tuple[int | None, int]]:
+        config = SweepConfig(streams, (k,), max_tokens=4, requests_per_stream=1)
+        result = sweep(lambda _k: running(Steady()), config, tmp_path)
+        assert [best["concurrency"] for best in result["best_k"]] == []
+        return [(point["k"], point["concurrency"]) for point in result["points"]]
+
+    assert measured(1, 3) == [(None, 1), (None, 3)]
+    assert measured(2) == [(None, 1), (None, 2), (None, 3)]
+    # As it is, the server may draft as many: those two are not compared.
+    assert measured(2, k=1) == [(None, 1), (None, 2), (None, 3), (1, 2)]
 
 
 def point(k: int, concurrency: int, speed: float, half: float = 1.0) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _ask_reference(
 ) -> None:
     """Keep the prompts' token ids, and the base's greedy texts with their margins."""
     if "prompts" not in ledger:
-        ledger.add("prompts", [asdict(prompt) for prompt in tokenize(client, prompts)])
+        ledger.add("prompts", [asdict(prompt) for prompt in tokenize(client, prompts, retrying)])
     known = kept_prompts(ledger)
     for done, prompt in enumerate(known):
         report("margins", done, len(known))

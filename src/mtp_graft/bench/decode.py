@@ -116,9 +116,12 @@ class Divergence:
     margin: float | None  # the base's logprob margin there; None past the base's last token
 
 
-def tokenize(client: ServerClient, prompts: Sequence[Prompt | ChatPrompt]) -> list[TokenPrompt]:
+def tokenize(
+    client: ServerClient, prompts: Sequence[Prompt | ChatPrompt], retrying: Retrying
+) -> list[TokenPrompt]:
     """Return the prompts as the server's token ids."""
-    return [TokenPrompt(p.id, tuple(client.encode(p))) for p in prompts]
+    encoded = [retrying.ask(f"tokenize {p.id}", partial(client.encode, p)) for p in prompts]
+    return [TokenPrompt(p.id, tuple(ids)) for p, ids in zip(prompts, encoded, strict=True)]
 
 
 def measure_decode(
@@ -134,7 +137,7 @@ def measure_decode(
     """Continue all prompts `config.rounds` times, one request at a time, after a warm-up.
 
     Continuations in `ledger` under this label are not asked for again. Raises GraftError if a
-    prompt fails for good, or if no prompt is continued by more than one chunk of tokens.
+    prompt fails for good, or if a round continues no prompt by more than one chunk of tokens.
     """
     ledger, retrying = ledger or Ledger(), retrying or Retrying()
 
@@ -154,13 +157,7 @@ def measure_decode(
         if name not in ledger:
             ledger.add(name, retrying.ask(name, partial(ask, prompt)).as_dict())
     report(label, len(names), len(names))
-    rounds = rounds_of(ledger, names, len(prompts))
-    if not any(c.num_decoded for r in rounds for c in r.completions):
-        raise GraftError(
-            f"{client.base_url}: every answer is a single chunk, so there is no decode time "
-            f"to measure; ask for more than {config.max_tokens} tokens or longer answers"
-        )
-    return rounds
+    return rounds_of(ledger, names, len(prompts))
 
 
 def measure_kept(
@@ -180,7 +177,7 @@ def measure_kept(
             return rounds_of(ledger, names, len(known))
     server = client()
     if "prompts" not in ledger:
-        ledger.add("prompts", [asdict(prompt) for prompt in tokenize(server, prompts)])
+        ledger.add("prompts", [asdict(prompt) for prompt in tokenize(server, prompts, retrying)])
     known = kept_prompts(ledger)
     return measure_decode(server, known, config, report, label, ledger=ledger, retrying=retrying)
 
@@ -196,10 +193,20 @@ def unit_names(prompts: Sequence[TokenPrompt], config: DecodeConfig, label: str)
 
 
 def rounds_of(ledger: Ledger, names: Sequence[str], num_prompts: int) -> list[Round]:
-    """Return the rounds that a ledger holds under these names."""
-    timed = [Timed.from_dict(ledger[name]) for name in names]
-    starts = range(0, len(timed), num_prompts)
-    return [Round(tuple(timed[start : start + num_prompts])) for start in starts]
+    """Return the rounds that a ledger holds under these names.
+
+    Raises GraftError if every answer of a round came in a single chunk.
+    """
+    rounds = []
+    for start in range(0, len(names), num_prompts):
+        one = Round(tuple(Timed.from_dict(ledger[n]) for n in names[start : start + num_prompts]))
+        if not any(completion.num_decoded for completion in one.completions):
+            raise GraftError(
+                f"{names[start]} and the round's other answers are each a single chunk, so there "
+                "is no decode time to measure; ask for more tokens or longer answers"
+            )
+        rounds.append(one)
+    return rounds
 
 
 def score_greedy(
@@ -324,7 +331,7 @@ def measure_base(
     `bench decode`) and `stream` (as `median_round`). JSON all of it, so that a killed run need not
     measure the base again.
     """
-    token_prompts = tokenize(client, prompts)
+    token_prompts = tokenize(client, prompts, Retrying())
     reference = score_greedy(client, token_prompts, config, report, "base: margins")
     rounds = measure_decode(client, token_prompts, config, report, "base: decode")
     result = decode_result(rounds, config)

@@ -32,11 +32,15 @@ def t_quantile(confidence: float, dof: float) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return Student's 95 % interval of the mean of two or more independent values."""
+    """Return a 95 % interval of the positive mean of two or more independent values.
+
+    It is Student's, of the mean's logarithm: no bound is negative, as no speed is. The logarithm's
+    error is the mean's relative error (delta method), so a value may be 0.
+    """
     middle = float(np.mean(values))
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half = t_quantile(CONFIDENCE, len(values) - 1) * error
-    return middle - half, middle + half
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) / middle
+    factor = math.exp(t_quantile(CONFIDENCE, len(values) - 1) * error)
+    return middle / factor, middle * factor
 
 
 def bootstrap_interval(

@@ -22,6 +22,7 @@ class Ledger:
     ) -> None:
         self._file = file
         self._units = dict(units or {})
+        self.has_grown = False  # since it was opened
 
     def __contains__(self, name: str) -> bool:
         return name in self._units
@@ -29,10 +30,15 @@ class Ledger:
     def __getitem__(self, name: str) -> Any:
         return self._units[name]
 
+    def values(self) -> list[Any]:
+        """Return all finished units."""
+        return list(self._units.values())
+
     def add(self, name: str, unit: Any) -> None:
         """Keep a finished unit; a name is given once."""
         assert name not in self._units, name
         self._units[name] = unit
+        self.has_grown = True
         if self._file is not None:
             self._file.write(json.dumps({"unit": name, "value": unit}).encode() + b"\n")
             self._file.flush()

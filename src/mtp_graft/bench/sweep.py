@@ -1,10 +1,10 @@
 """Speed under load: several streams at a time, for each number of speculative tokens."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from threading import Event, Lock
@@ -14,7 +14,9 @@ from mtp_graft.bench.decode import Report, TokenPrompt, tokenize
 from mtp_graft.bench.intervals import mean_interval
 from mtp_graft.bench.ledger import Ledger
 from mtp_graft.bench.streams import Retrying, stream_whole
+from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Completion, ServerClient
+from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.metrics import SpecDecodeCounters
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
@@ -45,27 +47,33 @@ def measure_sweep(
 ) -> dict[str, Any]:
     """Hold every load on a server for each k; points that the ledger has are not measured again.
 
-    Returns `points`, `best_k` (for each load) and `dips` (loads that bring fewer tokens a second
-    than the next smaller one). Raises GraftError if a request fails for good.
+    Returns `points` (all that the ledger has then), `best_k` (for each load) and `dips` (loads that
+    bring fewer tokens a second than the next smaller one). Raises GraftError if a request fails for
+    good.
     """
     for k in config.ks:
         missing = [n for n in config.streams if _point_name(k, n) not in ledger]
         if not missing:
             continue
         with serve(k) as client:
-            token_prompts = tokenize(client, prompts)
             for streams in missing:
                 label = "sweep" if k is None else f"sweep: k = {k}"
-                load = _Load(client, token_prompts, streams, config, new_retrying())
-                for done in load.run():
-                    report(f"{label}: {streams} streams", done, load.num_wanted)
+                show = partial(report, f"{label}: {streams} streams")
+                retrying = new_retrying()
+                token_prompts = tokenize(client, prompts, retrying)
+                load = _Load(client, token_prompts, streams, config, retrying, show)
+                load.run()
                 ledger.add(_point_name(k, streams), {"k": k} | load.point())
-    points = [ledger[_point_name(k, n)] for k in config.ks for n in config.streams]
+    points = sorted(ledger.values(), key=_k_and_streams)
     return {"points": points, "best_k": best_k(points), "dips": dips(points)}
 
 
 def _point_name(k: int | None, streams: int) -> str:
     return f"k={k}/streams={streams}"
+
+
+def _k_and_streams(point: dict[str, Any]) -> tuple[int, int]:
+    return -1 if point["k"] is None else point["k"], point["concurrency"]
 
 
 class _Load:
@@ -84,10 +92,11 @@ class _Load:
         streams: int,
         config: SweepConfig,
         retrying: Retrying,
+        report: Callable[[int, int], None],
     ) -> None:
-        self.num_wanted = config.requests_per_stream * streams
+        self._num_wanted = config.requests_per_stream * streams
         self._client, self._prompts, self._streams = client, prompts, streams
-        self._config, self._retrying = config, retrying
+        self._config, self._retrying, self._report = config, retrying, report
         self._lock = Lock()
         self._ended = Event()
         self._num_asked = self._num_warm = 0
@@ -96,27 +105,26 @@ class _Load:
         self._before: SpecDecodeCounters | None = None  # at the window's ends
         self._after: SpecDecodeCounters | None = None
 
-    def run(self) -> Iterator[int]:
-        """Hold the load; yield the number of measured requests now and then."""
-        with ThreadPoolExecutor(self._streams) as pool:
-            futures = [pool.submit(self._stream, number) for number in range(self._streams)]
-            try:
-                while not all(future.done() for future in futures):
-                    yield len(self._measured())
-                    self._ended.wait(0.2)
-                    if self._ended.is_set():
-                        break
-            finally:
-                self._ended.set()  # also where our caller was interrupted
-            for future in futures:
-                future.result()
+    def run(self) -> None:
+        """Hold the load; a caller that leaves, by Ctrl-C for one, does not wait for the streams."""
+        self._report(0, self._num_wanted)
+        try:
+            list(concurrently(self._stream, range(self._streams), self._streams))
+        finally:
+            self._ended.set()
 
     def _stream(self, number: int) -> None:
         try:
             warm_up = max(2, self._config.max_tokens * (number + 1) // self._streams)
             self._keep(self._ask(warm_up), warm=True)
             while not self._ended.is_set():
-                self._keep(self._ask(self._config.max_tokens))
+                try:
+                    completion = self._ask(self._config.max_tokens)
+                except GraftError:
+                    if self._ended_s:
+                        break  # it was in flight when the window ended: nobody measures it
+                    raise
+                self._keep(completion)
         finally:
             self._ended.set()
 
@@ -137,16 +145,21 @@ class _Load:
             self._num_warm += warm
             self._completions.append(completion)
             begins = warm and self._num_warm == self._streams
-            if begins:
-                self._began_s = time.perf_counter()
-            ends = not self._ended_s and len(self._measured()) >= self.num_wanted
+            num_measured = len(self._measured())
+            self._report(num_measured, self._num_wanted)
+            ends = not self._ended_s and num_measured >= self._num_wanted
             if ends:
                 self._ended_s = time.perf_counter()
         if begins:
-            self._before = self._client.spec_decode_counters()
+            self._before = self._count_drafts()
+            self._began_s = time.perf_counter()
         if ends:
-            self._after = self._client.spec_decode_counters()
+            self._after = self._count_drafts()
             self._ended.set()
+
+    def _count_drafts(self) -> SpecDecodeCounters | None:
+        name = f"{self._streams} streams: counters"
+        return self._retrying.ask(name, self._client.spec_decode_counters)
 
     def _measured(self) -> list[Completion]:
         """Return the requests that began and ended in the window."""
@@ -204,11 +217,12 @@ def best_k(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each load, the k with the most tokens a second, and whether it stands out.
 
     It does if its interval lies above that of every other k. The intervals know what varied
-    within the window, not what another start of the server would change.
+    within the window, not what another start of the server would change. A server that drafts as
+    it likes has no k to be named.
     """
     found = []
     for streams in sorted({point["concurrency"] for point in points}):
-        rivals = [point for point in points if point["concurrency"] == streams]
+        rivals = [p for p in points if p["concurrency"] == streams and p["k"] is not None]
         if len(rivals) < 2:
             continue
         best = max(rivals, key=lambda point: point["aggregate_tok_s"])

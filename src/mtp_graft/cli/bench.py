@@ -63,8 +63,9 @@ def bench_decode(
         ),
     ] = None,
     pairs: Annotated[
-        int, typer.Option(min=2, metavar="N", help="How often the two take turns.")
-    ] = 4,
+        int | None,
+        typer.Option(min=2, metavar="N", help="How often the two take turns. Default: 4."),
+    ] = None,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
     max_tokens: MaxTokensOption = 128,
@@ -85,13 +86,16 @@ def bench_decode(
     from mtp_graft.bench.decode import DecodeConfig
 
     other = _other(target, against, against_url)
+    if pairs is not None and other is None:
+        raise typer.BadParameter(
+            "--pairs needs --against or --against-url: one server has no turns"
+        )
     config = DecodeConfig(max_tokens, rounds, ignore_eos)
     folder = target.folder(run, "decode")
     asked = prompts_of(prompts, limit)
     decode = _Decode(target, num_speculative_tokens, asked, config, folder, target.retrying())
     with progress_bar() as report:
-        result = decode.alone(report) if other is None else decode.beside(other, pairs, report)
-    keep_result(result, folder, target)
+        result = decode.alone(report) if other is None else decode.beside(other, pairs or 4, report)
     write_json(result, json_file)
     out = result_console(json_file)
     if other is None:
@@ -136,7 +140,8 @@ class _Decode:
                 lambda: stack.enter_context(self.target.client(report, "", self.k)),
                 *(self.prompts, self.config, report, ledger, self.retrying),
             )
-        return decode_result(rounds, self.config) | self.retrying.as_dict()
+            result = decode_result(rounds, self.config) | self.retrying.as_dict()
+            return keep_result(result, self.folder, self.target, ledger)
 
     def beside(self, other: Target, pairs: int, report: Report) -> dict[str, Any]:
         from mtp_graft.bench.alternating import AlternatingConfig, measure_alternating
@@ -151,8 +156,9 @@ class _Decode:
                 lambda name: other.client(report, name, 0),
                 *(self.prompts, alternating, report, ledger, self.retrying),
             )
-        # Servers that are not ours were not started again between their turns.
-        return result | {"restarted": self.target.checkpoint is not None}
+            # Servers that are not ours were not started again between their turns.
+            result |= {"restarted": self.target.checkpoint is not None}
+            return keep_result(result, self.folder, self.target, ledger)
 
 
 def _named(prompts: Sequence[Any]) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def bench_sweep(
             return target.client(report, "" if drafted is None else f"k{drafted}", drafted)
 
         result = measure_sweep(serve, asked, config, report, ledger, target.retrying)
-    keep_result(result, folder, target)
+        result = keep_result(result, folder, target, ledger)
     write_json(result, json_file)
     out = result_console(json_file)
     out.print(sweep_table(result["points"]))
@@ -272,6 +278,6 @@ def bench_workload(
             lambda: stack.enter_context(target.client(report, "", num_speculative_tokens)),
             *(workload, config, report, ledger, target.retrying()),
         )
-    keep_result(result, folder, target)
+        result = keep_result(result, folder, target, ledger)
     write_json(result, json_file)
     result_console(json_file).print(workload_table(result))

@@ -143,7 +143,7 @@ def _measure(evaluation: "Evaluation", target: Target, asking: Asking) -> None:
     k = asking.num_speculative_tokens
     folder = target.folder(asking.run, evaluation.benchmark)
     claim = evaluation.claim() | {"thinking": asking.thinking, "k": k}
-    claim |= {"server": target.identity()}
+    claim |= {"concurrency": asking.concurrency, "server": target.identity()}
     with progress_bar() as report, open_ledger(folder, claim) as ledger:
         try:
             result = run_evaluation(
@@ -159,8 +159,8 @@ def _measure(evaluation: "Evaluation", target: Target, asking: Asking) -> None:
                 else "nothing was kept: give --run DIR to be able to go on"
             )
             raise Unanswered(f"{evaluation.benchmark}: {error}; {cure}") from error
-    result["settings"] |= {"thinking": asking.thinking, "concurrency": asking.concurrency}
-    keep_result(result, folder, target)
+        result["settings"] |= {"thinking": asking.thinking, "concurrency": asking.concurrency}
+        result = keep_result(result, folder, target, ledger)
     write_json(result, asking.json_file)
     _print_result(result, asking.json_file)
 

@@ -17,6 +17,7 @@ from mtp_graft.cli.help import SERVER
 from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
+    from mtp_graft.bench.ledger import Ledger
     from mtp_graft.bench.streams import BenchClient, Retrying
     from mtp_graft.serving.command import ServeOptions
 
@@ -105,9 +106,12 @@ class Target:
     def identity(self) -> dict[str, Any]:
         """Return what tells this server from another when a measurement goes on."""
         from mtp_graft.checkpoint.manifest import fingerprints
+        from mtp_graft.pipeline.device import device_name
+        from mtp_graft.serving.command import find_vllm
 
         if self.checkpoint is None:
             return {"base_url": self.base_url}
+        vllm = find_vllm()
         files = [self.checkpoint / "config.json", *sorted(self.checkpoint.glob("*.safetensors"))]
         return {
             "files": fingerprints(files),
@@ -115,6 +119,8 @@ class Target:
             "tensor_parallel_size": self.tensor_parallel_size,
             "max_model_len": self.max_model_len,
             "extra_args": self.extra or [],
+            "device": device_name(),
+            "vllm": f"{vllm.version} ({vllm.platform})",
         }
 
     def folder(self, run: Path | None, benchmark: str) -> Path | None:
@@ -199,24 +205,30 @@ def _bundled_prompts() -> Path:
     return Path(load_recipe(find_bundled_recipe()).bench.prompts)
 
 
-def keep_result(result: dict[str, Any], folder: Path | None, target: Target) -> None:
+def keep_result(
+    result: dict[str, Any], folder: Path | None, target: Target, ledger: "Ledger"
+) -> dict[str, Any]:
     """Write `result.json` and `manifest.json` into a benchmark's part of the run folder, if any.
 
     A running server's device is not known here: the manifest names its address instead. A call that
-    found everything measured leaves both as they are.
+    found everything measured leaves the manifest as it is. Returns the result: of such a call, with
+    the failures of the one that measured.
     """
-    from mtp_graft.checkpoint.manifest import CONFIG_NAME, write_manifest
+    from mtp_graft.checkpoint.manifest import CONFIG_NAME, read_result, write_manifest
     from mtp_graft.checkpoint.shards import write_json
     from mtp_graft.pipeline.device import device_name
 
     if folder is None:
-        return
+        return result
     path = folder / "result.json"
-    is_finished = path.exists() and (folder / "manifest.json").exists()
-    if is_finished and json.loads(path.read_text()) == json.loads(json.dumps(result)):
-        return
+    is_finished = (folder / "manifest.json").exists() and not ledger.has_grown
+    kept = read_result(path) if is_finished else None
+    if kept is not None and "errors" in kept:
+        result |= {key: kept[key] for key in ("errors", "failures")}
     write_json(result, path)
-    config = json.loads((folder / CONFIG_NAME).read_text())
-    device = device_name() if target.checkpoint else f"server at {target.base_url}"
-    seconds = time.perf_counter() - target.began_s
-    write_manifest(folder, f"bench {folder.name}", config, (), device, seconds)
+    if kept is None:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        device = device_name() if target.checkpoint else f"server at {target.base_url}"
+        seconds = time.perf_counter() - target.began_s
+        write_manifest(folder, f"bench {folder.name}", config, (), device, seconds)
+    return result
