@@ -13,7 +13,7 @@ import pytest
 
 from mtp_graft.bench import streams
 
-from .chat_server import ChatServer, serving
+from .chat_server import ChatServer, Message, serving
 from .conftest import Run
 
 
@@ -47,14 +47,16 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
         ("closes", "connection"),
         ("garbage", "broken"),
         ("aborts", "broken"),
+        ({"content": ["#### 30"]}, "broken"),
+        ({"content": 30}, "broken"),
     ],
 )
 def test_a_failed_request_is_counted_and_asked_again_and_no_wrong_answer(
-    run: Run, own_gsm8k: Path, failure: str, kind: str
+    run: Run, own_gsm8k: Path, failure: str | Message, kind: str
 ) -> None:
     seen: Counter[str] = Counter()
 
-    def say(text: str) -> str:
+    def say(text: str) -> str | Message:
         seen[text] += 1
         return failure if "times 3?" in text and seen[text] < 3 else right(text)
 

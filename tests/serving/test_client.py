@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from mtp_graft.bench.evals.asking import ChatClient
+from mtp_graft.bench.streams import BenchClient, BrokenAnswer, stream_whole
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 
@@ -43,6 +45,9 @@ def one_choice(**content: Any) -> str:
     return json.dumps({"choices": [content]})
 
 
+NESTED = "[" * 100_000  # deeper than Python reads
+
+
 @pytest.mark.parametrize(
     ("text", "ask"),
     [
@@ -56,6 +61,7 @@ def one_choice(**content: Any) -> str:
         ),
         ("[]", lambda client: client.complete([1], 1)),
         ("<html>", lambda client: client.complete([1], 1)),
+        (NESTED, lambda client: client.complete([1], 1)),
     ],
 )
 def test_an_answer_that_is_not_vllms_is_one_error_with_the_address(
@@ -67,3 +73,91 @@ def test_an_answer_that_is_not_vllms_is_one_error_with_the_address(
         pytest.raises(GraftError, match=rf"{url}/.*is a vLLM server at this address\?"),
     ):
         ask(client)
+
+
+def streamed(*events: Any) -> str:
+    return "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+
+
+def chunk(**content: Any) -> dict[str, Any]:
+    return {"choices": [{"token_ids": [7], "finish_reason": "stop", **content}]}
+
+
+LAST = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+
+def test_a_chats_stream_may_say_null_where_there_is_no_text(
+    answering: Callable[[str], str],
+) -> None:
+    text = streamed(chunk(delta={"content": None, "reasoning": "so"}), LAST)
+    with BenchClient(answering(text)) as client:
+        answer = client.stream_chat({})
+    assert (answer.num_content_chars, answer.num_reasoning_chars) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        streamed({"choices": ["x"]}, LAST),
+        streamed(chunk(delta=None), LAST),
+        streamed(chunk(delta={"content": ["x"]}), LAST),
+        streamed(chunk(delta={"content": 0}), LAST),
+        streamed(chunk(delta={"reasoning": {"x": 1}}), LAST),
+        streamed(chunk(delta={}, finish_reason=["stop"]), LAST),
+        streamed(chunk(delta={}), {"choices": [], "usage": 1}),
+        streamed(chunk(delta={}), {"choices": [], "usage": {"completion_tokens": 1}}),
+        f"data: {NESTED}\n\n",
+    ],
+)
+def test_a_chats_stream_that_cannot_be_read_is_a_broken_answer(
+    answering: Callable[[str], str], text: str
+) -> None:
+    with BenchClient(answering(text)) as client, pytest.raises(BrokenAnswer):
+        client.stream_chat({})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        streamed({"choices": ["x"]}),
+        streamed(5),
+        streamed(chunk(text="x", finish_reason=["stop"])),
+        f"data: {NESTED}\n\n",
+    ],
+)
+def test_a_completions_stream_that_cannot_be_read_is_a_broken_answer(
+    answering: Callable[[str], str], text: str
+) -> None:
+    with ServerClient(answering(text)) as client, pytest.raises(BrokenAnswer):
+        stream_whole(client, [1], 1, ignore_eos=True)
+
+
+def calling(**function: Any) -> dict[str, Any]:
+    return {"content": None, "tool_calls": [{"function": {"name": "f", **function}}]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": ["x"]},
+        {"content": 0},
+        {"content": "x", "reasoning": {}},
+        calling(),
+        calling(arguments={"city": "Oslo"}),
+        calling(arguments="{}", name=["f"]),
+    ],
+)
+def test_a_chats_answer_that_is_no_text_is_a_broken_answer(
+    answering: Callable[[str], str], message: dict[str, Any]
+) -> None:
+    text = one_choice(message=message, finish_reason="stop")
+    with ChatClient(answering(text)) as client, pytest.raises(BrokenAnswer):
+        client.chat({})
+
+
+def test_a_chat_that_ended_for_no_known_reason_is_a_broken_answer(
+    answering: Callable[[str], str],
+) -> None:
+    text = one_choice(message={"content": "x"}, finish_reason=["stop"])
+    with ChatClient(answering(text)) as client, pytest.raises(BrokenAnswer):
+        client.chat({})

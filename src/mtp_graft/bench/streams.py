@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import httpx
 
 from mtp_graft.errors import GraftError, in_words
-from mtp_graft.serving.client import Completion, ServerClient, ServerUnreachable
+from mtp_graft.serving.client import READ_ERRORS, Completion, ServerClient, ServerUnreachable
 
 #: Silence after which a request counts as hung. The first may compile kernels.
 SILENCE_S = 300.0
 #: Any other reason (abort, error) leaves an answer that is not the model's.
-WHOLE_REASONS = frozenset({"stop", "length", "tool_calls"})
+WHOLE_REASONS = ("stop", "length", "tool_calls")
 
 Answer = TypeVar("Answer")
 
@@ -105,11 +105,11 @@ class BenchClient(ServerClient):
         try:
             for event in self._events("/v1/chat/completions", {**body, **options, **usage}):
                 reader.read(event, time.perf_counter())
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return reader.answer(self.base_url, started)
+        except READ_ERRORS as error:
             raise BrokenAnswer(
                 f"{self.base_url}: not a chat's stream ({in_words(error)})"
             ) from error
-        return reader.answer(self.base_url, started)
 
 
 class _ChatReader:
@@ -133,8 +133,8 @@ class _ChatReader:
             self.tokens += new
             self.chunks.append((arrived, len(new)))
         delta = choice.get("delta", {})
-        self.num_content_chars += len(delta.get("content") or "")
-        self.num_reasoning_chars += len(delta.get("reasoning") or "")
+        self.num_content_chars += len(as_text(delta.get("content")))
+        self.num_reasoning_chars += len(as_text(delta.get("reasoning")))
         self.tool_calls |= {call["index"] for call in delta.get("tool_calls") or ()}
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
@@ -158,6 +158,15 @@ class _ChatReader:
         )
 
 
+def as_text(found: Any) -> str:
+    """Return a field that holds text or null, which is none. Raises TypeError for all else."""
+    if found is None:
+        return ""
+    if not isinstance(found, str):
+        raise TypeError(f"{type(found).__name__} instead of a text")
+    return found
+
+
 def check_whole(where: str, finish_reason: str) -> None:
     """Raise BrokenAnswer for a reason that no whole answer ends with."""
     if finish_reason not in WHOLE_REASONS:
@@ -170,7 +179,7 @@ def stream_whole(
     """Return a streamed greedy continuation that ended with a reason; else BrokenAnswer."""
     try:
         completion = client.stream(prompt, max_tokens, ignore_eos=ignore_eos)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except READ_ERRORS as error:
         raise BrokenAnswer(
             f"{client.base_url}: not a completion's stream ({in_words(error)})"
         ) from error

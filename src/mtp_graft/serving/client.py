@@ -15,6 +15,8 @@ from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 #: Silence allowed between two bytes of an answer; the first step may compile kernels.
 READ_TIMEOUT_S = 600.0
+#: What reading an answer raises that is no JSON, too deep, or of another structure.
+READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError)
 
 Found = TypeVar("Found")
 
@@ -178,7 +180,7 @@ class ServerClient:
         answer = self._post(path, body, timeout_s=timeout_s)
         try:
             return read(answer)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except READ_ERRORS as error:
             raise GraftError(
                 f"{self.base_url}{path}: not an answer of vLLM's ({in_words(error)}); "
                 "is a vLLM server at this address?"
@@ -195,7 +197,7 @@ class ServerClient:
         self._check(answer)
         try:
             result: dict[str, Any] = answer.json()
-        except ValueError as error:
+        except READ_ERRORS as error:
             raise GraftError(
                 f"{answer.request.url}: {in_words(error)}; is a vLLM server at this address?"
             ) from error

@@ -8,8 +8,9 @@ from typing import Any
 
 from mtp_graft.bench.decode import Report
 from mtp_graft.bench.ledger import Ledger
-from mtp_graft.bench.streams import BenchClient, BrokenAnswer, Retrying, check_whole
+from mtp_graft.bench.streams import BenchClient, BrokenAnswer, Retrying, as_text, check_whole
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.client import READ_ERRORS
 from mtp_graft.serving.concurrent import concurrently
 
 #: A run ends when this many questions in a row have used up their attempts: the server is gone.
@@ -62,12 +63,12 @@ class ChatClient(BenchClient):
             message = choice["message"]
             calls = [call["function"] for call in message.get("tool_calls") or ()]
             answer = Answer(
-                message.get("content") or "",
-                message.get("reasoning") or "",
+                as_text(message.get("content")),
+                as_text(message.get("reasoning")),
                 choice.get("finish_reason"),
-                tuple({"name": c["name"], "arguments": c["arguments"]} for c in calls),
+                tuple({key: as_text(c[key]) for key in ("name", "arguments")} for c in calls),
             )
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except READ_ERRORS as error:
             raise BrokenAnswer(
                 f"{self.base_url}: not a chat's answer ({in_words(error)})"
             ) from error
