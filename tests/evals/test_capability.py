@@ -7,6 +7,7 @@ import pytest
 
 from mtp_graft.bench.evals.asking import Answer
 from mtp_graft.bench.evals.capability import capability
+from mtp_graft.bench.evals.evaluation import UNREADABLE
 from mtp_graft.bench.evals.sandbox import Sandbox
 
 from .chat_server import serving
@@ -46,7 +47,11 @@ def median(values):
 
 
 def call(name: str, **arguments: str) -> dict[str, Any]:
-    function = {"name": name, "arguments": json.dumps(arguments)}
+    return call_with(json.dumps(arguments), name)
+
+
+def call_with(arguments: str, name: str = "add_event") -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
     return {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
 
 
@@ -97,6 +102,7 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
             ('{"name": "ant", "legs": 8, "habitats": ["a", "b"]}', "wrong answer"),
             ('{"name": "ant", "legs": 6, "habitats": ["a"]}', "instruction not followed"),
             ('["name", "legs", "habitats"]', "instruction not followed"),
+            ("[" * 100_000, "instruction not followed"),
         ],
     ),
     "instruction/hyphens": (
@@ -134,6 +140,7 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
             (call("search_mail", query="dentist"), "wrong tool call"),
             (call("add_event", title="Dentist", date="2027-04-03"), "wrong tool call"),
             (call("add_event", title="Dentist"), "wrong tool call"),
+            (call_with("[" * 100_000), "wrong tool call"),
         ],
     ),
     "tools/result": (
@@ -179,6 +186,17 @@ def test_a_server_that_is_wrong_everywhere_scores_nothing(run: Run) -> None:
     assert (status, result["correct"]) == (0, 0)
     found = {f["id"].removeprefix("capability/"): f["kind"] for f in result["failures"]}
     assert found == {name: wrong[0][1] for name, (_, _, wrong) in TASKS.items()}
+
+
+def test_a_line_number_that_python_does_not_read_is_a_failure_of_that_task_alone(run: Run) -> None:
+    def say(text: str) -> Any:
+        return f"{'1' * 5000}. Keep screws" if "glass jar" in text else TASKS[task_of(text)][1]
+
+    with serving(say) as server:
+        status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
+    assert status == 0, errors
+    result = json.loads(out)
+    assert (result["correct"], result["kinds"]) == (13, {UNREADABLE: 1})
 
 
 @pytest.mark.parametrize("name", TASKS)

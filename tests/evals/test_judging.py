@@ -4,13 +4,20 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from mtp_graft.bench.evals.asking import Answer, Question, answer_unit
-from mtp_graft.bench.evals.evaluation import Evaluation, Item, Judgement, run_evaluation
+from mtp_graft.bench.evals.evaluation import (
+    UNREADABLE,
+    Evaluation,
+    Item,
+    Judgement,
+    run_evaluation,
+)
 from mtp_graft.bench.evals.sandbox import TIMED_OUT
 from mtp_graft.bench.ledger import Ledger
 from mtp_graft.bench.streams import Retrying
@@ -42,13 +49,12 @@ class Judge:
         return self.verdicts[number][at_try]
 
 
-def judged(judge: Judge) -> dict[str, Any]:
+def judged(judge: Callable[[Answer], Judgement], *contents: str) -> dict[str, Any]:
     """Return the result on answers that are there already."""
-    questions = [Question(f"q/{number}", (), 8) for number in range(len(judge.verdicts))]
+    questions = [Question(f"q/{number}", (), 8) for number in range(len(contents))]
     units = {
-        answer_unit(question): asdict(Answer(str(number), "", "stop"))
-        | {"errors": [], "seconds": 0.0}
-        for number, question in enumerate(questions)
+        answer_unit(question): asdict(Answer(content, "", "stop")) | {"errors": [], "seconds": 0.0}
+        for question, content in zip(questions, contents, strict=True)
     }
     evaluation = Evaluation("code", tuple(Item(question, judge) for question in questions), {})
 
@@ -67,7 +73,7 @@ def test_no_more_are_judged_at_once_than_this_process_has_processors(
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 3})
     judge = Judge(*[(Judgement(True),)] * 8)
-    assert judged(judge)["correct"] == 8
+    assert judged(judge, *map(str, range(8)))["correct"] == 8
     assert judge.most == 2
 
 
@@ -79,7 +85,7 @@ def test_a_verdict_out_of_time_is_judged_once_more_alone_and_that_counts(
     judge = Judge(
         (LATE, Judgement(True)), (Judgement(True),), (LATE, LATE), (wrong,), (LATE, wrong)
     )
-    result = judged(judge)
+    result = judged(judge, *map(str, range(5)))
     assert (result["correct"], result["total"]) == (2, 5)
     assert {f["id"]: f["kind"] for f in result["failures"]} == {
         "q/2": TIMED_OUT,
@@ -88,3 +94,24 @@ def test_a_verdict_out_of_time_is_judged_once_more_alone_and_that_counts(
     }
     assert judge.tries == {0: 2, 1: 1, 2: 2, 3: 1, 4: 2}
     assert [judge.beside[number, 1] for number in (0, 2, 4)] == [1, 1, 1]
+
+
+def test_an_answer_that_its_judge_cannot_read_has_failed_and_the_others_are_judged() -> None:
+    def judge(answer: Answer) -> Judgement:
+        if answer.content == "deep":
+            return judge(answer)
+        return Judgement(int(answer.content) == 1)
+
+    result = judged(judge, "1", "1" * 5000, "deep", "1")
+    assert (result["correct"], result["total"]) == (2, 4)
+    kinds = {f["id"]: f["kind"] for f in result["failures"]}
+    assert kinds == {"q/1": UNREADABLE, "q/2": UNREADABLE}
+    assert "digits" in result["failures"][0]["detail"]
+
+
+def test_a_mistake_of_a_judges_own_is_not_taken_for_a_wrong_answer() -> None:
+    def judge(answer: Answer) -> Judgement:
+        raise TypeError(answer.content)
+
+    with pytest.raises(TypeError, match="1"):
+        judged(judge, "1")

@@ -8,6 +8,7 @@ from typing import Any
 
 from mtp_graft.bench.evals.asking import Answer, Question
 from mtp_graft.bench.evals.evaluation import (
+    JUDGE_ERRORS,
     WRONG,
     Evaluation,
     Item,
@@ -146,7 +147,7 @@ def judge_json(answer: Answer) -> Judgement:
     """Expect a JSON object and nothing else: name, legs and two habitats of an insect."""
     try:
         found = json.loads(answer.content)
-    except ValueError as error:
+    except JUDGE_ERRORS as error:
         return Judgement(False, DISOBEYED, f"not JSON: {error}")
     if not isinstance(found, dict) or set(found) != {"name", "legs", "habitats"}:
         return Judgement(False, DISOBEYED, "other keys than name, legs and habitats")
@@ -268,7 +269,7 @@ def judge_call(answer: Answer) -> Judgement:
         return Judgement(False, WRONG_CALL, str([call["name"] for call in answer.tool_calls]))
     try:
         given = json.loads(answer.tool_calls[0]["arguments"])
-    except ValueError as error:
+    except JUDGE_ERRORS as error:
         return Judgement(False, WRONG_CALL, f"arguments are not JSON: {error}")
     if not isinstance(given, dict) or set(given) != {"title", "date"}:
         return Judgement(False, WRONG_CALL, "arguments other than title and date")

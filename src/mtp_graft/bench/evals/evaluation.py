@@ -28,6 +28,9 @@ from mtp_graft.serving.concurrent import concurrently
 NO_ANSWER = "no answer found"
 CUT_OFF = "no answer found, cut off"  # the token limit ended it
 WRONG = "wrong answer"
+UNREADABLE = "unreadable answer"  # beyond what the judge can read: too deep, too many digits
+#: What a judge may raise because of what an answer says; any other exception is its own mistake.
+JUDGE_ERRORS = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,11 @@ def _judgements(items: Sequence[Item], ledger: Ledger) -> Iterator[tuple[Item, J
     """
 
     def judge(item: Item) -> tuple[Item, Judgement]:
-        return item, item.judge(answer_in(ledger, item.question))
+        answer = answer_in(ledger, item.question)
+        try:
+            return item, item.judge(answer)
+        except JUDGE_ERRORS as error:
+            return item, Judgement(False, UNREADABLE, str(error)[:200])
 
     late = []
     for item, judgement in concurrently(judge, items, len(os.sched_getaffinity(0))):
