@@ -88,6 +88,12 @@ def test_subjects_are_dealt_in_turn() -> None:
         ("gsm8k/test.jsonl", "[]\n", "expected a JSON object a line"),
         ("gsm8k/test.jsonl", "{\n", "not readable"),
         ("gsm8k/test.jsonl", '{"question": "?", "answer": "4"}\n', "question 0: no '#### N'"),
+        (
+            "gsm8k/test.jsonl",
+            '{"question": "?", "answer": "#### 4"}\n\n{"question": "?", "answer": 4}\n',
+            "test.jsonl:3: 'answer' is 4, expected a text",
+        ),
+        ("gsm8k/test.jsonl", '{"question": null, "answer": "#### 4"}', ":1: 'question' is None"),
     ],
 )
 def test_a_file_that_is_something_else_is_an_error(

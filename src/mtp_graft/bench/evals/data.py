@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from random import Random
@@ -26,7 +27,7 @@ def gsm8k_rows(folder: Path | None) -> list[Row]:
     """Return GSM8K's test questions: `question` and `answer`, which ends with `#### N`."""
     if folder is None:
         return _from_hub("gsm8k")
-    return _read(folder / "gsm8k" / "test.jsonl", _json_lines, ("question", "answer"))
+    return _read(folder / "gsm8k" / "test.jsonl", partial(_json_lines, ("question", "answer")))
 
 
 def humaneval_rows(folder: Path | None) -> list[Row]:
@@ -34,7 +35,7 @@ def humaneval_rows(folder: Path | None) -> list[Row]:
     if folder is None:
         return _from_hub("humaneval")
     keys = ("task_id", "prompt", "entry_point", "test")
-    return _read(folder / "human_eval" / "HumanEval.jsonl.gz", _json_lines, keys)
+    return _read(folder / "human_eval" / "HumanEval.jsonl.gz", partial(_json_lines, keys))
 
 
 def mmlu_rows(folder: Path | None) -> list[Row]:
@@ -47,7 +48,7 @@ def mmlu_rows(folder: Path | None) -> list[Row]:
             f"{folder / 'mmlu' / 'test'}: no *_test.csv; expected one a subject; give the folder "
             "that holds mmlu/ as --data-dir"
         )
-    return [row for file in files for row in _read(file, _mmlu_csv, ())]
+    return [row for file in files for row in _read(file, _mmlu_csv)]
 
 
 def sample(rows: Sequence[Item], limit: int | None, seed: int, what: str) -> list[Item]:
@@ -59,31 +60,36 @@ def sample(rows: Sequence[Item], limit: int | None, seed: int, what: str) -> lis
     return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), limit))]
 
 
-def _read(
-    path: Path, parse: Callable[[Path], list[Row]], expected_keys: tuple[str, ...]
-) -> list[Row]:
+def _read(path: Path, parse: Callable[[Path], list[Row]]) -> list[Row]:
     """Return a file's rows. Raises GraftError if it is not there or not what its name says."""
     try:
-        rows = parse(path)
+        return parse(path)
     except (OSError, ValueError, EOFError) as error:
         raise GraftError(
             f"{path}: not readable ({error}); expected the folder of the benchmark data as "
             "--data-dir, or none to load it from the hub"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        missing = [key for key in expected_keys if key not in row]
-        if missing:
-            raise GraftError(f"{path}:{number}: no {missing[0]!r}; expected {expected_keys}")
-    return rows
 
 
-def _json_lines(path: Path) -> list[Row]:
+def _json_lines(keys: tuple[str, ...], path: Path) -> list[Row]:
     content = path.read_bytes()
     text = gzip.decompress(content) if path.suffix == ".gz" else content
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("expected a JSON object a line")
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            rows.append(json.loads(line))
+            _check_texts(rows[-1], keys, f"{path}:{number}")
     return rows
+
+
+def _check_texts(row: Any, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(row, dict):
+        raise GraftError(f"{where}: expected a JSON object a line")
+    for key in keys:
+        if key not in row:
+            raise GraftError(f"{where}: no {key!r}; expected {keys}")
+        if not isinstance(row[key], str):
+            raise GraftError(f"{where}: {key!r} is {row[key]!r:.60}, expected a text")
 
 
 def _mmlu_csv(path: Path) -> list[Row]:
