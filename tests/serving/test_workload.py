@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mtp_graft.bench.decode import Report
 from mtp_graft.bench.ledger import open_ledger
 from mtp_graft.bench.streams import BenchClient, Retrying
 from mtp_graft.bench.workload import (
@@ -55,11 +56,12 @@ def measure(
     config: WorkloadConfig | None = None,
     run: Path | None = None,
     attempts: int = 2,
+    report: Report = quiet,
 ) -> dict[str, Any]:
     retrying = Retrying(attempts, wait_s=0.0)
     with open_ledger(run, {}) as ledger:
         config = config or WorkloadConfig()
-        return measure_workload(connect, workload, config, quiet, ledger, retrying)
+        return measure_workload(connect, workload, config, report, ledger, retrying)
 
 
 def prompt_sum(workload: Workload, number: int) -> int:
@@ -100,6 +102,24 @@ def test_every_request_is_timed_and_summed_up_by_category(connect: Connect) -> N
     speeds = [task["decode_tok_s"] for task in result["tasks"]]
     assert result["decode_tok_s"] == pytest.approx(sum(speeds) / 3)
     assert result["errors"] == 0
+
+
+def test_progress_counts_the_requests_that_are_done_those_of_earlier_sessions_too(
+    fake: Callable[..., None], connect: Connect, tmp_path: Path
+) -> None:
+    fake(fails={"3": "500"})
+    seen: list[tuple[int, int]] = []
+
+    def report(_label: str, done: int, total: int) -> None:
+        seen.append((done, total))
+
+    client = connect()
+    with pytest.raises(GraftError):
+        measure(lambda: client, run=tmp_path / "run", attempts=1, report=report)
+    assert seen == [(0, 0), (0, 3), (1, 3)]
+    seen.clear()
+    measure(lambda: client, run=tmp_path / "run", attempts=1, report=report)
+    assert seen == [(0, 0), (1, 3), (2, 3), (3, 3)]
 
 
 def test_there_is_no_cap_on_tokens_but_system_tools_and_thinking_are_sent() -> None:

@@ -75,11 +75,13 @@ def measure_workload(
         report("workload: warm-up", 0, 0)
         warm_up = _body(workload, missing[0], config) | {"max_tokens": 8}
         retrying.ask("warm-up", partial(server.stream_chat, warm_up))
-    for task in missing:
-        report(f"workload: {task.id}", len(workload.tasks) - len(missing), len(workload.tasks))
+    total = len(workload.tasks)
+    for done, task in enumerate(missing, start=total - len(missing)):
+        report(f"workload: {task.id}", done, total)
         body = _body(workload, task, config)
         answer, counters = retrying.ask(task.id, partial(_ask, server, body))
         ledger.add(task.id, {"category": task.category} | _measured(answer, counters))
+    report("workload", total, total)
     found = [{"id": task.id} | ledger[task.id] for task in workload.tasks]
     return workload_result(found, config) | retrying.as_dict()
 
