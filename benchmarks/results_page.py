@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import step_time_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "pages"
@@ -61,7 +62,10 @@ def pages() -> dict[Path, str]:
     )
     filters = (percent, interval, points, ratio, number)
     environment.filters |= {each.__name__: each for each in filters}
-    environment.globals |= {"result": result, "source": source}
+    environment.globals |= {"result": result, "source": source, "acti": step_time_table.ACTI}
+    environment.globals["expected"] = lambda name: "\n".join(
+        step_time_table.expected(result(name), 43)
+    )
     readme = (ROOT / "README.md").read_text()
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

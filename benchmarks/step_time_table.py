@@ -78,6 +78,12 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def markdown(report: dict[str, Any], layers: int) -> str:
+    measured = directly_measured(report["measurements"])
+    return "\n".join([*expected(report, layers), *measured, ACTI])
+
+
+def expected(report: dict[str, Any], layers: int) -> list[str]:
+    """Return the tables of step times, measured and extrapolated, and what follows from them."""
     results = report["results"]
     measured = [
         (
@@ -91,21 +97,17 @@ def markdown(report: dict[str, Any], layers: int) -> str:
     ]
     whole = [(str(layers), key, *times, "") for key, times in extrapolate(results, layers).items()]
     noise = any(mtp < base for _, _, base, mtp, _ in [*measured, *whole])
-    return "\n".join(
-        [
-            f"**Measured** step times, {report['device']}; the speed-ups follow from them:",
-            "",
-            *table(measured),
-            "",
-            f"**Extrapolated** to {layers} layers, not measured:",
-            "",
-            *(table(whole) if whole else ["(two numbers of layers, timed on a GPU, are needed)"]),
-            "",
-            *([NOISE, ""] if noise else []),
-            *directly_measured(report["measurements"]),
-            ACTI,
-        ]
-    )
+    return [
+        f"**Measured** step times, {report['device']}; the speed-ups follow from them:",
+        "",
+        *table(measured),
+        "",
+        f"**Extrapolated** to {layers} layers, not measured:",
+        "",
+        *(table(whole) if whole else ["(two numbers of layers, timed on a GPU, are needed)"]),
+        "",
+        *([NOISE, ""] if noise else []),
+    ]
 
 
 def busy_cell(line: dict[str, Any]) -> str:
