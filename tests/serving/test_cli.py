@@ -64,6 +64,25 @@ def test_listening_beyond_loopback_without_a_key_warns(run: Run, base: Path) -> 
     assert "anyone may use it" in errors
     _, _, errors = run("serve", base, "--dry-run", "--host", "0.0.0.0", "--api-key", "k")
     assert errors == ""
+    status, _, errors = run("serve", base, "--dry-run", "--host", "0.0.0.0", "--api-key", "")
+    assert status == 2 and "vLLM would ask nobody for it" in errors
+
+
+def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Path) -> None:
+    status, _, errors = run("serve", base, "--check")
+    assert status == 1 and "--check without drafts" in errors
+
+
+@pytest.mark.parametrize(
+    ("given", "printed"), [("0.9", "0.90"), ("0.925", "0.925"), ("0.999", "0.999")]
+)
+def test_a_share_of_the_memory_is_passed_on_as_given(
+    run: Run, tiny_model: Path, given: str, printed: str
+) -> None:
+    hardware = ("--gpu", "H200", "--vllm", "0.32.0", "--dry-run")
+    folder = tiny_model / "base"
+    _, text, _ = run("serve", folder, *hardware, "--gpu-memory-utilization", given)
+    assert text.split()[-2:] == ["--gpu-memory-utilization", printed]
 
 
 def test_a_users_mistake_is_one_line_and_status_1(run: Run, tmp_path: Path) -> None:

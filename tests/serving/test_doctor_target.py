@@ -1,6 +1,7 @@
 """Doctor on hardware and versions: ranks, memory, known issues, and the real model's size."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,15 @@ def test_flash_on_the_hardware_that_the_project_names(
 ) -> None:
     found = examine(full_size, where)
     assert set(ids(found, "error", "warning")) == expected
+
+
+@pytest.mark.parametrize("where", [ON_CPU, on("H200", 1, "0.26.0")])
+def test_a_context_beyond_the_models_positions_is_no_matter_of_memory(
+    good: dict[str, Path], where: Target
+) -> None:
+    found = ids(diagnose(good["rtn"], replace(where, max_model_len=8193)), "error", "warning")
+    assert found == ["context-positions"]
+    assert ids(diagnose(good["rtn"], replace(where, max_model_len=8192)), "error") == []
 
 
 @pytest.mark.parametrize(("tp", "expected"), [(1, []), (2, ["vllm-50196"])])

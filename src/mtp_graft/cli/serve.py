@@ -50,6 +50,8 @@ def serve(
     """Serve a checkpoint with vLLM in the foreground, drafting with its head if it has one."""
     from mtp_graft.serving.command import LOOPBACK_HOSTS
 
+    if server.api_key == "":
+        raise typer.BadParameter("is empty: vLLM would ask nobody for it", param_hint="--api-key")
     _check_usage(profile, hardware, check, log, dry_run, json_file)
     if server.host not in LOOPBACK_HOSTS and server.api_key is None:
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
@@ -149,10 +151,10 @@ def _comments(notes: Iterable[str]) -> Iterable[str]:
 def _check(options: "ServeOptions", log: Path | None, json_file: Path | None) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
     from mtp_graft.errors import GraftError
-    from mtp_graft.serving.check import MIN_ACCEPTANCE, check_drafter, require_context
+    from mtp_graft.serving.check import MIN_ACCEPTANCE, check_drafter, require_drafts
     from mtp_graft.serving.server import managed_server
 
-    require_context(options)
+    require_drafts(options)
     log = log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
     note(f"server log: {log}")
     with progress_bar() as report:

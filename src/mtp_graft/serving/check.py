@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.command import ServeOptions, num_speculative_tokens
 
 _SENTENCE = "The quick brown fox jumps over the lazy dog. "
 _REPETITIONS = 30
@@ -29,8 +29,13 @@ class DrafterCheck:
         return self.acceptance >= MIN_ACCEPTANCE
 
 
-def require_context(options: ServeOptions) -> None:
-    """Raise GraftError, before anything starts, if the check's request would not be taken."""
+def require_drafts(options: ServeOptions) -> None:
+    """Raise GraftError, before anything starts, if there is nothing to check or no room for it."""
+    if num_speculative_tokens(options) == 0:
+        raise GraftError(
+            f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
+            "at least one speculative token"
+        )
     length = options.max_model_len
     if length is not None and length < MIN_CONTEXT:
         raise GraftError(

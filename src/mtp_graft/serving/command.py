@@ -274,7 +274,9 @@ def _optional_args(options: ServeOptions, on_cpu: bool, step_size: int | None) -
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
     kv_cache_gib = 1.0 if options.kv_cache_gib is None and on_cpu else options.kv_cache_gib
     if options.gpu_memory_utilization is not None:
-        args += ["--gpu-memory-utilization", f"{options.gpu_memory_utilization:.2f}"]
+        share = options.gpu_memory_utilization
+        in_words = f"{share:.2f}" if share == round(share, 2) else f"{share:g}"
+        args += ["--gpu-memory-utilization", in_words]
     if kv_cache_gib is not None:
         args += ["--kv-cache-memory-bytes", str(int(kv_cache_gib * 2**30))]
     if not options.prefix_caching:

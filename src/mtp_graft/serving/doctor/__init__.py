@@ -41,6 +41,7 @@ CHECKS: tuple[Check, ...] = (
     hardware.gpu_count,
     hardware.head_division,
     hardware.group_division,
+    hardware.positions,
     hardware.memory,
     known_issues.vllm_version,
     known_issues.plugin,

@@ -70,6 +70,21 @@ def group_division(survey: Survey, target: Target) -> Iterator[Finding]:
         )
 
 
+def positions(survey: Survey, target: Target) -> Iterator[Finding]:
+    """Find a context that is longer than the model has positions for."""
+    limit, wanted = survey.config.get("max_position_embeddings"), target.max_model_len
+    if isinstance(limit, int) and wanted is not None and wanted > limit:
+        yield Finding(
+            "context-positions",
+            "error",
+            "--max-model-len",
+            f"{wanted} tokens",
+            f"at most {limit}, the model's max_position_embeddings",
+            "vLLM stops with a ValueError before it loads anything",
+            f"--max-model-len {limit}; more GPUs or memory do not help",
+        )
+
+
 def memory(survey: Survey, target: Target) -> Iterator[Finding]:
     """Estimate weights and KV cache on each GPU, or weights on a CPU, against the memory."""
     hardware = target.hardware
@@ -120,7 +135,8 @@ def _host_memory(survey: Survey) -> Iterator[Finding]:
 
 def _context(survey: Survey, target: Target, left: int, estimate: str) -> Iterator[Finding]:
     most = largest_context(survey.config, left, 1, TOKENS_IN_FLIGHT)
-    wanted = target.max_model_len or int(survey.config.get("max_position_embeddings", 0))
+    limit = int(survey.config.get("max_position_embeddings", 0))
+    wanted = min(target.max_model_len or limit, limit)
     needed = kv_cache_bytes(survey.config, wanted, TOKENS_IN_FLIGHT)
     if most < wanted:
         yield Finding(
