@@ -50,6 +50,15 @@ def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def expected(*names: str) -> str:
+    """Return the tables of what to expect of 43 layers, from result files of step times."""
+    return "\n".join(step_time_table.expected(step_times(*names), 43))
+
+
+def step_times(*names: str) -> dict[str, Any]:
+    return step_time_table.together([RESULTS / f"{name}.json" for name in names])
+
+
 def pages() -> dict[Path, str]:
     """Return what the pages should be."""
     environment = jinja2.Environment(
@@ -63,9 +72,7 @@ def pages() -> dict[Path, str]:
     filters = (percent, interval, points, ratio, number)
     environment.filters |= {each.__name__: each for each in filters}
     environment.globals |= {"result": result, "source": source, "acti": step_time_table.ACTI}
-    environment.globals["expected"] = lambda name: "\n".join(
-        step_time_table.expected(result(name), 43)
-    )
+    environment.globals |= {"expected": expected, "step_times": step_times}
     readme = (ROOT / "README.md").read_text()
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -61,6 +61,14 @@ def step_ms(few: dict[str, Any], many: dict[str, Any], kind: str, layers: int) -
     return step + added if busy >= HOST_BOUND * step else max(step, busy + added)
 
 
+def extrapolate_gpu(results: list[dict[str, Any]], layers: int) -> dict[Key, tuple[float, float]]:
+    """Return the same of the GPU's time alone: the steps of a host that is never waited for."""
+    alone = [
+        r | {f"step_ms_{kind}": r[f"gpu_ms_{kind}"] for kind in ("base", "mtp")} for r in results
+    ]
+    return extrapolate(alone, layers)
+
+
 def speed_ups(base_ms: float, mtp_ms: float, k: int) -> list[float]:
     return [tokens_per_step(k, rate) * base_ms / mtp_ms for rate in RATES]
 
@@ -96,6 +104,7 @@ def expected(report: dict[str, Any], layers: int) -> list[str]:
         for r in results
     ]
     whole = [(str(layers), key, *times, "") for key, times in extrapolate(results, layers).items()]
+    alone = [(str(layers), k, *t, "all") for k, t in extrapolate_gpu(results, layers).items()]
     noise = any(mtp < base for _, _, base, mtp, _ in [*measured, *whole])
     return [
         f"**Measured** step times, {report['device']}; the speed-ups follow from them:",
@@ -106,6 +115,8 @@ def expected(report: dict[str, Any], layers: int) -> list[str]:
         "",
         *(table(whole) if whole else ["(two numbers of layers, timed on a GPU, are needed)"]),
         "",
+        *(["**The GPU's time alone**, extrapolated: no host is waited for.", ""] if alone else []),
+        *([*table(alone), ""] if alone else []),
         *([NOISE, ""] if noise else []),
     ]
 

@@ -69,6 +69,12 @@ def test_no_step_of_more_layers_is_shorter_than_one_that_was_measured() -> None:
     assert (base, mtp) == pytest.approx((10.5 + 8 * 0.2, 12.0 + 8 * 4 / 18))
 
 
+def test_the_gpus_time_alone_knows_no_host() -> None:
+    few, many = line(17, 6.0, 9.0, (3.4, 4.0)), line(35, 7.5, 12.0, (7.0, 9.4))
+    alone = load("step_time_table").extrapolate_gpu([few, many], 43)["int4", 1, 1]
+    assert alone == pytest.approx((7.0 + 8 * 0.2, 9.4 + 8 * 0.3))
+
+
 def test_layers_without_the_gpus_times_are_passed_over() -> None:
     untimed = line(43, 9.9, 9.9) | {"gpu_ms_base": None, "gpu_ms_mtp": None}
     lines = [line(5, 3.5, 5.0), line(17, 9.5, 12.2), untimed]
@@ -305,6 +311,7 @@ def test_table_keeps_measured_and_extrapolated_apart() -> None:
     assert "| 17 | int4 | 1 | 1 | 9.50 | 12.20 | 9.50, 12.20 |" in measured
     assert "| 43 | int4 | 1 | 1 | 22.50 | 27.80 |" in extrapolated
     assert "22.50" not in measured
+    assert "**The GPU's time alone**" in extrapolated
     assert "| 60% | 250.0 | 200.0 | 0.80x |" in extrapolated
 
 

@@ -78,7 +78,8 @@ ISSUES = (
         lambda survey, target: target.tp >= 4 and _has_int4(survey),
         "INT4 experts on four ranks or more",
         "the Acti card met a defect in cutting group scales to the ranks; by the source all "
-        "supported versions cut them; four H100 loaded Flash's width, and no text was read",
+        "supported versions cut them, and four H100 decoded Flash's width with random weights; "
+        "that text was not compared with another",
         "if text is noise: --tp 2",
         "vllm-project/vllm#41511; read in 0.26 to 0.33",
     ),
