@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import failing_work
+from mtp_graft.quant.fp8_block import decode
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -465,6 +467,35 @@ TEACHER_FORCED = ("written_and_read", "teacher_forced", "rounded")
 
 
 @pytest.mark.vllm
+def test_inputs_are_rounded_to_fp8_with_scales_that_are_powers_of_two() -> None:
+    as_fp8 = load("worker_extension").as_fp8
+    codes = torch.tensor([448.0, 1.0, -3.5, 0.0]).repeat(64).reshape(1, 256)
+    exact = torch.cat([codes[:, :128] * 2**-9, codes[:, 128:] * 8], dim=1)
+    assert torch.equal(as_fp8(exact), exact)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    assert 0.02 < ((as_fp8(x) - x).norm() / x.norm()) < 0.03  # 3 bits of mantissa
+    assert torch.equal(as_fp8(torch.zeros(2, 128)), torch.zeros(2, 128))
+
+
+def test_fp8_weights_are_rounded_again_to_powers_of_two(tiny_model: Path, tmp_path: Path) -> None:
+    load("gpu_rounding").requantize(tiny_model / "base", tmp_path / "base")
+    changed = 0
+    for file in sorted((tiny_model / "base").glob("*.safetensors")):
+        before, after = load_file(file), load_file(tmp_path / "base" / file.name)
+        assert before.keys() == after.keys()
+        for name in before:
+            if not name.endswith(".weight_scale") or ".experts." in name:
+                continue
+            assert torch.equal(
+                torch.frexp(after[name].float())[0], torch.full(after[name].shape, 0.5)
+            )
+            weight = name.removesuffix("_scale")
+            one, two = (decode(t[weight], t[name]) for t in (before, after))
+            assert 0 < (one - two).norm() / one.norm() < 0.04
+            changed += 1
+    assert changed
+
+
 def test_a_sum_of_two_ranks_is_off_by_its_rounding_and_no_more() -> None:
     whole = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     apart = load("worker_extension").sum_of_parts(whole).float() - whole.float()
