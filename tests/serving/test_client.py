@@ -15,15 +15,17 @@ from mtp_graft.serving.client import ServerClient
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[str], str]]:
+def answering() -> Iterator[Callable[..., str]]:
     """Return a function that serves one text for every request, and gives its address."""
     servers = []
 
-    def serve(text: str) -> str:
+    def serve(text: str, **headers: str) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 self.send_response(200)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
                 self.end_headers()
                 self.wfile.write(text.encode())
 
@@ -130,6 +132,21 @@ def test_a_completions_stream_that_cannot_be_read_is_a_broken_answer(
 ) -> None:
     with ServerClient(answering(text)) as client, pytest.raises(BrokenAnswer):
         stream_whole(client, [1], 1, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda client: client.complete([1], 1),
+        lambda client: stream_whole(client, [1], 1, ignore_eos=True),
+    ],
+)
+def test_an_answer_packed_otherwise_than_it_says_is_one_error(
+    answering: Callable[..., str], ask: Callable[[ServerClient], Any]
+) -> None:
+    url = answering("{}", Content_Encoding="gzip")
+    with ServerClient(url) as client, pytest.raises(GraftError, match=f"{url}: no answer"):
+        ask(client)
 
 
 def calling(**function: Any) -> dict[str, Any]:

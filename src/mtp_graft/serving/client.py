@@ -89,7 +89,7 @@ class ServerClient:
         """Return whether /health answers 200; an unreachable server is not healthy."""
         try:
             return self._http.get("/health", timeout=timeout_s).status_code == httpx.codes.OK
-        except httpx.TransportError:
+        except httpx.RequestError:
             return False
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -164,7 +164,7 @@ class ServerClient:
         """Return the server's drafting counters so far, or None if it does not draft."""
         try:
             answer = self._http.get("/metrics")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         self._check(answer)
         return parse_spec_decode(answer.text)
@@ -192,7 +192,7 @@ class ServerClient:
         timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
         try:
             answer = self._http.post(path, json=body, timeout=timeout)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         self._check(answer)
         try:
@@ -215,10 +215,10 @@ class ServerClient:
                         if "error" in event:
                             raise GraftError(f"{self.base_url}{path}: {event['error']}")
                         yield event
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
 
-    def _unreachable(self, error: httpx.TransportError) -> ServerUnreachable:
+    def _unreachable(self, error: httpx.RequestError) -> ServerUnreachable:
         reason = str(error) or type(error).__name__
         return ServerUnreachable(f"{self.base_url}: no answer ({reason}); is the server running?")
 
