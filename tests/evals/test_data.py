@@ -1,6 +1,8 @@
 """Questions from a folder and from the hub, and how code is found in an answer."""
 
+import gzip
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,17 @@ def test_a_file_that_is_something_else_is_an_error(
     file.write_text(content)
     with pytest.raises(GraftError, match=message):
         gsm8k(tmp_path, None, 0)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b[:10] + b"\xff" * 30, lambda b: b"?"]
+)
+def test_a_damaged_archive_is_an_error(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    file = tmp_path / "human_eval" / "HumanEval.jsonl.gz"
+    file.parent.mkdir()
+    file.write_bytes(damage(gzip.compress(b'{"task_id": "?"}\n' * 99)))
+    with pytest.raises(GraftError, match=r"HumanEval.jsonl.gz: not readable"):
+        data.humaneval_rows(tmp_path)
 
 
 def test_an_mmlu_row_without_a_letter_is_an_error(tmp_path: Path) -> None:

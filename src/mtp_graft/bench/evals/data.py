@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
@@ -64,7 +65,7 @@ def _read(path: Path, parse: Callable[[Path], list[Row]]) -> list[Row]:
     """Return a file's rows. Raises GraftError if it is not there or not what its name says."""
     try:
         return parse(path)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise GraftError(
             f"{path}: not readable ({error}); expected the folder of the benchmark data as "
             "--data-dir, or none to load it from the hub"
