@@ -50,12 +50,8 @@ def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def expected(*names: str) -> str:
-    """Return the tables of what to expect of 43 layers, from result files of step times."""
-    return "\n".join(step_time_table.expected(step_times(*names), 43))
-
-
 def step_times(*names: str) -> dict[str, Any]:
+    """Return result files of step times as one report."""
     return step_time_table.together([RESULTS / f"{name}.json" for name in names])
 
 
@@ -72,7 +68,8 @@ def pages() -> dict[Path, str]:
     filters = (percent, interval, points, ratio, number)
     environment.filters |= {each.__name__: each for each in filters}
     environment.globals |= {"result": result, "source": source, "acti": step_time_table.ACTI}
-    environment.globals |= {"expected": expected, "step_times": step_times}
+    environment.globals |= {"step_times": step_times, "table": step_time_table}
+    environment.filters["lines"] = "\n".join
     readme = (ROOT / "README.md").read_text()
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -86,14 +86,14 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def markdown(report: dict[str, Any], layers: int) -> str:
-    measured = directly_measured(report["measurements"])
-    return "\n".join([*expected(report, layers), *measured, ACTI])
+    speeds = directly_measured(report["measurements"])
+    lines = [*measured(report), "", *extrapolated(report, layers), "", *noise(report, layers)]
+    return "\n".join([*lines, *speeds, ACTI])
 
 
-def expected(report: dict[str, Any], layers: int) -> list[str]:
-    """Return the tables of step times, measured and extrapolated, and what follows from them."""
-    results = report["results"]
-    measured = [
+def measured(report: dict[str, Any]) -> list[str]:
+    """Return the table of measured step times, and what follows from them."""
+    rows = [
         (
             str(r["layers"]),
             (r["variant"], r["k"], r["streams"]),
@@ -101,24 +101,36 @@ def expected(report: dict[str, Any], layers: int) -> list[str]:
             r["step_ms_mtp"],
             busy_cell(r),
         )
-        for r in results
+        for r in report["results"]
     ]
-    whole = [(str(layers), key, *times, "") for key, times in extrapolate(results, layers).items()]
-    alone = [(str(layers), k, *t, "all") for k, t in extrapolate_gpu(results, layers).items()]
-    noise = any(mtp < base for _, _, base, mtp, _ in [*measured, *whole])
+    heading = f"**Measured** step times, {report['device']}; the speed-ups follow from them:"
+    return [heading, "", *table(rows)]
+
+
+def extrapolated(report: dict[str, Any], layers: int) -> list[str]:
+    """Return the tables of what to expect at `layers`, with the host as it was and without it."""
+    heading = f"**Extrapolated** to {layers} layers, not measured:"
+    whole = extrapolate(report["results"], layers)
+    if not whole:
+        return [heading, "", "(two numbers of layers, timed on a GPU, are needed)"]
+    alone = extrapolate_gpu(report["results"], layers)
     return [
-        f"**Measured** step times, {report['device']}; the speed-ups follow from them:",
+        heading,
         "",
-        *table(measured),
+        *table([(str(layers), key, *times, "") for key, times in whole.items()]),
         "",
-        f"**Extrapolated** to {layers} layers, not measured:",
+        "**The GPU's time alone**, extrapolated: no host is waited for.",
         "",
-        *(table(whole) if whole else ["(two numbers of layers, timed on a GPU, are needed)"]),
-        "",
-        *(["**The GPU's time alone**, extrapolated: no host is waited for.", ""] if alone else []),
-        *([*table(alone), ""] if alone else []),
-        *([NOISE, ""] if noise else []),
+        *table([(str(layers), key, *times, "all") for key, times in alone.items()]),
     ]
+
+
+def noise(report: dict[str, Any], layers: int) -> list[str]:
+    """Return a warning if a step is shorter with the head than without."""
+    results = report["results"]
+    pairs = [(r["step_ms_base"], r["step_ms_mtp"]) for r in results]
+    pairs += extrapolate(results, layers).values()
+    return [NOISE, ""] if any(mtp < base for base, mtp in pairs) else []
 
 
 def busy_cell(line: dict[str, Any]) -> str:
