@@ -23,7 +23,7 @@ from engines import EngineOptions, Send, exit_on_sigterm, in_child, start
 from gpu_serve_check import CHUNK, LONG, MODEL, compare_recordings, record
 from record import write_result
 from safetensors.torch import load_file, save_file
-from texts import MARGIN, Text, bundled_prompts, forced, tokens_of
+from texts import Text, bundled_prompts, compare_forced, forced, tokens_of
 
 from mtp_graft.checkpoint.capture import RECORD_VARIABLE, RECORDINGS
 from mtp_graft.quant import fp8_block
@@ -31,10 +31,10 @@ from mtp_graft.quant import fp8_block
 SCALE = ".weight_scale"
 NOTE = (
     "The tiny model on a CPU, teacher-forced along the text that it once wrote, as the GPU was. "
-    "unlike_text: tokens other than the text's; unlike_gpu: other than the GPU's; as_gpu: of the "
-    "tokens in which the GPU departs from the text, those chosen here as by the GPU; margins: of "
-    "those above 0.5; residual: relative difference from what the GPU recorded (estimated from 16 "
-    "projections of a row)."
+    "unlike_text: tokens other than the text's; as_gpu: of the tokens in which the GPU departs from "
+    "the text, those chosen here as by the GPU; gpu: the GPU's tokens against those chosen here, "
+    "margins this CPU's; residual: relative difference from what the GPU recorded (estimated from "
+    "16 projections of a row)."
 )
 
 
@@ -66,25 +66,21 @@ def observe(
     llm = start(EngineOptions(base, max_num_batched_tokens=CHUNK))
     if round_inputs:
         llm.collective_rpc("round_inputs_of_fp8")
-    best = tokens_of(forced(llm, prompts, texts))
-    send({"best": best, "recording": record(llm, [p for p in prompts if len(p) <= CHUNK], folder)})
+    read = forced(llm, prompts, texts)
+    send({"read": read, "recording": record(llm, [p for p in prompts if len(p) <= CHUNK], folder)})
 
 
 def compare(found: dict[str, Any], texts: list[Text], gpu: dict[str, Any]) -> dict[str, Any]:
     """Return how near the GPU these choices are; `gpu` has its measurements by part."""
-    best, written, theirs = found["best"], tokens_of(texts), gpu["forced"]["best"]
-    margins = [text["margins"] for text in texts]
-    columns = (list(chain.from_iterable(lists)) for lists in (best, written, theirs, margins))
+    mine, written, theirs = tokens_of(found["read"]), tokens_of(texts), gpu["forced"]["best"]
+    columns = (list(chain.from_iterable(lists)) for lists in (mine, written, theirs))
     tokens = list(zip(*columns, strict=True))
     apart = compare_recordings(gpu["recording"]["prompts"], found["recording"])
     return {
-        "positions": len(tokens),
-        "unlike_text": sum(mine != text for mine, text, _, _ in tokens),
-        "unlike_text_margins": [m for mine, text, _, m in tokens if mine != text and m > MARGIN],
-        "unlike_gpu": sum(mine != gpus for mine, _, gpus, _ in tokens),
-        "gpu_unlike_text": sum(gpus != text for _, text, gpus, _ in tokens),
-        "as_gpu": sum(mine == gpus != text for mine, text, gpus, _ in tokens),
-        "as_gpu_margins": [m for mine, t, gpus, m in tokens if mine == gpus != t and m > MARGIN],
+        "unlike_text": sum(m != w for m, w, _ in tokens),
+        "gpu_unlike_text": sum(t != w for _, w, t in tokens),
+        "as_gpu": sum(m == t != w for m, w, t in tokens),
+        "gpu": compare_forced(found["read"], theirs),
         "residual": apart["rel_error"],
     }
 
