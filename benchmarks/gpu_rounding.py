@@ -31,7 +31,7 @@ from mtp_graft.quant import fp8_block
 SCALE = ".weight_scale"
 NOTE = (
     "The tiny model on a CPU, teacher-forced along the text that it once wrote, as the GPU was. "
-    "unlike_text: tokens other than the text's; as_gpu: of the tokens in which the GPU departs from "
+    "unlike_text: tokens other than the text's; as_gpu: of the tokens in which the GPU leaves "
     "the text, those chosen here as by the GPU; gpu: the GPU's tokens against those chosen here, "
     "margins this CPU's; residual: relative difference from what the GPU recorded (estimated from "
     "16 projections of a row)."
