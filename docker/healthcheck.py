@@ -4,9 +4,11 @@ import os
 import sys
 import urllib.request
 
-host = os.environ.get("HOST", "0.0.0.0")
-host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-url = f"http://{host}:{os.environ.get('PORT', '8000')}/health"
+# Empty is as good as unset, as for the entrypoint.
+host = os.environ.get("HOST") or "0.0.0.0"
+host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+address = f"[{host}]" if ":" in host else host
+url = f"http://{address}:{os.environ.get('PORT') or '8000'}/health"
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 try:
     with opener.open(url, timeout=5) as answer:

@@ -194,10 +194,10 @@ def test_a_checkpoint_that_is_not_mounted_is_said(start: Any, site: Path, tmp_pa
     assert "MODEL_PATH" in out
 
 
-def healthcheck(docker: Path, port: str) -> int:
+def healthcheck(docker: Path, port: str, host: str = "0.0.0.0") -> int:
     command = [sys.executable, str(docker / "healthcheck.py")]
     return subprocess.run(
-        command, env=environment(PORT=port, HOST="0.0.0.0"), check=False, capture_output=True
+        command, env=environment(PORT=port, HOST=host), check=False, capture_output=True
     ).returncode
 
 
@@ -220,11 +220,29 @@ def test_the_container_is_healthy_when_vllm_is_and_ends_with_sigterm(
         FAKE_VLLM=json.dumps({"record": str(record)}),
     )
     wait_healthy(docker, port, process)
+    assert healthcheck(docker, port, host="") == 0
     pids = read_record(record)["pids"]
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     assert wait_gone(pids) == []
     assert healthcheck(docker, port) != 0
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "url"),
+    [
+        ("::", "9", "http://[::1]:9/health"),
+        ("fe80::2", "9", "http://[fe80::2]:9/health"),
+        ("", "", "http://127.0.0.1:8000/health"),
+    ],
+)
+def test_the_healthcheck_asks_where_the_server_listens(
+    docker: Path, host: str, port: str, url: str
+) -> None:
+    command = [sys.executable, str(docker / "healthcheck.py")]
+    environ = environment(PORT=port, HOST=host)
+    done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
+    assert done.returncode != 0 and url in done.stderr
 
 
 @pytest.mark.vllm

@@ -194,6 +194,31 @@ def test_a_headless_node_cannot_be_checked(
     assert "such a node answers no requests; ask the first machine" in errors
 
 
+def test_a_server_outlives_a_service_manager_that_is_gone(
+    manager: socket.socket, site: Path, grafted: Path
+) -> None:
+    manager.close()
+    port = str(free_port())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mtp_graft.cli", "serve", str(grafted), "--port", port],
+        env=command_environment(site),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        said = ""
+        while "cannot tell the service manager READY=1" not in said:
+            said = process.stderr.readline()
+            assert said, "ended"
+        with ServerClient(f"http://127.0.0.1:{port}") as client:
+            assert client.is_healthy()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

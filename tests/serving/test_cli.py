@@ -68,6 +68,20 @@ def test_listening_beyond_loopback_without_a_key_warns(run: Run, base: Path) -> 
     assert status == 2 and "vLLM would ask nobody for it" in errors
 
 
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
+def test_loopback_needs_no_key(run: Run, base: Path, host: str) -> None:
+    assert run("serve", base, "--dry-run", "--host", host)[2] == ""
+
+
+@pytest.mark.parametrize("words", [("--host", "0.0.0.0"), ("--port=1",), ("--api_key", "k")])
+def test_an_address_behind_serves_back_is_refused(
+    run: Run, base: Path, words: tuple[str, ...]
+) -> None:
+    status, _, errors = run("serve", base, "--dry-run", "--", "--seed", 7, *words)
+    assert status == 2
+    assert "after --: vLLM would listen elsewhere" in " ".join(errors.split())
+
+
 def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Path) -> None:
     status, _, errors = run("serve", base, "--check")
     assert status == 1 and "--check without drafts" in errors

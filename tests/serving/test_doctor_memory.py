@@ -197,6 +197,7 @@ def test_fp8_compressors_take_the_room_of_bf16_on_a_gpu_too() -> None:
         ("h200", "H200"),
         ("NVIDIA GB10", "GB10"),
         ("DGX Spark", "GB10"),
+        ("6000 MaxQ", "RTX PRO 6000 Max-Q"),
     ],
 )
 def test_a_gpu_is_found_by_our_name_and_by_nvidias(said: str, meant: str) -> None:
@@ -204,6 +205,7 @@ def test_a_gpu_is_found_by_our_name_and_by_nvidias(said: str, meant: str) -> Non
 
 
 def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(GraftError, match="H300: not a GPU known here; expected one of RTX PRO"):
-        find_gpu("H300")
+    for name in ("H300", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "GB100"):
+        with pytest.raises(GraftError, match=f"{name}: not a GPU known here; expected one of RTX"):
+            find_gpu(name)
     assert all(gpu.source for gpu in GPUS)

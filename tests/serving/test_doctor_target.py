@@ -37,7 +37,7 @@ def good(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
-        (on("H200", 3), {"tp-heads": "error", "tp-groups": "error"}),
+        (on("H200", 3, tp=3), {"tp-heads": "error", "tp-groups": "error"}),
         (on("H200", 4), {"tp-heads": "error", "tp-groups": "error"}),
         (
             on("H200", 4, "0.26.0"),
@@ -185,3 +185,25 @@ def test_flash_weighs_what_the_published_checkpoint_weighs(full_size: Survey) ->
     }
     assert in_gib["base"] + in_gib["head"] == pytest.approx(146, abs=1)
     assert in_gib["base"] == pytest.approx(142.5, abs=1)
+
+
+def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them() -> None:
+    assert [find_target(gpu="H200", count=n).tp for n in (1, 2, 3, 6, 8)] == [1, 2, 2, 4, 8]
+
+
+def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(target, "_installed", lambda: (Version("0.32.0"), "cuda"))
+    found = find_target()
+    assert (found.hardware, found.platform, found.tp) == (None, "cuda", 1)
+    assert "nvidia-smi" in str(found.unknown_because)
+
+
+def test_a_memory_that_the_cpu_shares_is_not_taken_whole(full_size: Survey) -> None:
+    text = str(examine(full_size, on("GB10", 2)))
+    assert "85% of 2x GB10" in text and "92%" not in text

@@ -311,9 +311,9 @@ def test_a_config_that_lacks_what_is_needed_is_an_error(
 
 def test_several_machines_need_the_address_of_the_first(flash: Path) -> None:
     sparks = named_gpus("DGX Spark", 2)
-    with pytest.raises(GraftError, match="--master-addr is None"):
+    with pytest.raises(GraftError, match="address of the first of them as --master-addr"):
         plan(flash, "524k", sparks)
-    with pytest.raises(GraftError, match="a rank below 2"):
+    with pytest.raises(GraftError, match="--node-rank 2; expected one below 2"):
         plan(flash, "524k", sparks, node=Node(2, "192.0.2.1"))
     with pytest.raises(GraftError, match="one machine"):
         plan(flash, "524k", node=Node(1, "192.0.2.1"))

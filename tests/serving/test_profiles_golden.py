@@ -36,6 +36,7 @@ FLASH_CASES: dict[str, tuple[str, ...]] = {
     "server-x2-524k": ("--profile", "524k", "--gpu", "RTX PRO 6000 Server", "--count", "2"),
     "spark-x2-524k-node-0": ("--profile", "524k", *SPARKS),
     "spark-x2-524k-node-1": ("--profile", "524k", *SPARKS, "--node-rank", "1"),
+    "h100-x2-auto": ("--profile", "auto", "--gpu", "H100", "--count", "2"),
     "h200-x1-524k": ("--profile", "524k", "--gpu", "H200"),
     "h200-x2-524k": ("--profile", "524k", "--gpu", "H200", "--count", "2"),
     "h200-x8-524k": ("--profile", "524k", "--gpu", "H200", "--count", "8"),

@@ -75,6 +75,18 @@ def test_a_gpu_that_shares_the_machines_memory_is_looked_up(smi: Smi) -> None:
     assert found.memory_bytes == named_gpus("GB10", 1).memory_bytes
 
 
+def test_it_shares_that_memory_also_where_its_driver_gives_a_number(smi: Smi) -> None:
+    smi("NVIDIA GB10, 122570")
+    found = find_gpus()
+    assert found.unified_memory
+    assert found.memory_bytes == 122570 * 2**20
+
+
+def test_a_gpu_that_is_not_known_is_taken_as_its_driver_has_it(smi: Smi) -> None:
+    smi("NVIDIA GH200 480GB, 97871")
+    assert find_gpus() == Hardware("NVIDIA GH200 480GB", 1, 97871 * 2**20)
+
+
 def test_only_the_gpus_that_vllm_will_see_count(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     asked = smi("NVIDIA H200, 143771")

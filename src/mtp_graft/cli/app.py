@@ -64,9 +64,27 @@ MaxModelLenOption = Annotated[
         min=1, metavar="N", rich_help_panel=SERVER, help="Longest sequence. Default: the model's."
     ),
 ]
+
+
+def _refuse_address(words: list[str] | None) -> list[str] | None:
+    """Refuse what would have the server listen, or ask for a key, behind our back."""
+    for word in words or ():
+        flag = word.split("=", 1)[0].replace("_", "-")
+        if flag in ("--host", "--port", "--uds", "--api-key"):
+            raise typer.BadParameter(
+                f"{flag} after --: vLLM would listen elsewhere than it is asked; where "
+                "mtp-graft has the option, give it before the --"
+            )
+    return words
+
+
 ServeArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="ARGS", help="After --: arguments for vllm serve, as they are."),
+    typer.Argument(
+        metavar="ARGS",
+        help="After --: arguments for vllm serve, as they are.",
+        callback=_refuse_address,
+    ),
 ]
 
 

@@ -48,12 +48,12 @@ def serve(
     json_file: JsonOption = None,
 ) -> None:
     """Serve a checkpoint with vLLM in the foreground, drafting with its head if it has one."""
-    from mtp_graft.serving.command import LOOPBACK_HOSTS
+    from mtp_graft.serving.command import is_loopback
 
     if server.api_key == "":
         raise typer.BadParameter("is empty: vLLM would ask nobody for it", param_hint="--api-key")
     _check_usage(profile, hardware, check, log, dry_run, json_file)
-    if server.host not in LOOPBACK_HOSTS and server.api_key is None:
+    if not is_loopback(server.host) and server.api_key is None:
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
     options, vllm = server.options(checkpoint), hardware.find_vllm(dry_run)
     plan = _plan(options, profile, vllm, hardware)
@@ -182,12 +182,16 @@ def _check(options: "ServeOptions", log: Path | None, json_file: Path | None) ->
 
 def _serve(options: "ServeOptions", plan: "Plan | None") -> None:
     """Run vLLM in the foreground and leave with its exit status."""
+    from mtp_graft.errors import GraftError
     from mtp_graft.serving.server import serve_foreground
     from mtp_graft.serving.service_manager import notify
 
     def on_ready(where: str) -> None:
         note(f"ready: {where}")
-        notify("READY=1")
+        try:
+            notify("READY=1")
+        except GraftError as error:  # a healthy server is worth more than who started it
+            note(f"warning: {error}")
 
     if plan is not None:
         for text in (f"{plan.hardware}", *plan.notes):

@@ -86,7 +86,9 @@ class HardwareOptions:
 
     gpu: Annotated[
         str | None,
-        _hardware(metavar="NAME", help="Fit the profile to this GPU, not to those found."),
+        _hardware(
+            metavar="NAME", help="Fit the profile to this GPU, or cpu, not to what is found."
+        ),
     ] = None
     count: Annotated[
         int | None, _hardware(min=1, metavar="N", help="How many of --gpu. Default: 1.")
@@ -116,6 +118,10 @@ class HardwareOptions:
 
         return Node(self.node_rank or 0, self.master_addr)
 
+    @property
+    def _is_cpu(self) -> bool:
+        return self.gpu is not None and self.gpu.lower() == "cpu"
+
     def find_vllm(self, dry_run: bool) -> "InstalledVllm":
         """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
         from mtp_graft.serving.command import find_vllm, vllm_elsewhere
@@ -123,7 +129,8 @@ class HardwareOptions:
         if self.vllm_version is not None:
             return vllm_elsewhere(self.vllm_version)
         installed = find_vllm()
-        if dry_run and self.gpu is not None and installed.platform == "cpu":
+        elsewhere = self.gpu is not None and not self._is_cpu
+        if dry_run and elsewhere and installed.platform == "cpu":
             return vllm_elsewhere(installed.version.public)
         return installed
 
@@ -132,12 +139,16 @@ class HardwareOptions:
         from mtp_graft.serving.topology import CPU, find_gpus, named_gpus
 
         if vllm.platform == "cpu":
-            if self.gpu is not None or self.nnodes is not None:
+            if (self.gpu is not None and not self._is_cpu) or self.nnodes is not None:
                 raise GraftError(
                     f"vLLM {vllm.version} is installed, a CPU build; expected one for CUDA with "
                     "--gpu or --nnodes (--dry-run --gpu prints for hardware that is elsewhere)"
                 )
             return CPU
+        if self._is_cpu:
+            raise GraftError(
+                f"--gpu cpu: vLLM {vllm.version} here is a CUDA build; expected a CPU build"
+            )
         if self.gpu is not None:
             return named_gpus(self.gpu, self.count or 1, self.nnodes)
         return find_gpus(self.nnodes or 1)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.client import READ_ERRORS, ServerClient
 from mtp_graft.serving.command import ServeOptions, num_speculative_tokens
 
 _SENTENCE = "The quick brown fox jumps over the lazy dog. "
@@ -57,7 +57,13 @@ def check_drafter(client: ServerClient) -> DrafterCheck:
             "and at least one speculative token"
         )
     prompt = client.tokenize(_SENTENCE * _REPETITIONS)
-    client.stream(prompt, _NEW_TOKENS, ignore_eos=True)
+    try:
+        client.stream(prompt, _NEW_TOKENS, ignore_eos=True)
+    except READ_ERRORS as error:
+        raise GraftError(
+            f"{client.base_url}: not a completion's stream ({in_words(error)}); "
+            "is a vLLM server at this address?"
+        ) from error
     after = client.spec_decode_counters()
     assert after is not None
     gained = after - before

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,6 @@ SUPPORTED_ON_CPU = "==0.32.*"
 CPU_STEP = 2048
 #: The only KV block size that DeepSeek-V4's attention backends accept.
 BLOCK_SIZE = 256
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -329,6 +329,16 @@ def _cpu_binding(num_ranks: int) -> str:
     share = len(cpus) // num_ranks
     ranks = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
     return "|".join(",".join(map(str, rank)) for rank in ranks)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a server that listens on `host` can be reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def check_port(host: str, port: int) -> int:

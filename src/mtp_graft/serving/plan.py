@@ -171,10 +171,14 @@ def _too_long(name: str, profile: Profile, options: ServeOptions, room: Room) ->
         asked, cure = f"--profile {name} has a context of {length} tokens", "take --profile auto, "
     else:
         asked, cure = f"--max-model-len {length}", "take "
+    if largest == room.model_limit:
+        return GraftError(
+            f"{options.checkpoint}: {asked}; the model has {largest} positions; "
+            f"{cure}--max-model-len {largest}"
+        )
     cure += f"--max-model-len {largest}, or more ranks" if largest else "more ranks"
     return GraftError(
-        f"{options.checkpoint}: {asked}; the model has {room.model_limit} positions, and on "
-        f"{room.hardware} there is room for {largest} tokens "
+        f"{options.checkpoint}: {asked}; on {room.hardware} there is room for {largest} tokens "
         f"({room.describe(utilization, length)}); {cure}"
     )
 
@@ -226,7 +230,7 @@ def _with_options(profile: Profile, options: ServeOptions, room: Room) -> Profil
 def _explained(name: str, profile: Profile, options: ServeOptions, room: Room) -> Iterator[str]:
     """Say which profile it is, where it was changed and why, and what memory it takes."""
     yield f"profile {name}: {profile.why} ({profile.source})"
-    for flag, value, default, why in _compared(profile, PROFILES[name], options):
+    for flag, value, default, why in _compared(profile, PROFILES[name], options, room):
         if value != default:
             yield f"{flag} {value}, the profile has {default}: {why}"
     if room.hardware.gpu is None:
@@ -248,12 +252,17 @@ def _explained(name: str, profile: Profile, options: ServeOptions, room: Room) -
 
 
 def _compared(
-    profile: Profile, original: Profile, options: ServeOptions
+    profile: Profile, original: Profile, options: ServeOptions, room: Room
 ) -> Iterator[tuple[str, float, float, str]]:
     """Yield flag, value, the original profile's value, and why the two may differ."""
     asked = "as asked for"
     length, num_seqs = profile.max_model_len, profile.max_num_seqs
-    why = asked if options.max_model_len else "the longest that fits"
+    longest = (
+        "all positions that the model has"
+        if length == room.model_limit
+        else "the longest that fits"
+    )
+    why = asked if options.max_model_len else longest
     yield "--max-model-len", length, original.max_model_len, why
     why = f"auto takes as many of full length as fit, {MOST_SEQUENCES} at most"
     yield "--max-num-seqs", num_seqs, original.max_num_seqs, asked if options.max_num_seqs else why
@@ -338,10 +347,11 @@ def _node_flags(hardware: Hardware, node: Node, notes: list[str]) -> tuple[str, 
                 f"{hardware}: one machine; --node-rank and --master-addr expect several (--nnodes)"
             )
         return ()
-    if node.master_address is None or not 0 <= node.rank < hardware.num_nodes:
+    if node.master_address is None:
+        raise GraftError(f"{hardware}: expected the address of the first of them as --master-addr")
+    if not 0 <= node.rank < hardware.num_nodes:
         raise GraftError(
-            f"{hardware}: --master-addr is {node.master_address}, --node-rank {node.rank}; "
-            f"expected the address of the first machine and a rank below {hardware.num_nodes}"
+            f"{hardware}: --node-rank {node.rank}; expected one below {hardware.num_nodes}"
         )
     notes.append(
         f"run this command on every machine, with --node-rank 0 to {hardware.num_nodes - 1}; "

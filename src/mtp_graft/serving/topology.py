@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.gpus import find_gpu
+from mtp_graft.serving.gpus import find_gpu, known_gpu
 
 Link = Literal["none", "nvlink", "pcie", "network"]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -72,11 +72,10 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
         )
     name, memory_mib = rows[0]
     link: Link = "network" if num_nodes > 1 else "none" if len(rows) == 1 else _slowest_link()
-    if not memory_mib.isdigit():  # [N/A]: the memory is the machine's
-        gpu = find_gpu(name)
-        memory_bytes, unified = gpu.memory_bytes, gpu.unified_memory
-    else:
-        memory_bytes, unified = int(memory_mib) * 2**20, False
+    gpu = known_gpu(name)
+    # [N/A]: the memory is the machine's
+    memory_bytes = int(memory_mib) * 2**20 if memory_mib.isdigit() else find_gpu(name).memory_bytes
+    unified = gpu is not None and gpu.unified_memory
     return Hardware(name, len(rows) * num_nodes, memory_bytes, link, num_nodes, unified)
 
 

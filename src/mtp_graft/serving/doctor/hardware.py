@@ -14,7 +14,7 @@ from mtp_graft.serving.memory import (
     largest_context,
     weights_bytes,
 )
-from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
+from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, UNIFIED_MEMORY_UTILIZATION
 
 _GIB = 2**30
 #: Of steps being computed: with asynchronous scheduling there are two.
@@ -94,11 +94,12 @@ def memory(survey: Survey, target: Target) -> Iterator[Finding]:
         yield from _host_memory(survey)
         return
     weights = weights_bytes(survey.tensors, target.tp)
-    limit = int(UTILIZATION * hardware.memory_bytes)
+    share = min(UTILIZATION, UNIFIED_MEMORY_UTILIZATION if hardware.unified_memory else 1)
+    limit = int(share * hardware.memory_bytes)
     left = limit - weights - RESERVE_BYTES
     estimate = (
         f"weights {weights / _GIB:.1f} GiB and {RESERVE_BYTES / _GIB:.0f} GiB for all else of "
-        f"{limit / _GIB:.1f} GiB ({UTILIZATION:.0%} of {hardware}) on each of {target.tp} ranks"
+        f"{limit / _GIB:.1f} GiB ({share:.0%} of {hardware}) on each of {target.tp} ranks"
     )
     if left <= 0:
         yield Finding(

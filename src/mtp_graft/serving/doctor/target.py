@@ -8,7 +8,7 @@ from typing import Literal
 
 from packaging.version import InvalidVersion, Version
 
-from mtp_graft.errors import UsageError
+from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import PLUGIN_NAME
 from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_gpus
 
@@ -28,6 +28,7 @@ class Target:
     installed: bool = False  # `vllm` is the one of this environment
     plugin_found: bool = True
     plugins_allowed: str | None = None  # VLLM_PLUGINS
+    unknown_because: str | None = None  # the hardware
 
 
 def find_target(
@@ -39,28 +40,34 @@ def find_target(
 ) -> Target:
     """Return what the options name, and for the rest what is installed and present.
 
-    `gpu` may be `cpu`. `tp` defaults to the number of GPUs. Raises UsageError for a version or a
-    GPU that is none.
+    `gpu` may be `cpu`. `tp` defaults to the largest power of two of GPUs, `serve`'s first choice.
+    Raises UsageError for a version or a GPU that is none.
     """
     found_version, found_platform = _installed()
     version = found_version if vllm is None else _version(vllm)
     platform: Platform | None
     hardware: Hardware | None
+    unknown = None
     if gpu is not None:
         platform = "cpu" if gpu.lower() == "cpu" else "cuda"
         hardware = CPU if platform == "cpu" else named_gpus(gpu, count or tp or 1)
     else:
         platform = found_platform or ("cuda" if shutil.which("nvidia-smi") else None)
-        hardware = _present(platform)
+        try:
+            hardware = _present(platform)
+        except GraftError as error:
+            hardware, unknown = None, str(error)
+    num_gpus = hardware.num_gpus if hardware else 0
     return Target(
         version,
         platform,
         hardware,
-        tp or (hardware.num_gpus if hardware and hardware.num_gpus else 1),
+        tp or (2 ** (num_gpus.bit_length() - 1) if num_gpus else 1),
         max_model_len,
         installed=vllm is None and found_version is not None,
         plugin_found=any(p.name == PLUGIN_NAME for p in entry_points(group=_PLUGIN_GROUP)),
         plugins_allowed=os.environ.get("VLLM_PLUGINS"),
+        unknown_because=unknown,
     )
 
 
