@@ -75,6 +75,7 @@ def test_the_servers_take_turns_on_the_same_prompts(
     assert sessions.names == ["base-1", "mtp-1", "mtp-2", "base-2", "base-3", "mtp-3"]
     ratio = result["ratio"]["decode_tok_s"]
     assert (ratio["pairs"], ratio["prompts"]) == (3, 3)
+    assert (result["pairs"], result["base_first"]) == (3, 2)
     low, high = ratio["interval"]
     assert low < ratio["estimate"] < high
     assert result["acceptance"]["median"] == pytest.approx(7 / 13)
