@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 
-from mtp_graft.bench.card import write_card
+from mtp_graft.bench.card import pictures, write_card
 from mtp_graft.bench.card.cite import SIZE_POINTER, Citations, Name, Node
 from mtp_graft.bench.card.metadata import find_license
 from mtp_graft.bench.card.styles import STYLES
@@ -493,6 +494,32 @@ def test_a_failed_verification_is_shown(tmp_path: Path) -> None:
     write(run / "verify/gptq.json", found | {"ok": False, "missing": ["mtp.0.a", "mtp.0.b"]})
     told = section(card(run), "Verification")
     assert "| result | **failed** |" in told and "| missing tensors | 2 |" in told
+
+
+@pytest.mark.parametrize("correct", [0, 53, 100])
+def test_scores_are_drawn_on_an_axis_from_0_to_100_percent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, correct: int
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "_png", lambda figure: drawn.append(figure) or b"")
+    run = tmp_path / "run"
+    stages(run)
+    bench(run, "mmlu", evaluated("mmlu", correct, 100))
+    write_card(run, run / "card")
+    [axes] = drawn[0].axes
+    assert axes.get_xlim() == (0.0, 1.0)
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert ticks == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+
+
+@pytest.mark.parametrize("correct", [0, 1])
+def test_a_card_says_what_scores_of_0_are_worth(tmp_path: Path, correct: int) -> None:
+    run = tmp_path / "run"
+    stages(run)
+    bench(run, "gsm8k", evaluated("gsm8k", 0, 50))
+    bench(run, "mmlu", evaluated("mmlu", correct, 57))
+    said = section(card(run), "Benchmark snapshot")
+    assert ("- No answer was right in any of them" in said) == (correct == 0)
 
 
 def test_charts_of_an_earlier_card_go_and_other_files_stay(tmp_path: Path) -> None:
