@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,16 @@ def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
 
 
+@cache
 def device_name() -> str:
-    import torch
+    """Return the first GPU's name, or the processor's.
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+    Another process asks torch: a CUDA context here would take memory from what is measured.
+    """
+    ask = "import torch.cuda as c; print(c.get_device_name(0) if c.is_available() else '')"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    if gpu := done.stdout.strip():
+        return gpu
     models = [
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make examples/tiny-dsv4: the pipeline on the bundled model, every benchmark with its head and
-# without, the card and the reports. Goes on where it was stopped.
+# without, the card and the reports. Goes on where it was stopped; what is to be measured anew has
+# to be removed from RUN/bench first.
 #
 #   examples/make.sh RUN DATA     RUN: a folder to work in; DATA: as docs/evals.md describes it
 set -euo pipefail
@@ -18,7 +19,8 @@ for side in mtp base; do
     checkpoint=${!side}
     folder=$run && [[ $side == mtp ]] || folder=$run-base
     serve=(--checkpoint "$checkpoint" --max-model-len 4096 --run "$folder")
-    "$graft" bench workload "${serve[@]}" --max-tokens 128
+    # An answer may fill the context, which is short for that reason.
+    "$graft" bench workload --checkpoint "$checkpoint" --max-model-len 2560 --run "$folder"
     "$graft" bench gsm8k "${serve[@]}" --data-dir "$data" --limit 50 --max-tokens 192
     "$graft" bench humaneval "${serve[@]}" --data-dir "$data" --max-tokens 128
     "$graft" bench mmlu "${serve[@]}" --data-dir "$data" --limit 57 --max-tokens 64
@@ -26,26 +28,13 @@ for side in mtp base; do
 done
 "$graft" bench sweep --checkpoint "$mtp" --max-model-len 4096 --run "$run" \
     --k 0,1 --streams 1,2,3,4 --requests 4 --max-tokens 64
-"$graft" bench decode --checkpoint "$mtp" --against "$base" --pairs 2 --limit 4 --rounds 1 \
+"$graft" bench decode --checkpoint "$mtp" --against "$base" --pairs 4 --limit 4 --rounds 1 \
     --max-tokens 64 --run "$run"
 "$graft" card "$run" --json "$run/card.json"
 
 out=examples/tiny-dsv4
-rm -rf "$out" && mkdir -p "$out/results/mtp" "$out/results/base"
+rm -rf "$out" "$out-base" && mkdir -p "$out"
 cp -r "$run/card" "$run/report" "$out/"
 rm -f "$out/report/manifest.json"
-for side in mtp base; do
-    folder=$run && [[ $side == mtp ]] || folder=$run-base
-    for result in "$folder"/bench/*/result.json; do
-        # Without what an answer was compared with: that is the benchmarks' data.
-        .venv/bin/python - "$result" >"$out/results/$side/$(basename "$(dirname "$result")").json" <<'END'
-import json, sys
-from pathlib import Path
-
-result = json.loads(Path(sys.argv[1]).read_text())
-for failure in result.get("failures", ()):
-    failure.pop("detail", None)
-print(json.dumps(result, indent=1))
-END
-    done
-done
+.venv/bin/python examples/keep.py "$run" "$out"
+.venv/bin/python examples/keep.py "$run-base" "$out-base"

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
 
-from mtp_graft.bench.card import write_card
-from mtp_graft.bench.card.cite import SIZE_POINTER, Citations, Name, Node
+from mtp_graft.bench.card import pictures, write_card
+from mtp_graft.bench.card.cite import Citations, Name, Node
 from mtp_graft.bench.card.metadata import find_license
-from mtp_graft.bench.card.styles import STYLES
 from mtp_graft.bench.card.tables import Table
 from mtp_graft.checkpoint.manifest import write_manifest
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection, SpliceSection
-from mtp_graft.serving.profiles import PROFILES
 from mtp_graft.stages.fetch import fetch
 from mtp_graft.stages.quantize import QuantizeConfig, quantize
 from mtp_graft.stages.score import ScoreConfig, score
@@ -39,8 +38,8 @@ from run_folder import (
     write,
 )
 from synthetic_capture import random_sequences, write_capture
+from tracing import reread, traced
 
-SRC = Path(__file__).resolve().parent.parent / "src"
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -57,11 +56,6 @@ def card(run: Path) -> str:
     """Write a run's card and return it."""
     write_card(run, run / "card")
     return (run / "card/README.md").read_text()
-
-
-def traced(run: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((run / "card/card.json").read_text())["numbers"]
-    return found
 
 
 def section(page: str, title: str) -> str:
@@ -84,22 +78,6 @@ def cells(page: str) -> list[str]:
     return [cell.strip() for row in rows for cell in row.strip("|").split(" | ")]
 
 
-def resolve(run: Path, origin: dict[str, str]) -> Any:
-    """Return the value that a trace points to, read anew (RFC 6901)."""
-    file, pointer = origin["file"], origin["pointer"]
-    if pointer == SIZE_POINTER:
-        return (run / file).stat().st_size
-    if file.startswith("package:"):
-        assert (SRC / file.removeprefix("package:")).is_file()
-        value: Any = {name: asdict(profile) for name, profile in PROFILES.items()}
-    else:
-        value = json.loads((run / file).read_text())
-    for part in pointer.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
-
-
 # The trace
 
 
@@ -107,8 +85,7 @@ def test_every_traced_number_is_what_its_file_says(whole: Path) -> None:
     entries = traced(whole)
     assert len(entries) > 200
     for entry in entries:
-        values = [resolve(whole, origin) for origin in entry["from"]]
-        assert STYLES[entry["style"]].write(*values) == entry["shown"], entry
+        assert reread(entry, whole) == entry["shown"], entry
 
 
 def test_every_number_in_the_tables_is_traced(whole: Path) -> None:
@@ -168,7 +145,7 @@ def test_pointers_with_slashes_and_tildes_lead_back(tmp_path: Path) -> None:
     cite.show("count", Node("x.json", {"a/b": {"~c": [7]}})["a/b"]["~c"][0])
     [entry] = cite.as_json()["numbers"]
     assert entry["from"] == [{"file": "x.json", "pointer": "/a~1b/~0c/0"}]
-    assert resolve(tmp_path, entry["from"][0]) == 7
+    assert reread(entry, tmp_path) == "7"
 
 
 # What it says
@@ -495,6 +472,32 @@ def test_a_failed_verification_is_shown(tmp_path: Path) -> None:
     assert "| result | **failed** |" in told and "| missing tensors | 2 |" in told
 
 
+@pytest.mark.parametrize("correct", [0, 53, 100])
+def test_scores_are_drawn_on_an_axis_from_0_to_100_percent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, correct: int
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(pictures, "_png", lambda figure: drawn.append(figure) or b"")
+    run = tmp_path / "run"
+    stages(run)
+    bench(run, "mmlu", evaluated("mmlu", correct, 100))
+    write_card(run, run / "card")
+    [axes] = drawn[0].axes
+    assert axes.get_xlim() == (0.0, 1.0)
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    assert ticks == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+
+
+@pytest.mark.parametrize("correct", [0, 1])
+def test_a_card_says_what_scores_of_0_are_worth(tmp_path: Path, correct: int) -> None:
+    run = tmp_path / "run"
+    stages(run)
+    bench(run, "gsm8k", evaluated("gsm8k", 0, 50))
+    bench(run, "mmlu", evaluated("mmlu", correct, 57))
+    said = section(card(run), "Benchmark snapshot")
+    assert ("- No answer was right in any of them" in said) == (correct == 0)
+
+
 def test_charts_of_an_earlier_card_go_and_other_files_stay(tmp_path: Path) -> None:
     run = tmp_path / "run"
     stages(run)
@@ -570,8 +573,7 @@ def test_card_of_what_the_real_stages_leave(tiny_model: Path, tmp_path: Path) ->
     write(run / "verify/gptq.json", verify(folder, base, upstream, run / "quantize"))
     page = card(run)
     for entry in traced(run):
-        values = [resolve(run, origin) for origin in entry["from"]]
-        assert STYLES[entry["style"]].write(*values) == entry["shown"], entry
+        assert reread(entry, run) == entry["shown"], entry
     assert "calibration tokens in PyTorch (true attention)" in page
     assert "| result | ok |" in page
     assert re.search(r"\| gptq \| yes \| not measured \| – \| – \| \d+\.\d % \|", page)

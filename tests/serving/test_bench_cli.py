@@ -167,6 +167,40 @@ def test_loads_that_are_added_join_those_of_the_run_folder(
     assert after("3") == ([1, 2, 3], second), "nothing was measured"
 
 
+def test_pairs_that_are_added_join_those_of_the_run_folder(
+    run: Run,
+    fake: Callable[..., None],
+    base: Path,
+    grafted: Path,
+    prompts_file: Path,
+    tmp_path: Path,
+) -> None:
+    fake(streams=str(tmp_path / "streams"))
+    words = (
+        *("bench", "decode", "--checkpoint", grafted, "--against", base, "--rounds", 1),
+        *("--prompts", prompts_file, "--max-tokens", 6, "--run", tmp_path / "run", "--json", "-"),
+    )
+
+    def asked(pairs: int) -> tuple[dict[str, Any], str, int]:
+        before = num_lines(tmp_path / "streams")
+        status, out, errors = run(*words, "--pairs", pairs)
+        assert status == 0, errors
+        return json.loads(out), errors, num_lines(tmp_path / "streams") - before
+
+    def speeds(result: dict[str, Any]) -> list[float]:
+        found: list[float] = result["ratio"]["decode_tok_s"]["per_pair"]
+        return found
+
+    two, said, requests = asked(2)
+    assert two["pairs"] == 2 and "came first" not in said
+    three, said, more = asked(3)
+    assert three["pairs"] == 3 and "the base came first in 2 of 3 pairs" in said
+    assert speeds(three)[:2] == speeds(two)
+    assert 2 * more == requests, "the first two pairs were not asked again"
+    again, _, more = asked(2)
+    assert (again, more) == (three, 0), "fewer pairs are a look at all that there are"
+
+
 @pytest.mark.parametrize(
     ("what", "other", "message"),
     [

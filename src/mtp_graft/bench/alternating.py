@@ -57,10 +57,11 @@ def measure_alternating(
 ) -> dict[str, Any]:
     """Measure sessions in the order base, MTP, MTP, base, base, ...; return the comparison.
 
-    What the ledger has is not asked again; a server whose session is complete is not started.
+    What the ledger has is not asked again; a server whose session is complete is not started. Pairs
+    that an earlier call measured beyond `config.pairs` count too.
     Keys: those of `decode_result` for `mtp`, `against` (the same for `base`), `ratio` (of decode
-    speed and of time to first token), `greedy_identical`, `divergences`, `pairs`, `errors`,
-    `failures`.
+    speed and of time to first token), `greedy_identical`, `divergences`, `pairs`, `base_first` (in
+    how many of them), `errors`, `failures`.
     """
     serve = {"base": base, "mtp": mtp}
     for pair in range(config.pairs):
@@ -76,7 +77,10 @@ def measure_alternating(
                         ledger=ledger,
                         retrying=retrying,
                     )
-    return _result(ledger, config) | retrying.as_dict()
+    pairs = config.pairs
+    while all(_is_complete(ledger, f"{side}-{pairs + 1}", config.decode) for side in serve):
+        pairs += 1
+    return _result(ledger, config.decode, pairs) | retrying.as_dict()
 
 
 def _is_complete(ledger: Ledger, name: str, config: DecodeConfig) -> bool:
@@ -108,15 +112,15 @@ def _ask_reference(
     ledger.add("reference", len(known))
 
 
-def _result(ledger: Ledger, config: AlternatingConfig) -> dict[str, Any]:
+def _result(ledger: Ledger, config: DecodeConfig, pairs: int) -> dict[str, Any]:
     prompts = kept_prompts(ledger)
     sessions: dict[str, list[list[Round]]] = {}
     for side in ("base", "mtp"):
-        names = [f"{side}-{pair + 1}" for pair in range(config.pairs)]
-        units = [unit_names(prompts, config.decode, name) for name in names]
+        names = [f"{side}-{pair + 1}" for pair in range(pairs)]
+        units = [unit_names(prompts, config, name) for name in names]
         sessions[side] = [rounds_of(ledger, unit, len(prompts)) for unit in units]
     rounds = {side: [r for session in found for r in session] for side, found in sessions.items()}
-    results = {side: decode_result(found, config.decode) for side, found in rounds.items()}
+    results = {side: decode_result(found, config) for side, found in rounds.items()}
     reference = [_scored(ledger[f"reference/{prompt.id}"]) for prompt in prompts]
     divergences = find_divergences(prompts, reference, rounds["mtp"][0].token_ids)
     texts = tuple(scored.token_ids for scored in reference)
@@ -128,7 +132,8 @@ def _result(ledger: Ledger, config: AlternatingConfig) -> dict[str, Any]:
         "ratio": _ratios(sessions["mtp"], sessions["base"]),
         "greedy_identical": repeatable and not divergences,
         "divergences": [asdict(divergence) for divergence in divergences],
-        "pairs": config.pairs,
+        "pairs": pairs,
+        "base_first": (pairs + 1) // 2,
     }
 
 

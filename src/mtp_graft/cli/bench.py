@@ -64,7 +64,11 @@ def bench_decode(
     ] = None,
     pairs: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="How often the two take turns. Default: 4."),
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="How often the two take turns; even, to go first equally often. Default: 4.",
+        ),
     ] = None,
     prompts: PromptsOption = None,
     limit: LimitOption = None,
@@ -149,7 +153,8 @@ class _Decode:
 
         servers = {"server": self.target.identity(), "against": other.identity(), "k": self.k}
         alternating = AlternatingConfig(pairs, self.config)
-        claim = asdict(alternating) | servers | _named(self.prompts)
+        # More pairs may be added to a folder later: each stands by itself.
+        claim = {"decode": asdict(self.config)} | servers | _named(self.prompts)
         with open_ledger(self.folder, claim) as ledger:
             result = measure_alternating(
                 lambda name: self.target.client(report, name, self.k),

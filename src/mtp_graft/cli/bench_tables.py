@@ -18,7 +18,7 @@ def decode_table(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def ratio_lines(result: dict[str, Any]) -> list[str]:
-    """Return the ratio of the decode speeds with its interval, and whether the text is the same."""
+    """Return the ratio of the decode speeds with its interval, and what to know of it."""
     ratio = result["ratio"]["decode_tok_s"]
     low, high = ratio["interval"]
     differing = len(result["divergences"])
@@ -28,13 +28,19 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
         text = f"differs on {differing} prompts"
     else:
         text = "the same once, but not in every round"
-    return [
+    lines = [
         f"decode speed: {ratio['estimate']:.3f} times the other's "
         f"({100 * ratio['confidence']:.0f} % interval {low:.3f} to {high:.3f}; "
         f"{ratio['pairs']} pairs, {ratio['prompts']} prompts)",
         f"a change by 2 % would take {ratio['pairs_for_2_percent']} pairs to be seen here",
         f"greedy text: {text}",
     ]
+    if result["pairs"] % 2:
+        lines.append(
+            f"the base came first in {result['base_first']} of {result['pairs']} pairs: an odd "
+            "number leaves some of a drift in the ratio"
+        )
+    return lines
 
 
 def sweep_table(points: Sequence[dict[str, Any]]) -> Table:

@@ -2,9 +2,20 @@
 
 import os
 import platform
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import torch
+
+from mtp_graft.errors import GraftError
+
+_NAME_GPUS = """
+import torch.cuda as cuda
+for gpu in range(cuda.device_count()):
+    print(cuda.get_device_name(gpu))
+"""
 
 
 def torch_device(wanted: str) -> str:
@@ -16,9 +27,26 @@ def torch_device(wanted: str) -> str:
 
 def device_name() -> str:
     """Return the GPUs' or the processor's model and how many, for manifests and the report."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(0)}"
-    return f"{_processor()}, {os.cpu_count()} cores"
+    gpus = gpu_names()
+    return f"{len(gpus)}x {gpus[0]}" if gpus else f"{_processor()}, {os.cpu_count()} cores"
+
+
+@cache
+def gpu_names() -> tuple[str, ...]:
+    """Return what torch calls the GPUs that it sees; none for its CPU build.
+
+    Another process asks: a CUDA context in this one would take memory from the servers that we
+    start. Raises GraftError if that process fails.
+    """
+    if torch.version.cuda is None:
+        return ()
+    done = subprocess.run(
+        [sys.executable, "-c", _NAME_GPUS], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise GraftError(f"torch cannot name the GPUs ({said[-1]}); is the driver there?")
+    return tuple(done.stdout.splitlines())
 
 
 def _processor() -> str:

@@ -14,6 +14,8 @@ from mtp_graft.bench.charts import (
     Rate,
     _figure,
     _finish_bars,
+    _label_at_right,
+    _percent,
     _png,
     _whisker,
     acceptance_chart,
@@ -106,17 +108,18 @@ def _bars(title: str, bars: Mapping[str, float], text: str) -> bytes:
 
 def _score_chart(group: Sequence[Measurement]) -> bytes:
     """Draw the scores from 0 to 100 %, with their intervals and sample sizes."""
-    with _figure("Share of right answers, with 95 % intervals", 0.5 + _ROW * len(group)) as figure:
+    with _figure("Share of right answers, with 95 % intervals", 0.7 + _ROW * len(group)) as figure:
         axes = figure.subplots()
         for row, measurement in enumerate(group):
             result = measurement.result.value
-            axes.barh(row, 100 * result["score"], height=0.62, color=BAR_COLOUR)
-            low, high = (100 * edge for edge in result["interval"])
+            axes.barh(row, result["score"], height=0.62, color=BAR_COLOUR)
+            low, high = result["interval"]
             _whisker(axes, low, high, row, INK)
             shown = f"{100 * result['score']:.1f} %  ({result['correct']} of {result['total']})"
-            axes.annotate(
-                shown, (max(high, 100 * result["score"]), row), (6, 0), va="center",
-                textcoords="offset points", fontweight="bold",
-            )  # fmt: skip
-        _finish_bars(axes, [TITLES[m.benchmark] for m in group], 100.0, room=1.32)
+            _label_at_right(axes, shown, row, weight="bold")
+        _finish_bars(axes, [TITLES[m.benchmark] for m in group], 1.0, room=1.0)
+        axes.spines["bottom"].set_visible(True)
+        axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
+        axes.xaxis.set_major_formatter(_percent())
+        axes.grid(axis="x")
         return _png(figure)

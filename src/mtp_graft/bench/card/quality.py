@@ -1,6 +1,6 @@
 """The card's sections on quality: how often drafts are accepted, and benchmark scores."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mtp_graft.bench.card.cite import Citations, Name, Node
 from mtp_graft.bench.card.collect import (
@@ -72,9 +72,19 @@ def scores(inputs: CardInputs, cite: Citations) -> list[Block]:
         Block(
             Table(heading, [_score_row(m, cite) for m in group], "llrrrl"),
             measured_on(environment, cite),
-            remarks=[_settings(m, cite) for m in group],
+            remarks=[*(_settings(m, cite) for m in group), *_without_any(group)],
         )
         for environment, group in by_environment(inputs.of(*EVALS))
+    ]
+
+
+def _without_any(group: Sequence[Measurement]) -> list[str]:
+    """Return what to make of scores that are all 0."""
+    if any(m.result["correct"].value for m in group):
+        return []
+    return [
+        "No answer was right in any of them: they show that the benchmarks run, not whether the "
+        "head changes the answers."
     ]
 
 
