@@ -236,15 +236,24 @@ def test_a_context_asked_for_that_does_not_fit_is_refused_with_the_longest_that_
 @pytest.mark.parametrize("profile", ["128k", "auto"])
 def test_a_context_beyond_the_models_positions_is_refused(tiny_model: Path, profile: str) -> None:
     base = tiny_model / "base"
-    with pytest.raises(GraftError, match=r"--max-model-len 8193; the model has 8192 positions"):
+    refused = r"8193; the model has 8192 positions; take --max-model-len 8192$"
+    with pytest.raises(GraftError, match=refused):
         plan(base, profile, CPU, CPU_VLLM, max_model_len=8193)
+    with pytest.raises(GraftError, match=r"positions; take --max-model-len \d+$"):
+        plan(base, profile, CPU, CPU_VLLM, max_model_len=8193, kv_cache_gib=0.05)
     assert plan(base, profile, CPU, CPU_VLLM, max_model_len=8192).options.max_model_len == 8192
 
 
 def test_a_cache_that_was_asked_for_decides_the_longest_context(tiny_model: Path) -> None:
     small = {"kv_cache_gib": 0.05}
-    with pytest.raises(GraftError, match=r"room for [1-9][0-9]+ tokens"):
+    refused = r"room for [1-9][0-9]+ tokens .*, or a larger --kv-cache-gib$"
+    with pytest.raises(GraftError, match=refused):
         plan(tiny_model / "base", "128k", CPU, CPU_VLLM, max_model_len=8192, **small)
+
+
+@pytest.mark.parametrize("profile", ["128k", "auto"])
+def test_a_context_shorter_than_a_block_has_room(flash: Path, profile: str) -> None:
+    assert plan(flash, profile, max_model_len=100).options.max_model_len == 100
 
 
 def test_more_sequences_than_have_room_at_full_length_are_said(flash: Path) -> None:

@@ -167,20 +167,21 @@ def _too_long(name: str, profile: Profile, options: ServeOptions, room: Room) ->
     """Return the error of a context that the model or the memory has no room for."""
     length, utilization = profile.max_model_len, profile.gpu_memory_utilization
     largest = room.largest_context(utilization)
+    cures = [f"--max-model-len {largest}"] if largest else []
     if options.max_model_len is None:
-        asked, cure = f"--profile {name} has a context of {length} tokens", "take --profile auto, "
+        asked = f"--profile {name} has a context of {length} tokens"
+        cures = [f"--profile {AUTO}", *cures]
     else:
-        asked, cure = f"--max-model-len {length}", "take "
-    if largest == room.model_limit:
-        return GraftError(
-            f"{options.checkpoint}: {asked}; the model has {largest} positions; "
-            f"{cure}--max-model-len {largest}"
+        asked = f"--max-model-len {length}"
+    if length > room.model_limit and largest:
+        why = f"the model has {room.model_limit} positions"
+    else:
+        why = (
+            f"on {room.hardware} there is room for {largest} tokens "
+            f"({room.describe(utilization, length)})"
         )
-    cure += f"--max-model-len {largest}, or more ranks" if largest else "more ranks"
-    return GraftError(
-        f"{options.checkpoint}: {asked}; on {room.hardware} there is room for {largest} tokens "
-        f"({room.describe(utilization, length)}); {cure}"
-    )
+        cures.append("more ranks" if room.cache_bytes is None else "a larger --kv-cache-gib")
+    return GraftError(f"{options.checkpoint}: {asked}; {why}; take {', or '.join(cures)}")
 
 
 def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profile]:
@@ -204,7 +205,7 @@ def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profi
             raise _too_long(name, profiles[name], options, room)
         profile = replace(profiles[name], max_model_len=largest[name])
     utilization = profile.gpu_memory_utilization
-    if profile.max_model_len < BLOCK_SIZE:
+    if profile.max_model_len == 0:
         raise GraftError(
             f"{options.checkpoint}: no room for a context on {room.hardware} "
             f"({room.describe(utilization, BLOCK_SIZE)}); take more GPUs, or larger ones"
