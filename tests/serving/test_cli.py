@@ -82,6 +82,25 @@ def test_an_address_behind_serves_back_is_refused(
     assert "after --: vLLM would listen elsewhere" in " ".join(errors.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (("--max_model_len", "64"), "--max-model-len"),
+        (("--gpu-memory-utilization=0.5",), "--gpu-memory-utilization"),
+        (("-tp", "2"), "--tensor-parallel-size"),
+        (("--served-model-name", "a"), "--served-model-name"),
+        (("--kv-cache-memory-bytes", "1"), "--kv-cache-gib"),
+        (("--no-enable-prefix-caching",), "--no-prefix-caching"),
+    ],
+)
+def test_a_flag_that_serve_has_an_option_for_is_refused_after_the_dashes(
+    run: Run, base: Path, words: tuple[str, ...], own: str
+) -> None:
+    status, out, errors = run("serve", base, "--dry-run", "--", "--seed", 7, *words)
+    assert (status, out) == (2, "")
+    assert f"after --: give {own} before it" in errors
+
+
 def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Path) -> None:
     status, _, errors = run("serve", base, "--check")
     assert status == 1 and "--check without drafts" in errors

@@ -11,6 +11,7 @@ from mtp_graft.cli.app import (
     ServeArgument,
     SpeculativeOption,
     TensorParallelOption,
+    flag_of,
 )
 from mtp_graft.cli.help import HARDWARE, SERVER
 from mtp_graft.errors import GraftError
@@ -27,6 +28,17 @@ def _server(*names: str, **settings: Any) -> Any:
 
 def _hardware(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=HARDWARE, **settings)
+
+
+#: Flags of vLLM that an option here stands for under another name.
+_OTHER_NAMES = {
+    "-tp": "--tensor-parallel-size",
+    "--model": "CHECKPOINT",
+    "--kv-cache-memory-bytes": "--kv-cache-gib",
+    "--enable-prefix-caching": "--prefix-caching",
+    "--no-enable-prefix-caching": "--no-prefix-caching",
+    "--no-enforce-eager": "--no-enforce-eager",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,14 @@ class ServerFlags:
         _server(envvar="VLLM_API_KEY", metavar="KEY", help="Key that /v1 requests must show."),
     ] = None
     extra: ServeArgument = None
+
+    def __post_init__(self) -> None:
+        """Refuse flags after -- that have an option here: vLLM would take them unplanned."""
+        names = (f"--{field.name.replace('_', '-')}" for field in fields(self))
+        own = {name: name for name in names} | _OTHER_NAMES
+        for flag in map(flag_of, self.extra or ()):
+            if flag in own:
+                raise typer.BadParameter(f"{flag} after --: give {own[flag]} before it")
 
     def options(self, checkpoint: Path) -> "ServeOptions":
         """Return what to serve and how."""
