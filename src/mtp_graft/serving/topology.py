@@ -73,8 +73,15 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
     name, memory_mib = rows[0]
     link: Link = "network" if num_nodes > 1 else "none" if len(rows) == 1 else _slowest_link()
     gpu = known_gpu(name)
-    # [N/A]: the memory is the machine's
-    memory_bytes = int(memory_mib) * 2**20 if memory_mib.isdigit() else find_gpu(name).memory_bytes
+    if memory_mib.isdigit():
+        memory_bytes = int(memory_mib) * 2**20
+    elif gpu is not None:  # [N/A]: the memory is the machine's
+        memory_bytes = gpu.memory_bytes
+    else:
+        raise GraftError(
+            f"nvidia-smi: {name} has {memory_mib} of memory, and how much that is is not known "
+            "here; --profile none serves without an estimate"
+        )
     unified = gpu is not None and gpu.unified_memory
     return Hardware(name, len(rows) * num_nodes, memory_bytes, link, num_nodes, unified)
 

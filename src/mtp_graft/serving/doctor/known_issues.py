@@ -109,7 +109,7 @@ ISSUES = (
         "vllm-46307",
         "warning",
         "",
-        lambda _survey, target: "GB10" in str(target.hardware),
+        lambda _survey, target: target.hardware is not None and target.hardware.unified_memory,
         "memory that CPU and GPU share",
         "gpu_memory_utilization is no upper bound while vLLM profiles: the machine can run out of "
         "memory and stop answering",
