@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import (
     BLOCK_SIZE,
@@ -26,11 +25,11 @@ from mtp_graft.serving.profiles import (
     PCIE_FLAGS,
     PROFILES,
     SERVED_MODEL_NAMES,
-    UNIFIED_MEMORY_UTILIZATION,
     UNIFIED_MEMORY_WHY,
     Profile,
     Setting,
 )
+from mtp_graft.serving.ranks import most_ranks, undivided
 from mtp_graft.serving.room import Room, measure_room
 from mtp_graft.serving.topology import Hardware
 
@@ -108,11 +107,7 @@ def _tensor_parallel_size(
     if wanted is not None:
         _check_ranks(wanted, config, hardware)
         return wanted
-    if hardware.gpu is None:
-        return 1
-    most = 1
-    while 2 * most <= hardware.num_gpus and not _undivided(config, 2 * most):
-        most *= 2
+    most = most_ranks(config, hardware.num_gpus)
     if most < hardware.num_gpus:
         notes.append(f"{hardware.num_gpus - most} of {hardware.num_gpus} GPUs stay unused")
     return most
@@ -123,31 +118,12 @@ def _check_ranks(wanted: int, config: dict[str, Any], hardware: Hardware) -> Non
     flag = f"--tensor-parallel-size {wanted}"
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
-    undivided = wanted > 1 and _undivided(config, wanted)
-    if undivided:
+    uneven = wanted > 1 and undivided(config, wanted)
+    if uneven:
         raise GraftError(
-            f"{flag}: config.json has {undivided}, which the ranks cannot share evenly; "
+            f"{flag}: config.json has {uneven}, which the ranks cannot share evenly; "
             "expected a number that divides it"
         )
-
-
-def _undivided(config: dict[str, Any], ranks: int) -> str | None:
-    """Return what of heads, output groups and the experts' scale groups cannot be shared out."""
-    try:
-        group = int4_group_size(config["quantization_config"])
-        inner = config["moe_intermediate_size"]
-        heads, output_groups = config["num_attention_heads"], config["o_groups"]
-    except KeyError as error:
-        raise GraftError(
-            f"config.json: has no {error}; expected a DeepSeek-V4 in W4A16-FP8"
-        ) from None
-    if heads % ranks:
-        return f"{heads} attention heads"
-    if output_groups % ranks:
-        return f"{output_groups} output groups"
-    if inner % (ranks * group):
-        return f"moe_intermediate_size {inner} in groups of {group} that share a scale"
-    return None
 
 
 def _choose(wanted: str, options: ServeOptions, room: Room) -> tuple[str, Profile]:
@@ -218,13 +194,12 @@ def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profi
 
 def _with_options(profile: Profile, options: ServeOptions, room: Room) -> Profile:
     """Return the profile with what the options say, and the memory it may take."""
-    most = UNIFIED_MEMORY_UTILIZATION if room.hardware.unified_memory else 1.0
     return replace(
         profile,
         max_model_len=options.max_model_len or profile.max_model_len,
         max_num_seqs=options.max_num_seqs or profile.max_num_seqs,
         gpu_memory_utilization=options.gpu_memory_utilization
-        or min(profile.gpu_memory_utilization, most),
+        or min(profile.gpu_memory_utilization, room.hardware.most_utilization),
     )
 
 
@@ -330,7 +305,7 @@ def adapt(
                 f"CUDA graphs for {', '.join(map(str, sizes))} tokens: vLLM {vllm.version} has "
                 f"none for a whole step of {options.max_num_seqs} sequences (docs/engine.md)"
             )
-    share = UNIFIED_MEMORY_UTILIZATION if hardware.unified_memory else None
+    share = hardware.most_utilization if hardware.unified_memory else None
     options = replace(
         options,
         gpu_memory_utilization=options.gpu_memory_utilization or share,

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.gpus import find_gpu, known_gpu
+from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 
 Link = Literal["none", "nvlink", "pcie", "network"]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -24,6 +25,11 @@ class Hardware:
     num_nodes: int = 1
     unified_memory: bool = False  # shared with the CPU and what else runs there
 
+    @property
+    def most_utilization(self) -> float:
+        """Return the largest share of a GPU's memory that vLLM may take (0..1)."""
+        return UNIFIED_MEMORY_UTILIZATION if self.unified_memory else 1.0
+
     def __str__(self) -> str:
         if self.gpu is None:
             return "CPU"
@@ -37,6 +43,11 @@ class Hardware:
 
 
 CPU = Hardware(None)
+
+
+def names_cpu(gpu: str | None) -> bool:
+    """Return whether `--gpu` says that it is no GPU."""
+    return gpu is not None and gpu.lower() == "cpu"
 
 
 def named_gpus(name: str, count: int, num_nodes: int | None = None) -> Hardware:
