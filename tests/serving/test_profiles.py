@@ -11,7 +11,8 @@ import pytest
 from packaging.version import Version
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving import room
+from mtp_graft.serving import command, room
+from mtp_graft.serving import plan as plans
 from mtp_graft.serving.command import InstalledVllm, ServeOptions, build_command, vllm_elsewhere
 from mtp_graft.serving.doctor.known_issues import ISSUES
 from mtp_graft.serving.memory import kv_cache_bytes
@@ -316,6 +317,25 @@ def test_a_config_that_lacks_what_is_needed_is_an_error(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(GraftError, match=f"config.json: has no '{key}'"):
         plan(folder, "auto")
+
+
+VERSIONS = [f"0.{minor}.0" for minor in range(26, 34)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("since", ["", ">=0.30"])
+def test_a_version_gets_the_settings_that_it_has_a_use_for_and_no_other(
+    flash: Path, monkeypatch: pytest.MonkeyPatch, version: str, since: str
+) -> None:
+    """As the table is, and as if each of its flags had come with 0.30."""
+    vllm = vllm_elsewhere(version)
+    flags = [replace(flag, versions=since) for flag in (*MODEL_FLAGS, *PCIE_FLAGS)]
+    monkeypatch.setattr(command, "MODEL_FLAGS", flags[: len(MODEL_FLAGS)])
+    monkeypatch.setattr(plans, "PCIE_FLAGS", tuple(flags[len(MODEL_FLAGS) :]))
+    built = build_command(plan(flash, "524k", vllm=vllm).options, vllm)
+    printed = {*built.argv, *built.env}
+    for setting in (*flags, *PCIE_ENVIRONMENT, *GPU_ENVIRONMENT):
+        assert (setting.name in printed) is setting.is_for(vllm.version), setting.name
 
 
 def test_several_machines_need_the_address_of_the_first(flash: Path) -> None:

@@ -124,7 +124,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     argv = [
         *(*vllm.launcher, str(options.checkpoint)),
         *("--host", options.host, "--port", str(port)),
-        *(word for flag in MODEL_FLAGS for word in flag.as_args()),
+        *(w for flag in MODEL_FLAGS if flag.is_for(vllm.version) for w in flag.as_args()),
         *("--kv-cache-dtype", options.kv_cache_dtype, "--block-size", str(BLOCK_SIZE)),
         *("--tensor-parallel-size", str(options.num_ranks)),
         *_optional_args(options, on_cpu, _step_size(options, on_cpu, num_draft)),

@@ -1,7 +1,7 @@
 """Fits a serving profile to a checkpoint, the hardware and the vLLM at hand, and says how."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -285,18 +285,16 @@ def adapt(
         why = "a CPU" if hardware.gpu is None else _LINKS.get(hardware.link, "a single rank")
         notes.append(f"{', '.join(map(str, PCIE_FLAGS))} and the NCCL variables left out: {why}")
     environment: dict[str, str] = {}
-    for setting in variables:
+    for setting in _known(variables, vllm, notes):
         users = os.environ.get(setting.name)
-        if not setting.is_for(vllm.version):
-            notes.append(f"{setting} left out: {setting.why} (this is vLLM {vllm.version})")
-        elif users is not None and users != setting.value:
+        if users is not None and users != setting.value:
             notes.append(f"{setting} left out: the environment has {setting.name}={users}")
         else:
             assert setting.value is not None
             environment[setting.name] = setting.value
             if not setting.source.startswith(ACTI):
                 notes.append(f"{setting}: {setting.why} ({setting.source})")
-    words = [word for flag in flags for word in flag.as_args()]
+    words = [word for flag in _known(flags, vllm, notes) for word in flag.as_args()]
     if hardware.gpu is not None and not options.enforce_eager:
         drafts = num_speculative_tokens(options)
         if sizes := missing_sizes(options.max_num_seqs, drafts, vllm.version):
@@ -313,6 +311,15 @@ def adapt(
         extra_args=(*words, *options.extra_args),
     )
     return options, notes
+
+
+def _known(settings: Iterable[Setting], vllm: InstalledVllm, notes: list[str]) -> Iterator[Setting]:
+    """Yield the settings that this vLLM has a use for, and note the others."""
+    for setting in settings:
+        if setting.is_for(vllm.version):
+            yield setting
+        else:
+            notes.append(f"{setting} left out: {setting.why} (this is vLLM {vllm.version})")
 
 
 def _node_flags(hardware: Hardware, node: Node, notes: list[str]) -> tuple[str, ...]:
