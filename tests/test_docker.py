@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +370,13 @@ def test_compose_passes_on_every_variable_that_the_entrypoint_reads(docker: Path
         assert passed == expected | {"API_KEY_FILE": "${API_KEY_FILE:+/run/secrets/api_key}"}
         assert service["secrets"] == ["api_key"]
     assert compose["secrets"] == {"api_key": {"file": "${API_KEY_FILE:-/dev/null}"}}
+
+
+def test_the_unit_in_the_docs_waits_for_readiness_and_signals_serve_alone(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "serving.md").read_text()
+    unit = ConfigParser()
+    unit.read_string(page.partition("```ini\n")[2].partition("```")[0])
+    assert (unit["Service"]["Type"], unit["Service"]["KillMode"]) == ("notify", "mixed")
 
 
 @pytest.mark.parametrize(
