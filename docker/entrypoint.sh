@@ -15,6 +15,10 @@ if [[ ! -f "${MODEL_PATH}/config.json" ]]; then
 fi
 if [[ -n "${API_KEY_FILE:-}" ]]; then
     VLLM_API_KEY="$(< "${API_KEY_FILE}")"
+    if [[ -z "${VLLM_API_KEY}" ]]; then
+        echo "entrypoint: ${API_KEY_FILE}: empty; expected the key that requests must show" >&2
+        exit 1
+    fi
     export VLLM_API_KEY
 fi
 

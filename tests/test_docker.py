@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,17 @@ def test_a_key_can_come_from_a_file(start: Any, site: Path, grafted: Path, tmp_p
     assert found["env"]["VLLM_API_KEY"] == "from-a-file"
     assert "from-a-file" not in " ".join(found["argv"])
     process.send_signal(signal.SIGTERM)
+
+
+def test_a_key_file_without_a_key_does_not_open_the_server(
+    start: Any, site: Path, grafted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text("\n")
+    key = {"API_KEY_FILE": str(tmp_path / "key")}
+    process = start("--dry-run", MODEL_PATH=str(grafted), PYTHONPATH=str(site), **key)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"{tmp_path / 'key'}: empty; expected the key" in out
 
 
 def test_a_checkpoint_that_is_not_mounted_is_said(start: Any, site: Path, tmp_path: Path) -> None:
@@ -354,7 +366,17 @@ def test_compose_passes_on_every_variable_that_the_entrypoint_reads(docker: Path
     fixed = {"MODEL_PATH", "HOST", "PORT", "PROFILE"}  # by the mount, the ports and the service
     for service in compose["services"].values():
         passed = {k: v for k, v in service["environment"].items() if k != "PROFILE"}
-        assert passed == {name: f"${{{name}:-}}" for name in variables_of(docker) - fixed}
+        expected = {name: f"${{{name}:-}}" for name in variables_of(docker) - fixed}
+        assert passed == expected | {"API_KEY_FILE": "${API_KEY_FILE:+/run/secrets/api_key}"}
+        assert service["secrets"] == ["api_key"]
+    assert compose["secrets"] == {"api_key": {"file": "${API_KEY_FILE:-/dev/null}"}}
+
+
+def test_the_unit_in_the_docs_waits_for_readiness_and_signals_serve_alone(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "serving.md").read_text()
+    unit = ConfigParser()
+    unit.read_string(page.partition("```ini\n")[2].partition("```")[0])
+    assert (unit["Service"]["Type"], unit["Service"]["KillMode"]) == ("notify", "mixed")
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,16 @@ def test_a_server_without_a_head_cannot_be_checked(vllm: Path, base: Path, tmp_p
         check_drafter(client)
 
 
+@pytest.mark.parametrize("event", ["{", '{"choices": ["x"]}'])
+def test_a_stream_that_cannot_be_read_is_one_error(
+    vllm: Path, grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: str
+) -> None:
+    with managed_server(ServeOptions(grafted, port=0), tmp_path / "log") as client:
+        monkeypatch.setattr(client, "_events", lambda *_: (json.loads(text) for text in [event]))
+        with pytest.raises(GraftError, match=f"{client.base_url}: not a completion's stream"):
+            check_drafter(client)
+
+
 def test_serve_check_starts_measures_and_stops(
     run: Run,  # noqa: F811
     fake: Fake,

@@ -13,6 +13,8 @@ from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
 from mtp_graft.stages.splice_plan import check_inputs
 
+from .conftest import install, only_from
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -82,9 +84,57 @@ def test_an_address_behind_serves_back_is_refused(
     assert "after --: vLLM would listen elsewhere" in " ".join(errors.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (("--max_model_len", "64"), "--max-model-len"),
+        (("--gpu-memory-utilization=0.5",), "--gpu-memory-utilization"),
+        (("-tp", "2"), "--tensor-parallel-size"),
+        (("--served-model-name", "a"), "--served-model-name"),
+        (("--kv-cache-memory-bytes", "1"), "--kv-cache-gib"),
+        (("--no-enable-prefix-caching",), "--no-prefix-caching"),
+    ],
+)
+def test_a_flag_that_serve_has_an_option_for_is_refused_after_the_dashes(
+    run: Run, base: Path, words: tuple[str, ...], own: str
+) -> None:
+    status, out, errors = run("serve", base, "--dry-run", "--", "--seed", 7, *words)
+    assert (status, out) == (2, "")
+    assert f"after --: give {own} before it" in errors
+
+
 def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Path) -> None:
     status, _, errors = run("serve", base, "--check")
     assert status == 1 and "--check without drafts" in errors
+
+
+@pytest.mark.parametrize("version", [(), ("--vllm", "0.32.0")])
+@pytest.mark.parametrize("installed", ["0.32.0", "0.32.0+cpu"])
+def test_the_command_for_a_cpu_is_printed_anywhere(
+    run: Run,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: str,
+    version: tuple[str, ...],
+) -> None:
+    site = tmp_path / "other" / "site-packages"
+    install(site, "vllm", installed)
+    only_from(site, monkeypatch)
+    status, out, errors = run(
+        "serve", tiny_model / "base", "--gpu", "cpu", *version, "--dry-run", "--json", "-"
+    )
+    assert status == 0, errors
+    result = json.loads(out)
+    assert (result["profile"], result["hardware"]) == ("128k", "CPU")
+    assert "--enforce-eager" in result["argv"]
+
+
+def test_a_vllm_that_has_no_cpu_build_for_us_is_refused(run: Run, base: Path) -> None:
+    hardware = ("--gpu", "cpu", "--vllm", "0.33.0", "--dry-run")
+    status, _, errors = run("serve", base, *hardware)
+    assert status == 1
+    assert "vLLM 0.33.0: not supported on a CPU, expected ==0.32.*" in errors
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,18 @@ def test_a_gpu_is_found_by_our_name_and_by_nvidias(said: str, meant: str) -> Non
     assert find_gpu(said).name == meant
 
 
-def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
-    for name in ("H300", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "GB100"):
-        with pytest.raises(GraftError, match=f"{name}: not a GPU known here; expected one of RTX"):
-            find_gpu(name)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("H300", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "GB100"),
+        *("NVIDIA H100 SXM5 64GB", "NVIDIA H200 NVL", "NVIDIA RTX 6000 Ada Generation"),
+        *("Quadro RTX 6000 with Max-Q Design", "NVIDIA RTX PRO 6000 Blackwell Server Edition MIG"),
+    ],
+)
+def test_an_unknown_gpu_is_an_error_that_lists_the_known(name: str) -> None:
+    with pytest.raises(GraftError, match=f"{name}: not a GPU known here; expected one of RTX"):
+        find_gpu(name)
+
+
+def test_the_memory_of_every_gpu_has_a_source() -> None:
     assert all(gpu.source for gpu in GPUS)

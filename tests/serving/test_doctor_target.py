@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, examine, target
 from mtp_graft.serving.doctor.findings import Finding
 from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target, find_target
+from mtp_graft.serving.plan import make_plan
+from mtp_graft.serving.topology import named_gpus
 from mtp_graft.stages.splice import splice
 from serving.flash_headers import flash
 
@@ -191,8 +194,24 @@ def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them() -> None:
     assert [find_target(gpu="H200", count=n).tp for n in (1, 2, 3, 6, 8)] == [1, 2, 2, 4, 8]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4, 8])
+def test_doctor_and_serve_take_the_same_ranks(good: dict[str, Path], count: int) -> None:
+    options = ServeOptions(good["rtn"])
+    planned = make_plan(options, "auto", named_gpus("H200", count), vllm_elsewhere("0.33.0"))
+    where = on("H200", count, checkpoint=good["rtn"])
+    assert where.tp == planned.options.num_ranks
+    assert ids(diagnose(good["rtn"], where), "error") == []
+
+
+def test_a_config_that_cannot_be_read_does_not_keep_doctor_from_saying_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v4", "o_groups": "many"}')
+    where = on("H200", 3, checkpoint=tmp_path)
+    assert where.tp == 2
+    assert ids(diagnose(tmp_path, where)) == ["config-unusable"]
+
+
 def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    good: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\nexit 9\n")
@@ -201,7 +220,10 @@ def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
     monkeypatch.setattr(target, "_installed", lambda: (Version("0.32.0"), "cuda"))
     found = find_target()
     assert (found.hardware, found.platform, found.tp) == (None, "cuda", 1)
-    assert "nvidia-smi" in str(found.unknown_because)
+    unknown, *rest = diagnose(good["rtn"], found)
+    assert (unknown.id, unknown.severity) == ("gpus-unknown", "warning")
+    assert unknown.found.startswith("nvidia-smi")
+    assert "runner-v2" in ids(rest)
 
 
 def test_a_memory_that_the_cpu_shares_is_not_taken_whole(full_size: Survey) -> None:

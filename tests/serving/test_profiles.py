@@ -11,7 +11,8 @@ import pytest
 from packaging.version import Version
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving import room
+from mtp_graft.serving import command, room
+from mtp_graft.serving import plan as plans
 from mtp_graft.serving.command import InstalledVllm, ServeOptions, build_command, vllm_elsewhere
 from mtp_graft.serving.doctor.known_issues import ISSUES
 from mtp_graft.serving.memory import kv_cache_bytes
@@ -236,15 +237,24 @@ def test_a_context_asked_for_that_does_not_fit_is_refused_with_the_longest_that_
 @pytest.mark.parametrize("profile", ["128k", "auto"])
 def test_a_context_beyond_the_models_positions_is_refused(tiny_model: Path, profile: str) -> None:
     base = tiny_model / "base"
-    with pytest.raises(GraftError, match=r"--max-model-len 8193; the model has 8192 positions"):
+    refused = r"8193; the model has 8192 positions; take --max-model-len 8192$"
+    with pytest.raises(GraftError, match=refused):
         plan(base, profile, CPU, CPU_VLLM, max_model_len=8193)
+    with pytest.raises(GraftError, match=r"positions; take --max-model-len \d+$"):
+        plan(base, profile, CPU, CPU_VLLM, max_model_len=8193, kv_cache_gib=0.05)
     assert plan(base, profile, CPU, CPU_VLLM, max_model_len=8192).options.max_model_len == 8192
 
 
 def test_a_cache_that_was_asked_for_decides_the_longest_context(tiny_model: Path) -> None:
     small = {"kv_cache_gib": 0.05}
-    with pytest.raises(GraftError, match=r"room for [1-9][0-9]+ tokens"):
+    refused = r"room for [1-9][0-9]+ tokens .*, or a larger --kv-cache-gib$"
+    with pytest.raises(GraftError, match=refused):
         plan(tiny_model / "base", "128k", CPU, CPU_VLLM, max_model_len=8192, **small)
+
+
+@pytest.mark.parametrize("profile", ["128k", "auto"])
+def test_a_context_shorter_than_a_block_has_room(flash: Path, profile: str) -> None:
+    assert plan(flash, profile, max_model_len=100).options.max_model_len == 100
 
 
 def test_more_sequences_than_have_room_at_full_length_are_said(flash: Path) -> None:
@@ -307,6 +317,25 @@ def test_a_config_that_lacks_what_is_needed_is_an_error(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(GraftError, match=f"config.json: has no '{key}'"):
         plan(folder, "auto")
+
+
+VERSIONS = [f"0.{minor}.0" for minor in range(26, 34)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("since", ["", ">=0.30"])
+def test_a_version_gets_the_settings_that_it_has_a_use_for_and_no_other(
+    flash: Path, monkeypatch: pytest.MonkeyPatch, version: str, since: str
+) -> None:
+    """As the table is, and as if each of its flags had come with 0.30."""
+    vllm = vllm_elsewhere(version)
+    flags = [replace(flag, versions=since) for flag in (*MODEL_FLAGS, *PCIE_FLAGS)]
+    monkeypatch.setattr(command, "MODEL_FLAGS", flags[: len(MODEL_FLAGS)])
+    monkeypatch.setattr(plans, "PCIE_FLAGS", tuple(flags[len(MODEL_FLAGS) :]))
+    built = build_command(plan(flash, "524k", vllm=vllm).options, vllm)
+    printed = {*built.argv, *built.env}
+    for setting in (*flags, *PCIE_ENVIRONMENT, *GPU_ENVIRONMENT):
+        assert (setting.name in printed) is setting.is_for(vllm.version), setting.name
 
 
 def test_several_machines_need_the_address_of_the_first(flash: Path) -> None:

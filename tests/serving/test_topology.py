@@ -87,6 +87,13 @@ def test_a_gpu_that_is_not_known_is_taken_as_its_driver_has_it(smi: Smi) -> None
     assert find_gpus() == Hardware("NVIDIA GH200 480GB", 1, 97871 * 2**20)
 
 
+def test_a_gpu_that_nobody_knows_the_memory_of_is_no_wrong_option(smi: Smi) -> None:
+    smi("NVIDIA Thor, [N/A]")
+    with pytest.raises(GraftError, match=r"nvidia-smi: NVIDIA Thor has \[N/A\] of memory") as error:
+        find_gpus()
+    assert error.value.exit_status == 1
+
+
 def test_only_the_gpus_that_vllm_will_see_count(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     asked = smi("NVIDIA H200, 143771")

@@ -66,10 +66,15 @@ MaxModelLenOption = Annotated[
 ]
 
 
+def flag_of(word: str) -> str:
+    """Return a word of vLLM's command line without its value, spelled with dashes."""
+    return word.partition("=")[0].replace("_", "-")
+
+
 def _refuse_address(words: list[str] | None) -> list[str] | None:
     """Refuse what would have the server listen, or ask for a key, behind our back."""
     for word in words or ():
-        flag = word.split("=", 1)[0].replace("_", "-")
+        flag = flag_of(word)
         if flag in ("--host", "--port", "--uds", "--api-key"):
             raise typer.BadParameter(
                 f"{flag} after --: vLLM would listen elsewhere than it is asked; where "

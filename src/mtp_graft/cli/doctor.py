@@ -25,7 +25,7 @@ def doctor(
             *("--tensor-parallel-size", "--tp"),
             min=1,
             metavar="N",
-            help="Ranks to shard over. Default: all GPUs, down to a power of two.",
+            help="Ranks to shard over. Default: as many GPUs as `serve` would use.",
         ),
     ] = None,
     max_model_len: Annotated[
@@ -54,7 +54,7 @@ def doctor(
 
     if count is not None and gpu is None:
         raise typer.BadParameter("needs --gpu", param_hint="--count")
-    target = find_target(vllm, gpu, count, tp, max_model_len)
+    target = find_target(vllm, gpu, count, tp, max_model_len, checkpoint)
     findings = diagnose(checkpoint, target)
     remaining: Sequence[Finding] = findings
     fixed = None
@@ -81,8 +81,6 @@ def doctor(
     if fixed:
         left = ", ".join(f.id for f in remaining if f.severity != "note")
         console.print(f"{fixed}: written; left: {left or 'nothing'}", markup=False, highlight=False)
-    if target.unknown_because is not None:
-        note(f"not checked: memory and links of the GPUs: {target.unknown_because}")
     hardware = target.hardware or "unknown hardware"
     note(f"{checkpoint}: {_counts(findings)}; vLLM {target.vllm or 'unknown'} on {hardware}")
     write_json(result, json_file)

@@ -11,12 +11,13 @@ from mtp_graft.cli.app import (
     ServeArgument,
     SpeculativeOption,
     TensorParallelOption,
+    flag_of,
 )
 from mtp_graft.cli.help import HARDWARE, SERVER
 from mtp_graft.errors import GraftError
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
-    from mtp_graft.serving.command import InstalledVllm, ServeOptions
+    from mtp_graft.serving.command import InstalledVllm, Platform, ServeOptions
     from mtp_graft.serving.plan import Node
     from mtp_graft.serving.topology import Hardware
 
@@ -27,6 +28,17 @@ def _server(*names: str, **settings: Any) -> Any:
 
 def _hardware(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel=HARDWARE, **settings)
+
+
+#: Flags of vLLM that an option here stands for under another name.
+_OTHER_NAMES = {
+    "-tp": "--tensor-parallel-size",
+    "--model": "CHECKPOINT",
+    "--kv-cache-memory-bytes": "--kv-cache-gib",
+    "--enable-prefix-caching": "--prefix-caching",
+    "--no-enable-prefix-caching": "--no-prefix-caching",
+    "--no-enforce-eager": "--no-enforce-eager",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,14 @@ class ServerFlags:
         _server(envvar="VLLM_API_KEY", metavar="KEY", help="Key that /v1 requests must show."),
     ] = None
     extra: ServeArgument = None
+
+    def __post_init__(self) -> None:
+        """Refuse flags after -- that have an option here: vLLM would take them unplanned."""
+        names = (f"--{field.name.replace('_', '-')}" for field in fields(self))
+        own = {name: name for name in names} | _OTHER_NAMES
+        for flag in map(flag_of, self.extra or ()):
+            if flag in own:
+                raise typer.BadParameter(f"{flag} after --: give {own[flag]} before it")
 
     def options(self, checkpoint: Path) -> "ServeOptions":
         """Return what to serve and how."""
@@ -118,34 +138,31 @@ class HardwareOptions:
 
         return Node(self.node_rank or 0, self.master_addr)
 
-    @property
-    def _is_cpu(self) -> bool:
-        return self.gpu is not None and self.gpu.lower() == "cpu"
-
     def find_vllm(self, dry_run: bool) -> "InstalledVllm":
         """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
         from mtp_graft.serving.command import find_vllm, vllm_elsewhere
+        from mtp_graft.serving.topology import names_cpu
 
+        platform: Platform = "cpu" if names_cpu(self.gpu) else "cuda"
         if self.vllm_version is not None:
-            return vllm_elsewhere(self.vllm_version)
+            return vllm_elsewhere(self.vllm_version, platform)
         installed = find_vllm()
-        elsewhere = self.gpu is not None and not self._is_cpu
-        if dry_run and elsewhere and installed.platform == "cpu":
-            return vllm_elsewhere(installed.version.public)
+        if dry_run and self.gpu is not None and installed.platform != platform:
+            return vllm_elsewhere(installed.version.public, platform)
         return installed
 
     def find(self, vllm: "InstalledVllm") -> "Hardware":
         """Return the hardware that is named or, without a name, found."""
-        from mtp_graft.serving.topology import CPU, find_gpus, named_gpus
+        from mtp_graft.serving.topology import CPU, find_gpus, named_gpus, names_cpu
 
         if vllm.platform == "cpu":
-            if (self.gpu is not None and not self._is_cpu) or self.nnodes is not None:
+            if (self.gpu is not None and not names_cpu(self.gpu)) or self.nnodes is not None:
                 raise GraftError(
                     f"vLLM {vllm.version} is installed, a CPU build; expected one for CUDA with "
                     "--gpu or --nnodes (--dry-run --gpu prints for hardware that is elsewhere)"
                 )
             return CPU
-        if self._is_cpu:
+        if names_cpu(self.gpu):
             raise GraftError(
                 f"--gpu cpu: vLLM {vllm.version} here is a CUDA build; expected a CPU build"
             )

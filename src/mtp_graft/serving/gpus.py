@@ -10,7 +10,7 @@ _NVIDIA_SMI = "total that nvidia-smi reports"
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU; `pattern` is found in its lower-case names, and in no other GPU's."""
+    """One kind of GPU; `pattern` matches the whole of its lower-case names."""
 
     name: str
     memory_mib: int
@@ -31,7 +31,7 @@ GPUS = (
         97887,
         pcie_only=True,
         unified_memory=False,
-        pattern=r"6000.*max-?q",
+        pattern=r"((rtx )?pro )?6000 (blackwell )?max[- ]?q( workstation edition)?",
         source=f"{_NVIDIA_SMI}; PCIe only: Acti card",
     ),
     Gpu(
@@ -39,7 +39,7 @@ GPUS = (
         97887,
         pcie_only=True,
         unified_memory=False,
-        pattern=r"6000.*server",
+        pattern=r"((rtx )?pro )?6000 (blackwell )?server( edition)?",
         source=f"{_NVIDIA_SMI}; no NVLink connector: NVIDIA's product page",
     ),
     Gpu(
@@ -47,7 +47,7 @@ GPUS = (
         124610,
         pcie_only=False,
         unified_memory=True,
-        pattern=r"gb10(?!\d)|dgx.*spark",
+        pattern=r"gb10|dgx spark",
         source="121.69 GiB that CUDA reports of 128 GB, from users' reports; one GPU a machine",
     ),
     Gpu(
@@ -55,7 +55,7 @@ GPUS = (
         81559,
         pcie_only=False,
         unified_memory=False,
-        pattern=r"(?<!g)h100(?!.*(pcie|nvl))",
+        pattern=r"h100( sxm5?)?( 80gb)?( hbm3)?",
         source=f"{_NVIDIA_SMI} for the SXM 80 GB version",
     ),
     Gpu(
@@ -63,7 +63,7 @@ GPUS = (
         143771,
         pcie_only=False,
         unified_memory=False,
-        pattern=r"(?<!g)h200(?!.*nvl)",
+        pattern=r"h200( sxm5?)?( 141gb)?( hbm3e)?",
         source=f"{_NVIDIA_SMI} for the SXM version",
     ),
 )
@@ -71,7 +71,8 @@ GPUS = (
 
 def known_gpu(name: str) -> Gpu | None:
     """Return the GPU that `name` means, be it our name or NVIDIA's; None for another."""
-    return next((gpu for gpu in GPUS if re.search(gpu.pattern, name.lower())), None)
+    said = name.lower().removeprefix("nvidia ")
+    return next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, said)), None)
 
 
 def find_gpu(name: str) -> Gpu:

@@ -1,11 +1,10 @@
 """Fits a serving profile to a checkpoint, the hardware and the vLLM at hand, and says how."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import (
     BLOCK_SIZE,
@@ -26,11 +25,11 @@ from mtp_graft.serving.profiles import (
     PCIE_FLAGS,
     PROFILES,
     SERVED_MODEL_NAMES,
-    UNIFIED_MEMORY_UTILIZATION,
     UNIFIED_MEMORY_WHY,
     Profile,
     Setting,
 )
+from mtp_graft.serving.ranks import most_ranks, undivided
 from mtp_graft.serving.room import Room, measure_room
 from mtp_graft.serving.topology import Hardware
 
@@ -108,11 +107,7 @@ def _tensor_parallel_size(
     if wanted is not None:
         _check_ranks(wanted, config, hardware)
         return wanted
-    if hardware.gpu is None:
-        return 1
-    most = 1
-    while 2 * most <= hardware.num_gpus and not _undivided(config, 2 * most):
-        most *= 2
+    most = most_ranks(config, hardware.num_gpus)
     if most < hardware.num_gpus:
         notes.append(f"{hardware.num_gpus - most} of {hardware.num_gpus} GPUs stay unused")
     return most
@@ -123,31 +118,12 @@ def _check_ranks(wanted: int, config: dict[str, Any], hardware: Hardware) -> Non
     flag = f"--tensor-parallel-size {wanted}"
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
-    undivided = wanted > 1 and _undivided(config, wanted)
-    if undivided:
+    uneven = wanted > 1 and undivided(config, wanted)
+    if uneven:
         raise GraftError(
-            f"{flag}: config.json has {undivided}, which the ranks cannot share evenly; "
+            f"{flag}: config.json has {uneven}, which the ranks cannot share evenly; "
             "expected a number that divides it"
         )
-
-
-def _undivided(config: dict[str, Any], ranks: int) -> str | None:
-    """Return what of heads, output groups and the experts' scale groups cannot be shared out."""
-    try:
-        group = int4_group_size(config["quantization_config"])
-        inner = config["moe_intermediate_size"]
-        heads, output_groups = config["num_attention_heads"], config["o_groups"]
-    except KeyError as error:
-        raise GraftError(
-            f"config.json: has no {error}; expected a DeepSeek-V4 in W4A16-FP8"
-        ) from None
-    if heads % ranks:
-        return f"{heads} attention heads"
-    if output_groups % ranks:
-        return f"{output_groups} output groups"
-    if inner % (ranks * group):
-        return f"moe_intermediate_size {inner} in groups of {group} that share a scale"
-    return None
 
 
 def _choose(wanted: str, options: ServeOptions, room: Room) -> tuple[str, Profile]:
@@ -167,20 +143,21 @@ def _too_long(name: str, profile: Profile, options: ServeOptions, room: Room) ->
     """Return the error of a context that the model or the memory has no room for."""
     length, utilization = profile.max_model_len, profile.gpu_memory_utilization
     largest = room.largest_context(utilization)
+    cures = [f"--max-model-len {largest}"] if largest else []
     if options.max_model_len is None:
-        asked, cure = f"--profile {name} has a context of {length} tokens", "take --profile auto, "
+        asked = f"--profile {name} has a context of {length} tokens"
+        cures = [f"--profile {AUTO}", *cures]
     else:
-        asked, cure = f"--max-model-len {length}", "take "
-    if largest == room.model_limit:
-        return GraftError(
-            f"{options.checkpoint}: {asked}; the model has {largest} positions; "
-            f"{cure}--max-model-len {largest}"
+        asked = f"--max-model-len {length}"
+    if length > room.model_limit and largest:
+        why = f"the model has {room.model_limit} positions"
+    else:
+        why = (
+            f"on {room.hardware} there is room for {largest} tokens "
+            f"({room.describe(utilization, length)})"
         )
-    cure += f"--max-model-len {largest}, or more ranks" if largest else "more ranks"
-    return GraftError(
-        f"{options.checkpoint}: {asked}; on {room.hardware} there is room for {largest} tokens "
-        f"({room.describe(utilization, length)}); {cure}"
-    )
+        cures.append("more ranks" if room.cache_bytes is None else "a larger --kv-cache-gib")
+    return GraftError(f"{options.checkpoint}: {asked}; {why}; take {', or '.join(cures)}")
 
 
 def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profile]:
@@ -204,7 +181,7 @@ def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profi
             raise _too_long(name, profiles[name], options, room)
         profile = replace(profiles[name], max_model_len=largest[name])
     utilization = profile.gpu_memory_utilization
-    if profile.max_model_len < BLOCK_SIZE:
+    if profile.max_model_len == 0:
         raise GraftError(
             f"{options.checkpoint}: no room for a context on {room.hardware} "
             f"({room.describe(utilization, BLOCK_SIZE)}); take more GPUs, or larger ones"
@@ -217,13 +194,12 @@ def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profi
 
 def _with_options(profile: Profile, options: ServeOptions, room: Room) -> Profile:
     """Return the profile with what the options say, and the memory it may take."""
-    most = UNIFIED_MEMORY_UTILIZATION if room.hardware.unified_memory else 1.0
     return replace(
         profile,
         max_model_len=options.max_model_len or profile.max_model_len,
         max_num_seqs=options.max_num_seqs or profile.max_num_seqs,
         gpu_memory_utilization=options.gpu_memory_utilization
-        or min(profile.gpu_memory_utilization, most),
+        or min(profile.gpu_memory_utilization, room.hardware.most_utilization),
     )
 
 
@@ -309,18 +285,16 @@ def adapt(
         why = "a CPU" if hardware.gpu is None else _LINKS.get(hardware.link, "a single rank")
         notes.append(f"{', '.join(map(str, PCIE_FLAGS))} and the NCCL variables left out: {why}")
     environment: dict[str, str] = {}
-    for setting in variables:
+    for setting in _known(variables, vllm, notes):
         users = os.environ.get(setting.name)
-        if not setting.is_for(vllm.version):
-            notes.append(f"{setting} left out: {setting.why} (this is vLLM {vllm.version})")
-        elif users is not None and users != setting.value:
+        if users is not None and users != setting.value:
             notes.append(f"{setting} left out: the environment has {setting.name}={users}")
         else:
             assert setting.value is not None
             environment[setting.name] = setting.value
             if not setting.source.startswith(ACTI):
                 notes.append(f"{setting}: {setting.why} ({setting.source})")
-    words = [word for flag in flags for word in flag.as_args()]
+    words = [word for flag in _known(flags, vllm, notes) for word in flag.as_args()]
     if hardware.gpu is not None and not options.enforce_eager:
         drafts = num_speculative_tokens(options)
         if sizes := missing_sizes(options.max_num_seqs, drafts, vllm.version):
@@ -329,7 +303,7 @@ def adapt(
                 f"CUDA graphs for {', '.join(map(str, sizes))} tokens: vLLM {vllm.version} has "
                 f"none for a whole step of {options.max_num_seqs} sequences (docs/engine.md)"
             )
-    share = UNIFIED_MEMORY_UTILIZATION if hardware.unified_memory else None
+    share = hardware.most_utilization if hardware.unified_memory else None
     options = replace(
         options,
         gpu_memory_utilization=options.gpu_memory_utilization or share,
@@ -337,6 +311,15 @@ def adapt(
         extra_args=(*words, *options.extra_args),
     )
     return options, notes
+
+
+def _known(settings: Iterable[Setting], vllm: InstalledVllm, notes: list[str]) -> Iterator[Setting]:
+    """Yield the settings that this vLLM has a use for, and note the others."""
+    for setting in settings:
+        if setting.is_for(vllm.version):
+            yield setting
+        else:
+            notes.append(f"{setting} left out: {setting.why} (this is vLLM {vllm.version})")
 
 
 def _node_flags(hardware: Hardware, node: Node, notes: list[str]) -> tuple[str, ...]:

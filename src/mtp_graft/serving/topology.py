@@ -8,6 +8,7 @@ from typing import Literal
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.gpus import find_gpu, known_gpu
+from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 
 Link = Literal["none", "nvlink", "pcie", "network"]
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -24,6 +25,11 @@ class Hardware:
     num_nodes: int = 1
     unified_memory: bool = False  # shared with the CPU and what else runs there
 
+    @property
+    def most_utilization(self) -> float:
+        """Return the largest share of a GPU's memory that vLLM may take (0..1)."""
+        return UNIFIED_MEMORY_UTILIZATION if self.unified_memory else 1.0
+
     def __str__(self) -> str:
         if self.gpu is None:
             return "CPU"
@@ -37,6 +43,11 @@ class Hardware:
 
 
 CPU = Hardware(None)
+
+
+def names_cpu(gpu: str | None) -> bool:
+    """Return whether `--gpu` says that it is no GPU."""
+    return gpu is not None and gpu.lower() == "cpu"
 
 
 def named_gpus(name: str, count: int, num_nodes: int | None = None) -> Hardware:
@@ -73,8 +84,15 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
     name, memory_mib = rows[0]
     link: Link = "network" if num_nodes > 1 else "none" if len(rows) == 1 else _slowest_link()
     gpu = known_gpu(name)
-    # [N/A]: the memory is the machine's
-    memory_bytes = int(memory_mib) * 2**20 if memory_mib.isdigit() else find_gpu(name).memory_bytes
+    if memory_mib.isdigit():
+        memory_bytes = int(memory_mib) * 2**20
+    elif gpu is not None:  # [N/A]: the memory is the machine's
+        memory_bytes = gpu.memory_bytes
+    else:
+        raise GraftError(
+            f"nvidia-smi: {name} has {memory_mib} of memory, and how much that is is not known "
+            "here; --profile none serves without an estimate"
+        )
     unified = gpu is not None and gpu.unified_memory
     return Hardware(name, len(rows) * num_nodes, memory_bytes, link, num_nodes, unified)
 

@@ -38,6 +38,7 @@ CHECKS: tuple[Check, ...] = (
     schemes.idle_patterns,
     schemes.half_named,
     schemes.mismatches,
+    hardware.unknown_gpus,
     hardware.gpu_count,
     hardware.head_division,
     hardware.group_division,

@@ -14,11 +14,25 @@ from mtp_graft.serving.memory import (
     largest_context,
     weights_bytes,
 )
-from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, UNIFIED_MEMORY_UTILIZATION
+from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
 
 _GIB = 2**30
 #: Of steps being computed: with asynchronous scheduling there are two.
 TOKENS_IN_FLIGHT = 2 * MAX_NUM_BATCHED_TOKENS
+
+
+def unknown_gpus(_survey: Survey, target: Target) -> Iterator[Finding]:
+    """Find GPUs that could not be asked what they are."""
+    if target.unknown_because is not None:
+        yield Finding(
+            "gpus-unknown",
+            "warning",
+            "this machine",
+            target.unknown_because,
+            "GPUs of one kind that nvidia-smi tells of",
+            "ranks, memory and links were not checked, and vLLM may not find the GPUs either",
+            "--gpu NAME --count N (or --gpu cpu) for what will serve",
+        )
 
 
 def gpu_count(_survey: Survey, target: Target) -> Iterator[Finding]:
@@ -94,7 +108,7 @@ def memory(survey: Survey, target: Target) -> Iterator[Finding]:
         yield from _host_memory(survey)
         return
     weights = weights_bytes(survey.tensors, target.tp)
-    share = min(UTILIZATION, UNIFIED_MEMORY_UTILIZATION if hardware.unified_memory else 1)
+    share = min(UTILIZATION, hardware.most_utilization)
     limit = int(share * hardware.memory_bytes)
     left = limit - weights - RESERVE_BYTES
     estimate = (

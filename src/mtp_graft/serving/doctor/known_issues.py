@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from packaging.specifiers import SpecifierSet
 
 from mtp_graft import SUPPORTED_VLLM
-from mtp_graft.serving.command import PLUGIN_NAME, SUPPORTED_ON_CPU, is_supported
+from mtp_graft.serving.command import PLUGIN_NAME, is_supported, is_supported_on_cpu
 from mtp_graft.serving.doctor.findings import Finding, Severity
 from mtp_graft.serving.doctor.formats import format_of
 from mtp_graft.serving.doctor.survey import Survey
@@ -109,7 +109,7 @@ ISSUES = (
         "vllm-46307",
         "warning",
         "",
-        lambda _survey, target: "GB10" in str(target.hardware),
+        lambda _survey, target: target.hardware is not None and target.hardware.unified_memory,
         "memory that CPU and GPU share",
         "gpu_memory_utilization is no upper bound while vLLM profiles: the machine can run out of "
         "memory and stop answering",
@@ -184,7 +184,7 @@ def vllm_version(_survey: Survey, target: Target) -> Iterator[Finding]:
             "logs 'Failed to load plugin mtp_graft' and goes on without it, or the classes differ",
             f"pip install 'vllm{SUPPORTED_VLLM}'",
         )
-    elif target.platform == "cpu" and target.vllm not in SpecifierSet(SUPPORTED_ON_CPU):
+    elif target.platform == "cpu" and not is_supported_on_cpu(target.vllm):
         yield Finding(
             "vllm-unsupported",
             "error",

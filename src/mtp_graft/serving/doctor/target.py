@@ -2,17 +2,18 @@
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
-from typing import Literal
+from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.serving.command import PLUGIN_NAME
-from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_gpus
+from mtp_graft.serving.command import PLUGIN_NAME, Platform, read_config
+from mtp_graft.serving.ranks import most_ranks
+from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_gpus, names_cpu
 
-Platform = Literal["cpu", "cuda"]
 _PLUGIN_GROUP = "vllm.general_plugins"
 
 
@@ -28,7 +29,7 @@ class Target:
     installed: bool = False  # `vllm` is the one of this environment
     plugin_found: bool = True
     plugins_allowed: str | None = None  # VLLM_PLUGINS
-    unknown_because: str | None = None  # the hardware
+    unknown_because: str | None = None  # why `hardware` is None though there should be some
 
 
 def find_target(
@@ -37,11 +38,13 @@ def find_target(
     count: int | None = None,
     tp: int | None = None,
     max_model_len: int | None = None,
+    checkpoint: Path | None = None,
 ) -> Target:
     """Return what the options name, and for the rest what is installed and present.
 
-    `gpu` may be `cpu`. `tp` defaults to the largest power of two of GPUs, `serve`'s first choice.
-    Raises UsageError for a version or a GPU that is none.
+    `gpu` may be `cpu`. `tp` defaults to the ranks that `serve` takes for the checkpoint, or, where
+    that cannot be told, to the largest power of two of GPUs. Raises UsageError for a version or a
+    GPU that is none.
     """
     found_version, found_platform = _installed()
     version = found_version if vllm is None else _version(vllm)
@@ -49,7 +52,7 @@ def find_target(
     hardware: Hardware | None
     unknown = None
     if gpu is not None:
-        platform = "cpu" if gpu.lower() == "cpu" else "cuda"
+        platform = "cpu" if names_cpu(gpu) else "cuda"
         hardware = CPU if platform == "cpu" else named_gpus(gpu, count or tp or 1)
     else:
         platform = found_platform or ("cuda" if shutil.which("nvidia-smi") else None)
@@ -57,18 +60,24 @@ def find_target(
             hardware = _present(platform)
         except GraftError as error:
             hardware, unknown = None, str(error)
-    num_gpus = hardware.num_gpus if hardware else 0
     return Target(
         version,
         platform,
         hardware,
-        tp or (2 ** (num_gpus.bit_length() - 1) if num_gpus else 1),
+        tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0),
         max_model_len,
         installed=vllm is None and found_version is not None,
         plugin_found=any(p.name == PLUGIN_NAME for p in entry_points(group=_PLUGIN_GROUP)),
         plugins_allowed=os.environ.get("VLLM_PLUGINS"),
         unknown_because=unknown,
     )
+
+
+def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
+    if checkpoint is not None:
+        with suppress(GraftError):  # a config that is damaged has findings of its own
+            return most_ranks(read_config(checkpoint), num_gpus)
+    return 1 << max(num_gpus.bit_length() - 1, 0)
 
 
 def _present(platform: Platform | None) -> Hardware | None:
