@@ -18,7 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
-    "mode": "ok",  # ok, dies, never_healthy, refuses, ignores_sigterm, dies_on_completion
+    # ok, dies, never_healthy, refuses, ignores_sigterm, dies_on_completion, drains: no completion
+    # comes back, and SIGTERM ends the server once its clients have hung up
+    "mode": "ok",
     "step_s": 0.0,
     "diverge_at": None,  # a server with a draft head says 999 at this position
     "exit_status": 0,  # of a server that SIGTERM or SIGINT ended
@@ -169,6 +171,10 @@ class Handler(BaseHTTPRequestHandler):
         elif SETTINGS["mode"] == "dies_on_completion":
             print("RuntimeError: died in the first step", flush=True)
             os._exit(7)
+        elif SETTINGS["mode"] == "drains":
+            count(body["max_tokens"])
+            self.connection.recv(1)
+            os._exit(SETTINGS["exit_status"])
         elif self.path == "/v1/chat/completions":
             self.stream(prompt_of_chat(body), body.get("max_tokens", SETTINGS["chat_tokens"]), True)
         elif body.get("stream"):
@@ -247,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def stop(_signum: int, _frame: object) -> None:
-    if SETTINGS["mode"] != "ignores_sigterm":
+    if SETTINGS["mode"] not in ("ignores_sigterm", "drains"):
         os._exit(SETTINGS["exit_status"])
 
 

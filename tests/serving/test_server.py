@@ -188,6 +188,21 @@ def test_serve_passes_signals_on_and_exits_with_the_servers_status(
     assert wait_gone(read_record(record)["pids"]) == []
 
 
+def test_a_signal_during_the_first_completion_is_not_waited_out(
+    vllm: Path, site: Path, base: Path, record: Path, tmp_path: Path
+) -> None:
+    """vLLM waits for its clients to hang up, and `serve` is one until a completion came back."""
+    asked = tmp_path / "asked"
+    settings = {"record": str(record), "requests": str(asked), "mode": "drains", "exit_status": 5}
+    with serving(site, base, **settings) as process:
+        while not asked.exists() or not asked.read_text():
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 5
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
 def test_serve_under_nohup_outlives_the_terminal(
     vllm: Path, site: Path, base: Path, record: Path, hangup_ends: None
 ) -> None:

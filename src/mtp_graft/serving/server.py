@@ -87,7 +87,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     called once vLLM runs. Raises GraftError if a healthy server refuses the completion.
     """
     server = ServerProcess(build_command(options), log=None)
-    asked_to_stop = False
+    asked_to_stop, probing = False, not server.command.is_headless
 
     def pass_on(signum: int, _frame: FrameType | None) -> None:
         nonlocal asked_to_stop
@@ -96,20 +96,27 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
         else:
             asked_to_stop = True
             server.send(signum)
+            if probing:  # vLLM would wait for our connection to close, and we for its answer
+                raise _AskedToStopError
 
     with _signals_as(pass_on, signal.SIGINT, *_STOP_SIGNALS):
         try:
             if server.command.is_headless:
                 on_ready("headless; the first machine answers")
-            elif server.wait_ready(float("inf"), lambda _elapsed_s: None):
-                on_ready(server.command.base_url)
+            else:
+                is_ready = server.wait_ready(float("inf"), lambda _elapsed_s: None)
+                probing = False
+                if is_ready:
+                    on_ready(server.command.base_url)
             return server.wait()
-        except GraftError:
-            if asked_to_stop:  # a refusal while shutting down is none
-                return server.wait()
-            raise
+        except _AskedToStopError:
+            return server.wait()
         finally:
             server.stop()
+
+
+class _AskedToStopError(Exception):
+    """A signal came while the server was asked whether it is ready."""
 
 
 class ServerProcess:
