@@ -127,7 +127,7 @@ def two_gpus(work: Path, flash: Path, layers: int, gpu: str) -> list[Step]:
     return [
         Step("write", script("flash_width", flash, *write), 120, takes_deadline=False),
         *(ranks(part, "two_ranks", part) for part in ("tiny", "speed")),
-        ranks("pcie", "two_ranks", "speed", "--pcie", "--profiles", "524k", "--streams", 1),
+        ranks("ttft", "all_reduce", "ttft", "--profiles", "256k"),
         ranks("stock_graphs", "two_ranks", "speed", "--stock-graphs", *FULL_HOUSE),
         ranks("quantize", "two_ranks", "quantize"),
         ranks("four", "four_ranks", "speed", "--ranks", 4, *LOADED),
@@ -163,7 +163,7 @@ LANES = {
         Lane((0, 1), "two", ("tiny", "speed")),
     ),
     4: (
-        Lane((0, 1), "two", ("speed", "tiny", "pcie", "stock_graphs"), 300),
+        Lane((0, 1), "two", ("speed", "tiny", "ttft", "stock_graphs"), 300),
         Lane((2,), "one", STEP_TIMES, 300),
         Lane((3,), "one", OVER_HTTP, 300),
         Lane((0, 1, 2, 3), "two", ("four",)),

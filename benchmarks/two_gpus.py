@@ -1,14 +1,15 @@
-"""Acti's deployment shape: two ranks, in three parts that can be asked for by name.
+"""Acti's deployment shape: two ranks, in four parts that can be asked for by name.
 
-    python benchmarks/two_gpus.py tiny speed quantize --folder FOLDER --out result.json
+    python benchmarks/two_gpus.py tiny speed ttft quantize --folder FOLDER --out result.json
 
 tiny      the bundled model: one rank's greedy text, read by one rank and by two (teacher-forced),
           by one rank that rounds as two would, and the text with the head against the text without,
           both on two ranks
 speed     FOLDER/base-N and FOLDER/int4-N of `flash_width.py` on two ranks, in the profiles'
           settings: speed at synthetic acceptance for one stream, and for 1 to 8 streams; with
-          --pcie under Acti's NCCL variables and without vLLM's own all-reduce, with
           --stock-graphs without the CUDA graph sizes that `serve` adds
+ttft      the same checkpoints: time to the first token of one stream, and its steps, by how the
+          ranks' sums are taken: `ALL_REDUCE`, Acti's NCCL variables among them
 quantize  the stage on `synthetic_flash.py`'s input in FOLDER/quantize (made if it is not there), on
           one rank and on two: are the files the same, byte for byte?
 
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +40,13 @@ from texts import bundled_prompts, compare_forced, divergences, forced, greedy, 
 
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.graphs import missing_sizes
-from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS, PCIE_ENVIRONMENT, PROFILES
+from mtp_graft.serving.profiles import (
+    MAX_NUM_BATCHED_TOKENS,
+    NCCL_LATENCY,
+    NCCL_SHARED_MEMORY,
+    PROFILES,
+    Setting,
+)
 from mtp_graft.stages.splice import splice
 
 HERE = Path(__file__).resolve().parent
@@ -47,6 +56,24 @@ NOTE = (
     "checkpoint was read. Of more streams than a profile has seats, the others wait."
 )
 CPU_NOTE = " A small form on two shared CPU cores: it shows that the script runs, no speed."
+#: Tokens of a short prompt, in `ttft` beside --context: sums of less than 1 MB.
+SHORT = 100
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """How ranks on GPUs add up what each has: by vLLM's own kernel, or by NCCL as it is told."""
+
+    own_kernel: bool
+    nccl: tuple[Setting, ...] = ()
+
+
+ALL_REDUCE = {
+    "acti": AllReduce(own_kernel=False, nccl=NCCL_SHARED_MEMORY + NCCL_LATENCY),
+    "shm": AllReduce(own_kernel=False, nccl=NCCL_SHARED_MEMORY),  # as without peer access
+    "vllm": AllReduce(own_kernel=True),
+    "nccl": AllReduce(own_kernel=False),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,10 +92,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=64, help="of each text in `tiny`")
     parser.add_argument("--tokens", type=int, default=40_000, help="captured tokens in `quantize`")
-    parser.add_argument("--variants", nargs="+", default=["base", "int4"], help="in `speed`")
-    parser.add_argument("--no-custom-all-reduce", action="store_true", help="NCCL's alone")
+    parser.add_argument("--variants", nargs="+", default=["base", "int4"], help="in speed, ttft")
+    parser.add_argument("--all-reduce", nargs="+", choices=ALL_REDUCE, default=[*ALL_REDUCE])
     parser.add_argument("--stock-graphs", action="store_true", help="without serve's graph sizes")
-    parser.add_argument("--pcie", action="store_true", help="serve's settings without NVLink")
     parser.add_argument("--small", action="store_true", help="`quantize` in small, for a CPU")
     parser.add_argument("--no-clock", action="store_true", help="do not profile the GPUs")
     Limits.add_options(parser)
@@ -142,20 +168,34 @@ def speed(done: Measurements, options: argparse.Namespace) -> None:
             if k == 0 or not has_accelerator():
                 wanted = dict.fromkeys(Point(p.streams, p.context, None) for p in wanted)
             identity = {"part": "speed", "profile": name, "layers": options.layers}
-            identity |= {"ranks": options.ranks, "pcie": options.pcie, "variant": variant, "k": k}
+            identity |= {"ranks": options.ranks, "variant": variant, "k": k}
             identity["stock_graphs"] = options.stock_graphs
             seated = (p for p in wanted if p.streams <= PROFILES[name].max_num_seqs)
             wanted |= dict.fromkeys(clocks(seated, options))
             todo = [p for p in wanted if not done.has(**identity, **vars(p))]
             if todo:
-                how = "-pcie" * options.pcie + "-stock" * options.stock_graphs
+                how = "-stock" * options.stock_graphs
                 job = f"speed-{name}-tp{options.ranks}{how}-{variant}-k{k}"
                 done.run(job, options.limits, measure_profile, identity, todo, options)
+
+
+def ttft(done: Measurements, options: argparse.Namespace) -> None:
+    for name, way, variant in product(options.profiles, options.all_reduce, options.variants):
+        k = 0 if variant == "base" else 1
+        rate = options.sweep_rate if k and has_accelerator() else None
+        points = dict.fromkeys(Point(1, n, rate) for n in (SHORT, options.context))
+        identity = {"part": "ttft", "all_reduce": way, "profile": name, "layers": options.layers}
+        identity |= {"ranks": options.ranks, "variant": variant, "k": k, "stock_graphs": False}
+        if todo := [p for p in points if not done.has(**identity, **vars(p))]:
+            job = f"ttft-{name}-tp{options.ranks}-{way}-{variant}-k{k}"
+            done.run(job, options.limits, measure_profile, identity, todo, options)
 
 
 def measure_profile(
     send: Callable[[Any], None], identity: Entry, todo: list[Point], options: argparse.Namespace
 ) -> None:
+    all_reduce = ALL_REDUCE[identity.get("all_reduce", "vllm")]
+    os.environ.update({str(setting.name): str(setting.value) for setting in all_reduce.nccl})
     profile = PROFILES[identity["profile"]]
     checkpoint = options.folder / f"{identity['variant']}-{options.layers}"
     length = min(profile.max_model_len, options.cap_context)
@@ -165,10 +205,8 @@ def measure_profile(
         *(profile.gpu_memory_utilization, options.ranks),
         rate=max(options.rates) if identity["k"] and has_accelerator() else None,
         graph_sizes=() if identity["stock_graphs"] else tuple(sizes),
-        custom_all_reduce=not (identity["pcie"] or options.no_custom_all_reduce),
+        custom_all_reduce=all_reduce.own_kernel,
     )
-    if identity["pcie"]:
-        os.environ.update({str(setting.name): str(setting.value) for setting in PCIE_ENVIRONMENT})
     began = time.perf_counter()
     llm = start(engine)
     identity |= {"seats": profile.max_num_seqs, "start_s": time.perf_counter() - began}
@@ -233,6 +271,8 @@ def summarize(entries: list[Entry]) -> dict[str, Any]:
     result = summarize_texts([e for e in entries if e["part"].startswith("tiny")])
     if speeds := [e for e in entries if e["part"] == "speed"]:
         result["speed"] = speed_lines(speeds)
+    if first_tokens := [e for e in entries if e["part"] == "ttft"]:
+        result["ttft"] = [ttft_line(e) for e in first_tokens]
     if len(quantized) > 1:
         same = all(e["sha256"] == quantized[0]["sha256"] for e in quantized)
         result["quantize"] = {
@@ -269,7 +309,7 @@ def summarize_texts(entries: list[Entry]) -> dict[str, Any]:
 def speed_lines(entries: list[Entry]) -> list[Entry]:
     """Return MTP beside its base, and whether a load brings less than the next smaller one."""
     entries = [e for e in entries if not e.get("clock")]
-    setting = ("layers", "ranks", "pcie", "stock_graphs", "profile")
+    setting = ("layers", "ranks", "stock_graphs", "profile")
     base = {_key(e, *setting, "streams"): e for e in entries if e["variant"] == "base"}
     lines = []
     for e in entries:
@@ -292,6 +332,12 @@ def speed_lines(entries: list[Entry]) -> list[Entry]:
     return lines
 
 
+def ttft_line(entry: Entry) -> Entry:
+    setting = ("layers", "ranks", "profile", "all_reduce", "variant", "k", "context", "acceptance")
+    times = {"ttft_ms": ttft_ms(entry), "step_ms": entry["step_ms"]["median"]}
+    return {name: entry[name] for name in setting} | times
+
+
 def ttft_ms(entry: Entry) -> float | None:
     """Return the median of several prompts, or what one decode took if no more is known."""
     return median(entry["ttfts_ms"]) if "ttfts_ms" in entry else entry.get("ttft_ms")
@@ -301,7 +347,7 @@ def _key(entry: Entry, *names: str) -> tuple[Any, ...]:
     return tuple(entry.get(name) for name in names)  # older entries lack some
 
 
-PARTS = {"tiny": tiny, "speed": speed, "quantize": quantize}
+PARTS = {"tiny": tiny, "speed": speed, "ttft": ttft, "quantize": quantize}
 
 
 def main() -> None:

@@ -519,7 +519,7 @@ def test_recordings_are_compared_by_their_projections() -> None:
 
 def test_a_load_that_brings_less_than_a_smaller_one_dips() -> None:
     speeds = [(1, 100.0), (2, 180.0), (3, 170.0), (4, 240.0)]
-    place = {"layers": 43, "ranks": 2, "pcie": False, "profile": "524k"}
+    place = {"layers": 43, "ranks": 2, "profile": "524k"}
     place |= {"rate": 0.7, "acceptance": 0.7, "ttft_ms": 90.0, "step_ms": {"median": 10.0}}
     entries = [
         {**place, "streams": n, "variant": variant, "k": k, "aggregate_tok_s": speed}

@@ -153,15 +153,18 @@ PCIE_FLAGS = (
         f"{ACTI_COMMAND}; vllm-project/vllm#51513",
     ),
 )
-PCIE_ENVIRONMENT = (
+NCCL_SHARED_MEMORY = (
     Setting("NCCL_P2P_DISABLE", "1", "peer access over PCIe hung", ACTI_ENVIRONMENT),
     Setting("NCCL_IB_DISABLE", "1", "one host: no InfiniBand to look for", ACTI_ENVIRONMENT),
     Setting("NCCL_SHM_DISABLE", "0", "ranks speak through shared memory", ACTI_ENVIRONMENT),
+)
+NCCL_LATENCY = (
     Setting("NCCL_PROTO", "LL", "low latency for the small sums of decoding", ACTI_ENVIRONMENT),
     Setting("NCCL_ALGO", "Ring", "as above", ACTI_ENVIRONMENT),
     Setting("NCCL_MIN_NCHANNELS", "8", "as above", ACTI_ENVIRONMENT),
     Setting("NCCL_NTHREADS", "512", "as above", ACTI_ENVIRONMENT),
 )
+PCIE_ENVIRONMENT = NCCL_SHARED_MEMORY + NCCL_LATENCY
 
 #: How the printed command differs from Acti's on purpose, whatever the hardware.
 DIFFERENCES_FROM_ACTI = (
