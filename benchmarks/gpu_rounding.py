@@ -5,9 +5,10 @@
         --out benchmarks/results/gpu_rounding_cpu.json
 
 CPU and GPU are results of `gpu_serve_check.py`, the GPU's with the CPU's as its reference. A CPU
-reads the same text, and records the same prompts, three times: as it is; with FP8 weights whose
-scales are powers of two, as vLLM's DeepGEMM kernels want them; and with the inputs of those weights
-rounded to FP8 too. Each is compared with what the GPU chose and recorded.
+reads the same text, and records the same prompts, four times: as it is; with the inputs of FP8
+weights rounded to FP8 too, as a GPU with VLLM_USE_DEEP_GEMM_E8M0=0 has it; with FP8 weights whose
+scales are powers of two, as vLLM's DeepGEMM kernels want them without that; and with those weights
+and inputs rounded with powers of two. Each is compared with what the GPU chose and recorded.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shutil
 import tempfile
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engines import EngineOptions, Send, exit_on_sigterm, in_child, start
 from gpu_serve_check import CHUNK, LONG, MODEL, compare_recordings, record
@@ -29,6 +30,7 @@ from mtp_graft.checkpoint.capture import RECORD_VARIABLE, RECORDINGS
 from mtp_graft.quant import fp8_block
 
 SCALE = ".weight_scale"
+Inputs = Literal["plain", "power_of_two"] | None  # the scales of rounded inputs
 NOTE = (
     "The tiny model on a CPU, teacher-forced along the text that it once wrote, as the GPU was. "
     "unlike_text: tokens other than the text's; as_gpu: of the tokens in which the GPU leaves "
@@ -58,14 +60,14 @@ def observe(
     texts: list[Text],
     prompts: list[list[int]],
     folder: Path,
-    round_inputs: bool,
+    inputs: Inputs,
 ) -> None:
     """Send the best tokens along `texts` and what was recorded; runs in a process of its own."""
     (folder / RECORDINGS).mkdir(parents=True)
     os.environ[RECORD_VARIABLE] = str(folder)
     llm = start(EngineOptions(base, max_num_batched_tokens=CHUNK))
-    if round_inputs:
-        llm.collective_rpc("round_inputs_of_fp8")
+    if inputs is not None:
+        llm.collective_rpc("round_inputs_of_fp8", args=(inputs == "power_of_two",))
     read = forced(llm, prompts, texts)
     send({"read": read, "recording": record(llm, [p for p in prompts if len(p) <= CHUNK], folder)})
 
@@ -102,8 +104,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         again = Path(scratch) / "base"
         requantize(MODEL / "base", again)
-        runs = {"as_it_is": (MODEL / "base", False), "weights": (again, False)}
-        for name, (base, inputs) in {**runs, "weights_and_inputs": (again, True)}.items():
+        runs: dict[str, tuple[Path, Inputs]] = {
+            "as_it_is": (MODEL / "base", None),
+            "inputs": (MODEL / "base", "plain"),
+            "weights": (again, None),
+            "weights_and_inputs": (again, "power_of_two"),
+        }
+        for name, (base, inputs) in runs.items():
             folder, log = Path(scratch) / name, Path(scratch) / f"{name}.log"
             found = list(in_child(observe, base, texts, prompts, folder, inputs, log=log))[-1]
             results[name] = compare(found, texts, gpu)

@@ -62,7 +62,7 @@ def main() -> None:
     prompts = bundled_prompts(options.model, options.prompts, LONG)
     text = expected.get("texts-k0", {}).get("texts")
     with tempfile.TemporaryDirectory() as scratch:
-        spliced, capture = Path(scratch) / "spliced", Path(scratch) / "capture"
+        spliced = Path(scratch) / "spliced"
         splice(options.model / "base", options.model / "upstream", spliced, "mxfp4")
         for k, checkpoint in ((0, options.model / "base"), (1, spliced)):
             engine = EngineOptions(
@@ -70,6 +70,7 @@ def main() -> None:
                 gpu_memory_utilization=options.gpu_memory_utilization,
             )
             if not done.has(part=f"texts-k{k}"):
+                capture = Path(scratch) / f"capture-k{k}"
                 arguments = (engine, prompts, options.max_tokens, text, capture)
                 done.run(f"tiny-k{k}", limits, observe, *arguments)
 

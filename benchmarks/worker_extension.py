@@ -10,6 +10,7 @@ those that serve again come from the GPU, to which each is copied once.
 
 from collections.abc import Generator
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,16 +52,17 @@ class WorkerExtension:
             module.register_forward_hook(lambda _module, _inputs, output: sum_of_parts(output))
         return [name for name, _ in modules]
 
-    def round_inputs_of_fp8(self) -> None:
+    def round_inputs_of_fp8(self, power_of_two: bool = True) -> None:
         """Round the inputs of FP8 weights as a GPU does; for the plugin's CPU model."""
         from vllm import _custom_ops as ops
 
         from mtp_graft.vllm_plugin.cpu.dequantize import FP8BlockLinear
 
         apply, multiply = FP8BlockLinear.apply, ops.bmm_cpu
-        FP8BlockLinear.apply = lambda self, layer, x, *rest: apply(self, layer, as_fp8(x), *rest)
+        rounded = partial(as_fp8, power_of_two=power_of_two)
+        FP8BlockLinear.apply = lambda self, layer, x, *rest: apply(self, layer, rounded(x), *rest)
         # attention's wo_a, without its layer
-        ops.bmm_cpu = lambda out, x, *rest: multiply(out, as_fp8(x), *rest)
+        ops.bmm_cpu = lambda out, x, *rest: multiply(out, rounded(x), *rest)
 
     def attention_remedied(self) -> list[str]:
         """Return the methods that the plugin had to decorate, of `cuda/graph_breaks.py`."""
@@ -69,11 +71,13 @@ class WorkerExtension:
         return graph_breaks.remedied
 
 
-def as_fp8(x: torch.Tensor) -> torch.Tensor:
-    """Round `x` [..., I] to FP8, each 128 inputs of a row with a power of two as their scale."""
+def as_fp8(x: torch.Tensor, power_of_two: bool = True) -> torch.Tensor:
+    """Round `x` [..., I] to FP8, each 128 inputs of a row with a scale, or the power above it."""
     groups = x.float().unflatten(-1, (-1, 128))
     absmax = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10)
-    scale = torch.exp2(torch.ceil(torch.log2(absmax / 448)))
+    scale = absmax / 448
+    if power_of_two:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
     rounded = (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
     return rounded.flatten(-2).to(x.dtype)
 
