@@ -475,6 +475,9 @@ def test_inputs_are_rounded_to_fp8_with_scales_that_are_powers_of_two() -> None:
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
     assert 0.02 < ((as_fp8(x) - x).norm() / x.norm()) < 0.03  # 3 bits of mantissa
     assert torch.equal(as_fp8(torch.zeros(2, 128)), torch.zeros(2, 128))
+    tops = as_fp8(x, power_of_two=False).unflatten(1, (2, 128)).abs().amax(-1)
+    torch.testing.assert_close(tops, x.unflatten(1, (2, 128)).abs().amax(-1))  # scaled to 448
+    assert not torch.equal(as_fp8(x).unflatten(1, (2, 128)).abs().amax(-1), tops)
 
 
 def test_fp8_weights_are_rounded_again_to_powers_of_two(tiny_model: Path, tmp_path: Path) -> None:
@@ -507,6 +510,29 @@ def test_tokens_are_counted_as_those_of_one_gpu_or_of_two() -> None:
     found = load("mixed_scales").compare([[1, 2, 9, 4]], [[1, 2, 3, 4]], [[1, 5, 9, 4]])
     assert (found["differ_from_one"], found["differ_from_two"]) == (1, 1)
     assert (found["two_differ_from_one"], found["as_two"]) == (2, 1)
+
+
+def test_both_engines_of_a_serve_check_have_a_folder_to_record_into(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = load("gpu_serve_check")
+    started: list[int] = []
+
+    def start(engine: Any) -> Any:
+        started.append(engine.k)
+        raise RuntimeError("no engine here")
+
+    def run(self: Any, job: str, limits: Any, work: Any, *args: Any) -> None:
+        with pytest.raises(RuntimeError, match="no engine here"):
+            work(list.append, *args)
+
+    monkeypatch.setattr(check, "start", start)
+    monkeypatch.setattr(check.Measurements, "run", run)
+    monkeypatch.setenv(check.RECORD_VARIABLE, "")  # set by each engine, gone after the test
+    words = ["--model", str(tiny_model), "--out", str(tmp_path / "out.json")]
+    monkeypatch.setattr(sys, "argv", ["gpu_serve_check.py", *words])
+    check.main()
+    assert started == [0, 1]
 
 
 def test_recordings_are_compared_by_their_projections() -> None:
