@@ -154,6 +154,15 @@ def test_flash_on_the_hardware_that_the_project_names(
     assert set(ids(found, "error", "warning")) == expected
 
 
+def test_a_full_house_without_a_graph_is_told_of_where_vllm_has_none(full_size: Survey) -> None:
+    told = {
+        vllm: "full-house-graphs" in ids(examine(full_size, on("H200", 2, vllm)))
+        for vllm in ("0.26.0", "0.28.1", "0.29.0", "0.33.0")
+    }
+    assert told == {"0.26.0": True, "0.28.1": True, "0.29.0": False, "0.33.0": False}
+    assert "full-house-graphs" not in ids(examine(full_size, ON_CPU))
+
+
 @pytest.mark.parametrize("where", [ON_CPU, on("H200", 1, "0.26.0")])
 def test_a_context_beyond_the_models_positions_is_no_matter_of_memory(
     good: dict[str, Path], where: Target
