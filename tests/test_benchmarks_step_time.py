@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import failing_work
 from mtp_graft.quant.fp8_block import decode
+from mtp_graft.serving.profiles import PCIE_ENVIRONMENT
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -554,6 +555,23 @@ def test_a_load_that_brings_less_than_a_smaller_one_dips() -> None:
     ]
     lines = load("two_gpus").speed_lines(entries)
     assert [entry.get("dips") for entry in lines] == [None, False, True, False]
+
+
+def test_first_tokens_are_timed_by_the_median_of_several_prompts() -> None:
+    entry = {"part": "ttft", "layers": 43, "ranks": 2, "profile": "256k", "all_reduce": "acti"}
+    entry |= {"variant": "base", "k": 0, "context": 100, "acceptance": None, "streams": 1}
+    entry |= {"ttft_ms": 400.0, "ttfts_ms": [180.0, 300.0, 170.0], "step_ms": {"median": 8.0}}
+    (line,) = load("two_gpus").summarize([entry])["ttft"]
+    assert (line["all_reduce"], line["ttft_ms"], line["step_ms"]) == ("acti", 180.0, 8.0)
+
+
+def test_nccl_is_told_what_serve_tells_it_and_without_the_latency_settings_less() -> None:
+    ways = load("two_gpus").ALL_REDUCE
+    assert ways["acti"].nccl == PCIE_ENVIRONMENT
+    assert {s.name for s in PCIE_ENVIRONMENT} - {s.name for s in ways["shm"].nccl} == {
+        *("NCCL_PROTO", "NCCL_ALGO", "NCCL_MIN_NCHANNELS", "NCCL_NTHREADS"),
+    }
+    assert [name for name, way in ways.items() if way.own_kernel] == ["vllm"]
 
 
 def test_the_host_driver_asks_for_the_cpu_reference_that_is_committed() -> None:
