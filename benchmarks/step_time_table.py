@@ -103,7 +103,7 @@ def measured(report: dict[str, Any]) -> list[str]:
         )
         for r in report["results"]
     ]
-    heading = f"**Measured** step times, {report['device']}; the speed-ups follow from them:"
+    heading = f"**Measured** step times, {report['device']}; the speed-ups are computed of them:"
     return [heading, "", *table(rows)]
 
 
@@ -148,7 +148,7 @@ def directly_measured(entries: list[dict[str, Any]]) -> list[str]:
             key = e["layers"], e["context"], e["streams"]
             bases.setdefault(key, []).append(e["aggregate_tok_s"])
     lines = []
-    for e in entries:
+    for e in sorted(entries, key=lambda e: (e["layers"], e["variant"], e["k"])):
         found = bases.get((e["layers"], e["context"], e["streams"]))
         if e["rate"] is None or found is None:
             continue

@@ -103,6 +103,13 @@ def test_a_flag_that_serve_has_an_option_for_is_refused_after_the_dashes(
     assert f"after --: give {own} before it" in errors
 
 
+@pytest.mark.parametrize("flag", ["--host", "--served-model-name", "--api-key"])
+def test_an_empty_word_is_wrong_usage(run: Run, base: Path, flag: str) -> None:
+    status, out, errors = run("serve", base, "--dry-run", flag, "")
+    assert (status, out) == (2, "")
+    assert f"{flag}: is empty" in errors
+
+
 def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Path) -> None:
     status, _, errors = run("serve", base, "--check")
     assert status == 1 and "--check without drafts" in errors

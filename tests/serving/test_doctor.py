@@ -15,13 +15,17 @@ from typer.testing import CliRunner
 
 from mtp_graft.checkpoint.shards import check_index, load_tensors
 from mtp_graft.cli.app import app
+from mtp_graft.dsv4.config import DIMENSIONS
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, target
 from mtp_graft.serving.doctor.findings import Finding
 from mtp_graft.serving.doctor.fix import write_corrected
 from mtp_graft.serving.doctor.known_issues import ISSUES
 from mtp_graft.serving.doctor.survey import canonical_name, read_survey
 from mtp_graft.serving.doctor.target import Target, find_target
+from mtp_graft.serving.plan import make_plan
+from mtp_graft.serving.topology import named_gpus
 from mtp_graft.stages.splice import splice
 from quantized import write_quantized
 from serving.doctor_defects import DEFECTS, HEAD, edit_config, edit_shard, retarget
@@ -268,7 +272,7 @@ def test_a_config_or_index_that_cannot_be_used_is_the_one_finding(
     ("file", "text", "found"),
     [
         ("config.json", '{"model_type": "llama"}', "model_type is 'llama', expected 'deepseek_v4'"),
-        ("config.json", '{"model_type": "deepseek_v4"}', "num_hidden_layers is None"),
+        ("config.json", '{"model_type": "deepseek_v4"}', "has no 'num_hidden_layers', has no 'hid"),
         (INDEX, '{"weight_map": []}', "weight_map is no object"),
         (INDEX, '{"weight_map": {"a": 1}}', "the shard of a is 1, expected a file's name"),
     ],
@@ -281,6 +285,53 @@ def test_what_is_wrong_inside_of_config_or_index_is_said(
     (folder / file).write_text(text)
     (finding,) = diagnose(folder, ON_CPU)
     assert found in finding.found
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        *((name, None, f"has no {name!r}") for name in DIMENSIONS),
+        ("o_groups", 0, "o_groups is 0"),
+        ("num_hidden_layers", -1, "num_hidden_layers is -1"),
+        ("sliding_window", "wide", "sliding_window is 'wide'"),
+        ("hc_mult", True, "hc_mult is True"),
+        ("num_nextn_predict_layers", 1.5, "num_nextn_predict_layers is 1.5"),
+        ("max_position_embeddings", 0, "max_position_embeddings is 0"),
+    ],
+)
+def test_a_dimension_that_is_none_is_the_one_finding_of_doctor_and_an_error_of_serve(
+    copy: Callable[[str], Path], name: str, value: Any, found: str
+) -> None:
+    folder = copy("rtn")
+    if value is None:
+        edit_config(folder, lambda config: config.pop(name))
+    else:
+        edit_config(folder, lambda config: config.update({name: value}))
+    for where in (ON_CPU, on("H200", 2)):
+        (finding,) = diagnose(folder, where)
+        assert (finding.id, finding.where) == ("config-unusable", "config.json")
+        assert found in finding.found
+    with pytest.raises(GraftError, match=re.escape(found)):
+        vllm = vllm_elsewhere("0.32.0")
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2), vllm)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("ignore", [1]), ("ignore", {"lm_head": 1}), ("targets", [None]), ("weights", "int4")],
+)
+def test_lists_of_patterns_that_are_none_are_a_finding(
+    copy: Callable[[str], Path], place: str, value: Any
+) -> None:
+    def damage(config: dict[str, Any]) -> None:
+        section = config["quantization_config"]
+        group = next(iter(section["config_groups"].values()))
+        (section if place == "ignore" else group)[place] = value
+
+    folder = copy("rtn")
+    edit_config(folder, damage)
+    (finding,) = diagnose(folder, ON_CPU)
+    assert finding.id == "quantization-config" and "cannot be read" in finding.found
 
 
 def test_what_is_no_folder_is_an_error(tmp_path: Path) -> None:

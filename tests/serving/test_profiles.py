@@ -234,6 +234,46 @@ def test_a_context_asked_for_that_does_not_fit_is_refused_with_the_longest_that_
         plan(flash, profile, named_gpus("H100", 2), max_model_len=1024)
 
 
+def test_a_share_that_was_asked_for_is_what_leaves_no_room(flash: Path) -> None:
+    asked = r"no room for a context .*; take a larger --gpu-memory-utilization than 0\.52, or more"
+    with pytest.raises(GraftError, match=asked):
+        plan(flash, "auto", named_gpus("H200", 2), gpu_memory_utilization=0.52)
+
+
+def test_a_cache_beyond_the_memory_is_refused(flash: Path, tiny_model: Path) -> None:
+    hardware = named_gpus("H200", 2)
+    refused = (
+        r"--kv-cache-gib 500: beside weights of [\d.]+ GiB there is room for [\d.]+ on 2x H200"
+    )
+    with pytest.raises(GraftError, match=refused):
+        plan(flash, "524k", hardware, kv_cache_gib=500)
+    assert plan(flash, "524k", hardware, kv_cache_gib=40).options.kv_cache_gib == 40
+    with pytest.raises(GraftError, match="--kv-cache-gib 1e"):
+        plan(tiny_model / "base", "auto", CPU, CPU_VLLM, kv_cache_gib=1e6)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--cudagraph-capture-sizes", "1", "2", "6"),
+        ("--cudagraph_capture_sizes=[1,2,6]",),
+        ("--compilation-config", '{"cudagraph_capture_sizes": [1, 2, 6]}'),
+        ("--max-cudagraph-capture-size", "64"),
+    ],
+)
+def test_graph_sizes_after_the_flags_are_the_only_ones(flash: Path, words: tuple[str, ...]) -> None:
+    old = vllm_elsewhere("0.26.0")
+    ours = plan(flash, "524k", vllm=old).options.extra_args
+    assert "--cudagraph-capture-sizes" in ours
+    given = plan(flash, "524k", vllm=old, extra_args=words)
+    assert [word for word in given.options.extra_args if "cudagraph" in word] == [
+        word for word in words if "cudagraph" in word
+    ]
+    assert "the sizes of CUDA graphs are those given after --" in given.notes
+    other = plan(flash, "524k", vllm=old, extra_args=("--seed", "1")).options.extra_args
+    assert "--cudagraph-capture-sizes" in other
+
+
 @pytest.mark.parametrize("profile", ["128k", "auto"])
 def test_a_context_beyond_the_models_positions_is_refused(tiny_model: Path, profile: str) -> None:
     base = tiny_model / "base"

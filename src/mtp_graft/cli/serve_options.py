@@ -79,7 +79,16 @@ class ServerFlags:
     extra: ServeArgument = None
 
     def __post_init__(self) -> None:
-        """Refuse flags after -- that have an option here: vLLM would take them unplanned."""
+        """Refuse flags after -- that have an option here, which vLLM would take unplanned.
+
+        And empty words: an address that is none would be every one.
+        """
+        for flag, words in (
+            ("--host", [self.host]),
+            ("--served-model-name", self.served_model_name),
+        ):
+            if "" in (words or ()):
+                raise typer.BadParameter("is empty", param_hint=flag)
         names = (f"--{field.name.replace('_', '-')}" for field in fields(self))
         own = {name: name for name in names} | _OTHER_NAMES
         for flag in map(flag_of, self.extra or ()):

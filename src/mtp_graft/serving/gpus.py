@@ -79,6 +79,6 @@ def find_gpu(name: str) -> Gpu:
     """Return the GPU that `name` means; raises UsageError for a name that means none of them."""
     gpu = known_gpu(name)
     if gpu is None:
-        known = ", ".join(gpu.name for gpu in GPUS)
+        known = ", ".join([*(gpu.name for gpu in GPUS), "cpu"])
         raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {known}")
     return gpu

@@ -1,10 +1,12 @@
 """Fits a serving profile to a checkpoint, the hardware and the vLLM at hand, and says how."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import (
     BLOCK_SIZE,
@@ -34,6 +36,8 @@ from mtp_graft.serving.room import Room, measure_room
 from mtp_graft.serving.topology import Hardware
 
 AUTO = "auto"
+#: In a flag of vLLM, or its value, that says which CUDA graphs there are.
+_GRAPH_SIZES = re.compile(r"cudagraph[-_]capture[-_]size")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def make_plan(
     """
     notes: list[str] = []
     config = read_config(options.checkpoint)
+    check_dimensions(config)
     tp = _tensor_parallel_size(options, config, hardware, notes)
     options = replace(options, tensor_parallel_size=tp)
     room = measure_room(
@@ -182,9 +187,12 @@ def _choose_automatically(options: ServeOptions, room: Room) -> tuple[str, Profi
         profile = replace(profiles[name], max_model_len=largest[name])
     utilization = profile.gpu_memory_utilization
     if profile.max_model_len == 0:
+        cure = "take more GPUs, or larger ones"
+        if utilization == options.gpu_memory_utilization:
+            cure = f"take a larger --gpu-memory-utilization than {utilization}, or more GPUs"
         raise GraftError(
             f"{options.checkpoint}: no room for a context on {room.hardware} "
-            f"({room.describe(utilization, BLOCK_SIZE)}); take more GPUs, or larger ones"
+            f"({room.describe(utilization, BLOCK_SIZE)}); {cure}"
         )
     if options.max_num_seqs is None and room.hardware.gpu is not None:
         num_seqs = room.num_sequences(utilization, profile.max_model_len, MOST_SEQUENCES)
@@ -295,7 +303,9 @@ def adapt(
             if not setting.source.startswith(ACTI):
                 notes.append(f"{setting}: {setting.why} ({setting.source})")
     words = [word for flag in _known(flags, vllm, notes) for word in flag.as_args()]
-    if hardware.gpu is not None and not options.enforce_eager:
+    if any(map(_GRAPH_SIZES.search, options.extra_args)):
+        notes.append("the sizes of CUDA graphs are those given after --")
+    elif hardware.gpu is not None and not options.enforce_eager:
         drafts = num_speculative_tokens(options)
         if sizes := missing_sizes(options.max_num_seqs, drafts, vllm.version):
             words += ["--cudagraph-capture-sizes", *map(str, sizes)]

@@ -95,7 +95,7 @@ def measure_room(
 ) -> Room:
     """Return the room that a checkpoint leaves on a rank.
 
-    Raises GraftError if the weights alone are more than the memory.
+    Raises GraftError if the weights, or with them the cache asked for, are more than the memory.
     """
     on_cpu = hardware.gpu is None
     weights = weights_bytes_per_rank(checkpoint, tp, decoded=on_cpu)
@@ -108,6 +108,12 @@ def measure_room(
             + ("a CPU is for small models" if on_cpu else "take more GPUs, or larger ones")
         )
     cache_bytes = None if cache_gib is None else int(cache_gib * _GIB)
+    most = memory - weights - (0 if on_cpu else RESERVE_BYTES)
+    if cache_bytes is not None and cache_bytes > most:
+        raise GraftError(
+            f"{checkpoint}: --kv-cache-gib {cache_gib:g}: beside weights of {weights / _GIB:.1f} "
+            f"GiB there is room for {max(most, 0) / _GIB:.1f} on {hardware}; take less"
+        )
     return Room(config, hardware, tp, weights, tokens_in_flight, cache_bytes)
 
 

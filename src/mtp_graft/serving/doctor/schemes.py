@@ -38,8 +38,21 @@ def usable(survey: Survey) -> bool:
     return (
         isinstance(groups, dict)
         and bool(groups)
-        and all(isinstance(g, dict) and isinstance(g.get("targets"), list) for g in groups.values())
+        and all(_is_group(group) for group in groups.values())
+        and _are_patterns(section.get("ignore") or [])
     )
+
+
+def _is_group(group: Any) -> bool:
+    return (
+        isinstance(group, dict)
+        and _are_patterns(group.get("targets"))
+        and isinstance(group.get("weights") or {}, dict)
+    )
+
+
+def _are_patterns(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(pattern, str) for pattern in found)
 
 
 def corrected_section(survey: Survey) -> dict[str, Any]:
@@ -81,16 +94,18 @@ def no_section(survey: Survey, _target: Target) -> Iterator[Finding]:
             "quantization-config",
             "error",
             "config.json: quantization_config",
-            "absent" if section is None else f"quant_method {_method(section)!r}, or no groups",
-            "compressed-tensors with config_groups",
+            "absent" if section is None else _method_and_lists(section),
+            "compressed-tensors with config_groups, targets and ignore as lists of patterns",
             "vLLM builds unquantized layers and stops with a KeyError at the first `weight_packed` "
             "or `weight_scale`; with another quant_method, at the names that one expects",
             "take quantization_config from the base's release, and splice again",
         )
 
 
-def _method(section: Any) -> Any:
-    return section.get("quant_method") if isinstance(section, dict) else section
+def _method_and_lists(section: Any) -> str:
+    if not isinstance(section, dict) or section.get("quant_method") != "compressed-tensors":
+        return repr(section.get("quant_method") if isinstance(section, dict) else section)
+    return "config_groups or ignore that cannot be read"
 
 
 def patterns_for_mtp(survey: Survey, _target: Target) -> Iterator[Finding]:

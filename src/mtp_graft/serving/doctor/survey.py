@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import read_weight_map
 from mtp_graft.checkpoint.shards import INDEX_NAME, open_shard, read_meta
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.names import from_transformers
 from mtp_graft.dsv4.variants import group_by_stem
 from mtp_graft.errors import GraftError
@@ -113,11 +114,7 @@ def read_survey(folder: Path) -> Survey:
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     with _needed(folder / "config.json"):
         config = read_config(folder)
-        if not isinstance(config.get("num_hidden_layers"), int):
-            raise GraftError(
-                f"{folder / 'config.json'}: num_hidden_layers is "
-                f"{config.get('num_hidden_layers')!r}, expected a number"
-            )
+        check_dimensions(config)
     with _needed(folder / INDEX_NAME):
         index = read_weight_map(folder / INDEX_NAME)
     shards: dict[str, Mapping[str, Tensor]] = {}
