@@ -110,6 +110,12 @@ def test_an_empty_word_is_wrong_usage(run: Run, base: Path, flag: str) -> None:
     assert f"{flag}: is empty" in errors
 
 
+def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
+    status, out, _ = run("serve", base, "--dry-run", "--profile", "none")
+    assert status == 0
+    assert out.startswith("# - no drafting: the checkpoint has no head")
+
+
 def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Path) -> None:
     status, _, errors = run("serve", base, "--check")
     assert status == 1 and "--check without drafts" in errors

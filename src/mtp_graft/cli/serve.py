@@ -118,7 +118,7 @@ def _print_command(
     from mtp_graft.serving.command import build_command
 
     command = build_command(options, vllm)
-    notes = () if plan is None else plan.notes
+    notes = _notes(options, plan)
     result = {
         "env": command.printable_env(),
         "argv": list(command.argv),
@@ -134,6 +134,16 @@ def _print_command(
     for line in _comments(notes):
         print(line)
     print(command.as_shell())
+
+
+def _notes(options: "ServeOptions", plan: "Plan | None") -> tuple[str, ...]:
+    """Return what was decided and why; without a plan, at least that nothing will be drafted."""
+    from mtp_graft.serving.command import num_speculative_tokens
+    from mtp_graft.serving.plan import NO_DRAFTING
+
+    if plan is not None:
+        return plan.notes
+    return () if num_speculative_tokens(options) else (NO_DRAFTING,)
 
 
 def _comments(notes: Iterable[str]) -> Iterable[str]:
@@ -193,7 +203,7 @@ def _serve(options: "ServeOptions", plan: "Plan | None") -> None:
         except GraftError as error:  # a healthy server is worth more than who started it
             note(f"warning: {error}")
 
-    if plan is not None:
-        for text in (f"{plan.hardware}", *plan.notes):
-            note(f"plan: {text}")
+    hardware = () if plan is None else (f"{plan.hardware}",)
+    for text in (*hardware, *_notes(options, plan)):
+        note(f"plan: {text}")
     raise typer.Exit(serve_foreground(options, on_ready))

@@ -36,6 +36,7 @@ from mtp_graft.serving.room import Room, measure_room
 from mtp_graft.serving.topology import Hardware
 
 AUTO = "auto"
+NO_DRAFTING = "no drafting: the checkpoint has no head, or 0 tokens were asked for"
 #: In a flag of vLLM, or its value, that says which CUDA graphs there are.
 _GRAPH_SIZES = re.compile(r"cudagraph[-_]capture[-_]size")
 
@@ -86,7 +87,7 @@ def make_plan(
     name, profile = _choose(profile_name, options, room)
     notes += _explained(name, profile, options, room)
     if num_speculative_tokens(options) == 0:
-        notes.append("no drafting: the checkpoint has no head, or 0 tokens were asked for")
+        notes.append(NO_DRAFTING)
     options, adapted = adapt(_filled(options, profile, room), hardware, vllm)
     notes += adapted
     flags = _node_flags(hardware, node or Node(), notes)
