@@ -263,6 +263,21 @@ def test_a_config_of_another_model_is_refused(
         find_needs(recipe, folder, STAGES, [other, sources[1]])
 
 
+@pytest.mark.parametrize("value", [None, 0, "many"])
+def test_a_dimension_that_is_no_number_is_refused(
+    value: object, recipe: Recipe, sources: tuple[Source, Source], folder: RunFolder
+) -> None:
+    other = replace(sources[0], config={**sources[0].config, "sliding_window": value})
+    with pytest.raises(GraftError, match=f"sliding_window is {value!r}; expected a DeepSeek-V4"):
+        find_needs(recipe, folder, STAGES, [other, sources[1]])
+
+
+def test_a_dry_run_refuses_a_file_as_its_run_folder(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(GraftError, match=r"run: cannot be a run folder .*use another --run"):
+        plan_run(recipe, tmp_path / "run", STAGES)
+
+
 def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
     recipe: Recipe, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -30,7 +30,10 @@ def check_dimensions(config: Mapping[str, Any]) -> None:
         and not _is_count(config[name], least=int(name == "max_position_embeddings"))
     ]
     if wrong:
-        raise GraftError(f"config.json: {', '.join(wrong)}; expected whole numbers above 0")
+        raise GraftError(
+            f"config.json: {', '.join(wrong)}; expected a DeepSeek-V4 config, its dimensions whole "
+            "numbers above 0"
+        )
 
 
 def _is_count(value: Any, least: int) -> bool:

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.variants import is_expert
 from mtp_graft.errors import GraftError
@@ -79,6 +80,7 @@ def find_needs(
 ) -> list[Need]:
     """Return what `stages` still need; raises GraftError for a config of another model."""
     base = sources[0]
+    check_dimensions(base.config)
     head = _count_head(base)
     size, streams = base.config["hidden_size"], base.config["hc_mult"]
     wanted = recipe.capture

@@ -88,7 +88,12 @@ def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[
 
 
 def plan_run(recipe: Recipe, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON of `--dry-run`: what would be done, with sizes and times; nothing is."""
+    """Return the JSON of `--dry-run`: what would be done, with sizes and times; nothing is.
+
+    Raises GraftError if `folder` is something else than a folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise GraftError(f"{folder}: cannot be a run folder (it is a file); use another --run")
     run_folder = RunFolder(folder, recipe)
     return describe(recipe, run_folder, stages, lambda: survey_models(recipe, run_folder))
 
