@@ -16,8 +16,11 @@ DIMENSIONS = (
 OPTIONAL = ("num_nextn_predict_layers", "num_hash_layers", "max_position_embeddings")
 
 
-def check_dimensions(config: Mapping[str, Any]) -> None:
-    """Raise GraftError if a dimension is missing or no whole number above 0, naming all of them."""
+def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> None:
+    """Raise GraftError if a dimension is missing or no whole number above 0, naming all of them.
+
+    `file` is what the error calls the config.
+    """
     wrong = [
         f"{name} is {config[name]!r}" if name in config else f"has no {name!r}"
         for name in DIMENSIONS
@@ -31,7 +34,7 @@ def check_dimensions(config: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise GraftError(
-            f"config.json: {', '.join(wrong)}; expected a DeepSeek-V4 config, its dimensions whole "
+            f"{file}: {', '.join(wrong)}; expected a DeepSeek-V4 config, its dimensions whole "
             "numbers above 0"
         )
 

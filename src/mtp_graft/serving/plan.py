@@ -75,7 +75,7 @@ def make_plan(
     """
     notes: list[str] = []
     config = read_config(options.checkpoint)
-    check_dimensions(config)
+    check_dimensions(config, options.checkpoint / "config.json")
     tp = _tensor_parallel_size(options, config, hardware, notes)
     options = replace(options, tensor_parallel_size=tp)
     room = measure_room(

@@ -27,7 +27,7 @@ def unusable(error: Unusable) -> Finding:
         "error",
         where,
         found,
-        "the configuration of a DeepSeek-V4, with its num_hidden_layers",
+        "the configuration of a DeepSeek-V4, with all dimensions",
         "vLLM stops before it loads anything, or takes the model for another",
         "take the config.json of the base",
     )
