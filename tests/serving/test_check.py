@@ -158,12 +158,7 @@ def test_the_service_manager_is_told_when_a_completion_came_back(
     manager: socket.socket, site: Path, grafted: Path
 ) -> None:
     port = str(free_port())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mtp_graft.cli", "serve", str(grafted), "--port", port],
-        env=command_environment(site),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(site, grafted, "--port", port)
     try:
         assert manager.recv(100) == b"READY=1"
         with ServerClient(f"http://127.0.0.1:{port}") as client:
@@ -179,13 +174,7 @@ def test_the_service_manager_is_told_when_a_headless_node_runs(
     manager: socket.socket, site: Path, grafted: Path
 ) -> None:
     """A further machine of several has no endpoint to ask."""
-    command = [sys.executable, "-m", "mtp_graft.cli", "serve", str(grafted), "--", "--headless"]
-    process = subprocess.Popen(
-        command,
-        env=command_environment(site, mode="never_healthy"),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(site, grafted, "--", "--headless", mode="never_healthy")
     try:
         assert manager.recv(100) == b"READY=1"
         assert process.poll() is None
@@ -209,12 +198,7 @@ def test_a_server_outlives_a_service_manager_that_is_gone(
 ) -> None:
     manager.close()
     port = str(free_port())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mtp_graft.cli", "serve", str(grafted), "--port", port],
-        env=command_environment(site),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = started(site, grafted, "--port", port)
     assert process.stderr is not None
     try:
         said = ""
@@ -227,6 +211,16 @@ def test_a_server_outlives_a_service_manager_that_is_gone(
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+def started(site: Path, checkpoint: Path, *words: str, **fake: str) -> subprocess.Popen[str]:
+    """Start `mtp-graft serve` with the stand-in for vLLM."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mtp_graft.cli", "serve", str(checkpoint), *words],
+        env=command_environment(site, **fake),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def free_port() -> int:
