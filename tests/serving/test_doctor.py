@@ -312,8 +312,19 @@ def test_a_dimension_that_is_none_is_the_one_finding_of_doctor_and_an_error_of_s
         assert (finding.id, finding.where) == ("config-unusable", "config.json")
         assert found in finding.found
     with pytest.raises(GraftError, match=re.escape(found)):
-        vllm = vllm_elsewhere("0.32.0")
-        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2), vllm)
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2), vllm_elsewhere("0.32.0"))
+
+
+@pytest.mark.parametrize("value", [None, {}, "x", [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
+def test_ratios_that_are_none_are_a_finding_of_doctor_and_an_error_of_serve(
+    copy: Callable[[str], Path], value: Any
+) -> None:
+    folder = copy("rtn")
+    edit_config(folder, lambda config: config.update(compress_ratios=value))
+    found = [f for f in diagnose(folder, ON_CPU) if f.severity == "error"]
+    assert ids(found) == ["compress-ratios"] and found[0].found == repr(value)
+    with pytest.raises(GraftError, match=re.escape(f"compress_ratios is {value!r}; expected a")):
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 1), vllm_elsewhere("0.32.0"))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The dimensions in a DeepSeek-V4 config.json that shapes and memory are computed from."""
+"""What shapes and memory are computed from in a DeepSeek-V4 config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ DIMENSIONS = (
     *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
     *("index_head_dim", "index_n_heads"),
 )
-#: May be left out; the first two may be 0.
-OPTIONAL = ("num_nextn_predict_layers", "num_hash_layers", "max_position_embeddings")
+#: What may be left out or null, and the least that it can be.
+OPTIONAL = {"num_nextn_predict_layers": 0, "num_hash_layers": 0, "max_position_embeddings": 1}
 
 
 def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> None:
@@ -28,15 +28,22 @@ def check_dimensions(config: Mapping[str, Any], file: object = "config.json") ->
     ]
     wrong += [
         f"{name} is {config[name]!r}"
-        for name in OPTIONAL
-        if config.get(name) is not None
-        and not _is_count(config[name], least=int(name == "max_position_embeddings"))
+        for name, least in OPTIONAL.items()
+        if config.get(name) is not None and not _is_count(config[name], least)
     ]
     if wrong:
         raise GraftError(
             f"{file}: {', '.join(wrong)}; expected a DeepSeek-V4 config, its dimensions whole "
             "numbers above 0"
         )
+
+
+def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
+    """Return each layer's compression ratio; None if the config has no list of whole numbers."""
+    listed = config.get("compress_ratios")
+    if isinstance(listed, list) and all(_is_count(ratio, least=0) for ratio in listed):
+        return listed
+    return None
 
 
 def _is_count(value: Any, least: int) -> bool:

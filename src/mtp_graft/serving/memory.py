@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
+from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
 
@@ -99,12 +100,16 @@ def kv_layout(config: Mapping[str, Any]) -> KvLayout:
     """
     try:
         layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
-        ratios = config["compress_ratios"][:layers]
+        listed, ratios = config["compress_ratios"], compress_ratios(config)
         index_entry = config["index_head_dim"] + _INDEX_SCALE_BYTES
         latent, index, window = config["head_dim"], config["index_head_dim"], _window(config)
     except KeyError as error:
         raise GraftError(f"config.json: has no {error}; expected a DeepSeek-V4 config") from None
-    num_c4, num_c128 = ratios.count(4), ratios.count(128)
+    if ratios is None:
+        raise GraftError(
+            f"config.json: compress_ratios is {listed!r}; expected a list of whole numbers"
+        )
+    num_c4, num_c128 = ratios[:layers].count(4), ratios[:layers].count(128)
     pages_c4 = _page(BLOCK_TOKENS // 4 * _ENTRY_BYTES) + _page(BLOCK_TOKENS // 4 * index_entry)
     pages_c128 = _page(BLOCK_TOKENS // 128 * _ENTRY_BYTES)
     # A compressor keeps, in float32, a value and a score an element: twice over for ratio 4.

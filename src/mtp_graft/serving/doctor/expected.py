@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.names import HEAD_PREFIX
 
@@ -24,8 +25,7 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
     size, vocabulary = config["hidden_size"], config["vocab_size"]
     shapes: Shapes = {"embed.weight": (vocabulary, size), "head.weight": (vocabulary, size)}
     shapes |= {name: head[name] for name in head if name.startswith(("norm.", "hc_head_"))}
-    listed = config.get("compress_ratios")
-    ratios = listed if isinstance(listed, list) else []
+    ratios = compress_ratios(config) or []
     for n in range(config["num_hidden_layers"]):
         own = dict(layer)
         if n < config.get("num_hash_layers", 0):

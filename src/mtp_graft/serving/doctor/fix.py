@@ -71,10 +71,10 @@ def _write(survey: Survey, folder: Path) -> None:
 def corrected_config(survey: Survey) -> dict[str, Any]:
     """Return config.json as it should read; what has no known cure stays."""
     config = deepcopy(dict(survey.config))
-    ratios, layers = config.get("compress_ratios"), survey.num_layers
+    ratios, layers = survey.ratios, survey.num_layers
     if survey.has_head:
         config["num_nextn_predict_layers"] = 1
-        if isinstance(ratios, list) and len(ratios) >= layers:
+        if len(ratios) >= layers:
             config["compress_ratios"] = [*ratios[:layers], 0]
     if usable(survey):
         config["quantization_config"] = corrected_section(survey)

@@ -44,15 +44,15 @@ def head_count(survey: Survey, _target: Target) -> Iterator[Finding]:
 
 def compress_ratios(survey: Survey, _target: Target) -> Iterator[Finding]:
     """Find a list of compression ratios that does not fit the layers."""
-    ratios, layers = survey.config.get("compress_ratios"), survey.num_layers
+    ratios, layers = survey.ratios, survey.num_layers
     where = "config.json: compress_ratios"
     wanted = f"{layers + 1} entries, the head's last and 0"
-    if not isinstance(ratios, list) or len(ratios) < layers:
+    if len(ratios) < layers:
         yield Finding(
             "compress-ratios",
             "error",
             where,
-            f"{len(ratios)} entries" if isinstance(ratios, list) else repr(ratios),
+            f"{len(ratios)} entries" if ratios else repr(survey.config.get("compress_ratios")),
             f"at least one for each of {layers} layers",
             "vLLM stops with an IndexError when it builds the first layer beyond the list",
             "take config.json from the base's release",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import read_weight_map
 from mtp_graft.checkpoint.shards import INDEX_NAME, open_shard, read_meta
-from mtp_graft.dsv4.config import check_dimensions
+from mtp_graft.dsv4.config import check_dimensions, compress_ratios
 from mtp_graft.dsv4.names import from_transformers
 from mtp_graft.dsv4.variants import group_by_stem
 from mtp_graft.errors import GraftError
@@ -77,8 +77,7 @@ class Survey:
     @property
     def ratios(self) -> list[int]:
         """Return the compression ratios, empty if config.json has no list of them."""
-        ratios = self.config.get("compress_ratios")
-        return ratios if isinstance(ratios, list) else []
+        return compress_ratios(self.config) or []
 
     @cached_property
     def group_size(self) -> int:
