@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,9 @@ pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: i
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin import recording, steps
-from mtp_graft.vllm_plugin.recording import record_on_demand, whole_prompts
+from mtp_graft.vllm_plugin.cpu.recording import record_on_demand, whole_prompts
+from mtp_graft.vllm_plugin.cuda import recording as v2
+from mtp_graft.vllm_plugin.recording import make_recorder
 
 pytestmark = pytest.mark.vllm
 
@@ -313,3 +316,53 @@ def test_whole_prompts_begin_at_position_0() -> None:
     positions = torch.tensor([0, 1, 2, 7, 0, 1, 0, 0, 0])
     assert whole_prompts([0, 3, 4, 6, 6, 7], positions) == [(0, 3), (4, 6), (6, 7)]
     assert whole_prompts([0], positions) == []
+
+
+@pytest.fixture
+def step_v2(folder: Path, place: SimpleNamespace) -> Step:
+    """Run one step of the V2 runner: requests are (tokens, already computed, prompt's length)."""
+    target = Target()
+    recorder = make_recorder(target, vllm_config())
+    assert recorder is not None
+    sampled: list[Any] = []
+    sample = v2.recording_first(lambda runner, grammar: sampled.append(grammar), recorder)
+
+    def run(*requests: tuple[list[int], int, int], padding: int = 0) -> None:
+        ids = torch.tensor([t for tokens, _, _ in requests for t in tokens] + [0] * padding)
+        ends = np.cumsum([0, *(len(tokens) for tokens, _, _ in requests)])
+        batch = SimpleNamespace(
+            input_ids=ids,
+            num_reqs=len(requests),
+            query_start_loc_np=np.append(ends, ends[-1:].repeat(padding)),
+            num_computed_tokens_np=np.array([computed for _, computed, _ in requests]),
+            prefill_len_np=np.array([length for _, _, length in requests]),
+        )
+        state = SimpleNamespace(input_batch=batch, hidden_states=target.model(ids))
+        sample(SimpleNamespace(execute_model_state=state), "grammar")
+        assert sampled.pop() == "grammar"
+        sample(SimpleNamespace(execute_model_state=None), None)  # nothing was computed
+        sampled.clear()
+
+    return run
+
+
+def test_v2_records_prompts_that_a_step_holds_whole(
+    written: None, step_v2: Step, folder: Path
+) -> None:
+    decode, chunk, rest = ([9], 40, 12), ([1, 2, 3], 0, 5), ([4, 5], 3, 5)
+    step_v2(decode, ([4, 5], 0, 2), chunk, rest, ([8], 0, 1), padding=3)
+    (rows,) = recorded(folder).values()
+    assert rows["token_ids"].tolist() == [4, 5, 8]
+    assert rows["starts"].tolist() == [0, 2]
+    assert rows["residual"][:, 0].tolist() == [2, 2.5, 4]
+    assert rows["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 8)]
+
+
+def test_v2_heeds_the_switch_and_forgets_rows(written: None, step_v2: Step, folder: Path) -> None:
+    (folder / SWITCH_NAME).unlink()
+    step_v2(([4], 0, 1))
+    assert recorded(folder) == {}
+    (folder / SWITCH_NAME).touch()
+    step_v2(([5], 0, 1))
+    (rows,) = recorded(folder).values()
+    assert rows["token_ids"].tolist() == [5]

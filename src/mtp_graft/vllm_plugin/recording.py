@@ -11,8 +11,9 @@ its prompts, one prompt after the other:
 
 Only prompts that are computed from their first token on are recorded. Rows of decode steps, of
 later chunks and of prompts found in the prefix cache are left out: their residuals are not
-reproducible from the file alone. A first chunk looks like a short prompt; whoever reads the file
-finds a prompt by its tokens and misses it if it was cut.
+reproducible from the file alone. Whoever reads the file finds a prompt by its tokens.
+
+Which rows of a step those are is for `cpu/recording.py` and `cuda/recording.py` to know.
 
 The switch must only be turned while the server is idle: every rank looks at it in every step, and
 all have to see the same, because the logits are put together from all of them.
@@ -24,13 +25,12 @@ log, and FOLDER/recording-intact, which the client made, is removed. The client 
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
@@ -38,7 +38,6 @@ from vllm.logger import init_logger
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.errors import GraftError
-from mtp_graft.vllm_plugin.steps import request_bounds
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's logger, whose handlers it gets
 
@@ -48,23 +47,21 @@ _LOGIT_ROWS = 512
 Span = tuple[int, int]
 
 
-def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:
-    """Have `target` record its prompts, if the environment names a folder for it.
+def make_recorder(target: Any, vllm_config: VllmConfig) -> "Recorder | None":
+    """Return a recorder of `target`, if the environment names a folder and this rank has logits.
 
     Raises GraftError under data parallelism, where every replica would write the same files.
     """
     folder = os.environ.get(RECORD_VARIABLE)
     if not folder or not get_pp_group().is_last_rank:
-        return
+        return None
     if vllm_config.parallel_config.data_parallel_size > 1:
         raise GraftError(
             f"{RECORD_VARIABLE} is set with data parallel size "
             f"{vllm_config.parallel_config.data_parallel_size}, expected 1; use tensor parallelism"
         )
     _keep_residual(target.model, vllm_config)
-    recorder = Recorder(target, Path(folder), writes=get_tensor_model_parallel_rank() == 0)
-    target.register_forward_pre_hook(recorder.before_forward)
-    target.register_forward_hook(recorder.after_forward, with_kwargs=True)
+    return Recorder(target, Path(folder), writes=get_tensor_model_parallel_rank() == 0)
 
 
 def _keep_residual(model: Any, vllm_config: VllmConfig) -> None:
@@ -79,7 +76,7 @@ def _keep_residual(model: Any, vllm_config: VllmConfig) -> None:
 
 
 class Recorder:
-    """Forward hooks of one target; a thread writes one recording while the next is computed."""
+    """Records steps of one target; a thread writes one recording while the next is computed."""
 
     def __init__(self, target: Any, folder: Path, writes: bool) -> None:
         self._target = target
@@ -87,33 +84,32 @@ class Recorder:
         self._intact = folder / INTACT_NAME
         self._recordings = folder / RECORDINGS
         self._writes = writes  # other ranks only take part in the logits
-        self._on = False
         self._writer = ThreadPoolExecutor(1, "recording")
         self._written: Future[None] | None = None
 
-    def before_forward(self, _target: nn.Module, _args: tuple[Any, ...]) -> None:
-        """Look at the switch, and make sure that a residual that is not written is not finite."""
-        self._on = self._switch.exists()
-        if self._on:
-            # A compiled graph from a server without the buffer would leave the last step's rows.
-            self._target.model._mtp_hidden_buffer.fill_(float("nan"))
+    @property
+    def is_on(self) -> bool:
+        """Return whether steps are to be recorded at the moment."""
+        return self._switch.exists()
 
-    def after_forward(
-        self, _target: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
-    ) -> None:
-        """Record the prompts of this step, `hidden` [T, D] being what the LM head reads."""
-        if not self._on:
-            return
-        spans = whole_prompts(request_bounds().tolist(), kwargs["positions"])
+    def forget_residual(self) -> None:
+        """Make sure that a residual row that the next step does not write is not finite."""
+        self._target.model._mtp_hidden_buffer.fill_(float("nan"))
+
+    def record(self, token_ids: Tensor, hidden: Tensor, spans: Sequence[Span]) -> None:
+        """Record the prompts in the rows `spans` of the step that was just computed.
+
+        token_ids [T]; hidden [T, D], which the LM head reads. Rows outside of the spans may be
+        padding or other requests.
+        """
         if not spans:
             return
         targets = [self._argmax(hidden[start:end]) for start, end in spans]
         if not self._writes:
             return
-        residual = self._target.model._mtp_hidden_buffer
         rows = {  # copies, as the next step overwrites what these are cut from
-            "token_ids": _on_host(kwargs["input_ids"], spans),
-            "residual": _on_host(residual, spans),
+            "token_ids": _on_host(token_ids, spans),
+            "residual": _on_host(self._target.model._mtp_hidden_buffer, spans),
             "targets": [each.cpu() for each in targets],
         }
         if self._written is not None:
@@ -144,17 +140,6 @@ class Recorder:
         return 1 + max(
             (int(p.stem) for p in self._recordings.glob("[0-9]*.safetensors")), default=0
         )
-
-
-def whole_prompts(bounds: Sequence[int], positions: Tensor) -> list[Span]:
-    """Return the rows of the requests that begin at position 0 in this step.
-
-    Request i has rows `bounds[i]` to `bounds[i + 1]` of `positions` [T]; rows after the last
-    bound are padding, and requests without rows too.
-    """
-    spans = [(start, end) for start, end in pairwise(bounds) if start < end]
-    first = positions[[start for start, _ in spans]].tolist()
-    return [span for span, position in zip(spans, first, strict=True) if position == 0]
 
 
 def _on_host(tensor: Tensor, spans: Sequence[Span]) -> list[Tensor]:

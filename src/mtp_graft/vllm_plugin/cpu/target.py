@@ -14,7 +14,7 @@ from mtp_graft.vllm_plugin.cpu.hyper_connections import compute_rowwise
 from mtp_graft.vllm_plugin.cpu.indexer import flatten_drafts
 from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
 from mtp_graft.vllm_plugin.cpu.output_projection import project_rowwise
-from mtp_graft.vllm_plugin.recording import record_on_demand
+from mtp_graft.vllm_plugin.cpu.recording import record_on_demand
 from mtp_graft.vllm_plugin.scale_names import keep_weight_scale
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 

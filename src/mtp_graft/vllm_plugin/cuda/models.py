@@ -15,7 +15,7 @@ from mtp_graft.vllm_plugin.cuda import (
     rope,
     scale_alias,
 )
-from mtp_graft.vllm_plugin.recording import record_on_demand
+from mtp_graft.vllm_plugin.cuda.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
 Weights = Iterable[tuple[str, Tensor]]

@@ -1,0 +1,49 @@
+"""Which rows of a step are whole prompts, where every step runs the target's `forward`."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from mtp_graft.vllm_plugin.recording import Recorder, Span, make_recorder
+from mtp_graft.vllm_plugin.steps import request_bounds
+
+
+def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:
+    """Have `target` record its prompts, if the environment names a folder for it."""
+    if (recorder := make_recorder(target, vllm_config)) is None:
+        return
+    hooks = _Hooks(recorder)
+    target.register_forward_pre_hook(hooks.before)
+    target.register_forward_hook(hooks.after, with_kwargs=True)
+
+
+class _Hooks:
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._on = False
+
+    def before(self, _target: nn.Module, _args: tuple[Any, ...]) -> None:
+        self._on = self._recorder.is_on
+        if self._on:
+            self._recorder.forget_residual()
+
+    def after(
+        self, _target: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+    ) -> None:
+        if self._on:
+            spans = whole_prompts(request_bounds().tolist(), kwargs["positions"])
+            self._recorder.record(kwargs["input_ids"], hidden, spans)
+
+
+def whole_prompts(bounds: Sequence[int], positions: Tensor) -> list[Span]:
+    """Return the rows of the requests that begin at position 0 in this step.
+
+    Request i has rows `bounds[i]` to `bounds[i + 1]` of `positions` [T]; rows after the last
+    bound are padding, and requests without rows too.
+    """
+    spans = [(start, end) for start, end in pairwise(bounds) if start < end]
+    first = positions[[start for start, _ in spans]].tolist()
+    return [span for span, position in zip(spans, first, strict=True) if position == 0]

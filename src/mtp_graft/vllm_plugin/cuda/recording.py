@@ -1,0 +1,51 @@
+"""Which rows of a step are whole prompts, for vLLM's V2 model runner.
+
+In a CUDA graph that is replayed no hook of the model runs. But the runner keeps a step's inputs and
+hidden states until it samples, whether the step was a graph, in pieces or eager, and the target's
+residual buffer still holds the step's rows. So they are read there, just before sampling.
+"""
+
+from functools import wraps
+from itertools import pairwise
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+
+from mtp_graft.vllm_plugin.recording import Recorder, Span, make_recorder
+
+
+def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:
+    """Have the runner record `target`'s prompts, if the environment names a folder for it."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    if (recorder := make_recorder(target, vllm_config)) is not None:
+        GPUModelRunner.sample_tokens = recording_first(GPUModelRunner.sample_tokens, recorder)
+
+
+def recording_first(sample_tokens: Any, recorder: Recorder) -> Any:
+    """Return `sample_tokens` of a runner, which records the step's whole prompts beforehand."""
+
+    @wraps(sample_tokens)
+    @torch.inference_mode()
+    def record_and_sample(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        step = runner.execute_model_state
+        if step is not None and recorder.is_on:
+            batch = step.input_batch
+            recorder.record(batch.input_ids, step.hidden_states, whole_prompts(batch))
+            recorder.forget_residual()
+        return sample_tokens(runner, *args, **kwargs)
+
+    return record_and_sample
+
+
+def whole_prompts(batch: Any) -> list[Span]:
+    """Return the rows of the requests of an `InputBatch` whose whole prompt is in this step."""
+    bounds = batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
+    return [
+        (start, end)
+        for (start, end), computed, length in zip(
+            pairwise(bounds), batch.num_computed_tokens_np, batch.prefill_len_np, strict=False
+        )
+        if computed == 0 and end - start == length
+    ]
