@@ -38,7 +38,7 @@ FUNCTIONS = {
     "vllm.models.deepseek_v4.attention": ("fused_q_kv_rmsnorm",),
     "vllm.models.deepseek_v4.nvidia.flashmla": ("deep_gemm_fp8_o_proj", "flash_mla_with_kvcache"),
 }
-MODULES = ("fused_wqa_wkv", "wq_b", "wo_b", "gate_up_proj", "down_proj", "gate", "experts")
+MODULES = ("fused_wqa_wkv", "wq_b", "wo_b", "gate_up_proj", "down_proj", "gate", "weights_proj")
 
 
 class Watch:
@@ -55,13 +55,16 @@ class Watch:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self.busy or not self.rows or not has_rows((args, kwargs), self.rows):
                 return call(*args, **kwargs)
-            self.busy = True
             whole, alone = copied((args, kwargs)), first_row((args, kwargs), self.rows)
             output = call(*args, **kwargs)
+            kept = [tensor.clone() for tensor in tensors(output)]
+            self.busy = True
             try:
                 self.compare(name, call, whole, alone, output)
             finally:
                 self.busy = False
+            for tensor, before in zip(tensors(output), kept, strict=True):
+                tensor.copy_(before)  # it may lie in a workspace that the second call used
             return output
 
         return watched
@@ -126,7 +129,8 @@ def profiled(call: Any, arguments: tuple[Any, Any]) -> tuple[Any, list[str]]:
     with torch.profiler.profile(activities=[activity], acc_events=True) as profile:
         output = call(*arguments[0], **arguments[1])
         torch.cuda.synchronize()
-    return output, sorted({event.key.split("<")[0][:100] for event in profile.key_averages()})
+    kernels = {event.key[:400] for event in profile.key_averages() if event.device_time_total > 0}
+    return output, sorted(kernels)
 
 
 def difference(expected: Any, got: Any) -> float:
@@ -146,6 +150,15 @@ def install(watch: Watch, model: nn.Module) -> None:
         module = import_module(place)
         for name in names:
             setattr(module, name, watch.around(name, getattr(module, name)))
+    from vllm.model_executor.layers.fused_moe.experts import fused_humming_moe as humming
+
+    apply = humming.HummingIndexedExperts.apply
+
+    def apply_and_return(experts: Any, output: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        apply(experts, output, *args, **kwargs)
+        return output
+
+    humming.HummingIndexedExperts.apply = watch.around("routed experts (Humming)", apply_and_return)
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
         if name in MODULES:
@@ -157,7 +170,7 @@ def install(watch: Watch, model: nn.Module) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--max-tokens", type=int, default=96)
     options = parser.parse_args()
     from vllm import LLM, SamplingParams
 

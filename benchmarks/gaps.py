@@ -88,7 +88,8 @@ texts = [
 ]
 found = {m.name: getattr(m, "value", getattr(m, "values", None)) for m in llm.get_metrics()}
 names = ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos")
-print(json.dumps([texts, [found[f"vllm:spec_decode_num_{n}"] for n in names]]))
+with open(asked["out"], "w") as out:  # standard output is the engine's, too
+    json.dump([texts, [found[f"vllm:spec_decode_num_{n}"] for n in names]], out)
 """
 
 
@@ -146,7 +147,9 @@ def ask_offline(checkpoint: Path, log: Path, asked: argparse.Namespace) -> Any:
         "disable_log_stats": False,
         "speculative_config": {"method": "mtp", "num_speculative_tokens": 3},
     }
+    out = checkpoint.parent / "texts.json"
     work = {
+        "out": str(out),
         "engine": engine,
         "max_tokens": asked.max_tokens,
         "prompts": [tokenizer.encode(p.text, add_special_tokens=False).ids for p in prompts],
@@ -155,14 +158,13 @@ def ask_offline(checkpoint: Path, log: Path, asked: argparse.Namespace) -> Any:
         done = subprocess.run(
             [sys.executable, "-c", OFFLINE, json.dumps(work)],
             env=os.environ | {"VLLM_PLUGINS": "mtp_graft", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=stream,
-            text=True,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
             check=False,
         )
     if done.returncode:
         raise GraftError("\n".join(log.read_text().splitlines()[-12:]))
-    texts, (drafts, tokens, accepted, positions) = json.loads(done.stdout.splitlines()[-1])
+    texts, (drafts, tokens, accepted, positions) = json.loads(out.read_text())
     counted = SpecDecodeCounters(int(drafts), int(tokens), int(accepted), tuple(positions))
     return [tuple(text) for text in texts], counted
 
