@@ -4,7 +4,7 @@ Marlin keeps the scales of one group in another order than those of several. vLL
 intermediate size which of the two w1 and w3 have, whose groups run along the hidden size. Where
 that is no larger than a group, the scales of every 64 columns trade places; no error, no noise,
 other text. At TP 2 that is the tiny model (128), Flash (2,048) it is at TP 16. Reported in
-vllm-project/vllm#50196; read in 0.26 to 0.33.
+vllm-project/vllm#50196; read in 0.33.
 """
 
 from collections.abc import Callable
