@@ -35,11 +35,11 @@ import synthetic_flash
 from engines import EngineOptions, exit_on_sigterm, has_accelerator, start
 from gpu_serve_check import MODEL
 from measurements import Entry, Limits, Measurements
+from mtp_graft.serving.graphs import missing_sizes
 from step_time import Point, clocks, measure_points
 from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
 
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.serving.graphs import missing_sizes
 from mtp_graft.serving.profiles import (
     MAX_NUM_BATCHED_TOKENS,
     NCCL_LATENCY,

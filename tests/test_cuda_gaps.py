@@ -17,6 +17,7 @@ from mtp_graft.vllm_plugin.cuda import expert_scales, graph_breaks
 
 pytestmark = pytest.mark.vllm
 
+
 def scales_of_w13(intermediate: int) -> torch.Tensor:
     """What vLLM's conversion to Marlin makes of w13's scales, with 256 inputs in two groups.
 

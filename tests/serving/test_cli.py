@@ -13,8 +13,6 @@ from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
 from mtp_graft.stages.splice_plan import check_inputs
 
-from .conftest import install, only_from
-
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -121,42 +119,13 @@ def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Pa
     assert status == 1 and "--check without drafts" in errors
 
 
-@pytest.mark.parametrize("version", [(), ("--vllm", "0.32.0")])
-@pytest.mark.parametrize("installed", ["0.32.0", "0.32.0+cpu"])
-def test_the_command_for_a_cpu_is_printed_anywhere(
-    run: Run,
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    installed: str,
-    version: tuple[str, ...],
-) -> None:
-    site = tmp_path / "other" / "site-packages"
-    install(site, "vllm", installed)
-    only_from(site, monkeypatch)
-    status, out, errors = run(
-        "serve", tiny_model / "base", "--gpu", "cpu", *version, "--dry-run", "--json", "-"
-    )
-    assert status == 0, errors
-    result = json.loads(out)
-    assert (result["profile"], result["hardware"]) == ("128k", "CPU")
-    assert "--enforce-eager" in result["argv"]
-
-
-def test_a_vllm_that_has_no_cpu_build_for_us_is_refused(run: Run, base: Path) -> None:
-    hardware = ("--gpu", "cpu", "--vllm", "0.33.0", "--dry-run")
-    status, _, errors = run("serve", base, *hardware)
-    assert status == 1
-    assert "vLLM 0.33.0: not supported on a CPU, expected ==0.32.*" in errors
-
-
 @pytest.mark.parametrize(
     ("given", "printed"), [("0.9", "0.90"), ("0.925", "0.925"), ("0.999", "0.999")]
 )
 def test_a_share_of_the_memory_is_passed_on_as_given(
     run: Run, tiny_model: Path, given: str, printed: str
 ) -> None:
-    hardware = ("--gpu", "H200", "--vllm", "0.32.0", "--dry-run")
+    hardware = ("--gpu", "H200", "--dry-run")
     folder = tiny_model / "base"
     _, text, _ = run("serve", folder, *hardware, "--gpu-memory-utilization", given)
     assert text.split()[-2:] == ["--gpu-memory-utilization", printed]
