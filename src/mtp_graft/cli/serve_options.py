@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mtp_graft.cli.app import (
+    DraftLmHeadOption,
+    DraftSampleOption,
     MaxModelLenOption,
     ServeArgument,
     SpeculativeOption,
@@ -60,14 +62,8 @@ class ServerFlags:
         _server(min=0.01, max=1.0, metavar="SHARE", help="Share of a GPU's memory to use."),
     ] = None
     num_speculative_tokens: SpeculativeOption = None
-    draft_lm_head_quantization: Annotated[
-        str | None,
-        _server(metavar="TYPE", help="fp8 or nvfp4: a smaller LM head for drafts, on GPUs."),
-    ] = None
-    draft_sample_method: Annotated[
-        str | None,
-        _server(metavar="METHOD", help="greedy or probabilistic, on GPUs. Default: greedy."),
-    ] = None
+    draft_lm_head_quantization: DraftLmHeadOption = None
+    draft_sample_method: DraftSampleOption = None
     served_model_name: Annotated[
         list[str] | None, _server(metavar="NAME", help="Name in the API; may be repeated.")
     ] = None
