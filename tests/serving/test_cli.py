@@ -13,6 +13,8 @@ from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
 from mtp_graft.stages.splice_plan import check_inputs
 
+from .conftest import install, only_from
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -117,6 +119,27 @@ def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
 def test_a_check_of_nothing_is_refused_before_anything_starts(run: Run, base: Path) -> None:
     status, _, errors = run("serve", base, "--check")
     assert status == 1 and "--check without drafts" in errors
+
+
+@pytest.mark.parametrize("installed", [None, "0.33.0", "0.32.0+cpu"])
+def test_the_command_for_a_cpu_is_printed_anywhere(
+    run: Run,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    installed: str | None,
+) -> None:
+    site = tmp_path / "other" / "site-packages"
+    if installed is not None:
+        install(site, "vllm", installed)
+    only_from(site, monkeypatch)
+    status, out, errors = run(
+        "serve", tiny_model / "base", "--gpu", "cpu", "--dry-run", "--json", "-"
+    )
+    assert status == 0, errors
+    result = json.loads(out)
+    assert (result["profile"], result["hardware"]) == ("128k", "CPU")
+    assert "--enforce-eager" in result["argv"]
 
 
 @pytest.mark.parametrize(

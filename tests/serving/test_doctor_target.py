@@ -130,6 +130,28 @@ def full_size() -> Survey:
     return flash()
 
 
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (on("RTX PRO 6000 Max-Q", 2), {"vllm-51513"}),
+        (on("RTX PRO 6000 Max-Q", 1), {"memory-weights"}),
+        (on("RTX PRO 6000 Server", 4), set()),
+        (on("H100", 2), {"memory-weights"}),
+        (on("H100", 4), set()),
+        (on("H200", 1), {"memory-weights"}),
+        (on("H200", 2, max_model_len=2**20), set()),
+        (on("H200", 8), set()),
+        (on("GB10", 2), {"vllm-46307"}),
+    ],
+    ids=lambda value: str(value.hardware) if isinstance(value, Target) else "",
+)
+def test_flash_on_the_hardware_that_the_project_names(
+    full_size: Survey, where: Target, expected: set[str]
+) -> None:
+    found = examine(full_size, where)
+    assert set(ids(found, "error", "warning")) == expected
+
+
 @pytest.mark.parametrize("where", [ON_CPU, on("H200")])
 def test_a_context_beyond_the_models_positions_is_no_matter_of_memory(
     good: dict[str, Path], where: Target

@@ -1,6 +1,7 @@
 """The pipeline's orchestration: real capture and serving of a stand-in, the other stages faked."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
-from .conftest import BASE_TENSORS, HEAD_TENSORS, write_checkpoint
+from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_nvidia_smi, write_checkpoint
 from .test_acceptance import Streamed, quiet
 
 RECIPE = """
@@ -281,6 +282,21 @@ def test_the_base_records_without_drafting_and_variants_draft_without_recording(
 
 
 OnGpus = Callable[..., None]
+
+
+@pytest.fixture
+def on_gpus(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnGpus:
+    """Return a function that makes the stand-in a CUDA build on a machine with two GPUs."""
+    for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
+        monkeypatch.delenv(name)
+
+    def install_on(gpu: str, memory_mib: str, link: str) -> None:
+        for info in site.glob("*.dist-info"):
+            shutil.rmtree(info)
+        install(site, version="0.33.0")
+        install_nvidia_smi(tmp_path, monkeypatch, gpu, memory_mib, link)
+
+    return install_on
 
 
 def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
