@@ -28,8 +28,6 @@ ENVIRONMENT = {
     "VLLM_PLUGINS": "mtp_graft",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` starts its engine
     "TEARDOWN_CUPTI": "0",  # one profile may follow another (gpu_clock.py)
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # stopped at its start (docs/engine.md)
-    "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",  # docs/gpu.md
     "VLLM_DEEP_GEMM_WARMUP": "skip",
     "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200",  # of several ranks: the first step compiles
     **{"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"},  # shared hosts may forbid
@@ -58,9 +56,6 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     rate: float | None = None
     eager: bool = False
-    custom_all_reduce: bool = True
-    graphs: str | None = None  # vLLM's cudagraph_mode; None: its default, as in `vllm serve`
-    graph_sizes: tuple[int, ...] = ()  # in tokens; empty: vLLM's own
 
 
 @dataclass(frozen=True)
@@ -179,22 +174,15 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
     else:
         chosen["gpu_memory_utilization"] = options.gpu_memory_utilization
         chosen["max_num_batched_tokens"] = options.max_num_batched_tokens
-        compilation: dict[str, Any] = {}
-        if options.graphs is not None:
-            compilation["cudagraph_mode"] = options.graphs
-        if options.graph_sizes:
-            compilation["cudagraph_capture_sizes"] = list(options.graph_sizes)
-        chosen["disable_custom_all_reduce"] = not options.custom_all_reduce
         if options.tensor_parallel_size > 1:  # FlashInfer's all-reduce may take multicast too
-            compilation["pass_config"] = {"fuse_allreduce_rms": False}
-        chosen["compilation_config"] = compilation
+            chosen["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
     return chosen
 
 
 def speculation(k: int, rate: float | None) -> dict[str, Any]:
     """Return vLLM's speculative config; each draft is accepted with `rate` if all before were.
 
-    vLLM (0.26 to 0.33) wants the probability that the first i drafts are all accepted: rate^i.
+    vLLM wants the probability that the first i drafts are all accepted: rate^i.
     """
     config: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": k}
     if rate is not None:

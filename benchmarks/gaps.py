@@ -38,9 +38,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 MEMORY = {"kv_cache_gib": 2.0, "gpu_memory_utilization": 0.1}
 #: remedy: file in the package, what is replaced there, by what (None: appended).
 REMEDIES = {
-    "packed_modules_mapping": ("cuda/models.py", "    packed_modules_mapping = FUSED\n", ""),
     "compressors": ("cuda/models.py", "decode_compressors(base)", "base"),
-    "expert_scales": ("cuda/models.py", "expert_scales.apply()", "pass"),
     "graph_breaks": ("cuda/models.py", "graph_breaks.apply()", "pass"),
     "strict_loading": (
         "strict_loading.py",
@@ -64,7 +62,6 @@ class Run:
 RUNS = {
     "complete": Run(),
     "no plugin": Run(environment={"VLLM_PLUGINS": ""}),
-    "no packed_modules_mapping": Run("packed_modules_mapping"),
     "FP8 compressor": Run(defect="fp8-compressor"),
     "FP8 compressor, no decoding": Run("compressors", "fp8-compressor"),
     "misnamed experts": Run(defect="gate-up-down-names"),
@@ -73,7 +70,6 @@ RUNS = {
     "forked": Run(forked=True),
     "forked, no graph breaks": Run("graph_breaks", forked=True),
     "two ranks": Run(ranks=2),
-    "two ranks, no expert scales": Run("expert_scales", ranks=2),
 }
 
 OFFLINE = """

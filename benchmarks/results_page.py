@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import step_time_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "pages"
@@ -50,11 +49,6 @@ def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def step_times(*names: str) -> dict[str, Any]:
-    """Return result files of step times as one report."""
-    return step_time_table.together([RESULTS / f"{name}.json" for name in names])
-
-
 def pages() -> dict[Path, str]:
     """Return what the pages should be."""
     environment = jinja2.Environment(
@@ -67,9 +61,7 @@ def pages() -> dict[Path, str]:
     )
     filters = (percent, interval, points, ratio, number)
     environment.filters |= {each.__name__: each for each in filters}
-    environment.globals |= {"result": result, "source": source, "acti": step_time_table.ACTI}
-    environment.globals |= {"step_times": step_times, "table": step_time_table}
-    environment.filters["lines"] = "\n".join
+    environment.globals |= {"result": result, "source": source}
     readme = (ROOT / "README.md").read_text()
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

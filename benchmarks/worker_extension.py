@@ -1,4 +1,4 @@
-"""What the benchmarks add to vLLM's workers: acceptance, a clock, rounding, layers that repeat.
+"""What the benchmarks add to vLLM's workers: acceptance, a clock, layers that repeat.
 
 vLLM imports this module in every worker, through `worker_extension_cls`, before it loads a model.
 
@@ -10,7 +10,6 @@ those that serve again come from the GPU, to which each is copied once.
 
 from collections.abc import Generator
 from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,54 +38,6 @@ class WorkerExtension:
     def stop_gpu_clock(self) -> tuple[int, int, float]:
         """Return the steps, the kernels in them and the milliseconds in which the GPU computed."""
         return self.gpu_clock.stop()
-
-    def round_as_two_ranks(self) -> list[str]:
-        """Round each attention's and feed-forward's output as a sum over two ranks is rounded.
-
-        Returns the names of the modules. An eager engine alone obeys: graphs are recorded before.
-        """
-        model = self.model_runner.model  # type: ignore[attr-defined]
-        torch.manual_seed(0)
-        modules = [(n, m) for n, m in model.named_modules() if n.endswith((".attn", ".ffn"))]
-        for _, module in modules:
-            module.register_forward_hook(lambda _module, _inputs, output: sum_of_parts(output))
-        return [name for name, _ in modules]
-
-    def round_inputs_of_fp8(self, power_of_two: bool = True) -> None:
-        """Round the inputs of FP8 weights as a GPU does; for the plugin's CPU model."""
-        from vllm import _custom_ops as ops
-
-        from mtp_graft.vllm_plugin.cpu.dequantize import FP8BlockLinear
-
-        apply, multiply = FP8BlockLinear.apply, ops.bmm_cpu
-        rounded = partial(as_fp8, power_of_two=power_of_two)
-        FP8BlockLinear.apply = lambda self, layer, x, *rest: apply(self, layer, rounded(x), *rest)
-        # attention's wo_a, without its layer
-        ops.bmm_cpu = lambda out, x, *rest: multiply(out, rounded(x), *rest)
-
-    def attention_remedied(self) -> list[str]:
-        """Return the methods that the plugin had to decorate, of `cuda/graph_breaks.py`."""
-        from mtp_graft.vllm_plugin.cuda import graph_breaks
-
-        return graph_breaks.remedied
-
-
-def as_fp8(x: torch.Tensor, power_of_two: bool = True) -> torch.Tensor:
-    """Round `x` [..., I] to FP8, each 128 inputs of a row with a scale, or the power above it."""
-    groups = x.float().unflatten(-1, (-1, 128))
-    absmax = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10)
-    scale = absmax / 448
-    if power_of_two:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    rounded = (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
-    return rounded.flatten(-2).to(x.dtype)
-
-
-def sum_of_parts(whole: torch.Tensor) -> torch.Tensor:
-    """Return two parts of `whole` [T, D], independent and of equal size, rounded and added."""
-    half = whole.float() / 2
-    apart = torch.randn_like(half) * half.square().mean(-1, keepdim=True).sqrt()
-    return (half + apart).to(whole.dtype) + (half - apart).to(whole.dtype)
 
 
 @register_model_loader(LOAD_FORMAT)

@@ -1,10 +1,8 @@
 """What the GPU scripts compute from their measurements, with known inputs."""
 
-import argparse
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -14,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import failing_work
-from mtp_graft.quant.fp8_block import decode
-from mtp_graft.serving.profiles import PCIE_ENVIRONMENT
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -159,82 +154,6 @@ def test_the_gpu_is_timed_when_all_streams_decode(monkeypatch: pytest.MonkeyPatc
         engines.time_gpu(llm, [[1], [2]], 1, 1.0, steps=100)
 
 
-@pytest.mark.parametrize("gpu", ["h100", "h200"])
-@pytest.mark.parametrize("count", [2, 4])
-def test_lanes_share_out_all_gpus_and_cores_and_know_their_steps(
-    count: int, gpu: str, tmp_path: Path
-) -> None:
-    host = load("gpu_host")
-    lanes = host.LANES[count]
-    assert {number for lane in lanes for number in lane.gpus} == set(range(count))
-    commands = host.lane_commands(lanes, range(16), tmp_path, tmp_path / "flash", gpu)
-    for lane, command in zip(lanes, commands, strict=True):
-        share = 16 // count
-        cores = range(lane.gpus[0] * share, (lane.gpus[-1] + 1) * share)
-        assert command[2].split(",") == [str(core) for core in cores]
-        assert command[command.index("--work") + 1] == str(tmp_path / lane.name)
-        layers = [int(word) for word in command[command.index("--layers") + 1 :] if word.isdigit()]
-        if lane.kind == "two":
-            assert len(lane.gpus) >= 2
-            known = host.two_gpus(tmp_path, tmp_path, layers[0], gpu)
-        else:
-            known = host.one_gpu(tmp_path, tmp_path, layers, gpu)
-        assert set(lane.steps) <= {step.name for step in known}
-
-
-def test_a_lane_waits_for_those_before_it_that_have_its_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = load("gpu_host")
-    seen: list[tuple[str, str]] = []
-
-    def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
-        if command[0] == "flash_width":
-            return seen.append(("ends", "weights"))
-        assert seen[0] == ("ends", "weights")
-        seen.append(("begins", env["CUDA_VISIBLE_DEVICES"]))
-        time.sleep({"0": 0.4, "1": 0.1}.get(env["CUDA_VISIBLE_DEVICES"], 0))
-        seen.append(("ends", env["CUDA_VISIBLE_DEVICES"]))
-        budget = int(command[command.index("--budget-s") + 1])
-        assert budget == pytest.approx(60 if "speed" in command else 50, abs=2)
-        return SimpleNamespace(returncode=0 if "speed" in command else 1)
-
-    first = [host.Lane((number,), "one", ("step_time",), 10) for number in (0, 1)]
-    lanes = (*first, host.Lane((0, 1), "two", ("speed",)), host.Lane((2,), "two", ("speed",)))
-    monkeypatch.setattr(host, "LANES", {3: lanes})
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(host, "script", lambda *words: tuple(map(str, words)))
-    monkeypatch.setattr(host.subprocess, "run", run)
-    options = {"work": tmp_path, "budget_s": 60, "dry_run": False, "caches": None}
-    options |= {"copy_to": None, "pack_caches": False}
-    with pytest.raises(SystemExit) as ended:
-        host.run_lanes(argparse.Namespace(**options), tmp_path / "flash", "h200")
-    assert ended.value.code == 1
-    both = seen.index(("begins", "0,1"))
-    assert both > max(seen.index(("ends", "0")), seen.index(("ends", "1")))
-    assert seen.index(("begins", "2")) < seen.index(("ends", "0"))
-
-
-def test_the_docs_list_the_host_drivers_steps_in_their_order() -> None:
-    host, page = load("gpu_host"), (BENCHMARKS.parent / "docs/gpu.md").read_text()
-    one = host.one_gpu(Path("/work"), Path("/flash"), [5, 17], "h100")
-    two = host.two_gpus(Path("/work"), Path("/flash"), 43, "h100")
-    listed = re.findall(r"^\| `([a-z]\w*)`( \(two\))? \|", page, re.MULTILINE)
-    assert listed == [(s.name, "") for s in one] + [(s.name, " (two)") for s in two]
-
-
-def test_the_host_driver_refuses_a_step_that_it_does_not_know(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["one", "--work", str(tmp_path), "--dry-run", "--only", "step_time", "sweeep"]
-    monkeypatch.setattr(sys, "argv", ["gpu_host.py", *words])
-    with pytest.raises(SystemExit) as ended:
-        load("gpu_host").main()
-    assert ended.value.code == 2
-    expected = "no step sweeep; there are graph_modes, write, step_time"
-    assert expected in capsys.readouterr().err
-
-
 def test_a_benchmark_that_is_cut_off_takes_its_command_with_it(tmp_path: Path) -> None:
     command = tmp_path / "mtp_graft"
     command.mkdir()
@@ -254,27 +173,6 @@ def test_a_benchmark_that_is_cut_off_takes_its_command_with_it(tmp_path: Path) -
     assert process.wait(30) != 0
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-
-
-#: Steps of the host driver that run no script of benchmarks/.
-INLINE = {"one_gpu": ["splice_tiny"], "two_gpus": []}
-
-
-@pytest.mark.parametrize("gpus", ["one_gpu", "two_gpus"])
-def test_the_host_drivers_scripts_know_their_arguments(
-    gpus: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers = [5, 17] if gpus == "one_gpu" else 43
-    steps = getattr(load("gpu_host"), gpus)(Path("/work"), Path("/flash"), layers, "h100")
-    scripts = [step for step in steps if step.command[1] != "-c"]
-    assert [step.name for step in steps if step not in scripts] == INLINE[gpus]
-    for step in scripts:
-        script = Path(step.command[1])
-        assert script.parent == BENCHMARKS
-        words = [*step.command[2:], *(["--deadline-s", "9"] if step.takes_deadline else [])]
-        monkeypatch.setattr(sys, "argv", [str(script), *words])
-        options = load(script.stem).parse_arguments()
-        assert not step.takes_deadline or options.deadline_s == 9
 
 
 def test_one_layer_count_is_not_extrapolated() -> None:
@@ -447,72 +345,6 @@ def test_flips_count_against_the_margin_of_the_text() -> None:
     assert found["flips_with_margin"] == [{"prompt": 0, "position": 1, "margin": 0.9}]
 
 
-def test_ranks_are_compared_with_what_one_rank_reads_and_not_with_what_it_wrote() -> None:
-    def text(*tokens: int, margin: float = 1.0) -> list[dict[str, Any]]:
-        return [{"tokens": list(tokens), "margins": [margin] * len(tokens)}]
-
-    one = {"part": "tiny", "ranks": 1, "k": 0, "texts": text(1, 2, 3), "read": text(1, 2, 4)}
-    rounded = {"part": "tiny-rounded", "ranks": 1, "k": 0}
-    rounded |= {"read": text(1, 2, 3, margin=0.1), "rounded": text(7, 2, 3)}
-    two = {"part": "tiny", "ranks": 2, "k": 0, "texts": text(1, 2, 3), "read": text(1, 5, 4)}
-    head = {"part": "tiny", "ranks": 2, "k": 1, "texts": text(1, 2, 9), "read": None}
-    found = load("two_gpus").summarize([one, rounded, two, head])
-    clear = {name: found[f"tiny_{name}"]["flips_with_margin"] for name in TEACHER_FORCED}
-    assert clear["written_and_read"] == [{"prompt": 0, "position": 2, "margin": 1.0}]
-    assert clear["teacher_forced"] == [{"prompt": 0, "position": 1, "margin": 1.0}]
-    assert (clear["rounded"], found["tiny_rounded"]["flips"]) == ([], 1)
-    assert found["tiny_mtp_divergences"] == [{"prompt": 0, "position": 2, "margin": 1.0}]
-
-
-TEACHER_FORCED = ("written_and_read", "teacher_forced", "rounded")
-
-
-@pytest.mark.vllm
-def test_inputs_are_rounded_to_fp8_with_scales_that_are_powers_of_two() -> None:
-    as_fp8 = load("worker_extension").as_fp8
-    codes = torch.tensor([448.0, 1.0, -3.5, 0.0]).repeat(64).reshape(1, 256)
-    exact = torch.cat([codes[:, :128] * 2**-9, codes[:, 128:] * 8], dim=1)
-    assert torch.equal(as_fp8(exact), exact)
-    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
-    assert 0.02 < ((as_fp8(x) - x).norm() / x.norm()) < 0.03  # 3 bits of mantissa
-    assert torch.equal(as_fp8(torch.zeros(2, 128)), torch.zeros(2, 128))
-    tops = as_fp8(x, power_of_two=False).unflatten(1, (2, 128)).abs().amax(-1)
-    torch.testing.assert_close(tops, x.unflatten(1, (2, 128)).abs().amax(-1))  # scaled to 448
-    assert not torch.equal(as_fp8(x).unflatten(1, (2, 128)).abs().amax(-1), tops)
-
-
-def test_fp8_weights_are_rounded_again_to_powers_of_two(tiny_model: Path, tmp_path: Path) -> None:
-    load("gpu_rounding").requantize(tiny_model / "base", tmp_path / "base")
-    changed = 0
-    for file in sorted((tiny_model / "base").glob("*.safetensors")):
-        before, after = load_file(file), load_file(tmp_path / "base" / file.name)
-        assert before.keys() == after.keys()
-        for name in before:
-            if not name.endswith(".weight_scale") or ".experts." in name:
-                continue
-            assert torch.equal(
-                torch.frexp(after[name].float())[0], torch.full(after[name].shape, 0.5)
-            )
-            weight = name.removesuffix("_scale")
-            one, two = (decode(t[weight], t[name]) for t in (before, after))
-            assert 0 < (one - two).norm() / one.norm() < 0.04
-            changed += 1
-    assert changed
-
-
-def test_a_sum_of_two_ranks_is_off_by_its_rounding_and_no_more() -> None:
-    whole = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
-    apart = load("worker_extension").sum_of_parts(whole).float() - whole.float()
-    row = whole.float().square().mean(-1, keepdim=True).sqrt()
-    assert 2**-10 < (apart.square().mean().sqrt() / row.mean()) < 2**-7
-
-
-def test_tokens_are_counted_as_those_of_one_gpu_or_of_two() -> None:
-    found = load("mixed_scales").compare([[1, 2, 9, 4]], [[1, 2, 3, 4]], [[1, 5, 9, 4]])
-    assert (found["differ_from_one"], found["differ_from_two"]) == (1, 1)
-    assert (found["two_differ_from_one"], found["as_two"]) == (2, 1)
-
-
 def test_both_engines_of_a_serve_check_have_a_folder_to_record_into(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,39 +374,3 @@ def test_recordings_are_compared_by_their_projections() -> None:
     actual = [{"targets": [1, 3], "projected": [[3.0, 4.5], [0.0, 0.0]]}]
     found = check.compare_recordings(expected, actual)
     assert found == {"rows": 2, "rel_error": pytest.approx(0.1), "targets_equal": 1}
-
-
-def test_a_load_that_brings_less_than_a_smaller_one_dips() -> None:
-    speeds = [(1, 100.0), (2, 180.0), (3, 170.0), (4, 240.0)]
-    place = {"layers": 43, "ranks": 2, "profile": "524k"}
-    place |= {"rate": 0.7, "acceptance": 0.7, "ttft_ms": 90.0, "step_ms": {"median": 10.0}}
-    entries = [
-        {**place, "streams": n, "variant": variant, "k": k, "aggregate_tok_s": speed}
-        for n, speed in speeds
-        for variant, k in (("base", 0), ("int4", 1))
-    ]
-    lines = load("two_gpus").speed_lines(entries)
-    assert [entry.get("dips") for entry in lines] == [None, False, True, False]
-
-
-def test_first_tokens_are_timed_by_the_median_of_several_prompts() -> None:
-    entry = {"part": "ttft", "layers": 43, "ranks": 2, "profile": "256k", "all_reduce": "acti"}
-    entry |= {"variant": "base", "k": 0, "context": 100, "acceptance": None, "streams": 1}
-    entry |= {"ttft_ms": 400.0, "ttfts_ms": [180.0, 300.0, 170.0], "step_ms": {"median": 8.0}}
-    (line,) = load("two_gpus").summarize([entry])["ttft"]
-    assert (line["all_reduce"], line["ttft_ms"], line["step_ms"]) == ("acti", 180.0, 8.0)
-
-
-def test_nccl_is_told_what_serve_tells_it_and_without_the_latency_settings_less() -> None:
-    ways = load("two_gpus").ALL_REDUCE
-    assert ways["acti"].nccl == PCIE_ENVIRONMENT
-    assert {s.name for s in PCIE_ENVIRONMENT} - {s.name for s in ways["shm"].nccl} == {
-        *("NCCL_PROTO", "NCCL_ALGO", "NCCL_MIN_NCHANNELS", "NCCL_NTHREADS"),
-    }
-    assert [name for name, way in ways.items() if way.own_kernel] == ["vllm"]
-
-
-def test_the_host_driver_asks_for_the_cpu_reference_that_is_committed() -> None:
-    steps = load("gpu_host").one_gpu(Path("/work"), Path("/flash"), [5, 17], "h100")
-    command = next(step.command for step in steps if step.name == "serve_check")
-    assert Path(command[command.index("--reference") + 1]).is_file()

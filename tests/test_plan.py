@@ -231,7 +231,7 @@ def test_on_gpus_a_run_is_refused_where_doctor_finds_an_error(
     repo_root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target = find_target("0.33.0", gpu, count, max_model_len=4096)
+    target = find_target(gpu, count, max_model_len=4096)
     assert target.hardware is not None
     free = target.hardware.memory_bytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -205,7 +205,7 @@ def test_pairs_that_are_added_join_those_of_the_run_folder(
     ("what", "other", "message"),
     [
         ("pipeline.device.device_name", "1x another", "server.device = "),
-        ("serving.command.find_vllm", command.vllm_elsewhere("0.33.0"), "server.vllm = "),
+        ("serving.command.find_vllm", command.vllm_elsewhere(), "server.vllm = "),
     ],
 )
 def test_another_device_or_vllm_does_not_measure_into_the_same_folder(

@@ -115,8 +115,6 @@ def test_the_check_fits_into_the_context_that_it_asks_for(tiny_model: Path) -> N
         ("--check", "--dry-run"),
         ("--profile", "none", "--gpu", "H200", "--dry-run"),
         ("--profile", "none", "--nnodes", "2"),
-        ("--profile", "524k", "--vllm", "0.32.0"),
-        ("--profile", "524k", "--gpu", "H200", "--vllm", "0.32.0"),
         ("--profile", "524k", "--count", "2"),
         ("--log", "file"),
     ],

@@ -87,9 +87,11 @@ def test_every_benchmark_serves_with_the_profile_and_ranks_asked_for(
     [
         ("serve MODEL --profile 9k --dry-run --gpu H200", "--profile 9k: unknown; expected one"),
         ("serve MODEL --profile 1m --dry-run --gpu H300", "--gpu H300: not a GPU known here"),
-        ("serve MODEL --profile 1m --dry-run --gpu H200 --vllm x", "--vllm x: not a version"),
+        (
+            "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
+            "best: expected one of greedy, probabilistic",
+        ),
         ("doctor MODEL --gpu H300", "--gpu H300: not a GPU known here"),
-        ("doctor MODEL --vllm new", "--vllm new: not a version"),
         ("bench mmlu --base-url localhost:8000", "expected http://HOST:PORT"),
         ("bench mmlu --base-url http://", "expected http://HOST:PORT"),
         ("bench mmlu --base-url http://h:x", "expected http://HOST:PORT"),

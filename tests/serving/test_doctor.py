@@ -17,6 +17,7 @@ from mtp_graft.checkpoint.shards import check_index, load_tensors
 from mtp_graft.cli.app import app
 from mtp_graft.dsv4.config import DIMENSIONS
 from mtp_graft.errors import GraftError
+from mtp_graft.serving import command
 from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, target
 from mtp_graft.serving.doctor.findings import Finding
@@ -35,8 +36,8 @@ ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
 NO_VLLM_OR_GPU = Target(None, None, None)
 
 
-def on(gpu: str, count: int = 1, vllm: str = "0.33.0", **more: Any) -> Target:
-    return find_target(vllm=vllm, gpu=gpu, count=count, **more)
+def on(gpu: str, count: int = 1, **more: Any) -> Target:
+    return find_target(gpu=gpu, count=count, **more)
 
 
 def ids(findings: list[Finding], *severities: str) -> list[str]:
@@ -85,12 +86,11 @@ def planted(copy: Callable[[str], Path]) -> Callable[[str], Path]:
     [
         ON_CPU,
         on("H200"),
-        on("H200", vllm="0.26.0"),
-        on("H100", 2, "0.32.0"),
+        on("H100", 2),
         on("RTX PRO 6000 Server"),
         NO_VLLM_OR_GPU,
     ],
-    ids=["cpu", "h200", "h200-0.26", "h100x2", "pro6000", "unknown"],
+    ids=["cpu", "h200", "h100x2", "pro6000", "unknown"],
 )
 def test_a_good_checkpoint_has_no_errors_or_warnings(
     good: dict[str, Path], variant: str, where: Target
@@ -109,7 +109,7 @@ def test_without_vllm_doctor_says_what_it_left_out(
     def absent(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(target, "distribution", absent)
+    monkeypatch.setattr(command, "distribution", absent)
     monkeypatch.setattr(target.shutil, "which", lambda _name: None)
     where = find_target()
     assert (where.vllm, where.platform, where.hardware) == (None, None, None)
@@ -127,7 +127,7 @@ def test_a_planted_defect_is_found_by_its_id_and_no_other(
     found = diagnose(folder, ON_CPU)
     assert ids(found) == expected
     on_gpu = ids(diagnose(folder, on("H200")))
-    notes = ("memory", "runner-v2", "piecewise-graphs")  # of every checkpoint
+    notes = ("memory", "piecewise-graphs")  # of every checkpoint
     assert [id_ for id_ in on_gpu if id_ not in notes] == expected
     assert all((f.where, f.found, f.expected, f.why, f.cure) for f in found)
 
@@ -216,13 +216,15 @@ def test_full_names_are_mapped_as_vllm_does(
     assert ids(diagnose(folder, ON_CPU)) == expected
 
 
-def test_names_of_experts_matter_by_version(planted: Callable[[str], Path]) -> None:
+def test_names_of_experts_matter_by_platform(planted: Callable[[str], Path]) -> None:
     folder = planted("one-family-of-names")
     severity = {
-        where.vllm: [f.severity for f in diagnose(folder, where) if f.id == "expert-target-names"]
-        for where in (on("H200", vllm="0.26.0"), on("H200", vllm="0.33.0"))
+        where.platform: [
+            f.severity for f in diagnose(folder, where) if f.id == "expert-target-names"
+        ]
+        for where in (ON_CPU, on("H200"))
     }
-    assert severity == {Version("0.26.0"): ["error"], Version("0.33.0"): ["warning"]}
+    assert severity == {"cpu": ["error"], "cuda": ["warning"]}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_a_config_or_index_that_cannot_be_used_is_the_one_finding(
     kind = "config-unusable" if file == "config.json" else "index-unusable"
     assert (finding.id, finding.severity, finding.where) == (kind, "error", file)
     assert found in finding.found and str(folder) not in finding.found
-    status, result = run(folder, "--gpu", "cpu", "--vllm", "0.32.0")
+    status, result = run(folder, "--gpu", "cpu")
     assert (status, result["ok"], [f["id"] for f in result["findings"]]) == (1, False, [kind])
 
 
@@ -312,7 +314,7 @@ def test_a_dimension_that_is_none_is_the_one_finding_of_doctor_and_an_error_of_s
         assert (finding.id, finding.where) == ("config-unusable", "config.json")
         assert found in finding.found
     with pytest.raises(GraftError, match=re.escape(found)):
-        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2), vllm_elsewhere("0.32.0"))
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2), vllm_elsewhere())
 
 
 @pytest.mark.parametrize("value", [None, {}, "x", [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
@@ -324,7 +326,7 @@ def test_ratios_that_are_none_are_a_finding_of_doctor_and_an_error_of_serve(
     found = [f for f in diagnose(folder, ON_CPU) if f.severity == "error"]
     assert ids(found) == ["compress-ratios"] and found[0].found == repr(value)
     with pytest.raises(GraftError, match=re.escape(f"compress_ratios is {value!r}; expected a")):
-        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 1), vllm_elsewhere("0.32.0"))
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 1), vllm_elsewhere())
 
 
 @pytest.mark.parametrize(
@@ -434,14 +436,14 @@ def run(*arguments: object) -> tuple[int, Any]:
 
 
 def test_the_command_exits_with_0_where_nothing_is_an_error(good: dict[str, Path]) -> None:
-    status, result = run(good["rtn"], "--gpu", "H200", "--vllm", "0.33.0")
+    status, result = run(good["rtn"], "--gpu", "H200")
     assert (status, result["ok"], result["tp"], result["fixed"]) == (0, True, 1, None)
     assert {f["severity"] for f in result["findings"]} == {"note"}
-    assert run(good["rtn"], "--gpu", "RTX PRO 6000 Max-Q", "--count", 2, "--vllm", "0.33.0")[0] == 0
+    assert run(good["rtn"], "--gpu", "RTX PRO 6000 Max-Q", "--count", 2)[0] == 0
 
 
 def test_the_command_exits_with_1_for_an_error(planted: Callable[[str], Path]) -> None:
-    status, result = run(planted("scale-inv"), "--gpu", "cpu", "--vllm", "0.32.0")
+    status, result = run(planted("scale-inv"), "--gpu", "cpu")
     assert (status, result["ok"]) == (1, False)
     (finding,) = result["findings"]
     assert finding.keys() == Finding.__dataclass_fields__.keys()
@@ -449,20 +451,17 @@ def test_the_command_exits_with_1_for_an_error(planted: Callable[[str], Path]) -
 
 def test_the_command_judges_the_fixed_copy(planted: Callable[[str], Path], tmp_path: Path) -> None:
     folder, out = planted("scale-inv"), tmp_path / "fixed"
-    status, result = run(folder, "--gpu", "cpu", "--vllm", "0.32.0", "--fix", out)
+    status, result = run(folder, "--gpu", "cpu", "--fix", out)
     assert (status, result["ok"], result["fixed"]) == (0, True, str(out))
     assert ([f["id"] for f in result["findings"]], result["remaining"]) == (["scale-name"], [])
     again = tmp_path / "again"
-    assert run(out, "--gpu", "cpu", "--vllm", "0.32.0", "--fix", again)[0] == 0
+    assert run(out, "--gpu", "cpu", "--fix", again)[0] == 0
     assert not again.exists()
 
 
-@pytest.mark.parametrize("arguments", [["--vllm", "new"], ["--gpu", "H300"]])
-def test_a_version_or_gpu_that_is_none_is_one_error(
-    good: dict[str, Path], arguments: list[str]
-) -> None:
+def test_a_gpu_that_is_none_is_one_error(good: dict[str, Path]) -> None:
     with pytest.raises(GraftError, match="expected one"):
-        run(good["rtn"], *arguments)
+        run(good["rtn"], "--gpu", "H300")
 
 
 def test_a_count_without_a_gpu_is_wrong_usage(good: dict[str, Path]) -> None:

@@ -290,22 +290,13 @@ def on_gpus(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnGp
     for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
         monkeypatch.delenv(name)
 
-    def install_on(gpu: str, memory_mib: str, link: str, version: str = "0.32.0") -> None:
+    def install_on(gpu: str, memory_mib: str, link: str) -> None:
         for info in site.glob("*.dist-info"):
             shutil.rmtree(info)
-        install(site, version=version)
+        install(site, version="0.33.0")
         install_nvidia_smi(tmp_path, monkeypatch, gpu, memory_mib, link)
 
     return install_on
-
-
-def test_a_vllm_that_cannot_count_drafts_by_request_is_not_asked_to(
-    run: Run, servers: Servers, on_gpus: OnGpus
-) -> None:
-    on_gpus("NVIDIA H200", "143771", "NV18", "0.28.0")
-    result = run()
-    assert servers.options[GPTQ].extra_args == ("--seed", "7")
-    assert result["acceptance_difference"] == {}
 
 
 def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(

@@ -39,12 +39,29 @@ JsonOption = Annotated[
 SpeculativeOption = Annotated[
     int | None,
     typer.Option(
-        "--num-speculative-tokens",
-        "-k",
+        *("--k", "-k", "--num-speculative-tokens"),
         min=0,
         metavar="N",
         rich_help_panel=SERVER,
-        help="Tokens to draft a step; 0 leaves the head out. Default: 1 if there is a head.",
+        help="Tokens to draft a step; 0 leaves the head out. Default: 3 on GPUs, 1 on a CPU.",
+    ),
+]
+DraftLmHeadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-lm-head-quantization",
+        metavar="TYPE",
+        rich_help_panel=SERVER,
+        help="fp8 or nvfp4: a smaller LM head for drafts, on GPUs.",
+    ),
+]
+DraftSampleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-sample-method",
+        metavar="METHOD",
+        rich_help_panel=SERVER,
+        help="greedy or probabilistic, on GPUs. Default: greedy.",
     ),
 ]
 TensorParallelOption = Annotated[

@@ -31,9 +31,6 @@ def doctor(
     max_model_len: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Longest sequence. Default: the model's.")
     ] = None,
-    vllm: Annotated[
-        str | None, typer.Option(metavar="VERSION", help="The vLLM to serve with. Default: ours.")
-    ] = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="GPU to serve on, or cpu. Default: ours.")
     ] = None,
@@ -54,7 +51,7 @@ def doctor(
 
     if count is not None and gpu is None:
         raise typer.BadParameter("needs --gpu", param_hint="--count")
-    target = find_target(vllm, gpu, count, tp, max_model_len, checkpoint)
+    target = find_target(gpu, count, tp, max_model_len, checkpoint)
     findings = diagnose(checkpoint, target)
     remaining: Sequence[Finding] = findings
     fixed = None

@@ -64,7 +64,7 @@ def serve(
     elif check:
         _check(options, log, json_file)
     else:
-        _serve(options, plan)
+        _serve(options, vllm, plan)
 
 
 def _check_usage(
@@ -88,8 +88,6 @@ def _check_usage(
         raise typer.BadParameter("options for hardware need a --profile to fit to it")
     if hardware.count is not None and hardware.gpu is None:
         raise typer.BadParameter("needs --gpu", param_hint="--count")
-    if hardware.vllm_version is not None and not (dry_run and hardware.gpu):
-        raise typer.BadParameter("needs --dry-run and --gpu", param_hint="--vllm")
 
 
 def _plan(
@@ -118,7 +116,7 @@ def _print_command(
     from mtp_graft.serving.command import build_command
 
     command = build_command(options, vllm)
-    notes = _notes(options, plan)
+    notes = _notes(options, vllm, plan)
     result = {
         "env": command.printable_env(),
         "argv": list(command.argv),
@@ -136,14 +134,11 @@ def _print_command(
     print(command.as_shell())
 
 
-def _notes(options: "ServeOptions", plan: "Plan | None") -> tuple[str, ...]:
-    """Return what was decided and why; without a plan, at least that nothing will be drafted."""
-    from mtp_graft.serving.command import num_speculative_tokens
-    from mtp_graft.serving.plan import NO_DRAFTING
+def _notes(options: "ServeOptions", vllm: "InstalledVllm", plan: "Plan | None") -> tuple[str, ...]:
+    """Return what was decided and why; without a plan, at least what is drafted."""
+    from mtp_graft.serving.plan import explain_drafting
 
-    if plan is not None:
-        return plan.notes
-    return () if num_speculative_tokens(options) else (NO_DRAFTING,)
+    return tuple(explain_drafting(options, vllm.platform)) if plan is None else plan.notes
 
 
 def _comments(notes: Iterable[str]) -> Iterable[str]:
@@ -190,7 +185,7 @@ def _check(options: "ServeOptions", log: Path | None, json_file: Path | None) ->
         print(f"accepted {found.acceptance:.1%} of {found.num_draft_tokens} drafted tokens")
 
 
-def _serve(options: "ServeOptions", plan: "Plan | None") -> None:
+def _serve(options: "ServeOptions", vllm: "InstalledVllm", plan: "Plan | None") -> None:
     """Run vLLM in the foreground and leave with its exit status."""
     from mtp_graft.errors import GraftError
     from mtp_graft.serving.server import serve_foreground
@@ -204,6 +199,6 @@ def _serve(options: "ServeOptions", plan: "Plan | None") -> None:
             note(f"warning: {error}")
 
     hardware = () if plan is None else (f"{plan.hardware}",)
-    for text in (*hardware, *_notes(options, plan)):
+    for text in (*hardware, *_notes(options, vllm, plan)):
         note(f"plan: {text}")
     raise typer.Exit(serve_foreground(options, on_ready))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mtp_graft.cli.app import (
+    DraftLmHeadOption,
+    DraftSampleOption,
     MaxModelLenOption,
     ServeArgument,
     SpeculativeOption,
@@ -60,6 +62,8 @@ class ServerFlags:
         _server(min=0.01, max=1.0, metavar="SHARE", help="Share of a GPU's memory to use."),
     ] = None
     num_speculative_tokens: SpeculativeOption = None
+    draft_lm_head_quantization: DraftLmHeadOption = None
+    draft_sample_method: DraftSampleOption = None
     served_model_name: Annotated[
         list[str] | None, _server(metavar="NAME", help="Name in the API; may be repeated.")
     ] = None
@@ -111,7 +115,7 @@ class ServerFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareOptions:
-    """The hardware and the vLLM to fit a profile to, where they are not those found here."""
+    """The hardware to fit a profile to, where it is not what is found here."""
 
     gpu: Annotated[
         str | None,
@@ -121,9 +125,6 @@ class HardwareOptions:
     ] = None
     count: Annotated[
         int | None, _hardware(min=1, metavar="N", help="How many of --gpu. Default: 1.")
-    ] = None
-    vllm_version: Annotated[
-        str | None, _hardware("--vllm", metavar="VERSION", help="With --dry-run: for this vLLM.")
     ] = None
     nnodes: Annotated[
         int | None, _hardware(min=1, metavar="N", help="Machines that serve together.")
@@ -149,16 +150,15 @@ class HardwareOptions:
 
     def find_vllm(self, dry_run: bool) -> "InstalledVllm":
         """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
-        from mtp_graft.serving.command import find_vllm, vllm_elsewhere
+        from mtp_graft.serving.command import find_vllm, installed_vllm, vllm_elsewhere
         from mtp_graft.serving.topology import names_cpu
 
-        platform: Platform = "cpu" if names_cpu(self.gpu) else "cuda"
-        if self.vllm_version is not None:
-            return vllm_elsewhere(self.vllm_version, platform)
-        installed = find_vllm()
-        if dry_run and self.gpu is not None and installed.platform != platform:
-            return vllm_elsewhere(installed.version.public, platform)
-        return installed
+        if dry_run and self.gpu is not None:
+            platform: Platform = "cpu" if names_cpu(self.gpu) else "cuda"
+            installed = installed_vllm()
+            if installed is None or installed.platform != platform:
+                return vllm_elsewhere(platform)
+        return find_vllm()
 
     def find(self, vllm: "InstalledVllm") -> "Hardware":
         """Return the hardware that is named or, without a name, found."""

@@ -12,7 +12,14 @@ from urllib.parse import urlsplit
 
 import typer
 
-from mtp_graft.cli.app import NO_PROFILE, MaxModelLenOption, ServeArgument, TensorParallelOption
+from mtp_graft.cli.app import (
+    NO_PROFILE,
+    DraftLmHeadOption,
+    DraftSampleOption,
+    MaxModelLenOption,
+    ServeArgument,
+    TensorParallelOption,
+)
 from mtp_graft.cli.help import SERVER
 from mtp_graft.cli.output import Report, note
 
@@ -77,6 +84,8 @@ class Target:
     ] = None
     tensor_parallel_size: TensorParallelOption = None
     max_model_len: MaxModelLenOption = None
+    draft_lm_head_quantization: DraftLmHeadOption = None
+    draft_sample_method: DraftSampleOption = None
     api_key: Annotated[
         str | None, _option(envvar="VLLM_API_KEY", metavar="KEY", help="The server's key.")
     ] = None
@@ -97,11 +106,20 @@ class Target:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
         ours_only = (self.profile, self.tensor_parallel_size, self.max_model_len, self.extra)
-        if self.checkpoint is None and any(ours_only):
+        if self.checkpoint is None and (any(ours_only) or self.drafting):
             raise typer.BadParameter(
-                "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
-                "--checkpoint: a running server cannot be changed"
+                "--profile, --tensor-parallel-size, --max-model-len, --draft-* and arguments after "
+                "-- need --checkpoint: a running server cannot be changed"
             )
+
+    @property
+    def drafting(self) -> dict[str, str]:
+        """Return what is said of the drafts, by ServeOptions' names."""
+        given = {
+            "draft_lm_head_quantization": self.draft_lm_head_quantization,
+            "draft_sample_method": self.draft_sample_method,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this server from another when a measurement goes on."""
@@ -119,6 +137,7 @@ class Target:
             "tensor_parallel_size": self.tensor_parallel_size,
             "max_model_len": self.max_model_len,
             "extra_args": self.extra or [],
+            **self.drafting,
             "device": device_name(),
             "vllm": f"{vllm.version} ({vllm.platform})",
         }
@@ -174,6 +193,8 @@ class Target:
             tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
             num_speculative_tokens=num_speculative_tokens,
+            draft_lm_head_quantization=self.draft_lm_head_quantization,
+            draft_sample_method=self.draft_sample_method,
             prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
             extra_args=tuple(self.extra or ()),

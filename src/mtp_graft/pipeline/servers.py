@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from packaging.version import Version
-
 from mtp_graft.bench.decode import Report
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
@@ -22,8 +20,7 @@ from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.capture import CaptureConfig, recording_options
 
-#: From this version on we know the server to count drafts for each request, if asked to.
-_COUNTS_REQUESTS = Version("0.29")
+#: Has the server count drafts for each request.
 _COUNT_REQUESTS = ("--per-request-spec-decode-metrics", "summary")
 
 
@@ -85,9 +82,8 @@ class Servers:
             ),
             record=None,
             num_speculative_tokens=self._recipe.bench.num_speculative_tokens,
+            extra_args=_COUNT_REQUESTS,
         )
-        if find_vllm().version >= _COUNTS_REQUESTS:
-            options = replace(options, extra_args=_COUNT_REQUESTS)
         with self._managed(options, variant) as client:
             yield client
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS, ServerClient
-from mtp_graft.serving.command import ServeOptions, num_speculative_tokens
+from mtp_graft.serving.command import ServeOptions, find_vllm, num_speculative_tokens
 
 _SENTENCE = "The quick brown fox jumps over the lazy dog. "
 _REPETITIONS = 30
@@ -31,7 +31,7 @@ class DrafterCheck:
 
 def require_drafts(options: ServeOptions) -> None:
     """Raise GraftError, before anything starts, if there is nothing to check or no room for it."""
-    if num_speculative_tokens(options) == 0:
+    if num_speculative_tokens(options, find_vllm().platform) == 0:
         raise GraftError(
             f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
             "at least one speculative token"

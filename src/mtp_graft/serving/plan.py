@@ -1,8 +1,7 @@
-"""Fits a serving profile to a checkpoint, the hardware and the vLLM at hand, and says how."""
+"""Fits a serving profile to a checkpoint and the hardware at hand, and says how."""
 
 import os
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +9,13 @@ from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import (
     BLOCK_SIZE,
+    DEFAULT_K,
     InstalledVllm,
+    Platform,
     ServeOptions,
     num_speculative_tokens,
     read_config,
 )
-from mtp_graft.serving.graphs import missing_sizes
 from mtp_graft.serving.profiles import (
     ACTI,
     ACTI_HOST,
@@ -37,8 +37,6 @@ from mtp_graft.serving.topology import Hardware
 
 AUTO = "auto"
 NO_DRAFTING = "no drafting: the checkpoint has no head, or 0 tokens were asked for"
-#: In a flag of vLLM, or its value, that says which CUDA graphs there are.
-_GRAPH_SIZES = re.compile(r"cudagraph[-_]capture[-_]size")
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,11 @@ def make_plan(
         tokens_in_flight=2 * (options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS),
         cache_gib=options.kv_cache_gib,
     )
+    if options.draft_lm_head_quantization is not None:  # at most a byte a weight
+        copy = config["vocab_size"] * config["hidden_size"] // tp
+        room = replace(room, weights_bytes=room.weights_bytes + copy)
     name, profile = _choose(profile_name, options, room)
     notes += _explained(name, profile, options, room)
-    if num_speculative_tokens(options) == 0:
-        notes.append(NO_DRAFTING)
     options, adapted = adapt(_filled(options, profile, room), hardware, vllm)
     notes += adapted
     flags = _node_flags(hardware, node or Node(), notes)
@@ -280,7 +279,7 @@ def _filled(options: ServeOptions, profile: Profile, room: Room) -> ServeOptions
 def adapt(
     options: ServeOptions, hardware: Hardware, vllm: InstalledVllm
 ) -> tuple[ServeOptions, list[str]]:
-    """Return `options` with what suits the hardware and this vLLM, and notes on it.
+    """Return `options` with what suits the hardware, and notes on it and on the drafts.
 
     Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop. What
     `options` and the environment say stays.
@@ -294,7 +293,7 @@ def adapt(
         why = "a CPU" if hardware.gpu is None else _LINKS.get(hardware.link, "a single rank")
         notes.append(f"{', '.join(map(str, PCIE_FLAGS))} and the NCCL variables left out: {why}")
     environment: dict[str, str] = {}
-    for setting in _known(variables, vllm, notes):
+    for setting in variables:
         users = os.environ.get(setting.name)
         if users is not None and users != setting.value:
             notes.append(f"{setting} left out: the environment has {setting.name}={users}")
@@ -303,17 +302,7 @@ def adapt(
             environment[setting.name] = setting.value
             if not setting.source.startswith(ACTI):
                 notes.append(f"{setting}: {setting.why} ({setting.source})")
-    words = [word for flag in _known(flags, vllm, notes) for word in flag.as_args()]
-    if any(map(_GRAPH_SIZES.search, options.extra_args)):
-        notes.append("the sizes of CUDA graphs are those given after --")
-    elif hardware.gpu is not None and not options.enforce_eager:
-        drafts = num_speculative_tokens(options)
-        if sizes := missing_sizes(options.max_num_seqs, drafts, vllm.version):
-            words += ["--cudagraph-capture-sizes", *map(str, sizes)]
-            notes.append(
-                f"CUDA graphs for {', '.join(map(str, sizes))} tokens: vLLM {vllm.version} has "
-                f"none for a whole step of {options.max_num_seqs} sequences (docs/engine.md)"
-            )
+    words = [word for flag in flags for word in flag.as_args()]
     share = hardware.most_utilization if hardware.unified_memory else None
     options = replace(
         options,
@@ -321,16 +310,29 @@ def adapt(
         environment={**environment, **options.environment},
         extra_args=(*words, *options.extra_args),
     )
-    return options, notes
+    return options, [*explain_drafting(options, vllm.platform), *notes]
 
 
-def _known(settings: Iterable[Setting], vllm: InstalledVllm, notes: list[str]) -> Iterator[Setting]:
-    """Yield the settings that this vLLM has a use for, and note the others."""
-    for setting in settings:
-        if setting.is_for(vllm.version):
-            yield setting
-        else:
-            notes.append(f"{setting} left out: {setting.why} (this is vLLM {vllm.version})")
+def explain_drafting(options: ServeOptions, platform: Platform) -> Iterator[str]:
+    """Say what is drafted, as far as that is not vLLM's own way."""
+    if num_speculative_tokens(options, platform) == 0:
+        yield NO_DRAFTING
+        return
+    if options.num_speculative_tokens is None and DEFAULT_K[platform] > 1:
+        yield (
+            f"{DEFAULT_K[platform]} tokens drafted a step: the default on GPUs, where one CUDA "
+            "graph computes them; Acti drafts 1 (--k)"
+        )
+    if options.draft_lm_head_quantization is not None:
+        yield (
+            f"draft_lm_head_quantization {options.draft_lm_head_quantization}: drafts read a copy "
+            "of the LM head in it, besides the model's own; only the acceptance can change"
+        )
+    if options.draft_sample_method == "probabilistic":
+        yield (
+            "draft_sample_method probabilistic: at a temperature above 0 the head draws its "
+            "drafts; their logits are kept on the GPU"
+        )
 
 
 def _node_flags(hardware: Hardware, node: Node, notes: list[str]) -> tuple[str, ...]:

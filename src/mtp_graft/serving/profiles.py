@@ -2,14 +2,11 @@
 
 The Acti card is the model card of LordNeel/DeepSeek-V4-Flash-Acti-MTP-W4A16-FP8, from which this
 project started; its numbers were taken on two RTX PRO 6000 Max-Q with a patched vLLM. `plan.py`
-fits a profile to the hardware and the vLLM at hand.
+fits a profile to the hardware at hand.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 ACTI = "Acti card"
 ACTI_COMMAND = "Acti card, validated 524k command"
@@ -25,15 +22,10 @@ class Setting:
     value: str | None  # None: a flag without a value
     why: str
     source: str
-    versions: str = ""  # the vLLM versions that have a use for it; empty: all supported ones
 
     def __str__(self) -> str:
         separator = " " if self.name.startswith("-") else "="
         return self.name if self.value is None else f"{self.name}{separator}{self.value}"
-
-    def is_for(self, version: Version) -> bool:
-        """Return whether this version of vLLM has a use for it."""
-        return SpecifierSet(self.versions).contains(version, prereleases=True)
 
     def as_args(self) -> tuple[str, ...]:
         """Return a flag as words of a command line."""
@@ -116,15 +108,6 @@ MODEL_FLAGS = (
     Setting("--tool-call-parser", "deepseek_v4", "reads the model's tool calls", ACTI_COMMAND),
 )
 
-#: On any GPU, with or without a profile.
-FIRST_RUNNER = Setting(
-    "VLLM_USE_V2_MODEL_RUNNER",
-    "0",
-    "from 0.28 vLLM takes its second model runner for this model; tried once, with vLLM 0.26.0 and "
-    "piecewise graphs on an H100, it stopped at its start",
-    "docs/engine.md",
-    versions=">=0.28",
-)
 #: On any GPU.
 GPU_ENVIRONMENT = (
     Setting(
@@ -133,14 +116,6 @@ GPU_ENVIRONMENT = (
         "Acti served without FlashInfer's sampler; not compared",
         ACTI_ENVIRONMENT,
     ),
-    Setting(
-        "VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP",
-        "0",
-        "a switch of Acti's patched vLLM; no stock version has it",
-        ACTI_ENVIRONMENT,
-        versions="<0",
-    ),
-    FIRST_RUNNER,
 )
 
 #: Where several GPUs of one host have no NVLink between them.
@@ -170,5 +145,6 @@ PCIE_ENVIRONMENT = NCCL_SHARED_MEMORY + NCCL_LATENCY
 DIFFERENCES_FROM_ACTI = (
     "no --trust-remote-code: stock vLLM has the model's code",
     "VLLM_PLUGINS loads what stock vLLM lacks, where Acti patches vLLM (docs/engine.md)",
+    "VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0 left out: a switch of Acti's patched vLLM",
     "HF_HUB_OFFLINE and VLLM_NO_USAGE_STATS: a folder is served, nothing is fetched or reported",
 )

@@ -2,7 +2,7 @@
 
 A base may store them in FP8 all the same, as pasta-paul's does. Stock vLLM then stops with a
 KeyError at the first of their scales. They are decoded to BF16 while the checkpoint is read,
-which is what other bases store. Read in vLLM 0.26 to 0.33.
+which is what other bases store. Read in vLLM 0.33.
 """
 
 from collections.abc import Iterable, Iterator

@@ -3,8 +3,8 @@
 `CommonAttentionMetadata` keeps which request a token belongs to once it was asked for. vLLM's
 proposer changes the metadata in place from a request's several tokens to its one draft and asks
 again: the kept answer says that the first tokens are the first request's. Text stays right, since
-the target verifies; drafts after the first are wrong for all requests but one. Read in 0.26 to
-0.33 (vllm/v1/attention/backend.py, vllm/v1/spec_decode/llm_base_proposer.py), seen in 0.32.
+the target verifies; drafts after the first are wrong for all requests but one. Seen in 0.32, read
+in 0.33 (vllm/v1/attention/backend.py, vllm/v1/spec_decode/llm_base_proposer.py, the V1 runner's).
 """
 
 from functools import wraps

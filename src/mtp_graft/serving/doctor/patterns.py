@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from mtp_graft.checkpoint.quantization_config import scheme_of
 
-#: Names of an expert's matrices: CUDA from 0.32 asks for the first three, before that and on a
-#: CPU vLLM asks for the others.
+#: Names of an expert's matrices: on CUDA vLLM asks for the first three, on a CPU for the others.
 FAMILIES = (("w1", "w2", "w3"), ("gate_proj", "down_proj", "up_proj"))
 
 _ATTENTION = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")

@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from packaging.version import Version
-
 from mtp_graft.checkpoint.quantization_config import scheme_of
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.dsv4.variants import is_expert
@@ -24,9 +22,6 @@ from mtp_graft.serving.doctor.patterns import (
 )
 from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target
-
-#: From here CUDA asks for experts as w1, w2, w3, before as the CPU does (0.26 to 0.33 read).
-_NATIVE_NAMES_SINCE = Version("0.32")
 
 
 def usable(survey: Survey) -> bool:
@@ -187,28 +182,20 @@ def half_named(survey: Survey, target: Target) -> Iterator[Finding]:
     }
     if layers:
         family = next(iter(layers.values()))
-        asked = _family_asked(target)
-        severity: Severity = "error" if asked in (None, family) else "warning"
+        asked = {"cuda": 0, "cpu": 1, None: family}[target.platform]
+        severity: Severity = "error" if asked == family else "warning"
         yield Finding(
             "expert-target-names",
             severity,
             "quantization_config.config_groups: targets of routed experts",
             f"none for {', '.join(FAMILIES[family])} in {len(layers)} layers",
             "both w1, w2, w3 and gate_proj, down_proj, up_proj",
-            "CUDA builds from 0.32 ask for the first names, others for the second. An "
+            "CUDA builds ask for the first names, CPU builds for the second. An "
             "expert without a scheme is built unquantized, in several times the memory, and "
             "loading stops with a KeyError at `weight_packed`",
             "--fix adds the other names",
             fixable=True,
         )
-
-
-def _family_asked(target: Target) -> int | None:
-    if target.platform == "cpu":
-        return 1
-    if target.platform is None or target.vllm is None:
-        return None
-    return 0 if target.vllm >= _NATIVE_NAMES_SINCE else 1
 
 
 def mismatches(survey: Survey, _target: Target) -> Iterator[Finding]:

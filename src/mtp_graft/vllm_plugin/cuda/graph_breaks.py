@@ -1,4 +1,4 @@
-"""Gap: in a forked engine piecewise CUDA graphs leave attention out (read in 0.26 to 0.33).
+"""Gap: in a forked engine piecewise CUDA graphs leave attention out (read in 0.33).
 
 vLLM cuts this model's graphs around attention with a decorator that does nothing unless
 `VLLM_USE_BREAKABLE_CUDAGRAPH` is set when the module is imported. vLLM sets the variable itself,
@@ -10,8 +10,8 @@ graphs.
 
 from typing import Any
 
-#: The methods that vLLM decorates: the first until 0.27, the others from 0.28.
-BREAKS = ("attention_impl", "_prepare_and_attn_eager", "_sparse_indexer_and_attn")
+#: The methods that vLLM decorates.
+BREAKS = ("_prepare_and_attn_eager", "_sparse_indexer_and_attn")
 
 #: The methods that `apply` found undecorated in this process.
 remedied: list[str] = []

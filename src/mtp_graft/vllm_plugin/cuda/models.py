@@ -1,4 +1,4 @@
-"""vLLM's CUDA DeepSeek-V4 and its MTP drafter, with what they lack for W4A16-FP8 checkpoints."""
+"""vLLM's CUDA DeepSeek-V4 and its MTP drafter, loaded strictly."""
 
 from collections.abc import Iterable
 
@@ -6,45 +6,24 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.models import deepseek_v4 as stock
 
-from mtp_graft.vllm_plugin import draft_steps
 from mtp_graft.vllm_plugin.compressors import decode_compressors
-from mtp_graft.vllm_plugin.cuda import (
-    expert_scales,
-    graph_breaks,
-    hyper_connections,
-    rope,
-    scale_alias,
-)
+from mtp_graft.vllm_plugin.cuda import graph_breaks
 from mtp_graft.vllm_plugin.cuda.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
 Weights = Iterable[tuple[str, Tensor]]
 
-#: Gap: without it no quantization group matches the fused modules. Upstream from vLLM 0.29 for the
-#: target, with these entries, and in no version for the drafter (0.26 to 0.33 read).
-FUSED = {
-    "gate_up_proj": ["w1", "w3"],
-    "fused_wqa_wkv": ["wq_a", "wkv"],
-    "fused_wkv_wgate": ["wkv", "wgate"],
-}
-
 
 class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     """The target; unread checkpoint tensors and unwritten parameters are errors."""
 
-    packed_modules_mapping = FUSED
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         graph_breaks.apply()
-        rope.apply()
-        hyper_connections.apply(vllm_config.model_config.hf_config.hidden_size)
-        expert_scales.apply()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         record_on_demand(self, vllm_config)
 
     def load_weights(self, weights: Weights) -> set[str]:
         """Load the base's tensors; the head's (`mtp.*`) belong to the drafter."""
-        scale_alias.apply(self)
         base = ((name, tensor) for name, tensor in weights if not name.startswith("mtp."))
         return load_strictly(self, decode_compressors(base), super().load_weights)
 
@@ -52,15 +31,8 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
 class DeepSeekV4MTP(stock.DeepSeekV4MTP):
     """The drafter; unread checkpoint tensors and unwritten parameters are errors."""
 
-    packed_modules_mapping = FUSED
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        draft_steps.apply()
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
     def load_weights(self, weights: Weights) -> set[str]:
         """Load `mtp.0.*`; embedding and LM head are the target's."""
-        scale_alias.apply(self)
         head = ((name, tensor) for name, tensor in weights if name.startswith("mtp."))
         shared = {
             name
