@@ -307,7 +307,9 @@ def test_demo_runs_every_stage_of_the_bundled_recipe(
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     assert ["gptq", "74.2 %", "75.0 %", "73.0 % to 77.0 %"] in rows
     assert ["bf16", "76.0 %", "-", "-"] in rows
-    assert "gptq less rtn, served, on the same texts: -1.4 to +0.2 points (95 %)" in out
+    assert (
+        "gptq less rtn, served, first drafts of the same texts: -1.4 to +0.2 points (95 %)" in out
+    )
     assert "decode: base 20.0 tok/s, with MTP 30.0 tok/s (1.50 times)" in out
     assert "identical on every prompt" in out
     assert f"report: {tmp_path / 'report.md'}" in out

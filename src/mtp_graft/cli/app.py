@@ -39,12 +39,13 @@ JsonOption = Annotated[
 SpeculativeOption = Annotated[
     int | None,
     typer.Option(
-        "--num-speculative-tokens",
+        "--k",
         "-k",
+        "--num-speculative-tokens",
         min=0,
         metavar="N",
         rich_help_panel=SERVER,
-        help="Tokens to draft a step; 0 leaves the head out. Default: 1 if there is a head.",
+        help="Tokens to draft a step; 0 leaves the head out. Default: 3 on a GPU, 1 on a CPU.",
     ),
 ]
 TensorParallelOption = Annotated[

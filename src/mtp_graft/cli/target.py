@@ -28,6 +28,9 @@ PromptsOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Use the first prompts only.")
 ]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, metavar="T", help="0 is greedy; above, texts are not compared.")
+]
 IgnoreEosOption = Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")]
 RunOption = Annotated[
     Path | None,
@@ -90,17 +93,28 @@ class Target:
     log: Annotated[
         Path | None, _option(metavar="FILE", help="Where --checkpoint's server writes to.")
     ] = None
+    draft_sample_method: Annotated[
+        str | None,
+        _option(metavar="NAME", help="How drafts are sampled: greedy or probabilistic."),
+    ] = None
+    draft_lm_head_quantization: Annotated[
+        str | None, _option(metavar="NAME", help="LM head for drafts: fp8 or nvfp4 (CUDA).")
+    ] = None
     extra: ServeArgument = None
     began_s: float = field(default_factory=time.perf_counter, init=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
-        ours_only = (self.profile, self.tensor_parallel_size, self.max_model_len, self.extra)
+        ours_only = (
+            *(self.profile, self.tensor_parallel_size, self.max_model_len, self.extra),
+            *(self.draft_sample_method, self.draft_lm_head_quantization),
+        )
         if self.checkpoint is None and any(ours_only):
             raise typer.BadParameter(
-                "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
-                "--checkpoint: a running server cannot be changed"
+                "--profile, --tensor-parallel-size, --max-model-len, --draft-sample-method, "
+                "--draft-lm-head-quantization and arguments after -- need --checkpoint: a running "
+                "server cannot be changed"
             )
 
     def identity(self) -> dict[str, Any]:
@@ -118,6 +132,8 @@ class Target:
             "profile": self.profile,
             "tensor_parallel_size": self.tensor_parallel_size,
             "max_model_len": self.max_model_len,
+            "draft_sample_method": self.draft_sample_method,
+            "draft_lm_head_quantization": self.draft_lm_head_quantization,
             "extra_args": self.extra or [],
             "device": device_name(),
             "vllm": f"{vllm.version} ({vllm.platform})",
@@ -168,12 +184,15 @@ class Target:
         from mtp_graft.serving.plan import make_plan
         from mtp_graft.serving.topology import hardware_for
 
+        drafts = num_speculative_tokens != 0
         options = ServeOptions(
             checkpoint,
             port=0,
             tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
             num_speculative_tokens=num_speculative_tokens,
+            draft_sample_method=self.draft_sample_method if drafts else None,
+            draft_lm_head_quantization=self.draft_lm_head_quantization if drafts else None,
             prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
             extra_args=tuple(self.extra or ()),

@@ -84,7 +84,7 @@ class Servers:
                 capture_config(self._recipe),
             ),
             record=None,
-            num_speculative_tokens=self._recipe.bench.num_speculative_tokens,
+            num_speculative_tokens=self._recipe.bench.k,
         )
         if find_vllm().version >= _COUNTS_REQUESTS:
             options = replace(options, extra_args=_COUNT_REQUESTS)

@@ -48,6 +48,8 @@ class ServeOptions:
     max_num_batched_tokens: int | None = None  # of all requests, in one step
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
     num_speculative_tokens: int | None = None  # 0: without the head; None: 1 if there is a head
+    draft_lm_head_quantization: str | None = None
+    draft_sample_method: str | None = None
     served_model_names: tuple[str, ...] = ()
     kv_cache_dtype: str = "fp8"
     kv_cache_gib: float | None = None  # None: 1 on a CPU; on a GPU, vLLM fills the memory
@@ -130,7 +132,10 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
         *_optional_args(options, on_cpu, _step_size(options, on_cpu, num_draft)),
     ]
     if num_draft:
-        speculative = {"method": "mtp", "num_speculative_tokens": num_draft}
+        speculative: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": num_draft}
+        for key in ("draft_lm_head_quantization", "draft_sample_method"):
+            if (value := getattr(options, key)) is not None:
+                speculative[key] = value
         argv += ["--speculative-config", json.dumps(speculative, separators=(",", ":"))]
     return ServeCommand(
         env=_environment(options, vllm),
