@@ -180,9 +180,11 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.recv(1)
             os._exit(SETTINGS["exit_status"])
         elif self.path == "/v1/chat/completions":
-            self.stream(prompt_of_chat(body), body.get("max_tokens", SETTINGS["chat_tokens"]), True)
+            self.stream(
+                body, prompt_of_chat(body), body.get("max_tokens", SETTINGS["chat_tokens"]), True
+            )
         elif body.get("stream"):
-            self.stream(body["prompt"], body["max_tokens"], False)
+            self.stream(body, body["prompt"], body["max_tokens"], False)
         else:
             number = count(body["max_tokens"])
             record(body["prompt"])
@@ -204,8 +206,10 @@ class Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"top_logprobs": top}
         return choice
 
-    def stream(self, prompt: list[int], max_tokens: int, chat: bool) -> None:
+    def stream(self, body: dict[str, Any], prompt: list[int], max_tokens: int, chat: bool) -> None:
         failure = count_stream(prompt)
+        if body.get("temperature"):  # another text every time
+            prompt = [*prompt, len(STREAMED)]
         if failure == "500":
             self.reply(200, "", failure=failure)
             return

@@ -39,13 +39,11 @@ JsonOption = Annotated[
 SpeculativeOption = Annotated[
     int | None,
     typer.Option(
-        "--k",
-        "-k",
-        "--num-speculative-tokens",
+        *("--k", "-k", "--num-speculative-tokens"),
         min=0,
         metavar="N",
         rich_help_panel=SERVER,
-        help="Tokens to draft a step; 0 leaves the head out. Default: 3 on a GPU, 1 on a CPU.",
+        help="Tokens to draft a step; 0 leaves the head out. Default: 3 on GPUs, 1 on a CPU.",
     ),
 ]
 TensorParallelOption = Annotated[

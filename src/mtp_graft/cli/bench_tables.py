@@ -50,9 +50,10 @@ def drafting_lines(result: dict[str, Any]) -> list[str]:
     """Return how many drafts were accepted at each position, if there were any."""
     if result["acceptance_length"] is None:
         return []
+    ended = ", after the end of a text too" if result.get("config", {}).get("ignore_eos") else ""
     return [
         f"k = {result['k']}: accepted by position {percents(result['acceptance_by_position'])} "
-        f"(each given the ones before), {result['acceptance_length']:.2f} tokens a step"
+        f"(each given the ones before{ended}), {result['acceptance_length']:.2f} tokens a step"
     ]
 
 

@@ -28,7 +28,7 @@ KOption = Annotated[
         *("--k", "-k"),
         min=0,
         metavar="N",
-        help="Tokens to draft a step, as --set bench.k=N. Default: 3 on a GPU, 1 on a CPU.",
+        help="Tokens to draft a step, as --set bench.k=N. Default: 3 on GPUs, 1 on a CPU.",
     ),
 ]
 SetOption = Annotated[

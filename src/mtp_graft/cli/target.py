@@ -95,10 +95,11 @@ class Target:
     ] = None
     draft_sample_method: Annotated[
         str | None,
-        _option(metavar="NAME", help="How drafts are sampled: greedy or probabilistic."),
+        _option(metavar="METHOD", help="greedy or probabilistic, on GPUs. Default: greedy."),
     ] = None
     draft_lm_head_quantization: Annotated[
-        str | None, _option(metavar="NAME", help="LM head for drafts: fp8 or nvfp4 (CUDA).")
+        str | None,
+        _option(metavar="TYPE", help="fp8 or nvfp4: a smaller LM head for drafts, on GPUs."),
     ] = None
     extra: ServeArgument = None
     began_s: float = field(default_factory=time.perf_counter, init=False, compare=False)

@@ -228,19 +228,25 @@ def _sweep_remarks(group: Sequence[Measurement], cite: Citations) -> Iterator[st
             )
         if not result["dips"].value:
             yield f"{name}: more streams never brought fewer tokens a second, intervals apart."
-        for point in result["points"]:
-            if rates := point.get("acceptance_by_position"):
-                streams, k = (cite.show("count", point[key]) for key in ("concurrency", "k"))
-                length = cite.show("two decimals", point["acceptance_length"])
-                yield (
-                    f"{name}, k = {k}, {streams} at a time: accepted by position "
-                    f"{cite.show('percents', rates)}, {length} tokens a step."
-                )
+        for k in dict.fromkeys(point["k"].value for point in result["points"]):
+            points = [p for p in result["points"] if p["k"].value == k]
+            if found := [shown for p in points if (shown := _positions(p, cite))]:
+                listed = "; ".join(found)
+                yield f"{name}, k = {k}, accepted by position and tokens a step: {listed}."
         if best_k := list(result["best_k"]):
             fastest = ", ".join(_fastest(best, cite) for best in best_k)
             yield f"{name}: the fastest k by streams is {fastest}."
         errors = cite.show("sum", *(point["errors"] for point in result["points"]))
         yield f"{name}: {errors} requests failed and were asked again."
+
+
+def _positions(point: Node, cite: Citations) -> str | None:
+    rates = point.get("acceptance_by_position")
+    if rates is None:
+        return None
+    streams, length = cite.show("count", point["concurrency"]), point["acceptance_length"]
+    shown = cite.show("percents", rates), cite.show("two decimals", length)
+    return f"{streams} at a time {' and '.join(shown)}"
 
 
 def _fastest(best: Node, cite: Citations) -> str:
