@@ -60,6 +60,7 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
         (("decode", "--base-url", "http://u", "--pairs", "2"), "--pairs needs --against"),
         (("sweep",), "give one of --base-url and --checkpoint"),
         (("sweep", "--base-url", "http://u", "--k", "1,2"), "--k needs --checkpoint"),
+        (("decode", "--base-url", "http://u", "--k", "3"), "--k needs --checkpoint"),
         (("sweep", "--checkpoint", "c", "--streams", "1,0"), "--streams is '1,0'"),
         (("sweep", "--checkpoint", "c", "--k", "1,1"), "--k is '1,1'"),
         (("workload", "--base-url", "http://u", "--max-model-len", "9"), "need --checkpoint"),
@@ -140,7 +141,9 @@ def test_several_drafts_a_step_and_sampling_are_in_the_result(
     assert (result["k"], result["against"]["k"]) == (3, None)
     assert result["acceptance_by_position"] == [5 / 9, 1.0, 0.0]  # 20 tokens: 1, 3, 1, ..., 3
     assert result["greedy_identical"] is None
-    assert "k = 3: accepted by position 55.6, 100.0, 0.0 % (each given the ones before, after" in out
+    assert (
+        "k = 3: accepted by position 55.6, 100.0, 0.0 % (each given the ones before, after" in out
+    )
     assert "greedy text: not compared, since texts are sampled" in out
 
 

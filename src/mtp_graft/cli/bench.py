@@ -92,6 +92,7 @@ def bench_decode(
     """
     from mtp_graft.bench.decode import DecodeConfig
 
+    target.check_k(k)
     other = _other(target, against, against_url)
     if pairs is not None and other is None:
         raise typer.BadParameter(
@@ -224,8 +225,7 @@ def bench_sweep(
     from mtp_graft.bench.ledger import open_ledger
     from mtp_graft.bench.sweep import SweepConfig, measure_sweep
 
-    if k is not None and target.checkpoint is None:
-        raise typer.BadParameter("--k needs --checkpoint: a running server drafts what it drafts")
+    target.check_k(k)
     ks = (None,) if k is None else _numbers("--k", k, 0)
     loads = _numbers("--streams", streams, 1)
     config = SweepConfig(loads, ks, max_tokens, requests, ignore_eos, temperature)
@@ -291,6 +291,7 @@ def bench_workload(
     from mtp_graft.bench.ledger import open_ledger
     from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
 
+    target.check_k(k)
     config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
     folder = target.folder(run, "workload")
     claim = asdict(config) | {"server": target.identity(), "k": k}

@@ -118,6 +118,13 @@ class Target:
                 "server cannot be changed"
             )
 
+    def check_k(self, k: object) -> None:
+        """Refuse --k for a running server."""
+        if k is not None and self.checkpoint is None:
+            raise typer.BadParameter(
+                "--k needs --checkpoint: a running server drafts what it drafts"
+            )
+
     def identity(self) -> dict[str, Any]:
         """Return what tells this server from another when a measurement goes on."""
         from mtp_graft.checkpoint.manifest import fingerprints
