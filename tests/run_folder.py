@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.bench.workload import CATEGORIES, WorkloadConfig, workload_result
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.manifest import fingerprints
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.dsv4.acceptance import wilson_interval
+from mtp_graft.serving.metrics import SpecDecodeCounters
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -157,6 +159,7 @@ def pipeline_bench(run: Path, device: str = GPU) -> None:
             "accepted": accepted,
             "drafted": DRAFTED,
             "interval": list(wilson_interval(accepted, DRAFTED)),
+            **drafting_result(SpecDecodeCounters(DRAFTED, DRAFTED, accepted, (accepted,))),
         }
         write(run / f"bench/served-{variant}.json", served)
     write(run / "bench/manifest.json", manifest("bench", device))

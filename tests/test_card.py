@@ -163,12 +163,13 @@ def test_pointers_with_slashes_and_tildes_lead_back(tmp_path: Path) -> None:
         "| recipe's own | with MTP | 124.2 (105.2 to 142.7) | 61.2 (50.3 to 67.1) | "
         "78.0 % (78.0 to 78.0 %) | 0.89× |",  # 124.23 / 139.55
         "3 pairs of sessions; time to first token 1.01× (0.81 to 1.25) the base's",
-        "accepted by draft position 78.0 %, 1.78 tokens a step",
+        "k = 1, accepted by position 78.0 % (each given the ones before); 1.78 tokens a step",
         "greedy text the same with and without MTP on every prompt",
         # bench sweep, from bench_results/sweep.json; the profile's settings
         "| 128k | 131,072 | 8 | 0.9 | 4 | 1 | 59.7 | 227.3 | many chats or agents at once |",
         "| 2 | 90.2, 167.2 | 80.9, 146.6 |",
         "- 128k: the fastest k by streams is 1: k = 1 (intervals overlap), 2: k = 1, 3:",
+        "- 128k, k = 2, accepted by position and tokens a step: 1 at a time 80.2, 80.7 %",
         "- 128k: more streams never brought fewer tokens a second, intervals apart.",
         # bench workload
         "| 524k | coding | 3 | 951 | 90.8 | 154.0 | 71.8 % | 0 |",  # 3 x (121, 122, 123) of 170
@@ -178,7 +179,7 @@ def test_pointers_with_slashes_and_tildes_lead_back(tmp_path: Path) -> None:
         "86.3 to 96.6 % | 7 wrong answer |",
         "| 158 of 164 | 96.3 % | 92.2 to 98.3 % | "
         "2 AssertionError, 1 AttributeError, 3 NameError |",
-        "| gptq | yes | 80.3 % | 78.7 to 81.8 % | 2,041 of 2,543 | 79.5 % |",
+        "| gptq | yes | 1 | 80.3 % | 78.7 to 81.8 % | 2,041 of 2,543 | 1.80 | 79.5 % |",
         # the checkpoint
         "| base: routed experts | INT4, groups of 128, symmetric (W4A16) | the base's, unchanged |",
         "| head: `ffn.shared_experts.{w1,w2,w3}` | BF16 | upstream FP8 decoded to BF16 (exact) |",
@@ -257,7 +258,7 @@ def test_a_run_without_measurements_says_so_and_shows_none(tmp_path: Path) -> No
                  "MMLU", "Capability", "served acceptance"):  # fmt: skip
         assert what in missing
         assert any(what in named for named in result["not_measured"])
-    for title in ("Decode speed, one stream, greedy", "Serving profiles", "Benchmark snapshot"):
+    for title in ("Decode speed, one stream", "Serving profiles", "Benchmark snapshot"):
         assert f"## {title}" not in page
     assert "model-index" not in page
     assert "tok/s" not in page
@@ -266,7 +267,7 @@ def test_a_run_without_measurements_says_so_and_shows_none(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("benchmark", "title"),
-    [("decode", "Decode speed, one stream, greedy"), ("workload", "Everyday requests"),
+    [("decode", "Decode speed, one stream"), ("workload", "Everyday requests"),
      ("sweep", "Streams at a time"), ("sweep", "Serving profiles")],
 )  # fmt: skip
 @pytest.mark.parametrize(
@@ -332,7 +333,7 @@ def test_decode_without_a_comparison_has_speeds_and_no_ratio(tmp_path: Path) -> 
         alone.pop(key)
     bench(run, "decode", alone)
     page = card(run)
-    speed = section(page, "Decode speed, one stream, greedy")
+    speed = section(page, "Decode speed, one stream")
     assert "| no profile | with MTP | 124.2 (105.2 to 142.7) |" in speed
     assert "not measured |" in speed and "×" not in speed
     assert "bench decode --against" in section(page, "Not measured")
@@ -576,7 +577,7 @@ def test_card_of_what_the_real_stages_leave(tiny_model: Path, tmp_path: Path) ->
         assert reread(entry, run) == entry["shown"], entry
     assert "calibration tokens in PyTorch (true attention)" in page
     assert "| result | ok |" in page
-    assert re.search(r"\| gptq \| yes \| not measured \| – \| – \| \d+\.\d % \|", page)
+    assert re.search(r"\| gptq \| yes \| – \| not measured \| – \| – \| – \| \d+\.\d % \|", page)
     assert re.search(r"\| quantize: `experts-0000-\S+` \| [0-9a-f]{64} \|", page)
     assert str(tmp_path) not in page and str(tiny_model) not in page
 

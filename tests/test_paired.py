@@ -66,13 +66,13 @@ TOTAL = {"accepted": 3, "drafted": 6}
 
 
 def answer_with(metrics: bool) -> httpx.MockTransport:
-    """Answer completions, prompt (n, n) with n accepted drafts."""
+    """Answer completions, prompt (n, n) with n accepted first drafts of two."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         number = int(request.read().split(b"[")[1].split(b",")[0])
         found: dict[str, Any] = {"choices": [{"token_ids": [7, 8]}]}
         if metrics:
-            inner = {"num_draft_tokens": 2, "num_accepted_draft_tokens": number}
+            inner = {"num_spec_steps": 2, "acceptance_histogram": [2 - number, 0, number]}
             found["metrics"] = {"speculative_decoding": inner}
         return httpx.Response(200, json=found)
 

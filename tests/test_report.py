@@ -8,8 +8,10 @@ from typing import Any
 import matplotlib as mpl
 import pytest
 
+from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.bench.report import CHARTS, write_report
 from mtp_graft.bench.results import RunResults
+from mtp_graft.serving.metrics import SpecDecodeCounters
 
 VARIANTS = ("rtn", "gptq", "mxfp4", "bf16")
 ACCEPTED = {"rtn": 3801, "gptq": 3969, "mxfp4": 3993, "bf16": 4011}
@@ -31,10 +33,15 @@ def errors(level: float) -> list[float]:
     return [level + 0.0004 * (e * 37 % NUM_EXPERTS) for e in range(NUM_EXPERTS)]
 
 
-def served() -> dict[str, Any]:
-    return {
-        v: {**rate(a), "acceptance": a / DRAFTED, "drafted": DRAFTED} for v, a in ACCEPTED.items()
-    }
+def served(**intervals: tuple[float, float]) -> dict[str, Any]:
+    """Return what each head's server counted at k = 1, with these intervals."""
+    found = {}
+    for v, a in ACCEPTED.items():
+        counted = drafting_result(SpecDecodeCounters(DRAFTED, DRAFTED, a, (a,)))
+        interval = intervals.get(v, rate(a)["interval"])
+        counted |= {"acceptance_by_position_interval": [interval], "interval": interval}
+        found[v] = {"accepted": a, "acceptance": a / DRAFTED, "drafted": DRAFTED, **counted}
+    return found
 
 
 def scored() -> dict[str, Any]:
@@ -81,6 +88,8 @@ def decoded(base: float = 41.27, mtp: float = 58.84) -> dict[str, Any]:
             "ttft_ms": speed(8 * tok_s),
             "tpot_ms": speed(1e3 / tok_s),
             "acceptance": acceptance,
+            "acceptance_by_position": acceptance and [0.7615],
+            "acceptance_length": acceptance and 1.7615,
             "num_prompts": 9,
             "tokens_per_round": 1152,
         }
@@ -108,6 +117,9 @@ def whole_run() -> RunResults:
     return RunResults(
         result={
             "acceptance": ACCEPTED["gptq"] / DRAFTED,
+            "k": 1,
+            "acceptance_by_position": [ACCEPTED["gptq"] / DRAFTED],
+            "acceptance_length": 1 + ACCEPTED["gptq"] / DRAFTED,
             "acceptance_served": {v: a / DRAFTED for v, a in ACCEPTED.items()},
             "acceptance_offline": {v: a / DRAFTED for v, a in OFFLINE.items()},
             "decode_tok_s": {"base": 41.27, "mtp": 58.84},
@@ -136,6 +148,9 @@ def whole_run() -> RunResults:
 def nothing_but_the_summary() -> RunResults:
     result = {
         "acceptance": None,
+        "k": None,
+        "acceptance_by_position": None,
+        "acceptance_length": None,
         "acceptance_served": {},
         "acceptance_offline": {},
         "decode_tok_s": None,
@@ -152,8 +167,7 @@ def written(folder: Path, results: RunResults) -> str:
 
 def intervals(results: RunResults, **by_variant: tuple[float, float]) -> RunResults:
     """Return the results with other served intervals."""
-    changed = {v: {**s, "interval": by_variant.get(v, s["interval"])} for v, s in served().items()}
-    return replace(results, served=changed)
+    return replace(results, served=served(**by_variant))
 
 
 def all_numbers(value: object) -> list[float]:
@@ -178,7 +192,10 @@ def without_names(page: str) -> str:
         "41.3 tok/s",
         "58.8 tok/s, 1.43× the base's",  # 58.84 / 41.27
         "| greedy text identical | yes |",
-        "| acceptance, gptq | 77.7 % (95 %: 76.6 to 78.8 %) |",
+        "| first draft accepted, gptq | 77.7 % (95 %: 76.6 to 78.8 %) |",
+        "| tokens a step, gptq | 1.78 (k = 1) |",
+        "accepts 77.7 % of the gptq head's drafts, 1.78 tokens a step",
+        "| gptq | 1 | 77.7 % | 1.78 |",
         "| rtn | served | 74.4 % | 73.3 to 75.5 % | 3,801 of 5,107 |",
         "| bf16 | offline | 78.5 % | 77.4 to 79.6 % | 4,007 of 5,107 |",
         "| gptq | 4.125 | 8,019,305 | 9.36 % | 77.2 % | 77.7 % | +0.5 points |",
@@ -193,7 +210,8 @@ def without_names(page: str) -> str:
         "570,224,640 bytes",
         "| decode, tok/s | 41.3 (40.0 to 42.9) | 58.8 (57.1 to 61.2) |",
         "| time to first token, ms | 330.2 (320.3 to 343.4) | 470.7 (456.6 to 489.5) |",
-        "| acceptance on these prompts | – | 76.2 % (75.1 to 77.3 %) |",
+        "| drafts accepted | – | 76.2 % (75.1 to 77.3 %) |",
+        "| tokens a step | – | 1.76 |",
         "continues 9 prompts, one at a time, by 1,152 tokens",
         "| tensors compared | 612 |",
         "| largest relative error (Frobenius) | 0.1893 |",
@@ -363,17 +381,33 @@ def test_a_single_variant_has_its_report(variant: str, tmp_path: Path) -> None:
         ),
     )
     assert f"The server accepts {100 * acceptance:.1f} % of the {variant} head's drafts" in page
-    assert f"| acceptance, {variant} | {100 * acceptance:.1f} % (95 %: " in page
+    assert f"| first draft accepted, {variant} | {100 * acceptance:.1f} % (95 %: " in page
     assert {path.name for path in tmp_path.glob("*.png")} == set(CHARTS)
     assert "overlap" not in page.partition("## Decode speed")[0], "there is nothing to compare"
     for other in set(VARIANTS) - {variant}:
         assert f"| {other} | served" not in page and f"| {other} | offline" not in page
 
 
-def test_rates_of_the_summary_come_without_intervals(tmp_path: Path) -> None:
-    page = written(tmp_path, replace(whole_run(), served=None))
-    assert "| gptq | served | 77.7 % | not measured | not measured |" in page
-    assert "The served rates of gptq and rtn have no intervals to compare." in page
+def test_with_several_drafts_a_step_the_first_ones_are_compared(tmp_path: Path) -> None:
+    counters = SpecDecodeCounters(1000, 3000, 1550, (742, 492, 316))
+    three = {
+        "gptq": {
+            **{"accepted": 1550, "drafted": 3000, "acceptance": 1550 / 3000},
+            **drafting_result(counters),
+        }
+    }
+    run = whole_run()
+    result = {
+        **run.result,
+        **{"acceptance": 1550 / 3000, "k": 3, "acceptance_length": 2.55},
+        "acceptance_by_position": three["gptq"]["acceptance_by_position"],
+    }
+    page = written(tmp_path, replace(run, result=result, served=three))
+    assert "accepts 51.7 % of the gptq head's drafts, 2.55 tokens a step" in page
+    assert "| first draft accepted, gptq | 74.2 % (95 %: 71.4 to 76.8 %) |" in page
+    assert "| gptq | served | 74.2 % | 71.4 to 76.8 % | 742 of 1,000 |" in page
+    assert "| gptq | 3 | 74.2, 66.3, 64.2 % | 2.55 |" in page
+    assert "| gptq | 4.125 | 8,019,305 | 9.36 % | 77.2 % | 74.2 % | −3.0 points |" in page
 
 
 def test_experts_without_tokens_are_listed_with_their_policy(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ class BenchSection:
     count: int = 8
     max_tokens: int = 128
     rounds: int = 3
-    num_speculative_tokens: int = _at_least(0, 1)
+    k: int | None = _at_least(0, None)  # drafts a step; None: as `serve` does on this platform
     served_variants: tuple[Variant, ...] = _ALL_VARIANTS
     acceptance_count: int | None = None  # evaluation texts to serve; all of them are scored
 

@@ -34,7 +34,7 @@ def test_every_benchmark_runs_to_its_end(
     asked |= {"decode": ("--max-tokens", 16, "--limit", 2, "--rounds", 1)}
     results: dict[str, dict[str, Any]] = {}
     # The workload's longest prompt is 2,269 tokens with its document, system prompt and tools.
-    options = ServeOptions(checkpoint, port=0, max_model_len=4096)
+    options = ServeOptions(checkpoint, port=0, max_model_len=4096, num_speculative_tokens=2)
     with managed_server(options, tmp_path / "vllm.log") as client:
         for name, arguments in asked.items():
             status, out, errors = run(
@@ -58,21 +58,25 @@ def test_every_benchmark_runs_to_its_end(
     decode = results["decode"]
     assert (decode["num_prompts"], decode["tokens_per_round"], decode["errors"]) == (2, 32, 0)
     assert decode["decode_tok_s"]["median"] > 0
-    assert decode["acceptance"] is not None
+    first, second = decode["acceptance_by_position"]
+    assert decode["k"] == 2 and 0 < first < 1
+    # A step accepts a second draft only where it accepted the first.
+    assert decode["acceptance_length"] == pytest.approx(1 + first + first * second)
 
 
 def test_sweep_holds_an_odd_load_with_and_without_the_head(
     run: Run, checkpoint: Path, tmp_path: Path
 ) -> None:
     status, out, errors = run(
-        *("bench", "sweep", "--checkpoint", checkpoint, "-k", "0,1", "--streams", "1,3"),
+        *("bench", "sweep", "--checkpoint", checkpoint, "-k", "0,2", "--streams", "1,3"),
         *("--max-model-len", 256, "--max-tokens", 8, "--limit", 3, "--requests", 1),
         *("--run", tmp_path / "run", "--json", "-"),
     )
     assert status == 0, errors
     points = json.loads(out)["points"]
-    assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (1, 1), (1, 3)]
+    assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (2, 1), (2, 3)]
     for point in points:
         assert point["requests"] >= point["concurrency"] and point["errors"] == 0
         assert point["tokens"] >= 8 * point["concurrency"]
-        assert (point["acceptance"] is not None) == (point["k"] == 1)
+        by_position = point["acceptance_by_position"]
+        assert by_position is None if point["k"] == 0 else len(by_position) == 2

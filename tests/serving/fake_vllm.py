@@ -1,9 +1,9 @@
 """A stand-in for the `vllm` command: the HTTP surface we use, with text and timing known.
 
 FAKE_VLLM holds JSON: `mode` and the numbers below. The token at position i of any answer is
-`(sum(prompt) + 7 * i) % 1000`; with a draft head, every second step accepts its draft. With
-MTP_GRAFT_RECORD it records prompts as our plugin does, other prompts around each. A chat's prompt
-is the bytes of its messages.
+`(sum(prompt) + 7 * i) % 1000`; with a draft head, every second step accepts its drafts, or as
+`accepts` says. With MTP_GRAFT_RECORD it records prompts as our plugin does, other prompts around
+each. A chat's prompt is the bytes of its messages.
 """
 
 import json
@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     # comes back, and SIGTERM ends the server once its clients have hung up
     "mode": "ok",
     "step_s": 0.0,
+    "accepts": None,  # how many drafts the steps of an answer accept, over and over
     "diverge_at": None,  # a server with a draft head says 999 at this position
     "exit_status": 0,  # of a server that SIGTERM or SIGINT ended
     "record": None,  # file that gets argv, environment and process ids
@@ -46,6 +47,7 @@ def argument(name: str, default: str) -> str:
 
 NUM_DRAFT = json.loads(argument("--speculative-config", "{}")).get("num_speculative_tokens", 0)
 COUNTERS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
+ACCEPTED_AT = [0] * NUM_DRAFT
 
 
 def answer(prompt: list[int], max_tokens: int) -> list[int]:
@@ -64,11 +66,14 @@ def steps(num_tokens: int) -> list[int]:
     """Split tokens into the steps that make them; the first comes from prefill alone."""
     sizes = [1]
     while (left := num_tokens - sum(sizes)) > 0:
-        accepted = NUM_DRAFT if len(sizes) % 2 else 0
+        accepts = SETTINGS["accepts"] or (NUM_DRAFT, 0)
+        accepted = min(accepts[(len(sizes) - 1) % len(accepts)], NUM_DRAFT)
         if NUM_DRAFT:
             COUNTERS["drafts"] += 1
             COUNTERS["draft_tokens"] += NUM_DRAFT
             COUNTERS["accepted_tokens"] += accepted
+            for at in range(accepted):
+                ACCEPTED_AT[at] += 1
         sizes.append(min(left, 1 + accepted))
     return sizes
 
@@ -80,10 +85,9 @@ def metrics() -> str:
         for name, value in COUNTERS.items():
             lines.append(f"vllm:spec_decode_num_{name}_total{{{label}}} {float(value)}")
             lines.append(f"vllm:spec_decode_num_{name}_created{{{label}}} 1.7e+09")
-        each = float(COUNTERS["accepted_tokens"] // NUM_DRAFT)
         lines += [
-            f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{at}"}} {each}'
-            for at in range(NUM_DRAFT)
+            f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{at}"}} {n}.0'
+            for at, n in enumerate(ACCEPTED_AT)
         ]
     return "\n".join(lines) + "\n"
 
@@ -176,9 +180,11 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.recv(1)
             os._exit(SETTINGS["exit_status"])
         elif self.path == "/v1/chat/completions":
-            self.stream(prompt_of_chat(body), body.get("max_tokens", SETTINGS["chat_tokens"]), True)
+            self.stream(
+                body, prompt_of_chat(body), body.get("max_tokens", SETTINGS["chat_tokens"]), True
+            )
         elif body.get("stream"):
-            self.stream(body["prompt"], body["max_tokens"], False)
+            self.stream(body, body["prompt"], body["max_tokens"], False)
         else:
             number = count(body["max_tokens"])
             record(body["prompt"])
@@ -200,8 +206,10 @@ class Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"top_logprobs": top}
         return choice
 
-    def stream(self, prompt: list[int], max_tokens: int, chat: bool) -> None:
+    def stream(self, body: dict[str, Any], prompt: list[int], max_tokens: int, chat: bool) -> None:
         failure = count_stream(prompt)
+        if body.get("temperature"):  # another text every time
+            prompt = [*prompt, len(STREAMED)]
         if failure == "500":
             self.reply(200, "", failure=failure)
             return

@@ -73,7 +73,8 @@ def test_the_servers_counters_give_the_rate(serve: Serve, grafted: Path) -> None
     assert (drafted, accepted) == (16, 9)
     assert (result["drafted"], result["accepted"]) == (16, 9)
     assert result["acceptance"] == pytest.approx(9 / 16)
-    assert result["per_position"] == [pytest.approx(9 / 16)]
+    assert result["acceptance_by_position"] == [pytest.approx(9 / 16)]
+    assert (result["k"], result["acceptance_length"]) == (1, pytest.approx(25 / 16))
     assert result["texts"] == result["identical"] == 2
 
 

@@ -96,6 +96,23 @@ def test_a_text_that_the_head_changed_is_named_with_the_bases_margin(
     assert found == [(prompt.id, 4, pytest.approx(4.25)) for prompt in PROMPTS]
 
 
+def test_sampled_texts_are_timed_and_not_compared(
+    fake: Callable[..., None], base: Path, grafted: Path, tmp_path: Path
+) -> None:
+    fake(requests=str(tmp_path / "requests"))
+    config = AlternatingConfig(pairs=2, decode=DecodeConfig(20, rounds=2, temperature=1.0))
+    result = measure(Sessions(tmp_path / "log"), grafted, base, tmp_path / "run", config)
+    assert result["greedy_identical"] is result["divergences"] is result["repeatable"] is None
+    assert result["config"]["temperature"] == 1.0
+    assert result["ratio"]["decode_tok_s"]["pairs"] == 2 and result["acceptance_length"] > 1
+    with open_ledger(tmp_path / "run", {}) as ledger:
+        first, second = (ledger[f"mtp-1/{n}/a"]["token_ids"] for n in (0, 1))
+    assert first != second, "the stand-in samples if it is told to"
+    # Only the four that show that a server is up: margins of a text that is not compared are not
+    # asked for.
+    assert len((tmp_path / "requests").read_text().split()) == 4
+
+
 @pytest.mark.parametrize(
     ("failure", "kind", "margins_kind"),
     [

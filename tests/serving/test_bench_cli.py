@@ -16,6 +16,7 @@ import run_folder
 from killing import TIMES, kill_in_the_middle, units_in, without
 from mtp_graft import cli
 from mtp_graft.bench.ledger import LEDGER_NAME
+from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.serving import command, server
 
@@ -59,11 +60,13 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
         (("decode", "--base-url", "http://u", "--pairs", "2"), "--pairs needs --against"),
         (("sweep",), "give one of --base-url and --checkpoint"),
         (("sweep", "--base-url", "http://u", "--k", "1,2"), "--k needs --checkpoint"),
+        (("decode", "--base-url", "http://u", "--k", "3"), "--k needs --checkpoint"),
         (("sweep", "--checkpoint", "c", "--streams", "1,0"), "--streams is '1,0'"),
         (("sweep", "--checkpoint", "c", "--k", "1,1"), "--k is '1,1'"),
         (("workload", "--base-url", "http://u", "--max-model-len", "9"), "need --checkpoint"),
         (("sweep", "--base-url", "http://u", "--profile", "128k"), "need --checkpoint"),
         (("mmlu", "--base-url", "http://u", "--tp", "2"), "need --checkpoint"),
+        (("decode", "--base-url", "http://u", "--draft-sample-method", "greedy"), "need --check"),
         (
             ("decode", "--checkpoint", "c", "--against", "b", "--against-url", "http://u"),
             "compare a --checkpoint with --against",
@@ -98,6 +101,50 @@ def test_decode_against_a_base_prints_the_ratio_and_writes_it(
     assert {f"vllm-{side}-{n}.log" for side in ("base", "mtp") for n in (1, 2)} <= {
         file.name for file in tmp_path.iterdir()
     }
+
+
+def test_how_drafts_are_made_is_told_to_the_server_that_drafts(
+    run: Run, base: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[command.ServeOptions] = []
+
+    def no_server(options: command.ServeOptions, *_: Any, **__: Any) -> Any:
+        served.append(options)
+        raise GraftError("not served")
+
+    monkeypatch.setattr(server, "managed_server", no_server)
+    drafting = ("--draft-sample-method", "probabilistic", "--draft-lm-head-quantization", "fp8")
+    words = ("bench", "decode", *drafting, "--k", 2, "--checkpoint", grafted)
+    assert run(*words)[0] == run(*words, "--against", base)[0] == 1
+    ours, against = served  # the base takes the first turn
+    assert (ours.num_speculative_tokens, against.num_speculative_tokens) == (2, 0)
+    assert (ours.draft_sample_method, against.draft_sample_method) == ("probabilistic", None)
+    assert (ours.draft_lm_head_quantization, against.draft_lm_head_quantization) == ("fp8", None)
+
+
+def test_several_drafts_a_step_and_sampling_are_in_the_result(
+    run: Run,
+    fake: Callable[..., None],
+    base: Path,
+    grafted: Path,
+    prompts_file: Path,
+    tmp_path: Path,
+) -> None:
+    fake(accepts=[2, 0])
+    status, out, errors = run(
+        *("bench", "decode", "--checkpoint", grafted, "--against", base, "--pairs", 2, "--k", 3),
+        *("--prompts", prompts_file, "--rounds", 1, "--max-tokens", 20, "--temperature", 1),
+        *("--json", tmp_path / "decode.json"),
+    )
+    assert status == 0, errors
+    result = json.loads((tmp_path / "decode.json").read_text())
+    assert (result["k"], result["against"]["k"]) == (3, None)
+    assert result["acceptance_by_position"] == [5 / 9, 1.0, 0.0]  # 20 tokens: 1, 3, 1, ..., 3
+    assert result["greedy_identical"] is None
+    assert (
+        "k = 3: accepted by position 55.6, 100.0, 0.0 % (each given the ones before, after" in out
+    )
+    assert "greedy text: not compared, since texts are sampled" in out
 
 
 def test_a_profile_is_served_as_serve_does_and_kept_apart(
@@ -312,7 +359,16 @@ class Kill:
 #: With several streams at a time the clock also decides how many requests a point measures.
 OF_A_LOAD = TIMES | {
     *("per_stream_tok_s", "per_stream_spread", "aggregate_tok_s", "aggregate_interval"),
-    *("ttft_ms_max", "acceptance", "tokens_per_step", "requests", "tokens", "best_k", "dips"),
+    *("steps", "accepted_by_position", "acceptance_by_position", "acceptance_length"),
+    *(
+        "acceptance_by_position_interval",
+        "ttft_ms_max",
+        "acceptance",
+        "requests",
+        "tokens",
+        "best_k",
+        "dips",
+    ),
 }
 ASKED = "--prompts PROMPTS --max-tokens 20"
 KILLS = {

@@ -22,6 +22,7 @@ from mtp_graft.bench.decode import (
 from mtp_graft.bench.decode import (
     compare as compare_results,
 )
+from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.bench.ledger import Ledger, open_ledger
 from mtp_graft.bench.streams import BenchClient, Retrying
 from mtp_graft.errors import GraftError
@@ -80,17 +81,44 @@ def test_a_faster_identical_server_is_seen_as_that(
     # 20 tokens: one from prefill, then 2, 1, 2, 1, ...: 13 steps, 7 of which accept.
     assert result["acceptance"] == pytest.approx(7 / 13)
     assert result["base"]["acceptance"] is None
-    assert result["mtp"]["drafts"] == {
-        "drafted": 52,
-        "accepted": 28,
-        "acceptance_per_position": [pytest.approx(7 / 13)],
-        "tokens_per_step": pytest.approx(20 / 13),
-    }
+    assert (result["base"]["k"], result["base"]["acceptance_length"]) == (None, None)
+    assert (result["mtp"]["k"], result["mtp"]["steps"]) == (1, 52)
+    assert result["mtp"]["acceptance_by_position"] == [pytest.approx(7 / 13)]
+    assert result["mtp"]["acceptance_length"] == pytest.approx(20 / 13)
     speeds = result["decode_tok_s"]
     assert speeds["base"] == pytest.approx(1 / Ticking.STEP_S)
     assert speeds["mtp"] == pytest.approx(19 / 13 / Ticking.STEP_S)
     assert result["base"]["decode_tok_s"]["runs"] == 2
     assert result["base"]["repeatable"] and result["mtp"]["repeatable"]
+
+
+def test_each_draft_position_is_counted_given_that_those_before_were_accepted(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(accepts=[3, 1, 0])
+    options = ServeOptions(grafted, port=0, num_speculative_tokens=3)
+    with server.managed_server(options, tmp_path / "vllm.log") as client:
+        result = decode_result(measure_decode(client, TOKEN_PROMPTS, CONFIG, quiet), CONFIG)
+    # 20 tokens: one from prefill, then 4, 2, 1, 4, 2, 1, 4, and 1 of a last 2.
+    assert result["k"] == 3
+    assert result["accepted_by_position"] == [4 * n for n in (6, 3, 3)]
+    assert result["acceptance_by_position"] == [6 / 8, 3 / 6, 3 / 3]
+    assert result["acceptance_length"] == 1 + 12 / 8
+    assert result["acceptance"]["median"] == 12 / 24
+    # Both prompts have the same steps: another choice of prompts would change nothing.
+    assert result["acceptance_by_position_interval"] == [[n, n] for n in (0.75, 0.5, 1.0)]
+    assert result["acceptance_length_interval"] == [2.5, 2.5]
+
+
+def test_a_position_that_no_step_reached_has_no_acceptance() -> None:
+    counters = SpecDecodeCounters(10, 30, 0, (0, 0, 0))
+    found = drafting_result(counters)
+    assert found["acceptance_by_position"] == [0.0, None, None]
+    assert found["acceptance_by_position_interval"][1:] == [None, None]
+    assert found["acceptance_length"] == 1.0
+    nothing = drafting_result(counters - counters)
+    assert nothing["k"] == 3 and nothing["acceptance_by_position"] is None
+    assert set(drafting_result(None).values()) == {None}
 
 
 def test_divergences_name_prompt_position_and_the_bases_margin(

@@ -271,7 +271,7 @@ def test_no_server_runs_and_no_other_run_begins_while_the_head_is_quantized(
 def test_the_base_records_without_drafting_and_variants_draft_without_recording(
     run: Run, servers: Servers, folder: Path
 ) -> None:
-    run("bench.num_speculative_tokens=2")
+    run("bench.k=2")
     base, variant = servers.options[BASE], servers.options[GPTQ]
     assert (base.record, base.num_speculative_tokens) == (folder / "capture", 0)
     assert (variant.record, variant.num_speculative_tokens) == (None, 2)

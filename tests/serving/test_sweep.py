@@ -68,6 +68,7 @@ def test_each_load_has_a_point_with_its_own_server_for_each_k(
     assert servers.started == [0, 1]
     assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (1, 1), (1, 3)]
     assert [p["acceptance"] is None for p in points] == [True, True, False, False]
+    assert [p["acceptance_by_position"] is None for p in points] == [True, True, False, False]
     for point in points:
         assert point["requests"] >= 3 * point["concurrency"]
         assert point["errors"] == 0
@@ -98,7 +99,7 @@ class Steady(ServerClient):
             self.running += by
             self.seen.append(self.running)
 
-    def stream(self, prompt: Any, max_tokens: int, *, ignore_eos: bool = False) -> Completion:
+    def stream(self, prompt: Any, max_tokens: int, **_: Any) -> Completion:
         started = time.perf_counter()
         self.change(+1)
         self.max_tokens.append(max_tokens)
@@ -177,8 +178,8 @@ class FailsLate(Steady):
         if self.num_readings == 2:
             time.sleep(0.1)  # longer than a request: the other stream has begun one
 
-    def stream(self, prompt: Any, max_tokens: int, *, ignore_eos: bool = False) -> Completion:
-        completion = super().stream(prompt, max_tokens, ignore_eos=ignore_eos)
+    def stream(self, prompt: Any, max_tokens: int, **_: Any) -> Completion:
+        completion = super().stream(prompt, max_tokens)
         if self.num_readings == 2:
             raise GraftError("out of luck")
         return completion

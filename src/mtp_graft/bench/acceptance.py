@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_graft.bench.decode import Report
+from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
@@ -29,9 +30,10 @@ def measure_acceptance(
 ) -> dict[str, Any]:
     """Have every text continued again, with drafts; return what the server counted.
 
-    Keys: `acceptance`, `accepted`, `drafted`, `interval` (95 %, Wilson), `per_position`, `texts`
-    and `identical`, how many continuations equal the captured ones. With several requests in a
-    step, sums round in another order, so a few may leave the text where the base is unsure.
+    Keys: `acceptance`, `accepted`, `drafted`, `interval` (95 %, Wilson), those of
+    `drafting_result`, `texts` and `identical`, how many continuations equal the captured ones.
+    With several requests in a step, sums round in another order, so a few may leave the text where
+    the base is unsure.
     Raises GraftError if the server does not draft.
     """
     before = client.spec_decode_counters()
@@ -55,7 +57,7 @@ def measure_acceptance(
         "accepted": accepted,
         "drafted": drafted,
         "interval": list(wilson_interval(accepted, drafted)),
-        "per_position": [n / counted.num_drafts for n in counted.accepted_per_position],
+        **drafting_result(counted),
         "texts": len(texts),
         "identical": identical,
     }

@@ -35,7 +35,7 @@ Serve = Callable[[str], AbstractContextManager[ServerClient]]
 class AlternatingConfig:
     """How often the two servers take turns, and what each does in its turn."""
 
-    pairs: int = 4
+    pairs: int = 6
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
@@ -60,8 +60,8 @@ def measure_alternating(
     What the ledger has is not asked again; a server whose session is complete is not started. Pairs
     that an earlier call measured beyond `config.pairs` count too.
     Keys: those of `decode_result` for `mtp`, `against` (the same for `base`), `ratio` (of decode
-    speed and of time to first token), `greedy_identical`, `divergences`, `pairs`, `base_first` (in
-    how many of them), `errors`, `failures`.
+    speed and of time to first token), `greedy_identical` and `divergences` (both null where texts
+    are sampled), `pairs`, `base_first` (in how many of them), `errors`, `failures`.
     """
     serve = {"base": base, "mtp": mtp}
     for pair in range(config.pairs):
@@ -97,11 +97,11 @@ def _ask_reference(
     ledger: Ledger,
     retrying: Retrying,
 ) -> None:
-    """Keep the prompts' token ids, and the base's greedy texts with their margins."""
+    """Keep the prompts' token ids, and of a greedy base its texts with their margins."""
     if "prompts" not in ledger:
         ledger.add("prompts", [asdict(prompt) for prompt in tokenize(client, prompts, retrying)])
     known = kept_prompts(ledger)
-    for done, prompt in enumerate(known):
+    for done, prompt in enumerate(known if config.is_greedy else ()):
         report("margins", done, len(known))
         unit = f"reference/{prompt.id}"
         if unit not in ledger:
@@ -121,17 +121,22 @@ def _result(ledger: Ledger, config: DecodeConfig, pairs: int) -> dict[str, Any]:
         sessions[side] = [rounds_of(ledger, unit, len(prompts)) for unit in units]
     rounds = {side: [r for session in found for r in session] for side, found in sessions.items()}
     results = {side: decode_result(found, config) for side, found in rounds.items()}
-    reference = [_scored(ledger[f"reference/{prompt.id}"]) for prompt in prompts]
-    divergences = find_divergences(prompts, reference, rounds["mtp"][0].token_ids)
-    texts = tuple(scored.token_ids for scored in reference)
-    results["base"]["repeatable"] &= rounds["base"][0].token_ids == texts
-    repeatable = all(result["repeatable"] for result in results.values())
+    identical, divergences = None, None
+    if config.is_greedy:
+        reference = [_scored(ledger[f"reference/{prompt.id}"]) for prompt in prompts]
+        divergences = [
+            asdict(found)
+            for found in find_divergences(prompts, reference, rounds["mtp"][0].token_ids)
+        ]
+        texts = tuple(scored.token_ids for scored in reference)
+        results["base"]["repeatable"] &= rounds["base"][0].token_ids == texts
+        identical = all(r["repeatable"] for r in results.values()) and not divergences
     return {
         **results["mtp"],
         "against": results["base"],
         "ratio": _ratios(sessions["mtp"], sessions["base"]),
-        "greedy_identical": repeatable and not divergences,
-        "divergences": [asdict(divergence) for divergence in divergences],
+        "greedy_identical": identical,
+        "divergences": divergences,
         "pairs": pairs,
         "base_first": (pairs + 1) // 2,
     }

@@ -49,7 +49,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Rate:
-    """How many drafts were accepted; what was not counted is None."""
+    """How many first drafts of a step were accepted; what was not counted is None."""
 
     rate: float
     interval: tuple[float, float] | None = None  # 95 %
@@ -64,7 +64,9 @@ def acceptance_chart(served: Mapping[str, Rate], offline: Mapping[str, Rate]) ->
     edges = [edge for rate in rates for edge in rate.interval or (rate.rate, rate.rate)]
     # Differences are points of a percent, so dots (which need no zero) on the part that matters.
     margin = max(0.02, 0.15 * (max(edges) - min(edges)))
-    with _figure("Accepted drafts, with 95 % intervals", 0.95 + 0.52 * len(variants)) as figure:
+    with _figure(
+        "First draft of a step: accepted, with 95 % intervals", 0.95 + 0.52 * len(variants)
+    ) as figure:
         axes = figure.subplots()
         for row, variant in enumerate(variants):
             apart = 0.17 if variant in served and variant in offline else 0.0

@@ -1,4 +1,4 @@
-"""Single-stream greedy decode speed, and whether speculative decoding changed the text."""
+"""Single-stream decode speed, and whether speculative decoding changed the greedy text."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mtp_graft.bench.drafting import pooled_drafting
 from mtp_graft.bench.intervals import bootstrap_median, bootstrap_pooled
 from mtp_graft.bench.ledger import Ledger
 from mtp_graft.bench.streams import Retrying, stream_whole
@@ -27,6 +28,12 @@ class DecodeConfig:
     max_tokens: int = 128
     rounds: int = 3
     ignore_eos: bool = True  # the same number of tokens from every prompt
+    temperature: float = 0.0  # 0: greedy; above, texts are not compared
+
+    @property
+    def is_greedy(self) -> bool:
+        """Return whether the same prompt should get the same text every time."""
+        return self.temperature == 0
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,11 @@ def measure_decode(
     def ask(prompt: TokenPrompt) -> Timed:
         before = client.spec_decode_counters()
         completion = stream_whole(
-            client, prompt.token_ids, config.max_tokens, ignore_eos=config.ignore_eos
+            client,
+            prompt.token_ids,
+            config.max_tokens,
+            ignore_eos=config.ignore_eos,
+            temperature=config.temperature,
         )
         after = client.spec_decode_counters()
         return Timed(completion, None if before is None or after is None else after - before)
@@ -250,13 +261,16 @@ def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def decode_result(rounds: Sequence[Round], config: DecodeConfig) -> dict[str, Any]:
-    """Return the JSON result of `bench decode`: each quantity over the rounds."""
-    counters = [counted for r in rounds for counted in r.counters]
+    """Return the JSON result of `bench decode`: each quantity over the rounds.
+
+    `repeatable` (the rounds gave the same texts) is None where texts are sampled.
+    """
+    same = all(r.token_ids == rounds[0].token_ids for r in rounds)
     return {
         **_speeds(rounds),
         "acceptance": _acceptance(rounds),
-        "drafts": _sum_counters(counters),
-        "repeatable": all(r.token_ids == rounds[0].token_ids for r in rounds),
+        **pooled_drafting([r.counters for r in rounds]),
+        "repeatable": same if config.is_greedy else None,
         "num_prompts": len(rounds[0].timed),
         "tokens_per_round": sum(len(tokens) for tokens in rounds[0].token_ids),
         "config": asdict(config),
@@ -299,23 +313,6 @@ def _spread(values: Sequence[float], interval: tuple[float, float]) -> dict[str,
         "runs": len(values),
         "values": list(values),
         "interval": list(interval),
-    }
-
-
-def _sum_counters(counters: Sequence[SpecDecodeCounters]) -> dict[str, Any] | None:
-    """Return drafted and accepted tokens of all rounds, and acceptance by draft position."""
-    if not counters:
-        return None
-    num_drafts = sum(c.num_drafts for c in counters)
-    accepted = sum(c.num_accepted_tokens for c in counters)
-    per_position = [
-        sum(at) for at in zip(*(c.accepted_per_position for c in counters), strict=True)
-    ]
-    return {
-        "drafted": sum(c.num_draft_tokens for c in counters),
-        "accepted": accepted,
-        "acceptance_per_position": [n / num_drafts for n in per_position] if num_drafts else None,
-        "tokens_per_step": 1 + accepted / num_drafts if num_drafts else None,
     }
 
 

@@ -1,8 +1,10 @@
 """How the report writes numbers, and the Markdown it is made of."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from mtp_graft.bench.charts import Rate
+if TYPE_CHECKING:  # the command line uses this module without charts
+    from mtp_graft.bench.charts import Rate
 
 NOT_MEASURED = "not measured"
 NOTHING = "–"
@@ -18,6 +20,13 @@ def percent(rate: float | None) -> str:
     return NOTHING if rate is None else f"{100 * rate:.1f} %"
 
 
+def percents(rates: Sequence[float | None] | None) -> str:
+    """Write several rates, as 74.2, 66.3 %."""
+    if not rates:
+        return NOTHING
+    return ", ".join(NOTHING if r is None else f"{100 * r:.1f}" for r in rates) + " %"
+
+
 def points(offline: float | None, served: float | None) -> str:
     """Write by how many points of a percent `served` lies above `offline`."""
     if offline is None or served is None:
@@ -26,7 +35,7 @@ def points(offline: float | None, served: float | None) -> str:
     return f"{difference:+.1f} points".replace("-", "−")
 
 
-def interval(rate: Rate) -> str:
+def interval(rate: "Rate") -> str:
     """Write a rate's interval; nothing if it has none."""
     if rate.interval is None:
         return ""
@@ -34,7 +43,7 @@ def interval(rate: Rate) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
-def drafts(rate: Rate) -> str:
+def drafts(rate: "Rate") -> str:
     """Write how many drafts a rate was counted on."""
     return NOT_MEASURED if rate.drafts is None else f"{rate.accepted:,} of {rate.drafts:,}"
 

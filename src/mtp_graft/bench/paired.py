@@ -18,12 +18,12 @@ from mtp_graft.serving.client import ServerClient
 #: The differences that are asked for: is calibration worth it, and what does INT4 cost.
 PAIRS = (("gptq", "rtn"), ("gptq", "mxfp4"), ("gptq", "bf16"))
 
-#: One text's `id`, `drafts` and `accepted`.
+#: One text's `id`, `drafts` (first ones of a step) and `accepted`.
 TextCount = Mapping[str, Any]
 
 
 class CountingClient(ServerClient):
-    """Keeps how often each prompt's drafts were accepted, where the server says so."""
+    """Keeps how often each prompt's first drafts were accepted, where the server says so."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         super().__init__(base_url, api_key)
@@ -35,8 +35,9 @@ class CountingClient(ServerClient):
         answer = super()._post(path, body, timeout_s=timeout_s)
         found = (answer.get("metrics") or {}).get("speculative_decoding")
         if found is not None:
-            counts = found["num_draft_tokens"], found["num_accepted_draft_tokens"]
-            self.counted[tuple(body["prompt"])] = counts
+            # Of a step's first draft, whatever k is: how many steps, and how many accepted it.
+            steps, none_accepted = found["num_spec_steps"], found["acceptance_histogram"][0]
+            self.counted[tuple(body["prompt"])] = (steps, steps - none_accepted)
         return answer
 
 

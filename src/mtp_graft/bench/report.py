@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench import charts
-from mtp_graft.bench.charts import Rate
 from mtp_graft.bench.markdown import (
     NOT_MEASURED,
     NOTHING,
@@ -23,6 +22,7 @@ from mtp_graft.bench.markdown import (
     interval,
     not_measured,
     percent,
+    percents,
     rate_spread,
     spread,
     table,
@@ -147,7 +147,9 @@ def _verdict(results: RunResults) -> str:
     findings = []
     if (acceptance := results.result["acceptance"]) is not None:
         head = main_variant(results)
-        findings.append(f"the server accepts {percent(acceptance)} of the {head} head's drafts")
+        length = f"{results.result['acceptance_length']:.2f} tokens a step"
+        found = f"the server accepts {percent(acceptance)} of the {head} head's drafts, {length}"
+        findings.append(found)
     if (ratio := speedup(results)) is not None:
         findings.append(f"decoding with MTP is {_describe_speedup(ratio)}")
     if results.result["greedy_identical"] is not None:
@@ -182,10 +184,13 @@ def _headline(results: RunResults) -> Iterator[str]:
     rows = [["decode speed, base", f"{speeds['base']:,.1f} tok/s" if speeds else NOT_MEASURED]]
     with_mtp = f"{speeds['mtp']:,.1f} tok/s, {ratio:.2f}× the base's" if speeds else NOT_MEASURED
     rows.append(["decode speed, with MTP", with_mtp])
-    acceptance, head = results.result["acceptance"], main_variant(results)
-    within = interval(served_rates(results).get(head, Rate(0.0)))
-    shown = NOT_MEASURED if acceptance is None else percent(acceptance)
-    rows.append([f"acceptance, {head}", shown + (f" (95 %: {within})" if within else "")])
+    head = main_variant(results)
+    first = served_rates(results).get(head)
+    shown = f"{percent(first.rate)} (95 %: {interval(first)})" if first else NOT_MEASURED
+    rows.append([f"first draft accepted, {head}", shown])
+    length = results.result["acceptance_length"]
+    shown = NOT_MEASURED if length is None else f"{length:.2f} (k = {results.result['k']})"
+    rows.append([f"tokens a step, {head}", shown])
     identical = {True: "yes", False: "no", None: NOT_MEASURED}[results.result["greedy_identical"]]
     rows.append(["greedy text identical", identical])
     verified = "ok" if results.verify and results.verify["ok"] else "failed"
@@ -224,7 +229,11 @@ def _speeds(decode: Mapping[str, Any]) -> Iterator[str]:
     }
     rows = [[what, spread(base[key]), spread(mtp[key])] for what, key in measured.items()]
     rates = [rate_spread(result["acceptance"]) for result in (base, mtp)]
-    rows.append(["acceptance on these prompts", *rates])
+    rows.append(["drafts accepted", *rates])
+    positions = [percents(result["acceptance_by_position"]) for result in (base, mtp)]
+    rows.append(["accepted by position", *positions])
+    lengths = [result["acceptance_length"] for result in (base, mtp)]
+    rows.append(["tokens a step", *(NOTHING if n is None else f"{n:.2f}" for n in lengths)])
     rows.append(["rounds", *(f"{speed['runs']}" for speed in speeds)])
     yield table(["median (min to max)", "base", "with MTP"], rows, "lrr")
     overlap = speeds[0]["min"] <= speeds[1]["max"] and speeds[1]["min"] <= speeds[0]["max"]

@@ -15,6 +15,7 @@ from mtp_graft.bench.markdown import (
     not_measured,
     number,
     percent,
+    percents,
     points,
     table,
 )
@@ -22,7 +23,11 @@ from mtp_graft.bench.results import RunResults, expert_errors, offline_rates, se
 
 
 def acceptance_section(results: RunResults) -> Iterator[str]:
-    """Return how often each head's drafts were accepted, and which heads differ."""
+    """Return how often each head's drafts were accepted, and which heads differ.
+
+    Heads are compared by the first draft of a step, which is the same quantity for every k, and
+    offline.
+    """
     served, offline = served_rates(results), offline_rates(results)
     if not served:
         yield not_measured("Served acceptance")
@@ -42,8 +47,20 @@ def acceptance_section(results: RunResults) -> Iterator[str]:
         for name, found in (("served", served), ("offline", offline))
         if variant in found
     ]  # fmt: skip
-    heading = ["variant", "measured", "acceptance", "95 % interval", "accepted of drafted"]
+    heading = ["variant", "measured", "first draft accepted", "95 % interval", "drafts"]
     yield table(heading, rows, "llrrr")
+    if results.served:
+        rows = [
+            [variant, f"{found['k']}", percents(found["acceptance_by_position"]),
+             f"{found['acceptance_length']:.2f}"]
+            for variant in in_order(results.served)
+            for found in [results.served[variant]]
+        ]  # fmt: skip
+        yield table(["served", "k", "accepted by position", "tokens a step"], rows, "lrrr")
+        yield (
+            "k is the number of drafts a step. Each position's acceptance is given that all before "
+            "it were accepted; tokens a step count the step's own."
+        )
     paired = {name: results.result.get(key) or {} for name, key in _DIFFERENCES.items()}
     findings = [
         *(_compare_pairs("served", paired["served"]) or _compare_with_rtn("served", served)),

@@ -17,7 +17,7 @@ class RunResults:
     capture: Mapping[str, Any] | None
     quantize: Mapping[str, Any] | None
     score: Mapping[str, Any] | None
-    served: Mapping[str, Any] | None  # by variant: accepted, drafted, acceptance, interval
+    served: Mapping[str, Any] | None  # by variant, as `bench.acceptance.measure_acceptance`
     decode: Mapping[str, Any] | None  # of `bench.decode.compare`
     verify: Mapping[str, Any] | None
     model: str
@@ -29,23 +29,33 @@ class RunResults:
 
 
 def served_rates(results: RunResults) -> dict[str, Rate]:
-    """Return the servers' acceptance; the summary's rates have no interval."""
-    if results.served is None:
-        return {v: Rate(rate) for v, rate in results.result["acceptance_served"].items()}
-    return {
-        v: Rate(s["acceptance"], tuple(s["interval"]), s["accepted"], s["drafted"])
-        for v, s in results.served.items()
-    }
+    """Return how often the servers accepted a step's first draft."""
+    return {variant: first_draft(found) for variant, found in (results.served or {}).items()}
+
+
+def first_draft(served: Mapping[str, Any]) -> Rate:
+    """Return how often a served head's first draft of a step was accepted.
+
+    That is what the score stage computes, and the same quantity for every k.
+    """
+    return Rate(
+        served["acceptance_by_position"][0],
+        tuple(served["acceptance_by_position_interval"][0]),
+        served["accepted_by_position"][0],
+        served["steps"],
+    )
 
 
 def offline_rates(results: RunResults) -> dict[str, Rate]:
     """Return the score stage's acceptance; the summary's rates have no interval."""
     if results.score is None:
         return {v: Rate(rate) for v, rate in results.result["acceptance_offline"].items()}
-    return {
-        v: Rate(s["top1"], tuple(s["interval"]), s["accepted"], s["tokens"])
-        for v, s in results.score["acceptance"].items()
-    }
+    return {variant: walked(found) for variant, found in results.score["acceptance"].items()}
+
+
+def walked(scored: Mapping[str, Any]) -> Rate:
+    """Return a head's offline acceptance."""
+    return Rate(scored["top1"], tuple(scored["interval"]), scored["accepted"], scored["tokens"])
 
 
 def expert_errors(quantize: Mapping[str, Any]) -> dict[str, Mapping[str, Sequence[float]]]:

@@ -174,11 +174,18 @@ def check_whole(where: str, finish_reason: str) -> None:
 
 
 def stream_whole(
-    client: ServerClient, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool
+    client: ServerClient,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    ignore_eos: bool,
+    temperature: float,
 ) -> Completion:
-    """Return a streamed greedy continuation that ended with a reason; else BrokenAnswer."""
+    """Return a streamed continuation that ended with a reason; else BrokenAnswer."""
     try:
-        completion = client.stream(prompt, max_tokens, ignore_eos=ignore_eos)
+        completion = client.stream(
+            prompt, max_tokens, ignore_eos=ignore_eos, temperature=temperature
+        )
     except READ_ERRORS as error:
         raise BrokenAnswer(
             f"{client.base_url}: not a completion's stream ({in_words(error)})"

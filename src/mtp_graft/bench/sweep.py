@@ -11,6 +11,7 @@ from threading import Event, Lock
 from typing import Any
 
 from mtp_graft.bench.decode import Report, TokenPrompt, tokenize
+from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.bench.intervals import mean_interval
 from mtp_graft.bench.ledger import Ledger
 from mtp_graft.bench.streams import Retrying, stream_whole
@@ -35,6 +36,7 @@ class SweepConfig:
     max_tokens: int = 128
     requests_per_stream: int = 4
     ignore_eos: bool = True  # every request decodes equally long, so that the load is even
+    temperature: float = 0.0
 
 
 def measure_sweep(
@@ -63,7 +65,8 @@ def measure_sweep(
                 token_prompts = tokenize(client, prompts, retrying)
                 load = _Load(client, token_prompts, streams, config, retrying, show)
                 load.run()
-                ledger.add(_point_name(k, streams), {"k": k} | load.point())
+                asked = {} if k is None else {"k": k}  # else what the server drafts
+                ledger.add(_point_name(k, streams), load.point() | asked)
     points = sorted(ledger.values(), key=_k_and_streams)
     return {"points": points, "best_k": best_k(points), "dips": dips(points)}
 
@@ -135,7 +138,11 @@ class _Load:
         return self._retrying.ask(
             f"{self._streams} streams: {prompt.id}",
             lambda: stream_whole(
-                self._client, prompt.token_ids, max_tokens, ignore_eos=self._config.ignore_eos
+                self._client,
+                prompt.token_ids,
+                max_tokens,
+                ignore_eos=self._config.ignore_eos,
+                temperature=self._config.temperature,
             ),
         )
 
@@ -181,7 +188,6 @@ class _Load:
         counters = None
         if self._before is not None and self._after is not None:
             counters = self._after - self._before
-        drafts = counters.num_drafts if counters else 0
         return {
             "concurrency": self._streams,
             "per_stream_tok_s": median(speeds) if speeds else None,
@@ -193,9 +199,7 @@ class _Load:
             "ttft_ms": 1e3 * median(c.ttft_s for c in measured),
             "ttft_ms_max": 1e3 * max(c.ttft_s for c in measured),
             "acceptance": counters and counters.acceptance,
-            "tokens_per_step": (
-                1 + counters.num_accepted_tokens / drafts if counters and drafts else None
-            ),
+            **drafting_result(counters),
             "requests": len(measured),
             "tokens": sum(counts),
             "seconds": seconds,
@@ -217,13 +221,12 @@ def best_k(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return, for each load, the k with the most tokens a second, and whether it stands out.
 
     It does if its interval lies above that of every other k. The intervals know what varied
-    within the window, not what another start of the server would change. A server that drafts as
-    it likes has no k to be named.
+    within the window, not what another start of the server would change.
     """
     found = []
     for streams in sorted({point["concurrency"] for point in points}):
         rivals = [p for p in points if p["concurrency"] == streams and p["k"] is not None]
-        if len(rivals) < 2:
+        if len({point["k"] for point in rivals}) < 2:
             continue
         best = max(rivals, key=lambda point: point["aggregate_tok_s"])
         others = [point for point in rivals if point is not best]
@@ -249,7 +252,8 @@ def dips(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             (point for point in points if point["k"] == k), key=lambda point: point["concurrency"]
         )
         for smaller, larger in pairwise(of_k):
-            if _lies_above(smaller, larger):
+            # A default that drafts as many as another server was asked for has the same load.
+            if smaller["concurrency"] < larger["concurrency"] and _lies_above(smaller, larger):
                 found.append(
                     {
                         "k": k,

@@ -11,6 +11,7 @@ import typer
 from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
 from mtp_graft.cli.bench_tables import (
     decode_table,
+    drafting_lines,
     ratio_lines,
     sweep_lines,
     sweep_table,
@@ -32,6 +33,7 @@ from mtp_graft.cli.target import (
     PromptsOption,
     RunOption,
     Target,
+    TemperatureOption,
     check_url,
     keep_result,
     prompts_of,
@@ -67,7 +69,7 @@ def bench_decode(
         typer.Option(
             min=2,
             metavar="N",
-            help="How often the two take turns; even, to go first equally often. Default: 4.",
+            help="How often the two take turns; even, to go first equally often. Default: 6.",
         ),
     ] = None,
     prompts: PromptsOption = None,
@@ -78,28 +80,30 @@ def bench_decode(
         typer.Option(min=1, metavar="N", help="How often every prompt is continued, in each turn."),
     ] = 3,
     ignore_eos: IgnoreEosOption = True,
-    num_speculative_tokens: SpeculativeOption = None,
+    temperature: TemperatureOption = 0.0,
+    k: SpeculativeOption = None,
     run: RunOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure greedy single-stream decode speed, time to first token and acceptance.
+    """Measure single-stream decode speed, time to first token and acceptance by position.
 
     With --against, both servers take turns (base, MTP, MTP, base, ...) and the ratio of their
     speeds comes with an interval.
     """
     from mtp_graft.bench.decode import DecodeConfig
 
+    target.check_k(k)
     other = _other(target, against, against_url)
     if pairs is not None and other is None:
         raise typer.BadParameter(
             "--pairs needs --against or --against-url: one server has no turns"
         )
-    config = DecodeConfig(max_tokens, rounds, ignore_eos)
+    config = DecodeConfig(max_tokens, rounds, ignore_eos, temperature)
     folder = target.folder(run, "decode")
     asked = prompts_of(prompts, limit)
-    decode = _Decode(target, num_speculative_tokens, asked, config, folder, target.retrying())
+    decode = _Decode(target, k, asked, config, folder, target.retrying())
     with progress_bar() as report:
-        result = decode.alone(report) if other is None else decode.beside(other, pairs or 4, report)
+        result = decode.alone(report) if other is None else decode.beside(other, pairs or 6, report)
     write_json(result, json_file)
     out = result_console(json_file)
     if other is None:
@@ -108,6 +112,8 @@ def bench_decode(
         out.print(decode_table({"against": result["against"], "decode": result}))
         for line in ratio_lines(result):
             out.print(line, soft_wrap=True)
+    for line in drafting_lines(result):
+        out.print(line, soft_wrap=True)
 
 
 def _other(target: Target, against: Path | None, against_url: str | None) -> Target | None:
@@ -119,7 +125,13 @@ def _other(target: Target, against: Path | None, against_url: str | None) -> Tar
         raise typer.BadParameter(
             "compare a --checkpoint with --against, or a --base-url with --against-url"
         )
-    return replace(target, base_url=against_url, checkpoint=against)
+    return replace(
+        target,
+        base_url=against_url,
+        checkpoint=against,
+        draft_sample_method=None,
+        draft_lm_head_quantization=None,
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +199,7 @@ def bench_sweep(
             *("--k", "-k"),
             metavar="N,N,...",
             help="Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
-            "Default: 1 if there is a head.",
+            "Default: 3 on GPUs, 1 on a CPU.",
         ),
     ] = None,
     prompts: PromptsOption = None,
@@ -197,6 +209,7 @@ def bench_sweep(
         int, typer.Option(min=1, metavar="N", help="Measured requests a stream, at each point.")
     ] = 4,
     ignore_eos: IgnoreEosOption = True,
+    temperature: TemperatureOption = 0.0,
     run: RunOption = None,
     chart: Annotated[
         Path | None,
@@ -212,15 +225,19 @@ def bench_sweep(
     from mtp_graft.bench.ledger import open_ledger
     from mtp_graft.bench.sweep import SweepConfig, measure_sweep
 
-    if k is not None and target.checkpoint is None:
-        raise typer.BadParameter("--k needs --checkpoint: a running server drafts what it drafts")
+    target.check_k(k)
     ks = (None,) if k is None else _numbers("--k", k, 0)
-    config = SweepConfig(_numbers("--streams", streams, 1), ks, max_tokens, requests, ignore_eos)
+    loads = _numbers("--streams", streams, 1)
+    config = SweepConfig(loads, ks, max_tokens, requests, ignore_eos, temperature)
     asked = prompts_of(prompts, limit)
     folder = target.folder(run, "sweep")
     # More loads or another k may be added to a folder later: each point stands by itself.
-    claim = {"max_tokens": max_tokens, "requests_per_stream": requests, "ignore_eos": ignore_eos}
-    claim |= {"server": target.identity()} | _named(asked)
+    claim: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "requests_per_stream": requests,
+        "ignore_eos": ignore_eos,
+    }
+    claim |= {"temperature": temperature, "server": target.identity()} | _named(asked)
     with progress_bar() as report, open_ledger(folder, claim) as ledger:
 
         def serve(drafted: int | None) -> AbstractContextManager["BenchClient"]:
@@ -266,7 +283,7 @@ def bench_workload(
         int | None,
         typer.Option(min=2, metavar="N", help="Cap on an answer. Default: the context's end."),
     ] = None,
-    num_speculative_tokens: SpeculativeOption = None,
+    k: SpeculativeOption = None,
     run: RunOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -274,13 +291,14 @@ def bench_workload(
     from mtp_graft.bench.ledger import open_ledger
     from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
 
+    target.check_k(k)
     config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
     folder = target.folder(run, "workload")
-    claim = asdict(config) | {"server": target.identity(), "k": num_speculative_tokens}
+    claim = asdict(config) | {"server": target.identity(), "k": k}
     claim |= _named([workload])
     with progress_bar() as report, open_ledger(folder, claim) as ledger, ExitStack() as stack:
         result = measure_workload(
-            lambda: stack.enter_context(target.client(report, "", num_speculative_tokens)),
+            lambda: stack.enter_context(target.client(report, "", k)),
             *(workload, config, report, ledger, target.retrying()),
         )
         result = keep_result(result, folder, target, ledger)

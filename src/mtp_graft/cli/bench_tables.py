@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from mtp_graft.bench.markdown import percents
+
 
 def decode_table(results: dict[str, dict[str, Any]]) -> Table:
     """Return one row per server, each cell `median (min to max)`."""
@@ -21,10 +23,11 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
     """Return the ratio of the decode speeds with its interval, and what to know of it."""
     ratio = result["ratio"]["decode_tok_s"]
     low, high = ratio["interval"]
-    differing = len(result["divergences"])
-    if result["greedy_identical"]:
+    if result["greedy_identical"] is None:
+        text = "not compared, since texts are sampled"
+    elif result["greedy_identical"]:
         text = "identical on every prompt"
-    elif differing:
+    elif differing := len(result["divergences"]):
         text = f"differs on {differing} prompts"
     else:
         text = "the same once, but not in every round"
@@ -43,11 +46,22 @@ def ratio_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def drafting_lines(result: dict[str, Any]) -> list[str]:
+    """Return how many drafts were accepted at each position, if there were any."""
+    if result["acceptance_length"] is None:
+        return []
+    ended = ", after the end of a text too" if result.get("config", {}).get("ignore_eos") else ""
+    return [
+        f"k = {result['k']}: accepted by position {percents(result['acceptance_by_position'])} "
+        f"(each given the ones before{ended}), {result['acceptance_length']:.2f} tokens a step"
+    ]
+
+
 def sweep_table(points: Sequence[dict[str, Any]]) -> Table:
-    """Return one row per point."""
+    """Return one row per point; each position's acceptance is given the ones before."""
     table = Table(
-        "k", "streams", "tok/s a stream", "tok/s in all", "95 % interval", "TTFT ms", "acceptance",
-        "errors",
+        "k", "streams", "tok/s a stream", "tok/s in all", "95 % interval", "TTFT ms",
+        "accepted by position", "errors",
     )  # fmt: skip
     for point in points:
         low, high = point["aggregate_interval"]
@@ -58,7 +72,7 @@ def sweep_table(points: Sequence[dict[str, Any]]) -> Table:
             _number(point["aggregate_tok_s"]),
             f"{low:.1f} to {high:.1f}",
             _number(point["ttft_ms"]),
-            _percent(point["acceptance"]),
+            percents(point["acceptance_by_position"]),
             str(point["errors"]),
         )
     return table

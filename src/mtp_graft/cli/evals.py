@@ -141,6 +141,7 @@ def _measure(evaluation: "Evaluation", target: Target, asking: Asking) -> None:
     from mtp_graft.bench.ledger import open_ledger
 
     k = asking.num_speculative_tokens
+    target.check_k(k)
     folder = target.folder(asking.run, evaluation.benchmark)
     claim = evaluation.claim() | {"thinking": asking.thinking, "k": k}
     claim |= {"concurrency": asking.concurrency, "server": target.identity()}

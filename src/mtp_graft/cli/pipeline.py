@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, app
+from mtp_graft.cli.bench_tables import drafting_lines
 from mtp_graft.cli.help import PIPELINE
 from mtp_graft.cli.output import progress_bar, result_console, write_json
 from mtp_graft.errors import GraftError, UsageError
@@ -21,6 +22,15 @@ RunOption = Annotated[
     Path | None,
     typer.Option("--run", metavar="DIR", help="Run folder. Default: runs/ and the recipe's name."),
 ]
+KOption = Annotated[
+    int | None,
+    typer.Option(
+        *("--k", "-k"),
+        min=0,
+        metavar="N",
+        help="Tokens to draft a step, as --set bench.k=N. Default: 3 on GPUs, 1 on a CPU.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value: capture.new_tokens=64."),
@@ -30,6 +40,7 @@ SetOption = Annotated[
 @app.command(rich_help_panel=PIPELINE)
 def demo(
     run: Annotated[Path, typer.Option(metavar="DIR", help="Run folder.")] = Path("runs/demo"),
+    k: KOption = None,
     overrides: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")] = False,
     json_file: JsonOption = None,
@@ -37,13 +48,14 @@ def demo(
     """Run the whole pipeline on the bundled tiny model: graft its head on, serve it, measure it."""
     from mtp_graft.pipeline import find_bundled_recipe
 
-    _run_recipe(find_bundled_recipe(), run, overrides, None, None, dry_run, json_file)
+    _run_recipe(find_bundled_recipe(), run, _with_k(overrides, k), None, None, dry_run, json_file)
 
 
 @app.command("run", rich_help_panel=PIPELINE)
 def run_command(
     recipe: RecipeArgument,
     run: RunOption = None,
+    k: KOption = None,
     overrides: SetOption = None,
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run one stage.")] = None,
     start: Annotated[
@@ -57,13 +69,17 @@ def run_command(
     if only is not None and start is not None:  # together they would remove what --only names
         raise typer.BadParameter("give one of --only and --from")
     folder = run or Path("runs") / recipe.stem
-    _run_recipe(recipe, folder, overrides, only, start, dry_run, json_file)
+    _run_recipe(recipe, folder, _with_k(overrides, k), only, start, dry_run, json_file)
+
+
+def _with_k(overrides: list[str] | None, k: int | None) -> list[str]:
+    return [*(overrides or ()), *([] if k is None else [f"bench.k={k}"])]
 
 
 def _run_recipe(
     file: Path,
     run: Path,
-    overrides: list[str] | None,
+    overrides: list[str],
     only: str | None,
     start: str | None,
     dry_run: bool,
@@ -75,7 +91,7 @@ def _run_recipe(
         stages = choose_stages(only, start)
     except GraftError as error:
         raise typer.BadParameter(str(error)) from error
-    recipe = _load(file, overrides or ())
+    recipe = _load(file, overrides)
     if dry_run:
         plan = plan_run(recipe, run, stages)
         write_json(plan, json_file)
@@ -139,7 +155,9 @@ def _gigabytes(size: int) -> str:
 def _print_result(result: dict[str, Any], out: Console) -> None:
     """Show acceptance, decode speeds and where everything is."""
     if result["acceptance_offline"] or result["acceptance_served"]:
-        table = Table("head", "offline acceptance", "served acceptance", "95 % interval")
+        drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
+        served_heading = f"served acceptance{drafting}"
+        table = Table("head", "offline acceptance", served_heading, "95 % interval")
         for name in result["acceptance_offline"] or result["acceptance_served"]:
             offline = result["acceptance_offline"].get(name)
             served = result["acceptance_served"].get(name)
@@ -147,10 +165,12 @@ def _print_result(result: dict[str, Any], out: Console) -> None:
             interval = "-" if low is None else f"{_percent(low)} to {_percent(high)}"
             table.add_row(name, _percent(offline), _percent(served), interval)
         out.print(table)
+    for line in drafting_lines(result):
+        out.print(f"served, {line}", soft_wrap=True)
     for pair, (low, high) in result["acceptance_difference"].items():
         ours, _, theirs = pair.partition("-")
         within = f"{100 * low:+.1f} to {100 * high:+.1f} points"
-        out.print(f"{ours} less {theirs}, served, on the same texts: {within} (95 %)")
+        out.print(f"{ours} less {theirs}, served, first drafts of the same texts: {within} (95 %)")
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
         ratio = mtp / base

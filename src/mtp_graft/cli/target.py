@@ -35,6 +35,9 @@ PromptsOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Use the first prompts only.")
 ]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0.0, metavar="T", help="0 is greedy; above, texts are not compared.")
+]
 IgnoreEosOption = Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")]
 RunOption = Annotated[
     Path | None,
@@ -112,6 +115,13 @@ class Target:
                 "-- need --checkpoint: a running server cannot be changed"
             )
 
+    def check_k(self, k: object) -> None:
+        """Refuse --k for a running server."""
+        if k is not None and self.checkpoint is None:
+            raise typer.BadParameter(
+                "--k needs --checkpoint: a running server drafts what it drafts"
+            )
+
     @property
     def drafting(self) -> dict[str, str]:
         """Return what is said of the drafts, by ServeOptions' names."""
@@ -187,14 +197,15 @@ class Target:
         from mtp_graft.serving.plan import make_plan
         from mtp_graft.serving.topology import hardware_for
 
+        drafts = num_speculative_tokens != 0
         options = ServeOptions(
             checkpoint,
             port=0,
             tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
             num_speculative_tokens=num_speculative_tokens,
-            draft_lm_head_quantization=self.draft_lm_head_quantization,
-            draft_sample_method=self.draft_sample_method,
+            draft_sample_method=self.draft_sample_method if drafts else None,
+            draft_lm_head_quantization=self.draft_lm_head_quantization if drafts else None,
             prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
             extra_args=tuple(self.extra or ()),

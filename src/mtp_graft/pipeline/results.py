@@ -34,6 +34,9 @@ def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     counts = {variant: found.get("sequences") for variant, found in served.items()}
     return {
         "acceptance": main.get("acceptance"),
+        "k": (decode.get("mtp") or main).get("k"),
+        "acceptance_by_position": main.get("acceptance_by_position"),
+        "acceptance_length": main.get("acceptance_length"),
         "acceptance_served": {v: found["acceptance"] for v, found in served.items()},
         "acceptance_offline": {v: a["top1"] for v, a in scored.items()},
         "acceptance_offline_on_served": _offline_on_served(scored, served),

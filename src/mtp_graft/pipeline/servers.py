@@ -81,7 +81,7 @@ class Servers:
                 capture_config(self._recipe),
             ),
             record=None,
-            num_speculative_tokens=self._recipe.bench.num_speculative_tokens,
+            num_speculative_tokens=self._recipe.bench.k,
             extra_args=_COUNT_REQUESTS,
         )
         with self._managed(options, variant) as client:

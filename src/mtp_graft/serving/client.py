@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Completion:
-    """One greedy answer, with the arrival time of each chunk of tokens."""
+    """One answer, with the arrival time of each chunk of tokens."""
 
     token_ids: tuple[int, ...]
     finish_reason: str | None
@@ -137,10 +137,16 @@ class ServerClient:
         return self._read("/v1/completions", body, _scored)
 
     def stream(
-        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        ignore_eos: bool = False,
+        temperature: float = 0.0,
     ) -> Completion:
-        """Return the greedy continuation of `prompt`, streamed to time its tokens."""
-        body = _greedy_body(prompt, max_tokens, ignore_eos) | {"stream": True}
+        """Return a continuation of `prompt`, streamed to time its tokens."""
+        body = _greedy_body(prompt, max_tokens, ignore_eos)
+        body |= {"stream": True, "temperature": temperature}
         tokens: list[int] = []
         chunks: list[tuple[float, int]] = []
         texts: list[str] = []

@@ -1,7 +1,9 @@
 """vLLM's speculative decoding counters, read from its Prometheus page."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 _PREFIX = "vllm:spec_decode_num_"
@@ -13,9 +15,12 @@ _POSITION = re.compile(r'\bposition="(\d+)"')
 
 @dataclass(frozen=True)
 class SpecDecodeCounters:
-    """Drafts and accepted tokens since the server started, or between two readings."""
+    """Drafts and accepted tokens since the server started, or between two readings.
 
-    num_drafts: int
+    `accepted_per_position[i]` counts the steps whose first i + 1 drafts were all accepted.
+    """
+
+    num_drafts: int  # steps with drafts
     num_draft_tokens: int
     num_accepted_tokens: int
     accepted_per_position: tuple[int, ...]
@@ -35,6 +40,45 @@ class SpecDecodeCounters:
         if self.num_draft_tokens == 0:
             return None
         return self.num_accepted_tokens / self.num_draft_tokens
+
+    @property
+    def k(self) -> int:
+        """Return how many tokens a step drafts."""
+        return len(self.accepted_per_position)
+
+    @property
+    def reached(self) -> list[tuple[int, int]]:
+        """Return (tried, accepted) for each position: tried is where all before were accepted."""
+        return list(pairwise((self.num_drafts, *self.accepted_per_position)))
+
+    @property
+    def acceptance_by_position(self) -> list[float | None] | None:
+        """Return for each draft position how often it is accepted, given that all before were.
+
+        None for a position that no step reached, and in all if nothing was drafted. The product
+        of the first i is the share of steps that accept at least i drafts.
+        """
+        if self.num_drafts == 0:
+            return None
+        return [accepted / tried if tried else None for tried, accepted in self.reached]
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Return the tokens a step gives, its own one included; None if nothing was drafted."""
+        if self.num_drafts == 0:
+            return None
+        return 1 + self.num_accepted_tokens / self.num_drafts
+
+
+def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
+    """Return the sum of one or more counters of the same k."""
+    positions = zip(*(c.accepted_per_position for c in counters), strict=True)
+    return SpecDecodeCounters(
+        sum(c.num_drafts for c in counters),
+        sum(c.num_draft_tokens for c in counters),
+        sum(c.num_accepted_tokens for c in counters),
+        tuple(map(sum, positions)),
+    )
 
 
 def parse_spec_decode(page: str) -> SpecDecodeCounters | None:

@@ -33,5 +33,8 @@ def _options(measurement: Measurement, server: Node, cite: Citations) -> Iterato
     assert measurement.config is not None
     if (k := measurement.config.get("k")) is not None:
         yield from ("-k", cite.show("text", k))
+    for key in ("draft_sample_method", "draft_lm_head_quantization"):
+        if value := server.get(key):
+            yield from (f"--{key.replace('_', '-')}", cite.show("text", value))
     if extra := list(server.get("extra_args") or ()):
         yield from ("--", *(cite.show("text", word) for word in extra))

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from mtp_graft.bench.card.cite import Node
 from mtp_graft.bench.card.collect import EVALS, CardInputs, Measurement, by_environment
 from mtp_graft.bench.card.quality import TITLES
 from mtp_graft.bench.card.speed import label, sides
@@ -11,7 +10,6 @@ from mtp_graft.bench.charts import (
     BASE_COLOUR,
     INK,
     MTP_COLOUR,
-    Rate,
     _figure,
     _finish_bars,
     _label_at_right,
@@ -20,6 +18,7 @@ from mtp_graft.bench.charts import (
     _whisker,
     acceptance_chart,
 )
+from mtp_graft.bench.results import first_draft, walked
 from mtp_graft.bench.sweep_chart import sweep_chart
 
 _ROW = 0.36  # inches
@@ -37,8 +36,8 @@ def draw(inputs: CardInputs) -> dict[str, bytes]:
     for number, (_, group) in enumerate(by_environment(inputs.of(*EVALS))):
         drawn[chart_name("scores", number)] = _score_chart(group)
     scored = inputs.stages["score"]["acceptance"] if "score" in inputs.stages else None
-    served = {v: _rate(n, "acceptance", "drafted") for v, n in inputs.served.items()}
-    offline = {v: _rate(n, "top1", "tokens") for v, n in (scored.items() if scored else ())}
+    served = {v: first_draft(n.value) for v, n in inputs.served.items()}
+    offline = {v: walked(n.value) for v, n in (scored.items() if scored else ())}
     if served or offline:
         drawn["acceptance.png"] = acceptance_chart(served, offline)
     return drawn
@@ -52,11 +51,6 @@ def chart_name(what: str, number: int) -> str:
 def sweep_name(measurement: Measurement) -> str:
     """Return the file name of a sweep's chart."""
     return f"sweep-{measurement.profile}.png" if measurement.profile else "sweep.png"
-
-
-def _rate(node: Node, key: str, of: str) -> Rate:
-    low, high = node["interval"].value
-    return Rate(node[key].value, (low, high), node["accepted"].value, node[of].value)
 
 
 def _decode_chart(group: Sequence[Measurement]) -> bytes:

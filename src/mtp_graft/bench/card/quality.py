@@ -40,28 +40,42 @@ def acceptance(inputs: CardInputs, cite: Citations) -> list[Block]:
         [
             Name(variant),
             "yes" if variant == inputs.spliced.variant else "",
-            *_rate(inputs.served.get(variant), "acceptance", "drafted", cite),
-            *_rate(offline.get(variant), "top1", "tokens", cite),
+            *_served(inputs.served.get(variant), cite),
+            *_offline(offline.get(variant), cite),
         ]
         for variant in variants
     ]
-    heading = ["head", "this one", "served", "95 %", "drafts accepted", "offline", "95 %",
+    heading = ["head", "this one", "k", "served, by position", "first draft, 95 %",
+               "first drafts accepted", "tokens a step", "offline", "95 %",
                "drafts accepted"]  # fmt: skip
     above = measured_on(environment_of(inputs.manifests.get("bench")), cite)
     remarks = [
-        "Served is what vLLM counted on held-out texts; offline is the head's walk over captured "
-        "texts, one draft a step, before anything was served. Intervals are Wilson's."
+        "Served is what vLLM counted on held-out texts with k drafts a step, each position given "
+        "that all before it were accepted; offline is the head's walk over captured texts, one "
+        "draft a step, before anything was served. Intervals are Wilson's."
     ]
-    return [Block(Table(heading, rows, "llrrrrrr"), above, (), remarks)]
+    return [Block(Table(heading, rows, "llrrrrrrrr"), above, (), remarks)]
 
 
-def _rate(found: Node | None, key: str, of: str, cite: Citations) -> list[str]:
+def _served(found: Node | None, cite: Citations) -> list[str]:
+    if found is None:
+        return [NOTHING, NOT_MEASURED, NOTHING, NOTHING, NOTHING]
+    return [
+        cite.show("count", found["k"]),
+        cite.show("percents", found["acceptance_by_position"]),
+        cite.show("rate interval", *found["acceptance_by_position_interval"][0]),
+        cite.show("part", found["accepted_by_position"][0], found["steps"]),
+        cite.show("two decimals", found["acceptance_length"]),
+    ]
+
+
+def _offline(found: Node | None, cite: Citations) -> list[str]:
     if found is None:
         return [NOT_MEASURED, NOTHING, NOTHING]
     return [
-        cite.show("percent", found[key]),
+        cite.show("percent", found["top1"]),
         cite.show("rate interval", *found["interval"]),
-        cite.show("part", found["accepted"], found[of]),
+        cite.show("part", found["accepted"], found["tokens"]),
     ]
 
 

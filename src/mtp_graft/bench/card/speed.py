@@ -119,11 +119,13 @@ def _decode_remark(measurement: Measurement, cite: Citations) -> str:
         said.append(f"time to first token {slower} the base's")
     elif measurement.benchmark == "pipeline":
         said.append("base and MTP served once each, so the speed-up has no interval")
-    drafts = of.get("drafts")
-    if drafts and (per_position := drafts.get("acceptance_per_position")):
-        rates = cite.show("percents", per_position)
-        steps = cite.show("two decimals", drafts["tokens_per_step"])
-        said.append(f"accepted by draft position {rates}, {steps} tokens a step")
+    if length := of.get("acceptance_length"):
+        k, steps = cite.show("count", of["k"]), cite.show("two decimals", length)
+        rates = cite.show("percents", of["acceptance_by_position"])
+        said.append(f"k = {k}, accepted by position {rates} (each given the ones before)")
+        said.append(f"{steps} tokens a step")
+    if temperature := of["config"].get("temperature"):
+        said.append(f"temperature {cite.show('plain', temperature)}")
     if (identical := result.get("greedy_identical")) is not None:
         said.append(f"greedy text {_texts(identical, result['divergences'], cite)}")
     return f"{label(measurement)}: {'; '.join(said)}."
@@ -226,11 +228,25 @@ def _sweep_remarks(group: Sequence[Measurement], cite: Citations) -> Iterator[st
             )
         if not result["dips"].value:
             yield f"{name}: more streams never brought fewer tokens a second, intervals apart."
+        for k in dict.fromkeys(point["k"].value for point in result["points"]):
+            points = [p for p in result["points"] if p["k"].value == k]
+            if found := [shown for p in points if (shown := _positions(p, cite))]:
+                listed = "; ".join(found)
+                yield f"{name}, k = {k}, accepted by position and tokens a step: {listed}."
         if best_k := list(result["best_k"]):
             fastest = ", ".join(_fastest(best, cite) for best in best_k)
             yield f"{name}: the fastest k by streams is {fastest}."
         errors = cite.show("sum", *(point["errors"] for point in result["points"]))
         yield f"{name}: {errors} requests failed and were asked again."
+
+
+def _positions(point: Node, cite: Citations) -> str | None:
+    rates = point.get("acceptance_by_position")
+    if rates is None:
+        return None
+    streams, length = cite.show("count", point["concurrency"]), point["acceptance_length"]
+    shown = cite.show("percents", rates), cite.show("two decimals", length)
+    return f"{streams} at a time {' and '.join(shown)}"
 
 
 def _fastest(best: Node, cite: Citations) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mtp_graft.bench.markdown import percents
+
 
 @dataclass(frozen=True)
 class Style:
@@ -62,9 +64,7 @@ STYLES: Mapping[str, Style] = {
     "number": Style("one decimal", lambda x: f"{x:,.1f}"),
     "plain": Style("up to six digits", lambda x: f"{x:g}"),
     "percent": Style("100 a %, one decimal", _percent),
-    "percents": Style(
-        "100 a % for each, one decimal", lambda rates: ", ".join(map(_percent, rates))
-    ),
+    "percents": Style("100 a for each, one decimal", percents),
     "two decimals": Style("two decimals", lambda x: f"{x:,.2f}"),
     "small percent": Style("100 a %, two decimals", lambda x: f"{100 * x:.2f} %"),
     "whole percentage": Style("100 a, no decimals", lambda x: f"{100 * x:.0f}"),
