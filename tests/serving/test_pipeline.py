@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import apart
 from mtp_graft import pipeline
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, choose_stages, device, run_pipeline, run_stage
+from mtp_graft.pipeline.plan import Need, check_room
 from mtp_graft.recipe import QuantizeSection, load_recipe
 from mtp_graft.serving import command, server
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
+from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
@@ -659,6 +663,28 @@ def test_device_auto_is_the_gpu_if_there_is_one(
     run(only="quantize")
     run("score.device=cpu", only="score")
     assert stages.devices == {"quantize": expected, "score": "cpu"}
+
+
+def test_this_process_leaves_cuda_to_others(
+    run: Run, on_gpus: OnGpus, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpus("NVIDIA H200", "143771", "NV18")
+    answers = {"get_device_name(gpu)": ["NVIDIA H200"], "mem_get_info(gpu)[0]": ["150000000000"]}
+    monkeypatch.setattr(device, "_ask_of_each_gpu", answers.__getitem__)
+    device.gpu_names.cache_clear()
+    for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was used here"))
+    monkeypatch.setattr(pipeline.run, "run_in_process", run_in_process)
+    for stage in ("quantize", "score"):
+        monkeypatch.setattr(pipeline.run, stage, getattr(apart, stage))
+    try:
+        run()
+        check_room([Need("bench", "GPU memory", 10**11, "the served model", num_gpus=1)])
+    finally:
+        device.gpu_names.cache_clear()
+    for stage in ("quantize", "score"):
+        used, pid = (folder / stage / "done by").read_text().split()
+        assert used == "cuda" and int(pid) != os.getpid()
 
 
 def test_the_recipe_says_how_the_experts_are_quantized(run: Run, stages: StandIns) -> None:

@@ -16,7 +16,6 @@ from mtp_graft.pipeline.bench import EVALUATION, Bench
 from mtp_graft.pipeline.device import torch_device
 from mtp_graft.pipeline.folder import RunFolder, locked
 from mtp_graft.pipeline.plan import check_models, check_room, describe, find_needs
-from mtp_graft.pipeline.process import run_in_process
 from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.pipeline.servers import Servers, capture_config
 from mtp_graft.recipe import Recipe
@@ -26,6 +25,7 @@ from mtp_graft.stages import capture as capturing
 from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
 from mtp_graft.stages.inputs import REPORT_NAME
+from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.quantize import QuantizeConfig, quantize
 from mtp_graft.stages.ranks import num_ranks
 from mtp_graft.stages.score import ScoreConfig, score

@@ -9,10 +9,11 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from mtp_graft.bench.decode import Report
 from mtp_graft.errors import GraftError
 
+# The process imports this module, so it imports little.
 Result = TypeVar("Result")
+Report = Callable[[str, int, int], None]  # label, units done, units in all
 _EXIT_S = 10.0
 
 
