@@ -171,4 +171,5 @@ DIFFERENCES_FROM_ACTI = (
     "no --trust-remote-code: stock vLLM has the model's code",
     "VLLM_PLUGINS loads what stock vLLM lacks, where Acti patches vLLM (docs/engine.md)",
     "HF_HUB_OFFLINE and VLLM_NO_USAGE_STATS: a folder is served, nothing is fetched or reported",
+    "VLLM_ENGINE_READY_TIMEOUT_S: half an hour, and a second for every 100 MB of weights",
 )
