@@ -15,7 +15,7 @@ from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
-from mtp_graft.serving.plan import adapt
+from mtp_graft.serving.plan import NO_DRAFTING, adapt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.capture import CaptureConfig, recording_options
@@ -51,8 +51,10 @@ class Servers:
         options = recording_options(base, capture, capture_config(self._recipe))
         return self._serving(options, "capture")
 
-    def measured(self, checkpoint: Path, k: int, name: str) -> AbstractContextManager[ServerClient]:
-        """Serve a checkpoint to be measured, drafting `k` tokens a step."""
+    def measured(
+        self, checkpoint: Path, k: int | None, name: str
+    ) -> AbstractContextManager[ServerClient]:
+        """Serve a checkpoint to be measured, drafting `k` tokens a step (None: as `serve` does)."""
         options = ServeOptions(
             checkpoint,
             port=0,
@@ -60,7 +62,7 @@ class Servers:
             max_num_seqs=self._recipe.capture.concurrency,
             prefix_caching=False,  # a prompt that comes again is computed again
             num_speculative_tokens=k,
-            extra_args=_COUNT_REQUESTS if k else (),
+            extra_args=() if k == 0 else _COUNT_REQUESTS,
         )
         return self._serving(options, name)
 
@@ -75,7 +77,8 @@ class Servers:
         )
         hardware = hardware_for(vllm.platform)
         options, notes = adapt(options, hardware, vllm)
-        self._tell([] if hardware.gpu is None else notes)  # a CPU has nothing to be adjusted to
+        on_cpu = hardware.gpu is None  # which nothing is adjusted to
+        self._tell([] if on_cpu else [note for note in notes if note != NO_DRAFTING])
 
         def on_start(elapsed_s: float, _line: str) -> None:
             self._report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
