@@ -82,7 +82,7 @@ def find_needs(
 ) -> list[Need]:
     """Return what `stages` still need; raises GraftError for a config of another model."""
     base = sources[0]
-    check_dimensions(base.config)
+    check_dimensions(base.config, f"{base.given}/config.json")
     head = _count_head(base)
     size, streams = base.config["hidden_size"], base.config["hc_mult"]
     wanted = recipe.capture
@@ -176,6 +176,7 @@ def _cache_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int:
 
 def check_models(recipe: Recipe, base: Source, upstream: Source) -> None:
     """Raise GraftError for models that do not fit each other, or the recipe; reads headers only."""
+    check_dimensions(base.config, f"{base.given}/config.json")
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         check_inputs(base_folder, upstream_folder)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
