@@ -32,7 +32,7 @@ class StandInHub:
     ignores_ranges: bool = False
 
     def downloads(self, name: str) -> list[int]:
-        """Return the first byte of every download of a file."""
+        """Return the first byte of every download of a file, to its end."""
         return [
             first for method, path, first in self.asked if method == "GET" and path.endswith(name)
         ]
@@ -64,8 +64,10 @@ def stand_in_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[StandInH
 
         def answer(self, *, with_body: bool) -> None:
             path = self.path.partition("?")[0]
-            first = int((self.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
-            hub.asked.append((self.command, path, first))
+            start, _, end = (self.headers.get("Range") or "bytes=0-")[6:].partition("-")
+            first, last = int(start), int(end) if end else None
+            # Of a range with an end, only the beginning of a file is wanted.
+            hub.asked.append((self.command if last is None else "GET a part", path, first))
             parts = path.strip("/").split("/")
             repo = "/".join(parts[2:4]) if parts[0] == "api" else "/".join(parts[:2])
             if repo not in hub.repositories:
@@ -73,10 +75,11 @@ def stand_in_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[StandInH
             elif parts[0] == "api":
                 self.send(200, json.dumps(hub.model(repo)).encode(), {}, with_body)
             else:
-                self.send_file(hub.repositories[repo], "/".join(parts[4:]), first, with_body)
+                files, name = hub.repositories[repo], "/".join(parts[4:])
+                self.send_file(files, name, slice(first, last and last + 1), with_body)
 
         def send_file(
-            self, files: dict[str, bytes], name: str, first: int, with_body: bool
+            self, files: dict[str, bytes], name: str, wanted: slice, with_body: bool
         ) -> None:
             if name not in files:
                 self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, with_body)
@@ -88,7 +91,7 @@ def stand_in_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[StandInH
                 content = content[:-1] + bytes([content[-1] ^ 1])
             partial = "Range" in self.headers and not hub.ignores_ranges
             self.send(
-                206 if partial else 200, content[first if partial else 0 :], headers, with_body
+                206 if partial else 200, content[wanted] if partial else content, headers, with_body
             )
 
         def send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool) -> None:

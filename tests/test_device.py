@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import device_name, gpu_names
+from mtp_graft.pipeline.device import device_name, free_gpu_memory, gpu_names, torch_device
 
 
 @pytest.fixture(autouse=True)
@@ -29,25 +29,29 @@ def gpu_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         python.chmod(0o755)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(sys, "executable", str(python))
-        for name in ("is_available", "device_count", "get_device_name"):
+        for name in ("is_available", "device_count", "get_device_name", "mem_get_info"):
             monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked in this process"))
 
     return install
 
 
-def test_gpus_are_named_by_another_process(gpu_host: Callable[[str], None]) -> None:
-    gpu_host("printf 'NVIDIA H200\\nNVIDIA H200\\n'")
+def test_another_process_looks_at_the_gpus(gpu_host: Callable[[str], None]) -> None:
+    names = "printf 'NVIDIA H200\\nNVIDIA H200\\n'"
+    gpu_host(f"case $2 in *mem_get_info*) printf '7\\n9\\n';; *) {names};; esac")
     assert device_name() == "2x NVIDIA H200"
+    assert torch_device("auto") == "cuda" and torch_device("cpu") == "cpu"
+    assert free_gpu_memory() == [7, 9]
 
 
 def test_a_cuda_build_without_gpus_names_the_processor(gpu_host: Callable[[str], None]) -> None:
     gpu_host("true")
     assert device_name().endswith(" cores")
+    assert torch_device("auto") == "cpu"
 
 
 def test_a_driver_that_fails_is_one_line(gpu_host: Callable[[str], None]) -> None:
     gpu_host("printf 'Traceback\\nRuntimeError: no driver\\n' >&2; exit 1")
-    with pytest.raises(GraftError, match=r"^torch cannot name the GPUs \(RuntimeError: no driver"):
+    with pytest.raises(GraftError, match=r"^torch cannot use the GPUs \(RuntimeError: no driver"):
         device_name()
 
 

@@ -381,12 +381,104 @@ def test_folders_that_are_gone_are_fetched_again(hub: StandInHub, tmp_path: Path
 # From hub ids to a checkpoint, with the bundled model laid out as the two repositories
 
 
-def test_the_bundled_model_goes_from_the_hub_into_a_checkpoint(
-    hub: StandInHub, tiny_model: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def bundled(hub: StandInHub, tiny_model: Path) -> StandInHub:
     for repo, name in ((BASE, "base"), (UPSTREAM, "upstream")):
         hub.repositories[repo] = as_repository(tiny_model / name)
     hub.chunk = 2**20
+    return hub
+
+
+def rewrite(files: dict[str, bytes], name: str, change: Callable[[Any], object]) -> None:
+    content = json.loads(files[name])
+    change(content)
+    files[name] = json.dumps(content).encode()
+
+
+def first_shard(files: dict[str, bytes]) -> str:
+    return min(name for name in files if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("repo", "file", "change", "refusal"),
+    [
+        (BASE, "config.json", lambda c: c.update(model_type="llama"), "model_type 'llama', expe"),
+        (BASE, "config.json", lambda c: c.update(vocab_size=7), r"embed.weight is \[.*\[7, "),
+        (
+            BASE,
+            "config.json",
+            lambda c: c.update(moe_intermediate_size=2 * c["moe_intermediate_size"]),
+            "base and upstream are different models",
+        ),
+        (
+            BASE,
+            "config.json",
+            lambda c: c["quantization_config"].pop("config_groups"),
+            "expected a compressed-tensors checkpoint",
+        ),
+        (
+            BASE,
+            INDEX_NAME,
+            lambda i: i["weight_map"].update(
+                {"mtp.0.norm.weight": i["weight_map"]["embed.weight"]}
+            ),
+            "already has a head",
+        ),
+        (
+            BASE,
+            INDEX_NAME,
+            lambda i: i["weight_map"].update(strange=i["weight_map"]["embed.weight"]),
+            "has no strange .* lists it",
+        ),
+        (
+            UPSTREAM,
+            INDEX_NAME,
+            lambda i: i["weight_map"].update(
+                {"mtp.2.norm.weight": i["weight_map"]["mtp.0.norm.weight"]}
+            ),
+            r"has blocks mtp\.\{0,2\}; expected mtp\.0 alone\. Three blocks are a DSpark",
+        ),
+    ],
+)
+def test_what_the_headers_tell_is_refused_before_a_shard_comes(
+    repo: str,
+    file: str,
+    change: Callable[[Any], object],
+    refusal: str,
+    bundled: StandInHub,
+    tmp_path: Path,
+) -> None:
+    rewrite(bundled.repositories[repo], file, change)
+    recipe = load_recipe(
+        find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"]
+    )
+    told = plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"]
+    with pytest.raises(GraftError, match=refusal) as raised:
+        run_stage(recipe, tmp_path / "run", "fetch", quiet)
+    assert str(raised.value) == told
+    assert re.match(f"{BASE}|{UPSTREAM}", told), "by its id, not by where the header is"
+    assert bundled.downloads(".safetensors") == []
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_a_shard_that_is_none_is_refused_by_its_beginning(
+    ignores_ranges: bool, bundled: StandInHub, tmp_path: Path
+) -> None:
+    bundled.ignores_ranges = ignores_ranges
+    base = bundled.repositories[BASE]
+    shard = first_shard(base)
+    base[shard] = b"<html>" + base[shard]
+    recipe = load_recipe(
+        find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"]
+    )
+    with pytest.raises(GraftError, match=f"{BASE}/{shard}: no safetensors file"):
+        run_stage(recipe, tmp_path / "run", "fetch", quiet)
+
+
+def test_the_bundled_model_goes_from_the_hub_into_a_checkpoint(
+    bundled: StandInHub, tmp_path: Path
+) -> None:
+    hub = bundled
     recipe = load_recipe(
         find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"]
     )
@@ -395,7 +487,7 @@ def test_the_bundled_model_goes_from_the_hub_into_a_checkpoint(
     assert told["sources"]["base"]["commit"] == COMMIT
     assert shards < told["sources"]["base"]["bytes_to_download"] < shards + 2_000_000
     assert told["needs"][0]["what_for"] == "what is still to be downloaded"
-    assert not any(hub.downloads(".safetensors")), "a dry run downloads no shard"
+    assert hub.downloads(".safetensors") == [], "a dry run downloads no shard"
 
     found = run_stage(recipe, tmp_path / "run", "fetch", quiet)
     base, upstream = Path(found["base"]), Path(found["upstream"])

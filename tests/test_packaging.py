@@ -150,12 +150,18 @@ def imported_packages(source: Path) -> Iterator[str]:
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and "import_module" in map(
+            ast.unparse, (node.func, *node.args)
+        ):
+            found = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+            yield from (name.split(".")[0] for name in found if isinstance(name, str))
 
 
-def test_every_third_party_import_is_a_declared_dependency(
+def test_the_gpu_extra_brings_every_third_party_import(
     project: dict[str, Any], repo_root: Path
 ) -> None:
-    declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
+    declared = {canonicalize_name(Requirement(line).name) for line in lines}
     providers = metadata.packages_distributions()
     imports = {
         name for name, found in providers.items() if declared & set(map(canonicalize_name, found))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.shards import read_index, read_meta
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import find_bundled_recipe, plan, plan_run
+from mtp_graft.pipeline import device, find_bundled_recipe, plan, plan_run
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.plan import Need, check_room, find_needs
-from mtp_graft.pipeline.run import STAGES, check_needs
+from mtp_graft.pipeline.run import STAGES, check_run
 from mtp_graft.pipeline.times import estimate_times
 from mtp_graft.pipeline.weights import base_tensors, head_tensors
 from mtp_graft.recipe import Linears, Recipe, Variant, load_recipe
@@ -41,7 +42,7 @@ GB = 10**9
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "gpu_names", lambda: ())
     return load_recipe(find_bundled_recipe())
 
 
@@ -73,7 +74,7 @@ def test_the_heads_sizes_are_bounds_of_what_splice_writes(
     for variant, stored in {"rtn": 8_019_304, "mxfp4": 8_212_840, "bf16": 26_693_992}.items():
         assert stored < head.bytes_as(variant) < 1.25 * stored
     spliced = next(n for n in find_needs(recipe, folder, STAGES, sources) if n.stage == "splice")
-    assert spliced.bytes == sum(head.bytes_as(v) for v in ("rtn", "gptq", "mxfp4", "bf16"))
+    assert spliced.bytes == sum(head.bytes_as(v) for v in recipe.served_variants)
 
 
 def test_residuals_are_counted_at_the_longest_that_prompts_may_be(
@@ -117,8 +118,8 @@ def test_a_copied_base_needs_its_size_for_every_head(
 ) -> None:
     copying = replace(recipe, splice=replace(recipe.splice, copy=True))
     needs = [n for n in find_needs(copying, folder, ["splice"], sources)]
-    assert [n.what_for for n in needs] == ["4 heads; the base is linked", "copies of the base"]
-    assert needs[1].bytes == 4 * sum(sources[0].sizes.values())
+    assert [n.what_for for n in needs] == ["2 heads; the base is linked", "copies of the base"]
+    assert needs[1].bytes == 2 * sum(sources[0].sizes.values())
 
 
 def test_a_small_disk_is_refused_with_what_is_needed_and_free(
@@ -126,7 +127,7 @@ def test_a_small_disk_is_refused_with_what_is_needed_and_free(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", full_disk(1000))
     with pytest.raises(GraftError) as raised:
-        check_needs(recipe, folder, STAGES)
+        check_run(recipe, folder, STAGES)
     message = str(raised.value)
     assert f"disk of {folder.path}: 1,000 bytes free, " in message
     assert "capture: 199," in message and "splice: " in message
@@ -158,8 +159,7 @@ def test_too_little_memory_is_refused() -> None:
 def test_the_gpus_are_looked_at_before_the_model_is_served(
     gpus: int, free: int, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, free))
+    monkeypatch.setattr(plan, "free_gpu_memory", lambda: [free] * gpus)
     need = Need("bench", "GPU memory", 160 * GB, "the served model", num_gpus=2)
     if message is None:
         check_room([need])
@@ -234,10 +234,9 @@ def test_on_gpus_a_run_is_refused_where_doctor_finds_an_error(
     target = find_target(gpu, count, max_model_len=4096)
     assert target.hardware is not None
     free = target.hardware.memory_bytes
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (free, free))
-    settings = [f"serve.tensor_parallel_size={count}", 'bench.served_variants=["gptq"]']
+    monkeypatch.setattr(device, "gpu_names", lambda: (gpu,) * count)
+    monkeypatch.setattr(plan, "free_gpu_memory", lambda: [free] * count)
+    settings = [f"serve.tensor_parallel_size={count}"]
     wanted = load_recipe(repo_root / "recipes" / "dsv4-flash.toml", settings)
     large = replace(sources[0], config=full_size.config)
     (need,) = find_needs(wanted, folder, ["bench"], [large, sources[1]])
@@ -289,7 +288,7 @@ def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
         if path.suffix in (".safetensors", ".json")
     }
     assert told["sources"]["base"]["bytes_to_download"] == 0
-    assert (told["room"], told["unknown"]) == ("enough", None)
+    assert (told["inputs"], told["room"], told["unknown"]) == ("fit", "enough", None)
     assert 50 < told["seconds"]["bench"]["seconds"] < 400
     assert "a demo" in told["seconds"]["bench"]["by"]
     assert not (tmp_path / "run").exists()
@@ -302,6 +301,25 @@ def test_a_large_base_is_estimated_by_acti_times(
     times = estimate_times(recipe, [large, sources[1]])
     assert times["score"].seconds is None and "never timed" in times["score"].by
     assert "Acti card" in times["capture"].by
+
+
+@pytest.mark.parametrize(
+    ("setting", "refusal"),
+    [
+        (
+            "quantize.group_size=64",
+            r"quantize\.group_size is 64, expected 128 as in the experts of",
+        ),
+        ("serve.tensor_parallel_size=3", r"tensor_parallel_size is 3, .* the 4 attention heads of"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_base_is_refused(
+    setting: str, refusal: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    asked = load_recipe(find_bundled_recipe(), [setting])
+    with pytest.raises(GraftError, match=refusal):
+        check_run(asked, RunFolder(tmp_path / "run", asked), STAGES)
+    assert re.search(refusal, plan_run(asked, tmp_path / "run", STAGES)["inputs"])
 
 
 def test_a_dry_run_without_the_checkpoints_says_why_it_knows_no_sizes(

@@ -73,7 +73,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
     run = tmp_path_factory.mktemp("pipeline") / "run"
     before = hashes(tiny_model / "base")
     texts, experts = run / "capture" / "texts.jsonl", run / "quantize" / "gptq"
-    log = run / "logs" / "vllm-base.log"
+    log = run / "logs" / "vllm-capture.log"
     # The command itself and the server that it has started, which writes already.
     kill_when(
         lambda: log.exists() and log.stat().st_size > 0 and len(processes_of(run)) > 1,

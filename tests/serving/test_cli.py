@@ -9,9 +9,9 @@ import pytest
 
 from mtp_graft import cli, pipeline
 from mtp_graft.bench.decode import Report
+from mtp_graft.pipeline.run import check_run
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
-from mtp_graft.stages.splice_plan import check_inputs
 
 from .conftest import install, only_from
 
@@ -39,6 +39,7 @@ def test_dry_run_prints_what_a_shell_can_run(run: Run, vllm: Path, grafted: Path
     status, out, errors = run("serve", grafted, "--dry-run", "--max-model-len", 512)
     assert (status, errors) == (0, "")
     assert out == (
+        "export VLLM_ENGINE_READY_TIMEOUT_S=1800\n"
         "export VLLM_PLUGINS=mtp_graft\nexport HF_HUB_OFFLINE=1\nexport VLLM_NO_USAGE_STATS=1\n"
         f"{vllm} serve {grafted} --host 127.0.0.1 --port 8000 --tokenizer-mode deepseek_v4 "
         "--reasoning-parser deepseek_v4 --enable-auto-tool-choice --tool-call-parser deepseek_v4 "
@@ -260,8 +261,7 @@ def recipe(tmp_path: Path, base: Path, prompts_file: Path, monkeypatch: pytest.M
     (tmp_path / "upstream").mkdir()
     config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
     (base / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(pipeline.run, "check_inputs", lambda _base, _upstream: None)
-    monkeypatch.setattr(pipeline.run, "check_needs", lambda *_: None)
+    monkeypatch.setattr(pipeline.run, "check_run", lambda *_: None)
     file = tmp_path / "some.toml"
     file.write_text(RECIPE)
     return file
@@ -426,7 +426,7 @@ def test_a_stage_has_its_own_command_and_result(run: Run, recipe: Path, tmp_path
     result = json.loads(out)
     assert result["splits"] == {"calibration": 1, "evaluation": 1}
     assert result["folder"] == str(folder / "capture")
-    assert "base: starting vLLM" in errors and "capture: done, in" in errors
+    assert "capture: starting vLLM" in errors and "capture: done, in" in errors
 
     status, out, errors = run("run", recipe, "--run", folder, "--only", "capture", "--json", "-")
     assert status == 0, errors
@@ -445,10 +445,10 @@ def test_fetch_says_where_both_checkpoints_are(run: Run, recipe: Path, tmp_path:
 def test_inputs_that_do_not_fit_are_one_message(
     run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.run, "check_inputs", check_inputs)
+    monkeypatch.setattr(pipeline.run, "check_run", check_run)
     status, out, errors = run("fetch", recipe, "--run", tmp_path / "run")
     assert (status, out, errors.count("error: ")) == (1, "", 1)
-    assert "base/model-1.safetensors: not a readable safetensors file" in errors
+    assert "upstream/model.safetensors.index.json: not found; expected a safetensors" in errors
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_command_for_a_grafted_checkpoint_on_a_cpu_is_exact(vllm: Path, grafted:
         *("--speculative-config", '{"method":"mtp","num_speculative_tokens":1}'),
     ]
     assert built.env == {
+        "VLLM_ENGINE_READY_TIMEOUT_S": "1800",
         "VLLM_PLUGINS": "mtp_graft",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

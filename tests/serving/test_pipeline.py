@@ -7,24 +7,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import apart
 from mtp_graft import pipeline
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import STAGES, choose_stages, run_pipeline, run_stage
+from mtp_graft.pipeline import STAGES, choose_stages, device, run_pipeline, run_stage
+from mtp_graft.pipeline.plan import Need, check_room
 from mtp_graft.recipe import QuantizeSection, load_recipe
 from mtp_graft.serving import command, server
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
+from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
@@ -54,7 +57,8 @@ served_variants = ["rtn", "gptq"]
 [serve]
 extra_args = ["--seed", "7"]
 """
-BASE, GPTQ, RTN = "base", "gptq", "rtn"  # whose servers are started
+#: Whose servers are started; the first one records.
+CAPTURE, BASE, GPTQ, RTN = "capture", "base", "gptq", "rtn"
 MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all but the report
 
 
@@ -86,8 +90,7 @@ class StandIns:
     refused: str | None = None  # what is wrong with the inputs
     counts: list[dict[str, Any]] | None = None  # of each served text
 
-    def check_inputs(self, base: Path, upstream: Path) -> None:
-        assert base.is_dir() and upstream.is_dir()
+    def check_run(self, *_: Any) -> None:
         if self.refused:
             raise GraftError(self.refused)
 
@@ -148,10 +151,12 @@ class StandIns:
 @pytest.fixture
 def stages(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     stand_ins = StandIns()
-    for name in ("check_inputs", "quantize", "score", "splice", "verify"):
+    for name in ("check_run", "quantize", "score", "splice", "verify"):
         monkeypatch.setattr(pipeline.run, name, getattr(stand_ins, name))
 
-    monkeypatch.setattr(pipeline.run, "check_needs", lambda *_: None)
+    monkeypatch.setattr(
+        pipeline.run, "run_in_process", lambda work, *rest, report: work(*rest, report)
+    )
 
     def measure_streamed(client: ServerClient, *rest: Any) -> dict[str, Any]:
         with Streamed(client.base_url) as streamed:
@@ -179,7 +184,9 @@ def servers(fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.Monke
     @contextmanager
     def managed(options: ServeOptions, log: Path, **rest: Any) -> Iterator[ServerClient]:
         is_base = options.checkpoint == tmp_path / "base"
-        name = BASE if is_base else options.checkpoint.parent.name
+        name = options.checkpoint.parent.name
+        if is_base:
+            name = BASE if options.record is None else CAPTURE
         fake(**servers.settings.get(name, {}))
         servers.started.append(name)
         servers.options[name] = options
@@ -225,11 +232,11 @@ def files_under(*folders: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file()}
 
 
-def test_the_base_is_served_once_and_every_variant_once(
+def test_the_base_is_captured_and_then_measured_beside_every_variant(
     run: Run, stages: StandIns, servers: Servers, folder: Path
 ) -> None:
     result = run()
-    assert servers.started == [BASE, GPTQ, RTN]
+    assert servers.started == [CAPTURE, BASE, GPTQ, RTN]
     assert stages.done == [
         *("quantize", "score", "splice gptq", "splice rtn", "verify gptq", "verify rtn")
     ]
@@ -258,7 +265,7 @@ def test_no_server_runs_and_no_other_run_begins_while_the_head_is_quantized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def quantize(*arguments: Any) -> Any:
-        assert servers.started == [BASE] and servers.running == 0
+        assert servers.started == [CAPTURE] and servers.running == 0
         with pytest.raises(GraftError, match="another mtp-graft works in this run folder"):
             run_pipeline(load_recipe(recipe), folder, quiet, ["fetch"])
         return stages.quantize(*arguments)
@@ -268,17 +275,19 @@ def test_no_server_runs_and_no_other_run_begins_while_the_head_is_quantized(
     assert "quantize" in stages.done
 
 
-def test_the_base_records_without_drafting_and_variants_draft_without_recording(
+def test_base_and_head_are_measured_on_servers_that_differ_in_the_head_alone(
     run: Run, servers: Servers, folder: Path
 ) -> None:
     run("bench.k=2")
-    base, variant = servers.options[BASE], servers.options[GPTQ]
-    assert (base.record, base.num_speculative_tokens) == (folder / "capture", 0)
-    assert (variant.record, variant.num_speculative_tokens) == (None, 2)
+    capture, base, head = (servers.options[name] for name in (CAPTURE, BASE, GPTQ))
+    assert (capture.record, capture.num_speculative_tokens) == (folder / "capture", 0)
+    assert head.num_speculative_tokens == 2
     counting = ("--per-request-spec-decode-metrics", "summary")
-    assert base.extra_args == ("--seed", "7")
-    assert variant.extra_args == (*counting, "--seed", "7"), "the recipe's come last, and win"
-    assert base.max_model_len == variant.max_model_len == 64
+    assert head.extra_args == (*counting, "--seed", "7"), "the recipe's come last, and win"
+    assert base == replace(
+        head, checkpoint=base.checkpoint, num_speculative_tokens=0, extra_args=("--seed", "7")
+    )
+    assert base.max_model_len == capture.max_model_len == 64
 
 
 OnGpus = Callable[..., None]
@@ -300,10 +309,15 @@ def on_gpus(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnGp
 
 
 def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
-    run: Run, servers: Servers, on_gpus: OnGpus, tmp_path: Path
+    run: Run,
+    servers: Servers,
+    on_gpus: OnGpus,
+    tmp_path: Path,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     on_gpus("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "97887", "NODE")
-    records = {name: tmp_path / f"{name}.json" for name in (BASE, GPTQ)}
+    records = {name: tmp_path / f"{name}.json" for name in (CAPTURE, BASE, GPTQ)}
     for name, file in records.items():
         servers.settings[name] = {"record": str(file)}
     run("serve.tensor_parallel_size=2")
@@ -312,7 +326,11 @@ def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
         assert "--disable-custom-all-reduce" in started["argv"], name
         assert started["argv"][-2:] == ["--seed", "7"], "the recipe's come last, and win"
         assert started["env"]["NCCL_P2P_DISABLE"] == "1"
-    assert servers.options.keys() == {BASE, GPTQ, RTN}
+    assert servers.options.keys() == {CAPTURE, BASE, GPTQ, RTN}
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("serving: ")]
+    assert told and len(set(told)) == len(told), "each once"
+    manifest = json.loads((folder / "bench" / "manifest.json").read_text())
+    assert {f"serving: {text}" for text in manifest["config"]["adjusted"]} == set(told)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +341,7 @@ def test_the_settings_for_pcie_are_for_ranks_that_speak_over_it(
 ) -> None:
     on_gpus("NVIDIA H200", "143771", link)
     run(f"serve.tensor_parallel_size={ranks}", only="capture")
-    options = servers.options[BASE]
+    options = servers.options[CAPTURE]
     assert ("--disable-custom-all-reduce" in options.extra_args) is settings
     assert ("NCCL_P2P_DISABLE" in options.environment) is settings
     assert options.gpu_memory_utilization is None, "which is vLLM's to say"
@@ -334,7 +352,7 @@ def test_a_memory_that_the_gpu_shares_with_the_machine_is_not_filled(
 ) -> None:
     on_gpus("NVIDIA GB10", "[N/A]", "NODE")
     run(only="capture")
-    assert servers.options[BASE].gpu_memory_utilization == UNIFIED_MEMORY_UTILIZATION
+    assert servers.options[CAPTURE].gpu_memory_utilization == UNIFIED_MEMORY_UTILIZATION
 
 
 def test_heads_are_compared_on_the_same_texts(run: Run, stages: StandIns) -> None:
@@ -444,7 +462,7 @@ def test_stages_apart_give_what_the_whole_run_gives(
     shutil.rmtree(folder)
     for stage in MEASURED:
         apart = run(only=stage)
-        assert servers.started == {"capture": [BASE], "bench": [BASE, GPTQ, RTN]}.get(stage, [])
+        assert servers.started == {"capture": [CAPTURE], "bench": [BASE, GPTQ, RTN]}.get(stage, [])
     timing = {"seconds": None, "decode_tok_s": None}
     assert {**apart, **timing} == {**whole, **timing}
 
@@ -546,15 +564,15 @@ def test_a_result_that_was_cut_off_is_one_error(run: Run, servers: Servers, fold
 def test_a_base_server_that_dies_while_capturing_says_why_and_the_next_run_goes_on(
     run: Run, servers: Servers, folder: Path
 ) -> None:
-    servers.settings[BASE] = {"dies_at": 4}  # the probe, two texts, and then
-    with pytest.raises(GraftError, match=r"vllm-base\.log: RuntimeError: died in the middle"):
+    servers.settings[CAPTURE] = {"dies_at": 4}  # the probe, two texts, and then
+    with pytest.raises(GraftError, match=r"vllm-capture\.log: RuntimeError: died in the middle"):
         run()
     kept = read_texts(folder / "capture")
     assert len(kept) == 2
     servers.settings.clear()
     run()
     assert read_texts(folder / "capture")[:2] == kept
-    assert servers.started == [BASE, GPTQ, RTN]
+    assert servers.started == [CAPTURE, BASE, GPTQ, RTN]
 
 
 @pytest.mark.parametrize(
@@ -568,11 +586,11 @@ def test_a_base_server_that_dies_while_capturing_says_why_and_the_next_run_goes_
 def test_a_base_server_that_does_not_get_ready_is_one_error(
     mode: str, reason: str, run: Run, servers: Servers, stages: StandIns, tmp_path: Path
 ) -> None:
-    servers.settings[BASE] = {"mode": mode}
+    servers.settings[CAPTURE] = {"mode": mode}
     servers.timeout_s = 1.0 if mode == "never_healthy" else 30.0
     with pytest.raises(GraftError, match=rf"^{tmp_path}/base: .*{reason}"):
         run()
-    assert servers.started == [BASE]
+    assert servers.started == [CAPTURE]
     assert stages.done == []
 
 
@@ -619,7 +637,7 @@ def test_a_failed_verification_ends_the_run_with_the_tensors_name(
     message = r"gptq/tiny-mtp: 1 tensors are wrong: mtp\.0\.norm\.weight; remove it and splice"
     with pytest.raises(GraftError, match=message):
         run()
-    assert servers.started == [BASE]
+    assert servers.started == [CAPTURE]
     assert not (folder / "verify" / "manifest.json").exists()
     assert json.loads((folder / "verify" / "gptq.json").read_text())["missing"] == stages.missing
 
@@ -640,11 +658,33 @@ def test_a_base_that_changed_since_it_was_captured_is_not_verified(
 def test_device_auto_is_the_gpu_if_there_is_one(
     there: bool, expected: str, run: Run, stages: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(device, "gpu_names", lambda: ("NVIDIA H200",) * there)
     run(only="capture")
     run(only="quantize")
     run("score.device=cpu", only="score")
     assert stages.devices == {"quantize": expected, "score": "cpu"}
+
+
+def test_this_process_leaves_cuda_to_others(
+    run: Run, on_gpus: OnGpus, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpus("NVIDIA H200", "143771", "NV18")
+    answers = {"get_device_name(gpu)": ["NVIDIA H200"], "mem_get_info(gpu)[0]": ["150000000000"]}
+    monkeypatch.setattr(device, "_ask_of_each_gpu", answers.__getitem__)
+    device.gpu_names.cache_clear()
+    for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was used here"))
+    monkeypatch.setattr(pipeline.run, "run_in_process", run_in_process)
+    for stage in ("quantize", "score"):
+        monkeypatch.setattr(pipeline.run, stage, getattr(apart, stage))
+    try:
+        run()
+        check_room([Need("bench", "GPU memory", 10**11, "the served model", num_gpus=1)])
+    finally:
+        device.gpu_names.cache_clear()
+    for stage in ("quantize", "score"):
+        used, pid = (folder / stage / "done by").read_text().split()
+        assert used == "cuda" and int(pid) != os.getpid()
 
 
 def test_the_recipe_says_how_the_experts_are_quantized(run: Run, stages: StandIns) -> None:

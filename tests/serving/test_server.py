@@ -1,3 +1,4 @@
+import os
 import signal
 import socket
 import subprocess
@@ -11,9 +12,9 @@ import pytest
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
-from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.command import START_LIMIT, ServeOptions, build_command
 from mtp_graft.serving.log_tail import explain
-from mtp_graft.serving.server import managed_server
+from mtp_graft.serving.server import ServerProcess, managed_server
 
 from .conftest import command_environment, is_running, read_record, wait_gone
 
@@ -100,6 +101,23 @@ def test_a_server_that_never_gets_ready_times_out_and_leaves_nothing(
     ):
         pytest.fail("the block was entered")
     assert wait_gone(read_record(record)["pids"]) == []
+
+
+def test_a_server_may_take_the_time_that_its_weights_take_to_read(
+    fake: Configure, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 150 * 10**9
+    os.truncate(base / "model-1.safetensors", size)  # sparse
+    options = ServeOptions(base, port=0)
+    limits_s: list[float] = []
+    monkeypatch.setattr(
+        ServerProcess, "require_ready", lambda _self, limit_s, _on_poll: limits_s.append(limit_s)
+    )
+    with managed_server(options, tmp_path / "vllm.log"):
+        assert limits_s[0] > size / 100e6
+        assert build_command(options).env[START_LIMIT] == str(limits_s[0]), "vLLM's own limit"
+    monkeypatch.setenv(START_LIMIT, "7")
+    assert build_command(options).env[START_LIMIT] == "7"
 
 
 def test_a_server_that_ignores_sigterm_is_killed_after_its_grace(

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
@@ -112,8 +114,10 @@ def write_manifest(
 ) -> None:
     """Write `folder/manifest.json` of a finished stage; call it after the stage's results.
 
-    Peak memory is that of the largest single process, ours or one that we waited for.
+    `device` is what computed it; where this process used a GPU, that one's name is written. Peak
+    memory is that of the largest single process, ours or one that we waited for.
     """
+    used_gpu = torch.cuda.is_initialized()
     manifest = {
         "stage": stage,
         "status": "done",
@@ -121,9 +125,10 @@ def write_manifest(
         "inputs": {str(path): sha256(path) for path in inputs},
         "git_commit": _git_commit(),
         "versions": package_versions(),
-        "device": device,
+        "device": torch.cuda.get_device_name() if used_gpu else device,
         "seconds": seconds,
         "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if used_gpu else None,
     }
     write_json(manifest, folder / "manifest.json")
 

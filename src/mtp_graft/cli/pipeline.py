@@ -145,7 +145,8 @@ def _print_plan(plan: dict[str, Any], out: Console) -> None:
         times.add_row(stage, about, estimate["by"])
     for table in (sources, needs, times):
         out.print(table)
-    out.print(f"room: {plan['room']}", soft_wrap=True)
+    for what in ("inputs", "room"):
+        out.print(f"{what}: {plan[what]}", soft_wrap=True, markup=False)
 
 
 def _gigabytes(size: int) -> str:

@@ -10,8 +10,9 @@
     report     all of it              -> Markdown and charts
 
 A stage that is finished, and whose inputs are the same, returns what it found the first time.
-Servers are the expensive part, so the base is started once for capture and bench, and every
-variant once, which is also verify's proof that vLLM loads it.
+Quantize and score run in processes of their own, so that a GPU is empty when vLLM starts. The base
+is served twice, recording and then to be measured, and every variant once, which is also verify's
+proof that vLLM loads it.
 """
 
 from pathlib import Path

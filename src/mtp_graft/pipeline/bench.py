@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,23 +35,36 @@ class Bench:
         self._report = report
         self._config = DecodeConfig(recipe.bench.max_tokens, recipe.bench.rounds)
 
-    def run(self, base: Path) -> None:
-        """Measure whatever has not been, then compare decoding with the base's."""
+    def run(self, base: Path) -> list[str]:
+        """Measure whatever has not been, then compare decoding with the base's.
+
+        The base comes first and the chosen head right after it. Each has its server for itself,
+        since two do not fit on one GPU; `bench decode --against` takes turns. Returns what the
+        hardware made of the servers' options.
+        """
         for needed in ("capture", "splice"):
             self._folder.finished(needed)  # said before anything is served
-        self.measure_base(base)
-        self._servers.stop_base()
+        self._claim()
+        if read_result(self._folder.bench_unit("base")) is None:
+            with self._servers.measured(base, 0, "base") as client:
+                found = measure_base(client, self.prompts, self._config, self._report)
+            write_json(found | self._adjusted(), self._folder.bench_unit("base"))
+        k = self._recipe.bench.k
         for variant in self._recipe.served_variants:
             if not self._is_done(variant):
-                with self._servers.serving(variant) as client:
+                checkpoint = self._folder.checkpoint(variant)
+                with self._servers.measured(checkpoint, k, variant) as client:
                     self._measure_variant(variant, client)
-        decode = compare(self._unit("base"), self._unit("mtp"))
+        base_unit, mtp_unit = self._unit("base"), self._unit("mtp")
+        both = (*base_unit.get("adjusted", ()), *mtp_unit.get("adjusted", ()))
+        adjusted = list(dict.fromkeys(both))
+        decode = compare(base_unit, mtp_unit) | {"adjusted": adjusted}
         write_json(decode, self._folder.bench_unit("decode"))
+        return adjusted
 
-    def measure_base(self, base: Path) -> None:
-        """Decode the benchmark's prompts with the base alone."""
-        bench, prompts = self._recipe.bench, self._prompts()
-        asked = json.dumps([asdict(prompt) for prompt in prompts])
+    def _claim(self) -> None:
+        bench = self._recipe.bench
+        asked = json.dumps([asdict(prompt) for prompt in self.prompts])
         claim_folder(
             self._folder.stage("bench"),
             {
@@ -60,10 +74,6 @@ class Bench:
                 "capture": fingerprints([self._folder.finished("capture") / CONFIG_NAME]),
             },
         )
-        if read_result(self._folder.bench_unit("base")) is None:
-            client = self._servers.base_client(base)
-            measured = measure_base(client, prompts, self._config, self._report)
-            write_json(measured, self._folder.bench_unit("base"))
 
     def has_served(self, variant: str) -> bool:
         """Return whether vLLM has loaded and served the variant's present head."""
@@ -85,12 +95,16 @@ class Bench:
         served = measure_paired(client, self._known_texts(), concurrency, self._report, label)
         if variant == self._recipe.splice.variant:
             mtp = measure_mtp(client, self._unit("base"), self._config, self._report)
-            write_json(mtp, self._folder.bench_unit("mtp"))
+            write_json(mtp | self._adjusted(), self._folder.bench_unit("mtp"))
         head = {"head": self._head(variant)}
         write_json(served | head, self._folder.bench_unit(f"served-{variant}"))
 
-    def _prompts(self) -> list[Prompt | ChatPrompt]:
-        """Return the prompts to time, none of them captured."""
+    def _adjusted(self) -> dict[str, list[str]]:
+        return {"adjusted": self._servers.adjusted}
+
+    @cached_property
+    def prompts(self) -> list[Prompt | ChatPrompt]:
+        """The prompts to time, none of them captured."""
         wanted, capture = self._recipe.bench, self._recipe.capture
         skip = 0
         if wanted.prompts == capture.calibration_prompts:

@@ -11,10 +11,10 @@ import torch
 
 from mtp_graft.errors import GraftError
 
-_NAME_GPUS = """
+_EACH_GPU = """
 import torch.cuda as cuda
 for gpu in range(cuda.device_count()):
-    print(cuda.get_device_name(gpu))
+    print(cuda.{what})
 """
 
 
@@ -22,7 +22,7 @@ def torch_device(wanted: str) -> str:
     """Return the recipe's device, `auto` being the GPU if there is one."""
     if wanted != "auto":
         return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpu_names() else "cpu"
 
 
 def device_name() -> str:
@@ -35,18 +35,26 @@ def device_name() -> str:
 def gpu_names() -> tuple[str, ...]:
     """Return what torch calls the GPUs that it sees; none for its CPU build.
 
-    Another process asks: a CUDA context in this one would take memory from the servers that we
-    start. Raises GraftError if that process fails.
+    Raises GraftError if torch cannot say.
     """
+    return tuple(_ask_of_each_gpu("get_device_name(gpu)"))
+
+
+def free_gpu_memory() -> list[int]:
+    """Return the bytes that are free on each GPU; raises GraftError if torch cannot say."""
+    return [int(free) for free in _ask_of_each_gpu("mem_get_info(gpu)[0]")]
+
+
+def _ask_of_each_gpu(what: str) -> list[str]:
+    """Let another process ask: a CUDA context in ours would take memory from what we start."""
     if torch.version.cuda is None:
-        return ()
-    done = subprocess.run(
-        [sys.executable, "-c", _NAME_GPUS], capture_output=True, text=True, check=False
-    )
+        return []
+    command = [sys.executable, "-c", _EACH_GPU.format(what=what)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise GraftError(f"torch cannot name the GPUs ({said[-1]}); is the driver there?")
-    return tuple(done.stdout.splitlines())
+        raise GraftError(f"torch cannot use the GPUs ({said[-1]}); is the driver there?")
+    return done.stdout.splitlines()
 
 
 def _processor() -> str:

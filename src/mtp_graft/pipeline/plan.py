@@ -11,22 +11,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub import constants
 from torch import Tensor
 
+from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.variants import is_expert
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import torch_device
+from mtp_graft.pipeline.device import free_gpu_memory, torch_device
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.times import estimate_times
 from mtp_graft.pipeline.weights import base_tensors, head_tensors
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
+from mtp_graft.serving.ranks import undivided
 from mtp_graft.stages.capture import step_tokens
-from mtp_graft.stages.fetch import Source, nearest_folder
+from mtp_graft.stages.fetch import Source, headers_of, nearest_folder
+from mtp_graft.stages.splice_plan import check_inputs
 
 #: Bits a weight of the routed experts; all else of the head takes two bytes at most.
 _EXPERT_BITS = {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}
@@ -80,7 +82,7 @@ def find_needs(
 ) -> list[Need]:
     """Return what `stages` still need; raises GraftError for a config of another model."""
     base = sources[0]
-    check_dimensions(base.config)
+    check_dimensions(base.config, f"{base.given}/config.json")
     head = _count_head(base)
     size, streams = base.config["hidden_size"], base.config["hc_mult"]
     wanted = recipe.capture
@@ -172,6 +174,24 @@ def _cache_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int:
     return kv_cache_bytes(config, length, tokens_in_flight=2 * step_tokens(length))
 
 
+def check_models(recipe: Recipe, base: Source, upstream: Source) -> None:
+    """Raise GraftError for models that do not fit each other, or the recipe; reads headers only."""
+    check_dimensions(base.config, f"{base.given}/config.json")
+    with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
+        check_inputs(base_folder, upstream_folder)
+    group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
+    experts = int4_group_size(base.config["quantization_config"])
+    if group != experts:
+        raise GraftError(
+            f"quantize.group_size is {group}, expected {experts} as in the experts of {base.given}"
+        )
+    if uneven := undivided(base.config, ranks):
+        raise GraftError(
+            f"serve.tensor_parallel_size is {ranks}, expected a number that divides the "
+            f"{uneven} of {base.given}"
+        )
+
+
 def check_room(needs: Sequence[Need]) -> None:
     """Raise GraftError, before hours of work, for a disk or memory that will not do."""
     by_device: dict[int, list[Need]] = {}  # cache and run folder may share a disk
@@ -204,13 +224,13 @@ def _free(need: Need) -> int:
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
         raise GraftError("/proc/meminfo: has no MemAvailable; expected Linux")
-    wanted = need.num_gpus
-    if torch.cuda.device_count() < wanted:
+    wanted, free = need.num_gpus, free_gpu_memory()
+    if len(free) < wanted:
         raise GraftError(
-            f"{need.stage}: {torch.cuda.device_count()} GPUs found, {wanted} asked for by the "
-            "recipe; set serve.tensor_parallel_size, or run where they are"
+            f"{need.stage}: {len(free)} GPUs found, {wanted} asked for by the recipe; set "
+            "serve.tensor_parallel_size, or run where they are"
         )
-    return wanted * min(int(torch.cuda.mem_get_info(device)[0]) for device in range(wanted))
+    return wanted * min(free[:wanted])
 
 
 def describe(
@@ -231,22 +251,19 @@ def describe(
         "sources": None,
         "needs": None,
         "seconds": None,
+        "inputs": None,
         "room": None,
         "unknown": None,
         "known": [],
     }
     try:
         sources = survey()
+        inputs = _refusal(lambda: check_models(recipe, *sources)) or "fit"
         needs = find_needs(recipe, folder, stages, sources)
     except GraftError as error:
         given = (recipe.model.base, recipe.model.upstream)
         known = [f"{name}: {_KNOWN_SIZES[name]}" for name in given if name in _KNOWN_SIZES]
         return {**plan, "unknown": str(error), "known": known}
-    try:
-        check_room(needs)
-        room = "enough"
-    except GraftError as error:
-        room = str(error)
     return {
         **plan,
         "sources": {
@@ -265,5 +282,14 @@ def describe(
             for stage, estimate in estimate_times(recipe, sources).items()
             if stage in stages
         },
-        "room": room,
+        "inputs": inputs,
+        "room": _refusal(lambda: check_room(needs)) or "enough",
     }
+
+
+def _refusal(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except GraftError as error:
+        return str(error)
+    return None

@@ -64,6 +64,7 @@ def report_run(recipe: Recipe, folder: RunFolder) -> None:
         _ERROR_NOTE,
         *_identity_notes(served, recipe.capture.concurrency),
         *([_CPU_NOTE] if on_cpu else []),
+        *(f"Serving: {text}." for text in _adjusted(folder)),
     ]
     results = RunResults(
         result=summarize(recipe, folder),
@@ -85,6 +86,11 @@ def report_run(recipe: Recipe, folder: RunFolder) -> None:
 def _served(recipe: Recipe, folder: RunFolder) -> dict[str, dict[str, Any]]:
     found = {v: read_result(folder.bench_unit(f"served-{v}")) for v in recipe.served_variants}
     return {variant: result for variant, result in found.items() if result is not None}
+
+
+def _adjusted(folder: RunFolder) -> list[str]:
+    """Return what the hardware made of the servers' options."""
+    return (read_result(folder.bench_unit("decode")) or {}).get("adjusted", [])
 
 
 def _recorded(folder: RunFolder) -> dict[str, Any] | None:

@@ -15,19 +15,21 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.bench import EVALUATION, Bench
 from mtp_graft.pipeline.device import torch_device
 from mtp_graft.pipeline.folder import RunFolder, locked
-from mtp_graft.pipeline.plan import check_room, describe, find_needs
+from mtp_graft.pipeline.plan import check_models, check_room, describe, find_needs
 from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.pipeline.servers import Servers, capture_config
 from mtp_graft.recipe import Recipe
+from mtp_graft.serving.command import find_vllm
+from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages import capture as capturing
 from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
 from mtp_graft.stages.inputs import REPORT_NAME
+from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.quantize import QuantizeConfig, quantize
 from mtp_graft.stages.ranks import num_ranks
 from mtp_graft.stages.score import ScoreConfig, score
 from mtp_graft.stages.splice import splice
-from mtp_graft.stages.splice_plan import check_inputs
 from mtp_graft.stages.verify import verify
 
 STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
@@ -61,8 +63,7 @@ def run_pipeline(
         run_folder = RunFolder(folder, recipe)
         if again:
             run_folder.forget(stages)
-        with Servers(recipe, run_folder, report) as servers:
-            _Run(recipe, run_folder, stages, servers, report).do()
+        _Run(recipe, run_folder, stages, report).do()
         return summarize(recipe, run_folder)
 
 
@@ -107,9 +108,14 @@ def survey_models(recipe: Recipe, folder: RunFolder) -> tuple[Source, Source]:
     return survey(model)
 
 
-def check_needs(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
-    """Raise GraftError if disk or memory will not do for `stages`."""
-    check_room(find_needs(recipe, folder, stages, survey_models(recipe, folder)))
+def check_run(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
+    """Raise GraftError for models that no stage could work with, and for disk or memory too small.
+
+    Of checkpoints on the hub, small files and the shards' headers are read.
+    """
+    sources = survey_models(recipe, folder)
+    check_models(recipe, *sources)
+    check_room(find_needs(recipe, folder, stages, sources))
 
 
 #: A stage's configuration and inputs, for its manifest.
@@ -127,56 +133,58 @@ class _Run:
         recipe: Recipe,
         folder: RunFolder,
         stages: Sequence[str],
-        servers: Servers,
         report: Report,
     ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.stages = stages
-        self.servers = servers
         self.progress = report
-        self._bench = Bench(recipe, folder, servers, report)
+        self._servers = Servers(recipe, folder, report)
+        self._bench = Bench(recipe, folder, self._servers, report)
 
     def do(self) -> None:
-        """Run the stages in their order, the base's server shared by those that need it."""
+        """Run the stages in their order."""
         for stage in self.stages:
             with self.folder.timed(stage):
                 made_from: MadeFrom | None = getattr(self, stage)()
             if made_from is not None:
                 self.folder.write_manifest(stage, *made_from)
-            if stage == "capture":
-                self._measure_captured_base()
-
-    def _measure_captured_base(self) -> None:
-        """Do what bench needs the base's server for while it still runs, and stop it."""
-        if "bench" in self.stages:
-            with self.folder.timed("bench"):
-                self._bench.measure_base(self.models.base)
-        self.servers.stop_base()
 
     @cached_property
     def models(self) -> FetchedModels:
         """The folders of base and upstream, fetched if they are on the hub."""
         return fetch(self.recipe.model, self.folder.stage("fetch"), self.progress)
 
-    def fetch(self) -> None:
-        """Look at room, base and upstream before hours of work depend on them."""
-        check_needs(self.recipe, self.folder, self.stages)
-        check_inputs(self.models.base, self.models.upstream)
-
-    def capture(self) -> None:
-        self.fetch()
+    @cached_property
+    def prompts(self) -> dict[str, list[Prompt | ChatPrompt]]:
+        """What the base is asked in capture, by split."""
         wanted = self.recipe.capture
         calibration = load_calibration(wanted.calibration_prompts, wanted.calibration_count)
         same = wanted.evaluation_prompts == wanted.calibration_prompts
         skip = wanted.calibration_count if same else 0  # held out either way
         evaluation = load_calibration(wanted.evaluation_prompts, wanted.evaluation_count, skip)
-        prompts = {"calibration": calibration, EVALUATION: evaluation}
+        return {"calibration": calibration, EVALUATION: evaluation}
+
+    def fetch(self) -> None:
+        """Refuse what can be refused before shards are downloaded, then download them."""
+        if {"capture", "bench"} & set(self.stages):
+            find_vllm()
+        check_run(self.recipe, self.folder, self.stages)
+        if "capture" in self.stages:
+            _ = self.prompts
+        if "bench" in self.stages:
+            _ = self._bench.prompts
+        _ = self.models
+
+    def capture(self) -> None:
+        if "fetch" not in self.stages:
+            self.fetch()
         base, out = self.models.base, self.folder.stage("capture")
-        config = capture_config(self.recipe)
+        config, prompts = capture_config(self.recipe), self.prompts
         if capturing.finished_capture(base, out, config, prompts) is None:
-            client, log = self.servers.base_client(base), self.folder.log("base")
-            capturing.capture_with(client, base, out, config, prompts, self.progress, log)
+            with self._servers.recording(base) as client:
+                log = self.folder.log("capture")
+                capturing.capture_with(client, base, out, config, prompts, self.progress, log)
 
     def quantize(self) -> None:
         capture, out = self.folder.finished("capture"), self.folder.stage("quantize")
@@ -184,20 +192,15 @@ class _Run:
         del settings["variants"]  # which heads there are is for the later stages to know
         settings["device"] = torch_device(settings["device"])
         config = QuantizeConfig(**settings)
-        quantize(capture, self.models.upstream, self.models.base, out, config, self.progress)
+        models = self.models.upstream, self.models.base
+        run_in_process(quantize, capture, *models, out, config, report=self.progress)
 
     def score(self) -> None:
         capture, quantized = self.folder.finished("capture"), self.folder.finished("quantize")
         variants, device = self.recipe.quantize.variants, torch_device(self.recipe.score.device)
-        score(
-            capture,
-            quantized,
-            self.models.upstream,
-            self.models.base,
-            self.folder.stage("score"),
-            ScoreConfig(variants=variants, device=device),
-            self.progress,
-        )
+        config, out = ScoreConfig(variants=variants, device=device), self.folder.stage("score")
+        models = self.models.upstream, self.models.base
+        run_in_process(score, capture, quantized, *models, out, config, report=self.progress)
 
     def splice(self) -> MadeFrom:
         quantized = self.folder.finished("quantize")
@@ -235,8 +238,8 @@ class _Run:
         return {"variants": variants}, self._heads()
 
     def bench(self) -> MadeFrom:
-        self._bench.run(self.models.base)
-        return asdict(self.recipe.bench), self._heads()
+        adjusted = self._bench.run(self.models.base)
+        return asdict(self.recipe.bench) | {"adjusted": adjusted}, self._heads()
 
     def report(self) -> MadeFrom:
         report_run(self.recipe, self.folder)

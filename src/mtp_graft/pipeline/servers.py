@@ -1,26 +1,26 @@
-"""The servers of a run: the base's, which several stages share, and one for every head.
+"""The servers of a run: one that records, and to measure, one for the base and one for every head.
 
-Never two at a time: they would share the machine, and on a GPU the memory too.
+Never two at a time: they would share the machine, and on a GPU the memory too. The base is measured
+on a server of its own that differs from the heads' in the speculative config alone.
 """
 
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from mtp_graft.bench.decode import Report
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
-from mtp_graft.serving.plan import adapt
+from mtp_graft.serving.plan import NO_DRAFTING, adapt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.capture import CaptureConfig, recording_options
 
-#: Has the server count drafts for each request.
+#: vLLM then counts drafts for each request; it refuses to where nothing is drafted.
 _COUNT_REQUESTS = ("--per-request-spec-decode-metrics", "summary")
 
 
@@ -33,74 +33,62 @@ def capture_config(recipe: Recipe) -> CaptureConfig:
 
 
 class Servers:
-    """Starts servers as the recipe says and as the hardware needs; its `with` block ends them."""
+    """Starts servers as the recipe says and as the hardware needs.
+
+    `adjusted` is what the hardware made of the options of the last one that was started.
+    """
 
     def __init__(self, recipe: Recipe, folder: RunFolder, report: Report) -> None:
         self._recipe = recipe
         self._folder = folder
         self._report = report
-        self._base: ExitStack | None = None
-        self._client: ServerClient | None = None
+        self._told: set[str] = set()
+        self.adjusted: list[str] = []
 
-    def __enter__(self) -> Self:
-        return self
+    def recording(self, base: Path) -> AbstractContextManager[ServerClient]:
+        """Serve the base so that it can be captured."""
+        capture = self._folder.stage("capture")
+        options = recording_options(base, capture, capture_config(self._recipe))
+        return self._serving(options, "capture")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop_base()
-
-    def base_client(self, base: Path) -> ServerClient:
-        """Return a client of the base's server, which starts when it is first needed."""
-        if self._client is None:
-            with ExitStack() as starting:
-                options = recording_options(
-                    base, self._folder.stage("capture"), capture_config(self._recipe)
-                )
-                self._client = starting.enter_context(self._managed(options, "base"))
-                self._base = starting.pop_all()
-        return self._client
-
-    def stop_base(self) -> None:
-        """Stop the base's server if it runs."""
-        running, self._base, self._client = self._base, None, None
-        if running is not None:
-            running.close()
-
-    @contextmanager
-    def serving(self, variant: str) -> Iterator[ServerClient]:
-        """Serve a spliced checkpoint as the base was served, with drafts."""
-        self.stop_base()
-        options = replace(
-            recording_options(
-                self._folder.checkpoint(variant),
-                self._folder.stage("capture"),
-                capture_config(self._recipe),
-            ),
-            record=None,
-            num_speculative_tokens=self._recipe.bench.k,
-            extra_args=_COUNT_REQUESTS,
+    def measured(
+        self, checkpoint: Path, k: int | None, name: str
+    ) -> AbstractContextManager[ServerClient]:
+        """Serve a checkpoint to be measured, drafting `k` tokens a step (None: as `serve` does)."""
+        options = ServeOptions(
+            checkpoint,
+            port=0,
+            max_model_len=self._recipe.capture.max_model_len,
+            max_num_seqs=self._recipe.capture.concurrency,
+            prefix_caching=False,  # a prompt that comes again is computed again
+            num_speculative_tokens=k,
+            extra_args=() if k == 0 else _COUNT_REQUESTS,
         )
-        with self._managed(options, variant) as client:
-            yield client
+        return self._serving(options, name)
 
     @contextmanager
-    def _managed(self, options: ServeOptions, name: str) -> Iterator[ServerClient]:
-        serve = self._recipe.serve
+    def _serving(self, options: ServeOptions, name: str) -> Iterator[ServerClient]:
+        serve, vllm = self._recipe.serve, find_vllm()
         options = replace(
             options,
             tensor_parallel_size=serve.tensor_parallel_size,
             kv_cache_gib=serve.kv_cache_gib,
             extra_args=(*options.extra_args, *serve.extra_args),
         )
-        vllm = find_vllm()
-        options, _notes = adapt(options, hardware_for(vllm.platform), vllm)
+        hardware = hardware_for(vllm.platform)
+        options, notes = adapt(options, hardware, vllm)
+        on_cpu = hardware.gpu is None  # which nothing is adjusted to
+        self._tell([] if on_cpu else [note for note in notes if note != NO_DRAFTING])
 
         def on_start(elapsed_s: float, _line: str) -> None:
             self._report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
         with managed_server(options, self._folder.log(name), on_start=on_start) as client:
             yield client
+
+    def _tell(self, adjusted: list[str]) -> None:
+        self.adjusted = adjusted
+        for text in adjusted:
+            if text not in self._told:
+                print(f"serving: {text}", file=sys.stderr, flush=True)
+        self._told.update(adjusted)

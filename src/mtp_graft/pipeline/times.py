@@ -64,7 +64,7 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Estim
         "score": Estimate(rates.score_s, rates.by if rates.score_s else "not known: never timed"),
         "splice": Estimate(rates.splice_s, f"{rates.by}; with verify"),
         "bench": Estimate(
-            None if accepting is None else accepting + decoded,
+            None if accepting is None else rates.start_s + decoded + accepting,
             rates.by if accepting is not None else "not known: acceptance was never timed",
         ),
     }

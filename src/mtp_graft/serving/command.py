@@ -32,6 +32,9 @@ PLUGIN_NAME = "mtp_graft"
 _CPU_SERVER = ("-m", "vllm.entrypoints.openai.api_server", "--model")
 #: vLLM's own step of a server on a CPU, in tokens.
 CPU_STEP = 2048
+#: vLLM's own limit is 10 minutes, whatever there is to be read.
+START_LIMIT = "VLLM_ENGINE_READY_TIMEOUT_S"
+_COMPILE_S, _SLOW_DISK_BYTES_S = 1800, 100 * 10**6
 #: The only KV block size that DeepSeek-V4's attention backends accept.
 BLOCK_SIZE = 256
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -198,6 +201,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def start_limit_s(checkpoint: Path) -> int:
+    """Return how long a server may take until it is ready: to compile, and to read its weights.
+
+    vLLM's own variable for it, where it is set, decides.
+    """
+    if wanted := os.environ.get(START_LIMIT):
+        return int(wanted)
+    size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
+    return _COMPILE_S + size // _SLOW_DISK_BYTES_S
+
+
 def find_vllm() -> InstalledVllm:
     """Return the installed vLLM; one that is newer than any that was tried gets a warning.
 
@@ -330,6 +344,7 @@ def _optional_args(options: ServeOptions, on_cpu: bool, step_size: int | None) -
 
 def _environment(options: ServeOptions, vllm: InstalledVllm) -> dict[str, str]:
     env = {
+        START_LIMIT: str(start_limit_s(options.checkpoint)),
         "VLLM_PLUGINS": _with_plugin(os.environ.get("VLLM_PLUGINS")),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -147,4 +147,5 @@ DIFFERENCES_FROM_ACTI = (
     "VLLM_PLUGINS loads what stock vLLM lacks, where Acti patches vLLM (docs/engine.md)",
     "VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0 left out: a switch of Acti's patched vLLM",
     "HF_HUB_OFFLINE and VLLM_NO_USAGE_STATS: a folder is served, nothing is fetched or reported",
+    "VLLM_ENGINE_READY_TIMEOUT_S: half an hour, and a second for every 100 MB of weights",
 )

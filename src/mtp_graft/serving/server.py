@@ -14,7 +14,13 @@ from typing import IO, NoReturn
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_TIMEOUT_S, ServerClient, ServerUnreachable
-from mtp_graft.serving.command import ServeCommand, ServeOptions, build_command, check_port
+from mtp_graft.serving.command import (
+    ServeCommand,
+    ServeOptions,
+    build_command,
+    check_port,
+    start_limit_s,
+)
 from mtp_graft.serving.log_tail import explain, last_line
 
 POLL_S = 0.5
@@ -46,16 +52,17 @@ def managed_server(
     options: ServeOptions,
     log_path: Path,
     *,
-    timeout_s: float = 1800.0,
+    timeout_s: float | None = None,
     on_start: OnStart = lambda _elapsed_s, _line: None,
 ) -> Iterator[ServerClient]:
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
     and SIGHUP to our own process raise SystemExit in the block, so they end it too. Raises
-    GraftError with the reason from the log if the server dies or is not ready in `timeout_s`, and
-    for a headless node, which answers nobody.
+    GraftError with the reason from the log if the server dies or is not ready in `timeout_s` (None:
+    what its weights take to read from a slow disk), and for a headless node, which answers nobody.
     """
+    limit_s = start_limit_s(options.checkpoint) if timeout_s is None else timeout_s
     command = build_command(options)
     if command.is_headless:
         raise GraftError(
@@ -68,7 +75,7 @@ def managed_server(
         grace_s = 0.0  # vLLM does not listen while it starts
         try:
             try:
-                server.require_ready(timeout_s, lambda s: on_start(s, last_line(log_path)))
+                server.require_ready(limit_s, lambda s: on_start(s, last_line(log_path)))
             except GraftError as error:
                 reason = f"{error}; in {log_path}: {explain(log_path)}"
                 raise GraftError(f"{options.checkpoint}: {reason}") from error

@@ -7,10 +7,12 @@ large is hashed once and compared with what the hub announced.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -26,6 +28,7 @@ from mtp_graft.stages.hub import (
     Repository,
     download,
     fetch_small,
+    read_headers,
     read_repository,
 )
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
@@ -108,6 +111,27 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     if is_first_rank():  # of torchrun's, which all come here at once
         write_json({**result, **result_commits, "model": asdict(model)}, out / REPORT_NAME)
     return FetchedModels(*folders)
+
+
+@contextmanager
+def headers_of(source: Source) -> Iterator[Path]:
+    """Yield a folder to read a source's config, index and shard headers from.
+
+    For one on the hub it is a temporary folder in which shards that the cache lacks have a header
+    and no values. A GraftError inside names the hub id in the folder's place.
+    """
+    if source.repository is None:
+        assert source.folder is not None, "a source is a folder or on the hub"
+        yield source.folder
+        return
+    with TemporaryDirectory(prefix="mtp-graft-") as name:
+        folder = Path(name)
+        read_headers(source.repository, list(source.sizes), folder)
+        try:
+            yield folder
+        except GraftError as error:
+            said = str(error).replace(str(folder), source.given)
+            raise type(error)(said) from error
 
 
 def check_cache_room(sources: tuple[Source, Source]) -> None:

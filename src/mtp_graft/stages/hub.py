@@ -26,6 +26,7 @@ PART_SUFFIX = ".mtp-graft-part"
 _FILES_AT_ONCE = 4
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _OK, _PARTIAL = 200, 206
+_MOST_HEADER_BYTES = 100_000_000  # which safetensors itself allows
 
 #: Whatever asking the hub can raise. Its client speaks through requests, httpx or httpx2, by its
 #: version, and its `HTTPError` is the base class of whichever that is; hf_xet has RuntimeError.
@@ -106,6 +107,26 @@ def fetch_small(repository: Repository, name: str) -> Path:
         return Path(hf_hub_download(repository.id, name, revision=repository.commit))
 
 
+def read_headers(repository: Repository, names: Sequence[str], folder: Path) -> None:
+    """Put a stand-in for each shard into `folder`: of the right size, its header and no values.
+
+    Files that are small or in the cache are linked; other small files are left out. Raises
+    GraftError for a shard that is no safetensors file.
+    """
+
+    def read(name: str) -> None:
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if (cached := repository.cached(name)) is not None:
+            place.symlink_to(cached)
+        elif name.endswith(".safetensors"):
+            place.write_bytes(_read_header(repository, name))
+            os.truncate(place, repository.files[name].size)  # the rest takes no disk
+
+    for _ in concurrently(read, names, _FILES_AT_ONCE):
+        pass
+
+
 def download(repository: Repository, names: Sequence[str], on_bytes: OnBytes) -> Path:
     """Return the folder in the hub's cache that has these files, fetching those it lacks.
 
@@ -173,6 +194,34 @@ def _append(repository: Repository, file: HubFile, part: Path, on_bytes: OnBytes
                 on_bytes(len(chunk))
             out.flush()
             os.fsync(out.fileno())
+
+
+def _read_header(repository: Repository, name: str) -> bytes:
+    """Return the first bytes of a shard: the header's size, and the header."""
+    start = _read_first(repository, name, 8)
+    size = int.from_bytes(start, "little")
+    if len(start) < 8 or size > min(_MOST_HEADER_BYTES, repository.files[name].size - 8):
+        raise GraftError(
+            f"{repository.id}/{name}: no safetensors file (its header is to have {size:,} bytes); "
+            "choose another revision"
+        )
+    return _read_first(repository, name, 8 + size)
+
+
+def _read_first(repository: Repository, name: str, num_bytes: int) -> bytes:
+    url, found = hf_hub_url(repository.id, name, revision=repository.commit), b""
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes=0-{num_bytes - 1}"}
+    with (
+        hub_errors(f"{repository.id}/{name}"),
+        httpx.Client(follow_redirects=True, timeout=_TIMEOUT) as client,
+        client.stream("GET", url, headers={**build_hf_headers(), **headers}) as answer,
+    ):
+        answer.raise_for_status()
+        for chunk in answer.iter_raw():  # a server that knows no ranges is not read to its end
+            found += chunk
+            if len(found) >= num_bytes:
+                break
+    return found[:num_bytes]
 
 
 def _part(blob: Path) -> Path:

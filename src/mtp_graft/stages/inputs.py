@@ -1,7 +1,7 @@
 """What the stages that replay the head read, checked against each other."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, Recorded
-from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.checkpoint.shards import load_tensors, read_index, read_meta
 from mtp_graft.dsv4.replay import model_config
 from mtp_graft.errors import GraftError, in_words
 
@@ -35,13 +35,20 @@ def read_model_config(base: Path) -> DeepseekV4Config:
 
 def read_base_tensor(base: Path, name: str, model: DeepseekV4Config) -> Tensor:
     """Return `embed.weight` or `head.weight` [V, D]; raises GraftError for another shape."""
-    tensor = load_tensors(base, [name])[name]
+    check_base_tensor(base, name, read_index(base), model)
+    return load_tensors(base, [name])[name]
+
+
+def check_base_tensor(
+    base: Path, name: str, weight_map: Mapping[str, str], model: DeepseekV4Config
+) -> None:
+    """Raise GraftError if the base has no `name` [V, D]; reads its shard's header only."""
+    if name not in weight_map:
+        raise GraftError(f"{base}: its index lists no {name}; expected a DeepSeek-V4 checkpoint")
+    found = list(read_meta(base, {name: weight_map[name]})[name].shape)
     expected = [model.vocab_size, model.hidden_size]
-    if list(tensor.shape) != expected:
-        raise GraftError(
-            f"{base}: {name} is {list(tensor.shape)}, expected {expected} by its config.json"
-        )
-    return tensor
+    if found != expected:
+        raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
 
 
 def check_recorded(

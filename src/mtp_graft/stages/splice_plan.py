@@ -37,6 +37,7 @@ from mtp_graft.dsv4.variants import (
     store_tensor,
 )
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.stages.inputs import check_base_tensor, read_model_config
 from mtp_graft.stages.quantize import GPTQ
 
 _EXPERTS: dict[str, ExpertFormat] = {
@@ -79,9 +80,12 @@ class SplicePlan:
 def check_inputs(base: Path, upstream: Path) -> None:
     """Raise GraftError for what no stage could work with; reads headers only.
 
-    A base that has a head or is cut off, an upstream head that is another or not whole.
+    A base that is no DeepSeek-V4, has a head or is cut off, or has an embedding or LM head of
+    another size than its config; an upstream head that is another or not whole.
     """
-    _check_base(base)
+    model, weight_map = read_model_config(base), _check_base(base)
+    for name in ("embed.weight", "head.weight"):
+        check_base_tensor(base, name, weight_map, model)
     config = _head_config(base, "gptq", "base")
     _check_head_complete(upstream, _read_head(upstream).meta, head_shapes(config))
 

@@ -1,0 +1,64 @@
+"""Work that tests run in processes of their own; light, as each of them imports it."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mtp_graft.errors import GraftError, UsageError
+
+Progress = Callable[[str, int, int], None]
+
+
+def counts(path: Path, report: Progress) -> int:
+    for done in range(3):
+        report("counting", done, 3)
+    path.write_text(str(os.getpid()))
+    return 7
+
+
+def fails(kind: str, report: Progress) -> None:
+    match kind:
+        case "user":
+            raise GraftError("capture: not finished")
+        case "usage":
+            raise UsageError("--set: wrong")
+        case "disk":
+            raise OSError(28, "No space left on device", "/run/experts")
+        case "bug":
+            raise KeyError("c1a")
+        case "killed":
+            os.kill(os.getpid(), 9)
+
+
+def hangs(path: Path, report: Progress) -> None:
+    path.write_text(str(os.getpid()))
+    report("working", 0, 0)
+    time.sleep(600)
+
+
+def quantize(_capture: Path, _up: Path, _base: Path, out: Path, config: Any, _: Progress) -> None:
+    _finish(out, {}, config.device)
+
+
+def score(
+    _capture: Path, _quantized: Path, _up: Path, _base: Path, out: Path, config: Any, _: Progress
+) -> None:
+    _finish(out, {"acceptance": {}}, config.device)
+
+
+def _finish(out: Path, result: dict[str, Any], device: str) -> None:
+    out.mkdir()
+    (out / "report.json").write_text(json.dumps(result))
+    (out / "manifest.json").write_text("{}")
+    (out / "done by").write_text(f"{device} {os.getpid()}")
+
+
+def takes_gpu_memory(gib: int, report: Progress) -> int:
+    import torch
+
+    kept = torch.ones(gib * 2**28, device="cuda")
+    report("taken", 0, 0)
+    return int(kept.sum().item()) // 2**28
