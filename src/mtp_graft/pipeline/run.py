@@ -20,7 +20,7 @@ from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.pipeline.servers import Servers, capture_config
 from mtp_graft.recipe import Recipe
 from mtp_graft.stages import capture as capturing
-from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.capture import Wanted
 from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
 from mtp_graft.stages.inputs import REPORT_NAME
 from mtp_graft.stages.quantize import QuantizeConfig, quantize
@@ -167,11 +167,10 @@ class _Run:
     def capture(self) -> None:
         self.fetch()
         wanted = self.recipe.capture
-        calibration = load_calibration(wanted.calibration_prompts, wanted.calibration_count)
-        same = wanted.evaluation_prompts == wanted.calibration_prompts
-        skip = wanted.calibration_count if same else 0  # held out either way
-        evaluation = load_calibration(wanted.evaluation_prompts, wanted.evaluation_count, skip)
-        prompts = {"calibration": calibration, EVALUATION: evaluation}
+        prompts = {
+            "calibration": Wanted(wanted.calibration_prompts, wanted.calibration_count),
+            EVALUATION: Wanted(wanted.evaluation_prompts, wanted.evaluation_count),
+        }
         base, out = self.models.base, self.folder.stage("capture")
         config = capture_config(self.recipe)
         if capturing.finished_capture(base, out, config, prompts) is None:

@@ -10,21 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from packaging.version import Version
-
 from mtp_graft.bench.decode import Report
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.plan import adapt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.capture import CaptureConfig, recording_options
-
-#: From this version on we know the server to count drafts for each request, if asked to.
-_COUNTS_REQUESTS = Version("0.29")
-_COUNT_REQUESTS = ("--per-request-spec-decode-metrics", "summary")
 
 
 def capture_config(recipe: Recipe) -> CaptureConfig:
@@ -85,9 +79,8 @@ class Servers:
             ),
             record=None,
             num_speculative_tokens=self._recipe.bench.num_speculative_tokens,
+            extra_args=COUNT_DRAFTS,
         )
-        if find_vllm().version >= _COUNTS_REQUESTS:
-            options = replace(options, extra_args=_COUNT_REQUESTS)
         with self._managed(options, variant) as client:
             yield client
 
