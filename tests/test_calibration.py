@@ -171,7 +171,7 @@ def test_the_bundled_sets_do_not_overlap(maker: ModuleType, tiny_model: Path) ->
         [p.text for p in load_prompts(tiny_model / f"{name}.jsonl")]
         for name in ("calibration", "evaluation", "prompts")
     ]
-    assert list(map(len, texts)) == [64, 96, 28]
+    assert list(map(len, texts)) == [96, 144, 28]
     flat = [text for each in texts for text in each]
     assert len(set(flat)) == len(flat)
     templates = [t.splitlines() for t in maker.SETS.values()]

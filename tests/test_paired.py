@@ -4,12 +4,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
 import pytest
 
-from mtp_graft.bench import paired
-from mtp_graft.bench.acceptance import KnownText
-from mtp_graft.bench.paired import CountingClient, measure_paired, paired_differences
+from mtp_graft.bench.paired import paired_differences
 
 
 def counts(hits: Sequence[int], drafts: int = 20) -> list[dict[str, Any]]:
@@ -61,36 +58,8 @@ def test_heads_without_counts_are_left_out_and_other_texts_are_no_pair() -> None
         paired_differences({"gptq": counts([3]), "rtn": counts([3, 3])})
 
 
-TEXTS = [KnownText(f"t{n}", (n, n), (7, 8)) for n in range(3)]
-TOTAL = {"accepted": 3, "drafted": 6}
-
-
-def answer_with(metrics: bool) -> httpx.MockTransport:
-    """Answer completions, prompt (n, n) with n accepted first drafts of two."""
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        number = int(request.read().split(b"[")[1].split(b",")[0])
-        found: dict[str, Any] = {"choices": [{"token_ids": [7, 8]}]}
-        if metrics:
-            inner = {"num_spec_steps": 2, "acceptance_histogram": [2 - number, 0, number]}
-            found["metrics"] = {"speculative_decoding": inner}
-        return httpx.Response(200, json=found)
-
-    return httpx.MockTransport(answer)
-
-
-@pytest.mark.parametrize("metrics", [True, False])
-def test_every_text_has_its_own_counts_if_the_server_tells_them(
-    metrics: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def measure(client: CountingClient, texts: Sequence[KnownText], *_: Any) -> dict[str, Any]:
-        client._http = httpx.Client(base_url="http://server", transport=answer_with(metrics))
-        for text in reversed(texts):
-            client.complete(text.prompt, 2)
-        return TOTAL
-
-    monkeypatch.setattr(paired, "measure_acceptance", measure)
-    with CountingClient("http://server") as client:
-        found = measure_paired(client, TEXTS, 2, lambda *_: None, "acceptance")
-    expected = [{"id": f"t{n}", "drafts": 2, "accepted": n} for n in range(3)]
-    assert found == {**TOTAL, "sequences": expected if metrics else None}
+def test_a_text_that_ends_before_anything_is_drafted_changes_nothing() -> None:
+    given = {"gptq": counts([3]), "rtn": counts([2])}
+    at_once = [{"id": "at once", "drafts": 0, "accepted": 0}]
+    padded = {head: texts + at_once for head, texts in given.items()}
+    assert paired_differences(padded) == paired_differences(given)

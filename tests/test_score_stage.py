@@ -197,6 +197,20 @@ def test_gptq_needs_the_quantized_experts(
     run(tmp_path / "score", replace(CONFIG, variants=("rtn",)), quantized=tmp_path / "none")
 
 
+def test_texts_that_end_at_once_have_no_drafts(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Of 20 tokens 6 are the prompt: one text goes on, one is EOS alone, one has not even that."""
+    sequences = random_sequences((20, 20, 20), hidden=256, vocab=4096, split="evaluation")
+    texts = [sequences[0], replace(sequences[1], prompt_tokens=19)]
+    texts.append(replace(sequences[2], prompt_tokens=20))
+    write_capture(tmp_path / "capture", texts)
+    config = replace(CONFIG, variants=("bf16",))
+    found = run(tmp_path / "score", config, capture=tmp_path / "capture")["acceptance"]["bf16"]
+    assert [text["id"] for text in found["sequences"]] == [f"prompt-{n}" for n in range(3)]
+    assert [text["drafts"] > 0 for text in found["sequences"]] == [True, False, False]
+
+
 def test_capture_without_anything_to_draft_is_refused(
     run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -52,8 +52,8 @@ class CaptureSection:
     evaluation_prompts: str
     calibration_count: int = 256
     evaluation_count: int = 64
-    max_prompt_tokens: int = 512  # longer prompts are cut
-    new_tokens: int = 256  # per prompt; the base does not stop early
+    max_prompt_tokens: int = 512  # longer prompts are left out; others take their place
+    new_tokens: int = 256  # per prompt, at most: the base ends a text where it ends
     concurrency: int = 8  # prompts in work at a time
     max_model_len: int = 2048
 

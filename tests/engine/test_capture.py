@@ -1,5 +1,6 @@
 """The capture on the real engine: the tiny base, served and recorded."""
 
+import json
 import os
 import signal
 import subprocess
@@ -17,18 +18,17 @@ from engine.conftest import wait_until_idle
 from engine.reference_model import load_reference
 from mtp_graft.checkpoint.capture import Recorded, iterate_capture, read_sequences, read_texts
 from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.prompts import ChatPrompt
 from mtp_graft.serving.server import managed_server
-from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.capture import (
     CaptureConfig,
+    Wanted,
     capture_with,
     recording_options,
 )
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-CONFIG = CaptureConfig(max_prompt_tokens=256, new_tokens=40, concurrency=3, max_model_len=1024)
+CONFIG = CaptureConfig(max_prompt_tokens=256, new_tokens=56, concurrency=3, max_model_len=1024)
 
 
 def config(concurrency: int) -> CaptureConfig:
@@ -39,13 +39,19 @@ def config(concurrency: int) -> CaptureConfig:
 STREAMS = 4
 NUM_PROMPTS = 6
 QUESTION = "How many legs have 7 cows?"
+EOS = 1
 
 
-def load_prompts(tiny_model: Path) -> dict[str, list[Any]]:
+def choose_prompts(tiny_model: Path, folder: Path) -> dict[str, Wanted]:
     """Five bundled prompts, and a conversation that the server has to encode."""
-    chat = ChatPrompt("chat", ({"role": "user", "content": QUESTION},))
-    calibration = load_calibration(tiny_model / "calibration.jsonl", count=NUM_PROMPTS - 1)
-    return {"calibration": calibration, "evaluation": [chat]}
+    chat = {"prompt_id": "chat", "messages": [{"role": "user", "content": QUESTION}]}
+    conversation = folder / "chat.jsonl"
+    conversation.write_text(json.dumps(chat))
+    bundled = str(tiny_model / "calibration.jsonl")
+    return {
+        "calibration": Wanted(bundled, NUM_PROMPTS - 1),
+        "evaluation": Wanted(str(conversation), 1),
+    }
 
 
 class Bench:
@@ -73,7 +79,7 @@ def bench(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     base = tiny_model / "base"
     options = recording_options(base, folder / "link", CONFIG)
     with managed_server(options, folder / "vllm.log") as client:
-        yield Bench(client, folder / "link", base, load_prompts(tiny_model))
+        yield Bench(client, folder / "link", base, choose_prompts(tiny_model, folder))
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +124,24 @@ def test_targets_are_the_tokens_that_were_generated_but_for_rounding(
     """A prompt's pass has other kernels than a token's, which shows where the base hesitates."""
     same = []
     for sequence, recorded in iterate_capture(alone, STREAMS):
-        assert sequence.tokens - sequence.prompt_tokens == CONFIG.new_tokens
         generated = recorded.token_ids[sequence.prompt_tokens :]
         same.append(recorded.targets[sequence.prompt_tokens - 1 : -1] == generated)
     share = torch.cat(same).float().mean().item()
     measured.update(targets_as_generated=share)
     assert share > 0.97
+
+
+def test_a_text_ends_where_the_base_ends_it_or_at_the_limit(alone: Path) -> None:
+    continuations = [text.continuation for text in read_texts(alone)]
+    for tokens in continuations:
+        assert EOS not in tokens[:-1]
+        assert len(tokens) == CONFIG.new_tokens or tokens[-1] == EOS
+    assert any(len(tokens) < CONFIG.new_tokens for tokens in continuations)
+    recorded = [
+        tuple(each.token_ids[sequence.prompt_tokens :].tolist())
+        for sequence, each in iterate_capture(alone, STREAMS)
+    ]
+    assert recorded == continuations
 
 
 def test_a_conversation_is_encoded_as_the_bundled_prompts_are(
@@ -178,7 +196,7 @@ from pathlib import Path
 from engine import test_capture as test
 from mtp_graft.serving.client import ServerClient
 url, base, out = sys.argv[1:]
-prompts = test.load_prompts(Path(base).parent)
+prompts = test.choose_prompts(Path(base).parent, Path(out).parent)
 config = test.config(concurrency=1)
 test.capture_with(ServerClient(url), Path(base), Path(out), config, prompts, lambda *_: None)
 """

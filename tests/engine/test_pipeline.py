@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SETTINGS = (
     "capture.calibration_count=6",
     "capture.evaluation_count=6",
-    "capture.new_tokens=24",
+    "capture.new_tokens=64",
     "capture.concurrency=6",
     "quantize.experts_per_batch=4",
     "bench.count=2",
@@ -135,9 +135,27 @@ def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
 
 
 def test_offline_and_served_acceptance_agree(killed_run: Any) -> None:
-    """On so few drafts (about 80) two of them are 2.5 points; the demo compares thousands."""
+    """On so few drafts (about 200) two of them are a point; the demo compares thousands."""
     result = killed_run["result"]
     assert abs(result["acceptance_offline"]["gptq"] - result["acceptance"]) < 0.08
+
+
+def test_offline_and_served_drafts_are_counted_to_the_end_of_the_text(killed_run: Any) -> None:
+    """At k = 1 a step gives its token and its accepted draft; the first token comes before.
+
+    Where the very last token is an accepted draft, its step has no room for a token of its own.
+    """
+    run = killed_run["run"]
+    lines = map(json.loads, (run / "capture" / "texts.jsonl").read_text().splitlines())
+    lengths = {t["id"]: len(t["continuation"]) for t in lines if t["split"] == "evaluation"}
+    assert min(lengths.values()) < 64, "no text ended by itself; nothing is shown"
+    served = json.loads((run / "bench" / "served-gptq.json").read_text())
+    offline = json.loads((run / "score" / "gptq.json").read_text())
+    assert served["identical"] == served["texts"] == len(lengths)
+    for counted in (served, offline):
+        for text in counted["sequences"]:
+            tokens = text["drafts"] + text["accepted"]
+            assert tokens - lengths[text["id"]] in (-1, 0)
 
 
 def test_the_checkpoint_is_verified_and_was_loaded(killed_run: Any) -> None:

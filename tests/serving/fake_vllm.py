@@ -3,7 +3,8 @@
 FAKE_VLLM holds JSON: `mode` and the numbers below. The token at position i of any answer is
 `(sum(prompt) + 7 * i) % 1000`; with a draft head, every second step accepts its drafts, or as
 `accepts` says. With MTP_GRAFT_RECORD it records prompts as our plugin does, other prompts around
-each. A chat's prompt is the bytes of its messages.
+each. A chat's prompt is the bytes of its messages. Where an answer has EOS it ends, unless the
+request ignores that.
 """
 
 import json
@@ -24,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "step_s": 0.0,
     "accepts": None,  # how many drafts the steps of an answer accept, over and over
     "diverge_at": None,  # a server with a draft head says 999 at this position
+    "ends": {},  # sum of a prompt -> position at which its answer has EOS
     "exit_status": 0,  # of a server that SIGTERM or SIGINT ended
     "record": None,  # file that gets argv, environment and process ids
     "requests": None,  # file that gets a line per completion asked: its number of new tokens
@@ -50,12 +52,18 @@ COUNTERS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
 ACCEPTED_AT = [0] * NUM_DRAFT
 
 
-def answer(prompt: list[int], max_tokens: int) -> list[int]:
+EOS = 1
+
+
+def answer(body: dict[str, Any], prompt: list[int], max_tokens: int) -> list[int]:
     tokens = [(sum(prompt) + 7 * i) % 1000 for i in range(max_tokens)]
     at = SETTINGS["diverge_at"]
     if NUM_DRAFT and at is not None and at < max_tokens:
         tokens[at] = 999
-    return tokens
+    end = SETTINGS["ends"].get(str(sum(prompt)), max_tokens)
+    if end < max_tokens:
+        tokens[end] = EOS
+    return tokens if body.get("ignore_eos") else tokens[: end + 1]
 
 
 def text_of(tokens: list[int]) -> str:
@@ -65,17 +73,35 @@ def text_of(tokens: list[int]) -> str:
 def steps(num_tokens: int) -> list[int]:
     """Split tokens into the steps that make them; the first comes from prefill alone."""
     sizes = [1]
-    while (left := num_tokens - sum(sizes)) > 0:
-        accepts = SETTINGS["accepts"] or (NUM_DRAFT, 0)
-        accepted = min(accepts[(len(sizes) - 1) % len(accepts)], NUM_DRAFT)
+    for accepted in accepted_drafts(num_tokens):
         if NUM_DRAFT:
             COUNTERS["drafts"] += 1
             COUNTERS["draft_tokens"] += NUM_DRAFT
             COUNTERS["accepted_tokens"] += accepted
             for at in range(accepted):
                 ACCEPTED_AT[at] += 1
-        sizes.append(min(left, 1 + accepted))
+        sizes.append(min(num_tokens - sum(sizes), 1 + accepted))
     return sizes
+
+
+def accepted_drafts(num_tokens: int) -> list[int]:
+    """Return what each step accepts, of the last also what is past the end, as vLLM counts it."""
+    accepted: list[int] = []
+    while 1 + len(accepted) + sum(accepted) < num_tokens:
+        accepts = SETTINGS["accepts"] or (NUM_DRAFT, 0)
+        accepted.append(min(accepts[len(accepted) % len(accepts)], NUM_DRAFT))
+    return accepted
+
+
+def counted(num_tokens: int) -> dict[str, Any] | None:
+    """Return what a server that was asked to count tells of a request's drafts."""
+    if argument("--per-request-spec-decode-metrics", "none") != "detailed":
+        return None
+    accepted = accepted_drafts(num_tokens)
+    if not NUM_DRAFT or not accepted:
+        return {"speculative_decoding": {"num_spec_steps": 0}}
+    drafted = [NUM_DRAFT] * len(accepted)
+    return {"speculative_decoding": {"per_step_accepted": accepted, "per_step_drafted": drafted}}
 
 
 def metrics() -> str:
@@ -180,17 +206,19 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.recv(1)
             os._exit(SETTINGS["exit_status"])
         elif self.path == "/v1/chat/completions":
-            self.stream(
-                body, prompt_of_chat(body), body.get("max_tokens", SETTINGS["chat_tokens"]), True
-            )
+            max_tokens = body.get("max_tokens", SETTINGS["chat_tokens"])
+            self.stream(body, prompt_of_chat(body), max_tokens, True)
         elif body.get("stream"):
             self.stream(body, body["prompt"], body["max_tokens"], False)
         else:
             number = count(body["max_tokens"])
             record(body["prompt"])
             time.sleep(SETTINGS["step_s"])
-            answer = json.dumps({"choices": [self.choice(body)]})
-            self.reply(200, answer, failure=SETTINGS["completion_fails"].get(str(number)))
+            choice = self.choice(body)
+            found = {"choices": [choice], "metrics": counted(len(choice["token_ids"]))}
+            self.reply(
+                200, json.dumps(found), failure=SETTINGS["completion_fails"].get(str(number))
+            )
 
     def is_refused(self) -> bool:
         with LOCK:
@@ -199,7 +227,7 @@ class Handler(BaseHTTPRequestHandler):
             return left > 0
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
-        tokens = answer(body["prompt"], body["max_tokens"])
+        tokens = answer(body, body["prompt"], body["max_tokens"])
         choice: dict[str, Any] = {"token_ids": tokens, "finish_reason": "length"}
         if body.get("logprobs"):
             top = [{f"token_id:{t}": -0.5, "token_id:998": -0.75 - i} for i, t in enumerate(tokens)]
@@ -219,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if chat:
             self.event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-        tokens, done = answer(prompt, max_tokens), 0
+        tokens, done = answer(body, prompt, max_tokens), 0
         for size in steps(len(tokens)):
             time.sleep(SETTINGS["step_s"] * (1 + SETTINGS["noise"] * NOISE.random()))
             new = tokens[done : done + size]

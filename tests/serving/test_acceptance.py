@@ -1,6 +1,6 @@
-"""Acceptance, from the counters of a stand-in server whose steps are known."""
+"""Acceptance, from what a stand-in server whose steps are known says that it drafted."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,49 +9,47 @@ import pytest
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
 
+from .fake_vllm import EOS
 
-class Streamed(ServerClient):
-    """Completes by streaming: the stand-in counts drafts of streamed answers only."""
-
-    def complete(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        *,
-        ignore_eos: bool = False,
-        timeout_s: float | None = None,
-    ) -> tuple[int, ...]:
-        return self.stream(prompt, max_tokens, ignore_eos=ignore_eos).token_ids
+LIMIT = 20  # new tokens asked for
+#: Of a prompt's sum: where the stand-in ends the text.
+ENDS = {"3": 4, "5": 2, "6": 0, "7": 5}
 
 
-def known(name: str, prompt: tuple[int, ...], new_tokens: int) -> KnownText:
+def known(name: str, prompt: tuple[int, ...]) -> KnownText:
     """Return a prompt with the stand-in's own answer to it."""
-    return KnownText(name, prompt, tuple((sum(prompt) + 7 * i) % 1000 for i in range(new_tokens)))
+    tokens = tuple((sum(prompt) + 7 * i) % 1000 for i in range(LIMIT))
+    end = ENDS.get(str(sum(prompt)))
+    return KnownText(name, prompt, tokens if end is None else (*tokens[:end], EOS))
 
 
-TEXTS = [known("a", (1, 2), 20), known("b", (3,), 5)]
+TEXTS = [known("a", (1, 1)), known("b", (3,))]
 
 
 def quiet(_label: str, _done: int, _total: int) -> None:
     pass
 
 
-Serve = Callable[[Path], Streamed]
+Serve = Callable[..., ServerClient]
 
 
 @pytest.fixture
-def serve(vllm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+def serve(
+    vllm: Path, fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Serve]:
     """Return a function that serves a checkpoint until the test ends."""
     monkeypatch.setattr(server, "POLL_S", 0.05)
     with ExitStack() as stack:
 
-        def start(checkpoint: Path) -> Streamed:
-            options = ServeOptions(checkpoint, port=0)
-            running = server.managed_server(options, tmp_path / "vllm.log")
-            return stack.enter_context(Streamed(stack.enter_context(running).base_url))
+        def start(checkpoint: Path, k: int | None = None, **settings: int) -> ServerClient:
+            fake(ends=ENDS, **settings)
+            options = ServeOptions(
+                checkpoint, port=0, num_speculative_tokens=k, extra_args=COUNT_DRAFTS
+            )
+            return stack.enter_context(server.managed_server(options, tmp_path / "vllm.log"))
 
         yield start
 
@@ -67,28 +65,39 @@ def drafts_and_hits(new_tokens: int) -> tuple[int, int]:
     return drafts, hits
 
 
-def test_the_servers_counters_give_the_rate(serve: Serve, grafted: Path) -> None:
-    result = measure_acceptance(serve(grafted), TEXTS, 1, quiet)
-    drafted, accepted = map(sum, zip(*(drafts_and_hits(n) for n in (20, 5)), strict=True))
-    assert (drafted, accepted) == (16, 9)
+def test_the_servers_counts_until_the_texts_end_give_the_rate(serve: Serve, grafted: Path) -> None:
+    result = measure_acceptance(serve(grafted), TEXTS, LIMIT, 1, quiet)
+    (a, a_hits), (b, b_hits) = (drafts_and_hits(n) for n in (LIMIT, 5))
+    assert (a + b, a_hits + b_hits) == (16, 9)
     assert (result["drafted"], result["accepted"]) == (16, 9)
     assert result["acceptance"] == pytest.approx(9 / 16)
     assert result["acceptance_by_position"] == [pytest.approx(9 / 16)]
     assert (result["k"], result["acceptance_length"]) == (1, pytest.approx(25 / 16))
     assert result["texts"] == result["identical"] == 2
+    assert result["sequences"] == [
+        {"id": "a", "drafts": a, "accepted": a_hits},
+        {"id": "b", "drafts": b, "accepted": b_hits},
+    ]
 
 
-def test_only_what_was_drafted_meanwhile_counts(serve: Serve, grafted: Path) -> None:
-    client = serve(grafted)
-    first = measure_acceptance(client, TEXTS, 1, quiet)
-    client.stream((5, 6), 30)  # somebody else's request in between
-    assert measure_acceptance(client, TEXTS, 1, quiet) == first
+def test_drafts_past_the_end_of_a_text_do_not_count(serve: Serve, grafted: Path) -> None:
+    """With k = 3 the stand-in accepts 3, 0, 3, ... drafts, whatever the text has left.
+
+    Texts of 1, 3 and 6 tokens: no step; one with 2 drafts inside; one with 3, one with 1.
+    """
+    texts = [known("at once", (6,)), known("early", (5,)), known("later", (7,))]
+    result = measure_acceptance(serve(grafted, k=3), texts, LIMIT, 2, quiet)
+    assert [(s["drafts"], s["accepted"]) for s in result["sequences"]] == [(0, 0), (1, 1), (2, 1)]
+    assert (result["drafted"], result["accepted"]) == (6, 5)
+    assert result["acceptance_by_position"] == [pytest.approx(2 / 3), 1, 1]
+    assert result["acceptance_length"] == pytest.approx(1 + 5 / 3)
+    assert result["identical"] == 3
 
 
 def test_the_interval_is_where_the_rate_is_1_96_deviations_away(
     serve: Serve, grafted: Path
 ) -> None:
-    result = measure_acceptance(serve(grafted), TEXTS, 1, quiet)
+    result = measure_acceptance(serve(grafted), TEXTS, LIMIT, 1, quiet)
     rate, (low, high) = result["acceptance"], result["interval"]
     assert 0 < low < rate < high < 1
     for end in (low, high):
@@ -97,36 +106,33 @@ def test_the_interval_is_where_the_rate_is_1_96_deviations_away(
 
 
 def test_texts_that_come_out_otherwise_are_not_counted_as_identical(
-    serve: Serve, fake: Callable[..., None], grafted: Path
+    serve: Serve, grafted: Path
 ) -> None:
-    fake(diverge_at=7)  # past the end of the shorter text
-    assert measure_acceptance(serve(grafted), TEXTS, 1, quiet)["identical"] == 1
+    client = serve(grafted, diverge_at=7)  # past the end of the shorter text
+    assert measure_acceptance(client, TEXTS, LIMIT, 1, quiet)["identical"] == 1
 
 
 def test_several_requests_at_a_time_are_all_counted_and_reported(
     serve: Serve, grafted: Path
 ) -> None:
-    texts = [known(str(n), (n,), 12) for n in range(9)]
+    texts = [known(str(n), (n,)) for n in range(9)]
     steps: list[tuple[str, int, int]] = []
     result = measure_acceptance(
-        serve(grafted), texts, 4, lambda *step: steps.append(step), "acceptance: rtn"
+        serve(grafted), texts, LIMIT, 4, lambda *step: steps.append(step), "acceptance: rtn"
     )
     assert steps == [("acceptance: rtn", done, 9) for done in range(10)]
     assert result["texts"] == result["identical"] == 9
-    assert 0 < result["accepted"] < result["drafted"]
+    assert [text["id"] for text in result["sequences"]] == [text.id for text in texts]
 
 
-def test_a_server_without_a_head_is_an_error(serve: Serve, base: Path) -> None:
-    client = serve(base)
-    with pytest.raises(GraftError, match=r"127\.0\.0\.1:\d+: the server drafts nothing; serve a"):
-        measure_acceptance(client, TEXTS, 1, quiet)
-
-
-def test_texts_too_short_to_draft_are_an_error_and_no_division_by_zero(
-    serve: Serve, grafted: Path
+def test_a_server_without_a_head_and_texts_too_short_to_draft_are_errors(
+    serve: Serve, base: Path, grafted: Path
 ) -> None:
-    with pytest.raises(GraftError, match="the server drafts nothing"):
-        measure_acceptance(serve(grafted), [known("a", (1,), 1)], 1, quiet)
+    said = r"127\.0\.0\.1:\d+: tells of no drafts; serve a head with k >= 1 and --per-request"
+    with pytest.raises(GraftError, match=said):
+        measure_acceptance(serve(base), TEXTS, LIMIT, 1, quiet)
+    with pytest.raises(GraftError, match=said):
+        measure_acceptance(serve(grafted), [known("at once", (6,))], LIMIT, 1, quiet)
 
 
 def test_a_server_that_is_gone_is_an_error(vllm: Path) -> None:
@@ -134,4 +140,4 @@ def test_a_server_that_is_gone_is_an_error(vllm: Path) -> None:
         ServerClient("http://127.0.0.1:9") as client,
         pytest.raises(GraftError, match="no answer"),
     ):
-        measure_acceptance(client, TEXTS, 1, quiet)
+        measure_acceptance(client, TEXTS, LIMIT, 1, quiet)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from mtp_graft.serving.command import ServeOptions, build_command
 from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages import recordings
-from mtp_graft.stages.capture import CaptureConfig, capture, recording_options
+from mtp_graft.stages.capture import CaptureConfig, Wanted, capture, recording_options
 
-CONFIG = CaptureConfig(max_prompt_tokens=6, new_tokens=3, concurrency=2, max_model_len=64)
+from .fake_vllm import EOS
+
+CONFIG = CaptureConfig(max_prompt_tokens=8, new_tokens=3, concurrency=2, max_model_len=64)
 PROMPTS: dict[str, list[Prompt | ChatPrompt]] = {
     "calibration": [Prompt(f"c{i}", "abcdefgh"[: i + 1]) for i in range(8)],
     "evaluation": [
@@ -41,6 +43,28 @@ PROMPTS: dict[str, list[Prompt | ChatPrompt]] = {
     ],
 }
 NUM_PROMPTS = sum(map(len, PROMPTS.values()))
+#: Sums of the prompts c0 and c1, which the stand-in ends at once and after one token.
+ENDS = {str(ord("a")): 0, str(ord("a") + ord("b")): 1}
+
+
+def write(file: Path, prompts: Sequence[Prompt | ChatPrompt]) -> str:
+    """Write a source of prompts; return its name."""
+    rows = [
+        {"id": p.id, "text": p.text}
+        if isinstance(p, Prompt)
+        else {"prompt_id": p.id, "messages": list(p.messages)}
+        for p in prompts
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def wanted(folder: Path) -> dict[str, Wanted]:
+    """Return all of PROMPTS as the stage is asked for them."""
+    return {
+        split: Wanted(write(folder / f"{split}.jsonl", prompts), len(prompts))
+        for split, prompts in PROMPTS.items()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +77,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def requests(fake: Callable[..., None], tmp_path: Path) -> Iterator[Path]:
     """The file in which a well-behaved stand-in writes how many tokens it was asked for."""
     path = tmp_path / "requests"
-    fake(requests=str(path))
+    fake(requests=str(path), ends=ENDS)
     yield path
 
 
@@ -65,8 +89,10 @@ def expected(prompt: Prompt | ChatPrompt) -> tuple[list[int], list[int]]:
     if isinstance(prompt, ChatPrompt):
         token_ids = [0, *prompt.messages[0]["content"].encode()]
     else:
-        token_ids = list(prompt.text.encode())[: CONFIG.max_prompt_tokens]
-    return token_ids, [(sum(token_ids) + 7 * i) % 1000 for i in range(CONFIG.new_tokens)]
+        token_ids = list(prompt.text.encode())
+    tokens = [(sum(token_ids) + 7 * i) % 1000 for i in range(CONFIG.new_tokens)]
+    end = ENDS.get(str(sum(token_ids)))
+    return token_ids, tokens if end is None else [*tokens[:end], EOS]
 
 
 def check_complete(out: Path) -> None:
@@ -91,31 +117,62 @@ def asked(requests: Path) -> dict[int, int]:
     return {n: lines.count(n) for n in set(lines) - {4}}
 
 
-def test_every_prompt_is_continued_and_recorded(base: Path, requests: Path, tmp_path: Path) -> None:
+def test_every_prompt_is_continued_to_its_end_and_recorded(
+    base: Path, requests: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "capture"
     seen: list[tuple[str, int, int]] = []
-    result = capture(base, out, CONFIG, PROMPTS, lambda *step: seen.append(step))
+    result = capture(base, out, CONFIG, wanted(tmp_path), lambda *step: seen.append(step))
     check_complete(out)
     lengths = [len(t) + len(a) for each in PROMPTS.values() for t, a in map(expected, each)]
     assert result["sequences"] == NUM_PROMPTS
     assert result["tokens"] == sum(lengths)
+    assert lengths[:3] == [1 + 1, 2 + 2, 3 + CONFIG.new_tokens]
     assert result["splits"] == {"calibration": 8, "evaluation": 3}
+    assert result["dropped"] == []
     assert all(speed > 0 for speed in result["tok_s"].values())
     assert result["folder"] == str(out)
     assert json.loads((out / "report.json").read_text()) == result
     assert json.loads((out / "manifest.json").read_text())["status"] == "done"
-    for label in ("capture: generate", "capture: record"):
+    for label in ("capture: encode", "capture: generate", "capture: record"):
         steps = [(done, total) for name, done, total in seen if name == label]
         assert steps == sorted(steps)
         assert steps[-1] == (NUM_PROMPTS, NUM_PROMPTS)
 
 
+def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
+    base: Path, requests: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both splits draw from one source, each from where the one before it stopped."""
+    texts = ["ab", "x" * 9, "cd", "y" * 10, "ef", "x" * 8, "gh"]
+    source = write(tmp_path / "p.jsonl", [Prompt(f"p{n}", text) for n, text in enumerate(texts)])
+    prompts = {"calibration": Wanted(source, 2), "evaluation": Wanted(source, 2)}
+    result = capture(base, tmp_path / "capture", CONFIG, prompts, quiet)
+    assert result["dropped"] == [
+        {"id": "p1", "split": "calibration", "tokens": 9},
+        {"id": "p3", "split": "evaluation", "tokens": 10},
+    ]
+    assert "p1 (9), p3 (10)" in caplog.text
+    captured = [(t.split, t.id, bytes(t.prompt)) for t in read_texts(tmp_path / "capture")]
+    assert captured == [
+        ("calibration", "p0", b"ab"),
+        ("calibration", "p2", b"cd"),
+        ("evaluation", "p4", b"ef"),
+        ("evaluation", "p5", b"x" * 8),
+    ]
+    prompts["evaluation"] = Wanted(source, 4)
+    with pytest.raises(
+        GraftError, match=r"3 prompts for evaluation, expected 4; 2 .* p1 \(9\), p3"
+    ):
+        capture(base, tmp_path / "more", CONFIG, prompts, quiet)
+
+
 def test_a_finished_capture_is_reported_without_a_server(
     base: Path, requests: Path, tmp_path: Path
 ) -> None:
-    result = capture(base, tmp_path / "capture", CONFIG, PROMPTS, quiet)
+    result = capture(base, tmp_path / "capture", CONFIG, wanted(tmp_path), quiet)
     requests.unlink()
-    assert capture(base, tmp_path / "capture", CONFIG, PROMPTS, quiet) == result
+    assert capture(base, tmp_path / "capture", CONFIG, wanted(tmp_path), quiet) == result
     assert not requests.exists()
 
 
@@ -125,9 +182,9 @@ def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
 ) -> None:
     """At the fifth completion it generates; after all texts, it records."""
     out, log = tmp_path / "capture", tmp_path / "requests"
-    fake(dies_at=dies_at, requests=str(log))
+    fake(dies_at=dies_at, requests=str(log), ends=ENDS)
     with pytest.raises(GraftError, match=r"vllm\.log: RuntimeError: died in the middle"):
-        capture(base, out, CONFIG, PROMPTS, quiet)
+        capture(base, out, CONFIG, wanted(tmp_path), quiet)
     texts, sequences = len(read_texts(out)), len(read_sequences(out))
     assert (texts == NUM_PROMPTS) == (dies_at > NUM_PROMPTS)
     assert texts > 0
@@ -135,8 +192,8 @@ def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
     assert not (out / SWITCH_NAME).exists()
 
     log.unlink()
-    fake(requests=str(log))
-    capture(base, out, CONFIG, PROMPTS, quiet)
+    fake(requests=str(log), ends=ENDS)
+    capture(base, out, CONFIG, wanted(tmp_path), quiet)
     check_complete(out)
     assert asked(log).get(CONFIG.new_tokens, 0) == NUM_PROMPTS - texts
 
@@ -145,7 +202,8 @@ CLIENT = """
 import json, sys
 from pathlib import Path
 from serving import test_capture_stage as test
-test.capture(Path(sys.argv[1]), Path(sys.argv[2]), test.CONFIG, test.PROMPTS, test.quiet)
+base, out = map(Path, sys.argv[1:])
+test.capture(base, out, test.CONFIG, test.wanted(out.parent), test.quiet)
 """
 
 
@@ -159,7 +217,7 @@ def test_a_killed_client_goes_on_where_it_was(
     repo_root: Path,
 ) -> None:
     out, log, record = tmp_path / "capture", tmp_path / "requests", tmp_path / "record.json"
-    fake(step_s=0.1, record=str(record))
+    fake(step_s=0.1, record=str(record), ends=ENDS)
     site = os.environ["PYTHONPATH"]
     environment = {**os.environ, "PYTHONPATH": f"{repo_root / 'tests'}:{site}"}
     client = subprocess.Popen([sys.executable, "-c", CLIENT, base, out], env=environment)
@@ -172,8 +230,8 @@ def test_a_killed_client_goes_on_where_it_was(
     texts, sequences = read_texts(out), read_sequences(out)
     assert 0 < len(texts if file == "texts.jsonl" else sequences) < NUM_PROMPTS
 
-    fake(requests=str(log))
-    capture(base, out, CONFIG, PROMPTS, quiet)
+    fake(requests=str(log), ends=ENDS)
+    capture(base, out, CONFIG, wanted(tmp_path), quiet)
     check_complete(out)
     assert asked(log).get(CONFIG.new_tokens, 0) == NUM_PROMPTS - len(texts)
     assert [text for text in read_texts(out) if text in texts] == texts
@@ -196,7 +254,7 @@ def test_a_server_that_does_not_record_whole_prompts_is_an_error(
     fake(records=records)
     out = tmp_path / "capture"
     with pytest.raises(GraftError, match="is in no recording; expected a server that records"):
-        capture(base, out, CONFIG, PROMPTS, quiet)
+        capture(base, out, CONFIG, wanted(tmp_path), quiet)
     assert len(read_texts(out)) == NUM_PROMPTS
     assert not (out / SWITCH_NAME).exists()
 
@@ -205,7 +263,7 @@ def test_a_recording_that_cannot_be_written_is_one_error_with_the_logs_reason(
     base: Path, fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "capture"
-    fake(records=None)
+    fake(records=None, ends=ENDS)
 
     def fail_to_write() -> None:
         """Do what the server's recorder does on a full disk."""
@@ -220,19 +278,21 @@ def test_a_recording_that_cannot_be_written_is_one_error_with_the_logs_reason(
     monkeypatch.setattr(recordings, "WRITE_TIMEOUT_S", 30.0)
     started = time.monotonic()
     with pytest.raises(GraftError) as raised:
-        capture(base, out, CONFIG, PROMPTS, quiet)
+        capture(base, out, CONFIG, wanted(tmp_path), quiet)
     recorder.join()
     assert time.monotonic() - started < 20, "it is seen at once, not after the timeout"
     assert "recordings: the server could not write what it recorded; make room" in str(raised.value)
     assert "vllm.log: OSError: [Errno 28] No space left on device" in str(raised.value)
     assert len(read_texts(out)) == NUM_PROMPTS
-    fake()
-    capture(base, out, CONFIG, PROMPTS, quiet)
+    fake(ends=ENDS)
+    capture(base, out, CONFIG, wanted(tmp_path), quiet)
     check_complete(out)
 
 
 def test_another_configuration_is_not_mixed_in(base: Path, requests: Path, tmp_path: Path) -> None:
-    def call(config: CaptureConfig = CONFIG, prompts: Any = PROMPTS) -> dict[str, Any]:
+    prompts = wanted(tmp_path)
+
+    def call(config: CaptureConfig = CONFIG, prompts: Any = prompts) -> dict[str, Any]:
         return capture(base, tmp_path / "capture", config, prompts, quiet)
 
     result = call()
@@ -240,7 +300,7 @@ def test_another_configuration_is_not_mixed_in(base: Path, requests: Path, tmp_p
     with pytest.raises(GraftError, match="new_tokens = 3, now it is 4"):
         call(dataclasses.replace(CONFIG, new_tokens=4))
     with pytest.raises(GraftError, match="begun with prompts"):
-        call(prompts={"calibration": PROMPTS["calibration"]})
+        call(prompts={"calibration": prompts["calibration"]})
     (base / "model-1.safetensors").write_bytes(b"other weights")
     with pytest.raises(GraftError, match="begun with base"):
         call()
@@ -262,11 +322,9 @@ def test_the_server_records_and_never_cuts_a_prompt(base: Path, vllm: Path, tmp_
 
 
 def test_a_context_that_is_too_short_is_said_before_serving(base: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, max_model_len=9)
-    with pytest.raises(GraftError, match="max_model_len is 9, expected at least 10"):
-        capture(base, tmp_path / "capture", config, PROMPTS, quiet)
-    with pytest.raises(GraftError, match="no prompts to capture"):
-        capture(base, tmp_path / "capture", CONFIG, {"calibration": []}, quiet)
+    config = dataclasses.replace(CONFIG, max_model_len=11)
+    with pytest.raises(GraftError, match="max_model_len is 11, expected at least 12"):
+        capture(base, tmp_path / "capture", config, wanted(tmp_path), quiet)
 
 
 def test_concurrently_yields_what_was_in_work_before_it_raises() -> None:

@@ -16,7 +16,6 @@ import torch
 
 import apart
 from mtp_graft import pipeline
-from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
@@ -24,7 +23,7 @@ from mtp_graft.pipeline import STAGES, choose_stages, device, run_pipeline, run_
 from mtp_graft.pipeline.plan import Need, check_room
 from mtp_graft.recipe import QuantizeSection, load_recipe
 from mtp_graft.serving import command, server
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 from mtp_graft.stages.process import run_in_process
@@ -32,7 +31,7 @@ from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
 from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_nvidia_smi, write_checkpoint
-from .test_acceptance import Streamed, quiet
+from .test_acceptance import quiet
 
 RECIPE = """
 [model]
@@ -88,7 +87,6 @@ class StandIns:
     asked: dict[str, Any] = field(default_factory=dict)  # of quantize
     missing: list[str] = field(default_factory=list)  # what verify says is missing
     refused: str | None = None  # what is wrong with the inputs
-    counts: list[dict[str, Any]] | None = None  # of each served text
 
     def check_run(self, *_: Any) -> None:
         if self.refused:
@@ -157,12 +155,6 @@ def stages(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     monkeypatch.setattr(
         pipeline.run, "run_in_process", lambda work, *rest, report: work(*rest, report)
     )
-
-    def measure_streamed(client: ServerClient, *rest: Any) -> dict[str, Any]:
-        with Streamed(client.base_url) as streamed:
-            return {**measure_acceptance(streamed, *rest), "sequences": stand_ins.counts}
-
-    monkeypatch.setattr(pipeline.bench, "measure_paired", measure_streamed)
     return stand_ins
 
 
@@ -282,8 +274,7 @@ def test_base_and_head_are_measured_on_servers_that_differ_in_the_head_alone(
     capture, base, head = (servers.options[name] for name in (CAPTURE, BASE, GPTQ))
     assert (capture.record, capture.num_speculative_tokens) == (folder / "capture", 0)
     assert head.num_speculative_tokens == 2
-    counting = ("--per-request-spec-decode-metrics", "summary")
-    assert head.extra_args == (*counting, "--seed", "7"), "the recipe's come last, and win"
+    assert head.extra_args == (*COUNT_DRAFTS, "--seed", "7"), "the recipe's come last, and win"
     assert base == replace(
         head, checkpoint=base.checkpoint, num_speculative_tokens=0, extra_args=("--seed", "7")
     )
@@ -356,9 +347,8 @@ def test_a_memory_that_the_gpu_shares_with_the_machine_is_not_filled(
 
 
 def test_heads_are_compared_on_the_same_texts(run: Run, stages: StandIns) -> None:
-    stages.counts = [{"id": f"p{n}", "drafts": 4, "accepted": n % 3} for n in range(2)]
     result = run()
-    same = pytest.approx([0.0, 0.0])  # both heads have the same counts, on every draw of texts
+    same = pytest.approx([0.0, 0.0])  # all heads have the same counts, on every draw of texts
     assert result["acceptance_difference"] == {"gptq-rtn": same}
     assert result["acceptance_difference_offline"] == dict.fromkeys(
         ("gptq-rtn", "gptq-mxfp4", "gptq-bf16"), same
@@ -374,25 +364,28 @@ def test_evaluation_prompts_of_the_same_file_are_held_out(run: Run, folder: Path
     ]
 
 
-def test_prompts_to_time_are_none_of_those_captured(run: Run, recipe: Path, folder: Path) -> None:
-    run(f"bench.prompts={recipe.parent / 'prompts.jsonl'}", "bench.count=1")
-    timed = json.loads((folder / "bench" / "base.json").read_text())["prompts"]
-    assert [prompt["id"] for prompt in timed] == ["p5"]
-
-
-def test_as_many_evaluation_texts_are_served_as_the_recipe_says(
-    run: Run, stages: StandIns, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("longest", "timed"), [(8, "p5"), (5, "p6")])
+def test_prompts_to_time_are_none_of_those_captured(
+    longest: int, timed: str, run: Run, recipe: Path, folder: Path
 ) -> None:
-    asked: list[list[str]] = []
-    measure = pipeline.bench.measure_paired
+    """Prompt pN has N + 1 tokens; p0, which is too long with its 7, is replaced by p5."""
+    source = recipe.parent / "prompts.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows[0]["text"], rows[5]["text"] = "p" * 7, "p"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "p6", "text": "p"}]))
+    wanted = f"capture.max_prompt_tokens={longest}"
+    run(wanted, f"bench.prompts={source}", "bench.count=1")
+    assert [
+        prompt["id"]
+        for prompt in json.loads((folder / "bench" / "base.json").read_text())["prompts"]
+    ] == [timed]
 
-    def remember(client: ServerClient, texts: list[KnownText], *rest: Any) -> dict[str, Any]:
-        asked.append([text.id for text in texts])
-        return measure(client, texts, *rest)
 
-    monkeypatch.setattr(pipeline.bench, "measure_paired", remember)
+def test_as_many_evaluation_texts_are_served_as_the_recipe_says(run: Run, folder: Path) -> None:
     result = run("bench.acceptance_count=1")
-    assert asked == [["p3"], ["p3"]]
+    for variant in (GPTQ, RTN):
+        served = json.loads((folder / "bench" / f"served-{variant}.json").read_text())
+        assert [text["id"] for text in served["sequences"]] == ["p3"]
     assert result["drafts_served"] == {GPTQ: 3, RTN: 3}
     assert result["acceptance_offline_on_served"] == {GPTQ: 0.75, RTN: 0.75}
 

@@ -10,13 +10,9 @@ import pytest
 
 from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
 from mtp_graft import cli, pipeline
-from mtp_graft.bench.acceptance import measure_acceptance
 from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.serving import server
-from mtp_graft.serving.client import ServerClient
-
-from .test_acceptance import Streamed
 
 BASE, UPSTREAM = "quantizer/base", "maker/upstream"
 SETTINGS = (
@@ -54,11 +50,6 @@ def run(
 ) -> Run:
     """Run the bundled recipe with the hub's ids, by the command; return its JSON."""
 
-    def measure_streamed(client: ServerClient, *rest: Any) -> dict[str, Any]:
-        with Streamed(client.base_url) as streamed:
-            return {**measure_acceptance(streamed, *rest), "sequences": None}
-
-    monkeypatch.setattr(pipeline.bench, "measure_paired", measure_streamed)
     monkeypatch.setattr(server, "POLL_S", 0.05)
     config = json.loads(hub.repositories[BASE]["config.json"])
     fake(width=config["hc_mult"] * config["hidden_size"], record=str(tmp_path / "server.json"))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SEED = 20261124
-COUNTS = {"calibration": 64, "evaluation": 96}
+COUNTS = {"calibration": 96, "evaluation": 144}
 CHAT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜></think>"  # thinking off
 NAMES = [
     "Adele",

@@ -10,55 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mtp_graft.bench.acceptance import KnownText, measure_acceptance
-from mtp_graft.bench.decode import Report
 from mtp_graft.bench.intervals import bootstrap_interval
-from mtp_graft.serving.client import ServerClient
 
 #: The differences that are asked for: is calibration worth it, and what does INT4 cost.
 PAIRS = (("gptq", "rtn"), ("gptq", "mxfp4"), ("gptq", "bf16"))
 
 #: One text's `id`, `drafts` (first ones of a step) and `accepted`.
 TextCount = Mapping[str, Any]
-
-
-class CountingClient(ServerClient):
-    """Keeps how often each prompt's first drafts were accepted, where the server says so."""
-
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        super().__init__(base_url, api_key)
-        self.counted: dict[tuple[int, ...], tuple[int, int]] = {}  # prompt -> drafts, accepted
-
-    def _post(
-        self, path: str, body: dict[str, Any], *, timeout_s: float | None = None
-    ) -> dict[str, Any]:
-        answer = super()._post(path, body, timeout_s=timeout_s)
-        found = (answer.get("metrics") or {}).get("speculative_decoding")
-        if found is not None:
-            # Of a step's first draft, whatever k is: how many steps, and how many accepted it.
-            steps, none_accepted = found["num_spec_steps"], found["acceptance_histogram"][0]
-            self.counted[tuple(body["prompt"])] = (steps, steps - none_accepted)
-        return answer
-
-
-def measure_paired(
-    client: ServerClient, texts: Sequence[KnownText], concurrency: int, report: Report, label: str
-) -> dict[str, Any]:
-    """Return what `measure_acceptance` does, and `sequences`: the counts of every text.
-
-    `sequences` is None if the server does not count drafts for each request.
-    """
-    with CountingClient(client.base_url) as counting:
-        served = measure_acceptance(counting, texts, concurrency, report, label)
-        counted = [counting.counted.get(text.prompt) for text in texts]
-    whole = [counts for counts in counted if counts is not None]
-    if len(whole) < len(texts):
-        return {**served, "sequences": None}
-    sequences = [
-        {"id": text.id, "drafts": drafts, "accepted": accepted}
-        for text, (drafts, accepted) in zip(texts, whole, strict=True)
-    ]
-    return {**served, "sequences": sequences}
 
 
 def paired_differences(
@@ -79,12 +37,14 @@ def paired_differences(
 
 def _interval(ours: Sequence[TextCount], theirs: Sequence[TextCount]) -> tuple[float, float]:
     assert [text["id"] for text in ours] == [text["id"] for text in theirs], "not the same texts"
-    tables = [
-        np.array([[text["accepted"], text["drafts"]] for text in texts]) for texts in (ours, theirs)
-    ]  # [T, 2] each
+    # A text that ends at once has no drafts, and a draw of such texts alone no rate.
+    drafted = [both for both in zip(ours, theirs, strict=True) if all(t["drafts"] for t in both)]
+    table = np.array(
+        [[[t["accepted"], t["drafts"]] for t in both] for both in drafted]
+    )  # [T, 2, 2]
 
     def difference(drawn: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-        (a_hits, a_drafts), (b_hits, b_drafts) = (table[drawn].sum(axis=0) for table in tables)
+        (a_hits, a_drafts), (b_hits, b_drafts) = table[drawn].sum(axis=0)
         return float(a_hits / a_drafts - b_hits / b_drafts)
 
-    return bootstrap_interval(len(ours), difference)
+    return bootstrap_interval(len(drafted), difference)

@@ -203,6 +203,9 @@ def _capture(capture: Mapping[str, Any]) -> Iterator[str]:
         ["seconds", number(capture["seconds"])],
     ]
     yield table(["capture", "result"], rows, "lr")
+    if dropped := capture.get("dropped"):
+        names = ", ".join(f"{prompt['id']} ({prompt['tokens']:,} tokens)" for prompt in dropped)
+        yield f"Left out as too long, and replaced: {names}."
     plain, recording = speeds["prefill"], speeds["prefill_recording"]
     if plain and recording:
         yield f"With recording, prefill runs at {recording / plain:.2f}× its speed without."

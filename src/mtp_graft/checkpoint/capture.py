@@ -33,7 +33,11 @@ INTACT_NAME = "recording-intact"
 
 @dataclass(frozen=True)
 class FinishedText:
-    """A prompt and its greedy continuation, as token ids."""
+    """A prompt and its greedy continuation, as token ids.
+
+    The continuation ends where the model ends the text, the end token included, or at the length
+    that was asked for.
+    """
 
     number: int  # of the prompt, in the order of the calibration set
     id: str
@@ -58,6 +62,14 @@ class CapturedSequence:
     tokens: int  # prompt and continuation
     recording: str  # file name under recordings/
     start: int  # first row in it
+
+    @property
+    def calibration_tokens(self) -> int:
+        """Return how many of its tokens the head is calibrated on: all but the last two.
+
+        After token i the head drafts token i + 2: after the last two, what the text does not have.
+        """
+        return max(0, self.tokens - 2)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """The bench stage: what is measured on which server, one file a measurement."""
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.acceptance import KnownText
+from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
-from mtp_graft.bench.paired import measure_paired
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
 from mtp_graft.checkpoint.shards import write_json
@@ -21,6 +21,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.inputs import REPORT_NAME
 
 EVALUATION = "evaluation"  # the split that scores and served acceptance are measured on
 
@@ -91,8 +92,9 @@ class Bench:
         verified = read_result(self._folder.verified(variant))
         if verified is not None:
             write_json({**verified, "loaded_in_vllm": True}, self._folder.verified(variant))
-        label, concurrency = f"acceptance: {variant}", self._recipe.capture.concurrency
-        served = measure_paired(client, self._known_texts(), concurrency, self._report, label)
+        texts, captured = self._known_texts(), self._recipe.capture
+        label, limits = f"acceptance: {variant}", (captured.new_tokens, captured.concurrency)
+        served = measure_acceptance(client, texts, *limits, self._report, label)
         if variant == self._recipe.splice.variant:
             mtp = measure_mtp(client, self._unit("base"), self._config, self._report)
             write_json(mtp | self._adjusted(), self._folder.bench_unit("mtp"))
@@ -106,11 +108,15 @@ class Bench:
     def prompts(self) -> list[Prompt | ChatPrompt]:
         """The prompts to time, none of them captured."""
         wanted, capture = self._recipe.bench, self._recipe.capture
+        captured = read_result(self._folder.finished("capture") / REPORT_NAME) or {}
+        taken = Counter(captured["splits"]) + Counter(
+            p["split"] for p in captured.get("dropped", ())
+        )
         skip = 0
         if wanted.prompts == capture.calibration_prompts:
-            skip += capture.calibration_count
+            skip += taken["calibration"]
         if wanted.prompts == capture.evaluation_prompts:
-            skip += capture.evaluation_count
+            skip += taken[EVALUATION]
         return load_calibration(wanted.prompts, wanted.count, skip)
 
     def _known_texts(self) -> list[KnownText]:

@@ -1,6 +1,7 @@
 """One run: the stages in order, each as the recipe wants it, in one run folder."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -20,9 +21,9 @@ from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.pipeline.servers import Servers, capture_config
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages import capture as capturing
 from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.capture import Wanted
 from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
 from mtp_graft.stages.inputs import REPORT_NAME
 from mtp_graft.stages.process import run_in_process
@@ -156,24 +157,20 @@ class _Run:
         return fetch(self.recipe.model, self.folder.stage("fetch"), self.progress)
 
     @cached_property
-    def prompts(self) -> dict[str, list[Prompt | ChatPrompt]]:
+    def prompts(self) -> dict[str, Wanted]:
         """What the base is asked in capture, by split."""
         wanted = self.recipe.capture
-        calibration = load_calibration(wanted.calibration_prompts, wanted.calibration_count)
-        same = wanted.evaluation_prompts == wanted.calibration_prompts
-        skip = wanted.calibration_count if same else 0  # held out either way
-        evaluation = load_calibration(wanted.evaluation_prompts, wanted.evaluation_count, skip)
-        return {"calibration": calibration, EVALUATION: evaluation}
+        return {
+            "calibration": Wanted(wanted.calibration_prompts, wanted.calibration_count),
+            EVALUATION: Wanted(wanted.evaluation_prompts, wanted.evaluation_count),
+        }
 
     def fetch(self) -> None:
         """Refuse what can be refused before shards are downloaded, then download them."""
         if {"capture", "bench"} & set(self.stages):
             find_vllm()
         check_run(self.recipe, self.folder, self.stages)
-        if "capture" in self.stages:
-            _ = self.prompts
-        if "bench" in self.stages:
-            _ = self._bench.prompts
+        check_prompts(self.recipe, self.stages)
         _ = self.models
 
     def capture(self) -> None:
@@ -260,6 +257,19 @@ class _Run:
         """Return the checkpoints' manifests, which have the hashes."""
         variants = self.recipe.served_variants
         return [self.folder.checkpoint(variant) / MANIFEST_NAME for variant in variants]
+
+
+def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise GraftError for prompts that cannot be read or are too few; splits share none."""
+    wanted: Counter[str] = Counter()
+    if "capture" in stages:
+        capture = recipe.capture
+        wanted[capture.calibration_prompts] += capture.calibration_count
+        wanted[capture.evaluation_prompts] += capture.evaluation_count
+    if "bench" in stages:
+        wanted[recipe.bench.prompts] += recipe.bench.count
+    for source, count in wanted.items():
+        load_calibration(source, count)
 
 
 def _what_is_wrong(found: dict[str, Any]) -> str:

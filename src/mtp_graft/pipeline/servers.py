@@ -13,15 +13,12 @@ from pathlib import Path
 from mtp_graft.bench.decode import Report
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.plan import NO_DRAFTING, adapt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.capture import CaptureConfig, recording_options
-
-#: vLLM then counts drafts for each request; it refuses to where nothing is drafted.
-_COUNT_REQUESTS = ("--per-request-spec-decode-metrics", "summary")
 
 
 def capture_config(recipe: Recipe) -> CaptureConfig:
@@ -62,7 +59,7 @@ class Servers:
             max_num_seqs=self._recipe.capture.concurrency,
             prefix_caching=False,  # a prompt that comes again is computed again
             num_speculative_tokens=k,
-            extra_args=() if k == 0 else _COUNT_REQUESTS,
+            extra_args=() if k == 0 else COUNT_DRAFTS,
         )
         return self._serving(options, name)
 

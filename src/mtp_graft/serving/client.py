@@ -18,6 +18,9 @@ READ_TIMEOUT_S = 600.0
 #: What reading an answer raises that is no JSON, too deep, or of another structure.
 READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError)
 
+#: Options of `vllm serve` with which it tells a client what it drafted for the client's request.
+COUNT_DRAFTS = ("--per-request-spec-decode-metrics", "detailed")
+
 Found = TypeVar("Found")
 
 
@@ -53,6 +56,14 @@ class ScoredCompletion:
 
     token_ids: tuple[int, ...]
     margins: tuple[float, ...]  # logprob of the best token less that of the second best
+
+
+@dataclass(frozen=True)
+class Step:
+    """How many tokens one step drafted, and how many of them, from the first on, it accepted."""
+
+    drafted: int
+    accepted: int
 
 
 class ServerUnreachable(GraftError):
@@ -124,6 +135,16 @@ class ServerClient:
         """Return the greedy continuation of `prompt`, not streamed."""
         body = _greedy_body(prompt, max_tokens, ignore_eos)
         return self._read("/v1/completions", body, _completed, timeout_s=timeout_s)
+
+    def complete_counted(
+        self, prompt: Sequence[int], max_tokens: int
+    ) -> tuple[tuple[int, ...], list[Step]]:
+        """Return the greedy continuation of `prompt`, and the steps that drafted for it.
+
+        There are none unless the server was started with COUNT_DRAFTS.
+        """
+        body = _greedy_body(prompt, max_tokens, ignore_eos=False)
+        return self._read("/v1/completions", body, lambda got: (_completed(got), _steps(got)))
 
     def score(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -252,6 +273,12 @@ def _token_ids(answer: dict[str, Any]) -> list[int]:
 
 def _completed(answer: dict[str, Any]) -> tuple[int, ...]:
     return tuple(answer["choices"][0]["token_ids"])
+
+
+def _steps(answer: dict[str, Any]) -> list[Step]:
+    counted = (answer.get("metrics") or {}).get("speculative_decoding") or {}
+    steps = (counted.get(f"per_step_{what}", ()) for what in ("drafted", "accepted"))
+    return [Step(*step) for step in zip(*steps, strict=True)]
 
 
 def _scored(answer: dict[str, Any]) -> ScoredCompletion:

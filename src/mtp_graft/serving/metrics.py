@@ -17,13 +17,15 @@ _POSITION = re.compile(r'\bposition="(\d+)"')
 class SpecDecodeCounters:
     """Drafts and accepted tokens since the server started, or between two readings.
 
-    `accepted_per_position[i]` counts the steps whose first i + 1 drafts were all accepted.
+    `accepted_per_position[i]` counts the steps whose first i + 1 drafts were all accepted;
+    `tried_per_position[i]` those whose first i were and that had one more. None: all that could.
     """
 
     num_drafts: int  # steps with drafts
     num_draft_tokens: int
     num_accepted_tokens: int
     accepted_per_position: tuple[int, ...]
+    tried_per_position: tuple[int, ...] | None = None
 
     def __sub__(self, earlier: Self) -> "SpecDecodeCounters":
         positions = zip(self.accepted_per_position, earlier.accepted_per_position, strict=True)
@@ -49,6 +51,8 @@ class SpecDecodeCounters:
     @property
     def reached(self) -> list[tuple[int, int]]:
         """Return (tried, accepted) for each position: tried is where all before were accepted."""
+        if self.tried_per_position is not None:
+            return list(zip(self.tried_per_position, self.accepted_per_position, strict=True))
         return list(pairwise((self.num_drafts, *self.accepted_per_position)))
 
     @property

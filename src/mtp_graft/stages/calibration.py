@@ -27,23 +27,33 @@ def load_calibration(
     `source` is a JSON Lines or Parquet file, or `hub:owner/dataset[:split]`. Of a conversation,
     everything up to its last user turn is the prompt.
 
-    Raises GraftError for a source that cannot be read, a row that is no prompt, an id that comes
-    twice, and too few rows.
+    Raises GraftError as `iterate_prompts` does, and for too few rows.
+    """
+    last = None if count is None else skip + count
+    prompts = list(islice(iterate_prompts(source), skip, last))
+    if not prompts or (count is not None and len(prompts) < count):
+        raise GraftError(
+            f"{source}: {len(prompts)} prompts after the first {skip}, expected "
+            f"{count or 'some'}; ask for fewer"
+        )
+    return prompts
+
+
+def iterate_prompts(source: str | Path) -> Iterator[Prompt | ChatPrompt]:
+    """Yield the prompts of `source` in order, reading no more of it than is asked for.
+
+    Raises GraftError for a source that cannot be read, a row that is no prompt and an id that
+    comes twice.
     """
     name = str(source)
     rows = _hub_rows(name.removeprefix(HUB)) if name.startswith(HUB) else _file_rows(Path(name))
-    prompts: dict[str, Prompt | ChatPrompt] = {}
-    for number, row in islice(rows, skip, None if count is None else skip + count):
+    seen: set[str] = set()
+    for number, row in rows:
         prompt = _parse(row, where=f"{name}:{number}")
-        if prompt.id in prompts:
+        if prompt.id in seen:
             raise GraftError(f"{name}:{number}: id {prompt.id!r} comes twice")
-        prompts[prompt.id] = prompt
-    if not prompts or (count is not None and len(prompts) < count):
-        raise GraftError(
-            f"{name}: {len(prompts)} prompts after the first {skip}, expected {count or 'some'}; "
-            "ask for fewer"
-        )
-    return list(prompts.values())
+        seen.add(prompt.id)
+        yield prompt
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:

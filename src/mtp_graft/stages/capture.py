@@ -1,18 +1,20 @@
 """Capture: what the base does on every prompt, recorded at the speed at which it is served.
 
-First the base continues all prompts greedily, as any server does. Then, recording switched on,
-it gets every finished sequence as a prompt: one prefill gives the same values as the steps that
-made the sequence. A prompt's text, and then its place in a recording, are the units that a killed
-run keeps.
+First the base continues all prompts greedily, as any server does, until it ends the text or has
+given as many tokens as were asked for. Then, recording switched on, it gets every finished sequence
+as a prompt: one prefill gives the same values as the steps that made the sequence. A prompt's text,
+and then its place in a recording, are the units that a killed run keeps.
 """
 
 import json
+import logging
 import platform
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,12 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.log_tail import explain
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.serving.server import managed_server
+from mtp_graft.stages.calibration import iterate_prompts, load_calibration
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on
+
+logger = logging.getLogger(__name__)
 
 #: Blocks that are also sent without recording, to compare the speeds.
 _MEASURED_BLOCKS = 2
@@ -51,20 +55,28 @@ _MEASURED_BLOCKS = 2
 class CaptureConfig:
     """What the base is asked, and how long it answers."""
 
-    max_prompt_tokens: int = 512  # longer prompts are cut
-    new_tokens: int = 256  # per prompt; the base does not stop early
+    max_prompt_tokens: int = 512  # longer prompts are left out; others take their place
+    new_tokens: int = 256  # per prompt, at most: the base ends a text where it ends
     concurrency: int = 8  # prompts in work at a time
     max_model_len: int = 2048
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The next `count` prompts of `source` that are not too long; splits of a source share none."""
+
+    source: str  # as `load_calibration` has it
+    count: int
 
 
 def capture(
     base: Path,
     out: Path,
     config: CaptureConfig,
-    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+    prompts: Mapping[str, Wanted],
     report: Progress,
 ) -> dict[str, Any]:
-    """Serve `base` and capture `prompts`, which are given by split; see `capture_with`."""
+    """Serve `base` and capture the prompts wanted for each split; see `capture_with`."""
     if (finished := finished_capture(base, out, config, prompts)) is not None:
         return finished
     log = out / "vllm.log"
@@ -103,25 +115,28 @@ def capture_with(
     base: Path,
     out: Path,
     config: CaptureConfig,
-    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+    prompts: Mapping[str, Wanted],
     report: Progress,
     log: Path | None = None,
 ) -> dict[str, Any]:
-    """Capture `prompts` into `out` from a server of `base` with `recording_options`.
+    """Capture the prompts wanted for each split into `out`, from a server of `base`.
 
-    The server must have no other requests meanwhile. Prompts that an earlier, killed call
-    finished are not done again; a finished capture is only reported. Returns `sequences`,
-    `tokens`, `splits`, `tok_s` (`generate`, `prefill`, `prefill_recording`; null where nothing
-    was left to measure), `seconds` and `folder`.
+    The server was started with `recording_options` and must have no other requests meanwhile.
+    Prompts that an earlier, killed call finished are not done again; a finished capture is only
+    reported. Returns `sequences`, `tokens`, `splits`, `dropped` (`id`, `split` and `tokens` of
+    prompts that are too long), `tok_s` (`generate`, `prefill`, `prefill_recording`; null where
+    nothing was left to measure), `seconds` and `folder`.
 
-    Raises GraftError if the server fails (with the reason from `log`), does not record, or if
-    `out` was begun with another base, other prompts or another configuration.
+    Raises GraftError if the server fails (with the reason from `log`), does not record, if a
+    source has too few prompts that are short enough, or if `out` was begun with another base,
+    other prompts or another configuration.
     """
     if (finished := finished_capture(base, out, config, prompts)) is not None:
         return finished
     started = time.perf_counter()
     with _explained(client, log):
-        generating = _generate(client, out, config, prompts, report)
+        asked, dropped = _choose(client, config, prompts, report)
+        generating = _generate(client, out, config, asked, report)
         _check_space(base, out)
         plain, recording = _record_all(client, out, config, report)
     sequences = read_sequences(out)
@@ -130,6 +145,7 @@ def capture_with(
         "sequences": len(sequences),
         "tokens": sum(s.tokens for s in sequences),
         "splits": {split: sum(s.split == split for s in sequences) for split in prompts},
+        "dropped": dropped,
         "tok_s": {
             "generate": generating.tok_s,
             "prefill": plain.tok_s,
@@ -149,7 +165,7 @@ def finished_capture(
     base: Path,
     out: Path,
     config: CaptureConfig,
-    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+    prompts: Mapping[str, Wanted],
 ) -> dict[str, Any] | None:
     """Claim `out` for this capture; return its report if it is complete already, else None.
 
@@ -163,15 +179,17 @@ def finished_capture(
             f"{config.max_prompt_tokens} tokens of prompt, {config.new_tokens} new ones and one "
             "more when they are recorded"
         )
-    total = sum(map(len, prompts.values()))
-    if not total:
-        raise GraftError(f"{out}: no prompts to capture; expected some in {sorted(prompts)}")
-    asked = json.dumps({split: [asdict(p) for p in each] for split, each in prompts.items()})
+    totals: Counter[str] = Counter()  # prompts of each source
+    for wanted in prompts.values():
+        totals[wanted.source] += wanted.count
+    rows = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
+    asked = json.dumps([rows, {split: wanted.count for split, wanted in prompts.items()}])
     shard_names = sorted(set(shards.read_index(base).values()))
     files = [base / name for name in ("config.json", shards.INDEX_NAME, *shard_names)]
     identity = {
         "max_prompt_tokens": config.max_prompt_tokens,
         "new_tokens": config.new_tokens,
+        "texts_end": "where the base ends them",  # unlike in captures of earlier versions
         "prompts": sha256(asked.encode()).hexdigest(),
         "base": fingerprints(files),
     }
@@ -187,7 +205,7 @@ def finished_capture(
                 f"remove {out} and capture again"
             )
     finished = finished_result(out, REPORT_NAME)
-    if finished is None or len(sequences) < total:
+    if finished is None or len(sequences) < totals.total():
         return None
     return finished | {"folder": str(out)}
 
@@ -239,35 +257,72 @@ class _Meter:
         return self.tokens / self.seconds if self.tokens else None
 
 
+def _choose(
+    client: ServerClient, config: CaptureConfig, prompts: Mapping[str, Wanted], report: Progress
+) -> tuple[list[FinishedText], list[dict[str, Any]]]:
+    """Return the prompts to continue, and `id`, `split` and `tokens` of those that are too long.
+
+    Every call makes the same choice. Raises GraftError for a source that has too few others.
+    """
+    sources = {wanted.source: iterate_prompts(wanted.source) for wanted in prompts.values()}
+    total = sum(wanted.count for wanted in prompts.values())
+    chosen: list[FinishedText] = []
+    dropped: list[dict[str, Any]] = []
+    for split, wanted in prompts.items():
+        missing = wanted.count
+        while missing and (prompt := next(sources[wanted.source], None)) is not None:
+            token_ids = tuple(client.encode(prompt))
+            if len(token_ids) > config.max_prompt_tokens:
+                dropped.append({"id": prompt.id, "split": split, "tokens": len(token_ids)})
+                continue
+            chosen.append(FinishedText(len(chosen), prompt.id, split, token_ids, ()))
+            missing -= 1
+            report("capture: encode", len(chosen), total)
+        if missing:
+            raise GraftError(
+                f"{wanted.source}: {wanted.count - missing} prompts for {split}, expected "
+                f"{wanted.count}; {_too_long(config, dropped)}; allow longer ones or ask for fewer"
+            )
+    if dropped:
+        logger.warning("capture: %s", _too_long(config, dropped))
+    return chosen, dropped
+
+
+def _too_long(config: CaptureConfig, dropped: Sequence[Mapping[str, Any]]) -> str:
+    names = ", ".join(f"{prompt['id']} ({prompt['tokens']})" for prompt in dropped)
+    return (
+        f"{len(dropped)} prompts have more than max_prompt_tokens = {config.max_prompt_tokens} "
+        f"tokens and are left out: {names}"
+    )
+
+
 def _generate(
     client: ServerClient,
     out: Path,
     config: CaptureConfig,
-    prompts: Mapping[str, Sequence[Prompt | ChatPrompt]],
+    asked: Sequence[FinishedText],
     report: Progress,
 ) -> _Meter:
     """Have every prompt continued that is not yet."""
-    asked = [(split, prompt) for split, each in prompts.items() for prompt in each]
-    done = {text.number for text in read_texts(out)}
-    missing = [(n, *item) for n, item in enumerate(asked) if n not in done]
-
-    def finish(item: tuple[int, str, Prompt | ChatPrompt]) -> FinishedText:
-        number, split, prompt = item
-        token_ids = client.encode(prompt)[: config.max_prompt_tokens]
-        continuation = client.complete(token_ids, config.new_tokens, ignore_eos=True)
-        if len(continuation) != config.new_tokens:
+    done = {text.number: text for text in read_texts(out)}
+    for text in asked:
+        if text.number in done and text.prompt != done[text.number].prompt:
             raise GraftError(
-                f"{client.base_url}: prompt {prompt.id!r} was continued by {len(continuation)} "
-                f"tokens, expected {config.new_tokens}; the server limits answers"
+                f"{out}: prompt {text.id!r} was {done[text.number].id!r} when the capture began, "
+                "or is encoded otherwise now; remove the folder or use another --run"
             )
-        return FinishedText(number, prompt.id, split, tuple(token_ids), continuation)
+    missing = [text for text in asked if text.number not in done]
+
+    def finish(text: FinishedText) -> FinishedText:
+        return replace(text, continuation=client.complete(text.prompt, config.new_tokens))
 
     meter = _Meter()
-    with meter.measure(len(missing) * config.new_tokens):
+    with meter.measure(0):
         finished = len(done)
         report("capture: generate", finished, len(asked))
         for text in concurrently(finish, missing, config.concurrency):
             append_text(out, text)
+            meter.tokens += len(text.continuation)
             finished += 1
             report("capture: generate", finished, len(asked))
     return meter
@@ -288,7 +343,7 @@ def _record_all(
     plain, recording = _Meter(), _Meter()
 
     def send(text: FinishedText) -> None:
-        client.complete(text.token_ids, 1, ignore_eos=True)
+        client.complete(text.token_ids, 1)
 
     def send_all(block: Sequence[FinishedText], meter: _Meter) -> None:
         with meter.measure(sum(len(text.token_ids) for text in block)):

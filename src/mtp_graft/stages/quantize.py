@@ -230,7 +230,7 @@ def _summary(job: Job, of_ranks: list[tuple[dict[str, float], int, int]]) -> dic
         "peak_host_bytes": max(host_bytes),
         "ranks": len(of_ranks),
         **asdict(config.rules()),
-        "calibration_tokens": sum(sequence.tokens - 1 for sequence in job.sequences),
+        "calibration_tokens": sum(s.calibration_tokens for s in job.sequences),
         "replay": _REPLAYS[config.replay],
     }
 

@@ -147,11 +147,12 @@ def open_job(
     head_names = names.upstream_head_names(head_map, upstream)
     model = read_model_config(base)
     _check_groups(model, config.group_size)
-    sequences = [s for s in read_sequences(capture) if s.split == config.split and s.tokens > 1]
+    split = [s for s in read_sequences(capture) if s.split == config.split]
+    sequences = [s for s in split if s.calibration_tokens]
     if not sequences:
         raise GraftError(
-            f"{capture}: no captured sequences of split {config.split!r}; "
-            "run `mtp-graft capture` first"
+            f"{capture}: no captured sequences of split {config.split!r} with three tokens or "
+            "more; run `mtp-graft capture` first"
         )
     shards = sorted({upstream / head_map[name] for name in head_names})
     recordings = {capture / capture_files.RECORDINGS / s.recording for s in sequences}

@@ -34,7 +34,7 @@ class ReplayedRows:
     """
 
     def __init__(self, job: Job) -> None:
-        ends = list(accumulate(s.tokens - 1 for s in job.sequences))
+        ends = list(accumulate(s.calibration_tokens for s in job.sequences))
         places = map(slice, [0, *ends], ends)
         self._job = job
         self._places = dict(zip((s.number for s in job.sequences), places, strict=True))
@@ -93,8 +93,10 @@ def replay_capture(job: Job, report: Progress) -> ReplayedRows:
             with job.timed("io"):
                 recorded = next(capture)
             with job.timed("replay"), job.products():
-                embeds = embed[recorded.token_ids.to(job.device)]
-                unit = rows.keep(sequence, replay_routing(head, recorded.residual, embeds))
+                known = sequence.calibration_tokens + 1  # row i reads token i + 1
+                embeds = embed[recorded.token_ids[:known].to(job.device)]
+                routed = replay_routing(head, recorded.residual[:known], embeds)
+                unit = rows.keep(sequence, routed)
             with job.timed("io"):
                 write(_save_rows, unit, job.replay_file(sequence))
             done += 1

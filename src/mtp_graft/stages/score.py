@@ -63,7 +63,7 @@ class _Job:
     config: ScoreConfig
     model: DeepseekV4Config
     head_names: list[str]
-    sequences: list[CapturedSequence]  # those that leave something to draft
+    sequences: list[CapturedSequence]
 
 
 def score(
@@ -101,11 +101,10 @@ def _open(
     head_map = read_index(upstream, "mtp.")
     head_names = names.upstream_head_names(head_map, upstream)
     model = read_model_config(base)
-    split = [s for s in read_sequences(capture) if s.split == config.split]
-    sequences = [s for s in split if s.tokens >= s.prompt_tokens + 2]
-    if not sequences:
+    sequences = [s for s in read_sequences(capture) if s.split == config.split]
+    if not any(s.tokens >= s.prompt_tokens + 2 for s in sequences):
         raise GraftError(
-            f"{capture}: nothing to draft in split {config.split!r} ({len(split)} sequences); "
+            f"{capture}: nothing to draft in split {config.split!r} ({len(sequences)} sequences); "
             "expected sequences with at least two tokens after the prompt"
         )
     inputs = [base / "config.json", capture / capture_files.INDEX_NAME]
