@@ -2,8 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
-from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.calibration import iterate_prompts, take_fitting
 from mtp_graft.stages.inputs import REPORT_NAME
 
 EVALUATION = "evaluation"  # the split that scores and served acceptance are measured on
@@ -50,8 +52,8 @@ class Bench:
 
     def measure_base(self, base: Path) -> None:
         """Decode the benchmark's prompts with the base alone."""
-        bench, prompts = self._recipe.bench, self._prompts()
-        asked = json.dumps([asdict(prompt) for prompt in prompts])
+        bench = self._recipe.bench
+        asked = json.dumps([asdict(prompt) for prompt in islice(self._prompts(), bench.count)])
         claim_folder(
             self._folder.stage("bench"),
             {
@@ -63,6 +65,9 @@ class Bench:
         )
         if read_result(self._folder.bench_unit("base")) is None:
             client = self._servers.base_client(base)
+            longest = self._recipe.capture.max_model_len - bench.max_tokens
+            fit, _ = take_fitting(client, self._prompts(), bench.count, longest, "bench")
+            prompts = [encoded.prompt for encoded in fit]
             measured = measure_base(client, prompts, self._config, self._report)
             write_json(measured, self._folder.bench_unit("base"))
 
@@ -91,8 +96,8 @@ class Bench:
         head = {"head": self._head(variant)}
         write_json(served | head, self._folder.bench_unit(f"served-{variant}"))
 
-    def _prompts(self) -> list[Prompt | ChatPrompt]:
-        """Return the prompts to time, none of them captured."""
+    def _prompts(self) -> Iterator[Prompt | ChatPrompt]:
+        """Yield prompts to time, none of them captured."""
         wanted, capture = self._recipe.bench, self._recipe.capture
         captured = read_result(self._folder.finished("capture") / REPORT_NAME) or {}
         taken = Counter(captured["splits"]) + Counter(
@@ -103,7 +108,7 @@ class Bench:
             skip += taken["calibration"]
         if wanted.prompts == capture.evaluation_prompts:
             skip += taken[EVALUATION]
-        return load_calibration(wanted.prompts, wanted.count, skip)
+        return islice(iterate_prompts(wanted.prompts), skip, None)
 
     def _known_texts(self) -> list[KnownText]:
         texts = [t for t in read_texts(self._folder.finished("capture")) if t.split == EVALUATION]
