@@ -364,21 +364,25 @@ def test_evaluation_prompts_of_the_same_file_are_held_out(run: Run, folder: Path
     ]
 
 
-@pytest.mark.parametrize(("longest", "timed"), [(8, "p5"), (5, "p6")])
-def test_prompts_to_time_are_none_of_those_captured(
-    longest: int, timed: str, run: Run, recipe: Path, folder: Path
+@pytest.mark.parametrize(
+    ("settings", "timed"),
+    [
+        ((), "p5"),
+        (("capture.max_prompt_tokens=5",), "p7"),
+        (("capture.max_model_len=15", "bench.max_tokens=9"), "p6"),
+    ],
+)
+def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answer(
+    settings: tuple[str, ...], timed: str, run: Run, recipe: Path, folder: Path
 ) -> None:
-    """Prompt pN has N + 1 tokens; p0, which is too long with its 7, is replaced by p5."""
+    """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
-    rows[0]["text"], rows[5]["text"] = "p" * 7, "p"
-    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "p6", "text": "p"}]))
-    wanted = f"capture.max_prompt_tokens={longest}"
-    run(wanted, f"bench.prompts={source}", "bench.count=1")
-    assert [
-        prompt["id"]
-        for prompt in json.loads((folder / "bench" / "base.json").read_text())["prompts"]
-    ] == [timed]
+    texts = enumerate("p" * tokens for tokens in (7, 1, 2, 3, 4, 7, 1, 1))
+    rows = [{"id": f"p{n}", "text": text} for n, text in texts]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(*settings, f"bench.prompts={source}", "bench.count=1")
+    prompts = json.loads((folder / "bench" / "base.json").read_text())["prompts"]
+    assert [prompt["id"] for prompt in prompts] == [timed]
 
 
 def test_as_many_evaluation_texts_are_served_as_the_recipe_says(run: Run, folder: Path) -> None:

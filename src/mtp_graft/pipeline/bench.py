@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import cached_property
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
-from mtp_graft.stages.calibration import load_calibration
+from mtp_graft.stages.calibration import iterate_prompts, take_fitting
 from mtp_graft.stages.inputs import REPORT_NAME
 
 EVALUATION = "evaluation"  # the split that scores and served acceptance are measured on
@@ -47,8 +48,7 @@ class Bench:
             self._folder.finished(needed)  # said before anything is served
         self._claim()
         if read_result(self._folder.bench_unit("base")) is None:
-            with self._servers.measured(base, 0, "base") as client:
-                found = measure_base(client, self.prompts, self._config, self._report)
+            found = self._measure_base(base)
             write_json(found | self._adjusted(), self._folder.bench_unit("base"))
         k = self._recipe.bench.k
         for variant in self._recipe.served_variants:
@@ -63,9 +63,18 @@ class Bench:
         write_json(decode, self._folder.bench_unit("decode"))
         return adjusted
 
+    def _measure_base(self, base: Path) -> dict[str, Any]:
+        """Decode prompts that leave room for their answer, on a server of the base."""
+        wanted = self._recipe.bench
+        longest = self._recipe.capture.max_model_len - wanted.max_tokens
+        with self._servers.measured(base, 0, "base") as client:
+            fit, _ = take_fitting(client, self._prompts(), wanted.count, longest, "bench")
+            prompts = [encoded.prompt for encoded in fit]
+            return measure_base(client, prompts, self._config, self._report)
+
     def _claim(self) -> None:
         bench = self._recipe.bench
-        asked = json.dumps([asdict(prompt) for prompt in self.prompts])
+        asked = json.dumps([asdict(prompt) for prompt in islice(self._prompts(), bench.count)])
         claim_folder(
             self._folder.stage("bench"),
             {
@@ -104,9 +113,8 @@ class Bench:
     def _adjusted(self) -> dict[str, list[str]]:
         return {"adjusted": self._servers.adjusted}
 
-    @cached_property
-    def prompts(self) -> list[Prompt | ChatPrompt]:
-        """The prompts to time, none of them captured."""
+    def _prompts(self) -> Iterator[Prompt | ChatPrompt]:
+        """Yield prompts to time, none of them captured."""
         wanted, capture = self._recipe.bench, self._recipe.capture
         captured = read_result(self._folder.finished("capture") / REPORT_NAME) or {}
         taken = Counter(captured["splits"]) + Counter(
@@ -117,7 +125,7 @@ class Bench:
             skip += taken["calibration"]
         if wanted.prompts == capture.evaluation_prompts:
             skip += taken[EVALUATION]
-        return load_calibration(wanted.prompts, wanted.count, skip)
+        return islice(iterate_prompts(wanted.prompts), skip, None)
 
     def _known_texts(self) -> list[KnownText]:
         texts = [t for t in read_texts(self._folder.finished("capture")) if t.split == EVALUATION]

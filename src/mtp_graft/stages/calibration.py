@@ -5,14 +5,19 @@ HuggingFaceH4/ultrachat_200k, `{"prompt_id": ..., "messages": [{"role": ..., "co
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
+
+logger = logging.getLogger(__name__)
 
 HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
@@ -54,6 +59,43 @@ def iterate_prompts(source: str | Path) -> Iterator[Prompt | ChatPrompt]:
             raise GraftError(f"{name}:{number}: id {prompt.id!r} comes twice")
         seen.add(prompt.id)
         yield prompt
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as the server's tokens."""
+
+    prompt: Prompt | ChatPrompt
+    token_ids: tuple[int, ...]
+
+
+def take_fitting(
+    client: ServerClient,
+    prompts: Iterator[Prompt | ChatPrompt],
+    count: int,
+    max_tokens: int,
+    what_for: str,
+) -> tuple[list[Encoded], list[Encoded]]:
+    """Take from `prompts` until `count` have at most `max_tokens` tokens; return these, and others.
+
+    The others are left out: they are named in a warning, or in the GraftError that is raised if
+    `prompts` end before there are `count`.
+    """
+    taken: list[Encoded] = []
+    dropped: list[Encoded] = []
+    while len(taken) < count and (prompt := next(prompts, None)) is not None:
+        encoded = Encoded(prompt, tuple(client.encode(prompt)))
+        (taken if len(encoded.token_ids) <= max_tokens else dropped).append(encoded)
+    names = ", ".join(f"{each.prompt.id} ({len(each.token_ids)})" for each in dropped)
+    too_long = f"with more than {max_tokens} tokens, left out: {names or 'none'}"
+    if len(taken) < count:
+        raise GraftError(
+            f"{len(taken)} prompts for {what_for}, expected {count}; {too_long}; allow longer "
+            "prompts, or ask for fewer"
+        )
+    if dropped:
+        logger.warning("prompts for %s %s", what_for, too_long)
+    return taken, dropped
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:

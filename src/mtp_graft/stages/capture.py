@@ -7,7 +7,6 @@ and then its place in a recording, are the units that a killed run keeps.
 """
 
 import json
-import logging
 import platform
 import shutil
 import time
@@ -41,11 +40,9 @@ from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.log_tail import explain
 from mtp_graft.serving.server import managed_server
-from mtp_graft.stages.calibration import iterate_prompts, load_calibration
+from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on
-
-logger = logging.getLogger(__name__)
 
 #: Blocks that are also sent without recording, to compare the speeds.
 _MEASURED_BLOCKS = 2
@@ -135,7 +132,7 @@ def capture_with(
         return finished
     started = time.perf_counter()
     with _explained(client, log):
-        asked, dropped = _choose(client, config, prompts, report)
+        asked, dropped = _choose(client, config, prompts)
         generating = _generate(client, out, config, asked, report)
         _check_space(base, out)
         plain, recording = _record_all(client, out, config, report)
@@ -258,42 +255,22 @@ class _Meter:
 
 
 def _choose(
-    client: ServerClient, config: CaptureConfig, prompts: Mapping[str, Wanted], report: Progress
+    client: ServerClient, config: CaptureConfig, prompts: Mapping[str, Wanted]
 ) -> tuple[list[FinishedText], list[dict[str, Any]]]:
     """Return the prompts to continue, and `id`, `split` and `tokens` of those that are too long.
 
     Every call makes the same choice. Raises GraftError for a source that has too few others.
     """
     sources = {wanted.source: iterate_prompts(wanted.source) for wanted in prompts.values()}
-    total = sum(wanted.count for wanted in prompts.values())
-    chosen: list[FinishedText] = []
+    asked: list[FinishedText] = []
     dropped: list[dict[str, Any]] = []
     for split, wanted in prompts.items():
-        missing = wanted.count
-        while missing and (prompt := next(sources[wanted.source], None)) is not None:
-            token_ids = tuple(client.encode(prompt))
-            if len(token_ids) > config.max_prompt_tokens:
-                dropped.append({"id": prompt.id, "split": split, "tokens": len(token_ids)})
-                continue
-            chosen.append(FinishedText(len(chosen), prompt.id, split, token_ids, ()))
-            missing -= 1
-            report("capture: encode", len(chosen), total)
-        if missing:
-            raise GraftError(
-                f"{wanted.source}: {wanted.count - missing} prompts for {split}, expected "
-                f"{wanted.count}; {_too_long(config, dropped)}; allow longer ones or ask for fewer"
-            )
-    if dropped:
-        logger.warning("capture: %s", _too_long(config, dropped))
-    return chosen, dropped
-
-
-def _too_long(config: CaptureConfig, dropped: Sequence[Mapping[str, Any]]) -> str:
-    names = ", ".join(f"{prompt['id']} ({prompt['tokens']})" for prompt in dropped)
-    return (
-        f"{len(dropped)} prompts have more than max_prompt_tokens = {config.max_prompt_tokens} "
-        f"tokens and are left out: {names}"
-    )
+        source = sources[wanted.source]
+        fit, rest = take_fitting(client, source, wanted.count, config.max_prompt_tokens, split)
+        numbered = enumerate(fit, start=len(asked))
+        asked += [FinishedText(n, e.prompt.id, split, e.token_ids, ()) for n, e in numbered]
+        dropped += [{"id": e.prompt.id, "split": split, "tokens": len(e.token_ids)} for e in rest]
+    return asked, dropped
 
 
 def _generate(
