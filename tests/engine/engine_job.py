@@ -1,8 +1,9 @@
 """Run one vLLM engine for the tests: `python engine_job.py JOB.json RESULT.json`.
 
 A job is {checkpoint, k, tensor_parallel_size, cores (one a rank), batches: [{prompts, max_tokens,
-together, prompt_logprobs}]}; prompts are token ids, decoding is greedy. The result has, per batch
-and prompt, the tokens, the top-2 logprobs of every generated position and, if asked for, of every
+together, prompt_logprobs, sampling}]}; prompts are token ids. Decoding is greedy, except for what
+`sampling` changes: one set of SamplingParams' arguments a prompt. The result has, per batch and
+prompt, the tokens, the top-2 logprobs of every generated position and, if asked for, of every
 prompt position; and the engine's own counts of drafted and accepted tokens.
 """
 
@@ -62,17 +63,23 @@ def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
     asked = batch.get("prompt_logprobs", False)
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=batch["max_tokens"],
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=2,
-        prompt_logprobs=2 if asked else None,
-    )
-    requests = [{"prompt_token_ids": prompt} for prompt in batch["prompts"]]
+    greedy = {
+        "temperature": 0,
+        "max_tokens": batch["max_tokens"],
+        "ignore_eos": True,
+        "detokenize": False,
+        "logprobs": 2,
+        "prompt_logprobs": 2 if asked else None,
+    }
+    prompts = batch["prompts"]
+    sampling = [SamplingParams(**(greedy | p)) for p in batch.get("sampling", [{}] * len(prompts))]
+    requests = list(zip(({"prompt_token_ids": p} for p in prompts), sampling, strict=True))
     groups = [requests] if batch.get("together") else [[request] for request in requests]
-    outputs = [o for group in groups for o in llm.generate(group, sampling, use_tqdm=False)]
+    outputs = [
+        output
+        for group in groups
+        for output in llm.generate(*map(list, zip(*group, strict=True)), use_tqdm=False)
+    ]
     results = []
     for output in outputs:
         generated = output.outputs[0]

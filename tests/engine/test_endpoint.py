@@ -1,10 +1,11 @@
 """The OpenAI-compatible endpoint on the real engine, MTP on, through the official client.
 
 One server answers the whole file. The tiny model is not clever: what is tested holds whatever it
-says. Greedy answers to one request at a time are reproducible, so they can be compared.
+says. Greedy answers are reproducible, and sampled ones with a seed, so they can be compared.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from engine.conftest import Checkpoints, gauge, wait_until_idle
+from engine.conftest import MAX_MARGIN, Checkpoints, gauge, wait_until_idle
 from mtp_graft.serving.check import check_drafter
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import CPU_STEP, ServeOptions
@@ -249,6 +250,99 @@ def test_eight_clients_at_once_are_answered_as_each_alone(client: openai.OpenAI)
     assert [content_of(answer) for answer in together] == [content_of(one) for one in alone]
     assert [answer.usage for answer in together] == [one.usage for one in alone]
     assert len({content_of(one) for one in alone}) > 4, "hardly any answer is its client's own"
+
+
+TOP_K = 20  # all that a server tells of a token's distribution, so all that a request asks for
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.5}
+SAMPLED: tuple[dict[str, Any], ...] = (
+    {"temperature": 1},
+    {"temperature": 0.8},
+    {"temperature": 1, "top_p": 0.9},
+    {"temperature": 0.8, **PENALTIES},
+)
+
+
+def ask_sampled(client: openai.OpenAI, number: int) -> ChatCompletion:
+    more = {"top_k": TOP_K, "return_token_ids": True, "chat_template_kwargs": {"thinking": False}}
+    setting = SAMPLED[number % len(SAMPLED)]
+    question = f"Tell me of {number} lamps."
+    return ask(client, question, seed=number, logprobs=True, extra_body=more, **setting)
+
+
+def tokens_of(answer: ChatCompletion) -> list[int]:
+    tokens: list[int] = (answer.choices[0].model_extra or {})["token_ids"]
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def sampled(client: openai.OpenAI) -> list[ChatCompletion]:
+    """Answers to one request at a time, of each setting in turn."""
+    return [ask_sampled(client, number) for number in range(12)]
+
+
+def scored(client: openai.OpenAI, answer: ChatCompletion) -> list[tuple[float, list[float]]]:
+    """Return each token's logprob and the best TOP_K, all computed as of a prompt: no drafts."""
+    tokens = tokens_of(answer)
+    whole = [*(answer.model_extra or {})["prompt_token_ids"], *tokens]
+    more = {"prompt_logprobs": TOP_K}
+    done = client.completions.create(model=NAME, prompt=whole, max_tokens=1, extra_body=more)
+    steps = (done.choices[0].model_extra or {})["prompt_logprobs"][-len(tokens) :]
+    return [
+        (
+            step[str(token)]["logprob"],
+            sorted((s["logprob"] for s in step.values() if s["rank"] <= TOP_K), reverse=True),
+        )
+        for token, step in zip(tokens, steps, strict=True)
+    ]
+
+
+def distribution(best: list[float], temperature: float, top_p: float = 1) -> list[float]:
+    """Return the probabilities that a request asks for; `best` are logprobs, falling."""
+    weights = [math.exp(logprob / temperature) for logprob in best]
+    nucleus: list[float] = []
+    while sum(nucleus) < top_p * sum(weights) and len(nucleus) < len(weights):
+        nucleus.append(weights[len(nucleus)])
+    return [weight / sum(nucleus) for weight in nucleus]
+
+
+def test_sampled_answers_are_as_probable_as_the_target_says(
+    client: openai.OpenAI, sampled: list[ChatCompletion], measured: dict[str, Any]
+) -> None:
+    """The surplus of a token's logprob over its mean is 0 on average, whatever came before it.
+
+    So their sum is within five of its deviations but for one seed in a million.
+    """
+    surplus = variance = 0.0
+    distances = []
+    for number, answer in enumerate(sampled):
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None and logprobs.content is not None
+        setting = SAMPLED[number % len(SAMPLED)]
+        for told, (own, best) in zip(logprobs.content, scored(client, answer), strict=True):
+            distances.append(abs(told.logprob - own))
+            if setting.keys() <= {"temperature", "top_p"}:
+                asked = distribution(best, **setting)
+                mean = sum(p * x for p, x in zip(asked, best, strict=False))
+                surplus += own - mean
+                variance += sum(p * (x - mean) ** 2 for p, x in zip(asked, best, strict=False))
+    measured.update(tokens=len(distances), deviations=surplus / math.sqrt(variance))
+    measured.update(mean_distance=sum(distances) / len(distances), most=max(distances))
+    assert len(distances) > 200
+    assert abs(surplus) < 5 * math.sqrt(variance)
+    assert sum(distances) / len(distances) < 0.05
+    assert max(distances) < MAX_MARGIN
+
+
+def test_sampled_and_greedy_requests_do_not_disturb_each_other(
+    client: openai.OpenAI, sampled: list[ChatCompletion]
+) -> None:
+    questions = [f"How many are {number} lamps?" for number in range(4)]
+    greedy = [content_of(ask(client, question)) for question in questions]
+    with ThreadPoolExecutor(8) as pool:
+        beside = [pool.submit(ask_sampled, client, number) for number in range(4)]
+        together = list(pool.map(lambda question: ask(client, question), questions))
+    assert [content_of(answer) for answer in together] == greedy
+    assert [tokens_of(each.result()) for each in beside] == [tokens_of(s) for s in sampled[:4]]
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_its_request(

@@ -1,16 +1,53 @@
-"""Greedy output must not depend on speculation, nor on other requests: bit for bit at TP 1."""
+"""Output must not depend on speculation, nor on other requests: bit for bit at TP 1 if greedy.
 
+Sampled tokens are others with the head, which draws more random numbers: their probabilities are
+compared. With a seed they must not depend on other requests either.
+"""
+
+import math
 from collections.abc import Callable
+from statistics import mean, pvariance
 from typing import Any
 
 import pytest
 
-from engine.conftest import Checkpoints
+from engine.conftest import MAX_MARGIN, Checkpoints
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
 NUM_PROMPTS, NEW_TOKENS = 50, 32
 LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
+SAMPLED: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    {"temperature": 1.0, **PENALTIES},
+)
+DECIDED = ({}, {"temperature": 1.0, "top_k": 1}, {"temperature": 0.8, "top_p": 1e-6})  # all greedy
+NUM_SAMPLED = 12
+SEEDED, BESIDE = 5, 6  # the places of the sampled batches; the base's further ones score them
+
+
+@pytest.fixture(scope="module")
+def sampled_batches(prompts_of: Callable[..., list[int]], batches: list[Any]) -> list[Any]:
+    """Prompts that are sampled, alone; the same, each beside one that leaves nothing to chance.
+
+    Those are the 8 of the greedy batches and, with penalties, 4 of them.
+    """
+    prompts = [prompts_of(LENGTHS[i % 5], start=97 * i) for i in range(NUM_SAMPLED)]
+    seeded = [SAMPLED[i % len(SAMPLED)] | {"seed": i} for i in range(NUM_SAMPLED)]
+    eight = batches[2]["prompts"]
+    decided = [DECIDED[i % len(DECIDED)] for i in range(8)] + [PENALTIES] * 4
+    alone = {"prompts": prompts, "sampling": seeded, "max_tokens": NEW_TOKENS}
+    beside = {
+        "prompts": taking_turns(prompts, [*eight, *eight[:4]]),
+        "sampling": taking_turns(seeded, decided),
+    }
+    return [alone, {**alone, **beside, "together": True}]
+
+
+def taking_turns(*lists: list[Any]) -> list[Any]:
+    return [element for elements in zip(*lists, strict=True) for element in elements]
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +64,35 @@ def batches(prompts_of: Callable[..., list[int]]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def base(run_engine: Callable[[Any], list[Any]], checkpoints: Checkpoints, batches: Any) -> Any:
-    return run_engine({"checkpoint": str(checkpoints.base), "k": 0, "batches": batches})
+def base(
+    run_engine: Callable[[Any], list[Any]],
+    checkpoints: Checkpoints,
+    batches: Any,
+    sampled_batches: Any,
+    speculative: dict[int, Any],
+) -> Any:
+    """The same batches without the head; then what was sampled with it, scored as prompts."""
+    prompts = sampled_batches[0]["prompts"]
+    scored = [
+        {
+            "prompts": [p + t for p, t in zip(prompts, tokens_of(run[SEEDED]), strict=True)],
+            "max_tokens": 1,
+            "prompt_logprobs": True,
+        }
+        for run in speculative.values()
+    ]
+    job = {"checkpoint": str(checkpoints.base), "k": 0}
+    return run_engine({**job, "batches": [*batches, *sampled_batches, *scored]})
 
 
 @pytest.fixture(scope="module")
 def speculative(
-    run_engine: Callable[[Any], list[Any]], checkpoints: Checkpoints, batches: Any
+    run_engine: Callable[[Any], list[Any]],
+    checkpoints: Checkpoints,
+    batches: Any,
+    sampled_batches: Any,
 ) -> dict[int, Any]:
-    job = {"checkpoint": str(checkpoints.spliced), "batches": batches}
+    job = {"checkpoint": str(checkpoints.spliced), "batches": [*batches, *sampled_batches]}
     return {k: run_engine({**job, "k": k}) for k in (1, 2)}
 
 
@@ -81,13 +138,12 @@ def test_a_context_beyond_the_indexers_choice_is_identical_too(
 def test_four_requests_at_once_are_identical_too(
     k: int, base: Any, speculative: dict[int, Any]
 ) -> None:
-    assert len(base[3:]) == 2
-    for expected, actual in zip(base[3:], speculative[k][3:], strict=True):
+    for expected, actual in zip(base[3:SEEDED], speculative[k][3:SEEDED], strict=True):
         assert tokens_of(actual) == tokens_of(expected)
 
 
 def test_four_requests_at_once_are_answered_as_each_alone(base: Any) -> None:
-    together = [tokens for four in base[3:] for tokens in tokens_of(four)]
+    together = [tokens for four in base[3:SEEDED] for tokens in tokens_of(four)]
     assert together == tokens_of(base[2]) == tokens_of(base[0])[:8]
 
 
@@ -96,6 +152,55 @@ def test_four_requests_at_once_are_drafted_as_each_alone(
     k: int, speculative: dict[int, Any]
 ) -> None:
     """Text alone would not show it: a drafter that misreads other requests only accepts less."""
-    alone, fours = speculative[k][2], speculative[k][3:]
+    alone, fours = speculative[k][2], speculative[k][3:SEEDED]
     for counted in ("drafted", "accepted"):
         assert sum(four[counted] for four in fours) == alone[counted]
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_what_is_decided_is_the_same_beside_sampled_requests(
+    k: int, base: Any, speculative: dict[int, Any]
+) -> None:
+    run = speculative[k] if k else base
+    greedy, penalized = tokens_of(run[BESIDE])[1:16:2], tokens_of(run[BESIDE])[17::2]
+    assert greedy == tokens_of(base[2])
+    assert penalized == tokens_of(base[BESIDE])[17::2] != greedy[:4]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_seed_gives_the_same_beside_other_requests(k: int, speculative: dict[int, Any]) -> None:
+    alone = tokens_of(speculative[k][SEEDED])
+    assert tokens_of(speculative[k][BESIDE])[::2] == alone
+
+
+def sampled_logprobs(run: Any, setting: int) -> list[float]:
+    """Return the base's logprobs of all tokens that were sampled with one of the settings."""
+    results = run[SEEDED]["results"][setting :: len(SAMPLED)]
+    return [step["own"] for result in results for step in result["steps"]]
+
+
+@pytest.mark.parametrize("setting", range(len(SAMPLED)), ids=["plain", "cut", "penalized"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_sampled_tokens_are_as_probable_with_the_head(
+    k: int, setting: int, base: Any, speculative: dict[int, Any], measured: dict[str, Any]
+) -> None:
+    """Five deviations of a difference of two means; noise would be twenty nats away."""
+    expected = sampled_logprobs(base, setting)
+    found = sampled_logprobs(speculative[k], setting)
+    measured.update(base=mean(expected), head=mean(found))
+    bound = 5 * math.sqrt(2 * pvariance(expected) / len(expected))
+    assert abs(mean(found) - mean(expected)) < bound < 1
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_logprobs_of_sampled_tokens_are_those_of_the_base(
+    k: int, base: Any, speculative: dict[int, Any], measured: dict[str, Any]
+) -> None:
+    """As a prompt they are computed in another order of sums."""
+    found = [step["own"] for r in speculative[k][SEEDED]["results"] for step in r["steps"]]
+    scored = [r["prompt_steps"][-NEW_TOKENS:] for r in base[BESIDE + k]["results"]]
+    expected = [step["own"] for steps in scored for step in steps]
+    distances = [abs(f - e) for f, e in zip(found, expected, strict=True)]
+    measured.update(mean=mean(distances), most=max(distances))
+    assert mean(distances) < 0.05
+    assert max(distances) < MAX_MARGIN

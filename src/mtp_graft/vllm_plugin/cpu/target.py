@@ -9,6 +9,7 @@ from vllm.models.deepseek_v4.cpu import model as stock
 
 from mtp_graft.vllm_plugin import tile_scheduler, triton_kernels
 from mtp_graft.vllm_plugin.compressors import decode_compressors
+from mtp_graft.vllm_plugin.cpu import sampling
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.hyper_connections import compute_rowwise
 from mtp_graft.vllm_plugin.cpu.indexer import flatten_drafts
@@ -27,6 +28,7 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         triton_kernels.register()
         tile_scheduler.apply()
+        sampling.apply()
         flatten_drafts()
         vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
