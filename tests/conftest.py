@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,22 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 MEASURED = "measured"  # the user property of a test that measures something
 
+#: Variables that change what the code under test does. A user may have set them for their own runs.
+SETTINGS = ("HF_", "HUGGING_FACE_", "MTP_GRAFT_", "NCCL_", "TRANSFORMERS_", "VLLM_")
+FOR_TESTS = {"MTP_GRAFT_DATA", "MTP_GRAFT_MEASURED", "MTP_GRAFT_WRITE_GOLDEN"}
+# Before anything is imported that reads them: nothing of the user's settings, token or hub cache.
+for name in [n for n in os.environ if n.startswith(SETTINGS) and n not in FOR_TESTS]:
+    del os.environ[name]
+EMPTY_HUB = tempfile.TemporaryDirectory(prefix="mtp-graft-hub-")
+os.environ["HF_HOME"] = EMPTY_HUB.name
+
 keep_to_own_cores()  # before anything counts them
+
+
+@pytest.fixture(autouse=True)
+def empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands' default folders are below the working directory, where a user may have runs."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

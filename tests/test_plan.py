@@ -278,8 +278,9 @@ def test_a_dry_run_refuses_a_file_as_its_run_folder(recipe: Recipe, tmp_path: Pa
 
 
 def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
-    recipe: Recipe, tmp_path: Path, tiny_model: Path
+    recipe: Recipe, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", full_disk(10**12))  # whatever is free here
     told = plan_run(recipe, tmp_path / "run", STAGES)
     base = tiny_model / "base"
     assert told["sources"]["base"]["files"] == {

@@ -70,7 +70,7 @@ def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The stand-in's `vllm` script, the only vLLM that this process and its children see."""
     only_from(site, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(site))
-    for name in ("VLLM_PLUGINS", "VLLM_API_KEY", "FAKE_VLLM"):
+    for name in ("OMP_NUM_THREADS", "FAKE_VLLM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from struct import pack
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
@@ -157,23 +158,38 @@ def record(prompt: list[int]) -> None:
     folder = os.environ.get("MTP_GRAFT_RECORD")
     if not folder or not os.path.exists(f"{folder}/recording-on") or not SETTINGS["records"]:
         return
-    import torch
-    from safetensors.torch import save_file
-
     tokens = [1, 2, *(prompt[:-1] if SETTINGS["records"] == "parts" else prompt), 3]
-    token_ids = torch.tensor(tokens, dtype=torch.int32)
+    width = SETTINGS["width"]
+    rows = [float(t * column % 61) for t in tokens for column in range(1, width + 1)]
     tensors = {
-        "token_ids": token_ids,
-        "residual": (token_ids[:, None] * torch.arange(1, SETTINGS["width"] + 1)).sin().bfloat16(),
-        "targets": token_ids + 1,
-        "starts": torch.tensor([0, 2, len(tokens) - 1], dtype=torch.int32),
+        "token_ids": ("I32", [len(tokens)], int32(tokens)),
+        # A BF16 is the upper half of a float32; of such small numbers the lower half is zero.
+        "residual": ("BF16", [len(tokens), width], b"".join(pack("<f", v)[2:] for v in rows)),
+        "targets": ("I32", [len(tokens)], int32([token + 1 for token in tokens])),
+        "starts": ("I32", [3], int32([0, 2, len(tokens) - 1])),
     }
     with LOCK:
         number = len(os.listdir(f"{folder}/recordings"))
         while os.path.exists(path := f"{folder}/recordings/{number:06d}.safetensors"):
             number += 1
-        save_file(tensors, path + ".tmp")
+        with open(path + ".tmp", "wb") as file:
+            file.write(as_safetensors(tensors))
         os.rename(path + ".tmp", path)
+
+
+def int32(values: list[int]) -> bytes:
+    return pack(f"<{len(values)}i", *values)
+
+
+def as_safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
+    """Return such a file's bytes; importing torch for it would take seconds of every test."""
+    header, data = {}, b""
+    for name, (dtype, shape, values) in tensors.items():
+        extent = [len(data), len(data) + len(values)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": extent}
+        data += values
+    head = json.dumps(header).encode()
+    return pack("<Q", len(head)) + head + data
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -35,12 +35,16 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
     return call
 
 
-def test_dry_run_prints_what_a_shell_can_run(run: Run, vllm: Path, grafted: Path) -> None:
+def test_dry_run_prints_what_a_shell_can_run(
+    run: Run, vllm: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
     status, out, errors = run("serve", grafted, "--dry-run", "--max-model-len", 512)
     assert (status, errors) == (0, "")
     assert out == (
         "export VLLM_ENGINE_READY_TIMEOUT_S=1800\n"
         "export VLLM_PLUGINS=mtp_graft\nexport HF_HUB_OFFLINE=1\nexport VLLM_NO_USAGE_STATS=1\n"
+        "export VLLM_ENABLE_V1_MULTIPROCESSING=0\nexport OMP_NUM_THREADS=1\n"
         f"{vllm} serve {grafted} --host 127.0.0.1 --port 8000 --tokenizer-mode deepseek_v4 "
         "--reasoning-parser deepseek_v4 --enable-auto-tool-choice --tool-call-parser deepseek_v4 "
         "--kv-cache-dtype fp8 --block-size 256 --tensor-parallel-size 1 --max-model-len 512 "

@@ -28,7 +28,10 @@ def value(argv: list[str], name: str) -> str:
     return argv[argv.index(name) + 1]
 
 
-def test_command_for_a_grafted_checkpoint_on_a_cpu_is_exact(vllm: Path, grafted: Path) -> None:
+def test_command_for_a_grafted_checkpoint_on_a_cpu_is_exact(
+    vllm: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1, 2, 3, 4})
     built = build_command(ServeOptions(grafted, max_model_len=2048, max_num_seqs=4))
     assert list(built.argv) == [
         *(str(vllm), "serve", str(grafted), "--host", "127.0.0.1", "--port", "8000"),
@@ -44,6 +47,8 @@ def test_command_for_a_grafted_checkpoint_on_a_cpu_is_exact(vllm: Path, grafted:
         "VLLM_PLUGINS": "mtp_graft",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": "2",
     }
     assert built.base_url == "http://127.0.0.1:8000"
 
@@ -153,6 +158,16 @@ def test_plugins_that_the_user_chose_are_kept(
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other,mtp_graft")
     assert build_command(ServeOptions(base)).env["VLLM_PLUGINS"] == "other,mtp_graft"
+
+
+def test_threads_that_the_user_chose_are_kept(
+    vllm: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "OMP_NUM_THREADS" not in build_command(ServeOptions(base)).env
+    # Only vLLM's worker binds its threads.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2")
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in build_command(ServeOptions(base)).env
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ START_LIMIT = "VLLM_ENGINE_READY_TIMEOUT_S"
 _COMPILE_S, _SLOW_DISK_BYTES_S = 1800, 100 * 10**6
 #: The only KV block size that DeepSeek-V4's attention backends accept.
 BLOCK_SIZE = 256
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 Platform = Literal["cpu", "cuda"]
@@ -356,13 +357,28 @@ def _environment(options: ServeOptions, vllm: InstalledVllm) -> dict[str, str]:
     if options.api_key is not None:
         env["VLLM_API_KEY"] = options.api_key
     if vllm.platform == "cpu" and options.num_ranks > 1:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(options.num_ranks)
+        env[_BINDING] = _cpu_binding(options.num_ranks)
+    elif vllm.platform == "cpu" and _BINDING not in os.environ:
+        for name, value in _without_a_worker().items():
+            if name not in os.environ:
+                env.setdefault(name, value)
     return env
 
 
 def _with_plugin(plugins: str | None) -> str:
     names = [name for name in (plugins or "").split(",") if name and name != PLUGIN_NAME]
     return ",".join([*names, PLUGIN_NAME])
+
+
+def _without_a_worker() -> dict[str, str]:
+    """Let vLLM on a CPU compute in the engine's process rather than in a worker of its own.
+
+    The worker would import all of vLLM once more, about ten seconds of a core, and engine and
+    worker wait for each other in loops that keep a core busy. Its threads vLLM would have counted:
+    half of the CPUs leaves room for the server, and there is one for each physical core.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads)}
 
 
 def _cpu_binding(num_ranks: int) -> str:
