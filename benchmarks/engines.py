@@ -53,6 +53,7 @@ class EngineOptions:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 8192
     gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None  # None: what the share of the memory leaves
     tensor_parallel_size: int = 1
     rate: float | None = None
     eager: bool = False
@@ -173,6 +174,7 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
         chosen |= {"kv_cache_memory_bytes": 2**29, "max_num_batched_tokens": options.max_model_len}
     else:
         chosen["gpu_memory_utilization"] = options.gpu_memory_utilization
+        chosen["kv_cache_memory_bytes"] = options.kv_cache_bytes
         chosen["max_num_batched_tokens"] = options.max_num_batched_tokens
         if options.tensor_parallel_size > 1:  # FlashInfer's all-reduce may take multicast too
             chosen["compilation_config"] = {"pass_config": {"fuse_allreduce_rms": False}}
