@@ -110,14 +110,15 @@ REQUESTS = (
 
 
 def settings_of(requests: list[Request]) -> Any:
-    """Return `requests` as vLLM's sampler gets them."""
+    """Return `requests` as vLLM's sampler gets them; a top-p that nobody asks for is None."""
     temperature = torch.tensor([r.temperature for r in requests])
     nothing = torch.zeros(len(requests))
+    top_p = torch.tensor([r.top_p for r in requests])
     return SamplingMetadata(
         temperature=temperature,
         all_greedy=False,
         all_random=False,
-        top_p=torch.tensor([r.top_p for r in requests]),
+        top_p=None if (top_p == 1).all() else top_p,
         top_k=torch.tensor([r.top_k for r in requests], dtype=torch.int32),
         generators={},
         max_num_logprobs=None,
@@ -147,23 +148,25 @@ def drafts_of(requests: list[Request], tokens: list[int]) -> Any:
     return metadata
 
 
-@pytest.mark.parametrize("probabilistic", [False, True], ids=["greedy", "probabilistic"])
-def test_tokens_follow_what_their_request_asks_for(
-    probabilistic: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever is drafted: the most probable of the drafter's tokens, or one drawn from it."""
+@pytest.fixture
+def sampler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's rejection sampler with the gaps filled; as stock again afterwards."""
     take_vllms_kernels()
-    monkeypatch.setattr(
-        rejection_sampler, "expand_batch_to_tokens", rejection_sampler.expand_batch_to_tokens
-    )
+    for name in ("expand_batch_to_tokens", "apply_top_k_top_p"):
+        monkeypatch.setattr(rejection_sampler, name, getattr(rejection_sampler, name))
     sampling.apply()
+    return rejection_sampler.RejectionSampler(Sampler())
+
+
+@pytest.mark.parametrize("probabilistic", [False, True], ids=["greedy", "probabilistic"])
+def test_tokens_follow_what_their_request_asks_for(probabilistic: bool, sampler: Any) -> None:
+    """Whatever is drafted: the most probable of the drafter's tokens, or one drawn from it."""
     torch.manual_seed(18)
     logits = [torch.randn(r.drafts + 1, VOCABULARY) * 1.5 for r in REQUESTS]
     drafter = (torch.cat([rows[:-1] for rows in logits]) * 0.7).softmax(-1)  # less sure
     probabilities = drafter.repeat(REPEATS, 1)
     drawn = torch.multinomial(probabilities, 1)[:, 0] if probabilistic else probabilities.argmax(-1)
     requests = list(REQUESTS) * REPEATS
-    sampler = rejection_sampler.RejectionSampler(Sampler())
     output = sampler(
         drafts_of(requests, drawn.tolist()),
         probabilities if probabilistic else None,
@@ -180,3 +183,10 @@ def test_tokens_follow_what_their_request_asks_for(
             assert len(found) > REPEATS / 50, "hardly any draft was accepted"
             assert ((share - expected).abs() <= bound + 1e-9).all(), (request, position, share)
         assert (output[:, index, request.drafts + 1 :] == -1).all()
+
+
+def test_a_step_of_prompts_alone_has_no_drafts(sampler: Any) -> None:
+    requests = [Request(0, 1.0, top_k=1)] * 3
+    logits = torch.randn(3, VOCABULARY)
+    output = sampler(drafts_of(requests, []), None, logits, settings_of(requests))
+    assert output.sampled_token_ids.tolist() == logits.argmax(-1, keepdim=True).tolist()
