@@ -109,16 +109,19 @@ def test_a_head_can_be_left_out_or_used_twice(vllm: Path, grafted: Path) -> None
 
 
 def test_a_gpu_drafts_three_tokens_as_it_is_told_to(grafted: Path) -> None:
-    options = ServeOptions(
-        grafted, draft_lm_head_quantization="fp8", draft_sample_method="probabilistic"
-    )
-    argv = list(build_command(options, vllm_elsewhere()).argv)
-    assert json.loads(value(argv, "--speculative-config")) == {
+    def config(**options: Any) -> Any:
+        argv = list(build_command(ServeOptions(grafted, **options), vllm_elsewhere()).argv)
+        return json.loads(value(argv, "--speculative-config"))
+
+    usual = {
         "method": "mtp",
         "num_speculative_tokens": 3,
-        "draft_lm_head_quantization": "fp8",
-        "draft_sample_method": "probabilistic",
+        "draft_sample_method": "probabilistic",  # what most requests are: at temperature 1
     }
+    assert config() == usual
+    assert config(draft_sample_method="greedy") == {"method": "mtp", "num_speculative_tokens": 3}
+    fp8 = {"draft_lm_head_quantization": "fp8"}
+    assert config(**fp8) == usual | fp8
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ DraftSampleOption = Annotated[
         "--draft-sample-method",
         metavar="METHOD",
         rich_help_panel=SERVER,
-        help="greedy or probabilistic, on GPUs. Default: greedy.",
+        help="greedy or probabilistic, on GPUs. Default: probabilistic.",
     ),
 ]
 TensorParallelOption = Annotated[

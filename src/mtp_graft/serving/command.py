@@ -43,6 +43,9 @@ _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 Platform = Literal["cpu", "cuda"]
 #: Tokens that a head drafts a step: on a GPU one CUDA graph computes them all.
 DEFAULT_K: Mapping[Platform, int] = {"cpu": 1, "cuda": 3}
+#: At temperature 1 drafts that are drawn are accepted more often (docs/results.md), at 0 they are
+#: the greedy ones.
+DEFAULT_SAMPLING, _VLLMS_SAMPLING = "probabilistic", "greedy"
 #: Options of the speculative config that vLLM has on GPUs, and their values.
 DRAFTING = {
     "draft_lm_head_quantization": ("fp8", "nvfp4"),
@@ -66,7 +69,7 @@ class ServeOptions:
         None  # 0: without the head; None: DEFAULT_K if there is one
     )
     draft_lm_head_quantization: str | None = None  # of DRAFTING; None: the target's LM head
-    draft_sample_method: str | None = None  # of DRAFTING; None: greedy
+    draft_sample_method: str | None = None  # of DRAFTING; None: DEFAULT_SAMPLING
     served_model_names: tuple[str, ...] = ()
     kv_cache_dtype: str = "fp8"
     kv_cache_gib: float | None = None  # None: 1 on a CPU; on a GPU, vLLM fills the memory
@@ -187,7 +190,9 @@ def _drafting(options: ServeOptions, platform: Platform) -> dict[str, str]:
             raise UsageError(f"{flag}: expected one of {', '.join(DRAFTING[name])}")
         if platform == "cpu":
             raise UsageError(f"{flag}: vLLM has it on GPUs alone; leave it out on a CPU")
-    return given
+    if platform == "cuda":
+        given = {"draft_sample_method": DEFAULT_SAMPLING, **given}
+    return {name: value for name, value in given.items() if value != _VLLMS_SAMPLING}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import (
     BLOCK_SIZE,
     DEFAULT_K,
+    DEFAULT_SAMPLING,
     InstalledVllm,
     Platform,
     ServeOptions,
@@ -328,10 +329,10 @@ def explain_drafting(options: ServeOptions, platform: Platform) -> Iterator[str]
             f"draft_lm_head_quantization {options.draft_lm_head_quantization}: drafts read a copy "
             "of the LM head in it, besides the model's own; only the acceptance can change"
         )
-    if options.draft_sample_method == "probabilistic":
+    if platform == "cuda" and options.draft_sample_method in (None, DEFAULT_SAMPLING):
         yield (
             "draft_sample_method probabilistic: at a temperature above 0 the head draws its "
-            "drafts; their logits are kept on the GPU"
+            "drafts, which are accepted more often; their logits are kept on the GPU"
         )
 
 
