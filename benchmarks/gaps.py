@@ -39,7 +39,6 @@ MEMORY = {"kv_cache_gib": 2.0, "gpu_memory_utilization": 0.1}
 #: remedy: file in the package, what is replaced there, by what (None: appended).
 REMEDIES = {
     "compressors": ("cuda/models.py", "decode_compressors(base)", "base"),
-    "graph_breaks": ("cuda/models.py", "graph_breaks.apply()", "pass"),
     "strict_loading": (
         "strict_loading.py",
         None,
@@ -68,7 +67,6 @@ RUNS = {
     "misnamed experts, not strict": Run("strict_loading", "gate-up-down-names"),
     "missing parameter, not strict": Run("strict_loading", "missing-parameter"),
     "forked": Run(forked=True),
-    "forked, no graph breaks": Run("graph_breaks", forked=True),
     "two ranks": Run(ranks=2),
 }
 

@@ -103,7 +103,7 @@ ISSUES = (
         "piecewise CUDA graphs, vLLM's default, in an offline engine",
         "one that is forked, as they are by default, leaves attention out of them, and the head "
         "drafts without it (read in 0.33); a server is not forked",
-        "VLLM_PLUGINS=mtp_graft, which cures it, or VLLM_WORKER_MULTIPROC_METHOD=spawn",
+        "`mtp-graft serve`, or VLLM_WORKER_MULTIPROC_METHOD=spawn",
         "docs/engine.md",
     ),
 )

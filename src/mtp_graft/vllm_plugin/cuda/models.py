@@ -7,7 +7,6 @@ from vllm.config import VllmConfig
 from vllm.models import deepseek_v4 as stock
 
 from mtp_graft.vllm_plugin.compressors import decode_compressors
-from mtp_graft.vllm_plugin.cuda import graph_breaks
 from mtp_graft.vllm_plugin.cuda.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
 
@@ -18,7 +17,6 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     """The target; unread checkpoint tensors and unwritten parameters are errors."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        graph_breaks.apply()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         record_on_demand(self, vllm_config)
 
