@@ -7,7 +7,7 @@
 # OUT gets a JSON file after each step, logs/ and done.txt; a step whose file is there is skipped.
 # HEAD is a checkpoint that `mtp-graft demo` spliced; without it one is made with rounded experts.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") base=models/tiny-dsv4/base
 mkdir -p "$out/logs"
 head=${2:-$out/head}
@@ -46,7 +46,8 @@ serve 8000 "$base"
 serve 8001 "$head" --k 1
 serve 8003 "$head" --k 3
 serve 8013 "$head" --k 3 --draft-sample-method greedy
-trap 'kill $(jobs -p) 2>/dev/null' EXIT
+stop() { jobs -p | xargs -r kill; wait; }
+trap stop EXIT
 for port in 8000 8001 8003 8013; do
     timeout 600 bash -c "until curl -sf $(url $port)/health; do sleep 1; done" >/dev/null ||
         { echo "no server at $port: see logs/serve-$port.log" >&2; exit 1; }
@@ -58,7 +59,7 @@ decode decode_k1 8001 --pairs 6
 sweep sweep_k3 8003
 sweep sweep_k1 8001
 sweep sweep_base 8000
-kill $(jobs -p) && wait
+stop
 step run mtp run recipes/tiny.toml --run "$out/run" --json "$out/run.json"
 step serve_check mtp serve "$head" --profile none --check --json "$out/serve_check.json"
 step rows python3 benchmarks/gpu_serve_check.py --out "$out/rows.json" \
