@@ -58,7 +58,7 @@ def check_drafter(client: ServerClient) -> DrafterCheck:
         )
     prompt = client.tokenize(_SENTENCE * _REPETITIONS)
     try:
-        client.stream(prompt, _NEW_TOKENS, ignore_eos=True)
+        client.stream(prompt, _NEW_TOKENS)
     except READ_ERRORS as error:
         raise GraftError(
             f"{client.base_url}: not a completion's stream ({in_words(error)}); "
