@@ -182,12 +182,10 @@ def measure(run: Run, scratch: Path, log: Path, asked: argparse.Namespace) -> di
         return {"error": str(error).replace(str(scratch), "")[-1500:]}
     finally:
         os.environ["PYTHONPATH"] = before
-    reached = (counted.num_drafts, *counted.accepted_per_position[:-1])
-    given = zip(counted.accepted_per_position, reached, strict=True)
     return {
         "accepted": counted.num_accepted_tokens,
         "drafted": counted.num_draft_tokens,
-        "acceptance_by_position": [accepted / max(1, of) for accepted, of in given],
+        "acceptance_by_position": counted.acceptance_by_position,
         "texts": [list(text) for text in texts],
     }
 

@@ -22,7 +22,7 @@ step() { # NAME COMMAND...: skip it if NAME.json is there
 }
 
 serve() { # PORT CHECKPOINT OPTIONS...: little memory, so that several fit
-    mtp serve "${@:2}" --profile none --port "$1" --max-model-len 4096 --max-num-seqs 16 \
+    python3 -m mtp_graft.cli serve "${@:2}" --profile none --port "$1" --max-model-len 4096 --max-num-seqs 16 \
         --kv-cache-gib 4 --gpu-memory-utilization 0.1 >"$out/logs/serve-$1.log" 2>&1 &
 }
 

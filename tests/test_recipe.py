@@ -84,7 +84,9 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),
         ("splice.variant", r"expected section\.key=value"),
         ("serve.kv_cache_gib=0.001", r"\[serve\] kv_cache_gib is 0\.001, expected >= 0\.01"),
-        ("bench.k=-1", r"k is -1, expected >= 0"),
+        ("bench.k=0", r"k is 0, expected >= 1"),
+        ("bench.max_tokens=4000", r"\[bench\] max_tokens is 4000, expected less"),
+        ("capture.new_tokens=2000", r"\[capture\] max_model_len is 2048, expected at least 2513"),
         ("quantize.damp=nan", r"damp is nan, expected >= 0"),
     ],
 )
@@ -109,7 +111,7 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
     [
         ("serve.kv_cache_gib=0.5", 0.5),
         ("serve.kv_cache_gib=0.01", 0.01),
-        ("bench.k=0", 0),
+        ("bench.k=1", 1),
         ("quantize.damp=0", 0.0),
     ],
 )

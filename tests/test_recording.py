@@ -325,7 +325,13 @@ def step_v2(folder: Path, place: SimpleNamespace) -> Step:
     recorder = make_recorder(target, vllm_config())
     assert recorder is not None
     sampled: list[Any] = []
-    sample = v2.recording_first(lambda runner, grammar: sampled.append(grammar), recorder)
+
+    def take(_runner: Any, grammar: Any) -> None:
+        buffer = target.model._mtp_hidden_buffer
+        assert buffer is not None and buffer[:1].isfinite().all(), "a drafter reads it now"
+        sampled.append(grammar)
+
+    sample = v2.recording_first(take, recorder)
 
     def run(*requests: tuple[list[int], int, int], padding: int = 0) -> None:
         ids = torch.tensor([t for tokens, _, _ in requests for t in tokens] + [0] * padding)

@@ -98,7 +98,9 @@ class BenchSection:
     count: int = 8
     max_tokens: int = 128
     rounds: int = 3
-    k: int | None = _at_least(0, None)  # drafts a step; None: as `serve` does on this platform
+    k: int | None = _at_least(1, None)  # drafts a step; None: as `serve` does on this platform
+    draft_lm_head_quantization: str | None = None  # as `serve` has it, on GPUs
+    draft_sample_method: str | None = None
     served_variants: tuple[Variant, ...] = _ALL_VARIANTS
     acceptance_count: int | None = None  # evaluation texts to serve; all of them are scored
 
@@ -295,6 +297,21 @@ def _check_values(recipe: Recipe, origin: _Origin) -> None:
         raise GraftError(
             f"{origin.of(('model', 'name'))}: [model] name is {recipe.model.name!r}, expected "
             "letters, digits, . _ or -"
+        )
+    capture, context = recipe.capture, ("capture", "max_model_len")
+    longest = capture.max_prompt_tokens + capture.new_tokens + 1
+    if longest > capture.max_model_len:
+        keys = (("capture", "max_prompt_tokens"), ("capture", "new_tokens"), context)
+        raise GraftError(
+            f"{origin.of(*keys)}: [capture] max_model_len is {capture.max_model_len}, expected at "
+            f"least {longest}: {capture.max_prompt_tokens} tokens of prompt, {capture.new_tokens} "
+            "new ones and one more when they are recorded"
+        )
+    if recipe.bench.max_tokens >= capture.max_model_len:
+        raise GraftError(
+            f"{origin.of(('bench', 'max_tokens'), context)}: [bench] max_tokens is "
+            f"{recipe.bench.max_tokens}, expected less than [capture] max_model_len, "
+            f"{capture.max_model_len}"
         )
     quantized, served = ("quantize", "variants"), ("bench", "served_variants")
     for where, variants in (

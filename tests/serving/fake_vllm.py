@@ -100,7 +100,8 @@ def counted(num_tokens: int) -> dict[str, Any] | None:
         return None
     accepted = accepted_drafts(num_tokens)
     if not NUM_DRAFT or not accepted:
-        return {"speculative_decoding": {"num_spec_steps": 0}}
+        nothing = {"per_step_accepted": None, "per_step_drafted": None}
+        return {"speculative_decoding": {"num_spec_steps": 0} | nothing}
     drafted = [NUM_DRAFT] * len(accepted)
     return {"speculative_decoding": {"per_step_accepted": accepted, "per_step_drafted": drafted}}
 

@@ -172,6 +172,8 @@ def _describe_texts(results: RunResults) -> str:
     if results.result["greedy_identical"]:
         prompts = f"all {results.decode['mtp']['num_prompts']}" if results.decode else "all"
         return f"the same with and without MTP on {prompts} prompts"
+    if not results.result["divergences"]:
+        return "not the same in every round of one server"
     return f"not the same on {count(len(results.result['divergences']), 'prompt')}"
 
 
@@ -207,6 +209,8 @@ def _decode(results: RunResults) -> Iterator[str]:
         yield not_measured("Whether MTP changes the greedy text")
     elif results.result["greedy_identical"]:
         yield "The greedy text is the same with and without MTP on every prompt."
+    elif not results.result["divergences"]:
+        yield "A server's greedy text is not the same in every round, so there is none to compare."
     else:
         yield "The greedy text differs; the margin is the base's, between its two best tokens:"
         rows = [

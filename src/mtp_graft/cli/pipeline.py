@@ -26,7 +26,7 @@ KOption = Annotated[
     int | None,
     typer.Option(
         *("--k", "-k"),
-        min=0,
+        min=1,
         metavar="N",
         help="Tokens to draft a step, as --set bench.k=N. Default: 3 on GPUs, 1 on a CPU.",
     ),
@@ -176,7 +176,7 @@ def _print_result(result: dict[str, Any], out: Console) -> None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
         ratio = mtp / base
         out.print(f"decode: base {base:.1f} tok/s, with MTP {mtp:.1f} tok/s ({ratio:.2f} times)")
-        out.print(_identity_line(result["divergences"]))
+        out.print(_identity_line(result["greedy_identical"], result["divergences"]))
     for what in ("checkpoint", "report", "report_html"):
         if result[what] is not None and Path(result[what]).exists():
             out.print(f"{what.replace('_', ', ')}: {result[what]}", soft_wrap=True)
@@ -186,9 +186,11 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-def _identity_line(divergences: list[dict[str, Any]]) -> str:
-    if not divergences:
+def _identity_line(identical: bool, divergences: list[dict[str, Any]]) -> str:
+    if identical:
         return "greedy text: identical on every prompt"
+    if not divergences:
+        return "greedy text: not the same in every round, with the same server"
     where = ", ".join(
         f"{d['prompt']} at {d['position']} (margin {d['margin']})" for d in divergences
     )

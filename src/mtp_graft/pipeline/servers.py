@@ -52,6 +52,7 @@ class Servers:
         self, checkpoint: Path, k: int | None, name: str
     ) -> AbstractContextManager[ServerClient]:
         """Serve a checkpoint to be measured, drafting `k` tokens a step (None: as `serve` does)."""
+        bench, drafts = self._recipe.bench, k != 0
         options = ServeOptions(
             checkpoint,
             port=0,
@@ -59,7 +60,9 @@ class Servers:
             max_num_seqs=self._recipe.capture.concurrency,
             prefix_caching=False,  # a prompt that comes again is computed again
             num_speculative_tokens=k,
-            extra_args=() if k == 0 else COUNT_DRAFTS,
+            draft_lm_head_quantization=bench.draft_lm_head_quantization if drafts else None,
+            draft_sample_method=bench.draft_sample_method if drafts else None,
+            extra_args=COUNT_DRAFTS if drafts else (),
         )
         return self._serving(options, name)
 

@@ -277,7 +277,8 @@ def _completed(answer: dict[str, Any]) -> tuple[int, ...]:
 
 def _steps(answer: dict[str, Any]) -> list[Step]:
     counted = (answer.get("metrics") or {}).get("speculative_decoding") or {}
-    steps = (counted.get(f"per_step_{what}", ()) for what in ("drafted", "accepted"))
+    # Null for an answer without a verified step: one token, which comes with the prompt.
+    steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
     return [Step(*step) for step in zip(*steps, strict=True)]
 
 

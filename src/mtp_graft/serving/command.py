@@ -213,6 +213,8 @@ def start_limit_s(checkpoint: Path) -> int:
     vLLM's own variable for it, where it is set, decides.
     """
     if wanted := os.environ.get(START_LIMIT):
+        if not wanted.isdecimal():
+            raise GraftError(f"{START_LIMIT} is {wanted!r}, expected whole seconds")
         return int(wanted)
     size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
     return _COMPILE_S + size // _SLOW_DISK_BYTES_S

@@ -124,7 +124,7 @@ def _decode_remark(measurement: Measurement, cite: Citations) -> str:
         rates = cite.show("percents", of["acceptance_by_position"])
         said.append(f"k = {k}, accepted by position {rates} (each given the ones before)")
         said.append(f"{steps} tokens a step")
-    if temperature := of["config"].get("temperature"):
+    if (temperature := of["config"].get("temperature")) is not None and temperature.value:
         said.append(f"temperature {cite.show('plain', temperature)}")
     if (identical := result.get("greedy_identical")) is not None:
         said.append(f"greedy text {_texts(identical, result['divergences'], cite)}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
+from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.recording import Recorder, Span, make_recorder
 
 
@@ -19,8 +20,13 @@ def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:
     """Have the runner record `target`'s prompts, if the environment names a folder for it."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    if (recorder := make_recorder(target, vllm_config)) is not None:
-        GPUModelRunner.sample_tokens = recording_first(GPUModelRunner.sample_tokens, recorder)
+    if (recorder := make_recorder(target, vllm_config)) is None:
+        return
+    if not vllm_config.use_v2_model_runner:
+        raise GraftError(
+            "recording: vLLM chose its V1 runner, expected V2; unset VLLM_USE_V2_MODEL_RUNNER"
+        )
+    GPUModelRunner.sample_tokens = recording_first(GPUModelRunner.sample_tokens, recorder)
 
 
 def recording_first(sample_tokens: Any, recorder: Recorder) -> Any:
@@ -30,11 +36,13 @@ def recording_first(sample_tokens: Any, recorder: Recorder) -> Any:
     @torch.inference_mode()
     def record_and_sample(runner: Any, *args: Any, **kwargs: Any) -> Any:
         step = runner.execute_model_state
-        if step is not None and recorder.is_on:
-            batch = step.input_batch
-            recorder.record(batch.input_ids, step.hidden_states, whole_prompts(batch))
-            recorder.forget_residual()
-        return sample_tokens(runner, *args, **kwargs)
+        if step is None or not recorder.is_on:
+            return sample_tokens(runner, *args, **kwargs)
+        batch = step.input_batch
+        recorder.record(batch.input_ids, step.hidden_states, whole_prompts(batch))
+        sampled = sample_tokens(runner, *args, **kwargs)  # a drafter reads the residual
+        recorder.forget_residual()
+        return sampled
 
     return record_and_sample
 
