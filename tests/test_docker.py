@@ -133,7 +133,8 @@ def test_the_variables_reach_vllm(start: Any, site: Path, grafted: Path) -> None
         "--tensor-parallel-size": "2",
         "--max-num-batched-tokens": "4096",
         "--kv-cache-dtype": "auto",
-        "--speculative-config": '{"method":"mtp","num_speculative_tokens":2}',
+        "--speculative-config": '{"method":"mtp","num_speculative_tokens":2,'
+        '"draft_sample_method":"probabilistic"}',
     }.items():
         assert value(argv, flag) == expected
     at = argv.index("--served-model-name")

@@ -82,7 +82,7 @@ def test_residuals_are_counted_at_the_longest_that_prompts_may_be(
 ) -> None:
     config = json.loads((tiny_model / "base" / "config.json").read_text())
     captured = next(n for n in find_needs(recipe, folder, ["capture"], sources) if n.of == "disk")
-    rows = (64 + 96) * (512 + 96)
+    rows = (96 + 144) * (512 + 96)
     assert captured.bytes == rows * config["hc_mult"] * config["hidden_size"] * 2
 
 
@@ -130,7 +130,7 @@ def test_a_small_disk_is_refused_with_what_is_needed_and_free(
         check_run(recipe, folder, STAGES)
     message = str(raised.value)
     assert f"disk of {folder.path}: 1,000 bytes free, " in message
-    assert "capture: 199," in message and "splice: " in message
+    assert "capture: 298," in message and "splice: " in message
     assert not folder.path.exists(), "nothing was begun"
 
 

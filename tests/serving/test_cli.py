@@ -242,6 +242,7 @@ new_tokens = 3
 max_model_len = 64
 [bench]
 prompts = "prompts.jsonl"
+max_tokens = 32
 """
 RESULT: dict[str, Any] = {
     "acceptance": 0.75,
@@ -324,6 +325,7 @@ def test_a_text_that_differs_is_said_with_its_margin(
 ) -> None:
     where = [{"prompt": "b7", "position": 31, "margin": 0.0625}]
     monkeypatch.setitem(RESULT, "divergences", where)
+    monkeypatch.setitem(RESULT, "greedy_identical", False)
     status, out, _ = run("demo")
     assert status == 0
     assert "greedy text: differs on 1 prompts: b7 at 31 (margin 0.0625)" in out
