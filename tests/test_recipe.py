@@ -1,6 +1,6 @@
 """Recipes: read exactly, or refused with the name of what is wrong."""
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 
 import pytest
@@ -71,23 +71,23 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
     [
         ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; did you mean 'variant'\?"),
         ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; did you mean 'splice'"),
-        ("splice.variant=int4", r"\[splice\] variant: is 'int4', expected one of rtn, gptq"),
-        ("splice.copy=1", r"\[splice\] copy: is 1, expected bool"),
-        ("bench.count=true", r"\[bench\] count: is True, expected int"),
-        ("bench.count=0", r"\[bench\] count is 0, expected >= 1"),
-        ("quantize.damp=-0.1", r"damp is -0.1, expected >= 0"),
-        ("quantize.variants=rtn", r"variants: is 'rtn', expected a list"),
+        ("splice.variant=int4", r"\[splice\] variant is 'int4', expected 'rtn', 'gptq'"),
+        ("splice.copy=1", r"\[splice\] copy is 1, expected a valid boolean"),
+        ("bench.count=true", r"\[bench\] count is True, expected a valid integer"),
+        ("bench.count=0", r"\[bench\] count is 0, expected greater than or equal to 1"),
+        ("quantize.damp=-0.1", r"damp is -0.1, expected greater"),
+        ("quantize.variants=rtn", r"variants is 'rtn', expected a valid list"),
         ('quantize.variants=["rtn"]', r"variant 'gptq' is to be spliced"),
-        ('bench.served_variants=["rtn", "rtn"]', r"names a variant twice"),
+        ('bench.served_variants=["rtn", "rtn"]', r"expected every variant once"),
         ("model.base=base", r"base is 'base', expected a hub id.*or a folder"),
         ("model.name=../x", r"name is '\.\./x'"),
         ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),
         ("splice.variant", r"expected section\.key=value"),
-        ("serve.kv_cache_gib=0.001", r"\[serve\] kv_cache_gib is 0\.001, expected >= 0\.01"),
-        ("bench.k=0", r"k is 0, expected >= 1"),
+        ("serve.kv_cache_gib=0.001", r"\[serve\] kv_cache_gib is 0.001, expected greater"),
+        ("bench.k=0", r"k is 0, expected greater"),
         ("bench.max_tokens=4000", r"\[bench\] max_tokens is 4000, expected less"),
         ("capture.new_tokens=2000", r"\[capture\] max_model_len is 2048, expected at least 2513"),
-        ("quantize.damp=nan", r"damp is nan, expected >= 0"),
+        ("quantize.damp=nan", r"damp is nan, expected a finite number"),
     ],
 )
 def test_what_nobody_understands_is_refused_by_its_option(
@@ -117,7 +117,7 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
 )
 def test_every_number_has_its_own_bound(minimal: Path, override: str, value: float) -> None:
     section, key = override.partition("=")[0].split(".")
-    assert load_recipe(minimal, [override]).as_dict()[section][key] == value
+    assert asdict(load_recipe(minimal, [override]))[section][key] == value
 
 
 def test_a_name_that_is_like_no_other_gets_no_suggestion(minimal: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_name_that_is_like_no_other_gets_no_suggestion(minimal: Path) -> None:
         ("[model", r"not a TOML file"),
         ("model = 3", r"model is 3, expected a section"),
         (MINIMAL + "[models]\n", r"unknown section 'models'; did you mean 'model'"),
-        (MINIMAL.replace('name = "m"', ""), r"\[model\]: name is missing"),
+        (MINIMAL.replace('name = "m"', ""), r"\[model\] name is missing"),
         (MINIMAL + "num_prompts = 8\n", r"\[bench\]: unknown key 'num_prompts'"),
     ],
 )
@@ -155,7 +155,7 @@ def test_bundled_recipes_are_valid(repo_root: Path) -> None:
 
 
 def test_a_recipe_as_dict_has_every_section(minimal: Path) -> None:
-    sections = load_recipe(minimal).as_dict()
+    sections = asdict(load_recipe(minimal))
     assert set(sections) == {"model", "capture", "quantize", "score", "splice", "bench", "serve"}
     assert sections["splice"] == {"variant": "gptq", "copy": False, "linears": "base"}
 
@@ -164,5 +164,5 @@ def test_a_recipe_as_dict_has_every_section(minimal: Path) -> None:
 def test_a_choice_called_true_may_be_written_without_quotes(written: str) -> None:
     recipe = load_recipe(find_bundled_recipe(), [f"quantize.replay={written}"])
     assert recipe.quantize.replay == written.strip('"')
-    with pytest.raises(GraftError, match="replay: is 'false', expected one of true, identity"):
+    with pytest.raises(GraftError, match="replay is 'false', expected 'true' or 'identity'"):
         load_recipe(find_bundled_recipe(), ["quantize.replay=false"])

@@ -97,7 +97,7 @@ def test_every_benchmark_serves_with_the_profile_and_ranks_asked_for(
         ("bench mmlu --base-url http://h:x", "expected http://HOST:PORT"),
         ("bench decode --base-url http://h --against-url h:1", "expected http://HOST:PORT"),
         ("run RECIPE --set capture.tokens=3", "did you mean 'new_tokens'?"),
-        ("run RECIPE --set bench.rounds=two", "is 'two', expected int"),
+        ("run RECIPE --set bench.rounds=two", "is 'two', expected a valid integer"),
         ("run RECIPE --set bench", "--set bench: expected section.key=value"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
         ("demo --set bench.round=2", "did you mean 'rounds'?"),

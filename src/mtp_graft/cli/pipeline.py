@@ -1,8 +1,7 @@
 """`mtp-graft demo`, `run`, and one command for each stage of a recipe."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,10 +11,7 @@ from mtp_graft.cli.app import JsonOption, app
 from mtp_graft.cli.bench_tables import drafting_lines
 from mtp_graft.cli.help import PIPELINE
 from mtp_graft.cli.output import progress_bar, result_console, write_json
-from mtp_graft.errors import GraftError, UsageError
-
-if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
-    from mtp_graft.recipe import Recipe
+from mtp_graft.errors import GraftError
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")]
 RunOption = Annotated[
@@ -86,12 +82,13 @@ def _run_recipe(
     json_file: Path | None,
 ) -> None:
     from mtp_graft.pipeline import choose_stages, plan_run, run_pipeline
+    from mtp_graft.recipe import load_recipe
 
     try:
         stages = choose_stages(only, start)
     except GraftError as error:
         raise typer.BadParameter(str(error)) from error
-    recipe = _load(file, overrides)
+    recipe = load_recipe(file, overrides)
     if dry_run:
         plan = plan_run(recipe, run, stages)
         write_json(plan, json_file)
@@ -101,20 +98,6 @@ def _run_recipe(
         result = run_pipeline(recipe, run, report, stages, again=start is not None)
     write_json(result, json_file)
     _print_result(result, result_console(json_file))
-
-
-def _load(file: Path, overrides: Sequence[str]) -> "Recipe":
-    """Return the recipe with what --set changes; what --set alone spoils is wrong usage."""
-    from mtp_graft.recipe import load_recipe
-
-    try:
-        return load_recipe(file, overrides)
-    except GraftError as error:
-        load_recipe(file)  # raises what is wrong with the recipe itself
-        problem = str(error).removeprefix(f"{file}: ")
-        if not problem.startswith("--set"):
-            problem = f"--set {' --set '.join(overrides)}: {problem}"
-        raise UsageError(problem) from error
 
 
 def _print_plan(plan: dict[str, Any], out: Console) -> None:
@@ -208,11 +191,12 @@ def _stage_command(stage: str, summary: str) -> None:
         json_file: JsonOption = None,
     ) -> None:
         from mtp_graft.pipeline import run_stage
+        from mtp_graft.recipe import load_recipe
         from mtp_graft.stages.ranks import is_first_rank
 
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
-            result = run_stage(_load(recipe, overrides or ()), folder, stage, report)
+            result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)
         if not is_first_rank():  # of torchrun's: the first one tells
             return
         write_json(result, json_file)

@@ -247,7 +247,7 @@ def describe(
     plan: dict[str, Any] = {
         "run": str(folder.path),
         "stages": list(stages),
-        "recipe": recipe.as_dict(),
+        "recipe": asdict(recipe),
         "sources": None,
         "needs": None,
         "seconds": None,
