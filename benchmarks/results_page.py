@@ -81,7 +81,11 @@ def source(name: str) -> str:
 
 def draw_speed(path: Path) -> None:
     """Draw tokens a second of all requests by how many there are: base, k = 1, k = 3."""
-    series = {"base": ("no head", "#8c959f"), "k1": ("k = 1", "#54aeff"), "k3": ("k = 3", "#0969da")}
+    series = {
+        "base": ("no head", "#8c959f"),
+        "k1": ("k = 1", "#54aeff"),
+        "k3": ("k = 3", "#0969da"),
+    }
     sweep = result("sweep_h200")["results"]
     figure, axes = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
     for place, (name, (label, colour)) in enumerate(series.items()):
