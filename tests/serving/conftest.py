@@ -30,6 +30,8 @@ def install(site: Path, name: str = "vllm", version: str = "0.32.0+cpu") -> None
     for module in ("cli/main.py", "openai/api_server.py"):
         file = site / "vllm" / "entrypoints" / module
         file.parent.mkdir(parents=True, exist_ok=True)
+        for package in file.relative_to(site).parents[:-1]:
+            (site / package / "__init__.py").touch()  # else an installed vLLM goes first
         file.write_text(
             f"import runpy\n\nrunpy.run_path({str(FAKE_VLLM)!r}, run_name='__main__')\n"
         )

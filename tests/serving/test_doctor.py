@@ -18,7 +18,7 @@ from mtp_graft.cli.app import app
 from mtp_graft.dsv4.config import DIMENSIONS
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
-from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
+from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.doctor import diagnose, target
 from mtp_graft.serving.doctor.findings import Finding
 from mtp_graft.serving.doctor.fix import write_corrected
@@ -314,7 +314,7 @@ def test_a_dimension_that_is_none_is_the_one_finding_of_doctor_and_an_error_of_s
         assert (finding.id, finding.where) == ("config-unusable", "config.json")
         assert found in finding.found
     with pytest.raises(GraftError, match=re.escape(found)):
-        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2), vllm_elsewhere())
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2))
 
 
 @pytest.mark.parametrize("value", [None, {}, "x", [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
@@ -326,7 +326,7 @@ def test_ratios_that_are_none_are_a_finding_of_doctor_and_an_error_of_serve(
     found = [f for f in diagnose(folder, ON_CPU) if f.severity == "error"]
     assert ids(found) == ["compress-ratios"] and found[0].found == repr(value)
     with pytest.raises(GraftError, match=re.escape(f"compress_ratios is {value!r}; expected a")):
-        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 1), vllm_elsewhere())
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 1))
 
 
 @pytest.mark.parametrize(

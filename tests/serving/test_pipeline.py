@@ -30,7 +30,7 @@ from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
-from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_nvidia_smi, write_checkpoint
+from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, write_checkpoint
 from .test_acceptance import quiet
 
 RECIPE = """
@@ -290,11 +290,12 @@ def on_gpus(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnGp
     for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
         monkeypatch.delenv(name)
 
-    def install_on(gpu: str, memory_mib: str, link: str) -> None:
+    def install_on(gpu: str, memory_mib: int | None, link: str) -> None:
         for info in site.glob("*.dist-info"):
             shutil.rmtree(info)
         install(site, version="0.33.0")
-        install_nvidia_smi(tmp_path, monkeypatch, gpu, memory_mib, link)
+        nvlinks = [(0, 1)] if link.startswith("NV") else []
+        install_gpus(monkeypatch, gpu, gpu, memory_mib=memory_mib, nvlinks=nvlinks)
 
     return install_on
 
@@ -307,7 +308,7 @@ def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_gpus("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "97887", "NODE")
+    on_gpus("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, "NODE")
     records = {name: tmp_path / f"{name}.json" for name in (CAPTURE, BASE, GPTQ)}
     for name, file in records.items():
         servers.settings[name] = {"record": str(file)}
@@ -330,7 +331,7 @@ def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
 def test_the_settings_for_pcie_are_for_ranks_that_speak_over_it(
     ranks: int, link: str, settings: bool, run: Run, servers: Servers, on_gpus: OnGpus
 ) -> None:
-    on_gpus("NVIDIA H200", "143771", link)
+    on_gpus("NVIDIA H200", 143771, link)
     run(f"serve.tensor_parallel_size={ranks}", only="capture")
     options = servers.options[CAPTURE]
     assert ("--disable-custom-all-reduce" in options.extra_args) is settings
@@ -341,7 +342,7 @@ def test_the_settings_for_pcie_are_for_ranks_that_speak_over_it(
 def test_a_memory_that_the_gpu_shares_with_the_machine_is_not_filled(
     run: Run, servers: Servers, on_gpus: OnGpus
 ) -> None:
-    on_gpus("NVIDIA GB10", "[N/A]", "NODE")
+    on_gpus("NVIDIA GB10", None, "NODE")
     run(only="capture")
     assert servers.options[CAPTURE].gpu_memory_utilization == UNIFIED_MEMORY_UTILIZATION
 
@@ -665,7 +666,7 @@ def test_device_auto_is_the_gpu_if_there_is_one(
 def test_this_process_leaves_cuda_to_others(
     run: Run, on_gpus: OnGpus, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpus("NVIDIA H200", "143771", "NV18")
+    on_gpus("NVIDIA H200", 143771, "NV18")
     answers = {"get_device_name(gpu)": ["NVIDIA H200"], "mem_get_info(gpu)[0]": ["150000000000"]}
     monkeypatch.setattr(device, "_ask_of_each_gpu", answers.__getitem__)
     device.gpu_names.cache_clear()

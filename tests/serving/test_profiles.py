@@ -162,7 +162,7 @@ def test_auto_cuts_the_context_to_what_fits_where_no_profile_does(flash: Path) -
     assert any("--max-model-len 4096" in note for note in chosen.notes)
     for profile in ("524k", "auto"):
         asked = {"gpu_memory_utilization": 0.95, "max_model_len": 4608}
-        with pytest.raises(GraftError, match="4608 tokens has no room.*--max-model-len 4096"):
+        with pytest.raises(GraftError, match=r"4608 tokens has no room.*--max-model-len 4096"):
             fitted(flash, profile, hardware, **asked)
         fitting = fitted(flash, profile, hardware, **asked | {"max_model_len": 4096})
         assert fitting.options.max_model_len == 4096

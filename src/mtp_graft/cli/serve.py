@@ -89,7 +89,7 @@ class HardwareOptions:
         named_other = self.gpu is not None and names_cpu(self.gpu) != on_cpu
         if named_other or (on_cpu and self.nnodes is not None):
             raise GraftError(
-                f"vLLM {vllm.version} here is a {'CPU' if on_cpu else 'CUDA'} build, which --gpu or "
+                f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
                 "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
             )
         if on_cpu:
