@@ -239,14 +239,15 @@ def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> N
         )
         with start as client:
             found = check_drafter(client)
+    is_alive = found.acceptance >= MIN_ACCEPTANCE
     result = {
-        "ok": found.is_alive,
+        "ok": is_alive,
         "acceptance": found.acceptance,
         "num_draft_tokens": found.num_draft_tokens,
         "threshold": MIN_ACCEPTANCE,
     }
     write_json(result, json_file)
-    if not found.is_alive:
+    if not is_alive:
         raise GraftError(
             f"{options.checkpoint}: of {found.num_draft_tokens} tokens drafted on a repeated "
             f"sentence the model accepted {found.acceptance:.1%}, expected at least "

@@ -1,6 +1,6 @@
 """Whether a server's draft head is alive: one sentence repeated, and how much it foresaw."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS, ServerClient
@@ -15,17 +15,11 @@ MIN_CONTEXT = 576
 MIN_ACCEPTANCE = 0.2
 
 
-@dataclass(frozen=True)
-class DrafterCheck:
+class DrafterCheck(NamedTuple):
     """Drafted tokens of the check, and the share of them that the model accepted (0..1)."""
 
     num_draft_tokens: int
     acceptance: float
-
-    @property
-    def is_alive(self) -> bool:
-        """Return whether the head drafts what the model says."""
-        return self.acceptance >= MIN_ACCEPTANCE
 
 
 def require_drafts(options: ServeOptions) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -83,19 +84,9 @@ class _Choice(BaseModel):
     logprobs: _Logprobs | None = None
 
 
-class _Drafts(BaseModel):
-    # Null for an answer without a verified step: one token, which comes with the prompt.
-    per_step_drafted: list[int] | None = None
-    per_step_accepted: list[int] | None = None
-
-
-class _Metrics(BaseModel):
-    speculative_decoding: _Drafts | None = None
-
-
 class _Answer(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
-    metrics: _Metrics | None = None
+    metrics: dict[str, dict[str, Any] | None] | None = None
 
 
 Found = TypeVar("Found", bound=BaseModel)
@@ -134,18 +125,12 @@ class ServerClient:
         body = {"prompt": text, "add_special_tokens": add_special_tokens}
         return self._ask("/tokenize", body, _Tokens).tokens
 
-    def tokenize_chat(
-        self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False
-    ) -> list[int]:
-        """Return the token ids of a chat in the server's own encoding, ready for the answer."""
-        body = {"messages": list(messages), "chat_template_kwargs": {"thinking": thinking}}
-        return self._ask("/tokenize", body, _Tokens).tokens
-
     def encode(self, prompt: Prompt | ChatPrompt) -> list[int]:
-        """Return a prompt's token ids; a text has its own special tokens."""
-        if isinstance(prompt, ChatPrompt):
-            return self.tokenize_chat(prompt.messages, thinking=False)
-        return self.tokenize(prompt.text, add_special_tokens=False)
+        """Return a prompt's token ids; a text has its own special tokens, a chat the server's."""
+        if isinstance(prompt, Prompt):
+            return self.tokenize(prompt.text, add_special_tokens=False)
+        thinking = {"chat_template_kwargs": {"thinking": False}}
+        return self._ask("/tokenize", {"messages": prompt.messages, **thinking}, _Tokens).tokens
 
     def complete(
         self,
@@ -169,9 +154,10 @@ class ServerClient:
         """
         body = _greedy_body(prompt, max_tokens, ignore_eos=False)
         answer = self._ask("/v1/completions", body, _Answer)
-        drafts = (answer.metrics and answer.metrics.speculative_decoding) or _Drafts()
-        counted = zip(drafts.per_step_drafted or (), drafts.per_step_accepted or (), strict=True)
-        return tuple(answer.choices[0].token_ids), [Step(*step) for step in counted]
+        counted = (answer.metrics or {}).get("speculative_decoding") or {}
+        # Null for an answer without a verified step: one token, which comes with the prompt.
+        steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
+        return tuple(answer.choices[0].token_ids), [Step(*s) for s in zip(*steps, strict=True)]
 
     def score(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -237,42 +223,38 @@ class ServerClient:
             raise self._not_vllm(path, " ".join(str(error).split())) from error
 
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, **request)
-        except httpx.RequestError as error:
-            raise self._unreachable(error) from error
-        self._check(answer)
-        return answer
+        with self._errors():
+            return self._http.request(method, path, **request).raise_for_status()
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        with self._errors(), self._http.stream("POST", path, json=body) as answer:
+            if answer.is_error:
+                answer.read()  # the error quotes it
+            for line in answer.raise_for_status().iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise GraftError(f"{self.base_url}{path}: {event['error']}")
+                    yield event
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            with self._http.stream("POST", path, json=body) as answer:
-                if answer.is_error:
-                    answer.read()
-                self._check(answer)
-                for line in answer.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-                        if "error" in event:
-                            raise GraftError(f"{self.base_url}{path}: {event['error']}")
-                        yield event
+            yield
+        except httpx.HTTPStatusError as error:
+            where, answer = error.request.url, error.response
+            raise GraftError(
+                f"{where}: status {answer.status_code}, expected 200: {answer.text[:300]}"
+            ) from error
         except httpx.RequestError as error:
-            raise self._unreachable(error) from error
+            reason = str(error) or type(error).__name__
+            raise ServerUnreachable(
+                f"{self.base_url}: no answer ({reason}); is the server running?"
+            ) from error
 
     def _not_vllm(self, path: str, why: str) -> GraftError:
         where = f"{self.base_url}{path}"
         return GraftError(f"{where}: not an answer of vLLM's ({why}); is a vLLM server there?")
-
-    def _unreachable(self, error: httpx.RequestError) -> ServerUnreachable:
-        reason = str(error) or type(error).__name__
-        return ServerUnreachable(f"{self.base_url}: no answer ({reason}); is the server running?")
-
-    def _check(self, answer: httpx.Response) -> None:
-        if answer.is_error:
-            raise GraftError(
-                f"{answer.request.url}: status {answer.status_code}, expected 200: "
-                f"{answer.text[:300]}"
-            )
 
 
 def _greedy_body(prompt: Sequence[int], max_tokens: int, ignore_eos: bool) -> dict[str, Any]:

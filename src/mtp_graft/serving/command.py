@@ -49,23 +49,25 @@ _Word = Annotated[str, StringConstraints(min_length=1)]
 
 
 def _option(
-    default: Any, metavar: str | None, text: str, *names: str, env: str | None = None, **limits: Any
+    default: Any,
+    metavar: str | None,
+    text: str,
+    *names: str,
+    env: str | None = None,
+    is_argument: bool = False,
+    **limits: Any,
 ) -> Any:
     """Declare a field that is an option of `mtp-graft serve`, too; `names` if not its own."""
-    settings: dict[str, Any] = {"metavar": metavar, "names": names, "envvar": env}
+    settings: dict[str, Any] = {"metavar": metavar, "names": None if is_argument else names}
+    settings |= {"envvar": env}
     return Field(default, description=text, json_schema_extra=settings, **limits)
-
-
-def _argument(default: Any, metavar: str, text: str) -> Any:
-    settings: dict[str, Any] = {"metavar": metavar, "names": None}
-    return Field(default, description=text, json_schema_extra=settings)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
 
-    checkpoint: Path = _argument(..., "CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")
+    checkpoint: Path = _option(..., "CHECKPOINT", "A checkpoint folder.", is_argument=True)
     host: str = _option("127.0.0.1", "ADDRESS", "Address to listen on.", min_length=1)
     port: int = _option(8000, "N", "0 picks a free one.", ge=0, le=65535)
     tensor_parallel_size: int | None = _option(
@@ -89,9 +91,7 @@ class ServeOptions:
         *("--k", "-k", "--num-speculative-tokens"),
         ge=0,
     )
-    draft_lm_head_quantization: str | None = _option(
-        None, "TYPE", "fp8 or nvfp4: a smaller LM head for drafts, on GPUs."
-    )
+    draft_lm_head_quantization: str | None = _option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
     draft_sample_method: str | None = _option(
         None, "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
     )
@@ -107,8 +107,8 @@ class ServeOptions:
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
-    extra_args: tuple[str, ...] = _argument(
-        (), "ARGS", "After --: arguments for vllm serve, as they are."
+    extra_args: tuple[str, ...] = _option(
+        (), "ARGS", "After --: arguments for vllm serve, as they are.", is_argument=True
     )
 
     @property
@@ -228,17 +228,13 @@ def _speculative_config(options: ServeOptions, platform: Platform, num_draft: in
     asked = {name: getattr(options, name) for name in DRAFTING}
     given = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if value not in DRAFTING[name]:
-            raise UsageError(f"{flag}: expected one of {', '.join(DRAFTING[name])}")
-        if platform == "cpu":
-            raise UsageError(f"{flag}: vLLM has it on GPUs alone; leave it out on a CPU")
-    # Drawn drafts are accepted more often at temperature 1; at 0 they are the greedy ones.
-    if platform == "cuda":
-        given = {"draft_sample_method": "probabilistic", **given}
-    if given.get("draft_sample_method") == "greedy":  # which is vLLM's own choice
-        del given["draft_sample_method"]
-    config = {"method": "mtp", "num_speculative_tokens": num_draft, **given}
+        if platform == "cpu" or value not in DRAFTING[name]:
+            flag, known = f"--{name.replace('_', '-')} {value}", ", ".join(DRAFTING[name])
+            raise UsageError(f"{flag}: expected one of {known}, and a GPU; leave it out on a CPU")
+    if platform == "cuda":  # drawn drafts are accepted more often, at temperature 0 they are greedy
+        given.setdefault("draft_sample_method", "probabilistic")
+    drafting = {name: value for name, value in given.items() if value != "greedy"}  # vLLM's own
+    config = {"method": "mtp", "num_speculative_tokens": num_draft, **drafting}
     return json.dumps(config, separators=(",", ":")) if num_draft else None
 
 
@@ -252,8 +248,8 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
     wanted = options.max_num_batched_tokens
     if not waits or has_amx():
         return wanted
-    positions: int = read_config(options.checkpoint).get("max_position_embeddings", 0)
-    context = options.max_model_len or positions
+    config = read_config(options.checkpoint)
+    context: int = options.max_model_len or config.get("max_position_embeddings", 0)
     if wanted is not None and wanted < context:
         raise GraftError(
             f"--max-num-batched-tokens {wanted} on a CPU without AMX, with the head: expected at "
@@ -263,9 +259,8 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
 
 
 def has_amx() -> bool:
-    """Return whether this machine's CPU has Intel's AMX, with which vLLM takes prompts in parts."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.exists() and "amx_tile" in cpuinfo.read_text()
+    """Return whether this CPU has Intel's AMX, with which vLLM takes prompts in parts."""
+    return "amx_tile" in Path("/proc/cpuinfo").read_text()
 
 
 def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
@@ -400,9 +395,5 @@ def is_untried(version: Version, platform: Platform) -> bool:
 
 @cache  # one warning a process
 def _warn_of_untried(vllm: InstalledVllm) -> None:
-    logger.warning(
-        "warning: vLLM %s is newer than %s, the newest that was tried here; docs/engine.md says "
-        "how to try it",
-        vllm.version,
-        TRIED_VLLM[vllm.platform],
-    )
+    text = "warning: vLLM %s is newer than %s, the newest tried; docs/engine.md says how to try it"
+    logger.warning(text, vllm.version, TRIED_VLLM[vllm.platform])

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
@@ -12,33 +12,6 @@ from mtp_graft.errors import GraftError, UsageError, in_words
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 
 Link = Literal["none", "nvlink", "pcie", "network"]
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU that options can name; `pattern` matches the whole of its lower-case names."""
-
-    name: str
-    memory_mib: int  # that the driver reports
-    pattern: str
-    pcie_only: bool = False  # no NVLink between the GPUs of a host
-    unified_memory: bool = False  # shared with the CPU and what else runs there
-
-    @property
-    def memory_bytes(self) -> int:
-        """Return the whole memory, of which vLLM gets `gpu_memory_utilization`."""
-        return self.memory_mib * 2**20
-
-
-_PRO_6000 = r"((rtx )?pro )?6000 (blackwell )?"
-GPUS = (
-    Gpu("RTX PRO 6000 Max-Q", 97887, rf"{_PRO_6000}max[- ]?q( workstation edition)?", True),
-    Gpu("RTX PRO 6000 Server", 97887, rf"{_PRO_6000}server( edition)?", True),
-    # 121.69 GiB of 128 GB, from users' reports; one a machine.
-    Gpu("GB10", 124610, r"gb10|dgx spark", unified_memory=True),
-    Gpu("H100", 81559, r"h100( sxm5?)?( 80gb)?( hbm3)?"),  # SXM
-    Gpu("H200", 143771, r"h200( sxm5?)?( 141gb)?( hbm3e)?"),  # SXM
-)
 
 
 @dataclass(frozen=True)
@@ -66,6 +39,19 @@ class Hardware:
 
 
 CPU = Hardware(None)
+_MIB = 2**20
+_PRO_6000 = r"((rtx )?pro )?6000 (blackwell )?"
+#: GPUs that options can name, by a pattern of their lower-case names, as two of them are built in.
+#: The memory is what the driver reports; H100 and H200 are SXM. GB10: from users' reports.
+GPUS: Mapping[str, Hardware] = {
+    rf"{_PRO_6000}max[- ]?q( workstation edition)?": Hardware(
+        "RTX PRO 6000 Max-Q", 2, 97887 * _MIB, "pcie"
+    ),
+    rf"{_PRO_6000}server( edition)?": Hardware("RTX PRO 6000 Server", 2, 97887 * _MIB, "pcie"),
+    r"gb10|dgx spark": Hardware("GB10", 2, 124610 * _MIB, "network", 2, unified_memory=True),
+    r"h100( sxm5?)?( 80gb)?( hbm3)?": Hardware("H100", 2, 81559 * _MIB, "nvlink"),
+    r"h200( sxm5?)?( 141gb)?( hbm3e)?": Hardware("H200", 2, 143771 * _MIB, "nvlink"),
+}
 
 
 def names_cpu(gpu: str | None) -> bool:
@@ -79,15 +65,15 @@ def named_gpus(name: str, count: int, num_nodes: int | None = None) -> Hardware:
     A GPU with unified memory is alone in its machine, so `num_nodes` is their number by itself.
     Raises UsageError for an unknown name and GraftError for a count that the machines cannot share.
     """
-    gpu = _known_gpu(name)
-    if gpu is None:
-        known = ", ".join([*(gpu.name for gpu in GPUS), "cpu"])
-        raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {known}")
-    nodes = num_nodes or (count if gpu.unified_memory else 1)
+    known = _known(name)
+    if known is None:
+        names = ", ".join(str(gpu.gpu) for gpu in GPUS.values())
+        raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {names}, cpu")
+    nodes = num_nodes or (count if known.unified_memory else 1)
     if count % nodes:
         raise GraftError(f"--count {count} in --nnodes {nodes}: expected as many in each")
-    link = _link(count, nodes, is_nvlink=not gpu.pcie_only)
-    return Hardware(gpu.name, count, gpu.memory_bytes, link, nodes, gpu.unified_memory)
+    link = _link(count, nodes, is_nvlink=known.link != "pcie")
+    return replace(known, num_gpus=count, num_nodes=nodes, link=link)
 
 
 def find_gpus(num_nodes: int = 1) -> Hardware:
@@ -106,8 +92,7 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
                 f"this machine: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: "
                 "choose with CUDA_VISIBLE_DEVICES"
             )
-        known = _known_gpu(names[0])
-        memory_bytes = _memory_bytes(pynvml, gpus[0], names[0], known)
+        memory_bytes = _memory_bytes(pynvml, gpus[0], names[0])
         is_nvlink = all(
             pynvml.nvmlDeviceGetP2PStatus(*pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
             == pynvml.NVML_P2P_STATUS_OK
@@ -119,11 +104,10 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
             "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
             "--profile none serves without looking"
         ) from error
-    link = _link(len(gpus) * num_nodes, num_nodes, is_nvlink)
+    count, known = len(gpus) * num_nodes, _known(names[0])
+    link = _link(count, num_nodes, is_nvlink)
     is_unified = known is not None and known.unified_memory
-    return Hardware(
-        names[0], len(gpus) * num_nodes, memory_bytes, link, num_nodes, unified_memory=is_unified
-    )
+    return Hardware(names[0], count, memory_bytes, link, num_nodes, is_unified)
 
 
 def hardware_for(platform: str) -> Hardware:
@@ -144,23 +128,23 @@ def _visible(pynvml: Any) -> list[Any]:
     ]
 
 
-def _memory_bytes(pynvml: Any, gpu: Any, name: str, known: Gpu | None) -> int:
+def _memory_bytes(pynvml: Any, gpu: Any, name: str) -> int:
     try:
-        total: int = pynvml.nvmlDeviceGetMemoryInfo(gpu).total
+        return int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
     except pynvml.NVMLError_NotSupported:  # the memory is the machine's
+        known = _known(name)
         if known is None:
             raise GraftError(
                 f"{name}: the driver does not say how much memory it has, and it is not known "
                 "here; --profile none serves without an estimate"
             ) from None
         return known.memory_bytes
-    return total
 
 
-def _known_gpu(name: str) -> Gpu | None:
+def _known(name: str) -> Hardware | None:
     """Return the GPU that `name` means, be it our name or NVIDIA's; None for another."""
     said = name.lower().removeprefix("nvidia ")
-    return next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, said)), None)
+    return next((gpu for pattern, gpu in GPUS.items() if re.fullmatch(pattern, said)), None)
 
 
 def _link(count: int, num_nodes: int, is_nvlink: bool) -> Link:
