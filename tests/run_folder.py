@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench.drafting import drafting_result
-from mtp_graft.bench.workload import CATEGORIES, WorkloadConfig, workload_result
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.manifest import fingerprints
 from mtp_graft.checkpoint.quantization_config import add_head
@@ -36,28 +35,28 @@ def recorded(benchmark: str) -> dict[str, Any]:
 def manifest(stage: str, device: str, vllm: str = "0.33.0", seconds: float = 61.5) -> Any:
     return {
         "stage": stage,
-        "status": "done",
-        "config": {},
         "inputs": {"/home/someone/secret/file": "0" * 64},
         "git_commit": "91ae5e8c0ffee",
         "versions": {"python": "3.12.1", "vllm": vllm, "torch": "2.13.0"},
         "device": device,
         "seconds": seconds,
-        "peak_memory_bytes": 123,
     }
 
 
 def quantize_report() -> dict[str, Any]:
-    errors = {v: {m: [e, 1.1 * e] for m in ("w1", "w2", "w3")} for v, e in _ERRORS.items()}
+    rel_errors = {"rtn": 0.0945, "gptq": 0.054, "mxfp4": 0.0, "bf16": 0.0}
+    bits = {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}
+    counts = [175376, 431, 0, 0]
     return {
         "variants": {
-            v: {"bits_per_weight": bits, "rel_error": _ERRORS[v], "bytes": int(1e6 * bits)}
-            for v, bits in {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}.items()
+            v: {"bits_per_weight": bits[v], "rel_error": e, "bytes": int(1e6 * bits[v])}
+            for v, e in rel_errors.items()
         },
-        "tokens_per_expert": {"min": 431, "mean": 11093.7, "max": 175376, "zero": 2},
-        "rel_errors": errors,
+        "tokens_per_expert": {"min": 0, "mean": 43951.75, "max": 175376, "zero": 2}
+        | {"counts": counts},
+        "rel_errors": {v: {m: [e] * 4 for m in ("w1", "w2", "w3")} for v, e in rel_errors.items()},
         "zero_token_policy": "pool",
-        "experts_without_tokens": [3, 17],
+        "experts_without_tokens": [2, 3],
         "damp": 0.01,
         "damping": "tokens",
         "group_size": 128,
@@ -65,36 +64,67 @@ def quantize_report() -> dict[str, Any]:
         "scale": "mse",
         "calibration_tokens": 473216,
         "replay": "true attention",
+        "seconds": {"hessian": 1.31, "gptq": 2.72, "io": 0.43},
+        "peak_gpu_bytes": 0,
+        "peak_host_bytes": 570224640,
     }
 
 
-_ERRORS = {"rtn": 0.0945, "gptq": 0.054, "mxfp4": 0.0, "bf16": 0.0}
+CAPTURE = {
+    "sequences": 320,
+    "tokens": 591520,
+    "dropped": [{"id": "essay", "split": "calibration", "tokens": 3100}],
+    "tok_s": {"generate": 449.53, "prefill": 3587.2, "prefill_recording": 3241.8},
+    "seconds": 1500.2,
+    "folder": "/home/someone/run/capture",
+}
+VERIFIED = {
+    **{"ok": True, "variant": "gptq", "tensors": 1575, "rel_error_max": 0.18928},
+    **{"missing": [], "unexpected": [], "mismatched": []},
+    **{"base_files_linked": True, "base_unchanged": True, "loaded_in_vllm": True},
+}
+
+
+def scored() -> dict[str, Any]:
+    """Return the score stage's acceptance."""
+    return {
+        v: {
+            "top1": (a - 20) / DRAFTED,
+            "accepted": a - 20,
+            "tokens": DRAFTED,
+            "interval": wilson_interval(a - 20, DRAFTED),
+        }
+        for v, a in ACCEPTED.items()
+    }
+
+
+def served() -> dict[str, Any]:
+    """Return what each head's server counted, with one draft a step."""
+    return {
+        v: drafting_result(SpecDecodeCounters(DRAFTED, DRAFTED, a, (a,)))
+        for v, a in ACCEPTED.items()
+    }
+
+
+def decoded() -> dict[str, Any]:
+    """Return the pipeline's own comparison of base and MTP."""
+    mtp = recorded("decode")
+    base = mtp.pop("against")
+    mtp.pop("ratio")  # servers did not take turns
+    return {"base": base, "mtp": mtp, "greedy_identical": True, "divergences": []}
 
 
 def checkpoint(folder: Path, variant: str = "gptq") -> None:
     """Write what a spliced checkpoint has, its shards being a few bytes."""
-    base = ROOT / "models/tiny-dsv4/base/config.json"
-    config = json.loads(base.read_text())
-    kinds: dict[str, Any] = {"mxfp4": "mxfp4", "bf16": "bf16"}
-    experts = kinds.get(variant, "int4")
+    config = json.loads((ROOT / "models/tiny-dsv4/base/config.json").read_text())
+    experts: Any = variant if variant in ("mxfp4", "bf16") else "int4"
     config["quantization_config"] = add_head(config["quantization_config"], 4, experts, "base")
-    provenance = {
-        "base": {
-            "model.safetensors.index.json": "1" * 64,
-            "config.json": "2" * 64,
-            "shard_headers": {
-                "model-00001-of-00001.safetensors": {"sha256": "3" * 64, "bytes": 4096}
-            },
-        },
-        "upstream": {"model-00046-of-00046.safetensors": "4" * 64},
-        "quantize": {"report": "5" * 64, "experts": {"experts-0000.safetensors": "6" * 64}},
-    }
     content = quant_manifest.manifest(
         variant,  # type: ignore[arg-type]
         "base",
         config,
         quantize_report(),
-        provenance,
+        {"base": {"config.json": "2" * 64}},
         1575,
         3_550_000_123,
     )
@@ -119,50 +149,22 @@ def stages(run: Path, variant: str = "gptq") -> Path:
     commits = {"base_commit": "ab" * 20, "upstream_commit": "cd" * 20}
     folders = {"base": "/home/someone/base", "upstream": "/home/someone/up"}
     write(run / "fetch/report.json", {**folders, **commits, "model": {"name": NAME, **models}})
-    write(run / "capture/report.json", {"sequences": 320, "tokens": 591520, "seconds": 1500.2})
+    write(run / "capture/report.json", CAPTURE)
     write(run / "capture/manifest.json", manifest("capture", GPU, seconds=1502.25))
     write(run / "quantize/report.json", quantize_report())
     write(run / "quantize/manifest.json", manifest("quantize", "cuda", seconds=187.4))
     write(run / "score/report.json", {"acceptance": scored()})
-    verify = {
-        "ok": True, "variant": variant, "tensors": 1575, "missing": [], "unexpected": [],
-        "mismatched": [], "rel_error_max": 0.18928, "base_unchanged": True,
-        "loaded_in_vllm": True,
-    }  # fmt: skip
-    write(run / f"verify/{variant}.json", verify)
+    write(run / f"verify/{variant}.json", VERIFIED | {"variant": variant})
     write(run / "verify/manifest.json", manifest("verify", GPU))
     return folder
 
 
-def scored() -> dict[str, Any]:
-    return {
-        v: {
-            "top1": (a - 20) / DRAFTED,
-            "accepted": a - 20,
-            "tokens": DRAFTED,
-            "interval": list(wilson_interval(a - 20, DRAFTED)),
-        }
-        for v, a in ACCEPTED.items()
-    }
-
-
-def pipeline_bench(run: Path, device: str = GPU) -> None:
+def pipeline_bench(run: Path) -> None:
     """Write the pipeline's own measurements."""
-    decode = recorded("decode")
-    base, mtp = decode.pop("against"), decode
-    speeds = {name: r["decode_tok_s"]["median"] for name, r in (("base", base), ("mtp", mtp))}
-    found = {"base": base, "mtp": mtp, "decode_tok_s": speeds, "acceptance": 0.78}
-    write(run / "bench/decode.json", found | {"greedy_identical": True, "divergences": []})
-    for variant, accepted in ACCEPTED.items():
-        served = {
-            "acceptance": accepted / DRAFTED,
-            "accepted": accepted,
-            "drafted": DRAFTED,
-            "interval": list(wilson_interval(accepted, DRAFTED)),
-            **drafting_result(SpecDecodeCounters(DRAFTED, DRAFTED, accepted, (accepted,))),
-        }
-        write(run / f"bench/served-{variant}.json", served)
-    write(run / "bench/manifest.json", manifest("bench", device))
+    write(run / "bench/decode.json", decoded())
+    for variant, counted in served().items():
+        write(run / f"bench/served-{variant}.json", counted)
+    write(run / "bench/manifest.json", manifest("bench", GPU))
 
 
 def bench(
@@ -186,18 +188,14 @@ def bench(
 
 
 def everyday() -> dict[str, Any]:
-    tasks = [
-        {
-            "id": f"{category}-{number}", "category": category, "prompt_tokens": 900,
-            "completion_tokens": 310 + 7 * number, "decoded_tokens": 300 + 7 * number,
-            "decode_s": 3.5 + 0.11 * number, "decode_tok_s": 83.1 + 1.7 * number + len(category),
-            "ttft_ms": 151.0 + 3 * number, "drafted": 170, "accepted": 121 + number,
-            "finish_reason": "stop",
-        }
-        for category in CATEGORIES
-        for number in range(3)
-    ]  # fmt: skip
-    return workload_result(tasks, WorkloadConfig()) | {"errors": 0, "failures": []}
+    found = {"decode_tok_s": 90.8, "ttft_ms": 154.0, "acceptance": 0.718, "requests": 3}
+    return found | {
+        "requests": 6,
+        "categories": {"chat": found | {"decode_tok_s": 88.8}, "coding": found},
+        "tasks": [{"id": "chat-kettle", "category": "chat"}],
+        "errors": 0,
+        "failures": [],
+    }
 
 
 def evaluated(
@@ -208,15 +206,13 @@ def evaluated(
         "score": correct / total,
         "correct": correct,
         "total": total,
-        "interval": list(wilson_interval(correct, total)),
-        "failures": [],
-        "kinds": dict(kinds or {}),
+        "failures": [
+            {"id": f"{benchmark}/{kind}/{n}", "kind": kind, "detail": "what the model wrote"}
+            for kind, how_many in (kinds or {}).items()
+            for n in range(how_many)
+        ],
         "seconds": 678.25,
-        "categories": {},
-        "retried": {"timeout": 2},
-        "settings": {"limit": total, "seed": 0, "max_tokens": 1024, "thinking": False,
-                     "concurrency": 4},
-    }  # fmt: skip
+    }
 
 
 def whole_run(run: Path) -> Path:
