@@ -1,4 +1,4 @@
-"""A run folder made by hand, of real result files where the repository has them."""
+"""A run folder made by hand, of result files kept in `bench_results`."""
 
 import json
 from collections.abc import Mapping
@@ -26,76 +26,30 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-def recorded(benchmark: str) -> dict[str, Any]:
-    """Return the results of one run of `bench decode` or `bench sweep`, kept for the tests."""
-    found: dict[str, Any] = json.loads((TESTS / f"bench_results/{benchmark}.json").read_text())
-    return found
+def recorded(name: str) -> Any:
+    """Return what is kept for the tests: `bench decode`, `bench sweep`, or the stages' reports."""
+    return json.loads((TESTS / f"bench_results/{name}.json").read_text())
 
 
-def manifest(stage: str, device: str, vllm: str = "0.33.0", seconds: float = 61.5) -> Any:
+def manifest(stage: str, device: str = GPU, vllm: str = "0.33.0") -> dict[str, Any]:
     return {
         "stage": stage,
         "inputs": {"/home/someone/secret/file": "0" * 64},
         "git_commit": "91ae5e8c0ffee",
         "versions": {"python": "3.12.1", "vllm": vllm, "torch": "2.13.0"},
         "device": device,
-        "seconds": seconds,
+        "seconds": 61.5,
     }
-
-
-def quantize_report() -> dict[str, Any]:
-    rel_errors = {"rtn": 0.0945, "gptq": 0.054, "mxfp4": 0.0, "bf16": 0.0}
-    bits = {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}
-    counts = [175376, 431, 0, 0]
-    return {
-        "variants": {
-            v: {"bits_per_weight": bits[v], "rel_error": e, "bytes": int(1e6 * bits[v])}
-            for v, e in rel_errors.items()
-        },
-        "tokens_per_expert": {"min": 0, "mean": 43951.75, "max": 175376, "zero": 2}
-        | {"counts": counts},
-        "rel_errors": {v: {m: [e] * 4 for m in ("w1", "w2", "w3")} for v, e in rel_errors.items()},
-        "zero_token_policy": "pool",
-        "experts_without_tokens": [2, 3],
-        "damp": 0.01,
-        "damping": "tokens",
-        "group_size": 128,
-        "order": "stored",
-        "scale": "mse",
-        "calibration_tokens": 473216,
-        "replay": "true attention",
-        "seconds": {"hessian": 1.31, "gptq": 2.72, "io": 0.43},
-        "peak_gpu_bytes": 0,
-        "peak_host_bytes": 570224640,
-    }
-
-
-CAPTURE = {
-    "sequences": 320,
-    "tokens": 591520,
-    "dropped": [{"id": "essay", "split": "calibration", "tokens": 3100}],
-    "tok_s": {"generate": 449.53, "prefill": 3587.2, "prefill_recording": 3241.8},
-    "seconds": 1500.2,
-    "folder": "/home/someone/run/capture",
-}
-VERIFIED = {
-    **{"ok": True, "variant": "gptq", "tensors": 1575, "rel_error_max": 0.18928},
-    **{"missing": [], "unexpected": [], "mismatched": []},
-    **{"base_files_linked": True, "base_unchanged": True, "loaded_in_vllm": True},
-}
 
 
 def scored() -> dict[str, Any]:
     """Return the score stage's acceptance."""
-    return {
-        v: {
-            "top1": (a - 20) / DRAFTED,
-            "accepted": a - 20,
-            "tokens": DRAFTED,
-            "interval": wilson_interval(a - 20, DRAFTED),
-        }
-        for v, a in ACCEPTED.items()
-    }
+    found = {}
+    for variant, accepted in ACCEPTED.items():
+        interval = wilson_interval(accepted - 20, DRAFTED)
+        counts = {"accepted": accepted - 20, "tokens": DRAFTED, "interval": interval}
+        found[variant] = {"top1": (accepted - 20) / DRAFTED, **counts}
+    return found
 
 
 def served() -> dict[str, Any]:
@@ -114,19 +68,15 @@ def decoded() -> dict[str, Any]:
     return {"base": base, "mtp": mtp, "greedy_identical": True, "divergences": []}
 
 
-def checkpoint(folder: Path, variant: str = "gptq") -> None:
+def checkpoint(folder: Path, variant: str) -> None:
     """Write what a spliced checkpoint has, its shards being a few bytes."""
     config = json.loads((ROOT / "models/tiny-dsv4/base/config.json").read_text())
     experts: Any = variant if variant in ("mxfp4", "bf16") else "int4"
     config["quantization_config"] = add_head(config["quantization_config"], 4, experts, "base")
+    report, provenance = recorded("stages")["quantize/report.json"], {"base": {}}
     content = quant_manifest.manifest(
         variant,  # type: ignore[arg-type]
-        "base",
-        config,
-        quantize_report(),
-        {"base": {"config.json": "2" * 64}},
-        1575,
-        3_550_000_123,
+        *("base", config, report, provenance, 1575, 3_550_000_123),  # type: ignore[arg-type]
     )
     write(folder / "config.json", config)
     write(folder / quant_manifest.MANIFEST_NAME, content)
@@ -143,19 +93,13 @@ def stages(run: Path, variant: str = "gptq") -> Path:
     """Write what the stages of a finished run leave; return the checkpoint's folder."""
     folder = run / "splice" / variant / NAME
     checkpoint(folder, variant)
-    splice = manifest("splice", GPU) | {"config": {"variant": variant, "linears": "base"}}
-    write(run / "splice/manifest.json", splice)
-    models = {"base": "pastapaul/DeepSeek-V4-Flash-W4A16-FP8", "upstream": "deepseek-ai/DeepSeek"}
-    commits = {"base_commit": "ab" * 20, "upstream_commit": "cd" * 20}
-    folders = {"base": "/home/someone/base", "upstream": "/home/someone/up"}
-    write(run / "fetch/report.json", {**folders, **commits, "model": {"name": NAME, **models}})
-    write(run / "capture/report.json", CAPTURE)
-    write(run / "capture/manifest.json", manifest("capture", GPU, seconds=1502.25))
-    write(run / "quantize/report.json", quantize_report())
-    write(run / "quantize/manifest.json", manifest("quantize", "cuda", seconds=187.4))
+    for file, report in recorded("stages").items():
+        write(run / file.replace("gptq", variant), report)
     write(run / "score/report.json", {"acceptance": scored()})
-    write(run / f"verify/{variant}.json", VERIFIED | {"variant": variant})
-    write(run / "verify/manifest.json", manifest("verify", GPU))
+    for stage in ("capture", "quantize", "verify"):
+        write(run / f"{stage}/manifest.json", manifest(stage))
+    splice = manifest("splice") | {"config": {"variant": variant, "linears": "base"}}
+    write(run / "splice/manifest.json", splice)
     return folder
 
 
@@ -164,7 +108,7 @@ def pipeline_bench(run: Path) -> None:
     write(run / "bench/decode.json", decoded())
     for variant, counted in served().items():
         write(run / f"bench/served-{variant}.json", counted)
-    write(run / "bench/manifest.json", manifest("bench", GPU))
+    write(run / "bench/manifest.json", manifest("bench"))
 
 
 def bench(
@@ -183,51 +127,40 @@ def bench(
     [head] = run.glob(f"splice/*/*/{HEAD}")
     profile = folder.partition("-")[2] or None
     server = {"files": fingerprints([head]), "max_model_len": None, "profile": profile}
-    write(where / "config.json", {"server": server | {"extra_args": []}, "k": None, **config})
+    write(where / "config.json", {"server": server, "k": None, **config})
     return where
 
 
 def everyday() -> dict[str, Any]:
+    """Return a result of `bench workload`."""
     found = {"decode_tok_s": 90.8, "ttft_ms": 154.0, "acceptance": 0.718, "requests": 3}
-    return found | {
-        "requests": 6,
-        "categories": {"chat": found | {"decode_tok_s": 88.8}, "coding": found},
-        "tasks": [{"id": "chat-kettle", "category": "chat"}],
-        "errors": 0,
-        "failures": [],
-    }
+    categories = {"chat": found | {"decode_tok_s": 88.8}, "coding": found}
+    return found | {"requests": 6, "categories": categories, "tasks": [{"id": "chat-kettle"}]}
 
 
-def evaluated(
-    benchmark: str, correct: int, total: int, kinds: Mapping[str, int] | None = None
-) -> dict[str, Any]:
-    return {
-        "benchmark": benchmark,
-        "score": correct / total,
-        "correct": correct,
-        "total": total,
-        "failures": [
-            {"id": f"{benchmark}/{kind}/{n}", "kind": kind, "detail": "what the model wrote"}
-            for kind, how_many in (kinds or {}).items()
-            for n in range(how_many)
-        ],
-        "seconds": 678.25,
-    }
+def evaluated(correct: int, total: int, **kinds: int) -> dict[str, Any]:
+    """Return a result of an evaluation, with so many failures of each kind."""
+    failures = [
+        {"id": f"{kind}/{n}", "kind": kind, "detail": "what the model wrote"}
+        for kind, how_many in kinds.items()
+        for n in range(how_many)
+    ]
+    score = {"score": correct / total, "correct": correct, "total": total}
+    return {**score, "failures": failures, "seconds": 678.25}
 
 
 def whole_run(run: Path) -> Path:
     """Write a run with a result of everything; return the checkpoint's folder."""
     folder = stages(run)
     pipeline_bench(run)
-    decode, slower = recorded("decode"), recorded("decode")
-    slower["ratio"]["decode_tok_s"] |= {"estimate": 1.62, "interval": [1.5512, 1.6951]}
-    bench(run, "decode-128k", decode)
-    bench(run, "decode-524k", slower, k=1)
+    faster = recorded("decode")
+    faster["ratio"]["decode_tok_s"] |= {"estimate": 1.62, "interval": [1.5512, 1.6951]}
+    bench(run, "decode-128k", recorded("decode"))
+    bench(run, "decode-524k", faster, k=1)
     bench(run, "sweep-128k", recorded("sweep"))
     bench(run, "workload-524k", everyday())
-    bench(run, "gsm8k", evaluated("gsm8k", 93, 100, {"wrong answer": 7}))
-    kinds = {"NameError": 3, "AssertionError": 2, "AttributeError": 1}
-    bench(run, "humaneval", evaluated("humaneval", 158, 164, kinds))
-    bench(run, "mmlu", evaluated("mmlu", 53, 100, {"wrong answer": 41, "no answer found": 6}))
-    bench(run, "capability", evaluated("capability", 13, 14, {"repetition": 1}))
+    bench(run, "gsm8k", evaluated(93, 100, wrong=7))
+    bench(run, "humaneval", evaluated(158, 164, NameError=3, AssertionError=2, AttributeError=1))
+    bench(run, "mmlu", evaluated(53, 100, wrong=41, unreadable=6))
+    bench(run, "capability", evaluated(13, 14, repetition=1))
     return folder

@@ -16,16 +16,11 @@ from mtp_graft.bench.answers import accepted_drafts, recorded_answers
 from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.bench.report import RunResults, write_report
 from mtp_graft.serving.metrics import SpecDecodeCounters
-from run_folder import (
-    ACCEPTED,
-    CAPTURE,
-    DRAFTED,
-    VERIFIED,
-    decoded,
-    quantize_report,
-    scored,
-    served,
-)
+from run_folder import ACCEPTED, DRAFTED, decoded, scored, served
+from run_folder import recorded as kept
+
+STAGES = kept("stages")
+VERIFIED = STAGES["verify/gptq.json"]
 
 
 def whole_run() -> RunResults:
@@ -38,8 +33,8 @@ def whole_run() -> RunResults:
             **{"greedy_identical": True, "divergences": []},
             "seconds": {"bench": 118.6, "capture": 64.3, "quantize": 4.9, "score": 8.1},
         },
-        capture=CAPTURE,
-        quantize=quantize_report(),
+        capture=STAGES["capture/report.json"],
+        quantize=STAGES["quantize/report.json"],
         score={"acceptance": scored()},
         served=served(),
         decode=decoded(),

@@ -11,7 +11,7 @@ NOTHING = "–"
 
 def number(value: float | None, digits: int = 1) -> str:
     """Write a number; a dash where there is none."""
-    return NOTHING if value is None else f"{value:,.{digits}f}"
+    return NOTHING if value is None else f"{float(value):,.{digits}f}"
 
 
 def percent(rate: float | None, digits: int = 1) -> str:
@@ -46,7 +46,7 @@ def points(difference: float) -> str:
 
 def counted(how_many: int, what: str) -> str:
     """Write a number of things."""
-    return f"{how_many:,} {what}{'' if how_many == 1 else 's'}"
+    return f"{int(how_many):,} {what}{'' if how_many == 1 else 's'}"
 
 
 _FILTERS = (number, percent, percents, percent_interval, spread, points, counted)
