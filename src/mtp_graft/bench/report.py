@@ -15,7 +15,7 @@ from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.page import as_html, number, points, render
 from mtp_graft.checkpoint.shards import write_text
 
-REPORT_NAME = "report.html"
+PAGE_NAME = "report.html"
 _STAGES = ("fetch", "capture", "quantize", "heal", "score", "splice", "verify", "bench", "report")
 
 
@@ -55,7 +55,7 @@ def write_report(folder: Path, results: RunResults) -> Path:
     drawn = _draw(results, heads, data["seconds"])
     data["charts"] = {name: b64encode(png).decode() for name, png in drawn.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / REPORT_NAME
+    path = folder / PAGE_NAME
     write_text(render("report.html", as_html, data), path)
     return path
 

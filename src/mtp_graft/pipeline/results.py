@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtp_graft.bench.paired import paired_differences
-from mtp_graft.bench.report import REPORT_NAME as PAGE_NAME
-from mtp_graft.bench.report import RunResults, write_report
+from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.pipeline.folder import RunFolder
