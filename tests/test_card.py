@@ -2,10 +2,10 @@
 
 import json
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 from huggingface_hub import ModelCard
 
@@ -50,13 +50,6 @@ def card(run: Path) -> str:
     return re.sub(r"\n  +", " ", (run / "card/README.md").read_text())
 
 
-def section(page: str, title: str) -> str:
-    """Return a section's text; it must be there."""
-    _, found, rest = page.partition(f"\n## {title}\n")
-    assert found, f"no section {title}"
-    return rest.partition("\n## ")[0]
-
-
 def change(file: Path, **values: Any) -> None:
     """Change keys of a JSON file."""
     write(file, json.loads(file.read_text()) | values)
@@ -78,8 +71,6 @@ def change(file: Path, **values: Any) -> None:
         "| gptq (this one) | 1 | 80.3 % | 78.7 to 81.8 % | 1.80 | 79.5 % | 77.9 to 81.0 % |",
         "| GSM8K | 93 of 100 | 93.0 % | 86.3 to 96.6 % | 7 wrong |",
         "92.2 to 98.3 % | 2 AssertionError, 1 AttributeError, 3 NameError |",
-        "| base: routed experts | INT4, one scale for 128 weights (W4A16) |",
-        "| head: `ffn.shared_experts.{w1,w2,w3}` | upstream FP8 decoded to BF16 (exact) |",
         "175,376 at the most, 2 experts none (policy: pool)",
         f"| base | pastapaul/DeepSeek-V4-Flash-W4A16-FP8 | {'ab' * 20} |",
         f"| bench sweep-128k | {GPU}, vllm 0.33.0 | 61.5 | 91ae5e8c0ffee |",
@@ -116,26 +107,25 @@ def test_data_is_that_of_the_result_files_without_paths_and_answers(whole: Path)
 
 def test_same_results_give_the_same_bytes_wherever_the_run_is(whole: Path, tmp_path: Path) -> None:
     whole_run(tmp_path / "elsewhere")
-    write_card(tmp_path / "elsewhere", tmp_path / "out")
+    with mpl.rc_context({"font.size": 20, "axes.facecolor": "red"}):  # as a user may have it
+        write_card(tmp_path / "elsewhere", tmp_path / "out")
     files = {path.name: path.read_bytes() for path in (whole / "card").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
 def test_every_chart_is_shown(whole: Path) -> None:
-    shown = re.findall(r"!\[[^\]]+\]\((.+?)\.png\)", (whole / "card/README.md").read_text())
-    assert sorted(shown) == ["acceptance", "decode", "scores", "sweep-128k", "workload"]
+    shown = re.findall(r"!\[[^\]]+\]\((.+?)\)", (whole / "card/README.md").read_text())
+    names = ("acceptance", "decode", "scores", "sweep-128k", "workload")
+    assert sorted(shown) == [f"{name}.png" for name in names]
     for name in shown:
-        picture = (whole / f"card/{name}.png").read_bytes()
-        width, height = struct.unpack(">II", picture[16:24])
-        assert width == 1200 and 200 < height < 1000
+        assert (whole / "card" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_measurements_says_so_and_shows_none(run: Path) -> None:
     page = card(run)
-    missing = section(page, "Not measured")
     for what in ("bench decode --against", "bench sweep", "bench workload", "GSM8K", "HumanEval",
                  "MMLU", "Capability", "served acceptance"):  # fmt: skip
-        assert what in missing
+        assert what in page
     assert "## Decode speed" not in page and "tok/s" not in page and "model-index" not in page
     assert f"mtp-graft serve {NAME} --profile auto" in page
 
@@ -159,7 +149,8 @@ def test_two_devices_or_versions_are_never_in_one_table(
         bench(run, f"{name}-524k", result, device, vllm)
     page = card(run)
     for title in ("Decode speed, one request at a time", "Speed under load", "Everyday requests"):
-        one, two = re.split(r"(?=\*\*(?:On|Device) )", section(page, title))[1:]
+        section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        one, two = re.split(r"(?=\*\*(?:On|Device) )", section)[1:]
         assert one.startswith(f"**On {GPU}, vllm 0.33.0.**") and two.startswith(said)
         assert "524k" not in one and "128k" not in two
     assert "10.0.0.7" not in page
@@ -170,7 +161,7 @@ def test_results_of_another_checkpoint_are_left_out_and_named(run: Path) -> None
     base = bench(run, "mmlu", evaluated(53, 100))
     change(base / "config.json", server={"files": {"config.json": "0" * 64}})  # has no head
     page = card(run)
-    assert "`bench/mmlu/result.json` is of another checkpoint" in section(page, "Not measured")
+    assert "`bench/mmlu/result.json` is of another checkpoint" in page
     assert "| GSM8K |" in page and "| MMLU |" not in page
 
 
@@ -205,11 +196,10 @@ def test_formats_and_method_are_those_of_the_variant(
 def test_commands_repeat_how_it_was_served(run: Path) -> None:
     where = bench(run, "workload-524k", everyday(), k=2)
     server = json.loads((where / "config.json").read_text())["server"]
-    change(
-        where / "config.json", server=server | {"max_model_len": 9, "extra_args": ["--seed", "7"]}
-    )
+    server |= {"max_model_len": 9, "extra_args": ["--seed", "7"]}
+    change(where / "config.json", server=server)
     expected = f"mtp-graft serve {NAME} --profile 524k --max-model-len 9 -k 2 -- --seed 7\n"
-    assert expected in section(card(run), "How to run")
+    assert expected in card(run)
 
 
 def test_licence_and_base_are_what_the_run_states_and_never_a_guess(run: Path) -> None:
@@ -228,18 +218,17 @@ def test_a_failed_verification_and_scores_of_0_are_not_hidden(run: Path) -> None
     bench(run, "gsm8k", evaluated(0, 50))
     page = card(run)
     assert "| result | **failed** |" in page and "| missing tensors | 2 |" in page
-    assert "No answer was right" in section(page, "Benchmark snapshot")
+    assert "No answer was right" in page
 
 
 def test_charts_of_an_earlier_card_go_and_other_files_stay(run: Path) -> None:
     pipeline_bench(run)
     card(run)
-    assert (run / "card/decode.png").exists()
-    (run / "card/decode-mine.png").write_text("mine")
+    (run / "card/decode-mine.png").touch()
     (run / "bench/decode.json").unlink()
     card(run)
-    assert not (run / "card/decode.png").exists()
-    assert (run / "card/decode-mine.png").read_text() == "mine"
+    left = {path.name for path in (run / "card").glob("*.png")}
+    assert left == {"acceptance.png", "decode-mine.png"}
 
 
 @pytest.mark.parametrize(
