@@ -1,6 +1,6 @@
 """The model card of a run: README.md and charts for the hub, made from `card.json`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def _score_bars(label: str, result: Json) -> list[charts.Bar]:
     return [charts.Bar(label, score, shown, whisker=result["interval"])]
 
 
-_BAR_CHARTS = {
+_BAR_CHARTS: Mapping[str, tuple[str, Callable[[str, Json], list[charts.Bar]], float | None]] = {
     "decode": ("Decode speed, one request at a time, tokens a second", _decode_bars, None),
     "workload": ("Everyday requests, tokens a second", _workload_bars, None),
     "scores": ("Share of right answers, with 95 % intervals", _score_bars, 1.0),

@@ -195,7 +195,7 @@ def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
 
 def _where(manifest: Json | None) -> str:
     """Return the device and the vLLM of a manifest; of a server elsewhere neither is known."""
-    device = manifest and manifest.get("device")
+    device = manifest.get("device") if manifest else None
     if not manifest or not device or device.startswith("server at "):
         return "not recorded"
     versions = manifest["versions"]

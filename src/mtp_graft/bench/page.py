@@ -49,7 +49,15 @@ def counted(how_many: int, what: str) -> str:
     return f"{int(how_many):,} {what}{'' if how_many == 1 else 's'}"
 
 
-_FILTERS = (number, percent, percents, percent_interval, spread, points, counted)
+_FILTERS: tuple[Callable[..., str], ...] = (
+    number,
+    percent,
+    percents,
+    percent_interval,
+    spread,
+    points,
+    counted,
+)
 
 
 def as_html(text: str) -> str:
