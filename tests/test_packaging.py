@@ -126,7 +126,7 @@ def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:
     source = repo_root / "src"
     files = [f for f in source.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     expected = {f.relative_to(source).as_posix() for f in files if f.suffix != ".py"}
-    assert "mtp_graft/bench/card/card.md.jinja" in expected
+    assert "mtp_graft/bench/templates/card.md.jinja" in expected
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 

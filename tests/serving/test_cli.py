@@ -284,12 +284,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         calls.append({"recipe": recipe, "run": folder, "stages": tuple(stages), "again": again})
         report("bench: decode, 1 s", 0, 0)
         report("bench: decode, 2 s", 0, 0)
-        page = tmp_path / "report.md"
+        page = tmp_path / "report.html"
         page.touch()
-        as_html = tmp_path / "report.html"
-        as_html.write_text("<p>page</p>")
-        paths = {"report": str(page), "report_html": str(as_html)}
-        return {**RESULT, "checkpoint": str(tmp_path / "nowhere"), **paths}
+        return {**RESULT, "checkpoint": str(tmp_path / "nowhere"), "report": str(page)}
 
     monkeypatch.setattr(pipeline, "run_pipeline", run_pipeline)
     return calls
@@ -314,8 +311,7 @@ def test_demo_runs_every_stage_of_the_bundled_recipe(
     )
     assert "decode: base 20.0 tok/s, with MTP 30.0 tok/s (1.50 times)" in out
     assert "identical on every prompt" in out
-    assert f"report: {tmp_path / 'report.md'}" in out
-    assert f"report, html: {tmp_path / 'report.html'}" in out
+    assert f"report: {tmp_path / 'report.html'}" in out
     assert "nowhere" not in out, "a checkpoint that does not exist is not offered"
     assert json.loads(json_file.read_text())["acceptance"] == 0.75
     assert errors == "bench: decode\n", "a line a step, not one a second"

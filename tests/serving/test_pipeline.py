@@ -242,7 +242,7 @@ def test_the_base_is_captured_and_then_measured_beside_every_variant(
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) == set(MEASURED)
     assert result["checkpoint"] == str(folder / "splice" / GPTQ / "tiny-mtp")
-    assert result["report"] is None and result["report_html"] is None
+    assert result["report"] is None
     for variant in (GPTQ, RTN):
         verified = json.loads((folder / "verify" / f"{variant}.json").read_text())
         assert verified["loaded_in_vllm"] is True
@@ -417,9 +417,6 @@ def test_every_stage_leaves_a_manifest_and_the_report_its_page(
     result = run_pipeline(load_recipe(recipe), folder, quiet, ["report"])
     page = Path(result["report"]).read_text()
     assert "tiny-mtp" in page and "66.7 %" in page
-    assert (folder / "report" / "acceptance.png").is_file()
-    as_html = Path(result["report_html"]).read_text()
-    assert "tiny-mtp" in as_html and "66.7 %" in as_html
     for stage in ("capture", "splice", "verify", "bench", "report"):
         manifest = json.loads((folder / stage / "manifest.json").read_text())
         assert (manifest["stage"], manifest["status"]) == (stage, "done")
@@ -438,19 +435,16 @@ def test_the_report_tells_token_by_token_what_bench_recorded(
     texts = [kept[unit]["timed"][0]["texts"] for unit in units]
     assert "".join(texts[0]) == "".join(texts[1]) == "".join(f" {98 + 7 * i}" for i in range(8))
 
-    def pages() -> list[str]:
+    def page() -> str:
         result = run_pipeline(load_recipe(recipe), folder, quiet, ["report"])
-        return [Path(result[key]).read_text() for key in ("report", "report_html")]
+        return Path(result["report"]).read_text()
 
-    page, as_html = pages()
-    assert "| b0 | 8 | 6 | 3 of 5 | 60.0 % |" in page
-    assert '"drafts": {"accepted": [0, 1, 0, 1, 0, 1], "each": 1}' in as_html
-    for path in units.values():  # as run folders were before
+    assert "<td>3 of 5</td><td>60.0 %</td>" in page()
+    for path in units.values():
         unit = json.loads(path.read_text())
         del unit["stream"]
         path.write_text(json.dumps(unit))
-    for page in pages():
-        assert "When each token came was not measured in this run." in page
+    assert "When each token came was not measured in this run." in page()
 
 
 def test_stages_apart_give_what_the_whole_run_gives(
