@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mtp_graft.serving.doctor.known_issues import ISSUES
+from mtp_graft.serving.doctor.survey import canonical_name, read_survey
 from packaging.version import Version
 from typer.testing import CliRunner
 
@@ -22,8 +24,6 @@ from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.doctor import diagnose, target
 from mtp_graft.serving.doctor.findings import Finding
 from mtp_graft.serving.doctor.fix import write_corrected
-from mtp_graft.serving.doctor.known_issues import ISSUES
-from mtp_graft.serving.doctor.survey import canonical_name, read_survey
 from mtp_graft.serving.doctor.target import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import named_gpus

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mtp_graft.serving.doctor.survey import Survey
 from packaging.version import Version
 
 from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, examine, target
 from mtp_graft.serving.doctor.findings import Finding
-from mtp_graft.serving.doctor.survey import Survey
 from mtp_graft.serving.doctor.target import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import named_gpus
