@@ -116,7 +116,8 @@ def _compare(checkpoint: Checkpoint) -> tuple[_Wrong, dict[str, dict[int, str]]]
                     continue
                 group = f"config_groups.{groups[platform]}" if groups[platform] else ""
                 culprit = f"ignore: {ignored}" if ignored else group
-                place = (str(module.format), loads[platform], culprit)
+                stored = "quantized" if ignored else str(module.format)
+                place = (stored, loads[platform], culprit)
                 wrong.setdefault(place, []).append(asked[platform])
     return wrong, unnamed
 

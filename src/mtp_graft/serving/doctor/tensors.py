@@ -14,6 +14,7 @@ from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, finding, findings, listed
 from mtp_graft.serving.doctor.target import Target
 
+_COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 #: Copies of the target's, for which vLLM's drafter has rules on GPUs.
 _HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
@@ -106,6 +107,8 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     tensors, modules = checkpoint.tensors, checkpoint.modules
     asked: dict[str, Tensor] = {}
     known = set() if target.platform == "cpu" else set(_HEAD_COPIES)
+    if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
+        known |= {name for name in tensors if _COMPRESSION.search(name)}
     for name, shape in (head | base).items():
         module = modules.get(name.removesuffix(".weight"))
         stored = (module and module.format) or ("int4" if EXPERT.match(name) else "plain")
