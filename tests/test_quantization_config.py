@@ -109,13 +109,14 @@ def test_vllm_finds_the_same_schemes(case: str) -> None:
     parsed = CompressedTensorsConfig.from_config(deepcopy(config))
     parsed.apply_vllm_mapper(_make_deepseek_v4_weights_mapper("bf16"))
     parsed.packed_modules_mapping = FUSED
+    linear = nn.Linear(1, 1)
     parts = {f".{part}" for fused in FUSED.values() for part in fused}
     for layer in (0, 1, 4):
         names = {n for n in expected_formats("int4", "fp8") if n.startswith("model.layers.4.")}
         for name in {n.replace("layers.4", f"layers.{layer}") for n in names}:
             if not name.endswith((*parts, ".w2")) or ".experts." in name:  # vLLM asks for these
                 theirs, ours = (
-                    parsed.get_scheme_dict(nn.Linear(1, 1), name),
+                    parsed.get_scheme_dict(linear, name),
                     scheme_of(config, name),
                 )
                 assert (ours and ours["format"]) == (theirs and theirs["format"]), name
