@@ -18,7 +18,7 @@ from mtp_graft.checkpoint.shards import check_index, load_tensors
 from mtp_graft.cli.app import app
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
-from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
+from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.doctor import diagnose, examine, fix, target
 from mtp_graft.serving.doctor.findings import KINDS, Finding
 from mtp_graft.serving.doctor.target import Target, find_target
@@ -263,7 +263,7 @@ def test_a_bad_dimension_is_the_one_finding_of_doctor_and_an_error_of_serve(
     (finding,) = diagnose(folder, ON_H200)
     assert finding.id == "config-unusable" and found in finding.found
     with pytest.raises(GraftError, match=re.escape(found)):
-        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2), vllm_elsewhere())
+        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2))
 
 
 @pytest.mark.parametrize("value", [None, {}, [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])

@@ -16,6 +16,7 @@ from mtp_graft.serving.doctor.target import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import named_gpus
 from mtp_graft.stages.splice import splice
+from serving.conftest import install_gpus
 from serving.flash import flash
 
 ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
@@ -150,7 +151,7 @@ def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them(good: dict[str
     assert [find_target(gpu="H200", count=n).tp for n in (1, 2, 3, 6, 8)] == [1, 2, 2, 4, 8]
     options, gpus = ServeOptions(good["rtn"]), named_gpus("H200", 4)
     where = on("H200", 4, checkpoint=good["rtn"])
-    assert where.tp == make_plan(options, "auto", gpus, vllm_elsewhere()).options.num_ranks
+    assert where.tp == make_plan(options, "auto", gpus).options.num_ranks
     assert levels(diagnose(good["rtn"], where)) == {}
 
 
@@ -165,12 +166,13 @@ def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
     good: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nexit 9\n")
-    smi.chmod(0o755)
+    smi.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    install_gpus(monkeypatch, error="Driver Not Loaded")
     monkeypatch.setattr(target, "installed_vllm", vllm_elsewhere)
     found = find_target()
     assert (found.hardware, found.platform, found.tp) == (None, "cuda", 1)
     unknown, *rest = diagnose(good["rtn"], found)
     assert (unknown.id, unknown.severity) == ("gpus-unknown", "warning")
+    assert "Driver Not Loaded" in unknown.found
     assert "piecewise-graphs" in [f.id for f in rest]
