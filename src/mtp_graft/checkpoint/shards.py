@@ -133,7 +133,7 @@ class Shard:
             if name not in self.meta:
                 raise GraftError(f"{self._path}: has no tensor {name}; fetch or capture again")
             part = self.meta[name][rows] if self.meta[name].dim() else self.meta[name]
-            start = self._starts[name] + part.storage_offset() * part.element_size()
+            start = self._starts[name] + int(part.storage_offset()) * part.element_size()
             values = torch.empty(num_bytes(part), dtype=torch.uint8, pin_memory=pinned)
             view = values.numpy().data
             reads += [

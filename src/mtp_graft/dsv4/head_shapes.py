@@ -90,7 +90,9 @@ def base_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     head = {name.removeprefix(HEAD_PREFIX): shape for name, shape in head_shapes(config).items()}
     layer = {name: s for name, s in head.items() if not name.startswith(_OUTSIDE_LAYER)}
     size, vocabulary = config["hidden_size"], config["vocab_size"]
-    shapes = {"embed.weight": (vocabulary, size), "head.weight": (vocabulary, size)}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("embed.weight", "head.weight"), (vocabulary, size)
+    )
     shapes |= {name: head[name] for name in head if name.startswith(("norm.", "hc_head_"))}
     ratios = compress_ratios(config) or []
     for n in range(config["num_hidden_layers"]):

@@ -10,7 +10,7 @@ from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.dsv4.variants import is_expert
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, Module
-from mtp_graft.serving.doctor.findings import Finding, finding, listed
+from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
 from mtp_graft.serving.doctor.target import Target
 
 #: platform -> the names that its builds of vLLM ask for an expert's matrices by.
@@ -83,7 +83,7 @@ def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     for platform, layers in unnamed.items():
         where = "quantization_config.config_groups: targets of routed experts"
         found = f"none for {', '.join(_EXPERT_NAMES[platform].values())} in {len(layers)} layers"
-        severity = "error" if target.platform in (platform, None) else "warning"
+        severity: Severity = "error" if target.platform in (platform, None) else "warning"
         yield finding("expert-target-names", where, found, "both w1 and gate_proj, ...", severity)
 
 
