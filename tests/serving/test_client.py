@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.bench.evals.asking import ChatClient
 from mtp_graft.bench.streams import BenchClient, BrokenAnswer, stream_whole
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
@@ -147,34 +146,3 @@ def test_an_answer_packed_otherwise_than_it_says_is_one_error(
     url = answering("{}", Content_Encoding="gzip")
     with ServerClient(url) as client, pytest.raises(GraftError, match=f"{url}: no answer"):
         ask(client)
-
-
-def calling(**function: Any) -> dict[str, Any]:
-    return {"content": None, "tool_calls": [{"function": {"name": "f", **function}}]}
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"content": ["x"]},
-        {"content": 0},
-        {"content": "x", "reasoning": {}},
-        calling(),
-        calling(arguments={"city": "Oslo"}),
-        calling(arguments="{}", name=["f"]),
-    ],
-)
-def test_a_chats_answer_that_is_no_text_is_a_broken_answer(
-    answering: Callable[[str], str], message: dict[str, Any]
-) -> None:
-    text = one_choice(message=message, finish_reason="stop")
-    with ChatClient(answering(text)) as client, pytest.raises(BrokenAnswer):
-        client.chat({})
-
-
-def test_a_chat_that_ended_for_no_known_reason_is_a_broken_answer(
-    answering: Callable[[str], str],
-) -> None:
-    text = one_choice(message={"content": "x"}, finish_reason=["stop"])
-    with ChatClient(answering(text)) as client, pytest.raises(BrokenAnswer):
-        client.chat({})
