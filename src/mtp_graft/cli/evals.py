@@ -97,6 +97,8 @@ def _measure(
     with ExitStack() as stack:
         if folder is not None:
             config["server"] = target.identity()
+            if target.checkpoint is not None:  # what the default comes to
+                config["k"] = target.num_drafts(k)
             claim_folder(folder, config)
             if (result := finished_result(folder, "result.json")) is not None:
                 return result

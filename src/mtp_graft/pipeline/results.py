@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mtp_graft.bench.paired import paired_differences
+from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
 from mtp_graft.pipeline.device import device_name
@@ -96,8 +96,7 @@ def _recorded(folder: RunFolder) -> dict[str, Any] | None:
     base, mtp = (read_result(folder.bench_unit(unit)) for unit in ("base", "mtp"))
     if base is None or mtp is None:
         return None
-    prompts = [prompt["id"] for prompt in base["prompts"]]
-    return {"prompts": prompts, "base": base.get("stream"), "mtp": mtp.get("stream")}
+    return {"prompts": list(base["prompts"]), "base": base.get("stream"), "mtp": mtp.get("stream")}
 
 
 def _offline_on_served(
