@@ -136,18 +136,20 @@ def test_points_of_earlier_calls_are_not_measured_again_and_stay(loads: list[Any
     assert len(loads) == 4
 
 
-@pytest.mark.vllm
-def test_a_server_that_answers_no_request_is_an_error(
-    fake: Callable[..., None], our_client: None, grafted: Path, tmp_path: Path
+def test_a_point_without_an_answer_and_a_client_that_ends_are_errors(
+    vllm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(fails={str(n): "500" for n in range(1, 9)})
-    session, config = Session(), SweepConfig((1,), (1,), max_tokens=4, num_requests=2)
-    with pytest.raises(GraftError, match=r"concurrency 1: every request failed.*Internal Server"):
-        measure_sweep(Servers(grafted, tmp_path / "vllm.log"), PROMPTS, config, quiet, session)
-    assert not session.units
-    gone = nullcontext(Tokenizing())
+    def measure() -> dict[str, Any]:
+        tokenizing, config = nullcontext(Tokenizing()), SweepConfig((2,), (1,))
+        return measure_sweep(lambda _k: tokenizing, PROMPTS, config, quiet, Session())
+
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GraftError, match=r"vllm bench serve ended against http://127\.0\.0\.1:9"):
-        measure_sweep(lambda _k: gone, PROMPTS, config, quiet, session)
+        measure()
+    failed = found(errors=["refused", "refused"])
+    monkeypatch.setattr(sweep, "vllm_bench", lambda *_: nullcontext(lambda _load: failed))
+    with pytest.raises(GraftError, match=r"concurrency 2: every request failed.*refused"):
+        measure()
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
