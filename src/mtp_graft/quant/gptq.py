@@ -215,10 +215,14 @@ def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
     return ((weight @ hessian.float()) * weight).sum(dim=(-2, -1), dtype=torch.float64)
 
 
-def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
+def relative_error(
+    weight: Tensor, decoded: Tensor, hessian: Tensor, energy: Tensor | None = None
+) -> Tensor:
     """Return ||(W - Q) H^1/2||_F / ||W H^1/2||_F, float64 [B], of [B, O, I] matrices.
 
-    `hessian` [B, I, I] is undamped. The ratio is that of the outputs' root mean squares.
+    `hessian` [B, I, I] is undamped; `energy` [B] is `output_energy` of `weight` where it is known.
+    The ratio is that of the outputs' root mean squares, and 0 where all inputs are zero.
     """
-    error = output_energy(weight.float() - decoded.float(), hessian)
-    return (error / output_energy(weight, hessian)).clamp(min=0).sqrt()
+    whole = output_energy(weight, hessian) if energy is None else energy
+    lost = output_energy(weight.float() - decoded.float(), hessian)
+    return torch.where(whole > 0, lost / whole, 0.0).clamp(min=0).sqrt()

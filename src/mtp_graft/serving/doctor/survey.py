@@ -19,7 +19,7 @@ from mtp_graft.checkpoint.files import read_weight_map
 from mtp_graft.checkpoint.shards import INDEX_NAME, open_shard, read_meta
 from mtp_graft.dsv4.config import check_dimensions, compress_ratios
 from mtp_graft.dsv4.names import from_transformers
-from mtp_graft.dsv4.variants import group_by_stem
+from mtp_graft.dsv4.variants import group_by_module
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_config
 from mtp_graft.serving.doctor.formats import format_of, logical_shape
@@ -66,7 +66,7 @@ class Survey:
         """Return stem -> part -> tensor."""
         return {
             stem: {part: self.tensors[name] for part, name in by_part.items()}
-            for stem, by_part in group_by_stem(self.tensors).items()
+            for stem, by_part in group_by_module(self.tensors).items()
         }
 
     @property
