@@ -77,8 +77,9 @@ def store_head(
     stored: dict[str, Tensor] = {}
     for module, by_part in group_by_module(upstream).items():
         parts = {part: upstream[name] for part, name in by_part.items()}
-        how = {"group_size": group_size, "linears": linears}
-        stored.update(store_module(module, parts, variant, gptq_experts, **how))
+        stored |= store_module(
+            module, parts, variant, gptq_experts, group_size=group_size, linears=linears
+        )
     return stored
 
 

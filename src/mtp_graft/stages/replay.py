@@ -101,9 +101,10 @@ def _load_head(inputs: Inputs, replay: str, device: str) -> tuple[Tensor, MTPHea
     embed = inputs.read_base("embed.weight").to(device)
     others = [name for name in inputs.shards if not name.startswith(EXPERTS_PREFIX)]
     decoded = decode_head(inputs.read_upstream(others, device))
-    with_attention = replay == "true"
-    options = {"with_experts": False, "with_attention": with_attention, "device": device}
-    return embed, build_head(inputs.model, decoded, **options)
+    head = build_head(
+        inputs.model, decoded, with_experts=False, with_attention=replay == "true", device=device
+    )
+    return embed, head
 
 
 def _save(x: Tensor, experts: Tensor, path: Path) -> None:

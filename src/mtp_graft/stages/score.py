@@ -105,7 +105,7 @@ def _score(
     head = _load_head(inputs, variant, gptq_files, device)
     embed = inputs.read_base("embed.weight")  # [V, D]
     lm_head = inputs.read_base("head.weight").to(head.h_proj.weight)  # [V, D]
-    sequences = []
+    sequences: list[dict[str, Any]] = []
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
         embeds = embed[recorded.token_ids]  # [T, D]
