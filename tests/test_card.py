@@ -17,10 +17,10 @@ from mtp_graft.bench.card.metadata import find_license
 from mtp_graft.bench.card.tables import Table
 from mtp_graft.checkpoint.manifest import write_manifest
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import ModelSection, SpliceSection
+from mtp_graft.recipe import ModelSection, QuantizeSection, ScoreSection, SpliceSection
 from mtp_graft.stages.fetch import fetch
-from mtp_graft.stages.quantize import QuantizeConfig, quantize
-from mtp_graft.stages.score import ScoreConfig, score
+from mtp_graft.stages.quantize import quantize
+from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 from run_folder import (
@@ -564,9 +564,9 @@ def test_card_of_what_the_real_stages_leave(tiny_model: Path, tmp_path: Path) ->
     write_capture(run / "capture", sequences)
     fetch(ModelSection("tiny", str(base), str(upstream)), run / "fetch", quiet)
     folders = (run / "capture", upstream, base, run / "quantize")
-    quantize(*folders, QuantizeConfig(), quiet)
-    config = ScoreConfig(variants=("rtn", "gptq"))
-    score(run / "capture", run / "quantize", upstream, base, run / "score", config, quiet)
+    quantize(*folders, QuantizeSection(device="cpu"), quiet)
+    inputs = (run / "capture", run / "quantize", upstream, base, run / "score")
+    score(*inputs, ("rtn", "gptq"), ScoreSection(device="cpu"), quiet)
     folder = run / "splice/gptq/tiny"
     folder.parent.mkdir(parents=True)
     splice(base, upstream, folder, "gptq", quantized=run / "quantize")

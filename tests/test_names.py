@@ -94,39 +94,6 @@ def test_bundled_upstream_holds_the_formats_tensors_and_a_scale_for_each_matrix(
     assert index_names(tiny_model / "upstream") == HEAD | scales
 
 
-def test_experts_are_split_gate_first_and_keep_their_values() -> None:
-    gate_up = torch.arange(2 * 6 * 4).reshape(2, 6, 4)  # [E, 2M, D]
-    down = torch.arange(2 * 4 * 3).reshape(2, 4, 3)  # [E, D, M]
-    prefix = "model.layers.7.mlp.experts"
-    split = names.split_experts(f"{prefix}.gate_up_proj", gate_up)
-    split |= names.split_experts(f"{prefix}.down_proj", down)
-    assert len(split) == 6
-    for e in range(2):
-        native = f"layers.7.ffn.experts.{e}"
-        assert torch.equal(split[f"{native}.w1.weight"], gate_up[e, :3])
-        assert torch.equal(split[f"{native}.w3.weight"], gate_up[e, 3:])
-        assert torch.equal(split[f"{native}.w2.weight"], down[e])
-
-
-def test_head_module_is_renamed_without_touching_values() -> None:
-    state = {
-        "layer.mlp.experts.gate_up_proj": torch.arange(24).reshape(1, 6, 4),
-        "layer.mlp.shared_experts.up_proj.weight": torch.ones(2, 2),
-        "layer.attn_hc.fn": torch.full((1,), 2.0),
-        "hc_head.hc_fn": torch.full((1,), 3.0),
-    }
-    renamed = names.head_from_module(state)
-    gate_up = state["layer.mlp.experts.gate_up_proj"]
-    assert torch.equal(renamed.pop("mtp.0.ffn.experts.0.w1.weight"), gate_up[0, :3])
-    assert torch.equal(renamed.pop("mtp.0.ffn.experts.0.w3.weight"), gate_up[0, 3:])
-    expected = {
-        "mtp.0.ffn.shared_experts.w3.weight": state["layer.mlp.shared_experts.up_proj.weight"],
-        "mtp.0.hc_attn_fn": state["layer.attn_hc.fn"],
-        "mtp.0.hc_head_fn": state["hc_head.hc_fn"],
-    }
-    assert renamed == expected
-
-
 def test_storage_dtypes_are_those_of_the_format() -> None:
     assert all(names.storage_dtype(f"mtp.0.{name}") == torch.float32 for name in F32)
     assert all(names.storage_dtype(f"mtp.0.{name}") == torch.bfloat16 for name in BF16)
@@ -153,9 +120,3 @@ def test_quantized_matrices_are_recognized_by_name(tiny_model: Path) -> None:
     fp8.add("layers.2.attn.indexer.wq_b.weight")
     assert {name for name in base if names.FP8_LINEAR.search(name)} == fp8
     assert len({name for name in base if names.EXPERT.match(name)}) == 4 * 3 * NUM_EXPERTS
-
-
-def test_an_expert_name_gives_its_parts() -> None:
-    match = names.EXPERT.match("mtp.0.ffn.experts.12.w3.weight")
-    assert match is not None
-    assert match.groupdict() == {"layer": "mtp.0", "expert": "12", "matrix": "w3"}

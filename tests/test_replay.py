@@ -123,28 +123,6 @@ def test_router_chooses_the_largest_biased_scores(
         assert sorted(ranked[: config.num_experts_per_tok]) == chosen
 
 
-def test_module_names_come_back_to_the_native_ones(
-    config: DeepseekV4Config, decoded: dict[str, Tensor]
-) -> None:
-    native = names.head_from_module(build_head(config, decoded).state_dict())
-    assert native.keys() == decoded.keys()
-    assert all(torch.equal(native[name], tensor) for name, tensor in decoded.items())
-
-
-def test_bf16_head_keeps_its_float32_parameters(
-    config: DeepseekV4Config, decoded: dict[str, Tensor]
-) -> None:
-    head = build_head(config, decoded, dtype=torch.bfloat16)
-    state = names.head_from_module(head.state_dict())
-    assert {n for n, t in state.items() if t.dtype == torch.float32} == {
-        name for name in state if names.storage_dtype(name) == torch.float32
-    }
-    residual, embeds, lm_head = sequence(config, seed=3)
-    drafts = replay_drafts(head, lm_head.bfloat16(), residual, embeds)
-    exact = replay_drafts(build_head(config, decoded), lm_head, residual, embeds)
-    assert (drafts == exact).float().mean() > 0.9
-
-
 def test_missing_unexpected_and_misshapen_tensors_are_named(
     config: DeepseekV4Config, decoded: dict[str, Tensor]
 ) -> None:

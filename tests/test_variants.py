@@ -77,14 +77,6 @@ def test_rtn_changes_the_experts_alone_and_decodes_as_stored(upstream: dict[str,
     assert torch.equal(decoded[f"{EXPERT}.weight"].double(), decode_int4(packed, scale, 128))
 
 
-def test_gptq_stores_the_experts_it_is_given(
-    upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor]
-) -> None:
-    stored = variants.store_head(upstream, "gptq", gptq_experts)
-    assert stored.keys() == variants.store_head(upstream, "rtn").keys()
-    assert all(stored[name] is tensor for name, tensor in gptq_experts.items())
-
-
 def test_gptq_without_an_expert_is_an_error_that_names_it(
     upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor]
 ) -> None:
