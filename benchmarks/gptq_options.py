@@ -25,7 +25,7 @@ from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import relative_error
 from mtp_graft.recipe import QuantizeSection
 from mtp_graft.stages.inputs import open_inputs
-from mtp_graft.stages.parallel import Clock, Ranks
+from mtp_graft.stages.parallel import Clock
 from mtp_graft.stages.replay import replay_capture
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
@@ -75,7 +75,7 @@ def calibrate(
     """Return the original weights, the Hessians of a split, and each expert's tokens."""
     inputs = open_inputs(capture, MODEL / "upstream", MODEL / "base", split)
     out.mkdir()
-    routed = replay_capture(inputs, out, replay, Ranks(), Clock("cpu"), lambda *_: None)
+    routed = replay_capture(inputs, out, replay, Clock("cpu"), lambda *_: None)
     experts = range(inputs.model.n_routed_experts)
     decoded = decode_head(inputs.read_upstream([*inputs.shards]), is_expert)
     weights = {

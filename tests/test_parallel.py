@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mtp_graft.stages.parallel import Ranks, read_ahead, write_behind
+from mtp_graft.stages.parallel import read_ahead, share, torch_device, write_behind
 
 
 class Broken(Exception):
@@ -86,10 +86,16 @@ def test_an_error_of_writing_is_not_lost() -> None:
         write(fail)
 
 
-def test_every_unit_is_in_one_share_and_every_rank_has_a_gpu_of_its_own() -> None:
-    units = list(range(11))
-    shares = [Ranks(rank, 3).share(units) for rank in range(3)]
-    assert sorted(unit for share in shares for unit in share) == units
-    assert [Ranks(r, 2, r).device("cuda") for r in range(2)] == ["cuda:0", "cuda:1"]
-    assert Ranks(1, 2, 1).device("cpu") == "cpu"
-    assert Ranks().device("cuda") == "cuda"
+def test_every_unit_is_in_one_share_and_every_rank_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert (share(range(3)), torch_device("cuda")) == ([0, 1, 2], "cuda")
+    shares, devices = [], []
+    for rank in range(3):
+        for name, value in (("WORLD_SIZE", 3), ("RANK", rank), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))  # as torchrun does
+        shares.append(share(range(11)))
+        devices.append(torch_device("cuda"))
+        assert torch_device("cpu") == "cpu"
+    assert sorted(unit for each in shares for unit in each) == list(range(11))
+    assert devices == ["cuda:0", "cuda:1", "cuda:2"]

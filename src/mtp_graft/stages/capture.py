@@ -9,7 +9,6 @@ A prompt's text, and then its recording, are the units that a killed run keeps.
 
 import json
 import platform
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -96,7 +95,6 @@ def capture(
     with serving as client, _explained(client, log):
         asked, dropped = _choose(client, settings)
         generate_tok_s = _generate(client, out, settings, asked, report)
-        _check_space(base, out)
         prefill_tok_s = _record(client, out, settings, report)
     sequences = read_sequences(out)
     seconds = time.perf_counter() - started
@@ -215,23 +213,6 @@ def _generate(
         tokens += len(text.continuation)
         report("capture: generate", finished, len(asked))
     return tokens / (time.perf_counter() - started) if tokens else None
-
-
-def _check_space(base: Path, out: Path) -> None:
-    """Raise GraftError if what is left to record does not fit the disk."""
-    recorded = {sequence.number for sequence in read_sequences(out)}
-    tokens = sum(len(t.token_ids) for t in read_texts(out) if t.number not in recorded)
-    config = json.loads((base / "config.json").read_text())
-    try:
-        needed = tokens * config["hc_mult"] * config["hidden_size"] * 2  # BF16
-    except KeyError as error:
-        raise GraftError(f"{base / 'config.json'}: has no {error}; expected DeepSeek-V4") from error
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise GraftError(
-            f"{out}: {free:,} bytes free, {needed:,} needed for the residuals of {tokens:,} "
-            "tokens; make room or use another --run"
-        )
 
 
 def _record(

@@ -3,10 +3,9 @@
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -61,36 +60,60 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
             future.result()
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process's place among those that share the work."""
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Join the ranks that torchrun started, over gloo; without it this process is the only one.
 
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+    Nothing large goes between ranks: each writes files of its own.
+    """
+    if num_ranks() == 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
-    def share(self, units: list[Item]) -> list[Item]:
-        """Return this rank's part of the units of work."""
-        return units[self.rank :: self.size]
 
-    def device(self, name: str) -> str:
-        """Return this rank's device: `auto` is a GPU if there is one, each rank has its own."""
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return f"cuda:{self.local_rank}" if name == "cuda" and self.size > 1 else name
+def num_ranks() -> int:
+    """Return how many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    def wait(self) -> None:
-        """Return when every rank has called this."""
-        if self.size > 1:
-            dist.barrier()
 
-    def gather(self, value: Item) -> list[Item]:
-        """Return every rank's value, in the order of the ranks."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first_rank() -> bool:
+    """Return whether this rank prints, and writes what is one for all."""
+    return _rank() == 0
+
+
+def share(units: Sequence[Item]) -> list[Item]:
+    """Return this rank's part of the units of work."""
+    return list(units[_rank() :: num_ranks()])
+
+
+def wait_for_ranks() -> None:
+    """Return when every rank has called this."""
+    if num_ranks() > 1:
+        dist.barrier()
+
+
+def gather(value: Item) -> list[Item]:
+    """Return every rank's value, in the order of the ranks."""
+    values: list[Any] = [value] * num_ranks()
+    if num_ranks() > 1:
         dist.all_gather_object(values, value)
-        return values
+    return values
+
+
+def torch_device(wanted: str) -> str:
+    """Return this rank's device: `auto` is a GPU if there is one, each rank has its own."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if wanted == "cuda" and num_ranks() > 1 else wanted
 
 
 class Clock:
@@ -120,30 +143,3 @@ class Clock:
     def peak_gpu_bytes(self) -> int:
         """Return the most GPU memory that this process had allocated since the clock began."""
         return 0 if self.device == "cpu" else torch.cuda.max_memory_allocated(self.device)
-
-
-def num_ranks() -> int:
-    """Return how many ranks torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_rank() -> bool:
-    """Return whether this rank prints, and writes what is one for all."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-@contextmanager
-def torchrun_ranks() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started, over gloo; without it, be the only one.
-
-    Nothing large goes between ranks: each writes files of its own.
-    """
-    size = num_ranks()
-    if size == 1:
-        yield Ranks()
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield Ranks(dist.get_rank(), size, int(os.environ["LOCAL_RANK"]))
-    finally:
-        dist.destroy_process_group()

@@ -54,7 +54,17 @@ from mtp_graft.stages.inputs import (
     open_inputs,
     single_thread,
 )
-from mtp_graft.stages.parallel import Clock, read_ahead, torchrun_ranks, write_behind
+from mtp_graft.stages.parallel import (
+    Clock,
+    gather,
+    is_first_rank,
+    joined_ranks,
+    read_ahead,
+    share,
+    torch_device,
+    wait_for_ranks,
+    write_behind,
+)
 from mtp_graft.stages.replay import is_whole, replay_capture, to_host
 
 REPLAY, GPTQ = "replay", "gptq"
@@ -81,29 +91,29 @@ def quantize(
     if `out` is of another configuration.
     """
     started = time.perf_counter()
-    with torchrun_ranks() as ranks, single_thread():
+    with joined_ranks(), single_thread():
         inputs = _open(capture, upstream, base, settings)
-        clock = Clock(ranks.device(settings.device))
-        if ranks.rank == 0:
+        clock = Clock(torch_device(settings.device))
+        if is_first_rank():
             _claim(out, inputs, settings, clock.device)
-        ranks.wait()
+        wait_for_ranks()
         if (finished := finished_result(out, REPORT_NAME)) is not None:
             return finished
         files = _batch_files(out, inputs.model.n_routed_experts, settings.experts_per_batch)
-        pending = {e: files[e] for e in ranks.share([*files]) if not _is_done(files[e])}
+        pending = {e: files[e] for e in share([*files]) if not _is_done(files[e])}
         # The first experts come in while the last sequences are replayed.
         read = partial(_read_experts, inputs, clock.device)
         with read_ahead(read, pending, _BATCHES_AHEAD) as upstream_experts:
-            routed = replay_capture(inputs, out / REPLAY, settings.replay, ranks, clock, report)
+            routed = replay_capture(inputs, out / REPLAY, settings.replay, clock, report)
             _quantize(inputs, settings, routed, upstream_experts, pending, clock, report)
-        measured = ranks.gather((clock.seconds, clock.peak_gpu_bytes(), _peak_host_bytes()))
+        measured = gather((clock.seconds, clock.peak_gpu_bytes(), _peak_host_bytes()))
         result = _report(inputs, settings, [*files.values()], measured)
         total = result["seconds"]["total"] = time.perf_counter() - started
-        if ranks.rank == 0:
+        if is_first_rank():
             write_json(result, out / REPORT_NAME)
             given = inputs.indexes()
             write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
-        ranks.wait()
+        wait_for_ranks()
         return result
 
 

@@ -22,7 +22,7 @@ from mtp_graft.dsv4.replay import build_head, replay_routing
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Inputs, Progress
-from mtp_graft.stages.parallel import Clock, Ranks, read_ahead, write_behind
+from mtp_graft.stages.parallel import Clock, read_ahead, share, wait_for_ranks, write_behind
 
 #: Sequences that are read ahead.
 _AHEAD = 8
@@ -34,7 +34,7 @@ Kept = Mapping[CapturedSequence, tuple[Tensor, Tensor]]
 
 
 def replay_capture(
-    inputs: Inputs, folder: Path, replay: str, ranks: Ranks, clock: Clock, report: Progress
+    inputs: Inputs, folder: Path, replay: str, clock: Clock, report: Progress
 ) -> RoutedTokens:
     """Return what reaches the experts; write a file of it for every sequence that has none yet.
 
@@ -45,7 +45,7 @@ def replay_capture(
     model, sequences = inputs.model, inputs.sequences
     files = {s: folder / f"{s.number:06d}.safetensors" for s in sequences}
     pending = [s for s in sequences if not is_whole(files[s])]
-    mine = ranks.share(pending)
+    mine = share(pending)
     lengths = [s.calibration_tokens for s in sequences]
     fits = 2 * sum(lengths) * model.hidden_size <= RESIDENT_BYTES
     device = clock.device if fits else "cpu"
@@ -62,7 +62,7 @@ def replay_capture(
         compute = partial(_compute, inputs, replay, clock)
         for number, _ in enumerate(compute(mine, kept, files), start=done + 1):
             report("replay", number, total)
-    ranks.wait()  # every rank needs every sequence
+    wait_for_ranks()  # every rank needs every sequence
     with clock.timed("io"):
         _read([s for s in sequences if s not in set(mine)], kept, files)
         return RoutedTokens(x, experts, model.n_routed_experts)
