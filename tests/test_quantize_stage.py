@@ -37,17 +37,17 @@ LENGTHS = (40, 25, 60, 33)
 EXPERT = "mtp.0.ffn.experts."
 Run = Callable[..., dict[str, Any]]
 
-PROGRAM = """
+KILLED_PROGRAM = """
 import os, signal, sys
 from pathlib import Path
 from mtp_graft.recipe import QuantizeSection
 from mtp_graft.stages.quantize import quantize
 
-def report(label, done, total):
-    if "kill" in sys.argv and (label, done) == ("gptq", 32):
+def kill(label, done, total):
+    if (label, done) == ("gptq", 32):
         os.kill(os.getpid(), signal.SIGKILL)
 
-quantize(*map(Path, sys.argv[1:5]), QuantizeSection(device="cpu"), report)
+quantize(*map(Path, sys.argv[1:]), QuantizeSection(device="cpu"), kill)
 """
 
 
@@ -204,7 +204,7 @@ def test_a_killed_run_loses_no_finished_unit(
     run: Run, done: Path, capture: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     inputs = (capture, tiny_model / "upstream", tiny_model / "base", tmp_path / "q")
-    command = [sys.executable, "-c", PROGRAM, *map(str, inputs), "kill"]
+    command = [sys.executable, "-c", KILLED_PROGRAM, *map(str, inputs)]
     killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert len(list((tmp_path / "q").glob("replay/*.safetensors"))) == len(LENGTHS)
@@ -246,35 +246,23 @@ def test_other_settings_or_another_capture_are_refused(
 
 
 @pytest.mark.slow
-def test_two_ranks_write_the_bytes_of_one(
-    done: Path, capture: Path, tiny_model: Path, tmp_path: Path
+def test_the_documented_command_on_two_ranks_writes_the_bytes_of_one(
+    done: Path, capture: Path, tmp_path: Path, repo_root: Path
 ) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    inputs = (capture, tiny_model / "upstream", tiny_model / "base", tmp_path / "q")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(tmp_path / "program.py"), *map(str, inputs)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert hashes(tmp_path / "q") == hashes(done)
-    together, alone = read_report(tmp_path / "q"), read_report(done)
-    assert together["ranks"] == 2
-    for key in together.keys() - {"seconds", "peak_host_bytes", "ranks"}:
-        assert together[key] == alone[key], key
-
-
-@pytest.mark.slow
-def test_the_documented_command_quantizes_on_two_ranks(tmp_path: Path, repo_root: Path) -> None:
     recipe, run = repo_root / "recipes" / "tiny.toml", tmp_path / "run"
-    write_capture(run / "capture", random_sequences((40, 25, 60), hidden=HIDDEN, vocab=4096))
+    shutil.copytree(capture, run / "capture")
     (run / "capture" / "manifest.json").write_text("{}")  # says that it is finished
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "--", "mtp_graft.cli", "quantize", str(recipe), "--run", str(run)]
-    command += ["--json", str(tmp_path / "result.json")]
+    command += ["--set", "quantize.device=cpu", "--json", str(tmp_path / "result.json")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("quantize: done") == 1, "one rank prints"
-    assert json.loads((tmp_path / "result.json").read_text())["ranks"] == 2
-    assert hashes(run / "quantize")
+    assert hashes(run / "quantize") == hashes(done)
+    together, alone = json.loads((tmp_path / "result.json").read_text()), read_report(done)
+    assert together["ranks"] == 2
+    for key in together.keys() - {"seconds", "peak_host_bytes", "ranks"}:
+        assert together[key] == alone[key], key
 
 
 def test_no_other_stage_is_run_on_several_ranks(tmp_path: Path, repo_root: Path) -> None:
@@ -287,18 +275,18 @@ def test_no_other_stage_is_run_on_several_ranks(tmp_path: Path, repo_root: Path)
 
 
 @pytest.fixture(scope="module")
-def two_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A capture of two calibration tokens minus one: most experts get none."""
+def one_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture of three tokens, one of them to calibrate on: most experts get none."""
     folder = tmp_path_factory.mktemp("short")
     write_capture(folder, random_sequences((3,), hidden=HIDDEN, vocab=4096))
     return folder
 
 
 def test_experts_without_tokens_share_all_tokens_under_pool(
-    run: Run, two_tokens: Path, tmp_path: Path, upstream: dict[str, Tensor]
+    run: Run, one_token: Path, tmp_path: Path, upstream: dict[str, Tensor]
 ) -> None:
     """Hessians have rank one; damping by tokens makes them regular."""
-    report = run(tmp_path, capture=two_tokens)
+    report = run(tmp_path, capture=one_token)
     empty, counts = report["experts_without_tokens"], report["tokens_per_expert"]["counts"]
     assert len(empty) >= NUM_EXPERTS - 12
     assert report["zero_token_policy"] == "pool"
@@ -316,10 +304,12 @@ def test_experts_without_tokens_share_all_tokens_under_pool(
 
 
 def test_experts_without_tokens_are_rounded_under_rtn(
-    run: Run, two_tokens: Path, tmp_path: Path, upstream: dict[str, Tensor]
+    run: Run, one_token: Path, tmp_path: Path, upstream: dict[str, Tensor]
 ) -> None:
-    report = run(tmp_path, capture=two_tokens, zero_tokens="rtn", scale="absmax")
-    rounded, stored = store_head(upstream, "rtn"), stored_experts(tmp_path)
+    settings = {"zero_tokens": "rtn", "scale": "absmax", "group_size": 64}
+    report = run(tmp_path, capture=one_token, **settings)
+    assert report["variants"]["gptq"]["bits_per_weight"] == 4.25
+    rounded, stored = store_head(upstream, "rtn", group_size=64), stored_experts(tmp_path)
     for e in report["experts_without_tokens"]:
         for name in (n for n in stored if n.startswith(f"{EXPERT}{e}.")):
             assert torch.equal(stored[name], rounded[name]), name
@@ -354,12 +344,6 @@ def test_replay_without_attention_gives_the_experts_the_stream_that_came_in(
     torch.testing.assert_close(x, expected[:-1].bfloat16(), rtol=0, atol=0.02)
 
 
-def test_other_group_sizes_work(run: Run, tmp_path: Path) -> None:
-    report = run(tmp_path, group_size=64)
-    assert report["variants"]["gptq"]["bits_per_weight"] == 4.25
-    assert stored_experts(tmp_path)[f"{EXPERT}0.w1.weight_scale"].shape == (256, HIDDEN // 64)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -369,10 +353,10 @@ def test_other_group_sizes_work(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_do_not_work_are_named(
-    run: Run, two_tokens: Path, tmp_path: Path, settings: dict[str, Any], message: str
+    run: Run, one_token: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(GraftError, match=message):
-        run(tmp_path, capture=two_tokens, **settings)
+        run(tmp_path, capture=one_token, **settings)
 
 
 def test_a_capture_that_is_broken_or_of_another_model_is_refused(run: Run, tmp_path: Path) -> None:

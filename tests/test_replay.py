@@ -86,7 +86,7 @@ def test_drafts_are_the_argmax_of_the_heads_logits(
     assert (best[:, 0] - best[:, 1]).min() > 1e-4, "a near tie: choose another seed"
     head = build_head(config, decoded)
     assert replay_drafts(head, lm_head, residual, embeds).tolist() == logits.argmax(-1).tolist()
-    late = replay_drafts(head, lm_head, residual, embeds, first_row=40)
+    late = replay_drafts(head, lm_head, residual, embeds, start=40)
     assert late.tolist() == logits.argmax(-1).tolist()[40:]
 
 

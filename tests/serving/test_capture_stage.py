@@ -217,33 +217,27 @@ test.take(base, out, test.wanted(out.parent))
 """
 
 
-@pytest.mark.parametrize("file", ["texts.jsonl", "index.jsonl"])
 def test_a_killed_client_goes_on_where_it_was(
-    file: str,
-    base: Path,
-    vllm: Path,
-    fake: Callable[..., None],
-    tmp_path: Path,
-    repo_root: Path,
+    base: Path, vllm: Path, fake: Callable[..., None], tmp_path: Path, repo_root: Path
 ) -> None:
     out, log, record = tmp_path / "capture", tmp_path / "requests", tmp_path / "record.json"
     fake(step_s=0.1, record=str(record), ends=ENDS)
     site = os.environ["PYTHONPATH"]
     environment = {**os.environ, "PYTHONPATH": f"{repo_root / 'tests'}:{site}"}
     client = subprocess.Popen([sys.executable, "-c", CLIENT, base, out], env=environment)
-    wait_for_lines(out / file, 3, client)
+    wait_for_lines(out / "index.jsonl", 3, client)
     client.kill()
     client.wait()
     for pid in json.loads(record.read_text())["pids"]:
         with suppress(ProcessLookupError):  # the server may end with its client
             os.kill(pid, signal.SIGKILL)
     texts, sequences = read_texts(out), read_sequences(out)
-    assert 0 < len(texts if file == "texts.jsonl" else sequences) < NUM_PROMPTS
+    assert 0 < len(sequences) < NUM_PROMPTS
 
     fake(requests=str(log), ends=ENDS)
     take(base, out, wanted(tmp_path))
     check_complete(out)
-    assert asked(log).get(NEW_TOKENS, 0) == NUM_PROMPTS - len(texts)
+    assert NEW_TOKENS not in asked(log), "all texts were finished"
     assert [text for text in read_texts(out) if text in texts] == texts
     kept = {s.number: s for s in read_sequences(out)}
     assert all(kept[s.number] == s for s in sequences)

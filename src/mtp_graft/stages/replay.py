@@ -86,7 +86,7 @@ def _compute(
                 recorded = next(captured)
             x, experts = kept[sequence]
             with clock.timed("replay", tf32=True):
-                known = sequence.calibration_tokens + 1  # row i reads token i + 1
+                known = sequence.calibration_tokens + 1  # at token i the head reads token i + 1
                 embeds = embed[recorded.token_ids[:known].to(clock.device)]  # [T + 1, D]
                 routed = replay_routing(head, recorded.residual[:known], embeds)
                 x.copy_(routed.x)

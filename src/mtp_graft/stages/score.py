@@ -109,7 +109,7 @@ def _score(
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
         embeds = embed[recorded.token_ids]  # [T, D]
-        drafts = replay_drafts(head, lm_head, recorded.residual, embeds, first_row=start - 1)
+        drafts = replay_drafts(head, lm_head, recorded.residual, embeds, start=start - 1)
         made, accepted = count_drafts(drafts.tolist(), recorded.token_ids[start:].tolist())
         sequences.append({"id": sequence.id, "drafts": made, "accepted": accepted})
         report(label, done, total)
