@@ -21,7 +21,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ScoreSection
 from mtp_graft.stages.score import count_drafts, score
 from quantized import write_quantized
-from synthetic_capture import random_sequences, write_capture
+from synthetic_capture import Played, random_sequences, write_capture
 
 tokens = st.integers(0, 2)  # few, so that drafts are hit by chance
 Run = Callable[..., dict[str, Any]]
@@ -108,33 +108,30 @@ def test_score_counts_the_heads_drafts(
     upstream = load_tensors(tiny_model / "upstream")
     head = build_head(config, decode_head(store_head(upstream, "gptq", experts)))
 
+    def drafts(sequence: Played) -> list[int]:
+        embeds = base["embed.weight"][sequence.token_ids]
+        lm_head, residual = base["head.weight"].float(), sequence.residual.bfloat16()
+        return replay_drafts(head, lm_head, residual, embeds).tolist()
+
     sequences = random_sequences((40, 28), hidden=256, vocab=4096, split="evaluation", seed=4)
     expected = []
     for number, sequence in enumerate(sequences):
-        residual, ids = sequence.residual.bfloat16(), sequence.token_ids
-        start = sequence.prompt_tokens
+        ids, start = sequence.token_ids, sequence.prompt_tokens
         for i in range(start - 1, len(ids) - 2):
             if i % 3:  # the token two ahead becomes what the head drafts: it sees no later one
-                drafts = replay_drafts(
-                    head, base["head.weight"].float(), residual, base["embed.weight"][ids]
-                )
-                ids[i + 2] = drafts[i]
-        drafts = replay_drafts(
-            head, base["head.weight"].float(), residual, base["embed.weight"][ids]
-        ).tolist()
-        verified, accepted = serve(ids.tolist()[start:], [*drafts[start - 1 :], -1])
+                ids[i + 2] = drafts(sequence)[i]
+        verified, accepted = serve(ids.tolist()[start:], [*drafts(sequence)[start - 1 :], -1])
         assert 0 < accepted < verified
         expected.append({"id": f"prompt-{number}", "drafts": verified, "accepted": accepted})
     write_capture(tmp_path / "capture", sequences)
 
     result = run(tmp_path / "score", capture=tmp_path / "capture")["acceptance"]
-    assert result["gptq"]["sequences"] == expected
-    assert result["gptq"]["tokens"] == sum(s["drafts"] for s in expected)
-    assert result["gptq"]["accepted"] == sum(s["accepted"] for s in expected)
-    assert result["gptq"]["top1"] == result["gptq"]["accepted"] / result["gptq"]["tokens"]
+    gptq = result["gptq"]
+    assert gptq["sequences"] == expected
+    assert gptq["tokens"] == sum(s["drafts"] for s in expected)
+    assert gptq["top1"] == sum(s["accepted"] for s in expected) / gptq["tokens"]
+    assert gptq["interval"][0] < gptq["top1"] < gptq["interval"][1]
     assert result["mxfp4"] == result["bf16"], "both decode to upstream's values"
-    low, high = result["gptq"]["interval"]
-    assert low < result["gptq"]["top1"] < high
 
 
 def test_a_result_that_is_torn_or_gone_is_named(run: Run, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -80,13 +80,10 @@ def capture(
     """Capture the prompts wanted for each split into `out`, from a server of `base`.
 
     `serving` gives a server started with `recording_options` that gets no other requests; it is
-    not entered if the capture is finished already. What an earlier, killed call finished is not
-    done again. Returns `sequences`, `tokens`, `splits`, `dropped` (`id`, `split` and `tokens` of
-    prompts that are too long), `tok_s` (`generate`, `prefill`, `prefill_recording`; null where
-    nothing was left to measure), `seconds` and `folder`.
-
-    Raises GraftError if the server fails (with the reason from its `log`), does not record, if a
-    source has too few prompts that are short enough, or if `out` was begun with another base,
+    not entered if the capture is finished. What an earlier, killed call finished is not done again.
+    Of the result, `dropped` are prompts that are too long, and a speed is null where nothing was
+    left to measure. Raises GraftError if the server fails (with the reason from its `log`) or does
+    not record, for too few prompts that are short enough, and if `out` was begun with another base,
     other prompts or other settings.
     """
     if (finished := _finished(base, out, settings)) is not None:
@@ -235,16 +232,15 @@ def _record(
 
     def record(block: Sequence[FinishedText]) -> None:
         with switched_on(out):
-            for _ in concurrently(lambda text: client.complete(text.token_ids, 1), block, size):
-                collector.collect()
-                report("capture: record", len(texts) - len(collector), len(texts))
+            prefill(block)
             collector.wait_for(block)
+        report("capture: record", len(texts) - len(collector), len(texts))
 
     report("capture: record", len(recorded), len(texts))
     tokens, seconds = 0, {"prefill": 0.0, "prefill_recording": 0.0}
+    ways: list[tuple[str, Callable[[Sequence[FinishedText]], None]]]
     ways = [("prefill", prefill), ("prefill_recording", record)]
-    for block in blocks[:1]:
-        prefill(block)  # warm-up: the first prefills of such length
+    prefill(missing[:size])  # warm-up: the first prefills of such length
     for block in blocks[:_MEASURED_BLOCKS]:
         tokens += sum(len(text.token_ids) for text in block)
         for name, send in ways:
@@ -254,6 +250,5 @@ def _record(
         ways.reverse()
     for block in blocks[_MEASURED_BLOCKS:]:
         record(block)
-    report("capture: record", len(texts), len(texts))
     remove_strays(out)
     return {name: tokens / s if tokens else None for name, s in seconds.items()}

@@ -71,6 +71,8 @@ REPLAY, GPTQ = "replay", "gptq"
 #: Batches of upstream's experts that are read ahead, and written at once: while one is synced,
 #: another can be copied.
 _BATCHES_AHEAD, _WRITERS = 2, 2
+#: What of the settings the report and the checkpoint's manifest have.
+_GPTQ_SETTINGS = ("damp", "damping", "group_size", "order", "scale")
 #: What the report says of each way to replay.
 _REPLAYS = {"true": "true attention", "identity": "attention skipped (identity residual)"}
 
@@ -300,11 +302,7 @@ def _report(
         "peak_gpu_bytes": max(gpu_bytes),
         "peak_host_bytes": max(host_bytes),
         "ranks": len(measured),
-        "damp": settings.damp,
-        "damping": settings.damping,
-        "group_size": settings.group_size,
-        "order": settings.order,
-        "scale": settings.scale,
+        **{key: getattr(settings, key) for key in _GPTQ_SETTINGS},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
         "replay": _REPLAYS[settings.replay],
     }
