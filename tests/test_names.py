@@ -31,7 +31,7 @@ F32 = [
     "attn.attn_sink",
     *(f"hc_{place}_{p}" for place in ("attn", "ffn", "head") for p in ("fn", "base", "scale")),
 ]
-HEAD = {f"mtp.0.{name}" for name in [*(f"{stem}.weight" for stem in SCALED), *BF16, *F32]}
+HEAD = {f"mtp.0.{name}" for name in [*(f"{module}.weight" for module in SCALED), *BF16, *F32]}
 
 
 def index_names(folder: Path) -> set[str]:
@@ -76,21 +76,13 @@ def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
             assert theirs == name, native
 
 
-def test_base_names_are_those_of_the_bundled_checkpoint(
-    base_state: dict[str, Tensor], tiny_model: Path
+def test_renamed_modules_have_the_names_of_the_format(
+    base_state: dict[str, Tensor], head_state: dict[str, Tensor], tiny_model: Path
 ) -> None:
     renamed = names.base_from_transformers(base_state)
     assert set(renamed) == weights_of(index_names(tiny_model / "base"))
-
-
-def test_head_names_are_those_of_the_format(head_state: dict[str, Tensor]) -> None:
     assert set(names.head_from_module(head_state)) == HEAD
-
-
-def test_bundled_upstream_holds_the_formats_tensors_and_a_scale_for_each_matrix(
-    tiny_model: Path,
-) -> None:
-    scales = {f"mtp.0.{stem}.scale" for stem in SCALED}
+    scales = {f"mtp.0.{module}.scale" for module in SCALED}
     assert index_names(tiny_model / "upstream") == HEAD | scales
 
 
