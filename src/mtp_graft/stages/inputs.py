@@ -39,9 +39,14 @@ class Inputs:
     sequences: list[CapturedSequence]
 
     def files(self, *base_tensors: str) -> list[Path]:
-        """Return all files that a stage's result depends on, with the base's of these tensors."""
+        """Return all files that a stage's result depends on, with the base's of these tensors.
+
+        Raises GraftError for a base without them, or with others than its config.json says.
+        """
         recordings = {s.recording for s in self.sequences}
         weight_map = read_index(self.base)
+        for name in base_tensors:
+            check_base_tensor(self.base, name, weight_map, self.model)
         return [
             self.base / "config.json",
             self.capture / capture_files.INDEX_NAME,
@@ -63,7 +68,6 @@ class Inputs:
 
     def read_base(self, name: str) -> Tensor:
         """Return the base's `embed.weight` or `head.weight` [V, D]."""
-        check_base_tensor(self.base, name, read_index(self.base), self.model)
         return load_tensors(self.base, [name])[name]
 
     def read_sequence(self, sequence: CapturedSequence, device: str = "cpu") -> Recorded:
