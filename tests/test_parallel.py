@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mtp_graft.stages.parallel import read_ahead, share, torch_device, write_behind
+from mtp_graft.stages.parallel import rank_device, read_ahead, share, write_behind
 
 
 class Broken(Exception):
@@ -89,13 +89,13 @@ def test_an_error_of_writing_is_not_lost() -> None:
 def test_every_unit_is_in_one_share_and_every_rank_has_a_gpu_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert (share(range(3)), torch_device("cuda")) == ([0, 1, 2], "cuda")
+    assert (share(range(3)), rank_device("cuda")) == ([0, 1, 2], "cuda")
     shares, devices = [], []
     for rank in range(3):
         for name, value in (("WORLD_SIZE", 3), ("RANK", rank), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, str(value))  # as torchrun does
         shares.append(share(range(11)))
-        devices.append(torch_device("cuda"))
-        assert torch_device("cpu") == "cpu"
+        devices.append(rank_device("cuda"))
+        assert rank_device("cpu") == "cpu"
     assert sorted(unit for each in shares for unit in each) == list(range(11))
     assert devices == ["cuda:0", "cuda:1", "cuda:2"]

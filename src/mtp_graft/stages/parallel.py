@@ -109,7 +109,7 @@ def gather(value: Item) -> list[Item]:
     return values
 
 
-def torch_device(wanted: str) -> str:
+def rank_device(wanted: str) -> str:
     """Return this rank's device: `auto` is a GPU if there is one, each rank has its own."""
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

@@ -59,9 +59,9 @@ from mtp_graft.stages.parallel import (
     gather,
     is_first_rank,
     joined_ranks,
+    rank_device,
     read_ahead,
     share,
-    torch_device,
     wait_for_ranks,
     write_behind,
 )
@@ -95,7 +95,7 @@ def quantize(
     started = time.perf_counter()
     with joined_ranks(), single_thread():
         inputs = _open(capture, upstream, base, settings)
-        clock = Clock(torch_device(settings.device))
+        clock = Clock(rank_device(settings.device))
         if is_first_rank():
             _claim(out, inputs, settings, clock.device)
         wait_for_ranks()

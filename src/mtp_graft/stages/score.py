@@ -33,7 +33,7 @@ from mtp_graft.stages.inputs import (
     open_inputs,
     single_thread,
 )
-from mtp_graft.stages.parallel import torch_device
+from mtp_graft.stages.parallel import rank_device
 from mtp_graft.stages.quantize import GPTQ
 
 
@@ -53,7 +53,7 @@ def score(
     other, a capture that leaves nothing to draft, and if `out` is of another configuration.
     """
     started = time.perf_counter()
-    device = torch_device(settings.device)
+    device = rank_device(settings.device)
     inputs = _open(capture, upstream, base)
     experts = _gptq_files(quantized) if "gptq" in variants else []
     files = [*inputs.files("embed.weight", "head.weight"), *experts]
