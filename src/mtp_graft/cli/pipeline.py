@@ -192,7 +192,7 @@ def _stage_command(stage: str, summary: str) -> None:
     ) -> None:
         from mtp_graft.pipeline import run_stage
         from mtp_graft.recipe import load_recipe
-        from mtp_graft.stages.ranks import is_first_rank
+        from mtp_graft.stages.parallel import is_first_rank
 
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:

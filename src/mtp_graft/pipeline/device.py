@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import Device
 
 _EACH_GPU = """
 import torch.cuda as cuda
@@ -18,7 +19,7 @@ for gpu in range(cuda.device_count()):
 """
 
 
-def torch_device(wanted: str) -> str:
+def torch_device(wanted: Device) -> Device:
     """Return the recipe's device, `auto` being the GPU if there is one."""
     if wanted != "auto":
         return wanted

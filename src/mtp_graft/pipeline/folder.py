@@ -13,7 +13,7 @@ from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.recipe import Recipe
-from mtp_graft.stages.ranks import is_first_rank
+from mtp_graft.stages.parallel import is_first_rank
 
 _SECONDS = "seconds.json"
 

@@ -13,23 +13,22 @@ from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.bench import EVALUATION, Bench
+from mtp_graft.pipeline.bench import Bench
 from mtp_graft.pipeline.device import torch_device
 from mtp_graft.pipeline.folder import RunFolder, locked
 from mtp_graft.pipeline.plan import check_models, check_room, describe, find_needs
 from mtp_graft.pipeline.results import report_run, summarize
-from mtp_graft.pipeline.servers import Servers, capture_config
+from mtp_graft.pipeline.servers import Servers
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.stages import capture as capturing
 from mtp_graft.stages.calibration import load_calibration
-from mtp_graft.stages.capture import Wanted
+from mtp_graft.stages.capture import capture
 from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
 from mtp_graft.stages.inputs import REPORT_NAME
+from mtp_graft.stages.parallel import num_ranks
 from mtp_graft.stages.process import run_in_process
-from mtp_graft.stages.quantize import QuantizeConfig, quantize
-from mtp_graft.stages.ranks import num_ranks
-from mtp_graft.stages.score import ScoreConfig, score
+from mtp_graft.stages.quantize import quantize
+from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 
@@ -156,15 +155,6 @@ class _Run:
         """The folders of base and upstream, fetched if they are on the hub."""
         return fetch(self.recipe.model, self.folder.stage("fetch"), self.progress)
 
-    @cached_property
-    def prompts(self) -> dict[str, Wanted]:
-        """What the base is asked in capture, by split."""
-        wanted = self.recipe.capture
-        return {
-            "calibration": Wanted(wanted.calibration_prompts, wanted.calibration_count),
-            EVALUATION: Wanted(wanted.evaluation_prompts, wanted.evaluation_count),
-        }
-
     def fetch(self) -> None:
         """Refuse what can be refused before shards are downloaded, then download them."""
         if {"capture", "bench"} & set(self.stages):
@@ -177,27 +167,21 @@ class _Run:
         if "fetch" not in self.stages:
             self.fetch()
         base, out = self.models.base, self.folder.stage("capture")
-        config, prompts = capture_config(self.recipe), self.prompts
-        if capturing.finished_capture(base, out, config, prompts) is None:
-            with self._servers.recording(base) as client:
-                log = self.folder.log("capture")
-                capturing.capture_with(client, base, out, config, prompts, self.progress, log)
+        log, serving = self.folder.log("capture"), self._servers.recording(base)
+        capture(serving, base, out, self.recipe.capture, self.progress, log)
 
     def quantize(self) -> None:
-        capture, out = self.folder.finished("capture"), self.folder.stage("quantize")
-        settings = asdict(self.recipe.quantize)
-        del settings["variants"]  # which heads there are is for the later stages to know
-        settings["device"] = torch_device(settings["device"])
-        config = QuantizeConfig(**settings)
-        models = self.models.upstream, self.models.base
-        run_in_process(quantize, capture, *models, out, config, report=self.progress)
+        wanted, out = self.recipe.quantize, self.folder.stage("quantize")
+        settings = replace(wanted, device=torch_device(wanted.device))
+        inputs = self.folder.finished("capture"), self.models.upstream, self.models.base
+        run_in_process(quantize, *inputs, out, settings, report=self.progress)
 
     def score(self) -> None:
         capture, quantized = self.folder.finished("capture"), self.folder.finished("quantize")
-        variants, device = self.recipe.quantize.variants, torch_device(self.recipe.score.device)
-        config, out = ScoreConfig(variants=variants, device=device), self.folder.stage("score")
-        models = self.models.upstream, self.models.base
-        run_in_process(score, capture, quantized, *models, out, config, report=self.progress)
+        inputs = capture, quantized, self.models.upstream, self.models.base
+        out, variants = self.folder.stage("score"), self.recipe.quantize.variants
+        settings = replace(self.recipe.score, device=torch_device(self.recipe.score.device))
+        run_in_process(score, *inputs, out, variants, settings, report=self.progress)
 
     def splice(self) -> MadeFrom:
         quantized = self.folder.finished("quantize")

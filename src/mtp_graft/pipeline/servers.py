@@ -18,15 +18,7 @@ from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.plan import adapt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
-from mtp_graft.stages.capture import CaptureConfig, recording_options
-
-
-def capture_config(recipe: Recipe) -> CaptureConfig:
-    """Return how the recipe wants the base to be captured."""
-    wanted = recipe.capture
-    return CaptureConfig(
-        wanted.max_prompt_tokens, wanted.new_tokens, wanted.concurrency, wanted.max_model_len
-    )
+from mtp_graft.stages.capture import recording_options
 
 
 class Servers:
@@ -45,7 +37,7 @@ class Servers:
     def recording(self, base: Path) -> AbstractContextManager[ServerClient]:
         """Serve the base so that it can be captured."""
         capture = self._folder.stage("capture")
-        options = recording_options(base, capture, capture_config(self._recipe))
+        options = recording_options(base, capture, self._recipe.capture)
         return self._serving(options, "capture")
 
     def measured(
