@@ -170,6 +170,7 @@ def test_the_same_capture_gives_the_same_checkpoint_without_a_kill(
     other = tmp_path / "run"
     other.mkdir()
     shutil.copytree(killed_run["run"] / "capture", other / "capture")
+    shutil.copy(killed_run["run"] / "run.json", other)
     recipe = str(Path(__file__).parents[2] / "recipes" / "tiny.toml")
     for stage in ("quantize", "splice"):
         subprocess.run(arguments(other, stage, recipe), check=True, timeout=300)
