@@ -1,19 +1,18 @@
 """Our own fourteen tasks: a server that does all of them, and one that does each a little wrong."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from mtp_graft.bench.evals.asking import Answer
-from mtp_graft.bench.evals.capability import capability
-from mtp_graft.bench.evals.evaluation import UNREADABLE
-from mtp_graft.bench.evals.sandbox import Sandbox
+pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
+
 
 from .chat_server import serving
 from .conftest import Run
 
-pytestmark = pytest.mark.usefixtures("whole_sandbox")
+pytestmark = [pytest.mark.usefixtures("sandbox"), pytest.mark.timeout(600)]
 
 CATEGORIES = ("math", "code", "reasoning", "knowledge", "instruction", "longform", "tools")
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen".split()  # noqa: SIM905
@@ -102,7 +101,6 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
             ('{"name": "ant", "legs": 8, "habitats": ["a", "b"]}', "wrong answer"),
             ('{"name": "ant", "legs": 6, "habitats": ["a"]}', "instruction not followed"),
             ('["name", "legs", "habitats"]', "instruction not followed"),
-            ("[" * 100_000, "instruction not followed"),
         ],
     ),
     "instruction/hyphens": (
@@ -156,54 +154,42 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
 }
 
 
+#: The answers that every task is asked for: right, then wrong in its first way, and so on.
+VARIANTS = max(len(wrong) for _, _, wrong in TASKS.values())
+
+
 def task_of(text: str) -> str:
     [name] = [name for name, (part, _, _) in TASKS.items() if part in text]
     return name
 
 
-def answer_from(said: Any) -> Answer:
-    if isinstance(said, str):
-        return Answer(said, "", "stop")
-    calls = tuple(call["function"] for call in said["tool_calls"])
-    return Answer("", "", "tool_calls", calls)
+Ask = Callable[[Callable[[str], Any]], dict[str, Any]]
 
 
-def test_a_server_that_does_every_task_scores_fourteen(run: Run) -> None:
-    with serving(lambda text: TASKS[task_of(text)][1]) as server:
-        status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
-    assert status == 0, errors
-    result = json.loads(out)
+@pytest.fixture
+def ask(run: Run) -> Ask:
+    """Return a function that gives the result on a server's answers, by task."""
+
+    def result(say: Callable[[str], Any]) -> dict[str, Any]:
+        with serving(lambda text: say(task_of(text))) as server:
+            status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
+        assert status == 0, errors
+        assert sum("tools" in body for body in server.bodies) == 2
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    return result
+
+
+def test_a_server_that_does_every_task_scores_fourteen(ask: Ask) -> None:
+    result = ask(lambda name: TASKS[name][1])
     assert (result["correct"], result["total"], result["failures"]) == (14, 14, [])
     assert result["categories"] == {name: {"correct": 2, "total": 2} for name in CATEGORIES}
-    with_tools = [body for body in server.bodies if "tools" in body]
-    assert len(with_tools) == 2
 
 
-def test_a_server_that_is_wrong_everywhere_scores_nothing(run: Run) -> None:
-    with serving(lambda text: TASKS[task_of(text)][2][0][0]) as server:
-        status, out, _ = run("bench", "capability", "--base-url", server.url, "--json", "-")
-    result = json.loads(out)
-    assert (status, result["correct"]) == (0, 0)
+@pytest.mark.parametrize("variant", range(VARIANTS))
+def test_each_task_tells_right_from_wrong(ask: Ask, variant: int) -> None:
+    wrong = {name: TASKS[name][2][variant] for name in TASKS if variant < len(TASKS[name][2])}
+    result = ask(lambda name: wrong[name][0] if name in wrong else TASKS[name][1])
     found = {f["id"].removeprefix("capability/"): f["kind"] for f in result["failures"]}
-    assert found == {name: wrong[0][1] for name, (_, _, wrong) in TASKS.items()}
-
-
-def test_a_line_number_that_python_does_not_read_is_a_failure_of_that_task_alone(run: Run) -> None:
-    def say(text: str) -> Any:
-        return f"{'1' * 5000}. Keep screws" if "glass jar" in text else TASKS[task_of(text)][1]
-
-    with serving(say) as server:
-        status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
-    assert status == 0, errors
-    result = json.loads(out)
-    assert (result["correct"], result["kinds"]) == (13, {UNREADABLE: 1})
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_each_task_tells_right_from_wrong(name: str) -> None:
-    [item] = [i for i in capability(Sandbox()).items if i.question.id == f"capability/{name}"]
-    _, right, wrong = TASKS[name]
-    assert item.judge(answer_from(right)).correct
-    for said, kind in wrong:
-        judged = item.judge(answer_from(said))
-        assert (judged.correct, judged.kind) == (False, kind), said
+    assert found == {name: kind for name, (_, kind) in wrong.items()}
