@@ -53,7 +53,9 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     for name in ("gsm8k", "human_eval", "mmlu/test"):
         (folder / name).mkdir(parents=True)
-    math = [{"question": f"Ten times {i}?", "answer": f"10 * {i}\n#### {10 * i}"} for i in range(12)]
+    math = [
+        {"question": f"Ten times {i}?", "answer": f"10 * {i}\n#### {10 * i}"} for i in range(12)
+    ]
     (folder / "gsm8k" / "test.jsonl").write_text(json_lines(math))
     code = [
         {

@@ -172,7 +172,9 @@ def ask(run: Run) -> Ask:
 
     def result(say: Callable[[str], Any]) -> dict[str, Any]:
         with serving(lambda text: say(task_of(text))) as server:
-            status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
+            status, out, errors = run(
+                "bench", "capability", "--base-url", server.url, "--json", "-"
+            )
         assert status == 0, errors
         assert sum("tools" in body for body in server.bodies) == 2
         found: dict[str, Any] = json.loads(out)

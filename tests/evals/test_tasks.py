@@ -11,14 +11,18 @@ import pytest
 pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
 
 import huggingface_hub
+from inspect_ai import Task
+from inspect_ai.model import ModelOutput
 
 from mtp_graft.bench.evals import tasks
-from mtp_graft.bench.evals.judging import Answer, find_code, judge_code
-from mtp_graft.bench.evals.run import make_task, questions_digest
+from mtp_graft.bench.evals.judging import find_code, judge_code
+from mtp_graft.bench.evals.run import TASKS, questions_digest
 from mtp_graft.bench.evals.tasks import find_letter, find_number
 from mtp_graft.errors import GraftError
 
-DEFAULTS = {"limit": None, "seed": 0, "test_timeout_s": 60.0}
+
+def make_task(name: str, data: Path | None, limit: int | None = None, seed: int = 0) -> Task:
+    return TASKS[name](data, limit, seed, 60.0)
 
 
 def test_the_hubs_files_give_the_same_questions_as_the_folder(
@@ -44,7 +48,7 @@ def test_the_hubs_files_give_the_same_questions_as_the_folder(
 
     monkeypatch.setattr(tasks, "hf_hub_download", download)
     for name in ("gsm8k", "mmlu"):
-        here, there = (make_task(name, where, DEFAULTS | {"limit": 7}) for where in (data, None))
+        here, there = (make_task(name, where, 7) for where in (data, None))
         assert questions_digest(here) == questions_digest(there)
         assert [s.metadata for s in here.dataset] == [s.metadata for s in there.dataset]
     assert fetched[0] == ("openai/gsm8k", "main/test-00000-of-00001.parquet", "dataset")
@@ -56,25 +60,24 @@ def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(tasks, "hf_hub_download", download)
     with pytest.raises(GraftError, match=r"cais/mmlu: .* cannot be fetched .*--data-dir"):
-        make_task("mmlu", None, DEFAULTS)
+        make_task("mmlu", None)
 
 
 def test_all_of_the_public_questions_are_read(shared_data: Path) -> None:
     for name, size in (("gsm8k", 1319), ("mmlu", 14079)):
-        assert len(make_task(name, shared_data, DEFAULTS).dataset) == size
+        assert len(make_task(name, shared_data).dataset) == size
 
 
 def test_the_questions_drawn_depend_on_the_seed_alone(data: Path) -> None:
-    def ids(**settings: int) -> list[object]:
-        task = make_task("gsm8k", data, DEFAULTS | {"limit": 5} | settings)
-        return [sample.id for sample in task.dataset]
+    def ids(limit: int, seed: int) -> list[object]:
+        return [sample.id for sample in make_task("gsm8k", data, limit, seed).dataset]
 
-    assert ids() == ids() != ids(seed=1)
-    assert len(set(ids(limit=12))) == 12
+    assert ids(5, 0) == ids(5, 0) != ids(5, 1)
+    assert len(set(ids(12, 0))) == 12
 
 
 def test_mmlus_subjects_are_dealt_in_turn(shared_data: Path) -> None:
-    task = make_task("mmlu", shared_data, DEFAULTS | {"limit": 57 * 3 + 20})
+    task = make_task("mmlu", shared_data, 57 * 3 + 20)
     subjects = Counter((sample.metadata or {})["category"] for sample in task.dataset)
     assert len(subjects) == 57 and Counter(subjects.values()) == {3: 37, 4: 20}
 
@@ -104,7 +107,7 @@ def test_a_file_that_is_something_else_is_an_error(
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(GraftError, match=message):
-        make_task(name, tmp_path, DEFAULTS)
+        make_task(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -192,16 +195,17 @@ def test_code_runs_with_the_prompts_helpers_and_failures_have_their_names(
 ) -> None:
     test = "def check(candidate):\n    assert candidate(3) == 3\n"
     data = {"prompt": PROMPT, "entry_point": "f", "test": test, "timeout_s": 20.0}
-    failure = judge_code(Answer(code, reasoning=WHOLE), data)
+    failure = judge_code(ModelOutput.from_content("m", code), data)
     assert (failure and failure.kind) == kind
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("sandbox")
 def test_every_reference_solution_of_humaneval_passes(shared_data: Path) -> None:
-    lines = gzip.open(shared_data / "human_eval/HumanEval.jsonl.gz").read().splitlines()
+    packed = (shared_data / "human_eval/HumanEval.jsonl.gz").read_bytes()
+    lines = gzip.decompress(packed).splitlines()
     problems = [json.loads(line) | {"timeout_s": 60.0} for line in lines]
     assert len(problems) == 164
     for problem in problems:
-        whole = Answer(f"```python\n{problem['prompt']}{problem['canonical_solution']}```")
-        assert judge_code(whole, problem) is None, problem["task_id"]
+        whole = f"```python\n{problem['prompt']}{problem['canonical_solution']}```"
+        assert judge_code(ModelOutput.from_content("m", whole), problem) is None, problem["task_id"]

@@ -83,7 +83,7 @@ def _measure(
             f"bench {name} needs Inspect: pip install 'mtp-graft[evals]', or in a checkout "
             ".venv/bin/pip install -e '.[evals]'"
         )
-    from mtp_graft.bench.evals.run import Endpoint, make_task, questions_digest, run_task
+    from mtp_graft.bench.evals.run import TASKS, find_model, questions_digest, run_task
     from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
     from mtp_graft.checkpoint.shards import write_json as write_file
     from mtp_graft.pipeline.device import device_name
@@ -91,7 +91,8 @@ def _measure(
     k, started = asking.num_speculative_tokens, time.monotonic()
     target.check_k(k)
     folder = target.folder(asking.run, name)
-    task = make_task(name, data_dir, settings)
+    choice = (settings[key] for key in ("limit", "seed", "test_timeout_s"))
+    task = TASKS[name](data_dir, *choice)
     config = {"benchmark": name, **settings, "questions": questions_digest(task), "k": k}
     with ExitStack() as stack:
         if folder is not None:
@@ -102,8 +103,9 @@ def _measure(
         logs = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
         with progress_bar() as report:
             server = stack.enter_context(target.client(report, "", k))
-        endpoint = Endpoint(server.base_url, target.api_key, target.silence_s, target.attempts)
-        result = run_task(task, Path(logs) / "logs", endpoint, settings)
+        asked = (target.api_key, target.silence_s, target.attempts)
+        model = find_model(server.base_url, *asked, settings)
+        result = run_task(task, Path(logs) / "logs", model, settings)
     if folder is not None:
         device = device_name() if target.checkpoint else f"server at {target.base_url}"
         seconds = time.monotonic() - started

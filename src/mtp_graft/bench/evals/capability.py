@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 from inspect_ai import Task
 from inspect_ai.dataset import Sample
+from inspect_ai.model import ModelOutput
 from inspect_ai.tool import ToolInfo
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mtp_graft.bench.evals.judging import WRONG, Answer, Failure, compare, judge_code, make_task
-from mtp_graft.bench.evals.sandbox import find_python
+from mtp_graft.bench.evals.judging import WRONG, compare, judge_code, make_task, said
+from mtp_graft.bench.evals.sandbox import Failure, find_python
 from mtp_graft.bench.evals.tasks import deal
 
 DISOBEYED = "instruction not followed"
@@ -24,7 +25,7 @@ _SECTIONS = ["Evaporation", "Condensation", "Precipitation", "Collection"]
 _MIN_DISTINCT = 0.5
 
 
-def capability(limit: int | None, seed: int, timeout_s: float) -> Task:
+def capability(_data_dir: Path | None, limit: int | None, seed: int, timeout_s: float) -> Task:
     """Return the fourteen tasks. Raises GraftError if there is no sandbox for the code."""
     find_python()
     found = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -40,20 +41,20 @@ def capability(limit: int | None, seed: int, timeout_s: float) -> Task:
     return make_task("capability", deal(samples, limit, seed), judge, tools)
 
 
-def judge(answer: Answer, data: Mapping[str, Any]) -> Failure | None:
+def judge(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
     """Judge an answer to the task `data`."""
     if "pattern" in data:
-        return _judge_last_line(answer, data["pattern"])
-    return judge_code(answer, data) if "test" in data else _JUDGES[data["id"]](answer)
+        return _judge_last_line(output, data["pattern"])
+    return judge_code(output, data) if "test" in data else _JUDGES[data["id"]](output)
 
 
-def _judge_last_line(answer: Answer, pattern: str) -> Failure | None:
+def _judge_last_line(output: ModelOutput, pattern: str) -> Failure | None:
     """Compare what follows the last `Answer:`, ignoring case and a full stop."""
-    lines = re.findall(r"answer:[\s*]*([^\n]+)", answer.text, re.IGNORECASE)
+    lines = re.findall(r"answer:[\s*]*([^\n]+)", said(output), re.IGNORECASE)
     if not lines:
-        return compare(None, pattern, answer)
-    said = lines[-1].strip().strip("*").rstrip(".").strip()
-    return None if re.fullmatch(pattern, said, re.IGNORECASE) else Failure(WRONG, said[:200])
+        return compare(None, pattern, output)
+    last = lines[-1].strip().strip("*").rstrip(".").strip()
+    return None if re.fullmatch(pattern, last, re.IGNORECASE) else Failure(WRONG, last[:200])
 
 
 class _Ant(BaseModel):
@@ -63,30 +64,30 @@ class _Ant(BaseModel):
     habitats: Annotated[list[str], Field(min_length=2, max_length=2)]
 
 
-def _judge_json(answer: Answer) -> Failure | None:
+def _judge_json(output: ModelOutput) -> Failure | None:
     try:
-        ant = _Ant.model_validate_json(answer.content)
+        ant = _Ant.model_validate_json(output.completion)
     except ValidationError as error:
         return Failure(DISOBEYED, str(error)[:200])
     return None if ant.legs == 6 else Failure(WRONG, f"{ant.legs} legs")
 
 
-def _judge_hyphens(answer: Answer) -> Failure | None:
-    said = answer.content.strip()
-    is_right = re.fullmatch(r"s[a-z]+(-s[a-z]+){4}", said) and len(set(said.split("-"))) == 5
-    return None if is_right else Failure(DISOBEYED, said[:200])
+def _judge_hyphens(output: ModelOutput) -> Failure | None:
+    line = output.completion.strip()
+    is_right = re.fullmatch(r"s[a-z]+(-s[a-z]+){4}", line) and len(set(line.split("-"))) == 5
+    return None if is_right else Failure(DISOBEYED, line[:200])
 
 
-def _judge_sections(answer: Answer) -> Failure | None:
-    parts = re.split(r"^## +(.+?) *$", answer.content, flags=re.MULTILINE)
+def _judge_sections(output: ModelOutput) -> Failure | None:
+    parts = re.split(r"^## +(.+?) *$", output.completion, flags=re.MULTILINE)
     words = [len(text.split()) for text in parts[2::2]]
     if parts[1::2] != _SECTIONS or min(words) < 60:
         return Failure(DISOBEYED, f"headings {parts[1::2]} with {words} words"[:200])
-    return _judge_variety(answer.content)
+    return _judge_variety(output.completion)
 
 
-def _judge_list(answer: Answer) -> Failure | None:
-    lines = [line.strip() for line in answer.content.splitlines() if line.strip()]
+def _judge_list(output: ModelOutput) -> Failure | None:
+    lines = [line.strip() for line in output.completion.splitlines() if line.strip()]
     texts = [line.partition(". ")[2].lower() for line in lines]
     is_numbered = all(line.startswith(f"{i}. ") for i, line in enumerate(lines, start=1))
     if not is_numbered or len(lines) != 20:
@@ -104,11 +105,12 @@ def _judge_variety(text: str) -> Failure | None:
     return None if distinct >= _MIN_DISTINCT else Failure(REPETITION, detail)
 
 
-def _judge_call(answer: Answer) -> Failure | None:
+def _judge_call(output: ModelOutput) -> Failure | None:
     """Expect one call: the dentist, into the calendar, on 4 March 2027."""
-    if not answer.tool_calls:
-        return Failure(NO_CALL, answer.text[-200:])
-    [call, *others], given = answer.tool_calls, answer.tool_calls[0].arguments
+    if not output.message.tool_calls:
+        return Failure(NO_CALL, said(output)[-200:])
+    call, *others = output.message.tool_calls
+    given = call.arguments
     is_right = (
         not (others or call.parse_error)
         and (call.function, given.keys()) == ("add_event", {"title", "date"})
@@ -118,14 +120,14 @@ def _judge_call(answer: Answer) -> Failure | None:
     return None if is_right else Failure(WRONG_CALL, f"{call.function}: {given}"[:200])
 
 
-def _judge_use(answer: Answer) -> Failure | None:
+def _judge_use(output: ModelOutput) -> Failure | None:
     """Expect an answer in words, with the temperature that the tool gave, and no other call."""
-    if answer.tool_calls:
+    if output.message.tool_calls:
         return Failure(WRONG_CALL, "a call although the result is there")
-    if not answer.content.strip():
-        return compare(None, "17", answer)
-    is_right = re.search(r"(?<![\d.])17(\.0)? ?(°|degrees|celsius|c\b)", answer.content.lower())
-    return None if is_right else Failure(WRONG, answer.content[-200:])
+    if not output.completion.strip():
+        return compare(None, "17", output)
+    is_right = re.search(r"(?<![\d.])17(\.0)? ?(°|degrees|celsius|c\b)", output.completion.lower())
+    return None if is_right else Failure(WRONG, output.completion[-200:])
 
 
 _JUDGES = {

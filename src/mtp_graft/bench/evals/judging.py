@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from anyio import to_thread
@@ -12,9 +11,10 @@ from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import ContentReasoning, ModelOutput, get_model
 from inspect_ai.scorer import CORRECT, INCORRECT, Score, Scorer, Target, accuracy, scorer, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
-from inspect_ai.tool import ToolCall, ToolInfo
+from inspect_ai.tool import ToolInfo
 from inspect_ai.util import concurrency
 from markdown_it import MarkdownIt
+from tenacity import RetryError
 
 from mtp_graft.bench.evals.sandbox import Failure, run_tests
 from mtp_graft.errors import GraftError
@@ -27,23 +27,8 @@ UNREADABLE = "unreadable answer"  # too deep or too many digits for Python
 _GIVE_UP_AFTER = 3
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came back; `content` is empty if the model was still thinking at its last token."""
-
-    content: str
-    reasoning: str = ""
-    is_cut_off: bool = False
-    tool_calls: Sequence[ToolCall] = ()
-
-    @property
-    def text(self) -> str:
-        """Return the content, or what was thought if there is none."""
-        return self.content if self.content.strip() else self.reasoning
-
-
-#: Takes an answer and its sample's metadata; None is right.
-Judge = Callable[[Answer, Mapping[str, Any]], Failure | None]
+#: Takes a model's output and its sample's metadata; None is right.
+Judge = Callable[[ModelOutput, Mapping[str, Any]], Failure | None]
 
 
 def make_task(
@@ -63,9 +48,12 @@ def _ask(tools: Sequence[ToolInfo]) -> Solver:
         nonlocal failures
         if failures >= _GIVE_UP_AFTER:
             raise GraftError(f"not asked: {failures} questions in a row had no answer")
-        failures += 1
         offered = list(tools) if state.metadata.get("category") == "tools" else []
-        state.output = await get_model().generate(state.messages, offered)
+        try:
+            state.output = await get_model().generate(state.messages, offered)
+        except RetryError as error:
+            failures += 1
+            raise GraftError(str(error.last_attempt.exception())) from error
         failures = 0
         return state
 
@@ -75,10 +63,9 @@ def _ask(tools: Sequence[ToolInfo]) -> Solver:
 @scorer(metrics=[accuracy(), stderr()])
 def _judged(judge: Judge) -> Scorer:
     async def score(state: TaskState, target: Target) -> Score:
-        answer = read_answer(state.output)
         async with concurrency("judge", len(os.sched_getaffinity(0))):
             try:
-                failure = await to_thread.run_sync(judge, answer, state.metadata)
+                failure = await to_thread.run_sync(judge, state.output, state.metadata)
             except (ValueError, RecursionError) as error:
                 failure = Failure(UNREADABLE, str(error)[:200])
         if failure is None:
@@ -89,31 +76,34 @@ def _judged(judge: Judge) -> Scorer:
     return score
 
 
-def read_answer(output: ModelOutput) -> Answer:
-    """Return a model's answer; Inspect reads `reasoning` and `reasoning_content` alike."""
+def said(output: ModelOutput) -> str:
+    """Return an answer's content, or what was thought if there is none.
+
+    Inspect reads `reasoning` and `reasoning_content` alike.
+    """
     message = output.message
     parts = [] if isinstance(message.content, str) else message.content
     thought = "".join(part.reasoning for part in parts if isinstance(part, ContentReasoning))
-    is_cut_off = output.stop_reason == "max_tokens"
-    return Answer(message.text, thought, is_cut_off, message.tool_calls or ())
+    return message.text if message.text.strip() else thought
 
 
-def compare(found: str | None, expected: str, answer: Answer) -> Failure | None:
+def compare(found: str | None, expected: str, output: ModelOutput) -> Failure | None:
     """Judge what was found in an answer, None being nothing."""
     if found is None:
-        return Failure(CUT_OFF if answer.is_cut_off else NO_ANSWER, answer.text[-200:])
+        is_cut_off = output.stop_reason == "max_tokens"
+        return Failure(CUT_OFF if is_cut_off else NO_ANSWER, said(output)[-200:])
     return None if found == expected else Failure(WRONG, f"{found}, expected {expected}")
 
 
-def judge_code(answer: Answer, data: Mapping[str, Any]) -> Failure | None:
+def judge_code(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
     """Run the tests on the code in an answer's content; what was thought is not looked at.
 
     `data` has HumanEval's `prompt`, `entry_point` and `test`, and `timeout_s`.
     """
     prompt, name = data["prompt"], data["entry_point"]
-    code = find_code(answer.content, name)
+    code = find_code(output.completion, name)
     if not code.strip():
-        return compare(None, "", answer)
+        return compare(None, "", output)
     if not re.search(r"^(?:async )?def ", code, re.MULTILINE):
         program = prompt + code  # the body that the prompt asks for
     else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import redirect_stdout
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from inspect_ai import Task, eval_set
 from inspect_ai.log import EvalSample, read_eval_log
@@ -26,13 +26,8 @@ from mtp_graft.serving.client import READ_ERRORS
 _WHOLE = (None, "stop", "length", "tool_calls")  # not every server gives a reason
 
 
-class Endpoint(NamedTuple):
-    """A server, and when a request to it has failed for good."""
-
-    base_url: str
-    api_key: str | None
-    silence_s: float
-    attempts: int
+#: Benchmark -> its task on a data folder (None: the hub), limit, seed and a timeout for tests.
+TASKS = {"gsm8k": gsm8k, "humaneval": humaneval, "mmlu": mmlu, "capability": capability}
 
 
 class _ChatAPI(OpenAICompatibleAPI):
@@ -58,17 +53,6 @@ def _chat_api() -> type[_ChatAPI]:
     return _ChatAPI
 
 
-def make_task(name: str, data_dir: Path | None, settings: Mapping[str, Any]) -> Task:
-    """Return a benchmark as an Inspect task."""
-    if name == "capability":
-        return capability(settings["limit"], settings["seed"], settings["test_timeout_s"])
-    if name == "humaneval":
-        timeout_s = settings["test_timeout_s"]
-        return humaneval(data_dir, settings["limit"], settings["seed"], timeout_s)
-    make = {"gsm8k": gsm8k, "mmlu": mmlu}[name]
-    return make(data_dir, settings["limit"], settings["seed"])
-
-
 def questions_digest(task: Task) -> str:
     """Return a hash of a task's questions."""
     asked = [sample.model_dump_json(include={"id", "input"}) for sample in task.dataset]
@@ -76,7 +60,7 @@ def questions_digest(task: Task) -> str:
 
 
 def run_task(
-    task: Task, log_dir: Path, endpoint: Endpoint, settings: Mapping[str, Any]
+    task: Task, log_dir: Path, model: Model, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Ask what the log folder does not have; return the benchmark's JSON.
 
@@ -87,7 +71,7 @@ def run_task(
         _, [header] = eval_set(
             task,
             str(log_dir),
-            model=_model(endpoint, settings),
+            model=model,
             retry_attempts=0,
             retry_immediate=False,
             continue_on_fail=True,  # ask the others, then fail
@@ -102,34 +86,34 @@ def run_task(
     samples = read_eval_log(header.location).samples or []
     answered = [sample for sample in samples if not sample.error]
     if len(answered) < len(task.dataset):
-        reasons = [sample.error.message for sample in samples if sample.error] or ["not asked"]
+        reasons = [sample.error.message for sample in samples if sample.error]
+        reasons = [reason for reason in reasons if "not asked" not in reason] or ["not asked"]
         left = f"{len(task.dataset) - len(answered)} of {len(task.dataset)} questions left"
         raise GraftError(f"{task.name}: {left}: {reasons[0]}; with --run, run it again to go on")
     return _result(task.name, answered) | {"settings": dict(settings)}
 
 
-def _model(endpoint: Endpoint, settings: Mapping[str, Any]) -> Model:
-    where = {"base_url": f"{endpoint.base_url}/v1", "api_key": endpoint.api_key or "none"}
+def find_model(
+    base_url: str, api_key: str | None, silence_s: float, attempts: int, settings: Mapping[str, Any]
+) -> Model:
+    """Return the model that a server has, to be asked greedily. Raises GraftError if it has none.
+
+    A request has failed after `silence_s` without a byte, and for good after `attempts`.
+    """
+    where = {"base_url": f"{base_url}/v1", "api_key": api_key or "none"}
     try:
-        name = OpenAI(**where, timeout=endpoint.silence_s).models.list().data[0].id
+        name = OpenAI(**where, timeout=silence_s).models.list().data[0].id
     except (OpenAIError, *READ_ERRORS) as error:
-        raise GraftError(f"{endpoint.base_url}: names no model at /v1/models ({error})") from error
+        raise GraftError(f"{base_url}: names no model at /v1/models ({error})") from error
     config = GenerateConfig(
         temperature=0.0,
         max_tokens=settings["max_tokens"],
-        max_retries=endpoint.attempts - 1,
+        max_retries=attempts - 1,
         extra_body={"chat_template_kwargs": {"thinking": settings["thinking"]}},
     )
-    return get_model(
-        f"mtp-graft/{name}",
-        config=config,
-        memoize=False,
-        **where,
-        service="mtp-graft",
-        client_timeout=endpoint.silence_s,
-        max_retries=0,  # the SDK's own
-        stream=False,
-    )
+    ours = {"service": "mtp-graft", "stream": False, "client_timeout": silence_s}
+    ours["max_retries"] = 0  # the SDK's own
+    return get_model(f"mtp-graft/{name}", config=config, memoize=False, **where, **ours)
 
 
 def _result(name: str, samples: list[EvalSample]) -> dict[str, Any]:

@@ -68,8 +68,9 @@ def _sandboxed(
     python: str, role: str, seconds: float, pass_fds: Sequence[int] = ()
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Start a process with pipes as its streams; it is gone after the block."""
-    command = [_BUBBLEWRAP, "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent"]
-    command += ["--new-session", "--clearenv"]
+    command = [_BUBBLEWRAP, "--unshare-all", "--unshare-user", "--disable-userns", "--clearenv"]
+    # As process 1 it has no other in sight, not even bubblewrap's, which has no limits.
+    command += ["--as-pid-1", "--die-with-parent", "--new-session"]
     for path in (*_READABLE, *([] if python.startswith("/usr/") else [sys.base_prefix])):
         command += ["--ro-bind-try", path, path]
     command += ["--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/"]

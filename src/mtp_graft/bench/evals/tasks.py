@@ -17,9 +17,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from inspect_ai import Task
 from inspect_ai.dataset import Sample
+from inspect_ai.model import ModelOutput
 
-from mtp_graft.bench.evals.judging import Answer, Failure, compare, judge_code, make_task
-from mtp_graft.bench.evals.sandbox import find_python
+from mtp_graft.bench.evals.judging import compare, judge_code, make_task, said
+from mtp_graft.bench.evals.sandbox import Failure, find_python
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS
 
@@ -49,7 +50,7 @@ _LETTER = re.compile(
 )
 
 
-def gsm8k(data_dir: Path | None, limit: int | None, seed: int) -> Task:
+def gsm8k(data_dir: Path | None, limit: int | None, seed: int, _timeout_s: float) -> Task:
     """Return word problems, answered step by step, exact match on `#### N`."""
 
     def to_sample(row: Mapping[str, Any], number: int) -> Sample:
@@ -75,7 +76,7 @@ def humaneval(data_dir: Path | None, limit: int | None, seed: int, timeout_s: fl
     return make_task("humaneval", samples, judge_code)
 
 
-def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
+def mmlu(data_dir: Path | None, limit: int | None, seed: int, _timeout_s: float) -> Task:
     """Return four-way questions, as many of each subject, give or take one."""
 
     def to_sample(row: Mapping[str, Any], number: int) -> Sample:
@@ -173,9 +174,9 @@ def find_letter(text: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _judge_number(answer: Answer, data: Mapping[str, Any]) -> Failure | None:
-    return compare(find_number(answer.text), data["target"], answer)
+def _judge_number(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
+    return compare(find_number(said(output)), data["target"], output)
 
 
-def _judge_letter(answer: Answer, data: Mapping[str, Any]) -> Failure | None:
-    return compare(find_letter(answer.text), data["target"], answer)
+def _judge_letter(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
+    return compare(find_letter(said(output)), data["target"], output)
