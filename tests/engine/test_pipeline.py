@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from mtp_graft.bench.card import write_card
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SETTINGS = (
@@ -132,6 +134,12 @@ def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
     assert Path(result["report"]).is_file()
+
+
+def test_the_run_has_a_card(killed_run: Any, tmp_path: Path) -> None:
+    page = Path(write_card(killed_run["run"], tmp_path)["card"]).read_text()
+    assert "| result | ok |" in page and "| gptq (this one) | 1 |" in page
+    assert str(killed_run["run"]) not in page
 
 
 def test_offline_and_served_acceptance_agree(killed_run: Any) -> None:
