@@ -23,6 +23,8 @@ class ChatServer:
     delay_s: float = 0.0
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    in_work: int = 0
+    most_in_work: int = 0  # at any time
     released: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -47,7 +49,11 @@ def serving(say: Say, delay_s: float = 0.0) -> Iterator[ChatServer]:
             with state.lock:
                 state.bodies.append({**body, "path": self.path})
                 said = state.say(body["messages"][0]["content"])
+                state.in_work += 1
+                state.most_in_work = max(state.most_in_work, state.in_work)
             time.sleep(state.delay_s)
+            with state.lock:
+                state.in_work -= 1
             if isinstance(said, str) and said in FAILURES:
                 self.fail(said)
                 return

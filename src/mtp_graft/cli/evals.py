@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,6 +17,9 @@ from mtp_graft.cli.help import QUALITY, SectionedCommand
 from mtp_graft.cli.output import progress_bar, result_console, write_json
 from mtp_graft.cli.target import RunOption, Target
 from mtp_graft.errors import GraftError
+
+if TYPE_CHECKING:  # the imports of a command load Inspect: `--help` need not wait for it
+    from inspect_ai import Task
 
 DataOption = Annotated[
     Path | None,
@@ -83,37 +86,47 @@ def _measure(
             f"bench {name} needs Inspect: pip install 'mtp-graft[evals]', or in a checkout "
             ".venv/bin/pip install -e '.[evals]'"
         )
-    from mtp_graft.bench.evals.run import TASKS, find_model, questions_digest, run_task
+    from mtp_graft.bench.evals.run import TASKS, questions_digest
+
+    k = asking.num_speculative_tokens
+    target.check_k(k)
+    choice = (settings[key] for key in ("limit", "seed", "test_timeout_s"))
+    task = TASKS[name](data_dir, *choice)
+    folder = target.folder(asking.run, name)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as logs:
+            return _ask(task, Path(logs), settings, target, k)
+
     from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
     from mtp_graft.checkpoint.shards import write_json as write_file
     from mtp_graft.pipeline.device import device_name
 
-    k, started = asking.num_speculative_tokens, time.monotonic()
-    target.check_k(k)
-    folder = target.folder(asking.run, name)
-    choice = (settings[key] for key in ("limit", "seed", "test_timeout_s"))
-    task = TASKS[name](data_dir, *choice)
+    started = time.monotonic()
     config = {"benchmark": name, **settings, "questions": questions_digest(task), "k": k}
-    with ExitStack() as stack:
-        if folder is not None:
-            config["server"] = target.identity()
-            if target.checkpoint is not None:  # what the default comes to
-                config["k"] = target.num_drafts(k)
-            claim_folder(folder, config)
-            if (result := finished_result(folder, "result.json")) is not None:
-                return result
-        logs = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
-        with progress_bar() as report:
-            server = stack.enter_context(target.client(report, "", k))
-        asked = (target.api_key, target.silence_s, target.attempts)
-        model = find_model(server.base_url, *asked, settings)
-        result = run_task(task, Path(logs) / "logs", model, settings)
-    if folder is not None:
+    config["server"] = target.identity()
+    if target.checkpoint is not None:  # what the default comes to
+        config["k"] = target.num_drafts(k)
+    claim_folder(folder, config)
+    result = finished_result(folder, "result.json")
+    if result is None:
+        result = _ask(task, folder / "logs", settings, target, k)
         device = device_name() if target.checkpoint else f"server at {target.base_url}"
         seconds = time.monotonic() - started
         write_file(result, folder / "result.json")
         write_manifest(folder, f"bench {folder.name}", config, (), device, seconds)
     return result
+
+
+def _ask(
+    task: "Task", logs: Path, settings: dict[str, Any], target: Target, k: int | None
+) -> dict[str, Any]:
+    from mtp_graft.bench.evals.run import find_model, run_task
+
+    with ExitStack() as stack:
+        with progress_bar() as report:
+            server = stack.enter_context(target.client(report, "", k))
+        asked = (target.api_key, target.silence_s, target.attempts)
+        return run_task(task, logs, find_model(server.base_url, *asked, settings), settings)
 
 
 def _print(result: dict[str, Any], json_file: Path | None) -> None:
