@@ -44,8 +44,9 @@ from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
 from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on
 
-#: Blocks of prompts that are also sent without recording, to compare the speeds.
-_MEASURED_BLOCKS = 2
+#: Two blocks of texts are also sent without recording, to compare the speeds; each has at most this
+#: share of all texts, since a small capture would otherwise take twice as long.
+_MEASURED_SHARE = 1 / 20
 
 
 def recording_options(base: Path, out: Path, settings: CaptureSection) -> ServeOptions:
@@ -222,7 +223,8 @@ def _record(
     texts, size = read_texts(out), settings.concurrency
     recorded = {sequence.number for sequence in read_sequences(out)}
     missing = [text for text in texts if text.number not in recorded]
-    blocks = [missing[first : first + size] for first in range(0, len(missing), size)]
+    few = max(1, min(size, int(len(missing) * _MEASURED_SHARE)))
+    measured, rest = (missing[:few], missing[few : 2 * few]), missing[2 * few :]
     remove_strays(out)
     collector = Collector(out, missing)
 
@@ -240,15 +242,15 @@ def _record(
     tokens, seconds = 0, {"prefill": 0.0, "prefill_recording": 0.0}
     ways: list[tuple[str, Callable[[Sequence[FinishedText]], None]]]
     ways = [("prefill", prefill), ("prefill_recording", record)]
-    prefill(missing[:size])  # warm-up: the first prefills of such length
-    for block in blocks[:_MEASURED_BLOCKS]:
+    prefill(missing[:few])  # warm-up: the first prefills of such length
+    for block in filter(None, measured):
         tokens += sum(len(text.token_ids) for text in block)
         for name, send in ways:
             started = time.perf_counter()
             send(block)
             seconds[name] += time.perf_counter() - started
         ways.reverse()
-    for block in blocks[_MEASURED_BLOCKS:]:
-        record(block)
+    for first in range(0, len(rest), size):
+        record(rest[first : first + size])
     remove_strays(out)
     return {name: tokens / s if tokens else None for name, s in seconds.items()}
