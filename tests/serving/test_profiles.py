@@ -245,9 +245,10 @@ def test_a_copy_of_the_lm_head_takes_memory(flash: Path) -> None:
 
 def test_several_machines_need_the_address_of_the_first(flash: Path) -> None:
     sparks = named_gpus("DGX Spark", 2)
-    with pytest.raises(GraftError, match="address of the first of them as --master-addr"):
-        fitted(flash, "524k", sparks)
-    with pytest.raises(GraftError, match="--node-rank 2; expected one below 2"):
-        fitted(flash, "524k", sparks, Node(2, "192.0.2.1"))
-    with pytest.raises(GraftError, match="one machine"):
-        fitted(flash, "524k", node=Node(1, "192.0.2.1"))
+    for hardware, node in (
+        (sparks, Node()),
+        (sparks, Node(2, "192.0.2.1")),
+        (MAX_Q, Node(1, "192.0.2.1")),
+    ):
+        with pytest.raises(GraftError, match="a rank below their number, and the address"):
+            fitted(flash, "524k", hardware, node)
