@@ -60,7 +60,7 @@ def test_the_stand_in_has_the_size_that_the_seed_card_gives(flash: Path) -> None
     assert cached_weights(flash, 1) / GIB == pytest.approx(146, abs=1)
 
 
-def test_the_profiles_are_the_seeds_table_and_are_in_the_docs(repo_root: Path) -> None:
+def test_the_profiles_are_the_seeds_table_and_settings_have_reasons() -> None:
     assert {
         name: (p.max_model_len, p.max_num_seqs, p.gpu_memory_utilization)
         for name, p in PROFILES.items()
@@ -72,13 +72,8 @@ def test_the_profiles_are_the_seeds_table_and_are_in_the_docs(repo_root: Path) -
         "640k": (655360, 2, 0.93),
         "1m": (CONFIG["max_position_embeddings"], 1, 0.93),
     }
-    page = (repo_root / "docs" / "serving.md").read_text()
-    for name, profile in PROFILES.items():
-        assert f"| `{name}` | {profile.max_model_len:,} | {profile.max_num_seqs} |" in page
     for settings in (MODEL_FLAGS, ENVIRONMENT, GPU_ENVIRONMENT, PCIE_FLAGS, PCIE_ENVIRONMENT):
-        for name in settings:
-            assert name in REASONS
-            assert name in page
+        assert REASONS.keys() >= set(settings)
 
 
 def test_what_the_user_says_wins(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:

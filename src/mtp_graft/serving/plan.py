@@ -227,7 +227,7 @@ def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list
     notes = []
     if hardware.link == "pcie" and options.num_ranks > 1:
         wanted, flags = {**wanted, **PCIE_ENVIRONMENT}, PCIE_FLAGS
-        notes.append(f"{hardware}: Acti's settings for GPUs without NVLink (docs/serving.md)")
+        notes.append("Acti's settings for GPUs without NVLink between them (docs/serving.md)")
     environment = {name: value for name, value in wanted.items() if name not in os.environ}
     notes += [f"{n}: the environment has {os.environ[n]}" for n in wanted if n in os.environ]
     share = hardware.most_utilization if hardware.unified_memory else None
