@@ -28,7 +28,7 @@ from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes,
 from mtp_graft.serving.ranks import undivided
 from mtp_graft.stages.capture import step_tokens
 from mtp_graft.stages.fetch import Source, headers_of, nearest_folder
-from mtp_graft.stages.splice_plan import check_inputs
+from mtp_graft.stages.splice_plan import plan_splice
 
 #: Bits a weight of the routed experts; all else of the head takes two bytes at most.
 _EXPERT_BITS = {"rtn": 4.125, "gptq": 4.125, "mxfp4": 4.25, "bf16": 16.0}
@@ -134,8 +134,7 @@ def _count_head(base: Source) -> Head:
 
 def _is_copied(base: Source, folder: Path) -> bool:
     """Return whether base and run folder are on two disks, across which there are no links."""
-    there = base.folder or nearest_folder(Path(constants.HF_HUB_CACHE))
-    return there.stat().st_dev != nearest_folder(folder).stat().st_dev
+    return base.folder.stat().st_dev != nearest_folder(folder).stat().st_dev
 
 
 def _serving_needs(recipe: Recipe, config: Mapping[str, Any]) -> list[Need]:
@@ -178,7 +177,7 @@ def check_models(recipe: Recipe, base: Source, upstream: Source) -> None:
     """Raise GraftError for models that do not fit each other, or the recipe; reads headers only."""
     check_dimensions(base.config, f"{base.given}/config.json")
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        check_inputs(base_folder, upstream_folder)
+        plan_splice(base_folder, upstream_folder, "rtn", recipe.splice.linears)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
@@ -269,7 +268,7 @@ def describe(
         "sources": {
             name: {
                 "source": source.given,
-                "commit": source.repository and source.repository.commit,
+                "commit": source.commit,
                 "files": dict(source.sizes),
                 "bytes": sum(source.sizes.values()),
                 "bytes_to_download": source.bytes_to_download,

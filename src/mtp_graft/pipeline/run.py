@@ -31,7 +31,7 @@ from mtp_graft.stages.quantize import QuantizeConfig, quantize
 from mtp_graft.stages.ranks import num_ranks
 from mtp_graft.stages.score import ScoreConfig, score
 from mtp_graft.stages.splice import splice
-from mtp_graft.stages.verify import verify
+from mtp_graft.stages.verify import require_sound, verify
 
 STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
 
@@ -230,8 +230,7 @@ class _Run:
             found["ok"] = found["ok"] and found["base_as_captured"] is not False
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(found, path)
-            if not found["ok"]:
-                raise GraftError(f"{checkpoint}: {_what_is_wrong(found)}")
+            require_sound(checkpoint, found)
         return {"variants": variants}, self._heads()
 
     def bench(self) -> MadeFrom:
@@ -270,12 +269,3 @@ def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
         wanted[recipe.bench.prompts] += recipe.bench.count
     for source, count in wanted.items():
         load_calibration(source, count)
-
-
-def _what_is_wrong(found: dict[str, Any]) -> str:
-    """Say in one line what `verify` found."""
-    wrong = [*found["missing"], *found["unexpected"]]
-    wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
-    if not wrong:
-        return "the base is not the one that it was spliced from; splice again"
-    return f"{len(wrong)} tensors are wrong: {', '.join(wrong[:3])}; remove it and splice again"

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench.card.cite import Node
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.manifest import fingerprints
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.spliced import HEAD_SHARD, Spliced, find_spliced, read_object
+from mtp_graft.checkpoint.spliced import HEAD_SHARD, Spliced, find_spliced
 from mtp_graft.serving.profiles import PROFILES
 
 SPEED_BENCHMARKS = ("decode", "sweep", "workload")
@@ -173,4 +174,4 @@ def _read(run: Path, file: str) -> Node | None:
 
 
 def _required(run: Path, file: str) -> Node:
-    return Node(file, read_object(run / file, "remove it and run again"))
+    return Node(file, read_object(run / file, "a result", "remove it and run again"))
