@@ -338,7 +338,7 @@ def test_a_dry_run_without_the_hub_tells_what_is_known_of_the_real_models(
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
     real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")
     told = plan_run(real, tmp_path / "run", STAGES)
     assert "cannot be fetched from the hub (Name or service not known)" in told["unknown"]

@@ -194,7 +194,9 @@ def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     for stem, by_part in group_by_stem(plan.head.files).items():
         tensors = plan.head.read(by_part.values())
         parts = {part: tensors[name] for part, name in by_part.items()}
-        experts = plan.experts.read(given[stem].values()) if plan.experts and stem in given else None
+        experts = (
+            plan.experts.read(given[stem].values()) if plan.experts and stem in given else None
+        )
         yield from store_tensor(
             *(stem, parts, plan.variant, experts),
             group_size=plan.group_size,

@@ -219,7 +219,9 @@ def _check_fits(
         found[decoded_name(stem, by_part)] = tuple(shape)
     wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if wrong:
-        shapes = (list(each[wrong[0]]) if wrong[0] in each else "none" for each in (found, expected))
+        shapes = (
+            list(each[wrong[0]]) if wrong[0] in each else "none" for each in (found, expected)
+        )
         raise GraftError(
             f"{upstream}: {wrong[0]} is {next(shapes)}, expected {next(shapes)} by the base's "
             f"config.json ({len(wrong)} of the head's {len(expected)} tensors differ); base and "
