@@ -69,12 +69,12 @@ def names(folder: Path) -> set[str]:
 
 
 def test_folders_are_themselves_and_the_hub_is_not_asked(
-    hub: StandInHub, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: StandInHub, tiny_model: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("HOME", str(tiny_model))
-    model = ModelSection(name="m", base=str(tiny_model / "base"), upstream="~/upstream")
+    base, upstream = tiny_model / "base", tiny_model / "upstream"
+    model = ModelSection(name="m", base=str(base), upstream=str(upstream))
     found = fetch(model, tmp_path / "out", quiet)
-    assert (found.base, found.upstream) == (tiny_model / "base", tiny_model / "upstream")
+    assert (found.base, found.upstream) == (base, upstream)
     assert hub.asked == []
 
 

@@ -149,7 +149,9 @@ def test_a_torn_result_is_named(
     (tmp_path / "score" / name).write_text('{"acceptance": {"gp')
     if name == "gptq.json":
         (tmp_path / "score" / "manifest.json").unlink()  # or it would not be read
-    with pytest.raises(GraftError, match=rf"{name}: not a result .not JSON.* remove it and run again"):
+    with pytest.raises(
+        GraftError, match=rf"{name}: not a result .not JSON.* remove it and run again"
+    ):
         run(tmp_path / "score")
 
 
