@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import EngineOptions, Send, counters, exit_on_sigterm, gained, start
-from measurements import Entry, Limits, Measurements
+from engines import EngineOptions, counters, start
+from record import write_result
 from safetensors.torch import load_file
 from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import splice
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
@@ -34,32 +35,22 @@ NOTE = (
     "Greedy, one request at a time, 12 bundled prompts and one of 1,500 tokens. Speed is not "
     "measured here. The CPU's steps take a whole prompt."
 )
+Entry = dict[str, Any]
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="result of this script on a CPU")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=96)
-    Limits.add_options(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse_arguments()
-    exit_on_sigterm()
-    limits = Limits.of(options)
+    options = parser.parse_args()
     reference = json.loads(options.reference.read_text()) if options.reference else None
     expected = {e["part"]: e for e in reference["measurements"]} if reference else {}
-
-    def summary(entries: list[Entry]) -> dict[str, Any]:
-        return summarize({e["part"]: e for e in entries}, expected)
-
-    done = Measurements(options.out, "serve_check", summary, NOTE)
     prompts = bundled_prompts(options.model, options.prompts, LONG)
     text = expected.get("texts-k0", {}).get("texts")
+    found: list[Entry] = []
     with tempfile.TemporaryDirectory() as scratch:
         spliced = Path(scratch) / "spliced"
         splice(options.model / "base", options.model / "upstream", spliced, "mxfp4")
@@ -69,36 +60,39 @@ def main() -> None:
                 gpu_memory_utilization=0.1,
                 kv_cache_bytes=2**31,
             )
-            if not done.has(part=f"texts-k{k}"):
-                capture = Path(scratch) / f"capture-k{k}"
-                arguments = (engine, prompts, options.max_tokens, text, capture)
-                done.run(f"tiny-k{k}", limits, observe, *arguments)
+            arguments = (engine, prompts, options.max_tokens, text, Path(scratch) / f"capture-k{k}")
+            found += run_in_process(observe, *arguments, report=print)
+            results = summarize({e["part"]: e for e in found}, expected)
+            write_result(options.out, "serve_check", results, note=NOTE, measurements=found)
 
 
 def observe(
-    send: Send,
     engine: EngineOptions,
     prompts: list[list[int]],
     max_tokens: int,
     reference: list[Any] | None,
     folder: Path,
-) -> None:
-    """Start the engine and send what is compared; runs in a process of its own."""
+    _report: Any,
+) -> list[Entry]:
+    """Start the engine and return what is compared; runs in a process of its own."""
     began = time.perf_counter()
     (folder / RECORDINGS).mkdir(parents=True)
     os.environ[RECORD_VARIABLE] = str(folder)
     llm = start(engine)
     start_s = time.perf_counter() - began
-    before = counters(llm)
     texts = greedy(llm, prompts, max_tokens)
-    counts = gained(before, counters(llm))
+    counts = counters(llm)
+    drafted, accepted = counts["draft_tokens"], counts["accepted_tokens"]
+    acceptance = accepted / drafted if drafted else None
+    entry = {"texts": texts, "drafted": drafted, "accepted": accepted, "acceptance": acceptance}
+    found = [{"part": f"texts-k{engine.k}", **entry, "start_s": start_s}]
     if engine.k == 0:
         if reference is not None:
             best = tokens_of(forced(llm, prompts, reference))
-            send({"part": "forced", "best": best})
+            found.append({"part": "forced", "best": best})
         recorded = record(llm, [p for p in prompts if len(p) <= CHUNK], folder)
-        send({"part": "recording", "prompts": recorded})
-    send({"part": f"texts-k{engine.k}", "texts": texts, **counts, "start_s": start_s})
+        found.append({"part": "recording", "prompts": recorded})
+    return found
 
 
 def record(llm: Any, prompts: list[list[int]], folder: Path) -> list[Entry]:

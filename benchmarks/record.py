@@ -1,5 +1,12 @@
-"""What every result file says beside its numbers; see "Measurements" in CONTRIBUTING.md."""
+"""What every result file says beside its numbers; see "Measurements" in CONTRIBUTING.md.
 
+    mtp-graft bench sweep ... --json sweep.json
+    python benchmarks/record.py sweep.json benchmarks/results/sweep_cpu.json "bench sweep ..."
+
+keeps a command's result as a result file.
+"""
+
+import argparse
 import json
 import os
 import platform
@@ -18,7 +25,7 @@ _PACKAGES = (
 
 
 def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:
-    """Write one result file; `more` are further keys, such as a note."""
+    """Write one result file; `more` are further keys, such as a note, or replace ours."""
     report = {
         "benchmark": benchmark,
         "date": datetime.now(UTC).date().isoformat(),
@@ -29,7 +36,10 @@ def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:
         "results": results,
         **more,
     }
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(path)
 
 
 @cache
@@ -69,3 +79,20 @@ def versions() -> dict[str, str]:
     installed = {dist.metadata["Name"] for dist in metadata.distributions()}
     found = {name: metadata.version(name) for name in _PACKAGES if name in installed}
     return {"python": platform.python_version(), **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path, help="what --json wrote")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("command", help="the command that made it")
+    parser.add_argument("--note", help="what a reader has to know of the run")
+    options = parser.parse_args()
+    more = {"note": options.note} if options.note else {}
+    results = json.loads(options.result.read_text())
+    name = options.out.stem.rpartition("_")[0] or options.out.stem
+    write_result(options.out, name, results, command=options.command, **more)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,10 @@
-"""Write docs/results.md, and the table of README.md, from the files in benchmarks/results.
+"""Write docs/results.md and README.md's table and chart from the files in benchmarks/results.
 
     python benchmarks/results_page.py [--check]
 
 The words are in benchmarks/pages/*.j2; every figure is read from a result file, so none can be
 mistyped or outlive the file that it came from. --check writes nothing and fails if the pages are
-not what the files say; the tests do that.
+not what the files say; the tests do that. The chart is not compared.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "pages"
@@ -78,6 +79,30 @@ def source(name: str) -> str:
     return f"[`{name}`](../benchmarks/results/{name}.json)"
 
 
+def draw_speed(path: Path) -> None:
+    """Draw tokens a second of all requests by how many there are: base, k = 1, k = 3."""
+    series = {
+        "base": ("no head", "#8c959f"),
+        "k1": ("k = 1", "#54aeff"),
+        "k3": ("k = 3", "#0969da"),
+    }
+    sweep = result("sweep_h200")["results"]
+    figure, axes = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
+    for place, (name, (label, colour)) in enumerate(series.items()):
+        speeds = [point["aggregate_tok_s"] for point in sweep[name]]
+        at = [i + 0.27 * (place - 1) for i in range(len(speeds))]
+        bars = axes.bar(at, speeds, 0.25, label=label, color=colour)
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
+    counts = [point["concurrency"] for point in sweep["base"]]
+    axes.set_xticks(range(len(counts)), [f"{n} request{'s' * (n > 1)}" for n in counts])
+    axes.set_ylabel("tokens per second, all requests")
+    axes.set_title("Tiny model, one H200, vLLM 0.33, HTTP", fontsize=10)
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="fail if a page is out of date")
@@ -89,6 +114,7 @@ def main() -> None:
         return
     for path, text in pages().items():
         path.write_text(text)
+    draw_speed(ROOT / "docs" / "images" / "speed.png")
 
 
 if __name__ == "__main__":

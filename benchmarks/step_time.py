@@ -1,53 +1,38 @@
-"""Time decode steps with and without MTP, at several loads and rates of acceptance.
+"""Time decode steps with and without the head at Flash's width, and say what speed-up to expect.
 
-    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 5 17
+    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 17 35
 
-FOLDER is `flash_width.py`'s. One engine for each number of layers, head and k; on it, for each
-number of streams, context and rate of acceptance, one decode of `--steps` steps. What is in the
-result already is not measured again, what fails is in `failures`. The most telling come first.
+FOLDER is `flash_width.py`'s. One engine for each number of layers, head, k and draft LM head; on it
+one decode for each number of requests. A point that the result has is not measured again. Weights
+are random, so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because
+greedy text of random weights repeats one token.
 
-Weights are random, so the head's drafts agree with nothing. On a GPU vLLM accepts them at the rate
-that it is told (`rejection_sample_method: synthetic`); without that (`--natural`, and on a CPU,
-which has no such sampler) the acceptance is about 0. Text is sampled at temperature 1: greedy text
-of random weights repeats one token, and a step that sees a token twice reads fewer experts.
+A step of all 43 layers is extrapolated through the two numbers of layers (`extrapolated`). With the
+probability p that a draft is accepted if all before it were,
+
+    speed-up = (1 + p + ... + p^k) x base step time / MTP step time.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from engines import (
-    EngineOptions,
-    Send,
-    counters,
-    decode,
-    exit_on_sigterm,
-    gained,
-    has_accelerator,
-    random_prompts,
-    set_rate,
-    start,
-    summarize_steps,
-    time_gpu,
-)
-from measurements import Deadline, Entry, Limits, Measurements
+from engines import EngineOptions, decode, random_prompts, start, summarize_steps
+from record import write_result
 
+from mtp_graft.pipeline.device import gpu_names
+from mtp_graft.stages.process import run_in_process
+
+ALL_LAYERS = 43
+RATES = (0.6, 0.7, 0.85, 0.95)
 NOTE = (
-    "Random weights of Flash's width, offline engine, no HTTP. step_ms is the time between two "
-    "outputs of the engine while all streams decode; gpu_ms (clock: true), taken by a profiler "
-    "after all others, the part of a step in which the GPU computes or waits for a sum. rate: "
-    "synthetic acceptance of each draft, if all before it were accepted; null: what the random "
-    "head happens to get, about 0. results has the medians over all rates at the shortest context."
+    "Random weights of Flash's width, offline engine, no HTTP, temperature 1. step_ms is the time "
+    "between two outputs of the engine while all requests decode."
 )
-CPU_NOTE = " A small form on a shared CPU: it shows that the script runs, and nothing about a GPU."
-
-#: Prompts whose first token is timed, of one stream.
-PROMPTS = 7
+Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,150 +42,78 @@ class Job:
     layers: int
     variant: str  # base, int4 or mxfp4
     k: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant}-{self.layers}-k{self.k}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One decode on it."""
-
-    streams: int
-    context: int
-    rate: float | None
-    clock: bool = False  # the GPU's time is taken, and not the step's
+    draft_lm_head: str | None = None  # vLLM's draft_lm_head_quantization
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", default=[5, 17])
+    parser.add_argument("--layers", type=int, nargs="+", default=[17, 35])
     parser.add_argument("--variants", nargs="+", default=["int4", "mxfp4"])
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1000])
-    parser.add_argument("--rates", type=float, nargs="+", default=[0, 0.6, 0.7, 0.85, 0.95])
-    parser.add_argument("--natural", action="store_true", help="no synthetic acceptance")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--draft-lm-heads", nargs="+", default=["none"], help="none, fp8, nvfp4")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--context", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=0.7, help="synthetic acceptance, on a GPU")
     parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
-    parser.add_argument("--no-clock", action="store_true", help="do not profile the GPU")
-    Limits.add_options(parser)
     return parser.parse_args()
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
-    """Return the engines in order of value: k = 1 before 2, a whole pair of layers before a head.
-
-    With the first four there is a speed-up to extrapolate.
-    """
-    found = [Job(layers, "base", 0) for layers in options.layers]
-    for k in options.k:
-        found += [Job(layers, v, k) for v in options.variants for layers in options.layers]
-    return found
-
-
-def points(job: Job, options: argparse.Namespace) -> list[Point]:
-    natural = options.natural or job.k == 0
-    rates = [None] if natural else options.rates
-    steps = [Point(n, c, r) for c in options.contexts for n in options.streams for r in rates]
-    return steps + clocks(steps, options)
+    """Return the engines in order of value: the bases and the smallest k first."""
+    heads = [None if head == "none" else head for head in options.draft_lm_heads]
+    bases = [Job(layers, "base", 0) for layers in options.layers]
+    return bases + [
+        Job(layers, variant, k, head)
+        for k in options.k
+        for variant in options.variants
+        for head in heads
+        for layers in options.layers
+    ]
 
 
-def clocks(points: Iterable[Point], options: argparse.Namespace) -> list[Point]:
-    """Return the points at which the GPU is timed, a load each; none on a CPU. They come last."""
-    if options.no_clock or not has_accelerator():
-        return []
-    loads = dict.fromkeys((point.streams, point.context) for point in points)
-    return [Point(*load, None, clock=True) for load in loads]
-
-
-def missing(job: Job, options: argparse.Namespace, done: Measurements) -> list[Point]:
-    return [p for p in points(job, options) if not done.has(**vars(job), **vars(p))]
-
-
-def measure(
-    send: Send, job: Job, todo: list[Point], options: argparse.Namespace, deadline: Deadline
-) -> None:
-    """Start the engine and send one entry for each point; runs in a process of its own."""
+def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
+    """Start the engine and add an entry for each number of requests to the result file."""
     began = time.perf_counter()
-    rate = None if options.natural or job.k == 0 else max(options.rates)
     checkpoint = options.folder / f"{job.variant}-{job.layers}"
-    per_stream = max(options.contexts) + options.steps * (1 + job.k) + 64
+    most = options.steps * (1 + job.k) + 64
+    head = {"draft_lm_head_quantization": job.draft_lm_head} if job.draft_lm_head else {}
     engine = EngineOptions(
-        *(checkpoint, job.k, per_stream, max(options.streams), 8192),
+        *(checkpoint, job.k, options.context + most, max(options.requests)),
         gpu_memory_utilization=options.gpu_memory_utilization,
-        rate=rate,
-        eager=options.eager,
+        rate=options.rate if job.k and gpu_names() else None,
+        drafting=head,
     )
     llm = start(engine)
-    identity = {**vars(job), "start_s": time.perf_counter() - began}
-    measure_points(send, llm, checkpoint, identity, todo, options, deadline)
-
-
-def measure_points(
-    send: Send,
-    llm: Any,
-    checkpoint: Path,
-    identity: Entry,
-    todo: list[Point],
-    options: argparse.Namespace,
-    deadline: Deadline,
-) -> None:
-    """Send an entry for each point, `identity` in it; of more streams than seats, some wait."""
+    start_s = time.perf_counter() - began
     vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    warmed: set[tuple[int, int]] = set()
-    first_tokens: dict[int, list[float]] = {}  # of one stream, by context
-    for point in todo:
-        if deadline.passed():
-            return
-        prompts = random_prompts(point.streams, point.context, vocabulary)
-        if point.rate is not None:
-            set_rate(llm, point.rate)
-        if (point.streams, point.context) not in warmed:
-            decode(llm, prompts, 16, options.temperature)
-            warmed.add((point.streams, point.context))
-            if point.streams == 1:
-                first_tokens[point.context] = ttfts_ms(llm, point.context, vocabulary)
-        seated = min(point.streams, identity.get("seats", point.streams))
-        if point.clock:
-            send({**identity, **vars(point), **clocked(llm, prompts, identity["k"], options)})
-            continue
-        before = counters(llm)
-        wanted = num_tokens(options.steps, identity["k"], point.rate)
-        steps, text = decode(llm, prompts, wanted, options.temperature)
-        entry = summarize_steps(steps, seated) | gained(before, counters(llm))
-        if point.streams == 1:
-            entry["ttfts_ms"] = first_tokens[point.context]
-        send({**identity, **vars(point), **entry, "distinct_tokens": len(set(text)) / len(text)})
+    for requests in missing(job, options):
+        prompts = random_prompts(requests, options.context, vocabulary)
+        for _ in decode(llm, prompts, 16, temperature=1.0):
+            pass  # compiles what this load needs
+        wanted = int(options.steps * tokens_per_step(job.k, engine.rate or 0.0))
+        steps = list(decode(llm, prompts, wanted, temperature=1.0))
+        entry = {**vars(job), "requests": requests, "rate": engine.rate, "start_s": start_s}
+        add(options.out, entry | summarize_steps(steps, requests))
 
 
-def ttfts_ms(llm: Any, context: int, vocabulary: int) -> list[float]:
-    """Return the time to the first token of several prompts, one after the other."""
-    times = []
-    for seed in range(1, 1 + PROMPTS):
-        steps, _ = decode(llm, random_prompts(1, context, vocabulary, seed), 1)
-        times.append(1000 * (steps[1].at - steps[0].at))
-    return times
+def missing(job: Job, options: argparse.Namespace) -> list[int]:
+    """Return the numbers of requests that the result file does not have."""
+    have = [e["requests"] for e in entries(options.out) if vars(job).items() <= e.items()]
+    return [requests for requests in options.requests if requests not in have]
 
 
-def clocked(
-    llm: Any, prompts: list[list[int]], k: int, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Return the GPU's time and kernels, or why they are not known: the steps' times are kept."""
-    try:
-        return time_gpu(llm, prompts, k, options.temperature)
-    except Exception as error:  # the profiler's or the engine's, whichever it was
-        return {"gpu_ms": None, "error": repr(error)}
+def entries(path: Path) -> list[Entry]:
+    return json.loads(path.read_text())["measurements"] if path.exists() else []
 
 
-def num_tokens(steps: int, k: int, rate: float | None) -> int:
-    """Return how many tokens a request is to decode for about `steps` steps."""
-    return int(steps * tokens_per_step(k, rate or 0.0))
+def add(path: Path, entry: Entry) -> None:
+    print(json.dumps(entry), flush=True)
+    found = [*entries(path), entry]
+    more = {"extrapolated": extrapolate(found, ALL_LAYERS), "measurements": found}
+    write_result(path, "step_time", pairs(found), note=NOTE, **more)
 
 
 def tokens_per_step(k: int, rate: float) -> float:
@@ -208,48 +121,49 @@ def tokens_per_step(k: int, rate: float) -> float:
     return sum(rate**i for i in range(k + 1))
 
 
-def summarize(entries: list[Entry]) -> list[Entry]:
-    """Return a line for each layers, variant, k and streams that has a base beside it."""
-    if not entries:
-        return []
-    context = min(e["context"] for e in entries)
-    found: dict[tuple[Any, ...], list[Entry]] = {}
-    for e in entries:
-        if e["context"] == context:
-            key = e["layers"], e["variant"], e["k"], e["streams"]
-            found.setdefault(key, []).append(e)
-    timed = {key: group for key, group in found.items() if not all(e["clock"] for e in group)}
-    return list(_pairs({key: _times(group) for key, group in timed.items()}))
+def pairs(found: list[Entry]) -> list[Entry]:
+    """Return a line for each measurement with a head that has its base beside it."""
+    base = {
+        (e["layers"], e["requests"]): e["step_ms"]["median"]
+        for e in found
+        if e["variant"] == "base"
+    }
+    return [
+        {name: e[name] for name in ("layers", "variant", "k", "draft_lm_head")}
+        | {"streams": e["requests"], "step_ms_base": base[e["layers"], e["requests"]]}
+        | {"step_ms_mtp": e["step_ms"]["median"]}
+        for e in found
+        if e["k"] and (e["layers"], e["requests"]) in base
+    ]
 
 
-def _times(group: list[Entry]) -> tuple[float, float | None]:
-    """Return the medians of the step times and of the GPU's times, of one load."""
-    busy = [e["gpu_ms"] for e in group if e["clock"] and e["gpu_ms"] is not None]
-    steps = median(e["step_ms"]["median"] for e in group if not e["clock"])
-    return steps, median(busy) if busy else None
+def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
+    """Return step times at `layers` by a line through the fewest and the most layers measured.
 
-
-def _pairs(times: dict[tuple[Any, ...], tuple[float, float | None]]) -> Iterator[Entry]:
-    for (layers, variant, k, streams), (step_ms, gpu_ms) in sorted(times.items()):
-        base = times.get((layers, "base", 0, streams))
-        if k and base is not None:
-            line = {"layers": layers, "variant": variant, "k": k, "streams": streams}
-            line |= {"step_ms_base": base[0], "step_ms_mtp": step_ms}
-            yield {**line, "gpu_ms_base": base[1], "gpu_ms_mtp": gpu_ms}
+    `speed_up` is by rate of acceptance. A load with one number of layers gives no line.
+    """
+    loads: dict[tuple[Any, ...], list[Entry]] = {}
+    for line in pairs(found):
+        key = line["variant"], line["k"], line["draft_lm_head"], line["streams"]
+        loads.setdefault(key, []).append(line)
+    lines = []
+    for group in loads.values():
+        few, many = (choose(group, key=lambda line: line["layers"]) for choose in (min, max))
+        if few["layers"] == many["layers"]:
+            continue
+        reach = (layers - many["layers"]) / (many["layers"] - few["layers"])
+        times = {t: many[t] + reach * (many[t] - few[t]) for t in ("step_ms_base", "step_ms_mtp")}
+        ratio = times["step_ms_base"] / times["step_ms_mtp"]
+        speed_up = {str(rate): tokens_per_step(many["k"], rate) * ratio for rate in RATES}
+        lines.append(many | {"layers": layers, "speed_up": speed_up} | times)
+    return lines
 
 
 def main() -> None:
     options = parse_arguments()
-    exit_on_sigterm()
-    limits = Limits.of(options)
-    on_gpu = has_accelerator()
-    options.natural |= not on_gpu  # vLLM's CPU sampler has no synthetic acceptance
-    done = Measurements(options.out, "step_time", summarize, NOTE if on_gpu else NOTE + CPU_NOTE)
     for job in jobs(options):
-        if todo := missing(job, options, done):
-            done.run(job.name, limits, measure, job, todo, options, limits.deadline)
-    left = sum(len(missing(job, options, done)) for job in jobs(options))
-    print(f"{len(done.entries)} measured, {left} missing, {len(done.failures)} failed", flush=True)
+        if missing(job, options):
+            run_in_process(measure, job, options, report=print)
 
 
 if __name__ == "__main__":

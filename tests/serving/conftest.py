@@ -2,34 +2,39 @@
 
 import json
 import os
-import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mtp_graft.serving import command
 
+from .flash import write_flash
+
 FAKE_VLLM = Path(__file__).with_name("fake_vllm.py")
 BASE_TENSORS = ("embed.weight", "layers.0.attn.wq_a.weight")
 HEAD_TENSORS = ("mtp.0.e_proj.weight",)
 
 
-def install(site: Path, name: str = "vllm", version: str = "0.32.0+cpu") -> Path:
-    """Make `site` look as if pip had installed vLLM there; return its `vllm` script."""
+def install(site: Path, name: str = "vllm", version: str = "0.32.0+cpu") -> None:
+    """Make `site` look as if pip had installed vLLM there."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
-    (info / "RECORD").write_text("../bin/vllm,,\n")
-    script = site.parent / "bin" / "vllm"
-    script.parent.mkdir(exist_ok=True)
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{FAKE_VLLM}" "$@"\n')
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return script
+    (info / "RECORD").touch()
+    for module in ("cli/main.py", "openai/api_server.py"):
+        file = site / "vllm" / "entrypoints" / module
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for package in file.relative_to(site).parents[:-1]:
+            (site / package / "__init__.py").touch()  # else an installed vLLM goes first
+        file.write_text(
+            f"import runpy\n\nrunpy.run_path({str(FAKE_VLLM)!r}, run_name='__main__')\n"
+        )
 
 
 def only_from(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,17 +48,47 @@ def only_from(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "distribution", distribution)
 
 
-def install_nvidia_smi(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, memory_mib: str, link: str
+class NvmlError(Exception):
+    """Stands for pynvml.NVMLError and what is derived from it."""
+
+
+def install_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+    *gpus: str,
+    memory_mib: int | None = None,
+    nvlinks: Collection[tuple[int, int]] = (),
+    error: str | None = None,
 ) -> None:
-    """Put an `nvidia-smi` into `folder`, first on PATH, that tells of two GPUs."""
-    script = folder / "nvidia-smi"
-    script.write_text(
-        f'#!/bin/sh\nif [ "$1" = topo ]; then printf "GPU0 X {link}\\nGPU1 {link} X\\n"\n'
-        f'else printf "{gpu}, {memory_mib}\\n{gpu}, {memory_mib}\\n"; fi\n'
+    """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them."""
+
+    def initialize() -> None:
+        if error:
+            raise NvmlError(error)
+
+    def memory(_gpu: int) -> SimpleNamespace:
+        if memory_mib is None:
+            raise NvmlError("Not Supported")
+        return SimpleNamespace(total=memory_mib * 2**20)
+
+    def by_uuid(uuid: str) -> int:
+        if not uuid.startswith("GPU-"):
+            raise NvmlError("Not Found")
+        return int(uuid.removeprefix("GPU-"))
+
+    stand_in = SimpleNamespace(
+        NVMLError=NvmlError,
+        NVMLError_NotSupported=NvmlError,
+        NVML_P2P_CAPS_INDEX_NVLINK=2,
+        NVML_P2P_STATUS_OK=0,
+        nvmlInit=initialize,
+        nvmlDeviceGetCount=lambda: len(gpus),
+        nvmlDeviceGetHandleByIndex=int,
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetName=gpus.__getitem__,
+        nvmlDeviceGetMemoryInfo=memory,
+        nvmlDeviceGetP2PStatus=lambda a, b, _kind: 0 if (a, b) in nvlinks else 5,
     )
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "pynvml", stand_in)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
@@ -66,15 +101,15 @@ def site(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The stand-in's `vllm` script, the only vLLM that this process and its children see."""
+def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """What starts the stand-in, the only vLLM that this process and its children see."""
     only_from(site, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(site))
     for name in ("OMP_NUM_THREADS", "FAKE_VLLM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    return site.parent / "bin" / "vllm"
+    return (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model")
 
 
 @pytest.fixture
@@ -97,6 +132,12 @@ def write_checkpoint(folder: Path, tensors: tuple[str, ...]) -> Path:
     return folder
 
 
+def edit_config(checkpoint: Path, **changes: Any) -> None:
+    """Change a checkpoint's config."""
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A checkpoint without a head."""
@@ -107,6 +148,12 @@ def base(tmp_path: Path) -> Path:
 def grafted(tmp_path: Path) -> Path:
     """A checkpoint with a head."""
     return write_checkpoint(tmp_path / "grafted", BASE_TENSORS + HEAD_TENSORS)
+
+
+@pytest.fixture(scope="session")
+def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DeepSeek-V4-Flash without its bytes."""
+    return write_flash(tmp_path_factory.mktemp("flash") / "checkpoint")
 
 
 @pytest.fixture

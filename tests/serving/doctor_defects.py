@@ -107,60 +107,46 @@ def hold_a_tensor_twice(folder: Path) -> None:
     edit_index(folder, lambda m: m.update({"mtp.0.enorm.weight": "model-extra.safetensors"}))
 
 
-def drop(name: str) -> Plant:
-    return lambda folder: edit_shard(folder, lambda tensors: tensors.pop(name))
+def change(edit: Callable[[dict[str, Tensor]], object], shard_with: str | None = None) -> Plant:
+    """Return what edits the head's tensors, or those of the shard that holds a tensor."""
+    return lambda folder: edit_shard(
+        folder, edit, shard_of(folder, shard_with) if shard_with else HEAD
+    )
 
 
-def add(name: str) -> Plant:
-    extra = torch.zeros(4, dtype=torch.bfloat16)
-    return lambda folder: edit_shard(folder, lambda tensors: tensors.update({name: extra}))
+def drop(name: str, place: str | None = None) -> Plant:
+    return change(lambda tensors: tensors.pop(name), place)
+
+
+def add(name: str, place: str | None = None) -> Plant:
+    return change(lambda tensors: tensors.update({name: torch.zeros(4).bfloat16()}), place)
 
 
 def replace(name: str, make: Callable[[Tensor], Tensor]) -> Plant:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = make(tensors[name]).contiguous()
-
-    return lambda folder: edit_shard(folder, change)
+    return change(lambda tensors: tensors.update({name: make(tensors[name]).contiguous()}))
 
 
-def round_float32(folder: Path) -> None:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if "hc_" in name or name.endswith(("attn_sink", "gate.bias")):
-                tensors[name] = tensor.bfloat16()
-
-    edit_shard(folder, change)
+def round_float32(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if "hc_" in name or name.endswith(("attn_sink", "gate.bias")):
+            tensors[name] = tensor.bfloat16()
 
 
 def store_a_compressor_in(dtype: torch.dtype) -> Plant:
     stem = "layers.2.attn.compressor.wkv"
 
-    def change(tensors: dict[str, Tensor]) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
         weight = tensors[f"{stem}.weight"]
         tensors[f"{stem}.weight"] = weight.to(dtype)
         blocks = (-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
         tensors[f"{stem}.weight_scale"] = torch.ones(blocks, dtype=torch.bfloat16)
 
-    return lambda folder: edit_shard(folder, change, shard_of(folder, f"{stem}.weight"))
+    return change(edit, f"{stem}.weight")
 
 
-def drop_from_the_base(folder: Path) -> None:
-    name = "layers.1.ffn_norm.weight"
-    edit_shard(folder, lambda tensors: tensors.pop(name), shard_of(folder, name))
-
-
-def add_to_the_base(folder: Path) -> None:
-    extra = {"layers.1.attn.wq_a.weight_zero_point": torch.zeros(2)}
-    shard = shard_of(folder, "layers.1.attn.wq_a.weight")
-    edit_shard(folder, lambda tensors: tensors.update(extra), shard)
-
-
-def add_dspark_blocks(folder: Path) -> None:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for block in (1, 2):
-            tensors[f"mtp.{block}.enorm.weight"] = tensors["mtp.0.enorm.weight"].clone()
-
-    edit_shard(folder, change)
+def add_dspark_blocks(tensors: dict[str, Tensor]) -> None:
+    for block in (1, 2):
+        tensors[f"mtp.{block}.enorm.weight"] = tensors["mtp.0.enorm.weight"].clone()
 
 
 def ignore(pattern: str) -> Plant:
@@ -168,21 +154,15 @@ def ignore(pattern: str) -> Plant:
 
 
 def retarget(group: str, targets: list[str]) -> Plant:
-    def change(quantization: dict[str, Any]) -> None:
-        quantization["config_groups"][group]["targets"] = targets
-
-    return lambda folder: edit_quantization(folder, change)
+    return lambda folder: edit_quantization(
+        folder, lambda q: q["config_groups"][group].update(targets=targets)
+    )
 
 
 def set_group_size(folder: Path) -> None:
-    def change(quantization: dict[str, Any]) -> None:
-        quantization["config_groups"]["group_1"]["weights"]["group_size"] = 64
-
-    edit_quantization(folder, change)
-
-
-def drop_projections_group(folder: Path) -> None:
-    edit_quantization(folder, lambda q: q["config_groups"].pop("mtp_projections"))
+    edit_quantization(
+        folder, lambda q: q["config_groups"]["group_1"]["weights"].update(group_size=64)
+    )
 
 
 def set_config(key: str, value: object) -> Plant:
@@ -193,6 +173,7 @@ def drop_config(key: str) -> Plant:
     return lambda folder: edit_config(folder, lambda config: config.pop(key))
 
 
+NORM = "layers.1.ffn_norm.weight"
 EXPERT = "mtp.0.ffn.experts.3"
 NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
 
@@ -207,12 +188,9 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "missing-parameter": ("head-tensor-missing", drop("mtp.0.hnorm.weight")),
     "missing-scale": ("head-tensor-missing", drop(f"{EXPERT}.w1.weight_scale")),
     "unknown-tensor": ("head-tensor-unknown", add("mtp.0.ffn.experts.3.w4.weight")),
-    "base-without-a-norm": ("base-tensor-missing", drop_from_the_base),
-    "base-with-zero-points": ("base-tensor-unknown", add_to_the_base),
-    "gate-up-down-names": (
-        "tensor-name",
-        rename_experts,
-    ),
+    "base-without-a-norm": ("base-tensor-missing", drop(NORM, NORM)),
+    "base-with-zero-points": ("base-tensor-unknown", add(f"{NORM}_zero_point", NORM)),
+    "gate-up-down-names": ("tensor-name", rename_experts),
     "head-named-as-layer": ("tensor-name", rename(r"^mtp\.0\.", "layers.4.")),
     "scale-inv": ("scale-name", rename(r"\.weight_scale$", ".weight_scale_inv")),
     "scale-of-linears": ("scale-name", rename(r"(_proj|attn\.w\w+)\.weight_scale$", r"\1.scale")),
@@ -223,10 +201,10 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     ),
     "wrong-group-size-in-config": ("group-size", set_group_size),
     "wrong-dtype": ("tensor-dtype", replace("mtp.0.e_proj.weight", lambda t: t.view(torch.int8))),
-    "rounded-float32": ("float32-rounded", round_float32),
+    "rounded-float32": ("float32-rounded", change(round_float32)),
     "fp8-compressor": ("compressor-fp8", store_a_compressor_in(torch.float8_e4m3fn)),
     "scaled-bf16-compressor": ("compressor-quantized", store_a_compressor_in(torch.bfloat16)),
-    "dspark": ("dspark-drafter", add_dspark_blocks),
+    "dspark": ("dspark-drafter", change(add_dspark_blocks)),
     "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
     "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),
@@ -241,7 +219,15 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "ignore-for-mtp": ("pattern-names-mtp", ignore("mtp.0.ffn.shared_experts.w1")),
     "unanchored-ignore": ("pattern-too-wide", ignore("re:.*e_proj")),
     "ignore-takes-the-head": ("pattern-too-wide", ignore(r"re:.*layers\.4\.attn\..*")),
-    "misspelled-ignore": ("pattern-matches-nothing", ignore(r"re:.*layers\.4\.fnn\..*")),
+    "ignore-is-null": (
+        "ignore-null",
+        lambda folder: edit_quantization(folder, lambda q: q.update(ignore=None)),
+    ),
     "one-family-of-names": ("expert-target-names", retarget("group_1", [NATIVE_EXPERTS])),
-    "projections-without-group": ("scheme-mismatch", drop_projections_group),
+    "projections-without-group": (
+        "scheme-mismatch",
+        lambda folder: edit_quantization(
+            folder, lambda q: q["config_groups"].pop("mtp_projections")
+        ),
+    ),
 }

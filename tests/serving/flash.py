@@ -1,7 +1,6 @@
-"""A stand-in of DeepSeek-V4-Flash in W4A16-FP8 with its head: real names and shapes, no bytes.
+"""The published DeepSeek-V4-Flash in W4A16-FP8 with a head: true names and shapes, no bytes.
 
-The shards are sparse files, so the folder is 146 GiB long and takes some 15 MB of a disk. The
-experts' `weight_shape` (16 bytes each) is left out.
+Its shards are sparse files: four of 38 GB, as published, and the head's, which take some 15 MB.
 """
 
 import json
@@ -10,146 +9,87 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.quantization_config import base_quantization_config
+import torch
+
+from mtp_graft.checkpoint.quantization_config import add_head
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.memory import weights_bytes_per_rank
 
-SIZE, INNER, HEADS, HEAD_DIM = 4096, 2048, 64, 512
-Q_RANK, O_GROUPS, O_RANK = 1024, 8, 1024
-EXPERTS, TOP_K, LAYERS, VOCAB, STREAMS = 256, 6, 43, 129280, 4
-INDEX_HEADS, INDEX_DIM = 64, 128
-HASH_LAYERS = 3
-RATIOS = [0, 0, *([4, 128] * 20), 4, 0]
-BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F8_E4M3": 1}
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "model_type": "deepseek_v4",
-    "hidden_size": SIZE,
-    "num_hidden_layers": LAYERS,
-    "num_nextn_predict_layers": 1,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 1,
-    "head_dim": HEAD_DIM,
-    "qk_rope_head_dim": 64,
-    "q_lora_rank": Q_RANK,
-    "o_groups": O_GROUPS,
-    "o_lora_rank": O_RANK,
-    "n_routed_experts": EXPERTS,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": TOP_K,
-    "moe_intermediate_size": INNER,
-    "hc_mult": STREAMS,
-    "index_n_heads": INDEX_HEADS,
-    "index_head_dim": INDEX_DIM,
-    "index_topk": 512,
-    "sliding_window": 128,
-    "max_position_embeddings": 1048576,
-    "vocab_size": VOCAB,
-    "compress_ratios": RATIOS,
+PUBLISHED = Path(__file__).parent / "published"
+CONFIG: dict[str, Any] = json.loads((PUBLISHED / "flash_w4a16_fp8.config.json").read_text())
+_LAYERS = range(CONFIG["num_hidden_layers"])
+_WITH = {
+    "-": range(1),
+    "all": _LAYERS,
+    "hash": range(CONFIG["num_hash_layers"]),
+    "scored": range(CONFIG["num_hash_layers"], len(_LAYERS)),
+    "ratio 4": [n for n in _LAYERS if CONFIG["compress_ratios"][n] == 4],
+    "ratio 128": [n for n in _LAYERS if CONFIG["compress_ratios"][n] == 128],
 }
+DTYPES = {
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+HEAD_SHARD = "model-mtp-w4a16.safetensors"
+INDEX = "model.safetensors.index.json"
+Tensors = dict[str, tuple[str, list[int]]]  # name -> dtype, shape
 
-#: Reads the 70,000 headers of a folder once.
+#: Reads the 103,000 headers of a folder once.
 cached_weights = cache(weights_bytes_per_rank)
 
-Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
-
-def fp8(name: str, out: int, inputs: int) -> Tensors:
-    scale = (-(-out // 128), -(-inputs // 128))
-    return {f"{name}.weight": ("F8_E4M3", (out, inputs)), f"{name}.weight_scale": ("BF16", scale)}
-
-
-def int4(name: str, out: int, inputs: int) -> Tensors:
-    return {
-        f"{name}.weight_packed": ("I32", (out, inputs // 8)),
-        f"{name}.weight_scale": ("BF16", (out, inputs // 128)),
-    }
-
-
-def bf16(name: str, *shape: int) -> Tensors:
-    return {f"{name}.weight": ("BF16", shape)}
-
-
-def compressor(name: str, ratio: int, dim: int) -> Tensors:
-    wide = dim * (2 if ratio == 4 else 1)
-    return {
-        f"{name}.ape": ("F32", (ratio, wide)),
-        **bf16(f"{name}.wkv", wide, SIZE),
-        **bf16(f"{name}.wgate", wide, SIZE),
-        **bf16(f"{name}.norm", dim),
-    }
-
-
-def attention(name: str, ratio: int) -> Tensors:
-    tensors: Tensors = {
-        f"{name}.attn_sink": ("F32", (HEADS,)),
-        **fp8(f"{name}.wq_a", Q_RANK, SIZE),
-        **bf16(f"{name}.q_norm", Q_RANK),
-        **fp8(f"{name}.wq_b", HEADS * HEAD_DIM, Q_RANK),
-        **fp8(f"{name}.wkv", HEAD_DIM, SIZE),
-        **bf16(f"{name}.kv_norm", HEAD_DIM),
-        **fp8(f"{name}.wo_a", O_GROUPS * O_RANK, HEADS * HEAD_DIM // O_GROUPS),
-        **fp8(f"{name}.wo_b", SIZE, O_GROUPS * O_RANK),
-    }
-    if ratio:
-        tensors |= compressor(f"{name}.compressor", ratio, HEAD_DIM)
-    if ratio == 4:
-        tensors |= compressor(f"{name}.indexer.compressor", ratio, INDEX_DIM)
-        tensors |= fp8(f"{name}.indexer.wq_b", INDEX_HEADS * INDEX_DIM, Q_RANK)
-        tensors |= bf16(f"{name}.indexer.weights_proj", INDEX_HEADS, SIZE)
+@cache
+def published() -> Tensors:
+    """Return the tensors of the base and of a head in INT4."""
+    tensors: Tensors = {}
+    for line in (PUBLISHED / "flash_w4a16_fp8.tsv").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pattern, dtype, shape, layers = line.split("\t")
+        for layer in _WITH[layers]:
+            for expert in range(CONFIG["n_routed_experts"] if "{E}" in pattern else 1):
+                name = pattern.replace("{L}", str(layer)).replace("{E}", str(expert))
+                tensors[name] = dtype, json.loads(shape)
     return tensors
 
 
-def mixing(name: str, rows: int, scales: int) -> Tensors:
-    return {
-        f"{name}_fn": ("F32", (rows, STREAMS * SIZE)),
-        f"{name}_base": ("F32", (rows,)),
-        f"{name}_scale": ("F32", (scales,)),
+def in_shards(tensors: Tensors) -> dict[str, Tensors]:
+    """Return shard -> its tensors: the head's, and four of the base."""
+    base = [name for name in tensors if not name.startswith("mtp.")]
+    size = -(-len(base) // 4)
+    shards = {
+        f"model-{n + 1:05d}-of-00004.safetensors": base[n * size : (n + 1) * size] for n in range(4)
     }
+    head = [name for name in tensors if name.startswith("mtp.")]
+    found = {shard: {name: tensors[name] for name in names} for shard, names in shards.items()}
+    return found | ({HEAD_SHARD: {name: tensors[name] for name in head}} if head else {})
 
 
-def layer(name: str, ratio: int, hashed: bool = False) -> Tensors:
-    gate = f"{name}.ffn.gate"
-    router: Tensors = (
-        {f"{gate}.tid2eid": ("I32", (VOCAB, TOP_K))}
-        if hashed
-        else {f"{gate}.bias": ("F32", (EXPERTS,))}
-    )
-    tensors = {**attention(f"{name}.attn", ratio), **bf16(gate, EXPERTS, SIZE), **router}
-    for expert in range(EXPERTS):
-        for w, out, inputs in (("w1", INNER, SIZE), ("w3", INNER, SIZE), ("w2", SIZE, INNER)):
-            tensors |= int4(f"{name}.ffn.experts.{expert}.{w}", out, inputs)
-    for w, out, inputs in (("w1", INNER, SIZE), ("w3", INNER, SIZE), ("w2", SIZE, INNER)):
-        tensors |= bf16(f"{name}.ffn.shared_experts.{w}", out, inputs)
-    for norm in ("attn_norm", "ffn_norm"):
-        tensors |= bf16(f"{name}.{norm}", SIZE)
-    for block in ("attn", "ffn"):
-        tensors |= mixing(f"{name}.hc_{block}", (2 + STREAMS) * STREAMS, 3)
-    return tensors
+def config() -> dict[str, Any]:
+    quantization = add_head(CONFIG["quantization_config"], len(_LAYERS), "int4", "base")
+    return {**CONFIG, "quantization_config": quantization}
 
 
-def head() -> Tensors:
-    tensors = layer("mtp.0", 0) | mixing("mtp.0.hc_head", STREAMS, 1)
-    for projection in ("e_proj", "h_proj"):
-        tensors |= bf16(f"mtp.0.{projection}", SIZE, SIZE)
-    for norm in ("enorm", "hnorm", "norm"):
-        tensors |= bf16(f"mtp.0.{norm}", SIZE)
-    return tensors
-
-
-def around() -> Tensors:
-    return {
-        **bf16("embed", VOCAB, SIZE),
-        **bf16("head", VOCAB, SIZE),
-        **bf16("norm", SIZE),
-        **mixing("hc_head", STREAMS, 1),
+def flash() -> Checkpoint:
+    """Return base and head as headers alone."""
+    shards = {
+        shard: {
+            name: torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+            for name, (dtype, shape) in tensors.items()
+        }
+        for shard, tensors in in_shards(published()).items()
     }
+    index = {name: shard for shard, tensors in shards.items() for name in tensors}
+    return Checkpoint(Path("flash"), config(), index, shards, {})
 
 
 def write_shard(file: Path, tensors: Tensors) -> None:
     entries, at = {}, 0
     for name, (dtype, shape) in tensors.items():
-        end = at + math.prod(shape) * BYTES[dtype]
+        end = at + math.prod(shape) * DTYPES[dtype].itemsize
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
         at = end
     header = json.dumps(entries).encode()
@@ -159,18 +99,12 @@ def write_shard(file: Path, tensors: Tensors) -> None:
 
 
 def write_flash(folder: Path) -> Path:
-    """Write the stand-in and return its folder."""
+    """Write base and head as sparse files and return their folder."""
     folder.mkdir(parents=True)
-    config = {**CONFIG, "quantization_config": base_quantization_config()}
-    (folder / "config.json").write_text(json.dumps(config))
-    # A shard a layer: reading a header maps the whole file.
-    shards = {"model-around.safetensors": around(), "model-mtp-w4a16.safetensors": head()}
-    for number, ratio in enumerate(RATIOS[:LAYERS]):
-        name = f"layers.{number}"
-        shards[f"model-{name}.safetensors"] = layer(name, ratio, number < HASH_LAYERS)
+    (folder / "config.json").write_text(json.dumps(config()))
     weight_map = {}
-    for shard, tensors in shards.items():
+    for shard, tensors in in_shards(published()).items():
         write_shard(folder / shard, tensors)
         weight_map |= dict.fromkeys(tensors, shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     return folder

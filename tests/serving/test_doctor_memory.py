@@ -12,16 +12,14 @@ from hypothesis import strategies as st
 
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.gpus import GPUS, find_gpu
 from mtp_graft.serving.memory import (
     kv_cache_bytes,
-    kv_cache_bytes_per_token,
     kv_layout,
     largest_context,
-    sequence_fixed_bytes,
     weights_bytes,
     weights_bytes_per_rank,
 )
+from mtp_graft.serving.topology import named_gpus
 
 FLASH: dict[str, Any] = {
     "num_hidden_layers": 43,
@@ -121,13 +119,7 @@ def registered_specs(config: dict[str, Any]) -> dict[str, Any]:
 
 def test_flash_takes_3915_bytes_a_token() -> None:
     # 21 layers of 65 + 15 pages of 576 bytes for 256 tokens, 20 layers of 3.
-    assert kv_cache_bytes_per_token(FLASH) == (21 * (65 + 15) + 20 * 3) * 576 / 256 == 3915
-
-
-def test_a_sequence_is_its_tokens_and_a_fixed_part() -> None:
-    tokens = 2**19
-    growing = int(kv_cache_bytes_per_token(FLASH) * tokens)
-    assert kv_cache_bytes(FLASH, tokens, 16384) == growing + sequence_fixed_bytes(FLASH, 16384)
+    assert kv_layout(FLASH).block_bytes / 256 == (21 * (65 + 15) + 20 * 3) * 576 / 256 == 3915
 
 
 @given(
@@ -201,7 +193,7 @@ def test_fp8_compressors_take_the_room_of_bf16_on_a_gpu_too() -> None:
     ],
 )
 def test_a_gpu_is_found_by_our_name_and_by_nvidias(said: str, meant: str) -> None:
-    assert find_gpu(said).name == meant
+    assert named_gpus(said, 1).gpu == meant
 
 
 @pytest.mark.parametrize(
@@ -214,8 +206,4 @@ def test_a_gpu_is_found_by_our_name_and_by_nvidias(said: str, meant: str) -> Non
 )
 def test_an_unknown_gpu_is_an_error_that_lists_the_known(name: str) -> None:
     with pytest.raises(GraftError, match=f"{name}: not a GPU known here; expected one of RTX"):
-        find_gpu(name)
-
-
-def test_the_memory_of_every_gpu_has_a_source() -> None:
-    assert all(gpu.source for gpu in GPUS)
+        named_gpus(name, 1)

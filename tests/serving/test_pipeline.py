@@ -30,7 +30,7 @@ from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
-from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_nvidia_smi, write_checkpoint
+from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, write_checkpoint
 from .test_acceptance import quiet
 
 RECIPE = """
@@ -242,7 +242,7 @@ def test_the_base_is_captured_and_then_measured_beside_every_variant(
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) == set(MEASURED)
     assert result["checkpoint"] == str(folder / "splice" / GPTQ / "tiny-mtp")
-    assert result["report"] is None and result["report_html"] is None
+    assert result["report"] is None
     for variant in (GPTQ, RTN):
         verified = json.loads((folder / "verify" / f"{variant}.json").read_text())
         assert verified["loaded_in_vllm"] is True
@@ -290,11 +290,12 @@ def on_gpus(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OnGp
     for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
         monkeypatch.delenv(name)
 
-    def install_on(gpu: str, memory_mib: str, link: str) -> None:
+    def install_on(gpu: str, memory_mib: int | None, link: str) -> None:
         for info in site.glob("*.dist-info"):
             shutil.rmtree(info)
         install(site, version="0.33.0")
-        install_nvidia_smi(tmp_path, monkeypatch, gpu, memory_mib, link)
+        nvlinks = [(0, 1)] if link.startswith("NV") else []
+        install_gpus(monkeypatch, gpu, gpu, memory_mib=memory_mib, nvlinks=nvlinks)
 
     return install_on
 
@@ -307,7 +308,7 @@ def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    on_gpus("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "97887", "NODE")
+    on_gpus("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, "NODE")
     records = {name: tmp_path / f"{name}.json" for name in (CAPTURE, BASE, GPTQ)}
     for name, file in records.items():
         servers.settings[name] = {"record": str(file)}
@@ -330,7 +331,7 @@ def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
 def test_the_settings_for_pcie_are_for_ranks_that_speak_over_it(
     ranks: int, link: str, settings: bool, run: Run, servers: Servers, on_gpus: OnGpus
 ) -> None:
-    on_gpus("NVIDIA H200", "143771", link)
+    on_gpus("NVIDIA H200", 143771, link)
     run(f"serve.tensor_parallel_size={ranks}", only="capture")
     options = servers.options[CAPTURE]
     assert ("--disable-custom-all-reduce" in options.extra_args) is settings
@@ -341,7 +342,7 @@ def test_the_settings_for_pcie_are_for_ranks_that_speak_over_it(
 def test_a_memory_that_the_gpu_shares_with_the_machine_is_not_filled(
     run: Run, servers: Servers, on_gpus: OnGpus
 ) -> None:
-    on_gpus("NVIDIA GB10", "[N/A]", "NODE")
+    on_gpus("NVIDIA GB10", None, "NODE")
     run(only="capture")
     assert servers.options[CAPTURE].gpu_memory_utilization == UNIFIED_MEMORY_UTILIZATION
 
@@ -416,9 +417,6 @@ def test_every_stage_leaves_a_manifest_and_the_report_its_page(
     result = run_pipeline(load_recipe(recipe), folder, quiet, ["report"])
     page = Path(result["report"]).read_text()
     assert "tiny-mtp" in page and "66.7 %" in page
-    assert (folder / "report" / "acceptance.png").is_file()
-    as_html = Path(result["report_html"]).read_text()
-    assert "tiny-mtp" in as_html and "66.7 %" in as_html
     for stage in ("capture", "splice", "verify", "bench", "report"):
         manifest = json.loads((folder / stage / "manifest.json").read_text())
         assert (manifest["stage"], manifest["status"]) == (stage, "done")
@@ -437,19 +435,16 @@ def test_the_report_tells_token_by_token_what_bench_recorded(
     texts = [kept[unit]["timed"][0]["texts"] for unit in units]
     assert "".join(texts[0]) == "".join(texts[1]) == "".join(f" {98 + 7 * i}" for i in range(8))
 
-    def pages() -> list[str]:
+    def page() -> str:
         result = run_pipeline(load_recipe(recipe), folder, quiet, ["report"])
-        return [Path(result[key]).read_text() for key in ("report", "report_html")]
+        return Path(result["report"]).read_text()
 
-    page, as_html = pages()
-    assert "| b0 | 8 | 6 | 3 of 5 | 60.0 % |" in page
-    assert '"drafts": {"accepted": [0, 1, 0, 1, 0, 1], "each": 1}' in as_html
-    for path in units.values():  # as run folders were before
+    assert "<td>3 of 5</td><td>60.0 %</td>" in page()
+    for path in units.values():
         unit = json.loads(path.read_text())
         del unit["stream"]
         path.write_text(json.dumps(unit))
-    for page in pages():
-        assert "When each token came was not measured in this run." in page
+    assert "When each token came was not measured in this run." in page()
 
 
 def test_stages_apart_give_what_the_whole_run_gives(
@@ -667,7 +662,7 @@ def test_device_auto_is_the_gpu_if_there_is_one(
 def test_this_process_leaves_cuda_to_others(
     run: Run, on_gpus: OnGpus, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpus("NVIDIA H200", "143771", "NV18")
+    on_gpus("NVIDIA H200", 143771, "NV18")
     answers = {"get_device_name(gpu)": ["NVIDIA H200"], "mem_get_info(gpu)[0]": ["150000000000"]}
     monkeypatch.setattr(device, "_ask_of_each_gpu", answers.__getitem__)
     device.gpu_names.cache_clear()

@@ -13,8 +13,7 @@ import pytest
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
 from mtp_graft.serving.command import START_LIMIT, ServeOptions, build_command
-from mtp_graft.serving.log_tail import explain
-from mtp_graft.serving.server import ServerProcess, managed_server
+from mtp_graft.serving.server import ServerProcess, explain, managed_server
 
 from .conftest import command_environment, is_running, read_record, wait_gone
 
@@ -37,9 +36,8 @@ def test_a_managed_server_answers_inside_its_block_and_is_gone_after(
     fake(record=str(record))
     seen: list[float] = []
     options = ServeOptions(grafted, port=0)
-    with managed_server(
-        options, tmp_path / "log" / "vllm.log", on_start=lambda s, _line: seen.append(s)
-    ) as client:
+    log = tmp_path / "log" / "vllm.log"
+    with managed_server(options, log, on_start=lambda s, _line: seen.append(s)) as client:
         assert client.complete([5, 6], 3) == (11, 18, 25)
         started = read_record(record)
         assert all(is_running(pid) for pid in started["pids"])
@@ -48,86 +46,54 @@ def test_a_managed_server_answers_inside_its_block_and_is_gone_after(
     assert seen
 
 
-def test_an_exception_in_the_block_takes_the_server_down(
-    fake: Configure, base: Path, tmp_path: Path, record: Path
-) -> None:
-    fake(record=str(record))
-    with (
-        pytest.raises(KeyboardInterrupt),
-        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
-    ):
-        raise KeyboardInterrupt
-    assert wait_gone(read_record(record)["pids"]) == []
-
-
-def test_healthy_is_not_ready_until_a_completion_came_back(
-    fake: Configure, base: Path, tmp_path: Path, record: Path
-) -> None:
-    fake(mode="refuses", record=str(record))
-    with (
-        pytest.raises(GraftError, match=r"status 500.*no such kernel"),
-        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
-    ):
-        pytest.fail("the block was entered")
-    assert wait_gone(read_record(record)["pids"]) == []
-
-
 @pytest.mark.parametrize(
-    ("mode", "message"),
+    ("settings", "message"),
     [
-        ("dies", r"base: vLLM ended with status 3 .*vllm\.log: KeyError: 'c1a'$"),
-        ("dies_on_completion", r"status 7 .*RuntimeError: died in the first step"),
+        ({"mode": "dies"}, r"base: vLLM ended with status 3 .*vllm\.log: KeyError: 'c1a'$"),
+        ({"mode": "dies_on_completion"}, "status 7 .*RuntimeError: died in the first step"),
+        ({"mode": "refuses"}, "status 500.*no such kernel"),  # healthy is not ready
+        ({"mode": "never_healthy"}, "is not ready after 2 s"),
     ],
 )
-def test_a_server_that_dies_is_explained_by_its_log(
-    fake: Configure, base: Path, tmp_path: Path, record: Path, mode: str, message: str
+def test_a_server_that_does_not_get_ready_is_explained_and_leaves_nothing(
+    fake: Configure,
+    base: Path,
+    tmp_path: Path,
+    record: Path,
+    settings: dict[str, str],
+    message: str,
 ) -> None:
-    fake(mode=mode, record=str(record))
+    fake(record=str(record), **settings)
+    timeout_s = 2.0 if settings["mode"] == "never_healthy" else None
     with (
         pytest.raises(GraftError, match=message),
-        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
-    ):
-        pytest.fail("the block was entered")
-    assert wait_gone(read_record(record)["pids"]) == []
-
-
-def test_a_server_that_never_gets_ready_times_out_and_leaves_nothing(
-    fake: Configure, base: Path, tmp_path: Path, record: Path
-) -> None:
-    fake(mode="never_healthy", record=str(record))
-    with (
-        pytest.raises(GraftError, match="is not ready after 1 s"),
-        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log", timeout_s=1.0),
+        managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log", timeout_s=timeout_s),
     ):
         pytest.fail("the block was entered")
     assert wait_gone(read_record(record)["pids"]) == []
 
 
 def test_a_server_may_take_the_time_that_its_weights_take_to_read(
-    fake: Configure, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vllm: object, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = 150 * 10**9
     os.truncate(base / "model-1.safetensors", size)  # sparse
     options = ServeOptions(base, port=0)
     limits_s: list[float] = []
-    monkeypatch.setattr(
-        ServerProcess, "require_ready", lambda _self, limit_s, _on_poll: limits_s.append(limit_s)
-    )
+
+    def ready(_self: ServerProcess, limit_s: float, _on_poll: object) -> bool:
+        limits_s.append(limit_s)
+        return True
+
+    monkeypatch.setattr(ServerProcess, "wait_ready", ready)
     with managed_server(options, tmp_path / "vllm.log"):
         assert limits_s[0] > size / 100e6
         assert build_command(options).env[START_LIMIT] == str(limits_s[0]), "vLLM's own limit"
     monkeypatch.setenv(START_LIMIT, "7")
     assert build_command(options).env[START_LIMIT] == "7"
-
-
-def test_a_server_that_ignores_sigterm_is_killed_after_its_grace(
-    fake: Configure, base: Path, tmp_path: Path, record: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "GRACE_S", 0.3)
-    fake(mode="ignores_sigterm", record=str(record))
-    with managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"):
-        pass
-    assert wait_gone(read_record(record)["pids"]) == []
+    monkeypatch.setenv(START_LIMIT, "soon")
+    with pytest.raises(GraftError, match="'soon', expected whole seconds"):
+        build_command(options)
 
 
 @pytest.fixture
@@ -139,21 +105,30 @@ def hangup_ends() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hangup_ends")
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_our_process_ends_the_server_too(
-    fake: Configure, base: Path, tmp_path: Path, record: Path, signum: int
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, None])
+def test_a_signal_or_an_exception_ends_the_server_too_also_one_that_ignores_sigterm(
+    fake: Configure,
+    base: Path,
+    tmp_path: Path,
+    record: Path,
+    signum: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = signal.getsignal(signum)
-    fake(record=str(record))
+    monkeypatch.setattr(server, "GRACE_S", 0.3)
+    before = signal.getsignal(signal.SIGTERM)
+    fake(record=str(record), mode="ignores_sigterm")
     with (
-        pytest.raises(SystemExit) as ended,
+        pytest.raises(SystemExit if signum else KeyboardInterrupt) as ended,
         managed_server(ServeOptions(base, port=0), tmp_path / "vllm.log"),
     ):
+        if signum is None:
+            raise KeyboardInterrupt
         signal.raise_signal(signum)
         pytest.fail("the block went on")
-    assert ended.value.code == 128 + signum
+    if isinstance(ended.value, SystemExit):
+        assert signum is not None and ended.value.code == 128 + signum
     assert wait_gone(read_record(record)["pids"]) == []
-    assert signal.getsignal(signum) is before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_taken_port_is_an_error_before_anything_starts(
@@ -171,22 +146,26 @@ def test_a_taken_port_is_an_error_before_anything_starts(
 
 
 @contextmanager
-def serving(site: Path, checkpoint: Path, **settings: object) -> Iterator[subprocess.Popen[str]]:
+def serving(
+    site: Path, checkpoint: Path, *words: str, **settings: object
+) -> Iterator[subprocess.Popen[str]]:
     """Run `mtp-graft serve` on a free port as a user would."""
     command = [sys.executable, "-m", "mtp_graft.cli", "serve", str(checkpoint), "--port", "0"]
     environment = command_environment(site, **settings)
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *words], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def wait_until_ready(process: subprocess.Popen[str]) -> str:
+def wait_until_ready(process: subprocess.Popen[str], where: str = "http://127.0.0.1:") -> None:
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("ready: http://127.0.0.1:"):
-            return line
+        if line.startswith(f"ready: {where}"):
+            return
     pytest.fail("the server never got ready")
 
 
@@ -197,7 +176,7 @@ def wait_until_ready(process: subprocess.Popen[str]) -> str:
     [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGHUP, 128 + signal.SIGHUP)],
 )
 def test_serve_passes_signals_on_and_exits_with_the_servers_status(
-    vllm: Path, site: Path, base: Path, record: Path, signum: int, status: int
+    vllm: object, site: Path, base: Path, record: Path, signum: int, status: int
 ) -> None:
     with serving(site, base, record=str(record), exit_status=5) as process:
         wait_until_ready(process)
@@ -206,8 +185,17 @@ def test_serve_passes_signals_on_and_exits_with_the_servers_status(
     assert wait_gone(read_record(record)["pids"]) == []
 
 
+def test_serve_that_is_killed_takes_the_server_along(
+    vllm: object, site: Path, base: Path, record: Path
+) -> None:
+    with serving(site, base, record=str(record)) as process:
+        wait_until_ready(process)
+        process.kill()
+    assert wait_gone(read_record(record)["pids"]) == []
+
+
 def test_a_signal_during_the_first_completion_is_not_waited_out(
-    vllm: Path, site: Path, base: Path, record: Path, tmp_path: Path
+    vllm: object, site: Path, base: Path, record: Path, tmp_path: Path
 ) -> None:
     """vLLM waits for its clients to hang up, and `serve` is one until a completion came back."""
     asked = tmp_path / "asked"
@@ -222,7 +210,7 @@ def test_a_signal_during_the_first_completion_is_not_waited_out(
 
 
 def test_serve_under_nohup_outlives_the_terminal(
-    vllm: Path, site: Path, base: Path, record: Path, hangup_ends: None
+    vllm: object, site: Path, base: Path, record: Path, hangup_ends: None
 ) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with serving(site, base, record=str(record)) as process:
@@ -236,7 +224,7 @@ def test_serve_under_nohup_outlives_the_terminal(
 
 
 def test_a_second_signal_kills_a_server_that_does_not_stop(
-    vllm: Path, site: Path, base: Path, record: Path
+    vllm: object, site: Path, base: Path, record: Path
 ) -> None:
     with serving(site, base, record=str(record), mode="ignores_sigterm") as process:
         wait_until_ready(process)
@@ -248,40 +236,48 @@ def test_a_second_signal_kills_a_server_that_does_not_stop(
     assert wait_gone(read_record(record)["pids"]) == []
 
 
-def test_serve_exits_with_the_status_of_a_server_that_dies_at_start(
-    vllm: Path, site: Path, base: Path
+@pytest.mark.parametrize(("mode", "status"), [("dies", 3), ("refuses", 1)])
+def test_serve_does_not_call_a_server_ready_that_gives_no_completion(
+    vllm: object, site: Path, base: Path, record: Path, mode: str, status: int
 ) -> None:
-    with serving(site, base, mode="dies") as process:
-        _, errors = process.communicate(timeout=20)
-    assert process.returncode == 3
-    assert "ready:" not in errors
-
-
-def test_serve_does_not_call_a_server_ready_that_refuses_completions(
-    vllm: Path, site: Path, base: Path, record: Path
-) -> None:
-    with serving(site, base, mode="refuses", record=str(record)) as process:
+    with serving(site, base, mode=mode, record=str(record)) as process:
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert process.returncode == status
     assert "ready:" not in errors
-    assert "error: http://127.0.0.1:" in errors
-    assert "status 500" in errors
     assert "Traceback" not in errors
+    assert ("error: http://127.0.0.1:" in errors) is (mode == "refuses")
     assert wait_gone(read_record(record)["pids"]) == []
 
 
-def test_a_log_without_exceptions_is_explained_by_its_last_lines(tmp_path: Path) -> None:
-    log = tmp_path / "vllm.log"
-    log.write_text("one\n\n\x1b[31mINFO 11-23 20:00:00 [api.py:3] two\x1b[0m\nthree\nfour\n")
-    assert explain(log) == "two | three | four"
+def test_a_headless_node_is_ready_when_it_runs(vllm: object, site: Path, grafted: Path) -> None:
+    """A further machine of several has no endpoint to ask."""
+    words = ("--", "--headless")
+    with serving(site, grafted, *words, mode="never_healthy") as process:
+        wait_until_ready(process, "headless; the first machine answers")
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
-def test_a_wrong_flag_is_explained_by_the_parsers_message(tmp_path: Path) -> None:
-    log = tmp_path / "vllm.log"
-    log.write_text("usage: vllm serve\n  [--host]\nvllm: error: unrecognized arguments: --x\n")
-    assert explain(log) == "vllm: error: unrecognized arguments: --x"
-
-
-def test_an_empty_log_says_so(tmp_path: Path) -> None:
-    (tmp_path / "vllm.log").touch()
-    assert explain(tmp_path / "vllm.log") == "it wrote nothing"
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "one\n\n\x1b[31mINFO 11-23 20:00:00 [a.py:3] two\x1b[0m\nthree\nfour\n",
+            "two | three | four",
+        ),
+        (
+            "usage: vllm serve\n  [--host]\nvllm: error: unrecognized: --x\n",
+            "vllm: error: unrecognized: --x",
+        ),
+        (
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "  Value error, max_model_len (100000) is greater than 8192\n",
+            "Value error, max_model_len (100000) is greater than 8192",
+        ),
+        ("", "it wrote nothing"),
+    ],
+)
+def test_a_log_says_why_the_server_stopped(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "vllm.log").write_text(text)
+    assert explain(tmp_path / "vllm.log") == reason

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from mtp_graft.bench.charts import sweep_chart
 from mtp_graft.bench.ledger import open_ledger
 from mtp_graft.bench.streams import BenchClient, Retrying
 from mtp_graft.bench.sweep import SweepConfig, best_k, dips, measure_sweep
-from mtp_graft.bench.sweep_chart import sweep_chart
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
 from mtp_graft.serving.client import Completion, ServerClient

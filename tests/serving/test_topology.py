@@ -1,136 +1,99 @@
-import stat
-import sys
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
-from mtp_graft.errors import GraftError
-from mtp_graft.serving.topology import Hardware, find_gpus, named_gpus
+from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.serving.topology import Hardware, Link, find_gpus, named_gpus
 
-LEGEND = "\nLegend:\n\n  X    = Self\n  NV#  = Connection traversing a bonded set of # NVLinks\n"
-Smi = Callable[..., Path]
+from .conftest import install_gpus
 
-
-def matrix(*rows: str) -> str:
-    """Lay cells out as `nvidia-smi topo -m` does, underlined title and a network card included."""
-    names = [f"GPU{i}" for i in range(len(rows))]
-    title = "\t\x1b[4m" + "\t".join([*names, "NIC0", "CPU Affinity", "NUMA Affinity"]) + "\x1b[0m"
-    lines = [f"{name}\t{row}\tPHB\t0-31\t0" for name, row in zip(names, rows, strict=True)]
-    return "\n".join([title, *lines, "NIC0\t" + "PHB\t" * len(rows) + " X", LEGEND])
-
-
-@pytest.fixture
-def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Smi:
-    """Return a function that puts an `nvidia-smi` on PATH, alone."""
-
-    def install(gpus: str, topology: str = "", status: int = 0) -> Path:
-        script = tmp_path / "nvidia-smi"
-        text = (
-            f"#!{sys.executable}\nimport sys\nopen({str(tmp_path / 'asked')!r}, 'a').write("
-            "' '.join(sys.argv[1:]) + '\\n')\n"
-            f"print({topology!r} if 'topo' in sys.argv else {gpus!r})\nsys.exit({status})\n"
-        )
-        script.write_text(text)
-        script.chmod(script.stat().st_mode | stat.S_IXUSR)
-        return tmp_path / "asked"
-
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return install
+MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("rows", "link"),
+    ("count", "nvlinks", "link"),
     [
-        (("X\tNV18", "NV18\tX"), "nvlink"),
-        (("X\tNODE", "NODE\tX"), "pcie"),
-        (("X\tPHB", "PHB\tX"), "pcie"),
-        (("X\tNV4\tSYS", "NV4\tX\tSYS", "SYS\tSYS\tX"), "pcie"),
+        (1, [], "none"),
+        (2, [(0, 1)], "nvlink"),
+        (2, [], "pcie"),
+        (3, [(0, 1), (0, 2)], "pcie"),
     ],
 )
-def test_two_gpus_without_nvlink_between_them_are_pcie_only(
-    smi: Smi, rows: tuple[str, ...], link: str
+def test_gpus_without_nvlink_between_all_of_them_are_pcie_only(
+    monkeypatch: pytest.MonkeyPatch, count: int, nvlinks: list[tuple[int, int]], link: Link
 ) -> None:
-    smi("\n".join(["NVIDIA H200, 143771"] * len(rows)), matrix(*rows))
-    found = find_gpus()
-    assert found == Hardware("NVIDIA H200", len(rows), 143771 * 2**20, link)  # type: ignore[arg-type]
+    install_gpus(monkeypatch, *["NVIDIA H200"] * count, memory_mib=143771, nvlinks=nvlinks)
+    assert find_gpus() == Hardware("NVIDIA H200", count, 143771 * MIB, link)
 
 
-def test_one_gpu_has_no_link(smi: Smi) -> None:
-    smi("NVIDIA H200, 143771")
-    assert find_gpus().link == "none"
-
-
-def test_other_machines_are_taken_to_be_like_this_one(smi: Smi) -> None:
-    smi("NVIDIA H200, 143771\nNVIDIA H200, 143771")
+def test_other_machines_are_taken_to_be_like_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpus(monkeypatch, "NVIDIA H200", "NVIDIA H200", memory_mib=143771)
     found = find_gpus(num_nodes=2)
     assert (found.num_gpus, found.link, found.num_nodes) == (4, "network", 2)
 
 
-def test_a_gpu_that_shares_the_machines_memory_is_looked_up(smi: Smi) -> None:
-    smi("NVIDIA GB10, [N/A]")
+@pytest.mark.parametrize("memory_mib", [None, 122570])
+def test_a_gpu_that_shares_the_machines_memory_is_known(
+    monkeypatch: pytest.MonkeyPatch, memory_mib: int | None
+) -> None:
+    """Its driver may not say how much there is."""
+    install_gpus(monkeypatch, "NVIDIA GB10", memory_mib=memory_mib)
     found = find_gpus()
     assert found.unified_memory
-    assert found.memory_bytes == named_gpus("GB10", 1).memory_bytes
+    expected = memory_mib * MIB if memory_mib else named_gpus("GB10", 1).memory_bytes
+    assert found.memory_bytes == expected
 
 
-def test_it_shares_that_memory_also_where_its_driver_gives_a_number(smi: Smi) -> None:
-    smi("NVIDIA GB10, 122570")
-    found = find_gpus()
-    assert found.unified_memory
-    assert found.memory_bytes == 122570 * 2**20
-
-
-def test_a_gpu_that_is_not_known_is_taken_as_its_driver_has_it(smi: Smi) -> None:
-    smi("NVIDIA GH200 480GB, 97871")
-    assert find_gpus() == Hardware("NVIDIA GH200 480GB", 1, 97871 * 2**20)
-
-
-def test_a_gpu_that_nobody_knows_the_memory_of_is_no_wrong_option(smi: Smi) -> None:
-    smi("NVIDIA Thor, [N/A]")
-    with pytest.raises(GraftError, match=r"nvidia-smi: NVIDIA Thor has \[N/A\] of memory") as error:
-        find_gpus()
-    assert error.value.exit_status == 1
-
-
-def test_only_the_gpus_that_vllm_will_see_count(smi: Smi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    asked = smi("NVIDIA H200, 143771")
-    find_gpus()
-    assert "--id=1" in asked.read_text().splitlines()[0]
-
-
-@pytest.mark.parametrize("gpus", ["NVIDIA H200, 143771\nNVIDIA H100, 81559", ""])
-def test_gpus_of_two_kinds_and_none_are_errors(smi: Smi, gpus: str) -> None:
-    smi(gpus)
-    with pytest.raises(GraftError, match="expected GPUs of one kind"):
+def test_a_gpu_that_is_not_known_is_taken_as_its_driver_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_gpus(monkeypatch, "NVIDIA GH200 480GB", memory_mib=97871)
+    assert find_gpus() == Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)
+    install_gpus(monkeypatch, "NVIDIA Thor")
+    with pytest.raises(GraftError, match=r"Thor.*how much memory"):
         find_gpus()
 
 
-def test_no_driver_is_an_error_that_says_what_else_there_is(smi: Smi) -> None:
-    with pytest.raises(GraftError, match=r"nvidia-smi .*failed.*--gpu NAME"):
+@pytest.mark.parametrize(("chosen", "count"), [("1", 1), ("0,2", 2), ("GPU-2, GPU-0", 2)])
+def test_only_the_gpus_that_vllm_will_see_count(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, count: int
+) -> None:
+    install_gpus(monkeypatch, "H200", "H200", "H200", memory_mib=143771)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert find_gpus().num_gpus == count
+
+
+def test_gpus_of_two_kinds_none_and_no_driver_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus in (("NVIDIA H200", "NVIDIA H100"), ()):
+        install_gpus(monkeypatch, *gpus, memory_mib=143771)
+        with pytest.raises(GraftError, match="expected GPUs of one kind"):
+            find_gpus()
+    install_gpus(monkeypatch, "NVIDIA H200", memory_mib=143771)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(GraftError, match="driver says Not Found"):
         find_gpus()
-    smi("no devices", status=9)
-    with pytest.raises(GraftError, match="nvidia-smi"):
+    install_gpus(monkeypatch, error="NVML Shared Library Not Found")
+    with pytest.raises(GraftError, match=r"Library Not Found.*--gpu NAME"):
         find_gpus()
 
 
 @pytest.mark.parametrize(
     ("name", "count", "link", "nodes"),
     [
-        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 2, "pcie", 1),
-        ("RTX PRO 6000 Server", 2, "pcie", 1),
-        ("H200", 8, "nvlink", 1),
-        ("H200", 1, "none", 1),
-        ("GB10", 2, "network", 2),
+        ("RTX PRO 6000 Max-Q", 2, "pcie", 1),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 2, "pcie", 1),
+        ("DGX Spark", 2, "network", 2),
+        ("h200", 1, "none", 1),
+        ("NVIDIA H100 80GB HBM3", 8, "nvlink", 1),
     ],
 )
-def test_a_gpu_by_name_has_its_usual_links(name: str, count: int, link: str, nodes: int) -> None:
+def test_gpus_are_known_by_our_names_and_nvidias(
+    name: str, count: int, link: str, nodes: int
+) -> None:
     found = named_gpus(name, count)
     assert (found.num_gpus, found.link, found.num_nodes) == (count, link, nodes)
 
 
-def test_gpus_that_cannot_be_shared_out_to_machines_are_an_error() -> None:
+def test_gpus_that_are_unknown_or_that_machines_cannot_share_are_errors() -> None:
+    with pytest.raises(UsageError, match="H300: not a GPU known here"):
+        named_gpus("H300", 1)
     with pytest.raises(GraftError, match="--count 3 in --nnodes 2"):
         named_gpus("H200", 3, 2)

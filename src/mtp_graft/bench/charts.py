@@ -1,8 +1,8 @@
-"""The report's charts: plain numbers in, PNG bytes out, the same bytes for the same numbers.
+"""The charts of report and card: plain numbers in, PNG bytes out.
 
-A variant keeps its colour in every chart (Okabe and Ito's palette, safe for colour-blind readers).
-Values are written where they are drawn, so there are no legends to look up. Charts are 6 inches
-wide: 600 pixels on a page, stored with twice as many.
+A head keeps its colour in every chart (Okabe and Ito's palette, safe for colour-blind readers).
+Charts are 6 inches wide: 600 pixels on a page, stored with twice as many. The same numbers give the
+same bytes.
 """
 
 import io
@@ -11,74 +11,105 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
-DPI = 200
-WIDTH = 6.0  # inches
-INK, FAINT, GRID = "#222222", "#6b6b6b", "#e4e4e4"
-COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
+Json = Mapping[str, Any]
+
+INK, FAINT = "#222222", "#6b6b6b"
+HEAD_COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
 BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#bdbdbd", "#56b4e9", "#7aa6c2"
+#: By number of drafts a step.
+_K_COLOURS = {0: BASE_COLOUR, 1: "#0072b2", 2: "#d55e00", 3: "#009e73", None: MTP_COLOUR}
+_OTHER_COLOUR = "#cc79a7"
 
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same glyphs everywhere
-    "font.size": 9.0,
+    "font.size": 8.5,
     "text.color": INK,
     "axes.labelcolor": FAINT,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 9.0,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
     "axes.edgecolor": "#b0b0b0",
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
     "xtick.major.size": 0.0,
     "ytick.major.size": 0.0,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
 }
 
 
 @dataclass(frozen=True)
-class Rate:
-    """How many first drafts of a step were accepted; what was not counted is None."""
+class Bar:
+    """A row of a bar chart: its value, the text beside it, and the ends of its whisker."""
 
-    rate: float
-    interval: tuple[float, float] | None = None  # 95 %
-    accepted: int | None = None
-    drafts: int | None = None
+    name: str
+    value: float
+    label: str
+    colour: str = BAR_COLOUR
+    whisker: tuple[float, float] | None = None
 
 
-def acceptance_chart(served: Mapping[str, Rate], offline: Mapping[str, Rate]) -> bytes:
-    """Draw the acceptance of every variant, served above offline, with 95 % intervals."""
-    variants = in_order({**served, **offline})
-    rates = [*served.values(), *offline.values()]
-    edges = [edge for rate in rates for edge in rate.interval or (rate.rate, rate.rate)]
-    # Differences are points of a percent, so dots (which need no zero) on the part that matters.
-    margin = max(0.02, 0.15 * (max(edges) - min(edges)))
-    with _figure(
-        "First draft of a step: accepted, with 95 % intervals", 0.95 + 0.52 * len(variants)
-    ) as figure:
+def bar_chart(title: str, bars: Sequence[Bar], limit: float | None = None) -> bytes:
+    """Draw horizontal bars with their values beside them; `limit` is the end of the axis."""
+    ends = [max((bar.value, *(bar.whisker or ()))) for bar in bars]
+    end = limit or 1.25 * max([*ends, 1e-9])
+    with _figure(title, 0.45 + 0.3 * len(bars)) as figure:
         axes = figure.subplots()
-        for row, variant in enumerate(variants):
-            apart = 0.17 if variant in served and variant in offline else 0.0
-            for name, found, offset in (("served", served, -apart), ("offline", offline, apart)):
-                if variant in found:
-                    _draw_rate(axes, found[variant], row + offset, COLOURS[variant], name)
-        axes.set_xlim(max(0.0, min(edges) - margin), min(1.0, max(edges) + margin))
-        axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.set_yticks(range(len(variants)), variants)
-        _name_rows(axes, 9.5)
-        axes.xaxis.set_major_formatter(_percent())
-        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+        for row, (bar, right) in enumerate(zip(bars, ends, strict=True)):
+            axes.barh(row, bar.value, height=0.6, color=bar.colour)
+            if bar.whisker:
+                _whisker(axes, *bar.whisker, row, INK)
+            _label(axes, bar.label, end if limit else right, row)
+        axes.set_xlim(0, end)
+        _name_rows(axes, [bar.name for bar in bars])
+        axes.set_xticks([])
+        axes.spines["bottom"].set_visible(False)
+        return _png(figure)
+
+
+def acceptance_chart(heads: Sequence[Json]) -> bytes:
+    """Draw how often each head's first draft of a step is accepted, served and offline.
+
+    `heads` is what `report.head_acceptance` returns.
+    """
+    dots = []  # (row, rate, interval, colour, label, filled)
+    for row, head in enumerate(heads):
+        colour = HEAD_COLOURS.get(head["name"], _OTHER_COLOUR)
+        apart = 0.17 if head["served"] and head["offline"] else 0.0
+        if served := head["served"]:
+            rate = served["acceptance_by_position"][0]
+            interval = served["acceptance_by_position_interval"][0]
+            dots.append((row - apart, rate, interval, colour, "served", True))
+        if offline := head["offline"]:
+            dots.append(
+                (row + apart, offline["top1"], offline["interval"], colour, "offline", False)
+            )
+    edges = [edge for _, _, interval, *_ in dots for edge in interval]
+    # The differences are small, so dots, which need no zero, on the part that matters.
+    margin = max(0.02, 0.15 * (max(edges) - min(edges)))
+    title = "First draft of a step: share accepted, with 95 % intervals"
+    with _figure(title, 0.85 + 0.5 * len(heads)) as figure:
+        axes = figure.subplots()
+        right = min(1.0, max(edges) + margin)
+        for y, rate, (low, high), colour, name, filled in dots:
+            _whisker(axes, low, high, y, colour)
+            face = colour if filled else "white"
+            axes.plot(rate, y, "o", markersize=6, color=colour, markerfacecolor=face, zorder=3)
+            _label(axes, f"{100 * rate:.1f} % {name}", right, y)
+        axes.set_xlim(max(0.0, min(edges) - margin), right)
+        _name_rows(axes, [head["name"] for head in heads])
+        axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(_PERCENT)
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
         return _png(figure)
@@ -87,33 +118,27 @@ def acceptance_chart(served: Mapping[str, Rate], offline: Mapping[str, Rate]) ->
 def error_chart(
     rel_errors: Mapping[str, Mapping[str, Sequence[float]]], counts: Sequence[int]
 ) -> bytes:
-    """Draw every expert's error by matrix; experts go from the most tokens to the fewest.
+    """Draw every expert's error: `rel_errors` has heads, then matrices, then a number an expert.
 
-    `rel_errors` has variants, then matrices, then a number an expert.
+    Experts go from the most calibration tokens to the fewest; `counts` are their tokens.
     """
-    variants = in_order(rel_errors)
-    matrices = list(rel_errors[variants[0]])
     order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
-    highest = max(max(values) for by in rel_errors.values() for values in by.values())
-    size = 9.0 if len(order) <= 100 else 4.0
-    title = "Hessian-weighted relative error of each expert, and the mean"
-    with _figure(title, 2.7) as figure:
+    matrices = list(next(iter(rel_errors.values())))
+    with _figure("Hessian-weighted relative error of each expert, and the mean", 2.8) as figure:
         panels = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
         for axes, matrix in zip(panels, matrices, strict=True):
-            means = {}
-            for variant in variants:
-                values = [rel_errors[variant][matrix][expert] for expert in order]
-                means[variant] = sum(values) / len(values)
-                colour = COLOURS[variant]
+            for head, by_matrix in rel_errors.items():
+                values, colour = [by_matrix[matrix][e] for e in order], HEAD_COLOURS[head]
+                mean = sum(values) / len(values)
+                size = 8.0 if len(order) <= 100 else 4.0
                 axes.scatter(range(len(values)), values, s=size, color=colour, linewidths=0)
-                axes.axhline(means[variant], color=colour, linewidth=1.0, alpha=0.6)
-            _label_means(axes, means, 1.12 * highest)
-            axes.set_ylim(0, 1.12 * highest)
-            axes.set_title(matrix, loc="left", color=INK, fontweight="bold")
+                axes.axhline(mean, color=colour, linewidth=1.0, label=f"{head} {100 * mean:.1f} %")
+            axes.set_title(matrix, color=INK, fontweight="bold")
             axes.set_xticks([])
             axes.grid(axis="y")
-        panels[0].yaxis.set_major_formatter(_percent())
-        panels[0].yaxis.set_major_locator(MaxNLocator(5))
+            axes.legend(loc="lower left", handlelength=1.0)
+        panels[0].set_ylim(0, None)
+        panels[0].yaxis.set_major_formatter(_PERCENT)
         figure.supxlabel(
             f"{len(order)} experts, from the most calibration tokens to the fewest",
             fontsize=8.5,
@@ -123,145 +148,82 @@ def error_chart(
 
 
 def token_chart(counts: Sequence[int]) -> bytes:
-    """Draw the calibration tokens of every expert, from the most to the fewest, and their mean."""
+    """Draw the calibration tokens of every expert, sorted, and their mean."""
     ordered = sorted(counts, reverse=True)
     mean = sum(ordered) / len(ordered)
-    zero = ordered.count(0)
-    top = 1.15 * max(1, ordered[0])
-    with _figure("Calibration tokens of each expert, sorted", 2.3) as figure:
+    with _figure("Calibration tokens of each expert, sorted", 2.2) as figure:
         axes = figure.subplots()
         axes.bar(range(len(ordered)), ordered, width=0.8, color=BAR_COLOUR, linewidth=0)
         axes.axhline(mean, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
-        fewest = f"{zero} with none" if zero else f"fewest {ordered[-1]:,}"
-        labels = {f"mean {mean:,.1f}": mean, fewest: float(ordered[-1])}
-        for label, y in _moved_apart(labels, 0.12 * top).items():
-            _label_at_right(axes, label, y)
-        axes.annotate(
-            f"most {ordered[0]:,}", (-0.4, ordered[0]), (0, 3), fontsize=8.5,
-            textcoords="offset points", va="bottom",
-        )  # fmt: skip
+        _label(axes, f"mean {mean:,.0f}", len(ordered) - 0.3, mean)
         axes.set_xlim(-0.7, len(ordered) - 0.3)
-        axes.set_ylim(0, top)
         axes.set_xticks([])
         axes.set_xlabel(f"{len(ordered)} experts")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.grid(axis="y")
-        axes.spines["left"].set_visible(False)
+        _count_tokens(axes)
         return _png(figure)
 
 
-def decode_chart(base: Mapping[str, float], mtp: Mapping[str, float]) -> bytes:
-    """Draw both decode speeds: the median of the rounds, with whiskers to the extremes."""
-    ratio = f"   {mtp['median'] / base['median']:.2f}× base"
-    rows = [("base", base, BASE_COLOUR, ""), ("with MTP", mtp, MTP_COLOUR, ratio)]
-    title = "Decode speed, tokens a second: median, slowest and fastest round"
-    with _figure(title, 1.45) as figure:
-        axes = figure.subplots()
-        for row, (_, speed, colour, remark) in enumerate(rows):
-            axes.barh(row, speed["median"], height=0.56, color=colour)
-            _whisker(axes, speed["min"], speed["max"], row, INK)
-            axes.annotate(
-                f"{speed['median']:,.1f}{remark}", (speed["max"], row), (6, 0), va="center",
-                textcoords="offset points", fontweight="bold",
-            )  # fmt: skip
-        _finish_bars(axes, [name for name, *_ in rows], max(base["max"], mtp["max"]), room=1.3)
+def sweep_chart(points: Sequence[Json]) -> bytes:
+    """Draw tokens a second over concurrency: of all requests together, and of one of them."""
+    panels = (
+        ("aggregate_tok_s", "aggregate_interval", "all requests together"),
+        ("per_stream_tok_s", "per_stream_spread", "each request"),
+    )
+    with _figure("Decode speed under load, tokens a second", 2.8) as figure:
+        for axes, (key, bounds, title) in zip(figure.subplots(1, 2), panels, strict=True):
+            for k in dict.fromkeys(point.get("k") for point in points):
+                of_k = [p for p in points if p.get("k") == k and p.get(key) is not None]
+                of_k.sort(key=lambda point: point["concurrency"])
+                xs, colour = [p["concurrency"] for p in of_k], _K_COLOURS.get(k, _OTHER_COLOUR)
+                name = None if k is None else f"k = {k}"
+                axes.plot(xs, [p[key] for p in of_k], "o-", color=colour, markersize=4, label=name)
+                for point in of_k:
+                    if point.get(bounds):
+                        axes.vlines(point["concurrency"], *point[bounds], color=colour, alpha=0.6)
+            axes.set_title(title, color=INK, fontweight="bold")
+            axes.set_xlabel("concurrency")
+            axes.set_xticks(sorted({point["concurrency"] for point in points}))
+            axes.xaxis.set_minor_locator(NullLocator())
+            _count_tokens(axes)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(loc="lower right")
         return _png(figure)
-
-
-def stage_chart(seconds: Mapping[str, float]) -> bytes:
-    """Draw the time that every stage took, in the order given."""
-    with _figure("Time of each stage, seconds", 0.6 + 0.22 * len(seconds)) as figure:
-        axes = figure.subplots()
-        for row, value in enumerate(seconds.values()):
-            axes.barh(row, value, height=0.62, color=BAR_COLOUR)
-            axes.annotate(
-                f"{value:,.1f}", (value, row), (4, 0), textcoords="offset points", va="center",
-                fontsize=8.5,
-            )  # fmt: skip
-        _finish_bars(axes, list(seconds), max(seconds.values()))
-        return _png(figure)
-
-
-def in_order(variants: Mapping[str, object]) -> list[str]:
-    """Return the variants in the colours' order."""
-    return sorted(variants, key=list(COLOURS).index)
-
-
-# Parts of a chart
 
 
 @contextmanager
 def _figure(title: str, height: float) -> Iterator[Figure]:
     """Give a figure in our style, whatever the user's matplotlibrc says; restore that after."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
-        figure = Figure(figsize=(WIDTH, height), dpi=DPI)
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(6.0, height), dpi=200)
         figure.suptitle(title, x=0.012, ha="left", fontsize=10.0, fontweight="bold")
         yield figure
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # The version of the software would make the bytes change without the picture changing.
+    # matplotlib's version would change the bytes without changing the picture.
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _draw_rate(axes: Axes, rate: Rate, y: float, colour: str, name: str) -> None:
-    low, high = rate.interval or (rate.rate, rate.rate)
-    if rate.interval is not None:
-        _whisker(axes, low, high, y, colour)
-    face = colour if name == "served" else "white"
-    axes.plot(rate.rate, y, "o", markersize=6, color=colour, markerfacecolor=face, zorder=3)
-    _label_at_right(axes, f"{100 * rate.rate:.1f} % {name}", y)
-
-
 def _whisker(axes: Axes, low: float, high: float, y: float, colour: str) -> None:
-    axes.plot([low, high], [y, y], color=colour, linewidth=1.4, solid_capstyle="butt")
-    axes.plot([low, high], [y, y], "|", color=colour, markersize=6, markeredgewidth=1.4)
+    axes.plot([low, high], [y, y], "|-", color=colour, linewidth=1.4, markersize=6, mew=1.4)
 
 
-def _label_means(axes: Axes, means: Mapping[str, float], top: float) -> None:
-    for variant, y in _moved_apart(means, 0.17 * top).items():
-        label = f"{variant}\n{100 * means[variant]:.2f} %"
-        _label_at_right(axes, label, y, COLOURS[variant], "bold")
-
-
-def _moved_apart(positions: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return the labels' positions, raised where they would touch the label below."""
-    moved: dict[str, float] = {}
-    for label in sorted(positions, key=lambda label: positions[label]):
-        below = max(moved.values(), default=-gap)
-        moved[label] = max(positions[label], below + gap)
-    return moved
-
-
-def _label_at_right(
-    axes: Axes, label: str, y: float, colour: str = INK, weight: str = "normal"
-) -> None:
-    """Write beside the plot, at a height of its y axis."""
+def _label(axes: Axes, text: str, x: float, y: float) -> None:
     axes.annotate(
-        label, (1, y), (5, 0), va="center", xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points", fontsize=8.5, color=colour, fontweight=weight,
-        annotation_clip=False,
-    )  # fmt: skip
+        text, (x, y), (6, 0), textcoords="offset points", va="center", annotation_clip=False
+    )
 
 
-def _percent() -> FuncFormatter:
-    return FuncFormatter(lambda value, _: f"{100 * value:g} %")
-
-
-def _finish_bars(axes: Axes, names: Sequence[str], longest: float, room: float = 1.12) -> None:
-    """Name the rows of a bar chart; values stand at the bars, so there is no axis of numbers."""
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, room * longest if longest else 1.0)
-    _name_rows(axes, 9.0)
-    axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", labelcolor=INK)
 
 
-def _name_rows(axes: Axes, size: float) -> None:
-    axes.tick_params(axis="y", labelsize=size, labelcolor=INK)
+def _count_tokens(axes: Axes) -> None:
+    axes.set_ylim(0, None)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(axis="y")

@@ -1,65 +1,59 @@
 """The `quantization_config` of a W4A16-FP8 checkpoint, as compressed-tensors and vLLM read it.
 
-Engines ask for a module's scheme by its own name for it, and the names differ: vLLM's CUDA model
+Engines ask for a module's scheme by their own name for it, and the names differ: vLLM's CUDA model
 says `...experts.0.w1`, its CPU model `...experts.0.gate_proj`; the head's modules are asked for as
 layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, because an unanchored
 `re:.*e_proj` also matches `gate_proj`.
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Any, Literal
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-from mtp_graft.errors import GraftError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.recipe import Linears
 
 #: Formats of the head's routed experts that a checkpoint can carry.
 ExpertFormat = Literal["int4", "mxfp4", "bf16"]
 
 _EXPERT_MATRIX = r"(w1|w2|w3|gate_proj|up_proj|down_proj)"
+#: Modules that vLLM builds as one, and what a checkpoint calls their parts.
+_FUSED = {
+    "fused_wqa_wkv": ("wq_a", "wkv"),
+    "fused_wkv_wgate": ("wkv", "wgate"),
+    "gate_up_proj": ("w1", "w3"),
+}
+#: A checkpoint's name -> that of the module in vLLM which loads it.
+_LOADED_BY = (
+    (re.compile(r"\.attn\.(wq_a|wkv)$"), ".attn.fused_wqa_wkv"),
+    (re.compile(r"\.compressor\.(wkv|wgate)$"), ".compressor.fused_wkv_wgate"),
+    (re.compile(r"\.shared_experts\.(w1|w3|gate_proj|up_proj)$"), ".shared_experts.gate_up_proj"),
+    (re.compile(r"\.shared_experts\.w2"), ".shared_experts.down_proj"),
+)
+
+
+def _arguments(num_bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    known = {"num_bits": num_bits, "type": kind, "strategy": strategy}
+    return {**known, "symmetric": True, "dynamic": False, **more}
+
 
 _FP8_BLOCK: dict[str, Any] = {
     "format": "float-quantized",
-    "weights": {
-        "num_bits": 8,
-        "type": "float",
-        "strategy": "block",
-        "block_structure": [128, 128],
-        "symmetric": True,
-        "dynamic": False,
-    },
-    "input_activations": {
-        "num_bits": 8,
-        "type": "float",
-        "strategy": "group",
-        "group_size": 128,
-        "symmetric": True,
-        "dynamic": True,
-    },
+    "weights": _arguments(8, "float", "block", block_structure=[128, 128]),
+    "input_activations": _arguments(8, "float", "group", group_size=128, dynamic=True),
 }
 _INT4: dict[str, Any] = {
     "format": "pack-quantized",
-    "weights": {
-        "num_bits": 4,
-        "type": "int",
-        "strategy": "group",
-        "group_size": 128,
-        "symmetric": True,
-        "dynamic": False,
-    },
+    "weights": _arguments(4, "int", "group", group_size=128),
 }
+_UINT8_SCALES = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
 _MXFP4: dict[str, Any] = {
     "format": "mxfp4-pack-quantized",
-    "weights": {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "group",
-        "group_size": 32,
-        "symmetric": True,
-        "dynamic": False,
-        "scale_dtype": "torch.uint8",
-        "zp_dtype": "torch.uint8",
-    },
+    "weights": _arguments(4, "float", "group", group_size=32, **_UINT8_SCALES),
 }
 
 
@@ -94,7 +88,7 @@ def add_head(
     """
     layer = rf"re:.*layers\.{head_layer}\."
     groups = dict(config["config_groups"])
-    ignore = list(config.get("ignore", []))
+    ignore = list(config.get("ignore") or [])
     fp8: list[str] = []
     (ignore if linears == "bf16" else fp8).append(rf"{layer}(e_proj|h_proj)$")
     shared = rf"{layer}(mtp_block\.)?ffn\.shared_experts\."
@@ -113,25 +107,142 @@ def add_head(
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
-def scheme_of(config: dict[str, Any], module: str) -> dict[str, Any] | None:
-    """Return the group that covers a module, by the engine's name for it; None if none does.
+def _check_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+    return pattern
 
-    As vLLM looks it up: what is ignored has no scheme, and the first group that matches wins. A
-    target that is a class name (`Linear`) matches every linear, after the patterns.
-    """
-    if any(_matches(pattern, module) for pattern in config.get("ignore", [])):
-        return None
-    groups: list[dict[str, Any]] = list(config["config_groups"].values())
-    for group in groups:
-        if any(_matches(target, module) for target in group["targets"]):
-            return group
-    return next((group for group in groups if "Linear" in group["targets"]), None)
+
+#: A module's name, `re:` and a regular expression, or, of targets, the name of a class.
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+_Count = Annotated[int, Field(ge=1, le=2**16)]
+
+
+class Weights(BaseModel):
+    """How a group's weights are quantized: what matters here of compressed-tensors' arguments."""
+
+    num_bits: Annotated[int, Field(ge=1, le=64)] = 8
+    type: str = "int"
+    strategy: str | None = None
+    group_size: _Count | Literal[-1] | None = None  # -1: a scale a channel
+    symmetric: bool = True
+
+
+class Group(BaseModel):
+    """A scheme and the modules that have it."""
+
+    targets: list[Pattern]
+    weights: Weights | None = None
+    format: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """Return `int4`, `mxfp4`, `nvfp4` or `fp8`, and other schemes in words."""
+        if (w := self.weights) is None:
+            return "plain"
+        strategy = w.strategy or ("group" if (w.group_size or 0) > 0 else "tensor")
+        known = {
+            ("int", 4, "group"): "int4",
+            ("float", 4, "group"): "mxfp4" if w.group_size == 32 else "nvfp4",
+            ("float", 4, "tensor_group"): "nvfp4",
+            ("float", 8, "block"): "fp8",
+        }
+        return known.get((w.type, w.num_bits, strategy), f"{w.num_bits}-bit {w.type} by {strategy}")
+
+
+class QuantizationConfig(BaseModel):
+    """The section as vLLM reads it: which group, if any, has the scheme of a module."""
+
+    quant_method: Literal["compressed-tensors"]
+    format: str | None = None
+    config_groups: dict[str, Group]
+    ignore: Annotated[list[Pattern], BeforeValidator(lambda value: value or [])] = []
+
+    def group_of(self, module: str) -> str | None:
+        """Return the key of the group whose scheme loads a module; None if it is not quantized.
+
+        `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. What is
+        ignored has no scheme; then the first target that matches wins: names and patterns, then
+        those of the parts of a module that vLLM fuses, then classes. Raises GraftError for a module
+        that is ignored in part, at which vLLM stops.
+        """
+        for pattern, replacement in _LOADED_BY:
+            module = pattern.sub(replacement, module)
+        if self.ignored_by(module) is not None:
+            return None
+        targets = self._targets
+        direct = _first(targets, module)
+        if direct is None:
+            parts = [_first(targets, part) for part in _parts(module)]
+            direct = parts[0] if parts and all(parts) else None
+        if direct is None:
+            direct = next((t for t in targets if t.lower() in "linear"), None)
+        return None if direct is None else targets[direct]
+
+    def ignored_by(self, module: str) -> str | None:
+        """Return the ignore pattern that leaves a module, by vLLM's name, without a scheme."""
+        ignore = [_mapped(pattern) for pattern in self.ignore]
+        if (pattern := _first(ignore, module)) is not None:
+            return pattern
+        parts = [_first(ignore, part) for part in _parts(module)]
+        if any(parts) and not all(parts):
+            raise GraftError(
+                f"quantization_config: ignore has a part of {module} ({next(filter(None, parts))}) "
+                "and not the other; vLLM wants one scheme for both"
+            )
+        return parts[0] if parts else None
+
+    @cached_property
+    def _targets(self) -> dict[str, str]:
+        """Return target -> its group's key, in the order in which vLLM tries them."""
+        return {_mapped(t): key for key, group in self.config_groups.items() for t in group.targets}
+
+
+def _first(patterns: Iterable[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if _matches(pattern, name)), None)
 
 
 def _matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
     return pattern == name
+
+
+def _parts(module: str) -> list[str]:
+    """Return the names of the parts of a fused module; none of another."""
+    before, _, name = module.rpartition(".")
+    return [f"{before}.{part}" for part in _FUSED.get(name, ())]
+
+
+def _mapped(pattern: str) -> str:
+    """Return a pattern as vLLM maps it: full names become its own, all else stays."""
+    if pattern.startswith("re:"):
+        return pattern
+    pattern = pattern.replace(".shared_experts.w2", ".shared_experts.down_proj")
+    return f"model.{pattern}" if pattern.startswith("layers.") else pattern
+
+
+def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
+    """Return a config.json's section, whose optional parts may be null.
+
+    Raises GraftError for what vLLM stops at, and for another `quant_method`.
+    """
+    try:
+        return QuantizationConfig.model_validate(config.get("quantization_config"))
+    except ValidationError as error:
+        raise GraftError(
+            f"config.json: quantization_config: {in_words(error)}; expected the compressed-tensors "
+            "section of a W4A16-FP8 checkpoint"
+        ) from error
+
+
+def scheme_of(config: dict[str, Any], module: str) -> dict[str, Any] | None:
+    """Return the group of a `quantization_config` that `QuantizationConfig.group_of` finds."""
+    key = read_quantization({"quantization_config": config}).group_of(module)
+    return None if key is None else config["config_groups"][key]
 
 
 def check_head(
@@ -142,39 +253,36 @@ def check_head(
     Raises GraftError for a module that the base's own groups or ignore list take elsewhere: it
     would load as noise, or not at all.
     """
-    layer = f"model.layers.{head_layer}"
-    expert_format = {"int4": _INT4["format"], "mxfp4": _MXFP4["format"], "bf16": None}[experts]
-    expected: dict[str, str | None] = {
-        f"{layer}.ffn.experts.0.{m}": expert_format
-        for m in ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-    }
-    fp8, bf16 = _FP8_BLOCK["format"], None
-    attention = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")
-    expected |= {f"{layer}.attn.{name}": fp8 for name in attention}
-    projections = bf16 if linears == "bf16" else fp8
-    expected |= {f"{layer}.{name}": projections for name in ("e_proj", "h_proj")}
-    shared = fp8 if linears == "fp8" else bf16
-    expected |= {f"{layer}.ffn.shared_experts.{m}": shared for m in ("w1", "w2", "w3")}
-    for module, wanted in expected.items():
-        group = scheme_of(config, module)
-        found = None if group is None else group.get("format", config.get("format"))
+    quantization = read_quantization({"quantization_config": config})
+    for module, wanted in _head_formats(experts, linears).items():
+        name = f"model.layers.{head_layer}.{module}"
+        key = quantization.group_of(name)
+        group = None if key is None else quantization.config_groups[key]
+        found = None if group is None else group.format or quantization.format
         if found != wanted:
             raise GraftError(
-                f"quantization_config: {module} would load as {found or 'unquantized'}, expected "
+                f"quantization_config: {name} would load as {found or 'unquantized'}, expected "
                 f"{wanted or 'unquantized'}; the base's targets or ignore list differ from a "
                 "W4A16-FP8 base's: correct its config.json"
             )
 
 
+def _head_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
+    """Return module of the head -> compressed-tensors' name of the format that it is stored in."""
+    fp8 = _FP8_BLOCK["format"]
+    routed = {"int4": _INT4["format"], "mxfp4": _MXFP4["format"], "bf16": None}[experts]
+    formats = {f"ffn.experts.0.{m}": routed for m in _EXPERT_MATRIX.strip("()").split("|")}
+    formats |= {f"attn.{name}": fp8 for name in ("fused_wqa_wkv", "wq_b", "wo_a", "wo_b")}
+    formats |= dict.fromkeys(("e_proj", "h_proj"), None if linears == "bf16" else fp8)
+    shared = fp8 if linears == "fp8" else None
+    return formats | {f"ffn.shared_experts.{m}": shared for m in ("gate_up_proj", "down_proj")}
+
+
 def int4_group_size(config: dict[str, Any]) -> int:
     """Return the inputs per scale of the base's INT4 group; GraftError if it has no single one."""
-    weights = [group.get("weights") or {} for group in config["config_groups"].values()]
-    sizes = {
-        each.get("group_size")
-        for each in weights
-        if (each.get("type"), each.get("num_bits")) == ("int", 4)
-    }
-    if len(sizes) != 1 or not isinstance(size := sizes.pop(), int):
+    groups = read_quantization({"quantization_config": config}).config_groups.values()
+    sizes = {group.weights.group_size for group in groups if group.weights and group.kind == "int4"}
+    if len(sizes) != 1 or (size := sizes.pop()) is None:
         raise GraftError(
             f"quantization_config: has {len(sizes)} INT4 group sizes, expected one; is this a "
             "W4A16-FP8 base?"

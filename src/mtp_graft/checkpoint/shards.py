@@ -3,41 +3,168 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, KeysView, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, BinaryIO, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import BaseModel, Field, NonNegativeInt, TypeAdapter
 from torch import Tensor
 
 from mtp_graft.checkpoint.files import read_weight_map
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "model.safetensors.index.json"
 
 #: The format's names of the dtypes, in the order in which its own writer lays tensors out.
 _DTYPES: dict[str, torch.dtype] = {
+    "U64": torch.uint64,
     "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
+    "U32": torch.uint32,
     "I32": torch.int32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "U16": torch.uint16,
     "I16": torch.int16,
     "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class _Entry(BaseModel):
+    """A tensor in a shard's header; its offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_HEADER = TypeAdapter(dict[str, _Entry])
+
+
+class Shard:
+    """An open safetensors file: `meta` are its tensors without values, which are read when asked.
+
+    Nothing is mapped: mapping a shard takes as much memory as the file is long, counts its pages as
+    this process's, and reads a cold file a page fault at a time.
+    Raises GraftError for a file that is missing, cut off or not safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise GraftError(f"{path}: not found; expected a safetensors file")
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        self._starts: dict[str, int] = {}  # where in the file a tensor's values start
+        self.meta: dict[str, Tensor] = {}
+        try:
+            self._read_header()
+        except (OSError, ValueError, RuntimeError) as error:  # too deep, or too many elements
+            self._file.close()
+            raise GraftError(
+                f"{path}: not a readable safetensors file ({in_words(error)})"
+            ) from error
+
+    def _read_header(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        first = self._file.read(len(_LFS_POINTER))
+        if first == _LFS_POINTER:
+            raise ValueError("a git-lfs pointer: run `git lfs pull`")
+        length = int.from_bytes(first[:8], "little")
+        if len(first) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError("cut off, or no header")
+        text = bytearray(length)
+        _read_at(self._file, memoryview(text), 8)
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
+        header.pop("__metadata__", None)
+        end = 0
+        entries = _HEADER.validate_python(header).items()
+        for name, entry in sorted(entries, key=lambda item: item[1].data_offsets):
+            if entry.dtype not in _DTYPES:
+                raise ValueError(f"{name} is {entry.dtype}, expected one of {', '.join(_DTYPES)}")
+            tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
+            if entry.data_offsets != (end, end + num_bytes(tensor)):
+                raise ValueError(f"{name} is not where its shape and the tensors before it say")
+            self.meta[name], self._starts[name] = tensor, 8 + length + end
+            end += num_bytes(tensor)
+        if 8 + length + end != size:
+            raise ValueError(f"{size:,} bytes long, expected {8 + length + end:,}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._file.close()
+
+    def keys(self) -> KeysView[str]:
+        """Return the tensors' names."""
+        return self.meta.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return self.read([name])[name]
+
+    def read(
+        self, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
+    ) -> dict[str, Tensor]:
+        """Read tensors, or the same `rows` of each, into memory of their own.
+
+        `pinned` memory is what a GPU copies from by itself; torch keeps and reuses it, so that it
+        need not be mapped anew for every read. Raises GraftError for a missing tensor.
+        """
+        found: dict[str, Tensor] = {}
+        reads: list[tuple[memoryview, int]] = []  # where to, and from which byte of the file
+        for name in names:
+            if name not in self.meta:
+                raise GraftError(f"{self._path}: has no tensor {name}; fetch or capture again")
+            part = self.meta[name][rows] if self.meta[name].dim() else self.meta[name]
+            start = self._starts[name] + int(part.storage_offset()) * part.element_size()
+            values = torch.empty(num_bytes(part), dtype=torch.uint8, pin_memory=pinned)
+            view = values.numpy().data
+            reads += [
+                (view[at : at + _READ_BYTES], start + at) for at in range(0, len(view), _READ_BYTES)
+            ]
+            found[name] = values.view(part.dtype).view(part.shape)
+        with ThreadPoolExecutor(_READS) as pool:  # starts no more threads than there are reads
+            list(pool.map(lambda read: _read_at(self._file, *read), reads))
+        return found
+
+
+open_shard = Shard
+
+
+def _read_at(file: FileIO, view: memoryview, start: int) -> None:
+    """Fill `view` from byte `start` of an unbuffered file."""
+    while view:
+        got = os.preadv(file.fileno(), [view], start)
+        if not got:
+            raise GraftError(
+                f"{file.name!s}: was cut off while it was read; fetch or capture again"
+            )
+        view, start = view[got:], start + got
+
+
+def read_tensors(
+    path: Path, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
+) -> dict[str, Tensor]:
+    """Return what `Shard.read` does, of one file."""
+    with Shard(path) as shard:
+        return shard.read(names, rows, pinned=pinned)
 
 
 def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
@@ -56,6 +183,14 @@ def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
     return weight_map
 
 
+def _by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return shard -> names, shards in alphabetical order."""
+    names: dict[str, list[str]] = {shard: [] for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        names[shard].append(name)
+    return names
+
+
 def load_tensors(
     folder: Path, names: list[str] | None = None, *, pinned: bool = False
 ) -> dict[str, Tensor]:
@@ -66,92 +201,28 @@ def load_tensors(
     missing = [name for name in wanted if name not in weight_map]
     if missing:
         raise GraftError(f"{folder}: no tensor {missing[0]} ({len(missing)} missing in all)")
-    by_shard: dict[str, list[str]] = {}
-    for name in wanted:
-        by_shard.setdefault(weight_map[name], []).append(name)
     loaded: dict[str, Tensor] = {}
-    for shard, shard_names in by_shard.items():
-        loaded.update(read_tensors(folder / shard, shard_names, pinned=pinned))
+    for shard, held in _by_shard({name: weight_map[name] for name in wanted}).items():
+        loaded |= read_tensors(folder / shard, held, pinned=pinned)
     return {name: loaded[name] for name in wanted}
 
 
-def read_tensors(
-    path: Path, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
-) -> dict[str, Tensor]:
-    """Read tensors of one shard, or the same `rows` of each, into memory of their own.
-
-    Mapping the file, as safetensors does, would count its pages as this process's and read a cold
-    file a page fault at a time. `pinned` memory is what a GPU copies from by itself; torch keeps
-    and reuses it, so that it need not be mapped anew for every read.
-    Raises GraftError for a corrupt shard and a missing tensor.
-    """
-    with open_shard(path):  # checks header and length
-        pass
-    found: dict[str, Tensor] = {}
-    reads: list[tuple[memoryview, int]] = []  # where to, and from which byte of the file
-    with path.open("rb", buffering=0) as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
-        for name in names:
-            if name not in header:
-                raise GraftError(f"{path}: has no tensor {name}; fetch or capture again")
-            entry = header[name]
-            dtype = _dtype(entry["dtype"], f"{path}: {name}")
-            begin, end, shape = _extent(entry, rows)
-            values = torch.empty(end - begin, dtype=torch.uint8, pin_memory=pinned)
-            reads.extend(_parts(values.numpy().data, 8 + header_size + begin))
-            found[name] = values.view(dtype).view(shape)
-        with ThreadPoolExecutor(_READS) as pool:  # starts no more threads than there are reads
-            list(pool.map(lambda read: _read_at(file, *read), reads))
-    return found
-
-
-def _extent(entry: Mapping[str, Any], rows: slice) -> tuple[int, int, list[int]]:
-    """Return first byte, end and shape of a tensor's `rows`, by its header `entry`."""
-    begin, end = entry["data_offsets"]
-    shape: list[int] = entry["shape"]
-    if shape and shape[0]:
-        first, last, _ = rows.indices(shape[0])
-        row = (end - begin) // shape[0]
-        begin, end = begin + first * row, begin + max(first, last) * row
-        shape = [max(last - first, 0), *shape[1:]]
-    return begin, end, shape
-
-
-def _parts(view: memoryview, start: int) -> Iterator[tuple[memoryview, int]]:
-    """Yield what one read is to fill of `view`, and where in the file it begins."""
-    for first in range(0, len(view), _READ_BYTES):
-        yield view[first : first + _READ_BYTES], start + first
-
-
-def _read_at(file: FileIO, view: memoryview, start: int) -> None:
-    """Fill `view` from byte `start` of an unbuffered file."""
-    while view:
-        got = os.preadv(file.fileno(), [view], start)
-        if not got:
-            raise GraftError(
-                f"{file.name!s}: was cut off while it was read; fetch or capture again"
-            )
-        view, start = view[got:], start + got
-
-
 def check_index(folder: Path, prefix: str = "") -> dict[str, str]:
-    """Return `read_index` after opening every shard it names and comparing names, both ways.
+    """Return `read_index` after reading every shard's header and comparing names, both ways.
 
     Raises GraftError for a truncated or corrupt shard, an entry whose shard lacks the tensor, and
     a tensor (of a name with `prefix`) that the index does not list.
     """
     weight_map = read_index(folder, prefix)
-    for shard in sorted(set(weight_map.values())):
-        listed = {name for name, its_shard in weight_map.items() if its_shard == shard}
-        with open_shard(folder / shard) as tensors:
-            held = {name for name in tensors.keys() if name.startswith(prefix)}  # noqa: SIM118
-        if missing := sorted(listed - held):
+    for shard, listed in _by_shard(weight_map).items():
+        with Shard(folder / shard) as file:
+            held = {name for name in file.meta if name.startswith(prefix)}
+        if missing := sorted(set(listed) - held):
             raise GraftError(
                 f"{folder / shard}: has no {missing[0]} ({len(missing)} missing in all), but "
                 f"{INDEX_NAME} lists it; fetch again"
             )
-        if unlisted := sorted(held - listed):
+        if unlisted := sorted(held - set(listed)):
             raise GraftError(
                 f"{folder / INDEX_NAME}: does not list {unlisted[0]} ({len(unlisted)} in all), "
                 f"which {shard} holds; fetch the index again"
@@ -162,53 +233,30 @@ def check_index(folder: Path, prefix: str = "") -> dict[str, str]:
 def read_meta(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tensor]:
     """Return meta tensors (shape and dtype, no values) of the names in `weight_map`."""
     found: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        with open_shard(folder / shard) as tensors:
-            for name in tensors.keys():  # noqa: SIM118, a handle is no mapping
-                if weight_map.get(name) == shard:
-                    part = tensors.get_slice(name)
-                    dtype = _dtype(part.get_dtype(), f"{folder / shard}: {name}")
-                    found[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    for shard, names in _by_shard(weight_map).items():
+        with Shard(folder / shard) as file:
+            if missing := [name for name in names if name not in file.meta]:
+                raise GraftError(f"{folder / shard}: has no tensor {missing[0]}; fetch again")
+            found |= {name: file.meta[name] for name in names}
     return {name: found[name] for name in weight_map}
-
-
-def _dtype(name: str, where: str) -> torch.dtype:
-    if name not in _DTYPES:
-        raise GraftError(f"{where}: is {name}, expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-@contextmanager
-def open_shard(path: Path) -> Iterator["safe_open"]:
-    """Open one safetensors file, with a GraftError for a truncated or corrupt one."""
-    try:
-        handle = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise GraftError(f"{path}: not a readable safetensors file ({error})") from error
-    with handle as tensors:
-        yield tensors
 
 
 def save_shard(tensors: Mapping[str, Tensor], path: Path, *, sync: bool = True) -> None:
     """Write one safetensors file under a temporary name, sync it and rename it into place.
 
-    The bytes depend on names and values alone: safetensors orders its header itself. Without
+    The bytes depend on names and values alone, and are those that safetensors writes. Without
     `sync` it outlives this process, killed or not, but perhaps not a power cut: for what can be
     computed again. Raises GraftError if the disk is full.
     """
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def write(temporary: Path) -> None:
-        save_file(contiguous, temporary, metadata={"format": "pt"})
-        if sync:
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-
-    _write_whole(path, write, sum(map(num_bytes, tensors.values())))
+    stream_shard(tensors, tensors.items(), path, sync=sync)
 
 
 def stream_shard(
-    layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], path: Path
+    layout: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    path: Path,
+    *,
+    sync: bool = True,
 ) -> None:
     """Write the bytes that `save_shard` would, with one tensor at a time in memory.
 
@@ -216,19 +264,16 @@ def stream_shard(
     of them once, in any order. Raises GraftError if the disk is full.
     """
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            starts = _write_header(layout, file)
-            for name, tensor in tensors:
-                expected = layout[name]
-                assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), name
-                file.seek(starts.pop(name))
-                file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            assert not starts, f"{min(starts)}: laid out, but never given"
-            file.flush()
-            os.fsync(file.fileno())
+    def write(file: BinaryIO) -> None:
+        starts = _write_header(layout, file)
+        for name, tensor in tensors:
+            expected = layout[name]
+            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype), name
+            file.seek(starts.pop(name))
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        assert not starts, f"{min(starts)}: laid out, but never given"
 
-    _write_whole(path, write, sum(map(num_bytes, layout.values())))
+    _write_whole(path, write, sum(map(num_bytes, layout.values())), sync=sync)
 
 
 def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int]:
@@ -261,23 +306,23 @@ def write_text(text: str, path: Path) -> None:
 
     Raises GraftError if the disk is full.
     """
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-
-    _write_whole(path, write, len(text.encode()))
+    encoded = text.encode()
+    _write_whole(path, lambda file: file.write(encoded), len(encoded))
 
 
-def _write_whole(path: Path, write: Callable[[Path], None], size: int) -> None:
+def _write_whole(
+    path: Path, write: Callable[[BinaryIO], object], size: int, *, sync: bool = True
+) -> None:
     """Let `write` fill a temporary file, then rename it to `path`; leave nothing of a failure."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        write(temporary)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
         temporary.rename(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         if not is_full_disk(error):
             raise
@@ -288,10 +333,8 @@ def _write_whole(path: Path, write: Callable[[Path], None], size: int) -> None:
 
 
 def is_full_disk(error: Exception) -> bool:
-    """Say whether a failed write ran out of space or quota; safetensors has it in words only."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "(os error 28)" in str(error)
+    """Say whether a failed write ran out of space or quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -1,13 +1,16 @@
 """The Typer applications that commands register with, and options that several of them have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic.fields import FieldInfo
 
-from mtp_graft.cli.help import MEASURE, SERVER, SectionedGroup
+from mtp_graft.cli.grouped import field_option
+from mtp_graft.cli.help import MEASURE, SectionedGroup
 from mtp_graft.cli.output import check_writable
 from mtp_graft.cli.versions import show_versions
+from mtp_graft.serving.command import ServeOptions
 
 app = typer.Typer(
     cls=SectionedGroup,
@@ -36,51 +39,18 @@ JsonOption = Annotated[
         help="Write the result as JSON; - for standard output.",
     ),
 ]
-SpeculativeOption = Annotated[
-    int | None,
-    typer.Option(
-        *("--k", "-k", "--num-speculative-tokens"),
-        min=0,
-        metavar="N",
-        rich_help_panel=SERVER,
-        help="Tokens to draft a step; 0 leaves the head out. Default: 3 on GPUs, 1 on a CPU.",
-    ),
-]
-DraftLmHeadOption = Annotated[
-    str | None,
-    typer.Option(
-        "--draft-lm-head-quantization",
-        metavar="TYPE",
-        rich_help_panel=SERVER,
-        help="fp8 or nvfp4: a smaller LM head for drafts, on GPUs.",
-    ),
-]
-DraftSampleOption = Annotated[
-    str | None,
-    typer.Option(
-        "--draft-sample-method",
-        metavar="METHOD",
-        rich_help_panel=SERVER,
-        help="greedy or probabilistic, on GPUs. Default: probabilistic.",
-    ),
-]
-TensorParallelOption = Annotated[
-    int | None,
-    typer.Option(
-        "--tensor-parallel-size",
-        "--tp",
-        min=1,
-        metavar="N",
-        rich_help_panel=SERVER,
-        help="Ranks to shard over. Default: 1; with a profile, as many GPUs as can be used.",
-    ),
-]
-MaxModelLenOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", rich_help_panel=SERVER, help="Longest sequence. Default: the model's."
-    ),
-]
+
+
+def _server_option(name: str) -> Any:
+    fields: dict[str, FieldInfo] = ServeOptions.__pydantic_fields__  # type: ignore[attr-defined]
+    return field_option(fields[name])
+
+
+SpeculativeOption = Annotated[int | None, _server_option("num_speculative_tokens")]
+DraftLmHeadOption = Annotated[str | None, _server_option("draft_lm_head_quantization")]
+DraftSampleOption = Annotated[str | None, _server_option("draft_sample_method")]
+TensorParallelOption = Annotated[int | None, _server_option("tensor_parallel_size")]
+MaxModelLenOption = Annotated[int | None, _server_option("max_model_len")]
 
 
 def flag_of(word: str) -> str:
@@ -88,7 +58,7 @@ def flag_of(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
 
 
-def _refuse_address(words: list[str] | None) -> list[str] | None:
+def refuse_address(words: list[str] | None) -> list[str] | None:
     """Refuse what would have the server listen, or ask for a key, behind our back."""
     for word in words or ():
         flag = flag_of(word)
@@ -105,7 +75,7 @@ ServeArgument = Annotated[
     typer.Argument(
         metavar="ARGS",
         help="After --: arguments for vllm serve, as they are.",
-        callback=_refuse_address,
+        callback=refuse_address,
     ),
 ]
 

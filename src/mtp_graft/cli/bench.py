@@ -254,7 +254,7 @@ def bench_sweep(
 
 
 def _draw(points: list[dict[str, Any]], file: Path | None) -> None:
-    from mtp_graft.bench.sweep_chart import sweep_chart
+    from mtp_graft.bench.charts import sweep_chart
 
     if file is not None:
         file.write_bytes(sweep_chart(points))

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from mtp_graft.bench.markdown import percents
+from mtp_graft.bench.page import percents
 
 
 def decode_table(results: dict[str, dict[str, Any]]) -> Table:

@@ -20,14 +20,14 @@ def card(
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Write a run's model card with charts, every number traced to a result file."""
+    """Write a run's model card with charts, from its result files."""
     from mtp_graft.bench.card import write_card
 
     result = write_card(run, out or run / "card")
     write_json(result, json_file)
     console = result_console(json_file)
     console.print(f"card: {result['card']}", soft_wrap=True)
-    console.print(f"{result['numbers']} numbers, traced in {result['trace']}", soft_wrap=True)
+    console.print(f"its data: {result['data']}", soft_wrap=True)
     for what in result["not_measured"]:
         note(f"not measured: {what}")
     for file in result["left_out"]:

@@ -1,17 +1,14 @@
 """`mtp-graft doctor`."""
 
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mtp_graft.cli.app import JsonOption, app
 from mtp_graft.cli.help import SERVE, SectionedCommand
 from mtp_graft.cli.output import note, result_console, write_json
-
-if TYPE_CHECKING:
-    from mtp_graft.serving.doctor.findings import Finding
 
 
 @app.command(cls=SectionedCommand, rich_help_panel=SERVE)
@@ -45,22 +42,29 @@ def doctor(
 ) -> None:
     """Say what would fail or be silently wrong before loading; 1 if anything is an error."""
     from mtp_graft.serving.doctor import diagnose
-    from mtp_graft.serving.doctor.fix import write_corrected
-    from mtp_graft.serving.doctor.survey import read_survey
+    from mtp_graft.serving.doctor.findings import SEVERITIES
+    from mtp_graft.serving.doctor.fix import fix_checkpoint
     from mtp_graft.serving.doctor.target import find_target
 
     if count is not None and gpu is None:
         raise typer.BadParameter("needs --gpu", param_hint="--count")
     target = find_target(gpu, count, tp, max_model_len, checkpoint)
     findings = diagnose(checkpoint, target)
-    remaining: Sequence[Finding] = findings
-    fixed = None
-    if fix is not None and any(finding.fixable for finding in findings):
-        write_corrected(read_survey(checkpoint), fix)
-        remaining, fixed = diagnose(fix, target), str(fix)
-    elif fix is not None:
-        note(f"{checkpoint}: nothing that --fix corrects; {fix} was not written")
+    fixed = fix is not None and fix_checkpoint(checkpoint, fix, findings, note)
+    remaining = diagnose(fix, target) if fix and fixed else findings
     ok = not any(finding.severity == "error" for finding in remaining)
+    console = result_console(json_file)
+    for finding in findings:
+        lines = [f"{key + ':':<10}{getattr(finding, key)}" for key in finding.TEXTS]
+        text = "\n  ".join([f"{finding.severity}: {finding.id}", *lines])
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if fixed:
+        left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
+        console.print(f"{fix}: written; left: {left}", markup=False, highlight=False)
+    counts = {s: sum(finding.severity == s for finding in findings) for s in SEVERITIES}
+    numbers = ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items())
+    vllm, hardware = target.vllm or "unknown", target.hardware or "unknown hardware"
+    note(f"{checkpoint}: {numbers}; vLLM {vllm} on {hardware}")
     result = {
         "checkpoint": str(checkpoint),
         "ok": ok,
@@ -68,31 +72,9 @@ def doctor(
         "hardware": str(target.hardware) if target.hardware else None,
         "tp": target.tp,
         "max_model_len": target.max_model_len,
-        "findings": [finding.as_json() for finding in findings],
-        "fixed": fixed,
+        "findings": [asdict(finding) for finding in findings],
+        "fixed": str(fix) if fixed else None,
         "remaining": [finding.id for finding in remaining],
     }
-    console = result_console(json_file)
-    for finding in findings:
-        console.print(_text(finding), markup=False, highlight=False, soft_wrap=True)
-    if fixed:
-        left = ", ".join(f.id for f in remaining if f.severity != "note")
-        console.print(f"{fixed}: written; left: {left or 'nothing'}", markup=False, highlight=False)
-    hardware = target.hardware or "unknown hardware"
-    note(f"{checkpoint}: {_counts(findings)}; vLLM {target.vllm or 'unknown'} on {hardware}")
     write_json(result, json_file)
     raise typer.Exit(0 if ok else 1)
-
-
-def _text(finding: "Finding") -> str:
-    lines = [f"{finding.severity}: {finding.id}"]
-    for key in ("where", "found", "expected", "why", "cure"):
-        lines.append(f"  {key + ':':<10}{getattr(finding, key)}")
-    return "\n".join(lines)
-
-
-def _counts(findings: Sequence["Finding"]) -> str:
-    from mtp_graft.serving.doctor.findings import SEVERITIES
-
-    counts = {s: sum(finding.severity == s for finding in findings) for s in SEVERITIES}
-    return ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items())

@@ -160,9 +160,9 @@ def _print_result(result: dict[str, Any], out: Console) -> None:
         ratio = mtp / base
         out.print(f"decode: base {base:.1f} tok/s, with MTP {mtp:.1f} tok/s ({ratio:.2f} times)")
         out.print(_identity_line(result["greedy_identical"], result["divergences"]))
-    for what in ("checkpoint", "report", "report_html"):
+    for what in ("checkpoint", "report"):
         if result[what] is not None and Path(result[what]).exists():
-            out.print(f"{what.replace('_', ', ')}: {result[what]}", soft_wrap=True)
+            out.print(f"{what}: {result[what]}", soft_wrap=True)
 
 
 def _percent(value: float | None) -> str:

@@ -2,31 +2,107 @@
 
 import tempfile
 import textwrap
-from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtp_graft.cli.app import NO_PROFILE, JsonOption, app
+from mtp_graft.cli.app import NO_PROFILE, JsonOption, app, flag_of, refuse_address
 from mtp_graft.cli.grouped import grouped
-from mtp_graft.cli.help import SERVE, SectionedCommand
+from mtp_graft.cli.help import HARDWARE, SERVE, SectionedCommand
 from mtp_graft.cli.output import is_stdout, note, progress_bar, write_json
-from mtp_graft.cli.serve_options import HardwareOptions, ServerFlags
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import (
+    InstalledVllm,
+    ServeOptions,
+    build_command,
+    find_vllm,
+    installed_vllm,
+    vllm_elsewhere,
+)
 
-if TYPE_CHECKING:
-    from mtp_graft.serving.command import InstalledVllm, ServeOptions
+if TYPE_CHECKING:  # these load torch, which `--help` need not wait for
     from mtp_graft.serving.plan import Plan
+    from mtp_graft.serving.topology import Hardware
+
+#: Flags of vLLM that an option here stands for under another name.
+_OTHER_NAMES = {
+    "-tp": "--tensor-parallel-size",
+    "--model": "CHECKPOINT",
+    "--served-model-name": "--served-model-name",
+    "--kv-cache-memory-bytes": "--kv-cache-gib",
+    "--enable-prefix-caching": "--prefix-caching",
+    "--no-enable-prefix-caching": "--no-prefix-caching",
+    "--no-enforce-eager": "--no-enforce-eager",
+}
+
+
+def _hardware(**settings: Any) -> Any:
+    return typer.Option(rich_help_panel=HARDWARE, **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareOptions:
+    """The hardware to fit a profile to, where it is not what is found here."""
+
+    gpu: Annotated[
+        str | None, _hardware(metavar="NAME", help="Fit the profile to this GPU, or cpu.")
+    ] = None
+    count: Annotated[
+        int | None, _hardware(min=1, metavar="N", help="How many of --gpu. Default: 1.")
+    ] = None
+    nnodes: Annotated[
+        int | None, _hardware(min=1, metavar="N", help="Machines that serve together.")
+    ] = None
+    node_rank: Annotated[
+        int | None, _hardware(min=0, metavar="N", help="This machine's number. Default: 0.")
+    ] = None
+    master_addr: Annotated[
+        str | None, _hardware(metavar="ADDRESS", help="Address of machine 0, for the others.")
+    ] = None
+
+    @property
+    def are_given(self) -> bool:
+        """Return whether there is any."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+    def find_vllm(self, dry_run: bool) -> InstalledVllm:
+        """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
+        from mtp_graft.serving.topology import names_cpu
+
+        if dry_run and self.gpu is not None:
+            vllm, elsewhere = (
+                installed_vllm(),
+                vllm_elsewhere("cpu" if names_cpu(self.gpu) else "cuda"),
+            )
+            if vllm is None or vllm.platform != elsewhere.platform:
+                return elsewhere
+        return find_vllm()
+
+    def find(self, vllm: InstalledVllm) -> "Hardware":
+        """Return the hardware that is named or, without a name, found."""
+        from mtp_graft.serving.topology import CPU, find_gpus, named_gpus, names_cpu
+
+        on_cpu = vllm.platform == "cpu"
+        named_other = self.gpu is not None and names_cpu(self.gpu) != on_cpu
+        if named_other or (on_cpu and self.nnodes is not None):
+            raise GraftError(
+                f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
+                "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
+            )
+        if on_cpu:
+            return CPU
+        if self.gpu is not None:
+            return named_gpus(self.gpu, self.count or 1, self.nnodes)
+        return find_gpus(self.nnodes or 1)
 
 
 @app.command(cls=SectionedCommand, rich_help_panel=SERVE)
 @grouped
 def serve(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A DeepSeek-V4 checkpoint folder.")
-    ],
-    server: ServerFlags,
+    server: ServeOptions,
     hardware: HardwareOptions,
     profile: Annotated[
         str | None,
@@ -48,26 +124,20 @@ def serve(
     json_file: JsonOption = None,
 ) -> None:
     """Serve a checkpoint with vLLM in the foreground, drafting with its head if it has one."""
-    from mtp_graft.serving.command import is_loopback
-
-    if server.api_key == "":
-        raise typer.BadParameter("is empty: vLLM would ask nobody for it", param_hint="--api-key")
-    _check_usage(profile, hardware, check, log, dry_run, json_file)
-    if not is_loopback(server.host) and server.api_key is None:
-        note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
-    options, vllm = server.options(checkpoint), hardware.find_vllm(dry_run)
-    plan = _plan(options, profile, vllm, hardware)
-    if plan is not None:
-        options = plan.options
+    _check_usage(server, profile, hardware, check, log, dry_run, json_file)
+    vllm = hardware.find_vllm(dry_run)
+    plan = _plan(server, profile, vllm, hardware)
+    options = server if plan is None else plan.options
     if dry_run:
         _print_command(options, vllm, plan, json_file)
     elif check:
         _check(options, log, json_file)
     else:
-        _serve(options, vllm, plan)
+        _serve(options, plan)
 
 
 def _check_usage(
+    server: ServeOptions,
     profile: str | None,
     hardware: HardwareOptions,
     check: bool,
@@ -75,87 +145,88 @@ def _check_usage(
     dry_run: bool,
     json_file: Path | None,
 ) -> None:
-    """Refuse options that do not go together."""
-    if dry_run and check:
-        raise typer.BadParameter("give one of --dry-run and --check")
-    if json_file is not None and not (dry_run or check):
-        raise typer.BadParameter(
-            "needs --dry-run or --check: a server has no result", param_hint="--json"
-        )
-    if log is not None and not check:
-        raise typer.BadParameter("needs --check", param_hint="--log")
-    if profile == NO_PROFILE and hardware.are_given:
-        raise typer.BadParameter("options for hardware need a --profile to fit to it")
-    if hardware.count is not None and hardware.gpu is None:
-        raise typer.BadParameter("needs --gpu", param_hint="--count")
+    """Refuse options that do not go together; warn of a server that is open to anyone."""
+    wrong = {
+        "--dry-run and --check: give one of them": dry_run and check,
+        "--json needs --dry-run or --check: a server has no result": json_file is not None
+        and not (dry_run or check),
+        "--log needs --check": log is not None and not check,
+        "options for hardware need a --profile to fit to it": profile == NO_PROFILE
+        and hardware.are_given,
+        "--count needs --gpu": hardware.count is not None and hardware.gpu is None,
+    }
+    for message in (message for message, is_wrong in wrong.items() if is_wrong):
+        raise typer.BadParameter(message)
+    refuse_address([*server.extra_args])
+    # vLLM would take these unplanned.
+    own = {f"--{field.name}".replace("_", "-"): None for field in fields(server)}
+    for flag in map(flag_of, server.extra_args):
+        if flag in own or flag in _OTHER_NAMES:
+            raise typer.BadParameter(
+                f"{flag} after --: give {_OTHER_NAMES.get(flag, flag)} before it"
+            )
+    if server.api_key is None and not _is_loopback(server.host):
+        note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether a server that listens on `host` can be reached from this machine alone."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def _plan(
-    options: "ServeOptions",
-    profile: str | None,
-    vllm: "InstalledVllm",
-    hardware: HardwareOptions,
+    options: ServeOptions, profile: str | None, vllm: InstalledVllm, hardware: HardwareOptions
 ) -> "Plan | None":
     """Return the profile fitted to the hardware, None for vLLM's own defaults."""
-    from mtp_graft.serving.plan import AUTO, make_plan
+    from mtp_graft.serving.plan import AUTO, Node, make_plan
 
-    if profile == NO_PROFILE:
+    by_default = profile is None and (vllm.platform == "cuda" or hardware.are_given)
+    if profile == NO_PROFILE or (profile is None and not by_default):
         return None
-    if profile is not None:
-        return make_plan(options, profile, hardware.find(vllm), vllm, hardware.node)
-    if vllm.platform == "cpu" and not hardware.are_given:
-        return None
-    plan = make_plan(options, AUTO, hardware.find(vllm), vllm, hardware.node)
+    node = Node(hardware.node_rank or 0, hardware.master_addr)
+    plan = make_plan(options, profile or AUTO, hardware.find(vllm), node)
+    if not by_default:
+        return plan
     why = f"no --profile given: {AUTO}, which took {plan.profile}; {NO_PROFILE} leaves all to vLLM"
     return replace(plan, notes=(why, *plan.notes))
 
 
 def _print_command(
-    options: "ServeOptions", vllm: "InstalledVllm", plan: "Plan | None", json_file: Path | None
+    options: ServeOptions, vllm: InstalledVllm, plan: "Plan | None", json_file: Path | None
 ) -> None:
-    from mtp_graft.serving.command import build_command
-
     command = build_command(options, vllm)
-    notes = _notes(options, vllm, plan)
+    notes = [*(plan.notes if plan else ()), *command.reasons()]
     result = {
         "env": command.printable_env(),
         "argv": list(command.argv),
-        "notes": list(notes),
-        "profile": None if plan is None else plan.profile,
-        "hardware": None if plan is None else str(plan.hardware),
+        "notes": notes,
+        "profile": plan and plan.profile,
+        "hardware": plan and str(plan.hardware),
     }
     write_json(result, json_file)
     if is_stdout(json_file):
         return
     if plan is not None:
         print(f"# {plan.hardware}; vLLM {vllm.version}")
-    for line in _comments(notes):
-        print(line)
+    for text in notes:
+        print(
+            textwrap.fill(
+                text,
+                96,
+                initial_indent="# - ",
+                subsequent_indent="#   ",
+                break_on_hyphens=False,
+                break_long_words=False,
+            )
+        )
     print(command.as_shell())
 
 
-def _notes(options: "ServeOptions", vllm: "InstalledVllm", plan: "Plan | None") -> tuple[str, ...]:
-    """Return what was decided and why; without a plan, at least what is drafted."""
-    from mtp_graft.serving.plan import explain_drafting
-
-    return tuple(explain_drafting(options, vllm.platform)) if plan is None else plan.notes
-
-
-def _comments(notes: Iterable[str]) -> Iterable[str]:
-    for text in notes:
-        yield from textwrap.wrap(
-            text,
-            width=96,
-            initial_indent="# - ",
-            subsequent_indent="#   ",
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
-
-
-def _check(options: "ServeOptions", log: Path | None, json_file: Path | None) -> None:
+def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
-    from mtp_graft.errors import GraftError
     from mtp_graft.serving.check import MIN_ACCEPTANCE, check_drafter, require_drafts
     from mtp_graft.serving.server import managed_server
 
@@ -168,14 +239,15 @@ def _check(options: "ServeOptions", log: Path | None, json_file: Path | None) ->
         )
         with start as client:
             found = check_drafter(client)
+    is_alive = found.acceptance >= MIN_ACCEPTANCE
     result = {
-        "ok": found.is_alive,
+        "ok": is_alive,
         "acceptance": found.acceptance,
         "num_draft_tokens": found.num_draft_tokens,
         "threshold": MIN_ACCEPTANCE,
     }
     write_json(result, json_file)
-    if not found.is_alive:
+    if not is_alive:
         raise GraftError(
             f"{options.checkpoint}: of {found.num_draft_tokens} tokens drafted on a repeated "
             f"sentence the model accepted {found.acceptance:.1%}, expected at least "
@@ -185,20 +257,10 @@ def _check(options: "ServeOptions", log: Path | None, json_file: Path | None) ->
         print(f"accepted {found.acceptance:.1%} of {found.num_draft_tokens} drafted tokens")
 
 
-def _serve(options: "ServeOptions", vllm: "InstalledVllm", plan: "Plan | None") -> None:
+def _serve(options: ServeOptions, plan: "Plan | None") -> None:
     """Run vLLM in the foreground and leave with its exit status."""
-    from mtp_graft.errors import GraftError
     from mtp_graft.serving.server import serve_foreground
-    from mtp_graft.serving.service_manager import notify
 
-    def on_ready(where: str) -> None:
-        note(f"ready: {where}")
-        try:
-            notify("READY=1")
-        except GraftError as error:  # a healthy server is worth more than who started it
-            note(f"warning: {error}")
-
-    hardware = () if plan is None else (f"{plan.hardware}",)
-    for text in (*hardware, *_notes(options, vllm, plan)):
+    for text in (f"{plan.hardware}", *plan.notes) if plan else ():
         note(f"plan: {text}")
-    raise typer.Exit(serve_foreground(options, on_ready))
+    raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))

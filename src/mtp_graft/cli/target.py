@@ -212,8 +212,7 @@ class Target:
         )
         if self.profile is None:
             return options
-        vllm = find_vllm()
-        plan = make_plan(options, self.profile, hardware_for(vllm.platform), vllm)
+        plan = make_plan(options, self.profile, hardware_for(find_vllm().platform))
         for text in plan.notes:
             note(f"plan: {text}")
         return plan.options

@@ -1,19 +1,41 @@
 """What shapes and memory are computed from in a DeepSeek-V4 config.json."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mtp_graft.errors import GraftError
 
-#: Without one of them neither tensors nor memory are known.
-DIMENSIONS = (
-    *("num_hidden_layers", "hidden_size", "vocab_size", "hc_mult", "sliding_window"),
-    *("num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank"),
-    *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
-    *("index_head_dim", "index_n_heads"),
-)
-#: What may be left out or null, and the least that it can be.
-OPTIONAL = {"num_nextn_predict_layers": 0, "num_hash_layers": 0, "max_position_embeddings": 1}
+#: No larger than a model could be: shapes are enumerated, so 10^9 experts would take all memory.
+_Size = Annotated[int, Field(ge=1, le=2**24)]
+_Number = Annotated[int, Field(ge=1, le=2**12)]
+
+
+class Dimensions(BaseModel):
+    """The keys without which neither tensors nor memory are known, and those that may be null."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    num_hidden_layers: _Number
+    hidden_size: _Size
+    vocab_size: _Size
+    hc_mult: _Number
+    sliding_window: _Size
+    num_attention_heads: _Size
+    head_dim: _Size
+    q_lora_rank: _Size
+    o_groups: _Number
+    o_lora_rank: _Size
+    n_routed_experts: _Number
+    num_experts_per_tok: _Number
+    moe_intermediate_size: _Size
+    index_head_dim: _Size
+    index_n_heads: _Size
+    n_shared_experts: _Number | None = None
+    num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] | None = None
+    num_hash_layers: Annotated[int, Field(ge=0, le=2**12)] | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
 
 
 def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> None:
@@ -21,30 +43,24 @@ def check_dimensions(config: Mapping[str, Any], file: object = "config.json") ->
 
     `file` is what the error calls the config.
     """
-    wrong = [
-        f"{name} is {config[name]!r}" if name in config else f"has no {name!r}"
-        for name in DIMENSIONS
-        if not _is_count(config.get(name), least=1)
-    ]
-    wrong += [
-        f"{name} is {config[name]!r}"
-        for name, least in OPTIONAL.items()
-        if config.get(name) is not None and not _is_count(config[name], least)
-    ]
-    if wrong:
+    try:
+        Dimensions.model_validate(config)
+    except ValidationError as error:
+        wrong = [
+            f"has no {each['loc'][0]!r}"
+            if each["type"] == "missing"
+            else f"{each['loc'][0]} is {each['input']!r}"
+            for each in error.errors()
+        ]
         raise GraftError(
             f"{file}: {', '.join(wrong)}; expected a DeepSeek-V4 config, its dimensions whole "
             "numbers above 0"
-        )
+        ) from error
 
 
 def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
     """Return each layer's compression ratio; None if the config has no list of whole numbers."""
     listed = config.get("compress_ratios")
-    if isinstance(listed, list) and all(_is_count(ratio, least=0) for ratio in listed):
+    if isinstance(listed, list) and all(type(ratio) is int and ratio >= 0 for ratio in listed):
         return listed
     return None
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -25,7 +25,7 @@ from mtp_graft.pipeline.times import estimate_times
 from mtp_graft.pipeline.weights import base_tensors, head_tensors
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
-from mtp_graft.serving.ranks import undivided
+from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.capture import step_tokens
 from mtp_graft.stages.fetch import Source, headers_of, nearest_folder
 from mtp_graft.stages.splice_plan import plan_splice

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtp_graft.bench.paired import paired_differences
-from mtp_graft.bench.report import HTML_NAME, PAGE_NAME, write_report
-from mtp_graft.bench.results import RunResults
+from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.pipeline.folder import RunFolder
@@ -30,7 +29,7 @@ def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     scored = (read_result(folder.stage("score") / REPORT_NAME) or {}).get("acceptance", {})
     served = _served(recipe, folder)
     main = served.get("gptq") or served.get(recipe.splice.variant) or {}
-    report, report_html = (folder.stage("report") / name for name in (PAGE_NAME, HTML_NAME))
+    report = folder.stage("report") / PAGE_NAME
     counts = {variant: found.get("sequences") for variant, found in served.items()}
     return {
         "acceptance": main.get("acceptance"),
@@ -52,7 +51,6 @@ def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "seconds": folder.seconds,
         "checkpoint": str(folder.checkpoint(recipe.splice.variant)),
         "report": str(report) if report.exists() else None,
-        "report_html": str(report_html) if report_html.exists() else None,
     }
 
 

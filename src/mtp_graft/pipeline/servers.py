@@ -15,7 +15,7 @@ from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
-from mtp_graft.serving.plan import NO_DRAFTING, adapt
+from mtp_graft.serving.plan import adapt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.capture import CaptureConfig, recording_options
@@ -68,17 +68,15 @@ class Servers:
 
     @contextmanager
     def _serving(self, options: ServeOptions, name: str) -> Iterator[ServerClient]:
-        serve, vllm = self._recipe.serve, find_vllm()
+        serve = self._recipe.serve
         options = replace(
             options,
             tensor_parallel_size=serve.tensor_parallel_size,
             kv_cache_gib=serve.kv_cache_gib,
             extra_args=(*options.extra_args, *serve.extra_args),
         )
-        hardware = hardware_for(vllm.platform)
-        options, notes = adapt(options, hardware, vllm)
-        on_cpu = hardware.gpu is None  # which nothing is adjusted to
-        self._tell([] if on_cpu else [note for note in notes if note != NO_DRAFTING])
+        options, notes = adapt(options, hardware_for(find_vllm().platform))
+        self._tell(notes)
 
         def on_start(elapsed_s: float, _line: str) -> None:
             self._report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)

@@ -1,13 +1,12 @@
 """Whether a server's draft head is alive: one sentence repeated, and how much it foresaw."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS, ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm, num_speculative_tokens
 
-_SENTENCE = "The quick brown fox jumps over the lazy dog. "
-_REPETITIONS = 30
+_TEXT = "The quick brown fox jumps over the lazy dog. " * 30
 _NEW_TOKENS = 128
 #: Prompt and answer: 429 tokens with DeepSeek-V4's tokenizer, 549 with the tiny model's.
 MIN_CONTEXT = 576
@@ -16,17 +15,11 @@ MIN_CONTEXT = 576
 MIN_ACCEPTANCE = 0.2
 
 
-@dataclass(frozen=True)
-class DrafterCheck:
+class DrafterCheck(NamedTuple):
     """Drafted tokens of the check, and the share of them that the model accepted (0..1)."""
 
     num_draft_tokens: int
     acceptance: float
-
-    @property
-    def is_alive(self) -> bool:
-        """Return whether the head drafts what the model says."""
-        return self.acceptance >= MIN_ACCEPTANCE
 
 
 def require_drafts(options: ServeOptions) -> None:
@@ -36,8 +29,7 @@ def require_drafts(options: ServeOptions) -> None:
             f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
             "at least one speculative token"
         )
-    length = options.max_model_len
-    if length is not None and length < MIN_CONTEXT:
+    if (length := options.max_model_len) is not None and length < MIN_CONTEXT:
         raise GraftError(
             f"{options.checkpoint}: --check with a context of {length} tokens; its sentence and "
             f"the answer take up to {MIN_CONTEXT}: --max-model-len {MIN_CONTEXT} or more"
@@ -51,12 +43,7 @@ def check_drafter(client: ServerClient) -> DrafterCheck:
     draft.
     """
     before = client.spec_decode_counters()
-    if before is None:
-        raise GraftError(
-            f"{client.base_url}: the server does not draft; expected a checkpoint with a head "
-            "and at least one speculative token"
-        )
-    prompt = client.tokenize(_SENTENCE * _REPETITIONS)
+    prompt = client.tokenize(_TEXT)
     try:
         client.stream(prompt, _NEW_TOKENS)
     except READ_ERRORS as error:
@@ -65,8 +52,10 @@ def check_drafter(client: ServerClient) -> DrafterCheck:
             "is a vLLM server at this address?"
         ) from error
     after = client.spec_decode_counters()
-    assert after is not None
-    gained = after - before
-    if gained.acceptance is None:
-        raise GraftError(f"{client.base_url}: {_NEW_TOKENS} tokens were made without one draft")
+    gained = after - before if before and after else None
+    if gained is None or gained.acceptance is None:
+        raise GraftError(
+            f"{client.base_url}: the server does not draft; expected a checkpoint with a head "
+            "and at least one speculative token"
+        )
     return DrafterCheck(gained.num_draft_tokens, gained.acceptance)

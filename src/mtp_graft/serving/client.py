@@ -2,14 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
+from pydantic import BaseModel, Field
 
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError
 from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
@@ -20,8 +21,6 @@ READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, Attr
 
 #: Options of `vllm serve` with which it tells a client what it drafted for the client's request.
 COUNT_DRAFTS = ("--per-request-spec-decode-metrics", "detailed")
-
-Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,29 @@ class ServerUnreachable(GraftError):
     """No connection, or it broke before the answer was complete."""
 
 
+class _Tokens(BaseModel):
+    tokens: list[int]
+
+
+class _Logprobs(BaseModel):
+    top_logprobs: list[dict[str, float]]
+
+
+class _Choice(BaseModel):
+    token_ids: list[int]
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Answer(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+    metrics: dict[str, dict[str, Any] | None] | None = None
+
+
+Found = TypeVar("Found", bound=BaseModel)
+
+
 class ServerClient:
     """A client of one vLLM server; closes with its `with` block.
 
@@ -88,12 +110,7 @@ class ServerClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._http.close()
 
     def is_healthy(self, timeout_s: float = 5.0) -> bool:
@@ -106,23 +123,14 @@ class ServerClient:
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the server's token ids of `text`."""
         body = {"prompt": text, "add_special_tokens": add_special_tokens}
-        return self._read("/tokenize", body, _token_ids)
-
-    def tokenize_chat(
-        self, messages: Sequence[Mapping[str, str]], *, thinking: bool = False
-    ) -> list[int]:
-        """Return the token ids of a chat in the server's own encoding, ready for the answer."""
-        body = {
-            "messages": [dict(message) for message in messages],
-            "chat_template_kwargs": {"thinking": thinking},
-        }
-        return self._read("/tokenize", body, _token_ids)
+        return self._ask("/tokenize", body, _Tokens).tokens
 
     def encode(self, prompt: Prompt | ChatPrompt) -> list[int]:
-        """Return a prompt's token ids; a text has its own special tokens."""
-        if isinstance(prompt, ChatPrompt):
-            return self.tokenize_chat(prompt.messages, thinking=False)
-        return self.tokenize(prompt.text, add_special_tokens=False)
+        """Return a prompt's token ids; a text has its own special tokens, a chat the server's."""
+        if isinstance(prompt, Prompt):
+            return self.tokenize(prompt.text, add_special_tokens=False)
+        thinking = {"chat_template_kwargs": {"thinking": False}}
+        return self._ask("/tokenize", {"messages": prompt.messages, **thinking}, _Tokens).tokens
 
     def complete(
         self,
@@ -134,7 +142,8 @@ class ServerClient:
     ) -> tuple[int, ...]:
         """Return the greedy continuation of `prompt`, not streamed."""
         body = _greedy_body(prompt, max_tokens, ignore_eos)
-        return self._read("/v1/completions", body, _completed, timeout_s=timeout_s)
+        answer = self._ask("/v1/completions", body, _Answer, timeout_s=timeout_s)
+        return tuple(answer.choices[0].token_ids)
 
     def complete_counted(
         self, prompt: Sequence[int], max_tokens: int
@@ -144,7 +153,11 @@ class ServerClient:
         There are none unless the server was started with COUNT_DRAFTS.
         """
         body = _greedy_body(prompt, max_tokens, ignore_eos=False)
-        return self._read("/v1/completions", body, lambda got: (_completed(got), _steps(got)))
+        answer = self._ask("/v1/completions", body, _Answer)
+        counted = (answer.metrics or {}).get("speculative_decoding") or {}
+        # Null for an answer without a verified step: one token, which comes with the prompt.
+        steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
+        return tuple(answer.choices[0].token_ids), [Step(*s) for s in zip(*steps, strict=True)]
 
     def score(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -155,7 +168,12 @@ class ServerClient:
         """
         body = _greedy_body(prompt, max_tokens, ignore_eos)
         body |= {"logprobs": 2, "return_tokens_as_token_ids": True}
-        return self._read("/v1/completions", body, _scored)
+        choice = self._ask("/v1/completions", body, _Answer).choices[0]
+        tops = choice.logprobs.top_logprobs if choice.logprobs else []
+        best = [sorted(top.values(), reverse=True)[:2] for top in tops]
+        if len(best) != len(choice.token_ids) or any(len(two) != 2 for two in best):
+            raise self._not_vllm("/v1/completions", "without two logprobs a token")
+        return ScoredCompletion(tuple(choice.token_ids), tuple(two[0] - two[1] for two in best))
 
     def stream(
         self,
@@ -165,7 +183,10 @@ class ServerClient:
         ignore_eos: bool = False,
         temperature: float = 0.0,
     ) -> Completion:
-        """Return a continuation of `prompt`, streamed to time its tokens."""
+        """Return a continuation of `prompt`, streamed to time its tokens.
+
+        Also raises one of READ_ERRORS for an answer that cannot be read.
+        """
         body = _greedy_body(prompt, max_tokens, ignore_eos)
         body |= {"stream": True, "temperature": temperature}
         tokens: list[int] = []
@@ -175,86 +196,65 @@ class ServerClient:
         started = time.perf_counter()
         for event in self._events("/v1/completions", body):
             arrived = time.perf_counter()
-            choice = event["choices"][0]
-            if choice["token_ids"]:
-                tokens += choice["token_ids"]
-                chunks.append((arrived, len(choice["token_ids"])))
-                texts.append(choice["text"])
+            choice = _Answer.model_validate(event).choices[0]
+            if choice.token_ids:
+                tokens += choice.token_ids
+                chunks.append((arrived, len(choice.token_ids)))
+                texts.append(choice.text)
             elif texts:  # the rest of a character that the tokens before had begun
-                texts[-1] += choice["text"]
-            finish_reason = choice["finish_reason"] or finish_reason
+                texts[-1] += choice.text
+            finish_reason = choice.finish_reason or finish_reason
         if not chunks:
             raise GraftError(f"{self.base_url}: an answer without tokens; expected at least one")
         return Completion(tuple(tokens), finish_reason, started, tuple(chunks), tuple(texts))
 
     def spec_decode_counters(self) -> SpecDecodeCounters | None:
         """Return the server's drafting counters so far, or None if it does not draft."""
-        try:
-            answer = self._http.get("/metrics")
-        except httpx.RequestError as error:
-            raise self._unreachable(error) from error
-        self._check(answer)
-        return parse_spec_decode(answer.text)
+        return parse_spec_decode(self._send("GET", "/metrics").text)
 
-    def _read(
-        self,
-        path: str,
-        body: dict[str, Any],
-        read: Callable[[dict[str, Any]], Found],
-        *,
-        timeout_s: float | None = None,
+    def _ask(
+        self, path: str, body: dict[str, Any], model: type[Found], *, timeout_s: float | None = None
     ) -> Found:
-        answer = self._post(path, body, timeout_s=timeout_s)
+        timeout = self._http.timeout if timeout_s is None else timeout_s
+        answer = self._send("POST", path, json=body, timeout=timeout)
         try:
-            return read(answer)
-        except READ_ERRORS as error:
-            raise GraftError(
-                f"{self.base_url}{path}: not an answer of vLLM's ({in_words(error)}); "
-                "is a vLLM server at this address?"
-            ) from error
+            return model.model_validate_json(answer.content)
+        except ValueError as error:
+            raise self._not_vllm(path, " ".join(str(error).split())) from error
 
-    def _post(
-        self, path: str, body: dict[str, Any], *, timeout_s: float | None = None
-    ) -> dict[str, Any]:
-        timeout = httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s
-        try:
-            answer = self._http.post(path, json=body, timeout=timeout)
-        except httpx.RequestError as error:
-            raise self._unreachable(error) from error
-        self._check(answer)
-        try:
-            result: dict[str, Any] = answer.json()
-        except READ_ERRORS as error:
-            raise GraftError(
-                f"{answer.request.url}: {in_words(error)}; is a vLLM server at this address?"
-            ) from error
-        return result
+    def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
+        with self._errors():
+            return self._http.request(method, path, **request).raise_for_status()
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        with self._errors(), self._http.stream("POST", path, json=body) as answer:
+            if answer.is_error:
+                answer.read()  # the error quotes it
+            for line in answer.raise_for_status().iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise GraftError(f"{self.base_url}{path}: {event['error']}")
+                    yield event
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            with self._http.stream("POST", path, json=body) as answer:
-                if answer.is_error:
-                    answer.read()
-                self._check(answer)
-                for line in answer.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-                        if "error" in event:
-                            raise GraftError(f"{self.base_url}{path}: {event['error']}")
-                        yield event
-        except httpx.RequestError as error:
-            raise self._unreachable(error) from error
-
-    def _unreachable(self, error: httpx.RequestError) -> ServerUnreachable:
-        reason = str(error) or type(error).__name__
-        return ServerUnreachable(f"{self.base_url}: no answer ({reason}); is the server running?")
-
-    def _check(self, answer: httpx.Response) -> None:
-        if answer.is_error:
+            yield
+        except httpx.HTTPStatusError as error:
+            where, answer = error.request.url, error.response
             raise GraftError(
-                f"{answer.request.url}: status {answer.status_code}, expected 200: "
-                f"{answer.text[:300]}"
-            )
+                f"{where}: status {answer.status_code}, expected 200: {answer.text[:300]}"
+            ) from error
+        except httpx.RequestError as error:
+            reason = str(error) or type(error).__name__
+            raise ServerUnreachable(
+                f"{self.base_url}: no answer ({reason}); is the server running?"
+            ) from error
+
+    def _not_vllm(self, path: str, why: str) -> GraftError:
+        where = f"{self.base_url}{path}"
+        return GraftError(f"{where}: not an answer of vLLM's ({why}); is a vLLM server there?")
 
 
 def _greedy_body(prompt: Sequence[int], max_tokens: int, ignore_eos: bool) -> dict[str, Any]:
@@ -265,29 +265,3 @@ def _greedy_body(prompt: Sequence[int], max_tokens: int, ignore_eos: bool) -> di
         "ignore_eos": ignore_eos,
         "return_token_ids": True,
     }
-
-
-def _token_ids(answer: dict[str, Any]) -> list[int]:
-    return [int(token) for token in answer["tokens"]]
-
-
-def _completed(answer: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(answer["choices"][0]["token_ids"])
-
-
-def _steps(answer: dict[str, Any]) -> list[Step]:
-    counted = (answer.get("metrics") or {}).get("speculative_decoding") or {}
-    # Null for an answer without a verified step: one token, which comes with the prompt.
-    steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
-    return [Step(*step) for step in zip(*steps, strict=True)]
-
-
-def _scored(answer: dict[str, Any]) -> ScoredCompletion:
-    choice = answer["choices"][0]
-    margins = tuple(_margin(top) for top in choice["logprobs"]["top_logprobs"])
-    return ScoredCompletion(tuple(choice["token_ids"]), margins)
-
-
-def _margin(top_logprobs: dict[str, float]) -> float:
-    best, second = sorted(top_logprobs.values(), reverse=True)[:2]
-    return best - second

@@ -7,6 +7,7 @@ is cut: every rank holds all of it.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
 from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.topology import Hardware
 
 #: Tokens of a KV block of compressed layers; vLLM has no other for this model.
 BLOCK_TOKENS = 256
@@ -41,9 +43,6 @@ _CUT = re.compile(
     r"|^(embed|head)\.weight$"
 )
 _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
-
-
-# Weights
 
 
 def weights_bytes_per_rank(checkpoint: Path, tp: int, *, decoded: bool = False) -> int:
@@ -76,9 +75,6 @@ def _decoded_bytes(name: str, tensor: Tensor) -> int:
     return num_bytes(tensor)
 
 
-# KV cache
-
-
 @dataclass(frozen=True)
 class KvLayout:
     """How vLLM lays the cache out: one pool of blocks, and groups of layers that draw from it.
@@ -101,8 +97,9 @@ def kv_layout(config: Mapping[str, Any]) -> KvLayout:
     try:
         layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
         listed, ratios = config["compress_ratios"], compress_ratios(config)
-        index_entry = config["index_head_dim"] + _INDEX_SCALE_BYTES
-        latent, index, window = config["head_dim"], config["index_head_dim"], _window(config)
+        latent, index, window = (
+            config[name] for name in ("head_dim", "index_head_dim", "sliding_window")
+        )
     except KeyError as error:
         raise GraftError(f"config.json: has no {error}; expected a DeepSeek-V4 config") from None
     if ratios is None:
@@ -110,29 +107,20 @@ def kv_layout(config: Mapping[str, Any]) -> KvLayout:
             f"config.json: compress_ratios is {listed!r}; expected a list of whole numbers"
         )
     num_c4, num_c128 = ratios[:layers].count(4), ratios[:layers].count(128)
+    index_entry = index + _INDEX_SCALE_BYTES
     pages_c4 = _page(BLOCK_TOKENS // 4 * _ENTRY_BYTES) + _page(BLOCK_TOKENS // 4 * index_entry)
     pages_c128 = _page(BLOCK_TOKENS // 128 * _ENTRY_BYTES)
     # A compressor keeps, in float32, a value and a score an element: twice over for ratio 4.
     states_c4 = sum(_page(_C4_STATE_TOKENS * 4 * 4 * size) for size in (latent, index))
     states_c128 = _page(_C128_STATE_TOKENS * 2 * 4 * latent)
-    window_page = _page(_WINDOW_PAGE_TOKENS * _ENTRY_BYTES)
     repeats = _layers_per_group(layers, num_c4, num_c128)
-    return KvLayout(
-        block_bytes=max(
-            num_c4 * pages_c4 + num_c128 * pages_c128,
-            min(repeats, layers) * window_page,
-            num_c4 * states_c4,
-            min(repeats, num_c128) * states_c128,
-        ),
-        window_groups=-(-layers // repeats),
-        has_c4=num_c4 > 0,
-        has_c128=num_c128 > 0,
-        sliding_window=window,
+    block_bytes = max(
+        num_c4 * pages_c4 + num_c128 * pages_c128,
+        min(repeats, layers) * _page(_WINDOW_PAGE_TOKENS * _ENTRY_BYTES),
+        num_c4 * states_c4,
+        min(repeats, num_c128) * states_c128,
     )
-
-
-def _window(config: Mapping[str, Any]) -> int:
-    return int(config["sliding_window"])
+    return KvLayout(block_bytes, -(-layers // repeats), num_c4 > 0, num_c128 > 0, int(window))
 
 
 def _page(size: int) -> int:
@@ -147,14 +135,8 @@ def _layers_per_group(layers: int, num_c4: int, num_c128: int) -> int:
     counts = [layers, *(count for count in (num_c4, num_c128) if count)]
     if num_c4 and num_c4 == num_c128:  # then the compressed layers count as a pattern as well
         counts.append(num_c4)
-    lowest = max(num_c4, 1)
-    sizes = range(lowest, max(counts) + 1)
+    sizes = range(max(num_c4, 1), max(counts) + 1)
     return min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
-
-
-def kv_cache_bytes_per_token(config: Mapping[str, Any]) -> float:
-    """Return what each further token of a sequence takes, in bytes on every rank."""
-    return kv_layout(config).block_bytes / BLOCK_TOKENS
 
 
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int = 0) -> int:
@@ -165,10 +147,7 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int
     asynchronous scheduling.
     """
     layout = kv_layout(config)
-    return layout.block_bytes * _blocks(layout, tokens, tokens_in_flight)
 
-
-def _blocks(layout: KvLayout, tokens: int, tokens_in_flight: int) -> int:
     def sliding(window: int, page_tokens: int) -> int:
         held = min(window - 1 + tokens_in_flight, tokens)
         return -(-held // page_tokens) + 1  # a window need not start where a block does
@@ -177,15 +156,7 @@ def _blocks(layout: KvLayout, tokens: int, tokens_in_flight: int) -> int:
     blocks += layout.window_groups * sliding(layout.sliding_window, _WINDOW_PAGE_TOKENS)
     blocks += sliding(2 * 4, _C4_STATE_TOKENS) if layout.has_c4 else 0
     blocks += sliding(128, _C128_STATE_TOKENS) if layout.has_c128 else 0
-    return blocks
-
-
-def sequence_fixed_bytes(config: Mapping[str, Any], tokens_in_flight: int = 0) -> int:
-    """Return what a sequence takes whatever its length: sliding windows and compressor states."""
-    layout = kv_layout(config)
-    long = 10**9 // BLOCK_TOKENS * BLOCK_TOKENS
-    growing = long // BLOCK_TOKENS if layout.has_c4 or layout.has_c128 else 0
-    return layout.block_bytes * (_blocks(layout, long, tokens_in_flight) - growing)
+    return layout.block_bytes * blocks
 
 
 def largest_context(
@@ -196,15 +167,42 @@ def largest_context(
     All sequences are taken to be that long at once, and one of them to be computing
     `tokens_in_flight`. At most the config's `max_position_embeddings`.
     """
-    layout = kv_layout(config)
 
-    def fits(tokens: int) -> bool:
-        blocks = _blocks(layout, tokens, tokens_in_flight)
-        blocks += (num_seqs - 1) * _blocks(layout, tokens, 0)
-        return blocks * layout.block_bytes <= kv_bytes
+    def needed(tokens: int) -> int:
+        others = (num_seqs - 1) * kv_cache_bytes(config, tokens)
+        return kv_cache_bytes(config, tokens, tokens_in_flight) + others
 
-    low, high = 0, int(config.get("max_position_embeddings", 2**20))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    positions = range(1, int(config.get("max_position_embeddings", 2**20)) + 1)
+    return bisect_right(positions, kv_bytes, key=needed)
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of one rank: what the weights take and what is left for the KV cache."""
+
+    config: Mapping[str, Any]
+    hardware: Hardware
+    weights_bytes: int
+    tokens_in_flight: int
+    cache_bytes: int | None = None  # asked for; None: what is left
+
+    def cache_budget(self, utilization: float) -> int:
+        """Return the bytes for the KV cache; negative if the weights do not fit."""
+        if self.cache_bytes is not None:
+            return self.cache_bytes
+        return int(utilization * self.hardware.memory_bytes) - self.weights_bytes - RESERVE_BYTES
+
+    def largest_context(self, utilization: float) -> int:
+        """Return the longest sequence that can be served, in whole blocks where memory decides."""
+        positions = int(self.config.get("max_position_embeddings", 2**20))
+        if self.hardware.gpu is None:  # the cache is made as large as the context needs
+            return positions
+        budget = self.cache_budget(utilization)
+        tokens = largest_context(self.config, budget, 1, self.tokens_in_flight)
+        return tokens if tokens == positions else tokens // BLOCK_TOKENS * BLOCK_TOKENS
+
+    def num_sequences(self, utilization: float, tokens: int) -> int:
+        """Return how many sequences of `tokens` have room at once."""
+        budget = self.cache_budget(utilization)
+        first = kv_cache_bytes(self.config, tokens, self.tokens_in_flight)
+        return 1 + (budget - first) // kv_cache_bytes(self.config, tokens)

@@ -1,151 +1,112 @@
-"""The serving profiles as data: every flag and variable with its reason and its source.
+"""The serving profiles as data, and the reason for every flag and variable of `vllm serve`.
 
 The Acti card is the model card of LordNeel/DeepSeek-V4-Flash-Acti-MTP-W4A16-FP8, from which this
-project started; its numbers were taken on two RTX PRO 6000 Max-Q with a patched vLLM. `plan.py`
-fits a profile to the hardware at hand.
+project started. Its numbers were taken on two RTX PRO 6000 Max-Q with a patched vLLM. `plan.py`
+fits a profile to the hardware.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ACTI = "Acti card"
-ACTI_COMMAND = "Acti card, validated 524k command"
-ACTI_ENVIRONMENT = "Acti card, required environment"
-OURS = "ours, not in the Acti card and not run on its hardware"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A flag or an environment variable of `vllm serve`."""
-
-    name: str
-    value: str | None  # None: a flag without a value
-    why: str
-    source: str
-
-    def __str__(self) -> str:
-        separator = " " if self.name.startswith("-") else "="
-        return self.name if self.value is None else f"{self.name}{separator}{self.value}"
-
-    def as_args(self) -> tuple[str, ...]:
-        """Return a flag as words of a command line."""
-        return (self.name,) if self.value is None else (self.name, self.value)
-
 
 @dataclass(frozen=True)
 class Profile:
-    """How long and how many sequences may be."""
+    """How long and how many sequences may be, and the share of a GPU's memory for all of vLLM."""
 
     max_model_len: int
     max_num_seqs: int
     gpu_memory_utilization: float
     why: str
-    source: str
 
 
-#: By name, the shortest context first; of two with the same length the first is what `auto` takes.
+#: By name, the shortest context first. Of two with the same length `auto` prefers the first.
 PROFILES: Mapping[str, Profile] = {
-    "128k": Profile(131072, 8, 0.90, "many chats or agents at once", f"{ACTI}, table of profiles"),
-    "256k": Profile(262144, 4, 0.95, "longer documents", f"{ACTI}, table of profiles"),
-    "256k-2": Profile(
-        262144, 2, 0.93, "two long streams; the rest as in the 524k command", ACTI_COMMAND
-    ),
+    "128k": Profile(131072, 8, 0.90, "many chats or agents at once (Acti card, table)"),
+    "256k": Profile(262144, 4, 0.95, "longer documents (Acti card, table)"),
+    "256k-2": Profile(262144, 2, 0.93, "two long documents at once (Acti card, below its command)"),
     "524k": Profile(
-        524288,
-        3,
-        0.93,
-        "one to three users with long contexts; the conservative variant is Acti's command "
-        "with --max-num-seqs 2",
-        f"{ACTI}, table of profiles",
+        524288, 3, 0.93, "one to three users (Acti card, table; its command has --max-num-seqs 2)"
     ),
     "640k": Profile(
-        655360,
-        2,
-        0.93,
-        "Acti ran 15 prompts at this length and gives no flags; taken from its 524k command",
-        OURS,
+        655360, 2, 0.93, "Acti's second workload run, without flags; ours, not run on its hardware"
     ),
-    "1m": Profile(1048576, 1, 0.93, "all positions that the model has, one sequence", OURS),
+    "1m": Profile(1048576, 1, 0.93, "all positions of the model; ours, not run on its hardware"),
 }
 DEFAULT_PROFILE = "524k"  # of the container, as on the Acti card
 
 #: The most that a GPU may take of a memory that it shares with the CPU.
 UNIFIED_MEMORY_UTILIZATION = 0.85
-UNIFIED_MEMORY_WHY = (
-    "the memory is the machine's as well, which can stop when it runs out while vLLM profiles "
-    "(vllm-project/vllm#46307); 0.92 was tight on two DGX Sparks (pasta-paul's report in "
-    "dsv4-flash-w4a16-fp8)"
-)
-#: `auto` lets as many sequences of full length run as fit, and no more than Acti ever tried.
+#: `auto` serves as many sequences of full length as fit, and no more than Acti ever tried.
 MOST_SEQUENCES = 8
-
-#: So that clients of Acti's server find their model; its validated 524k command.
-SERVED_MODEL_NAMES = (
-    "deepseek-v4-flash",
-    "deepseek-v4-flash-mtp",
-    "DSV4-W4A16-FP8",
-    "deepseek-ai/DeepSeek-V4-Flash",
-)
-#: The step size of Acti's 524k command; its table gives none for the other profiles.
+#: The step size of Acti's 524k command. Its table gives none for the other profiles.
 MAX_NUM_BATCHED_TOKENS = 8192
-ACTI_HOST = "0.0.0.0"
-
-#: What every server of this model gets, with or without a profile.
-MODEL_FLAGS = (
-    Setting(
-        "--tokenizer-mode",
-        "deepseek_v4",
-        "the chat encoding is code in vLLM, there is no template file",
-        ACTI_COMMAND,
-    ),
-    Setting(
-        "--reasoning-parser",
-        "deepseek_v4",
-        "thinking goes into `reasoning`, the answer into `content`",
-        ACTI_COMMAND,
-    ),
-    Setting("--enable-auto-tool-choice", None, "the model may call tools", ACTI_COMMAND),
-    Setting("--tool-call-parser", "deepseek_v4", "reads the model's tool calls", ACTI_COMMAND),
+#: So that clients of Acti's server find their model.
+SERVED_MODEL_NAMES = (
+    *("deepseek-v4-flash", "deepseek-v4-flash-mtp"),
+    *("DSV4-W4A16-FP8", "deepseek-ai/DeepSeek-V4-Flash"),
 )
 
+#: What every server of this model gets, with or without a profile. True: a flag without a value.
+MODEL_FLAGS: Mapping[str, str | bool] = {
+    "--tokenizer-mode": "deepseek_v4",
+    "--reasoning-parser": "deepseek_v4",
+    "--enable-auto-tool-choice": True,
+    "--tool-call-parser": "deepseek_v4",
+    "--block-size": "256",
+}
+ENVIRONMENT: Mapping[str, str] = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 #: On any GPU.
-GPU_ENVIRONMENT = (
-    Setting(
-        "VLLM_USE_FLASHINFER_SAMPLER",
-        "0",
-        "Acti served without FlashInfer's sampler; not compared",
-        ACTI_ENVIRONMENT,
-    ),
-)
-
+GPU_ENVIRONMENT: Mapping[str, str] = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 #: Where several GPUs of one host have no NVLink between them.
-PCIE_FLAGS = (
-    Setting(
-        "--disable-custom-all-reduce",
-        None,
-        "vLLM's own all-reduce uses peer access over PCIe with two ranks and can hang in it, "
-        "whatever NCCL is told",
-        f"{ACTI_COMMAND}; vllm-project/vllm#51513",
-    ),
-)
-NCCL_SHARED_MEMORY = (
-    Setting("NCCL_P2P_DISABLE", "1", "peer access over PCIe hung", ACTI_ENVIRONMENT),
-    Setting("NCCL_IB_DISABLE", "1", "one host: no InfiniBand to look for", ACTI_ENVIRONMENT),
-    Setting("NCCL_SHM_DISABLE", "0", "ranks speak through shared memory", ACTI_ENVIRONMENT),
-)
-NCCL_LATENCY = (
-    Setting("NCCL_PROTO", "LL", "low latency for the small sums of decoding", ACTI_ENVIRONMENT),
-    Setting("NCCL_ALGO", "Ring", "as above", ACTI_ENVIRONMENT),
-    Setting("NCCL_MIN_NCHANNELS", "8", "as above", ACTI_ENVIRONMENT),
-    Setting("NCCL_NTHREADS", "512", "as above", ACTI_ENVIRONMENT),
-)
-PCIE_ENVIRONMENT = NCCL_SHARED_MEMORY + NCCL_LATENCY
+PCIE_FLAGS = ("--disable-custom-all-reduce",)
+PCIE_ENVIRONMENT: Mapping[str, str] = {
+    "NCCL_P2P_DISABLE": "1",
+    "NCCL_IB_DISABLE": "1",
+    "NCCL_SHM_DISABLE": "0",
+    "NCCL_PROTO": "LL",
+    "NCCL_ALGO": "Ring",
+    "NCCL_MIN_NCHANNELS": "8",
+    "NCCL_NTHREADS": "512",
+}
 
-#: How the printed command differs from Acti's on purpose, whatever the hardware.
-DIFFERENCES_FROM_ACTI = (
-    "no --trust-remote-code: stock vLLM has the model's code",
-    "VLLM_PLUGINS loads what stock vLLM lacks, where Acti patches vLLM (docs/engine.md)",
-    "VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0 left out: a switch of Acti's patched vLLM",
-    "HF_HUB_OFFLINE and VLLM_NO_USAGE_STATS: a folder is served, nothing is fetched or reported",
-    "VLLM_ENGINE_READY_TIMEOUT_S: half an hour, and a second for every 100 MB of weights",
-)
+#: Why a command has a flag or a variable. "Acti": its validated command or required environment.
+REASONS: Mapping[str, str] = {
+    "--host": "where it listens; Acti: 0.0.0.0 (--host, and then an --api-key)",
+    "--tokenizer-mode": "the chat encoding is code in vLLM, there is no template file (Acti)",
+    "--reasoning-parser": "thinking goes into `reasoning`, the answer into `content` (Acti)",
+    "--enable-auto-tool-choice": "the model may call tools (Acti)",
+    "--tool-call-parser": "reads the model's tool calls (Acti)",
+    "--block-size": "the only KV block size that the attention takes (Acti)",
+    "--kv-cache-dtype": "the type of the KV cache (Acti: fp8, for which the estimate is)",
+    "--tensor-parallel-size": "how many GPUs share the model",
+    "--max-model-len": "the longest sequence: as asked for, the profile's, or what fits",
+    "--max-num-seqs": "requests at once",
+    "--max-num-batched-tokens": "tokens of a step (Acti: 8192); on a CPU it holds a whole prompt",
+    "--served-model-name": "clients of Acti's server find their model",
+    "--gpu-memory-utilization": "vLLM's share of the memory; at most 0.85 where it is the machine's"
+    " as well (vllm-project/vllm#46307; 0.92 was tight on two DGX Sparks)",
+    "--kv-cache-memory-bytes": "the KV cache; without it vLLM on a CPU reserves most of the memory",
+    "--enforce-eager": "nothing is compiled",
+    "--speculative-config": "drafts a step: 3 on a GPU, where one CUDA graph computes them, else 1 "
+    "as Acti (--k); probabilistic: accepted more often at a temperature above 0",
+    "--disable-custom-all-reduce": "vLLM's own all-reduce can hang over PCIe, whatever NCCL is "
+    "told (Acti; vllm-project/vllm#51513)",
+    "--nnodes": "run this on every machine, each with its --node-rank; where vLLM takes the wrong "
+    "network, set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME",
+    "HF_HUB_OFFLINE": "a folder is served: nothing is downloaded",
+    "VLLM_NO_USAGE_STATS": "nothing is reported",
+    "VLLM_PLUGINS": "adds what stock vLLM lacks, where Acti patches vLLM (docs/engine.md)",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "half an hour, and a second for every 100 MB of weights",
+    "VLLM_API_KEY": "the key that requests to /v1 must show",
+    "VLLM_USE_FLASHINFER_SAMPLER": "Acti served without FlashInfer's sampler; not compared",
+    "NCCL_P2P_DISABLE": "peer access over PCIe hung (Acti)",
+    "NCCL_IB_DISABLE": "one host: there is no InfiniBand to look for (Acti)",
+    "NCCL_SHM_DISABLE": "ranks speak through shared memory (Acti)",
+    "NCCL_PROTO": "low latency for the small sums of decoding (Acti)",
+    "NCCL_ALGO": "the same",
+    "NCCL_MIN_NCHANNELS": "the same",
+    "NCCL_NTHREADS": "the same",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "no worker process, which would import vLLM once more",
+    "OMP_NUM_THREADS": "half of the CPUs; the rest is the server's",
+    "VLLM_CPU_OMP_THREADS_BIND": "the CPUs of every rank",
+}

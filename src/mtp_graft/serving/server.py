@@ -1,6 +1,7 @@
 """Start vLLM, wait until it really answers, and never leave a process of it behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,14 +22,10 @@ from mtp_graft.serving.command import (
     check_port,
     start_limit_s,
 )
-from mtp_graft.serving.log_tail import explain, last_line
 
 POLL_S = 0.5
 #: What vLLM gets to end its workers by itself before the whole group is killed.
 GRACE_S = 15.0
-#: Four tokens, so that a server with a draft head drafts and verifies at least once.
-_PROBE_PROMPT = (0, 1, 2, 3)
-_PROBE_TOKENS = 4
 #: A process of its own that waits for the end of ours, SIGKILL included, and then ends the server
 #: with all it started. vLLM ignores SIGTERM while it starts, so one signal is not enough.
 _WATCHER = """
@@ -41,10 +38,25 @@ for signum in (signal.SIGTERM, signal.SIGKILL):
         break
     time.sleep(5)
 """
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+_MAX_LINE = 300
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+#: `(EngineCore pid=7) ERROR 11-23 21:00:00 [core.py:100] `, in whole or in part.
+_PREFIX = re.compile(
+    r"^(\([\w ]+ pid=\d+\) ?)*((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]+\] ?)?"
+)
+#: An exception's line, or the one below a pydantic ValidationError, which has its reason.
+_REASON = re.compile(
+    r"^([\w.]*(Error|Exception)\b|[\w .:-]*\berror): ?\S|^Value error, ", re.IGNORECASE
+)
+#: The processes above the failing one only report that it failed.
+_SECOND_HAND = re.compile(
+    r"root cause|Engine core initialization failed|\d+ validation errors? for", re.IGNORECASE
+)
 
 #: Called about twice a second while a server starts: seconds so far, last line of its log.
 OnStart = Callable[[float, str], None]
+Handler = Callable[[int, FrameType | None], object]
 
 
 @contextmanager
@@ -70,12 +82,13 @@ def managed_server(
             "machine (--node-rank 0)"
         )
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log, _signals_as(_exit_on_signal, *_STOP_SIGNALS):
+    with log_path.open("wb") as log, _signals_as(_exit_on_signal, signal.SIGTERM, signal.SIGHUP):
         server = ServerProcess(command, log)
         grace_s = 0.0  # vLLM does not listen while it starts
         try:
             try:
-                server.require_ready(limit_s, lambda s: on_start(s, last_line(log_path)))
+                if not server.wait_ready(limit_s, lambda s: on_start(s, _last_line(log_path))):
+                    raise GraftError(f"vLLM ended with status {server.wait()} before it was ready")
             except GraftError as error:
                 reason = f"{error}; in {log_path}: {explain(log_path)}"
                 raise GraftError(f"{options.checkpoint}: {reason}") from error
@@ -106,15 +119,13 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
             if probing:  # vLLM would wait for our connection to close, and we for its answer
                 raise _AskedToStopError
 
-    with _signals_as(pass_on, signal.SIGINT, *_STOP_SIGNALS):
+    with _signals_as(pass_on, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
-            if server.command.is_headless:
+            if not probing:
                 on_ready("headless; the first machine answers")
-            else:
-                is_ready = server.wait_ready(float("inf"), lambda _elapsed_s: None)
+            elif server.wait_ready(float("inf"), lambda _elapsed_s: None):
                 probing = False
-                if is_ready:
-                    on_ready(server.command.base_url)
+                on_ready(server.command.base_url)
             return server.wait()
         except _AskedToStopError:
             return server.wait()
@@ -135,12 +146,13 @@ class ServerProcess:
         Raises GraftError if the port is taken or the program cannot be started.
         """
         self.command = command
+        self._environment = {**os.environ, **command.env}
         if not command.is_headless:
             check_port(command.host, command.port)
         try:
             self._process = subprocess.Popen(
                 command.argv,
-                env={**os.environ, **command.env},
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=None if log is None else subprocess.STDOUT,
@@ -156,7 +168,7 @@ class ServerProcess:
 
     def client(self) -> ServerClient:
         """Return a new client of this server."""
-        return ServerClient(self.command.base_url, self.command.api_key)
+        return ServerClient(self.command.base_url, self._environment.get("VLLM_API_KEY"))
 
     def wait_ready(self, timeout_s: float, on_poll: Callable[[float], None]) -> bool:
         """Wait until the server is healthy and has returned one completion.
@@ -176,11 +188,6 @@ class ServerProcess:
                 time.sleep(POLL_S)
         return False
 
-    def require_ready(self, timeout_s: float, on_poll: Callable[[float], None]) -> None:
-        """Wait until the server is ready; raises GraftError if it never gets there."""
-        if not self.wait_ready(timeout_s, on_poll):
-            raise GraftError(f"vLLM ended with status {self.wait()} before it was ready")
-
     def wait(self) -> int:
         """Wait for the end; return the exit status, a shell's 128 + n for signal n."""
         # A wait without end would not notice a signal to us that comes just before it begins.
@@ -196,9 +203,8 @@ class ServerProcess:
         """End the process and everything it started; harmless when all have ended."""
         try:
             self._process.terminate()
-            self._process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            pass  # it had its time: the group is killed below either way
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
         finally:
             self.kill()
             self._process.wait()
@@ -212,14 +218,14 @@ class ServerProcess:
 
 
 def _completes(client: ServerClient, timeout_s: float) -> bool:
-    timeout_s = min(max(timeout_s, 1.0), READ_TIMEOUT_S)
+    """Ask for four tokens, so that a server with a head drafts and verifies at least once."""
     try:
-        tokens = client.complete(_PROBE_PROMPT, _PROBE_TOKENS, timeout_s=timeout_s)
+        timeout_s = min(max(timeout_s, 1.0), READ_TIMEOUT_S)
+        if client.complete((0, 1, 2, 3), max_tokens=4, timeout_s=timeout_s):
+            return True
     except ServerUnreachable:
         return False  # it may have died just now: the caller looks
-    if not tokens:
-        raise GraftError(f"{client.base_url}: healthy, but a completion came back empty")
-    return True
+    raise GraftError(f"{client.base_url}: healthy, but a completion came back empty")
 
 
 def _exit_on_signal(signum: int, _frame: FrameType | None) -> NoReturn:
@@ -227,9 +233,7 @@ def _exit_on_signal(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def _signals_as(
-    handler: Callable[[int, FrameType | None], object], *signums: int
-) -> Iterator[None]:
+def _signals_as(handler: Handler, *signums: int) -> Iterator[None]:
     """Handle `signums` with `handler` inside the block; only the main thread can.
 
     A SIGHUP that is ignored stays so: `nohup` asked for it.
@@ -245,3 +249,28 @@ def _signals_as(
     finally:
         for signum, old in before.items():
             signal.signal(signum, old)
+
+
+def explain(log: Path, max_lines: int = 3) -> str:
+    """Return why the vLLM that wrote `log` stopped, on one line.
+
+    These are the first exceptions of the last 256 KiB that are not second-hand, each one once;
+    without any, the last lines that are not blank.
+    """
+    lines = _tail(log, 256 * 1024)
+    reasons = [line for line in lines if _REASON.match(line) and not _SECOND_HAND.search(line)]
+    chosen = list(dict.fromkeys(reasons))[:max_lines] or lines[-max_lines:]
+    return " | ".join(chosen) or "it wrote nothing"
+
+
+def _last_line(log: Path) -> str:
+    return "".join(_tail(log, 4096)[-1:])
+
+
+def _tail(log: Path, num_bytes: int) -> list[str]:
+    """Return the last lines of a log that are not blank, without vLLM's prefix."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
+        text = _ANSI.sub("", file.read().decode(errors="replace"))
+    lines = (_PREFIX.sub("", line).strip()[:_MAX_LINE] for line in text.splitlines())
+    return [line for line in lines if line]

@@ -1,17 +1,17 @@
-"""The hardware that a server is to run on, and how its ranks reach each other."""
+"""The hardware that a server is to run on: which GPUs, and how their ranks reach each other."""
 
 import os
 import re
-import subprocess
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Literal
 
-from mtp_graft.errors import GraftError
-from mtp_graft.serving.gpus import find_gpu, known_gpu
+from mtp_graft.checkpoint.quantization_config import int4_group_size
+from mtp_graft.errors import GraftError, UsageError, in_words
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 
 Link = Literal["none", "nvlink", "pcie", "network"]
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Hardware:
     memory_bytes: int = 0  # of one GPU
     link: Link = "none"  # the slowest between two ranks
     num_nodes: int = 1
-    unified_memory: bool = False  # shared with the CPU and what else runs there
+    unified_memory: bool = False
 
     @property
     def most_utilization(self) -> float:
@@ -33,16 +33,25 @@ class Hardware:
     def __str__(self) -> str:
         if self.gpu is None:
             return "CPU"
-        how = {
-            "none": "",
-            "nvlink": ", NVLink",
-            "pcie": ", PCIe only",
-            "network": f", {self.num_nodes} nodes",
-        }
+        network = f", {self.num_nodes} nodes"
+        how = {"none": "", "nvlink": ", NVLink", "pcie": ", PCIe only", "network": network}
         return f"{self.num_gpus}x {self.gpu}, {self.memory_bytes / 2**30:.1f} GiB{how[self.link]}"
 
 
 CPU = Hardware(None)
+_MIB = 2**20
+_PRO_6000 = r"((rtx )?pro )?6000 (blackwell )?"
+#: GPUs that options can name, by a pattern of their lower-case names, as two of them are built in.
+#: The memory is what the driver reports; H100 and H200 are SXM. GB10: from users' reports.
+GPUS: Mapping[str, Hardware] = {
+    rf"{_PRO_6000}max[- ]?q( workstation edition)?": Hardware(
+        "RTX PRO 6000 Max-Q", 2, 97887 * _MIB, "pcie"
+    ),
+    rf"{_PRO_6000}server( edition)?": Hardware("RTX PRO 6000 Server", 2, 97887 * _MIB, "pcie"),
+    r"gb10|dgx spark": Hardware("GB10", 2, 124610 * _MIB, "network", 2, unified_memory=True),
+    r"h100( sxm5?)?( 80gb)?( hbm3)?": Hardware("H100", 2, 81559 * _MIB, "nvlink"),
+    r"h200( sxm5?)?( 141gb)?( hbm3e)?": Hardware("H200", 2, 143771 * _MIB, "nvlink"),
+}
 
 
 def names_cpu(gpu: str | None) -> bool:
@@ -54,47 +63,51 @@ def named_gpus(name: str, count: int, num_nodes: int | None = None) -> Hardware:
     """Return `count` of the GPUs that the project knows as `name`, in all.
 
     A GPU with unified memory is alone in its machine, so `num_nodes` is their number by itself.
-    Raises GraftError for an unknown name, and for a count that the machines cannot share.
+    Raises UsageError for an unknown name and GraftError for a count that the machines cannot share.
     """
-    gpu = find_gpu(name)
-    nodes = num_nodes or (count if gpu.unified_memory else 1)
+    known = _known(name)
+    if known is None:
+        names = ", ".join(str(gpu.gpu) for gpu in GPUS.values())
+        raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {names}, cpu")
+    nodes = num_nodes or (count if known.unified_memory else 1)
     if count % nodes:
         raise GraftError(f"--count {count} in --nnodes {nodes}: expected as many in each")
-    if nodes > 1:
-        link: Link = "network"
-    elif count == 1:
-        link = "none"
-    else:
-        link = "pcie" if gpu.pcie_only else "nvlink"
-    return Hardware(gpu.name, count, gpu.memory_bytes, link, nodes, gpu.unified_memory)
+    link = _link(count, nodes, is_nvlink=known.link != "pcie")
+    return replace(known, num_gpus=count, num_nodes=nodes, link=link)
 
 
 def find_gpus(num_nodes: int = 1) -> Hardware:
-    """Return what `nvidia-smi` says of this machine, and `num_nodes - 1` more like it.
+    """Return the GPUs of this machine that vLLM will see, and `num_nodes - 1` machines like it.
 
-    Raises GraftError if it cannot be run, or if the GPUs are of several kinds.
+    Raises GraftError if there is no driver or no GPU, or if the GPUs are of several kinds.
     """
-    query = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-    rows = [[cell.strip() for cell in line.split(",")] for line in _nvidia_smi(*_visible(), *query)]
-    if len({name for name, _ in rows}) != 1:
-        raise GraftError(
-            f"nvidia-smi: found {', '.join(name for name, _ in rows) or 'no GPU'}; expected GPUs "
-            "of one kind: choose with CUDA_VISIBLE_DEVICES"
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        gpus = _visible(pynvml)
+        names = sorted({pynvml.nvmlDeviceGetName(gpu) for gpu in gpus})
+        if len(names) != 1:
+            raise GraftError(
+                f"this machine: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: "
+                "choose with CUDA_VISIBLE_DEVICES"
+            )
+        memory_bytes = _memory_bytes(pynvml, gpus[0], names[0])
+        is_nvlink = all(
+            pynvml.nvmlDeviceGetP2PStatus(*pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+            == pynvml.NVML_P2P_STATUS_OK
+            for pair in combinations(gpus, 2)
         )
-    name, memory_mib = rows[0]
-    link: Link = "network" if num_nodes > 1 else "none" if len(rows) == 1 else _slowest_link()
-    gpu = known_gpu(name)
-    if memory_mib.isdigit():
-        memory_bytes = int(memory_mib) * 2**20
-    elif gpu is not None:  # [N/A]: the memory is the machine's
-        memory_bytes = gpu.memory_bytes
-    else:
+    except pynvml.NVMLError as error:
         raise GraftError(
-            f"nvidia-smi: {name} has {memory_mib} of memory, and how much that is is not known "
-            "here; --profile none serves without an estimate"
-        )
-    unified = gpu is not None and gpu.unified_memory
-    return Hardware(name, len(rows) * num_nodes, memory_bytes, link, num_nodes, unified)
+            f"this machine's GPUs: NVIDIA's driver says {error}; vLLM is a CUDA build: is the "
+            "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
+            "--profile none serves without looking"
+        ) from error
+    count, known = len(gpus) * num_nodes, _known(names[0])
+    link = _link(count, num_nodes, is_nvlink)
+    is_unified = known is not None and known.unified_memory
+    return Hardware(names[0], count, memory_bytes, link, num_nodes, is_unified)
 
 
 def hardware_for(platform: str) -> Hardware:
@@ -102,32 +115,72 @@ def hardware_for(platform: str) -> Hardware:
     return CPU if platform == "cpu" else find_gpus()
 
 
-def _visible() -> tuple[str, ...]:
-    """Return the option that limits nvidia-smi to the GPUs that vLLM will see."""
+def _visible(pynvml: Any) -> list[Any]:
+    """Return the driver's handles of the GPUs that CUDA_VISIBLE_DEVICES leaves."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return () if chosen is None else (f"--id={chosen}",)
+    if chosen is None:
+        chosen = ",".join(map(str, range(pynvml.nvmlDeviceGetCount())))
+    return [
+        pynvml.nvmlDeviceGetHandleByIndex(int(device))
+        if device.isdecimal()
+        else pynvml.nvmlDeviceGetHandleByUUID(device)
+        for device in map(str.strip, filter(None, chosen.split(",")))
+    ]
 
 
-def _slowest_link() -> Link:
-    """Return `pcie` if any pair of GPUs has no NVLink (`NV` and a number in the matrix).
-
-    All GPUs of the machine are looked at, also those that CUDA_VISIBLE_DEVICES leaves out.
-    """
-    matrix = [_ANSI.sub("", line).split() for line in _nvidia_smi("topo", "-m")]
-    rows = [row for row in matrix if row[0].startswith("GPU") and "X" in row]  # not the legend
-    pairs = {cell for row in rows for cell in row[1 : 1 + len(rows)] if cell != "X"}
-    return "nvlink" if pairs and all(cell.startswith("NV") for cell in pairs) else "pcie"
-
-
-def _nvidia_smi(*arguments: str) -> list[str]:
+def _memory_bytes(pynvml: Any, gpu: Any, name: str) -> int:
     try:
-        done = subprocess.run(
-            ["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
+    except pynvml.NVMLError_NotSupported:  # the memory is the machine's
+        known = _known(name)
+        if known is None:
+            raise GraftError(
+                f"{name}: the driver does not say how much memory it has, and it is not known "
+                "here; --profile none serves without an estimate"
+            ) from None
+        return known.memory_bytes
+
+
+def _known(name: str) -> Hardware | None:
+    """Return the GPU that `name` means, be it our name or NVIDIA's; None for another."""
+    said = name.lower().removeprefix("nvidia ")
+    return next((gpu for pattern, gpu in GPUS.items() if re.fullmatch(pattern, said)), None)
+
+
+def _link(count: int, num_nodes: int, is_nvlink: bool) -> Link:
+    if num_nodes > 1:
+        return "network"
+    return "none" if count == 1 else "nvlink" if is_nvlink else "pcie"
+
+
+def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
+    """Return the largest power of two of GPUs that share the model evenly; 1 without any.
+
+    Raises GraftError as `undivided`.
+    """
+    most = 1
+    while 2 * most <= num_gpus and not undivided(config, 2 * most):
+        most *= 2
+    return most
+
+
+def undivided(config: Mapping[str, Any], ranks: int) -> str | None:
+    """Return what of heads, output groups and the experts' scale groups cannot be shared out.
+
+    Raises GraftError for a config that is not a DeepSeek-V4's in W4A16-FP8.
+    """
+    try:
+        group = int4_group_size(config["quantization_config"])
+        inner = config["moe_intermediate_size"]
+        heads, output_groups = config["num_attention_heads"], config["o_groups"]
+        if heads % ranks:
+            return f"{heads} attention heads"
+        if output_groups % ranks:
+            return f"{output_groups} output groups"
+        if inner % (ranks * group):
+            return f"moe_intermediate_size {inner} in groups of {group} that share a scale"
+    except (KeyError, TypeError, AttributeError) as error:
         raise GraftError(
-            f"nvidia-smi {' '.join(arguments)}: failed ({error}); vLLM is a CUDA build: is the "
-            "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
-            "--profile none serves without looking"
-        ) from error
-    return [line for line in done.stdout.splitlines() if line.strip()]
+            f"config.json: {in_words(error)}; expected a DeepSeek-V4 in W4A16-FP8"
+        ) from None
+    return None

@@ -38,8 +38,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.concurrent import concurrently
-from mtp_graft.serving.log_tail import explain
-from mtp_graft.serving.server import managed_server
+from mtp_graft.serving.server import explain, managed_server
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on

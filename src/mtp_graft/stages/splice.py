@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mtp_graft.checkpoint.shards import (
     INDEX_NAME,
     check_index,
     is_full_disk,
+    open_shard,
     stream_shard,
     values_size,
     write_index,
@@ -33,7 +34,7 @@ from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4.variants import Linears, Variant, group_by_stem, store_tensor
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import nearest_folder
-from mtp_graft.stages.splice_plan import SplicePlan, plan_splice
+from mtp_graft.stages.splice_plan import SplicePlan, Tensors, plan_splice
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = frozenset(
@@ -190,18 +191,21 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one stem at a time."""
-    given = group_by_stem(plan.experts.files) if plan.experts else {}
-    for stem, by_part in group_by_stem(plan.head.files).items():
-        tensors = plan.head.read(by_part.values())
-        parts = {part: tensors[name] for part, name in by_part.items()}
-        experts = (
-            plan.experts.read(given[stem].values()) if plan.experts and stem in given else None
-        )
-        yield from store_tensor(
-            *(stem, parts, plan.variant, experts),
-            group_size=plan.group_size,
-            linears=plan.linears,
-        ).items()
+    experts = plan.experts or Tensors({}, {})
+    files = {**experts.files, **plan.head.files}
+    stored_as = group_by_stem(experts.files)
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(open_shard(path)) for path in set(files.values())}
+        for stem, by_part in group_by_stem(plan.head.files).items():
+            parts = {p: opened[files[name]].get_tensor(name) for p, name in by_part.items()}
+            given = {
+                name: opened[experts.files[name]].get_tensor(name)
+                for name in stored_as.get(stem, {}).values()
+            }
+            sizes = {"group_size": plan.group_size}
+            yield from store_tensor(
+                stem, parts, plan.variant, given, **sizes, linears=plan.linears
+            ).items()
 
 
 def _write_texts(plan: SplicePlan, manifest: Mapping[str, Any], folder: Path) -> None:

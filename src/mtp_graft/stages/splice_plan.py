@@ -26,7 +26,6 @@ from mtp_graft.checkpoint.shards import (
     open_shard,
     read_index,
     read_meta,
-    read_tensors,
 )
 from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4 import names
@@ -58,16 +57,6 @@ class Tensors:
 
     files: Mapping[str, Path]
     meta: Mapping[str, Tensor]
-
-    def read(self, wanted: Iterable[str]) -> dict[str, Tensor]:
-        """Return the values of tensors, read from their files."""
-        by_file: dict[Path, list[str]] = {}
-        for name in wanted:
-            by_file.setdefault(self.files[name], []).append(name)
-        found: dict[str, Tensor] = {}
-        for path, held in by_file.items():
-            found |= read_tensors(path, held)
-        return found
 
 
 @dataclass(frozen=True)
@@ -168,10 +157,9 @@ def _read_files(paths: Iterable[Path]) -> Tensors:
     files: dict[str, Path] = {}
     meta: dict[str, Tensor] = {}
     for path in paths:
-        with open_shard(path) as tensors:
-            held: dict[str, str] = dict.fromkeys(sorted(tensors.keys()), path.name)
-        meta.update(read_meta(path.parent, held))
-        files.update(dict.fromkeys(held, path))
+        with open_shard(path) as shard:
+            meta |= dict(sorted(shard.meta.items()))
+            files |= dict.fromkeys(shard.meta, path)
     return Tensors(files, meta)
 
 

@@ -1,8 +1,8 @@
 """Verify: read a spliced checkpoint back with other code than what wrote it, and compare.
 
 Engines skip tensors whose name they do not know, and then draft noise. Here every tensor that the
-checkpoint's own config asks for is read with plain safetensors, decompressed by compressed-tensors
-under that config, and compared with what it was made of.
+checkpoint's own config asks for is read, decompressed by compressed-tensors under that config, and
+compared with what it was made of.
 """
 
 import filecmp

@@ -57,7 +57,7 @@ class ChatClient(BenchClient):
 
     def chat(self, body: Mapping[str, Any]) -> Answer:
         """Return a chat's answer. Raises GraftError for any that is not whole and readable."""
-        found = self._post("/v1/chat/completions", dict(body))
+        found = self._send("POST", "/v1/chat/completions", json=dict(body)).json()
         try:
             choice = found["choices"][0]
             message = choice["message"]

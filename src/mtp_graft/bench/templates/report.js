@@ -12,20 +12,19 @@ let now = 0;
 let frame = null; // of the animation, null while it stands still
 let last = 0; // when that frame was drawn, in milliseconds
 
-function makeSide(name, stream) {
-  const text = document.getElementById(`replay-${name}-text`);
-  const steps = stream.steps.map((step) => ({
+function makeSide(name, answer) {
+  const steps = answer.steps.map((step) => ({
     ...step,
-    spans: step.pieces.map(([content, kind, shared]) => {
+    spans: step.pieces.map(([content, marks]) => {
       const span = document.createElement("span");
       span.textContent = content; // as text: it may look like anything
-      span.className = shared ? kind : `${kind} apart`;
+      span.className = marks;
       return span;
     }),
   }));
-  text.replaceChildren(...steps.flatMap((step) => step.spans));
+  document.getElementById(`replay-${name}-text`).replaceChildren(...steps.flatMap((s) => s.spans));
   const counters = document.getElementById(`replay-${name}-counters`);
-  return { steps, drafts: stream.drafts, counters };
+  return { steps, draftsPerStep: answer.drafts_per_step, counters };
 }
 
 // Tokens after the first chunk over the time since it, as the decode speed is measured.
@@ -34,7 +33,7 @@ function tokensPerSecond(arrived, at) {
   return decoded ? decoded / (at - arrived[0].at) : null;
 }
 
-function drawSide({ steps, drafts, counters }) {
+function drawSide({ steps, draftsPerStep, counters }) {
   const arrived = steps.filter((step) => step.at <= now);
   steps.forEach((step, number) => {
     const later = number >= arrived.length;
@@ -47,9 +46,10 @@ function drawSide({ steps, drafts, counters }) {
   const tokens = arrived.reduce((sum, step) => sum + step.tokens, 0);
   const rate = tokensPerSecond(arrived, Math.min(now, steps.at(-1).at));
   const shown = [`${tokens} tokens`, `${rate === null ? "–" : rate.toFixed(1)} tok/s`];
-  if (drafts) {
-    const accepted = drafts.accepted.slice(0, arrived.length).reduce((a, b) => a + b, 0);
-    shown.push(`${accepted} of ${drafts.each * Math.max(0, arrived.length - 1)} drafts accepted`);
+  if (draftsPerStep) {
+    const accepted = arrived.reduce((sum, step) => sum + step.accepted, 0);
+    const drafted = draftsPerStep * Math.max(0, arrived.length - 1);
+    shown.push(`${accepted} of ${drafted} drafts accepted`);
   }
   counters.textContent = shown.join(" · ");
 }

@@ -1,68 +1,53 @@
 """Doctor: what would fail or be silently wrong with a checkpoint, said before it is loaded.
 
-A check is a function of the survey (what the checkpoint is) and the target (what it is to be
-served with) that yields findings; to add one, write it and put it into `CHECKS`.
+A check is a function of the checkpoint and the target (what it is to be served with) that yields
+findings; to add one, write it and put it into a list below.
 """
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mtp_graft.serving.doctor import files, hardware, known_issues, model, schemes, tensors
-from mtp_graft.serving.doctor.findings import SEVERITIES, Finding
-from mtp_graft.serving.doctor.survey import Survey, Unusable, read_survey
+from mtp_graft.checkpoint.shards import INDEX_NAME
+from mtp_graft.serving.doctor import hardware, schemes, tensors
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, Unusable, read_checkpoint
+from mtp_graft.serving.doctor.findings import SEVERITIES, Finding, finding
 from mtp_graft.serving.doctor.target import Target
 
-Check = Callable[[Survey, Target], Iterable[Finding]]
+Check = Callable[[Checkpoint, Target], Iterable[Finding]]
 
-CHECKS: tuple[Check, ...] = (
-    files.unreadable_shards,
-    files.entries_without_tensor,
-    files.tensors_without_entry,
-    files.tensors_twice,
-    tensors.dspark_drafter,
-    tensors.wrong_names,
-    tensors.missing_tensors,
-    tensors.unknown_tensors,
-    tensors.wrong_shapes,
-    tensors.wrong_dtypes,
-    tensors.wrong_scales,
-    tensors.rounded_float32,
-    tensors.quantized_compressors,
-    model.absent_head,
-    model.head_count,
-    model.compress_ratios,
-    schemes.no_section,
-    schemes.group_sizes,
-    schemes.patterns_for_mtp,
-    schemes.patterns_too_wide,
-    schemes.idle_patterns,
-    schemes.half_named,
-    schemes.mismatches,
-    hardware.unknown_gpus,
-    hardware.gpu_count,
-    hardware.head_division,
-    hardware.group_division,
-    hardware.positions,
-    hardware.memory,
-    known_issues.vllm_version,
-    known_issues.plugin,
-    known_issues.known_issues,
+_OF_ALL: tuple[Check, ...] = (
+    *(tensors.shards, tensors.index),
+    *(hardware.vllm, hardware.ranks, hardware.memory, hardware.known_issues),
+)
+_OF_W4A16_FP8: tuple[Check, ...] = (
+    *(tensors.dspark_drafter, tensors.names, tensors.contents, tensors.precision, tensors.config),
+    *(schemes.section, schemes.patterns, schemes.schemes),
 )
 
 
-def diagnose(checkpoint: Path, target: Target) -> list[Finding]:
+def diagnose(folder: Path, target: Target) -> list[Finding]:
     """Return every finding, errors first; raises GraftError for what is no folder.
 
     Where config or index cannot be used, that is the only finding.
     """
     try:
-        survey = read_survey(checkpoint)
+        checkpoint = read_checkpoint(folder)
     except Unusable as error:
-        return [files.unusable(error)]
-    return examine(survey, target)
+        where, found = error.file.name, str(error).removeprefix(f"{error.file}: ")
+        if where == INDEX_NAME:
+            return [finding("index-unusable", where, found, "the index of a sharded checkpoint")]
+        expected = "the configuration of a DeepSeek-V4, with all dimensions"
+        return [finding("config-unusable", where, found, expected)]
+    return examine(checkpoint, target)
 
 
-def examine(survey: Survey, target: Target) -> list[Finding]:
+def examine(checkpoint: Checkpoint, target: Target) -> list[Finding]:
     """Return every finding of a checkpoint that has been read, errors first."""
-    found = [finding for check in CHECKS for finding in check(survey, target)]
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
+    checks = _OF_ALL
+    found = []
+    if (maker := checkpoint.foreign_format) is not None:
+        found = [finding("foreign-format", "config.json", maker, "W4A16-FP8, compressed-tensors")]
+    else:
+        checks = (*_OF_W4A16_FP8, *_OF_ALL)
+    found += [each for check in checks for each in check(checkpoint, target)]
+    return sorted(found, key=lambda each: SEVERITIES.index(each.severity))

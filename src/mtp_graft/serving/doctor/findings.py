@@ -1,12 +1,35 @@
-"""What doctor says: one finding a problem, with the reason and the cure."""
+"""What doctor says: a finding a problem. The texts are data, in findings.toml."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-_SHOWN = 3
+_NUM_LISTED = 3
+
+
+class Kind(BaseModel):
+    """What the findings of one id have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    severity: Severity = "error"
+    evidence: Literal["run", "read", "estimate"] = "read"
+    why: str
+    cure: str
+    affects: str | None = None  # of a known issue: versions of vLLM, whom it meets, and its source
+    what: str = ""
+    source: str = ""
+
+
+KINDS = TypeAdapter(dict[str, Kind]).validate_python(
+    tomllib.loads(files(__package__).joinpath("findings.toml").read_text(encoding="utf-8"))
+)
 
 
 @dataclass(frozen=True)
@@ -18,17 +41,43 @@ class Finding:
     where: str
     found: str
     expected: str
-    why: str  # what vLLM does with it
+    why: str
     cure: str
-    fixable: bool = False  # by --fix: the cure is config or naming
+    evidence: str
+    fixable: bool  # by --fix
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the finding as JSON takes it."""
-        return asdict(self)
+    TEXTS: ClassVar = ("where", "found", "expected", "why", "cure")
+
+
+def finding(
+    id_: str,
+    where: str,
+    found: object,
+    expected: object,
+    severity: Severity | None = None,
+    cure: str | None = None,
+) -> Finding:
+    """Return a finding with the texts of its kind, unless severity or cure are others."""
+    kind = KINDS[id_]
+    why = f"{kind.why} ({kind.source})" if kind.source else kind.why
+    cure = cure or kind.cure
+    return Finding(
+        *(id_, severity or kind.severity, where, str(found), str(expected), why, cure),
+        evidence=kind.evidence,
+        fixable=cure.startswith("--fix"),
+    )
+
+
+def findings(id_: str, wrong: Mapping[str, tuple[object, object]]) -> Iterable[Finding]:
+    """Return one finding for all of `wrong`, name -> (found, expected); none without any."""
+    if not wrong:
+        return ()
+    found, expected = next(iter(wrong.values()))
+    return (finding(id_, listed(wrong), f"{found} ({len(wrong)} in all)", expected),)
 
 
 def listed(names: Iterable[str]) -> str:
     """Return the first few names and how many there are, as in `a, b, c and 5 more`."""
     every = list(names)
-    more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
-    return ", ".join(every[:_SHOWN]) + more
+    more = f" and {len(every) - _NUM_LISTED} more" if len(every) > _NUM_LISTED else ""
+    return ", ".join(every[:_NUM_LISTED]) + more

@@ -4,80 +4,94 @@ Files that stay as they are become hard links; a shard with misnamed tensors get
 before the same bytes. The checkpoint itself is never written to.
 """
 
-import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint.quantization_config import QuantizationConfig
 from mtp_graft.checkpoint.shards import INDEX_NAME, num_bytes, write_index, write_json
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.doctor.schemes import corrected_section, usable
-from mtp_graft.serving.doctor.survey import Survey
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
+from mtp_graft.serving.doctor.findings import Finding
+from mtp_graft.serving.doctor.schemes import corrected
 
 
-def write_corrected(survey: Survey, out: Path) -> None:
-    """Write `out`, a copy of the checkpoint with everything corrected that `--fix` cures.
+def fix_checkpoint(
+    folder: Path, out: Path, findings: Iterable[Finding], report: Callable[[str], None]
+) -> bool:
+    """Write `out`, a copy with everything corrected that --fix cures; return False without any.
 
-    Raises GraftError for an `out` that exists, and for a checkpoint with unreadable shards.
+    `report` is told how many bytes have to be copied. Raises GraftError for an `out` that exists or
+    is on another file system, where shards cannot be linked, and for unreadable shards.
     """
+    if not any(finding.fixable for finding in findings):
+        report(f"{folder}: nothing that --fix corrects; {out} was not written")
+        return False
+    checkpoint = read_checkpoint(folder)
     if out.exists():
         raise GraftError(f"{out}: already exists; remove it or choose another folder")
-    if survey.unreadable:
-        shard = next(iter(survey.unreadable))
+    for shard, reason in checkpoint.unreadable.items():
         raise GraftError(
-            f"{survey.folder / shard}: {survey.unreadable[shard]}; --fix corrects config and "
-            "names only: fetch the shard again first"
+            f"{folder / shard}: {reason}; --fix corrects config and names only: fetch the shard "
+            "again first"
         )
-    folder = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    if copied := _copied(checkpoint):
+        size = sum((folder / shard).stat().st_size for shard in copied)
+        report(f"{out}: copies {size:,} bytes, {len(copied)} shards with misnamed tensors")
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
-        _write(survey, folder)
-        folder.rename(out)
+        temporary.mkdir(parents=True)
+        _write(checkpoint, temporary, copied)
+        temporary.rename(out)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
+    return True
 
 
-def _write(survey: Survey, folder: Path) -> None:
-    for source in sorted(survey.folder.rglob("*")):
-        inside = source.relative_to(survey.folder)
-        if not source.is_file() or str(inside) in (INDEX_NAME, "config.json"):
+def _copied(checkpoint: Checkpoint) -> set[str]:
+    """Return the shards that have to be rewritten, since they hold misnamed tensors."""
+    misnamed = checkpoint.misnamed.keys()
+    return {shard for shard, held in checkpoint.shards.items() if held.keys() & misnamed}
+
+
+def _write(checkpoint: Checkpoint, folder: Path, copied: set[str]) -> None:
+    for source in sorted(checkpoint.folder.rglob("*")):
+        target = folder / source.relative_to(checkpoint.folder)
+        if not source.is_file() or target in (folder / INDEX_NAME, folder / "config.json"):
             continue
-        target = folder / inside
         target.parent.mkdir(parents=True, exist_ok=True)
-        renamed = {
-            n: survey.renamed[n] for n in survey.shards.get(str(inside), {}) if n in survey.renamed
-        }
-        if renamed:
-            _rename_tensors(source, target, renamed)
+        if source.name in copied:
+            _rename_tensors(source, target, checkpoint.misnamed)
         else:
             _link(source.resolve(), target)
-    write_json(corrected_config(survey), folder / "config.json")
+    write_json(_corrected_config(checkpoint), folder / "config.json")
     index = {
-        survey.renamed.get(name, name): shard
-        for shard, held in survey.shards.items()
+        checkpoint.misnamed.get(name, name): shard
+        for shard, held in checkpoint.shards.items()
         for name in held
     }
-    metadata = json.loads((survey.folder / INDEX_NAME).read_text()).get("metadata") or {}
-    total = sum(map(num_bytes, survey.tensors.values()))
+    metadata = json.loads((checkpoint.folder / INDEX_NAME).read_text()).get("metadata") or {}
+    total = sum(map(num_bytes, checkpoint.tensors.values()))
     write_index(dict(sorted(index.items())), total, folder, metadata)
 
 
-def corrected_config(survey: Survey) -> dict[str, Any]:
+def _corrected_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return config.json as it should read; what has no known cure stays."""
-    config = deepcopy(dict(survey.config))
-    ratios, layers = survey.ratios, survey.num_layers
-    if survey.has_head:
+    config = dict(checkpoint.config)
+    if checkpoint.foreign_format:
+        return config
+    ratios, layers = checkpoint.ratios, checkpoint.num_layers
+    if checkpoint.has_head:
         config["num_nextn_predict_layers"] = 1
         if len(ratios) >= layers:
             config["compress_ratios"] = [*ratios[:layers], 0]
-    if usable(survey):
-        config["quantization_config"] = corrected_section(survey)
+    if isinstance(checkpoint.quantization, QuantizationConfig):
+        config["quantization_config"] = corrected(checkpoint)
     return config
 
 
@@ -95,9 +109,13 @@ def _rename_tensors(source: Path, target: Path, names: Mapping[str, str]) -> Non
 
 
 def _link(source: Path, target: Path) -> None:
+    """Link a file; a shard of another file system is not copied behind the user's back."""
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
+        if source.suffix == ".safetensors":
+            raise GraftError(
+                f"{target}: cannot be linked from another file system ({error.strerror}); choose "
+                "a folder on the same one as the checkpoint"
+            ) from error
         shutil.copy2(source, target)

@@ -1,11 +1,16 @@
-"""Checks of the hardware and of how the ranks divide the model."""
+"""Checks of vLLM and the hardware: versions, ranks, memory, and known issues of vLLM."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 
-from mtp_graft.serving.doctor.findings import Finding
-from mtp_graft.serving.doctor.formats import format_of
-from mtp_graft.serving.doctor.survey import Survey
+from packaging.specifiers import SpecifierSet
+
+from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
+from mtp_graft.quant import mxfp4
+from mtp_graft.serving.command import PLUGIN_NAME, is_supported, is_untried
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
+from mtp_graft.serving.doctor.findings import KINDS, Finding, finding
 from mtp_graft.serving.doctor.target import Target
 from mtp_graft.serving.memory import (
     RESERVE_BYTES,
@@ -21,157 +26,119 @@ _GIB = 2**30
 TOKENS_IN_FLIGHT = 2 * MAX_NUM_BATCHED_TOKENS
 
 
-def unknown_gpus(_survey: Survey, target: Target) -> Iterator[Finding]:
-    """Find GPUs that could not be asked what they are."""
+def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+    """Find a vLLM that is missing, unsupported or untried, or that will not load the plugin."""
+    if target.vllm is None:
+        yield finding("vllm-unknown", "this Python environment", "no vLLM", f"vllm{SUPPORTED_VLLM}")
+    elif not is_supported(target.vllm):
+        yield finding("vllm-unsupported", "vLLM", target.vllm, SUPPORTED_VLLM)
+    elif target.platform is not None and is_untried(target.vllm, target.platform):
+        tried = f"{TRIED_VLLM[target.platform]}, the newest that was tried"
+        yield finding("vllm-untried", "vLLM", target.vllm, tried)
+    if not target.installed:
+        return  # another environment will serve
+    expected, allowed = f"{PLUGIN_NAME} among them", target.plugins_allowed
+    if not target.plugin_found:
+        where = "entry points of vllm.general_plugins"
+        yield finding("plugin-missing", where, f"no {PLUGIN_NAME}", expected)
+    elif allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        yield finding("plugin-missing", "VLLM_PLUGINS", repr(allowed), expected, "warning")
+
+
+def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+    """Find GPUs that are unknown or too few, and what the ranks cannot share evenly."""
+    hardware, tp = target.hardware, target.tp
     if target.unknown_because is not None:
-        yield Finding(
-            "gpus-unknown",
-            "warning",
-            "this machine",
-            target.unknown_because,
-            "GPUs of one kind that nvidia-smi tells of",
-            "ranks, memory and links were not checked, and vLLM may not find the GPUs either",
-            "--gpu NAME --count N (or --gpu cpu) for what will serve",
-        )
-
-
-def gpu_count(_survey: Survey, target: Target) -> Iterator[Finding]:
-    """Find more ranks than GPUs."""
-    hardware = target.hardware
-    if hardware is not None and hardware.gpu is not None and target.tp > hardware.num_gpus:
-        yield Finding(
-            "gpu-count",
-            "error",
-            "--tp",
-            f"{target.tp} ranks on {hardware.num_gpus} GPUs",
-            "a GPU for each rank",
-            "vLLM stops before it loads anything: the world size is larger than the number of GPUs",
-            f"--tp {hardware.num_gpus}, or more GPUs",
-        )
-
-
-def head_division(survey: Survey, target: Target) -> Iterator[Finding]:
-    """Find attention heads or output groups that the ranks cannot share evenly."""
+        where, expected = "this machine", "GPUs of one kind that nvidia-smi tells of"
+        yield finding("gpus-unknown", where, target.unknown_because, expected)
+    if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
+        found = f"{tp} ranks on {hardware.num_gpus} GPUs"
+        yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
     for key in ("num_attention_heads", "o_groups"):
-        number = survey.config.get(key)
-        if isinstance(number, int) and number % target.tp:
-            yield Finding(
-                "tp-heads",
-                "error",
-                f"config.json: {key}",
-                f"{number} on {target.tp} ranks",
-                f"a tensor parallel size that divides {number}",
-                "vLLM stops with an assertion or a shape error while it builds the attention",
-                "choose a --tp that divides both num_attention_heads and o_groups",
-            )
-            return
+        if (number := checkpoint.config[key]) % tp:
+            where, found = f"config.json: {key}", f"{number} on {tp} ranks"
+            yield finding("tp-heads", where, found, f"a number of ranks that divides {number}")
+            break
+    formats, inner = checkpoint.formats, checkpoint.config["moe_intermediate_size"]
+    int4 = checkpoint.group_size if "int4" in formats else 1
+    group = max(int4, mxfp4.GROUP if "mxfp4" in formats else 1)
+    if inner % (tp * group):
+        where, found = "config.json: moe_intermediate_size", f"{inner} on {tp} ranks"
+        yield finding("tp-groups", where, found, f"a multiple of {group} inputs on every rank")
 
 
-def group_division(survey: Survey, target: Target) -> Iterator[Finding]:
-    """Find groups of INT4 scales that a rank's share of an expert would cut."""
-    inner = survey.config.get("moe_intermediate_size")
-    formats = {format_of(parts) for parts in survey.stems.values()}
-    group = survey.group_size if "int4" in formats else 32 if "mxfp4" in formats else 1
-    if isinstance(inner, int) and inner % (target.tp * group):
-        yield Finding(
-            "tp-groups",
-            "error",
-            "config.json: moe_intermediate_size",
-            f"{inner} on {target.tp} ranks is {inner / target.tp:g} each",
-            f"a multiple of the group of {group} inputs on every rank",
-            "w2's scales belong to groups that a rank has in part; vLLM stops with a ValueError",
-            f"a smaller --tp: at most {max(1, inner // group)}, and one that divides",
-        )
-
-
-def positions(survey: Survey, target: Target) -> Iterator[Finding]:
-    """Find a context that is longer than the model has positions for."""
-    limit, wanted = survey.config.get("max_position_embeddings"), target.max_model_len
-    if isinstance(limit, int) and wanted is not None and wanted > limit:
-        yield Finding(
-            "context-positions",
-            "error",
-            "--max-model-len",
-            f"{wanted} tokens",
-            f"at most {limit}, the model's max_position_embeddings",
-            "vLLM stops with a ValueError before it loads anything",
-            f"--max-model-len {limit}; more GPUs or memory do not help",
-        )
-
-
-def memory(survey: Survey, target: Target) -> Iterator[Finding]:
-    """Estimate weights and KV cache on each GPU, or weights on a CPU, against the memory."""
-    hardware = target.hardware
-    if hardware is None or survey.unreadable:
+def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+    """Estimate weights and KV cache against the memory, and the context against the positions."""
+    hardware, asked = target.hardware, target.max_model_len
+    positions = checkpoint.config.get("max_position_embeddings") or asked or 0
+    if asked is not None and asked > positions:
+        expected = f"at most {positions}, the model's max_position_embeddings"
+        yield finding("context-positions", "--max-model-len", f"{asked} tokens", expected)
+    if hardware is None or checkpoint.unreadable:
         return
     if hardware.gpu is None:
-        yield from _host_memory(survey)
-        return
-    weights = weights_bytes(survey.tensors, target.tp)
-    share = min(UTILIZATION, hardware.most_utilization)
-    limit = int(share * hardware.memory_bytes)
-    left = limit - weights - RESERVE_BYTES
+        limit, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+        weights, reserve = weights_bytes(checkpoint.tensors, 1, decoded=True), 0
+    else:
+        share = min(UTILIZATION, hardware.most_utilization)
+        limit, where = int(share * hardware.memory_bytes), f"{share:.0%} of each of {hardware}"
+        weights, reserve = weights_bytes(checkpoint.tensors, target.tp), RESERVE_BYTES
+    left = limit - weights - reserve
     estimate = (
-        f"weights {weights / _GIB:.1f} GiB and {RESERVE_BYTES / _GIB:.0f} GiB for all else of "
-        f"{limit / _GIB:.1f} GiB ({share:.0%} of {hardware}) on each of {target.tp} ranks"
+        f"weights {weights / _GIB:.1f} GiB on each of {target.tp} ranks and {reserve / _GIB:.0f} "
+        f"GiB for all else, of {limit / _GIB:.1f} GiB"
     )
     if left <= 0:
-        yield Finding(
-            "memory-weights",
-            "error",
-            "memory of a GPU (an estimate, docs/doctor.md)",
-            estimate,
-            "room for the weights and some for the KV cache",
-            "vLLM loads for minutes and then stops: 'CUDA out of memory', or no memory left for "
-            "cache blocks",
-            "more GPUs with a larger --tp, or larger GPUs",
-        )
-        return
-    if len(survey.ratios) < survey.num_layers:
-        return  # the cache cannot be estimated; the list has a finding of its own
-    yield from _context(survey, target, left, estimate)
+        yield finding("memory-weights", where, estimate, "room for the KV cache too")
+    elif hardware.gpu is not None and len(checkpoint.ratios) >= checkpoint.num_layers:
+        yield _context(checkpoint, min(asked or positions, positions), left, where, estimate, asked)
 
 
-def _host_memory(survey: Survey) -> Iterator[Finding]:
-    needed = weights_bytes(survey.tensors, 1, decoded=True)
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > present:
-        yield Finding(
-            "memory-weights",
-            "error",
-            "memory of this machine",
-            f"weights {needed / _GIB:.1f} GiB decoded, of {present / _GIB:.1f} GiB",
-            "room for the decoded weights",
-            "on a CPU the plugin decodes experts to float32 and FP8 linears to BF16 after it has "
-            "loaded them; the machine runs out of memory on the way",
-            "a CPU is for small models such as models/tiny-dsv4: serve this one on GPUs",
-        )
+def _context(
+    checkpoint: Checkpoint, wanted: int, left: int, where: str, estimate: str, asked: int | None
+) -> Finding:
+    most = largest_context(checkpoint.config, left, 1, TOKENS_IN_FLIGHT)
+    needed = kv_cache_bytes(checkpoint.config, wanted, TOKENS_IN_FLIGHT) / _GIB
+    found = f"{wanted} tokens take {needed:.1f} GiB of KV cache; {left / _GIB:.1f} are left"
+    if most >= wanted:
+        return finding("memory", where, f"{estimate}; {found}", f"at most {most} tokens")
+    expected = f"at most --max-model-len {most // 256 * 256}: {estimate}"
+    return finding("memory-context", where, found, expected, None if asked else "warning")
 
 
-def _context(survey: Survey, target: Target, left: int, estimate: str) -> Iterator[Finding]:
-    most = largest_context(survey.config, left, 1, TOKENS_IN_FLIGHT)
-    limit = int(survey.config.get("max_position_embeddings", 0))
-    wanted = min(target.max_model_len or limit, limit)
-    needed = kv_cache_bytes(survey.config, wanted, TOKENS_IN_FLIGHT)
-    if most < wanted:
-        yield Finding(
-            "memory-context",
-            "error" if target.max_model_len else "warning",
-            "--max-model-len (an estimate, docs/doctor.md)",
-            f"{wanted} tokens need {needed / _GIB:.1f} GiB of KV cache; {left / _GIB:.1f} are left",
-            f"at most {most // 256 * 256} tokens: {estimate}",
-            "vLLM loads all weights, then stops with a ValueError that says how much KV cache one "
-            "request of that length needs"
-            + ("" if target.max_model_len else "; without --max-model-len it takes the model's"),
-            f"--max-model-len {most // 256 * 256}, or more GPUs",
-        )
-    else:
-        yield Finding(
-            "memory",
-            "note",
-            "memory of a GPU (an estimate, docs/doctor.md)",
-            f"{estimate}; {left / _GIB:.1f} GiB left for the KV cache",
-            f"a context of {wanted} tokens takes {needed / _GIB:.1f} GiB of it",
-            "this is an estimate from headers; vLLM measures when it starts",
-            f"nothing to do; the largest context by this estimate is {most} tokens",
-        )
+# Known issues
+
+
+def _has_pcie_only(target: Target) -> bool:
+    return target.hardware is not None and target.hardware.link == "pcie"
+
+
+def _has_one_group_a_rank(checkpoint: Checkpoint, target: Target) -> bool:
+    """Say whether a rank has one group of INT4 scales an expert, in the layout of Marlin."""
+    gpu = (target.hardware and target.hardware.gpu) or ""
+    if target.platform != "cuda" or re.search(r"\bG?H[12]00\b", gpu):
+        return False
+    inner, hidden = (checkpoint.config[k] for k in ("moe_intermediate_size", "hidden_size"))
+    is_one = inner // target.tp <= checkpoint.group_size < hidden
+    return is_one and "int4" in checkpoint.formats
+
+
+#: Whom the known issues of findings.toml meet.
+ISSUES: Mapping[str, Callable[[Checkpoint, Target], bool]] = {
+    "vllm-51513": lambda _checkpoint, target: target.tp == 2 and _has_pcie_only(target),
+    "vllm-42063": lambda _checkpoint, target: target.tp >= 4 and _has_pcie_only(target),
+    "vllm-50196": _has_one_group_a_rank,
+    "vllm-46307": lambda _checkpoint, target: (
+        target.hardware is not None and target.hardware.unified_memory
+    ),
+    "piecewise-graphs": lambda _checkpoint, target: target.platform == "cuda",
+}
+
+
+def known_issues(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+    """Find the known issues that meet this checkpoint on this target."""
+    for id_, applies in ISSUES.items():
+        affects = SpecifierSet(KINDS[id_].affects or "")
+        if (target.vllm is None or target.vllm in affects) and applies(checkpoint, target):
+            where = f"vLLM {target.vllm or '(any)'} on {target.hardware or 'unknown hardware'}"
+            yield finding(id_, where, KINDS[id_].what, f"a vLLM other than {affects}, or not that")

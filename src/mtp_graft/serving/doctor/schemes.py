@@ -1,267 +1,167 @@
-"""Checks of quantization_config: every module must find the scheme that it is stored in."""
+"""Checks of quantization_config: every module has to find the scheme that it is stored in."""
 
+import re
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
-from mtp_graft.checkpoint.quantization_config import scheme_of
+from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.dsv4.variants import is_expert
-from mtp_graft.serving.doctor.findings import Finding, Severity, listed
-from mtp_graft.serving.doctor.formats import format_of, format_of_group
-from mtp_graft.serving.doctor.patterns import (
-    FAMILIES,
-    amiss,
-    as_mapped,
-    asked_modules,
-    corrected,
-    half_named_experts,
-    matches,
-    module_name,
-    places,
-    with_both_names,
-)
-from mtp_graft.serving.doctor.survey import Survey
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, Module
+from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
 from mtp_graft.serving.doctor.target import Target
 
-
-def usable(survey: Survey) -> bool:
-    """Say whether there is a compressed-tensors section with groups to look at."""
-    section = survey.config.get("quantization_config")
-    if not isinstance(section, dict) or section.get("quant_method") != "compressed-tensors":
-        return False
-    groups = section.get("config_groups")
-    return (
-        isinstance(groups, dict)
-        and bool(groups)
-        and all(_is_group(group) for group in groups.values())
-        and _are_patterns(section.get("ignore") or [])
-    )
+#: platform -> the names that its builds of vLLM ask for an expert's matrices by.
+_EXPERT_NAMES = {
+    "cuda": {"w1": "w1", "w2": "w2", "w3": "w3"},
+    "cpu": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+}
+_MTP = re.compile(r"^(re:\^?(?:\.\*)?)?(?:model\\?\.)?mtp(?:\\?\.0)?\\?\.")
 
 
-def _is_group(group: Any) -> bool:
-    return (
-        isinstance(group, dict)
-        and _are_patterns(group.get("targets"))
-        and isinstance(group.get("weights") or {}, dict)
-    )
-
-
-def _are_patterns(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(pattern, str) for pattern in found)
-
-
-def corrected_section(survey: Survey) -> dict[str, Any]:
-    """Return the section with every pattern that has a known mistake corrected."""
-    section = survey.config["quantization_config"]
-    section = corrected(section, amiss(section, survey.num_layers))
-    for group in section["config_groups"].values():
-        if format_of_group(group) == "int4":
-            group["weights"]["group_size"] = survey.group_size
-    return with_both_names(section, survey.num_layers)
-
-
-def group_sizes(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find INT4 groups whose size is not the one that experts are stored with."""
-    if not usable(survey) or not any(format_of(p) == "int4" for p in survey.stems.values()):
+def section(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+    """Find a section that is absent or that vLLM cannot read, and INT4 groups of another size."""
+    where, quantization = "config.json: quantization_config", checkpoint.quantization
+    given = checkpoint.config.get("quantization_config")
+    if isinstance(quantization, GraftError):
+        if checkpoint.formats & {"int4", "mxfp4", "fp8"} or given is not None:
+            found = "absent" if given is None else str(quantization).partition(": ")[2]
+            yield finding("quantization-config", where, found, "compressed-tensors' groups")
         return
-    for name, group in survey.config["quantization_config"]["config_groups"].items():
-        found = (group.get("weights") or {}).get("group_size")
-        if format_of_group(group) == "int4" and found != survey.group_size:
-            yield Finding(
-                "group-size",
-                "error",
-                f"quantization_config.config_groups.{name}.weights.group_size",
-                repr(found),
-                f"{survey.group_size}, by the shapes of the scales",
-                "vLLM makes room for another number of scales. On a CPU it was seen to serve "
-                "without a word, with scales of other groups: noise. Elsewhere it stops at a shape",
-                "--fix sets the size that the scales have",
-                fixable=True,
+    assert isinstance(given, dict)
+    if given.get("ignore", []) is None:
+        yield finding("ignore-null", f"{where}.ignore", None, "a list")
+    for key, group in quantization.config_groups.items():
+        size = group.weights and group.weights.group_size
+        if group.kind == "int4" in checkpoint.formats and size != checkpoint.group_size:
+            place, expected = (
+                f"{where}.config_groups.{key}.weights.group_size",
+                checkpoint.group_size,
             )
+            yield finding("group-size", place, size, f"{expected}, by the shapes of the scales")
 
 
-def no_section(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find a config without a quantization section although tensors are quantized."""
-    stored = {format_of(parts) for parts in survey.stems.values()}
-    if not usable(survey) and stored & {"int4", "mxfp4", "fp8"}:
-        section = survey.config.get("quantization_config")
-        yield Finding(
-            "quantization-config",
-            "error",
-            "config.json: quantization_config",
-            "absent" if section is None else _method_and_lists(section),
-            "compressed-tensors with config_groups, targets and ignore as lists of patterns",
-            "vLLM builds unquantized layers and stops with a KeyError at the first `weight_packed` "
-            "or `weight_scale`; with another quant_method, at the names that one expects",
-            "take quantization_config from the base's release, and splice again",
-        )
-
-
-def _method_and_lists(section: Any) -> str:
-    if not isinstance(section, dict) or section.get("quant_method") != "compressed-tensors":
-        return repr(section.get("quant_method") if isinstance(section, dict) else section)
-    return "config_groups or ignore that cannot be read"
-
-
-def patterns_for_mtp(survey: Survey, _target: Target) -> Iterator[Finding]:
+def patterns(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find patterns written for `mtp.0`, a name that vLLM never asks for."""
-    for mistake in _mistakes(survey, "names-mtp"):
-        yield Finding(
-            "pattern-names-mtp",
-            "error",
-            f"quantization_config.{mistake.place}",
-            mistake.pattern,
-            mistake.corrected,
-            f"vLLM looks the head up as model.layers.{survey.num_layers}, so the pattern matches "
-            "nothing: a BF16 module is built as a quantized one, or the reverse, and loading "
-            "stops with a KeyError or leaves it unfilled",
-            "--fix names the layer",
-            fixable=True,
-        )
+    quantization = checkpoint.quantization
+    if isinstance(quantization, QuantizationConfig):
+        lists = {
+            f"config_groups.{k}.targets": g.targets for k, g in quantization.config_groups.items()
+        }
+        for place, written in ({"ignore": quantization.ignore} | lists).items():
+            for pattern in written:
+                right = _for_vllm(pattern, checkpoint.num_layers)
+                if right != pattern:
+                    yield finding(
+                        "pattern-names-mtp", f"quantization_config.{place}", pattern, right
+                    )
 
 
-def patterns_too_wide(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find unanchored patterns that also cover a part of every expert."""
-    for mistake in _mistakes(survey, "too-wide"):
-        yield Finding(
-            "pattern-too-wide",
-            "error",
-            f"quantization_config.{mistake.place}",
-            mistake.pattern,
-            mistake.corrected,
-            "it also matches experts' gate_proj, so their matrices find different schemes. vLLM "
-            "stops: 'All MoE projections need to have same quantization scheme but found multiple'",
-            "--fix anchors it at a dot",
-            fixable=True,
-        )
+def _for_vllm(pattern: str, num_layers: int) -> str:
+    """Return a pattern for `mtp.0` as one for the head's layer in vLLM, others as they are."""
+
+    def named(match: re.Match[str]) -> str:
+        return rf"re:.*layers\.{num_layers}\." if match[1] else f"model.layers.{num_layers}."
+
+    return _MTP.sub(named, pattern)
 
 
-def _mistakes(survey: Survey, kind: str) -> Iterator[Any]:
-    if usable(survey):
-        section = survey.config["quantization_config"]
-        yield from (m for m in amiss(section, survey.num_layers) if m.mistake == kind)
-
-
-def idle_patterns(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find patterns that cover no module."""
-    if not usable(survey):
-        return
-    section = corrected_section(survey)
-    few = list(asked_modules(survey.config, all_experts=False))
-    idle = [
-        (place, pattern)
-        for place, patterns in places(section)
-        for pattern in patterns
-        if not pattern[:1].isupper() and not any(matches(pattern, module) for module in few)
-    ]
-    if idle:
-        every = [*asked_modules(survey.config, all_experts=True), *survey.stems]
-        idle = [(place, p) for place, p in idle if not any(matches(p, m) for m in every)]
-    if idle:
-        yield Finding(
-            "pattern-matches-nothing",
-            "warning",
-            listed(f"quantization_config.{place}: {pattern}" for place, pattern in idle),
-            f"{len(idle)} patterns that match no module",
-            "every pattern matches a module that vLLM asks for",
-            "nothing by itself; a misspelled one leaves its modules to another group or to none",
-            "correct or remove it; docs/format.md lists the names",
-        )
-
-
-def half_named(survey: Survey, target: Target) -> Iterator[Finding]:
-    """Find experts that have a scheme under one set of names only."""
-    if not usable(survey):
-        return
-    section = survey.config["quantization_config"]
-    section = corrected(section, amiss(section, survey.num_layers))
-    layers = {
-        layer: family
-        for layer, family in half_named_experts(section, survey.num_layers).items()
-        if layer < survey.num_layers or survey.has_head
-    }
-    if layers:
-        family = next(iter(layers.values()))
-        asked = {"cuda": 0, "cpu": 1, None: family}[target.platform]
-        severity: Severity = "error" if asked == family else "warning"
-        yield Finding(
-            "expert-target-names",
-            severity,
-            "quantization_config.config_groups: targets of routed experts",
-            f"none for {', '.join(FAMILIES[family])} in {len(layers)} layers",
-            "both w1, w2, w3 and gate_proj, down_proj, up_proj",
-            "CUDA builds ask for the first names, CPU builds for the second. An "
-            "expert without a scheme is built unquantized, in several times the memory, and "
-            "loading stops with a KeyError at `weight_packed`",
-            "--fix adds the other names",
-            fixable=True,
-        )
-
-
-def mismatches(survey: Survey, _target: Target) -> Iterator[Finding]:
+def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find modules that are stored in another format than their scheme loads."""
-    if not usable(survey):
+    try:
+        wrong, unnamed = _compare(checkpoint)
+    except GraftError as error:
+        yield finding("pattern-too-wide", "quantization_config.ignore", error, "both or none")
         return
-    section = as_mapped(corrected_section(survey))
-    reported = {f"ignore: {m.corrected}" for m in _mistakes(survey, "too-wide")}
-    wrong: dict[tuple[str, str, str], list[str]] = {}
-    for module, stored in _stored_modules(survey):
-        loads = format_of_group(scheme_of(section, module))
-        if loads != stored and (culprit := _culprit(section, module)) not in reported:
-            wrong.setdefault((stored, loads, culprit), []).append(module)
     for (stored, loads, culprit), modules in wrong.items():
-        ignored = culprit.startswith("ignore")
-        yield Finding(
-            "pattern-too-wide" if ignored else "scheme-mismatch",
-            "error",
-            f"quantization_config{'.' + culprit if culprit else ''}: {listed(modules)}",
-            f"{len(modules)} modules would load as {_words(loads)}",
-            f"{_words(stored)}, as they are stored",
-            "vLLM builds the layer for one format and is given another: it stops with a KeyError "
-            "or at a shape, or, where names and shapes happen to fit, computes noise",
-            "narrow the pattern to what is not quantized"
-            if ignored
-            else "correct the group or the ignore list; splicing again writes the head's part",
-        )
+        kind = "pattern-too-wide" if culprit.startswith("ignore") else "scheme-mismatch"
+        where = f"quantization_config{culprit and f'.{culprit}'}: {listed(modules)}"
+        found = f"{len(modules)} modules would load as {loads}"
+        yield finding(kind, where, found, f"{stored}, as they are stored")
+    for platform, layers in unnamed.items():
+        where = "quantization_config.config_groups: targets of routed experts"
+        found = f"none for {', '.join(_EXPERT_NAMES[platform].values())} in {len(layers)} layers"
+        severity: Severity = "error" if target.platform in (platform, None) else "warning"
+        yield finding("expert-target-names", where, found, "both w1 and gate_proj, ...", severity)
 
 
-def _words(stored: str) -> str:
-    return "unquantized" if stored == "plain" else stored
+_Wrong = dict[tuple[str, str, str], list[str]]
 
 
-def _culprit(section: Mapping[str, Any], module: str) -> str:
-    """Return the ignore pattern that covers a module, or else the group's name."""
-    for pattern in section.get("ignore") or []:
-        if matches(pattern, module):
-            return f"ignore: {pattern}"
-    group = scheme_of(dict(section), module)
-    names = [name for name, each in section["config_groups"].items() if each is group]
-    return f"config_groups.{names[0]}" if names else ""
+def _compare(checkpoint: Checkpoint) -> tuple[_Wrong, dict[str, dict[int, str]]]:
+    """Return what is wrong, and which layers' experts have a scheme under other names alone.
+
+    The first: (stored format, format that loads, what in the section does it) -> modules. The
+    second: platform -> layer -> the group that the other platform finds. Patterns for `mtp.0` count
+    as corrected, so that one mistake is one finding.
+    """
+    wrong: _Wrong = {}
+    unnamed: dict[str, dict[int, str]] = {}
+    if not isinstance(checkpoint.quantization, QuantizationConfig):
+        return wrong, unnamed
+    quantization = read_quantization({"quantization_config": with_right_patterns(checkpoint)})
+    kinds = {key: group.kind for key, group in quantization.config_groups.items()}
+    for module in checkpoint.modules.values():
+        for layer, asked in _asked(module, checkpoint.num_layers):
+            groups = {p: quantization.group_of(name) for p, name in asked.items()}
+            loads = {p: kinds[key] if key else "plain" for p, key in groups.items()}
+            bad = [platform for platform in loads if loads[platform] != module.format]
+            for platform in bad:
+                ignored = quantization.ignored_by(asked[platform])
+                others = [key for key in groups.values() if key]
+                if len(bad) == 1 and not ignored and not groups[platform] and others:
+                    unnamed.setdefault(platform, {})[layer] = others[0]
+                    continue
+                group = f"config_groups.{groups[platform]}" if groups[platform] else ""
+                culprit = f"ignore: {ignored}" if ignored else group
+                stored = "quantized" if ignored else str(module.format)
+                place = (stored, loads[platform], culprit)
+                wrong.setdefault(place, []).append(asked[platform])
+    return wrong, unnamed
 
 
-def _stored_modules(survey: Survey) -> Iterator[tuple[str, str]]:
-    """Yield vLLM's names of the linears in the checkpoint, with the format they are stored in.
+def _asked(module: Module, num_layers: int) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield a linear's layer, and platform -> the name by which vLLM asks for its scheme.
 
     Of the experts only the first: vLLM asks for no other.
     """
-    for stem, parts in survey.stems.items():
-        stored = format_of(parts)
-        layer, _, name = stem.removeprefix("layers.").partition(".")
-        if stem.startswith("mtp.0."):
-            layer, name = str(survey.num_layers), stem.removeprefix("mtp.0.")
-        if stored is None or not layer.isdigit() or NEVER_QUANTIZED.search(stem):
-            continue
-        if is_expert(stem):
-            if name.startswith("ffn.experts.0."):
-                position = FAMILIES[0].index(name.rpartition(".")[2])
-                for family in FAMILIES:
-                    expert = f"ffn.experts.0.{family[position]}"
-                    yield module_name(int(layer), expert), stored
-        elif _is_linear(name, parts):
-            asked = name.replace("shared_experts.w2", "shared_experts.down_proj")
-            yield module_name(int(layer), asked), stored
+    layer, _, name = module.stem.removeprefix("layers.").partition(".")
+    if module.stem.startswith("mtp.0."):
+        layer, name = str(num_layers), module.stem.removeprefix("mtp.0.")
+    is_linear = "" not in module.parts and module.weight is not None and module.weight.dim() == 2
+    if module.format is None or not is_linear or not layer.isdigit():
+        return
+    if NEVER_QUANTIZED.search(module.stem) or name in ("ffn.gate", "head", "emb.tok_emb"):
+        return
+    if not is_expert(module.stem):
+        yield int(layer), {"any": f"model.layers.{layer}.{name}"}
+    elif name.startswith("ffn.experts.0."):
+        prefix, matrix = f"model.layers.{layer}.ffn.experts.0.", name.rpartition(".")[2]
+        yield int(layer), {p: prefix + names[matrix] for p, names in _EXPERT_NAMES.items()}
 
 
-def _is_linear(name: str, parts: Mapping[str, Any]) -> bool:
-    matrix = parts.get("weight", parts.get("weight_packed"))
-    return matrix is not None and matrix.dim() == 2 and name != "ffn.gate"
+def with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the section with lists where it may have null, and the head's layer for `mtp.0`."""
+    section: dict[str, Any] = deepcopy(checkpoint.config["quantization_config"])
+    holders = [(section, "ignore"), *((g, "targets") for g in section["config_groups"].values())]
+    for holder, key in holders:
+        holder[key] = [_for_vllm(p, checkpoint.num_layers) for p in holder.get(key) or []]
+    return section
+
+
+def corrected(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the section with all that --fix cures."""
+    section = with_right_patterns(checkpoint)
+    groups: Mapping[str, Any] = section["config_groups"]
+    assert isinstance(checkpoint.quantization, QuantizationConfig)
+    for key, group in checkpoint.quantization.config_groups.items():
+        if group.kind == "int4":
+            groups[key]["weights"]["group_size"] = checkpoint.group_size
+    for platform, layers in _compare(checkpoint)[1].items():
+        matrices = "|".join(_EXPERT_NAMES[platform].values())
+        for layer, key in layers.items():
+            target = rf"re:.*layers\.{layer}\.ffn\.experts\.\d+\.({matrices})$"
+            groups[key]["targets"].append(target)
+    return section

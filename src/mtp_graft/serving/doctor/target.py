@@ -17,8 +17,14 @@ from mtp_graft.serving.command import (
     read_config,
     vllm_elsewhere,
 )
-from mtp_graft.serving.ranks import most_ranks
-from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_gpus, names_cpu
+from mtp_graft.serving.topology import (
+    CPU,
+    Hardware,
+    find_gpus,
+    most_ranks,
+    named_gpus,
+    names_cpu,
+)
 
 _PLUGIN_GROUP = "vllm.general_plugins"
 

@@ -1,279 +1,166 @@
-"""Checks of the tensors: names, shapes and dtypes against what the config asks for."""
+"""Checks of files, tensors and config.json: what the config asks for, against what is there."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED
-from mtp_graft.dsv4.variants import decoded_name, is_expert, split_name
-from mtp_graft.serving.doctor.expected import base_shapes
-from mtp_graft.serving.doctor.findings import Finding, listed
-from mtp_graft.serving.doctor.formats import (
-    NEEDED,
-    format_of,
-    logical_shape,
-    scale_dtypes,
-    scale_shape,
-)
-from mtp_graft.serving.doctor.survey import Survey
+from mtp_graft.checkpoint.shards import INDEX_NAME
+from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes, stored_as
+from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
+from mtp_graft.serving.doctor.findings import Finding, finding, findings, listed
 from mtp_graft.serving.doctor.target import Target
 
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
-_UNQUANTIZED_LOAD = (
-    "stock vLLM loads a quantized checkpoint without counting: a parameter that no tensor fills "
-    "keeps what was in memory, and the head drafts worse, down to nothing, without a word"
-)
+#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
+_HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
+#: dtype that a tensor is stored in -> what is read as well.
+_ALSO_READ = {
+    torch.bfloat16: (torch.float16, torch.float32),
+    torch.float32: (torch.bfloat16, torch.float16),  # a finding of its own
+    torch.uint8: (torch.float8_e8m0fnu,),
+    torch.int32: (torch.int64,),
+}
 
 
-def dspark_drafter(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find the three-block drafter of newer upstream checkpoints."""
-    blocks = sorted({name.split(".")[1] for name in survey.tensors if _OTHER_BLOCK.match(name)})
+# Files
+
+
+def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+    """Find shards that are missing, cut off or not safetensors."""
+    for shard, reason in checkpoint.unreadable.items():
+        there = (checkpoint.folder / shard).is_file()
+        yield finding("shard-unreadable" if there else "shard-missing", shard, reason, "a shard")
+
+
+def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+    """Find differences between the index and what the shards hold."""
+    held = checkpoint.shards
+    lost = {n: s for n, s in checkpoint.index.items() if s in held and n not in held[s]}
+    for shard in sorted(set(lost.values())):
+        names = [name for name, its_shard in lost.items() if its_shard == shard]
+        found = f"{len(names)} names that {shard} does not hold"
+        where = f"{INDEX_NAME}: {listed(names)}"
+        yield finding("index-entry-without-tensor", where, found, f"all of them in {shard}")
+    for shard, tensors in held.items():
+        if names := [name for name in tensors if name not in checkpoint.index]:
+            found = f"{len(names)} tensors that {INDEX_NAME} does not list"
+            where, expected = f"{shard}: {listed(names)}", "an entry for every tensor"
+            yield finding("tensor-without-index-entry", where, found, expected)
+    times = Counter(checkpoint.read_as[name] for tensors in held.values() for name in tensors)
+    if twice := sorted(name for name, count in times.items() if count > 1):
+        yield finding("tensor-twice", listed(twice), f"{len(twice)} more than once", "each once")
+
+
+# config.json
+
+
+def config(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+    """Find a head that is absent, or of which config.json says something else."""
+    layers, ratios = checkpoint.num_layers, checkpoint.ratios
+    where = "config.json: compress_ratios"
+    if len(ratios) < layers:
+        found = f"{len(ratios)} entries" if ratios else repr(checkpoint.config.get(where[13:]))
+        expected, cure = f"one for each of {layers} layers", "take config.json from the base"
+        yield finding("compress-ratios", where, found, expected, "error", cure)
+    if not checkpoint.has_head:
+        yield finding("head-absent", "mtp.*", "no tensor", "a base without its head serves")
+        return
+    if ratios[layers:] != [0] and len(ratios) >= layers:
+        found = f"{len(ratios)} entries, {ratios[-1]} the last"
+        expected = f"{layers + 1} entries, the head's last and 0"
+        yield finding("compress-ratios", where, found, expected)
+    number = checkpoint.config.get("num_nextn_predict_layers")
+    if number != 1:
+        where = "config.json: num_nextn_predict_layers"
+        yield finding("nextn-count", where, number, 1, "warning" if number is None else "error")
+
+
+# Tensors
+
+
+def dspark_drafter(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+    """Find the blocks of newer upstream checkpoints' drafter."""
+    blocks = sorted({n.split(".")[1] for n in checkpoint.tensors if _OTHER_BLOCK.match(n)})
     if blocks:
-        yield Finding(
-            "dspark-drafter",
-            "error",
-            "mtp." + ", mtp.".join(blocks),
-            f"{len(blocks)} blocks besides mtp.0",
-            "mtp.0 alone, as in DeepSeek-V4-Flash's first release",
-            "these are blocks of a DSpark drafter, another architecture: with method `mtp` vLLM "
-            "builds as many blocks as num_nextn_predict_layers says and passes over the others",
-            "serve it with vLLM's method `dspark`, which this project does not support, or take "
-            "the head of an upstream checkpoint that has one block",
-        )
+        where, found = "mtp." + ", mtp.".join(blocks), f"{len(blocks)} blocks besides mtp.0"
+        yield finding("dspark-drafter", where, found, "mtp.0 alone, as in the first release")
 
 
-def wrong_names(survey: Survey, _target: Target) -> Iterator[Finding]:
+def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find tensors under another spelling of their name."""
-    scales = {old: new for old, new in survey.renamed.items() if _is_scale_rename(old, new)}
-    others = {old: new for old, new in survey.renamed.items() if old not in scales}
-    if scales:
-        old, new = next(iter(scales.items()))
-        yield Finding(
-            "scale-name",
-            "error",
-            listed(scales),
-            f"{len(scales)} scales such as {old}",
-            f"{new}, and the others alike",
-            "a compressed-tensors layer calls its scale `weight_scale`; stock vLLM stops with a "
-            "KeyError at another name, after minutes of loading",
-            "--fix renames them",
-            fixable=True,
-        )
-    if others:
-        old, new = next(iter(others.items()))
-        yield Finding(
-            "tensor-name",
-            "error",
-            listed(others),
-            f"{len(others)} tensors such as {old}",
-            f"{new}, and the others alike",
-            "vLLM's loader has no rule for the name. It passes over an expert's tensor without a "
-            "word, and the head drafts worse, down to nothing; for other modules it stops with a "
-            "KeyError",
-            "--fix renames them",
-            fixable=True,
-        )
+    wrong: dict[str, dict[str, tuple[object, object]]] = {"scale-name": {}, "tensor-name": {}}
+    for old, new in checkpoint.misnamed.items():
+        is_scale = old.rpartition(".")[0] == new.rpartition(".")[0]
+        wrong["scale-name" if is_scale else "tensor-name"][old] = old, f"{new}, the others alike"
+    for kind, tensors in wrong.items():
+        yield from findings(kind, tensors)
 
 
-def _is_scale_rename(old: str, new: str) -> bool:
-    return old.rpartition(".")[0] == new.rpartition(".")[0] and new.endswith(".weight_scale")
+def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+    """Compare the tensors with those that the config asks for, in the formats they are in."""
+    head, base = head_shapes(checkpoint.config), base_shapes(checkpoint.config)
+    tensors, modules = checkpoint.tensors, checkpoint.modules
+    asked: dict[str, Tensor] = {}
+    known = set() if target.platform == "cpu" else set(_HEAD_COPIES)
+    if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
+        known |= {name for name in tensors if _COMPRESSION.search(name)}
+    for name, shape in (head | base).items():
+        module = modules.get(name.removesuffix(".weight"))
+        stored = (module and module.format) or ("int4" if EXPERT.match(name) else "plain")
+        asked |= stored_as(name, shape, stored, checkpoint.group_size)
+        is_odd = module and module.format is None and module.weight is not None
+        if module and (NEVER_QUANTIZED.search(name) or is_odd):
+            known |= set(module.full_names)  # a finding of its own
+    for place in ("base", "head") if checkpoint.has_head else ("base",):
+        shapes = {name for name in asked if name.startswith("mtp.") == (place == "head")}
+        if lost := sorted(shapes - tensors.keys() - checkpoint.unseen):
+            found = f"{len(lost)} tensors are in no shard"
+            yield finding(f"{place}-tensor-missing", listed(lost), found, "what config.json asks")
+        strange = {n for n in tensors if n.startswith("mtp.") == (place == "head")} - shapes - known
+        if strange := {name for name in strange if not _OTHER_BLOCK.match(name)}:
+            found = f"{len(strange)} tensors that no module of the {place} has"
+            yield finding(f"{place}-tensor-unknown", listed(sorted(strange)), found, "none")
+    yield from _differences(tensors, asked)
 
 
-def missing_tensors(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find tensors that the config asks for, whole or in part, and that are nowhere."""
-    present = survey.tensors.keys() | survey.unknown_state
-    stems = {decoded_name(stem, parts) for stem, parts in survey.stems.items()}
-    for name in survey.unknown_state:
-        stem, part = split_name(name)
-        stems.add(decoded_name(stem, (part,)))
-    for place, shapes in _expected(survey).items():
-        lost = [name for name in shapes if name not in stems]
-        for stem, parts in survey.stems.items():
-            if decoded_name(stem, parts) in shapes:
-                needed = _needed_parts(stem, parts)
-                lost += [f"{stem}.{part}" for part in needed if f"{stem}.{part}" not in present]
-        if lost:
-            yield Finding(
-                f"{place}-tensor-missing",
-                "error",
-                listed(lost),
-                f"{len(lost)} tensors are in no shard",
-                f"all that config.json asks of the {place}",
-                _UNQUANTIZED_LOAD + ". The plugin stops when it is loaded, and names them",
-                "splice the head again" if place == "head" else "fetch the base again",
-            )
-
-
-def _needed_parts(stem: str, parts: Mapping[str, Any]) -> tuple[str, ...]:
-    stored = format_of(parts)
-    if stored is not None:
-        return NEEDED[stored]
-    if any(part in parts for part in ("weight", "weight_packed", "")):
-        return ()  # of a dtype that no format has: a finding of its own
-    return ("weight_packed",) if is_expert(stem) else ("weight",)
-
-
-def unknown_tensors(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find tensors that no module takes."""
-    known = {name for shapes in _expected(survey, always=True).values() for name in shapes}
-    cannot_say = _COMPRESSION if len(survey.ratios) < survey.num_layers else _OTHER_BLOCK
-    unknown: dict[str, list[str]] = {"head": [], "base": []}
-    for stem, parts in survey.stems.items():
-        place = "head" if stem.startswith("mtp.") else "base"
-        has_own_finding = _OTHER_BLOCK.match(stem) or cannot_say.search(stem)
-        if decoded_name(stem, parts) not in known and not has_own_finding:
-            unknown[place] += [f"{stem}.{part}" if part else stem for part in parts]
-    for place, names in unknown.items():
-        if names:
-            yield Finding(
-                f"{place}-tensor-unknown",
-                "error",
-                listed(names),
-                f"{len(names)} tensors that no module of the {place} has",
-                "only what config.json asks for",
-                "vLLM passes over an expert's tensor that it does not know and stops with a "
-                "KeyError at any other; what should have been there stays unfilled",
-                "find out what it was meant to be; splice the head again, or fetch the base",
-            )
-
-
-def wrong_shapes(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find matrices and parameters whose shape is not the config's."""
-    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for shapes in _expected(survey, always=True).values():
-        for stem, parts in survey.stems.items():
-            name, stored = decoded_name(stem, parts), format_of(parts)
-            if name in shapes and stored is not None:
-                found = logical_shape(stored, parts)
-                if found != shapes[name]:
-                    wrong[name] = (found, shapes[name])
-    if wrong:
-        (found, expected) = next(iter(wrong.values()))
-        yield Finding(
-            "tensor-shape",
-            "error",
-            listed(wrong),
-            f"{list(found)} ({len(wrong)} tensors in all)",
-            f"{list(expected)} by config.json",
-            "vLLM stops in the middle of loading with an assertion that names neither the tensor "
-            "nor the file",
-            "head and base are of different models, or config.json is: take all from one release",
-        )
-
-
-def wrong_scales(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find scales that do not fit their matrix."""
-    group_size = survey.group_size
-    wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for stem, parts in survey.stems.items():
-        stored = format_of(parts)
-        if stored in (None, "plain") or "weight_scale" not in parts:
-            continue
-        assert stored is not None
-        found = tuple(parts["weight_scale"].shape)
-        expected = scale_shape(stored, logical_shape(stored, parts), group_size)
-        if found != expected:
-            wrong[f"{stem}.weight_scale"] = (found, expected)
-    if wrong:
-        found, expected = next(iter(wrong.values()))
-        yield Finding(
-            "scale-shape",
-            "error",
-            listed(wrong),
-            f"{list(found)} ({len(wrong)} scales in all)",
-            f"{list(expected)}, one a group of {group_size} inputs or a block of 128 x 128",
-            "vLLM stops with an assertion while it loads; where the sizes happen to divide, it "
-            "reads scales of other groups",
-            "quantize and splice again; in the base, fetch the shard again",
-        )
-
-
-def wrong_dtypes(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find weights of a dtype that no format has, and scales of another format's."""
-    wrong: dict[str, torch.dtype] = {}
-    for stem, parts in survey.stems.items():
-        stored = format_of(parts)
-        scale = parts.get("weight_scale")
-        if stored is None:
-            for part in ("weight", "weight_packed", ""):
-                if part in parts:
-                    wrong[f"{stem}.{part}" if part else stem] = parts[part].dtype
-        elif stored != "plain" and scale is not None and scale.dtype not in scale_dtypes(stored):
-            wrong[f"{stem}.weight_scale"] = scale.dtype
-    if wrong:
-        yield Finding(
-            "tensor-dtype",
-            "error",
-            listed(wrong),
-            f"{next(iter(wrong.values()))} ({len(wrong)} tensors in all)",
-            "int32 codes with BF16 scales, uint8 MXFP4 codes with uint8 scales, FP8 E4M3 with "
-            "BF16 or F32 scales, or an unquantized weight",
-            "vLLM copies the values into a parameter of its own dtype: upstream's MXFP4 bytes, for "
-            "instance, become numbers of no meaning, and the head drafts worse, down to nothing",
-            "splice the head with mtp-graft, which converts upstream's formats",
-        )
-
-
-def rounded_float32(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find parameters that have to stay in float32 and were rounded."""
-    rounded = [
-        name
-        for name, tensor in survey.tensors.items()
-        if FLOAT32.search(name) and tensor.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if rounded:
-        yield Finding(
-            "float32-rounded",
-            "warning",
-            listed(rounded),
-            f"{len(rounded)} parameters in {survey.tensors[rounded[0]].dtype}",
-            "float32",
-            "vLLM loads them without a word: router biases and hyper-connections have lost bits, "
-            "so experts are chosen and streams mixed a little otherwise than trained",
-            "take them from upstream; `save_pretrained` of a BF16 model rounds them",
-        )
-
-
-def quantized_compressors(survey: Survey, _target: Target) -> Iterator[Finding]:
-    """Find compressor or indexer weights that are quantized: FP8 blocks are decoded at load."""
-    found = {
-        stem: format_of(parts)
-        for stem, parts in survey.stems.items()
-        if NEVER_QUANTIZED.search(stem) and (format_of(parts) != "plain" or "weight_scale" in parts)
+def _differences(tensors: Mapping[str, Tensor], asked: Mapping[str, Tensor]) -> Iterator[Finding]:
+    wrong: dict[str, dict[str, tuple[object, object]]] = {
+        "tensor-shape": {},
+        "tensor-dtype": {},
+        "scale-shape": {},
     }
-    decoded = [stem for stem, stored in found.items() if stored == "fp8"]
-    others = [stem for stem in found if stem not in decoded]
-    expected = "BF16: vLLM builds compressors and the indexer's weights_proj without quantization"
-    stops = "stock vLLM stops with a KeyError at the first `compressor...weight_scale`"
-    if decoded:
-        yield Finding(
-            "compressor-fp8",
-            "note",
-            listed(decoded),
-            f"{len(decoded)} weights in FP8 blocks",
-            expected,
-            f"{stops}; the plugin decodes them to BF16 while it loads",
-            "nothing with `mtp-graft serve`; without the plugin, decode them in the base",
-        )
-    if others:
-        yield Finding(
-            "compressor-quantized",
-            "error",
-            listed(others),
-            f"{len(others)} quantized weights that are not FP8 in blocks",
-            expected,
-            f"{stops} or `weight_packed`; the plugin decodes FP8 in blocks alone",
-            "decode them to BF16 in the base, or take them from upstream",
-        )
+    for name, like in asked.items():
+        if (tensor := tensors.get(name)) is None:
+            continue
+        if tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
+            wrong["tensor-dtype"][name] = tensor.dtype, like.dtype
+        elif tensor.shape != like.shape:
+            kind = "scale-shape" if name.endswith("weight_scale") else "tensor-shape"
+            wrong[kind][name] = list(tensor.shape), f"{list(like.shape)} by config.json"
+    for kind, names in wrong.items():
+        yield from findings(kind, names)
 
 
-def _expected(survey: Survey, *, always: bool = False) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return the expected names and shapes of head and base; of a head only if there is one."""
-    shapes = {"base": base_shapes(survey.config)}
-    if always or survey.has_head:
-        shapes["head"] = head_shapes(survey.config)
-    return shapes
+def precision(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+    """Find parameters that were rounded or quantized although they should not be."""
+    halves = (torch.bfloat16, torch.float16)
+    rounded = {
+        name: (tensor.dtype, torch.float32)
+        for name, tensor in checkpoint.tensors.items()
+        if FLOAT32.search(name) and tensor.dtype in halves
+    }
+    yield from findings("float32-rounded", rounded)
+    for kind, is_fp8 in (("compressor-fp8", True), ("compressor-quantized", False)):
+        quantized = {
+            module.stem: (module.format, "BF16")
+            for module in checkpoint.modules.values()
+            if NEVER_QUANTIZED.search(module.stem)
+            and (module.format != "plain" or "weight_scale" in module.parts)
+            and (module.format == "fp8") == is_fp8
+        }
+        yield from findings(kind, quantized)

@@ -1,0 +1,103 @@
+"""How report and card are written: one Jinja environment, and the form of numbers in both."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mtp_graft.errors import GraftError
+
+NOTHING = "–"
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Write a number; a dash where there is none."""
+    return NOTHING if value is None else f"{float(value):,.{digits}f}"
+
+
+def percent(rate: float | None, digits: int = 1) -> str:
+    """Write a share, 0..1; a dash where there is none."""
+    return NOTHING if rate is None else f"{100 * rate:.{digits}f} %"
+
+
+def percents(rates: Sequence[float | None] | None) -> str:
+    """Write several shares, as 74.2, 66.3 %."""
+    if not rates:
+        return NOTHING
+    return ", ".join(number(None if rate is None else 100 * rate) for rate in rates) + " %"
+
+
+def percent_interval(bounds: Sequence[float] | None) -> str:
+    """Write the ends of an interval of shares."""
+    return NOTHING if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+
+
+def spread(found: Mapping[str, float] | None, scale: float = 1, unit: str = "") -> str:
+    """Write a `median` with its `min` and `max`."""
+    if found is None:
+        return NOTHING
+    middle, low, high = (f"{scale * found[key]:,.1f}" for key in ("median", "min", "max"))
+    return f"{middle}{unit} ({low} to {high}{unit})"
+
+
+def points(difference: float) -> str:
+    """Write a difference of shares in percentage points, with its sign."""
+    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def counted(how_many: int, what: str) -> str:
+    """Write a number of things."""
+    return f"{int(how_many):,} {what}{'' if how_many == 1 else 's'}"
+
+
+_FILTERS: tuple[Callable[..., str], ...] = (
+    number,
+    percent,
+    percents,
+    percent_interval,
+    spread,
+    points,
+    counted,
+)
+
+
+def as_html(text: str) -> str:
+    """Return a text as HTML, with a sign for each character that a page must not have."""
+    from markupsafe import escape
+
+    return escape(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "�", text))
+
+
+def as_markdown(text: str) -> str:
+    """Return a text as Markdown on one line that shows it as it is, in a table too."""
+    return re.sub(r"([\\`*_\[\]<|])", r"\\\1", re.sub(r"\s+", " ", text))
+
+
+def render(template: str, escape: Callable[[str], str], data: Mapping[str, Any]) -> str:
+    """Return a page: `template` of `bench/templates`, every text in it escaped by `escape`.
+
+    Raises GraftError if a result lacks something that the page always shows.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+    from markupsafe import Markup
+
+    def finalize(value: Any) -> Any:
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return Markup(escape(value)) if is_text else value
+
+    environment = Environment(
+        loader=PackageLoader("mtp_graft.bench"),
+        autoescape=True,  # what `finalize` returns is escaped already
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {each.__name__: each for each in _FILTERS}
+    try:
+        return environment.get_template(template).render(data)
+    except UndefinedError as error:
+        raise GraftError(
+            f"{template}: a result of the run is incomplete ({error.message}); it was made by "
+            "another version of mtp-graft: run that stage or benchmark again"
+        ) from error

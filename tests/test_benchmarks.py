@@ -1,0 +1,107 @@
+"""What the benchmark scripts compute from their measurements, with known inputs."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str) -> Any:
+    """Import a script of benchmarks/, which import each other by their bare names."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def entry(layers: int, variant: str, k: int, step_ms: float) -> dict[str, Any]:
+    place = {"layers": layers, "variant": variant, "k": k, "draft_lm_head": None, "requests": 1}
+    return {**place, "step_ms": {"median": step_ms}}
+
+
+def test_steps_are_carried_on_through_two_numbers_of_layers() -> None:
+    # base: 1 + 0.5 a layer; with the head: 2 + 0.6 a layer
+    found = [entry(n, "base", 0, 1 + 0.5 * n) for n in (17, 35)]
+    found += [entry(n, "int4", 1, 2 + 0.6 * n) for n in (17, 35)]
+    (line,) = load("step_time").extrapolate(found, 43)
+    assert (line["step_ms_base"], line["step_ms_mtp"]) == pytest.approx((22.5, 27.8))
+    assert line["speed_up"]["0.7"] == pytest.approx(1.7 * 22.5 / 27.8)
+
+
+def test_one_number_of_layers_or_no_base_is_not_extrapolated() -> None:
+    step_time = load("step_time")
+    alone = [entry(17, "base", 0, 4.0), entry(17, "int4", 1, 5.0)]
+    assert step_time.extrapolate(alone, 43) == []
+    assert [(e["step_ms_base"], e["step_ms_mtp"]) for e in step_time.pairs(alone)] == [(4.0, 5.0)]
+    assert step_time.pairs(alone[1:]) == []
+
+
+def test_only_steps_in_which_every_request_decodes_are_timed() -> None:
+    engines = load("engines")
+    alone = [engines.Step(t / 10, {"a": 1}) for t in range(3)]  # b is still being prefilled
+    both = [engines.Step(1 + t / 100, {"a": 1, "b": 2}) for t in range(engines.SETTLING + 11)]
+    late = [engines.Step(9.0, {"b": 2})]
+    summary = engines.summarize_steps([*alone, *both, *late], 2)
+    assert summary["steps"] == 10
+    assert summary["step_ms"]["median"] == pytest.approx(10)
+    assert summary["tokens_per_step"] == pytest.approx(1.5)
+    with pytest.raises(ValueError, match="ask for more tokens"):
+        engines.summarize_steps([*alone, *late], 1 + 1)
+
+
+def test_synthetic_rates_are_those_of_all_drafts_up_to_each() -> None:
+    config = load("engines").speculation(2, 0.7)
+    assert config["synthetic_acceptance_rates"] == pytest.approx([0.7, 0.49])
+    assert "rejection_sample_method" not in load("engines").speculation(2, None)
+
+
+def test_stored_layers_stand_for_all_others_of_their_kind() -> None:
+    layers = load("layers")
+    assert [list(layers.copies(n, 9)) for n in range(5)] == [[], [], [], [5, 7], [6, 8]]
+    ratios = load("synthetic_flash").FLASH["compress_ratios"]
+    assert all(ratios[c] == ratios[n] for n in (3, 4) for c in layers.copies(n, 43))
+
+
+def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> None:
+    """The tiny model's own config must give exactly the bundled base's tensors."""
+    from mtp_graft.checkpoint.shards import read_index, read_meta
+
+    flash_width = load("flash_width")
+    base = tiny_model / "base"
+    config = json.loads((base / "config.json").read_text())
+    wanted = {
+        name: (tuple(t.shape), t.dtype) for name, t in read_meta(base, read_index(base)).items()
+    }
+    made: dict[str, Any] = {}
+    for layer in range(-1, config["num_hidden_layers"]):
+        made |= flash_width.stored_shapes(config, layer)
+    assert made == wanted
+
+
+def test_random_weights_keep_the_size_of_activations() -> None:
+    flash_width = load("flash_width")
+    place = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+    values = flash_width.fp8_bytes((256, 256), place).float()
+    assert values.isfinite().all()
+    assert values.square().mean().sqrt().item() == pytest.approx(flash_width.FP8_RMS, rel=0.01)
+
+
+def test_flips_count_against_the_margin_of_the_text() -> None:
+    texts = load("texts")
+    text = [{"tokens": [1, 2, 3], "margins": [0.1, 0.9, 2.0]}]
+    found = texts.compare_forced(text, [[9, 9, 3]])
+    assert (found["positions"], found["positions_with_margin"], found["flips"]) == (3, 2, 2)
+    assert found["flips_with_margin"] == [{"prompt": 0, "position": 1, "margin": 0.9}]
+
+
+def test_recordings_are_compared_by_their_projections() -> None:
+    check = load("gpu_serve_check")
+    expected = [{"targets": [1, 2], "projected": [[3.0, 4.0], [0.0, 0.0]]}]
+    actual = [{"targets": [1, 3], "projected": [[3.0, 4.5], [0.0, 0.0]]}]
+    found = check.compare_recordings(expected, actual)
+    assert found == {"rows": 2, "rel_error": pytest.approx(0.1), "targets_equal": 1}
