@@ -14,6 +14,7 @@ from huggingface_hub import metadata_load
 
 from mtp_graft.bench.charts import HEAD_COLOURS
 from mtp_graft.bench.report import head_acceptance
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.manifest import fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.quantization_config import scheme_of
