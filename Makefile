@@ -7,25 +7,20 @@ TORCH_INDEX ?=
 ARGS ?=
 export TORCH_INDEX
 
-.PHONY: help demo test test-evals setup setup-dev check lint types imports container format clean
+.PHONY: help demo test setup setup-dev check lint types imports container format clean
 
 help:
 	@echo "make demo        set up .venv, then run the pipeline on the bundled tiny model"
 	@echo "make test        set up .venv with the development tools, then run the tests"
-	@echo "make test-evals  the comparison with lm-eval, in .venv-evals"
 	@echo "make check       ruff, mypy, import-linter, shellcheck and hadolint"
 	@echo "make format      rewrite the code as ruff formats it"
-	@echo "make clean       remove both environments and the tools' caches"
+	@echo "make clean       remove the environment and the tools' caches"
 
 demo: setup
 	.venv/bin/mtp-graft demo $(if $(RUN),--run $(RUN)) $(ARGS)
 
 test: setup-dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-
-test-evals:
-	@$(PYTHON) tools/setup_venv.py --evals
-	.venv-evals/bin/python -m pytest -n 2 tests/evals/test_lm_eval_agreement.py $(ARGS)
 
 setup:
 	@$(PYTHON) tools/setup_venv.py
@@ -54,4 +49,4 @@ format: setup-dev
 	.venv/bin/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-evals .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

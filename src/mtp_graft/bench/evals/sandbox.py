@@ -1,148 +1,121 @@
-"""Whether generated code passes its tests, run where it can do no harm and cannot cheat."""
+"""Run generated code and its tests in bubblewrap, as nobody, with resource limits."""
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mtp_graft.errors import GraftError
 
-#: The kind of a verdict on code that was not done in time.
 TIMED_OUT = TimeoutError.__name__
-LAYERS = ("namespaces", "landlock", "seccomp", "limits")
-_SCRIPT = Path(__file__).with_name("jail.py")
-_GUEST = Path(__file__).with_name("guest.py")
-#: What a jail may take to say that it holds, on a machine that is busy.
-_START_S = 30.0
+_BUBBLEWRAP = "bwrap"
+_NOBODY = 65534
+#: Where Python and its shared libraries lie; everything else is out of sight.
+_READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache")
+_SOURCE = Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Task:
-    """A program, and tests that define `check(candidate)`.
+class Failure(NamedTuple):
+    """What is wrong with an answer: a kind of failure, or an exception's name."""
 
-    `prompt` is code that the tests may use; it is executed beside them, not beside the program.
+    kind: str
+    detail: str = ""
+
+
+def run_tests(task: Mapping[str, Any], seconds: float = 60.0) -> Failure | None:
+    """Run a program's tests for at most `seconds`; return what failed, or None.
+
+    `task` has the `program`, its `entry_point`, the `test`, which defines `check(candidate)`, and
+    the `prompt`, code that the tests may use. Raises GraftError if there is no sandbox.
     """
-
-    program: str
-    entry_point: str
-    tests: str
-    prompt: str = ""
+    return _run(find_python(), task, seconds)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the tests passed; if not, the exception's name, `TimeoutError` included."""
-
-    passed: bool
-    kind: str | None
-    message: str
-
-
-@dataclass(frozen=True)
-class Sandbox:
-    """Two jails a task, one for the program and one for its tests (`jail.py`, `guest.py`)."""
-
-    without: frozenset[str] = frozenset()  # layers that the user gave up
-    seconds: float = 60.0  # wall clock, starting the jails included
-    memory_bytes: int = 2**30  # of each process
-    disk_bytes: int = 2**24  # of the folder in memory, the only one it can write
-
-    def require(self) -> None:
-        """Raise GraftError, naming the layer, if this machine cannot confine as asked."""
-        unknown = self.without - set(LAYERS)
-        if unknown:
-            raise GraftError(
-                f"sandbox layer {sorted(unknown)[0]!r} is unknown; expected one of "
-                f"{', '.join(LAYERS)}"
-            )
-        if sys.platform != "linux":
-            raise GraftError(f"the sandbox needs Linux, found {sys.platform}")
-        with self._jail("ready") as ready:
+def _run(python: str, task: Mapping[str, Any], seconds: float) -> Failure | None:
+    deadline = time.monotonic() + seconds
+    with _sandboxed(python, "program", seconds) as program:
+        assert program.stdin is not None and program.stdout is not None
+        ends = (program.stdin.fileno(), program.stdout.fileno())
+        with _sandboxed(python, "tests", seconds, ends) as tests:
+            program.stdin.close()  # the tests' now: when they end, the program does
+            program.stdout.close()
+            message = json.dumps({**task, "requests": ends[0], "answers": ends[1]})
+            left = max(0.0, deadline - time.monotonic())
             try:
-                out, errors = ready.communicate(timeout=_START_S)
+                out, errors = tests.communicate(message.encode() + b"\n", timeout=left)
             except subprocess.TimeoutExpired:
-                raise GraftError(f"sandbox: a jail was not ready after {_START_S:.0f} s") from None
-        if out != b'"ready"\n':
-            raise _refusal(errors)
+                return Failure(TIMED_OUT, f"not done after {seconds:g} s")
+        program.kill()
+        assert program.stderr is not None
+        errors = errors or program.stderr.read()
+    if errors:  # bubblewrap's or Python's: the code's own go nowhere
+        raise GraftError(f"sandbox: {errors.decode(errors='replace').strip()[-600:]}")
+    if not out:  # the tests themselves met a limit
+        return Failure("ProcessEnded", "the tests ended without a verdict")
+    found = json.loads(out)
+    return found and Failure(*found)
 
-    def judge(self, task: Task) -> Verdict:
-        """Run the tests on the program. Raises GraftError if a jail cannot be made."""
-        deadline = time.monotonic() + self.seconds
-        with self._jail("candidate") as candidate:
-            assert candidate.stdin is not None and candidate.stdout is not None
-            ends = (candidate.stdin.fileno(), candidate.stdout.fileno())
-            with self._jail("checker", ends) as checker:
-                candidate.stdin.close()  # the checker's now: when it ends, the candidate does
-                candidate.stdout.close()
-                message = _message(task, *ends)
-                left = max(0.0, deadline - time.monotonic())
-                try:
-                    out, errors = checker.communicate(message, timeout=left)
-                except subprocess.TimeoutExpired:
-                    return Verdict(False, TIMED_OUT, f"not done after {self.seconds:g} s")
-            _kill(candidate)
-            assert candidate.stderr is not None
-            errors = errors or candidate.stderr.read()
-        if errors:  # a jail that holds says nothing
-            raise _refusal(errors)
+
+@contextmanager
+def _sandboxed(
+    python: str, role: str, seconds: float, pass_fds: Sequence[int] = ()
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Start a process with pipes as its streams; it is gone after the block."""
+    command = [_BUBBLEWRAP, "--unshare-all", "--unshare-user", "--disable-userns", "--clearenv"]
+    # As process 1 it has no other in sight, not even bubblewrap's, which has no limits.
+    command += ["--as-pid-1", "--die-with-parent", "--new-session"]
+    for path in (*_READABLE, *([] if python.startswith("/usr/") else [sys.base_prefix])):
+        command += ["--ro-bind-try", path, path]
+    command += ["--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/"]
+    command += [python, "-I", "-S", "-B", "-X", "utf8", "-c", _SOURCE, role, str(int(seconds) + 1)]
+    # Root is exempt from the limit on processes, in any namespace.
+    nobody: Any = {"user": _NOBODY, "group": _NOBODY, "extra_groups": ()}
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=pass_fds,
+        **(nobody if os.geteuid() == 0 else {}),
+    ) as process:
         try:
-            verdict = json.loads(out)
-        except ValueError:  # the tests themselves met a limit
-            return Verdict(False, "ProcessEnded", "the tests ended without a verdict")
-        return Verdict(verdict["passed"] is True, verdict["kind"], verdict["message"])
-
-    @contextmanager
-    def _jail(self, role: str, ends: Sequence[int] = ()) -> Iterator["subprocess.Popen[bytes]"]:
-        """Start a jail that plays `role` with pipes as its streams; it is gone after the block."""
-        settings = {
-            "parent": os.getpid(),
-            "without": sorted(self.without),
-            "cpu_s": int(self.seconds) + 1,
-            "memory_bytes": self.memory_bytes,
-            "disk_bytes": self.disk_bytes,
-        }
-        # Isolated: no site-packages, no environment variables, no current folder on the path.
-        flags = ("-I", "-S", "-B", "-X", "utf8")
-        with subprocess.Popen(
-            [sys.executable, *flags, _SCRIPT, json.dumps(settings), _GUEST, role],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={},
-            cwd="/",
-            pass_fds=ends,
-            start_new_session=True,
-        ) as process:
-            try:
-                yield process
-            finally:
-                _kill(process)
+            yield process
+        finally:
+            process.kill()  # and with bubblewrap all that it started
 
 
-def _message(task: Task, calls: int, results: int) -> bytes:
-    ends = {"calls": calls, "results": results}
-    return json.dumps(asdict(task) | ends).encode() + b"\n"
+@cache
+def find_python() -> str:
+    """Return a Python that runs in the sandbox: this one, or where nobody can read it Debian's.
 
-
-def _refusal(errors: bytes) -> GraftError:
-    said = errors.decode(errors="replace").strip()[-600:] or "it ended without a word"
-    layer = said.partition(":")[0]
-    cure = (
-        f"leave that layer out with --sandbox-without {layer}, if you trust the code"
-        if layer in LAYERS
-        else "generated code is not run without it"
+    Raises GraftError, saying what to install, if generated code cannot be confined here.
+    """
+    if shutil.which("bwrap") is None:
+        raise GraftError(
+            "generated code is run in bubblewrap, which is not installed: "
+            "`apt-get install bubblewrap` (Linux only)"
+        )
+    probe = {"program": "f = int", "entry_point": "f", "prompt": "", "test": "check = callable"}
+    said = []
+    for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        try:
+            failure = _run(python, probe, 30.0)
+        except GraftError as error:
+            said.append(str(error))
+        else:
+            if failure is None:
+                return python
+            said.append(f"sandbox: {failure.kind} {failure.detail}")
+    raise GraftError(
+        f"generated code is not run without a sandbox, and none can be made here: {said[0]}. "
+        "bubblewrap 0.8 or later needs user namespaces: in Docker, `--security-opt "
+        "seccomp=unconfined --security-opt apparmor=unconfined`; on Ubuntu 24.04, "
+        "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`"
     )
-    return GraftError(f"sandbox: a jail cannot be made on this machine: {said}; {cure}")
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End a jail with all that is in it."""
-    if process.poll() is None:  # else its number may be another's by now
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()

@@ -1,0 +1,182 @@
+"""GSM8K, HumanEval and MMLU as Inspect tasks: questions, prompts, and how answers are read."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import string
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from inspect_ai import Task
+from inspect_ai.dataset import Sample
+from inspect_ai.model import ModelOutput
+
+from mtp_graft.bench.evals.judging import compare, judge_code, make_task, said
+from mtp_graft.bench.evals.sandbox import Failure, find_python
+from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.client import READ_ERRORS
+
+#: Benchmark -> its files in --data-dir; its dataset on the hub, and the file there.
+_SOURCES = {
+    "gsm8k": ("gsm8k/test.jsonl", "openai/gsm8k", "main"),
+    "humaneval": ("human_eval/HumanEval.jsonl.gz", "openai/openai_humaneval", "openai_humaneval"),
+    "mmlu": ("mmlu/test/*_test.csv", "cais/mmlu", "all"),
+}
+_GSM8K = (
+    "\n\nWork it out step by step. End with a line that has four number signs, a space and the "
+    "final number alone, without a unit, for example:\n#### 42"
+)
+_HUMANEVAL = (
+    "Complete this Python function. Answer with one fenced code block that holds the whole "
+    "function and the imports it needs, and with nothing else.\n\n```python\n{prompt}```"
+)
+_MMLU = (
+    "Reason in one or two short sentences, then end with exactly this sentence, X being the "
+    "letter of the right choice: The answer is (X)."
+)
+#: No other number may follow on the line: `12/5` is not 12.
+_NUMBER = re.compile(r"#### (-?[0-9][0-9.,]*)(?!.*[0-9])")
+#: A letter in brackets, or one that ends the line: `Boyle's law` and `B cells` are no letters.
+_LETTER = re.compile(
+    r"(?i:answer(?: is)?)[ :*]+(?:\(([A-D])\)(?!,? (?:and|or)\b)|([A-D])(?=[ .*]*$))", re.MULTILINE
+)
+
+
+def gsm8k(data_dir: Path | None, limit: int | None, seed: int, _timeout_s: float) -> Task:
+    """Return word problems, answered step by step, exact match on `#### N`."""
+
+    def to_sample(row: Mapping[str, Any], number: int) -> Sample:
+        text, target = row["question"].strip() + _GSM8K, find_number(row["answer"])
+        if target is None:
+            raise ValueError("no '#### N' in the reference answer")
+        return Sample(id=f"gsm8k/{number}", input=text, metadata={"target": target})
+
+    samples = deal(_load("gsm8k", to_sample, data_dir), limit, seed)
+    return make_task("gsm8k", samples, _judge_number)
+
+
+def humaneval(data_dir: Path | None, limit: int | None, seed: int, timeout_s: float) -> Task:
+    """Return functions to be written from a docstring, judged by their unit tests."""
+    find_python()
+
+    def to_sample(row: Mapping[str, Any], _number: int) -> Sample:
+        data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
+        text = _HUMANEVAL.format(prompt=row["prompt"])
+        return Sample(id=row["task_id"], input=text, metadata=data | {"timeout_s": timeout_s})
+
+    samples = deal(_load("humaneval", to_sample, data_dir), limit, seed)
+    return make_task("humaneval", samples, judge_code)
+
+
+def mmlu(data_dir: Path | None, limit: int | None, seed: int, _timeout_s: float) -> Task:
+    """Return four-way questions, as many of each subject, give or take one."""
+
+    def to_sample(row: Mapping[str, Any], number: int) -> Sample:
+        choices = "\n".join(f"({x}) {c}" for x, c in zip("ABCD", row["choices"], strict=True))
+        text = f"{row['question'].strip()}\n\n{choices}\n\n{_MMLU}"
+        data = {"category": row["subject"], "target": "ABCD"[row["answer"]]}
+        return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
+
+    samples = deal(_load("mmlu", to_sample, data_dir), limit, seed)
+    return make_task("mmlu", samples, _judge_letter)
+
+
+def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """Return `limit` of the questions, dealt from the categories in turn; all of them for None.
+
+    `seed` shuffles the order of the categories and the questions of each.
+    """
+    if limit is not None and limit > len(samples):
+        raise GraftError(f"there are {len(samples)} questions, --limit asks for {limit}: lower it")
+    categories: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        categories[(sample.metadata or {}).get("category", "")].append(sample)
+    random, decks = Random(seed), list(categories.values())
+    random.shuffle(decks)
+    for deck in decks:
+        random.shuffle(deck)
+    turns = range(max(map(len, decks)))
+    return [deck[turn] for turn in turns for deck in decks if turn < len(deck)][:limit]
+
+
+def _load(
+    name: str, to_sample: Callable[[Mapping[str, Any], int], Sample], data_dir: Path | None
+) -> list[Sample]:
+    """Return all test questions. Raises GraftError for files that are not the benchmark's."""
+    pattern, dataset, config = _SOURCES[name]
+    files = [_fetch(dataset, config)] if data_dir is None else sorted(data_dir.glob(pattern))
+    if not files:
+        raise GraftError(
+            f"{data_dir}: has no {pattern}; expected the folder of the benchmark data as "
+            "--data-dir, or none to load it from the hub"
+        )
+    samples: list[Sample] = []
+    for path in files:
+        read = len(samples)
+        try:
+            for row in _read_rows(path):
+                samples.append(to_sample(row, len(samples)))
+        except (OSError, EOFError, zlib.error, *READ_ERRORS) as error:
+            where = f"{path}: row {len(samples) - read + 1}"
+            raise GraftError(f"{where}: not of {name} ({in_words(error)})") from error
+    return samples
+
+
+def _fetch(dataset: str, config: str) -> Path:
+    file = f"{config}/test-00000-of-00001.parquet"
+    try:
+        return Path(hf_hub_download(dataset, file, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        cure = "give the data as --data-dir"
+        raise GraftError(f"{dataset}: {file} cannot be fetched ({error}); {cure}") from error
+
+
+def _read_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
+        return rows
+    content = path.read_bytes()
+    if path.suffix != ".csv":
+        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).splitlines()
+        return (json.loads(line) for line in lines if line.strip())
+    subject = path.stem.removesuffix("_test")
+    return (
+        {"subject": subject, "question": q, "choices": choices, "answer": "ABCD".index(letter)}
+        for q, *choices, letter in csv.reader(io.StringIO(content.decode(), newline=""))
+    )
+
+
+def find_number(text: str) -> str | None:
+    """Return the number after the first `#### `, without commas and a final full stop."""
+    found = _NUMBER.search(text)
+    return found and found[1].replace(",", "").removesuffix(".")
+
+
+def find_letter(text: str) -> str | None:
+    """Return the letter of `answer is (X)` or `Answer: X`, or of a first line with X alone.
+
+    An answer that states two different letters has none.
+    """
+    found = {bracketed or bare for bracketed, bare in _LETTER.findall(text)}
+    first_line = text.partition("\n")[0].strip(string.punctuation + string.whitespace)
+    if not found and first_line in tuple("ABCD"):
+        return first_line
+    return found.pop() if len(found) == 1 else None
+
+
+def _judge_number(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
+    return compare(find_number(said(output)), data["target"], output)
+
+
+def _judge_letter(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
+    return compare(find_letter(said(output)), data["target"], output)

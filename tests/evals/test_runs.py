@@ -1,0 +1,232 @@
+"""Servers that fail, clients that are killed, and mistakes of users."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
+
+from tenacity import wait_fixed
+
+from mtp_graft.bench.evals import run as module
+
+from .chat_server import ChatServer, Message, serving
+from .conftest import Run
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let failed requests be asked again almost at once."""
+    monkeypatch.setattr(module._ChatAPI, "retry_wait", lambda _self: wait_fixed(0.01))
+
+
+def right(text: str) -> str:
+    """Answer a question of ours."""
+    if found := re.search(r"Ten times (\d+)", text):
+        return f"#### {10 * int(found[1])}"
+    if found := re.search(r"def times_(\d+)", text):
+        return f"```python\ndef times_{found[1]}(x):\n    return {found[1]} * x\n```"
+    return "The answer is (B)."
+
+
+def command(name: str, server: ChatServer, data: Path, *more: object) -> list[object]:
+    arguments = ["bench", name, "--base-url", server.url, "--data-dir", data, "--limit", 12]
+    return [*arguments, *more]
+
+
+@pytest.mark.parametrize(
+    ("name", "mistakes", "kinds"),
+    [
+        (
+            "gsm8k",
+            {
+                "times 3?": ("#### 31", "wrong answer"),
+                "times 4?": ("So it is 40", "no answer found"),
+                "times 5?": (
+                    {"content": "First", "finish_reason": "length"},
+                    "no answer found, cut off",
+                ),
+                "times 6?": ({"content": "#### 61", "reasoning": "#### 60"}, "wrong answer"),
+                "times 7?": ("what\ud800", "no answer found"),
+                "times 8?": ({"content": None, "reasoning": "#### 80"}, None),
+                "times 9?": ({"content": "", "reasoning_content": "#### 90"}, None),
+            },
+            {"gsm8k/3", "gsm8k/4", "gsm8k/5", "gsm8k/6", "gsm8k/7"},
+        ),
+        ("mmlu", {"sums 2?": ("The answer is (A).", "wrong answer")}, {"mmlu/sums/8"}),
+        (
+            "humaneval",
+            {
+                "times_2(": ("```python\ndef times_2(x):\n    return 1\n```", "AssertionError"),
+                "times_3(": ({"content": None, "reasoning": "..."}, "no answer found"),
+            },
+            {"HumanEval/2", "HumanEval/3"},
+        ),
+    ],
+)
+@pytest.mark.usefixtures("sandbox")
+def test_right_answers_count_and_mistakes_are_classified(
+    run: Run,
+    data: Path,
+    name: str,
+    mistakes: dict[str, tuple[str | Message, str | None]],
+    kinds: set[str],
+) -> None:
+    def say(text: str) -> str | Message:
+        return next((said for part, (said, _) in mistakes.items() if part in text), right(text))
+
+    with serving(say) as server:
+        status, out, errors = run(*command(name, server, data, "--json", "-"))
+    assert status == 0, errors
+    result = json.loads(out)
+    assert {failure["id"] for failure in result["failures"]} == kinds
+    expected = Counter(kind for _, kind in mistakes.values() if kind)
+    assert result["kinds"] == expected == Counter(f["kind"] for f in result["failures"])
+    assert result["correct"] == 12 - len(kinds) and result["total"] == 12
+    assert result["score"] == result["correct"] / 12
+    assert len(server.bodies) == 12
+    for body in server.bodies:
+        assert body["path"] == "/v1/chat/completions"
+        assert (body["temperature"], body.get("stream", False)) == (0.0, False)
+        assert body["chat_template_kwargs"] == {"thinking": False}
+
+
+def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: Path) -> None:
+    failures: dict[str, list[str | Message]] = {
+        "times 1?": ["500", "500"],
+        "times 2?": ["hangs"],
+        "times 3?": ["closes"],
+        "times 4?": ["garbage"],
+        "times 5?": ["aborts"],
+        "times 6?": [{"content": ["#### 60"]}],
+    }
+
+    def say(text: str) -> str | Message:
+        for part, left in failures.items():
+            if part in text and left:
+                return left.pop()
+        return right(text)
+
+    with serving(say) as server:
+        more = ("--silence-s", 10, "--thinking", "--json", "-")
+        status, out, errors = run(*command("gsm8k", server, data, *more))
+    assert status == 0, errors
+    assert json.loads(out)["correct"] == 12
+    assert len(server.bodies) == 12 + 7
+    assert all(body["chat_template_kwargs"] == {"thinking": True} for body in server.bodies)
+
+
+def test_questions_without_an_answer_end_the_run_and_a_second_one_asks_only_those(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    broken = True
+
+    def say(text: str) -> str:
+        return "500" if broken and ("times 3?" in text or "times 9?" in text) else right(text)
+
+    result = tmp_path / "result.json"
+    with serving(say) as server:
+        more = ("--attempts", 2, "--json", result, "--run", tmp_path / "run")
+        words = command("gsm8k", server, data, *more)
+        status, out, errors = run(*words)
+        assert (status, out) == (1, "")
+        assert "error: gsm8k: 2 of 12 questions left" in errors and "out of luck" in errors
+        assert not result.exists()
+        assert len(server.bodies) == 10 + 2 * 2
+
+        broken = False
+        server.bodies.clear()
+        status, _, errors = run(*words)
+        assert status == 0, errors
+        assert sorted(server.asked()) == ["Ten times 3?", "Ten times 9?"]
+        assert json.loads(result.read_text())["correct"] == 12
+
+        server.bodies.clear()
+        assert run(*words)[0] == 0
+        assert server.bodies == [], "it was finished"
+        status, _, errors = run(*words, "--seed", 1)
+        assert status == 1
+        assert "was begun with" in errors and "use another --run" in errors
+
+
+def test_a_server_that_is_gone_is_not_asked_every_question(run: Run, data: Path) -> None:
+    with serving(lambda _text: "500") as server:
+        more = ("--concurrency", 1, "--attempts", 1)
+        status, _, errors = run(*command("gsm8k", server, data, *more))
+    assert status == 1
+    assert "12 of 12 questions left" in errors and "out of luck" in errors
+    assert len(server.bodies) == 3
+    status, _, errors = run(*command("gsm8k", server, data))
+    assert status == 1 and f"{server.url}: names no model" in errors
+
+
+def test_a_killed_client_asks_again_only_what_was_in_work(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    with serving(right, delay_s=0.3) as server:
+        words = command("gsm8k", server, data, "--concurrency", 1, "--run", tmp_path / "run")
+        main = [sys.executable, "-c", "from mtp_graft.cli import main; main()"]
+        client = subprocess.Popen([*main, *map(str, words)], env=dict(os.environ))
+        try:
+            while len(server.bodies) < 6:
+                assert client.poll() is None, "it ended before it was killed"
+                time.sleep(0.01)
+        finally:
+            client.kill()
+            client.wait()
+        before = set(server.asked())
+        server.bodies.clear()
+        server.delay_s = 0.0
+        status, out, errors = run(*words, "--json", "-")
+        assert status == 0, errors
+    result = json.loads(out)
+    assert (result["correct"], result["total"]) == (12, 12)
+    assert len(before & set(server.asked())) <= 2, "being answered, or being written"
+    assert result["seconds"] > 4 * 0.3, "those of both sessions"
+    kept = json.loads((tmp_path / "run" / "bench" / "gsm8k" / "result.json").read_text())
+    assert kept == result
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gsm8k", "--limit", 13), "there are 12 questions, --limit asks for 13"),
+        (("mmlu", "--data-dir", "nowhere"), "has no mmlu/test/*_test.csv"),
+        (("gsm8k", "--run", "FILE"), "error: "),
+    ],
+)
+def test_a_mistake_is_one_message_before_anything_is_asked(
+    run: Run, data: Path, tmp_path: Path, arguments: tuple[Any, ...], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    name, *rest = [tmp_path / "file" if word == "FILE" else word for word in arguments]
+    with serving(right) as server:
+        status, out, errors = run(*command(name, server, data, *rest))
+    assert (status, out, server.bodies) == (1, "", [])
+    assert message in errors and "Traceback" not in errors
+
+
+def test_as_many_are_asked_at_a_time_as_were_asked_for(run: Run, data: Path) -> None:
+    with serving(right, delay_s=1.0) as server:
+        assert run(*command("gsm8k", server, data, "--concurrency", 3))[0] == 0
+    assert server.most_in_work == 3
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nsys.argv = ['mtp-graft', 'bench', 'humaneval', '--help']\n"
+        "from mtp_graft.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'httpx', 'inspect_ai', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,211 @@
+"""Questions from a folder and from the hub, and what is read from an answer."""
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
+
+import huggingface_hub
+from inspect_ai import Task
+from inspect_ai.model import ModelOutput
+
+from mtp_graft.bench.evals import tasks
+from mtp_graft.bench.evals.judging import find_code, judge_code
+from mtp_graft.bench.evals.run import TASKS, questions_digest
+from mtp_graft.bench.evals.tasks import find_letter, find_number
+from mtp_graft.errors import GraftError
+
+
+def make_task(name: str, data: Path | None, limit: int | None = None, seed: int = 0) -> Task:
+    return TASKS[name](data, limit, seed, 60.0)
+
+
+def test_the_hubs_files_give_the_same_questions_as_the_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = {
+        "openai/gsm8k": [*map(json.loads, (data / "gsm8k/test.jsonl").read_text().splitlines())],
+        "cais/mmlu": [
+            row
+            for file in sorted((data / "mmlu/test").glob("*.csv"))
+            for row in tasks._read_rows(file)
+        ],
+    }
+    fetched = []
+
+    def download(repo: str, file: str, repo_type: str) -> str:
+        fetched.append((repo, file, repo_type))
+        path = tmp_path / f"{repo.replace('/', '-')}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows[repo]), path)
+        return str(path)
+
+    monkeypatch.setattr(tasks, "hf_hub_download", download)
+    for name in ("gsm8k", "mmlu"):
+        here, there = (make_task(name, where, 7) for where in (data, None))
+        assert questions_digest(here) == questions_digest(there)
+        assert [s.metadata for s in here.dataset] == [s.metadata for s in there.dataset]
+    assert fetched[0] == ("openai/gsm8k", "main/test-00000-of-00001.parquet", "dataset")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_arguments: Any, **_options: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(tasks, "hf_hub_download", download)
+    with pytest.raises(GraftError, match=r"cais/mmlu: .* cannot be fetched .*--data-dir"):
+        make_task("mmlu", None)
+
+
+def test_all_of_the_public_questions_are_read(shared_data: Path) -> None:
+    for name, size in (("gsm8k", 1319), ("mmlu", 14079)):
+        assert len(make_task(name, shared_data).dataset) == size
+
+
+def test_the_questions_drawn_depend_on_the_seed_alone(data: Path) -> None:
+    def ids(limit: int, seed: int) -> list[object]:
+        return [sample.id for sample in make_task("gsm8k", data, limit, seed).dataset]
+
+    assert ids(5, 0) == ids(5, 0) != ids(5, 1)
+    assert len(set(ids(12, 0))) == 12
+
+
+def test_mmlus_subjects_are_dealt_in_turn(shared_data: Path) -> None:
+    task = make_task("mmlu", shared_data, 57 * 3 + 20)
+    subjects = Counter((sample.metadata or {})["category"] for sample in task.dataset)
+    assert len(subjects) == 57 and Counter(subjects.values()) == {3: 37, 4: 20}
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("gsm8k", "gsm8k/test.jsonl", b'{"question": "?"}', r"row 1: .*has no 'answer'"),
+        ("gsm8k", "gsm8k/test.jsonl", b"[]", "row 1: not of gsm8k"),
+        ("gsm8k", "gsm8k/test.jsonl", b'{"question": "?", "answer": "4"}', "no '#### N'"),
+        ("gsm8k", "gsm8k/test.jsonl", b'{"question": null, "answer": "#### 4"}', "not of gsm8k"),
+        ("mmlu", "mmlu/test/law_test.csv", b"?,a,b,c,d,A\n?,a,b,c,d,E\n", "row 2: not of mmlu"),
+        ("mmlu", "mmlu/test/law.csv", b"?,a,b,c,d,A\n", r"has no mmlu/test/\*_test.csv"),
+        ("humaneval", "human_eval/HumanEval.jsonl.gz", b"?", "row 1: not of humaneval"),
+        (
+            "humaneval",
+            "human_eval/HumanEval.jsonl.gz",
+            gzip.compress(b'{"task_id": "?"}\n' * 99)[:-9],
+            "row 1: not of humaneval",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("sandbox")
+def test_a_file_that_is_something_else_is_an_error(
+    tmp_path: Path, name: str, file: str, content: bytes, message: str
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(GraftError, match=message):
+        make_task(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("Clear. The answer is (C).", "C"),
+        ("The answer is **(C)**.", "C"),
+        ("the answer is Boyle's law, which is (C)", None),
+        ("The answer is B cells, so (D)", None),
+        ("The answer is C. elegans", None),
+        ("The answer is (A) and (C).", None),
+        ("The answer is (A). No: the answer is (B).", None),
+        ("The answer is (A).\nAgain: the answer is (A).", "A"),
+        ("**Answer:** D", "D"),
+        ("(B).\nBecause it is.", "B"),
+        ("A reason is missing.", None),
+        ("", None),
+    ],
+)
+def test_a_letter_is_one_that_the_answer_states(text: str, letter: str | None) -> None:
+    assert find_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("10 * 4\n#### 40", "40"),
+        ("#### -1,200.", "-1200"),
+        ("#### 12 apples", "12"),
+        ("#### 1\nNo:\n#### 40", "1"),
+        ("#### 12/5", None),
+        ("#### 5 x 3 = 15\n#### 15", "15"),
+        ("####40", None),
+        ("40", None),
+    ],
+)
+def test_a_number_is_the_first_behind_four_signs(text: str, number: str | None) -> None:
+    assert find_number(text) == number
+
+
+WHOLE = "def f(x):\n    return x\n"
+DOCUMENTED = 'def f(x):\n    """Do.\n\n    ```\n    f(1)\n    ```\n    """\n    return x\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (f"```python\n{WHOLE}```", WHOLE),
+        (f"Like so:\n\n```py\n{WHOLE}```\nand\n```\nf(1)\n```", WHOLE),
+        (f"First:\n```python\nimport os\n```\nthen:\n```python\n{WHOLE}```", WHOLE),
+        (f"Like so:\n```python\n{WHOLE}", WHOLE),
+        ("1. So:\n\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done.", WHOLE),
+        ("- ```python\n  def f(x):\n      return x\n  ```", WHOLE),
+        (f"````markdown\nSo:\n```python\n{WHOLE}```\n````", WHOLE),
+        (f"```markdown\n```python\n{WHOLE}```\n```", WHOLE),
+        (f"```python\n{DOCUMENTED}```", DOCUMENTED),
+        (WHOLE, WHOLE),
+        ("    return x\n```\nDone.", "    return x\n"),
+        ("```python\ndef g(x):\n    return x\n```", "def g(x):\n    return x\n"),
+        ("", ""),
+    ],
+)
+def test_code_is_found_in_an_answer(content: str, code: str) -> None:
+    assert find_code(content, "f") == code
+
+
+PROMPT = 'import math\n\ndef helper(x):\n    return x\n\ndef f(x):\n    """Do."""\n'
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("def f(x):\n    return helper(math.floor(x))", None),
+        ("    return x", None),  # the prompt's body
+        ("def g(x):\n    return x", "NameError"),
+        ("def f(x):\n    return x + 1", "AssertionError"),
+        ("def f(x):\n    return [].add(x)", "AttributeError"),
+        ("def f(x):\n    return 1 +", "SyntaxError"),
+        ("", "no answer found"),
+    ],
+)
+@pytest.mark.usefixtures("sandbox")
+def test_code_runs_with_the_prompts_helpers_and_failures_have_their_names(
+    code: str, kind: str | None
+) -> None:
+    test = "def check(candidate):\n    assert candidate(3) == 3\n"
+    data = {"prompt": PROMPT, "entry_point": "f", "test": test, "timeout_s": 20.0}
+    failure = judge_code(ModelOutput.from_content("m", code), data)
+    assert (failure and failure.kind) == kind
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("sandbox")
+def test_every_reference_solution_of_humaneval_passes(shared_data: Path) -> None:
+    packed = (shared_data / "human_eval/HumanEval.jsonl.gz").read_bytes()
+    lines = gzip.decompress(packed).splitlines()
+    problems = [json.loads(line) | {"timeout_s": 60.0} for line in lines]
+    assert len(problems) == 164
+    for problem in problems:
+        whole = f"```python\n{problem['prompt']}{problem['canonical_solution']}```"
+        assert judge_code(ModelOutput.from_content("m", whole), problem) is None, problem["task_id"]
