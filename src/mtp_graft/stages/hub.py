@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.shards import is_full_disk
@@ -59,7 +59,7 @@ def _reporting(on_bytes: OnBytes) -> type[tqdm]:
     class Bar(tqdm):
         def __init__(self, *args: object, **options: object) -> None:
             self._counts_bytes = options.get("unit") == "B"
-            super().__init__(*args, **{**options, "disable": True})
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0

@@ -42,7 +42,7 @@ class Publication:
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON of `publish --dry-run`."""
-        files = [
+        files: list[dict[str, Any]] = [
             {
                 "path": name,
                 "bytes": len(file) if isinstance(file, bytes) else file.stat().st_size,

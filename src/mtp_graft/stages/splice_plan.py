@@ -105,7 +105,7 @@ def plan_splice(
     experts = _read_experts(quantized) if variant == "gptq" and published is None else None
     layout = head.meta
     if published is None:
-        given = experts and experts.meta
+        given = None if experts is None else experts.meta
         layout = store_head(head.meta, variant, given, group_size=group_size, linears=linears)
     return SplicePlan(
         *(base, base_map, variant, linears, group_size, head, experts, layout, config),
