@@ -18,13 +18,15 @@ import torch
 from record import write_result
 from torch import Tensor
 
-from mtp_graft.dsv4.experts import MATRICES, GptqRules, expert_hessians, quantize_experts
-from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.dsv4.experts import MATRICES, quantize_experts
+from mtp_graft.dsv4.hessians import expert_hessians
+from mtp_graft.dsv4.variants import decode_head, is_expert
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import relative_error
-from mtp_graft.stages.quantize_job import QuantizeConfig, open_job
-from mtp_graft.stages.ranks import Ranks
-from mtp_graft.stages.routing import read_rows, replay_capture
+from mtp_graft.recipe import QuantizeSection
+from mtp_graft.stages.inputs import open_inputs
+from mtp_graft.stages.parallel import Clock
+from mtp_graft.stages.replay import replay_capture
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
 Matrices = dict[str, Tensor]
@@ -71,18 +73,17 @@ def calibrate(
     capture: Path, out: Path, split: str, replay: str
 ) -> tuple[Matrices, Matrices, list[int]]:
     """Return the original weights, the Hessians of a split, and each expert's tokens."""
-    config = QuantizeConfig(split=split, replay=replay)  # type: ignore[arg-type]
-    job = open_job(capture, MODEL / "upstream", MODEL / "base", out, config, Ranks())
-    replay_capture(job, lambda *_: None)
-    rows = read_rows(job)
-    experts = range(job.model.n_routed_experts)
-    decoded = decode_head(job.expert_tensors(experts))
+    inputs = open_inputs(capture, MODEL / "upstream", MODEL / "base", split)
+    out.mkdir()
+    routed = replay_capture(inputs, out, replay, Clock("cpu"), lambda *_: None)
+    experts = range(inputs.model.n_routed_experts)
+    decoded = decode_head(inputs.read_upstream([*inputs.shards]), is_expert)
     weights = {
         m: torch.stack([decoded[f"mtp.0.ffn.experts.{e}.{m}.weight"] for e in experts])
         for m in MATRICES
     }
-    parts = [rows.parts(e) for e in experts]
-    return weights, expert_hessians(parts, weights, job.model.swiglu_limit), rows.counts
+    parts = [routed.of_expert(e) for e in experts]
+    return weights, expert_hessians(parts, weights, inputs.model.swiglu_limit), routed.counts
 
 
 def nearest(weights: Matrices) -> Matrices:
@@ -90,15 +91,22 @@ def nearest(weights: Matrices) -> Matrices:
     return {m: int4.decode(int4.encode(w, scales[m]), scales[m]) for m, w in weights.items()}
 
 
-def candidates(seen: Matrices, identity: Matrices) -> list[tuple[str, Matrices, GptqRules]]:
-    found = [("default", seen, GptqRules()), ("default, identity replay", identity, GptqRules())]
+def candidates(seen: Matrices, identity: Matrices) -> list[tuple[str, Matrices, QuantizeSection]]:
+    found = [
+        ("default", seen, QuantizeSection()),
+        ("default, identity replay", identity, QuantizeSection()),
+    ]
     for order in ("stored", "activation"):
         for scale in ("absmax", "mse"):
             for damp in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
-                rules = GptqRules(damp, "fixed", order=order, scale=scale)
+                rules = QuantizeSection(damp=damp, damping="fixed", order=order, scale=scale)
                 found.append((f"{order}, {scale}, damp {damp}", seen, rules))
             found.append(
-                (f"{order}, {scale}, damp by tokens", seen, GptqRules(order=order, scale=scale))
+                (
+                    f"{order}, {scale}, damp by tokens",
+                    seen,
+                    QuantizeSection(order=order, scale=scale),
+                )
             )
     return found
 

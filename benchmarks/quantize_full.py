@@ -101,12 +101,13 @@ def warm_up() -> None:
 
 def run_stage(folder: Path, run: Path, replay: str) -> None:
     """Run the stage once, in this process."""
-    from mtp_graft.stages.quantize import QuantizeConfig, quantize
+    from mtp_graft.recipe import QuantizeSection
+    from mtp_graft.stages.quantize import quantize
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.zeros(1, device=device)  # the context is the process's, not the stage's
-    config = QuantizeConfig(device=device, replay=replay)  # type: ignore[arg-type]
+    config = QuantizeSection(device=device, replay=replay)  # type: ignore[arg-type]
     inputs = (folder / "capture", folder / "upstream", folder / "base")
     started = time.perf_counter()
     phases: dict[str, float] = {}

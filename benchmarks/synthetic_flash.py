@@ -30,7 +30,7 @@ from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import decode_head, is_expert
 from mtp_graft.quant import fp8_block, mxfp4
-from mtp_graft.stages.overlap import write_behind
+from mtp_graft.stages.parallel import write_behind
 
 #: What the head needs of Flash's config.json (`design` facts of the model card and its config).
 FLASH: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Small captures made without a server: random ones, and ones from transformers' base."""
+"""Small captures of random sequences, made without a server."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,14 +34,10 @@ def write_capture(folder: Path, sequences: Sequence[Played], per_recording: int 
         save_shard(tensors, folder / RECORDINGS / name)
         start = 0
         for number, s in enumerate(together, start=first):
-            tokens = len(s.token_ids)
-            append_sequence(
-                folder,
-                CapturedSequence(
-                    number, f"prompt-{number}", s.split, s.prompt_tokens, tokens, name, start
-                ),
-            )
-            start += tokens
+            size = (s.prompt_tokens, len(s.token_ids))
+            line = CapturedSequence(number, f"prompt-{number}", s.split, *size, name, start)
+            append_sequence(folder, line)
+            start += len(s.token_ids)
 
 
 def random_sequences(
@@ -64,23 +60,3 @@ def random_sequences(
         )
         for length in lengths
     ]
-
-
-@torch.no_grad()
-def base_sequences(
-    model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, split: str
-) -> list[Played]:
-    """Continue prompts of equal length greedily with transformers' base; record its residual."""
-    ids = torch.tensor(prompts)
-    seen: list[Tensor] = []
-    hook = model.model.hc_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        for _ in range(new_tokens):
-            newest = model(input_ids=ids, logits_to_keep=1).logits[:, -1].argmax(-1)
-            ids = torch.cat((ids, newest[:, None]), dim=1)
-        seen.clear()
-        model(input_ids=ids, logits_to_keep=1)
-    finally:
-        hook.remove()
-    start = len(prompts[0])
-    return [Played(split, start, row, residual) for row, residual in zip(ids, seen[0], strict=True)]

@@ -12,7 +12,6 @@ from mtp_graft.checkpoint.capture import (
     FinishedText,
     append_sequence,
     append_text,
-    iterate_capture,
     read_recorded,
     read_sequences,
     read_texts,
@@ -21,27 +20,25 @@ from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.errors import GraftError
 
 STREAMS, HIDDEN = 2, 3
+RECORDING = "000001.safetensors"
 
 
 def sequence(number: int, *, start: int = 0, tokens: int = 4) -> CapturedSequence:
-    split = "evaluation" if number % 2 else "calibration"
-    return CapturedSequence(number, f"p{number}", split, 2, tokens, "000001.safetensors", start)
+    return CapturedSequence(number, f"p{number}", "calibration", 2, tokens, RECORDING, start)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A capture of two sequences of 4 and 3 tokens in one recording."""
     (tmp_path / files.RECORDINGS).mkdir()
-    write_rows(tmp_path, torch.arange(7 * STREAMS * HIDDEN).reshape(7, -1).bfloat16())
-    append_sequence(tmp_path, sequence(0))
-    append_sequence(tmp_path, sequence(1, start=4, tokens=3))
+    write_recording(tmp_path, torch.arange(7 * STREAMS * HIDDEN).reshape(7, -1).bfloat16())
     return tmp_path
 
 
-def write_rows(folder: Path, residual: torch.Tensor) -> None:
+def write_recording(folder: Path, residual: torch.Tensor) -> None:
     ids = torch.arange(len(residual), dtype=torch.int32)
     tensors = {"token_ids": ids, "residual": residual, "targets": ids + 1}
-    save_shard(tensors, folder / files.RECORDINGS / "000001.safetensors")
+    save_shard(tensors, folder / files.RECORDINGS / RECORDING)
 
 
 def test_sequences_come_by_number_whatever_the_order_they_finished_in(tmp_path: Path) -> None:
@@ -88,41 +85,29 @@ def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         append_sequence(tmp_path, sequence(0))
 
 
-def test_rows_of_a_sequence_are_cut_from_its_recording(folder: Path) -> None:
-    second = read_sequences(folder)[1]
-    recorded = read_recorded(folder, second, STREAMS)
+def test_a_sequences_tokens_are_cut_from_its_recording(folder: Path) -> None:
+    recorded = read_recorded(folder, sequence(1, start=4, tokens=3), STREAMS)
     assert recorded.token_ids.tolist() == [4, 5, 6]
     assert recorded.targets.tolist() == [5, 6, 7]
     assert recorded.residual.shape == (3, STREAMS, HIDDEN)
     assert recorded.residual[0, 1].tolist() == [27, 28, 29]
 
 
-def test_a_split_is_iterated_alone(folder: Path) -> None:
-    assert [s.id for s, _ in iterate_capture(folder, STREAMS)] == ["p0", "p1"]
-    assert [s.id for s, _ in iterate_capture(folder, STREAMS, "evaluation")] == ["p1"]
-    with pytest.raises(GraftError, match="no captured sequences of split 'other'"):
-        next(iterate_capture(folder, STREAMS, "other"))
-
-
 def test_values_that_are_not_finite_are_named(folder: Path) -> None:
     residual = torch.zeros(7, STREAMS * HIDDEN).bfloat16()
     residual[5, 2] = float("nan")
-    write_rows(folder, residual)
+    write_recording(folder, residual)
     assert read_recorded(folder, sequence(0), STREAMS)
     with pytest.raises(GraftError, match=r"prompt 'p1': not-finite residual at token 1"):
         read_recorded(folder, sequence(1, start=4, tokens=3), STREAMS)
 
 
-def test_too_few_rows_and_other_shapes_are_errors(folder: Path) -> None:
-    with pytest.raises(GraftError, match=r"2 rows at row 5, expected 4"):
+def test_recordings_that_are_too_short_cut_off_or_of_another_shape_are_errors(folder: Path) -> None:
+    with pytest.raises(GraftError, match=r"2 tokens from token 5 on, expected 4"):
         read_recorded(folder, sequence(0, start=5), STREAMS)
     with pytest.raises(GraftError, match=r"residual of shape \[4, 6\], expected"):
         read_recorded(folder, sequence(0), streams=4)
-
-
-@pytest.mark.parametrize("keep", [0, 4, 100])
-def test_a_truncated_recording_is_an_error(folder: Path, keep: int) -> None:
-    path = folder / files.RECORDINGS / "000001.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
+    path = folder / files.RECORDINGS / RECORDING
+    path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(GraftError, match=r"000001\.safetensors: not a readable safetensors file"):
         read_recorded(folder, sequence(0), STREAMS)

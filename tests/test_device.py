@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import device_name, free_gpu_memory, gpu_names, torch_device
+from mtp_graft.pipeline.device import Gpu, device_name, find_gpus, gpu_names, torch_device
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +36,10 @@ def gpu_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def test_another_process_looks_at_the_gpus(gpu_host: Callable[[str], None]) -> None:
-    names = "printf 'NVIDIA H200\\nNVIDIA H200\\n'"
-    gpu_host(f"case $2 in *mem_get_info*) printf '7\\n9\\n';; *) {names};; esac")
+    gpu_host("printf 'NVIDIA H200\\t7\\t9\\nNVIDIA H200\\t8\\t9\\n'")
     assert device_name() == "2x NVIDIA H200"
     assert torch_device("auto") == "cuda" and torch_device("cpu") == "cpu"
-    assert free_gpu_memory() == [7, 9]
+    assert find_gpus() == [Gpu("NVIDIA H200", 7, 9), Gpu("NVIDIA H200", 8, 9)]
 
 
 def test_a_cuda_build_without_gpus_names_the_processor(gpu_host: Callable[[str], None]) -> None:

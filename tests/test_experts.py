@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from mtp_graft.dsv4.experts import GptqRules, expert_errors, expert_hessians, quantize_experts
+from mtp_graft.dsv4.experts import damp_for, expert_errors, quantize_experts
+from mtp_graft.dsv4.hessians import expert_hessians
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import QuantizeSection
 
 INPUTS, INNER, EXPERTS = 128, 128, range(8, 10)
-RULES = GptqRules()
+SETTINGS = QuantizeSection()
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -17,10 +19,10 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_an_expert_whose_inputs_are_all_zero_is_rounded_and_loses_nothing() -> None:
     original = weights()
-    rows = [[torch.zeros(3, INPUTS)], [torch.randn(300, INPUTS)]]
-    hessians = expert_hessians(rows, original, 10.0)
-    quantized = quantize_experts(original, hessians, [3, 300], EXPERTS, RULES)
-    errors = expert_errors(original, hessians, quantized, RULES.group_size)
+    tokens = [[torch.zeros(3, INPUTS)], [torch.randn(300, INPUTS)]]
+    hessians = expert_hessians(tokens, original, 10.0)
+    quantized = quantize_experts(original, hessians, [3, 300], EXPERTS, SETTINGS)
+    errors = expert_errors(original, hessians, quantized, SETTINGS.group_size)
     for matrix in original:
         for variant in ("rtn", "gptq"):
             zero, other = errors[variant][matrix]
@@ -28,13 +30,19 @@ def test_an_expert_whose_inputs_are_all_zero_is_rounded_and_loses_nothing() -> N
             assert 0.0 < other < 0.2
 
 
-@pytest.mark.parametrize(("value", "matrix"), [(float("nan"), "w1"), (3e20, "w1")])
-def test_inputs_that_add_up_to_no_number_are_named_and_damp_is_not_blamed(
-    value: float, matrix: str
-) -> None:
+@pytest.mark.parametrize("value", [float("nan"), 3e20])
+def test_inputs_that_add_up_to_no_number_are_named_and_damp_is_not_blamed(value: float) -> None:
     original = weights()
     spoilt = torch.randn(300, INPUTS)
     spoilt[7, 5] = value  # finite in the capture, but not its square
     hessians = expert_hessians([[torch.randn(300, INPUTS)], [spoilt]], original, 10.0)
-    with pytest.raises(GraftError, match=rf"experts\.9\.{matrix}: the squares of its inputs"):
-        quantize_experts(original, hessians, [300, 300], EXPERTS, RULES)
+    with pytest.raises(GraftError, match=r"experts\.9\.w1: the squares of its inputs"):
+        quantize_experts(original, hessians, [300, 300], EXPERTS, SETTINGS)
+
+
+def test_fewer_tokens_are_damped_more() -> None:
+    tokens = [0, 1, 100, 10**6]
+    damps = damp_for(tokens, 256, QuantizeSection(damp=0.01, damping="tokens"))
+    assert damps.tolist() == pytest.approx([256, 256, 2.56, 0.01])
+    fixed = damp_for(tokens, 256, QuantizeSection(damp=0.01, damping="fixed"))
+    assert fixed.tolist() == pytest.approx([0.01] * 4)

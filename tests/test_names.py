@@ -31,7 +31,7 @@ F32 = [
     "attn.attn_sink",
     *(f"hc_{place}_{p}" for place in ("attn", "ffn", "head") for p in ("fn", "base", "scale")),
 ]
-HEAD = {f"mtp.0.{name}" for name in [*(f"{stem}.weight" for stem in SCALED), *BF16, *F32]}
+HEAD = {f"mtp.0.{name}" for name in [*(f"{module}.weight" for module in SCALED), *BF16, *F32]}
 
 
 def index_names(folder: Path) -> set[str]:
@@ -76,55 +76,14 @@ def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
             assert theirs == name, native
 
 
-def test_base_names_are_those_of_the_bundled_checkpoint(
-    base_state: dict[str, Tensor], tiny_model: Path
+def test_renamed_modules_have_the_names_of_the_format(
+    base_state: dict[str, Tensor], head_state: dict[str, Tensor], tiny_model: Path
 ) -> None:
     renamed = names.base_from_transformers(base_state)
     assert set(renamed) == weights_of(index_names(tiny_model / "base"))
-
-
-def test_head_names_are_those_of_the_format(head_state: dict[str, Tensor]) -> None:
     assert set(names.head_from_module(head_state)) == HEAD
-
-
-def test_bundled_upstream_holds_the_formats_tensors_and_a_scale_for_each_matrix(
-    tiny_model: Path,
-) -> None:
-    scales = {f"mtp.0.{stem}.scale" for stem in SCALED}
+    scales = {f"mtp.0.{module}.scale" for module in SCALED}
     assert index_names(tiny_model / "upstream") == HEAD | scales
-
-
-def test_experts_are_split_gate_first_and_keep_their_values() -> None:
-    gate_up = torch.arange(2 * 6 * 4).reshape(2, 6, 4)  # [E, 2M, D]
-    down = torch.arange(2 * 4 * 3).reshape(2, 4, 3)  # [E, D, M]
-    prefix = "model.layers.7.mlp.experts"
-    split = names.split_experts(f"{prefix}.gate_up_proj", gate_up)
-    split |= names.split_experts(f"{prefix}.down_proj", down)
-    assert len(split) == 6
-    for e in range(2):
-        native = f"layers.7.ffn.experts.{e}"
-        assert torch.equal(split[f"{native}.w1.weight"], gate_up[e, :3])
-        assert torch.equal(split[f"{native}.w3.weight"], gate_up[e, 3:])
-        assert torch.equal(split[f"{native}.w2.weight"], down[e])
-
-
-def test_head_module_is_renamed_without_touching_values() -> None:
-    state = {
-        "layer.mlp.experts.gate_up_proj": torch.arange(24).reshape(1, 6, 4),
-        "layer.mlp.shared_experts.up_proj.weight": torch.ones(2, 2),
-        "layer.attn_hc.fn": torch.full((1,), 2.0),
-        "hc_head.hc_fn": torch.full((1,), 3.0),
-    }
-    renamed = names.head_from_module(state)
-    gate_up = state["layer.mlp.experts.gate_up_proj"]
-    assert torch.equal(renamed.pop("mtp.0.ffn.experts.0.w1.weight"), gate_up[0, :3])
-    assert torch.equal(renamed.pop("mtp.0.ffn.experts.0.w3.weight"), gate_up[0, 3:])
-    expected = {
-        "mtp.0.ffn.shared_experts.w3.weight": state["layer.mlp.shared_experts.up_proj.weight"],
-        "mtp.0.hc_attn_fn": state["layer.attn_hc.fn"],
-        "mtp.0.hc_head_fn": state["hc_head.hc_fn"],
-    }
-    assert renamed == expected
 
 
 def test_storage_dtypes_are_those_of_the_format() -> None:
@@ -153,9 +112,3 @@ def test_quantized_matrices_are_recognized_by_name(tiny_model: Path) -> None:
     fp8.add("layers.2.attn.indexer.wq_b.weight")
     assert {name for name in base if names.FP8_LINEAR.search(name)} == fp8
     assert len({name for name in base if names.EXPERT.match(name)}) == 4 * 3 * NUM_EXPERTS
-
-
-def test_an_expert_name_gives_its_parts() -> None:
-    match = names.EXPERT.match("mtp.0.ffn.experts.12.w3.weight")
-    assert match is not None
-    assert match.groupdict() == {"layer": "mtp.0", "expert": "12", "matrix": "w3"}

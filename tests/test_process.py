@@ -106,9 +106,9 @@ def test_the_process_ends_with_the_one_that_started_it(
 def test_gpu_memory_that_was_taken_is_free_again() -> None:
     import torch
 
-    from mtp_graft.pipeline.device import free_gpu_memory
+    from mtp_graft.pipeline.device import find_gpus
 
-    before = free_gpu_memory()[0]
+    before = find_gpus()[0].free
     assert run_in_process(apart.takes_gpu_memory, 8, report=quiet) == 8
-    assert before - free_gpu_memory()[0] < 2**30
+    assert before - find_gpus()[0].free < 2**30
     assert not torch.cuda.is_initialized()

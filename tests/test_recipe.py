@@ -1,6 +1,6 @@
 """Recipes: read exactly, or refused with the name of what is wrong."""
 
-from dataclasses import FrozenInstanceError, asdict
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -106,20 +106,6 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
     assert load_recipe(minimal, ["bench.count=2"]).bench.count == 2
 
 
-@pytest.mark.parametrize(
-    ("override", "value"),
-    [
-        ("serve.kv_cache_gib=0.5", 0.5),
-        ("serve.kv_cache_gib=0.01", 0.01),
-        ("bench.k=1", 1),
-        ("quantize.damp=0", 0.0),
-    ],
-)
-def test_every_number_has_its_own_bound(minimal: Path, override: str, value: float) -> None:
-    section, key = override.partition("=")[0].split(".")
-    assert asdict(load_recipe(minimal, [override]))[section][key] == value
-
-
 def test_a_name_that_is_like_no_other_gets_no_suggestion(minimal: Path) -> None:
     with pytest.raises(GraftError, match=r"unknown key 'xyz'; there are copy, linears, variant$"):
         load_recipe(minimal, ["splice.xyz=1"])
@@ -152,12 +138,6 @@ RECIPES = ("tiny", "dsv4-flash")  # a user may have put others beside them
 def test_bundled_recipes_are_valid(repo_root: Path) -> None:
     tiny, _flash = (load_recipe(repo_root / f"recipes/{name}.toml") for name in RECIPES)
     assert Path(tiny.model.base) == repo_root / "models" / "tiny-dsv4" / "base"
-
-
-def test_a_recipe_as_dict_has_every_section(minimal: Path) -> None:
-    sections = asdict(load_recipe(minimal))
-    assert set(sections) == {"model", "capture", "quantize", "score", "splice", "bench", "serve"}
-    assert sections["splice"] == {"variant": "gptq", "copy": False, "linears": "base"}
 
 
 @pytest.mark.parametrize("written", ["true", '"true"', "identity"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: install an extra")
@@ -18,7 +18,7 @@ pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: i
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin import recording, steps
-from mtp_graft.vllm_plugin.cpu.recording import record_on_demand, whole_prompts
+from mtp_graft.vllm_plugin.cpu.recording import record_on_demand
 from mtp_graft.vllm_plugin.cuda import recording as v2
 from mtp_graft.vllm_plugin.recording import make_recorder
 
@@ -144,75 +144,53 @@ def caplog_vllm(
     return caplog
 
 
-def test_prompts_of_a_step_lie_one_after_the_other(written: None, step: Step, folder: Path) -> None:
-    step(prompt(4, 5, 6), prompt(7, 8))
-    (rows,) = recorded(folder).values()
-    assert {name: str(tensor.dtype) for name, tensor in rows.items()} == {
+def test_whole_prompts_of_a_step_lie_one_after_the_other(
+    written: None, step: Step, folder: Path
+) -> None:
+    """Decode steps, later chunks of a prompt and padding are left out."""
+    step(prompt(9, start=40), prompt(4, 5), prompt(6, 7, start=2), prompt(8), padding=3)
+    (found,) = recorded(folder).values()
+    assert {name: str(tensor.dtype) for name, tensor in found.items()} == {
         "token_ids": "torch.int32",
         "residual": "torch.bfloat16",
         "targets": "torch.int32",
         "starts": "torch.int32",
     }
-    assert rows["token_ids"].tolist() == [4, 5, 6, 7, 8]
-    assert rows["starts"].tolist() == [0, 3]
-    assert rows["residual"].tolist() == [[t / 2] * HC_DIM for t in (4, 5, 6, 7, 8)]
-    assert rows["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 6, 7, 8)]
+    assert found["token_ids"].tolist() == [4, 5, 8]
+    assert found["starts"].tolist() == [0, 2]
+    assert found["residual"].tolist() == [[t / 2] * HC_DIM for t in (4, 5, 8)]
+    assert found["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 8)]
 
 
-def test_decode_steps_later_chunks_and_padding_are_left_out(
-    written: None, step: Step, folder: Path
-) -> None:
-    step(prompt(9, start=40), prompt(4, 5), prompt(6, 7, start=2), prompt(8), padding=3)
-    (rows,) = recorded(folder).values()
-    assert rows["token_ids"].tolist() == [4, 5, 8]
-    assert rows["starts"].tolist() == [0, 2]
-    assert rows["residual"][:, 0].tolist() == [2, 2.5, 4]
-
-
-def test_nothing_is_written_for_a_step_without_prompts_or_requests(
+def test_nothing_is_written_without_prompts_or_with_the_switch_off(
     written: None, step: Step, target: Target, place: SimpleNamespace, folder: Path
 ) -> None:
     step(prompt(9, start=40))
     place.metadata = None  # vLLM's own runs to measure memory and warm up
     target(input_ids=torch.tensor([1, 2]), positions=torch.tensor([0, 1]))
-    assert recorded(folder) == {}
-
-
-def test_the_switch_is_looked_at_in_every_step(
-    written: None, step: Step, target: Target, folder: Path
-) -> None:
     (folder / SWITCH_NAME).unlink()
     step(prompt(4, 5))
     assert recorded(folder) == {}
-    assert target.logit_rows == []
     (folder / SWITCH_NAME).touch()
     step(prompt(6))
-    (folder / SWITCH_NAME).unlink()
-    step(prompt(7))
-    assert [rows["token_ids"].tolist() for rows in recorded(folder).values()] == [[6]]
+    assert [found["token_ids"].tolist() for found in recorded(folder).values()] == [[6]]
 
 
-def test_numbering_goes_on_after_an_earlier_servers_recordings(
-    written: None, step: Step, folder: Path
+def test_earlier_recordings_are_kept_and_new_ones_written_in_the_background(
+    step: Step, folder: Path
 ) -> None:
     earlier = folder / RECORDINGS / "000041.safetensors"
-    earlier.write_bytes(b"kept")
-    step(prompt(4))
-    step(prompt(5))
-    names = sorted(path.name for path in (folder / RECORDINGS).iterdir())
-    assert names == [f"0000{n}.safetensors" for n in (41, 42, 43)]
-    assert earlier.read_bytes() == b"kept"
-
-
-def test_recordings_are_copies_written_in_the_background(step: Step, folder: Path) -> None:
-    for token in range(4, 9):
+    save_file({"kept": torch.zeros(1)}, earlier)
+    for token in (4, 5, 6):
         step(prompt(token, token))  # overwrites what the step before left in the buffer
     end = time.monotonic() + 10
-    while len(recorded(folder)) < 5 and time.monotonic() < end:
+    while len(recorded(folder)) < 4 and time.monotonic() < end:
         time.sleep(0.01)
-    rows = list(recorded(folder).values())
-    assert [r["token_ids"].tolist() for r in rows] == [[t, t] for t in range(4, 9)]
-    assert [r["residual"][0, 0].item() for r in rows] == [t / 2 for t in range(4, 9)]
+    found = recorded(folder)
+    assert list(found) == [f"0000{n}.safetensors" for n in (41, 42, 43, 44)]
+    assert "kept" in found.pop(earlier.name)
+    assert [f["token_ids"].tolist() for f in found.values()] == [[t, t] for t in (4, 5, 6)]
+    assert [f["residual"][0, 0].item() for f in found.values()] == [2, 2.5, 3]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
@@ -250,35 +228,20 @@ def test_a_residual_that_the_graph_did_not_write_is_not_finite(
     assert second["residual"].isnan().all()
 
 
-def test_logits_are_computed_in_parts(
-    written: None, step: Step, target: Target, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recording, "_LOGIT_ROWS", 4)
-    step(prompt(*range(10)))
-    assert target.logit_rows == [4, 4, 2]
-    (rows,) = recorded(folder).values()
-    assert rows["targets"].tolist() == [3 * t % VOCAB for t in range(10)]
-
-
-def test_other_ranks_help_with_the_logits_and_write_nothing(
+def test_only_the_first_rank_of_the_last_stage_writes(
     written: None, folder: Path, place: SimpleNamespace
 ) -> None:
     place.rank = 1
-    target = Target()
-    record_on_demand(target, vllm_config())
+    helping = Target()
+    record_on_demand(helping, vllm_config())
     bounds = torch.tensor([0, 2])
     place.metadata = {"layers.0": SimpleNamespace(query_start_loc_cpu=bounds)}
-    target(input_ids=torch.tensor([4, 5]), positions=torch.tensor([0, 1]))
-    assert target.logit_rows == [2]
-    assert recorded(folder) == {}
-
-
-def test_ranks_before_the_last_stage_have_no_hooks(folder: Path, place: SimpleNamespace) -> None:
+    helping(input_ids=torch.tensor([4, 5]), positions=torch.tensor([0, 1]))
+    assert helping.logit_rows == [2], "all ranks have to compute the logits"
     place.last = False
-    target = Target()
-    record_on_demand(target, vllm_config())
-    assert target.model._mtp_hidden_buffer is None
-    assert not target._forward_hooks
+    record_on_demand(earlier_stage := Target(), vllm_config())
+    assert earlier_stage.model._mtp_hidden_buffer is None and not earlier_stage._forward_hooks
+    assert recorded(folder) == {}
 
 
 def test_without_the_variable_nothing_changes(
@@ -291,31 +254,15 @@ def test_without_the_variable_nothing_changes(
     assert not target._forward_hooks
 
 
-def test_a_drafters_buffer_is_used_as_it_is(folder: Path, place: SimpleNamespace) -> None:
-    target = Target()
-    buffer = target.model._mtp_hidden_buffer = torch.zeros(ROWS, HC_DIM).bfloat16()
-    record_on_demand(target, vllm_config())
-    assert target.model._mtp_hidden_buffer is buffer
-
-
-def test_data_parallel_replicas_are_refused(folder: Path, place: SimpleNamespace) -> None:
+def test_what_cannot_be_recorded_is_refused(
+    folder: Path, target: Target, place: SimpleNamespace
+) -> None:
     with pytest.raises(GraftError, match="data parallel size 2, expected 1"):
         record_on_demand(Target(), vllm_config(data_parallel_size=2))
-
-
-@pytest.mark.parametrize("metadata", [[{}], {"layers.0": SimpleNamespace()}])
-def test_unknown_metadata_is_an_error(
-    written: None, target: Target, place: SimpleNamespace, metadata: Any
-) -> None:
-    place.metadata = metadata
-    with pytest.raises(GraftError, match=r"micro-batches|query_start_loc_cpu"):
-        target(input_ids=torch.tensor([4]), positions=torch.tensor([0]))
-
-
-def test_whole_prompts_begin_at_position_0() -> None:
-    positions = torch.tensor([0, 1, 2, 7, 0, 1, 0, 0, 0])
-    assert whole_prompts([0, 3, 4, 6, 6, 7], positions) == [(0, 3), (4, 6), (6, 7)]
-    assert whole_prompts([0], positions) == []
+    for metadata in ([{}], {"layers.0": SimpleNamespace()}):
+        place.metadata = metadata
+        with pytest.raises(GraftError, match=r"micro-batches|query_start_loc_cpu"):
+            target(input_ids=torch.tensor([4]), positions=torch.tensor([0]))
 
 
 @pytest.fixture
@@ -363,13 +310,3 @@ def test_v2_records_prompts_that_a_step_holds_whole(
     assert rows["starts"].tolist() == [0, 2]
     assert rows["residual"][:, 0].tolist() == [2, 2.5, 4]
     assert rows["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 8)]
-
-
-def test_v2_heeds_the_switch_and_forgets_rows(written: None, step_v2: Step, folder: Path) -> None:
-    (folder / SWITCH_NAME).unlink()
-    step_v2(([4], 0, 1))
-    assert recorded(folder) == {}
-    (folder / SWITCH_NAME).touch()
-    step_v2(([5], 0, 1))
-    (rows,) = recorded(folder).values()
-    assert rows["token_ids"].tolist() == [5]

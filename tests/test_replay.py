@@ -86,7 +86,7 @@ def test_drafts_are_the_argmax_of_the_heads_logits(
     assert (best[:, 0] - best[:, 1]).min() > 1e-4, "a near tie: choose another seed"
     head = build_head(config, decoded)
     assert replay_drafts(head, lm_head, residual, embeds).tolist() == logits.argmax(-1).tolist()
-    late = replay_drafts(head, lm_head, residual, embeds, first_row=40)
+    late = replay_drafts(head, lm_head, residual, embeds, start=40)
     assert late.tolist() == logits.argmax(-1).tolist()[40:]
 
 
@@ -121,28 +121,6 @@ def test_router_chooses_the_largest_biased_scores(
         scores = torch.log1p(torch.exp(gate @ x)).sqrt() + bias.double()
         ranked = sorted(range(len(scores)), key=lambda e: -scores[e])
         assert sorted(ranked[: config.num_experts_per_tok]) == chosen
-
-
-def test_module_names_come_back_to_the_native_ones(
-    config: DeepseekV4Config, decoded: dict[str, Tensor]
-) -> None:
-    native = names.head_from_module(build_head(config, decoded).state_dict())
-    assert native.keys() == decoded.keys()
-    assert all(torch.equal(native[name], tensor) for name, tensor in decoded.items())
-
-
-def test_bf16_head_keeps_its_float32_parameters(
-    config: DeepseekV4Config, decoded: dict[str, Tensor]
-) -> None:
-    head = build_head(config, decoded, dtype=torch.bfloat16)
-    state = names.head_from_module(head.state_dict())
-    assert {n for n, t in state.items() if t.dtype == torch.float32} == {
-        name for name in state if names.storage_dtype(name) == torch.float32
-    }
-    residual, embeds, lm_head = sequence(config, seed=3)
-    drafts = replay_drafts(head, lm_head.bfloat16(), residual, embeds)
-    exact = replay_drafts(build_head(config, decoded), lm_head, residual, embeds)
-    assert (drafts == exact).float().mean() > 0.9
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +16,49 @@ import torch
 
 from engine.conftest import wait_until_idle
 from engine.reference_model import load_reference
-from mtp_graft.checkpoint.capture import Recorded, iterate_capture, read_sequences, read_texts
+from mtp_graft.checkpoint.capture import (
+    CapturedSequence,
+    Recorded,
+    read_recorded,
+    read_sequences,
+    read_texts,
+)
+from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.server import managed_server
-from mtp_graft.stages.capture import (
-    CaptureConfig,
-    Wanted,
-    capture_with,
-    recording_options,
-)
+from mtp_graft.stages.capture import capture, recording_options
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-CONFIG = CaptureConfig(max_prompt_tokens=256, new_tokens=56, concurrency=3, max_model_len=1024)
-
-
-def config(concurrency: int) -> CaptureConfig:
-    """Return the module's settings with so many prompts in work at a time."""
-    return replace(CONFIG, concurrency=concurrency)
-
-
+NEW_TOKENS = 56
 STREAMS = 4
 NUM_PROMPTS = 6
 QUESTION = "How many legs have 7 cows?"
 EOS = 1
 
 
-def choose_prompts(tiny_model: Path, folder: Path) -> dict[str, Wanted]:
-    """Five bundled prompts, and a conversation that the server has to encode."""
+def wanted(tiny_model: Path, folder: Path, concurrency: int) -> CaptureSection:
+    """Ask for five bundled prompts, and a conversation that the server has to encode."""
     chat = {"prompt_id": "chat", "messages": [{"role": "user", "content": QUESTION}]}
     conversation = folder / "chat.jsonl"
     conversation.write_text(json.dumps(chat))
-    bundled = str(tiny_model / "calibration.jsonl")
-    return {
-        "calibration": Wanted(bundled, NUM_PROMPTS - 1),
-        "evaluation": Wanted(str(conversation), 1),
-    }
+    return CaptureSection(
+        calibration_prompts=str(tiny_model / "calibration.jsonl"),
+        evaluation_prompts=str(conversation),
+        calibration_count=NUM_PROMPTS - 1,
+        evaluation_count=1,
+        max_prompt_tokens=256,
+        new_tokens=NEW_TOKENS,
+        concurrency=concurrency,
+        max_model_len=1024,
+    )
 
 
 class Bench:
     """A server that records, and captures made with it."""
 
-    def __init__(self, client: ServerClient, link: Path, base: Path, prompts: Any) -> None:
-        self.client, self.link, self.base, self.prompts = client, link, base, prompts
+    def __init__(self, client: ServerClient, link: Path, base: Path) -> None:
+        self.client, self.link, self.base = client, link, base
 
     def into(self, folder: Path) -> Path:
         """Have the server record into `folder` from now on."""
@@ -68,8 +68,8 @@ class Bench:
         return folder
 
     def capture(self, folder: Path, concurrency: int) -> dict[str, Any]:
-        out, wanted = self.into(folder), config(concurrency)
-        return capture_with(self.client, self.base, out, wanted, self.prompts, lambda *_: None)
+        out, settings = self.into(folder), wanted(self.base.parent, self.link.parent, concurrency)
+        return capture(nullcontext(self.client), self.base, out, settings, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def bench(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """One server for the module: it records into a link that the tests point to their folders."""
     folder = tmp_path_factory.mktemp("capture")
     base = tiny_model / "base"
-    options = recording_options(base, folder / "link", CONFIG)
+    options = recording_options(base, folder / "link", wanted(tiny_model, folder, 3))
     with managed_server(options, folder / "vllm.log") as client:
-        yield Bench(client, folder / "link", base, choose_prompts(tiny_model, folder))
+        yield Bench(client, folder / "link", base)
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,12 @@ def together(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder, bench.capture(folder, 3)
 
 
+def captured(folder: Path) -> list[tuple[CapturedSequence, Recorded]]:
+    return [(s, read_recorded(folder, s, STREAMS)) for s in read_sequences(folder)]
+
+
 def rows(folder: Path) -> list[Recorded]:
-    return [recorded for _, recorded in iterate_capture(folder, STREAMS)]
+    return [recorded for _, recorded in captured(folder)]
 
 
 def assert_equal(ours: list[Recorded], theirs: list[Recorded]) -> None:
@@ -123,7 +127,7 @@ def test_targets_are_the_tokens_that_were_generated_but_for_rounding(
 ) -> None:
     """A prompt's pass has other kernels than a token's, which shows where the base hesitates."""
     same = []
-    for sequence, recorded in iterate_capture(alone, STREAMS):
+    for sequence, recorded in captured(alone):
         generated = recorded.token_ids[sequence.prompt_tokens :]
         same.append(recorded.targets[sequence.prompt_tokens - 1 : -1] == generated)
     share = torch.cat(same).float().mean().item()
@@ -135,11 +139,11 @@ def test_a_text_ends_where_the_base_ends_it_or_at_the_limit(alone: Path) -> None
     continuations = [text.continuation for text in read_texts(alone)]
     for tokens in continuations:
         assert EOS not in tokens[:-1]
-        assert len(tokens) == CONFIG.new_tokens or tokens[-1] == EOS
-    assert any(len(tokens) < CONFIG.new_tokens for tokens in continuations)
+        assert len(tokens) == NEW_TOKENS or tokens[-1] == EOS
+    assert any(len(tokens) < NEW_TOKENS for tokens in continuations)
     recorded = [
         tuple(each.token_ids[sequence.prompt_tokens :].tolist())
-        for sequence, each in iterate_capture(alone, STREAMS)
+        for sequence, each in captured(alone)
     ]
     assert recorded == continuations
 
@@ -192,13 +196,13 @@ def test_speeds_with_and_without_recording_are_reported(
 
 CLIENT = """
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from engine import test_capture as test
 from mtp_graft.serving.client import ServerClient
-url, base, out = sys.argv[1:]
-prompts = test.choose_prompts(Path(base).parent, Path(out).parent)
-config = test.config(concurrency=1)
-test.capture_with(ServerClient(url), Path(base), Path(out), config, prompts, lambda *_: None)
+url, base, out = sys.argv[1], *map(Path, sys.argv[2:])
+settings = test.wanted(base.parent, out.parent, concurrency=1)
+test.capture(nullcontext(ServerClient(url)), base, out, settings, lambda *_: None)
 """
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from mtp_graft.bench.card import write_card
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SETTINGS = (
@@ -134,6 +136,12 @@ def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
     assert Path(result["report"]).is_file()
 
 
+def test_the_run_has_a_card(killed_run: Any, tmp_path: Path) -> None:
+    page = Path(write_card(killed_run["run"], tmp_path)["card"]).read_text()
+    assert "| result | ok |" in page and "| gptq (this one) | 1 |" in page
+    assert str(killed_run["run"]) not in page
+
+
 def test_offline_and_served_acceptance_agree(killed_run: Any) -> None:
     """On so few drafts (about 200) two of them are a point; the demo compares thousands."""
     result = killed_run["result"]
@@ -170,6 +178,7 @@ def test_the_same_capture_gives_the_same_checkpoint_without_a_kill(
     other = tmp_path / "run"
     other.mkdir()
     shutil.copytree(killed_run["run"] / "capture", other / "capture")
+    shutil.copy(killed_run["run"] / "run.json", other)
     recipe = str(Path(__file__).parents[2] / "recipes" / "tiny.toml")
     for stage in ("quantize", "splice"):
         subprocess.run(arguments(other, stage, recipe), check=True, timeout=300)

@@ -1,6 +1,5 @@
 """The capture stage against a stand-in server: resume, speeds, and what can go wrong."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -8,8 +7,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,22 @@ from mtp_graft.checkpoint.capture import (
     INTACT_NAME,
     RECORDINGS,
     SWITCH_NAME,
-    iterate_capture,
+    read_recorded,
     read_sequences,
     read_texts,
 )
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving import server
-from mtp_graft.serving.command import ServeOptions, build_command
-from mtp_graft.serving.concurrent import concurrently
+from mtp_graft.serving.command import build_command
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
+from mtp_graft.serving.server import managed_server
 from mtp_graft.stages import recordings
-from mtp_graft.stages.capture import CaptureConfig, Wanted, capture, recording_options
+from mtp_graft.stages.capture import capture, recording_options
 
 from .fake_vllm import EOS
 
-CONFIG = CaptureConfig(max_prompt_tokens=8, new_tokens=3, concurrency=2, max_model_len=64)
+NEW_TOKENS = 3
 PROMPTS: dict[str, list[Prompt | ChatPrompt]] = {
     "calibration": [Prompt(f"c{i}", "abcdefgh"[: i + 1]) for i in range(8)],
     "evaluation": [
@@ -59,12 +60,28 @@ def write(file: Path, prompts: Sequence[Prompt | ChatPrompt]) -> str:
     return str(file)
 
 
-def wanted(folder: Path) -> dict[str, Wanted]:
-    """Return all of PROMPTS as the stage is asked for them."""
-    return {
-        split: Wanted(write(folder / f"{split}.jsonl", prompts), len(prompts))
-        for split, prompts in PROMPTS.items()
-    }
+def wanted(folder: Path) -> CaptureSection:
+    """Return settings that ask for all of PROMPTS."""
+    files = {s: write(folder / f"{s}.jsonl", prompts) for s, prompts in PROMPTS.items()}
+    return CaptureSection(
+        calibration_prompts=files["calibration"],
+        evaluation_prompts=files["evaluation"],
+        calibration_count=len(PROMPTS["calibration"]),
+        evaluation_count=len(PROMPTS["evaluation"]),
+        max_prompt_tokens=8,
+        new_tokens=NEW_TOKENS,
+        concurrency=2,
+        max_model_len=64,
+    )
+
+
+def take(
+    base: Path, out: Path, settings: CaptureSection, report: Callable[..., None] = lambda *_: None
+) -> dict[str, Any]:
+    """Capture `out` from a server of its own."""
+    log = out / "vllm.log"
+    serving = managed_server(recording_options(base, out, settings), log)
+    return capture(serving, base, out, settings, report, log)
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +91,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def requests(fake: Callable[..., None], tmp_path: Path) -> Iterator[Path]:
+def requests(fake: Callable[..., None], tmp_path: Path) -> Path:
     """The file in which a well-behaved stand-in writes how many tokens it was asked for."""
     path = tmp_path / "requests"
     fake(requests=str(path), ends=ENDS)
-    yield path
-
-
-def quiet(_label: str, _done: int, _total: int) -> None: ...
+    return path
 
 
 def expected(prompt: Prompt | ChatPrompt) -> tuple[list[int], list[int]]:
@@ -90,7 +104,7 @@ def expected(prompt: Prompt | ChatPrompt) -> tuple[list[int], list[int]]:
         token_ids = [0, *prompt.messages[0]["content"].encode()]
     else:
         token_ids = list(prompt.text.encode())
-    tokens = [(sum(token_ids) + 7 * i) % 1000 for i in range(CONFIG.new_tokens)]
+    tokens = [(sum(token_ids) + 7 * i) % 1000 for i in range(NEW_TOKENS)]
     end = ENDS.get(str(sum(token_ids)))
     return token_ids, tokens if end is None else [*tokens[:end], EOS]
 
@@ -98,7 +112,7 @@ def expected(prompt: Prompt | ChatPrompt) -> tuple[list[int], list[int]]:
 def check_complete(out: Path) -> None:
     """Every prompt is captured once, with its own rows, and nothing else is left behind."""
     asked = [(split, prompt) for split, each in PROMPTS.items() for prompt in each]
-    captured = list(iterate_capture(out, streams=2))
+    captured = [(s, read_recorded(out, s, streams=2)) for s in read_sequences(out)]
     assert [s.number for s, _ in captured] == list(range(NUM_PROMPTS))
     for (split, prompt), (sequence, recorded) in zip(asked, captured, strict=True):
         token_ids, answer = expected(prompt)
@@ -122,12 +136,12 @@ def test_every_prompt_is_continued_to_its_end_and_recorded(
 ) -> None:
     out = tmp_path / "capture"
     seen: list[tuple[str, int, int]] = []
-    result = capture(base, out, CONFIG, wanted(tmp_path), lambda *step: seen.append(step))
+    result = take(base, out, wanted(tmp_path), lambda *step: seen.append(step))
     check_complete(out)
     lengths = [len(t) + len(a) for each in PROMPTS.values() for t, a in map(expected, each)]
     assert result["sequences"] == NUM_PROMPTS
     assert result["tokens"] == sum(lengths)
-    assert lengths[:3] == [1 + 1, 2 + 2, 3 + CONFIG.new_tokens]
+    assert lengths[:3] == [1 + 1, 2 + 2, 3 + NEW_TOKENS]
     assert result["splits"] == {"calibration": 8, "evaluation": 3}
     assert result["dropped"] == []
     assert all(speed > 0 for speed in result["tok_s"].values())
@@ -138,6 +152,9 @@ def test_every_prompt_is_continued_to_its_end_and_recorded(
         steps = [(done, total) for name, done, total in seen if name == label]
         assert steps == sorted(steps)
         assert steps[-1] == (NUM_PROMPTS, NUM_PROMPTS)
+    requests.unlink()
+    assert take(base, out, wanted(tmp_path)) == result, "a finished capture is only reported"
+    assert not requests.exists()
 
 
 def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
@@ -146,14 +163,17 @@ def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
     """Both splits draw from one source, each from where the one before it stopped."""
     texts = ["ab", "x" * 9, "cd", "y" * 10, "ef", "x" * 8, "gh"]
     source = write(tmp_path / "p.jsonl", [Prompt(f"p{n}", text) for n, text in enumerate(texts)])
-    prompts = {"calibration": Wanted(source, 2), "evaluation": Wanted(source, 2)}
-    result = capture(base, tmp_path / "capture", CONFIG, prompts, quiet)
+    settings = replace(
+        wanted(tmp_path),
+        **dict.fromkeys(("calibration_prompts", "evaluation_prompts"), source),
+        **dict.fromkeys(("calibration_count", "evaluation_count"), 2),
+    )
+    result = take(base, tmp_path / "capture", settings)
     assert result["dropped"] == [
         {"id": "p1", "split": "calibration", "tokens": 9},
         {"id": "p3", "split": "evaluation", "tokens": 10},
     ]
-    for split, names in (("calibration", "p1 (9)"), ("evaluation", "p3 (10)")):
-        assert f"prompts for {split} with more than 8 tokens, left out: {names}" in caplog.text
+    assert "p1 (9)" in caplog.text and "p3 (10)" in caplog.text
     captured = [(t.split, t.id, bytes(t.prompt)) for t in read_texts(tmp_path / "capture")]
     assert captured == [
         ("calibration", "p0", b"ab"),
@@ -161,19 +181,9 @@ def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
         ("evaluation", "p4", b"ef"),
         ("evaluation", "p5", b"x" * 8),
     ]
-    prompts["evaluation"] = Wanted(source, 4)
     said = r"3 prompts for evaluation, expected 4; .*: p3 \(10\); allow longer"
     with pytest.raises(GraftError, match=said):
-        capture(base, tmp_path / "more", CONFIG, prompts, quiet)
-
-
-def test_a_finished_capture_is_reported_without_a_server(
-    base: Path, requests: Path, tmp_path: Path
-) -> None:
-    result = capture(base, tmp_path / "capture", CONFIG, wanted(tmp_path), quiet)
-    requests.unlink()
-    assert capture(base, tmp_path / "capture", CONFIG, wanted(tmp_path), quiet) == result
-    assert not requests.exists()
+        take(base, tmp_path / "more", replace(settings, evaluation_count=4))
 
 
 @pytest.mark.parametrize("dies_at", [5, 1 + NUM_PROMPTS + 8])
@@ -184,7 +194,7 @@ def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
     out, log = tmp_path / "capture", tmp_path / "requests"
     fake(dies_at=dies_at, requests=str(log), ends=ENDS)
     with pytest.raises(GraftError, match=r"vllm\.log: RuntimeError: died in the middle"):
-        capture(base, out, CONFIG, wanted(tmp_path), quiet)
+        take(base, out, wanted(tmp_path))
     texts, sequences = len(read_texts(out)), len(read_sequences(out))
     assert (texts == NUM_PROMPTS) == (dies_at > NUM_PROMPTS)
     assert texts > 0
@@ -193,9 +203,9 @@ def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
 
     log.unlink()
     fake(requests=str(log), ends=ENDS)
-    capture(base, out, CONFIG, wanted(tmp_path), quiet)
+    take(base, out, wanted(tmp_path))
     check_complete(out)
-    assert asked(log).get(CONFIG.new_tokens, 0) == NUM_PROMPTS - texts
+    assert asked(log).get(NEW_TOKENS, 0) == NUM_PROMPTS - texts
 
 
 CLIENT = """
@@ -203,44 +213,38 @@ import json, sys
 from pathlib import Path
 from serving import test_capture_stage as test
 base, out = map(Path, sys.argv[1:])
-test.capture(base, out, test.CONFIG, test.wanted(out.parent), test.quiet)
+test.take(base, out, test.wanted(out.parent))
 """
 
 
-@pytest.mark.parametrize("file", ["texts.jsonl", "index.jsonl"])
 def test_a_killed_client_goes_on_where_it_was(
-    file: str,
-    base: Path,
-    vllm: Path,
-    fake: Callable[..., None],
-    tmp_path: Path,
-    repo_root: Path,
+    base: Path, vllm: Path, fake: Callable[..., None], tmp_path: Path, repo_root: Path
 ) -> None:
     out, log, record = tmp_path / "capture", tmp_path / "requests", tmp_path / "record.json"
     fake(step_s=0.1, record=str(record), ends=ENDS)
-    site = os.environ["PYTHONPATH"]
-    environment = {**os.environ, "PYTHONPATH": f"{repo_root / 'tests'}:{site}"}
+    path = f"{repo_root}/src:{repo_root}/tests:{os.environ['PYTHONPATH']}"
+    environment = {**os.environ, "PYTHONPATH": path}
     client = subprocess.Popen([sys.executable, "-c", CLIENT, base, out], env=environment)
-    wait_for_lines(out / file, 3, client)
+    wait_for_lines(out / "index.jsonl", 3, client)
     client.kill()
     client.wait()
     for pid in json.loads(record.read_text())["pids"]:
         with suppress(ProcessLookupError):  # the server may end with its client
             os.kill(pid, signal.SIGKILL)
     texts, sequences = read_texts(out), read_sequences(out)
-    assert 0 < len(texts if file == "texts.jsonl" else sequences) < NUM_PROMPTS
+    assert 0 < len(sequences) < NUM_PROMPTS
 
     fake(requests=str(log), ends=ENDS)
-    capture(base, out, CONFIG, wanted(tmp_path), quiet)
+    take(base, out, wanted(tmp_path))
     check_complete(out)
-    assert asked(log).get(CONFIG.new_tokens, 0) == NUM_PROMPTS - len(texts)
+    assert NEW_TOKENS not in asked(log), "all texts were finished"
     assert [text for text in read_texts(out) if text in texts] == texts
     kept = {s.number: s for s in read_sequences(out)}
     assert all(kept[s.number] == s for s in sequences)
 
 
 def wait_for_lines(path: Path, count: int, client: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert client.poll() is None, "the client ended by itself"
         assert time.monotonic() < deadline
@@ -254,7 +258,7 @@ def test_a_server_that_does_not_record_whole_prompts_is_an_error(
     fake(records=records)
     out = tmp_path / "capture"
     with pytest.raises(GraftError, match="is in no recording; expected a server that records"):
-        capture(base, out, CONFIG, wanted(tmp_path), quiet)
+        take(base, out, wanted(tmp_path))
     assert len(read_texts(out)) == NUM_PROMPTS
     assert not (out / SWITCH_NAME).exists()
 
@@ -278,124 +282,42 @@ def test_a_recording_that_cannot_be_written_is_one_error_with_the_logs_reason(
     monkeypatch.setattr(recordings, "WRITE_TIMEOUT_S", 30.0)
     started = time.monotonic()
     with pytest.raises(GraftError) as raised:
-        capture(base, out, CONFIG, wanted(tmp_path), quiet)
+        take(base, out, wanted(tmp_path))
     recorder.join()
     assert time.monotonic() - started < 20, "it is seen at once, not after the timeout"
     assert "recordings: the server could not write what it recorded; make room" in str(raised.value)
     assert "vllm.log: OSError: [Errno 28] No space left on device" in str(raised.value)
     assert len(read_texts(out)) == NUM_PROMPTS
     fake(ends=ENDS)
-    capture(base, out, CONFIG, wanted(tmp_path), quiet)
+    take(base, out, wanted(tmp_path))
     check_complete(out)
 
 
-def test_another_configuration_is_not_mixed_in(base: Path, requests: Path, tmp_path: Path) -> None:
-    prompts = wanted(tmp_path)
-
-    def call(config: CaptureConfig = CONFIG, prompts: Any = prompts) -> dict[str, Any]:
-        return capture(base, tmp_path / "capture", config, prompts, quiet)
-
-    result = call()
-    assert call(dataclasses.replace(CONFIG, concurrency=7)) == result, "speed is no configuration"
+def test_other_settings_or_another_base_are_not_mixed_in(
+    base: Path, requests: Path, tmp_path: Path
+) -> None:
+    out, settings = tmp_path / "capture", wanted(tmp_path)
+    result = take(base, out, settings)
+    assert take(base, out, replace(settings, concurrency=7)) == result, "speed is no such setting"
     with pytest.raises(GraftError, match="new_tokens = 3, now it is 4"):
-        call(dataclasses.replace(CONFIG, new_tokens=4))
+        take(base, out, replace(settings, new_tokens=4))
     with pytest.raises(GraftError, match="begun with prompts"):
-        call(prompts={"calibration": prompts["calibration"]})
+        take(base, out, replace(settings, evaluation_count=2))
     (base / "model-1.safetensors").write_bytes(b"other weights")
     with pytest.raises(GraftError, match="begun with base"):
-        call()
+        take(base, out, settings)
 
 
 def test_the_server_records_and_never_cuts_a_prompt(base: Path, vllm: Path, tmp_path: Path) -> None:
-    command = build_command(recording_options(base, tmp_path / "capture", CaptureConfig()))
+    settings = replace(wanted(tmp_path), concurrency=8, max_model_len=1024)
+    command = build_command(recording_options(base, tmp_path / "capture", settings))
     assert command.env["MTP_GRAFT_RECORD"] == str(tmp_path / "capture")
     line = " ".join(command.argv)
     for part in (
         "--no-enable-chunked-prefill",
         "--no-enable-prefix-caching",
-        "--max-model-len 2048",
+        "--max-model-len 1024",
         "--max-num-batched-tokens 2048",
         "--max-num-seqs 8",
     ):
         assert part in line
-    assert "MTP_GRAFT_RECORD" not in build_command(ServeOptions(base)).env
-
-
-def test_a_context_that_is_too_short_is_said_before_serving(base: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, max_model_len=11)
-    with pytest.raises(GraftError, match="max_model_len is 11, expected at least 12"):
-        capture(base, tmp_path / "capture", config, wanted(tmp_path), quiet)
-
-
-def test_concurrently_yields_what_was_in_work_before_it_raises() -> None:
-    begun: list[int] = []
-
-    def work(item: int) -> int:
-        begun.append(item)
-        time.sleep(0.05 * (item != 0))
-        if item == 0:
-            raise GraftError("the first one")
-        return item
-
-    finished: list[int] = []
-    with pytest.raises(GraftError, match="the first one"):
-        for item in concurrently(work, range(100), 4):
-            finished.append(item)
-    assert sorted(begun) == [0, *sorted(finished)]
-    assert len(begun) <= 4
-
-
-INTERRUPTED = """
-import signal, time
-from mtp_graft.serving.concurrent import concurrently
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
-
-def work(item):
-    if item == 3:
-        print("in work", flush=True)
-    time.sleep(60)
-
-for _ in concurrently(work, range(100), 4):
-    pass
-"""
-
-
-def test_ctrl_c_does_not_wait_for_what_is_in_work() -> None:
-    command = [sys.executable, "-c", INTERRUPTED]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as client:
-        assert client.stdout is not None and client.stdout.readline() == "in work\n"
-        client.send_signal(signal.SIGINT)
-        assert client.wait(timeout=5) == -signal.SIGINT
-
-
-def test_a_caller_that_leaves_begins_nothing_more() -> None:
-    begun: list[int] = []
-
-    def work(item: int) -> int:
-        begun.append(item)
-        time.sleep(0.02)
-        return item
-
-    for _ in concurrently(work, range(100), 2):
-        break
-    time.sleep(0.1)
-    assert len(begun) <= 4
-    assert list(concurrently(work, [], 2)) == []
-
-
-def test_concurrently_has_no_more_in_work_than_asked() -> None:
-    in_work: list[int] = []
-    most: list[int] = []
-
-    def work(item: int) -> int:
-        in_work.append(item)
-        most.append(len(in_work))
-        time.sleep(0.01)
-        in_work.remove(item)
-        return item
-
-    assert sorted(concurrently(work, range(20), 3)) == list(range(20))
-    assert max(most) == 3

@@ -49,17 +49,6 @@ def counted(how_many: int, what: str) -> str:
     return f"{int(how_many):,} {what}{'' if how_many == 1 else 's'}"
 
 
-_FILTERS: tuple[Callable[..., str], ...] = (
-    number,
-    percent,
-    percents,
-    percent_interval,
-    spread,
-    points,
-    counted,
-)
-
-
 def as_html(text: str) -> str:
     """Return a text as HTML, with a sign for each character that a page must not have."""
     from markupsafe import escape
@@ -93,7 +82,8 @@ def render(template: str, escape: Callable[[str], str], data: Mapping[str, Any])
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {each.__name__: each for each in _FILTERS}
+    for write in (number, percent, percents, percent_interval, spread, points, counted):
+        environment.filters[write.__name__] = write
     try:
         return environment.get_template(template).render(data)
     except UndefinedError as error:

@@ -9,16 +9,16 @@ A recording that no line names belongs to a pass whose client was killed, and ma
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import is_full_disk, read_tensors
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError
 
 INDEX_NAME = "index.jsonl"
 TEXTS_NAME = "texts.jsonl"
@@ -86,21 +86,17 @@ def append_text(folder: Path, text: FinishedText) -> None:
     _append_line(folder / TEXTS_NAME, asdict(text))
 
 
+def append_sequence(folder: Path, sequence: CapturedSequence) -> None:
+    """Add one line to the index and sync it."""
+    _append_line(folder / INDEX_NAME, asdict(sequence))
+
+
 def read_texts(folder: Path) -> list[FinishedText]:
     """Return the finished texts of a capture folder, by number; a torn last line is not one.
 
     Raises GraftError for a line in the middle that is no text.
     """
-    texts = _read_lines(folder / TEXTS_NAME, FinishedText)
-    whole = (
-        FinishedText(t.number, t.id, t.split, tuple(t.prompt), tuple(t.continuation)) for t in texts
-    )
-    return sorted(whole, key=lambda text: text.number)
-
-
-def append_sequence(folder: Path, sequence: CapturedSequence) -> None:
-    """Add one line to the index and sync it."""
-    _append_line(folder / INDEX_NAME, asdict(sequence))
+    return _read_lines(folder / TEXTS_NAME, FinishedText)
 
 
 def read_sequences(folder: Path) -> list[CapturedSequence]:
@@ -108,8 +104,7 @@ def read_sequences(folder: Path) -> list[CapturedSequence]:
 
     Raises GraftError for a line in the middle that is no sequence.
     """
-    by_number = {s.number: s for s in _read_lines(folder / INDEX_NAME, CapturedSequence)}
-    return [by_number[number] for number in sorted(by_number)]
+    return _read_lines(folder / INDEX_NAME, CapturedSequence)
 
 
 def _append_line(path: Path, row: dict[str, Any]) -> None:
@@ -139,15 +134,16 @@ def _read_lines(path: Path, kind: type[Row]) -> list[Row]:
         return []
     lines = path.read_bytes().split(b"\n")
     lines.pop()  # what follows the last newline: nothing, or a line whose write was cut off
-    rows = []
+    rows: dict[int, Row] = {}
+    validate = TypeAdapter(kind).validate_json
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(kind(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise GraftError(
-                f"{path}:{number}: not a {kind.__name__} ({in_words(error)})"
-            ) from error
-    return rows
+            row = validate(line)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+            raise GraftError(f"{path}:{number}: not a {kind.__name__} ({why})") from error
+        rows[row.number] = row
+    return [rows[number] for number in sorted(rows)]
 
 
 def read_recorded(
@@ -159,43 +155,28 @@ def read_recorded(
     shapes, and for values that are not finite.
     """
     path = folder / RECORDINGS / sequence.recording
-    rows = slice(sequence.start, sequence.start + sequence.tokens)
+    tokens = slice(sequence.start, sequence.start + sequence.tokens)
     pinned = torch.device(device).type == "cuda"
-    recorded = read_tensors(path, ("token_ids", "residual", "targets"), rows, pinned=pinned)
+    recorded = read_tensors(path, ("token_ids", "residual", "targets"), tokens, pinned=pinned)
     token_ids, targets = recorded["token_ids"], recorded["targets"]
     residual = recorded["residual"].to(device, non_blocking=pinned)
-    where = f"{path}: prompt {sequence.id!r}"
     if len(token_ids) != sequence.tokens or len(residual) != sequence.tokens:
-        raise GraftError(
-            f"{where}: {len(token_ids)} rows at row {sequence.start}, expected {sequence.tokens}; "
+        problem = (
+            f"{len(token_ids)} tokens from token {sequence.start} on, expected {sequence.tokens}; "
             "capture again into an empty folder"
         )
-    if residual.dim() != 2 or residual.shape[1] % streams:
-        raise GraftError(
-            f"{where}: residual of shape {list(residual.shape)}, expected [tokens, a multiple of "
-            f"{streams} streams]"
+    elif residual.dim() != 2 or residual.shape[1] % streams:
+        problem = (
+            f"residual of shape {list(residual.shape)}, expected [tokens, a multiple of {streams} "
+            "streams]; capture and base are of different models"
         )
-    if not torch.isfinite(residual).all():
-        row = int((~torch.isfinite(residual)).any(dim=1).nonzero()[0])
-        raise GraftError(
-            f"{where}: not-finite residual at token {row}; the base itself went wrong there: "
-            "check its checkpoint and kernels, then capture again"
+    elif not torch.isfinite(residual).all():
+        first = int((~torch.isfinite(residual)).any(dim=1).nonzero()[0])
+        problem = (
+            f"not-finite residual at token {first}; the base itself went wrong there: check its "
+            "checkpoint and kernels, then capture again"
         )
-    return Recorded(token_ids.long(), residual.unflatten(1, (streams, -1)), targets.long())
-
-
-def iterate_capture(
-    folder: Path, streams: int, split: str | None = None
-) -> Iterator[tuple[CapturedSequence, Recorded]]:
-    """Yield every sequence of `split` (or of all) with what was recorded of it, by number.
-
-    Raises GraftError if there is none.
-    """
-    wanted = [s for s in read_sequences(folder) if split in (None, s.split)]
-    if not wanted:
-        raise GraftError(
-            f"{folder}: no captured sequences{'' if split is None else f' of split {split!r}'}; "
-            "run `mtp-graft capture` first"
-        )
-    for sequence in wanted:
-        yield sequence, read_recorded(folder, sequence, streams)
+    else:
+        residual = residual.unflatten(1, (streams, -1))
+        return Recorded(token_ids.long(), residual, targets.long())
+    raise GraftError(f"{path}: prompt {sequence.id!r}: {problem}")

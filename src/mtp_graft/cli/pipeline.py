@@ -11,7 +11,6 @@ from mtp_graft.cli.app import JsonOption, app
 from mtp_graft.cli.bench_tables import drafting_lines
 from mtp_graft.cli.help import PIPELINE
 from mtp_graft.cli.output import progress_bar, result_console, write_json
-from mtp_graft.errors import GraftError
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")]
 RunOption = Annotated[
@@ -33,18 +32,21 @@ SetOption = Annotated[
 ]
 
 
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")]
+
+
 @app.command(rich_help_panel=PIPELINE)
 def demo(
     run: Annotated[Path, typer.Option(metavar="DIR", help="Run folder.")] = Path("runs/demo"),
     k: KOption = None,
     overrides: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")] = False,
+    dry_run: DryRunOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Run the whole pipeline on the bundled tiny model: graft its head on, serve it, measure it."""
     from mtp_graft.pipeline import find_bundled_recipe
 
-    _run_recipe(find_bundled_recipe(), run, _with_k(overrides, k), None, None, dry_run, json_file)
+    _run_recipe(find_bundled_recipe(), run, overrides, k, None, None, dry_run, json_file)
 
 
 @app.command("run", rich_help_panel=PIPELINE)
@@ -58,24 +60,19 @@ def run_command(
         str | None,
         typer.Option("--from", metavar="STAGE", help="Do this stage and those after it anew."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")] = False,
+    dry_run: DryRunOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Run a recipe's stages, from capture to report; a run that was cut off goes on."""
-    if only is not None and start is not None:  # together they would remove what --only names
-        raise typer.BadParameter("give one of --only and --from")
     folder = run or Path("runs") / recipe.stem
-    _run_recipe(recipe, folder, _with_k(overrides, k), only, start, dry_run, json_file)
-
-
-def _with_k(overrides: list[str] | None, k: int | None) -> list[str]:
-    return [*(overrides or ()), *([] if k is None else [f"bench.k={k}"])]
+    _run_recipe(recipe, folder, overrides, k, only, start, dry_run, json_file)
 
 
 def _run_recipe(
     file: Path,
     run: Path,
-    overrides: list[str],
+    overrides: list[str] | None,
+    k: int | None,
     only: str | None,
     start: str | None,
     dry_run: bool,
@@ -84,11 +81,9 @@ def _run_recipe(
     from mtp_graft.pipeline import choose_stages, plan_run, run_pipeline
     from mtp_graft.recipe import load_recipe
 
-    try:
-        stages = choose_stages(only, start)
-    except GraftError as error:
-        raise typer.BadParameter(str(error)) from error
-    recipe = load_recipe(file, overrides)
+    stages = choose_stages(only, start)
+    drafts = [] if k is None else [f"bench.k={k}"]
+    recipe = load_recipe(file, [*(overrides or ()), *drafts])
     if dry_run:
         plan = plan_run(recipe, run, stages)
         write_json(plan, json_file)
@@ -104,23 +99,17 @@ def _print_plan(plan: dict[str, Any], out: Console) -> None:
     """Show stages, sizes and times for people."""
     out.print(f"{', '.join(plan['stages'])}: in {plan['run']}", soft_wrap=True)
     if plan["unknown"] is not None:
-        out.print(
-            plan["unknown"],
-            "not known therefore: bytes to download, disk and memory for every stage, and times",
-            *(f"known all the same: {size}" for size in plan["known"]),
-            sep="\n",
-            soft_wrap=True,
-            markup=False,
-        )
+        out.print(plan["unknown"], soft_wrap=True, markup=False)
+        out.print("sizes, needs and times are not known therefore")
         return
     sources = Table("checkpoint", "from", "files", "GB", "GB to download")
     for name, source in plan["sources"].items():
-        sizes = (_gigabytes(source[key]) for key in ("bytes", "bytes_to_download"))
+        sizes = (f"{source[key] / 1e9:,.3f}" for key in ("bytes", "bytes_to_download"))
         sources.add_row(name, source["source"], str(len(source["files"])), *sizes)
     needs = Table("stage", "needs", "of", "GB at most", "for")
-    for need in plan["needs"]:
-        amount = _gigabytes(need["bytes"])
-        needs.add_row(need["stage"], need["of"], need["where"], amount, need["what_for"])
+    for need in plan["needs"] or ():
+        row = need["stage"], need["of"], need["where"], f"{need['bytes'] / 1e9:,.3f}"
+        needs.add_row(*row, need["what_for"])
     times = Table("stage", "about", "estimated by")
     for stage, estimate in plan["seconds"].items():
         seconds = estimate["seconds"]
@@ -129,25 +118,19 @@ def _print_plan(plan: dict[str, Any], out: Console) -> None:
     for table in (sources, needs, times):
         out.print(table)
     for what in ("inputs", "room"):
-        out.print(f"{what}: {plan[what]}", soft_wrap=True, markup=False)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.3f}"
+        if plan[what] is not None:
+            out.print(f"{what}: {plan[what]}", soft_wrap=True, markup=False)
 
 
 def _print_result(result: dict[str, Any], out: Console) -> None:
     """Show acceptance, decode speeds and where everything is."""
     if result["acceptance_offline"] or result["acceptance_served"]:
         drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
-        served_heading = f"served acceptance{drafting}"
-        table = Table("head", "offline acceptance", served_heading, "95 % interval")
+        table = Table("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
         for name in result["acceptance_offline"] or result["acceptance_served"]:
-            offline = result["acceptance_offline"].get(name)
-            served = result["acceptance_served"].get(name)
-            low, high = result["intervals_served"].get(name, (None, None))
-            interval = "-" if low is None else f"{_percent(low)} to {_percent(high)}"
-            table.add_row(name, _percent(offline), _percent(served), interval)
+            found = (result[f"acceptance_{where}"].get(name) for where in ("offline", "served"))
+            interval = map(_percent, result["intervals_served"].get(name, ()))
+            table.add_row(name, *map(_percent, found), " to ".join(interval) or "-")
         out.print(table)
     for line in drafting_lines(result):
         out.print(f"served, {line}", soft_wrap=True)
@@ -192,7 +175,7 @@ def _stage_command(stage: str, summary: str) -> None:
     ) -> None:
         from mtp_graft.pipeline import run_stage
         from mtp_graft.recipe import load_recipe
-        from mtp_graft.stages.ranks import is_first_rank
+        from mtp_graft.stages.parallel import is_first_rank
 
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:

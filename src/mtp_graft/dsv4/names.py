@@ -13,6 +13,7 @@ from torch import Tensor
 from mtp_graft.errors import GraftError
 
 HEAD_PREFIX = "mtp.0."
+EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
 
 #: Linears that are FP8 in 128 x 128 blocks, in base layers and head alike.
 FP8_LINEAR = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$")

@@ -3,8 +3,9 @@
 Everything the server computes is there: sliding-window attention over the sequence, the router
 with its bias, the activation clamp. Only the KV cache's FP8 rounding is left out.
 
-Shape legend: T tokens of a sequence, R = T - 1 rows (the last token has no successor whose
-embedding the head could read), S streams, D hidden size, K experts a token, V vocabulary.
+Shapes: T tokens of a sequence, R = T - 1 that the head reads (the last has no successor whose
+embedding it could read), S hyper-connection streams, D hidden size, K experts a token,
+V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ _EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 @dataclass(frozen=True)
 class Routed:
-    """What the router saw and chose at each row of a sequence."""
+    """What the router saw and chose at each token of a sequence."""
 
     x: Tensor  # [R, D], the routed experts' input
     experts: Tensor  # int64 [R, K], in ascending order
@@ -114,25 +115,26 @@ def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> Routed:
 
 @torch.inference_mode()
 def replay_drafts(
-    head: MTPHead, lm_head: Tensor, residual: Tensor, embeds: Tensor, first_row: int = 0
+    head: MTPHead, lm_head: Tensor, residual: Tensor, embeds: Tensor, start: int = 0
 ) -> Tensor:
-    """Return the drafted tokens int64 [R - first_row]; row i's is the guess at token i + 2.
+    """Return the drafts int64 [R - start] after the tokens from `start` on.
 
+    The draft after token i is the guess at token i + 2.
     `residual` [T, S, D] and `embeds` [T, D] are those of the sequence's tokens, `lm_head` [V, D]
-    is the base's, in the head's dtype. Attention covers all rows; only those from `first_row` on
-    are drafted for. Raises GraftError if the head gives values that are not finite.
+    is the base's, in the head's dtype. Attention covers all tokens. Raises GraftError if the head
+    gives values that are not finite.
     """
     out = _run(head, residual, embeds)  # [1, R, S, D]
-    logits: Tensor = head.logits(out[:, first_row:], lm_head)[0]  # [R - first_row, V]
+    logits: Tensor = head.logits(out[:, start:], lm_head)[0]  # [R - start, V]
     return logits.argmax(dim=-1)
 
 
 def _run(head: MTPHead, residual: Tensor, embeds: Tensor) -> Tensor:
-    """Return the head's residual stream [1, R, S, D]: row i reads token i + 1's embedding."""
+    """Return the head's stream [1, R, S, D]: at token i it reads token i + 1's embedding."""
     like = head.h_proj.weight
-    rows = residual[None, :-1].to(like)
-    positions = torch.arange(rows.shape[1], device=like.device)[None]
-    stream: Tensor = head(rows, embeds[None, 1:].to(like), positions)
+    residual = residual[None, :-1].to(like)
+    positions = torch.arange(residual.shape[1], device=like.device)[None]
+    stream: Tensor = head(residual, embeds[None, 1:].to(like), positions)
     if not torch.isfinite(stream).all():
         raise GraftError(
             "mtp.0: gives values that are not finite on a captured residual that is; check that "

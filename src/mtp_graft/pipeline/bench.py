@@ -22,9 +22,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
-from mtp_graft.stages.inputs import REPORT_NAME
-
-EVALUATION = "evaluation"  # the split that scores and served acceptance are measured on
+from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME
 
 
 class Bench:
@@ -40,37 +38,41 @@ class Bench:
     def run(self, base: Path) -> list[str]:
         """Measure whatever has not been, then compare decoding with the base's.
 
-        The base comes first and the chosen head right after it. Each has its server for itself,
-        since two do not fit on one GPU; `bench decode --against` takes turns. Returns what the
-        hardware made of the servers' options.
+        The chosen head comes right after the base. Each has its server for itself, since two do
+        not fit on one GPU; `bench decode --against` takes turns. Returns what the hardware made of
+        the servers' options.
         """
         for needed in ("capture", "splice"):
             self._folder.finished(needed)  # said before anything is served
         self._claim()
-        if read_result(self._folder.bench_unit("base")) is None:
-            found = self._measure_base(base)
-            write_json(found | self._adjusted(), self._folder.bench_unit("base"))
-        k = self._recipe.bench.k
+        if self._measured("base") is None:
+            with self._servers.serving(self._servers.measuring_options(base, 0), "base") as client:
+                self.measure_base(client)
         for variant in self._recipe.served_variants:
-            if not self._is_done(variant):
-                checkpoint = self._folder.checkpoint(variant)
-                with self._servers.measured(checkpoint, k, variant) as client:
+            if not self.has_served(variant):
+                checkpoint, k = self._folder.checkpoint(variant), self._recipe.bench.k
+                options = self._servers.measuring_options(checkpoint, k)
+                with self._servers.serving(options, variant) as client:
                     self._measure_variant(variant, client)
-        base_unit, mtp_unit = self._unit("base"), self._unit("mtp")
-        both = (*base_unit.get("adjusted", ()), *mtp_unit.get("adjusted", ()))
-        adjusted = list(dict.fromkeys(both))
-        decode = compare(base_unit, mtp_unit) | {"adjusted": adjusted}
-        write_json(decode, self._folder.bench_unit("decode"))
-        return adjusted
+        mtp = self._measured("mtp") or {}
+        self._write(
+            "decode", {**compare(self._measured("base") or {}, mtp), "adjusted": mtp["adjusted"]}
+        )
+        return mtp["adjusted"]
 
-    def _measure_base(self, base: Path) -> dict[str, Any]:
+    def measure_base(self, client: ServerClient) -> None:
         """Decode prompts that leave room for their answer, on a server of the base."""
+        self._claim()
         wanted = self._recipe.bench
         longest = self._recipe.capture.max_model_len - wanted.max_tokens
-        with self._servers.measured(base, 0, "base") as client:
-            fit, _ = take_fitting(client, self._prompts(), wanted.count, longest, "bench")
-            prompts = [encoded.prompt for encoded in fit]
-            return measure_base(client, prompts, self._config, self._report)
+        fit, _ = take_fitting(client, self._prompts(), wanted.count, longest, "bench")
+        found = measure_base(client, [each.prompt for each in fit], self._config, self._report)
+        self._write("base", found)
+
+    def has_served(self, variant: str) -> bool:
+        """Return whether vLLM has loaded and served the variant's present head."""
+        served = self._measured(f"served-{variant}")
+        return served is not None and served["head"] == self._head(variant)
 
     def _claim(self) -> None:
         bench = self._recipe.bench
@@ -80,21 +82,11 @@ class Bench:
             {
                 "bench": asdict(bench) | {"prompts": sha256(asked.encode()).hexdigest()},
                 "serve": asdict(self._recipe.serve),
+                "chosen": self._recipe.splice.variant,
                 "vllm": str(find_vllm().version),
                 "capture": fingerprints([self._folder.finished("capture") / CONFIG_NAME]),
             },
         )
-
-    def has_served(self, variant: str) -> bool:
-        """Return whether vLLM has loaded and served the variant's present head."""
-        served = read_result(self._folder.bench_unit(f"served-{variant}"))
-        return served is not None and served["head"] == self._head(variant)
-
-    def _is_done(self, variant: str) -> bool:
-        """Return whether all that a variant's server is needed for has been measured."""
-        if not self.has_served(variant):
-            return False
-        return variant != self._recipe.splice.variant or self._folder.bench_unit("mtp").exists()
 
     def _measure_variant(self, variant: str, client: ServerClient) -> None:
         """Note that a served variant loaded; measure its acceptance, and decode if chosen."""
@@ -105,13 +97,10 @@ class Bench:
         label, limits = f"acceptance: {variant}", (captured.new_tokens, captured.concurrency)
         served = measure_acceptance(client, texts, *limits, self._report, label)
         if variant == self._recipe.splice.variant:
-            mtp = measure_mtp(client, self._unit("base"), self._config, self._report)
-            write_json(mtp | self._adjusted(), self._folder.bench_unit("mtp"))
-        head = {"head": self._head(variant)}
-        write_json(served | head, self._folder.bench_unit(f"served-{variant}"))
-
-    def _adjusted(self) -> dict[str, list[str]]:
-        return {"adjusted": self._servers.adjusted}
+            base = self._measured("base") or {}
+            found = measure_mtp(client, base, self._config, self._report)
+            self._write("mtp", found | {"adjusted": self._servers.adjusted})
+        self._write(f"served-{variant}", served | {"head": self._head(variant)})
 
     def _prompts(self) -> Iterator[Prompt | ChatPrompt]:
         """Yield prompts to time, none of them captured."""
@@ -135,7 +124,8 @@ class Bench:
     def _head(self, variant: str) -> dict[str, str]:
         return fingerprints([self._folder.checkpoint(variant) / HEAD_SHARD])
 
-    def _unit(self, unit: str) -> dict[str, Any]:
-        found = read_result(self._folder.bench_unit(unit))
-        assert found is not None, f"{unit} is measured before it is read"
-        return found
+    def _measured(self, unit: str) -> dict[str, Any] | None:
+        return read_result(self._folder.bench_unit(unit))
+
+    def _write(self, unit: str, found: dict[str, Any]) -> None:
+        write_json(found, self._folder.bench_unit(unit))

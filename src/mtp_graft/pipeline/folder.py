@@ -13,9 +13,13 @@ from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.recipe import Recipe
-from mtp_graft.stages.ranks import is_first_rank
+from mtp_graft.stages.parallel import is_first_rank
 
-_SECONDS = "seconds.json"
+STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
+#: What is said of the run as a whole: its `format`, and the `seconds` of every stage.
+_RUN_NAME = "run.json"
+#: The version of mtp-graft that was the first to lay out run folders as they are now.
+_FORMAT = "0.2"
 
 
 @contextmanager
@@ -44,12 +48,24 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """The folder of one run of a recipe."""
+    """The folder of one run of a recipe; raises GraftError for one of mtp-graft 0.1."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
         self._name = recipe.model.name
-        self.seconds: dict[str, float] = read_result(path / _SECONDS) or {}
+        about = read_result(path / _RUN_NAME) or {"format": self._made_by()}
+        self.seconds: dict[str, float] = about.get("seconds", {})
+        if about["format"] != _FORMAT:
+            raise GraftError(
+                f"{path}: is a run folder of mtp-graft {about['format']}, expected {_FORMAT}; "
+                "remove it or use another --run"
+            )
+
+    def _made_by(self) -> str:
+        """Return what the stages' manifests say, for a folder that does not say it itself."""
+        manifests = (read_result(self.stage(stage) / "manifest.json") for stage in STAGES)
+        versions = (m.get("versions", {}).get("mtp-graft", _FORMAT) for m in manifests if m)
+        return next((v for v in versions if v.startswith("0.1.")), _FORMAT)
 
     def stage(self, stage: str) -> Path:
         """Return the folder of a stage."""
@@ -74,30 +90,33 @@ class RunFolder:
         """Return the file of one measurement: `base`, `mtp` or `served-VARIANT`."""
         return self.stage("bench") / f"{unit}.json"
 
-    def log(self, server: str) -> Path:
-        """Return where a server's output goes."""
-        return self.path / "logs" / f"vllm-{server}.log"
-
     def forget(self, stages: Sequence[str]) -> None:
         """Remove what the stages left, and the time they took."""
         for stage in stages:
             if self.stage(stage).exists():
                 shutil.rmtree(self.stage(stage))
             self.seconds.pop(stage, None)
-        write_json(self.seconds, self.path / _SECONDS)
+        self._write()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time inside to what earlier calls spent on the stage."""
-        started = time.perf_counter()
+        """Add the time inside to what earlier calls spent on the stage.
+
+        Time that another stage takes inside is that one's alone.
+        """
+        self._write()  # before anything else: whose folder it is
+        started, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
+            spent = time.perf_counter() - started - (sum(self.seconds.values()) - before)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-            if is_first_rank():
-                write_json(self.seconds, self.path / _SECONDS)
+            self._write()
 
     def write_manifest(self, stage: str, config: Mapping[str, Any], inputs: Sequence[Path]) -> None:
         """Say how a stage came about that has no manifest of its own making."""
         write_manifest(self.stage(stage), stage, config, inputs, device_name(), self.seconds[stage])
+
+    def _write(self) -> None:
+        if is_first_rank():
+            write_json({"format": _FORMAT, "seconds": self.seconds}, self.path / _RUN_NAME)

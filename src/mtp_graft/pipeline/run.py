@@ -1,9 +1,22 @@
-"""One run: the stages in order, each as the recipe wants it, in one run folder."""
+"""One run: the stages in order, each as the recipe wants it, in one run folder.
 
-import json
+    fetch      hub or folder          -> base checkpoint, upstream head
+    capture    base served by vLLM    -> token ids, residual stream, the base's own next token
+    quantize   capture + head         -> GPTQ's experts, errors of every variant
+    score      capture + variants     -> offline acceptance, before anything is served
+    splice     base + variants        -> checkpoints: hard links and one new shard each
+    verify     checkpoints            -> every tensor accounted for and compared
+    bench      checkpoints, served    -> acceptance of every variant, decode speed against the base
+    report     all of it              -> Markdown and charts
+
+A stage that is finished, and whose inputs are the same, returns what it found the first time. That
+a variant was served in the bench stage is also verify's proof that vLLM loads it.
+"""
+
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,38 +25,36 @@ from mtp_graft.bench.decode import Report
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.shards import write_json
-from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.bench import EVALUATION, Bench
+from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.pipeline.bench import Bench
 from mtp_graft.pipeline.device import torch_device
-from mtp_graft.pipeline.folder import RunFolder, locked
-from mtp_graft.pipeline.plan import check_models, check_room, describe, find_needs
+from mtp_graft.pipeline.folder import STAGES, RunFolder, locked
+from mtp_graft.pipeline.plan import check_run
 from mtp_graft.pipeline.results import report_run, summarize
-from mtp_graft.pipeline.servers import Servers, capture_config
-from mtp_graft.recipe import Recipe
+from mtp_graft.pipeline.servers import Servers
+from mtp_graft.recipe import Device, Recipe
+from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.stages import capture as capturing
 from mtp_graft.stages.calibration import load_calibration
-from mtp_graft.stages.capture import Wanted
-from mtp_graft.stages.fetch import FetchedModels, Source, already_fetched, fetch, survey
+from mtp_graft.stages.capture import capture
+from mtp_graft.stages.fetch import FetchedModels, fetch
 from mtp_graft.stages.inputs import REPORT_NAME
+from mtp_graft.stages.parallel import num_ranks
 from mtp_graft.stages.process import run_in_process
-from mtp_graft.stages.quantize import QuantizeConfig, quantize
-from mtp_graft.stages.ranks import num_ranks
-from mtp_graft.stages.score import ScoreConfig, score
+from mtp_graft.stages.quantize import quantize
+from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 
-STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
-
 
 def choose_stages(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
-    """Return the stages that `--only` or `--from` name; raises GraftError for unknown ones."""
-    for name in (only, start):
-        if name is not None and name not in STAGES:
-            raise GraftError(f"{name!r} is no stage; expected one of {', '.join(STAGES)}")
-    if only is not None:
-        return (only,)
-    return STAGES[STAGES.index(start) :] if start is not None else STAGES
+    """Return the stages that `--only` or `--from` name; UsageError for both, or unknown ones."""
+    if only is not None and start is not None:  # together they would remove what --only names
+        raise UsageError("--only and --from together: expected one of them")
+    name = only or start or STAGES[0]
+    if name not in STAGES:
+        raise UsageError(f"{name!r} is no stage; expected one of {', '.join(STAGES)}")
+    return (only,) if only is not None else STAGES[STAGES.index(name) :]
 
 
 def run_pipeline(
@@ -77,46 +88,26 @@ def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[
     if num_ranks() > 1 and stage != "quantize":
         raise GraftError(f"{stage}: started on {num_ranks()} ranks; only quantize shares its work")
     run_pipeline(recipe, folder, report, [stage])
-    chosen = recipe.splice.variant
-    match stage:
-        case "splice":
-            found = RunFolder(folder, recipe).checkpoint(chosen) / MANIFEST_NAME
-        case "verify":
-            found = RunFolder(folder, recipe).verified(chosen)
-        case _:
-            found = folder / stage / REPORT_NAME
-    result: dict[str, Any] = json.loads(found.read_text())
-    return {"checkpoint": str(found.parent), **result} if stage == "splice" else result
+    run_folder, chosen = RunFolder(folder, recipe), recipe.splice.variant
+    if stage == "splice":
+        checkpoint = run_folder.checkpoint(chosen)
+        found = read_result(checkpoint / MANIFEST_NAME) or {}
+        return {"checkpoint": str(checkpoint), **found}
+    path = run_folder.stage(stage) / REPORT_NAME
+    return read_result(run_folder.verified(chosen) if stage == "verify" else path) or {}
 
 
-def plan_run(recipe: Recipe, folder: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON of `--dry-run`: what would be done, with sizes and times; nothing is.
-
-    Raises GraftError if `folder` is something else than a folder.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise GraftError(f"{folder}: cannot be a run folder (it is a file); use another --run")
-    run_folder = RunFolder(folder, recipe)
-    return describe(recipe, run_folder, stages, lambda: survey_models(recipe, run_folder))
-
-
-def survey_models(recipe: Recipe, folder: RunFolder) -> tuple[Source, Source]:
-    """Return what is needed of base and upstream; of fetched ones, without asking the hub."""
-    model = recipe.model
-    fetched = already_fetched(folder.stage("fetch"), model)
-    if fetched is not None:
-        model = replace(model, base=str(fetched.base), upstream=str(fetched.upstream))
-    return survey(model)
-
-
-def check_run(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
-    """Raise GraftError for models that no stage could work with, and for disk or memory too small.
-
-    Of checkpoints on the hub, small files and the shards' headers are read.
-    """
-    sources = survey_models(recipe, folder)
-    check_models(recipe, *sources)
-    check_room(find_needs(recipe, folder, stages, sources))
+def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise GraftError for prompts that cannot be read or are too few; splits share none."""
+    capture, bench = recipe.capture, recipe.bench
+    wanted: Counter[str] = Counter()
+    if "capture" in stages:
+        wanted[capture.calibration_prompts] += capture.calibration_count
+        wanted[capture.evaluation_prompts] += capture.evaluation_count
+    if "bench" in stages:
+        wanted[bench.prompts] += bench.count
+    for source, count in wanted.items():
+        load_calibration(source, count)
 
 
 #: A stage's configuration and inputs, for its manifest.
@@ -130,11 +121,7 @@ class _Run:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        folder: RunFolder,
-        stages: Sequence[str],
-        report: Report,
+        self, recipe: Recipe, folder: RunFolder, stages: Sequence[str], report: Report
     ) -> None:
         self.recipe = recipe
         self.folder = folder
@@ -156,17 +143,8 @@ class _Run:
         """The folders of base and upstream, fetched if they are on the hub."""
         return fetch(self.recipe.model, self.folder.stage("fetch"), self.progress)
 
-    @cached_property
-    def prompts(self) -> dict[str, Wanted]:
-        """What the base is asked in capture, by split."""
-        wanted = self.recipe.capture
-        return {
-            "calibration": Wanted(wanted.calibration_prompts, wanted.calibration_count),
-            EVALUATION: Wanted(wanted.evaluation_prompts, wanted.evaluation_count),
-        }
-
     def fetch(self) -> None:
-        """Refuse what can be refused before shards are downloaded, then download them."""
+        """Find both checkpoints, once everything else that can be refused has been looked at."""
         if {"capture", "bench"} & set(self.stages):
             find_vllm()
         check_run(self.recipe, self.folder, self.stages)
@@ -174,48 +152,62 @@ class _Run:
         _ = self.models
 
     def capture(self) -> None:
+        """Capture the base; where it would be served alike, measure it on the same server."""
         if "fetch" not in self.stages:
             self.fetch()
-        base, out = self.models.base, self.folder.stage("capture")
-        config, prompts = capture_config(self.recipe), self.prompts
-        if capturing.finished_capture(base, out, config, prompts) is None:
-            with self._servers.recording(base) as client:
-                log = self.folder.log("capture")
-                capturing.capture_with(client, base, out, config, prompts, self.progress, log)
+        base, out, log = (
+            self.models.base,
+            self.folder.stage("capture"),
+            self._servers.log("capture"),
+        )
+        options = self._servers.recording_options(base)
+        with ExitStack() as stack:
+            started: list[ServerClient] = []
+
+            @contextmanager
+            def serving() -> Iterator[ServerClient]:
+                started.append(stack.enter_context(self._servers.serving(options, "capture")))
+                yield started[0]
+
+            capture(serving(), base, out, self.recipe.capture, self.progress, log)
+            if "bench" in self.stages and options == self._servers.measuring_options(base, 0):
+                for client in started:  # none, if the capture was finished before
+                    with self.folder.timed("bench"):
+                        self._bench.measure_base(client)
 
     def quantize(self) -> None:
-        capture, out = self.folder.finished("capture"), self.folder.stage("quantize")
-        settings = asdict(self.recipe.quantize)
-        del settings["variants"]  # which heads there are is for the later stages to know
-        settings["device"] = torch_device(settings["device"])
-        config = QuantizeConfig(**settings)
-        models = self.models.upstream, self.models.base
-        run_in_process(quantize, capture, *models, out, config, report=self.progress)
+        inputs = self.folder.finished("capture"), self.models.upstream, self.models.base
+        settings, out = self.recipe.quantize, self.folder.stage("quantize")
+        self._compute(settings.device, quantize, *inputs, out, settings)
 
     def score(self) -> None:
-        capture, quantized = self.folder.finished("capture"), self.folder.finished("quantize")
-        variants, device = self.recipe.quantize.variants, torch_device(self.recipe.score.device)
-        config, out = ScoreConfig(variants=variants, device=device), self.folder.stage("score")
-        models = self.models.upstream, self.models.base
-        run_in_process(score, capture, quantized, *models, out, config, report=self.progress)
+        captured, quantized = self.folder.finished("capture"), self.folder.finished("quantize")
+        inputs = captured, quantized, self.models.upstream, self.models.base
+        settings, out = self.recipe.score, self.folder.stage("score")
+        variants = self.recipe.quantize.variants
+        self._compute(settings.device, score, *inputs, out, variants, settings)
+
+    def _compute(self, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
+        """Call a stage; on a GPU in a process of its own, so that it is empty when vLLM starts."""
+        if torch_device(device) == "cpu":
+            stage(*arguments, self.progress)
+        else:
+            run_in_process(stage, *arguments, report=self.progress)
 
     def splice(self) -> MadeFrom:
-        quantized = self.folder.finished("quantize")
+        quantized, settings = self.folder.finished("quantize"), self.recipe.splice
         variants = self.recipe.served_variants
         for number, variant in enumerate(variants):
             self.progress(f"splice: {variant}", number, len(variants))
             out = self.folder.checkpoint(variant)
             out.parent.mkdir(parents=True, exist_ok=True)
             splice(
-                self.models.base,
-                self.models.upstream,
-                out,
-                variant,
-                linears=self.recipe.splice.linears,
+                *(self.models.base, self.models.upstream, out, variant),
+                linears=settings.linears,
                 quantized=quantized,
-                copy=self.recipe.splice.copy,
+                copy=settings.copy,
             )
-        return asdict(self.recipe.splice), [quantized / REPORT_NAME]
+        return asdict(settings), [quantized / REPORT_NAME]
 
     def verify(self) -> MadeFrom:
         quantized = self.folder.finished("quantize")
@@ -257,19 +249,6 @@ class _Run:
         """Return the checkpoints' manifests, which have the hashes."""
         variants = self.recipe.served_variants
         return [self.folder.checkpoint(variant) / MANIFEST_NAME for variant in variants]
-
-
-def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raise GraftError for prompts that cannot be read or are too few; splits share none."""
-    wanted: Counter[str] = Counter()
-    if "capture" in stages:
-        capture = recipe.capture
-        wanted[capture.calibration_prompts] += capture.calibration_count
-        wanted[capture.evaluation_prompts] += capture.evaluation_count
-    if "bench" in stages:
-        wanted[recipe.bench.prompts] += recipe.bench.count
-    for source, count in wanted.items():
-        load_calibration(source, count)
 
 
 def _what_is_wrong(found: dict[str, Any]) -> str:

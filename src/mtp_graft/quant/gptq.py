@@ -72,31 +72,22 @@ def gptq(
     assert weight.shape[-1] % group_size == 0, "callers check that groups are whole"
     hessian = hessian.float()
     importance = hessian.diagonal(dim1=-2, dim2=-1)  # [B, I]
-    columns = torch.empty_like(
-        weight.mT, dtype=torch.float32, memory_format=torch.contiguous_format
-    )
-    columns.copy_(weight.mT)  # [B, I, O]: the sweep works on whole inputs, and in place
-    if order == "stored":
-        root = upper_root(damped(hessian, damp))  # R [B, I, I]
-        return _sweep_groups(columns, root, group_size, importance, scale)
-    groups = [slice(i, i + group_size) for i in range(0, columns.shape[1], group_size)]
-    rules = [_scale_of_group(columns[:, g], importance[:, g], scale) for g in groups]
-    scales = torch.cat(rules, dim=-1)  # [B, O, G]
-    sequence = importance.argsort(dim=-1, descending=True, stable=True)  # [B, I]
-    permuted = hessian.gather(1, sequence[:, :, None].expand_as(hessian))
-    permuted = permuted.gather(2, sequence[:, None, :].expand_as(hessian))
-    root = upper_root(damped(permuted, damp))
-    columns = columns.gather(1, sequence[:, :, None].expand_as(columns))
-    codes = _sweep_permuted(columns, root, scales.mT.contiguous(), sequence // group_size)
-    stored = torch.empty_like(codes)
-    stored.scatter_(1, sequence[:, :, None].expand_as(codes), codes)
-    return Quantized(stored.mT.contiguous(), scales)
+    # [B, I, O], a copy: the sweep works on whole inputs, and in place.
+    columns = weight.mT.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    sweep_all = _sweep_stored if order == "stored" else _sweep_by_activation
+    return sweep_all(columns, hessian, damp, importance, group_size, scale)
 
 
-def _sweep_groups(
-    columns: Tensor, root: Tensor, group_size: int, importance: Tensor, rule: Scale
+def _sweep_stored(
+    columns: Tensor,
+    hessian: Tensor,
+    damp: float | Tensor,
+    importance: Tensor,
+    group_size: int,
+    rule: Scale,
 ) -> Quantized:
     """Round `columns` [B, I, O] group by group; they are overwritten by what rounding took off."""
+    root = _upper_root(_damped(hessian, damp))  # R [B, I, I]
     codes = torch.empty_like(columns, dtype=torch.int8)  # [B, I, O]
     scales = []
     for group, factor in _blocks(root, group_size):
@@ -109,15 +100,33 @@ def _sweep_groups(
     return Quantized(codes.mT.contiguous(), torch.cat(scales, dim=-1))
 
 
-def _sweep_permuted(columns: Tensor, root: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
-    """Round `columns` [B, I, O], input i with row `groups[:, i]` of `scales` [B, G, O]."""
+def _sweep_by_activation(
+    columns: Tensor,
+    hessian: Tensor,
+    damp: float | Tensor,
+    importance: Tensor,
+    group_size: int,
+    rule: Scale,
+) -> Quantized:
+    """Round `columns` [B, I, O], the inputs with the largest `importance` [B, I] first."""
+    groups = [slice(i, i + group_size) for i in range(0, columns.shape[1], group_size)]
+    scales = torch.cat(
+        [_scale_of_group(columns[:, g], importance[:, g], rule) for g in groups], dim=-1
+    )  # [B, O, G]
+    sequence = importance.argsort(dim=-1, descending=True, stable=True)  # [B, I]
+    hessian = hessian.gather(1, sequence[:, :, None].expand_as(hessian))
+    hessian = hessian.gather(2, sequence[:, None, :].expand_as(hessian))
+    root = _upper_root(_damped(hessian, damp))
+    columns = columns.gather(1, sequence[:, :, None].expand_as(columns))
     codes = torch.empty_like(columns, dtype=torch.int8)
     for block, factor in _blocks(root, _BLOCK):
-        rows = groups[:, block, None].expand(-1, -1, columns.shape[2])
-        step = scales.gather(1, rows).float()  # [B, N, O]
+        chosen = (sequence[:, block, None] // group_size).expand(-1, -1, columns.shape[2])
+        step = scales.mT.contiguous().gather(1, chosen).float()  # [B, N, O]
         codes[:, block] = sweep(_corrected(columns, root, factor, block), factor, step)
         columns[:, block].addcmul_(codes[:, block], step, value=-1)
-    return codes
+    stored = torch.empty_like(codes)
+    stored.scatter_(1, sequence[:, :, None].expand_as(codes), codes)
+    return Quantized(stored.mT.contiguous(), scales)
 
 
 def _blocks(root: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -179,7 +188,7 @@ def _sweep_halves(columns: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor
     return torch.cat((codes_1, codes_2), dim=1), torch.cat((errors_1, errors_2), dim=1)
 
 
-def damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
+def _damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
     """Return `hessian` [B, I, I] with `damp` times its mean diagonal added to the diagonal.
 
     `damp` is one number or one for each matrix [B]. An input never seen has a zero row and column;
@@ -194,7 +203,7 @@ def damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
     return result
 
 
-def upper_root(hessian: Tensor) -> Tensor:
+def _upper_root(hessian: Tensor) -> Tensor:
     """Return R [B, I, I], upper triangular with positive diagonal and R R^T = H.
 
     With J the reversal of indices and J H J = L L^T, R is J L J.
@@ -215,10 +224,14 @@ def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
     return ((weight @ hessian.float()) * weight).sum(dim=(-2, -1), dtype=torch.float64)
 
 
-def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
+def relative_error(
+    weight: Tensor, decoded: Tensor, hessian: Tensor, energy: Tensor | None = None
+) -> Tensor:
     """Return ||(W - Q) H^1/2||_F / ||W H^1/2||_F, float64 [B], of [B, O, I] matrices.
 
-    `hessian` [B, I, I] is undamped. The ratio is that of the outputs' root mean squares.
+    `hessian` [B, I, I] is undamped; `energy` [B] is `output_energy` of `weight` where it is known.
+    The ratio is that of the outputs' root mean squares, and 0 where all inputs are zero.
     """
-    error = output_energy(weight.float() - decoded.float(), hessian)
-    return (error / output_energy(weight, hessian)).clamp(min=0).sqrt()
+    whole = output_energy(weight, hessian) if energy is None else energy
+    lost = output_energy(weight.float() - decoded.float(), hessian)
+    return torch.where(whole > 0, lost / whole, 0.0).clamp(min=0).sqrt()

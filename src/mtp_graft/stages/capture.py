@@ -1,19 +1,19 @@
 """Capture: what the base does on every prompt, recorded at the speed at which it is served.
 
-First the base continues all prompts greedily, as any server does, until it ends the text or has
-given as many tokens as were asked for. Then, recording switched on, it gets every finished sequence
-as a prompt: one prefill gives the same values as the steps that made the sequence. A prompt's text,
-and then its place in a recording, are the units that a killed run keeps.
+    prompts -> texts.jsonl      the base continues each prompt greedily, as any server does
+    texts   -> recordings/      recording on, it gets every finished text as a prompt: one prefill
+               index.jsonl      gives the same values as the steps that made the text
+
+A prompt's text, and then its recording, are the units that a killed run keeps.
 """
 
 import json
 import platform
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,65 +35,29 @@ from mtp_graft.checkpoint.manifest import (
     write_manifest,
 )
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.concurrent import concurrently
-from mtp_graft.serving.server import explain, managed_server
+from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
-from mtp_graft.stages.inputs import REPORT_NAME, Progress
+from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
 from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on
 
-#: Blocks that are also sent without recording, to compare the speeds.
-_MEASURED_BLOCKS = 2
+#: Two blocks of texts are also sent without recording, to compare the speeds; each has at most this
+#: share of all texts, since a small capture would otherwise take twice as long.
+_MEASURED_SHARE = 1 / 20
 
 
-@dataclass(frozen=True)
-class CaptureConfig:
-    """What the base is asked, and how long it answers."""
-
-    max_prompt_tokens: int = 512  # longer prompts are left out; others take their place
-    new_tokens: int = 256  # per prompt, at most: the base ends a text where it ends
-    concurrency: int = 8  # prompts in work at a time
-    max_model_len: int = 2048
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The next `count` prompts of `source` that are not too long; splits of a source share none."""
-
-    source: str  # as `load_calibration` has it
-    count: int
-
-
-def capture(
-    base: Path,
-    out: Path,
-    config: CaptureConfig,
-    prompts: Mapping[str, Wanted],
-    report: Progress,
-) -> dict[str, Any]:
-    """Serve `base` and capture the prompts wanted for each split; see `capture_with`."""
-    if (finished := finished_capture(base, out, config, prompts)) is not None:
-        return finished
-    log = out / "vllm.log"
-
-    def on_start(elapsed_s: float, _line: str) -> None:
-        report(f"capture: starting vLLM, {elapsed_s:.0f} s", 0, 0)
-
-    options = recording_options(base, out, config)
-    with managed_server(options, log, on_start=on_start) as client:
-        return capture_with(client, base, out, config, prompts, report, log)
-
-
-def recording_options(base: Path, out: Path, config: CaptureConfig) -> ServeOptions:
+def recording_options(base: Path, out: Path, settings: CaptureSection) -> ServeOptions:
     """Return how `base` has to be served so that `out` can be captured from it."""
     return ServeOptions(
         base,
         port=0,
-        max_model_len=config.max_model_len,
-        max_num_seqs=config.concurrency,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.concurrency,
         # Every sequence is computed whole, in one step.
-        max_num_batched_tokens=step_tokens(config.max_model_len),
+        max_num_batched_tokens=step_tokens(settings.max_model_len),
         chunked_prefill=False,
         prefix_caching=False,
         num_speculative_tokens=0,
@@ -106,90 +70,72 @@ def step_tokens(max_model_len: int) -> int:
     return max(max_model_len, 2048)
 
 
-def capture_with(
-    client: ServerClient,
+def capture(
+    serving: AbstractContextManager[ServerClient],
     base: Path,
     out: Path,
-    config: CaptureConfig,
-    prompts: Mapping[str, Wanted],
+    settings: CaptureSection,
     report: Progress,
     log: Path | None = None,
 ) -> dict[str, Any]:
     """Capture the prompts wanted for each split into `out`, from a server of `base`.
 
-    The server was started with `recording_options` and must have no other requests meanwhile.
-    Prompts that an earlier, killed call finished are not done again; a finished capture is only
-    reported. Returns `sequences`, `tokens`, `splits`, `dropped` (`id`, `split` and `tokens` of
-    prompts that are too long), `tok_s` (`generate`, `prefill`, `prefill_recording`; null where
-    nothing was left to measure), `seconds` and `folder`.
-
-    Raises GraftError if the server fails (with the reason from `log`), does not record, if a
-    source has too few prompts that are short enough, or if `out` was begun with another base,
-    other prompts or another configuration.
+    `serving` gives a server started with `recording_options` that gets no other requests; it is
+    not entered if the capture is finished. What an earlier, killed call finished is not done again.
+    Of the result, `dropped` are prompts that are too long, and a speed is null where nothing was
+    left to measure. Raises GraftError if the server fails (with the reason from its `log`) or does
+    not record, for too few prompts that are short enough, and if `out` was begun with another base,
+    other prompts or other settings.
     """
-    if (finished := finished_capture(base, out, config, prompts)) is not None:
+    if (finished := _finished(base, out, settings)) is not None:
         return finished
     started = time.perf_counter()
-    with _explained(client, log):
-        asked, dropped = _choose(client, config, prompts)
-        generating = _generate(client, out, config, asked, report)
-        _check_space(base, out)
-        plain, recording = _record_all(client, out, config, report)
+    with serving as client, _explained(client, log):
+        asked, dropped = _choose(client, settings)
+        generate_tok_s = _generate(client, out, settings, asked, report)
+        prefill_tok_s = _record(client, out, settings, report)
     sequences = read_sequences(out)
     seconds = time.perf_counter() - started
     result = {
         "sequences": len(sequences),
         "tokens": sum(s.tokens for s in sequences),
-        "splits": {split: sum(s.split == split for s in sequences) for split in prompts},
+        "splits": {split: sum(s.split == split for s in sequences) for split in _wanted(settings)},
         "dropped": dropped,
-        "tok_s": {
-            "generate": generating.tok_s,
-            "prefill": plain.tok_s,
-            "prefill_recording": recording.tok_s,
-        },
+        "tok_s": {"generate": generate_tok_s, **prefill_tok_s},
         "seconds": seconds,
         "folder": str(out),
     }
     shards.write_json(result, out / REPORT_NAME)
     inputs = [base / "config.json", base / shards.INDEX_NAME]
     device = f"{find_vllm().platform} ({platform.processor() or platform.machine()})"
-    write_manifest(out, "capture", asdict(config), inputs, device, seconds)
+    write_manifest(out, "capture", asdict(settings), inputs, device, seconds)
     return result
 
 
-def finished_capture(
-    base: Path,
-    out: Path,
-    config: CaptureConfig,
-    prompts: Mapping[str, Wanted],
-) -> dict[str, Any] | None:
-    """Claim `out` for this capture; return its report if it is complete already, else None.
+def _wanted(settings: CaptureSection) -> dict[str, tuple[str, int]]:
+    """Return split -> source of its prompts, and how many; splits of one source share none."""
+    return {
+        CALIBRATION: (settings.calibration_prompts, settings.calibration_count),
+        EVALUATION: (settings.evaluation_prompts, settings.evaluation_count),
+    }
 
-    Raises GraftError if `out` was begun with another base, other prompts or another configuration,
-    and for a configuration that cannot work.
-    """
-    longest = config.max_prompt_tokens + config.new_tokens + 1
-    if longest > config.max_model_len:
-        raise GraftError(
-            f"max_model_len is {config.max_model_len}, expected at least {longest}: "
-            f"{config.max_prompt_tokens} tokens of prompt, {config.new_tokens} new ones and one "
-            "more when they are recorded"
-        )
+
+def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any] | None:
+    """Claim `out` for this capture; return its report if it is complete already, else None."""
     totals: Counter[str] = Counter()  # prompts of each source
-    for wanted in prompts.values():
-        totals[wanted.source] += wanted.count
-    rows = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
-    asked = json.dumps([rows, {split: wanted.count for split, wanted in prompts.items()}])
+    for source, count in _wanted(settings).values():
+        totals[source] += count
+    prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
+    asked = json.dumps([prompts, {split: n for split, (_, n) in _wanted(settings).items()}])
     shard_names = sorted(set(shards.read_index(base).values()))
     files = [base / name for name in ("config.json", shards.INDEX_NAME, *shard_names)]
-    identity = {
-        "max_prompt_tokens": config.max_prompt_tokens,
-        "new_tokens": config.new_tokens,
-        "texts_end": "where the base ends them",  # unlike in captures of earlier versions
+    decisive = {
+        "max_prompt_tokens": settings.max_prompt_tokens,
+        "new_tokens": settings.new_tokens,
         "prompts": sha256(asked.encode()).hexdigest(),
         "base": fingerprints(files),
     }
-    claim_folder(out, identity)
+    claim_folder(out, decisive)
     (out / RECORDINGS).mkdir(exist_ok=True)
     for name in (SWITCH_NAME, INTACT_NAME):
         (out / name).unlink(missing_ok=True)  # of a call that was killed
@@ -206,23 +152,6 @@ def finished_capture(
     return finished | {"folder": str(out)}
 
 
-def _check_space(base: Path, out: Path) -> None:
-    """Raise GraftError if what is left to record does not fit the disk."""
-    recorded = {sequence.number for sequence in read_sequences(out)}
-    tokens = sum(len(t.token_ids) for t in read_texts(out) if t.number not in recorded)
-    settings = json.loads((base / "config.json").read_text())
-    try:
-        needed = tokens * settings["hc_mult"] * settings["hidden_size"] * 2  # BF16
-    except KeyError as error:
-        raise GraftError(f"{base / 'config.json'}: has no {error}; expected DeepSeek-V4") from error
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise GraftError(
-            f"{out}: {free:,} bytes free, {needed:,} needed for the residuals of {tokens:,} "
-            "tokens; make room or use another --run"
-        )
-
-
 @contextmanager
 def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
     """Add to an error what the server's log says, unless the server is well and wrote all."""
@@ -234,38 +163,20 @@ def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
         raise GraftError(f"{error}; in {log}: {explain(log)}") from error
 
 
-@dataclass
-class _Meter:
-    """Tokens, and the time they took."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @contextmanager
-    def measure(self, tokens: int) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - started
-        self.tokens += tokens
-
-    @property
-    def tok_s(self) -> float | None:
-        return self.tokens / self.seconds if self.tokens else None
-
-
 def _choose(
-    client: ServerClient, config: CaptureConfig, prompts: Mapping[str, Wanted]
+    client: ServerClient, settings: CaptureSection
 ) -> tuple[list[FinishedText], list[dict[str, Any]]]:
     """Return the prompts to continue, and `id`, `split` and `tokens` of those that are too long.
 
     Every call makes the same choice. Raises GraftError for a source that has too few others.
     """
-    sources = {wanted.source: iterate_prompts(wanted.source) for wanted in prompts.values()}
+    wanted = _wanted(settings)
+    sources = {source: iterate_prompts(source) for source, _ in wanted.values()}
     asked: list[FinishedText] = []
     dropped: list[dict[str, Any]] = []
-    for split, wanted in prompts.items():
-        source = sources[wanted.source]
-        fit, rest = take_fitting(client, source, wanted.count, config.max_prompt_tokens, split)
+    for split, (source, count) in wanted.items():
+        longest = settings.max_prompt_tokens
+        fit, rest = take_fitting(client, sources[source], count, longest, split)
         numbered = enumerate(fit, start=len(asked))
         asked += [FinishedText(n, e.prompt.id, split, e.token_ids, ()) for n, e in numbered]
         dropped += [{"id": e.prompt.id, "split": split, "tokens": len(e.token_ids)} for e in rest]
@@ -275,11 +186,11 @@ def _choose(
 def _generate(
     client: ServerClient,
     out: Path,
-    config: CaptureConfig,
+    settings: CaptureSection,
     asked: Sequence[FinishedText],
     report: Progress,
-) -> _Meter:
-    """Have every prompt continued that is not yet."""
+) -> float | None:
+    """Have every prompt continued that is not yet; return the speed in tokens a second."""
     done = {text.number: text for text in read_texts(out)}
     for text in asked:
         if text.number in done and text.prompt != done[text.number].prompt:
@@ -290,62 +201,56 @@ def _generate(
     missing = [text for text in asked if text.number not in done]
 
     def finish(text: FinishedText) -> FinishedText:
-        return replace(text, continuation=client.complete(text.prompt, config.new_tokens))
+        return replace(text, continuation=client.complete(text.prompt, settings.new_tokens))
 
-    meter = _Meter()
-    with meter.measure(0):
-        finished = len(done)
+    report("capture: generate", len(done), len(asked))
+    started, tokens = time.perf_counter(), 0
+    continued = concurrently(finish, missing, settings.concurrency)
+    for finished, text in enumerate(continued, start=len(done) + 1):
+        append_text(out, text)
+        tokens += len(text.continuation)
         report("capture: generate", finished, len(asked))
-        for text in concurrently(finish, missing, config.concurrency):
-            append_text(out, text)
-            meter.tokens += len(text.continuation)
-            finished += 1
-            report("capture: generate", finished, len(asked))
-    return meter
+    return tokens / (time.perf_counter() - started) if tokens else None
 
 
-def _record_all(
-    client: ServerClient, out: Path, config: CaptureConfig, report: Progress
-) -> tuple[_Meter, _Meter]:
+def _record(
+    client: ServerClient, out: Path, settings: CaptureSection, report: Progress
+) -> dict[str, float | None]:
     """Have every text recorded that is not yet; return the speeds without and with recording.
 
     Both are of the first blocks, which are sent both ways, one first as often as the other.
     """
-    texts = read_texts(out)
+    texts, size = read_texts(out), settings.concurrency
     recorded = {sequence.number for sequence in read_sequences(out)}
     missing = [text for text in texts if text.number not in recorded]
+    few = max(1, min(size, int(len(missing) * _MEASURED_SHARE)))
+    measured, rest = (missing[:few], missing[few : 2 * few]), missing[2 * few :]
     remove_strays(out)
     collector = Collector(out, missing)
-    plain, recording = _Meter(), _Meter()
 
-    def send(text: FinishedText) -> None:
-        client.complete(text.token_ids, 1)
+    def prefill(block: Sequence[FinishedText]) -> None:
+        for _ in concurrently(lambda text: client.complete(text.token_ids, 1), block, size):
+            pass
 
-    def send_all(block: Sequence[FinishedText], meter: _Meter) -> None:
-        with meter.measure(sum(len(text.token_ids) for text in block)):
-            for _ in concurrently(send, block, config.concurrency):
-                pass
-
-    def record(block: Sequence[FinishedText], meter: _Meter) -> None:
-        with meter.measure(sum(len(text.token_ids) for text in block)), switched_on(out):
-            for _ in concurrently(send, block, config.concurrency):
-                collector.collect()
-                report("capture: record", len(texts) - len(collector), len(texts))
+    def record(block: Sequence[FinishedText]) -> None:
+        with switched_on(out):
+            prefill(block)
             collector.wait_for(block)
+        report("capture: record", len(texts) - len(collector), len(texts))
 
     report("capture: record", len(recorded), len(texts))
-    send_all(missing[: config.concurrency], _Meter())  # warm-up: the first prefills of such length
-    size = config.concurrency
-    for number, first in enumerate(range(0, len(missing), size)):
-        block = missing[first : first + size]
-        if number >= _MEASURED_BLOCKS:
-            record(block, _Meter())
-        elif number % 2:
-            record(block, recording)
-            send_all(block, plain)
-        else:
-            send_all(block, plain)
-            record(block, recording)
-    report("capture: record", len(texts), len(texts))
+    tokens, seconds = 0, {"prefill": 0.0, "prefill_recording": 0.0}
+    ways: list[tuple[str, Callable[[Sequence[FinishedText]], None]]]
+    ways = [("prefill", prefill), ("prefill_recording", record)]
+    prefill(missing[:few])  # warm-up: the first prefills of such length
+    for block in filter(None, measured):
+        tokens += sum(len(text.token_ids) for text in block)
+        for name, send in ways:
+            started = time.perf_counter()
+            send(block)
+            seconds[name] += time.perf_counter() - started
+        ways.reverse()
+    for first in range(0, len(rest), size):
+        record(rest[first : first + size])
     remove_strays(out)
-    return plain, recording
+    return {name: tokens / s if tokens else None for name, s in seconds.items()}

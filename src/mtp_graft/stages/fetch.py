@@ -32,7 +32,7 @@ from mtp_graft.stages.hub import (
     read_repository,
 )
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
-from mtp_graft.stages.ranks import is_first_rank
+from mtp_graft.stages.parallel import is_first_rank
 
 _HEAD = HEAD_PREFIX.partition(".")[0] + "."
 #: What a base's folder needs besides its shards: configuration, tokenizer, licence.

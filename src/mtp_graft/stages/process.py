@@ -11,10 +11,8 @@ from typing import Any, TypeVar
 
 from mtp_graft.errors import GraftError
 
-# The process imports this module, so it imports little.
 Result = TypeVar("Result")
 Report = Callable[[str, int, int], None]  # label, units done, units in all
-_EXIT_S = 10.0
 
 
 def run_in_process(work: Callable[..., Result], *arguments: Any, report: Report) -> Result:
@@ -27,7 +25,13 @@ def run_in_process(work: Callable[..., Result], *arguments: Any, report: Report)
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sending, work, arguments))
-    _start_without_sigint(process)
+    resource_tracker.ensure_running()  # starting it would unblock the signal
+    # Ctrl-C does not reach the process: it is ours to handle, and to end the process.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sending.close()
     try:
         while True:
@@ -38,22 +42,15 @@ def run_in_process(work: Callable[..., Result], *arguments: Any, report: Report)
                 raise value
             report(*value)
     except EOFError:
-        process.join(_EXIT_S)
-        raise GraftError(_how_it_ended(work.__name__, process.exitcode)) from None
+        process.join(10.0)
+        how = f"ended with status {process.exitcode}; what it printed says why"
+        if process.exitcode == -signal.SIGKILL:
+            how = "was killed; out of memory? Run again to go on"
+        raise GraftError(f"{work.__name__}: its process {how}") from None
     finally:
         process.kill()
         process.join()
         receiving.close()
-
-
-def _start_without_sigint(process: multiprocessing.process.BaseProcess) -> None:
-    """Start a process that Ctrl-C does not reach: it is ours to handle, and to end the process."""
-    resource_tracker.ensure_running()  # starting it would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child(sending: Connection, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -73,9 +70,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _how_it_ended(name: str, status: int | None) -> str:
-    if status == -signal.SIGKILL:
-        return f"{name}: its process was killed; out of memory? Run again to go on"
-    return f"{name}: its process ended with status {status}; what it printed says why"

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-from mtp_graft.checkpoint import shards
 from mtp_graft.checkpoint.capture import (
     INTACT_NAME,
     RECORDINGS,
@@ -16,6 +15,7 @@ from mtp_graft.checkpoint.capture import (
     append_sequence,
     read_sequences,
 )
+from mtp_graft.checkpoint.shards import open_shard
 from mtp_graft.errors import GraftError
 
 #: How long the server may take to write what it computed.
@@ -29,14 +29,13 @@ class NotWritten(GraftError):
 @contextmanager
 def switched_on(out: Path) -> Iterator[None]:
     """Let the server record in the block, at whose ends it has no requests."""
-    (out / INTACT_NAME).touch()
-    switch = out / SWITCH_NAME
-    switch.touch()
+    for name in (INTACT_NAME, SWITCH_NAME):
+        (out / name).touch()
     try:
         yield
     finally:
-        switch.unlink(missing_ok=True)
-        (out / INTACT_NAME).unlink(missing_ok=True)
+        for name in (SWITCH_NAME, INTACT_NAME):
+            (out / name).unlink(missing_ok=True)
 
 
 def remove_strays(out: Path) -> None:
@@ -65,10 +64,10 @@ class Collector:
     def collect(self) -> bool:
         """Read the recordings that are new; return whether there were any.
 
-        Raises GraftError if the server could not write one.
+        Raises NotWritten if the server could not write one.
         """
-        found = sorted(path.name for path in (self._out / RECORDINGS).glob("*.safetensors"))
-        new = [name for name in found if name not in self._seen]
+        found = {path.name for path in (self._out / RECORDINGS).glob("*.safetensors")}
+        new = sorted(found - self._seen)
         for name in new:
             self._read(name)
         if not (self._out / INTACT_NAME).exists():
@@ -98,7 +97,7 @@ class Collector:
 
     def _read(self, name: str) -> None:
         self._seen.add(name)
-        with shards.open_shard(self._out / RECORDINGS / name) as recording:
+        with open_shard(self._out / RECORDINGS / name) as recording:
             token_ids = recording.get_tensor("token_ids").tolist()
             starts = recording.get_tensor("starts").tolist()
         for start, end in pairwise([*starts, len(token_ids)]):
@@ -106,10 +105,6 @@ class Collector:
             if not waiting:
                 continue  # another client's request, or ours for the second time
             text = waiting.pop()
-            tokens = len(text.token_ids)
-            append_sequence(
-                self._out,
-                CapturedSequence(
-                    text.number, text.id, text.split, len(text.prompt), tokens, name, start
-                ),
-            )
+            size = (len(text.prompt), len(text.token_ids))
+            sequence = CapturedSequence(text.number, text.id, text.split, *size, name, start)
+            append_sequence(self._out, sequence)

@@ -1,20 +1,16 @@
 """Score: how often the server would accept each variant's drafts, before anything is served.
 
-The capture has what the base said; the replay has what a head drafts after every token. Walking
-over them as the server does (two tokens forward on a hit, one on a miss) gives the acceptance.
+The capture has what the base said; the replay has what a head drafts after every token. Stepping
+through them as the server does (two tokens forward on a hit, one on a miss) gives the acceptance.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-from mtp_graft.checkpoint import capture as capture_files
-from mtp_graft.checkpoint.capture import CapturedSequence, read_recorded, read_sequences
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
     fingerprints,
@@ -22,48 +18,23 @@ from mtp_graft.checkpoint.manifest import (
     read_result,
     write_manifest,
 )
-from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors, open_shard, read_index, write_json
-from mtp_graft.dsv4 import names
-from mtp_graft.dsv4.acceptance import walk, wilson_interval
+from mtp_graft.checkpoint.shards import open_shard, write_json
+from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts
-from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
+from mtp_graft.dsv4.variants import Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import ScoreSection
 from mtp_graft.stages.inputs import (
+    EVALUATION,
     REPORT_NAME,
+    Inputs,
     Progress,
-    check_recorded,
-    cpu_threads,
-    read_base_tensor,
-    read_model_config,
+    open_inputs,
+    single_thread,
 )
+from mtp_graft.stages.parallel import rank_device
 from mtp_graft.stages.quantize import GPTQ
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """What is scored, and on which part of the capture."""
-
-    variants: tuple[Variant, ...] = VARIANTS
-    split: str = "evaluation"
-    device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    cpu_threads: int = 1  # for the reasons of QuantizeConfig's
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The stage's inputs, opened and checked."""
-
-    capture: Path
-    quantized: Path
-    upstream: Path
-    base: Path
-    out: Path
-    config: ScoreConfig
-    model: DeepseekV4Config
-    head_names: list[str]
-    sequences: list[CapturedSequence]
 
 
 def score(
@@ -72,49 +43,47 @@ def score(
     upstream: Path,
     base: Path,
     out: Path,
-    config: ScoreConfig,
+    variants: Sequence[Variant],
+    settings: ScoreSection,
     report: Progress,
 ) -> dict[str, Any]:
-    """Write the acceptance of every variant to `out/report.json` and return it.
+    """Write the acceptance of `variants` to `out/report.json` and return it.
 
     A finished variant is not scored again. Raises GraftError for inputs that do not fit each
     other, a capture that leaves nothing to draft, and if `out` is of another configuration.
     """
     started = time.perf_counter()
-    job = _open(capture, quantized, upstream, base, out, config)
+    device = rank_device(settings.device)
+    inputs = _open(capture, upstream, base)
+    experts = _gptq_files(quantized) if "gptq" in variants else []
+    files = [*inputs.files("embed.weight", "head.weight"), *experts]
+    decisive = {"variants": list(variants), "device": device}
+    claim_folder(out, {**decisive, "inputs": fingerprints(files)})
     if (finished := finished_result(out, REPORT_NAME)) is not None:
         return finished
-    with cpu_threads(config.cpu_threads):
-        acceptance = {variant: _score_variant(job, variant, report) for variant in config.variants}
-    result = {"acceptance": acceptance, "split": config.split, "replay": "true attention"}
+    with single_thread():
+        acceptance = {}
+        for variant in variants:
+            path = out / f"{variant}.json"
+            if (scored := read_result(path)) is None:
+                scored = _score(inputs, variant, experts, device, report)
+                write_json(scored, path)
+            acceptance[variant] = scored
+    result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
     write_json(result, out / REPORT_NAME)
-    inputs = [capture / capture_files.INDEX_NAME, upstream / INDEX_NAME, base / INDEX_NAME]
     seconds = time.perf_counter() - started
-    write_manifest(out, "score", asdict(config), inputs, config.device, seconds)
+    write_manifest(out, "score", decisive, inputs.indexes(), device, seconds)
     return result
 
 
-def _open(
-    capture: Path, quantized: Path, upstream: Path, base: Path, out: Path, config: ScoreConfig
-) -> _Job:
-    """Check what can be checked before anything is computed, and claim the stage's folder."""
-    head_map = read_index(upstream, "mtp.")
-    head_names = names.upstream_head_names(head_map, upstream)
-    model = read_model_config(base)
-    sequences = [s for s in read_sequences(capture) if s.split == config.split]
-    if not any(s.tokens >= s.prompt_tokens + 2 for s in sequences):
+def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
+    inputs = open_inputs(capture, upstream, base, EVALUATION)
+    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
         raise GraftError(
-            f"{capture}: nothing to draft in split {config.split!r} ({len(sequences)} sequences); "
-            "expected sequences with at least two tokens after the prompt"
+            f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
+            "sequences); expected sequences with at least two tokens after the prompt"
         )
-    inputs = [base / "config.json", capture / capture_files.INDEX_NAME]
-    inputs += sorted({capture / capture_files.RECORDINGS / s.recording for s in sequences})
-    inputs += sorted({upstream / head_map[name] for name in head_names})
-    inputs += sorted({base / read_index(base)[name] for name in ("embed.weight", "head.weight")})
-    if "gptq" in config.variants:
-        inputs += _gptq_files(quantized)
-    claim_folder(out, {**asdict(config), "inputs": fingerprints(inputs)})
-    return _Job(capture, quantized, upstream, base, out, config, model, head_names, sequences)
+    return inputs
 
 
 def _gptq_files(quantized: Path) -> list[Path]:
@@ -127,55 +96,59 @@ def _gptq_files(quantized: Path) -> list[Path]:
     return files
 
 
-def _score_variant(job: _Job, variant: Variant, report: Progress) -> dict[str, Any]:
-    """Return the acceptance of one variant, from its file if it has been scored before."""
-    path = job.out / f"{variant}.json"
-    if (scored := read_result(path)) is not None:
-        return scored
-    label, total = f"score {variant}", len(job.sequences)
+def _score(
+    inputs: Inputs, variant: Variant, gptq_files: Sequence[Path], device: str, report: Progress
+) -> dict[str, Any]:
+    """Return the acceptance of one variant, over all sequences and of each."""
+    label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
-    head = _load_head(job, variant)
-    like = head.h_proj.weight
-    embed = read_base_tensor(job.base, "embed.weight", job.model)
-    lm_head = read_base_tensor(job.base, "head.weight", job.model).to(like)
-    sequences = []
-    for done, sequence in enumerate(job.sequences, start=1):
-        recorded = read_recorded(job.capture, sequence, job.model.hc_mult)
-        check_recorded(job.capture, sequence, recorded, job.model)
-        drafts = replay_drafts(
-            head,
-            lm_head,
-            recorded.residual,
-            embed[recorded.token_ids],
-            first_row=sequence.prompt_tokens - 1,
-        )
-        result = walk(drafts.tolist(), recorded.token_ids[sequence.prompt_tokens :].tolist())
-        sequences.append({"id": sequence.id, **asdict(result)})
+    head = _load_head(inputs, variant, gptq_files, device)
+    embed = inputs.read_base("embed.weight")  # [V, D]
+    lm_head = inputs.read_base("head.weight").to(head.h_proj.weight)  # [V, D]
+    sequences: list[dict[str, Any]] = []
+    for done, sequence in enumerate(inputs.sequences, start=1):
+        recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
+        embeds = embed[recorded.token_ids]  # [T, D]
+        drafts = replay_drafts(head, lm_head, recorded.residual, embeds, start=start - 1)
+        made, accepted = count_drafts(drafts.tolist(), recorded.token_ids[start:].tolist())
+        sequences.append({"id": sequence.id, "drafts": made, "accepted": accepted})
         report(label, done, total)
-    summary = _summary(sequences)
-    write_json(summary, path)
-    return summary
-
-
-def _load_head(job: _Job, variant: Variant) -> MTPHead:
-    upstream = load_tensors(job.upstream, job.head_names)
-    experts: dict[str, Tensor] = {}
-    if variant == "gptq":
-        for path in _gptq_files(job.quantized):
-            with open_shard(path) as file:
-                experts.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    decoded = decode_head(store_head(upstream, variant, experts))
-    dtype: torch.dtype = getattr(torch, job.config.dtype)
-    return build_head(job.model, decoded, device=job.config.device, dtype=dtype)
-
-
-def _summary(sequences: list[dict[str, Any]]) -> dict[str, Any]:
-    drafts = sum(sequence["drafts"] for sequence in sequences)
+    made = sum(sequence["drafts"] for sequence in sequences)
     accepted = sum(sequence["accepted"] for sequence in sequences)
     return {
-        "top1": accepted / drafts,
-        "tokens": drafts,
+        "top1": accepted / made,
+        "tokens": made,
         "accepted": accepted,
-        "interval": list(wilson_interval(accepted, drafts)),
+        "interval": list(wilson_interval(accepted, made)),
         "sequences": sequences,
     }
+
+
+def _load_head(
+    inputs: Inputs, variant: Variant, gptq_files: Sequence[Path], device: str
+) -> MTPHead:
+    experts: dict[str, Tensor] = {}
+    if variant == "gptq":
+        for path in gptq_files:
+            with open_shard(path) as file:
+                experts.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    upstream = inputs.read_upstream([*inputs.shards])
+    decoded = decode_head(store_head(upstream, variant, experts))
+    return build_head(inputs.model, decoded, device=device)
+
+
+def count_drafts(drafts: Sequence[int], continuation: Sequence[int]) -> tuple[int, int]:
+    """Return how many drafts the server makes on a greedy continuation, and how many it accepts.
+
+    `continuation` are the tokens after the prompt. The first of them comes with the prompt and
+    cannot be drafted; `drafts[i]` is the head's guess at `continuation[i + 1]`, made when
+    `continuation[i]` is the newest token. A hit gives two tokens in one step: the draft and the
+    base's own next one.
+    """
+    i = made = accepted = 0
+    while i + 1 < len(continuation):
+        made += 1
+        hit = drafts[i] == continuation[i + 1]
+        accepted += hit
+        i += 2 if hit else 1
+    return made, accepted

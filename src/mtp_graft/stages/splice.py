@@ -29,7 +29,7 @@ from mtp_graft.checkpoint.shards import (
     write_text,
 )
 from mtp_graft.checkpoint.spliced import HEAD_SHARD
-from mtp_graft.dsv4.variants import Linears, Variant, group_by_stem, store_tensor
+from mtp_graft.dsv4.variants import Linears, Variant, group_by_module, store_module
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.splice_plan import Source, SplicePlan, plan_splice
 
@@ -193,10 +193,10 @@ def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     with ExitStack() as stack:
         head = _Tensors(plan.head, stack)
         experts = _Tensors(plan.experts, stack) if plan.experts else None
-        for stem, by_part in group_by_stem(head).items():
+        for stem, by_part in group_by_module(head).items():
             parts = {part: head[name] for part, name in by_part.items()}
             sizes = {"group_size": plan.group_size}
-            stored = store_tensor(stem, parts, plan.variant, experts, **sizes, linears=plan.linears)
+            stored = store_module(stem, parts, plan.variant, experts, **sizes, linears=plan.linears)
             yield from stored.items()
 
 

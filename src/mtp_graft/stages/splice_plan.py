@@ -32,9 +32,9 @@ from mtp_graft.dsv4.variants import (
     Linears,
     Variant,
     decoded_name,
-    group_by_stem,
+    group_by_module,
     is_expert,
-    store_tensor,
+    store_module,
 )
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.stages.inputs import check_base_tensor, read_model_config
@@ -104,11 +104,11 @@ def plan_splice(
     report = None if quantized is None else quant_manifest.read_report(quantized)
     experts = _read_experts(quantized) if variant == "gptq" else None
     layout: dict[str, Tensor] = {}
-    for stem, by_part in group_by_stem(head.meta).items():
+    for stem, by_part in group_by_module(head.meta).items():
         parts = {part: head.meta[name] for part, name in by_part.items()}
         given = experts.meta if experts else None
         layout.update(
-            store_tensor(stem, parts, variant, given, group_size=group_size, linears=linears)
+            store_module(stem, parts, variant, given, group_size=group_size, linears=linears)
         )
     manifest = quant_manifest.manifest(
         variant,
@@ -159,7 +159,7 @@ def _check_head_complete(
 ) -> None:
     """Compare the head's tensors with those that the base's config asks for."""
     found: dict[str, tuple[int, ...]] = {}
-    for stem, by_part in group_by_stem(head).items():
+    for stem, by_part in group_by_module(head).items():
         if "scale" in by_part and "weight" not in by_part:
             raise GraftError(f"{upstream}: {by_part['scale']} has no weight; fetch the shard again")
         tensor = head[by_part.get("weight", stem)]

@@ -21,7 +21,7 @@ from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_qu
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard
 from mtp_graft.dsv4.config import check_dimensions, compress_ratios
 from mtp_graft.dsv4.names import from_transformers
-from mtp_graft.dsv4.variants import group_by_stem
+from mtp_graft.dsv4.variants import group_by_module
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_config
 
@@ -102,7 +102,7 @@ class Checkpoint:
         """Return the tensors, grouped, by stem."""
         return {
             stem: Module(stem, {part: self.tensors[name] for part, name in names.items()})
-            for stem, names in group_by_stem(self.tensors).items()
+            for stem, names in group_by_module(self.tensors).items()
         }
 
     @property

@@ -1,11 +1,11 @@
-"""Reading ahead and writing behind: order, bounds, errors."""
+"""Reading ahead, writing behind, and ranks: order, bounds, errors, shares."""
 
 import threading
 import time
 
 import pytest
 
-from mtp_graft.stages.overlap import read_ahead, write_behind
+from mtp_graft.stages.parallel import rank_device, read_ahead, share, write_behind
 
 
 class Broken(Exception):
@@ -30,31 +30,29 @@ def test_no_more_is_read_than_asked_for() -> None:
 
 
 def test_an_error_of_reading_comes_at_its_place() -> None:
-    def read(item: int) -> int:
-        if item == 2:
-            raise Broken
-        return item
-
-    with read_ahead(read, range(5), 2) as results:
+    with read_ahead(lambda item: 1 // (2 - item), range(5), 2) as results:
         assert [next(results), next(results)] == [0, 1]
-        with pytest.raises(Broken):
+        with pytest.raises(ZeroDivisionError):
             next(results)
 
 
-def test_writes_are_in_order_one_at_a_time_and_done_at_the_end() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_writes_are_done_at_the_end_also_if_the_computation_fails(fails: bool) -> None:
     written: list[int] = []
-    busy = threading.Lock()
 
     def slow(item: int) -> None:
-        assert busy.acquire(blocking=False), "two writes at once"
-        time.sleep(0.01)
+        time.sleep(0.02)
         written.append(item)
-        busy.release()
 
-    with write_behind() as write:
-        for item in range(6):
-            write(slow, item)
-    assert written == list(range(6))
+    try:
+        with write_behind() as write:
+            for item in range(4):
+                write(slow, item)
+            if fails:
+                raise Broken
+    except Broken:
+        assert fails
+    assert written == [0, 1, 2, 3]
 
 
 def test_as_many_writes_as_asked_for_are_in_work_and_one_more_waits() -> None:
@@ -80,23 +78,24 @@ def test_as_many_writes_as_asked_for_are_in_work_and_one_more_waits() -> None:
     assert sorted(started) == [0, 1, 2, 3]
 
 
-def test_writes_are_done_even_if_the_computation_fails() -> None:
-    written: list[int] = []
-
-    def slow(item: int) -> None:
-        time.sleep(0.05)
-        written.append(item)
-
-    with pytest.raises(Broken), write_behind() as write:
-        write(slow, 1)
-        write(slow, 2)
-        raise Broken
-    assert written == [1, 2]
-
-
 def test_an_error_of_writing_is_not_lost() -> None:
     def fail() -> None:
         raise Broken
 
     with pytest.raises(Broken), write_behind() as write:
         write(fail)
+
+
+def test_every_unit_is_in_one_share_and_every_rank_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert (share(range(3)), rank_device("cuda")) == ([0, 1, 2], "cuda")
+    shares, devices = [], []
+    for rank in range(3):
+        for name, value in (("WORLD_SIZE", 3), ("RANK", rank), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))  # as torchrun does
+        shares.append(share(range(11)))
+        devices.append(rank_device("cuda"))
+        assert rank_device("cpu") == "cpu"
+    assert sorted(unit for each in shares for unit in each) == list(range(11))
+    assert devices == ["cuda:0", "cuda:1", "cuda:2"]

@@ -1,0 +1,86 @@
+"""The Hessians of the routed experts' matrices: H = sum x x^T over the inputs x of a matrix.
+
+w1 and w3 read the same inputs, the tokens that the router sends to their expert, and share one
+Hessian. w2 reads what w1 and w3 make of them (`w2_inputs`) and has its own.
+
+Shapes: N tokens of all sequences, T tokens that reach one expert, K experts a token, E experts of a
+batch, D hidden size, M the experts' intermediate size. w1, w3: [M, D]; w2: [D, M].
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Tokens in work at once; bounds memory where an expert has very many.
+_TOKENS = 8192
+
+
+class RoutedTokens:
+    """The inputs of all routed experts; a token is stored once, however many experts it reaches."""
+
+    def __init__(self, x: Tensor, experts: Tensor, num_experts: int) -> None:
+        """Sort the tokens `x` [N, D] by the `experts` [N, K] that the router chose for them."""
+        self.x = x
+        by_expert = experts.flatten().long().argsort(stable=True)
+        self._tokens = by_expert // experts.shape[1]  # [N * K]
+        self.counts: list[int] = experts.flatten().bincount(minlength=num_experts).tolist()
+        self._ends = torch.tensor(self.counts).cumsum(0).tolist()
+
+    def of_expert(self, expert: int) -> Iterator[Tensor]:
+        """Yield the tokens [T, D] that reach an expert in their order, a few thousand at a time."""
+        end = self._ends[expert]
+        for part in self._tokens[end - self.counts[expert] : end].split(_TOKENS):
+            yield self.x[part]
+
+    def of_all(self) -> Iterator[Tensor]:
+        """Yield all tokens [T, D], a few thousand at a time."""
+        yield from self.x.split(_TOKENS)
+
+
+def expert_hessians(
+    tokens: Sequence[Iterable[Tensor]], weights: Mapping[str, Tensor], limit: float
+) -> dict[str, Tensor]:
+    """Return the Hessian f32 [E, I, I] of each matrix's inputs, by "w1", "w2", "w3".
+
+    `tokens` are each expert's, in parts [T, D]; `weights` are the experts' originals, `limit` is
+    the model's `swiglu_limit`. Without any tokens H is the identity, under which GPTQ is rounding
+    to nearest.
+    """
+    num_experts, inner, hidden = weights["w1"].shape
+    device = weights["w1"].device
+    h13 = torch.zeros(num_experts, hidden, hidden, device=device)  # of w1 and w3, [E, D, D]
+    h2 = torch.zeros(num_experts, inner, inner, device=device)  # of w2, [E, M, M]
+    for e, parts in enumerate(tokens):
+        seen = 0
+        for part in parts:
+            x = part.to(device)  # [T, D]
+            a = w2_inputs(x.float(), weights["w1"][e], weights["w3"][e], limit)  # [T, M]
+            h13[e] += _gram(x)
+            h2[e].addmm_(a.T, a)
+            seen += len(x)
+        if not seen:
+            h13[e].fill_diagonal_(1.0)
+            h2[e].fill_diagonal_(1.0)
+    return {"w1": h13, "w2": h2, "w3": h13}
+
+
+def w2_inputs(x: Tensor, w1: Tensor, w3: Tensor, limit: float) -> Tensor:
+    """Return what one expert's w2 reads for the tokens `x` [T, D], [T, M], as in the server.
+
+    That is silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit). The routing weight scales the
+    expert's output and is left out here: what counts is the error of the expert itself.
+    """
+    gate = F.silu((x @ w1.T).clamp(max=limit))
+    return gate * (x @ w3.T).clamp(-limit, limit)
+
+
+def _gram(x: Tensor) -> Tensor:
+    """Return x^T x f32 [D, D] of tokens x [T, D]; BF16 ones are multiplied as such on a GPU.
+
+    Products of BF16 numbers are exact in float32, so only the order of summation differs.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        return torch.mm(x.T, x, out_dtype=torch.float32)
+    return x.float().T @ x.float()

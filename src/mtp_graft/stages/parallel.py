@@ -1,0 +1,145 @@
+"""How a stage runs: files read ahead and written behind, ranks of torchrun, time by part."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], readers: int
+) -> Iterator[Iterator[Result]]:
+    """Yield the results of `read` in the items' order, while up to `readers` more are in work.
+
+    An error of `read` is raised where its result would have been.
+    """
+    with ThreadPoolExecutor(readers) as pool:
+        left = iter(items)
+        pending = deque(pool.submit(read, item) for item in islice(left, readers))
+
+        def results() -> Iterator[Result]:
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(read, item) for item in islice(left, 1))
+                yield result
+
+        try:
+            yield results()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
+    """Yield a function that calls another one in a thread, up to `writers` calls at once.
+
+    It waits while as many calls are in work and another is waiting. All are done at the end, also
+    after an error; a call's own error is raised by a later call or at the end.
+    """
+    with ThreadPoolExecutor(writers) as pool:
+        pending: deque[Future[Any]] = deque()
+
+        def write(call: Callable[..., Any], *arguments: Any) -> None:
+            while len(pending) > writers:
+                pending.popleft().result()
+            pending.append(pool.submit(call, *arguments))
+
+        yield write
+        for future in pending:
+            future.result()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Join the ranks that torchrun started, over gloo; without it this process is the only one.
+
+    Nothing large goes between ranks: each writes files of its own.
+    """
+    if num_ranks() == 1:
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def num_ranks() -> int:
+    """Return how many ranks torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first_rank() -> bool:
+    """Return whether this rank prints, and writes what is one for all."""
+    return _rank() == 0
+
+
+def share(units: Sequence[Item]) -> list[Item]:
+    """Return this rank's part of the units of work."""
+    return list(units[_rank() :: num_ranks()])
+
+
+def wait_for_ranks() -> None:
+    """Return when every rank has called this."""
+    if num_ranks() > 1:
+        dist.barrier()
+
+
+def gather(value: Item) -> list[Item]:
+    """Return every rank's value, in the order of the ranks."""
+    values: list[Any] = [value] * num_ranks()
+    if num_ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def rank_device(wanted: str) -> str:
+    """Return this rank's device: `auto` is a GPU if there is one, each rank has its own."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if wanted == "cuda" and num_ranks() > 1 else wanted
+
+
+class Clock:
+    """The seconds that each part of the stage takes on a device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        parts = ("replay", "hessian", "gptq", "pack", "errors", "io")
+        self.seconds = dict.fromkeys(parts, 0.0)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    @contextmanager
+    def timed(self, part: str, *, tf32: bool = False) -> Iterator[None]:
+        """Count the time inside as `part`'s; on a GPU, let float32 products take TF32 inputs."""
+        matmul, started = torch.backends.cuda.matmul, time.perf_counter()
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "tf32" if tf32 and self.device != "cpu" else before
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        if self.device != "cpu":
+            torch.cuda.synchronize(self.device)
+        self.seconds[part] += time.perf_counter() - started
+
+    def peak_gpu_bytes(self) -> int:
+        """Return the most GPU memory that this process had allocated since the clock began."""
+        return 0 if self.device == "cpu" else torch.cuda.max_memory_allocated(self.device)
