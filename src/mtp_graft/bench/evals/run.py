@@ -24,8 +24,6 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS
 
 _WHOLE = (None, "stop", "length", "tool_calls")  # not every server gives a reason
-
-
 #: Benchmark -> its task on a data folder (None: the hub), limit, seed and a timeout for tests.
 TASKS = {"gsm8k": gsm8k, "humaneval": humaneval, "mmlu": mmlu, "capability": capability}
 
