@@ -35,7 +35,7 @@ decode() { # NAME PORT OPTIONS...: in turns with the base's server
 }
 
 sweep() { # NAME PORT OPTIONS...
-    step "$1" mtp bench sweep --base-url "$(url "$2")" --streams 1,4,16 --run "$out/$1" \
+    step "$1" mtp bench sweep --base-url "$(url "$2")" --concurrency 1,4,16 --run "$out/$1" \
         --json "$out/$1.json" "${@:3}"
 }
 

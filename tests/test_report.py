@@ -11,9 +11,8 @@ import pytest
 
 from mtp_graft.bench import charts
 from mtp_graft.bench.answers import accepted_drafts, recorded_answers
-from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.bench.report import RunResults, write_report
-from mtp_graft.serving.metrics import SpecDecodeCounters
+from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 from run_folder import ACCEPTED, DRAFTED, decoded, scored, served
 from run_folder import recorded as kept
 

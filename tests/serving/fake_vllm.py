@@ -201,6 +201,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, "", failure="500")
         elif self.path == "/health":
             self.reply(503 if SETTINGS["mode"] == "never_healthy" else 200, "")
+        elif self.path == "/v1/models":
+            self.reply(200, json.dumps({"data": [{"id": "m", "root": "m"}]}))
         else:
             self.reply(200, metrics())
 
@@ -277,7 +279,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         reason = "abort" if failure == "aborts" else "length"
         self.event({"choices": [{"token_ids": [], "finish_reason": reason, "text": ""}]})
-        if chat:
+        if body.get("stream_options"):
             usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
             self.event({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -291,6 +293,7 @@ class Handler(BaseHTTPRequestHandler):
             status, text = 500, '{"error": {"message": "out of luck"}}'
         data = text.encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: len(data) // 2])

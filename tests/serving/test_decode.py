@@ -1,3 +1,5 @@
+"""Decode speed, drafts and greedy texts, on a stand-in server whose steps are known."""
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -5,47 +7,28 @@ from typing import Any
 
 import pytest
 
+from mtp_graft.bench import requests
 from mtp_graft.bench.decode import (
     DecodeConfig,
-    Divergence,
-    Round,
-    Timed,
-    TokenPrompt,
+    compare,
     decode_result,
     find_divergences,
     measure_base,
-    measure_decode,
-    measure_kept,
     measure_mtp,
+    measure_rounds,
     median_round,
 )
-from mtp_graft.bench.decode import (
-    compare as compare_results,
-)
-from mtp_graft.bench.drafting import drafting_result
-from mtp_graft.bench.ledger import Ledger, open_ledger
-from mtp_graft.bench.streams import BenchClient, Retrying
+from mtp_graft.bench.requests import BrokenAnswer, Session, open_session, time_answer
 from mtp_graft.errors import GraftError
-from mtp_graft.serving import client as serving_client
 from mtp_graft.serving import server
-from mtp_graft.serving.client import Completion, ScoredCompletion
-from mtp_graft.serving.command import ServeOptions
-from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
+from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, parse_spec_decode
 from mtp_graft.serving.prompts import Prompt, load_prompts
 
-PROMPTS = [Prompt("a", "ab"), Prompt("b", "hello")]
+from .bench_server import PROMPTS, quiet, serving
+
 CONFIG = DecodeConfig(max_tokens=20, rounds=2)
-
-
-def quiet(_label: str, _done: int, _total: int) -> None:
-    pass
-
-
-def compare(tmp_path: Path, base: Path, grafted: Path) -> dict[str, Any]:
-    with server.managed_server(ServeOptions(base, port=0), tmp_path / "base.log") as client:
-        without = json.loads(json.dumps(measure_base(client, PROMPTS, CONFIG, quiet)))
-    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "mtp.log") as client:
-        return compare_results(without, measure_mtp(client, without, CONFIG, quiet))
+TOKENS = {"a": (1, 2), "b": (3,)}
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +49,13 @@ class Ticking:
         return self.now_s
 
 
+def measured(tmp_path: Path, base: Path, grafted: Path) -> dict[str, Any]:
+    with serving(base, tmp_path / "base.log") as client:
+        without = json.loads(json.dumps(measure_base(client, PROMPTS, CONFIG, quiet)))
+    with serving(grafted, tmp_path / "mtp.log") as client:
+        return compare(without, measure_mtp(client, without, CONFIG, quiet))
+
+
 def test_a_faster_identical_server_is_seen_as_that(
     fake: Callable[..., None],
     base: Path,
@@ -74,40 +64,53 @@ def test_a_faster_identical_server_is_seen_as_that(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake()
-    monkeypatch.setattr(serving_client, "time", Ticking())
-    result = compare(tmp_path, base, grafted)
-    assert result["greedy_identical"] is True
-    assert result["divergences"] == []
-    # 20 tokens: one from prefill, then 2, 1, 2, 1, ...: 13 steps, 7 of which accept.
+    monkeypatch.setattr(requests, "time", Ticking())
+    result = measured(tmp_path, base, grafted)
+    assert result["greedy_identical"] is True and result["divergences"] == []
+    # 20 tokens: one from prefill, then 2, 1, 2, 1, ...: 13 steps, 7 of which accept. The events
+    # with the reason and the counts come after the last chunk.
     assert result["acceptance"] == pytest.approx(7 / 13)
-    assert result["base"]["acceptance"] is None
-    assert (result["base"]["k"], result["base"]["acceptance_length"]) == (None, None)
-    assert (result["mtp"]["k"], result["mtp"]["steps"]) == (1, 52)
-    assert result["mtp"]["acceptance_by_position"] == [pytest.approx(7 / 13)]
+    assert result["base"]["acceptance"] is result["base"]["k"] is None
+    assert (result["mtp"]["k"], result["mtp"]["steps"]) == (1, 26)
     assert result["mtp"]["acceptance_length"] == pytest.approx(20 / 13)
-    speeds = result["decode_tok_s"]
-    assert speeds["base"] == pytest.approx(1 / Ticking.STEP_S)
-    assert speeds["mtp"] == pytest.approx(19 / 13 / Ticking.STEP_S)
-    assert result["base"]["decode_tok_s"]["runs"] == 2
+    assert result["decode_tok_s"]["base"] == pytest.approx(1 / Ticking.STEP_S)
+    assert result["decode_tok_s"]["mtp"] == pytest.approx(19 / 13 / Ticking.STEP_S)
     assert result["base"]["repeatable"] and result["mtp"]["repeatable"]
+
+
+def test_divergences_name_prompt_position_and_the_bases_margin(
+    fake: Callable[..., None], base: Path, grafted: Path, tmp_path: Path
+) -> None:
+    fake(diverge_at=4)
+    result = measured(tmp_path, base, grafted)
+    assert result["greedy_identical"] is False
+    # The stand-in's margin at position i is 0.25 + i.
+    found = [(d["prompt"], d["position"], d["margin"]) for d in result["divergences"]]
+    assert found == [("a", 4, pytest.approx(4.25)), ("b", 4, pytest.approx(4.25))]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [((1, 2, 3), []), ((1, 9, 3), [(1, 0.2)]), ((1, 2), [(2, 0.3)]), ((1, 2, 3, 4), [(3, None)])],
+)
+def test_the_first_difference_is_found(tokens: tuple[int, ...], expected: list[Any]) -> None:
+    reference = {"p": {"token_ids": [1, 2, 3], "margins": [0.1, 0.2, 0.3]}}
+    found = find_divergences(reference, [tokens])
+    assert [(d["position"], d["margin"]) for d in found] == expected
 
 
 def test_each_draft_position_is_counted_given_that_those_before_were_accepted(
     fake: Callable[..., None], grafted: Path, tmp_path: Path
 ) -> None:
     fake(accepts=[3, 1, 0])
-    options = ServeOptions(grafted, port=0, num_speculative_tokens=3)
-    with server.managed_server(options, tmp_path / "vllm.log") as client:
-        result = decode_result(measure_decode(client, TOKEN_PROMPTS, CONFIG, quiet), CONFIG)
+    with serving(grafted, tmp_path / "vllm.log", k=3) as client:
+        result = decode_result(measure_rounds(client, TOKENS, CONFIG, quiet), CONFIG)
     # 20 tokens: one from prefill, then 4, 2, 1, 4, 2, 1, 4, and 1 of a last 2.
     assert result["k"] == 3
-    assert result["accepted_by_position"] == [4 * n for n in (6, 3, 3)]
+    assert result["accepted_by_position"] == [2 * n for n in (6, 3, 3)]
     assert result["acceptance_by_position"] == [6 / 8, 3 / 6, 3 / 3]
     assert result["acceptance_length"] == 1 + 12 / 8
     assert result["acceptance"]["median"] == 12 / 24
-    # Both prompts have the same steps: another choice of prompts would change nothing.
-    assert result["acceptance_by_position_interval"] == [[n, n] for n in (0.75, 0.5, 1.0)]
-    assert result["acceptance_length_interval"] == [2.5, 2.5]
 
 
 def test_a_position_that_no_step_reached_has_no_acceptance() -> None:
@@ -119,110 +122,6 @@ def test_a_position_that_no_step_reached_has_no_acceptance() -> None:
     nothing = drafting_result(counters - counters)
     assert nothing["k"] == 3 and nothing["acceptance_by_position"] is None
     assert set(drafting_result(None).values()) == {None}
-
-
-def test_divergences_name_prompt_position_and_the_bases_margin(
-    fake: Callable[..., None], base: Path, grafted: Path, tmp_path: Path
-) -> None:
-    fake(diverge_at=4)
-    result = compare(tmp_path, base, grafted)
-    assert result["greedy_identical"] is False
-    # The stand-in's margin at position i is 0.25 + i.
-    assert result["divergences"] == [
-        {"prompt": "a", "position": 4, "margin": pytest.approx(4.25)},
-        {"prompt": "b", "position": 4, "margin": pytest.approx(4.25)},
-    ]
-
-
-def timed(*completions: Completion, counters: SpecDecodeCounters | None = None) -> Round:
-    return Round(tuple(Timed(done, counters) for done in completions))
-
-
-def completion(tokens: int, first: int, ttft_s: float, decode_s: float) -> Completion:
-    chunks = ((10.0 + ttft_s, first), (10.0 + ttft_s + decode_s, tokens - first))
-    return Completion(tuple(range(tokens)), "length", 10.0, chunks)
-
-
-def test_speed_counts_tokens_after_the_first_chunk_over_all_prompts() -> None:
-    one = timed(completion(11, 1, 0.1, 1.0), completion(32, 2, 0.3, 4.0))
-    assert one.decode_tok_s == pytest.approx((10 + 30) / 5.0)
-    assert one.ttft_ms == pytest.approx(200.0)
-    assert one.tpot_ms == pytest.approx((100.0 + 4000.0 / 30) / 2)
-
-
-def test_results_give_median_extremes_and_number_of_rounds() -> None:
-    rounds = [
-        timed(
-            completion(11, 1, 0.1, 10 / speed),
-            counters=SpecDecodeCounters(10, 10, accepted, (accepted,)),
-        )
-        for speed, accepted in [(20.0, 5), (10.0, 7), (40.0, 9)]
-    ]
-    result = decode_result(rounds, CONFIG)
-    speed = result["decode_tok_s"]
-    assert [speed[key] for key in ("median", "min", "max", "runs")] == [
-        *(pytest.approx(20.0), pytest.approx(10.0), pytest.approx(40.0), 3)
-    ]
-    assert result["acceptance"]["median"] == pytest.approx(0.7)
-
-
-def test_the_round_that_is_kept_has_the_median_speed() -> None:
-    def kept(*speeds: float) -> int:
-        rounds = [timed(completion(11, 1, 0.1, 10 / speed)) for speed in speeds]
-        found = median_round(rounds)
-        assert found["rounds"] == len(speeds)
-        assert found["timed"] == [rounds[found["round"] - 1].timed[0].as_dict()]
-        number: int = found["round"]
-        return number
-
-    assert kept(20.0, 10.0, 40.0) == 1
-    assert kept(20.0, 40.0) == 1 and kept(40.0, 20.0, 30.0, 10.0) == 2
-
-
-def test_chunks_are_kept_with_their_texts(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
-    fake()
-    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client:
-        done = client.stream([1, 2], 5)
-    assert [size for _, size in done.chunks] == [1, 2, 1, 1]
-    assert done.texts == (" 3", " 10 17", " 24", " 31")
-    one = Timed(done, None)
-    assert Timed.from_dict(json.loads(json.dumps(one.as_dict()))).completion.texts == done.texts
-
-
-def test_the_interval_spans_what_other_prompts_would_have_given() -> None:
-    rounds = [timed(*(completion(11, 1, 0.1, 10 / speed) for speed in (10.0, 20.0, 40.0)))]
-    low, high = decode_result(rounds, CONFIG)["decode_tok_s"]["interval"]
-    assert low == pytest.approx(10.0) and high == pytest.approx(40.0)
-    same = [timed(*(completion(11, 1, 0.1, 0.5) for _ in range(3)))]
-    assert decode_result(same, CONFIG)["decode_tok_s"]["interval"] == pytest.approx([20.0, 20.0])
-
-
-def test_a_prompt_that_is_answered_in_one_chunk_has_no_time_per_token() -> None:
-    result = decode_result([timed(completion(11, 1, 0.1, 1.0), completion(1, 1, 0.1, 0.0))], CONFIG)
-    assert result["tpot_ms"]["median"] == pytest.approx(100.0)
-    assert result["tpot_ms"]["interval"] == pytest.approx([100.0, 100.0])
-    assert result["decode_tok_s"]["interval"] == pytest.approx([10.0, 10.0])
-
-
-def test_rounds_that_differ_are_not_called_repeatable() -> None:
-    rounds = [timed(completion(n, 1, 0.1, 1.0)) for n in (5, 6)]
-    assert decode_result(rounds, CONFIG)["repeatable"] is False
-
-
-@pytest.mark.parametrize(
-    ("tokens", "expected"),
-    [
-        ((1, 2, 3), []),
-        ((1, 9, 3), [Divergence("p", 1, 0.2)]),
-        ((1, 2), [Divergence("p", 2, 0.3)]),
-        ((1, 2, 3, 4), [Divergence("p", 3, None)]),
-    ],
-)
-def test_the_first_difference_is_found(tokens: tuple[int, ...], expected: list[Divergence]) -> None:
-    reference = ScoredCompletion((1, 2, 3), (0.1, 0.2, 0.3))
-    assert find_divergences([TokenPrompt("p", (0,))], [reference], [tokens]) == expected
 
 
 def test_counters_are_summed_over_engines_and_split_by_position() -> None:
@@ -237,13 +136,142 @@ def test_counters_are_summed_over_engines_and_split_by_position() -> None:
             ("accepted_tokens_per_pos", ',position="0"', 8.0),
         ]
     )
-    counters = parse_spec_decode("# HELP vllm:spec_decode_num_drafts_total x\n" + page)
-    assert counters == SpecDecodeCounters(20, 40, 24, (16, 8))
-    assert counters is not None and counters.acceptance == pytest.approx(0.6)
-
-
-def test_a_server_that_does_not_draft_has_no_counters() -> None:
+    assert parse_spec_decode(page + "\n") == SpecDecodeCounters(20, 40, 24, (16, 8))
     assert parse_spec_decode("vllm:num_requests_running 0.0\n") is None
+    with pytest.raises(GraftError, match="not vLLM's metrics"):
+        parse_spec_decode("<html>\n")
+
+
+def answer(tokens: int, first: int, ttft_s: float, decode_s: float) -> requests.Answer:
+    chunks = [[ttft_s, first], *([[ttft_s + decode_s, tokens - first]] if tokens > first else ())]
+    return {"token_ids": list(range(tokens)), "chunks": chunks, "counters": None}
+
+
+def test_speed_counts_tokens_after_the_first_chunk_over_all_prompts() -> None:
+    in_one_chunk = answer(1, 1, 0.3, 0.0)  # has no time per token
+    one = [answer(11, 1, 0.1, 1.0), answer(32, 2, 0.3, 4.0), in_one_chunk]
+    result = decode_result([one], CONFIG)
+    assert result["decode_tok_s"]["median"] == pytest.approx((10 + 30) / 5.0)
+    assert result["ttft_ms"]["median"] == pytest.approx(300.0)
+    assert result["tpot_ms"]["median"] == pytest.approx((100.0 + 4000.0 / 30) / 2)
+    with pytest.raises(GraftError, match="single chunk"):
+        decode_result([one, [in_one_chunk] * 3], CONFIG)
+
+
+def test_results_are_spread_over_rounds_and_the_one_of_median_speed_is_kept() -> None:
+    rounds = [[answer(11, 1, 0.1, 10 / speed)] for speed in (20.0, 10.0, 40.0)]
+    speed = decode_result(rounds, CONFIG)["decode_tok_s"]
+    spread = [speed[key] for key in ("median", "min", "max", "runs")]
+    assert spread == [pytest.approx(20.0), pytest.approx(10.0), pytest.approx(40.0), 3]
+    kept = median_round(rounds)
+    assert (kept["round"], kept["rounds"], kept["timed"]) == (1, 3, rounds[0])
+    assert median_round(rounds[:2])["round"] == 2
+    assert decode_result([*rounds, [answer(6, 1, 0.1, 1.0)]], CONFIG)["repeatable"] is False
+
+
+def test_chunks_come_with_their_texts(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake()
+    with serving(grafted, tmp_path / "vllm.log") as client:
+        body = {"prompt": [1, 2], "max_tokens": 5, "ignore_eos": True}
+        found = time_answer(client, "/v1/completions", body)
+    assert [size for _, size in found["chunks"]] == [1, 2, 1, 1]
+    assert found["texts"] == [" 3", " 10 17", " 24", " 31"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [("500", "refused"), ("hangs", "timeout"), ("closes", "broken"), ("aborts", "broken")],
+)
+def test_a_failed_request_is_counted_and_asked_again(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path, failure: str, kind: str
+) -> None:
+    fake(fails={"3": failure}, step_s=0.001)  # the warm-up is stream 1, "a" 2, "b" 3
+    session = Session(wait_s=0.0)
+    with serving(grafted, tmp_path / "vllm.log", silence_s=0.5) as client:
+        rounds = measure_rounds(client, TOKENS, CONFIG, quiet, session=session)
+    found = session.as_result()
+    assert found["errors"] == 1
+    [failed] = found["failures"]
+    assert (failed["request"], failed["attempt"], failed["kind"]) == ("decode/0/b", 1, kind)
+    # What the broken attempt drafted is in no round.
+    counted = [[one["counters"] for one in answers] for answers in rounds]
+    assert counted[0] == counted[1]
+    assert decode_result(rounds, CONFIG)["repeatable"] is True
+
+
+def test_a_request_that_always_fails_ends_the_measurement(
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
+) -> None:
+    fake(fails={"2": "500", "3": "closes"})
+    with (
+        serving(grafted, tmp_path / "vllm.log") as client,
+        pytest.raises(GraftError, match=r"decode/0/a: failed 2 times, .* ended after 1"),
+    ):
+        measure_rounds(client, TOKENS, CONFIG, quiet, session=Session(attempts=2, wait_s=0.0))
+
+
+def chunk(**content: Any) -> dict[str, Any]:
+    return {"choices": [{"token_ids": [7], "finish_reason": "stop", **content}]}
+
+
+LAST = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+
+class Answering(ServerClient):
+    """A client whose server sends these events, and says what it drafted nothing."""
+
+    def __init__(self, *sent: Any) -> None:
+        super().__init__("http://127.0.0.1:9")
+        self.sent = sent
+
+    def events(self, path: str, body: dict[str, Any]) -> Any:
+        yield from self.sent
+
+    def spec_decode_counters(self) -> None:
+        return None
+
+
+def test_a_chats_stream_may_say_null_where_there_is_no_text() -> None:
+    found = time_answer(Answering(chunk(delta={"content": None}), LAST), "/v1/x", {})
+    assert (found["texts"], found["token_ids"], found["prompt_tokens"]) == ([""], [7], 1)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        ({"choices": ["x"]}, LAST),
+        (chunk(delta=None), LAST),
+        (chunk(delta={"content": ["x"]}), LAST),
+        (chunk(delta={}, finish_reason=["stop"]), LAST),
+        (chunk(delta={}, finish_reason="abort"), LAST),
+        (chunk(delta={}), {"choices": [], "usage": 1}),
+        (chunk(delta={}), {"choices": [], "usage": {"completion_tokens": 1}}),
+        (chunk(delta={}),),
+        (chunk(text="x", token_ids=[7, 8]), LAST),
+        (5,),
+    ],
+)
+def test_a_stream_that_is_not_whole_is_a_broken_answer(sent: tuple[Any, ...]) -> None:
+    with pytest.raises(BrokenAnswer):
+        time_answer(Answering(*sent), "/v1/x", {})
+
+
+def test_a_run_folder_keeps_what_was_measured_and_belongs_to_one_claim(tmp_path: Path) -> None:
+    def fail() -> int:
+        raise GraftError("out of luck")
+
+    session = open_session(tmp_path, {"k": 1}, attempts=1)
+    assert session.measure("a", lambda: [1]) == [1]
+    with pytest.raises(GraftError, match="b: failed 1 times"):
+        session.measure("b", fail)
+    session.keep("c", 3)
+    again = open_session(tmp_path, {"k": 1})
+    assert again.measure("a", fail) == [1] and again.units["c"] == 3
+    assert again.as_result()["errors"] == 1, "failures are kept, too"
+    with pytest.raises(GraftError, match="begun with k = 1, now it is 2"):
+        open_session(tmp_path, {"k": 2})
 
 
 def test_prompts_are_loaded_in_order_up_to_the_limit(prompts_file: Path) -> None:
@@ -257,7 +285,7 @@ def test_prompts_are_loaded_in_order_up_to_the_limit(prompts_file: Path) -> None
         ('{"id": 1, "text": "x"}\n{"id": 2}', ":2: not a prompt"),
         ("[]", ":1: not a prompt"),
         (json.dumps({"id": 1, "text": ""}), ":1: prompt '1' is empty"),
-        ('{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', ":2: id '1' comes twice"),
+        ('{"id": 1, "text": "x"}\n{"id": 1, "text": "y"}', ":2: prompt '1' comes twice"),
         ("\n", "no prompts"),
     ],
 )
@@ -268,103 +296,3 @@ def test_a_bad_prompt_file_is_named_with_its_line(
     file.write_text(content)
     with pytest.raises(GraftError, match=message):
         load_prompts(file)
-
-
-TOKEN_PROMPTS = [TokenPrompt("a", (1, 2)), TokenPrompt("b", (3,))]
-
-
-@pytest.mark.parametrize(
-    ("failure", "kind"),
-    [("500", "refused"), ("hangs", "timeout"), ("closes", "broken"), ("aborts", "broken")],
-)
-def test_a_failed_request_is_counted_and_asked_again(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path, failure: str, kind: str
-) -> None:
-    fake(fails={"3": failure}, step_s=0.001)  # the warm-up is stream 1, "a" 2, "b" 3
-    retrying = Retrying(wait_s=0.0)
-    with (
-        server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as running,
-        BenchClient(running.base_url, silence_s=0.5) as client,
-    ):
-        rounds = measure_decode(client, TOKEN_PROMPTS, CONFIG, quiet, retrying=retrying)
-    assert [(f.request, f.attempt, f.kind) for f in retrying.failures] == [("decode/0/b", 1, kind)]
-    assert retrying.as_dict()["errors"] == 1
-    # What the broken attempt drafted is in no round.
-    assert rounds[0].counters == rounds[1].counters
-    assert decode_result(rounds, CONFIG)["repeatable"] is True
-
-
-def test_a_request_that_always_fails_ends_the_measurement(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
-    fake(fails={"2": "500", "3": "closes"})
-    with (
-        server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client,
-        pytest.raises(GraftError, match=r"decode/0/a: failed 2 times in a row, .* ended after 1"),
-    ):
-        measure_decode(
-            client, TOKEN_PROMPTS, CONFIG, quiet, retrying=Retrying(attempts=2, wait_s=0.0)
-        )
-
-
-def test_what_was_measured_before_a_kill_is_not_asked_again(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
-    streams, folder = tmp_path / "streams", tmp_path / "run"
-    fake(streams=str(streams), fails={"4": "500"})
-    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client:
-
-        def measure() -> list[Round]:
-            with open_ledger(folder, {"a": 1}) as ledger:
-                give_up = Retrying(attempts=1)
-                return measure_kept(lambda: client, PROMPTS, CONFIG, quiet, ledger, give_up)
-
-        with pytest.raises(GraftError, match="decode/1/a"):
-            measure()
-        rounds = measure()
-        assert measure() == rounds  # nothing is left to ask
-    a, b = sum(b"ab"), sum(b"hello")
-    # Warm-up, a, b, a (which failed); then warm-up and what was missing: a, b.
-    assert list(map(int, streams.read_text().split())) == [a, a, b, a, a, a, b]
-    assert [len(r.timed) for r in rounds] == [2, 2]
-
-
-def no_server() -> BenchClient:
-    raise AssertionError("a server was asked for")
-
-
-def finished(*timed: Timed) -> Ledger:
-    """Return the ledger of one prompt, with a continuation a round."""
-    ledger = Ledger()
-    ledger.add("prompts", [{"id": "a", "token_ids": [1]}])
-    for n, one in enumerate(timed):
-        ledger.add(f"decode/{n}/a", json.loads(json.dumps(one.as_dict())))
-    return ledger
-
-
-def test_a_finished_measurement_needs_no_server() -> None:
-    one = Timed(completion(5, 1, 0.1, 1.0), SpecDecodeCounters(4, 4, 2, (2,)))
-    rounds = measure_kept(no_server, PROMPTS, CONFIG, quiet, finished(one, one), Retrying())
-    assert [r.counters for r in rounds] == [(one.counters,)] * 2
-    assert rounds[0].completions[0].decode_s == pytest.approx(one.completion.decode_s)
-
-
-def test_a_round_without_a_second_chunk_is_refused_also_when_it_was_measured_before() -> None:
-    two_chunks, one_chunk = (Timed(completion(5, n, 0.1, 1.0), None) for n in (1, 5))
-    for ledger, unit in (
-        (finished(one_chunk, one_chunk), "decode/0/a"),
-        (finished(two_chunks, one_chunk), "decode/1/a"),
-    ):
-        with pytest.raises(GraftError, match=f"{unit} .* single chunk"):
-            measure_kept(no_server, PROMPTS, CONFIG, quiet, ledger, Retrying())
-
-
-def test_a_refused_tokenization_is_counted_and_asked_again(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
-    fake(refuses_first={"/tokenize": 1})
-    retrying = Retrying(wait_s=0.0)
-    with server.managed_server(ServeOptions(grafted, port=0), tmp_path / "vllm.log") as client:
-        rounds = measure_kept(lambda: client, PROMPTS, CONFIG, quiet, Ledger(), retrying)
-    assert [(f.request, f.kind) for f in retrying.failures] == [("tokenize a", "refused")]
-    assert [len(r.timed) for r in rounds] == [2, 2]

@@ -1,16 +1,14 @@
 """How often a running server accepts its head's drafts, on texts whose ending is known."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mtp_graft.bench.decode import Report
-from mtp_graft.bench.drafting import drafting_result
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient, Step
 from mtp_graft.serving.concurrent import concurrently
-from mtp_graft.serving.metrics import SpecDecodeCounters
+from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ def measure_acceptance(
     texts: Sequence[KnownText],
     max_tokens: int,
     concurrency: int,
-    report: Report,
+    report: Callable[[str, int, int], None],
     label: str = "acceptance",
 ) -> dict[str, Any]:
     """Have every text continued again, with drafts, until it ends; return what was accepted.
@@ -38,27 +36,19 @@ def measure_acceptance(
     `accepted`. With several requests in a step, sums round in another order, so a few may leave
     the text where the base is unsure. Raises GraftError if the server tells of no drafts.
     """
-    steps: list[list[Step]] = [[]] * len(texts)
-    identical = 0
 
-    def ask(number: int) -> tuple[int, tuple[int, ...], list[Step]]:
-        return number, *client.complete_counted(texts[number].prompt, max_tokens)
+    def ask(text: KnownText) -> tuple[KnownText, tuple[int, ...], list[Step]]:
+        return text, *client.complete_counted(text.prompt, max_tokens)
 
     report(label, 0, len(texts))
-    asked = concurrently(ask, range(len(texts)), concurrency)
-    for done, (number, answer, told) in enumerate(asked, start=1):
-        identical += answer == texts[number].continuation
-        steps[number] = list(within_text(told, len(answer)))
-        report(label, done, len(texts))
-    sequences = [
-        {
-            "id": text.id,
-            "drafts": sum(step.drafted > 0 for step in each),
-            "accepted": sum(step.accepted > 0 for step in each),
-        }
-        for text, each in zip(texts, steps, strict=True)
-    ]
-    counted = count_steps([step for each in steps for step in each])
+    steps: dict[str, list[Step]] = {}
+    identical = 0
+    for text, answer, told in concurrently(ask, texts, concurrency):
+        identical += answer == text.continuation
+        steps[text.id] = list(_steps_within(told, len(answer)))
+        report(label, len(steps), len(texts))
+    in_order = [steps[text.id] for text in texts]
+    counted = _count([step for each in in_order for step in each])
     drafted, accepted = counted.num_draft_tokens, counted.num_accepted_tokens
     if not drafted:
         raise GraftError(
@@ -73,11 +63,16 @@ def measure_acceptance(
         **drafting_result(counted),
         "texts": len(texts),
         "identical": identical,
-        "sequences": sequences,
+        "sequences": [_first_drafts(*pair) for pair in zip(texts, in_order, strict=True)],
     }
 
 
-def within_text(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
+def _first_drafts(text: KnownText, steps: Sequence[Step]) -> dict[str, Any]:
+    drafts = sum(step.drafted > 0 for step in steps)
+    return {"id": text.id, "drafts": drafts, "accepted": sum(s.accepted > 0 for s in steps)}
+
+
+def _steps_within(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
     """Yield the steps that made a text of `num_tokens`, without drafts past its end.
 
     The last step may draft and accept more than the text has; vLLM counts that too.
@@ -88,7 +83,7 @@ def within_text(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
         left -= step.accepted + 1
 
 
-def count_steps(steps: Sequence[Step]) -> SpecDecodeCounters:
+def _count(steps: Sequence[Step]) -> SpecDecodeCounters:
     """Return counters of steps, the last of a text among them, which may have fewer drafts."""
     drafting = [step for step in steps if step.drafted]
     places = range(max((step.drafted for step in drafting), default=0))

@@ -8,10 +8,9 @@ from importlib.resources import files
 from statistics import mean, median
 from typing import Any
 
-from mtp_graft.bench.decode import Report
-from mtp_graft.bench.ledger import Ledger
-from mtp_graft.bench.streams import BenchClient, ChatAnswer, Retrying
-from mtp_graft.serving.metrics import SpecDecodeCounters
+from mtp_graft.bench.decode import Report, decode_s, num_decoded, ttft_s
+from mtp_graft.bench.requests import Answer, Session, time_answer
+from mtp_graft.serving.client import ServerClient
 
 CATEGORIES = ("chat", "coding", "retrieval", "writing", "planning")
 
@@ -45,45 +44,40 @@ class WorkloadConfig:
 def load_workload() -> Workload:
     """Return the workload that comes with the package; all of it was written for it."""
     found = json.loads((files("mtp_graft.bench") / "workload.json").read_text("utf-8"))
-    documents: Mapping[str, list[str]] = found["documents"]
     tasks = []
     for task in found["tasks"]:
-        parts = (
-            [*documents[task["document"]], task["text"]] if "document" in task else [task["text"]]
-        )
-        tasks.append(Task(task["id"], task["category"], "\n\n".join(parts)))
+        document = found["documents"][task["document"]] if "document" in task else []
+        tasks.append(Task(task["id"], task["category"], "\n\n".join([*document, task["text"]])))
     return Workload(found["system"], tuple(found["tools"]), tuple(tasks))
 
 
 def measure_workload(
-    client: Callable[[], BenchClient],
+    connect: Callable[[], ServerClient],
     workload: Workload,
     config: WorkloadConfig,
     report: Report,
-    ledger: Ledger,
-    retrying: Retrying,
+    session: Session,
 ) -> dict[str, Any]:
     """Ask every request of the workload, one at a time, greedily; return speeds and acceptance.
 
-    `client` is called only if something is left to ask: what the ledger has is not asked again.
-    The first request is preceded by a short one as warm-up. Raises GraftError if a request fails
-    for good.
+    `connect` is called only if something is left to ask. The first request is preceded by a short
+    one as warm-up. Raises GraftError if a request fails for good.
     """
-    missing = [task for task in workload.tasks if task.id not in ledger]
+    missing = [task for task in workload.tasks if task.id not in session.units]
+    total = len(workload.tasks)
     if missing:
-        server = client()
+        client = connect()
         report("workload: warm-up", 0, 0)
         warm_up = _body(workload, missing[0], config) | {"max_tokens": 8}
-        retrying.ask("warm-up", partial(server.stream_chat, warm_up))
-    total = len(workload.tasks)
+        session.ask("warm-up", partial(time_answer, client, "/v1/chat/completions", warm_up))
     for done, task in enumerate(missing, start=total - len(missing)):
         report(f"workload: {task.id}", done, total)
         body = _body(workload, task, config)
-        answer, counters = retrying.ask(task.id, partial(_ask, server, body))
-        ledger.add(task.id, {"category": task.category} | _measured(answer, counters))
+        ask = partial(time_answer, client, "/v1/chat/completions", body)
+        session.keep(task.id, _task_result(task, session.ask(task.id, ask)))
     report("workload", total, total)
-    found = [{"id": task.id} | ledger[task.id] for task in workload.tasks]
-    return workload_result(found, config) | retrying.as_dict()
+    found = [session.units[task.id] for task in workload.tasks]
+    return workload_result(found, config) | session.as_result()
 
 
 def _body(workload: Workload, task: Task, config: WorkloadConfig) -> dict[str, Any]:
@@ -99,31 +93,21 @@ def _body(workload: Workload, task: Task, config: WorkloadConfig) -> dict[str, A
     return body if config.max_tokens is None else body | {"max_tokens": config.max_tokens}
 
 
-def _ask(
-    client: BenchClient, body: Mapping[str, Any]
-) -> tuple[ChatAnswer, SpecDecodeCounters | None]:
-    before = client.spec_decode_counters()
-    answer = client.stream_chat(body)
-    after = client.spec_decode_counters()
-    return answer, None if before is None or after is None else after - before
-
-
-def _measured(answer: ChatAnswer, counters: SpecDecodeCounters | None) -> dict[str, Any]:
+def _task_result(task: Task, answer: Answer) -> dict[str, Any]:
     """Return a request's JSON; an answer in one chunk has no decode speed."""
-    done = answer.completion
+    decoded, seconds, counters = num_decoded(answer), decode_s(answer), answer["counters"] or {}
     return {
-        "prompt_tokens": answer.num_prompt_tokens,
-        "completion_tokens": len(done.token_ids),
-        "decoded_tokens": done.num_decoded,
-        "decode_s": done.decode_s,
-        "decode_tok_s": done.num_decoded / done.decode_s if done.num_decoded else None,
-        "ttft_ms": 1e3 * done.ttft_s,
-        "drafted": counters and counters.num_draft_tokens,
-        "accepted": counters and counters.num_accepted_tokens,
-        "finish_reason": done.finish_reason,
-        "tool_calls": answer.num_tool_calls,
-        "reasoning_chars": answer.num_reasoning_chars,
-        "content_chars": answer.num_content_chars,
+        "id": task.id,
+        "category": task.category,
+        "prompt_tokens": answer["prompt_tokens"],
+        "completion_tokens": answer["completion_tokens"],
+        "decoded_tokens": decoded,
+        "decode_s": seconds,
+        "decode_tok_s": decoded / seconds if decoded else None,
+        "ttft_ms": 1e3 * ttft_s(answer),
+        "drafted": counters.get("num_draft_tokens"),
+        "accepted": counters.get("num_accepted_tokens"),
+        "finish_reason": answer["finish_reason"],
     }
 
 
@@ -140,15 +124,12 @@ def workload_result(found: Sequence[dict[str, Any]], config: WorkloadConfig) -> 
 
 def _summary(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean of the requests' speeds (as the Acti card has it), and the pooled one."""
-    decoded = [task for task in tasks if task["decode_tok_s"] is not None]
+    decoded = [task for task in tasks if task["decoded_tokens"]]
     drafted = sum(task["drafted"] or 0 for task in tasks)
+    tokens, seconds = (sum(t[key] for t in decoded) for key in ("decoded_tokens", "decode_s"))
     return {
         "decode_tok_s": mean(task["decode_tok_s"] for task in decoded) if decoded else None,
-        "pooled_tok_s": (
-            sum(task["decoded_tokens"] for task in decoded) / sum(t["decode_s"] for t in decoded)
-            if decoded
-            else None
-        ),
+        "pooled_tok_s": tokens / seconds if decoded else None,
         "ttft_ms": median(task["ttft_ms"] for task in tasks),
         "acceptance": sum(task["accepted"] or 0 for task in tasks) / drafted if drafted else None,
         "requests": len(tasks),

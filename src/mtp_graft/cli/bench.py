@@ -1,57 +1,65 @@
 """`mtp-graft bench decode`, `sweep` and `workload`: how fast a server is."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
+from mtp_graft.bench.page import number, percent, percents, spread
 from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
-from mtp_graft.cli.bench_tables import (
-    decode_table,
-    drafting_lines,
-    ratio_lines,
-    sweep_lines,
-    sweep_table,
-    workload_table,
-)
 from mtp_graft.cli.grouped import grouped
 from mtp_graft.cli.help import SPEED, SectionedCommand
-from mtp_graft.cli.output import (
-    Report,
-    check_writable,
-    note,
-    progress_bar,
-    result_console,
-    write_json,
-)
-from mtp_graft.cli.target import (
-    IgnoreEosOption,
-    LimitOption,
-    PromptsOption,
-    RunOption,
-    Target,
-    TemperatureOption,
-    check_url,
-    keep_result,
-    prompts_of,
-)
+from mtp_graft.cli.output import check_writable, note, progress_bar, result_console, write_json
+from mtp_graft.cli.target import RunOption, Target, check_url, keep_result
+from mtp_graft.serving.prompts import Prompt, load_prompts
 
-if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
-    from mtp_graft.bench.decode import DecodeConfig
-    from mtp_graft.bench.streams import BenchClient, Retrying
 
-MaxTokensOption = Annotated[
-    int, typer.Option(min=2, metavar="N", help="Tokens to continue each prompt by.")
-]
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """The options of `decode` and `sweep`: what is asked, and where the answers' times go."""
+
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.',
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Use the first prompts only.")
+    ] = None
+    max_tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Tokens to continue each prompt by.")
+    ] = 128
+    ignore_eos: Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")] = True
+    temperature: Annotated[
+        float,
+        typer.Option(min=0.0, metavar="T", help="0 is greedy; above, texts are not compared."),
+    ] = 0.0
+    run: RunOption = None
+    json_file: JsonOption = None
+
+    def prompts(self) -> list[Prompt]:
+        """Return the prompts of the file, or the tiny recipe's."""
+        from mtp_graft.pipeline import find_bundled_recipe
+        from mtp_graft.recipe import load_recipe
+
+        bundled = load_recipe(find_bundled_recipe()).bench.prompts
+        return load_prompts(self.prompt_file or Path(bundled), self.limit)
 
 
 @bench.command("decode", cls=SectionedCommand, rich_help_panel=SPEED)
 @grouped
 def bench_decode(
     target: Target,
+    asking: Asking,
     against: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Compare with this checkpoint, served in turn."),
@@ -72,25 +80,19 @@ def bench_decode(
             help="How often the two take turns; even, to go first equally often. Default: 6.",
         ),
     ] = None,
-    prompts: PromptsOption = None,
-    limit: LimitOption = None,
-    max_tokens: MaxTokensOption = 128,
     rounds: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="How often every prompt is continued, in each turn."),
     ] = 3,
-    ignore_eos: IgnoreEosOption = True,
-    temperature: TemperatureOption = 0.0,
     k: SpeculativeOption = None,
-    run: RunOption = None,
-    json_file: JsonOption = None,
 ) -> None:
-    """Measure single-stream decode speed, time to first token and acceptance by position.
+    """Measure the decode speed of one request at a time, time to first token and acceptance.
 
     With --against, both servers take turns (base, MTP, MTP, base, ...) and the ratio of their
     speeds comes with an interval.
     """
-    from mtp_graft.bench.decode import DecodeConfig
+    from mtp_graft.bench.alternating import measure_alternating, measure_decode
+    from mtp_graft.bench.decode import DecodeConfig, decode_result
 
     target.check_k(k)
     other = _other(target, against, against_url)
@@ -98,22 +100,26 @@ def bench_decode(
         raise typer.BadParameter(
             "--pairs needs --against or --against-url: one server has no turns"
         )
-    config = DecodeConfig(max_tokens, rounds, ignore_eos, temperature)
-    folder = target.folder(run, "decode")
-    asked = prompts_of(prompts, limit)
-    decode = _Decode(target, k, asked, config, folder, target.retrying())
+    config = DecodeConfig(asking.max_tokens, rounds, asking.ignore_eos, asking.temperature)
+    prompts, folder = asking.prompts(), target.folder(asking.run, "decode")
+    k = target.num_drafts(k)
+    # More pairs may be added to a folder later: each stands by itself.
+    claim = {"decode": asdict(config), "k": k, "prompts": _hash(prompts)}
+    claim |= {"against": other.identity()} if other else {}
+    session = target.session(folder, claim)
     with progress_bar() as report:
-        result = decode.alone(report) if other is None else decode.beside(other, pairs or 6, report)
-    write_json(result, json_file)
-    out = result_console(json_file)
-    if other is None:
-        out.print(decode_table({"decode": result}))
-    else:
-        out.print(decode_table({"against": result["against"], "decode": result}))
-        for line in ratio_lines(result):
-            out.print(line, soft_wrap=True)
-    for line in drafting_lines(result):
-        out.print(line, soft_wrap=True)
+        ours = partial(target.client, report, num_speculative_tokens=k)
+        if other is None:
+            measured = measure_decode(ours, prompts, config, report, session)
+            result = decode_result(measured, config) | session.as_result()
+        else:
+            serve = {"mtp": ours, "base": partial(other.client, report, num_speculative_tokens=0)}
+            result = measure_alternating(serve, prompts, pairs or 6, config, report, session)
+            # Servers that are not ours were not started again between their turns.
+            result |= {"restarted": target.checkpoint is not None}
+    keep_result(result, folder, target)
+    write_json(result, asking.json_file)
+    _print_decode(result, asking.json_file)
 
 
 def _other(target: Target, against: Path | None, against_url: str | None) -> Target | None:
@@ -125,73 +131,57 @@ def _other(target: Target, against: Path | None, against_url: str | None) -> Tar
         raise typer.BadParameter(
             "compare a --checkpoint with --against, or a --base-url with --against-url"
         )
-    return replace(
-        target,
-        base_url=against_url,
-        checkpoint=against,
-        draft_sample_method=None,
-        draft_lm_head_quantization=None,
-    )
+    return replace(target, base_url=against_url, checkpoint=against)
 
 
-@dataclass(frozen=True)
-class _Decode:
-    """One `bench decode`: of a server alone, or in turns with another."""
-
-    target: Target
-    k: int | None
-    prompts: Sequence[Any]
-    config: "DecodeConfig"
-    folder: Path | None
-    retrying: "Retrying"
-
-    def alone(self, report: Report) -> dict[str, Any]:
-        from mtp_graft.bench.decode import decode_result, measure_kept
-        from mtp_graft.bench.ledger import open_ledger
-
-        servers = {"server": self.target.identity(), "k": self.k}
-        claim = {"decode": asdict(self.config)} | servers | _named(self.prompts)
-        with open_ledger(self.folder, claim) as ledger, ExitStack() as stack:
-            rounds = measure_kept(
-                lambda: stack.enter_context(self.target.client(report, "", self.k)),
-                *(self.prompts, self.config, report, ledger, self.retrying),
-            )
-            result = decode_result(rounds, self.config) | self.retrying.as_dict()
-            return keep_result(result, self.folder, self.target, ledger)
-
-    def beside(self, other: Target, pairs: int, report: Report) -> dict[str, Any]:
-        from mtp_graft.bench.alternating import AlternatingConfig, measure_alternating
-        from mtp_graft.bench.ledger import open_ledger
-
-        servers = {"server": self.target.identity(), "against": other.identity(), "k": self.k}
-        alternating = AlternatingConfig(pairs, self.config)
-        # More pairs may be added to a folder later: each stands by itself.
-        claim = {"decode": asdict(self.config)} | servers | _named(self.prompts)
-        with open_ledger(self.folder, claim) as ledger:
-            result = measure_alternating(
-                lambda name: self.target.client(report, name, self.k),
-                lambda name: other.client(report, name, 0),
-                *(self.prompts, alternating, report, ledger, self.retrying),
-            )
-            # Servers that are not ours were not started again between their turns.
-            result |= {"restarted": self.target.checkpoint is not None}
-            return keep_result(result, self.folder, self.target, ledger)
-
-
-def _named(prompts: Sequence[Any]) -> dict[str, Any]:
+def _hash(prompts: Sequence[Any]) -> str:
     """Return what tells these prompts from others."""
-    from hashlib import sha256
+    return sha256(repr([asdict(one) for one in prompts]).encode()).hexdigest()
 
-    asked = repr([asdict(prompt) for prompt in prompts])
-    return {"prompts": sha256(asked.encode()).hexdigest()}
+
+def _print_decode(result: dict[str, Any], json_file: Path | None) -> None:
+    out = result_console(json_file)
+    table = Table("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
+    for name in ("against", "decode"):
+        if found := result if name == "decode" else result.get(name):
+            speeds = [spread(found[key]) for key in ("decode_tok_s", "ttft_ms", "tpot_ms")]
+            acceptance = found["acceptance"] and found["acceptance"]["median"]
+            table.add_row(name, *speeds, percent(acceptance))
+    out.print(table)
+    lines = drafting_lines(result)
+    if "ratio" in result:
+        ratio = result["ratio"]["decode_tok_s"]
+        low, high = ratio["interval"]
+        known = {True: "identical on every prompt", None: "not compared, since texts are sampled"}
+        differs = f"differs on {len(result['divergences'] or ())} prompts, or between rounds"
+        lines = [
+            f"decode speed: {ratio['estimate']:.3f} times the other's (95 % interval {low:.3f} to "
+            f"{high:.3f}; {ratio['pairs']} pairs, {ratio['prompts']} prompts)",
+            f"greedy text: {known.get(result['greedy_identical'], differs)}",
+            *lines,
+        ]
+    for line in lines:
+        out.print(line, soft_wrap=True)
+
+
+def drafting_lines(result: dict[str, Any]) -> list[str]:
+    """Return how many drafts were accepted at each position, if there were any."""
+    if result["acceptance_length"] is None:
+        return []
+    ended = ", after the end of a text too" if result.get("config", {}).get("ignore_eos") else ""
+    return [
+        f"k = {result['k']}: accepted by position {percents(result['acceptance_by_position'])} "
+        f"(each given the ones before{ended}), {result['acceptance_length']:.2f} tokens a step"
+    ]
 
 
 @bench.command("sweep", cls=SectionedCommand, rich_help_panel=SPEED)
 @grouped
 def bench_sweep(
     target: Target,
-    streams: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of streams at a time, odd ones too.")
+    asking: Asking,
+    concurrency: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Numbers of requests at a time.")
     ] = "1,2,3,4,6,8",
     k: Annotated[
         str | None,
@@ -202,15 +192,10 @@ def bench_sweep(
             "Default: 3 on GPUs, 1 on a CPU.",
         ),
     ] = None,
-    prompts: PromptsOption = None,
-    limit: LimitOption = None,
-    max_tokens: MaxTokensOption = 128,
     requests: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Measured requests a stream, at each point.")
+        int,
+        typer.Option(min=1, metavar="N", help="Requests of a point, times its concurrency."),
     ] = 4,
-    ignore_eos: IgnoreEosOption = True,
-    temperature: TemperatureOption = 0.0,
-    run: RunOption = None,
     chart: Annotated[
         Path | None,
         typer.Option(
@@ -219,46 +204,32 @@ def bench_sweep(
             help="Draw the points here (PNG). Default: in the run folder.",
         ),
     ] = None,
-    json_file: JsonOption = None,
 ) -> None:
-    """Measure speed with several streams at a time, for one or more numbers of drafted tokens."""
-    from mtp_graft.bench.ledger import open_ledger
+    """Measure speed with several requests at a time, by `vllm bench serve`."""
+    from mtp_graft.bench.charts import sweep_chart
     from mtp_graft.bench.sweep import SweepConfig, measure_sweep
 
     target.check_k(k)
-    ks = (None,) if k is None else _numbers("--k", k, 0)
-    loads = _numbers("--streams", streams, 1)
-    config = SweepConfig(loads, ks, max_tokens, requests, ignore_eos, temperature)
-    asked = prompts_of(prompts, limit)
-    folder = target.folder(run, "sweep")
+    loads, ks = _numbers("--concurrency", concurrency, 1), k and _numbers("--k", k, 0)
+    prompts, folder = asking.prompts(), target.folder(asking.run, "sweep")
+    config = SweepConfig(
+        *(loads, ks or (target.num_drafts(None),), asking.max_tokens, requests),
+        *(asking.ignore_eos, asking.temperature),
+    )
     # More loads or another k may be added to a folder later: each point stands by itself.
-    claim: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "requests_per_stream": requests,
-        "ignore_eos": ignore_eos,
-    }
-    claim |= {"temperature": temperature, "server": target.identity()} | _named(asked)
-    with progress_bar() as report, open_ledger(folder, claim) as ledger:
-
-        def serve(drafted: int | None) -> AbstractContextManager["BenchClient"]:
-            return target.client(report, "" if drafted is None else f"k{drafted}", drafted)
-
-        result = measure_sweep(serve, asked, config, report, ledger, target.retrying)
-        result = keep_result(result, folder, target, ledger)
-    write_json(result, json_file)
-    out = result_console(json_file)
-    out.print(sweep_table(result["points"]))
-    for line in sweep_lines(result):
-        out.print(line, soft_wrap=True)
-    _draw(result["points"], chart or (folder and folder / "sweep.png"))
-
-
-def _draw(points: list[dict[str, Any]], file: Path | None) -> None:
-    from mtp_graft.bench.charts import sweep_chart
-
-    if file is not None:
-        file.write_bytes(sweep_chart(points))
-        note(f"chart: {file}")
+    claim = asdict(config) | {"concurrencies": None, "ks": None, "prompts": _hash(prompts)}
+    session = target.session(folder, claim)
+    with progress_bar() as report:
+        result = measure_sweep(
+            lambda drafts: target.client(report, f"k{drafts}", drafts),
+            *(prompts, config, report, session, target.api_key),
+        )
+    keep_result(result, folder, target)
+    write_json(result, asking.json_file)
+    result_console(asking.json_file).print(_sweep_table(result["points"]))
+    if picture := chart or (folder and folder / "sweep.png"):
+        picture.write_bytes(sweep_chart(result["points"]))
+        note(f"chart: {picture}")
 
 
 def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
@@ -272,6 +243,18 @@ def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
             f"{option} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
         )
     return numbers
+
+
+def _sweep_table(points: Sequence[dict[str, Any]]) -> Table:
+    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
+    table = Table(*columns, "accepted by position", "errors")
+    for point in points:
+        speeds = [number(point[f"{of}_tok_s"]) for of in ("per_stream", "aggregate")]
+        table.add_row(
+            *(str(point["k"]), str(point["concurrency"]), *speeds, number(point["ttft_ms"])),
+            *(percents(point["acceptance_by_position"]), str(point["errors"])),
+        )
+    return table
 
 
 @bench.command("workload", cls=SectionedCommand, rich_help_panel=SPEED)
@@ -288,19 +271,25 @@ def bench_workload(
     json_file: JsonOption = None,
 ) -> None:
     """Measure speed on fifteen everyday requests with a system prompt and tools."""
-    from mtp_graft.bench.ledger import open_ledger
     from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
 
     target.check_k(k)
     config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
-    folder = target.folder(run, "workload")
-    claim = asdict(config) | {"server": target.identity(), "k": k}
-    claim |= _named([workload])
-    with progress_bar() as report, open_ledger(folder, claim) as ledger, ExitStack() as stack:
+    folder, k = target.folder(run, "workload"), target.num_drafts(k)
+    claim = asdict(config) | {"k": k, "prompts": _hash([workload])}
+    session = target.session(folder, claim)
+    with progress_bar() as report, ExitStack() as stack:
         result = measure_workload(
             lambda: stack.enter_context(target.client(report, "", k)),
-            *(workload, config, report, ledger, target.retrying()),
+            *(workload, config, report, session),
         )
-        result = keep_result(result, folder, target, ledger)
+    keep_result(result, folder, target)
     write_json(result, json_file)
-    result_console(json_file).print(workload_table(result))
+    table = Table("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
+    for name, found in [*result["categories"].items(), ("all", result)]:
+        speeds = [number(found[key]) for key in ("decode_tok_s", "ttft_ms")]
+        table.add_row(
+            *(name, str(found["requests"]), str(found["completion_tokens"]), *speeds),
+            *(percent(found["acceptance"]), str(found["cut_off"])),
+        )
+    result_console(json_file).print(table)

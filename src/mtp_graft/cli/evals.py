@@ -92,6 +92,8 @@ def _measure(name: str, settings: dict[str, Any], target: Target, asking: Asking
     started = time.monotonic()
     config = {"benchmark": name, **settings, "questions": questions_digest(task), "k": k}
     config["server"] = target.identity()
+    if target.checkpoint is not None:  # what the default comes to
+        config["k"] = target.num_drafts(k)
     claim_folder(folder, config)
     result = finished_result(folder, "result.json")
     if result is None:

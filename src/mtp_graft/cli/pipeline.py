@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_graft.cli.app import JsonOption, app
-from mtp_graft.cli.bench_tables import drafting_lines
+from mtp_graft.cli.bench import drafting_lines
 from mtp_graft.cli.help import PIPELINE
 from mtp_graft.cli.output import progress_bar, result_console, write_json
 

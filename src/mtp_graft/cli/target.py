@@ -24,21 +24,10 @@ from mtp_graft.cli.help import SERVER
 from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
-    from mtp_graft.bench.ledger import Ledger
-    from mtp_graft.bench.streams import BenchClient, Retrying
+    from mtp_graft.bench.requests import Session
+    from mtp_graft.serving.client import ServerClient
     from mtp_graft.serving.command import ServeOptions
 
-PromptsOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.'),
-]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Use the first prompts only.")
-]
-TemperatureOption = Annotated[
-    float, typer.Option(min=0.0, metavar="T", help="0 is greedy; above, texts are not compared.")
-]
-IgnoreEosOption = Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")]
 RunOption = Annotated[
     Path | None,
     typer.Option(
@@ -47,12 +36,17 @@ RunOption = Annotated[
 ]
 
 
+#: Options that only a server of ours can follow.
+_OURS_ONLY = (
+    *("profile", "tensor_parallel_size", "max_model_len", "extra"),
+    *("draft_lm_head_quantization", "draft_sample_method"),
+)
+
+
 def check_url(url: str | None) -> str | None:
     """Return an option's server address; wrong usage if it is none."""
-    if url is None:
-        return None
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url or "http://none")
         is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:  # a port that is no number, or beyond 65535
         is_address = False
@@ -108,8 +102,7 @@ class Target:
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
-        ours_only = (self.profile, self.tensor_parallel_size, self.max_model_len, self.extra)
-        if self.checkpoint is None and (any(ours_only) or self.drafting):
+        if self.checkpoint is None and any(getattr(self, name) for name in _OURS_ONLY):
             raise typer.BadParameter(
                 "--profile, --tensor-parallel-size, --max-model-len, --draft-* and arguments after "
                 "-- need --checkpoint: a running server cannot be changed"
@@ -122,14 +115,17 @@ class Target:
                 "--k needs --checkpoint: a running server drafts what it drafts"
             )
 
-    @property
-    def drafting(self) -> dict[str, str]:
-        """Return what is said of the drafts, by ServeOptions' names."""
-        given = {
-            "draft_lm_head_quantization": self.draft_lm_head_quantization,
-            "draft_sample_method": self.draft_sample_method,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+    def num_drafts(self, k: int | None) -> int:
+        """Return how many tokens the server drafts a step: `k`, its default, or what it says."""
+        from mtp_graft.serving.client import ServerClient
+        from mtp_graft.serving.command import ServeOptions, find_vllm, num_speculative_tokens
+
+        if self.checkpoint is not None:
+            options = ServeOptions(self.checkpoint, num_speculative_tokens=k)
+            return num_speculative_tokens(options, find_vllm().platform)
+        with ServerClient(str(self.base_url), self.api_key, self.silence_s) as client:
+            counters = client.spec_decode_counters()
+        return counters.k if counters else 0
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this server from another when a measurement goes on."""
@@ -142,12 +138,8 @@ class Target:
         vllm = find_vllm()
         files = [self.checkpoint / "config.json", *sorted(self.checkpoint.glob("*.safetensors"))]
         return {
+            **{name: getattr(self, name) for name in _OURS_ONLY},
             "files": fingerprints(files),
-            "profile": self.profile,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "max_model_len": self.max_model_len,
-            "extra_args": self.extra or [],
-            **self.drafting,
             "device": device_name(),
             "vllm": f"{vllm.version} ({vllm.platform})",
         }
@@ -157,30 +149,30 @@ class Target:
         name = benchmark if self.profile is None else f"{benchmark}-{self.profile}"
         return run and run / "bench" / name
 
-    def retrying(self) -> "Retrying":
-        """Return a fresh count of failures."""
-        from mtp_graft.bench.streams import Retrying
+    def session(self, folder: Path | None, claim: dict[str, Any]) -> "Session":
+        """Return what was measured in the folder so far; `claim` is more than this server."""
+        from mtp_graft.bench.requests import open_session
 
-        return Retrying(self.attempts)
+        return open_session(folder, claim | {"server": self.identity()}, self.attempts)
 
     @contextmanager
     def client(
         self, report: Report, name: str = "", num_speculative_tokens: int | None = None
-    ) -> Iterator["BenchClient"]:
+    ) -> Iterator["ServerClient"]:
         """Give a client of the server, which is started and stopped if it is ours.
 
         `name` tells its log from those of other starts.
         """
-        from mtp_graft.bench.streams import BenchClient
+        from mtp_graft.serving.client import ServerClient
         from mtp_graft.serving.server import managed_server
 
         if self.checkpoint is None:
-            assert self.base_url is not None
-            with BenchClient(self.base_url, self.api_key, self.silence_s) as client:
+            with ServerClient(str(self.base_url), self.api_key, self.silence_s) as client:
                 yield client
             return
         options = self._options(self.checkpoint, num_speculative_tokens)
-        log = self._log_file(name)
+        log = self.log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
+        log = log.with_stem(f"{log.stem}-{name}") if name else log
         note(f"server log: {log}")
 
         def on_start(elapsed_s: float, _line: str) -> None:
@@ -188,7 +180,7 @@ class Target:
 
         with (
             managed_server(options, log, on_start=on_start) as running,
-            BenchClient(running.base_url, self.api_key, self.silence_s) as client,
+            ServerClient(running.base_url, self.api_key, self.silence_s) as client,
         ):
             yield client
 
@@ -217,49 +209,24 @@ class Target:
             note(f"plan: {text}")
         return plan.options
 
-    def _log_file(self, name: str) -> Path:
-        log = self.log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
-        return log.with_stem(f"{log.stem}-{name}") if name else log
 
-
-def prompts_of(file: Path | None, limit: int | None) -> list[Any]:
-    """Return the prompts of `file`, or the bundled ones."""
-    from mtp_graft.serving.prompts import load_prompts
-
-    return list(load_prompts(file or _bundled_prompts(), limit))
-
-
-def _bundled_prompts() -> Path:
-    from mtp_graft.pipeline import find_bundled_recipe
-    from mtp_graft.recipe import load_recipe
-
-    return Path(load_recipe(find_bundled_recipe()).bench.prompts)
-
-
-def keep_result(
-    result: dict[str, Any], folder: Path | None, target: Target, ledger: "Ledger"
-) -> dict[str, Any]:
+def keep_result(result: dict[str, Any], folder: Path | None, target: Target) -> None:
     """Write `result.json` and `manifest.json` into a benchmark's part of the run folder, if any.
 
     A running server's device is not known here: the manifest names its address instead. A call that
-    found everything measured leaves the manifest as it is. Returns the result: of such a call, with
-    the failures of the one that measured.
+    found everything measured leaves both as they are.
     """
     from mtp_graft.checkpoint.manifest import CONFIG_NAME, read_result, write_manifest
     from mtp_graft.checkpoint.shards import write_json
     from mtp_graft.pipeline.device import device_name
 
     if folder is None:
-        return result
+        return
     path = folder / "result.json"
-    is_finished = (folder / "manifest.json").exists() and not ledger.has_grown
-    kept = read_result(path) if is_finished else None
-    if kept is not None and "errors" in kept:
-        result |= {key: kept[key] for key in ("errors", "failures")}
+    if (folder / "manifest.json").exists() and read_result(path) == result:
+        return
     write_json(result, path)
-    if kept is None:
-        config = json.loads((folder / CONFIG_NAME).read_text())
-        device = device_name() if target.checkpoint else f"server at {target.base_url}"
-        seconds = time.perf_counter() - target.began_s
-        write_manifest(folder, f"bench {folder.name}", config, (), device, seconds)
-    return result
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    device = device_name() if target.checkpoint else f"server at {target.base_url}"
+    seconds = time.perf_counter() - target.began_s
+    write_manifest(folder, f"bench {folder.name}", config, (), device, seconds)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mtp_graft.bench.paired import paired_differences
+from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
 from mtp_graft.pipeline.device import device_name
@@ -90,5 +90,5 @@ def _recorded(folder: RunFolder) -> dict[str, Any] | None:
     base, mtp = (read_result(folder.bench_unit(unit)) for unit in ("base", "mtp"))
     if base is None or mtp is None:
         return None
-    prompts = [prompt["id"] for prompt in base["prompts"]]
+    prompts = list(base["prompts"])
     return {"prompts": prompts, "base": base.get("stream"), "mtp": mtp.get("stream")}

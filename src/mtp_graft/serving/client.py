@@ -98,10 +98,12 @@ class ServerClient:
     Every method raises GraftError, naming the server, where it cannot be reached or refuses.
     """
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None = None, silence_s: float = READ_TIMEOUT_S
+    ) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
+        timeout = httpx.Timeout(silence_s, connect=10.0)
         # A proxy of the environment has no business between us and a named server.
         self._http = httpx.Client(
             base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False
@@ -194,7 +196,7 @@ class ServerClient:
         texts: list[str] = []
         finish_reason = None
         started = time.perf_counter()
-        for event in self._events("/v1/completions", body):
+        for event in self.events("/v1/completions", body):
             arrived = time.perf_counter()
             choice = _Answer.model_validate(event).choices[0]
             if choice.token_ids:
@@ -226,7 +228,8 @@ class ServerClient:
         with self._errors():
             return self._http.request(method, path, **request).raise_for_status()
 
-    def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the events of a streamed answer."""
         with self._errors(), self._http.stream("POST", path, json=body) as answer:
             if answer.is_error:
                 answer.read()  # the error quotes it

@@ -1,8 +1,8 @@
 """Several requests at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
-from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from multiprocessing.pool import ThreadPool
+from threading import Event
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -18,36 +18,26 @@ def concurrently(
     exception is raised. A caller that leaves, by Ctrl-C for one, does not wait for what is in
     work: the threads are daemons, so that the program can end before an answer comes.
     """
-    pending, lock, stopped = list(reversed(items)), Lock(), Event()
-    finished: SimpleQueue[tuple[Result] | Exception | None] = SimpleQueue()
-
-    def run() -> None:
-        while not stopped.is_set():
-            with lock:
-                if not pending:
-                    break
-                item = pending.pop()
-            try:
-                finished.put((work(item),))
-            except Exception as error:  # raised below, in the caller's thread
-                stopped.set()
-                finished.put(error)
-        finished.put(None)
-
-    running = min(concurrency, len(items))
-    for _ in range(running):
-        Thread(target=run, daemon=True).start()
+    stopped = Event()
     failures: list[Exception] = []
+
+    def attempt(item: Item) -> tuple[Result] | None:
+        if stopped.is_set():
+            return None
+        try:
+            return (work(item),)
+        except Exception as error:  # raised below, in the caller's thread
+            failures.append(error)
+            stopped.set()
+            return None
+
+    pool = ThreadPool(concurrency)
     try:
-        while running:
-            match finished.get():
-                case None:
-                    running -= 1
-                case Exception() as error:
-                    failures.append(error)
-                case (result,):
-                    yield result
+        for found in pool.imap_unordered(attempt, items):
+            if found is not None:
+                yield found[0]
     finally:
         stopped.set()
+        pool.terminate()
     if failures:
         raise failures[0]

@@ -1,16 +1,21 @@
 """vLLM's speculative decoding counters, read from its Prometheus page."""
 
-import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from mtp_graft.dsv4.acceptance import wilson_interval
+from mtp_graft.errors import GraftError
 
 _PREFIX = "vllm:spec_decode_num_"
-_SAMPLE = re.compile(
-    rf"^{_PREFIX}(?P<name>\w+?)_total(?:\{{(?P<labels>.*)\}})? (?P<value>\S+)", re.MULTILINE
+_RESULT_KEYS = (
+    *("k", "steps", "accepted_by_position", "acceptance_by_position"),
+    *("acceptance_by_position_interval", "acceptance_length"),
 )
-_POSITION = re.compile(r'\bposition="(\d+)"')
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,8 @@ class SpecDecodeCounters:
     num_drafts: int  # steps with drafts
     num_draft_tokens: int
     num_accepted_tokens: int
-    accepted_per_position: tuple[int, ...]
-    tried_per_position: tuple[int, ...] | None = None
+    accepted_per_position: Sequence[int]
+    tried_per_position: Sequence[int] | None = None
 
     def __sub__(self, earlier: Self) -> "SpecDecodeCounters":
         positions = zip(self.accepted_per_position, earlier.accepted_per_position, strict=True)
@@ -55,24 +60,6 @@ class SpecDecodeCounters:
             return list(zip(self.tried_per_position, self.accepted_per_position, strict=True))
         return list(pairwise((self.num_drafts, *self.accepted_per_position)))
 
-    @property
-    def acceptance_by_position(self) -> list[float | None] | None:
-        """Return for each draft position how often it is accepted, given that all before were.
-
-        None for a position that no step reached, and in all if nothing was drafted. The product
-        of the first i is the share of steps that accept at least i drafts.
-        """
-        if self.num_drafts == 0:
-            return None
-        return [accepted / tried if tried else None for tried, accepted in self.reached]
-
-    @property
-    def acceptance_length(self) -> float | None:
-        """Return the tokens a step gives, its own one included; None if nothing was drafted."""
-        if self.num_drafts == 0:
-            return None
-        return 1 + self.num_accepted_tokens / self.num_drafts
-
 
 def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
     """Return the sum of one or more counters of the same k."""
@@ -87,22 +74,47 @@ def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
 
 def parse_spec_decode(page: str) -> SpecDecodeCounters | None:
     """Sum the counters of all engines on a metrics page; None if the server does not draft."""
-    totals: dict[str, float] = {}
-    positions: dict[int, float] = {}
-    for sample in _SAMPLE.finditer(page):
-        name, value = sample["name"], float(sample["value"])
-        if name == "accepted_tokens_per_pos":
-            found = _POSITION.search(sample["labels"] or "")
-            assert found is not None, sample[0]
-            position = int(found[1])
-            positions[position] = positions.get(position, 0.0) + value
-        else:
-            totals[name] = totals.get(name, 0.0) + value
-    if "drafts" not in totals:
+    totals, positions = Counter[str](), Counter[int]()
+    try:
+        for family in text_string_to_metric_families(page):
+            for sample in family.samples:
+                name = sample.name.removeprefix(_PREFIX)
+                if name == "accepted_tokens_per_pos_total":
+                    positions[int(sample.labels["position"])] += int(sample.value)
+                elif name != sample.name:
+                    totals[name] += int(sample.value)
+    except (ValueError, KeyError) as error:
+        raise GraftError(f"not vLLM's metrics ({error}); is a vLLM server there?") from error
+    if "drafts_total" not in totals:
         return None
     return SpecDecodeCounters(
-        int(totals["drafts"]),
-        int(totals["draft_tokens"]),
-        int(totals["accepted_tokens"]),
-        tuple(int(positions[position]) for position in sorted(positions)),
+        totals["drafts_total"],
+        totals["draft_tokens_total"],
+        totals["accepted_tokens_total"],
+        tuple(positions[position] for position in sorted(positions)),
     )
+
+
+def drafting_result(counters: SpecDecodeCounters | None) -> dict[str, Any]:
+    """Return what a result says of its drafts; every key is null for a server that does not draft.
+
+    Keys: `k`; `steps` (with drafts); `accepted_by_position` (the steps that accepted at least so
+    many drafts); `acceptance_by_position` (each given that all before it were accepted; null where
+    no step got there) with its `_interval` (95 %, Wilson, which takes steps as independent);
+    `acceptance_length` (tokens a step, its own included).
+    """
+    if counters is None:
+        return dict.fromkeys(_RESULT_KEYS)
+    steps, accepted = counters.num_drafts, list(counters.accepted_per_position)
+    if not steps:
+        return dict.fromkeys(_RESULT_KEYS) | {
+            "k": counters.k,
+            "steps": steps,
+            "accepted_by_position": accepted,
+        }
+    reached = counters.reached
+    rates = [accepted / tried if tried else None for tried, accepted in reached]
+    intervals = [list(wilson_interval(a, tried)) if tried else None for tried, a in reached]
+    length = 1 + counters.num_accepted_tokens / steps
+    values = (counters.k, steps, accepted, rates, intervals, length)
+    return dict(zip(_RESULT_KEYS, values, strict=True))

@@ -26,34 +26,28 @@ class ChatPrompt:
 def load_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """Return the first `limit` prompts of a JSON Lines file (all by default).
 
-    Raises GraftError, with the line number, for a missing file, a line that is no prompt, an
-    id that comes twice and a file without prompts.
+    Raises GraftError for a missing file, a file without prompts and, with the line number, a line
+    that is no prompt, an empty text and an id that comes twice.
     """
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise GraftError(f"{path}: not readable ({error}); expected prompts") from error
+    expected = 'expected {"id": ..., "text": ...} on each line'
     prompts: dict[str, Prompt] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        prompt = _parse(line, where=f"{path}:{number}")
-        if prompt.id in prompts:
-            raise GraftError(f"{path}:{number}: id {prompt.id!r} comes twice")
+        try:
+            row = json.loads(line)
+            prompt = Prompt(str(row["id"]), str(row["text"]))
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"not a prompt ({in_words(error)}); {expected}"
+            raise GraftError(f"{path}:{number}: {problem}") from error
+        if not prompt.text or prompt.id in prompts:
+            problem = "comes twice" if prompt.text else "is empty"
+            raise GraftError(f"{path}:{number}: prompt {prompt.id!r} {problem}")
         prompts[prompt.id] = prompt
     if not prompts:
-        raise GraftError(f'{path}: no prompts; expected lines {{"id": ..., "text": ...}}')
+        raise GraftError(f"{path}: no prompts; {expected}")
     return list(prompts.values())[:limit]
-
-
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-        prompt = Prompt(str(row["id"]), str(row["text"]))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise GraftError(
-            f'{where}: not a prompt ({in_words(error)}); expected {{"id": ..., "text": ...}}'
-        ) from error
-    if not prompt.text:
-        raise GraftError(f"{where}: prompt {prompt.id!r} is empty")
-    return prompt
