@@ -156,9 +156,7 @@ def whole_run(run: Path) -> Path:
     faster["ratio"]["decode_tok_s"] |= {"estimate": 1.62, "interval": [1.5512, 1.6951]}
     bench(run, "decode-128k", recorded("decode"))
     bench(run, "decode-524k", faster, k=1)
-    speeds = {"aggregate_tok_s": 151.26, "smaller_aggregate_tok_s": 167.21}
-    dip = {"k": 1, "concurrency": 3, "smaller": 2, **speeds}
-    bench(run, "sweep-128k", recorded("sweep") | {"dips": [dip]})
+    bench(run, "sweep-128k", recorded("sweep"))
     bench(run, "workload-524k", everyday())
     bench(run, "gsm8k", evaluated(93, 100, wrong=7))
     bench(run, "humaneval", evaluated(158, 164, NameError=3, AssertionError=2, AttributeError=1))

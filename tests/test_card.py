@@ -65,7 +65,6 @@ def change(file: Path, **values: Any) -> None:
         "| 128k | with MTP, k = 1 | 124.2 (105.2 to 142.7) | 61.2 (50.3 to 67.1) | "
         "78.0 % (78.0 to 78.0 %) | 1.78 |",
         "| 128k | 1 | 2 | 90.2 | 167.2 | 68.2 | 79.8 % | 0 |",
-        "- 128k, k = 1: 3 requests at a time bring less than 2: 151.3 against 167.2 tok/s.",
         "- 128k: context 131,072, at most 8 sequences, 90 % of the memory.",
         "| 524k | coding | 3 | 90.8 | 154.0 | 71.8 % |",
         "| gptq (this one) | 1 | 80.3 % | 78.7 to 81.8 % | 1.80 | 79.5 % | 77.9 to 81.0 % |",

@@ -316,7 +316,7 @@ def test_a_dry_run_says_why_it_knows_no_sizes(
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
     gone = replace(recipe, model=replace(recipe.model, base="/nowhere"))
     real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")
     for asked, why in ((gone, "/nowhere: not a folder"), (real, "Name or service not known")):

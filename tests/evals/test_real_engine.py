@@ -66,7 +66,7 @@ def test_sweep_holds_an_odd_load_with_and_without_the_head(
     run: Run, checkpoint: Path, tmp_path: Path
 ) -> None:
     status, out, errors = run(
-        *("bench", "sweep", "--checkpoint", checkpoint, "-k", "0,2", "--streams", "1,3"),
+        *("bench", "sweep", "--checkpoint", checkpoint, "-k", "0,2", "--concurrency", "1,3"),
         *("--max-model-len", 256, "--max-tokens", 8, "--limit", 3, "--requests", 1),
         *("--run", tmp_path / "run", "--json", "-"),
     )

@@ -9,7 +9,6 @@ request ignores that.
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -37,8 +36,6 @@ SETTINGS: dict[str, Any] = {
     "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs, closes or aborts
     "completion_fails": {},  # the same for completions that are not streamed
     "refuses_first": {},  # path -> how many requests for it are refused before one is answered
-    "noise": 0.0,  # steps take up to this share more; the same ones whenever it starts
-    "chat_tokens": 24,  # new tokens of a chat without max_tokens
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
 }
 ARGV = sys.argv[1:]
@@ -123,7 +120,6 @@ def metrics() -> str:
 LOCK = threading.Lock()
 ASKED: list[int] = []
 STREAMED: list[int] = []
-NOISE = random.Random(0)
 
 
 def count(max_tokens: int) -> int:
@@ -225,8 +221,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.recv(1)
             os._exit(SETTINGS["exit_status"])
         elif self.path == "/v1/chat/completions":
-            max_tokens = body.get("max_tokens", SETTINGS["chat_tokens"])
-            self.stream(body, prompt_of_chat(body), max_tokens, True)
+            self.stream(body, prompt_of_chat(body), body.get("max_tokens", 24), True)
         elif body.get("stream"):
             self.stream(body, body["prompt"], body["max_tokens"], False)
         else:
@@ -268,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
             self.event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
         tokens, done = answer(body, prompt, max_tokens), 0
         for size in steps(len(tokens)):
-            time.sleep(SETTINGS["step_s"] * (1 + SETTINGS["noise"] * NOISE.random()))
+            time.sleep(SETTINGS["step_s"])
             new = tokens[done : done + size]
             text = {"delta": {"content": "x" * size}} if chat else {"text": text_of(new)}
             self.event({"choices": [{"token_ids": new, "finish_reason": None, **text}]})

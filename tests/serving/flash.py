@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from mtp_graft.checkpoint.quantization_config import add_head
+from mtp_graft.checkpoint.shards import read_index, read_meta
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
-from mtp_graft.serving.memory import weights_bytes_per_rank
+from mtp_graft.serving.memory import weights_bytes
 
 PUBLISHED = Path(__file__).parent / "published"
 CONFIG: dict[str, Any] = json.loads((PUBLISHED / "flash_w4a16_fp8.config.json").read_text())
@@ -37,8 +38,16 @@ HEAD_SHARD = "model-mtp-w4a16.safetensors"
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, tuple[str, list[int]]]  # name -> dtype, shape
 
-#: Reads the 103,000 headers of a folder once.
-cached_weights = cache(weights_bytes_per_rank)
+
+@cache
+def cached_weights(folder: Path, tp: int, *, decoded: bool = False) -> int:
+    """Return the weights of a rank; the 103,000 headers of a folder are read once."""
+    return weights_bytes(_headers(folder), tp, decoded=decoded)
+
+
+@cache
+def _headers(folder: Path) -> dict[str, torch.Tensor]:
+    return read_meta(folder, read_index(folder))
 
 
 @cache

@@ -440,7 +440,9 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_served(
 def test_a_result_that_was_cut_off_is_one_error(run: Run, servers: Servers, folder: Path) -> None:
     run()
     (folder / "bench" / "base.json").write_text('{"prompts": [')
-    with pytest.raises(GraftError, match=r"bench/base\.json: not JSON .*; remove it and run again"):
+    with pytest.raises(
+        GraftError, match=r"bench/base\.json: not a result .not JSON.*; remove it and run again"
+    ):
         run()
     assert servers.started == []
 

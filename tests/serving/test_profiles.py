@@ -60,7 +60,7 @@ def test_the_stand_in_has_the_size_that_the_seed_card_gives(flash: Path) -> None
     assert cached_weights(flash, 1) / GIB == pytest.approx(146, abs=1)
 
 
-def test_the_profiles_are_the_seeds_table_and_are_in_the_docs(repo_root: Path) -> None:
+def test_the_profiles_are_the_seeds_table_and_settings_have_reasons() -> None:
     assert {
         name: (p.max_model_len, p.max_num_seqs, p.gpu_memory_utilization)
         for name, p in PROFILES.items()
@@ -72,13 +72,8 @@ def test_the_profiles_are_the_seeds_table_and_are_in_the_docs(repo_root: Path) -
         "640k": (655360, 2, 0.93),
         "1m": (CONFIG["max_position_embeddings"], 1, 0.93),
     }
-    page = (repo_root / "docs" / "serving.md").read_text()
-    for name, profile in PROFILES.items():
-        assert f"| `{name}` | {profile.max_model_len:,} | {profile.max_num_seqs} |" in page
     for settings in (MODEL_FLAGS, ENVIRONMENT, GPU_ENVIRONMENT, PCIE_FLAGS, PCIE_ENVIRONMENT):
-        for name in settings:
-            assert name in REASONS
-            assert name in page
+        assert REASONS.keys() >= set(settings)
 
 
 def test_what_the_user_says_wins(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,9 +240,10 @@ def test_a_copy_of_the_lm_head_takes_memory(flash: Path) -> None:
 
 def test_several_machines_need_the_address_of_the_first(flash: Path) -> None:
     sparks = named_gpus("DGX Spark", 2)
-    with pytest.raises(GraftError, match="address of the first of them as --master-addr"):
-        fitted(flash, "524k", sparks)
-    with pytest.raises(GraftError, match="--node-rank 2; expected one below 2"):
-        fitted(flash, "524k", sparks, Node(2, "192.0.2.1"))
-    with pytest.raises(GraftError, match="one machine"):
-        fitted(flash, "524k", node=Node(1, "192.0.2.1"))
+    for hardware, node in (
+        (sparks, Node()),
+        (sparks, Node(2, "192.0.2.1")),
+        (MAX_Q, Node(1, "192.0.2.1")),
+    ):
+        with pytest.raises(GraftError, match="a rank below their number, and the address"):
+            fitted(flash, "524k", hardware, node)

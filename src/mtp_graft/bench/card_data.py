@@ -14,10 +14,11 @@ from huggingface_hub import metadata_load
 
 from mtp_graft.bench.charts import HEAD_COLOURS
 from mtp_graft.bench.report import head_acceptance
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.manifest import fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.quantization_config import scheme_of
-from mtp_graft.checkpoint.spliced import HEAD_SHARD, Spliced, find_spliced, read_object
+from mtp_graft.checkpoint.spliced import HEAD_SHARD, Spliced, find_spliced
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.profiles import PROFILES
@@ -77,7 +78,7 @@ def collect_results(run: Path) -> dict[str, Any]:
     """Return what `card.json` has, all of it from the run's files."""
     spliced = find_spliced(run)
     config, head = (
-        read_object(spliced.folder / name, "splice again")
+        read_object(spliced.folder / name, "a checkpoint's", "splice again")
         for name in ("config.json", MANIFEST_NAME)
     )
     reports = {stage: read_result(run / stage / "report.json") or {} for stage in _STAGES}
@@ -172,7 +173,7 @@ def _measurements(run: Path) -> Iterator[Measurement]:
     """Yield the results of the bench commands, which lie in `bench/NAME[-PROFILE]`."""
     for benchmark, keys in _KEYS.items():
         for path in sorted((run / "bench").glob(f"{benchmark}*/result.json")):
-            result = read_object(path, "remove it and measure again")
+            result = read_object(path, "a result", "remove it and measure again")
             if missing := [key for key in keys if key not in result]:
                 raise GraftError(
                     f"{path}: has no {', '.join(missing)}; it is not a result of this version of "

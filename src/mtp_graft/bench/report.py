@@ -16,7 +16,6 @@ from mtp_graft.bench.page import as_html, number, points, render
 from mtp_graft.checkpoint.shards import write_text
 
 PAGE_NAME = "report.html"
-_STAGES = ("fetch", "capture", "quantize", "heal", "score", "splice", "verify", "bench", "report")
 
 
 @dataclass(frozen=True)
@@ -41,18 +40,17 @@ class RunResults:
 def write_report(folder: Path, results: RunResults) -> Path:
     """Write `report.html` to `folder` and return its path; GraftError if the disk is full."""
     heads = head_acceptance(results.served or {}, (results.score or {}).get("acceptance", {}))
-    seconds = results.result["seconds"]
-    in_order = [stage for stage in _STAGES if stage in seconds]
+    seconds: Mapping[str, float] = results.result["seconds"]
     data = {
         **vars(results),
         "heads": heads,
         "main": _main_head(results),
         "differences": list(_differences(results.result)),
-        "seconds": {stage: seconds[stage] for stage in dict.fromkeys([*in_order, *seconds])},
+        "seconds": seconds,
         "answers": recorded_answers(results.recorded),
         "colours": {"own": charts.BASE_COLOUR, "draft": charts.MTP_COLOUR},
     }
-    drawn = _draw(results, heads, data["seconds"])
+    drawn = _draw(results, heads, seconds)
     data["charts"] = {name: b64encode(png).decode() for name, png in drawn.items()}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PAGE_NAME

@@ -10,19 +10,21 @@ from pydantic import BaseModel, ValidationError
 from mtp_graft.errors import GraftError, in_words
 
 
-def read_object(path: Path, what: str) -> dict[str, Any]:
+def read_object(path: Path, what: str, cure: str = "") -> dict[str, Any]:
     """Return the JSON object in a file that should be `what`, such as "a model config".
 
-    Raises GraftError for a file that is missing, unreadable, no JSON or no object.
+    Raises GraftError, which ends with the `cure`, for a file that is missing, unreadable, no JSON
+    or no object.
     """
+    cure = cure and f"; {cure}"
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise GraftError(f"{path}: not found; expected {what}") from None
+        raise GraftError(f"{path}: not found; expected {what}{cure}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise GraftError(f"{path}: not {what} ({in_words(error)})") from error
+        raise GraftError(f"{path}: not {what} ({in_words(error)}){cure}") from error
     if not isinstance(found, dict):
-        raise GraftError(f"{path}: not {what} (JSON, but no object)")
+        raise GraftError(f"{path}: not {what} (JSON, but no object){cure}")
     return found
 
 

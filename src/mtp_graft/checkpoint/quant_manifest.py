@@ -11,11 +11,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
+from pydantic import BaseModel, ValidationError
+
 from mtp_graft.checkpoint.files import read_object, sha256
 from mtp_graft.checkpoint.quantization_config import scheme_of
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import Linears
+from mtp_graft.recipe import Linears, Variant
 
 MANIFEST_NAME = "MTP_QUANT_MANIFEST.json"
 MANIFEST_TEXT_NAME = "MTP_QUANT_MANIFEST.md"
@@ -29,21 +32,41 @@ _METHODS = {
     "bf16": "decoded: the upstream MXFP4 values, which BF16 holds exactly",
 }
 #: What of the quantize report depends on the capture and the settings alone.
-_REPORT_KEYS = (
-    "variants",
-    "tokens_per_expert",
-    "rel_errors",
-    "zero_token_policy",
-    "experts_without_tokens",
-    "damp",
-    "damping",
-    "group_size",
-    "order",
-    "scale",
-    "calibration_tokens",
-    "replay",
+_CALIBRATION_KEYS = (
+    *("damp", "damping", "group_size", "order", "scale", "calibration_tokens"),
+    *("tokens_per_expert", "replay", "zero_token_policy", "experts_without_tokens"),
 )
 _FP8, _BF16 = "upstream FP8 codes, scales as BF16 (exact)", "upstream FP8 decoded to BF16 (exact)"
+
+
+class _Manifest(BaseModel):
+    """What is relied on in the manifest of a head that somebody else may have spliced."""
+
+    variant: Variant
+    is_final_quality_preserving: bool
+    method: str
+    routed_experts: dict[str, Any]
+    other_tensors: dict[str, str]
+    tensors: int
+    bytes: int
+    calibration: dict[str, Any] | None
+    rel_error: dict[str, Any] | None
+    provenance: dict[str, Any]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of the head in a folder; raises GraftError if it has no sound one."""
+    path = folder / MANIFEST_NAME
+    found = read_object(path, "a spliced checkpoint's manifest")
+    try:
+        _Manifest.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise GraftError(
+            f"{path}: {where}: {first['msg']}; expected what `mtp-graft splice` writes"
+        ) from error
+    return found
 
 
 def read_report(quantized: Path) -> dict[str, Any]:
@@ -52,11 +75,9 @@ def read_report(quantized: Path) -> dict[str, Any]:
     Raises GraftError if the quantize stage has not finished, or left a part out.
     """
     path = quantized / REPORT_NAME
-    if not path.exists():
-        raise GraftError(f"{path}: not found; run `mtp-graft quantize` to its end")
-    report = read_object(path, "a report of `mtp-graft quantize`")
+    report = read_object(path, "a quantize report", "run `mtp-graft quantize` to its end")
     try:
-        return {key: report[key] for key in _REPORT_KEYS}
+        return {key: report[key] for key in ("variants", "rel_errors", *_CALIBRATION_KEYS)}
     except KeyError as error:
         raise GraftError(
             f"{path}: not a report of `mtp-graft quantize` (has no {error})"
@@ -76,8 +97,7 @@ def manifest(
 
     `config` is the new checkpoint's config.json, `report` what `read_report` gives, or None.
     """
-    layer = config["num_hidden_layers"]
-    expert = f"model.layers.{layer}.ffn.experts.0.w1"
+    expert = f"model.layers.{config['num_hidden_layers']}.ffn.experts.0.w1"
     scheme = scheme_of(config["quantization_config"], expert)
     calibrated = variant == "gptq" and report is not None
     return {
@@ -89,32 +109,18 @@ def manifest(
             "format": "bfloat16" if scheme is None else scheme.get("format"),
             "weights": None if scheme is None else scheme["weights"],
         },
-        "other_tensors": _other_tensors(linears),
+        "other_tensors": {
+            "attn.{wq_a,wq_b,wkv,wo_a,wo_b}": _FP8,
+            "e_proj, h_proj": _BF16 if linears == "bf16" else _FP8,
+            "ffn.shared_experts.{w1,w2,w3}": _FP8 if linears == "fp8" else _BF16,
+            "norms, gate, attn_sink, hc_*": "as upstream, F32 kept F32",
+        },
         "tensors": num_tensors,
         "bytes": num_bytes,
-        "calibration": _calibration(report) if calibrated and report else None,
+        "calibration": {k: report[k] for k in _CALIBRATION_KEYS} if calibrated and report else None,
         "rel_error": None if report is None else _rel_error(variant, report),
         "provenance": dict(provenance),
     }
-
-
-def _other_tensors(linears: Linears) -> dict[str, str]:
-    """Return what became of the tensors that are no routed expert's."""
-    return {
-        "attn.{wq_a,wq_b,wkv,wo_a,wo_b}": _FP8,
-        "e_proj, h_proj": _BF16 if linears == "bf16" else _FP8,
-        "ffn.shared_experts.{w1,w2,w3}": _FP8 if linears == "fp8" else _BF16,
-        "norms, gate, attn_sink, hc_*": "as upstream, F32 kept F32",
-    }
-
-
-def _calibration(report: Mapping[str, Any]) -> dict[str, Any]:
-    keys = (
-        *("damp", "damping", "group_size", "order", "scale"),
-        *("calibration_tokens", "tokens_per_expert", "replay"),
-    )
-    policy = ("zero_token_policy", "experts_without_tokens")
-    return {key: report[key] for key in (*keys, *policy)}
 
 
 def _rel_error(variant: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -129,11 +135,6 @@ def _rel_error(variant: str, report: Mapping[str, Any]) -> dict[str, Any] | None
     return {"mean": summary["rel_error"], **matrices}
 
 
-def _damp(calibration: Mapping[str, Any]) -> str:
-    least = calibration["damp"]
-    return str(least) if calibration["damping"] == "fixed" else f"inputs / tokens, at least {least}"
-
-
 def base_provenance(base: Path, shards: list[str]) -> dict[str, Any]:
     """Return the hashes of a base's index, config and shard headers, and the shards' sizes.
 
@@ -144,15 +145,16 @@ def base_provenance(base: Path, shards: list[str]) -> dict[str, Any]:
         INDEX_NAME: sha256(base / INDEX_NAME),
         "config.json": sha256(base / "config.json"),
         "shard_headers": {
-            name: {"sha256": sha256_header(base / name), "bytes": (base / name).stat().st_size}
+            name: {"sha256": _sha256_of_header(base / name), "bytes": (base / name).stat().st_size}
             for name in sorted(shards)
         },
     }
 
 
-def upstream_provenance(upstream: Path, shards: list[str]) -> dict[str, str]:
-    """Return the hashes of the shards that hold the head, whole."""
-    return {name: sha256(upstream / name) for name in sorted(shards)}
+def _sha256_of_header(path: Path) -> str:
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def quantize_provenance(report: Mapping[str, Any], expert_files: list[Path]) -> dict[str, Any]:
@@ -164,61 +166,45 @@ def quantize_provenance(report: Mapping[str, Any], expert_files: list[Path]) -> 
     }
 
 
-def sha256_header(path: Path) -> str:
-    """Return the SHA-256 of a safetensors file's header, with its length."""
-    with path.open("rb") as file:
-        length = file.read(8)
-        header = file.read(int.from_bytes(length, "little"))
-    return hashlib.sha256(length + header).hexdigest()
-
-
 def manifest_text(content: Mapping[str, Any]) -> str:
     """Return MTP_QUANT_MANIFEST.md: the manifest for people."""
-    preserving = "yes" if content["is_final_quality_preserving"] else "**no**"
     experts = content["routed_experts"]
-    lines = [
-        "# The MTP head of this checkpoint",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| variant | {content['variant']} |",
-        f"| quality preserving | {preserving} |",
-        f"| routed experts | {experts['count']} x 3 matrices, {experts['format']} |",
-        f"| method | {content['method']} |",
-        f"| tensors, bytes | {content['tensors']:,}, {content['bytes']:,} |",
-        *(f"| {names} | {how} |" for names, how in content["other_tensors"].items()),
-        *_calibration_lines(content["calibration"]),
-        *_error_lines(content["rel_error"]),
-        "",
-        "The base's shards are unchanged. Hashes of what this was made of are in "
-        f"`{MANIFEST_NAME}`.",
-    ]
-    return "\n".join(lines) + "\n"
+    rows = {
+        "variant": content["variant"],
+        "quality preserving": "yes" if content["is_final_quality_preserving"] else "**no**",
+        "routed experts": f"{experts['count']} x 3 matrices, {experts['format']}",
+        "method": content["method"],
+        "tensors, bytes": f"{content['tensors']:,}, {content['bytes']:,}",
+        **content["other_tensors"],
+        **_calibration_rows(content["calibration"]),
+    }
+    if (errors := content["rel_error"]) is not None:
+        rows["relative error, Hessian-weighted, mean"] = f"{errors['mean']:.5f}"
+        for matrix in sorted(errors.keys() - {"mean"}):
+            mean, largest = errors[matrix]["mean"], errors[matrix]["max"]
+            rows[f"of {matrix}"] = f"mean {mean:.5f}, max {largest:.5f}"
+    table = "".join(f"| {what} | {value} |\n" for what, value in rows.items())
+    return (
+        f"# The MTP head of this checkpoint\n\n| | |\n| --- | --- |\n{table}\nThe base's shards "
+        f"are unchanged. Hashes of what this was made of are in `{MANIFEST_NAME}`.\n"
+    )
 
 
-def _calibration_lines(calibration: Mapping[str, Any] | None) -> list[str]:
+def _calibration_rows(calibration: Mapping[str, Any] | None) -> dict[str, str]:
     if calibration is None:
-        return []
-    tokens = calibration["tokens_per_expert"]
-    return [
-        f"| calibration tokens | {calibration['calibration_tokens']:,} |",
-        f"| tokens per expert | min {tokens['min']:,}, mean {tokens['mean']:,.1f}, "
+        return {}
+    tokens, damp = calibration["tokens_per_expert"], str(calibration["damp"])
+    if calibration["damping"] != "fixed":
+        damp = f"inputs / tokens, at least {damp}"
+    return {
+        "calibration tokens": f"{calibration['calibration_tokens']:,}",
+        "tokens per expert": f"min {tokens['min']:,}, mean {tokens['mean']:,.1f}, "
         f"max {tokens['max']:,}; {tokens['zero']} experts without (policy: "
-        f"{calibration['zero_token_policy']}) |",
-        f"| damp, group | {_damp(calibration)}, {calibration['group_size']} |",
-        f"| order, scales | {calibration['order']}, {calibration['scale']} |",
-        f"| replay | {calibration['replay']} |",
-    ]
-
-
-def _error_lines(errors: Mapping[str, Any] | None) -> list[str]:
-    if errors is None:
-        return []
-    lines = [f"| relative error, Hessian-weighted, mean | {errors['mean']:.5f} |"]
-    for matrix in sorted(errors.keys() - {"mean"}):
-        mean, largest = errors[matrix]["mean"], errors[matrix]["max"]
-        lines.append(f"| of {matrix} | mean {mean:.5f}, max {largest:.5f} |")
-    return lines
+        f"{calibration['zero_token_policy']})",
+        "damp, group": f"{damp}, {calibration['group_size']}",
+        "order, scales": f"{calibration['order']}, {calibration['scale']}",
+        "replay": calibration["replay"],
+    }
 
 
 def recipe_text(content: Mapping[str, Any], base_recipe: str | None) -> str:
@@ -227,16 +213,13 @@ def recipe_text(content: Mapping[str, Any], base_recipe: str | None) -> str:
     It has the form of an llm-compressor recipe so that the same tools can read it, but
     llm-compressor has not run it.
     """
-    modifier = _modifier(content)
-    lines = [
-        "# The MTP head's stage, by mtp-graft, in the form of an llm-compressor recipe (which",
-        "# did not run it: see MTP_QUANT_MANIFEST.json for method, calibration and hashes).",
-        "mtp_head_stage:",
-        "  mtp_head_modifiers:",
-        *_yaml(modifier, depth=2),
-    ]
+    stage = {"mtp_head_stage": {"mtp_head_modifiers": _modifier(content)}}
     before = "" if base_recipe is None else base_recipe.rstrip("\n") + "\n"
-    return before + "\n".join(lines) + "\n"
+    return (
+        f"{before}# The MTP head's stage, by mtp-graft, in the form of an llm-compressor recipe "
+        f"(which\n# did not run it: see {MANIFEST_NAME} for method, calibration and hashes).\n"
+        f"{yaml.safe_dump(stage, sort_keys=False, width=100)}"
+    )
 
 
 def _modifier(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,15 +237,5 @@ def _modifier(content: Mapping[str, Any]) -> dict[str, Any]:
     }
     if variant == "rtn":
         return {"QuantizationModifier": settings}
-    return {"GPTQModifier": {**settings, "dampening_frac": content["calibration"]["damp"]}}
-
-
-def _yaml(value: Mapping[str, Any], depth: int) -> list[str]:
-    """Return block-style YAML lines; scalars and lists are JSON, which YAML includes."""
-    lines = []
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            lines += [f"{'  ' * depth}{key}:", *_yaml(item, depth + 1)]
-        else:
-            lines.append(f"{'  ' * depth}{key}: {json.dumps(item)}")
-    return lines
+    damp = (content["calibration"] or {}).get("damp")
+    return {"GPTQModifier": {**settings, "dampening_frac": damp}}

@@ -1,17 +1,15 @@
 """Which checkpoint a run is about: the one with the variant that its recipe chose."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mtp_graft.checkpoint.files import sha256
+from mtp_graft.checkpoint.files import read_object, sha256
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError
 
 #: The shard with the head, whatever its variant.
 HEAD_SHARD = "model-mtp-w4a16.safetensors"
-#: The model card, and the origins of its numbers.
+#: The model card, and its data.
 CARD_NAME, TRACE_NAME = "README.md", "card.json"
 
 
@@ -31,7 +29,8 @@ class Spliced:
 def find_spliced(run: Path) -> Spliced:
     """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
     stage = run / "splice"
-    config = read_object(stage / "manifest.json", "run `mtp-graft splice` first").get("config")
+    done = read_object(stage / "manifest.json", "a stage's", "run `mtp-graft splice` first")
+    config = done.get("config")
     variant = config.get("variant") if isinstance(config, dict) else None
     if not isinstance(variant, str):
         raise GraftError(
@@ -47,13 +46,3 @@ def find_spliced(run: Path) -> Spliced:
             "`mtp-graft splice` again"
         )
     return Spliced(variant, found[0])
-
-
-def read_object(path: Path, cure: str) -> dict[str, Any]:
-    """Return a JSON object; GraftError, with the cure, for a file that has none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise GraftError(f"{path}: not found; {cure}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise GraftError(f"{path}: not readable ({in_words(error)}); {cure}") from error

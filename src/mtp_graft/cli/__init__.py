@@ -6,7 +6,7 @@ What the commands do is in `pipeline`, `serving` and `bench`.
 import sys
 
 # Importing these registers their commands.
-from mtp_graft.cli import bench, card, doctor, evals, pipeline, serve  # noqa: F401
+from mtp_graft.cli import bench, card, doctor, evals, graft, pipeline, serve  # noqa: F401
 from mtp_graft.cli.app import app
 from mtp_graft.cli.output import note
 from mtp_graft.errors import GraftError

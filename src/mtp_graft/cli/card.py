@@ -42,6 +42,9 @@ def publish(
         Path | None,
         typer.Option("--card", metavar="DIR", help="The card. Default: card/ in the run."),
     ] = None,
+    head_only: Annotated[
+        bool, typer.Option("--head-only", help="Leave out the base: for `mtp-graft graft`.")
+    ] = False,
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private.")
     ] = False,
@@ -53,7 +56,8 @@ def publish(
     """Upload a run's verified checkpoint with its card; a call that failed can be repeated."""
     from mtp_graft.stages import publish as publishing
 
-    publication = publishing.plan_publication(run, repo, private, card_folder or run / "card")
+    card_folder = card_folder or run / "card"
+    publication = publishing.plan_publication(run, repo, private, card_folder, head_only=head_only)
     result = publication.as_json() | {"dry_run": dry_run}
     if not dry_run:
         # huggingface_hub draws bars of its own, with which ours would interfere.

@@ -3,7 +3,6 @@
 import tempfile
 import textwrap
 from dataclasses import dataclass, fields, replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +36,10 @@ _OTHER_NAMES = {
     "--no-enable-prefix-caching": "--no-prefix-caching",
     "--no-enforce-eager": "--no-enforce-eager",
 }
+#: How --dry-run prints a reason.
+_COMMENT = textwrap.TextWrapper(
+    *(96, "# - ", "#   "), break_on_hyphens=False, break_long_words=False
+)
 
 
 def _hardware(**settings: Any) -> Any:
@@ -73,11 +76,11 @@ class HardwareOptions:
         from mtp_graft.serving.topology import names_cpu
 
         if dry_run and self.gpu is not None:
-            vllm, elsewhere = (
+            here, elsewhere = (
                 installed_vllm(),
                 vllm_elsewhere("cpu" if names_cpu(self.gpu) else "cuda"),
             )
-            if vllm is None or vllm.platform != elsewhere.platform:
+            if here is None or here.platform != elsewhere.platform:
                 return elsewhere
         return find_vllm()
 
@@ -86,17 +89,16 @@ class HardwareOptions:
         from mtp_graft.serving.topology import CPU, find_gpus, named_gpus, names_cpu
 
         on_cpu = vllm.platform == "cpu"
-        named_other = self.gpu is not None and names_cpu(self.gpu) != on_cpu
-        if named_other or (on_cpu and self.nnodes is not None):
+        is_other = self.gpu is not None and names_cpu(self.gpu) != on_cpu
+        if is_other or (on_cpu and self.nnodes is not None):
             raise GraftError(
                 f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
                 "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
             )
         if on_cpu:
             return CPU
-        if self.gpu is not None:
-            return named_gpus(self.gpu, self.count or 1, self.nnodes)
-        return find_gpus(self.nnodes or 1)
+        nodes = self.nnodes or 1
+        return named_gpus(self.gpu, self.count or 1, self.nnodes) if self.gpu else find_gpus(nodes)
 
 
 @app.command(cls=SectionedCommand, rich_help_panel=SERVE)
@@ -146,17 +148,16 @@ def _check_usage(
     json_file: Path | None,
 ) -> None:
     """Refuse options that do not go together; warn of a server that is open to anyone."""
-    wrong = {
-        "--dry-run and --check: give one of them": dry_run and check,
-        "--json needs --dry-run or --check: a server has no result": json_file is not None
-        and not (dry_run or check),
-        "--log needs --check": log is not None and not check,
-        "options for hardware need a --profile to fit to it": profile == NO_PROFILE
-        and hardware.are_given,
-        "--count needs --gpu": hardware.count is not None and hardware.gpu is None,
-    }
-    for message in (message for message, is_wrong in wrong.items() if is_wrong):
-        raise typer.BadParameter(message)
+    rules = (
+        (dry_run and check, "give one of --dry-run and --check"),
+        (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
+        (log and not check, "--log needs --check"),
+        (profile == NO_PROFILE and hardware.are_given, "options for hardware need a --profile"),
+        (hardware.count and not hardware.gpu, "--count needs --gpu"),
+    )
+    for is_broken, rule in rules:
+        if is_broken:
+            raise typer.BadParameter(rule)
     refuse_address([*server.extra_args])
     # vLLM would take these unplanned.
     own = {f"--{field.name}".replace("_", "-"): None for field in fields(server)}
@@ -165,16 +166,9 @@ def _check_usage(
             raise typer.BadParameter(
                 f"{flag} after --: give {_OTHER_NAMES.get(flag, flag)} before it"
             )
-    if server.api_key is None and not _is_loopback(server.host):
+    is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
+    if server.api_key is None and not is_loopback:
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
-
-
-def _is_loopback(host: str) -> bool:
-    """Return whether a server that listens on `host` can be reached from this machine alone."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # another name
-        return False
 
 
 def _plan(
@@ -212,16 +206,7 @@ def _print_command(
     if plan is not None:
         print(f"# {plan.hardware}; vLLM {vllm.version}")
     for text in notes:
-        print(
-            textwrap.fill(
-                text,
-                96,
-                initial_indent="# - ",
-                subsequent_indent="#   ",
-                break_on_hyphens=False,
-                break_long_words=False,
-            )
-        )
+        print(_COMMENT.fill(text))
     print(command.as_shell())
 
 

@@ -33,7 +33,7 @@ from mtp_graft.stages.fetch import (
     nearest_folder,
     survey,
 )
-from mtp_graft.stages.splice_plan import check_inputs
+from mtp_graft.stages.splice_plan import plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 _UTILIZATION = "--gpu-memory-utilization"
@@ -75,7 +75,7 @@ def check_models(recipe: Recipe, base: Source, upstream: Source) -> Tensors:
     """
     check_dimensions(base.config, f"{base.given}/config.json")
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        check_inputs(base_folder, upstream_folder)
+        plan_splice(base_folder, upstream_folder, "rtn", recipe.splice.linears)
         tensors = read_meta(base_folder, read_index(base_folder))
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
@@ -143,8 +143,7 @@ def _num_bytes(tensors: Tensors) -> int:
 
 def _is_copied(base: Source, folder: Path) -> bool:
     """Return whether base and run folder are on two disks, across which there are no links."""
-    there = base.folder or nearest_folder(Path(constants.HF_HUB_CACHE))
-    return there.stat().st_dev != nearest_folder(folder).stat().st_dev
+    return base.folder.stat().st_dev != nearest_folder(folder).stat().st_dev
 
 
 def _memory(stage: str, device: Device, ranks: int, size: int, what_for: str) -> Need:
@@ -319,7 +318,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     plan["sources"] = {
         name: {
             "source": source.given,
-            "commit": source.repository and source.repository.commit,
+            "commit": source.commit,
             "files": dict(source.sizes),
             "bytes": sum(source.sizes.values()),
             "bytes_to_download": source.bytes_to_download,

@@ -44,7 +44,7 @@ from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
-from mtp_graft.stages.verify import verify
+from mtp_graft.stages.verify import require_sound, verify
 
 
 def choose_stages(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
@@ -222,8 +222,7 @@ class _Run:
             found["ok"] = found["ok"] and found["base_as_captured"] is not False
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(found, path)
-            if not found["ok"]:
-                raise GraftError(f"{checkpoint}: {_what_is_wrong(found)}")
+            require_sound(checkpoint, found)
         return {"variants": variants}, self._heads()
 
     def bench(self) -> MadeFrom:
@@ -249,12 +248,3 @@ class _Run:
         """Return the checkpoints' manifests, which have the hashes."""
         variants = self.recipe.served_variants
         return [self.folder.checkpoint(variant) / MANIFEST_NAME for variant in variants]
-
-
-def _what_is_wrong(found: dict[str, Any]) -> str:
-    """Say in one line what `verify` found."""
-    wrong = [*found["missing"], *found["unexpected"]]
-    wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
-    if not wrong:
-        return "the base is not the one that it was spliced from; splice again"
-    return f"{len(wrong)} tensors are wrong: {', '.join(wrong[:3])}; remove it and splice again"

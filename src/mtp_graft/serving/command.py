@@ -48,34 +48,26 @@ _MODULES: Mapping[Platform, tuple[str, ...]] = {
 _Word = Annotated[str, StringConstraints(min_length=1)]
 
 
-def _option(
-    default: Any,
-    metavar: str | None,
-    text: str,
-    *names: str,
-    env: str | None = None,
-    is_argument: bool = False,
-    **limits: Any,
-) -> Any:
+def _option(default: Any, metavar: str | None, text: str, *names: str, **limits: Any) -> Any:
     """Declare a field that is an option of `mtp-graft serve`, too; `names` if not its own."""
-    settings: dict[str, Any] = {"metavar": metavar, "names": None if is_argument else names}
-    settings |= {"envvar": env}
+    settings: dict[str, Any] = {"metavar": metavar, "names": names}
     return Field(default, description=text, json_schema_extra=settings, **limits)
+
+
+def _argument(default: Any, metavar: str, text: str) -> Any:
+    settings: dict[str, Any] = {"metavar": metavar, "names": None}
+    return Field(default, description=text, json_schema_extra=settings)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
 
-    checkpoint: Path = _option(..., "CHECKPOINT", "A checkpoint folder.", is_argument=True)
+    checkpoint: Path = _argument(..., "CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")
     host: str = _option("127.0.0.1", "ADDRESS", "Address to listen on.", min_length=1)
     port: int = _option(8000, "N", "0 picks a free one.", ge=0, le=65535)
     tensor_parallel_size: int | None = _option(
-        *(
-            None,
-            "N",
-            "Ranks to shard over. Default: 1; with a profile, as many GPUs as are of use.",
-        ),
+        *(None, "N", "Ranks to shard over. Default: 1; with a profile, all GPUs of use."),
         *("--tensor-parallel-size", "--tp"),
         ge=1,
     )
@@ -102,14 +94,15 @@ class ServeOptions:
     kv_cache_gib: float | None = _option(None, "GIB", "KV cache. Default: 1 on a CPU.", ge=0.01)
     prefix_caching: bool = _option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = _option(None, None, "Do not compile. Default: eager on a CPU.")
-    api_key: str | None = _option(
-        None, "KEY", "Key that /v1 requests must show.", env="VLLM_API_KEY", min_length=1
+    api_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Key that /v1 requests must show.",
+        json_schema_extra={"metavar": "KEY", "names": [], "envvar": "VLLM_API_KEY"},
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
-    extra_args: tuple[str, ...] = _option(
-        (), "ARGS", "After --: arguments for vllm serve, as they are.", is_argument=True
-    )
+    extra_args: tuple[str, ...] = _argument((), "ARGS", "After --: arguments for vllm serve.")
 
     @property
     def num_ranks(self) -> int:

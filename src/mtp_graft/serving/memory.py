@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -75,14 +75,10 @@ def _decoded_bytes(name: str, tensor: Tensor) -> int:
     return num_bytes(tensor)
 
 
-@dataclass(frozen=True)
-class KvLayout:
-    """How vLLM lays the cache out: one pool of blocks, and groups of layers that draw from it.
+class KvLayout(NamedTuple):
+    """How vLLM lays the cache out: one pool of blocks, and groups of layers that draw from it."""
 
-    A block of any group takes `block_bytes`, whether the group fills it or not.
-    """
-
-    block_bytes: int
+    block_bytes: int  # of any group, whether it fills the block or not
     window_groups: int  # groups of sliding-window layers; a block is 64 tokens of each
     has_c4: bool
     has_c128: bool
@@ -146,17 +142,17 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int
     states keep them as well until a step is done. vLLM counts `max_num_batched_tokens`, twice with
     asynchronous scheduling.
     """
-    layout = kv_layout(config)
+    block_bytes, window_groups, has_c4, has_c128, sliding_window = kv_layout(config)
 
     def sliding(window: int, page_tokens: int) -> int:
         held = min(window - 1 + tokens_in_flight, tokens)
         return -(-held // page_tokens) + 1  # a window need not start where a block does
 
-    blocks = -(-tokens // BLOCK_TOKENS) if layout.has_c4 or layout.has_c128 else 0
-    blocks += layout.window_groups * sliding(layout.sliding_window, _WINDOW_PAGE_TOKENS)
-    blocks += sliding(2 * 4, _C4_STATE_TOKENS) if layout.has_c4 else 0
-    blocks += sliding(128, _C128_STATE_TOKENS) if layout.has_c128 else 0
-    return layout.block_bytes * blocks
+    blocks = window_groups * sliding(sliding_window, _WINDOW_PAGE_TOKENS)
+    blocks += -(-tokens // BLOCK_TOKENS) if has_c4 or has_c128 else 0
+    blocks += sliding(2 * 4, _C4_STATE_TOKENS) if has_c4 else 0
+    blocks += sliding(128, _C128_STATE_TOKENS) if has_c128 else 0
+    return block_bytes * blocks
 
 
 def largest_context(

@@ -167,7 +167,6 @@ def _no_room(profile: Profile, largest: int, options: ServeOptions, room: Room) 
 
 def _decisions(name: str, profile: Profile, options: ServeOptions, room: Room) -> Iterator[str]:
     """Say which profile it is, where it was cut or is too wide, and what memory it takes."""
-    hardware, share = room.hardware, profile.gpu_memory_utilization
     yield f"profile {name}: {profile.why}"
     if options.max_model_len is None and profile.max_model_len < PROFILES[name].max_model_len:
         yield (
@@ -175,16 +174,13 @@ def _decisions(name: str, profile: Profile, options: ServeOptions, room: Room) -
             f"for, where the profile has {PROFILES[name].max_model_len}"
         )
     yield _estimate(profile, room)
-    if hardware.num_gpus > options.num_ranks:
-        yield f"{hardware.num_gpus - options.num_ranks} of {hardware.num_gpus} GPUs stay unused"
-    if hardware.gpu is None:
-        return
-    num_seqs = room.num_sequences(share, profile.max_model_len)
-    if num_seqs < profile.max_num_seqs:
-        yield (
-            f"--max-num-seqs {profile.max_num_seqs}: of full length {num_seqs} have room at once "
-            "by this estimate; when the cache is full, vLLM lets others wait or computes them again"
-        )
+    if room.hardware.gpu is not None:
+        fitting = room.num_sequences(profile.gpu_memory_utilization, profile.max_model_len)
+        if fitting < profile.max_num_seqs:
+            yield (
+                f"--max-num-seqs {profile.max_num_seqs}: of full length {fitting} have room at "
+                "once by this estimate; others wait, or vLLM computes them again"
+            )
 
 
 def _estimate(profile: Profile, room: Room) -> str:
@@ -231,7 +227,7 @@ def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list
     notes = []
     if hardware.link == "pcie" and options.num_ranks > 1:
         wanted, flags = {**wanted, **PCIE_ENVIRONMENT}, PCIE_FLAGS
-        notes.append(f"{hardware}: Acti's settings for GPUs without NVLink (docs/serving.md)")
+        notes.append("Acti's settings for GPUs without NVLink between them (docs/serving.md)")
     environment = {name: value for name, value in wanted.items() if name not in os.environ}
     notes += [f"{n}: the environment has {os.environ[n]}" for n in wanted if n in os.environ]
     share = hardware.most_utilization if hardware.unified_memory else None
@@ -246,17 +242,12 @@ def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list
 
 def _node_flags(hardware: Hardware, node: Node) -> tuple[str, ...]:
     """Return vLLM's own flags for several machines."""
-    if hardware.num_nodes == 1:
-        if node != Node():
-            raise GraftError(
-                f"{hardware}: one machine; --node-rank and --master-addr expect several (--nnodes)"
-            )
+    if hardware.num_nodes == 1 and node == Node():
         return ()
-    if node.master_address is None:
-        raise GraftError(f"{hardware}: expected the address of the first of them as --master-addr")
-    if node.rank >= hardware.num_nodes:
+    if node.master_address is None or node.rank >= hardware.num_nodes:
         raise GraftError(
-            f"{hardware}: --node-rank {node.rank}; expected one below {hardware.num_nodes}"
+            f"--node-rank {node.rank} --master-addr {node.master_address} on {hardware}: expected "
+            "several machines (--nnodes), a rank below their number, and the address of the first"
         )
     return (
         *("--nnodes", str(hardware.num_nodes), "--node-rank", str(node.rank)),

@@ -117,7 +117,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
             asked_to_stop = True
             server.send(signum)
             if probing:  # vLLM would wait for our connection to close, and we for its answer
-                raise _AskedToStopError
+                raise KeyboardInterrupt
 
     with _signals_as(pass_on, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         try:
@@ -127,14 +127,10 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
                 probing = False
                 on_ready(server.command.base_url)
             return server.wait()
-        except _AskedToStopError:
+        except KeyboardInterrupt:
             return server.wait()
         finally:
             server.stop()
-
-
-class _AskedToStopError(Exception):
-    """A signal came while the server was asked whether it is ready."""
 
 
 class ServerProcess:

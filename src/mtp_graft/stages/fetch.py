@@ -1,53 +1,40 @@
 """Fetch: a checkpoint by its folder or its hub id, as a folder to read from.
 
-Of a base on the hub, the shards that its index names are fetched, and the small files beside them;
-of the upstream master only the shards that hold the head: one of 46 for DeepSeek-V4-Flash. What is
-large is hashed once and compared with what the hub announced.
+Of a base, all shards are fetched; of the upstream master only those that hold the head, one of 46
+for DeepSeek-V4-Flash; of a repository with a head that somebody spliced, only that head.
 """
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import constants
 
-from mtp_graft.checkpoint.files import read_object, read_weight_map, sha256
-from mtp_graft.checkpoint.shards import INDEX_NAME, read_index, write_json
-from mtp_graft.dsv4.names import HEAD_PREFIX
+from mtp_graft.checkpoint.files import read_object, read_weight_map
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.checkpoint.shards import INDEX_NAME, write_json
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
-from mtp_graft.stages.hub import (
-    HubFile,
-    Repository,
-    download,
-    fetch_small,
-    read_headers,
-    read_repository,
-)
+from mtp_graft.stages.hub import check_hashes, file_sizes, snapshot, write_headers
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import is_first_rank
 
-_HEAD = HEAD_PREFIX.partition(".")[0] + "."
-#: What a base's folder needs besides its shards: configuration, tokenizer, licence.
-_SMALL_FILES = (
-    "*.json",
-    "*.txt",
-    "*.jinja",
-    "*.yaml",
-    "*.md",
-    "*.model",
-    "LICENSE*",
-    "NOTICE*",
-    "*.py",
-)
-_CHECKED = "checked.json"
+_HEAD = "mtp."
+#: What is needed besides shards: of a base configuration, tokenizer, licence.
+_BESIDE_SHARDS = {
+    "base": (
+        *("*.json", "*.txt", "*.jinja", "*.yaml", "*.md", "*.model", "*.py"),
+        *("LICENSE*", "NOTICE*"),
+    ),
+    "head": (INDEX_NAME, "config.json", MANIFEST_NAME),
+}
 
 
 @dataclass(frozen=True)
@@ -62,21 +49,21 @@ class FetchedModels:
 class Source:
     """What is needed of one checkpoint, known before its shards are there."""
 
-    given: str  # as the recipe has it
-    folder: Path | None  # where it is, for one that is no hub id
-    repository: Repository | None
+    given: str  # a folder or a hub id
+    folder: Path  # itself, or its snapshot in the hub's cache
+    commit: str | None  # of one on the hub
     sizes: Mapping[str, int]  # of the files that are needed, in bytes
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # empty for a head alone
+
+    @property
+    def missing(self) -> list[str]:
+        """Return the files that the hub's cache lacks."""
+        return [name for name in self.sizes if not (self.folder / name).exists()]
 
     @property
     def bytes_to_download(self) -> int:
-        """Return what the hub's cache lacks."""
-        return self.repository.missing_bytes(list(self.sizes)) if self.repository else 0
-
-
-def is_folder(source: str) -> bool:
-    """Return whether a recipe's source is a folder rather than a hub id."""
-    return source.startswith(("/", ".", "~"))
+        """Return the size of the files that the hub's cache lacks."""
+        return sum(self.sizes[name] for name in self.missing)
 
 
 def survey(model: ModelSection) -> tuple[Source, Source]:
@@ -84,8 +71,76 @@ def survey(model: ModelSection) -> tuple[Source, Source]:
 
     Raises GraftError for what is not there, or is no checkpoint.
     """
-    base = _survey(model.base, model.base_revision, head_only=False)
-    return base, _survey(model.upstream, model.upstream_revision, head_only=True)
+    base = find_source(model.base, model.base_revision, "base")
+    return base, find_source(model.upstream, model.upstream_revision, "head")
+
+
+def find_source(given: str, revision: str | None, part: Literal["base", "head"]) -> Source:
+    """Return what is needed of a folder or a hub id; raises GraftError as `survey` does."""
+    if given.startswith(("/", ".", "~")):
+        folder, commit = Path(given).expanduser(), None
+        if not folder.is_dir():
+            raise GraftError(
+                f"{folder}: not a folder; expected a checkpoint or a hub id owner/name"
+            )
+    else:
+        folder = snapshot(given, revision, _BESIDE_SHARDS[part])
+        commit = folder.name
+    if part == "head" and (folder / MANIFEST_NAME).is_file():  # somebody's head, already spliced
+        return Source(
+            given, folder, commit, _sizes(given, folder, commit, [MANIFEST_NAME, HEAD_SHARD]), {}
+        )
+    for name in (INDEX_NAME, "config.json"):
+        if not (folder / name).is_file():
+            raise GraftError(f"{given}: has no {name}; expected a whole checkpoint")
+    weight_map = read_weight_map(folder / INDEX_NAME)
+    shards = {s for name, s in weight_map.items() if part == "base" or name.startswith(_HEAD)}
+    if not shards:
+        raise GraftError(
+            f"{given}: its index lists no {_HEAD}* tensor; expected the upstream master, "
+            "deepseek-ai/DeepSeek-V4-Flash"
+        )
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    beside = {p for p in paths if any(fnmatch(p, pattern) for pattern in _BESIDE_SHARDS[part])}
+    sizes = _sizes(given, folder, commit, sorted(beside | shards))
+    return Source(given, folder, commit, sizes, read_object(folder / "config.json", "a config"))
+
+
+def _sizes(given: str, folder: Path, commit: str | None, names: Sequence[str]) -> dict[str, int]:
+    sizes = {n: (folder / n).stat().st_size for n in names if (folder / n).is_file()}
+    if len(sizes) < len(names) and commit is not None:
+        listed = file_sizes(given, commit)
+        sizes = {name: listed[name] for name in names if name in listed}
+    if absent := [name for name in names if name not in sizes]:
+        where = "" if commit is None else f" at {commit}; choose another revision"
+        raise GraftError(
+            f"{given}: has no {absent[0]}, which is needed ({len(absent)} in all){where}"
+        )
+    return sizes
+
+
+@contextmanager
+def headers_of(source: Source) -> Iterator[Path]:
+    """Yield a folder to read a source's config, index and shard headers from.
+
+    Where shards are not in the cache it is a temporary one, in which they have a header and no
+    values. A GraftError inside names the source in the folder's place.
+    """
+    if not source.missing:
+        yield source.folder
+        return
+    assert source.commit is not None, "a folder has all that is needed, or is no source"
+    with TemporaryDirectory(prefix="mtp-graft-") as name:
+        folder = Path(name)
+        for file in source.sizes.keys() - set(source.missing):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).symlink_to(source.folder / file)
+        write_headers(source.given, source.commit, source.missing, folder)
+        try:
+            yield folder
+        except GraftError as error:
+            said = str(error).replace(str(folder), source.given)
+            raise type(error)(said) from error
 
 
 def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
@@ -97,59 +152,16 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     """
     if (known := already_fetched(out, model)) is not None:
         return known
-    if is_folder(model.base) and is_folder(model.upstream):
-        folders = [_existing(model.base), _existing(model.upstream)]
-        commits: list[str | None] = [None, None]
-    else:
-        sources = survey(model)
-        check_cache_room(sources)
-        folders = [_fetch(source, out, report) for source in sources]
-        commits = [s.repository.commit if s.repository else None for s in sources]
-    out.mkdir(parents=True, exist_ok=True)
-    result = {"base": str(folders[0]), "upstream": str(folders[1])}
-    result_commits = {"base_commit": commits[0], "upstream_commit": commits[1]}
+    sources = survey(model)
+    folders = download(sources, report)
     if is_first_rank():  # of torchrun's, which all come here at once
-        write_json({**result, **result_commits, "model": asdict(model)}, out / REPORT_NAME)
+        out.mkdir(parents=True, exist_ok=True)
+        result = {
+            **{"base": str(folders[0]), "upstream": str(folders[1])},
+            **{"base_commit": sources[0].commit, "upstream_commit": sources[1].commit},
+        }
+        write_json({**result, "model": asdict(model)}, out / REPORT_NAME)
     return FetchedModels(*folders)
-
-
-@contextmanager
-def headers_of(source: Source) -> Iterator[Path]:
-    """Yield a folder to read a source's config, index and shard headers from.
-
-    For one on the hub it is a temporary folder in which shards that the cache lacks have a header
-    and no values. A GraftError inside names the hub id in the folder's place.
-    """
-    if source.repository is None:
-        assert source.folder is not None, "a source is a folder or on the hub"
-        yield source.folder
-        return
-    with TemporaryDirectory(prefix="mtp-graft-") as name:
-        folder = Path(name)
-        read_headers(source.repository, list(source.sizes), folder)
-        try:
-            yield folder
-        except GraftError as error:
-            said = str(error).replace(str(folder), source.given)
-            raise type(error)(said) from error
-
-
-def check_cache_room(sources: tuple[Source, Source]) -> None:
-    """Raise GraftError if the hub's cache has no room for what is to be downloaded."""
-    needed = sum(source.bytes_to_download for source in sources)
-    cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(nearest_folder(cache)).free
-    if needed > free:
-        raise GraftError(
-            f"{cache}: {free:,} bytes free, {needed:,} needed to download "
-            f"{' and '.join(s.given for s in sources if s.bytes_to_download)}; make room, or set "
-            "HF_HOME to a larger disk"
-        )
-
-
-def nearest_folder(path: Path) -> Path:
-    """Return `path`, or the nearest folder above it that exists: on whose disk it will be."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
@@ -163,97 +175,42 @@ def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
     return folders if there and found["model"] == asdict(model) else None
 
 
-# What is needed
+def download(sources: Sequence[Source], report: Progress) -> list[Path]:
+    """Return the sources' folders with all that is needed; large files' hashes are compared."""
+    _check_cache_room(sources)
+    return [_download(source, report) for source in sources]
 
 
-def _survey(source: str, revision: str | None, *, head_only: bool) -> Source:
-    if is_folder(source):
-        return _survey_folder(_existing(source), source, head_only=head_only)
-    repository = read_repository(source, revision)
-    weight_map = read_weight_map(fetch_small(repository, INDEX_NAME))
-    config = read_object(fetch_small(repository, "config.json"), "a model config")
-    names = _needed(source, weight_map, list(repository.files), head_only=head_only)
-    if absent := [name for name in names if name not in repository.files]:
+def _check_cache_room(sources: Sequence[Source]) -> None:
+    needed = sum(source.bytes_to_download for source in sources)
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(nearest_folder(cache)).free
+    if needed > free:
         raise GraftError(
-            f"{source}: its index names {absent[0]} ({len(absent)} in all), which is not in the "
-            f"repository at {repository.commit}; choose another revision"
+            f"{cache}: {free:,} bytes free, {needed:,} needed to download "
+            f"{' and '.join(s.given for s in sources if s.missing)}; make room, or set "
+            "HF_HOME to a larger disk"
         )
-    sizes = {name: repository.files[name].size for name in names}
-    return Source(source, None, repository, sizes, config)
 
 
-def _survey_folder(folder: Path, source: str, *, head_only: bool) -> Source:
-    files = [path.name for path in folder.iterdir() if path.is_file()]
-    weight_map = read_index(folder, _HEAD if head_only else "")
-    names = _needed(source, weight_map, files, head_only=head_only)
-    sizes = {n: (folder / n).stat().st_size for n in names if (folder / n).is_file()}
-    return Source(
-        source, folder, None, sizes, read_object(folder / "config.json", "a model config")
-    )
+def nearest_folder(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists: on whose disk it will be."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def _needed(
-    source: str, weight_map: Mapping[str, str], files: list[str], *, head_only: bool
-) -> list[str]:
-    if not head_only:
-        small = [n for n in files if any(fnmatch(n, pattern) for pattern in _SMALL_FILES)]
-        return sorted({*small, INDEX_NAME, "config.json", *weight_map.values()})
-    shards = sorted({shard for name, shard in weight_map.items() if name.startswith(_HEAD)})
-    if not shards:
-        raise GraftError(
-            f"{source}: its index lists no {_HEAD}* tensor; expected the upstream master, "
-            "deepseek-ai/DeepSeek-V4-Flash"
-        )
-    return [INDEX_NAME, "config.json", *shards]
-
-
-def _existing(source: str) -> Path:
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise GraftError(f"{folder}: not a folder; expected a checkpoint or a hub id owner/name")
-    return folder
-
-
-# Getting it
-
-
-def _fetch(source: Source, out: Path, report: Progress) -> Path:
-    """Return a source's folder, downloaded and with every large file's hash compared."""
-    if source.repository is None:
-        assert source.folder is not None, "a source is a folder or on the hub"
+def _download(source: Source, report: Progress) -> Path:
+    if source.commit is None:
         return source.folder
-    total = source.bytes_to_download
-    done, lock = 0, Lock()
+    label, total = f"fetch: {source.given}", source.bytes_to_download
+    done = 0
 
-    def on_bytes(came: int) -> None:
+    def on_bytes(here: int) -> None:  # of two bars, one of which may lag behind
         nonlocal done
-        with lock:
-            done += came
-            report(f"fetch: {source.given}", done, total)
+        done = max(done, min(here, total))
+        report(label, done, total)
 
-    report(f"fetch: {source.given}", 0, total)
-    fetched = {name for name in source.sizes if source.repository.cached(name) is None}
-    folder = download(source.repository, list(source.sizes), on_bytes)
-    for file in (source.repository.files[name] for name in source.sizes):
-        if file.sha256 is not None and file.name not in fetched:
-            report(f"fetch: check {file.name}", 0, 0)
-            _check_once(folder, file, out)
-    return folder
-
-
-def _check_once(folder: Path, file: HubFile, out: Path) -> None:
-    """Compare a file that the cache had already with the hub's hash, once for every run."""
-    path = folder / file.name
-    state = [path.stat().st_size, path.stat().st_mtime_ns]
-    record = out / _CHECKED
-    checked = json.loads(record.read_text()) if record.exists() else {}
-    if checked.get(file.sha256) == state:
-        return
-    found = sha256(path)
-    if found != file.sha256:
-        raise GraftError(
-            f"{path.resolve()}: sha256 is {found}, expected {file.sha256} by the hub, for "
-            f"{file.name}; remove it and fetch again"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json({**checked, str(file.sha256): state}, record)
+    if source.missing:
+        report(label, 0, total)
+        snapshot(source.given, source.commit, list(source.sizes), on_bytes)
+    check_hashes(source.folder, list(source.sizes), report)
+    return source.folder

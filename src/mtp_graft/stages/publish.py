@@ -13,23 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.spliced import (
-    CARD_NAME,
-    TRACE_NAME,
-    Spliced,
-    find_spliced,
-    read_object,
-)
+from mtp_graft.checkpoint.files import read_object
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, MANIFEST_TEXT_NAME
+from mtp_graft.checkpoint.spliced import CARD_NAME, HEAD_SHARD, TRACE_NAME, Spliced, find_spliced
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.hub import HUB_ERRORS
 from mtp_graft.stages.inputs import Progress
 
 _LARGE = ".safetensors"
-_UNAUTHORIZED, _FORBIDDEN = 401, 403
+#: What is said of an answer with this status, and what to do.
+_REFUSED = {
+    401: ("the hub refused the token", "give another in HF_TOKEN"),
+    403: ("the token may not write there", "give one that may"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,41 +38,65 @@ class Publication:
 
     repo: str
     private: bool
-    files: Mapping[str, Path]  # path in the repository -> file
+    files: Mapping[str, Path | bytes]  # path in the repository -> file, or content made here
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON of `publish --dry-run`."""
-        sizes = {name: path.stat().st_size for name, path in self.files.items()}
-        return {
-            "repo": self.repo,
-            "private": self.private,
-            "files": [
-                {"path": name, "bytes": sizes[name], "from": str(path)}
-                for name, path in self.files.items()
-            ],
-            "total_bytes": sum(sizes.values()),
-        }
+        files = [
+            {
+                "path": name,
+                "bytes": len(file) if isinstance(file, bytes) else file.stat().st_size,
+                "from": None if isinstance(file, bytes) else str(file),
+            }
+            for name, file in self.files.items()
+        ]
+        total = sum(file["bytes"] for file in files)
+        return {"repo": self.repo, "private": self.private, "files": files, "total_bytes": total}
 
 
-def plan_publication(run: Path, repo: str, private: bool, card: Path) -> Publication:
+def plan_publication(
+    run: Path, repo: str, private: bool, card: Path, *, head_only: bool = False
+) -> Publication:
     """Return what to upload: the checkpoint of the run's chosen variant, and its card.
 
-    The card's README.md takes the place of one that the checkpoint has of its base. Raises
-    GraftError for a repository's id that the hub would not take, without a verification that
-    passed, without a card, and for a card of another checkpoint. Needs no network.
+    `head_only` leaves out the base: others graft the head onto it. The card's README.md takes the
+    place of one that the checkpoint has of its base. Raises GraftError for a repository's id that
+    the hub would not take, without a verification that passed, without a card, and for a card of
+    another checkpoint. Needs no network.
     """
     _check_repo(repo)
     spliced = find_spliced(run)
     _check_verified(run, spliced)
     _check_card(card, spliced)
-    files = {
-        path.relative_to(spliced.folder).as_posix(): path
-        for path in sorted(spliced.folder.rglob("*"))
-        if path.is_file() and not _is_hidden(path.relative_to(spliced.folder))
+    paths = (path for path in spliced.folder.rglob("*") if path.is_file())
+    relative = {path.relative_to(spliced.folder): path for path in paths}
+    files: dict[str, Path | bytes] = {
+        name.as_posix(): path
+        for name, path in relative.items()
+        if not any(part.startswith(".") for part in name.parts)
+        and (not head_only or _belongs_to_head(name.as_posix()))
     }
-    cards = [card / CARD_NAME, card / TRACE_NAME, *sorted(card.glob("*.png"))]
+    cards = [card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png")]
     files |= {path.name: path for path in cards}
+    if head_only:
+        files[CARD_NAME] = _head_card(card / CARD_NAME, repo)
     return Publication(repo, private, dict(sorted(files.items())))
+
+
+def _belongs_to_head(name: str) -> bool:
+    own = (HEAD_SHARD, MANIFEST_NAME, MANIFEST_TEXT_NAME)
+    return name in own or name.startswith(("LICENSE", "NOTICE"))
+
+
+def _head_card(card: Path, repo: str) -> bytes:
+    """Return the card with a paragraph that says what to do with a head alone."""
+    content = ModelCard.load(card, ignore_metadata_errors=True)
+    note = (
+        "> This repository holds the MTP head alone. Put it on its base, which is what this card "
+        f"describes without the head:\n> `mtp-graft graft BASE {repo} OUT`"
+    )
+    content.text = f"\n{note}\n\n{content.text.lstrip()}"
+    return str(content).encode()
 
 
 def _check_repo(repo: str) -> None:
@@ -86,7 +110,7 @@ def _check_repo(repo: str) -> None:
 
 def _check_verified(run: Path, spliced: Spliced) -> None:
     path = run / "verify" / f"{spliced.variant}.json"
-    found = read_object(path, "run `mtp-graft verify` first: what is published must be verified")
+    found = read_object(path, "what verify found", "run `mtp-graft verify` first")
     if found.get("ok") is not True:
         raise GraftError(f"{path}: ok is {found.get('ok')}, expected true; splice and verify again")
     if not (run / "verify" / "manifest.json").exists():
@@ -97,16 +121,12 @@ def _check_card(card: Path, spliced: Spliced) -> None:
     cure = "run `mtp-graft card` first"
     if not (card / CARD_NAME).is_file():
         raise GraftError(f"{card / CARD_NAME}: not found; {cure}")
-    about, here = read_object(card / TRACE_NAME, cure).get("checkpoint"), spliced.identity()
-    if about != here:
+    about = read_object(card / TRACE_NAME, "a card's data", cure).get("checkpoint")
+    if about != (here := spliced.identity()):
         raise GraftError(
             f"{card}: is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}; "
             "run `mtp-graft card` again"
         )
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def publish(publication: Publication, report: Progress) -> dict[str, Any]:
@@ -125,7 +145,7 @@ def publish(publication: Publication, report: Progress) -> dict[str, Any]:
     try:
         return _upload(publication, HfApi(token=token), report)
     except HUB_ERRORS as error:
-        raise GraftError(_explained(publication, error)) from error
+        raise GraftError(f"{publication.repo}: {_explained(error)}") from error
 
 
 def _upload(publication: Publication, api: HfApi, report: Progress) -> dict[str, Any]:
@@ -137,7 +157,7 @@ def _upload(publication: Publication, api: HfApi, report: Progress) -> dict[str,
             f"{repo}: exists and is public, --private was asked for; nothing was uploaded: change "
             "it on the hub, or choose another --repo"
         )
-    additions = {name: CommitOperationAdd(name, path) for name, path in files.items()}
+    additions = {name: CommitOperationAdd(name, file) for name, file in files.items()}
     large = [name for name in files if name.endswith(_LARGE)]
     for done, name in enumerate(large):
         report(f"publish: {name}", done, len(large))
@@ -149,20 +169,15 @@ def _upload(publication: Publication, api: HfApi, report: Progress) -> dict[str,
     return {"commit": commit.oid, "url": f"{api.endpoint}/{repo}", "private": is_private}
 
 
-def _explained(publication: Publication, error: Exception) -> str:
+def _explained(error: Exception) -> str:
     """Return one line: what happened, and what to do."""
-    repo, chain = publication.repo, [e for e in (error, error.__cause__) if e is not None]
+    chain = [e for e in (error, error.__cause__) if e is not None]
     answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
-    status = answered and answered.response.status_code
-    if answered is not None:
-        said = f"status {status}: {answered.server_message or 'without a reason'}"
+    if answered is None:
+        said, status = " ".join(": ".join(map(str, chain)).split()), 0
     else:
-        said = " ".join(": ".join(map(str, chain)).split())
-    if status == _UNAUTHORIZED:
-        return f"{repo}: the hub refused the token ({said}); give another in HF_TOKEN"
-    if status == _FORBIDDEN:
-        return f"{repo}: the token may not write there ({said}); give one that may"
-    return (
-        f"{repo}: the upload stopped ({said}); run the same command again: "
-        "what has arrived is not sent twice"
-    )
+        status = answered.response.status_code
+        said = f"status {status}: {answered.server_message or 'without a reason'}"
+    again = "run the same command again: what has arrived is not sent twice"
+    what, cure = _REFUSED.get(status, ("the upload stopped", again))
+    return f"{what} ({said}); {cure}"

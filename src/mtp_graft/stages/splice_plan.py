@@ -1,10 +1,11 @@
 """What a splice starts from: base, head and quantized experts, checked against each other.
 
-Headers are read and nothing else, so that all that is wrong is said before anything is written.
+Headers are read and no values, so that whatever is wrong is said before anything is written, or
+downloaded.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint import quant_manifest
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, read_manifest, read_report
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
@@ -26,15 +27,14 @@ from mtp_graft.checkpoint.shards import (
     read_index,
     read_meta,
 )
+from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.variants import (
     Linears,
     Variant,
-    decoded_name,
-    group_by_module,
-    is_expert,
-    store_module,
+    decode_head,
+    store_head,
 )
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.stages.inputs import check_base_tensor, read_model_config
@@ -49,7 +49,7 @@ _EXPERTS: dict[str, ExpertFormat] = {
 
 
 @dataclass(frozen=True)
-class Source:
+class Tensors:
     """Tensors in a folder: where each one is, and its shape and dtype."""
 
     files: Mapping[str, Path]
@@ -65,11 +65,12 @@ class SplicePlan:
     variant: Variant
     linears: Linears
     group_size: int
-    head: Source
-    experts: Source | None  # GPTQ's
+    head: Tensors  # upstream's, or those of a head that is taken as it is
+    experts: Tensors | None  # GPTQ's
     layout: Mapping[str, Tensor]  # stored name -> meta tensor
     config: Mapping[str, Any]
-    manifest: Mapping[str, Any]
+    report: Mapping[str, Any] | None  # of the quantize stage
+    published: Mapping[str, Any] | None  # the manifest of a head that is taken as it is
 
     @property
     def bytes(self) -> int:
@@ -77,59 +78,101 @@ class SplicePlan:
         return sum(map(num_bytes, self.layout.values()))
 
 
-def check_inputs(base: Path, upstream: Path) -> None:
-    """Raise GraftError for what no stage could work with; reads headers only.
-
-    A base that is no DeepSeek-V4, has a head or is cut off, or has an embedding or LM head of
-    another size than its config; an upstream head that is another or not whole.
-    """
-    model, weight_map = read_model_config(base), _check_base(base)
-    for name in ("embed.weight", "head.weight"):
-        check_base_tensor(base, name, weight_map, model)
-    config = _head_config(base, "gptq", "base")
-    _check_head_complete(upstream, _read_head(upstream).meta, head_shapes(config))
-
-
 def plan_splice(
-    base: Path, upstream: Path, variant: Variant, linears: Linears, quantized: Path | None
+    base: Path,
+    upstream: Path,
+    variant: Variant | None,
+    linears: Linears = "base",
+    quantized: Path | None = None,
 ) -> SplicePlan:
-    """Return what a splice of these inputs writes; raises GraftError where they do not fit."""
+    """Return what a splice of these inputs writes; raises GraftError where they do not fit.
+
+    `upstream` is the master, or a folder with a head that was spliced before. Such a head is taken
+    as it is, and says itself what its variant and linears are.
+    """
     base_map = _check_base(base)
+    published = read_manifest(upstream) if (upstream / MANIFEST_NAME).is_file() else None
+    if published is None:
+        head, variant = _read_upstream(upstream), variant or "mxfp4"
+    else:
+        head = _read_published(upstream, published)
+        variant, linears = _described(upstream, published, head.meta, variant)
     config = _head_config(base, variant, linears)
-    group_size = 0
-    if _EXPERTS[variant] == "int4":
-        group_size = int4_group_size(config["quantization_config"])
-    head = _read_head(upstream)
-    _check_head_complete(upstream, head.meta, head_shapes(config))
-    report = None if quantized is None else quant_manifest.read_report(quantized)
-    experts = _read_experts(quantized) if variant == "gptq" else None
-    layout: dict[str, Tensor] = {}
-    for stem, by_part in group_by_module(head.meta).items():
-        parts = {part: head.meta[name] for part, name in by_part.items()}
-        given = experts.meta if experts else None
-        layout.update(
-            store_module(stem, parts, variant, given, group_size=group_size, linears=linears)
-        )
-    manifest = quant_manifest.manifest(
-        variant,
-        linears,
-        config,
-        report,
-        _provenance(base, base_map, head, report, experts),
-        len(layout),
-        sum(map(num_bytes, layout.values())),
-    )
+    int4 = _EXPERTS[variant] == "int4"
+    group_size = int4_group_size(config["quantization_config"]) if int4 else 128
+    _check_fits(upstream, head.meta, head_shapes(config), group_size)
+    report = None if quantized is None else read_report(quantized)
+    experts = _read_experts(quantized) if variant == "gptq" and published is None else None
+    layout = head.meta
+    if published is None:
+        given = experts and experts.meta
+        layout = store_head(head.meta, variant, given, group_size=group_size, linears=linears)
     return SplicePlan(
-        base, base_map, variant, linears, group_size, head, experts, layout, config, manifest
+        *(base, base_map, variant, linears, group_size, head, experts, layout, config),
+        *(report, published),
     )
 
 
 def _check_base(base: Path) -> dict[str, str]:
     weight_map = read_index(base)
-    already = sorted(name for name in weight_map if name.startswith("mtp."))
-    if already:
+    if already := sorted(name for name in weight_map if name.startswith("mtp.")):
         raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
-    return check_index(base)
+    weight_map = check_index(base)
+    model = read_model_config(base)
+    for name in ("embed.weight", "head.weight"):
+        check_base_tensor(base, name, weight_map, model)
+    return weight_map
+
+
+def _read_upstream(upstream: Path) -> Tensors:
+    names.upstream_head_names(read_index(upstream, "mtp."), upstream)
+    weight_map = check_index(upstream, "mtp.")
+    files = {name: upstream / shard for name, shard in weight_map.items()}
+    return Tensors(files, read_meta(upstream, dict(sorted(weight_map.items()))))
+
+
+def _read_published(folder: Path, manifest: Mapping[str, Any]) -> Tensors:
+    """Return the tensors of a spliced head, whose manifest says how many they are."""
+    path = folder / HEAD_SHARD
+    head = _read_files([path])
+    size = sum(map(num_bytes, head.meta.values()))
+    if (len(head.meta), size) != (manifest["tensors"], manifest["bytes"]):
+        raise GraftError(
+            f"{path}: has {len(head.meta)} tensors of {size:,} bytes, expected "
+            f"{manifest['tensors']} of {manifest['bytes']:,} by {MANIFEST_NAME}; fetch it again"
+        )
+    # Values, which only verify reads, stand for what they must be.
+    shapes = {
+        f"{stem}.weight_shape": torch.tensor([codes.shape[0], 8 * codes.shape[1]])
+        for name, codes in head.meta.items()
+        if (stem := name.removesuffix(".weight_packed")) + ".weight_shape" in head.meta
+    }
+    return Tensors(head.files, {**head.meta, **shapes})
+
+
+def _read_files(paths: Iterable[Path]) -> Tensors:
+    files: dict[str, Path] = {}
+    meta: dict[str, Tensor] = {}
+    for path in paths:
+        with open_shard(path) as shard:
+            meta |= dict(sorted(shard.meta.items()))
+            files |= dict.fromkeys(shard.meta, path)
+    return Tensors(files, meta)
+
+
+def _described(
+    folder: Path, manifest: Mapping[str, Any], head: Mapping[str, Tensor], wanted: str | None
+) -> tuple[Variant, Linears]:
+    """Return what a spliced head is; raises GraftError if another variant is wanted."""
+    variant: Variant = manifest["variant"]
+    if wanted not in (None, variant):
+        raise GraftError(
+            f"{folder}: is a {variant} head, which is taken as it is; {wanted} was asked for: "
+            "leave that out, or graft from the upstream master"
+        )
+    if "mtp.0.ffn.shared_experts.w1.weight_scale" in head:
+        return variant, "fp8"
+    return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
 
 
 def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, Any]:
@@ -147,80 +190,37 @@ def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, An
     return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
 
 
-def _read_head(upstream: Path) -> Source:
-    names.upstream_head_names(read_index(upstream, "mtp."), upstream)
-    weight_map = check_index(upstream, "mtp.")
-    files = {name: upstream / shard for name, shard in weight_map.items()}
-    return Source(files, read_meta(upstream, dict(sorted(weight_map.items()))))
-
-
-def _check_head_complete(
-    upstream: Path, head: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
+def _check_fits(
+    upstream: Path,
+    head: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    group_size: int,
 ) -> None:
-    """Compare the head's tensors with those that the base's config asks for."""
-    found: dict[str, tuple[int, ...]] = {}
-    for stem, by_part in group_by_module(head).items():
-        if "scale" in by_part and "weight" not in by_part:
-            raise GraftError(f"{upstream}: {by_part['scale']} has no weight; fetch the shard again")
-        tensor = head[by_part.get("weight", stem)]
-        shape = list(tensor.shape)
-        if is_expert(stem):
-            shape[-1] *= 2  # two codes a byte
-        found[decoded_name(stem, by_part)] = tuple(shape)
-    if missing := sorted(expected.keys() - found.keys()):
-        raise GraftError(
-            f"{upstream}: has no {missing[0]} ({len(missing)} of the head's {len(expected)} "
-            "tensors missing); fetch the shard again, or choose the upstream that fits the base"
+    """Compare the head's tensors, as decoded, with those that the base's config asks for."""
+    decoded = decode_head(head, group_size=group_size)
+    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
+    wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+    if wrong:
+        shapes = (
+            list(each[wrong[0]]) if wrong[0] in each else "none" for each in (found, expected)
         )
-    if unknown := sorted(found.keys() - expected.keys()):
         raise GraftError(
-            f"{upstream}: has {unknown[0]} ({len(unknown)} tensors that the one-block head has "
-            "not); is it the upstream that fits the base?"
+            f"{upstream}: {wrong[0]} is {next(shapes)}, expected {next(shapes)} by the base's "
+            f"config.json ({len(wrong)} of the head's {len(expected)} tensors differ); base and "
+            "upstream are different models, or a shard is damaged: fetch it again"
         )
-    for name, logical in expected.items():
-        if found[name] != logical:
-            raise GraftError(
-                f"{upstream}: {name} is {list(found[name])}, expected {list(logical)} by the "
-                "base's config.json; base and upstream are different models"
-            )
     for name, tensor in head.items():
         if names.FLOAT32.search(name) and tensor.dtype != torch.float32:
             raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected torch.float32")
 
 
-def _read_experts(quantized: Path | None) -> Source:
+def _read_experts(quantized: Path | None) -> Tensors:
     if quantized is None:
         raise GraftError(
             "variant gptq needs the quantize stage's folder; run `mtp-graft quantize` first, or "
             "choose rtn, mxfp4 or bf16"
         )
-    files: dict[str, Path] = {}
-    meta: dict[str, Tensor] = {}
-    for path in sorted((quantized / GPTQ).glob("experts-*.safetensors")):
-        with open_shard(path) as tensors:
-            held: dict[str, str] = dict.fromkeys(tensors.keys(), path.name)
-        meta.update(read_meta(path.parent, held))
-        files.update(dict.fromkeys(held, path))
-    if not files:
+    experts = _read_files(sorted((quantized / GPTQ).glob("experts-*.safetensors")))
+    if not experts.files:
         raise GraftError(f"{quantized / GPTQ}: has no experts-*.safetensors; run quantize")
-    return Source(files, meta)
-
-
-def _provenance(
-    base: Path,
-    base_map: Mapping[str, str],
-    head: Source,
-    report: Mapping[str, Any] | None,
-    experts: Source | None,
-) -> dict[str, Any]:
-    shards = sorted(set(head.files.values()))
-    found: dict[str, Any] = {
-        "base": quant_manifest.base_provenance(base, sorted(set(base_map.values()))),
-        "upstream": quant_manifest.upstream_provenance(
-            shards[0].parent, [path.name for path in shards]
-        ),
-    }
-    if report is not None:
-        files = [] if experts is None else sorted(set(experts.files.values()))
-        found["quantize"] = quant_manifest.quantize_provenance(report, files)
-    return found
+    return experts

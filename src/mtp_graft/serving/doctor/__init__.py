@@ -15,13 +15,11 @@ from mtp_graft.serving.doctor.target import Target
 
 Check = Callable[[Checkpoint, Target], Iterable[Finding]]
 
-_OF_ALL: tuple[Check, ...] = (
-    *(tensors.shards, tensors.index),
-    *(hardware.vllm, hardware.ranks, hardware.memory, hardware.known_issues),
-)
+_OF_ALL: tuple[Check, ...] = (tensors.shards, tensors.index, hardware.vllm)
 _OF_W4A16_FP8: tuple[Check, ...] = (
     *(tensors.dspark_drafter, tensors.names, tensors.contents, tensors.precision, tensors.config),
     *(schemes.section, schemes.patterns, schemes.schemes),
+    *(hardware.ranks, hardware.memory, hardware.known_issues),
 )
 
 
