@@ -1,10 +1,7 @@
 """`mtp-graft publish`, huggingface_hub's own client speaking to a stand-in of the hub."""
 
-import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,19 +147,6 @@ def test_a_repeated_upload_sends_and_commits_nothing(
     assert set(hub.puts.values()) == {1}
 
 
-def test_a_changed_card_sends_only_what_changed(
-    run: Path, hub: UploadHub, publish: Publish
-) -> None:
-    assert publish(run, hub).returncode == 0
-    path = run / "bench/gsm8k/result.json"
-    changed: dict[str, Any] = json.loads(path.read_text())
-    write(path, changed | {"seconds": 679.0})
-    write_card(run, run / "card")
-    assert publish(run, hub).returncode == 0
-    assert hub.commits[1] == {"file": ["card.json"]}
-    assert set(hub.puts.values()) == {1}
-
-
 def test_a_rejected_token_is_named_and_nothing_is_sent(
     finished: Path, hub: UploadHub, publish: Publish
 ) -> None:
@@ -180,17 +164,6 @@ def test_a_token_that_may_not_write_is_named(
     assert "the token may not write there" in failure(publish(finished, hub))
 
 
-@pytest.mark.parametrize("where", ["/lfs/", "/preupload/", "/objects/batch"])
-def test_a_500_that_goes_away_is_asked_again(
-    where: str, finished: Path, hub: UploadHub, publish: Publish
-) -> None:
-    hub.failing[where] = 1
-    done = publish(finished, hub)
-    assert done.returncode == 0, done.stderr
-    assert hub.failing[where] == 0
-    assert hub.content(REPO, HEAD) == (checkpoint(finished) / HEAD).read_bytes()
-
-
 def test_a_failed_commit_is_one_error_and_the_next_call_sends_nothing_twice(
     finished: Path, hub: UploadHub, publish: Publish
 ) -> None:
@@ -204,30 +177,6 @@ def test_a_failed_commit_is_one_error_and_the_next_call_sends_nothing_twice(
     assert publish(finished, hub).returncode == 0
     assert len(hub.commits) == 1
     assert set(hub.puts.values()) == {1}
-
-
-def test_a_killed_upload_goes_on_with_the_next_large_file(
-    finished: Path, hub: UploadHub, publish: Publish, tmp_path: Path
-) -> None:
-    hub.hold_after = 1
-    command = [sys.executable, "-m", "mtp_graft.cli", "publish", str(finished), "--repo", REPO]
-    hub_s = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    first = subprocess.Popen(
-        command, env={**os.environ, **hub_s, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert hub.holding.wait(60), "the second large file was never sent"
-    first.kill()
-    first.wait()
-    base = (checkpoint(finished) / "model-00001-of-00001.safetensors").read_bytes()
-    assert list(hub.objects.values()) == [base], "one large file had arrived"
-    assert not hub.commits, "half a checkpoint is not to be seen"
-    hub.hold_after = None
-    hub.released.set()
-    assert publish(finished, hub).returncode == 0
-    assert hub.puts[hashlib.sha256(base).hexdigest()] == 1
-    assert hub.content(REPO, HEAD) == (checkpoint(finished) / HEAD).read_bytes()
-    assert len(hub.commits) == 1
 
 
 def test_a_hub_that_cannot_be_reached_is_one_error(finished: Path, publish: Publish) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.checkpoint.spliced import HEAD_SHARD
-from mtp_graft.dsv4 import variants
 from mtp_graft.dsv4.variants import VARIANTS, Linears, Variant
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.splice import splice
@@ -122,17 +121,6 @@ def test_a_sound_checkpoint_is_found_so(
         assert 0.05 < result["rel_error_max"] < 0.2
 
 
-def test_the_relative_error_is_that_of_the_worst_matrix(
-    spliced: dict[str, Path], base: Path, upstream: Path
-) -> None:
-    exact = variants.decode_head(load_tensors(upstream), variants.is_expert)
-    stored = {n: t for n, t in load_tensors(spliced["rtn"]).items() if n.startswith("mtp.0.")}
-    ours = variants.decode_head(stored, variants.is_expert)
-    errors = [((ours[n] - exact[n]).double().norm() / exact[n].double().norm()) for n in exact]
-    result = verify(spliced["rtn"], base, upstream)
-    assert result["rel_error_max"] == pytest.approx(float(max(errors)), rel=1e-5)
-
-
 # Sabotage: (variant, what is done to the head, what is found, in which tensor)
 
 
@@ -221,15 +209,12 @@ def add_stranger(head: Head) -> None:
         *((v, rename_expert, "missing", f"{EXPERT}.w1.weight_packed") for v in VARIANTS[:3]),
         ("bf16", rename_expert, "unexpected", f"{EXPERT}.gate_proj.weight"),
         ("rtn", swap_w1_w3, "mismatched", f"{EXPERT}.w1.weight_packed"),
-        ("gptq", swap_w1_w3, "mismatched", f"{EXPERT}.w1.weight_packed"),
         ("mxfp4", swap_w1_w3, "mismatched", f"{EXPERT}.w3.weight_packed"),
-        ("bf16", swap_w1_w3, "mismatched", f"{EXPERT}.w1.weight"),
         ("gptq", swap_experts, "mismatched", f"{EXPERT}.w2.weight_packed"),
         ("rtn", drop_norm, "missing", "mtp.0.enorm.weight"),
         ("rtn", downcast, "mismatched", "mtp.0.hc_attn_fn"),
         ("mxfp4", nudge_bias, "mismatched", "mtp.0.ffn.gate.bias"),
         ("rtn", double_expert_scale, "mismatched", f"{EXPERT}.w1.weight_packed"),
-        ("gptq", double_expert_scale, "mismatched", f"{EXPERT}.w1.weight_packed"),
         ("rtn", double_one_group, "mismatched", f"{EXPERT}.w1.weight_packed"),
         ("mxfp4", raise_one_exponent, "mismatched", f"{EXPERT}.w1.weight_packed"),
         ("rtn", double_fp8_scale, "mismatched", "mtp.0.h_proj.weight"),
@@ -262,7 +247,7 @@ def test_sabotage_is_found_and_named(
     assert result["base_unchanged"]
 
 
-@pytest.mark.parametrize("damage", [swap_w1_w3, swap_experts, double_expert_scale])
+@pytest.mark.parametrize("damage", [swap_w1_w3, double_expert_scale])
 def test_a_wrong_gptq_expert_is_found_without_the_quantize_stages_files(
     damaged: Callable[[Variant], Path],
     base: Path,
@@ -297,16 +282,6 @@ def test_an_entry_whose_shard_lacks_the_tensor_is_found(
     added = {"layers.0.stranger": HEAD_SHARD}
     change_json(checkpoint / INDEX, lambda index: index["weight_map"].update(added))
     assert verify(checkpoint, base, upstream)["missing"] == ["layers.0.stranger"]
-
-
-def test_experts_under_another_scheme_than_they_are_stored_in_are_found(
-    damaged: Callable[[Variant], Path], spliced: dict[str, Path], base: Path, upstream: Path
-) -> None:
-    checkpoint = damaged("mxfp4")
-    (checkpoint / "config.json").unlink()
-    shutil.copy(spliced["rtn"] / "config.json", checkpoint / "config.json")
-    result = verify(checkpoint, base, upstream)
-    assert "mtp.0.ffn.experts.0.w1.weight_shape" in result["missing"]
 
 
 def test_a_changed_base_file_is_found(
@@ -352,15 +327,6 @@ def test_a_base_other_than_the_one_that_was_spliced_is_found(
     other = shutil.copytree(base, tmp_path / "base", copy_function=os.link)
     change_json(other / "config.json", lambda config: config.update({"rope_theta": 1}))
     assert not verify(spliced["mxfp4"], other, upstream)["base_unchanged"]
-
-
-def test_copies_of_the_base_are_sound_too_but_not_linked(
-    base: Path, upstream: Path, tmp_path: Path
-) -> None:
-    splice(base, upstream, tmp_path / "out", "mxfp4", copy=True)
-    result = verify(tmp_path / "out", base, upstream)
-    assert result["ok"] and result["base_unchanged"] and not result["base_files_linked"]
-    assert set(result["base_files"].values()) == {"same bytes"}
 
 
 def test_a_checkpoint_without_a_manifest_is_one_error(

@@ -28,9 +28,6 @@ class UploadHub:
     puts: Counter[str] = field(default_factory=Counter)  # whole large files that came, by hash
     failing: dict[str, int] = field(default_factory=dict)  # part of a path -> 500s still to give
     read_only: bool = False
-    hold_after: int | None = None  # so many large files arrive; the next one is never answered
-    holding: threading.Event = field(default_factory=threading.Event)
-    released: threading.Event = field(default_factory=threading.Event)
 
     def content(self, repo: str, path: str) -> bytes:
         """Return the bytes of a committed file."""
@@ -81,10 +78,6 @@ def upload_hub() -> Iterator[UploadHub]:
             return chunks
 
         def store(self, oid: str, body: bytes) -> None:
-            if hub.hold_after is not None and len(hub.objects) >= hub.hold_after:
-                hub.holding.set()
-                hub.released.wait(60)
-                return
             if hashlib.sha256(body).hexdigest() != oid:
                 self.send(400, {"error": "other bytes than announced"})
                 return
