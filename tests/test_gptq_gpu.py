@@ -45,4 +45,4 @@ def test_gptq_agrees_with_the_cpu(order: Order, scale: Scale) -> None:
         relative_error(weight, int4.decode(q.codes.cpu(), q.scale.cpu()), hessian).mean()
         for q in (on_cpu, on_gpu)
     ]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    assert errors[1].item() == pytest.approx(errors[0].item(), rel=1e-3)

@@ -12,7 +12,7 @@ from typing import Any
 Message = dict[str, Any]
 #: The first message -> the answer, a message, or one of FAILURES.
 Say = Callable[[str], str | Message]
-FAILURES = ("500", "hangs", "closes", "garbage", "aborts")
+FAILURES = ("400", "500", "hangs", "closes", "garbage", "aborts")
 
 
 @dataclass
@@ -73,7 +73,9 @@ def serving(say: Say, delay_s: float = 0.0) -> Iterator[ChatServer]:
             elif how == "aborts":
                 self.choose({"content": "#### 1"}, "abort")
             else:
-                self.reply({"error": {"message": "out of luck"}}, 500)
+                longer = "the maximum context length is 64 tokens"
+                message = "out of luck" if how == "500" else longer
+                self.reply({"error": {"message": message, "code": int(how)}}, int(how))
             self.close_connection = True
 
         def choose(self, message: Message, reason: str) -> None:

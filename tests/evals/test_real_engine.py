@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
-
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.splice import splice
@@ -30,6 +28,7 @@ def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
 def test_every_benchmark_runs_to_its_end(
     run: Run, checkpoint: Path, shared_data: Path, tmp_path: Path
 ) -> None:
+    pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
     limited = ("--data-dir", shared_data, "--limit", 3)
     asked = {name: ("--max-tokens", 24, *limited) for name in EVALS[:3]}
     asked |= {"capability": ("--max-tokens", 24), "workload": ("--max-tokens", 32)}

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,9 +218,7 @@ def forget_python() -> Iterator[None]:
 SAY = "import os\nfor n in range(64):\n    try:\n        os.write(n, {said!r})\n"
 SAY += "    except OSError:\n        pass\ndef f(x): return 1"
 FORGERIES = {
-    "sys.exit": "import sys\nsys.exit(0)",
     "sys.exit in the call": "import sys\ndef f(x):\n    sys.exit(0)",
-    "os._exit": "import os\nos._exit(0)",
     "os._exit in the call": "import os\ndef f(x):\n    os._exit(0)",
     "equal to everything": (
         "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
@@ -269,22 +266,6 @@ def f():
 """
     failure = judge(program, "canary_8812 = 'canary_8812'\n" + TELL)
     assert failure == Failure("LookupError", "[]")
-
-
-def test_several_at_a_time_do_not_mix() -> None:
-    test = "def check(candidate):\n    for i in range(20): assert candidate(i) == i + {n}\n"
-    passed: dict[int, bool] = {}
-
-    def work(n: int) -> None:
-        program = f"def f(x):\n    return x + {n if n % 2 else -1}"
-        passed[n] = judge(program, test.replace("{n}", str(n))) is None
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert passed == {n: n % 2 == 1 for n in range(6)}
 
 
 def test_values_arrive_as_a_test_in_one_process_would_see_them() -> None:

@@ -21,22 +21,15 @@ from mtp_graft.errors import GraftError
 if TYPE_CHECKING:  # the imports of a command load Inspect: `--help` need not wait for it
     from inspect_ai import Task
 
-DataOption = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder with gsm8k/, human_eval/, mmlu/. Default: the hub."),
-]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="How many questions. Default: all.")
-]
-MaxTokensOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Cap on an answer, thinking included.")
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
     """The options that all four have."""
 
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Has gsm8k/, human_eval/, mmlu/. Default: the hub."),
+    ] = None
     seed: Annotated[int, typer.Option(metavar="N", help="Draws the questions.")] = 0
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False
     concurrency: Annotated[
@@ -51,24 +44,22 @@ class Asking:
 
 
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:
+    how_many = f"How many questions. Default: {num_questions or 'all'}."
+    limit_option = typer.Option(min=1, metavar="N", help=how_many, show_default=False)
+    token_option = typer.Option(min=1, metavar="N", help="Cap on an answer, thinking included.")
+
     @bench.command(name, help=purpose, cls=SectionedCommand, rich_help_panel=QUALITY)
     @grouped
     def command(
         target: Target,
         asking: Asking,
-        data_dir: DataOption = None,
-        limit: LimitOption = num_questions,
-        max_tokens: MaxTokensOption = num_tokens,
+        limit: Annotated[int | None, limit_option] = num_questions,
+        max_tokens: Annotated[int, token_option] = num_tokens,
     ) -> None:
-        settings = {
-            "limit": limit,
-            "seed": asking.seed,
-            "max_tokens": max_tokens,
-            "thinking": asking.thinking,
-            "concurrency": asking.concurrency,
-            "test_timeout_s": asking.test_timeout_s,
-        }
-        _print(_measure(name, data_dir, settings, target, asking), asking.json_file)
+        names = ("seed", "thinking", "concurrency", "test_timeout_s")
+        settings = {key: getattr(asking, key) for key in names}
+        settings |= {"limit": limit, "max_tokens": max_tokens}
+        _print(_measure(name, settings, target, asking), asking.json_file)
 
 
 _add_command("gsm8k", 100, 1024, "Ask GSM8K's word problems: greedy, exact match on `#### N`.")
@@ -77,9 +68,7 @@ _add_command("mmlu", 100, 128, "Ask MMLU's four-way questions: greedy, all subje
 _add_command("capability", None, 2048, "Ask fourteen small tasks, from arithmetic to tool calls.")
 
 
-def _measure(
-    name: str, data_dir: Path | None, settings: dict[str, Any], target: Target, asking: Asking
-) -> dict[str, Any]:
+def _measure(name: str, settings: dict[str, Any], target: Target, asking: Asking) -> dict[str, Any]:
     """Ask and judge. A run folder keeps what was answered, and gives a finished result again."""
     if importlib.util.find_spec("inspect_ai") is None:
         raise GraftError(
@@ -90,8 +79,7 @@ def _measure(
 
     k = asking.num_speculative_tokens
     target.check_k(k)
-    choice = (settings[key] for key in ("limit", "seed", "test_timeout_s"))
-    task = TASKS[name](data_dir, *choice)
+    task = TASKS[name](asking.data_dir, settings["limit"], asking.seed, asking.test_timeout_s)
     folder = target.folder(asking.run, name)
     if folder is None:
         with tempfile.TemporaryDirectory() as logs:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mtp_graft.bench.evals.judging import WRONG, compare, judge_code, make_task, said
 from mtp_graft.bench.evals.sandbox import Failure, find_python
 from mtp_graft.bench.evals.tasks import deal
+from mtp_graft.errors import UsageError
 
 DISOBEYED = "instruction not followed"
 NO_CALL = "no tool call"
@@ -25,8 +26,10 @@ _SECTIONS = ["Evaporation", "Condensation", "Precipitation", "Collection"]
 _MIN_DISTINCT = 0.5
 
 
-def capability(_data_dir: Path | None, limit: int | None, seed: int, timeout_s: float) -> Task:
+def capability(data_dir: Path | None, limit: int | None, seed: int, timeout_s: float) -> Task:
     """Return the fourteen tasks. Raises GraftError if there is no sandbox for the code."""
+    if data_dir is not None:
+        raise UsageError("capability has its own questions: leave out --data-dir")
     find_python()
     found = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     samples = []

@@ -51,9 +51,12 @@ def _ask(tools: Sequence[ToolInfo]) -> Solver:
         offered = list(tools) if state.metadata.get("category") == "tools" else []
         try:
             state.output = await get_model().generate(state.messages, offered)
-        except RetryError as error:
+            if state.output.stop_reason in ("model_length", "content_filter"):  # a status of 400
+                raise GraftError(state.output.completion[:300])
+        except Exception as error:
             failures += 1
-            raise GraftError(str(error.last_attempt.exception())) from error
+            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            raise GraftError(str(cause)) from error
         failures = 0
         return state
 

@@ -24,14 +24,17 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS
 
 _WHOLE = (None, "stop", "length", "tool_calls")  # not every server gives a reason
-
-
 #: Benchmark -> its task on a data folder (None: the hub), limit, seed and a timeout for tests.
 TASKS = {"gsm8k": gsm8k, "humaneval": humaneval, "mmlu": mmlu, "capability": capability}
 
 
 class _ChatAPI(OpenAICompatibleAPI):
     """Asks again, a second later, for an answer that is not whole or not readable."""
+
+    silence_s = 300.0  # not an argument: those tell one log from another
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, client_timeout=self.silence_s, **options)
 
     def on_response(self, response: dict[str, Any]) -> None:
         try:
@@ -111,8 +114,8 @@ def find_model(
         max_retries=attempts - 1,
         extra_body={"chat_template_kwargs": {"thinking": settings["thinking"]}},
     )
-    ours = {"service": "mtp-graft", "stream": False, "client_timeout": silence_s}
-    ours["max_retries"] = 0  # the SDK's own
+    _ChatAPI.silence_s = silence_s
+    ours = {"service": "mtp-graft", "stream": False, "max_retries": 0}  # those of the SDK
     return get_model(f"mtp-graft/{name}", config=config, memoize=False, **where, **ours)
 
 
