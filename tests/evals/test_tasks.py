@@ -95,7 +95,7 @@ def test_mmlus_subjects_are_dealt_in_turn(shared_data: Path) -> None:
         (
             "humaneval",
             "human_eval/HumanEval.jsonl.gz",
-            gzip.compress(b'{"task_id": "?"}\n' * 99)[:-9],
+            gzip.compress(b'{"task_id": "?"}\n' * 99, mtime=0)[:-9],
             "row 1: not of humaneval",
         ),
     ],
