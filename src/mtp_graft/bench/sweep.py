@@ -96,9 +96,11 @@ def vllm_bench(base_url: str, api_key: str | None = None) -> Iterator[RunLoad]:
     # A proxy of the environment has no business between us and a named server.
     environment = {**os.environ, "NO_PROXY": str(urlsplit(base_url).hostname)}
     command = (sys.executable, "-m", "mtp_graft.vllm_plugin.bench_serve")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipe = subprocess.PIPE
     with TemporaryFile("w+") as log:
-        client = subprocess.Popen(command, env=environment, text=True, stderr=log, **pipes)
+        client = subprocess.Popen(
+            command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=log
+        )
 
         def run_load(load: Mapping[str, Any]) -> dict[str, Any]:
             assert client.stdin is not None and client.stdout is not None

@@ -95,7 +95,7 @@ class ServeOptions:
     prefix_caching: bool = _option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = _option(None, None, "Do not compile. Default: eager on a CPU.")
     api_key: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Key that /v1 requests must show.",
         json_schema_extra={"metavar": "KEY", "names": [], "envvar": "VLLM_API_KEY"},
