@@ -377,7 +377,11 @@ def test_without_a_checkout_the_demo_says_where_its_model_is(
 
 
 def test_a_stage_has_its_own_command_and_result(run: Run, recipe: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+    folder, upstream = tmp_path / "run", tmp_path / "upstream"
+    index = {"weight_map": {"mtp.0.norm.weight": "head.safetensors"}}
+    (upstream / "model.safetensors.index.json").write_text(json.dumps(index))
+    (upstream / "config.json").write_text("{}")
+    (upstream / "head.safetensors").touch()
     status, out, errors = run("capture", recipe, "--run", folder, "--json", "-")
     assert status == 0, errors
     result = json.loads(out)
@@ -397,7 +401,7 @@ def test_inputs_that_do_not_fit_are_one_message(
     monkeypatch.setattr(pipeline.run, "check_run", check_run)
     status, out, errors = run("fetch", recipe, "--run", tmp_path / "run")
     assert (status, out, errors.count("error: ")) == (1, "", 1)
-    assert "upstream/model.safetensors.index.json: not found; expected a safetensors" in errors
+    assert "upstream: has no model.safetensors.index.json; expected a whole" in errors
 
 
 @pytest.mark.parametrize(
