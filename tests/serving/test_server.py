@@ -256,7 +256,7 @@ def test_a_headless_node_is_ready_when_it_runs(vllm: object, site: Path, grafted
         wait_until_ready(process, "headless; the first machine answers")
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(20) in (0, 143)  # 143: vLLM ended before it minded signals
 
 
 @pytest.mark.parametrize(
