@@ -143,19 +143,27 @@ def imported_packages(source: Path) -> Iterator[str]:
             yield from (name.split(".")[0] for name in found if isinstance(name, str))
 
 
+def imports_of(*requirements: str) -> set[str]:
+    """The packages that can be imported where these requirements are installed."""
+    declared = {canonicalize_name(Requirement(line).name) for line in requirements}
+    return {
+        name
+        for name, found in metadata.packages_distributions().items()
+        if declared & set(map(canonicalize_name, found))
+    }
+
+
 def test_the_gpu_extra_brings_every_third_party_import(
     project: dict[str, Any], repo_root: Path
 ) -> None:
-    lines = [*project["dependencies"], *project["optional-dependencies"]["gpu"]]
-    declared = {canonicalize_name(Requirement(line).name) for line in lines}
-    providers = metadata.packages_distributions()
-    imports = {
-        name for name, found in providers.items() if declared & set(map(canonicalize_name, found))
-    }
-    known = imports | set(sys.stdlib_module_names) | {"mtp_graft"}
+    extras = project["optional-dependencies"]
+    known = imports_of(*project["dependencies"], *extras["gpu"]) | set(sys.stdlib_module_names)
+    for_evals = imports_of(*extras["evals"])
     undeclared = {}
     for source in (repo_root / "src").rglob("*.py"):
-        allowed = known | {"vllm"} if "vllm_plugin" in source.parts else known
+        allowed = known | {"mtp_graft"} | ({"vllm"} if "vllm_plugin" in source.parts else set())
+        if "evals" in (source.stem, source.parent.name):
+            allowed = allowed | for_evals
         if source.stem.endswith("_triton"):
             allowed = allowed | {"triton"}  # comes with torch's builds for GPUs
         if unknown := set(imported_packages(source)) - allowed:
