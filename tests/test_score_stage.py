@@ -139,7 +139,7 @@ def test_a_result_that_is_torn_or_gone_is_named(run: Run, tmp_path: Path) -> Non
     report = tmp_path / "report.json"
     report.write_text('{"acceptance": {"gp')
     with pytest.raises(
-        GraftError, match=r"report.json: not a result .not JSON.* remove it and run again"
+        GraftError, match=r"report.json: not a finished stage.s result .not JSON.* run again"
     ):
         run(tmp_path, variants=("bf16",))
     report.unlink()
