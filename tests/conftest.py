@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ keep_to_own_cores()  # before anything counts them
 def empty_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands' default folders are below the working directory, where a user may have runs."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def root_logger_level() -> Iterator[None]:
+    """Inspect sets the root logger's level for good; other tests read what is logged."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -166,6 +166,5 @@ def upload_hub() -> Iterator[UploadHub]:
     try:
         yield hub
     finally:
-        hub.released.set()
         server.shutdown()
         server.server_close()
