@@ -73,11 +73,11 @@ def calibrate(
     capture: Path, out: Path, split: str, replay: str
 ) -> tuple[Matrices, Matrices, list[int]]:
     """Return the original weights, the Hessians of a split, and each expert's tokens."""
-    inputs = open_inputs(capture, MODEL / "upstream", MODEL / "base", split)
+    inputs = open_inputs(capture, MODEL / "upstream", MODEL / "base", split, "embed.weight")
     out.mkdir()
     routed = replay_capture(inputs, out, replay, Clock("cpu"), lambda *_: None)
     experts = range(inputs.model.n_routed_experts)
-    decoded = decode_head(inputs.read_upstream([*inputs.shards]), is_expert)
+    decoded = decode_head(inputs.read_upstream([*inputs.head.files]), is_expert)
     weights = {
         m: torch.stack([decoded[f"mtp.0.ffn.experts.{e}.{m}.weight"] for e in experts])
         for m in MATRICES

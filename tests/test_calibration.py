@@ -42,7 +42,7 @@ def test_texts_and_conversations_may_be_mixed(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{", r"p\.jsonl:2: not JSON"),
-        ({"id": "b"}, r"p\.jsonl:2: not a prompt \(has no 'text'\)"),
+        ({"text": "b"}, r"p\.jsonl:2: not a prompt \(.*id: field required\)"),
         ("7", r"p\.jsonl:2: not a prompt"),
         ({"id": "a", "text": "y"}, r"p\.jsonl:2: id 'a' comes twice"),
         ({"id": "b", "text": ""}, r"p\.jsonl:2: prompt 'b' asks nothing"),

@@ -16,7 +16,6 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import find_bundled_recipe, plan_run, run_stage
 from mtp_graft.recipe import ModelSection, Recipe, load_recipe
 from mtp_graft.stages import fetch as stage
-from mtp_graft.stages import hub as hub_stage
 from mtp_graft.stages.fetch import fetch, survey
 
 BASE, UPSTREAM = "quantizer/base", "maker/upstream"
@@ -216,7 +215,7 @@ def test_whatever_the_hubs_client_raises_is_one_error(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(hub_stage, "snapshot_download", fail)
+    monkeypatch.setattr(stage, "snapshot_download", fail)
     with pytest.raises(GraftError, match=message):
         fetch(MODEL, tmp_path / "out", quiet)
 

@@ -151,8 +151,7 @@ def test_a_rejected_token_is_named_and_nothing_is_sent(
     finished: Path, hub: UploadHub, publish: Publish
 ) -> None:
     message = failure(publish(finished, hub, token="hf_wrong"))
-    assert "the hub refused the token (status 401: Invalid credentials" in message
-    assert "give another in HF_TOKEN" in message
+    assert "Invalid credentials" in message and "check that HF_TOKEN may write" in message
     assert "hf_wrong" not in message
     assert not hub.objects and not hub.private
 
@@ -161,7 +160,7 @@ def test_a_token_that_may_not_write_is_named(
     finished: Path, hub: UploadHub, publish: Publish
 ) -> None:
     hub.read_only = True
-    assert "the token may not write there" in failure(publish(finished, hub))
+    assert "check that HF_TOKEN may write there" in failure(publish(finished, hub))
 
 
 def test_a_failed_commit_is_one_error_and_the_next_call_sends_nothing_twice(
@@ -169,10 +168,7 @@ def test_a_failed_commit_is_one_error_and_the_next_call_sends_nothing_twice(
 ) -> None:
     hub.failing["/commit/"] = 1
     message = failure(publish(finished, hub))
-    assert (
-        "the upload stopped (status 500: out of order)" in message
-        and "run the same command again" in message
-    )
+    assert "the upload stopped" in message and "run the same command again" in message
     assert not hub.commits
     assert publish(finished, hub).returncode == 0
     assert len(hub.commits) == 1

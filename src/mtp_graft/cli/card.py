@@ -60,8 +60,7 @@ def publish(
     publication = publishing.plan_publication(run, repo, private, card_folder, head_only=head_only)
     result = publication.as_json() | {"dry_run": dry_run}
     if not dry_run:
-        # huggingface_hub draws bars of its own, with which ours would interfere.
-        result |= publishing.publish(publication, lambda label, *_: note(label))
+        result |= publishing.publish(publication)  # huggingface_hub draws bars of its own
     write_json(result, json_file)
     console = result_console(json_file)
     for file in result["files"]:

@@ -39,7 +39,7 @@ def graft(
     """Graft a head onto a base without calibration, and verify the new checkpoint."""
     from mtp_graft.stages import graft as stage
 
-    sources = stage.Checkpoint(base, base_revision), stage.Checkpoint(upstream, upstream_revision)
+    sources = (base, base_revision), (upstream, upstream_revision)
     console = result_console(json_file)
     if dry_run:
         plan = stage.plan_graft(*sources, out, head, copy=copy)

@@ -33,7 +33,7 @@ from mtp_graft.stages.fetch import (
     nearest_folder,
     survey,
 )
-from mtp_graft.stages.splice_plan import plan_splice
+from mtp_graft.stages.splice import plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 _UTILIZATION = "--gpu-memory-utilization"

@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -42,10 +42,9 @@ from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
-from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on
+from mtp_graft.stages.recordings import NotWritten, collect, remove_strays, switched_on
 
-#: Two blocks of texts are also sent without recording, to compare the speeds; each has at most this
-#: share of all texts, since a small capture would otherwise take twice as long.
+#: The share of all texts that is also sent without recording, to compare the speeds.
 _MEASURED_SHARE = 1 / 20
 
 
@@ -218,15 +217,12 @@ def _record(
 ) -> dict[str, float | None]:
     """Have every text recorded that is not yet; return the speeds without and with recording.
 
-    Both are of the first blocks, which are sent both ways, one first as often as the other.
+    Both are of the first few texts, which are sent both ways.
     """
     texts, size = read_texts(out), settings.concurrency
-    recorded = {sequence.number for sequence in read_sequences(out)}
-    missing = [text for text in texts if text.number not in recorded]
-    few = max(1, min(size, int(len(missing) * _MEASURED_SHARE)))
-    measured, rest = (missing[:few], missing[few : 2 * few]), missing[2 * few :]
+    done = {sequence.number for sequence in read_sequences(out)}
+    missing = [text for text in texts if text.number not in done]
     remove_strays(out)
-    collector = Collector(out, missing)
 
     def prefill(block: Sequence[FinishedText]) -> None:
         for _ in concurrently(lambda text: client.complete(text.token_ids, 1), block, size):
@@ -235,22 +231,21 @@ def _record(
     def record(block: Sequence[FinishedText]) -> None:
         with switched_on(out):
             prefill(block)
-            collector.wait_for(block)
-        report("capture: record", len(texts) - len(collector), len(texts))
+            collect(out, block)
+        done.update(text.number for text in block)
+        report("capture: record", len(done), len(texts))
 
-    report("capture: record", len(recorded), len(texts))
-    tokens, seconds = 0, {"prefill": 0.0, "prefill_recording": 0.0}
-    ways: list[tuple[str, Callable[[Sequence[FinishedText]], None]]]
-    ways = [("prefill", prefill), ("prefill_recording", record)]
-    prefill(missing[:few])  # warm-up: the first prefills of such length
-    for block in filter(None, measured):
-        tokens += sum(len(text.token_ids) for text in block)
-        for name, send in ways:
+    report("capture: record", len(done), len(texts))
+    few = missing[: max(1, min(size, int(len(missing) * _MEASURED_SHARE)))]
+    tok_s: dict[str, float | None] = dict.fromkeys(("prefill", "prefill_recording"))
+    if few:
+        prefill(few)  # warm-up: the first prefills of such length
+        for name, send in zip(tok_s, (prefill, record), strict=True):
             started = time.perf_counter()
-            send(block)
-            seconds[name] += time.perf_counter() - started
-        ways.reverse()
-    for first in range(0, len(rest), size):
-        record(rest[first : first + size])
+            send(few)
+            tokens = sum(len(text.token_ids) for text in few)
+            tok_s[name] = tokens / (time.perf_counter() - started)
+    for first in range(len(few), len(missing), size):
+        record(missing[first : first + size])
     remove_strays(out)
-    return {name: tokens / s if tokens else None for name, s in seconds.items()}
+    return tok_s

@@ -60,12 +60,12 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
             future.result()
 
 
+# Ranks: nothing large goes between them, each writes files of its own
+
+
 @contextmanager
 def joined_ranks() -> Iterator[None]:
-    """Join the ranks that torchrun started, over gloo; without it this process is the only one.
-
-    Nothing large goes between ranks: each writes files of its own.
-    """
+    """Join the ranks that torchrun started; without it this process is the only one."""
     if num_ranks() == 1:
         yield
         return

@@ -20,7 +20,6 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from mtp_graft.checkpoint.manifest import (
     finished_result,
     write_manifest,
 )
-from mtp_graft.checkpoint.shards import num_bytes, read_meta, save_shard, write_json
+from mtp_graft.checkpoint.shards import num_bytes, save_shard, write_json
 from mtp_graft.dsv4.experts import (
     MATRICES,
     expert_errors,
@@ -71,8 +70,6 @@ REPLAY, GPTQ = "replay", "gptq"
 #: Batches of upstream's experts that are read ahead, and written at once: while one is synced,
 #: another can be copied.
 _BATCHES_AHEAD, _WRITERS = 2, 2
-#: What of the settings the report and the checkpoint's manifest have.
-_GPTQ_SETTINGS = ("damp", "damping", "group_size", "order", "scale")
 #: What the report says of each way to replay.
 _REPLAYS = {"true": "true attention", "identity": "attention skipped (identity residual)"}
 
@@ -103,8 +100,11 @@ def quantize(
             return finished
         files = _batch_files(out, inputs.model.n_routed_experts, settings.experts_per_batch)
         pending = {e: files[e] for e in share([*files]) if not _is_done(files[e])}
+
+        def read(experts: range) -> dict[str, Tensor]:
+            return inputs.read_upstream(_upstream_names(inputs, experts), clock.device)
+
         # The first experts come in while the last sequences are replayed.
-        read = partial(_read_experts, inputs, clock.device)
         with read_ahead(read, pending, _BATCHES_AHEAD) as upstream_experts:
             routed = replay_capture(inputs, out / REPLAY, settings.replay, clock, report)
             _quantize(inputs, settings, routed, upstream_experts, pending, clock, report)
@@ -121,7 +121,7 @@ def quantize(
 
 def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
     """Check what can be checked before anything is computed."""
-    inputs = open_inputs(capture, upstream, base, CALIBRATION)
+    inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
     widths = {"w1": inputs.model.hidden_size, "w2": inputs.model.moe_intermediate_size}
     for matrix, num_inputs in widths.items():
         if num_inputs % settings.group_size:
@@ -142,7 +142,7 @@ def _claim(out: Path, inputs: Inputs, settings: QuantizeSection, device: str) ->
     """Make `out` this stage's folder; GraftError if it was begun with other settings or inputs."""
     decisive = asdict(settings) | {"device": device.partition(":")[0]}
     del decisive["variants"]  # which heads there are is for the later stages to know
-    decisive["inputs"] = fingerprints(inputs.files("embed.weight"))
+    decisive["inputs"] = fingerprints(inputs.files)
     claim_folder(out, decisive)
     for folder in (REPLAY, GPTQ):
         (out / folder).mkdir(exist_ok=True)
@@ -154,18 +154,24 @@ def _batch_files(out: Path, num_experts: int, size: int) -> dict[range, Path]:
     return {e: out / GPTQ / f"experts-{e[0]:04d}-{e[-1]:04d}.safetensors" for e in batches}
 
 
+def expert_files(quantized: Path | None) -> list[Path]:
+    """Return the files of GPTQ's experts in the stage's folder; GraftError if there are none."""
+    files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
+    if not files:
+        where = quantized / GPTQ if quantized else "variant gptq"
+        raise GraftError(
+            f"{where}: no quantized experts; run `mtp-graft quantize` first, or leave gptq out"
+        )
+    return files
+
+
 def _is_done(file: Path) -> bool:
     return is_whole(file) and file.with_suffix(".json").exists()
 
 
-def _read_experts(inputs: Inputs, device: str, experts: range) -> dict[str, Tensor]:
-    return inputs.read_upstream(_expert_names(inputs, experts), device)
-
-
-def _expert_names(inputs: Inputs, experts: range) -> list[str]:
-    """Return the names of some experts' upstream tensors."""
+def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
     prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
-    return [name for name in inputs.shards if name.startswith(prefixes)]
+    return [name for name in inputs.head.files if name.startswith(prefixes)]
 
 
 # Hessians, GPTQ, errors: a batch of experts at a time
@@ -205,22 +211,20 @@ def _quantize_batch(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
     with clock.timed("hessian", tf32=True):
-        weights = _stacked(inputs, decode_head(upstream), experts)
-        calibrating = [_calibrating(inputs, settings, routed, e) for e in experts]
+        weights = _stack(inputs, decode_head(upstream), experts)
+        calibrating = [_calibration_tokens(inputs, settings, routed, e) for e in experts]
         tokens, num_tokens = zip(*calibrating, strict=True)
-        hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)
+        hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # w1, w2, w3
     with clock.timed("gptq"):
         quantized = quantize_experts(weights, hessians, num_tokens, experts, settings)
     with clock.timed("pack"):
         packed = pack_experts(quantized, experts)
     with clock.timed("errors", tf32=True):
         errors = expert_errors(weights, hessians, quantized, settings.group_size)
-    unseen = {m: (hessians[m].diagonal(dim1=1, dim2=2) == 0).sum(1).tolist() for m in MATRICES}
-    counts = [routed.counts[e] for e in experts]
-    return packed, {"counts": counts, "rel_errors": errors, "unseen": unseen}
+    return packed, {"counts": [routed.counts[e] for e in experts], "rel_errors": errors}
 
 
-def _stacked(inputs: Inputs, decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
+def _stack(inputs: Inputs, decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
     """Return w1 and w3 [E, M, D] and w2 [E, D, M] in float32."""
     hidden, inner = inputs.model.hidden_size, inputs.model.moe_intermediate_size
     stacked = {}
@@ -238,7 +242,7 @@ def _stacked(inputs: Inputs, decoded: Mapping[str, Tensor], experts: range) -> d
     return stacked
 
 
-def _calibrating(
+def _calibration_tokens(
     inputs: Inputs, settings: QuantizeSection, routed: RoutedTokens, expert: int
 ) -> tuple[Iterable[Tensor], int]:
     """Return what an expert is calibrated on, in parts [T, D], and how many tokens that is."""
@@ -284,7 +288,7 @@ def _report(
     }
     seconds, gpu_bytes, host_bytes = zip(*measured, strict=True)
     return {
-        "variants": _variants(inputs, errors, settings.group_size),
+        "variants": {v: _summary(inputs, v, errors[v], settings.group_size) for v in VARIANTS},
         "tokens_per_expert": {
             "min": min(counts),
             "mean": sum(counts) / len(counts),
@@ -295,40 +299,31 @@ def _report(
         "rel_errors": errors,
         "zero_token_policy": settings.zero_tokens,
         "experts_without_tokens": [e for e, count in enumerate(counts) if count == 0],
-        # Their Hessians have fewer tokens behind them than inputs: damping makes them regular.
-        "experts_rank_deficient": [e for e, n in enumerate(counts) if n < inputs.model.hidden_size],
-        "inputs_never_seen": {m: sum(sum(b["unseen"][m]) for b in known) for m in MATRICES},
         "seconds": {part: max(s[part] for s in seconds) for part in seconds[0]},
         "peak_gpu_bytes": max(gpu_bytes),
         "peak_host_bytes": max(host_bytes),
         "ranks": len(measured),
-        **{key: getattr(settings, key) for key in _GPTQ_SETTINGS},
+        **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "order", "scale")},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
         "replay": _REPLAYS[settings.replay],
     }
 
 
-def _variants(
-    inputs: Inputs, errors: Mapping[str, Mapping[str, list[float]]], group_size: int
-) -> dict[str, dict[str, float]]:
-    """Return size and mean error of every variant; the experts are alike, so one is measured."""
-    model = inputs.model
-    num_weights = 3 * model.hidden_size * model.moe_intermediate_size  # of an expert
-    first = _expert_names(inputs, range(1))
-    measured = [n for n in inputs.shards if n in first or not n.startswith(EXPERTS_PREFIX)]
-    upstream = read_meta(inputs.upstream, {name: inputs.shards[name] for name in measured})
-    variants: dict[str, dict[str, float]] = {}
-    for variant in VARIANTS:
-        as_stored = "rtn" if variant == "gptq" else variant  # INT4 both
-        stored = store_head(upstream, as_stored, group_size=group_size)
-        sizes = {name: num_bytes(tensor) for name, tensor in stored.items()}
-        expert = {n: size for n, size in sizes.items() if n.startswith(EXPERTS_PREFIX)}
-        # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
-        weights = sum(size for name, size in expert.items() if not name.endswith("_shape"))
-        all_errors = [error for matrix in MATRICES for error in errors[variant][matrix]]
-        variants[variant] = {
-            "bits_per_weight": 8 * weights / num_weights,
-            "rel_error": sum(all_errors) / len(all_errors),
-            "bytes": sum(sizes.values()) + (model.n_routed_experts - 1) * sum(expert.values()),
-        }
-    return variants
+def _summary(
+    inputs: Inputs, variant: str, errors: Mapping[str, list[float]], group_size: int
+) -> dict[str, float]:
+    """Return size and mean error of a variant; the experts are alike, so one is laid out."""
+    model, first = inputs.model, _upstream_names(inputs, range(1))
+    others = {n: t for n, t in inputs.head.meta.items() if not n.startswith(EXPERTS_PREFIX)}
+    as_stored = "rtn" if variant == "gptq" else variant  # INT4 both
+    stored = store_head({n: inputs.head.meta[n] for n in first}, as_stored, group_size=group_size)
+    expert = {name: num_bytes(tensor) for name, tensor in stored.items()}
+    # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
+    codes = sum(size for name, size in expert.items() if not name.endswith("_shape"))
+    rest = sum(map(num_bytes, store_head(others, as_stored).values()))
+    all_errors = [error for matrix in MATRICES for error in errors[matrix]]
+    return {
+        "bits_per_weight": 8 * codes / (3 * model.hidden_size * model.moe_intermediate_size),
+        "rel_error": sum(all_errors) / len(all_errors),
+        "bytes": rest + model.n_routed_experts * sum(expert.values()),
+    }

@@ -1,7 +1,7 @@
 """Recordings while they come: the switch that the server looks at, and what it has written."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ from mtp_graft.checkpoint.capture import (
     append_sequence,
     read_sequences,
 )
-from mtp_graft.checkpoint.shards import open_shard
+from mtp_graft.checkpoint.shards import read_tensors
 from mtp_graft.errors import GraftError
 
 #: How long the server may take to write what it computed.
@@ -46,65 +46,49 @@ def remove_strays(out: Path) -> None:
             path.unlink()
 
 
-class Collector:
-    """Finds texts in new recordings by their tokens, and enters them in the index."""
+def collect(out: Path, texts: Sequence[FinishedText]) -> None:
+    """Find `texts`, which have been sent, in new recordings, and enter them in the index.
 
-    def __init__(self, out: Path, texts: Sequence[FinishedText]) -> None:
-        self._out = out
-        self._seen = {path.name for path in (out / RECORDINGS).iterdir()}
-        # Prompts that are equal have equal sequences: each recorded copy stands for one of them.
-        self._waiting: dict[tuple[int, ...], list[FinishedText]] = {}
-        for text in reversed(texts):
-            self._waiting.setdefault(text.token_ids, []).append(text)
-
-    def __len__(self) -> int:
-        """Return how many texts have not been found yet."""
-        return sum(map(len, self._waiting.values()))
-
-    def collect(self) -> bool:
-        """Read the recordings that are new; return whether there were any.
-
-        Raises NotWritten if the server could not write one.
-        """
-        found = {path.name for path in (self._out / RECORDINGS).glob("*.safetensors")}
-        new = sorted(found - self._seen)
-        for name in new:
-            self._read(name)
-        if not (self._out / INTACT_NAME).exists():
+    Raises NotWritten if the server could not write a recording, and GraftError if nothing was
+    written for WRITE_TIMEOUT_S.
+    """
+    # Prompts that are equal have equal sequences: each recorded copy stands for one of them.
+    waiting: dict[tuple[int, ...], list[FinishedText]] = {}
+    for text in reversed(texts):
+        waiting.setdefault(text.token_ids, []).append(text)
+    seen = {sequence.recording for sequence in read_sequences(out)}
+    folder, deadline = out / RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
+    while missing := [text for equal in waiting.values() for text in equal]:
+        new = {path.name for path in folder.glob("*.safetensors")} - seen
+        for name in sorted(new):
+            _enter(out, name, waiting)
+        seen |= new
+        if not (out / INTACT_NAME).exists():
             raise NotWritten(
-                f"{self._out / RECORDINGS}: the server could not write what it recorded; make room "
-                "there if the disk is full, and run again: what was written is kept"
+                f"{folder}: the server could not write what it recorded; make room there if the "
+                "disk is full, and run again: what was written is kept"
             )
-        return bool(new)
+        if new:
+            deadline = time.monotonic() + WRITE_TIMEOUT_S
+        elif time.monotonic() > deadline:
+            raise GraftError(
+                f"{folder}: prompt {missing[0].id!r} ({len(missing)} in all) was sent, but is in "
+                "no recording; expected a server that records into this folder, without prefix "
+                "caching and chunked prefill; its log may say more"
+            )
+        else:
+            time.sleep(0.01)
 
-    def wait_for(self, texts: Sequence[FinishedText]) -> None:
-        """Collect until all of `texts`, which have been sent, are found.
 
-        Raises GraftError if nothing was written for WRITE_TIMEOUT_S.
-        """
-        deadline = time.monotonic() + WRITE_TIMEOUT_S
-        while missing := [t for t in texts if t in self._waiting.get(t.token_ids, ())]:
-            if self.collect():
-                deadline = time.monotonic() + WRITE_TIMEOUT_S
-            elif time.monotonic() > deadline:
-                raise GraftError(
-                    f"{self._out / RECORDINGS}: prompt {missing[0].id!r} ({len(missing)} in all) "
-                    "was sent, but is in no recording; expected a server that records into this "
-                    "folder, without prefix caching and chunked prefill; its log may say more"
-                )
-            else:
-                time.sleep(0.01)
-
-    def _read(self, name: str) -> None:
-        self._seen.add(name)
-        with open_shard(self._out / RECORDINGS / name) as recording:
-            token_ids = recording.get_tensor("token_ids").tolist()
-            starts = recording.get_tensor("starts").tolist()
-        for start, end in pairwise([*starts, len(token_ids)]):
-            waiting = self._waiting.get(tuple(token_ids[start:end]))
-            if not waiting:
-                continue  # another client's request, or ours for the second time
-            text = waiting.pop()
-            size = (len(text.prompt), len(text.token_ids))
-            sequence = CapturedSequence(text.number, text.id, text.split, *size, name, start)
-            append_sequence(self._out, sequence)
+def _enter(out: Path, name: str, waiting: Mapping[tuple[int, ...], list[FinishedText]]) -> None:
+    """Enter what a recording has of the texts that are waited for, and wait for it no longer."""
+    recording = read_tensors(out / RECORDINGS / name, ("token_ids", "starts"))
+    token_ids = recording["token_ids"].tolist()
+    for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
+        equal = waiting.get(tuple(token_ids[start:end]))
+        if not equal:
+            continue  # another client's request, or ours for the second time
+        text = equal.pop()
+        size = (len(text.prompt), len(text.token_ids))
+        sequence = CapturedSequence(text.number, text.id, text.split, *size, name, start)
+        append_sequence(out, sequence)

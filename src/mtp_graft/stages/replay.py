@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.capture import CapturedSequence
-from mtp_graft.checkpoint.shards import open_shard, read_tensors, save_shard
+from mtp_graft.checkpoint.shards import Shard, read_tensors, save_shard
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.hessians import RoutedTokens
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
@@ -31,6 +31,7 @@ RESIDENT_BYTES = 6 * 2**30
 
 #: Where a sequence's tokens are kept: x bf16 [T, D], experts int32 [T, K].
 Kept = Mapping[CapturedSequence, tuple[Tensor, Tensor]]
+Files = Mapping[CapturedSequence, Path]
 
 
 def replay_capture(
@@ -58,10 +59,8 @@ def replay_capture(
 
     done, total = len(sequences) - len(pending), len(sequences)
     report("replay", done, total)
-    if mine:
-        compute = partial(_compute, inputs, replay, clock)
-        for number, _ in enumerate(compute(mine, kept, files), start=done + 1):
-            report("replay", number, total)
+    for number, _ in enumerate(_compute(inputs, replay, clock, mine, kept, files), start=done + 1):
+        report("replay", number, total)
     wait_for_ranks()  # every rank needs every sequence
     with clock.timed("io"):
         _read([s for s in sequences if s not in set(mine)], kept, files)
@@ -74,9 +73,11 @@ def _compute(
     clock: Clock,
     sequences: Sequence[CapturedSequence],
     kept: Kept,
-    files: Mapping[CapturedSequence, Path],
+    files: Files,
 ) -> Iterator[CapturedSequence]:
     """Replay `sequences`, keep their tokens and write them; yield each that is done."""
+    if not sequences:
+        return
     read = partial(inputs.read_sequence, device=clock.device)
     with write_behind() as write, read_ahead(read, sequences, _AHEAD) as captured:
         with clock.timed("io"):  # while the first sequences are being read
@@ -99,12 +100,12 @@ def _compute(
 def _load_head(inputs: Inputs, replay: str, device: str) -> tuple[Tensor, MTPHead]:
     """Return the base's embedding [V, D] and the head without its experts."""
     embed = inputs.read_base("embed.weight").to(device)
-    others = [name for name in inputs.shards if not name.startswith(EXPERTS_PREFIX)]
+    others = [name for name in inputs.head.files if not name.startswith(EXPERTS_PREFIX)]
     decoded = decode_head(inputs.read_upstream(others, device))
-    head = build_head(
-        inputs.model, decoded, with_experts=False, with_attention=replay == "true", device=device
+    with_attention = replay == "true"
+    return embed, build_head(
+        inputs.model, decoded, with_experts=False, with_attention=with_attention, device=device
     )
-    return embed, head
 
 
 def _save(x: Tensor, experts: Tensor, path: Path) -> None:
@@ -112,15 +113,13 @@ def _save(x: Tensor, experts: Tensor, path: Path) -> None:
     save_shard(to_host({"x": x, "experts": experts}), path, sync=False)
 
 
-def _read(
-    sequences: Sequence[CapturedSequence], kept: Kept, files: Mapping[CapturedSequence, Path]
-) -> None:
+def _read(sequences: Sequence[CapturedSequence], kept: Kept, files: Files) -> None:
     """Keep what the files of `sequences` hold."""
 
     def read(sequence: CapturedSequence) -> None:
-        found = read_tensors(files[sequence], ("x", "experts"))
-        for tensor, name in zip(kept[sequence], ("x", "experts"), strict=True):
-            tensor.copy_(found[name])
+        found, (x, experts) = read_tensors(files[sequence], ("x", "experts")), kept[sequence]
+        x.copy_(found["x"])
+        experts.copy_(found["experts"])
 
     with read_ahead(read, sequences, _AHEAD) as units:
         for _ in units:
@@ -130,7 +129,7 @@ def _read(
 def is_whole(path: Path) -> bool:
     """Return whether a unit's file is there and readable; one that is not, is made again."""
     try:
-        with open_shard(path):
+        with Shard(path):
             return True
     except GraftError:
         return False
@@ -138,11 +137,8 @@ def is_whole(path: Path) -> bool:
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors in host memory; for a thread that writes what a device computed."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        if not tensor.is_cuda:
-            return tensor
-        # Pinned memory is reused by torch, and a GPU writes to it by itself.
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
-
-    return {name: copied(tensor) for name, tensor in tensors.items()}
+    # Pinned memory is reused by torch, and a GPU writes to it by itself.
+    return {
+        name: torch.empty_like(t, device="cpu", pin_memory=True).copy_(t) if t.is_cuda else t
+        for name, t in tensors.items()
+    }

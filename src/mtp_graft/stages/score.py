@@ -18,7 +18,7 @@ from mtp_graft.checkpoint.manifest import (
     read_result,
     write_manifest,
 )
-from mtp_graft.checkpoint.shards import open_shard, write_json
+from mtp_graft.checkpoint.shards import Shard, write_json
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts
@@ -34,7 +34,10 @@ from mtp_graft.stages.inputs import (
     single_thread,
 )
 from mtp_graft.stages.parallel import rank_device
-from mtp_graft.stages.quantize import GPTQ
+from mtp_graft.stages.quantize import expert_files
+
+#: Variants that hold upstream's values exactly: their drafts are the same, and made once.
+_EXACT: tuple[Variant, ...] = ("mxfp4", "bf16")
 
 
 def score(
@@ -54,21 +57,26 @@ def score(
     """
     started = time.perf_counter()
     device = rank_device(settings.device)
-    inputs = _open(capture, upstream, base)
-    experts = _gptq_files(quantized) if "gptq" in variants else []
-    files = [*inputs.files("embed.weight", "head.weight"), *experts]
+    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
+    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
+        raise GraftError(
+            f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
+            "sequences); expected sequences with at least two tokens after the prompt"
+        )
+    experts = expert_files(quantized) if "gptq" in variants else []
     decisive = {"variants": list(variants), "device": device}
-    claim_folder(out, {**decisive, "inputs": fingerprints(files)})
+    claim_folder(out, {**decisive, "inputs": fingerprints([*inputs.files, *experts])})
     if (finished := finished_result(out, REPORT_NAME)) is not None:
         return finished
-    with single_thread():
-        acceptance = {}
-        for variant in variants:
-            path = out / f"{variant}.json"
-            if (scored := read_result(path)) is None:
-                scored = _score(inputs, variant, experts, device, report)
-                write_json(scored, path)
-            acceptance[variant] = scored
+    acceptance: dict[Variant, dict[str, Any]] = {}
+    for variant in variants:
+        path = out / f"{variant}.json"
+        if (scored := read_result(path)) is None:
+            same = [acceptance[v] for v in _EXACT if v in acceptance and variant in _EXACT]
+            with single_thread():
+                scored = same[0] if same else _score(inputs, variant, experts, device, report)
+            write_json(scored, path)
+        acceptance[variant] = scored
     result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
     write_json(result, out / REPORT_NAME)
     seconds = time.perf_counter() - started
@@ -76,33 +84,13 @@ def score(
     return result
 
 
-def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
-    inputs = open_inputs(capture, upstream, base, EVALUATION)
-    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
-        raise GraftError(
-            f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
-            "sequences); expected sequences with at least two tokens after the prompt"
-        )
-    return inputs
-
-
-def _gptq_files(quantized: Path) -> list[Path]:
-    files = sorted((quantized / GPTQ).glob("experts-*.safetensors"))
-    if not files:
-        raise GraftError(
-            f"{quantized / GPTQ}: no quantized experts; run `mtp-graft quantize` first, "
-            "or leave gptq out of the variants"
-        )
-    return files
-
-
 def _score(
-    inputs: Inputs, variant: Variant, gptq_files: Sequence[Path], device: str, report: Progress
+    inputs: Inputs, variant: Variant, experts: Sequence[Path], device: str, report: Progress
 ) -> dict[str, Any]:
     """Return the acceptance of one variant, over all sequences and of each."""
     label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
-    head = _load_head(inputs, variant, gptq_files, device)
+    head = _load_head(inputs, variant, experts, device)
     embed = inputs.read_base("embed.weight")  # [V, D]
     lm_head = inputs.read_base("head.weight").to(head.h_proj.weight)  # [V, D]
     sequences: list[dict[str, Any]] = []
@@ -113,8 +101,7 @@ def _score(
         made, accepted = count_drafts(drafts.tolist(), recorded.token_ids[start:].tolist())
         sequences.append({"id": sequence.id, "drafts": made, "accepted": accepted})
         report(label, done, total)
-    made = sum(sequence["drafts"] for sequence in sequences)
-    accepted = sum(sequence["accepted"] for sequence in sequences)
+    made, accepted = (sum(s[key] for s in sequences) for key in ("drafts", "accepted"))
     return {
         "top1": accepted / made,
         "tokens": made,
@@ -125,14 +112,14 @@ def _score(
 
 
 def _load_head(
-    inputs: Inputs, variant: Variant, gptq_files: Sequence[Path], device: str
+    inputs: Inputs, variant: Variant, expert_files: Sequence[Path], device: str
 ) -> MTPHead:
     experts: dict[str, Tensor] = {}
     if variant == "gptq":
-        for path in gptq_files:
-            with open_shard(path) as file:
-                experts.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    upstream = inputs.read_upstream([*inputs.shards])
+        for path in expert_files:
+            with Shard(path) as shard:
+                experts |= shard.read(shard.meta)
+    upstream = inputs.read_upstream([*inputs.head.files])
     decoded = decode_head(store_head(upstream, variant, experts))
     return build_head(inputs.model, decoded, device=device)
 
