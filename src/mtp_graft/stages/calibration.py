@@ -15,13 +15,13 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from mtp_graft.errors import GraftError, in_words
-from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
+from mtp_graft.serving.client import Prompt, ServerClient
 
 logger = logging.getLogger(__name__)
 
 HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
+_EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
 _INSTALL = "pip install pyarrow, or name a JSON Lines file"
 
 
@@ -41,13 +41,13 @@ class _Row(BaseModel):
 class Encoded(NamedTuple):
     """A prompt as the server's tokens."""
 
-    prompt: Prompt | ChatPrompt
+    prompt: Prompt
     token_ids: tuple[int, ...]
 
 
 def take_fitting(
     client: ServerClient,
-    prompts: Iterator[Prompt | ChatPrompt],
+    prompts: Iterator[Prompt],
     count: int,
     max_tokens: int,
     what_for: str,
@@ -74,7 +74,7 @@ def take_fitting(
     return taken, dropped
 
 
-def load_calibration(source: str, count: int) -> list[Prompt | ChatPrompt]:
+def load_calibration(source: str, count: int) -> list[Prompt]:
     """Return the first `count` prompts of `source`.
 
     Raises GraftError as `iterate_prompts` does, and for too few rows.
@@ -85,7 +85,7 @@ def load_calibration(source: str, count: int) -> list[Prompt | ChatPrompt]:
     return prompts
 
 
-def iterate_prompts(source: str) -> Iterator[Prompt | ChatPrompt]:
+def iterate_prompts(source: str) -> Iterator[Prompt]:
     """Yield the prompts of `source` in order, reading no more of it than is asked for.
 
     `source` is a JSON Lines or Parquet file, or `hub:owner/dataset[:split]`. Of a conversation,
@@ -105,6 +105,8 @@ def iterate_prompts(source: str) -> Iterator[Prompt | ChatPrompt]:
             raise GraftError(f"{where}: id {prompt.id!r} comes twice")
         seen.add(prompt.id)
         yield prompt
+    if not seen:
+        raise GraftError(f"{source}: no prompts; {_EXPECTED}")
 
 
 Rows = Iterator[tuple[int, Any]]  # numbered from 1
@@ -156,17 +158,14 @@ def _hub_rows(source: str) -> Rows:
         raise GraftError(f"{source}: not available ({error}); {_INSTALL}") from error
 
 
-def _parse(row: Any, where: str) -> Prompt | ChatPrompt:
-    expected = 'expected {"id", "text"} or {"prompt_id", "messages"}'
+def _parse(row: Any, where: str) -> Prompt:
     try:
         found = _Row.model_validate(row)
     except ValidationError as error:
-        raise GraftError(f"{where}: not a prompt ({in_words(error)}); {expected}") from error
+        raise GraftError(f"{where}: not a prompt ({in_words(error)}); {_EXPECTED}") from error
     turns = [turn.model_dump() for turn in found.messages]
     while turns and turns[-1]["role"] != "user":
         turns.pop()
-    if turns:
-        return ChatPrompt(found.id, tuple(turns))
-    if found.text:
-        return Prompt(found.id, found.text)
-    raise GraftError(f"{where}: prompt {found.id!r} asks nothing; {expected}")
+    if not (turns or found.text):
+        raise GraftError(f"{where}: prompt {found.id!r} asks nothing; {_EXPECTED}")
+    return Prompt(found.id, tuple(turns) or found.text)
