@@ -12,9 +12,9 @@ from typing import Any
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
 from mtp_graft.checkpoint.capture import read_texts
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
-from mtp_graft.checkpoint.shards import write_json
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.servers import Servers
 from mtp_graft.recipe import Recipe

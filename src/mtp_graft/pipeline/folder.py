@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result, write_manifest
-from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.recipe import Recipe

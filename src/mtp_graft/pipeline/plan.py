@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes, stored_as
 from mtp_graft.dsv4.names import EXPERT, FP8_LINEAR, FP8_UPSTREAM_ONLY
@@ -76,7 +76,7 @@ def check_models(recipe: Recipe, base: Source, upstream: Source) -> Tensors:
     check_dimensions(base.config, f"{base.given}/config.json")
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         plan_splice(base_folder, upstream_folder, "rtn", recipe.splice.linears)
-        tensors = read_meta(base_folder, read_index(base_folder))
+        tensors = read_meta(base_folder)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
@@ -138,7 +138,7 @@ def _head(recipe: Recipe, config: Mapping[str, Any], variant: Variant) -> Tensor
 
 
 def _num_bytes(tensors: Tensors) -> int:
-    return sum(map(num_bytes, tensors.values()))
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _is_copied(base: Source, folder: Path) -> bool:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench.decode import Report
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.pipeline.bench import Bench
 from mtp_graft.pipeline.device import torch_device
