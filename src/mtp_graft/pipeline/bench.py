@@ -18,9 +18,8 @@ from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.servers import Servers
 from mtp_graft.recipe import Recipe
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
 from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME
 
@@ -102,7 +101,7 @@ class Bench:
             self._write("mtp", found | {"adjusted": self._servers.adjusted})
         self._write(f"served-{variant}", served | {"head": self._head(variant)})
 
-    def _prompts(self) -> Iterator[Prompt | ChatPrompt]:
+    def _prompts(self) -> Iterator[Prompt]:
         """Yield prompts to time, none of them captured."""
         wanted, capture = self._recipe.bench, self._recipe.capture
         captured = read_result(self._folder.finished("capture") / REPORT_NAME) or {}

@@ -80,7 +80,7 @@ class Servers:
                 self.adjusted.append(note)
                 print(f"serving: {note}", file=sys.stderr, flush=True)
 
-        def on_start(elapsed_s: float, _line: str) -> None:
+        def on_start(elapsed_s: float) -> None:
             self._report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
         with managed_server(options, self.log(name), on_start=on_start) as client:
