@@ -68,10 +68,10 @@ def test_the_recipe_is_the_bases_own_and_a_stage_for_the_head() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"not found; .*; run that to its end"),
-        ("{", "not a report of `mtp-graft quantize`"),
-        ("{}", r"not a report .*damp: field required"),
-        ("[]", "not a report"),
+        (None, r"not found; .*; run `mtp-graft quantize` to its end"),
+        ("{", "not a quantize report"),
+        ("{}", r"not a quantize report .*damp: field required"),
+        ("[]", "not a quantize report"),
     ],
 )
 def test_an_unfinished_report_is_one_error(tmp_path: Path, text: str | None, message: str) -> None:

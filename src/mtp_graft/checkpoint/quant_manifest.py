@@ -88,8 +88,8 @@ def read_report(quantized: Path) -> QuantizeReport:
 
     Raises GraftError if the quantize stage has not finished, or left a part out.
     """
-    what = "a report of `mtp-graft quantize`"
-    return read_as(QuantizeReport, quantized / "report.json", what, "run that to its end")
+    what, cure = "a quantize report", "run `mtp-graft quantize` to its end"
+    return read_as(QuantizeReport, quantized / "report.json", what, cure)
 
 
 def manifest(
