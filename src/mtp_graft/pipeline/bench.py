@@ -22,10 +22,9 @@ from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprint
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.pipeline.folder import Run
-from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
+from mtp_graft.serving.client import COUNT_DRAFTS, Prompt, ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.plan import adapt
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
@@ -79,7 +78,7 @@ def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient
             run.adjusted.append(note)
             print(f"serving: {note}", file=sys.stderr, flush=True)
 
-    def on_start(elapsed_s: float, _line: str) -> None:
+    def on_start(elapsed_s: float) -> None:
         run.report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
     with managed_server(options, server_log(run, name), on_start=on_start) as client:
@@ -166,7 +165,7 @@ def _config(run: Run) -> DecodeConfig:
     return DecodeConfig(run.recipe.bench.max_tokens, run.recipe.bench.rounds)
 
 
-def _prompts(run: Run) -> Iterator[Prompt | ChatPrompt]:
+def _prompts(run: Run) -> Iterator[Prompt]:
     """Yield prompts to time, none of them captured."""
     wanted, capture = run.recipe.bench.prompts, run.recipe.capture
     captured = read_result(run.finished("capture") / REPORT_NAME) or {}
