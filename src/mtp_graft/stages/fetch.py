@@ -24,10 +24,9 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.files import read_object, read_weight_map, sha256
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.shards import INDEX_NAME, is_full_disk, write_json
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, write_json
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
+from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
@@ -303,7 +302,7 @@ def _hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except HUB_ERRORS as error:
-        if is_full_disk(error):
+        if isinstance(error, OSError) and is_full_disk(error):
             raise GraftError(
                 f"{what}: the disk of {constants.HF_HUB_CACHE} is full; make room or set HF_HOME "
                 "to another, and run again to go on"

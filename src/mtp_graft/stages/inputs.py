@@ -16,14 +16,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.files import read_object
-from mtp_graft.checkpoint.shards import (
-    INDEX_NAME,
-    Shard,
-    check_index,
-    load_tensors,
-    read_index,
-    read_meta,
-)
+from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
 from mtp_graft.dsv4.names import upstream_head_names
 from mtp_graft.dsv4.replay import model_config
 from mtp_graft.errors import GraftError, in_words
@@ -82,11 +75,11 @@ def read_master(upstream: Path) -> Tensors:
 
     Raises GraftError for one without a head, with several blocks, or with a broken shard.
     """
-    names = upstream_head_names(read_index(upstream, "mtp."), upstream)
-    shards = check_index(upstream, "mtp.")
-    weight_map = {name: shards[name] for name in names}
-    files = {name: upstream / shard for name, shard in weight_map.items()}
-    return Tensors(files, read_meta(upstream, weight_map))
+    shards = read_index(upstream, "mtp.")
+    names = upstream_head_names(shards, upstream)
+    meta = read_meta(upstream, "mtp.", complete=True)
+    files = {name: upstream / shards[name] for name in names}
+    return Tensors(files, {name: meta[name] for name in names})
 
 
 def read_base(base: Path, *needed: str) -> tuple[DeepseekV4Config, dict[str, str]]:
@@ -107,7 +100,7 @@ def read_base(base: Path, *needed: str) -> tuple[DeepseekV4Config, dict[str, str
     for name in needed:
         if name not in weight_map:
             raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
-        found = list(read_meta(base, {name: weight_map[name]})[name].shape)
+        found = list(read_meta(base, name)[name].shape)
         if found != expected:
             raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
     return model, weight_map

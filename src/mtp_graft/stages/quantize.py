@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
     fingerprints,
     finished_result,
     write_manifest,
 )
-from mtp_graft.checkpoint.shards import num_bytes, save_shard, write_json
+from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.dsv4.experts import (
     MATRICES,
     expert_errors,
@@ -317,10 +318,10 @@ def _summary(
     others = {n: t for n, t in inputs.head.meta.items() if not n.startswith(EXPERTS_PREFIX)}
     as_stored = "rtn" if variant == "gptq" else variant  # INT4 both
     stored = store_head({n: inputs.head.meta[n] for n in first}, as_stored, group_size=group_size)
-    expert = {name: num_bytes(tensor) for name, tensor in stored.items()}
+    expert = {name: tensor.nbytes for name, tensor in stored.items()}
     # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
     codes = sum(size for name, size in expert.items() if not name.endswith("_shape"))
-    rest = sum(map(num_bytes, store_head(others, as_stored).values()))
+    rest = sum(tensor.nbytes for tensor in store_head(others, as_stored).values())
     all_errors = [error for matrix in MATRICES for error in errors[matrix]]
     return {
         "bits_per_weight": 8 * codes / (3 * model.hidden_size * model.moe_intermediate_size),

@@ -15,7 +15,7 @@ from mtp_graft.checkpoint.capture import (
     append_sequence,
     read_sequences,
 )
-from mtp_graft.checkpoint.shards import read_tensors
+from mtp_graft.checkpoint.shards import Shard
 from mtp_graft.errors import GraftError
 
 #: How long the server may take to write what it computed.
@@ -82,7 +82,8 @@ def collect(out: Path, texts: Sequence[FinishedText]) -> None:
 
 def _enter(out: Path, name: str, waiting: Mapping[tuple[int, ...], list[FinishedText]]) -> None:
     """Enter what a recording has of the texts that are waited for, and wait for it no longer."""
-    recording = read_tensors(out / RECORDINGS / name, ("token_ids", "starts"))
+    with Shard(out / RECORDINGS / name) as shard:
+        recording = shard.read(("token_ids", "starts"))
     token_ids = recording["token_ids"].tolist()
     for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
         equal = waiting.get(tuple(token_ids[start:end]))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.capture import CapturedSequence
-from mtp_graft.checkpoint.shards import Shard, read_tensors, save_shard
+from mtp_graft.checkpoint.shards import Shard, save_shard
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.hessians import RoutedTokens
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
@@ -117,7 +117,9 @@ def _read(sequences: Sequence[CapturedSequence], kept: Kept, files: Files) -> No
     """Keep what the files of `sequences` hold."""
 
     def read(sequence: CapturedSequence) -> None:
-        found, (x, experts) = read_tensors(files[sequence], ("x", "experts")), kept[sequence]
+        x, experts = kept[sequence]
+        with Shard(files[sequence]) as shard:
+            found = shard.read(("x", "experts"))
         x.copy_(found["x"])
         experts.copy_(found["experts"])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
     fingerprints,
@@ -18,7 +19,7 @@ from mtp_graft.checkpoint.manifest import (
     read_result,
     write_manifest,
 )
-from mtp_graft.checkpoint.shards import Shard, write_json
+from mtp_graft.checkpoint.shards import Shard
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts

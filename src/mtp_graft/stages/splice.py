@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import quant_manifest
-from mtp_graft.checkpoint.files import sha256
+from mtp_graft.checkpoint.files import is_full_disk, sha256, write_json, write_text
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
@@ -30,17 +31,11 @@ from mtp_graft.checkpoint.quantization_config import (
 )
 from mtp_graft.checkpoint.shards import (
     INDEX_NAME,
-    check_index,
-    is_full_disk,
-    num_bytes,
     read_index,
+    read_meta,
     stream_shard,
-    values_size,
     write_index,
-    write_json,
-    write_text,
 )
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.names import FLOAT32
 from mtp_graft.dsv4.variants import (
@@ -77,6 +72,7 @@ class SplicePlan:
 
     base: Path
     base_map: Mapping[str, str]  # tensor -> shard
+    base_bytes: int  # of its tensors
     variant: Variant
     linears: Linears
     group_size: int
@@ -84,13 +80,13 @@ class SplicePlan:
     experts: Tensors  # GPTQ's; none for other variants
     layout: Mapping[str, Tensor]  # stored name -> meta tensor
     config: Mapping[str, Any]
-    report: Mapping[str, Any] | None  # of the quantize stage
-    published: Mapping[str, Any] | None  # the manifest of a head that is taken as it is
+    report: QuantizeReport | None  # of the quantize stage
+    published: Manifest | None  # the manifest of a head that is taken as it is
 
     @property
     def bytes(self) -> int:
         """Return the size of the head's values as stored."""
-        return sum(map(num_bytes, self.layout.values()))
+        return sum(tensor.nbytes for tensor in self.layout.values())
 
 
 def splice(
@@ -149,7 +145,7 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    base_map = _check_base(base)
+    base_map, base_bytes = _check_base(base)
     published = None
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         published = quant_manifest.read_manifest(upstream)
@@ -170,24 +166,28 @@ def plan_splice(
         sizes = {"group_size": group_size}
         layout = store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
     return SplicePlan(
-        *(base, base_map, variant, linears, group_size, head, experts, layout, config),
-        *(report, published),
+        *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
+        *(config, report, published),
     )
 
 
-def _check_base(base: Path) -> dict[str, str]:
+def _check_base(base: Path) -> tuple[dict[str, str], int]:
+    """Return the base's weight map and the size of its tensors; GraftError if it is no base."""
     if already := sorted(name for name in read_index(base) if name.startswith("mtp.")):
         raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
-    check_index(base)
+    size = sum(tensor.nbytes for tensor in read_meta(base, complete=True).values())
     _, weight_map = read_base(base, "embed.weight", "head.weight")
-    return weight_map
+    return weight_map, size
 
 
 def _describe(
-    folder: Path, manifest: Mapping[str, Any], head: Mapping[str, Tensor], wanted: str | None
+    folder: Path, manifest: Manifest, head: Mapping[str, Tensor], wanted: str | None
 ) -> tuple[Variant, Linears]:
     """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
-    said, found = (manifest["tensors"], manifest["bytes"]), sum(map(num_bytes, head.values()))
+    said, found = (
+        (manifest["tensors"], manifest["bytes"]),
+        sum(tensor.nbytes for tensor in head.values()),
+    )
     if (len(head), found) != said:
         raise GraftError(
             f"{folder / HEAD_SHARD}: has {len(head)} tensors of {found:,} bytes, expected "
@@ -243,9 +243,9 @@ def _check_fits(
 # The manifest, which says whether an `out` is of the same inputs
 
 
-def _manifest(plan: SplicePlan) -> dict[str, Any]:
+def _manifest(plan: SplicePlan) -> Manifest:
     """Return what the checkpoint will say about its head, with hashes of what it is made of."""
-    base = quant_manifest.base_provenance(plan.base, sorted(set(plan.base_map.values())))
+    base = quant_manifest.base_provenance(plan.base, plan.base_map.values())
     if plan.published is not None:
         origin = dict(plan.published["provenance"])
         if origin["base"] != base:
@@ -254,7 +254,7 @@ def _manifest(plan: SplicePlan) -> dict[str, Any]:
     shards = sorted(set(plan.head.files.values()))
     provenance = {"base": base, "upstream": {path.name: sha256(path) for path in shards}}
     if plan.report is not None:
-        files = sorted(set(plan.experts.files.values()))
+        files = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, files)
     return quant_manifest.manifest(
         *(plan.variant, plan.linears, plan.config, plan.report, provenance),
@@ -262,7 +262,7 @@ def _manifest(plan: SplicePlan) -> dict[str, Any]:
     )
 
 
-def _check_done(out: Path, manifest: Mapping[str, Any]) -> None:
+def _check_done(out: Path, manifest: Manifest) -> None:
     """Raise GraftError if `out` is not what an earlier splice of the same inputs left."""
     try:
         same = json.loads((out / quant_manifest.MANIFEST_NAME).read_text()) == manifest
@@ -272,7 +272,7 @@ def _check_done(out: Path, manifest: Mapping[str, Any]) -> None:
         raise GraftError(
             f"{out}: already exists, and not from these inputs; remove it or choose another folder"
         )
-    check_index(out)
+    read_meta(out, complete=True)
 
 
 # Writing
@@ -344,7 +344,7 @@ def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
             ).items()
 
 
-def _write_texts(plan: SplicePlan, manifest: Mapping[str, Any], folder: Path) -> None:
+def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
     """Write config, manifest and recipe."""
     write_json(plan.config, folder / "config.json")
     write_json(manifest, folder / quant_manifest.MANIFEST_NAME)
@@ -358,7 +358,5 @@ def _write_texts(plan: SplicePlan, manifest: Mapping[str, Any], folder: Path) ->
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
     metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata") or {}
-    # Counted, not added up: a base's own total_size can be missing or wrong.
-    total = sum(values_size(folder / shard) for shard in {*plan.base_map.values(), HEAD_SHARD})
     index = {**plan.base_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
-    write_index(index, total, folder, metadata)
+    write_index(index, plan.base_bytes + plan.bytes, folder, metadata)

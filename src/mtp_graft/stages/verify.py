@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import read_index
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4.head_shapes import head_shapes, stored_as
 from mtp_graft.dsv4.names import EXPERTS_PREFIX, HEAD_PREFIX
 from mtp_graft.errors import GraftError
@@ -81,7 +81,7 @@ def verify(
     missing = head.missing | ({*index, *base_map} - listed.keys())
     unexpected = held.files.keys() - (listed.keys() & {*base_map, *head.accounted})
     files = _compare_base_files(checkpoint, base)
-    recorded = quant_manifest.base_provenance(base, sorted(set(base_map.values())))
+    recorded = quant_manifest.base_provenance(base, base_map.values())
     unchanged = set(files.values()) <= {"same inode", "same bytes"}
     unchanged = unchanged and manifest["provenance"].get("base") == recorded
     return {
