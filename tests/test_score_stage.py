@@ -20,7 +20,6 @@ from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ScoreSection
 from mtp_graft.stages.score import count_drafts, score
-from quantized import write_quantized
 from synthetic_capture import Played, random_sequences, write_capture
 
 tokens = st.integers(0, 2)  # few, so that drafts are hit by chance
@@ -71,21 +70,16 @@ def test_wilson_interval_ends_where_the_rate_is_1_96_deviations_away(
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    upstream = load_tensors(tiny_model / "upstream")
-    return write_quantized(tmp_path_factory.mktemp("run") / "quantize", upstream)
-
-
-@pytest.fixture(scope="module")
-def run(tiny_model: Path, quantized: Path) -> Run:
+def run(tiny_model: Path, quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    captured = tmp_path_factory.mktemp("run") / "capture"
     sequences = random_sequences((20, 30), hidden=256, vocab=4096)
     sequences += random_sequences((40, 25, 31), hidden=256, vocab=4096, split="evaluation", seed=1)
-    write_capture(quantized.parent / "capture", sequences)
+    write_capture(captured, sequences)
 
     def run_score(
         out: Path,
         *,
-        capture: Path = quantized.parent / "capture",
+        capture: Path = captured,
         quantized: Path = quantized,
         variants: tuple[Variant, ...] = VARIANTS,
         report: Callable[[str, int, int], None] = lambda *_: None,
@@ -134,8 +128,12 @@ def test_score_counts_the_heads_drafts(
     assert result["mxfp4"] == result["bf16"], "both decode to upstream's values"
 
 
-def test_a_result_that_is_torn_or_gone_is_named(run: Run, tmp_path: Path) -> None:
+def test_a_folder_of_other_variants_or_with_a_damaged_result_is_refused(
+    run: Run, tmp_path: Path
+) -> None:
     run(tmp_path, variants=("bf16",))
+    with pytest.raises(GraftError, match="begun with variants"):
+        run(tmp_path)
     report = tmp_path / "report.json"
     report.write_text('{"acceptance": {"gp')
     with pytest.raises(
@@ -163,12 +161,6 @@ def test_killed_score_keeps_the_finished_variants(run: Run, tmp_path: Path) -> N
     assert resumed == run(tmp_path / "other")
     assert resumed == json.loads((tmp_path / "score" / "report.json").read_text())
     assert (tmp_path / "score" / "manifest.json").exists()
-
-
-def test_other_variants_are_refused(run: Run, tmp_path: Path) -> None:
-    run(tmp_path, variants=("bf16",))
-    with pytest.raises(GraftError, match="begun with variants"):
-        run(tmp_path)
 
 
 def test_gptq_needs_the_quantized_experts(run: Run, tmp_path: Path) -> None:

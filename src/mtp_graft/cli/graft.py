@@ -31,27 +31,14 @@ def graft(
         str | None, typer.Option(metavar="REV", help="The same of the upstream.")
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base's files, not link.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the inputs and print what would be done.")
-    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Graft a head onto a base without calibration, and verify the new checkpoint."""
     from mtp_graft.stages import graft as stage
 
     sources = (base, base_revision), (upstream, upstream_revision)
-    console = result_console(json_file)
-    if dry_run:
-        plan = stage.plan_graft(*sources, out, head, copy=copy)
-        write_json(plan | {"dry_run": True}, json_file)
-        for name, source in plan["sources"].items():
-            size = f"{source['bytes_to_download']:,} bytes to download"
-            console.print(f"{name}: {source['source']}, {size}", highlight=False, soft_wrap=True)
-        what = f"{plan['head']} head, {plan['bytes_to_write']:,} bytes"
-        console.print(f"{out}: {what} to write; the inputs fit", highlight=False, soft_wrap=True)
-        return
     with progress_bar() as report:
         result = stage.graft(*sources, out, head, copy=copy, report=report)
     write_json(result, json_file)
     what = f"{result['head']} head, {result['bytes_written']:,} bytes, {result['seconds']:.1f} s"
-    console.print(f"{out}: {what}, verified", highlight=False, soft_wrap=True)
+    result_console(json_file).print(f"{out}: {what}, verified", highlight=False, soft_wrap=True)

@@ -12,37 +12,13 @@ from typing import Any, Literal
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import Source, download, find_source, headers_of
 from mtp_graft.stages.inputs import Progress
-from mtp_graft.stages.splice import SplicePlan, check_space, plan_splice, splice
+from mtp_graft.stages.splice import check_space, plan_splice, splice
 from mtp_graft.stages.verify import require_sound, verify
 
 #: What can be made of upstream's head without calibration.
 Head = Literal["mxfp4", "bf16"]
 #: A folder or a hub id, the latter at a branch, tag or commit.
 Checkpoint = tuple[str, str | None]
-
-
-def plan_graft(
-    base: Checkpoint, upstream: Checkpoint, out: Path, head: Head | None, *, copy: bool = False
-) -> dict[str, Any]:
-    """Return what `graft` would download and write, having checked what can be: for `--dry-run`.
-
-    Fetches small files and shard headers only. Raises GraftError as `graft` does.
-    """
-    sources, plan = _prepare(base, upstream, out, head, copy=copy)
-    return {
-        "checkpoint": str(out),
-        "head": plan.variant,
-        "sources": {
-            name: {
-                "source": source.given,
-                "commit": source.commit,
-                "files": dict(source.sizes),
-                "bytes_to_download": source.bytes_to_download,
-            }
-            for name, source in zip(("base", "upstream"), sources, strict=True)
-        },
-        "bytes_to_write": plan.bytes,
-    }
 
 
 def graft(
@@ -62,7 +38,7 @@ def graft(
     """
     started = time.perf_counter()
     report("graft: read headers", 0, 0)
-    sources, _ = _prepare(base, upstream, out, head, copy=copy)
+    sources = _prepare(base, upstream, out, head, copy=copy)
     folders = download(sources, report)
     report("graft: splice", 0, 0)
     spliced = splice(folders[0], folders[1], out, head, copy=copy)
@@ -83,8 +59,8 @@ def graft(
 
 def _prepare(
     base: Checkpoint, upstream: Checkpoint, out: Path, head: Head | None, *, copy: bool
-) -> tuple[list[Source], SplicePlan]:
-    """Refuse what can be refused before a shard is downloaded."""
+) -> list[Source]:
+    """Return what is needed; refuse what can be refused before a shard is downloaded."""
     if out.exists():
         raise GraftError(f"{out}: already exists; remove it or choose another folder")
     sources = [_find(base, "base"), _find(upstream, "head")]
@@ -93,7 +69,7 @@ def _prepare(
         plan = plan_splice(folders[0], folders[1], head)
     base_bytes = sum(sources[0].sizes.values())
     check_space(out, plan, sources[0].folder, base_bytes, copy=copy)
-    return sources, plan
+    return sources
 
 
 def _find(checkpoint: Checkpoint, part: Literal["base", "head"]) -> Source:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch
 from torch import Tensor
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
@@ -166,17 +165,3 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
         *(base / shard for shard in sorted({base_map[name] for name in needed})),
     ]
     return Inputs(capture, upstream, base, model, head, sequences, files)
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Let torch use one CPU thread inside, so that no byte depends on the number of cores.
-
-    The products of a small head gain little from more, and waiting for a busy core costs far more.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

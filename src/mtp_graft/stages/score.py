@@ -11,14 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import (
-    claim_folder,
-    fingerprints,
-    finished_result,
-    read_result,
-    write_manifest,
-)
 from mtp_graft.checkpoint.shards import Shard
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
@@ -26,15 +20,8 @@ from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ScoreSection
-from mtp_graft.stages.inputs import (
-    EVALUATION,
-    REPORT_NAME,
-    Inputs,
-    Progress,
-    open_inputs,
-    single_thread,
-)
-from mtp_graft.stages.parallel import rank_device
+from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME, Inputs, Progress, open_inputs
+from mtp_graft.stages.parallel import rank_device, single_thread
 from mtp_graft.stages.quantize import expert_files
 
 #: Variants that hold upstream's values exactly: their drafts are the same, and made once.
@@ -66,13 +53,15 @@ def score(
         )
     experts = expert_files(quantized) if "gptq" in variants else []
     decisive = {"variants": list(variants), "device": device}
-    claim_folder(out, {**decisive, "inputs": fingerprints([*inputs.files, *experts])})
-    if (finished := finished_result(out, REPORT_NAME)) is not None:
+    manifest.claim_folder(
+        out, {**decisive, "inputs": manifest.fingerprints([*inputs.files, *experts])}
+    )
+    if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
         return finished
     acceptance: dict[Variant, dict[str, Any]] = {}
     for variant in variants:
         path = out / f"{variant}.json"
-        if (scored := read_result(path)) is None:
+        if (scored := manifest.read_result(path)) is None:
             same = [acceptance[v] for v in _EXACT if v in acceptance and variant in _EXACT]
             with single_thread():
                 scored = same[0] if same else _score(inputs, variant, experts, device, report)
@@ -81,7 +70,7 @@ def score(
     result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
     write_json(result, out / REPORT_NAME)
     seconds = time.perf_counter() - started
-    write_manifest(out, "score", decisive, inputs.indexes(), device, seconds)
+    manifest.write_manifest(out, "score", decisive, inputs.indexes(), device, seconds)
     return result
 
 
