@@ -27,15 +27,16 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsConfig,
 )
 
-from mtp_graft.checkpoint.quantization_config import add_head, base_quantization_config
+from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
+from quantized import tiny_quantization
 
 LIMIT = 10.0
 
 
 def config_for(head: Any) -> CompressedTensorsConfig:
     """Return the config of a spliced checkpoint of four layers, as the plugin reads it."""
-    settings = add_head(base_quantization_config(), 4, head, "base")
+    settings = add_head(tiny_quantization(), 4, head, "base")
     config = dequantize_on_load(CompressedTensorsConfig.from_config(settings))
     config.packed_modules_mapping = {"fused_wqa_wkv": ["wq_a", "wkv"], "gate_up_proj": ["w1", "w3"]}
     return config

@@ -12,7 +12,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
-from mtp_graft.checkpoint.quantization_config import base_quantization_config
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block
 from mtp_graft.vllm_plugin.cpu.dequantize import (
@@ -22,6 +21,7 @@ from mtp_graft.vllm_plugin.cpu.dequantize import (
 )
 from mtp_graft.vllm_plugin.cpu.experts import BF16Experts, Int4Experts, MXFP4Experts
 from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
+from quantized import tiny_quantization
 from references import decode_fp8_blocks
 from vllm_plugin.layers import config_for, routed_experts
 
@@ -44,7 +44,7 @@ def experts(config: Any, layer: str = LAYER) -> Any:
 
 
 def test_a_config_keeps_what_it_knew_and_survives_the_way_to_a_worker() -> None:
-    config = CompressedTensorsConfig.from_config(base_quantization_config())
+    config = CompressedTensorsConfig.from_config(tiny_quantization())
     dequantizing = dequantize_on_load(config)
     assert dequantize_on_load(dequantizing) is dequantizing
     assert dequantize_on_load(None) is None
@@ -83,7 +83,7 @@ def test_each_layer_gets_the_method_of_its_group(head: str, of_experts: type) ->
 def test_other_schemes_are_refused_by_the_layers_name(
     group: str, change: dict[str, Any], message: str
 ) -> None:
-    settings = copy.deepcopy(base_quantization_config())
+    settings = copy.deepcopy(tiny_quantization())
     settings["config_groups"][group]["weights"] |= change
     config = dequantize_on_load(CompressedTensorsConfig.from_config(settings))
     with pytest.raises(GraftError, match=rf"layers\.4\.[a-z.]+: weights are {message}"):
@@ -93,7 +93,7 @@ def test_other_schemes_are_refused_by_the_layers_name(
 
 def test_an_expert_in_two_groups_is_refused() -> None:
     """As with an unanchored `re:.*e_proj`, which matches gate_proj and no other matrix."""
-    settings = base_quantization_config()
+    settings = tiny_quantization()
     fp8 = {**settings["config_groups"]["group_0"], "targets": ["re:.*e_proj"]}
     settings["config_groups"] = {"first": fp8, **settings["config_groups"]}
     config = dequantize_on_load(CompressedTensorsConfig.from_config(settings))

@@ -175,7 +175,7 @@ class Target:
         log = log.with_stem(f"{log.stem}-{name}") if name else log
         note(f"server log: {log}")
 
-        def on_start(elapsed_s: float, _line: str) -> None:
+        def on_start(elapsed_s: float) -> None:
             report(f"{name or 'server'}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
         with (
@@ -216,8 +216,8 @@ def keep_result(result: dict[str, Any], folder: Path | None, target: Target) -> 
     A running server's device is not known here: the manifest names its address instead. A call that
     found everything measured leaves both as they are.
     """
+    from mtp_graft.checkpoint.files import write_json
     from mtp_graft.checkpoint.manifest import CONFIG_NAME, read_result, write_manifest
-    from mtp_graft.checkpoint.shards import write_json
     from mtp_graft.pipeline.device import device_name
 
     if folder is None:

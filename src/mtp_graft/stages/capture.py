@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint import shards
 from mtp_graft.checkpoint.capture import (
     INTACT_NAME,
     RECORDINGS,
@@ -28,17 +28,18 @@ from mtp_graft.checkpoint.capture import (
     read_sequences,
     read_texts,
 )
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
     fingerprints,
     finished_result,
     write_manifest,
 )
+from mtp_graft.checkpoint.shards import INDEX_NAME, read_index
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
-from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
@@ -105,8 +106,8 @@ def capture(
         "seconds": seconds,
         "folder": str(out),
     }
-    shards.write_json(result, out / REPORT_NAME)
-    inputs = [base / "config.json", base / shards.INDEX_NAME]
+    write_json(result, out / REPORT_NAME)
+    inputs = [base / "config.json", base / INDEX_NAME]
     device = f"{find_vllm().platform} ({platform.processor() or platform.machine()})"
     write_manifest(out, "capture", asdict(settings), inputs, device, seconds)
     return result
@@ -127,8 +128,8 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
         totals[source] += count
     prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
     asked = json.dumps([prompts, {split: n for split, (_, n) in _wanted(settings).items()}])
-    shard_names = sorted(set(shards.read_index(base).values()))
-    files = [base / name for name in ("config.json", shards.INDEX_NAME, *shard_names)]
+    shard_names = sorted(set(read_index(base).values()))
+    files = [base / name for name in ("config.json", INDEX_NAME, *shard_names)]
     decisive = {
         "max_prompt_tokens": settings.max_prompt_tokens,
         "new_tokens": settings.new_tokens,
@@ -205,11 +206,12 @@ def _generate(
 
     report("capture: generate", len(done), len(asked))
     started, tokens = time.perf_counter(), 0
-    continued = concurrently(finish, missing, settings.concurrency)
-    for finished, text in enumerate(continued, start=len(done) + 1):
-        append_text(out, text)
-        tokens += len(text.continuation)
-        report("capture: generate", finished, len(asked))
+    with ThreadPool(settings.concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
+        continued = pool.imap_unordered(finish, missing)
+        for finished, text in enumerate(continued, start=len(done) + 1):
+            append_text(out, text)
+            tokens += len(text.continuation)
+            report("capture: generate", finished, len(asked))
     return tokens / (time.perf_counter() - started) if tokens else None
 
 
@@ -229,8 +231,9 @@ def _record(
     collector = Collector(out, missing)
 
     def prefill(block: Sequence[FinishedText]) -> None:
-        for _ in concurrently(lambda text: client.complete(text.token_ids, 1), block, size):
-            pass
+        with ThreadPool(size) as pool:
+            for _ in pool.imap_unordered(lambda t: client.complete(t.token_ids, 1), block):
+                pass
 
     def record(block: Sequence[FinishedText]) -> None:
         with switched_on(out):
