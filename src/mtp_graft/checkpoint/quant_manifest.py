@@ -33,7 +33,7 @@ _METHODS = {
 }
 #: What of the quantize report depends on the capture and the settings alone.
 _CALIBRATION_KEYS = (
-    *("damp", "damping", "group_size", "order", "scale", "calibration_tokens"),
+    *("damp", "damping", "group_size", "scale", "calibration_tokens"),
     *("tokens_per_expert", "replay", "zero_token_policy", "experts_without_tokens"),
 )
 _FP8, _BF16 = "upstream FP8 codes, scales as BF16 (exact)", "upstream FP8 decoded to BF16 (exact)"
@@ -202,7 +202,7 @@ def _calibration_rows(calibration: Mapping[str, Any] | None) -> dict[str, str]:
         f"max {tokens['max']:,}; {tokens['zero']} experts without (policy: "
         f"{calibration['zero_token_policy']})",
         "damp, group": f"{damp}, {calibration['group_size']}",
-        "order, scales": f"{calibration['order']}, {calibration['scale']}",
+        "scales": calibration["scale"],
         "replay": calibration["replay"],
     }
 
