@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient, Step
-from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 
 
@@ -43,10 +43,11 @@ def measure_acceptance(
     report(label, 0, len(texts))
     steps: dict[str, list[Step]] = {}
     identical = 0
-    for text, answer, told in concurrently(ask, texts, concurrency):
-        identical += answer == text.continuation
-        steps[text.id] = list(_steps_within(told, len(answer)))
-        report(label, len(steps), len(texts))
+    with ThreadPool(concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
+        for text, answer, told in pool.imap_unordered(ask, texts):
+            identical += answer == text.continuation
+            steps[text.id] = list(_steps_within(told, len(answer)))
+            report(label, len(steps), len(texts))
     in_order = [steps[text.id] for text in texts]
     counted = _count([step for each in in_order for step in each])
     drafted, accepted = counted.num_draft_tokens, counted.num_accepted_tokens

@@ -25,8 +25,7 @@ from mtp_graft.bench.decode import (
 from mtp_graft.bench.intervals import Array, paired_ratio
 from mtp_graft.bench.requests import Answer, Session
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
+from mtp_graft.serving.client import Prompt, ServerClient
 
 #: Starts a server, or finds one that runs, for one turn, whose name it gets.
 Serve = Callable[[str], AbstractContextManager[ServerClient]]
@@ -34,7 +33,7 @@ Serve = Callable[[str], AbstractContextManager[ServerClient]]
 
 def measure_decode(
     serve: Serve,
-    prompts: Sequence[Prompt | ChatPrompt],
+    prompts: Sequence[Prompt],
     config: DecodeConfig,
     report: Report,
     session: Session,
@@ -53,7 +52,7 @@ def measure_decode(
 
 def measure_alternating(
     serve: Mapping[str, Serve],
-    prompts: Sequence[Prompt | ChatPrompt],
+    prompts: Sequence[Prompt],
     pairs: int,
     config: DecodeConfig,
     report: Report,

@@ -8,9 +8,8 @@ from typing import Any
 
 from mtp_graft.bench.requests import Answer, Session, time_answer
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, total
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 #: Called with what is going on, how much of it is done, and of how much (0: not known).
 Report = Callable[[str, int, int], None]
@@ -32,9 +31,7 @@ class DecodeConfig:
     temperature: float = 0.0  # 0: greedy; above, texts are not compared
 
 
-def tokenize(
-    client: ServerClient, prompts: Sequence[Prompt | ChatPrompt], session: Session
-) -> TokenPrompts:
+def tokenize(client: ServerClient, prompts: Sequence[Prompt], session: Session) -> TokenPrompts:
     """Return the prompts as the server's token ids, those of the session's first call."""
 
     def encode() -> dict[str, list[int]]:
@@ -83,7 +80,8 @@ def measure_reference(
     """Keep every prompt's greedy continuation with its margins, as `reference/` and its id."""
 
     def score(token_ids: Sequence[int]) -> dict[str, Any]:
-        return asdict(client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos))
+        found = client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
+        return dict(zip(("token_ids", "margins"), found, strict=True))
 
     for done, (name, token_ids) in enumerate(prompts.items()):
         report("margins", done, len(prompts))
@@ -177,7 +175,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 def measure_base(
     client: ServerClient,
-    prompts: Sequence[Prompt | ChatPrompt],
+    prompts: Sequence[Prompt],
     config: DecodeConfig,
     report: Report,
 ) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from urllib.parse import urlsplit
 from mtp_graft.bench.decode import Report, tokenize
 from mtp_graft.bench.requests import Session
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 #: Starts a server that drafts this many tokens, or finds one that runs.
 ServeK = Callable[[int], AbstractContextManager[ServerClient]]
@@ -40,7 +39,7 @@ class SweepConfig:
 
 def measure_sweep(
     serve: ServeK,
-    prompts: Sequence[Prompt | ChatPrompt],
+    prompts: Sequence[Prompt],
     config: SweepConfig,
     report: Report,
     session: Session,

@@ -175,7 +175,7 @@ class Target:
         log = log.with_stem(f"{log.stem}-{name}") if name else log
         note(f"server log: {log}")
 
-        def on_start(elapsed_s: float, _line: str) -> None:
+        def on_start(elapsed_s: float) -> None:
             report(f"{name or 'server'}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
         with (
