@@ -205,9 +205,9 @@ def _check(
         found = parts[part]
         if (found.shape, found.dtype) != (like.shape, like.dtype):
             raise GraftError(
-                f"{module}: {part} is {list(found.shape)} {found.dtype}, expected "
-                f"{list(like.shape)} {like.dtype} (out {shape[0]}, in {shape[1]}, group {group}); "
-                "recipe and checkpoint disagree, or the shard is damaged"
+                f"{module}: {part.removeprefix('weight_')} is {list(found.shape)} {found.dtype}, "
+                f"expected {list(like.shape)} {like.dtype} (out {shape[0]}, in {shape[1]}, group "
+                f"{group}); recipe and checkpoint disagree, or the shard is damaged"
             )
     scale, stored_shape = parts["weight_scale"], parts.get("weight_shape")
     if kind == "mxfp4":
