@@ -11,7 +11,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-from mtp_graft.checkpoint.shards import read_index, read_meta
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes, stored_as
@@ -63,7 +63,7 @@ def test_bundled_checkpoints_store_them_as_their_names_say(
     tiny_model: Path, settings: dict[str, object]
 ) -> None:
     folder = tiny_model / "base"
-    base = {n: (t.shape, t.dtype) for n, t in read_meta(folder, read_index(folder)).items()}
+    base = {n: (t.shape, t.dtype) for n, t in read_meta(folder).items()}
     asked: dict[str, object] = {}
     for name, shape in base_shapes(settings).items():
         kind = "fp8" if names.FP8_LINEAR.search(name) else "plain"
@@ -71,7 +71,7 @@ def test_bundled_checkpoints_store_them_as_their_names_say(
         asked |= {n: (t.shape, t.dtype) for n, t in stored_as(name, shape, kind, 128).items()}
     assert asked == base
     folder = tiny_model / "upstream"
-    head = read_meta(folder, read_index(folder))
+    head = read_meta(folder)
     shapes = head_shapes(settings)
     assert {n: tuple(t.shape) for n, t in decode_head(head).items()} == shapes
     scaled = {name.replace(".scale", ".weight") for name in head if name.endswith(".scale")}
