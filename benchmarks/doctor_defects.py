@@ -28,8 +28,8 @@ from record import write_result
 import mtp_graft
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import ServeOptions, find_vllm
-from mtp_graft.serving.prompts import load_prompts
 from mtp_graft.serving.server import managed_server
+from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.splice import splice
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def serve(good: Path, defect: str, scratch: Path, options: argparse.Namespace) -
 
 
 def ask(options: ServeOptions, scratch: Path, asked: argparse.Namespace) -> dict[str, Any]:
-    prompts = load_prompts(MODEL / "prompts.jsonl", asked.prompts)
+    prompts = load_calibration(str(MODEL / "prompts.jsonl"), asked.prompts)
     with managed_server(options, scratch / "server.log") as client:
         before = client.spec_decode_counters()
         texts = [

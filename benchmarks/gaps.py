@@ -26,8 +26,8 @@ import mtp_graft
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.metrics import SpecDecodeCounters
-from mtp_graft.serving.prompts import load_prompts
 from mtp_graft.serving.server import managed_server
+from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.splice import splice
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,7 +116,7 @@ def ask_server(run: Run, checkpoint: Path, log: Path, asked: argparse.Namespace)
         before = client.spec_decode_counters()
         texts = [
             client.complete(client.encode(prompt), asked.max_tokens, ignore_eos=True)
-            for prompt in load_prompts(MODEL / "prompts.jsonl", asked.prompts)
+            for prompt in load_calibration(str(MODEL / "prompts.jsonl"), asked.prompts)
         ]
         after = client.spec_decode_counters()
     assert before is not None and after is not None
@@ -128,7 +128,7 @@ def ask_offline(checkpoint: Path, log: Path, asked: argparse.Namespace) -> Any:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    prompts = load_prompts(MODEL / "prompts.jsonl", asked.prompts)
+    prompts = load_calibration(str(MODEL / "prompts.jsonl"), asked.prompts)
     engine = {
         "model": str(checkpoint),
         "tokenizer_mode": "deepseek_v4",
@@ -146,7 +146,7 @@ def ask_offline(checkpoint: Path, log: Path, asked: argparse.Namespace) -> Any:
         "out": str(out),
         "engine": engine,
         "max_tokens": asked.max_tokens,
-        "prompts": [tokenizer.encode(p.text, add_special_tokens=False).ids for p in prompts],
+        "prompts": [tokenizer.encode(p.content, add_special_tokens=False).ids for p in prompts],
     }
     with log.open("w") as stream:
         done = subprocess.run(

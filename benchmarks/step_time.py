@@ -3,9 +3,10 @@
     python benchmarks/step_time.py --folder FOLDER --out result.json --layers 17 35
 
 FOLDER is `flash_width.py`'s. One engine for each number of layers, head, k and draft LM head; on it
-one decode for each number of requests. A point that the result has is not measured again. Weights
-are random, so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because
-greedy text of random weights repeats one token.
+one decode for each number of requests. A point that the result has is not measured again. With
+`--gpus 0 1 2` so many engines run side by side, each on its own GPU and cores. Weights are random,
+so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because greedy text
+of random weights repeats one token.
 
 A step of all 43 layers is extrapolated through the two numbers of layers (`extrapolated`). With the
 probability p that a draft is accepted if all before it were,
@@ -14,10 +15,14 @@ probability p that a draft is accepted if all before it were,
 """
 
 import argparse
+import fcntl
 import json
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from engines import EngineOptions, decode, random_prompts, start, summarize_steps
@@ -57,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=0.7, help="synthetic acceptance, on a GPU")
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--gpus", nargs="+", help="engines side by side. Default: one engine")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     return parser.parse_args()
 
@@ -74,8 +80,10 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
-def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
+def measure(job: Job, options: argparse.Namespace, gpu: str | None, _report: Any) -> None:
     """Start the engine and add an entry for each number of requests to the result file."""
+    if gpu is not None:
+        keep_apart(gpu, options.gpus)
     began = time.perf_counter()
     checkpoint = options.folder / f"{job.variant}-{job.layers}"
     most = options.steps * (1 + job.k) + 64
@@ -99,6 +107,13 @@ def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
         add(options.out, entry | summarize_steps(steps, requests))
 
 
+def keep_apart(gpu: str, gpus: list[str]) -> None:
+    """Let this process and its engine see one GPU and its share of the cores."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[gpus.index(gpu) :: len(gpus)])
+
+
 def missing(job: Job, options: argparse.Namespace) -> list[int]:
     """Return the numbers of requests that the result file does not have."""
     have = [e["requests"] for e in entries(options.out) if vars(job).items() <= e.items()]
@@ -111,9 +126,11 @@ def entries(path: Path) -> list[Entry]:
 
 def add(path: Path, entry: Entry) -> None:
     print(json.dumps(entry), flush=True)
-    found = [*entries(path), entry]
-    more = {"extrapolated": extrapolate(found, ALL_LAYERS), "measurements": found}
-    write_result(path, "step_time", pairs(found), note=NOTE, **more)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = [*entries(path), entry]
+        more = {"extrapolated": extrapolate(found, ALL_LAYERS), "measurements": found}
+        write_result(path, "step_time", pairs(found), note=NOTE, **more)
 
 
 def tokens_per_step(k: int, rate: float) -> float:
@@ -161,9 +178,19 @@ def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
 
 def main() -> None:
     options = parse_arguments()
-    for job in jobs(options):
-        if missing(job, options):
-            run_in_process(measure, job, options, report=print)
+    free: Queue[str | None] = Queue()
+    for gpu in options.gpus or [None]:
+        free.put(gpu)
+
+    def run(job: Job) -> None:
+        gpu = free.get()
+        try:
+            run_in_process(measure, job, options, gpu, report=print)
+        finally:
+            free.put(gpu)
+
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        list(pool.map(run, (job for job in jobs(options) if missing(job, options))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.prompts import ChatPrompt, Prompt, load_prompts
+from mtp_graft.serving.client import Prompt
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration
 
 HUB = "hub:HuggingFaceH4/ultrachat_200k"
@@ -34,8 +34,7 @@ def test_texts_and_conversations_may_be_mixed(tmp_path: Path) -> None:
     rows = {"id": "t", "text": "abc"}, "", chat("c", "q1", "a1", "q2", "a2")
     text, conversation = load_calibration(write(tmp_path / "p.jsonl", *rows), 2)
     assert text == Prompt("t", "abc")
-    assert isinstance(conversation, ChatPrompt)
-    assert [m["content"] for m in conversation.messages] == ["q1", "a1", "q2"]
+    assert [m["content"] for m in conversation.content if isinstance(m, dict)] == ["q1", "a1", "q2"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,9 @@ def test_a_row_that_is_no_prompt_is_named(tmp_path: Path, row: Any, message: str
         load_calibration(source, 2)
 
 
-def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_file_and_one_without_prompts_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match="no prompts"):
+        load_calibration(write(tmp_path / "empty.jsonl", ""), 1)
     with pytest.raises(GraftError, match="not readable"):
         load_calibration(str(tmp_path / "none.jsonl"), 1)
 
@@ -126,5 +127,5 @@ def test_the_bundled_sets_are_what_their_script_makes_and_do_not_overlap(
     for name in ("calibration.jsonl", "evaluation.jsonl"):
         assert (tmp_path / name).read_bytes() == (tiny_model / name).read_bytes()
     names = ("calibration", "evaluation", "prompts")
-    texts = [p.text for name in names for p in load_prompts(tiny_model / f"{name}.jsonl")]
+    texts = [p.content for n in names for p in iterate_prompts(str(tiny_model / f"{n}.jsonl"))]
     assert len(set(texts)) == len(texts) == 96 + 144 + 28

@@ -24,7 +24,7 @@ from mtp_graft.checkpoint.capture import (
     read_texts,
 )
 from mtp_graft.recipe import CaptureSection
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.capture import capture, recording_options
 
@@ -152,7 +152,7 @@ def test_a_conversation_is_encoded_as_the_bundled_prompts_are(
     bench: Bench, together: tuple[Path, Any]
 ) -> None:
     text = f"<｜begin▁of▁sentence｜><｜User｜>{QUESTION}<｜Assistant｜></think>"
-    encoded = bench.client.tokenize(text, add_special_tokens=False)
+    encoded = bench.client.encode(Prompt("text", text))
     assert read_texts(together[0])[-1].prompt == tuple(encoded)
 
 

@@ -16,10 +16,9 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from engine.conftest import MAX_MARGIN, Checkpoints, gauge, wait_until_idle
-from mtp_graft.serving.check import check_drafter
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import CPU_STEP, ServeOptions
-from mtp_graft.serving.server import managed_server
+from mtp_graft.serving.server import check_drafter, managed_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 NAME = "deepseek-v4-flash"
@@ -385,4 +384,4 @@ def test_mistakes_are_the_clients_and_the_server_goes_on(
 
 
 def test_the_check_of_serve_finds_the_head_alive(server: ServerClient) -> None:
-    assert check_drafter(server).acceptance > 0.5
+    assert (check_drafter(server).acceptance or 0) > 0.5

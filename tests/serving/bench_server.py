@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from mtp_graft.serving import server
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.command import ServeOptions
-from mtp_graft.serving.prompts import Prompt
 
 PROMPTS = [Prompt("a", "ab"), Prompt("b", "hello")]
 

@@ -242,6 +242,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
         tokens = answer(body, body["prompt"], body["max_tokens"])
+        steps(len(tokens))
         choice: dict[str, Any] = {"token_ids": tokens, "finish_reason": "length"}
         if body.get("logprobs"):
             top = [{f"token_id:{t}": -0.5, "token_id:998": -0.75 - i} for i, t in enumerate(tokens)]

@@ -68,6 +68,7 @@ def done(result: tuple[int, str, str]) -> dict[str, Any]:
         ("sweep --checkpoint c --concurrency 1,0", "--concurrency is '1,0'"),
         ("sweep --checkpoint c --k 1,1", "--k is '1,1'"),
         ("workload --base-url http://u -- --seed 9", "need --checkpoint"),
+        ("workload --base-url http://u --max-model-len 9", "need --checkpoint"),
         ("sweep --base-url http://u --profile 128k", "need --checkpoint"),
     ],
 )
@@ -108,16 +109,16 @@ def test_a_profile_is_served_as_serve_does_and_kept_apart(
     fake(record=str(tmp_path / "record.json"))
     status, _, errors = run(
         *("decode", "--checkpoint", tiny_model / "base", "--profile", "524k", "--rounds", 1),
-        *(*asked, "--", "--max-model-len", 2048),
+        *("--max-model-len", 2048, *asked, "--", "--seed", 7),
     )
     assert status == 0, errors
     argv = read_record(tmp_path / "record.json")["argv"]
     assert argv[argv.index("--max-num-seqs") + 1] == "3"  # the profile's
-    assert argv[-2:] == ["--max-model-len", "2048"]  # ours
+    assert argv[argv.index("--max-model-len") + 1] == "2048"  # ours
     kept = tmp_path / "run" / "bench" / "decode-524k"
     manifest = json.loads((kept / "manifest.json").read_text())
     assert (manifest["stage"], manifest["status"]) == ("bench decode-524k", "done")
-    served = "mtp-graft serve base --profile 524k -k 0 -- --max-model-len 2048"
+    served = "mtp-graft serve base --profile 524k --max-model-len 2048 -k 0 -- --seed 7"
     assert manifest["config"]["server"]["serve"] == served
     assert manifest["device"] == device_name()
 
@@ -126,7 +127,7 @@ def test_a_running_server_is_known_by_its_address_and_by_what_it_drafts(
     run: Run, grafted: Path, asked: Any, tmp_path: Path
 ) -> None:
     path = tmp_path / "run" / "bench" / "decode" / "manifest.json"
-    with serving(grafted, tmp_path / "vllm.log", k=2) as client:
+    with serving(grafted, 2) as client:
         call = ("decode", "--base-url", client.base_url, *asked, "--rounds", 1, "--json", "-")
         result = done(run(*call))
         manifest = json.loads(path.read_text())
@@ -167,8 +168,8 @@ def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
 def test_sweep_prints_a_row_a_point(
     run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    speeds = {"median_tpot_ms": 2.0, "median_ttft_ms": 5.0, "output_throughput": 6.7}
-    found = {**speeds, "errors": [""], "completed": 1, "total_output_tokens": 2, "duration": 3.0}
+    times = {"output_lens": [20], "ttfts": [0.5], "latencies": [2.5], "duration": 3.0}
+    found = {**times, "errors": [""], "total_output_tokens": 20, "output_throughput": 6.7}
     monkeypatch.setattr(sweep, "run_load", lambda *_: found)
     words = ("sweep", "--checkpoint", grafted, "-k", "0,1", *asked)
     points = done(run(*words, "--concurrency", "1,3", "--json", "-"))["points"]

@@ -26,8 +26,8 @@ from mtp_graft.checkpoint.capture import (
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving import server
+from mtp_graft.serving.client import Prompt
 from mtp_graft.serving.command import build_command
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages import recordings
 from mtp_graft.stages.capture import capture, recording_options
@@ -35,10 +35,10 @@ from mtp_graft.stages.capture import capture, recording_options
 from .fake_vllm import EOS
 
 NEW_TOKENS = 3
-PROMPTS: dict[str, list[Prompt | ChatPrompt]] = {
+PROMPTS: dict[str, list[Prompt]] = {
     "calibration": [Prompt(f"c{i}", "abcdefgh"[: i + 1]) for i in range(8)],
     "evaluation": [
-        ChatPrompt("chat", ({"role": "user", "content": "hey"},)),
+        Prompt("chat", ({"role": "user", "content": "hey"},)),
         Prompt("same", "xy"),
         Prompt("same again", "xy"),
     ],
@@ -48,12 +48,12 @@ NUM_PROMPTS = sum(map(len, PROMPTS.values()))
 ENDS = {str(ord("a")): 0, str(ord("a") + ord("b")): 1}
 
 
-def write(file: Path, prompts: Sequence[Prompt | ChatPrompt]) -> str:
+def write(file: Path, prompts: Sequence[Prompt]) -> str:
     """Write a source of prompts; return its name."""
     rows = [
-        {"id": p.id, "text": p.text}
-        if isinstance(p, Prompt)
-        else {"prompt_id": p.id, "messages": list(p.messages)}
+        {"id": p.id, "text": p.content}
+        if isinstance(p.content, str)
+        else {"prompt_id": p.id, "messages": list(p.content)}
         for p in prompts
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -98,12 +98,12 @@ def requests(fake: Callable[..., None], tmp_path: Path) -> Path:
     return path
 
 
-def expected(prompt: Prompt | ChatPrompt) -> tuple[list[int], list[int]]:
+def expected(prompt: Prompt) -> tuple[list[int], list[int]]:
     """Return the stand-in's tokens of a prompt, and its answer."""
-    if isinstance(prompt, ChatPrompt):
-        token_ids = [0, *prompt.messages[0]["content"].encode()]
+    if isinstance(prompt.content, str):
+        token_ids = list(prompt.content.encode())
     else:
-        token_ids = list(prompt.text.encode())
+        token_ids = [0, *prompt.content[0]["content"].encode()]
     tokens = [(sum(token_ids) + 7 * i) % 1000 for i in range(NEW_TOKENS)]
     end = ENDS.get(str(sum(token_ids)))
     return token_ids, tokens if end is None else [*tokens[:end], EOS]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import READ_ERRORS, ServerClient
+from mtp_graft.serving.client import READ_ERRORS, Prompt, ServerClient
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ Ask = Callable[[ServerClient], Any]
 @pytest.mark.parametrize(
     ("text", "ask"),
     [
-        ('{"count": 3}', lambda client: client.tokenize("x")),
+        ('{"count": 3}', lambda client: client.encode(Prompt("x", "x"))),
         ('{"choices": []}', lambda client: client.complete([1], 1)),
         (one_choice(text=" a"), lambda client: client.complete([1], 1)),
         (one_choice(token_ids=[7], logprobs=None), lambda client: client.score([1], 1)),
@@ -79,14 +79,15 @@ def test_a_stream_that_cannot_be_read_raises_a_read_error(
 ) -> None:
     url = answering(f"data: {event}\n\n")
     with ServerClient(url) as client, pytest.raises(READ_ERRORS):
-        client.stream([1], 1)
+        for found in client.events("/", {}):
+            _ = found["choices"][0]["token_ids"]
 
 
 def test_an_answer_packed_otherwise_than_it_says_is_one_error(
     answering: Callable[..., str],
 ) -> None:
     url = answering("{}", Content_Encoding="gzip")
-    asks: tuple[Ask, ...] = (lambda c: c.complete([1], 1), lambda c: c.stream([1], 1))
+    asks: tuple[Ask, ...] = (lambda c: c.complete([1], 1), lambda c: list(c.events("/", {})))
     for ask in asks:
         with ServerClient(url) as client, pytest.raises(GraftError, match=f"{url}: no answer"):
             ask(client)

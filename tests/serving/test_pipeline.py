@@ -164,8 +164,7 @@ def servers(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Serve
         fake(**servers.settings.get(name, {}))
         servers.started.append(name)
         servers.options[name] = options
-        running = server.managed_server(options, log, timeout_s=30.0, **rest)
-        with running as client:
+        with server.managed_server(options, log, **rest) as client:
             servers.running += 1
             assert servers.running == 1, "two servers share the machine"
             try:

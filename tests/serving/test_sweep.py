@@ -13,16 +13,16 @@ from mtp_graft.bench import sweep
 from mtp_graft.bench.sweep import SweepConfig, measure_sweep
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 
 from .bench_server import PROMPTS, quiet, serving
 
 
 @pytest.mark.vllm
-def test_each_load_has_a_point_with_its_own_server_for_each_k(
+def test_vllms_own_client_holds_the_load(
     fake: Callable[..., None], vllm: object, grafted: Path, tmp_path: Path
 ) -> None:
-    fake(step_s=0.002, accepts=[2, 0], streams=str(tmp_path / "streams"), fails={"14": "500"})
+    fake(step_s=0.002, accepts=[2, 0], streams=str(tmp_path / "streams"), fails={"5": "500"})
     started = []
 
     @contextmanager
@@ -34,27 +34,25 @@ def test_each_load_has_a_point_with_its_own_server_for_each_k(
             )  # the engine itself, as its client
             yield client
 
-    config = SweepConfig((3, 1), (2,), max_tokens=20, num_requests=3)
-    first, second = measure_sweep(serve, PROMPTS, config, quiet)["points"]
-    assert started == [2]
-    assert [(p["k"], p["concurrency"]) for p in (first, second)] == [(2, 1), (2, 3)]
-    # Of three and nine requests; warm-ups are not counted, and one of concurrency 3 fails.
-    assert (first["requests"], first["errors"], first["tokens"]) == (3, 0, 3 * 20)
-    assert (second["requests"], second["errors"]) == (8, 1)
-    assert second["failures"] == ["Internal Server Error"]
+    config = SweepConfig((3,), (2,), max_tokens=20, num_requests=3)
+    [point] = measure_sweep(serve, PROMPTS, config, quiet)["points"]
+    assert started == [2] and (point["k"], point["concurrency"]) == (2, 3)
+    # Of nine requests; warm-ups are not counted, and one fails.
+    assert (point["requests"], point["errors"], point["tokens"]) == (8, 1, 8 * 20)
+    assert point["failures"] == ["Internal Server Error"]
     # 20 tokens: one from prefill, then 3, 1, ..., 3: 9 steps of which 5 accept both drafts.
-    assert first["accepted_by_position"] == [3 * 5, 3 * 5]
-    assert first["acceptance_by_position"] == pytest.approx([5 / 9, 1.0])
-    assert first["acceptance"] == pytest.approx(5 / 9)
-    assert second["per_stream_tok_s"] < second["aggregate_tok_s"] < 3 * 19 / 9 / 0.002
-    assert second["ttft_ms"] >= 2
+    assert point["accepted_by_position"] == [8 * 5, 8 * 5]
+    assert point["acceptance_by_position"] == pytest.approx([5 / 9, 1.0])
+    assert point["acceptance"] == pytest.approx(5 / 9)
+    assert point["per_stream_tok_s"] < point["aggregate_tok_s"] < 3 * 19 / 9 / 0.002
+    assert point["ttft_ms"] >= 2
     asked = [int(line) for line in (tmp_path / "streams").read_text().split()]
     assert set(asked) == {sum(b"ab"), sum(b"hello")}, "the prompts are the server's own tokens"
 
 
 FOUND = {
-    **{"errors": ["", "Traceback\n  File x\nOSError: gone\n"], "completed": 1},
-    **{"median_tpot_ms": 200.0, "median_ttft_ms": 500.0, "output_throughput": 4.0},
+    **{"errors": ["", "Traceback\n  File x\nOSError: gone\n"], "output_lens": [11, 0]},
+    **{"ttfts": [0.5, 0.0], "latencies": [2.5, 0.0], "output_throughput": 4.0},
     **{"total_output_tokens": 11, "duration": 2.75},
 }
 
@@ -73,8 +71,9 @@ def loads(vllm: object, monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, An
 
 
 class Tokenizing(ServerClient):
-    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
+    def encode(self, prompt: Prompt) -> list[int]:
+        assert isinstance(prompt.content, str)
+        return list(prompt.content.encode())
 
 
 @contextmanager
@@ -115,7 +114,7 @@ def test_what_cannot_be_measured_is_an_error(vllm: object, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GraftError, match=r"vllm bench serve failed against http://127\.0\.0\.1:9"):
         measure()
-    failed = FOUND | {"errors": ["refused", "refused"], "completed": 0}
+    failed = FOUND | {"errors": ["refused", "refused"]}
     monkeypatch.setattr(sweep, "run_load", lambda *_: failed)
     with pytest.raises(GraftError, match=r"concurrency 2: every request failed.*refused"):
         measure()

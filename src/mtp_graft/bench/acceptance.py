@@ -1,6 +1,7 @@
 """How often a running server accepts its head's drafts, on texts whose ending is known."""
 
 from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 from mtp_graft.bench.requests import Report
@@ -8,7 +9,6 @@ from mtp_graft.checkpoint.capture import FinishedText
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient, Step
-from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 
 
@@ -35,10 +35,11 @@ def measure_acceptance(
     report(label, 0, len(texts))
     steps: dict[str, list[Step]] = {}
     identical = 0
-    for text, answer, told in concurrently(ask, texts, concurrency):
-        identical += answer == text.continuation
-        steps[text.id] = list(_steps_within(told, len(answer)))
-        report(label, len(steps), len(texts))
+    with ThreadPool(concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
+        for text, answer, told in pool.imap_unordered(ask, texts):
+            identical += answer == text.continuation
+            steps[text.id] = list(_steps_within(told, len(answer)))
+            report(label, len(steps), len(texts))
     counted = _count([step for text in texts for step in steps[text.id]])
     drafted, accepted = counted.num_draft_tokens, counted.num_accepted_tokens
     if not drafted:

@@ -25,9 +25,8 @@ from mtp_graft.bench.requests import (
     ttft_s,
 )
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, total
-from mtp_graft.serving.prompts import Prompt
 
 #: Every prompt continued once, one after the other.
 Round = Sequence[Answer]
@@ -68,7 +67,8 @@ def measure_turn(
         return time_answer(client, "/v1/completions", {"prompt": list(token_ids), **asked})
 
     def score(token_ids: Sequence[int]) -> dict[str, Any]:
-        return asdict(client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos))
+        found = client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
+        return dict(zip(("token_ids", "margins"), found, strict=True))
 
     report(f"{name}: warm-up", 0, 0)
     ask(next(iter(prompts.values())))

@@ -9,15 +9,15 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
 from mtp_graft.bench.requests import Report, measured
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
-from mtp_graft.serving.prompts import Prompt
 
 #: Starts a server that drafts this many tokens, or finds one that runs.
 ServeK = Callable[[int], AbstractContextManager[ServerClient]]
@@ -70,7 +70,7 @@ def _point(
     concurrency: int,
     api_key: str | None,
 ) -> dict[str, Any]:
-    """Measure one point; return its JSON."""
+    """Measure one point; return its JSON. The speed of one request is of tokens after the first."""
     client = connect()
     load = {
         "prompts": [client.encode(prompt) for prompt in prompts],
@@ -79,20 +79,23 @@ def _point(
     }
     found = run_load(client.base_url, load)
     failures = [error.strip().splitlines()[-1] for error in found["errors"] if error]
-    if not found["completed"]:
+    times = zip(found["output_lens"], found["ttfts"], found["latencies"], strict=True)
+    done = [row for row, error in zip(times, found["errors"], strict=True) if not error]
+    if not done:
         raise GraftError(
             f"concurrency {concurrency}: every request failed, the first one with: {failures[0]}"
         )
-    tpot_ms, counters = found["median_tpot_ms"], _counters(found)
+    speeds = [(n - 1) / (latency - ttft) for n, ttft, latency in done if n > 1]
+    counters = _counters(found)
     return {
         "concurrency": concurrency,
-        "per_stream_tok_s": 1e3 / tpot_ms if tpot_ms else None,
+        "per_stream_tok_s": median(speeds) if speeds else None,
         "aggregate_tok_s": found["output_throughput"],
-        "ttft_ms": found["median_ttft_ms"],
+        "ttft_ms": 1e3 * median(ttft for _, ttft, _ in done),
         "acceptance": counters and counters.acceptance,
         **drafting_result(counters),
         "k": k,  # of a server that drafts nothing, too
-        "requests": found["completed"],
+        "requests": len(done),
         "tokens": found["total_output_tokens"],
         "seconds": found["duration"],
         "errors": len(failures),

@@ -5,8 +5,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -17,7 +18,9 @@ from mtp_graft.cli.grouped import grouped
 from mtp_graft.cli.help import SPEED, SectionedCommand
 from mtp_graft.cli.output import progress_bar, result_console
 from mtp_graft.cli.target import Target, check_url
-from mtp_graft.serving.prompts import Prompt, load_prompts
+
+if TYPE_CHECKING:  # the client need not be imported for `--help`
+    from mtp_graft.serving.client import Prompt
 
 
 def _count(text: str, least: int = 1) -> Any:
@@ -44,13 +47,14 @@ class Asking:
         typer.Option(min=0.0, metavar="T", help="0 is greedy; above, texts are not compared."),
     ] = 0.0
 
-    def prompts(self) -> list[Prompt]:
+    def prompts(self) -> "list[Prompt]":
         """Return the prompts of the file, or the tiny recipe's."""
         from mtp_graft.pipeline import find_bundled_recipe
         from mtp_graft.recipe import load_recipe
+        from mtp_graft.stages.calibration import iterate_prompts
 
         bundled = load_recipe(find_bundled_recipe()).bench.prompts
-        return load_prompts(self.prompt_file or Path(bundled), self.limit)
+        return list(islice(iterate_prompts(str(self.prompt_file or bundled)), self.limit))
 
 
 @bench.command("decode", cls=SectionedCommand, rich_help_panel=SPEED)

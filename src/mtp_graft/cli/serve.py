@@ -19,6 +19,7 @@ from mtp_graft.serving.command import (
     build_command,
     find_vllm,
     installed_vllm,
+    num_speculative_tokens,
     vllm_elsewhere,
 )
 
@@ -212,22 +213,26 @@ def _print_command(
 
 def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
-    from mtp_graft.serving.check import MIN_ACCEPTANCE, check_drafter, require_drafts
-    from mtp_graft.serving.server import managed_server
+    from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter, managed_server
 
-    require_drafts(options)
+    if num_speculative_tokens(options, find_vllm().platform) == 0:
+        raise GraftError(
+            f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
+            "at least one speculative token"
+        )
     log = log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
     note(f"server log: {log}")
     with progress_bar() as report:
         start = managed_server(
-            options, log, on_start=lambda s, _line: report(f"starting vLLM, {s:.0f} s", 0, 0)
+            options, log, on_start=lambda s: report(f"starting vLLM, {s:.0f} s", 0, 0)
         )
         with start as client:
             found = check_drafter(client)
-    is_alive = found.acceptance >= MIN_ACCEPTANCE
+    acceptance = found.acceptance or 0.0
+    is_alive = acceptance >= MIN_ACCEPTANCE
     result = {
         "ok": is_alive,
-        "acceptance": found.acceptance,
+        "acceptance": acceptance,
         "num_draft_tokens": found.num_draft_tokens,
         "threshold": MIN_ACCEPTANCE,
     }
@@ -235,11 +240,11 @@ def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> N
     if not is_alive:
         raise GraftError(
             f"{options.checkpoint}: of {found.num_draft_tokens} tokens drafted on a repeated "
-            f"sentence the model accepted {found.acceptance:.1%}, expected at least "
+            f"sentence the model accepted {acceptance:.1%}, expected at least "
             f"{MIN_ACCEPTANCE:.0%}: the head is not the model's; run mtp-graft doctor on it"
         )
     if not is_stdout(json_file):
-        print(f"accepted {found.acceptance:.1%} of {found.num_draft_tokens} drafted tokens")
+        print(f"accepted {acceptance:.1%} of {found.num_draft_tokens} drafted tokens")
 
 
 def _serve(options: ServeOptions, plan: "Plan | None") -> None:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mtp_graft.cli.app import NO_PROFILE, JsonOption, ServeArgument
+from mtp_graft.cli.app import (
+    NO_PROFILE,
+    JsonOption,
+    MaxModelLenOption,
+    ServeArgument,
+    TensorParallelOption,
+)
 from mtp_graft.cli.help import SERVER
 from mtp_graft.cli.output import Report, note, write_json
 
@@ -45,9 +51,11 @@ class Target:
     checkpoint: Annotated[
         Path | None, _option(metavar="DIR", help="Serve this checkpoint meanwhile.")
     ] = None
-    profile: Annotated[str, _option(metavar="NAME", help="As `mtp-graft serve --profile`.")] = (
+    profile: Annotated[str, _option(metavar="NAME", help="As `mtp-graft serve` has it.")] = (
         NO_PROFILE
     )
+    tensor_parallel_size: TensorParallelOption = None
+    max_model_len: MaxModelLenOption = None
     api_key: Annotated[
         str | None, _option(envvar="VLLM_API_KEY", metavar="KEY", help="The server's key.")
     ] = None
@@ -61,11 +69,16 @@ class Target:
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
-        if self.checkpoint is None and (self.profile != NO_PROFILE or self.extra):
+        is_plain = self.profile == NO_PROFILE and not self._fixed() and not self.extra
+        if self.checkpoint is None and not is_plain:
             raise typer.BadParameter(
-                "--profile and arguments after -- need --checkpoint: a running server cannot be "
-                "changed"
+                "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
+                "--checkpoint: a running server cannot be changed"
             )
+
+    def _fixed(self) -> dict[str, Any]:
+        names = ("tensor_parallel_size", "max_model_len")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def num_drafts(self, k: int | None) -> int:
         """Return how many tokens the server drafts a step: `k`, its default, or what it says.
@@ -93,6 +106,8 @@ class Target:
         if self.checkpoint is None:
             return {"base_url": self.base_url}
         words = ["mtp-graft", "serve", self.checkpoint.name, "--profile", self.profile]
+        for name, value in self._fixed().items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
         words += [] if k is None else ["-k", str(k)]
         words += ["--", *self.extra] if self.extra else []
         files = [self.checkpoint / "config.json", *sorted(self.checkpoint.glob("*.safetensors"))]
@@ -157,7 +172,7 @@ class Target:
         log = Path(tempfile.mkdtemp(prefix="mtp-graft-")) / f"vllm-{name}.log"
         note(f"server log: {log}")
 
-        def on_start(elapsed_s: float, _line: str) -> None:
+        def on_start(elapsed_s: float) -> None:
             report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
         options = self._serve_options(self.checkpoint, k)
@@ -176,6 +191,7 @@ class Target:
             prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
             extra_args=tuple(self.extra or ()),
+            **self._fixed(),
         )
         if self.profile == NO_PROFILE:
             return options

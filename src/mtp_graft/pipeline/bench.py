@@ -9,18 +9,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.acceptance import KnownText, measure_acceptance
-from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
-from mtp_graft.checkpoint.capture import read_texts
+from mtp_graft.bench.acceptance import measure_acceptance
+from mtp_graft.bench.decode import DecodeConfig, compare, measure_turn
+from mtp_graft.bench.requests import Report
+from mtp_graft.checkpoint.capture import FinishedText, read_texts
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
 from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.pipeline.servers import Servers
 from mtp_graft.recipe import Recipe
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
 from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME
 
@@ -55,9 +55,8 @@ class Bench:
                 with self._servers.serving(options, variant) as client:
                     self._measure_variant(variant, client)
         mtp = self._measured("mtp") or {}
-        self._write(
-            "decode", {**compare(self._measured("base") or {}, mtp), "adjusted": mtp["adjusted"]}
-        )
+        compared = compare([self._measured("base") or {}], [mtp], self._config)
+        self._write("decode", compared | {"adjusted": mtp["adjusted"]})
         return mtp["adjusted"]
 
     def measure_base(self, client: ServerClient) -> None:
@@ -66,7 +65,10 @@ class Bench:
         wanted = self._recipe.bench
         longest = self._recipe.capture.max_model_len - wanted.max_tokens
         fit, _ = take_fitting(client, self._prompts(), wanted.count, longest, "bench")
-        found = measure_base(client, [each.prompt for each in fit], self._config, self._report)
+        prompts = {each.prompt.id: each.token_ids for each in fit}
+        found = measure_turn(
+            client, prompts, self._config, self._report, "base: decode", with_margins=True
+        )
         self._write("base", found)
 
     def has_served(self, variant: str) -> bool:
@@ -97,12 +99,12 @@ class Bench:
         label, limits = f"acceptance: {variant}", (captured.new_tokens, captured.concurrency)
         served = measure_acceptance(client, texts, *limits, self._report, label)
         if variant == self._recipe.splice.variant:
-            base = self._measured("base") or {}
-            found = measure_mtp(client, base, self._config, self._report)
+            prompts = (self._measured("base") or {})["prompts"]
+            found = measure_turn(client, prompts, self._config, self._report, "MTP: decode")
             self._write("mtp", found | {"adjusted": self._servers.adjusted})
         self._write(f"served-{variant}", served | {"head": self._head(variant)})
 
-    def _prompts(self) -> Iterator[Prompt | ChatPrompt]:
+    def _prompts(self) -> Iterator[Prompt]:
         """Yield prompts to time, none of them captured."""
         wanted, capture = self._recipe.bench, self._recipe.capture
         captured = read_result(self._folder.finished("capture") / REPORT_NAME) or {}
@@ -116,10 +118,9 @@ class Bench:
             skip += taken[EVALUATION]
         return islice(iterate_prompts(wanted.prompts), skip, None)
 
-    def _known_texts(self) -> list[KnownText]:
+    def _known_texts(self) -> list[FinishedText]:
         texts = [t for t in read_texts(self._folder.finished("capture")) if t.split == EVALUATION]
-        served = texts[: self._recipe.bench.acceptance_count]
-        return [KnownText(t.id, t.prompt, t.continuation) for t in served]
+        return texts[: self._recipe.bench.acceptance_count]
 
     def _head(self, variant: str) -> dict[str, str]:
         return fingerprints([self._folder.checkpoint(variant) / HEAD_SHARD])

@@ -1,7 +1,9 @@
 """What a run has found so far, put together from the stages' files; and the report of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
@@ -31,7 +33,7 @@ def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     report = folder.stage("report") / PAGE_NAME
     return {
         "acceptance": main.get("acceptance"),
-        "k": (decode.get("mtp") or main).get("k"),
+        "k": (decode or main).get("k"),
         "acceptance_by_position": main.get("acceptance_by_position"),
         "acceptance_length": main.get("acceptance_length"),
         "acceptance_served": {v: found["acceptance"] for v, found in served.items()},
@@ -43,11 +45,17 @@ def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
             {variant: found["sequences"] for variant, found in scored.items()}
         ),
         "intervals_served": {v: found["interval"] for v, found in served.items()},
-        **{key: decode.get(key) for key in ("decode_tok_s", "greedy_identical", "divergences")},
+        "decode_tok_s": _speeds(decode) if decode else None,
+        **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
         "seconds": {s: folder.seconds[s] for s in STAGES if s in folder.seconds},
         "checkpoint": str(folder.checkpoint(recipe.splice.variant)),
         "report": str(report) if report.exists() else None,
     }
+
+
+def _speeds(decode: Mapping[str, Any]) -> dict[str, float]:
+    sides = {"base": decode["against"], "mtp": decode}
+    return {name: side["decode_tok_s"]["median"] for name, side in sides.items()}
 
 
 def report_run(recipe: Recipe, folder: RunFolder) -> None:
@@ -75,7 +83,7 @@ def report_run(recipe: Recipe, folder: RunFolder) -> None:
         device=device_name(),
         versions=package_versions(),
         notes=notes,
-        recorded=_recorded(folder),
+        recorded=recorded_answers(*(read_result(folder.bench_unit(u)) for u in ("base", "mtp"))),
     )
     write_report(folder.stage("report"), results)
 
@@ -83,12 +91,3 @@ def report_run(recipe: Recipe, folder: RunFolder) -> None:
 def _served(recipe: Recipe, folder: RunFolder) -> dict[str, dict[str, Any]]:
     found = {v: read_result(folder.bench_unit(f"served-{v}")) for v in recipe.served_variants}
     return {variant: result for variant, result in found.items() if result is not None}
-
-
-def _recorded(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the answers that the bench stage recorded, None where it has not been run."""
-    base, mtp = (read_result(folder.bench_unit(unit)) for unit in ("base", "mtp"))
-    if base is None or mtp is None:
-        return None
-    prompts = list(base["prompts"])
-    return {"prompts": prompts, "base": base.get("stream"), "mtp": mtp.get("stream")}

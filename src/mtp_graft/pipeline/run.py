@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.decode import Report
+from mtp_graft.bench.requests import Report
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.shards import write_json

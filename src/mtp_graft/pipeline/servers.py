@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from mtp_graft.bench.decode import Report
+from mtp_graft.bench.requests import Report
 from mtp_graft.pipeline.folder import RunFolder
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
@@ -80,7 +80,7 @@ class Servers:
                 self.adjusted.append(note)
                 print(f"serving: {note}", file=sys.stderr, flush=True)
 
-        def on_start(elapsed_s: float, _line: str) -> None:
+        def on_start(elapsed_s: float) -> None:
             self._report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
         with managed_server(options, self.log(name), on_start=on_start) as client:

@@ -1,18 +1,16 @@
 """What we ask of a running vLLM server: completions on token ids, tokenization, metrics."""
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, Field
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
 
 #: Silence allowed between two bytes of an answer; the first step may compile kernels.
 READ_TIMEOUT_S = 600.0
@@ -24,41 +22,14 @@ COUNT_DRAFTS = ("--per-request-spec-decode-metrics", "detailed")
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One answer, with the arrival time of each chunk of tokens."""
+class Prompt:
+    """A text to continue, or a conversation to answer, and the name that results give it."""
 
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    started_s: float  # on time.perf_counter's clock, as the chunks
-    chunks: tuple[tuple[float, int], ...]  # (arrival in s, tokens in it)
-    texts: tuple[str, ...] = ()  # what each chunk adds to the text; empty if not asked for
-
-    @property
-    def ttft_s(self) -> float:
-        """Return the seconds from the request to its first token."""
-        return self.chunks[0][0] - self.started_s
-
-    @property
-    def decode_s(self) -> float:
-        """Return the seconds between the first and the last chunk."""
-        return self.chunks[-1][0] - self.chunks[0][0]
-
-    @property
-    def num_decoded(self) -> int:
-        """Return the tokens that came after the first chunk (all but one, as a rule)."""
-        return len(self.token_ids) - self.chunks[0][1]
+    id: str
+    content: str | tuple[dict[str, str], ...]  # messages have `role` and `content`
 
 
-@dataclass(frozen=True)
-class ScoredCompletion:
-    """One greedy answer and how sure the model was of each token."""
-
-    token_ids: tuple[int, ...]
-    margins: tuple[float, ...]  # logprob of the best token less that of the second best
-
-
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """How many tokens one step drafted, and how many of them, from the first on, it accepted."""
 
     drafted: int
@@ -79,8 +50,6 @@ class _Logprobs(BaseModel):
 
 class _Choice(BaseModel):
     token_ids: list[int]
-    text: str = ""
-    finish_reason: str | None = None
     logprobs: _Logprobs | None = None
 
 
@@ -122,17 +91,14 @@ class ServerClient:
         except httpx.RequestError:
             return False
 
-    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Return the server's token ids of `text`."""
-        body = {"prompt": text, "add_special_tokens": add_special_tokens}
-        return self._ask("/tokenize", body, _Tokens).tokens
-
-    def encode(self, prompt: Prompt | ChatPrompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; a text has its own special tokens, a chat the server's."""
-        if isinstance(prompt, Prompt):
-            return self.tokenize(prompt.text, add_special_tokens=False)
-        thinking = {"chat_template_kwargs": {"thinking": False}}
-        return self._ask("/tokenize", {"messages": prompt.messages, **thinking}, _Tokens).tokens
+        if isinstance(prompt.content, str):
+            body = {"prompt": prompt.content, "add_special_tokens": False}
+        else:
+            thinking = {"chat_template_kwargs": {"thinking": False}}
+            body = {"messages": prompt.content, **thinking}
+        return self._ask("/tokenize", body, _Tokens).tokens
 
     def complete(
         self,
@@ -142,9 +108,8 @@ class ServerClient:
         ignore_eos: bool = False,
         timeout_s: float | None = None,
     ) -> tuple[int, ...]:
-        """Return the greedy continuation of `prompt`, not streamed."""
-        body = _greedy_body(prompt, max_tokens, ignore_eos)
-        answer = self._ask("/v1/completions", body, _Answer, timeout_s=timeout_s)
+        """Return the greedy continuation of `prompt`."""
+        answer = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, timeout_s=timeout_s)
         return tuple(answer.choices[0].token_ids)
 
     def complete_counted(
@@ -154,8 +119,7 @@ class ServerClient:
 
         There are none unless the server was started with COUNT_DRAFTS.
         """
-        body = _greedy_body(prompt, max_tokens, ignore_eos=False)
-        answer = self._ask("/v1/completions", body, _Answer)
+        answer = self._complete(prompt, max_tokens)
         counted = (answer.metrics or {}).get("speculative_decoding") or {}
         # Null for an answer without a verified step: one token, which comes with the prompt.
         steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
@@ -163,59 +127,49 @@ class ServerClient:
 
     def score(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
-    ) -> ScoredCompletion:
-        """Return the greedy continuation of `prompt` with the margin of every token.
+    ) -> tuple[tuple[int, ...], list[float]]:
+        """Return the greedy continuation of `prompt`, and the margin of every token.
 
-        Margins are differences of natural-log probabilities, at least 0.
+        A margin is the natural log-probability of a token less that of the second best.
         """
-        body = _greedy_body(prompt, max_tokens, ignore_eos)
-        body |= {"logprobs": 2, "return_tokens_as_token_ids": True}
-        choice = self._ask("/v1/completions", body, _Answer).choices[0]
+        logprobs = {"logprobs": 2, "return_tokens_as_token_ids": True}
+        answer = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, **logprobs)
+        choice = answer.choices[0]
         tops = choice.logprobs.top_logprobs if choice.logprobs else []
         best = [sorted(top.values(), reverse=True)[:2] for top in tops]
         if len(best) != len(choice.token_ids) or any(len(two) != 2 for two in best):
             raise self._not_vllm("/v1/completions", "without two logprobs a token")
-        return ScoredCompletion(tuple(choice.token_ids), tuple(two[0] - two[1] for two in best))
-
-    def stream(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        *,
-        ignore_eos: bool = False,
-        temperature: float = 0.0,
-    ) -> Completion:
-        """Return a continuation of `prompt`, streamed to time its tokens.
-
-        Also raises one of READ_ERRORS for an answer that cannot be read.
-        """
-        body = _greedy_body(prompt, max_tokens, ignore_eos)
-        body |= {"stream": True, "temperature": temperature}
-        tokens: list[int] = []
-        chunks: list[tuple[float, int]] = []
-        texts: list[str] = []
-        finish_reason = None
-        started = time.perf_counter()
-        for event in self.events("/v1/completions", body):
-            arrived = time.perf_counter()
-            choice = _Answer.model_validate(event).choices[0]
-            if choice.token_ids:
-                tokens += choice.token_ids
-                chunks.append((arrived, len(choice.token_ids)))
-                texts.append(choice.text)
-            elif texts:  # the rest of a character that the tokens before had begun
-                texts[-1] += choice.text
-            finish_reason = choice.finish_reason or finish_reason
-        if not chunks:
-            raise GraftError(f"{self.base_url}: an answer without tokens; expected at least one")
-        return Completion(tuple(tokens), finish_reason, started, tuple(chunks), tuple(texts))
+        return tuple(choice.token_ids), [first - second for first, second in best]
 
     def spec_decode_counters(self) -> SpecDecodeCounters | None:
         """Return the server's drafting counters so far, or None if it does not draft."""
         return parse_spec_decode(self._send("GET", "/metrics").text)
 
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the events of a streamed answer; also raises READ_ERRORS."""
+        with self._errors(), self._http.stream("POST", path, json=body) as answer:
+            if answer.is_error:
+                answer.read()  # the error quotes it
+            for line in answer.raise_for_status().iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise GraftError(f"{self.base_url}{path}: {event['error']}")
+                    yield event
+
+    def _complete(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        *,
+        timeout_s: float | None = None,
+        **options: object,
+    ) -> _Answer:
+        body = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0, **options}
+        return self._ask("/v1/completions", body | {"return_token_ids": True}, _Answer, timeout_s)
+
     def _ask(
-        self, path: str, body: dict[str, Any], model: type[Found], *, timeout_s: float | None = None
+        self, path: str, body: dict[str, Any], model: type[Found], timeout_s: float | None = None
     ) -> Found:
         timeout = self._http.timeout if timeout_s is None else timeout_s
         answer = self._send("POST", path, json=body, timeout=timeout)
@@ -227,18 +181,6 @@ class ServerClient:
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         with self._errors():
             return self._http.request(method, path, **request).raise_for_status()
-
-    def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the events of a streamed answer."""
-        with self._errors(), self._http.stream("POST", path, json=body) as answer:
-            if answer.is_error:
-                answer.read()  # the error quotes it
-            for line in answer.raise_for_status().iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise GraftError(f"{self.base_url}{path}: {event['error']}")
-                    yield event
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -258,13 +200,3 @@ class ServerClient:
     def _not_vllm(self, path: str, why: str) -> GraftError:
         where = f"{self.base_url}{path}"
         return GraftError(f"{where}: not an answer of vLLM's ({why}); is a vLLM server there?")
-
-
-def _greedy_body(prompt: Sequence[int], max_tokens: int, ignore_eos: bool) -> dict[str, Any]:
-    return {
-        "prompt": list(prompt),
-        "max_tokens": max_tokens,
-        "temperature": 0.0,
-        "ignore_eos": ignore_eos,
-        "return_token_ids": True,
-    }

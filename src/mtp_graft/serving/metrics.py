@@ -101,20 +101,14 @@ def drafting_result(counters: SpecDecodeCounters | None) -> dict[str, Any]:
     Keys: `k`; `steps` (with drafts); `accepted_by_position` (the steps that accepted at least so
     many drafts); `acceptance_by_position` (each given that all before it were accepted; null where
     no step got there) with its `_interval` (95 %, Wilson, which takes steps as independent);
-    `acceptance_length` (tokens a step, its own included).
+    `acceptance_length` (tokens a step, its own included; null without a step).
     """
     if counters is None:
         return dict.fromkeys(_RESULT_KEYS)
-    steps, accepted = counters.num_drafts, list(counters.accepted_per_position)
-    if not steps:
-        return dict.fromkeys(_RESULT_KEYS) | {
-            "k": counters.k,
-            "steps": steps,
-            "accepted_by_position": accepted,
-        }
-    reached = counters.reached
+    reached, steps = counters.reached, counters.num_drafts
     rates = [accepted / tried if tried else None for tried, accepted in reached]
     intervals = [list(wilson_interval(a, tried)) if tried else None for tried, a in reached]
-    length = 1 + counters.num_accepted_tokens / steps
+    length = 1 + counters.num_accepted_tokens / steps if steps else None
+    accepted = list(counters.accepted_per_position)
     values = (counters.k, steps, accepted, rates, intervals, length)
     return dict(zip(_RESULT_KEYS, values, strict=True))

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from types import FrameType
 from typing import IO, NoReturn
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import READ_TIMEOUT_S, ServerClient, ServerUnreachable
+from mtp_graft.serving.client import READ_TIMEOUT_S, Prompt, ServerClient, ServerUnreachable
 from mtp_graft.serving.command import (
     ServeCommand,
     ServeOptions,
@@ -22,6 +21,7 @@ from mtp_graft.serving.command import (
     check_port,
     start_limit_s,
 )
+from mtp_graft.serving.metrics import SpecDecodeCounters
 
 POLL_S = 0.5
 #: What vLLM gets to end its workers by itself before the whole group is killed.
@@ -39,7 +39,13 @@ for signum in (signal.SIGTERM, signal.SIGKILL):
     time.sleep(5)
 """
 
-_MAX_LINE = 300
+#: A drafter that works foresees text that repeats itself almost wholly, one with wrong weights not
+#: at all, so anything between serves as the border.
+MIN_ACCEPTANCE = 0.2
+_REPEATED_TEXT = Prompt(
+    "check", "<｜begin▁of▁sentence｜>" + "The quick brown fox jumps over the lazy dog. " * 30
+)
+
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 #: `(EngineCore pid=7) ERROR 11-23 21:00:00 [core.py:100] `, in whole or in part.
 _PREFIX = re.compile(
@@ -54,27 +60,20 @@ _SECOND_HAND = re.compile(
     r"root cause|Engine core initialization failed|\d+ validation errors? for", re.IGNORECASE
 )
 
-#: Called about twice a second while a server starts: seconds so far, last line of its log.
-OnStart = Callable[[float, str], None]
-Handler = Callable[[int, FrameType | None], object]
-
 
 @contextmanager
 def managed_server(
     options: ServeOptions,
     log_path: Path,
-    *,
-    timeout_s: float | None = None,
-    on_start: OnStart = lambda _elapsed_s, _line: None,
+    on_start: Callable[[float], None] = lambda _elapsed_s: None,
 ) -> Iterator[ServerClient]:
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
-    and SIGHUP to our own process raise SystemExit in the block, so they end it too. Raises
-    GraftError with the reason from the log if the server dies or is not ready in `timeout_s` (None:
-    what its weights take to read from a slow disk), and for a headless node, which answers nobody.
+    and SIGHUP to our own process raise SystemExit in the block, so they end it too. `on_start` is
+    called with the seconds so far. Raises GraftError with the reason from the log if the server
+    dies or is not ready in `start_limit_s`, and for a headless node, which answers nobody.
     """
-    limit_s = start_limit_s(options.checkpoint) if timeout_s is None else timeout_s
     command = build_command(options)
     if command.is_headless:
         raise GraftError(
@@ -87,7 +86,7 @@ def managed_server(
         grace_s = 0.0  # vLLM does not listen while it starts
         try:
             try:
-                if not server.wait_ready(limit_s, lambda s: on_start(s, _last_line(log_path))):
+                if not server.wait_ready(start_limit_s(options.checkpoint), on_start):
                     raise GraftError(f"vLLM ended with status {server.wait()} before it was ready")
             except GraftError as error:
                 reason = f"{error}; in {log_path}: {explain(log_path)}"
@@ -123,7 +122,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
         try:
             if not probing:
                 on_ready("headless; the first machine answers")
-            elif server.wait_ready(float("inf"), lambda _elapsed_s: None):
+            elif server.wait_ready(float("inf")):
                 probing = False
                 on_ready(server.command.base_url)
             return server.wait()
@@ -139,23 +138,20 @@ class ServerProcess:
     def __init__(self, command: ServeCommand, log: IO[bytes] | None) -> None:
         """Start the process; `log` takes both its streams, None lets it write to ours.
 
-        Raises GraftError if the port is taken or the program cannot be started.
+        Raises GraftError if the port is taken.
         """
         self.command = command
         self._environment = {**os.environ, **command.env}
         if not command.is_headless:
             check_port(command.host, command.port)
-        try:
-            self._process = subprocess.Popen(
-                command.argv,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=None if log is None else subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise GraftError(f"{command.argv[0]}: cannot be started ({error})") from error
+        self._process = subprocess.Popen(
+            command.argv,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=None if log is None else subprocess.STDOUT,
+            start_new_session=True,
+        )
         self._watcher = subprocess.Popen(
             [sys.executable, "-c", _WATCHER, str(self._process.pid)],
             stdin=subprocess.PIPE,
@@ -166,7 +162,9 @@ class ServerProcess:
         """Return a new client of this server."""
         return ServerClient(self.command.base_url, self._environment.get("VLLM_API_KEY"))
 
-    def wait_ready(self, timeout_s: float, on_poll: Callable[[float], None]) -> bool:
+    def wait_ready(
+        self, timeout_s: float, on_poll: Callable[[float], None] = lambda _elapsed_s: None
+    ) -> bool:
         """Wait until the server is healthy and has returned one completion.
 
         Returns False if the process ended before. Raises GraftError after `timeout_s`, or if a
@@ -229,14 +227,10 @@ def _exit_on_signal(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def _signals_as(handler: Handler, *signums: int) -> Iterator[None]:
-    """Handle `signums` with `handler` inside the block; only the main thread can.
-
-    A SIGHUP that is ignored stays so: `nohup` asked for it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _signals_as(
+    handler: Callable[[int, FrameType | None], object], *signums: int
+) -> Iterator[None]:
+    """Handle `signums` with `handler` inside the block; an ignored SIGHUP stays so (`nohup`)."""
     is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     taken = [signum for signum in signums if not (is_kept and signum == signal.SIGHUP)]
     before = {signum: signal.signal(signum, handler) for signum in taken}
@@ -247,26 +241,33 @@ def _signals_as(handler: Handler, *signums: int) -> Iterator[None]:
             signal.signal(signum, old)
 
 
+def check_drafter(client: ServerClient) -> SpecDecodeCounters:
+    """Let the server go on with a repeated sentence; return what it drafted and accepted.
+
+    Other requests meanwhile are counted too. Raises GraftError for a server that does not draft.
+    """
+    before = client.spec_decode_counters()
+    client.complete(client.encode(_REPEATED_TEXT), 128)
+    after = client.spec_decode_counters()
+    gained = after - before if before and after else None
+    if gained is None or gained.acceptance is None:
+        raise GraftError(
+            f"{client.base_url}: the server does not draft; expected a checkpoint with a head "
+            "and at least one speculative token"
+        )
+    return gained
+
+
 def explain(log: Path, max_lines: int = 3) -> str:
     """Return why the vLLM that wrote `log` stopped, on one line.
 
     These are the first exceptions of the last 256 KiB that are not second-hand, each one once;
-    without any, the last lines that are not blank.
+    without any, the last lines. vLLM's prefixes, colours and blank lines are left out.
     """
-    lines = _tail(log, 256 * 1024)
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 256 * 1024))
+        text = _ANSI.sub("", file.read().decode(errors="replace"))
+    lines = [line for raw in text.splitlines() if (line := _PREFIX.sub("", raw).strip()[:300])]
     reasons = [line for line in lines if _REASON.match(line) and not _SECOND_HAND.search(line)]
     chosen = list(dict.fromkeys(reasons))[:max_lines] or lines[-max_lines:]
     return " | ".join(chosen) or "it wrote nothing"
-
-
-def _last_line(log: Path) -> str:
-    return "".join(_tail(log, 4096)[-1:])
-
-
-def _tail(log: Path, num_bytes: int) -> list[str]:
-    """Return the last lines of a log that are not blank, without vLLM's prefix."""
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - num_bytes))
-        text = _ANSI.sub("", file.read().decode(errors="replace"))
-    lines = (_PREFIX.sub("", line).strip()[:_MAX_LINE] for line in text.splitlines())
-    return [line for line in lines if line]

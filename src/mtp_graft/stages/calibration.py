@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mtp_graft.errors import GraftError, in_words
-from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.prompts import ChatPrompt, Prompt
+from mtp_graft.serving.client import Prompt, ServerClient
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +26,13 @@ _EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
 class Encoded(NamedTuple):
     """A prompt as the server's tokens."""
 
-    prompt: Prompt | ChatPrompt
+    prompt: Prompt
     token_ids: tuple[int, ...]
 
 
 def take_fitting(
     client: ServerClient,
-    prompts: Iterator[Prompt | ChatPrompt],
+    prompts: Iterator[Prompt],
     count: int,
     max_tokens: int,
     what_for: str,
@@ -60,7 +59,7 @@ def take_fitting(
     return taken, dropped
 
 
-def load_calibration(source: str, count: int) -> list[Prompt | ChatPrompt]:
+def load_calibration(source: str, count: int) -> list[Prompt]:
     """Return the first `count` prompts of `source`.
 
     Raises GraftError as `iterate_prompts` does, and for too few rows.
@@ -71,7 +70,7 @@ def load_calibration(source: str, count: int) -> list[Prompt | ChatPrompt]:
     return prompts
 
 
-def iterate_prompts(source: str) -> Iterator[Prompt | ChatPrompt]:
+def iterate_prompts(source: str) -> Iterator[Prompt]:
     """Yield the prompts of `source` in order, reading no more of it than is asked for.
 
     `source` is a JSON Lines or Parquet file, or `hub:owner/dataset[:split]`. Of a conversation,
@@ -92,6 +91,8 @@ def iterate_prompts(source: str) -> Iterator[Prompt | ChatPrompt]:
             raise GraftError(f"{source}:{number}: id {prompt.id!r} comes twice")
         seen.add(prompt.id)
         yield prompt
+    if not seen:
+        raise GraftError(f"{source}: no prompts; {_EXPECTED}")
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -139,19 +140,17 @@ def _hub_rows(source: str) -> Iterator[Any]:
         raise GraftError(f"{source}: not available ({error}); {_INSTALL}") from error
 
 
-def _parse(row: Any, where: str) -> Prompt | ChatPrompt:
+def _parse(row: Any, where: str) -> Prompt:
     try:
         if "messages" not in row:
-            prompt: Prompt | ChatPrompt = Prompt(str(row["id"]), str(row["text"]))
-            asks = row["text"]
+            prompt = Prompt(str(row["id"]), str(row["text"] or ""))
         else:
             turns = [{key: str(m[key]) for key in ("role", "content")} for m in row["messages"]]
             while turns and turns[-1]["role"] != "user":
                 turns.pop()
-            prompt = ChatPrompt(str(row["prompt_id"]), tuple(turns))
-            asks = turns
+            prompt = Prompt(str(row["prompt_id"]), tuple(turns))
     except (KeyError, TypeError) as error:
         raise GraftError(f"{where}: not a prompt ({in_words(error)}); {_EXPECTED}") from error
-    if not asks:
+    if not prompt.content:
         raise GraftError(f"{where}: prompt {prompt.id!r} asks nothing; {_EXPECTED}")
     return prompt

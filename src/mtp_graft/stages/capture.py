@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
-from mtp_graft.serving.concurrent import concurrently
 from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
@@ -205,11 +205,12 @@ def _generate(
 
     report("capture: generate", len(done), len(asked))
     started, tokens = time.perf_counter(), 0
-    continued = concurrently(finish, missing, settings.concurrency)
-    for finished, text in enumerate(continued, start=len(done) + 1):
-        append_text(out, text)
-        tokens += len(text.continuation)
-        report("capture: generate", finished, len(asked))
+    with ThreadPool(settings.concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
+        continued = pool.imap_unordered(finish, missing)
+        for finished, text in enumerate(continued, start=len(done) + 1):
+            append_text(out, text)
+            tokens += len(text.continuation)
+            report("capture: generate", finished, len(asked))
     return tokens / (time.perf_counter() - started) if tokens else None
 
 
@@ -229,8 +230,9 @@ def _record(
     collector = Collector(out, missing)
 
     def prefill(block: Sequence[FinishedText]) -> None:
-        for _ in concurrently(lambda text: client.complete(text.token_ids, 1), block, size):
-            pass
+        with ThreadPool(size) as pool:
+            for _ in pool.imap_unordered(lambda t: client.complete(t.token_ids, 1), block):
+                pass
 
     def record(block: Sequence[FinishedText]) -> None:
         with switched_on(out):
