@@ -163,7 +163,7 @@ def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_wh
         assert status == 1
         assert "was begun with" in errors and "use another --run" in errors
     status, _, errors = run(*command("gsm8k", server, data))
-    assert status == 1 and f"{server.url}: no answer" in errors
+    assert status == 1 and f"{server.url}: names no model" in errors
 
 
 def test_a_killed_client_asks_again_only_what_was_in_work(

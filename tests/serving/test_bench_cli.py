@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -197,7 +198,7 @@ def test_a_killed_comparison_keeps_its_turns_and_pairs_can_be_added(
 ) -> None:
     folder = tmp_path / "run" / "bench" / "decode"
     words = ("decode", "--checkpoint", grafted, "--against", base, *asked, "--json", "-")
-    environment = command_environment(site, step_s=0.005)
+    environment = command_environment(site, step_s=0.005, record=str(tmp_path / "record.json"))
     environment["PYTHONPATH"] = f"{site}{os.pathsep}{Path(cli.__file__).parents[2]}"
     client = subprocess.Popen(
         [sys.executable, "-c", KILLABLE, "bench", *map(str, words)], env=environment
@@ -208,6 +209,8 @@ def test_a_killed_comparison_keeps_its_turns_and_pairs_can_be_added(
         time.sleep(0.01)
     client.kill()
     client.wait()
+    for pid in read_record(tmp_path / "record.json")["pids"]:
+        os.kill(pid, signal.SIGKILL)
     kept = {file: file.read_bytes() for file in folder.glob("*-1.json")}
     two = done(run(*words, "--pairs", 2))
     assert (two["pairs"], two["decode_tok_s"]["runs"]) == (2, 2 * 3)

@@ -67,7 +67,9 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
     from mtp_graft.bench.evals.run import TASKS, find_model, questions_digest, run_task
     from mtp_graft.bench.requests import measured
 
-    k = target.num_drafts(settings.pop("num_speculative_tokens"))
+    k = settings.pop("num_speculative_tokens")
+    if target.checkpoint or k is not None:  # a running server need not be vLLM
+        k = target.num_drafts(k)
     task = TASKS[name](settings.pop("data_dir"), settings["limit"], settings["seed"])
 
     def ask(logs: Path) -> dict[str, Any]:
