@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
-from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS, ServerClient
 

@@ -140,8 +140,8 @@ class Target:
         claim: dict[str, Any],
         measure: Callable[[Path], dict[str, Any]],
     ) -> dict[str, Any]:
+        from mtp_graft.checkpoint.files import write_json as write_file
         from mtp_graft.checkpoint.manifest import claim_folder, read_result, write_manifest
-        from mtp_graft.checkpoint.shards import write_json as write_file
         from mtp_graft.pipeline.device import device_name
 
         assert self.run is not None
