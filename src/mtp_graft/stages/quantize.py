@@ -324,7 +324,7 @@ def _report(
         "peak_gpu_bytes": max(gpu_bytes),
         "peak_host_bytes": max(host_bytes),
         "ranks": len(measured),
-        **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "order", "scale")},
+        **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
         "replay": _REPLAYS[settings.replay],
     }

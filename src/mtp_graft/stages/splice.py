@@ -44,7 +44,6 @@ from mtp_graft.dsv4.variants import (
     decode_head,
     group_by_module,
     store_head,
-    store_module,
 )
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.stages.fetch import nearest_folder
@@ -336,12 +335,11 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one module at a time."""
     with plan.head.opened() as head, plan.experts.opened() as experts:
-        for module, by_part in group_by_module(head).items():
-            parts = {part: head[name] for part, name in by_part.items()}
+        for by_part in group_by_module(head).values():
+            module = {name: head[name] for name in by_part.values()}
             sizes = {"group_size": plan.group_size}
-            yield from store_module(
-                module, parts, plan.variant, experts, **sizes, linears=plan.linears
-            ).items()
+            stored = store_head(module, plan.variant, experts, **sizes, linears=plan.linears)
+            yield from stored.items()
 
 
 def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
