@@ -67,6 +67,19 @@ def tiny_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return Path(shutil.copytree(tiny_model / "base", tmp_path_factory.mktemp("tiny") / "base"))
 
 
+@pytest.fixture
+def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for the hub that has the bundled model as two repositories."""
+    import hub_stand_in
+
+    folders = {hub_stand_in.BASE: "base", hub_stand_in.UPSTREAM: "upstream"}
+    repositories = {
+        repo: hub_stand_in.as_repository(tiny_model / name) for repo, name in folders.items()
+    }
+    with hub_stand_in.in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
+        yield hub
+
+
 @pytest.fixture(scope="session")
 def quantized(tiny_model: Path, tiny_base: Path) -> Path:
     """A quantize stage's folder for the bundled head; not to be changed."""

@@ -1,19 +1,18 @@
 """One `mtp-graft run` from two hub ids to served checkpoints: only hub and vLLM are stand-ins."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
+from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub
 from mtp_graft import pipeline
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.serving import server
 
-BASE, UPSTREAM = "quantizer/base", "maker/upstream"
 SETTINGS = (
     f"model.base={BASE}",
     f"model.upstream={UPSTREAM}",
@@ -26,16 +25,6 @@ SETTINGS = (
     'bench.served_variants=["gptq"]',
 )
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    repositories = {
-        repo: as_repository(tiny_model / name)
-        for repo, name in ((BASE, "base"), (UPSTREAM, "upstream"))
-    }
-    with in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
-        yield hub
 
 
 @pytest.fixture
