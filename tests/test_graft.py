@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub, as_repository
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, find_spliced
-from mtp_graft.stages.publish import plan_publication
+from mtp_graft.stages.publish import find_files
 from run_folder import write
 
 HEAD = "owner/that-head"
@@ -49,8 +49,7 @@ def published(run: Path, tmp_path: Path) -> Path:
     """A folder with what `publish --head-only` uploads."""
     folder = tmp_path / "published"
     folder.mkdir()
-    plan = plan_publication(run, HEAD, False, run / "card", head_only=True)
-    for name, file in plan.files.items():
+    for name, file in find_files(run, HEAD, run / "card", head_only=True).items():
         (folder / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
     return folder
 

@@ -54,13 +54,10 @@ def publish(
     json_file: JsonOption = None,
 ) -> None:
     """Upload a run's verified checkpoint with its card; a call that failed can be repeated."""
-    from mtp_graft.stages import publish as publishing
+    from mtp_graft.stages import publish as stage
 
-    card_folder = card_folder or run / "card"
-    publication = publishing.plan_publication(run, repo, private, card_folder, head_only=head_only)
-    result = publication.as_json() | {"dry_run": dry_run}
-    if not dry_run:
-        result |= publishing.publish(publication)  # huggingface_hub draws bars of its own
+    options = {"private": private, "head_only": head_only, "dry_run": dry_run}
+    result = stage.publish(run, repo, card_folder or run / "card", **options)
     write_json(result, json_file)
     console = result_console(json_file)
     for file in result["files"]:

@@ -128,10 +128,6 @@ class Inputs:
         tensors = load_tensors(self.upstream, names, pinned=pinned)
         return {name: t.to(device, non_blocking=pinned) for name, t in tensors.items()}
 
-    def read_base(self, name: str) -> Tensor:
-        """Return the base's `embed.weight` or `head.weight` [V, D]."""
-        return load_tensors(self.base, [name])[name]
-
     def read_sequence(self, sequence: CapturedSequence, device: str = "cpu") -> Recorded:
         """Return what was recorded of a sequence, its residual on `device`.
 

@@ -7,7 +7,6 @@ asks by SHA-256 before it sends (with Xet, by chunk), and leaves out what the la
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +27,20 @@ from mtp_graft.checkpoint.quant_manifest import (
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import HUB_ERRORS
 
-
-@dataclass(frozen=True)
-class Publication:
-    """What would be uploaded, and to where."""
-
-    repo: str
-    private: bool
-    files: Mapping[str, Path | bytes]  # path in the repository -> file, or content made here
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the JSON of `publish --dry-run`."""
-        files: list[dict[str, Any]] = []
-        for name, file in self.files.items():
-            size = len(file) if isinstance(file, bytes) else file.stat().st_size
-            source = None if isinstance(file, bytes) else str(file)
-            files.append({"path": name, "bytes": size, "from": source})
-        total = sum(file["bytes"] for file in files)
-        return {"repo": self.repo, "private": self.private, "files": files, "total_bytes": total}
+#: Path in the repository -> file, or content made here.
+Files = Mapping[str, Path | bytes]
 
 
-def plan_publication(
-    run: Path, repo: str, private: bool, card: Path, *, head_only: bool = False
-) -> Publication:
-    """Return what to upload: the checkpoint of the run's chosen variant, and its card.
+def publish(
+    run: Path, repo: str, card: Path, *, private: bool, head_only: bool, dry_run: bool
+) -> dict[str, Any]:
+    """Upload the checkpoint of the run's chosen variant, and its card; return what was uploaded.
 
-    `head_only` leaves out the base: others graft the head onto it. The card's README.md takes the
-    place of one that the checkpoint has of its base. Raises GraftError for a repository's id that
-    the hub would not take, without a verification that passed, without a card, and for a card of
-    another checkpoint. Needs no network.
+    `head_only` leaves out the base: others graft the head onto it. A dry run needs no network. A
+    call that failed, or was killed, can be repeated. Raises GraftError for a repository's id that
+    the hub would not take, without a verification that passed, without a card or for one of another
+    checkpoint, without a token, for a public repository where a private one was asked for, and for
+    whatever else ends the upload.
     """
     try:
         validate_repo_id(repo)
@@ -64,6 +48,19 @@ def plan_publication(
         raise GraftError(f"--repo {repo}: {error}") from error
     if repo.count("/") != 1:
         raise GraftError(f"--repo {repo}: expected OWNER/NAME")
+    files = find_files(run, repo, card, head_only=head_only)
+    listed: list[dict[str, Any]] = []
+    for name, file in files.items():
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
+        source = None if isinstance(file, bytes) else str(file)
+        listed.append({"path": name, "bytes": size, "from": source})
+    total = sum(file["bytes"] for file in listed)
+    result = {"repo": repo, "private": private, "files": listed, "total_bytes": total}
+    return {**result, "dry_run": dry_run, **({} if dry_run else _upload(repo, private, files))}
+
+
+def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
+    """Return what to upload; the card's README.md takes the place of one from the base."""
     spliced = find_spliced(run)
     _check_verified(run, spliced)
     _check_card(card, spliced)
@@ -79,7 +76,7 @@ def plan_publication(
     files |= {path.name: path for path in cards}
     if head_only:
         files[CARD_NAME] = _head_card(card / CARD_NAME, repo)
-    return Publication(repo, private, dict(sorted(files.items())))
+    return dict(sorted(files.items()))
 
 
 def _belongs_to_head(name: str) -> bool:
@@ -119,30 +116,26 @@ def _check_card(card: Path, spliced: Spliced) -> None:
         )
 
 
-def publish(publication: Publication) -> dict[str, Any]:
-    """Upload; return `commit`, `url`, and whether the repository is `private`.
-
-    A call that failed, or was killed, can be repeated. Raises GraftError without a token, for a
-    public repository where a private one was asked for, and for whatever else ends the upload.
-    """
-    repo, token = publication.repo, get_token()
+def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
+    """Return `commit`, `url`, and whether the repository is `private`."""
+    token = get_token()
     if token is None:
         raise GraftError(
             "no token for the hub: set HF_TOKEN, or log in with `hf auth login`; it needs to be "
             "allowed to write"
         )
     api = HfApi(token=token)
-    files = [CommitOperationAdd(name, file) for name, file in publication.files.items()]
+    added = [CommitOperationAdd(name, file) for name, file in files.items()]
     try:
-        api.create_repo(repo, private=publication.private, exist_ok=True)
+        api.create_repo(repo, private=private, exist_ok=True)
         is_private = bool(api.repo_info(repo).private)
-        if publication.private and not is_private:
+        if private and not is_private:
             raise GraftError(
                 f"{repo}: exists and is public, --private was asked for; nothing was uploaded: "
                 "change it on the hub, or choose another --repo"
             )
         message = "Checkpoint and card, by mtp-graft publish"
-        commit = api.create_commit(repo, files, commit_message=message)
+        commit = api.create_commit(repo, added, commit_message=message)
     except HUB_ERRORS as error:
         said = " ".join(str(error).split())
         raise GraftError(

@@ -18,7 +18,7 @@ V vocabulary, K experts a token, E experts of a batch, M the experts' intermedia
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.shards import Shard, save_shard
+from mtp_graft.checkpoint.shards import Shard, load_tensors, save_shard
 from mtp_graft.dsv4.experts import (
     MATRICES,
     expert_errors,
@@ -85,18 +85,9 @@ def quantize(
             return finished
         files = _batch_files(out, inputs.model.n_routed_experts, settings.experts_per_batch)
         pending = {e: files[e] for e in parallel.share([*files]) if not _is_done(files[e])}
-
-        def read(experts: range) -> dict[str, Tensor]:
-            return inputs.read_upstream(_upstream_names(inputs, experts), clock.device)
-
-        # The first experts come in while the sequences are replayed.
-        with parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream_experts:
-            if pending:
-                routed = replay_capture(inputs, settings.replay, clock, report)
-                _quantize(inputs, settings, routed, upstream_experts, pending, clock, report)
-        host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        measured = parallel.gather((clock.seconds, clock.peak_gpu_bytes(), host_bytes))
-        result = _report(inputs, settings, [*files.values()], measured)
+        if pending:
+            _quantize(inputs, settings, pending, clock, report)
+        result = _report(inputs, settings, [*files.values()], clock)
         total = result["seconds"]["total"] = time.perf_counter() - started
         if parallel.is_first_rank():
             write_json(result, out / REPORT_NAME)
@@ -203,7 +194,7 @@ def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) 
 
 def _load_head(inputs: Inputs, replay: str, device: str) -> tuple[Tensor, MTPHead]:
     """Return the base's embedding [V, D] and the head without its experts."""
-    embed = inputs.read_base("embed.weight").to(device)
+    embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
     others = [name for name in inputs.head.files if not name.startswith(EXPERTS_PREFIX)]
     decoded = decode_head(inputs.read_upstream(others, device))
     with_attention = replay == "true"
@@ -218,17 +209,24 @@ def _load_head(inputs: Inputs, replay: str, device: str) -> tuple[Tensor, MTPHea
 def _quantize(
     inputs: Inputs,
     settings: QuantizeSection,
-    routed: RoutedTokens,
-    upstream: Iterator[Mapping[str, Tensor]],
     pending: Mapping[range, Path],
     clock: Clock,
     report: Progress,
 ) -> None:
-    """Write the file of every pending batch, whose tensors `upstream` gives."""
+    """Replay the capture, then quantize every pending batch of experts and write its file."""
+
+    def read(experts: range) -> dict[str, Tensor]:
+        return inputs.read_upstream(_upstream_names(inputs, experts), clock.device)
+
     total = inputs.model.n_routed_experts
     done = total - sum(map(len, pending))
-    report("gptq", done, total)
-    with parallel.write_behind(_WRITERS) as write:
+    # The first experts come in while the sequences are replayed.
+    with (
+        parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
+        parallel.write_behind(_WRITERS) as write,
+    ):
+        routed = replay_capture(inputs, settings.replay, clock, report)
+        report("gptq", done, total)
         for experts, file in pending.items():
             with clock.timed("io"):
                 tensors = next(upstream)
@@ -295,19 +293,18 @@ def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Pa
 
 
 def _report(
-    inputs: Inputs,
-    settings: QuantizeSection,
-    files: list[Path],
-    measured: list[tuple[dict[str, float], int, int]],
+    inputs: Inputs, settings: QuantizeSection, files: list[Path], clock: Clock
 ) -> dict[str, Any]:
-    """Return the stage's result, from what is known of every batch and `measured` of every rank."""
+    """Return the stage's result, from what is known of every batch and measured on each rank."""
+    host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measured = parallel.gather((clock.seconds, clock.peak_gpu_bytes(), host_bytes))
+    seconds, gpu_bytes, peak_bytes = zip(*measured, strict=True)
     known = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     counts: list[int] = [count for batch in known for count in batch["counts"]]
     errors: dict[str, dict[str, list[float]]] = {
         v: {m: [e for batch in known for e in batch["rel_errors"][v][m]] for m in MATRICES}
         for v in VARIANTS
     }
-    seconds, gpu_bytes, host_bytes = zip(*measured, strict=True)
     return {
         "variants": {v: _summary(inputs, v, errors[v], settings.group_size) for v in VARIANTS},
         "tokens_per_expert": {
@@ -322,7 +319,7 @@ def _report(
         "experts_without_tokens": [e for e, count in enumerate(counts) if count == 0],
         "seconds": {part: max(s[part] for s in seconds) for part in seconds[0]},
         "peak_gpu_bytes": max(gpu_bytes),
-        "peak_host_bytes": max(host_bytes),
+        "peak_host_bytes": max(peak_bytes),
         "ranks": len(measured),
         **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),

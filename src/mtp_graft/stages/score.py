@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.shards import Shard
+from mtp_graft.checkpoint.shards import Shard, load_tensors
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts
@@ -81,8 +81,8 @@ def _score(
     label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
     head = _load_head(inputs, variant, experts, device)
-    embed = inputs.read_base("embed.weight")  # [V, D]
-    lm_head = inputs.read_base("head.weight").to(head.h_proj.weight)  # [V, D]
+    base = load_tensors(inputs.base, ["embed.weight", "head.weight"])
+    embed, lm_head = base["embed.weight"], base["head.weight"].to(head.h_proj.weight)  # [V, D]
     sequences: list[dict[str, Any]] = []
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens

@@ -61,11 +61,9 @@ def verify(
     All values must be finite. Kept or decoded experts and all other tensors must equal upstream's,
     nearest rounding be half a step off at the most, and GPTQ's experts have the bytes in
     `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is from
-    a folder `upstream` must have its bytes. The keys are `ok`, `tensors`, `missing`, `unexpected`,
-    `mismatched` ([{tensor, why}]), `rel_error_max` (over expert matrices, Frobenius; None without
-    the master), `base_files` (name -> `same inode`, `same bytes`, `differs` or `missing`),
-    `base_files_linked`, `base_unchanged`, and `loaded_in_vllm`, None: that is seen when the
-    checkpoint is served. Raises GraftError for files that cannot be read.
+    a folder `upstream` must have its bytes. `rel_error_max` is over expert matrices, Frobenius, and
+    None without the master; `loaded_in_vllm` is None: that is seen when the checkpoint is served.
+    Raises GraftError for files that cannot be read.
     """
     manifest = quant_manifest.read_manifest(checkpoint)
     config = read_object(checkpoint / "config.json", "a model config")
