@@ -13,9 +13,7 @@ import typer
 from rich.table import Table
 
 from mtp_graft.bench.page import number, percent, percents, spread
-from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
-from mtp_graft.cli.grouped import grouped
-from mtp_graft.cli.help import SPEED, SectionedCommand
+from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench, grouped
 from mtp_graft.cli.output import check_writable, note, progress_bar, result_console, write_json
 from mtp_graft.cli.target import RunOption, Target, check_url, keep_result
 
@@ -59,7 +57,7 @@ class Asking:
         return list(islice(iterate_prompts(str(self.prompt_file or bundled)), self.limit))
 
 
-@bench.command("decode", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("decode")
 @grouped
 def bench_decode(
     target: Target,
@@ -179,7 +177,7 @@ def drafting_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-@bench.command("sweep", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("sweep")
 @grouped
 def bench_sweep(
     target: Target,
@@ -261,7 +259,7 @@ def _sweep_table(points: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-@bench.command("workload", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("workload")
 @grouped
 def bench_workload(
     target: Target,

@@ -6,13 +6,12 @@ from typing import Annotated
 import typer
 
 from mtp_graft.cli.app import JsonOption, app
-from mtp_graft.cli.help import PUBLISH
 from mtp_graft.cli.output import note, result_console, write_json
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
-@app.command(rich_help_panel=PUBLISH)
+@app.command()
 def card(
     run: RunArgument,
     out: Annotated[
@@ -34,7 +33,7 @@ def card(
         note(f"left out: {file} is of another checkpoint")
 
 
-@app.command(rich_help_panel=PUBLISH)
+@app.command()
 def publish(
     run: RunArgument,
     repo: Annotated[str, typer.Option(metavar="ID", help="OWNER/NAME on the hub.")],
@@ -53,7 +52,7 @@ def publish(
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Upload a run's verified checkpoint with its card; a call that failed can be repeated."""
+    """Upload a run's verified checkpoint with its card."""
     from mtp_graft.stages import publish as publishing
 
     card_folder = card_folder or run / "card"

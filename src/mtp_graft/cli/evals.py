@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
-from mtp_graft.cli.grouped import grouped
-from mtp_graft.cli.help import QUALITY, SectionedCommand
+from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench, grouped
 from mtp_graft.cli.output import progress_bar, result_console, write_json
 from mtp_graft.cli.target import RunOption, Target
 from mtp_graft.errors import GraftError
@@ -48,7 +46,7 @@ def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose:
     limit_option = typer.Option(min=1, metavar="N", help=how_many, show_default=False)
     token_option = typer.Option(min=1, metavar="N", help="Cap on an answer, thinking included.")
 
-    @bench.command(name, help=purpose, cls=SectionedCommand, rich_help_panel=QUALITY)
+    @bench.command(name, help=purpose)
     @grouped
     def command(
         target: Target,

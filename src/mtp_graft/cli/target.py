@@ -20,7 +20,6 @@ from mtp_graft.cli.app import (
     ServeArgument,
     TensorParallelOption,
 )
-from mtp_graft.cli.help import SERVER
 from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
@@ -56,7 +55,7 @@ def check_url(url: str | None) -> str | None:
 
 
 def _option(*names: str, **settings: Any) -> Any:
-    return typer.Option(*names, rich_help_panel=SERVER, **settings)
+    return typer.Option(*names, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
