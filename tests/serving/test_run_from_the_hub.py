@@ -10,7 +10,7 @@ import pytest
 
 from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
 from mtp_graft import cli, pipeline
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.serving import server
 

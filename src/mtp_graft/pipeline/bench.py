@@ -18,9 +18,9 @@ from typing import Any
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
 from mtp_graft.bench.decode import DecodeConfig, compare, measure_base, measure_mtp
 from mtp_graft.checkpoint.capture import read_texts
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
-from mtp_graft.checkpoint.shards import write_json
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.serving.client import COUNT_DRAFTS, Prompt, ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.recipe import Recipe

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
@@ -78,7 +78,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         kinds: set[Variant] = {"rtn", *recipe.served_variants} - {"gptq"}
         folders, linears = (base_folder, upstream_folder), recipe.splice.linears
         heads = {kind: plan_splice(*folders, kind, linears).layout for kind in kinds}
-        tensors = read_meta(base_folder, read_index(base_folder))
+        tensors = read_meta(base_folder)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
@@ -122,7 +122,7 @@ def find_needs(run: Run, models: Models) -> list[Need]:
 
 
 def _num_bytes(tensors: Tensors) -> int:
-    return sum(map(num_bytes, tensors.values()))
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _is_copied(base: Source, folder: Path) -> bool:
