@@ -10,8 +10,8 @@ import pytest
 import typer
 
 from mtp_graft import cli, pipeline
+from mtp_graft.bench.requests import Report
 from mtp_graft.cli.app import app
-from mtp_graft.cli.output import Report
 from mtp_graft.cli.pipeline import STAGES
 from mtp_graft.pipeline import run as stages
 from mtp_graft.recipe import Recipe

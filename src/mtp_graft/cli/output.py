@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,14 @@ def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) ->
         console.print(part, soft_wrap=True, markup=False, highlight=False)
 
 
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Return a table for `show`."""
+    made = Table(*columns)
+    for row in rows:
+        made.add_row(*map(str, row))
+    return made
+
+
 def check_writable(target: Path | None) -> Path | None:
     """Return an option's file if it can be written: OSError now, not after hours of work.
 
@@ -70,12 +78,3 @@ def check_writable(target: Path | None) -> Path | None:
 def note(text: str) -> None:
     """Print a line to standard error."""
     print(text, file=sys.stderr, flush=True)
-
-
-def write_json(result: dict[str, Any], target: Path | None) -> None:
-    if target is not None:
-        show(result, target)
-
-
-def result_console(json_target: Path | None) -> Console:
-    return Console(stderr=str(json_target) == "-")

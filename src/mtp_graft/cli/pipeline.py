@@ -9,7 +9,7 @@ from rich.table import Table
 from mtp_graft.bench.page import percent, percent_interval
 from mtp_graft.cli.app import DryRunOption, JsonOption, app, option
 from mtp_graft.cli.bench import drafting_lines
-from mtp_graft.cli.output import progress_bar, show
+from mtp_graft.cli.output import progress_bar, show, table
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")]
 RunOption = Annotated[
@@ -121,21 +121,29 @@ def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
     where = f"{', '.join(plan['stages'])}: in {plan['run']}"
     if plan["unknown"] is not None:
         return [where, plan["unknown"], "sizes, needs and times are not known therefore"]
-    sources = Table("checkpoint", "from", "files", "GB", "GB to download")
-    for name, source in plan["sources"].items():
-        sizes = (f"{source[key] / 1e9:,.3f}" for key in ("bytes", "bytes_to_download"))
-        sources.add_row(name, source["source"], str(len(source["files"])), *sizes)
-    needs = Table("stage", "needs", "of", "GB at most", "for")
-    for need in plan["needs"] or ():
-        size = f"{need['bytes'] / 1e9:,.3f}"
-        needs.add_row(need["stage"], need["of"], need["where"], size, need["what_for"])
-    times = Table("stage", "about", "estimated by")
-    for stage, estimate in plan["seconds"].items():
-        seconds = estimate["seconds"]
-        about = "-" if seconds is None else f"{seconds / 60:.1f} min"
-        times.add_row(stage, about, estimate["by"])
+    sources = [
+        (
+            *(name, source["source"], len(source["files"])),
+            *(f"{source[key] / 1e9:,.3f}" for key in ("bytes", "bytes_to_download")),
+        )
+        for name, source in plan["sources"].items()
+    ]
+    needs = [
+        (n["stage"], n["of"], n["where"], f"{n['bytes'] / 1e9:,.3f}", n["what_for"])
+        for n in plan["needs"] or ()
+    ]
+    times = [
+        (stage, "-" if each["seconds"] is None else f"{each['seconds'] / 60:.1f} min", each["by"])
+        for stage, each in plan["seconds"].items()
+    ]
     fits = [f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None]
-    return [where, sources, needs, times, *fits]
+    return [
+        where,
+        table(("checkpoint", "from", "files", "GB", "GB to download"), sources),
+        table(("stage", "needs", "of", "GB at most", "for"), needs),
+        table(("stage", "about", "estimated by"), times),
+        *fits,
+    ]
 
 
 def _result_parts(result: dict[str, Any]) -> list[str | Table]:
@@ -144,11 +152,15 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
     offline, served = result["acceptance_offline"], result["acceptance_served"]
     if offline or served:
         drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
-        table = Table("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
-        for name in offline or served:
-            found = percent(offline.get(name)), percent(served.get(name))
-            table.add_row(name, *found, percent_interval(result["intervals_served"].get(name)))
-        parts.append(table)
+        columns = ("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
+        rows = [
+            (
+                *(name, percent(offline.get(name)), percent(served.get(name))),
+                percent_interval(result["intervals_served"].get(name)),
+            )
+            for name in offline or served
+        ]
+        parts.append(table(columns, rows))
     parts += [f"served, {line}" for line in drafting_lines(result)]
     for pair, (low, high) in result["acceptance_difference"].items():
         within = f"{100 * low:+.1f} to {100 * high:+.1f} points"
