@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,8 @@ def test_a_killed_comparison_keeps_its_turns_and_pairs_can_be_added(
     client.kill()
     client.wait()
     for pid in read_record(tmp_path / "record.json")["pids"]:
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     kept = {file: file.read_bytes() for file in folder.glob("*-1.json")}
     two = done(run(*words, "--pairs", 2))
     assert (two["pairs"], two["decode_tok_s"]["runs"]) == (2, 2 * 3)
