@@ -29,7 +29,7 @@ from mtp_graft.serving.memory import (
     weights_bytes,
     weights_bytes_per_rank,
 )
-from mtp_graft.serving.topology import named_gpus
+from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages import hub
 from mtp_graft.stages.fetch import Source, survey
 from mtp_graft.stages.splice import HEAD_SHARD, splice
@@ -196,7 +196,7 @@ def test_gpus_are_refused_where_vllm_would_not_start(
     recipe: Recipe,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "hardware_for", lambda _: named_gpus("H200", gpus))
+    monkeypatch.setattr(plan, "hardware_for", lambda _: named_hardware("H200", gpus))
     monkeypatch.setattr(plan, "find_gpus", lambda: [Gpu("NVIDIA H200", free * GB, 100 * GB)] * gpus)
     serve = replace(recipe.serve, tensor_parallel_size=2, extra_args=settings)
     ranks = 2 if stage == "bench" else 1
@@ -229,7 +229,7 @@ def test_the_real_model_is_refused_by_doctors_estimate(
     repo_root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hardware, full_size = named_gpus(gpu, count), flash()
+    hardware, full_size = named_hardware(gpu, count), flash()
     memory = hardware.memory_bytes
     base = {n: t for n, t in full_size.tensors.items() if not n.startswith(HEAD_PREFIX)}
     monkeypatch.setattr(device, "gpu_names", lambda: (gpu,) * count)

@@ -18,7 +18,7 @@ from mtp_graft.serving.command import (
 )
 from mtp_graft.serving.plan import Node, make_plan
 from mtp_graft.serving.profiles import SERVED_MODEL_NAMES
-from mtp_graft.serving.topology import named_gpus
+from mtp_graft.serving.topology import named_hardware
 
 from .conftest import edit_config, install, only_from
 
@@ -274,13 +274,13 @@ def test_the_installed_vllm_accepts_every_flag(grafted: Path, tiny_model: Path) 
     assert parsed.enable_prefix_caching is parsed.enable_chunked_prefill is False
     assert parsed.speculative_config == {"method": "mtp", "num_speculative_tokens": 1}
     options, vllm = ServeOptions(tiny_model / "base", max_model_len=4096), vllm_elsewhere()
-    cards = make_plan(options, "524k", named_gpus("RTX PRO 6000 Max-Q", 2))
+    cards = make_plan(options, "524k", named_hardware("RTX PRO 6000 Max-Q", 2))
     parsed = parse_with_vllm(build_command(cards.options, vllm))
     assert parsed.disable_custom_all_reduce is True
     assert parsed.gpu_memory_utilization == 0.93
     assert parsed.max_num_batched_tokens == 8192
     assert parsed.served_model_name == list(SERVED_MODEL_NAMES)
-    sparks = make_plan(options, "524k", named_gpus("GB10", 2), Node(1, "192.0.2.1"))
+    sparks = make_plan(options, "524k", named_hardware("GB10", 2), Node(1, "192.0.2.1"))
     parsed = parse_with_vllm(build_command(sparks.options, vllm))
     assert (parsed.nnodes, parsed.node_rank, parsed.master_addr) == (2, 1, "192.0.2.1")
     assert parsed.headless is True
