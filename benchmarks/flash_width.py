@@ -26,20 +26,10 @@ from layers import NUM_STORED
 from synthetic_flash import FLASH, write_upstream
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.quantization_config import (
-    ExpertFormat,
-    add_head,
-    base_quantization_config,
-)
-from mtp_graft.checkpoint.shards import (
-    INDEX_NAME,
-    read_index,
-    read_meta,
-    save_shard,
-    write_index,
-    write_json,
-)
+from mtp_graft.checkpoint.quantization_config import ExpertFormat, add_head
+from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index, save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.variants import Variant
@@ -52,6 +42,7 @@ TINY = FLASH | {
     "max_position_embeddings": 8192,
     "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 512},
 }
+TINY_CONFIG = Path(__file__).parents[1] / "models" / "tiny-dsv4" / "base" / "config.json"
 WIDTHS = {"flash": FLASH, "tiny": TINY}
 VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4"}
 #: Root mean square of a uniform code from -8 to 7, and of an FP8 byte as `fp8_bytes` draws it.
@@ -127,7 +118,7 @@ def link_base(shards: Path, base: Path, config: dict[str, Any], num_layers: int)
             os.link(shards / name, base / name)
         weight_map.update(dict.fromkeys(stored_shapes(config, number), name))
     write_json(base_config(config, num_layers), base / "config.json")
-    write_index(weight_map, sum(map(tensor_bytes, read_meta(base, weight_map).values())), base)
+    write_index(weight_map, total_size(base, weight_map), base)
 
 
 def link_spliced(base: Path, spliced: Path, out: Path, variant: str) -> None:
@@ -146,7 +137,7 @@ def link_spliced(base: Path, spliced: Path, out: Path, variant: str) -> None:
     write_json(config | {"quantization_config": added}, out / "config.json")
     head = {n: s for n, s in read_index(spliced).items() if s == HEAD_SHARD}
     weight_map = read_index(base) | head
-    write_index(weight_map, sum(map(tensor_bytes, read_meta(out, weight_map).values())), out)
+    write_index(weight_map, total_size(out, weight_map), out)
 
 
 def base_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
@@ -163,7 +154,7 @@ def base_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
         "eos_token_id": 1,
         "initializer_range": 0.02,
         "use_cache": True,
-        "quantization_config": base_quantization_config(),
+        "quantization_config": json.loads(TINY_CONFIG.read_text())["quantization_config"],
     }
 
 
@@ -274,8 +265,9 @@ def fp8_bytes(shape: tuple[int, ...], place: dict[str, Any]) -> Tensor:
     return (magnitude | sign).view(torch.float8_e4m3fn)
 
 
-def tensor_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def total_size(folder: Path, weight_map: dict[str, str]) -> int:
+    shards = sorted(set(weight_map.values()))
+    return sum(t.nbytes for shard in shards for t in Shard(folder / shard).meta.values())
 
 
 def sizes(config: dict[str, Any], layers: list[int]) -> str:

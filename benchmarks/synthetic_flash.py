@@ -19,12 +19,8 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_sequence
-from mtp_graft.checkpoint.shards import (
-    save_shard,
-    stream_shard,
-    write_index,
-    write_json,
-)
+from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.shards import save_shard, stream_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing

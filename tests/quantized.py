@@ -1,4 +1,7 @@
-"""A quantize stage's folder without quantizing: GPTQ's stand-ins are a coarser rounding."""
+"""Checkpoints by hand, and a quantize stage's folder without quantizing.
+
+GPTQ's stand-ins are a coarser rounding.
+"""
 
 import json
 from pathlib import Path
@@ -8,10 +11,25 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import variants
 from mtp_graft.quant import int4
 
 MATRICES = ("w1", "w2", "w3")
+TINY_CONFIG = Path(__file__).resolve().parents[1] / "models" / "tiny-dsv4" / "base" / "config.json"
+
+
+def tiny_quantization() -> dict[str, Any]:
+    """Return the bundled base's section, as those of W4A16-FP8 bases are."""
+    section: dict[str, Any] = json.loads(TINY_CONFIG.read_text())["quantization_config"]
+    return section
+
+
+def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write one shard and its index."""
+    save_shard(tensors, folder / "model.safetensors")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_index(dict.fromkeys(tensors, "model.safetensors"), size, folder)
 
 
 def stand_in(stem: str, weight: Tensor) -> dict[str, Tensor]:

@@ -69,14 +69,12 @@ def test_stored_layers_stand_for_all_others_of_their_kind() -> None:
 
 def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> None:
     """The tiny model's own config must give exactly the bundled base's tensors."""
-    from mtp_graft.checkpoint.shards import read_index, read_meta
+    from mtp_graft.checkpoint.shards import read_meta
 
     flash_width = load("flash_width")
     base = tiny_model / "base"
     config = json.loads((base / "config.json").read_text())
-    wanted = {
-        name: (tuple(t.shape), t.dtype) for name, t in read_meta(base, read_index(base)).items()
-    }
+    wanted = {name: (tuple(t.shape), t.dtype) for name, t in read_meta(base).items()}
     made: dict[str, Any] = {}
     for layer in range(-1, config["num_hidden_layers"]):
         made |= flash_width.stored_shapes(config, layer)

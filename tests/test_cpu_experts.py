@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 
 import references
-from mtp_graft.checkpoint.quantization_config import add_head, base_quantization_config
+from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
 from mtp_graft.vllm_plugin.cpu import experts as plugin
@@ -32,6 +32,7 @@ from mtp_graft.vllm_plugin.cpu.experts import (
     clamped_pairs,
     prompts_apart,
 )
+from quantized import tiny_quantization
 from vllm_layers import LIMIT, load_expert, one_rank_group, routed_experts
 
 pytestmark = pytest.mark.vllm
@@ -206,7 +207,7 @@ def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tenso
 
 
 def config_for(variant: str) -> CompressedTensorsConfig:
-    config = base_quantization_config()
+    config = tiny_quantization()
     if variant != "int4":
         config = add_head(config, 4, variant, "base")  # type: ignore[arg-type]
     return dequantize_on_load(CompressedTensorsConfig.from_config(config))

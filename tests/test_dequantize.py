@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
-from mtp_graft.checkpoint.quantization_config import add_head, base_quantization_config
+from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block
 from mtp_graft.vllm_plugin.cpu.dequantize import (
@@ -35,6 +35,7 @@ from mtp_graft.vllm_plugin.cpu.dequantize import (
 )
 from mtp_graft.vllm_plugin.cpu.experts import BF16Experts, Int4Experts, MXFP4Experts
 from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
+from quantized import tiny_quantization
 from references import decode_fp8_blocks
 from vllm_layers import one_rank_group, routed_experts
 
@@ -51,7 +52,7 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def parsed(config: dict[str, Any] | None = None) -> CompressedTensorsConfig:
-    config = base_quantization_config() if config is None else config
+    config = tiny_quantization() if config is None else config
     result = CompressedTensorsConfig.from_config(copy.deepcopy(config))
     result.packed_modules_mapping = FUSED
     return result
@@ -113,7 +114,7 @@ def test_linears_get_the_method_of_their_group() -> None:
 
 
 def test_heads_projections_are_fp8_where_the_config_says_so() -> None:
-    with_head = add_head(base_quantization_config(), 4, "int4", "base")
+    with_head = add_head(tiny_quantization(), 4, "int4", "base")
     config = dequantize_on_load(parsed(with_head))
     assert type(linear(config, "e_proj").quant_method) is FP8BlockLinear
     assert type(linear(config, "h_proj").quant_method) is FP8BlockLinear
@@ -124,7 +125,7 @@ def test_heads_projections_are_fp8_where_the_config_says_so() -> None:
     [("int4", Int4Experts), ("mxfp4", MXFP4Experts), ("bf16", BF16Experts)],
 )
 def test_experts_get_the_method_of_their_group(head: Any, expected: type) -> None:
-    settings = add_head(base_quantization_config(), 4, head, "base")
+    settings = add_head(tiny_quantization(), 4, head, "base")
     config = dequantize_on_load(parsed(settings))
     of_head = routed_experts(config, f"{LAYER}.ffn.experts", 2, 128, 128)
     assert type(of_head.quant_method) is expected
@@ -134,7 +135,7 @@ def test_experts_get_the_method_of_their_group(head: Any, expected: type) -> Non
 
 
 def changed(group: str, **weights: Any) -> CompressedTensorsConfig:
-    settings = copy.deepcopy(base_quantization_config())
+    settings = copy.deepcopy(tiny_quantization())
     settings["config_groups"][group]["weights"] |= weights
     return dequantize_on_load(parsed(settings))
 
@@ -157,7 +158,7 @@ def test_other_expert_schemes_are_refused_by_name(weights: dict[str, Any]) -> No
 
 def test_an_expert_in_two_groups_is_refused() -> None:
     """As with an unanchored `re:.*e_proj`, which matches gate_proj and no other matrix."""
-    settings = base_quantization_config()
+    settings = tiny_quantization()
     fp8 = {**settings["config_groups"]["group_0"], "targets": ["re:.*e_proj"]}
     settings["config_groups"] = {"first": fp8, **settings["config_groups"]}
     config = dequantize_on_load(parsed(settings))

@@ -13,7 +13,9 @@ from huggingface_hub import constants
 from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import find_bundled_recipe, plan_run, run_stage
+from mtp_graft.pipeline import find_bundled_recipe
+from mtp_graft.pipeline.plan import plan_run
+from mtp_graft.pipeline.run import run_stage
 from mtp_graft.recipe import ModelSection, Recipe, load_recipe
 from mtp_graft.stages import fetch as stage
 from mtp_graft.stages import hub as hub_stage

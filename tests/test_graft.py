@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
 from mtp_graft import cli
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, find_spliced
 from mtp_graft.checkpoint.shards import load_tensors
-from mtp_graft.checkpoint.spliced import HEAD_SHARD, find_spliced
 from mtp_graft.stages.publish import plan_publication
 from mtp_graft.stages.splice import splice
 from quantized import write_quantized

@@ -11,13 +11,13 @@ from torch import nn
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
-    base_quantization_config,
     check_head,
     int4_group_size,
     scheme_of,
 )
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears
+from quantized import tiny_quantization
 from serving.flash import CONFIG
 
 EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
@@ -47,7 +47,7 @@ def linears(request: pytest.FixtureRequest) -> Linears:
 
 @pytest.fixture
 def config(experts: ExpertFormat, linears: Linears) -> dict[str, Any]:
-    return add_head(base_quantization_config(), 4, experts, linears)
+    return add_head(tiny_quantization(), 4, experts, linears)
 
 
 def expected_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
@@ -97,12 +97,12 @@ def test_vllm_finds_the_same_schemes(case: str) -> None:
     )
     from vllm.models.deepseek_v4.cpu.model import _make_deepseek_v4_weights_mapper
 
-    config = add_head(base_quantization_config(), 4, "int4", "fp8")
+    config = add_head(tiny_quantization(), 4, "int4", "fp8")
     if case == "published":
         config = add_head(CONFIG["quantization_config"], 4, "mxfp4", "base")
     elif case != "ours":
         targets, ignore = WRITTEN_BY_OTHERS[case]
-        config = base_quantization_config()
+        config = tiny_quantization()
         for key, patterns in targets.items():
             config["config_groups"][key]["targets"] = patterns
         config["ignore"] += ignore
@@ -127,7 +127,7 @@ def test_the_bundled_base_carries_the_config_of_a_base_which_a_head_leaves_as_it
 ) -> None:
     config = json.loads((tiny_model / "base" / "config.json").read_text())["quantization_config"]
     add_head(config, 4, experts, "bf16")
-    assert config == base_quantization_config()
+    assert config == tiny_quantization()
 
 
 @pytest.mark.parametrize(
@@ -144,20 +144,20 @@ def test_the_bundled_base_carries_the_config_of_a_base_which_a_head_leaves_as_it
 def test_a_base_whose_section_takes_the_head_elsewhere_is_refused(
     change: Any, message: str
 ) -> None:
-    config = add_head(base_quantization_config(), 4, "int4", "base")
+    config = add_head(tiny_quantization(), 4, "int4", "base")
     change(config)
     with pytest.raises(GraftError, match=message):
         check_head(config, 4, "int4", "base")
 
 
 def test_what_may_be_null_may_be_null() -> None:
-    config = base_quantization_config() | {"ignore": None, "format": "pack-quantized"}
+    config = tiny_quantization() | {"ignore": None, "format": "pack-quantized"}
     config["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
     check_head(add_head(config, 4, "int4", "base"), 4, "int4", "base")
 
 
 def test_the_int4_group_size_has_to_be_one() -> None:
-    config = base_quantization_config()
+    config = tiny_quantization()
     assert int4_group_size(config) == 128
     del config["config_groups"]["group_1"]
     with pytest.raises(GraftError, match="has 0 INT4 group sizes"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
-from mtp_graft.checkpoint.shards import load_tensors, num_bytes, save_checkpoint
+from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import VARIANTS, decode_head, is_expert, store_head
 from mtp_graft.errors import GraftError
@@ -28,6 +28,7 @@ from mtp_graft.quant.gptq import gptq
 from mtp_graft.recipe import QuantizeSection
 from mtp_graft.stages import replay
 from mtp_graft.stages.quantize import quantize
+from quantized import write_checkpoint
 from references import unpack_int4
 from synthetic_capture import random_sequences, write_capture
 
@@ -171,7 +172,7 @@ def test_report_has_sizes_token_counts_and_errors(done: Path, upstream: dict[str
     assert variants["mxfp4"]["rel_error"] == variants["bf16"]["rel_error"] == 0.0
     for variant in VARIANTS:
         head = store_head(upstream, variant, stored_experts(done))
-        assert variants[variant]["bytes"] == sum(map(num_bytes, head.values())), variant
+        assert variants[variant]["bytes"] == sum(t.nbytes for t in head.values()), variant
         errors = report["rel_errors"][variant]
         assert {m: len(errors[m]) for m in errors} == dict.fromkeys(("w1", "w2", "w3"), 64)
         mean = sum(map(sum, errors.values())) / (3 * NUM_EXPERTS)
@@ -321,7 +322,7 @@ def test_an_input_that_no_token_used_is_counted(
     """Upstream's norm before the experts silences one input."""
     norm = upstream["mtp.0.ffn_norm.weight"].clone()
     norm[7] = 0
-    save_checkpoint({**upstream, "mtp.0.ffn_norm.weight": norm}, tmp_path, 2**30)
+    write_checkpoint({**upstream, "mtp.0.ffn_norm.weight": norm}, tmp_path)
     report = run(tmp_path / "q", upstream=tmp_path)
     assert report["inputs_never_seen"] == {"w1": NUM_EXPERTS, "w2": 0, "w3": NUM_EXPERTS}
 
@@ -385,7 +386,7 @@ def test_an_upstream_of_another_shape_is_refused_by_name(
     module = f"{EXPERT}5.w3"
     names = (f"{module}.weight", f"{module}.scale")
     cut = {name: upstream[name][:128].clone() for name in names}
-    save_checkpoint({**upstream, **cut}, tmp_path, 2**30)
+    write_checkpoint({**upstream, **cut}, tmp_path)
     with pytest.raises(GraftError, match=rf"{module}\.weight: is \[128, 256\], expected \[256, 2"):
         run(tmp_path / "q", upstream=tmp_path)
 

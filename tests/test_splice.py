@@ -18,15 +18,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mtp_graft.checkpoint import shards
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, MANIFEST_TEXT_NAME, RECIPE_NAME
+from mtp_graft.checkpoint import files, shards
+from mtp_graft.checkpoint.quant_manifest import (
+    HEAD_SHARD,
+    MANIFEST_NAME,
+    MANIFEST_TEXT_NAME,
+    RECIPE_NAME,
+)
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.checkpoint.shards import load_tensors, save_shard
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.errors import GraftError
 from mtp_graft.stages import splice as stage
 from mtp_graft.stages.splice import Variant, splice
-from quantized import write_quantized
+from quantized import write_checkpoint, write_quantized
 from references import decode_int4, decode_mxfp4
 
 INDEX = "model.safetensors.index.json"
@@ -209,7 +213,7 @@ def keep_only(names: list[str]) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         for path in folder.glob("*.safetensors"):
             path.unlink()
-        shards.save_checkpoint({name: torch.zeros(2) for name in names}, folder, 2**30)
+        write_checkpoint({name: torch.zeros(2) for name in names}, folder)
 
     return change
 
@@ -220,7 +224,7 @@ def set_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path
         change(tensors)
         for path in folder.glob("*.safetensors"):
             path.unlink()
-        shards.save_checkpoint(tensors, folder, 2**30)
+        write_checkpoint(tensors, folder)
 
     return rewrite
 
@@ -346,8 +350,8 @@ def test_gptq_needs_the_experts_of_a_quantize_stage_with_the_bases_groups(
         splice(base, upstream, tmp_path / "out", "gptq", quantized=tmp_path / "empty")
     other = shutil.copytree(quantized, tmp_path / "quantize")
     path = sorted((other / "gptq").iterdir())[0]
-    with shards.open_shard(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with shards.Shard(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.meta}
     name = "mtp.0.ffn.experts.3.w1.weight_scale"
     tensors[name] = tensors[name].repeat_interleave(2, dim=1)
     save_file(tensors, path)
@@ -391,7 +395,7 @@ def test_too_little_room_is_found_before_writing(
 @pytest.mark.parametrize(
     ("owner", "function", "message"),
     [
-        (shards.os, "fsync", r"model-mtp-w4a16\.safetensors: the disk is full; 8,212,840 bytes"),
+        (files.os, "fsync", r"model-mtp-w4a16\.safetensors: the disk is full"),
         (stage.os, "link", r"out: the disk is full"),
         (stage, "write_json", r"out: the disk is full"),
     ],

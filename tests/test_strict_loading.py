@@ -20,10 +20,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from mtp_graft.checkpoint.quantization_config import base_quantization_config
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.strict_loading import load_strictly
+from quantized import tiny_quantization
 from vllm_layers import load_expert, one_rank_group, routed_experts
 
 pytestmark = pytest.mark.vllm
@@ -208,7 +208,7 @@ def test_a_merged_linear_needs_every_part() -> None:
 
 
 def experts_model() -> nn.ModuleDict:
-    config = CompressedTensorsConfig.from_config(base_quantization_config())
+    config = CompressedTensorsConfig.from_config(tiny_quantization())
     prefix = "model.layers.0.ffn.experts"
     return nn.ModuleDict(
         {"experts": routed_experts(dequantize_on_load(config), prefix, 3, 128, 128)}

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
 from mtp_graft.checkpoint.shards import load_tensors
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
 from mtp_graft.dsv4.variants import VARIANTS, Linears, Variant
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.splice import splice

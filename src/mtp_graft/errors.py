@@ -32,6 +32,8 @@ def in_words(error: Exception) -> str:
             return "not text in UTF-8"
         case ValidationError():
             first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                return f"not JSON: {first['ctx']['error'].lower()}"
             place = ".".join(map(str, first["loc"]))
             return f"{place}: {first['msg'].lower()}" if place else first["msg"].lower()
         case OSError():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mtp_graft.checkpoint.quantization_config import add_head
-from mtp_graft.checkpoint.shards import read_index, read_meta
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.memory import weights_bytes
 
@@ -47,7 +47,7 @@ def cached_weights(folder: Path, tp: int, *, decoded: bool = False) -> int:
 
 @cache
 def _headers(folder: Path) -> dict[str, torch.Tensor]:
-    return read_meta(folder, read_index(folder))
+    return read_meta(folder)
 
 
 @cache

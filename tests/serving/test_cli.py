@@ -9,7 +9,8 @@ import pytest
 
 from mtp_graft import cli, pipeline
 from mtp_graft.bench.decode import Report
-from mtp_graft.pipeline.plan import check_run
+from mtp_graft.pipeline import plan
+from mtp_graft.pipeline import run as stages
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
 
@@ -231,7 +232,7 @@ def recipe(tmp_path: Path, base: Path, prompts_file: Path, monkeypatch: pytest.M
     (tmp_path / "upstream").mkdir()
     config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
     (base / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(pipeline.run, "check_run", lambda *_: None)
+    monkeypatch.setattr(stages, "check_run", lambda *_: None)
     file = tmp_path / "some.toml"
     file.write_text(RECIPE)
     return file
@@ -252,7 +253,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         page.touch()
         return {**RESULT, "checkpoint": str(tmp_path / "nowhere"), "report": str(page)}
 
-    monkeypatch.setattr(pipeline, "run_pipeline", run_pipeline)
+    monkeypatch.setattr(stages, "run_pipeline", run_pipeline)
     return calls
 
 
@@ -398,7 +399,7 @@ def test_a_stage_has_its_own_command_and_result(run: Run, recipe: Path, tmp_path
 def test_inputs_that_do_not_fit_are_one_message(
     run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline.run, "check_run", check_run)
+    monkeypatch.setattr(stages, "check_run", plan.check_run)
     status, out, errors = run("fetch", recipe, "--run", tmp_path / "run")
     assert (status, out, errors.count("error: ")) == (1, "", 1)
     assert "upstream: has no model.safetensors.index.json; expected a whole" in errors

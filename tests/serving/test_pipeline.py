@@ -17,7 +17,8 @@ from mtp_graft import pipeline
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import STAGES, choose_stages, device, run_pipeline, run_stage
+from mtp_graft.pipeline import STAGES, device
+from mtp_graft.pipeline.run import choose_stages, run_pipeline, run_stage
 from mtp_graft.recipe import load_recipe
 from mtp_graft.serving import command, server
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
@@ -79,7 +80,6 @@ class StandIns:
     """Stages that write what the pipeline reads, once; and what was done, in order."""
 
     done: list[str] = field(default_factory=list)
-    apart: list[str] = field(default_factory=list)  # stages in a process of their own
     missing: list[str] = field(default_factory=list)  # what verify says is missing
     refused: str | None = None  # what is wrong with the inputs
 
@@ -98,7 +98,6 @@ class StandIns:
         return self._finish("score", out, {"acceptance": dict.fromkeys(variants, each)})
 
     def run_in_process(self, stage: Callable[..., Any], *inputs: Any, report: Any) -> Any:
-        self.apart.append(stage.__name__)
         return stage(*inputs, report)
 
     def _finish(self, stage: str, out: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +172,7 @@ def servers(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Serve
                 servers.running -= 1
 
     monkeypatch.setattr(server, "POLL_S", 0.05)
-    monkeypatch.setattr(pipeline.servers, "managed_server", managed)
+    monkeypatch.setattr(pipeline.bench, "managed_server", managed)
     return servers
 
 
@@ -201,12 +200,16 @@ def run(recipe: Path, folder: Path, stages: StandIns, servers: Servers) -> Run:
     return call
 
 
-def files_under(*folders: Path) -> dict[Path, int]:
-    return {p: p.stat().st_mtime_ns for f in folders for p in f.rglob("*") if p.is_file()}
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def written(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_base_is_captured_and_measured_and_then_every_variant(
-    run: Run, stages: StandIns, servers: Servers, folder: Path
+    run: Run, stages: StandIns, servers: Servers, recipe: Path, folder: Path
 ) -> None:
     result = run()
     assert servers.started == [CAPTURE, GPTQ, RTN]
@@ -227,8 +230,14 @@ def test_the_base_is_captured_and_measured_and_then_every_variant(
     assert result["checkpoint"] == str(folder / "splice" / GPTQ / "tiny-mtp")
     assert result["report"] is None
     for variant in (GPTQ, RTN):
-        verified = json.loads((folder / "verify" / f"{variant}.json").read_text())
-        assert verified["loaded_in_vllm"] is True
+        assert read(folder / "verify" / f"{variant}.json")["loaded_in_vllm"] is True
+
+    page = run_pipeline(load_recipe(recipe), folder, quiet, ["report"])["report"]
+    assert "tiny-mtp" in Path(page).read_text() and "66.7 %" in Path(page).read_text()
+    for stage in ("capture", "splice", "verify", "bench", "report"):
+        manifest = read(folder / stage / "manifest.json")
+        assert (manifest["stage"], manifest["status"]) == (stage, "done")
+        assert manifest["seconds"] > 0
 
 
 def test_no_server_runs_and_no_other_run_begins_while_the_head_is_quantized(
@@ -304,15 +313,15 @@ def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
         servers.settings[name] = {"record": str(file)}
     run("serve.tensor_parallel_size=2")
     for name, file in records.items():
-        started = json.loads(file.read_text())
+        started = read(file)
         assert "--disable-custom-all-reduce" in started["argv"], name
         assert started["argv"][-2:] == ["--seed", "7"], "the recipe's come last, and win"
         assert started["env"]["NCCL_P2P_DISABLE"] == "1"
     assert servers.options.keys() == {CAPTURE, BASE, GPTQ, RTN}
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("serving: ")]
     assert told and len(set(told)) == len(told), "each once"
-    manifest = json.loads((folder / "bench" / "manifest.json").read_text())
-    assert {f"serving: {text}" for text in manifest["config"]["adjusted"]} == set(told)
+    adjusted = read(folder / "bench" / "decode.json")["adjusted"]
+    assert {f"serving: {text}" for text in adjusted} == set(told)
 
 
 @pytest.mark.parametrize(
@@ -332,70 +341,81 @@ def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answe
     rows = [{"id": f"p{n}", "text": text} for n, text in texts]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(*settings, f"bench.prompts={source}", "bench.count=1")
-    prompts = json.loads((folder / "bench" / "base.json").read_text())["prompts"]
-    assert [*prompts] == [timed]
+    assert [*read(folder / "bench" / "base.json")["prompts"]] == [timed]
 
 
 def test_as_many_evaluation_texts_are_served_as_the_recipe_says(run: Run, folder: Path) -> None:
     run("bench.acceptance_count=1")
     for variant in (GPTQ, RTN):
-        served = json.loads((folder / "bench" / f"served-{variant}.json").read_text())
+        served = read(folder / "bench" / f"served-{variant}.json")
         assert [text["id"] for text in served["sequences"]] == ["p3"]
 
 
-def test_a_finished_run_is_told_again_without_a_server(
+def test_a_finished_run_is_told_again_and_only_a_new_head_is_measured_again(
     run: Run, stages: StandIns, servers: Servers, folder: Path
 ) -> None:
     first = run()
-    captured = files_under(folder / "capture", folder / "quantize", folder / "score")
+    kept = [written(folder / stage) for stage in ("capture", "quantize", "score")]
     second = run()
     assert servers.started == []
     assert [step for step in stages.done if not step.startswith("verify")] == []
-    assert captured == files_under(folder / "capture", folder / "quantize", folder / "score")
+    assert kept == [written(folder / stage) for stage in ("capture", "quantize", "score")]
     assert {**first, "seconds": None} == {**second, "seconds": None}
     assert all(second["seconds"][stage] >= first["seconds"][stage] for stage in MEASURED)
-    verified = json.loads((folder / "verify" / "gptq.json").read_text())
-    assert verified["loaded_in_vllm"] is True, "verifying again forgets that it was served"
+    loaded = read(folder / "verify" / "gptq.json")["loaded_in_vllm"]
+    assert loaded is True, "verifying again forgets that it was served"
 
-
-def test_every_stage_leaves_a_manifest_and_the_report_its_page(
-    run: Run, recipe: Path, folder: Path
-) -> None:
+    (folder / "splice" / RTN / "tiny-mtp" / HEAD_SHARD).write_text("another head")
     run()
-    result = run_pipeline(load_recipe(recipe), folder, quiet, ["report"])
-    page = Path(result["report"]).read_text()
-    assert "tiny-mtp" in page and "66.7 %" in page
-    for stage in ("capture", "splice", "verify", "bench", "report"):
-        manifest = json.loads((folder / stage / "manifest.json").read_text())
-        assert (manifest["stage"], manifest["status"]) == (stage, "done")
-        assert manifest["seconds"] > 0
+    assert servers.started == [RTN]
 
 
-def test_stages_apart_give_what_the_whole_run_gives(
-    run: Run, servers: Servers, folder: Path
+def test_stages_apart_give_what_the_whole_run_gives_and_each_its_own_result(
+    run: Run,
+    recipe: Path,
+    servers: Servers,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = run()
+    whole, loaded = run(), load_recipe(recipe)
     shutil.rmtree(folder)
-    for stage in MEASURED:
-        apart = run(only=stage)
-        assert servers.started == {"capture": [CAPTURE], "bench": [BASE, GPTQ, RTN]}.get(stage, [])
+    results = {stage: run_stage(loaded, folder, stage, quiet) for stage in ("fetch", "capture")}
+
+    def nothing_installed(name: str) -> None:
+        raise command.PackageNotFoundError(name)
+
+    with monkeypatch.context() as without_vllm:
+        without_vllm.setattr(command, "distribution", nothing_installed)
+        for stage in ("quantize", "score", "splice", "verify"):
+            results[stage] = run_stage(loaded, folder, stage, quiet)
+        with pytest.raises(GraftError, match=r"[Vv]LLM"):
+            run(only="bench")
     timing = {"seconds": None, "decode_tok_s": None}
-    assert {**apart, **timing} == {**whole, **timing}
+    assert {**run(only="bench"), **timing} == {**whole, **timing}
+    assert servers.started == [BASE, GPTQ, RTN]
+
+    assert results["fetch"]["base"] == str(recipe.parent / "base")
+    assert results["fetch"]["model"] == asdict(loaded.model)
+    assert results["capture"]["splits"] == {"calibration": 3, "evaluation": 2}
+    assert results["quantize"]["group_size"] == 128
+    assert results["score"]["acceptance"]["gptq"]["top1"] == 0.5
+    assert results["splice"]["variant"] == "gptq"
+    assert results["splice"]["checkpoint"] == str(folder / "splice" / "gptq" / "tiny-mtp")
+    assert results["verify"]["ok"] is True and results["verify"]["variant"] == "gptq"
 
 
 def test_from_a_stage_on_everything_is_removed_and_done_anew(
     run: Run, stages: StandIns, servers: Servers, folder: Path
 ) -> None:
     first = run()
-    kept = files_under(folder / "capture", folder / "quantize")
-    later = ("score", "splice", "verify", "bench")
-    for stage in later:
+    kept = [written(folder / stage) for stage in ("capture", "quantize")]
+    for stage in ("score", "splice", "verify", "bench"):
         (folder / stage / "stray").touch()
-    about = json.loads((folder / "run.json").read_text())
+    about = read(folder / "run.json")
     about["seconds"]["score"] = 1e6
     (folder / "run.json").write_text(json.dumps(about))
     second = run(start="score")
-    assert files_under(folder / "capture", folder / "quantize") == kept
+    assert [written(folder / stage) for stage in ("capture", "quantize")] == kept
     assert not list(folder.rglob("stray"))
     assert stages.done[:3] == ["score", "splice gptq", "splice rtn"]
     assert servers.started == [BASE, GPTQ, RTN]
@@ -404,26 +424,19 @@ def test_from_a_stage_on_everything_is_removed_and_done_anew(
     assert second["acceptance"] == first["acceptance"]
 
 
-@pytest.mark.parametrize(
-    ("stage", "finished", "needed"),
-    [
-        ("quantize", (), "capture"),
-        ("score", (), "capture"),
-        ("score", ("capture",), "quantize"),
-        ("splice", ("capture",), "quantize"),
-        ("verify", ("capture", "quantize"), "splice"),
-        ("bench", (), "capture"),
-        ("bench", ("capture", "quantize"), "splice"),
-    ],
-)
-def test_a_stage_before_its_time_names_the_one_to_run_first(
-    stage: str, finished: tuple[str, ...], needed: str, run: Run, servers: Servers
-) -> None:
-    for earlier in finished:
-        run(only=earlier)
-    with pytest.raises(GraftError, match=rf"/{needed}: not finished; run `mtp-graft {needed}` f"):
-        run(only=stage)
-    assert servers.started == [], "it is said before anything is served"
+def test_a_stage_before_its_time_names_the_one_to_run_first(run: Run, servers: Servers) -> None:
+    for stage, needed in (
+        *(("quantize", "capture"), ("score", "capture"), ("bench", "capture"), ("capture", None)),
+        *(("score", "quantize"), ("splice", "quantize"), ("quantize", None)),
+        *(("verify", "splice"), ("bench", "splice")),
+    ):
+        if needed is None:
+            run(only=stage)
+            continue
+        message = rf"/{needed}: not finished; run `mtp-graft {needed}` f"
+        with pytest.raises(GraftError, match=message):
+            run(only=stage)
+        assert servers.started == [], "it is said before anything is served"
 
 
 @pytest.mark.parametrize("stage", ["fetch", "capture"])
@@ -436,17 +449,23 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_served(
     assert servers.started == []
 
 
-def test_a_result_that_was_cut_off_is_one_error(run: Run, servers: Servers, folder: Path) -> None:
+def test_what_was_measured_is_neither_mixed_with_other_settings_nor_read_when_damaged(
+    run: Run, servers: Servers, folder: Path
+) -> None:
     run()
-    (folder / "bench" / "base.json").write_text('{"prompts": [')
-    with pytest.raises(
-        GraftError, match=r"bench/base\.json: not a result .not JSON.*; remove it and run again"
+    for changed, message in (
+        (["bench.max_tokens=16"], r"bench: was begun with bench\.max_tokens = 8, now it is"),
+        (["capture.new_tokens=7"], r"capture: was begun with new_tokens = 6, now it is 7"),
+        ([], r"bench/base\.json: not a result .not JSON.*; remove it and run again"),
     ):
-        run()
-    assert servers.started == []
+        if not changed:
+            (folder / "bench" / "base.json").write_text('{"prompts": [')
+        with pytest.raises(GraftError, match=message):
+            run(*changed)
+        assert servers.started == []
 
 
-def test_a_base_server_that_dies_while_capturing_says_why_and_the_next_run_goes_on(
+def test_a_server_that_dies_is_one_error_and_what_was_finished_is_kept(
     run: Run, servers: Servers, folder: Path
 ) -> None:
     servers.settings[CAPTURE] = {"dies_at": 4}  # the probe, two texts, and then
@@ -454,46 +473,17 @@ def test_a_base_server_that_dies_while_capturing_says_why_and_the_next_run_goes_
         run()
     kept = read_texts(folder / "capture")
     assert len(kept) == 2
-    servers.settings.clear()
-    run()
-    assert read_texts(folder / "capture")[:2] == kept
-    assert servers.started == [CAPTURE, GPTQ, RTN]
-
-
-def test_a_variant_that_does_not_load_is_one_error_and_the_rest_is_kept(
-    run: Run, servers: Servers, folder: Path
-) -> None:
-    servers.settings[RTN] = {"mode": "dies"}
+    servers.settings = {RTN: {"mode": "dies"}}
     with pytest.raises(GraftError, match=r"splice/rtn/tiny-mtp: vLLM ended .*vllm-rtn\.log"):
         run()
-    loaded = [
-        json.loads((folder / "verify" / f"{v}.json").read_text())["loaded_in_vllm"]
-        for v in (GPTQ, RTN)
-    ]
+    assert read_texts(folder / "capture")[:2] == kept
+    loaded = [read(folder / "verify" / f"{v}.json")["loaded_in_vllm"] for v in (GPTQ, RTN)]
     assert loaded == [True, None]
     assert not (folder / "bench" / "manifest.json").exists()
     servers.settings.clear()
     result = run()
     assert servers.started == [RTN], "the base and gptq were measured before"
     assert result["acceptance_served"].keys() == {GPTQ, RTN}
-
-
-def test_a_head_that_is_another_one_now_is_measured_again(
-    run: Run, servers: Servers, folder: Path
-) -> None:
-    run()
-    (folder / "splice" / RTN / "tiny-mtp" / HEAD_SHARD).write_text("another head")
-    run()
-    assert servers.started == [RTN]
-
-
-def test_what_changes_the_measurements_is_not_mixed_in(run: Run, servers: Servers) -> None:
-    run()
-    with pytest.raises(GraftError, match=r"bench: was begun with bench\.max_tokens = 8, now it is"):
-        run("bench.max_tokens=16")
-    with pytest.raises(GraftError, match=r"capture: was begun with new_tokens = 6, now it is 7"):
-        run("capture.new_tokens=7")
-    assert servers.started == []
 
 
 def test_a_failed_verification_ends_the_run_with_the_tensors_name(
@@ -505,29 +495,7 @@ def test_a_failed_verification_ends_the_run_with_the_tensors_name(
         run()
     assert servers.started == [CAPTURE]
     assert not (folder / "verify" / "manifest.json").exists()
-    assert json.loads((folder / "verify" / "gptq.json").read_text())["missing"] == stages.missing
-
-
-def test_a_base_that_changed_since_it_was_captured_is_not_verified(
-    run: Run, recipe: Path, folder: Path
-) -> None:
-    for stage in ("capture", "quantize", "splice", "verify"):
-        run(only=stage)
-    found = json.loads((folder / "verify" / "gptq.json").read_text())
-    assert found["ok"] and found["base_as_captured"] is True
-    (recipe.parent / "base" / "model-1.safetensors").write_bytes(b"other values")
-    with pytest.raises(GraftError, match="the base is not the one that it was spliced from"):
-        run(only="verify")
-
-
-def test_stages_that_use_a_gpu_run_in_a_process_of_their_own(
-    run: Run, stages: StandIns, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run()
-    assert stages.apart == [], "a process takes seconds to start, and a CPU's memory is not vLLM's"
-    monkeypatch.setattr(device, "gpu_names", lambda: ("NVIDIA H200",))
-    run("score.device=cpu", start="quantize")
-    assert stages.apart == ["quantize"]
+    assert read(folder / "verify" / "gptq.json")["missing"] == stages.missing
 
 
 def test_this_process_leaves_cuda_to_others(
@@ -550,40 +518,3 @@ def test_this_process_leaves_cuda_to_others(
     for stage in ("quantize", "score"):
         _, pid = (folder / stage / "done by").read_text().split()
         assert int(pid) != os.getpid()
-
-
-def test_stages_that_need_no_vllm_run_without_it(
-    run: Run, recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(only="capture")
-
-    def nothing_installed(name: str) -> None:
-        raise command.PackageNotFoundError(name)
-
-    monkeypatch.setattr(command, "distribution", nothing_installed)
-    for stage in ("quantize", "score", "splice", "verify"):
-        run(only=stage)
-        assert (folder / stage / "manifest.json").exists()
-    with pytest.raises(GraftError, match=r"[Vv]LLM"):
-        run(only="bench")
-
-
-def test_one_stage_returns_its_own_result(run: Run, recipe: Path, folder: Path) -> None:
-    loaded = load_recipe(recipe)
-    results = {
-        stage: run_stage(loaded, folder, stage, quiet)
-        for stage in ("fetch", "capture", "quantize", "score", "splice", "verify")
-    }
-    assert results["fetch"] == {
-        "base": str(recipe.parent / "base"),
-        "upstream": str(recipe.parent / "upstream"),
-        "base_commit": None,
-        "upstream_commit": None,
-        "model": asdict(loaded.model),
-    }
-    assert results["capture"]["splits"] == {"calibration": 3, "evaluation": 2}
-    assert results["quantize"]["group_size"] == 128
-    assert results["score"]["acceptance"]["gptq"]["top1"] == 0.5
-    assert results["splice"]["variant"] == "gptq"
-    assert results["splice"]["checkpoint"] == str(folder / "splice" / "gptq" / "tiny-mtp")
-    assert results["verify"]["ok"] is True and results["verify"]["variant"] == "gptq"

@@ -9,17 +9,41 @@ import sys
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
-from mtp_graft.checkpoint.quantization_config import base_quantization_config
-from mtp_graft.checkpoint.shards import save_checkpoint, save_shard, write_index, write_json
+from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.quantization_config import EXPERT_MATRIX, FP8_BLOCK
+from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.quant import fp8_block, int4, mxfp4
 
 MAX_SHARD_BYTES = 15 * 2**20
 UPSTREAM_SHARD = "model-00002-of-00002.safetensors"
+INT4_WEIGHTS = {
+    **{"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True, "dynamic": False},
+    "group_size": 128,
+}
+#: FP8 attention linears, INT4 routed experts.
+QUANTIZATION = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "quantization_status": "compressed",
+    "config_groups": {
+        "group_0": {
+            "targets": [r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$", r"re:.*\.indexer\.wq_b$"],
+            **FP8_BLOCK,
+        },
+        "group_1": {
+            "targets": [rf"re:.*\.ffn\.experts\.\d+\.{EXPERT_MATRIX}$"],
+            "format": "pack-quantized",
+            "weights": INT4_WEIGHTS,
+        },
+    },
+    "ignore": ["lm_head", "head"],
+}
 
 
 def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -63,8 +87,8 @@ def export(base: dict[str, Tensor], head: dict[str, Tensor], config: Path, out: 
     stored: dict[str, Tensor] = {}
     for name, weight in names.base_from_transformers(base).items():
         stored.update(base_tensors(name, weight))
-    save_checkpoint(stored, out / "base", MAX_SHARD_BYTES)
-    quantized = {**settings, "quantization_config": base_quantization_config()}
+    save_torch_state_dict(stored, out / "base", max_shard_size=MAX_SHARD_BYTES)
+    quantized = {**settings, "quantization_config": QUANTIZATION}
     write_json(quantized, out / "base" / "config.json")
 
     upstream: dict[str, Tensor] = {}

@@ -11,9 +11,9 @@ from mtp_graft.bench import charts
 from mtp_graft.bench.card_data import collect_results
 from mtp_graft.bench.page import as_markdown, number, percent, render
 from mtp_graft.bench.report import decode_bars
+from mtp_graft.checkpoint.files import write_json, write_text
 from mtp_graft.checkpoint.manifest import read_result
-from mtp_graft.checkpoint.shards import write_json, write_text
-from mtp_graft.checkpoint.spliced import CARD_NAME, TRACE_NAME
+from mtp_graft.checkpoint.quant_manifest import CARD_NAME, TRACE_NAME
 
 Json = Mapping[str, Any]
 

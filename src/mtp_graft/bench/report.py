@@ -13,7 +13,7 @@ from typing import Any
 from mtp_graft.bench import charts
 from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.page import as_html, number, points, render
-from mtp_graft.checkpoint.shards import write_text
+from mtp_graft.checkpoint.files import write_text
 
 PAGE_NAME = "report.html"
 

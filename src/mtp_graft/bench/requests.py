@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import claim_folder, read_result
-from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS, ServerClient, ServerUnreachable
 

@@ -17,7 +17,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from mtp_graft.checkpoint.shards import is_full_disk, read_tensors
+from mtp_graft.checkpoint.files import full_disk_is_an_error
+from mtp_graft.checkpoint.shards import Shard
 from mtp_graft.errors import GraftError
 
 INDEX_NAME = "index.jsonl"
@@ -113,17 +114,12 @@ def _append_line(path: Path, row: dict[str, Any]) -> None:
     Raises GraftError if the disk is full.
     """
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    try:
-        with path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        if not is_full_disk(error):
-            raise
-        raise GraftError(f"{path}: the disk is full; make room and run again") from error
+    with full_disk_is_an_error(path), path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 Row = TypeVar("Row", FinishedText, CapturedSequence)
@@ -157,26 +153,26 @@ def read_recorded(
     path = folder / RECORDINGS / sequence.recording
     tokens = slice(sequence.start, sequence.start + sequence.tokens)
     pinned = torch.device(device).type == "cuda"
-    recorded = read_tensors(path, ("token_ids", "residual", "targets"), tokens, pinned=pinned)
-    token_ids, targets = recorded["token_ids"], recorded["targets"]
-    residual = recorded["residual"].to(device, non_blocking=pinned)
-    if len(token_ids) != sequence.tokens or len(residual) != sequence.tokens:
-        problem = (
-            f"{len(token_ids)} tokens from token {sequence.start} on, expected {sequence.tokens}; "
-            "capture again into an empty folder"
-        )
-    elif residual.dim() != 2 or residual.shape[1] % streams:
-        problem = (
-            f"residual of shape {list(residual.shape)}, expected [tokens, a multiple of {streams} "
-            "streams]; capture and base are of different models"
-        )
-    elif not torch.isfinite(residual).all():
-        first = int((~torch.isfinite(residual)).any(dim=1).nonzero()[0])
-        problem = (
-            f"not-finite residual at token {first}; the base itself went wrong there: check its "
-            "checkpoint and kernels, then capture again"
-        )
-    else:
-        residual = residual.unflatten(1, (streams, -1))
-        return Recorded(token_ids.long(), residual, targets.long())
-    raise GraftError(f"{path}: prompt {sequence.id!r}: {problem}")
+    with Shard(path) as shard:
+        found = shard.read(("token_ids", "residual", "targets"), tokens, pinned=pinned)
+    token_ids, targets = found["token_ids"].long(), found["targets"].long()
+    residual = found["residual"].to(device, non_blocking=pinned)
+    if problem := _problem(sequence, token_ids, residual, streams):
+        raise GraftError(f"{path}: prompt {sequence.id!r}: {problem}; capture again")
+    return Recorded(token_ids, residual.unflatten(1, (streams, -1)), targets)
+
+
+def _problem(
+    sequence: CapturedSequence, token_ids: Tensor, residual: Tensor, streams: int
+) -> str | None:
+    if {len(token_ids), len(residual)} != {sequence.tokens}:
+        expected = f"expected {sequence.tokens}"
+        return f"{len(token_ids)} tokens from token {sequence.start} on, {expected}"
+    if residual.dim() != 2 or residual.shape[1] % streams:
+        shape = list(residual.shape)
+        return f"residual of shape {shape}, expected [tokens, a multiple of {streams} streams]"
+    finite = torch.isfinite(residual).all(dim=1)
+    if not finite.all():
+        first = int(finite.logical_not().nonzero()[0])
+        return f"not-finite residual at token {first}: check the base's checkpoint and kernels"
+    return None

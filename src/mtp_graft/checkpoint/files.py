@@ -1,13 +1,19 @@
-"""Files that are read whole: JSON, with an error for people where it is damaged, and hashes."""
+"""Files that are read or written whole: JSON, with an error for people, text, and hashes."""
 
+import errno
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from mtp_graft.errors import GraftError, in_words
+
+T = TypeVar("T")
 
 
 def read_object(path: Path, what: str, cure: str = "") -> dict[str, Any]:
@@ -16,42 +22,68 @@ def read_object(path: Path, what: str, cure: str = "") -> dict[str, Any]:
     Raises GraftError, which ends with the `cure`, for a file that is missing, unreadable, no JSON
     or no object.
     """
+    return read_as(dict[str, Any], path, what, cure)
+
+
+def read_as(schema: type[T], path: Path, what: str, cure: str = "") -> T:
+    """Return what pydantic makes of a JSON file by a `schema`; raises GraftError likewise."""
     cure = cure and f"; {cure}"
+    if not path.is_file():
+        raise GraftError(f"{path}: not found; expected {what}{cure}")
     try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise GraftError(f"{path}: not found; expected {what}{cure}") from None
-    except (OSError, ValueError, RecursionError) as error:
+        return TypeAdapter(schema).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise GraftError(f"{path}: not {what} ({in_words(error)}){cure}") from error
-    if not isinstance(found, dict):
-        raise GraftError(f"{path}: not {what} (JSON, but no object){cure}")
-    return found
-
-
-class _Index(BaseModel):
-    weight_map: dict[str, str]
-    metadata: dict[str, Any] | None = None
-
-
-def read_weight_map(path: Path) -> dict[str, str]:
-    """Return an index file's weight map, tensor name to shard file name.
-
-    The shards need not be there. Raises GraftError as `read_object` does, and for an index without
-    a weight map or with a shard that is no file's name: engines look in the folder alone.
-    """
-    try:
-        weight_map = _Index.model_validate(read_object(path, "a safetensors index")).weight_map
-    except ValidationError as error:
-        raise GraftError(
-            f"{path}: not a safetensors index ({in_words(error)}); fetch again"
-        ) from error
-    for name, shard in weight_map.items():
-        if Path(shard).name != shard:
-            raise GraftError(f"{path}: the shard of {name} is {shard!r}, expected a file's name")
-    return weight_map
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(value: object, path: Path) -> None:
+    """Write JSON under a temporary name, sync it and rename it into place."""
+    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file under a temporary name, sync it and rename it into place."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Give a temporary file that becomes `path` when the body is done; leave nothing otherwise.
+
+    Without `sync` it outlives this process, but perhaps not a power cut. Raises GraftError if the
+    disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with full_disk_is_an_error(path), temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def full_disk_is_an_error(path: Path) -> Iterator[None]:
+    """Raise GraftError if the body runs out of space or quota while it writes `path`."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        raise GraftError(f"{path}: the disk is full; make room and run again") from error
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Say whether a failed write ran out of space or quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -12,8 +13,7 @@ from typing import Any
 
 import torch
 
-from mtp_graft.checkpoint.files import read_object, sha256
-from mtp_graft.checkpoint.shards import write_json
+from mtp_graft.checkpoint.files import read_object, sha256, write_json
 from mtp_graft.errors import GraftError
 
 #: What a stage's folder was made with; units of another configuration are never reused.
@@ -33,8 +33,8 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(config, path)
         return
-    found = _leaves(read_object(path, "a stage's configuration", f"remove {folder}"))
-    wanted = _leaves(json.loads(json.dumps(config)))
+    found = leaves(read_object(path, "a stage's configuration", f"remove {folder}"))
+    wanted = leaves(json.loads(json.dumps(config)))
     differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if differing:
         key = differing[0]
@@ -44,13 +44,13 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested keys in one dictionary: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        leaves.update({f"{prefix}{key}": value} if inner is None else inner)
-    return leaves
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        is_inner = isinstance(value, dict)
+        flat |= leaves(value, f"{prefix}{key}.") if is_inner else {f"{prefix}{key}": value}
+    return flat
 
 
 def fingerprints(paths: Sequence[Path]) -> dict[str, str]:
@@ -66,12 +66,12 @@ def fingerprints(paths: Sequence[Path]) -> dict[str, str]:
 
 
 def _fingerprint(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        digest.update(file.read(_FINGERPRINT_BYTES))
-        file.seek(max(size - _FINGERPRINT_BYTES, 0))
-        digest.update(file.read(_FINGERPRINT_BYTES))
+        size = file.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, max(size - _FINGERPRINT_BYTES, 0)):
+            file.seek(start)
+            digest.update(file.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()
 
 

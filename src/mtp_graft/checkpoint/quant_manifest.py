@@ -1,4 +1,4 @@
-"""What a spliced checkpoint says about its head: MTP_QUANT_MANIFEST.json and .md, recipe.yaml.
+"""The spliced checkpoint: the names of its files, and what they say about its head.
 
 All of it is a function of the inputs: no times, dates, versions or paths, so that the same inputs
 give the same bytes.
@@ -6,41 +6,42 @@ give the same bytes.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
+from typing_extensions import TypedDict
 
-from mtp_graft.checkpoint.files import read_object, sha256
+from mtp_graft.checkpoint.files import read_as, sha256
+from mtp_graft.checkpoint.manifest import leaves
 from mtp_graft.checkpoint.quantization_config import scheme_of
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
 
+#: The shard with the head, whatever its variant.
+HEAD_SHARD = "model-mtp-w4a16.safetensors"
 MANIFEST_NAME = "MTP_QUANT_MANIFEST.json"
 MANIFEST_TEXT_NAME = "MTP_QUANT_MANIFEST.md"
 RECIPE_NAME = "recipe.yaml"
-REPORT_NAME = "report.json"
+#: The model card, and its data.
+CARD_NAME, TRACE_NAME = "README.md", "card.json"
 
-_METHODS = {
+_METHODS: Mapping[Variant, str] = {
     "rtn": "round to nearest: symmetric INT4, one BF16 scale a group, no calibration",
     "gptq": "GPTQ (Frantar et al., 2022), Cholesky form: symmetric INT4, one BF16 scale a group",
     "mxfp4": "kept: the upstream MXFP4 codes and scales, bit for bit",
     "bf16": "decoded: the upstream MXFP4 values, which BF16 holds exactly",
 }
-#: What of the quantize report depends on the capture and the settings alone.
-_CALIBRATION_KEYS = (
-    *("damp", "damping", "group_size", "order", "scale", "calibration_tokens"),
-    *("tokens_per_expert", "replay", "zero_token_policy", "experts_without_tokens"),
-)
 _FP8, _BF16 = "upstream FP8 codes, scales as BF16 (exact)", "upstream FP8 decoded to BF16 (exact)"
 
 
-class _Manifest(BaseModel):
-    """What is relied on in the manifest of a head that somebody else may have spliced."""
+class Manifest(TypedDict):
+    """The content of MTP_QUANT_MANIFEST.json."""
 
     variant: Variant
     is_final_quality_preserving: bool
@@ -54,55 +55,59 @@ class _Manifest(BaseModel):
     provenance: dict[str, Any]
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+class Calibration(TypedDict):
+    """What of the quantize report depends on the capture and the settings alone."""
+
+    damp: float
+    damping: str
+    group_size: int
+    order: str
+    scale: str
+    calibration_tokens: int
+    tokens_per_expert: dict[str, Any]
+    replay: str
+    zero_token_policy: str
+    experts_without_tokens: list[int]
+
+
+class QuantizeReport(Calibration):
+    """The lasting part of the quantize stage's report.json."""
+
+    variants: dict[str, dict[str, Any]]
+    rel_errors: dict[str, dict[str, list[float]]]
+
+
+def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of the head in a folder; raises GraftError if it has no sound one."""
-    path = folder / MANIFEST_NAME
-    found = read_object(path, "a spliced checkpoint's manifest")
-    try:
-        _Manifest.model_validate(found)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise GraftError(
-            f"{path}: {where}: {first['msg']}; expected what `mtp-graft splice` writes"
-        ) from error
-    return found
+    what = "a spliced checkpoint's manifest, as `mtp-graft splice` writes it"
+    return read_as(Manifest, folder / MANIFEST_NAME, what)
 
 
-def read_report(quantized: Path) -> dict[str, Any]:
+def read_report(quantized: Path) -> QuantizeReport:
     """Return the lasting part of `quantized/report.json`.
 
     Raises GraftError if the quantize stage has not finished, or left a part out.
     """
-    path = quantized / REPORT_NAME
-    report = read_object(path, "a quantize report", "run `mtp-graft quantize` to its end")
-    try:
-        return {key: report[key] for key in ("variants", "rel_errors", *_CALIBRATION_KEYS)}
-    except KeyError as error:
-        raise GraftError(
-            f"{path}: not a report of `mtp-graft quantize` (has no {error})"
-        ) from error
+    what, cure = "a quantize report", "run `mtp-graft quantize` to its end"
+    return read_as(QuantizeReport, quantized / "report.json", what, cure)
 
 
 def manifest(
-    variant: str,
+    variant: Variant,
     linears: Linears,
     config: Mapping[str, Any],
-    report: Mapping[str, Any] | None,
-    provenance: Mapping[str, Any],
+    report: QuantizeReport | None,
+    provenance: dict[str, Any],
     num_tensors: int,
     num_bytes: int,
-) -> dict[str, Any]:
-    """Return the content of MTP_QUANT_MANIFEST.json.
-
-    `config` is the new checkpoint's config.json, `report` what `read_report` gives, or None.
-    """
+) -> Manifest:
+    """Return the manifest of a head; `config` is the new checkpoint's config.json."""
     expert = f"model.layers.{config['num_hidden_layers']}.ffn.experts.0.w1"
     scheme = scheme_of(config["quantization_config"], expert)
-    calibrated = variant == "gptq" and report is not None
+    calibrated = report if variant == "gptq" else None
     return {
         "variant": variant,
-        "is_final_quality_preserving": calibrated or variant in ("mxfp4", "bf16"),
+        "is_final_quality_preserving": calibrated is not None or variant in ("mxfp4", "bf16"),
         "method": _METHODS[variant],
         "routed_experts": {
             "count": config["n_routed_experts"],
@@ -117,25 +122,29 @@ def manifest(
         },
         "tensors": num_tensors,
         "bytes": num_bytes,
-        "calibration": {k: report[k] for k in _CALIBRATION_KEYS} if calibrated and report else None,
+        "calibration": None if calibrated is None else _calibration(calibrated),
         "rel_error": None if report is None else _rel_error(variant, report),
-        "provenance": dict(provenance),
+        "provenance": provenance,
     }
 
 
-def _rel_error(variant: str, report: Mapping[str, Any]) -> dict[str, Any] | None:
+def _calibration(report: QuantizeReport) -> dict[str, Any]:
+    of_variants = ("variants", "rel_errors")
+    return {key: value for key, value in report.items() if key not in of_variants}
+
+
+def _rel_error(variant: Variant, report: QuantizeReport) -> dict[str, Any] | None:
     """Return the Hessian-weighted error's mean, and mean and maximum over experts a matrix."""
-    summary = report["variants"].get(variant)
-    if summary is None:
+    if variant not in report["variants"]:
         return None
     matrices = {
         matrix: {"mean": fmean(errors), "max": max(errors), "per_expert": errors}
         for matrix, errors in report["rel_errors"].get(variant, {}).items()
     }
-    return {"mean": summary["rel_error"], **matrices}
+    return {"mean": report["variants"][variant]["rel_error"], **matrices}
 
 
-def base_provenance(base: Path, shards: list[str]) -> dict[str, Any]:
+def base_provenance(base: Path, shards: Iterable[str]) -> dict[str, Any]:
     """Return the hashes of a base's index, config and shard headers, and the shards' sizes.
 
     Hashing every shard whole would take longer than all the rest; a header has every tensor's
@@ -146,7 +155,7 @@ def base_provenance(base: Path, shards: list[str]) -> dict[str, Any]:
         "config.json": sha256(base / "config.json"),
         "shard_headers": {
             name: {"sha256": _sha256_of_header(base / name), "bytes": (base / name).stat().st_size}
-            for name in sorted(shards)
+            for name in sorted(set(shards))
         },
     }
 
@@ -157,85 +166,72 @@ def _sha256_of_header(path: Path) -> str:
         return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
-def quantize_provenance(report: Mapping[str, Any], expert_files: list[Path]) -> dict[str, Any]:
+def quantize_provenance(report: QuantizeReport, expert_files: Iterable[Path]) -> dict[str, Any]:
     """Return the hashes of the quantize stage's output, the report's as canonical JSON."""
     text = json.dumps(report, sort_keys=True, separators=(",", ":"))
     return {
         "report": hashlib.sha256(text.encode()).hexdigest(),
-        "experts": {path.name: sha256(path) for path in sorted(expert_files)},
+        "experts": {path.name: sha256(path) for path in sorted(set(expert_files))},
     }
 
 
-def manifest_text(content: Mapping[str, Any]) -> str:
-    """Return MTP_QUANT_MANIFEST.md: the manifest for people."""
-    experts = content["routed_experts"]
-    rows = {
-        "variant": content["variant"],
-        "quality preserving": "yes" if content["is_final_quality_preserving"] else "**no**",
-        "routed experts": f"{experts['count']} x 3 matrices, {experts['format']}",
-        "method": content["method"],
-        "tensors, bytes": f"{content['tensors']:,}, {content['bytes']:,}",
-        **content["other_tensors"],
-        **_calibration_rows(content["calibration"]),
-    }
-    if (errors := content["rel_error"]) is not None:
-        rows["relative error, Hessian-weighted, mean"] = f"{errors['mean']:.5f}"
-        for matrix in sorted(errors.keys() - {"mean"}):
-            mean, largest = errors[matrix]["mean"], errors[matrix]["max"]
-            rows[f"of {matrix}"] = f"mean {mean:.5f}, max {largest:.5f}"
-    table = "".join(f"| {what} | {value} |\n" for what, value in rows.items())
+def manifest_text(content: Manifest) -> str:
+    """Return MTP_QUANT_MANIFEST.md: the manifest for people, without hashes and lists."""
+    shown = leaves({key: value for key, value in content.items() if key != "provenance"})
+    rows = "".join(
+        f"| {name} | {round(value, 5) if isinstance(value, float) else value} |\n"
+        for name, value in shown.items()
+        if value is not None and not isinstance(value, list)
+    )
     return (
-        f"# The MTP head of this checkpoint\n\n| | |\n| --- | --- |\n{table}\nThe base's shards "
+        f"# The MTP head of this checkpoint\n\n| | |\n| --- | --- |\n{rows}\nThe base's shards "
         f"are unchanged. Hashes of what this was made of are in `{MANIFEST_NAME}`.\n"
     )
 
 
-def _calibration_rows(calibration: Mapping[str, Any] | None) -> dict[str, str]:
-    if calibration is None:
-        return {}
-    tokens, damp = calibration["tokens_per_expert"], str(calibration["damp"])
-    if calibration["damping"] != "fixed":
-        damp = f"inputs / tokens, at least {damp}"
-    return {
-        "calibration tokens": f"{calibration['calibration_tokens']:,}",
-        "tokens per expert": f"min {tokens['min']:,}, mean {tokens['mean']:,.1f}, "
-        f"max {tokens['max']:,}; {tokens['zero']} experts without (policy: "
-        f"{calibration['zero_token_policy']})",
-        "damp, group": f"{damp}, {calibration['group_size']}",
-        "order, scales": f"{calibration['order']}, {calibration['scale']}",
-        "replay": calibration["replay"],
+def recipe_text(content: Manifest, base_recipe: str | None) -> str:
+    """Return recipe.yaml: the base's own, if it has one, then a stage for the head."""
+    calibration = content["calibration"] or {}
+    stage = {
+        **{key: content[key] for key in ("variant", "method", "routed_experts", "other_tensors")},
+        **{key: calibration[key] for key in ("damp", "damping", "group_size") if calibration},
     }
-
-
-def recipe_text(content: Mapping[str, Any], base_recipe: str | None) -> str:
-    """Return recipe.yaml: the base's own, if it has one, then a stage saying what the head got.
-
-    It has the form of an llm-compressor recipe so that the same tools can read it, but
-    llm-compressor has not run it.
-    """
-    stage = {"mtp_head_stage": {"mtp_head_modifiers": _modifier(content)}}
     before = "" if base_recipe is None else base_recipe.rstrip("\n") + "\n"
-    return (
-        f"{before}# The MTP head's stage, by mtp-graft, in the form of an llm-compressor recipe "
-        f"(which\n# did not run it: see {MANIFEST_NAME} for method, calibration and hashes).\n"
-        f"{yaml.safe_dump(stage, sort_keys=False, width=100)}"
-    )
+    return before + yaml.safe_dump({"mtp_head_stage": stage}, sort_keys=False, width=100)
 
 
-def _modifier(content: Mapping[str, Any]) -> dict[str, Any]:
-    variant = content["variant"]
-    if variant in ("mxfp4", "bf16"):
-        return {"KeptModifier": {"targets": [r"re:mtp\.0\..*"], "method": content["method"]}}
-    settings: dict[str, Any] = {
-        "config_groups": {
-            "mtp_experts": {
-                "targets": [r"re:mtp\.0\.ffn\.experts\.\d+\.w[123]$"],
-                "weights": content["routed_experts"]["weights"],
-            }
-        },
-        "ignore": [r"re:mtp\.0\.(?!ffn\.experts\.).*"],
-    }
-    if variant == "rtn":
-        return {"QuantizationModifier": settings}
-    damp = (content["calibration"] or {}).get("damp")
-    return {"GPTQModifier": {**settings, "dampening_frac": damp}}
+@dataclass(frozen=True)
+class Spliced:
+    """A run's checkpoint."""
+
+    variant: str
+    folder: Path
+
+    def identity(self) -> dict[str, str]:
+        """Return what tells this checkpoint from another: the manifest has its origins' hashes."""
+        hashed = sha256(self.folder / MANIFEST_NAME)
+        return {"name": self.folder.name, "variant": self.variant, "manifest": hashed}
+
+
+class _Chosen(BaseModel):
+    variant: str
+
+
+class _SpliceStage(BaseModel):
+    config: _Chosen
+
+
+def find_spliced(run: Path) -> Spliced:
+    """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
+    stage, cure = run / "splice", "run `mtp-graft splice` first"
+    done = read_as(_SpliceStage, stage / "manifest.json", "the splice stage's manifest", cure)
+    variant = done.config.variant
+    manifests = (stage / variant).glob(f"*/{MANIFEST_NAME}")  # a hidden folder is not finished
+    found = sorted(m.parent for m in manifests if not m.parent.name.startswith("."))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise GraftError(
+            f"{stage / variant}: {names} found, expected one checkpoint; remove the others, or run "
+            "`mtp-graft splice` again"
+        )
+    return Spliced(variant, found[0])

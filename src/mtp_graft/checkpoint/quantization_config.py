@@ -8,7 +8,6 @@ layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, bec
 
 import re
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from mtp_graft.recipe import Linears
 #: Formats of the head's routed experts that a checkpoint can carry.
 ExpertFormat = Literal["int4", "mxfp4", "bf16"]
 
-_EXPERT_MATRIX = r"(w1|w2|w3|gate_proj|up_proj|down_proj)"
+EXPERT_MATRIX = r"(w1|w2|w3|gate_proj|up_proj|down_proj)"
 #: Modules that vLLM builds as one, and what a checkpoint calls their parts.
 _FUSED = {
     "fused_wqa_wkv": ("wq_a", "wkv"),
@@ -41,7 +40,7 @@ def _arguments(num_bits: int, kind: str, strategy: str, **more: Any) -> dict[str
     return {**known, "symmetric": True, "dynamic": False, **more}
 
 
-_FP8_BLOCK: dict[str, Any] = {
+FP8_BLOCK: dict[str, Any] = {
     "format": "float-quantized",
     "weights": _arguments(8, "float", "block", block_structure=[128, 128]),
     "input_activations": _arguments(8, "float", "group", group_size=128, dynamic=True),
@@ -55,27 +54,6 @@ _MXFP4: dict[str, Any] = {
     "format": "mxfp4-pack-quantized",
     "weights": _arguments(4, "float", "group", group_size=32, **_UINT8_SCALES),
 }
-
-
-def base_quantization_config() -> dict[str, Any]:
-    """Return the config of a base: FP8_BLOCK attention linears, INT4 g128 routed experts."""
-    config = {
-        "quant_method": "compressed-tensors",
-        "format": "mixed-precision",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": [r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$", r"re:.*\.indexer\.wq_b$"],
-                **_FP8_BLOCK,
-            },
-            "group_1": {
-                "targets": [rf"re:.*\.ffn\.experts\.\d+\.{_EXPERT_MATRIX}$"],
-                **_INT4,
-            },
-        },
-        "ignore": ["lm_head", "head"],
-    }
-    return deepcopy(config)
 
 
 def add_head(
@@ -93,14 +71,14 @@ def add_head(
     (ignore if linears == "bf16" else fp8).append(rf"{layer}(e_proj|h_proj)$")
     shared = rf"{layer}(mtp_block\.)?ffn\.shared_experts\."
     if linears == "fp8":
-        fp8.append(rf"{shared}{_EXPERT_MATRIX}$")
+        fp8.append(rf"{shared}{EXPERT_MATRIX}$")
     else:
         ignore.append(rf"{shared}.*")
     if fp8:
-        groups["mtp_projections"] = {"targets": fp8, **_FP8_BLOCK}
+        groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
     # First match wins, so a head in another format goes before the base's groups.
     if experts == "mxfp4":
-        expert_target = rf"{layer}(mtp_block\.)?ffn\.experts\.\d+\.{_EXPERT_MATRIX}$"
+        expert_target = rf"{layer}(mtp_block\.)?ffn\.experts\.\d+\.{EXPERT_MATRIX}$"
         groups = {"mtp_experts": {"targets": [expert_target], **_MXFP4}, **groups}
     elif experts == "bf16":
         ignore.append(rf"{layer}(mtp_block\.)?ffn\.experts\..*")
@@ -269,9 +247,9 @@ def check_head(
 
 def _head_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
     """Return module of the head -> compressed-tensors' name of the format that it is stored in."""
-    fp8 = _FP8_BLOCK["format"]
+    fp8 = FP8_BLOCK["format"]
     routed = {"int4": _INT4["format"], "mxfp4": _MXFP4["format"], "bf16": None}[experts]
-    formats = {f"ffn.experts.0.{m}": routed for m in _EXPERT_MATRIX.strip("()").split("|")}
+    formats = {f"ffn.experts.0.{m}": routed for m in EXPERT_MATRIX.strip("()").split("|")}
     formats |= {f"attn.{name}": fp8 for name in ("fused_wqa_wkv", "wq_b", "wo_a", "wo_b")}
     formats |= dict.fromkeys(("e_proj", "h_proj"), None if linears == "bf16" else fp8)
     shared = fp8 if linears == "fp8" else None

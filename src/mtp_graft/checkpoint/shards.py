@@ -1,19 +1,18 @@
 """Safetensors checkpoints on disk: shards, their index, and reading single tensors from them."""
 
-import errno
 import json
 import os
-from collections.abc import Callable, Iterable, KeysView, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Annotated, BinaryIO, Self
+from typing import Annotated, Any, BinaryIO, Self
 
 import torch
 from pydantic import BaseModel, Field, NonNegativeInt, TypeAdapter
 from torch import Tensor
 
-from mtp_graft.checkpoint.files import read_weight_map
+from mtp_graft.checkpoint.files import read_as, replacing, write_json
 from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,7 +51,12 @@ class _Entry(BaseModel):
     data_offsets: tuple[NonNegativeInt, NonNegativeInt]
 
 
-_HEADER = TypeAdapter(dict[str, _Entry])
+class _Index(BaseModel):
+    weight_map: dict[str, str]
+    metadata: dict[str, Any] | None = None
+
+
+_OBJECT, _ENTRIES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, _Entry])
 
 
 class Shard:
@@ -72,7 +76,7 @@ class Shard:
         self.meta: dict[str, Tensor] = {}
         try:
             self._read_header()
-        except (OSError, ValueError, RuntimeError) as error:  # too deep, or too many elements
+        except (OSError, ValueError, RuntimeError) as error:  # torch's: too many elements
             self._file.close()
             raise GraftError(
                 f"{path}: not a readable safetensors file ({in_words(error)})"
@@ -88,32 +92,26 @@ class Shard:
             raise ValueError("cut off, or no header")
         text = bytearray(length)
         _read_at(self._file, memoryview(text), 8)
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
+        header = _OBJECT.validate_json(text)
         header.pop("__metadata__", None)
-        end = 0
-        entries = _HEADER.validate_python(header).items()
+        at = 8 + length
+        entries = _ENTRIES.validate_python(header).items()
         for name, entry in sorted(entries, key=lambda item: item[1].data_offsets):
             if entry.dtype not in _DTYPES:
                 raise ValueError(f"{name} is {entry.dtype}, expected one of {', '.join(_DTYPES)}")
             tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
-            if entry.data_offsets != (end, end + num_bytes(tensor)):
+            start, end = (8 + length + offset for offset in entry.data_offsets)
+            if (start, end) != (at, at + tensor.nbytes):
                 raise ValueError(f"{name} is not where its shape and the tensors before it say")
-            self.meta[name], self._starts[name] = tensor, 8 + length + end
-            end += num_bytes(tensor)
-        if 8 + length + end != size:
-            raise ValueError(f"{size:,} bytes long, expected {8 + length + end:,}")
+            self.meta[name], self._starts[name], at = tensor, start, end
+        if at != size:
+            raise ValueError(f"{size:,} bytes long, expected {at:,}")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._file.close()
-
-    def keys(self) -> KeysView[str]:
-        """Return the tensors' names."""
-        return self.meta.keys()
 
     def get_tensor(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -134,7 +132,7 @@ class Shard:
                 raise GraftError(f"{self._path}: has no tensor {name}; fetch or capture again")
             part = self.meta[name][rows] if self.meta[name].dim() else self.meta[name]
             start = self._starts[name] + int(part.storage_offset()) * part.element_size()
-            values = torch.empty(num_bytes(part), dtype=torch.uint8, pin_memory=pinned)
+            values = torch.empty(part.nbytes, dtype=torch.uint8, pin_memory=pinned)
             view = values.numpy().data
             reads += [
                 (view[at : at + _READ_BYTES], start + at) for at in range(0, len(view), _READ_BYTES)
@@ -143,9 +141,6 @@ class Shard:
         with ThreadPoolExecutor(_READS) as pool:  # starts no more threads than there are reads
             list(pool.map(lambda read: _read_at(self._file, *read), reads))
         return found
-
-
-open_shard = Shard
 
 
 def _read_at(file: FileIO, view: memoryview, start: int) -> None:
@@ -159,12 +154,17 @@ def _read_at(file: FileIO, view: memoryview, start: int) -> None:
         view, start = view[got:], start + got
 
 
-def read_tensors(
-    path: Path, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
-) -> dict[str, Tensor]:
-    """Return what `Shard.read` does, of one file."""
-    with Shard(path) as shard:
-        return shard.read(names, rows, pinned=pinned)
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return an index file's weight map, tensor name to shard file name.
+
+    The shards need not be there. Raises GraftError for an index that is missing or damaged, and for
+    a shard that is no file's name: engines look in the folder alone.
+    """
+    index = read_as(_Index, path, "a safetensors index", "fetch it again")
+    for name, shard in index.weight_map.items():
+        if Path(shard).name != shard:
+            raise GraftError(f"{path}: the shard of {name} is {shard!r}, expected a file's name")
+    return index.weight_map
 
 
 def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
@@ -191,6 +191,30 @@ def _by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
     return names
 
 
+def read_meta(folder: Path, prefix: str = "", *, complete: bool = False) -> dict[str, Tensor]:
+    """Return meta tensors (shape and dtype, no values) of the names that start with `prefix`.
+
+    Raises GraftError for a truncated or corrupt shard and an entry whose shard lacks the tensor;
+    with `complete` also for a tensor that the index does not list.
+    """
+    weight_map, found = read_index(folder, prefix), dict[str, Tensor]()
+    for shard, listed in _by_shard(weight_map).items():
+        with Shard(folder / shard) as file:
+            held = {name for name in file.meta if name.startswith(prefix)}
+            found |= file.meta
+        if missing := sorted(set(listed) - held):
+            raise GraftError(
+                f"{folder / shard}: has no {missing[0]} ({len(missing)} missing in all), but "
+                f"{INDEX_NAME} lists it; fetch again"
+            )
+        if complete and (unlisted := sorted(held - set(listed))):
+            raise GraftError(
+                f"{folder / INDEX_NAME}: does not list {unlisted[0]} ({len(unlisted)} in all), "
+                f"which {shard} holds; fetch the index again"
+            )
+    return {name: found[name] for name in weight_map}
+
+
 def load_tensors(
     folder: Path, names: list[str] | None = None, *, pinned: bool = False
 ) -> dict[str, Tensor]:
@@ -203,42 +227,9 @@ def load_tensors(
         raise GraftError(f"{folder}: no tensor {missing[0]} ({len(missing)} missing in all)")
     loaded: dict[str, Tensor] = {}
     for shard, held in _by_shard({name: weight_map[name] for name in wanted}).items():
-        loaded |= read_tensors(folder / shard, held, pinned=pinned)
+        with Shard(folder / shard) as file:
+            loaded |= file.read(held, pinned=pinned)
     return {name: loaded[name] for name in wanted}
-
-
-def check_index(folder: Path, prefix: str = "") -> dict[str, str]:
-    """Return `read_index` after reading every shard's header and comparing names, both ways.
-
-    Raises GraftError for a truncated or corrupt shard, an entry whose shard lacks the tensor, and
-    a tensor (of a name with `prefix`) that the index does not list.
-    """
-    weight_map = read_index(folder, prefix)
-    for shard, listed in _by_shard(weight_map).items():
-        with Shard(folder / shard) as file:
-            held = {name for name in file.meta if name.startswith(prefix)}
-        if missing := sorted(set(listed) - held):
-            raise GraftError(
-                f"{folder / shard}: has no {missing[0]} ({len(missing)} missing in all), but "
-                f"{INDEX_NAME} lists it; fetch again"
-            )
-        if unlisted := sorted(held - set(listed)):
-            raise GraftError(
-                f"{folder / INDEX_NAME}: does not list {unlisted[0]} ({len(unlisted)} in all), "
-                f"which {shard} holds; fetch the index again"
-            )
-    return weight_map
-
-
-def read_meta(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return meta tensors (shape and dtype, no values) of the names in `weight_map`."""
-    found: dict[str, Tensor] = {}
-    for shard, names in _by_shard(weight_map).items():
-        with Shard(folder / shard) as file:
-            if missing := [name for name in names if name not in file.meta]:
-                raise GraftError(f"{folder / shard}: has no tensor {missing[0]}; fetch again")
-            found |= {name: file.meta[name] for name in names}
-    return {name: found[name] for name in weight_map}
 
 
 def save_shard(tensors: Mapping[str, Tensor], path: Path, *, sync: bool = True) -> None:
@@ -263,8 +254,7 @@ def stream_shard(
     `layout` has the shape and dtype of every tensor (meta tensors will do); `tensors` yields each
     of them once, in any order. Raises GraftError if the disk is full.
     """
-
-    def write(file: BinaryIO) -> None:
+    with replacing(path, sync=sync) as file:
         starts = _write_header(layout, file)
         for name, tensor in tensors:
             expected = layout[name]
@@ -273,18 +263,16 @@ def stream_shard(
             file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         assert not starts, f"{min(starts)}: laid out, but never given"
 
-    _write_whole(path, write, sum(map(num_bytes, layout.values())), sync=sync)
-
 
 def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int]:
     """Write a safetensors header; return where in the file each tensor's values start."""
-    order = list(_DTYPE_NAMES)
+    order = list(_DTYPES.values())
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
     # Wide dtypes first, as the format's own writer does it: every value is aligned.
     for name in sorted(layout, key=lambda name: (order.index(layout[name].dtype), name)):
-        starts[name], end = end, end + num_bytes(layout[name])
+        starts[name], end = end, end + layout[name].nbytes
         header[name] = {
             "dtype": _DTYPE_NAMES[layout[name].dtype],
             "shape": list(layout[name].shape),
@@ -296,59 +284,6 @@ def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int
     return {name: 8 + len(text) + start for name, start in starts.items()}
 
 
-def write_json(value: object, path: Path) -> None:
-    """Write JSON under a temporary name, sync it and rename it into place."""
-    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text file under a temporary name, sync it and rename it into place.
-
-    Raises GraftError if the disk is full.
-    """
-    encoded = text.encode()
-    _write_whole(path, lambda file: file.write(encoded), len(encoded))
-
-
-def _write_whole(
-    path: Path, write: Callable[[BinaryIO], object], size: int, *, sync: bool = True
-) -> None:
-    """Let `write` fill a temporary file, then rename it to `path`; leave nothing of a failure."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if not is_full_disk(error):
-            raise
-        raise GraftError(
-            f"{path}: the disk is full; {size:,} bytes are to be written there: "
-            "make room and run again"
-        ) from error
-
-
-def is_full_disk(error: Exception) -> bool:
-    """Say whether a failed write ran out of space or quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def num_bytes(tensor: Tensor) -> int:
-    """Return the size of a tensor's values in bytes."""
-    return tensor.numel() * tensor.element_size()
-
-
-def values_size(path: Path) -> int:
-    """Return how many bytes of values a shard holds, by its size and its header's."""
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    return path.stat().st_size - 8 - header
-
-
 def write_index(
     weight_map: Mapping[str, str],
     total_size: int,
@@ -358,24 +293,3 @@ def write_index(
     """Write the index of a checkpoint; call it last, when every shard is in place."""
     content = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(weight_map)}
     write_json(content, folder / INDEX_NAME)
-
-
-def save_checkpoint(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    """Write `tensors` as `model-0000i-of-0000n.safetensors` shards and their index.
-
-    Shards are filled in the tensors' order; each holds at most `max_shard_bytes` of values.
-    """
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + num_bytes(tensor) > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += num_bytes(tensor)
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_shard(shard, folder / file_name)
-        weight_map.update(dict.fromkeys(shard, file_name))
-    write_index(weight_map, sum(map(num_bytes, tensors.values())), folder)

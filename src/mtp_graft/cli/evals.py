@@ -85,8 +85,8 @@ def _measure(name: str, settings: dict[str, Any], target: Target, asking: Asking
         with tempfile.TemporaryDirectory() as logs:
             return _ask(task, Path(logs), settings, target, k)
 
+    from mtp_graft.checkpoint.files import write_json as write_file
     from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
-    from mtp_graft.checkpoint.shards import write_json as write_file
     from mtp_graft.pipeline.device import device_name
 
     started = time.monotonic()

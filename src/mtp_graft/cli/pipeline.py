@@ -78,7 +78,8 @@ def _run_recipe(
     dry_run: bool,
     json_file: Path | None,
 ) -> None:
-    from mtp_graft.pipeline import choose_stages, plan_run, run_pipeline
+    from mtp_graft.pipeline.plan import plan_run
+    from mtp_graft.pipeline.run import choose_stages, run_pipeline
     from mtp_graft.recipe import load_recipe
 
     stages = choose_stages(only, start)
@@ -173,7 +174,7 @@ def _stage_command(stage: str, summary: str) -> None:
         overrides: SetOption = None,
         json_file: JsonOption = None,
     ) -> None:
-        from mtp_graft.pipeline import run_stage
+        from mtp_graft.pipeline.run import run_stage
         from mtp_graft.recipe import load_recipe
         from mtp_graft.stages.parallel import is_first_rank
 

@@ -216,8 +216,8 @@ def keep_result(result: dict[str, Any], folder: Path | None, target: Target) -> 
     A running server's device is not known here: the manifest names its address instead. A call that
     found everything measured leaves both as they are.
     """
+    from mtp_graft.checkpoint.files import write_json
     from mtp_graft.checkpoint.manifest import CONFIG_NAME, read_result, write_manifest
-    from mtp_graft.checkpoint.shards import write_json
     from mtp_graft.pipeline.device import device_name
 
     if folder is None:

@@ -3,18 +3,8 @@
 from pathlib import Path
 
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.folder import STAGES
-from mtp_graft.pipeline.plan import plan_run
-from mtp_graft.pipeline.run import choose_stages, run_pipeline, run_stage
 
-__all__ = [
-    "STAGES",
-    "choose_stages",
-    "find_bundled_recipe",
-    "plan_run",
-    "run_pipeline",
-    "run_stage",
-]
+STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
 
 
 def find_bundled_recipe() -> Path:

@@ -1,130 +1,187 @@
-"""The bench stage: what is measured on which server, one file a measurement."""
+"""The bench stage: servers of the base and of every head, one after the other, and what they do.
+
+Never two at a time: they would share the machine, and on a GPU the memory too. Each measurement is
+a file in `bench/` and is not repeated.
+"""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench.acceptance import KnownText, measure_acceptance
-from mtp_graft.bench.decode import DecodeConfig, Report, compare, measure_base, measure_mtp
+from mtp_graft.bench.decode import DecodeConfig, compare, measure_base, measure_mtp
 from mtp_graft.checkpoint.capture import read_texts
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
-from mtp_graft.checkpoint.shards import write_json
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
-from mtp_graft.pipeline.folder import RunFolder
-from mtp_graft.pipeline.servers import Servers
-from mtp_graft.recipe import Recipe
-from mtp_graft.serving.client import Prompt, ServerClient
-from mtp_graft.serving.command import find_vllm
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
+from mtp_graft.pipeline.folder import Run
+from mtp_graft.serving.client import COUNT_DRAFTS, Prompt, ServerClient
+from mtp_graft.serving.command import ServeOptions, find_vllm
+from mtp_graft.serving.plan import adapt
+from mtp_graft.serving.server import managed_server
+from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
+from mtp_graft.stages.capture import recording_options
 from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME
 
 
-class Bench:
-    """The measurements of one run; those that are done are not done again."""
+def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions:
+    """Return how a checkpoint is served to be measured; base (`k` 0) and heads differ in that only.
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, servers: Servers, report: Report) -> None:
-        self._recipe = recipe
-        self._folder = folder
-        self._servers = servers
-        self._report = report
-        self._config = DecodeConfig(recipe.bench.max_tokens, recipe.bench.rounds)
-
-    def run(self, base: Path) -> list[str]:
-        """Measure whatever has not been, then compare decoding with the base's.
-
-        The chosen head comes right after the base. Each has its server for itself, since two do
-        not fit on one GPU; `bench decode --against` takes turns. Returns what the hardware made of
-        the servers' options.
-        """
-        for needed in ("capture", "splice"):
-            self._folder.finished(needed)  # said before anything is served
-        self._claim()
-        if self._measured("base") is None:
-            with self._servers.serving(self._servers.measuring_options(base, 0), "base") as client:
-                self.measure_base(client)
-        for variant in self._recipe.served_variants:
-            if not self.has_served(variant):
-                checkpoint, k = self._folder.checkpoint(variant), self._recipe.bench.k
-                options = self._servers.measuring_options(checkpoint, k)
-                with self._servers.serving(options, variant) as client:
-                    self._measure_variant(variant, client)
-        mtp = self._measured("mtp") or {}
-        self._write(
-            "decode", {**compare(self._measured("base") or {}, mtp), "adjusted": mtp["adjusted"]}
+    On a CPU, where a start takes half a minute, all are served as the base is for its capture: one
+    server does for both.
+    """
+    options = recording_options(checkpoint, run.path / "capture", run.recipe.capture)
+    if find_vllm().platform != "cpu":
+        usual = ServeOptions(checkpoint)
+        options = replace(
+            options,
+            record=None,
+            max_num_batched_tokens=usual.max_num_batched_tokens,
+            chunked_prefill=usual.chunked_prefill,
         )
-        return mtp["adjusted"]
+    if k == 0:
+        return options
+    bench = run.recipe.bench
+    return replace(
+        options,
+        num_speculative_tokens=k,
+        draft_lm_head_quantization=bench.draft_lm_head_quantization,
+        draft_sample_method=bench.draft_sample_method,
+        extra_args=COUNT_DRAFTS,
+    )
 
-    def measure_base(self, client: ServerClient) -> None:
-        """Decode prompts that leave room for their answer, on a server of the base."""
-        self._claim()
-        wanted = self._recipe.bench
-        longest = self._recipe.capture.max_model_len - wanted.max_tokens
-        fit, _ = take_fitting(client, self._prompts(), wanted.count, longest, "bench")
-        found = measure_base(client, [each.prompt for each in fit], self._config, self._report)
-        self._write("base", found)
 
-    def has_served(self, variant: str) -> bool:
-        """Return whether vLLM has loaded and served the variant's present head."""
-        served = self._measured(f"served-{variant}")
-        return served is not None and served["head"] == self._head(variant)
+@contextmanager
+def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient]:
+    """Serve as the recipe says and the hardware needs; `name` tells the server's log from others.
 
-    def _claim(self) -> None:
-        bench = self._recipe.bench
-        asked = json.dumps([asdict(prompt) for prompt in islice(self._prompts(), bench.count)])
-        claim_folder(
-            self._folder.stage("bench"),
-            {
-                "bench": asdict(bench) | {"prompts": sha256(asked.encode()).hexdigest()},
-                "serve": asdict(self._recipe.serve),
-                "chosen": self._recipe.splice.variant,
-                "vllm": str(find_vllm().version),
-                "capture": fingerprints([self._folder.finished("capture") / CONFIG_NAME]),
-            },
-        )
+    What the hardware made of the options is printed, and noted in `run.adjusted`.
+    """
+    serve = run.recipe.serve
+    options = replace(
+        options,
+        tensor_parallel_size=serve.tensor_parallel_size,
+        kv_cache_gib=serve.kv_cache_gib,
+        extra_args=(*options.extra_args, *serve.extra_args),
+    )
+    options, notes = adapt(options, hardware_for(find_vllm().platform))
+    for note in notes:
+        if note not in run.adjusted:
+            run.adjusted.append(note)
+            print(f"serving: {note}", file=sys.stderr, flush=True)
 
-    def _measure_variant(self, variant: str, client: ServerClient) -> None:
-        """Note that a served variant loaded; measure its acceptance, and decode if chosen."""
-        verified = read_result(self._folder.verified(variant))
-        if verified is not None:
-            write_json({**verified, "loaded_in_vllm": True}, self._folder.verified(variant))
-        texts, captured = self._known_texts(), self._recipe.capture
-        label, limits = f"acceptance: {variant}", (captured.new_tokens, captured.concurrency)
-        served = measure_acceptance(client, texts, *limits, self._report, label)
-        if variant == self._recipe.splice.variant:
-            base = self._measured("base") or {}
-            found = measure_mtp(client, base, self._config, self._report)
-            self._write("mtp", found | {"adjusted": self._servers.adjusted})
-        self._write(f"served-{variant}", served | {"head": self._head(variant)})
+    def on_start(elapsed_s: float) -> None:
+        run.report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
 
-    def _prompts(self) -> Iterator[Prompt]:
-        """Yield prompts to time, none of them captured."""
-        wanted, capture = self._recipe.bench, self._recipe.capture
-        captured = read_result(self._folder.finished("capture") / REPORT_NAME) or {}
-        taken = Counter(captured["splits"]) + Counter(
-            p["split"] for p in captured.get("dropped", ())
-        )
-        skip = 0
-        if wanted.prompts == capture.calibration_prompts:
-            skip += taken["calibration"]
-        if wanted.prompts == capture.evaluation_prompts:
-            skip += taken[EVALUATION]
-        return islice(iterate_prompts(wanted.prompts), skip, None)
+    with managed_server(options, server_log(run, name), on_start=on_start) as client:
+        yield client
 
-    def _known_texts(self) -> list[KnownText]:
-        texts = [t for t in read_texts(self._folder.finished("capture")) if t.split == EVALUATION]
-        served = texts[: self._recipe.bench.acceptance_count]
-        return [KnownText(t.id, t.prompt, t.continuation) for t in served]
 
-    def _head(self, variant: str) -> dict[str, str]:
-        return fingerprints([self._folder.checkpoint(variant) / HEAD_SHARD])
+def server_log(run: Run, name: str) -> Path:
+    """Return where a server's output goes."""
+    return run.path / "logs" / f"vllm-{name}.log"
 
-    def _measured(self, unit: str) -> dict[str, Any] | None:
-        return read_result(self._folder.bench_unit(unit))
 
-    def _write(self, unit: str, found: dict[str, Any]) -> None:
-        write_json(found, self._folder.bench_unit(unit))
+def bench(run: Run) -> list[Path]:
+    """Measure whatever has not been, then compare decoding with the base's.
+
+    The chosen head comes right after the base. Each has its server for itself; `bench decode
+    --against` takes turns.
+    """
+    for needed in ("capture", "splice"):
+        run.finished(needed)  # said before anything is served
+    _claim(run)
+    base = run.models.base
+    if _measured(run, "base") is None:
+        with serving(run, measuring_options(run, base, 0), "base") as client:
+            bench_base(run, client)
+    for variant in run.recipe.served_variants:
+        if not has_served(run, variant):
+            options = measuring_options(run, run.checkpoint(variant), run.recipe.bench.k)
+            with serving(run, options, variant) as client:
+                _bench_variant(run, variant, client)
+    mtp = _measured(run, "mtp") or {}
+    compared = compare(_measured(run, "base") or {}, mtp)
+    write_json(compared | {"adjusted": mtp["adjusted"]}, run.bench_unit("decode"))
+    return run.manifests
+
+
+def bench_base(run: Run, client: ServerClient) -> None:
+    """Decode prompts that leave room for their answer, on a server of the base."""
+    _claim(run)
+    wanted = run.recipe.bench
+    longest = run.recipe.capture.max_model_len - wanted.max_tokens
+    fit, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
+    found = measure_base(client, [each.prompt for each in fit], _config(run), run.report)
+    write_json(found, run.bench_unit("base"))
+
+
+def has_served(run: Run, variant: str) -> bool:
+    """Return whether vLLM has loaded and served the variant's present head."""
+    served = _measured(run, f"served-{variant}")
+    return served is not None and served["head"] == _head(run, variant)
+
+
+def _claim(run: Run) -> None:
+    recipe = run.recipe
+    asked = json.dumps([asdict(p) for p in islice(_prompts(run), recipe.bench.count)])
+    config = {
+        "bench": asdict(recipe.bench) | {"prompts": sha256(asked.encode()).hexdigest()},
+        "serve": asdict(recipe.serve),
+        "chosen": recipe.splice.variant,
+        "vllm": str(find_vllm().version),
+        "capture": fingerprints([run.finished("capture") / CONFIG_NAME]),
+    }
+    claim_folder(run.path / "bench", config)
+
+
+def _bench_variant(run: Run, variant: str, client: ServerClient) -> None:
+    """Note that a served variant loaded; measure its acceptance, and decode if chosen."""
+    if (verified := read_result(run.verified(variant))) is not None:
+        write_json({**verified, "loaded_in_vllm": True}, run.verified(variant))
+    captured = [t for t in read_texts(run.finished("capture")) if t.split == EVALUATION]
+    texts = [
+        KnownText(t.id, t.prompt, t.continuation)
+        for t in captured[: run.recipe.bench.acceptance_count]
+    ]
+    label, capture = f"acceptance: {variant}", run.recipe.capture
+    limits = capture.new_tokens, capture.concurrency
+    served = measure_acceptance(client, texts, *limits, run.report, label)
+    if variant == run.recipe.splice.variant:
+        found = measure_mtp(client, _measured(run, "base") or {}, _config(run), run.report)
+        write_json(found | {"adjusted": run.adjusted}, run.bench_unit("mtp"))
+    write_json(served | {"head": _head(run, variant)}, run.bench_unit(f"served-{variant}"))
+
+
+def _config(run: Run) -> DecodeConfig:
+    return DecodeConfig(run.recipe.bench.max_tokens, run.recipe.bench.rounds)
+
+
+def _prompts(run: Run) -> Iterator[Prompt]:
+    """Yield prompts to time, none of them captured."""
+    wanted, capture = run.recipe.bench.prompts, run.recipe.capture
+    captured = read_result(run.finished("capture") / REPORT_NAME) or {}
+    taken = Counter(captured["splits"])
+    taken.update(prompt["split"] for prompt in captured.get("dropped", ()))
+    skip = 0
+    if wanted == capture.calibration_prompts:
+        skip += taken["calibration"]
+    if wanted == capture.evaluation_prompts:
+        skip += taken[EVALUATION]
+    return islice(iterate_prompts(wanted), skip, None)
+
+
+def _head(run: Run, variant: str) -> dict[str, str]:
+    return fingerprints([run.checkpoint(variant) / HEAD_SHARD])
+
+
+def _measured(run: Run, unit: str) -> dict[str, Any] | None:
+    return read_result(run.bench_unit(unit))

@@ -1,21 +1,24 @@
-"""The run folder: where each stage leaves what, what has been finished, and how long it took."""
+"""A run of a recipe: its folder, what each stage left there, and how long it took."""
 
 import fcntl
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from mtp_graft.checkpoint.manifest import read_result, write_manifest
-from mtp_graft.checkpoint.shards import write_json
+from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.manifest import read_result
+from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import device_name
+from mtp_graft.pipeline import STAGES
 from mtp_graft.recipe import Recipe
+from mtp_graft.stages.fetch import FetchedModels, fetch
 from mtp_graft.stages.parallel import is_first_rank
 
-STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
+Report = Callable[[str, int, int], None]  # what is going on, units done, units in all
+
 #: What is said of the run as a whole: its `format`, and the `seconds` of every stage.
 _RUN_NAME = "run.json"
 #: The version of mtp-graft that was the first to lay out run folders as they are now.
@@ -47,12 +50,18 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-class RunFolder:
-    """The folder of one run of a recipe; raises GraftError for one of mtp-graft 0.1."""
+class Run:
+    """A recipe, the folder it is run in, and the stages to do; GraftError for a folder of 0.1."""
 
-    def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path = path
-        self._name = recipe.model.name
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        stages: Sequence[str] = STAGES,
+        report: Report = lambda _label, _done, _total: None,
+    ) -> None:
+        self.recipe, self.path, self.stages, self.report = recipe, path, stages, report
+        self.adjusted: list[str] = []  # what the hardware made of the servers' options
         about = read_result(path / _RUN_NAME) or {"format": self._made_by()}
         self.seconds: dict[str, float] = about.get("seconds", {})
         if about["format"] != _FORMAT:
@@ -63,38 +72,44 @@ class RunFolder:
 
     def _made_by(self) -> str:
         """Return what the stages' manifests say, for a folder that does not say it itself."""
-        manifests = (read_result(self.stage(stage) / "manifest.json") for stage in STAGES)
+        manifests = (read_result(self.path / stage / "manifest.json") for stage in STAGES)
         versions = (m.get("versions", {}).get("mtp-graft", _FORMAT) for m in manifests if m)
         return next((v for v in versions if v.startswith("0.1.")), _FORMAT)
 
-    def stage(self, stage: str) -> Path:
-        """Return the folder of a stage."""
-        return self.path / stage
+    @cached_property
+    def models(self) -> FetchedModels:
+        """The folders of base and upstream, fetched if they are on the hub."""
+        return fetch(self.recipe.model, self.path / "fetch", self.report)
 
     def finished(self, stage: str) -> Path:
         """Return an earlier stage's folder; GraftError if it has not been finished."""
-        folder = self.stage(stage)
+        folder = self.path / stage
         if not (folder / "manifest.json").exists():
             raise GraftError(f"{folder}: not finished; run `mtp-graft {stage}` first")
         return folder
 
     def checkpoint(self, variant: str) -> Path:
         """Return where the checkpoint with this head is, or will be."""
-        return self.stage("splice") / variant / self._name
+        return self.path / "splice" / variant / self.recipe.model.name
+
+    @property
+    def manifests(self) -> list[Path]:
+        """The checkpoints' manifests, which have the hashes of all their tensors."""
+        return [self.checkpoint(v) / MANIFEST_NAME for v in self.recipe.served_variants]
 
     def verified(self, variant: str) -> Path:
         """Return the file with what `verify` found in a checkpoint."""
-        return self.stage("verify") / f"{variant}.json"
+        return self.path / "verify" / f"{variant}.json"
 
     def bench_unit(self, unit: str) -> Path:
-        """Return the file of one measurement: `base`, `mtp` or `served-VARIANT`."""
-        return self.stage("bench") / f"{unit}.json"
+        """Return the file of one measurement: `base`, `mtp`, `decode` or `served-VARIANT`."""
+        return self.path / "bench" / f"{unit}.json"
 
-    def forget(self, stages: Sequence[str]) -> None:
-        """Remove what the stages left, and the time they took."""
-        for stage in stages:
-            if self.stage(stage).exists():
-                shutil.rmtree(self.stage(stage))
+    def forget(self) -> None:
+        """Remove what the stages to do have left, and the time they took."""
+        for stage in self.stages:
+            if (self.path / stage).exists():
+                shutil.rmtree(self.path / stage)
             self.seconds.pop(stage, None)
         self._write()
 
@@ -112,10 +127,6 @@ class RunFolder:
             spent = time.perf_counter() - started - (sum(self.seconds.values()) - before)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
             self._write()
-
-    def write_manifest(self, stage: str, config: Mapping[str, Any], inputs: Sequence[Path]) -> None:
-        """Say how a stage came about that has no manifest of its own making."""
-        write_manifest(self.stage(stage), stage, config, inputs, device_name(), self.seconds[stage])
 
     def _write(self) -> None:
         if is_first_rank():

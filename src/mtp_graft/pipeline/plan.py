@@ -14,29 +14,31 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions
-from mtp_graft.dsv4.head_shapes import head_shapes, stored_as
-from mtp_graft.dsv4.names import EXPERT, FP8_LINEAR, FP8_UPSTREAM_ONLY
-from mtp_graft.dsv4.variants import keeps_fp8
+from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import find_gpus, torch_device
-from mtp_graft.pipeline.folder import RunFolder
+from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
-from mtp_graft.serving.topology import hardware_for, undivided
+from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.capture import step_tokens
-from mtp_graft.stages.fetch import (
-    Source,
-    already_fetched,
-    headers_of,
-    nearest_folder,
-    survey,
-)
+from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
 from mtp_graft.stages.splice_plan import plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 _UTILIZATION = "--gpu-memory-utilization"
+
+
+@dataclass(frozen=True)
+class Models:
+    """Base and upstream as their headers have them."""
+
+    base: Source
+    upstream: Source
+    tensors: Tensors  # the base's
+    heads: Mapping[Variant, Tensors]  # as a checkpoint would have them
 
 
 @dataclass(frozen=True)
@@ -50,33 +52,33 @@ class Need:
     what_for: str
 
 
-def survey_models(recipe: Recipe, folder: RunFolder) -> tuple[Source, Source]:
-    """Return what is needed of base and upstream; of fetched ones, without asking the hub."""
-    model = recipe.model
-    if (fetched := already_fetched(folder.stage("fetch"), model)) is not None:
-        model = replace(model, base=str(fetched.base), upstream=str(fetched.upstream))
-    return survey(model)
-
-
-def check_run(recipe: Recipe, folder: RunFolder, stages: Sequence[str]) -> None:
+def check_run(run: Run) -> None:
     """Raise GraftError for models that no stage could work with, and for disk or memory too small.
 
     Of checkpoints on the hub, small files and the shards' headers are read.
     """
-    sources = survey_models(recipe, folder)
-    base = check_models(recipe, *sources)
-    check_room(recipe, find_needs(recipe, folder, stages, sources, base))
+    check_room(run.recipe, find_needs(run, read_models(run.recipe, *survey_models(run))))
 
 
-def check_models(recipe: Recipe, base: Source, upstream: Source) -> Tensors:
-    """Return the base's tensors on the meta device; reads headers only.
+def survey_models(run: Run) -> tuple[Source, Source]:
+    """Return what is needed of base and upstream; of fetched ones, without asking the hub."""
+    model = run.recipe.model
+    if (fetched := already_fetched(run.path / "fetch", model)) is not None:
+        model = replace(model, base=str(fetched.base), upstream=str(fetched.upstream))
+    return survey(model)
 
-    Raises GraftError for models that do not fit each other, or the recipe.
+
+def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
+    """Return what the headers say; GraftError for models that do not fit each other or the recipe.
+
+    A head by GPTQ has the tensors of one that is rounded to nearest.
     """
     check_dimensions(base.config, f"{base.given}/config.json")
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        plan_splice(base_folder, upstream_folder, "rtn", recipe.splice.linears)
-        tensors = read_meta(base_folder, read_index(base_folder))
+        kinds: set[Variant] = {"rtn", *recipe.served_variants} - {"gptq"}
+        folders, linears = (base_folder, upstream_folder), recipe.splice.linears
+        heads = {kind: plan_splice(*folders, kind, linears).layout for kind in kinds}
+        tensors = read_meta(base_folder)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
@@ -88,57 +90,39 @@ def check_models(recipe: Recipe, base: Source, upstream: Source) -> Tensors:
             f"serve.tensor_parallel_size is {ranks}, expected a number that divides the "
             f"{uneven} of {base.given}"
         )
-    return tensors
+    return Models(base, upstream, tensors, {**heads, "gptq": heads["rtn"]})
 
 
-def find_needs(
-    recipe: Recipe,
-    folder: RunFolder,
-    stages: Sequence[str],
-    sources: Sequence[Source],
-    base_tensors: Tensors,
-) -> list[Need]:
-    """Return what `stages` still need; `base_tensors` are those of `check_models`."""
-    (base, _), capture, run = sources, recipe.capture, str(folder.path)
-    heads = [_head(recipe, base.config, variant) for variant in recipe.served_variants]
-    int4 = _head(recipe, base.config, "gptq")
-    parameters = sum(map(math.prod, head_shapes(base.config).values()))
-    size, chosen = base.config["hidden_size"], base.config.get("num_experts_per_tok", 1)
+def find_needs(run: Run, models: Models) -> list[Need]:
+    """Return what the run's stages still need."""
+    recipe, config, folder = run.recipe, models.base.config, str(run.path)
+    capture, sizes = recipe.capture, {v: _num_bytes(head) for v, head in models.heads.items()}
+    parameters = sum(map(math.prod, head_shapes(config).values()))
     length = capture.max_prompt_tokens + capture.new_tokens
     tokens = length * (capture.calibration_count + capture.evaluation_count)
-    residuals = 2 * tokens * size * base.config["hc_mult"]
-    replayed = capture.calibration_count * length * (2 * size + 4 * chosen)
-    download = sum(source.bytes_to_download for source in sources)
-    spliced, linked = sum(map(_num_bytes, heads)), f"{len(heads)} heads; the base is linked"
-    if recipe.splice.copy or _is_copied(base, folder.path):
-        spliced += len(heads) * sum(base.sizes.values())
-        linked = f"{len(heads)} heads, and copies of the base"
+    residuals = 2 * tokens * config["hidden_size"] * config["hc_mult"]
+    chosen = config.get("num_experts_per_tok", 1)
+    replayed = capture.calibration_count * length * (2 * config["hidden_size"] + 4 * chosen)
+    download = models.base.bytes_to_download + models.upstream.bytes_to_download
+    served = recipe.served_variants
+    spliced, linked = sum(sizes[v] for v in served), f"{len(served)} heads; the base is linked"
+    if recipe.splice.copy or _is_copied(models.base, run.path):
+        spliced += len(served) * sum(models.base.sizes.values())
+        linked = f"{len(served)} heads, and copies of the base"
     needs = [
         Need("fetch", "disk", constants.HF_HUB_CACHE, download, "what is still to be downloaded"),
-        Need("capture", "disk", run, residuals, "residuals, BF16"),
-        Need("quantize", "disk", run, replayed + _num_bytes(int4), "inputs, GPTQ's experts"),
-        Need("splice", "disk", run, spliced, linked),
+        Need("capture", "disk", folder, residuals, "residuals, BF16"),
+        Need("quantize", "disk", folder, replayed + sizes["gptq"], "inputs, GPTQ's experts"),
+        Need("splice", "disk", folder, spliced, linked),
         _memory("score", recipe.score.device, 1, 4 * parameters, "the head in float32"),
-        *_serving_needs(recipe, base.config, base_tensors, heads),
+        *_serving_needs(recipe, models),
     ]
-    left = (_still_needed(need, folder) for need in needs if need.stage in stages)
+    left = (_still_needed(need, run.path) for need in needs if need.stage in run.stages)
     return [need for need in left if need.bytes]
 
 
-def _head(recipe: Recipe, config: Mapping[str, Any], variant: Variant) -> Tensors:
-    """Return the head as a checkpoint has it."""
-    experts = {"mxfp4": "mxfp4", "bf16": "plain"}.get(variant, "int4")
-    tensors: dict[str, Tensor] = {}
-    for name, shape in head_shapes(config).items():
-        is_fp8 = FP8_LINEAR.search(name) or FP8_UPSTREAM_ONLY.search(name)
-        kind = "fp8" if is_fp8 and keeps_fp8(name, recipe.splice.linears) else "plain"
-        kind = experts if EXPERT.match(name) else kind
-        tensors |= stored_as(name, shape, kind, recipe.quantize.group_size)
-    return tensors
-
-
 def _num_bytes(tensors: Tensors) -> int:
-    return sum(map(num_bytes, tensors.values()))
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _is_copied(base: Source, folder: Path) -> bool:
@@ -153,31 +137,31 @@ def _memory(stage: str, device: Device, ranks: int, size: int, what_for: str) ->
     return Need(stage, "GPU memory", where, size, what_for)
 
 
-def _serving_needs(
-    recipe: Recipe, config: Mapping[str, Any], base: Tensors, heads: Sequence[Tensors]
-) -> list[Need]:
+def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:
     """Return the memory that base and largest head take when served, by doctor's estimate."""
     ranks, on_cpu = recipe.serve.tensor_parallel_size, torch_device("auto") == "cpu"
-    weights = [weights_bytes(tensors, ranks, decoded=on_cpu) for tensors in (base, *heads)]
+    base, *heads = (
+        weights_bytes(tensors, ranks, decoded=on_cpu)
+        for tensors in (models.tensors, *(models.heads[v] for v in recipe.served_variants))
+    )
     besides, what_for = 0, "the served model, decoded"
     if not on_cpu:
         length, cache_gib = recipe.capture.max_model_len, recipe.serve.kv_cache_gib
-        cache = kv_cache_bytes(config, length, tokens_in_flight=2 * step_tokens(length))
+        cache = kv_cache_bytes(models.base.config, length, 2 * step_tokens(length))
         besides = RESERVE_BYTES + (int(cache_gib * 2**30) if cache_gib is not None else cache)
         what_for = "the served model and its cache"
-    by_stage = {"capture": weights[0], "bench": weights[0] + max(weights[1:])}
     return [
         _memory(stage, "auto", ranks, ranks * (size + besides), what_for)
-        for stage, size in by_stage.items()
+        for stage, size in (("capture", base), ("bench", base + max(heads)))
     ]
 
 
-def _still_needed(need: Need, folder: RunFolder) -> Need:
+def _still_needed(need: Need, folder: Path) -> Need:
     """Return a need less what an earlier, killed run has written; nothing for a finished stage."""
-    stage = folder.stage(need.stage)
+    stage = folder / need.stage
     if (stage / "manifest.json").exists():
         return replace(need, bytes=0)
-    if need.where != str(folder.path) or not stage.exists():
+    if need.where != str(folder) or not stage.exists():
         return need
     files = (path.stat() for path in stage.rglob("*") if path.is_file())
     written = sum(file.st_size for file in files if file.st_nlink == 1)  # links are the base's
@@ -212,40 +196,19 @@ def _check(needed: int, free: int, what: str, what_for: str) -> None:
 
 
 def _check_gpus(recipe: Recipe, need: Need) -> None:
-    """Raise GraftError where the GPUs cannot hold the need, or vLLM would refuse to start.
-
-    vLLM takes a share of the whole memory, whatever it needs, and all of that has to be free.
-    """
-    served = need.stage != "score"
-    ranks, gpus = recipe.serve.tensor_parallel_size if served else 1, find_gpus()
+    """Raise GraftError for GPUs that are too few or too small; vLLM takes a share of each."""
+    ranks = 1 if need.stage == "score" else recipe.serve.tensor_parallel_size
+    gpus = find_gpus()
     if len(gpus) < ranks:
         raise GraftError(
             f"{need.stage}: {len(gpus)} GPUs found, {ranks} asked for by the recipe; set "
             "serve.tensor_parallel_size, or run where they are"
         )
-    free = min(gpu.free for gpu in gpus[:ranks])
-    what = f"memory of each of {need.where}"
-    if served:
-        share, total = _utilization(recipe), min(gpu.total for gpu in gpus[:ranks])
-        taken = int(share * total)
-        _check(taken, free, what, f"{need.stage}: vLLM takes {share:.0%} of {total:,}")
-        free = taken
-    _check(need.bytes // ranks, free, what, f"{need.stage}: {need.what_for}")
-
-
-def _utilization(recipe: Recipe) -> float:
-    """Return the share of each GPU's memory that vLLM will take."""
-    words = [word for given in recipe.serve.extra_args for word in given.split("=", 1)]
-    if _UTILIZATION not in words:
-        hardware = hardware_for("cuda")
-        return hardware.most_utilization if hardware.unified_memory else UTILIZATION
-    value = [*words, ""][words.index(_UTILIZATION) + 1]
-    try:
-        return float(value)
-    except ValueError:
-        raise GraftError(
-            f"serve.extra_args: {_UTILIZATION} is {value!r}, expected a number"
-        ) from None
+    own_share = any(arg.startswith(_UTILIZATION) for arg in recipe.serve.extra_args)
+    share = 1.0 if need.stage == "score" or own_share else UTILIZATION
+    free = min(min(gpu.free, int(share * gpu.total)) for gpu in gpus[:ranks])
+    what_for = f"{need.stage}: {need.what_for}"
+    _check(need.bytes // ranks, free, f"memory of each of {need.where}", what_for)
 
 
 def _free_memory() -> int:
@@ -281,22 +244,24 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
     texts = min(bench.acceptance_count or capture.evaluation_count, capture.evaluation_count)
     decoded = bench.count * bench.max_tokens * (2 * bench.rounds + 1)
     captured = (capture.calibration_count + capture.evaluation_count) * capture.new_tokens
-    accepting = timed.bench and timed.start + texts * capture.new_tokens * timed.bench
+    measured = None
+    if timed.bench is not None:
+        accepting = timed.start + texts * capture.new_tokens * timed.bench
+        servers = len(recipe.served_variants)
+        measured = timed.start + decoded * timed.decode + servers * accepting
     seconds = {
         "capture": timed.start + captured * timed.capture,
         "quantize": timed.quantize,
         "score": timed.score,
         "splice": timed.splice,
-        "bench": accepting
-        and timed.start + decoded * timed.decode + len(recipe.served_variants) * accepting,
+        "bench": measured,
     }
-    unknown = "not known: never timed"
-    times = {
-        stage: {"seconds": s, "by": timed.by if s else unknown} for stage, s in seconds.items()
-    }
-    download = sum(source.bytes_to_download for source in sources)
+    download = sum(source.bytes_to_download for source in sources) / 10**8
     by = "100 MB a second to download, 1 GB a second to hash: guesses"
-    return {"fetch": {"seconds": download / 10**8 + download / 10**9, "by": by}} | times
+    return {"fetch": {"seconds": 1.1 * download, "by": by}} | {
+        stage: {"seconds": s, "by": timed.by if s else "not known: never timed"}
+        for stage, s in seconds.items()
+    }
 
 
 def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any]:
@@ -308,11 +273,11 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     """
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")
-    folder = RunFolder(path, recipe)
+    run = Run(recipe, path, stages)
     plan: dict[str, Any] = {"run": str(path), "stages": list(stages), "recipe": asdict(recipe)}
     plan |= dict.fromkeys(("sources", "needs", "seconds", "inputs", "room", "unknown"))
     try:
-        sources = survey_models(recipe, folder)
+        sources = survey_models(run)
     except GraftError as error:
         return plan | {"unknown": str(error)}
     plan["sources"] = {
@@ -328,10 +293,9 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     times = estimate_times(recipe, sources)
     plan["seconds"] = {stage: times[stage] for stage in times if stage in stages}
     try:
-        base = check_models(recipe, *sources)
+        needs = find_needs(run, read_models(recipe, *sources))
     except GraftError as error:
         return plan | {"inputs": str(error)}
-    needs = find_needs(recipe, folder, stages, sources, base)
     plan |= {"inputs": "fit", "needs": [asdict(need) for need in needs], "room": "enough"}
     try:
         check_room(recipe, needs)

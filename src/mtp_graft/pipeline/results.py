@@ -1,13 +1,14 @@
 """What a run has found so far, put together from the stages' files; and the report of it."""
 
+from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
+from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.device import device_name
-from mtp_graft.pipeline.folder import STAGES, RunFolder
-from mtp_graft.recipe import Recipe
+from mtp_graft.pipeline.folder import Run
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.inputs import REPORT_NAME
 
@@ -22,41 +23,42 @@ _CPU_NOTE = (
 )
 
 
-def summarize(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+def summarize(run: Run) -> dict[str, Any]:
     """Return the JSON of `run` and `demo`; what has not been run yet is null."""
-    decode = read_result(folder.bench_unit("decode")) or {}
-    scored = (read_result(folder.stage("score") / REPORT_NAME) or {}).get("acceptance", {})
-    served = _served(recipe, folder)
-    main = served.get("gptq") or served.get(recipe.splice.variant) or {}
-    report = folder.stage("report") / PAGE_NAME
+    decode = read_result(run.bench_unit("decode")) or {}
+    scored = (read_result(run.path / "score" / REPORT_NAME) or {}).get("acceptance", {})
+    served, chosen = _served(run), run.recipe.splice.variant
+    main = served.get("gptq") or served.get(chosen) or {}
+    report = run.path / "report" / PAGE_NAME
     return {
-        "acceptance": main.get("acceptance"),
         "k": (decode.get("mtp") or main).get("k"),
-        "acceptance_by_position": main.get("acceptance_by_position"),
-        "acceptance_length": main.get("acceptance_length"),
+        **{
+            key: main.get(key)
+            for key in ("acceptance", "acceptance_by_position", "acceptance_length")
+        },
         "acceptance_served": {v: found["acceptance"] for v, found in served.items()},
-        "acceptance_offline": {v: a["top1"] for v, a in scored.items()},
-        "acceptance_difference": paired_differences(
-            {variant: found.get("sequences") for variant, found in served.items()}
-        ),
-        "acceptance_difference_offline": paired_differences(
-            {variant: found["sequences"] for variant, found in scored.items()}
-        ),
+        "acceptance_offline": {v: found["top1"] for v, found in scored.items()},
+        "acceptance_difference": _differences(served),
+        "acceptance_difference_offline": _differences(scored),
         "intervals_served": {v: found["interval"] for v, found in served.items()},
         **{key: decode.get(key) for key in ("decode_tok_s", "greedy_identical", "divergences")},
-        "seconds": {s: folder.seconds[s] for s in STAGES if s in folder.seconds},
-        "checkpoint": str(folder.checkpoint(recipe.splice.variant)),
+        "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
+        "checkpoint": str(run.checkpoint(chosen)),
         "report": str(report) if report.exists() else None,
     }
 
 
-def report_run(recipe: Recipe, folder: RunFolder) -> None:
-    """Write the report stage's page and charts."""
-    served, decode = _served(recipe, folder), read_result(folder.bench_unit("decode"))
+def report_run(run: Run) -> list[Path]:
+    """Write the report stage's page."""
+    served, capture = _served(run), run.recipe.capture
+    base, mtp, decode = (read_result(run.bench_unit(u)) for u in ("base", "mtp", "decode"))
+    recorded = None
+    if base is not None and mtp is not None:  # the answers, for the side-by-side
+        recorded = {"prompts": list(base["prompts"]), "base": base["stream"], "mtp": mtp["stream"]}
     notes = [
         _ERROR_NOTE,
         *(
-            f"{variant}: with drafts, {recipe.capture.concurrency} requests at once, "
+            f"{variant}: with drafts, {capture.concurrency} requests at once, "
             f"{found['identical']} of {found['texts']} texts equal the captured ones; sums then "
             "round in another order."
             for variant, found in served.items()
@@ -66,29 +68,25 @@ def report_run(recipe: Recipe, folder: RunFolder) -> None:
     ]
     stages = ("capture", "quantize", "score")
     results = RunResults(
-        result=summarize(recipe, folder),
-        **{stage: read_result(folder.stage(stage) / REPORT_NAME) for stage in stages},
+        result=summarize(run),
+        **{stage: read_result(run.path / stage / REPORT_NAME) for stage in stages},
         served=served or None,
         decode=decode,
-        verify=read_result(folder.verified(recipe.splice.variant)),
-        model=recipe.model.name,
+        verify=read_result(run.verified(run.recipe.splice.variant)),
+        model=run.recipe.model.name,
         device=device_name(),
         versions=package_versions(),
         notes=notes,
-        recorded=_recorded(folder),
+        recorded=recorded,
     )
-    write_report(folder.stage("report"), results)
+    write_report(run.path / "report", results)
+    return []
 
 
-def _served(recipe: Recipe, folder: RunFolder) -> dict[str, dict[str, Any]]:
-    found = {v: read_result(folder.bench_unit(f"served-{v}")) for v in recipe.served_variants}
+def _served(run: Run) -> dict[str, dict[str, Any]]:
+    found = {v: read_result(run.bench_unit(f"served-{v}")) for v in run.recipe.served_variants}
     return {variant: result for variant, result in found.items() if result is not None}
 
 
-def _recorded(folder: RunFolder) -> dict[str, Any] | None:
-    """Return the answers that the bench stage recorded, None where it has not been run."""
-    base, mtp = (read_result(folder.bench_unit(unit)) for unit in ("base", "mtp"))
-    if base is None or mtp is None:
-        return None
-    prompts = list(base["prompts"])
-    return {"prompts": prompts, "base": base.get("stream"), "mtp": mtp.get("stream")}
+def _differences(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return paired_differences({v: result.get("sequences") for v, result in found.items()})

@@ -1,4 +1,4 @@
-"""One run: the stages in order, each as the recipe wants it, in one run folder.
+"""A run: the stages in order, each as the recipe wants it, in one run folder.
 
     fetch      hub or folder          -> base checkpoint, upstream head
     capture    base served by vLLM    -> token ids, residual stream, the base's own next token
@@ -7,37 +7,40 @@
     splice     base + variants        -> checkpoints: hard links and one new shard each
     verify     checkpoints            -> every tensor accounted for and compared
     bench      checkpoints, served    -> acceptance of every variant, decode speed against the base
-    report     all of it              -> Markdown and charts
+    report     all of it              -> one HTML page
 
 A stage that is finished, and whose inputs are the same, returns what it found the first time. That
 a variant was served in the bench stage is also verify's proof that vLLM loads it.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.decode import Report
-from mtp_graft.checkpoint.manifest import CONFIG_NAME, fingerprints, read_result
+from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.manifest import read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.shards import write_json
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.pipeline.bench import Bench
-from mtp_graft.pipeline.device import torch_device
-from mtp_graft.pipeline.folder import STAGES, RunFolder, locked
+from mtp_graft.pipeline import STAGES
+from mtp_graft.pipeline.bench import (
+    bench,
+    bench_base,
+    has_served,
+    measuring_options,
+    server_log,
+    serving,
+)
+from mtp_graft.pipeline.device import device_name, torch_device
+from mtp_graft.pipeline.folder import Report, Run, locked
 from mtp_graft.pipeline.plan import check_run
 from mtp_graft.pipeline.results import report_run, summarize
-from mtp_graft.pipeline.servers import Servers
 from mtp_graft.recipe import Device, Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.calibration import load_calibration
-from mtp_graft.stages.capture import capture
-from mtp_graft.stages.fetch import FetchedModels, fetch
+from mtp_graft.stages.capture import capture, recording_options
 from mtp_graft.stages.inputs import REPORT_NAME
 from mtp_graft.stages.parallel import num_ranks
 from mtp_graft.stages.process import run_in_process
@@ -72,11 +75,18 @@ def run_pipeline(
     another process works in the folder.
     """
     with locked(folder):
-        run_folder = RunFolder(folder, recipe)
+        run = Run(recipe, folder, stages, report)
         if again:
-            run_folder.forget(stages)
-        _Run(recipe, run_folder, stages, report).do()
-        return summarize(recipe, run_folder)
+            run.forget()
+        for stage in stages:
+            with run.timed(stage):
+                inputs = _DO[stage](run)
+            if inputs is not None:
+                section = getattr(recipe, stage, None)
+                config = asdict(section) if section else {}
+                made = device_name(), run.seconds[stage]
+                write_manifest(folder / stage, stage, config, inputs, *made)
+        return summarize(run)
 
 
 def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[str, Any]:
@@ -88,163 +98,117 @@ def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[
     if num_ranks() > 1 and stage != "quantize":
         raise GraftError(f"{stage}: started on {num_ranks()} ranks; only quantize shares its work")
     run_pipeline(recipe, folder, report, [stage])
-    run_folder, chosen = RunFolder(folder, recipe), recipe.splice.variant
+    run, chosen = Run(recipe, folder), recipe.splice.variant
     if stage == "splice":
-        checkpoint = run_folder.checkpoint(chosen)
+        checkpoint = run.checkpoint(chosen)
         found = read_result(checkpoint / MANIFEST_NAME) or {}
         return {"checkpoint": str(checkpoint), **found}
-    path = run_folder.stage(stage) / REPORT_NAME
-    return read_result(run_folder.verified(chosen) if stage == "verify" else path) or {}
+    path = folder / stage / REPORT_NAME
+    return read_result(run.verified(chosen) if stage == "verify" else path) or {}
 
 
-def check_prompts(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raise GraftError for prompts that cannot be read or are too few; splits share none."""
-    capture, bench = recipe.capture, recipe.bench
-    wanted: Counter[str] = Counter()
-    if "capture" in stages:
-        wanted[capture.calibration_prompts] += capture.calibration_count
-        wanted[capture.evaluation_prompts] += capture.evaluation_count
-    if "bench" in stages:
-        wanted[bench.prompts] += bench.count
-    for source, count in wanted.items():
+def _fetch(run: Run) -> None:
+    """Find both checkpoints, once everything else that can be refused has been looked at."""
+    if {"capture", "bench"} & set(run.stages):
+        find_vllm()
+    check_run(run)
+    sources = []
+    if "capture" in run.stages:
+        capture = run.recipe.capture
+        sources.append((capture.calibration_prompts, capture.calibration_count))
+        sources.append((capture.evaluation_prompts, capture.evaluation_count))
+    if "bench" in run.stages:
+        sources.append((run.recipe.bench.prompts, run.recipe.bench.count))
+    for source, count in sources:
         load_calibration(source, count)
+    _ = run.models
 
 
-#: A stage's configuration and inputs, for its manifest.
-MadeFrom = tuple[Mapping[str, Any], Sequence[Path]]
+def _capture(run: Run) -> None:
+    """Capture the base; where it would be served alike, measure it on the same server."""
+    if "fetch" not in run.stages:
+        _fetch(run)
+    base, out, settings = run.models.base, run.path / "capture", run.recipe.capture
+    options = recording_options(base, out, settings)
+    with ExitStack() as stack:
+        started: list[ServerClient] = []
+
+        @contextmanager
+        def start() -> Iterator[ServerClient]:
+            started.append(stack.enter_context(serving(run, options, "capture")))
+            yield started[0]
+
+        capture(start(), base, out, settings, run.report, server_log(run, "capture"))
+        if "bench" in run.stages and options == measuring_options(run, base, 0):
+            for client in started:  # none, if the capture was finished before
+                with run.timed("bench"):
+                    bench_base(run, client)
 
 
-class _Run:
-    """The stages of one recipe in one run folder, a method each.
+def _quantize(run: Run) -> None:
+    inputs = run.finished("capture"), run.models.upstream, run.models.base
+    settings, out = run.recipe.quantize, run.path / "quantize"
+    _compute(run, settings.device, quantize, *inputs, out, settings)
 
-    Those that leave no manifest of their own making return what theirs is to say.
-    """
 
-    def __init__(
-        self, recipe: Recipe, folder: RunFolder, stages: Sequence[str], report: Report
-    ) -> None:
-        self.recipe = recipe
-        self.folder = folder
-        self.stages = stages
-        self.progress = report
-        self._servers = Servers(recipe, folder, report)
-        self._bench = Bench(recipe, folder, self._servers, report)
+def _score(run: Run) -> None:
+    captured, quantized = run.finished("capture"), run.finished("quantize")
+    inputs = captured, quantized, run.models.upstream, run.models.base
+    settings, out = run.recipe.score, run.path / "score"
+    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize.variants, settings)
 
-    def do(self) -> None:
-        """Run the stages in their order."""
-        for stage in self.stages:
-            with self.folder.timed(stage):
-                made_from: MadeFrom | None = getattr(self, stage)()
-            if made_from is not None:
-                self.folder.write_manifest(stage, *made_from)
 
-    @cached_property
-    def models(self) -> FetchedModels:
-        """The folders of base and upstream, fetched if they are on the hub."""
-        return fetch(self.recipe.model, self.folder.stage("fetch"), self.progress)
+def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
+    """Call a stage; on a GPU in a process of its own, so that it is empty when vLLM starts."""
+    if torch_device(device) == "cpu":
+        stage(*arguments, run.report)
+    else:
+        run_in_process(stage, *arguments, report=run.report)
 
-    def fetch(self) -> None:
-        """Find both checkpoints, once everything else that can be refused has been looked at."""
-        if {"capture", "bench"} & set(self.stages):
-            find_vllm()
-        check_run(self.recipe, self.folder, self.stages)
-        check_prompts(self.recipe, self.stages)
-        _ = self.models
 
-    def capture(self) -> None:
-        """Capture the base; where it would be served alike, measure it on the same server."""
-        if "fetch" not in self.stages:
-            self.fetch()
-        base, out, log = (
-            self.models.base,
-            self.folder.stage("capture"),
-            self._servers.log("capture"),
+def _splice(run: Run) -> list[Path]:
+    quantized, settings = run.finished("quantize"), run.recipe.splice
+    for variant in _variants(run, "splice"):
+        out = run.checkpoint(variant)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        splice(
+            *(run.models.base, run.models.upstream, out, variant),
+            linears=settings.linears,
+            quantized=quantized,
+            copy=settings.copy,
         )
-        options = self._servers.recording_options(base)
-        with ExitStack() as stack:
-            started: list[ServerClient] = []
+    return [quantized / REPORT_NAME]
 
-            @contextmanager
-            def serving() -> Iterator[ServerClient]:
-                started.append(stack.enter_context(self._servers.serving(options, "capture")))
-                yield started[0]
 
-            capture(serving(), base, out, self.recipe.capture, self.progress, log)
-            if "bench" in self.stages and options == self._servers.measuring_options(base, 0):
-                for client in started:  # none, if the capture was finished before
-                    with self.folder.timed("bench"):
-                        self._bench.measure_base(client)
+def _verify(run: Run) -> list[Path]:
+    quantized = run.finished("quantize")
+    run.finished("splice")
+    for variant in _variants(run, "verify"):
+        checkpoint = run.checkpoint(variant)
+        found = verify(checkpoint, run.models.base, run.models.upstream, quantized)
+        found["loaded_in_vllm"] = True if has_served(run, variant) else None
+        run.verified(variant).parent.mkdir(parents=True, exist_ok=True)
+        write_json(found, run.verified(variant))
+        require_sound(checkpoint, found)
+    return run.manifests
 
-    def quantize(self) -> None:
-        inputs = self.folder.finished("capture"), self.models.upstream, self.models.base
-        settings, out = self.recipe.quantize, self.folder.stage("quantize")
-        self._compute(settings.device, quantize, *inputs, out, settings)
 
-    def score(self) -> None:
-        captured, quantized = self.folder.finished("capture"), self.folder.finished("quantize")
-        inputs = captured, quantized, self.models.upstream, self.models.base
-        settings, out = self.recipe.score, self.folder.stage("score")
-        variants = self.recipe.quantize.variants
-        self._compute(settings.device, score, *inputs, out, variants, settings)
+def _variants(run: Run, stage: str) -> Iterator[str]:
+    """Yield the variants that become checkpoints, and report each."""
+    variants = run.recipe.served_variants
+    for number, variant in enumerate(variants):
+        run.report(f"{stage}: {variant}", number, len(variants))
+        yield variant
 
-    def _compute(self, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
-        """Call a stage; on a GPU in a process of its own, so that it is empty when vLLM starts."""
-        if torch_device(device) == "cpu":
-            stage(*arguments, self.progress)
-        else:
-            run_in_process(stage, *arguments, report=self.progress)
 
-    def splice(self) -> MadeFrom:
-        quantized, settings = self.folder.finished("quantize"), self.recipe.splice
-        variants = self.recipe.served_variants
-        for number, variant in enumerate(variants):
-            self.progress(f"splice: {variant}", number, len(variants))
-            out = self.folder.checkpoint(variant)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            splice(
-                *(self.models.base, self.models.upstream, out, variant),
-                linears=settings.linears,
-                quantized=quantized,
-                copy=settings.copy,
-            )
-        return asdict(settings), [quantized / REPORT_NAME]
-
-    def verify(self) -> MadeFrom:
-        quantized = self.folder.finished("quantize")
-        self.folder.finished("splice")
-        variants = self.recipe.served_variants
-        for number, variant in enumerate(variants):
-            self.progress(f"verify: {variant}", number, len(variants))
-            checkpoint, path = self.folder.checkpoint(variant), self.folder.verified(variant)
-            found = verify(checkpoint, self.models.base, self.models.upstream, quantized)
-            found["loaded_in_vllm"] = True if self._bench.has_served(variant) else None
-            found["base_as_captured"] = self._base_as_captured()
-            found["ok"] = found["ok"] and found["base_as_captured"] is not False
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(found, path)
-            require_sound(checkpoint, found)
-        return {"variants": variants}, self._heads()
-
-    def bench(self) -> MadeFrom:
-        adjusted = self._bench.run(self.models.base)
-        return asdict(self.recipe.bench) | {"adjusted": adjusted}, self._heads()
-
-    def report(self) -> MadeFrom:
-        report_run(self.recipe, self.folder)
-        return {}, []
-
-    def _base_as_captured(self) -> bool | None:
-        """Return whether the base's files, values included, are those that were captured.
-
-        By size, first and last MiB; None for a checkpoint whose capture is not here.
-        """
-        captured = read_result(self.folder.stage("capture") / CONFIG_NAME)
-        if captured is None:
-            return None
-        known: dict[str, str] = captured["base"]
-        return known == fingerprints([self.models.base / name for name in known])
-
-    def _heads(self) -> list[Path]:
-        """Return the checkpoints' manifests, which have the hashes."""
-        variants = self.recipe.served_variants
-        return [self.folder.checkpoint(variant) / MANIFEST_NAME for variant in variants]
+#: What does a stage. Where it writes no manifest of its own, it returns the inputs to be named.
+_DO: dict[str, Callable[[Run], Sequence[Path] | None]] = {
+    "fetch": _fetch,
+    "capture": _capture,
+    "quantize": _quantize,
+    "score": _score,
+    "splice": _splice,
+    "verify": _verify,
+    "bench": bench,
+    "report": report_run,
+}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mtp_graft.checkpoint.shards import num_bytes, read_index, read_meta
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
@@ -43,7 +43,7 @@ _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
 
 def weights_bytes_per_rank(checkpoint: Path, tp: int, *, decoded: bool = False) -> int:
     """Return `weights_bytes` of a checkpoint folder."""
-    return weights_bytes(read_meta(checkpoint, read_index(checkpoint)), tp, decoded=decoded)
+    return weights_bytes(read_meta(checkpoint), tp, decoded=decoded)
 
 
 def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = False) -> int:
@@ -54,7 +54,7 @@ def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = Fal
     total = 0
     for name, tensor in tensors.items():
         in_bf16 = decoded or NEVER_QUANTIZED.search(name)  # the plugin decodes these on GPUs too
-        size = _decoded_bytes(name, tensor) if in_bf16 else num_bytes(tensor)
+        size = _decoded_bytes(name, tensor) if in_bf16 else tensor.nbytes
         total += -(-size // tp) if _CUT.search(name) else size
     return total
 
@@ -68,7 +68,7 @@ def _decoded_bytes(name: str, tensor: Tensor) -> int:
         return 4 * codes_per_word * tensor.numel()
     if tensor.element_size() == 1 and tensor.is_floating_point():
         return 2 * tensor.numel()
-    return num_bytes(tensor)
+    return tensor.nbytes
 
 
 class KvLayout(NamedTuple):

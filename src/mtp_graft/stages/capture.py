@@ -19,7 +19,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint import shards
 from mtp_graft.checkpoint.capture import (
     INTACT_NAME,
     RECORDINGS,
@@ -29,12 +28,14 @@ from mtp_graft.checkpoint.capture import (
     read_sequences,
     read_texts,
 )
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
     fingerprints,
     finished_result,
     write_manifest,
 )
+from mtp_graft.checkpoint.shards import INDEX_NAME, read_index
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
@@ -105,8 +106,8 @@ def capture(
         "seconds": seconds,
         "folder": str(out),
     }
-    shards.write_json(result, out / REPORT_NAME)
-    inputs = [base / "config.json", base / shards.INDEX_NAME]
+    write_json(result, out / REPORT_NAME)
+    inputs = [base / "config.json", base / INDEX_NAME]
     device = f"{find_vllm().platform} ({platform.processor() or platform.machine()})"
     write_manifest(out, "capture", asdict(settings), inputs, device, seconds)
     return result
@@ -127,8 +128,8 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
         totals[source] += count
     prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
     asked = json.dumps([prompts, {split: n for split, (_, n) in _wanted(settings).items()}])
-    shard_names = sorted(set(shards.read_index(base).values()))
-    files = [base / name for name in ("config.json", shards.INDEX_NAME, *shard_names)]
+    shard_names = sorted(set(read_index(base).values()))
+    files = [base / name for name in ("config.json", INDEX_NAME, *shard_names)]
     decisive = {
         "max_prompt_tokens": settings.max_prompt_tokens,
         "new_tokens": settings.new_tokens,

@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 from huggingface_hub import constants
 
-from mtp_graft.checkpoint.files import read_object, read_weight_map
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.shards import INDEX_NAME, write_json
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.files import read_object, write_json
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
+from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
 from mtp_graft.stages.hub import check_hashes, file_sizes, snapshot, write_headers

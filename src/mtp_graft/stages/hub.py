@@ -16,8 +16,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.files import sha256
-from mtp_graft.checkpoint.shards import is_full_disk
+from mtp_graft.checkpoint.files import is_full_disk, sha256
 from mtp_graft.errors import GraftError
 
 #: Whatever asking the hub can raise: its client's own base class (requests', httpx' or httpx2', by

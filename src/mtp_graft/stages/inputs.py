@@ -116,7 +116,7 @@ def check_base_tensor(
     """Raise GraftError if the base has no `name` [V, D]; reads its shard's header only."""
     if name not in weight_map:
         raise GraftError(f"{base}: its index lists no {name}; expected a DeepSeek-V4 checkpoint")
-    found = list(read_meta(base, {name: weight_map[name]})[name].shape)
+    found = list(read_meta(base, name)[name].shape)
     expected = [model.vocab_size, model.hidden_size]
     if found != expected:
         raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")

@@ -18,8 +18,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mtp_graft.checkpoint.files import read_object
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, MANIFEST_TEXT_NAME
-from mtp_graft.checkpoint.spliced import CARD_NAME, HEAD_SHARD, TRACE_NAME, Spliced, find_spliced
+from mtp_graft.checkpoint.quant_manifest import (
+    CARD_NAME,
+    HEAD_SHARD,
+    MANIFEST_NAME,
+    MANIFEST_TEXT_NAME,
+    TRACE_NAME,
+    Spliced,
+    find_spliced,
+)
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.hub import HUB_ERRORS
 from mtp_graft.stages.inputs import Progress

@@ -27,13 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
     fingerprints,
     finished_result,
     write_manifest,
 )
-from mtp_graft.checkpoint.shards import num_bytes, read_meta, save_shard, write_json
+from mtp_graft.checkpoint.shards import read_meta, save_shard
 from mtp_graft.dsv4.experts import (
     MATRICES,
     expert_errors,
@@ -316,12 +317,13 @@ def _variants(
     num_weights = 3 * model.hidden_size * model.moe_intermediate_size  # of an expert
     first = _expert_names(inputs, range(1))
     measured = [n for n in inputs.shards if n in first or not n.startswith(EXPERTS_PREFIX)]
-    upstream = read_meta(inputs.upstream, {name: inputs.shards[name] for name in measured})
+    meta = read_meta(inputs.upstream, "mtp.")
+    upstream = {name: meta[name] for name in measured}
     variants: dict[str, dict[str, float]] = {}
     for variant in VARIANTS:
         as_stored = "rtn" if variant == "gptq" else variant  # INT4 both
         stored = store_head(upstream, as_stored, group_size=group_size)
-        sizes = {name: num_bytes(tensor) for name, tensor in stored.items()}
+        sizes = {name: tensor.nbytes for name, tensor in stored.items()}
         expert = {n: size for n, size in sizes.items() if n.startswith(EXPERTS_PREFIX)}
         # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
         weights = sum(size for name, size in expert.items() if not name.endswith("_shape"))

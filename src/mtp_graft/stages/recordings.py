@@ -15,7 +15,7 @@ from mtp_graft.checkpoint.capture import (
     append_sequence,
     read_sequences,
 )
-from mtp_graft.checkpoint.shards import open_shard
+from mtp_graft.checkpoint.shards import Shard
 from mtp_graft.errors import GraftError
 
 #: How long the server may take to write what it computed.
@@ -97,7 +97,7 @@ class Collector:
 
     def _read(self, name: str) -> None:
         self._seen.add(name)
-        with open_shard(self._out / RECORDINGS / name) as recording:
+        with Shard(self._out / RECORDINGS / name) as recording:
             token_ids = recording.get_tensor("token_ids").tolist()
             starts = recording.get_tensor("starts").tolist()
         for start, end in pairwise([*starts, len(token_ids)]):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.capture import CapturedSequence
-from mtp_graft.checkpoint.shards import open_shard, read_tensors, save_shard
+from mtp_graft.checkpoint.shards import Shard, save_shard
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.hessians import RoutedTokens
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
@@ -118,7 +118,8 @@ def _read(
     """Keep what the files of `sequences` hold."""
 
     def read(sequence: CapturedSequence) -> None:
-        found = read_tensors(files[sequence], ("x", "experts"))
+        with Shard(files[sequence]) as file:
+            found = file.read(("x", "experts"))
         for tensor, name in zip(kept[sequence], ("x", "experts"), strict=True):
             tensor.copy_(found[name])
 
@@ -130,7 +131,7 @@ def _read(
 def is_whole(path: Path) -> bool:
     """Return whether a unit's file is there and readable; one that is not, is made again."""
     try:
-        with open_shard(path):
+        with Shard(path):
             return True
     except GraftError:
         return False

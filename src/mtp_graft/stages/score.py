@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import (
     claim_folder,
     fingerprints,
@@ -18,7 +19,7 @@ from mtp_graft.checkpoint.manifest import (
     read_result,
     write_manifest,
 )
-from mtp_graft.checkpoint.shards import open_shard, write_json
+from mtp_graft.checkpoint.shards import Shard
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts
@@ -130,8 +131,8 @@ def _load_head(
     experts: dict[str, Tensor] = {}
     if variant == "gptq":
         for path in gptq_files:
-            with open_shard(path) as file:
-                experts.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            with Shard(path) as file:
+                experts |= file.read(file.meta)
     upstream = inputs.read_upstream([*inputs.shards])
     decoded = decode_head(store_head(upstream, variant, experts))
     return build_head(inputs.model, decoded, device=device)

@@ -18,19 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from mtp_graft.checkpoint import quant_manifest
-from mtp_graft.checkpoint.files import sha256
-from mtp_graft.checkpoint.shards import (
-    INDEX_NAME,
-    check_index,
-    is_full_disk,
-    open_shard,
-    stream_shard,
-    values_size,
-    write_index,
-    write_json,
-    write_text,
-)
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.files import is_full_disk, sha256, write_json, write_text
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
+from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_meta, stream_shard, write_index
 from mtp_graft.dsv4.variants import Linears, Variant, group_by_module, store_module
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import nearest_folder
@@ -101,7 +91,7 @@ def splice(
 
 def _manifest(plan: SplicePlan) -> dict[str, Any]:
     """Return what the checkpoint will say about its head, with hashes of what it is made of."""
-    base = quant_manifest.base_provenance(plan.base, sorted(set(plan.base_map.values())))
+    base = quant_manifest.base_provenance(plan.base, plan.base_map.values())
     if plan.published is not None:
         origin = dict(plan.published["provenance"])
         if origin["base"] != base:
@@ -110,7 +100,7 @@ def _manifest(plan: SplicePlan) -> dict[str, Any]:
     shards = sorted(set(plan.head.files.values()))
     provenance = {"base": base, "upstream": {path.name: sha256(path) for path in shards}}
     if plan.report is not None:
-        files = sorted(set(plan.experts.files.values())) if plan.experts else []
+        files = plan.experts.files.values() if plan.experts else []
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, files)
     return quant_manifest.manifest(
         *(plan.variant, plan.linears, plan.config, plan.report, provenance),
@@ -128,7 +118,7 @@ def _already_done(out: Path, plan: SplicePlan, manifest: Mapping[str, Any]) -> S
         raise GraftError(
             f"{out}: already exists, and not from these inputs; remove it or choose another folder"
         )
-    check_index(out)
+    read_meta(out, complete=True)
     return SpliceResult(out, plan.variant, len(plan.layout), plan.bytes, already_done=True)
 
 
@@ -195,7 +185,7 @@ def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     files = {**experts.files, **plan.head.files}
     stored_as = group_by_module(experts.files)
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(open_shard(path)) for path in set(files.values())}
+        opened = {path: stack.enter_context(Shard(path)) for path in set(files.values())}
         for stem, by_part in group_by_module(plan.head.files).items():
             parts = {p: opened[files[name]].get_tensor(name) for p, name in by_part.items()}
             given = {
@@ -220,8 +210,6 @@ def _write_texts(plan: SplicePlan, manifest: Mapping[str, Any], folder: Path) ->
 
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
-    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata", {})
-    # Counted, not added up: a base's own total_size can be missing or wrong.
-    total = sum(values_size(folder / shard) for shard in {*plan.base_map.values(), HEAD_SHARD})
+    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata") or {}
     index = {**plan.base_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
-    write_index(index, total, folder, metadata)
+    write_index(index, plan.base_bytes + plan.bytes, folder, metadata)

@@ -13,21 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME, read_manifest, read_report
+from mtp_graft.checkpoint.quant_manifest import (
+    HEAD_SHARD,
+    MANIFEST_NAME,
+    read_manifest,
+    read_report,
+)
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
     check_head,
     int4_group_size,
 )
-from mtp_graft.checkpoint.shards import (
-    check_index,
-    num_bytes,
-    open_shard,
-    read_index,
-    read_meta,
-)
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.shards import Shard, read_index, read_meta
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.variants import (
@@ -62,6 +60,7 @@ class SplicePlan:
 
     base: Path
     base_map: Mapping[str, str]
+    base_bytes: int  # of its tensors
     variant: Variant
     linears: Linears
     group_size: int
@@ -75,7 +74,7 @@ class SplicePlan:
     @property
     def bytes(self) -> int:
         """Return the size of the head's values as stored."""
-        return sum(map(num_bytes, self.layout.values()))
+        return sum(tensor.nbytes for tensor in self.layout.values())
 
 
 def plan_splice(
@@ -90,7 +89,7 @@ def plan_splice(
     `upstream` is the master, or a folder with a head that was spliced before. Such a head is taken
     as it is, and says itself what its variant and linears are.
     """
-    base_map = _check_base(base)
+    base_map, base_bytes = _check_base(base)
     published = read_manifest(upstream) if (upstream / MANIFEST_NAME).is_file() else None
     if published is None:
         head, variant = _read_upstream(upstream), variant or "mxfp4"
@@ -108,34 +107,35 @@ def plan_splice(
         given = None if experts is None else experts.meta
         layout = store_head(head.meta, variant, given, group_size=group_size, linears=linears)
     return SplicePlan(
-        *(base, base_map, variant, linears, group_size, head, experts, layout, config),
-        *(report, published),
+        *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
+        *(config, report, published),
     )
 
 
-def _check_base(base: Path) -> dict[str, str]:
+def _check_base(base: Path) -> tuple[dict[str, str], int]:
+    """Return the base's weight map and the size of its tensors; GraftError if it is no base."""
     weight_map = read_index(base)
     if already := sorted(name for name in weight_map if name.startswith("mtp.")):
         raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
-    weight_map = check_index(base)
+    size = sum(tensor.nbytes for tensor in read_meta(base, complete=True).values())
     model = read_model_config(base)
     for name in ("embed.weight", "head.weight"):
         check_base_tensor(base, name, weight_map, model)
-    return weight_map
+    return weight_map, size
 
 
 def _read_upstream(upstream: Path) -> Tensors:
-    names.upstream_head_names(read_index(upstream, "mtp."), upstream)
-    weight_map = check_index(upstream, "mtp.")
+    weight_map = read_index(upstream, "mtp.")
+    names.upstream_head_names(weight_map, upstream)
     files = {name: upstream / shard for name, shard in weight_map.items()}
-    return Tensors(files, read_meta(upstream, dict(sorted(weight_map.items()))))
+    return Tensors(files, dict(sorted(read_meta(upstream, "mtp.", complete=True).items())))
 
 
 def _read_published(folder: Path, manifest: Mapping[str, Any]) -> Tensors:
     """Return the tensors of a spliced head, whose manifest says how many they are."""
     path = folder / HEAD_SHARD
     head = _read_files([path])
-    size = sum(map(num_bytes, head.meta.values()))
+    size = sum(tensor.nbytes for tensor in head.meta.values())
     if (len(head.meta), size) != (manifest["tensors"], manifest["bytes"]):
         raise GraftError(
             f"{path}: has {len(head.meta)} tensors of {size:,} bytes, expected "
@@ -154,7 +154,7 @@ def _read_files(paths: Iterable[Path]) -> Tensors:
     files: dict[str, Path] = {}
     meta: dict[str, Tensor] = {}
     for path in paths:
-        with open_shard(path) as shard:
+        with Shard(path) as shard:
             meta |= dict(sorted(shard.meta.items()))
             files |= dict.fromkeys(shard.meta, path)
     return Tensors(files, meta)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object
-from mtp_graft.checkpoint.shards import open_shard, read_index
-from mtp_graft.checkpoint.spliced import HEAD_SHARD
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
+from mtp_graft.checkpoint.shards import Shard, read_index
 from mtp_graft.dsv4.head_shapes import head_shapes, stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.quantize import GPTQ
@@ -51,8 +51,8 @@ class _Folder:
 
     def __init__(self, weight_map: Mapping[str, str], folder: Path, stack: ExitStack) -> None:
         paths = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
-        opened = {s: stack.enter_context(open_shard(path)) for s, path in paths.items()}
-        held = {(s, name) for s, file in opened.items() for name in file.keys()}  # noqa: SIM118
+        opened = {s: stack.enter_context(Shard(path)) for s, path in paths.items()}
+        held = {(s, name) for s, file in opened.items() for name in file.meta}
         self.files = {name: opened[s] for name, s in weight_map.items() if (s, name) in held}
         self.listed_only = weight_map.keys() - self.files.keys()
         self.held_only = {name for s, name in held if weight_map.get(name) != s}
@@ -110,7 +110,7 @@ def verify(
         origin = _open_origin(manifest["variant"], upstream, quantized, stack)
         found.unexpected |= head - _check_head(stored, origin, config, found)
     files = _compare_base_files(checkpoint, base)
-    recorded = quant_manifest.base_provenance(base, sorted(set(base_map.values())))
+    recorded = quant_manifest.base_provenance(base, base_map.values())
     unchanged = set(files.values()) <= {"same inode", "same bytes"}
     unchanged = unchanged and manifest["provenance"].get("base") == recorded
     return {
@@ -155,8 +155,8 @@ def _open_origin(variant: str, upstream: Path, quantized: Path | None, stack: Ex
 def _open_files(paths: Iterable[Path], stack: ExitStack) -> _Folder:
     held: dict[str, str] = {}
     for path in paths:
-        with open_shard(path) as tensors:
-            held.update(dict.fromkeys(tensors.keys(), path.name))
+        with Shard(path) as tensors:
+            held.update(dict.fromkeys(tensors.meta, path.name))
     return _Folder(held, path.parent, stack)
 
 

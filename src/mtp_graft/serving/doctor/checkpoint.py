@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint.files import read_weight_map
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
-from mtp_graft.checkpoint.shards import INDEX_NAME, Shard
+from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import check_dimensions, compress_ratios
 from mtp_graft.dsv4.names import from_transformers
 from mtp_graft.dsv4.variants import group_by_module

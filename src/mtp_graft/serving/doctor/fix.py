@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig
-from mtp_graft.checkpoint.shards import INDEX_NAME, num_bytes, write_index, write_json
+from mtp_graft.checkpoint.shards import INDEX_NAME, write_index
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.findings import Finding
@@ -76,7 +77,7 @@ def _write(checkpoint: Checkpoint, folder: Path, copied: set[str]) -> None:
         for name in held
     }
     metadata = json.loads((checkpoint.folder / INDEX_NAME).read_text()).get("metadata") or {}
-    total = sum(map(num_bytes, checkpoint.tensors.values()))
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     write_index(dict(sorted(index.items())), total, folder, metadata)
 
 
