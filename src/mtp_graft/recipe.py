@@ -114,7 +114,6 @@ class QuantizeSection:
     variants: Variants = ALL_VARIANTS  # to be scored and spliced
     damp: Annotated[float, Field(ge=0, strict=True)] = 0.01  # of the mean of the Hessian's diagonal
     damping: Literal["fixed", "tokens"] = "tokens"  # more than `damp` for experts with few tokens
-    order: Literal["stored", "activation"] = "stored"  # in which inputs are rounded
     scale: Literal["absmax", "mse"] = "mse"  # the rule for a group's scale
     group_size: Count = 128  # inputs per INT4 scale; as the base has it
     experts_per_batch: Count = 16  # the unit of resuming
