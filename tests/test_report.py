@@ -68,10 +68,10 @@ BASE = answer(["a", "b", "c", "d", "e", "f"])
 MTP = answer(["a", "bc", "d", "ef"], [1, 2, 1, 2], (3, 3, 2))
 
 
-def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> dict[str, Any]:
-    sides = {"base": base, "mtp": mtp}
-    rounds = {side: {"round": 2, "rounds": 3, "timed": [timed]} for side, timed in sides.items()}
-    return {"prompts": [name], **rounds}
+def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> Any:
+    """Return both answers to one prompt, each the only one of its turn."""
+    turns = ({"prompts": {name: [1]}, "rounds": [[timed]]} for timed in (base, mtp))
+    return recorded_answers(*turns)
 
 
 def written(folder: Path, results: RunResults) -> str:
@@ -202,7 +202,7 @@ def test_report_is_safe_from_what_models_and_recipes_write(tmp_path: Path) -> No
     assert page.count("<script") == 2 and page.count("<img ") == 5 and "<b onclick" not in page
     [data] = re.findall(r'<script type="application/json" id="recorded">(.*?)</script>', page)
     [found] = json.loads(data)
-    assert ["".join(p[0] for p in step["pieces"]) for step in found["mtp"]["steps"]] == texts
+    assert [step["text"] for step in found["mtp"]["steps"]] == texts
 
 
 # Which tokens were drafts
@@ -231,35 +231,27 @@ def test_a_chunk_of_n_tokens_has_n_minus_1_accepted_drafts(
     assert accepted_drafts(timed) == expected
 
 
-def pieces(base: Any, mtp: Any) -> list[list[tuple[str, str]]]:
-    [found] = recorded_answers(recorded(base, mtp))
-    return [step["pieces"] for step in found["mtp"]["steps"]]
-
-
-def test_a_step_is_split_by_what_the_base_said_token_by_token() -> None:
-    assert pieces(BASE, MTP) == [
-        *([("a", "own")], [("b", "draft"), ("c", "own")]),
-        *([("d", "own")], [("e", "draft"), ("f", "own")]),
+def test_steps_have_their_tokens_times_and_acceptance_so_far() -> None:
+    [found] = recorded()["answers"]
+    assert (found["divergence"], found["mtp"]["drafts_per_step"]) == (None, 1)
+    keys = ("at", "start", "tokens", "text", "accepted", "acceptance", "apart")
+    assert [tuple(step[key] for key in keys) for step in found["mtp"]["steps"]] == [
+        (0.25, 0, 1, "a", 0, None, False),
+        (0.5, 1, 2, "bc", 1, 1.0, False),
+        (0.75, 3, 1, "d", 0, 0.5, False),
+        (1.0, 4, 2, "ef", 1, 2 / 3, False),
     ]
-
-
-def test_a_step_that_cannot_be_split_is_marked_as_a_whole() -> None:
-    merged = answer(["a", "bc", "d", "e", "f"], [1, 2, 1, 1, 1])
-    otherwise = answer(["a", "B", "c", "d", "e", "f"])  # as a character of two tokens may be
-    for base in (merged, otherwise):
-        assert pieces(base, MTP)[1][-1][1].startswith("mixed")
     unknown = {**MTP, "counters": answer("", counted=(9, 9, 2))["counters"]}
-    kinds = [[kind for _, kind in step] for step in pieces(BASE, unknown)]
-    assert kinds == [["own"], ["mixed"], ["own"], ["mixed"]]
+    [found] = recorded(mtp=unknown)["answers"]
+    assert {step["accepted"] for step in found["mtp"]["steps"]} == {None}
 
 
-def test_texts_part_at_the_first_character_that_differs() -> None:
+def test_texts_part_with_the_step_that_has_the_first_token_that_differs() -> None:
     other = answer(["a", "bX", "d", "eY"], [1, 2, 1, 2], (3, 3, 2), tokens=(0, 1, 7, 3, 4, 8))
-    [found] = recorded_answers(recorded(mtp=other))
+    [found] = recorded(mtp=other)["answers"]
     assert found["divergence"] == 2
-    apart = [(t, k.endswith("apart")) for step in pieces(BASE, other) for t, k in step]
-    assert apart == [("a", False), ("b", False), ("X", True), ("d", True), ("eY", True)]
-    assert found["base"]["steps"][2]["pieces"] == [("c", "own apart")]
+    assert [step["apart"] for step in found["mtp"]["steps"]] == [False, True, True, True]
+    assert [step["apart"] for step in found["base"]["steps"]] == [False, False, *[True] * 4]
 
 
 def test_cells_are_tokens_and_the_line_is_the_acceptance_so_far(page: str) -> None:

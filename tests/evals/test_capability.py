@@ -97,7 +97,7 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
         '{"name": "ant", "legs": 6, "habitats": ["forest", "meadow"]}',
         [
             ('```json\n{"name": "ant"}\n```', "instruction not followed"),
-            ('{"name": "ant", "legs": 8, "habitats": ["a", "b"]}', "wrong answer"),
+            ('{"name": "ant", "legs": 8, "habitats": ["a", "b"]}', "instruction not followed"),
             ('{"name": "ant", "legs": 6, "habitats": ["a"]}', "instruction not followed"),
             ('["name", "legs", "habitats"]', "instruction not followed"),
         ],
@@ -126,7 +126,7 @@ TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
         [
             (LIST.replace("7. ", "8. "), "instruction not followed"),
             (f"Here:\n{LIST}", "instruction not followed"),
-            (LIST.replace("machine 4", "machine 5"), "instruction not followed"),
+            (LIST.replace("machine 4", "machine 5"), "repetition"),
         ],
     ),
     "tools/call": (
@@ -175,7 +175,7 @@ def test_a_server_that_does_every_task_scores_fourteen(run: Run) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_each_task_tells_right_from_wrong(name: str) -> None:
-    samples = capability(None, None, 0, 60.0).dataset
+    samples = capability(None, None, 0).dataset
     [data] = [s.metadata for s in samples if s.id == f"capability/{name}"]
     _, right, wrong = TASKS[name]
     assert data is not None and judge(output_of(right), data) is None

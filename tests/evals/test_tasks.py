@@ -22,7 +22,7 @@ from mtp_graft.errors import GraftError
 
 
 def make_task(name: str, data: Path | None, limit: int | None = None, seed: int = 0) -> Task:
-    return TASKS[name](data, limit, seed, 60.0)
+    return TASKS[name](data, limit, seed)
 
 
 def test_the_hubs_files_give_the_same_questions_as_the_folder(
@@ -194,7 +194,7 @@ def test_code_runs_with_the_prompts_helpers_and_failures_have_their_names(
     code: str, kind: str | None
 ) -> None:
     test = "def check(candidate):\n    assert candidate(3) == 3\n"
-    data = {"prompt": PROMPT, "entry_point": "f", "test": test, "timeout_s": 20.0}
+    data = {"prompt": PROMPT, "entry_point": "f", "test": test}
     failure = judge_code(ModelOutput.from_content("m", code), data)
     assert (failure and failure.kind) == kind
 
@@ -204,7 +204,7 @@ def test_code_runs_with_the_prompts_helpers_and_failures_have_their_names(
 def test_every_reference_solution_of_humaneval_passes(shared_data: Path) -> None:
     packed = (shared_data / "human_eval/HumanEval.jsonl.gz").read_bytes()
     lines = gzip.decompress(packed).splitlines()
-    problems = [json.loads(line) | {"timeout_s": 60.0} for line in lines]
+    problems = [json.loads(line) for line in lines]
     assert len(problems) == 164
     for problem in problems:
         whole = f"```python\n{problem['prompt']}{problem['canonical_solution']}```"

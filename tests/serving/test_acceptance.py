@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from mtp_graft.bench.acceptance import KnownText, measure_acceptance
+from mtp_graft.bench.acceptance import measure_acceptance
+from mtp_graft.checkpoint.capture import FinishedText
 from mtp_graft.errors import GraftError
-from mtp_graft.serving import server
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
-from mtp_graft.serving.command import ServeOptions
 
+from .bench_server import quiet, serving
 from .fake_vllm import EOS
 
 LIMIT = 20  # new tokens asked for
@@ -19,37 +19,26 @@ LIMIT = 20  # new tokens asked for
 ENDS = {"3": 4, "5": 2, "6": 0, "7": 5}
 
 
-def known(name: str, prompt: tuple[int, ...]) -> KnownText:
+def known(name: str, prompt: tuple[int, ...]) -> FinishedText:
     """Return a prompt with the stand-in's own answer to it."""
     tokens = tuple((sum(prompt) + 7 * i) % 1000 for i in range(LIMIT))
     end = ENDS.get(str(sum(prompt)))
-    return KnownText(name, prompt, tokens if end is None else (*tokens[:end], EOS))
+    said = tokens if end is None else (*tokens[:end], EOS)
+    return FinishedText(0, name, "evaluation", prompt, said)
 
 
 TEXTS = [known("a", (1, 1)), known("b", (3,))]
-
-
-def quiet(_label: str, _done: int, _total: int) -> None:
-    pass
-
-
 Serve = Callable[..., ServerClient]
 
 
 @pytest.fixture
-def serve(
-    vllm: Path, fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Serve]:
+def serve(fake: Callable[..., None]) -> Iterator[Serve]:
     """Return a function that serves a checkpoint until the test ends."""
-    monkeypatch.setattr(server, "POLL_S", 0.05)
     with ExitStack() as stack:
 
         def start(checkpoint: Path, k: int | None = None, **settings: int) -> ServerClient:
             fake(ends=ENDS, **settings)
-            options = ServeOptions(
-                checkpoint, port=0, num_speculative_tokens=k, extra_args=COUNT_DRAFTS
-            )
-            return stack.enter_context(server.managed_server(options, tmp_path / "vllm.log"))
+            return stack.enter_context(serving(checkpoint, k, *COUNT_DRAFTS))
 
         yield start
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mtp_graft import cli, pipeline
-from mtp_graft.bench.decode import Report
+from mtp_graft.bench.requests import Report
 from mtp_graft.pipeline import plan
 from mtp_graft.pipeline import run as stages
 from mtp_graft.recipe import Recipe

@@ -3,7 +3,6 @@
 No dates and no paths of this machine: the same results give the same bytes.
 """
 
-import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,13 +33,6 @@ _KEYS = {
     **dict.fromkeys(_EVALS, ("correct", "total", "failures")),
 }
 _STAGES = ("fetch", "capture", "quantize", "heal", "score", "splice", "verify", "bench")
-_SERVE_OPTIONS = {
-    "tensor_parallel_size": "--tp",
-    "max_model_len": "--max-model-len",
-    "k": "-k",
-    "draft_sample_method": "--draft-sample-method",
-    "draft_lm_head_quantization": "--draft-lm-head-quantization",
-}
 #: Modules that stand for the base's components, as the engine names them.
 _BASE_PARTS = {
     "routed experts": "model.layers.0.ffn.experts.0.w1",
@@ -111,7 +103,9 @@ def collect_results(run: Path) -> dict[str, Any]:
             for m in ran
             if m
         ],
-        "serve_commands": list(dict.fromkeys(_serve_commands(spliced.folder.name, ours))),
+        "serve_commands": list(
+            dict.fromkeys(m.server["serve"] for m in ours if "serve" in m.server)
+        ),
         "left_out": [m.file for m in measured if m not in ours],
     }
     return {**card, "not_measured": list(_missing(card, ours))}
@@ -163,9 +157,7 @@ def _of_the_recipe(run: Path, manifest: Json | None) -> Iterator[Measurement]:
     """Yield the pipeline's own comparison of base and MTP, in the form of `bench decode`."""
     file = "bench/decode.json"
     if found := read_result(run / file):
-        texts = {key: found[key] for key in ("greedy_identical", "divergences")}
-        result = {**found["mtp"], **texts, "against": found["base"]}
-        yield Measurement("decode", "recipe's own", file, result, manifest, {})
+        yield Measurement("decode", "recipe's own", file, found, manifest, {})
 
 
 def _measurements(run: Path) -> Iterator[Measurement]:
@@ -237,20 +229,6 @@ def _shown(measurement: Measurement) -> dict[str, Any]:
         "profile": profile and asdict(profile),
         "result": result,
     }
-
-
-def _serve_commands(name: str, measured: Sequence[Measurement]) -> Iterator[str]:
-    """Yield each way that the checkpoint was served in, as a command."""
-    for measurement in measured:
-        server = measurement.server
-        if server.get("files"):
-            options = {**server, "k": measurement.config.get("k")}
-            words = ["mtp-graft", "serve", name, "--profile", server.get("profile") or "none"]
-            for key, option in _SERVE_OPTIONS.items():
-                if options.get(key) is not None:
-                    words += [option, str(options[key])]
-            extra = server.get("extra_args")
-            yield shlex.join([*words, *(["--", *extra] if extra else [])])
 
 
 def _missing(card: Json, measured: Sequence[Measurement]) -> Iterator[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench import charts
-from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.page import as_html, number, points, render
 from mtp_graft.checkpoint.files import write_text
 
@@ -27,14 +26,13 @@ class RunResults:
     quantize: Mapping[str, Any] | None
     score: Mapping[str, Any] | None
     served: Mapping[str, Any] | None  # by head, as `bench.acceptance.measure_acceptance`
-    decode: Mapping[str, Any] | None  # of `bench.decode.compare`
+    decode: Mapping[str, Any] | None  # as `bench.decode.compare`
     verify: Mapping[str, Any] | None
     model: str
     device: str
     versions: Mapping[str, str]
     notes: Sequence[str]
-    #: `prompts` (ids); `base` and `mtp`, as `bench.decode.median_round`.
-    recorded: Mapping[str, Any] | None = None
+    recorded: Mapping[str, Any] | None = None  # as `bench.answers.recorded_answers`
 
 
 def write_report(folder: Path, results: RunResults) -> Path:
@@ -47,7 +45,6 @@ def write_report(folder: Path, results: RunResults) -> Path:
         "main": _main_head(results),
         "differences": list(_differences(results.result)),
         "seconds": seconds,
-        "answers": recorded_answers(results.recorded),
         "colours": {"own": charts.BASE_COLOUR, "draft": charts.MTP_COLOUR},
     }
     drawn = _draw(results, heads, seconds)
@@ -107,7 +104,7 @@ def _draw(
         drawn["errors"] = charts.error_chart(rounded, counts)
         drawn["tokens"] = charts.token_chart(counts)
     if results.decode:
-        bars = decode_bars({"base": results.decode["base"], "with MTP": results.decode["mtp"]})
+        bars = decode_bars({"base": results.decode["against"], "with MTP": results.decode})
         title = "Decode speed, tokens a second: median, slowest and fastest round"
         drawn["decode"] = charts.bar_chart(title, bars)
     if seconds:

@@ -3,13 +3,21 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
+from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from mtp_graft.bench.decode import Report, decode_s, num_decoded, ttft_s
-from mtp_graft.bench.requests import Answer, Session, time_answer
+from mtp_graft.bench.requests import (
+    Answer,
+    Report,
+    decode_s,
+    measured,
+    num_decoded,
+    time_answer,
+    ttft_s,
+)
 from mtp_graft.serving.client import ServerClient
 
 CATEGORIES = ("chat", "coding", "retrieval", "writing", "planning")
@@ -56,28 +64,33 @@ def measure_workload(
     workload: Workload,
     config: WorkloadConfig,
     report: Report,
-    session: Session,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Ask every request of the workload, one at a time, greedily; return speeds and acceptance.
 
-    `connect` is called only if something is left to ask. The first request is preceded by a short
-    one as warm-up. Raises GraftError if a request fails for good.
+    `connect` is called once, and only if something is left to ask that `folder` does not have. A
+    short request comes first, as warm-up. Raises GraftError if a request fails.
     """
-    missing = [task for task in workload.tasks if task.id not in session.units]
-    total = len(workload.tasks)
-    if missing:
+
+    @cache
+    def warm_client() -> ServerClient:
         client = connect()
         report("workload: warm-up", 0, 0)
-        warm_up = _body(workload, missing[0], config) | {"max_tokens": 8}
-        session.ask("warm-up", partial(time_answer, client, "/v1/chat/completions", warm_up))
-    for done, task in enumerate(missing, start=total - len(missing)):
-        report(f"workload: {task.id}", done, total)
-        body = _body(workload, task, config)
-        ask = partial(time_answer, client, "/v1/chat/completions", body)
-        session.keep(task.id, _task_result(task, session.ask(task.id, ask)))
-    report("workload", total, total)
-    found = [session.units[task.id] for task in workload.tasks]
-    return workload_result(found, config) | session.as_result()
+        ask(client, workload.tasks[0], max_tokens=8)
+        return client
+
+    def ask(client: ServerClient, task: Task, **limit: int) -> Answer:
+        body = _body(workload, task, config) | limit
+        return time_answer(client, "/v1/chat/completions", body)
+
+    def measure(done: int, task: Task) -> dict[str, Any]:
+        client = warm_client()
+        report(f"workload: {task.id}", done, len(workload.tasks))
+        return _task_result(task, ask(client, task))
+
+    tasks = enumerate(workload.tasks)
+    found = [measured(folder, task.id, partial(measure, done, task)) for done, task in tasks]
+    return workload_result(found, config)
 
 
 def _body(workload: Workload, task: Task, config: WorkloadConfig) -> dict[str, Any]:
@@ -99,15 +112,13 @@ def _task_result(task: Task, answer: Answer) -> dict[str, Any]:
     return {
         "id": task.id,
         "category": task.category,
-        "prompt_tokens": answer["prompt_tokens"],
-        "completion_tokens": answer["completion_tokens"],
+        **{key: answer[key] for key in ("prompt_tokens", "completion_tokens", "finish_reason")},
         "decoded_tokens": decoded,
         "decode_s": seconds,
         "decode_tok_s": decoded / seconds if decoded else None,
         "ttft_ms": 1e3 * ttft_s(answer),
-        "drafted": counters.get("num_draft_tokens"),
-        "accepted": counters.get("num_accepted_tokens"),
-        "finish_reason": answer["finish_reason"],
+        "drafted": counters.get("num_draft_tokens", 0),
+        "accepted": counters.get("num_accepted_tokens", 0),
     }
 
 
@@ -123,15 +134,13 @@ def workload_result(found: Sequence[dict[str, Any]], config: WorkloadConfig) -> 
 
 
 def _summary(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean of the requests' speeds (as the Acti card has it), and the pooled one."""
-    decoded = [task for task in tasks if task["decoded_tokens"]]
-    drafted = sum(task["drafted"] or 0 for task in tasks)
-    tokens, seconds = (sum(t[key] for t in decoded) for key in ("decoded_tokens", "decode_s"))
+    """Return the mean of the requests' speeds (as the Acti card has it), and what they took."""
+    speeds = [task["decode_tok_s"] for task in tasks if task["decoded_tokens"]]
+    drafted = sum(task["drafted"] for task in tasks)
     return {
-        "decode_tok_s": mean(task["decode_tok_s"] for task in decoded) if decoded else None,
-        "pooled_tok_s": tokens / seconds if decoded else None,
+        "decode_tok_s": mean(speeds) if speeds else None,
         "ttft_ms": median(task["ttft_ms"] for task in tasks),
-        "acceptance": sum(task["accepted"] or 0 for task in tasks) / drafted if drafted else None,
+        "acceptance": sum(task["accepted"] for task in tasks) / drafted if drafted else None,
         "requests": len(tasks),
         "completion_tokens": sum(task["completion_tokens"] for task in tasks),
         "cut_off": sum(task["finish_reason"] == "length" for task in tasks),

@@ -50,7 +50,7 @@ _LETTER = re.compile(
 )
 
 
-def gsm8k(data_dir: Path | None, limit: int | None, seed: int, _timeout_s: float) -> Task:
+def gsm8k(data_dir: Path | None, limit: int | None, seed: int) -> Task:
     """Return word problems, answered step by step, exact match on `#### N`."""
 
     def to_sample(row: Mapping[str, Any], number: int) -> Sample:
@@ -63,20 +63,20 @@ def gsm8k(data_dir: Path | None, limit: int | None, seed: int, _timeout_s: float
     return make_task("gsm8k", samples, _judge_number)
 
 
-def humaneval(data_dir: Path | None, limit: int | None, seed: int, timeout_s: float) -> Task:
+def humaneval(data_dir: Path | None, limit: int | None, seed: int) -> Task:
     """Return functions to be written from a docstring, judged by their unit tests."""
     find_python()
 
     def to_sample(row: Mapping[str, Any], _number: int) -> Sample:
         data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
         text = _HUMANEVAL.format(prompt=row["prompt"])
-        return Sample(id=row["task_id"], input=text, metadata=data | {"timeout_s": timeout_s})
+        return Sample(id=row["task_id"], input=text, metadata=data)
 
     samples = deal(_load("humaneval", to_sample, data_dir), limit, seed)
     return make_task("humaneval", samples, judge_code)
 
 
-def mmlu(data_dir: Path | None, limit: int | None, seed: int, _timeout_s: float) -> Task:
+def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
     """Return four-way questions, as many of each subject, give or take one."""
 
     def to_sample(row: Mapping[str, Any], number: int) -> Sample:
