@@ -324,7 +324,7 @@ def test_a_stage_has_its_own_command_and_result(
         ("serve MODEL --profile 1m --dry-run --gpu H300", "--gpu H300: not a GPU known here"),
         (
             "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
-            "best: expected one of greedy, probabilistic",
+            "'best' is not one of 'greedy', 'probabilistic'",
         ),
         ("doctor MODEL --gpu H300", "--gpu H300: not a GPU known here"),
         ("bench mmlu --base-url localhost:8000", "expected http://HOST:PORT"),

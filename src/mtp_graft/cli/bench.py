@@ -106,7 +106,7 @@ def _other(target: Target, against: str) -> Target:
 
 def _hash(prompts: Sequence[Any]) -> str:
     """Return what tells these prompts from others."""
-    return sha256(repr([asdict(one) for one in prompts]).encode()).hexdigest()
+    return sha256(repr(prompts).encode()).hexdigest()
 
 
 def _decode_parts(result: dict[str, Any]) -> list[str | Table]:
@@ -217,19 +217,16 @@ def bench_workload(
     k: SpeculativeOption = None,
 ) -> None:
     """Measure speed on fifteen everyday requests with a system prompt and tools."""
-    from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
+    from mtp_graft.bench.workload import load_workload, measure_workload
 
-    config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
-    k = target.num_drafts(k)
+    requests, k = load_workload(thinking, max_tokens), target.num_drafts(k)
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report, ExitStack() as stack:
             client = target.client(report, "workload", k)
-            return measure_workload(
-                lambda: stack.enter_context(client), workload, config, report, folder
-            )
+            return measure_workload(lambda: stack.enter_context(client), requests, report, folder)
 
-    claim = asdict(config) | {"k": k, "prompts": _hash([workload])}
+    claim = {"thinking": thinking, "max_tokens": max_tokens, "k": k, "prompts": _hash(requests)}
     result = target.finish("workload", claim, measure)
     columns = ("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
     rows = [
