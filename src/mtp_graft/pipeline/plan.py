@@ -18,7 +18,7 @@ from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import find_gpus, torch_device
+from mtp_graft.pipeline.device import gpus, torch_device
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
@@ -197,18 +197,18 @@ def _check(needed: int, free: int, what: str, what_for: str) -> None:
 
 def _check_gpus(recipe: Recipe, need: Need) -> None:
     """Raise GraftError for GPUs that are too few or too small; vLLM takes a share of each."""
-    ranks = 1 if need.stage == "score" else recipe.serve.tensor_parallel_size
-    gpus = find_gpus()
-    if len(gpus) < ranks:
+    serves, found = need.stage != "score", gpus()
+    assert found is not None, "without a GPU there is no such need"
+    ranks = recipe.serve.tensor_parallel_size if serves else 1
+    if found.num_gpus < ranks:
         raise GraftError(
-            f"{need.stage}: {len(gpus)} GPUs found, {ranks} asked for by the recipe; set "
+            f"{need.stage}: {found.num_gpus} GPUs found, {ranks} asked for by the recipe; set "
             "serve.tensor_parallel_size, or run where they are"
         )
     own_share = any(arg.startswith(_UTILIZATION) for arg in recipe.serve.extra_args)
-    share = 1.0 if need.stage == "score" or own_share else UTILIZATION
-    free = min(min(gpu.free, int(share * gpu.total)) for gpu in gpus[:ranks])
+    usable = int(found.memory_bytes * (UTILIZATION if serves and not own_share else 1.0))
     what_for = f"{need.stage}: {need.what_for}"
-    _check(need.bytes // ranks, free, f"memory of each of {need.where}", what_for)
+    _check(need.bytes // ranks, usable, f"memory of each of {need.where}", what_for)
 
 
 def _free_memory() -> int:
