@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 Batches = dict[str, Any]
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
-NUM_PROMPTS, NEW_TOKENS = 32, 32
+NUM_PROMPTS, NEW_TOKENS = 24, 32
 LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose
 NUM_SAMPLED = 12
 PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
@@ -74,7 +74,7 @@ def scored(prompts: list[list[int]], together: bool = False) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def texts(prompts_of: Callable[..., list[int]]) -> list[list[int]]:
     """Prompts whose every position is compared."""
-    return [prompts_of(length) for length in (5, 130, 300, 700)]
+    return [prompts_of(length) for length in (5, 130, 600)]
 
 
 Run = Callable[..., Batches]
@@ -157,8 +157,8 @@ def test_both_acceptance_and_rejection_were_exercised(
 ) -> None:
     runs = {k: run["mixed"] for k, run in speculative.items()}
     measured.update({f"acceptance_k{k}": r["accepted"] / r["drafted"] for k, r in runs.items()})
-    assert all(run["accepted"] >= 200 for run in runs.values())
-    assert all(run["drafted"] - run["accepted"] >= 100 for run in runs.values())
+    assert all(run["accepted"] >= 150 for run in runs.values())
+    assert all(run["drafted"] - run["accepted"] >= 75 for run in runs.values())
 
 
 def test_requests_together_are_answered_and_drafted_as_each_alone(
