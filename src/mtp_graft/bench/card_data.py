@@ -17,8 +17,8 @@ from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.manifest import fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, Spliced, find_spliced
 from mtp_graft.checkpoint.quantization_config import scheme_of
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.metrics import wilson_interval
 from mtp_graft.serving.profiles import PROFILES
 
 Json = Mapping[str, Any]
