@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.serving.prompts import load_prompts
 from record import MODEL, arguments, write_result
 
 import mtp_graft
@@ -29,13 +28,14 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.metrics import drafting_result
 from mtp_graft.serving.server import managed_server
+from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.splice import splice
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 #: remedy: file in the package, what is replaced there, by what (None: appended).
 REMEDIES = {
-    "compressors": ("cuda/models.py", "decode_compressors(base)", "base"),
+    "compressors": ("strict_loading.py", "decode_compressors(base)", "base"),
     "strict_loading": (
         "strict_loading.py",
         None,
@@ -118,7 +118,7 @@ def measure(run: Run, scratch: Path, log: Path, asked: argparse.Namespace) -> di
             before = client.spec_decode_counters()
             texts = [
                 client.complete(client.encode(prompt), asked.max_tokens, ignore_eos=True)
-                for prompt in load_prompts(MODEL / "prompts.jsonl", asked.prompts)
+                for prompt in load_calibration(str(MODEL / "prompts.jsonl"), asked.prompts)
             ]
             after = client.spec_decode_counters()
     except GraftError as error:
