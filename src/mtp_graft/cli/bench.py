@@ -1,6 +1,6 @@
 """`mtp-graft bench decode`, `sweep` and `workload`: how fast a server is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -93,9 +93,7 @@ def bench_decode(
                 turn = partial(serve_turn, ours, prompts, config, report)
                 return decode_result([measured(folder, "decode", turn)], config)
             serve = {"mtp": ours, "base": partial(other.client, report, k=0)}
-            result = measure_alternating(serve, prompts, pairs, config, report, folder)
-            # Servers that are not ours were not started again between their turns.
-            return result | {"restarted": target.checkpoint is not None}
+            return measure_alternating(serve, prompts, pairs, config, report, folder)
 
     # More pairs may be added to a folder later: each stands by itself.
     claim = {"decode": asdict(config), "k": k, "prompts": _hash(prompts)}
@@ -120,21 +118,28 @@ def _hash(prompts: Sequence[Any]) -> str:
     return sha256(repr(prompts).encode()).hexdigest()
 
 
-def _print_table(target: Target, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(str, row))
+def _print_table(target: Target, columns: Mapping[str, str], rows: Mapping[str, Any]) -> None:
+    """Print a row for each result, its name first; `columns` has the headings by key."""
+    table = Table("", *columns.values())
+    for name, found in rows.items():
+        table.add_row(name, *(_cell(key, found[key]) for key in columns))
     result_console(target.json_file).print(table)
 
 
+def _cell(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return spread(value, 100, " %") if key == "acceptance" else spread(value)
+    if isinstance(value, list):
+        return percents(value)
+    if key == "acceptance":
+        return percent(value)
+    return str(value) if isinstance(value, int) else number(value)
+
+
 def _print_decode(target: Target, result: dict[str, Any]) -> None:
-    rows = []
-    for name, found in (("against", result.get("against")), ("decode", result)):
-        if found:
-            speeds = [spread(found[key]) for key in ("decode_tok_s", "ttft_ms", "tpot_ms")]
-            acceptance = found["acceptance"] and found["acceptance"]["median"]
-            rows.append((name, *speeds, percent(acceptance)))
-    _print_table(target, ("", "decode tok/s", "TTFT ms", "ms per token", "acceptance"), rows)
+    columns = {"decode_tok_s": "decode tok/s", "ttft_ms": "TTFT ms", "tpot_ms": "ms per token"}
+    sides = {"against": result["against"]} if "against" in result else {}
+    _print_table(target, columns | {"acceptance": "acceptance"}, {**sides, "decode": result})
     lines = drafting_lines(result)
     if "ratio" in result:
         ratio = result["ratio"]["decode_tok_s"]
@@ -199,16 +204,15 @@ def bench_sweep(
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = asdict(replace(config, concurrencies=(), ks=())) | {"prompts": _hash(prompts)}
     points = target.finish("sweep", claim, measure)["points"]
-    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
-    rows = [
-        (
-            *(point["k"], point["concurrency"]),
-            *(number(point[key]) for key in ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")),
-            *(percents(point["acceptance_by_position"]), point["errors"]),
-        )
-        for point in points
-    ]
-    _print_table(target, (*columns, "accepted by position", "errors"), rows)
+    columns = {
+        "per_stream_tok_s": "tok/s a request",
+        "aggregate_tok_s": "tok/s in all",
+        "ttft_ms": "TTFT ms",
+        "acceptance_by_position": "accepted by position",
+        "errors": "errors",
+    }
+    rows = {f"k = {point['k']}, {point['concurrency']} at a time": point for point in points}
+    _print_table(target, columns, rows)
 
 
 def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
@@ -246,13 +250,12 @@ def bench_workload(
 
     claim = {"thinking": thinking, "max_tokens": max_tokens, "k": k, "prompts": _hash(requests)}
     result = target.finish("workload", claim, measure)
-    columns = ("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
-    rows = [
-        (
-            *(name, found["requests"], found["completion_tokens"]),
-            *(number(found[key]) for key in ("decode_tok_s", "ttft_ms")),
-            *(percent(found["acceptance"]), found["cut_off"]),
-        )
-        for name, found in [*result["categories"].items(), ("all", result)]
-    ]
-    _print_table(target, columns, rows)
+    columns = {
+        "requests": "requests",
+        "completion_tokens": "tokens",
+        "decode_tok_s": "tok/s (mean)",
+        "ttft_ms": "TTFT ms",
+        "acceptance": "acceptance",
+        "cut_off": "cut off",
+    }
+    _print_table(target, columns, {**result["categories"], "all": result})

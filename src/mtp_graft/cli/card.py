@@ -13,21 +13,14 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
 
 
 @app.command(rich_help_panel=PUBLISH)
-def card(
-    run: RunArgument,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to. Default: card/ in the run.")
-    ] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Write a run's model card with charts, from its result files."""
+def card(run: RunArgument, json_file: JsonOption = None) -> None:
+    """Write a run's model card with charts, from its result files, to card/ in the run."""
     from mtp_graft.bench.card import write_card
 
-    result = write_card(run, out or run / "card")
+    result = write_card(run, run / "card")
     write_json(result, json_file)
     console = result_console(json_file)
-    console.print(f"card: {result['card']}", soft_wrap=True)
-    console.print(f"its data: {result['data']}", soft_wrap=True)
+    console.print(f"card: {result['card']}\nits data: {result['data']}", soft_wrap=True)
     for what in result["not_measured"]:
         note(f"not measured: {what}")
     for file in result["left_out"]:
@@ -38,10 +31,6 @@ def card(
 def publish(
     run: RunArgument,
     repo: Annotated[str, typer.Option(metavar="ID", help="OWNER/NAME on the hub.")],
-    card_folder: Annotated[
-        Path | None,
-        typer.Option("--card", metavar="DIR", help="The card. Default: card/ in the run."),
-    ] = None,
     head_only: Annotated[
         bool, typer.Option("--head-only", help="Leave out the base: for `mtp-graft graft`.")
     ] = False,
@@ -56,19 +45,20 @@ def publish(
     """Upload a run's verified checkpoint with its card; a call that failed can be repeated."""
     from mtp_graft.stages import publish as publishing
 
-    card_folder = card_folder or run / "card"
-    publication = publishing.plan_publication(run, repo, private, card_folder, head_only=head_only)
+    publication = publishing.plan_publication(run, repo, private, run / "card", head_only=head_only)
     result = publication.as_json() | {"dry_run": dry_run}
     if not dry_run:
         # huggingface_hub draws bars of its own, with which ours would interfere.
         result |= publishing.publish(publication, lambda label, *_: note(label))
     write_json(result, json_file)
     console = result_console(json_file)
-    for file in result["files"]:
-        console.print(f"{file['bytes']:>18,}  {file['path']}", highlight=False, soft_wrap=True)
+    lines = [f"{file['bytes']:>18,}  {file['path']}" for file in result["files"]]
     verb = "to be uploaded" if dry_run else "uploaded"
     which = "private" if result["private"] else "public"
     total = f"{len(result['files'])} files, {result['total_bytes']:,} bytes"
-    console.print(f"{total} {verb} to {repo} ({which})", highlight=False, soft_wrap=True)
-    if not dry_run:
-        console.print(result["url"], highlight=False, soft_wrap=True)
+    for line in [
+        *lines,
+        f"{total} {verb} to {repo} ({which})",
+        *([] if dry_run else [result["url"]]),
+    ]:
+        console.print(line, highlight=False, soft_wrap=True)

@@ -130,33 +130,26 @@ class Target:
         folder; a call that finds everything measured there changes nothing. Raises GraftError if
         the folder was begun with another claim.
         """
-        result = measure(None) if self.run is None else self._kept(benchmark, claim, measure)
-        write_json(result, self.json_file)
-        return result
-
-    def _kept(
-        self,
-        benchmark: str,
-        claim: dict[str, Any],
-        measure: Callable[[Path], dict[str, Any]],
-    ) -> dict[str, Any]:
         from mtp_graft.checkpoint.files import write_json as write_file
         from mtp_graft.checkpoint.manifest import claim_folder, read_result, write_manifest
         from mtp_graft.pipeline.device import device_name
 
-        assert self.run is not None
+        if self.run is None:
+            result = measure(None)
+            write_json(result, self.json_file)
+            return result
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
         folder, started = self.run / "bench" / name, time.perf_counter()
-        claim = claim | {"server": self.identity(claim.get("k"))}
+        claim |= {"server": self.identity(claim.get("k"))}
         claim_folder(folder, claim)
         result, path = measure(folder), folder / "result.json"
-        if (folder / "manifest.json").exists() and read_result(path) == result:
-            return result
-        write_file(result, path)
-        # A running server's device is not known here.
-        device = device_name() if self.checkpoint else f"server at {self.base_url}"
-        seconds = time.perf_counter() - started
-        write_manifest(folder, f"bench {name}", claim, (), device, seconds)
+        if not (folder / "manifest.json").exists() or read_result(path) != result:
+            write_file(result, path)
+            # A running server's device is not known here.
+            device = device_name() if self.checkpoint else f"server at {self.base_url}"
+            seconds = time.perf_counter() - started
+            write_manifest(folder, f"bench {name}", claim, (), device, seconds)
+        write_json(result, self.json_file)
         return result
 
     @contextmanager
