@@ -187,22 +187,22 @@ def bench_sweep(
     requests: Annotated[int, _count("Requests of a point, times its concurrency.")] = 4,
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
-    from mtp_graft.bench.sweep import SweepConfig, measure_sweep
+    from mtp_graft.bench.decode import DecodeConfig
+    from mtp_graft.bench.sweep import measure_sweep
 
     loads, given = _numbers("--concurrency", concurrency, 1), k and _numbers("--k", k, 0)
-    ks = tuple(map(target.num_drafts, given or [None]))
-    prompts, limits = asking.prompts(), (asking.max_tokens, requests)
-    config = SweepConfig(loads, ks, *limits, asking.ignore_eos, asking.temperature)
+    ks, prompts = [target.num_drafts(each) for each in given or [None]], asking.prompts()
+    config = DecodeConfig(asking.max_tokens, requests, asking.ignore_eos, asking.temperature)
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
             return measure_sweep(
                 lambda drafts: target.client(report, f"k{drafts}", drafts),
-                *(prompts, config, report, folder, target.api_key),
+                *(prompts, ks, loads, config, report, folder, target.api_key),
             )
 
     # More loads or another k may be added to a folder later: each point stands by itself.
-    claim = asdict(replace(config, concurrencies=(), ks=())) | {"prompts": _hash(prompts)}
+    claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
     points = target.finish("sweep", claim, measure)["points"]
     columns = {
         "per_stream_tok_s": "tok/s a request",
