@@ -24,7 +24,7 @@ from mtp_graft.serving.memory import (
     weights_bytes,
     weights_bytes_per_rank,
 )
-from mtp_graft.serving.topology import named_gpus
+from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages import hub
 from mtp_graft.stages.fetch import survey
 from mtp_graft.stages.splice import HEAD_SHARD, splice
@@ -160,7 +160,7 @@ def test_the_real_model_is_refused_by_doctors_estimate(
     repo_root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    memory, full_size = named_gpus(gpu, count).memory_bytes, flash()
+    memory, full_size = named_hardware(gpu, count).memory_bytes, flash()
     monkeypatch.setattr(device, "gpu_names", lambda: (gpu,) * count)
     monkeypatch.setattr(plan, "find_gpus", lambda: [Gpu(gpu, memory, memory)] * found)
     settings = [f"serve.tensor_parallel_size={count}"]

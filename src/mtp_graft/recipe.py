@@ -36,6 +36,9 @@ Replay = Annotated[
     Literal["true", "identity"],  # `replay = true` is meant so, without quotes
     BeforeValidator(lambda v: str(v).lower() if isinstance(v, bool) else v),
 ]
+#: How the drafts' LM head is stored, and how drafts are drawn above temperature 0; on GPUs only.
+DraftLmHead = Literal["fp8", "nvfp4"]
+DraftSampling = Literal["greedy", "probabilistic"]
 #: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
 ZeroTokens = Literal["pool", "rtn", "error"]
 
@@ -111,7 +114,6 @@ class QuantizeSection:
     variants: Variants = ALL_VARIANTS  # to be scored and spliced
     damp: Annotated[float, Field(ge=0, strict=True)] = 0.01  # of the mean of the Hessian's diagonal
     damping: Literal["fixed", "tokens"] = "tokens"  # more than `damp` for experts with few tokens
-    order: Literal["stored", "activation"] = "stored"  # in which inputs are rounded
     scale: Literal["absmax", "mse"] = "mse"  # the rule for a group's scale
     group_size: Count = 128  # inputs per INT4 scale; as the base has it
     experts_per_batch: Count = 16  # the unit of resuming
@@ -145,8 +147,8 @@ class BenchSection:
     max_tokens: Count = 128
     rounds: Count = 3
     k: Count | None = None  # drafts a step; None: as `serve` does on this platform
-    draft_lm_head_quantization: str | None = None  # as `serve` has it, on GPUs
-    draft_sample_method: str | None = None
+    draft_lm_head_quantization: DraftLmHead | None = None
+    draft_sample_method: DraftSampling | None = None
     served_variants: Variants = ALL_VARIANTS
     acceptance_count: Count | None = None  # evaluation texts to serve; all of them are scored
 

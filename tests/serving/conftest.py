@@ -104,7 +104,7 @@ def site(tmp_path: Path) -> Path:
 def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """What starts the stand-in, the only vLLM that this process and its children see."""
     only_from(site, monkeypatch)
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     for name in ("OMP_NUM_THREADS", "FAKE_VLLM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
@@ -193,5 +193,5 @@ def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
 
 def command_environment(site: Path, **settings: Any) -> dict[str, str]:
     """Return the environment for a `mtp-graft` subprocess that finds the stand-in."""
-    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    path = f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return {**os.environ, "PYTHONPATH": path, "FAKE_VLLM": json.dumps(settings)}

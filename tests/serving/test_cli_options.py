@@ -90,7 +90,7 @@ def test_every_benchmark_serves_with_the_profile_and_ranks_asked_for(
         ("serve MODEL --profile 1m --dry-run --gpu H300", "--gpu H300: not a GPU known here"),
         (
             "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
-            "best: expected one of greedy, probabilistic",
+            "'best' is not one of 'greedy', 'probabilistic'",
         ),
         ("doctor MODEL --gpu H300", "--gpu H300: not a GPU known here"),
         ("bench mmlu --base-url localhost:8000", "expected http://HOST:PORT"),

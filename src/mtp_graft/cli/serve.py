@@ -74,32 +74,28 @@ class HardwareOptions:
 
     def find_vllm(self, dry_run: bool) -> InstalledVllm:
         """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
-        from mtp_graft.serving.topology import names_cpu
+        from mtp_graft.serving.topology import named_hardware
 
         if dry_run and self.gpu is not None:
-            here, elsewhere = (
-                installed_vllm(),
-                vllm_elsewhere("cpu" if names_cpu(self.gpu) else "cuda"),
-            )
+            here = installed_vllm()
+            elsewhere = vllm_elsewhere(named_hardware(self.gpu).platform)
             if here is None or here.platform != elsewhere.platform:
                 return elsewhere
         return find_vllm()
 
     def find(self, vllm: InstalledVllm) -> "Hardware":
         """Return the hardware that is named or, without a name, found."""
-        from mtp_graft.serving.topology import CPU, find_gpus, named_gpus, names_cpu
+        from mtp_graft.serving.topology import CPU, find_gpus, named_hardware
 
         on_cpu = vllm.platform == "cpu"
-        is_other = self.gpu is not None and names_cpu(self.gpu) != on_cpu
+        named = named_hardware(self.gpu, self.count or 1, self.nnodes) if self.gpu else None
+        is_other = named is not None and named.platform != vllm.platform
         if is_other or (on_cpu and self.nnodes is not None):
             raise GraftError(
                 f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
                 "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
             )
-        if on_cpu:
-            return CPU
-        nodes = self.nnodes or 1
-        return named_gpus(self.gpu, self.count or 1, self.nnodes) if self.gpu else find_gpus(nodes)
+        return named or (CPU if on_cpu else find_gpus(self.nnodes or 1))
 
 
 @app.command(cls=SectionedCommand, rich_help_panel=SERVE)
@@ -176,13 +172,13 @@ def _plan(
     options: ServeOptions, profile: str | None, vllm: InstalledVllm, hardware: HardwareOptions
 ) -> "Plan | None":
     """Return the profile fitted to the hardware, None for vLLM's own defaults."""
-    from mtp_graft.serving.plan import AUTO, Node, make_plan
+    from mtp_graft.serving.plan import AUTO, make_plan
 
     by_default = profile is None and (vllm.platform == "cuda" or hardware.are_given)
     if profile == NO_PROFILE or (profile is None and not by_default):
         return None
-    node = Node(hardware.node_rank or 0, hardware.master_addr)
-    plan = make_plan(options, profile or AUTO, hardware.find(vllm), node)
+    nodes = (hardware.node_rank or 0, hardware.master_addr)
+    plan = make_plan(options, profile or AUTO, hardware.find(vllm), *nodes)
     if not by_default:
         return plan
     why = f"no --profile given: {AUTO}, which took {plan.profile}; {NO_PROFILE} leaves all to vLLM"

@@ -5,18 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-
-pytest.importorskip("vllm", reason="the sampler belongs to vLLM: install the cpu extra")
-
-from vllm.platforms import current_platform
-
-if not current_platform.is_cpu():
-    pytest.skip("vLLM for another platform than the CPU", allow_module_level=True)
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -154,7 +147,7 @@ def sampler(monkeypatch: pytest.MonkeyPatch) -> Any:
     take_vllms_kernels()
     for name in ("expand_batch_to_tokens", "apply_top_k_top_p"):
         monkeypatch.setattr(rejection_sampler, name, getattr(rejection_sampler, name))
-    sampling.apply()
+    sampling.fill_gaps()
     return rejection_sampler.RejectionSampler(Sampler())
 
 
