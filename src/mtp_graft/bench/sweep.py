@@ -42,7 +42,7 @@ def measure_sweep(
     points = []
     for k in sorted(ks):
         with ExitStack() as stack:
-            connect = cache(lambda k=k, stack=stack: stack.enter_context(serve(k)))
+            connect = cache(partial(stack.enter_context, serve(k)))
             for done, concurrency in enumerate(sorted(concurrencies)):
                 report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
                 measure = partial(_point, connect, prompts, config, k, concurrency, api_key)

@@ -82,14 +82,14 @@ def bench_decode(
     from mtp_graft.bench.decode import DecodeConfig, decode_result, measure_alternating, serve_turn
     from mtp_graft.bench.requests import measured
 
-    other = against and _other(target, against)
+    other = None if against is None else _other(target, against)
     config = DecodeConfig(asking.max_tokens, rounds, asking.ignore_eos, asking.temperature)
     prompts, k = asking.prompts(), target.num_drafts(k)
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
             ours = partial(target.client, report, k=k)
-            if not other:
+            if other is None:
                 turn = partial(serve_turn, ours, prompts, config, report)
                 return decode_result([measured(folder, "decode", turn)], config)
             serve = {"mtp": ours, "base": partial(other.client, report, k=0)}
@@ -190,8 +190,9 @@ def bench_sweep(
     from mtp_graft.bench.decode import DecodeConfig
     from mtp_graft.bench.sweep import measure_sweep
 
-    loads, given = _numbers("--concurrency", concurrency, 1), k and _numbers("--k", k, 0)
-    ks, prompts = [target.num_drafts(each) for each in given or [None]], asking.prompts()
+    given: Sequence[int | None] = [None] if k is None else _numbers("--k", k, 0)
+    loads, ks = _numbers("--concurrency", concurrency, 1), [*map(target.num_drafts, given)]
+    prompts = asking.prompts()
     config = DecodeConfig(asking.max_tokens, requests, asking.ignore_eos, asking.temperature)
 
     def measure(folder: Path | None) -> dict[str, Any]:
