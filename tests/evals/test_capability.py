@@ -18,10 +18,10 @@ from .conftest import Run
 pytestmark = [pytest.mark.usefixtures("sandbox"), pytest.mark.timeout(600)]
 
 CATEGORIES = ("math", "code", "reasoning", "knowledge", "instruction", "longform", "tools")
-WORDS = [f"word{number}" for number in range(78)]
 PARTS = ["Evaporation", "Condensation", "Precipitation", "Collection"]
-SECTIONS = "\n\n".join(f"## {part}\n\n{part} {' '.join(WORDS)}{part}" for part in PARTS)
-SHORT = SECTIONS.replace(f"Precipitation {' '.join(WORDS)}Precipitation", "Rain.")
+TEXTS = {part: " ".join(f"{part}{number}" for number in range(78)) for part in PARTS}
+SECTIONS = "\n\n".join(f"## {part}\n\n{text}" for part, text in TEXTS.items())
+SHORT = SECTIONS.replace(TEXTS["Precipitation"], "Rain.")
 LIST = "\n".join(f"{n}. Keep the screws of machine {n} apart" for n in range(1, 21))
 RUNS = """
 def run_lengths(text):
