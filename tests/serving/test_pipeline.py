@@ -28,8 +28,8 @@ from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
+from .bench_server import quiet
 from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, write_checkpoint
-from .test_acceptance import quiet
 
 RECIPE = """
 [model]
