@@ -7,8 +7,7 @@ from typing import Any
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.manifest import fingerprints
 from mtp_graft.checkpoint.quantization_config import add_head
-from mtp_graft.dsv4.acceptance import wilson_interval
-from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
+from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, wilson_interval
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -143,7 +142,8 @@ def evaluated(correct: int, total: int, **kinds: int) -> dict[str, Any]:
         for n in range(how_many)
     ]
     score = {"score": correct / total, "correct": correct, "total": total}
-    return {**score, "failures": failures, "seconds": 678.25}
+    interval = wilson_interval(correct, total)
+    return {**score, "interval": interval, "failures": failures, "seconds": 678.25}
 
 
 def whole_run(run: Path) -> Path:

@@ -23,7 +23,7 @@ from mtp_graft.serving.doctor import diagnose, examine, fix, target
 from mtp_graft.serving.doctor.findings import KINDS, Finding
 from mtp_graft.serving.doctor.target import Target, find_target
 from mtp_graft.serving.plan import make_plan
-from mtp_graft.serving.topology import named_gpus
+from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages.splice import splice
 from quantized import write_quantized
 from serving.doctor_defects import DEFECTS, HEAD, INDEX, edit_config, edit_quantization, edit_shard
@@ -263,7 +263,7 @@ def test_a_bad_dimension_is_the_one_finding_of_doctor_and_an_error_of_serve(
     (finding,) = diagnose(folder, ON_H200)
     assert finding.id == "config-unusable" and found in finding.found
     with pytest.raises(GraftError, match=re.escape(found)):
-        make_plan(ServeOptions(folder), "auto", named_gpus("H200", 2))
+        make_plan(ServeOptions(folder), "auto", named_hardware("H200", 2))
 
 
 @pytest.mark.parametrize("value", [None, {}, [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])

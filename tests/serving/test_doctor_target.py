@@ -14,7 +14,7 @@ from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding
 from mtp_graft.serving.doctor.target import Target, find_target
 from mtp_graft.serving.plan import make_plan
-from mtp_graft.serving.topology import named_gpus
+from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages.splice import splice
 from serving.conftest import install_gpus
 from serving.flash import flash
@@ -149,7 +149,7 @@ def test_the_stand_in_is_what_was_published(full_size: Checkpoint) -> None:
 
 def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them(good: dict[str, Path]) -> None:
     assert [find_target(gpu="H200", count=n).tp for n in (1, 2, 3, 6, 8)] == [1, 2, 2, 4, 8]
-    options, gpus = ServeOptions(good["rtn"]), named_gpus("H200", 4)
+    options, gpus = ServeOptions(good["rtn"]), named_hardware("H200", 4)
     where = on("H200", 4, checkpoint=good["rtn"])
     assert where.tp == make_plan(options, "auto", gpus).options.num_ranks
     assert levels(diagnose(good["rtn"], where)) == {}

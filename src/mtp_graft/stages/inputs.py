@@ -62,6 +62,9 @@ class Values(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._shards[name].get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shards  # and not by reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._shards)
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, load_tensors
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ScoreSection
+from mtp_graft.serving.metrics import wilson_interval
 from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME, Inputs, Progress, open_inputs
 from mtp_graft.stages.parallel import rank_device, single_thread
 from mtp_graft.stages.quantize import expert_files

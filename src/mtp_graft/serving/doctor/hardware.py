@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.quant import mxfp4
-from mtp_graft.serving.command import PLUGIN_NAME, is_supported, is_untried
+from mtp_graft.serving.command import PLUGIN_NAME, is_supported
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding, finding
 from mtp_graft.serving.doctor.target import Target
@@ -32,9 +33,11 @@ def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("vllm-unknown", "this Python environment", "no vLLM", f"vllm{SUPPORTED_VLLM}")
     elif not is_supported(target.vllm):
         yield finding("vllm-unsupported", "vLLM", target.vllm, SUPPORTED_VLLM)
-    elif target.platform is not None and is_untried(target.vllm, target.platform):
-        tried = f"{TRIED_VLLM[target.platform]}, the newest that was tried"
-        yield finding("vllm-untried", "vLLM", target.vllm, tried)
+    elif target.platform is not None:
+        tried = Version(TRIED_VLLM[target.platform])
+        if target.vllm.release[:2] > tried.release[:2]:  # patches do not count
+            expected = f"{tried}, the newest that was tried"
+            yield finding("vllm-untried", "vLLM", target.vllm, expected)
     if not target.installed:
         return  # another environment will serve
     expected, allowed = f"{PLUGIN_NAME} among them", target.plugins_allowed
@@ -97,7 +100,7 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
 def _context(
     checkpoint: Checkpoint, wanted: int, left: int, where: str, estimate: str, asked: int | None
 ) -> Finding:
-    most = largest_context(checkpoint.config, left, 1, TOKENS_IN_FLIGHT)
+    most = largest_context(checkpoint.config, left, TOKENS_IN_FLIGHT)
     needed = kv_cache_bytes(checkpoint.config, wanted, TOKENS_IN_FLIGHT) / _GIB
     found = f"{wanted} tokens take {needed:.1f} GiB of KV cache; {left / _GIB:.1f} are left"
     if most >= wanted:

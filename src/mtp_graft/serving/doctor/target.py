@@ -22,8 +22,7 @@ from mtp_graft.serving.topology import (
     Hardware,
     find_gpus,
     most_ranks,
-    named_gpus,
-    names_cpu,
+    named_hardware,
 )
 
 _PLUGIN_GROUP = "vllm.general_plugins"
@@ -62,10 +61,10 @@ def find_target(
     hardware: Hardware | None
     unknown = None
     if gpu is not None:
-        platform = "cpu" if names_cpu(gpu) else "cuda"
+        hardware = named_hardware(gpu, count or tp or 1)
+        platform = hardware.platform
         if here is None or here.platform != platform:
             vllm = vllm_elsewhere(platform)
-        hardware = CPU if platform == "cpu" else named_gpus(gpu, count or tp or 1)
     else:
         platform = here.platform if here else ("cuda" if shutil.which("nvidia-smi") else None)
         try:
