@@ -19,13 +19,14 @@ from mtp_graft.cli.app import app
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
 from mtp_graft.serving.command import ServeOptions
-from mtp_graft.serving.doctor import diagnose, examine, fix, target
+from mtp_graft.serving.doctor import diagnose, examine, fix
 from mtp_graft.serving.doctor.findings import KINDS, Finding
-from mtp_graft.serving.doctor.target import Target, find_target
+from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import named_gpus
 from mtp_graft.stages.splice import splice
 from quantized import write_quantized
+from serving.conftest import install_gpus
 from serving.doctor_defects import DEFECTS, HEAD, INDEX, edit_config, edit_quantization, edit_shard
 from serving.flash import flash
 
@@ -89,7 +90,7 @@ def test_without_vllm_doctor_says_what_it_left_out(
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(command, "distribution", absent)
-    monkeypatch.setattr(target.shutil, "which", lambda _name: None)
+    install_gpus(monkeypatch, error="Driver Not Loaded")
     where = find_target()
     assert (where.vllm, where.platform, where.hardware) == (None, None, None)
     assert ids(diagnose(good["rtn"], where)) == ["vllm-unknown"]

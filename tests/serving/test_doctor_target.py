@@ -2,17 +2,19 @@
 
 import re
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
+from mtp_graft.serving import command
 from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
-from mtp_graft.serving.doctor import diagnose, examine, target
+from mtp_graft.serving.doctor import diagnose, examine, hardware
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding
-from mtp_graft.serving.doctor.target import Target, find_target
+from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import named_gpus
 from mtp_graft.stages.splice import splice
@@ -40,8 +42,8 @@ def good(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def small_gpu(gib: float, max_model_len: int | None = None) -> Target:
-    hardware = target.Hardware("small", 1, int(gib * 2**30))
-    return Target(Version("0.33.0"), "cuda", hardware, 1, max_model_len)
+    gpu = hardware.Hardware("small", 1, int(gib * 2**30))
+    return Target(Version("0.33.0"), "cuda", gpu, 1, max_model_len)
 
 
 @pytest.mark.parametrize(
@@ -89,19 +91,27 @@ def test_the_context_that_memory_allows_is_named_and_is_allowed(good: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("plugin_found", "allowed", "expected"),
+    ("installed", "allowed", "expected"),
     [
-        (False, None, {"plugin-missing": "error"}),
-        (True, "other", {"plugin-missing": "warning"}),
-        (True, "other,mtp_graft", {}),
-        (True, None, {}),
+        ([], None, {"plugin-missing": "error"}),
+        (["mtp_graft"], "other", {"plugin-missing": "warning"}),
+        (["mtp_graft"], "other,mtp_graft", {}),
+        (["mtp_graft"], None, {}),
     ],
 )
 def test_a_plugin_that_will_not_load_is_found(
-    good: dict[str, Path], plugin_found: bool, allowed: str | None, expected: dict[str, str]
+    good: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    installed: list[str],
+    allowed: str | None,
+    expected: dict[str, str],
 ) -> None:
-    where = replace(ON_CPU, installed=True, plugin_found=plugin_found, plugins_allowed=allowed)
-    assert levels(diagnose(good["rtn"], where)) == expected
+    points = [EntryPoint(name, "x", "vllm.general_plugins") for name in installed]
+    monkeypatch.setattr(hardware, "entry_points", lambda group: points)
+    monkeypatch.setattr(command, "installed_vllm", lambda: vllm_elsewhere("cpu"))
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    assert levels(diagnose(good["rtn"], find_target())) == expected
 
 
 # The real model's size
@@ -169,7 +179,7 @@ def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
     smi.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     install_gpus(monkeypatch, error="Driver Not Loaded")
-    monkeypatch.setattr(target, "installed_vllm", vllm_elsewhere)
+    monkeypatch.setattr(command, "installed_vllm", vllm_elsewhere)
     found = find_target()
     assert (found.hardware, found.platform, found.tp) == (None, "cuda", 1)
     unknown, *rest = diagnose(good["rtn"], found)

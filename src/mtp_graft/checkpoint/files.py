@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,24 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give `.NAME.tmp`, empty, that becomes `path` when the body is done; leave nothing otherwise.
+
+    Raises GraftError if the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
+    try:
+        with full_disk_is_an_error(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # must not hide what went wrong
         raise
 
 
