@@ -57,8 +57,8 @@ def add_head(
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
-    The head's attention is covered by the base's FP8 group and INT4 experts by its INT4 group.
-    Its other linears are FP8_BLOCK or BF16 as `linears` says (`dsv4.variants` explains it).
+    The base's groups cover the head's attention and INT4 experts; `linears` says what the other
+    linears are (`dsv4.variants` explains it).
     """
     layer = rf"re:.*layers\.{head_layer}\."
     groups = dict(config["config_groups"])
@@ -138,10 +138,9 @@ class QuantizationConfig(BaseModel):
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
 
-        `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. What is
-        ignored has no scheme; then the first target that matches wins: names and patterns, then
-        those of the parts of a module that vLLM fuses, then classes. Raises GraftError for a module
-        that is ignored in part, at which vLLM stops.
+        `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. The first
+        target that matches wins: names and patterns, then those of the parts of a module that vLLM
+        fuses, then classes. Raises GraftError for a module that is ignored in part.
         """
         if self.ignored_by(module) is not None:
             return None
@@ -207,10 +206,7 @@ def _mapped(pattern: str) -> str:
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
-    """Return a config.json's section, whose optional parts may be null.
-
-    Raises GraftError for what vLLM stops at, and for another `quant_method`.
-    """
+    """Return a config.json's section; raises GraftError for one that vLLM cannot read."""
     try:
         return QuantizationConfig.model_validate(config.get("quantization_config"))
     except ValidationError as error:

@@ -1,7 +1,6 @@
 """A checkpoint folder as doctor sees it, read from config, index and headers without giving up.
 
-Tensors are known by the names that vLLM and this project read: where another spelling of one is
-known, a misnamed tensor is one finding and not also a missing and an unknown one.
+Tensors go by the names that vLLM reads: a misnamed one is not also a missing and an unknown one.
 """
 
 import re

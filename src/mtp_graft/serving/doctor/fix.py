@@ -64,7 +64,7 @@ def _write(checkpoint: Checkpoint, out: Path, copied: set[str]) -> None:
             stream_shard(layout, tensors, target)
     write_json(_corrected_config(checkpoint), out / "config.json")
     index = {misnamed.get(n, n): s for s, held in checkpoint.shards.items() for n in held}
-    metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata") or {}
+    metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata")
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     write_index(dict(sorted(index.items())), total, out, metadata)
 

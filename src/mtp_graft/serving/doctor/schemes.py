@@ -78,7 +78,8 @@ def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
             if each.elsewhere is not None:
                 unnamed.setdefault(each.platform, set()).add(each.layer)
             else:
-                wrong.setdefault((each.stored, each.loads, each.by), []).append(each.name)
+                stored = "quantized" if each.by.startswith(".ignore") else each.stored
+                wrong.setdefault((stored, each.loads, each.by), []).append(each.name)
     except GraftError as error:
         yield finding("pattern-too-wide", f"{_WHERE}.ignore", error, "both or none")
         return
@@ -117,10 +118,9 @@ def mismatches(
             loads = {p: quantization.kind_of(key) for p, key in groups.items()}
             wrong = [p for p in asked if loads[p] != stored]
             for p in wrong:
-                ignored, group = quantization.ignored_by(asked[p]), groups[p]
-                by = (
-                    f".ignore: {ignored}" if ignored else f".config_groups.{group}" if group else ""
-                )
+                by = f".config_groups.{groups[p]}" if groups[p] else ""
+                if ignored := quantization.ignored_by(asked[p]):
+                    by = f".ignore: {ignored}"
                 named = next(filter(None, groups.values()), None)
                 elsewhere = named if len(wrong) == 1 and not by else None
                 yield Mismatch(asked[p], layer, p, str(stored), loads[p], by, elsewhere)
@@ -145,10 +145,7 @@ def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
 def _asked(
     module: str, parts: Mapping[str, Tensor], num_layers: int
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield a linear's layer, and platform -> the name by which vLLM asks for its scheme.
-
-    Of the experts only the first: vLLM asks for no other.
-    """
+    """Yield a linear's layer, and platform -> vLLM's name for it; of experts only the first."""
     layer, _, name = module.removeprefix("layers.").partition(".")
     if module.startswith("mtp.0."):
         layer, name = str(num_layers), module.removeprefix("mtp.0.")
