@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 MEMORY = {"kv_cache_gib": 2.0, "gpu_memory_utilization": 0.1}
 #: remedy: file in the package, what is replaced there, by what (None: appended).
 REMEDIES = {
-    "compressors": ("cuda/models.py", "decode_compressors(base)", "base"),
+    "compressors": ("strict_loading.py", "decode_compressors(base)", "base"),
     "strict_loading": (
         "strict_loading.py",
         None,

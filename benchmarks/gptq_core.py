@@ -3,13 +3,12 @@
     PYTHONPATH=SITE python benchmarks/gptq_core.py --out result.json [--rounds 3]
 
 SITE holds llmcompressor 0.14.0.1 with compressed-tensors 0.19 (an environment of its own: vLLM
-wants another). Both are given the same weights and Hessians in memory, the same group size, damp
-and order of the inputs, in batches of 16 matrices; timed is the quantization alone, after one
-batch to compile kernels. llm-compressor overwrites its arguments: copies are made outside the
-timing. Errors are ||(W - Q) H^1/2|| / ||W H^1/2||, in float32, under the undamped Hessian.
-llm-compressor takes its groups' scales from the weights as they are (absmax); ours by default
-searches them (mse), and `_absmax` is ours without the search. Their absmax scales and ours are the
-same in activation order; in stored order ours are those of the corrected weights, as in the paper.
+wants another). Both are given the same weights and Hessians in memory, the same group size and
+damp, in batches of 16 matrices; timed is the quantization alone, after one batch to compile
+kernels. llm-compressor overwrites its arguments: copies are made outside the timing. Errors are
+||(W - Q) H^1/2|| / ||W H^1/2||, in float32, under the undamped Hessian. llm-compressor takes its
+groups' scales from the weights as they are (absmax); ours by default searches those of the
+corrected weights (mse), and `ours_absmax` is ours without the search.
 `agreement` compares our GPU code with our CPU code on smaller matrices.
 """
 
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from mtp_graft.dsv4.hessians import expert_hessians
 from mtp_graft.quant import int4
-from mtp_graft.quant.gptq import Order, Scale, gptq, relative_error
+from mtp_graft.quant.gptq import Scale, gptq, relative_error
 
 GROUP, DAMP, BATCH = 128, 0.01, 16
 
@@ -111,32 +110,26 @@ Quantize = Callable[[Tensor, Tensor], Tensor]  # weights [B, O, I], Hessians [B,
 
 def contestants(without_llmcompressor: bool) -> dict[str, tuple[Quantize, bool]]:
     """Return name -> how to quantize a batch, and whether w1 and w3 go as one matrix."""
-    found: dict[str, tuple[Quantize, bool]] = {"ours": (ours("stored", "mse"), True)}
+    found: dict[str, tuple[Quantize, bool]] = {"ours": (ours("mse"), True)}
     if not without_llmcompressor:
-        found["llmcompressor"] = (theirs("stored"), False)
-        found["llmcompressor_activation"] = (theirs("activation"), False)
-    found["ours_activation"] = (ours("activation", "mse"), True)
-    found["ours_absmax"] = (ours("stored", "absmax"), True)
-    found["ours_activation_absmax"] = (ours("activation", "absmax"), True)
+        found["llmcompressor"] = (theirs(), False)
+    found["ours_absmax"] = (ours("absmax"), True)
     return found
 
 
-def ours(order: Order, scale: Scale) -> Quantize:
+def ours(scale: Scale) -> Quantize:
     def quantize(weight: Tensor, hessian: Tensor) -> Any:
-        return gptq(weight, hessian, DAMP, GROUP, order=order, scale=scale)
+        return gptq(weight, hessian, DAMP, GROUP, scale=scale)
 
     return quantize
 
 
-def theirs(order: Order) -> Quantize:
-    from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
+def theirs() -> Quantize:
+    from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-    actorder = ActivationOrdering.WEIGHT if order == "activation" else None
-    arguments = QuantizationArgs(
-        num_bits=4, symmetric=True, strategy="group", group_size=GROUP, actorder=actorder
-    )
+    arguments = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=GROUP)
 
     def quantize(weight: Tensor, hessian: Tensor) -> Tensor:
         groups = weight.unflatten(-1, (-1, GROUP))  # [B, O, G, N]
@@ -245,7 +238,7 @@ def agreement(batch: int, size: int, device: str) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the results with what other tools look for: our defaults, both in stored order."""
+    """Return the results with what other tools look for: our defaults."""
     ours_, theirs_ = results.get("ours", {}), results.get("llmcompressor", {})
     mean = {
         name: statistics.fmean(found["rel_error"].values())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mtp_graft.dsv4.experts import MATRICES, quantize_experts
 from mtp_graft.dsv4.hessians import expert_hessians
-from mtp_graft.dsv4.variants import decode_head, is_expert
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import relative_error
 from mtp_graft.recipe import QuantizeSection
@@ -77,7 +77,7 @@ def calibrate(
     out.mkdir()
     routed = replay_capture(inputs, out, replay, Clock("cpu"), lambda *_: None)
     experts = range(inputs.model.n_routed_experts)
-    decoded = decode_head(inputs.read_upstream([*inputs.shards]), is_expert)
+    decoded = decode_head(inputs.read_upstream([*inputs.shards]))
     weights = {
         m: torch.stack([decoded[f"mtp.0.ffn.experts.{e}.{m}.weight"] for e in experts])
         for m in MATRICES
@@ -96,18 +96,11 @@ def candidates(seen: Matrices, identity: Matrices) -> list[tuple[str, Matrices, 
         ("default", seen, QuantizeSection()),
         ("default, identity replay", identity, QuantizeSection()),
     ]
-    for order in ("stored", "activation"):
-        for scale in ("absmax", "mse"):
-            for damp in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
-                rules = QuantizeSection(damp=damp, damping="fixed", order=order, scale=scale)
-                found.append((f"{order}, {scale}, damp {damp}", seen, rules))
-            found.append(
-                (
-                    f"{order}, {scale}, damp by tokens",
-                    seen,
-                    QuantizeSection(order=order, scale=scale),
-                )
-            )
+    for scale in ("absmax", "mse"):
+        for damp in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
+            rules = QuantizeSection(damp=damp, damping="fixed", scale=scale)
+            found.append((f"{scale}, damp {damp}", seen, rules))
+        found.append((f"{scale}, damp by tokens", seen, QuantizeSection(scale=scale)))
     return found
 
 

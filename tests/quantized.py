@@ -32,11 +32,10 @@ def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:
     write_index(dict.fromkeys(tensors, "model.safetensors"), size, folder)
 
 
-def stand_in(stem: str, weight: Tensor) -> dict[str, Tensor]:
+def stand_in(weight: Tensor) -> dict[str, Tensor]:
     """Return an expert rounded with scales a sixteenth too large: not what nearest gives."""
     scale = (int4.group_scale(weight, 128).float() * 1.0625).to(torch.bfloat16)
-    packed = int4.pack(int4.encode(weight, scale))
-    return variants.int4_parts(stem, packed, scale, weight.shape)
+    return variants.int4_parts(int4.encode(weight, scale), scale)
 
 
 def report(num_experts: int) -> dict[str, Any]:
@@ -60,7 +59,6 @@ def report(num_experts: int) -> dict[str, Any]:
         "peak_host_bytes": 123,
         "damp": 0.01,
         "damping": "tokens",
-        "order": "stored",
         "scale": "mse",
         "group_size": 128,
         "calibration_tokens": 3360,
@@ -71,13 +69,14 @@ def report(num_experts: int) -> dict[str, Any]:
 def write_quantized(folder: Path, upstream: dict[str, Tensor], num_experts: int = 64) -> Path:
     """Write `folder` as `mtp-graft quantize` leaves it, in batches of 32 experts."""
     (folder / "gptq").mkdir(parents=True)
-    decoded = variants.decode_head(upstream, variants.is_expert)
+    decoded = variants.decode_head({n: t for n, t in upstream.items() if ".experts." in n})
     for first in range(0, num_experts, 32):
         batch: dict[str, Tensor] = {}
         for e in range(first, first + 32):
             for w in MATRICES:
-                stem = f"mtp.0.ffn.experts.{e}.{w}"
-                batch |= stand_in(stem, decoded[f"{stem}.weight"])
+                module = f"mtp.0.ffn.experts.{e}.{w}"
+                parts = stand_in(decoded[f"{module}.weight"])
+                batch |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
         save_file(batch, folder / "gptq" / f"experts-{first:04d}-{first + 31:04d}.safetensors")
     (folder / "report.json").write_text(json.dumps(report(num_experts)))
     return folder

@@ -61,10 +61,8 @@ def served() -> dict[str, Any]:
 
 def decoded() -> dict[str, Any]:
     """Return the pipeline's own comparison of base and MTP."""
-    mtp = recorded("decode")
-    base = mtp.pop("against")
-    mtp.pop("ratio")  # servers did not take turns
-    return {"base": base, "mtp": mtp, "greedy_identical": True, "divergences": []}
+    texts = {"greedy_identical": True, "divergences": []}
+    return recorded("decode") | texts | {"ratio": None}  # servers did not take turns
 
 
 def checkpoint(folder: Path, variant: str) -> None:
@@ -124,9 +122,9 @@ def bench(
     if device is not None:
         write(where / "manifest.json", manifest(f"bench {folder}", device, vllm))
     [head] = run.glob(f"splice/*/*/{HEAD}")
-    profile = folder.partition("-")[2] or None
-    server = {"files": fingerprints([head]), "max_model_len": None, "profile": profile}
-    write(where / "config.json", {"server": server, "k": k})
+    profile = folder.partition("-")[2] or "none"
+    serve = f"mtp-graft serve {NAME} --profile {profile}" + ("" if k is None else f" -k {k}")
+    write(where / "config.json", {"server": {"files": fingerprints([head]), "serve": serve}})
     return where
 
 
@@ -145,7 +143,8 @@ def evaluated(correct: int, total: int, **kinds: int) -> dict[str, Any]:
         for n in range(how_many)
     ]
     score = {"score": correct / total, "correct": correct, "total": total}
-    return {**score, "failures": failures, "seconds": 678.25}
+    interval = wilson_interval(correct, total)
+    return {**score, "interval": interval, "failures": failures, "seconds": 678.25}
 
 
 def whole_run(run: Path) -> Path:

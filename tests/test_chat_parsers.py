@@ -18,11 +18,11 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.parser.parser_manager import ParserManager
 from vllm.tokenizers import get_tokenizer
 
-from mtp_graft.serving.profiles import MODEL_FLAGS
+from mtp_graft.serving.profiles import ALWAYS, split
 
 pytestmark = pytest.mark.vllm
 
-FLAGS = MODEL_FLAGS
+FLAGS: Any = split(ALWAYS)[0]
 QUESTION = {"role": "user", "content": "How much is 4 and 6, and where is the boat?"}
 TOOLS = [
     {

@@ -1,7 +1,6 @@
-"""Names against transformers' own table, the bundled checkpoints and the format's description."""
+"""Names and shapes against transformers, the bundled checkpoints and the format's description."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,53 +11,26 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head import MTPHead
+from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes, stored_as
+from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.errors import GraftError
 
-NUM_EXPERTS = 64
-MATRICES = [f"ffn.experts.{e}.{w}" for e in range(NUM_EXPERTS) for w in ("w1", "w2", "w3")]
 ATTENTION = [f"attn.{linear}" for linear in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")]
-SHARED_EXPERT = [f"ffn.shared_experts.{w}" for w in ("w1", "w2", "w3")]
-#: What upstream's head consists of: matrices with a scale, then everything else.
-SCALED = [*MATRICES, *ATTENTION, *SHARED_EXPERT, "e_proj", "h_proj"]
-BF16 = [
-    "ffn.gate.weight",
-    *(f"attn.{norm}_norm.weight" for norm in ("q", "kv")),
-    *(f"{norm}.weight" for norm in ("attn_norm", "ffn_norm", "enorm", "hnorm", "norm")),
-]
-F32 = [
-    "ffn.gate.bias",
-    "attn.attn_sink",
-    *(f"hc_{place}_{p}" for place in ("attn", "ffn", "head") for p in ("fn", "base", "scale")),
-]
-HEAD = {f"mtp.0.{name}" for name in [*(f"{module}.weight" for module in SCALED), *BF16, *F32]}
-
-
-def index_names(folder: Path) -> set[str]:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    return set(index["weight_map"])
-
-
-def weights_of(stored: set[str]) -> set[str]:
-    """Name every quantized weight, stored in parts, by its plain `.weight`."""
-    return {re.sub(r"\.(weight_(packed|scale|shape)|scale)$", ".weight", name) for name in stored}
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model: Path) -> DeepseekV4Config:
-    return DeepseekV4Config(**json.loads((tiny_model / "make" / "config.json").read_text()))
+def settings(tiny_model: Path) -> dict[str, object]:
+    return json.loads((tiny_model / "base" / "config.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def base_state(config: DeepseekV4Config) -> dict[str, Tensor]:
+def base_state(tiny_model: Path) -> dict[str, Tensor]:
+    config = DeepseekV4Config.from_pretrained(tiny_model / "make")
     with torch.device("meta"):
         return DeepseekV4ForCausalLM(config).state_dict()
-
-
-@pytest.fixture(scope="module")
-def head_state(config: DeepseekV4Config) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        return MTPHead(config).state_dict()
 
 
 def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
@@ -76,39 +48,43 @@ def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
             assert theirs == name, native
 
 
-def test_renamed_modules_have_the_names_of_the_format(
-    base_state: dict[str, Tensor], head_state: dict[str, Tensor], tiny_model: Path
+def test_modules_have_the_tensors_that_the_config_asks_for(
+    base_state: dict[str, Tensor], tiny_model: Path, settings: dict[str, object]
 ) -> None:
-    renamed = names.base_from_transformers(base_state)
-    assert set(renamed) == weights_of(index_names(tiny_model / "base"))
-    assert set(names.head_from_module(head_state)) == HEAD
-    scales = {f"mtp.0.{module}.scale" for module in SCALED}
-    assert index_names(tiny_model / "upstream") == HEAD | scales
+    with torch.device("meta"):
+        head = MTPHead(DeepseekV4Config.from_pretrained(tiny_model / "make")).state_dict()
+    found = {n: tuple(t.shape) for n, t in names.head_from_module(head).items()}
+    assert found == head_shapes(settings)
+    base = [names.split_experts(name, tensor) for name, tensor in base_state.items()]
+    assert {n: tuple(t.shape) for part in base for n, t in part.items()} == base_shapes(settings)
 
 
-def test_storage_dtypes_are_those_of_the_format() -> None:
-    assert all(names.storage_dtype(f"mtp.0.{name}") == torch.float32 for name in F32)
-    assert all(names.storage_dtype(f"mtp.0.{name}") == torch.bfloat16 for name in BF16)
-    in_float32 = ["hc_head_fn", "layers.2.attn.compressor.ape", "layers.3.hc_ffn_scale"]
-    assert all(names.storage_dtype(name) == torch.float32 for name in in_float32)
-    in_bf16 = ["embed.weight", "head.weight", "norm.weight", "layers.2.attn.indexer.wq_b.weight"]
-    assert all(names.storage_dtype(name) == torch.bfloat16 for name in in_bf16)
-    assert names.storage_dtype("layers.0.ffn.gate.tid2eid") == torch.int32
+def test_bundled_checkpoints_store_them_as_their_names_say(
+    tiny_model: Path, settings: dict[str, object]
+) -> None:
+    folder = tiny_model / "base"
+    base = {n: (t.shape, t.dtype) for n, t in read_meta(folder).items()}
+    asked: dict[str, object] = {}
+    for name, shape in base_shapes(settings).items():
+        kind = "fp8" if names.FP8_LINEAR.search(name) else "plain"
+        kind = "int4" if names.EXPERT.match(name) else kind
+        asked |= {n: (t.shape, t.dtype) for n, t in stored_as(name, shape, kind, 128).items()}
+    assert asked == base
+    folder = tiny_model / "upstream"
+    head = read_meta(folder)
+    shapes = head_shapes(settings)
+    assert {n: tuple(t.shape) for n, t in decode_head(head).items()} == shapes
+    scaled = {name.replace(".scale", ".weight") for name in head if name.endswith(".scale")}
+    patterns = (names.EXPERT, names.FP8_LINEAR, names.FP8_UPSTREAM_ONLY)
+    classes = [{name for name in shapes if pattern.search(name)} for pattern in patterns]
+    assert scaled == set.union(*classes) and len(scaled) == sum(map(len, classes))
+    assert classes[1] == {f"mtp.0.{linear}.weight" for linear in ATTENTION}
+    for name in shapes.keys() - scaled:
+        assert head[name].dtype == names.storage_dtype(name), name
 
 
-def test_quantized_matrices_are_recognized_by_name(tiny_model: Path) -> None:
-    """FP8 in base and head; FP8 upstream alone; routed experts: each name is in one class."""
-    head = {name for name in HEAD if names.FP8_LINEAR.search(name)}
-    assert head == {f"mtp.0.{linear}.weight" for linear in ATTENTION}
-    upstream_only = {name for name in HEAD if names.FP8_UPSTREAM_ONLY.search(name)}
-    assert upstream_only == {
-        f"mtp.0.{linear}.weight" for linear in (*SHARED_EXPERT, "e_proj", "h_proj")
-    }
-    assert {name for name in HEAD if names.EXPERT.match(name)} == {
-        f"mtp.0.{matrix}.weight" for matrix in MATRICES
-    }
-    base = {name for name in weights_of(index_names(tiny_model / "base"))}
-    fp8 = {f"layers.{layer}.{linear}.weight" for layer in range(4) for linear in ATTENTION}
-    fp8.add("layers.2.attn.indexer.wq_b.weight")
-    assert {name for name in base if names.FP8_LINEAR.search(name)} == fp8
-    assert len({name for name in base if names.EXPERT.match(name)}) == 4 * 3 * NUM_EXPERTS
+def test_upstream_without_a_head_or_with_three_blocks_is_refused() -> None:
+    with pytest.raises(GraftError, match=r"has no mtp\.\* tensors"):
+        names.upstream_head_names(["layers.0.attn.wq_a.weight"], "upstream")
+    with pytest.raises(GraftError, match="DSpark"):
+        names.upstream_head_names([f"mtp.{i}.norm.weight" for i in range(3)], "upstream")

@@ -1,6 +1,8 @@
 """The encode/decode pairs against bit-by-bit loops and against compressed-tensors."""
 
 import math
+import operator
+import random
 
 import pytest
 import torch
@@ -20,16 +22,13 @@ from references import decode_fp8_blocks, decode_int4, decode_mxfp4, e4m3, e8m0
 
 quick = settings(max_examples=50, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
-E8M0_CODES = torch.arange(255, dtype=torch.uint8)  # 255 is NaN
 
 
-def normal(*shape: int, seed: int, spread: bool = True) -> Tensor:
-    """Normal values; with `spread` the columns' magnitudes differ by up to 2**16."""
+def normal(*shape: int, seed: int) -> Tensor:
+    """Return normal values whose magnitudes differ from column to column, by up to 2**16."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=generator)
-    if spread:
-        values *= torch.exp2(torch.randint(-8, 9, shape[-1:], generator=generator))
-    return values
+    return values * torch.exp2(torch.randint(-8, 9, shape[-1:], generator=generator))
 
 
 def nearest(value: float, grid: list[float]) -> list[float]:
@@ -41,18 +40,14 @@ def nearest(value: float, grid: list[float]) -> list[float]:
 # INT4
 
 
-@st.composite
-def int4_codes(draw: st.DrawFn) -> Tensor:
-    leading = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
-    outputs, words = draw(st.integers(1, 5)), draw(st.integers(1, 4))
-    generator = torch.Generator().manual_seed(draw(seeds))
-    shape = (*leading, outputs, 8 * words)
-    return torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
-
-
 @quick
-@given(int4_codes())
-def test_int4_packs_to_the_words_of_compressed_tensors(codes: Tensor) -> None:
+@given(seeds, st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 4))
+def test_int4_packs_to_the_words_of_compressed_tensors(
+    seed: int, leading: list[int], num_words: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*leading, 8 * num_words)
+    codes = torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
     words = int4.pack(codes)
     assert words.dtype == torch.int32
     assert torch.equal(words, pack_to_int32(codes, num_bits=4))
@@ -96,38 +91,28 @@ def test_int4_group_scale_is_the_symmetric_rule_of_compressed_tensors(seed: int)
 
 # FP8 in blocks
 
-SHAPES = [(128, 128), (130, 257), (1, 1), (127, 300), (256, 5)]
 FP8_GRID = [e4m3(byte) for byte in range(256) if not math.isnan(e4m3(byte))]
+RULES = {torch.bfloat16: fp8_block.block_scale, torch.float8_e8m0fnu: fp8_block.power_of_two_scale}
 
 
-def fp8_scale(kind: str, weight: Tensor) -> Tensor:
-    functions = {"bf16": fp8_block.block_scale, "e8m0": fp8_block.power_of_two_scale}
-    return functions[kind](weight)
-
-
-@pytest.mark.parametrize("kind", ["bf16", "e8m0"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fp8_decodes_as_the_loop_does(shape: tuple[int, int], kind: str) -> None:
+@pytest.mark.parametrize("dtype", RULES)
+@pytest.mark.parametrize("shape", [(128, 128), (130, 257), (1, 1), (3, 131), (256, 5)])
+def test_fp8_encodes_to_the_nearest_code_and_decodes_as_the_loop_does(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     weight = normal(*shape, seed=sum(shape))
-    scale = fp8_scale(kind, weight)
+    scale = RULES[dtype](weight)
     assert scale.shape == (math.ceil(shape[0] / 128), math.ceil(shape[1] / 128))
-    assert scale.dtype == (torch.bfloat16 if kind == "bf16" else torch.float8_e8m0fnu)
+    assert scale.dtype == dtype
     codes = fp8_block.encode(weight, scale)
     decoded = fp8_block.decode(codes, scale)
     assert decoded.dtype == torch.float32 and decoded.shape == shape
     assert torch.equal(decoded.double(), decode_fp8_blocks(codes, scale))
-
-
-@pytest.mark.parametrize("kind", ["bf16", "e8m0"])
-@pytest.mark.parametrize("shape", [(130, 30), (3, 131)])
-def test_fp8_encodes_to_the_nearest_code(shape: tuple[int, int], kind: str) -> None:
-    weight = normal(*shape, seed=7)
-    scale = fp8_scale(kind, weight)
-    codes = fp8_block.encode(weight, scale).float()
-    for r in range(shape[0]):
-        for c in range(shape[1]):
-            ratio = float(weight[r, c] / scale[r // 128, c // 128].float())
-            assert codes[r, c].item() in nearest(ratio, FP8_GRID)
+    generator = random.Random(0)
+    for _ in range(300):
+        r, c = generator.randrange(shape[0]), generator.randrange(shape[1])
+        ratio = float(weight[r, c] / scale[r // 128, c // 128].float())
+        assert codes[r, c].item() in nearest(ratio, FP8_GRID)
 
 
 def test_fp8_saturates_instead_of_becoming_nan() -> None:
@@ -136,18 +121,21 @@ def test_fp8_saturates_instead_of_becoming_nan() -> None:
     assert codes.tolist() == [[448.0, 448.0, 448.0, -448.0, -448.0, -448.0, 448.0]]
 
 
-# 448 is 0.875 * 2**9: just there the scale changes, so values beside it are tried on purpose.
-_magnitudes = st.floats(2.0**-110, 2.0**120, width=32) | st.builds(
-    lambda exponent, ulps: 448 * 2.0**exponent * (1 + ulps * 2.0**-23),
-    st.integers(-110, 110),
-    st.integers(-2, 2),
-)
+def near_powers_of_two(factor: float) -> st.SearchStrategy[float]:
+    """Values beside those at which a power-of-two scale changes, of either sign, and others."""
+    beside = st.builds(
+        lambda exponent, ulps: factor * 2.0**exponent * (1 + ulps * 2.0**-23),
+        st.integers(-100, 100),
+        st.integers(-2, 2),
+    )
+    magnitudes = st.floats(2.0**-100, 2.0**110, width=32) | beside
+    return st.builds(operator.mul, magnitudes, st.sampled_from([-1.0, 1.0]))
 
 
 @settings(max_examples=400, deadline=None)
-@given(_magnitudes, st.sampled_from([-1, 1]))
-def test_fp8_power_of_two_scale_is_the_least_that_fits(magnitude: float, sign: int) -> None:
-    weight = torch.tensor([[0.0, sign * magnitude]])
+@given(near_powers_of_two(448))
+def test_fp8_power_of_two_scale_is_the_least_that_fits(value: float) -> None:
+    weight = torch.tensor([[0.0, value]])
     scale = fp8_block.power_of_two_scale(weight).double().item()
     absmax = abs(weight[0, 1].item())
     assert math.log2(scale).is_integer()
@@ -155,12 +143,11 @@ def test_fp8_power_of_two_scale_is_the_least_that_fits(magnitude: float, sign: i
 
 
 def test_e8m0_scales_are_exact_in_bfloat16() -> None:
-    scale = E8M0_CODES.view(torch.float8_e8m0fnu)
-    expected = torch.tensor([e8m0(code) for code in E8M0_CODES.tolist()], dtype=torch.float64)
-    assert torch.equal(scale.to(torch.bfloat16).double(), expected)
+    scale = torch.arange(255, dtype=torch.uint8).view(torch.float8_e8m0fnu)  # 255 is NaN
+    expected = [e8m0(code) for code in range(255)]
+    assert scale.to(torch.bfloat16).double().tolist() == expected
     codes = torch.full((1, 1), 1.0).to(torch.float8_e4m3fn)
-    decoded = [fp8_block.decode(codes, s.view(1, 1)).item() for s in scale]
-    assert decoded == expected.tolist()
+    assert [fp8_block.decode(codes, s.view(1, 1)).item() for s in scale] == expected
 
 
 # MXFP4
@@ -177,26 +164,15 @@ def test_mxfp4_decodes_every_code_exactly(exponent: int) -> None:
     assert torch.equal(decoded.bfloat16().float(), decoded), "exact in BF16 as well"
 
 
-_powers = st.builds(
-    lambda exponent, ulps: 2.0**exponent * (1 + ulps * 2.0**-23),
-    st.integers(-100, 100),
-    st.integers(-2, 2),
-)
-
-
 @settings(max_examples=200, deadline=None)
-@given(st.floats(2.0**-100, 2.0**100, width=32) | _powers, st.sampled_from([-1, 1]))
-def test_mxfp4_scale_is_two_to_the_floor_of_log2_less_two(magnitude: float, sign: int) -> None:
+@given(near_powers_of_two(1))
+def test_mxfp4_scale_is_two_to_the_floor_of_log2_less_two(value: float) -> None:
     weight = torch.zeros(1, 32)
-    weight[0, 5] = sign * magnitude
+    weight[0, 5] = value
     scale = mxfp4.group_scale(weight)
     assert scale.dtype == torch.float8_e8m0fnu
-    exponent = 0
-    while 2.0**exponent > weight.abs().max().item():
-        exponent -= 1
-    while 2.0 ** (exponent + 1) <= weight.abs().max().item():
-        exponent += 1
-    assert scale.double().item() == 2.0 ** (exponent - 2)
+    scaled = weight.abs().max().double().item() / scale.double().item()
+    assert math.log2(scale.double().item()).is_integer() and 4 <= scaled < 8
 
 
 def test_mxfp4_bytes_are_those_of_compressed_tensors() -> None:

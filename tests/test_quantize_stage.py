@@ -22,7 +22,7 @@ from torch import Tensor
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
-from mtp_graft.dsv4.variants import VARIANTS, decode_head, is_expert, store_head
+from mtp_graft.dsv4.variants import VARIANTS, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.quant.gptq import gptq
 from mtp_graft.recipe import QuantizeSection
@@ -99,7 +99,8 @@ def upstream(tiny_model: Path) -> dict[str, Tensor]:
 def head(tiny_model: Path, upstream: dict[str, Tensor]) -> Any:
     """The head without its experts."""
     config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
-    return build_head(config, decode_head(upstream, lambda m: not is_expert(m)), with_experts=False)
+    others = {name: tensor for name, tensor in upstream.items() if ".experts." not in name}
+    return build_head(config, decode_head(others), with_experts=False)
 
 
 def stored_experts(out: Path) -> dict[str, Tensor]:
@@ -133,7 +134,7 @@ def test_experts_are_gptq_of_the_tokens_that_reach_them(
         for x, chosen in zip(routed.x[known].bfloat16(), routed.experts[known], strict=True):
             for e in set(chosen.tolist()) & set(tokens):
                 tokens[e].append(x.double())
-    decoded, stored = decode_head(upstream, is_expert), stored_experts(done)
+    decoded, stored = decode_head(upstream), stored_experts(done)
     for e, inputs in tokens.items():
         assert len(inputs) > 1
         w = {m: decoded[f"{EXPERT}{e}.{m}.weight"].double() for m in ("w1", "w2", "w3")}
@@ -297,7 +298,7 @@ def test_experts_without_tokens_share_all_tokens_under_pool(
         assert errors["gptq"]["w1"][e] < errors["rtn"]["w1"][e]
     x = load_file(tmp_path / "replay" / "000000.safetensors")["x"].float()
     module = f"{EXPERT}{empty[0]}.w1"
-    weight = decode_head(upstream, lambda m: m == module)[f"{module}.weight"]
+    weight = decode_head(upstream)[f"{module}.weight"]
     damp = HIDDEN / len(x)  # as many as all experts together saw
     expected = gptq(weight[None], (x.T @ x)[None], damp, scale="mse")
     codes = unpack_int4(stored_experts(tmp_path)[f"{module}.weight_packed"])

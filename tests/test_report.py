@@ -12,7 +12,6 @@ import pytest
 from mtp_graft.bench import charts
 from mtp_graft.bench.answers import accepted_drafts, recorded_answers
 from mtp_graft.bench.report import RunResults, write_report
-from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 from run_folder import ACCEPTED, DRAFTED, decoded, scored, served
 from run_folder import recorded as kept
 
@@ -22,23 +21,17 @@ VERIFIED = STAGES["verify/gptq.json"]
 
 def whole_run() -> RunResults:
     acceptance = ACCEPTED["gptq"] / DRAFTED
+    result = {
+        **{"acceptance": acceptance, "acceptance_by_position": [acceptance], "k": 1},
+        **{"acceptance_length": 1 + acceptance, "greedy_identical": True, "divergences": []},
+        "decode_tok_s": {"base": 41.27, "mtp": 58.84},
+        "seconds": {"capture": 64.3, "quantize": 4.9, "score": 8.1, "bench": 118.6},
+    }
     return RunResults(
-        result={
-            **{"acceptance": acceptance, "acceptance_by_position": [acceptance], "k": 1},
-            "acceptance_length": 1 + acceptance,
-            "decode_tok_s": {"base": 41.27, "mtp": 58.84},
-            **{"greedy_identical": True, "divergences": []},
-            "seconds": {"capture": 64.3, "quantize": 4.9, "score": 8.1, "bench": 118.6},
-        },
-        capture=STAGES["capture/report.json"],
-        quantize=STAGES["quantize/report.json"],
-        score={"acceptance": scored()},
-        served=served(),
-        decode=decoded(),
-        verify=VERIFIED,
-        model="some-model",
-        device="some device",
-        versions={"torch": "2.13.0", "vllm": "0.32.0"},
+        result,
+        *(STAGES["capture/report.json"], STAGES["quantize/report.json"]),
+        *({"acceptance": scored()}, served(), decoded(), VERIFIED),
+        *("some-model", "some device", {"torch": "2.13.0", "vllm": "0.32.0"}),
         notes=["A shared machine: only ratios mean something."],
         recorded=recorded(),
     )
@@ -68,10 +61,10 @@ BASE = answer(["a", "b", "c", "d", "e", "f"])
 MTP = answer(["a", "bc", "d", "ef"], [1, 2, 1, 2], (3, 3, 2))
 
 
-def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> dict[str, Any]:
-    sides = {"base": base, "mtp": mtp}
-    rounds = {side: {"round": 2, "rounds": 3, "timed": [timed]} for side, timed in sides.items()}
-    return {"prompts": [name], **rounds}
+def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> Any:
+    """Return both answers to one prompt, each the only one of its turn."""
+    turns = ({"prompts": {name: [1]}, "rounds": [[timed]]} for timed in (base, mtp))
+    return recorded_answers(*turns)
 
 
 def written(folder: Path, results: RunResults) -> str:
@@ -121,19 +114,13 @@ def test_report_shows_what_was_measured(shown: str, page: str) -> None:
     assert shown in page
 
 
-@pytest.mark.parametrize(
-    ("interval", "expected"),
-    [
-        ([-0.03, -0.01], "gptq is accepted less often than rtn; the difference is −3.0 to −1.0"),
-        ([-0.0135, 0.0016], "no difference between gptq and rtn is shown; the difference is −1.4"),
-    ],
-)
-def test_heads_are_compared_on_the_same_texts(
-    interval: list[float], expected: str, tmp_path: Path
-) -> None:
-    result = {**whole_run().result, "acceptance_difference": {"gptq-rtn": interval}}
+def test_heads_are_compared_on_the_same_texts(tmp_path: Path) -> None:
+    differences = {"gptq-rtn": [-0.03, -0.01], "gptq-bf16": [-0.0135, 0.0016]}
+    result = {**whole_run().result, "acceptance_difference": differences}
     page = written(tmp_path, replace(whole_run(), result=result))
-    assert f"On the same texts, served: {expected}" in page
+    said = "On the same texts, served: "
+    assert f"{said}gptq is accepted less often than rtn; the difference is −3.0 to −1.0" in page
+    assert f"{said}no difference between gptq and bf16 is shown; the difference is −1.4" in page
 
 
 def test_another_text_and_a_failed_verification_are_shown(tmp_path: Path) -> None:
@@ -170,13 +157,6 @@ def test_any_part_may_be_missing(part: str, tmp_path: Path) -> None:
     assert "was not measured in this run" in page
 
 
-def test_with_several_drafts_a_step_the_first_ones_are_compared(tmp_path: Path) -> None:
-    counters = SpecDecodeCounters(1000, 3000, 1550, (742, 492, 316))
-    page = written(tmp_path, replace(whole_run(), served={"gptq": drafting_result(counters)}))
-    assert row("gptq", "served", "74.2 %", "71.4 to 76.8 %", "742 of 1,000") in page
-    assert row("gptq", "3", "74.2, 66.3, 64.2 %", "2.55") in page
-
-
 @pytest.mark.parametrize("results", [empty_run(), whole_run()])
 def test_report_needs_no_other_file_and_no_network(results: RunResults, tmp_path: Path) -> None:
     page = written(tmp_path, results)
@@ -185,7 +165,7 @@ def test_report_needs_no_other_file_and_no_network(results: RunResults, tmp_path
     assert len(ids) == len(set(ids)) > 5
     for target in re.findall(r'(?:src|href)="([^"]*)"', page):
         assert target.removeprefix("#") in ids or target.startswith("data:image/png;base64,")
-    assert page.count("<img ") == (5 if results.decode else 0)
+    assert page.count("<img ") == (4 if results.decode else 0)
     assert not re.search(r"@import|url\(|https?://", page)
 
 
@@ -199,10 +179,10 @@ def test_report_is_safe_from_what_models_and_recipes_write(tmp_path: Path) -> No
     hostile = recorded(timed, timed, name="<b onclick=alert(3)>|`\x00\ud800")
     results = replace(whole_run(), recorded=hostile, model="<script>alert(4)</script>")
     page = write_report(tmp_path, results).read_text(encoding="utf-8")
-    assert page.count("<script") == 2 and page.count("<img ") == 5 and "<b onclick" not in page
+    assert page.count("<script") == 2 and page.count("<img ") == 4 and "<b onclick" not in page
     [data] = re.findall(r'<script type="application/json" id="recorded">(.*?)</script>', page)
     [found] = json.loads(data)
-    assert ["".join(p[0] for p in step["pieces"]) for step in found["mtp"]["steps"]] == texts
+    assert [step["text"] for step in found["mtp"]["steps"]] == texts
 
 
 # Which tokens were drafts
@@ -231,35 +211,27 @@ def test_a_chunk_of_n_tokens_has_n_minus_1_accepted_drafts(
     assert accepted_drafts(timed) == expected
 
 
-def pieces(base: Any, mtp: Any) -> list[list[tuple[str, str]]]:
-    [found] = recorded_answers(recorded(base, mtp))
-    return [step["pieces"] for step in found["mtp"]["steps"]]
-
-
-def test_a_step_is_split_by_what_the_base_said_token_by_token() -> None:
-    assert pieces(BASE, MTP) == [
-        *([("a", "own")], [("b", "draft"), ("c", "own")]),
-        *([("d", "own")], [("e", "draft"), ("f", "own")]),
+def test_steps_have_their_tokens_times_and_acceptance_so_far() -> None:
+    [found] = recorded()["answers"]
+    assert (found["divergence"], found["mtp"]["drafts_per_step"]) == (None, 1)
+    keys = ("at", "start", "tokens", "text", "accepted", "acceptance", "apart")
+    assert [tuple(step[key] for key in keys) for step in found["mtp"]["steps"]] == [
+        (0.25, 0, 1, "a", 0, None, False),
+        (0.5, 1, 2, "bc", 1, 1.0, False),
+        (0.75, 3, 1, "d", 0, 0.5, False),
+        (1.0, 4, 2, "ef", 1, 2 / 3, False),
     ]
-
-
-def test_a_step_that_cannot_be_split_is_marked_as_a_whole() -> None:
-    merged = answer(["a", "bc", "d", "e", "f"], [1, 2, 1, 1, 1])
-    otherwise = answer(["a", "B", "c", "d", "e", "f"])  # as a character of two tokens may be
-    for base in (merged, otherwise):
-        assert pieces(base, MTP)[1][-1][1].startswith("mixed")
     unknown = {**MTP, "counters": answer("", counted=(9, 9, 2))["counters"]}
-    kinds = [[kind for _, kind in step] for step in pieces(BASE, unknown)]
-    assert kinds == [["own"], ["mixed"], ["own"], ["mixed"]]
+    [found] = recorded(mtp=unknown)["answers"]
+    assert {step["accepted"] for step in found["mtp"]["steps"]} == {None}
 
 
-def test_texts_part_at_the_first_character_that_differs() -> None:
+def test_texts_part_with_the_step_that_has_the_first_token_that_differs() -> None:
     other = answer(["a", "bX", "d", "eY"], [1, 2, 1, 2], (3, 3, 2), tokens=(0, 1, 7, 3, 4, 8))
-    [found] = recorded_answers(recorded(mtp=other))
+    [found] = recorded(mtp=other)["answers"]
     assert found["divergence"] == 2
-    apart = [(t, k.endswith("apart")) for step in pieces(BASE, other) for t, k in step]
-    assert apart == [("a", False), ("b", False), ("X", True), ("d", True), ("eY", True)]
-    assert found["base"]["steps"][2]["pieces"] == [("c", "own apart")]
+    assert [step["apart"] for step in found["mtp"]["steps"]] == [False, True, True, True]
+    assert [step["apart"] for step in found["base"]["steps"]] == [False, False, *[True] * 4]
 
 
 def test_cells_are_tokens_and_the_line_is_the_acceptance_so_far(page: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,19 +10,14 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4 import variants
-from mtp_graft.dsv4.variants import VARIANTS, Variant
+from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from references import decode_fp8_blocks, decode_int4, decode_mxfp4
 
-EXPERT = "mtp.0.ffn.experts.7.w1"
-WANTED = (
-    "mtp.0.ffn.experts.7.",
-    "mtp.0.ffn.shared_experts.w2.",
-    "mtp.0.attn.",
-    "mtp.0.e_proj.",
-    "mtp.0.hc_",
-    "mtp.0.ffn.gate.",
-)
+MATRICES = tuple(f"mtp.0.ffn.experts.7.{w}" for w in ("w1", "w2", "w3"))
+EXPERT = MATRICES[0]
+WANTED = (*MATRICES, "mtp.0.ffn.shared_experts.w2.", "mtp.0.attn.", "mtp.0.e_proj.")
+WANTED += ("mtp.0.hc_", "mtp.0.ffn.gate.")
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +29,10 @@ def upstream(tiny_model: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def gptq_experts(upstream: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Stand-ins, unlike what nearest rounding gives: the codes of doubled weights."""
-    given: dict[str, Tensor] = {}
-    for matrix in ("w1", "w2", "w3"):
-        module = f"mtp.0.ffn.experts.7.{matrix}"
-        weight = decode_mxfp4(upstream[f"{module}.weight"], upstream[f"{module}.scale"])
-        given |= variants.store_int4(module, 2 * weight.float())
-    return given
+    """Stand-ins, unlike what nearest rounding gives: its codes with doubled scales."""
+    rounded = store_head(upstream, "rtn")
+    experts = {name: tensor for name, tensor in rounded.items() if name.startswith(MATRICES)}
+    return {n: 2 * t if n.endswith("_scale") else t for n, t in experts.items()}
 
 
 def oracle(upstream: dict[str, Tensor], name: str) -> Tensor:
@@ -52,29 +45,35 @@ def oracle(upstream: dict[str, Tensor], name: str) -> Tensor:
 
 
 def test_upstream_decodes_to_what_its_formats_define(upstream: dict[str, Tensor]) -> None:
-    decoded = variants.decode_head(upstream)
+    decoded = decode_head(upstream)
     assert set(decoded) == {name for name in upstream if not name.endswith(".scale")}
     for name in ("mtp.0.attn.wkv.weight", f"{EXPERT}.weight", "mtp.0.hc_attn_fn"):
         assert decoded[name].dtype == torch.float32
         assert torch.equal(decoded[name].double(), oracle(upstream, name)), name
 
 
-@pytest.mark.parametrize("variant", ["mxfp4", "bf16"])
-def test_kept_and_decoded_heads_lose_nothing(upstream: dict[str, Tensor], variant: Variant) -> None:
-    exact = variants.decode_head(upstream)
-    decoded = variants.decode_head(variants.store_head(upstream, variant))
+@pytest.mark.parametrize("linears", ["fp8", "base", "bf16"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_changes_rounded_experts_alone(
+    upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor], variant: Variant, linears: Any
+) -> None:
+    exact = decode_head(upstream)
+    decoded = decode_head(store_head(upstream, variant, gptq_experts, linears=linears))
     assert decoded.keys() == exact.keys()
-    assert all(torch.equal(decoded[name], exact[name]) for name in exact)
-
-
-def test_rtn_changes_the_experts_alone_and_decodes_as_stored(upstream: dict[str, Tensor]) -> None:
-    exact = variants.decode_head(upstream)
-    stored = variants.store_head(upstream, "rtn")
-    decoded = variants.decode_head(stored)
     changed = {name for name in exact if not torch.equal(decoded[name], exact[name])}
-    assert changed == {f"mtp.0.ffn.experts.7.{w}.weight" for w in ("w1", "w2", "w3")}
-    packed, scale = stored[f"{EXPERT}.weight_packed"], stored[f"{EXPERT}.weight_scale"]
-    assert torch.equal(decoded[f"{EXPERT}.weight"].double(), decode_int4(packed, scale, 128))
+    assert changed == (
+        {f"{matrix}.weight" for matrix in MATRICES} if variant in ("rtn", "gptq") else set()
+    )
+
+
+def test_int4_decodes_as_it_is_stored(
+    upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor]
+) -> None:
+    for variant in ("rtn", "gptq"):
+        stored = store_head(upstream, variant, gptq_experts)
+        packed, scale = stored[f"{EXPERT}.weight_packed"], stored[f"{EXPERT}.weight_scale"]
+        decoded = decode_head(stored)[f"{EXPERT}.weight"]
+        assert torch.equal(decoded.double(), decode_int4(packed, scale, 128))
 
 
 def test_gptq_without_an_expert_is_an_error_that_names_it(
@@ -82,33 +81,26 @@ def test_gptq_without_an_expert_is_an_error_that_names_it(
 ) -> None:
     less = {n: t for n, t in gptq_experts.items() if n != f"{EXPERT}.weight_scale"}
     with pytest.raises(GraftError, match=rf"{EXPERT}\.weight_scale: not among the quantized"):
-        variants.store_head(upstream, "gptq", less)
+        store_head(upstream, "gptq", less)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_meta_tensors_give_a_variants_names_shapes_and_dtypes(
     upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor], variant: Variant
 ) -> None:
-    def shapes(head: dict[str, Tensor]) -> dict[str, object]:
-        return {name: (tensor.shape, tensor.dtype) for name, tensor in head.items()}
-
-    real = variants.store_head(upstream, variant, gptq_experts)
     meta = {name: tensor.to("meta") for name, tensor in upstream.items()}
-    assert shapes(variants.store_head(meta, variant, gptq_experts)) == shapes(real)
+    real, planned = (store_head(head, variant, gptq_experts) for head in (upstream, meta))
+    assert {n: (t.shape, t.dtype) for n, t in planned.items()} == {
+        n: (t.shape, t.dtype) for n, t in real.items()
+    }
 
 
 def test_another_group_size_gives_scales_of_that_group(upstream: dict[str, Tensor]) -> None:
-    stored = variants.store_head(upstream, "rtn", group_size=64)
+    stored = store_head(upstream, "rtn", group_size=64)
     assert stored[f"{EXPERT}.weight_scale"].shape == (256, 4)
-    decoded = variants.decode_head(stored, group_size=64)[f"{EXPERT}.weight"]
-    assert decoded.shape == (256, 256)
+    assert decode_head(stored, group_size=64)[f"{EXPERT}.weight"].shape == (256, 256)
     with pytest.raises(GraftError, match=r"scale is \[256, 4\].*expected \[256, 2\].*group 128"):
-        variants.decode_head(stored)
-
-
-def test_only_wanted_modules_are_decoded(upstream: dict[str, Tensor]) -> None:
-    chosen = variants.decode_head(upstream, variants.is_expert)
-    assert set(chosen) == {f"mtp.0.ffn.experts.7.{w}.weight" for w in ("w1", "w2", "w3")}
+        decode_head(stored)
 
 
 def not_finite(scale: Tensor) -> Tensor:
@@ -123,25 +115,23 @@ def not_finite(scale: Tensor) -> Tensor:
         (f"{EXPERT}.scale", None, rf"{EXPERT}: is torch\.int8 without a scale"),
         (f"{EXPERT}.weight", None, rf"{EXPERT}: has scale; expected a weight with its scale"),
         (f"{EXPERT}.scale", lambda t: t[:, :4], r"scale is \[256, 4\].*expected \[256, 8\].*32"),
+        (f"{EXPERT}.scale", Tensor.float, r"scale is .* torch.float32, expected .* torch.uint8"),
         (f"{EXPERT}.scale", not_finite, rf"{EXPERT}: has a scale that is not finite"),
-        (
-            f"{EXPERT}.weight",
-            lambda t: t[:, :-8],
-            r"240 inputs are no multiple of .* 32",
-        ),
-        ("mtp.0.attn.wkv.scale", lambda t: t[:3], r"wkv: scale is \[3, 2\].*expected \[4, 2\]"),
+        (f"{EXPERT}.weight", lambda t: t[:, :-8], r"240 inputs are no multiple of .* 32"),
+        ("mtp.0.attn.wkv.scale", lambda t: t[:3], r"wkv: .*scale is \[3, 2\].*expected \[4, 2\]"),
     ],
 )
+@pytest.mark.parametrize("use", [lambda head: store_head(head, "rtn"), variants.decode_head])
 def test_parts_that_do_not_fit_are_an_error_that_names_the_module(
     upstream: dict[str, Tensor],
     name: str,
     damage: Callable[[Tensor], Tensor] | None,
     message: str,
+    use: Callable[[dict[str, Tensor]], object],
 ) -> None:
     head = dict(upstream)
     tensor = head.pop(name)
     if damage is not None:
         head[name] = damage(tensor)
-    for use in (lambda head: variants.store_head(head, "rtn"), variants.decode_head):
-        with pytest.raises(GraftError, match=message):
-            use(head)
+    with pytest.raises(GraftError, match=message):
+        use(head)

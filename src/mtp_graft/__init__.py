@@ -2,5 +2,5 @@
 
 #: The vLLM that the plugin and the server's command line are written for, and newer ones.
 SUPPORTED_VLLM = ">=0.32"
-#: The newest that was tried, by platform: a newer one gets a warning.
+#: The newest that was tried, by platform: doctor warns of a newer one.
 TRIED_VLLM = {"cpu": "0.32.0", "cuda": "0.33.0"}

@@ -44,44 +44,30 @@ def command(name: str, server: ChatServer, data: Path, *more: object) -> list[ob
     return [*arguments, *more]
 
 
-@pytest.mark.parametrize(
-    ("name", "mistakes", "kinds"),
-    [
-        (
-            "gsm8k",
-            {
-                "times 3?": ("#### 31", "wrong answer"),
-                "times 4?": ("So it is 40", "no answer found"),
-                "times 5?": (
-                    {"content": "First", "finish_reason": "length"},
-                    "no answer found, cut off",
-                ),
-                "times 6?": ({"content": "#### 61", "reasoning": "#### 60"}, "wrong answer"),
-                "times 7?": ("what\ud800", "no answer found"),
-                "times 8?": ({"content": None, "reasoning": "#### 80"}, None),
-                "times 9?": ({"content": "", "reasoning_content": "#### 90"}, None),
-            },
-            {"gsm8k/3", "gsm8k/4", "gsm8k/5", "gsm8k/6", "gsm8k/7"},
-        ),
-        ("mmlu", {"sums 2?": ("The answer is (A).", "wrong answer")}, {"mmlu/sums/8"}),
-        (
-            "humaneval",
-            {
-                "times_2(": ("```python\ndef times_2(x):\n    return 1\n```", "AssertionError"),
-                "times_3(": ({"content": None, "reasoning": "..."}, "no answer found"),
-            },
-            {"HumanEval/2", "HumanEval/3"},
-        ),
-    ],
-)
+#: Benchmark -> part of a question -> what is said to it, and as what it counts.
+MISTAKES: dict[str, dict[str, tuple[str | Message, str | None]]] = {
+    "gsm8k": {
+        "times 3?": ("#### 31", "wrong answer"),
+        "times 4?": ("So it is 40", "no answer found"),
+        "times 5?": ({"content": "First", "finish_reason": "length"}, "no answer found, cut off"),
+        "times 6?": ({"content": "#### 61", "reasoning": "#### 60"}, "wrong answer"),
+        "times 7?": ("what\ud800", "no answer found"),
+        "times 8?": ({"content": None, "reasoning": "#### 80"}, None),
+        "times 9?": ({"content": "", "reasoning_content": "#### 90"}, None),
+    },
+    "mmlu": {"sums 2?": ("The answer is (A).", "wrong answer")},
+    "humaneval": {
+        "times_2(": ("```python\ndef times_2(x):\n    return 1\n```", "AssertionError"),
+        "times_3(": ({"content": None, "reasoning": "..."}, "no answer found"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("sandbox")
-def test_right_answers_count_and_mistakes_are_classified(
-    run: Run,
-    data: Path,
-    name: str,
-    mistakes: dict[str, tuple[str | Message, str | None]],
-    kinds: set[str],
-) -> None:
+def test_right_answers_count_and_mistakes_are_classified(run: Run, data: Path, name: str) -> None:
+    mistakes = MISTAKES[name]
+
     def say(text: str) -> str | Message:
         return next((said for part, (said, _) in mistakes.items() if part in text), right(text))
 
@@ -89,10 +75,9 @@ def test_right_answers_count_and_mistakes_are_classified(
         status, out, errors = run(*command(name, server, data, "--json", "-"))
     assert status == 0, errors
     result = json.loads(out)
-    assert {failure["id"] for failure in result["failures"]} == kinds
     expected = Counter(kind for _, kind in mistakes.values() if kind)
     assert result["kinds"] == expected == Counter(f["kind"] for f in result["failures"])
-    assert result["correct"] == 12 - len(kinds) and result["total"] == 12
+    assert (result["correct"], result["total"]) == (12 - expected.total(), 12)
     assert result["score"] == result["correct"] / 12
     assert len(server.bodies) == 12
     for body in server.bodies:
@@ -101,7 +86,9 @@ def test_right_answers_count_and_mistakes_are_classified(
         assert body["chat_template_kwargs"] == {"thinking": False}
 
 
-def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: Path) -> None:
+def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(
+    run: Run, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failures: dict[str, list[str | Message]] = {
         "times 1?": ["500", "500"],
         "times 2?": ["hangs"],
@@ -117,8 +104,9 @@ def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: 
                 return left.pop()
         return right(text)
 
+    monkeypatch.setattr(module, "_SILENCE_S", 10.0)
     with serving(say) as server:
-        more = ("--silence-s", 10, "--thinking", "--json", "-")
+        more = ("--thinking", "--json", "-")
         status, out, errors = run(*command("gsm8k", server, data, *more))
     assert status == 0, errors
     assert json.loads(out)["correct"] == 12
@@ -126,32 +114,31 @@ def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: 
     assert all(body["chat_template_kwargs"] == {"thinking": True} for body in server.bodies)
 
 
-def test_questions_without_an_answer_end_the_run_and_a_second_one_asks_only_those(
-    run: Run, data: Path, tmp_path: Path
+@pytest.mark.parametrize(("failure", "times"), [("500", 3), ("400", 1)])
+def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_what_is_left(
+    run: Run, data: Path, tmp_path: Path, failure: str, times: int
 ) -> None:
     broken = True
 
     def say(text: str) -> str:
-        if broken and ("times 3?" in text or "times 9?" in text):
-            return "500" if "times 3?" in text else "400"
-        return right(text)
+        return failure if broken and "times 3?" in text else right(text)
 
     result = tmp_path / "result.json"
     with serving(say) as server:
-        more = ("--attempts", 2, "--json", result, "--run", tmp_path / "run")
+        more = ("--json", result, "--run", tmp_path / "run", "--concurrency", 1)
         words = command("gsm8k", server, data, *more)
         status, out, errors = run(*words)
         assert (status, out) == (1, "")
-        assert "error: gsm8k: 2 of 12 questions left" in errors and "out of luck" in errors
+        assert re.search(r"error: gsm8k: \d+ of 12 questions left: .*(out of luck|64 tok)", errors)
         assert not result.exists()
-        assert len(server.bodies) == 10 + 2 + 1, "a refusal is not asked again"
+        asked = server.asked()
+        assert asked[-times:] == ["Ten times 3?"] * times == [q for q in asked if "3?" in q]
 
         broken = False
         server.bodies.clear()
-        words += ["--silence-s", 99, "--attempts", 1]
         status, _, errors = run(*words)
         assert status == 0, errors
-        assert sorted(server.asked()) == ["Ten times 3?", "Ten times 9?"]
+        assert not set(server.asked()) & set(asked[:-times])
         assert json.loads(result.read_text())["correct"] == 12
 
         server.bodies.clear()
@@ -160,15 +147,6 @@ def test_questions_without_an_answer_end_the_run_and_a_second_one_asks_only_thos
         status, _, errors = run(*words, "--seed", 1)
         assert status == 1
         assert "was begun with" in errors and "use another --run" in errors
-
-
-def test_a_server_that_is_gone_is_not_asked_every_question(run: Run, data: Path) -> None:
-    with serving(lambda _text: "500") as server:
-        more = ("--concurrency", 1, "--attempts", 1)
-        status, _, errors = run(*command("gsm8k", server, data, *more))
-    assert status == 1
-    assert "12 of 12 questions left" in errors and "out of luck" in errors
-    assert len(server.bodies) == 3
     status, _, errors = run(*command("gsm8k", server, data))
     assert status == 1 and f"{server.url}: names no model" in errors
 
@@ -177,7 +155,7 @@ def test_a_killed_client_asks_again_only_what_was_in_work(
     run: Run, data: Path, tmp_path: Path
 ) -> None:
     with serving(right, delay_s=0.3) as server:
-        words = command("gsm8k", server, data, "--concurrency", 1, "--run", tmp_path / "run")
+        words = command("gsm8k", server, data, "--concurrency", 2, "--run", tmp_path / "run")
         main = [sys.executable, "-c", "from mtp_graft.cli import main; main()"]
         client = subprocess.Popen([*main, *map(str, words)], env=dict(os.environ))
         try:
@@ -194,8 +172,8 @@ def test_a_killed_client_asks_again_only_what_was_in_work(
         assert status == 0, errors
     result = json.loads(out)
     assert (result["correct"], result["total"]) == (12, 12)
-    assert len(before & set(server.asked())) <= 2, "being answered, or being written"
-    assert result["seconds"] > 4 * 0.3, "those of both sessions"
+    assert len(before & set(server.asked())) <= 4, "being answered, or being written"
+    assert server.most_in_work == 2
     kept = json.loads((tmp_path / "run" / "bench" / "gsm8k" / "result.json").read_text())
     assert kept == result
 
@@ -218,12 +196,6 @@ def test_a_mistake_is_one_message_before_anything_is_asked(
         status, out, errors = run(*command(name, server, data, *rest))
     assert (status, out, server.bodies) == (2 if name == "capability" else 1, "", [])
     assert message in errors and "Traceback" not in errors
-
-
-def test_as_many_are_asked_at_a_time_as_were_asked_for(run: Run, data: Path) -> None:
-    with serving(right, delay_s=1.0) as server:
-        assert run(*command("gsm8k", server, data, "--concurrency", 3))[0] == 0
-    assert server.most_in_work == 3
 
 
 def test_help_loads_nothing_heavy() -> None:

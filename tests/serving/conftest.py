@@ -52,18 +52,22 @@ class NvmlError(Exception):
     """Stands for pynvml.NVMLError and what is derived from it."""
 
 
+class NoDriver(NvmlError):
+    """Stands for what pynvml raises on a machine without NVIDIA's driver."""
+
+
 def install_gpus(
     monkeypatch: pytest.MonkeyPatch,
     *gpus: str,
     memory_mib: int | None = None,
     nvlinks: Collection[tuple[int, int]] = (),
-    error: str | None = None,
+    error: str | NvmlError | None = None,
 ) -> None:
     """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them."""
 
     def initialize() -> None:
         if error:
-            raise NvmlError(error)
+            raise error if isinstance(error, NvmlError) else NvmlError(error)
 
     def memory(_gpu: int) -> SimpleNamespace:
         if memory_mib is None:
@@ -76,8 +80,8 @@ def install_gpus(
         return int(uuid.removeprefix("GPU-"))
 
     stand_in = SimpleNamespace(
-        NVMLError=NvmlError,
-        NVMLError_NotSupported=NvmlError,
+        **dict.fromkeys(("NVMLError", "NVMLError_NotSupported"), NvmlError),
+        **dict.fromkeys(("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"), NoDriver),
         NVML_P2P_CAPS_INDEX_NVLINK=2,
         NVML_P2P_STATUS_OK=0,
         nvmlInit=initialize,
@@ -104,7 +108,7 @@ def site(tmp_path: Path) -> Path:
 def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """What starts the stand-in, the only vLLM that this process and its children see."""
     only_from(site, monkeypatch)
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     for name in ("OMP_NUM_THREADS", "FAKE_VLLM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
@@ -193,5 +197,5 @@ def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
 
 def command_environment(site: Path, **settings: Any) -> dict[str, str]:
     """Return the environment for a `mtp-graft` subprocess that finds the stand-in."""
-    path = os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+    path = f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return {**os.environ, "PYTHONPATH": path, "FAKE_VLLM": json.dumps(settings)}

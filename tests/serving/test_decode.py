@@ -1,7 +1,8 @@
-"""Decode speed, drafts and greedy texts, on a stand-in server whose steps are known."""
+"""Decode speed, drafts and greedy texts, of one server and of two that take turns."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,47 @@ from mtp_graft.bench.decode import (
     DecodeConfig,
     compare,
     decode_result,
-    find_divergences,
-    measure_base,
-    measure_mtp,
-    measure_rounds,
+    measure_alternating,
+    measure_turn,
     median_round,
+    serve_turn,
 )
-from mtp_graft.bench.requests import BrokenAnswer, Session, open_session, time_answer
+from mtp_graft.bench.requests import measured, time_answer
 from mtp_graft.errors import GraftError
-from mtp_graft.serving import server
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, parse_spec_decode
 
 from .bench_server import PROMPTS, quiet, serving
 
 CONFIG = DecodeConfig(max_tokens=20, rounds=2)
-TOKENS = {"a": (1, 2), "b": (3,)}
+Fake = Callable[..., None]
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "POLL_S", 0.05)
+class Turns:
+    """Serves the base and the grafted checkpoint, and notes the turns' names."""
+
+    def __init__(self, base: Path, grafted: Path) -> None:
+        self.names: list[str] = []
+        self.serve = {"base": self.of(base), "mtp": self.of(grafted)}
+
+    def of(self, checkpoint: Path) -> Callable[[str], AbstractContextManager[ServerClient]]:
+        @contextmanager
+        def serve(name: str) -> Iterator[ServerClient]:
+            self.names.append(name)
+            with serving(checkpoint) as client:
+                yield client
+
+        return serve
+
+    def measure(
+        self, pairs: int, config: DecodeConfig = CONFIG, folder: Path | None = None
+    ) -> dict[str, Any]:
+        return measure_alternating(self.serve, PROMPTS, pairs, config, quiet, folder)
+
+
+@pytest.fixture
+def turns(vllm: object, base: Path, grafted: Path) -> Turns:
+    return Turns(base, grafted)
 
 
 class Ticking:
@@ -48,62 +69,95 @@ class Ticking:
         return self.now_s
 
 
-def measured(tmp_path: Path, base: Path, grafted: Path) -> dict[str, Any]:
-    with serving(base, tmp_path / "base.log") as client:
-        without = json.loads(json.dumps(measure_base(client, PROMPTS, CONFIG, quiet)))
-    with serving(grafted, tmp_path / "mtp.log") as client:
-        return compare(without, measure_mtp(client, without, CONFIG, quiet))
-
-
 def test_a_faster_identical_server_is_seen_as_that(
-    fake: Callable[..., None],
-    base: Path,
-    grafted: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake()
     monkeypatch.setattr(requests, "time", Ticking())
-    result = measured(tmp_path, base, grafted)
+    result = turns.measure(3)
+    assert turns.names == ["base-1", "mtp-1", "mtp-2", "base-2", "base-3", "mtp-3"]
     assert result["greedy_identical"] is True and result["divergences"] == []
     # 20 tokens: one from prefill, then 2, 1, 2, 1, ...: 13 steps, 7 of which accept. The events
     # with the reason and the counts come after the last chunk.
-    assert result["acceptance"] == pytest.approx(7 / 13)
-    assert result["base"]["acceptance"] is result["base"]["k"] is None
-    assert (result["mtp"]["k"], result["mtp"]["steps"]) == (1, 26)
-    assert result["mtp"]["acceptance_length"] == pytest.approx(20 / 13)
-    assert result["decode_tok_s"]["base"] == pytest.approx(1 / Ticking.STEP_S)
-    assert result["decode_tok_s"]["mtp"] == pytest.approx(19 / 13 / Ticking.STEP_S)
-    assert result["base"]["repeatable"] and result["mtp"]["repeatable"]
+    assert result["acceptance"]["median"] == pytest.approx(7 / 13)
+    assert result["against"]["acceptance"] is result["against"]["k"] is None
+    assert (result["k"], result["steps"]) == (1, 26)
+    assert result["acceptance_length"] == pytest.approx(20 / 13)
+    assert result["against"]["decode_tok_s"]["median"] == pytest.approx(1 / Ticking.STEP_S)
+    assert result["decode_tok_s"]["median"] == pytest.approx(19 / 13 / Ticking.STEP_S)
+    assert result["decode_tok_s"]["runs"] == result["against"]["decode_tok_s"]["runs"] == 6
+    ratio = result["ratio"]["decode_tok_s"]
+    assert ratio["interval"] == pytest.approx([19 / 13, 19 / 13])
+    assert (ratio["pairs"], ratio["prompts"], result["pairs"]) == (3, 2, 3)
 
 
-def test_divergences_name_prompt_position_and_the_bases_margin(
-    fake: Callable[..., None], base: Path, grafted: Path, tmp_path: Path
-) -> None:
+def test_divergences_name_prompt_position_and_the_bases_margin(fake: Fake, turns: Turns) -> None:
     fake(diverge_at=4)
-    result = measured(tmp_path, base, grafted)
+    result = turns.measure(2, DecodeConfig(20, rounds=1))
     assert result["greedy_identical"] is False
     # The stand-in's margin at position i is 0.25 + i.
     found = [(d["prompt"], d["position"], d["margin"]) for d in result["divergences"]]
     assert found == [("a", 4, pytest.approx(4.25)), ("b", 4, pytest.approx(4.25))]
 
 
+def test_sampled_texts_are_timed_and_not_compared(fake: Fake, turns: Turns, tmp_path: Path) -> None:
+    fake(requests=str(tmp_path / "requests"))
+    result = turns.measure(2, DecodeConfig(20, rounds=2, temperature=1.0), tmp_path / "run")
+    assert result["greedy_identical"] is result["divergences"] is result["repeatable"] is None
+    assert result["ratio"]["decode_tok_s"]["pairs"] == 2 and result["acceptance_length"] > 1
+    first, second = json.loads((tmp_path / "run/mtp-1.json").read_text())["rounds"]
+    assert first[0]["token_ids"] != second[0]["token_ids"], "the stand-in samples if told to"
+    # Only the four that show that a server is up: no margins are asked for.
+    assert len((tmp_path / "requests").read_text().split()) == 4
+
+
+def turn(*rounds: list[requests.Answer], reference: Any = None) -> dict[str, Any]:
+    prompts = {f"p{n}": [1] for n in range(len(rounds[0]))}
+    return {"prompts": prompts, "rounds": rounds, "reference": reference}
+
+
+def answer(
+    tokens: int, first: int, ttft_s: float, decode_s: float, said: Any = None
+) -> requests.Answer:
+    chunks = [[ttft_s, first], *([[ttft_s + decode_s, tokens - first]] if tokens > first else ())]
+    return {"token_ids": said or list(range(tokens)), "chunks": chunks, "counters": None}
+
+
+def test_the_ratio_is_that_of_the_speeds_whatever_drifts_meanwhile() -> None:
+    """Prompts differ, and the machine slows down by 3 % from turn to turn."""
+    gain = {"base": 1.0, "mtp": 1.25}
+    measured_turns: dict[str, list[Any]] = {"base": [], "mtp": []}
+    for number, side in enumerate(["base", "mtp", "mtp", "base"] * 2):
+        speeds = [tok_s * gain[side] * 0.97**number for tok_s in (10.0, 40.0)]
+        measured_turns[side].append(turn([answer(11, 1, 0.1, 10 / speed) for speed in speeds]))
+    result = compare(measured_turns["base"], measured_turns["mtp"], DecodeConfig(11, rounds=1))
+    ratio = result["ratio"]["decode_tok_s"]
+    assert ratio["estimate"] == pytest.approx(1.25)
+    # A pair whose second turn is MTP's has all of the drift against it, the next one for it.
+    assert ratio["per_pair"] == pytest.approx([1.25 * 0.97, 1.25 / 0.97] * 2)
+    assert ratio["interval"][0] < 1.25 < ratio["interval"][1]
+    assert result["ratio"]["ttft_ms"]["interval"] == pytest.approx([1.0, 1.0])
+    alone = compare(measured_turns["base"][:1], measured_turns["mtp"][:1], CONFIG)
+    assert alone["ratio"] is None, "one pair has no interval"
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
-    [((1, 2, 3), []), ((1, 9, 3), [(1, 0.2)]), ((1, 2), [(2, 0.3)]), ((1, 2, 3, 4), [(3, None)])],
+    [([1, 2, 3], []), ([1, 9, 3], [(1, 0.2)]), ([1, 2], [(2, 0.3)]), ([1, 2, 3, 4], [(3, None)])],
 )
-def test_the_first_difference_is_found(tokens: tuple[int, ...], expected: list[Any]) -> None:
-    reference = {"p": {"token_ids": [1, 2, 3], "margins": [0.1, 0.2, 0.3]}}
-    found = find_divergences(reference, [tokens])
-    assert [(d["position"], d["margin"]) for d in found] == expected
+def test_the_first_difference_is_found(tokens: list[int], expected: list[Any]) -> None:
+    reference = {"p0": {"token_ids": [1, 2, 3], "margins": [0.1, 0.2, 0.3]}}
+    base, mtp = (turn([answer(5, 1, 0.1, 1.0, said)]) for said in ([1, 2, 3], tokens))
+    result = compare([base | {"reference": reference}], [mtp], CONFIG)
+    assert [(d["position"], d["margin"]) for d in result["divergences"]] == expected
+    assert result["greedy_identical"] == (not expected)
 
 
 def test_each_draft_position_is_counted_given_that_those_before_were_accepted(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
+    fake: Fake, grafted: Path
 ) -> None:
     fake(accepts=[3, 1, 0])
-    with serving(grafted, tmp_path / "vllm.log", k=3) as client:
-        result = decode_result(measure_rounds(client, TOKENS, CONFIG, quiet), CONFIG)
+    found = serve_turn(lambda _name: serving(grafted, 3), PROMPTS, CONFIG, quiet)
+    result = decode_result([found], CONFIG)
     # 20 tokens: one from prefill, then 4, 2, 1, 4, 2, 1, 4, and 1 of a last 2.
     assert result["k"] == 3
     assert result["accepted_by_position"] == [2 * n for n in (6, 3, 3)]
@@ -141,74 +195,38 @@ def test_counters_are_summed_over_engines_and_split_by_position() -> None:
         parse_spec_decode("<html>\n")
 
 
-def answer(tokens: int, first: int, ttft_s: float, decode_s: float) -> requests.Answer:
-    chunks = [[ttft_s, first], *([[ttft_s + decode_s, tokens - first]] if tokens > first else ())]
-    return {"token_ids": list(range(tokens)), "chunks": chunks, "counters": None}
-
-
 def test_speed_counts_tokens_after_the_first_chunk_over_all_prompts() -> None:
     in_one_chunk = answer(1, 1, 0.3, 0.0)  # has no time per token
     one = [answer(11, 1, 0.1, 1.0), answer(32, 2, 0.3, 4.0), in_one_chunk]
-    result = decode_result([one], CONFIG)
+    result = decode_result([turn(one)], CONFIG)
     assert result["decode_tok_s"]["median"] == pytest.approx((10 + 30) / 5.0)
     assert result["ttft_ms"]["median"] == pytest.approx(300.0)
     assert result["tpot_ms"]["median"] == pytest.approx((100.0 + 4000.0 / 30) / 2)
     with pytest.raises(GraftError, match="single chunk"):
-        decode_result([one, [in_one_chunk] * 3], CONFIG)
+        decode_result([turn(one, [in_one_chunk] * 3)], CONFIG)
 
 
-def test_results_are_spread_over_rounds_and_the_one_of_median_speed_is_kept() -> None:
+def test_results_are_spread_over_rounds_and_the_one_of_median_speed_is_known() -> None:
     rounds = [[answer(11, 1, 0.1, 10 / speed)] for speed in (20.0, 10.0, 40.0)]
-    speed = decode_result(rounds, CONFIG)["decode_tok_s"]
+    speed = decode_result([turn(*rounds)], CONFIG)["decode_tok_s"]
     spread = [speed[key] for key in ("median", "min", "max", "runs")]
     assert spread == [pytest.approx(20.0), pytest.approx(10.0), pytest.approx(40.0), 3]
-    kept = median_round(rounds)
-    assert (kept["round"], kept["rounds"], kept["timed"]) == (1, 3, rounds[0])
-    assert median_round(rounds[:2])["round"] == 2
-    assert decode_result([*rounds, [answer(6, 1, 0.1, 1.0)]], CONFIG)["repeatable"] is False
-
-
-def test_chunks_come_with_their_texts(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
-    fake()
-    with serving(grafted, tmp_path / "vllm.log") as client:
-        body = {"prompt": [1, 2], "max_tokens": 5, "ignore_eos": True}
-        found = time_answer(client, "/v1/completions", body)
-    assert [size for _, size in found["chunks"]] == [1, 2, 1, 1]
-    assert found["texts"] == [" 3", " 10 17", " 24", " 31"]
+    assert median_round(turn(*rounds)) == 0
+    assert median_round(turn(*rounds[:2])) == 1
+    changed = turn(*rounds, [answer(6, 1, 0.1, 1.0)])
+    assert decode_result([changed], CONFIG)["repeatable"] is False
 
 
 @pytest.mark.parametrize(
-    ("failure", "kind"),
-    [("500", "refused"), ("hangs", "timeout"), ("closes", "broken"), ("aborts", "broken")],
+    ("failure", "message"),
+    [("500", "out of luck"), ("closes", "ended after 1 tokens"), ("aborts", "reason 'abort'")],
 )
-def test_a_failed_request_is_counted_and_asked_again(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path, failure: str, kind: str
+def test_a_failed_request_ends_the_measurement(
+    fake: Fake, grafted: Path, failure: str, message: str
 ) -> None:
-    fake(fails={"3": failure}, step_s=0.001)  # the warm-up is stream 1, "a" 2, "b" 3
-    session = Session(wait_s=0.0)
-    with serving(grafted, tmp_path / "vllm.log", silence_s=0.5) as client:
-        rounds = measure_rounds(client, TOKENS, CONFIG, quiet, session=session)
-    found = session.as_result()
-    assert found["errors"] == 1
-    [failed] = found["failures"]
-    assert (failed["request"], failed["attempt"], failed["kind"]) == ("decode/0/b", 1, kind)
-    # What the broken attempt drafted is in no round.
-    counted = [[one["counters"] for one in answers] for answers in rounds]
-    assert counted[0] == counted[1]
-    assert decode_result(rounds, CONFIG)["repeatable"] is True
-
-
-def test_a_request_that_always_fails_ends_the_measurement(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
-    fake(fails={"2": "500", "3": "closes"})
-    with (
-        serving(grafted, tmp_path / "vllm.log") as client,
-        pytest.raises(GraftError, match=r"decode/0/a: failed 2 times, .* ended after 1"),
-    ):
-        measure_rounds(client, TOKENS, CONFIG, quiet, session=Session(attempts=2, wait_s=0.0))
+    fake(fails={"3": failure})  # the warm-up is stream 1
+    with serving(grafted) as client, pytest.raises(GraftError, match=message):
+        measure_turn(client, {"a": [1, 2], "b": [3]}, CONFIG, quiet)
 
 
 def chunk(**content: Any) -> dict[str, Any]:
@@ -218,22 +236,21 @@ def chunk(**content: Any) -> dict[str, Any]:
 LAST = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
 
 
-class Answering(ServerClient):
-    """A client whose server sends these events, and says what it drafted nothing."""
-
-    def __init__(self, *sent: Any) -> None:
-        super().__init__("http://127.0.0.1:9")
-        self.sent = sent
-
-    def events(self, path: str, body: dict[str, Any]) -> Any:
-        yield from self.sent
-
-    def spec_decode_counters(self) -> None:
-        return None
+def answering(monkeypatch: pytest.MonkeyPatch, *sent: Any) -> ServerClient:
+    """Return a client whose server sends these events, and says what it drafted nothing."""
+    monkeypatch.setattr(ServerClient, "events", lambda *_: iter(sent))
+    monkeypatch.setattr(ServerClient, "spec_decode_counters", lambda _self: None)
+    return ServerClient("http://127.0.0.1:9")
 
 
-def test_a_chats_stream_may_say_null_where_there_is_no_text() -> None:
-    found = time_answer(Answering(chunk(delta={"content": None}), LAST), "/v1/x", {})
+def test_chunks_come_with_their_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"choices": [{"token_ids": [], "finish_reason": None, "text": "b"}]}
+    client = answering(monkeypatch, chunk(text="a"), more, chunk(text="c", token_ids=[8, 9]), {
+        "choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3}
+    })  # fmt: skip
+    found = time_answer(client, "/v1/completions", {})
+    assert ([size for _, size in found["chunks"]], found["texts"]) == ([1, 2], ["ab", "c"])
+    found = time_answer(answering(monkeypatch, chunk(delta={"content": None}), LAST), "/v1/x", {})
     assert (found["texts"], found["token_ids"], found["prompt_tokens"]) == ([""], [7], 1)
 
 
@@ -244,7 +261,6 @@ def test_a_chats_stream_may_say_null_where_there_is_no_text() -> None:
         (chunk(delta=None), LAST),
         (chunk(delta={"content": ["x"]}), LAST),
         (chunk(delta={}, finish_reason=["stop"]), LAST),
-        (chunk(delta={}, finish_reason="abort"), LAST),
         (chunk(delta={}), {"choices": [], "usage": 1}),
         (chunk(delta={}), {"choices": [], "usage": {"completion_tokens": 1}}),
         (chunk(delta={}),),
@@ -252,22 +268,19 @@ def test_a_chats_stream_may_say_null_where_there_is_no_text() -> None:
         (5,),
     ],
 )
-def test_a_stream_that_is_not_whole_is_a_broken_answer(sent: tuple[Any, ...]) -> None:
-    with pytest.raises(BrokenAnswer):
-        time_answer(Answering(*sent), "/v1/x", {})
+def test_a_stream_that_is_not_whole_is_an_error(
+    sent: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(GraftError):
+        time_answer(answering(monkeypatch, *sent), "/v1/x", {})
 
 
-def test_a_run_folder_keeps_what_was_measured_and_belongs_to_one_claim(tmp_path: Path) -> None:
-    def fail() -> int:
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    def fail() -> dict[str, Any]:
         raise GraftError("out of luck")
 
-    session = open_session(tmp_path, {"k": 1}, attempts=1)
-    assert session.measure("a", lambda: [1]) == [1]
-    with pytest.raises(GraftError, match="b: failed 1 times"):
-        session.measure("b", fail)
-    session.keep("c", 3)
-    again = open_session(tmp_path, {"k": 1})
-    assert again.measure("a", fail) == [1] and again.units["c"] == 3
-    assert again.as_result()["errors"] == 1, "failures are kept, too"
-    with pytest.raises(GraftError, match="begun with k = 1, now it is 2"):
-        open_session(tmp_path, {"k": 2})
+    assert measured(tmp_path / "run", "a", lambda: {"x": 1}) == {"x": 1}
+    assert measured(tmp_path / "run", "a", fail) == {"x": 1}
+    for folder in (tmp_path / "other", None):
+        with pytest.raises(GraftError, match="out of luck"):
+            measured(folder, "a", fail)

@@ -25,7 +25,7 @@ from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding
 from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
-from mtp_graft.serving.topology import Hardware, named_gpus
+from mtp_graft.serving.topology import Hardware, named_hardware
 from mtp_graft.stages.splice import splice
 from serving.conftest import install_gpus
 from serving.doctor_defects import DEFECTS, HEAD, INDEX, edit_config, edit_quantization, edit_shard
@@ -243,7 +243,7 @@ def test_a_bad_dimension_is_the_one_finding_of_doctor_and_an_error_of_serve(
     (finding,) = diagnose(copy, on("H200"))
     assert finding.id == "config-unusable" and found in finding.found
     with pytest.raises(GraftError, match=re.escape(found)):
-        make_plan(ServeOptions(copy), "auto", named_gpus("H200", 2))
+        make_plan(ServeOptions(copy), "auto", named_hardware("H200", 2))
 
 
 @pytest.mark.parametrize("value", [None, {}, [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
@@ -360,7 +360,7 @@ def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them(
 ) -> None:
     assert [find_target(gpu="H200", count=n).tp for n in (1, 2, 3, 6, 8)] == [1, 2, 2, 4, 8]
     where = on("H200", 4, checkpoint=good["rtn"])
-    plan = make_plan(ServeOptions(good["rtn"]), "auto", named_gpus("H200", 4))
+    plan = make_plan(ServeOptions(good["rtn"]), "auto", named_hardware("H200", 4))
     assert where.tp == plan.options.num_ranks and levels(diagnose(good["rtn"], where)) == {}
     edit_config(copy, lambda config: config.update(o_groups="many"))
     assert on("H200", 3, checkpoint=copy).tp == 2

@@ -19,7 +19,6 @@ from mtp_graft.serving.memory import (
     weights_bytes,
     weights_bytes_per_rank,
 )
-from mtp_graft.serving.topology import named_gpus
 
 FLASH: dict[str, Any] = {
     "num_hidden_layers": 43,
@@ -122,28 +121,17 @@ def test_flash_takes_3915_bytes_a_token() -> None:
     assert kv_layout(FLASH).block_bytes / 256 == (21 * (65 + 15) + 20 * 3) * 576 / 256 == 3915
 
 
-@given(
-    gib=st.floats(0.1, 40),
-    num_seqs=st.integers(1, 8),
-    in_flight=st.sampled_from([0, 2048, 16384]),
-)
-def test_the_largest_context_fits_and_one_token_more_does_not(
-    gib: float, num_seqs: int, in_flight: int
-) -> None:
+@given(gib=st.floats(0.1, 40), in_flight=st.sampled_from([0, 2048, 16384]))
+def test_the_largest_context_fits_and_one_token_more_does_not(gib: float, in_flight: int) -> None:
     budget = int(gib * 2**30)
-
-    def needed(tokens: int) -> int:
-        others = (num_seqs - 1) * kv_cache_bytes(FLASH, tokens)
-        return kv_cache_bytes(FLASH, tokens, in_flight) + others
-
-    most = largest_context(FLASH, budget, num_seqs, in_flight)
-    assert most == 0 or needed(most) <= budget
-    assert most == 2**20 or needed(most + 1) > budget
+    most = largest_context(FLASH, budget, in_flight)
+    assert most == 0 or kv_cache_bytes(FLASH, most, in_flight) <= budget
+    assert most == 2**20 or kv_cache_bytes(FLASH, most + 1, in_flight) > budget
 
 
 def test_a_config_without_ratios_is_an_error_that_names_them() -> None:
     without = {key: value for key, value in FLASH.items() if key != "compress_ratios"}
-    with pytest.raises(GraftError, match="has no 'compress_ratios'"):
+    with pytest.raises(GraftError, match="compress_ratios is None"):
         kv_layout(without)
 
 
@@ -178,32 +166,3 @@ def test_fp8_compressors_take_the_room_of_bf16_on_a_gpu_too() -> None:
         "layers.2.attn.wkv.weight": torch.empty(8, 8, dtype=torch.float8_e4m3fn),
     }
     assert weights_bytes(stored, 1) == 8 * 8 * 2 + 8 * 8
-
-
-@pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "RTX PRO 6000 Max-Q"),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000 Server"),
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("h200", "H200"),
-        ("NVIDIA GB10", "GB10"),
-        ("DGX Spark", "GB10"),
-        ("6000 MaxQ", "RTX PRO 6000 Max-Q"),
-    ],
-)
-def test_a_gpu_is_found_by_our_name_and_by_nvidias(said: str, meant: str) -> None:
-    assert named_gpus(said, 1).gpu == meant
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("H300", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "GB100"),
-        *("NVIDIA H100 SXM5 64GB", "NVIDIA H200 NVL", "NVIDIA RTX 6000 Ada Generation"),
-        *("Quadro RTX 6000 with Max-Q Design", "NVIDIA RTX PRO 6000 Blackwell Server Edition MIG"),
-    ],
-)
-def test_an_unknown_gpu_is_an_error_that_lists_the_known(name: str) -> None:
-    with pytest.raises(GraftError, match=f"{name}: not a GPU known here; expected one of RTX"):
-        named_gpus(name, 1)

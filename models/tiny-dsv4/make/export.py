@@ -18,6 +18,7 @@ from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.quantization_config import EXPERT_MATRIX, FP8_BLOCK
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
+from mtp_graft.dsv4.variants import int4_parts
 from mtp_graft.quant import fp8_block, int4, mxfp4
 
 MAX_SHARD_BYTES = 15 * 2**20
@@ -51,11 +52,8 @@ def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     stem = name.removesuffix(".weight")
     if names.EXPERT.match(name):
         scale = int4.group_scale(weight, group_size=128)
-        return {
-            f"{stem}.weight_packed": int4.pack(int4.encode(weight, scale)),
-            f"{stem}.weight_scale": scale,
-            f"{stem}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-        }
+        parts = int4_parts(int4.encode(weight, scale), scale)
+        return {f"{stem}.{part}": tensor for part, tensor in parts.items()}
     if names.FP8_LINEAR.search(name):
         scale = fp8_block.block_scale(weight)
         return {name: fp8_block.encode(weight, scale), f"{stem}.weight_scale": scale}
@@ -85,8 +83,9 @@ def export(base: dict[str, Tensor], head: dict[str, Tensor], config: Path, out: 
         folder.mkdir(parents=True, exist_ok=True)
 
     stored: dict[str, Tensor] = {}
-    for name, weight in names.base_from_transformers(base).items():
-        stored.update(base_tensors(name, weight))
+    for theirs, tensor in base.items():
+        for name, weight in names.split_experts(theirs, tensor).items():
+            stored |= base_tensors(name, weight)
     save_torch_state_dict(stored, out / "base", max_shard_size=MAX_SHARD_BYTES)
     quantized = {**settings, "quantization_config": QUANTIZATION}
     write_json(quantized, out / "base" / "config.json")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
 import fake_quant
 
-from mtp_graft.dsv4.head import MTPHead, sliding_window_mask
+from mtp_graft.dsv4.head import MTPHead
 
 Weights = dict[str, Tensor]
 FormatOf = Callable[[str], Callable[[Tensor], Tensor] | None]
@@ -48,7 +48,7 @@ class TinyModel(nn.Module):
             attn_implementation="eager",
             experts_implementation=experts,
         )
-        self.head = MTPHead(config, experts)
+        self.head = MTPHead(config)
         self.dropout = dropout
         self.routers = [m for m in self.modules() if isinstance(m, DeepseekV4TopKRouter)]
         self._residual: Tensor | None = None
@@ -84,8 +84,10 @@ class TinyModel(nn.Module):
         """Return logits [B, T, V] and residual stream [B, T, H, D] for `ids` [B, T]."""
         positions = positions_of(ids)
         # Built here because transformers' mask builder synchronizes with the device.
-        mask = sliding_window_mask(positions[:1], self.window, weights[EMBEDDING].dtype)
-        mask = mask.expand(ids.shape[0], -1, -1, -1)
+        distance = positions[:1, :, None] - positions[:1, None, :]  # [1, T query, T key]
+        hidden = (distance < 0) | (distance >= self.window)
+        mask = torch.zeros(hidden.shape, dtype=weights[EMBEDDING].dtype, device=ids.device)
+        mask = mask.masked_fill(hidden, float("-inf")).expand(len(ids), 1, -1, -1)
         arguments = {
             "input_ids": ids,
             "position_ids": positions,

@@ -1,31 +1,23 @@
 """How often a running server accepts its head's drafts, on texts whose ending is known."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
+from mtp_graft.bench.requests import Report
+from mtp_graft.checkpoint.capture import FinishedText
 from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient, Step
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 
 
-@dataclass(frozen=True)
-class KnownText:
-    """A prompt and the base's greedy continuation, as it was captured."""
-
-    id: str
-    prompt: tuple[int, ...]
-    continuation: tuple[int, ...]
-
-
 def measure_acceptance(
     client: ServerClient,
-    texts: Sequence[KnownText],
+    texts: Sequence[FinishedText],
     max_tokens: int,
     concurrency: int,
-    report: Callable[[str, int, int], None],
+    report: Report,
     label: str = "acceptance",
 ) -> dict[str, Any]:
     """Have every text continued again, with drafts, until it ends; return what was accepted.
@@ -37,7 +29,7 @@ def measure_acceptance(
     the text where the base is unsure. Raises GraftError if the server tells of no drafts.
     """
 
-    def ask(text: KnownText) -> tuple[KnownText, tuple[int, ...], list[Step]]:
+    def ask(text: FinishedText) -> tuple[FinishedText, tuple[int, ...], list[Step]]:
         return text, *client.complete_counted(text.prompt, max_tokens)
 
     report(label, 0, len(texts))
@@ -48,14 +40,20 @@ def measure_acceptance(
             identical += answer == text.continuation
             steps[text.id] = list(_steps_within(told, len(answer)))
             report(label, len(steps), len(texts))
-    in_order = [steps[text.id] for text in texts]
-    counted = _count([step for each in in_order for step in each])
+    counted = _count([step for text in texts for step in steps[text.id]])
     drafted, accepted = counted.num_draft_tokens, counted.num_accepted_tokens
     if not drafted:
         raise GraftError(
             f"{client.base_url}: tells of no drafts; serve a head with k >= 1 and "
             f"{' '.join(COUNT_DRAFTS)}"
         )
+    first = {
+        name: {
+            "drafts": sum(s.drafted > 0 for s in of),
+            "accepted": sum(s.accepted > 0 for s in of),
+        }
+        for name, of in steps.items()
+    }
     return {
         "acceptance": accepted / drafted,
         "accepted": accepted,
@@ -64,13 +62,8 @@ def measure_acceptance(
         **drafting_result(counted),
         "texts": len(texts),
         "identical": identical,
-        "sequences": [_first_drafts(*pair) for pair in zip(texts, in_order, strict=True)],
+        "sequences": [{"id": text.id, **first[text.id]} for text in texts],
     }
-
-
-def _first_drafts(text: KnownText, steps: Sequence[Step]) -> dict[str, Any]:
-    drafts = sum(step.drafted > 0 for step in steps)
-    return {"id": text.id, "drafts": drafts, "accepted": sum(s.accepted > 0 for s in steps)}
 
 
 def _steps_within(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:

@@ -40,7 +40,6 @@ def paired_ratio(ours: Array, theirs: Array) -> dict[str, Any]:
         "pairs": logs.shape[0],
         "prompts": logs.shape[1],
         "per_pair": np.exp(logs.mean(axis=1)).tolist(),
-        "per_prompt": np.exp(logs.mean(axis=0)).tolist(),
     }
 
 

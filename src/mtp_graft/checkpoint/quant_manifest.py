@@ -61,7 +61,6 @@ class Calibration(TypedDict):
     damp: float
     damping: str
     group_size: int
-    order: str
     scale: str
     calibration_tokens: int
     tokens_per_expert: dict[str, Any]

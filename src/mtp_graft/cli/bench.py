@@ -13,11 +13,9 @@ import typer
 from rich.table import Table
 
 from mtp_graft.bench.page import number, percent, percents, spread
-from mtp_graft.cli.app import JsonOption, SpeculativeOption, bench
-from mtp_graft.cli.grouped import grouped
-from mtp_graft.cli.help import SPEED, SectionedCommand
-from mtp_graft.cli.output import check_writable, note, progress_bar, result_console, write_json
-from mtp_graft.cli.target import RunOption, Target, check_url, keep_result
+from mtp_graft.cli.app import SpeculativeOption, bench, grouped, option
+from mtp_graft.cli.output import progress_bar, show, table
+from mtp_graft.cli.target import Target, check_url
 
 if TYPE_CHECKING:  # the client need not be imported for `--help`
     from mtp_graft.serving.client import Prompt
@@ -25,29 +23,18 @@ if TYPE_CHECKING:  # the client need not be imported for `--help`
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """The options of `decode` and `sweep`: what is asked, and where the answers' times go."""
+    """The options of `decode` and `sweep`: what is asked."""
 
     prompt_file: Annotated[
         Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.',
-        ),
+        option("FILE", 'JSON Lines of {"id", "text"}. Default: the tiny model\'s.', "--prompts"),
     ] = None
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Use the first prompts only.")
-    ] = None
-    max_tokens: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Tokens to continue each prompt by.")
-    ] = 128
-    ignore_eos: Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")] = True
+    limit: Annotated[int | None, option("N", "Use the first prompts only.", min=1)] = None
+    max_tokens: Annotated[int, option("N", "Tokens to continue each prompt by.", min=2)] = 128
+    ignore_eos: Annotated[bool, option(None, "Go on after an end-of-sequence token.")] = True
     temperature: Annotated[
-        float,
-        typer.Option(min=0.0, metavar="T", help="0 is greedy; above, texts are not compared."),
+        float, option("T", "0 is greedy; above, texts are not compared.", min=0.0)
     ] = 0.0
-    run: RunOption = None
-    json_file: JsonOption = None
 
     def prompts(self) -> "list[Prompt]":
         """Return the prompts of the file, or the tiny recipe's."""
@@ -59,34 +46,19 @@ class Asking:
         return list(islice(iterate_prompts(str(self.prompt_file or bundled)), self.limit))
 
 
-@bench.command("decode", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("decode")
 @grouped
 def bench_decode(
     target: Target,
     asking: Asking,
     against: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Compare with this checkpoint, served in turn."),
-    ] = None,
-    against_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            callback=check_url,
-            help="Compare with this running server, asked in turn.",
-        ),
+        str | None, option("DIR|URL", "Take turns with this checkpoint, or this running server.")
     ] = None,
     pairs: Annotated[
-        int | None,
-        typer.Option(
-            min=2,
-            metavar="N",
-            help="How often the two take turns; even, to go first equally often. Default: 6.",
-        ),
-    ] = None,
+        int, option("N", "How often they take turns; even, to go first equally often.", min=2)
+    ] = 6,
     rounds: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="How often every prompt is continued, in each turn."),
+        int, option("N", "How often every prompt is continued, in each turn.", min=1)
     ] = 3,
     k: SpeculativeOption = None,
 ) -> None:
@@ -95,63 +67,54 @@ def bench_decode(
     With --against, both servers take turns (base, MTP, MTP, base, ...) and the ratio of their
     speeds comes with an interval.
     """
-    from mtp_graft.bench.alternating import measure_alternating, measure_decode
-    from mtp_graft.bench.decode import DecodeConfig, decode_result
+    from mtp_graft.bench.decode import DecodeConfig, decode_result, measure_alternating, serve_turn
+    from mtp_graft.bench.requests import measured
 
-    target.check_k(k)
-    other = _other(target, against, against_url)
-    if pairs is not None and other is None:
-        raise typer.BadParameter(
-            "--pairs needs --against or --against-url: one server has no turns"
-        )
+    other = None if against is None else _other(target, against)
     config = DecodeConfig(asking.max_tokens, rounds, asking.ignore_eos, asking.temperature)
-    prompts, folder = asking.prompts(), target.folder(asking.run, "decode")
-    k = target.num_drafts(k)
+    prompts, k = asking.prompts(), target.num_drafts(k)
+
+    def measure(folder: Path | None) -> dict[str, Any]:
+        with progress_bar() as report:
+            ours = partial(target.client, report, k=k)
+            if other is None:
+                turn = partial(serve_turn, ours, prompts, config, report)
+                return decode_result([measured(folder, "decode", turn)], config)
+            serve = {"mtp": ours, "base": partial(other.client, report, k=0)}
+            return measure_alternating(serve, prompts, pairs, config, report, folder)
+
     # More pairs may be added to a folder later: each stands by itself.
     claim = {"decode": asdict(config), "k": k, "prompts": _hash(prompts)}
     claim |= {"against": other.identity()} if other else {}
-    session = target.session(folder, claim)
-    with progress_bar() as report:
-        ours = partial(target.client, report, num_speculative_tokens=k)
-        if other is None:
-            measured = measure_decode(ours, prompts, config, report, session)
-            result = decode_result(measured, config) | session.as_result()
-        else:
-            serve = {"mtp": ours, "base": partial(other.client, report, num_speculative_tokens=0)}
-            result = measure_alternating(serve, prompts, pairs or 6, config, report, session)
-            # Servers that are not ours were not started again between their turns.
-            result |= {"restarted": target.checkpoint is not None}
-    keep_result(result, folder, target)
-    write_json(result, asking.json_file)
-    _print_decode(result, asking.json_file)
+    result = target.finish("decode", claim, measure)
+    show(result, target.json_file, *_decode_parts(result))
 
 
-def _other(target: Target, against: Path | None, against_url: str | None) -> Target | None:
-    """Return the server to compare with, if any; it is ours if the first one is."""
-    if against is None and against_url is None:
-        return None
-    given = (against is None, against_url is None)
-    if given != (target.checkpoint is None, target.base_url is None):
+def _other(target: Target, against: str) -> Target:
+    """Return the server to compare with; it is ours if the first one is."""
+    is_url = "://" in against
+    if is_url == (target.base_url is None):
         raise typer.BadParameter(
-            "compare a --checkpoint with --against, or a --base-url with --against-url"
+            "compare a --checkpoint with a checkpoint, and a --base-url with an address"
         )
-    return replace(target, base_url=against_url, checkpoint=against)
+    if is_url:
+        return replace(target, base_url=check_url(against))
+    return replace(target, checkpoint=Path(against))
 
 
 def _hash(prompts: Sequence[Any]) -> str:
     """Return what tells these prompts from others."""
-    return sha256(repr([asdict(one) for one in prompts]).encode()).hexdigest()
+    return sha256(repr(prompts).encode()).hexdigest()
 
 
-def _print_decode(result: dict[str, Any], json_file: Path | None) -> None:
-    out = result_console(json_file)
-    table = Table("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
-    for name in ("against", "decode"):
-        if found := result if name == "decode" else result.get(name):
+def _decode_parts(result: dict[str, Any]) -> list[str | Table]:
+    rows = []
+    for name, found in (("against", result.get("against")), ("decode", result)):
+        if found:
             speeds = [spread(found[key]) for key in ("decode_tok_s", "ttft_ms", "tpot_ms")]
             acceptance = found["acceptance"] and found["acceptance"]["median"]
-            table.add_row(name, *speeds, percent(acceptance))
-    out.print(table)
+            rows.append((name, *speeds, percent(acceptance)))
+    columns = ("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
     lines = drafting_lines(result)
     if "ratio" in result:
         ratio = result["ratio"]["decode_tok_s"]
@@ -164,8 +127,7 @@ def _print_decode(result: dict[str, Any], json_file: Path | None) -> None:
             f"greedy text: {known.get(result['greedy_identical'], differs)}",
             *lines,
         ]
-    for line in lines:
-        out.print(line, soft_wrap=True)
+    return [table(columns, rows), *lines]
 
 
 def drafting_lines(result: dict[str, Any]) -> list[str]:
@@ -179,121 +141,99 @@ def drafting_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-@bench.command("sweep", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("sweep")
 @grouped
 def bench_sweep(
     target: Target,
     asking: Asking,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of requests at a time.")
+        str, option("N,N,...", "Numbers of requests at a time.")
     ] = "1,2,3,4,6,8",
     k: Annotated[
         str | None,
-        typer.Option(
-            *("--k", "-k"),
-            metavar="N,N,...",
-            help="Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
+        option(
+            "N,N,...",
+            "Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
             "Default: 3 on GPUs, 1 on a CPU.",
+            *("--k", "-k"),
         ),
     ] = None,
-    requests: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Requests of a point, times its concurrency."),
-    ] = 4,
-    chart: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            callback=check_writable,
-            help="Draw the points here (PNG). Default: in the run folder.",
-        ),
-    ] = None,
+    requests: Annotated[int, option("N", "Requests of a point, times its concurrency.", min=1)] = 4,
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
-    from mtp_graft.bench.charts import sweep_chart
-    from mtp_graft.bench.sweep import SweepConfig, measure_sweep
+    from mtp_graft.bench.decode import DecodeConfig
+    from mtp_graft.bench.sweep import measure_sweep
 
-    target.check_k(k)
-    loads, ks = _numbers("--concurrency", concurrency, 1), k and _numbers("--k", k, 0)
-    prompts, folder = asking.prompts(), target.folder(asking.run, "sweep")
-    config = SweepConfig(
-        *(loads, ks or (target.num_drafts(None),), asking.max_tokens, requests),
-        *(asking.ignore_eos, asking.temperature),
-    )
+    given: Sequence[int | None] = [None] if k is None else _numbers("--k", k, 0)
+    loads, ks = _numbers("--concurrency", concurrency, 1), [*map(target.num_drafts, given)]
+    prompts = asking.prompts()
+    config = DecodeConfig(asking.max_tokens, requests, asking.ignore_eos, asking.temperature)
+
+    def measure(folder: Path | None) -> dict[str, Any]:
+        with progress_bar() as report:
+            return measure_sweep(
+                lambda drafts: target.client(report, f"k{drafts}", drafts),
+                *(prompts, ks, loads, config, report, folder, target.api_key),
+            )
+
     # More loads or another k may be added to a folder later: each point stands by itself.
-    claim = asdict(config) | {"concurrencies": None, "ks": None, "prompts": _hash(prompts)}
-    session = target.session(folder, claim)
-    with progress_bar() as report:
-        result = measure_sweep(
-            lambda drafts: target.client(report, f"k{drafts}", drafts),
-            *(prompts, config, report, session, target.api_key),
+    claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
+    result = target.finish("sweep", claim, measure)
+    rows = [
+        (
+            *(point["k"], point["concurrency"]),
+            *(number(point[key]) for key in ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")),
+            *(percents(point["acceptance_by_position"]), point["errors"]),
         )
-    keep_result(result, folder, target)
-    write_json(result, asking.json_file)
-    result_console(asking.json_file).print(_sweep_table(result["points"]))
-    if picture := chart or (folder and folder / "sweep.png"):
-        picture.write_bytes(sweep_chart(result["points"]))
-        note(f"chart: {picture}")
+        for point in result["points"]
+    ]
+    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
+    columns = (*columns, "accepted by position", "errors")
+    show(result, target.json_file, table(columns, rows))
 
 
-def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
     """Return the numbers of a list such as 1,2,4."""
     try:
-        numbers = tuple(int(part) for part in text.split(","))
+        numbers = tuple(map(int, text.split(",")))
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
         raise typer.BadParameter(
-            f"{option} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
+            f"{flag} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
         )
     return numbers
 
 
-def _sweep_table(points: Sequence[dict[str, Any]]) -> Table:
-    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
-    table = Table(*columns, "accepted by position", "errors")
-    for point in points:
-        speeds = [number(point[f"{of}_tok_s"]) for of in ("per_stream", "aggregate")]
-        table.add_row(
-            *(str(point["k"]), str(point["concurrency"]), *speeds, number(point["ttft_ms"])),
-            *(percents(point["acceptance_by_position"]), str(point["errors"])),
-        )
-    return table
-
-
-@bench.command("workload", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("workload")
 @grouped
 def bench_workload(
     target: Target,
-    thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
+    thinking: Annotated[bool, option(None, "Let the model think before it answers.")] = False,
     max_tokens: Annotated[
-        int | None,
-        typer.Option(min=2, metavar="N", help="Cap on an answer. Default: the context's end."),
+        int | None, option("N", "Cap on an answer. Default: the context's end.", min=2)
     ] = None,
     k: SpeculativeOption = None,
-    run: RunOption = None,
-    json_file: JsonOption = None,
 ) -> None:
     """Measure speed on fifteen everyday requests with a system prompt and tools."""
-    from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
+    from mtp_graft.bench.workload import load_workload, measure_workload
 
-    target.check_k(k)
-    config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
-    folder, k = target.folder(run, "workload"), target.num_drafts(k)
-    claim = asdict(config) | {"k": k, "prompts": _hash([workload])}
-    session = target.session(folder, claim)
-    with progress_bar() as report, ExitStack() as stack:
-        result = measure_workload(
-            lambda: stack.enter_context(target.client(report, "", k)),
-            *(workload, config, report, session),
+    requests, k = load_workload(thinking, max_tokens), target.num_drafts(k)
+
+    def measure(folder: Path | None) -> dict[str, Any]:
+        with progress_bar() as report, ExitStack() as stack:
+            client = target.client(report, "workload", k)
+            return measure_workload(lambda: stack.enter_context(client), requests, report, folder)
+
+    claim = {"thinking": thinking, "max_tokens": max_tokens, "k": k, "prompts": _hash(requests)}
+    result = target.finish("workload", claim, measure)
+    columns = ("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
+    rows = [
+        (
+            *(name, found["requests"], found["completion_tokens"]),
+            *(number(found[key]) for key in ("decode_tok_s", "ttft_ms")),
+            *(percent(found["acceptance"]), found["cut_off"]),
         )
-    keep_result(result, folder, target)
-    write_json(result, json_file)
-    table = Table("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
-    for name, found in [*result["categories"].items(), ("all", result)]:
-        speeds = [number(found[key]) for key in ("decode_tok_s", "ttft_ms")]
-        table.add_row(
-            *(name, str(found["requests"]), str(found["completion_tokens"]), *speeds),
-            *(percent(found["acceptance"]), str(found["cut_off"])),
-        )
-    result_console(json_file).print(table)
+        for name, found in [*result["categories"].items(), ("all", result)]
+    ]
+    show(result, target.json_file, table(columns, rows))

@@ -38,13 +38,13 @@ class Dimensions(BaseModel):
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
 
 
-def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> None:
-    """Raise GraftError if a dimension is missing or no whole number above 0, naming all of them.
+def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> Dimensions:
+    """Return the dimensions; raise GraftError if one is missing or no whole number above 0.
 
-    `file` is what the error calls the config.
+    The error names all of them, and calls the config `file`.
     """
     try:
-        Dimensions.model_validate(config)
+        return Dimensions.model_validate(config)
     except ValidationError as error:
         wrong = [
             f"has no {each['loc'][0]!r}"

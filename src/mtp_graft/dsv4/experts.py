@@ -12,13 +12,7 @@ from mtp_graft.dsv4.names import EXPERTS_PREFIX
 from mtp_graft.dsv4.variants import int4_parts
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
-from mtp_graft.quant.gptq import (
-    NotPositiveDefiniteError,
-    Quantized,
-    gptq,
-    output_energy,
-    relative_error,
-)
+from mtp_graft.quant.gptq import NotPositiveDefiniteError, Quantized, gptq, relative_error
 from mtp_graft.recipe import QuantizeSection, Variant
 
 MATRICES = ("w1", "w2", "w3")
@@ -47,23 +41,16 @@ def quantize_experts(
         stacked = torch.cat([weights[matrix] for matrix in matrices], dim=1)  # [E, O, I]
         hessian = hessians[matrices[0]]
         _check_finite(hessian, experts, matrices[0])
+        damp = damp_for(num_tokens, stacked.shape[-1], settings)
         try:
-            result = gptq(
-                stacked,
-                hessian,
-                damp_for(num_tokens, stacked.shape[-1], settings),
-                settings.group_size,
-                order=settings.order,
-                scale=settings.scale,
-            )
+            result = gptq(stacked, hessian, damp, settings.group_size, scale=settings.scale)
         except NotPositiveDefiniteError as error:
             raise GraftError(
                 f"{expert_name(experts[error.index], matrices[0])}: its Hessian is not positive "
                 f"definite with damp {settings.damp}; choose a larger damp"
             ) from error
-        codes = result.codes.chunk(len(matrices), dim=1)
-        scales = result.scale.chunk(len(matrices), dim=1)
-        found.update(zip(matrices, map(Quantized, codes, scales), strict=True))
+        codes, scales = (t.chunk(len(matrices), dim=1) for t in (result.codes, result.scale))
+        found |= zip(matrices, map(Quantized, codes, scales), strict=True)
     return found
 
 
@@ -74,10 +61,8 @@ def damp_for(num_tokens: Sequence[int], num_inputs: int, settings: QuantizeSecti
     less their Hessian says about the tokens to come.
     """
     tokens = torch.tensor(num_tokens, dtype=torch.float32).clamp(min=1)
-    least = torch.full_like(tokens, settings.damp)
-    if settings.damping == "fixed":
-        return least
-    return torch.maximum(least, num_inputs / tokens)
+    by_tokens = num_inputs / tokens if settings.damping == "tokens" else torch.zeros_like(tokens)
+    return by_tokens.clamp(min=settings.damp)
 
 
 def _check_finite(hessian: Tensor, experts: range, matrix: str) -> None:
@@ -85,10 +70,10 @@ def _check_finite(hessian: Tensor, experts: range, matrix: str) -> None:
     # A sum of squares: an input that is not finite shows on the diagonal.
     finite = hessian.diagonal(dim1=1, dim2=2).isfinite().all(dim=1)  # [E]
     if not finite.all():
-        expert = experts[int(finite.logical_not().nonzero()[0])]
         raise GraftError(
-            f"{expert_name(expert, matrix)}: the squares of its inputs add up to no finite number, "
-            "so no damp helps; capture again, and check the upstream shard"
+            f"{expert_name(experts[int(finite.int().argmin())], matrix)}: the squares of its "
+            "inputs add up to no finite number, so no damp helps; capture again, and check the "
+            "upstream shard"
         )
 
 
@@ -96,10 +81,9 @@ def pack_experts(quantized: Mapping[str, Quantized], experts: range) -> dict[str
     """Return INT4 experts as the checkpoint stores them, under its names."""
     stored: dict[str, Tensor] = {}
     for matrix, weights in quantized.items():
-        words = int4.pack(weights.codes)  # [E, O, I/8]
-        for e, packed, scale in zip(experts, words, weights.scale, strict=True):
-            shape = [packed.shape[0], int4.CODES_PER_WORD * packed.shape[1]]
-            stored.update(int4_parts(expert_name(e, matrix), packed, scale, shape))
+        for e, codes, scale in zip(experts, weights.codes, weights.scale, strict=True):
+            module = expert_name(e, matrix)
+            stored |= {f"{module}.{part}": t for part, t in int4_parts(codes, scale).items()}
     return stored
 
 
@@ -116,12 +100,10 @@ def expert_errors(
     """
     errors: dict[Variant, dict[str, list[float]]] = {"rtn": {}, "gptq": {}, "mxfp4": {}, "bf16": {}}
     for matrix, original in weights.items():
-        hessian, gptq_ = hessians[matrix], quantized[matrix]
-        energy = output_energy(original, hessian)  # [E]
         scale = int4.group_scale(original, group_size)
-        rtn = int4.decode(int4.encode(original, scale), scale)
-        errors["rtn"][matrix] = relative_error(original, rtn, hessian, energy).tolist()
-        decoded = int4.decode(gptq_.codes, gptq_.scale)
-        errors["gptq"][matrix] = relative_error(original, decoded, hessian, energy).tolist()
+        nearest = Quantized(int4.encode(original, scale), scale)
+        for variant, found in (("rtn", nearest), ("gptq", quantized[matrix])):
+            values = int4.decode(found.codes, found.scale)
+            errors[variant][matrix] = relative_error(original, values, hessians[matrix]).tolist()
         errors["mxfp4"][matrix] = errors["bf16"][matrix] = [0.0] * len(original)
     return errors

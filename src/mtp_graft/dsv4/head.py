@@ -1,14 +1,17 @@
 """The MTP head's forward pass in plain PyTorch, on transformers' DeepSeek-V4 layer.
 
-Shape legend: B batch, T tokens, H hyper-connection streams (4), D hidden size, V vocabulary.
+Shape legend: B batch, T tokens, S hyper-connection streams, D hidden size, V vocabulary; in
+attention H heads, d head size, W window, N blocks of W tokens.
 Source: DeepSeek-V4's reference model; position handling as vLLM serves it.
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4DecoderLayer,
@@ -17,12 +20,11 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
-from mtp_graft.dsv4 import windowed_attention
+#: Name under which transformers' layers find `windowed_attention`.
+_WINDOWED = "mtp_graft_windowed"
 
 
-def one_layer_config(
-    config: DeepseekV4Config, experts_implementation: str = "eager", attention: str = "eager"
-) -> DeepseekV4Config:
+def one_layer_config(config: DeepseekV4Config) -> DeepseekV4Config:
     """Return the config under which transformers builds the head's layer.
 
     The head is one pure sliding-window layer with scored routing, at index 0: its real index,
@@ -32,17 +34,9 @@ def one_layer_config(
     head.num_hidden_layers = 1
     head.layer_types = ["sliding_attention"]
     head.mlp_layer_types = ["moe"]
-    head._attn_implementation = attention
-    head._experts_implementation = experts_implementation
+    head._attn_implementation = _WINDOWED
+    head._experts_implementation = "grouped_mm"  # sorts the tokens by expert
     return head
-
-
-def sliding_window_mask(position_ids: Tensor, window: int, dtype: torch.dtype) -> Tensor:
-    """Return the additive mask [B, 1, T, T]: a token sees itself and the `window - 1` before it."""
-    distance = position_ids[:, :, None] - position_ids[:, None, :]  # [B, T query, T key]
-    visible = (distance >= 0) & (distance < window)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=position_ids.device)
-    return mask.masked_fill(~visible, float("-inf")).unsqueeze(1)
 
 
 class MTPHead(nn.Module):
@@ -53,17 +47,10 @@ class MTPHead(nn.Module):
     translates. Embedding and LM head are the base model's. The weights are uninitialized.
     """
 
-    def __init__(
-        self,
-        config: DeepseekV4Config,
-        experts_implementation: str = "eager",
-        attention: str = "eager",  # not sdpa, which would drop the attention sinks
-    ) -> None:
+    def __init__(self, config: DeepseekV4Config) -> None:
         super().__init__()
-        config = one_layer_config(config, experts_implementation, attention)
+        config = one_layer_config(config)
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.sliding_window: int = config.sliding_window
-        self.attention = attention
         self.enorm = DeepseekV4RMSNorm(size, eps=eps)
         self.hnorm = DeepseekV4RMSNorm(size, eps=eps)
         self.e_proj = nn.Linear(size, size, bias=False)
@@ -74,28 +61,78 @@ class MTPHead(nn.Module):
         self.rotary_emb = DeepseekV4RotaryEmbedding(config)  # buffers only, none in state_dict
 
     def forward(self, residual: Tensor, embeds: Tensor, position_ids: Tensor) -> Tensor:
-        """Return the head's own residual stream [B, T, H, D].
+        """Return the head's own residual stream [B, T, S, D].
 
-        `residual` [B, T, H, D] is the base's stream at tokens i, before its hc_head and final
+        `residual` [B, T, S, D] is the base's stream at tokens i, before its hc_head and final
         norm; `embeds` [B, T, D] are the embeddings of tokens i+1; `position_ids` [B, T] are i,
-        unshifted. The result can stand in for the base's stream when drafting further tokens.
+        consecutive. The result can stand in for the base's stream when drafting further tokens.
         """
         first = (position_ids == 0).unsqueeze(-1)
         embeds = embeds.masked_fill(first, 0.0)  # vLLM ignores the embedding at position 0
-        streams = self.h_proj(self.hnorm(residual))  # [B, T, H, D]
+        streams = self.h_proj(self.hnorm(residual))  # [B, T, S, D]
         streams = streams + self.e_proj(self.enorm(embeds)).unsqueeze(2)
         rotary = self.rotary_emb(embeds, position_ids=position_ids, layer_type="main")
-        mask = None  # what windowed attention needs none of
-        if self.attention != windowed_attention.NAME:
-            mask = sliding_window_mask(position_ids, self.sliding_window, streams.dtype)
         residual_out: Tensor = self.layer(
             streams,
             position_embeddings={"main": rotary},
             position_ids=position_ids,
-            attention_mask=mask,
+            attention_mask=None,
         )
         return residual_out
 
     def logits(self, residual_out: Tensor, lm_head_weight: Tensor) -> Tensor:
         """Return the logits [B, T, V] of tokens i+2, with the base's LM head [V, D]."""
         return F.linear(self.norm(self.hc_head(residual_out)), lm_head_weight)
+
+
+def windowed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _mask: None,
+    *,
+    scaling: float,
+    sliding_window: int,
+    s_aux: Tensor,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Return the outputs [B, T, H, d] of attention to a token and the `sliding_window` - 1 before.
+
+    `query` is [B, H, T, d]; `key` and `value` [B, 1, T, d] are the one head that all share;
+    `s_aux` [H] are the sinks: logits that take part in the softmax and stand for nothing.
+    Tokens are consecutive. Work is done in blocks of one window, so that memory and time grow with
+    T, not T squared.
+    """
+    heads, tokens = query.shape[1:3]
+    window = sliding_window
+    padding = (0, 0, 0, -tokens % window)
+    queries = F.pad(query, padding).unflatten(2, (-1, window))  # [B, H, N, W, d]
+    queries = queries.permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, N, H * W, d]
+    keys, values = (_with_block_before(F.pad(t[:, 0], padding), window) for t in (key, value))
+    logits = (queries @ keys.mT * scaling).unflatten(2, (heads, window))  # [B, N, H, W, 2 W]
+    logits = logits.masked_fill(_hidden(logits.shape[1], window, logits.device), float("-inf"))
+    sinks = s_aux.to(logits).view(1, 1, heads, 1, 1).expand(*logits.shape[:-1], 1)
+    shares = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+    out = shares.flatten(2, 3) @ values  # [B, N, H * W, d]
+    out = out.unflatten(2, (heads, window)).transpose(2, 3).flatten(1, 2)  # [B, N * W, H, d]
+    return out[:, :tokens].contiguous(), None
+
+
+def _with_block_before(tensor: Tensor, window: int) -> Tensor:
+    """Return each block of `tensor` [B, N * W, d] after the block before it, [B, N, 2 W, d]."""
+    blocks = tensor.unflatten(1, (-1, window))
+    before = F.pad(blocks, (0, 0, 0, 0, 1, 0))[:, :-1]
+    return torch.cat((before, blocks), dim=2)
+
+
+def _hidden(num_blocks: int, window: int, device: torch.device) -> Tensor:
+    """Say which keys a query does not see, [N, 1, W, 2 W]: later ones, or a window before it."""
+    key = torch.arange(2 * window, device=device) - window  # relative to the block's first token
+    distance = torch.arange(window, device=device)[:, None] - key
+    outside = (distance < 0) | (distance >= window)  # [W, 2 W]
+    before_first = (torch.arange(num_blocks, device=device) == 0)[:, None, None] & (key < 0)
+    return (outside | before_first).unsqueeze(1)
+
+
+ALL_ATTENTION_FUNCTIONS.register(_WINDOWED, windowed_attention)

@@ -1,161 +1,152 @@
-"""Which tensors base and head have, and their logical shapes, from the model's config.
+"""Which tensors base and head have: their logical shapes by the model's config, and as stored.
 
-Shape legend: D hidden, S hyper-connection streams, E routed experts, M expert inputs of w2.
+The functions below describe one decoder layer and what goes around it; base and head are put
+together from them.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mtp_graft.dsv4.config import compress_ratios
+from mtp_graft.dsv4.config import Dimensions, check_dimensions, compress_ratios
 from mtp_graft.dsv4.names import HEAD_PREFIX, storage_dtype
-from mtp_graft.errors import GraftError
-from mtp_graft.quant import fp8_block, mxfp4
+from mtp_graft.quant import fp8_block, int4, mxfp4
+
+Shapes = dict[str, tuple[int, ...]]  # by plain name
+Format = Literal["plain", "fp8", "mxfp4", "int4"]
 
 
-def head_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return plain name -> shape of every decoded tensor of the head: 797 of them for Flash.
+def head_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return the shape of every decoded tensor of the head: 797 of them for Flash.
 
     Raises GraftError if the config lacks one of the dimensions.
     """
-    try:
-        shapes = {**_outside(config), **_attention(config), **_feed_forward(config)}
-    except KeyError as error:
-        raise GraftError(f"config.json: has no {error}; expected a DeepSeek-V4 config") from None
-    return {HEAD_PREFIX + name: shape for name, shape in shapes.items()}
+    c = check_dimensions(config)
+    size = c.hidden_size
+    projections: Shapes = {"e_proj.weight": (size, size), "h_proj.weight": (size, size)}
+    norms: Shapes = {"enorm.weight": (size,), "hnorm.weight": (size,)}
+    head = projections | norms | _output(c) | _layer(c)
+    return {HEAD_PREFIX + name: shape for name, shape in head.items()}
 
 
-def _outside(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    size, streams = config["hidden_size"], config["hc_mult"]
-    shapes: dict[str, tuple[int, ...]] = {"e_proj.weight": (size, size)}
-    shapes["h_proj.weight"] = (size, size)
-    for norm in ("enorm", "hnorm", "norm", "attn_norm", "ffn_norm"):
-        shapes[f"{norm}.weight"] = (size,)
-    mixes = (2 + streams) * streams  # one row in, one out, and a square of streams
-    for block in ("attn", "ffn"):
-        shapes[f"hc_{block}_fn"] = (mixes, streams * size)
-        shapes[f"hc_{block}_base"] = (mixes,)
-        shapes[f"hc_{block}_scale"] = (3,)
-    shapes["hc_head_fn"] = (streams, streams * size)
-    shapes["hc_head_base"] = (streams,)
-    shapes["hc_head_scale"] = (1,)
+def base_shapes(config: Mapping[str, Any]) -> Shapes:
+    """Return the shape of every decoded tensor of the base.
+
+    The first `num_hash_layers` route by a table instead of a bias. Raises GraftError if the config
+    lacks a dimension.
+    """
+    c = check_dimensions(config)
+    vocabulary = (c.vocab_size, c.hidden_size)
+    shapes: Shapes = {"embed.weight": vocabulary, "head.weight": vocabulary} | _output(c)
+    ratios = compress_ratios(config) or []
+    for n in range(c.num_hidden_layers):
+        layer = _layer(c) | _compression(c, ratios[n] if n < len(ratios) else 0)
+        if n < (c.num_hash_layers or 0):
+            del layer["ffn.gate.bias"]
+            layer["ffn.gate.tid2eid"] = (c.vocab_size, c.num_experts_per_tok)
+        shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
     return shapes
 
 
-def _attention(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    size, head_dim = config["hidden_size"], config["head_dim"]
-    heads, q_rank = config["num_attention_heads"], config["q_lora_rank"]
-    groups, o_rank = config["o_groups"], config["o_lora_rank"]
+def _output(c: Dimensions) -> Shapes:
+    """Return what leads from the hyper-connection streams to the LM head."""
+    streams, size = c.hc_mult, c.hidden_size
     return {
-        "attn.attn_sink": (heads,),
-        "attn.q_norm.weight": (q_rank,),
-        "attn.kv_norm.weight": (head_dim,),
-        "attn.wq_a.weight": (q_rank, size),
-        "attn.wq_b.weight": (heads * head_dim, q_rank),
-        "attn.wkv.weight": (head_dim, size),
-        "attn.wo_a.weight": (groups * o_rank, heads * head_dim // groups),
-        "attn.wo_b.weight": (size, groups * o_rank),
+        "norm.weight": (size,),
+        "hc_head_fn": (streams, streams * size),
+        "hc_head_base": (streams,),
+        "hc_head_scale": (1,),
     }
 
 
-def _feed_forward(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    size, inner = config["hidden_size"], config["moe_intermediate_size"]
-    num_experts = config["n_routed_experts"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "ffn.gate.weight": (num_experts, size),
-        "ffn.gate.bias": (num_experts,),
+def _layer(c: Dimensions) -> Shapes:
+    return _block(c, "attn") | _block(c, "ffn") | _attention(c) | _feed_forward(c)
+
+
+def _block(c: Dimensions, block: str) -> Shapes:
+    """Return a block's norm and hyper-connection: streams in, streams out, a square of both."""
+    streams, size = c.hc_mult, c.hidden_size
+    mixes = (2 + streams) * streams
+    return {
+        f"{block}_norm.weight": (size,),
+        f"hc_{block}_fn": (mixes, streams * size),
+        f"hc_{block}_base": (mixes,),
+        f"hc_{block}_scale": (3,),
     }
+
+
+def _attention(c: Dimensions) -> Shapes:
+    heads, low_rank = c.num_attention_heads * c.head_dim, c.o_groups * c.o_lora_rank
+    return {
+        "attn.attn_sink": (c.num_attention_heads,),
+        "attn.q_norm.weight": (c.q_lora_rank,),
+        "attn.kv_norm.weight": (c.head_dim,),
+        "attn.wq_a.weight": (c.q_lora_rank, c.hidden_size),
+        "attn.wq_b.weight": (heads, c.q_lora_rank),
+        "attn.wkv.weight": (c.head_dim, c.hidden_size),
+        "attn.wo_a.weight": (low_rank, heads // c.o_groups),
+        "attn.wo_b.weight": (c.hidden_size, low_rank),
+    }
+
+
+def _feed_forward(c: Dimensions) -> Shapes:
+    size, inner, num_experts = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
+    shapes: Shapes = {"ffn.gate.weight": (num_experts, size), "ffn.gate.bias": (num_experts,)}
     widths = {f"experts.{e}": inner for e in range(num_experts)}
-    widths["shared_experts"] = inner * config.get("n_shared_experts", 1)
-    for name, width in widths.items():
+    for name, width in (widths | {"shared_experts": inner * (c.n_shared_experts or 1)}).items():
         shapes[f"ffn.{name}.w1.weight"] = (width, size)
         shapes[f"ffn.{name}.w2.weight"] = (size, width)
         shapes[f"ffn.{name}.w3.weight"] = (width, size)
     return shapes
 
 
-#: What the head has besides a decoder layer.
-_OUTSIDE_LAYER = ("e_proj.", "h_proj.", "enorm.", "hnorm.", "norm.", "hc_head_")
-
-
-def base_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return plain name -> shape of every decoded tensor of the base.
-
-    A decoder layer has the tensors of the head's, and those of its compressor and indexer; the
-    first `num_hash_layers` route by a table instead of a bias. Raises GraftError if the config
-    lacks a dimension.
-    """
-    head = {name.removeprefix(HEAD_PREFIX): shape for name, shape in head_shapes(config).items()}
-    layer = {name: s for name, s in head.items() if not name.startswith(_OUTSIDE_LAYER)}
-    size, vocabulary = config["hidden_size"], config["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-        ("embed.weight", "head.weight"), (vocabulary, size)
-    )
-    shapes |= {name: head[name] for name in head if name.startswith(("norm.", "hc_head_"))}
-    ratios = compress_ratios(config) or []
-    for n in range(config["num_hidden_layers"]):
-        own = dict(layer)
-        if n < (config.get("num_hash_layers") or 0):
-            del own["ffn.gate.bias"]
-            own["ffn.gate.tid2eid"] = (vocabulary, config["num_experts_per_tok"])
-        own |= _compression(config, ratios[n] if n < len(ratios) else 0)
-        shapes |= {f"layers.{n}.{name}": shape for name, shape in own.items()}
-    return shapes
-
-
-def _compression(config: Mapping[str, Any], ratio: int) -> dict[str, tuple[int, ...]]:
-    size, width = config["hidden_size"], config["head_dim"]
+def _compression(c: Dimensions, ratio: int) -> Shapes:
     if ratio <= 1:
         return {}
-    shapes = _compressor("attn.compressor.", ratio, width, size)
+    shapes = _compressor(c, "attn.compressor.", ratio, c.head_dim)
     if ratio == 4:
-        index = config["index_head_dim"]
-        shapes |= _compressor("attn.indexer.compressor.", ratio, index, size)
-        heads = config["index_n_heads"]
-        shapes["attn.indexer.weights_proj.weight"] = (heads, size)
-        shapes["attn.indexer.wq_b.weight"] = (heads * index, config["q_lora_rank"])
+        heads, width = c.index_n_heads, c.index_head_dim
+        shapes |= _compressor(c, "attn.indexer.compressor.", ratio, width)
+        shapes["attn.indexer.weights_proj.weight"] = (heads, c.hidden_size)
+        shapes["attn.indexer.wq_b.weight"] = (heads * width, c.q_lora_rank)
     return shapes
 
 
-def _compressor(prefix: str, ratio: int, width: int, size: int) -> dict[str, tuple[int, ...]]:
+def _compressor(c: Dimensions, prefix: str, ratio: int, width: int) -> Shapes:
     wide = 2 * width if ratio == 4 else width  # windows overlap by half at ratio 4
     return {
         f"{prefix}ape": (ratio, wide),
         f"{prefix}norm.weight": (width,),
-        f"{prefix}wgate.weight": (wide, size),
-        f"{prefix}wkv.weight": (wide, size),
+        f"{prefix}wgate.weight": (wide, c.hidden_size),
+        f"{prefix}wkv.weight": (wide, c.hidden_size),
     }
-
-
-# As a checkpoint stores them
 
 
 def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> dict[str, Tensor]:
-    """Return the meta tensors that hold a decoded tensor of this name: int4, mxfp4, fp8 or plain.
+    """Return the meta tensors in which a checkpoint stores a decoded tensor of this name.
 
-    `group_size` is the inputs per INT4 scale. A matrix [O, I] has a scale a group or, in FP8, a
-    block of 128 x 128.
+    `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (INT4), 32 inputs
+    (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
     """
-    stem = name.removesuffix(".weight")
     if kind == "plain" or len(shape) != 2:
         return {name: _meta(storage_dtype(name), *shape)}
     outputs, inputs = shape
-    if kind == "fp8":
-        blocks = [-(-size // fp8_block.BLOCK) for size in shape]
-        scale = _meta(torch.bfloat16, *blocks)
-        return {name: _meta(torch.float8_e4m3fn, *shape), f"{stem}.weight_scale": scale}
-    if kind == "mxfp4":
-        return {
-            f"{stem}.weight_packed": _meta(torch.uint8, outputs, inputs // 2),
-            f"{stem}.weight_scale": _meta(torch.uint8, outputs, inputs // mxfp4.GROUP),
-        }
-    return {
-        f"{stem}.weight_packed": _meta(torch.int32, outputs, inputs // 8),
-        f"{stem}.weight_scale": _meta(torch.bfloat16, outputs, inputs // group_size),
-        f"{stem}.weight_shape": _meta(torch.int64, 2),
-    }
+    match kind:
+        case "fp8":
+            blocks = [-(-size // fp8_block.BLOCK) for size in shape]
+            codes, scale = _meta(torch.float8_e4m3fn, *shape), _meta(torch.bfloat16, *blocks)
+            return {name: codes, f"{name}_scale": scale}
+        case "mxfp4":
+            codes = _meta(torch.uint8, outputs, inputs // 2)
+            scale = _meta(torch.uint8, outputs, inputs // mxfp4.GROUP)
+            return {f"{name}_packed": codes, f"{name}_scale": scale}
+        case _:
+            codes = _meta(torch.int32, outputs, inputs // int4.CODES_PER_WORD)
+            scale = _meta(torch.bfloat16, outputs, inputs // group_size)
+            shape_ = _meta(torch.int64, 2)
+            return {f"{name}_packed": codes, f"{name}_scale": scale, f"{name}_shape": shape_}
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Tensor names: DeepSeek's own (as in the checkpoints) and transformers' (as in its modules).
 
-DeepSeek's flat names (`layers.N.attn.wq_a.weight`, `mtp.0.e_proj.weight`, ...) are what the
-upstream master, the W4A16-FP8 base and vLLM read; they are the names used everywhere here.
+DeepSeek's (`layers.N.attn.wq_a.weight`, `mtp.0.e_proj.weight`, ...) are used everywhere here.
 """
 
 import re
@@ -86,16 +85,8 @@ def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return split
 
 
-def base_from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a transformers `DeepseekV4ForCausalLM` state dict to DeepSeek's names."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        renamed.update(split_experts(name, tensor))
-    return renamed
-
-
-def head_from_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an `MTPHead` state dict (enorm, layer.*, hc_head.*, ...) to `mtp.0.*` names."""
+def head_from_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename an `MTPHead` state dict (enorm, layer.*, hc_head.*) to `mtp.0.*`, experts split."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         inner = name.removeprefix("layer.")
@@ -105,45 +96,25 @@ def head_from_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def head_to_module(
-    tensors: Mapping[str, Tensor],
-    like: Mapping[str, Tensor],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """Undo `head_from_module`: fill an `MTPHead` state dict from decoded `mtp.0.*` tensors.
+def fill_head(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy decoded `mtp.0.*` tensors into the state dict of an `MTPHead`.
 
-    `like` is the module's state dict (of meta tensors, say): its names and shapes. Parameters of
-    `FLOAT32` stay in float32, all others become `dtype`.
     Raises GraftError for a missing, unexpected or misshapen tensor.
     """
     left = dict(tensors)
-    state: dict[str, Tensor] = {}
-    for name, target in like.items():
-        exact = FLOAT32.search(next(iter(head_from_module({name: target}))))
-        own = torch.float32 if exact else dtype
-        state[name] = torch.empty(target.shape, dtype=own, device=device)
-        # The native tensors are views of the module's fused one, so copying fills it.
-        for native, view in head_from_module({name: state[name]}).items():
-            view.copy_(_fitting(left, native, view))
+    # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
+    for name, view in head_from_module(state).items():
+        tensor = left.pop(name, None)
+        if tensor is None or tensor.shape != view.shape:
+            found = "missing" if tensor is None else f"is {list(tensor.shape)}"
+            raise GraftError(
+                f"{name}: {found}, expected {list(view.shape)} by the base's config.json; head and "
+                "base are of different models, or the head is incomplete"
+            )
+        view.copy_(tensor)
     if left:
-        raise GraftError(
-            f"{next(iter(left))}: not a tensor of the MTP head ({len(left)} unexpected in all)"
-        )
-    return state
-
-
-def _fitting(tensors: dict[str, Tensor], name: str, view: Tensor) -> Tensor:
-    """Take `name` out of `tensors`; it must have the shape of `view`."""
-    if name not in tensors:
-        raise GraftError(f"{name}: missing; expected {list(view.shape)}: fetch the head again")
-    tensor = tensors.pop(name)
-    if tensor.shape != view.shape:
-        raise GraftError(
-            f"{name}: is {list(tensor.shape)}, expected {list(view.shape)} by the base's "
-            "config.json; head and base are of different models"
-        )
-    return tensor
+        name = next(iter(left))
+        raise GraftError(f"{name}: not a tensor of the MTP head ({len(left)} unexpected in all)")
 
 
 def upstream_head_names(found: Iterable[str], where: object) -> list[str]:

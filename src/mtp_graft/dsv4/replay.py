@@ -20,12 +20,9 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
-from mtp_graft.dsv4 import names, windowed_attention
+from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head import MTPHead, one_layer_config
 from mtp_graft.errors import GraftError
-
-#: Sorts the tokens by expert instead of asking every expert which tokens are its own.
-_EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,7 @@ def build_head(
     *,
     with_experts: bool = True,
     with_attention: bool = True,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> MTPHead:
     """Return the head with decoded `mtp.0.*` weights, as `variants.decode_head` gives them.
 
@@ -87,13 +83,13 @@ def build_head(
     Without attention, `FeedForwardOnly` takes the layer's place.
     Raises GraftError for a missing, unexpected or misshapen tensor.
     """
-    with torch.device("meta"):  # the weights are given: none is allocated or initialized here
-        head = MTPHead(config, _EXPERTS_IMPLEMENTATION, windowed_attention.NAME).eval()
+    with torch.device("meta"):  # the weights are given: none is initialized
+        head = MTPHead(config).eval()
     if not with_experts:
         head.layer.mlp.experts = RoutingRecorder()
+    head.to_empty(device=device)
     head.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
-    state = names.head_to_module(tensors, head.state_dict(), dtype, device)
-    head.load_state_dict(state, assign=True)
+    names.fill_head(head.state_dict(), tensors)
     if not with_attention:
         head.layer = FeedForwardOnly(head.layer)
     return head

@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.acceptance import KnownText, measure_acceptance
-from mtp_graft.bench.decode import DecodeConfig, compare, measure_base, measure_mtp
+from mtp_graft.bench.acceptance import measure_acceptance
+from mtp_graft.bench.decode import DecodeConfig, compare, measure_turn
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
@@ -109,7 +109,7 @@ def bench(run: Run) -> list[Path]:
             with serving(run, options, variant) as client:
                 _bench_variant(run, variant, client)
     mtp = _measured(run, "mtp") or {}
-    compared = compare(_measured(run, "base") or {}, mtp)
+    compared = compare([_measured(run, "base") or {}], [mtp], _config(run))
     write_json(compared | {"adjusted": mtp["adjusted"]}, run.bench_unit("decode"))
     return run.manifests
 
@@ -120,8 +120,9 @@ def bench_base(run: Run, client: ServerClient) -> None:
     wanted = run.recipe.bench
     longest = run.recipe.capture.max_model_len - wanted.max_tokens
     fit, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
-    found = measure_base(client, [each.prompt for each in fit], _config(run), run.report)
-    write_json(found, run.bench_unit("base"))
+    prompts = {each.prompt.id: each.token_ids for each in fit}
+    asked = prompts, _config(run), run.report, "base: decode"
+    write_json(measure_turn(client, *asked, with_margins=True), run.bench_unit("base"))
 
 
 def has_served(run: Run, variant: str) -> bool:
@@ -148,15 +149,13 @@ def _bench_variant(run: Run, variant: str, client: ServerClient) -> None:
     if (verified := read_result(run.verified(variant))) is not None:
         write_json({**verified, "loaded_in_vllm": True}, run.verified(variant))
     captured = [t for t in read_texts(run.finished("capture")) if t.split == EVALUATION]
-    texts = [
-        KnownText(t.id, t.prompt, t.continuation)
-        for t in captured[: run.recipe.bench.acceptance_count]
-    ]
+    texts = captured[: run.recipe.bench.acceptance_count]
     label, capture = f"acceptance: {variant}", run.recipe.capture
     limits = capture.new_tokens, capture.concurrency
     served = measure_acceptance(client, texts, *limits, run.report, label)
     if variant == run.recipe.splice.variant:
-        found = measure_mtp(client, _measured(run, "base") or {}, _config(run), run.report)
+        prompts = (_measured(run, "base") or {})["prompts"]
+        found = measure_turn(client, prompts, _config(run), run.report, "MTP: decode")
         write_json(found | {"adjusted": run.adjusted}, run.bench_unit("mtp"))
     write_json(served | {"head": _head(run, variant)}, run.bench_unit(f"served-{variant}"))
 

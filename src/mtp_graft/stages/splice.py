@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import is_full_disk, sha256, write_json, write_text
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_meta, stream_shard, write_index
-from mtp_graft.dsv4.variants import Linears, Variant, group_by_module, store_module
+from mtp_graft.dsv4.variants import Linears, Variant, group_by_module, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import nearest_folder
 from mtp_graft.stages.splice_plan import SplicePlan, Tensors, plan_splice
@@ -180,21 +180,22 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 
 
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
-    """Yield the head's tensors as the checkpoint stores them, one stem at a time."""
+    """Yield the head's tensors as the checkpoint stores them, one module at a time."""
     experts = plan.experts or Tensors({}, {})
     files = {**experts.files, **plan.head.files}
-    stored_as = group_by_module(experts.files)
+    given = group_by_module(experts.files)
     with ExitStack() as stack:
         opened = {path: stack.enter_context(Shard(path)) for path in set(files.values())}
-        for stem, by_part in group_by_module(plan.head.files).items():
-            parts = {p: opened[files[name]].get_tensor(name) for p, name in by_part.items()}
-            given = {
-                name: opened[experts.files[name]].get_tensor(name)
-                for name in stored_as.get(stem, {}).values()
-            }
-            sizes = {"group_size": plan.group_size}
-            yield from store_module(
-                stem, parts, plan.variant, given, **sizes, linears=plan.linears
+
+        def read(tensors: Iterable[str]) -> dict[str, Tensor]:
+            return {name: opened[files[name]].get_tensor(name) for name in tensors}
+
+        for module, parts in group_by_module(plan.head.files).items():
+            tensors, by_gptq = read(parts.values()), read(given.get(module, {}).values())
+            yield from store_head(
+                *(tensors, plan.variant, by_gptq),
+                group_size=plan.group_size,
+                linears=plan.linears,
             ).items()
 
 

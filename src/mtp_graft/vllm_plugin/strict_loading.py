@@ -15,11 +15,29 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin.compressors import decode_compressors
 
 Weights = Iterable[tuple[str, Tensor]]
 _SHOWN = 5
 #: Set by the engine itself: the order of activation-ordered groups, which W4A16-FP8 never has.
 _ENGINE_OWNED = ("_weight_g_idx", "_g_idx_sort_indices")
+
+
+def load_base(model: nn.Module, weights: Weights, load: Callable[[Weights], set[str]]) -> set[str]:
+    """Load the base's tensors strictly; the head's (`mtp.*`) belong to the drafter."""
+    base = ((name, tensor) for name, tensor in weights if not name.startswith("mtp."))
+    return load_strictly(model, decode_compressors(base), load)
+
+
+def load_head(model: nn.Module, weights: Weights, load: Callable[[Weights], set[str]]) -> set[str]:
+    """Load `mtp.0.*` strictly; embedding and LM head are the target's."""
+    head = ((name, tensor) for name, tensor in weights if name.startswith("mtp."))
+    shared = {
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith((".shared_head.head.weight", "embed_tokens.weight"))
+    }
+    return load_strictly(model, head, load, shared)
 
 
 def load_strictly(

@@ -23,9 +23,6 @@ NO_ANSWER = "no answer found"
 CUT_OFF = "no answer found, cut off"  # the token limit ended it
 WRONG = "wrong answer"
 UNREADABLE = "unreadable answer"  # too deep or too many digits for Python
-#: Questions in a row without an answer after which no more are asked: the server is gone.
-_GIVE_UP_AFTER = 3
-
 
 #: Takes a model's output and its sample's metadata; None is right.
 Judge = Callable[[ModelOutput, Mapping[str, Any]], Failure | None]
@@ -42,22 +39,14 @@ def make_task(
 
 @solver
 def _ask(tools: Sequence[ToolInfo]) -> Solver:
-    failures = 0
-
     async def solve(state: TaskState, generate: Generate) -> TaskState:
-        nonlocal failures
-        if failures >= _GIVE_UP_AFTER:
-            raise GraftError(f"not asked: {failures} questions in a row had no answer")
         offered = list(tools) if state.metadata.get("category") == "tools" else []
         try:
             state.output = await get_model().generate(state.messages, offered)
-            if state.output.stop_reason in ("model_length", "content_filter"):  # a status of 400
-                raise GraftError(state.output.completion[:300])
-        except Exception as error:
-            failures += 1
-            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
-            raise GraftError(str(cause)) from error
-        failures = 0
+        except RetryError as error:
+            raise GraftError(str(error.last_attempt.exception())) from error
+        if state.output.stop_reason in ("model_length", "content_filter"):  # a status of 400
+            raise GraftError(state.output.completion[:300])
         return state
 
     return solve
@@ -101,7 +90,7 @@ def compare(found: str | None, expected: str, output: ModelOutput) -> Failure | 
 def judge_code(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
     """Run the tests on the code in an answer's content; what was thought is not looked at.
 
-    `data` has HumanEval's `prompt`, `entry_point` and `test`, and `timeout_s`.
+    `data` has HumanEval's `prompt`, `entry_point` and `test`.
     """
     prompt, name = data["prompt"], data["entry_point"]
     code = find_code(output.completion, name)
@@ -112,7 +101,7 @@ def judge_code(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
     else:
         start = _definition(prompt, name)
         program = (prompt[: start.start()] if start else prompt) + "\n" + code
-    return run_tests({**data, "program": program}, data["timeout_s"])
+    return run_tests({**data, "program": program})
 
 
 def find_code(content: str, name: str) -> str:

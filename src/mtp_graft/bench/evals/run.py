@@ -1,11 +1,10 @@
 """Run a task with Inspect against an OpenAI endpoint; a killed run goes on from its log."""
 
-import hashlib
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from inspect_ai.model import GenerateConfig, Model, get_model, modelapi
 from inspect_ai.model._openai import OpenAIResponseError
 from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
 from openai import OpenAI, OpenAIError
-from tenacity import wait_fixed
 
 from mtp_graft.bench.evals.capability import capability
 from mtp_graft.bench.evals.tasks import gsm8k, humaneval, mmlu
@@ -23,18 +21,15 @@ from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS
 
-_WHOLE = (None, "stop", "length", "tool_calls")  # not every server gives a reason
-#: Benchmark -> its task on a data folder (None: the hub), limit, seed and a timeout for tests.
+#: Benchmark -> its task on a data folder (None: the hub), limit and seed.
 TASKS = {"gsm8k": gsm8k, "humaneval": humaneval, "mmlu": mmlu, "capability": capability}
+_WHOLE = (None, "stop", "length", "tool_calls")  # not every server gives a reason
+#: Seconds without a byte after which a request has failed; how often one is asked in all.
+_SILENCE_S, _ATTEMPTS = 300.0, 3
 
 
 class _ChatAPI(OpenAICompatibleAPI):
-    """Asks again, a second later, for an answer that is not whole or not readable."""
-
-    silence_s = 300.0  # not an argument: those tell one log from another
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, client_timeout=self.silence_s, **options)
+    """Asks again for an answer that is not whole or not readable."""
 
     def on_response(self, response: dict[str, Any]) -> None:
         try:
@@ -47,29 +42,40 @@ class _ChatAPI(OpenAICompatibleAPI):
         if not is_whole:  # to Inspect, a failure of the server that may pass
             raise OpenAIResponseError("server_error", f"no whole answer: {str(response)[:300]}")
 
-    def retry_wait(self) -> wait_fixed:
-        return wait_fixed(1.0)
-
 
 @modelapi(name="mtp-graft")
 def _chat_api() -> type[_ChatAPI]:
     return _ChatAPI
 
 
-def questions_digest(task: Task) -> str:
-    """Return a hash of a task's questions."""
-    asked = [sample.model_dump_json(include={"id", "input"}) for sample in task.dataset]
-    return hashlib.sha256("\n".join(asked).encode()).hexdigest()
+def find_model(base_url: str, api_key: str | None, settings: Mapping[str, Any]) -> Model:
+    """Return the model that a server has, to be asked greedily. Raises GraftError if it has none.
+
+    `settings` has `max_tokens`, `thinking` and `concurrency`.
+    """
+    where = {"base_url": f"{base_url}/v1", "api_key": api_key or "none"}
+    try:
+        name = OpenAI(**where, timeout=_SILENCE_S).models.list().data[0].id
+    except (OpenAIError, *READ_ERRORS) as error:
+        raise GraftError(f"{base_url}: names no model at /v1/models ({error})") from error
+    config = GenerateConfig(
+        temperature=0.0,
+        max_tokens=settings["max_tokens"],
+        max_retries=_ATTEMPTS - 1,
+        max_connections=settings["concurrency"],
+        extra_body={"chat_template_kwargs": {"thinking": settings["thinking"]}},
+    )
+    ours = {"service": "mtp-graft", "stream": False, "client_timeout": _SILENCE_S}
+    ours |= {"max_retries": 0, "memoize": False}  # those of the SDK
+    return get_model(f"mtp-graft/{name}", config=config, **where, **ours)
 
 
-def run_task(
-    task: Task, log_dir: Path, model: Model, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def run_task(task: Task, log_dir: Path, model: Model) -> dict[str, Any]:
     """Ask what the log folder does not have; return the benchmark's JSON.
 
-    Raises GraftError if questions brought no answer: there is no score then.
+    Raises GraftError as soon as a question brings no answer: there is no score then.
     """
-    concurrency = settings["concurrency"]
+    started = time.perf_counter()
     with redirect_stdout(sys.stderr):
         _, [header] = eval_set(
             task,
@@ -77,9 +83,7 @@ def run_task(
             model=model,
             retry_attempts=0,
             retry_immediate=False,
-            continue_on_fail=True,  # ask the others, then fail
-            max_samples=concurrency,
-            max_connections=concurrency,
+            max_samples=model.config.max_connections,
             log_buffer=1,  # a killed run loses what was in work
             log_realtime=False,
             log_level="error",
@@ -90,33 +94,10 @@ def run_task(
     answered = [sample for sample in samples if not sample.error]
     if len(answered) < len(task.dataset):
         reasons = [sample.error.message for sample in samples if sample.error]
-        reasons = [reason for reason in reasons if "not asked" not in reason] or ["not asked"]
         left = f"{len(task.dataset) - len(answered)} of {len(task.dataset)} questions left"
-        raise GraftError(f"{task.name}: {left}: {reasons[0]}; with --run, run it again to go on")
-    return _result(task.name, answered) | {"settings": dict(settings)}
-
-
-def find_model(
-    base_url: str, api_key: str | None, silence_s: float, attempts: int, settings: Mapping[str, Any]
-) -> Model:
-    """Return the model that a server has, to be asked greedily. Raises GraftError if it has none.
-
-    A request has failed after `silence_s` without a byte, and for good after `attempts`.
-    """
-    where = {"base_url": f"{base_url}/v1", "api_key": api_key or "none"}
-    try:
-        name = OpenAI(**where, timeout=silence_s).models.list().data[0].id
-    except (OpenAIError, *READ_ERRORS) as error:
-        raise GraftError(f"{base_url}: names no model at /v1/models ({error})") from error
-    config = GenerateConfig(
-        temperature=0.0,
-        max_tokens=settings["max_tokens"],
-        max_retries=attempts - 1,
-        extra_body={"chat_template_kwargs": {"thinking": settings["thinking"]}},
-    )
-    _ChatAPI.silence_s = silence_s
-    ours = {"service": "mtp-graft", "stream": False, "max_retries": 0}  # those of the SDK
-    return get_model(f"mtp-graft/{name}", config=config, memoize=False, **where, **ours)
+        why = reasons[0] if reasons else "stopped"
+        raise GraftError(f"{task.name}: {left}: {why}; with --run, run it again to go on")
+    return {**_result(task.name, answered), "seconds": time.perf_counter() - started}
 
 
 def _result(name: str, samples: list[EvalSample]) -> dict[str, Any]:
@@ -132,7 +113,6 @@ def _result(name: str, samples: list[EvalSample]) -> dict[str, Any]:
             kind = (score.metadata or {})["kind"]
             failures.append({"id": sample.id, "kind": kind, "detail": score.explanation})
     correct = len(samples) - len(failures)
-    retries = sum(getattr(event, "retries", 0) or 0 for s in samples for event in s.events)
     return {
         "benchmark": name,
         "score": correct / len(samples),
@@ -142,16 +122,4 @@ def _result(name: str, samples: list[EvalSample]) -> dict[str, Any]:
         "failures": failures,
         "kinds": dict(Counter(failure["kind"] for failure in failures)),
         "categories": categories,
-        "retried": {"request": retries} if retries else {},
-        "seconds": _busy_seconds(samples),
     }
-
-
-def _busy_seconds(samples: list[EvalSample]) -> float:
-    """Return the seconds in which a sample was at work, those of earlier sessions included."""
-    seconds = end = 0.0
-    for span in sorted((str(sample.started_at), str(sample.completed_at)) for sample in samples):
-        started, completed = (datetime.fromisoformat(time).timestamp() for time in span)
-        seconds += max(0.0, completed - max(started, end))
-        end = max(end, completed)
-    return seconds

@@ -1,4 +1,4 @@
-// Replays two recorded answers: every piece of text appears at the time at which it arrived.
+// Replays two recorded answers: every step's text appears at the time at which it arrived.
 "use strict";
 
 const recorded = JSON.parse(document.getElementById("recorded").textContent);
@@ -13,16 +13,14 @@ let frame = null; // of the animation, null while it stands still
 let last = 0; // when that frame was drawn, in milliseconds
 
 function makeSide(name, answer) {
-  const steps = answer.steps.map((step) => ({
-    ...step,
-    spans: step.pieces.map(([content, marks]) => {
-      const span = document.createElement("span");
-      span.textContent = content; // as text: it may look like anything
-      span.className = marks;
-      return span;
-    }),
-  }));
-  document.getElementById(`replay-${name}-text`).replaceChildren(...steps.flatMap((s) => s.spans));
+  const steps = answer.steps.map((step) => {
+    const span = document.createElement("span");
+    span.textContent = step.text; // as text: it may look like anything
+    span.classList.toggle("draft", step.accepted > 0);
+    span.classList.toggle("apart", step.apart);
+    return { ...step, span };
+  });
+  document.getElementById(`replay-${name}-text`).replaceChildren(...steps.map((s) => s.span));
   const counters = document.getElementById(`replay-${name}-counters`);
   return { steps, draftsPerStep: answer.drafts_per_step, counters };
 }
@@ -38,10 +36,8 @@ function drawSide({ steps, draftsPerStep, counters }) {
   steps.forEach((step, number) => {
     const later = number >= arrived.length;
     const fresh = number === arrived.length - 1 && arrived.length < steps.length;
-    for (const span of step.spans) {
-      span.classList.toggle("later", later);
-      span.classList.toggle("fresh", fresh);
-    }
+    step.span.classList.toggle("later", later);
+    step.span.classList.toggle("fresh", fresh);
   });
   const tokens = arrived.reduce((sum, step) => sum + step.tokens, 0);
   const rate = tokensPerSecond(arrived, Math.min(now, steps.at(-1).at));

@@ -18,7 +18,13 @@ from mtp_graft.serving import command, topology
 from mtp_graft.serving.command import PLUGIN_NAME, Platform
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding, finding
-from mtp_graft.serving.memory import UTILIZATION, Room, kv_cache_bytes, weights_bytes
+from mtp_graft.serving.memory import (
+    RESERVE_BYTES,
+    UTILIZATION,
+    kv_cache_bytes,
+    largest_context,
+    weights_bytes,
+)
 from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
 from mtp_graft.serving.topology import CPU, Hardware
 
@@ -58,8 +64,8 @@ def find_target(
     hardware: Hardware | None = CPU
     unknown = None
     if gpu is not None:
-        platform = "cpu" if topology.names_cpu(gpu) else "cuda"
-        hardware = CPU if platform == "cpu" else topology.named_gpus(gpu, count or tp or 1)
+        hardware = topology.named_hardware(gpu, count or tp or 1)
+        platform = hardware.platform
         if here is None or here.platform != platform:
             vllm = command.vllm_elsewhere(platform)
     elif platform != "cpu":
@@ -104,9 +110,11 @@ def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("vllm-unknown", "this Python environment", "no vLLM", f"vllm{SUPPORTED_VLLM}")
     elif not command.is_supported(target.vllm):
         yield finding("vllm-unsupported", "vLLM", target.vllm, SUPPORTED_VLLM)
-    elif target.platform is not None and command.is_untried(target.vllm, target.platform):
-        tried = f"{TRIED_VLLM[target.platform]}, the newest that was tried"
-        yield finding("vllm-untried", "vLLM", target.vllm, tried)
+    elif target.platform is not None:
+        tried = Version(TRIED_VLLM[target.platform])
+        if target.vllm.release[:2] > tried.release[:2]:  # patches do not count
+            expected = f"{tried}, the newest that was tried"
+            yield finding("vllm-untried", "vLLM", target.vllm, expected)
     if target.no_plugin is not None:
         where, found = target.no_plugin
         severity = "warning" if where == "VLLM_PLUGINS" else None  # `serve` sets the variable
@@ -151,18 +159,19 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         return
     share = min(UTILIZATION, hardware.most_utilization)
     weights = weights_bytes(checkpoint.tensors, target.tp)
-    room = Room(config, hardware, weights, TOKENS_IN_FLIGHT)
-    where, left = f"{share:.0%} of each of {hardware}", room.cache_budget(share)
+    left = int(share * hardware.memory_bytes) - weights - RESERVE_BYTES
+    where = f"{share:.0%} of each of {hardware}"
     found = f"{weights / _GIB:.1f} GiB of weights on each of {target.tp} ranks"
     if left <= 0:
         yield finding("memory-weights", where, found, "room for the KV cache too")
     elif len(checkpoint.ratios) >= checkpoint.num_layers:
-        most, wanted = room.largest_context(share), min(asked or positions, positions)
+        most = largest_context(config, left, TOKENS_IN_FLIGHT)
+        wanted = min(asked or positions, positions)
         needed = kv_cache_bytes(config, wanted, TOKENS_IN_FLIGHT)
         found += f"; {wanted} tokens take {needed / _GIB:.1f} of {left / _GIB:.1f} GiB left"
         kind = "memory" if most >= wanted else "memory-context"
         severity = "warning" if most < wanted and asked is None else None
-        yield finding(kind, where, found, f"at most --max-model-len {most}", severity)
+        yield finding(kind, where, found, f"at most --max-model-len {most // 256 * 256}", severity)
 
 
 # Known issues

@@ -1,16 +1,15 @@
 """Gap: the last bits of a product depend on how it is computed, and greedy output on them.
 
 A product in BF16 or float32 sums in an order that depends on the processor (AMX or not), the
-threads, the rows beside, and the ranks, which round to BF16 before they add. A router that
-hesitates between two experts, or a tie between two tokens, turns a last bit into another text: with
-speculation, which verifies several tokens in a step, beside other requests, or on two ranks.
+threads, the tokens beside, and the ranks, which round to BF16 before they add. Near a tie of two
+experts or tokens, a last bit makes another text: with speculation, which verifies several tokens in
+a step, beside other requests, or on two ranks.
 
-So linears whose inputs the ranks share are summed in float64 and rounded once: whatever the order,
-the result is the same, unless the sum lies within rounding of the middle between two BF16 values,
-one in 10^11 or so. All others keep vLLM's kernels, which are several times as fast, in numbers of
-rows at which a row's bits do not depend on the others: below five, AMX has another order; beyond 32
-and 1,024 inputs, oneDNN; without BF16 in the processor, it has another for what is left over when
-threads share rows. `experts`, `hyper_connections` and `output_projection` do the rest.
+So linears whose inputs the ranks share are summed in float64 and rounded once: the result is the
+same unless the sum is all but in the middle between two BF16 values, one in 10^11 or so. All others
+keep vLLM's kernels, several times as fast, with numbers of rows at which a row's bits do not depend
+on the others: below five, AMX has another order; beyond 32 and 1,024 inputs, oneDNN; without BF16
+in the processor, it has another for what is left when threads share rows. Experts: see `experts`.
 
 Shapes: T tokens, S streams, I inputs, O outputs, V vocabulary.
 """
@@ -28,10 +27,14 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.mhc import MHCPreOp
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
 )
+from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
+
+from mtp_graft.errors import GraftError
 
 #: vLLM's kernels get a multiple of the one number of rows, up to the other.
 MIN_ROWS, MAX_ROWS = 8, 32
@@ -93,10 +96,44 @@ class OrderFreeHead(UnquantizedEmbeddingMethod):
         return in_blocks(partial(super().apply, layer), x)
 
 
+class OrderFreeMHCPre(MHCPreOp):
+    """vLLM's start of a hyper-connection, given a row for every thread.
+
+    With fewer rows than threads `hc_pre_fused_cpu` splits a row's 4 x D inputs over the threads,
+    otherwise the rows.
+    """
+
+    def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return (post, comb, layer input) of `residual` [T, S, D], as `MHCPreOp` does."""
+        rows = at_least(torch.get_num_threads(), residual)
+        return tuple(part[: len(residual)] for part in super().forward_cpu(rows, *args, **kwargs))
+
+
+class OrderFreeAttention(DeepseekV4CPUAttention):
+    """vLLM's attention, whose output projection multiplies by `wo_a` in a kernel of its own."""
+
+    def _o_proj(self, o: Tensor, positions: Tensor) -> Tensor:
+        """Return the projection [T, D] of the heads' outputs `o` [T, heads, head_dim]."""
+        projected: Tensor = super()._o_proj(at_least(MIN_ROWS, o), at_least(MIN_ROWS, positions))
+        return projected[: len(o)]
+
+
 def free_from_order(model: nn.Module) -> None:
-    """Do the same for the layers of `model` that vLLM asks no quantization config about."""
-    for module in model.modules():
+    """Do the same for the layers of `model` that vLLM asks no quantization config about.
+
+    Raises GraftError if it has no attention or no hyper-connections: another vLLM's have new names.
+    """
+    found = set()
+    for module in list(model.modules()):
         if isinstance(module, ParallelLMHead):
             module.quant_method = OrderFreeHead()
         elif type(getattr(module, "quant_method", None)) is UnquantizedLinearMethod:
             module.quant_method = OrderFreeLinear()  # the router
+        elif type(module) is DeepseekV4CPUAttention:
+            module.__class__ = OrderFreeAttention  # as vLLM changes its caches' classes
+            found.add("attention")
+        elif isinstance(getattr(module, "mhc_pre", None), MHCPreOp):
+            module.mhc_pre = OrderFreeMHCPre()
+            found.add("hyper-connections")
+    if missing := {"attention", "hyper-connections"} - found:
+        raise GraftError(f"the model has no {sorted(missing)}; is this vLLM a supported one?")

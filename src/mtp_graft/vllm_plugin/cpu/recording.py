@@ -7,35 +7,27 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
-from mtp_graft.vllm_plugin.recording import Recorder, Span, make_recorder
-from mtp_graft.vllm_plugin.steps import request_bounds
+from mtp_graft.vllm_plugin.cpu.steps import request_bounds
+from mtp_graft.vllm_plugin.recording import Span, make_recorder
 
 
 def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:
     """Have `target` record its prompts, if the environment names a folder for it."""
-    if (recorder := make_recorder(target, vllm_config)) is None:
+    recorder = make_recorder(target, vllm_config)
+    if recorder is None:
         return
-    hooks = _Hooks(recorder)
-    target.register_forward_pre_hook(hooks.before)
-    target.register_forward_hook(hooks.after, with_kwargs=True)
 
+    def before(*_: Any) -> None:
+        if recorder.is_on:
+            recorder.forget_residual()
 
-class _Hooks:
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._on = False
-
-    def before(self, _target: nn.Module, _args: tuple[Any, ...]) -> None:
-        self._on = self._recorder.is_on
-        if self._on:
-            self._recorder.forget_residual()
-
-    def after(
-        self, _target: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
-    ) -> None:
-        if self._on:
+    def after(_target: nn.Module, _args: Any, kwargs: dict[str, Any], hidden: Tensor) -> None:
+        if recorder.is_on:
             spans = whole_prompts(request_bounds().tolist(), kwargs["positions"])
-            self._recorder.record(kwargs["input_ids"], hidden, spans)
+            recorder.record(kwargs["input_ids"], hidden, spans)
+
+    target.register_forward_pre_hook(before)
+    target.register_forward_hook(after, with_kwargs=True)
 
 
 def whole_prompts(bounds: Sequence[int], positions: Tensor) -> list[Span]:

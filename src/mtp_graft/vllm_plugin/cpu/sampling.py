@@ -16,11 +16,13 @@ from torch import Tensor
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from mtp_graft.vllm_plugin.replacing import replace
 
-def apply() -> None:
-    """Let vLLM's rejection sampler use the two functions below; safe to call twice."""
-    rejection_sampler.expand_batch_to_tokens = expand
-    rejection_sampler.apply_top_k_top_p = cut
+
+def fill_gaps() -> None:
+    """Let vLLM's rejection sampler use the two functions below."""
+    replace(rejection_sampler, "expand_batch_to_tokens", expand)
+    replace(rejection_sampler, "apply_top_k_top_p", cut)
 
 
 def expand(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,23 @@ from vllm.model_executor.layers.fused_moe.config import (
 )
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+    CompressedTensorsConfig,
+)
+
+from mtp_graft.checkpoint.quantization_config import add_head
+from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
+from quantized import tiny_quantization
 
 LIMIT = 10.0
+
+
+def config_for(head: Any) -> CompressedTensorsConfig:
+    """Return the config of a spliced checkpoint of four layers, as the plugin reads it."""
+    settings = add_head(tiny_quantization(), 4, head, "base")
+    config = dequantize_on_load(CompressedTensorsConfig.from_config(settings))
+    config.packed_modules_mapping = {"fused_wqa_wkv": ["wq_a", "wkv"], "gate_up_proj": ["w1", "w3"]}
+    return config
 
 
 def routed_experts(

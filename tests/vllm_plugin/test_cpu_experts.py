@@ -1,0 +1,150 @@
+"""The routed experts on a CPU against a float64 loop, with activations far beyond the clamp."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+import references
+from mtp_graft.errors import GraftError
+from mtp_graft.quant import int4, mxfp4
+from mtp_graft.vllm_plugin.cpu import experts as plugin
+from mtp_graft.vllm_plugin.cpu.experts import clamped_experts, clamped_pairs, prompts_apart
+from vllm_plugin.layers import LIMIT, config_for, load_expert, one_rank_group, routed_experts
+
+pytestmark = pytest.mark.vllm
+
+NUM_EXPERTS, CHOICES, HIDDEN, INTERMEDIATE = 8, 6, 256, 128
+
+
+def matrices() -> tuple[Tensor, Tensor]:
+    """Return w13 [E, 2M, D] and w2 [E, D, M]; gate and up reach about +-40."""
+    generator = torch.Generator().manual_seed(0)
+    w13 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator)
+    return w13, torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / 16
+
+
+def tokens(num_tokens: int, choices: int = CHOICES) -> tuple[Tensor, Tensor, Tensor]:
+    """Return inputs [T, D], weights [T, K] and experts [T, K], of the first token two the same."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
+    weights = torch.rand(num_tokens, choices, generator=generator)
+    ids = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(dim=1)[:, :choices]
+    ids[0, 1] = ids[0, 0]
+    return x, weights, ids.to(torch.int32)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def in_float64(x: Tensor, w13: Tensor, w2: Tensor, *choice: Any) -> Tensor:
+    return clamped_experts(x, w13.double(), w2.double(), *choice)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 12])
+@pytest.mark.parametrize(
+    ("way", "rtol", "atol"), [(clamped_pairs, 1e-4, 1e-3), (in_float64, 1e-12, 1e-11)]
+)
+def test_experts_agree_with_the_loop_where_the_clamp_binds(
+    num_tokens: int, way: Any, rtol: float, atol: float
+) -> None:
+    (w13, w2), (x, weights, ids) = matrices(), tokens(num_tokens)
+    expected = references.clamped_experts(x, w13, w2, weights, ids, LIMIT)
+    unclamped = references.clamped_experts(x, w13, w2, weights, ids, 1e9)
+    assert relative_error(unclamped, expected) > 0.1, "the clamp has to bind"
+    found = way(x, w13, w2, weights, ids, LIMIT)
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("way", [clamped_pairs, in_float64])
+@pytest.mark.parametrize("num_tokens", [2, 7, 48])
+def test_a_tokens_result_does_not_depend_on_its_neighbours(
+    way: Any, num_tokens: int, threads: int
+) -> None:
+    (w13, w2), (x, weights, ids) = matrices(), tokens(num_tokens)
+    together = way(x, w13, w2, weights, ids, LIMIT).bfloat16()
+    for t in range(num_tokens):
+        one = slice(t, t + 1)
+        alone = way(x[one], w13, w2, weights[one], ids[one], LIMIT)
+        assert torch.equal(together[one], alone.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_tokens", "expected"),
+    [
+        ((1,) * 48, 48, [(False, slice(0, 48))]),  # many requests are no prompt
+        ((2, 8, 1), 11, [(False, slice(0, 11))]),
+        ((9,), 9, [(True, slice(0, 9))]),  # and a short prompt is one
+        ((1, 1, 40, 20), 62, [(False, slice(0, 2)), (True, slice(2, 62))]),
+        ((9, 3, 9), 21, [(True, slice(0, 9)), (False, slice(9, 12)), (True, slice(12, 21))]),
+        ((), 64, [(True, slice(0, 64))]),
+    ],
+)
+def test_prompts_are_told_from_decoding_by_each_requests_tokens(
+    lengths: tuple[int, ...], num_tokens: int, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin, "request_bounds", lambda: torch.tensor([0, *lengths]).cumsum(0))
+    assert list(prompts_apart(num_tokens)) == expected
+
+
+# The stored formats, through vLLM's own layer: create, load, process, apply
+
+
+def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the tensors that store `weight` [O, I], and float64 [O, I] what they stand for."""
+    if variant == "bf16":
+        return {"weight": weight.bfloat16()}, weight.bfloat16().double()
+    if variant == "mxfp4":
+        scale = mxfp4.group_scale(weight)
+        codes = mxfp4.encode(weight, scale)
+        parts = {"weight_packed": codes, "weight_scale": scale.view(torch.uint8)}
+        return parts, references.decode_mxfp4(codes, scale)
+    scale = int4.group_scale(weight, 128)
+    words = int4.pack(int4.encode(weight, scale))
+    shape = torch.tensor(weight.shape)
+    parts = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
+    return parts, references.decode_int4(words, scale, 128)
+
+
+def experts_layer(variant: str, size: int = INTERMEDIATE, **options: Any) -> RoutedExperts:
+    prefix = "model.layers.4.ffn.experts"
+    return routed_experts(config_for(variant), prefix, NUM_EXPERTS, HIDDEN, size, **options)
+
+
+@pytest.mark.parametrize("variant", ["int4", "mxfp4", "bf16"])
+def test_stored_experts_are_decoded_exactly_and_run_with_the_clamp(
+    variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a step that decodes two requests and computes the prompt of a third."""
+    monkeypatch.setattr(plugin, "request_bounds", lambda: torch.tensor([0, 1, 2, 14]))
+    layer, (w13, w2) = experts_layer(variant), matrices()
+    for expert in range(NUM_EXPERTS):
+        w1, w3 = w13[expert].chunk(2)  # views: what is stored takes the place of what was given
+        for matrix, weight in (("w1", w1), ("w3", w3), ("w2", w2[expert])):
+            parts, exact = stored_parts(variant, weight)
+            weight.copy_(exact)
+            for part, tensor in parts.items():
+                load_expert(layer, expert, matrix, part, tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {name for name, _ in layer.named_parameters()} == {"w13_weight", "w2_weight"}
+    assert torch.equal(layer.w13_weight, w13)
+    assert torch.equal(layer.w2_weight, w2)
+    x, weights, ids = tokens(14, choices=2)
+    with one_rank_group(tmp_path):
+        found = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    assert found.dtype == torch.bfloat16
+    expected = references.clamped_experts(x, w13, w2, weights, ids, LIMIT)
+    assert relative_error(found, expected) < 3e-3  # the output's own rounding
+
+
+def test_experts_without_a_clamp_or_with_a_part_of_a_group_are_refused() -> None:
+    layer = experts_layer("bf16", limit=None)
+    with pytest.raises(GraftError, match="no swiglu_limit"):
+        layer.quant_method.process_weights_after_loading(layer)
+    for variant, size in (("int4", 64), ("mxfp4", 48)):
+        with pytest.raises(GraftError, match=rf"w2: {size} inputs.*tensor parallel"):
+            experts_layer(variant, size)

@@ -1,0 +1,37 @@
+"""What `register` does to vLLM: two names, on two platforms, once or often."""
+
+import pkgutil
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm", reason="the registry is vLLM's: install an extra")
+
+import vllm.platforms
+from vllm import ModelRegistry
+
+from mtp_graft import vllm_plugin
+
+pytestmark = pytest.mark.vllm
+
+NAMES = {"DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM", "DeepSeekV4MTPModel": "DeepSeekV4MTP"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
+def test_the_two_deepseek_v4_models_are_replaced_where_there_are_ours(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = dict(ModelRegistry.models)
+    monkeypatch.setattr(ModelRegistry, "models", dict(before))
+    answers = {f"is_{kind}": lambda kind=kind: kind == platform for kind in ("cpu", "cuda")}
+    is_ours = vllm.platforms.current_platform.is_cpu() and platform == "cpu"
+    monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(**answers))
+    vllm_plugin.register()
+    vllm_plugin.register()
+    changed = {k: m for k, m in ModelRegistry.models.items() if m is not before.get(k)}
+    found = {name: (model.module_name, model.class_name) for name, model in changed.items()}
+    module = f"mtp_graft.vllm_plugin.{platform}"
+    expected = {name: (module, class_name) for name, class_name in NAMES.items()}
+    assert found == ({} if platform == "rocm" else expected)
+    if is_ours:
+        assert all(isinstance(pkgutil.resolve_name(f"{m}:{c}"), type) for m, c in found.values())

@@ -1,0 +1,282 @@
+"""The recorder on both runners, on a target that is a table: no engine."""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: install an extra")
+
+from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin import recording
+from mtp_graft.vllm_plugin.cpu import steps
+from mtp_graft.vllm_plugin.cpu.recording import record_on_demand
+from mtp_graft.vllm_plugin.cuda import recording as v2
+from mtp_graft.vllm_plugin.recording import make_recorder
+
+pytestmark = pytest.mark.vllm
+
+MAX_TOKENS, HC_DIM, VOCAB = 16, 6, 11
+
+
+class Inner(nn.Module):
+    """Writes half a token's id into the buffer, and returns three times the id, one-hot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hc_head_fn = nn.Parameter(torch.zeros(2, HC_DIM))
+        self._mtp_hidden_buffer: Tensor | None = None
+        self.fills = True
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self._mtp_hidden_buffer is not None and self.fills:
+            self._mtp_hidden_buffer[: len(input_ids)] = input_ids[:, None].bfloat16() / 2
+        return torch.nn.functional.one_hot((input_ids * 3) % VOCAB, VOCAB).float()
+
+
+class Target(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Inner()
+        self.num_logits = 0
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        self.num_logits += len(hidden)
+        return hidden
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        return self.model(input_ids)
+
+
+class Now:
+    """In place of a thread: the work is done at once."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> Any:
+        work(*arguments)
+        return SimpleNamespace(result=lambda: None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A capture folder that the environment names, recording switched on."""
+    (tmp_path / RECORDINGS).mkdir()
+    for name in (SWITCH_NAME, INTACT_NAME):
+        (tmp_path / name).touch()
+    monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(recording, "ThreadPoolExecutor", Now)
+    return tmp_path
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Which rank this is, and the requests of the step."""
+    place = SimpleNamespace(last=True, rank=0, metadata=None)
+    monkeypatch.setattr(recording, "get_pp_group", lambda: SimpleNamespace(is_last_rank=place.last))
+    monkeypatch.setattr(recording, "get_tensor_model_parallel_rank", lambda: place.rank)
+    context = lambda: SimpleNamespace(attn_metadata=place.metadata)  # noqa: E731
+    monkeypatch.setattr(steps, "get_forward_context", context)
+    return place
+
+
+def vllm_config(data_parallel_size: int = 1) -> Any:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS),
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+    )
+
+
+Request = tuple[list[int], int, int]  # its tokens of this step, tokens before, prompt's length
+
+
+class V1:
+    """Runs steps of the target, whose forward hooks record."""
+
+    def __init__(self, place: SimpleNamespace) -> None:
+        self.target, self.place = Target(), place
+        record_on_demand(self.target, vllm_config())
+
+    def step(self, *requests: Request, padding: int = 0) -> None:
+        ids = [t for tokens, _, _ in requests for t in tokens] + [0] * padding
+        positions = [b + i for tokens, b, _ in requests for i in range(len(tokens))]
+        bounds = torch.tensor([0, *(len(tokens) for tokens, _, _ in requests)]).cumsum(0)
+        # Padded requests repeat the last bound, as in vLLM's CUDA graphs.
+        bounds = torch.cat([bounds, bounds[-1:].repeat(padding)])
+        layers = SimpleNamespace(), SimpleNamespace(query_start_loc_cpu=bounds)
+        self.place.metadata = dict(enumerate(layers))
+        tokens = torch.tensor(ids), torch.tensor(positions + [0] * padding)
+        self.target(input_ids=tokens[0], positions=tokens[1])
+
+
+class V2:
+    """Computes steps as CUDA graphs are replayed, without hooks, and samples."""
+
+    def __init__(self, _place: SimpleNamespace) -> None:
+        self.target, self.sampled = Target(), 0
+        recorder = make_recorder(self.target, vllm_config())
+        assert recorder is not None
+
+        def sample(_runner: Any, grammar: Any) -> None:
+            buffer = self.target.model._mtp_hidden_buffer
+            assert buffer is not None
+            if grammar is not None and self.target.model.fills:
+                assert buffer[:1].isfinite().all(), "a drafter reads it now"
+            self.sampled += 1
+
+        self.sample = v2.recording_first(sample, recorder)
+
+    def step(self, *requests: Request, padding: int = 0) -> None:
+        ids = torch.tensor([t for tokens, _, _ in requests for t in tokens] + [0] * padding)
+        ends = np.cumsum([0, *(len(tokens) for tokens, _, _ in requests)])
+        batch = SimpleNamespace(
+            input_ids=ids,
+            num_reqs=len(requests),
+            query_start_loc_np=np.append(ends, ends[-1:].repeat(padding)),
+            num_computed_tokens_np=np.array([computed for _, computed, _ in requests]),
+            prefill_len_np=np.array([length for _, _, length in requests]),
+        )
+        state = SimpleNamespace(input_batch=batch, hidden_states=self.target.model(ids))
+        before = self.sampled
+        self.sample(SimpleNamespace(execute_model_state=state), "grammar")
+        self.sample(SimpleNamespace(execute_model_state=None), None)  # nothing was computed
+        assert self.sampled == before + 2
+
+
+@pytest.fixture(params=[V1, V2])
+def runner(request: pytest.FixtureRequest, folder: Path, place: SimpleNamespace) -> Any:
+    return request.param(place)
+
+
+def prompt(*tokens: int) -> Request:
+    return [*tokens], 0, len(tokens)
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Return every recording by its name."""
+    return {p.name: load_file(p) for p in sorted((folder / RECORDINGS).glob("*.safetensors"))}
+
+
+def tokens_in(folder: Path) -> list[list[int]]:
+    return [found["token_ids"].tolist() for found in recorded(folder).values()]
+
+
+def test_whole_prompts_of_a_step_lie_one_after_the_other(runner: Any, folder: Path) -> None:
+    """Decode steps, later chunks of a prompt and padding are left out."""
+    runner.step(([9], 40, 12), prompt(4, 5), ([6, 7], 2, 4), prompt(8), padding=3)
+    (found,) = recorded(folder).values()
+    assert {name: str(tensor.dtype) for name, tensor in found.items()} == {
+        "token_ids": "torch.int32",
+        "residual": "torch.bfloat16",
+        "targets": "torch.int32",
+        "starts": "torch.int32",
+    }
+    assert found["token_ids"].tolist() == [4, 5, 8]
+    assert found["starts"].tolist() == [0, 2]
+    assert found["residual"].tolist() == [[t / 2] * HC_DIM for t in (4, 5, 8)]
+    assert found["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 8)]
+
+
+def test_v2_leaves_out_the_first_chunk_of_a_prompt_too(folder: Path, place: Any) -> None:
+    V2(place).step(([1, 2, 3], 0, 5), prompt(8))
+    assert tokens_in(folder) == [[8]]
+
+
+def test_only_prompts_are_recorded_and_only_while_the_switch_is_on(
+    runner: Any, folder: Path
+) -> None:
+    runner.step(([9], 40, 12))
+    (folder / SWITCH_NAME).unlink()
+    runner.step(prompt(4, 5))
+    (folder / SWITCH_NAME).touch()
+    runner.step(prompt(6))
+    assert tokens_in(folder) == [[6]]
+
+
+def test_vllms_own_steps_without_requests_are_not_recorded(folder: Path, place: Any) -> None:
+    """To measure memory and to warm up."""
+    V1(place).target(input_ids=torch.tensor([1, 2]), positions=torch.tensor([0, 1]))
+    assert recorded(folder) == {}
+
+
+def test_earlier_recordings_are_kept_and_new_ones_written_in_the_background(
+    folder: Path, place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "ThreadPoolExecutor", ThreadPoolExecutor)
+    runner = V2(place)
+    save_file({"token_ids": torch.zeros(1)}, folder / RECORDINGS / "000041.safetensors")
+    for token in (4, 5, 6):
+        runner.step(prompt(token, token))  # overwrites what the step before left in the buffer
+    end = time.monotonic() + 10
+    while len(recorded(folder)) < 4 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert list(recorded(folder)) == [f"0000{n}.safetensors" for n in (41, 42, 43, 44)]
+    assert tokens_in(folder) == [[0], [4, 4], [5, 5], [6, 6]]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
+def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
+    error: Exception,
+    runner: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    runner.step(prompt(4))
+    assert (folder / INTACT_NAME).exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(recording, "save_shard", refuse)
+        runner.step(prompt(5))
+    assert not (folder / INTACT_NAME).exists()
+    assert str(error) in caplog.text, "the log says why"
+    runner.step(prompt(6))
+    assert tokens_in(folder) == [[4], [6]]
+
+
+def test_a_residual_that_the_graph_did_not_write_is_not_finite(runner: Any, folder: Path) -> None:
+    runner.step(prompt(4))
+    runner.target.model.fills = False
+    runner.step(prompt(5))
+    first, second = recorded(folder).values()
+    assert first["residual"].isfinite().all()
+    assert second["residual"].isnan().all()
+
+
+def test_only_the_first_rank_of_the_last_stage_writes(
+    folder: Path, place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.rank = 1
+    helping = V1(place)
+    helping.step(prompt(4, 5))
+    assert helping.target.num_logits == 2, "all ranks have to compute the logits"
+    assert recorded(folder) == {}
+    place.last = False
+    assert make_recorder(Target(), vllm_config()) is None
+    place.last = True
+    monkeypatch.delenv(RECORD_VARIABLE)
+    assert make_recorder(Target(), vllm_config()) is None
+
+
+def test_what_cannot_be_recorded_is_refused(folder: Path, place: SimpleNamespace) -> None:
+    with pytest.raises(GraftError, match="data parallel size 2, expected 1"):
+        make_recorder(Target(), vllm_config(data_parallel_size=2))
+    target = V1(place).target
+    for metadata in ([{}], {"layers.0": SimpleNamespace()}):
+        place.metadata = metadata
+        with pytest.raises(GraftError, match=r"micro-batches|query_start_loc_cpu"):
+            target(input_ids=torch.tensor([4]), positions=torch.tensor([0]))
