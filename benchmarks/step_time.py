@@ -26,9 +26,9 @@ from queue import Queue
 from typing import Any
 
 from engines import EngineOptions, decode, random_prompts, started, summarize_steps
-from record import write_result
+from record import arguments, write_result
 
-from mtp_graft.pipeline.device import gpu_names
+from mtp_graft.pipeline.device import gpus
 from mtp_graft.stages.process import run_in_process
 
 ALL_LAYERS = 43
@@ -51,9 +51,8 @@ class Job:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[17, 35])
     parser.add_argument("--variants", nargs="+", default=["int4", "mxfp4"])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3])
@@ -91,7 +90,7 @@ def measure(job: Job, options: argparse.Namespace, gpu: str | None, _report: Any
     engine = EngineOptions(
         *(checkpoint, job.k, options.context + most, max(options.requests)),
         gpu_memory_utilization=options.gpu_memory_utilization,
-        rate=options.rate if job.k and gpu_names() else None,
+        rate=options.rate if job.k and gpus() else None,
         drafting=head,
     )
     with started(engine) as llm:

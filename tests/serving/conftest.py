@@ -52,18 +52,22 @@ class NvmlError(Exception):
     """Stands for pynvml.NVMLError and what is derived from it."""
 
 
+class NoDriver(NvmlError):
+    """Stands for what pynvml raises on a machine without NVIDIA's driver."""
+
+
 def install_gpus(
     monkeypatch: pytest.MonkeyPatch,
     *gpus: str,
     memory_mib: int | None = None,
     nvlinks: Collection[tuple[int, int]] = (),
-    error: str | None = None,
+    error: str | NvmlError | None = None,
 ) -> None:
     """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them."""
 
     def initialize() -> None:
         if error:
-            raise NvmlError(error)
+            raise error if isinstance(error, NvmlError) else NvmlError(error)
 
     def memory(_gpu: int) -> SimpleNamespace:
         if memory_mib is None:
@@ -76,8 +80,8 @@ def install_gpus(
         return int(uuid.removeprefix("GPU-"))
 
     stand_in = SimpleNamespace(
-        NVMLError=NvmlError,
-        NVMLError_NotSupported=NvmlError,
+        **dict.fromkeys(("NVMLError", "NVMLError_NotSupported"), NvmlError),
+        **dict.fromkeys(("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"), NoDriver),
         NVML_P2P_CAPS_INDEX_NVLINK=2,
         NVML_P2P_STATUS_OK=0,
         nvmlInit=initialize,

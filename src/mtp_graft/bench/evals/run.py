@@ -1,6 +1,5 @@
 """Run a task with Inspect against an OpenAI endpoint; a killed run goes on from its log."""
 
-import hashlib
 import sys
 import time
 from collections import Counter
@@ -18,9 +17,9 @@ from openai import OpenAI, OpenAIError
 
 from mtp_graft.bench.evals.capability import capability
 from mtp_graft.bench.evals.tasks import gsm8k, humaneval, mmlu
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS
+from mtp_graft.serving.metrics import wilson_interval
 
 #: Benchmark -> its task on a data folder (None: the hub), limit and seed.
 TASKS = {"gsm8k": gsm8k, "humaneval": humaneval, "mmlu": mmlu, "capability": capability}
@@ -47,12 +46,6 @@ class _ChatAPI(OpenAICompatibleAPI):
 @modelapi(name="mtp-graft")
 def _chat_api() -> type[_ChatAPI]:
     return _ChatAPI
-
-
-def questions_digest(task: Task) -> str:
-    """Return a hash of a task's questions."""
-    asked = [sample.model_dump_json(include={"id", "input"}) for sample in task.dataset]
-    return hashlib.sha256("\n".join(asked).encode()).hexdigest()
 
 
 def find_model(base_url: str, api_key: str | None, settings: Mapping[str, Any]) -> Model:
