@@ -26,8 +26,8 @@ from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeRe
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
-    check_head,
     int4_group_size,
+    read_quantization,
 )
 from mtp_graft.checkpoint.shards import (
     INDEX_NAME,
@@ -46,6 +46,8 @@ from mtp_graft.dsv4.variants import (
     store_head,
 )
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.doctor.checkpoint import modules_of
+from mtp_graft.serving.doctor.schemes import mismatches
 from mtp_graft.stages.fetch import nearest_folder
 from mtp_graft.stages.inputs import Tensors, read_base, read_master
 from mtp_graft.stages.quantize import expert_files
@@ -164,6 +166,7 @@ def plan_splice(
             experts = Tensors.in_files(expert_files(quantized))
         sizes = {"group_size": group_size}
         layout = store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
+    _check_schemes(base, config, layout)
     return SplicePlan(
         *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
         *(config, report, published),
@@ -210,13 +213,23 @@ def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, An
         config: dict[str, Any] = json.loads(path.read_text())
         layer, quantization = config["num_hidden_layers"], config["quantization_config"]
         quantization = add_head(quantization, layer, experts, linears)
-        check_head(quantization, layer, experts, linears)
     except (ValueError, KeyError, TypeError) as error:
         raise GraftError(
             f"{path}: {in_words(error)}; expected a compressed-tensors checkpoint's config with "
             "num_hidden_layers and quantization_config.config_groups"
         ) from error
     return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
+
+
+def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
+    """Raise GraftError for a module that would load as noise, or not at all."""
+    quantization, layers = read_quantization(config), config["num_hidden_layers"]
+    for wrong in mismatches(quantization, modules_of(layout), layers):
+        raise GraftError(
+            f"{base / 'config.json'}: quantization_config{wrong.by}: {wrong.name} would load as "
+            f"{wrong.loads}, expected {wrong.stored}; the targets or the ignore list are not those "
+            "of a W4A16-FP8 base: `mtp-graft doctor` says more"
+        )
 
 
 def _check_fits(
@@ -355,6 +368,6 @@ def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
 
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
-    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata") or {}
+    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata")
     index = {**plan.base_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
     write_index(index, plan.base_bytes + plan.bytes, folder, metadata)
