@@ -2,61 +2,38 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import Gpu, device_name, find_gpus, gpu_names, torch_device
+from mtp_graft.pipeline.device import device_name, find_gpus, gpu_names, torch_device
+from serving.conftest import NvmlLibraryNotFound, install_gpus
 
 
 @pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
+def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     gpu_names.cache_clear()
     yield
     gpu_names.cache_clear()
 
 
-@pytest.fixture
-def gpu_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Return a function that makes this a CUDA build of torch, whose other process runs `shell`."""
-
-    def install(shell: str) -> None:
-        python = tmp_path / "python"
-        python.write_text(f"#!/bin/sh\n{shell}\n")
-        python.chmod(0o755)
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(sys, "executable", str(python))
-        for name in ("is_available", "device_count", "get_device_name", "mem_get_info"):
-            monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked in this process"))
-
-    return install
-
-
-def test_another_process_looks_at_the_gpus(gpu_host: Callable[[str], None]) -> None:
-    gpu_host("printf 'NVIDIA H200\\t7\\t9\\nNVIDIA H200\\t8\\t9\\n'")
+def test_the_driver_says_which_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpus(monkeypatch, "NVIDIA H200", "NVIDIA H200", memory_mib=9)
     assert device_name() == "2x NVIDIA H200"
     assert torch_device("auto") == "cuda" and torch_device("cpu") == "cpu"
-    assert find_gpus() == [Gpu("NVIDIA H200", 7, 9), Gpu("NVIDIA H200", 8, 9)]
+    assert [(gpu.free, gpu.total) for gpu in find_gpus()] == [(7 * 2**20, 9 * 2**20)] * 2
 
 
-def test_a_cuda_build_without_gpus_names_the_processor(gpu_host: Callable[[str], None]) -> None:
-    gpu_host("true")
-    assert device_name().endswith(" cores")
-    assert torch_device("auto") == "cpu"
-
-
-def test_a_driver_that_fails_is_one_line(gpu_host: Callable[[str], None]) -> None:
-    gpu_host("printf 'Traceback\\nRuntimeError: no driver\\n' >&2; exit 1")
-    with pytest.raises(GraftError, match=r"^torch cannot use the GPUs \(RuntimeError: no driver"):
-        device_name()
-
-
-def test_the_cpu_build_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_or_cuda_the_device_is_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install_gpus(monkeypatch, error=NvmlLibraryNotFound())
+    assert device_name().endswith(" cores") and torch_device("auto") == "cpu"
+    install_gpus(monkeypatch, "NVIDIA H200", memory_mib=9)
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("asked"))
+    gpu_names.cache_clear()
     assert device_name().endswith(" cores")
 
 

@@ -49,7 +49,11 @@ def only_from(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class NvmlError(Exception):
-    """Stands for pynvml.NVMLError and what is derived from it."""
+    """Stands for pynvml.NVMLError."""
+
+
+class NvmlLibraryNotFound(NvmlError):
+    """Stands for what pynvml raises without a driver."""
 
 
 def install_gpus(
@@ -57,18 +61,18 @@ def install_gpus(
     *gpus: str,
     memory_mib: int | None = None,
     nvlinks: Collection[tuple[int, int]] = (),
-    error: str | None = None,
+    error: NvmlError | None = None,
 ) -> None:
     """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them."""
 
     def initialize() -> None:
         if error:
-            raise NvmlError(error)
+            raise error
 
     def memory(_gpu: int) -> SimpleNamespace:
         if memory_mib is None:
             raise NvmlError("Not Supported")
-        return SimpleNamespace(total=memory_mib * 2**20)
+        return SimpleNamespace(total=memory_mib * 2**20, free=7 * 2**20)
 
     def by_uuid(uuid: str) -> int:
         if not uuid.startswith("GPU-"):
@@ -78,6 +82,7 @@ def install_gpus(
     stand_in = SimpleNamespace(
         NVMLError=NvmlError,
         NVMLError_NotSupported=NvmlError,
+        NVMLError_LibraryNotFound=NvmlLibraryNotFound,
         NVML_P2P_CAPS_INDEX_NVLINK=2,
         NVML_P2P_STATUS_OK=0,
         nvmlInit=initialize,

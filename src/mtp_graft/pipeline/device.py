@@ -2,51 +2,23 @@
 
 import os
 import platform
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Device
-
-_TELL_OF_GPUS = """
-import torch.cuda as cuda
-for gpu in range(cuda.device_count()):
-    print(cuda.get_device_name(gpu), *cuda.mem_get_info(gpu), sep="\\t")
-"""
-
-
-class Gpu(NamedTuple):
-    """A GPU as torch sees it: bytes of memory, and how many are free."""
-
-    name: str
-    free: int
-    total: int
+from mtp_graft.serving.topology import Gpu, visible_gpus
 
 
 def find_gpus() -> list[Gpu]:
-    """Return the GPUs that torch sees, none for its CPU build; GraftError if it cannot say.
-
-    Another process asks: a CUDA context in ours would take memory from what we start.
-    """
-    if torch.version.cuda is None:
-        return []
-    command = [sys.executable, "-c", _TELL_OF_GPUS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise GraftError(f"torch cannot use the GPUs ({said[-1]}); is the driver there?")
-    rows = (line.split("\t") for line in done.stdout.splitlines())
-    return [Gpu(name, int(free), int(total)) for name, free, total in rows]
+    """Return the GPUs that torch can use, none for its CPU build."""
+    return [] if torch.version.cuda is None else visible_gpus()
 
 
 @cache
 def gpu_names() -> tuple[str, ...]:
-    """Return what torch calls the GPUs; raises GraftError as `find_gpus` does."""
+    """Return the GPUs' names; raises GraftError as `find_gpus` does."""
     return tuple(gpu.name for gpu in find_gpus())
 
 
