@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -54,8 +55,9 @@ class Step:
     tokens: dict[str, int]
 
 
-def start(options: EngineOptions) -> Any:
-    """Start the engine; returns vLLM's LLM."""
+@contextmanager
+def started(options: EngineOptions) -> Iterator[Any]:
+    """Give vLLM's LLM of a new engine, whose processes end with the block."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     here = str(Path(__file__).resolve().parent)  # workers import worker_extension
@@ -63,7 +65,11 @@ def start(options: EngineOptions) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    return LLM(**settings(options, cpu=current_platform.is_cpu()))
+    llm = LLM(**settings(options, cpu=current_platform.is_cpu()))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:

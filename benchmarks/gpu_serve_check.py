@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engines import EngineOptions, counters, start
+from engines import EngineOptions, counters, started
 from record import write_result
 from safetensors.torch import load_file
 from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
@@ -78,20 +78,20 @@ def observe(
     began = time.perf_counter()
     (folder / RECORDINGS).mkdir(parents=True)
     os.environ[RECORD_VARIABLE] = str(folder)
-    llm = start(engine)
-    start_s = time.perf_counter() - began
-    texts = greedy(llm, prompts, max_tokens)
-    counts = counters(llm)
-    drafted, accepted = counts["draft_tokens"], counts["accepted_tokens"]
-    acceptance = accepted / drafted if drafted else None
-    entry = {"texts": texts, "drafted": drafted, "accepted": accepted, "acceptance": acceptance}
-    found = [{"part": f"texts-k{engine.k}", **entry, "start_s": start_s}]
-    if engine.k == 0:
-        if reference is not None:
-            best = tokens_of(forced(llm, prompts, reference))
-            found.append({"part": "forced", "best": best})
-        recorded = record(llm, [p for p in prompts if len(p) <= CHUNK], folder)
-        found.append({"part": "recording", "prompts": recorded})
+    with started(engine) as llm:
+        start_s = time.perf_counter() - began
+        texts = greedy(llm, prompts, max_tokens)
+        counts = counters(llm)
+        drafted, accepted = counts["draft_tokens"], counts["accepted_tokens"]
+        acceptance = accepted / drafted if drafted else None
+        entry = {"texts": texts, "drafted": drafted, "accepted": accepted, "acceptance": acceptance}
+        found = [{"part": f"texts-k{engine.k}", **entry, "start_s": start_s}]
+        if engine.k == 0:
+            if reference is not None:
+                best = tokens_of(forced(llm, prompts, reference))
+                found.append({"part": "forced", "best": best})
+            recorded = record(llm, [p for p in prompts if len(p) <= CHUNK], folder)
+            found.append({"part": "recording", "prompts": recorded})
     return found
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from engines import EngineOptions, decode, random_prompts, start, summarize_steps
+from engines import EngineOptions, decode, random_prompts, started, summarize_steps
 from record import write_result
 
 from mtp_graft.pipeline.device import gpu_names
@@ -94,17 +94,23 @@ def measure(job: Job, options: argparse.Namespace, gpu: str | None, _report: Any
         rate=options.rate if job.k and gpu_names() else None,
         drafting=head,
     )
-    llm = start(engine)
-    start_s = time.perf_counter() - began
-    vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    for requests in missing(job, options):
-        prompts = random_prompts(requests, options.context, vocabulary)
-        for _ in decode(llm, prompts, 16, temperature=1.0):
-            pass  # compiles what this load needs
-        wanted = int(options.steps * tokens_per_step(job.k, engine.rate or 0.0))
-        steps = list(decode(llm, prompts, wanted, temperature=1.0))
-        entry = {**vars(job), "requests": requests, "rate": engine.rate, "start_s": start_s}
-        add(options.out, entry | summarize_steps(steps, requests))
+    with started(engine) as llm:
+        start_s = time.perf_counter() - began
+        for requests in missing(job, options):
+            entry = {**vars(job), "requests": requests, "rate": engine.rate, "start_s": start_s}
+            add(options.out, entry | time_steps(llm, engine, requests, options))
+
+
+def time_steps(
+    llm: Any, engine: EngineOptions, requests: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Decode so many requests at once; return what `summarize_steps` says of it."""
+    vocabulary = json.loads((engine.checkpoint / "config.json").read_text())["vocab_size"]
+    prompts = random_prompts(requests, options.context, vocabulary)
+    for _ in decode(llm, prompts, 16, temperature=1.0):
+        pass  # compiles what this load needs
+    wanted = int(options.steps * tokens_per_step(engine.k, engine.rate or 0.0))
+    return summarize_steps(list(decode(llm, prompts, wanted, temperature=1.0)), requests)
 
 
 def keep_apart(gpu: str, gpus: list[str]) -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 from workers import keep_to_own_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS_LEFT_OUT = pytest.StashKey[dict[str, int]]()
 MEASURED = "measured"  # the user property of a test that measures something
 
 #: Variables that change what the code under test does. A user may have set them for their own runs.
@@ -78,42 +77,22 @@ def measured(request: pytest.FixtureRequest) -> dict[str, Any]:
     return values
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put slow tests first; skip what this machine cannot run (`-ra` says so in the summary)."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    no_vllm = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if item.get_closest_marker("gpu") and not cuda_is_there():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        elif item.get_closest_marker("vllm") and no_vllm:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
 @cache
 def cuda_is_there() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[TESTS_LEFT_OUT] = {}
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put slow tests first; skip what this machine cannot run, and name it in the summary."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    no_vllm = importlib.util.find_spec("vllm") is None
-    left_out = config.stash[TESTS_LEFT_OUT]
-    for item in items:
-        if item.get_closest_marker("gpu") and not cuda_is_there():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-            count(left_out, "GPU tests not run: no CUDA device")
-        elif item.get_closest_marker("vllm") and no_vllm:
-            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
-            count(left_out, "vLLM tests not run: vLLM is not installed (extra `cpu` or `gpu`)")
-
-
-def pytest_deselected(items: Sequence[pytest.Item]) -> None:
-    """Count the GPU tests that the default run leaves out although a device is there."""
-    for item in items:
-        if item.get_closest_marker("gpu") and cuda_is_there():
-            left_out = item.config.stash[TESTS_LEFT_OUT]
-            count(left_out, "GPU tests not run: left out by default, `pytest -m gpu` runs them")
-
-
-def count(left_out: dict[str, int], what: str) -> None:
-    left_out[what] = left_out.get(what, 0) + 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -128,5 +107,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     file = os.environ.get("MTP_GRAFT_MEASURED")
     if file and measured:
         Path(file).write_text(json.dumps(measured, indent=2) + "\n")
-    for what, number in terminalreporter.config.stash[TESTS_LEFT_OUT].items():
-        terminalreporter.write_line(f"{number} {what}", yellow=True)

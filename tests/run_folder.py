@@ -143,7 +143,8 @@ def evaluated(correct: int, total: int, **kinds: int) -> dict[str, Any]:
         for n in range(how_many)
     ]
     score = {"score": correct / total, "correct": correct, "total": total}
-    return {**score, "failures": failures, "seconds": 678.25}
+    interval = wilson_interval(correct, total)
+    return {**score, "interval": interval, "failures": failures, "seconds": 678.25}
 
 
 def whole_run(run: Path) -> Path:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -54,12 +53,6 @@ def test_only_steps_in_which_every_request_decodes_are_timed() -> None:
         engines.summarize_steps([*alone, *late], 1 + 1)
 
 
-def test_synthetic_rates_are_those_of_all_drafts_up_to_each() -> None:
-    config = load("engines").speculation(2, 0.7)
-    assert config["synthetic_acceptance_rates"] == pytest.approx([0.7, 0.49])
-    assert "rejection_sample_method" not in load("engines").speculation(2, None)
-
-
 def test_stored_layers_stand_for_all_others_of_their_kind() -> None:
     layers = load("layers")
     assert [list(layers.copies(n, 9)) for n in range(5)] == [[], [], [], [5, 7], [6, 8]]
@@ -81,25 +74,9 @@ def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> No
     assert made == wanted
 
 
-def test_random_weights_keep_the_size_of_activations() -> None:
-    flash_width = load("flash_width")
-    place = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
-    values = flash_width.fp8_bytes((256, 256), place).float()
-    assert values.isfinite().all()
-    assert values.square().mean().sqrt().item() == pytest.approx(flash_width.FP8_RMS, rel=0.01)
-
-
 def test_flips_count_against_the_margin_of_the_text() -> None:
     texts = load("texts")
     text = [{"tokens": [1, 2, 3], "margins": [0.1, 0.9, 2.0]}]
     found = texts.compare_forced(text, [[9, 9, 3]])
     assert (found["positions"], found["positions_with_margin"], found["flips"]) == (3, 2, 2)
     assert found["flips_with_margin"] == [{"prompt": 0, "position": 1, "margin": 0.9}]
-
-
-def test_recordings_are_compared_by_their_projections() -> None:
-    check = load("gpu_serve_check")
-    expected = [{"targets": [1, 2], "projected": [[3.0, 4.0], [0.0, 0.0]]}]
-    actual = [{"targets": [1, 3], "projected": [[3.0, 4.5], [0.0, 0.0]]}]
-    found = check.compare_recordings(expected, actual)
-    assert found == {"rows": 2, "rel_error": pytest.approx(0.1), "targets_equal": 1}

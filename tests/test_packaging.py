@@ -73,49 +73,20 @@ def test_entry_points_import_neither_vllm_nor_torch(module: str, function: str) 
 
 @pytest.mark.slow
 def test_every_room_but_the_plugin_imports_without_vllm(repo_root: Path) -> None:
-    code = (
-        "import sys, pkgutil, importlib, mtp_graft\n"
-        "sys.modules['vllm'] = sys.modules['mtp_graft.vllm_plugin'] = None\n"
-        "walk = pkgutil.iter_modules(mtp_graft.__path__, 'mtp_graft.')\n"
-        "rooms = [m.name for m in walk if m.name != 'mtp_graft.vllm_plugin']\n"
-        "for room in rooms:\n"
-        "    path = getattr(importlib.import_module(room), '__path__', ())\n"
-        "    for part in pkgutil.walk_packages(path, room + '.'):\n"
-        "        if not part.name.endswith('_triton'):\n"
-        "            importlib.import_module(part.name)\n"
-        "print(*(name for name in sys.modules if name.startswith('mtp_graft.')))"
-    )
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
     source = repo_root / "src" / "mtp_graft"
-    files = [file.relative_to(source) for file in source.rglob("*.py")]
-    expected = {
-        ".".join(("mtp_graft", *file.with_suffix("").parts)).removesuffix(".__init__")
-        for file in files
-        if file.parts[0] != "vllm_plugin" and not file.stem.endswith("_triton")  # need a GPU
-    } - {"mtp_graft"}
-    found = set(result.stdout.split()) - {"mtp_graft.vllm_plugin"}
-    assert found == expected
-    stages = {f"mtp_graft.stages.{name}" for name in ("quantize", "score", "splice", "verify")}
-    assert stages < found
-
-
-def test_splice_and_verify_work_without_vllm(tiny_model: Path, tmp_path: Path) -> None:
-    folders = [str(tiny_model / "base"), str(tiny_model / "upstream"), str(tmp_path / "out")]
+    modules = [
+        ".".join(("mtp_graft", *file.relative_to(source).with_suffix("").parts))
+        for file in source.rglob("*.py")
+        if "vllm_plugin" not in file.parts and not file.stem.endswith(("_triton", "__main__"))
+    ]
     code = (
-        "import sys\n"
+        "import sys, importlib\n"
         "sys.modules['vllm'] = sys.modules['mtp_graft.vllm_plugin'] = None\n"
-        "from pathlib import Path\n"
-        "from mtp_graft.stages.splice import splice\n"
-        "from mtp_graft.stages.verify import verify\n"
-        f"base, upstream, out = map(Path, {folders!r})\n"
-        "splice(base, upstream, out, 'mxfp4')\n"
-        "found = verify(out, base, upstream)\n"
-        "print(found['ok'], found['loaded_in_vllm'])"
+        f"for name in {modules}:\n"
+        "    importlib.import_module(name.removesuffix('.__init__'))"
     )
     result = run_python(code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "True None"
 
 
 def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:

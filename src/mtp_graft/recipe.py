@@ -98,11 +98,11 @@ class CaptureSection:
     def _check_context(self) -> "CaptureSection":
         longest = self.max_prompt_tokens + self.new_tokens + 1
         if longest > self.max_model_len:
-            raise _conflict(
+            raise PydanticCustomError(
+                "conflict",
                 f"[capture] max_model_len is {self.max_model_len}, expected at least {longest}: "
                 f"{self.max_prompt_tokens} tokens of prompt, {self.new_tokens} new ones and one "
                 "more when they are recorded",
-                *("capture.max_prompt_tokens", "capture.new_tokens", "capture.max_model_len"),
             )
         return self
 
@@ -184,24 +184,19 @@ class Recipe:
     def _check_sections(self) -> "Recipe":
         context, most = self.capture.max_model_len, self.bench.max_tokens
         if most >= context:
-            raise _conflict(
+            raise PydanticCustomError(
+                "conflict",
                 f"[bench] max_tokens is {most}, expected less than [capture] max_model_len, "
                 f"{context}",
-                *("bench.max_tokens", "capture.max_model_len"),
             )
         quantized = self.quantize.variants
         if missing := [name for name in self.served_variants if name not in quantized]:
-            raise _conflict(
+            raise PydanticCustomError(
+                "conflict",
                 f"variant {missing[0]!r} is to be spliced, but [quantize] variants has "
                 f"{', '.join(quantized)} only",
-                *("bench.served_variants", "splice.variant", "quantize.variants"),
             )
         return self
-
-
-def _conflict(message: str, *keys: str) -> PydanticCustomError:
-    """Return the error of values that do not go together; `keys` are theirs."""
-    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
 
 
 _SECTIONS = get_type_hints(Recipe)
@@ -228,39 +223,39 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValueError as error:
         raise GraftError(f"{path}: not a TOML file ({error})") from error
     _resolve_paths(table, path.parent)
-    origins: dict[str, str] = {}  # key -> the override that gave its value
-    for override in overrides:
-        section, key, value = _parse_override(override)
-        change = {section: {key: value}}
-        _resolve_paths(change, Path.cwd())
-        values = table.setdefault(section, {})
-        if isinstance(values, dict):  # else the recipe itself is wrong, as is said below
-            values.update(change[section])
-            origins[f"{section}.{key}"] = f"--set {override}"
-    try:
-        return Recipe(**table)
-    except ValidationError as error:
-        # An unknown key first: it may be the one that is missing.
-        first = min(error.errors(), key=lambda error: error["type"] != _UNKNOWN)
-    keys = first.get("ctx", {}).get("keys", [".".join(map(str, first["loc"][:2]))])
-    blamed = next((origins[key] for key in keys if key in origins), None)
-    problem = f"{blamed or path}: {_what_is_wrong(first)}"
-    raise UsageError(problem) if blamed else GraftError(problem)
+    failed: tuple[str | None, ValidationError] | None = None  # since which override, and why
+    for override in (None, *overrides):
+        if override is not None:
+            _apply(override, table)
+        try:
+            recipe, failed = Recipe(**table), None
+        except ValidationError as error:
+            failed = failed or (override, error)
+    if failed is None:
+        return recipe
+    to_blame, error = failed
+    # An unknown key first: it may be the one that is missing.
+    first = min(error.errors(), key=lambda error: error["type"] != _UNKNOWN)
+    if to_blame is None:
+        raise GraftError(f"{path}: {_what_is_wrong(first)}")
+    raise UsageError(f"--set {to_blame}: {_what_is_wrong(first)}")
 
 
-def _parse_override(override: str) -> tuple[str, str, Any]:
-    """Return section, key and value of `section.key=value`; UsageError for anything else."""
+def _apply(override: str, table: dict[str, Any]) -> None:
+    """Change `table` by `section.key=value`; UsageError for anything else."""
     dotted, equals, text = override.partition("=")
     section, dot, key = dotted.strip().partition(".")
     if not (equals and dot and section and key):
         raise UsageError(f"--set {override}: expected section.key=value")
-    if section not in _SECTIONS:
-        raise UsageError(f"--set {override}: {_unknown('section', section, Recipe)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
         value = text.strip()  # a bare string: variant=gptq
-    return section, key, value
+    change = {section: {key: value}}
+    _resolve_paths(change, Path.cwd())
+    values = table.setdefault(section, {})
+    if isinstance(values, dict):  # else the recipe itself is wrong
+        values.update(change[section])
 
 
 def _resolve_paths(table: Mapping[str, Any], folder: Path) -> None:

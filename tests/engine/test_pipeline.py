@@ -111,12 +111,12 @@ def wait_until_gone(run: Path) -> None:
         time.sleep(0.2)
 
 
-def test_a_killed_run_leaves_no_server_behind(killed_run: Any) -> None:
-    assert processes_of(killed_run["run"]) == []
-
-
-def test_finished_prompts_and_experts_are_not_redone(killed_run: Any) -> None:
-    texts = (killed_run["run"] / "capture" / "texts.jsonl").read_text().splitlines()
+def test_a_killed_run_leaves_no_server_and_redoes_nothing_that_was_finished(
+    killed_run: Any,
+) -> None:
+    run: Path = killed_run["run"]
+    assert processes_of(run) == []
+    texts = (run / "capture" / "texts.jsonl").read_text().splitlines()
     assert texts[:2] == killed_run["kept_texts"]
     assert len(texts) == len({json.loads(line)["number"] for line in texts}) == 12
     assert killed_run["kept_experts"]
@@ -124,7 +124,9 @@ def test_finished_prompts_and_experts_are_not_redone(killed_run: Any) -> None:
         assert path.stat().st_mtime_ns == written
 
 
-def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
+def test_the_result_has_the_contracts_keys_and_the_run_a_card(
+    killed_run: Any, tmp_path: Path
+) -> None:
     result = killed_run["result"]
     assert result["greedy_identical"] is True
     assert result["divergences"] == []
@@ -134,26 +136,21 @@ def test_the_result_has_the_contracts_keys(killed_run: Any) -> None:
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
     assert Path(result["report"]).is_file()
-
-
-def test_the_run_has_a_card(killed_run: Any, tmp_path: Path) -> None:
     page = Path(write_card(killed_run["run"], tmp_path)["card"]).read_text()
     assert "| result | ok |" in page and "| gptq (this one) | 1 |" in page
     assert str(killed_run["run"]) not in page
 
 
-def test_offline_and_served_acceptance_agree(killed_run: Any) -> None:
-    """On so few drafts (about 200) two of them are a point; the demo compares thousands."""
-    result = killed_run["result"]
-    assert abs(result["acceptance_offline"]["gptq"] - result["acceptance"]) < 0.08
+def test_offline_and_served_acceptance_agree_and_count_to_the_end_of_the_text(
+    killed_run: Any,
+) -> None:
+    """On so few drafts (about 200) two of them are a point; the demo compares thousands.
 
-
-def test_offline_and_served_drafts_are_counted_to_the_end_of_the_text(killed_run: Any) -> None:
-    """At k = 1 a step gives its token and its accepted draft; the first token comes before.
-
-    Where the very last token is an accepted draft, its step has no room for a token of its own.
+    At k = 1 a step gives its token and its accepted draft; the first token comes before. Where the
+    very last token is an accepted draft, its step has no room for a token of its own.
     """
-    run = killed_run["run"]
+    run, result = killed_run["run"], killed_run["result"]
+    assert abs(result["acceptance_offline"]["gptq"] - result["acceptance"]) < 0.08
     lines = map(json.loads, (run / "capture" / "texts.jsonl").read_text().splitlines())
     lengths = {t["id"]: len(t["continuation"]) for t in lines if t["split"] == "evaluation"}
     assert min(lengths.values()) < 64, "no text ended by itself; nothing is shown"
@@ -166,10 +163,18 @@ def test_offline_and_served_drafts_are_counted_to_the_end_of_the_text(killed_run
             assert tokens - lengths[text["id"]] in (-1, 0)
 
 
-def test_the_checkpoint_is_verified_and_was_loaded(killed_run: Any) -> None:
+def test_the_checkpoint_is_verified_and_the_base_is_linked_and_untouched(
+    killed_run: Any, tiny_model: Path
+) -> None:
     found = json.loads((killed_run["run"] / "verify" / "gptq.json").read_text())
     assert found["ok"] and found["loaded_in_vllm"]
     assert not found["missing"] and not found["unexpected"] and not found["mismatched"]
+    checkpoint = Path(killed_run["result"]["checkpoint"])
+    assert hashes(tiny_model / "base") == killed_run["base_hashes"]
+    for shard in (tiny_model / "base").glob("*.safetensors"):
+        assert (checkpoint / shard.name).stat().st_ino == shard.stat().st_ino
+    with safe_open(checkpoint / "model-mtp-w4a16.safetensors", framework="pt") as head:
+        assert all(name.startswith("mtp.0.") for name in head.keys())  # noqa: SIM118
 
 
 def test_the_same_capture_gives_the_same_checkpoint_without_a_kill(
@@ -184,12 +189,3 @@ def test_the_same_capture_gives_the_same_checkpoint_without_a_kill(
         subprocess.run(arguments(other, stage, recipe), check=True, timeout=300)
     name = "splice/gptq"
     assert hashes(other / name) == hashes(killed_run["run"] / name)
-
-
-def test_the_base_is_linked_and_untouched(killed_run: Any, tiny_model: Path) -> None:
-    checkpoint = Path(killed_run["result"]["checkpoint"])
-    assert hashes(tiny_model / "base") == killed_run["base_hashes"]
-    for shard in (tiny_model / "base").glob("*.safetensors"):
-        assert (checkpoint / shard.name).stat().st_ino == shard.stat().st_ino
-    with safe_open(checkpoint / "model-mtp-w4a16.safetensors", framework="pt") as head:
-        assert all(name.startswith("mtp.0.") for name in head.keys())  # noqa: SIM118

@@ -198,18 +198,19 @@ def test_a_killed_comparison_keeps_its_turns_and_pairs_can_be_added(
 ) -> None:
     folder = tmp_path / "run" / "bench" / "decode"
     words = ("decode", "--checkpoint", grafted, "--against", base, *asked, "--json", "-")
-    environment = command_environment(site, step_s=0.005, record=str(tmp_path / "record.json"))
+    streams, record = tmp_path / "streams", tmp_path / "record.json"
+    environment = command_environment(site, step_s=0.01, streams=str(streams), record=str(record))
     environment["PYTHONPATH"] = f"{site}{os.pathsep}{Path(cli.__file__).parents[2]}"
     client = subprocess.Popen(
         [sys.executable, "-c", KILLABLE, "bench", *map(str, words)], env=environment
     )
     deadline = time.monotonic() + 120
-    while not (folder / "mtp-1.json").exists():
+    while not streams.exists() or streams.read_text().count("\n") < 2 * (1 + 2 * 3) + 1:
         assert client.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     client.kill()
     client.wait()
-    for pid in read_record(tmp_path / "record.json")["pids"]:
+    for pid in read_record(record)["pids"]:  # of the third turn's server
         os.kill(pid, signal.SIGKILL)
     kept = {file: file.read_bytes() for file in folder.glob("*-1.json")}
     two = done(run(*words, "--pairs", 2))

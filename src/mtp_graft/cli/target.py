@@ -18,9 +18,9 @@ from mtp_graft.cli.app import (
     MaxModelLenOption,
     ServeArgument,
     TensorParallelOption,
+    option,
 )
-from mtp_graft.cli.help import SERVER
-from mtp_graft.cli.output import Report, note, write_json
+from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.serving.client import ServerClient
@@ -36,32 +36,20 @@ def check_url(url: str | None) -> str | None:
     return url
 
 
-def _option(**settings: Any) -> Any:
-    return typer.Option(rich_help_panel=SERVER, **settings)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """The options of a command that asks a server: which one, and where the result goes."""
 
     base_url: Annotated[
-        str | None,
-        _option(metavar="URL", callback=check_url, help="A running server's address."),
+        str | None, option("URL", "A running server's address.", callback=check_url)
     ] = None
-    checkpoint: Annotated[
-        Path | None, _option(metavar="DIR", help="Serve this checkpoint meanwhile.")
-    ] = None
-    profile: Annotated[str, _option(metavar="NAME", help="As `mtp-graft serve` has it.")] = (
-        NO_PROFILE
-    )
+    checkpoint: Annotated[Path | None, option("DIR", "Serve this checkpoint meanwhile.")] = None
+    profile: Annotated[str, option("NAME", "As `mtp-graft serve` has it.")] = NO_PROFILE
     tensor_parallel_size: TensorParallelOption = None
     max_model_len: MaxModelLenOption = None
-    api_key: Annotated[
-        str | None, _option(envvar="VLLM_API_KEY", metavar="KEY", help="The server's key.")
-    ] = None
+    api_key: Annotated[str | None, option("KEY", "The server's key.", envvar="VLLM_API_KEY")] = None
     run: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the result here, and go on from what there is."),
+        Path | None, option("DIR", "Keep the result here, and go on from what there is.")
     ] = None
     json_file: JsonOption = None
     extra: ServeArgument = None
@@ -124,27 +112,18 @@ class Target:
         claim: dict[str, Any],
         measure: Callable[[Path | None], dict[str, Any]],
     ) -> dict[str, Any]:
-        """Measure and return the result; keep it in the run folder, write it for --json.
+        """Measure and return the result; keep it in the run folder, if there is one.
 
         `claim` is all that decides what is measured of a server, `k` included. `measure` gets the
         folder; a call that finds everything measured there changes nothing. Raises GraftError if
         the folder was begun with another claim.
         """
-        result = measure(None) if self.run is None else self._kept(benchmark, claim, measure)
-        write_json(result, self.json_file)
-        return result
-
-    def _kept(
-        self,
-        benchmark: str,
-        claim: dict[str, Any],
-        measure: Callable[[Path], dict[str, Any]],
-    ) -> dict[str, Any]:
-        from mtp_graft.checkpoint.files import write_json as write_file
+        if self.run is None:
+            return measure(None)
+        from mtp_graft.checkpoint.files import write_json
         from mtp_graft.checkpoint.manifest import claim_folder, read_result, write_manifest
         from mtp_graft.pipeline.device import device_name
 
-        assert self.run is not None
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
         folder, started = self.run / "bench" / name, time.perf_counter()
         claim = claim | {"server": self.identity(claim.get("k"))}
@@ -152,7 +131,7 @@ class Target:
         result, path = measure(folder), folder / "result.json"
         if (folder / "manifest.json").exists() and read_result(path) == result:
             return result
-        write_file(result, path)
+        write_json(result, path)
         # A running server's device is not known here.
         device = device_name() if self.checkpoint else f"server at {self.base_url}"
         seconds = time.perf_counter() - started

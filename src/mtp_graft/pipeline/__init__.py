@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, UsageError
 
 STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
 
@@ -16,3 +16,13 @@ def find_bundled_recipe() -> Path:
             "run from a checkout, or `mtp-graft run` a recipe of your own"
         )
     return path
+
+
+def choose_stages(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
+    """Return the stages that `--only` or `--from` name; UsageError for both, or unknown ones."""
+    if only is not None and start is not None:  # together they would remove what --only names
+        raise UsageError("--only and --from together: expected one of them")
+    name = only or start or STAGES[0]
+    if name not in STAGES:
+        raise UsageError(f"{name!r} is no stage; expected one of {', '.join(STAGES)}")
+    return (only,) if only is not None else STAGES[STAGES.index(name) :]

@@ -22,7 +22,7 @@ from typing import Any
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.bench import (
     bench,
@@ -48,16 +48,6 @@ from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import require_sound, verify
-
-
-def choose_stages(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
-    """Return the stages that `--only` or `--from` name; UsageError for both, or unknown ones."""
-    if only is not None and start is not None:  # together they would remove what --only names
-        raise UsageError("--only and --from together: expected one of them")
-    name = only or start or STAGES[0]
-    if name not in STAGES:
-        raise UsageError(f"{name!r} is no stage; expected one of {', '.join(STAGES)}")
-    return (only,) if only is not None else STAGES[STAGES.index(name) :]
 
 
 def run_pipeline(
