@@ -28,7 +28,7 @@ from typing import Any
 from engines import EngineOptions, decode, random_prompts, started, summarize_steps
 from record import write_result
 
-from mtp_graft.pipeline.device import gpu_names
+from mtp_graft.pipeline.device import gpus
 from mtp_graft.stages.process import run_in_process
 
 ALL_LAYERS = 43
@@ -91,7 +91,7 @@ def measure(job: Job, options: argparse.Namespace, gpu: str | None, _report: Any
     engine = EngineOptions(
         *(checkpoint, job.k, options.context + most, max(options.requests)),
         gpu_memory_utilization=options.gpu_memory_utilization,
-        rate=options.rate if job.k and gpu_names() else None,
+        rate=options.rate if job.k and gpus() else None,
         drafting=head,
     )
     with started(engine) as llm:

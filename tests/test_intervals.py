@@ -66,11 +66,6 @@ def test_one_prompt_leaves_the_pairs_to_say_how_sure_it_is() -> None:
     assert [low, high] == pytest.approx(np.exp([middle - half, middle + half]), rel=1e-3)
 
 
-def test_servers_that_never_vary_have_an_interval_without_width() -> None:
-    found = paired_ratio(np.full((3, 4), 2.0), np.ones((3, 4)))
-    assert found["interval"] == pytest.approx([2.0, 2.0])
-
-
 def counts(hits: Sequence[int], drafts: int = 20) -> list[dict[str, Any]]:
     return [{"id": f"t{n}", "drafts": drafts, "accepted": hit} for n, hit in enumerate(hits)]
 

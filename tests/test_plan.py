@@ -14,7 +14,6 @@ import pytest
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, device, find_bundled_recipe, plan
-from mtp_graft.pipeline.device import Gpu
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.pipeline.plan import Models, Need, check_room, check_run, plan_run, read_models
 from mtp_graft.recipe import Recipe, load_recipe
@@ -36,7 +35,7 @@ SERVED = ['bench.served_variants=["gptq", "bf16"]']
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setattr(device, "gpu_names", lambda: ())
+    monkeypatch.setattr(device, "gpus", lambda: None)
     return load_recipe(find_bundled_recipe(), SERVED)
 
 
@@ -160,9 +159,9 @@ def test_the_real_model_is_refused_by_doctors_estimate(
     repo_root: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    memory, full_size = named_hardware(gpu, count).memory_bytes, flash()
-    monkeypatch.setattr(device, "gpu_names", lambda: (gpu,) * count)
-    monkeypatch.setattr(plan, "find_gpus", lambda: [Gpu(gpu, memory, memory)] * found)
+    full_size = flash()
+    for module in (device, plan):
+        monkeypatch.setattr(module, "gpus", lambda: named_hardware(gpu, found))
     settings = [f"serve.tensor_parallel_size={count}"]
     wanted = load_recipe(repo_root / "recipes" / "dsv4-flash.toml", settings)
     base = {n: t for n, t in full_size.tensors.items() if not n.startswith(HEAD_PREFIX)}

@@ -3,17 +3,14 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from transformers import AutoTokenizer
 
-from mtp_graft.serving.client import ServerClient
 from mtp_graft.stages.splice import splice
 
 HERE = Path(__file__).parent
@@ -76,20 +73,3 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], list
         return batches
 
     return run
-
-
-def gauge(server: ServerClient, name: str) -> float:
-    """Return one of the server's metrics, summed over its labels."""
-    page = httpx.get(f"{server.base_url}/metrics", timeout=30).text
-    return sum(
-        float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(name)
-    )
-
-
-def wait_until_idle(server: ServerClient) -> None:
-    """Wait until the server has ended the requests of a client that is gone."""
-    deadline = time.monotonic() + 30
-    time.sleep(0.3)  # what had just come is counted by then
-    while gauge(server, "vllm:num_requests_running") + gauge(server, "vllm:num_requests_waiting"):
-        assert time.monotonic() < deadline, "a request goes on without its client"
-        time.sleep(0.1)

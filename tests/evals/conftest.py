@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -53,11 +52,8 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     for name in ("gsm8k", "human_eval", "mmlu/test"):
         (folder / name).mkdir(parents=True)
-    math = [
-        {"question": f"Ten times {i}?", "answer": f"10 * {i}\n#### {10 * i}"} for i in range(12)
-    ]
-    (folder / "gsm8k" / "test.jsonl").write_text(json_lines(math))
-    code = [
+    math = ({"question": f"Ten times {i}?", "answer": f"#### {10 * i}"} for i in range(12))
+    code = (
         {
             "task_id": f"HumanEval/{i}",
             "entry_point": f"times_{i}",
@@ -65,14 +61,11 @@ def data(tmp_path: Path) -> Path:
             "test": f"def check(candidate):\n    assert candidate(3) == {3 * i}\n",
         }
         for i in range(12)
-    ]
-    packed = gzip.compress(json_lines(code).encode())
+    )
+    (folder / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, math)))
+    packed = gzip.compress("\n".join(map(json.dumps, code)).encode())
     (folder / "human_eval" / "HumanEval.jsonl.gz").write_bytes(packed)
     for subject in ("sums", "products"):
         rows = "".join(f"{subject} {i}?,{i},{2 * i},{3 * i},{4 * i},B\n" for i in range(6))
         (folder / "mmlu" / "test" / f"{subject}_test.csv").write_text(rows)
     return folder
-
-
-def json_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -18,34 +18,18 @@ from .conftest import Run
 pytestmark = [pytest.mark.usefixtures("sandbox"), pytest.mark.timeout(600)]
 
 CATEGORIES = ("math", "code", "reasoning", "knowledge", "instruction", "longform", "tools")
-WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen".split()  # noqa: SIM905
-
-
-def section(number: int) -> str:
-    return " ".join(f"{word}{number}x{i}" for i in range(6) for word in WORDS)
-
-
-SECTIONS = "\n\n".join(
-    f"## {name}\n\n{section(number)}"
-    for number, name in enumerate(("Evaporation", "Condensation", "Precipitation", "Collection"))
-)
+PARTS = ["Evaporation", "Condensation", "Precipitation", "Collection"]
+TEXTS = {part: " ".join(f"{part}{number}" for number in range(78)) for part in PARTS}
+SECTIONS = "\n\n".join(f"## {part}\n\n{text}" for part, text in TEXTS.items())
+SHORT = SECTIONS.replace(TEXTS["Precipitation"], "Rain.")
 LIST = "\n".join(f"{n}. Keep the screws of machine {n} apart" for n in range(1, 21))
 RUNS = """
 def run_lengths(text):
-    runs = []
-    for sign in text:
-        if runs and runs[-1][0] == sign:
-            runs[-1] = (sign, runs[-1][1] + 1)
-        else:
-            runs.append((sign, 1))
-    return runs
+    from itertools import groupby
+    return [(sign, len(list(run))) for sign, run in groupby(text)]
 """
-MEDIAN = """
-def median(values):
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-"""
+MEDIAN = "import statistics\ndef median(values):\n    return statistics.median(values)\n"
+IN_PLACE = "def median(v):\n    v.sort()\n    return v[len(v) // 2]\n"
 
 
 def call(name: str, **arguments: str) -> dict[str, Any]:
@@ -54,102 +38,73 @@ def call(name: str, **arguments: str) -> dict[str, Any]:
 
 
 DENTIST = call("add_event", title="Dentist appointment", date="2027-03-04")
+NOT_SO, WRONG = "instruction not followed", "wrong answer"
 #: Task -> a part of its question, an answer that is right, and wrong ones with their kinds.
-TASKS: dict[str, tuple[str, Any, list[tuple[Any, str]]]] = {
+TASKS: dict[str, tuple[str, Any, dict[Any, str]]] = {
     "math/arithmetic": (
-        "48 * 37",
-        "1776 - 159.\nAnswer: 1617",
-        [("Answer: 1627", "wrong answer"), ("1617", "no answer found")],
+        *("48 * 37", "1776 - 159.\nAnswer: 1617"),
+        {"Answer: 1627": WRONG, "1617": "no answer found"},
     ),
-    "math/rates": ("pipe", "**Answer: 144**", [("Answer: 2.4", "wrong answer")]),
+    "math/rates": ("pipe", "**Answer: 144**", {"Answer: 2.4": WRONG}),
     "reasoning/boxes": (
-        "boxes",
-        "Answer: Yellow, red, blue, green.",
-        [("Answer: green, blue, red, yellow", "wrong answer")],
+        *("boxes", "Answer: Yellow, red, blue, green."),
+        {"Answer: green, blue, red, yellow": WRONG},
     ),
-    "reasoning/days": ("Thursday", "Answer: Monday", [("Answer: Tuesday", "wrong answer")]),
-    "knowledge/tungsten": ("tungsten", "Answer: W", [("Answer: Tu", "wrong answer")]),
-    "knowledge/hermitage": (
-        "Hermitage",
-        "Answer: St. Petersburg",
-        [("Answer: Moscow", "wrong answer")],
-    ),
+    "reasoning/days": ("Thursday", "Answer: Monday", {"Answer: Tuesday": WRONG}),
+    "knowledge/tungsten": ("tungsten", "Answer: W", {"Answer: Tu": WRONG}),
+    "knowledge/hermitage": ("Hermitage", "Answer: St. Petersburg", {"Answer: Moscow": WRONG}),
     "code/runs": (
-        "run_lengths",
-        f"```python{RUNS}```",
-        [
-            ("```python\ndef run_lengths(t): return []\n```", "AssertionError"),
-            ("", "no answer found"),
-        ],
+        *("run_lengths", f"```python{RUNS}```"),
+        {"```\ndef run_lengths(t): return []\n```": "AssertionError", "": "no answer found"},
     ),
-    "code/median": (
-        "median",
-        f"```python{MEDIAN}```",
-        [
-            (
-                "```python\ndef median(v):\n    v.sort()\n    return v[len(v)//2]\n```",
-                "AssertionError",
-            )
-        ],
-    ),
+    "code/median": ("median", f"```python\n{MEDIAN}```", {f"```\n{IN_PLACE}```": "AssertionError"}),
     "instruction/json": (
-        "an ant",
-        '{"name": "ant", "legs": 6, "habitats": ["forest", "meadow"]}',
-        [
-            ('```json\n{"name": "ant"}\n```', "instruction not followed"),
-            ('{"name": "ant", "legs": 8, "habitats": ["a", "b"]}', "instruction not followed"),
-            ('{"name": "ant", "legs": 6, "habitats": ["a"]}', "instruction not followed"),
-            ('["name", "legs", "habitats"]', "instruction not followed"),
-        ],
+        *("an ant", '{"name": "ant", "legs": 6, "habitats": ["forest", "meadow"]}'),
+        {
+            '```json\n{"name": "ant"}\n```': NOT_SO,
+            '{"name": "ant", "legs": 8, "habitats": ["a", "b"]}': NOT_SO,
+            '{"name": "ant", "legs": 6, "habitats": ["a"]}': NOT_SO,
+            '["name", "legs", "habitats"]': NOT_SO,
+        },
     ),
     "instruction/hyphens": (
-        "hyphens",
-        "sun-sea-sand-salt-sail\n",
-        [
-            ("sun-sea-sand-salt", "instruction not followed"),
-            ("sun-sun-sand-salt-sail", "instruction not followed"),
-            ("Here: sun-sea-sand-salt-sail", "instruction not followed"),
-        ],
+        *("hyphens", "sun-sea-sand-salt-sail\n"),
+        dict.fromkeys(
+            ("sun-sea-sand-salt", "sun-sun-sand-salt-sail", "Here: sun-sea-sand-salt-sail"), NOT_SO
+        ),
     ),
     "longform/sections": (
-        "water cycle",
-        SECTIONS,
-        [
-            (SECTIONS.replace("## Coll", "## Call"), "instruction not followed"),
-            (SECTIONS.replace(section(2), "Rain."), "instruction not followed"),
-            (SECTIONS.replace(section(2), "the rain falls " * 200), "repetition"),
-        ],
+        *("water cycle", SECTIONS),
+        {
+            SECTIONS.replace("## Coll", "## Call"): NOT_SO,
+            SHORT: NOT_SO,
+            SHORT.replace("Rain.", "the rain falls " * 200): "repetition",
+        },
     ),
     "longform/list": (
-        "glass jar",
-        LIST,
-        [
-            (LIST.replace("7. ", "8. "), "instruction not followed"),
-            (f"Here:\n{LIST}", "instruction not followed"),
-            (LIST.replace("machine 4", "machine 5"), "repetition"),
-        ],
+        *("glass jar", LIST),
+        {
+            LIST.replace("7. ", "8. "): NOT_SO,
+            f"Here:\n{LIST}": NOT_SO,
+            LIST.replace("machine 4", "machine 5"): "repetition",
+        },
     ),
-    "tools/call": (
-        "dentist",
-        DENTIST,
-        [
-            ("It is in your calendar.", "no tool call"),
-            (call("search_mail", query="dentist"), "wrong tool call"),
-            (call("add_event", title="Dentist", date="2027-04-03"), "wrong tool call"),
-            (call("add_event", title="Dentist"), "wrong tool call"),
-        ],
-    ),
+    "tools/call": ("dentist", DENTIST, {"It is in your calendar.": "no tool call"}),
     "tools/result": (
-        "in Oslo",
-        "It is 17 degrees in Oslo.",
-        [
-            ("It is 7 degrees.", "wrong answer"),
-            ("It is 17.5 degrees.", "wrong answer"),
-            ("17 - 17 = 17", "wrong answer"),
-            (call("get_weather", city="Oslo"), "wrong tool call"),
-        ],
+        *("in Oslo", "It is 17 degrees in Oslo."),
+        dict.fromkeys(("It is 7 degrees.", "It is 17.5 degrees.", "17 - 17 = 17"), WRONG),
     ),
 }
+WRONG_CALLS = [
+    ("tools/call", call("search_mail", query="dentist")),
+    ("tools/call", call("add_event", title="Dentist", date="2027-04-03")),
+    ("tools/call", call("add_event", title="Dentist")),
+    ("tools/result", call("get_weather", city="Oslo")),
+]
+WRONG_ANSWERS = [
+    *((name, said, kind) for name, (_, _, wrong) in TASKS.items() for said, kind in wrong.items()),
+    *((name, said, "wrong tool call") for name, said in WRONG_CALLS),
+]
 
 
 def output_of(said: Any) -> ModelOutput:
@@ -173,12 +128,9 @@ def test_a_server_that_does_every_task_scores_fourteen(run: Run) -> None:
     assert sum("tools" in body for body in server.bodies) == 2
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_each_task_tells_right_from_wrong(name: str) -> None:
+@pytest.mark.parametrize(("name", "said", "kind"), WRONG_ANSWERS)
+def test_each_task_tells_right_from_wrong(name: str, said: Any, kind: str) -> None:
     samples = capability(None, None, 0).dataset
     [data] = [s.metadata for s in samples if s.id == f"capability/{name}"]
-    _, right, wrong = TASKS[name]
-    assert data is not None and judge(output_of(right), data) is None
-    for said, kind in wrong:
-        failure = judge(output_of(said), data)
-        assert failure is not None and failure.kind == kind, said
+    failure = judge(output_of(said), data or {})
+    assert failure is not None and failure.kind == kind

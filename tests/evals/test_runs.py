@@ -44,44 +44,30 @@ def command(name: str, server: ChatServer, data: Path, *more: object) -> list[ob
     return [*arguments, *more]
 
 
-@pytest.mark.parametrize(
-    ("name", "mistakes", "kinds"),
-    [
-        (
-            "gsm8k",
-            {
-                "times 3?": ("#### 31", "wrong answer"),
-                "times 4?": ("So it is 40", "no answer found"),
-                "times 5?": (
-                    {"content": "First", "finish_reason": "length"},
-                    "no answer found, cut off",
-                ),
-                "times 6?": ({"content": "#### 61", "reasoning": "#### 60"}, "wrong answer"),
-                "times 7?": ("what\ud800", "no answer found"),
-                "times 8?": ({"content": None, "reasoning": "#### 80"}, None),
-                "times 9?": ({"content": "", "reasoning_content": "#### 90"}, None),
-            },
-            {"gsm8k/3", "gsm8k/4", "gsm8k/5", "gsm8k/6", "gsm8k/7"},
-        ),
-        ("mmlu", {"sums 2?": ("The answer is (A).", "wrong answer")}, {"mmlu/sums/8"}),
-        (
-            "humaneval",
-            {
-                "times_2(": ("```python\ndef times_2(x):\n    return 1\n```", "AssertionError"),
-                "times_3(": ({"content": None, "reasoning": "..."}, "no answer found"),
-            },
-            {"HumanEval/2", "HumanEval/3"},
-        ),
-    ],
-)
+#: Benchmark -> part of a question -> what is said to it, and as what it counts.
+MISTAKES: dict[str, dict[str, tuple[str | Message, str | None]]] = {
+    "gsm8k": {
+        "times 3?": ("#### 31", "wrong answer"),
+        "times 4?": ("So it is 40", "no answer found"),
+        "times 5?": ({"content": "First", "finish_reason": "length"}, "no answer found, cut off"),
+        "times 6?": ({"content": "#### 61", "reasoning": "#### 60"}, "wrong answer"),
+        "times 7?": ("what\ud800", "no answer found"),
+        "times 8?": ({"content": None, "reasoning": "#### 80"}, None),
+        "times 9?": ({"content": "", "reasoning_content": "#### 90"}, None),
+    },
+    "mmlu": {"sums 2?": ("The answer is (A).", "wrong answer")},
+    "humaneval": {
+        "times_2(": ("```python\ndef times_2(x):\n    return 1\n```", "AssertionError"),
+        "times_3(": ({"content": None, "reasoning": "..."}, "no answer found"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("sandbox")
-def test_right_answers_count_and_mistakes_are_classified(
-    run: Run,
-    data: Path,
-    name: str,
-    mistakes: dict[str, tuple[str | Message, str | None]],
-    kinds: set[str],
-) -> None:
+def test_right_answers_count_and_mistakes_are_classified(run: Run, data: Path, name: str) -> None:
+    mistakes = MISTAKES[name]
+
     def say(text: str) -> str | Message:
         return next((said for part, (said, _) in mistakes.items() if part in text), right(text))
 
@@ -89,10 +75,9 @@ def test_right_answers_count_and_mistakes_are_classified(
         status, out, errors = run(*command(name, server, data, "--json", "-"))
     assert status == 0, errors
     result = json.loads(out)
-    assert {failure["id"] for failure in result["failures"]} == kinds
     expected = Counter(kind for _, kind in mistakes.values() if kind)
     assert result["kinds"] == expected == Counter(f["kind"] for f in result["failures"])
-    assert result["correct"] == 12 - len(kinds) and result["total"] == 12
+    assert (result["correct"], result["total"]) == (12 - expected.total(), 12)
     assert result["score"] == result["correct"] / 12
     assert len(server.bodies) == 12
     for body in server.bodies:
@@ -170,7 +155,7 @@ def test_a_killed_client_asks_again_only_what_was_in_work(
     run: Run, data: Path, tmp_path: Path
 ) -> None:
     with serving(right, delay_s=0.3) as server:
-        words = command("gsm8k", server, data, "--concurrency", 1, "--run", tmp_path / "run")
+        words = command("gsm8k", server, data, "--concurrency", 2, "--run", tmp_path / "run")
         main = [sys.executable, "-c", "from mtp_graft.cli import main; main()"]
         client = subprocess.Popen([*main, *map(str, words)], env=dict(os.environ))
         try:
@@ -187,7 +172,8 @@ def test_a_killed_client_asks_again_only_what_was_in_work(
         assert status == 0, errors
     result = json.loads(out)
     assert (result["correct"], result["total"]) == (12, 12)
-    assert len(before & set(server.asked())) <= 2, "being answered, or being written"
+    assert len(before & set(server.asked())) <= 4, "being answered, or being written"
+    assert server.most_in_work == 2
     kept = json.loads((tmp_path / "run" / "bench" / "gsm8k" / "result.json").read_text())
     assert kept == result
 
@@ -210,12 +196,6 @@ def test_a_mistake_is_one_message_before_anything_is_asked(
         status, out, errors = run(*command(name, server, data, *rest))
     assert (status, out, server.bodies) == (2 if name == "capability" else 1, "", [])
     assert message in errors and "Traceback" not in errors
-
-
-def test_as_many_are_asked_at_a_time_as_were_asked_for(run: Run, data: Path) -> None:
-    with serving(right, delay_s=1.0) as server:
-        assert run(*command("gsm8k", server, data, "--concurrency", 3))[0] == 0
-    assert server.most_in_work == 3
 
 
 def test_help_loads_nothing_heavy() -> None:

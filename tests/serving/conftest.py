@@ -49,11 +49,11 @@ def only_from(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class NvmlError(Exception):
-    """Stands for pynvml.NVMLError."""
+    """Stands for pynvml.NVMLError and what is derived from it."""
 
 
-class NvmlLibraryNotFound(NvmlError):
-    """Stands for what pynvml raises without a driver."""
+class NoDriver(NvmlError):
+    """Stands for what pynvml raises on a machine without NVIDIA's driver."""
 
 
 def install_gpus(
@@ -61,18 +61,18 @@ def install_gpus(
     *gpus: str,
     memory_mib: int | None = None,
     nvlinks: Collection[tuple[int, int]] = (),
-    error: NvmlError | None = None,
+    error: str | NvmlError | None = None,
 ) -> None:
     """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them."""
 
     def initialize() -> None:
         if error:
-            raise error
+            raise error if isinstance(error, NvmlError) else NvmlError(error)
 
     def memory(_gpu: int) -> SimpleNamespace:
         if memory_mib is None:
             raise NvmlError("Not Supported")
-        return SimpleNamespace(total=memory_mib * 2**20, free=7 * 2**20)
+        return SimpleNamespace(total=memory_mib * 2**20)
 
     def by_uuid(uuid: str) -> int:
         if not uuid.startswith("GPU-"):
@@ -80,9 +80,8 @@ def install_gpus(
         return int(uuid.removeprefix("GPU-"))
 
     stand_in = SimpleNamespace(
-        NVMLError=NvmlError,
-        NVMLError_NotSupported=NvmlError,
-        NVMLError_LibraryNotFound=NvmlLibraryNotFound,
+        **dict.fromkeys(("NVMLError", "NVMLError_NotSupported"), NvmlError),
+        **dict.fromkeys(("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"), NoDriver),
         NVML_P2P_CAPS_INDEX_NVLINK=2,
         NVML_P2P_STATUS_OK=0,
         nvmlInit=initialize,

@@ -1,11 +1,7 @@
 """`mtp-graft bench` from the command line, on a stand-in vLLM."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +14,14 @@ from mtp_graft.pipeline.device import device_name
 from mtp_graft.serving import command, server
 
 from .bench_server import serving
-from .conftest import command_environment, read_record
+from .conftest import read_record
 
 Run = Callable[..., tuple[int, str, str]]
+pytestmark = pytest.mark.usefixtures("vllm")
 
 
 @pytest.fixture
-def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Run `bench` in this process; return exit status, output and errors."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
@@ -81,27 +78,26 @@ def test_wrong_usage_is_status_2_and_says_what_is_wrong(
     assert message in " ".join(errors.replace("│", " ").split())
 
 
-def test_decode_against_a_base_prints_the_ratio_and_writes_it(
+def test_decode_against_a_base_prints_the_ratio_and_keeps_the_pairs(
     run: Run, fake: Callable[..., None], base: Path, grafted: Path, asked: Any, tmp_path: Path
 ) -> None:
     fake(accepts=[2, 0])
-    status, out, errors = run(
-        *("decode", "--checkpoint", grafted, "--against", base, "--pairs", 2, "--rounds", 1),
-        *(*asked, "--k", 3, "--json", tmp_path / "decode.json"),
-    )
+    words = ("decode", "--checkpoint", grafted, "--against", base, *asked, "--rounds", 1, "-k", 3)
+    status, out, errors = run(*words, "--pairs", 2, "--json", tmp_path / "decode.json")
     assert status == 0, errors
     result = json.loads((tmp_path / "decode.json").read_text())
     for key in ("decode_tok_s", "ttft_ms", "tpot_ms", "acceptance"):
         assert {"median", "min", "max", "runs"} <= result[key].keys()
-    assert result["restarted"] is True
     assert (result["k"], result["against"]["k"]) == (3, None)
     assert "decode speed: " in out and "95 % interval" in out
     assert "greedy text: identical on every prompt" in out
     # 20 tokens: 1, 3, 1, ..., 3
     assert "k = 3: accepted by position 55.6, 100.0, 0.0 % (each given the ones before" in out
     assert json.loads((tmp_path / "run" / "bench" / "decode" / "result.json").read_text()) == result
-    for turn in ("base-1", "mtp-1", "mtp-2", "base-2"):
-        assert f"vllm-{turn}.log" in errors
+    # Pairs that are added join those of the run folder.
+    more = done(run(*words, "--pairs", 3, "--json", "-"))
+    per_pair = [found["ratio"]["decode_tok_s"]["per_pair"] for found in (result, more)]
+    assert per_pair[1][:2] == per_pair[0] and more["decode_tok_s"]["runs"] == 3
 
 
 def test_a_profile_is_served_as_serve_does_and_kept_apart(
@@ -138,31 +134,21 @@ def test_a_running_server_is_known_by_its_address_and_by_what_it_drafts(
     assert json.loads(path.read_text()) == manifest, "nothing was measured again"
 
 
-@pytest.mark.parametrize(
-    ("what", "other", "message"),
-    [
-        ("pipeline.device.device_name", "1x another", "server.device = "),
-        ("serving.command.find_vllm", command.vllm_elsewhere(), "server.vllm = "),
-    ],
-)
 def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
-    run: Run,
-    grafted: Path,
-    asked: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    what: str,
-    other: Any,
-    message: str,
+    run: Run, grafted: Path, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("decode", "--checkpoint", grafted, "-k", 1, "--rounds", 1, *asked)
     assert run(*words)[0] == 0
     manifest = tmp_path / "run" / "bench" / "decode" / "manifest.json"
     before = manifest.read_bytes()
-    monkeypatch.setattr(f"mtp_graft.{what}", lambda: other)
-    status, _, errors = run(*words)
-    assert status == 1
-    assert f"was begun with {message}" in errors and "use another --run" in errors
+    for what, other, key in (
+        ("pipeline.device.device_name", "1x another", "device"),
+        ("serving.command.find_vllm", command.vllm_elsewhere(), "vllm"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"mtp_graft.{what}", lambda other=other: other)
+            status, _, errors = run(*words)
+        assert status == 1 and f"was begun with server.{key} = " in errors
     assert manifest.read_bytes() == before
 
 
@@ -191,49 +177,3 @@ def test_workload_prints_a_row_a_category(run: Run, grafted: Path) -> None:
         **dict.fromkeys(("chat", "coding", "retrieval", "writing", "planning"), "3"),
         "all": "15",
     }
-
-
-def test_a_killed_comparison_keeps_its_turns_and_pairs_can_be_added(
-    run: Run, site: Path, base: Path, grafted: Path, asked: Any, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run" / "bench" / "decode"
-    words = ("decode", "--checkpoint", grafted, "--against", base, *asked, "--json", "-")
-    streams, record = tmp_path / "streams", tmp_path / "record.json"
-    environment = command_environment(site, step_s=0.01, streams=str(streams), record=str(record))
-    environment["PYTHONPATH"] = f"{site}{os.pathsep}{Path(cli.__file__).parents[2]}"
-    client = subprocess.Popen(
-        [sys.executable, "-c", KILLABLE, "bench", *map(str, words)], env=environment
-    )
-    deadline = time.monotonic() + 120
-    while not streams.exists() or streams.read_text().count("\n") < 2 * (1 + 2 * 3) + 1:
-        assert client.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    client.kill()
-    client.wait()
-    for pid in read_record(record)["pids"]:  # of the third turn's server
-        os.kill(pid, signal.SIGKILL)
-    kept = {file: file.read_bytes() for file in folder.glob("*-1.json")}
-    two = done(run(*words, "--pairs", 2))
-    assert (two["pairs"], two["decode_tok_s"]["runs"]) == (2, 2 * 3)
-    three = done(run(*words, "--pairs", 3))
-    assert {file: file.read_bytes() for file in kept} == kept
-    per_pair = [result["ratio"]["decode_tok_s"]["per_pair"] for result in (two, three)]
-    assert per_pair[1][:2] == per_pair[0]
-
-
-#: The command, seeing the stand-in only: the test's own patch ends with its process.
-KILLABLE = """
-import os
-from importlib.metadata import Distribution, PackageNotFoundError
-from mtp_graft import cli
-from mtp_graft.serving import command, server
-
-def distribution(name):
-    for dist in Distribution.discover(name=name, path=os.environ["PYTHONPATH"].split(os.pathsep)):
-        return dist
-    raise PackageNotFoundError(name)
-
-command.distribution = distribution
-server.POLL_S = 0.02
-cli.main()
-"""

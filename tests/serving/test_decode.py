@@ -110,16 +110,6 @@ def test_sampled_texts_are_timed_and_not_compared(fake: Fake, turns: Turns, tmp_
     assert len((tmp_path / "requests").read_text().split()) == 4
 
 
-def test_a_comparison_goes_on_with_the_turns_that_are_missing(turns: Turns, tmp_path: Path) -> None:
-    whole = turns.measure(2, folder=tmp_path)
-    (tmp_path / "base-2.json").unlink()
-    turns.names.clear()
-    resumed = turns.measure(3, folder=tmp_path)
-    assert turns.names == ["base-2", "base-3", "mtp-3"]
-    per_pair = [result["ratio"]["decode_tok_s"]["per_pair"] for result in (whole, resumed)]
-    assert per_pair[1][0] == per_pair[0][0]
-
-
 def turn(*rounds: list[requests.Answer], reference: Any = None) -> dict[str, Any]:
     prompts = {f"p{n}": [1] for n in range(len(rounds[0]))}
     return {"prompts": prompts, "rounds": rounds, "reference": reference}
@@ -227,15 +217,6 @@ def test_results_are_spread_over_rounds_and_the_one_of_median_speed_is_known() -
     assert decode_result([changed], CONFIG)["repeatable"] is False
 
 
-def test_chunks_come_with_their_texts(fake: Fake, grafted: Path) -> None:
-    fake()
-    with serving(grafted) as client:
-        body = {"prompt": [1, 2], "max_tokens": 5, "ignore_eos": True}
-        found = time_answer(client, "/v1/completions", body)
-    assert [size for _, size in found["chunks"]] == [1, 2, 1, 1]
-    assert found["texts"] == [" 3", " 10 17", " 24", " 31"]
-
-
 @pytest.mark.parametrize(
     ("failure", "message"),
     [("500", "out of luck"), ("closes", "ended after 1 tokens"), ("aborts", "reason 'abort'")],
@@ -255,22 +236,21 @@ def chunk(**content: Any) -> dict[str, Any]:
 LAST = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
 
 
-class Answering(ServerClient):
-    """A client whose server sends these events, and says what it drafted nothing."""
-
-    def __init__(self, *sent: Any) -> None:
-        super().__init__("http://127.0.0.1:9")
-        self.sent = sent
-
-    def events(self, path: str, body: dict[str, Any]) -> Any:
-        yield from self.sent
-
-    def spec_decode_counters(self) -> None:
-        return None
+def answering(monkeypatch: pytest.MonkeyPatch, *sent: Any) -> ServerClient:
+    """Return a client whose server sends these events, and says what it drafted nothing."""
+    monkeypatch.setattr(ServerClient, "events", lambda *_: iter(sent))
+    monkeypatch.setattr(ServerClient, "spec_decode_counters", lambda _self: None)
+    return ServerClient("http://127.0.0.1:9")
 
 
-def test_a_chats_stream_may_say_null_where_there_is_no_text() -> None:
-    found = time_answer(Answering(chunk(delta={"content": None}), LAST), "/v1/x", {})
+def test_chunks_come_with_their_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"choices": [{"token_ids": [], "finish_reason": None, "text": "b"}]}
+    client = answering(monkeypatch, chunk(text="a"), more, chunk(text="c", token_ids=[8, 9]), {
+        "choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3}
+    })  # fmt: skip
+    found = time_answer(client, "/v1/completions", {})
+    assert ([size for _, size in found["chunks"]], found["texts"]) == ([1, 2], ["ab", "c"])
+    found = time_answer(answering(monkeypatch, chunk(delta={"content": None}), LAST), "/v1/x", {})
     assert (found["texts"], found["token_ids"], found["prompt_tokens"]) == ([""], [7], 1)
 
 
@@ -288,9 +268,11 @@ def test_a_chats_stream_may_say_null_where_there_is_no_text() -> None:
         (5,),
     ],
 )
-def test_a_stream_that_is_not_whole_is_an_error(sent: tuple[Any, ...]) -> None:
+def test_a_stream_that_is_not_whole_is_an_error(
+    sent: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(GraftError):
-        time_answer(Answering(*sent), "/v1/x", {})
+        time_answer(answering(monkeypatch, *sent), "/v1/x", {})
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mtp_graft.serving.doctor.target import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages.splice import splice
-from serving.conftest import NvmlError, install_gpus
+from serving.conftest import install_gpus
 from serving.flash import flash
 
 ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
@@ -168,7 +168,7 @@ def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
     smi = tmp_path / "nvidia-smi"
     smi.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    install_gpus(monkeypatch, error=NvmlError("Driver Not Loaded"))
+    install_gpus(monkeypatch, error="Driver Not Loaded")
     monkeypatch.setattr(target, "installed_vllm", vllm_elsewhere)
     found = find_target()
     assert (found.hardware, found.platform, found.tp) == (None, "cuda", 1)

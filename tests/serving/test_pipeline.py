@@ -28,8 +28,8 @@ from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import report as quantize_report
 
+from .bench_server import quiet
 from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, write_checkpoint
-from .test_acceptance import quiet
 
 RECIPE = """
 [model]
@@ -487,10 +487,8 @@ def test_this_process_leaves_cuda_to_others(
     run: Run, on_gpus: OnGpus, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_gpus("NVIDIA H200", 143771, "NV18")
-    gpu = device.Gpu("NVIDIA H200", 150 * 10**9, 150 * 10**9)
-    for module in (device, pipeline.plan):
-        monkeypatch.setattr(module, "find_gpus", lambda: [gpu])
-    device.gpu_names.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    device.gpus.cache_clear()
     for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was used here"))
     monkeypatch.setattr(pipeline.run, "run_in_process", run_in_process)
@@ -499,7 +497,7 @@ def test_this_process_leaves_cuda_to_others(
     try:
         run()
     finally:
-        device.gpu_names.cache_clear()
+        device.gpus.cache_clear()
     for stage in ("quantize", "score"):
         _, pid = (folder / stage / "done by").read_text().split()
         assert int(pid) != os.getpid()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mtp_graft.bench import sweep
-from mtp_graft.bench.sweep import SweepConfig, measure_sweep
+from mtp_graft.bench.decode import DecodeConfig
+from mtp_graft.bench.sweep import measure_sweep
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
 from mtp_graft.serving.client import Prompt, ServerClient
@@ -34,8 +35,8 @@ def test_vllms_own_client_holds_the_load(
             )  # the engine itself, as its client
             yield client
 
-    config = SweepConfig((3,), (2,), max_tokens=20, num_requests=3)
-    [point] = measure_sweep(serve, PROMPTS, config, quiet)["points"]
+    config = DecodeConfig(max_tokens=20, rounds=3)
+    [point] = measure_sweep(serve, PROMPTS, [2], [3], config, quiet)["points"]
     assert started == [2] and (point["k"], point["concurrency"]) == (2, 3)
     # Of nine requests; warm-ups are not counted, and one fails.
     assert (point["requests"], point["errors"], point["tokens"]) == (8, 1, 8 * 20)
@@ -82,8 +83,9 @@ def tokenizing(_k: int) -> Iterator[ServerClient]:
 
 
 def test_a_point_is_made_of_the_requests_that_were_answered(loads: list[Any]) -> None:
-    config = SweepConfig((2,), (0,), max_tokens=11, num_requests=1, temperature=0.5)
-    [point] = measure_sweep(tokenizing, PROMPTS, config, quiet, api_key="key")["points"]
+    config = DecodeConfig(max_tokens=11, rounds=1, temperature=0.5)
+    result = measure_sweep(tokenizing, PROMPTS, [0], [2], config, quiet, api_key="key")
+    [point] = result["points"]
     assert point["per_stream_tok_s"] == pytest.approx(5.0)
     assert (point["aggregate_tok_s"], point["ttft_ms"]) == (4.0, 500.0)
     assert (point["errors"], point["failures"]) == (1, ["OSError: gone"])
@@ -97,19 +99,18 @@ def test_a_point_is_made_of_the_requests_that_were_answered(loads: list[Any]) ->
 
 
 def test_points_of_earlier_calls_are_not_measured_again(loads: list[Any], tmp_path: Path) -> None:
-    def measured(concurrencies: tuple[int, ...], *ks: int) -> list[tuple[int, int]]:
-        config = SweepConfig(concurrencies, ks)
-        points = measure_sweep(tokenizing, PROMPTS, config, quiet, tmp_path)["points"]
-        return [(point["k"], point["concurrency"]) for point in points]
+    def measured(loads: list[int], *ks: int) -> list[tuple[int, int]]:
+        found = measure_sweep(tokenizing, PROMPTS, ks, loads, DecodeConfig(), quiet, tmp_path)
+        return [(point["k"], point["concurrency"]) for point in found["points"]]
 
-    assert measured((1, 3), 1) == [(1, 1), (1, 3)]
-    assert measured((3, 2, 1), 1, 0) == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
+    assert measured([1, 3], 1) == [(1, 1), (1, 3)]
+    assert measured([3, 2, 1], 1, 0) == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
     assert len(loads) == 6
 
 
 def test_what_cannot_be_measured_is_an_error(vllm: object, monkeypatch: pytest.MonkeyPatch) -> None:
     def measure() -> None:
-        measure_sweep(tokenizing, PROMPTS, SweepConfig((2,), (1,)), quiet)
+        measure_sweep(tokenizing, PROMPTS, [1], [2], DecodeConfig(), quiet)
 
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GraftError, match=r"vllm bench serve failed against http://127\.0\.0\.1:9"):

@@ -3,7 +3,7 @@ import pytest
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.topology import CPU, Hardware, Link, find_gpus, named_hardware
 
-from .conftest import NvmlError, NvmlLibraryNotFound, install_gpus
+from .conftest import install_gpus
 
 MIB = 2**20
 
@@ -44,7 +44,7 @@ def test_a_gpu_that_is_not_known_is_taken_as_its_driver_has_it(
     install_gpus(monkeypatch, "NVIDIA GH200 480GB", memory_mib=97871)
     assert find_gpus() == Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)
     install_gpus(monkeypatch, "NVIDIA Thor")
-    with pytest.raises(GraftError, match="found NVIDIA Thor of unknown memory"):
+    with pytest.raises(GraftError, match=r"Thor.*how much memory"):
         find_gpus()
 
 
@@ -62,11 +62,8 @@ def test_gpus_of_two_kinds_none_and_no_driver_are_errors(monkeypatch: pytest.Mon
         install_gpus(monkeypatch, *gpus, memory_mib=143771)
         with pytest.raises(GraftError, match="expected GPUs of one kind"):
             find_gpus()
-    install_gpus(monkeypatch, error=NvmlLibraryNotFound())
-    with pytest.raises(GraftError, match=r"no GPU, or no driver.*--gpu NAME"):
-        find_gpus()
-    install_gpus(monkeypatch, error=NvmlError("Driver Not Loaded"))
-    with pytest.raises(GraftError, match="driver says Driver Not Loaded"):
+    install_gpus(monkeypatch, error="NVML Shared Library Not Found")
+    with pytest.raises(GraftError, match=r"Library Not Found.*--gpu NAME"):
         find_gpus()
 
 

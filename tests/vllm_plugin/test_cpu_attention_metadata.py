@@ -235,16 +235,6 @@ def test_no_layer_type_has_a_plan() -> None:
     assert {plans[layer_type] for layer_type in ("swaonly", "c1a", "c4a", "new")} == {None}
 
 
-@pytest.mark.parametrize(("k", "flattens"), [(0, False), (1, True), (2, True)])
-def test_the_indexer_flattens_whenever_there_are_drafts(k: int, flattens: bool) -> None:
-    def stock(self: Any, drafts: int) -> None:
-        self.num_speculative_tokens, self.use_flattening = drafts, drafts > 1
-
-    builder = types.SimpleNamespace()
-    attention_metadata.flattening_drafts(stock)(builder, k)
-    assert builder.use_flattening is flattens
-
-
 def requests_of_drafts(build: Any) -> list[list[int]]:
     """Ask for the tokens' requests as `propose` does: three tokens of two requests, then drafts."""
     bounds = torch.tensor([0, 3, 6], dtype=torch.int32)

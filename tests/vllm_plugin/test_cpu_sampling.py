@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.v1.sample import rejection_sampler
@@ -23,35 +21,6 @@ pytestmark = pytest.mark.vllm
 VOCABULARY = 8
 REPEATS = 2000  # of each request, in one batch
 SIGMAS = 5  # one in 1.7 million counts is farther off; some 500 are compared, with fixed seeds
-
-
-def expand_by_loop(x: Tensor, counts: list[int], replace_from: int, replace_to: int) -> Tensor:
-    values = []
-    for value, count in zip(x.tolist(), counts, strict=True):
-        values += [replace_to if value == replace_from else value] * count
-    return torch.tensor(values, dtype=x.dtype)
-
-
-@given(
-    st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64]),
-    st.lists(st.tuples(st.sampled_from([0, 0.25, 0.75, 1, 5, 4096]), st.integers(0, 4))),
-    st.sampled_from([(0, 0), (0, 1), (5, 3)]),
-    st.sampled_from([torch.int32, torch.int64]),
-)
-@settings(deadline=None)
-def test_each_request_gives_its_tokens_its_own_value(
-    dtype: torch.dtype,
-    requests: list[tuple[float, int]],
-    replaced: tuple[int, int],
-    index_dtype: torch.dtype,
-) -> None:
-    x = torch.tensor([value for value, _ in requests], dtype=dtype)
-    counts = [count for _, count in requests]
-    ends = torch.tensor(counts, dtype=torch.int64).cumsum(0).to(index_dtype)
-    found = sampling.expand(x, ends, sum(counts), *replaced)
-    expected = expand_by_loop(x, counts, *replaced)
-    assert found.dtype == dtype
-    assert torch.equal(found, expected)
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""The recorder's hooks, on a target that is a table: no engine."""
+"""The recorder on both runners, on a target that is a table: no engine."""
 
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,12 @@ from mtp_graft.vllm_plugin.recording import make_recorder
 
 pytestmark = pytest.mark.vllm
 
-ROWS, HC_DIM, VOCAB = 16, 6, 11
-Step = Callable[..., None]
+MAX_TOKENS, HC_DIM, VOCAB = 16, 6, 11
 
 
 class Inner(nn.Module):
+    """Writes half a token's id into the buffer, and returns three times the id, one-hot."""
+
     def __init__(self) -> None:
         super().__init__()
         self.hc_head_fn = nn.Parameter(torch.zeros(2, HC_DIM))
@@ -37,34 +39,43 @@ class Inner(nn.Module):
         self.fills = True
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        hidden = torch.nn.functional.one_hot((input_ids * 3) % VOCAB, VOCAB).float()
         if self._mtp_hidden_buffer is not None and self.fills:
             self._mtp_hidden_buffer[: len(input_ids)] = input_ids[:, None].bfloat16() / 2
-        return hidden
+        return torch.nn.functional.one_hot((input_ids * 3) % VOCAB, VOCAB).float()
 
 
 class Target(nn.Module):
-    """Token t has the residual t / 2 and the target 3 t."""
-
     def __init__(self) -> None:
         super().__init__()
         self.model = Inner()
-        self.logit_rows: list[int] = []
+        self.num_logits = 0
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        self.logit_rows.append(len(hidden))
+        self.num_logits += len(hidden)
         return hidden
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         return self.model(input_ids)
 
 
+class Now:
+    """In place of a thread: the work is done at once."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def submit(self, work: Callable[..., None], *arguments: Any) -> Any:
+        work(*arguments)
+        return SimpleNamespace(result=lambda: None)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A capture folder that the environment names, recording switched on."""
     (tmp_path / RECORDINGS).mkdir()
-    (tmp_path / SWITCH_NAME).touch()
+    for name in (SWITCH_NAME, INTACT_NAME):
+        (tmp_path / name).touch()
     monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(recording, "ThreadPoolExecutor", Now)
     return tmp_path
 
 
@@ -82,39 +93,74 @@ def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def vllm_config(data_parallel_size: int = 1) -> Any:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(data_parallel_size=data_parallel_size),
-        scheduler_config=SimpleNamespace(max_num_batched_tokens=ROWS),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=MAX_TOKENS),
         model_config=SimpleNamespace(dtype=torch.bfloat16),
     )
 
 
-@pytest.fixture
-def target(folder: Path, place: SimpleNamespace) -> Target:
-    target = Target()
-    record_on_demand(target, vllm_config())
-    return target
+Request = tuple[list[int], int, int]  # its tokens of this step, tokens before, prompt's length
 
 
-@pytest.fixture
-def step(target: Target, place: SimpleNamespace) -> Step:
-    """Run one step of requests, each a list of (token, position), and some padding."""
+class V1:
+    """Runs steps of the target, whose forward hooks record."""
 
-    def run(*requests: list[tuple[int, int]], padding: int = 0) -> None:
-        rows = [row for request in requests for row in request] + [(0, 0)] * padding
-        bounds = torch.tensor([0, *(len(request) for request in requests)]).cumsum(0)
+    def __init__(self, place: SimpleNamespace) -> None:
+        self.target, self.place = Target(), place
+        record_on_demand(self.target, vllm_config())
+
+    def step(self, *requests: Request, padding: int = 0) -> None:
+        ids = [t for tokens, _, _ in requests for t in tokens] + [0] * padding
+        positions = [b + i for tokens, b, _ in requests for i in range(len(tokens))]
+        bounds = torch.tensor([0, *(len(tokens) for tokens, _, _ in requests)]).cumsum(0)
         # Padded requests repeat the last bound, as in vLLM's CUDA graphs.
         bounds = torch.cat([bounds, bounds[-1:].repeat(padding)])
-        place.metadata = {
-            "layers.0": SimpleNamespace(),
-            "layers.1": SimpleNamespace(query_start_loc_cpu=bounds),
-        }
-        tokens, positions = torch.tensor(rows).T
-        target(input_ids=tokens, positions=positions)
-
-    return run
+        layers = SimpleNamespace(), SimpleNamespace(query_start_loc_cpu=bounds)
+        self.place.metadata = dict(enumerate(layers))
+        tokens = torch.tensor(ids), torch.tensor(positions + [0] * padding)
+        self.target(input_ids=tokens[0], positions=tokens[1])
 
 
-def prompt(*tokens: int, start: int = 0) -> list[tuple[int, int]]:
-    return [(token, start + i) for i, token in enumerate(tokens)]
+class V2:
+    """Computes steps as CUDA graphs are replayed, without hooks, and samples."""
+
+    def __init__(self, _place: SimpleNamespace) -> None:
+        self.target, self.sampled = Target(), 0
+        recorder = make_recorder(self.target, vllm_config())
+        assert recorder is not None
+
+        def sample(_runner: Any, grammar: Any) -> None:
+            buffer = self.target.model._mtp_hidden_buffer
+            assert buffer is not None
+            if grammar is not None and self.target.model.fills:
+                assert buffer[:1].isfinite().all(), "a drafter reads it now"
+            self.sampled += 1
+
+        self.sample = v2.recording_first(sample, recorder)
+
+    def step(self, *requests: Request, padding: int = 0) -> None:
+        ids = torch.tensor([t for tokens, _, _ in requests for t in tokens] + [0] * padding)
+        ends = np.cumsum([0, *(len(tokens) for tokens, _, _ in requests)])
+        batch = SimpleNamespace(
+            input_ids=ids,
+            num_reqs=len(requests),
+            query_start_loc_np=np.append(ends, ends[-1:].repeat(padding)),
+            num_computed_tokens_np=np.array([computed for _, computed, _ in requests]),
+            prefill_len_np=np.array([length for _, _, length in requests]),
+        )
+        state = SimpleNamespace(input_batch=batch, hidden_states=self.target.model(ids))
+        before = self.sampled
+        self.sample(SimpleNamespace(execute_model_state=state), "grammar")
+        self.sample(SimpleNamespace(execute_model_state=None), None)  # nothing was computed
+        assert self.sampled == before + 2
+
+
+@pytest.fixture(params=[V1, V2])
+def runner(request: pytest.FixtureRequest, folder: Path, place: SimpleNamespace) -> Any:
+    return request.param(place)
+
+
+def prompt(*tokens: int) -> Request:
+    return [*tokens], 0, len(tokens)
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -122,34 +168,13 @@ def recorded(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {p.name: load_file(p) for p in sorted((folder / RECORDINGS).glob("*.safetensors"))}
 
 
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write at once, in the caller's thread."""
-
-    class Now:
-        def __init__(self, *_: Any) -> None: ...
-
-        def submit(self, work: Callable[..., None], *arguments: Any) -> Any:
-            work(*arguments)
-            return SimpleNamespace(result=lambda: None)
-
-    monkeypatch.setattr(recording, "ThreadPoolExecutor", Now)
+def tokens_in(folder: Path) -> list[list[int]]:
+    return [found["token_ids"].tolist() for found in recorded(folder).values()]
 
 
-@pytest.fixture
-def caplog_vllm(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> pytest.LogCaptureFixture:
-    """What is logged under vLLM's logger, which does not pass it on to the root's."""
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    return caplog
-
-
-def test_whole_prompts_of_a_step_lie_one_after_the_other(
-    written: None, step: Step, folder: Path
-) -> None:
+def test_whole_prompts_of_a_step_lie_one_after_the_other(runner: Any, folder: Path) -> None:
     """Decode steps, later chunks of a prompt and padding are left out."""
-    step(prompt(9, start=40), prompt(4, 5), prompt(6, 7, start=2), prompt(8), padding=3)
+    runner.step(([9], 40, 12), prompt(4, 5), ([6, 7], 2, 4), prompt(8), padding=3)
     (found,) = recorded(folder).values()
     assert {name: str(tensor.dtype) for name, tensor in found.items()} == {
         "token_ids": "torch.int32",
@@ -163,151 +188,95 @@ def test_whole_prompts_of_a_step_lie_one_after_the_other(
     assert found["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 8)]
 
 
-def test_nothing_is_written_without_prompts_or_with_the_switch_off(
-    written: None, step: Step, target: Target, place: SimpleNamespace, folder: Path
+def test_v2_leaves_out_the_first_chunk_of_a_prompt_too(folder: Path, place: Any) -> None:
+    V2(place).step(([1, 2, 3], 0, 5), prompt(8))
+    assert tokens_in(folder) == [[8]]
+
+
+def test_only_prompts_are_recorded_and_only_while_the_switch_is_on(
+    runner: Any, folder: Path
 ) -> None:
-    step(prompt(9, start=40))
-    place.metadata = None  # vLLM's own runs to measure memory and warm up
-    target(input_ids=torch.tensor([1, 2]), positions=torch.tensor([0, 1]))
+    runner.step(([9], 40, 12))
     (folder / SWITCH_NAME).unlink()
-    step(prompt(4, 5))
-    assert recorded(folder) == {}
+    runner.step(prompt(4, 5))
     (folder / SWITCH_NAME).touch()
-    step(prompt(6))
-    assert [found["token_ids"].tolist() for found in recorded(folder).values()] == [[6]]
+    runner.step(prompt(6))
+    assert tokens_in(folder) == [[6]]
+
+
+def test_vllms_own_steps_without_requests_are_not_recorded(folder: Path, place: Any) -> None:
+    """To measure memory and to warm up."""
+    V1(place).target(input_ids=torch.tensor([1, 2]), positions=torch.tensor([0, 1]))
+    assert recorded(folder) == {}
 
 
 def test_earlier_recordings_are_kept_and_new_ones_written_in_the_background(
-    step: Step, folder: Path
+    folder: Path, place: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earlier = folder / RECORDINGS / "000041.safetensors"
-    save_file({"kept": torch.zeros(1)}, earlier)
+    monkeypatch.setattr(recording, "ThreadPoolExecutor", ThreadPoolExecutor)
+    runner = V2(place)
+    save_file({"token_ids": torch.zeros(1)}, folder / RECORDINGS / "000041.safetensors")
     for token in (4, 5, 6):
-        step(prompt(token, token))  # overwrites what the step before left in the buffer
+        runner.step(prompt(token, token))  # overwrites what the step before left in the buffer
     end = time.monotonic() + 10
     while len(recorded(folder)) < 4 and time.monotonic() < end:
         time.sleep(0.01)
-    found = recorded(folder)
-    assert list(found) == [f"0000{n}.safetensors" for n in (41, 42, 43, 44)]
-    assert "kept" in found.pop(earlier.name)
-    assert [f["token_ids"].tolist() for f in found.values()] == [[t, t] for t in (4, 5, 6)]
-    assert [f["residual"][0, 0].item() for f in found.values()] == [2, 2.5, 3]
+    assert list(recorded(folder)) == [f"0000{n}.safetensors" for n in (41, 42, 43, 44)]
+    assert tokens_in(folder) == [[0], [4, 4], [5, 5], [6, 6]]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
 def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
     error: Exception,
-    written: None,
-    step: Step,
+    runner: Any,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog_vllm: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def refuse(*_: Any) -> None:
         raise error
 
-    (folder / INTACT_NAME).touch()
-    step(prompt(4))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    runner.step(prompt(4))
     assert (folder / INTACT_NAME).exists()
     with monkeypatch.context() as patched:
         patched.setattr(recording, "save_shard", refuse)
-        step(prompt(5))
+        runner.step(prompt(5))
     assert not (folder / INTACT_NAME).exists()
-    assert str(error) in caplog_vllm.text, "the log says why"
-    step(prompt(6))
-    assert [rows["token_ids"].tolist() for rows in recorded(folder).values()] == [[4], [6]]
+    assert str(error) in caplog.text, "the log says why"
+    runner.step(prompt(6))
+    assert tokens_in(folder) == [[4], [6]]
 
 
-def test_a_residual_that_the_graph_did_not_write_is_not_finite(
-    written: None, step: Step, target: Target, folder: Path
-) -> None:
-    step(prompt(4))
-    target.model.fills = False
-    step(prompt(5))
+def test_a_residual_that_the_graph_did_not_write_is_not_finite(runner: Any, folder: Path) -> None:
+    runner.step(prompt(4))
+    runner.target.model.fills = False
+    runner.step(prompt(5))
     first, second = recorded(folder).values()
     assert first["residual"].isfinite().all()
     assert second["residual"].isnan().all()
 
 
 def test_only_the_first_rank_of_the_last_stage_writes(
-    written: None, folder: Path, place: SimpleNamespace
+    folder: Path, place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.rank = 1
-    helping = Target()
-    record_on_demand(helping, vllm_config())
-    bounds = torch.tensor([0, 2])
-    place.metadata = {"layers.0": SimpleNamespace(query_start_loc_cpu=bounds)}
-    helping(input_ids=torch.tensor([4, 5]), positions=torch.tensor([0, 1]))
-    assert helping.logit_rows == [2], "all ranks have to compute the logits"
-    place.last = False
-    record_on_demand(earlier_stage := Target(), vllm_config())
-    assert earlier_stage.model._mtp_hidden_buffer is None and not earlier_stage._forward_hooks
+    helping = V1(place)
+    helping.step(prompt(4, 5))
+    assert helping.target.num_logits == 2, "all ranks have to compute the logits"
     assert recorded(folder) == {}
+    place.last = False
+    assert make_recorder(Target(), vllm_config()) is None
+    place.last = True
+    monkeypatch.delenv(RECORD_VARIABLE)
+    assert make_recorder(Target(), vllm_config()) is None
 
 
-def test_without_the_variable_nothing_changes(
-    place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(RECORD_VARIABLE, raising=False)
-    target = Target()
-    record_on_demand(target, vllm_config())
-    assert target.model._mtp_hidden_buffer is None
-    assert not target._forward_hooks
-
-
-def test_what_cannot_be_recorded_is_refused(
-    folder: Path, target: Target, place: SimpleNamespace
-) -> None:
+def test_what_cannot_be_recorded_is_refused(folder: Path, place: SimpleNamespace) -> None:
     with pytest.raises(GraftError, match="data parallel size 2, expected 1"):
-        record_on_demand(Target(), vllm_config(data_parallel_size=2))
+        make_recorder(Target(), vllm_config(data_parallel_size=2))
+    target = V1(place).target
     for metadata in ([{}], {"layers.0": SimpleNamespace()}):
         place.metadata = metadata
         with pytest.raises(GraftError, match=r"micro-batches|query_start_loc_cpu"):
             target(input_ids=torch.tensor([4]), positions=torch.tensor([0]))
-
-
-@pytest.fixture
-def step_v2(folder: Path, place: SimpleNamespace) -> Step:
-    """Run one step of the V2 runner: requests are (tokens, already computed, prompt's length)."""
-    target = Target()
-    recorder = make_recorder(target, vllm_config())
-    assert recorder is not None
-    sampled: list[Any] = []
-
-    def take(_runner: Any, grammar: Any) -> None:
-        buffer = target.model._mtp_hidden_buffer
-        assert buffer is not None
-        assert grammar is None or buffer[:1].isfinite().all(), "a drafter reads it now"
-        sampled.append(grammar)
-
-    sample = v2.recording_first(take, recorder)
-
-    def run(*requests: tuple[list[int], int, int], padding: int = 0) -> None:
-        ids = torch.tensor([t for tokens, _, _ in requests for t in tokens] + [0] * padding)
-        ends = np.cumsum([0, *(len(tokens) for tokens, _, _ in requests)])
-        batch = SimpleNamespace(
-            input_ids=ids,
-            num_reqs=len(requests),
-            query_start_loc_np=np.append(ends, ends[-1:].repeat(padding)),
-            num_computed_tokens_np=np.array([computed for _, computed, _ in requests]),
-            prefill_len_np=np.array([length for _, _, length in requests]),
-        )
-        state = SimpleNamespace(input_batch=batch, hidden_states=target.model(ids))
-        sample(SimpleNamespace(execute_model_state=state), "grammar")
-        assert sampled.pop() == "grammar"
-        sample(SimpleNamespace(execute_model_state=None), None)  # nothing was computed
-        sampled.clear()
-
-    return run
-
-
-def test_v2_records_prompts_that_a_step_holds_whole(
-    written: None, step_v2: Step, folder: Path
-) -> None:
-    decode, chunk, rest = ([9], 40, 12), ([1, 2, 3], 0, 5), ([4, 5], 3, 5)
-    step_v2(decode, ([4, 5], 0, 2), chunk, rest, ([8], 0, 1), padding=3)
-    (rows,) = recorded(folder).values()
-    assert rows["token_ids"].tolist() == [4, 5, 8]
-    assert rows["starts"].tolist() == [0, 2]
-    assert rows["residual"][:, 0].tolist() == [2, 2.5, 4]
-    assert rows["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 8)]

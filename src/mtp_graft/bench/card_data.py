@@ -4,7 +4,7 @@ No dates and no paths of this machine: the same results give the same bytes.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
     return files is None or head.items() <= files.items()
 
 
-def _shown(measured: Sequence[Measurement], benchmarks: Sequence[str]) -> list[dict[str, Any]]:
+def _shown(measured: Sequence[Measurement], benchmarks: Collection[str]) -> list[dict[str, Any]]:
     """Return what the page shows of these benchmarks' results; the label tells devices apart."""
     chosen = [m for m in measured if m.benchmark in benchmarks]
     several = len({m.where for m in chosen}) > 1

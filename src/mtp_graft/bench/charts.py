@@ -68,8 +68,12 @@ def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes
             if row.interval:
                 axes.plot(row.interval, [y, y], "|-", color=row.colour if shares else INK)
             right = end + margin if shares else max(row.value, *(row.interval or ()), 0.0)
-            place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            axes.annotate(row.label, (right, y), annotation_clip=False, **place)
+            axes.annotate(
+                *(row.label, (right, y), (6, 0)),
+                textcoords="offset points",
+                va="center",
+                annotation_clip=False,
+            )
         axes.set_xlim(start - margin, end + margin)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -87,7 +91,7 @@ def acceptance_chart(heads: Sequence[Json]) -> bytes:
     rows = []
     for head in heads:
         colour = HEAD_COLOURS.get(head["name"], _OTHER_COLOUR)
-        found = {}
+        found: dict[str, tuple[float, Sequence[float]]] = {}
         if served := head["served"]:
             rates, intervals = "acceptance_by_position", "acceptance_by_position_interval"
             found["served"] = served[rates][0], served[intervals][0]

@@ -41,7 +41,7 @@ class DecodeConfig:
     """How long and how often each prompt is continued."""
 
     max_tokens: int = 128
-    rounds: int = 3
+    rounds: int = 3  # of all prompts, or of requests at a time
     ignore_eos: bool = True  # the same number of tokens from every prompt
     temperature: float = 0.0  # 0: greedy; above, texts are not compared
 

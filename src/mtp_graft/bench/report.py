@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench import charts
-from mtp_graft.bench.page import as_html, number, points, render
+from mtp_graft.bench.page import as_html, number, render
 from mtp_graft.checkpoint.files import write_text
 
 PAGE_NAME = "report.html"
@@ -46,7 +46,6 @@ def write_report(folder: Path, results: RunResults) -> Path:
         **vars(results),
         "heads": heads,
         "main": main,  # the head that the summary is about
-        "differences": list(_differences(results.result)),
         "seconds": results.result["seconds"],
         "colours": {"own": charts.BASE_COLOUR, "draft": charts.MTP_COLOUR},
         "charts": drawn,
@@ -65,21 +64,6 @@ def head_acceptance(served: Json, offline: Json) -> list[dict[str, Any]]:
     names = dict.fromkeys([*charts.HEAD_COLOURS, *served, *offline])
     found = [{"name": n, "served": served.get(n), "offline": offline.get(n)} for n in names]
     return [head for head in found if head["served"] or head["offline"]]
-
-
-def _differences(result: Json) -> Iterator[str]:
-    """Say which heads differ on the same texts, and by how much."""
-    keys = {"served": "acceptance_difference", "offline": "acceptance_difference_offline"}
-    for where, key in keys.items():
-        for pair, (low, high) in (result.get(key) or {}).items():
-            ours, _, theirs = pair.partition("-")
-            verdict = f"{ours} is accepted {'more' if low > 0 else 'less'} often than {theirs}"
-            if low <= 0 <= high:
-                verdict = f"no difference between {ours} and {theirs} is shown"
-            yield (
-                f"On the same texts, {where}: {verdict}; the difference is {points(low)} to "
-                f"{points(high)} points (95 %, resampling texts)."
-            )
 
 
 def _draw(results: RunResults, heads: Sequence[Json]) -> Iterator[tuple[str, bytes]]:

@@ -6,13 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
+from mtp_graft.bench.decode import DecodeConfig
 from mtp_graft.bench.requests import Report, measured
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Prompt, ServerClient
@@ -23,40 +23,28 @@ from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 ServeK = Callable[[int], AbstractContextManager[ServerClient]]
 
 
-@dataclass(frozen=True)
-class SweepConfig:
-    """Which loads, and how many requests each has."""
-
-    concurrencies: tuple[int, ...]
-    ks: tuple[int, ...]
-    max_tokens: int = 128
-    num_requests: int = 4  # of a point, for each that runs at a time
-    ignore_eos: bool = True  # every request decodes equally long, so that the load is even
-    temperature: float = 0.0
-
-
 def measure_sweep(
     serve: ServeK,
     prompts: Sequence[Prompt],
-    config: SweepConfig,
+    ks: Sequence[int],
+    concurrencies: Sequence[int],
+    config: DecodeConfig,
     report: Report,
     folder: Path | None = None,
     api_key: str | None = None,
 ) -> dict[str, Any]:
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
-    Returns `points`. Raises GraftError if vLLM is not installed, and if every request of a point
-    failed.
+    A point has `config.rounds` requests for each that runs at a time. Returns `points`. Raises
+    GraftError if vLLM is not installed, and if every request of a point failed.
     """
     find_vllm()
     points = []
-    for k in sorted(config.ks):
+    for k in sorted(ks):
         with ExitStack() as stack:
-            connect = cache(lambda k=k, stack=stack: stack.enter_context(serve(k)))
-            for done, concurrency in enumerate(sorted(config.concurrencies)):
-                report(
-                    f"sweep: k = {k}, concurrency {concurrency}", done, len(config.concurrencies)
-                )
+            connect = cache(partial(stack.enter_context, serve(k)))
+            for done, concurrency in enumerate(sorted(concurrencies)):
+                report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
                 measure = partial(_point, connect, prompts, config, k, concurrency, api_key)
                 points.append(measured(folder, f"k{k}-concurrency{concurrency}", measure))
     return {"points": points}
@@ -65,7 +53,7 @@ def measure_sweep(
 def _point(
     connect: Callable[[], ServerClient],
     prompts: Sequence[Prompt],
-    config: SweepConfig,
+    config: DecodeConfig,
     k: int,
     concurrency: int,
     api_key: str | None,
@@ -104,14 +92,14 @@ def _point(
 
 
 def _arguments(
-    base_url: str, api_key: str | None, concurrency: int, config: SweepConfig
+    base_url: str, api_key: str | None, concurrency: int, config: DecodeConfig
 ) -> list[str]:
     """Return the options of `vllm bench serve` for one point."""
     words = [
         *("--backend", "openai", "--base-url", base_url, "--dataset-name", "custom"),
         *("--skip-tokenizer-init", "--save-detailed", "--disable-tqdm"),
         *("--max-concurrency", concurrency, "--num-warmups", concurrency),
-        *("--num-prompts", concurrency * config.num_requests),
+        *("--num-prompts", concurrency * config.rounds),
         *("--temperature", config.temperature),
     ]
     if config.ignore_eos:

@@ -70,20 +70,18 @@ def bench_decode(
     from mtp_graft.bench.decode import DecodeConfig, decode_result, measure_alternating, serve_turn
     from mtp_graft.bench.requests import measured
 
-    other = against and _other(target, against)
+    other = None if against is None else _other(target, against)
     config = DecodeConfig(asking.max_tokens, rounds, asking.ignore_eos, asking.temperature)
     prompts, k = asking.prompts(), target.num_drafts(k)
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
             ours = partial(target.client, report, k=k)
-            if not other:
+            if other is None:
                 turn = partial(serve_turn, ours, prompts, config, report)
                 return decode_result([measured(folder, "decode", turn)], config)
             serve = {"mtp": ours, "base": partial(other.client, report, k=0)}
-            result = measure_alternating(serve, prompts, pairs, config, report, folder)
-            # Servers that are not ours were not started again between their turns.
-            return result | {"restarted": target.checkpoint is not None}
+            return measure_alternating(serve, prompts, pairs, config, report, folder)
 
     # More pairs may be added to a folder later: each stands by itself.
     claim = {"decode": asdict(config), "k": k, "prompts": _hash(prompts)}
@@ -163,22 +161,23 @@ def bench_sweep(
     requests: Annotated[int, option("N", "Requests of a point, times its concurrency.", min=1)] = 4,
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
-    from mtp_graft.bench.sweep import SweepConfig, measure_sweep
+    from mtp_graft.bench.decode import DecodeConfig
+    from mtp_graft.bench.sweep import measure_sweep
 
-    loads, given = _numbers("--concurrency", concurrency, 1), k and _numbers("--k", k, 0)
-    ks = tuple(map(target.num_drafts, given or [None]))
-    prompts, limits = asking.prompts(), (asking.max_tokens, requests)
-    config = SweepConfig(loads, ks, *limits, asking.ignore_eos, asking.temperature)
+    given: Sequence[int | None] = [None] if k is None else _numbers("--k", k, 0)
+    loads, ks = _numbers("--concurrency", concurrency, 1), [*map(target.num_drafts, given)]
+    prompts = asking.prompts()
+    config = DecodeConfig(asking.max_tokens, requests, asking.ignore_eos, asking.temperature)
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
             return measure_sweep(
                 lambda drafts: target.client(report, f"k{drafts}", drafts),
-                *(prompts, config, report, folder, target.api_key),
+                *(prompts, ks, loads, config, report, folder, target.api_key),
             )
 
     # More loads or another k may be added to a folder later: each point stands by itself.
-    claim = asdict(replace(config, concurrencies=(), ks=())) | {"prompts": _hash(prompts)}
+    claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
     result = target.finish("sweep", claim, measure)
     rows = [
         (

@@ -12,15 +12,11 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder."
 
 
 @app.command()
-def card(
-    run: RunArgument,
-    out: Annotated[Path | None, option("DIR", "Where to. Default: card/ in the run.")] = None,
-    json_file: JsonOption = None,
-) -> None:
-    """Write a run's model card with charts, from its result files."""
+def card(run: RunArgument, json_file: JsonOption = None) -> None:
+    """Write a run's model card with charts, from its result files, to card/ in the run."""
     from mtp_graft.bench.card import write_card
 
-    result = write_card(run, out or run / "card")
+    result = write_card(run, run / "card")
     show(result, json_file, f"card: {result['card']}", f"its data: {result['data']}")
     for what in result["not_measured"]:
         note(f"not measured: {what}")
@@ -32,9 +28,6 @@ def card(
 def publish(
     run: RunArgument,
     repo: Annotated[str, option("ID", "OWNER/NAME on the hub.")],
-    card_folder: Annotated[
-        Path | None, option("DIR", "The card. Default: card/ in the run.", "--card")
-    ] = None,
     head_only: Annotated[
         bool, option(None, "Leave out the base: for `mtp-graft graft`.", "--head-only")
     ] = False,
@@ -47,8 +40,7 @@ def publish(
     """Upload a run's verified checkpoint with its card."""
     from mtp_graft.stages import publish as publishing
 
-    card_folder = card_folder or run / "card"
-    publication = publishing.plan_publication(run, repo, private, card_folder, head_only=head_only)
+    publication = publishing.plan_publication(run, repo, private, run / "card", head_only=head_only)
     result = publication.as_json() | {"dry_run": dry_run}
     if not dry_run:
         # huggingface_hub draws bars of its own, with which ours would interfere.

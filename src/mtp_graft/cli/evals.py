@@ -56,13 +56,14 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
             f"bench {name} needs Inspect: pip install 'mtp-graft[evals]', or in a checkout "
             ".venv/bin/pip install -e '.[evals]'"
         )
-    from mtp_graft.bench.evals.run import TASKS, find_model, questions_digest, run_task
+    from mtp_graft.bench.evals.run import TASKS, find_model, run_task
     from mtp_graft.bench.requests import measured
 
     k = settings.pop("num_speculative_tokens")
     if target.checkpoint or k is not None:  # a running server need not be vLLM
         k = target.num_drafts(k)
-    task = TASKS[name](settings.pop("data_dir"), settings["limit"], settings["seed"])
+    task = TASKS[name](settings["data_dir"], settings["limit"], settings["seed"])
+    settings["data_dir"] = settings["data_dir"] and str(settings["data_dir"])
 
     def ask(logs: Path) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -75,8 +76,7 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
             where = Path(logs) if folder is None else folder / "logs"
             return measured(folder, "result", lambda: ask(where) | {"settings": settings})
 
-    claim = {"benchmark": name, **settings, "questions": questions_digest(task), "k": k}
-    return target.finish(name, claim, measure)
+    return target.finish(name, {**settings, "k": k}, measure)
 
 
 def _print(target: Target, result: dict[str, Any]) -> None:

@@ -8,29 +8,38 @@ from pathlib import Path
 import torch
 
 from mtp_graft.recipe import Device
-from mtp_graft.serving.topology import Gpu, visible_gpus
-
-
-def find_gpus() -> list[Gpu]:
-    """Return the GPUs that torch can use, none for its CPU build."""
-    return [] if torch.version.cuda is None else visible_gpus()
+from mtp_graft.serving.topology import Hardware, find_gpus
 
 
 @cache
-def gpu_names() -> tuple[str, ...]:
-    """Return the GPUs' names; raises GraftError as `find_gpus` does."""
-    return tuple(gpu.name for gpu in find_gpus())
+def gpus() -> Hardware | None:
+    """Return the GPUs that torch will see; None for its CPU build, or on a machine without any.
+
+    The driver is asked: a CUDA context in this process would take memory from what it starts.
+    Raises GraftError for a driver that does not work, and for GPUs of several kinds.
+    """
+    if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return None
+    except pynvml.NVMLError:
+        pass  # which `find_gpus` explains
+    return find_gpus()
 
 
 def torch_device(wanted: Device) -> Device:
     """Return the recipe's device, `auto` being the GPU if there is one."""
-    return wanted if wanted != "auto" else "cuda" if gpu_names() else "cpu"
+    return wanted if wanted != "auto" else "cuda" if gpus() else "cpu"
 
 
 def device_name() -> str:
     """Return the GPUs' or the processor's model and how many, for manifests and the report."""
-    if gpus := gpu_names():
-        return f"{len(gpus)}x {gpus[0]}"
+    if found := gpus():
+        return f"{found.num_gpus}x {found.gpu}"
     cpuinfo = Path("/proc/cpuinfo")  # on Linux `platform` knows the architecture only
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

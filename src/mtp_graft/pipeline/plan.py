@@ -18,7 +18,7 @@ from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import find_gpus, torch_device
+from mtp_graft.pipeline.device import gpus, torch_device
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
@@ -197,64 +197,62 @@ def _check(needed: int, free: int, what: str, what_for: str) -> None:
 
 def _check_gpus(recipe: Recipe, need: Need) -> None:
     """Raise GraftError for GPUs that are too few or too small; vLLM takes a share of each."""
-    ranks = 1 if need.stage == "score" else recipe.serve.tensor_parallel_size
-    gpus = find_gpus()
-    if len(gpus) < ranks:
+    serves, found = need.stage != "score", gpus()
+    assert found is not None, "without a GPU there is no such need"
+    ranks = recipe.serve.tensor_parallel_size if serves else 1
+    if found.num_gpus < ranks:
         raise GraftError(
-            f"{need.stage}: {len(gpus)} GPUs found, {ranks} asked for by the recipe; set "
+            f"{need.stage}: {found.num_gpus} GPUs found, {ranks} asked for by the recipe; set "
             "serve.tensor_parallel_size, or run where they are"
         )
     own_share = any(arg.startswith(_UTILIZATION) for arg in recipe.serve.extra_args)
-    share = 1.0 if need.stage == "score" or own_share else UTILIZATION
-    free = min(min(gpu.free, int(share * gpu.total)) for gpu in gpus[:ranks])
+    usable = int(found.memory_bytes * (UTILIZATION if serves and not own_share else 1.0))
     what_for = f"{need.stage}: {need.what_for}"
-    _check(need.bytes // ranks, free, f"memory of each of {need.where}", what_for)
+    _check(need.bytes // ranks, usable, f"memory of each of {need.where}", what_for)
 
 
 def _free_memory() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    raise GraftError("/proc/meminfo: has no MemAvailable; expected Linux")
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [available] = (line for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(available.split()[1])
 
 
 class _Timed(NamedTuple):
-    """What one run took, in seconds; None where it was not timed."""
+    """What one run took, in seconds."""
 
     by: str
     start: float  # of a server
-    capture: float  # of a new token, recording included
-    quantize: float
-    score: float | None
-    splice: float
-    bench: float | None  # of a token of the evaluation texts, with drafts, several at a time
-    decode: float  # of a token, one request at a time
+    token: float  # a new one, with many requests at a time
+    decoded: float  # a new one, with one request at a time
+    stages: Mapping[str, float | None]  # that serve nothing; None was not timed
 
 
-_DEMO = _Timed("a demo of 288 s on two CPU cores", 23, 1 / 330, 3.1, 8.8, 1.5, 1 / 400, 1 / 120)
+_DEMO = _Timed(
+    "a demo of 288 s on two CPU cores",
+    *(23, 1 / 330, 1 / 120),
+    {"quantize": 3.1, "score": 8.8, "splice": 1.5},
+)
 #: 25 minutes for 256 prompts x 256 tokens, in an eager server; 52.8 tok/s is 85.5 by 1.62. The
 #: start is that of a cold H100.
-_ACTI = _Timed("the Acti card, 2x RTX PRO 6000", 244, 1500 / 256**2, 180, None, 120, None, 1 / 52.8)
+_ACTI = _Timed(
+    "the Acti card, 2x RTX PRO 6000",
+    *(244, 1500 / 256**2, 1 / 52.8),
+    {"quantize": 180, "score": None, "splice": 120},
+)
 
 
 def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
     """Return `seconds` of every stage that takes long, and `by` which run they were estimated."""
     timed = _ACTI if sum(sources[0].sizes.values()) > 10 * 10**9 else _DEMO
-    capture, bench = recipe.capture, recipe.bench
+    capture, bench, heads = recipe.capture, recipe.bench, len(recipe.served_variants)
     texts = min(bench.acceptance_count or capture.evaluation_count, capture.evaluation_count)
+    captured = capture.calibration_count + capture.evaluation_count
     decoded = bench.count * bench.max_tokens * (2 * bench.rounds + 1)
-    captured = (capture.calibration_count + capture.evaluation_count) * capture.new_tokens
-    measured = None
-    if timed.bench is not None:
-        accepting = timed.start + texts * capture.new_tokens * timed.bench
-        servers = len(recipe.served_variants)
-        measured = timed.start + decoded * timed.decode + servers * accepting
-    seconds = {
-        "capture": timed.start + captured * timed.capture,
-        "quantize": timed.quantize,
-        "score": timed.score,
-        "splice": timed.splice,
-        "bench": measured,
+    served = (1 + heads) * timed.start + heads * texts * capture.new_tokens * timed.token
+    seconds: dict[str, float | None] = {
+        "capture": timed.start + captured * capture.new_tokens * timed.token,
+        **timed.stages,
+        "bench": served + decoded * timed.decoded,
     }
     download = sum(source.bytes_to_download for source in sources) / 10**8
     by = "100 MB a second to download, 1 GB a second to hash: guesses"

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.dsv4.config import check_dimensions
@@ -78,84 +79,63 @@ def named_hardware(name: str, count: int = 1, num_nodes: int | None = None) -> H
     return replace(known, num_gpus=count, num_nodes=nodes, link=link)
 
 
-class Gpu(NamedTuple):
-    """A GPU of this machine, and the bytes of its memory, as NVIDIA's driver has them."""
+def find_gpus(num_nodes: int = 1) -> Hardware:
+    """Return the GPUs of this machine that vLLM will see, and `num_nodes - 1` machines like it.
 
-    name: str
-    free: int
-    total: int  # 0: not known
-    handle: Any = None  # of the driver
-
-
-def visible_gpus() -> list[Gpu]:
-    """Return the GPUs that CUDA programs started from here will see; none without a driver.
-
-    No CUDA context is made, which would take memory of them. Raises GraftError for a driver that
-    fails.
+    Raises GraftError if there is no driver or no GPU, or if the GPUs are of several kinds.
     """
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if chosen is None:
-            chosen = ",".join(map(str, range(pynvml.nvmlDeviceGetCount())))
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(int(device))
-            if device.isdecimal()
-            else pynvml.nvmlDeviceGetHandleByUUID(device)
-            for device in map(str.strip, filter(None, chosen.split(",")))
-        ]
-        return [_ask_driver(pynvml, handle) for handle in handles]
-    except pynvml.NVMLError_LibraryNotFound:
-        return []
-    except pynvml.NVMLError as error:
-        raise GraftError(f"this machine's GPUs: NVIDIA's driver says {error}") from error
-
-
-def _ask_driver(pynvml: Any, handle: Any) -> Gpu:
-    name = pynvml.nvmlDeviceGetName(handle)
-    try:
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    except pynvml.NVMLError_NotSupported:  # the memory is the machine's
-        return Gpu(name, _known(name).memory_bytes, _known(name).memory_bytes, handle)
-    return Gpu(name, int(memory.free), int(memory.total), handle)
-
-
-def _known(name: str) -> Hardware:
-    """Return what the project knows of a GPU by NVIDIA's name."""
-    return _BY_NAME.get(name.lower().removeprefix("nvidia "), Hardware(name))
-
-
-def find_gpus(num_nodes: int = 1) -> Hardware:
-    """Return the GPUs of this machine that vLLM will see, and `num_nodes - 1` machines like it.
-
-    Raises GraftError if there are none, or of several kinds.
-    """
-    import pynvml
-
-    gpus = visible_gpus()
-    names = sorted({gpu.name for gpu in gpus})
-    if len(names) != 1 or not gpus[0].total:
-        found = f"{', '.join(names)} of unknown memory" if len(names) == 1 else ", ".join(names)
-        raise GraftError(
-            f"this machine: found {found or 'no GPU, or no driver'}; expected GPUs of one kind: "
-            "choose with CUDA_VISIBLE_DEVICES; with --dry-run, --gpu NAME --count N name GPUs "
-            "that are elsewhere; --profile none serves without looking"
+        gpus = _visible(pynvml)
+        names = sorted({pynvml.nvmlDeviceGetName(gpu) for gpu in gpus})
+        if len(names) != 1:
+            raise GraftError(
+                f"this machine: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: "
+                "choose with CUDA_VISIBLE_DEVICES"
+            )
+        known = _BY_NAME.get(names[0].lower().removeprefix("nvidia "), Hardware(names[0]))
+        memory_bytes = known.memory_bytes
+        with suppress(pynvml.NVMLError_NotSupported):  # where it is the machine's
+            memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[0]).total)
+        is_nvlink = all(
+            pynvml.nvmlDeviceGetP2PStatus(*pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+            == pynvml.NVML_P2P_STATUS_OK
+            for pair in combinations(gpus, 2)
         )
-    is_nvlink = all(
-        pynvml.nvmlDeviceGetP2PStatus(a.handle, b.handle, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
-        == pynvml.NVML_P2P_STATUS_OK
-        for a, b in combinations(gpus, 2)
-    )
-    link = _link(len(gpus) * num_nodes, num_nodes, is_nvlink)
-    unified = _known(names[0]).unified_memory
-    return Hardware(names[0], len(gpus) * num_nodes, gpus[0].total, link, num_nodes, unified)
+    except pynvml.NVMLError as error:
+        raise GraftError(
+            f"this machine's GPUs: NVIDIA's driver says {error}; vLLM is a CUDA build: is the "
+            "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
+            "--profile none serves without looking"
+        ) from error
+    if not memory_bytes:
+        raise GraftError(
+            f"{names[0]}: the driver does not say how much memory it has, and it is not known "
+            "here; --profile none serves without an estimate"
+        )
+    count = len(gpus) * num_nodes
+    link = _link(count, num_nodes, is_nvlink)
+    return Hardware(names[0], count, memory_bytes, link, num_nodes, known.unified_memory)
 
 
 def hardware_for(platform: Platform) -> Hardware:
     """Return what a vLLM built for `platform` finds on this machine."""
     return CPU if platform == "cpu" else find_gpus()
+
+
+def _visible(pynvml: Any) -> list[Any]:
+    """Return the driver's handles of the GPUs that CUDA_VISIBLE_DEVICES leaves."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        chosen = ",".join(map(str, range(pynvml.nvmlDeviceGetCount())))
+    return [
+        pynvml.nvmlDeviceGetHandleByIndex(int(device))
+        if device.isdecimal()
+        else pynvml.nvmlDeviceGetHandleByUUID(device)
+        for device in map(str.strip, filter(None, chosen.split(",")))
+    ]
 
 
 def _link(count: int, num_nodes: int, is_nvlink: bool) -> Link:

@@ -9,17 +9,15 @@ its prompts, one prompt after the other:
     targets    int32 [R], the target's argmax after each token
     starts     int32 [prompts], the first row of each prompt
 
-Only prompts that are computed from their first token on are recorded. Rows of decode steps, of
-later chunks and of prompts found in the prefix cache are left out: their residuals are not
-reproducible from the file alone. Whoever reads the file finds a prompt by its tokens.
+Only prompts that one step computes whole are recorded: the residuals of decode steps, later chunks
+and prefix-cache hits are not reproducible from the file alone. Which tokens of a step those are is
+for `cpu/recording.py` and `cuda/recording.py` to know.
 
-Which rows of a step those are is for `cpu/recording.py` and `cuda/recording.py` to know.
-
-The switch must only be turned while the server is idle: every rank looks at it in every step, and
+The switch may only be turned while the server is idle: every rank looks at it in every step, and
 all have to see the same, because the logits are put together from all of them.
 
-A recording that cannot be written, as on a full disk, does not end the server: the reason is in its
-log, and FOLDER/recording-intact, which the client made, is removed. The client looks for that.
+A recording that cannot be written, as on a full disk, does not end the server: its log has the
+reason, and FOLDER/recording-intact, which the client made and looks for, is removed.
 """
 
 import os

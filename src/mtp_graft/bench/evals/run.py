@@ -1,6 +1,5 @@
 """Run a task with Inspect against an OpenAI endpoint; a killed run goes on from its log."""
 
-import hashlib
 import sys
 import time
 from collections import Counter
@@ -47,12 +46,6 @@ class _ChatAPI(OpenAICompatibleAPI):
 @modelapi(name="mtp-graft")
 def _chat_api() -> type[_ChatAPI]:
     return _ChatAPI
-
-
-def questions_digest(task: Task) -> str:
-    """Return a hash of a task's questions."""
-    asked = [sample.model_dump_json(include={"id", "input"}) for sample in task.dataset]
-    return hashlib.sha256("\n".join(asked).encode()).hexdigest()
 
 
 def find_model(base_url: str, api_key: str | None, settings: Mapping[str, Any]) -> Model:

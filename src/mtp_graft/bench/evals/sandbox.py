@@ -97,7 +97,7 @@ def find_python() -> str:
 
     Raises GraftError, saying what to install, if generated code cannot be confined here.
     """
-    if shutil.which("bwrap") is None:
+    if shutil.which(_BUBBLEWRAP) is None:
         raise GraftError(
             "generated code is run in bubblewrap, which is not installed: "
             "`apt-get install bubblewrap` (Linux only)"

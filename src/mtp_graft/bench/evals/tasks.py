@@ -24,6 +24,8 @@ from mtp_graft.bench.evals.sandbox import Failure, find_python
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS
 
+Row = Mapping[str, Any]
+
 #: Benchmark -> its files in --data-dir; its dataset on the hub, and the file there.
 _SOURCES = {
     "gsm8k": ("gsm8k/test.jsonl", "openai/gsm8k", "main"),
@@ -53,40 +55,43 @@ _LETTER = re.compile(
 def gsm8k(data_dir: Path | None, limit: int | None, seed: int) -> Task:
     """Return word problems, answered step by step, exact match on `#### N`."""
 
-    def to_sample(row: Mapping[str, Any], number: int) -> Sample:
+    def to_sample(row: Row, number: int) -> Sample:
         text, target = row["question"].strip() + _GSM8K, find_number(row["answer"])
         if target is None:
             raise ValueError("no '#### N' in the reference answer")
         return Sample(id=f"gsm8k/{number}", input=text, metadata={"target": target})
 
-    samples = deal(_load("gsm8k", to_sample, data_dir), limit, seed)
-    return make_task("gsm8k", samples, _judge_number)
+    def judge(output: ModelOutput, data: Row) -> Failure | None:
+        return compare(find_number(said(output)), data["target"], output)
+
+    return make_task("gsm8k", deal(_load("gsm8k", to_sample, data_dir), limit, seed), judge)
 
 
 def humaneval(data_dir: Path | None, limit: int | None, seed: int) -> Task:
     """Return functions to be written from a docstring, judged by their unit tests."""
     find_python()
 
-    def to_sample(row: Mapping[str, Any], _number: int) -> Sample:
+    def to_sample(row: Row, _number: int) -> Sample:
         data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
-        text = _HUMANEVAL.format(prompt=row["prompt"])
-        return Sample(id=row["task_id"], input=text, metadata=data)
+        return Sample(id=row["task_id"], input=_HUMANEVAL.format(**data), metadata=data)
 
-    samples = deal(_load("humaneval", to_sample, data_dir), limit, seed)
-    return make_task("humaneval", samples, judge_code)
+    samples = _load("humaneval", to_sample, data_dir)
+    return make_task("humaneval", deal(samples, limit, seed), judge_code)
 
 
 def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
     """Return four-way questions, as many of each subject, give or take one."""
 
-    def to_sample(row: Mapping[str, Any], number: int) -> Sample:
+    def to_sample(row: Row, number: int) -> Sample:
         choices = "\n".join(f"({x}) {c}" for x, c in zip("ABCD", row["choices"], strict=True))
         text = f"{row['question'].strip()}\n\n{choices}\n\n{_MMLU}"
         data = {"category": row["subject"], "target": "ABCD"[row["answer"]]}
         return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
 
-    samples = deal(_load("mmlu", to_sample, data_dir), limit, seed)
-    return make_task("mmlu", samples, _judge_letter)
+    def judge(output: ModelOutput, data: Row) -> Failure | None:
+        return compare(find_letter(said(output)), data["target"], output)
+
+    return make_task("mmlu", deal(_load("mmlu", to_sample, data_dir), limit, seed), judge)
 
 
 def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
@@ -108,7 +113,7 @@ def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
 
 
 def _load(
-    name: str, to_sample: Callable[[Mapping[str, Any], int], Sample], data_dir: Path | None
+    name: str, to_sample: Callable[[Row, int], Sample], data_dir: Path | None
 ) -> list[Sample]:
     """Return all test questions. Raises GraftError for files that are not the benchmark's."""
     pattern, dataset, config = _SOURCES[name]
@@ -120,12 +125,12 @@ def _load(
         )
     samples: list[Sample] = []
     for path in files:
-        read = len(samples)
+        first = len(samples)
         try:
             for row in _read_rows(path):
                 samples.append(to_sample(row, len(samples)))
         except (OSError, EOFError, zlib.error, *READ_ERRORS) as error:
-            where = f"{path}: row {len(samples) - read + 1}"
+            where = f"{path}: row {len(samples) - first + 1}"
             raise GraftError(f"{where}: not of {name} ({in_words(error)})") from error
     return samples
 
@@ -139,21 +144,23 @@ def _fetch(dataset: str, config: str) -> Path:
         raise GraftError(f"{dataset}: {file} cannot be fetched ({error}); {cure}") from error
 
 
-def _read_rows(path: Path) -> Iterable[Mapping[str, Any]]:
+def _read_rows(path: Path) -> Iterable[Row]:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
+        rows: list[Row] = parquet.read_table(path).to_pylist()
         return rows
+    if path.suffix == ".csv":
+        subject, text = (
+            path.stem.removesuffix("_test"),
+            io.StringIO(path.read_text("utf-8"), newline=""),
+        )
+        keys = ("subject", "question", "choices", "answer")
+        parts = ((subject, q, c, "ABCD".index(letter)) for q, *c, letter in csv.reader(text))
+        return (dict(zip(keys, row, strict=True)) for row in parts)
     content = path.read_bytes()
-    if path.suffix != ".csv":
-        lines = (gzip.decompress(content) if path.suffix == ".gz" else content).splitlines()
-        return (json.loads(line) for line in lines if line.strip())
-    subject = path.stem.removesuffix("_test")
-    return (
-        {"subject": subject, "question": q, "choices": choices, "answer": "ABCD".index(letter)}
-        for q, *choices, letter in csv.reader(io.StringIO(content.decode(), newline=""))
-    )
+    lines = (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
+    return (json.loads(line) for line in lines if line.strip())
 
 
 def find_number(text: str) -> str | None:
@@ -172,11 +179,3 @@ def find_letter(text: str) -> str | None:
     if not found and first_line in tuple("ABCD"):
         return first_line
     return found.pop() if len(found) == 1 else None
-
-
-def _judge_number(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
-    return compare(find_number(said(output)), data["target"], output)
-
-
-def _judge_letter(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
-    return compare(find_letter(said(output)), data["target"], output)

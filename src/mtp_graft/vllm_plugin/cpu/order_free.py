@@ -1,16 +1,15 @@
 """Gap: the last bits of a product depend on how it is computed, and greedy output on them.
 
 A product in BF16 or float32 sums in an order that depends on the processor (AMX or not), the
-threads, the rows beside, and the ranks, which round to BF16 before they add. A router that
-hesitates between two experts, or a tie between two tokens, turns a last bit into another text: with
-speculation, which verifies several tokens in a step, beside other requests, or on two ranks.
+threads, the tokens beside, and the ranks, which round to BF16 before they add. Near a tie of two
+experts or tokens, a last bit makes another text: with speculation, which verifies several tokens in
+a step, beside other requests, or on two ranks.
 
-So linears whose inputs the ranks share are summed in float64 and rounded once: whatever the order,
-the result is the same, unless the sum lies within rounding of the middle between two BF16 values,
-one in 10^11 or so. All others keep vLLM's kernels, which are several times as fast, in numbers of
-rows at which a row's bits do not depend on the others: below five, AMX has another order; beyond 32
-and 1,024 inputs, oneDNN; without BF16 in the processor, it has another for what is left over when
-threads share rows. Routed experts are in `experts`.
+So linears whose inputs the ranks share are summed in float64 and rounded once: the result is the
+same unless the sum is all but in the middle between two BF16 values, one in 10^11 or so. All others
+keep vLLM's kernels, several times as fast, with numbers of rows at which a row's bits do not depend
+on the others: below five, AMX has another order; beyond 32 and 1,024 inputs, oneDNN; without BF16
+in the processor, it has another for what is left when threads share rows. Experts: see `experts`.
 
 Shapes: T tokens, S streams, I inputs, O outputs, V vocabulary.
 """

@@ -1,0 +1,248 @@
+"""Four engines on the same prompts: the base, the head with k = 1 and 2, and the head on two ranks.
+
+What a token is must not depend on speculation, nor on other requests: bit for bit on one rank.
+Sampled tokens are others with the head, which draws more random numbers: their probabilities are
+compared. With a seed they must not depend on other requests either.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import mean, pvariance
+from typing import Any
+
+import pytest
+import torch
+
+from engine.conftest import MAX_MARGIN, Checkpoints
+from engine.reference_model import load_reference, reference_logprobs
+from workers import CORES
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+Batches = dict[str, Any]
+LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
+NUM_PROMPTS, NEW_TOKENS = 24, 32
+LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose
+NUM_SAMPLED = 12
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
+SAMPLED: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    {"temperature": 1.0, **PENALTIES},
+)
+ONE_LEFT: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 0.8, "top_p": 1e-6},
+)
+both_k = pytest.mark.parametrize("k", [1, 2])
+
+
+def taking_turns(*lists: list[Any]) -> list[Any]:
+    return [element for elements in zip(*lists, strict=True) for element in elements]
+
+
+@pytest.fixture(scope="module")
+def batches(prompts_of: Callable[..., list[int]]) -> Batches:
+    """Greedy and sampled prompts, each alone and together with others.
+
+    Beside each sampled prompt is one that leaves nothing to chance: 4 greedy ones, 4 with one token
+    left to choose from, and 4 greedy ones with penalties.
+    """
+    mixed = [prompts_of(LENGTHS[i % len(LENGTHS)], start=61 * i) for i in range(NUM_PROMPTS)]
+    sampled = [prompts_of(LENGTHS[i % 5], start=97 * i) for i in range(NUM_SAMPLED)]
+    seeded = [SAMPLED[i % len(SAMPLED)] | {"seed": i} for i in range(NUM_SAMPLED)]
+    decided = [{}] * 4 + [*ONE_LEFT] * 2 + [PENALTIES] * 4
+    prompts: dict[str, Any] = {
+        "eight": {"prompts": mixed[:8]},
+        "mixed": {"prompts": mixed[8:]},
+        "eight together": {"prompts": mixed[:8], "together": True},
+        "long": {"prompts": [prompts_of(LONG)]},
+        "sampled": {"prompts": sampled, "sampling": seeded},
+        "sampled beside decided": {
+            "prompts": taking_turns(sampled, mixed[:4] * 3),
+            "sampling": taking_turns(seeded, decided),
+            "together": True,
+        },
+    }
+    return {name: {**batch, "max_tokens": NEW_TOKENS} for name, batch in prompts.items()}
+
+
+def scored(prompts: list[list[int]], together: bool = False) -> dict[str, Any]:
+    return {"prompts": prompts, "max_tokens": 1, "prompt_logprobs": True, "together": together}
+
+
+@pytest.fixture(scope="module")
+def texts(prompts_of: Callable[..., list[int]]) -> list[list[int]]:
+    """Prompts whose every position is compared."""
+    return [prompts_of(length) for length in (5, 130, 600)]
+
+
+Run = Callable[..., Batches]
+
+
+@pytest.fixture(scope="module")
+def run(run_engine: Callable[[Any], list[Any]]) -> Run:
+    """Return a function that starts an engine and gives the results of batches by their names."""
+
+    def by_name(checkpoint: Any, batches: Batches, k: int = 0, **more: Any) -> Batches:
+        job = {"checkpoint": str(checkpoint), "k": k, "batches": [*batches.values()], **more}
+        return dict(zip(batches, run_engine(job), strict=True))
+
+    return by_name
+
+
+@pytest.fixture(scope="module")
+def speculative(run: Run, checkpoints: Checkpoints, batches: Batches) -> dict[int, Batches]:
+    return {k: run(checkpoints.spliced, batches, k) for k in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def base(
+    run: Run,
+    checkpoints: Checkpoints,
+    batches: Batches,
+    texts: list[list[int]],
+    speculative: dict[int, Batches],
+) -> Batches:
+    """The same batches without the head; then what was sampled with it, and texts, scored."""
+    prompts = batches["sampled"]["prompts"]
+    more = {
+        f"sampled with k={k}": scored([p + t for p, t in zip(prompts, tokens, strict=True)])
+        for k, found in speculative.items()
+        if (tokens := tokens_of(found["sampled"]))
+    }
+    more |= {"texts": scored(texts), "texts together": scored(texts, together=True)}
+    return run(checkpoints.base, batches | more)
+
+
+def tokens_of(batch: Any) -> list[list[int]]:
+    return [result["tokens"] for result in batch["results"]]
+
+
+@pytest.mark.parametrize("name", ["texts", "texts together"])
+def test_every_prompt_position_agrees_with_transformers_in_float32(
+    name: str,
+    base: Batches,
+    texts: list[list[int]],
+    checkpoints: Checkpoints,
+    measured: dict[str, Any],
+) -> None:
+    reference = load_reference(checkpoints.base)
+    agree, decided = [], []
+    for text, result in zip(texts, base[name]["results"], strict=True):
+        expected = reference_logprobs(reference, text)
+        steps = [*result["prompt_steps"], *result["steps"]]
+        assert len(steps) == len(text)
+        best = expected.topk(2).values
+        decided.append(best[:, 0] - best[:, 1] > MAX_MARGIN)
+        choices = torch.tensor([step["tokens"][0] for step in steps])
+        agree.append(choices == expected.argmax(-1))
+    sure = torch.cat(decided)
+    share = torch.cat(agree)[sure].float().mean().item()
+    measured.update(positions=len(sure), positions_with_margin=int(sure.sum()), argmax_equal=share)
+    assert sure.float().mean() > 1 / 3, "hardly any position is decided; this says nothing"
+    assert share >= 0.98
+
+
+@both_k
+@pytest.mark.parametrize("name", ["eight", "mixed", "eight together", "long"])
+def test_greedy_tokens_and_logprobs_are_bit_identical_with_the_head(
+    name: str, k: int, base: Batches, speculative: dict[int, Batches]
+) -> None:
+    assert speculative[k][name]["results"] == base[name]["results"]
+
+
+def test_both_acceptance_and_rejection_were_exercised(
+    speculative: dict[int, Batches], measured: dict[str, Any]
+) -> None:
+    runs = {k: run["mixed"] for k, run in speculative.items()}
+    measured.update({f"acceptance_k{k}": r["accepted"] / r["drafted"] for k, r in runs.items()})
+    assert all(run["accepted"] >= 150 for run in runs.values())
+    assert all(run["drafted"] - run["accepted"] >= 75 for run in runs.values())
+
+
+def test_requests_together_are_answered_and_drafted_as_each_alone(
+    base: Batches, speculative: dict[int, Batches]
+) -> None:
+    """Text alone would not show a drafter that misreads other requests: it only accepts less."""
+    for found in (base, *speculative.values()):
+        assert found["eight together"] == found["eight"]
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_greedy_requests_beside_sampled_ones_are_answered_as_alone(
+    k: int, base: Batches, speculative: dict[int, Batches]
+) -> None:
+    run = speculative[k] if k else base
+    beside = tokens_of(run["sampled beside decided"])[1::2]
+    assert beside[:4] == tokens_of(base["eight"])[:4]
+    assert beside[8:] == tokens_of(base["sampled beside decided"])[17::2], "with penalties"
+    assert beside[8:] != beside[:4]
+
+
+@both_k
+def test_one_token_to_choose_from_is_the_most_probable(
+    k: int, speculative: dict[int, Batches]
+) -> None:
+    for result in speculative[k]["sampled beside decided"]["results"][9:17:2]:
+        for step in result["steps"]:
+            assert step["own"] == step["logprobs"][0], "another than the best, or than its equal"
+
+
+@both_k
+def test_a_seed_gives_the_same_beside_other_requests(
+    k: int, speculative: dict[int, Batches]
+) -> None:
+    alone = tokens_of(speculative[k]["sampled"])
+    assert tokens_of(speculative[k]["sampled beside decided"])[::2] == alone
+
+
+def sampled_logprobs(run: Batches) -> list[float]:
+    return [step["own"] for result in run["sampled"]["results"] for step in result["steps"]]
+
+
+@both_k
+def test_sampled_tokens_are_as_probable_with_the_head_and_told_as_the_base_scores_them(
+    k: int, base: Batches, speculative: dict[int, Batches], measured: dict[str, Any]
+) -> None:
+    """Five deviations of the difference of two means; noise is twenty nats away.
+
+    As a prompt, tokens are computed in another order of sums.
+    """
+    expected, found = sampled_logprobs(base), sampled_logprobs(speculative[k])
+    bound = 5 * math.sqrt(2 * pvariance(expected) / len(expected))
+    assert abs(mean(found) - mean(expected)) < bound < 1
+    results = base[f"sampled with k={k}"]["results"]
+    told = [step["own"] for r in results for step in r["prompt_steps"][-NEW_TOKENS:]]
+    distances = [abs(f - e) for f, e in zip(found, told, strict=True)]
+    measured.update(base=mean(expected), head=mean(found), most=max(distances))
+    assert mean(distances) < 0.05
+    assert max(distances) < MAX_MARGIN
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="needs two cores, one a rank")
+def test_two_ranks_choose_the_same_token_wherever_one_rank_is_sure(
+    run: Run,
+    checkpoints: Checkpoints,
+    batches: Batches,
+    texts: list[list[int]],
+    base: Batches,
+    measured: dict[str, Any],
+) -> None:
+    """Sums in float64 bring them close; the first token that differs is a near tie."""
+    asked = {"eight": batches["eight"], "texts": scored(texts)}
+    cores = CORES[:2]  # beyond this worker's own
+    two = run(checkpoints.spliced, asked, k=1, tensor_parallel_size=2, cores=cores)
+    flips, positions = [], 0
+    for part, name in (("prompt_steps", "texts"), ("steps", "eight")):
+        for one, other in zip(base[name]["results"], two[name]["results"], strict=True):
+            for alone, shared in zip(one[part], other[part], strict=True):
+                positions += 1
+                if alone["tokens"][0] != shared["tokens"][0]:
+                    flips.append(alone["logprobs"][0] - alone["logprobs"][1])
+                    if part == "steps":
+                        break  # what follows is another text
+    acceptance = two["eight"]["accepted"] / two["eight"]["drafted"]
+    measured.update(positions=positions, margins_of_flips=flips, acceptance=acceptance)
+    assert all(margin < MAX_MARGIN for margin in flips)
+    assert acceptance > 0.5
