@@ -74,14 +74,9 @@ def managed_server(
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
     and SIGHUP to our own process raise SystemExit in the block, so they end it too. `on_start` is
     called with the seconds so far. Raises GraftError with the reason from the log if the server
-    dies or is not ready in `start_limit_s`, and for a headless node, which answers nobody.
+    dies or is not ready in `start_limit_s`.
     """
     command = build_command(options)
-    if command.is_headless:
-        raise GraftError(
-            f"{options.checkpoint}: --headless: such a node answers no requests; ask the first "
-            "machine (--node-rank 0)"
-        )
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with (
         log_path.open("wb") as log,
