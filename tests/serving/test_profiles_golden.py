@@ -66,7 +66,8 @@ def dry_run(
             cli.main()
             sys.exit(0)
         out, errors = capfd.readouterr()
-        return (errors + out).replace(sys.executable, "python").replace(str(checkpoint), "/model")
+        printed = out if "--json" in arguments else errors + out
+        return printed.replace(sys.executable, "python").replace(str(checkpoint), "/model")
 
     return call
 
