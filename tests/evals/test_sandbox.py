@@ -248,7 +248,8 @@ def test_values_arrive_as_a_test_in_one_process_would_see_them() -> None:
         "def f(kind, a, b, c):\n    a.append(1)\n    b['x'] = a\n    c.clear()\n"
         "    return {'iterator': (i * i for i in range(3)), 'keys': b.keys(),\n"
         "            'counter': collections.Counter('aab'), 'nan': float('nan'),\n"
-        "            'big': 10 ** 6000}[kind]\n"
+        "            'big': 10 ** 6000, 'plain': [(1, {2: [3]}), {(True,): {4}}, frozenset('a'),\n"
+        "                                         b'x', None, '\\ud800', 0.1]}[kind]\n"
     )
     test = (
         "def check(candidate):\n    a, b, c = [], {}, {1}\n"
@@ -258,6 +259,8 @@ def test_values_arrive_as_a_test_in_one_process_would_see_them() -> None:
         "    assert candidate('counter', [], {}, set()) == {'a': 2, 'b': 1}\n"
         "    nan = candidate('nan', [], {}, set())\n    assert nan != nan\n"
         "    assert candidate('big', [], {}, set()) == 10 ** 6000\n"
+        "    plain = [(1, {2: [3]}), {(True,): {4}}, frozenset('a'), b'x', None, '\\ud800', 0.1]\n"
+        "    assert candidate('plain', [], {}, set()) == plain\n"
     )
     assert judge(program, test) is None
 
