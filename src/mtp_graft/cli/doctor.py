@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
-from mtp_graft.cli.app import JsonOption, app, option
+from mtp_graft.cli.app import JsonOption, app, argument, option
 from mtp_graft.cli.output import note, show
 
 
 @app.command()
 def doctor(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A DeepSeek-V4 checkpoint folder.")
-    ],
+    checkpoint: Annotated[Path, argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")],
     tp: Annotated[
         int | None,
         option(
