@@ -33,7 +33,7 @@ def doctor(
     from mtp_graft.serving.doctor import diagnose
     from mtp_graft.serving.doctor.findings import SEVERITIES
     from mtp_graft.serving.doctor.fix import fix_checkpoint
-    from mtp_graft.serving.doctor.target import find_target
+    from mtp_graft.serving.doctor.hardware import find_target
 
     if count is not None and gpu is None:
         raise typer.BadParameter("needs --gpu", param_hint="--count")
