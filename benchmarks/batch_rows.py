@@ -8,7 +8,6 @@ first row alone, and the two results for that row are compared bit by bit. Input
 so a difference is that kernel's own. Prefill steps are left out. Needs a GPU.
 """
 
-import argparse
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,13 +18,12 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model is in this process
 
 import torch
-from record import write_result
+from record import MODEL, arguments, write_result
 from texts import bundled_prompts
 from torch import Tensor, nn
 
 from mtp_graft.stages.splice import splice
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
 K = 3
 #: Functions by the module that looks them up, or the class that has them.
 FUNCTIONS = {
@@ -171,8 +169,7 @@ def install(watch: Watch, model: nn.Module) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--max-tokens", type=int, default=96)
     options = parser.parse_args()
     from vllm import LLM, SamplingParams

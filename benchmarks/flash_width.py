@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layers import NUM_STORED
+from layers import NUM_STORED, layer_of
 from synthetic_flash import FLASH, write_upstream
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.quantization_config import ExpertFormat, add_head
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index, save_shard, write_index
 from mtp_graft.dsv4 import names
-from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.head_shapes import base_shapes, stored_as
 from mtp_graft.dsv4.variants import Variant
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 
@@ -48,7 +48,7 @@ VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4"}
 #: Root mean square of a uniform code from -8 to 7, and of an FP8 byte as `fp8_bytes` draws it.
 INT4_RMS = math.sqrt(sum(code * code for code in range(-8, 8)) / 16)
 FP8_RMS = math.sqrt(sum((m / 16) ** 2 + (m / 32) ** 2 for m in range(8, 16)) / 16)
-GROUP, BLOCK = 128, 128
+GROUP = 128
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -160,54 +160,19 @@ def base_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
 
 def logical_shapes(config: dict[str, Any], layer: int) -> Shapes:
     """Return plain name -> shape of one layer's tensors, or with -1 of those outside of layers."""
-    size, head_dim = config["hidden_size"], config["head_dim"]
-    head = {name.removeprefix(names.HEAD_PREFIX): s for name, s in head_shapes(config).items()}
-    if layer < 0:
-        vocabulary = (config["vocab_size"], size)
-        outside = {n: s for n, s in head.items() if n.startswith(("norm.", "hc_head_"))}
-        return {"embed.weight": vocabulary, "head.weight": vocabulary, **outside}
-    own = ("e_proj", "h_proj", "enorm", "hnorm", "norm.", "hc_head_")
-    shapes = {name: shape for name, shape in head.items() if not name.startswith(own)}
-    ratio = config["compress_ratios"][layer]
-    if ratio:
-        shapes |= _compressor("attn.compressor", ratio, head_dim, size)
-    if ratio == 4:
-        index, heads = config["index_head_dim"], config["index_n_heads"]
-        shapes |= _compressor("attn.indexer.compressor", ratio, index, size)
-        shapes["attn.indexer.wq_b.weight"] = (heads * index, config["q_lora_rank"])
-        shapes["attn.indexer.weights_proj.weight"] = (heads, size)
-    if layer < config["num_hash_layers"]:
-        del shapes["ffn.gate.bias"]
-        shapes["ffn.gate.tid2eid"] = (config["vocab_size"], config["num_experts_per_tok"])
-    return {f"layers.{layer}.{name}": shape for name, shape in shapes.items()}
-
-
-def _compressor(prefix: str, ratio: int, head_dim: int, size: int) -> Shapes:
-    width = head_dim * (2 if ratio == 4 else 1)  # windows of ratio 4 overlap
-    return {
-        f"{prefix}.ape": (ratio, width),
-        f"{prefix}.wkv.weight": (width, size),
-        f"{prefix}.wgate.weight": (width, size),
-        f"{prefix}.norm.weight": (head_dim,),
-    }
+    wanted = layer if layer >= 0 else None
+    shapes = base_shapes(config | {"num_hidden_layers": layer + 1 if layer >= 0 else 1})
+    return {name: shape for name, shape in shapes.items() if layer_of(name) == wanted}
 
 
 def stored_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Return name -> (shape, dtype) as W4A16-FP8 stores them."""
     stored: dict[str, tuple[tuple[int, ...], Any]] = {}
     for name, shape in logical_shapes(config, layer).items():
-        stem = name.removesuffix(".weight")
-        if names.EXPERT.match(name):
-            outputs, inputs = shape
-            stored[f"{stem}.weight_packed"] = (outputs, inputs // 8), torch.int32
-            stored[f"{stem}.weight_scale"] = (outputs, inputs // GROUP), torch.bfloat16
-            stored[f"{stem}.weight_shape"] = (2,), torch.int64
-        elif names.FP8_LINEAR.search(name):
-            blocks = tuple(math.ceil(n / BLOCK) for n in shape)
-            stored[name] = shape, torch.float8_e4m3fn
-            stored[f"{stem}.weight_scale"] = blocks, torch.bfloat16
-        else:
-            stored[name] = shape, names.storage_dtype(name)
+        kind = "fp8" if names.FP8_LINEAR.search(name) else "plain"
+        kind = "int4" if names.EXPERT.match(name) else kind
+        like = stored_as(name, shape, kind, GROUP)
+        stored |= {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in like.items()}
     return stored
 
 

@@ -9,20 +9,17 @@ kernels. llm-compressor overwrites its arguments: copies are made outside the ti
 ||(W - Q) H^1/2|| / ||W H^1/2||, in float32, under the undamped Hessian. llm-compressor takes its
 groups' scales from the weights as they are (absmax); ours by default searches those of the
 corrected weights (mse), and `ours_absmax` is ours without the search.
-`agreement` compares our GPU code with our CPU code on smaller matrices.
 """
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_result
+from record import arguments, write_result
 from torch import Tensor
 
 from mtp_graft.dsv4.hessians import expert_hessians
@@ -33,8 +30,7 @@ GROUP, DAMP, BATCH = 128, 0.01, 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = arguments(__doc__)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=2048)
@@ -58,8 +54,6 @@ def main() -> None:
         print(number, {n: r[-1] for n, r in rounds.items()}, flush=True)
         write_result(options.out, "gptq_core", summary(results))
     results["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if options.device != "cpu" else 0
-    results["hessian_tf32"] = tf32_hessian(options.device, options.hidden, options.inner)
-    results["agreement"] = [agreement(*size, options.device) for size in ((16, 256), (4, 1024))]
     write_result(options.out, "gptq_core", summary(results))
 
 
@@ -181,60 +175,6 @@ def decoded(quantized: Any) -> Tensor:
 def synchronize(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize()
-
-
-def tf32_hessian(device: str, hidden: int, inner: int) -> dict[str, float]:
-    """Return how far TF32 products move Hessians, and the error that GPTQ then leaves."""
-    generator = torch.Generator(device).manual_seed(1)
-    shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
-    weights = {
-        m: torch.randn(1, *s, generator=generator, device=device) * (1.2 / math.sqrt(s[1]))
-        for m, s in shapes.items()
-    }
-    x = inputs_seen(hidden, generator)
-    exact = expert_hessians([[x]], weights, limit=10.0)
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    fast = expert_hessians([[x]], weights, limit=10.0)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    found = {}
-    for m in ("w1", "w2"):
-        found[f"{m}_relative"] = float((fast[m] - exact[m]).norm() / exact[m].norm())
-        both = [
-            float(relative_error(weights[m], decoded(gptq(weights[m], h)), exact[m]))
-            for h in (exact[m], fast[m])
-        ]
-        found[f"{m}_rel_error_fp32"], found[f"{m}_rel_error_tf32"] = both
-    return found
-
-
-def agreement(batch: int, size: int, device: str) -> dict[str, Any]:
-    """Compare the device's GPTQ with the CPU's on the same Hessians, made on the CPU."""
-    generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(batch, size, size, generator=generator)
-    x = torch.stack([inputs_seen(size, generator) for _ in range(batch)])
-    hessian = x.mT @ x
-    found: dict[str, Any] = {"matrices": [batch, size, size], "tokens": x.shape[1]}
-    by_tokens = size / x.shape[1]  # the stage's damp, for so few tokens
-    for name, damp, scale in (
-        ("default", by_tokens, "mse"),
-        ("damp_0.01", DAMP, "mse"),
-        ("damp_0.01_absmax", DAMP, "absmax"),
-    ):
-        on_cpu = gptq(weight, hessian, damp, scale=scale)
-        there = gptq(weight.to(device), hessian.to(device), damp, scale=scale)
-        distance = (on_cpu.codes.int() - there.codes.cpu().int()).abs()
-        errors = [
-            float(relative_error(weight, int4.decode(c, s), hessian).mean())
-            for c, s in ((on_cpu.codes, on_cpu.scale), (there.codes.cpu(), there.scale.cpu()))
-        ]
-        found[name] = {
-            "codes_equal": float((distance == 0).float().mean()),
-            "codes_apart": distance.flatten().bincount(minlength=2).tolist(),
-            "largest_distance": int(distance.max()),
-            "rel_error_cpu": errors[0],
-            "rel_error_device": errors[1],
-        }
-    return found
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:

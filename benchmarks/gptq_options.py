@@ -8,14 +8,13 @@ and matrices of ||(W - Q) H^1/2|| / ||W H^1/2||. `identity` calibrates on what t
 without the head's attention, and is measured on what they see with it.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from record import write_result
+from record import MODEL, arguments, write_result
 from torch import Tensor
 
 from mtp_graft.dsv4.experts import MATRICES, quantize_experts
@@ -28,14 +27,12 @@ from mtp_graft.stages.inputs import open_inputs
 from mtp_graft.stages.parallel import Clock
 from mtp_graft.stages.replay import replay_capture
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
 Matrices = dict[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--capture", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:

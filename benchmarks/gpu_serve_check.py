@@ -11,7 +11,6 @@ accepted drafts, and what capture recorded: 16 random projections of each residu
 relative error estimates that of the rows themselves.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from engines import EngineOptions, counters, started
-from record import write_result
+from record import MODEL, arguments, write_result
 from safetensors.torch import load_file
 from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
 
@@ -29,7 +28,6 @@ from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDING
 from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import splice
 
-MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
 PROJECTIONS, CHUNK, LONG = 16, 512, 1500
 NOTE = (
     "Greedy, one request at a time, 12 bundled prompts and one of 1,500 tokens. Speed is not "
@@ -39,9 +37,8 @@ Entry = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--reference", type=Path, help="result of this script on a CPU")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=96)
@@ -60,8 +57,8 @@ def main() -> None:
                 gpu_memory_utilization=0.1,
                 kv_cache_bytes=2**31,
             )
-            arguments = (engine, prompts, options.max_tokens, text, Path(scratch) / f"capture-k{k}")
-            found += run_in_process(observe, *arguments, report=print)
+            job = (engine, prompts, options.max_tokens, text, Path(scratch) / f"capture-k{k}")
+            found += run_in_process(observe, *job, report=print)
             results = summarize({e["part"]: e for e in found}, expected)
             write_result(options.out, "serve_check", results, note=NOTE, measurements=found)
 

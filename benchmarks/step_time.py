@@ -26,7 +26,7 @@ from queue import Queue
 from typing import Any
 
 from engines import EngineOptions, decode, random_prompts, started, summarize_steps
-from record import write_result
+from record import arguments, write_result
 
 from mtp_graft.pipeline.device import gpus
 from mtp_graft.stages.process import run_in_process
@@ -51,9 +51,8 @@ class Job:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[17, 35])
     parser.add_argument("--variants", nargs="+", default=["int4", "mxfp4"])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3])

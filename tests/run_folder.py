@@ -7,8 +7,7 @@ from typing import Any
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.manifest import fingerprints
 from mtp_graft.checkpoint.quantization_config import add_head
-from mtp_graft.dsv4.acceptance import wilson_interval
-from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
+from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, wilson_interval
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent

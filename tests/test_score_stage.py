@@ -1,7 +1,6 @@
 """The offline score: the server's steps against a simulation of them, and the stage around it."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mtp_graft.checkpoint.shards import load_tensors
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.replay import build_head, model_config, replay_drafts
 from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
@@ -55,19 +53,6 @@ def test_drafts_are_counted_as_a_server_makes_them(
     length = len(continuation)
     drafts = data.draw(st.lists(tokens, min_size=length, max_size=length))
     assert count_drafts(drafts, continuation) == serve(continuation, drafts)
-
-
-@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (7, 7), (3, 10), (812, 1000)])
-def test_wilson_interval_ends_where_the_rate_is_1_96_deviations_away(
-    successes: int, trials: int
-) -> None:
-    rate = successes / trials
-    low, high = wilson_interval(successes, trials)
-    assert low <= rate <= high
-    for end in (low, high):
-        if 0 < end < 1:
-            deviation = math.sqrt(end * (1 - end) / trials)
-            assert abs(rate - end) == pytest.approx(1.959964 * deviation, rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -15,38 +15,9 @@ from pathlib import Path
 SEED = 20261124
 COUNTS = {"calibration": 96, "evaluation": 144}
 CHAT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜></think>"  # thinking off
-NAMES = [
-    "Adele",
-    "Bruno",
-    "Carla",
-    "Dario",
-    "Edith",
-    "Felix",
-    "Gloria",
-    "Henrik",
-    "Irene",
-    "Jonas",
-    "Karin",
-    "Leo",
-    "Marta",
-    "Nils",
-    "Olga",
-    "Pedro",
-    "Ruth",
-    "Simon",
-    "Teresa",
-    "Victor",
-    "Wanda",
-    "Yusuf",
-    "Zoe",
-    "Alma",
-    "Boris",
-    "Clara",
-    "Dennis",
-    "Elsa",
-    "Frank",
-    "Gina",
-]
+NAMES = """\
+Adele Bruno Carla Dario Edith Felix Gloria Henrik Irene Jonas Karin Leo Marta Nils Olga
+Pedro Ruth Simon Teresa Victor Wanda Yusuf Zoe Alma Boris Clara Dennis Elsa Frank Gina"""
 
 # ruff: noqa: E501, a template is one line
 CALIBRATION = """\
@@ -106,7 +77,7 @@ SETS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
 
 def fill(template: str, rng: random.Random) -> str:
     """Return the template with two names and with numbers."""
-    first, second = rng.sample(NAMES, 2)
+    first, second = rng.sample(NAMES.split(), 2)
     named = template.replace("@1", first).replace("@2", second)
     return re.sub(r"\[(\d+)-(\d+)\]", lambda m: str(rng.randint(int(m[1]), int(m[2]))), named)
 

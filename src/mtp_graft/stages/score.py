@@ -20,12 +20,12 @@ from mtp_graft.checkpoint.manifest import (
     write_manifest,
 )
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ScoreSection
+from mtp_graft.serving.metrics import wilson_interval
 from mtp_graft.stages.inputs import (
     EVALUATION,
     REPORT_NAME,

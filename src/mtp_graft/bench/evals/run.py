@@ -17,9 +17,9 @@ from openai import OpenAI, OpenAIError
 
 from mtp_graft.bench.evals.capability import capability
 from mtp_graft.bench.evals.tasks import gsm8k, humaneval, mmlu
-from mtp_graft.dsv4.acceptance import wilson_interval
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS
+from mtp_graft.serving.metrics import wilson_interval
 
 #: Benchmark -> its task on a data folder (None: the hub), limit and seed.
 TASKS = {"gsm8k": gsm8k, "humaneval": humaneval, "mmlu": mmlu, "capability": capability}
