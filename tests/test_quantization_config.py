@@ -1,8 +1,6 @@
 """Which scheme an engine finds for each module, by the names engines use."""
 
-import json
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +9,8 @@ from torch import nn
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
-    check_head,
     int4_group_size,
+    read_quantization,
     scheme_of,
 )
 from mtp_graft.errors import GraftError
@@ -35,21 +33,6 @@ FUSED = {
 }
 
 
-@pytest.fixture(params=EXPERT_FORMATS)
-def experts(request: pytest.FixtureRequest) -> ExpertFormat:
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture(params=["fp8", "base", "bf16"])
-def linears(request: pytest.FixtureRequest) -> Linears:
-    return request.param  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def config(experts: ExpertFormat, linears: Linears) -> dict[str, Any]:
-    return add_head(tiny_quantization(), 4, experts, linears)
-
-
 def expected_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
     """Return module -> stored format, None for unquantized, with the head as layer 4."""
     shared = FP8 if linears == "fp8" else None
@@ -70,13 +53,17 @@ def expected_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str |
     }
 
 
-def test_each_module_finds_its_scheme(
-    config: dict[str, Any], experts: ExpertFormat, linears: Linears
+@pytest.mark.parametrize("experts", EXPERT_FORMATS)
+@pytest.mark.parametrize("linears", ["fp8", "base", "bf16"])
+def test_each_module_finds_its_scheme_and_the_bases_section_stays(
+    experts: ExpertFormat, linears: Linears
 ) -> None:
-    check_head(config, 4, experts, linears)
+    base = tiny_quantization()
+    config = add_head(base, 4, experts, linears)
     for name, scheme in expected_formats(experts, linears).items():
         found = scheme_of(config, name)
         assert (found and found["format"]) == scheme, name
+    assert base == tiny_quantization()
 
 
 WRITTEN_BY_OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -109,51 +96,43 @@ def test_vllm_finds_the_same_schemes(case: str) -> None:
     parsed = CompressedTensorsConfig.from_config(deepcopy(config))
     parsed.apply_vllm_mapper(_make_deepseek_v4_weights_mapper("bf16"))
     parsed.packed_modules_mapping = FUSED
-    linear = nn.Linear(1, 1)
-    parts = {f".{part}" for fused in FUSED.values() for part in fused}
-    for layer in (0, 1, 4):
-        names = {n for n in expected_formats("int4", "fp8") if n.startswith("model.layers.4.")}
-        for name in {n.replace("layers.4", f"layers.{layer}") for n in names}:
-            if not name.endswith((*parts, ".w2")) or ".experts." in name:  # vLLM asks for these
-                theirs, ours = (
-                    parsed.get_scheme_dict(linear, name),
-                    scheme_of(config, name),
-                )
-                assert (ours and ours["format"]) == (theirs and theirs["format"]), name
-
-
-def test_the_bundled_base_carries_the_config_of_a_base_which_a_head_leaves_as_it_is(
-    tiny_model: Path, experts: ExpertFormat
-) -> None:
-    config = json.loads((tiny_model / "base" / "config.json").read_text())["quantization_config"]
-    add_head(config, 4, experts, "bf16")
-    assert config == tiny_quantization()
+    parts = tuple(f".{part}" for fused in FUSED.values() for part in fused)
+    modules = [n for n in expected_formats("int4", "fp8") if n.startswith("model.layers.4.")]
+    for name in (n.replace("layers.4", f"layers.{layer}") for n in modules for layer in (0, 1, 4)):
+        if not name.endswith((*parts, ".w2")) or ".experts." in name:  # vLLM asks for these
+            theirs = parsed.get_scheme_dict(nn.Linear(1, 1), name)
+            ours = scheme_of(config, name)
+            assert (ours and ours["format"]) == (theirs and theirs["format"]), name
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["config_groups"]["group_0"].update(targets=["re:.*wq_b$"]), "fused_wqa_wkv"),
-        (lambda c: c.update(ignore=["re:.*e_proj"]), "would load as unquantized, expected"),
-        (lambda c: c.update(ignore=["re:.*wq_a$"]), "a part of .*fused_wqa_wkv"),
         (lambda c: c.update(ignore=["re:*shared*"]), r"ignore\.0: .*no regular expression"),
         (lambda c: c.update(quant_method="fp8"), "quant_method: input should be"),
         (lambda c: c.pop("config_groups"), "config_groups: field required"),
     ],
 )
-def test_a_base_whose_section_takes_the_head_elsewhere_is_refused(
-    change: Any, message: str
-) -> None:
-    config = add_head(tiny_quantization(), 4, "int4", "base")
+def test_a_section_that_vllm_cannot_read_is_refused(change: Any, message: str) -> None:
+    config = tiny_quantization()
     change(config)
     with pytest.raises(GraftError, match=message):
-        check_head(config, 4, "int4", "base")
+        read_quantization({"quantization_config": config})
+
+
+def test_a_module_that_is_ignored_in_part_is_refused() -> None:
+    quantization = read_quantization(
+        {"quantization_config": {**tiny_quantization(), "ignore": ["re:.*wq_a$"]}}
+    )
+    with pytest.raises(GraftError, match=r"a part of .*fused_wqa_wkv"):
+        quantization.group_of("model.layers.0.attn.fused_wqa_wkv")
 
 
 def test_what_may_be_null_may_be_null() -> None:
     config = tiny_quantization() | {"ignore": None, "format": "pack-quantized"}
     config["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
-    check_head(add_head(config, 4, "int4", "base"), 4, "int4", "base")
+    quantization = read_quantization({"quantization_config": add_head(config, 4, "int4", "base")})
+    assert quantization.group_of("model.layers.4.ffn.experts.0.w1") == "group_1"
 
 
 def test_the_int4_group_size_has_to_be_one() -> None:

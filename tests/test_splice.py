@@ -279,7 +279,7 @@ EXPERT = "mtp.0.ffn.experts.5.w2"
         (
             "base",
             set_json("config.json", lambda c: group(c).update(targets=["re:.*rs.[0-3].*experts"])),
-            r"model\.layers\.4\.ffn\.experts\.0\.w1 would load as unquant",
+            r"model\.layers\.4\.ffn\.experts\.0\.w1 would load as plain",
         ),
         (
             "base",

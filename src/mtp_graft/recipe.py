@@ -36,9 +36,6 @@ Replay = Annotated[
     Literal["true", "identity"],  # `replay = true` is meant so, without quotes
     BeforeValidator(lambda v: str(v).lower() if isinstance(v, bool) else v),
 ]
-#: How the drafts' LM head is stored, and how drafts are drawn above temperature 0; on GPUs only.
-DraftLmHead = Literal["fp8", "nvfp4"]
-DraftSampling = Literal["greedy", "probabilistic"]
 #: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
 ZeroTokens = Literal["pool", "rtn", "error"]
 
@@ -147,8 +144,6 @@ class BenchSection:
     max_tokens: Count = 128
     rounds: Count = 3
     k: Count | None = None  # drafts a step; None: as `serve` does on this platform
-    draft_lm_head_quantization: DraftLmHead | None = None
-    draft_sample_method: DraftSampling | None = None
     served_variants: Variants = ALL_VARIANTS
     acceptance_count: Count | None = None  # evaluation texts to serve; all of them are scored
 

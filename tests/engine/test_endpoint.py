@@ -8,7 +8,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -207,31 +206,6 @@ def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(**request(stop=[stop], stream=True))
     streamed = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
     assert streamed == stopped.choices[0].message.content
-
-
-def test_logprobs_belong_to_the_tokens_of_the_answer(client: openai.OpenAI) -> None:
-    answer = ask(client, logprobs=True, top_logprobs=3)
-    assert answer.choices[0].logprobs is not None and answer.usage is not None
-    tokens = answer.choices[0].logprobs.content
-    assert tokens is not None
-    assert len(tokens) == answer.usage.completion_tokens
-    assert content_of(answer) in "".join(token.token for token in tokens)
-    for token in tokens:
-        best = [top.logprob for top in token.top_logprobs]
-        assert len(best) >= 3
-        assert best == sorted(best, reverse=True)
-        assert token.logprob == best[0] <= 0, "a greedy token is the most probable one"
-
-
-def test_eight_clients_at_once_are_answered_as_each_alone(client: openai.OpenAI) -> None:
-    """On a CPU a token's last bit does not depend on what is computed beside it."""
-    questions = ["How many lamps? " * (1 + number) for number in range(8)]
-    alone = [ask(client, question) for question in questions]
-    with ThreadPoolExecutor(len(questions)) as pool:
-        together = list(pool.map(lambda question: ask(client, question), questions))
-    assert [content_of(answer) for answer in together] == [content_of(one) for one in alone]
-    assert [answer.usage for answer in together] == [one.usage for one in alone]
-    assert len({content_of(one) for one in alone}) > 4, "hardly any answer is its client's own"
 
 
 def gauge(server: ServerClient, name: str) -> float:

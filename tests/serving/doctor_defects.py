@@ -68,19 +68,10 @@ def rename_experts(folder: Path) -> None:
         rename(rf"(\.experts\.\d+\.){old}\.", rf"\1{new}.")(folder)
 
 
-def shard_of(folder: Path, name: str) -> str:
-    shard: str = json.loads((folder / INDEX).read_text())["weight_map"][name]
-    return shard
-
-
 def truncate(folder: Path) -> None:
     data = (folder / HEAD).read_bytes()
     (folder / HEAD).unlink()
     (folder / HEAD).write_bytes(data[: len(data) // 2])
-
-
-def remove_shard(folder: Path) -> None:
-    (folder / HEAD).unlink()
 
 
 def list_what_is_not_there(folder: Path) -> None:
@@ -88,30 +79,29 @@ def list_what_is_not_there(folder: Path) -> None:
     edit_index(folder, lambda m: m.update({"mtp.0.ffn.experts.5.w2.weight_scale": HEAD}))
 
 
-def forget_the_head_in_the_index(folder: Path) -> None:
+def forget(pattern: str) -> Plant:
+    """Return what removes names from the index."""
+
     def drop(weight_map: dict[str, str]) -> None:
-        for name in [name for name, shard in weight_map.items() if shard == HEAD]:
+        for name in [name for name in weight_map if re.match(pattern, name)]:
             del weight_map[name]
 
-    edit_index(folder, drop)
-
-
-def forget_one_entry(folder: Path) -> None:
-    edit_index(folder, lambda m: m.pop("mtp.0.e_proj.weight"))
+    return lambda folder: edit_index(folder, drop)
 
 
 def hold_a_tensor_twice(folder: Path) -> None:
-    edit_shard(folder, lambda t: t.update({"mtp.0.enorm.weight": torch.ones(256).bfloat16()}))
-    tensors = {"mtp.0.enorm.weight": torch.ones(256).bfloat16()}
-    save_file(tensors, folder / "model-extra.safetensors")
-    edit_index(folder, lambda m: m.update({"mtp.0.enorm.weight": "model-extra.safetensors"}))
+    save_file({"mtp.0.enorm.weight": torch.ones(256).bfloat16()}, folder / "extra.safetensors")
+    edit_index(folder, lambda m: m.update({"mtp.0.enorm.weight": "extra.safetensors"}))
 
 
 def change(edit: Callable[[dict[str, Tensor]], object], shard_with: str | None = None) -> Plant:
     """Return what edits the head's tensors, or those of the shard that holds a tensor."""
-    return lambda folder: edit_shard(
-        folder, edit, shard_of(folder, shard_with) if shard_with else HEAD
-    )
+
+    def plant(folder: Path) -> None:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        edit_shard(folder, edit, weight_map[shard_with] if shard_with else HEAD)
+
+    return plant
 
 
 def drop(name: str, place: str | None = None) -> Plant:
@@ -149,20 +139,20 @@ def add_dspark_blocks(tensors: dict[str, Tensor]) -> None:
         tensors[f"mtp.{block}.enorm.weight"] = tensors["mtp.0.enorm.weight"].clone()
 
 
+def section(edit: Callable[[dict[str, Any]], object]) -> Plant:
+    return lambda folder: edit_quantization(folder, edit)
+
+
 def ignore(pattern: str) -> Plant:
-    return lambda folder: edit_quantization(folder, lambda q: q["ignore"].append(pattern))
+    return section(lambda q: q["ignore"].append(pattern))
 
 
 def retarget(group: str, targets: list[str]) -> Plant:
-    return lambda folder: edit_quantization(
-        folder, lambda q: q["config_groups"][group].update(targets=targets)
-    )
+    return section(lambda q: q["config_groups"][group].update(targets=targets))
 
 
-def set_group_size(folder: Path) -> None:
-    edit_quantization(
-        folder, lambda q: q["config_groups"]["group_1"]["weights"].update(group_size=64)
-    )
+def shrink_groups(quantization: dict[str, Any]) -> None:
+    quantization["config_groups"]["group_1"]["weights"]["group_size"] = 64
 
 
 def set_config(key: str, value: object) -> Plant:
@@ -180,10 +170,10 @@ NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
 #: name -> (id that doctor reports, what plants it)
 DEFECTS: dict[str, tuple[str, Plant]] = {
     "truncated-shard": ("shard-unreadable", truncate),
-    "missing-shard": ("shard-missing", remove_shard),
+    "missing-shard": ("shard-missing", lambda folder: (folder / HEAD).unlink()),
     "entry-without-tensor": ("index-entry-without-tensor", list_what_is_not_there),
-    "shard-not-in-index": ("tensor-without-index-entry", forget_the_head_in_the_index),
-    "tensor-not-in-index": ("tensor-without-index-entry", forget_one_entry),
+    "shard-not-in-index": ("tensor-without-index-entry", forget(r"mtp\.")),
+    "tensor-not-in-index": ("tensor-without-index-entry", forget(r"mtp\.0\.e_proj\.weight")),
     "tensor-in-two-shards": ("tensor-twice", hold_a_tensor_twice),
     "missing-parameter": ("head-tensor-missing", drop("mtp.0.hnorm.weight")),
     "missing-scale": ("head-tensor-missing", drop(f"{EXPERT}.w1.weight_scale")),
@@ -199,7 +189,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
         "scale-shape",
         replace(f"{EXPERT}.w2.weight_scale", lambda t: t.repeat_interleave(2, dim=1)),
     ),
-    "wrong-group-size-in-config": ("group-size", set_group_size),
+    "wrong-group-size-in-config": ("group-size", section(shrink_groups)),
     "wrong-dtype": ("tensor-dtype", replace("mtp.0.e_proj.weight", lambda t: t.view(torch.int8))),
     "rounded-float32": ("float32-rounded", change(round_float32)),
     "fp8-compressor": ("compressor-fp8", store_a_compressor_in(torch.float8_e4m3fn)),
@@ -219,15 +209,10 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "ignore-for-mtp": ("pattern-names-mtp", ignore("mtp.0.ffn.shared_experts.w1")),
     "unanchored-ignore": ("pattern-too-wide", ignore("re:.*e_proj")),
     "ignore-takes-the-head": ("pattern-too-wide", ignore(r"re:.*layers\.4\.attn\..*")),
-    "ignore-is-null": (
-        "ignore-null",
-        lambda folder: edit_quantization(folder, lambda q: q.update(ignore=None)),
-    ),
+    "ignore-is-null": ("ignore-null", section(lambda q: q.update(ignore=None))),
     "one-family-of-names": ("expert-target-names", retarget("group_1", [NATIVE_EXPERTS])),
     "projections-without-group": (
         "scheme-mismatch",
-        lambda folder: edit_quantization(
-            folder, lambda q: q["config_groups"].pop("mtp_projections")
-        ),
+        section(lambda q: q["config_groups"].pop("mtp_projections")),
     ),
 }

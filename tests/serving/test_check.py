@@ -25,7 +25,7 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
 ) -> None:
     monkeypatch.setattr(server, "MIN_ACCEPTANCE", border)  # the stand-in's head has 0.5
     fake(record=str(tmp_path / "record"))
-    words = ("--check", "--port", 0, "--log", tmp_path / "log", "--json", "-")
+    words = ("--check", "--port", 0, "--json", "-")
     status, out, errors = run("serve", grafted, *words)
     result = json.loads(out)
     assert result["ok"] is (status == 0) is (border < 0.5)
@@ -38,14 +38,12 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
     ("status", "words", "message"),
     [
         (1, "--check --k 0", "--check without drafts"),
-        (1, "--check -- --headless", "such a node answers no requests; ask the first machine"),
         (1, "--gpu H200", "a CPU build"),
         (1, "--profile 524k --nnodes 2 --dry-run", "a CPU build"),
         (2, "--check --dry-run", "give one of"),
         (2, "--profile none --gpu H200 --dry-run", "need a --profile"),
         (2, "--profile none --nnodes 2", "need a --profile"),
         (2, "--profile 524k --count 2", "--count needs --gpu"),
-        (2, "--log file", "--log needs --check"),
     ],
 )
 def test_what_cannot_be_served_or_checked_is_refused_before_anything_starts(

@@ -5,7 +5,8 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError
+from dataclasses import replace
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -18,99 +19,102 @@ from mtp_graft.checkpoint.shards import load_tensors, read_meta
 from mtp_graft.cli.app import app
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
-from mtp_graft.serving.command import ServeOptions
-from mtp_graft.serving.doctor import diagnose, examine, fix, target
+from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
+from mtp_graft.serving.doctor import diagnose, examine, fix, hardware
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding
-from mtp_graft.serving.doctor.target import Target, find_target
+from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
-from mtp_graft.serving.topology import named_hardware
+from mtp_graft.serving.topology import Hardware, named_hardware
 from mtp_graft.stages.splice import splice
-from quantized import write_quantized
+from serving.conftest import install_gpus
 from serving.doctor_defects import DEFECTS, HEAD, INDEX, edit_config, edit_quantization, edit_shard
 from serving.flash import flash
 
-VARIANTS = ("rtn", "gptq", "mxfp4", "bf16")
+VARIANTS = ("rtn", "mxfp4", "bf16")
 ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
-ON_H200 = find_target(gpu="H200")
 Plant = Callable[[str], Path]
+
+
+def on(gpu: str, count: int = 1, vllm: str | None = None, **more: Any) -> Target:
+    found = find_target(gpu=gpu, count=count, **more)
+    return replace(found, vllm=Version(vllm)) if vllm else found
+
+
+def small_gpu(gib: float, max_model_len: int | None = None) -> Target:
+    gpu = Hardware("small", 1, int(gib * 2**30))
+    return Target(Version("0.33.0"), "cuda", gpu, 1, max_model_len)
 
 
 def ids(findings: list[Finding], *severities: str) -> list[str]:
     return [f.id for f in findings if not severities or f.severity in severities]
 
 
+def levels(findings: list[Finding]) -> dict[str, str]:
+    return {f.id: f.severity for f in findings if f.severity != "note"}
+
+
 @pytest.fixture(scope="module")
 def good(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every variant's checkpoint on one file system with its base, and the base as `base`."""
+    """Checkpoints on one file system with their base."""
     folder = tmp_path_factory.mktemp("good")
     base = shutil.copytree(tiny_model / "base", folder / "base")
-    quantized = write_quantized(folder / "quantize", load_tensors(tiny_model / "upstream"))
     for variant in VARIANTS:
-        given = quantized if variant == "gptq" else None
-        splice(base, tiny_model / "upstream", folder / variant, variant, quantized=given)
-    return {name: folder / name for name in ("base", *VARIANTS)}
+        splice(base, tiny_model / "upstream", folder / variant, variant)
+    return {name: folder / name for name in VARIANTS}
 
 
 @pytest.fixture
-def copy(good: dict[str, Path], tmp_path: Path) -> Plant:
-    """Copy a good checkpoint; its shards are links, which defects replace and never write to."""
+def copy(good: dict[str, Path], tmp_path: Path) -> Path:
+    """A good checkpoint; its shards are links, which defects replace and never write to."""
 
     def link_shards(source: str, target: str) -> None:
         (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
 
-    return lambda name: shutil.copytree(good[name], tmp_path / name, copy_function=link_shards)
+    return shutil.copytree(good["rtn"], tmp_path / "rtn", copy_function=link_shards)
 
 
 @pytest.fixture
-def planted(copy: Plant) -> Plant:
+def planted(copy: Path) -> Plant:
     def plant(name: str) -> Path:
-        folder = copy("rtn")
-        DEFECTS[name][1](folder)
-        return folder
+        DEFECTS[name][1](copy)
+        return copy
 
     return plant
 
 
-# Good checkpoints, and the published ones
+@pytest.fixture(scope="module")
+def full_size() -> Checkpoint:
+    return flash()
+
+
+# Good checkpoints, published ones and those of others
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("gpu", ["cpu", "H200", "RTX PRO 6000 Server"])
-def test_a_good_checkpoint_has_no_errors_or_warnings(
-    good: dict[str, Path], variant: str, gpu: str
-) -> None:
-    assert ids(diagnose(good[variant], find_target(gpu=gpu)), "error", "warning") == []
+def test_a_good_checkpoint_has_no_errors_or_warnings(good: dict[str, Path], variant: str) -> None:
+    for gpu in ("cpu", "H200", "RTX PRO 6000 Server"):
+        assert levels(diagnose(good[variant], find_target(gpu=gpu))) == {}
 
 
-def test_without_vllm_doctor_says_what_it_left_out(
-    good: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def absent(name: str) -> None:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(command, "distribution", absent)
-    monkeypatch.setattr(target.shutil, "which", lambda _name: None)
-    where = find_target()
-    assert (where.vllm, where.platform, where.hardware) == (None, None, None)
-    assert ids(diagnose(good["rtn"], where)) == ["vllm-unknown"]
-
-
-def test_the_published_base_has_notes_alone_and_nothing_to_fix() -> None:
-    found = examine(flash(), find_target(gpu="H200", count=2))
+def test_the_published_base_has_notes_alone_and_nothing_to_fix(full_size: Checkpoint) -> None:
+    base = {name: t for name, t in full_size.tensors.items() if not name.startswith("mtp.")}
+    assert len(base) == 100_652 and sum(n.endswith(".weight_scale") for n in base) == 33_405
+    assert sum(t.nbytes for t in base.values()) / 2**30 == pytest.approx(142, abs=0.5)
+    found = examine(full_size, on("H200", 2))
     notes = {f.id: f.found for f in found}
-    assert ids(found, "error", "warning") == [] and not any(f.fixable for f in found)
+    assert levels(found) == {} and not any(f.fixable for f in found)
     assert "(108 in all)" in notes["float32-rounded"] and "(145 in all)" in notes["compressor-fp8"]
 
 
 def as_deepseek(folder: Path) -> None:
+    def to_scale(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            scale = tensors.pop(name).float().to(torch.float8_e8m0fnu)
+            tensors[name.replace("weight_scale", "scale")] = scale
+
     edit_config(folder, lambda c: c.update(quantization_config={"quant_method": "fp8"}))
     for shard in sorted(folder.glob("*.safetensors")):
-
-        def to_scale(tensors: dict[str, Any]) -> None:
-            for name in [name for name in tensors if name.endswith(".weight_scale")]:
-                scale = tensors.pop(name).float().to(torch.float8_e8m0fnu)
-                tensors[name.replace("weight_scale", "scale")] = scale
-
         edit_shard(folder, to_scale, shard.name)
 
 
@@ -120,8 +124,7 @@ def as_modelopt(folder: Path) -> None:
 
 
 def as_mlx(folder: Path) -> None:
-    edit_config(folder, lambda c: c.update(quantization={"bits": 4}))
-    edit_config(folder, lambda c: c.pop("quantization_config"))
+    edit_config(folder, lambda c: c.update(quantization={"bits": 4}, quantization_config=None))
 
 
 def as_gptq(folder: Path) -> None:
@@ -133,13 +136,12 @@ def as_gptq(folder: Path) -> None:
     [(as_deepseek, "DeepSeek's"), (as_modelopt, "ModelOpt"), (as_mlx, "MLX"), (as_gptq, "gptq")],
 )
 def test_another_format_is_named_and_left_alone(
-    copy: Plant, make: Callable[[Path], None], maker: str, tmp_path: Path
+    copy: Path, make: Callable[[Path], None], maker: str, tmp_path: Path
 ) -> None:
-    folder = copy("rtn")
-    make(folder)
-    (finding,) = diagnose(folder, ON_CPU)
+    make(copy)
+    (finding,) = diagnose(copy, ON_CPU)
     assert finding.id == "foreign-format" and maker in finding.found
-    assert run(folder, "--gpu", "cpu", "--fix", tmp_path / "fixed")[0] == 0
+    assert run(copy, "--gpu", "cpu", "--fix", tmp_path / "fixed")[0] == 0
     assert not (tmp_path / "fixed").exists()
 
 
@@ -151,7 +153,7 @@ def test_a_planted_defect_is_found_by_its_id_and_no_other(planted: Plant, name: 
     folder, expected = planted(name), [DEFECTS[name][0]]
     found = diagnose(folder, ON_CPU)
     assert ids(found) == expected
-    on_gpu = ids(diagnose(folder, ON_H200))
+    on_gpu = ids(diagnose(folder, on("H200")))
     notes = ("memory", "piecewise-graphs")  # of every checkpoint
     assert [id_ for id_ in on_gpu if id_ not in notes] == expected
     assert all((f.where, f.found, f.expected, f.why, f.cure) for f in found)
@@ -167,26 +169,11 @@ def test_findings_that_claim_a_run_have_one(repo_root: Path) -> None:
     assert {kind for _, kind, _ in rows} == {k for k, v in KINDS.items() if v.evidence == "run"}
 
 
-def test_every_kind_of_finding_is_made_somewhere(repo_root: Path) -> None:
-    package = repo_root / "src" / "mtp_graft" / "serving" / "doctor"
-    code = "\n".join(path.read_text() for path in package.glob("*.py"))
-    code += " ".join(
-        f"{place}-tensor-{what}" for place in ("base", "head") for what in ("missing", "unknown")
-    )
-    assert [kind for kind in KINDS if kind not in code] == []
-
-
-def test_two_defects_are_two_findings_errors_first(planted: Plant) -> None:
-    folder = planted("scale-inv")
-    DEFECTS["head-count-0"][1](folder)
-    DEFECTS["rounded-float32"][1](folder)
-    assert ids(diagnose(folder, ON_CPU)) == ["scale-name", "nextn-count", "float32-rounded"]
-
-
-def test_a_finding_says_where_what_and_what_was_expected(planted: Plant) -> None:
-    (finding,) = diagnose(planted("wrong-group"), ON_CPU)
-    assert finding.where == "mtp.0.ffn.experts.3.w2.weight_scale"
-    assert finding.found.startswith("[256, 4]") and finding.expected.startswith("[256, 2]")
+def test_several_defects_are_as_many_findings_errors_first(planted: Plant) -> None:
+    for name in ("rounded-float32", "head-count-0"):
+        planted(name)
+    found = diagnose(planted("scale-inv"), ON_CPU)
+    assert ids(found) == ["scale-name", "nextn-count", "float32-rounded"]
 
 
 FUSED = r"re:.*\.attn\.(fused_wqa_wkv|compressor\.fused_wkv_wgate|wq_b|wo_a|wo_b)$"
@@ -203,44 +190,38 @@ FUSED = r"re:.*\.attn\.(fused_wqa_wkv|compressor\.fused_wkv_wgate|wq_b|wo_a|wo_b
     ],
 )
 def test_targets_are_matched_as_vllm_does(
-    copy: Plant, group: str, targets: list[str], expected: list[str]
+    copy: Path, group: str, targets: list[str], expected: list[str]
 ) -> None:
-    folder = copy("rtn")
-    edit_quantization(folder, lambda q: q["config_groups"][group].update(targets=targets))
-    assert ids(diagnose(folder, ON_CPU)) == expected
+    edit_quantization(copy, lambda q: q["config_groups"][group].update(targets=targets))
+    assert ids(diagnose(copy, ON_CPU)) == expected
 
 
 def test_names_of_experts_matter_by_platform(planted: Plant) -> None:
     folder = planted("one-family-of-names")
-    levels = {
-        where.platform: [f.severity for f in diagnose(folder, where) if f.severity != "note"]
-        for where in (ON_CPU, ON_H200)
-    }
-    assert levels == {"cpu": ["error"], "cuda": ["warning"]}
+    assert levels(diagnose(folder, ON_CPU)) == {"expert-target-names": "error"}
+    assert levels(diagnose(folder, on("H200"))) == {"expert-target-names": "warning"}
 
 
-def test_copies_of_embedding_and_lm_head_are_known_on_gpus(copy: Plant) -> None:
-    folder = copy("rtn")
+def test_copies_of_embedding_and_lm_head_are_known_on_gpus(copy: Path) -> None:
     names = ("mtp.0.head.weight", "mtp.0.emb.tok_emb.weight")
-    edit_shard(folder, lambda t: t.update({name: torch.zeros(4, 4) for name in names}))
-    assert ids(diagnose(folder, ON_H200), "error") == []
-    assert ids(diagnose(folder, ON_CPU), "error") == ["head-tensor-unknown"]
+    edit_shard(copy, lambda t: t.update({name: torch.zeros(4, 4) for name in names}))
+    assert ids(diagnose(copy, on("H200")), "error") == []
+    assert ids(diagnose(copy, ON_CPU), "error") == ["head-tensor-unknown"]
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX])
 @pytest.mark.parametrize("text", [None, "{\n  'a': 1\n}", "[]", "[" * 100_000, '{"weight_map": 1}'])
 def test_a_config_or_index_that_cannot_be_used_is_the_one_finding(
-    copy: Plant, file: str, text: str | None
+    copy: Path, file: str, text: str | None
 ) -> None:
-    folder = copy("rtn")
-    (folder / file).unlink()
+    (copy / file).unlink()
     if text is not None:
-        (folder / file).write_text(text)
-    status, result = run(folder, "--gpu", "cpu")
+        (copy / file).write_text(text)
+    status, result = run(copy, "--gpu", "cpu")
     (finding,) = result["findings"]
     kind = "config-unusable" if file == "config.json" else "index-unusable"
     assert (status, result["ok"], finding["id"], finding["where"]) == (1, False, kind, file)
-    assert str(folder) not in finding["found"]
+    assert str(copy) not in finding["found"]
 
 
 @pytest.mark.parametrize(
@@ -256,21 +237,19 @@ def test_a_config_or_index_that_cannot_be_used_is_the_one_finding(
     ],
 )
 def test_a_bad_dimension_is_the_one_finding_of_doctor_and_an_error_of_serve(
-    copy: Plant, name: str, value: Any, found: str
+    copy: Path, name: str, value: Any, found: str
 ) -> None:
-    folder = copy("rtn")
-    edit_config(folder, lambda config: config.update({name: value}))
-    (finding,) = diagnose(folder, ON_H200)
+    edit_config(copy, lambda config: config.update({name: value}))
+    (finding,) = diagnose(copy, on("H200"))
     assert finding.id == "config-unusable" and found in finding.found
     with pytest.raises(GraftError, match=re.escape(found)):
-        make_plan(ServeOptions(folder), "auto", named_hardware("H200", 2))
+        make_plan(ServeOptions(copy), "auto", named_hardware("H200", 2))
 
 
 @pytest.mark.parametrize("value", [None, {}, [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
-def test_ratios_that_are_none_are_an_error(copy: Plant, value: Any) -> None:
-    folder = copy("rtn")
-    edit_config(folder, lambda config: config.update(compress_ratios=value))
-    found = [f for f in diagnose(folder, ON_CPU) if f.id == "compress-ratios"]
+def test_ratios_that_are_none_are_an_error(copy: Path, value: Any) -> None:
+    edit_config(copy, lambda config: config.update(compress_ratios=value))
+    found = [f for f in diagnose(copy, ON_CPU) if f.id == "compress-ratios"]
     assert [(f.severity, f.found, f.fixable) for f in found] == [("error", repr(value), False)]
 
 
@@ -281,15 +260,135 @@ def test_ratios_that_are_none_are_an_error(copy: Plant, value: Any) -> None:
         *(("ignore", ["re:*shared_experts*"]), ("weights", {"group_size": 0})),
     ],
 )
-def test_a_section_that_vllm_cannot_read_is_a_finding(copy: Plant, place: str, value: Any) -> None:
+def test_a_section_that_vllm_cannot_read_is_a_finding(copy: Path, place: str, value: Any) -> None:
     def damage(section: dict[str, Any]) -> None:
         group = next(iter(section["config_groups"].values()))
         (section if place == "ignore" else group)[place] = value
 
-    folder = copy("rtn")
-    edit_quantization(folder, damage)
-    (finding,) = diagnose(folder, ON_CPU)
+    edit_quantization(copy, damage)
+    (finding,) = diagnose(copy, ON_CPU)
     assert finding.id == "quantization-config" and place in finding.found
+
+
+# vLLM and hardware
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (on("H200", 3, tp=3), {"tp-heads": "error", "tp-groups": "error"}),
+        (on("H200", 4), {"tp-heads": "error", "tp-groups": "error"}),
+        (on("H200", 1, tp=2), {"gpu-count": "error"}),
+        (on("RTX PRO 6000 Max-Q", 1), {}),
+        (on("RTX PRO 6000 Max-Q", 2), {"vllm-51513": "warning", "vllm-50196": "warning"}),
+        (on("GB10", 2), {"vllm-46307": "warning", "vllm-50196": "warning"}),
+        (on("H200", vllm="0.31.1"), {"vllm-unsupported": "error"}),
+        (on("H200", vllm="0.33.1"), {}),
+        (on("RTX PRO 6000 Max-Q", 2, vllm="0.34.0"), {"vllm-untried": "warning"}),
+        (on("cpu", vllm="0.33.0"), {"vllm-untried": "warning"}),
+        (on("H200", max_model_len=8193), {"context-positions": "error"}),
+        (on("H200", max_model_len=8192), {}),
+        (small_gpu(4.0), {"memory-weights": "error"}),
+        (small_gpu(4.5, 8192), {"memory-context": "error"}),
+        (small_gpu(4.5), {"memory-context": "warning"}),
+        (small_gpu(8.0), {}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value.hardware),
+)
+def test_hardware_and_version_findings(
+    good: dict[str, Path], where: Target, expected: dict[str, str]
+) -> None:
+    assert levels(diagnose(good["rtn"], where)) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (on("RTX PRO 6000 Max-Q", 2), {"vllm-51513"}),
+        (on("RTX PRO 6000 Max-Q", 1), {"memory-weights"}),
+        (on("H100", 2), {"memory-weights"}),
+        (on("H100", 4), set()),
+        (on("H200", 1), {"memory-weights"}),
+        (on("H200", 2, max_model_len=2**20), set()),
+        (on("GB10", 2), {"vllm-46307"}),
+        (ON_CPU, {"memory-weights"}),
+    ],
+    ids=lambda value: str(value.hardware) if isinstance(value, Target) else "",
+)
+def test_flash_on_the_hardware_that_the_project_names(
+    full_size: Checkpoint, where: Target, expected: set[str]
+) -> None:
+    found = examine(full_size, where)
+    assert set(levels(found)) == expected
+    assert not (where.hardware and where.hardware.unified_memory) or "85% of each" in str(found)
+
+
+def test_the_context_that_memory_allows_is_named_and_is_allowed(good: dict[str, Path]) -> None:
+    (finding,) = (f for f in diagnose(good["rtn"], small_gpu(4.5)) if f.id == "memory-context")
+    named = int(re.search(r"--max-model-len (\d+)", finding.expected)[1])  # type: ignore[index]
+    assert named > 0
+    assert "memory-context" not in levels(diagnose(good["rtn"], small_gpu(4.5, named)))
+    assert "memory-context" in levels(diagnose(good["rtn"], small_gpu(4.5, named + 512)))
+
+
+@pytest.mark.parametrize(
+    ("installed", "allowed", "expected"),
+    [
+        ([], None, {"plugin-missing": "error"}),
+        (["mtp_graft"], "other", {"plugin-missing": "warning"}),
+        (["mtp_graft"], "other,mtp_graft", {}),
+        (["mtp_graft"], None, {}),
+    ],
+)
+def test_a_plugin_that_will_not_load_is_found(
+    good: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    installed: list[str],
+    allowed: str | None,
+    expected: dict[str, str],
+) -> None:
+    points = [EntryPoint(name, "x", "vllm.general_plugins") for name in installed]
+    monkeypatch.setattr(hardware, "entry_points", lambda group: points)
+    monkeypatch.setattr(command, "installed_vllm", lambda: vllm_elsewhere("cpu"))
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    assert levels(diagnose(good["rtn"], find_target())) == expected
+
+
+def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them(
+    good: dict[str, Path], copy: Path
+) -> None:
+    assert [find_target(gpu="H200", count=n).tp for n in (1, 2, 3, 6, 8)] == [1, 2, 2, 4, 8]
+    where = on("H200", 4, checkpoint=good["rtn"])
+    plan = make_plan(ServeOptions(good["rtn"]), "auto", named_hardware("H200", 4))
+    assert where.tp == plan.options.num_ranks and levels(diagnose(good["rtn"], where)) == {}
+    edit_config(copy, lambda config: config.update(o_groups="many"))
+    assert on("H200", 3, checkpoint=copy).tp == 2
+
+
+def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
+    good: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_gpus(monkeypatch, error="Driver Not Loaded")
+    monkeypatch.setattr(command, "installed_vllm", vllm_elsewhere)
+    found = find_target()
+    assert (found.hardware, found.platform, found.tp) == (None, "cuda", 1)
+    unknown, *rest = diagnose(good["rtn"], found)
+    assert (unknown.id, unknown.severity) == ("gpus-unknown", "warning")
+    assert "Driver Not Loaded" in unknown.found and "piecewise-graphs" in ids(rest)
+
+
+def test_without_vllm_doctor_says_what_it_left_out(
+    good: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(command, "distribution", absent)
+    install_gpus(monkeypatch, error="Driver Not Loaded")
+    where = find_target()
+    assert (where.vllm, where.platform, where.hardware) == (None, None, None)
+    assert ids(diagnose(good["rtn"], where)) == ["vllm-unknown"]
 
 
 # --fix and the command
@@ -333,7 +432,7 @@ def test_fix_writes_a_copy_without_the_defect(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fixed", "rtn"]
 
 
-def test_what_fix_does_not_cure_does_not_promise_it(planted: Plant) -> None:
+def test_what_fix_does_not_cure_does_not_promise_it() -> None:
     cured = {DEFECTS[name][0] for name in FIXABLE}
     assert cured == {kind for kind, each in KINDS.items() if each.cure.startswith("--fix")}
 
@@ -358,18 +457,16 @@ def test_fix_says_how_much_it_copies_refuses_what_it_cannot_and_leaves_nothing(
 
 
 def test_the_command_tells_by_its_status_whether_anything_is_an_error(
-    good: dict[str, Path], planted: Plant
+    good: dict[str, Path], planted: Plant, tmp_path: Path
 ) -> None:
     status, result = run(good["rtn"], "--gpu", "H200")
     assert (status, result["ok"], result["tp"], result["fixed"]) == (0, True, 1, None)
-    assert run(good["rtn"], "--gpu", "RTX PRO 6000 Max-Q", "--count", 2)[0] == 0
-    status, result = run(planted("scale-inv"), "--gpu", "cpu")
-    assert (status, result["ok"]) == (1, False)
+    status, result = run(planted("wrong-group"), "--gpu", "cpu")
+    (finding,) = result["findings"]
     keys = {"id", "severity", "where", "found", "expected", "why", "cure", "fixable", "evidence"}
-    assert [finding.keys() for finding in result["findings"]] == [keys]
-
-
-def test_wrong_usage(good: dict[str, Path], tmp_path: Path) -> None:
+    assert (status, result["ok"], finding.keys()) == (1, False, keys)
+    assert finding["where"] == "mtp.0.ffn.experts.3.w2.weight_scale"
+    assert finding["found"].startswith("[256, 4]") and finding["expected"].startswith("[256, 2]")
     assert run(good["rtn"], "--count", "2")[0] == 2
     with pytest.raises(GraftError, match="expected one"):
         run(good["rtn"], "--gpu", "H300")

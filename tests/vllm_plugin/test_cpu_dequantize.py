@@ -19,7 +19,6 @@ from mtp_graft.vllm_plugin.cpu.dequantize import (
     FP8BlockLinear,
     dequantize_on_load,
 )
-from mtp_graft.vllm_plugin.cpu.experts import BF16Experts, Int4Experts, MXFP4Experts
 from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
 from quantized import tiny_quantization
 from references import decode_fp8_blocks
@@ -57,18 +56,18 @@ def test_a_config_keeps_what_it_knew_and_survives_the_way_to_a_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "of_experts"),
-    [("int4", Int4Experts), ("mxfp4", MXFP4Experts), ("bf16", BF16Experts)],
+    ("head", "stored"),
+    [("int4", (128, torch.int32)), ("mxfp4", (32, torch.uint8)), ("bf16", None)],
 )
-def test_each_layer_gets_the_method_of_its_group(head: str, of_experts: type) -> None:
+def test_each_layer_gets_the_method_of_its_group(head: str, stored: Any) -> None:
     config = config_for(head)
     for name in ("attn.wq_b", "e_proj", "h_proj"):
         assert type(linear(config, name).quant_method) is FP8BlockLinear
     for name in ("ffn.shared_experts.down_proj", "attn.indexer.weights_proj"):
         assert type(linear(config, name).quant_method) is OrderFreeLinear
-    assert type(experts(config).quant_method) is of_experts
-    of_base = experts(config, "model.layers.3").quant_method
-    assert type(of_base) is Int4Experts and of_base.group_size == 128
+    for layer, expected in ((LAYER, stored), ("model.layers.3", (128, torch.int32))):
+        packed = experts(config, layer).quant_method.packed
+        assert (packed and (packed.group_size, packed.codes_dtype)) == expected
 
 
 @pytest.mark.parametrize(

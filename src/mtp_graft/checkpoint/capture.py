@@ -34,11 +34,7 @@ INTACT_NAME = "recording-intact"
 
 @dataclass(frozen=True)
 class FinishedText:
-    """A prompt and its greedy continuation, as token ids.
-
-    The continuation ends where the model ends the text, the end token included, or at the length
-    that was asked for.
-    """
+    """A prompt and its greedy continuation, the end token included, as token ids."""
 
     number: int  # of the prompt, in the order of the calibration set
     id: str
@@ -66,10 +62,7 @@ class CapturedSequence:
 
     @property
     def calibration_tokens(self) -> int:
-        """Return how many of its tokens the head is calibrated on: all but the last two.
-
-        After token i the head drafts token i + 2: after the last two, what the text does not have.
-        """
+        """Return how many of its tokens calibrate the head, which drafts token i + 2 after i."""
         return max(0, self.tokens - 2)
 
 
@@ -93,26 +86,17 @@ def append_sequence(folder: Path, sequence: CapturedSequence) -> None:
 
 
 def read_texts(folder: Path) -> list[FinishedText]:
-    """Return the finished texts of a capture folder, by number; a torn last line is not one.
-
-    Raises GraftError for a line in the middle that is no text.
-    """
+    """Return a capture's texts by number; a torn last line is left out, GraftError for others."""
     return _read_lines(folder / TEXTS_NAME, FinishedText)
 
 
 def read_sequences(folder: Path) -> list[CapturedSequence]:
-    """Return the sequences of a capture folder, by number; a torn last line is not one of them.
-
-    Raises GraftError for a line in the middle that is no sequence.
-    """
+    """Return a capture's sequences by number; a torn last line is left out likewise."""
     return _read_lines(folder / INDEX_NAME, CapturedSequence)
 
 
 def _append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add one line of JSON and sync it; a line that a kill tore is cut off first.
-
-    Raises GraftError if the disk is full.
-    """
+    """Add one line of JSON and sync it; a line that a kill tore is cut off first."""
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     with full_disk_is_an_error(path), path.open("ab+") as file:
         file.seek(0)
@@ -147,8 +131,7 @@ def read_recorded(
 ) -> Recorded:
     """Return what was recorded of `sequence`, its residual in `streams` streams on `device`.
 
-    Raises GraftError for a missing or unreadable recording, for one that is too short or of other
-    shapes, and for values that are not finite.
+    Raises GraftError for a recording that is missing, cut off, of other shapes or not finite.
     """
     path = folder / RECORDINGS / sequence.recording
     tokens = slice(sequence.start, sequence.start + sequence.tokens)

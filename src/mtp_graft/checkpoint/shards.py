@@ -62,9 +62,8 @@ _OBJECT, _ENTRIES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, _Entry])
 class Shard:
     """An open safetensors file: `meta` are its tensors without values, which are read when asked.
 
-    Nothing is mapped: mapping a shard takes as much memory as the file is long, counts its pages as
-    this process's, and reads a cold file a page fault at a time.
-    Raises GraftError for a file that is missing, cut off or not safetensors.
+    Nothing is mapped: a mapping takes as much memory as the file is long and reads a cold file a
+    page fault at a time. Raises GraftError for a file that is missing, cut off or not safetensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,23 +119,20 @@ class Shard:
     def read(
         self, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
     ) -> dict[str, Tensor]:
-        """Read tensors, or the same `rows` of each, into memory of their own.
+        """Read tensors, or the same `rows` of each; GraftError for a missing one.
 
-        `pinned` memory is what a GPU copies from by itself; torch keeps and reuses it, so that it
-        need not be mapped anew for every read. Raises GraftError for a missing tensor.
+        A GPU copies from `pinned` memory by itself, and torch keeps and reuses it.
         """
         found: dict[str, Tensor] = {}
         reads: list[tuple[memoryview, int]] = []  # where to, and from which byte of the file
         for name in names:
-            if name not in self.meta:
+            if (part := self.meta.get(name)) is None:
                 raise GraftError(f"{self._path}: has no tensor {name}; fetch or capture again")
-            part = self.meta[name][rows] if self.meta[name].dim() else self.meta[name]
+            part = part[rows] if part.dim() else part
             start = self._starts[name] + int(part.storage_offset()) * part.element_size()
             values = torch.empty(part.nbytes, dtype=torch.uint8, pin_memory=pinned)
-            view = values.numpy().data
-            reads += [
-                (view[at : at + _READ_BYTES], start + at) for at in range(0, len(view), _READ_BYTES)
-            ]
+            view, steps = values.numpy().data, range(0, part.nbytes, _READ_BYTES)
+            reads += [(view[at : at + _READ_BYTES], start + at) for at in steps]
             found[name] = values.view(part.dtype).view(part.shape)
         with ThreadPoolExecutor(_READS) as pool:  # starts no more threads than there are reads
             list(pool.map(lambda read: _read_at(self._file, *read), reads))
@@ -148,17 +144,15 @@ def _read_at(file: FileIO, view: memoryview, start: int) -> None:
     while view:
         got = os.preadv(file.fileno(), [view], start)
         if not got:
-            raise GraftError(
-                f"{file.name!s}: was cut off while it was read; fetch or capture again"
-            )
+            raise GraftError(f"{file.name!s}: was cut off while it was read; fetch it again")
         view, start = view[got:], start + got
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Return an index file's weight map, tensor name to shard file name.
+    """Return an index's tensor name -> shard, whether that is there or not.
 
-    The shards need not be there. Raises GraftError for an index that is missing or damaged, and for
-    a shard that is no file's name: engines look in the folder alone.
+    Raises GraftError for an index that is missing or damaged, and for a shard that is no file's
+    name: engines look in the folder alone.
     """
     index = read_as(_Index, path, "a safetensors index", "fetch it again")
     for name, shard in index.weight_map.items():
@@ -168,18 +162,15 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 
 def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
-    """Return the checkpoint's weight map, tensor name to shard file name.
+    """Return tensor name -> shard of the names that start with `prefix`.
 
-    With a `prefix`, only of the names that start with it; shards of other tensors need not be
-    there. Raises GraftError if the index is missing or unreadable, or names a shard that is not
-    there.
+    Raises GraftError as `read_weight_map`, and for a shard of theirs that is not there.
     """
-    path = folder / INDEX_NAME
-    listed = read_weight_map(path)
+    listed = read_weight_map(folder / INDEX_NAME)
     weight_map = {name: shard for name, shard in listed.items() if name.startswith(prefix)}
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
-            raise GraftError(f"{folder / shard}: not found, but {path.name} lists it; fetch again")
+            raise GraftError(f"{folder / shard}: not found, but {INDEX_NAME} lists it; fetch again")
     return weight_map
 
 
@@ -222,8 +213,7 @@ def load_tensors(
     # Of an upstream master only the head's shard need be there.
     weight_map = read_index(folder, os.path.commonprefix(names or []))  # noqa: RUF071 - no paths
     wanted = list(weight_map) if names is None else names
-    missing = [name for name in wanted if name not in weight_map]
-    if missing:
+    if missing := [name for name in wanted if name not in weight_map]:
         raise GraftError(f"{folder}: no tensor {missing[0]} ({len(missing)} missing in all)")
     loaded: dict[str, Tensor] = {}
     for shard, held in _by_shard({name: weight_map[name] for name in wanted}).items():
@@ -233,26 +223,20 @@ def load_tensors(
 
 
 def save_shard(tensors: Mapping[str, Tensor], path: Path, *, sync: bool = True) -> None:
-    """Write one safetensors file under a temporary name, sync it and rename it into place.
-
-    The bytes depend on names and values alone, and are those that safetensors writes. Without
-    `sync` it outlives this process, killed or not, but perhaps not a power cut: for what can be
-    computed again. Raises GraftError if the disk is full.
-    """
+    """Write one file with the bytes that safetensors writes, as `files.replacing` does."""
     stream_shard(tensors, tensors.items(), path, sync=sync)
 
 
+Named = Iterable[tuple[str, Tensor]]
+
+
 def stream_shard(
-    layout: Mapping[str, Tensor],
-    tensors: Iterable[tuple[str, Tensor]],
-    path: Path,
-    *,
-    sync: bool = True,
+    layout: Mapping[str, Tensor], tensors: Named, path: Path, *, sync: bool = True
 ) -> None:
-    """Write the bytes that `save_shard` would, with one tensor at a time in memory.
+    """Write the same with one tensor at a time in memory.
 
     `layout` has the shape and dtype of every tensor (meta tensors will do); `tensors` yields each
-    of them once, in any order. Raises GraftError if the disk is full.
+    of them once, in any order.
     """
     with replacing(path, sync=sync) as file:
         starts = _write_header(layout, file)
@@ -284,12 +268,15 @@ def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int
     return {name: 8 + len(text) + start for name, start in starts.items()}
 
 
+Metadata = Mapping[str, object]
+
+
 def write_index(
-    weight_map: Mapping[str, str],
-    total_size: int,
-    folder: Path,
-    metadata: Mapping[str, object] = {},
+    weight_map: Mapping[str, str], total_size: int, folder: Path, metadata: Metadata | None = None
 ) -> None:
     """Write the index of a checkpoint; call it last, when every shard is in place."""
-    content = {"metadata": {**metadata, "total_size": total_size}, "weight_map": dict(weight_map)}
+    content = {
+        "metadata": {**(metadata or {}), "total_size": total_size},
+        "weight_map": dict(weight_map),
+    }
     write_json(content, folder / INDEX_NAME)

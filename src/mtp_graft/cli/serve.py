@@ -104,7 +104,6 @@ def serve(
     check: Annotated[
         bool, option(None, "Start, test that the head drafts well, stop; 1 if not.", "--check")
     ] = False,
-    log: Annotated[Path | None, option("FILE", "With --check: the server's output.")] = None,
     dry_run: Annotated[bool, option(None, "Print the command only.", "--dry-run")] = False,
     json_file: JsonOption = None,
 ) -> None:
@@ -112,7 +111,6 @@ def serve(
     for is_broken, rule in (
         (dry_run and check, "give one of --dry-run and --check"),
         (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
-        (log and not check, "--log needs --check"),
         (profile == NO_PROFILE and hardware.are_given, "options for hardware need a --profile"),
         (hardware.count and not hardware.gpu, "--count needs --gpu"),
     ):
@@ -129,7 +127,7 @@ def serve(
     if dry_run:
         _print_command(options, vllm, plan, json_file)
     elif check:
-        _check(options, log, json_file)
+        _check(options, json_file)
     else:
         _serve(options, plan)
 
@@ -167,7 +165,7 @@ def _print_command(
     show(result, json_file, *about, *map(_COMMENT.fill, notes), command.as_shell())
 
 
-def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> None:
+def _check(options: ServeOptions, json_file: Path | None) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
     from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter, managed_server
 
@@ -176,7 +174,7 @@ def _check(options: ServeOptions, log: Path | None, json_file: Path | None) -> N
             f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
             "at least one speculative token"
         )
-    log = log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
+    log = Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
     note(f"server log: {log}")
     with progress_bar() as report:
         start = managed_server(

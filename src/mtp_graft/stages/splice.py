@@ -211,6 +211,6 @@ def _write_texts(plan: SplicePlan, manifest: Mapping[str, Any], folder: Path) ->
 
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
-    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata") or {}
+    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata")
     index = {**plan.base_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
     write_index(index, plan.base_bytes + plan.bytes, folder, metadata)

@@ -22,8 +22,8 @@ from mtp_graft.checkpoint.quant_manifest import (
 from mtp_graft.checkpoint.quantization_config import (
     ExpertFormat,
     add_head,
-    check_head,
     int4_group_size,
+    read_quantization,
 )
 from mtp_graft.checkpoint.shards import Shard, read_index, read_meta
 from mtp_graft.dsv4 import names
@@ -35,6 +35,8 @@ from mtp_graft.dsv4.variants import (
     store_head,
 )
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.doctor.checkpoint import modules_of
+from mtp_graft.serving.doctor.schemes import mismatches
 from mtp_graft.stages.inputs import check_base_tensor, read_model_config
 from mtp_graft.stages.quantize import GPTQ
 
@@ -106,6 +108,7 @@ def plan_splice(
     if published is None:
         given = None if experts is None else experts.meta
         layout = store_head(head.meta, variant, given, group_size=group_size, linears=linears)
+    _check_schemes(base, config, layout)
     return SplicePlan(
         *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
         *(config, report, published),
@@ -181,13 +184,23 @@ def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, An
         config: dict[str, Any] = json.loads(path.read_text())
         layer, quantization = config["num_hidden_layers"], config["quantization_config"]
         quantization = add_head(quantization, layer, _EXPERTS[variant], linears)
-        check_head(quantization, layer, _EXPERTS[variant], linears)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GraftError(
             f"{path}: {in_words(error)}; expected a compressed-tensors checkpoint's config with "
             "num_hidden_layers and quantization_config.config_groups"
         ) from error
     return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
+
+
+def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
+    """Raise GraftError for a module that would load as noise, or not at all."""
+    quantization, layers = read_quantization(config), config["num_hidden_layers"]
+    for wrong in mismatches(quantization, modules_of(layout), layers):
+        raise GraftError(
+            f"{base / 'config.json'}: quantization_config{wrong.by}: {wrong.name} would load as "
+            f"{wrong.loads}, expected {wrong.stored}; the base's targets or ignore list take it "
+            "elsewhere (`mtp-graft doctor` says more), or the head is not what its manifest says"
+        )
 
 
 def _check_fits(

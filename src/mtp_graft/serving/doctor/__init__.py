@@ -7,11 +7,12 @@ findings; to add one, write it and put it into a list below.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mtp_graft.checkpoint.shards import INDEX_NAME
+from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
+from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor import hardware, schemes, tensors
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, Unusable, read_checkpoint
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint, read_dimensions
 from mtp_graft.serving.doctor.findings import SEVERITIES, Finding, finding
-from mtp_graft.serving.doctor.target import Target
+from mtp_graft.serving.doctor.hardware import Target
 
 Check = Callable[[Checkpoint, Target], Iterable[Finding]]
 
@@ -28,24 +29,23 @@ def diagnose(folder: Path, target: Target) -> list[Finding]:
 
     Where config or index cannot be used, that is the only finding.
     """
+    if not folder.is_dir():
+        raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     try:
-        checkpoint = read_checkpoint(folder)
-    except Unusable as error:
-        where, found = error.file.name, str(error).removeprefix(f"{error.file}: ")
-        if where == INDEX_NAME:
-            return [finding("index-unusable", where, found, "the index of a sharded checkpoint")]
-        expected = "the configuration of a DeepSeek-V4, with all dimensions"
-        return [finding("config-unusable", where, found, expected)]
-    return examine(checkpoint, target)
+        file, expected = "config.json", "the configuration of a DeepSeek-V4, with all dimensions"
+        read_dimensions(folder)
+        file, expected = INDEX_NAME, "the index of a sharded checkpoint"
+        read_weight_map(folder / file)
+    except GraftError as error:
+        kind = "index-unusable" if file == INDEX_NAME else "config-unusable"
+        return [finding(kind, file, str(error).removeprefix(f"{folder / file}: "), expected)]
+    return examine(read_checkpoint(folder), target)
 
 
 def examine(checkpoint: Checkpoint, target: Target) -> list[Finding]:
     """Return every finding of a checkpoint that has been read, errors first."""
-    checks = _OF_ALL
-    found = []
+    found, checks = [], (*_OF_W4A16_FP8, *_OF_ALL)
     if (maker := checkpoint.foreign_format) is not None:
-        found = [finding("foreign-format", "config.json", maker, "W4A16-FP8, compressed-tensors")]
-    else:
-        checks = (*_OF_W4A16_FP8, *_OF_ALL)
+        found, checks = [finding("foreign-format", "config.json", maker, "W4A16-FP8")], _OF_ALL
     found += [each for check in checks for each in check(checkpoint, target)]
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))

@@ -1,13 +1,11 @@
 """A checkpoint folder as doctor sees it, read from config, index and headers without giving up.
 
-Tensors are known by the names that vLLM and this project read: where another spelling of one is
-known, a misnamed tensor is one finding and not also a missing and an unknown one.
+Tensors go by the names that vLLM reads: a misnamed one is not also a missing and an unknown one.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,37 +26,36 @@ _EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _EXPERT = re.compile(r"(?P<before>\.experts\.\d+\.)(?P<matrix>gate_proj|up_proj|down_proj)\.")
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
-_ROUTER_BIAS = ".ffn.gate.e_score_correction_bias"
+#: vLLM's own name of a layer's router bias is transformers'.
+_READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
 
 
-@dataclass(frozen=True)
-class Module:
-    """The tensors that belong together: a weight with its scale, or a parameter alone."""
+Parts = Mapping[str, Tensor]  # of a module: weight, weight_scale, ...; "" for one without parts
 
-    stem: str  # layers.0.attn.wq_a
-    parts: Mapping[str, Tensor]  # weight, weight_scale, ...; "" for a parameter without parts
 
-    @property
-    def weight(self) -> Tensor | None:
-        """Return the weight, packed or not, or the parameter."""
-        parts = (self.parts.get(part) for part in ("weight_packed", "weight", ""))
-        return next((tensor for tensor in parts if tensor is not None), None)
+def weight_of(parts: Parts) -> Tensor | None:
+    """Return a module's weight, packed or not, or the parameter."""
+    found = (parts.get(part) for part in ("weight_packed", "weight", ""))
+    return next((tensor for tensor in found if tensor is not None), None)
 
-    @property
-    def format(self) -> str | None:
-        """Return int4, mxfp4, fp8 or plain, by the weight's dtype; None if it is of no such."""
-        if (weight := self.weight) is None:
-            return None
-        if "weight_packed" in self.parts:
-            return {torch.int32: "int4", torch.uint8: "mxfp4"}.get(weight.dtype)
-        if weight.dtype == torch.float8_e4m3fn:
-            return "fp8"
-        return "plain" if weight.element_size() > 1 else None
 
-    @property
-    def full_names(self) -> list[str]:
-        """Return the tensors' names."""
-        return [f"{self.stem}.{part}" if part else self.stem for part in self.parts]
+def stored_format(parts: Parts) -> str | None:
+    """Return int4, mxfp4, fp8 or plain, by the weight's dtype; None if it is of no such."""
+    if (weight := weight_of(parts)) is None:
+        return None
+    if "weight_packed" in parts:
+        return {torch.int32: "int4", torch.uint8: "mxfp4"}.get(weight.dtype)
+    if weight.dtype == torch.float8_e4m3fn:
+        return "fp8"
+    return "plain" if weight.element_size() > 1 else None
+
+
+def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
+    """Return the name of each module, `layers.0.attn.wq_a` say, and its parts."""
+    return {
+        module: {part: tensors[name] for part, name in names.items()}
+        for module, names in group_by_module(tensors).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,8 @@ class Checkpoint:
         """Return stored name -> right name, of tensors that vLLM has no rule for as they are."""
         if self.foreign_format:
             return {}
-        # vLLM's own name of a layer's router bias is transformers'.
-        fine = {name for name in self.read_as if re.match(rf"layers\.\d+{_ROUTER_BIAS}$", name)}
-        return {n: right for n, right in self.read_as.items() if right != n and n not in fine}
+        wrong = {name: right for name, right in self.read_as.items() if right != name}
+        return {n: right for n, right in wrong.items() if not _READ_AS_IT_IS.fullmatch(n)}
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -97,12 +93,14 @@ class Checkpoint:
         return {self.read_as[name] for name in self.index} - self.tensors.keys()
 
     @cached_property
-    def modules(self) -> dict[str, Module]:
-        """Return the tensors, grouped, by stem."""
-        return {
-            stem: Module(stem, {part: self.tensors[name] for part, name in names.items()})
-            for stem, names in group_by_module(self.tensors).items()
-        }
+    def modules(self) -> dict[str, Parts]:
+        """Return the tensors, grouped."""
+        return modules_of(self.tensors)
+
+    @cached_property
+    def formats(self) -> dict[str, str | None]:
+        """Return the format that each module is stored in."""
+        return {module: stored_format(parts) for module, parts in self.modules.items()}
 
     @property
     def num_layers(self) -> int:
@@ -115,19 +113,14 @@ class Checkpoint:
         return compress_ratios(self.config) or []
 
     @cached_property
-    def formats(self) -> set[str | None]:
-        """Return the formats that modules are stored in."""
-        return {module.format for module in self.modules.values()}
-
-    @cached_property
     def group_size(self) -> int:
         """Return the inputs per INT4 scale that most experts are stored with, 128 without any."""
         sizes = Counter(
-            8 * module.parts["weight_packed"].shape[-1] // max(1, scale.shape[-1])
-            for module in self.modules.values()
-            if module.format == "int4"
-            and (scale := module.parts.get("weight_scale")) is not None
-            and scale.dim() == module.parts["weight_packed"].dim() == 2
+            8 * parts["weight_packed"].shape[-1] // max(1, scale.shape[-1])
+            for module, parts in self.modules.items()
+            if self.formats[module] == "int4"
+            and (scale := parts.get("weight_scale")) is not None
+            and scale.dim() == parts["weight_packed"].dim() == 2
         )
         return sizes.most_common(1)[0][0] if sizes else 128
 
@@ -150,45 +143,34 @@ class Checkpoint:
         section = self.config.get("quantization_config")
         section = section if isinstance(section, dict) else {}
         method = section.get("quant_method")
+        scales = {t.dtype for held in self.shards.values() for n, t in held.items() if "scale" in n}
         if (self.folder / "hf_quant_config.json").exists() or "moe_quant_algo" in section:
             return "NVIDIA ModelOpt's"
-        scales = {t.dtype for held in self.shards.values() for n, t in held.items() if "scale" in n}
         if method == "fp8" or (method is None and torch.float8_e8m0fnu in scales):
             blocks = {name.split(".")[1] for name in self.index if name.startswith("mtp.")}
             head = {0: "", 1: ", with an MTP head"}.get(len(blocks), ", with a DSpark drafter")
             return f"DeepSeek's own FP8 and MXFP4{head}"
-        if isinstance(method, str) and method != "compressed-tensors":
-            return method
-        if method is None and isinstance(self.config.get("quantization"), dict):
-            return "MLX's"
-        quantization = self.quantization
-        if isinstance(quantization, QuantizationConfig):
-            kinds = {group.kind for group in quantization.config_groups.values()}
+        if method is None:
+            return "MLX's" if isinstance(self.config.get("quantization"), dict) else None
+        if isinstance(self.quantization, QuantizationConfig):
+            kinds = {group.kind for group in self.quantization.config_groups.values()}
             return "compressed-tensors' NVFP4" if "nvfp4" in kinds else None
-        return None
+        return method if isinstance(method, str) and method != "compressed-tensors" else None
 
 
-class Unusable(GraftError):
-    """A file without which there is nothing to look at."""
-
-    def __init__(self, file: Path, problem: str) -> None:
-        super().__init__(problem)
-        self.file = file
+def read_dimensions(folder: Path) -> dict[str, Any]:
+    """Return a DeepSeek-V4's config.json; raises GraftError for another or a bad dimension."""
+    config = read_config(folder)
+    check_dimensions(config, folder / "config.json")
+    return config
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's config, index and shard headers.
 
-    Raises Unusable only for what leaves nothing to look at: no DeepSeek-V4 config, no index; and
-    GraftError for what is no folder.
+    Raises GraftError for a config or an index that cannot be used, not for shards.
     """
-    if not folder.is_dir():
-        raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
-    with _needed(folder / "config.json"):
-        config = read_config(folder)
-        check_dimensions(config)
-    with _needed(folder / INDEX_NAME):
-        index = read_weight_map(folder / INDEX_NAME)
+    config, index = read_dimensions(folder), read_weight_map(folder / INDEX_NAME)
     shards: dict[str, Mapping[str, Tensor]] = {}
     unreadable: dict[str, str] = {}
     for name in sorted({path.name for path in folder.glob("*.safetensors")} | set(index.values())):
@@ -198,14 +180,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         except GraftError as error:
             unreadable[name] = str(error).removeprefix(f"{folder / name}: ")
     return Checkpoint(folder, config, index, shards, unreadable)
-
-
-@contextmanager
-def _needed(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except GraftError as error:
-        raise Unusable(file, str(error)) from error
 
 
 def canonical_name(name: str, num_layers: int) -> str:

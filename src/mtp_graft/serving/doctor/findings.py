@@ -22,9 +22,8 @@ class Kind(BaseModel):
     evidence: Literal["run", "read", "estimate"] = "read"
     why: str
     cure: str
-    affects: str | None = None  # of a known issue: versions of vLLM, whom it meets, and its source
+    affects: str = ""  # of a known issue: the versions of vLLM, and whom it meets
     what: str = ""
-    source: str = ""
 
 
 KINDS = TypeAdapter(dict[str, Kind]).validate_python(
@@ -59,10 +58,9 @@ def finding(
 ) -> Finding:
     """Return a finding with the texts of its kind, unless severity or cure are others."""
     kind = KINDS[id_]
-    why = f"{kind.why} ({kind.source})" if kind.source else kind.why
     cure = cure or kind.cure
     return Finding(
-        *(id_, severity or kind.severity, where, str(found), str(expected), why, cure),
+        *(id_, severity or kind.severity, where, str(found), str(expected), kind.why, cure),
         evidence=kind.evidence,
         fixable=cure.startswith("--fix"),
     )

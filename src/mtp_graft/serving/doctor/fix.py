@@ -1,19 +1,17 @@
 """A corrected copy of a checkpoint, where the cure is config or naming.
 
-Files that stay as they are become hard links; a shard with misnamed tensors gets a new header
-before the same bytes. The checkpoint itself is never written to.
+Files that stay as they are become hard links; a shard with misnamed tensors is written anew. The
+checkpoint itself is never written to.
 """
 
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.files import new_folder, read_object, write_json
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig
-from mtp_graft.checkpoint.shards import INDEX_NAME, write_index
+from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, stream_shard, write_index
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.findings import Finding
@@ -26,7 +24,7 @@ def fix_checkpoint(
     """Write `out`, a copy with everything corrected that --fix cures; return False without any.
 
     `report` is told how many bytes have to be copied. Raises GraftError for an `out` that exists or
-    is on another file system, where shards cannot be linked, and for unreadable shards.
+    is on another file system, where files cannot be linked, and for unreadable shards.
     """
     if not any(finding.fixable for finding in findings):
         report(f"{folder}: nothing that --fix corrects; {out} was not written")
@@ -39,84 +37,58 @@ def fix_checkpoint(
             f"{folder / shard}: {reason}; --fix corrects config and names only: fetch the shard "
             "again first"
         )
-    if copied := _copied(checkpoint):
+    misnamed = checkpoint.misnamed.keys()
+    copied = {shard for shard, held in checkpoint.shards.items() if held.keys() & misnamed}
+    if copied:
         size = sum((folder / shard).stat().st_size for shard in copied)
         report(f"{out}: copies {size:,} bytes, {len(copied)} shards with misnamed tensors")
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with new_folder(out) as temporary:
         _write(checkpoint, temporary, copied)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return True
 
 
-def _copied(checkpoint: Checkpoint) -> set[str]:
-    """Return the shards that have to be rewritten, since they hold misnamed tensors."""
-    misnamed = checkpoint.misnamed.keys()
-    return {shard for shard, held in checkpoint.shards.items() if held.keys() & misnamed}
-
-
-def _write(checkpoint: Checkpoint, folder: Path, copied: set[str]) -> None:
+def _write(checkpoint: Checkpoint, out: Path, copied: set[str]) -> None:
+    misnamed = checkpoint.misnamed
     for source in sorted(checkpoint.folder.rglob("*")):
-        target = folder / source.relative_to(checkpoint.folder)
-        if not source.is_file() or target in (folder / INDEX_NAME, folder / "config.json"):
+        target = out / source.relative_to(checkpoint.folder)
+        if not source.is_file() or target in (out / INDEX_NAME, out / "config.json"):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.name in copied:
-            _rename_tensors(source, target, checkpoint.misnamed)
-        else:
+        if source.name not in copied:
             _link(source.resolve(), target)
-    write_json(_corrected_config(checkpoint), folder / "config.json")
-    index = {
-        checkpoint.misnamed.get(name, name): shard
-        for shard, held in checkpoint.shards.items()
-        for name in held
-    }
-    metadata = json.loads((checkpoint.folder / INDEX_NAME).read_text()).get("metadata") or {}
+            continue
+        with Shard(source) as shard:
+            renamed = {misnamed.get(name, name): name for name in shard.meta}
+            layout = {name: shard.meta[old] for name, old in renamed.items()}
+            tensors = ((name, shard.get_tensor(old)) for name, old in renamed.items())
+            stream_shard(layout, tensors, target)
+    write_json(_corrected_config(checkpoint), out / "config.json")
+    index = {misnamed.get(n, n): s for s, held in checkpoint.shards.items() for n in held}
+    metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata")
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    write_index(dict(sorted(index.items())), total, folder, metadata)
+    write_index(dict(sorted(index.items())), total, out, metadata)
 
 
 def _corrected_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return config.json as it should read; what has no known cure stays."""
-    config = dict(checkpoint.config)
+    config, layers = dict(checkpoint.config), checkpoint.num_layers
     if checkpoint.foreign_format:
         return config
-    ratios, layers = checkpoint.ratios, checkpoint.num_layers
     if checkpoint.has_head:
         config["num_nextn_predict_layers"] = 1
-        if len(ratios) >= layers:
-            config["compress_ratios"] = [*ratios[:layers], 0]
+        if len(checkpoint.ratios) >= layers:
+            config["compress_ratios"] = [*checkpoint.ratios[:layers], 0]
     if isinstance(checkpoint.quantization, QuantizationConfig):
         config["quantization_config"] = corrected(checkpoint)
     return config
 
 
-def _rename_tensors(source: Path, target: Path, names: Mapping[str, str]) -> None:
-    """Copy a safetensors file with other names in its header; offsets count from its end."""
-    with source.open("rb") as old, target.open("wb") as new:
-        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
-        renamed = {names.get(name, name): entry for name, entry in header.items()}
-        text = json.dumps(renamed, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        new.write(len(text).to_bytes(8, "little") + text)
-        shutil.copyfileobj(old, new, 16 * 2**20)
-        new.flush()
-        os.fsync(new.fileno())
-
-
 def _link(source: Path, target: Path) -> None:
-    """Link a file; a shard of another file system is not copied behind the user's back."""
+    """Link a file; nothing is copied behind the user's back."""
     try:
         os.link(source, target)
     except OSError as error:
-        if source.suffix == ".safetensors":
-            raise GraftError(
-                f"{target}: cannot be linked from another file system ({error.strerror}); choose "
-                "a folder on the same one as the checkpoint"
-            ) from error
-        shutil.copy2(source, target)
+        raise GraftError(
+            f"{target}: cannot be linked ({error.strerror}); choose a folder on the same file "
+            "system as the checkpoint"
+        ) from error

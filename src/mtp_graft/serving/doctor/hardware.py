@@ -1,18 +1,23 @@
-"""Checks of vLLM and the hardware: versions, ranks, memory, and known issues of vLLM."""
+"""What a checkpoint is to be served with, and its checks: vLLM, ranks, memory, known issues."""
 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
+from mtp_graft.errors import GraftError
 from mtp_graft.quant import mxfp4
-from mtp_graft.serving.command import PLUGIN_NAME, is_supported
+from mtp_graft.serving import command, topology
+from mtp_graft.serving.command import PLUGIN_NAME, Platform
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
-from mtp_graft.serving.doctor.findings import KINDS, Finding, finding
-from mtp_graft.serving.doctor.target import Target
+from mtp_graft.serving.doctor.findings import KINDS, Finding, Severity, finding
 from mtp_graft.serving.memory import (
     RESERVE_BYTES,
     UTILIZATION,
@@ -21,92 +26,152 @@ from mtp_graft.serving.memory import (
     weights_bytes,
 )
 from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
+from mtp_graft.serving.topology import CPU, Hardware
 
 _GIB = 2**30
+_PLUGINS = "VLLM_PLUGINS"
 #: Of steps being computed: with asynchronous scheduling there are two.
 TOKENS_IN_FLIGHT = 2 * MAX_NUM_BATCHED_TOKENS
+
+
+@dataclass(frozen=True)
+class Target:
+    """None stands for what is not known; checks that need it are left out, and said to be."""
+
+    vllm: Version | None
+    platform: Platform | None
+    hardware: Hardware | None
+    tp: int = 1
+    max_model_len: int | None = None
+    no_plugin: tuple[str, str] | None = None  # where and why this vLLM does not load the plugin
+    unknown_because: str | None = None  # why `hardware` is None though there should be some
+
+
+def find_target(
+    gpu: str | None = None,
+    count: int | None = None,
+    tp: int | None = None,
+    max_model_len: int | None = None,
+    checkpoint: Path | None = None,
+) -> Target:
+    """Return what the options name, and for the rest what is installed and present.
+
+    `gpu` may be `cpu`; where the installed vLLM is not for it, the one that was tried on it counts.
+    `tp` defaults to the ranks that `serve` takes for the checkpoint, or, where that cannot be told,
+    to the largest power of two of GPUs. Raises UsageError for a GPU that is none.
+    """
+    vllm = here = command.installed_vllm()
+    platform: Platform | None = here.platform if here else None
+    hardware: Hardware | None = CPU
+    unknown: str | None = None
+    if gpu is not None:
+        hardware = topology.named_hardware(gpu, count or tp or 1)
+        platform = hardware.platform
+        if here is None or here.platform != platform:
+            vllm = command.vllm_elsewhere(platform)
+    elif platform != "cpu":
+        try:
+            hardware, platform = topology.find_gpus(), "cuda"
+        except GraftError as error:
+            hardware, unknown = None, str(error) if platform else None
+    return Target(
+        vllm.version if vllm else None,
+        platform,
+        hardware,
+        tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0),
+        max_model_len,
+        _no_plugin() if vllm is not None and vllm is here else None,
+        unknown,
+    )
+
+
+def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
+    if checkpoint is not None:
+        with suppress(GraftError):  # a config that is damaged has findings of its own
+            return topology.most_ranks(command.read_config(checkpoint), num_gpus)
+    return 1 << max(num_gpus.bit_length() - 1, 0)
+
+
+def _no_plugin() -> tuple[str, str] | None:
+    group, allowed = "vllm.general_plugins", os.environ.get(_PLUGINS)
+    if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
+        return f"entry points of {group}", f"no {PLUGIN_NAME}"
+    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        return _PLUGINS, repr(allowed)
+    return None
+
+
+# Checks
 
 
 def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find a vLLM that is missing, unsupported or untried, or that will not load the plugin."""
     if target.vllm is None:
         yield finding("vllm-unknown", "this Python environment", "no vLLM", f"vllm{SUPPORTED_VLLM}")
-    elif not is_supported(target.vllm):
+    elif not command.is_supported(target.vllm):
         yield finding("vllm-unsupported", "vLLM", target.vllm, SUPPORTED_VLLM)
     elif target.platform is not None:
         tried = Version(TRIED_VLLM[target.platform])
         if target.vllm.release[:2] > tried.release[:2]:  # patches do not count
             expected = f"{tried}, the newest that was tried"
             yield finding("vllm-untried", "vLLM", target.vllm, expected)
-    if not target.installed:
-        return  # another environment will serve
-    expected, allowed = f"{PLUGIN_NAME} among them", target.plugins_allowed
-    if not target.plugin_found:
-        where = "entry points of vllm.general_plugins"
-        yield finding("plugin-missing", where, f"no {PLUGIN_NAME}", expected)
-    elif allowed is not None and PLUGIN_NAME not in allowed.split(","):
-        yield finding("plugin-missing", "VLLM_PLUGINS", repr(allowed), expected, "warning")
+    if target.no_plugin is not None:
+        where, found = target.no_plugin
+        severity: Severity = "error" if where != _PLUGINS else "warning"  # `serve` sets it
+        yield finding("plugin-missing", where, found, f"{PLUGIN_NAME} among them", severity)
 
 
 def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find GPUs that are unknown or too few, and what the ranks cannot share evenly."""
     hardware, tp = target.hardware, target.tp
     if target.unknown_because is not None:
-        where, expected = "this machine", "GPUs of one kind that nvidia-smi tells of"
-        yield finding("gpus-unknown", where, target.unknown_because, expected)
+        expected = "GPUs of one kind that NVIDIA's driver tells of"
+        yield finding("gpus-unknown", "this machine", target.unknown_because, expected)
     if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
         found = f"{tp} ranks on {hardware.num_gpus} GPUs"
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
-    for key in ("num_attention_heads", "o_groups"):
-        if (number := checkpoint.config[key]) % tp:
-            where, found = f"config.json: {key}", f"{number} on {tp} ranks"
-            yield finding("tp-heads", where, found, f"a number of ranks that divides {number}")
-            break
-    formats, inner = checkpoint.formats, checkpoint.config["moe_intermediate_size"]
+    formats = set(checkpoint.formats.values())
     int4 = checkpoint.group_size if "int4" in formats else 1
     group = max(int4, mxfp4.GROUP if "mxfp4" in formats else 1)
-    if inner % (tp * group):
-        where, found = "config.json: moe_intermediate_size", f"{inner} on {tp} ranks"
-        yield finding("tp-groups", where, found, f"a multiple of {group} inputs on every rank")
+    units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
+    for key, unit in units.items():
+        if (number := checkpoint.config[key]) % (tp * unit):
+            kind = "tp-heads" if unit == 1 else "tp-groups"
+            where, expected = f"config.json: {key}", f"a multiple of {unit} on every rank"
+            yield finding(kind, where, f"{number} on {tp} ranks", expected)
 
 
 def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Estimate weights and KV cache against the memory, and the context against the positions."""
-    hardware, asked = target.hardware, target.max_model_len
-    positions = checkpoint.config.get("max_position_embeddings") or asked or 0
+    hardware, asked, config = target.hardware, target.max_model_len, checkpoint.config
+    positions = config.get("max_position_embeddings") or asked or 0
     if asked is not None and asked > positions:
         expected = f"at most {positions}, the model's max_position_embeddings"
         yield finding("context-positions", "--max-model-len", f"{asked} tokens", expected)
     if hardware is None or checkpoint.unreadable:
         return
     if hardware.gpu is None:
-        limit, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-        weights, reserve = weights_bytes(checkpoint.tensors, 1, decoded=True), 0
-    else:
-        share = min(UTILIZATION, hardware.most_utilization)
-        limit, where = int(share * hardware.memory_bytes), f"{share:.0%} of each of {hardware}"
-        weights, reserve = weights_bytes(checkpoint.tensors, target.tp), RESERVE_BYTES
-    left = limit - weights - reserve
-    estimate = (
-        f"weights {weights / _GIB:.1f} GiB on each of {target.tp} ranks and {reserve / _GIB:.0f} "
-        f"GiB for all else, of {limit / _GIB:.1f} GiB"
-    )
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        weights = weights_bytes(checkpoint.tensors, 1, decoded=True)
+        if weights >= memory_bytes:
+            found, expected = (f"{size / _GIB:.1f} GiB" for size in (weights, memory_bytes))
+            yield finding("memory-weights", "this machine", f"{found} of weights", f"< {expected}")
+        return
+    share = min(UTILIZATION, hardware.most_utilization)
+    weights = weights_bytes(checkpoint.tensors, target.tp)
+    left = int(share * hardware.memory_bytes) - weights - RESERVE_BYTES
+    where = f"{share:.0%} of each of {hardware}"
+    found = f"{weights / _GIB:.1f} GiB of weights on each of {target.tp} ranks"
     if left <= 0:
-        yield finding("memory-weights", where, estimate, "room for the KV cache too")
-    elif hardware.gpu is not None and len(checkpoint.ratios) >= checkpoint.num_layers:
-        yield _context(checkpoint, min(asked or positions, positions), left, where, estimate, asked)
-
-
-def _context(
-    checkpoint: Checkpoint, wanted: int, left: int, where: str, estimate: str, asked: int | None
-) -> Finding:
-    most = largest_context(checkpoint.config, left, TOKENS_IN_FLIGHT)
-    needed = kv_cache_bytes(checkpoint.config, wanted, TOKENS_IN_FLIGHT) / _GIB
-    found = f"{wanted} tokens take {needed:.1f} GiB of KV cache; {left / _GIB:.1f} are left"
-    if most >= wanted:
-        return finding("memory", where, f"{estimate}; {found}", f"at most {most} tokens")
-    expected = f"at most --max-model-len {most // 256 * 256}: {estimate}"
-    return finding("memory-context", where, found, expected, None if asked else "warning")
+        yield finding("memory-weights", where, found, "room for the KV cache too")
+    elif len(checkpoint.ratios) >= checkpoint.num_layers:
+        most = largest_context(config, left, TOKENS_IN_FLIGHT)
+        wanted = min(asked or positions, positions)
+        needed = kv_cache_bytes(config, wanted, TOKENS_IN_FLIGHT)
+        found += f"; {wanted} tokens take {needed / _GIB:.1f} of {left / _GIB:.1f} GiB left"
+        kind = "memory" if most >= wanted else "memory-context"
+        severity: Severity | None = "warning" if most < wanted and asked is None else None
+        yield finding(kind, where, found, f"at most --max-model-len {most // 256 * 256}", severity)
 
 
 # Known issues
@@ -123,7 +188,7 @@ def _has_one_group_a_rank(checkpoint: Checkpoint, target: Target) -> bool:
         return False
     inner, hidden = (checkpoint.config[k] for k in ("moe_intermediate_size", "hidden_size"))
     is_one = inner // target.tp <= checkpoint.group_size < hidden
-    return is_one and "int4" in checkpoint.formats
+    return is_one and "int4" in checkpoint.formats.values()
 
 
 #: Whom the known issues of findings.toml meet.
@@ -141,7 +206,7 @@ ISSUES: Mapping[str, Callable[[Checkpoint, Target], bool]] = {
 def known_issues(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find the known issues that meet this checkpoint on this target."""
     for id_, applies in ISSUES.items():
-        affects = SpecifierSet(KINDS[id_].affects or "")
+        affects = SpecifierSet(KINDS[id_].affects)
         if (target.vllm is None or target.vllm in affects) and applies(checkpoint, target):
             where = f"vLLM {target.vllm or '(any)'} on {target.hardware or 'unknown hardware'}"
             yield finding(id_, where, KINDS[id_].what, f"a vLLM other than {affects}, or not that")

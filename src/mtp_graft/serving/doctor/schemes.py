@@ -3,60 +3,61 @@
 import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.dsv4.variants import is_expert
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, Module
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, stored_format, weight_of
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
-from mtp_graft.serving.doctor.target import Target
+from mtp_graft.serving.doctor.hardware import Target
 
 #: platform -> the names that its builds of vLLM ask for an expert's matrices by.
 _EXPERT_NAMES = {
     "cuda": {"w1": "w1", "w2": "w2", "w3": "w3"},
     "cpu": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
 }
+#: The head in a pattern, under the name that vLLM never asks for.
 _MTP = re.compile(r"^(re:\^?(?:\.\*)?)?(?:model\\?\.)?mtp(?:\\?\.0)?\\?\.")
+_WHERE = "config.json: quantization_config"
 
 
 def section(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find a section that is absent or that vLLM cannot read, and INT4 groups of another size."""
-    where, quantization = "config.json: quantization_config", checkpoint.quantization
-    given = checkpoint.config.get("quantization_config")
+    quantization, given = checkpoint.quantization, checkpoint.config.get("quantization_config")
     if isinstance(quantization, GraftError):
-        if checkpoint.formats & {"int4", "mxfp4", "fp8"} or given is not None:
+        if set(checkpoint.formats.values()) & {"int4", "mxfp4", "fp8"} or given is not None:
             found = "absent" if given is None else str(quantization).partition(": ")[2]
-            yield finding("quantization-config", where, found, "compressed-tensors' groups")
+            yield finding("quantization-config", _WHERE, found, "compressed-tensors' groups")
         return
-    assert isinstance(given, dict)
-    if given.get("ignore", []) is None:
-        yield finding("ignore-null", f"{where}.ignore", None, "a list")
+    if given is not None and given.get("ignore", []) is None:
+        yield finding("ignore-null", f"{_WHERE}.ignore", None, "a list")
     for key, group in quantization.config_groups.items():
-        size = group.weights and group.weights.group_size
-        if group.kind == "int4" in checkpoint.formats and size != checkpoint.group_size:
-            place, expected = (
-                f"{where}.config_groups.{key}.weights.group_size",
-                checkpoint.group_size,
-            )
-            yield finding("group-size", place, size, f"{expected}, by the shapes of the scales")
+        size, stored = group.weights and group.weights.group_size, checkpoint.group_size
+        if group.kind == "int4" in checkpoint.formats.values() and size != stored:
+            where, expected = f"config_groups.{key}.weights.group_size", "by the scales' shapes"
+            yield finding("group-size", f"{_WHERE}.{where}", size, f"{stored}, {expected}")
 
 
 def patterns(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find patterns written for `mtp.0`, a name that vLLM never asks for."""
-    quantization = checkpoint.quantization
-    if isinstance(quantization, QuantizationConfig):
-        lists = {
-            f"config_groups.{k}.targets": g.targets for k, g in quantization.config_groups.items()
-        }
-        for place, written in ({"ignore": quantization.ignore} | lists).items():
-            for pattern in written:
+    if isinstance(checkpoint.quantization, QuantizationConfig):
+        for place, holder in _pattern_lists(checkpoint.config["quantization_config"]):
+            for pattern in holder[place.rpartition(".")[2]] or []:
                 right = _for_vllm(pattern, checkpoint.num_layers)
                 if right != pattern:
-                    yield finding(
-                        "pattern-names-mtp", f"quantization_config.{place}", pattern, right
-                    )
+                    yield finding("pattern-names-mtp", f"{_WHERE}.{place}", pattern, right)
+
+
+def _pattern_lists(section: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the path of each list of patterns and the object that holds it."""
+    if "ignore" in section:
+        yield "ignore", section
+    for key, group in section["config_groups"].items():
+        yield f"config_groups.{key}.targets", group
 
 
 def _for_vllm(pattern: str, num_layers: int) -> str:
@@ -70,98 +71,111 @@ def _for_vllm(pattern: str, num_layers: int) -> str:
 
 def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find modules that are stored in another format than their scheme loads."""
+    wrong: dict[tuple[str, str, str], list[str]] = {}
+    unnamed: dict[str, set[int]] = {}
     try:
-        wrong, unnamed = _compare(checkpoint)
+        for each in _mismatches(checkpoint):
+            if each.elsewhere is not None:
+                unnamed.setdefault(each.platform, set()).add(each.layer)
+            else:
+                stored = "quantized" if each.by.startswith(".ignore") else each.stored
+                wrong.setdefault((stored, each.loads, each.by), []).append(each.name)
     except GraftError as error:
-        yield finding("pattern-too-wide", "quantization_config.ignore", error, "both or none")
+        yield finding("pattern-too-wide", f"{_WHERE}.ignore", error, "both or none")
         return
-    for (stored, loads, culprit), modules in wrong.items():
-        kind = "pattern-too-wide" if culprit.startswith("ignore") else "scheme-mismatch"
-        where = f"quantization_config{culprit and f'.{culprit}'}: {listed(modules)}"
+    for (stored, loads, by), modules in wrong.items():
+        kind = "pattern-too-wide" if by.startswith(".ignore") else "scheme-mismatch"
         found = f"{len(modules)} modules would load as {loads}"
-        yield finding(kind, where, found, f"{stored}, as they are stored")
+        where, expected = f"{_WHERE}{by}: {listed(modules)}", f"{stored}, as they are stored"
+        yield finding(kind, where, found, expected)
     for platform, layers in unnamed.items():
-        where = "quantization_config.config_groups: targets of routed experts"
+        where = f"{_WHERE}.config_groups: targets of routed experts"
         found = f"none for {', '.join(_EXPERT_NAMES[platform].values())} in {len(layers)} layers"
         severity: Severity = "error" if target.platform in (platform, None) else "warning"
         yield finding("expert-target-names", where, found, "both w1 and gate_proj, ...", severity)
 
 
-_Wrong = dict[tuple[str, str, str], list[str]]
+class Mismatch(NamedTuple):
+    """A module whose scheme is not that of its tensors."""
+
+    name: str  # vLLM's
+    layer: int
+    platform: str  # whose builds of vLLM ask by this name
+    stored: str
+    loads: str
+    by: str  # what in the section does it, as a path; "" for nothing that matches
+    elsewhere: str | None  # the group that other platforms find under their names of the module
 
 
-def _compare(checkpoint: Checkpoint) -> tuple[_Wrong, dict[str, dict[int, str]]]:
-    """Return what is wrong, and which layers' experts have a scheme under other names alone.
-
-    The first: (stored format, format that loads, what in the section does it) -> modules. The
-    second: platform -> layer -> the group that the other platform finds. Patterns for `mtp.0` count
-    as corrected, so that one mistake is one finding.
-    """
-    wrong: _Wrong = {}
-    unnamed: dict[str, dict[int, str]] = {}
-    if not isinstance(checkpoint.quantization, QuantizationConfig):
-        return wrong, unnamed
-    quantization = read_quantization({"quantization_config": with_right_patterns(checkpoint)})
-    kinds = {key: group.kind for key, group in quantization.config_groups.items()}
-    for module in checkpoint.modules.values():
-        for layer, asked in _asked(module, checkpoint.num_layers):
+def mismatches(
+    quantization: QuantizationConfig, modules: Mapping[str, Mapping[str, Tensor]], num_layers: int
+) -> Iterator[Mismatch]:
+    """Yield modules that would load in another format; GraftError for one ignored in part."""
+    for module, parts in modules.items():
+        stored = stored_format(parts)
+        for layer, asked in _asked(module, parts, num_layers):
             groups = {p: quantization.group_of(name) for p, name in asked.items()}
-            loads = {p: kinds[key] if key else "plain" for p, key in groups.items()}
-            bad = [platform for platform in loads if loads[platform] != module.format]
-            for platform in bad:
-                ignored = quantization.ignored_by(asked[platform])
-                others = [key for key in groups.values() if key]
-                if len(bad) == 1 and not ignored and not groups[platform] and others:
-                    unnamed.setdefault(platform, {})[layer] = others[0]
-                    continue
-                group = f"config_groups.{groups[platform]}" if groups[platform] else ""
-                culprit = f"ignore: {ignored}" if ignored else group
-                stored = "quantized" if ignored else str(module.format)
-                place = (stored, loads[platform], culprit)
-                wrong.setdefault(place, []).append(asked[platform])
-    return wrong, unnamed
+            loads = {p: quantization.kind_of(key) for p, key in groups.items()}
+            wrong = [p for p in asked if loads[p] != stored]
+            for p in wrong:
+                by = f".config_groups.{groups[p]}" if groups[p] else ""
+                if ignored := quantization.ignored_by(asked[p]):
+                    by = f".ignore: {ignored}"
+                named = next(filter(None, groups.values()), None)
+                elsewhere = named if len(wrong) == 1 and not by else None
+                yield Mismatch(asked[p], layer, p, str(stored), loads[p], by, elsewhere)
 
 
-def _asked(module: Module, num_layers: int) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield a linear's layer, and platform -> the name by which vLLM asks for its scheme.
-
-    Of the experts only the first: vLLM asks for no other.
-    """
-    layer, _, name = module.stem.removeprefix("layers.").partition(".")
-    if module.stem.startswith("mtp.0."):
-        layer, name = str(num_layers), module.stem.removeprefix("mtp.0.")
-    is_linear = "" not in module.parts and module.weight is not None and module.weight.dim() == 2
-    if module.format is None or not is_linear or not layer.isdigit():
-        return
-    if NEVER_QUANTIZED.search(module.stem) or name in ("ffn.gate", "head", "emb.tok_emb"):
-        return
-    if not is_expert(module.stem):
-        yield int(layer), {"any": f"model.layers.{layer}.{name}"}
-    elif name.startswith("ffn.experts.0."):
-        prefix, matrix = f"model.layers.{layer}.ffn.experts.0.", name.rpartition(".")[2]
-        yield int(layer), {p: prefix + names[matrix] for p, names in _EXPERT_NAMES.items()}
+def _mismatches(checkpoint: Checkpoint) -> Iterator[Mismatch]:
+    """Yield a checkpoint's, patterns for `mtp.0` put right: one mistake is one finding."""
+    if isinstance(checkpoint.quantization, QuantizationConfig):
+        quantization = read_quantization({"quantization_config": _with_right_patterns(checkpoint)})
+        yield from mismatches(quantization, checkpoint.modules, checkpoint.num_layers)
 
 
-def with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
+def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the section with lists where it may have null, and the head's layer for `mtp.0`."""
     section: dict[str, Any] = deepcopy(checkpoint.config["quantization_config"])
-    holders = [(section, "ignore"), *((g, "targets") for g in section["config_groups"].values())]
-    for holder, key in holders:
-        holder[key] = [_for_vllm(p, checkpoint.num_layers) for p in holder.get(key) or []]
+    for place, holder in _pattern_lists(section):
+        key = place.rpartition(".")[2]
+        holder[key] = [_for_vllm(pattern, checkpoint.num_layers) for pattern in holder[key] or []]
     return section
+
+
+def _asked(
+    module: str, parts: Mapping[str, Tensor], num_layers: int
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield a linear's layer, and platform -> vLLM's name for it; of experts only the first."""
+    layer, _, name = module.removeprefix("layers.").partition(".")
+    if module.startswith("mtp.0."):
+        layer, name = str(num_layers), module.removeprefix("mtp.0.")
+    weight = weight_of(parts)
+    is_linear = "" not in parts and weight is not None and weight.dim() == 2
+    if stored_format(parts) is None or not is_linear or not layer.isdigit():
+        return
+    if NEVER_QUANTIZED.search(module) or name in ("ffn.gate", "head", "emb.tok_emb"):
+        return
+    prefix = f"model.layers.{layer}."
+    if not is_expert(module):
+        yield int(layer), {"any": prefix + name}
+    elif name.startswith("ffn.experts.0."):
+        experts, _, matrix = name.rpartition(".")
+        asked = {p: f"{prefix}{experts}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
+        yield int(layer), asked
 
 
 def corrected(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the section with all that --fix cures."""
-    section = with_right_patterns(checkpoint)
-    groups: Mapping[str, Any] = section["config_groups"]
-    assert isinstance(checkpoint.quantization, QuantizationConfig)
-    for key, group in checkpoint.quantization.config_groups.items():
+    section, quantization = _with_right_patterns(checkpoint), checkpoint.quantization
+    groups = section["config_groups"]
+    assert isinstance(quantization, QuantizationConfig)
+    for key, group in quantization.config_groups.items():
         if group.kind == "int4":
             groups[key]["weights"]["group_size"] = checkpoint.group_size
-    for platform, layers in _compare(checkpoint)[1].items():
-        matrices = "|".join(_EXPERT_NAMES[platform].values())
-        for layer, key in layers.items():
-            target = rf"re:.*layers\.{layer}\.ffn\.experts\.\d+\.({matrices})$"
-            groups[key]["targets"].append(target)
+    for each in _mismatches(checkpoint):
+        if each.elsewhere is not None:
+            matrices = "|".join(_EXPERT_NAMES[each.platform].values())
+            target = rf"re:.*layers\.{each.layer}\.ffn\.experts\.\d+\.({matrices})$"
+            targets = groups[each.elsewhere]["targets"]
+            groups[each.elsewhere]["targets"] = list(dict.fromkeys([*targets, target]))
     return section

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from torch import Tensor
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes, stored_as
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
-from mtp_graft.serving.doctor.checkpoint import Checkpoint
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, weight_of
 from mtp_graft.serving.doctor.findings import Finding, finding, findings, listed
-from mtp_graft.serving.doctor.target import Target
+from mtp_graft.serving.doctor.hardware import Target
 
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
@@ -25,6 +25,7 @@ _ALSO_READ = {
     torch.uint8: (torch.float8_e8m0fnu,),
     torch.int32: (torch.int64,),
 }
+Wrong = dict[str, tuple[object, object]]  # name -> found, expected
 
 
 # Files
@@ -39,19 +40,14 @@ def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
 
 def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find differences between the index and what the shards hold."""
-    held = checkpoint.shards
-    lost = {n: s for n, s in checkpoint.index.items() if s in held and n not in held[s]}
-    for shard in sorted(set(lost.values())):
-        names = [name for name, its_shard in lost.items() if its_shard == shard]
-        found = f"{len(names)} names that {shard} does not hold"
-        where = f"{INDEX_NAME}: {listed(names)}"
-        yield finding("index-entry-without-tensor", where, found, f"all of them in {shard}")
-    for shard, tensors in held.items():
-        if names := [name for name in tensors if name not in checkpoint.index]:
-            found = f"{len(names)} tensors that {INDEX_NAME} does not list"
-            where, expected = f"{shard}: {listed(names)}", "an entry for every tensor"
-            yield finding("tensor-without-index-entry", where, found, expected)
-    times = Counter(checkpoint.read_as[name] for tensors in held.values() for name in tensors)
+    for shard, held in checkpoint.shards.items():
+        if lost := [n for n, s in checkpoint.index.items() if s == shard and n not in held]:
+            where, found = f"{INDEX_NAME}: {listed(lost)}", f"{len(lost)} that {shard} has not"
+            yield finding("index-entry-without-tensor", where, found, f"all of them in {shard}")
+        if unlisted := [name for name in held if name not in checkpoint.index]:
+            where, found = f"{shard}: {listed(unlisted)}", f"{len(unlisted)} not in {INDEX_NAME}"
+            yield finding("tensor-without-index-entry", where, found, "an entry for every tensor")
+    times = Counter(checkpoint.read_as[n] for held in checkpoint.shards.values() for n in held)
     if twice := sorted(name for name, count in times.items() if count > 1):
         yield finding("tensor-twice", listed(twice), f"{len(twice)} more than once", "each once")
 
@@ -93,7 +89,7 @@ def dspark_drafter(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]
 
 def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find tensors under another spelling of their name."""
-    wrong: dict[str, dict[str, tuple[object, object]]] = {"scale-name": {}, "tensor-name": {}}
+    wrong: dict[str, Wrong] = {"scale-name": {}, "tensor-name": {}}
     for old, new in checkpoint.misnamed.items():
         is_scale = old.rpartition(".")[0] == new.rpartition(".")[0]
         wrong["scale-name" if is_scale else "tensor-name"][old] = old, f"{new}, the others alike"
@@ -103,64 +99,64 @@ def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
 
 def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Compare the tensors with those that the config asks for, in the formats they are in."""
-    head, base = head_shapes(checkpoint.config), base_shapes(checkpoint.config)
-    tensors, modules = checkpoint.tensors, checkpoint.modules
-    asked: dict[str, Tensor] = {}
-    known = set() if target.platform == "cpu" else set(_HEAD_COPIES)
+    asked, known = _asked(checkpoint)
+    tensors = {n: t for n, t in checkpoint.tensors.items() if not _OTHER_BLOCK.match(n)}
+    if target.platform != "cpu":
+        known |= _HEAD_COPIES
     if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
         known |= {name for name in tensors if _COMPRESSION.search(name)}
-    for name, shape in (head | base).items():
-        module = modules.get(name.removesuffix(".weight"))
-        stored = (module and module.format) or ("int4" if EXPERT.match(name) else "plain")
-        asked |= stored_as(name, shape, stored, checkpoint.group_size)
-        is_odd = module and module.format is None and module.weight is not None
-        if module and (NEVER_QUANTIZED.search(name) or is_odd):
-            known |= set(module.full_names)  # a finding of its own
+    missing = sorted(asked.keys() - tensors.keys() - checkpoint.unseen)
+    strange = sorted(tensors.keys() - asked.keys() - known)
     for place in ("base", "head") if checkpoint.has_head else ("base",):
-        shapes = {name for name in asked if name.startswith("mtp.") == (place == "head")}
-        if lost := sorted(shapes - tensors.keys() - checkpoint.unseen):
+        if lost := [name for name in missing if _place(name) == place]:
             found = f"{len(lost)} tensors are in no shard"
             yield finding(f"{place}-tensor-missing", listed(lost), found, "what config.json asks")
-        strange = {n for n in tensors if n.startswith("mtp.") == (place == "head")} - shapes - known
-        if strange := {name for name in strange if not _OTHER_BLOCK.match(name)}:
-            found = f"{len(strange)} tensors that no module of the {place} has"
-            yield finding(f"{place}-tensor-unknown", listed(sorted(strange)), found, "none")
-    yield from _differences(tensors, asked)
-
-
-def _differences(tensors: Mapping[str, Tensor], asked: Mapping[str, Tensor]) -> Iterator[Finding]:
-    wrong: dict[str, dict[str, tuple[object, object]]] = {
-        "tensor-shape": {},
-        "tensor-dtype": {},
-        "scale-shape": {},
-    }
-    for name, like in asked.items():
-        if (tensor := tensors.get(name)) is None:
-            continue
+        if more := [name for name in strange if _place(name) == place]:
+            found = f"{len(more)} tensors that no module of the {place} has"
+            yield finding(f"{place}-tensor-unknown", listed(more), found, "none")
+    wrong: dict[str, Wrong] = {"tensor-shape": {}, "tensor-dtype": {}, "scale-shape": {}}
+    for name in sorted(asked.keys() & tensors.keys()):
+        tensor, like = tensors[name], asked[name]
         if tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
             wrong["tensor-dtype"][name] = tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
             kind = "scale-shape" if name.endswith("weight_scale") else "tensor-shape"
             wrong[kind][name] = list(tensor.shape), f"{list(like.shape)} by config.json"
-    for kind, names in wrong.items():
-        yield from findings(kind, names)
+    for kind, differing in wrong.items():
+        yield from findings(kind, differing)
+
+
+def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
+    """Return meta tensors that the config asks for, and names that have findings of their own."""
+    asked, known = dict[str, Tensor](), set[str]()
+    shapes = head_shapes(checkpoint.config) | base_shapes(checkpoint.config)
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        parts, stored = checkpoint.modules.get(module, {}), checkpoint.formats.get(module)
+        as_usual = "int4" if EXPERT.match(name) else "plain"
+        asked |= stored_as(name, shape, stored or as_usual, checkpoint.group_size)
+        if NEVER_QUANTIZED.search(name) or (stored is None and weight_of(parts) is not None):
+            known |= {f"{module}.{part}" if part else module for part in parts}
+    return asked, known
+
+
+def _place(name: str) -> str:
+    return "head" if name.startswith("mtp.") else "base"
 
 
 def precision(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find parameters that were rounded or quantized although they should not be."""
-    halves = (torch.bfloat16, torch.float16)
-    rounded = {
+    rounded: Wrong = {
         name: (tensor.dtype, torch.float32)
         for name, tensor in checkpoint.tensors.items()
-        if FLOAT32.search(name) and tensor.dtype in halves
+        if FLOAT32.search(name) and tensor.dtype in (torch.bfloat16, torch.float16)
     }
     yield from findings("float32-rounded", rounded)
-    for kind, is_fp8 in (("compressor-fp8", True), ("compressor-quantized", False)):
-        quantized = {
-            module.stem: (module.format, "BF16")
-            for module in checkpoint.modules.values()
-            if NEVER_QUANTIZED.search(module.stem)
-            and (module.format != "plain" or "weight_scale" in module.parts)
-            and (module.format == "fp8") == is_fp8
-        }
-        yield from findings(kind, quantized)
+    quantized: dict[str, Wrong] = {"compressor-fp8": {}, "compressor-quantized": {}}
+    for module, parts in checkpoint.modules.items():
+        stored = checkpoint.formats[module]
+        if NEVER_QUANTIZED.search(module) and (stored != "plain" or "weight_scale" in parts):
+            kind = "compressor-fp8" if stored == "fp8" else "compressor-quantized"
+            quantized[kind][module] = stored, "BF16"
+    for kind, wrong in quantized.items():
+        yield from findings(kind, wrong)

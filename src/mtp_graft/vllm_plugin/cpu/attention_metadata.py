@@ -43,8 +43,8 @@ def fill_gaps() -> None:
         (indexer.BuildPrefillChunkMetadataKernel, prefill_chunk_metadata),
     ):
         replace(launcher, "__call__", function)
-    plan_owner = cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder
-    replace(plan_owner, "build_tile_scheduler", build_tile_scheduler)
+    swa_builder = cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder
+    replace(swa_builder, "build_tile_scheduler", build_tile_scheduler)
     indexer_builder = cpu_mla.DeepseekV4CPUIndexerMetadataBuilder
     replace(indexer_builder, "__init__", flattening_drafts(indexer_builder.__init__))
     name = "build_per_group_and_layer_attn_metadata"

@@ -6,8 +6,8 @@ activation passes the limit of 10, so the experts are computed here, with the cl
 Shapes: E experts, M intermediate size (of this rank), D hidden size, T tokens, K experts a token.
 """
 
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -130,29 +130,46 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
         output.copy_(add_over_ranks(mine, output.dtype))
 
 
-class BF16Experts(UnquantizedFusedMoEMethod):
-    """Experts stored in the model's dtype and run in float32; the base of the decoded formats."""
-
-    def __init__(self, moe: FusedMoEConfig) -> None:
-        super().__init__(moe)
-        self.experts_cls = ClampedCPUExperts
-
-    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        """Widen `w13_weight` and `w2_weight` to float32, exactly."""
-        for matrix in ("w13_weight", "w2_weight"):
-            wide = getattr(layer, matrix).data.float()
-            setattr(layer, matrix, nn.Parameter(wide, requires_grad=False))
-        super().process_weights_after_loading(layer)
-
-
-class _DecodedExperts(BF16Experts):
-    """Experts stored in groups of `group_size` inputs and decoded once they are loaded."""
+@dataclass(frozen=True)
+class Packed:
+    """How experts are stored in groups of inputs, and how those of one matrix are decoded."""
 
     group_size: int
     codes_dtype: torch.dtype
     codes_per_word: int
     scale_dtype: torch.dtype
-    has_shape = False
+    decode: Callable[[Tensor, Tensor], Tensor]  # codes [O, words], scales [O, groups] -> [O, I] f32
+    has_shape: bool = False
+
+
+MXFP4 = Packed(
+    mxfp4.GROUP,
+    torch.uint8,
+    2,
+    torch.uint8,
+    lambda codes, scale: mxfp4.decode(codes, scale.view(torch.float8_e8m0fnu)),
+)
+
+
+def int4_groups(group_size: int) -> Packed:
+    """Return symmetric INT4 as compressed-tensors stores it (`quant.int4`)."""
+    return Packed(
+        group_size,
+        torch.int32,
+        int4.CODES_PER_WORD,
+        torch.bfloat16,
+        lambda codes, scale: int4.decode(int4.unpack(codes), scale),
+        has_shape=True,
+    )
+
+
+class StoredExperts(UnquantizedFusedMoEMethod):
+    """Experts stored packed, or else in the model's dtype, and run in float32."""
+
+    def __init__(self, moe: FusedMoEConfig, packed: Packed | None) -> None:
+        super().__init__(moe)
+        self.packed = packed
+        self.experts_cls = ClampedCPUExperts
 
     def create_weights(
         self,
@@ -163,69 +180,41 @@ class _DecodedExperts(BF16Experts):
         params_dtype: torch.dtype,
         **attributes: Any,
     ) -> None:
-        """Register `{w13,w2}_weight_packed` and `_weight_scale` (and `_weight_shape`)."""
-        sizes = {
-            "w13": (2 * intermediate_size_per_partition, hidden_size),
-            "w2": (hidden_size, intermediate_size_per_partition),
-        }
+        """Register `{w13,w2}_weight`, or `_weight_packed` and `_weight_scale` (and `_shape`)."""
+        size, packed = intermediate_size_per_partition, self.packed
+        if packed is None:
+            super().create_weights(
+                layer, num_experts, hidden_size, size, params_dtype, **attributes
+            )
+            return
         attributes = {**attributes, "is_transposed": False, "quant_method": "group"}
-        for matrix, (outputs, inputs) in sizes.items():
-            if inputs % self.group_size:
+        for matrix, outputs, inputs in (("w13", 2 * size, hidden_size), ("w2", hidden_size, size)):
+            if inputs % packed.group_size:
                 raise GraftError(
                     f"{matrix}: {inputs} inputs a rank do not divide into groups of "
-                    f"{self.group_size}; use a smaller tensor parallel size"
+                    f"{packed.group_size}; use a smaller tensor parallel size"
                 )
-            shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-                "weight_packed": ((outputs, inputs // self.codes_per_word), self.codes_dtype),
-                "weight_scale": ((outputs, inputs // self.group_size), self.scale_dtype),
+            words, groups = inputs // packed.codes_per_word, inputs // packed.group_size
+            tensors = {
+                "packed": torch.zeros(num_experts, outputs, words, dtype=packed.codes_dtype),
+                "scale": torch.zeros(num_experts, outputs, groups, dtype=packed.scale_dtype),
             }
-            if self.has_shape:
-                shapes["weight_shape"] = ((2,), torch.int64)
-            for name, (shape, dtype) in shapes.items():
-                tensor = torch.zeros(num_experts, *shape, dtype=dtype)
+            if packed.has_shape:
+                tensors["shape"] = torch.zeros(num_experts, 2, dtype=torch.int64)
+            for name, tensor in tensors.items():
                 parameter = nn.Parameter(tensor, requires_grad=False)
-                layer.register_parameter(f"{matrix}_{name}", parameter)
+                layer.register_parameter(f"{matrix}_weight_{name}", parameter)
                 set_weight_attrs(parameter, attributes)
-
-    @abstractmethod
-    def decode(self, packed: Tensor, scale: Tensor) -> Tensor:
-        """Return the float32 weights of one expert."""
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Replace the stored tensors by float32 `w13_weight` and `w2_weight`."""
-        for matrix in ("w13", "w2"):
-            packed = getattr(layer, f"{matrix}_weight_packed").data
-            scale = getattr(layer, f"{matrix}_weight_scale").data
-            experts = [self.decode(p, s) for p, s in zip(packed, scale, strict=True)]
-            for name in ("weight_packed", "weight_scale", "weight_shape"):
-                if hasattr(layer, f"{matrix}_{name}"):
-                    delattr(layer, f"{matrix}_{name}")
-            weight = nn.Parameter(torch.stack(experts), requires_grad=False)
-            layer.register_parameter(f"{matrix}_weight", weight)
+        for matrix in ("w13_weight", "w2_weight"):
+            if self.packed is None:
+                weight = getattr(layer, matrix).data.float()
+            else:
+                stored = [getattr(layer, f"{matrix}_{part}").data for part in ("packed", "scale")]
+                weight = torch.stack([*map(self.packed.decode, *stored)])
+                for part in ("packed", "scale") + ("shape",) * self.packed.has_shape:
+                    delattr(layer, f"{matrix}_{part}")
+            setattr(layer, matrix, nn.Parameter(weight, requires_grad=False))
         super().process_weights_after_loading(layer)
-
-
-class Int4Experts(_DecodedExperts):
-    """Symmetric INT4 experts (`quant.int4`)."""
-
-    codes_dtype, codes_per_word = torch.int32, int4.CODES_PER_WORD
-    scale_dtype, has_shape = torch.bfloat16, True
-
-    def __init__(self, moe: FusedMoEConfig, group_size: int) -> None:
-        super().__init__(moe)
-        self.group_size = group_size
-
-    def decode(self, packed: Tensor, scale: Tensor) -> Tensor:
-        """Decode int32 words [O, I/8] and BF16 scales [O, I/group_size]."""
-        return int4.decode(int4.unpack(packed), scale)
-
-
-class MXFP4Experts(_DecodedExperts):
-    """MXFP4 experts as compressed-tensors keeps them (`quant.mxfp4`)."""
-
-    codes_dtype, codes_per_word = torch.uint8, 2
-    scale_dtype, group_size = torch.uint8, mxfp4.GROUP
-
-    def decode(self, packed: Tensor, scale: Tensor) -> Tensor:
-        """Decode bytes [O, I/2] and E8M0 exponents [O, I/32], both uint8."""
-        return mxfp4.decode(packed, scale.view(torch.float8_e8m0fnu))
