@@ -30,7 +30,7 @@ serve() { # PORT CHECKPOINT OPTIONS...: little memory, so that several fit
 url() { echo "http://127.0.0.1:$1"; }
 
 decode() { # NAME PORT OPTIONS...: in turns with the base's server
-    step "$1" mtp bench decode --base-url "$(url "$2")" --against-url "$(url 8000)" --rounds 1 \
+    step "$1" mtp bench decode --base-url "$(url "$2")" --against "$(url 8000)" --rounds 1 \
         --limit 8 --max-tokens 256 --run "$out/$1" --json "$out/$1.json" "${@:3}"
 }
 
@@ -59,7 +59,7 @@ timed() { # four servers, asked in turn
     decode temperature_probabilistic 8003 --pairs 6 --temperature 1
     decode temperature_greedy 8013 --pairs 6 --temperature 1
     decode decode_k1 8001 --pairs 6
-    step sampling_cost mtp bench decode --base-url "$(url 8003)" --against-url "$(url 8013)" --rounds 1 \
+    step sampling_cost mtp bench decode --base-url "$(url 8003)" --against "$(url 8013)" --rounds 1 \
         --limit 8 --max-tokens 256 --pairs 6 --run "$out/sampling_cost" --json "$out/sampling_cost.json"
     sweep sweep_k3 8003
     sweep sweep_k1 8001

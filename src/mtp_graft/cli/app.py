@@ -44,6 +44,11 @@ def option(metavar: str | None, text: str, *names: str, **settings: Any) -> Any:
     return typer.Option(*names, metavar=metavar, help=text, **settings)
 
 
+def argument(metavar: str, text: str, **settings: Any) -> Any:
+    """Return a positional argument."""
+    return typer.Argument(metavar=metavar, help=text, **settings)
+
+
 def grouped(command: Command) -> Command:
     """Let a command take dataclasses, whose fields are its options after its own.
 
@@ -132,9 +137,9 @@ JsonOption = Annotated[Path | None, option("FILE", _JSON, "--json", callback=che
 DryRunOption = Annotated[bool, option(None, "Print what would be done.", "--dry-run")]
 ServeArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="ARGS",
-        help="After --: arguments for vllm serve, as they are.",
+    argument(
+        "ARGS",
+        "After --: arguments for vllm serve, as they are.",
         callback=lambda words: refuse(words, ADDRESS_FLAGS),
     ),
 ]

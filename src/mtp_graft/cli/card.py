@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from mtp_graft.cli.app import JsonOption, app, option
+from mtp_graft.cli.app import JsonOption, app, argument, option
 from mtp_graft.cli.output import note, show
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+RunArgument = Annotated[Path, argument("RUN", "A run folder.")]
 
 
 @app.command()

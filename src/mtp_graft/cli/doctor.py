@@ -6,26 +6,22 @@ from typing import Annotated
 
 import typer
 
-from mtp_graft.cli.app import JsonOption, app, option
+from mtp_graft.cli.app import (
+    JsonOption,
+    MaxModelLenOption,
+    TensorParallelOption,
+    app,
+    argument,
+    option,
+)
 from mtp_graft.cli.output import note, show
 
 
 @app.command()
 def doctor(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A DeepSeek-V4 checkpoint folder.")
-    ],
-    tp: Annotated[
-        int | None,
-        option(
-            *("N", "Ranks to shard over. Default: as many GPUs as `serve` would use."),
-            *("--tensor-parallel-size", "--tp"),
-            min=1,
-        ),
-    ] = None,
-    max_model_len: Annotated[
-        int | None, option("N", "Longest sequence. Default: the model's.", min=1)
-    ] = None,
+    checkpoint: Annotated[Path, argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")],
+    tp: TensorParallelOption = None,
+    max_model_len: MaxModelLenOption = None,
     gpu: Annotated[str | None, option("NAME", "GPU to serve on, or cpu. Default: ours.")] = None,
     count: Annotated[int | None, option("N", "How many of that GPU.", min=1)] = None,
     fix: Annotated[

@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
 from rich.table import Table
 
 from mtp_graft.bench.page import percent, percent_interval
-from mtp_graft.cli.app import DryRunOption, JsonOption, app, option
+from mtp_graft.cli.app import DryRunOption, JsonOption, app, argument, option
 from mtp_graft.cli.bench import drafting_lines
 from mtp_graft.cli.output import progress_bar, show, table
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML recipe.")]
+RecipeArgument = Annotated[Path, argument("RECIPE", "A TOML recipe.")]
 RunOption = Annotated[
     Path | None, option("DIR", "Run folder. Default: runs/ and the recipe's name.", "--run")
 ]
@@ -30,14 +29,12 @@ STAGES = {
 
 @app.command()
 def graft(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="A folder or a hub id.")],
+    base: Annotated[str, argument("BASE", "A folder or a hub id.")],
     upstream: Annotated[
         str,
-        typer.Argument(
-            metavar="UPSTREAM", help="The master with the head, or a published head: folder or id."
-        ),
+        argument("UPSTREAM", "The master with the head, or a published head: folder or id."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new checkpoint's folder.")],
+    out: Annotated[Path, argument("OUT", "The new checkpoint's folder.")],
     head: Annotated[
         Literal["mxfp4", "bf16"] | None,
         option(None, "Keep the master's codes (default), or decode them; both are exact."),
