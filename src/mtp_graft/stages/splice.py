@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint import quant_manifest
+from mtp_graft.checkpoint import quant_manifest, shards
 from mtp_graft.checkpoint.files import is_full_disk, sha256, write_json, write_text
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import (
@@ -29,38 +29,23 @@ from mtp_graft.checkpoint.quantization_config import (
     int4_group_size,
     read_quantization,
 )
-from mtp_graft.checkpoint.shards import (
-    INDEX_NAME,
-    read_index,
-    read_meta,
-    stream_shard,
-    write_index,
-)
+from mtp_graft.dsv4 import variants
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.names import FLOAT32
-from mtp_graft.dsv4.variants import (
-    Linears,
-    Variant,
-    decode_head,
-    group_by_module,
-    store_head,
-)
+from mtp_graft.dsv4.variants import Linears, Variant
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.doctor.checkpoint import modules_of
 from mtp_graft.serving.doctor.schemes import mismatches
-from mtp_graft.stages.fetch import nearest_folder
 from mtp_graft.stages.inputs import Tensors, read_base, read_master
 from mtp_graft.stages.quantize import expert_files
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = frozenset(
     {
-        *(INDEX_NAME, "config.json", HEAD_SHARD, quant_manifest.RECIPE_NAME),
+        *(shards.INDEX_NAME, "config.json", HEAD_SHARD, quant_manifest.RECIPE_NAME),
         *(quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME),
     }
 )
-#: Beside the shard: index, config and manifests are a few MB at full size.
-_MARGIN_BYTES = 64 * 2**20
 _EXPERT_FORMATS: dict[str, ExpertFormat] = {
     **{"rtn": "int4", "gptq": "int4"},
     **{"mxfp4": "mxfp4", "bf16": "bf16"},
@@ -117,13 +102,11 @@ def splice(
     if out.exists():
         _check_done(out, manifest)
         return plan
-    files = base_files(base)
-    check_space(out, plan, base, sum(path.stat().st_size for path in files), copy=copy)
     with _temporary_folder(out) as folder:
-        for source in files:
+        for source in base_files(base):
             _link(source, folder / source.relative_to(base), copy=copy)
         if plan.published is None:
-            stream_shard(plan.layout, _stored_tensors(plan), folder / HEAD_SHARD)
+            shards.stream_shard(plan.layout, _stored_tensors(plan), folder / HEAD_SHARD)
         else:
             _link(upstream / HEAD_SHARD, folder / HEAD_SHARD, copy=copy)
         _write_texts(plan, manifest, folder)
@@ -165,7 +148,7 @@ def plan_splice(
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
         sizes = {"group_size": group_size}
-        layout = store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
+        layout = variants.store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
     _check_schemes(base, config, layout)
     return SplicePlan(
         *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
@@ -175,9 +158,9 @@ def plan_splice(
 
 def _check_base(base: Path) -> tuple[dict[str, str], int]:
     """Return the base's weight map and the size of its tensors; GraftError if it is no base."""
-    if already := sorted(name for name in read_index(base) if name.startswith("mtp.")):
+    if already := sorted(name for name in shards.read_index(base) if name.startswith("mtp.")):
         raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
-    size = sum(tensor.nbytes for tensor in read_meta(base, complete=True).values())
+    size = sum(tensor.nbytes for tensor in shards.read_meta(base, complete=True).values())
     _, weight_map = read_base(base, "embed.weight", "head.weight")
     return weight_map, size
 
@@ -237,7 +220,7 @@ def _check_fits(
 ) -> None:
     """Compare the head's tensors, as decoded, with those that the base's config asks for."""
     expected = head_shapes(config)
-    decoded = decode_head(head, group_size=group_size)
+    decoded = variants.decode_head(head, group_size=group_size)
     found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
     wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if wrong:
@@ -263,8 +246,8 @@ def _manifest(plan: SplicePlan) -> Manifest:
         if origin["base"] != base:
             origin["made_for"] = origin.get("made_for", origin["base"])
         return {**plan.published, "provenance": {**origin, "base": base}}
-    shards = sorted(set(plan.head.files.values()))
-    provenance = {"base": base, "upstream": {path.name: sha256(path) for path in shards}}
+    files = sorted(set(plan.head.files.values()))
+    provenance = {"base": base, "upstream": {path.name: sha256(path) for path in files}}
     if plan.report is not None:
         files = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, files)
@@ -284,7 +267,7 @@ def _check_done(out: Path, manifest: Manifest) -> None:
         raise GraftError(
             f"{out}: already exists, and not from these inputs; remove it or choose another folder"
         )
-    read_meta(out, complete=True)
+    shards.read_meta(out, complete=True)
 
 
 # Writing
@@ -299,20 +282,6 @@ def base_files(base: Path) -> list[Path]:
         if str(relative) not in OWN_FILES
         and not any(part.startswith(".") for part in relative.parts[:-1])
     ]
-
-
-def check_space(out: Path, plan: SplicePlan, base: Path, base_bytes: int, *, copy: bool) -> None:
-    """Raise GraftError if the disk of `out` has no room for the head, and the base if copied."""
-    disk = nearest_folder(out)
-    needed = plan.bytes + _MARGIN_BYTES
-    if copy or disk.stat().st_dev != base.resolve().stat().st_dev:
-        needed += base_bytes
-    free = shutil.disk_usage(disk).free
-    if free < needed:
-        raise GraftError(
-            f"{out.parent}: {free:,} bytes free, {needed:,} needed for {HEAD_SHARD} and what "
-            "goes with it; make room or choose another folder"
-        )
 
 
 @contextmanager
@@ -348,10 +317,12 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one module at a time."""
     with plan.head.opened() as head, plan.experts.opened() as experts:
-        for by_part in group_by_module(head).values():
+        for by_part in variants.group_by_module(head).values():
             module = {name: head[name] for name in by_part.values()}
             sizes = {"group_size": plan.group_size}
-            stored = store_head(module, plan.variant, experts, **sizes, linears=plan.linears)
+            stored = variants.store_head(
+                module, plan.variant, experts, **sizes, linears=plan.linears
+            )
             yield from stored.items()
 
 
@@ -368,6 +339,6 @@ def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
 
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
-    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata")
+    metadata = json.loads((plan.base / shards.INDEX_NAME).read_text()).get("metadata")
     index = {**plan.base_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
-    write_index(index, plan.base_bytes + plan.bytes, folder, metadata)
+    shards.write_index(index, plan.base_bytes + plan.bytes, folder, metadata)
