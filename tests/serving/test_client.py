@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -15,30 +16,24 @@ from mtp_graft.serving.client import READ_ERRORS, Prompt, ServerClient
 @pytest.fixture
 def answering() -> Iterator[Callable[..., str]]:
     """Return a function that serves one text for every request, and gives its address."""
-    servers = []
+    with ExitStack() as servers:
 
-    def serve(text: str, **headers: str) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(200)
-                for name, value in headers.items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.end_headers()
-                self.wfile.write(text.encode())
+        def serve(text: str, **headers: str) -> str:
+            class Handler(BaseHTTPRequestHandler):
+                def do_POST(self) -> None:
+                    self.rfile.read(int(self.headers["Content-Length"]))
+                    self.send_response(200)
+                    for name, value in headers.items():
+                        self.send_header(name.replace("_", "-"), value)
+                    self.end_headers()
+                    self.wfile.write(text.encode())
 
-            def log_message(self, format: str, *args: object) -> None:
-                """Stay quiet."""
+            server = servers.enter_context(HTTPServer(("127.0.0.1", 0), Handler))
+            servers.callback(server.shutdown)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            return f"http://127.0.0.1:{server.server_port}"
 
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield serve
 
 
 def one_choice(**content: Any) -> str:
