@@ -236,7 +236,7 @@ def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path, reco
     ("text", "reason"),
     [
         (
-            "one\n\n\x1b[31mINFO 11-23 20:00:00 [a.py:3] two\x1b[0m\nthree\nfour\n",
+            "one\n\n\x1b[31mtwo\x1b[0m\nthree\nfour\n",
             "two | three | four",
         ),
         (
