@@ -19,7 +19,6 @@ import yaml
 
 from mtp_graft import TRIED_VLLM
 from mtp_graft.serving.profiles import DEFAULT_PROFILE, PROFILES
-from mtp_graft.stages.splice import splice
 from serving.conftest import (
     BASE_TENSORS,
     HEAD_TENSORS,
@@ -124,11 +123,8 @@ def test_the_variables_reach_vllm_and_empty_ones_leave_the_choice_to_mtp_graft(
     assert "--max-model-len" not in empty
 
 
-def test_a_profile_is_passed_on(
-    start: Any, image: dict[str, str], tiny_model: Path, tmp_path: Path
-) -> None:
-    splice(tiny_model / "base", tiny_model / "upstream", tmp_path / "tiny", "mxfp4")
-    variables = {"MODEL_PATH": str(tmp_path / "tiny"), "PROFILE": "256k", "MAX_MODEL_LEN": "4096"}
+def test_a_profile_is_passed_on(start: Any, image: dict[str, str], tiny_model: Path) -> None:
+    variables = {"MODEL_PATH": str(tiny_model / "base"), "PROFILE": "256k", "MAX_MODEL_LEN": "4096"}
     result = dry_run(start, image | variables, "--gpu", "H200")
     assert result["profile"] == "256k"
     line = " ".join(result["argv"])
