@@ -24,7 +24,7 @@ from mtp_graft.serving.memory import (
     weights_bytes_per_rank,
 )
 from mtp_graft.serving.topology import named_hardware
-from mtp_graft.stages import hub
+from mtp_graft.stages import fetch
 from mtp_graft.stages.fetch import survey
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 from serving.flash import flash
@@ -225,7 +225,7 @@ def test_a_dry_run_says_why_it_knows_no_sizes(
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(fetch, "snapshot_download", unreachable)
     gone = replace(recipe, model=replace(recipe.model, base="/nowhere"))
     real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")
     for asked, why in ((gone, "/nowhere: not a folder"), (real, "Name or service not known")):

@@ -36,8 +36,6 @@ Replay = Annotated[
     Literal["true", "identity"],  # `replay = true` is meant so, without quotes
     BeforeValidator(lambda v: str(v).lower() if isinstance(v, bool) else v),
 ]
-#: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
-ZeroTokens = Literal["pool", "rtn", "error"]
 
 _exact = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -111,7 +109,6 @@ class QuantizeSection:
     scale: Literal["absmax", "mse"] = "mse"  # the rule for a group's scale
     group_size: Count = 128  # inputs per INT4 scale; as the base has it
     experts_per_batch: Count = 16  # the unit of resuming
-    zero_tokens: ZeroTokens = "pool"  # for an expert that no calibration token reached
     replay: Replay = "true"
     device: Device = "auto"
 
