@@ -91,14 +91,6 @@ def test_the_interval_is_that_of_a_slow_resampling() -> None:
     assert paired_differences(given) == found
 
 
-def test_a_text_with_more_drafts_weighs_more() -> None:
-    gptq = [{"id": "a", "drafts": 1000, "accepted": 900}, {"id": "b", "drafts": 2, "accepted": 0}]
-    rtn = [{"id": "a", "drafts": 1000, "accepted": 800}, {"id": "b", "drafts": 2, "accepted": 2}]
-    low, high = paired_differences({"gptq": gptq, "rtn": rtn})["gptq-rtn"]
-    assert low == pytest.approx(-1)  # of draws that are b alone
-    assert high == pytest.approx(0.1)
-
-
 def test_heads_without_counts_and_texts_without_drafts_are_left_out() -> None:
     given = {"gptq": counts([3]), "rtn": None, "bf16": counts([3])}
     assert paired_differences(given) == {"gptq-bf16": [0.0, 0.0]}

@@ -1,11 +1,9 @@
 """Servers that fail, clients that are killed, and mistakes of users."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -86,12 +84,9 @@ def test_right_answers_count_and_mistakes_are_classified(run: Run, data: Path, n
         assert body["chat_template_kwargs"] == {"thinking": False}
 
 
-def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(
-    run: Run, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: Path) -> None:
     failures: dict[str, list[str | Message]] = {
         "times 1?": ["500", "500"],
-        "times 2?": ["hangs"],
         "times 3?": ["closes"],
         "times 4?": ["garbage"],
         "times 5?": ["aborts"],
@@ -104,13 +99,12 @@ def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(
                 return left.pop()
         return right(text)
 
-    monkeypatch.setattr(module, "_SILENCE_S", 10.0)
     with serving(say) as server:
         more = ("--thinking", "--json", "-")
         status, out, errors = run(*command("gsm8k", server, data, *more))
     assert status == 0, errors
     assert json.loads(out)["correct"] == 12
-    assert len(server.bodies) == 12 + 7
+    assert len(server.bodies) == 12 + 6
     assert all(body["chat_template_kwargs"] == {"thinking": True} for body in server.bodies)
 
 
@@ -149,33 +143,6 @@ def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_wh
         assert "was begun with" in errors and "use another --run" in errors
     status, _, errors = run(*command("gsm8k", server, data))
     assert status == 1 and f"{server.url}: names no model" in errors
-
-
-def test_a_killed_client_asks_again_only_what_was_in_work(
-    run: Run, data: Path, tmp_path: Path
-) -> None:
-    with serving(right, delay_s=0.3) as server:
-        words = command("gsm8k", server, data, "--concurrency", 2, "--run", tmp_path / "run")
-        main = [sys.executable, "-c", "from mtp_graft.cli import main; main()"]
-        client = subprocess.Popen([*main, *map(str, words)], env=dict(os.environ))
-        try:
-            while len(server.bodies) < 6:
-                assert client.poll() is None, "it ended before it was killed"
-                time.sleep(0.01)
-        finally:
-            client.kill()
-            client.wait()
-        before = set(server.asked())
-        server.bodies.clear()
-        server.delay_s = 0.0
-        status, out, errors = run(*words, "--json", "-")
-        assert status == 0, errors
-    result = json.loads(out)
-    assert (result["correct"], result["total"]) == (12, 12)
-    assert len(before & set(server.asked())) <= 4, "being answered, or being written"
-    assert server.most_in_work == 2
-    kept = json.loads((tmp_path / "run" / "bench" / "gsm8k" / "result.json").read_text())
-    assert kept == result
 
 
 @pytest.mark.parametrize(

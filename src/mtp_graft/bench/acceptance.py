@@ -22,10 +22,10 @@ def measure_acceptance(
     """Have every text continued again, with drafts, until it ends; return what was accepted.
 
     The server was started with COUNT_DRAFTS. Keys: `acceptance`, `accepted`, `drafted`, `interval`
-    (95 %, Wilson), those of `drafting_result`, `texts`, `identical`, how many continuations equal
-    the captured ones, and `sequences`, each text's `id`, `drafts` (first ones of a step) and
-    `accepted`. With several requests in a step, sums round in another order, so a few may leave
-    the text where the base is unsure. Raises GraftError if the server tells of no drafts.
+    (95 %, Wilson), those of `drafting_result`, `texts`, `identical` (how many continuations equal
+    the captured ones; with several requests in a step sums round in another order) and `sequences`
+    (`id`, `drafts`, first ones of a step, and `accepted`). Raises GraftError for a server that
+    drafts nothing.
     """
 
     def ask(text: FinishedText) -> tuple[FinishedText, tuple[int, ...], list[Step]]:
@@ -40,29 +40,26 @@ def measure_acceptance(
             steps[text.id] = list(_steps_within(told, len(answer)))
             report(label, len(steps), len(texts))
     counted = _count([step for text in texts for step in steps[text.id]])
-    drafted, accepted = counted.num_draft_tokens, counted.num_accepted_tokens
-    if not drafted:
+    if not counted.num_draft_tokens:
         raise GraftError(
             f"{client.base_url}: tells of no drafts; serve a head with k >= 1 and "
             f"{' '.join(COUNT_DRAFTS)}"
         )
-    first = {
-        name: {
-            "drafts": sum(s.drafted > 0 for s in of),
-            "accepted": sum(s.accepted > 0 for s in of),
-        }
-        for name, of in steps.items()
-    }
     return {
-        "acceptance": accepted / drafted,
-        "accepted": accepted,
-        "drafted": drafted,
-        "interval": list(wilson_interval(accepted, drafted)),
+        "acceptance": counted.acceptance,
+        "accepted": counted.num_accepted_tokens,
+        "drafted": counted.num_draft_tokens,
+        "interval": [*wilson_interval(counted.num_accepted_tokens, counted.num_draft_tokens)],
         **drafting_result(counted),
         "texts": len(texts),
         "identical": identical,
-        "sequences": [{"id": text.id, **first[text.id]} for text in texts],
+        "sequences": [_first_drafts(text.id, steps[text.id]) for text in texts],
     }
+
+
+def _first_drafts(name: str, steps: Sequence[Step]) -> dict[str, Any]:
+    drafts = sum(step.drafted > 0 for step in steps)
+    return {"id": name, "drafts": drafts, "accepted": sum(step.accepted > 0 for step in steps)}
 
 
 def _steps_within(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:

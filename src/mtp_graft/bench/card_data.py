@@ -70,9 +70,6 @@ def collect_results(run: Path) -> dict[str, Any]:
     reports = {stage: read_result(run / stage / "report.json") or {} for stage in _STAGES}
     manifests = {stage: read_result(run / stage / "manifest.json") for stage in _STAGES}
     served = {head: read_result(run / f"bench/served-{head}.json") for head in HEAD_COLOURS}
-    found = list(_measurements(run, manifests["bench"]))
-    ours = [m for m in found if _is_of(spliced, m)]
-    ran = [*manifests.values(), *(m.manifest for m in ours if m.server)]
     card = {
         "checkpoint": spliced.identity(),
         "origins": {which: _origin(reports["fetch"], which) for which in ("base", "upstream")},
@@ -90,6 +87,18 @@ def collect_results(run: Path) -> dict[str, Any]:
             reports["score"].get("acceptance", {}),
         ),
         "served_on": device_and_vllm(manifests["bench"]),
+        **_measured(run, spliced, manifests),
+    }
+    return {**card, "not_measured": list(_missing(card))}
+
+
+def _measured(run: Path, spliced: Spliced, manifests: Mapping[str, Json | None]) -> dict[str, Any]:
+    """Return the benchmarks' part of the data, and how all of it came about."""
+    found = list(_measurements(run, manifests["bench"]))
+    ours = [m for m in found if _is_of(spliced, m)]
+    made = [m for m in (*manifests.values(), *(m.manifest for m in ours if m.server)) if m]
+    served = [m.server["serve"] for m in ours if "serve" in m.server]
+    return {
         **{name: _shown(ours, (name,)) for name in _SPEED},
         "scores": _shown(ours, _EVALS),
         "ran": [
@@ -97,15 +106,11 @@ def collect_results(run: Path) -> dict[str, Any]:
                 **{key: m[key] for key in ("stage", "git_commit", "seconds")},
                 "on": device_and_vllm(m),
             }
-            for m in ran
-            if m
+            for m in made
         ],
-        "serve_commands": list(
-            dict.fromkeys(m.server["serve"] for m in ours if "serve" in m.server)
-        ),
+        "serve_commands": list(dict.fromkeys(served)),
         "left_out": [m.file for m in found if m not in ours],
     }
-    return {**card, "not_measured": list(_missing(card))}
 
 
 def _origin(fetched: Json, which: str) -> dict[str, str | None]:

@@ -179,17 +179,20 @@ def bench_sweep(
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
     result = target.finish("sweep", claim, measure)
+    show(result, target.json_file, _sweep_table(result["points"]))
+
+
+def _sweep_table(points: Sequence[dict[str, Any]]) -> Table:
     rows = [
         (
             *(point["k"], point["concurrency"]),
             *(number(point[key]) for key in ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")),
             *(percents(point["acceptance_by_position"]), point["errors"]),
         )
-        for point in result["points"]
+        for point in points
     ]
     columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
-    columns = (*columns, "accepted by position", "errors")
-    show(result, target.json_file, table(columns, rows))
+    return table((*columns, "accepted by position", "errors"), rows)
 
 
 def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
