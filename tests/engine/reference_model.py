@@ -55,9 +55,3 @@ def _joined(name: str, parts: list[Tensor]) -> Tensor:
         pairs = [torch.cat(pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
         return torch.stack(pairs)
     return torch.stack(parts) if name.endswith(".experts.down_proj") else parts[0]
-
-
-@torch.no_grad()
-def reference_logprobs(model: torch.nn.Module, prompt: list[int]) -> Tensor:
-    """Return the log-probabilities [T, vocabulary] after every position of `prompt`."""
-    return model(input_ids=torch.tensor([prompt])).logits[0].float().log_softmax(-1)

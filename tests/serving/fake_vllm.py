@@ -122,28 +122,17 @@ ASKED: list[int] = []
 STREAMED: list[int] = []
 
 
-def count(max_tokens: int) -> int:
-    """Note that a completion was asked for; return how many were."""
+def note(seen: list[int], file: str, number: int) -> int:
+    """Note a request by a number, in a file, too; return how many of its kind there were."""
     with LOCK:
-        ASKED.append(max_tokens)
-        if SETTINGS["requests"]:
-            with open(SETTINGS["requests"], "a") as file:
-                file.write(f"{max_tokens}\n")
-        if len(ASKED) == SETTINGS["dies_at"]:
+        seen.append(number)
+        if SETTINGS[file]:
+            with open(SETTINGS[file], "a") as out:
+                out.write(f"{number}\n")
+        if seen is ASKED and len(seen) == SETTINGS["dies_at"]:
             print("RuntimeError: died in the middle", flush=True)
             os._exit(7)
-        return len(ASKED)
-
-
-def count_stream(prompt: list[int]) -> str | None:
-    """Note that a stream was asked for; return how it is to fail."""
-    with LOCK:
-        STREAMED.append(sum(prompt))
-        if SETTINGS["streams"]:
-            with open(SETTINGS["streams"], "a") as file:
-                file.write(f"{sum(prompt)}\n")
-        failure: str | None = SETTINGS["fails"].get(str(len(STREAMED)))
-        return failure
+        return len(seen)
 
 
 def prompt_of_chat(body: dict[str, Any]) -> list[int]:
@@ -217,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
             print("RuntimeError: died in the first step", flush=True)
             os._exit(7)
         elif SETTINGS["mode"] == "drains":
-            count(body["max_tokens"])
+            note(ASKED, "requests", body["max_tokens"])
             self.connection.recv(1)
             os._exit(SETTINGS["exit_status"])
         elif self.path == "/v1/chat/completions":
@@ -225,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("stream"):
             self.stream(body, body["prompt"], body["max_tokens"], False)
         else:
-            number = count(body["max_tokens"])
+            number = note(ASKED, "requests", body["max_tokens"])
             record(body["prompt"])
             time.sleep(SETTINGS["step_s"])
             choice = self.choice(body)
@@ -250,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
         return choice
 
     def stream(self, body: dict[str, Any], prompt: list[int], max_tokens: int, chat: bool) -> None:
-        failure = count_stream(prompt)
+        failure = SETTINGS["fails"].get(str(note(STREAMED, "streams", sum(prompt))))
         if body.get("temperature"):  # another text every time
             prompt = [*prompt, len(STREAMED)]
         if failure == "500":

@@ -38,7 +38,6 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
     ("status", "words", "message"),
     [
         (1, "--check --k 0", "--check without drafts"),
-        (1, "--check -- --headless", "such a node answers no requests; ask the first machine"),
         (1, "--gpu H200", "a CPU build"),
         (1, "--profile 524k --nnodes 2 --dry-run", "a CPU build"),
         (2, "--check --dry-run", "give one of"),

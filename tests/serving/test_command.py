@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.serving import command
 from mtp_graft.serving.command import (
     Platform,
     ServeCommand,
@@ -64,30 +63,16 @@ def test_options_reach_the_command(vllm: tuple[str, ...], base: Path) -> None:
 
 @pytest.mark.parametrize(("context", "step"), [(2048, None), (4096, "4096"), (None, "8192")])
 def test_on_a_cpu_with_a_head_a_step_holds_the_longest_prompt(
-    vllm: object,
-    grafted: Path,
-    base: Path,
-    context: int | None,
-    step: str | None,
-    monkeypatch: pytest.MonkeyPatch,
+    vllm: object, grafted: Path, base: Path, context: int | None, step: str | None
 ) -> None:
-    monkeypatch.setattr(command, "has_amx", lambda: False)
     edit_config(grafted, max_position_embeddings=8192)
     options = ServeOptions(grafted, max_model_len=context)
     assert value(build_command(options), "--max-num-batched-tokens") == step
     without = build_command(ServeOptions(base, max_model_len=context))
     assert "--max-num-batched-tokens" not in without.argv
-
-
-def test_a_step_too_small_for_a_prompt_is_refused_on_a_cpu_without_amx(
-    vllm: object, grafted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ServeOptions(grafted, max_model_len=2048, max_num_batched_tokens=512)
-    monkeypatch.setattr(command, "has_amx", lambda: False)
-    with pytest.raises(GraftError, match="at least the context's 2048"):
-        build_command(options)
-    monkeypatch.setattr(command, "has_amx", lambda: True)
-    assert value(build_command(options), "--max-num-batched-tokens") == "512"
+    small = ServeOptions(grafted, max_model_len=context, max_num_batched_tokens=512)
+    with pytest.raises(GraftError, match="at least the context's"):
+        build_command(small)
 
 
 def test_a_head_drafts_three_tokens_on_a_gpu_and_as_it_is_told_to(

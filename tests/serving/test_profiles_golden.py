@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mtp_graft import cli
-from mtp_graft.serving import command, plan
+from mtp_graft.serving import plan
 from mtp_graft.stages.splice import splice
 
 from .conftest import install, install_gpus, only_from
@@ -48,7 +48,6 @@ pytestmark = pytest.mark.usefixtures("quiet_environment")
 @pytest.fixture
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU does not get into the output, nor do GPUs that whoever runs the tests chose."""
-    monkeypatch.setattr(command, "has_amx", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -67,7 +66,8 @@ def dry_run(
             cli.main()
             sys.exit(0)
         out, errors = capfd.readouterr()
-        return (errors + out).replace(sys.executable, "python").replace(str(checkpoint), "/model")
+        printed = out if "--json" in arguments else errors + out
+        return printed.replace(sys.executable, "python").replace(str(checkpoint), "/model")
 
     return call
 
@@ -121,15 +121,6 @@ def test_gpus_that_are_found_give_the_same_as_their_name_and_auto_is_the_default
         printed = dry_run_on_max_q(flash, *arguments)
         assert BY_DEFAULT in printed
         assert printed.replace(BY_DEFAULT, "") == auto
-
-
-def test_the_profile_none_leaves_all_to_vllm(dry_run_on_max_q: Print, flash: Path) -> None:
-    result = json.loads(dry_run_on_max_q(flash, "--profile", "none", "--json", "-"))
-    assert result["profile"] is result["hardware"] is None
-    flags = flags_of(result["argv"])
-    assert flags["--tensor-parallel-size"] == ("1",)
-    assert {"--max-model-len", "--disable-custom-all-reduce"}.isdisjoint(flags)
-    assert not any(name.startswith("NCCL") for name in result["env"])
 
 
 def test_what_is_printed_runs_as_it_is_in_a_shell(

@@ -43,9 +43,6 @@ def test_a_gpu_that_is_not_known_is_taken_as_its_driver_has_it(
 ) -> None:
     install_gpus(monkeypatch, "NVIDIA GH200 480GB", memory_mib=97871)
     assert find_gpus() == Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)
-    install_gpus(monkeypatch, "NVIDIA Thor")
-    with pytest.raises(GraftError, match=r"Thor.*how much memory"):
-        find_gpus()
 
 
 @pytest.mark.parametrize(("chosen", "count"), [("1", 1), ("0,2", 2), ("GPU-2, GPU-0", 2)])

@@ -25,9 +25,10 @@ def test_the_two_deepseek_v4_models_are_replaced_where_there_are_ours(
     monkeypatch.setattr(ModelRegistry, "models", dict(before))
     answers = {f"is_{kind}": lambda kind=kind: kind == platform for kind in ("cpu", "cuda")}
     is_ours = vllm.platforms.current_platform.is_cpu() and platform == "cpu"
-    monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(**answers))
-    vllm_plugin.register()
-    vllm_plugin.register()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(vllm.platforms, "current_platform", SimpleNamespace(**answers))
+        vllm_plugin.register()
+        vllm_plugin.register()
     changed = {k: m for k, m in ModelRegistry.models.items() if m is not before.get(k)}
     found = {name: (model.module_name, model.class_name) for name, model in changed.items()}
     module = f"mtp_graft.vllm_plugin.{platform}"

@@ -1,4 +1,7 @@
-"""The recorder on both runners, on a target that is a table: no engine."""
+"""The recorder in vLLM's V2 runner, on a target that is a table: no engine.
+
+`engine/test_capture.py` has it in the V1 runner, on a CPU.
+"""
 
 import logging
 import time
@@ -20,7 +23,6 @@ from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDING
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin import recording
 from mtp_graft.vllm_plugin.cpu import steps
-from mtp_graft.vllm_plugin.cpu.recording import record_on_demand
 from mtp_graft.vllm_plugin.cuda import recording as v2
 from mtp_graft.vllm_plugin.recording import make_recorder
 
@@ -54,9 +56,6 @@ class Target(nn.Module):
         self.num_logits += len(hidden)
         return hidden
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        return self.model(input_ids)
-
 
 class Now:
     """In place of a thread: the work is done at once."""
@@ -81,12 +80,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Which rank this is, and the requests of the step."""
-    place = SimpleNamespace(last=True, rank=0, metadata=None)
+    """Which rank this is."""
+    place = SimpleNamespace(last=True, rank=0)
     monkeypatch.setattr(recording, "get_pp_group", lambda: SimpleNamespace(is_last_rank=place.last))
     monkeypatch.setattr(recording, "get_tensor_model_parallel_rank", lambda: place.rank)
-    context = lambda: SimpleNamespace(attn_metadata=place.metadata)  # noqa: E731
-    monkeypatch.setattr(steps, "get_forward_context", context)
     return place
 
 
@@ -101,34 +98,15 @@ def vllm_config(data_parallel_size: int = 1) -> Any:
 Request = tuple[list[int], int, int]  # its tokens of this step, tokens before, prompt's length
 
 
-class V1:
-    """Runs steps of the target, whose forward hooks record."""
-
-    def __init__(self, place: SimpleNamespace) -> None:
-        self.target, self.place = Target(), place
-        record_on_demand(self.target, vllm_config())
-
-    def step(self, *requests: Request, padding: int = 0) -> None:
-        ids = [t for tokens, _, _ in requests for t in tokens] + [0] * padding
-        positions = [b + i for tokens, b, _ in requests for i in range(len(tokens))]
-        bounds = torch.tensor([0, *(len(tokens) for tokens, _, _ in requests)]).cumsum(0)
-        # Padded requests repeat the last bound, as in vLLM's CUDA graphs.
-        bounds = torch.cat([bounds, bounds[-1:].repeat(padding)])
-        layers = SimpleNamespace(), SimpleNamespace(query_start_loc_cpu=bounds)
-        self.place.metadata = dict(enumerate(layers))
-        tokens = torch.tensor(ids), torch.tensor(positions + [0] * padding)
-        self.target(input_ids=tokens[0], positions=tokens[1])
-
-
-class V2:
+class Runner:
     """Computes steps as CUDA graphs are replayed, without hooks, and samples."""
 
-    def __init__(self, _place: SimpleNamespace) -> None:
+    def __init__(self) -> None:
         self.target, self.sampled = Target(), 0
         recorder = make_recorder(self.target, vllm_config())
         assert recorder is not None
 
-        def sample(_runner: Any, grammar: Any) -> None:
+        def sample(_runner: Runner, grammar: Any) -> None:
             buffer = self.target.model._mtp_hidden_buffer
             assert buffer is not None
             if grammar is not None and self.target.model.fills:
@@ -154,9 +132,9 @@ class V2:
         assert self.sampled == before + 2
 
 
-@pytest.fixture(params=[V1, V2])
-def runner(request: pytest.FixtureRequest, folder: Path, place: SimpleNamespace) -> Any:
-    return request.param(place)
+@pytest.fixture
+def runner(folder: Path, place: SimpleNamespace) -> Runner:
+    return Runner()
 
 
 def prompt(*tokens: int) -> Request:
@@ -172,9 +150,10 @@ def tokens_in(folder: Path) -> list[list[int]]:
     return [found["token_ids"].tolist() for found in recorded(folder).values()]
 
 
-def test_whole_prompts_of_a_step_lie_one_after_the_other(runner: Any, folder: Path) -> None:
-    """Decode steps, later chunks of a prompt and padding are left out."""
-    runner.step(([9], 40, 12), prompt(4, 5), ([6, 7], 2, 4), prompt(8), padding=3)
+def test_whole_prompts_of_a_step_lie_one_after_the_other(runner: Runner, folder: Path) -> None:
+    """Decode steps, chunks of a prompt and padding are left out."""
+    chunks = ([1, 2, 3], 0, 5), ([6, 7], 2, 4)
+    runner.step(([9], 40, 12), prompt(4, 5), *chunks, prompt(8), padding=3)
     (found,) = recorded(folder).values()
     assert {name: str(tensor.dtype) for name, tensor in found.items()} == {
         "token_ids": "torch.int32",
@@ -188,13 +167,8 @@ def test_whole_prompts_of_a_step_lie_one_after_the_other(runner: Any, folder: Pa
     assert found["targets"].tolist() == [3 * t % VOCAB for t in (4, 5, 8)]
 
 
-def test_v2_leaves_out_the_first_chunk_of_a_prompt_too(folder: Path, place: Any) -> None:
-    V2(place).step(([1, 2, 3], 0, 5), prompt(8))
-    assert tokens_in(folder) == [[8]]
-
-
 def test_only_prompts_are_recorded_and_only_while_the_switch_is_on(
-    runner: Any, folder: Path
+    runner: Runner, folder: Path
 ) -> None:
     runner.step(([9], 40, 12))
     (folder / SWITCH_NAME).unlink()
@@ -204,17 +178,11 @@ def test_only_prompts_are_recorded_and_only_while_the_switch_is_on(
     assert tokens_in(folder) == [[6]]
 
 
-def test_vllms_own_steps_without_requests_are_not_recorded(folder: Path, place: Any) -> None:
-    """To measure memory and to warm up."""
-    V1(place).target(input_ids=torch.tensor([1, 2]), positions=torch.tensor([0, 1]))
-    assert recorded(folder) == {}
-
-
 def test_earlier_recordings_are_kept_and_new_ones_written_in_the_background(
-    folder: Path, place: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path, place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "ThreadPoolExecutor", ThreadPoolExecutor)
-    runner = V2(place)
+    runner = Runner()
     save_file({"token_ids": torch.zeros(1)}, folder / RECORDINGS / "000041.safetensors")
     for token in (4, 5, 6):
         runner.step(prompt(token, token))  # overwrites what the step before left in the buffer
@@ -228,7 +196,7 @@ def test_earlier_recordings_are_kept_and_new_ones_written_in_the_background(
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
 def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
     error: Exception,
-    runner: Any,
+    runner: Runner,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -248,7 +216,7 @@ def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
     assert tokens_in(folder) == [[4], [6]]
 
 
-def test_a_residual_that_the_graph_did_not_write_is_not_finite(runner: Any, folder: Path) -> None:
+def test_a_residual_that_no_graph_wrote_is_not_finite(runner: Runner, folder: Path) -> None:
     runner.step(prompt(4))
     runner.target.model.fills = False
     runner.step(prompt(5))
@@ -261,7 +229,7 @@ def test_only_the_first_rank_of_the_last_stage_writes(
     folder: Path, place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.rank = 1
-    helping = V1(place)
+    helping = Runner()
     helping.step(prompt(4, 5))
     assert helping.target.num_logits == 2, "all ranks have to compute the logits"
     assert recorded(folder) == {}
@@ -275,8 +243,13 @@ def test_only_the_first_rank_of_the_last_stage_writes(
 def test_what_cannot_be_recorded_is_refused(folder: Path, place: SimpleNamespace) -> None:
     with pytest.raises(GraftError, match="data parallel size 2, expected 1"):
         make_recorder(Target(), vllm_config(data_parallel_size=2))
-    target = V1(place).target
-    for metadata in ([{}], {"layers.0": SimpleNamespace()}):
-        place.metadata = metadata
-        with pytest.raises(GraftError, match=r"micro-batches|query_start_loc_cpu"):
-            target(input_ids=torch.tensor([4]), positions=torch.tensor([0]))
+
+
+@pytest.mark.parametrize("metadata", [[{}], {"layers.0": SimpleNamespace()}])
+def test_a_step_whose_requests_cannot_be_told_apart_is_an_error(
+    metadata: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(attn_metadata=metadata)
+    monkeypatch.setattr(steps, "get_forward_context", lambda: context)
+    with pytest.raises(GraftError, match=r"micro-batches|query_start_loc_cpu"):
+        steps.request_bounds()

@@ -191,10 +191,9 @@ def manifest_text(content: Manifest) -> str:
 def recipe_text(content: Manifest, base_recipe: str | None) -> str:
     """Return recipe.yaml: the base's own, if it has one, then a stage for the head."""
     calibration = content["calibration"] or {}
-    stage = {
-        **{key: content[key] for key in ("variant", "method", "routed_experts", "other_tensors")},
-        **{key: calibration[key] for key in ("damp", "damping", "group_size") if calibration},
-    }
+    told = ("variant", "method", "routed_experts", "other_tensors")
+    stage: dict[str, Any] = {key: value for key, value in content.items() if key in told}
+    stage |= {key: calibration[key] for key in ("damp", "damping") if calibration}
     before = "" if base_recipe is None else base_recipe.rstrip("\n") + "\n"
     return before + yaml.safe_dump({"mtp_head_stage": stage}, sort_keys=False, width=100)
 

@@ -102,35 +102,23 @@ def windowed_attention(
     `s_aux` [H] are the sinks: logits that take part in the softmax and stand for nothing.
     Blocks of one window are computed at once: memory and time grow with T, not T squared.
     """
-    heads, tokens = query.shape[1:3]
-    window = sliding_window
-    padding = (0, 0, 0, -tokens % window)
-    queries = F.pad(query, padding).unflatten(2, (-1, window))  # [B, H, N, W, d]
+    heads, tokens, window = *query.shape[1:3], sliding_window
+    after = -tokens % window
+    queries = F.pad(query, (0, 0, 0, after)).unflatten(2, (-1, window))  # [B, H, N, W, d]
     queries = queries.permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, N, H * W, d]
-    keys, values = (_with_block_before(F.pad(t[:, 0], padding), window) for t in (key, value))
+    # A block's queries see its own keys and those of the block before.
+    around = (F.pad(t[:, 0], (0, 0, window, after)) for t in (key, value))
+    keys, values = (t.unfold(1, 2 * window, window).mT.contiguous() for t in around)
     logits = (queries @ keys.mT * scaling).unflatten(2, (heads, window))  # [B, N, H, W, 2 W]
-    logits = logits.masked_fill(_hidden(logits.shape[1], window, logits.device), float("-inf"))
+    first = window * torch.arange(logits.shape[1], device=query.device)[:, None, None, None]
+    at = torch.arange(2 * window, device=query.device)
+    q, k = first + at[:window, None], first + at - window  # positions [N, 1, W, 1], [N, 1, 1, 2 W]
+    logits = logits.masked_fill((k < 0) | (k > q) | (k <= q - window), float("-inf"))
     sinks = s_aux.to(logits).view(1, 1, heads, 1, 1).expand(*logits.shape[:-1], 1)
     shares = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
     out = shares.flatten(2, 3) @ values  # [B, N, H * W, d]
     out = out.unflatten(2, (heads, window)).transpose(2, 3).flatten(1, 2)  # [B, N * W, H, d]
     return out[:, :tokens].contiguous(), None
-
-
-def _with_block_before(tensor: Tensor, window: int) -> Tensor:
-    """Return each block of `tensor` [B, N * W, d] after the block before it, [B, N, 2 W, d]."""
-    blocks = tensor.unflatten(1, (-1, window))
-    before = F.pad(blocks, (0, 0, 0, 0, 1, 0))[:, :-1]
-    return torch.cat((before, blocks), dim=2)
-
-
-def _hidden(num_blocks: int, window: int, device: torch.device) -> Tensor:
-    """Say which keys a query does not see, [N, 1, W, 2 W]: later ones, or a window before it."""
-    key = torch.arange(2 * window, device=device) - window  # relative to the block's first token
-    distance = torch.arange(window, device=device)[:, None] - key
-    outside = (distance < 0) | (distance >= window)  # [W, 2 W]
-    before_first = (torch.arange(num_blocks, device=device) == 0)[:, None, None] & (key < 0)
-    return (outside | before_first).unsqueeze(1)
 
 
 ALL_ATTENTION_FUNCTIONS.register(_WINDOWED, windowed_attention)

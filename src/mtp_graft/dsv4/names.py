@@ -57,13 +57,12 @@ _RENAMES = (
     (r"\.(attn|ffn)_hc\.(\w+)$", r".hc_\1_\2"),
     (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
 )
-_RENAME_PATTERNS = tuple((re.compile(pattern), target) for pattern, target in _RENAMES)
 
 
 def from_transformers(name: str) -> str:
     """Return DeepSeek's name for a transformers `deepseek_v4` parameter (fused experts apart)."""
-    for pattern, target in _RENAME_PATTERNS:
-        name = pattern.sub(target, name)
+    for pattern, target in _RENAMES:
+        name = re.sub(pattern, target, name)
     return name
 
 

@@ -19,11 +19,15 @@ from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block, int4, mxfp4
 
 Variant: TypeAlias = recipe.Variant
-#: What the head's FP8 modules become. "fp8": all keep their codes. "base": as in the base, shared
-#: experts are BF16. "bf16": e_proj and h_proj are too, as in the published checkpoint. The
-#: attention's stay FP8 in any case, and no choice loses anything.
-Linears: TypeAlias = recipe.Linears
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+Linears: TypeAlias = recipe.Linears
+#: Which of the head's FP8 modules are decoded to BF16 (exact); the others keep their codes. "base"
+#: is as in the base, "bf16" as in the published checkpoint.
+_DECODED: dict[Linears, tuple[str, ...]] = {
+    "fp8": (),
+    "base": ("mtp.0.ffn.shared_experts.",),
+    "bf16": ("mtp.0.ffn.shared_experts.", "mtp.0.e_proj", "mtp.0.h_proj"),
+}
 
 _PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape")
 _INT4_PARTS = ("weight_packed", "weight_scale", "weight_shape")
@@ -77,14 +81,12 @@ def store_head(
             if kind != "mxfp4":
                 raise GraftError(f"{module}: is {kind}, expected upstream's MXFP4")
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
-        elif kind not in ("fp8", "plain"):
-            raise GraftError(f"{module}: is {kind}, expected upstream's FP8, or no scale")
-        elif kind == "plain" or linears == "fp8" or ".attn." in module:
-            kept = parts
-        elif linears == "bf16" or ".shared_experts." in module:
+        elif kind == "fp8" and module.startswith(_DECODED[linears]):
             kept = {"weight": _decode(kind, parts).to(torch.bfloat16)}
-        else:
+        elif kind in ("fp8", "plain"):
             kept = parts
+        else:
+            raise GraftError(f"{module}: is {kind}, expected upstream's FP8, or no scale")
         stored |= {f"{module}.{part}" if part else module: t for part, t in kept.items()}
     return stored
 

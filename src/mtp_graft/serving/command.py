@@ -155,9 +155,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     """Return the `vllm serve` process that serves `options.checkpoint`.
 
     `vllm` defaults to the installed one; another is for printing the command only. Raises
-    GraftError for a checkpoint that is incomplete or not DeepSeek-V4, for speculative tokens
-    without a head, for drafting options on a CPU, for a step that cannot hold a prompt, and for a
-    vLLM that is missing or not supported.
+    GraftError for a checkpoint that cannot be served, or not with these options.
     """
     vllm = vllm or find_vllm()
     on_cpu = vllm.platform == "cpu"
@@ -197,10 +195,7 @@ def _words(flags: Mapping[str, object]) -> Iterator[str]:
 
 
 def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
-    """Check the checkpoint folder and return how many tokens a step will draft.
-
-    Raises GraftError as `build_command` does.
-    """
+    """Check the checkpoint folder and return how many tokens a step will draft."""
     from mtp_graft.checkpoint.shards import read_index
     from mtp_graft.dsv4.names import HEAD_PREFIX
 
@@ -237,26 +232,20 @@ def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> 
 def _step_size(options: ServeOptions, waits: bool) -> int | None:
     """Return how many tokens a step may have; None leaves it to vLLM.
 
-    On a CPU without AMX vLLM takes prompts whole and widens its steps for that. With a head it
-    forgets to (0.32.0), and a prompt that is longer than a step waits for ever: a step gets the
-    whole context. Raises GraftError if less was asked for.
+    On a CPU vLLM takes prompts whole and widens its steps for that. With a head it forgets to
+    (0.32.0), and a prompt that is longer than a step waits for ever: a step gets the whole context.
     """
     wanted = options.max_num_batched_tokens
-    if not waits or has_amx():
+    if not waits:
         return wanted
     config = read_config(options.checkpoint)
     context: int = options.max_model_len or config.get("max_position_embeddings", 0)
     if wanted is not None and wanted < context:
         raise GraftError(
-            f"--max-num-batched-tokens {wanted} on a CPU without AMX, with the head: expected at "
-            f"least the context's {context}, or longer prompts wait for ever; leave it out"
+            f"--max-num-batched-tokens {wanted} on a CPU, with the head: expected at least the "
+            f"context's {context}, or longer prompts wait for ever; leave it out"
         )
     return wanted or (context if context > CPU_STEP else None)
-
-
-def has_amx() -> bool:
-    """Return whether this CPU has Intel's AMX, with which vLLM takes prompts in parts."""
-    return "amx_tile" in Path("/proc/cpuinfo").read_text()
 
 
 def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:

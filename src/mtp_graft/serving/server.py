@@ -60,41 +60,36 @@ _SECOND_HAND = re.compile(
 )
 
 
+#: Called with the seconds since the start.
+OnStart = Callable[[float], None]
+_Process = subprocess.Popen[bytes]
+
+
 @contextmanager
 def managed_server(
-    options: ServeOptions,
-    log_path: Path,
-    on_start: Callable[[float], None] = lambda _elapsed_s: None,
+    options: ServeOptions, log_path: Path, on_start: OnStart = lambda _elapsed_s: None
 ) -> Iterator[ServerClient]:
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
     and SIGHUP to our own process raise SystemExit in the block, so they end it too. `on_start` is
     called with the seconds so far. Raises GraftError with the reason from the log if the server
-    dies or is not ready in `start_limit_s`, and for a headless node, which answers nobody.
+    dies or is not ready in `start_limit_s`.
     """
     command = build_command(options)
-    if command.is_headless:
-        raise GraftError(
-            f"{options.checkpoint}: --headless: such a node answers no requests; ask the first "
-            "machine (--node-rank 0)"
-        )
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("wb") as log, _exit_on_signals():
-        server = _Server(command, log)
-        grace_s = 0.0  # vLLM does not listen while it starts
+    with (
+        log_path.open("wb") as log,
+        _running(command, log) as process,
+        _client_of(command) as client,
+    ):
         try:
-            try:
-                if not server.wait_ready(start_limit_s(options.checkpoint), on_start):
-                    raise GraftError(f"vLLM ended with status {server.wait()} before it was ready")
-            except GraftError as error:
-                reason = f"{error}; in {log_path}: {explain(log_path)}"
-                raise GraftError(f"{options.checkpoint}: {reason}") from error
-            grace_s = GRACE_S
-            with server.client() as client:
-                yield client
-        finally:
-            server.stop(grace_s)
+            if not _wait_ready(process, client, start_limit_s(options.checkpoint), on_start):
+                raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
+        except GraftError as error:
+            reason = f"{error}; in {log_path}: {explain(log_path)}"
+            raise GraftError(f"{options.checkpoint}: {reason}") from error
+        yield client
 
 
 def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> int:
@@ -105,88 +100,54 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     Raises GraftError if a healthy server refuses the completion.
     """
     command = build_command(options)
+    with (
+        _running(command) as process,
+        _client_of(command) as client,
+        suppress(SystemExit, KeyboardInterrupt),  # a signal: vLLM is stopped, and says its status
+    ):
+        if command.is_headless:
+            on_ready("headless; the first machine answers")
+        elif _wait_ready(process, client, float("inf")):
+            on_ready(command.base_url)
+        _wait(process)
+    return _wait(process)
+
+
+@contextmanager
+def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_Process]:
+    """Run vLLM in a process group of its own, of which nothing is left after the block.
+
+    `log` takes both its streams, None lets it write to ours.
+    """
+    if not command.is_headless:
+        check_port(command.host, command.port)
+    process = subprocess.Popen(
+        command.argv,
+        env={**os.environ, **command.env},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log and subprocess.STDOUT,
+        start_new_session=True,
+    )
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", _WATCHER, str(process.pid)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
     with _exit_on_signals():
-        server = _Server(command, log=None)
         try:
-            if command.is_headless:
-                on_ready("headless; the first machine answers")
-            elif server.wait_ready(float("inf")):
-                on_ready(command.base_url)
-            server.wait()
-        except (SystemExit, KeyboardInterrupt):  # a signal
-            pass
+            yield process
         finally:
-            server.stop()
-        return server.wait()
-
-
-class _Server:
-    """`vllm serve` in a process group of its own."""
-
-    def __init__(self, command: ServeCommand, log: IO[bytes] | None) -> None:
-        """Start the process; `log` takes both its streams, None lets it write to ours."""
-        self._command = command
-        self._environment = {**os.environ, **command.env}
-        if not command.is_headless:
-            check_port(command.host, command.port)
-        self._process = subprocess.Popen(
-            command.argv,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log and subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self._watcher = subprocess.Popen(
-            [sys.executable, "-c", _WATCHER, str(self._process.pid)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
-        )
-
-    def client(self) -> ServerClient:
-        return ServerClient(self._command.base_url, self._environment.get("VLLM_API_KEY"))
-
-    def wait_ready(
-        self, timeout_s: float, on_poll: Callable[[float], None] = lambda _elapsed_s: None
-    ) -> bool:
-        """Wait until the server is healthy and has returned one completion.
-
-        Its four tokens have a server with a head draft and verify at least once. Returns False if
-        the process ended before. Raises GraftError after `timeout_s`, or if a healthy server
-        refuses the completion.
-        """
-        started = time.monotonic()
-        with self.client() as client:
-            while self._process.poll() is None:
-                elapsed = time.monotonic() - started
-                if elapsed > timeout_s:
-                    raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
-                on_poll(elapsed)
-                with suppress(ServerUnreachable):  # it may have died just now
-                    if client.is_healthy() and client.complete((0, 1, 2, 3), max_tokens=4):
-                        return True
-                time.sleep(POLL_S)
-        return False
-
-    def wait(self) -> int:
-        """Wait for the end; return the exit status, a shell's 128 + n for signal n."""
-        # A wait without end would not notice a signal to us that comes just before it begins.
-        while (status := self._process.poll()) is None:
-            time.sleep(POLL_S)
-        return status if status >= 0 else 128 - status
-
-    def stop(self, grace_s: float = GRACE_S) -> None:
-        """End the process and everything it started; harmless when all have ended."""
-        try:
-            self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace_s)
-        finally:
-            with suppress(ProcessLookupError):  # no member of the group is left
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._watcher.kill()  # after the group has gone: its number may be used again
-            self._watcher.communicate()
+            try:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_S)
+            finally:
+                with suppress(ProcessLookupError):  # no member of the group is left
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                watcher.kill()  # after the group has gone: its number may be used again
+                watcher.communicate()
 
 
 @contextmanager
@@ -204,6 +165,43 @@ def _exit_on_signals() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _client_of(command: ServeCommand) -> ServerClient:
+    environment = {**os.environ, **command.env}
+    return ServerClient(command.base_url, environment.get("VLLM_API_KEY"))
+
+
+def _wait_ready(
+    process: _Process,
+    client: ServerClient,
+    timeout_s: float,
+    on_poll: OnStart = lambda _elapsed_s: None,
+) -> bool:
+    """Wait until the server is healthy and has returned one completion; False if it ended.
+
+    Its four tokens have a server with a head draft and verify at least once. Raises GraftError
+    after `timeout_s`, or if a healthy server refuses the completion.
+    """
+    started = time.monotonic()
+    while process.poll() is None:
+        elapsed = time.monotonic() - started
+        if elapsed > timeout_s:
+            raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
+        on_poll(elapsed)
+        with suppress(ServerUnreachable):  # it may have died just now
+            if client.is_healthy() and client.complete((0, 1, 2, 3), max_tokens=4):
+                return True
+        time.sleep(POLL_S)
+    return False
+
+
+def _wait(process: _Process) -> int:
+    """Wait for the end; return the exit status, a shell's 128 + n for signal n."""
+    # A wait without end would not notice a signal to us that comes just before it begins.
+    while (status := process.poll()) is None:
+        time.sleep(POLL_S)
+    return status if status >= 0 else 128 - status
 
 
 def check_drafter(client: ServerClient) -> SpecDecodeCounters:

@@ -96,7 +96,7 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
                 "choose with CUDA_VISIBLE_DEVICES"
             )
         known = _BY_NAME.get(names[0].lower().removeprefix("nvidia "), Hardware(names[0]))
-        memory_bytes = known.memory_bytes
+        memory_bytes = known.memory_bytes  # 0 if neither the driver nor the project knows it
         with suppress(pynvml.NVMLError_NotSupported):  # where it is the machine's
             memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[0]).total)
         is_nvlink = all(
@@ -110,11 +110,6 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
             "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
             "--profile none serves without looking"
         ) from error
-    if not memory_bytes:
-        raise GraftError(
-            f"{names[0]}: the driver does not say how much memory it has, and it is not known "
-            "here; --profile none serves without an estimate"
-        )
     count = len(gpus) * num_nodes
     link = _link(count, num_nodes, is_nvlink)
     return Hardware(names[0], count, memory_bytes, link, num_nodes, known.unified_memory)

@@ -198,8 +198,8 @@ def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, T
     for wrong in mismatches(quantization, modules_of(layout), layers):
         raise GraftError(
             f"{base / 'config.json'}: quantization_config{wrong.by}: {wrong.name} would load as "
-            f"{wrong.loads}, expected {wrong.stored}; the targets or the ignore list are not those "
-            "of a W4A16-FP8 base: `mtp-graft doctor` says more"
+            f"{wrong.loads}, expected {wrong.stored}; the base's targets or ignore list take it "
+            "elsewhere (`mtp-graft doctor` says more), or the head is not what its manifest says"
         )
 
 

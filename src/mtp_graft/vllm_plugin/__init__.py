@@ -1,4 +1,4 @@
-"""What stock vLLM lacks to serve a W4A16-FP8 DeepSeek-V4 with its MTP head, one module a gap.
+"""What stock vLLM lacks to serve a W4A16-FP8 DeepSeek-V4 with its MTP head, by kind of gap.
 
 vLLM calls `register` in each of its processes. All it does is name our variants of the
 DeepSeek-V4 classes in vLLM's model registry, by path: they are imported, and the gaps filled,

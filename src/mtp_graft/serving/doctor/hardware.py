@@ -17,7 +17,7 @@ from mtp_graft.quant import mxfp4
 from mtp_graft.serving import command, topology
 from mtp_graft.serving.command import PLUGIN_NAME, Platform
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
-from mtp_graft.serving.doctor.findings import KINDS, Finding, finding
+from mtp_graft.serving.doctor.findings import KINDS, Finding, Severity, finding
 from mtp_graft.serving.memory import (
     RESERVE_BYTES,
     UTILIZATION,
@@ -29,6 +29,7 @@ from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
 from mtp_graft.serving.topology import CPU, Hardware
 
 _GIB = 2**30
+_PLUGINS = "VLLM_PLUGINS"
 #: Of steps being computed: with asynchronous scheduling there are two.
 TOKENS_IN_FLIGHT = 2 * MAX_NUM_BATCHED_TOKENS
 
@@ -62,7 +63,7 @@ def find_target(
     vllm = here = command.installed_vllm()
     platform: Platform | None = here.platform if here else None
     hardware: Hardware | None = CPU
-    unknown = None
+    unknown: str | None = None
     if gpu is not None:
         hardware = topology.named_hardware(gpu, count or tp or 1)
         platform = hardware.platform
@@ -92,12 +93,11 @@ def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
 
 
 def _no_plugin() -> tuple[str, str] | None:
-    group, variable = "vllm.general_plugins", "VLLM_PLUGINS"
+    group, allowed = "vllm.general_plugins", os.environ.get(_PLUGINS)
     if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
         return f"entry points of {group}", f"no {PLUGIN_NAME}"
-    allowed = os.environ.get(variable)
     if allowed is not None and PLUGIN_NAME not in allowed.split(","):
-        return variable, repr(allowed)
+        return _PLUGINS, repr(allowed)
     return None
 
 
@@ -117,7 +117,7 @@ def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
             yield finding("vllm-untried", "vLLM", target.vllm, expected)
     if target.no_plugin is not None:
         where, found = target.no_plugin
-        severity = "warning" if where == "VLLM_PLUGINS" else None  # `serve` sets the variable
+        severity: Severity = "error" if where != _PLUGINS else "warning"  # `serve` sets it
         yield finding("plugin-missing", where, found, f"{PLUGIN_NAME} among them", severity)
 
 
@@ -170,7 +170,7 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         needed = kv_cache_bytes(config, wanted, TOKENS_IN_FLIGHT)
         found += f"; {wanted} tokens take {needed / _GIB:.1f} of {left / _GIB:.1f} GiB left"
         kind = "memory" if most >= wanted else "memory-context"
-        severity = "warning" if most < wanted and asked is None else None
+        severity: Severity | None = "warning" if most < wanted and asked is None else None
         yield finding(kind, where, found, f"at most --max-model-len {most // 256 * 256}", severity)
 
 
