@@ -100,7 +100,8 @@ def dry_run(start: Any, variables: dict[str, str], *arguments: str) -> dict[str,
     process = start(variables, "--dry-run", "--json", "-", *arguments)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
-    result: dict[str, Any] = json.loads(out[out.index("{") :])
+    result: dict[str, Any]
+    result, _ = json.JSONDecoder().raw_decode(out, out.index("{\n"))  # among the notes
     return result
 
 
