@@ -13,7 +13,6 @@ from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import Source, download, find_source, headers_of
 from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.splice import plan_splice, splice
-from mtp_graft.stages.verify import require_sound, verify
 
 #: What can be made of upstream's head without calibration.
 Head = Literal["mxfp4", "bf16"]
@@ -42,6 +41,8 @@ def graft(
     folders = download(sources, report)
     report("graft: splice", 0, 0)
     spliced = splice(folders[0], folders[1], out, head, copy=copy)
+    from mtp_graft.stages.verify import require_sound, verify  # takes seconds to import
+
     report("graft: verify", 0, 0)
     found = verify(out, folders[0], folders[1])
     require_sound(out, found)

@@ -7,22 +7,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
-from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.names import upstream_head_names
-from mtp_graft.dsv4.replay import model_config
 from mtp_graft.errors import GraftError, in_words
+
+if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
+    from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 Progress = Callable[[str, int, int], None]  # label, units done, units in all
 
 REPORT_NAME = "report.json"
+GPTQ = "gptq"  # of the quantize stage's folder, the part with the experts
 #: The splits of a capture: what experts are calibrated on, and what heads are scored on.
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 
@@ -84,28 +87,36 @@ def read_master(upstream: Path) -> Tensors:
     return Tensors(files, {name: meta[name] for name in names})
 
 
-def read_base(base: Path, *needed: str) -> tuple[DeepseekV4Config, dict[str, str]]:
-    """Return a base's configuration and weight map.
+def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a base's config.json and weight map.
 
     Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
     [V, D] is missing or has another shape than config.json says.
     """
-    path, what, weight_map = base / "config.json", "a DeepSeek-V4 configuration", read_index(base)
-    settings = read_object(path, what)
-    try:
-        if settings["model_type"] != "deepseek_v4":
-            raise GraftError(f"{path}: model_type {settings['model_type']!r}, expected deepseek_v4")
-        model = model_config(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"{path}: {in_words(error)}; expected {what}") from error
-    expected = [model.vocab_size, model.hidden_size]
+    path, weight_map = base / "config.json", read_index(base)
+    settings = read_object(path, "a DeepSeek-V4 configuration")
+    if (found_type := settings.get("model_type")) != "deepseek_v4":
+        raise GraftError(f"{path}: model_type {found_type!r}, expected deepseek_v4")
+    size = check_dimensions(settings, path)
+    expected = [size.vocab_size, size.hidden_size]
     for name in needed:
         if name not in weight_map:
             raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
         found = list(read_meta(base, name)[name].shape)
         if found != expected:
             raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
-    return model, weight_map
+    return settings, weight_map
+
+
+def expert_files(quantized: Path | None) -> list[Path]:
+    """Return the files of GPTQ's experts in the stage's folder; GraftError if there are none."""
+    files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
+    if not files:
+        where = quantized / GPTQ if quantized else "variant gptq"
+        raise GraftError(
+            f"{where}: no quantized experts; run `mtp-graft quantize` first, or leave gptq out"
+        )
+    return files
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Inputs:
     capture: Path
     upstream: Path
     base: Path
-    model: DeepseekV4Config
+    model: "DeepseekV4Config"
     head: Tensors
     sequences: list[CapturedSequence]
     files: list[Path]  # all that a stage's result depends on
@@ -155,7 +166,15 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     Raises GraftError for an upstream head or a base that is no such thing.
     """
     sequences = [s for s in read_sequences(capture) if s.split == split]
-    (model, base_map), head = read_base(base, *needed), read_master(upstream)
+    from mtp_graft.dsv4.replay import model_config
+
+    (settings, base_map), head = read_base(base, *needed), read_master(upstream)
+    try:
+        model = model_config(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise GraftError(
+            f"{base / 'config.json'}: {in_words(error)}; expected a DeepSeek-V4 configuration"
+        ) from error
     files = [
         base / "config.json",
         capture / capture_files.INDEX_NAME,

@@ -45,10 +45,9 @@ from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection
 from mtp_graft.stages import parallel
-from mtp_graft.stages.inputs import CALIBRATION, REPORT_NAME, Inputs, Progress, open_inputs
+from mtp_graft.stages.inputs import CALIBRATION, GPTQ, REPORT_NAME, Inputs, Progress, open_inputs
 from mtp_graft.stages.parallel import Clock
 
-GPTQ = "gptq"
 #: Sequences, and batches of upstream's experts, that are read ahead.
 _SEQUENCES_AHEAD, _BATCHES_AHEAD = 8, 2
 #: Batches that are written at once: while one is synced, another can be copied.
@@ -129,17 +128,6 @@ def _batch_files(out: Path, num_experts: int, size: int) -> dict[range, Path]:
     """Return where each batch of experts is kept."""
     batches = [range(e, min(e + size, num_experts)) for e in range(0, num_experts, size)]
     return {e: out / GPTQ / f"experts-{e[0]:04d}-{e[-1]:04d}.safetensors" for e in batches}
-
-
-def expert_files(quantized: Path | None) -> list[Path]:
-    """Return the files of GPTQ's experts in the stage's folder; GraftError if there are none."""
-    files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
-    if not files:
-        where = quantized / GPTQ if quantized else "variant gptq"
-        raise GraftError(
-            f"{where}: no quantized experts; run `mtp-graft quantize` first, or leave gptq out"
-        )
-    return files
 
 
 def _is_done(file: Path) -> bool:

@@ -20,9 +20,15 @@ from mtp_graft.dsv4.variants import Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ScoreSection
 from mtp_graft.serving.metrics import wilson_interval
-from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME, Inputs, Progress, open_inputs
+from mtp_graft.stages.inputs import (
+    EVALUATION,
+    REPORT_NAME,
+    Inputs,
+    Progress,
+    expert_files,
+    open_inputs,
+)
 from mtp_graft.stages.parallel import rank_device, single_thread
-from mtp_graft.stages.quantize import expert_files
 
 #: Variants that hold upstream's values exactly: their drafts are the same, and made once.
 _EXACT: tuple[Variant, ...] = ("mxfp4", "bf16")

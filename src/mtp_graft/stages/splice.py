@@ -36,8 +36,7 @@ from mtp_graft.dsv4.variants import Linears, Variant
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.doctor.checkpoint import modules_of
 from mtp_graft.serving.doctor.schemes import mismatches
-from mtp_graft.stages.inputs import Tensors, read_base, read_master
-from mtp_graft.stages.quantize import expert_files
+from mtp_graft.stages.inputs import Tensors, expert_files, read_base, read_master
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = frozenset(

@@ -26,8 +26,7 @@ from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.head_shapes import head_shapes, stored_as
 from mtp_graft.dsv4.names import EXPERTS_PREFIX, HEAD_PREFIX
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.inputs import Tensors, Values, read_master
-from mtp_graft.stages.quantize import expert_files
+from mtp_graft.stages.inputs import Tensors, Values, expert_files, read_master
 from mtp_graft.stages.splice import base_files
 
 #: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of

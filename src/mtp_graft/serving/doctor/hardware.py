@@ -178,7 +178,7 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
 
 
 def _has_pcie_only(target: Target) -> bool:
-    return target.hardware is not None and target.hardware.link == "pcie"
+    return target.hardware is not None and target.hardware.is_pcie_only
 
 
 def _has_one_group_a_rank(checkpoint: Checkpoint, target: Target) -> bool:
