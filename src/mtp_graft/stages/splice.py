@@ -33,7 +33,7 @@ from mtp_graft.dsv4 import variants
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.names import FLOAT32
 from mtp_graft.dsv4.variants import Linears, Variant
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import modules_of
 from mtp_graft.serving.doctor.schemes import mismatches
 from mtp_graft.stages.inputs import Tensors, expert_files, read_base, read_master
@@ -128,7 +128,7 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    base_map, base_bytes = _check_base(base)
+    base_config, base_map, base_bytes = _read_base(base)
     published = None
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         published = quant_manifest.read_manifest(upstream)
@@ -136,7 +136,7 @@ def plan_splice(
         variant, linears = _describe(upstream, published, head.meta, variant)
     else:
         head, variant = read_master(upstream), variant or "mxfp4"
-    config = _head_config(base, variant, linears)
+    config = _head_config(base, base_config, variant, linears)
     group_size = 128
     if _EXPERT_FORMATS[variant] == "int4":
         group_size = int4_group_size(config["quantization_config"])
@@ -155,13 +155,12 @@ def plan_splice(
     )
 
 
-def _check_base(base: Path) -> tuple[dict[str, str], int]:
-    """Return the base's weight map and the size of its tensors; GraftError if it is no base."""
+def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Return the base's config, weight map, and the size of its tensors."""
     if already := sorted(name for name in shards.read_index(base) if name.startswith("mtp.")):
         raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
     size = sum(tensor.nbytes for tensor in shards.read_meta(base, complete=True).values())
-    _, weight_map = read_base(base, "embed.weight", "head.weight")
-    return weight_map, size
+    return *read_base(base, "embed.weight", "head.weight"), size
 
 
 def _describe(
@@ -188,18 +187,16 @@ def _describe(
     return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
 
 
-def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, Any]:
+def _head_config(
+    base: Path, config: Mapping[str, Any], variant: Variant, linears: Linears
+) -> dict[str, Any]:
     """Return the base's config.json with the head in it."""
-    path, experts = base / "config.json", _EXPERT_FORMATS[variant]
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        layer, quantization = config["num_hidden_layers"], config["quantization_config"]
-        quantization = add_head(quantization, layer, experts, linears)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(
-            f"{path}: {in_words(error)}; expected a compressed-tensors checkpoint's config with "
-            "num_hidden_layers and quantization_config.config_groups"
-        ) from error
+        read_quantization(config)
+    except GraftError as error:
+        raise GraftError(f"{base}/{error}") from error
+    quantization, layer = config["quantization_config"], config["num_hidden_layers"]
+    quantization = add_head(quantization, layer, _EXPERT_FORMATS[variant], linears)
     return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
 
 
