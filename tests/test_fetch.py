@@ -75,9 +75,7 @@ def test_only_what_is_needed_is_downloaded_and_known_beforehand(
     assert done == sorted(done) and done[0] == (0, total) and done[-1] == (total, total)
 
 
-@pytest.mark.parametrize(
-    ("revision", "offline"), [(None, True), ("v2", False), (COMMIT, True), (COMMIT, False)]
-)
+@pytest.mark.parametrize(("revision", "offline"), [(None, True), ("v2", False), (COMMIT, True)])
 def test_a_full_cache_needs_no_network_by_branch_or_commit(
     hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     revision: str | None, offline: bool,
