@@ -70,7 +70,7 @@ TASKS: dict[str, tuple[str, Any, dict[Any, str]]] = {
     "instruction/hyphens": (
         *("hyphens", "sun-sea-sand-salt-sail\n"),
         dict.fromkeys(
-            ("sun-sea-sand-salt", "sun-sun-sand-salt-sail", "Here: sun-sea-sand-salt-sail"), NOT_SO
+            ("sun-sea-sand-salt", "sun-sun-sand-salt-sail", "Here: sun-sea-sand-salt-sail"), WRONG
         ),
     ),
     "longform/sections": (

@@ -44,13 +44,12 @@ def test_every_benchmark_runs_to_its_end(
             )
             assert status == 0, errors
             results[name] = json.loads(out)
-        counters = client.spec_decode_counters()
     assert [results[name]["total"] for name in EVALS] == [3, 3, 3, 14]
 
     workload = results["workload"]
     assert workload["requests"] == 15
     assert all(0 < task["completion_tokens"] <= 32 for task in workload["tasks"])
-    assert counters is not None and workload["acceptance"] is not None
+    assert workload["acceptance"] is not None
 
     decode = results["decode"]
     assert (decode["num_prompts"], decode["tokens_per_round"]) == (2, 32)

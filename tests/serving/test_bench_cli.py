@@ -166,14 +166,3 @@ def test_sweep_prints_a_row_a_point(
     status, out, errors = run(*words, "--concurrency", "1,2,3")
     assert status == 0, errors
     assert len([line for line in out.splitlines() if line.startswith("│")]) == 6
-
-
-def test_workload_prints_a_row_a_category(run: Run, grafted: Path) -> None:
-    status, out, errors = run("workload", "--checkpoint", grafted, "--thinking")
-    assert status == 0, errors
-    rows = [line.split("│")[1:3] for line in out.splitlines() if line.startswith("│")]
-    names = {name.strip(): number.strip() for name, number in rows}
-    assert names == {
-        **dict.fromkeys(("chat", "coding", "retrieval", "writing", "planning"), "3"),
-        "all": "15",
-    }

@@ -1,9 +1,12 @@
 """Decode speed, drafts and greedy texts, of one server and of two that take turns."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,52 +32,37 @@ CONFIG = DecodeConfig(max_tokens=20, rounds=2)
 Fake = Callable[..., None]
 
 
-class Turns:
-    """Serves the base and the grafted checkpoint, and notes the turns' names."""
-
-    def __init__(self, base: Path, grafted: Path) -> None:
-        self.names: list[str] = []
-        self.serve = {"base": self.of(base), "mtp": self.of(grafted)}
-
-    def of(self, checkpoint: Path) -> Callable[[str], AbstractContextManager[ServerClient]]:
-        @contextmanager
-        def serve(name: str) -> Iterator[ServerClient]:
-            self.names.append(name)
-            with serving(checkpoint) as client:
-                yield client
-
-        return serve
-
-    def measure(
-        self, pairs: int, config: DecodeConfig = CONFIG, folder: Path | None = None
-    ) -> dict[str, Any]:
-        return measure_alternating(self.serve, PROMPTS, pairs, config, quiet, folder)
+STEP_S = 0.02
+Measure = Callable[..., tuple[dict[str, Any], list[str]]]
 
 
 @pytest.fixture
-def turns(vllm: object, base: Path, grafted: Path) -> Turns:
-    return Turns(base, grafted)
+def measure(vllm: object, base: Path, grafted: Path) -> Measure:
+    """Return what compares both checkpoints; it returns the result, and the turns' names."""
 
+    def call(
+        pairs: int, config: DecodeConfig = CONFIG, folder: Path | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        names: list[str] = []
 
-class Ticking:
-    """The clock of the client: a step has passed whenever it is looked at, once a chunk."""
+        def serve(checkpoint: Path, name: str) -> AbstractContextManager[ServerClient]:
+            names.append(name)
+            return serving(checkpoint)
 
-    STEP_S = 0.02
+        servers = {"base": partial(serve, base), "mtp": partial(serve, grafted)}
+        return measure_alternating(servers, PROMPTS, pairs, config, quiet, folder), names
 
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def perf_counter(self) -> float:
-        self.now_s += self.STEP_S
-        return self.now_s
+    return call
 
 
 def test_a_faster_identical_server_is_seen_as_that(
-    turns: Turns, monkeypatch: pytest.MonkeyPatch
+    measure: Measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "time", Ticking())
-    result = turns.measure(3)
-    assert turns.names == ["base-1", "mtp-1", "mtp-2", "base-2", "base-3", "mtp-3"]
+    # A step has passed whenever the clock is looked at, once a chunk.
+    clock = SimpleNamespace(perf_counter=partial(next, count(0.0, STEP_S)))
+    monkeypatch.setattr(requests, "time", clock)
+    result, names = measure(3)
+    assert names == ["base-1", "mtp-1", "mtp-2", "base-2", "base-3", "mtp-3"]
     assert result["greedy_identical"] is True and result["divergences"] == []
     # 20 tokens: one from prefill, then 2, 1, 2, 1, ...: 13 steps, 7 of which accept. The events
     # with the reason and the counts come after the last chunk.
@@ -82,27 +70,31 @@ def test_a_faster_identical_server_is_seen_as_that(
     assert result["against"]["acceptance"] is result["against"]["k"] is None
     assert (result["k"], result["steps"]) == (1, 26)
     assert result["acceptance_length"] == pytest.approx(20 / 13)
-    assert result["against"]["decode_tok_s"]["median"] == pytest.approx(1 / Ticking.STEP_S)
-    assert result["decode_tok_s"]["median"] == pytest.approx(19 / 13 / Ticking.STEP_S)
+    assert result["against"]["decode_tok_s"]["median"] == pytest.approx(1 / STEP_S)
+    assert result["decode_tok_s"]["median"] == pytest.approx(19 / 13 / STEP_S)
     assert result["decode_tok_s"]["runs"] == result["against"]["decode_tok_s"]["runs"] == 6
     ratio = result["ratio"]["decode_tok_s"]
     assert ratio["interval"] == pytest.approx([19 / 13, 19 / 13])
     assert (ratio["pairs"], ratio["prompts"], result["pairs"]) == (3, 2, 3)
 
 
-def test_divergences_name_prompt_position_and_the_bases_margin(fake: Fake, turns: Turns) -> None:
+def test_divergences_name_prompt_position_and_the_bases_margin(
+    fake: Fake, measure: Measure
+) -> None:
     fake(diverge_at=4)
-    result = turns.measure(2, DecodeConfig(20, rounds=1))
+    result, _ = measure(2, DecodeConfig(20, rounds=1))
     assert result["greedy_identical"] is False
     # The stand-in's margin at position i is 0.25 + i.
     found = [(d["prompt"], d["position"], d["margin"]) for d in result["divergences"]]
     assert found == [("a", 4, pytest.approx(4.25)), ("b", 4, pytest.approx(4.25))]
 
 
-def test_sampled_texts_are_timed_and_not_compared(fake: Fake, turns: Turns, tmp_path: Path) -> None:
+def test_sampled_texts_are_timed_and_not_compared(
+    fake: Fake, measure: Measure, tmp_path: Path
+) -> None:
     fake(requests=str(tmp_path / "requests"))
-    result = turns.measure(2, DecodeConfig(20, rounds=2, temperature=1.0), tmp_path / "run")
-    assert result["greedy_identical"] is result["divergences"] is result["repeatable"] is None
+    result, _ = measure(2, DecodeConfig(20, rounds=2, temperature=1.0), tmp_path / "run")
+    assert result["greedy_identical"] is result["divergences"] is None
     assert result["ratio"]["decode_tok_s"]["pairs"] == 2 and result["acceptance_length"] > 1
     first, second = json.loads((tmp_path / "run/mtp-1.json").read_text())["rounds"]
     assert first[0]["token_ids"] != second[0]["token_ids"], "the stand-in samples if told to"
@@ -150,6 +142,9 @@ def test_the_first_difference_is_found(tokens: list[int], expected: list[Any]) -
     result = compare([base | {"reference": reference}], [mtp], CONFIG)
     assert [(d["position"], d["margin"]) for d in result["divergences"]] == expected
     assert result["greedy_identical"] == (not expected)
+    changing = turn(*base["rounds"], [answer(5, 1, 0.1, 1.0, [1, 2, 9])])
+    result = compare([base | {"reference": reference}], [changing], CONFIG)
+    assert (result["greedy_identical"], result["divergences"]) == (False, [])
 
 
 def test_each_draft_position_is_counted_given_that_those_before_were_accepted(
@@ -213,8 +208,6 @@ def test_results_are_spread_over_rounds_and_the_one_of_median_speed_is_known() -
     assert spread == [pytest.approx(20.0), pytest.approx(10.0), pytest.approx(40.0), 3]
     assert median_round(turn(*rounds)) == 0
     assert median_round(turn(*rounds[:2])) == 1
-    changed = turn(*rounds, [answer(6, 1, 0.1, 1.0)])
-    assert decode_result([changed], CONFIG)["repeatable"] is False
 
 
 @pytest.mark.parametrize(

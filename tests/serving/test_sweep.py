@@ -21,34 +21,28 @@ from .bench_server import PROMPTS, quiet, serving
 
 @pytest.mark.vllm
 def test_vllms_own_client_holds_the_load(
-    fake: Callable[..., None], vllm: object, grafted: Path, tmp_path: Path
+    fake: Callable[..., None], grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake(step_s=0.002, accepts=[2, 0], streams=str(tmp_path / "streams"), fails={"5": "500"})
-    started = []
 
     @contextmanager
     def serve(k: int) -> Iterator[ServerClient]:
-        started.append(k)
-        with serving(grafted, k) as client, pytest.MonkeyPatch.context() as patch:
-            patch.setenv(
-                "PYTHONPATH", os.pathsep.join(sys.path)
-            )  # the engine itself, as its client
+        with serving(grafted, k) as client:
+            monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the engine's client
             yield client
 
     config = DecodeConfig(max_tokens=20, rounds=3)
     [point] = measure_sweep(serve, PROMPTS, [2], [3], config, quiet)["points"]
-    assert started == [2] and (point["k"], point["concurrency"]) == (2, 3)
     # Of nine requests; warm-ups are not counted, and one fails.
     assert (point["requests"], point["errors"], point["tokens"]) == (8, 1, 8 * 20)
     assert point["failures"] == ["Internal Server Error"]
     # 20 tokens: one from prefill, then 3, 1, ..., 3: 9 steps of which 5 accept both drafts.
     assert point["accepted_by_position"] == [8 * 5, 8 * 5]
     assert point["acceptance_by_position"] == pytest.approx([5 / 9, 1.0])
-    assert point["acceptance"] == pytest.approx(5 / 9)
     assert point["per_stream_tok_s"] < point["aggregate_tok_s"] < 3 * 19 / 9 / 0.002
     assert point["ttft_ms"] >= 2
-    asked = [int(line) for line in (tmp_path / "streams").read_text().split()]
-    assert set(asked) == {sum(b"ab"), sum(b"hello")}, "the prompts are the server's own tokens"
+    asked = {int(line) for line in (tmp_path / "streams").read_text().split()}
+    assert asked == {sum(b"ab"), sum(b"hello")}, "the prompts are the server's own tokens"
 
 
 FOUND = {

@@ -16,7 +16,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethod
 
 Json = Mapping[str, Any]
 
-INK, FAINT = "#222222", "#6b6b6b"
 HEAD_COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
 BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#bdbdbd", "#56b4e9", "#7aa6c2"
 #: By number of drafts a step.
@@ -27,16 +26,11 @@ _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same glyphs everywhere
     "font.size": 8.5,
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "xtick.color": FAINT,
-    "xtick.major.size": 0.0,
-    "ytick.major.size": 0.0,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
@@ -66,7 +60,7 @@ def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes
             else:
                 axes.barh(y, row.value, height=0.6, color=row.colour)
             if row.interval:
-                axes.plot(row.interval, [y, y], "|-", color=row.colour if shares else INK)
+                axes.plot(row.interval, [y, y], "|-", color=row.colour if shares else "black")
             right = end + margin if shares else max(row.value, *(row.interval or ()), 0.0)
             axes.annotate(
                 *(row.label, (right, y), (6, 0)),
@@ -103,34 +97,6 @@ def acceptance_chart(heads: Sequence[Json]) -> bytes:
     return row_chart(
         "First draft of a step: share accepted, with 95 % intervals", rows, shares=True
     )
-
-
-def error_chart(
-    rel_errors: Mapping[str, Mapping[str, Sequence[float]]], counts: Sequence[int]
-) -> bytes:
-    """Draw every expert's error: `rel_errors` has heads, then matrices, then a number an expert.
-
-    Experts go from the most calibration tokens to the fewest; `counts` are their tokens.
-    """
-    order = sorted(range(len(counts)), key=lambda expert: -counts[expert])
-    matrices = list(next(iter(rel_errors.values())))
-    with _figure("Hessian-weighted relative error of each expert, and the mean", 2.8) as figure:
-        panels = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
-        for axes, matrix in zip(panels, matrices, strict=True):
-            for head, by_matrix in rel_errors.items():
-                values, colour = [by_matrix[matrix][e] for e in order], HEAD_COLOURS[head]
-                mean = sum(values) / len(values)
-                axes.scatter(range(len(values)), values, s=6.0, color=colour, linewidths=0)
-                axes.axhline(mean, color=colour, linewidth=1.0, label=f"{head} {100 * mean:.1f} %")
-            axes.set_title(matrix, fontweight="bold")
-            axes.set_xticks([])
-            axes.grid(axis="y")
-            axes.legend(loc="lower left", handlelength=1.0)
-        panels[0].set_ylim(0, None)
-        panels[0].yaxis.set_major_formatter(_PERCENT)
-        order_text = f"{len(order)} experts, from the most calibration tokens to the fewest"
-        figure.supxlabel(order_text, fontsize=8.5, color=FAINT)
-        return _png(figure)
 
 
 def sweep_chart(points: Sequence[Json]) -> bytes:

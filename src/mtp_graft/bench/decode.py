@@ -132,9 +132,9 @@ def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> 
     identical = divergences = None
     if reference := base[0]["reference"]:
         divergences = find_divergences(reference, mtp[0]["rounds"][0])
-        repeatable = [result["repeatable"] for result in results]
-        repeatable.append(not find_divergences(reference, base[0]["rounds"][0]))
-        identical = not divergences and all(repeatable)
+        expected = [list(scored["token_ids"]) for scored in reference.values()]
+        rounds = [answers for turn in (*base, *mtp) for answers in turn["rounds"]]
+        identical = all([a["token_ids"] for a in answers] == expected for answers in rounds)
     return {
         **results[1],
         "against": results[0],
@@ -155,8 +155,6 @@ def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
     )
     tokens, seconds = tokens.sum(axis=2), seconds.sum(axis=2)  # [2, Q, P]
     decoded = (tokens > 0).all(axis=(0, 1))  # [P]
-    if not decoded.any():
-        raise _one_chunk("of a prompt in some turn")
     return {
         "decode_tok_s": paired_ratio(*(tokens[..., decoded] / seconds[..., decoded])),
         "ttft_ms": paired_ratio(*np.median(ttft, axis=2)),
@@ -170,24 +168,22 @@ def _of_turn(turn: Turn, quantity: Callable[[Answer], float]) -> Array:
 def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
     """Return the JSON result of `bench decode`: each quantity over all rounds.
 
-    `repeatable` (the rounds gave the same texts) is None where texts are sampled. Greedy rounds
-    repeat each other, so positions are counted on the first alone.
+    Greedy rounds repeat each other, so positions are counted on the first alone.
     """
     rounds: list[Round] = [answers for turn in turns for answers in turn["rounds"]]
-    greedy = config.temperature == 0
     counters = [[_counters(a) for a in answers if a["counters"]] for answers in rounds]
     rates = [rate for c in counters if c and (rate := total(c).acceptance) is not None]
-    counted = [c for of_round in (counters[:1] if greedy else counters) for c in of_round]
-    texts = [[answer["token_ids"] for answer in answers] for answers in rounds]
+    counted = [
+        c for of_round in (counters if config.temperature else counters[:1]) for c in of_round
+    ]
     return {
         "decode_tok_s": _spread([decode_tok_s(answers) for answers in rounds]),
         "ttft_ms": _spread([1e3 * median(map(ttft_s, answers)) for answers in rounds]),
         "tpot_ms": _spread([_tpot_ms(answers) for answers in rounds]),
         "acceptance": _spread(rates) if rates else None,
         **drafting_result(total(counted) if counted else None),
-        "repeatable": all(text == texts[0] for text in texts) if greedy else None,
-        "num_prompts": len(texts[0]),
-        "tokens_per_round": sum(map(len, texts[0])),
+        "num_prompts": len(rounds[0]),
+        "tokens_per_round": sum(len(answer["token_ids"]) for answer in rounds[0]),
         "config": asdict(config),
     }
 
@@ -203,15 +199,11 @@ def decode_tok_s(answers: Round) -> float:
     """
     seconds = sum(map(decode_s, answers))
     if not seconds:
-        raise _one_chunk("of a round")
+        raise GraftError(
+            "every answer of a round came in a single chunk, so there is no decode time to "
+            "measure; ask for more tokens or longer answers"
+        )
     return sum(map(num_decoded, answers)) / seconds
-
-
-def _one_chunk(where: str) -> GraftError:
-    return GraftError(
-        f"every answer {where} came in a single chunk, so there is no decode time to measure; ask "
-        "for more tokens or longer answers"
-    )
 
 
 def _tpot_ms(answers: Round) -> float:

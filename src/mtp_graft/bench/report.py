@@ -70,17 +70,10 @@ def _draw(results: RunResults, heads: Sequence[Json]) -> Iterator[tuple[str, byt
     """Yield the charts that there are numbers for, with their names."""
     if heads:
         yield "acceptance", charts.acceptance_chart(heads)
-    if results.quantize:
-        counts = results.quantize["tokens_per_expert"]["counts"]
-        rounded = {head: results.quantize["rel_errors"][head] for head in ("rtn", "gptq")}
-        yield "errors", charts.error_chart(rounded, counts)
     if results.decode:
         rows = decode_rows({"base": results.decode["against"], "with MTP": results.decode})
         title = "Decode speed, tokens a second: median, slowest and fastest round"
         yield "decode", charts.row_chart(title, rows)
-    if seconds := results.result["seconds"]:
-        rows = [charts.Row(stage, value, number(value)) for stage, value in seconds.items()]
-        yield "stages", charts.row_chart("Time of each stage, seconds", rows)
 
 
 def decode_rows(decoded: Mapping[str, Json]) -> list[charts.Row]:

@@ -67,12 +67,10 @@ class ServerClient:
     Every method raises GraftError, naming the server, where it cannot be reached or refuses.
     """
 
-    def __init__(
-        self, base_url: str, api_key: str | None = None, silence_s: float = READ_TIMEOUT_S
-    ) -> None:
+    def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        timeout = httpx.Timeout(silence_s, connect=10.0)
+        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
         # A proxy of the environment has no business between us and a named server.
         self._http = httpx.Client(
             base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False

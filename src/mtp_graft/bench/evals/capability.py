@@ -51,19 +51,18 @@ def judge(output: ModelOutput, data: Data) -> Failure | None:
     return next(check for key, check in _CHECKS.items() if key in data)(output, data)
 
 
-def _judge_last_line(output: ModelOutput, data: Data) -> Failure | None:
-    """Compare what follows the last `Answer:`, ignoring case and a full stop."""
-    lines = re.findall(r"answer:[\s*]*([^\n]+)", said(output), re.IGNORECASE)
-    if not lines:
-        return compare(None, data["last_line"], output)
-    last = lines[-1].strip().strip("*").rstrip(".").strip()
-    is_right = re.fullmatch(data["last_line"], last, re.IGNORECASE)
-    return None if is_right else Failure(WRONG, last[:200])
-
-
-def _judge_whole(output: ModelOutput, data: Data) -> Failure | None:
-    text = output.completion.strip()
-    return None if re.fullmatch(data["whole"], text) else Failure(DISOBEYED, text[:200])
+def _judge_pattern(output: ModelOutput, data: Data) -> Failure | None:
+    """Match all of the text or, of a task with an `answer`, what the last `Answer:` says."""
+    text = said(output).strip()
+    if "answer" in data:
+        lines = re.findall(r"answer:[\s*]*([^\n]+)", text, re.IGNORECASE)
+        text = lines[-1].strip().strip("*").rstrip(".").strip() if lines else ""
+    if output.message.tool_calls:
+        return Failure(WRONG_CALL, "a call although none is needed")
+    if not text:
+        return compare(None, data["pattern"], output)
+    is_right = re.fullmatch(data["pattern"], text, re.IGNORECASE | re.DOTALL)
+    return None if is_right else Failure(WRONG, text[-200:])
 
 
 def _judge_schema(output: ModelOutput, data: Data) -> Failure | None:
@@ -102,24 +101,11 @@ def _judge_call(output: ModelOutput, data: Data) -> Failure | None:
     return None if is_right else Failure(WRONG_CALL, f"{calls[0].function}: {given}"[:200])
 
 
-def _judge_statement(output: ModelOutput, data: Data) -> Failure | None:
-    """Expect a text that says so somewhere, and no call."""
-    if output.message.tool_calls:
-        return Failure(WRONG_CALL, "a call although the result is there")
-    text = output.completion
-    if not text.strip():
-        return compare(None, data["states"], output)
-    is_right = re.search(data["states"], text, re.IGNORECASE)
-    return None if is_right else Failure(WRONG, text[-200:])
-
-
 #: By the key of a task that says what is right.
 _CHECKS: Mapping[str, Callable[[ModelOutput, Data], Failure | None]] = {
-    "last_line": _judge_last_line,
+    "pattern": _judge_pattern,
     "test": judge_code,
-    "whole": _judge_whole,
     "schema": _judge_schema,
     "split": _judge_parts,
     "call": _judge_call,
-    "states": _judge_statement,
 }

@@ -7,7 +7,7 @@ import json
 import re
 import string
 import zlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from random import Random
@@ -95,21 +95,17 @@ def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
 
 
 def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """Return `limit` of the questions, dealt from the categories in turn; all of them for None.
-
-    `seed` shuffles the order of the categories and the questions of each.
-    """
+    """Return `limit` of the questions (None: all) as `seed` draws them, from categories in turn."""
     if limit is not None and limit > len(samples):
         raise GraftError(f"there are {len(samples)} questions, --limit asks for {limit}: lower it")
-    categories: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        categories[(sample.metadata or {}).get("category", "")].append(sample)
-    random, decks = Random(seed), list(categories.values())
-    random.shuffle(decks)
-    for deck in decks:
-        random.shuffle(deck)
-    turns = range(max(map(len, decks)))
-    return [deck[turn] for turn in turns for deck in decks if turn < len(deck)][:limit]
+    dealt = Counter[str]()
+
+    def turn(sample: Sample) -> int:
+        category = (sample.metadata or {}).get("category", "")
+        dealt[category] += 1
+        return dealt[category]
+
+    return sorted(Random(seed).sample(samples, len(samples)), key=turn)[:limit]
 
 
 def _load(

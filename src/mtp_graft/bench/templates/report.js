@@ -22,7 +22,7 @@ function makeSide(name, answer) {
   });
   document.getElementById(`replay-${name}-text`).replaceChildren(...steps.map((s) => s.span));
   const counters = document.getElementById(`replay-${name}-counters`);
-  return { steps, draftsPerStep: answer.drafts_per_step, counters };
+  return { steps, draftsPerStep: answer.k, counters };
 }
 
 // Tokens after the first chunk over the time since it, as the decode speed is measured.
