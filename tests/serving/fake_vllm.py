@@ -62,10 +62,6 @@ def answer(body: dict[str, Any], prompt: list[int], max_tokens: int) -> list[int
     return tokens if body.get("ignore_eos") else tokens[: end + 1]
 
 
-def text_of(tokens: list[int]) -> str:
-    return "".join(f" {token}" for token in tokens)
-
-
 def steps(num_tokens: int) -> list[int]:
     """Split tokens into the steps that make them; the first comes from prefill alone."""
     sizes = [1]
@@ -238,7 +234,11 @@ class Handler(BaseHTTPRequestHandler):
         for size in steps(len(tokens)):
             time.sleep(SETTINGS["step_s"])
             new = tokens[done : done + size]
-            text = {"delta": {"content": "x" * size}} if chat else {"text": text_of(new)}
+            text = (
+                {"delta": {"content": "x" * size}}
+                if chat
+                else {"text": "".join(f" {t}" for t in new)}
+            )
             self.event({"choices": [{"token_ids": new, "finish_reason": None, **text}]})
             done += size
             if failure == "closes":

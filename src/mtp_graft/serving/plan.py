@@ -9,7 +9,6 @@ from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import ServeOptions, read_config
 from mtp_graft.serving.memory import (
-    BLOCK_TOKENS,
     RESERVE_BYTES,
     kv_cache_bytes,
     largest_context,
@@ -103,10 +102,8 @@ class _Room:
         return int((options.gpu_memory_utilization or 1) * self.memory) - self.weights - reserve
 
     def largest_context(self, options: ServeOptions) -> int:
-        """Return the longest sequence that can be served, in whole blocks where memory decides."""
-        tokens = largest_context(self.config, self.cache(options), self.tokens_in_flight)
-        is_whole = tokens == num_positions(self.config)
-        return tokens if is_whole else tokens // BLOCK_TOKENS * BLOCK_TOKENS
+        """Return the longest sequence that can be served."""
+        return largest_context(self.config, self.cache(options), self.tokens_in_flight)
 
     def estimate(self, options: ServeOptions) -> str:
         """Say what weights and a sequence take, and what is left for the KV cache."""

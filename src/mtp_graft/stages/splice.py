@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import quant_manifest, shards
@@ -30,13 +29,11 @@ from mtp_graft.checkpoint.quantization_config import (
     read_quantization,
 )
 from mtp_graft.dsv4 import variants
-from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import FLOAT32
 from mtp_graft.dsv4.variants import Linears, Variant
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import modules_of
 from mtp_graft.serving.doctor.schemes import mismatches
-from mtp_graft.stages.inputs import Tensors, expert_files, read_base, read_master
+from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = frozenset(
@@ -140,7 +137,7 @@ def plan_splice(
     group_size = 128
     if _EXPERT_FORMATS[variant] == "int4":
         group_size = int4_group_size(config["quantization_config"])
-    _check_fits(upstream, head.meta, config, group_size)
+    check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     experts, layout = Tensors({}, {}), head.meta
     if published is None:
@@ -209,26 +206,6 @@ def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, T
             f"{wrong.loads}, expected {wrong.stored}; the base's targets or ignore list take it "
             "elsewhere (`mtp-graft doctor` says more), or the head is not what its manifest says"
         )
-
-
-def _check_fits(
-    upstream: Path, head: Mapping[str, Tensor], config: Mapping[str, Any], group_size: int
-) -> None:
-    """Compare the head's tensors, as decoded, with those that the base's config asks for."""
-    expected = head_shapes(config)
-    decoded = variants.decode_head(head, group_size=group_size)
-    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
-    wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-    if wrong:
-        ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
-        raise GraftError(
-            f"{upstream}: {wrong[0]} is {ours}, expected {theirs} by the base's "
-            f"config.json ({len(wrong)} of the head's {len(expected)} tensors differ); base and "
-            "upstream are different models, or a shard is damaged: fetch it again"
-        )
-    for name, tensor in head.items():
-        if FLOAT32.search(name) and tensor.dtype != torch.float32:
-            raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected torch.float32")
 
 
 # The manifest, which says whether an `out` is of the same inputs

@@ -171,7 +171,7 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         found += f"; {wanted} tokens take {needed / _GIB:.1f} of {left / _GIB:.1f} GiB left"
         kind = "memory" if most >= wanted else "memory-context"
         severity: Severity | None = "warning" if most < wanted and asked is None else None
-        yield finding(kind, where, found, f"at most --max-model-len {most // 256 * 256}", severity)
+        yield finding(kind, where, found, f"at most --max-model-len {most}", severity)
 
 
 # Known issues
