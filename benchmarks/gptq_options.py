@@ -8,7 +8,6 @@ and matrices of ||(W - Q) H^1/2|| / ||W H^1/2||. `identity` calibrates on what t
 without the head's attention, and is measured on what they see with it.
 """
 
-import tempfile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +24,7 @@ from mtp_graft.quant.gptq import relative_error
 from mtp_graft.recipe import QuantizeSection
 from mtp_graft.stages.inputs import open_inputs
 from mtp_graft.stages.parallel import Clock
-from mtp_graft.stages.replay import replay_capture
+from mtp_graft.stages.quantize import replay_capture
 
 Matrices = dict[str, Tensor]
 
@@ -35,11 +34,9 @@ def main() -> None:
     parser.add_argument("--capture", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        weights, seen, counts = calibrate(options.capture, folder / "a", "calibration", "true")
-        _, identity, counts_2 = calibrate(options.capture, folder / "b", "calibration", "identity")
-        _, unseen, held_out = calibrate(options.capture, folder / "c", "evaluation", "true")
+    weights, seen, counts = calibrate(options.capture, "calibration", "true")
+    _, identity, counts_2 = calibrate(options.capture, "calibration", "identity")
+    _, unseen, held_out = calibrate(options.capture, "evaluation", "true")
 
     def errors(values: Matrices) -> dict[str, Any]:
         return {
@@ -66,15 +63,12 @@ def main() -> None:
     write_result(options.out, "gptq_options", results, tokens=tokens)
 
 
-def calibrate(
-    capture: Path, out: Path, split: str, replay: str
-) -> tuple[Matrices, Matrices, list[int]]:
+def calibrate(capture: Path, split: str, replay: str) -> tuple[Matrices, Matrices, list[int]]:
     """Return the original weights, the Hessians of a split, and each expert's tokens."""
-    inputs = open_inputs(capture, MODEL / "upstream", MODEL / "base", split)
-    out.mkdir()
-    routed = replay_capture(inputs, out, replay, Clock("cpu"), lambda *_: None)
+    inputs = open_inputs(capture, MODEL / "upstream", MODEL / "base", split, "embed.weight")
+    routed = replay_capture(inputs, replay, Clock("cpu"), lambda *_: None)
     experts = range(inputs.model.n_routed_experts)
-    decoded = decode_head(inputs.read_upstream([*inputs.shards]))
+    decoded = decode_head(inputs.read_upstream([*inputs.head.files]))
     weights = {
         m: torch.stack([decoded[f"mtp.0.ffn.experts.{e}.{m}.weight"] for e in experts])
         for m in MATRICES

@@ -10,6 +10,13 @@ from typing import Any
 from mtp_graft.errors import GraftError, UsageError
 
 Progress = Callable[[str, int, int], None]
+#: What `fails` raises, by name.
+FAILURES: dict[str, Exception] = {
+    "user": GraftError("capture: not finished"),
+    "usage": UsageError("--set: wrong"),
+    "disk": OSError(28, "No space left on device", "/run/experts"),
+    "bug": KeyError("c1a"),
+}
 
 
 def counts(path: Path, report: Progress) -> int:
@@ -20,17 +27,9 @@ def counts(path: Path, report: Progress) -> int:
 
 
 def fails(kind: str, report: Progress) -> None:
-    match kind:
-        case "user":
-            raise GraftError("capture: not finished")
-        case "usage":
-            raise UsageError("--set: wrong")
-        case "disk":
-            raise OSError(28, "No space left on device", "/run/experts")
-        case "bug":
-            raise KeyError("c1a")
-        case "killed":
-            os.kill(os.getpid(), 9)
+    if kind == "killed":
+        os.kill(os.getpid(), 9)
+    raise FAILURES[kind]
 
 
 def hangs(path: Path, report: Progress) -> None:
@@ -59,6 +58,4 @@ def _finish(out: Path, result: dict[str, Any], device: str) -> None:
 def takes_gpu_memory(gib: int, report: Progress) -> int:
     import torch
 
-    kept = torch.ones(gib * 2**28, device="cuda")
-    report("taken", 0, 0)
-    return int(kept.sum().item()) // 2**28
+    return int(torch.ones(gib * 2**28, device="cuda").sum().item()) // 2**28

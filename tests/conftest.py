@@ -4,8 +4,10 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,68 @@ def tiny_model() -> Path:
     folder = ROOT / "models" / "tiny-dsv4"
     assert folder.is_dir(), f"{folder}: the bundled model is missing from this checkout"
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundled base, where links to it can be made; not to be changed."""
+    return Path(shutil.copytree(tiny_model / "base", tmp_path_factory.mktemp("tiny") / "base"))
+
+
+@pytest.fixture
+def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A stand-in for the hub that has the bundled model as two repositories."""
+    import hub_stand_in
+
+    folders = {hub_stand_in.BASE: "base", hub_stand_in.UPSTREAM: "upstream"}
+    repositories = {
+        repo: hub_stand_in.as_repository(tiny_model / name) for repo, name in folders.items()
+    }
+    with hub_stand_in.in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_model: Path, tiny_base: Path) -> Path:
+    """A quantize stage's folder for the bundled head; not to be changed."""
+    from mtp_graft.checkpoint.shards import load_tensors
+    from quantized import write_quantized
+
+    return write_quantized(tiny_base.with_name("quantize"), load_tensors(tiny_model / "upstream"))
+
+
+@pytest.fixture(scope="session")
+def spliced(tiny_model: Path, tiny_base: Path, quantized: Path) -> dict[str, Path]:
+    """Checkpoints of `tiny_base` with each variant of the bundled head; not to be changed."""
+    from mtp_graft.dsv4.variants import VARIANTS
+    from mtp_graft.stages.splice import splice
+
+    folders = {variant: tiny_base.with_name(variant) for variant in VARIANTS}
+    for variant in VARIANTS:
+        given = quantized if variant == "gptq" else None
+        splice(tiny_base, tiny_model / "upstream", folders[variant], variant, quantized=given)
+    return folders
+
+
+@pytest.fixture
+def mtp_graft(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
+    """Return a function that runs a command in this process: its JSON, or the error's line."""
+    from mtp_graft import cli
+
+    def call(*words: object) -> Any:
+        monkeypatch.setattr(sys, "argv", ["mtp-graft", *map(str, words), "--json", "-"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+            sys.exit(0)
+        out, errors = capfd.readouterr()
+        if ended.value.code in (0, None):
+            return json.loads(out)
+        assert ended.value.code == 1, errors
+        return next(line for line in errors.splitlines() if line.startswith("error: "))
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+BASE, UPSTREAM = "quantizer/base", "maker/upstream"  # the bundled model's two repositories
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = ".safetensors"  # what is kept in large file storage
 

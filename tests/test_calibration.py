@@ -31,9 +31,9 @@ def chat(name: str, *contents: str) -> dict[str, Any]:
 
 
 def test_texts_and_conversations_may_be_mixed(tmp_path: Path) -> None:
-    rows = {"id": "t", "text": "abc"}, "", chat("c", "q1", "a1", "q2", "a2")
+    rows = '{"id": 7, "text": "a\u2028b"}', "", chat("c", "q1", "a1", "q2", "a2")
     text, conversation = load_calibration(write(tmp_path / "p.jsonl", *rows), 2)
-    assert text == Prompt("t", "abc")
+    assert text == Prompt("7", "a\u2028b")
     assert [m["content"] for m in conversation.content if isinstance(m, dict)] == ["q1", "a1", "q2"]
 
 
@@ -41,7 +41,8 @@ def test_texts_and_conversations_may_be_mixed(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{", r"p\.jsonl:2: not JSON"),
-        ({"id": "b"}, r"p\.jsonl:2: not a prompt \(has no 'text'\)"),
+        ({"text": "b"}, r"p\.jsonl:2: not a prompt \(.*id: field required\)"),
+        ({"id": "b", "text": ["y"]}, r"p\.jsonl:2: not a prompt \(text: input should be"),
         ("7", r"p\.jsonl:2: not a prompt"),
         ({"id": "a", "text": "y"}, r"p\.jsonl:2: id 'a' comes twice"),
         ({"id": "b", "text": ""}, r"p\.jsonl:2: prompt 'b' asks nothing"),
@@ -56,16 +57,22 @@ def test_a_row_that_is_no_prompt_is_named(tmp_path: Path, row: Any, message: str
         load_calibration(source, 2)
 
 
-def test_a_missing_file_and_one_without_prompts_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(GraftError, match="no prompts"):
-        load_calibration(write(tmp_path / "empty.jsonl", ""), 1)
-    with pytest.raises(GraftError, match="not readable"):
-        load_calibration(str(tmp_path / "none.jsonl"), 1)
+def test_a_source_that_cannot_be_read_or_is_empty_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for source, message in {
+        write(tmp_path / "empty.jsonl", ""): "no prompts",
+        str(tmp_path / "none.jsonl"): "not readable",
+        write(tmp_path / "p.parquet"): "pyarrow is not installed; pip install",
+    }.items():
+        with pytest.raises(GraftError, match=message):
+            load_calibration(source, 1)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A stand-in hub with one data set of Parquet files; returns what is fetched."""
+def test_a_split_of_a_hubs_data_set_is_read_as_far_as_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetched: list[str] = []
     files = {
         "data/train_sft-00001-of-00002-b.parquet": [chat("r2", "q2", "a2")],
@@ -76,44 +83,23 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def download(repo: str, file: str, repo_type: str) -> str:
         assert (f"hub:{repo}", repo_type) == (HUB, "dataset")
+        if file in fetched:
+            raise OSError("no route to host")
         fetched.append(file)
         parquet.write_table(pyarrow.Table.from_pylist(files[file]), tmp_path / Path(file).name)
         return str(tmp_path / Path(file).name)
 
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: list(files))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    return fetched
-
-
-def test_the_hubs_files_are_read_in_order_and_only_as_far_as_needed(hub: list[str]) -> None:
     assert [p.id for p in load_calibration(HUB, 2)] == ["r0", "r1"]
-    assert len(hub) == 1
+    assert len(fetched) == 1
+    with pytest.raises(GraftError, match=r"ultrachat_200k: not available \(no route to host\)"):
+        load_calibration(HUB, 1)
+    fetched.clear()
     assert [p.id for p in islice(iterate_prompts(HUB), 1, None)] == ["r1", "r2"]
-
-
-def test_another_split_of_the_hub_can_be_named(hub: list[str]) -> None:
     assert [p.id for p in iterate_prompts(f"{HUB}:test_sft")] == ["held out"]
     with pytest.raises(GraftError, match=r"no Parquet files of split 'x', found \['test_sft', "):
         load_calibration(f"{HUB}:x", 1)
-
-
-def test_a_hub_that_cannot_be_reached_is_one_error(
-    hub: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(_file: str, *_: Any, **__: Any) -> str:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    with pytest.raises(GraftError, match=r"ultrachat_200k: not available \(no route to host\)"):
-        load_calibration(HUB, 1)
-
-
-def test_without_pyarrow_the_error_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(GraftError, match="pyarrow is not installed; pip install"):
-        load_calibration(write(tmp_path / "p.parquet"), 1)
 
 
 def test_the_bundled_sets_are_what_their_script_makes_and_do_not_overlap(

@@ -3,8 +3,7 @@
 import json
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
-from mtp_graft import cli
+from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub, as_repository
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, find_spliced
-from mtp_graft.checkpoint.shards import load_tensors
-from mtp_graft.stages.publish import plan_publication
-from mtp_graft.stages.splice import splice
-from quantized import write_quantized
+from mtp_graft.stages.publish import find_files
+from run_folder import write
 
-BASE, UPSTREAM, HEAD = "quantizer/base", "maker/upstream", "owner/that-head"
+HEAD = "owner/that-head"
 Graft = Callable[..., Any]
 
 
 @pytest.fixture
-def graft(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Graft:
+def graft(mtp_graft: Callable[..., Any]) -> Graft:
     """Return a function that runs the command: its JSON, or the error that it printed."""
-
-    def call(*arguments: object) -> Any:
-        words = ["mtp-graft", "graft", *map(str, arguments), "--json", "-"]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            sys.exit(0)
-        out, errors = capfd.readouterr()
-        if ended.value.code in (0, None):
-            return json.loads(out)
-        assert ended.value.code == 1, errors
-        return next(line for line in errors.splitlines() if line.startswith("error: "))
-
-    return call
+    return lambda *arguments: mtp_graft("graft", *arguments)
 
 
 @pytest.fixture
@@ -49,24 +32,15 @@ def base(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(spliced: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that spliced a gptq head and verified it, with a card."""
     run = tmp_path_factory.mktemp("graft") / "run"
-    upstream = tiny_model / "upstream"
-    quantized = write_quantized(run / "quantize", load_tensors(upstream))
-    out = run / "splice" / "gptq" / "grafted"
-    out.parent.mkdir(parents=True)
-    splice(tiny_model / "base", upstream, out, "gptq", quantized=quantized, copy=True)
-    config: dict[str, Any] = {"config": {"variant": "gptq"}}
-    texts = {"splice/manifest.json": config, "verify/manifest.json": {}}
-    texts |= {"verify/gptq.json": {"ok": True}}
-    for name, content in texts.items():
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text(json.dumps(content))
-    (run / "card").mkdir()
+    shutil.copytree(spliced["gptq"], run / "splice" / "gptq" / "grafted")
+    write(run / "splice/manifest.json", {"config": {"variant": "gptq"}})
+    write(run / "verify/manifest.json", {})
+    write(run / "verify/gptq.json", {"ok": True})
+    write(run / "card/card.json", {"checkpoint": find_spliced(run).identity()})
     (run / "card" / "README.md").write_text("---\nlicense: mit\n---\n# A card\n")
-    about = {"checkpoint": find_spliced(run).identity()}
-    (run / "card" / "card.json").write_text(json.dumps(about))
     return run
 
 
@@ -75,52 +49,30 @@ def published(run: Path, tmp_path: Path) -> Path:
     """A folder with what `publish --head-only` uploads."""
     folder = tmp_path / "published"
     folder.mkdir()
-    plan = plan_publication(run, HEAD, False, run / "card", head_only=True)
-    for name, file in plan.files.items():
+    for name, file in find_files(run, HEAD, run / "card", head_only=True).items():
         (folder / name).write_bytes(file if isinstance(file, bytes) else file.read_bytes())
     return folder
 
 
-@pytest.fixture
-def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    folders = {BASE: tiny_model / "base", UPSTREAM: tiny_model / "upstream"}
-    repositories = {repo: as_repository(folder) for repo, folder in folders.items()}
-    with in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
-        yield hub
-
-
-@pytest.mark.parametrize(("options", "head"), [((), "mxfp4"), (("--head", "bf16"), "bf16")])
+@pytest.mark.parametrize(
+    ("options", "head"), [((), "mxfp4"), (("--head", "bf16", "--copy"), "bf16")]
+)
 def test_folders_become_a_verified_checkpoint_with_an_exact_head(
-    graft: Graft, base: Path, tiny_model: Path, tmp_path: Path, options: tuple[str, ...], head: Any
-) -> None:
+    graft: Graft, base: Path, tiny_model: Path, tmp_path: Path, spliced: dict[str, Path],
+    options: tuple[str, ...], head: str,
+) -> None:  # fmt: skip
     out = tmp_path / "out"
     result = graft(base, tiny_model / "upstream", out, *options)
     assert (result["checkpoint"], result["head"], result["verified"]) == (str(out), head, True)
-    assert result["base_files_linked"] and result["seconds"] > 0
-    splice(base, tiny_model / "upstream", tmp_path / "same", head)
+    assert result["base_files_linked"] == ("--copy" not in options) and result["seconds"] > 0
     written = (out / HEAD_SHARD).read_bytes()
-    assert written == (tmp_path / "same" / HEAD_SHARD).read_bytes()
+    assert written == (spliced[head] / HEAD_SHARD).read_bytes()
     assert 0 < len(written) - result["bytes_written"] < 100_000, "all but the header"
 
 
-def test_copies_are_files_of_their_own(
-    graft: Graft, base: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    result = graft(base, tiny_model / "upstream", tmp_path / "out", "--copy")
-    assert result["verified"] and not result["base_files_linked"]
-
-
-def test_hub_ids_are_fetched_and_a_dry_run_fetches_no_shard(
-    graft: Graft, hub: StandInHub, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    told = graft(BASE, UPSTREAM, out, "--dry-run")
-    assert not out.exists() and hub.downloads(".safetensors") == 0
-    shards = {n: len(c) for n, c in hub.repositories[UPSTREAM].items() if n.endswith("tensors")}
-    assert told["sources"]["upstream"]["bytes_to_download"] == sum(shards.values())
-    result = graft(BASE, UPSTREAM, out, "--base-revision", "main")
+def test_hub_ids_are_fetched(graft: Graft, hub: StandInHub, tmp_path: Path) -> None:
+    result = graft(BASE, UPSTREAM, tmp_path / "out", "--base-revision", "main")
     assert result["verified"] and result["commits"] == {"base": COMMIT, "upstream": COMMIT}
-    assert result["bytes_written"] == told["bytes_to_write"]
 
 
 def test_a_head_alone_is_published_with_manifest_and_card(run: Path, published: Path) -> None:
@@ -141,8 +93,6 @@ def test_a_published_head_is_taken_as_it_is(
     original = find_spliced(run).folder
     source = {"folder": published, "hub": HEAD, "whole checkpoint": original}[place]
     out = tmp_path / "out"
-    assert graft(base, source, out, "--dry-run")["head"] == "gptq"
-    assert hub.downloads(HEAD_SHARD) == 0
     result = graft(base, source, out)
     assert (result["head"], result["verified"]) == ("gptq", True)
     for path in original.iterdir():

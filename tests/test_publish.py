@@ -1,22 +1,49 @@
-"""`mtp-graft publish`, huggingface_hub's own client speaking to a stand-in of the hub."""
+"""`mtp-graft publish`: what it uploads, and what it refuses; huggingface_hub's part is a fake."""
 
-import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import CommitOperationAdd, constants
 
-from mtp_graft import cli
 from mtp_graft.bench.card import write_card
+from mtp_graft.stages import publish as stage
 from run_folder import HEAD, NAME, whole_run, write
-from upload_stand_in import TOKEN, UploadHub, upload_hub
 
 REPO = "someone/DeepSeek-V4-Flash-MTP"
+
+
+@dataclass
+class FakeApi:
+    """What the stage asks of `HfApi`: repositories, and the files of each commit."""
+
+    private: dict[str, bool] = field(default_factory=dict)
+    commits: list[dict[str, bytes]] = field(default_factory=list)
+    error: Exception | None = None
+    endpoint: str = "https://hub"
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> None:
+        assert exist_ok
+        self.private.setdefault(repo, private)
+
+    def repo_info(self, repo: str) -> Any:
+        return SimpleNamespace(private=self.private[repo])
+
+    def create_commit(
+        self, repo: str, operations: Sequence[CommitOperationAdd], commit_message: str
+    ) -> Any:
+        if self.error is not None:
+            raise self.error
+        files = {}
+        for added in operations:
+            with added.as_file() as file:
+                files[added.path_in_repo] = file.read()
+        self.commits.append(files)
+        return SimpleNamespace(oid="1" * 40)
 
 
 @pytest.fixture(scope="module")
@@ -29,177 +56,84 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A finished run with its card, to be changed."""
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-@pytest.fixture
-def hub() -> Iterator[UploadHub]:
-    with upload_hub() as found:
-        yield found
-
-
-@dataclass
-class Done:
-    """How a command ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Publish = Callable[..., Done]
-
-
-@pytest.fixture
-def publish(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Publish:
-    """Return a function that runs the command in this process."""
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeApi:
+    hub = FakeApi()
+    monkeypatch.setattr(stage, "HfApi", lambda token: hub)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    # Xet's own server cannot be stood in for; the other protocol has the same guarantees.
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    for name in ("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(run: Path, hub: UploadHub | None, *options: str, token: str | None = TOKEN) -> Done:
-        # On port 9 nobody listens.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url if hub else "http://127.0.0.1:9")
-        if token is not None:
-            monkeypatch.setenv("HF_TOKEN", token)
-        arguments = ["publish", str(run), "--repo", REPO, *options]
-        monkeypatch.setattr(sys, "argv", ["mtp-graft", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            sys.exit(0)
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Done(code, *capfd.readouterr())
-
-    return call
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    return hub
 
 
-def failure(done: Done) -> str:
-    """Return the one line that a failed command printed."""
-    assert done.returncode == 1, done.stderr
-    return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+Publish = Callable[..., Any]
 
 
-def checkpoint(run: Path) -> Path:
-    return run / "splice/gptq" / NAME
+@pytest.fixture
+def publish(mtp_graft: Callable[..., Any]) -> Publish:
+    """Return a function that runs the command: its JSON, or the error that it printed."""
+    return lambda run, *options: mtp_graft("publish", run, "--repo", REPO, *options)
 
 
-def test_dry_run_lists_all_that_would_be_uploaded_without_network_or_token(
+def test_dry_run_lists_all_that_would_be_uploaded_without_a_token(
     finished: Path, publish: Publish
 ) -> None:
-    done = publish(finished, None, "--dry-run", "--private", "--json", "-", token=None)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+    result = publish(finished, "--dry-run", "--private")
     sizes = {file["path"]: file["bytes"] for file in result["files"]}
-    pictures = {path.name for path in (finished / "card").glob("*.png")}
-    assert pictures
-    names = {path.name for path in checkpoint(finished).iterdir()}
-    assert set(sizes) == names | {"README.md", "card.json"} | pictures
-    assert sizes[HEAD] == (checkpoint(finished) / HEAD).stat().st_size
+    checkpoint, pictures = finished / "splice/gptq" / NAME, (finished / "card").glob("*.png")
+    names = {path.name for path in checkpoint.iterdir()} | {path.name for path in pictures}
+    assert set(sizes) == names | {"README.md", "card.json"}
+    assert sizes[HEAD] == (checkpoint / HEAD).stat().st_size
     assert result["total_bytes"] == sum(sizes.values())
     assert (result["repo"], result["private"], result["dry_run"]) == (REPO, True, True)
-    assert f"{result['total_bytes']:,} bytes to be uploaded to {REPO} (private)" in done.stderr
 
 
-def test_upload_brings_every_byte_in_one_commit_and_the_cards_readme_wins(
-    finished: Path, hub: UploadHub, publish: Publish, tmp_path: Path
+def test_upload_is_one_commit_of_every_byte_and_the_cards_readme_wins(
+    finished: Path, hub: FakeApi, publish: Publish
 ) -> None:
-    done = publish(finished, hub, "--json", str(tmp_path / "result.json"))
-    assert done.returncode == 0, done.stderr
-    assert len(hub.commits) == 1
-    result = json.loads((tmp_path / "result.json").read_text())
-    for file in result["files"]:
-        assert hub.content(REPO, file["path"]) == Path(file["from"]).read_bytes()
-    assert hub.content(REPO, "README.md") == (finished / "card/README.md").read_bytes()
-    assert (checkpoint(finished) / "README.md").exists(), "there was another one to win over"
-    assert hub.content(REPO, "LICENSE") == (checkpoint(finished) / "LICENSE").read_bytes()
+    result = publish(finished)
+    [commit] = hub.commits
+    assert commit == {file["path"]: Path(file["from"]).read_bytes() for file in result["files"]}
+    assert commit["README.md"] == (finished / "card/README.md").read_bytes()
+    assert (finished / "splice/gptq" / NAME / "README.md").exists(), "there was one to win over"
     assert not hub.private[REPO] and not result["private"]
+    assert (result["commit"], result["url"]) == ("1" * 40, f"https://hub/{REPO}")
 
 
-def test_a_private_repository_is_made_private(
-    finished: Path, hub: UploadHub, publish: Publish
+@pytest.mark.parametrize("exists", [False, True])
+def test_private_files_go_to_a_private_repository_alone(
+    exists: bool, finished: Path, hub: FakeApi, publish: Publish
 ) -> None:
-    assert publish(finished, hub, "--private").returncode == 0
-    assert hub.private[REPO]
+    if exists:
+        hub.private[REPO] = False
+        assert "exists and is public" in publish(finished, "--private")
+        assert not hub.commits
+    else:
+        assert publish(finished, "--private")["private"] and hub.private[REPO]
 
 
-def test_private_files_do_not_go_to_a_public_repository_that_exists(
-    finished: Path, hub: UploadHub, publish: Publish
+@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("xet"), ValueError("no")])
+def test_whatever_ends_the_upload_is_one_error(
+    error: Exception, finished: Path, hub: FakeApi, publish: Publish
 ) -> None:
-    hub.private[REPO], hub.files[REPO] = False, {}
-    assert "exists and is public" in failure(publish(finished, hub, "--private"))
-    assert not hub.objects
-
-
-def test_a_repeated_upload_sends_and_commits_nothing(
-    finished: Path, hub: UploadHub, publish: Publish
-) -> None:
-    for _ in range(2):
-        assert publish(finished, hub).returncode == 0
-    assert len(hub.commits) == 1
-    assert set(hub.puts.values()) == {1}
-
-
-def test_a_rejected_token_is_named_and_nothing_is_sent(
-    finished: Path, hub: UploadHub, publish: Publish
-) -> None:
-    message = failure(publish(finished, hub, token="hf_wrong"))
-    assert "the hub refused the token (status 401: Invalid credentials" in message
-    assert "give another in HF_TOKEN" in message
-    assert "hf_wrong" not in message
-    assert not hub.objects and not hub.private
-
-
-def test_a_token_that_may_not_write_is_named(
-    finished: Path, hub: UploadHub, publish: Publish
-) -> None:
-    hub.read_only = True
-    assert "the token may not write there" in failure(publish(finished, hub))
-
-
-def test_a_failed_commit_is_one_error_and_the_next_call_sends_nothing_twice(
-    finished: Path, hub: UploadHub, publish: Publish
-) -> None:
-    hub.failing["/commit/"] = 1
-    message = failure(publish(finished, hub))
-    assert (
-        "the upload stopped (status 500: out of order)" in message
-        and "run the same command again" in message
-    )
-    assert not hub.commits
-    assert publish(finished, hub).returncode == 0
-    assert len(hub.commits) == 1
-    assert set(hub.puts.values()) == {1}
-
-
-def test_a_hub_that_cannot_be_reached_is_one_error(finished: Path, publish: Publish) -> None:
-    message = failure(publish(finished, None))
-    assert "the upload stopped" in message and "run the same command again" in message
+    hub.error = error
+    said = publish(finished)
+    assert f"{REPO}: the upload stopped ({error})" in said and "run the same command again" in said
 
 
 def test_without_a_token_it_says_how_to_get_one(
-    finished: Path, hub: UploadHub, publish: Publish
+    finished: Path, hub: FakeApi, publish: Publish, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    message = failure(publish(finished, hub, token=None))
-    assert "no token for the hub" in message and "hf auth login" in message
-    assert not hub.asked
+    monkeypatch.delenv("HF_TOKEN")
+    assert "no token for the hub: set HF_TOKEN" in publish(finished)
+    assert not hub.private
 
 
 @pytest.mark.parametrize(
-    ("break_", "message"),
+    ("damage", "message"),
     [
         (lambda run: (run / "verify/gptq.json").unlink(), "run `mtp-graft verify` first"),
         (lambda run: write(run / "verify/gptq.json", {"ok": False}), "ok is False, expected true"),
         (lambda run: (run / "verify/manifest.json").unlink(), "run `mtp-graft verify` to its end"),
         (lambda run: (run / "card/README.md").unlink(), "run `mtp-graft card` first"),
-        (lambda run: (run / "card/card.json").unlink(), "run `mtp-graft card` first"),
         (
             lambda run: write(run / "card/card.json", {"checkpoint": {"variant": "rtn"}}),
             "run `mtp-graft card` again",
@@ -208,13 +142,13 @@ def test_without_a_token_it_says_how_to_get_one(
     ],
 )
 def test_what_is_not_finished_is_not_published(
-    break_: Any, message: str, run: Path, publish: Publish
+    damage: Callable[[Path], object], message: str, finished: Path, publish: Publish, tmp_path: Path
 ) -> None:
-    break_(run)
-    assert message in failure(publish(run, None, "--dry-run"))
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    damage(run)
+    assert message in publish(run, "--dry-run")
 
 
-@pytest.mark.parametrize("repo", ["noowner", "a/b/c", "some one/x", "someone/x--y", "/x"])
+@pytest.mark.parametrize("repo", ["noowner", "a/b/c", "some one/x"])
 def test_a_malformed_repository_is_refused(repo: str, finished: Path, publish: Publish) -> None:
-    done = publish(finished, None, "--dry-run", "--repo", repo)
-    assert f"--repo {repo}" in failure(done)
+    assert f"--repo {repo}" in publish(finished, "--dry-run", "--repo", repo)

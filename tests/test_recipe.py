@@ -69,7 +69,6 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         ("quantize.damp=-0.1", r"damp is -0.1, expected greater"),
         ("quantize.variants=rtn", r"variants is 'rtn', expected a valid list"),
         ('quantize.variants=["rtn"]', r"variant 'gptq' is to be spliced"),
-        ('bench.served_variants=["rtn", "rtn"]', r"expected every variant once"),
         ("model.base=base", r"base is 'base', expected a hub id.*or a folder"),
         ("model.name=../x", r"name is '\.\./x'"),
         ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),

@@ -18,7 +18,6 @@ from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ScoreSection
 from mtp_graft.stages.score import count_drafts, score
-from quantized import write_quantized
 from synthetic_capture import Played, random_sequences, write_capture
 
 tokens = st.integers(0, 2)  # few, so that drafts are hit by chance
@@ -56,21 +55,16 @@ def test_drafts_are_counted_as_a_server_makes_them(
 
 
 @pytest.fixture(scope="module")
-def quantized(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    upstream = load_tensors(tiny_model / "upstream")
-    return write_quantized(tmp_path_factory.mktemp("run") / "quantize", upstream)
-
-
-@pytest.fixture(scope="module")
-def run(tiny_model: Path, quantized: Path) -> Run:
+def run(tiny_model: Path, quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    captured = tmp_path_factory.mktemp("run") / "capture"
     sequences = random_sequences((20, 30), hidden=256, vocab=4096)
     sequences += random_sequences((40, 25, 31), hidden=256, vocab=4096, split="evaluation", seed=1)
-    write_capture(quantized.parent / "capture", sequences)
+    write_capture(captured, sequences)
 
     def run_score(
         out: Path,
         *,
-        capture: Path = quantized.parent / "capture",
+        capture: Path = captured,
         quantized: Path = quantized,
         variants: tuple[Variant, ...] = VARIANTS,
         report: Callable[[str, int, int], None] = lambda *_: None,
@@ -111,24 +105,24 @@ def test_score_counts_the_heads_drafts(
     write_capture(tmp_path / "capture", sequences)
 
     result = run(tmp_path / "score", capture=tmp_path / "capture")["acceptance"]
+    alone = run(tmp_path / "bf16", capture=tmp_path / "capture", variants=("bf16",))
+    assert result["mxfp4"] == result["bf16"] == alone["acceptance"]["bf16"]
     gptq = result["gptq"]
     assert gptq["sequences"] == expected
     assert gptq["tokens"] == sum(s["drafts"] for s in expected)
     assert gptq["top1"] == sum(s["accepted"] for s in expected) / gptq["tokens"]
     assert gptq["interval"][0] < gptq["top1"] < gptq["interval"][1]
-    assert result["mxfp4"] == result["bf16"], "both decode to upstream's values"
 
 
-def test_a_result_that_is_torn_or_gone_is_named(run: Run, tmp_path: Path) -> None:
+def test_a_folder_of_other_variants_or_with_a_damaged_result_is_refused(
+    run: Run, tmp_path: Path
+) -> None:
     run(tmp_path, variants=("bf16",))
+    with pytest.raises(GraftError, match="begun with variants"):
+        run(tmp_path)
     report = tmp_path / "report.json"
     report.write_text('{"acceptance": {"gp')
-    with pytest.raises(
-        GraftError, match=r"report.json: not a finished stage.s result .not JSON.* run again"
-    ):
-        run(tmp_path, variants=("bf16",))
-    report.unlink()
-    with pytest.raises(GraftError, match=r"report\.json: not found; expected a finished stage"):
+    with pytest.raises(GraftError, match=r"report.json: not a finished stage.s result .*run again"):
         run(tmp_path, variants=("bf16",))
 
 
@@ -143,23 +137,11 @@ def test_killed_score_keeps_the_finished_variants(run: Run, tmp_path: Path) -> N
     assert {p.name for p in finished} == {"config.json", "rtn.json", "gptq.json"}
     labels: set[str] = set()
     resumed = run(tmp_path / "score", report=lambda label, *_: labels.add(label))
-    assert labels == {"score mxfp4", "score bf16"}
+    assert labels == {"score mxfp4"}, "bf16 has the same drafts"
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
     assert resumed == run(tmp_path / "other")
     assert resumed == json.loads((tmp_path / "score" / "report.json").read_text())
     assert (tmp_path / "score" / "manifest.json").exists()
-
-
-def test_other_variants_are_refused(run: Run, tmp_path: Path) -> None:
-    run(tmp_path, variants=("bf16",))
-    with pytest.raises(GraftError, match="begun with variants"):
-        run(tmp_path)
-
-
-def test_gptq_needs_the_quantized_experts(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(GraftError, match="no quantized experts; run `mtp-graft quantize`"):
-        run(tmp_path / "score", quantized=tmp_path)
-    run(tmp_path / "score", variants=("rtn",), quantized=tmp_path)
 
 
 def test_texts_that_end_at_once_have_no_drafts(run: Run, tmp_path: Path) -> None:
@@ -173,7 +155,11 @@ def test_texts_that_end_at_once_have_no_drafts(run: Run, tmp_path: Path) -> None
     assert [count > 0 for count in drafts] == [True, False, False]
 
 
-def test_a_capture_without_anything_to_draft_is_refused(run: Run, tmp_path: Path) -> None:
+def test_inputs_without_anything_to_draft_or_to_draft_with_are_refused(
+    run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(GraftError, match="no quantized experts; run `mtp-graft quantize`"):
+        run(tmp_path / "score", quantized=tmp_path)
     write_capture(tmp_path / "capture", random_sequences((20,), hidden=256, vocab=4096))
     with pytest.raises(GraftError, match="nothing to draft in split 'evaluation'"):
         run(tmp_path / "score", capture=tmp_path / "capture")

@@ -36,8 +36,6 @@ Replay = Annotated[
     Literal["true", "identity"],  # `replay = true` is meant so, without quotes
     BeforeValidator(lambda v: str(v).lower() if isinstance(v, bool) else v),
 ]
-#: Such an expert is calibrated on every token, rounded to nearest, or ends the run.
-ZeroTokens = Literal["pool", "rtn", "error"]
 
 _exact = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -58,9 +56,6 @@ Checkpoint = Annotated[
         re.compile(r"/.*|[\w.-]+/[\w.-]+").fullmatch,  # paths are absolute by now
         "a hub id (owner/name) or a folder that starts with ./, ../, / or ~",
     ),
-]
-Variants = Annotated[
-    tuple[Variant, ...], _check(lambda v: len(set(v)) == len(v), "every variant once")
 ]
 #: Numbers and switches are not read from text; True is no number.
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -108,13 +103,12 @@ class CaptureSection:
 class QuantizeSection:
     """How the head's routed experts are rounded."""
 
-    variants: Variants = ALL_VARIANTS  # to be scored and spliced
+    variants: tuple[Variant, ...] = ALL_VARIANTS  # to be scored and spliced
     damp: Annotated[float, Field(ge=0, strict=True)] = 0.01  # of the mean of the Hessian's diagonal
     damping: Literal["fixed", "tokens"] = "tokens"  # more than `damp` for experts with few tokens
     scale: Literal["absmax", "mse"] = "mse"  # the rule for a group's scale
     group_size: Count = 128  # inputs per INT4 scale; as the base has it
     experts_per_batch: Count = 16  # the unit of resuming
-    zero_tokens: ZeroTokens = "pool"  # for an expert that no calibration token reached
     replay: Replay = "true"
     device: Device = "auto"
 
@@ -144,7 +138,7 @@ class BenchSection:
     max_tokens: Count = 128
     rounds: Count = 3
     k: Count | None = None  # drafts a step; None: as `serve` does on this platform
-    served_variants: Variants = ALL_VARIANTS
+    served_variants: tuple[Variant, ...] = ALL_VARIANTS
     acceptance_count: Count | None = None  # evaluation texts to serve; all of them are scored
 
 
@@ -173,7 +167,7 @@ class Recipe:
     def served_variants(self) -> tuple[Variant, ...]:
         """Return the variants that become checkpoints, and are served: the chosen one first."""
         chosen = self.splice.variant
-        return (chosen, *(v for v in self.bench.served_variants if v != chosen))
+        return tuple(dict.fromkeys((chosen, *self.bench.served_variants)))
 
     @model_validator(mode="after")
     def _check_sections(self) -> "Recipe":

@@ -1,20 +1,18 @@
 """One `mtp-graft run` from two hub ids to served checkpoints: only hub and vLLM are stand-ins."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hub_stand_in import COMMIT, StandInHub, as_repository, in_place_of_the_hub
-from mtp_graft import cli, pipeline
+from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub
+from mtp_graft import pipeline
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.serving import server
 
-BASE, UPSTREAM = "quantizer/base", "maker/upstream"
 SETTINGS = (
     f"model.base={BASE}",
     f"model.upstream={UPSTREAM}",
@@ -30,48 +28,23 @@ Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    repositories = {
-        repo: as_repository(tiny_model / name)
-        for repo, name in ((BASE, "base"), (UPSTREAM, "upstream"))
-    }
-    with in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
-        yield hub
-
-
-@pytest.fixture
 def run(
-    hub: StandInHub,
-    fake: Callable[..., None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> Run:
+    hub: StandInHub, fake: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    mtp_graft: Callable[..., Any],
+) -> Run:  # fmt: skip
     """Run the bundled recipe with the hub's ids, by the command; return its JSON."""
-
     monkeypatch.setattr(server, "POLL_S", 0.05)
     config = json.loads(hub.repositories[BASE]["config.json"])
     fake(width=config["hc_mult"] * config["hidden_size"], record=str(tmp_path / "server.json"))
-
-    def call(*arguments: str) -> dict[str, Any]:
-        settings = [word for setting in SETTINGS for word in ("--set", setting)]
-        command = ["run", str(find_bundled_recipe()), "--run", str(tmp_path / "run")]
-        monkeypatch.setattr(sys, "argv", ["mtp-graft", *command, *settings, *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            sys.exit(0)
-        out, errors = capfd.readouterr()
-        assert ended.value.code in (0, None), errors
-        result: dict[str, Any] = json.loads(out)
-        return result
-
-    return call
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    command = ["run", find_bundled_recipe(), "--run", tmp_path / "run", *settings]
+    return lambda: mtp_graft(*command)
 
 
 def test_one_run_goes_from_hub_ids_to_a_served_checkpoint(
     run: Run, hub: StandInHub, tiny_model: Path, tmp_path: Path
 ) -> None:
-    result = run("--json", "-")
+    result = run()
     folder = tmp_path / "run"
     for stage in pipeline.STAGES[1:]:
         assert json.loads((folder / stage / "manifest.json").read_text())["status"] == "done"
@@ -90,5 +63,5 @@ def test_one_run_goes_from_hub_ids_to_a_served_checkpoint(
         assert hub.downloads(shard.name) == 1, "once for all stages"
 
     hub.asked.clear()
-    assert run("--json", "-")["acceptance"] == result["acceptance"]
+    assert run()["acceptance"] == result["acceptance"]
     assert hub.asked == [], "a finished run asks the hub for nothing"

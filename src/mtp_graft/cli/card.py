@@ -36,13 +36,10 @@ def publish(
     json_file: JsonOption = None,
 ) -> None:
     """Upload a run's verified checkpoint with its card."""
-    from mtp_graft.stages import publish as publishing
+    from mtp_graft.stages import publish as stage
 
-    publication = publishing.plan_publication(run, repo, private, run / "card", head_only=head_only)
-    result = publication.as_json() | {"dry_run": dry_run}
-    if not dry_run:
-        # huggingface_hub draws bars of its own, with which ours would interfere.
-        result |= publishing.publish(publication, lambda label, *_: note(label))
+    options = {"private": private, "head_only": head_only, "dry_run": dry_run}
+    result = stage.publish(run, repo, run / "card", **options)
     lines = [f"{file['bytes']:>18,}  {file['path']}" for file in result["files"]]
     verb = "to be uploaded" if dry_run else "uploaded"
     which = "private" if result["private"] else "public"

@@ -42,22 +42,12 @@ def graft(
     base_revision: Annotated[str | None, option("REV", "Branch, tag or commit on the hub.")] = None,
     upstream_revision: Annotated[str | None, option("REV", "The same of the upstream.")] = None,
     copy: Annotated[bool, option(None, "Copy the base's files, not link.", "--copy")] = False,
-    dry_run: DryRunOption = False,
     json_file: JsonOption = None,
 ) -> None:
     """Graft a head onto a base without calibration, and verify it."""
     from mtp_graft.stages import graft as stage
 
-    sources = stage.Checkpoint(base, base_revision), stage.Checkpoint(upstream, upstream_revision)
-    if dry_run:
-        plan = stage.plan_graft(*sources, out, head, copy=copy)
-        lines = [
-            f"{name}: {source['source']}, {source['bytes_to_download']:,} bytes to download"
-            for name, source in plan["sources"].items()
-        ]
-        what = f"{plan['head']} head, {plan['bytes_to_write']:,} bytes to write"
-        show(plan | {"dry_run": True}, json_file, *lines, f"{out}: {what}; the inputs fit")
-        return
+    sources = (base, base_revision), (upstream, upstream_revision)
     with progress_bar() as report:
         result = stage.graft(*sources, out, head, copy=copy, report=report)
     what = f"{result['head']} head, {result['bytes_written']:,} bytes, {result['seconds']:.1f} s"

@@ -40,15 +40,15 @@ def quantize_experts(
     for matrices in (("w1", "w3"), ("w2",)):
         stacked = torch.cat([weights[matrix] for matrix in matrices], dim=1)  # [E, O, I]
         hessian = hessians[matrices[0]]
-        _check_finite(hessian, experts, matrices[0])
         damp = damp_for(num_tokens, stacked.shape[-1], settings)
         try:
             result = gptq(stacked, hessian, damp, settings.group_size, scale=settings.scale)
         except NotPositiveDefiniteError as error:
-            raise GraftError(
-                f"{expert_name(experts[error.index], matrices[0])}: its Hessian is not positive "
-                f"definite with damp {settings.damp}; choose a larger damp"
-            ) from error
+            problem = f"not positive definite with damp {settings.damp}; choose a larger damp"
+            if not hessian[error.index].isfinite().all():
+                problem = "not finite; capture again, and check the upstream shard"
+            name = expert_name(experts[error.index], matrices[0])
+            raise GraftError(f"{name}: its Hessian is {problem}") from error
         codes, scales = (t.chunk(len(matrices), dim=1) for t in (result.codes, result.scale))
         found |= zip(matrices, map(Quantized, codes, scales), strict=True)
     return found
@@ -63,18 +63,6 @@ def damp_for(num_tokens: Sequence[int], num_inputs: int, settings: QuantizeSecti
     tokens = torch.tensor(num_tokens, dtype=torch.float32).clamp(min=1)
     by_tokens = num_inputs / tokens if settings.damping == "tokens" else torch.zeros_like(tokens)
     return by_tokens.clamp(min=settings.damp)
-
-
-def _check_finite(hessian: Tensor, experts: range, matrix: str) -> None:
-    """Raise GraftError for a Hessian [E, I, I] of inputs that are not finite, or too large."""
-    # A sum of squares: an input that is not finite shows on the diagonal.
-    finite = hessian.diagonal(dim1=1, dim2=2).isfinite().all(dim=1)  # [E]
-    if not finite.all():
-        raise GraftError(
-            f"{expert_name(experts[int(finite.int().argmin())], matrix)}: the squares of its "
-            "inputs add up to no finite number, so no damp helps; capture again, and check the "
-            "upstream shard"
-        )
 
 
 def pack_experts(quantized: Mapping[str, Quantized], experts: range) -> dict[str, Tensor]:

@@ -130,24 +130,21 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> 
     `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (INT4), 32 inputs
     (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
     """
-    if kind == "plain" or len(shape) != 2:
-        return {name: _meta(storage_dtype(name), *shape)}
-    outputs, inputs = shape
-    match kind:
-        case "fp8":
-            blocks = [-(-size // fp8_block.BLOCK) for size in shape]
-            codes, scale = _meta(torch.float8_e4m3fn, *shape), _meta(torch.bfloat16, *blocks)
-            return {name: codes, f"{name}_scale": scale}
-        case "mxfp4":
-            codes = _meta(torch.uint8, outputs, inputs // 2)
-            scale = _meta(torch.uint8, outputs, inputs // mxfp4.GROUP)
-            return {f"{name}_packed": codes, f"{name}_scale": scale}
-        case _:
-            codes = _meta(torch.int32, outputs, inputs // int4.CODES_PER_WORD)
-            scale = _meta(torch.bfloat16, outputs, inputs // group_size)
-            shape_ = _meta(torch.int64, 2)
-            return {f"{name}_packed": codes, f"{name}_scale": scale, f"{name}_shape": shape_}
-
-
-def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"": (storage_dtype(name), shape)}
+    if kind != "plain" and len(shape) == 2:
+        outputs, inputs = shape
+        parts = {
+            "_packed": (torch.int32, (outputs, inputs // int4.CODES_PER_WORD)),
+            "_scale": (torch.bfloat16, (outputs, inputs // group_size)),
+            "_shape": (torch.int64, (2,)),
+        }
+        if kind == "mxfp4":
+            codes, scale = (outputs, inputs // 2), (outputs, inputs // mxfp4.GROUP)
+            parts = {"_packed": (torch.uint8, codes), "_scale": (torch.uint8, scale)}
+        if kind == "fp8":
+            blocks = tuple(-(-size // fp8_block.BLOCK) for size in shape)
+            parts = {"": (torch.float8_e4m3fn, shape), "_scale": (torch.bfloat16, blocks)}
+    return {
+        f"{name}{part}": torch.empty(size, dtype=dtype, device="meta")
+        for part, (dtype, size) in parts.items()
+    }

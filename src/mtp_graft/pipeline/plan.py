@@ -25,7 +25,7 @@ from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes,
 from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.capture import step_tokens
 from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
-from mtp_graft.stages.splice_plan import plan_splice
+from mtp_graft.stages.splice import plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 _UTILIZATION = "--gpu-memory-utilization"
@@ -101,8 +101,6 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     length = capture.max_prompt_tokens + capture.new_tokens
     tokens = length * (capture.calibration_count + capture.evaluation_count)
     residuals = 2 * tokens * config["hidden_size"] * config["hc_mult"]
-    chosen = config.get("num_experts_per_tok", 1)
-    replayed = capture.calibration_count * length * (2 * config["hidden_size"] + 4 * chosen)
     download = models.base.bytes_to_download + models.upstream.bytes_to_download
     served = recipe.served_variants
     spliced, linked = sum(sizes[v] for v in served), f"{len(served)} heads; the base is linked"
@@ -112,7 +110,7 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     needs = [
         Need("fetch", "disk", constants.HF_HUB_CACHE, download, "what is still to be downloaded"),
         Need("capture", "disk", folder, residuals, "residuals, BF16"),
-        Need("quantize", "disk", folder, replayed + sizes["gptq"], "inputs, GPTQ's experts"),
+        Need("quantize", "disk", folder, sizes["gptq"], "GPTQ's experts"),
         Need("splice", "disk", folder, spliced, linked),
         _memory("score", recipe.score.device, 1, 4 * parameters, "the head in float32"),
         *_serving_needs(recipe, models),

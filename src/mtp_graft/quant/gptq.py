@@ -25,7 +25,7 @@ Scale = Literal["absmax", "mse"]
 
 
 class NotPositiveDefiniteError(Exception):
-    """A damped Hessian has no Cholesky factor; `index` is its place in the batch."""
+    """A damped Hessian has no finite Cholesky factor; `index` is its place in the batch."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"Hessian {index} is not positive definite after damping")
@@ -142,9 +142,11 @@ def _upper_root(hessian: Tensor) -> Tensor:
     With J the reversal of indices and J H J = L L^T, R is J L J.
     Raises NotPositiveDefiniteError.
     """
-    lower, failed = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
-    if failed.any():
-        raise NotPositiveDefiniteError(int(failed.nonzero()[0]))
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
+    # A sum of squares: an input that is not finite shows on the diagonal.
+    factored = (info == 0) & hessian.diagonal(dim1=-2, dim2=-1).isfinite().all(dim=-1)  # [B]
+    if not factored.all():
+        raise NotPositiveDefiniteError(int(factored.int().argmin()))
     return lower.flip(-2, -1)
 
 

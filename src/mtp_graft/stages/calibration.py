@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import Prompt, ServerClient
@@ -19,8 +21,21 @@ logger = logging.getLogger(__name__)
 
 HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
-_INSTALL = "pip install pyarrow, or name a JSON Lines file"
 _EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
+_INSTALL = "pip install pyarrow, or name a JSON Lines file"
+
+
+class _Turn(BaseModel):
+    role: str
+    content: str
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    id: Annotated[str, Field(validation_alias=AliasChoices("prompt_id", "id"))]
+    text: str = ""
+    messages: list[_Turn] = []
 
 
 class Encoded(NamedTuple):
@@ -83,47 +98,50 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
         path = Path(source)
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     seen: set[str] = set()
-    for number, row in enumerate(rows, start=1):
-        if row == "":  # an empty line
-            continue
-        prompt = _parse(row, where=f"{source}:{number}")
+    for number, row in rows:
+        where = f"{source}:{number}"
+        prompt = _parse(row, where)
         if prompt.id in seen:
-            raise GraftError(f"{source}:{number}: id {prompt.id!r} comes twice")
+            raise GraftError(f"{where}: id {prompt.id!r} comes twice")
         seen.add(prompt.id)
         yield prompt
     if not seen:
         raise GraftError(f"{source}: no prompts; {_EXPECTED}")
 
 
-def _json_rows(path: Path) -> Iterator[Any]:
+Rows = Iterator[tuple[int, Any]]  # numbered from 1
+
+
+def _json_rows(path: Path) -> Rows:
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise GraftError(f"{path}: not readable ({error}); expected prompts") from error
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line) if line.strip() else ""
+            if line.strip():
+                yield number, json.loads(line)
         except ValueError as error:
             raise GraftError(f"{path}:{number}: {in_words(error)}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[Any]:
+def _parquet_rows(path: Path) -> Rows:
     try:
         arrow, parquet = map(import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError as error:
         raise GraftError(f"{path}: pyarrow is not installed; {_INSTALL}") from error
     try:
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (arrow.ArrowException, OSError) as error:
         raise GraftError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _hub_rows(source: str) -> Iterator[Any]:
+def _hub_rows(source: str) -> Rows:
     """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    from mtp_graft.stages.hub import HUB_ERRORS
+    from mtp_graft.stages.fetch import HUB_ERRORS
 
     repo, _, split = source.removeprefix(HUB).partition(":")
     split = split or DEFAULT_SPLIT
@@ -142,15 +160,12 @@ def _hub_rows(source: str) -> Iterator[Any]:
 
 def _parse(row: Any, where: str) -> Prompt:
     try:
-        if "messages" not in row:
-            prompt = Prompt(str(row["id"]), str(row["text"] or ""))
-        else:
-            turns = [{key: str(m[key]) for key in ("role", "content")} for m in row["messages"]]
-            while turns and turns[-1]["role"] != "user":
-                turns.pop()
-            prompt = Prompt(str(row["prompt_id"]), tuple(turns))
-    except (KeyError, TypeError) as error:
+        found = _Row.model_validate(row)
+    except ValidationError as error:
         raise GraftError(f"{where}: not a prompt ({in_words(error)}); {_EXPECTED}") from error
-    if not prompt.content:
-        raise GraftError(f"{where}: prompt {prompt.id!r} asks nothing; {_EXPECTED}")
-    return prompt
+    turns = [turn.model_dump() for turn in found.messages]
+    while turns and turns[-1]["role"] != "user":
+        turns.pop()
+    if not (turns or found.text):
+        raise GraftError(f"{where}: prompt {found.id!r} asks nothing; {_EXPECTED}")
+    return Prompt(found.id, tuple(turns) or found.text)

@@ -11,31 +11,29 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
+from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import (
     INTACT_NAME,
     RECORDINGS,
     SWITCH_NAME,
+    CapturedSequence,
     FinishedText,
+    append_sequence,
     append_text,
     read_sequences,
     read_texts,
 )
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import (
-    claim_folder,
-    fingerprints,
-    finished_result,
-    write_manifest,
-)
-from mtp_graft.checkpoint.shards import INDEX_NAME, read_index
+from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
@@ -43,11 +41,15 @@ from mtp_graft.serving.command import ServeOptions, find_vllm
 from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
-from mtp_graft.stages.recordings import Collector, NotWritten, remove_strays, switched_on
 
-#: Two blocks of texts are also sent without recording, to compare the speeds; each has at most this
-#: share of all texts, since a small capture would otherwise take twice as long.
+#: The share of all texts that is also sent without recording, to compare the speeds.
 _MEASURED_SHARE = 1 / 20
+#: How long the server may take to write what it computed.
+WRITE_TIMEOUT_S = 60.0
+
+
+class _NotWritten(GraftError):
+    """The server has computed a recording and could not write it."""
 
 
 def recording_options(base: Path, out: Path, settings: CaptureSection) -> ServeOptions:
@@ -104,12 +106,11 @@ def capture(
         "dropped": dropped,
         "tok_s": {"generate": generate_tok_s, **prefill_tok_s},
         "seconds": seconds,
-        "folder": str(out),
     }
     write_json(result, out / REPORT_NAME)
     inputs = [base / "config.json", base / INDEX_NAME]
     device = f"{find_vllm().platform} ({platform.processor() or platform.machine()})"
-    write_manifest(out, "capture", asdict(settings), inputs, device, seconds)
+    manifest.write_manifest(out, "capture", asdict(settings), inputs, device, seconds)
     return result
 
 
@@ -134,9 +135,9 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
         "max_prompt_tokens": settings.max_prompt_tokens,
         "new_tokens": settings.new_tokens,
         "prompts": sha256(asked.encode()).hexdigest(),
-        "base": fingerprints(files),
+        "base": manifest.fingerprints(files),
     }
-    claim_folder(out, decisive)
+    manifest.claim_folder(out, decisive)
     (out / RECORDINGS).mkdir(exist_ok=True)
     for name in (SWITCH_NAME, INTACT_NAME):
         (out / name).unlink(missing_ok=True)  # of a call that was killed
@@ -147,10 +148,8 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
                 f"{out / RECORDINGS / name}: not found, but the capture's index names it; "
                 f"remove {out} and capture again"
             )
-    finished = finished_result(out, REPORT_NAME)
-    if finished is None or len(sequences) < totals.total():
-        return None
-    return finished | {"folder": str(out)}
+    finished = manifest.finished_result(out, REPORT_NAME)
+    return None if len(sequences) < totals.total() else finished
 
 
 @contextmanager
@@ -159,7 +158,7 @@ def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
     try:
         yield
     except GraftError as error:
-        if log is None or (client.is_healthy() and not isinstance(error, NotWritten)):
+        if log is None or (client.is_healthy() and not isinstance(error, _NotWritten)):
             raise
         raise GraftError(f"{error}; in {log}: {explain(log)}") from error
 
@@ -220,15 +219,12 @@ def _record(
 ) -> dict[str, float | None]:
     """Have every text recorded that is not yet; return the speeds without and with recording.
 
-    Both are of the first blocks, which are sent both ways, one first as often as the other.
+    Both are of the first few texts, which are sent both ways.
     """
     texts, size = read_texts(out), settings.concurrency
-    recorded = {sequence.number for sequence in read_sequences(out)}
-    missing = [text for text in texts if text.number not in recorded]
-    few = max(1, min(size, int(len(missing) * _MEASURED_SHARE)))
-    measured, rest = (missing[:few], missing[few : 2 * few]), missing[2 * few :]
-    remove_strays(out)
-    collector = Collector(out, missing)
+    done = {sequence.number for sequence in read_sequences(out)}
+    missing = [text for text in texts if text.number not in done]
+    _remove_strays(out)
 
     def prefill(block: Sequence[FinishedText]) -> None:
         with ThreadPool(size) as pool:
@@ -236,24 +232,95 @@ def _record(
                 pass
 
     def record(block: Sequence[FinishedText]) -> None:
-        with switched_on(out):
+        with _recording(out):
             prefill(block)
-            collector.wait_for(block)
-        report("capture: record", len(texts) - len(collector), len(texts))
+            _collect(out, block)
+        done.update(text.number for text in block)
+        report("capture: record", len(done), len(texts))
 
-    report("capture: record", len(recorded), len(texts))
-    tokens, seconds = 0, {"prefill": 0.0, "prefill_recording": 0.0}
-    ways: list[tuple[str, Callable[[Sequence[FinishedText]], None]]]
-    ways = [("prefill", prefill), ("prefill_recording", record)]
-    prefill(missing[:few])  # warm-up: the first prefills of such length
-    for block in filter(None, measured):
-        tokens += sum(len(text.token_ids) for text in block)
-        for name, send in ways:
+    report("capture: record", len(done), len(texts))
+    few = missing[: max(1, min(size, int(len(missing) * _MEASURED_SHARE)))]
+    tok_s: dict[str, float | None] = dict.fromkeys(("prefill", "prefill_recording"))
+    if few:
+        prefill(few)  # warm-up: the first prefills of such length
+        for name, send in zip(tok_s, (prefill, record), strict=True):
             started = time.perf_counter()
-            send(block)
-            seconds[name] += time.perf_counter() - started
-        ways.reverse()
-    for first in range(0, len(rest), size):
-        record(rest[first : first + size])
-    remove_strays(out)
-    return {name: tokens / s if tokens else None for name, s in seconds.items()}
+            send(few)
+            tokens = sum(len(text.token_ids) for text in few)
+            tok_s[name] = tokens / (time.perf_counter() - started)
+    for first in range(len(few), len(missing), size):
+        record(missing[first : first + size])
+    _remove_strays(out)
+    return tok_s
+
+
+# Recordings while they come: the switch that the server looks at, and what it has written
+
+
+@contextmanager
+def _recording(out: Path) -> Iterator[None]:
+    """Let the server record in the block, at whose ends it has no requests."""
+    for name in (INTACT_NAME, SWITCH_NAME):
+        (out / name).touch()
+    try:
+        yield
+    finally:
+        for name in (SWITCH_NAME, INTACT_NAME):
+            (out / name).unlink(missing_ok=True)
+
+
+def _remove_strays(out: Path) -> None:
+    """Remove recordings that no line of the index names, and unfinished ones."""
+    named = {sequence.recording for sequence in read_sequences(out)}
+    for path in (out / RECORDINGS).iterdir():
+        if path.name not in named:
+            path.unlink()
+
+
+def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
+    """Find `texts`, which have been sent, in new recordings, and enter them in the index.
+
+    Raises _NotWritten if the server could not write a recording, and GraftError if nothing was
+    written for WRITE_TIMEOUT_S.
+    """
+    # Prompts that are equal have equal sequences: each recorded copy stands for one of them.
+    waiting: dict[tuple[int, ...], list[FinishedText]] = {}
+    for text in reversed(texts):
+        waiting.setdefault(text.token_ids, []).append(text)
+    seen = {sequence.recording for sequence in read_sequences(out)}
+    folder, deadline = out / RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
+    while missing := [text for equal in waiting.values() for text in equal]:
+        new = {path.name for path in folder.glob("*.safetensors")} - seen
+        for name in sorted(new):
+            _enter(out, name, waiting)
+        seen |= new
+        if not (out / INTACT_NAME).exists():
+            raise _NotWritten(
+                f"{folder}: the server could not write what it recorded; make room there if the "
+                "disk is full, and run again: what was written is kept"
+            )
+        if new:
+            deadline = time.monotonic() + WRITE_TIMEOUT_S
+        elif time.monotonic() > deadline:
+            raise GraftError(
+                f"{folder}: prompt {missing[0].id!r} ({len(missing)} in all) was sent, but is in "
+                "no recording; expected a server that records into this folder, without prefix "
+                "caching and chunked prefill; its log may say more"
+            )
+        else:
+            time.sleep(0.01)
+
+
+def _enter(out: Path, name: str, waiting: Mapping[tuple[int, ...], list[FinishedText]]) -> None:
+    """Enter what a recording has of the texts that are waited for, and wait for it no longer."""
+    with Shard(out / RECORDINGS / name) as shard:
+        recording = shard.read(("token_ids", "starts"))
+    token_ids = recording["token_ids"].tolist()
+    for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
+        equal = waiting.get(tuple(token_ids[start:end]))
+        if not equal:
+            continue  # another client's request, or ours for the second time
+        text = equal.pop()
+        size = (len(text.prompt), len(text.token_ids))
+        sequence = CapturedSequence(text.number, text.id, text.split, *size, name, start)
+        append_sequence(out, sequence)

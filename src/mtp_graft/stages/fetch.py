@@ -1,30 +1,44 @@
 """Fetch: a checkpoint by its folder or its hub id, as a folder to read from.
 
 Of a base, all shards are fetched; of the upstream master only those that hold the head, one of 46
-for DeepSeek-V4-Flash; of a repository with a head that somebody spliced, only that head.
+for DeepSeek-V4-Flash; of a repository with a head that somebody spliced, only that head. What is
+fetched is a snapshot in the hub's own cache: with all files there no network is needed, whether a
+commit or a branch is named.
 """
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.files import read_object, write_json
+from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, write_json
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
-from mtp_graft.stages.hub import check_hashes, file_sizes, snapshot, write_headers
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import is_first_rank
 
+#: Whatever asking the hub can raise: its client's own base class (requests', httpx' or httpx2', by
+#: the version), and RuntimeError of hf_xet.
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    errors.HTTPError,  # type: ignore[attr-defined]
+    errors.SafetensorsParsingError,
+    *(OSError, ValueError, RuntimeError),
+)
 _HEAD = "mtp."
 #: What is needed besides shards: of a base configuration, tokenizer, licence.
 _BESIDE_SHARDS = {
@@ -34,10 +48,11 @@ _BESIDE_SHARDS = {
     ),
     "head": (INDEX_NAME, "config.json", MANIFEST_NAME),
 }
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_AT_ONCE = 4
 
 
-@dataclass(frozen=True)
-class FetchedModels:
+class FetchedModels(NamedTuple):
     """The folders of the two checkpoints."""
 
     base: Path
@@ -65,6 +80,39 @@ class Source:
         return sum(self.sizes[name] for name in self.missing)
 
 
+def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
+    """Return the folders of base and upstream, downloading what is on the hub.
+
+    What an earlier call fetched is taken from `out/report.json`, without asking the hub again.
+    Raises GraftError if one cannot be had or its bytes are wrong, if the upstream index lists no
+    head, and if the cache's disk has no room.
+    """
+    if (known := already_fetched(out, model)) is not None:
+        return known
+    sources = survey(model)
+    folders = FetchedModels(*download(sources, report))
+    if is_first_rank():  # of torchrun's, which all come here at once
+        out.mkdir(parents=True, exist_ok=True)
+        result = {name: str(folder) for name, folder in folders._asdict().items()}
+        result |= {"base_commit": sources[0].commit, "upstream_commit": sources[1].commit}
+        write_json({**result, "model": asdict(model)}, out / REPORT_NAME)
+    return folders
+
+
+def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
+    """Return the folders of an earlier call for the same model, if they are still there."""
+    try:
+        found = json.loads((out / REPORT_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    folders = FetchedModels(Path(found["base"]), Path(found["upstream"]))
+    there = all(folder.is_dir() for folder in folders)
+    return folders if there and found["model"] == asdict(model) else None
+
+
+# What is needed
+
+
 def survey(model: ModelSection) -> tuple[Source, Source]:
     """Return what base and upstream are and what of them is needed, fetching small files only.
 
@@ -76,19 +124,15 @@ def survey(model: ModelSection) -> tuple[Source, Source]:
 
 def find_source(given: str, revision: str | None, part: Literal["base", "head"]) -> Source:
     """Return what is needed of a folder or a hub id; raises GraftError as `survey` does."""
-    if given.startswith(("/", ".", "~")):
-        folder, commit = Path(given).expanduser(), None
-        if not folder.is_dir():
-            raise GraftError(
-                f"{folder}: not a folder; expected a checkpoint or a hub id owner/name"
-            )
-    else:
-        folder = snapshot(given, revision, _BESIDE_SHARDS[part])
+    folder, commit = Path(given).expanduser(), None
+    if not given.startswith(("/", ".", "~")):
+        folder = _snapshot(given, revision, _BESIDE_SHARDS[part])
         commit = folder.name
+    elif not folder.is_dir():
+        raise GraftError(f"{folder}: not a folder; expected a checkpoint or a hub id owner/name")
     if part == "head" and (folder / MANIFEST_NAME).is_file():  # somebody's head, already spliced
-        return Source(
-            given, folder, commit, _sizes(given, folder, commit, [MANIFEST_NAME, HEAD_SHARD]), {}
-        )
+        sizes = _sizes(given, folder, commit, {MANIFEST_NAME, HEAD_SHARD})
+        return Source(given, folder, commit, sizes, {})
     for name in (INDEX_NAME, "config.json"):
         if not (folder / name).is_file():
             raise GraftError(f"{given}: has no {name}; expected a whole checkpoint")
@@ -101,16 +145,19 @@ def find_source(given: str, revision: str | None, part: Literal["base", "head"])
         )
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     beside = {p for p in paths if any(fnmatch(p, pattern) for pattern in _BESIDE_SHARDS[part])}
-    sizes = _sizes(given, folder, commit, sorted(beside | shards))
+    sizes = _sizes(given, folder, commit, beside | shards)
     return Source(given, folder, commit, sizes, read_object(folder / "config.json", "a config"))
 
 
-def _sizes(given: str, folder: Path, commit: str | None, names: Sequence[str]) -> dict[str, int]:
-    sizes = {n: (folder / n).stat().st_size for n in names if (folder / n).is_file()}
+def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dict[str, int]:
+    """Return the sizes of files that are needed; the hub is asked for those that are not here."""
+    sizes = {n: (folder / n).stat().st_size for n in sorted(names) if (folder / n).is_file()}
     if len(sizes) < len(names) and commit is not None:
-        listed = file_sizes(given, commit)
-        sizes = {name: listed[name] for name in names if name in listed}
-    if absent := [name for name in names if name not in sizes]:
+        with _hub_errors(given):
+            entries = list(HfApi().list_repo_tree(given, revision=commit, recursive=True))
+        files = {e.path: e.size for e in entries if isinstance(e, RepoFile) and e.path in names}
+        sizes = {name: files[name] for name in sorted(files)}
+    if absent := sorted(names - sizes.keys()):
         where = "" if commit is None else f" at {commit}; choose another revision"
         raise GraftError(
             f"{given}: has no {absent[0]}, which is needed ({len(absent)} in all){where}"
@@ -125,16 +172,18 @@ def headers_of(source: Source) -> Iterator[Path]:
     Where shards are not in the cache it is a temporary one, in which they have a header and no
     values. A GraftError inside names the source in the folder's place.
     """
-    if not source.missing:
+    missing = source.missing
+    if not missing:
         yield source.folder
         return
-    assert source.commit is not None, "a folder has all that is needed, or is no source"
     with TemporaryDirectory(prefix="mtp-graft-") as name:
         folder = Path(name)
-        for file in source.sizes.keys() - set(source.missing):
+        for file in source.sizes:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).symlink_to(source.folder / file)
-        write_headers(source.given, source.commit, source.missing, folder)
+            if file not in missing:
+                (folder / file).symlink_to(source.folder / file)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(partial(_write_header, source, folder), missing))
         try:
             yield folder
         except GraftError as error:
@@ -142,45 +191,25 @@ def headers_of(source: Source) -> Iterator[Path]:
             raise type(error)(said) from error
 
 
-def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
-    """Return the folders of base and upstream, downloading what is on the hub.
-
-    What an earlier call fetched is taken from `out/report.json`, without asking the hub again.
-    Raises GraftError if one cannot be had or its bytes are wrong, if the upstream index lists no
-    head, and if the cache's disk has no room.
-    """
-    if (known := already_fetched(out, model)) is not None:
-        return known
-    sources = survey(model)
-    folders = download(sources, report)
-    if is_first_rank():  # of torchrun's, which all come here at once
-        out.mkdir(parents=True, exist_ok=True)
-        result = {
-            **{"base": str(folders[0]), "upstream": str(folders[1])},
-            **{"base_commit": sources[0].commit, "upstream_commit": sources[1].commit},
-        }
-        write_json({**result, "model": asdict(model)}, out / REPORT_NAME)
-    return FetchedModels(*folders)
+def _write_header(source: Source, folder: Path, shard: str) -> None:
+    """Write a file with a shard's name, header and size, but without values."""
+    with _hub_errors(f"{source.given}/{shard}"):
+        found = HfApi().parse_safetensors_file_metadata(source.given, shard, revision=source.commit)
+    header = {
+        tensor: {"dtype": i.dtype, "shape": i.shape, "data_offsets": list(i.data_offsets)}
+        for tensor, i in found.tensors.items()
+    }
+    text = json.dumps(header).encode()
+    (folder / shard).write_bytes(len(text).to_bytes(8, "little") + text)
+    end = max((i.data_offsets[1] for i in found.tensors.values()), default=0)
+    os.truncate(folder / shard, 8 + len(text) + end)  # a hole, which takes no disk
 
 
-def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
-    """Return the folders of an earlier call for the same model, if they are still there."""
-    try:
-        found = json.loads((out / REPORT_NAME).read_text())
-    except (OSError, ValueError):
-        return None
-    folders = FetchedModels(Path(found["base"]), Path(found["upstream"]))
-    there = folders.base.is_dir() and folders.upstream.is_dir()
-    return folders if there and found["model"] == asdict(model) else None
+# Downloading
 
 
 def download(sources: Sequence[Source], report: Progress) -> list[Path]:
     """Return the sources' folders with all that is needed; large files' hashes are compared."""
-    _check_cache_room(sources)
-    return [_download(source, report) for source in sources]
-
-
-def _check_cache_room(sources: Sequence[Source]) -> None:
     needed = sum(source.bytes_to_download for source in sources)
     cache = Path(constants.HF_HUB_CACHE)
     free = shutil.disk_usage(nearest_folder(cache)).free
@@ -190,6 +219,10 @@ def _check_cache_room(sources: Sequence[Source]) -> None:
             f"{' and '.join(s.given for s in sources if s.missing)}; make room, or set "
             "HF_HOME to a larger disk"
         )
+    for source in sources:
+        if source.commit is not None:
+            _download(source, report)
+    return [source.folder for source in sources]
 
 
 def nearest_folder(path: Path) -> Path:
@@ -197,9 +230,7 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
-def _download(source: Source, report: Progress) -> Path:
-    if source.commit is None:
-        return source.folder
+def _download(source: Source, report: Progress) -> None:
     label, total = f"fetch: {source.given}", source.bytes_to_download
     done = 0
 
@@ -209,7 +240,75 @@ def _download(source: Source, report: Progress) -> Path:
         report(label, done, total)
 
     if source.missing:
-        report(label, 0, total)
-        snapshot(source.given, source.commit, list(source.sizes), on_bytes)
-    check_hashes(source.folder, list(source.sizes), report)
-    return source.folder
+        on_bytes(0)
+        _snapshot(source.given, source.commit, list(source.sizes), on_bytes)
+    _check_hashes(source, report)
+
+
+def _snapshot(
+    repo: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    on_bytes: Callable[[int], None] = lambda _: None,  # so many are here by now
+) -> Path:
+    """Return the cached snapshot of a model, named by its commit, with all files of `patterns`."""
+
+    class Bar(tqdm):
+        """Draws nothing, reports the bytes."""
+
+        def __init__(self, *args: object, **options: object) -> None:
+            self._counts_bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes:
+                on_bytes(int(self.n))
+
+    with _hub_errors(repo):
+        found = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(patterns),
+            max_workers=_AT_ONCE,
+            tqdm_class=Bar,
+        )
+    return Path(found)
+
+
+def _check_hashes(source: Source, report: Progress) -> None:
+    """Compare large files with the SHA-256 by which the hub announced them.
+
+    It is the name under which the cache has their bytes. Raises GraftError for another one, and
+    removes that file, so that it can be fetched anew.
+    """
+    blobs = {name: (source.folder / name).resolve() for name in source.sizes}
+    large = {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob.name)}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        hashes = zip(large.items(), pool.map(sha256, large.values()), strict=True)
+        for number, ((name, blob), found) in enumerate(hashes, start=1):
+            report(f"fetch: check {name}", number, len(large))
+            if found != blob.name:
+                blob.unlink()
+                raise GraftError(
+                    f"{blob}: sha256 is {found}, expected {blob.name} by the hub, for {name}; it "
+                    "is removed: run again to fetch it anew"
+                )
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Turn whatever asking the hub can raise into one GraftError."""
+    try:
+        yield
+    except HUB_ERRORS as error:
+        if isinstance(error, OSError) and is_full_disk(error):
+            raise GraftError(
+                f"{what}: the disk of {constants.HF_HUB_CACHE} is full; make room or set HF_HOME "
+                "to another, and run again to go on"
+            ) from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise GraftError(
+            f"{what}: cannot be fetched from the hub ({first}); check the id and the network, "
+            "or name a local folder; run again to go on"
+        ) from error

@@ -1,30 +1,122 @@
-"""What the stages that replay the head read, opened and checked against each other.
+"""What the stages read: a head's tensors, a base's config, and a capture, checked when opened.
 
 Shapes: T tokens of a sequence, S hyper-connection streams, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
-from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.files import read_object
-from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors, read_index, read_meta
+from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.names import upstream_head_names
-from mtp_graft.dsv4.replay import model_config
 from mtp_graft.errors import GraftError, in_words
+
+if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
+    from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 Progress = Callable[[str, int, int], None]  # label, units done, units in all
 
 REPORT_NAME = "report.json"
+GPTQ = "gptq"  # of the quantize stage's folder, the part with the experts
 #: The splits of a capture: what experts are calibrated on, and what heads are scored on.
 CALIBRATION, EVALUATION = "calibration", "evaluation"
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Tensors by name: the file that holds each, and its shape and dtype as a meta tensor."""
+
+    files: Mapping[str, Path]
+    meta: Mapping[str, Tensor]
+
+    @classmethod
+    def in_files(cls, paths: Iterable[Path]) -> Self:
+        """Return all tensors of some shards."""
+        files: dict[str, Path] = {}
+        meta: dict[str, Tensor] = {}
+        for path in paths:
+            with Shard(path) as shard:
+                meta |= shard.meta
+                files |= dict.fromkeys(shard.meta, path)
+        return cls(files, meta)
+
+    @contextmanager
+    def opened(self) -> Iterator["Values"]:
+        """Open the files inside the block."""
+        with ExitStack() as stack:
+            shards = {path: stack.enter_context(Shard(path)) for path in set(self.files.values())}
+            yield Values({name: shards[path] for name, path in self.files.items()})
+
+
+class Values(Mapping[str, Tensor]):
+    """Tensors of open files by name; each is read when it is asked for."""
+
+    def __init__(self, shards: Mapping[str, Shard]) -> None:
+        self._shards = shards
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._shards[name].get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shards  # and not by reading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+
+def read_master(upstream: Path) -> Tensors:
+    """Return the head in an upstream master, by name in order.
+
+    Raises GraftError for one without a head, with several blocks, or with a broken shard.
+    """
+    shards = read_index(upstream, "mtp.")
+    names = upstream_head_names(shards, upstream)
+    meta = read_meta(upstream, "mtp.", complete=True)
+    files = {name: upstream / shards[name] for name in names}
+    return Tensors(files, {name: meta[name] for name in names})
+
+
+def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a base's config.json and weight map.
+
+    Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
+    [V, D] is missing or has another shape than config.json says.
+    """
+    path, weight_map = base / "config.json", read_index(base)
+    settings = read_object(path, "a DeepSeek-V4 configuration")
+    if (found_type := settings.get("model_type")) != "deepseek_v4":
+        raise GraftError(f"{path}: model_type {found_type!r}, expected deepseek_v4")
+    size = check_dimensions(settings, path)
+    expected = [size.vocab_size, size.hidden_size]
+    for name in needed:
+        if name not in weight_map:
+            raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
+        found = list(read_meta(base, name)[name].shape)
+        if found != expected:
+            raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
+    return settings, weight_map
+
+
+def expert_files(quantized: Path | None) -> list[Path]:
+    """Return the files of GPTQ's experts in the stage's folder; GraftError if there are none."""
+    files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
+    if not files:
+        where = quantized / GPTQ if quantized else "variant gptq"
+        raise GraftError(
+            f"{where}: no quantized experts; run `mtp-graft quantize` first, or leave gptq out"
+        )
+    return files
 
 
 @dataclass(frozen=True)
@@ -34,26 +126,10 @@ class Inputs:
     capture: Path
     upstream: Path
     base: Path
-    model: DeepseekV4Config
-    shards: Mapping[str, str]  # of upstream's mtp.0.* tensors
+    model: "DeepseekV4Config"
+    head: Tensors
     sequences: list[CapturedSequence]
-
-    def files(self, *base_tensors: str) -> list[Path]:
-        """Return all files that a stage's result depends on, with the base's of these tensors.
-
-        Raises GraftError for a base without them, or with others than its config.json says.
-        """
-        recordings = {s.recording for s in self.sequences}
-        weight_map = read_index(self.base)
-        for name in base_tensors:
-            check_base_tensor(self.base, name, weight_map, self.model)
-        return [
-            self.base / "config.json",
-            self.capture / capture_files.INDEX_NAME,
-            *(self.capture / capture_files.RECORDINGS / name for name in sorted(recordings)),
-            *(self.upstream / shard for shard in sorted(set(self.shards.values()))),
-            *(self.base / shard for shard in sorted({weight_map[n] for n in base_tensors})),
-        ]
+    files: list[Path]  # all that a stage's result depends on
 
     def indexes(self) -> list[Path]:
         """Return the files that name all others, for a stage's manifest."""
@@ -66,10 +142,6 @@ class Inputs:
         tensors = load_tensors(self.upstream, names, pinned=pinned)
         return {name: t.to(device, non_blocking=pinned) for name, t in tensors.items()}
 
-    def read_base(self, name: str) -> Tensor:
-        """Return the base's `embed.weight` or `head.weight` [V, D]."""
-        return load_tensors(self.base, [name])[name]
-
     def read_sequence(self, sequence: CapturedSequence, device: str = "cpu") -> Recorded:
         """Return what was recorded of a sequence, its residual on `device`.
 
@@ -78,59 +150,36 @@ class Inputs:
         model = self.model
         recorded = read_recorded(self.capture, sequence, model.hc_mult, device)
         hidden, largest = recorded.residual.shape[2], int(recorded.token_ids.max())
-        found = f"token {largest}, expected less than {model.vocab_size}"
-        if hidden != model.hidden_size:
-            found = f"a residual of hidden size {hidden}, expected {model.hidden_size}"
-        elif largest < model.vocab_size:
+        if hidden == model.hidden_size and largest < model.vocab_size:
             return recorded
         path = self.capture / capture_files.RECORDINGS / sequence.recording
         raise GraftError(
-            f"{path}: prompt {sequence.id!r} has {found} by the base's config.json; capture and "
-            "base are of different models"
+            f"{path}: prompt {sequence.id!r} has hidden size {hidden} and token {largest}, "
+            f"expected {model.hidden_size} and less than {model.vocab_size} by the base's "
+            "config.json; capture and base are of different models"
         )
 
 
-def open_inputs(capture: Path, upstream: Path, base: Path, split: str) -> Inputs:
-    """Return the inputs; raises GraftError for an upstream head or a base that is no such thing."""
-    shards = read_index(upstream, "mtp.")
-    head = {name: shards[name] for name in upstream_head_names(shards, upstream)}
-    sequences = [s for s in read_sequences(capture) if s.split == split]
-    return Inputs(capture, upstream, base, read_model_config(base), head, sequences)
+def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: str) -> Inputs:
+    """Return the inputs; `needed` are tensors of the base, as in `read_base`.
 
-
-def read_model_config(base: Path) -> DeepseekV4Config:
-    """Return the base's configuration; raises GraftError if config.json has none."""
-    path, what = base / "config.json", "a DeepSeek-V4 configuration"
-    settings = read_object(path, what)
-    try:
-        if settings["model_type"] != "deepseek_v4":
-            raise GraftError(f"{path}: model_type {settings['model_type']!r}, expected deepseek_v4")
-        return model_config(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"{path}: {in_words(error)}; expected {what}") from error
-
-
-def check_base_tensor(
-    base: Path, name: str, weight_map: Mapping[str, str], model: DeepseekV4Config
-) -> None:
-    """Raise GraftError if the base has no `name` [V, D]; reads its shard's header only."""
-    if name not in weight_map:
-        raise GraftError(f"{base}: its index lists no {name}; expected a DeepSeek-V4 checkpoint")
-    found = list(read_meta(base, name)[name].shape)
-    expected = [model.vocab_size, model.hidden_size]
-    if found != expected:
-        raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Let torch use one CPU thread inside, so that no byte depends on the number of cores.
-
-    The products of a small head gain little from more, and waiting for a busy core costs far more.
+    Raises GraftError for an upstream head or a base that is no such thing.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    sequences = [s for s in read_sequences(capture) if s.split == split]
+    from mtp_graft.dsv4.replay import model_config
+
+    (settings, base_map), head = read_base(base, *needed), read_master(upstream)
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        model = model_config(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise GraftError(
+            f"{base / 'config.json'}: {in_words(error)}; expected a DeepSeek-V4 configuration"
+        ) from error
+    files = [
+        base / "config.json",
+        capture / capture_files.INDEX_NAME,
+        *(capture / capture_files.RECORDINGS / n for n in sorted({s.recording for s in sequences})),
+        *sorted(set(head.files.values())),
+        *(base / shard for shard in sorted({base_map[name] for name in needed})),
+    ]
+    return Inputs(capture, upstream, base, model, head, sequences, files)

@@ -1,4 +1,4 @@
-"""How a stage runs: files read ahead and written behind, ranks of torchrun, time by part."""
+"""How a stage runs: files read ahead and written behind, ranks, threads, time by part."""
 
 import os
 import time
@@ -60,12 +60,12 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
             future.result()
 
 
+# Ranks: nothing large goes between them, each writes files of its own
+
+
 @contextmanager
 def joined_ranks() -> Iterator[None]:
-    """Join the ranks that torchrun started, over gloo; without it this process is the only one.
-
-    Nothing large goes between ranks: each writes files of its own.
-    """
+    """Join the ranks that torchrun started; without it this process is the only one."""
     if num_ranks() == 1:
         yield
         return
@@ -114,6 +114,20 @@ def rank_device(wanted: str) -> str:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if wanted == "cuda" and num_ranks() > 1 else wanted
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Let torch use one CPU thread inside, so that no byte depends on the number of cores.
+
+    The products of a small head gain little from more, and waiting for a busy core costs far more.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Clock:

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -20,18 +19,17 @@ def run_in_process(work: Callable[..., Result], *arguments: Any, report: Report)
 
     The process ends with ours, by whatever ours ends (Ctrl-C, SIGKILL). A GraftError or OSError of
     `work` is raised here; another exception is printed by the process. Raises GraftError if the
-    process ended without a result.
+    process ended without a result. To be called in the main thread.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sending, work, arguments))
-    resource_tracker.ensure_running()  # starting it would unblock the signal
-    # Ctrl-C does not reach the process: it is ours to handle, and to end the process.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Ctrl-C is ours to handle, and to end the process, which inherits that it ignores it.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
     sending.close()
     try:
         while True:
@@ -55,12 +53,9 @@ def run_in_process(work: Callable[..., Result], *arguments: Any, report: Report)
 
 def _child(sending: Connection, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def report(label: str, done: int, total: int) -> None:
-        sending.send(("progress", (label, done, total)))
-
     try:
-        sending.send(("done", work(*arguments, report)))
+        result = work(*arguments, lambda *step: sending.send(("progress", step)))
+        sending.send(("done", result))
     except (GraftError, OSError) as error:
         sending.send(("failed", error))
 

@@ -1,20 +1,17 @@
-"""Publish: a run's checkpoint and its card, to a repository of the hub.
+"""Publish: a run's checkpoint and its card, to a repository of the hub, with one commit.
 
-Files go one after another, the small ones with a single commit at the end, so that the repository
-never shows half a checkpoint. `create_commit` is used rather than `upload_folder`: it takes files
-from two folders without a copy of 146 GB, and makes one commit. A large file that arrived is kept
-by the hub without a commit, so a call that is repeated sends what is missing: huggingface_hub asks
-by SHA-256 before it sends (with Xet, by chunk), and leaves out what the last commit has.
+`create_commit` takes files from two folders without a copy of 146 GB. A large file that arrived is
+kept by the hub without a commit, so a call that is repeated sends what is missing: huggingface_hub
+asks by SHA-256 before it sends (with Xet, by chunk), and leaves out what the last commit has.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mtp_graft.checkpoint.files import read_object
@@ -28,50 +25,42 @@ from mtp_graft.checkpoint.quant_manifest import (
     find_spliced,
 )
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.hub import HUB_ERRORS
-from mtp_graft.stages.inputs import Progress
+from mtp_graft.stages.fetch import HUB_ERRORS
 
-_LARGE = ".safetensors"
-#: What is said of an answer with this status, and what to do.
-_REFUSED = {
-    401: ("the hub refused the token", "give another in HF_TOKEN"),
-    403: ("the token may not write there", "give one that may"),
-}
+#: Path in the repository -> file, or content made here.
+Files = Mapping[str, Path | bytes]
 
 
-@dataclass(frozen=True)
-class Publication:
-    """What would be uploaded, and to where."""
+def publish(
+    run: Path, repo: str, card: Path, *, private: bool, head_only: bool, dry_run: bool
+) -> dict[str, Any]:
+    """Upload the checkpoint of the run's chosen variant, and its card; return what was uploaded.
 
-    repo: str
-    private: bool
-    files: Mapping[str, Path | bytes]  # path in the repository -> file, or content made here
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the JSON of `publish --dry-run`."""
-        files: list[dict[str, Any]] = [
-            {
-                "path": name,
-                "bytes": len(file) if isinstance(file, bytes) else file.stat().st_size,
-                "from": None if isinstance(file, bytes) else str(file),
-            }
-            for name, file in self.files.items()
-        ]
-        total = sum(file["bytes"] for file in files)
-        return {"repo": self.repo, "private": self.private, "files": files, "total_bytes": total}
-
-
-def plan_publication(
-    run: Path, repo: str, private: bool, card: Path, *, head_only: bool = False
-) -> Publication:
-    """Return what to upload: the checkpoint of the run's chosen variant, and its card.
-
-    `head_only` leaves out the base: others graft the head onto it. The card's README.md takes the
-    place of one that the checkpoint has of its base. Raises GraftError for a repository's id that
-    the hub would not take, without a verification that passed, without a card, and for a card of
-    another checkpoint. Needs no network.
+    `head_only` leaves out the base: others graft the head onto it. A dry run needs no network. A
+    call that failed, or was killed, can be repeated. Raises GraftError for a repository's id that
+    the hub would not take, without a verification that passed, without a card or for one of another
+    checkpoint, without a token, for a public repository where a private one was asked for, and for
+    whatever else ends the upload.
     """
-    _check_repo(repo)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise GraftError(f"--repo {repo}: {error}") from error
+    if repo.count("/") != 1:
+        raise GraftError(f"--repo {repo}: expected OWNER/NAME")
+    files = find_files(run, repo, card, head_only=head_only)
+    listed: list[dict[str, Any]] = []
+    for name, file in files.items():
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
+        source = None if isinstance(file, bytes) else str(file)
+        listed.append({"path": name, "bytes": size, "from": source})
+    total = sum(file["bytes"] for file in listed)
+    result = {"repo": repo, "private": private, "files": listed, "total_bytes": total}
+    return {**result, "dry_run": dry_run, **({} if dry_run else _upload(repo, private, files))}
+
+
+def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
+    """Return what to upload; the card's README.md takes the place of one from the base."""
     spliced = find_spliced(run)
     _check_verified(run, spliced)
     _check_card(card, spliced)
@@ -87,7 +76,7 @@ def plan_publication(
     files |= {path.name: path for path in cards}
     if head_only:
         files[CARD_NAME] = _head_card(card / CARD_NAME, repo)
-    return Publication(repo, private, dict(sorted(files.items())))
+    return dict(sorted(files.items()))
 
 
 def _belongs_to_head(name: str) -> bool:
@@ -104,15 +93,6 @@ def _head_card(card: Path, repo: str) -> bytes:
     )
     content.text = f"\n{note}\n\n{content.text.lstrip()}"
     return str(content).encode()
-
-
-def _check_repo(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise GraftError(f"--repo {repo}: {error}") from error
-    if repo.count("/") != 1:
-        raise GraftError(f"--repo {repo}: expected OWNER/NAME")
 
 
 def _check_verified(run: Path, spliced: Spliced) -> None:
@@ -136,55 +116,30 @@ def _check_card(card: Path, spliced: Spliced) -> None:
         )
 
 
-def publish(publication: Publication, report: Progress) -> dict[str, Any]:
-    """Upload; return `commit`, `url`, and whether the repository is `private`.
-
-    A call that failed, or was killed, can be repeated. Raises GraftError without a token, for one
-    that the hub refuses, for a public repository where a private one was asked for, and for
-    whatever else ends the upload.
-    """
+def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
+    """Return `commit`, `url`, and whether the repository is `private`."""
     token = get_token()
     if token is None:
         raise GraftError(
             "no token for the hub: set HF_TOKEN, or log in with `hf auth login`; it needs to be "
             "allowed to write"
         )
+    api = HfApi(token=token)
+    added = [CommitOperationAdd(name, file) for name, file in files.items()]
     try:
-        return _upload(publication, HfApi(token=token), report)
+        api.create_repo(repo, private=private, exist_ok=True)
+        is_private = bool(api.repo_info(repo).private)
+        if private and not is_private:
+            raise GraftError(
+                f"{repo}: exists and is public, --private was asked for; nothing was uploaded: "
+                "change it on the hub, or choose another --repo"
+            )
+        message = "Checkpoint and card, by mtp-graft publish"
+        commit = api.create_commit(repo, added, commit_message=message)
     except HUB_ERRORS as error:
-        raise GraftError(f"{publication.repo}: {_explained(error)}") from error
-
-
-def _upload(publication: Publication, api: HfApi, report: Progress) -> dict[str, Any]:
-    repo, files = publication.repo, publication.files
-    api.create_repo(repo, private=publication.private, exist_ok=True)
-    is_private = bool(api.repo_info(repo).private)
-    if publication.private and not is_private:
+        said = " ".join(str(error).split())
         raise GraftError(
-            f"{repo}: exists and is public, --private was asked for; nothing was uploaded: change "
-            "it on the hub, or choose another --repo"
-        )
-    additions = {name: CommitOperationAdd(name, file) for name, file in files.items()}
-    large = [name for name in files if name.endswith(_LARGE)]
-    for done, name in enumerate(large):
-        report(f"publish: {name}", done, len(large))
-        api.preupload_lfs_files(repo, [additions[name]], free_memory=False)
-    report("publish: commit", len(large), len(large))
-    commit = api.create_commit(
-        repo, list(additions.values()), commit_message="Checkpoint and card, by mtp-graft publish"
-    )
+            f"{repo}: the upload stopped ({said}); check that HF_TOKEN may write there, and run "
+            "the same command again: what has arrived is not sent twice"
+        ) from error
     return {"commit": commit.oid, "url": f"{api.endpoint}/{repo}", "private": is_private}
-
-
-def _explained(error: Exception) -> str:
-    """Return one line: what happened, and what to do."""
-    chain = [e for e in (error, error.__cause__) if e is not None]
-    answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
-    if answered is None:
-        said, status = " ".join(": ".join(map(str, chain)).split()), 0
-    else:
-        status = answered.response.status_code
-        said = f"status {status}: {answered.server_message or 'without a reason'}"
-    again = "run the same command again: what has arrived is not sent twice"
-    what, cure = _REFUSED.get(status, ("the upload stopped", again))
-    return f"{what} ({said}); {cure}"

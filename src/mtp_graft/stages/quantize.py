@@ -3,22 +3,22 @@
 The data's way, from top to bottom:
 
     capture       every sequence's tokens and residual stream, as the base computed them
-    replay        the head on them, without its experts: which tokens reach which (`stages.replay`)
+    replay        the head on them, without its experts: which tokens reach which
     Hessians      of each expert matrix's inputs; w2 has its own (`dsv4.hessians`)
     GPTQ          codes and scales under these Hessians, and every variant's error (`dsv4.experts`)
-    files         replay/*.safetensors, gptq/experts-*.safetensors, report.json
+    files         gptq/experts-*.safetensors, report.json
 
-A replayed sequence and a batch of experts are the units that a killed run keeps, and that the
-ranks of torchrun share. Files are read ahead and written behind the computation.
+A batch of experts is the unit that a killed run keeps, and that the ranks of torchrun share: each
+replays the capture, which takes seconds. Files are read ahead and written behind the computation.
 
-Shapes: T tokens that reach an expert, E experts of a batch, D hidden size, M the experts'
-intermediate size, I inputs of a matrix.
+Shapes: T tokens of a sequence, N of all sequences, S hyper-connection streams, D hidden size,
+V vocabulary, K experts a token, E experts of a batch, M the experts' intermediate size.
 """
 
 import json
 import resource
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import (
-    claim_folder,
-    fingerprints,
-    finished_result,
-    write_manifest,
-)
-from mtp_graft.checkpoint.shards import read_meta, save_shard
+from mtp_graft.checkpoint.shards import Shard, load_tensors, save_shard
 from mtp_graft.dsv4.experts import (
     MATRICES,
     expert_errors,
@@ -42,38 +37,23 @@ from mtp_graft.dsv4.experts import (
     pack_experts,
     quantize_experts,
 )
+from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.hessians import RoutedTokens, expert_hessians
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
-from mtp_graft.dsv4.variants import VARIANTS, decode_head, store_head
+from mtp_graft.dsv4.replay import build_head, replay_routing
+from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection
-from mtp_graft.stages.inputs import (
-    CALIBRATION,
-    REPORT_NAME,
-    Inputs,
-    Progress,
-    open_inputs,
-    single_thread,
-)
-from mtp_graft.stages.parallel import (
-    Clock,
-    gather,
-    is_first_rank,
-    joined_ranks,
-    rank_device,
-    read_ahead,
-    share,
-    wait_for_ranks,
-    write_behind,
-)
-from mtp_graft.stages.replay import is_whole, replay_capture, to_host
+from mtp_graft.stages import parallel
+from mtp_graft.stages.inputs import CALIBRATION, GPTQ, REPORT_NAME, Inputs, Progress, open_inputs
+from mtp_graft.stages.parallel import Clock
 
-REPLAY, GPTQ = "replay", "gptq"
-#: Batches of upstream's experts that are read ahead, and written at once: while one is synced,
-#: another can be copied.
-_BATCHES_AHEAD, _WRITERS = 2, 2
-#: What of the settings the report and the checkpoint's manifest have.
-_GPTQ_SETTINGS = ("damp", "damping", "group_size", "scale")
+#: Sequences, and batches of upstream's experts, that are read ahead.
+_SEQUENCES_AHEAD, _BATCHES_AHEAD = 8, 2
+#: Batches that are written at once: while one is synced, another can be copied.
+_WRITERS = 2
+#: Tokens of up to this size stay on a GPU: 786,000 of Flash, beside which 24 GiB have room.
+RESIDENT_BYTES = 6 * 2**30
 #: What the report says of each way to replay.
 _REPLAYS = {"true": "true attention", "identity": "attention skipped (identity residual)"}
 
@@ -94,35 +74,31 @@ def quantize(
     if `out` is of another configuration.
     """
     started = time.perf_counter()
-    with joined_ranks(), single_thread():
+    with parallel.joined_ranks(), parallel.single_thread():
         inputs = _open(capture, upstream, base, settings)
-        clock = Clock(rank_device(settings.device))
-        if is_first_rank():
+        clock = Clock(parallel.rank_device(settings.device))
+        if parallel.is_first_rank():
             _claim(out, inputs, settings, clock.device)
-        wait_for_ranks()
-        if (finished := finished_result(out, REPORT_NAME)) is not None:
+        parallel.wait_for_ranks()
+        if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
             return finished
         files = _batch_files(out, inputs.model.n_routed_experts, settings.experts_per_batch)
-        pending = {e: files[e] for e in share([*files]) if not _is_done(files[e])}
-        # The first experts come in while the last sequences are replayed.
-        read = partial(_read_experts, inputs, clock.device)
-        with read_ahead(read, pending, _BATCHES_AHEAD) as upstream_experts:
-            routed = replay_capture(inputs, out / REPLAY, settings.replay, clock, report)
-            _quantize(inputs, settings, routed, upstream_experts, pending, clock, report)
-        measured = gather((clock.seconds, clock.peak_gpu_bytes(), _peak_host_bytes()))
-        result = _report(inputs, settings, [*files.values()], measured)
+        pending = {e: files[e] for e in parallel.share([*files]) if not _is_done(files[e])}
+        if pending:
+            _quantize(inputs, settings, pending, clock, report)
+        result = _report(inputs, settings, [*files.values()], clock)
         total = result["seconds"]["total"] = time.perf_counter() - started
-        if is_first_rank():
+        if parallel.is_first_rank():
             write_json(result, out / REPORT_NAME)
             given = inputs.indexes()
-            write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
-        wait_for_ranks()
+            manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
+        parallel.wait_for_ranks()
         return result
 
 
 def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
     """Check what can be checked before anything is computed."""
-    inputs = open_inputs(capture, upstream, base, CALIBRATION)
+    inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
     widths = {"w1": inputs.model.hidden_size, "w2": inputs.model.moe_intermediate_size}
     for matrix, num_inputs in widths.items():
         if num_inputs % settings.group_size:
@@ -143,10 +119,9 @@ def _claim(out: Path, inputs: Inputs, settings: QuantizeSection, device: str) ->
     """Make `out` this stage's folder; GraftError if it was begun with other settings or inputs."""
     decisive = asdict(settings) | {"device": device.partition(":")[0]}
     del decisive["variants"]  # which heads there are is for the later stages to know
-    decisive["inputs"] = fingerprints(inputs.files("embed.weight"))
-    claim_folder(out, decisive)
-    for folder in (REPLAY, GPTQ):
-        (out / folder).mkdir(exist_ok=True)
+    decisive["inputs"] = manifest.fingerprints(inputs.files)
+    manifest.claim_folder(out, decisive)
+    (out / GPTQ).mkdir(exist_ok=True)
 
 
 def _batch_files(out: Path, num_experts: int, size: int) -> dict[range, Path]:
@@ -156,17 +131,64 @@ def _batch_files(out: Path, num_experts: int, size: int) -> dict[range, Path]:
 
 
 def _is_done(file: Path) -> bool:
-    return is_whole(file) and file.with_suffix(".json").exists()
+    """Return whether a batch is there and readable; one that is not, is made again."""
+    try:
+        with Shard(file):
+            return file.with_suffix(".json").exists()
+    except GraftError:
+        return False
 
 
-def _read_experts(inputs: Inputs, device: str, experts: range) -> dict[str, Tensor]:
-    return inputs.read_upstream(_expert_names(inputs, experts), device)
-
-
-def _expert_names(inputs: Inputs, experts: range) -> list[str]:
-    """Return the names of some experts' upstream tensors."""
+def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
     prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
-    return [name for name in inputs.shards if name.startswith(prefixes)]
+    return [name for name in inputs.head.files if name.startswith(prefixes)]
+
+
+# Replay
+
+
+def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) -> RoutedTokens:
+    """Run the head, without its experts, on every captured sequence; return what reaches them.
+
+    `replay` is "true", or "identity" to leave out the head's attention. The tokens are in BF16, the
+    precision that the experts' inputs have in service; on the clock's device, or in host memory if
+    they are many.
+    """
+    model, sequences = inputs.model, inputs.sequences
+    num_tokens = sum(s.calibration_tokens for s in sequences)
+    fits = 2 * num_tokens * model.hidden_size <= RESIDENT_BYTES
+    device = clock.device if fits else "cpu"
+    x = torch.empty(num_tokens, model.hidden_size, dtype=torch.bfloat16, device=device)  # [N, D]
+    shape = (num_tokens, model.num_experts_per_tok)
+    experts = torch.empty(shape, dtype=torch.int32, device=device)  # [N, K]
+    start, read = 0, partial(inputs.read_sequence, device=clock.device)
+    report("replay", 0, len(sequences))
+    with parallel.read_ahead(read, sequences, _SEQUENCES_AHEAD) as captured:
+        with clock.timed("io"):  # while the first sequences are being read
+            embed, head = _load_head(inputs, replay, clock.device)
+        for number, sequence in enumerate(sequences, start=1):
+            with clock.timed("io"):
+                recorded = next(captured)
+            end = start + sequence.calibration_tokens
+            with clock.timed("replay", tf32=True):
+                known = end - start + 1  # at token i the head reads token i + 1
+                embeds = embed[recorded.token_ids[:known].to(clock.device)]  # [T + 1, D]
+                routed = replay_routing(head, recorded.residual[:known], embeds)
+                x[start:end], experts[start:end] = routed.x, routed.experts
+            start = end
+            report("replay", number, len(sequences))
+    return RoutedTokens(x, experts, model.n_routed_experts)
+
+
+def _load_head(inputs: Inputs, replay: str, device: str) -> tuple[Tensor, MTPHead]:
+    """Return the base's embedding [V, D] and the head without its experts."""
+    embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
+    others = [name for name in inputs.head.files if not name.startswith(EXPERTS_PREFIX)]
+    decoded = decode_head(inputs.read_upstream(others, device))
+    with_attention = replay == "true"
+    return embed, build_head(
+        inputs.model, decoded, with_experts=False, with_attention=with_attention, device=device
+    )
 
 
 # Hessians, GPTQ, errors: a batch of experts at a time
@@ -175,17 +197,24 @@ def _expert_names(inputs: Inputs, experts: range) -> list[str]:
 def _quantize(
     inputs: Inputs,
     settings: QuantizeSection,
-    routed: RoutedTokens,
-    upstream: Iterator[Mapping[str, Tensor]],
     pending: Mapping[range, Path],
     clock: Clock,
     report: Progress,
 ) -> None:
-    """Write the file of every pending batch, whose tensors `upstream` gives."""
+    """Replay the capture, then quantize every pending batch of experts and write its file."""
+
+    def read(experts: range) -> dict[str, Tensor]:
+        return inputs.read_upstream(_upstream_names(inputs, experts), clock.device)
+
     total = inputs.model.n_routed_experts
     done = total - sum(map(len, pending))
-    report("gptq", done, total)
-    with write_behind(_WRITERS) as write:
+    # The first experts come in while the sequences are replayed.
+    with (
+        parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
+        parallel.write_behind(_WRITERS) as write,
+    ):
+        routed = replay_capture(inputs, settings.replay, clock, report)
+        report("gptq", done, total)
         for experts, file in pending.items():
             with clock.timed("io"):
                 tensors = next(upstream)
@@ -206,22 +235,21 @@ def _quantize_batch(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
     with clock.timed("hessian", tf32=True):
-        weights = _stacked(inputs, decode_head(upstream), experts)
-        calibrating = [_calibrating(inputs, settings, routed, e) for e in experts]
-        tokens, num_tokens = zip(*calibrating, strict=True)
-        hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)
+        weights = _stack(inputs, decode_head(upstream), experts)
+        # An expert that no token reached is calibrated on all of them.
+        tokens = [routed.of_expert(e) if routed.counts[e] else routed.of_all() for e in experts]
+        hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # of w1, w2, w3
     with clock.timed("gptq"):
+        num_tokens = [routed.counts[e] or len(routed.x) for e in experts]
         quantized = quantize_experts(weights, hessians, num_tokens, experts, settings)
     with clock.timed("pack"):
         packed = pack_experts(quantized, experts)
     with clock.timed("errors", tf32=True):
         errors = expert_errors(weights, hessians, quantized, settings.group_size)
-    unseen = {m: (hessians[m].diagonal(dim1=1, dim2=2) == 0).sum(1).tolist() for m in MATRICES}
-    counts = [routed.counts[e] for e in experts]
-    return packed, {"counts": counts, "rel_errors": errors, "unseen": unseen}
+    return packed, {"counts": [routed.counts[e] for e in experts], "rel_errors": errors}
 
 
-def _stacked(inputs: Inputs, decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
+def _stack(inputs: Inputs, decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
     """Return w1 and w3 [E, M, D] and w2 [E, D, M] in float32."""
     hidden, inner = inputs.model.hidden_size, inputs.model.moe_intermediate_size
     stacked = {}
@@ -239,53 +267,34 @@ def _stacked(inputs: Inputs, decoded: Mapping[str, Tensor], experts: range) -> d
     return stacked
 
 
-def _calibrating(
-    inputs: Inputs, settings: QuantizeSection, routed: RoutedTokens, expert: int
-) -> tuple[Iterable[Tensor], int]:
-    """Return what an expert is calibrated on, in parts [T, D], and how many tokens that is."""
-    if count := routed.counts[expert]:
-        return routed.of_expert(expert), count
-    match settings.zero_tokens:
-        case "pool":
-            return routed.of_all(), len(routed.x)
-        case "rtn":
-            return (), 0
-        case "error":
-            raise GraftError(
-                f"{EXPERTS_PREFIX}{expert}: no token of {inputs.capture} reached it, and "
-                "zero_tokens is 'error'; capture more prompts, or choose 'pool' or 'rtn'"
-            )
-
-
 def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Path) -> None:
     write_json(known, path.with_suffix(".json"))
-    # The experts are written last: where they are, the batch is complete.
-    save_shard(to_host(packed), path)
+    # Pinned memory is reused by torch, and a GPU writes to it by itself.
+    on_host = {
+        name: torch.empty_like(t, device="cpu", pin_memory=True).copy_(t) if t.is_cuda else t
+        for name, t in packed.items()
+    }
+    save_shard(on_host, path)  # last: where the experts are, the batch is complete
 
 
 # The report
 
 
-def _peak_host_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def _report(
-    inputs: Inputs,
-    settings: QuantizeSection,
-    files: list[Path],
-    measured: list[tuple[dict[str, float], int, int]],
+    inputs: Inputs, settings: QuantizeSection, files: list[Path], clock: Clock
 ) -> dict[str, Any]:
-    """Return the stage's result, from what is known of every batch and `measured` of every rank."""
+    """Return the stage's result, from what is known of every batch and measured on each rank."""
+    host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    measured = parallel.gather((clock.seconds, clock.peak_gpu_bytes(), host_bytes))
+    seconds, gpu_bytes, peak_bytes = zip(*measured, strict=True)
     known = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     counts: list[int] = [count for batch in known for count in batch["counts"]]
     errors: dict[str, dict[str, list[float]]] = {
         v: {m: [e for batch in known for e in batch["rel_errors"][v][m]] for m in MATRICES}
         for v in VARIANTS
     }
-    seconds, gpu_bytes, host_bytes = zip(*measured, strict=True)
     return {
-        "variants": _variants(inputs, errors, settings.group_size),
+        "variants": {v: _summary(inputs, v, errors[v], settings.group_size) for v in VARIANTS},
         "tokens_per_expert": {
             "min": min(counts),
             "mean": sum(counts) / len(counts),
@@ -294,43 +303,33 @@ def _report(
             "counts": counts,
         },
         "rel_errors": errors,
-        "zero_token_policy": settings.zero_tokens,
+        "zero_token_policy": "pool",
         "experts_without_tokens": [e for e, count in enumerate(counts) if count == 0],
-        # Their Hessians have fewer tokens behind them than inputs: damping makes them regular.
-        "experts_rank_deficient": [e for e, n in enumerate(counts) if n < inputs.model.hidden_size],
-        "inputs_never_seen": {m: sum(sum(b["unseen"][m]) for b in known) for m in MATRICES},
         "seconds": {part: max(s[part] for s in seconds) for part in seconds[0]},
         "peak_gpu_bytes": max(gpu_bytes),
-        "peak_host_bytes": max(host_bytes),
+        "peak_host_bytes": max(peak_bytes),
         "ranks": len(measured),
-        **{key: getattr(settings, key) for key in _GPTQ_SETTINGS},
+        **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
         "replay": _REPLAYS[settings.replay],
     }
 
 
-def _variants(
-    inputs: Inputs, errors: Mapping[str, Mapping[str, list[float]]], group_size: int
-) -> dict[str, dict[str, float]]:
-    """Return size and mean error of every variant; the experts are alike, so one is measured."""
-    model = inputs.model
-    num_weights = 3 * model.hidden_size * model.moe_intermediate_size  # of an expert
-    first = _expert_names(inputs, range(1))
-    measured = [n for n in inputs.shards if n in first or not n.startswith(EXPERTS_PREFIX)]
-    meta = read_meta(inputs.upstream, "mtp.")
-    upstream = {name: meta[name] for name in measured}
-    variants: dict[str, dict[str, float]] = {}
-    for variant in VARIANTS:
-        as_stored = "rtn" if variant == "gptq" else variant  # INT4 both
-        stored = store_head(upstream, as_stored, group_size=group_size)
-        sizes = {name: tensor.nbytes for name, tensor in stored.items()}
-        expert = {n: size for n, size in sizes.items() if n.startswith(EXPERTS_PREFIX)}
-        # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
-        weights = sum(size for name, size in expert.items() if not name.endswith("_shape"))
-        all_errors = [error for matrix in MATRICES for error in errors[variant][matrix]]
-        variants[variant] = {
-            "bits_per_weight": 8 * weights / num_weights,
-            "rel_error": sum(all_errors) / len(all_errors),
-            "bytes": sum(sizes.values()) + (model.n_routed_experts - 1) * sum(expert.values()),
-        }
-    return variants
+def _summary(
+    inputs: Inputs, variant: Variant, errors: Mapping[str, list[float]], group_size: int
+) -> dict[str, float]:
+    """Return size and mean error of a variant; the experts are alike, so one is laid out."""
+    model, first = inputs.model, _upstream_names(inputs, range(1))
+    others = {n: t for n, t in inputs.head.meta.items() if not n.startswith(EXPERTS_PREFIX)}
+    as_stored: Variant = "rtn" if variant == "gptq" else variant  # INT4 both
+    stored = store_head({n: inputs.head.meta[n] for n in first}, as_stored, group_size=group_size)
+    expert = {name: tensor.nbytes for name, tensor in stored.items()}
+    # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
+    codes = sum(size for name, size in expert.items() if not name.endswith("_shape"))
+    rest = sum(tensor.nbytes for tensor in store_head(others, as_stored).values())
+    all_errors = [error for matrix in MATRICES for error in errors[matrix]]
+    return {
+        "bits_per_weight": 8 * codes / (3 * model.hidden_size * model.moe_intermediate_size),
+        "rel_error": sum(all_errors) / len(all_errors),
+        "bytes": rest + model.n_routed_experts * sum(expert.values()),
+    }

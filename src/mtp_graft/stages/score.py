@@ -11,15 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import (
-    claim_folder,
-    fingerprints,
-    finished_result,
-    read_result,
-    write_manifest,
-)
-from mtp_graft.checkpoint.shards import Shard
+from mtp_graft.checkpoint.shards import Shard, load_tensors
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import Variant, decode_head, store_head
@@ -31,11 +25,13 @@ from mtp_graft.stages.inputs import (
     REPORT_NAME,
     Inputs,
     Progress,
+    expert_files,
     open_inputs,
-    single_thread,
 )
-from mtp_graft.stages.parallel import rank_device
-from mtp_graft.stages.quantize import GPTQ
+from mtp_graft.stages.parallel import rank_device, single_thread
+
+#: Variants that hold upstream's values exactly: their drafts are the same, and made once.
+_EXACT: tuple[Variant, ...] = ("mxfp4", "bf16")
 
 
 def score(
@@ -55,57 +51,44 @@ def score(
     """
     started = time.perf_counter()
     device = rank_device(settings.device)
-    inputs = _open(capture, upstream, base)
-    experts = _gptq_files(quantized) if "gptq" in variants else []
-    files = [*inputs.files("embed.weight", "head.weight"), *experts]
-    decisive = {"variants": list(variants), "device": device}
-    claim_folder(out, {**decisive, "inputs": fingerprints(files)})
-    if (finished := finished_result(out, REPORT_NAME)) is not None:
-        return finished
-    with single_thread():
-        acceptance = {}
-        for variant in variants:
-            path = out / f"{variant}.json"
-            if (scored := read_result(path)) is None:
-                scored = _score(inputs, variant, experts, device, report)
-                write_json(scored, path)
-            acceptance[variant] = scored
-    result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
-    write_json(result, out / REPORT_NAME)
-    seconds = time.perf_counter() - started
-    write_manifest(out, "score", decisive, inputs.indexes(), device, seconds)
-    return result
-
-
-def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
-    inputs = open_inputs(capture, upstream, base, EVALUATION)
+    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
     if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
         raise GraftError(
             f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
             "sequences); expected sequences with at least two tokens after the prompt"
         )
-    return inputs
-
-
-def _gptq_files(quantized: Path) -> list[Path]:
-    files = sorted((quantized / GPTQ).glob("experts-*.safetensors"))
-    if not files:
-        raise GraftError(
-            f"{quantized / GPTQ}: no quantized experts; run `mtp-graft quantize` first, "
-            "or leave gptq out of the variants"
-        )
-    return files
+    experts = expert_files(quantized) if "gptq" in variants else []
+    decisive = {"variants": list(variants), "device": device}
+    manifest.claim_folder(
+        out, {**decisive, "inputs": manifest.fingerprints([*inputs.files, *experts])}
+    )
+    if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
+        return finished
+    acceptance: dict[Variant, dict[str, Any]] = {}
+    for variant in variants:
+        path = out / f"{variant}.json"
+        if (scored := manifest.read_result(path)) is None:
+            same = [acceptance[v] for v in _EXACT if v in acceptance and variant in _EXACT]
+            with single_thread():
+                scored = same[0] if same else _score(inputs, variant, experts, device, report)
+            write_json(scored, path)
+        acceptance[variant] = scored
+    result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
+    write_json(result, out / REPORT_NAME)
+    seconds = time.perf_counter() - started
+    manifest.write_manifest(out, "score", decisive, inputs.indexes(), device, seconds)
+    return result
 
 
 def _score(
-    inputs: Inputs, variant: Variant, gptq_files: Sequence[Path], device: str, report: Progress
+    inputs: Inputs, variant: Variant, experts: Sequence[Path], device: str, report: Progress
 ) -> dict[str, Any]:
     """Return the acceptance of one variant, over all sequences and of each."""
     label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
-    head = _load_head(inputs, variant, gptq_files, device)
-    embed = inputs.read_base("embed.weight")  # [V, D]
-    lm_head = inputs.read_base("head.weight").to(head.h_proj.weight)  # [V, D]
+    head = _load_head(inputs, variant, experts, device)
+    base = load_tensors(inputs.base, ["embed.weight", "head.weight"])
+    embed, lm_head = base["embed.weight"], base["head.weight"].to(head.h_proj.weight)  # [V, D]
     sequences: list[dict[str, Any]] = []
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
@@ -114,8 +97,7 @@ def _score(
         made, accepted = count_drafts(drafts.tolist(), recorded.token_ids[start:].tolist())
         sequences.append({"id": sequence.id, "drafts": made, "accepted": accepted})
         report(label, done, total)
-    made = sum(sequence["drafts"] for sequence in sequences)
-    accepted = sum(sequence["accepted"] for sequence in sequences)
+    made, accepted = (sum(s[key] for s in sequences) for key in ("drafts", "accepted"))
     return {
         "top1": accepted / made,
         "tokens": made,
@@ -126,14 +108,14 @@ def _score(
 
 
 def _load_head(
-    inputs: Inputs, variant: Variant, gptq_files: Sequence[Path], device: str
+    inputs: Inputs, variant: Variant, expert_files: Sequence[Path], device: str
 ) -> MTPHead:
     experts: dict[str, Tensor] = {}
     if variant == "gptq":
-        for path in gptq_files:
-            with Shard(path) as file:
-                experts |= file.read(file.meta)
-    upstream = inputs.read_upstream([*inputs.shards])
+        for path in expert_files:
+            with Shard(path) as shard:
+                experts |= shard.read(shard.meta)
+    upstream = inputs.read_upstream([*inputs.head.files])
     decoded = decode_head(store_head(upstream, variant, experts))
     return build_head(inputs.model, decoded, device=device)
 

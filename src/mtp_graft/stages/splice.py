@@ -1,30 +1,55 @@
 """Splice: a base without its head, plus a head, gives a new checkpoint.
 
-The base is never written to: its files are hard-linked (copied only across file systems), the
-head goes into one new shard, and everything is put together in a temporary folder that gets its
-name when it is complete. A killed splice leaves only that folder, which the next one removes.
+    plan_splice   headers of base, head and quantized experts, checked against each other
+    splice        the base's files hard-linked, the head in one new shard, manifest, config, index
+
+The base is never written to. Everything is put together in a temporary folder that gets its name
+when it is complete: a killed splice leaves only that folder, which the next one removes.
 """
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import is_full_disk, sha256, write_json, write_text
-from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
-from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_meta, stream_shard, write_index
-from mtp_graft.dsv4.variants import Linears, Variant, group_by_module, store_head
-from mtp_graft.errors import GraftError
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
+from mtp_graft.checkpoint.quantization_config import (
+    ExpertFormat,
+    add_head,
+    int4_group_size,
+    read_quantization,
+)
+from mtp_graft.checkpoint.shards import (
+    INDEX_NAME,
+    read_index,
+    read_meta,
+    stream_shard,
+    write_index,
+)
+from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.names import FLOAT32
+from mtp_graft.dsv4.variants import (
+    Linears,
+    Variant,
+    decode_head,
+    group_by_module,
+    store_head,
+)
+from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.doctor.checkpoint import modules_of
+from mtp_graft.serving.doctor.schemes import mismatches
 from mtp_graft.stages.fetch import nearest_folder
-from mtp_graft.stages.splice_plan import SplicePlan, Tensors, plan_splice
+from mtp_graft.stages.inputs import Tensors, expert_files, read_base, read_master
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = frozenset(
@@ -35,17 +60,33 @@ OWN_FILES = frozenset(
 )
 #: Beside the shard: index, config and manifests are a few MB at full size.
 _MARGIN_BYTES = 64 * 2**20
+_EXPERT_FORMATS: dict[str, ExpertFormat] = {
+    **{"rtn": "int4", "gptq": "int4"},
+    **{"mxfp4": "mxfp4", "bf16": "bf16"},
+}
 
 
 @dataclass(frozen=True)
-class SpliceResult:
-    """What a splice wrote, or had written before."""
+class SplicePlan:
+    """All that a splice will write, known from headers before it writes anything."""
 
-    checkpoint: Path
+    base: Path
+    base_map: Mapping[str, str]  # tensor -> shard
+    base_bytes: int  # of its tensors
     variant: Variant
-    tensors: int
-    bytes_written: int  # of the head; the base's are linked
-    already_done: bool = False
+    linears: Linears
+    group_size: int
+    head: Tensors  # upstream's, or those of a head that is taken as it is
+    experts: Tensors  # GPTQ's; none for other variants
+    layout: Mapping[str, Tensor]  # stored name -> meta tensor
+    config: Mapping[str, Any]
+    report: QuantizeReport | None  # of the quantize stage
+    published: Manifest | None  # the manifest of a head that is taken as it is
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the head's values as stored."""
+        return sum(tensor.nbytes for tensor in self.layout.values())
 
 
 def splice(
@@ -57,7 +98,7 @@ def splice(
     linears: Linears = "base",
     quantized: Path | None = None,
     copy: bool = False,
-) -> SpliceResult:
+) -> SplicePlan:
     """Write `out`: the base's files linked, the head as `variant` in a shard of its own.
 
     `rtn` rounds the routed experts to INT4, `gptq` takes them from the quantize stage's folder
@@ -66,14 +107,15 @@ def splice(
     `upstream` is a folder with a head that was spliced before, that head is taken as it is.
     Memory holds one module at a time.
 
-    An `out` that the same inputs gave is returned as it is. Raises GraftError, leaving nothing
-    behind, for inputs that are broken or do not fit each other, for another `out` that exists,
-    and for a full disk.
+    An `out` that the same inputs gave is left as it is. Raises GraftError, leaving nothing behind,
+    for inputs that are broken or do not fit each other, for another `out` that exists, and for a
+    full disk.
     """
     plan = plan_splice(base, upstream, variant, linears, quantized)
     manifest = _manifest(plan)
     if out.exists():
-        return _already_done(out, plan, manifest)
+        _check_done(out, manifest)
+        return plan
     files = base_files(base)
     check_space(out, plan, base, sum(path.stat().st_size for path in files), copy=copy)
     with _temporary_folder(out) as folder:
@@ -86,10 +128,133 @@ def splice(
         _write_texts(plan, manifest, folder)
         _write_union_index(plan, folder)
         folder.rename(out)
-    return SpliceResult(out, plan.variant, len(plan.layout), plan.bytes)
+    return plan
 
 
-def _manifest(plan: SplicePlan) -> dict[str, Any]:
+# What a splice starts from
+
+
+def plan_splice(
+    base: Path,
+    upstream: Path,
+    variant: Variant | None,
+    linears: Linears = "base",
+    quantized: Path | None = None,
+) -> SplicePlan:
+    """Return what a splice of these inputs writes; raises GraftError where they do not fit.
+
+    Reads headers and no values. A head that was spliced before says itself what it is.
+    """
+    base_map, base_bytes = _check_base(base)
+    published = None
+    if (upstream / quant_manifest.MANIFEST_NAME).is_file():
+        published = quant_manifest.read_manifest(upstream)
+        head = Tensors.in_files([upstream / HEAD_SHARD])
+        variant, linears = _describe(upstream, published, head.meta, variant)
+    else:
+        head, variant = read_master(upstream), variant or "mxfp4"
+    config = _head_config(base, variant, linears)
+    group_size = 128
+    if _EXPERT_FORMATS[variant] == "int4":
+        group_size = int4_group_size(config["quantization_config"])
+    _check_fits(upstream, head.meta, config, group_size)
+    report = None if quantized is None else quant_manifest.read_report(quantized)
+    experts, layout = Tensors({}, {}), head.meta
+    if published is None:
+        if variant == "gptq":
+            experts = Tensors.in_files(expert_files(quantized))
+        sizes = {"group_size": group_size}
+        layout = store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
+    _check_schemes(base, config, layout)
+    return SplicePlan(
+        *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
+        *(config, report, published),
+    )
+
+
+def _check_base(base: Path) -> tuple[dict[str, str], int]:
+    """Return the base's weight map and the size of its tensors; GraftError if it is no base."""
+    if already := sorted(name for name in read_index(base) if name.startswith("mtp.")):
+        raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
+    size = sum(tensor.nbytes for tensor in read_meta(base, complete=True).values())
+    _, weight_map = read_base(base, "embed.weight", "head.weight")
+    return weight_map, size
+
+
+def _describe(
+    folder: Path, manifest: Manifest, head: Mapping[str, Tensor], wanted: str | None
+) -> tuple[Variant, Linears]:
+    """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
+    said, found = (
+        (manifest["tensors"], manifest["bytes"]),
+        sum(tensor.nbytes for tensor in head.values()),
+    )
+    if (len(head), found) != said:
+        raise GraftError(
+            f"{folder / HEAD_SHARD}: has {len(head)} tensors of {found:,} bytes, expected "
+            f"{said[0]} of {said[1]:,} by {quant_manifest.MANIFEST_NAME}; fetch it again"
+        )
+    variant: Variant = manifest["variant"]
+    if wanted not in (None, variant):
+        raise GraftError(
+            f"{folder}: is a {variant} head, which is taken as it is; {wanted} was asked for: "
+            "leave that out, or graft from the upstream master"
+        )
+    if "mtp.0.ffn.shared_experts.w1.weight_scale" in head:
+        return variant, "fp8"
+    return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
+
+
+def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, Any]:
+    """Return the base's config.json with the head in it."""
+    path, experts = base / "config.json", _EXPERT_FORMATS[variant]
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        layer, quantization = config["num_hidden_layers"], config["quantization_config"]
+        quantization = add_head(quantization, layer, experts, linears)
+    except (ValueError, KeyError, TypeError) as error:
+        raise GraftError(
+            f"{path}: {in_words(error)}; expected a compressed-tensors checkpoint's config with "
+            "num_hidden_layers and quantization_config.config_groups"
+        ) from error
+    return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
+
+
+def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
+    """Raise GraftError for a module that would load as noise, or not at all."""
+    quantization, layers = read_quantization(config), config["num_hidden_layers"]
+    for wrong in mismatches(quantization, modules_of(layout), layers):
+        raise GraftError(
+            f"{base / 'config.json'}: quantization_config{wrong.by}: {wrong.name} would load as "
+            f"{wrong.loads}, expected {wrong.stored}; the base's targets or ignore list take it "
+            "elsewhere (`mtp-graft doctor` says more), or the head is not what its manifest says"
+        )
+
+
+def _check_fits(
+    upstream: Path, head: Mapping[str, Tensor], config: Mapping[str, Any], group_size: int
+) -> None:
+    """Compare the head's tensors, as decoded, with those that the base's config asks for."""
+    expected = head_shapes(config)
+    decoded = decode_head(head, group_size=group_size)
+    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
+    wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+    if wrong:
+        ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
+        raise GraftError(
+            f"{upstream}: {wrong[0]} is {ours}, expected {theirs} by the base's "
+            f"config.json ({len(wrong)} of the head's {len(expected)} tensors differ); base and "
+            "upstream are different models, or a shard is damaged: fetch it again"
+        )
+    for name, tensor in head.items():
+        if FLOAT32.search(name) and tensor.dtype != torch.float32:
+            raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected torch.float32")
+
+
+# The manifest, which says whether an `out` is of the same inputs
+
+
+def _manifest(plan: SplicePlan) -> Manifest:
     """Return what the checkpoint will say about its head, with hashes of what it is made of."""
     base = quant_manifest.base_provenance(plan.base, plan.base_map.values())
     if plan.published is not None:
@@ -100,7 +265,7 @@ def _manifest(plan: SplicePlan) -> dict[str, Any]:
     shards = sorted(set(plan.head.files.values()))
     provenance = {"base": base, "upstream": {path.name: sha256(path) for path in shards}}
     if plan.report is not None:
-        files = plan.experts.files.values() if plan.experts else []
+        files = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, files)
     return quant_manifest.manifest(
         *(plan.variant, plan.linears, plan.config, plan.report, provenance),
@@ -108,8 +273,8 @@ def _manifest(plan: SplicePlan) -> dict[str, Any]:
     )
 
 
-def _already_done(out: Path, plan: SplicePlan, manifest: Mapping[str, Any]) -> SpliceResult:
-    """Return what an earlier splice of the same inputs left; GraftError if `out` is not that."""
+def _check_done(out: Path, manifest: Manifest) -> None:
+    """Raise GraftError if `out` is not what an earlier splice of the same inputs left."""
     try:
         same = json.loads((out / quant_manifest.MANIFEST_NAME).read_text()) == manifest
     except (OSError, ValueError):
@@ -119,7 +284,20 @@ def _already_done(out: Path, plan: SplicePlan, manifest: Mapping[str, Any]) -> S
             f"{out}: already exists, and not from these inputs; remove it or choose another folder"
         )
     read_meta(out, complete=True)
-    return SpliceResult(out, plan.variant, len(plan.layout), plan.bytes, already_done=True)
+
+
+# Writing
+
+
+def base_files(base: Path) -> list[Path]:
+    """Return the base's files that the checkpoint takes over, hidden folders apart."""
+    inside = {path: path.relative_to(base) for path in sorted(base.rglob("*")) if path.is_file()}
+    return [
+        path
+        for path, relative in inside.items()
+        if str(relative) not in OWN_FILES
+        and not any(part.startswith(".") for part in relative.parts[:-1])
+    ]
 
 
 def check_space(out: Path, plan: SplicePlan, base: Path, base_bytes: int, *, copy: bool) -> None:
@@ -134,18 +312,6 @@ def check_space(out: Path, plan: SplicePlan, base: Path, base_bytes: int, *, cop
             f"{out.parent}: {free:,} bytes free, {needed:,} needed for {HEAD_SHARD} and what "
             "goes with it; make room or choose another folder"
         )
-
-
-def base_files(base: Path) -> list[Path]:
-    """Return the base's files that the checkpoint takes over, hidden folders apart."""
-    files = (path for path in sorted(base.rglob("*")) if path.is_file())
-    inside = ((path, path.relative_to(base)) for path in files)
-    return [
-        path
-        for path, relative in inside
-        if str(relative) not in OWN_FILES
-        and not any(part.startswith(".") for part in relative.parts[:-1])
-    ]
 
 
 @contextmanager
@@ -166,40 +332,30 @@ def _temporary_folder(out: Path) -> Iterator[Path]:
 
 
 def _link(source: Path, target: Path, *, copy: bool) -> None:
+    """Hard-link a file; copy it if asked to, or if it lies on another file system."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()  # the hub's cache has relative symbolic links, which would break
     if not copy:
         try:
-            os.link(source, target)
+            return os.link(source, target)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-        else:
-            return
     shutil.copy2(source, target)
 
 
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one module at a time."""
-    experts = plan.experts or Tensors({}, {})
-    files = {**experts.files, **plan.head.files}
-    given = group_by_module(experts.files)
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(Shard(path)) for path in set(files.values())}
-
-        def read(tensors: Iterable[str]) -> dict[str, Tensor]:
-            return {name: opened[files[name]].get_tensor(name) for name in tensors}
-
-        for module, parts in group_by_module(plan.head.files).items():
-            tensors, by_gptq = read(parts.values()), read(given.get(module, {}).values())
-            yield from store_head(
-                *(tensors, plan.variant, by_gptq),
-                group_size=plan.group_size,
-                linears=plan.linears,
-            ).items()
+    with plan.head.opened() as head, plan.experts.opened() as experts:
+        for by_part in group_by_module(head).values():
+            module = {name: head[name] for name in by_part.values()}
+            sizes = {"group_size": plan.group_size}
+            stored = store_head(module, plan.variant, experts, **sizes, linears=plan.linears)
+            yield from stored.items()
 
 
-def _write_texts(plan: SplicePlan, manifest: Mapping[str, Any], folder: Path) -> None:
+def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
+    """Write config, manifest and recipe."""
     write_json(plan.config, folder / "config.json")
     write_json(manifest, folder / quant_manifest.MANIFEST_NAME)
     text = quant_manifest.manifest_text(manifest)
