@@ -1,6 +1,5 @@
 """Reading ahead, writing behind, and ranks: order, bounds, errors, shares."""
 
-import threading
 import time
 
 import pytest
@@ -49,28 +48,6 @@ def test_all_writes_are_done_at_the_end_also_if_the_computation_fails(fails: boo
     except Broken:
         assert fails
     assert written == [0, 1, 2, 3]
-
-
-def test_as_many_writes_as_asked_for_are_in_work_and_one_more_waits() -> None:
-    started: list[int] = []
-    together = threading.Barrier(2, timeout=10)  # passed only by two writes at once
-    go_on = threading.Event()
-
-    def wait(item: int) -> None:
-        together.wait()
-        started.append(item)
-        go_on.wait(10)
-
-    with write_behind(2) as write:
-        for item in range(3):
-            write(wait, item)
-        fourth = threading.Thread(target=write, args=(wait, 3))
-        fourth.start()
-        fourth.join(0.1)
-        assert fourth.is_alive(), "a fourth write was taken"
-        go_on.set()
-        fourth.join()
-    assert sorted(started) == [0, 1, 2, 3]
 
 
 def test_an_error_of_writing_is_not_lost() -> None:

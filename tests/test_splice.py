@@ -32,7 +32,6 @@ from mtp_graft.errors import GraftError
 from mtp_graft.stages import splice as stage
 from mtp_graft.stages.splice import splice
 from quantized import write_checkpoint
-from references import decode_int4, decode_mxfp4
 
 WRITTEN = {HEAD_SHARD, MANIFEST_NAME, MANIFEST_TEXT_NAME, RECIPE_NAME}
 SHARD = "model-00001-of-00003.safetensors"
@@ -79,26 +78,6 @@ def test_a_checkpoint_is_the_linked_base_a_head_and_files_that_list_both(
     experts: Any = {"rtn": "int4", "gptq": "int4"}.get(variant, variant)
     added = add_head(old["quantization_config"], 4, experts, "base")
     assert new == {**old, "num_nextn_predict_layers": 1, "quantization_config": added}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_experts_are_upstreams_exactly_or_the_nearest_int4(
-    spliced: dict[str, Path], tiny_model: Path, variant: Variant
-) -> None:
-    """Decoded by slow loops."""
-    head, theirs = load_file(spliced[variant] / HEAD_SHARD), load_tensors(tiny_model / "upstream")
-    for module in (f"mtp.0.ffn.experts.{name}" for name in ("0.w1", "31.w2", "63.w3")):
-        exact = decode_mxfp4(theirs[f"{module}.weight"], theirs[f"{module}.scale"])
-        if variant == "bf16":
-            assert torch.equal(head[f"{module}.weight"].double(), exact)
-            continue
-        packed, scale = head[f"{module}.weight_packed"], head[f"{module}.weight_scale"]
-        if variant == "mxfp4":
-            assert torch.equal(decode_mxfp4(packed, scale), exact)
-            continue
-        step = scale.double().repeat_interleave(128, dim=1)
-        # Half a step, and a little more at the end codes, where the scale was rounded.
-        assert ((decode_int4(packed, scale, 128) - exact).abs() / step).max() <= 0.54
 
 
 @pytest.mark.parametrize("how", ["linked", "copied", "another file system", "symbolic links"])
@@ -265,24 +244,19 @@ def fill_disk(*_arguments: object, **_options: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def have_little_room(_folder: Path) -> Any:
-    return shutil._ntuple_diskusage(2000, 1000, 1000)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
-    ("owner", "function", "does", "message"),
+    ("owner", "function", "message"),
     [
-        (shutil, "disk_usage", have_little_room, r"1,000 bytes free, [\d,]+ needed for model-mtp"),
-        (files.os, "fsync", fill_disk, r"model-mtp-w4a16\.safetensors: the disk is full"),
-        (stage.os, "link", fill_disk, r"out: the disk is full"),
-        (stage, "write_json", fill_disk, r"out: the disk is full"),
+        (files.os, "fsync", r"model-mtp-w4a16\.safetensors: the disk is full"),
+        (stage.os, "link", r"out: the disk is full"),
+        (stage, "write_json", r"out: the disk is full"),
     ],
 )
 def test_a_full_disk_is_one_error_and_nothing_is_left(
     tiny_base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    owner: object, function: str, does: Callable[..., object], message: str,
+    owner: object, function: str, message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(owner, function, does)
+    monkeypatch.setattr(owner, function, fill_disk)
     with pytest.raises(GraftError, match=message):
         splice(tiny_base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
     assert list(tmp_path.iterdir()) == []

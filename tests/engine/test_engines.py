@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 Batches = dict[str, Any]
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
-NUM_PROMPTS, NEW_TOKENS = 24, 32
+NUM_PROMPTS, NEW_TOKENS = 20, 24
 LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose
 NUM_SAMPLED = 12
 PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
@@ -85,23 +85,21 @@ def speculative(run: Run, checkpoints: Checkpoints, batches: Batches) -> dict[in
 
 
 @pytest.fixture(scope="module")
-def scored(batches: Batches, speculative: dict[int, Batches]) -> Batches:
-    """What was sampled with the head, as prompts."""
-    prompts = batches["sampled"]["prompts"]
-    found = {k: tokens_of(run["sampled"]) for k, run in speculative.items()}
-    return {
-        f"k = {k}": {
-            "prompts": [p + t for p, t in zip(prompts, tokens, strict=True)],
-            "max_tokens": 1,
-            "prompt_logprobs": True,
-        }
-        for k, tokens in found.items()
-    }
+def scored(
+    batches: Batches, speculative: dict[int, Batches], prompts_of: Callable[..., list[int]]
+) -> Batches:
+    """Texts, and what was sampled with the head, whose every token is scored."""
+    prompts = {"texts": [prompts_of(length, start=113 * length) for length in (64, 300, 700)]}
+    for k, run in speculative.items():
+        pairs = zip(batches["sampled"]["prompts"], tokens_of(run["sampled"]), strict=True)
+        prompts[f"k = {k}"] = [prompt + tokens for prompt, tokens in pairs]
+    more = {"max_tokens": 1, "prompt_logprobs": True}
+    return {name: {"prompts": texts, **more} for name, texts in prompts.items()}
 
 
 @pytest.fixture(scope="module")
 def base(run: Run, checkpoints: Checkpoints, batches: Batches, scored: Batches) -> Batches:
-    """The same batches without the head; then what was sampled with it."""
+    """The same batches without the head; then what is scored."""
     return run(checkpoints.base, batches | scored)
 
 
@@ -122,8 +120,8 @@ def test_both_acceptance_and_rejection_were_exercised(
 ) -> None:
     runs = {k: run["mixed"] for k, run in speculative.items()}
     measured.update({f"acceptance_k{k}": r["accepted"] / r["drafted"] for k, r in runs.items()})
-    assert all(run["accepted"] >= 150 for run in runs.values())
-    assert all(run["drafted"] - run["accepted"] >= 75 for run in runs.values())
+    assert all(run["accepted"] >= 60 for run in runs.values())
+    assert all(run["drafted"] - run["accepted"] >= 30 for run in runs.values())
 
 
 def test_requests_together_are_answered_and_drafted_as_each_alone(
@@ -194,20 +192,19 @@ def test_two_ranks_choose_the_same_token_wherever_one_rank_is_sure(
     base: Batches,
     measured: dict[str, Any],
 ) -> None:
-    """Sums in float64 bring them close; the first token that differs is a near tie."""
-    asked = {"eight": batches["eight"], **scored}
+    """Prompts, whose sums are in float64; a text may part where a router hesitates."""
+    asked = {name: (batches | scored)[name] for name in ("eight", "texts")}
     cores = CORES[:2]  # beyond this worker's own
     two = run(checkpoints.spliced, asked, k=1, tensor_parallel_size=2, cores=cores)
     flips, positions = [], 0
-    for part, name in (("prompt_steps", "k = 1"), ("prompt_steps", "k = 2"), ("steps", "eight")):
-        for one, other in zip(base[name]["results"], two[name]["results"], strict=True):
-            for alone, shared in zip(one[part], other[part], strict=True):
-                positions += 1
-                if alone["tokens"][0] != shared["tokens"][0]:
-                    flips.append(alone["logprobs"][0] - alone["logprobs"][1])
-                    if part == "steps":
-                        break  # what follows is another text
+    for one, other in zip(base["texts"]["results"], two["texts"]["results"], strict=True):
+        for alone, shared in zip(one["prompt_steps"], other["prompt_steps"], strict=True):
+            positions += 1
+            if alone["tokens"][0] != shared["tokens"][0]:
+                flips.append(alone["logprobs"][0] - alone["logprobs"][1])
     acceptance = two["eight"]["accepted"] / two["eight"]["drafted"]
-    measured.update(positions=positions, margins_of_flips=flips, acceptance=acceptance)
+    same = sum(map(list.__eq__, tokens_of(two["eight"]), tokens_of(base["eight"])))
+    measured.update(positions=positions, flips=flips, acceptance=acceptance, same_texts=same)
     assert all(margin < MAX_MARGIN for margin in flips)
     assert acceptance > 0.5
+    assert same >= 6

@@ -33,9 +33,7 @@ SETTINGS: dict[str, Any] = {
     "width": 8,  # of a recorded row: streams times hidden size
     "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
     "streams": None,  # file that gets a line per stream asked: the sum of its prompt
-    "fails": {},  # number of a stream, from "1" -> what happens to it: 500, hangs, closes or aborts
-    "completion_fails": {},  # the same for completions that are not streamed
-    "refuses_first": {},  # path -> how many requests for it are refused before one is answered
+    "fails": {},  # number of a stream, from "1" -> what happens to it: 500, closes or aborts
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
 }
 ARGV = sys.argv[1:]
@@ -62,10 +60,6 @@ def answer(body: dict[str, Any], prompt: list[int], max_tokens: int) -> list[int
     if end < max_tokens:
         tokens[end] = EOS
     return tokens if body.get("ignore_eos") else tokens[: end + 1]
-
-
-def text_of(tokens: list[int]) -> str:
-    return "".join(f" {token}" for token in tokens)
 
 
 def steps(num_tokens: int) -> list[int]:
@@ -135,10 +129,6 @@ def note(seen: list[int], file: str, number: int) -> int:
         return len(seen)
 
 
-def prompt_of_chat(body: dict[str, Any]) -> list[int]:
-    return list("".join(m["content"] for m in body["messages"]).encode())
-
-
 def record(prompt: list[int]) -> None:
     """Write a recording of `prompt` between two prompts of somebody else."""
     folder = os.environ.get("MTP_GRAFT_RECORD")
@@ -182,9 +172,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.is_refused():
-            self.reply(200, "", failure="500")
-        elif self.path == "/health":
+        if self.path == "/health":
             self.reply(503 if SETTINGS["mode"] == "never_healthy" else 200, "")
         elif self.path == "/v1/models":
             self.reply(200, json.dumps({"data": [{"id": "m", "root": "m"}]}))
@@ -193,9 +181,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.is_refused():
-            self.reply(200, "", failure="500")
-        elif self.path == "/tokenize":
+        if self.path == "/tokenize":
             text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
             start = [0] if body.get("add_special_tokens", "messages" in body) else []
             self.reply(200, json.dumps({"tokens": [*start, *text.encode()]}))
@@ -210,24 +196,17 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.recv(1)
             os._exit(SETTINGS["exit_status"])
         elif self.path == "/v1/chat/completions":
-            self.stream(body, prompt_of_chat(body), body.get("max_tokens", 24), True)
+            prompt = list("".join(m["content"] for m in body["messages"]).encode())
+            self.stream(body, prompt, body.get("max_tokens", 24), True)
         elif body.get("stream"):
             self.stream(body, body["prompt"], body["max_tokens"], False)
         else:
-            number = note(ASKED, "requests", body["max_tokens"])
+            note(ASKED, "requests", body["max_tokens"])
             record(body["prompt"])
             time.sleep(SETTINGS["step_s"])
             choice = self.choice(body)
             found = {"choices": [choice], "metrics": counted(len(choice["token_ids"]))}
-            self.reply(
-                200, json.dumps(found), failure=SETTINGS["completion_fails"].get(str(number))
-            )
-
-    def is_refused(self) -> bool:
-        with LOCK:
-            left: int = SETTINGS["refuses_first"].get(self.path, 0)
-            SETTINGS["refuses_first"][self.path] = left - 1
-            return left > 0
+            self.reply(200, json.dumps(found))
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
         tokens = answer(body, body["prompt"], body["max_tokens"])
@@ -243,7 +222,7 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("temperature"):  # another text every time
             prompt = [*prompt, len(STREAMED)]
         if failure == "500":
-            self.reply(200, "", failure=failure)
+            self.reply(500, '{"error": {"message": "out of luck"}}')
             return
         self.send_response(200)
         self.send_header("Connection", "close")
@@ -255,11 +234,13 @@ class Handler(BaseHTTPRequestHandler):
         for size in steps(len(tokens)):
             time.sleep(SETTINGS["step_s"])
             new = tokens[done : done + size]
-            text = {"delta": {"content": "x" * size}} if chat else {"text": text_of(new)}
+            text = (
+                {"delta": {"content": "x" * size}}
+                if chat
+                else {"text": "".join(f" {t}" for t in new)}
+            )
             self.event({"choices": [{"token_ids": new, "finish_reason": None, **text}]})
             done += size
-            if failure == "hangs":
-                time.sleep(300)
             if failure == "closes":
                 return
         reason = "abort" if failure == "aborts" else "length"
@@ -272,22 +253,12 @@ class Handler(BaseHTTPRequestHandler):
     def event(self, content: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
 
-    def reply(self, status: int, text: str, *, failure: str | None = None) -> None:
-        """Answer, or fail as told: after the first half of the text, if not at once."""
-        if failure == "500":
-            status, text = 500, '{"error": {"message": "out of luck"}}'
-        data = text.encode()
+    def reply(self, status: int, text: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2])
-        if failure == "hangs":
-            time.sleep(300)
-        if failure == "closes":
-            self.close_connection = True
-            return
-        self.wfile.write(data[len(data) // 2 :])
+        self.wfile.write(text.encode())
 
     def log_message(self, format: str, *args: object) -> None:
         """Stay quiet."""

@@ -28,13 +28,6 @@ def value(built: ServeCommand, name: str) -> str | None:
     return built.argv[built.argv.index(name) + 1] if name in built.argv else None
 
 
-def test_a_gpu_keeps_its_own_memory_and_compilation_defaults(grafted: Path) -> None:
-    built = build_command(ServeOptions(grafted, tensor_parallel_size=8), vllm_elsewhere())
-    left_out = {"--enforce-eager", "--kv-cache-memory-bytes", "--gpu-memory-utilization"}
-    assert left_out.isdisjoint(built.argv)
-    assert "VLLM_CPU_OMP_THREADS_BIND" not in built.env
-
-
 def test_options_reach_the_command(vllm: tuple[str, ...], base: Path) -> None:
     options = ServeOptions(
         base,

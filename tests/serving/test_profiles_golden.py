@@ -6,7 +6,6 @@ MTP_GRAFT_WRITE_GOLDEN=1 writes the files anew; the difference is then what a re
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,28 +122,10 @@ def test_gpus_that_are_found_give_the_same_as_their_name_and_auto_is_the_default
         assert printed.replace(BY_DEFAULT, "") == auto
 
 
-def test_what_is_printed_runs_as_it_is_in_a_shell(
-    dry_run: Print, flash: Path, tmp_path: Path
-) -> None:
-    case = FLASH_CASES["max-q-x2-524k"]
-    result = json.loads(dry_run(flash, *case, "--json", "-"))
-    vllm = tmp_path / "bin" / "vllm"
-    vllm.parent.mkdir()
-    vllm.write_text('#!/bin/sh\nenv -0 > environment\nprintf "%s\\0" vllm "$@" > arguments\n')
-    vllm.chmod(0o755)
-    subprocess.run(
-        ["bash", "-c", dry_run(flash, *case)],
-        cwd=tmp_path,
-        env={"PATH": f"{vllm.parent}:/usr/bin:/bin"},
-        check=True,
-    )
-    argv, environment = (
-        (tmp_path / name).read_text().split("\0")[:-1] for name in ("arguments", "environment")
-    )
-    assert argv == result["argv"]
-    assert {f"{name}={value}" for name, value in result["env"].items()} <= set(environment)
+def test_every_flag_and_variable_has_a_reason(dry_run: Print, flash: Path) -> None:
+    result = json.loads(dry_run(flash, *FLASH_CASES["max-q-x2-524k"], "--json", "-"))
     reasons = " ".join(result["notes"])
-    for name in (*flags_of(argv), *result["env"]):
+    for name in (*flags_of(result["argv"]), *result["env"]):
         assert name == "--port" or f"{name}: " in reasons, f"no reason for {name}"
 
 

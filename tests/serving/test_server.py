@@ -170,22 +170,23 @@ def assert_goes_on(process: subprocess.Popen[str], seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "signum",
-    [signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+    ("signums", "mode", "status"),
+    [
+        *(([signum], "ok", 5) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)),
+        ([signal.SIGKILL], "ok", -signal.SIGKILL),
+        ([signal.SIGINT, signal.SIGINT], "ignores_sigterm", 128 + signal.SIGINT),
+    ],
 )
-def test_a_signal_to_serve_stops_the_server_whose_status_it_exits_with(
-    serve: Serve, base: Path, signum: int
+def test_a_signal_to_serve_stops_the_server_and_a_second_one_kills_it(
+    serve: Serve, base: Path, signums: list[int], mode: str, status: int
 ) -> None:
-    with serve(base, exit_status=5) as process:
+    with serve(base, exit_status=5, mode=mode) as process:
         wait_until_ready(process)
-        process.send_signal(signum)
-        assert process.wait(20) == 5
-
-
-def test_serve_that_is_killed_takes_the_server_along(serve: Serve, base: Path) -> None:
-    with serve(base) as process:
-        wait_until_ready(process)
-        process.kill()
+        for signum in signums[:-1]:
+            process.send_signal(signum)
+            assert_goes_on(process, 0.3)
+        process.send_signal(signums[-1])
+        assert process.wait(20) == status
 
 
 def test_a_signal_during_the_first_completion_is_not_waited_out(
@@ -208,15 +209,6 @@ def test_serve_under_nohup_outlives_the_terminal(serve: Serve, base: Path) -> No
         assert_goes_on(process, 1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-
-
-def test_a_second_signal_kills_a_server_that_does_not_stop(serve: Serve, base: Path) -> None:
-    with serve(base, mode="ignores_sigterm") as process:
-        wait_until_ready(process)
-        process.send_signal(signal.SIGINT)
-        assert_goes_on(process, 0.3)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize(("mode", "status"), [("dies", 3), ("refuses", 1)])
@@ -244,7 +236,7 @@ def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path, reco
     ("text", "reason"),
     [
         (
-            "one\n\n\x1b[31mINFO 11-23 20:00:00 [a.py:3] two\x1b[0m\nthree\nfour\n",
+            "one\n\n\x1b[31mtwo\x1b[0m\nthree\nfour\n",
             "two | three | four",
         ),
         (

@@ -1,7 +1,7 @@
 import pytest
 
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.serving.topology import CPU, Hardware, Link, find_gpus, named_hardware
+from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_hardware
 
 from .conftest import install_gpus
 
@@ -9,21 +9,22 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("count", "nvlinks", "link"),
+    ("count", "nvlinks", "links"),
     [
-        (1, [], "none"),
-        (2, [(0, 1)], "nvlink"),
-        (2, [], "pcie"),
-        (3, [(0, 1), (0, 2)], "pcie"),
+        (1, [], ""),
+        (2, [(0, 1)], ", NVLink"),
+        (2, [], ", PCIe only"),
+        (3, [(0, 1), (0, 2)], ", PCIe only"),
     ],
 )
 def test_gpus_without_nvlink_between_all_of_them_are_pcie_only(
-    monkeypatch: pytest.MonkeyPatch, count: int, nvlinks: list[tuple[int, int]], link: Link
+    monkeypatch: pytest.MonkeyPatch, count: int, nvlinks: list[tuple[int, int]], links: str
 ) -> None:
     install_gpus(monkeypatch, *["NVIDIA H200"] * count, memory_mib=143771, nvlinks=nvlinks)
-    assert find_gpus() == Hardware("NVIDIA H200", count, 143771 * MIB, link)
-    there = find_gpus(num_nodes=2)  # machines like this one
-    assert (there.num_gpus, there.link, there.num_nodes) == (2 * count, "network", 2)
+    assert str(find_gpus()) == f"{count}x NVIDIA H200, 140.4 GiB{links}"
+    assert find_gpus().is_pcie_only is ("PCIe" in links)
+    # The other machines are like this one.
+    assert str(find_gpus(num_nodes=2)) == f"{2 * count}x NVIDIA H200, 140.4 GiB, 2 nodes"
 
 
 @pytest.mark.parametrize("memory_mib", [None, 122570])
@@ -67,10 +68,9 @@ def test_gpus_of_two_kinds_none_and_no_driver_are_errors(monkeypatch: pytest.Mon
 def test_hardware_that_is_elsewhere_has_a_name() -> None:
     assert named_hardware("CPU") == CPU
     assert str(named_hardware("h200")) == "1x H200, 140.4 GiB"
-    assert named_hardware("RTX PRO 6000 Max-Q", 2).link == "pcie"
-    assert named_hardware("H100", 8).link == "nvlink"
-    sparks = named_hardware("GB10", 2)
-    assert (sparks.link, sparks.num_nodes) == ("network", 2)
+    assert str(named_hardware("RTX PRO 6000 Max-Q", 2)).endswith("95.6 GiB, PCIe only")
+    assert str(named_hardware("H100", 8)).endswith(", NVLink")
+    assert named_hardware("GB10", 2).num_nodes == 2, "one in a machine"
     with pytest.raises(UsageError, match="H300: not a GPU known here; expected one of cpu, RTX"):
         named_hardware("H300")
     with pytest.raises(GraftError, match="--count 3 in --nnodes 2"):

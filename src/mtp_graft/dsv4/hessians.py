@@ -45,24 +45,18 @@ def expert_hessians(
     """Return the Hessian f32 [E, I, I] of each matrix's inputs, by "w1", "w2", "w3".
 
     `tokens` are each expert's, in parts [T, D]; `weights` are the originals w1, w3 [E, M, D] and
-    w2 [E, D, M]; `limit` is the model's `swiglu_limit`. Without any tokens H is the identity, under
-    which GPTQ is rounding to nearest.
+    w2 [E, D, M]; `limit` is the model's `swiglu_limit`.
     """
     w1, w3 = weights["w1"], weights["w3"]
     num_experts, inner, hidden = w1.shape
     h13 = torch.zeros(num_experts, hidden, hidden, device=w1.device)  # of w1 and w3, [E, D, D]
     h2 = torch.zeros(num_experts, inner, inner, device=w1.device)  # of w2, [E, M, M]
     for e, parts in enumerate(tokens):
-        seen = 0
         for part in parts:
             x = part.to(w1.device)  # [T, D]
             a = w2_inputs(x.float(), w1[e], w3[e], limit)  # [T, M]
             h13[e] += _gram(x)
             h2[e].addmm_(a.T, a)
-            seen += len(x)
-        if not seen:
-            h13[e].fill_diagonal_(1.0)
-            h2[e].fill_diagonal_(1.0)
     return {"w1": h13, "w2": h2, "w3": h13}
 
 

@@ -95,27 +95,6 @@ def head_from_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def fill_head(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Copy decoded `mtp.0.*` tensors into the state dict of an `MTPHead`.
-
-    Raises GraftError for a missing, unexpected or misshapen tensor.
-    """
-    left = dict(tensors)
-    # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
-    for name, view in head_from_module(state).items():
-        tensor = left.pop(name, None)
-        if tensor is None or tensor.shape != view.shape:
-            found = "missing" if tensor is None else f"is {list(tensor.shape)}"
-            raise GraftError(
-                f"{name}: {found}, expected {list(view.shape)} by the base's config.json; head and "
-                "base are of different models, or the head is incomplete"
-            )
-        view.copy_(tensor)
-    if left:
-        name = next(iter(left))
-        raise GraftError(f"{name}: not a tensor of the MTP head ({len(left)} unexpected in all)")
-
-
 def upstream_head_names(found: Iterable[str], where: object) -> list[str]:
     """Return the sorted `mtp.*` names among `found`, the tensors of the checkpoint at `where`.
 

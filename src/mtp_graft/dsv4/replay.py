@@ -18,8 +18,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4RotaryEmbedding,
 )
 
-from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head import MTPHead, one_layer_config
+from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.errors import GraftError
 
 
@@ -73,8 +73,8 @@ def build_head(
 ) -> MTPHead:
     """Return the head with decoded `mtp.0.*` weights, as `variants.decode_head` gives them.
 
-    Without experts, a `RoutingRecorder` takes their place. Raises GraftError for a missing,
-    unexpected or misshapen tensor.
+    They are all of them, of the right shapes. Without experts, a `RoutingRecorder` takes their
+    place.
     """
     with torch.device("meta"):  # the weights are given: none is initialized
         head = MTPHead(config).eval()
@@ -82,7 +82,9 @@ def build_head(
         head.layer.mlp.experts = RoutingRecorder()
     head.to_empty(device=device)
     head.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
-    names.fill_head(head.state_dict(), tensors)
+    # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
+    for name, view in head_from_module(head.state_dict()).items():
+        view.copy_(tensors[name])
     if not with_attention:
         head.layer = FeedForwardOnly(head.layer)
     return head

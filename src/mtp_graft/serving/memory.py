@@ -141,9 +141,11 @@ def num_positions(config: Mapping[str, Any]) -> int:
 
 
 def largest_context(config: Mapping[str, Any], kv_bytes: int, tokens_in_flight: int = 0) -> int:
-    """Return the longest context that a sequence can have in `kv_bytes`; 0 if none."""
-    return bisect_right(
-        range(1, num_positions(config) + 1),
+    """Return the longest context of a sequence in `kv_bytes`, in whole blocks or all positions."""
+    positions = num_positions(config)
+    tokens = bisect_right(
+        range(1, positions + 1),
         kv_bytes,
         key=lambda tokens: kv_cache_bytes(config, tokens, tokens_in_flight),
     )
+    return tokens if tokens == positions else tokens // BLOCK_TOKENS * BLOCK_TOKENS

@@ -9,7 +9,6 @@ from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import ServeOptions, read_config
 from mtp_graft.serving.memory import (
-    BLOCK_TOKENS,
     RESERVE_BYTES,
     kv_cache_bytes,
     largest_context,
@@ -95,48 +94,39 @@ class _Room:
     hardware: Hardware
     memory: int
     weights: int
-    reserve: int  # for all that is neither weights nor KV cache
     tokens_in_flight: int
 
     def cache(self, options: ServeOptions) -> int:
         """Return what is left for the KV cache; negative if the weights do not fit."""
-        return (
-            int((options.gpu_memory_utilization or 1) * self.memory) - self.weights - self.reserve
-        )
+        reserve = 0 if self.hardware.gpu is None else RESERVE_BYTES
+        return int((options.gpu_memory_utilization or 1) * self.memory) - self.weights - reserve
 
     def largest_context(self, options: ServeOptions) -> int:
-        """Return the longest sequence that can be served, in whole blocks where memory decides."""
-        tokens = largest_context(self.config, self.cache(options), self.tokens_in_flight)
-        is_whole = tokens == num_positions(self.config)
-        return tokens if is_whole else tokens // BLOCK_TOKENS * BLOCK_TOKENS
+        """Return the longest sequence that can be served."""
+        return largest_context(self.config, self.cache(options), self.tokens_in_flight)
 
     def estimate(self, options: ServeOptions) -> str:
         """Say what weights and a sequence take, and what is left for the KV cache."""
         length = options.max_model_len or 0
         needed = kv_cache_bytes(self.config, length, self.tokens_in_flight) / _GIB
         text = f"estimate for a rank: weights {self.weights / _GIB:.1f} GiB"
-        if self.hardware.gpu is not None:
+        if (share := options.gpu_memory_utilization) is not None:
             left = max(self.cache(options), 0) / _GIB
             text += (
-                f", {self.reserve / _GIB:.0f} GiB for all else, {left:.1f} GiB left for the KV "
-                f"cache at {options.gpu_memory_utilization:g} of the memory"
+                f", {RESERVE_BYTES / _GIB:.0f} GiB for all else, {left:.1f} GiB left for the KV "
+                f"cache at {share:g} of the memory"
             )
         return f"{text}; a sequence of {length} tokens takes {needed:.2f} GiB (docs/doctor.md)"
 
 
 def _measure_room(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware) -> _Room:
     ranks, on_cpu = options.num_ranks, hardware.gpu is None
-    # All ranks of a CPU share one memory.
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _Room(
-        config,
-        hardware,
-        memory=physical // ranks if on_cpu else hardware.memory_bytes,
-        weights=weights_bytes_per_rank(options.checkpoint, ranks, decoded=on_cpu),
-        reserve=0 if on_cpu else RESERVE_BYTES,
-        # Twice: with asynchronous scheduling the next step is prepared while one is computed.
-        tokens_in_flight=2 * (options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS),
-    )
+    memory = physical // ranks if on_cpu else hardware.memory_bytes  # a CPU's ranks share it
+    weights = weights_bytes_per_rank(options.checkpoint, ranks, decoded=on_cpu)
+    # Twice: with asynchronous scheduling the next step is prepared while one is computed.
+    in_flight = 2 * (options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS)
+    return _Room(config, hardware, memory, weights, in_flight)
 
 
 def _fit(wanted: str, options: ServeOptions, room: _Room) -> tuple[str, ServeOptions]:
@@ -193,7 +183,7 @@ def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list
     Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop. What
     `options` and the environment say stays.
     """
-    is_pcie = hardware.link == "pcie" and options.num_ranks > 1
+    is_pcie = hardware.is_pcie_only and options.num_ranks > 1
     flags, wanted = split({**(ON_GPUS if hardware.gpu else {}), **(ON_PCIE if is_pcie else {})})
     notes = ["Acti's settings for GPUs without NVLink between them (docs/serving.md)"] * is_pcie
     notes += [f"{n}: the environment has {os.environ[n]}" for n in wanted if n in os.environ]

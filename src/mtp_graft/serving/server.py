@@ -46,13 +46,10 @@ _REPEATED_TEXT = Prompt(
 )
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-#: `(EngineCore pid=7) ERROR 11-23 21:00:00 [core.py:100] `, in whole or in part.
-_PREFIX = re.compile(
-    r"^(\([\w ]+ pid=\d+\) ?)*((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:]+ \[[^\]]+\] ?)?"
-)
-#: An exception's line, or the one below a pydantic ValidationError, which has its reason.
+#: An exception's line, after vLLM's `(EngineCore pid=7) ERROR 11-23 21:00:00 [core.py:100] ` or
+#: not, or the one below a pydantic ValidationError, which has its reason.
 _REASON = re.compile(
-    r"^([\w.]*(Error|Exception)\b|[\w .:-]*\berror): ?\S|^Value error, ", re.IGNORECASE
+    r"(?:^|\] )\s*([\w .:-]*(?:error|exception): \S.*|value error, .*)", re.IGNORECASE
 )
 #: The processes above the failing one only report that it failed.
 _SECOND_HAND = re.compile(
@@ -221,16 +218,16 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
     return gained
 
 
-def explain(log: Path, max_lines: int = 3) -> str:
+def explain(log: Path) -> str:
     """Return why the vLLM that wrote `log` stopped, on one line.
 
-    These are the first exceptions of the last 256 KiB that are not second-hand, each one once;
-    without any, the last lines. vLLM's prefixes, colours and blank lines are left out.
+    These are the first three exceptions of the last 256 KiB that are not second-hand, each one
+    once; without any, the last lines.
     """
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 256 * 1024))
         text = _ANSI.sub("", file.read().decode(errors="replace"))
-    lines = [line for raw in text.splitlines() if (line := _PREFIX.sub("", raw).strip()[:300])]
-    reasons = [line for line in lines if _REASON.match(line) and not _SECOND_HAND.search(line)]
-    chosen = list(dict.fromkeys(reasons))[:max_lines] or lines[-max_lines:]
-    return " | ".join(chosen) or "it wrote nothing"
+    lines = [line.strip()[:300] for line in text.splitlines() if line.strip()]
+    matches = [_REASON.search(line) for line in lines if not _SECOND_HAND.search(line)]
+    reasons = list(dict.fromkeys(match[1] for match in matches if match))
+    return " | ".join(reasons[:3] or lines[-3:]) or "it wrote nothing"

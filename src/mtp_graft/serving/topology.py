@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
-
-Link = Literal["none", "nvlink", "pcie", "network"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +20,8 @@ class Hardware:
 
     gpu: str | None
     num_gpus: int = 0
-    memory_bytes: int = 0  # of one GPU
-    link: Link = "none"  # the slowest between two ranks
+    memory_bytes: int = 0  # of one GPU; 0: not known
+    has_nvlink: bool = False  # between all GPUs of a machine
     num_nodes: int = 1
     unified_memory: bool = False
 
@@ -33,6 +31,11 @@ class Hardware:
         return "cpu" if self.gpu is None else "cuda"
 
     @property
+    def is_pcie_only(self) -> bool:
+        """Return whether ranks of one machine reach each other over PCIe alone."""
+        return self.num_nodes == 1 and self.num_gpus > 1 and not self.has_nvlink
+
+    @property
     def most_utilization(self) -> float:
         """Return the largest share of a GPU's memory that vLLM may take (0..1)."""
         return UNIFIED_MEMORY_UTILIZATION if self.unified_memory else 1.0
@@ -40,22 +43,22 @@ class Hardware:
     def __str__(self) -> str:
         if self.gpu is None:
             return "CPU"
-        network = f", {self.num_nodes} nodes"
-        how = {"none": "", "nvlink": ", NVLink", "pcie": ", PCIe only", "network": network}
-        return f"{self.num_gpus}x {self.gpu}, {self.memory_bytes / 2**30:.1f} GiB{how[self.link]}"
+        link = ", PCIe only" if self.is_pcie_only else ", NVLink" if self.num_gpus > 1 else ""
+        link = f", {self.num_nodes} nodes" if self.num_nodes > 1 else link
+        return f"{self.num_gpus}x {self.gpu}, {self.memory_bytes / 2**30:.1f} GiB{link}"
 
 
 CPU = Hardware(None)
 _MIB = 2**20
-#: What options can name, as two of them are built in. The memory is what the driver reports; H100
-#: and H200 are SXM. GB10 (DGX Spark): from users' reports.
+#: What options can name. The memory is what the driver reports; H100 and H200 are SXM. GB10 (DGX
+#: Spark): from users' reports.
 _NAMED = (
     CPU,
-    Hardware("RTX PRO 6000 Max-Q", 2, 97887 * _MIB, "pcie"),
-    Hardware("RTX PRO 6000 Server", 2, 97887 * _MIB, "pcie"),
-    Hardware("GB10", 2, 124610 * _MIB, "network", 2, unified_memory=True),
-    Hardware("H100", 2, 81559 * _MIB, "nvlink"),
-    Hardware("H200", 2, 143771 * _MIB, "nvlink"),
+    Hardware("RTX PRO 6000 Max-Q", 1, 97887 * _MIB),
+    Hardware("RTX PRO 6000 Server", 1, 97887 * _MIB),
+    Hardware("GB10", 1, 124610 * _MIB, unified_memory=True),
+    Hardware("H100", 1, 81559 * _MIB, has_nvlink=True),
+    Hardware("H200", 1, 143771 * _MIB, has_nvlink=True),
 )
 _BY_NAME = {(hardware.gpu or "cpu").lower(): hardware for hardware in _NAMED}
 
@@ -75,8 +78,7 @@ def named_hardware(name: str, count: int = 1, num_nodes: int | None = None) -> H
     nodes = num_nodes or (count if known.unified_memory else 1)
     if count % nodes:
         raise GraftError(f"--count {count} in --nnodes {nodes}: expected as many in each")
-    link = _link(count, nodes, is_nvlink=known.link != "pcie")
-    return replace(known, num_gpus=count, num_nodes=nodes, link=link)
+    return replace(known, num_gpus=count, num_nodes=nodes)
 
 
 def find_gpus(num_nodes: int = 1) -> Hardware:
@@ -95,11 +97,11 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
                 f"this machine: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: "
                 "choose with CUDA_VISIBLE_DEVICES"
             )
-        known = _BY_NAME.get(names[0].lower().removeprefix("nvidia "), Hardware(names[0]))
-        memory_bytes = known.memory_bytes  # 0 if neither the driver nor the project knows it
+        known = _BY_NAME.get(names[0].lower().removeprefix("nvidia "), Hardware(None))
+        memory_bytes = known.memory_bytes
         with suppress(pynvml.NVMLError_NotSupported):  # where it is the machine's
             memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[0]).total)
-        is_nvlink = all(
+        has_nvlink = len(gpus) > 1 and all(
             pynvml.nvmlDeviceGetP2PStatus(*pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
             == pynvml.NVML_P2P_STATUS_OK
             for pair in combinations(gpus, 2)
@@ -111,8 +113,7 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
             "--profile none serves without looking"
         ) from error
     count = len(gpus) * num_nodes
-    link = _link(count, num_nodes, is_nvlink)
-    return Hardware(names[0], count, memory_bytes, link, num_nodes, known.unified_memory)
+    return Hardware(names[0], count, memory_bytes, has_nvlink, num_nodes, known.unified_memory)
 
 
 def hardware_for(platform: Platform) -> Hardware:
@@ -131,12 +132,6 @@ def _visible(pynvml: Any) -> list[Any]:
         else pynvml.nvmlDeviceGetHandleByUUID(device)
         for device in map(str.strip, filter(None, chosen.split(",")))
     ]
-
-
-def _link(count: int, num_nodes: int, is_nvlink: bool) -> Link:
-    if num_nodes > 1:
-        return "network"
-    return "none" if count == 1 else "nvlink" if is_nvlink else "pcie"
 
 
 def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:

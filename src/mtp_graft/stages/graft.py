@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import Source, download, find_source, headers_of
 from mtp_graft.stages.inputs import Progress
-from mtp_graft.stages.splice import check_space, plan_splice, splice
+from mtp_graft.stages.splice import plan_splice, splice
 
 #: What can be made of upstream's head without calibration.
 Head = Literal["mxfp4", "bf16"]
@@ -37,7 +37,7 @@ def graft(
     """
     started = time.perf_counter()
     report("graft: read headers", 0, 0)
-    sources = _prepare(base, upstream, out, head, copy=copy)
+    sources = _prepare(base, upstream, out, head)
     folders = download(sources, report)
     report("graft: splice", 0, 0)
     spliced = splice(folders[0], folders[1], out, head, copy=copy)
@@ -58,18 +58,14 @@ def graft(
     }
 
 
-def _prepare(
-    base: Checkpoint, upstream: Checkpoint, out: Path, head: Head | None, *, copy: bool
-) -> list[Source]:
+def _prepare(base: Checkpoint, upstream: Checkpoint, out: Path, head: Head | None) -> list[Source]:
     """Return what is needed; refuse what can be refused before a shard is downloaded."""
     if out.exists():
         raise GraftError(f"{out}: already exists; remove it or choose another folder")
     sources = [_find(base, "base"), _find(upstream, "head")]
     with ExitStack() as stack:
         folders = [stack.enter_context(headers_of(source)) for source in sources]
-        plan = plan_splice(folders[0], folders[1], head)
-    base_bytes = sum(sources[0].sizes.values())
-    check_space(out, plan, sources[0].folder, base_bytes, copy=copy)
+        plan_splice(folders[0], folders[1], head)
     return sources
 
 

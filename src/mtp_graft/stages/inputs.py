@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
@@ -16,7 +17,9 @@ from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_record
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
 from mtp_graft.dsv4.config import check_dimensions
-from mtp_graft.dsv4.names import upstream_head_names
+from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.names import FLOAT32, upstream_head_names
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 
 if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
@@ -85,6 +88,26 @@ def read_master(upstream: Path) -> Tensors:
     meta = read_meta(upstream, "mtp.", complete=True)
     files = {name: upstream / shards[name] for name in names}
     return Tensors(files, {name: meta[name] for name in names})
+
+
+def check_head(
+    upstream: Path, head: Tensors, config: Mapping[str, Any], group_size: int = 128
+) -> None:
+    """Raise GraftError for a head whose decoded tensors are not those that `config` asks for."""
+    expected = head_shapes(config)
+    decoded = decode_head(head.meta, group_size=group_size)
+    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
+    wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+    if wrong:
+        ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
+        raise GraftError(
+            f"{upstream}: {wrong[0]} is {ours}, expected {theirs} by the base's "
+            f"config.json ({len(wrong)} of the head's {len(expected)} tensors differ); base and "
+            "upstream are different models, or a shard is damaged: fetch it again"
+        )
+    for name, tensor in head.meta.items():
+        if FLOAT32.search(name) and tensor.dtype != torch.float32:
+            raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected torch.float32")
 
 
 def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -169,6 +192,7 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     from mtp_graft.dsv4.replay import model_config
 
     (settings, base_map), head = read_base(base, *needed), read_master(upstream)
+    check_head(upstream, head, settings)
     try:
         model = model_config(settings)
     except (ValueError, KeyError, TypeError) as error:

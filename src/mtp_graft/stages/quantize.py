@@ -235,7 +235,7 @@ def _quantize_batch(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
     with clock.timed("hessian", tf32=True):
-        weights = _stack(inputs, decode_head(upstream), experts)
+        weights = _stack(decode_head(upstream), experts)
         # An expert that no token reached is calibrated on all of them.
         tokens = [routed.of_expert(e) if routed.counts[e] else routed.of_all() for e in experts]
         hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # of w1, w2, w3
@@ -249,22 +249,12 @@ def _quantize_batch(
     return packed, {"counts": [routed.counts[e] for e in experts], "rel_errors": errors}
 
 
-def _stack(inputs: Inputs, decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
+def _stack(decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
     """Return w1 and w3 [E, M, D] and w2 [E, D, M] in float32."""
-    hidden, inner = inputs.model.hidden_size, inputs.model.moe_intermediate_size
-    stacked = {}
-    for matrix in MATRICES:
-        names = [f"{expert_name(e, matrix)}.weight" for e in experts]
-        expected = [hidden, inner] if matrix == "w2" else [inner, hidden]
-        for name in names:
-            shape = list(decoded[name].shape) if name in decoded else "missing"
-            if shape != expected:
-                raise GraftError(
-                    f"{name}: is {shape}, expected {expected} by the base's config.json; "
-                    f"{inputs.upstream} and {inputs.base} are of different models"
-                )
-        stacked[matrix] = torch.stack([decoded[name] for name in names])
-    return stacked
+    return {
+        matrix: torch.stack([decoded[f"{expert_name(e, matrix)}.weight"] for e in experts])
+        for matrix in MATRICES
+    }
 
 
 def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Path) -> None:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint import quant_manifest
+from mtp_graft.checkpoint import quant_manifest, shards
 from mtp_graft.checkpoint.files import is_full_disk, sha256, write_json, write_text
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import (
@@ -29,37 +28,20 @@ from mtp_graft.checkpoint.quantization_config import (
     int4_group_size,
     read_quantization,
 )
-from mtp_graft.checkpoint.shards import (
-    INDEX_NAME,
-    read_index,
-    read_meta,
-    stream_shard,
-    write_index,
-)
-from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import FLOAT32
-from mtp_graft.dsv4.variants import (
-    Linears,
-    Variant,
-    decode_head,
-    group_by_module,
-    store_head,
-)
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.dsv4 import variants
+from mtp_graft.dsv4.variants import Linears, Variant
+from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import modules_of
 from mtp_graft.serving.doctor.schemes import mismatches
-from mtp_graft.stages.fetch import nearest_folder
-from mtp_graft.stages.inputs import Tensors, expert_files, read_base, read_master
+from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = frozenset(
     {
-        *(INDEX_NAME, "config.json", HEAD_SHARD, quant_manifest.RECIPE_NAME),
+        *(shards.INDEX_NAME, "config.json", HEAD_SHARD, quant_manifest.RECIPE_NAME),
         *(quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME),
     }
 )
-#: Beside the shard: index, config and manifests are a few MB at full size.
-_MARGIN_BYTES = 64 * 2**20
 _EXPERT_FORMATS: dict[str, ExpertFormat] = {
     **{"rtn": "int4", "gptq": "int4"},
     **{"mxfp4": "mxfp4", "bf16": "bf16"},
@@ -116,13 +98,11 @@ def splice(
     if out.exists():
         _check_done(out, manifest)
         return plan
-    files = base_files(base)
-    check_space(out, plan, base, sum(path.stat().st_size for path in files), copy=copy)
     with _temporary_folder(out) as folder:
-        for source in files:
+        for source in base_files(base):
             _link(source, folder / source.relative_to(base), copy=copy)
         if plan.published is None:
-            stream_shard(plan.layout, _stored_tensors(plan), folder / HEAD_SHARD)
+            shards.stream_shard(plan.layout, _stored_tensors(plan), folder / HEAD_SHARD)
         else:
             _link(upstream / HEAD_SHARD, folder / HEAD_SHARD, copy=copy)
         _write_texts(plan, manifest, folder)
@@ -145,7 +125,7 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    base_map, base_bytes = _check_base(base)
+    base_config, base_map, base_bytes = _read_base(base)
     published = None
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         published = quant_manifest.read_manifest(upstream)
@@ -153,18 +133,18 @@ def plan_splice(
         variant, linears = _describe(upstream, published, head.meta, variant)
     else:
         head, variant = read_master(upstream), variant or "mxfp4"
-    config = _head_config(base, variant, linears)
+    config = _head_config(base, base_config, variant, linears)
     group_size = 128
     if _EXPERT_FORMATS[variant] == "int4":
         group_size = int4_group_size(config["quantization_config"])
-    _check_fits(upstream, head.meta, config, group_size)
+    check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     experts, layout = Tensors({}, {}), head.meta
     if published is None:
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
         sizes = {"group_size": group_size}
-        layout = store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
+        layout = variants.store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
     _check_schemes(base, config, layout)
     return SplicePlan(
         *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
@@ -172,13 +152,12 @@ def plan_splice(
     )
 
 
-def _check_base(base: Path) -> tuple[dict[str, str], int]:
-    """Return the base's weight map and the size of its tensors; GraftError if it is no base."""
-    if already := sorted(name for name in read_index(base) if name.startswith("mtp.")):
+def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Return the base's config, weight map, and the size of its tensors."""
+    if already := sorted(name for name in shards.read_index(base) if name.startswith("mtp.")):
         raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
-    size = sum(tensor.nbytes for tensor in read_meta(base, complete=True).values())
-    _, weight_map = read_base(base, "embed.weight", "head.weight")
-    return weight_map, size
+    size = sum(tensor.nbytes for tensor in shards.read_meta(base, complete=True).values())
+    return *read_base(base, "embed.weight", "head.weight"), size
 
 
 def _describe(
@@ -205,18 +184,16 @@ def _describe(
     return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
 
 
-def _head_config(base: Path, variant: Variant, linears: Linears) -> dict[str, Any]:
+def _head_config(
+    base: Path, config: Mapping[str, Any], variant: Variant, linears: Linears
+) -> dict[str, Any]:
     """Return the base's config.json with the head in it."""
-    path, experts = base / "config.json", _EXPERT_FORMATS[variant]
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        layer, quantization = config["num_hidden_layers"], config["quantization_config"]
-        quantization = add_head(quantization, layer, experts, linears)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(
-            f"{path}: {in_words(error)}; expected a compressed-tensors checkpoint's config with "
-            "num_hidden_layers and quantization_config.config_groups"
-        ) from error
+        read_quantization(config)
+    except GraftError as error:
+        raise GraftError(f"{base}/{error}") from error
+    quantization, layer = config["quantization_config"], config["num_hidden_layers"]
+    quantization = add_head(quantization, layer, _EXPERT_FORMATS[variant], linears)
     return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
 
 
@@ -231,26 +208,6 @@ def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, T
         )
 
 
-def _check_fits(
-    upstream: Path, head: Mapping[str, Tensor], config: Mapping[str, Any], group_size: int
-) -> None:
-    """Compare the head's tensors, as decoded, with those that the base's config asks for."""
-    expected = head_shapes(config)
-    decoded = decode_head(head, group_size=group_size)
-    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
-    wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-    if wrong:
-        ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
-        raise GraftError(
-            f"{upstream}: {wrong[0]} is {ours}, expected {theirs} by the base's "
-            f"config.json ({len(wrong)} of the head's {len(expected)} tensors differ); base and "
-            "upstream are different models, or a shard is damaged: fetch it again"
-        )
-    for name, tensor in head.items():
-        if FLOAT32.search(name) and tensor.dtype != torch.float32:
-            raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected torch.float32")
-
-
 # The manifest, which says whether an `out` is of the same inputs
 
 
@@ -262,8 +219,8 @@ def _manifest(plan: SplicePlan) -> Manifest:
         if origin["base"] != base:
             origin["made_for"] = origin.get("made_for", origin["base"])
         return {**plan.published, "provenance": {**origin, "base": base}}
-    shards = sorted(set(plan.head.files.values()))
-    provenance = {"base": base, "upstream": {path.name: sha256(path) for path in shards}}
+    files = sorted(set(plan.head.files.values()))
+    provenance = {"base": base, "upstream": {path.name: sha256(path) for path in files}}
     if plan.report is not None:
         files = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, files)
@@ -283,7 +240,7 @@ def _check_done(out: Path, manifest: Manifest) -> None:
         raise GraftError(
             f"{out}: already exists, and not from these inputs; remove it or choose another folder"
         )
-    read_meta(out, complete=True)
+    shards.read_meta(out, complete=True)
 
 
 # Writing
@@ -298,20 +255,6 @@ def base_files(base: Path) -> list[Path]:
         if str(relative) not in OWN_FILES
         and not any(part.startswith(".") for part in relative.parts[:-1])
     ]
-
-
-def check_space(out: Path, plan: SplicePlan, base: Path, base_bytes: int, *, copy: bool) -> None:
-    """Raise GraftError if the disk of `out` has no room for the head, and the base if copied."""
-    disk = nearest_folder(out)
-    needed = plan.bytes + _MARGIN_BYTES
-    if copy or disk.stat().st_dev != base.resolve().stat().st_dev:
-        needed += base_bytes
-    free = shutil.disk_usage(disk).free
-    if free < needed:
-        raise GraftError(
-            f"{out.parent}: {free:,} bytes free, {needed:,} needed for {HEAD_SHARD} and what "
-            "goes with it; make room or choose another folder"
-        )
 
 
 @contextmanager
@@ -347,10 +290,12 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one module at a time."""
     with plan.head.opened() as head, plan.experts.opened() as experts:
-        for by_part in group_by_module(head).values():
+        for by_part in variants.group_by_module(head).values():
             module = {name: head[name] for name in by_part.values()}
             sizes = {"group_size": plan.group_size}
-            stored = store_head(module, plan.variant, experts, **sizes, linears=plan.linears)
+            stored = variants.store_head(
+                module, plan.variant, experts, **sizes, linears=plan.linears
+            )
             yield from stored.items()
 
 
@@ -367,6 +312,6 @@ def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
 
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
-    metadata = json.loads((plan.base / INDEX_NAME).read_text()).get("metadata")
+    metadata = json.loads((plan.base / shards.INDEX_NAME).read_text()).get("metadata")
     index = {**plan.base_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
-    write_index(index, plan.base_bytes + plan.bytes, folder, metadata)
+    shards.write_index(index, plan.base_bytes + plan.bytes, folder, metadata)

@@ -15,7 +15,6 @@ from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block
 
 Weights = Iterable[tuple[str, Tensor]]
-_SCALE = ".weight_scale"
 
 
 def decode_compressors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
@@ -23,38 +22,32 @@ def decode_compressors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
     A weight [O, I] (E4M3) is held back until its scale [ceil(O/128), ceil(I/128)] has come, and
     the reverse; all else passes through as it is. Raises GraftError for a half without the other
-    and for a scale of another shape, which name the tensor.
+    and for a scale of another shape, which name the module.
     """
-    halves: dict[str, Tensor] = {}  # of pairs that are not whole yet
+    pairs: dict[str, dict[str, Tensor]] = {}  # that are not whole yet
     for name, tensor in weights:
-        if not _is_half(name, tensor):
+        module, _, part = name.rpartition(".")
+        is_codes = part == "weight" and tensor.dtype == torch.float8_e4m3fn
+        if not NEVER_QUANTIZED.search(name) or not (is_codes or part == "weight_scale"):
             yield name, tensor
             continue
-        weight = name.removesuffix(_SCALE).removesuffix(".weight") + ".weight"
-        scale = weight.removesuffix(".weight") + _SCALE
-        halves[name] = tensor
-        if weight in halves and scale in halves:
-            yield weight, _decode(weight, halves.pop(weight), halves.pop(scale))
-    for name in halves:
-        other = "FP8 weight" if name.endswith(_SCALE) else f"{_SCALE} beside it"
+        pair = pairs.setdefault(module, {})
+        pair[part] = tensor
+        if len(pair) == 2:
+            del pairs[module]
+            yield f"{module}.weight", _decode(module, **pair)
+    for module, (part,) in pairs.items():
         raise GraftError(
-            f"{name}: there is no {other}; expected both or a BF16 weight alone: fetch the base "
-            "again"
+            f"{module}: an FP8 {part} comes alone; expected weight and weight_scale, or a BF16 "
+            "weight: fetch the base again"
         )
 
 
-def _is_half(name: str, tensor: Tensor) -> bool:
-    if not NEVER_QUANTIZED.search(name):
-        return False
-    is_codes = name.endswith(".weight") and tensor.dtype == torch.float8_e4m3fn
-    return is_codes or name.endswith(_SCALE)
-
-
-def _decode(name: str, codes: Tensor, scale: Tensor) -> Tensor:
-    expected = tuple(-(-size // fp8_block.BLOCK) for size in codes.shape)
-    if tuple(scale.shape) != expected:
+def _decode(module: str, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    expected = [-(-size // fp8_block.BLOCK) for size in weight.shape]
+    if list(weight_scale.shape) != expected:
         raise GraftError(
-            f"{name}: its scale is {list(scale.shape)}, expected {list(expected)}, one a block of "
-            f"128 x 128 of {list(codes.shape)}; only FP8 in such blocks is decoded"
+            f"{module}: its scale is {list(weight_scale.shape)}, expected {expected}, one a block "
+            f"of 128 x 128 of {list(weight.shape)}; only FP8 in such blocks is decoded"
         )
-    return fp8_block.decode(codes, scale).to(torch.bfloat16)
+    return fp8_block.decode(weight, weight_scale).to(torch.bfloat16)

@@ -171,14 +171,14 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         found += f"; {wanted} tokens take {needed / _GIB:.1f} of {left / _GIB:.1f} GiB left"
         kind = "memory" if most >= wanted else "memory-context"
         severity: Severity | None = "warning" if most < wanted and asked is None else None
-        yield finding(kind, where, found, f"at most --max-model-len {most // 256 * 256}", severity)
+        yield finding(kind, where, found, f"at most --max-model-len {most}", severity)
 
 
 # Known issues
 
 
 def _has_pcie_only(target: Target) -> bool:
-    return target.hardware is not None and target.hardware.link == "pcie"
+    return target.hardware is not None and target.hardware.is_pcie_only
 
 
 def _has_one_group_a_rank(checkpoint: Checkpoint, target: Target) -> bool:
