@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mtp_graft.checkpoint import files
@@ -218,8 +218,8 @@ def test_broken_inputs_are_one_error_and_nothing_is_left(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "upstream"]
 
 
-def test_gptq_needs_the_experts_of_a_quantize_stage_with_the_bases_groups(
-    tiny_base: Path, tiny_model: Path, quantized: Path, tmp_path: Path
+def test_gptq_needs_a_finished_quantize_stage(
+    tiny_base: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     def refused(folder: Path | None, message: str) -> None:
         with pytest.raises(GraftError, match=message):
@@ -227,13 +227,6 @@ def test_gptq_needs_the_experts_of_a_quantize_stage_with_the_bases_groups(
 
     refused(None, "run `mtp-graft quantize` first")
     refused(tmp_path, r"report\.json: not found; .* run `mtp-graft quantize`")
-    other = shutil.copytree(quantized, tmp_path / "quantize")
-    path = sorted((other / "gptq").iterdir())[0]
-    tensors, name = load_file(path), "mtp.0.ffn.experts.3.w1.weight_scale"
-    save_file({**tensors, name: tensors[name].repeat_interleave(2, dim=1)}, path)
-    refused(other, r"experts\.3\.w1: scale is \[256, 4\].*group 128")
-    path.unlink()
-    refused(other, r"experts\.\d+\.w1\.weight_packed: not among")
     assert not (tmp_path / "out").exists()
 
 
