@@ -102,21 +102,34 @@ def spliced(tiny_model: Path, tiny_base: Path, quantized: Path) -> dict[str, Pat
 
 
 @pytest.fixture
-def mtp_graft(
+def run_command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Any]:
-    """Return a function that runs a command in this process: its JSON, or the error's line."""
+) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a command in this process: exit status, output and errors."""
     from mtp_graft import cli
 
-    def call(*words: object) -> Any:
-        monkeypatch.setattr(sys, "argv", ["mtp-graft", *map(str, words), "--json", "-"])
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mtp-graft", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
             sys.exit(0)
-        out, errors = capfd.readouterr()
-        if ended.value.code in (0, None):
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, *capfd.readouterr()
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("mtp_graft.serving.server.POLL_S", 0.02)
+    return call
+
+
+@pytest.fixture
+def mtp_graft(run_command: Callable[..., tuple[int, str, str]]) -> Callable[..., Any]:
+    """Return a function that runs a command in this process: its JSON, or the error's line."""
+
+    def call(*words: object) -> Any:
+        status, out, errors = run_command(*words, "--json", "-")
+        if status == 0:
             return json.loads(out)
-        assert ended.value.code == 1, errors
+        assert status == 1, errors
         return next(line for line in errors.splitlines() if line.startswith("error: "))
 
     return call

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -296,15 +295,13 @@ def test_settings_that_do_not_work_are_named(
         run(tmp_path, capture=one_token, **settings)
 
 
-def test_a_capture_that_is_broken_or_of_another_model_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_capture_of_another_model_or_split_is_refused(run: Run, tmp_path: Path) -> None:
     def sequences(hidden: int = HIDDEN) -> Any:
         return random_sequences((10, 12), hidden=hidden, vocab=4096)
 
-    not_finite, other_vocabulary = sequences(), sequences()
-    not_finite[1].residual[7, 2, 5] = math.nan
+    other_vocabulary = sequences()
     other_vocabulary[0].token_ids[3] = 4096
     captures = {
-        "prompt 'prompt-1': not-finite residual at token 7": not_finite,
         "hidden size 128 and token": sequences(hidden=128),
         "token 4096, expected 256 and less than 4096": other_vocabulary,
         "no captured sequences of split 'calibration'": [],
@@ -321,7 +318,7 @@ def test_an_upstream_of_another_shape_is_refused_by_name(
     module = f"{EXPERT}5.w3"
     cut = {n: upstream[n][:128].clone() for n in (f"{module}.weight", f"{module}.scale")}
     write_checkpoint({**upstream, **cut}, tmp_path)
-    with pytest.raises(GraftError, match=rf"{module}\.weight: is \[128, 256\], expected \[256, 2"):
+    with pytest.raises(GraftError, match=rf"{module}\.weight is \[128, 256\], expected \[256, 2"):
         run(tmp_path / "q", upstream=tmp_path)
 
 

@@ -2,13 +2,11 @@
 
 import gzip
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mtp_graft import cli
 from mtp_graft.bench.evals.sandbox import find_python
 from mtp_graft.errors import GraftError
 
@@ -16,21 +14,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(run_command: Run) -> Run:
     """Run the command line; return exit status, output and errors."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mtp-graft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            sys.exit(0)
-        out, errors = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, out, errors
-
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    return call
+    return run_command
 
 
 @pytest.fixture(scope="session")

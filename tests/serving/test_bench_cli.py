@@ -1,17 +1,16 @@
 """`mtp-graft bench` from the command line, on a stand-in vLLM."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mtp_graft import cli
 from mtp_graft.bench import sweep
 from mtp_graft.pipeline.device import device_name
-from mtp_graft.serving import command, server
+from mtp_graft.serving import command
 
 from .bench_server import serving
 from .conftest import read_record
@@ -21,20 +20,9 @@ pytestmark = pytest.mark.usefixtures("vllm")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run `bench` in this process; return exit status, output and errors."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mtp-graft", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            sys.exit(0)
-        out, errors = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, out, errors
-
-    monkeypatch.setattr(server, "POLL_S", 0.02)
-    return call
+def run(run_command: Run) -> Run:
+    """Run `bench`; return exit status, output and errors."""
+    return partial(run_command, "bench")
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import typer
 
-from mtp_graft import cli, pipeline
+from mtp_graft import pipeline
 from mtp_graft.bench.requests import Report
 from mtp_graft.cli.app import app
 from mtp_graft.cli.pipeline import STAGES
 from mtp_graft.pipeline import run as stages
 from mtp_graft.recipe import Recipe
-from mtp_graft.serving import server
 
 from .conftest import install, only_from
 
@@ -23,20 +22,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(vllm: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+def run(vllm: object, run_command: Run) -> Run:
     """Run the command line in this process; return exit status, output and errors."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mtp-graft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-            sys.exit(0)
-        out, errors = capfd.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, out, errors
-
-    monkeypatch.setattr(server, "POLL_S", 0.05)
-    return call
+    return run_command
 
 
 def test_dry_run_prints_what_a_shell_can_run(

@@ -185,13 +185,7 @@ def _generate(
     report: Progress,
 ) -> float | None:
     """Have every prompt continued that is not yet; return the speed in tokens a second."""
-    done = {text.number: text for text in read_texts(out)}
-    for text in asked:
-        if text.number in done and text.prompt != done[text.number].prompt:
-            raise GraftError(
-                f"{out}: prompt {text.id!r} was {done[text.number].id!r} when the capture began, "
-                "or is encoded otherwise now; remove the folder or use another --run"
-            )
+    done = {text.number for text in read_texts(out)}
     missing = [text for text in asked if text.number not in done]
 
     def finish(text: FinishedText) -> FinishedText:

@@ -81,18 +81,14 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def is_first_rank() -> bool:
     """Return whether this rank prints, and writes what is one for all."""
-    return _rank() == 0
+    return os.environ.get("RANK", "0") == "0"
 
 
 def share(units: Sequence[Item]) -> list[Item]:
     """Return this rank's part of the units of work."""
-    return list(units[_rank() :: num_ranks()])
+    return list(units[int(os.environ.get("RANK", "0")) :: num_ranks()])
 
 
 def wait_for_ranks() -> None:

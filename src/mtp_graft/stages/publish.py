@@ -27,6 +27,8 @@ from mtp_graft.checkpoint.quant_manifest import (
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import HUB_ERRORS
 
+#: How the names of a head's own files begin.
+_OF_HEAD = (HEAD_SHARD, MANIFEST_NAME, MANIFEST_TEXT_NAME, "LICENSE", "NOTICE")
 #: Path in the repository -> file, or content made here.
 Files = Mapping[str, Path | bytes]
 
@@ -70,18 +72,13 @@ def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
         name.as_posix(): path
         for name, path in relative.items()
         if not any(part.startswith(".") for part in name.parts)
-        and (not head_only or _belongs_to_head(name.as_posix()))
+        and (not head_only or name.as_posix().startswith(_OF_HEAD))
     }
     cards = [card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png")]
     files |= {path.name: path for path in cards}
     if head_only:
         files[CARD_NAME] = _head_card(card / CARD_NAME, repo)
     return dict(sorted(files.items()))
-
-
-def _belongs_to_head(name: str) -> bool:
-    own = (HEAD_SHARD, MANIFEST_NAME, MANIFEST_TEXT_NAME)
-    return name in own or name.startswith(("LICENSE", "NOTICE"))
 
 
 def _head_card(card: Path, repo: str) -> bytes:

@@ -248,8 +248,8 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 def _wrong_int4(values: Tensor, exact: Tensor, scale: Tensor, head: _Head) -> str | None:
     error = values - exact
-    norms = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (error, exact))
-    rel_error = next(norms) / next(norms)
+    wrong, whole = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (error, exact))
+    rel_error = wrong / whole if whole else wrong
     head.rel_error_max = max(head.rel_error_max, rel_error)
     if rel_error > INT4_REL_ERROR:
         return f"relative error {rel_error:.3g}, expected at most {INT4_REL_ERROR}"

@@ -93,9 +93,8 @@ def run_task(task: Task, log_dir: Path, model: Model) -> dict[str, Any]:
     samples = read_eval_log(header.location).samples or []
     answered = [sample for sample in samples if not sample.error]
     if len(answered) < len(task.dataset):
-        reasons = [sample.error.message for sample in samples if sample.error]
         left = f"{len(task.dataset) - len(answered)} of {len(task.dataset)} questions left"
-        why = reasons[0] if reasons else "stopped"
+        why = header.error.message if header.error else header.status
         raise GraftError(f"{task.name}: {left}: {why}; with --run, run it again to go on")
     return {**_result(task.name, answered), "seconds": time.perf_counter() - started}
 
