@@ -1,5 +1,7 @@
 """A step's attention metadata against loops that follow the definitions of vLLM's kernels.
 
+How drafts are flattened is for `engine/test_engines.py`: text with the head is the base's.
+
 Everything is called through vLLM's own launchers and functions. Outputs start out filled with
 STALE: what a kernel does not write has to stay so.
 """
@@ -171,26 +173,6 @@ def test_a_padded_request_and_requests_beyond_the_table_have_no_compressed_slots
         out, torch.zeros(8).long(), i32([0, 4, 8]), i32([4, 4]), i32([[6]]), 64, 4, 1, 1
     )
     assert out.tolist() == [PAD, PAD, PAD, 6 * 64, STALE, STALE, STALE, STALE]
-
-
-@exhaustive
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 2))
-def test_uniform_decodes_are_flattened_to_one_row_a_token(
-    seq_lens: list[int], decode_len: int, wider: int
-) -> None:
-    columns, num_rows = 3, len(seq_lens) * decode_len
-    table = [[10 * r + c for c in range(columns)] for r in range(len(seq_lens))]
-    places = [divmod(row, decode_len) for row in range(num_rows)]
-    contexts = [max(seq_lens[r] - decode_len + place + 1, 0) for r, place in places]
-    out_lens, out_decode_lens = stale(num_rows + 2), stale(num_rows + 2)
-    out_table = stale(num_rows + 2, columns + wider)
-    indexer._PREPARE_UNIFORM_DECODE_KERNEL(
-        i32(seq_lens), out_lens, i32(table), out_table, out_decode_lens, num_rows, decode_len
-    )
-    assert out_lens.tolist() == [*contexts, STALE, STALE]
-    assert out_decode_lens.tolist() == [1] * num_rows + [STALE, STALE]
-    assert out_table[:num_rows, :columns].tolist() == [table[r] for r, _ in places]
-    assert (out_table[num_rows:] == STALE).all()
 
 
 @exhaustive
