@@ -3,8 +3,8 @@
     python benchmarks/step_time.py --folder FOLDER --out result.json --layers 17 35
 
 FOLDER is `flash_width.py`'s. One engine for each number of layers, head, k and draft LM head; on it
-one decode for each number of requests. A point that the result has is not measured again. With
-`--gpus 0 1 2` so many engines run side by side, each on its own GPU and cores. Weights are random,
+one decode for each number of requests. A point that the result has is not measured again. Several
+of these programs, each with its own jobs, GPU and cores, may share one result. Weights are random,
 so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because greedy text
 of random weights repeats one token.
 
@@ -17,12 +17,9 @@ probability p that a draft is accepted if all before it were,
 import argparse
 import fcntl
 import json
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 from engines import EngineOptions, decode, random_prompts, started, summarize_steps
@@ -54,14 +51,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[17, 35])
-    parser.add_argument("--variants", nargs="+", default=["int4", "mxfp4"])
+    parser.add_argument("--variants", nargs="+", default=["base", "int4", "mxfp4"])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--draft-lm-heads", nargs="+", default=["none"], help="none, fp8, nvfp4")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=0.7, help="synthetic acceptance, on a GPU")
     parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--gpus", nargs="+", help="engines side by side. Default: one engine")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     return parser.parse_args()
 
@@ -69,20 +65,19 @@ def parse_arguments() -> argparse.Namespace:
 def jobs(options: argparse.Namespace) -> list[Job]:
     """Return the engines in order of value: the bases and the smallest k first."""
     heads = [None if head == "none" else head for head in options.draft_lm_heads]
-    bases = [Job(layers, "base", 0) for layers in options.layers]
+    bases = [Job(layers, "base", 0) for layers in options.layers if "base" in options.variants]
     return bases + [
         Job(layers, variant, k, head)
         for k in options.k
         for variant in options.variants
+        if variant != "base"
         for head in heads
         for layers in options.layers
     ]
 
 
-def measure(job: Job, options: argparse.Namespace, gpu: str | None, _report: Any) -> None:
+def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
     """Start the engine and add an entry for each number of requests to the result file."""
-    if gpu is not None:
-        keep_apart(gpu, options.gpus)
     began = time.perf_counter()
     checkpoint = options.folder / f"{job.variant}-{job.layers}"
     most = options.steps * (1 + job.k) + 64
@@ -110,13 +105,6 @@ def time_steps(
         pass  # compiles what this load needs
     wanted = int(options.steps * tokens_per_step(engine.k, engine.rate or 0.0))
     return summarize_steps(list(decode(llm, prompts, wanted, temperature=1.0)), requests)
-
-
-def keep_apart(gpu: str, gpus: list[str]) -> None:
-    """Let this process and its engine see one GPU and its share of the cores."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[gpus.index(gpu) :: len(gpus)])
 
 
 def missing(job: Job, options: argparse.Namespace) -> list[int]:
@@ -183,19 +171,9 @@ def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
 
 def main() -> None:
     options = parse_arguments()
-    free: Queue[str | None] = Queue()
-    for gpu in options.gpus or [None]:
-        free.put(gpu)
-
-    def run(job: Job) -> None:
-        gpu = free.get()
-        try:
-            run_in_process(measure, job, options, gpu, report=print)
-        finally:
-            free.put(gpu)
-
-    with ThreadPoolExecutor(free.qsize()) as pool:
-        list(pool.map(run, (job for job in jobs(options) if missing(job, options))))
+    for job in jobs(options):
+        if missing(job, options):
+            run_in_process(measure, job, options, report=print)
 
 
 if __name__ == "__main__":

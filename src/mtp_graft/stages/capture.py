@@ -131,6 +131,7 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     asked = json.dumps([prompts, {split: n for split, (_, n) in _wanted(settings).items()}])
     shard_names = sorted(set(read_index(base).values()))
     files = [base / name for name in ("config.json", INDEX_NAME, *shard_names)]
+    files += sorted([*base.glob("tokenizer*"), *base.glob("chat_template*")])
     decisive = {
         "max_prompt_tokens": settings.max_prompt_tokens,
         "new_tokens": settings.new_tokens,
