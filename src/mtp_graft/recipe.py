@@ -222,9 +222,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             failed = failed or (override, error)
     if failed is None:
         return recipe
-    to_blame, error = failed
+    to_blame, invalid = failed
     # An unknown key first: it may be the one that is missing.
-    first = min(error.errors(), key=lambda error: error["type"] != _UNKNOWN)
+    first = min(invalid.errors(), key=lambda error: error["type"] != _UNKNOWN)
     if to_blame is None:
         raise GraftError(f"{path}: {_what_is_wrong(first)}")
     raise UsageError(f"--set {to_blame}: {_what_is_wrong(first)}")

@@ -90,7 +90,8 @@ def expert_errors(
     for matrix, original in weights.items():
         scale = int4.group_scale(original, group_size)
         nearest = Quantized(int4.encode(original, scale), scale)
-        for variant, found in (("rtn", nearest), ("gptq", quantized[matrix])):
+        rounded: dict[Variant, Quantized] = {"rtn": nearest, "gptq": quantized[matrix]}
+        for variant, found in rounded.items():
             values = int4.decode(found.codes, found.scale)
             errors[variant][matrix] = relative_error(original, values, hessians[matrix]).tolist()
         errors["mxfp4"][matrix] = errors["bf16"][matrix] = [0.0] * len(original)

@@ -36,7 +36,7 @@ from mtp_graft.pipeline.device import device_name, torch_device
 from mtp_graft.pipeline.folder import Report, Run, locked
 from mtp_graft.pipeline.plan import check_run
 from mtp_graft.pipeline.results import report_run, summarize
-from mtp_graft.recipe import Device, Recipe
+from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.calibration import load_calibration
@@ -162,7 +162,10 @@ def _splice(run: Run) -> list[Path]:
         out = run.checkpoint(variant)
         out.parent.mkdir(parents=True, exist_ok=True)
         splice(
-            *(run.models.base, run.models.upstream, out, variant),
+            run.models.base,
+            run.models.upstream,
+            out,
+            variant,
             linears=settings.linears,
             quantized=quantized,
             copy=settings.copy,
@@ -183,7 +186,7 @@ def _verify(run: Run) -> list[Path]:
     return run.manifests
 
 
-def _variants(run: Run, stage: str) -> Iterator[str]:
+def _variants(run: Run, stage: str) -> Iterator[Variant]:
     """Yield the variants that become checkpoints, and report each."""
     variants = run.recipe.served_variants
     for number, variant in enumerate(variants):

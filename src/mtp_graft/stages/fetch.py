@@ -93,9 +93,14 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     folders = FetchedModels(*download(sources, report))
     if is_first_rank():  # of torchrun's, which all come here at once
         out.mkdir(parents=True, exist_ok=True)
-        result = {name: str(folder) for name, folder in folders._asdict().items()}
-        result |= {"base_commit": sources[0].commit, "upstream_commit": sources[1].commit}
-        write_json({**result, "model": asdict(model)}, out / REPORT_NAME)
+        result = {
+            "base": str(folders.base),
+            "upstream": str(folders.upstream),
+            "base_commit": sources[0].commit,
+            "upstream_commit": sources[1].commit,
+            "model": asdict(model),
+        }
+        write_json(result, out / REPORT_NAME)
     return folders
 
 

@@ -222,8 +222,9 @@ def _manifest(plan: SplicePlan) -> Manifest:
     files = sorted(set(plan.head.files.values()))
     provenance = {"base": base, "upstream": {path.name: sha256(path) for path in files}}
     if plan.report is not None:
-        files = plan.experts.files.values()
-        provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, files)
+        provenance["quantize"] = quant_manifest.quantize_provenance(
+            plan.report, plan.experts.files.values()
+        )
     return quant_manifest.manifest(
         *(plan.variant, plan.linears, plan.config, plan.report, provenance),
         *(len(plan.layout), plan.bytes),
