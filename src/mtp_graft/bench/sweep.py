@@ -35,8 +35,9 @@ def measure_sweep(
 ) -> dict[str, Any]:
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
-    A point has `config.rounds` requests for each that runs at a time. Returns `points`. Raises
-    GraftError if vLLM is not installed, and if every request of a point failed.
+    A point has `config.rounds` requests for each that runs at a time. Returns `points`, with all
+    that `folder` has. Raises GraftError if vLLM is not installed, and if every request of a point
+    failed.
     """
     find_vllm()
     points = []
@@ -47,7 +48,9 @@ def measure_sweep(
                 report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
                 measure = partial(_point, connect, prompts, config, k, concurrency, api_key)
                 points.append(measured(folder, f"k{k}-concurrency{concurrency}", measure))
-    return {"points": points}
+    if folder is not None:
+        points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
+    return {"points": sorted(points, key=lambda point: (point["k"], point["concurrency"]))}
 
 
 def _point(

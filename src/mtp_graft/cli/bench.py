@@ -42,8 +42,8 @@ class Asking:
         from mtp_graft.recipe import load_recipe
         from mtp_graft.stages.calibration import iterate_prompts
 
-        bundled = load_recipe(find_bundled_recipe()).bench.prompts
-        return list(islice(iterate_prompts(str(self.prompt_file or bundled)), self.limit))
+        source = self.prompt_file or load_recipe(find_bundled_recipe()).bench.prompts
+        return list(islice(iterate_prompts(str(source)), self.limit))
 
 
 @bench.command("decode")
@@ -55,8 +55,11 @@ def bench_decode(
         str | None, option("DIR|URL", "Take turns with this checkpoint, or this running server.")
     ] = None,
     pairs: Annotated[
-        int, option("N", "How often they take turns; even, to go first equally often.", min=2)
-    ] = 6,
+        int | None,
+        option(
+            "N", "With --against, how often; even, to go first equally often. Default: 6.", min=2
+        ),
+    ] = None,
     rounds: Annotated[
         int, option("N", "How often every prompt is continued, in each turn.", min=1)
     ] = 3,
@@ -70,6 +73,8 @@ def bench_decode(
     from mtp_graft.bench.decode import DecodeConfig, decode_result, measure_alternating, serve_turn
     from mtp_graft.bench.requests import measured
 
+    if against is None and pairs is not None:
+        raise typer.BadParameter("--pairs needs --against")
     other = None if against is None else _other(target, against)
     config = DecodeConfig(asking.max_tokens, rounds, asking.ignore_eos, asking.temperature)
     prompts, k = asking.prompts(), target.num_drafts(k)
@@ -81,7 +86,7 @@ def bench_decode(
                 turn = partial(serve_turn, ours, prompts, config, report)
                 return decode_result([measured(folder, "decode", turn)], config)
             serve = {"mtp": ours, "base": partial(other.client, report, k=0)}
-            return measure_alternating(serve, prompts, pairs, config, report, folder)
+            return measure_alternating(serve, prompts, pairs or 6, config, report, folder)
 
     # More pairs may be added to a folder later: each stands by itself.
     claim = {"decode": asdict(config), "k": k, "prompts": _hash(prompts)}

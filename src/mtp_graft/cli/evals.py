@@ -64,6 +64,7 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
         k = target.num_drafts(k)
     task = TASKS[name](settings["data_dir"], settings["limit"], settings["seed"])
     settings["data_dir"] = settings["data_dir"] and str(settings["data_dir"])
+    questions = [(sample.id, sample.target, str(sample.input)) for sample in task.dataset]
 
     def ask(logs: Path) -> dict[str, Any]:
         with ExitStack() as stack:

@@ -28,7 +28,7 @@ from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
 from mtp_graft.stages.capture import recording_options
-from mtp_graft.stages.inputs import EVALUATION, REPORT_NAME
+from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME
 
 
 def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions:
@@ -157,11 +157,18 @@ def _config(run: Run) -> DecodeConfig:
 
 
 def _prompts(run: Run) -> Iterator[Prompt]:
-    """Yield prompts to time, none of them captured."""
-    capture = run.finished("capture")
+    """Yield prompts to time; those captured from the same source are left out."""
+    capture, settings = run.finished("capture"), run.recipe.capture
+    sources = {
+        CALIBRATION: settings.calibration_prompts,
+        EVALUATION: settings.evaluation_prompts,
+    }
     dropped = (read_result(capture / REPORT_NAME) or {}).get("dropped", ())
-    taken = {text.id for text in read_texts(capture)} | {prompt["id"] for prompt in dropped}
-    return (p for p in iterate_prompts(run.recipe.bench.prompts) if p.id not in taken)
+    seen = [(text.split, text.id) for text in read_texts(capture)]
+    seen += [(prompt["split"], prompt["id"]) for prompt in dropped]
+    source = run.recipe.bench.prompts
+    taken = {prompt_id for split, prompt_id in seen if sources[split] == source}
+    return (prompt for prompt in iterate_prompts(source) if prompt.id not in taken)
 
 
 def _head(run: Run, variant: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ def gpus() -> Hardware | None:
     The driver is asked: a CUDA context in this process would take memory from what it starts.
     Raises GraftError for a driver that does not work, and for GPUs of several kinds.
     """
-    if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     import pynvml
 

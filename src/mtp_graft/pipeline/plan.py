@@ -203,6 +203,8 @@ def _check_gpus(recipe: Recipe, need: Need) -> None:
             f"{need.stage}: {found.num_gpus} GPUs found, {ranks} asked for by the recipe; set "
             "serve.tensor_parallel_size, or run where they are"
         )
+    if not found.memory_bytes:  # the driver does not say
+        return
     own_share = any(arg.startswith(_UTILIZATION) for arg in recipe.serve.extra_args)
     usable = int(found.memory_bytes * (UTILIZATION if serves and not own_share else 1.0))
     what_for = f"{need.stage}: {need.what_for}"

@@ -13,6 +13,7 @@ A stage that is finished, and whose inputs are the same, returns what it found t
 a variant was served in the bench stage is also verify's proof that vLLM loads it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -20,7 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import read_result, write_manifest
+from mtp_graft.checkpoint.manifest import (
+    CONFIG_NAME,
+    fingerprints,
+    read_result,
+    write_manifest,
+)
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
@@ -102,14 +108,14 @@ def _fetch(run: Run) -> None:
     if {"capture", "bench"} & set(run.stages):
         find_vllm()
     check_run(run)
-    sources = []
+    wanted: Counter[str] = Counter()  # of each source; what shares one shares no prompt
     if "capture" in run.stages:
         capture = run.recipe.capture
-        sources.append((capture.calibration_prompts, capture.calibration_count))
-        sources.append((capture.evaluation_prompts, capture.evaluation_count))
+        wanted[capture.calibration_prompts] += capture.calibration_count
+        wanted[capture.evaluation_prompts] += capture.evaluation_count
     if "bench" in run.stages:
-        sources.append((run.recipe.bench.prompts, run.recipe.bench.count))
-    for source, count in sources:
+        wanted[run.recipe.bench.prompts] += run.recipe.bench.count
+    for source, count in wanted.items():
         load_calibration(source, count)
     _ = run.models
 
@@ -180,10 +186,24 @@ def _verify(run: Run) -> list[Path]:
         checkpoint = run.checkpoint(variant)
         found = verify(checkpoint, run.models.base, run.models.upstream, quantized)
         found["loaded_in_vllm"] = True if has_served(run, variant) else None
+        found["base_as_captured"] = _base_as_captured(run)
+        found["ok"] = found["ok"] and found["base_as_captured"] is not False
         run.verified(variant).parent.mkdir(parents=True, exist_ok=True)
         write_json(found, run.verified(variant))
         require_sound(checkpoint, found)
     return run.manifests
+
+
+def _base_as_captured(run: Run) -> bool | None:
+    """Return whether the base's files are those that were captured; None without a capture.
+
+    Compared by size, first and last MiB.
+    """
+    captured = read_result(run.path / "capture" / CONFIG_NAME)
+    if captured is None:
+        return None
+    known: dict[str, str] = captured["base"]
+    return known == fingerprints([run.models.base / name for name in known])
 
 
 def _variants(run: Run, stage: str) -> Iterator[Variant]:

@@ -74,6 +74,11 @@ def managed_server(
     dies or is not ready in `start_limit_s`.
     """
     command = build_command(options)
+    if command.is_headless:
+        raise GraftError(
+            f"{options.checkpoint}: this machine would serve without an address of its own "
+            "(--node-rank or --headless); ask the server of machine 0, by --base-url"
+        )
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with (
         log_path.open("wb") as log,

@@ -4,13 +4,20 @@ The head is the upstream master's, its MXFP4 codes kept or decoded to BF16 (both
 somebody has published, which is taken as it is.
 """
 
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.fetch import Source, download, find_source, headers_of
+from mtp_graft.stages.fetch import (
+    Source,
+    download,
+    find_source,
+    headers_of,
+    nearest_folder,
+)
 from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.splice import plan_splice, splice
 
@@ -37,7 +44,7 @@ def graft(
     """
     started = time.perf_counter()
     report("graft: read headers", 0, 0)
-    sources = _prepare(base, upstream, out, head)
+    sources = _prepare(base, upstream, out, head, copy)
     folders = download(sources, report)
     report("graft: splice", 0, 0)
     spliced = splice(folders[0], folders[1], out, head, copy=copy)
@@ -58,14 +65,21 @@ def graft(
     }
 
 
-def _prepare(base: Checkpoint, upstream: Checkpoint, out: Path, head: Head | None) -> list[Source]:
+def _prepare(
+    base: Checkpoint, upstream: Checkpoint, out: Path, head: Head | None, copy: bool
+) -> list[Source]:
     """Return what is needed; refuse what can be refused before a shard is downloaded."""
     if out.exists():
         raise GraftError(f"{out}: already exists; remove it or choose another folder")
     sources = [_find(base, "base"), _find(upstream, "head")]
     with ExitStack() as stack:
         folders = [stack.enter_context(headers_of(source)) for source in sources]
-        plan_splice(folders[0], folders[1], head)
+        needed = plan_splice(folders[0], folders[1], head).bytes
+    place = nearest_folder(out)
+    if copy or place.stat().st_dev != nearest_folder(sources[0].folder).stat().st_dev:
+        needed += sum(sources[0].sizes.values())
+    if needed > (free := shutil.disk_usage(place).free):
+        raise GraftError(f"{out}: {free:,} bytes free on its disk, {needed:,} needed; make room")
     return sources
 
 
