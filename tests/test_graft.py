@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,16 @@ def test_a_head_that_does_not_fit_is_one_error(
     damage(base, published)
     said = graft(base, published, tmp_path / "out", *options)
     assert isinstance(said, str) and re.search(message, said), said
+
+
+def test_a_full_disk_is_told_before_a_shard_is_downloaded(
+    graft: Graft, base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=9))
+    said = graft(base, tiny_model / "upstream", tmp_path / "out")
+    assert isinstance(said, str) and re.search(
+        r"out: 9 bytes free on its disk, [\d,]+ needed", said
+    )
 
 
 def test_an_out_that_exists_and_inputs_that_do_not_are_refused(

@@ -46,6 +46,7 @@ def done(result: tuple[int, str, str]) -> dict[str, Any]:
         ("decode --against http://v --checkpoint c", "compare a --checkpoint with a checkpoint"),
         ("decode --base-url http://u --against http://v:x", "expected http://HOST:PORT"),
         ("decode --base-url http://u --against http://v --pairs 1", "--pairs"),
+        ("decode --base-url http://u --pairs 2", "--pairs needs --against"),
         ("decode --base-url u:x", "expected http://HOST:PORT"),
         ("decode --base-url http://u:0", "expected http://HOST:PORT"),
         ("sweep", "give one of --base-url and --checkpoint"),

@@ -315,22 +315,30 @@ def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
 
 
 @pytest.mark.parametrize(
-    ("settings", "timed"),
+    ("file", "settings", "timed"),
     [
-        ((), "p5"),
-        (("capture.max_prompt_tokens=5",), "p7"),
-        (("capture.max_model_len=15", "bench.max_tokens=9"), "p6"),
+        ("prompts", (), "p5"),
+        ("prompts", ("capture.max_prompt_tokens=5",), "p7"),
+        ("prompts", ("capture.max_model_len=15", "bench.max_tokens=9"), "p6"),
+        ("others", (), "p0"),  # another file's prompts are others, whatever they are called
     ],
 )
 def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answer(
-    settings: tuple[str, ...], timed: str, run: Run, recipe: Path, folder: Path
+    file: str, settings: tuple[str, ...], timed: str, run: Run, recipe: Path, folder: Path
 ) -> None:
     """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
     texts = enumerate("p" * tokens for tokens in (7, 1, 2, 3, 4, 7, 1, 1))
     rows = [{"id": f"p{n}", "text": text} for n, text in texts]
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(*settings, f"bench.prompts={source}", "bench.count=1", "bench.acceptance_count=1")
+    others = source.with_stem("others")
+    for path in (source, others):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(
+        *settings,
+        f"bench.prompts={source.with_stem(file)}",
+        "bench.count=1",
+        "bench.acceptance_count=1",
+    )
     assert [*read(folder / "bench" / "base.json")["prompts"]] == [timed]
     served = read(folder / "bench" / f"served-{GPTQ}.json")
     assert len(served["sequences"]) == 1, "as many evaluation texts as the recipe says"

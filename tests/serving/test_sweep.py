@@ -100,6 +100,7 @@ def test_points_of_earlier_calls_are_not_measured_again(loads: list[Any], tmp_pa
     assert measured([1, 3], 1) == [(1, 1), (1, 3)]
     assert measured([3, 2, 1], 1, 0) == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
     assert len(loads) == 6
+    assert len(measured([1], 1)) == 6, "the result has all points of the folder"
 
 
 def test_what_cannot_be_measured_is_an_error(vllm: object, monkeypatch: pytest.MonkeyPatch) -> None:

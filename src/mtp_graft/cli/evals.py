@@ -4,6 +4,7 @@ import importlib.util
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,10 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
         k = target.num_drafts(k)
     task = TASKS[name](settings["data_dir"], settings["limit"], settings["seed"])
     settings["data_dir"] = settings["data_dir"] and str(settings["data_dir"])
-    questions = [(sample.id, sample.target, str(sample.input)) for sample in task.dataset]
+    # Files may change in the same folder; messages have an id that is new in every process.
+    questions = [(s.id, s.input if isinstance(s.input, str) else None) for s in task.dataset]
+    claim = {**settings, "k": k, "questions": sha256(repr(questions).encode()).hexdigest()}
+    del claim["data_dir"]
 
     def ask(logs: Path) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -77,7 +81,7 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
             where = Path(logs) if folder is None else folder / "logs"
             return measured(folder, "result", lambda: ask(where) | {"settings": settings})
 
-    return target.finish(name, {**settings, "k": k}, measure)
+    return target.finish(name, claim, measure)
 
 
 def _print(target: Target, result: dict[str, Any]) -> None:
