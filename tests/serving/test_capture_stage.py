@@ -301,9 +301,10 @@ def test_other_settings_or_another_base_are_not_mixed_in(
         take(base, out, replace(settings, new_tokens=4))
     with pytest.raises(GraftError, match="begun with prompts"):
         take(base, out, replace(settings, evaluation_count=2))
-    for name in ("tokenizer_config.json", "model-1.safetensors"):
-        before = (base / name).read_bytes()
-        (base / name).write_bytes(b"another")
-        with pytest.raises(GraftError, match="begun with base"):
-            take(base, out, settings)
-        (base / name).write_bytes(before)
+    (base / "tokenizer_config.json").write_bytes(b"a chat template")
+    with pytest.raises(GraftError, match="begun with base"):
+        take(base, out, settings)
+    (base / "tokenizer_config.json").unlink()
+    (base / "model-1.safetensors").write_bytes(b"other weights")
+    with pytest.raises(GraftError, match="begun with base"):
+        take(base, out, settings)
