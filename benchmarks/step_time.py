@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=0.7, help="synthetic acceptance, on a GPU")
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--kv-cache-gib", type=float, default=4, help="leaves room to warm up")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
     return parser.parse_args()
 
@@ -85,6 +86,7 @@ def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
     engine = EngineOptions(
         *(checkpoint, job.k, options.context + most, max(options.requests)),
         gpu_memory_utilization=options.gpu_memory_utilization,
+        kv_cache_bytes=int(options.kv_cache_gib * 2**30),
         rate=options.rate if job.k and gpus() else None,
         drafting=head,
     )
