@@ -38,8 +38,7 @@ def right(text: str) -> str:
 
 
 def command(name: str, server: ChatServer, data: Path, *more: object) -> list[object]:
-    arguments = ["bench", name, "--base-url", server.url, "--data-dir", data, "--limit", 12]
-    return [*arguments, *more]
+    return ["bench", name, "--base-url", server.url, "--data-dir", data, "--limit", 12, *more]
 
 
 #: Benchmark -> part of a question -> what is said to it, and as what it counts.
@@ -100,8 +99,7 @@ def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: 
         return right(text)
 
     with serving(say) as server:
-        more = ("--thinking", "--json", "-")
-        status, out, errors = run(*command("gsm8k", server, data, *more))
+        status, out, errors = run(*command("gsm8k", server, data, "--thinking", "--json", "-"))
     assert status == 0, errors
     assert json.loads(out)["correct"] == 12
     assert len(server.bodies) == 12 + 6
@@ -119,8 +117,7 @@ def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_wh
 
     result = tmp_path / "result.json"
     with serving(say) as server:
-        more = ("--json", result, "--run", tmp_path / "run", "--concurrency", 1)
-        words = command("gsm8k", server, data, *more)
+        words = command("gsm8k", server, data, "--json", result, "--run", "run", "--concurrency", 1)
         status, out, errors = run(*words)
         assert (status, out) == (1, "")
         assert re.search(r"error: gsm8k: \d+ of 12 questions left: .*(out of luck|64 tok)", errors)
@@ -151,17 +148,16 @@ def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_wh
         (("capability",), "leave out --data-dir"),
         (("gsm8k", "--limit", 13), "there are 12 questions, --limit asks for 13"),
         (("mmlu", "--data-dir", "nowhere"), "has no mmlu/test/*_test.csv"),
-        (("gsm8k", "--run", "FILE"), "error: "),
+        (("gsm8k", "--run", "file"), "error: "),
     ],
 )
 def test_a_mistake_is_one_message_before_anything_is_asked(
     run: Run, data: Path, tmp_path: Path, arguments: tuple[Any, ...], message: str
 ) -> None:
     (tmp_path / "file").touch()
-    name, *rest = [tmp_path / "file" if word == "FILE" else word for word in arguments]
     with serving(right) as server:
-        status, out, errors = run(*command(name, server, data, *rest))
-    assert (status, out, server.bodies) == (2 if name == "capability" else 1, "", [])
+        status, out, errors = run(*command(arguments[0], server, data, *arguments[1:]))
+    assert (status, out, server.bodies) == (2 if "capability" in arguments else 1, "", [])
     assert message in errors and "Traceback" not in errors
 
 
