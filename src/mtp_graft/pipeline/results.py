@@ -5,7 +5,7 @@ from typing import Any
 
 from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.intervals import paired_differences
-from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
+from mtp_graft.bench.report import PAGE_NAME, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.device import device_name
@@ -66,19 +66,19 @@ def report_run(run: Run) -> list[Path]:
         *(f"Serving: {text}." for text in (decode or {}).get("adjusted", [])),
     ]
     stages = ("capture", "quantize", "score")
-    results = RunResults(
-        result=summarize(run),
+    found = {
+        "result": summarize(run),
         **{stage: read_result(run.path / stage / REPORT_NAME) for stage in stages},
-        served=served or None,
-        decode=decode,
-        verify=read_result(run.verified(run.recipe.splice.variant)),
-        model=run.recipe.model.name,
-        device=device_name(),
-        versions=package_versions(),
-        notes=notes,
-        recorded=recorded_answers(base, mtp),
-    )
-    write_report(run.path / "report", results)
+        "served": served,
+        "decode": decode,
+        "verify": read_result(run.verified(run.recipe.splice.variant)),
+        "recorded": recorded_answers(base, mtp),
+        "model": run.recipe.model.name,
+        "device": device_name(),
+        "versions": package_versions(),
+        "notes": notes,
+    }
+    write_report(run.path / "report", found)
     return []
 
 
