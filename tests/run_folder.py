@@ -143,7 +143,7 @@ def evaluated(correct: int, total: int, **kinds: int) -> dict[str, Any]:
     ]
     score = {"score": correct / total, "correct": correct, "total": total}
     interval = wilson_interval(correct, total)
-    return {**score, "interval": interval, "failures": failures, "seconds": 678.25}
+    return {**score, "interval": interval, "failures": failures, "kinds": kinds, "seconds": 678.25}
 
 
 def whole_run(run: Path) -> Path:

@@ -79,7 +79,7 @@ def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock) -> Non
     _, load = client.call_args.args
     assert load["prompts"] == [list(b"ab"), list(b"hello")]
     words = " ".join(load["arguments"])
-    for option in ("--max-concurrency 2", "--num-prompts 2", "--temperature 0.5", "--ignore-eos"):
+    for option in ("--max-concurrency=2", "--num-prompts=2", "--temperature=0.5", "--ignore-eos"):
         assert option in words
     assert "--header Authorization=Bearer key" in words
 

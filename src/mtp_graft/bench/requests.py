@@ -24,13 +24,14 @@ def measured(
     folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return a part of a benchmark: from `folder` if an earlier call kept it, else measured now."""
-    path = None if folder is None else folder / f"{name}.json"
-    found = None if path is None else read_result(path)
+    if folder is None:
+        return measure()
+    path = folder / f"{name}.json"
+    found = read_result(path)
     if found is None:
         found = measure()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(found, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(found, path)
     return found
 
 

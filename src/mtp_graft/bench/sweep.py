@@ -70,8 +70,8 @@ def _point(
     }
     found = run_load(client.base_url, load)
     failures = [error.strip().splitlines()[-1] for error in found["errors"] if error]
-    times = zip(found["output_lens"], found["ttfts"], found["latencies"], strict=True)
-    done = [row for row, error in zip(times, found["errors"], strict=True) if not error]
+    columns = (found[key] for key in ("errors", "output_lens", "ttfts", "latencies"))
+    done = [numbers for error, *numbers in zip(*columns, strict=True) if not error]
     if not done:
         raise GraftError(
             f"concurrency {concurrency}: every request failed, the first one with: {failures[0]}"
@@ -98,29 +98,31 @@ def _arguments(
     base_url: str, api_key: str | None, concurrency: int, config: DecodeConfig
 ) -> list[str]:
     """Return the options of `vllm bench serve` for one point."""
-    words = [
-        *("--backend", "openai", "--base-url", base_url, "--dataset-name", "custom"),
-        *("--skip-tokenizer-init", "--save-detailed", "--disable-tqdm"),
-        *("--max-concurrency", concurrency, "--num-warmups", concurrency),
-        *("--num-prompts", concurrency * config.rounds),
-        *("--temperature", config.temperature),
-    ]
+    options = {
+        "backend": "openai",
+        "base-url": base_url,
+        "dataset-name": "custom",
+        "max-concurrency": concurrency,
+        "num-warmups": concurrency,
+        "num-prompts": concurrency * config.rounds,
+        "temperature": config.temperature,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += ["--skip-tokenizer-init", "--save-detailed", "--disable-tqdm"]
     if config.ignore_eos:
         words.append("--ignore-eos")
     if api_key is not None:
         words += ["--header", f"Authorization=Bearer {api_key}"]
-    return [str(word) for word in words]
+    return words
 
 
 def run_load(base_url: str, load: Mapping[str, Any]) -> dict[str, Any]:
     """Hold a load, as `vllm_plugin.bench_serve` reads it; return vLLM's result."""
-    command = (sys.executable, "-m", "mtp_graft.vllm_plugin.bench_serve")
-    # A proxy of the environment has no business between us and a named server.
-    environment = {**os.environ, "NO_PROXY": str(urlsplit(base_url).hostname)}
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "mtp_graft.vllm_plugin.bench_serve"],
         input=json.dumps(load) + "\n",
-        env=environment,
+        # A proxy of the environment has no business between us and a named server.
+        env={**os.environ, "NO_PROXY": str(urlsplit(base_url).hostname)},
         capture_output=True,
         text=True,
         check=False,

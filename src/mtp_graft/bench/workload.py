@@ -43,14 +43,13 @@ def load_workload(thinking: bool = False, max_tokens: int | None = None) -> list
         "chat_template_kwargs": {"thinking": thinking},
         **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }
+    system = {"role": "system", "content": found["system"]}
     requests = []
     for task in found["tasks"]:
-        document = found["documents"][task["document"]] if "document" in task else []
-        system = {"role": "system", "content": found["system"]}
+        document = found["documents"].get(task.get("document"), [])
         user = {"role": "user", "content": "\n\n".join([*document, task["text"]])}
-        requests.append(
-            Request(task["id"], task["category"], {"messages": [system, user], **options})
-        )
+        body = {"messages": [system, user], **options}
+        requests.append(Request(task["id"], task["category"], body))
     return requests
 
 
@@ -89,12 +88,12 @@ def measure_workload(
 
 def _result(request: Request, answer: Answer) -> dict[str, Any]:
     """Return a request's JSON; an answer in one chunk has no decode speed."""
-    decoded, seconds, counters = num_decoded(answer), decode_s(answer), answer["counters"] or {}
+    decoded, counters = num_decoded(answer), answer["counters"] or {}
     return {
         "id": request.id,
         "category": request.category,
         **{key: answer[key] for key in ("prompt_tokens", "completion_tokens", "finish_reason")},
-        "decode_tok_s": decoded / seconds if decoded else None,
+        "decode_tok_s": decoded / decode_s(answer) if decoded else None,
         "ttft_ms": 1e3 * ttft_s(answer),
         "drafted": counters.get("num_draft_tokens", 0),
         "accepted": counters.get("num_accepted_tokens", 0),
