@@ -1,6 +1,7 @@
 """Our own fourteen tasks: a server that does all of them, and one that does each a little wrong."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from inspect_ai.model import ModelOutput
 from mtp_graft.bench.evals.capability import capability, judge
 
 from .chat_server import serving
-from .conftest import Run
 
 pytestmark = [pytest.mark.usefixtures("sandbox"), pytest.mark.timeout(600)]
 
@@ -95,15 +95,13 @@ def output_of(said: Any) -> ModelOutput:
     return ModelOutput.for_tool_call("m", function["name"], json.loads(function["arguments"]))
 
 
-def test_a_server_that_does_every_task_scores_fourteen(run: Run) -> None:
+def test_a_server_that_does_every_task_scores_fourteen(mtp_graft: Callable[..., Any]) -> None:
     answers = {}
     for sample in capability(None, None, 0).dataset:
         asked = sample.input if isinstance(sample.input, str) else sample.input[0].text
         answers[asked] = RIGHT[str(sample.id).removeprefix("capability/")]
     with serving(answers.__getitem__) as server:
-        status, out, errors = run("bench", "capability", "--base-url", server.url, "--json", "-")
-    assert status == 0, errors
-    result = json.loads(out)
+        result = mtp_graft("bench", "capability", "--base-url", server.url)
     assert (result["correct"], result["total"], result["failures"]) == (14, 14, [])
     kinds = {name.partition("/")[0] for name in RIGHT}
     assert result["categories"] == {kind: {"correct": 2, "total": 2} for kind in kinds}
