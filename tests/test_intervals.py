@@ -22,10 +22,8 @@ def simulate(
     every measurement has noise of its own; the machine slows down all the while.
     """
     prompts, gains = RNG.normal(4.0, 0.5, 8), RNG.normal(truth, prompt_sd, 8)
-    starts, noise = (
-        RNG.normal(0.0, start_sd, (2, pairs, 1)),
-        RNG.normal(0.0, noise_sd, (2, pairs, 8)),
-    )
+    starts = RNG.normal(0.0, start_sd, (2, pairs, 1))
+    noise = RNG.normal(0.0, noise_sd, (2, pairs, 8))
     turns = np.arange(2 * pairs).reshape(pairs, 2)
     turns[1::2] = turns[1::2, ::-1]  # base, MTP, MTP, base: the drift is alike for both
     base, mtp = prompts + starts + noise - 0.002 * turns.T[..., None]
