@@ -22,8 +22,7 @@ SAID = ["".join(m["content"] for m in request.body["messages"]).encode() for req
 
 
 def test_there_are_three_requests_of_each_category_and_retrieval_has_documents() -> None:
-    counts = Counter(request.category for request in WORKLOAD)
-    assert counts == dict.fromkeys(CATEGORIES, 3)
+    assert Counter(request.category for request in WORKLOAD) == dict.fromkeys(CATEGORIES, 3)
     assert len({request.id for request in WORKLOAD}) == 15
     for request in WORKLOAD:
         asked = request.body["messages"][1]["content"]
@@ -45,8 +44,8 @@ def test_every_request_is_timed_and_summed_up_by_category(
         assert (task["drafted"], task["accepted"]) == (15, 8)
         assert task["prompt_tokens"] == len(said)
         assert task["finish_reason"] == "length"
-    assert list(result["categories"]) == ["chat", "retrieval"]
-    assert result["categories"]["chat"]["requests"] == 2
+    counts = {name: found["requests"] for name, found in result["categories"].items()}
+    assert counts == {"chat": 2, "retrieval": 1}
     assert result["acceptance"] == pytest.approx(8 / 15)
     assert result["cut_off"] == 3
     speeds = [task["decode_tok_s"] for task in result["tasks"]]

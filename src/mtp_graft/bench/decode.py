@@ -14,16 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mtp_graft.bench.intervals import Array, paired_ratio
-from mtp_graft.bench.requests import (
-    Answer,
-    Report,
-    decode_s,
-    measured,
-    num_decoded,
-    time_answer,
-    ttft_s,
-)
+from mtp_graft.bench.intervals import paired_ratio
+from mtp_graft.bench.requests import Answer, Report, Timing, measured, time_answer, timing
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, total
@@ -148,20 +140,18 @@ def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
 
     Prompts that some server answered in one chunk have no decode speed and are left out.
     """
-    tokens, seconds, ttft = (
-        np.array([[_of_turn(turn, of) for turn in side] for side in (mtp, base)])  # [2, Q, R, P]
-        for of in (num_decoded, decode_s, ttft_s)
-    )
-    tokens, seconds = tokens.sum(axis=2), seconds.sum(axis=2)  # [2, Q, P]
+    timings = np.array([[_timings(turn) for turn in side] for side in (mtp, base)])
+    ttft_s, seconds, tokens = np.moveaxis(timings, -1, 0)  # [2, Q, R, P] each
+    seconds, tokens = seconds.sum(axis=2), tokens.sum(axis=2)  # [2, Q, P]
     decoded = (tokens > 0).all(axis=(0, 1))  # [P]
     return {
         "decode_tok_s": paired_ratio(*(tokens[..., decoded] / seconds[..., decoded])),
-        "ttft_ms": paired_ratio(*np.median(ttft, axis=2)),
+        "ttft_ms": paired_ratio(*np.median(ttft_s, axis=2)),
     }
 
 
-def _of_turn(turn: Turn, quantity: Callable[[Answer], float]) -> Array:
-    return np.array([[quantity(answer) for answer in answers] for answers in turn["rounds"]])
+def _timings(turn: Turn) -> list[list[Timing]]:
+    return [[timing(answer) for answer in answers] for answers in turn["rounds"]]
 
 
 def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
@@ -174,7 +164,7 @@ def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]
     rates = [c.acceptance for c in by_round if c and c.acceptance is not None]
     return {
         "decode_tok_s": _spread([decode_tok_s(answers) for answers in rounds]),
-        "ttft_ms": _spread([1e3 * median(map(ttft_s, answers)) for answers in rounds]),
+        "ttft_ms": _spread([1e3 * median(timing(a).ttft_s for a in answers) for answers in rounds]),
         "tpot_ms": _spread([_tpot_ms(answers) for answers in rounds]),
         "acceptance": _spread(rates) if rates else None,
         **drafting_result(_drafts(rounds if config.temperature else rounds[:1])),
@@ -196,17 +186,18 @@ def decode_tok_s(answers: Round) -> float:
 
     Raises GraftError if every answer came in a single chunk.
     """
-    seconds = sum(map(decode_s, answers))
+    times = [timing(answer) for answer in answers]
+    seconds = sum(time.decode_s for time in times)
     if not seconds:
         raise GraftError(
             "every answer of a round came in a single chunk, so there is no decode time to "
             "measure; ask for more tokens or longer answers"
         )
-    return sum(map(num_decoded, answers)) / seconds
+    return sum(time.num_decoded for time in times) / seconds
 
 
 def _tpot_ms(answers: Round) -> float:
-    return 1e3 * median(decode_s(a) / num_decoded(a) for a in answers if num_decoded(a))
+    return 1e3 * median(t.decode_s / t.num_decoded for t in map(timing, answers) if t.num_decoded)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

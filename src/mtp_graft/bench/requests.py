@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
@@ -79,16 +79,15 @@ def _add_event(answer: Answer, event: Mapping[str, Any], arrived_s: float) -> No
         answer["finish_reason"] = choice.get("finish_reason") or answer["finish_reason"]
 
 
-def num_decoded(answer: Answer) -> int:
-    """Return the tokens that came after the first chunk (all but one, as a rule)."""
-    return len(answer["token_ids"]) - int(answer["chunks"][0][1])
+class Timing(NamedTuple):
+    """How long an answer took, and how many of its tokens came after the first chunk."""
+
+    ttft_s: float  # from the request to the first chunk
+    decode_s: float  # from the first chunk to the last
+    num_decoded: int  # all tokens but one, as a rule
 
 
-def decode_s(answer: Answer) -> float:
-    """Return the seconds between the first and the last chunk."""
-    return float(answer["chunks"][-1][0] - answer["chunks"][0][0])
-
-
-def ttft_s(answer: Answer) -> float:
-    """Return the seconds from the request to its first token."""
-    return float(answer["chunks"][0][0])
+def timing(answer: Answer) -> Timing:
+    """Return when an answer's tokens came."""
+    (first_s, first_size), (last_s, _) = answer["chunks"][0], answer["chunks"][-1]
+    return Timing(first_s, last_s - first_s, len(answer["token_ids"]) - first_size)

@@ -8,15 +8,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from mtp_graft.bench.requests import (
-    Answer,
-    Report,
-    decode_s,
-    measured,
-    num_decoded,
-    time_answer,
-    ttft_s,
-)
+from mtp_graft.bench.requests import Answer, Report, measured, time_answer, timing
 from mtp_graft.serving.client import ServerClient
 
 CATEGORIES = ("chat", "coding", "retrieval", "writing", "planning")
@@ -88,13 +80,13 @@ def measure_workload(
 
 def _result(request: Request, answer: Answer) -> dict[str, Any]:
     """Return a request's JSON; an answer in one chunk has no decode speed."""
-    decoded, counters = num_decoded(answer), answer["counters"] or {}
+    time, counters = timing(answer), answer["counters"] or {}
     return {
         "id": request.id,
         "category": request.category,
         **{key: answer[key] for key in ("prompt_tokens", "completion_tokens", "finish_reason")},
-        "decode_tok_s": decoded / decode_s(answer) if decoded else None,
-        "ttft_ms": 1e3 * ttft_s(answer),
+        "decode_tok_s": time.num_decoded / time.decode_s if time.num_decoded else None,
+        "ttft_ms": 1e3 * time.ttft_s,
         "drafted": counters.get("num_draft_tokens", 0),
         "accepted": counters.get("num_accepted_tokens", 0),
     }
