@@ -71,7 +71,7 @@ def measure(*ks: int, loads: Sequence[int] = (2,), **options: Any) -> list[dict[
 
 
 def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock) -> None:
-    [point] = measure(0, api_key="key")
+    [point] = measure(0)
     assert point["per_stream_tok_s"] == pytest.approx(5.0)
     assert (point["aggregate_tok_s"], point["ttft_ms"]) == (4.0, 500.0)
     assert (point["errors"], point["failures"]) == (1, ["OSError: gone"])

@@ -176,10 +176,8 @@ def bench_sweep(
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
-            return measure_sweep(
-                lambda drafts: target.client(report, f"k{drafts}", drafts),
-                *(prompts, ks, loads, config, report, folder, target.api_key),
-            )
+            serve = partial(target.client, report, "sweep")
+            return measure_sweep(serve, prompts, ks, loads, config, report, folder)
 
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}

@@ -74,7 +74,7 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
         with ExitStack() as stack:
             with progress_bar() as report:
                 server = stack.enter_context(target.client(report, name, k))
-            return run_task(task, logs, find_model(server.base_url, target.api_key, settings))
+            return run_task(task, logs, find_model(server, settings))
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as logs:
