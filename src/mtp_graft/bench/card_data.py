@@ -146,12 +146,12 @@ def _measurements(run: Path, manifest: Json | None) -> Iterator[Measurement]:
     if own := read_result(run / "bench/decode.json"):
         yield Measurement("decode", "recipe's own", "bench/decode.json", own, manifest, {})
     for benchmark in (*_SPEED, *_EVALS):
-        for path in sorted((run / "bench").glob(f"{benchmark}*/result.json")):
-            names = ("result.json", "manifest.json", "config.json")
-            result, made, config = (read_result(path.with_name(name)) for name in names)
+        for path in sorted((run / "bench").glob(f"{benchmark}*/manifest.json")):
             how = path.parent.name.removeprefix(benchmark).removeprefix("-") or "no profile"
-            file, server = path.relative_to(run).as_posix(), (config or {}).get("server", {})
-            yield Measurement(benchmark, how, file, result or {}, made, server)
+            made = read_object(path, "a manifest", "remove it and run again")
+            file = path.with_name("result.json").relative_to(run).as_posix()
+            result, server = read_result(run / file) or {}, made["config"].get("server", {})
+            yield Measurement(benchmark, how, file, result, made, server)
 
 
 def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
