@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -37,10 +38,12 @@ def measure(vllm: object, base: Path, grafted: Path) -> Measure:
 
     def call(pairs: int, config: DecodeConfig, folder: Path | None = None) -> dict[str, Any]:
         names: list[str] = []
-        servers = {
-            "base": lambda name: names.append(name) or serving(base),
-            "mtp": lambda name: names.append(name) or serving(grafted),
-        }
+
+        def serve(checkpoint: Path, name: str) -> AbstractContextManager[ServerClient]:
+            names.append(name)
+            return serving(checkpoint)
+
+        servers = {"base": partial(serve, base), "mtp": partial(serve, grafted)}
         result = measure_alternating(servers, PROMPTS, pairs, config, quiet, folder)
         return result | {"names": names}
 

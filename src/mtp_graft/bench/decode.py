@@ -118,11 +118,12 @@ def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> 
 
     Keys: those of `decode_result` for MTP, `against` (the same for the base), `ratio` (of decode
     speed and of time to first token; null for a single pair), `greedy_identical` and `divergences`
-    (both null where texts are sampled).
+    [{`prompt`, `position` of the first token that differs, `margin` of the base there}] (both null
+    where texts are sampled).
     """
     identical = divergences = None
     if reference := base[0]["reference"]:
-        divergences = find_divergences(reference, mtp[0]["rounds"][0])
+        divergences = _divergences(reference, mtp[0]["rounds"][0])
         expected = [list(scored["token_ids"]) for scored in reference.values()]
         rounds = [answers for turn in (*base, *mtp) for answers in turn["rounds"]]
         identical = all([a["token_ids"] for a in answers] == expected for answers in rounds)
@@ -205,14 +206,8 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {**ends, "runs": len(values), "values": values}
 
 
-def find_divergences(
-    reference: Mapping[str, Mapping[str, Any]], answers: Round
-) -> list[dict[str, Any]]:
-    """Return where greedy texts, in the prompts' order, leave the base's.
-
-    Keys: `prompt`, `position` (of the first token that differs) and `margin` (the base's there;
-    None past its last token).
-    """
+def _divergences(reference: Mapping[str, Any], answers: Round) -> list[dict[str, Any]]:
+    """Return where greedy texts leave the base's; past its end there is no margin."""
     divergences = []
     for (prompt, scored), answer in zip(reference.items(), answers, strict=True):
         ours, theirs = scored["token_ids"], answer["token_ids"]

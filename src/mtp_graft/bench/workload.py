@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from mtp_graft.bench.requests import Answer, Report, measured, time_answer, timing
 from mtp_graft.serving.client import ServerClient
 
-CATEGORIES = ("chat", "coding", "retrieval", "writing", "planning")
 _PATH = "/v1/chat/completions"
 
 
@@ -70,10 +69,11 @@ def measure_workload(
         return _result(request, time_answer(client, _PATH, request.body))
 
     found = [measured(folder, r.id, partial(measure, n, r)) for n, r in enumerate(requests)]
-    of = {name: [each for each in found if each["category"] == name] for name in CATEGORIES}
+    categories = dict.fromkeys(request.category for request in requests)
+    of = {name: [each for each in found if each["category"] == name] for name in categories}
     return {
         **_summary(found),
-        "categories": {name: _summary(each) for name, each in of.items() if each},
+        "categories": {name: _summary(each) for name, each in of.items()},
         "tasks": found,
     }
 
