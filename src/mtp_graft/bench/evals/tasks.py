@@ -146,9 +146,9 @@ def _read_rows(path: Path) -> Iterable[Row]:
         rows: list[Row] = parquet.read_table(path).to_pylist()
         return rows
     if path.suffix == ".csv":
-        subject, lines = path.stem.removesuffix("_test"), io.StringIO(path.read_text("utf-8"))
+        subject, text = path.stem.removesuffix("_test"), io.StringIO(path.read_text("utf-8"))
         keys = ("subject", "question", "choices", "answer")
-        parts = ((subject, q, c, "ABCD".index(letter)) for q, *c, letter in csv.reader(lines))
+        parts = ((subject, q, c, "ABCD".index(letter)) for q, *c, letter in csv.reader(text))
         return (dict(zip(keys, row, strict=True)) for row in parts)
     content = path.read_bytes()
     lines = (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
