@@ -175,9 +175,8 @@ def bench_sweep(
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
-            serve = lambda k: target.client(report, f"k{k}", k)  # noqa: E731
-            asked = prompts, ks, loads, config
-            return measure_sweep(serve, *asked, report, folder, target.api_key)
+            asked = prompts, ks, loads, config, report, folder, target.api_key
+            return measure_sweep(lambda k: target.client(report, f"k{k}", k), *asked)
 
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
@@ -186,18 +185,13 @@ def bench_sweep(
 
 
 def _sweep_table(points: Sequence[dict[str, Any]]) -> Table:
-    shown = {
-        "k": "k",
-        "concurrency": "concurrency",
-        "per_stream_tok_s": "tok/s a request",
-        "aggregate_tok_s": "tok/s in all",
-        "ttft_ms": "TTFT ms",
-        "acceptance_by_position": "accepted by position",
-        "errors": "errors",
-    }
-    accepted = ({"acceptance_by_position": percents(p["acceptance_by_position"])} for p in points)
-    rows = [p | told for p, told in zip(points, accepted, strict=True)]
-    return table(shown.values(), [[row[key] for key in shown] for row in rows])
+    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
+    keys = ("k", "concurrency", "per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
+    rows = [
+        [*(point[key] for key in keys), percents(point["acceptance_by_position"]), point["errors"]]
+        for point in points
+    ]
+    return table((*columns, "accepted by position", "errors"), rows)
 
 
 def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
