@@ -143,7 +143,7 @@ def _score(run: Run) -> None:
     captured, quantized = run.finished("capture"), run.finished("quantize")
     inputs = captured, quantized, run.models.upstream, run.models.base
     settings, out = run.recipe.score, run.path / "score"
-    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize.variants, settings)
+    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize, settings)
 
 
 def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
