@@ -197,7 +197,7 @@ def test_a_dry_run_shows_stages_sizes_and_times_and_does_nothing(
     plan = json.loads(out)
     assert (plan["run"], plan["stages"]) == (str(tmp_path / "run"), [*pipeline.STAGES])
     assert plan["recipe"]["capture"]["new_tokens"] == 96
-    assert "GB to download" in errors and "residuals, BF16" in errors and "room: " in errors
+    assert "bytes_to_download" in errors and "residuals, BF16" in errors and "room: " in errors
     assert run(*command, "--set", "model.base=./gone")[1].endswith("not known therefore\n")
     assert asked == [] and not (tmp_path / "run").exists()
 
