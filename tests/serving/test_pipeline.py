@@ -75,8 +75,6 @@ def write_lines(path: Path, prefix: str, count: int) -> None:
 @pytest.fixture
 def recipe(tmp_path: Path, base: Path) -> Path:
     write_checkpoint(tmp_path / "upstream", HEAD_TENSORS)
-    config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
-    (base / "config.json").write_text(json.dumps(config))
     write_lines(tmp_path / "prompts.jsonl", "p", 6)
     write_lines(tmp_path / "bench.jsonl", "b", 2)
     file = tmp_path / "recipe.toml"
@@ -240,59 +238,45 @@ def test_two_runs_do_not_work_in_one_folder(run: Run, folder: Path) -> None:
         run(only="fetch")
 
 
+def check_that_only_the_head_differs(base: ServeOptions, head: ServeOptions) -> None:
+    assert head.num_speculative_tokens == 2
+    assert tuple(a for a in head.extra_args if a not in COUNT_DRAFTS) == base.extra_args
+    assert base.extra_args[-2:] == ("--seed", "7"), "the recipe's come last, and win"
+    same = {"checkpoint": base.checkpoint, "extra_args": base.extra_args}
+    assert base == replace(head, num_speculative_tokens=0, **same)
+    assert base.max_model_len == 64
+
+
 def test_base_and_head_are_measured_on_servers_that_differ_in_the_head_alone(
-    run: Run, servers: Servers, on_gpus: "OnGpus", folder: Path
+    run: Run, servers: Servers
 ) -> None:
-    def check(base: ServeOptions, head: ServeOptions) -> None:
-        assert head.num_speculative_tokens == 2
-        assert head.extra_args == (*COUNT_DRAFTS, "--seed", "7"), "the recipe's come last, and win"
-        same = {"checkpoint": base.checkpoint, "extra_args": ("--seed", "7")}
-        assert base == replace(head, num_speculative_tokens=0, **same)
-        assert base.max_model_len == 64
-
     run("bench.k=2")
-    check(servers.options[CAPTURE], servers.options[GPTQ])
-    shutil.rmtree(folder)
-    on_gpus("NVIDIA H200", 143771, "NV18")
-    run("bench.k=2")
-    assert servers.started == [CAPTURE, BASE, GPTQ, RTN]
-    assert servers.options[CAPTURE].record == folder / "capture"
-    assert servers.options[BASE].record is None
-    check(servers.options[BASE], servers.options[GPTQ])
-
-
-OnGpus = Callable[..., None]
+    check_that_only_the_head_differs(servers.options[CAPTURE], servers.options[GPTQ])
 
 
 @pytest.fixture
-def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> OnGpus:
-    """Return a function that makes the stand-in a CUDA build on a machine with two GPUs."""
+def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the stand-in a CUDA build on a machine with two GPUs, without NVLink between them."""
     for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
         monkeypatch.delenv(name)
-
-    def install_on(gpu: str, memory_mib: int, link: str) -> None:
-        for info in site.glob("*.dist-info"):
-            shutil.rmtree(info)
-        install(site, version="0.33.0")
-        nvlinks = [(0, 1)] if link.startswith("NV") else []
-        install_gpus(monkeypatch, gpu, gpu, memory_mib=memory_mib, nvlinks=nvlinks)
-
-    return install_on
+    for info in site.glob("*.dist-info"):
+        shutil.rmtree(info)
+    install(site, version="0.33.0")
+    gpu = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
+    install_gpus(monkeypatch, gpu, gpu, memory_mib=97887)
 
 
-def test_on_two_gpus_without_nvlink_all_servers_get_the_settings_for_it(
-    run: Run,
-    servers: Servers,
-    on_gpus: OnGpus,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.usefixtures("on_gpus")
+def test_on_gpus_the_base_has_a_server_of_its_own_and_all_get_the_hardwares_settings(
+    run: Run, servers: Servers, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    on_gpus("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, "NODE")
-    run("serve.tensor_parallel_size=2")
-    assert servers.options.keys() == {CAPTURE, BASE, GPTQ, RTN}
+    run("bench.k=2", "serve.tensor_parallel_size=2")
+    assert servers.started == [CAPTURE, BASE, GPTQ, RTN]
+    assert servers.options[CAPTURE].record == folder / "capture"
+    assert servers.options[BASE].record is None
+    check_that_only_the_head_differs(servers.options[BASE], servers.options[GPTQ])
     for options in servers.options.values():
         assert "--disable-custom-all-reduce" in options.extra_args
-        assert options.extra_args[-2:] == ("--seed", "7"), "the recipe's come last, and win"
         assert options.environment["NCCL_P2P_DISABLE"] == "1"
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("serving: ")]
     assert told and len(set(told)) == len(told), "each once"
@@ -465,10 +449,10 @@ def test_a_failed_verification_ends_the_run_with_the_tensors_name(
     assert read(folder / "verify" / "gptq.json")["missing"] == stages.missing
 
 
+@pytest.mark.usefixtures("on_gpus")
 def test_this_process_leaves_cuda_to_others(
-    run: Run, on_gpus: OnGpus, folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpus("NVIDIA H200", 143771, "NV18")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     device.gpus.cache_clear()
     for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
