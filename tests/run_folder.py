@@ -71,10 +71,8 @@ def checkpoint(folder: Path, variant: str) -> None:
     experts: Any = variant if variant in ("mxfp4", "bf16") else "int4"
     config["quantization_config"] = add_head(config["quantization_config"], 4, experts, "base")
     report, provenance = recorded("stages")["quantize/report.json"], {"base": {}}
-    content = quant_manifest.manifest(
-        variant,  # type: ignore[arg-type]
-        *("base", config, report, provenance, 1575, 3_550_000_123),  # type: ignore[arg-type]
-    )
+    sizes = 1575, 3_550_000_123
+    content = quant_manifest.manifest(variant, "base", config, report, provenance, *sizes)
     write(folder / "config.json", config)
     write(folder / quant_manifest.MANIFEST_NAME, content)
     (folder / quant_manifest.MANIFEST_TEXT_NAME).write_text(quant_manifest.manifest_text(content))
