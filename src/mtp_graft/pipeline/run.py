@@ -15,31 +15,25 @@ a variant was served in the bench stage is also verify's proof that vLLM loads i
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import (
-    CONFIG_NAME,
-    fingerprints,
-    read_result,
-    write_manifest,
-)
+from mtp_graft.checkpoint.manifest import fingerprints, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.bench import (
     bench,
-    bench_base,
     has_served,
+    measure_base,
     measuring_options,
     server_log,
     serving,
 )
 from mtp_graft.pipeline.device import device_name, torch_device
-from mtp_graft.pipeline.folder import Report, Run, locked
+from mtp_graft.pipeline.folder import Run, locked
 from mtp_graft.pipeline.plan import check_run
 from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.recipe import Device, Recipe, Variant
@@ -47,7 +41,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.capture import capture, recording_options
-from mtp_graft.stages.inputs import REPORT_NAME
+from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import num_ranks
 from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.quantize import quantize
@@ -59,7 +53,7 @@ from mtp_graft.stages.verify import require_sound, verify
 def run_pipeline(
     recipe: Recipe,
     folder: Path,
-    report: Report,
+    report: Progress,
     stages: Sequence[str] = STAGES,
     *,
     again: bool = False,
@@ -85,7 +79,7 @@ def run_pipeline(
         return summarize(run)
 
 
-def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[str, Any]:
+def run_stage(recipe: Recipe, folder: Path, stage: str, report: Progress) -> dict[str, Any]:
     """Run one stage of `recipe` in the run folder; return the stage's own JSON.
 
     Under torchrun every rank calls it, for `quantize` alone. Raises GraftError as `run_pipeline`
@@ -97,10 +91,8 @@ def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[
     run, chosen = Run(recipe, folder), recipe.splice.variant
     if stage == "splice":
         checkpoint = run.checkpoint(chosen)
-        found = read_result(checkpoint / MANIFEST_NAME) or {}
-        return {"checkpoint": str(checkpoint), **found}
-    path = folder / stage / REPORT_NAME
-    return read_result(run.verified(chosen) if stage == "verify" else path) or {}
+        return {"checkpoint": str(checkpoint), **(read_result(checkpoint / MANIFEST_NAME) or {})}
+    return run.result(f"verify/{chosen}" if stage == "verify" else f"{stage}/report") or {}
 
 
 def _fetch(run: Run) -> None:
@@ -138,7 +130,7 @@ def _capture(run: Run) -> None:
         if "bench" in run.stages and options == measuring_options(run, base, 0):
             for client in started:  # none, if the capture was finished before
                 with run.timed("bench"):
-                    bench_base(run, client)
+                    measure_base(run, nullcontext(client))
 
 
 def _quantize(run: Run) -> None:
@@ -151,7 +143,7 @@ def _score(run: Run) -> None:
     captured, quantized = run.finished("capture"), run.finished("quantize")
     inputs = captured, quantized, run.models.upstream, run.models.base
     settings, out = run.recipe.score, run.path / "score"
-    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize.variants, settings)
+    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize, settings)
 
 
 def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
@@ -180,30 +172,20 @@ def _splice(run: Run) -> list[Path]:
 
 
 def _verify(run: Run) -> list[Path]:
-    quantized = run.finished("quantize")
+    quantized, base = run.finished("quantize"), run.models.base
     run.finished("splice")
+    # By size, first and last MiB; None without a capture.
+    known = (run.result("capture/config") or {}).get("base")
+    as_captured = None if known is None else known == fingerprints([base / name for name in known])
     for variant in _variants(run, "verify"):
         checkpoint = run.checkpoint(variant)
-        found = verify(checkpoint, run.models.base, run.models.upstream, quantized)
+        found = verify(checkpoint, base, run.models.upstream, quantized)
         found["loaded_in_vllm"] = True if has_served(run, variant) else None
-        found["base_as_captured"] = _base_as_captured(run)
-        found["ok"] = found["ok"] and found["base_as_captured"] is not False
-        run.verified(variant).parent.mkdir(parents=True, exist_ok=True)
-        write_json(found, run.verified(variant))
+        found["base_as_captured"] = as_captured
+        found["ok"] = found["ok"] and as_captured is not False
+        run.keep(f"verify/{variant}", found)
         require_sound(checkpoint, found)
     return run.manifests
-
-
-def _base_as_captured(run: Run) -> bool | None:
-    """Return whether the base's files are those that were captured; None without a capture.
-
-    Compared by size, first and last MiB.
-    """
-    captured = read_result(run.path / "capture" / CONFIG_NAME)
-    if captured is None:
-        return None
-    known: dict[str, str] = captured["base"]
-    return known == fingerprints([run.models.base / name for name in known])
 
 
 def _variants(run: Run, stage: str) -> Iterator[Variant]:
