@@ -36,17 +36,12 @@ def checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def text(tiny_model: Path) -> list[int]:
-    """The token ids of all bundled prompts, one after the other."""
+def prompts_of(tiny_model: Path) -> Callable[..., list[int]]:
+    """Return a function that gives a prompt of any length from the bundled text, as token ids."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model / "base")
     lines = (tiny_model / "prompts.jsonl").read_text().splitlines()
-    prompts = [json.loads(line)["text"] for line in lines]
-    return [t for prompt in prompts for t in tokenizer.encode(prompt, add_special_tokens=False)]
-
-
-@pytest.fixture(scope="session")
-def prompts_of(text: list[int]) -> Callable[[int], list[int]]:
-    """Return a function that gives a prompt of any length from the bundled text."""
+    texts = [json.loads(line)["text"] for line in lines]
+    text = [t for each in texts for t in tokenizer.encode(each, add_special_tokens=False)]
     endless = text * (4096 // len(text) + 1)
 
     def prompt(length: int, start: int = 0) -> list[int]:

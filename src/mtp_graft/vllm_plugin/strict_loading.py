@@ -93,8 +93,7 @@ def _count(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
         def count_and_load(*args: Any, **kwargs: Any) -> Any:
             result = loader(*args, **kwargs)
             offers[name] += 1
-            if result is not False:
-                writes[name] += 1
+            writes[name] += result is not False
             return result
 
         return count_and_load
