@@ -68,17 +68,6 @@ def test_gptq_without_an_expert_is_an_error_that_names_it(
         store_head(upstream, "gptq", less)
 
 
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
-def test_meta_tensors_give_a_variants_names_shapes_and_dtypes(
-    upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor], variant: Variant
-) -> None:
-    meta = {name: tensor.to("meta") for name, tensor in upstream.items()}
-    real, planned = (store_head(head, variant, gptq_experts) for head in (upstream, meta))
-    assert {n: (t.shape, t.dtype) for n, t in planned.items()} == {
-        n: (t.shape, t.dtype) for n, t in real.items()
-    }
-
-
 def test_another_group_size_gives_scales_of_that_group(upstream: dict[str, Tensor]) -> None:
     stored = store_head(upstream, "rtn", group_size=64)
     assert stored[f"{EXPERT}.weight_scale"].shape == (256, 4)
