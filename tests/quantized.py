@@ -4,6 +4,7 @@ GPTQ's stand-ins are a coarser rounding.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import variants
 from mtp_graft.quant import int4
 
-MATRICES = ("w1", "w2", "w3")
+MATRICES, NUM_EXPERTS = ("w1", "w2", "w3"), 64
 TINY_CONFIG = Path(__file__).resolve().parents[1] / "models" / "tiny-dsv4" / "base" / "config.json"
 
 
@@ -23,6 +24,14 @@ def tiny_quantization() -> dict[str, Any]:
     """Return the bundled base's section, as those of W4A16-FP8 bases are."""
     section: dict[str, Any] = json.loads(TINY_CONFIG.read_text())["quantization_config"]
     return section
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Change a JSON file, which may be a link to one that has to stay."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.unlink()
+    path.write_text(json.dumps(content))
 
 
 def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -38,19 +47,12 @@ def stand_in(weight: Tensor) -> dict[str, Tensor]:
     return variants.int4_parts(int4.encode(weight, scale), scale)
 
 
-def report(num_experts: int) -> dict[str, Any]:
-    errors = {w: [0.1 + e / 1000 for e in range(num_experts)] for w in MATRICES}
-    counts = [10 * e for e in range(num_experts)]
+def report() -> dict[str, Any]:
+    errors = {w: [0.1 + e / 1000 for e in range(NUM_EXPERTS)] for w in MATRICES}
     summary = {"bits_per_weight": 4.125, "rel_error": 0.1315, "bytes": 1}
     return {
         "variants": {"rtn": summary, "gptq": summary},
-        "tokens_per_expert": {
-            "min": 0,
-            "mean": sum(counts) / num_experts,
-            "max": max(counts),
-            "zero": 1,
-            "counts": counts,
-        },
+        "tokens_per_expert": {"min": 0, "mean": 315.0, "max": 630, "zero": 1},
         "rel_errors": {"rtn": errors, "gptq": errors},
         "zero_token_policy": "pool",
         "experts_without_tokens": [0],
@@ -66,11 +68,11 @@ def report(num_experts: int) -> dict[str, Any]:
     }
 
 
-def write_quantized(folder: Path, upstream: dict[str, Tensor], num_experts: int = 64) -> Path:
+def write_quantized(folder: Path, upstream: dict[str, Tensor]) -> Path:
     """Write `folder` as `mtp-graft quantize` leaves it, in batches of 32 experts."""
     (folder / "gptq").mkdir(parents=True)
     decoded = variants.decode_head({n: t for n, t in upstream.items() if ".experts." in n})
-    for first in range(0, num_experts, 32):
+    for first in range(0, NUM_EXPERTS, 32):
         batch: dict[str, Tensor] = {}
         for e in range(first, first + 32):
             for w in MATRICES:
@@ -78,5 +80,5 @@ def write_quantized(folder: Path, upstream: dict[str, Tensor], num_experts: int 
                 parts = stand_in(decoded[f"{module}.weight"])
                 batch |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
         save_file(batch, folder / "gptq" / f"experts-{first:04d}-{first + 31:04d}.safetensors")
-    (folder / "report.json").write_text(json.dumps(report(num_experts)))
+    (folder / "report.json").write_text(json.dumps(report()))
     return folder

@@ -90,7 +90,7 @@ class StandIns:
 
     def quantize(self, *inputs: Any) -> Any:
         *_, out, _settings, _report = inputs
-        return self._finish("quantize", out, quantize_report(4))
+        return self._finish("quantize", out, quantize_report())
 
     def score(self, *inputs: Any) -> Any:
         *_, out, variants, _settings, _report = inputs

@@ -7,8 +7,8 @@ compared with what it was made of.
 
 import filecmp
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from mtp_graft.stages.splice import base_files
 INT4_REL_ERROR = 0.35
 #: Nearest rounding misses by half a step; a little more at the end codes, whose scale is rounded.
 RTN_STEPS = 0.54
-#: compressed-tensors' name for a packed format, and its type of numbers.
-_PACKED = {"int4": ("pack-quantized", "int"), "mxfp4": ("mxfp4-pack-quantized", "float")}
+#: compressed-tensors' name for a packed format, its type of numbers, and codes per element.
+_PACKED = {"int4": ("pack-quantized", "int", 8), "mxfp4": ("mxfp4-pack-quantized", "float", 2)}
 
 
 @dataclass
@@ -70,17 +70,15 @@ def verify(
     held = Tensors.in_files(checkpoint / shard for shard in sorted(set(index.values())))
     # Engines read what the index lists and its shard holds, and nothing else.
     listed = {name: path for name, path in held.files.items() if index.get(name) == path.name}
-    with ExitStack() as stack:
-        stored = stack.enter_context(Tensors(listed, held.meta).opened())
-        origin = _open_origin(manifest["variant"], upstream, quantized, stack)
-        head = _Head(manifest["variant"], stored, *origin)
+    stored = Tensors(listed, held.meta)
+    with _opened_head(manifest["variant"], stored, upstream, quantized) as head:
         _check_head(head, config)
     missing = head.missing | ({*index, *base_map} - listed.keys())
     unexpected = held.files.keys() - (listed.keys() & {*base_map, *head.accounted})
     files = _compare_base_files(checkpoint, base)
     recorded = quant_manifest.base_provenance(base, base_map.values())
-    unchanged = set(files.values()) <= {"same inode", "same bytes"}
-    unchanged = unchanged and manifest["provenance"].get("base") == recorded
+    is_same = manifest["provenance"].get("base") == recorded
+    unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
     return {
         "ok": not (missing or unexpected or head.mismatched) and unchanged,
         "variant": manifest["variant"],
@@ -108,16 +106,21 @@ def require_sound(checkpoint: Path, found: Mapping[str, Any]) -> None:
     raise GraftError(f"{checkpoint}: {what}")
 
 
-def _open_origin(
-    variant: str, upstream: Path, quantized: Path | None, stack: ExitStack
-) -> tuple[Values | None, Values | None]:
-    """Return the upstream master's head, and what the stored head has to equal bit for bit."""
+@contextmanager
+def _opened_head(
+    variant: str, stored: Tensors, upstream: Path, quantized: Path | None
+) -> Iterator[_Head]:
+    """Give the stored head beside what it was made of, their files open."""
+    master = exact = None
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
-        return None, stack.enter_context(Tensors.in_files([upstream / HEAD_SHARD]).opened())
-    master = stack.enter_context(read_master(upstream).opened())
-    if variant != "gptq" or quantized is None:
-        return master, None
-    return master, stack.enter_context(Tensors.in_files(expert_files(quantized)).opened())
+        exact = Tensors.in_files([upstream / HEAD_SHARD])
+    else:
+        master = read_master(upstream)
+        if variant == "gptq" and quantized is not None:
+            exact = Tensors.in_files(expert_files(quantized))
+    with ExitStack() as stack:
+        opened = [t and stack.enter_context(t.opened()) for t in (master, exact)]
+        yield _Head(variant, stack.enter_context(stored.opened()), opened[0], opened[1])
 
 
 # The head's values
@@ -140,8 +143,8 @@ def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
         why = _wrong_layout(parts, layout, kind) or _wrong_values(name, parts, kind, head)
         if why is not None:
             head.mismatched[next(iter(layout))] = why
-    theirs = head.master or ()
-    head.missing |= {n for n in theirs if n.replace(".scale", ".weight") not in shapes}
+    of_master = head.master or ()
+    head.missing |= {n for n in of_master if n.replace(".scale", ".weight") not in shapes}
 
 
 def _scheme(
@@ -205,9 +208,8 @@ def _decode(parts: Mapping[str, Tensor], kind: str) -> Tensor:
         return _decode_fp8(parts["weight"], scale.float())
     if scale.is_floating_point():  # they are multiplied in its dtype, which must not round
         scale = scale.float()
-    name, number = _PACKED[kind]
-    inputs = parts["weight_packed"].shape[1] * (8 if kind == "int4" else 2)
-    group_size = inputs // scale.shape[1]
+    name, number, codes = _PACKED[kind]
+    group_size = parts["weight_packed"].shape[1] * codes // scale.shape[1]
     args = QuantizationArgs(num_bits=4, type=number, strategy="group", group_size=group_size)
     scheme = QuantizationScheme(targets=[], weights=args)
     compressor = BaseCompressor.get_value_from_registry(name)
