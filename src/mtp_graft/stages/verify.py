@@ -8,7 +8,7 @@ compared with what it was made of.
 import filecmp
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class _Head:
 
     variant: str
     stored: Values
-    master: Values | None  # upstream's, unless the head was taken as it is
-    exact: Values | None  # what must be found bit for bit: GPTQ's experts, or the whole head
+    master: Values  # upstream's; empty if the head was taken as it is
+    exact: Values  # what must be found bit for bit: GPTQ's experts, the whole head, or nothing
     accounted: set[str] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
     mismatched: dict[str, str] = field(default_factory=dict)  # name -> why
@@ -86,7 +86,7 @@ def verify(
         "missing": sorted(missing),
         "unexpected": sorted(unexpected),
         "mismatched": [{"tensor": n, "why": w} for n, w in sorted(head.mismatched.items())],
-        "rel_error_max": None if head.master is None else head.rel_error_max,
+        "rel_error_max": head.rel_error_max if head.master else None,
         "base_files": files,
         "base_files_linked": set(files.values()) <= {"same inode"},
         "base_unchanged": unchanged,
@@ -111,16 +111,15 @@ def _opened_head(
     variant: str, stored: Tensors, upstream: Path, quantized: Path | None
 ) -> Iterator[_Head]:
     """Give the stored head beside what it was made of, their files open."""
-    master = exact = None
+    master = exact = Tensors({}, {})
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         exact = Tensors.in_files([upstream / HEAD_SHARD])
     else:
         master = read_master(upstream)
         if variant == "gptq" and quantized is not None:
             exact = Tensors.in_files(expert_files(quantized))
-    with ExitStack() as stack:
-        opened = [t and stack.enter_context(t.opened()) for t in (master, exact)]
-        yield _Head(variant, stack.enter_context(stored.opened()), opened[0], opened[1])
+    with stored.opened() as ours, master.opened() as theirs, exact.opened() as same:
+        yield _Head(variant, ours, theirs, same)
 
 
 # The head's values
@@ -143,8 +142,7 @@ def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
         why = _wrong_layout(parts, layout, kind) or _wrong_values(name, parts, kind, head)
         if why is not None:
             head.mismatched[next(iter(layout))] = why
-    of_master = head.master or ()
-    head.missing |= {n for n in of_master if n.replace(".scale", ".weight") not in shapes}
+    head.missing |= {n for n in head.master if n.replace(".scale", ".weight") not in shapes}
 
 
 def _scheme(
@@ -183,12 +181,12 @@ def _wrong_values(name: str, parts: Mapping[str, Tensor], kind: str, head: _Head
     shape = parts.get(f"{name}_shape")
     if shape is not None and shape.tolist() != list(values.shape):
         return f"weight_shape is {shape.tolist()}, expected {list(values.shape)}"
-    if head.exact is not None and (name.startswith(EXPERTS_PREFIX) or head.master is None):
+    if head.exact and (name.startswith(EXPERTS_PREFIX) or not head.master):
         for part, ours in parts.items():
             theirs = head.exact.get(part)
             if theirs is None or not _same(ours, theirs):
                 return f"{part}: differs from what it was spliced from"
-    if head.master is None:
+    if not head.master:
         return None
     if name not in head.master:
         return "upstream has no such tensor"
