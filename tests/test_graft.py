@@ -1,6 +1,5 @@
 """`mtp-graft graft`: from folders, hub ids and published heads to a verified checkpoint."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub, as_repository
-from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, find_spliced
+from mtp_graft.checkpoint.quant_manifest import (
+    HEAD_SHARD,
+    MANIFEST_NAME,
+    find_spliced,
+    read_manifest,
+)
 from mtp_graft.stages.publish import find_files
 from quantized import edit_json
 from run_folder import write
@@ -86,16 +90,14 @@ def test_a_head_alone_is_published_with_manifest_and_card(run: Path, published: 
     assert f"mtp-graft graft BASE {HEAD} OUT" in card
 
 
-@pytest.mark.parametrize("place", ["folder", "hub", "whole checkpoint"])
+@pytest.mark.parametrize("place", ["hub", "whole checkpoint"])
 def test_a_published_head_is_taken_as_it_is(
     graft: Graft, hub: StandInHub, base: Path, published: Path, run: Path, tmp_path: Path,
     place: str,
 ) -> None:  # fmt: skip
     hub.repositories[HEAD] = as_repository(published)
-    original = find_spliced(run).folder
-    source = {"folder": published, "hub": HEAD, "whole checkpoint": original}[place]
-    out = tmp_path / "out"
-    result = graft(base, source, out)
+    original, out = find_spliced(run).folder, tmp_path / "out"
+    result = graft(base, HEAD if place == "hub" else original, out)
     assert (result["head"], result["verified"]) == ("gptq", True)
     for path in original.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
@@ -106,10 +108,7 @@ def test_a_head_on_another_base_says_which_it_was_made_for(
 ) -> None:
     edit_json(base / "config.json", lambda config: config.update(rope_theta=5))
     assert graft(base, published, tmp_path / "out")["verified"]
-    before, after = (
-        json.loads((folder / MANIFEST_NAME).read_text())["provenance"]
-        for folder in (published, tmp_path / "out")
-    )
+    before, after = (read_manifest(f)["provenance"] for f in (published, tmp_path / "out"))
     assert after["made_for"] == before["base"] != after["base"]
 
 

@@ -74,7 +74,7 @@ def test_origins_are_told_by_hashes_without_paths_or_times(
         assert not re.search(r"/(tmp|work|home)/|seconds|\b20\d\d-\d\d|\d\d:\d\d", text)
     found = quant_manifest.read_manifest(spliced["gptq"])["provenance"]
     shards = sorted(path.name for path in tiny_base.glob("*.safetensors"))
-    assert list(found["base"]["shard_headers"]) == shards
+    assert list(found["base"]["shard_fingerprints"]) == shards
     assert found["base"]["config.json"] == sha256(tiny_base / "config.json")
     (head_shard,) = (tiny_model / "upstream").glob("*.safetensors")
     assert found["upstream"] == {head_shard.name: sha256(head_shard)}

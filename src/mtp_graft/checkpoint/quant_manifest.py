@@ -16,7 +16,7 @@ import yaml  # type: ignore[import-untyped]
 from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import read_as, read_object, sha256
-from mtp_graft.checkpoint.manifest import leaves
+from mtp_graft.checkpoint.manifest import fingerprints, leaves
 from mtp_graft.checkpoint.quantization_config import scheme_of
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
@@ -135,25 +135,12 @@ def _rel_error(variant: Variant, report: QuantizeReport) -> dict[str, Any] | Non
 
 
 def base_provenance(base: Path, shards: Iterable[str]) -> dict[str, Any]:
-    """Return the hashes of a base's index, config and shard headers, and the shards' sizes.
-
-    Hashing every shard whole would take longer than all the rest; a header has every tensor's
-    name, dtype, shape and place.
-    """
+    """Return the hashes of a base's index and config, and its shards' fingerprints."""
     return {
         INDEX_NAME: sha256(base / INDEX_NAME),
         "config.json": sha256(base / "config.json"),
-        "shard_headers": {
-            name: {"sha256": _sha256_of_header(base / name), "bytes": (base / name).stat().st_size}
-            for name in sorted(set(shards))
-        },
+        "shard_fingerprints": fingerprints([base / name for name in sorted(set(shards))]),
     }
-
-
-def _sha256_of_header(path: Path) -> str:
-    with path.open("rb") as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def quantize_provenance(report: QuantizeReport, expert_files: Iterable[Path]) -> dict[str, Any]:

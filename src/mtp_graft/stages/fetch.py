@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, write_json
+from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
@@ -37,7 +37,9 @@ from mtp_graft.stages.parallel import is_first_rank
 HUB_ERRORS: tuple[type[Exception], ...] = (
     errors.HTTPError,  # type: ignore[attr-defined]
     errors.SafetensorsParsingError,
-    *(OSError, ValueError, RuntimeError),
+    OSError,
+    ValueError,
+    RuntimeError,
 )
 _HEAD = "mtp."
 #: What is needed besides shards: of a base configuration, tokenizer, licence.
@@ -149,8 +151,8 @@ def _needed_files(given: str, folder: Path, part: Literal["base", "head"]) -> se
             f"{given}: its index lists no {_HEAD}* tensor; expected the upstream master, "
             "deepseek-ai/DeepSeek-V4-Flash"
         )
-    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return shards | {*filter_repo_objects(paths, allow_patterns=_BESIDE_SHARDS[part])}
+    patterns = _BESIDE_SHARDS[part]
+    return shards | {*filter_repo_objects(visible_files(folder), allow_patterns=patterns)}
 
 
 def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dict[str, int]:

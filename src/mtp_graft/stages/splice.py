@@ -18,14 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mtp_graft.checkpoint import quant_manifest, shards
-from mtp_graft.checkpoint.files import new_folder, read_object, sha256, write_json, write_text
+from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
-from mtp_graft.checkpoint.quantization_config import (
-    add_head,
-    int4_group_size,
-    read_quantization,
-)
+from mtp_graft.checkpoint.quantization_config import add_head, int4_group_size, read_quantization
 from mtp_graft.dsv4 import variants
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
@@ -102,9 +97,9 @@ def splice(
     if out.exists():
         _check_done(out, manifest)
         return plan
-    with new_folder(out) as folder:
-        for source in base_files(base):
-            _link(source, folder / source.relative_to(base), copy=copy)
+    with files.new_folder(out) as folder:
+        for name, source in base_files(base).items():
+            _link(source, folder / name, copy=copy)
         if plan.published is None:
             shards.stream_shard(plan.layout, _stored_tensors(plan), folder / HEAD_SHARD)
         else:
@@ -212,12 +207,11 @@ def _manifest(plan: SplicePlan) -> Manifest:
         if origin["base"] != base:
             origin.setdefault("made_for", origin["base"])
         return {**plan.published, "provenance": {**origin, "base": base}}
-    files = sorted(set(plan.head.files.values()))
-    provenance = {"base": base, "upstream": {path.name: sha256(path) for path in files}}
+    upstream = {path.name: files.sha256(path) for path in sorted(set(plan.head.files.values()))}
+    provenance = {"base": base, "upstream": upstream}
     if plan.report is not None:
-        provenance["quantize"] = quant_manifest.quantize_provenance(
-            plan.report, plan.experts.files.values()
-        )
+        experts = plan.experts.files.values()
+        provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
     return quant_manifest.manifest(
         plan.variant,
         plan.linears,
@@ -232,7 +226,7 @@ def _manifest(plan: SplicePlan) -> Manifest:
 def _check_done(out: Path, manifest: Manifest) -> None:
     """Raise GraftError if `out` is not what an earlier splice of the same inputs left."""
     path = out / quant_manifest.MANIFEST_NAME
-    if not path.is_file() or read_object(path, "a manifest", f"remove {out}") != manifest:
+    if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
         raise GraftError(
             f"{out}: already exists, and not from these inputs; remove it or choose another folder"
         )
@@ -242,15 +236,9 @@ def _check_done(out: Path, manifest: Manifest) -> None:
 # Writing
 
 
-def base_files(base: Path) -> list[Path]:
-    """Return the base's files that the checkpoint takes over, hidden folders apart."""
-    return [
-        path
-        for path in sorted(base.rglob("*"))
-        if path.is_file()
-        and str(relative := path.relative_to(base)) not in OWN_FILES
-        and not any(folder.startswith(".") for folder in relative.parent.parts)
-    ]
+def base_files(base: Path) -> dict[str, Path]:
+    """Return the base's files that the checkpoint takes over, by relative name."""
+    return {name: path for name, path in files.visible_files(base).items() if name not in OWN_FILES}
 
 
 def _link(source: Path, target: Path, *, copy: bool) -> None:
@@ -276,17 +264,17 @@ def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
 
 def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
     """Write config, manifest and recipe."""
-    write_json(plan.config, folder / "config.json")
-    write_json(manifest, folder / quant_manifest.MANIFEST_NAME)
+    files.write_json(plan.config, folder / "config.json")
+    files.write_json(manifest, folder / quant_manifest.MANIFEST_NAME)
     text = quant_manifest.manifest_text(manifest)
-    write_text(text, folder / quant_manifest.MANIFEST_TEXT_NAME)
+    files.write_text(text, folder / quant_manifest.MANIFEST_TEXT_NAME)
     base_recipe = plan.base.folder / quant_manifest.RECIPE_NAME
     before = base_recipe.read_text() if base_recipe.exists() else None
     recipe = quant_manifest.recipe_text(manifest, before)
-    write_text(recipe, folder / quant_manifest.RECIPE_NAME)
+    files.write_text(recipe, folder / quant_manifest.RECIPE_NAME)
 
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
-    metadata = read_object(plan.base.folder / shards.INDEX_NAME, "an index").get("metadata")
+    metadata = files.read_object(plan.base.folder / shards.INDEX_NAME, "an index").get("metadata")
     index = {**plan.base.weight_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
     shards.write_index(index, plan.base.bytes + plan.bytes, folder, metadata)

@@ -269,8 +269,7 @@ def _compare_base_files(checkpoint: Path, base: Path) -> dict[str, str]:
     A linked file is one and the same by its inode, which costs nothing; any other is read whole.
     """
     found = {}
-    for source in base_files(base):
-        name = str(source.relative_to(base))
+    for name, source in base_files(base).items():
         target = checkpoint / name
         if not target.exists():
             found[name] = "missing"
