@@ -2,27 +2,28 @@
 
 import re
 from pathlib import Path
-from typing import cast
 
 import pytest
 import yaml
 
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import sha256
-from mtp_graft.checkpoint.quant_manifest import QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Variant
-from quantized import report, tiny_quantization
+from quantized import tiny_quantization
+from run_folder import recorded
 
 PROVENANCE = {"base": {"config.json": "0" * 64}, "upstream": {}}
+REPORT = recorded("stages")["quantize/report.json"]
+REPORT["rel_errors"]["gptq"]["w2"] = [0.1, 0.2, 0.3, 0.6]
 
 
 def content(variant: Variant, known: bool = True) -> quant_manifest.Manifest:
     quantization = add_head(tiny_quantization(), 4, variant, "base")
     config = {"num_hidden_layers": 4, "n_routed_experts": 64, "quantization_config": quantization}
-    stage = cast(QuantizeReport, report()) if known else None
-    return quant_manifest.manifest(variant, "base", config, stage, PROVENANCE, 612, 8_019_304)
+    report = REPORT if known else None
+    return quant_manifest.manifest(variant, "base", config, report, PROVENANCE, 612, 8_019_304)
 
 
 @pytest.mark.parametrize(
@@ -42,13 +43,14 @@ def test_a_calibrated_head_states_damp_tokens_and_errors() -> None:
     found = content("gptq")
     calibration, errors = found["calibration"], found["rel_error"]
     assert calibration and errors
-    assert (calibration["damp"], calibration["experts_without_tokens"]) == (0.01, [0])
+    assert (calibration["damp"], calibration["experts_without_tokens"]) == (0.01, [2, 3])
     tokens = calibration["tokens_per_expert"]
-    assert (tokens["min"], tokens["mean"], tokens["max"], tokens["zero"]) == (0, 315.0, 630, 1)
-    assert errors["w2"]["max"] == pytest.approx(0.163) and errors["mean"] == 0.1315
+    assert [tokens[key] for key in ("min", "mean", "max", "zero")] == [0, 43951.75, 175376, 2]
+    assert errors["w2"]["mean"] == pytest.approx(0.3) and errors["w2"]["max"] == 0.6
+    assert errors["mean"] == 0.054
     text = quant_manifest.manifest_text(found)
-    assert "| calibration.tokens_per_expert.mean | 315.0 |" in text
-    assert "| rel_error.w2.max | 0.163 |" in text
+    assert "| calibration.tokens_per_expert.mean | 43951.75 |" in text
+    assert "| rel_error.w2.max | 0.6 |" in text
 
 
 def test_the_recipe_is_the_bases_own_and_a_stage_for_the_head() -> None:
