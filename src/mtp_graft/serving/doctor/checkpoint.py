@@ -17,8 +17,8 @@ from torch import Tensor
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import check_dimensions, compress_ratios
+from mtp_graft.dsv4.formats import Format, Parts, format_of, modules_of
 from mtp_graft.dsv4.names import from_transformers
-from mtp_graft.dsv4.variants import group_by_module
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_config
 
@@ -28,34 +28,6 @@ _LAYER = re.compile(r"^layers\.(\d+)\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
-
-
-Parts = Mapping[str, Tensor]  # of a module: weight, weight_scale, ...; "" for one without parts
-
-
-def weight_of(parts: Parts) -> Tensor | None:
-    """Return a module's weight, packed or not, or the parameter."""
-    found = (parts.get(part) for part in ("weight_packed", "weight", ""))
-    return next((tensor for tensor in found if tensor is not None), None)
-
-
-def stored_format(parts: Parts) -> str | None:
-    """Return int4, mxfp4, fp8 or plain, by the weight's dtype; None if it is of no such."""
-    if (weight := weight_of(parts)) is None:
-        return None
-    if "weight_packed" in parts:
-        return {torch.int32: "int4", torch.uint8: "mxfp4"}.get(weight.dtype)
-    if weight.dtype == torch.float8_e4m3fn:
-        return "fp8"
-    return "plain" if weight.element_size() > 1 else None
-
-
-def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
-    """Return the name of each module, `layers.0.attn.wq_a` say, and its parts."""
-    return {
-        module: {part: tensors[name] for part, name in names.items()}
-        for module, names in group_by_module(tensors).items()
-    }
 
 
 @dataclass(frozen=True)
@@ -93,14 +65,14 @@ class Checkpoint:
         return {self.read_as[name] for name in self.index} - self.tensors.keys()
 
     @cached_property
-    def modules(self) -> dict[str, Parts]:
+    def modules(self) -> Mapping[str, Parts]:
         """Return the tensors, grouped."""
         return modules_of(self.tensors)
 
     @cached_property
-    def formats(self) -> dict[str, str | None]:
+    def formats(self) -> dict[str, Format | None]:
         """Return the format that each module is stored in."""
-        return {module: stored_format(parts) for module, parts in self.modules.items()}
+        return {module: format_of(parts) for module, parts in self.modules.items()}
 
     @property
     def num_layers(self) -> int:

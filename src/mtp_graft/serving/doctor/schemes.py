@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
-from mtp_graft.dsv4.names import NEVER_QUANTIZED
-from mtp_graft.dsv4.variants import is_expert
+from mtp_graft.dsv4.formats import format_of, weight_of
+from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, stored_format, weight_of
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
 from mtp_graft.serving.doctor.hardware import Target
 
@@ -112,7 +112,7 @@ def mismatches(
 ) -> Iterator[Mismatch]:
     """Yield modules that would load in another format; GraftError for one ignored in part."""
     for module, parts in modules.items():
-        stored = stored_format(parts)
+        stored = format_of(parts)
         for layer, asked in _asked(module, parts, num_layers):
             groups = {p: quantization.group_of(name) for p, name in asked.items()}
             loads = {p: quantization.kind_of(key) for p, key in groups.items()}
@@ -151,12 +151,12 @@ def _asked(
         layer, name = str(num_layers), module.removeprefix("mtp.0.")
     weight = weight_of(parts)
     is_linear = "" not in parts and weight is not None and weight.dim() == 2
-    if stored_format(parts) is None or not is_linear or not layer.isdigit():
+    if format_of(parts) is None or not is_linear or not layer.isdigit():
         return
     if NEVER_QUANTIZED.search(module) or name in ("ffn.gate", "head", "emb.tok_emb"):
         return
     prefix = f"model.layers.{layer}."
-    if not is_expert(module):
+    if not EXPERT.match(module):
         yield int(layer), {"any": prefix + name}
     elif name.startswith("ffn.experts.0."):
         experts, _, matrix = name.rpartition(".")
