@@ -8,7 +8,6 @@ import pytest
 
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
-from mtp_graft.stages.splice import splice
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -16,13 +15,11 @@ EVALS = ("gsm8k", "humaneval", "mmlu", "capability")
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(spliced: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of the bundled base with upstream's head, which drafts two tokens a step."""
-    folder = tmp_path_factory.mktemp("server")
-    splice(tiny_model / "base", tiny_model / "upstream", folder / "spliced", "mxfp4")
     # The workload's longest prompt is 2,269 tokens with its document, system prompt and tools.
-    options = ServeOptions(folder / "spliced", port=0, max_model_len=4096, num_speculative_tokens=2)
-    with managed_server(options, folder / "vllm.log") as client:
+    options = ServeOptions(spliced["mxfp4"], port=0, max_model_len=4096, num_speculative_tokens=2)
+    with managed_server(options, tmp_path_factory.mktemp("server") / "vllm.log") as client:
         yield client.base_url
 
 

@@ -78,7 +78,7 @@ def in_shards(tensors: Tensors) -> dict[str, Tensors]:
 
 
 def config() -> dict[str, Any]:
-    quantization = add_head(CONFIG["quantization_config"], len(_LAYERS), "int4", "base")
+    quantization = add_head(CONFIG["quantization_config"], len(_LAYERS), "gptq", "base")
     return {**CONFIG, "quantization_config": quantization}
 
 
