@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from mtp_graft import TRIED_VLLM
-from mtp_graft.serving.profiles import DEFAULT_PROFILE, PROFILES
+from mtp_graft.serving.profiles import PROFILES
 from serving.conftest import (
     BASE_TENSORS,
     HEAD_TENSORS,
@@ -187,7 +187,7 @@ def test_the_image_is_the_tried_vllm_with_files_that_are_there(
 ) -> None:
     text = (docker / "Dockerfile").read_text().replace("\\\n", " ")
     assert f"\nARG VLLM_VERSION={TRIED_VLLM['cuda']}\n" in text
-    assert f"PROFILE={DEFAULT_PROFILE}" in text
+    assert "PROFILE=524k" in text
     user, _, after = text.rpartition("\nUSER ")[2].partition("\n")
     assert user.split(":")[0] not in {"0", "root"} and "\nRUN " not in after
     kept = (docker / "Dockerfile.dockerignore").read_text().splitlines()
@@ -210,7 +210,7 @@ def test_compose_has_the_seeds_three_profiles_and_passes_every_variable_on(docke
     for name, service in services.items():
         profile = name.removeprefix("mtp-")
         assert service["environment"] == {**expected, "PROFILE": profile}
-        assert ("profiles" not in service) is (profile == DEFAULT_PROFILE)
+        assert ("profiles" not in service) is (profile == "524k")
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         # As in Acti's docker run.
         assert service["shm_size"] == "16gb"

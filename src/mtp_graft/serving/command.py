@@ -43,11 +43,11 @@ _Word = Annotated[str, StringConstraints(min_length=1)]
 
 
 def _option(
-    default: Any,
     metavar: str | None,
     text: str,
     names: tuple[str, ...] | None = (),
     envvar: str | None = None,
+    default: Any = None,
     **limits: Any,
 ) -> Any:
     """Declare a field that is an option of `mtp-graft serve`, too.
@@ -62,44 +62,48 @@ def _option(
 class ServeOptions:
     """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
 
-    checkpoint: Path = _option(..., "CHECKPOINT", "A DeepSeek-V4 checkpoint folder.", names=None)
-    host: str = _option("127.0.0.1", "ADDRESS", "Address to listen on.", min_length=1)
-    port: int = _option(8000, "N", "0 picks a free one.", ge=0, le=65535)
+    checkpoint: Path = _option(
+        "CHECKPOINT", "A DeepSeek-V4 checkpoint folder.", names=None, default=...
+    )
+    host: str = _option("ADDRESS", "Address to listen on.", default="127.0.0.1", min_length=1)
+    port: int = _option("N", "0 picks a free one.", default=8000, ge=0, le=65535)
     tensor_parallel_size: int | None = _option(
-        *(None, "N", "Ranks to shard over. Default: 1; with a profile, all GPUs of use."),
+        "N",
+        "Ranks to shard over. Default: 1; with a profile, all GPUs of use.",
         names=("--tensor-parallel-size", "--tp"),
         ge=1,
     )
-    max_model_len: int | None = _option(None, "N", "Longest sequence. Default: the model's.", ge=1)
-    max_num_seqs: int | None = _option(None, "N", "Requests at once.", ge=1)
-    max_num_batched_tokens: int | None = _option(None, "N", "Tokens of one step.", ge=1)
+    max_model_len: int | None = _option("N", "Longest sequence. Default: the model's.", ge=1)
+    max_num_seqs: int | None = _option("N", "Requests at once.", ge=1)
+    max_num_batched_tokens: int | None = _option("N", "Tokens of one step.", ge=1)
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
     gpu_memory_utilization: float | None = _option(
-        None, "SHARE", "Share of a GPU's memory to use.", ge=0.01, le=1.0
+        "SHARE", "Share of a GPU's memory to use.", ge=0.01, le=1.0
     )
     num_speculative_tokens: int | None = _option(
-        *(None, "N", "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."),
+        "N",
+        "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1.",
         names=("--k", "-k", "--num-speculative-tokens"),
         ge=0,
     )
-    draft_lm_head_quantization: DraftLmHead | None = _option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
+    draft_lm_head_quantization: DraftLmHead | None = _option("TYPE", "fp8 or nvfp4, on GPUs.")
     draft_sample_method: DraftSampling | None = _option(
-        None, "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
+        "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
     )
     served_model_names: tuple[_Word, ...] = _option(
-        (), "NAME", "Name in the API; may be repeated.", names=("--served-model-name",)
+        "NAME", "Name in the API; may be repeated.", names=("--served-model-name",), default=()
     )
-    kv_cache_dtype: str = _option("fp8", "TYPE", "As vLLM names it.")
-    kv_cache_gib: float | None = _option(None, "GIB", "KV cache. Default: 1 on a CPU.", ge=0.01)
-    prefix_caching: bool = _option(True, None, "Reuse shared prompt prefixes.")
-    enforce_eager: bool | None = _option(None, None, "Do not compile. Default: eager on a CPU.")
+    kv_cache_dtype: str = _option("TYPE", "As vLLM names it.", default="fp8")
+    kv_cache_gib: float | None = _option("GIB", "KV cache. Default: 1 on a CPU.", ge=0.01)
+    prefix_caching: bool = _option(None, "Reuse shared prompt prefixes.", default=True)
+    enforce_eager: bool | None = _option(None, "Do not compile. Default: eager on a CPU.")
     api_key: str | None = _option(
-        *(None, "KEY", "Key that /v1 requests must show."), envvar="VLLM_API_KEY", min_length=1
+        "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", min_length=1
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
     extra_args: tuple[str, ...] = _option(
-        (), "ARGS", "After --: arguments for vllm serve.", names=None
+        "ARGS", "After --: arguments for vllm serve.", names=None, default=()
     )
 
     @property

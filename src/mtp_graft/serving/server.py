@@ -80,11 +80,7 @@ def managed_server(
             "(--node-rank or --headless); ask the server of machine 0, by --base-url"
         )
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log_path.open("wb") as log,
-        _running(command, log) as process,
-        _client_of(command) as client,
-    ):
+    with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
             if not _wait_ready(process, client, start_limit_s(options.checkpoint), on_start):
                 raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
@@ -103,8 +99,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     """
     command = build_command(options)
     with (
-        _running(command) as process,
-        _client_of(command) as client,
+        _running(command) as (process, client),
         suppress(SystemExit, KeyboardInterrupt),  # a signal: vLLM is stopped, and says its status
     ):
         if command.is_headless:
@@ -116,16 +111,19 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
 
 
 @contextmanager
-def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_Process]:
+def _running(
+    command: ServeCommand, log: IO[bytes] | None = None
+) -> Iterator[tuple[_Process, ServerClient]]:
     """Run vLLM in a process group of its own, of which nothing is left after the block.
 
     `log` takes both its streams, None lets it write to ours.
     """
     if not command.is_headless:
         check_port(command.host, command.port)
+    environment = {**os.environ, **command.env}
     process = subprocess.Popen(
         command.argv,
-        env={**os.environ, **command.env},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log and subprocess.STDOUT,
@@ -138,7 +136,9 @@ def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_P
     )
     with _exit_on_signals():
         try:
-            yield process
+            # Closed before the end of vLLM, which waits for its clients.
+            with ServerClient(command.base_url, environment.get("VLLM_API_KEY")) as client:
+                yield process, client
         finally:
             try:
                 process.terminate()
@@ -167,11 +167,6 @@ def _exit_on_signals() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _client_of(command: ServeCommand) -> ServerClient:
-    environment = {**os.environ, **command.env}
-    return ServerClient(command.base_url, environment.get("VLLM_API_KEY"))
 
 
 def _wait_ready(
