@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, device, find_bundled_recipe, plan
@@ -21,7 +22,6 @@ from mtp_graft.serving.memory import (
     RESERVE_BYTES,
     kv_cache_bytes,
     weights_bytes,
-    weights_bytes_per_rank,
 )
 from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages import fetch
@@ -132,7 +132,7 @@ def test_a_small_disk_or_memory_is_refused_before_anything_is_begun(
 
 def test_on_a_cpu_the_served_model_takes_what_doctor_says(find: Find, tiny_model: Path) -> None:
     [need] = find("capture", of="memory")
-    assert need.bytes == weights_bytes_per_rank(tiny_model / "base", 1, decoded=True)
+    assert need.bytes == weights_bytes(read_meta(tiny_model / "base"), 1, decoded=True)
 
 
 @pytest.mark.parametrize(

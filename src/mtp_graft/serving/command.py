@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
@@ -315,6 +316,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if model_type != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
+    return config
+
+
+def read_dimensions(folder: Path) -> dict[str, Any]:
+    """Return the same; raises GraftError for a bad dimension, too."""
+    config = read_config(folder)
+    check_dimensions(config, folder / "config.json")
     return config
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import read_dimensions
 from mtp_graft.serving.doctor import hardware, schemes, tensors
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint, read_dimensions
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.findings import SEVERITIES, Finding, finding
 from mtp_graft.serving.doctor.hardware import Target
 

@@ -18,20 +18,10 @@ from mtp_graft.serving import command, topology
 from mtp_graft.serving.command import PLUGIN_NAME, Platform
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding, Severity, finding
-from mtp_graft.serving.memory import (
-    RESERVE_BYTES,
-    UTILIZATION,
-    kv_cache_bytes,
-    largest_context,
-    weights_bytes,
-)
-from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
+from mtp_graft.serving.memory import UTILIZATION, measure_room
 from mtp_graft.serving.topology import CPU, Hardware
 
-_GIB = 2**30
 _PLUGINS = "VLLM_PLUGINS"
-#: Of steps being computed: with asynchronous scheduling there are two.
-TOKENS_IN_FLIGHT = 2 * MAX_NUM_BATCHED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -150,28 +140,18 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("context-positions", "--max-model-len", f"{asked} tokens", expected)
     if hardware is None or checkpoint.unreadable:
         return
-    if hardware.gpu is None:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        weights = weights_bytes(checkpoint.tensors, 1, decoded=True)
-        if weights >= memory_bytes:
-            found, expected = (f"{size / _GIB:.1f} GiB" for size in (weights, memory_bytes))
-            yield finding("memory-weights", "this machine", f"{found} of weights", f"< {expected}")
-        return
-    share = min(UTILIZATION, hardware.most_utilization)
-    weights = weights_bytes(checkpoint.tensors, target.tp)
-    left = int(share * hardware.memory_bytes) - weights - RESERVE_BYTES
-    where = f"{share:.0%} of each of {hardware}"
-    found = f"{weights / _GIB:.1f} GiB of weights on each of {target.tp} ranks"
-    if left <= 0:
+    share = None if hardware.gpu is None else min(UTILIZATION, hardware.most_utilization)
+    where = "this machine" if share is None else f"{share:.0%} of each of {hardware}"
+    room = measure_room(checkpoint.tensors, config, hardware, target.tp)
+    if room.cache(share) <= 0:
+        found = f"{room.weights / 2**30:.1f} GiB of weights on each of {target.tp} ranks"
         yield finding("memory-weights", where, found, "room for the KV cache too")
-    elif len(checkpoint.ratios) >= checkpoint.num_layers:
-        most = largest_context(config, left, TOKENS_IN_FLIGHT)
-        wanted = min(asked or positions, positions)
-        needed = kv_cache_bytes(config, wanted, TOKENS_IN_FLIGHT)
-        found += f"; {wanted} tokens take {needed / _GIB:.1f} of {left / _GIB:.1f} GiB left"
+    elif share is not None and len(checkpoint.ratios) >= checkpoint.num_layers:
+        most, wanted = room.largest_context(share), min(asked or positions, positions)
         kind = "memory" if most >= wanted else "memory-context"
         severity: Severity | None = "warning" if most < wanted and asked is None else None
-        yield finding(kind, where, found, f"at most --max-model-len {most}", severity)
+        found, expected = room.estimate(wanted, share), f"at most --max-model-len {most}"
+        yield finding(kind, where, found, expected, severity)
 
 
 # Known issues
