@@ -41,7 +41,7 @@ imports: setup-dev
 	.venv/bin/lint-imports
 
 container: setup-dev
-	.venv/bin/shellcheck docker/entrypoint.sh .ci/run benchmarks/one_gpu.sh
+	.venv/bin/shellcheck docker/entrypoint.sh .ci/run benchmarks/*.sh
 	.venv/bin/hadolint docker/Dockerfile
 
 format: setup-dev

@@ -17,6 +17,9 @@ from typing import Any
 
 from layers import NUM_STORED
 
+from mtp_graft.serving.metrics import SpecDecodeCounters
+from mtp_graft.serving.profiles import ALWAYS, ON_GPUS, split
+
 ENVIRONMENT = {
     "VLLM_PLUGINS": "mtp_graft",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # as `vllm serve` starts its engine
@@ -24,9 +27,11 @@ ENVIRONMENT = {
     "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1200",  # of several ranks: the first step compiles
     **{"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0"},  # shared hosts may forbid
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",  # NVLink multicast
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
+    **split(ALWAYS)[1],
+    **split(ON_GPUS)[1],
 }
+#: The variable that names the file out of which `chosen_k.ChosenK` reads k.
+CHOSEN_K = "CHOSEN_K"
 #: Steps at the beginning of a decode that are not counted.
 SETTLING = 4
 
@@ -45,6 +50,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     rate: float | None = None
     drafting: dict[str, Any] = field(default_factory=dict)  # more of the speculative config
+    more: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM's LLM
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,21 @@ def started(options: EngineOptions) -> Iterator[Any]:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    llm = LLM(**settings(options, cpu=current_platform.is_cpu()))
+    on_cpu = current_platform.is_cpu()
+    if on_cpu and options.tensor_parallel_size > 1:
+        bind_ranks(options.tensor_parallel_size)
+    llm = LLM(**settings(options, cpu=on_cpu))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def bind_ranks(count: int) -> None:
+    """Give each rank its share of the CPUs; vLLM would give each a NUMA node."""
+    cpus = sorted(os.sched_getaffinity(0))
+    shares = [cpus[rank::count] for rank in range(count)]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, s)) for s in shares)
 
 
 def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
@@ -98,7 +114,7 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
         chosen["gpu_memory_utilization"] = options.gpu_memory_utilization
         chosen["kv_cache_memory_bytes"] = options.kv_cache_bytes
         chosen["max_num_batched_tokens"] = options.max_num_batched_tokens
-    return chosen
+    return chosen | options.more
 
 
 def speculation(k: int, rate: float | None) -> dict[str, Any]:
@@ -177,8 +193,10 @@ def summarize_steps(steps: list[Step], requests: int) -> dict[str, Any]:
     }
 
 
-def counters(llm: Any) -> dict[str, float]:
-    """Return the engine's own speculative decoding counters."""
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+def counters(llm: Any) -> SpecDecodeCounters:
+    """Return what the engine counted of its drafts since it started; zeros if it does not draft."""
+    found = {metric.name.removeprefix("vllm:"): metric for metric in llm.get_metrics()}
     names = ("drafts", "draft_tokens", "accepted_tokens")
-    return {name: values.get(f"vllm:spec_decode_num_{name}", 0) for name in names}
+    counts = [getattr(found.get(f"spec_decode_num_{name}"), "value", 0) for name in names]
+    positions = found.get("spec_decode_num_accepted_tokens_per_pos")
+    return SpecDecodeCounters(*counts, tuple(getattr(positions, "values", ())))

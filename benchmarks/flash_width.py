@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.quantization_config import ExpertFormat, add_head
+from mtp_graft.checkpoint.quantization_config import ExpertFormat, add_head, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index, save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import base_shapes, stored_as
@@ -43,6 +43,7 @@ TINY = FLASH | {
     "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 512},
 }
 TINY_CONFIG = Path(__file__).parents[1] / "models" / "tiny-dsv4" / "base" / "config.json"
+QUANTIZATION = read_quantization(json.loads(TINY_CONFIG.read_text()))
 WIDTHS = {"flash": FLASH, "tiny": TINY}
 VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4"}
 #: Root mean square of a uniform code from -8 to 7, and of an FP8 byte as `fp8_bytes` draws it.
@@ -169,8 +170,8 @@ def stored_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[tuple[i
     """Return name -> (shape, dtype) as W4A16-FP8 stores them."""
     stored: dict[str, tuple[tuple[int, ...], Any]] = {}
     for name, shape in logical_shapes(config, layer).items():
-        kind = "fp8" if names.FP8_LINEAR.search(name) else "plain"
-        kind = "int4" if names.EXPERT.match(name) else kind
+        group = QUANTIZATION.group_of(f"model.{name.removesuffix('.weight')}")
+        kind = QUANTIZATION.kind_of(group)
         like = stored_as(name, shape, kind, GROUP)
         stored |= {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in like.items()}
     return stored

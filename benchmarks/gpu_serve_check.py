@@ -1,34 +1,41 @@
-"""Is the tiny model on a GPU the same as on the CPU? Text, acceptance, chunked prefill, capture.
+"""Is the tiny model the same here as there? Text, acceptance, chunked prefill, capture.
 
-    python benchmarks/gpu_serve_check.py --out benchmarks/results/serve_check_cpu.json
+    python benchmarks/gpu_serve_check.py --out CPU.json
     python benchmarks/gpu_serve_check.py --out GPU.json --reference CPU.json
+    python benchmarks/gpu_serve_check.py --out TWO.json --reference GPU.json --k 0 1 2 3 \\
+        --tensor-parallel-size 2
 
-Two engines on the bundled tiny model, without and with its head (kept MXFP4), greedy, one request
-at a time. On a GPU they are compiled, with CUDA graphs and chunked prefill in steps of 512 tokens;
-the last prompt has 1,500 tokens. Compared with the reference: the best token at each position of
-the CPU's own text (teacher-forced), the first differing position of free-running text, the share of
-accepted drafts, and what capture recorded: 16 random projections of each residual row, whose
-relative error estimates that of the rows themselves.
+One engine on the bundled tiny model without its head and one for each k with it (kept MXFP4),
+greedy, one request at a time. On a GPU they are compiled, with CUDA graphs and chunked prefill in
+steps of 512 tokens; the last prompt has 1,500 tokens. Compared with the reference: the best token
+at each position of the reference's own text (teacher-forced, `read` where both engines read it),
+the first differing position of free-running text, the share of accepted drafts, and what capture
+recorded: 16 random projections of each residual row, whose relative error estimates that of the
+rows themselves. What `--out` has is not measured again; several of these programs may share it.
 """
 
-import json
+import argparse
 import os
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from engines import EngineOptions, counters, started
-from record import MODEL, arguments, write_result
+from record import MODEL, add_measurements, arguments, measurements
 from safetensors.torch import load_file
 from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.serving.metrics import drafting_result
 from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import splice
 
 PROJECTIONS, CHUNK, LONG = 16, 512, 1500
+INTERVAL = "acceptance_by_position_interval"
+POSITIONS = ("acceptance_by_position", INTERVAL, "steps")
 NOTE = (
     "Greedy, one request at a time, 12 bundled prompts and one of 1,500 tokens. Speed is not "
     "measured here. The CPU's steps take a whole prompt."
@@ -42,51 +49,56 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, help="result of this script on a CPU")
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--k", type=int, nargs="+", default=[0, 1], help="0: without the head")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.1)
     options = parser.parse_args()
-    reference = json.loads(options.reference.read_text()) if options.reference else None
-    expected = {e["part"]: e for e in reference["measurements"]} if reference else {}
-    prompts = bundled_prompts(options.model, options.prompts, LONG)
-    text = expected.get("texts-k0", {}).get("texts")
-    found: list[Entry] = []
     with tempfile.TemporaryDirectory() as scratch:
         spliced = Path(scratch) / "spliced"
         splice(options.model / "base", options.model / "upstream", spliced, "mxfp4")
-        for k, checkpoint in ((0, options.model / "base"), (1, spliced)):
-            engine = EngineOptions(
-                *(checkpoint, k, 4096, 4, CHUNK),
-                gpu_memory_utilization=0.1,
-                kv_cache_bytes=2**31,
-            )
-            job = (engine, prompts, options.max_tokens, text, Path(scratch) / f"capture-k{k}")
-            found += run_in_process(observe, *job, report=print)
-            results = summarize({e["part"]: e for e in found}, expected)
-            write_result(options.out, "serve_check", results, note=NOTE, measurements=found)
+        for k in options.k:
+            new: list[Entry] = []
+            if f"texts-k{k}" not in by_part(options.out):
+                checkpoint = spliced if k else options.model / "base"
+                folder = Path(scratch) / f"capture-k{k}"
+                new = run_in_process(observe, k, checkpoint, options, folder, report=print)
+            comparing = partial(summarize, expected=by_part(options.reference))
+            add_measurements(options.out, "serve_check", new, comparing, NOTE)
+
+
+def by_part(path: Path | None) -> dict[str, Entry]:
+    return {entry["part"]: entry for entry in measurements(path)} if path else {}
 
 
 def observe(
-    engine: EngineOptions,
-    prompts: list[list[int]],
-    max_tokens: int,
-    reference: list[Any] | None,
-    folder: Path,
-    _report: Any,
+    k: int, checkpoint: Path, options: argparse.Namespace, folder: Path, _report: Any
 ) -> list[Entry]:
     """Start the engine and return what is compared; runs in a process of its own."""
     began = time.perf_counter()
+    engine = EngineOptions(
+        checkpoint,
+        k,
+        max_num_seqs=4,
+        max_num_batched_tokens=CHUNK,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        kv_cache_bytes=2**31,
+        tensor_parallel_size=options.tensor_parallel_size,
+    )
+    prompts = bundled_prompts(options.model, options.prompts, LONG)
     (folder / RECORDINGS).mkdir(parents=True)
     os.environ[RECORD_VARIABLE] = str(folder)
     with started(engine) as llm:
         start_s = time.perf_counter() - began
-        texts = greedy(llm, prompts, max_tokens)
-        counts = counters(llm)
-        drafted, accepted = counts["draft_tokens"], counts["accepted_tokens"]
-        acceptance = accepted / drafted if drafted else None
-        entry = {"texts": texts, "drafted": drafted, "accepted": accepted, "acceptance": acceptance}
-        found = [{"part": f"texts-k{engine.k}", **entry, "start_s": start_s}]
-        if engine.k == 0:
-            if reference is not None:
-                best = tokens_of(forced(llm, prompts, reference))
-                found.append({"part": "forced", "best": best})
+        texts = greedy(llm, prompts, options.max_tokens)
+        counted = counters(llm)
+        entry = {"part": f"texts-k{k}", "texts": texts, "start_s": start_s}
+        entry |= {"drafted": counted.num_draft_tokens, "accepted": counted.num_accepted_tokens}
+        found = [entry | {"acceptance": counted.acceptance, **drafting_result(counted)}]
+        if k == 0:
+            found.append({"part": "own", "read": forced(llm, prompts, texts)})
+            if options.reference:
+                read = forced(llm, prompts, by_part(options.reference)["texts-k0"]["texts"])
+                found.append({"part": "forced", "best": tokens_of(read)})
             recorded = record(llm, [p for p in prompts if len(p) <= CHUNK], folder)
             found.append({"part": "recording", "prompts": recorded})
     return found
@@ -117,26 +129,37 @@ def _projected(recording: dict[str, Any]) -> Entry:
     return {"targets": recording["targets"].tolist(), "projected": rows}
 
 
-def summarize(found: dict[str, Entry], expected: dict[str, Entry]) -> dict[str, Any]:
+def summarize(measured: list[Entry], expected: dict[str, Entry]) -> dict[str, Any]:
     """Return the comparisons that what was measured so far allows."""
+    found = {entry["part"]: entry for entry in measured}
+    base = found.get("texts-k0")
     result: dict[str, Any] = {}
-    base, head = found.get("texts-k0"), found.get("texts-k1")
-    if head:
-        result["acceptance"] = head["acceptance"]
-    if base and head:
-        result["divergences_from_base"] = divergences(base["texts"], head["texts"])
-    if head and "texts-k1" in expected:
-        points = 100 * (head["acceptance"] - expected["texts-k1"]["acceptance"])
-        result |= {"acceptance_difference_points": points, "within_3_points": abs(points) <= 3}
-    if "texts-k0" in expected:
-        texts = expected["texts-k0"]["texts"]
-        if "forced" in found:
-            result["teacher_forced"] = compare_forced(texts, found["forced"]["best"])
+    for part, head in found.items():
+        if not head.get("k"):
+            continue
+        entry = result[f"k{head['k']}"] = {name: head[name] for name in ("acceptance", *POSITIONS)}
         if base:
-            result["divergences_from_reference"] = divergences(texts, base["texts"])
-    if "recording" in found and "recording" in expected:
+            entry["divergences_from_base"] = divergences(base["texts"], head["texts"])
+        if part in expected:
+            entry |= compare_acceptance(expected[part], head)
+    if base and "texts-k0" in expected:
+        texts, best = expected["texts-k0"]["texts"], found["forced"]["best"]
+        result["teacher_forced"] = compare_forced(texts, best)
+        result["divergences_from_reference"] = divergences(texts, base["texts"])
         pair = (expected["recording"]["prompts"], found["recording"]["prompts"])
         result["recording"] = compare_recordings(*pair)
+        if "own" in expected:  # both engines read the same text
+            result["teacher_forced_read"] = compare_forced(expected["own"]["read"], best)
+    return result
+
+
+def compare_acceptance(expected: Entry, found: Entry) -> Entry:
+    """Return the difference in points, and whether each position's interval meets the other's."""
+    points = 100 * (found["acceptance"] - expected["acceptance"])
+    result = {"acceptance_difference_points": points, "within_3_points": abs(points) <= 3}
+    if INTERVAL in expected:
+        pairs = zip(found[INTERVAL], expected[INTERVAL], strict=True)
+        result["intervals_meet"] = [a[0] <= b[1] and b[0] <= a[1] for a, b in pairs]
     return result
 
 

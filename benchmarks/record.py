@@ -7,11 +7,13 @@ keeps a command's result as a result file.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -48,6 +50,26 @@ def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.replace(path)
+
+
+def measurements(path: Path) -> list[dict[str, Any]]:
+    """Return what a result file has measured so far; nothing if there is no file."""
+    return json.loads(path.read_text())["measurements"] if path.exists() else []
+
+
+def add_measurements(
+    path: Path,
+    benchmark: str,
+    new: list[dict[str, Any]],
+    summarize: Callable[[list[dict[str, Any]]], Any],
+    note: str,
+) -> None:
+    """Add to a result file, which several programs may do at once, and write its summary anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = [*measurements(path), *new]
+        write_result(path, benchmark, summarize(found), note=note, measurements=found)
 
 
 @cache

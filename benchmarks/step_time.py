@@ -1,31 +1,38 @@
 """Time decode steps with and without the head at Flash's width, and say what speed-up to expect.
 
     python benchmarks/step_time.py --folder FOLDER --out result.json --layers 17 35
+    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 43 \\
+        --tensor-parallel-size 2 --profile 128k
 
-FOLDER is `flash_width.py`'s. One engine for each number of layers, head, k and draft LM head; on it
-one decode for each number of requests. A point that the result has is not measured again. Several
-of these programs, each with its own jobs, GPU and cores, may share one result. Weights are random,
-so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because greedy text
-of random weights repeats one token.
+FOLDER is `flash_width.py`'s. One engine for each number of layers, head and draft LM head; on it
+one decode for each k and number of requests: `ChosenK` tells the engine how many tokens to draft.
+With `--fixed` each k has an engine of its own. A point that the result has is not measured again.
+Several of these programs, each with its own jobs, GPUs and cores, may share one result. Weights are
+random, so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because
+greedy text of random weights repeats one token. Time to the first token is the median of seven
+prompts, each alone.
 
-A step of all 43 layers is extrapolated through the two numbers of layers (`extrapolated`). With the
+A step of all 43 layers is measured, or extrapolated through two numbers of layers. With the
 probability p that a draft is accepted if all before it were,
 
     speed-up = (1 + p + ... + p^k) x base step time / MTP step time.
 """
 
 import argparse
-import fcntl
 import json
+import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from engines import EngineOptions, decode, random_prompts, started, summarize_steps
-from record import arguments, write_result
+from engines import CHOSEN_K, EngineOptions, decode, random_prompts, started, summarize_steps
+from record import add_measurements, arguments, measurements
 
 from mtp_graft.pipeline.device import gpus
+from mtp_graft.serving.profiles import ON_PCIE, PROFILES, split
 from mtp_graft.stages.process import run_in_process
 
 ALL_LAYERS = 43
@@ -34,16 +41,17 @@ NOTE = (
     "Random weights of Flash's width, offline engine, no HTTP, temperature 1. step_ms is the time "
     "between two outputs of the engine while all requests decode."
 )
+SETTING = ("tensor_parallel_size", "profile", "all_reduce")
 Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One engine."""
+    """One engine; `ks` are what it drafts in turn, empty without a head."""
 
     layers: int
     variant: str  # base, int4 or mxfp4
-    k: int
+    ks: tuple[int, ...] = ()
     draft_lm_head: str | None = None  # vLLM's draft_lm_head_quantization
 
 
@@ -52,24 +60,36 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[17, 35])
     parser.add_argument("--variants", nargs="+", default=["base", "int4", "mxfp4"])
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 5])
+    parser.add_argument("--fixed", action="store_true", help="one engine for each k")
     parser.add_argument("--draft-lm-heads", nargs="+", default=["none"], help="none, fp8, nvfp4")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--rate", type=float, default=0.7, help="synthetic acceptance, on a GPU")
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--profile", choices=PROFILES, help="its length and number of requests")
+    parser.add_argument(
+        "--all-reduce", choices=["vllm", "acti"], default="vllm", help="how ranks add"
+    )
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--kv-cache-gib", type=float, default=4, help="leaves room to warm up")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.profile:
+        most = PROFILES[options.profile].max_num_seqs
+        options.requests = [n for n in options.requests if n <= most]
+    return options
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
-    """Return the engines in order of value: the bases and the smallest k first."""
+    """Return the engines in order of value: the bases first."""
     heads = [None if head == "none" else head for head in options.draft_lm_heads]
-    bases = [Job(layers, "base", 0) for layers in options.layers if "base" in options.variants]
+    ks = [(k,) for k in options.k] if options.fixed else [tuple(options.k)]
+    bases = [Job(layers, "base") for layers in options.layers if "base" in options.variants]
     return bases + [
-        Job(layers, variant, k, head)
-        for k in options.k
+        Job(layers, variant, together, head)
+        for together in ks
         for variant in options.variants
         if variant != "base"
         for head in heads
@@ -78,54 +98,98 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
-    """Start the engine and add an entry for each number of requests to the result file."""
+    """Start the engine and add an entry for each k and number of requests to the result file."""
     began = time.perf_counter()
-    checkpoint = options.folder / f"{job.variant}-{job.layers}"
-    most = options.steps * (1 + job.k) + 64
-    head = {"draft_lm_head_quantization": job.draft_lm_head} if job.draft_lm_head else {}
-    engine = EngineOptions(
-        *(checkpoint, job.k, options.context + most, max(options.requests)),
+    engine = engine_options(job, options)
+    with tempfile.TemporaryDirectory() as scratch:
+        chosen = Path(scratch) / "k"
+        chosen.write_text(str(engine.k))
+        os.environ[CHOSEN_K] = str(chosen)
+        with started(engine) as llm:
+            start_s = time.perf_counter() - began
+            for k, requests in missing(job, options):
+                chosen.write_text(str(k))
+                entry = {**identity(job, k, options), "requests": requests, "rate": engine.rate}
+                entry |= {"start_s": start_s, **time_steps(llm, engine, k, requests, options)}
+                print(json.dumps(entry), flush=True)
+                add_measurements(options.out, "step_time", [entry], summarize, NOTE)
+
+
+def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
+    """Return the engine: one k as vLLM takes it, several with CUDA graphs for each of them."""
+    most = max(job.ks, default=0)
+    length = options.context + options.steps * (1 + most) + 64
+    if options.profile:
+        length = PROFILES[options.profile].max_model_len
+    more: dict[str, Any] = {}
+    drafting: dict[str, Any] = {}
+    if job.draft_lm_head:
+        drafting["draft_lm_head_quantization"] = job.draft_lm_head
+    if len(job.ks) > 1:
+        last = len(job.ks)  # k by number of requests, which ChosenK overrules
+        schedule = [[n, n, k] for n, k in enumerate(job.ks, start=1)]
+        schedule[-1][1] = max(last, *options.requests)
+        sizes = {n * (1 + k) for n in options.requests for k in (0, *job.ks)}
+        drafting["num_speculative_tokens_per_batch_size"] = schedule
+        more["scheduler_cls"] = "chosen_k.ChosenK"
+        more["compilation_config"] = {"cudagraph_capture_sizes": sorted(sizes)}
+    if options.all_reduce == "acti":
+        more["disable_custom_all_reduce"] = True
+        os.environ |= split(ON_PCIE)[1]
+    return EngineOptions(
+        options.folder / f"{job.variant}-{job.layers}",
+        most,
+        max_model_len=length,
+        max_num_seqs=max(len(job.ks), *options.requests),
+        max_num_batched_tokens=options.max_num_batched_tokens,
         gpu_memory_utilization=options.gpu_memory_utilization,
         kv_cache_bytes=int(options.kv_cache_gib * 2**30),
-        rate=options.rate if job.k and gpus() else None,
-        drafting=head,
+        tensor_parallel_size=options.tensor_parallel_size,
+        rate=options.rate if most and gpus() else None,
+        drafting=drafting,
+        more=more,
     )
-    with started(engine) as llm:
-        start_s = time.perf_counter() - began
-        for requests in missing(job, options):
-            entry = {**vars(job), "requests": requests, "rate": engine.rate, "start_s": start_s}
-            add(options.out, entry | time_steps(llm, engine, requests, options))
 
 
 def time_steps(
-    llm: Any, engine: EngineOptions, requests: int, options: argparse.Namespace
+    llm: Any, engine: EngineOptions, k: int, requests: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Decode so many requests at once; return what `summarize_steps` says of it."""
     vocabulary = json.loads((engine.checkpoint / "config.json").read_text())["vocab_size"]
     prompts = random_prompts(requests, options.context, vocabulary)
     for _ in decode(llm, prompts, 16, temperature=1.0):
         pass  # compiles what this load needs
-    wanted = int(options.steps * tokens_per_step(engine.k, engine.rate or 0.0))
-    return summarize_steps(list(decode(llm, prompts, wanted, temperature=1.0)), requests)
+    wanted = int(options.steps * tokens_per_step(k, engine.rate or 0.0))
+    found = summarize_steps(list(decode(llm, prompts, wanted, temperature=1.0)), requests)
+    if requests == 1:
+        alone = random_prompts(8, options.context, vocabulary, seed=1)
+        steps = [list(decode(llm, [prompt], 1, temperature=1.0)) for prompt in alone]
+        found["ttft_ms"] = 1000 * median(first.at - sent.at for sent, first in steps[1:])
+    return found
 
 
-def missing(job: Job, options: argparse.Namespace) -> list[int]:
-    """Return the numbers of requests that the result file does not have."""
-    have = [e["requests"] for e in entries(options.out) if vars(job).items() <= e.items()]
-    return [requests for requests in options.requests if requests not in have]
+def identity(job: Job, k: int, options: argparse.Namespace) -> Entry:
+    """Return what tells a measurement from others, but for the number of requests."""
+    entry = {"layers": job.layers, "variant": job.variant, "k": k}
+    entry |= {"draft_lm_head": job.draft_lm_head, "fixed": len(job.ks) == 1}
+    return entry | {name: getattr(options, name) for name in SETTING}
 
 
-def entries(path: Path) -> list[Entry]:
-    return json.loads(path.read_text())["measurements"] if path.exists() else []
+def missing(job: Job, options: argparse.Namespace) -> list[tuple[int, int]]:
+    """Return each k and number of requests that the result file does not have."""
+    found = measurements(options.out)
+    return [
+        (k, requests)
+        for k in job.ks or (0,)
+        for requests in options.requests
+        if not any(
+            (identity(job, k, options) | {"requests": requests}).items() <= e.items() for e in found
+        )
+    ]
 
 
-def add(path: Path, entry: Entry) -> None:
-    print(json.dumps(entry), flush=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = [*entries(path), entry]
-        more = {"extrapolated": extrapolate(found, ALL_LAYERS), "measurements": found}
-        write_result(path, "step_time", pairs(found), note=NOTE, **more)
+def summarize(found: list[Entry]) -> dict[str, Any]:
+    return {"steps": pairs(found), "all_layers": extrapolate(found, ALL_LAYERS)}
 
 
 def tokens_per_step(k: int, rate: float) -> float:
@@ -135,35 +199,36 @@ def tokens_per_step(k: int, rate: float) -> float:
 
 def pairs(found: list[Entry]) -> list[Entry]:
     """Return a line for each measurement with a head that has its base beside it."""
-    base = {
-        (e["layers"], e["requests"]): e["step_ms"]["median"]
-        for e in found
-        if e["variant"] == "base"
-    }
+    place = ("layers", *SETTING, "requests")
+    base = {key(e, *place): e for e in found if e["variant"] == "base"}
     return [
-        {name: e[name] for name in ("layers", "variant", "k", "draft_lm_head")}
-        | {"streams": e["requests"], "step_ms_base": base[e["layers"], e["requests"]]}
+        {name: e[name] for name in (*place, "variant", "k", "draft_lm_head", "fixed")}
+        | {"step_ms_base": base[key(e, *place)]["step_ms"]["median"]}
         | {"step_ms_mtp": e["step_ms"]["median"]}
         for e in found
-        if e["k"] and (e["layers"], e["requests"]) in base
+        if e["k"] and key(e, *place) in base
     ]
 
 
+def key(entry: Entry, *names: str) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in names)
+
+
 def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
-    """Return step times at `layers` by a line through the fewest and the most layers measured.
+    """Return step times at `layers`: as measured, else by a line through the fewest and the most.
 
     `speed_up` is by rate of acceptance. A load with one number of layers gives no line.
     """
     loads: dict[tuple[Any, ...], list[Entry]] = {}
     for line in pairs(found):
-        key = line["variant"], line["k"], line["draft_lm_head"], line["streams"]
-        loads.setdefault(key, []).append(line)
+        load = key(line, *SETTING, "variant", "k", "draft_lm_head", "fixed", "requests")
+        loads.setdefault(load, []).append(line)
     lines = []
     for group in loads.values():
         few, many = (choose(group, key=lambda line: line["layers"]) for choose in (min, max))
-        if few["layers"] == many["layers"]:
+        if few["layers"] == many["layers"] != layers:
             continue
-        reach = (layers - many["layers"]) / (many["layers"] - few["layers"])
+        reach = (layers - many["layers"]) / max(many["layers"] - few["layers"], 1)
         times = {t: many[t] + reach * (many[t] - few[t]) for t in ("step_ms_base", "step_ms_mtp")}
         ratio = times["step_ms_base"] / times["step_ms_mtp"]
         speed_up = {str(rate): tokens_per_step(many["k"], rate) * ratio for rate in RATES}

@@ -11,12 +11,18 @@ average, 175,375 for the most frequent of 473,000. `--tiny` is the same in small
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import MODEL
 from torch import Tensor
+
+sys.path.append(str(MODEL / "make"))
+
+from export import upstream_tensors
 
 from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_sequence
 from mtp_graft.checkpoint.files import write_json
@@ -25,7 +31,7 @@ from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import decode_head, is_expert
-from mtp_graft.quant import fp8_block, mxfp4
+from mtp_graft.quant import mxfp4
 from mtp_graft.stages.parallel import write_behind
 
 #: What the head needs of Flash's config.json (`design` facts of the model card and its config).
@@ -187,25 +193,16 @@ def upstream_parts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one parameter as upstream stores it."""
     values = torch.randn(shape, generator=generator, device=generator.device)
-    stem = name.removesuffix(".weight")
     if names.EXPERT.match(name):
-        weight = values * (1.2 / math.sqrt(shape[-1]))
-        scale = mxfp4.group_scale(weight)
-        yield name, mxfp4.encode(weight, scale).view(torch.int8).cpu()
-        yield f"{stem}.scale", scale.cpu()
-    elif names.FP8_LINEAR.search(name) or names.FP8_UPSTREAM_ONLY.search(name):
-        weight = values / math.sqrt(shape[-1])
-        scale = fp8_block.power_of_two_scale(weight)
-        yield name, fp8_block.encode(weight, scale).cpu()
-        yield f"{stem}.scale", scale.cpu()
+        values = values * (1.2 / math.sqrt(shape[-1]))
+    elif name.endswith("norm.weight"):
+        values = 1 + 0.1 * values
+    elif len(shape) == 2:
+        values = values / math.sqrt(shape[-1])
     else:
-        if name.endswith("norm.weight"):
-            values = 1 + 0.1 * values
-        elif len(shape) == 2:
-            values = values / math.sqrt(shape[-1])
-        else:
-            values = 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
-        yield name, values.to(names.storage_dtype(name)).cpu()
+        values = 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
+    for part, tensor in upstream_tensors(name, values).items():
+        yield part, tensor.cpu()
 
 
 def fit_bias(config: dict[str, Any], stored: dict[str, Tensor], activations: Activations) -> Tensor:

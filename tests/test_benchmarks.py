@@ -20,6 +20,7 @@ def load(name: str) -> Any:
 
 def entry(layers: int, variant: str, k: int, step_ms: float) -> dict[str, Any]:
     place = {"layers": layers, "variant": variant, "k": k, "draft_lm_head": None, "requests": 1}
+    place |= {"fixed": False, "tensor_parallel_size": 1, "profile": None, "all_reduce": "vllm"}
     return {**place, "step_ms": {"median": step_ms}}
 
 
@@ -30,6 +31,8 @@ def test_steps_are_carried_on_through_two_numbers_of_layers() -> None:
     (line,) = load("step_time").extrapolate(found, 43)
     assert (line["step_ms_base"], line["step_ms_mtp"]) == pytest.approx((22.5, 27.8))
     assert line["speed_up"]["0.7"] == pytest.approx(1.7 * 22.5 / 27.8)
+    (measured,) = load("step_time").extrapolate([e for e in found if e["layers"] == 35], 35)
+    assert (measured["step_ms_base"], measured["step_ms_mtp"]) == (18.5, 23.0)
 
 
 def test_one_number_of_layers_or_no_base_is_not_extrapolated() -> None:

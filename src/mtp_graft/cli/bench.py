@@ -2,20 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic.dataclasses import dataclass
 from rich.table import Table
 
-from mtp_graft.bench.page import number, percent, percents, spread
-from mtp_graft.cli.app import SpeculativeOption, bench, grouped, option
+from mtp_graft.bench.page import percent, percents, spread
+from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target, check_url
+from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option
 
 if TYPE_CHECKING:  # the client need not be imported for `--help`
     from mtp_graft.serving.client import Prompt
@@ -25,16 +27,13 @@ if TYPE_CHECKING:  # the client need not be imported for `--help`
 class Asking:
     """The options of `decode` and `sweep`: what is asked."""
 
-    prompt_file: Annotated[
-        Path | None,
-        option("FILE", 'JSON Lines of {"id", "text"}. Default: the tiny model\'s.', "--prompts"),
-    ] = None
-    limit: Annotated[int | None, option("N", "Use the first prompts only.", min=1)] = None
-    max_tokens: Annotated[int, option("N", "Tokens to continue each prompt by.", min=2)] = 128
-    ignore_eos: Annotated[bool, option(None, "Go on after an end-of-sequence token.")] = True
-    temperature: Annotated[
-        float, option("T", "0 is greedy; above, texts are not compared.", min=0.0)
-    ] = 0.0
+    prompt_file: Path | None = option(
+        None, "FILE", 'JSON Lines of {"id", "text"}. Default: the tiny model\'s.', "--prompts"
+    )
+    limit: int | None = option(None, "N", "Use the first prompts only.", min=1)
+    max_tokens: int = option(128, "N", "Tokens to continue each prompt by.", min=2)
+    ignore_eos: bool = option(True, None, "Go on after an end-of-sequence token.")
+    temperature: float = option(0.0, "T", "0 is greedy; above, texts are not compared.", min=0.0)
 
     def prompts(self) -> "list[Prompt]":
         """Return the prompts of the file, or the tiny recipe's."""
@@ -47,23 +46,18 @@ class Asking:
 
 
 @bench.command("decode")
-@grouped
+@with_options
 def bench_decode(
     target: Target,
     asking: Asking,
-    against: Annotated[
-        str | None, option("DIR|URL", "Take turns with this checkpoint, or this running server.")
-    ] = None,
-    pairs: Annotated[
-        int | None,
-        option(
-            "N", "With --against, how often; even, to go first equally often. Default: 6.", min=2
-        ),
-    ] = None,
-    rounds: Annotated[
-        int, option("N", "How often every prompt is continued, in each turn.", min=1)
-    ] = 3,
-    k: SpeculativeOption = None,
+    against: str | None = option(
+        None, "DIR|URL", "Take turns with this checkpoint, or this running server."
+    ),
+    pairs: int | None = option(
+        None, "N", "With --against, how often; even, to be first equally often. Default: 6.", min=2
+    ),
+    rounds: int = option(3, "N", "How often every prompt is continued, in each turn.", min=1),
+    k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Measure the decode speed of one request at a time, time to first token and acceptance.
 
@@ -120,19 +114,27 @@ def _decode_parts(result: dict[str, Any]) -> list[str | Table]:
             acceptance = found["acceptance"] and found["acceptance"]["median"]
             rows.append((name, *speeds, percent(acceptance)))
     columns = ("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
-    lines = drafting_lines(result)
+    parts: list[str | Table] = [table(columns, rows)]
     if "ratio" in result:
         ratio = result["ratio"]["decode_tok_s"]
         low, high = ratio["interval"]
-        known = {True: "identical on every prompt", None: "not compared, since texts are sampled"}
-        differs = f"differs on {len(result['divergences'] or ())} prompts, or between rounds"
-        lines = [
+        parts += [
             f"decode speed: {ratio['estimate']:.3f} times the other's (95 % interval {low:.3f} to "
             f"{high:.3f}; {ratio['pairs']} pairs, {ratio['prompts']} prompts)",
-            f"greedy text: {known.get(result['greedy_identical'], differs)}",
-            *lines,
+            f"greedy text: {same_text(result)}",
         ]
-    return [table(columns, rows), *lines]
+    return [*parts, *drafting_lines(result)]
+
+
+def same_text(result: dict[str, Any]) -> str:
+    """Say whether a comparison's greedy texts are the same, and if not, where they differ."""
+    match result["greedy_identical"]:
+        case None:
+            return "not compared, since texts are sampled"
+        case True:
+            return "identical on every prompt"
+    places = [f"{each['prompt']} at {each['position']}" for each in result["divergences"]]
+    return f"differs ({', '.join(places) or 'between rounds'})"
 
 
 def drafting_lines(result: dict[str, Any]) -> list[str]:
@@ -147,23 +149,20 @@ def drafting_lines(result: dict[str, Any]) -> list[str]:
 
 
 @bench.command("sweep")
-@grouped
+@with_options
 def bench_sweep(
     target: Target,
     asking: Asking,
-    concurrency: Annotated[
-        str, option("N,N,...", "Numbers of requests at a time.")
-    ] = "1,2,3,4,6,8",
-    k: Annotated[
-        str | None,
-        option(
-            "N,N,...",
-            "Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
-            "Default: 3 on GPUs, 1 on a CPU.",
-            *("--k", "-k"),
-        ),
-    ] = None,
-    requests: Annotated[int, option("N", "Requests of a point, times its concurrency.", min=1)] = 4,
+    concurrency: str = option("1,2,3,4,6,8", "N,N,...", "Numbers of requests at a time."),
+    k: str | None = option(
+        None,
+        "N,N,...",
+        "Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
+        "Default: 3 on GPUs, 1 on a CPU.",
+        "--k",
+        "-k",
+    ),
+    requests: int = option(4, "N", "Requests of a point, times its concurrency.", min=1),
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
     from mtp_graft.bench.decode import DecodeConfig
@@ -176,10 +175,8 @@ def bench_sweep(
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
-            return measure_sweep(
-                lambda drafts: target.client(report, f"k{drafts}", drafts),
-                *(prompts, ks, loads, config, report, folder, target.api_key),
-            )
+            asked = prompts, ks, loads, config, report, folder, target.api_key
+            return measure_sweep(lambda k: target.client(report, f"k{k}", k), *asked)
 
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
@@ -188,15 +185,12 @@ def bench_sweep(
 
 
 def _sweep_table(points: Sequence[dict[str, Any]]) -> Table:
+    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
+    keys = ("k", "concurrency", "per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
     rows = [
-        (
-            *(point["k"], point["concurrency"]),
-            *(number(point[key]) for key in ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")),
-            *(percents(point["acceptance_by_position"]), point["errors"]),
-        )
+        [*(point[key] for key in keys), percents(point["acceptance_by_position"]), point["errors"]]
         for point in points
     ]
-    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
     return table((*columns, "accepted by position", "errors"), rows)
 
 
@@ -214,14 +208,14 @@ def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
 
 
 @bench.command("workload")
-@grouped
+@with_options
 def bench_workload(
     target: Target,
-    thinking: Annotated[bool, option(None, "Let the model think before it answers.")] = False,
-    max_tokens: Annotated[
-        int | None, option("N", "Cap on an answer. Default: the context's end.", min=2)
-    ] = None,
-    k: SpeculativeOption = None,
+    thinking: bool = option(False, None, "Let the model think before it answers."),
+    max_tokens: int | None = option(
+        None, "N", "Cap on an answer. Default: the context's end.", min=2
+    ),
+    k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Measure speed on fifteen everyday requests with a system prompt and tools."""
     from mtp_graft.bench.workload import load_workload, measure_workload
@@ -238,9 +232,13 @@ def bench_workload(
     columns = ("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
     rows = [
         (
-            *(name, found["requests"], found["completion_tokens"]),
-            *(number(found[key]) for key in ("decode_tok_s", "ttft_ms")),
-            *(percent(found["acceptance"]), found["cut_off"]),
+            name,
+            found["requests"],
+            found["completion_tokens"],
+            found["decode_tok_s"],
+            found["ttft_ms"],
+            percent(found["acceptance"]),
+            found["cut_off"],
         )
         for name, found in [*result["categories"].items(), ("all", result)]
     ]

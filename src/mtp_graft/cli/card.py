@@ -1,16 +1,17 @@
 """`mtp-graft card` and `publish`: a run's model card, and its checkpoint on the hub."""
 
 from pathlib import Path
-from typing import Annotated
 
-from mtp_graft.cli.app import JsonOption, app, argument, option
+from mtp_graft.cli.app import JSON_FILE, app, with_options
 from mtp_graft.cli.output import note, show
+from mtp_graft.serving.command import argument, option
 
-RunArgument = Annotated[Path, argument("RUN", "A run folder.")]
+RUN = argument("RUN", "A run folder.")
 
 
 @app.command()
-def card(run: RunArgument, json_file: JsonOption = None) -> None:
+@with_options
+def card(run: Path = RUN, json_file: Path | None = JSON_FILE) -> None:
     """Write a run's model card with charts, from its result files, to card/ in the run."""
     from mtp_graft.bench.card import write_card
 
@@ -23,17 +24,18 @@ def card(run: RunArgument, json_file: JsonOption = None) -> None:
 
 
 @app.command()
+@with_options
 def publish(
-    run: RunArgument,
-    repo: Annotated[str, option("ID", "OWNER/NAME on the hub.")],
-    head_only: Annotated[
-        bool, option(None, "Leave out the base: for `mtp-graft graft`.", "--head-only")
-    ] = False,
-    private: Annotated[bool, option(None, "Make the repository private.", "--private")] = False,
-    dry_run: Annotated[
-        bool, option(None, "List what would be uploaded; needs no network.", "--dry-run")
-    ] = False,
-    json_file: JsonOption = None,
+    run: Path = RUN,
+    repo: str = option(..., "ID", "OWNER/NAME on the hub."),
+    head_only: bool = option(
+        False, None, "Leave out the base: for `mtp-graft graft`.", "--head-only"
+    ),
+    private: bool = option(False, None, "Make the repository private.", "--private"),
+    dry_run: bool = option(
+        False, None, "List what would be uploaded; needs no network.", "--dry-run"
+    ),
+    json_file: Path | None = JSON_FILE,
 ) -> None:
     """Upload a run's verified checkpoint with its card."""
     from mtp_graft.stages import publish as stage

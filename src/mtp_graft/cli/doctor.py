@@ -2,53 +2,45 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from mtp_graft.cli.app import (
-    JsonOption,
-    MaxModelLenOption,
-    TensorParallelOption,
-    app,
-    argument,
-    option,
-)
+from mtp_graft.bench.page import counted
+from mtp_graft.cli.app import JSON_FILE, app, with_options
 from mtp_graft.cli.output import note, show
+from mtp_graft.serving.command import MAX_MODEL_LEN, TENSOR_PARALLEL_SIZE, argument, option
+
+if TYPE_CHECKING:
+    from mtp_graft.serving.doctor.findings import Finding
 
 
 @app.command()
+@with_options
 def doctor(
-    checkpoint: Annotated[Path, argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")],
-    tp: TensorParallelOption = None,
-    max_model_len: MaxModelLenOption = None,
-    gpu: Annotated[str | None, option("NAME", "GPU to serve on, or cpu. Default: ours.")] = None,
-    count: Annotated[int | None, option("N", "How many of that GPU.", min=1)] = None,
-    fix: Annotated[
-        Path | None, option("OUT", "Write a copy with config and names corrected.")
-    ] = None,
-    json_file: JsonOption = None,
+    checkpoint: Path = argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder."),
+    tp: int | None = TENSOR_PARALLEL_SIZE,
+    max_model_len: int | None = MAX_MODEL_LEN,
+    gpu: str | None = option(None, "NAME", "GPU to serve on, or cpu. Default: ours."),
+    count: int | None = option(None, "N", "How many of that GPU.", min=1),
+    fix: Path | None = option(None, "OUT", "Write a copy with config and names corrected."),
+    json_file: Path | None = JSON_FILE,
 ) -> None:
     """Say before loading what would fail or be silently wrong; 1 if so."""
     from mtp_graft.serving.doctor import diagnose
-    from mtp_graft.serving.doctor.findings import SEVERITIES
     from mtp_graft.serving.doctor.fix import fix_checkpoint
     from mtp_graft.serving.doctor.hardware import find_target
 
     if count is not None and gpu is None:
         raise typer.BadParameter("needs --gpu", param_hint="--count")
     target = find_target(gpu, count, tp, max_model_len, checkpoint)
-    findings = diagnose(checkpoint, target)
-    fixed = fix is not None and fix_checkpoint(checkpoint, fix, findings, note)
-    remaining = diagnose(fix, target) if fix and fixed else findings
-    ok = not any(finding.severity == "error" for finding in remaining)
-    lines = []
-    for finding in findings:
-        texts = [f"{key + ':':<10}{getattr(finding, key)}" for key in finding.TEXTS]
-        lines.append("\n  ".join([f"{finding.severity}: {finding.id}", *texts]))
-    if fixed:
+    findings = remaining = diagnose(checkpoint, target)
+    lines, fixed = list(map(_as_text, findings)), None
+    if fix is not None and fix_checkpoint(checkpoint, fix, findings, note):
+        remaining, fixed = diagnose(fix, target), str(fix)
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
         lines.append(f"{fix}: written; left: {left}")
+    ok = not any(finding.severity == "error" for finding in remaining)
     result = {
         "checkpoint": str(checkpoint),
         "ok": ok,
@@ -57,12 +49,22 @@ def doctor(
         "tp": target.tp,
         "max_model_len": target.max_model_len,
         "findings": [asdict(finding) for finding in findings],
-        "fixed": str(fix) if fixed else None,
+        "fixed": fixed,
         "remaining": [finding.id for finding in remaining],
     }
     show(result, json_file, *lines)
-    counts = {s: sum(finding.severity == s for finding in findings) for s in SEVERITIES}
-    numbers = ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items())
-    vllm, hardware = target.vllm or "unknown", target.hardware or "unknown hardware"
-    note(f"{checkpoint}: {numbers}; vLLM {vllm} on {hardware}")
+    hardware = target.hardware or "unknown hardware"
+    note(f"{checkpoint}: {_count(findings)}; vLLM {target.vllm or 'unknown'} on {hardware}")
     raise typer.Exit(0 if ok else 1)
+
+
+def _as_text(finding: "Finding") -> str:
+    texts = [f"{key + ':':<10}{getattr(finding, key)}" for key in finding.TEXTS]
+    return "\n  ".join([f"{finding.severity}: {finding.id}", *texts])
+
+
+def _count(findings: "list[Finding]") -> str:
+    from mtp_graft.serving.doctor.findings import SEVERITIES
+
+    severities = [finding.severity for finding in findings]
+    return ", ".join(counted(severities.count(each), each) for each in SEVERITIES)

@@ -3,42 +3,42 @@
 import importlib.util
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from mtp_graft.cli.app import SpeculativeOption, bench, grouped, option
+from pydantic.dataclasses import dataclass
+
+from mtp_graft.bench.page import percent, percent_interval
+from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
     """The options that all four have."""
 
-    data_dir: Annotated[
-        Path | None, option("DIR", "Has gsm8k/, human_eval/, mmlu/. Default: the hub.")
-    ] = None
-    seed: Annotated[int, option("N", "Draws the questions.")] = 0
-    thinking: Annotated[bool, option(None, "Let the model think before it answers.")] = False
-    concurrency: Annotated[int, option("N", "Questions asked at a time.", min=1)] = 4
-    num_speculative_tokens: SpeculativeOption = None
+    data_dir: Path | None = option(None, "DIR", "Has gsm8k/, human_eval/, mmlu/. Default: the hub.")
+    seed: int = option(0, "N", "Draws the questions.")
+    thinking: bool = option(False, None, "Let the model think before it answers.")
+    concurrency: int = option(4, "N", "Questions asked at a time.", min=1)
+    num_speculative_tokens: int | None = NUM_SPECULATIVE_TOKENS
 
 
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:
     how_many = f"How many questions. Default: {num_questions or 'all'}."
-    limit_option = option("N", how_many, min=1, show_default=False)
-    token_option = option("N", "Cap on an answer, thinking included.", min=1)
 
     @bench.command(name, help=purpose)
-    @grouped
+    @with_options
     def command(
         target: Target,
         asking: Asking,
-        limit: Annotated[int | None, limit_option] = num_questions,
-        max_tokens: Annotated[int, token_option] = num_tokens,
+        limit: int | None = option(num_questions, "N", how_many, min=1, show_default=False),
+        max_tokens: int = option(num_tokens, "N", "Cap on an answer, thinking included.", min=1),
     ) -> None:
         settings = asdict(asking) | {"limit": limit, "max_tokens": max_tokens}
         _print(target, _evaluate(name, target, settings))
@@ -60,15 +60,13 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
     from mtp_graft.bench.evals.run import TASKS, find_model, run_task
     from mtp_graft.bench.requests import measured
 
-    k = settings.pop("num_speculative_tokens")
+    k, data_dir = settings.pop("num_speculative_tokens"), settings.pop("data_dir")
     if target.checkpoint or k is not None:  # a running server need not be vLLM
         k = target.num_drafts(k)
-    task = TASKS[name](settings["data_dir"], settings["limit"], settings["seed"])
-    settings["data_dir"] = settings["data_dir"] and str(settings["data_dir"])
+    task = TASKS[name](data_dir, settings["limit"], settings["seed"])
     # Files may change in the same folder; messages have an id that is new in every process.
     questions = [(s.id, s.input if isinstance(s.input, str) else None) for s in task.dataset]
     claim = {**settings, "k": k, "questions": sha256(repr(questions).encode()).hexdigest()}
-    del claim["data_dir"]
 
     def ask(logs: Path) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -85,9 +83,12 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
 
 
 def _print(target: Target, result: dict[str, Any]) -> None:
-    low, high = (f"{100 * bound:.1f} %" for bound in result["interval"])
-    score, correct = f"{100 * result['score']:.1f} %", f"{result['correct']} of {result['total']}"
-    kinds = ", ".join(f"{number} {kind}" for kind, number in result["kinds"].items())
-    row = (result["benchmark"], score, f"{low} to {high}", correct, kinds or "-")
     columns = ("", "score", "95 % interval", "correct", "failures")
+    row = (
+        result["benchmark"],
+        percent(result["score"]),
+        percent_interval(result["interval"]),
+        f"{result['correct']} of {result['total']}",
+        ", ".join(f"{number} {kind}" for kind, number in result["kinds"].items()) or "-",
+    )
     show(result, target.json_file, table(columns, [row]))

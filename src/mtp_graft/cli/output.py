@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,33 +11,33 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mtp_graft.bench.page import number
+
 Report = Callable[[str, int, int], None]
 
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
     """Show on standard error what is going on: a bar on a terminal, else a line per step."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     if not console.is_terminal:
-        last = ""
+        told = ""
 
         def log(label: str, _done: int, _total: int) -> None:
-            nonlocal last
+            nonlocal told
             step = label.partition(",")[0]  # without a count of seconds
-            if step != last:
+            if step != told:
                 note(step)
-            last = step
+            told = step
 
         yield log
         return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
-
-        def report(label: str, done: int, total: int) -> None:
-            progress.update(task, description=label, completed=done, total=total or None)
-
-        yield report
+        yield lambda label, done, total: progress.update(
+            task, description=label, completed=done, total=total or None
+        )
 
 
 def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) -> None:
@@ -54,11 +54,11 @@ def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) ->
         console.print(part, soft_wrap=True, markup=False, highlight=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Return a table for `show`."""
+def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
+    """Return a table for `show`; numbers have one decimal, None is a dash."""
     made = Table(*columns)
     for row in rows:
-        made.add_row(*map(str, row))
+        made.add_row(*(number(v) if v is None or isinstance(v, float) else str(v) for v in row))
     return made
 
 

@@ -1,22 +1,19 @@
 """`mtp-graft graft`, `demo`, `run`, and one command for each stage of a recipe."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
 from mtp_graft.bench.page import percent, percent_interval
-from mtp_graft.cli.app import DryRunOption, JsonOption, app, argument, option
-from mtp_graft.cli.bench import drafting_lines
+from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app, with_options
+from mtp_graft.cli.bench import drafting_lines, same_text
 from mtp_graft.cli.output import progress_bar, show, table
+from mtp_graft.serving.command import argument, option
 
-RecipeArgument = Annotated[Path, argument("RECIPE", "A TOML recipe.")]
-RunOption = Annotated[
-    Path | None, option("DIR", "Run folder. Default: runs/ and the recipe's name.", "--run")
-]
-SetOption = Annotated[
-    list[str] | None, option("KEY=VALUE", "Override a value: capture.new_tokens=64.", "--set")
-]
+RECIPE = argument("RECIPE", "A TOML recipe.")
+RUN = option(None, "DIR", "Run folder. Default: runs/ and the recipe's name.", "--run")
+OVERRIDES = option((), "KEY=VALUE", "Override a value: capture.new_tokens=64.", "--set")
 STAGES = {
     "fetch": "Fetch a recipe's base and upstream head, or find their folders.",
     "capture": "Serve the base and record what it does on the recipe's prompts.",
@@ -28,21 +25,20 @@ STAGES = {
 
 
 @app.command()
+@with_options
 def graft(
-    base: Annotated[str, argument("BASE", "A folder or a hub id.")],
-    upstream: Annotated[
-        str,
-        argument("UPSTREAM", "The master with the head, or a published head: folder or id."),
-    ],
-    out: Annotated[Path, argument("OUT", "The new checkpoint's folder.")],
-    head: Annotated[
-        Literal["mxfp4", "bf16"] | None,
-        option(None, "Keep the master's codes (default), or decode them; both are exact."),
-    ] = None,
-    base_revision: Annotated[str | None, option("REV", "Branch, tag or commit on the hub.")] = None,
-    upstream_revision: Annotated[str | None, option("REV", "The same of the upstream.")] = None,
-    copy: Annotated[bool, option(None, "Copy the base's files, not link.", "--copy")] = False,
-    json_file: JsonOption = None,
+    base: str = argument("BASE", "A folder or a hub id."),
+    upstream: str = argument(
+        "UPSTREAM", "The master with the head, or a published head: folder or id."
+    ),
+    out: Path = argument("OUT", "The new checkpoint's folder."),
+    head: Literal["mxfp4", "bf16"] | None = option(
+        None, None, "Keep the master's codes (default), or decode them; both are exact."
+    ),
+    base_revision: str | None = option(None, "REV", "Branch, tag or commit on the hub."),
+    upstream_revision: str | None = option(None, "REV", "The same of the upstream."),
+    copy: bool = option(False, None, "Copy the base's files, not link.", "--copy"),
+    json_file: Path | None = JSON_FILE,
 ) -> None:
     """Graft a head onto a base without calibration, and verify it."""
     from mtp_graft.stages import graft as stage
@@ -55,36 +51,44 @@ def graft(
 
 
 @app.command()
+@with_options
 def demo(
-    run: Annotated[Path, option("DIR", "Run folder.")] = Path("runs/demo"),
-    overrides: SetOption = None,
-    dry_run: DryRunOption = False,
-    json_file: JsonOption = None,
+    run: Path = option(Path("runs/demo"), "DIR", "Run folder."),
+    overrides: tuple[str, ...] = OVERRIDES,
+    dry_run: bool = DRY_RUN,
+    json_file: Path | None = JSON_FILE,
 ) -> None:
     """Run the whole pipeline on the bundled tiny model."""
     from mtp_graft.pipeline import find_bundled_recipe
 
-    run_command(find_bundled_recipe(), run, overrides, None, None, dry_run, json_file)
+    run_command(
+        recipe=find_bundled_recipe(),
+        run=run,
+        overrides=overrides,
+        only=None,
+        start=None,
+        dry_run=dry_run,
+        json_file=json_file,
+    )
 
 
 @app.command("run")
+@with_options
 def run_command(
-    recipe: RecipeArgument,
-    run: RunOption = None,
-    overrides: SetOption = None,
-    only: Annotated[str | None, option("STAGE", "Run one stage.")] = None,
-    start: Annotated[
-        str | None, option("STAGE", "Do this stage and those after it anew.", "--from")
-    ] = None,
-    dry_run: DryRunOption = False,
-    json_file: JsonOption = None,
+    recipe: Path = RECIPE,
+    run: Path | None = RUN,
+    overrides: tuple[str, ...] = OVERRIDES,
+    only: str | None = option(None, "STAGE", "Run one stage."),
+    start: str | None = option(None, "STAGE", "Do this stage and those after it anew.", "--from"),
+    dry_run: bool = DRY_RUN,
+    json_file: Path | None = JSON_FILE,
 ) -> None:
     """Run a recipe's stages; a run that was cut off goes on."""
     from mtp_graft.pipeline import choose_stages
     from mtp_graft.recipe import load_recipe
 
     stages, folder = choose_stages(only, start), run or Path("runs") / recipe.stem
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = load_recipe(recipe, overrides)
     if dry_run:
         from mtp_graft.pipeline.plan import plan_run
 
@@ -104,28 +108,28 @@ def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
     if plan["unknown"] is not None:
         return [where, plan["unknown"], "sizes, needs and times are not known therefore"]
     sources = [
-        (
-            *(name, source["source"], len(source["files"])),
-            *(f"{source[key] / 1e9:,.3f}" for key in ("bytes", "bytes_to_download")),
-        )
-        for name, source in plan["sources"].items()
+        (name, s["source"], len(s["files"]), _gb(s["bytes"]), _gb(s["bytes_to_download"]))
+        for name, s in plan["sources"].items()
     ]
     needs = [
-        (n["stage"], n["of"], n["where"], f"{n['bytes'] / 1e9:,.3f}", n["what_for"])
-        for n in plan["needs"] or ()
+        (need["stage"], need["of"], need["where"], _gb(need["bytes"]), need["what_for"])
+        for need in plan["needs"] or ()
     ]
     times = [
-        (stage, "-" if each["seconds"] is None else f"{each['seconds'] / 60:.1f} min", each["by"])
+        (stage, each["seconds"] and each["seconds"] / 60, each["by"])
         for stage, each in plan["seconds"].items()
     ]
-    fits = [f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None]
     return [
         where,
         table(("checkpoint", "from", "files", "GB", "GB to download"), sources),
         table(("stage", "needs", "of", "GB at most", "for"), needs),
-        table(("stage", "about", "estimated by"), times),
-        *fits,
+        table(("stage", "minutes, about", "estimated by"), times),
+        *(f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None),
     ]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.3f}"
 
 
 def _result_parts(result: dict[str, Any]) -> list[str | Table]:
@@ -135,22 +139,16 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
     if offline or served:
         drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
         columns = ("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
-        rows = [
-            (
-                *(name, percent(offline.get(name)), percent(served.get(name))),
-                percent_interval(result["intervals_served"].get(name)),
-            )
-            for name in offline or served
-        ]
+        rows = []
+        for name in offline or served:
+            interval = percent_interval(result["intervals_served"].get(name))
+            rows.append((name, percent(offline.get(name)), percent(served.get(name)), interval))
         parts.append(table(columns, rows))
     parts += [f"served, {line}" for line in drafting_lines(result)]
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
         speeds = f"base {base:.1f} tok/s, with MTP {mtp:.1f} tok/s ({mtp / base:.2f} times)"
-        places = [f"{d['prompt']} at {d['position']}" for d in result["divergences"]]
-        differs = f"differs ({', '.join(places) or 'between rounds'}; margins are in the report)"
-        text = "identical on every prompt" if result["greedy_identical"] else differs
-        parts += [f"decode: {speeds}", f"greedy text: {text}"]
+        parts += [f"decode: {speeds}", f"greedy text: {same_text(result)}"]
     paths = {what: result[what] for what in ("checkpoint", "report") if result[what] is not None}
     return [*parts, *(f"{what}: {path}" for what, path in paths.items() if Path(path).exists())]
 
@@ -159,11 +157,12 @@ def _stage_command(stage: str, summary: str) -> None:
     """Add the command that runs one stage of a recipe, in its run folder."""
 
     @app.command(stage, help=summary)
+    @with_options
     def command(
-        recipe: RecipeArgument,
-        run: RunOption = None,
-        overrides: SetOption = None,
-        json_file: JsonOption = None,
+        recipe: Path = RECIPE,
+        run: Path | None = RUN,
+        overrides: tuple[str, ...] = OVERRIDES,
+        json_file: Path | None = JSON_FILE,
     ) -> None:
         from mtp_graft.pipeline.run import run_stage
         from mtp_graft.recipe import load_recipe
@@ -171,7 +170,7 @@ def _stage_command(stage: str, summary: str) -> None:
 
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
-            result = run_stage(load_recipe(recipe, overrides or ()), folder, stage, report)
+            result = run_stage(load_recipe(recipe, overrides), folder, stage, report)
         if is_first_rank():  # of torchrun's: the first one tells
             show(result, json_file, f"{stage}: done, in {folder / stage}")
 

@@ -1,23 +1,23 @@
 """`mtp-graft serve`."""
 
-import tempfile
 import textwrap
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+from pydantic.dataclasses import dataclass
 
 from mtp_graft.cli.app import (
     ADDRESS_FLAGS,
+    JSON_FILE,
     NO_PROFILE,
-    JsonOption,
     app,
-    grouped,
-    option,
     refuse,
+    with_options,
 )
 from mtp_graft.cli.output import note, progress_bar, show
+from mtp_graft.cli.target import started
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import (
     InstalledVllm,
@@ -26,6 +26,7 @@ from mtp_graft.serving.command import (
     find_vllm,
     installed_vllm,
     num_speculative_tokens,
+    option,
     vllm_elsewhere,
 )
 
@@ -35,12 +36,19 @@ if TYPE_CHECKING:  # these load torch, which `--help` need not wait for
 
 #: Flags of vLLM that an option here stands for, besides those of the same name.
 _OTHER_NAMES = {
-    *("-tp", "--model", "--served-model-name", "--kv-cache-memory-bytes", "--no-enforce-eager"),
-    *("--enable-prefix-caching", "--no-enable-prefix-caching"),
+    "-tp",
+    "--model",
+    "--served-model-name",
+    "--kv-cache-memory-bytes",
+    "--no-enforce-eager",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
 }
 #: How --dry-run prints a reason.
-_COMMENT = textwrap.TextWrapper(
-    *(96, "# - ", "#   "), break_on_hyphens=False, break_long_words=False
+_COMMENT = textwrap.TextWrapper(96, "# - ", "#   ", break_on_hyphens=False, break_long_words=False)
+_PROFILES = (
+    "128k, 256k, 256k-2, 524k, 640k, 1m; auto: the longest context that fits; none: vLLM's own "
+    "defaults. Other options replace its values. Default: auto on GPUs, none on a CPU."
 )
 
 
@@ -48,30 +56,25 @@ _COMMENT = textwrap.TextWrapper(
 class HardwareOptions:
     """The hardware to fit a profile to, where it is not what is found here."""
 
-    gpu: Annotated[str | None, option("NAME", "Fit the profile to this GPU, or cpu.")] = None
-    count: Annotated[int | None, option("N", "How many of --gpu. Default: 1.", min=1)] = None
-    nnodes: Annotated[int | None, option("N", "Machines that serve together.", min=1)] = None
-    node_rank: Annotated[int | None, option("N", "This machine's number. Default: 0.", min=0)] = (
-        None
-    )
-    master_addr: Annotated[
-        str | None, option("ADDRESS", "Address of machine 0, for the others.")
-    ] = None
+    gpu: str | None = option(None, "NAME", "Fit the profile to this GPU, or cpu.")
+    count: int | None = option(None, "N", "How many of --gpu. Default: 1.", min=1)
+    nnodes: int | None = option(None, "N", "Machines that serve together.", min=1)
+    node_rank: int = option(0, "N", "This machine's number.", min=0)
+    master_addr: str | None = option(None, "ADDRESS", "Address of machine 0, for the others.")
 
     @property
     def are_given(self) -> bool:
         """Return whether there is any."""
-        return any(value is not None for value in asdict(self).values())
+        return self != HardwareOptions()
 
     def find_vllm(self, dry_run: bool) -> InstalledVllm:
         """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
         from mtp_graft.serving.topology import named_hardware
 
         if dry_run and self.gpu is not None:
-            here = installed_vllm()
-            elsewhere = vllm_elsewhere(named_hardware(self.gpu).platform)
-            if here is None or here.platform != elsewhere.platform:
-                return elsewhere
+            here, platform = installed_vllm(), named_hardware(self.gpu).platform
+            if here is None or here.platform != platform:
+                return vllm_elsewhere(platform)
         return find_vllm()
 
     def find(self, vllm: InstalledVllm) -> "Hardware":
@@ -89,23 +92,17 @@ class HardwareOptions:
         return named or (CPU if on_cpu else find_gpus(self.nnodes or 1))
 
 
-_PROFILES = (
-    "128k, 256k, 256k-2, 524k, 640k, 1m; auto: the longest context that fits; none: vLLM's own "
-    "defaults. Other options replace its values. Default: auto on GPUs, none on a CPU."
-)
-
-
 @app.command()
-@grouped
+@with_options
 def serve(
     server: ServeOptions,
     hardware: HardwareOptions,
-    profile: Annotated[str | None, option("NAME", _PROFILES)] = None,
-    check: Annotated[
-        bool, option(None, "Start, test that the head drafts well, stop; 1 if not.", "--check")
-    ] = False,
-    dry_run: Annotated[bool, option(None, "Print the command only.", "--dry-run")] = False,
-    json_file: JsonOption = None,
+    profile: str | None = option(None, "NAME", _PROFILES),
+    check: bool = option(
+        False, None, "Start, test that the head drafts well, stop; 1 if not.", "--check"
+    ),
+    dry_run: bool = option(False, None, "Print the command only.", "--dry-run"),
+    json_file: Path | None = JSON_FILE,
 ) -> None:
     """Serve a checkpoint with vLLM, drafting with its head."""
     for is_broken, rule in (
@@ -117,7 +114,7 @@ def serve(
         if is_broken:
             raise typer.BadParameter(rule)
     own = {f"--{field.name}".replace("_", "-") for field in fields(server)}
-    refuse([*server.extra_args], own | _OTHER_NAMES | ADDRESS_FLAGS)  # vLLM would take these
+    refuse(server.extra_args, own | _OTHER_NAMES | ADDRESS_FLAGS)  # vLLM would take these
     is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
     if server.api_key is None and not is_loopback:
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
@@ -127,7 +124,7 @@ def serve(
     if dry_run:
         _print_command(options, vllm, plan, json_file)
     elif check:
-        _check(options, json_file)
+        _check(options, vllm, json_file)
     else:
         _serve(options, plan)
 
@@ -138,12 +135,13 @@ def _plan(
     """Return the profile fitted to the hardware, None for vLLM's own defaults."""
     from mtp_graft.serving.plan import AUTO, make_plan
 
-    by_default = profile is None and (vllm.platform == "cuda" or hardware.are_given)
-    if profile == NO_PROFILE or (profile is None and not by_default):
+    if profile is None and vllm.platform == "cpu" and not hardware.are_given:
+        profile = NO_PROFILE
+    if profile == NO_PROFILE:
         return None
-    nodes = (hardware.node_rank or 0, hardware.master_addr)
-    plan = make_plan(options, profile or AUTO, hardware.find(vllm), *nodes)
-    if not by_default:
+    found = hardware.find(vllm)
+    plan = make_plan(options, profile or AUTO, found, hardware.node_rank, hardware.master_addr)
+    if profile is not None:
         return plan
     why = f"no --profile given: {AUTO}, which took {plan.profile}; {NO_PROFILE} leaves all to vLLM"
     return replace(plan, notes=(why, *plan.notes))
@@ -165,38 +163,31 @@ def _print_command(
     show(result, json_file, *about, *map(_COMMENT.fill, notes), command.as_shell())
 
 
-def _check(options: ServeOptions, json_file: Path | None) -> None:
+def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
-    from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter, managed_server
+    from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter
 
-    if num_speculative_tokens(options, find_vllm().platform) == 0:
+    if num_speculative_tokens(options, vllm.platform) == 0:
         raise GraftError(
             f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
             "at least one speculative token"
         )
-    log = Path(tempfile.mkdtemp(prefix="mtp-graft-")) / "vllm.log"
-    note(f"server log: {log}")
-    with progress_bar() as report:
-        start = managed_server(
-            options, log, on_start=lambda s: report(f"starting vLLM, {s:.0f} s", 0, 0)
-        )
-        with start as client:
-            found = check_drafter(client)
-    acceptance = found.acceptance or 0.0
+    with progress_bar() as report, started(options, report, "check") as client:
+        found = check_drafter(client)
+    acceptance, drafted = found.acceptance or 0.0, found.num_draft_tokens
     is_alive = acceptance >= MIN_ACCEPTANCE
     result = {
         "ok": is_alive,
         "acceptance": acceptance,
-        "num_draft_tokens": found.num_draft_tokens,
+        "num_draft_tokens": drafted,
         "threshold": MIN_ACCEPTANCE,
     }
-    said = f"accepted {acceptance:.1%} of {found.num_draft_tokens} drafted tokens"
-    show(result, json_file, said)
+    show(result, json_file, f"accepted {acceptance:.1%} of {drafted} drafted tokens")
     if not is_alive:
         raise GraftError(
-            f"{options.checkpoint}: of {found.num_draft_tokens} tokens drafted on a repeated "
-            f"sentence the model accepted {acceptance:.1%}, expected at least "
-            f"{MIN_ACCEPTANCE:.0%}: the head is not the model's; run mtp-graft doctor on it"
+            f"{options.checkpoint}: of {drafted} tokens drafted on a repeated sentence the model "
+            f"accepted {acceptance:.1%}, expected at least {MIN_ACCEPTANCE:.0%}: the head is not "
+            "the model's; run mtp-graft doctor on it"
         )
 
 

@@ -6,25 +6,25 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from pydantic.dataclasses import dataclass
 
-from mtp_graft.cli.app import (
-    NO_PROFILE,
-    JsonOption,
-    MaxModelLenOption,
-    ServeArgument,
-    TensorParallelOption,
+from mtp_graft.cli.app import JSON_FILE, NO_PROFILE, SERVE_ARGUMENTS
+from mtp_graft.cli.output import Report, note
+from mtp_graft.serving.command import (
+    MAX_MODEL_LEN,
+    TENSOR_PARALLEL_SIZE,
+    ServeOptions,
+    find_vllm,
+    num_speculative_tokens,
     option,
 )
-from mtp_graft.cli.output import Report, note
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.serving.client import ServerClient
-    from mtp_graft.serving.command import ServeOptions
 
 _URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s:/]+)(:[1-9]\d{0,4})?(/\S*)?")
 
@@ -36,23 +36,34 @@ def check_url(url: str | None) -> str | None:
     return url
 
 
+@contextmanager
+def started(options: ServeOptions, report: Report, name: str) -> Iterator["ServerClient"]:
+    """Start a server, and stop it after the block; `name` is its log's."""
+    from mtp_graft.serving.server import managed_server
+
+    log = Path(tempfile.mkdtemp(prefix="mtp-graft-")) / f"vllm-{name}.log"
+    note(f"server log: {log}")
+
+    def on_start(elapsed_s: float) -> None:
+        report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
+
+    with managed_server(options, log, on_start=on_start) as client:
+        yield client
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """The options of a command that asks a server: which one, and where the result goes."""
 
-    base_url: Annotated[
-        str | None, option("URL", "A running server's address.", callback=check_url)
-    ] = None
-    checkpoint: Annotated[Path | None, option("DIR", "Serve this checkpoint meanwhile.")] = None
-    profile: Annotated[str, option("NAME", "As `mtp-graft serve` has it.")] = NO_PROFILE
-    tensor_parallel_size: TensorParallelOption = None
-    max_model_len: MaxModelLenOption = None
-    api_key: Annotated[str | None, option("KEY", "The server's key.", envvar="VLLM_API_KEY")] = None
-    run: Annotated[
-        Path | None, option("DIR", "Keep the result here, and go on from what there is.")
-    ] = None
-    json_file: JsonOption = None
-    extra: ServeArgument = None
+    base_url: str | None = option(None, "URL", "A running server's address.", callback=check_url)
+    checkpoint: Path | None = option(None, "DIR", "Serve this checkpoint meanwhile.")
+    profile: str = option(NO_PROFILE, "NAME", "As `mtp-graft serve` has it.")
+    tensor_parallel_size: int | None = TENSOR_PARALLEL_SIZE
+    max_model_len: int | None = MAX_MODEL_LEN
+    api_key: str | None = option(None, "KEY", "The server's key.", envvar="VLLM_API_KEY")
+    run: Path | None = option(None, "DIR", "Keep the result here, and go on from what there is.")
+    json_file: Path | None = JSON_FILE
+    extra: tuple[str, ...] = SERVE_ARGUMENTS
 
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
@@ -73,15 +84,12 @@ class Target:
 
         Wrong usage for a `k` that a running server would have to follow.
         """
-        from mtp_graft.serving.client import ServerClient
-        from mtp_graft.serving.command import ServeOptions, find_vllm, num_speculative_tokens
-
         if self.checkpoint is not None:
             options = ServeOptions(self.checkpoint, num_speculative_tokens=k)
             return num_speculative_tokens(options, find_vllm().platform)
         if k is not None:
             raise typer.BadParameter("--k needs --checkpoint: a running server drafts as it does")
-        with ServerClient(str(self.base_url), self.api_key) as client:
+        with self.client() as client:
             counters = client.spec_decode_counters()
         return counters.k if counters else 0
 
@@ -89,7 +97,6 @@ class Target:
         """Return what tells this server from another; of ours `serve`, a command that serves so."""
         from mtp_graft.checkpoint.manifest import fingerprints
         from mtp_graft.pipeline.device import device_name
-        from mtp_graft.serving.command import find_vllm
 
         if self.checkpoint is None:
             return {"base_url": self.base_url}
@@ -121,45 +128,37 @@ class Target:
         if self.run is None:
             return measure(None)
         from mtp_graft.checkpoint.files import write_json
-        from mtp_graft.checkpoint.manifest import claim_folder, read_result, write_manifest
+        from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
         from mtp_graft.pipeline.device import device_name
 
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
-        folder, started = self.run / "bench" / name, time.perf_counter()
+        folder, started_at = self.run / "bench" / name, time.perf_counter()
         claim = claim | {"server": self.identity(claim.get("k"))}
         claim_folder(folder, claim)
-        result, path = measure(folder), folder / "result.json"
-        if (folder / "manifest.json").exists() and read_result(path) == result:
-            return result
-        write_json(result, path)
-        # A running server's device is not known here.
-        device = device_name() if self.checkpoint else f"server at {self.base_url}"
-        seconds = time.perf_counter() - started
-        write_manifest(folder, f"bench {name}", claim, (), device, seconds)
+        result = measure(folder)
+        if result != finished_result(folder, "result.json"):
+            write_json(result, folder / "result.json")
+            # A running server's device is not known here.
+            device = device_name() if self.checkpoint else f"server at {self.base_url}"
+            seconds = time.perf_counter() - started_at
+            write_manifest(folder, f"bench {name}", claim, (), device, seconds)
         return result
 
     @contextmanager
-    def client(self, report: Report, name: str, k: int | None = None) -> Iterator["ServerClient"]:
+    def client(
+        self, report: Report = lambda *_: None, name: str = "", k: int | None = None
+    ) -> Iterator["ServerClient"]:
         """Give a client of the server; one of ours drafts `k`, and `name` is its log's."""
         from mtp_graft.serving.client import ServerClient
-        from mtp_graft.serving.server import managed_server
 
         if self.checkpoint is None:
             with ServerClient(str(self.base_url), self.api_key) as client:
                 yield client
-            return
-        log = Path(tempfile.mkdtemp(prefix="mtp-graft-")) / f"vllm-{name}.log"
-        note(f"server log: {log}")
+        else:
+            with started(self._serve_options(self.checkpoint, k), report, name) as client:
+                yield client
 
-        def on_start(elapsed_s: float) -> None:
-            report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
-
-        options = self._serve_options(self.checkpoint, k)
-        with managed_server(options, log, on_start=on_start) as client:
-            yield client
-
-    def _serve_options(self, checkpoint: Path, k: int | None) -> "ServeOptions":
-        from mtp_graft.serving.command import ServeOptions, find_vllm
+    def _serve_options(self, checkpoint: Path, k: int | None) -> ServeOptions:
         from mtp_graft.serving.plan import make_plan
         from mtp_graft.serving.topology import hardware_for
 
@@ -169,7 +168,7 @@ class Target:
             num_speculative_tokens=k,
             prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
-            extra_args=tuple(self.extra or ()),
+            extra_args=self.extra,
             **self._fixed(),
         )
         if self.profile == NO_PROFILE:

@@ -14,10 +14,6 @@ from mtp_graft.errors import GraftError
 HEAD_PREFIX = "mtp.0."
 EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
 
-#: Linears that are FP8 in 128 x 128 blocks, in base layers and head alike.
-FP8_LINEAR = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$")
-#: Further linears that upstream stores as FP8; the published W4A16-FP8 bases keep them in BF16.
-FP8_UPSTREAM_ONLY = re.compile(r"(^mtp\.\d+\.(e_proj|h_proj)|\.shared_experts\.w[123])\.weight$")
 #: Modules that vLLM builds without quantization, whatever the config says.
 NEVER_QUANTIZED = re.compile(
     r"\.attn\.(indexer\.)?compressor\.|\.attn\.indexer\.weights_proj(\.|$)"

@@ -6,8 +6,8 @@ a file in `bench/` and is not repeated.
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import islice
@@ -16,6 +16,7 @@ from typing import Any
 
 from mtp_graft.bench.acceptance import measure_acceptance
 from mtp_graft.bench.decode import DecodeConfig, compare, measure_turn
+from mtp_graft.bench.requests import measured
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
@@ -39,13 +40,8 @@ def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions
     """
     options = recording_options(checkpoint, run.path / "capture", run.recipe.capture)
     if find_vllm().platform != "cpu":
-        usual = ServeOptions(checkpoint)
-        options = replace(
-            options,
-            record=None,
-            max_num_batched_tokens=usual.max_num_batched_tokens,
-            chunked_prefill=usual.chunked_prefill,
-        )
+        usual = {"max_num_batched_tokens": None, "chunked_prefill": True}
+        options = replace(options, record=None, **usual)
     if k == 0:
         return options
     return replace(options, num_speculative_tokens=k, extra_args=COUNT_DRAFTS)
@@ -90,36 +86,40 @@ def bench(run: Run) -> list[Path]:
     """
     for needed in ("capture", "splice"):
         run.finished(needed)  # said before anything is served
-    _claim(run)
-    base = run.models.base
-    if _measured(run, "base") is None:
-        with serving(run, measuring_options(run, base, 0), "base") as client:
-            bench_base(run, client)
+    base = measure_base(run, serving(run, measuring_options(run, run.models.base, 0), "base"))
     for variant in run.recipe.served_variants:
         if not has_served(run, variant):
             options = measuring_options(run, run.checkpoint(variant), run.recipe.bench.k)
             with serving(run, options, variant) as client:
-                _bench_variant(run, variant, client)
-    mtp = _measured(run, "mtp") or {}
-    compared = compare([_measured(run, "base") or {}], [mtp], _config(run))
+                _measure_head(run, variant, base["prompts"], client)
+    mtp = read_result(run.bench_unit("mtp")) or {}
+    compared = compare([base], [mtp], _config(run))
     write_json(compared | {"adjusted": mtp["adjusted"]}, run.bench_unit("decode"))
     return run.manifests
 
 
-def bench_base(run: Run, client: ServerClient) -> None:
-    """Decode prompts that leave room for their answer, on a server of the base."""
-    _claim(run)
+def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict[str, Any]:
+    """Decode prompts that leave room for their answer, on a server of the base; once.
+
+    `server` is entered if it has not been measured yet.
+    """
     wanted = run.recipe.bench
-    longest = run.recipe.capture.max_model_len - wanted.max_tokens
-    fit, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
-    prompts = {each.prompt.id: each.token_ids for each in fit}
-    asked = prompts, _config(run), run.report, "base: decode"
-    write_json(measure_turn(client, *asked, with_margins=True), run.bench_unit("base"))
+    _claim(run)
+
+    def measure() -> dict[str, Any]:
+        with server as client:
+            longest = run.recipe.capture.max_model_len - wanted.max_tokens
+            fit, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
+            prompts = {each.prompt.id: each.token_ids for each in fit}
+            asked = prompts, _config(run), run.report, "base: decode"
+            return measure_turn(client, *asked, with_margins=True)
+
+    return measured(run.path / "bench", "base", measure)
 
 
 def has_served(run: Run, variant: str) -> bool:
     """Return whether vLLM has loaded and served the variant's present head."""
-    served = _measured(run, f"served-{variant}")
+    served = read_result(run.bench_unit(f"served-{variant}"))
     return served is not None and served["head"] == _head(run, variant)
 
 
@@ -136,17 +136,18 @@ def _claim(run: Run) -> None:
     claim_folder(run.path / "bench", config)
 
 
-def _bench_variant(run: Run, variant: str, client: ServerClient) -> None:
-    """Note that a served variant loaded; measure its acceptance, and decode if chosen."""
+def _measure_head(
+    run: Run, variant: str, prompts: Mapping[str, Sequence[int]], client: ServerClient
+) -> None:
+    """Note that a served head loaded; measure its acceptance, and decode `prompts` if chosen."""
     if (verified := read_result(run.verified(variant))) is not None:
         write_json({**verified, "loaded_in_vllm": True}, run.verified(variant))
-    captured = [t for t in read_texts(run.finished("capture")) if t.split == EVALUATION]
-    texts = captured[: run.recipe.bench.acceptance_count]
-    label, capture = f"acceptance: {variant}", run.recipe.capture
+    capture, label = run.recipe.capture, f"acceptance: {variant}"
+    texts = [t for t in read_texts(run.path / "capture") if t.split == EVALUATION]
+    texts = texts[: run.recipe.bench.acceptance_count]
     limits = capture.new_tokens, capture.concurrency
     served = measure_acceptance(client, texts, *limits, run.report, label)
     if variant == run.recipe.splice.variant:
-        prompts = (_measured(run, "base") or {})["prompts"]
         found = measure_turn(client, prompts, _config(run), run.report, "MTP: decode")
         write_json(found | {"adjusted": run.adjusted}, run.bench_unit("mtp"))
     write_json(served | {"head": _head(run, variant)}, run.bench_unit(f"served-{variant}"))
@@ -158,22 +159,17 @@ def _config(run: Run) -> DecodeConfig:
 
 def _prompts(run: Run) -> Iterator[Prompt]:
     """Yield prompts to time; those captured from the same source are left out."""
-    capture, settings = run.finished("capture"), run.recipe.capture
+    capture, source = run.recipe.capture, run.recipe.bench.prompts
     sources = {
-        CALIBRATION: settings.calibration_prompts,
-        EVALUATION: settings.evaluation_prompts,
+        CALIBRATION: capture.calibration_prompts,
+        EVALUATION: capture.evaluation_prompts,
     }
-    dropped = (read_result(capture / REPORT_NAME) or {}).get("dropped", ())
-    seen = [(text.split, text.id) for text in read_texts(capture)]
+    dropped = (read_result(run.finished("capture") / REPORT_NAME) or {}).get("dropped", ())
+    seen = [(text.split, text.id) for text in read_texts(run.path / "capture")]
     seen += [(prompt["split"], prompt["id"]) for prompt in dropped]
-    source = run.recipe.bench.prompts
     taken = {prompt_id for split, prompt_id in seen if sources[split] == source}
     return (prompt for prompt in iterate_prompts(source) if prompt.id not in taken)
 
 
 def _head(run: Run, variant: str) -> dict[str, str]:
     return fingerprints([run.checkpoint(variant) / HEAD_SHARD])
-
-
-def _measured(run: Run, unit: str) -> dict[str, Any] | None:
-    return read_result(run.bench_unit(unit))

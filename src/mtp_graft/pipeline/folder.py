@@ -19,11 +19,6 @@ from mtp_graft.stages.parallel import is_first_rank
 
 Report = Callable[[str, int, int], None]  # what is going on, units done, units in all
 
-#: What is said of the run as a whole: its `format`, and the `seconds` of every stage.
-_RUN_NAME = "run.json"
-#: The version of mtp-graft that was the first to lay out run folders as they are now.
-_FORMAT = "0.2"
-
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
@@ -51,7 +46,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Run:
-    """A recipe, the folder it is run in, and the stages to do; GraftError for a folder of 0.1."""
+    """A recipe, the folder it is run in, and the stages to do."""
 
     def __init__(
         self,
@@ -62,19 +57,8 @@ class Run:
     ) -> None:
         self.recipe, self.path, self.stages, self.report = recipe, path, stages, report
         self.adjusted: list[str] = []  # what the hardware made of the servers' options
-        about = read_result(path / _RUN_NAME) or {"format": self._made_by()}
-        self.seconds: dict[str, float] = about.get("seconds", {})
-        if about["format"] != _FORMAT:
-            raise GraftError(
-                f"{path}: is a run folder of mtp-graft {about['format']}, expected {_FORMAT}; "
-                "remove it or use another --run"
-            )
-
-    def _made_by(self) -> str:
-        """Return what the stages' manifests say, for a folder that does not say it itself."""
-        manifests = (read_result(self.path / stage / "manifest.json") for stage in STAGES)
-        versions = (m.get("versions", {}).get("mtp-graft", _FORMAT) for m in manifests if m)
-        return next((v for v in versions if v.startswith("0.1.")), _FORMAT)
+        self._times = path / "run.json"
+        self.seconds: dict[str, float] = (read_result(self._times) or {}).get("seconds", {})
 
     @cached_property
     def models(self) -> FetchedModels:
@@ -119,7 +103,6 @@ class Run:
 
         Time that another stage takes inside is that one's alone.
         """
-        self._write()  # before anything else: whose folder it is
         started, before = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
@@ -130,4 +113,4 @@ class Run:
 
     def _write(self) -> None:
         if is_first_rank():
-            write_json({"format": _FORMAT, "seconds": self.seconds}, self.path / _RUN_NAME)
+            write_json({"seconds": self.seconds}, self._times)

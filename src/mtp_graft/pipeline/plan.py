@@ -28,7 +28,6 @@ from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_
 from mtp_graft.stages.splice import plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
-_UTILIZATION = "--gpu-memory-utilization"
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Need:
     of: Literal["disk", "memory", "GPU memory"]
     where: str  # a folder, this machine, or how many GPUs
     bytes: int  # of all GPUs together
+    free: int | None  # None: not known
     what_for: str
 
 
@@ -57,7 +57,7 @@ def check_run(run: Run) -> None:
 
     Of checkpoints on the hub, small files and the shards' headers are read.
     """
-    check_room(run.recipe, find_needs(run, read_models(run.recipe, *survey_models(run))))
+    check_room(find_needs(run, read_models(run.recipe, *survey_models(run))))
 
 
 def survey_models(run: Run) -> tuple[Source, Source]:
@@ -94,45 +94,65 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
 
 
 def find_needs(run: Run, models: Models) -> list[Need]:
-    """Return what the run's stages still need."""
-    recipe, config, folder = run.recipe, models.base.config, str(run.path)
-    capture, sizes = recipe.capture, {v: _num_bytes(head) for v, head in models.heads.items()}
-    parameters = sum(map(math.prod, head_shapes(config).values()))
-    length = capture.max_prompt_tokens + capture.new_tokens
-    tokens = length * (capture.calibration_count + capture.evaluation_count)
+    """Return what the run's stages still need; GraftError for fewer GPUs than the recipe asks for.
+
+    An earlier, killed run's files count as written; a finished stage needs nothing.
+    """
+    recipe, config, base = run.recipe, models.base.config, models.base
+    capture, served = recipe.capture, recipe.served_variants
+    sizes = {v: sum(t.nbytes for t in head.values()) for v, head in models.heads.items()}
+    texts = capture.calibration_count + capture.evaluation_count
+    tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
     residuals = 2 * tokens * config["hidden_size"] * config["hc_mult"]
-    download = models.base.bytes_to_download + models.upstream.bytes_to_download
-    served = recipe.served_variants
-    spliced, linked = sum(sizes[v] for v in served), f"{len(served)} heads; the base is linked"
-    if recipe.splice.copy or _is_copied(models.base, run.path):
-        spliced += len(served) * sum(models.base.sizes.values())
-        linked = f"{len(served)} heads, and copies of the base"
+    spliced, what = sum(sizes[v] for v in served), f"{len(served)} heads; the base is linked"
+    if recipe.splice.copy or _device(base.folder) != _device(run.path):
+        spliced += len(served) * sum(base.sizes.values())
+        what = f"{len(served)} heads, and copies of the base"
+    download = base.bytes_to_download + models.upstream.bytes_to_download
+    parameters = sum(map(math.prod, head_shapes(config).values()))
     needs = [
-        Need("fetch", "disk", constants.HF_HUB_CACHE, download, "what is still to be downloaded"),
-        Need("capture", "disk", folder, residuals, "residuals, BF16"),
-        Need("quantize", "disk", folder, sizes["gptq"], "GPTQ's experts"),
-        Need("splice", "disk", folder, spliced, linked),
+        _disk("fetch", Path(constants.HF_HUB_CACHE), download, "what is still to be downloaded"),
+        _disk("capture", run.path, residuals, "residuals, BF16"),
+        _disk("quantize", run.path, sizes["gptq"], "GPTQ's experts"),
+        _disk("splice", run.path, spliced, what),
         _memory("score", recipe.score.device, 1, 4 * parameters, "the head in float32"),
         *_serving_needs(recipe, models),
     ]
-    left = (_still_needed(need, run.path) for need in needs if need.stage in run.stages)
-    return [need for need in left if need.bytes]
+    open_stages = [s for s in run.stages if not (run.path / s / "manifest.json").exists()]
+    needs = [_less_written(need, run.path) for need in needs if need.stage in open_stages]
+    return [need for need in needs if need.bytes]
 
 
-def _num_bytes(tensors: Tensors) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _device(folder: Path) -> int:
+    """Return the number of the disk on which a folder is, or will be."""
+    return nearest_folder(folder).stat().st_dev
 
 
-def _is_copied(base: Source, folder: Path) -> bool:
-    """Return whether base and run folder are on two disks, across which there are no links."""
-    return base.folder.stat().st_dev != nearest_folder(folder).stat().st_dev
+def _disk(stage: str, folder: Path, size: int, what_for: str) -> Need:
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    return Need(stage, "disk", str(folder), size, free, what_for)
 
 
-def _memory(stage: str, device: Device, ranks: int, size: int, what_for: str) -> Need:
+def _memory(
+    stage: str, device: Device, ranks: int, size: int, what_for: str, share: float = 1.0
+) -> Need:
+    """Return the need of a machine's memory, or of `share` of the memory of `ranks` GPUs."""
     if torch_device(device) == "cpu":
-        return Need(stage, "memory", "this machine", size, what_for)
-    where = "1 GPU" if ranks == 1 else f"{ranks} GPUs"
-    return Need(stage, "GPU memory", where, size, what_for)
+        return Need(stage, "memory", "this machine", size, _free_memory(), what_for)
+    found = gpus()
+    if found is None or found.num_gpus < ranks:
+        raise GraftError(
+            f"{stage}: {found.num_gpus if found else 0} GPUs found, {ranks} asked for by the "
+            "recipe; set serve.tensor_parallel_size, or run where they are"
+        )
+    free = int(share * found.memory_bytes) * ranks or None
+    return Need(stage, "GPU memory", f"{ranks}x {found.gpu}", size, free, what_for)
+
+
+def _free_memory() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [available] = (line for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(available.split()[1])
 
 
 def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:
@@ -142,103 +162,63 @@ def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:
         weights_bytes(tensors, ranks, decoded=on_cpu)
         for tensors in (models.tensors, *(models.heads[v] for v in recipe.served_variants))
     )
-    besides, what_for = 0, "the served model, decoded"
+    share, besides, what_for = 1.0, 0, "the served model, decoded"
     if not on_cpu:
         length, cache_gib = recipe.capture.max_model_len, recipe.serve.kv_cache_gib
         cache = kv_cache_bytes(models.base.config, length, 2 * step_tokens(length))
         besides = RESERVE_BYTES + (int(cache_gib * 2**30) if cache_gib is not None else cache)
         what_for = "the served model and its cache"
+        if not any(arg.startswith("--gpu-memory-utilization") for arg in recipe.serve.extra_args):
+            share = UTILIZATION
     return [
-        _memory(stage, "auto", ranks, ranks * (size + besides), what_for)
+        _memory(stage, "auto", ranks, ranks * (size + besides), what_for, share)
         for stage, size in (("capture", base), ("bench", base + max(heads)))
     ]
 
 
-def _still_needed(need: Need, folder: Path) -> Need:
-    """Return a need less what an earlier, killed run has written; nothing for a finished stage."""
-    stage = folder / need.stage
-    if (stage / "manifest.json").exists():
-        return replace(need, bytes=0)
-    if need.where != str(folder) or not stage.exists():
+def _less_written(need: Need, folder: Path) -> Need:
+    """Return a need of the run folder less what an earlier, killed run has written there."""
+    if need.where != str(folder):
         return need
-    files = (path.stat() for path in stage.rglob("*") if path.is_file())
+    files = (path.stat() for path in (folder / need.stage).rglob("*") if path.is_file())
     written = sum(file.st_size for file in files if file.st_nlink == 1)  # links are the base's
     return replace(need, bytes=max(0, need.bytes - written))
 
 
-def check_room(recipe: Recipe, needs: Sequence[Need]) -> None:
+def check_room(needs: Sequence[Need]) -> None:
     """Raise GraftError, before hours of work, for a disk or memory that will not do."""
-    by_disk: dict[int, list[Need]] = {}  # cache and run folder may share one
+    sharing: dict[object, list[Need]] = {}  # a disk is shared; a stage has the memory for itself
     for need in needs:
-        if need.of == "disk":
-            device = nearest_folder(Path(need.where)).stat().st_dev
-            by_disk.setdefault(device, []).append(need)
-        elif need.of == "memory":
-            _check(need.bytes, _free_memory(), "memory of this machine", need.what_for)
-        else:
-            _check_gpus(recipe, need)
-    for on_disk in by_disk.values():
-        folders = list(dict.fromkeys(need.where for need in on_disk))
-        free = shutil.disk_usage(nearest_folder(Path(folders[0]))).free
-        what_for = ", ".join(f"{need.stage}: {need.bytes:,}" for need in on_disk)
-        needed = sum(need.bytes for need in on_disk)
-        _check(needed, free, f"disk of {' and '.join(folders)}", what_for)
-
-
-def _check(needed: int, free: int, what: str, what_for: str) -> None:
-    if needed > free:
-        raise GraftError(
-            f"{what}: {free:,} bytes free, {needed:,} needed ({what_for}); make room, ask for "
-            "less in the recipe, or use a larger machine"
-        )
-
-
-def _check_gpus(recipe: Recipe, need: Need) -> None:
-    """Raise GraftError for GPUs that are too few or too small; vLLM takes a share of each."""
-    serves, found = need.stage != "score", gpus()
-    assert found is not None, "without a GPU there is no such need"
-    ranks = recipe.serve.tensor_parallel_size if serves else 1
-    if found.num_gpus < ranks:
-        raise GraftError(
-            f"{need.stage}: {found.num_gpus} GPUs found, {ranks} asked for by the recipe; set "
-            "serve.tensor_parallel_size, or run where they are"
-        )
-    if not found.memory_bytes:  # the driver does not say
-        return
-    own_share = any(arg.startswith(_UTILIZATION) for arg in recipe.serve.extra_args)
-    usable = int(found.memory_bytes * (UTILIZATION if serves and not own_share else 1.0))
-    what_for = f"{need.stage}: {need.what_for}"
-    _check(need.bytes // ranks, usable, f"memory of each of {need.where}", what_for)
-
-
-def _free_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    [available] = (line for line in lines if line.startswith("MemAvailable:"))
-    return 1024 * int(available.split()[1])
+        place = _device(Path(need.where)) if need.of == "disk" else need.stage
+        sharing.setdefault((need.of, place), []).append(need)
+    for first, *others in sharing.values():
+        needed = first.bytes + sum(need.bytes for need in others)
+        if first.free is not None and needed > first.free:
+            where = " and ".join(dict.fromkeys(need.where for need in (first, *others)))
+            uses = (f"{n.stage}: {n.bytes:,} for {n.what_for}" for n in (first, *others))
+            raise GraftError(
+                f"{first.of} of {where}: {first.free:,} bytes free, {needed:,} needed "
+                f"({', '.join(uses)}); make room, ask for less in the recipe, or use a larger "
+                "machine"
+            )
 
 
 class _Timed(NamedTuple):
-    """What one run took, in seconds."""
+    """What one run took, in seconds; None was not timed."""
 
     by: str
     start: float  # of a server
     token: float  # a new one, with many requests at a time
     decoded: float  # a new one, with one request at a time
-    stages: Mapping[str, float | None]  # that serve nothing; None was not timed
+    quantize: float
+    score: float | None
+    splice: float
 
 
-_DEMO = _Timed(
-    "a demo of 288 s on two CPU cores",
-    *(23, 1 / 330, 1 / 120),
-    {"quantize": 3.1, "score": 8.8, "splice": 1.5},
-)
+_DEMO = _Timed("a demo of 288 s on two CPU cores", 23, 1 / 330, 1 / 120, 3.1, 8.8, 1.5)
 #: 25 minutes for 256 prompts x 256 tokens, in an eager server; 52.8 tok/s is 85.5 by 1.62. The
 #: start is that of a cold H100.
-_ACTI = _Timed(
-    "the Acti card, 2x RTX PRO 6000",
-    *(244, 1500 / 256**2, 1 / 52.8),
-    {"quantize": 180, "score": None, "splice": 120},
-)
+_ACTI = _Timed("the Acti card, 2x RTX PRO 6000", 244, 1500 / 256**2, 1 / 52.8, 180, None, 120)
 
 
 def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
@@ -249,9 +229,11 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
     captured = capture.calibration_count + capture.evaluation_count
     decoded = bench.count * bench.max_tokens * (2 * bench.rounds + 1)
     served = (1 + heads) * timed.start + heads * texts * capture.new_tokens * timed.token
-    seconds: dict[str, float | None] = {
+    seconds = {
         "capture": timed.start + captured * capture.new_tokens * timed.token,
-        **timed.stages,
+        "quantize": timed.quantize,
+        "score": timed.score,
+        "splice": timed.splice,
         "bench": served + decoded * timed.decoded,
     }
     download = sum(source.bytes_to_download for source in sources) / 10**8
@@ -274,29 +256,26 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     run = Run(recipe, path, stages)
     plan: dict[str, Any] = {"run": str(path), "stages": list(stages), "recipe": asdict(recipe)}
     plan |= dict.fromkeys(("sources", "needs", "seconds", "inputs", "room", "unknown"))
+    problem = "unknown"  # what the next error is put down to
     try:
         sources = survey_models(run)
-    except GraftError as error:
-        return plan | {"unknown": str(error)}
-    plan["sources"] = {
-        name: {
-            "source": source.given,
-            "commit": source.commit,
-            "files": dict(source.sizes),
-            "bytes": sum(source.sizes.values()),
-            "bytes_to_download": source.bytes_to_download,
-        }
-        for name, source in zip(("base", "upstream"), sources, strict=True)
-    }
-    times = estimate_times(recipe, sources)
-    plan["seconds"] = {stage: times[stage] for stage in times if stage in stages}
-    try:
+        times, problem = estimate_times(recipe, sources), "inputs"
+        plan["sources"] = dict(zip(("base", "upstream"), map(_as_json, sources), strict=True))
+        plan["seconds"] = {stage: times[stage] for stage in times if stage in stages}
         needs = find_needs(run, read_models(recipe, *sources))
+        plan |= {"inputs": "fit", "needs": [asdict(need) for need in needs], "room": "enough"}
+        problem = "room"
+        check_room(needs)
     except GraftError as error:
-        return plan | {"inputs": str(error)}
-    plan |= {"inputs": "fit", "needs": [asdict(need) for need in needs], "room": "enough"}
-    try:
-        check_room(recipe, needs)
-    except GraftError as error:
-        plan["room"] = str(error)
+        plan[problem] = str(error)
     return plan
+
+
+def _as_json(source: Source) -> dict[str, Any]:
+    return {
+        "source": source.given,
+        "commit": source.commit,
+        "files": dict(source.sizes),
+        "bytes": sum(source.sizes.values()),
+        "bytes_to_download": source.bytes_to_download,
+    }

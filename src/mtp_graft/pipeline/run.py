@@ -15,7 +15,7 @@ a variant was served in the bench stage is also verify's proof that vLLM loads i
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.bench import (
     bench,
-    bench_base,
     has_served,
+    measure_base,
     measuring_options,
     server_log,
     serving,
@@ -97,10 +97,9 @@ def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[
     run, chosen = Run(recipe, folder), recipe.splice.variant
     if stage == "splice":
         checkpoint = run.checkpoint(chosen)
-        found = read_result(checkpoint / MANIFEST_NAME) or {}
-        return {"checkpoint": str(checkpoint), **found}
-    path = folder / stage / REPORT_NAME
-    return read_result(run.verified(chosen) if stage == "verify" else path) or {}
+        return {"checkpoint": str(checkpoint), **(read_result(checkpoint / MANIFEST_NAME) or {})}
+    result = run.verified(chosen) if stage == "verify" else folder / stage / REPORT_NAME
+    return read_result(result) or {}
 
 
 def _fetch(run: Run) -> None:
@@ -138,7 +137,7 @@ def _capture(run: Run) -> None:
         if "bench" in run.stages and options == measuring_options(run, base, 0):
             for client in started:  # none, if the capture was finished before
                 with run.timed("bench"):
-                    bench_base(run, client)
+                    measure_base(run, nullcontext(client))
 
 
 def _quantize(run: Run) -> None:
@@ -180,30 +179,21 @@ def _splice(run: Run) -> list[Path]:
 
 
 def _verify(run: Run) -> list[Path]:
-    quantized = run.finished("quantize")
+    quantized, base = run.finished("quantize"), run.models.base
     run.finished("splice")
+    # By size, first and last MiB; None without a capture.
+    known = (read_result(run.path / "capture" / CONFIG_NAME) or {}).get("base")
+    as_captured = None if known is None else known == fingerprints([base / name for name in known])
     for variant in _variants(run, "verify"):
         checkpoint = run.checkpoint(variant)
-        found = verify(checkpoint, run.models.base, run.models.upstream, quantized)
+        found = verify(checkpoint, base, run.models.upstream, quantized)
         found["loaded_in_vllm"] = True if has_served(run, variant) else None
-        found["base_as_captured"] = _base_as_captured(run)
-        found["ok"] = found["ok"] and found["base_as_captured"] is not False
+        found["base_as_captured"] = as_captured
+        found["ok"] = found["ok"] and as_captured is not False
         run.verified(variant).parent.mkdir(parents=True, exist_ok=True)
         write_json(found, run.verified(variant))
         require_sound(checkpoint, found)
     return run.manifests
-
-
-def _base_as_captured(run: Run) -> bool | None:
-    """Return whether the base's files are those that were captured; None without a capture.
-
-    Compared by size, first and last MiB.
-    """
-    captured = read_result(run.path / "capture" / CONFIG_NAME)
-    if captured is None:
-        return None
-    known: dict[str, str] = captured["base"]
-    return known == fingerprints([run.models.base / name for name in known])
 
 
 def _variants(run: Run, stage: str) -> Iterator[Variant]:

@@ -43,69 +43,75 @@ _MODULES: Mapping[Platform, tuple[str, ...]] = {
 _Word = Annotated[str, StringConstraints(min_length=1)]
 
 
-def _option(
-    metavar: str | None,
-    text: str,
-    names: tuple[str, ...] | None = (),
-    envvar: str | None = None,
-    default: Any = None,
-    **limits: Any,
-) -> Any:
-    """Declare a field that is an option of `mtp-graft serve`, too.
+def option(default: Any, metavar: str | None, text: str, *names: str, **settings: Any) -> Any:
+    """Declare an option of a command: what its value is called (None: it has none), what it does.
 
-    `names` are its flags if not its own name, None for an argument.
+    `names` are its flags if not its own name, `settings` those of typer.Option.
     """
-    settings: dict[str, Any] = {"metavar": metavar, "names": names, "envvar": envvar}
-    return Field(default, description=text, json_schema_extra=settings, **limits)
+    settings |= {"metavar": metavar, "names": names}
+    return Field(default, description=text, json_schema_extra=settings)
+
+
+def argument(metavar: str, text: str, default: Any = ..., **settings: Any) -> Any:
+    """Declare a positional argument of a command, required without a default."""
+    settings |= {"metavar": metavar, "names": None}
+    return Field(default, description=text, json_schema_extra=settings)
+
+
+#: Options that other commands have, too.
+TENSOR_PARALLEL_SIZE = option(
+    None,
+    "N",
+    "Ranks. Default: 1; with a profile, all GPUs.",
+    "--tensor-parallel-size",
+    "--tp",
+    min=1,
+)
+MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
+NUM_SPECULATIVE_TOKENS = option(
+    None,
+    "N",
+    "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1.",
+    "--k",
+    "-k",
+    "--num-speculative-tokens",
+    min=0,
+)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
     """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
 
-    checkpoint: Path = _option(
-        "CHECKPOINT", "A DeepSeek-V4 checkpoint folder.", names=None, default=...
-    )
-    host: str = _option("ADDRESS", "Address to listen on.", default="127.0.0.1", min_length=1)
-    port: int = _option("N", "0 picks a free one.", default=8000, ge=0, le=65535)
-    tensor_parallel_size: int | None = _option(
-        "N",
-        "Ranks to shard over. Default: 1; with a profile, all GPUs of use.",
-        names=("--tensor-parallel-size", "--tp"),
-        ge=1,
-    )
-    max_model_len: int | None = _option("N", "Longest sequence. Default: the model's.", ge=1)
-    max_num_seqs: int | None = _option("N", "Requests at once.", ge=1)
-    max_num_batched_tokens: int | None = _option("N", "Tokens of one step.", ge=1)
+    checkpoint: Path = argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")
+    host: _Word = option("127.0.0.1", "ADDRESS", "Address to listen on.")
+    port: int = option(8000, "N", "0 picks a free one.", min=0, max=65535)
+    tensor_parallel_size: int | None = TENSOR_PARALLEL_SIZE
+    max_model_len: int | None = MAX_MODEL_LEN
+    max_num_seqs: int | None = option(None, "N", "Requests at once.", min=1)
+    max_num_batched_tokens: int | None = option(None, "N", "Tokens of one step.", min=1)
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
-    gpu_memory_utilization: float | None = _option(
-        "SHARE", "Share of a GPU's memory to use.", ge=0.01, le=1.0
+    gpu_memory_utilization: float | None = option(
+        None, "SHARE", "Share of a GPU's memory to use.", min=0.01, max=1.0
     )
-    num_speculative_tokens: int | None = _option(
-        "N",
-        "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1.",
-        names=("--k", "-k", "--num-speculative-tokens"),
-        ge=0,
+    num_speculative_tokens: int | None = NUM_SPECULATIVE_TOKENS
+    draft_lm_head_quantization: DraftLmHead | None = option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
+    draft_sample_method: DraftSampling | None = option(
+        None, "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
     )
-    draft_lm_head_quantization: DraftLmHead | None = _option("TYPE", "fp8 or nvfp4, on GPUs.")
-    draft_sample_method: DraftSampling | None = _option(
-        "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
+    served_model_names: tuple[_Word, ...] = option(
+        (), "NAME", "Name in the API; may be repeated.", "--served-model-name"
     )
-    served_model_names: tuple[_Word, ...] = _option(
-        "NAME", "Name in the API; may be repeated.", names=("--served-model-name",), default=()
-    )
-    kv_cache_dtype: str = _option("TYPE", "As vLLM names it.", default="fp8")
-    kv_cache_gib: float | None = _option("GIB", "KV cache. Default: 1 on a CPU.", ge=0.01)
-    prefix_caching: bool = _option(None, "Reuse shared prompt prefixes.", default=True)
-    enforce_eager: bool | None = _option(None, "Do not compile. Default: eager on a CPU.")
-    api_key: str | None = _option(
-        "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", min_length=1
+    kv_cache_dtype: str = option("fp8", "TYPE", "As vLLM names it.")
+    kv_cache_gib: float | None = option(None, "GIB", "KV cache. Default: 1 on a CPU.", min=0.01)
+    prefix_caching: bool = option(True, None, "Reuse shared prompt prefixes.")
+    enforce_eager: bool | None = option(None, None, "Do not compile. Default: eager on a CPU.")
+    api_key: _Word | None = option(
+        None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY"
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
-    extra_args: tuple[str, ...] = _option(
-        "ARGS", "After --: arguments for vllm serve.", names=None, default=()
-    )
+    extra_args: tuple[str, ...] = argument("ARGS", "After --: arguments for vllm serve.", ())
 
     @property
     def num_ranks(self) -> int:
