@@ -14,15 +14,8 @@ from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.memory import Room, kv_cache_bytes, kv_layout, weights_bytes
 
-FLASH: dict[str, Any] = {
-    "num_hidden_layers": 43,
-    "num_nextn_predict_layers": 1,
-    "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0],
-    "index_head_dim": 128,
-    "head_dim": 512,
-    "sliding_window": 128,
-    "max_position_embeddings": 2**20,
-}
+from .flash import CONFIG as FLASH
+
 WITHOUT_HEAD = {**FLASH, "num_nextn_predict_layers": 0}
 PRO_LIKE = {**FLASH, "num_hidden_layers": 61, "compress_ratios": [128] * 2 + [4, 128] * 29 + [4, 0]}
 
@@ -119,9 +112,8 @@ def test_the_largest_context_fits_and_one_block_more_does_not(gib: float, in_fli
 
 
 def test_a_config_without_ratios_is_an_error_that_names_them() -> None:
-    without = {key: value for key, value in FLASH.items() if key != "compress_ratios"}
     with pytest.raises(GraftError, match="compress_ratios is None"):
-        kv_layout(without)
+        kv_layout({**FLASH, "compress_ratios": None})
 
 
 def test_ranks_share_experts_and_heads_and_repeat_the_rest(tiny_model: Path) -> None:

@@ -62,10 +62,7 @@ Found = TypeVar("Found", bound=BaseModel)
 
 
 class ServerClient:
-    """A client of one vLLM server; closes with its `with` block.
-
-    Every method raises GraftError, naming the server, where it cannot be reached or refuses.
-    """
+    """A client of one vLLM server; every method raises GraftError if it is away or refuses."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
@@ -108,10 +105,7 @@ class ServerClient:
     def complete_counted(
         self, prompt: Sequence[int], max_tokens: int
     ) -> tuple[tuple[int, ...], list[Step]]:
-        """Return the greedy continuation of `prompt`, and the steps that drafted for it.
-
-        There are none unless the server was started with COUNT_DRAFTS.
-        """
+        """Return the same, and the steps that drafted for it, if it was started to COUNT_DRAFTS."""
         answer = self._complete(prompt, max_tokens)
         counted = (answer.metrics or {}).get("speculative_decoding") or {}
         # Null for an answer without a verified step: one token, which comes with the prompt.

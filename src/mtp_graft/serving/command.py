@@ -302,10 +302,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 
 def start_limit_s(checkpoint: Path) -> int:
-    """Return how long a server may take until it is ready: to compile, and to read its weights.
-
-    vLLM's own variable for it, where it is set, decides.
-    """
+    """Return how long a server may compile and read its weights; vLLM's own variable decides."""
     size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():

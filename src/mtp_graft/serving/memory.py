@@ -44,10 +44,7 @@ _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
 
 
 def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = False) -> int:
-    """Return the bytes of weights on one of `tp` ranks; `decoded` as the CPU plugin keeps them.
-
-    `tensors` are on the meta device, by their checkpoint names.
-    """
+    """Return the bytes of weights on one of `tp` ranks; `decoded` as the CPU plugin keeps them."""
     total = 0
     for name, tensor in tensors.items():
         in_bf16 = decoded or NEVER_QUANTIZED.search(name)  # the plugin decodes these on GPUs too
@@ -76,10 +73,7 @@ class KvLayout(NamedTuple):
 
 
 def kv_layout(config: Mapping[str, Any]) -> KvLayout:
-    """Return the layout of a DeepSeek-V4 config, its head included, with the FP8 cache.
-
-    Raises GraftError without compression ratios.
-    """
+    """Return a config's layout, head included, of the FP8 cache; GraftError without ratios."""
     ratios = compress_ratios(config)
     if ratios is None:
         found = config.get("compress_ratios")

@@ -44,9 +44,8 @@ def make_plan(
     """Return how to serve `options.checkpoint` with a profile; what `options` set stays.
 
     Of several machines, this one has `node_rank`, and the first `master_addr`. Raises UsageError
-    for an unknown profile. Raises GraftError for a context that memory or model have no room for
-    (without one, `auto` takes the largest that fits), for ranks that hardware or model do not
-    allow, and for several machines without the address of the first.
+    for an unknown profile, and GraftError for a context that has no room (without one, `auto` takes
+    the largest that has), for ranks or machines that do not fit hardware or model.
     """
     config = read_dimensions(options.checkpoint)
     options = replace(options, tensor_parallel_size=_ranks(options, config, hardware))
@@ -86,8 +85,7 @@ def _fit(
 ) -> tuple[str, ServeOptions]:
     """Return the profile's name and `options` with its values.
 
-    `auto` is the one that reaches furthest; its context is cut to what fits, unless it was asked
-    for.
+    `auto` is the one that reaches furthest; it cuts a context that was not asked for to what fits.
     """
     if wanted not in (*PROFILES, AUTO):
         names = ", ".join((*PROFILES, AUTO))

@@ -24,9 +24,9 @@ _OF_HARDWARE = (hardware.ranks, hardware.memory, hardware.known_issues)
 
 
 def diagnose(folder: Path, target: Target) -> list[Finding]:
-    """Return every finding, errors first; raises GraftError for what is no folder.
+    """Return every finding, errors first; of a config or index that cannot be used, that alone.
 
-    Where config or index cannot be used, that is the only finding.
+    Raises GraftError for what is no folder.
     """
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")

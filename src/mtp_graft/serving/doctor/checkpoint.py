@@ -73,10 +73,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint's config, index and shard headers.
-
-    Raises GraftError for a config or an index that cannot be used, not for shards.
-    """
+    """Read config, index and headers; raises GraftError for a config or index of no use."""
     config, index = read_dimensions(folder), read_weight_map(folder / INDEX_NAME)
     shards: dict[str, Mapping[str, Tensor]] = {}
     unreadable: dict[str, str] = {}
