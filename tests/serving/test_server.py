@@ -56,9 +56,7 @@ def test_a_managed_server_answers_inside_its_block(
 ) -> None:
     with managed(grafted) as client:
         assert client.complete([5, 6], 3) == (11, 18, 25)
-        started = read_record(record)
-        assert all(is_running(pid) for pid in started["pids"])
-    assert started["env"]["VLLM_PLUGINS"] == "mtp_graft"
+        assert all(is_running(pid) for pid in read_record(record)["pids"])
 
 
 @pytest.mark.parametrize(
@@ -235,18 +233,11 @@ def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path, reco
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("one\n\n\x1b[31mtwo\x1b[0m\nthree\nfour\n", "two | three | four"),
+        ("usage: vllm serve\n  [--host]\nvllm: error: no --x\n", "vllm: error: no --x"),
         (
-            "one\n\n\x1b[31mtwo\x1b[0m\nthree\nfour\n",
-            "two | three | four",
-        ),
-        (
-            "usage: vllm serve\n  [--host]\nvllm: error: unrecognized: --x\n",
-            "vllm: error: unrecognized: --x",
-        ),
-        (
-            "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
-            "  Value error, max_model_len (100000) is greater than 8192\n",
-            "Value error, max_model_len (100000) is greater than 8192",
+            "ValidationError: 1 validation error for X\n  Value error, too long\n",
+            "Value error, too long",
         ),
         ("", "it wrote nothing"),
     ],

@@ -43,8 +43,9 @@ def diagnose(folder: Path, target: Target) -> list[Finding]:
 
 def examine(checkpoint: Checkpoint, target: Target) -> list[Finding]:
     """Return every finding of a checkpoint that has been read, errors first."""
-    found, checks = [], (*_OF_TENSORS, *_OF_SCHEMES, *_OF_HARDWARE, *_OF_ALL)
+    found, checks = [*target.findings], (*_OF_TENSORS, *_OF_SCHEMES, *_OF_HARDWARE, *_OF_ALL)
     if (maker := checkpoint.foreign_format) is not None:
-        found, checks = [finding("foreign-format", "config.json", maker, "W4A16-FP8")], _OF_ALL
+        found.append(finding("foreign-format", "config.json", maker, "W4A16-FP8"))
+        checks = _OF_ALL
     found += [each for check in checks for each in check(checkpoint, target)]
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))

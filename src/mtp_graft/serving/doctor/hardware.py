@@ -33,8 +33,7 @@ class Target:
     hardware: Hardware | None
     tp: int = 1
     max_model_len: int | None = None
-    no_plugin: tuple[str, str] | None = None  # where and why this vLLM does not load the plugin
-    unknown_because: str | None = None  # why `hardware` is None though there should be some
+    findings: tuple[Finding, ...] = ()  # of whatever the checkpoint is
 
 
 def find_target(
@@ -53,7 +52,7 @@ def find_target(
     vllm = here = command.installed_vllm()
     platform: Platform | None = here.platform if here else None
     hardware: Hardware | None = CPU
-    unknown: str | None = None
+    findings: list[Finding] = []
     if gpu is not None:
         hardware = topology.named_hardware(gpu, count or tp or 1)
         platform = hardware.platform
@@ -63,16 +62,14 @@ def find_target(
         try:
             hardware, platform = topology.find_gpus(), "cuda"
         except GraftError as error:
-            hardware, unknown = None, str(error) if platform else None
-    return Target(
-        vllm.version if vllm else None,
-        platform,
-        hardware,
-        tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0),
-        max_model_len,
-        _no_plugin() if vllm is not None and vllm is here else None,
-        unknown,
-    )
+            hardware, expected = None, "GPUs of one kind that NVIDIA's driver tells of"
+            if platform is not None:
+                findings.append(finding("gpus-unknown", "this machine", error, expected))
+    if vllm is not None and vllm is here:
+        findings += _plugin_findings()
+    ranks = tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0)
+    version = vllm.version if vllm else None
+    return Target(version, platform, hardware, ranks, max_model_len, tuple(findings))
 
 
 def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
@@ -82,20 +79,22 @@ def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
     return 1 << max(num_gpus.bit_length() - 1, 0)
 
 
-def _no_plugin() -> tuple[str, str] | None:
+def _plugin_findings() -> Iterator[Finding]:
+    """Find that the installed vLLM will not load the plugin."""
     group, allowed = "vllm.general_plugins", os.environ.get(_PLUGINS)
+    expected = f"{PLUGIN_NAME} among them"
     if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
-        return f"entry points of {group}", f"no {PLUGIN_NAME}"
-    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
-        return _PLUGINS, repr(allowed)
-    return None
+        yield finding("plugin-missing", f"entry points of {group}", f"no {PLUGIN_NAME}", expected)
+    elif allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        # `serve` sets it.
+        yield finding("plugin-missing", _PLUGINS, repr(allowed), expected, "warning")
 
 
 # Checks
 
 
 def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
-    """Find a vLLM that is missing, unsupported or untried, or that will not load the plugin."""
+    """Find a vLLM that is missing, unsupported or untried."""
     if target.vllm is None:
         yield finding("vllm-unknown", "this Python environment", "no vLLM", f"vllm{SUPPORTED_VLLM}")
     elif not command.is_supported(target.vllm):
@@ -105,18 +104,11 @@ def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         if target.vllm.release[:2] > tried.release[:2]:  # patches do not count
             expected = f"{tried}, the newest that was tried"
             yield finding("vllm-untried", "vLLM", target.vllm, expected)
-    if target.no_plugin is not None:
-        where, found = target.no_plugin
-        severity: Severity = "error" if where != _PLUGINS else "warning"  # `serve` sets it
-        yield finding("plugin-missing", where, found, f"{PLUGIN_NAME} among them", severity)
 
 
 def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
-    """Find GPUs that are unknown or too few, and what the ranks cannot share evenly."""
+    """Find GPUs that are too few, and what the ranks cannot share evenly."""
     hardware, tp = target.hardware, target.tp
-    if target.unknown_because is not None:
-        expected = "GPUs of one kind that NVIDIA's driver tells of"
-        yield finding("gpus-unknown", "this machine", target.unknown_because, expected)
     if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
         found = f"{tp} ranks on {hardware.num_gpus} GPUs"
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
