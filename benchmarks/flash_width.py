@@ -32,7 +32,7 @@ from mtp_graft.checkpoint.quantization_config import ExpertFormat, add_head, rea
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index, save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import base_shapes, stored_as
-from mtp_graft.dsv4.variants import Variant
+from mtp_graft.recipe import Variant
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 
 #: The dimensions of the bundled tiny model, in Flash's pattern of layers.

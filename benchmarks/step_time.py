@@ -122,7 +122,7 @@ def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
     if options.profile:
         length = PROFILES[options.profile].max_model_len
     more: dict[str, Any] = {}
-    drafting: dict[str, Any] = {}
+    drafting = {"draft_sample_method": "probabilistic"} if gpus() else {}  # as `serve` starts it
     if job.draft_lm_head:
         drafting["draft_lm_head_quantization"] = job.draft_lm_head
     if len(job.ks) > 1:

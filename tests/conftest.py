@@ -91,7 +91,7 @@ def quantized(tiny_model: Path, tiny_base: Path) -> Path:
 @pytest.fixture(scope="session")
 def spliced(tiny_model: Path, tiny_base: Path, quantized: Path) -> dict[str, Path]:
     """Checkpoints of `tiny_base` with each variant of the bundled head; not to be changed."""
-    from mtp_graft.dsv4.variants import VARIANTS
+    from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
     from mtp_graft.stages.splice import splice
 
     folders = {variant: tiny_base.with_name(variant) for variant in VARIANTS}

@@ -14,8 +14,8 @@ from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.quant_manifest import QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.checkpoint.shards import load_tensors
-from mtp_graft.dsv4.variants import Variant
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import Variant
 from mtp_graft.stages.splice import splice
 from quantized import report, tiny_quantization, write_quantized
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
-from mtp_graft.dsv4.variants import VARIANTS, decode_head, store_head
+from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.run import run_stage
 from mtp_graft.quant.gptq import gptq
-from mtp_graft.recipe import QuantizeSection, load_recipe
+from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, load_recipe
 from mtp_graft.stages import quantize as stage
 from mtp_graft.stages.inputs import open_inputs
 from mtp_graft.stages.parallel import Clock
@@ -164,10 +164,10 @@ def test_experts_are_gptq_of_the_tokens_that_reach_them(
 def test_report_has_sizes_token_counts_and_errors(done: Path, upstream: dict[str, Tensor]) -> None:
     report = read_report(done)
     variants, tokens = report["variants"], report["tokens_per_expert"]
-    assert [variants[v]["bits_per_weight"] for v in VARIANTS] == [4.125, 4.125, 4.25, 16.0]
+    assert [variants[v]["bits_per_weight"] for v in ALL_VARIANTS] == [4.125, 4.125, 4.25, 16.0]
     assert variants["gptq"]["rel_error"] < variants["rtn"]["rel_error"] < 0.2
     assert variants["mxfp4"]["rel_error"] == variants["bf16"]["rel_error"] == 0.0
-    for variant in VARIANTS:
+    for variant in ALL_VARIANTS:
         head = store_head(upstream, variant, stored_experts(done))
         assert variants[variant]["bytes"] == sum(t.nbytes for t in head.values()), variant
         errors = report["rel_errors"][variant]
@@ -284,7 +284,7 @@ def test_replay_without_attention_gives_the_experts_the_stream_that_came_in(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group_size": 96}, r"experts\.0\.w1: has 256 inputs, .* group size 96"),
+        ({"group_size": 96}, r"experts\.0\.w1: 256 inputs are no multiple of the group size 96"),
         ({"damp": 0.0, "damping": "fixed"}, r"experts\.0\.w1: .* not positive definite"),
     ],
 )

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import build_head, model_config, replay_drafts
-from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
+from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import ScoreSection
+from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, ScoreSection, Variant
 from mtp_graft.stages.score import count_drafts, score
 from synthetic_capture import Played, random_sequences, write_capture
 
@@ -66,11 +66,13 @@ def run(tiny_model: Path, quantized: Path, tmp_path_factory: pytest.TempPathFact
         *,
         capture: Path = captured,
         quantized: Path = quantized,
-        variants: tuple[Variant, ...] = VARIANTS,
+        variants: tuple[Variant, ...] = ALL_VARIANTS,
+        group_size: int = 128,
         report: Callable[[str, int, int], None] = lambda *_: None,
     ) -> dict[str, Any]:
         models = (capture, quantized, tiny_model / "upstream", tiny_model / "base")
-        return score(*models, out, variants, ScoreSection(device="cpu"), report)
+        heads = QuantizeSection(variants=variants, group_size=group_size)
+        return score(*models, out, heads, ScoreSection(device="cpu"), report)
 
     return run_score
 
@@ -112,6 +114,17 @@ def test_score_counts_the_heads_drafts(
     assert gptq["tokens"] == sum(s["drafts"] for s in expected)
     assert gptq["top1"] == sum(s["accepted"] for s in expected) / gptq["tokens"]
     assert gptq["interval"][0] < gptq["top1"] < gptq["interval"][1]
+
+
+def test_experts_are_scored_with_the_recipes_group_size(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    rounded = store_head(load_tensors(tiny_model / "upstream"), "rtn", group_size=64)
+    (tmp_path / "gptq").mkdir()
+    experts = {name: tensor for name, tensor in rounded.items() if ".ffn.experts." in name}
+    save_file(experts, tmp_path / "gptq" / "experts-0000-0063.safetensors")
+    found = run(tmp_path / "score", quantized=tmp_path, variants=("rtn", "gptq"), group_size=64)
+    assert found["acceptance"]["rtn"] == found["acceptance"]["gptq"]
 
 
 def test_a_folder_of_other_variants_or_with_a_damaged_result_is_refused(

@@ -27,8 +27,9 @@ from mtp_graft.checkpoint.quant_manifest import (
 )
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors
-from mtp_graft.dsv4.variants import VARIANTS, Variant
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
+from mtp_graft.recipe import Variant
 from mtp_graft.stages import splice as stage
 from mtp_graft.stages.splice import splice
 from quantized import write_checkpoint

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4 import variants
-from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
+from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import ALL_VARIANTS, Variant
 from references import decode_fp8_blocks, decode_mxfp4
 
 MATRICES = tuple(f"mtp.0.ffn.experts.7.{w}" for w in ("w1", "w2", "w3"))
@@ -46,7 +47,7 @@ def test_upstream_decodes_to_what_its_formats_define(upstream: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("linears", ["fp8", "base", "bf16"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_a_variant_changes_rounded_experts_alone(
     upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor], variant: Variant, linears: Any
 ) -> None:
@@ -67,7 +68,7 @@ def test_gptq_without_an_expert_is_an_error_that_names_it(
         store_head(upstream, "gptq", less)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_meta_tensors_give_a_variants_names_shapes_and_dtypes(
     upstream: dict[str, Tensor], gptq_experts: dict[str, Tensor], variant: Variant
 ) -> None:

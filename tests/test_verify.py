@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
 from mtp_graft.checkpoint.shards import INDEX_NAME
-from mtp_graft.dsv4.variants import VARIANTS, Linears, Variant
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
+from mtp_graft.recipe import Linears, Variant
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 

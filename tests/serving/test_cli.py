@@ -12,6 +12,7 @@ from mtp_graft import pipeline
 from mtp_graft.bench.requests import Report
 from mtp_graft.cli.app import app
 from mtp_graft.cli.pipeline import STAGES
+from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.pipeline import run as stages
 from mtp_graft.recipe import Recipe
 
@@ -26,36 +27,22 @@ def run(vllm: object, run_command: Run) -> Run:
     return run_command
 
 
-def test_dry_run_prints_what_a_shell_can_run(
-    run: Run, vllm: tuple[str, ...], grafted: Path, monkeypatch: pytest.MonkeyPatch
+def test_dry_run_prints_what_a_shell_can_run_and_the_same_as_json(
+    run: Run, vllm: tuple[str, ...], grafted: Path
 ) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0, 1})
-    status, out, errors = run("serve", grafted, "--dry-run", "--max-model-len", 512)
+    words = ("serve", grafted, "--dry-run", "--max-model-len", 512, "--api-key", "s3cret")
+    extra = ("--", "--seed", 7)
+    status, text, errors = run(*words, *extra)
     assert (status, errors) == (0, "")
-    commands = [line for line in out.splitlines(keepends=True) if not line.startswith("#")]
-    assert "".join(commands) == (
-        "export VLLM_ENGINE_READY_TIMEOUT_S=1800\n"
-        "export VLLM_PLUGINS=mtp_graft\nexport HF_HUB_OFFLINE=1\nexport VLLM_NO_USAGE_STATS=1\n"
-        "export VLLM_ENABLE_V1_MULTIPROCESSING=0\nexport OMP_NUM_THREADS=1\n"
-        f"{shlex.join(vllm)} {grafted} --host 127.0.0.1 --port 8000 --tokenizer-mode deepseek_v4 "
-        "--reasoning-parser deepseek_v4 --enable-auto-tool-choice --tool-call-parser deepseek_v4 "
-        "--block-size 256 --kv-cache-dtype fp8 --tensor-parallel-size 1 --max-model-len 512 "
-        "--kv-cache-memory-bytes 1073741824 --enforce-eager --speculative-config "
-        """'{"method":"mtp","num_speculative_tokens":1}'\n"""
-    )
-
-
-def test_dry_run_json_has_the_same_command_and_nothing_else(run: Run, base: Path) -> None:
-    _, text, _ = run("serve", base, "--dry-run", "--api-key", "s3cret", "--", "--seed", 7)
-    status, out, _ = run(
-        "serve", base, "--dry-run", "--json", "-", "--api-key", "s3cret", "--", "--seed", 7
-    )
-    result = json.loads(out)
-    assert status == 0
-    assert shlex.split(text.splitlines()[-1]) == result["argv"]
+    *exports, command = [line for line in text.splitlines() if not line.startswith("#")]
+    result = json.loads(run(*words, "--json", "-", *extra)[1])
+    assert shlex.split(command) == result["argv"]
+    assert result["argv"][: len(vllm) + 1] == [*vllm, str(grafted)]
     assert result["argv"][-2:] == ["--seed", "7"]
-    assert result["env"]["VLLM_API_KEY"] == "***"
-    assert "s3cret" not in out + text
+    assert "--tokenizer-mode deepseek_v4 " in command and "--max-model-len 512 " in command
+    assert '\'{"method":"mtp","num_speculative_tokens":1}\'' in command
+    assert exports == [f"export {k}={shlex.quote(v)}" for k, v in result["env"].items()]
+    assert result["env"]["VLLM_API_KEY"] == "***" and "s3cret" not in text
 
 
 def test_listening_beyond_loopback_without_a_key_warns(run: Run, base: Path) -> None:
@@ -110,53 +97,7 @@ def test_the_command_for_a_cpu_is_printed_anywhere(
     assert "--enforce-eager" in result["argv"]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "serve",
-        "serve x --port high",
-        "serve x --json -",
-        "serve x --host=",
-        "serve x --api-key=",
-        "serve x --served-model-name=",
-        "bench decode",
-        "bench decode --base-url http://u:1 --checkpoint c",
-        "capture",
-        "run",
-        "run x.toml --only",
-        "run x.toml --only train",
-        "run x.toml --from train",
-        "run x.toml --only score --from score",
-        "run x.toml y.toml",
-        "run x.toml --stage score",
-        "demo x.toml",
-        "train",
-    ],
-)
-def test_wrong_usage_is_status_2(run: Run, arguments: str) -> None:
-    status, out, errors = run(*arguments.split())
-    assert (status, out) == (2, "")
-    flag = arguments.rsplit(maxsplit=1)[-1].rstrip("=")
-    assert flag in errors or not arguments.endswith("=")
-
-
-RECIPE = """
-[model]
-name = "m"
-base = "./base"
-upstream = "./upstream"
-[capture]
-calibration_prompts = "prompts.jsonl"
-calibration_count = 1
-evaluation_prompts = "prompts.jsonl"
-evaluation_count = 1
-max_prompt_tokens = 8
-new_tokens = 3
-max_model_len = 64
-[bench]
-prompts = "prompts.jsonl"
-max_tokens = 32
-"""
+RECIPE = find_bundled_recipe()
 RESULT: dict[str, Any] = {
     "acceptance": 0.75,
     "k": 2,
@@ -170,18 +111,6 @@ RESULT: dict[str, Any] = {
     "divergences": [],
     "seconds": {"bench": 1.0},
 }
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, base: Path, prompts_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe for the stand-in's base and prompts, whose tensors have no bytes to check."""
-    (tmp_path / "upstream").mkdir()
-    config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
-    (base / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(stages, "check_run", lambda *_: None)
-    file = tmp_path / "some.toml"
-    file.write_text(RECIPE)
-    return file
 
 
 @pytest.fixture
@@ -235,52 +164,46 @@ def test_demo_runs_every_stage_of_the_bundled_recipe(
 )
 def test_run_does_the_stages_that_are_asked_for(
     run: Run,
-    recipe: Path,
     asked: list[dict[str, Any]],
     arguments: tuple[str, ...],
     stages: tuple[str, ...],
     again: bool,
 ) -> None:
     settings = ("--set", "splice.variant=bf16", "--set", "bench.rounds=7")
-    status, _, errors = run("run", recipe, *arguments, *settings)
+    status, _, errors = run("run", RECIPE, *arguments, *settings)
     assert status == 0, errors
     [call] = asked
     assert (call["stages"], call["again"]) == (stages, again)
-    assert call["run"] == Path("runs/some"), "named after the recipe"
-    assert call["recipe"].splice.variant == "bf16"
-    assert call["recipe"].bench.rounds == 7
-    assert call["recipe"].model.base == str(recipe.parent / "base")
+    assert call["run"] == Path("runs/tiny"), "named after the recipe"
+    assert (call["recipe"].splice.variant, call["recipe"].bench.rounds) == ("bf16", 7)
 
 
-@pytest.mark.parametrize("command", ["demo", "run"])
+@pytest.mark.parametrize("words", [("demo",), ("run", RECIPE)], ids=["demo", "run"])
 def test_json_has_standard_output_for_itself(
-    run: Run, recipe: Path, asked: list[dict[str, Any]], command: str
+    run: Run, asked: list[dict[str, Any]], words: tuple[object, ...]
 ) -> None:
-    status, out, errors = run(command, *([recipe] if command == "run" else []), "--json", "-")
+    status, out, errors = run(*words, "--json", "-")
     assert status == 0
     assert json.loads(out)["acceptance_served"] == RESULT["acceptance_served"]
     assert "74.2 %" in errors
 
 
 def test_a_dry_run_shows_stages_sizes_and_times_and_does_nothing(
-    run: Run, recipe: Path, asked: list[dict[str, Any]], tmp_path: Path
+    run: Run, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    command = ("run", recipe, "--run", tmp_path / "run", "--from", "bench", "--dry-run")
+    command = ("demo", "--run", tmp_path / "run", "--dry-run")
     status, out, errors = run(*command, "--json", "-")
     assert status == 0
     plan = json.loads(out)
-    assert (plan["run"], plan["stages"]) == (str(tmp_path / "run"), ["bench", "report"])
-    assert plan["recipe"]["capture"]["new_tokens"] == 3
-    assert "upstream" in plan["unknown"], "a folder without a model has no sizes"
-    assert run(*command)[1] == errors, "what people read has standard output without --json"
-    assert f"bench, report: in {tmp_path / 'run'}" in errors and "not known therefore" in errors
+    assert (plan["run"], plan["stages"]) == (str(tmp_path / "run"), [*pipeline.STAGES])
+    assert plan["recipe"]["capture"]["new_tokens"] == 96
+    assert "GB to download" in errors and "residuals, BF16" in errors and "room: " in errors
+    assert run(*command, "--set", "model.base=./gone")[1].endswith("not known therefore\n")
     assert asked == [] and not (tmp_path / "run").exists()
-    _, out, _ = run("demo", "--dry-run")
-    assert "GB to download" in out and "residuals, BF16" in out and "room: " in out
 
 
 def test_a_stage_has_its_own_command_and_result(
-    run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
     calls: list[tuple[Path, str]] = []
@@ -291,7 +214,7 @@ def test_a_stage_has_its_own_command_and_result(
 
     monkeypatch.setattr(stages, "run_stage", run_stage)
     for stage in STAGES:
-        status, out, errors = run(stage, recipe, "--run", folder, "--json", "-")
+        status, out, errors = run(stage, RECIPE, "--run", folder, "--json", "-")
         assert status == 0 and json.loads(out) == {"stage": stage}
         assert f"{stage}: done, in" in errors
     assert calls == [(folder, stage) for stage in STAGES]
@@ -300,6 +223,10 @@ def test_a_stage_has_its_own_command_and_result(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("serve MODEL --json -", "--json needs --dry-run or --check"),
+        ("serve MODEL --host=", "--host"),
+        ("serve MODEL --api-key=", "--api-key"),
+        ("serve MODEL --served-model-name=", "--served-model-name"),
         ("serve MODEL --profile 9k --dry-run --gpu H200", "--profile 9k: unknown; expected one"),
         ("serve MODEL --profile 1m --dry-run --gpu H300", "--gpu H300: not a GPU known here"),
         (
@@ -308,16 +235,19 @@ def test_a_stage_has_its_own_command_and_result(
         ),
         ("doctor MODEL --gpu H300", "--gpu H300: not a GPU known here"),
         ("bench mmlu --base-url localhost:8000", "expected http://HOST:PORT"),
-        ("bench decode --base-url http://h:x", "expected http://HOST:PORT"),
+        ("run RECIPE --only train", "'train' is no stage"),
+        ("run RECIPE --from train", "'train' is no stage"),
+        ("run RECIPE --only score --from score", "expected one of them"),
         ("run RECIPE --set bench.rounds=two", "is 'two', expected a valid integer"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
         ("demo --set bench.round=2", "did you mean 'rounds'?"),
+        ("train", "No such command"),
     ],
 )
-def test_a_value_that_means_nothing_is_wrong_usage(
-    run: Run, recipe: Path, tiny_model: Path, arguments: str, message: str
+def test_wrong_usage_is_status_2_and_says_what_is_wrong(
+    run: Run, tiny_model: Path, arguments: str, message: str
 ) -> None:
-    named = {"RECIPE": recipe, "MODEL": tiny_model / "base"}
+    named = {"RECIPE": RECIPE, "MODEL": tiny_model / "base"}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
     assert (status, out) == (2, "")
     assert message in " ".join(errors.replace("│", " ").split())
@@ -328,19 +258,18 @@ def test_a_value_that_means_nothing_is_wrong_usage(
     [
         ("serve nowhere --dry-run", "nowhere: not a folder"),
         ("run RECIPE --only quantize", "run `mtp-graft capture` first"),
-        ("quantize RECIPE", "run `mtp-graft capture` first"),
         ("splice RECIPE", "run `mtp-graft quantize` first"),
         ("run nowhere.toml", "nowhere.toml: not readable"),
         ("fetch RECIPE --set model.base=./gone", "gone: not a folder"),
         ("capture RECIPE --set bench.prompts=x --run FILE", "use another --run"),
-        ("capture RECIPE --set capture.evaluation_count=9", "ask for fewer"),
+        ("capture RECIPE --set capture.evaluation_count=999", "ask for fewer"),
     ],
 )
 def test_a_mistake_is_one_message_and_status_1(
-    run: Run, recipe: Path, tmp_path: Path, arguments: str, message: str
+    run: Run, tmp_path: Path, arguments: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
-    named = {"RECIPE": recipe, "FILE": tmp_path / "file"}
+    named = {"RECIPE": RECIPE, "FILE": tmp_path / "file"}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
     assert (status, out) == (1, "")
     lines = errors.splitlines()
@@ -369,13 +298,11 @@ def test_every_command_refuses_an_unwritable_result_before_anything_else(
     assert list(tmp_path.glob("runs")) == []
 
 
-def test_looking_whether_a_result_can_be_written_leaves_no_file(
-    run: Run, recipe: Path, tmp_path: Path
-) -> None:
+def test_looking_whether_a_result_can_be_written_leaves_no_file(run: Run, tmp_path: Path) -> None:
     there, new = tmp_path / "there.json", tmp_path / "new.json"
     there.write_text("of an earlier run")
     for file in (there, new):
-        assert run("quantize", recipe, "--run", tmp_path / "run", "--json", file)[0] == 1
+        assert run("quantize", RECIPE, "--run", tmp_path / "run", "--json", file)[0] == 1
     assert there.read_text() == "of an earlier run" and not new.exists()
 
 

@@ -93,10 +93,10 @@ class StandIns:
         return self._finish("quantize", out, quantize_report(4))
 
     def score(self, *inputs: Any) -> Any:
-        *_, out, variants, _settings, _report = inputs
+        *_, out, heads, _settings, _report = inputs
         texts = [{"id": "p3", "drafts": 4, "accepted": 3}, {"id": "p4", "drafts": 4, "accepted": 1}]
         each = {"top1": 0.5, "tokens": 8, "accepted": 4, "interval": [0.2, 0.8], "sequences": texts}
-        return self._finish("score", out, {"acceptance": dict.fromkeys(variants, each)})
+        return self._finish("score", out, {"acceptance": dict.fromkeys(heads.variants, each)})
 
     def run_in_process(self, stage: Callable[..., Any], *inputs: Any, report: Any) -> Any:
         return stage(*inputs, report)

@@ -6,21 +6,17 @@ pass through everything here, which gives names, shapes and sizes before anythin
 Shapes: O outputs, I inputs.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import TypeAlias, get_args
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from mtp_graft import recipe
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import Format, stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import fp8_block, int4, mxfp4
+from mtp_graft.recipe import Linears, Variant
 
-Variant: TypeAlias = recipe.Variant
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
-Linears: TypeAlias = recipe.Linears
 #: Which of the head's FP8 modules are decoded to BF16 (exact); the others keep their codes. "base"
 #: is as in the base, "bf16" as in the published checkpoint.
 _DECODED: dict[Linears, tuple[str, ...]] = {
@@ -75,18 +71,15 @@ def store_head(
     are missing or do not fit each other, and for a gptq expert that is not in `gptq_experts`.
     """
     stored: dict[str, Tensor] = {}
-    for module, parts in _modules(upstream):
-        kind = _check(module, parts, group_size)
-        if is_expert(module):
-            if kind != "mxfp4":
-                raise GraftError(f"{module}: is {kind}, expected upstream's MXFP4")
+    for module, kind, parts in _modules(upstream, group_size):
+        expected = ("mxfp4",) if is_expert(module) else ("fp8", "plain")
+        if kind not in expected:
+            raise GraftError(f"{module}: is {kind}, expected upstream's {' or '.join(expected)}")
+        kept = parts
+        if kind == "mxfp4":
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
         elif kind == "fp8" and module.startswith(_DECODED[linears]):
             kept = {"weight": _decode(kind, parts).to(torch.bfloat16)}
-        elif kind in ("fp8", "plain"):
-            kept = parts
-        else:
-            raise GraftError(f"{module}: is {kind}, expected upstream's FP8, or no scale")
         stored |= {f"{module}.{part}" if part else module: t for part, t in kept.items()}
     return stored
 
@@ -97,8 +90,7 @@ def decode_head(stored: Mapping[str, Tensor], *, group_size: int = 128) -> dict[
     Raises GraftError for parts that do not fit each other.
     """
     decoded: dict[str, Tensor] = {}
-    for module, parts in _modules(stored):
-        kind = _check(module, parts, group_size)
+    for module, kind, parts in _modules(stored, group_size):
         decoded[module if "" in parts else f"{module}.weight"] = _decode(kind, parts)
     return decoded
 
@@ -109,8 +101,8 @@ def int4_parts(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return dict(zip(_INT4_PARTS, (int4.pack(codes), scale, shape), strict=True))
 
 
-def _modules(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, dict[str, Tensor]]]:
-    """Yield every module with its parts, upstream's under the checkpoint's names (exact)."""
+def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[str, Format, Parts]]:
+    """Yield every module with its parts, checked; upstream's get a checkpoint's names (exact)."""
     for module, by_part in group_by_module(tensors).items():
         parts = {part: tensors[name] for part, name in by_part.items()}
         if parts.keys() == {"weight", "scale"}:
@@ -120,7 +112,7 @@ def _modules(tensors: Mapping[str, Tensor]) -> Iterable[tuple[str, dict[str, Ten
                 parts = {"weight_packed": codes.view(torch.uint8), "weight_scale": as_byte}
             else:  # a power of two is exact in BF16
                 parts = {"weight": codes, "weight_scale": scale.to(torch.bfloat16)}
-        yield module, parts
+        yield module, _check(module, parts, group_size), parts
 
 
 def _store_expert(
@@ -147,7 +139,7 @@ def _store_expert(
                     f"{missing[0]}: not among the quantized experts; run `quantize` to its end"
                 )
             found = {part: gptq_experts[name] for part, name in given.items()}
-            _check(module, found, group_size, _shape("mxfp4", parts))
+            _check_matrix(module, "int4", found, _shape("mxfp4", parts), group_size)
             return found
 
 
@@ -171,13 +163,8 @@ def _shape(kind: Format, parts: Parts) -> tuple[int, int]:
     return codes.shape[0], codes.shape[-1] * {"int4": int4.CODES_PER_WORD, "mxfp4": 2}.get(kind, 1)
 
 
-def _check(
-    module: str, parts: Parts, group_size: int, shape: tuple[int, int] | None = None
-) -> Format:
-    """Return the format of a module's parts; raise GraftError if they do not fit each other.
-
-    They must be those of a matrix of `shape`, if that is given.
-    """
+def _check(module: str, parts: Parts, group_size: int) -> Format:
+    """Return the format of a module's parts; raise GraftError if they do not fit each other."""
     kind = _FORMATS.get(frozenset(parts))
     if kind is None:
         raise GraftError(
@@ -185,12 +172,20 @@ def _check(
             "codes with their scale, or an unquantized weight; a tensor is missing or does not "
             "belong here"
         )
-    if kind == "plain":
-        (tensor,) = parts.values()
-        if not tensor.is_floating_point() or tensor.element_size() == 1:
-            raise GraftError(f"{module}: is {tensor.dtype} without a scale; fetch the shard again")
+    if kind != "plain":
+        _check_matrix(module, kind, parts, _shape(kind, parts), group_size)
         return kind
-    shape, group = shape or _shape(kind, parts), mxfp4.GROUP if kind == "mxfp4" else group_size
+    (tensor,) = parts.values()
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        raise GraftError(f"{module}: is {tensor.dtype} without a scale; fetch the shard again")
+    return kind
+
+
+def _check_matrix(
+    module: str, kind: Format, parts: Parts, shape: tuple[int, int], group_size: int
+) -> None:
+    """Raise GraftError for parts that are not those of a matrix of `shape`."""
+    group = mxfp4.GROUP if kind == "mxfp4" else group_size
     if kind != "fp8":
         _expect_whole_groups(module, shape[1], group)
     for part, like in stored_as("weight", shape, kind, group).items():
@@ -202,15 +197,16 @@ def _check(
                 f"{group}); recipe and checkpoint disagree, or the shard is damaged"
             )
     scale, stored_shape = parts["weight_scale"], parts.get("weight_shape")
+    if scale.is_meta:
+        return
     if kind == "mxfp4":
         scale = scale.view(torch.float8_e8m0fnu)
-    if not scale.is_meta and not torch.isfinite(scale.float()).all():
+    if not torch.isfinite(scale.float()).all():
         raise GraftError(
             f"{module}: has a scale that is not finite; the shard is damaged, fetch it"
         )
-    if stored_shape is None or stored_shape.is_meta or tuple(stored_shape.tolist()) == shape:
-        return kind
-    raise GraftError(f"{module}: weight_shape is {stored_shape.tolist()}, expected {shape}")
+    if stored_shape is not None and tuple(stored_shape.tolist()) != shape:
+        raise GraftError(f"{module}: weight_shape is {stored_shape.tolist()}, expected {shape}")
 
 
 def _expect_whole_groups(module: str, inputs: int, group_size: int) -> None:

@@ -18,8 +18,7 @@ from mtp_graft.bench.acceptance import measure_acceptance
 from mtp_graft.bench.decode import DecodeConfig, compare, measure_turn
 from mtp_graft.bench.requests import measured
 from mtp_graft.checkpoint.capture import read_texts
-from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints, read_result
+from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.serving.client import COUNT_DRAFTS, Prompt, ServerClient
@@ -29,7 +28,7 @@ from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
 from mtp_graft.stages.capture import recording_options
-from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME
+from mtp_graft.stages.inputs import CALIBRATION, EVALUATION
 
 
 def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions:
@@ -92,9 +91,9 @@ def bench(run: Run) -> list[Path]:
             options = measuring_options(run, run.checkpoint(variant), run.recipe.bench.k)
             with serving(run, options, variant) as client:
                 _measure_head(run, variant, base["prompts"], client)
-    mtp = read_result(run.bench_unit("mtp")) or {}
+    mtp = run.result("bench/mtp") or {}
     compared = compare([base], [mtp], _config(run))
-    write_json(compared | {"adjusted": mtp["adjusted"]}, run.bench_unit("decode"))
+    run.keep("bench/decode", compared | {"adjusted": mtp["adjusted"]})
     return run.manifests
 
 
@@ -119,7 +118,7 @@ def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict
 
 def has_served(run: Run, variant: str) -> bool:
     """Return whether vLLM has loaded and served the variant's present head."""
-    served = read_result(run.bench_unit(f"served-{variant}"))
+    served = run.result(f"bench/served-{variant}")
     return served is not None and served["head"] == _head(run, variant)
 
 
@@ -140,8 +139,8 @@ def _measure_head(
     run: Run, variant: str, prompts: Mapping[str, Sequence[int]], client: ServerClient
 ) -> None:
     """Note that a served head loaded; measure its acceptance, and decode `prompts` if chosen."""
-    if (verified := read_result(run.verified(variant))) is not None:
-        write_json({**verified, "loaded_in_vllm": True}, run.verified(variant))
+    if (verified := run.result(f"verify/{variant}")) is not None:
+        run.keep(f"verify/{variant}", verified | {"loaded_in_vllm": True})
     capture, label = run.recipe.capture, f"acceptance: {variant}"
     texts = [t for t in read_texts(run.path / "capture") if t.split == EVALUATION]
     texts = texts[: run.recipe.bench.acceptance_count]
@@ -149,8 +148,8 @@ def _measure_head(
     served = measure_acceptance(client, texts, *limits, run.report, label)
     if variant == run.recipe.splice.variant:
         found = measure_turn(client, prompts, _config(run), run.report, "MTP: decode")
-        write_json(found | {"adjusted": run.adjusted}, run.bench_unit("mtp"))
-    write_json(served | {"head": _head(run, variant)}, run.bench_unit(f"served-{variant}"))
+        run.keep("bench/mtp", found | {"adjusted": run.adjusted})
+    run.keep(f"bench/served-{variant}", served | {"head": _head(run, variant)})
 
 
 def _config(run: Run) -> DecodeConfig:
@@ -164,7 +163,7 @@ def _prompts(run: Run) -> Iterator[Prompt]:
         CALIBRATION: capture.calibration_prompts,
         EVALUATION: capture.evaluation_prompts,
     }
-    dropped = (read_result(run.finished("capture") / REPORT_NAME) or {}).get("dropped", ())
+    dropped = (run.result("capture/report") or {}).get("dropped", ())
     seen = [(text.split, text.id) for text in read_texts(run.path / "capture")]
     seen += [(prompt["split"], prompt["id"]) for prompt in dropped]
     taken = {prompt_id for split, prompt_id in seen if sources[split] == source}

@@ -3,10 +3,11 @@
 import fcntl
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
@@ -15,9 +16,8 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.recipe import Recipe
 from mtp_graft.stages.fetch import FetchedModels, fetch
+from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.parallel import is_first_rank
-
-Report = Callable[[str, int, int], None]  # what is going on, units done, units in all
 
 
 @contextmanager
@@ -53,12 +53,11 @@ class Run:
         recipe: Recipe,
         path: Path,
         stages: Sequence[str] = STAGES,
-        report: Report = lambda _label, _done, _total: None,
+        report: Progress = lambda _label, _done, _total: None,
     ) -> None:
         self.recipe, self.path, self.stages, self.report = recipe, path, stages, report
         self.adjusted: list[str] = []  # what the hardware made of the servers' options
-        self._times = path / "run.json"
-        self.seconds: dict[str, float] = (read_result(self._times) or {}).get("seconds", {})
+        self.seconds: dict[str, float] = (self.result("run") or {}).get("seconds", {})
 
     @cached_property
     def models(self) -> FetchedModels:
@@ -72,6 +71,16 @@ class Run:
             raise GraftError(f"{folder}: not finished; run `mtp-graft {stage}` first")
         return folder
 
+    def result(self, name: str) -> dict[str, Any] | None:
+        """Return what was found, such as `score/report`, `verify/gptq`; None if nothing yet."""
+        return read_result(self.path / f"{name}.json")
+
+    def keep(self, name: str, result: Mapping[str, Any]) -> None:
+        """Write what `result` will return."""
+        path = self.path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(result, path)
+
     def checkpoint(self, variant: str) -> Path:
         """Return where the checkpoint with this head is, or will be."""
         return self.path / "splice" / variant / self.recipe.model.name
@@ -80,14 +89,6 @@ class Run:
     def manifests(self) -> list[Path]:
         """The checkpoints' manifests, which have the hashes of all their tensors."""
         return [self.checkpoint(v) / MANIFEST_NAME for v in self.recipe.served_variants]
-
-    def verified(self, variant: str) -> Path:
-        """Return the file with what `verify` found in a checkpoint."""
-        return self.path / "verify" / f"{variant}.json"
-
-    def bench_unit(self, unit: str) -> Path:
-        """Return the file of one measurement: `base`, `mtp`, `decode` or `served-VARIANT`."""
-        return self.path / "bench" / f"{unit}.json"
 
     def forget(self) -> None:
         """Remove what the stages to do have left, and the time they took."""
@@ -113,4 +114,4 @@ class Run:
 
     def _write(self) -> None:
         if is_first_rank():
-            write_json({"seconds": self.seconds}, self._times)
+            self.keep("run", {"seconds": self.seconds})

@@ -6,12 +6,11 @@ from typing import Any
 from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
-from mtp_graft.checkpoint.manifest import package_versions, read_result
+from mtp_graft.checkpoint.manifest import package_versions
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.device import device_name
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.stages.inputs import REPORT_NAME
 
 _ERROR_NOTE = (
     "Relative errors are weighted with the Hessian of the calibration tokens themselves, which "
@@ -26,24 +25,26 @@ _CPU_NOTE = (
 
 def summarize(run: Run) -> dict[str, Any]:
     """Return the JSON of `run` and `demo`; what has not been run yet is null."""
-    decode = read_result(run.bench_unit("decode")) or {}
-    scored = (read_result(run.path / "score" / REPORT_NAME) or {}).get("acceptance", {})
+    decode = run.result("bench/decode") or {}
+    scored = (run.result("score/report") or {}).get("acceptance", {})
     served, chosen = _served(run), run.recipe.splice.variant
     main = served.get("gptq") or served.get(chosen) or {}
     report = run.path / "report" / PAGE_NAME
+    sides = {"base": decode["against"], "mtp": decode} if decode else {}
+    speeds = {side: found["decode_tok_s"]["median"] for side, found in sides.items()}
     return {
         "k": (decode or main).get("k"),
-        **{
-            key: main.get(key)
-            for key in ("acceptance", "acceptance_by_position", "acceptance_length")
-        },
+        "acceptance": main.get("acceptance"),
+        "acceptance_by_position": main.get("acceptance_by_position"),
+        "acceptance_length": main.get("acceptance_length"),
         "acceptance_served": {v: found["acceptance"] for v, found in served.items()},
         "acceptance_offline": {v: found["top1"] for v, found in scored.items()},
         "acceptance_difference": _differences(served),
         "acceptance_difference_offline": _differences(scored),
         "intervals_served": {v: found["interval"] for v, found in served.items()},
-        "decode_tok_s": _speeds(decode) if decode else None,
-        **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
+        "decode_tok_s": speeds or None,
+        "greedy_identical": decode.get("greedy_identical"),
+        "divergences": decode.get("divergences"),
         "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
         "checkpoint": str(run.checkpoint(chosen)),
         "report": str(report) if report.exists() else None,
@@ -53,42 +54,36 @@ def summarize(run: Run) -> dict[str, Any]:
 def report_run(run: Run) -> list[Path]:
     """Write the report stage's page."""
     served, capture = _served(run), run.recipe.capture
-    base, mtp, decode = (read_result(run.bench_unit(u)) for u in ("base", "mtp", "decode"))
-    notes = [
-        _ERROR_NOTE,
-        *(
-            f"{variant}: with drafts, {capture.concurrency} requests at once, "
-            f"{found['identical']} of {found['texts']} texts equal the captured ones; sums then "
-            "round in another order."
-            for variant, found in served.items()
-        ),
-        *([_CPU_NOTE] if find_vllm().platform == "cpu" else []),
-        *(f"Serving: {text}." for text in (decode or {}).get("adjusted", [])),
+    decode = run.result("bench/decode")
+    notes = [_ERROR_NOTE]
+    notes += [
+        f"{variant}: with drafts, {capture.concurrency} requests at once, {found['identical']} of "
+        f"{found['texts']} texts equal the captured ones; sums then round in another order."
+        for variant, found in served.items()
     ]
-    stages = ("capture", "quantize", "score")
+    if find_vllm().platform == "cpu":
+        notes.append(_CPU_NOTE)
+    notes += [f"Serving: {text}." for text in (decode or {}).get("adjusted", [])]
     results = RunResults(
         result=summarize(run),
-        **{stage: read_result(run.path / stage / REPORT_NAME) for stage in stages},
+        capture=run.result("capture/report"),
+        quantize=run.result("quantize/report"),
+        score=run.result("score/report"),
         served=served or None,
         decode=decode,
-        verify=read_result(run.verified(run.recipe.splice.variant)),
+        verify=run.result(f"verify/{run.recipe.splice.variant}"),
         model=run.recipe.model.name,
         device=device_name(),
         versions=package_versions(),
         notes=notes,
-        recorded=recorded_answers(base, mtp),
+        recorded=recorded_answers(run.result("bench/base"), run.result("bench/mtp")),
     )
     write_report(run.path / "report", results)
     return []
 
 
-def _speeds(decode: dict[str, Any]) -> dict[str, float]:
-    sides = {"base": decode["against"], "mtp": decode}
-    return {name: side["decode_tok_s"]["median"] for name, side in sides.items()}
-
-
 def _served(run: Run) -> dict[str, dict[str, Any]]:
-    found = {v: read_result(run.bench_unit(f"served-{v}")) for v in run.recipe.served_variants}
+    found = {v: run.result(f"bench/served-{v}") for v in run.recipe.served_variants}
     return {variant: result for variant, result in found.items() if result is not None}
 
 

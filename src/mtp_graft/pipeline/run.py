@@ -20,13 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import (
-    CONFIG_NAME,
-    fingerprints,
-    read_result,
-    write_manifest,
-)
+from mtp_graft.checkpoint.manifest import fingerprints, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
@@ -39,7 +33,7 @@ from mtp_graft.pipeline.bench import (
     serving,
 )
 from mtp_graft.pipeline.device import device_name, torch_device
-from mtp_graft.pipeline.folder import Report, Run, locked
+from mtp_graft.pipeline.folder import Run, locked
 from mtp_graft.pipeline.plan import check_run
 from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.recipe import Device, Recipe, Variant
@@ -47,7 +41,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.capture import capture, recording_options
-from mtp_graft.stages.inputs import REPORT_NAME
+from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import num_ranks
 from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.quantize import quantize
@@ -59,7 +53,7 @@ from mtp_graft.stages.verify import require_sound, verify
 def run_pipeline(
     recipe: Recipe,
     folder: Path,
-    report: Report,
+    report: Progress,
     stages: Sequence[str] = STAGES,
     *,
     again: bool = False,
@@ -85,7 +79,7 @@ def run_pipeline(
         return summarize(run)
 
 
-def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[str, Any]:
+def run_stage(recipe: Recipe, folder: Path, stage: str, report: Progress) -> dict[str, Any]:
     """Run one stage of `recipe` in the run folder; return the stage's own JSON.
 
     Under torchrun every rank calls it, for `quantize` alone. Raises GraftError as `run_pipeline`
@@ -98,8 +92,7 @@ def run_stage(recipe: Recipe, folder: Path, stage: str, report: Report) -> dict[
     if stage == "splice":
         checkpoint = run.checkpoint(chosen)
         return {"checkpoint": str(checkpoint), **(read_result(checkpoint / MANIFEST_NAME) or {})}
-    result = run.verified(chosen) if stage == "verify" else folder / stage / REPORT_NAME
-    return read_result(result) or {}
+    return run.result(f"verify/{chosen}" if stage == "verify" else f"{stage}/report") or {}
 
 
 def _fetch(run: Run) -> None:
@@ -150,7 +143,7 @@ def _score(run: Run) -> None:
     captured, quantized = run.finished("capture"), run.finished("quantize")
     inputs = captured, quantized, run.models.upstream, run.models.base
     settings, out = run.recipe.score, run.path / "score"
-    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize.variants, settings)
+    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize, settings)
 
 
 def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
@@ -182,7 +175,7 @@ def _verify(run: Run) -> list[Path]:
     quantized, base = run.finished("quantize"), run.models.base
     run.finished("splice")
     # By size, first and last MiB; None without a capture.
-    known = (read_result(run.path / "capture" / CONFIG_NAME) or {}).get("base")
+    known = (run.result("capture/config") or {}).get("base")
     as_captured = None if known is None else known == fingerprints([base / name for name in known])
     for variant in _variants(run, "verify"):
         checkpoint = run.checkpoint(variant)
@@ -190,8 +183,7 @@ def _verify(run: Run) -> list[Path]:
         found["loaded_in_vllm"] = True if has_served(run, variant) else None
         found["base_as_captured"] = as_captured
         found["ok"] = found["ok"] and as_captured is not False
-        run.verified(variant).parent.mkdir(parents=True, exist_ok=True)
-        write_json(found, run.verified(variant))
+        run.keep(f"verify/{variant}", found)
         require_sound(checkpoint, found)
     return run.manifests
 

@@ -42,8 +42,6 @@ from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
 
-#: The share of all texts that is also sent without recording, to compare the speeds.
-_MEASURED_SHARE = 1 / 20
 #: How long the server may take to write what it computed.
 WRITE_TIMEOUT_S = 60.0
 
@@ -85,8 +83,8 @@ def capture(
 
     `serving` gives a server started with `recording_options` that gets no other requests; it is
     not entered if the capture is finished. What an earlier, killed call finished is not done again.
-    Of the result, `dropped` are prompts that are too long, and a speed is null where nothing was
-    left to measure. Raises GraftError if the server fails (with the reason from its `log`) or does
+    Of the result, `dropped` are prompts that are too long, and the speed is null where no text was
+    missing. Raises GraftError if the server fails (with the reason from its `log`) or does
     not record, for too few prompts that are short enough, and if `out` was begun with another base,
     other prompts or other settings.
     """
@@ -96,7 +94,7 @@ def capture(
     with serving as client, _explained(client, log):
         asked, dropped = _choose(client, settings)
         generate_tok_s = _generate(client, out, settings, asked, report)
-        prefill_tok_s = _record(client, out, settings, report)
+        _record(client, out, settings, report)
     sequences = read_sequences(out)
     seconds = time.perf_counter() - started
     result = {
@@ -104,7 +102,7 @@ def capture(
         "tokens": sum(s.tokens for s in sequences),
         "splits": {split: sum(s.split == split for s in sequences) for split in _wanted(settings)},
         "dropped": dropped,
-        "tok_s": {"generate": generate_tok_s, **prefill_tok_s},
+        "tok_s": {"generate": generate_tok_s},
         "seconds": seconds,
     }
     write_json(result, out / REPORT_NAME)
@@ -203,44 +201,21 @@ def _generate(
     return tokens / (time.perf_counter() - started) if tokens else None
 
 
-def _record(
-    client: ServerClient, out: Path, settings: CaptureSection, report: Progress
-) -> dict[str, float | None]:
-    """Have every text recorded that is not yet; return the speeds without and with recording.
-
-    Both are of the first few texts, which are sent both ways.
-    """
+def _record(client: ServerClient, out: Path, settings: CaptureSection, report: Progress) -> None:
+    """Have every text recorded that is not yet, `concurrency` of them at a time."""
     texts, size = read_texts(out), settings.concurrency
     done = {sequence.number for sequence in read_sequences(out)}
     missing = [text for text in texts if text.number not in done]
     _remove_strays(out)
-
-    def prefill(block: Sequence[FinishedText]) -> None:
-        with ThreadPool(size) as pool:
-            for _ in pool.imap_unordered(lambda t: client.complete(t.token_ids, 1), block):
-                pass
-
-    def record(block: Sequence[FinishedText]) -> None:
-        with _recording(out):
-            prefill(block)
-            _collect(out, block)
-        done.update(text.number for text in block)
-        report("capture: record", len(done), len(texts))
-
-    report("capture: record", len(done), len(texts))
-    few = missing[: max(1, min(size, int(len(missing) * _MEASURED_SHARE)))]
-    tok_s: dict[str, float | None] = dict.fromkeys(("prefill", "prefill_recording"))
-    if few:
-        prefill(few)  # warm-up: the first prefills of such length
-        for name, send in zip(tok_s, (prefill, record), strict=True):
-            started = time.perf_counter()
-            send(few)
-            tokens = sum(len(text.token_ids) for text in few)
-            tok_s[name] = tokens / (time.perf_counter() - started)
-    for first in range(len(few), len(missing), size):
-        record(missing[first : first + size])
+    with ThreadPool(size) as pool:
+        for first in range(0, len(missing), size):
+            report("capture: record", len(done) + first, len(texts))
+            block = missing[first : first + size]
+            with _recording(out):
+                pool.map(lambda text: client.complete(text.token_ids, 1), block)
+                _collect(out, block)
+    report("capture: record", len(texts), len(texts))
     _remove_strays(out)
-    return tok_s
 
 
 # Recordings while they come: the switch that the server looks at, and what it has written

@@ -41,9 +41,9 @@ from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.hessians import RoutedTokens, expert_hessians
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
 from mtp_graft.dsv4.replay import build_head, replay_routing
-from mtp_graft.dsv4.variants import VARIANTS, Variant, decode_head, store_head
+from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import QuantizeSection
+from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, Variant
 from mtp_graft.stages import parallel
 from mtp_graft.stages.inputs import CALIBRATION, GPTQ, REPORT_NAME, Inputs, Progress, open_inputs
 from mtp_graft.stages.parallel import Clock
@@ -99,13 +99,7 @@ def quantize(
 def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
     """Check what can be checked before anything is computed."""
     inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
-    widths = {"w1": inputs.model.hidden_size, "w2": inputs.model.moe_intermediate_size}
-    for matrix, num_inputs in widths.items():
-        if num_inputs % settings.group_size:
-            raise GraftError(
-                f"{expert_name(0, matrix)}: has {num_inputs} inputs, expected a multiple of the "
-                f"group size {settings.group_size}; choose a group size that divides it"
-            )
+    _stored_expert(inputs, "rtn", settings.group_size)
     sequences = [s for s in inputs.sequences if s.calibration_tokens]
     if not sequences:
         raise GraftError(
@@ -142,6 +136,15 @@ def _is_done(file: Path) -> bool:
 def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
     prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
     return [name for name in inputs.head.files if name.startswith(prefixes)]
+
+
+def _stored_expert(inputs: Inputs, variant: Variant, group_size: int) -> dict[str, Tensor]:
+    """Return the first expert as `variant` stores it, without values; the others are alike.
+
+    Raises GraftError for a group size that does not divide the inputs of its matrices.
+    """
+    upstream = {name: inputs.head.meta[name] for name in _upstream_names(inputs, range(1))}
+    return store_head(upstream, variant, group_size=group_size)
 
 
 # Replay
@@ -279,12 +282,12 @@ def _report(
     seconds, gpu_bytes, peak_bytes = zip(*measured, strict=True)
     known = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     counts: list[int] = [count for batch in known for count in batch["counts"]]
-    errors: dict[str, dict[str, list[float]]] = {
+    errors: dict[Variant, dict[str, list[float]]] = {
         v: {m: [e for batch in known for e in batch["rel_errors"][v][m]] for m in MATRICES}
-        for v in VARIANTS
+        for v in ALL_VARIANTS
     }
     return {
-        "variants": {v: _summary(inputs, v, errors[v], settings.group_size) for v in VARIANTS},
+        "variants": {v: _summary(inputs, v, errors[v], settings.group_size) for v in errors},
         "tokens_per_expert": {
             "min": min(counts),
             "mean": sum(counts) / len(counts),
@@ -308,11 +311,11 @@ def _report(
 def _summary(
     inputs: Inputs, variant: Variant, errors: Mapping[str, list[float]], group_size: int
 ) -> dict[str, float]:
-    """Return size and mean error of a variant; the experts are alike, so one is laid out."""
-    model, first = inputs.model, _upstream_names(inputs, range(1))
+    """Return size and mean error of a variant."""
+    model = inputs.model
     others = {n: t for n, t in inputs.head.meta.items() if not n.startswith(EXPERTS_PREFIX)}
     as_stored: Variant = "rtn" if variant == "gptq" else variant  # INT4 both
-    stored = store_head({n: inputs.head.meta[n] for n in first}, as_stored, group_size=group_size)
+    stored = _stored_expert(inputs, as_stored, group_size)
     expert = {name: tensor.nbytes for name, tensor in stored.items()}
     # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
     codes = sum(size for name, size in expert.items() if not name.endswith("_shape"))

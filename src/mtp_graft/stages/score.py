@@ -9,22 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.shards import Shard, load_tensors
-from mtp_graft.dsv4.head import MTPHead
+from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import build_head, replay_drafts
-from mtp_graft.dsv4.variants import Variant, decode_head, store_head
+from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import ScoreSection
+from mtp_graft.recipe import QuantizeSection, ScoreSection, Variant
 from mtp_graft.serving.metrics import wilson_interval
 from mtp_graft.stages.inputs import (
     EVALUATION,
     REPORT_NAME,
     Inputs,
     Progress,
+    Tensors,
     expert_files,
     open_inputs,
 )
@@ -40,11 +38,11 @@ def score(
     upstream: Path,
     base: Path,
     out: Path,
-    variants: Sequence[Variant],
+    heads: QuantizeSection,
     settings: ScoreSection,
     report: Progress,
 ) -> dict[str, Any]:
-    """Write the acceptance of `variants` to `out/report.json` and return it.
+    """Write the acceptance of each of the `heads.variants` to `out/report.json` and return it.
 
     A finished variant is not scored again. Raises GraftError for inputs that do not fit each
     other, a capture that leaves nothing to draft, and if `out` is of another configuration.
@@ -57,20 +55,23 @@ def score(
             f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
             "sequences); expected sequences with at least two tokens after the prompt"
         )
-    experts = expert_files(quantized) if "gptq" in variants else []
-    decisive = {"variants": list(variants), "device": device}
+    experts = expert_files(quantized) if "gptq" in heads.variants else []
+    decisive: dict[str, Any] = {"variants": list(heads.variants), "group_size": heads.group_size}
+    decisive["device"] = device
     manifest.claim_folder(
         out, {**decisive, "inputs": manifest.fingerprints([*inputs.files, *experts])}
     )
     if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
         return finished
     acceptance: dict[Variant, dict[str, Any]] = {}
-    for variant in variants:
+    for variant in heads.variants:
         path = out / f"{variant}.json"
         if (scored := manifest.read_result(path)) is None:
             same = [acceptance[v] for v in _EXACT if v in acceptance and variant in _EXACT]
             with single_thread():
-                scored = same[0] if same else _score(inputs, variant, experts, device, report)
+                scored = (
+                    same[0] if same else _score(inputs, variant, heads, experts, device, report)
+                )
             write_json(scored, path)
         acceptance[variant] = scored
     result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
@@ -81,12 +82,20 @@ def score(
 
 
 def _score(
-    inputs: Inputs, variant: Variant, experts: Sequence[Path], device: str, report: Progress
+    inputs: Inputs,
+    variant: Variant,
+    heads: QuantizeSection,
+    experts: Sequence[Path],
+    device: str,
+    report: Progress,
 ) -> dict[str, Any]:
     """Return the acceptance of one variant, over all sequences and of each."""
     label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
-    head = _load_head(inputs, variant, experts, device)
+    group_size, upstream = heads.group_size, inputs.read_upstream([*inputs.head.files])
+    with Tensors.in_files(experts).opened() as gptq:
+        stored = store_head(upstream, variant, gptq, group_size=group_size)
+    head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
     base = load_tensors(inputs.base, ["embed.weight", "head.weight"])
     embed, lm_head = base["embed.weight"], base["head.weight"].to(head.h_proj.weight)  # [V, D]
     sequences: list[dict[str, Any]] = []
@@ -105,19 +114,6 @@ def _score(
         "interval": list(wilson_interval(accepted, made)),
         "sequences": sequences,
     }
-
-
-def _load_head(
-    inputs: Inputs, variant: Variant, expert_files: Sequence[Path], device: str
-) -> MTPHead:
-    experts: dict[str, Tensor] = {}
-    if variant == "gptq":
-        for path in expert_files:
-            with Shard(path) as shard:
-                experts |= shard.read(shard.meta)
-    upstream = inputs.read_upstream([*inputs.head.files])
-    decoded = decode_head(store_head(upstream, variant, experts))
-    return build_head(inputs.model, decoded, device=device)
 
 
 def count_drafts(drafts: Sequence[int], continuation: Sequence[int]) -> tuple[int, int]:

@@ -29,8 +29,8 @@ from mtp_graft.checkpoint.quantization_config import (
     read_quantization,
 )
 from mtp_graft.dsv4 import variants
-from mtp_graft.dsv4.variants import Linears, Variant
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import Linears, Variant
 from mtp_graft.serving.doctor.checkpoint import modules_of
 from mtp_graft.serving.doctor.schemes import mismatches
 from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
