@@ -79,7 +79,7 @@ def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
         kind = "scale-name" if is_scale else "tensor-name"
         yield kind, old, old, f"{new}, the others alike"
     for name in filter(_OTHER_BLOCK.match, checkpoint.tensors):
-        yield "dspark-drafter", name, "a further block", "mtp.0 alone"
+        yield "dspark-drafter", name, "in a further block", "mtp.0 alone"
 
 
 @merged
