@@ -88,11 +88,9 @@ class ServerClient:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; a text has its own special tokens, a chat the server's."""
-        if isinstance(prompt.content, str):
-            body = {"prompt": prompt.content, "add_special_tokens": False}
-        else:
-            thinking = {"chat_template_kwargs": {"thinking": False}}
-            body = {"messages": prompt.content, **thinking}
+        body: dict[str, Any] = {"prompt": prompt.content, "add_special_tokens": False}
+        if not isinstance(prompt.content, str):
+            body = {"messages": prompt.content, "chat_template_kwargs": {"thinking": False}}
         return self._ask("/tokenize", body, _Tokens).tokens
 
     def complete(
@@ -105,7 +103,7 @@ class ServerClient:
     def complete_counted(
         self, prompt: Sequence[int], max_tokens: int
     ) -> tuple[tuple[int, ...], list[Step]]:
-        """Return the same, and the steps that drafted for it, if it was started to COUNT_DRAFTS."""
+        """Return the same and its steps with drafts, of a server that was told to COUNT_DRAFTS."""
         answer = self._complete(prompt, max_tokens)
         counted = (answer.metrics or {}).get("speculative_decoding") or {}
         # Null for an answer without a verified step: one token, which comes with the prompt.
