@@ -227,11 +227,9 @@ class Handler(BaseHTTPRequestHandler):
         for size in steps(len(tokens)):
             time.sleep(SETTINGS["step_s"])
             new = tokens[done : done + size]
-            text = (
-                {"delta": {"content": "x" * size}}
-                if chat
-                else {"text": "".join(f" {t}" for t in new)}
-            )
+            text: dict[str, Any] = {"text": "".join(f" {t}" for t in new)}
+            if chat:
+                text = {"delta": {"content": "x" * size}}
             self.event({"choices": [{"token_ids": new, "finish_reason": None, **text}]})
             done += size
             if failure == "closes":
