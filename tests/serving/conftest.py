@@ -187,9 +187,3 @@ def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
-
-
-def command_environment(site: Path, **settings: Any) -> dict[str, str]:
-    """Return the environment for a `mtp-graft` subprocess that finds the stand-in."""
-    path = f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return {**os.environ, "PYTHONPATH": path, "FAKE_VLLM": json.dumps(settings)}
