@@ -58,15 +58,14 @@ def config(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
         found = f"{len(ratios)} entries" if ratios else checkpoint.config.get("compress_ratios")
         expected, cure = f"one for each of {layers} layers", "take config.json from the base"
         yield finding("compress-ratios", where, found, expected, "error", cure)
-    if not checkpoint.has_head:
-        yield finding("head-absent", "mtp.*", "no tensor", "a base without its head serves")
-        return
-    if ratios[layers:] != [0] and len(ratios) >= layers:
+    elif checkpoint.has_head and ratios[layers:] != [0]:
         found = f"{len(ratios)} entries, {ratios[-1]} the last"
         expected = f"{layers + 1} entries, the head's last and 0"
         yield finding("compress-ratios", where, found, expected)
     number = checkpoint.config.get("num_nextn_predict_layers")
-    if number != 1:
+    if not checkpoint.has_head:
+        yield finding("head-absent", "mtp.*", "no tensor", "a base without its head serves")
+    elif number != 1:
         where = "config.json: num_nextn_predict_layers"
         yield finding("nextn-count", where, number, 1, "warning" if number is None else "error")
 
