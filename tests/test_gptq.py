@@ -4,15 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import NotPositiveDefiniteError, Scale, gptq, relative_error
-
-quick = settings(max_examples=25, deadline=None)
-seeds = st.integers(0, 2**32 - 1)
 
 
 def problem(
@@ -76,6 +71,7 @@ def oracle(
 @pytest.mark.parametrize("group_size", [8, 24, 48])
 def test_gptq_gives_the_codes_of_the_float64_loop(group_size: int, rule: Scale) -> None:
     weight, hessian = problem(3, 6, 48, seed=3)
+    hessian[0, 11], hessian[0, :, 11] = 0.0, 0.0  # an input that was never seen
     result = gptq(weight, hessian, 0.01, group_size, scale=rule)
     for b in range(3):
         codes, scales, closest = oracle(weight[b], hessian[b], 0.01, group_size, rule)
@@ -84,40 +80,10 @@ def test_gptq_gives_the_codes_of_the_float64_loop(group_size: int, rule: Scale) 
         assert result.scale[b].tolist() == scales
 
 
-@quick
-@given(seeds, st.sampled_from([8, 32]))
-def test_without_correlations_gptq_is_rounding_to_nearest(seed: int, group_size: int) -> None:
-    weight = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(seed))
-    scale = int4.group_scale(weight, group_size)
-    for hessian in (torch.eye(32).expand(2, -1, -1), torch.zeros(2, 32, 32)):
-        result = gptq(weight, hessian, group_size=group_size)
-        assert torch.equal(result.scale, scale)
-        assert torch.equal(result.codes, int4.encode(weight, scale))
-
-
-@quick
-@given(seeds)
-def test_with_correlated_inputs_gptq_errs_less_than_rounding_to_nearest(seed: int) -> None:
-    weight, hessian = problem(2, 32, 64, seed=seed)
-    result = gptq(weight, hessian, group_size=32)
-    scale = int4.group_scale(weight, 32)
-    nearest = int4.decode(int4.encode(weight, scale), scale)
-    gptq_error = relative_error(weight, int4.decode(result.codes, result.scale), hessian)
-    assert (gptq_error < relative_error(weight, nearest, hessian)).all()
-
-
-def test_input_never_seen_is_rounded_to_nearest_and_moves_no_other() -> None:
-    weight, hessian = problem(1, 8, 32, seed=5)
-    dead = 11
-    hessian[:, dead], hessian[:, :, dead] = 0.0, 0.0
-    weight[:, :, dead] = 0.01 * weight[:, :, dead]  # never a group's largest
-    result = gptq(weight, hessian, group_size=32)
-    nearest = int4.encode(weight, result.scale)
-    assert torch.equal(result.codes[:, :, dead], nearest[:, :, dead])
-    weight[:, :, dead] *= -1
-    other = gptq(weight, hessian, group_size=32)
-    alive = torch.arange(32) != dead
-    assert torch.equal(result.codes[:, :, alive], other.codes[:, :, alive])
+def test_inputs_never_seen_are_rounded_to_nearest() -> None:
+    weight = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    result = gptq(weight, torch.zeros(2, 32, 32), group_size=8)
+    assert torch.equal(result.codes, int4.encode(weight, int4.group_scale(weight, 8)))
 
 
 def test_hessian_that_is_not_positive_definite_is_named() -> None:

@@ -21,17 +21,13 @@ def simulate(
     Every start of a server is a little faster or slower, every prompt gains more or less, and
     every measurement has noise of its own; the machine slows down all the while.
     """
-    speeds = []
-    prompts = RNG.normal(4.0, 0.5, (1, 8))
-    gains = RNG.normal(truth, prompt_sd, (1, 8))
-    for number in (0, 1):
-        start = RNG.normal(0.0, start_sd, (pairs, 1))
-        noise = RNG.normal(0.0, noise_sd, (pairs, 8))
-        # base, MTP, MTP, base: the drift is alike for both over two pairs.
-        turn = [2 * q + (number if q % 2 == 0 else 1 - number) for q in range(pairs)]
-        drift = -0.002 * np.array(turn)[:, None]
-        speeds.append(np.exp(prompts + number * gains + start + noise + drift))
-    return speeds[1], speeds[0]
+    prompts, gains = RNG.normal(4.0, 0.5, 8), RNG.normal(truth, prompt_sd, 8)
+    starts = RNG.normal(0.0, start_sd, (2, pairs, 1))
+    noise = RNG.normal(0.0, noise_sd, (2, pairs, 8))
+    turns = np.arange(2 * pairs).reshape(pairs, 2)
+    turns[1::2] = turns[1::2, ::-1]  # base, MTP, MTP, base: the drift is alike for both
+    base, mtp = prompts + starts + noise - 0.002 * turns.T[..., None]
+    return np.exp(mtp + gains), np.exp(base)
 
 
 @pytest.mark.parametrize("truth", [0.0, 0.3])  # 0: base against base
@@ -45,8 +41,8 @@ def test_the_interval_holds_the_true_ratio_at_least_as_often_as_it_says(
 ) -> None:
     held = 0
     for _ in range(SIMULATIONS):
-        ours, theirs = simulate(truth, pairs, start_sd, prompt_sd, noise_sd)
-        low, high = paired_ratio(ours, theirs)["interval"]
+        measured = simulate(truth, pairs, start_sd, prompt_sd, noise_sd)
+        low, high = paired_ratio(*measured)["interval"]
         held += low <= np.exp(truth) <= high
     # 95 % within three deviations of a count out of 300.
     assert held / SIMULATIONS >= 0.95 - 3 * (0.95 * 0.05 / SIMULATIONS) ** 0.5
@@ -71,7 +67,7 @@ def counts(hits: Sequence[int], drafts: int = 20) -> list[dict[str, Any]]:
 
 
 def test_a_small_gain_on_every_text_is_seen_where_separate_intervals_overlap() -> None:
-    """Texts differ by far more than heads do; on each text gptq has one draft more."""
+    # Texts differ by far more than heads do; on each text gptq has one draft more.
     rtn = [random.Random(n).randrange(2, 19) for n in range(60)]
     found = paired_differences({"gptq": counts([h + 1 for h in rtn]), "rtn": counts(rtn)})
     assert found == {"gptq-rtn": pytest.approx([0.05, 0.05])}

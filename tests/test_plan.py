@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,35 +16,22 @@ from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, device, find_bundled_recipe, plan
 from mtp_graft.pipeline.folder import Run
-from mtp_graft.pipeline.plan import Models, Need, check_room, check_run, plan_run, read_models
+from mtp_graft.pipeline.plan import Need, check_room, check_run, plan_run, read_models
 from mtp_graft.recipe import Recipe, load_recipe
-from mtp_graft.serving.memory import (
-    RESERVE_BYTES,
-    kv_cache_bytes,
-    weights_bytes,
-)
+from mtp_graft.serving.memory import RESERVE_BYTES, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages import fetch
 from mtp_graft.stages.fetch import survey
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 from serving.flash import flash
 
-SERVED = ['bench.served_variants=["gptq", "bf16"]']
+TWO_HEADS = ("splice.variant=mxfp4", 'bench.served_variants=["bf16"]')
 
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setattr(device, "gpus", lambda: None)
-    return load_recipe(find_bundled_recipe(), SERVED)
-
-
-@pytest.fixture(scope="module")
-def models() -> Models:
-    recipe = load_recipe(find_bundled_recipe(), SERVED)
-    return read_models(recipe, *survey(recipe.model))
-
-
-Find = Callable[..., list[Need]]
+    return load_recipe(find_bundled_recipe())
 
 
 @pytest.fixture
@@ -52,13 +39,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.fixture
-def find(recipe: Recipe, folder: Path, models: Models) -> Find:
-    """Return a function that finds the needs of some stages; of one kind, if it is named."""
+Find = Callable[..., list[Need]]
 
-    def call(*stages: str, of: str | None = None) -> list[Need]:
-        needs = plan.find_needs(Run(recipe, folder, stages or STAGES), models)
-        return [need for need in needs if of in (None, need.of)]
+
+@pytest.fixture
+def find(recipe: Recipe, folder: Path) -> Find:
+    """Return a function that finds the needs of some stages, with settings in the recipe."""
+
+    def call(*stages: str, settings: Sequence[str] = ()) -> list[Need]:
+        wanted = load_recipe(find_bundled_recipe(), settings) if settings else recipe
+        models = read_models(wanted, *survey(wanted.model))
+        return plan.find_needs(Run(wanted, folder, stages or STAGES), models)
 
     return call
 
@@ -71,22 +62,15 @@ def free_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     )
 
 
-def test_the_heads_take_what_splice_writes(
-    recipe: Recipe, folder: Path, tiny_model: Path, tmp_path: Path
-) -> None:
-    chosen = replace(recipe.splice, variant="mxfp4")
-    bench = replace(recipe.bench, served_variants=("mxfp4", "bf16"))
-    wanted = replace(recipe, splice=chosen, bench=bench)
-    models = read_models(wanted, *survey(wanted.model))
-    [need] = plan.find_needs(Run(wanted, folder, ["splice"]), models)
+def test_the_heads_take_what_splice_writes(find: Find, tiny_model: Path, tmp_path: Path) -> None:
+    [need] = find("splice", settings=TWO_HEADS)
     written = 0
-    for variant in bench.served_variants:
+    for variant in ("mxfp4", "bf16"):
         out = tmp_path / variant
         splice(tiny_model / "base", tiny_model / "upstream", out, variant)
         written += (out / HEAD_SHARD).stat().st_size
     assert 0 <= written - need.bytes < 0.02 * written, "all but the shards' headers"
-    copying = replace(wanted, splice=replace(chosen, copy=True))
-    [copied] = plan.find_needs(Run(copying, folder, ["splice"]), models)
+    [copied] = find("splice", settings=[*TWO_HEADS, "splice.copy=true"])
     base_bytes = sum(f.stat().st_size for f in (tiny_model / "base").iterdir() if f.is_file())
     assert copied.bytes - need.bytes == pytest.approx(2 * base_bytes, rel=0.01)
 
@@ -97,19 +81,20 @@ def test_what_is_needed_is_less_what_earlier_calls_have_written(
     config = json.loads((tiny_model / "base" / "config.json").read_text())
     assert find("fetch") == [], "folders need no download"
     assert {n.stage for n in find()} == {"capture", "quantize", "score", "splice", "bench"}
-    [before] = find("capture", of="disk")
+    before, memory = find("capture")
     capture = recipe.capture
     texts = capture.calibration_count + capture.evaluation_count
     tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
     assert before.bytes == tokens * config["hc_mult"] * config["hidden_size"] * 2
+    assert memory.of == "memory", "on a CPU, as doctor estimates it"
+    assert memory.bytes == weights_bytes(read_meta(tiny_model / "base"), 1, decoded=True)
 
     recordings = folder / "capture" / "recordings"
     recordings.mkdir(parents=True)
     (recordings / "000001.safetensors").write_bytes(bytes(1000))
     (tmp_path / "of the base").write_bytes(bytes(5000))
     (recordings / "linked").hardlink_to(tmp_path / "of the base")
-    [after] = find("capture", of="disk")
-    assert after.bytes == before.bytes - 1000
+    assert find("capture")[0].bytes == before.bytes - 1000
     (folder / "capture" / "manifest.json").write_text("{}")
     assert find("capture") == []
 
@@ -133,11 +118,6 @@ def test_a_small_disk_or_memory_is_refused_before_anything_is_begun(
         check_room([of("memory", "score", 1001)])
 
 
-def test_on_a_cpu_the_served_model_takes_what_doctor_says(find: Find, tiny_model: Path) -> None:
-    [need] = find("capture", of="memory")
-    assert need.bytes == weights_bytes(read_meta(tiny_model / "base"), 1, decoded=True)
-
-
 @pytest.mark.parametrize(
     ("gpu", "found", "asked", "message"),
     [
@@ -153,7 +133,7 @@ def test_the_real_model_is_refused_by_doctors_estimate(
     found: int,
     asked: int,
     message: str | None,
-    models: Models,
+    recipe: Recipe,
     folder: Path,
     repo_root: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -164,6 +144,7 @@ def test_the_real_model_is_refused_by_doctors_estimate(
     settings = [f"serve.tensor_parallel_size={asked}"]
     wanted = load_recipe(repo_root / "recipes" / "dsv4-flash.toml", settings)
     base = {n: t for n, t in full_size.tensors.items() if not n.startswith(HEAD_PREFIX)}
+    models = read_models(recipe, *survey(recipe.model))
     large = replace(models, base=replace(models.base, config=full_size.config), tensors=base)
 
     def check() -> int:
@@ -198,11 +179,7 @@ def test_a_recipe_that_does_not_fit_the_base_is_refused(
 
 
 def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
-    recipe: Recipe,
-    models: Models,
-    folder: Path,
-    tiny_model: Path,
-    free_disk: Callable[[int], None],
+    recipe: Recipe, folder: Path, tiny_model: Path, free_disk: Callable[[int], None]
 ) -> None:
     free_disk(10**12)
     told = plan_run(recipe, folder, STAGES)
@@ -217,25 +194,34 @@ def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
     assert 20 < told["seconds"]["bench"]["seconds"] < 400
     assert "a demo" in told["seconds"]["bench"]["by"]
     assert not folder.exists()
-    large = replace(models.base, sizes={"model.safetensors": 143 * 10**9})
-    times = plan.estimate_times(recipe, [large, models.upstream])
+    base, upstream = survey(recipe.model)
+    large = replace(base, sizes={"model.safetensors": 143 * 10**9})
+    times = plan.estimate_times(recipe, [large, upstream])
     assert times["score"]["seconds"] is None and "never timed" in times["score"]["by"]
     assert "Acti card" in times["capture"]["by"]
 
 
 def test_a_dry_run_says_why_it_knows_no_sizes(
-    recipe: Recipe, repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*_: Any, **__: Any) -> None:
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(fetch, "snapshot_download", unreachable)
-    gone = replace(recipe, model=replace(recipe.model, base="/nowhere"))
     real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")
-    for asked, why in ((gone, "/nowhere: not a folder"), (real, "Name or service not known")):
-        told = plan_run(asked, folder, STAGES)
-        assert why in told["unknown"]
-        assert told["sources"] is told["needs"] is told["seconds"] is None
+    told = plan_run(real, folder, STAGES)
+    assert "Name or service not known" in told["unknown"]
+    assert told["sources"] is told["needs"] is told["seconds"] is None
     folder.touch()
     with pytest.raises(GraftError, match=r"run: cannot be a run folder .*use another --run"):
+        plan_run(real, folder, STAGES)
+
+
+def test_a_run_folder_of_an_earlier_version_is_refused(recipe: Recipe, folder: Path) -> None:
+    manifest = folder / "capture" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"versions": {"mtp-graft": "0.2.0"}}))
+    Run(recipe, folder)
+    manifest.write_text(json.dumps({"versions": {"mtp-graft": "0.1.0"}}))
+    with pytest.raises(GraftError, match=r"run: is a run folder of mtp-graft 0\.1; remove it"):
         plan_run(recipe, folder, STAGES)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +10,22 @@ import pytest
 
 from mtp_graft.bench import charts
 from mtp_graft.bench.answers import recorded_answers
-from mtp_graft.bench.report import RunResults, write_report
+from mtp_graft.bench.report import write_report
 from run_folder import ACCEPTED, DRAFTED, decoded, scored, served
 from run_folder import recorded as kept
 
 STAGES = kept("stages")
-VERIFIED = STAGES["verify/gptq.json"]
-
-
-def whole_run() -> RunResults:
-    acceptance = ACCEPTED["gptq"] / DRAFTED
-    result = {
-        **{"acceptance": acceptance, "acceptance_by_position": [acceptance], "k": 1},
-        **{"acceptance_length": 1 + acceptance, "greedy_identical": True, "divergences": []},
-        "decode_tok_s": {"base": 41.27, "mtp": 58.84},
-        "seconds": {"capture": 64.3, "quantize": 4.9, "score": 8.1, "bench": 118.6},
-    }
-    return RunResults(
-        result,
-        *(STAGES["capture/report.json"], STAGES["quantize/report.json"]),
-        *({"acceptance": scored()}, served(), decoded(), VERIFIED),
-        *("some-model", "some device", {"torch": "2.13.0", "vllm": "0.32.0"}),
-        notes=["A shared machine: only ratios mean something."],
-        recorded=recorded(),
-    )
-
-
-def empty_run() -> RunResults:
-    keys = ("acceptance", "k", "acceptance_length", "decode_tok_s", "greedy_identical")
-    result = {**dict.fromkeys(keys), "divergences": None, "seconds": {}}
-    return RunResults(result, None, None, None, None, None, None, "m", "d", {}, [])
+ACCEPTANCE = ACCEPTED["gptq"] / DRAFTED
+RESULT = {
+    "acceptance": ACCEPTANCE,
+    "acceptance_by_position": [ACCEPTANCE],
+    "acceptance_length": 1 + ACCEPTANCE,
+    "k": 1,
+    "greedy_identical": True,
+    "divergences": [],
+    "decode_tok_s": {"base": 41.27, "mtp": 58.84},
+    "seconds": {"capture": 64.3, "quantize": 4.9, "score": 8.1, "bench": 118.6},
+}
 
 
 def answer(
@@ -67,9 +52,28 @@ def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> Any:
     return recorded_answers(*turns)
 
 
-def written(folder: Path, results: RunResults) -> str:
+WHOLE = {
+    "result": RESULT,
+    "capture": STAGES["capture/report.json"],
+    "quantize": STAGES["quantize/report.json"],
+    "score": {"acceptance": scored()},
+    "served": served(),
+    "decode": decoded(),
+    "verify": STAGES["verify/gptq.json"],
+    "recorded": recorded(),
+    "model": "some-model",
+    "device": "some device",
+    "versions": {"torch": "2.13.0", "vllm": "0.32.0"},
+    "notes": ["A shared machine: only ratios mean something."],
+}
+#: What a run without measurements has of each part.
+NOTHING: dict[str, Any] = dict.fromkeys(WHOLE) | {"served": {}, "versions": {}, "notes": []}
+NOTHING |= {"result": dict.fromkeys(RESULT) | {"seconds": {}}}
+
+
+def written(folder: Path, found: Any = WHOLE, **changed: Any) -> str:
     """Return the page with its white space made single."""
-    return " ".join(write_report(folder, results).read_text(encoding="utf-8").split())
+    return " ".join(write_report(folder, {**found, **changed}).read_text("utf-8").split())
 
 
 def row(*cells: str) -> str:
@@ -84,7 +88,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return written(tmp_path_factory.mktemp("report"), whole_run())
+    return written(tmp_path_factory.mktemp("report"))
 
 
 @pytest.mark.parametrize(
@@ -116,22 +120,21 @@ def test_report_shows_what_was_measured(shown: str, page: str) -> None:
 
 def test_heads_are_compared_on_the_same_texts(tmp_path: Path) -> None:
     differences = {"gptq-rtn": [-0.03, -0.01], "gptq-bf16": [-0.0135, 0.0016]}
-    result = {**whole_run().result, "acceptance_difference": differences}
-    page = written(tmp_path, replace(whole_run(), result=result))
+    page = written(tmp_path, result={**RESULT, "acceptance_difference": differences})
     said = "On the same texts, served: "
     assert f"{said}gptq is accepted less often than rtn; the difference is −3.0 to −1.0" in page
     assert f"{said}no difference between gptq and bf16 is shown; the difference is −1.4" in page
 
 
 def test_another_text_and_a_failed_verification_are_shown(tmp_path: Path) -> None:
-    divergences = [
-        {"prompt": "p-7", "position": 31, "margin": 0.0625},
-        {"prompt": "p-8", "position": 40, "margin": None},
-    ]
-    result = {**whole_run().result, "greedy_identical": False, "divergences": divergences}
+    p7 = {"prompt": "p-7", "position": 31, "margin": 0.0625}
+    p8 = {"prompt": "p-8", "position": 40, "margin": None}
     faults = [{"tensor": "mtp.0.norm.weight", "why": "its values differ"}]
-    verify = {**VERIFIED, "ok": False, "missing": ["mtp.0.x"], "mismatched": faults}
-    page = written(tmp_path, replace(whole_run(), result=result, verify=verify))
+    page = written(
+        tmp_path,
+        result={**RESULT, "greedy_identical": False, "divergences": [p7, p8]},
+        verify={**WHOLE["verify"], "ok": False, "missing": ["mtp.0.x"], "mismatched": faults},
+    )
     assert "differs <small>on 2 prompts" in page and "failed <small>1,575 tensors" in page
     assert row("p-7", "31", "0.0625") in page and row("p-8", "40", "–") in page
     assert "missing: <code>mtp.0.x</code>" in page
@@ -139,7 +142,7 @@ def test_another_text_and_a_failed_verification_are_shown(tmp_path: Path) -> Non
 
 
 def test_parts_that_were_not_measured_are_named(tmp_path: Path) -> None:
-    page = written(tmp_path, empty_run())
+    page = written(tmp_path, NOTHING)
     assert page.count("was not measured in this run.") == 10
     body = re.sub(r"<[^>]*>", "", page.partition("<main>")[2])
     assert not re.search(r"\d", body)
@@ -149,19 +152,18 @@ def test_parts_that_were_not_measured_are_named(tmp_path: Path) -> None:
     "part", ["capture", "quantize", "score", "served", "decode", "verify", "recorded"]
 )
 def test_any_part_may_be_missing(part: str, tmp_path: Path) -> None:
-    page = written(tmp_path, replace(whole_run(), **{part: None}))
-    assert "was not measured in this run" in page
+    assert "was not measured in this run" in written(tmp_path, **{part: NOTHING[part]})
 
 
-@pytest.mark.parametrize("results", [empty_run(), whole_run()])
-def test_report_needs_no_other_file_and_no_network(results: RunResults, tmp_path: Path) -> None:
-    page = written(tmp_path, results)
+@pytest.mark.parametrize("found", [NOTHING, WHOLE], ids=["nothing", "whole"])
+def test_report_needs_no_other_file_and_no_network(found: Any, tmp_path: Path) -> None:
+    page = written(tmp_path, found)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids)) > 5
     for target in re.findall(r'(?:src|href)="([^"]*)"', page):
         assert target.removeprefix("#") in ids or target.startswith("data:image/png;base64,")
-    assert page.count("<img ") == (2 if results.decode else 0)
+    assert page.count("<img ") == (2 if found["decode"] else 0)
     assert not re.search(r"@import|url\(|https?://", page)
 
 
@@ -173,8 +175,7 @@ def test_report_is_safe_from_what_models_and_recipes_write(tmp_path: Path) -> No
     ]
     timed = answer(texts, counted=(2, 2, 0))
     hostile = recorded(timed, timed, name="<b onclick=alert(3)>|`\x00\ud800")
-    results = replace(whole_run(), recorded=hostile, model="<script>alert(4)</script>")
-    page = write_report(tmp_path, results).read_text(encoding="utf-8")
+    page = written(tmp_path, recorded=hostile, model="<script>alert(4)</script>")
     assert page.count("<script") == 2 and page.count("<img ") == 2 and "<b onclick" not in page
     [data] = re.findall(r'<script type="application/json" id="recorded">(.*?)</script>', page)
     [found] = json.loads(data)

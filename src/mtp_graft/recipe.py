@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from mtp_graft.errors import GraftError, UsageError
 
@@ -189,7 +189,6 @@ class Recipe:
 
 
 _SECTIONS = get_type_hints(Recipe)
-_UNKNOWN = "unexpected_keyword_argument"
 #: Keys whose value is a path or a hub id, by what a hub id begins with.
 _PATHS = {
     r"[^./~]": ("model.base", "model.upstream"),
@@ -212,22 +211,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValueError as error:
         raise GraftError(f"{path}: not a TOML file ({error})") from error
     _resolve_paths(table, path.parent)
-    failed: tuple[str | None, ValidationError] | None = None  # since which override, and why
-    for override in (None, *overrides):
-        if override is not None:
-            _apply(override, table)
-        try:
-            recipe, failed = Recipe(**table), None
-        except ValidationError as error:
-            failed = failed or (override, error)
-    if failed is None:
-        return recipe
-    to_blame, invalid = failed
-    # An unknown key first: it may be the one that is missing.
-    first = min(invalid.errors(), key=lambda error: error["type"] != _UNKNOWN)
+    to_blame, problem = None, _find_problem(table)
+    for override in overrides:
+        _apply(override, table)
+        if problem is None:
+            to_blame = override
+        problem = _find_problem(table)
+    if problem is None:
+        return Recipe(**table)
     if to_blame is None:
-        raise GraftError(f"{path}: {_what_is_wrong(first)}")
-    raise UsageError(f"--set {to_blame}: {_what_is_wrong(first)}")
+        raise GraftError(f"{path}: {problem}")
+    raise UsageError(f"--set {to_blame}: {problem}")
 
 
 def _apply(override: str, table: dict[str, Any]) -> None:
@@ -257,8 +251,15 @@ def _resolve_paths(table: Mapping[str, Any], folder: Path) -> None:
                     values[key] = str((folder / Path(value).expanduser()).resolve())
 
 
-def _what_is_wrong(error: ErrorDetails) -> str:
-    """Say what was found and what was expected."""
+def _find_problem(table: Mapping[str, Any]) -> str | None:
+    """Say what was found in a recipe and what was expected; None if all is right."""
+    try:
+        Recipe(**table)
+    except ValidationError as invalid:
+        # An unknown key first: it may be the one that is missing.
+        error = min(invalid.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    else:
+        return None
     section, key = [*map(str, error["loc"]), "", ""][:2]
     where, found = f"[{section}] {key}".rstrip(), error["input"]
     match error["type"]:

@@ -52,8 +52,8 @@ def serving(say: Say) -> Iterator[ChatServer]:
                 self.close_connection = True
                 self.reply(*FAILURES[said], missing=100 if said == "closes" else 0)
                 return
-            message = {"content": said} if isinstance(said, str) else dict(said)
-            reason = message.pop("finish_reason", "stop")
+            message = {"content": said} if isinstance(said, str) else said
+            reason = message.get("finish_reason", "stop")
             choice = {"index": 0, "message": {"role": "assistant", **message}}
             choices = [choice | {"finish_reason": reason}]
             self.reply(200, {"model": "stand-in", "choices": choices})

@@ -1,22 +1,13 @@
-"""The command line in this process, and questions of our own."""
+"""A sandbox, and questions of our own."""
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mtp_graft.bench.evals.sandbox import find_python
 from mtp_graft.errors import GraftError
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(run_command: Run) -> Run:
-    """Run the command line; return exit status, output and errors."""
-    return run_command
 
 
 @pytest.fixture(scope="session")

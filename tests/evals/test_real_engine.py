@@ -1,6 +1,6 @@
 """Every benchmark of one server, against vLLM itself. The tiny model's scores mean nothing."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,6 @@ import pytest
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.splice import splice
-
-from .conftest import Run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -26,7 +24,7 @@ def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("sandbox")
 def test_every_benchmark_runs_to_its_end(
-    run: Run, checkpoint: Path, shared_data: Path, tmp_path: Path
+    mtp_graft: Callable[..., Any], checkpoint: Path, shared_data: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
     limited = ("--data-dir", shared_data, "--limit", 3)
@@ -38,12 +36,8 @@ def test_every_benchmark_runs_to_its_end(
     options = ServeOptions(checkpoint, port=0, max_model_len=4096, num_speculative_tokens=2)
     with managed_server(options, tmp_path / "vllm.log") as client:
         for name, arguments in asked.items():
-            status, out, errors = run(
-                *("bench", name, "--base-url", client.base_url, *arguments),
-                *("--run", tmp_path / "run", "--json", "-"),
-            )
-            assert status == 0, errors
-            results[name] = json.loads(out)
+            words = ("bench", name, "--base-url", client.base_url, *arguments)
+            results[name] = mtp_graft(*words, "--run", tmp_path / "run")
     assert [results[name]["total"] for name in EVALS] == [3, 3, 3, 14]
 
     workload = results["workload"]
@@ -61,15 +55,10 @@ def test_every_benchmark_runs_to_its_end(
 
 
 def test_sweep_holds_an_odd_load_with_and_without_the_head(
-    run: Run, checkpoint: Path, tmp_path: Path
+    mtp_graft: Callable[..., Any], checkpoint: Path
 ) -> None:
-    status, out, errors = run(
-        *("bench", "sweep", "--checkpoint", checkpoint, "-k", "0,2", "--concurrency", "1,3"),
-        *("--max-model-len", 256, "--max-tokens", 8, "--limit", 3, "--requests", 1),
-        *("--run", tmp_path / "run", "--json", "-"),
-    )
-    assert status == 0, errors
-    points = json.loads(out)["points"]
+    load = "-k 0,2 --concurrency 1,3 --max-model-len 256 --max-tokens 8 --limit 3 --requests 1"
+    points = mtp_graft("bench", "sweep", "--checkpoint", checkpoint, *load.split())["points"]
     assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (2, 1), (2, 3)]
     for point in points:
         assert point["requests"] >= point["concurrency"] and point["errors"] == 0

@@ -1,10 +1,10 @@
 """Servers that fail, clients that are killed, and mistakes of users."""
 
-import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from tenacity import wait_fixed
 from mtp_graft.bench.evals import run as module
 
 from .chat_server import ChatServer, Message, serving
-from .conftest import Run
 
 pytestmark = pytest.mark.timeout(600)
+Run = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,7 @@ def right(text: str) -> str:
 
 
 def command(name: str, server: ChatServer, data: Path, *more: object) -> list[object]:
-    arguments = ["bench", name, "--base-url", server.url, "--data-dir", data, "--limit", 12]
-    return [*arguments, *more]
+    return ["bench", name, "--base-url", server.url, "--data-dir", data, "--limit", 12, *more]
 
 
 #: Benchmark -> part of a question -> what is said to it, and as what it counts.
@@ -63,16 +62,16 @@ MISTAKES: dict[str, dict[str, tuple[str | Message, str | None]]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("sandbox")
-def test_right_answers_count_and_mistakes_are_classified(run: Run, data: Path, name: str) -> None:
+def test_right_answers_count_and_mistakes_are_classified(
+    mtp_graft: Run, data: Path, name: str
+) -> None:
     mistakes = MISTAKES[name]
 
     def say(text: str) -> str | Message:
         return next((said for part, (said, _) in mistakes.items() if part in text), right(text))
 
     with serving(say) as server:
-        status, out, errors = run(*command(name, server, data, "--json", "-"))
-    assert status == 0, errors
-    result = json.loads(out)
+        result = mtp_graft(*command(name, server, data))
     expected = Counter(kind for _, kind in mistakes.values() if kind)
     assert result["kinds"] == expected == Counter(f["kind"] for f in result["failures"])
     assert (result["correct"], result["total"]) == (12 - expected.total(), 12)
@@ -84,7 +83,7 @@ def test_right_answers_count_and_mistakes_are_classified(run: Run, data: Path, n
         assert body["chat_template_kwargs"] == {"thinking": False}
 
 
-def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: Path) -> None:
+def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(mtp_graft: Run, data: Path) -> None:
     failures: dict[str, list[str | Message]] = {
         "times 1?": ["500", "500"],
         "times 3?": ["closes"],
@@ -100,49 +99,39 @@ def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(run: Run, data: 
         return right(text)
 
     with serving(say) as server:
-        more = ("--thinking", "--json", "-")
-        status, out, errors = run(*command("gsm8k", server, data, *more))
-    assert status == 0, errors
-    assert json.loads(out)["correct"] == 12
+        assert mtp_graft(*command("gsm8k", server, data, "--thinking"))["correct"] == 12
     assert len(server.bodies) == 12 + 6
     assert all(body["chat_template_kwargs"] == {"thinking": True} for body in server.bodies)
 
 
 @pytest.mark.parametrize(("failure", "times"), [("500", 3), ("400", 1)])
 def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_what_is_left(
-    run: Run, data: Path, tmp_path: Path, failure: str, times: int
+    mtp_graft: Run, data: Path, tmp_path: Path, failure: str, times: int
 ) -> None:
     broken = True
 
     def say(text: str) -> str:
         return failure if broken and "times 3?" in text else right(text)
 
-    result = tmp_path / "result.json"
     with serving(say) as server:
-        more = ("--json", result, "--run", tmp_path / "run", "--concurrency", 1)
-        words = command("gsm8k", server, data, *more)
-        status, out, errors = run(*words)
-        assert (status, out) == (1, "")
-        assert re.search(r"error: gsm8k: \d+ of 12 questions left: .*(out of luck|64 tok)", errors)
-        assert not result.exists()
+        words = command("gsm8k", server, data, "--run", "run", "--concurrency", 1)
+        error = mtp_graft(*words)
+        assert re.search(r"error: gsm8k: \d+ of 12 questions left: .*(out of luck|64 tok)", error)
+        assert not (tmp_path / "run/bench/gsm8k/result.json").exists()
         asked = server.asked()
         assert asked[-times:] == ["Ten times 3?"] * times == [q for q in asked if "3?" in q]
 
         broken = False
         server.bodies.clear()
-        status, _, errors = run(*words)
-        assert status == 0, errors
+        result = mtp_graft(*words)
+        assert result["correct"] == 12
         assert not set(server.asked()) & set(asked[:-times])
-        assert json.loads(result.read_text())["correct"] == 12
 
         server.bodies.clear()
-        assert run(*words)[0] == 0
+        assert mtp_graft(*words) == result
         assert server.bodies == [], "it was finished"
-        status, _, errors = run(*words, "--seed", 1)
-        assert status == 1
-        assert "was begun with" in errors and "use another --run" in errors
-    status, _, errors = run(*command("gsm8k", server, data))
-    assert status == 1 and f"{server.url}: names no model" in errors
+        assert "was begun with seed = 0" in mtp_graft(*words, "--seed", 1)
+    assert f"{server.url}: names no model" in mtp_graft(*command("gsm8k", server, data))
 
 
 @pytest.mark.parametrize(
@@ -151,17 +140,16 @@ def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_wh
         (("capability",), "leave out --data-dir"),
         (("gsm8k", "--limit", 13), "there are 12 questions, --limit asks for 13"),
         (("mmlu", "--data-dir", "nowhere"), "has no mmlu/test/*_test.csv"),
-        (("gsm8k", "--run", "FILE"), "error: "),
+        (("gsm8k", "--run", "file"), "error: "),
     ],
 )
 def test_a_mistake_is_one_message_before_anything_is_asked(
-    run: Run, data: Path, tmp_path: Path, arguments: tuple[Any, ...], message: str
+    run_command: Run, data: Path, tmp_path: Path, arguments: tuple[Any, ...], message: str
 ) -> None:
     (tmp_path / "file").touch()
-    name, *rest = [tmp_path / "file" if word == "FILE" else word for word in arguments]
     with serving(right) as server:
-        status, out, errors = run(*command(name, server, data, *rest))
-    assert (status, out, server.bodies) == (2 if name == "capability" else 1, "", [])
+        status, out, errors = run_command(*command(arguments[0], server, data, *arguments[1:]))
+    assert (status, out, server.bodies) == (2 if "capability" in arguments else 1, "", [])
     assert message in errors and "Traceback" not in errors
 
 

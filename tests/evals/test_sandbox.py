@@ -5,17 +5,16 @@ import signal
 import socket
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from textwrap import indent
 
 import pytest
 
 from mtp_graft.bench.evals import sandbox as module
 from mtp_graft.bench.evals.sandbox import Failure, find_python, run_tests
-from mtp_graft.bench.evals.sandboxed import decode
 from mtp_graft.errors import GraftError
 
 pytestmark = [pytest.mark.timeout(240), pytest.mark.usefixtures("sandbox")]
@@ -38,7 +37,7 @@ def those_that_work(*attempts: str) -> str:
     program = (
         "import ctypes, os, resource, socket, subprocess, sys, threading\n"
         "libc = ctypes.CDLL(None)\ndef f():\n    worked = []\n"
-        f"{textwrap.indent(tried, '    ')}    return str(worked)\n"
+        f"{indent(tried, '    ')}    return str(worked)\n"
     )
     failure = judge(program, TELL)
     assert failure is not None
@@ -62,10 +61,10 @@ def test_files_are_out_of_reach_and_nothing_can_be_written(tmp_path: Path) -> No
     secret = tmp_path / "secret"
     secret.write_text("canary")
     at_home = [str(path) for path in Path.home().iterdir() if path.is_file()]
-    targets = ["/etc/passwd", "/etc/hostname", str(secret), __file__, "/proc/self/environ"]
+    files = ["/etc/passwd", "/etc/hostname", str(secret), __file__, "/proc/self/environ", *at_home]
     folders = (".", "/tmp", "/dev", "/dev/shm", "/var/tmp", "/run", "/usr", str(Path.home()))
     found = those_that_work(
-        *(f"open({target!r}).read(1)" for target in (*targets, *at_home)),
+        *(f"open({file!r}).read(1)" for file in files),
         *(f"os.listdir({folder!r})" for folder in (str(tmp_path), "/proc", "/home", "/root")),
         *(f"open({folder + '/planted'!r}, 'w')" for folder in folders),
         f"open({str(secret)!r}, 'a')",
@@ -85,40 +84,34 @@ def test_processes_are_out_of_reach_none_can_be_started_and_no_limit_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MTP_GRAFT_CANARY", "canary")
-    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-    pids, limits = (victim.pid, os.getpid()), ("AS", "FSIZE", "CPU", "NPROC")
-    try:
-        found = those_that_work(
-            *(f"os.kill({pid}, 0)" for pid in pids),
-            *(f"open('/proc/{pid}/mem', 'rb')" for pid in (*pids, 1)),
-            *(f"assert libc.ptrace(16, {pid}, 0, 0) == 0" for pid in (*pids, 1)),
-            "assert 'MTP_GRAFT_CANARY' in os.environ or 'HOME' in os.environ",
-            "assert libc.unshare(0x10000000) == 0",  # a namespace of users
-            "os.fork()",
-            "subprocess.run(['/usr/bin/true'])",
-            "os.posix_spawn('/usr/bin/true', ['true'], {})",
-            "threading.Thread(target=print).start()",
-            *(f"resource.setrlimit(resource.RLIMIT_{name}, (1 << 40, 1 << 40))" for name in limits),
-        )
-        assert found == "[]"
-        assert victim.poll() is None
-    finally:
-        victim.kill()
-        victim.wait()
+    pids, limits = (os.getpid(), os.getppid()), ("AS", "FSIZE", "CPU", "NPROC")
+    found = those_that_work(
+        *(f"os.kill({pid}, 0)" for pid in pids),
+        *(f"open('/proc/{pid}/mem', 'rb')" for pid in (*pids, 1)),
+        *(f"assert libc.ptrace(16, {pid}, 0, 0) == 0" for pid in (*pids, 1)),
+        "assert 'MTP_GRAFT_CANARY' in os.environ or 'HOME' in os.environ",
+        "assert libc.unshare(0x10000000) == 0",  # a namespace of users
+        "os.fork()",
+        "subprocess.run(['/usr/bin/true'])",
+        "os.posix_spawn('/usr/bin/true', ['true'], {})",
+        "threading.Thread(target=print).start()",
+        *(f"resource.setrlimit(resource.RLIMIT_{name}, (1 << 40, 1 << 40))" for name in limits),
+    )
+    assert found == "[]"
 
 
 @pytest.mark.parametrize(
-    ("bomb", "kinds"),
+    ("bomb", "kind"),
     [
-        ("import os\n    while True: os.fork()", {"BlockingIOError"}),
-        ("bytearray(1 << 33)", {"MemoryError"}),
-        ("x = [0]\n    while True: x += x", {"MemoryError"}),
-        ("import mmap\n    x = [mmap.mmap(-1, 1 << 24) for _ in range(1000)]", {"OSError"}),
+        ("import os\n    while True: os.fork()", "BlockingIOError"),
+        ("bytearray(1 << 33)", "MemoryError"),
+        ("x = [0]\n    while True: x += x", "MemoryError"),
+        ("import mmap\n    x = [mmap.mmap(-1, 1 << 24) for _ in range(1000)]", "OSError"),
     ],
 )
-def test_bombs_end_at_their_limit(bomb: str, kinds: set[str]) -> None:
+def test_bombs_end_at_their_limit(bomb: str, kind: str) -> None:
     failure = judge(f"def f():\n    {bomb}\n", TELL)
-    assert failure is not None and failure.kind in kinds
+    assert failure is not None and failure.kind == kind
 
 
 @pytest.mark.parametrize(
@@ -138,20 +131,17 @@ def test_a_program_that_does_not_end_is_a_timeout_and_leaves_no_process(program:
 
 
 def wait_for_sandboxed(number: int, cpu_s: int) -> None:
-    """Wait until so many processes that may use this much CPU time are in a sandbox."""
-    roles = ([b"program", b"%d" % cpu_s], [b"tests", b"%d" % cpu_s])
-    deadline = time.monotonic() + 120
-    while True:
-        found = 0
-        for file in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                found += file.read_bytes().rstrip(b"\0").split(b"\0")[-2:] in roles
-            except OSError:
-                continue
-        if found == number:
-            return
+    """Wait until so many Python processes that may use this much CPU time are in a sandbox."""
+    ends = tuple(b"\0%s\0%d\0" % (role, cpu_s) for role in (b"program", b"tests"))
+    deadline, found = time.monotonic() + 120, -1
+    while found != number:
         assert time.monotonic() < deadline, f"{found} processes"
         time.sleep(0.05)
+        found = 0
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                command = file.read_bytes()
+                found += command.endswith(ends) and not command.startswith(b"bwrap")
 
 
 def test_a_killed_client_leaves_no_process() -> None:
@@ -161,7 +151,7 @@ def test_a_killed_client_leaves_no_process() -> None:
         " 'test': 'def check(c): c()'}, 911.0)"
     )
     client = subprocess.Popen([sys.executable, "-c", code])
-    wait_for_sandboxed(4, cpu_s=912)  # bubblewrap and Python, for the program and the tests
+    wait_for_sandboxed(2, cpu_s=912)  # killed before, bubblewrap's child would not know
     client.send_signal(signal.SIGKILL)
     client.wait()
     wait_for_sandboxed(0, cpu_s=912)
@@ -178,44 +168,46 @@ def test_without_a_sandbox_nothing_is_run_and_the_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, program: str, message: str
 ) -> None:
     monkeypatch.setattr(module, "_BUBBLEWRAP", program)
-    find_python.cache_clear()
+    monkeypatch.setattr(module, "find_python", cache(find_python.__wrapped__))
     with pytest.raises(GraftError, match=message):
-        find_python()
+        judge("def f(): pass", TELL)
 
 
-@pytest.fixture(autouse=True)
-def forget_python() -> Iterator[None]:
-    yield
-    find_python.cache_clear()
+def saying(message: str) -> str:
+    """Return a program that writes a message to all that is open, for more than it is asked."""
+    said = 9 * f"{message}\n".encode()
+    write = f"for n in range(64):\n    try: os.write(n, {said!r})\n    except OSError: pass"
+    return f"import os\n{write}\ndef f(x): return 1"
 
 
-SAY = "import os\nfor n in range(64):\n    try:\n        os.write(n, {said!r})\n"
-SAY += "    except OSError:\n        pass\ndef f(x): return 1"
+ANY_EQUAL = "    def __eq__(self, other): return True\n"
+IN_THE_CALLER = """
+import sys
+def f(x):
+    frame = sys._getframe()
+    while frame:
+        frame.f_globals['check'] = lambda c: None
+        frame.f_builtins['AssertionError'] = ZeroDivisionError
+        frame = frame.f_back
+    return 1
+"""
 FORGERIES = {
-    "sys.exit in the call": "import sys\ndef f(x):\n    sys.exit(0)",
-    "os._exit in the call": "import os\ndef f(x):\n    os._exit(0)",
-    "equal to everything": (
-        "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
-        "    def __ne__(self, other): return False\ndef f(x):\n    return A(1)"
-    ),
-    "a foreign object": (
-        "class A:\n    def __eq__(self, other): return True\ndef f(x):\n    return A()"
-    ),
+    "sys.exit in the call": "import sys\ndef f(x): sys.exit(0)",
+    "os._exit in the call": "import os\ndef f(x): os._exit(0)",
+    "equal to everything": f"class A(int):\n{ANY_EQUAL}def f(x): return A(1)",
+    "a foreign object": f"class A:\n{ANY_EQUAL}def f(x): return A()",
     "no more assertions": (
-        "import builtins\nbuiltins.AssertionError = None\n"
-        "builtins.__build_class__ = builtins.compile = builtins.exec = None\ndef f(x): return 1"
+        "import builtins as b\nb.AssertionError = b.__build_class__ = b.compile = b.exec = None\n"
+        "def f(x): return 1"
     ),
     "another check": "def check(candidate): pass\ndef f(x): return 1",
-    "a check in the caller": (
-        "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
-        "        frame.f_globals['check'] = lambda c: None\n"
-        "        frame.f_builtins['AssertionError'] = ZeroDivisionError\n"
-        "        frame = frame.f_back\n    return 1"
-    ),
-    "a verdict on every stream": SAY.format(said=b"null\n"),
-    "answers in advance": SAY.format(said=b'{"value": 8, "args": {"list": [3]}}\n' * 9),
-    "an unreadable answer": SAY.format(said=b"[" * 65536 + b"\n"),
-    "a made-up failure": "class passed(Exception): pass\ndef f(x):\n    raise passed",
+    "a check in the caller": IN_THE_CALLER,
+    "a verdict on every stream": saying("null"),
+    "answers in advance": saying('{"value": 8, "args": {"list": [3]}}'),
+    "an unreadable answer": saying("[" * 65536),
+    "a value of no kind": saying('{"value": {"eval": ["7"]}, "args": {"list": [3]}}'),
+    "a value of two kinds": saying('{"value": {"list": [], "set": []}, "args": {"list": [3]}}'),
+    "a made-up failure": "class passed(Exception): pass\ndef f(x): raise passed",
 }
 
 
@@ -242,30 +234,21 @@ def f():
     assert failure == Failure("LookupError", "[]")
 
 
-def test_values_arrive_as_a_test_in_one_process_would_see_them() -> None:
-    program = (
-        "import collections\n"
-        "def f(kind, a, b, c):\n    a.append(1)\n    b['x'] = a\n    c.clear()\n"
-        "    return {'iterator': (i * i for i in range(3)), 'keys': b.keys(),\n"
-        "            'counter': collections.Counter('aab'), 'nan': float('nan'),\n"
-        "            'big': 10 ** 6000, 'plain': [(1, {2: [3]}), {(True,): {4}}, frozenset('a'),\n"
-        "                                         b'x', None, '\\ud800', 0.1]}[kind]\n"
-    )
-    test = (
-        "def check(candidate):\n    a, b, c = [], {}, {1}\n"
-        "    assert list(candidate('iterator', a, b, c)) == [0, 1, 4]\n"
-        "    assert (a, b, c) == ([1], {'x': [1]}, set())\n"
-        "    assert list(candidate('keys', [], {}, set())) == ['x']\n"
-        "    assert candidate('counter', [], {}, set()) == {'a': 2, 'b': 1}\n"
-        "    nan = candidate('nan', [], {}, set())\n    assert nan != nan\n"
-        "    assert candidate('big', [], {}, set()) == 10 ** 6000\n"
-        "    plain = [(1, {2: [3]}), {(True,): {4}}, frozenset('a'), b'x', None, '\\ud800', 0.1]\n"
-        "    assert candidate('plain', [], {}, set()) == plain\n"
-    )
-    assert judge(program, test) is None
+PLAIN = "[(1, {2: [3]}), {(True,): {4}}, frozenset('a'), b'x', None, '\\ud800', 0.1, 10 ** 6000]"
 
 
-@pytest.mark.parametrize("value", [{"list": [], "set": []}, {"eval": ["1"]}, [1]])
-def test_what_encode_never_gives_is_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="not an encoded value"):
-        decode(value)
+@pytest.mark.parametrize(
+    ("body", "test"),
+    [
+        ("return x", f"x = {PLAIN}\n    assert candidate(x) == x"),
+        ("return x", "nan = candidate(float('nan'))\n    assert nan != nan"),
+        ("return (i * i for i in range(x))", "assert list(candidate(3)) == [0, 1, 4]"),
+        ("return x.keys()", "assert list(candidate({'a': 1})) == ['a']"),
+        ("return __import__('collections').Counter(x)", "assert candidate('aa') == {'a': 2}"),
+        ("x.append(1)", "x = []\n    candidate(x)\n    assert x == [1]"),
+        ("x['y'] = [1]", "x = {}\n    candidate(x)\n    assert x == {'y': [1]}"),
+        ("x.clear()", "x = {1}\n    candidate(x)\n    assert x == set()"),
+    ],
+)
+def test_values_arrive_as_a_test_in_one_process_would_see_them(body: str, test: str) -> None:
+    assert judge(f"def f(x):\n    {body}", f"def check(candidate):\n    {test}") is None

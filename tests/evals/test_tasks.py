@@ -4,7 +4,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -30,34 +30,23 @@ def test_the_hubs_files_give_the_same_questions_as_the_folder(
 ) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = {
-        "openai/gsm8k": [*map(json.loads, (data / "gsm8k/test.jsonl").read_text().splitlines())],
-        "cais/mmlu": [
-            row
-            for file in sorted((data / "mmlu/test").glob("*.csv"))
-            for row in tasks._read_rows(file)
-        ],
-    }
-    fetched = []
+    files = {"openai/gsm8k": "gsm8k/test.jsonl", "cais/mmlu": "mmlu/test/*.csv"}
 
     def download(repo: str, file: str, repo_type: str) -> str:
-        fetched.append((repo, file, repo_type))
-        path = tmp_path / f"{repo.replace('/', '-')}.parquet"
-        parquet.write_table(pyarrow.Table.from_pylist(rows[repo]), path)
-        return str(path)
+        assert (file.partition("/")[2], repo_type) == ("test-00000-of-00001.parquet", "dataset")
+        rows = [row for path in sorted(data.glob(files[repo])) for row in tasks._read_rows(path)]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+        return str(tmp_path / "test.parquet")
 
     monkeypatch.setattr(tasks, "hf_hub_download", download)
     for name in ("gsm8k", "mmlu"):
         here, there = (make_task(name, where, 7) for where in (data, None))
         assert [s.model_dump() for s in here.dataset] == [s.model_dump() for s in there.dataset]
-    assert fetched[0] == ("openai/gsm8k", "main/test-00000-of-00001.parquet", "dataset")
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(*_arguments: Any, **_options: Any) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
-
-    monkeypatch.setattr(tasks, "hf_hub_download", download)
+    error = huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+    monkeypatch.setattr(tasks, "hf_hub_download", Mock(side_effect=error))
     with pytest.raises(GraftError, match=r"cais/mmlu: .* cannot be fetched .*--data-dir"):
         make_task("mmlu", None)
 
@@ -75,6 +64,9 @@ def test_the_questions_drawn_depend_on_the_seed_and_mmlus_subjects_are_dealt_in_
     assert len(subjects) == 57 and Counter(subjects.values()) == {3: 37, 4: 20}
 
 
+CUT_OFF = gzip.compress(b'{"task_id": "?"}\n' * 99, mtime=0)[:-9]
+
+
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
@@ -85,12 +77,7 @@ def test_the_questions_drawn_depend_on_the_seed_and_mmlus_subjects_are_dealt_in_
         ("mmlu", "mmlu/test/law_test.csv", b"?,a,b,c,d,A\n?,a,b,c,d,E\n", "row 2: not of mmlu"),
         ("mmlu", "mmlu/test/law.csv", b"?,a,b,c,d,A\n", r"has no mmlu/test/\*_test.csv"),
         ("humaneval", "human_eval/HumanEval.jsonl.gz", b"?", "row 1: not of humaneval"),
-        (
-            "humaneval",
-            "human_eval/HumanEval.jsonl.gz",
-            gzip.compress(b'{"task_id": "?"}\n' * 99, mtime=0)[:-9],
-            "row 1: not of humaneval",
-        ),
+        ("humaneval", "human_eval/HumanEval.jsonl.gz", CUT_OFF, "row 1: not of humaneval"),
     ],
 )
 @pytest.mark.usefixtures("sandbox")
@@ -196,8 +183,7 @@ def test_code_runs_with_the_prompts_helpers_and_failures_have_their_names(
 @pytest.mark.usefixtures("sandbox")
 def test_every_reference_solution_of_humaneval_passes(shared_data: Path) -> None:
     packed = (shared_data / "human_eval/HumanEval.jsonl.gz").read_bytes()
-    lines = gzip.decompress(packed).splitlines()
-    problems = [json.loads(line) for line in lines]
+    problems = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
     assert len(problems) == 164
     for problem in problems:
         whole = f"```python\n{problem['prompt']}{problem['canonical_solution']}```"

@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "width": 8,  # of a recorded row: streams times hidden size
     "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
     "streams": None,  # file that gets a line per stream asked: the sum of its prompt
-    "fails": {},  # number of a stream, from "1" -> what happens to it: 500, closes or aborts
+    "fails": [],  # numbers of streams, from 1, that get a status of 500
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
 }
 ARGV = sys.argv[1:]
@@ -211,10 +211,10 @@ class Handler(BaseHTTPRequestHandler):
         return choice
 
     def stream(self, body: dict[str, Any], prompt: list[int], max_tokens: int, chat: bool) -> None:
-        failure = SETTINGS["fails"].get(str(note(STREAMED, "streams", sum(prompt))))
+        number = note(STREAMED, "streams", sum(prompt))
         if body.get("temperature"):  # another text every time
             prompt = [*prompt, len(STREAMED)]
-        if failure == "500":
+        if number in SETTINGS["fails"]:
             self.reply(500, '{"error": {"message": "out of luck"}}')
             return
         self.send_response(200)
@@ -232,10 +232,7 @@ class Handler(BaseHTTPRequestHandler):
                 text = {"delta": {"content": "x" * size}}
             self.event({"choices": [{"token_ids": new, "finish_reason": None, **text}]})
             done += size
-            if failure == "closes":
-                return
-        reason = "abort" if failure == "aborts" else "length"
-        self.event({"choices": [{"token_ids": [], "finish_reason": reason, "text": ""}]})
+        self.event({"choices": [{"token_ids": [], "finish_reason": "length", "text": ""}]})
         if body.get("stream_options"):
             usage = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
             self.event({"choices": [], "usage": usage})

@@ -93,10 +93,8 @@ def test_a_profile_is_served_as_serve_does_and_kept_apart(
     run: Run, fake: Callable[..., None], tiny_model: Path, asked: Any, tmp_path: Path
 ) -> None:
     fake(record=str(tmp_path / "record.json"))
-    status, _, errors = run(
-        *("decode", "--checkpoint", tiny_model / "base", "--profile", "524k", "--rounds", 1),
-        *("--max-model-len", 2048, *asked, "--", "--seed", 7),
-    )
+    words = ("decode", "--checkpoint", tiny_model / "base", "--profile", "524k", "--rounds", 1)
+    status, _, errors = run(*words, "--max-model-len", 2048, *asked, "--", "--seed", 7)
     assert status == 0, errors
     argv = read_record(tmp_path / "record.json")["argv"]
     assert argv[argv.index("--max-num-seqs") + 1] == "3"  # the profile's

@@ -19,6 +19,8 @@ from mtp_graft.recipe import Recipe
 from .conftest import install, only_from
 
 Run = Callable[..., tuple[int, str, str]]
+RECIPE = find_bundled_recipe()
+TINY = RECIPE.parents[1] / "models" / "tiny-dsv4" / "base"
 
 
 @pytest.fixture
@@ -54,21 +56,14 @@ def test_listening_beyond_loopback_without_a_key_warns(run: Run, base: Path) -> 
         assert errors(*words) == ""
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        *(("--host", "0.0.0.0"), ("--port=1",), ("--api_key", "k"), ("--max_model_len", "64")),
-        *(("--gpu-memory-utilization=0.5",), ("-tp", "2"), ("--served-model-name", "a")),
-        *(("--kv-cache-memory-bytes", "1"), ("--no-enable-prefix-caching",)),
-    ],
-)
+@pytest.mark.parametrize("flag", ["--host", "--api_key", "--max_model_len=64", "-tp", "--model"])
 def test_a_flag_that_serve_decides_is_refused_after_the_dashes(
-    run: Run, base: Path, words: tuple[str, ...]
+    run: Run, base: Path, flag: str
 ) -> None:
-    status, out, errors = run("serve", base, "--dry-run", "--", "--seed", 7, *words)
+    status, out, errors = run("serve", base, "--dry-run", "--", "--seed", 7, flag, 2)
     assert (status, out) == (2, "")
-    flag = words[0].partition("=")[0].replace("_", "-")
-    assert f"{flag} after --: mtp-graft decides it" in errors
+    name = flag.partition("=")[0].replace("_", "-")
+    assert f"{name} after --: mtp-graft decides it" in errors
 
 
 def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
@@ -79,17 +74,13 @@ def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
 
 @pytest.mark.parametrize("installed", [None, "0.33.0"])
 def test_the_command_for_a_cpu_is_printed_anywhere(
-    run: Run,
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    installed: str | None,
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None
 ) -> None:
     site = tmp_path / "other" / "site-packages"
     if installed is not None:
         install(site, "vllm", installed)
     only_from(site, monkeypatch)
-    words = ("serve", tiny_model / "base", "--gpu", "cpu", "--dry-run", "--json", "-")
+    words = ("serve", TINY, "--gpu", "cpu", "--dry-run", "--json", "-")
     status, out, errors = run(*words)
     assert status == 0, errors
     result = json.loads(out)
@@ -97,7 +88,6 @@ def test_the_command_for_a_cpu_is_printed_anywhere(
     assert "--enforce-eager" in result["argv"]
 
 
-RECIPE = find_bundled_recipe()
 RESULT: dict[str, Any] = {
     "acceptance": 0.75,
     "k": 2,
@@ -178,11 +168,8 @@ def test_run_does_the_stages_that_are_asked_for(
     assert (call["recipe"].splice.variant, call["recipe"].bench.rounds) == ("bf16", 7)
 
 
-@pytest.mark.parametrize("words", [("demo",), ("run", RECIPE)], ids=["demo", "run"])
-def test_json_has_standard_output_for_itself(
-    run: Run, asked: list[dict[str, Any]], words: tuple[object, ...]
-) -> None:
-    status, out, errors = run(*words, "--json", "-")
+def test_json_has_standard_output_for_itself(run: Run, asked: list[dict[str, Any]]) -> None:
+    status, out, errors = run("run", RECIPE, "--json", "-")
     assert status == 0
     assert json.loads(out)["acceptance_served"] == RESULT["acceptance_served"]
     assert "74.2 %" in errors
@@ -197,7 +184,7 @@ def test_a_dry_run_shows_stages_sizes_and_times_and_does_nothing(
     plan = json.loads(out)
     assert (plan["run"], plan["stages"]) == (str(tmp_path / "run"), [*pipeline.STAGES])
     assert plan["recipe"]["capture"]["new_tokens"] == 96
-    assert "GB to download" in errors and "residuals, BF16" in errors and "room: " in errors
+    assert "bytes_to_download" in errors and "residuals, BF16" in errors and "room: " in errors
     assert run(*command, "--set", "model.base=./gone")[1].endswith("not known therefore\n")
     assert asked == [] and not (tmp_path / "run").exists()
 
@@ -233,21 +220,18 @@ def test_a_stage_has_its_own_command_and_result(
             "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
             "'best' is not one of 'greedy', 'probabilistic'",
         ),
-        ("doctor MODEL --gpu H300", "--gpu H300: not a GPU known here"),
-        ("bench mmlu --base-url localhost:8000", "expected http://HOST:PORT"),
         ("run RECIPE --only train", "'train' is no stage"),
         ("run RECIPE --from train", "'train' is no stage"),
         ("run RECIPE --only score --from score", "expected one of them"),
-        ("run RECIPE --set bench.rounds=two", "is 'two', expected a valid integer"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
         ("demo --set bench.round=2", "did you mean 'rounds'?"),
         ("train", "No such command"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what_is_wrong(
-    run: Run, tiny_model: Path, arguments: str, message: str
+    run: Run, arguments: str, message: str
 ) -> None:
-    named = {"RECIPE": RECIPE, "MODEL": tiny_model / "base"}
+    named = {"RECIPE": RECIPE, "MODEL": TINY}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
     assert (status, out) == (2, "")
     assert message in " ".join(errors.replace("│", " ").split())

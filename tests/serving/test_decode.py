@@ -17,11 +17,9 @@ from mtp_graft.bench.decode import (
     compare,
     decode_result,
     measure_alternating,
-    measure_turn,
     median_round,
-    serve_turn,
 )
-from mtp_graft.bench.requests import measured, time_answer
+from mtp_graft.bench.requests import Answer, time_answer
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, parse_spec_decode
@@ -29,20 +27,16 @@ from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, parse
 from .bench_server import PROMPTS, quiet, serving
 
 CONFIG = DecodeConfig(max_tokens=20, rounds=2)
-Fake = Callable[..., None]
-
-
 STEP_S = 0.02
-Measure = Callable[..., tuple[dict[str, Any], list[str]]]
+Fake = Callable[..., None]
+Measure = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def measure(vllm: object, base: Path, grafted: Path) -> Measure:
-    """Return what compares both checkpoints; it returns the result, and the turns' names."""
+    """Return what compares both checkpoints; the result has the turns' names, too."""
 
-    def call(
-        pairs: int, config: DecodeConfig = CONFIG, folder: Path | None = None
-    ) -> tuple[dict[str, Any], list[str]]:
+    def call(pairs: int, config: DecodeConfig, folder: Path | None = None) -> dict[str, Any]:
         names: list[str] = []
 
         def serve(checkpoint: Path, name: str) -> AbstractContextManager[ServerClient]:
@@ -50,7 +44,8 @@ def measure(vllm: object, base: Path, grafted: Path) -> Measure:
             return serving(checkpoint)
 
         servers = {"base": partial(serve, base), "mtp": partial(serve, grafted)}
-        return measure_alternating(servers, PROMPTS, pairs, config, quiet, folder), names
+        result = measure_alternating(servers, PROMPTS, pairs, config, quiet, folder)
+        return result | {"names": names}
 
     return call
 
@@ -61,8 +56,8 @@ def test_a_faster_identical_server_is_seen_as_that(
     # A step has passed whenever the clock is looked at, once a chunk.
     clock = SimpleNamespace(perf_counter=partial(next, count(0.0, STEP_S)))
     monkeypatch.setattr(requests, "time", clock)
-    result, names = measure(3)
-    assert names == ["base-1", "mtp-1", "mtp-2", "base-2", "base-3", "mtp-3"]
+    result = measure(3, CONFIG)
+    assert result["names"] == ["base-1", "mtp-1", "mtp-2", "base-2", "base-3", "mtp-3"]
     assert result["greedy_identical"] is True and result["divergences"] == []
     # 20 tokens: one from prefill, then 2, 1, 2, 1, ...: 13 steps, 7 of which accept. The events
     # with the reason and the counts come after the last chunk.
@@ -82,8 +77,9 @@ def test_divergences_name_prompt_position_and_the_bases_margin(
     fake: Fake, measure: Measure
 ) -> None:
     fake(diverge_at=4)
-    result, _ = measure(2, DecodeConfig(20, rounds=1))
+    result = measure(1, DecodeConfig(20, rounds=1))
     assert result["greedy_identical"] is False
+    assert result["ratio"] is None, "one pair has no interval"
     # The stand-in's margin at position i is 0.25 + i.
     found = [(d["prompt"], d["position"], d["margin"]) for d in result["divergences"]]
     assert found == [("a", 4, pytest.approx(4.25)), ("b", 4, pytest.approx(4.25))]
@@ -93,7 +89,7 @@ def test_sampled_texts_are_timed_and_not_compared(
     fake: Fake, measure: Measure, tmp_path: Path
 ) -> None:
     fake(requests=str(tmp_path / "requests"))
-    result, _ = measure(2, DecodeConfig(20, rounds=2, temperature=1.0), tmp_path / "run")
+    result = measure(2, DecodeConfig(20, rounds=2, temperature=1.0), tmp_path / "run")
     assert result["greedy_identical"] is result["divergences"] is None
     assert result["ratio"]["decode_tok_s"]["pairs"] == 2 and result["acceptance_length"] > 1
     first, second = json.loads((tmp_path / "run/mtp-1.json").read_text())["rounds"]
@@ -102,34 +98,29 @@ def test_sampled_texts_are_timed_and_not_compared(
     assert len((tmp_path / "requests").read_text().split()) == 4
 
 
-def turn(*rounds: list[requests.Answer], reference: Any = None) -> dict[str, Any]:
+def turn(*rounds: list[Answer], reference: Any = None) -> dict[str, Any]:
     prompts = {f"p{n}": [1] for n in range(len(rounds[0]))}
     return {"prompts": prompts, "rounds": rounds, "reference": reference}
 
 
-def answer(
-    tokens: int, first: int, ttft_s: float, decode_s: float, said: Any = None
-) -> requests.Answer:
+def answer(tokens: int, first: int, ttft_s: float, decode_s: float, said: Any = None) -> Answer:
     chunks = [[ttft_s, first], *([[ttft_s + decode_s, tokens - first]] if tokens > first else ())]
     return {"token_ids": said or list(range(tokens)), "chunks": chunks, "counters": None}
 
 
 def test_the_ratio_is_that_of_the_speeds_whatever_drifts_meanwhile() -> None:
     """Prompts differ, and the machine slows down by 3 % from turn to turn."""
-    gain = {"base": 1.0, "mtp": 1.25}
-    measured_turns: dict[str, list[Any]] = {"base": [], "mtp": []}
+    turns: dict[str, list[Any]] = {"base": [], "mtp": []}
     for number, side in enumerate(["base", "mtp", "mtp", "base"] * 2):
-        speeds = [tok_s * gain[side] * 0.97**number for tok_s in (10.0, 40.0)]
-        measured_turns[side].append(turn([answer(11, 1, 0.1, 10 / speed) for speed in speeds]))
-    result = compare(measured_turns["base"], measured_turns["mtp"], DecodeConfig(11, rounds=1))
-    ratio = result["ratio"]["decode_tok_s"]
+        gain = (1.25 if side == "mtp" else 1.0) * 0.97**number
+        turns[side].append(turn([answer(11, 1, 0.1, 10 / (gain * tok_s)) for tok_s in (10, 40)]))
+    ratios = compare(turns["base"], turns["mtp"], DecodeConfig(11, rounds=1))["ratio"]
+    ratio = ratios["decode_tok_s"]
     assert ratio["estimate"] == pytest.approx(1.25)
     # A pair whose second turn is MTP's has all of the drift against it, the next one for it.
     assert ratio["per_pair"] == pytest.approx([1.25 * 0.97, 1.25 / 0.97] * 2)
     assert ratio["interval"][0] < 1.25 < ratio["interval"][1]
-    assert result["ratio"]["ttft_ms"]["interval"] == pytest.approx([1.0, 1.0])
-    alone = compare(measured_turns["base"][:1], measured_turns["mtp"][:1], CONFIG)
-    assert alone["ratio"] is None, "one pair has no interval"
+    assert ratios["ttft_ms"]["interval"] == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -138,27 +129,13 @@ def test_the_ratio_is_that_of_the_speeds_whatever_drifts_meanwhile() -> None:
 )
 def test_the_first_difference_is_found(tokens: list[int], expected: list[Any]) -> None:
     reference = {"p0": {"token_ids": [1, 2, 3], "margins": [0.1, 0.2, 0.3]}}
-    base, mtp = (turn([answer(5, 1, 0.1, 1.0, said)]) for said in ([1, 2, 3], tokens))
-    result = compare([base | {"reference": reference}], [mtp], CONFIG)
+    same, other = (answer(5, 1, 0.1, 1.0, said) for said in ([1, 2, 3], tokens))
+    result = compare([turn([same], reference=reference)], [turn([other])], CONFIG)
     assert [(d["position"], d["margin"]) for d in result["divergences"]] == expected
     assert result["greedy_identical"] == (not expected)
-    changing = turn(*base["rounds"], [answer(5, 1, 0.1, 1.0, [1, 2, 9])])
-    result = compare([base | {"reference": reference}], [changing], CONFIG)
-    assert (result["greedy_identical"], result["divergences"]) == (False, [])
-
-
-def test_each_draft_position_is_counted_given_that_those_before_were_accepted(
-    fake: Fake, grafted: Path
-) -> None:
-    fake(accepts=[3, 1, 0])
-    found = serve_turn(lambda _name: serving(grafted, 3), PROMPTS, CONFIG, quiet)
-    result = decode_result([found], CONFIG)
-    # 20 tokens: one from prefill, then 4, 2, 1, 4, 2, 1, 4, and 1 of a last 2.
-    assert result["k"] == 3
-    assert result["accepted_by_position"] == [2 * n for n in (6, 3, 3)]
-    assert result["acceptance_by_position"] == [6 / 8, 3 / 6, 3 / 3]
-    assert result["acceptance_length"] == 1 + 12 / 8
-    assert result["acceptance"]["median"] == 12 / 24
+    # A server whose text differs in its second round only.
+    result = compare([turn([same], reference=reference)], [turn([same], [other])], CONFIG)
+    assert (result["greedy_identical"], result["divergences"]) == (not expected, [])
 
 
 def test_a_position_that_no_step_reached_has_no_acceptance() -> None:
@@ -173,8 +150,8 @@ def test_a_position_that_no_step_reached_has_no_acceptance() -> None:
 
 
 def test_counters_are_summed_over_engines_and_split_by_position() -> None:
-    page = "\n".join(
-        f'vllm:spec_decode_num_{name}_total{{engine="{engine}",model_name="m"{label}}} {value}'
+    page = "".join(
+        f'vllm:spec_decode_num_{name}_total{{engine="{engine}"{label}}} {value}\n'
         for engine in (0, 1)
         for name, label, value in [
             ("drafts", "", 10.0),
@@ -184,7 +161,7 @@ def test_counters_are_summed_over_engines_and_split_by_position() -> None:
             ("accepted_tokens_per_pos", ',position="0"', 8.0),
         ]
     )
-    assert parse_spec_decode(page + "\n") == SpecDecodeCounters(20, 40, 24, (16, 8))
+    assert parse_spec_decode(page) == SpecDecodeCounters(20, 40, 24, (16, 8))
     assert parse_spec_decode("vllm:num_requests_running 0.0\n") is None
     with pytest.raises(GraftError, match="not vLLM's metrics"):
         parse_spec_decode("<html>\n")
@@ -205,75 +182,59 @@ def test_results_are_spread_over_rounds_and_the_one_of_median_speed_is_known() -
     rounds = [[answer(11, 1, 0.1, 10 / speed)] for speed in (20.0, 10.0, 40.0)]
     speed = decode_result([turn(*rounds)], CONFIG)["decode_tok_s"]
     spread = [speed[key] for key in ("median", "min", "max", "runs")]
-    assert spread == [pytest.approx(20.0), pytest.approx(10.0), pytest.approx(40.0), 3]
-    assert median_round(turn(*rounds)) == 0
-    assert median_round(turn(*rounds[:2])) == 1
-
-
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [("500", "out of luck"), ("closes", "ended after 1 tokens"), ("aborts", "reason 'abort'")],
-)
-def test_a_failed_request_ends_the_measurement(
-    fake: Fake, grafted: Path, failure: str, message: str
-) -> None:
-    fake(fails={"3": failure})  # the warm-up is stream 1
-    with serving(grafted) as client, pytest.raises(GraftError, match=message):
-        measure_turn(client, {"a": [1, 2], "b": [3]}, CONFIG, quiet)
+    assert spread == pytest.approx([20.0, 10.0, 40.0, 3])
+    assert [median_round(turn(*rounds)), median_round(turn(*rounds[:2]))] == [0, 1]
 
 
 def chunk(**content: Any) -> dict[str, Any]:
     return {"choices": [{"token_ids": [7], "finish_reason": "stop", **content}]}
 
 
-LAST = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+def last(**usage: int) -> dict[str, Any]:
+    return {"choices": [], "usage": usage}
 
 
-def answering(monkeypatch: pytest.MonkeyPatch, *sent: Any) -> ServerClient:
-    """Return a client whose server sends these events, and says what it drafted nothing."""
-    monkeypatch.setattr(ServerClient, "events", lambda *_: iter(sent))
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """Return what reads the events of a server that drafts nothing."""
+
+    def read(*events: Any) -> Answer:
+        monkeypatch.setattr(ServerClient, "events", lambda *_: iter(events))
+        return time_answer(ServerClient("http://127.0.0.1:9"), "/v1/x", {})
+
     monkeypatch.setattr(ServerClient, "spec_decode_counters", lambda _self: None)
-    return ServerClient("http://127.0.0.1:9")
+    return read
 
 
-def test_chunks_come_with_their_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+ONE = last(prompt_tokens=1, completion_tokens=1)
+
+
+def test_chunks_come_with_their_texts(stream: Callable[..., Answer]) -> None:
     more = {"choices": [{"token_ids": [], "finish_reason": None, "text": "b"}]}
-    client = answering(monkeypatch, chunk(text="a"), more, chunk(text="c", token_ids=[8, 9]), {
-        "choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 3}
-    })  # fmt: skip
-    found = time_answer(client, "/v1/completions", {})
+    end = last(prompt_tokens=2, completion_tokens=3)
+    found = stream(chunk(text="a"), more, chunk(text="c", token_ids=[8, 9]), end)
     assert ([size for _, size in found["chunks"]], found["texts"]) == ([1, 2], ["ab", "c"])
-    found = time_answer(answering(monkeypatch, chunk(delta={"content": None}), LAST), "/v1/x", {})
+    found = stream(chunk(delta={"content": None}), ONE)
     assert (found["texts"], found["token_ids"], found["prompt_tokens"]) == ([""], [7], 1)
 
 
 @pytest.mark.parametrize(
-    "sent",
+    ("events", "message"),
     [
-        ({"choices": ["x"]}, LAST),
-        (chunk(delta=None), LAST),
-        (chunk(delta={"content": ["x"]}), LAST),
-        (chunk(delta={}, finish_reason=["stop"]), LAST),
-        (chunk(delta={}), {"choices": [], "usage": 1}),
-        (chunk(delta={}), {"choices": [], "usage": {"completion_tokens": 1}}),
-        (chunk(delta={}),),
-        (chunk(text="x", token_ids=[7, 8]), LAST),
-        (5,),
+        ([{"choices": ["x"]}, ONE], "not a stream of vLLM's"),
+        ([chunk(delta=None), ONE], "not a stream of vLLM's"),
+        ([chunk(delta={"content": ["x"]}), ONE], "not a stream of vLLM's"),
+        ([chunk(text="x"), {"choices": [], "usage": 1}], "not a stream of vLLM's"),
+        ([chunk(text="x"), last(completion_tokens=1)], "not a stream of vLLM's"),
+        ([5], "not a stream of vLLM's"),
+        ([chunk(text="x", finish_reason=["stop"]), ONE], "reason"),
+        ([chunk(text="x", finish_reason="abort"), ONE], "reason 'abort'"),
+        ([chunk(text="x")], "ended after 1 tokens"),
+        ([chunk(text="x", token_ids=[7, 8]), ONE], "ended after 2 tokens"),
     ],
 )
 def test_a_stream_that_is_not_whole_is_an_error(
-    sent: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+    events: list[Any], message: str, stream: Callable[..., Answer]
 ) -> None:
-    with pytest.raises(GraftError):
-        time_answer(answering(monkeypatch, *sent), "/v1/x", {})
-
-
-def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
-    def fail() -> dict[str, Any]:
-        raise GraftError("out of luck")
-
-    assert measured(tmp_path / "run", "a", lambda: {"x": 1}) == {"x": 1}
-    assert measured(tmp_path / "run", "a", fail) == {"x": 1}
-    for folder in (tmp_path / "other", None):
-        with pytest.raises(GraftError, match="out of luck"):
-            measured(folder, "a", fail)
+    with pytest.raises(GraftError, match=message):
+        stream(*events)

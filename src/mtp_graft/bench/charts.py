@@ -14,6 +14,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
 
+from mtp_graft.bench.page import percent
+
 Json = Mapping[str, Any]
 
 HEAD_COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
@@ -49,9 +51,6 @@ class Row(NamedTuple):
 
 def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes:
     """Draw horizontal bars from 0 on, or dots for shares, on the part of the axis that matters."""
-    edges = [edge for row in rows for edge in (row.value, *(row.interval or ()))]
-    start, end = (min(edges), max(edges)) if shares else (0.0, 1.25 * max(*edges, 1e-9))
-    margin = max(0.02, 0.15 * (end - start)) if shares else 0.0
     with _figure(title, 0.6 + 0.3 * len(rows)) as figure:
         axes = figure.subplots()
         for y, row in enumerate(rows):
@@ -61,14 +60,8 @@ def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes
                 axes.barh(y, row.value, height=0.6, color=row.colour)
             if row.interval:
                 axes.plot(row.interval, [y, y], "|-", color=row.colour if shares else "black")
-            right = end + margin if shares else max(row.value, *(row.interval or ()), 0.0)
-            axes.annotate(
-                *(row.label, (right, y), (6, 0)),
-                textcoords="offset points",
-                va="center",
-                annotation_clip=False,
-            )
-        axes.set_xlim(start - margin, end + margin)
+            axes.text(1.01, y, row.label, va="center", transform=axes.get_yaxis_transform())
+        axes.margins(x=0.15 if shares else 0.03)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.xaxis.set_major_formatter(_PERCENT)
@@ -85,18 +78,18 @@ def acceptance_chart(heads: Sequence[Json]) -> bytes:
     rows = []
     for head in heads:
         colour = HEAD_COLOURS.get(head["name"], _OTHER_COLOUR)
-        found: dict[str, tuple[float, Sequence[float]]] = {}
+        found: list[tuple[str, float, Sequence[float]]] = []
         if served := head["served"]:
             rates, intervals = "acceptance_by_position", "acceptance_by_position_interval"
-            found["served"] = served[rates][0], served[intervals][0]
+            found.append(("served", served[rates][0], served[intervals][0]))
         if offline := head["offline"]:
-            found["offline"] = offline["top1"], offline["interval"]
-        for where, (rate, interval) in found.items():
-            label = f"{100 * rate:.1f} %"
-            rows.append(Row(f"{head['name']}, {where}", rate, label, colour, interval))
-    return row_chart(
-        "First draft of a step: share accepted, with 95 % intervals", rows, shares=True
-    )
+            found.append(("offline", offline["top1"], offline["interval"]))
+        rows += [
+            Row(f"{head['name']}, {where}", rate, percent(rate), colour, interval)
+            for where, rate, interval in found
+        ]
+    title = "First draft of a step: share accepted, with 95 % intervals"
+    return row_chart(title, rows, shares=True)
 
 
 def sweep_chart(points: Sequence[Json]) -> bytes:

@@ -9,21 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 import numpy as np
 
-from mtp_graft.bench.intervals import Array, paired_ratio
-from mtp_graft.bench.requests import (
-    Answer,
-    Report,
-    decode_s,
-    measured,
-    num_decoded,
-    time_answer,
-    ttft_s,
-)
+from mtp_graft.bench.intervals import paired_ratio
+from mtp_graft.bench.requests import Answer, Report, Timing, measured, time_answer, timing
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, total
@@ -61,23 +53,23 @@ def measure_turn(
     and `reference`: each prompt's greedy continuation and its margins (the log-probability of
     each token less the second best's), null unless asked for. Raises GraftError if a request fails.
     """
-    asked = {key: value for key, value in asdict(config).items() if key != "rounds"}
+    options = asdict(config)
+    options.pop("rounds")
 
     def ask(token_ids: Sequence[int]) -> Answer:
-        return time_answer(client, "/v1/completions", {"prompt": list(token_ids), **asked})
+        return time_answer(client, "/v1/completions", {"prompt": list(token_ids), **options})
 
     def score(token_ids: Sequence[int]) -> dict[str, Any]:
-        found = client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
-        return dict(zip(("token_ids", "margins"), found, strict=True))
+        tokens, margins = client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
+        return {"token_ids": tokens, "margins": margins}
 
     report(f"{name}: warm-up", 0, 0)
     ask(next(iter(prompts.values())))
     rounds: list[list[Answer]] = []
     for number in range(config.rounds):
         rounds.append([])
-        for token_ids in prompts.values():
-            done = number * len(prompts) + len(rounds[-1])
-            report(name, done, config.rounds * len(prompts))
+        for place, token_ids in enumerate(prompts.values()):
+            report(name, number * len(prompts) + place, config.rounds * len(prompts))
             rounds[-1].append(ask(token_ids))
     reference = None
     if with_margins:
@@ -126,18 +118,18 @@ def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> 
 
     Keys: those of `decode_result` for MTP, `against` (the same for the base), `ratio` (of decode
     speed and of time to first token; null for a single pair), `greedy_identical` and `divergences`
-    (both null where texts are sampled).
+    [{`prompt`, `position` of the first token that differs, `margin` of the base there}] (both null
+    where texts are sampled).
     """
-    results = [decode_result(turns, config) for turns in (base, mtp)]
     identical = divergences = None
     if reference := base[0]["reference"]:
-        divergences = find_divergences(reference, mtp[0]["rounds"][0])
+        divergences = _divergences(reference, mtp[0]["rounds"][0])
         expected = [list(scored["token_ids"]) for scored in reference.values()]
         rounds = [answers for turn in (*base, *mtp) for answers in turn["rounds"]]
         identical = all([a["token_ids"] for a in answers] == expected for answers in rounds)
     return {
-        **results[1],
-        "against": results[0],
+        **decode_result(mtp, config),
+        "against": decode_result(base, config),
         "ratio": _ratios(base, mtp) if len(base) > 1 else None,
         "greedy_identical": identical,
         "divergences": divergences,
@@ -149,20 +141,18 @@ def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
 
     Prompts that some server answered in one chunk have no decode speed and are left out.
     """
-    tokens, seconds, ttft = (
-        np.array([[_of_turn(turn, of) for turn in side] for side in (mtp, base)])  # [2, Q, R, P]
-        for of in (num_decoded, decode_s, ttft_s)
-    )
-    tokens, seconds = tokens.sum(axis=2), seconds.sum(axis=2)  # [2, Q, P]
+    timings = np.array([[_timings(turn) for turn in side] for side in (mtp, base)])
+    ttft_s, seconds, tokens = np.moveaxis(timings, -1, 0)  # [2, Q, R, P] each
+    seconds, tokens = seconds.sum(axis=2), tokens.sum(axis=2)  # [2, Q, P]
     decoded = (tokens > 0).all(axis=(0, 1))  # [P]
     return {
         "decode_tok_s": paired_ratio(*(tokens[..., decoded] / seconds[..., decoded])),
-        "ttft_ms": paired_ratio(*np.median(ttft, axis=2)),
+        "ttft_ms": paired_ratio(*np.median(ttft_s, axis=2)),
     }
 
 
-def _of_turn(turn: Turn, quantity: Callable[[Answer], float]) -> Array:
-    return np.array([[quantity(answer) for answer in answers] for answers in turn["rounds"]])
+def _timings(turn: Turn) -> list[list[Timing]]:
+    return [[timing(answer) for answer in answers] for answers in turn["rounds"]]
 
 
 def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
@@ -171,25 +161,25 @@ def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]
     Greedy rounds repeat each other, so positions are counted on the first alone.
     """
     rounds: list[Round] = [answers for turn in turns for answers in turn["rounds"]]
-    counters = [[_counters(a) for a in answers if a["counters"]] for answers in rounds]
-    rates = [rate for c in counters if c and (rate := total(c).acceptance) is not None]
-    counted = [
-        c for of_round in (counters if config.temperature else counters[:1]) for c in of_round
-    ]
+    by_round = [_drafts([answers]) for answers in rounds]
+    rates = [c.acceptance for c in by_round if c and c.acceptance is not None]
     return {
         "decode_tok_s": _spread([decode_tok_s(answers) for answers in rounds]),
-        "ttft_ms": _spread([1e3 * median(map(ttft_s, answers)) for answers in rounds]),
+        "ttft_ms": _spread([1e3 * median(timing(a).ttft_s for a in answers) for answers in rounds]),
         "tpot_ms": _spread([_tpot_ms(answers) for answers in rounds]),
         "acceptance": _spread(rates) if rates else None,
-        **drafting_result(total(counted) if counted else None),
+        **drafting_result(_drafts(rounds if config.temperature else rounds[:1])),
         "num_prompts": len(rounds[0]),
         "tokens_per_round": sum(len(answer["token_ids"]) for answer in rounds[0]),
         "config": asdict(config),
     }
 
 
-def _counters(answer: Answer) -> SpecDecodeCounters:
-    return SpecDecodeCounters(**answer["counters"])
+def _drafts(rounds: Sequence[Round]) -> SpecDecodeCounters | None:
+    """Return the sum of what the server counted; None if it does not draft."""
+    counters = [answer["counters"] for answers in rounds for answer in answers]
+    counted = [SpecDecodeCounters(**c) for c in counters if c]
+    return total(counted) if counted else None
 
 
 def decode_tok_s(answers: Round) -> float:
@@ -197,33 +187,27 @@ def decode_tok_s(answers: Round) -> float:
 
     Raises GraftError if every answer came in a single chunk.
     """
-    seconds = sum(map(decode_s, answers))
+    times = [timing(answer) for answer in answers]
+    seconds = sum(time.decode_s for time in times)
     if not seconds:
         raise GraftError(
             "every answer of a round came in a single chunk, so there is no decode time to "
             "measure; ask for more tokens or longer answers"
         )
-    return sum(map(num_decoded, answers)) / seconds
+    return sum(time.num_decoded for time in times) / seconds
 
 
 def _tpot_ms(answers: Round) -> float:
-    """Return the median over prompts of the time per token after the first chunk."""
-    return 1e3 * median(decode_s(a) / num_decoded(a) for a in answers if num_decoded(a))
+    return 1e3 * median(t.decode_s / t.num_decoded for t in map(timing, answers) if t.num_decoded)
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _spread(values: list[float]) -> dict[str, Any]:
     ends = {"median": median(values), "min": min(values), "max": max(values)}
-    return {**ends, "runs": len(values), "values": list(values)}
+    return {**ends, "runs": len(values), "values": values}
 
 
-def find_divergences(
-    reference: Mapping[str, Mapping[str, Any]], answers: Round
-) -> list[dict[str, Any]]:
-    """Return where greedy texts, in the prompts' order, leave the base's.
-
-    Keys: `prompt`, `position` (of the first token that differs) and `margin` (the base's there;
-    None past its last token).
-    """
+def _divergences(reference: Mapping[str, Any], answers: Round) -> list[dict[str, Any]]:
+    """Return where greedy texts leave the base's; past its end there is no margin."""
     divergences = []
     for (prompt, scored), answer in zip(reference.items(), answers, strict=True):
         ours, theirs = scored["token_ids"], answer["token_ids"]
@@ -245,6 +229,5 @@ def median_round(turn: Turn) -> int:
 
     Raises GraftError as `decode_tok_s`.
     """
-    rounds: Sequence[Round] = turn["rounds"]
-    by_speed = sorted(range(len(rounds)), key=lambda number: decode_tok_s(rounds[number]))
-    return by_speed[(len(rounds) - 1) // 2]
+    speeds = [decode_tok_s(answers) for answers in turn["rounds"]]
+    return speeds.index(median_low(speeds))

@@ -5,8 +5,7 @@ is named as such. No dates: the same results give the same bytes.
 """
 
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +17,31 @@ PAGE_NAME = "report.html"
 Json = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class RunResults:
-    """What a run found, as the stages' JSON; None for a stage that has not been run."""
+def write_report(folder: Path, found: Json) -> Path:
+    """Write `report.html` to `folder` and return its path; GraftError if the disk is full.
 
-    result: Json  # of `run` and `demo`
-    capture: Json | None
-    quantize: Json | None
-    score: Json | None
-    served: Json | None  # by head, as `bench.acceptance.measure_acceptance`
-    decode: Json | None  # as `bench.decode.compare`
-    verify: Json | None
-    model: str
-    device: str
-    versions: Mapping[str, str]
-    notes: Sequence[str]
-    recorded: Json | None = None  # as `bench.answers.recorded_answers`
-
-
-def write_report(folder: Path, results: RunResults) -> Path:
-    """Write `report.html` to `folder` and return its path; GraftError if the disk is full."""
-    served = results.served or {}
-    heads = head_acceptance(served, (results.score or {}).get("acceptance", {}))
-    main = "gptq" if "gptq" in served else (results.verify or {}).get("variant") or "served"
-    drawn = {name: b64encode(png).decode() for name, png in _draw(results, heads)}
+    `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `score` and `verify`, the
+    stages' JSON; `served`, by head as `bench.acceptance.measure_acceptance`; `decode`, as
+    `bench.decode.compare`; and `recorded`, as `bench.answers.recorded_answers`: all of these None
+    where there is nothing (`served`: empty). It has `model`, `device`, `versions` by package, and
+    `notes`, too.
+    """
+    served, decode = found["served"], found["decode"]
+    heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))
+    drawn = {}
+    if heads:
+        drawn["acceptance"] = charts.acceptance_chart(heads)
+    if decode:
+        rows = decode_rows({"base": decode["against"], "with MTP": decode})
+        title = "Decode speed, tokens a second: median, slowest and fastest round"
+        drawn["decode"] = charts.row_chart(title, rows)
     data = {
-        **vars(results),
+        **found,
         "heads": heads,
-        "main": main,  # the head that the summary is about
-        "seconds": results.result["seconds"],
+        # The head that the summary is about.
+        "main": "gptq" if "gptq" in served else (found["verify"] or {}).get("variant", "served"),
         "colours": {"own": charts.BASE_COLOUR, "draft": charts.MTP_COLOUR},
-        "charts": drawn,
+        "charts": {name: b64encode(png).decode() for name, png in drawn.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PAGE_NAME
@@ -64,16 +57,6 @@ def head_acceptance(served: Json, offline: Json) -> list[dict[str, Any]]:
     names = dict.fromkeys([*charts.HEAD_COLOURS, *served, *offline])
     found = [{"name": n, "served": served.get(n), "offline": offline.get(n)} for n in names]
     return [head for head in found if head["served"] or head["offline"]]
-
-
-def _draw(results: RunResults, heads: Sequence[Json]) -> Iterator[tuple[str, bytes]]:
-    """Yield the charts that there are numbers for, with their names."""
-    if heads:
-        yield "acceptance", charts.acceptance_chart(heads)
-    if results.decode:
-        rows = decode_rows({"base": results.decode["against"], "with MTP": results.decode})
-        title = "Decode speed, tokens a second: median, slowest and fastest round"
-        yield "decode", charts.row_chart(title, rows)
 
 
 def decode_rows(decoded: Mapping[str, Json]) -> list[charts.Row]:

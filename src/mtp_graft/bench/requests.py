@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
@@ -24,13 +24,14 @@ def measured(
     folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return a part of a benchmark: from `folder` if an earlier call kept it, else measured now."""
-    path = None if folder is None else folder / f"{name}.json"
-    found = None if path is None else read_result(path)
+    if folder is None:
+        return measure()
+    path = folder / f"{name}.json"
+    found = read_result(path)
     if found is None:
         found = measure()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(found, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(found, path)
     return found
 
 
@@ -78,16 +79,15 @@ def _add_event(answer: Answer, event: Mapping[str, Any], arrived_s: float) -> No
         answer["finish_reason"] = choice.get("finish_reason") or answer["finish_reason"]
 
 
-def num_decoded(answer: Answer) -> int:
-    """Return the tokens that came after the first chunk (all but one, as a rule)."""
-    return len(answer["token_ids"]) - int(answer["chunks"][0][1])
+class Timing(NamedTuple):
+    """How long an answer took, and how many of its tokens came after the first chunk."""
+
+    ttft_s: float  # from the request to the first chunk
+    decode_s: float  # from the first chunk to the last
+    num_decoded: int  # all tokens but one, as a rule
 
 
-def decode_s(answer: Answer) -> float:
-    """Return the seconds between the first and the last chunk."""
-    return float(answer["chunks"][-1][0] - answer["chunks"][0][0])
-
-
-def ttft_s(answer: Answer) -> float:
-    """Return the seconds from the request to its first token."""
-    return float(answer["chunks"][0][0])
+def timing(answer: Answer) -> Timing:
+    """Return when an answer's tokens came."""
+    (first_s, first_size), (last_s, _) = answer["chunks"][0], answer["chunks"][-1]
+    return Timing(first_s, last_s - first_s, len(answer["token_ids"]) - first_size)

@@ -31,7 +31,6 @@ def measure_sweep(
     config: DecodeConfig,
     report: Report,
     folder: Path | None = None,
-    api_key: str | None = None,
 ) -> dict[str, Any]:
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
@@ -46,7 +45,7 @@ def measure_sweep(
             connect = cache(partial(stack.enter_context, serve(k)))
             for done, concurrency in enumerate(sorted(concurrencies)):
                 report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
-                measure = partial(_point, connect, prompts, config, k, concurrency, api_key)
+                measure = partial(_point, connect, prompts, config, k, concurrency)
                 points.append(measured(folder, f"k{k}-concurrency{concurrency}", measure))
     if folder is not None:
         points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
@@ -59,19 +58,18 @@ def _point(
     config: DecodeConfig,
     k: int,
     concurrency: int,
-    api_key: str | None,
 ) -> dict[str, Any]:
     """Measure one point; return its JSON. The speed of one request is of tokens after the first."""
     client = connect()
     load = {
         "prompts": [client.encode(prompt) for prompt in prompts],
         "max_tokens": config.max_tokens,
-        "arguments": _arguments(client.base_url, api_key, concurrency, config),
+        "arguments": _arguments(client, concurrency, config),
     }
     found = run_load(client.base_url, load)
     failures = [error.strip().splitlines()[-1] for error in found["errors"] if error]
-    times = zip(found["output_lens"], found["ttfts"], found["latencies"], strict=True)
-    done = [row for row, error in zip(times, found["errors"], strict=True) if not error]
+    columns = (found[key] for key in ("errors", "output_lens", "ttfts", "latencies"))
+    done = [numbers for error, *numbers in zip(*columns, strict=True) if not error]
     if not done:
         raise GraftError(
             f"concurrency {concurrency}: every request failed, the first one with: {failures[0]}"
@@ -94,33 +92,33 @@ def _point(
     }
 
 
-def _arguments(
-    base_url: str, api_key: str | None, concurrency: int, config: DecodeConfig
-) -> list[str]:
+def _arguments(client: ServerClient, concurrency: int, config: DecodeConfig) -> list[str]:
     """Return the options of `vllm bench serve` for one point."""
-    words = [
-        *("--backend", "openai", "--base-url", base_url, "--dataset-name", "custom"),
-        *("--skip-tokenizer-init", "--save-detailed", "--disable-tqdm"),
-        *("--max-concurrency", concurrency, "--num-warmups", concurrency),
-        *("--num-prompts", concurrency * config.rounds),
-        *("--temperature", config.temperature),
-    ]
+    options = {
+        "backend": "openai",
+        "base-url": client.base_url,
+        "dataset-name": "custom",
+        "max-concurrency": concurrency,
+        "num-warmups": concurrency,
+        "num-prompts": concurrency * config.rounds,
+        "temperature": config.temperature,
+    }
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words += ["--skip-tokenizer-init", "--save-detailed", "--disable-tqdm"]
     if config.ignore_eos:
         words.append("--ignore-eos")
-    if api_key is not None:
-        words += ["--header", f"Authorization=Bearer {api_key}"]
-    return [str(word) for word in words]
+    if client.api_key is not None:
+        words += ["--header", f"Authorization=Bearer {client.api_key}"]
+    return words
 
 
 def run_load(base_url: str, load: Mapping[str, Any]) -> dict[str, Any]:
     """Hold a load, as `vllm_plugin.bench_serve` reads it; return vLLM's result."""
-    command = (sys.executable, "-m", "mtp_graft.vllm_plugin.bench_serve")
-    # A proxy of the environment has no business between us and a named server.
-    environment = {**os.environ, "NO_PROXY": str(urlsplit(base_url).hostname)}
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "mtp_graft.vllm_plugin.bench_serve"],
         input=json.dumps(load) + "\n",
-        env=environment,
+        # A proxy of the environment has no business between us and a named server.
+        env={**os.environ, "NO_PROXY": str(urlsplit(base_url).hostname)},
         capture_output=True,
         text=True,
         check=False,

@@ -8,18 +8,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from mtp_graft.bench.requests import (
-    Answer,
-    Report,
-    decode_s,
-    measured,
-    num_decoded,
-    time_answer,
-    ttft_s,
-)
+from mtp_graft.bench.requests import Answer, Report, measured, time_answer, timing
 from mtp_graft.serving.client import ServerClient
 
-CATEGORIES = ("chat", "coding", "retrieval", "writing", "planning")
 _PATH = "/v1/chat/completions"
 
 
@@ -43,14 +34,13 @@ def load_workload(thinking: bool = False, max_tokens: int | None = None) -> list
         "chat_template_kwargs": {"thinking": thinking},
         **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }
+    system = {"role": "system", "content": found["system"]}
     requests = []
     for task in found["tasks"]:
-        document = found["documents"][task["document"]] if "document" in task else []
-        system = {"role": "system", "content": found["system"]}
+        document = found["documents"].get(task.get("document"), [])
         user = {"role": "user", "content": "\n\n".join([*document, task["text"]])}
-        requests.append(
-            Request(task["id"], task["category"], {"messages": [system, user], **options})
-        )
+        body = {"messages": [system, user], **options}
+        requests.append(Request(task["id"], task["category"], body))
     return requests
 
 
@@ -79,23 +69,24 @@ def measure_workload(
         return _result(request, time_answer(client, _PATH, request.body))
 
     found = [measured(folder, r.id, partial(measure, n, r)) for n, r in enumerate(requests)]
-    of = {name: [each for each in found if each["category"] == name] for name in CATEGORIES}
+    categories = dict.fromkeys(request.category for request in requests)
+    of = {name: [each for each in found if each["category"] == name] for name in categories}
     return {
         **_summary(found),
-        "categories": {name: _summary(each) for name, each in of.items() if each},
+        "categories": {name: _summary(each) for name, each in of.items()},
         "tasks": found,
     }
 
 
 def _result(request: Request, answer: Answer) -> dict[str, Any]:
     """Return a request's JSON; an answer in one chunk has no decode speed."""
-    decoded, seconds, counters = num_decoded(answer), decode_s(answer), answer["counters"] or {}
+    time, counters = timing(answer), answer["counters"] or {}
     return {
         "id": request.id,
         "category": request.category,
         **{key: answer[key] for key in ("prompt_tokens", "completion_tokens", "finish_reason")},
-        "decode_tok_s": decoded / seconds if decoded else None,
-        "ttft_ms": 1e3 * ttft_s(answer),
+        "decode_tok_s": time.num_decoded / time.decode_s if time.num_decoded else None,
+        "ttft_ms": 1e3 * time.ttft_s,
         "drafted": counters.get("num_draft_tokens", 0),
         "accepted": counters.get("num_accepted_tokens", 0),
     }

@@ -60,11 +60,10 @@ def with_options(command: Command) -> Command:
 
 def _declared(parameter: Parameter) -> dict[str, FieldInfo]:
     """Return the options and arguments that a command's parameter stands for."""
-    kind = parameter.annotation
-    if is_dataclass(kind):
-        fields: dict[str, FieldInfo] = kind.__pydantic_fields__  # type: ignore[attr-defined]
-        return {name: field for name, field in fields.items() if field.description}
-    return {parameter.name: FieldInfo.from_annotated_attribute(kind, parameter.default)}
+    kind: Any = parameter.annotation
+    if not is_dataclass(parameter.annotation):
+        return {parameter.name: FieldInfo.from_annotated_attribute(kind, parameter.default)}
+    return {name: field for name, field in kind.__pydantic_fields__.items() if field.description}
 
 
 def _parsed(name: str, field: FieldInfo) -> Parameter:

@@ -13,7 +13,7 @@ import typer
 from pydantic.dataclasses import dataclass
 from rich.table import Table
 
-from mtp_graft.bench.page import percent, percents, spread
+from mtp_graft.bench.page import percents
 from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target, check_url
@@ -107,14 +107,10 @@ def _hash(prompts: Sequence[Any]) -> str:
 
 
 def _decode_parts(result: dict[str, Any]) -> list[str | Table]:
-    rows = []
-    for name, found in (("against", result.get("against")), ("decode", result)):
-        if found:
-            speeds = [spread(found[key]) for key in ("decode_tok_s", "ttft_ms", "tpot_ms")]
-            acceptance = found["acceptance"] and found["acceptance"]["median"]
-            rows.append((name, *speeds, percent(acceptance)))
-    columns = ("", "decode tok/s", "TTFT ms", "ms per token", "acceptance")
-    parts: list[str | Table] = [table(columns, rows)]
+    servers = {"against": result["against"]} if "against" in result else {}
+    records = [{"server": name, **found} for name, found in {**servers, "decode": result}.items()]
+    speeds = table(records, "server", "decode_tok_s", "ttft_ms", "tpot_ms", "acceptance")
+    parts: list[str | Table] = [speeds]
     if "ratio" in result:
         ratio = result["ratio"]["decode_tok_s"]
         low, high = ratio["interval"]
@@ -175,23 +171,15 @@ def bench_sweep(
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with progress_bar() as report:
-            asked = prompts, ks, loads, config, report, folder, target.api_key
-            return measure_sweep(lambda k: target.client(report, f"k{k}", k), *asked)
+            serve = partial(target.client, report, "sweep")
+            return measure_sweep(serve, prompts, ks, loads, config, report, folder)
 
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
     result = target.finish("sweep", claim, measure)
-    show(result, target.json_file, _sweep_table(result["points"]))
-
-
-def _sweep_table(points: Sequence[dict[str, Any]]) -> Table:
-    columns = ("k", "concurrency", "tok/s a request", "tok/s in all", "TTFT ms")
-    keys = ("k", "concurrency", "per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
-    rows = [
-        [*(point[key] for key in keys), percents(point["acceptance_by_position"]), point["errors"]]
-        for point in points
-    ]
-    return table((*columns, "accepted by position", "errors"), rows)
+    speeds = ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
+    columns = ("k", "concurrency", *speeds, "acceptance_by_position", "errors")
+    show(result, target.json_file, table(result["points"], *columns))
 
 
 def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
@@ -229,17 +217,7 @@ def bench_workload(
 
     claim = {"thinking": thinking, "max_tokens": max_tokens, "k": k, "prompts": _hash(requests)}
     result = target.finish("workload", claim, measure)
-    columns = ("", "requests", "tokens", "tok/s (mean)", "TTFT ms", "acceptance", "cut off")
-    rows = [
-        (
-            name,
-            found["requests"],
-            found["completion_tokens"],
-            found["decode_tok_s"],
-            found["ttft_ms"],
-            percent(found["acceptance"]),
-            found["cut_off"],
-        )
-        for name, found in [*result["categories"].items(), ("all", result)]
-    ]
-    show(result, target.json_file, table(columns, rows))
+    records = [{"category": n, **found} for n, found in result["categories"].items()]
+    records.append({"category": "all", **result})
+    columns = ("requests", "completion_tokens", "decode_tok_s", "ttft_ms", "acceptance", "cut_off")
+    show(result, target.json_file, table(records, "category", *columns))

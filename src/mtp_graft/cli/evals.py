@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from mtp_graft.bench.page import percent, percent_interval
 from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target
@@ -41,7 +40,9 @@ def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose:
         max_tokens: int = option(num_tokens, "N", "Cap on an answer, thinking included.", min=1),
     ) -> None:
         settings = asdict(asking) | {"limit": limit, "max_tokens": max_tokens}
-        _print(target, _evaluate(name, target, settings))
+        result = _evaluate(name, target, settings)
+        columns = ("benchmark", "score", "interval", "correct", "total", "kinds")
+        show(result, target.json_file, table([result], *columns))
 
 
 _add_command("gsm8k", 100, 1024, "Ask GSM8K's word problems: greedy, exact match on `#### N`.")
@@ -72,7 +73,7 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
         with ExitStack() as stack:
             with progress_bar() as report:
                 server = stack.enter_context(target.client(report, name, k))
-            return run_task(task, logs, find_model(server.base_url, target.api_key, settings))
+            return run_task(task, logs, find_model(server, settings))
 
     def measure(folder: Path | None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as logs:
@@ -80,15 +81,3 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
             return measured(folder, "result", lambda: ask(where) | {"settings": settings})
 
     return target.finish(name, claim, measure)
-
-
-def _print(target: Target, result: dict[str, Any]) -> None:
-    columns = ("", "score", "95 % interval", "correct", "failures")
-    row = (
-        result["benchmark"],
-        percent(result["score"]),
-        percent_interval(result["interval"]),
-        f"{result['correct']} of {result['total']}",
-        ", ".join(f"{number} {kind}" for kind, number in result["kinds"].items()) or "-",
-    )
-    show(result, target.json_file, table(columns, [row]))

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-from mtp_graft.bench.page import number
 
 Report = Callable[[str, int, int], None]
 
@@ -54,12 +52,29 @@ def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) ->
         console.print(part, soft_wrap=True, markup=False, highlight=False)
 
 
-def table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Table:
-    """Return a table for `show`; numbers have one decimal, None is a dash."""
-    made = Table(*columns)
-    for row in rows:
-        made.add_row(*(number(v) if v is None or isinstance(v, float) else str(v) for v in row))
+def table(records: Iterable[Mapping[str, Any]], *keys: str) -> Table:
+    """Return a table for `show`: a row a record, the columns by their names in the JSON."""
+    made = Table(*keys)
+    for record in records:
+        made.add_row(*(_cell(record[key]) for key in keys))
     return made
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return "–"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:,.1f}" if abs(value) >= 1 else f"{value:.3f}"
+        case {"median": middle, "min": low, "max": high}:
+            return f"{_cell(middle)} ({_cell(low)} to {_cell(high)})"
+        case dict():
+            return ", ".join(f"{_cell(count)} {name}" for name, count in value.items()) or "–"
+        case list():
+            return ", ".join(map(_cell, value))
+    return str(value)
 
 
 def check_writable(target: Path | None) -> Path | None:

@@ -108,28 +108,17 @@ def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
     if plan["unknown"] is not None:
         return [where, plan["unknown"], "sizes, needs and times are not known therefore"]
     sources = [
-        (name, s["source"], len(s["files"]), _gb(s["bytes"]), _gb(s["bytes_to_download"]))
-        for name, s in plan["sources"].items()
+        {"checkpoint": name, **found, "files": len(found["files"])}
+        for name, found in plan["sources"].items()
     ]
-    needs = [
-        (need["stage"], need["of"], need["where"], _gb(need["bytes"]), need["what_for"])
-        for need in plan["needs"] or ()
-    ]
-    times = [
-        (stage, each["seconds"] and each["seconds"] / 60, each["by"])
-        for stage, each in plan["seconds"].items()
-    ]
+    times = [{"stage": stage, **found} for stage, found in plan["seconds"].items()]
     return [
         where,
-        table(("checkpoint", "from", "files", "GB", "GB to download"), sources),
-        table(("stage", "needs", "of", "GB at most", "for"), needs),
-        table(("stage", "minutes, about", "estimated by"), times),
+        table(sources, "checkpoint", "source", "files", "bytes", "bytes_to_download"),
+        table(plan["needs"] or (), "stage", "of", "where", "bytes", "free", "what_for"),
+        table(times, "stage", "seconds", "by"),
         *(f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None),
     ]
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:,.3f}"
 
 
 def _result_parts(result: dict[str, Any]) -> list[str | Table]:
@@ -138,12 +127,16 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
     offline, served = result["acceptance_offline"], result["acceptance_served"]
     if offline or served:
         drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
-        columns = ("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
-        rows = []
-        for name in offline or served:
-            interval = percent_interval(result["intervals_served"].get(name))
-            rows.append((name, percent(offline.get(name)), percent(served.get(name)), interval))
-        parts.append(table(columns, rows))
+        heads = [
+            {
+                "head": name,
+                "offline acceptance": percent(offline.get(name)),
+                f"served acceptance{drafting}": percent(served.get(name)),
+                "95 % interval": percent_interval(result["intervals_served"].get(name)),
+            }
+            for name in offline or served
+        ]
+        parts.append(table(heads, *heads[0]))
     parts += [f"served, {line}" for line in drafting_lines(result)]
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]

@@ -89,10 +89,10 @@ def expert_errors(
     errors: dict[Variant, dict[str, list[float]]] = {"rtn": {}, "gptq": {}, "mxfp4": {}, "bf16": {}}
     for matrix, original in weights.items():
         scale = int4.group_scale(original, group_size)
-        nearest = Quantized(int4.encode(original, scale), scale)
-        rounded: dict[Variant, Quantized] = {"rtn": nearest, "gptq": quantized[matrix]}
-        for variant, found in rounded.items():
-            values = int4.decode(found.codes, found.scale)
-            errors[variant][matrix] = relative_error(original, values, hessians[matrix]).tolist()
+        nearest = int4.decode(int4.encode(original, scale), scale)
+        by_gptq = int4.decode(quantized[matrix].codes, quantized[matrix].scale)
+        hessian = hessians[matrix]
+        errors["rtn"][matrix] = relative_error(original, nearest, hessian).tolist()
+        errors["gptq"][matrix] = relative_error(original, by_gptq, hessian).tolist()
         errors["mxfp4"][matrix] = errors["bf16"][matrix] = [0.0] * len(original)
     return errors

@@ -62,43 +62,33 @@ def _output(c: Dimensions) -> Shapes:
 
 
 def _layer(c: Dimensions) -> Shapes:
-    return _block(c, "attn") | _block(c, "ffn") | _attention(c) | _feed_forward(c)
-
-
-def _block(c: Dimensions, block: str) -> Shapes:
-    """Return a block's norm and hyper-connection: streams in, streams out, a square of both."""
-    streams, size = c.hc_mult, c.hidden_size
-    mixes = (2 + streams) * streams
-    return {
-        f"{block}_norm.weight": (size,),
-        f"hc_{block}_fn": (mixes, streams * size),
-        f"hc_{block}_base": (mixes,),
-        f"hc_{block}_scale": (3,),
-    }
-
-
-def _attention(c: Dimensions) -> Shapes:
+    """Return a layer without compression: attention, feed-forward, and what leads in and out."""
+    size, streams, num_experts = c.hidden_size, c.hc_mult, c.n_routed_experts
     heads, low_rank = c.num_attention_heads * c.head_dim, c.o_groups * c.o_lora_rank
-    return {
+    shapes: Shapes = {
         "attn.attn_sink": (c.num_attention_heads,),
         "attn.q_norm.weight": (c.q_lora_rank,),
         "attn.kv_norm.weight": (c.head_dim,),
-        "attn.wq_a.weight": (c.q_lora_rank, c.hidden_size),
+        "attn.wq_a.weight": (c.q_lora_rank, size),
         "attn.wq_b.weight": (heads, c.q_lora_rank),
-        "attn.wkv.weight": (c.head_dim, c.hidden_size),
+        "attn.wkv.weight": (c.head_dim, size),
         "attn.wo_a.weight": (low_rank, heads // c.o_groups),
-        "attn.wo_b.weight": (c.hidden_size, low_rank),
+        "attn.wo_b.weight": (size, low_rank),
+        "ffn.gate.weight": (num_experts, size),
+        "ffn.gate.bias": (num_experts,),
     }
-
-
-def _feed_forward(c: Dimensions) -> Shapes:
-    size, inner, num_experts = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
-    shapes: Shapes = {"ffn.gate.weight": (num_experts, size), "ffn.gate.bias": (num_experts,)}
-    widths = {f"experts.{e}": inner for e in range(num_experts)}
-    for name, width in (widths | {"shared_experts": inner * (c.n_shared_experts or 1)}).items():
+    widths = {f"experts.{e}": c.moe_intermediate_size for e in range(num_experts)}
+    widths["shared_experts"] = c.moe_intermediate_size * (c.n_shared_experts or 1)
+    for name, width in widths.items():
         shapes[f"ffn.{name}.w1.weight"] = (width, size)
         shapes[f"ffn.{name}.w2.weight"] = (size, width)
         shapes[f"ffn.{name}.w3.weight"] = (width, size)
+    mixes = (2 + streams) * streams  # of hyper-connections: streams in, streams out, both
+    for block in ("attn", "ffn"):
+        shapes[f"{block}_norm.weight"] = (size,)
+        shapes[f"hc_{block}_fn"] = (mixes, streams * size)
+        shapes[f"hc_{block}_base"] = (mixes,)
+        shapes[f"hc_{block}_scale"] = (3,)
     return shapes
 
 

@@ -1,7 +1,7 @@
 """The Hessians of the routed experts' matrices: H = sum x x^T over the inputs x of a matrix.
 
 w1 and w3 read the same inputs, the tokens that the router sends to their expert, and share one
-Hessian. w2 reads what w1 and w3 make of them (`w2_inputs`) and has its own.
+Hessian. w2 reads what w1 and w3 make of them and has its own.
 
 Shapes: N tokens of all sequences, T tokens that reach one expert, K experts a token, E experts of a
 batch, D hidden size, M the experts' intermediate size, I inputs of a matrix.
@@ -54,19 +54,12 @@ def expert_hessians(
     for e, parts in enumerate(tokens):
         for part in parts:
             x = part.to(w1.device)  # [T, D]
-            a = w2_inputs(x.float(), w1[e], w3[e], limit)  # [T, M]
             h13[e] += _gram(x)
+            # What w2 reads [T, M], without the routing weight: the expert's own error counts.
+            gate = F.silu((x.float() @ w1[e].T).clamp(max=limit))
+            a = gate * (x.float() @ w3[e].T).clamp(-limit, limit)
             h2[e].addmm_(a.T, a)
     return {"w1": h13, "w2": h2, "w3": h13}
-
-
-def w2_inputs(x: Tensor, w1: Tensor, w3: Tensor, limit: float) -> Tensor:
-    """Return what one expert's w2 reads in the server [T, M], for the tokens `x` [T, D].
-
-    The routing weight is left out: what counts is the error of the expert itself.
-    """
-    gate = F.silu((x @ w1.T).clamp(max=limit))
-    return gate * (x @ w3.T).clamp(-limit, limit)
 
 
 def _gram(x: Tensor) -> Tensor:

@@ -44,7 +44,6 @@ _RENAMES = (
     (r"\.sinks$", ".attn_sink"),
     (r"\.mlp\.", ".ffn."),
     (r"\.e_score_correction_bias$", ".bias"),
-    (r"\.gate\.tid2eid$", ".gate.tid2eid"),
     (r"\.shared_experts\.gate_proj\.", ".shared_experts.w1."),
     (r"\.shared_experts\.up_proj\.", ".shared_experts.w3."),
     (r"\.shared_experts\.down_proj\.", ".shared_experts.w2."),

@@ -151,8 +151,7 @@ def _decode(kind: Format, parts: Parts) -> Tensor:
         case "int4":
             return int4.decode(int4.unpack(parts["weight_packed"]), parts["weight_scale"])
         case "mxfp4":
-            scale = parts["weight_scale"].view(torch.float8_e8m0fnu)
-            return mxfp4.decode(parts["weight_packed"], scale)
+            return mxfp4.decode(parts["weight_packed"], parts["weight_scale"])
         case "fp8":
             return fp8_block.decode(parts["weight"], parts["weight_scale"])
 

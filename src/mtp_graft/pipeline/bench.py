@@ -39,8 +39,7 @@ def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions
     """
     options = recording_options(checkpoint, run.path / "capture", run.recipe.capture)
     if find_vllm().platform != "cpu":
-        usual = {"max_num_batched_tokens": None, "chunked_prefill": True}
-        options = replace(options, record=None, **usual)
+        options = replace(options, record=None, max_num_batched_tokens=None, chunked_prefill=True)
     if k == 0:
         return options
     return replace(options, num_speculative_tokens=k, extra_args=COUNT_DRAFTS)

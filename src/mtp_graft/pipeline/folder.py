@@ -46,7 +46,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Run:
-    """A recipe, the folder it is run in, and the stages to do."""
+    """A recipe, the folder it is run in, and the stages to do; GraftError for a folder of 0.1."""
 
     def __init__(
         self,
@@ -58,6 +58,12 @@ class Run:
         self.recipe, self.path, self.stages, self.report = recipe, path, stages, report
         self.adjusted: list[str] = []  # what the hardware made of the servers' options
         self.seconds: dict[str, float] = (self.result("run") or {}).get("seconds", {})
+        manifests = (self.result(f"{stage}/manifest") or {} for stage in STAGES)
+        made_by = [str(manifest.get("versions", {}).get("mtp-graft")) for manifest in manifests]
+        if any(version.startswith("0.1.") for version in made_by):
+            raise GraftError(
+                f"{path}: is a run folder of mtp-graft 0.1; remove it or use another --run"
+            )
 
     @cached_property
     def models(self) -> FetchedModels:

@@ -187,19 +187,18 @@ def _less_written(need: Need, folder: Path) -> Need:
 
 def check_room(needs: Sequence[Need]) -> None:
     """Raise GraftError, before hours of work, for a disk or memory that will not do."""
-    sharing: dict[object, list[Need]] = {}  # a disk is shared; a stage has the memory for itself
+    places: dict[object, list[Need]] = {}  # a disk is shared; a stage has the memory for itself
     for need in needs:
         place = _device(Path(need.where)) if need.of == "disk" else need.stage
-        sharing.setdefault((need.of, place), []).append(need)
-    for first, *others in sharing.values():
-        needed = first.bytes + sum(need.bytes for need in others)
-        if first.free is not None and needed > first.free:
-            where = " and ".join(dict.fromkeys(need.where for need in (first, *others)))
-            uses = (f"{n.stage}: {n.bytes:,} for {n.what_for}" for n in (first, *others))
+        places.setdefault((need.of, place), []).append(need)
+    for sharing in places.values():
+        needed, free = sum(need.bytes for need in sharing), sharing[0].free
+        if free is not None and needed > free:
+            where = " and ".join(dict.fromkeys(need.where for need in sharing))
+            uses = ", ".join(f"{n.stage}: {n.bytes:,} for {n.what_for}" for n in sharing)
             raise GraftError(
-                f"{first.of} of {where}: {first.free:,} bytes free, {needed:,} needed "
-                f"({', '.join(uses)}); make room, ask for less in the recipe, or use a larger "
-                "machine"
+                f"{sharing[0].of} of {where}: {free:,} bytes free, {needed:,} needed ({uses}); "
+                "make room, ask for less in the recipe, or use a larger machine"
             )
 
 

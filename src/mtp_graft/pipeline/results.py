@@ -5,7 +5,7 @@ from typing import Any
 
 from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.intervals import paired_differences
-from mtp_graft.bench.report import PAGE_NAME, RunResults, write_report
+from mtp_graft.bench.report import PAGE_NAME, write_report
 from mtp_graft.checkpoint.manifest import package_versions
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.device import device_name
@@ -64,21 +64,21 @@ def report_run(run: Run) -> list[Path]:
     if find_vllm().platform == "cpu":
         notes.append(_CPU_NOTE)
     notes += [f"Serving: {text}." for text in (decode or {}).get("adjusted", [])]
-    results = RunResults(
-        result=summarize(run),
-        capture=run.result("capture/report"),
-        quantize=run.result("quantize/report"),
-        score=run.result("score/report"),
-        served=served or None,
-        decode=decode,
-        verify=run.result(f"verify/{run.recipe.splice.variant}"),
-        model=run.recipe.model.name,
-        device=device_name(),
-        versions=package_versions(),
-        notes=notes,
-        recorded=recorded_answers(run.result("bench/base"), run.result("bench/mtp")),
-    )
-    write_report(run.path / "report", results)
+    found = {
+        "result": summarize(run),
+        "capture": run.result("capture/report"),
+        "quantize": run.result("quantize/report"),
+        "score": run.result("score/report"),
+        "served": served,
+        "decode": decode,
+        "verify": run.result(f"verify/{run.recipe.splice.variant}"),
+        "recorded": recorded_answers(run.result("bench/base"), run.result("bench/mtp")),
+        "model": run.recipe.model.name,
+        "device": device_name(),
+        "versions": package_versions(),
+        "notes": notes,
+    }
+    write_report(run.path / "report", found)
     return []
 
 

@@ -14,11 +14,11 @@ MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 def decode(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 weights [..., O, I] of packed codes [..., O, I/2] and E8M0 scales.
 
-    Codes may be uint8 or, as upstream stores them, int8 of the same bits. Every value is exact
-    in BF16 too.
+    Both may be other types of one byte: upstream's codes are int8, a checkpoint's scales uint8.
+    Every value is exact in BF16 too.
     """
     table = torch.tensor((*MAGNITUDES, *(-m for m in MAGNITUDES)), device=codes.device)
     pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)  # [256, 2], a byte
     values = pairs[codes.view(torch.uint8).int()]  # [..., O, I/2, 2]
     groups = values.flatten(-2).unflatten(-1, (-1, GROUP))
-    return (groups * scale.float().unsqueeze(-1)).flatten(-2)
+    return (groups * scale.view(torch.float8_e8m0fnu).float().unsqueeze(-1)).flatten(-2)

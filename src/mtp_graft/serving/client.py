@@ -65,7 +65,7 @@ class ServerClient:
     """A client of one vLLM server; every method raises GraftError if it is away or refuses."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self.base_url, self.api_key = base_url.rstrip("/").removesuffix("/v1"), api_key
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
         # A proxy of the environment has no business between us and a named server.

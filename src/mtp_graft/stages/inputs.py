@@ -3,6 +3,7 @@
 Shapes: T tokens of a sequence, S hyper-connection streams, D hidden size, V vocabulary.
 """
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -59,23 +60,12 @@ class Tensors:
             yield Values({name: shards[path] for name, path in self.files.items()})
 
 
-class Values(Mapping[str, Tensor]):
-    """Tensors of open files by name; each is read when it is asked for."""
-
-    def __init__(self, shards: Mapping[str, Shard]) -> None:
-        self._shards = shards
+class Values(UserDict[str, Any]):
+    """Tensors by name; `data` has the open file of each, and it is read when it is asked for."""
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._shards[name].get_tensor(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shards  # and not by reading it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shards)
-
-    def __len__(self) -> int:
-        return len(self._shards)
+        shard: Shard = self.data[name]
+        return shard.get_tensor(name)
 
 
 def read_master(upstream: Path) -> Tensors:

@@ -47,20 +47,12 @@ def score(
     A finished variant is not scored again. Raises GraftError for inputs that do not fit each
     other, a capture that leaves nothing to draft, and if `out` is of another configuration.
     """
-    started = time.perf_counter()
-    device = rank_device(settings.device)
-    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
-    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
-        raise GraftError(
-            f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
-            "sequences); expected sequences with at least two tokens after the prompt"
-        )
+    started, device = time.perf_counter(), rank_device(settings.device)
+    inputs = _open(capture, upstream, base)
     experts = expert_files(quantized) if "gptq" in heads.variants else []
-    decisive: dict[str, Any] = {"variants": list(heads.variants), "group_size": heads.group_size}
-    decisive["device"] = device
-    manifest.claim_folder(
-        out, {**decisive, "inputs": manifest.fingerprints([*inputs.files, *experts])}
-    )
+    decisive = {"variants": list(heads.variants), "group_size": heads.group_size, "device": device}
+    found = manifest.fingerprints([*inputs.files, *experts])
+    manifest.claim_folder(out, {**decisive, "inputs": found})
     if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
         return finished
     acceptance: dict[Variant, dict[str, Any]] = {}
@@ -68,10 +60,7 @@ def score(
         path = out / f"{variant}.json"
         if (scored := manifest.read_result(path)) is None:
             same = [acceptance[v] for v in _EXACT if v in acceptance and variant in _EXACT]
-            with single_thread():
-                scored = (
-                    same[0] if same else _score(inputs, variant, heads, experts, device, report)
-                )
+            scored = same[0] if same else _score(inputs, variant, heads, experts, device, report)
             write_json(scored, path)
         acceptance[variant] = scored
     result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
@@ -81,6 +70,17 @@ def score(
     return result
 
 
+def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
+    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
+    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
+        raise GraftError(
+            f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
+            "sequences); expected sequences with at least two tokens after the prompt"
+        )
+    return inputs
+
+
+@single_thread()
 def _score(
     inputs: Inputs,
     variant: Variant,

@@ -18,7 +18,7 @@ from openai import OpenAI, OpenAIError
 from mtp_graft.bench.evals.capability import capability
 from mtp_graft.bench.evals.tasks import gsm8k, humaneval, mmlu
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import READ_ERRORS
+from mtp_graft.serving.client import READ_ERRORS, ServerClient
 from mtp_graft.serving.metrics import wilson_interval
 
 #: Benchmark -> its task on a data folder (None: the hub), limit and seed.
@@ -48,16 +48,16 @@ def _chat_api() -> type[_ChatAPI]:
     return _ChatAPI
 
 
-def find_model(base_url: str, api_key: str | None, settings: Mapping[str, Any]) -> Model:
+def find_model(server: ServerClient, settings: Mapping[str, Any]) -> Model:
     """Return the model that a server has, to be asked greedily. Raises GraftError if it has none.
 
     `settings` has `max_tokens`, `thinking` and `concurrency`.
     """
-    where = {"base_url": f"{base_url}/v1", "api_key": api_key or "none"}
+    where = {"base_url": f"{server.base_url}/v1", "api_key": server.api_key or "none"}
     try:
         name = OpenAI(**where, timeout=_SILENCE_S).models.list().data[0].id
     except (OpenAIError, *READ_ERRORS) as error:
-        raise GraftError(f"{base_url}: names no model at /v1/models ({error})") from error
+        raise GraftError(f"{server.base_url}: names no model at /v1/models ({error})") from error
     config = GenerateConfig(
         temperature=0.0,
         max_tokens=settings["max_tokens"],

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 from mtp_graft.errors import GraftError
 
-TIMED_OUT = TimeoutError.__name__
 _BUBBLEWRAP = "bwrap"
-_NOBODY = 65534
+_NOBODY = {"user": 65534, "group": 65534, "extra_groups": ()}
 #: Where Python and its shared libraries lie; everything else is out of sight.
 _READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache")
 _SOURCE = Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
@@ -51,7 +50,7 @@ def _run(python: str, task: Mapping[str, Any], seconds: float) -> Failure | None
             try:
                 out, errors = tests.communicate(message.encode() + b"\n", timeout=left)
             except subprocess.TimeoutExpired:
-                return Failure(TIMED_OUT, f"not done after {seconds:g} s")
+                return Failure("TimeoutError", f"not done after {seconds:g} s")
         program.kill()
         assert program.stderr is not None
         errors = errors or program.stderr.read()
@@ -76,14 +75,14 @@ def _sandboxed(
     command += ["--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/"]
     command += [python, "-I", "-S", "-B", "-X", "utf8", "-c", _SOURCE, role, str(int(seconds) + 1)]
     # Root is exempt from the limit on processes, in any namespace.
-    nobody: Any = {"user": _NOBODY, "group": _NOBODY, "extra_groups": ()}
+    user: Any = _NOBODY if os.geteuid() == 0 else {}
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         pass_fds=pass_fds,
-        **(nobody if os.geteuid() == 0 else {}),
+        **user,
     ) as process:
         try:
             yield process
@@ -106,13 +105,11 @@ def find_python() -> str:
     said = []
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         try:
-            failure = _run(python, probe, 30.0)
-        except GraftError as error:
-            said.append(str(error))
-        else:
-            if failure is None:
+            if (failure := _run(python, probe, 30.0)) is None:
                 return python
             said.append(f"sandbox: {failure.kind} {failure.detail}")
+        except GraftError as error:
+            said.append(str(error))
     raise GraftError(
         f"generated code is not run without a sandbox, and none can be made here: {said[0]}. "
         "bubblewrap 0.8 or later needs user namespaces: in Docker, `--security-opt "

@@ -17,10 +17,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from inspect_ai import Task
 from inspect_ai.dataset import Sample
-from inspect_ai.model import ModelOutput
 
-from mtp_graft.bench.evals.judging import compare, judge_code, make_task, said
-from mtp_graft.bench.evals.sandbox import Failure, find_python
+from mtp_graft.bench.evals.judging import Judge, compare, judge_code, make_task, said
+from mtp_graft.bench.evals.sandbox import find_python
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import READ_ERRORS
 
@@ -61,10 +60,8 @@ def gsm8k(data_dir: Path | None, limit: int | None, seed: int) -> Task:
             raise ValueError("no '#### N' in the reference answer")
         return Sample(id=f"gsm8k/{number}", input=text, metadata={"target": target})
 
-    def judge(output: ModelOutput, data: Row) -> Failure | None:
-        return compare(find_number(said(output)), data["target"], output)
-
-    return make_task("gsm8k", deal(_load("gsm8k", to_sample, data_dir), limit, seed), judge)
+    samples = deal(_load("gsm8k", to_sample, data_dir), limit, seed)
+    return make_task("gsm8k", samples, _expect(find_number))
 
 
 def humaneval(data_dir: Path | None, limit: int | None, seed: int) -> Task:
@@ -75,8 +72,8 @@ def humaneval(data_dir: Path | None, limit: int | None, seed: int) -> Task:
         data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
         return Sample(id=row["task_id"], input=_HUMANEVAL.format(**data), metadata=data)
 
-    samples = _load("humaneval", to_sample, data_dir)
-    return make_task("humaneval", deal(samples, limit, seed), judge_code)
+    samples = deal(_load("humaneval", to_sample, data_dir), limit, seed)
+    return make_task("humaneval", samples, judge_code)
 
 
 def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
@@ -88,10 +85,12 @@ def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
         data = {"category": row["subject"], "target": "ABCD"[row["answer"]]}
         return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
 
-    def judge(output: ModelOutput, data: Row) -> Failure | None:
-        return compare(find_letter(said(output)), data["target"], output)
+    samples = deal(_load("mmlu", to_sample, data_dir), limit, seed)
+    return make_task("mmlu", samples, _expect(find_letter))
 
-    return make_task("mmlu", deal(_load("mmlu", to_sample, data_dir), limit, seed), judge)
+
+def _expect(find: Callable[[str], str | None]) -> Judge:
+    return lambda output, data: compare(find(said(output)), data["target"], output)
 
 
 def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
@@ -147,10 +146,7 @@ def _read_rows(path: Path) -> Iterable[Row]:
         rows: list[Row] = parquet.read_table(path).to_pylist()
         return rows
     if path.suffix == ".csv":
-        subject, text = (
-            path.stem.removesuffix("_test"),
-            io.StringIO(path.read_text("utf-8"), newline=""),
-        )
+        subject, text = path.stem.removesuffix("_test"), io.StringIO(path.read_text("utf-8"))
         keys = ("subject", "question", "choices", "answer")
         parts = ((subject, q, c, "ABCD".index(letter)) for q, *c, letter in csv.reader(text))
         return (dict(zip(keys, row, strict=True)) for row in parts)
