@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.checkpoint.quantization_config import ExpertFormat, add_head, read_quantization
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index, save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import base_shapes, stored_as
@@ -131,8 +131,8 @@ def link_spliced(base: Path, spliced: Path, out: Path, variant: str) -> None:
     shutil.copytree(base, out, copy_function=os.link)
     os.link(spliced / HEAD_SHARD, out / HEAD_SHARD)
     config = json.loads((base / "config.json").read_text())
-    experts: ExpertFormat = "mxfp4" if variant == "mxfp4" else "int4"
-    added = add_head(config["quantization_config"], config["num_hidden_layers"], experts, "base")
+    section, layer = config["quantization_config"], config["num_hidden_layers"]
+    added = add_head(section, layer, VARIANTS[variant], "base")
     for name in ("config.json", INDEX_NAME):
         (out / name).unlink()  # a link to the base's
     write_json(config | {"quantization_config": added}, out / "config.json")

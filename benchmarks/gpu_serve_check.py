@@ -142,6 +142,9 @@ def summarize(measured: list[Entry], expected: dict[str, Entry]) -> dict[str, An
             entry["divergences_from_base"] = divergences(base["texts"], head["texts"])
         if part in expected:
             entry |= compare_acceptance(expected[part], head)
+    if base:  # an engine does not choose all of its tokens again when it reads them
+        read_again = tokens_of(found["own"]["read"])
+        result["teacher_forced_alone"] = compare_forced(base["texts"], read_again)
     if base and "texts-k0" in expected:
         texts, best = expected["texts-k0"]["texts"], found["forced"]["best"]
         result["teacher_forced"] = compare_forced(texts, best)

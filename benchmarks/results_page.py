@@ -80,27 +80,41 @@ def source(name: str) -> str:
 
 
 def draw_speed(path: Path) -> None:
-    """Draw tokens a second of all requests by how many there are: base, k = 1, k = 3."""
+    """Draw the tiny model's tokens a second, and what Flash's step times let expect."""
+    figure, (tiny, flash) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
     series = {
         "base": ("no head", "#8c959f"),
         "k1": ("k = 1", "#54aeff"),
         "k3": ("k = 3", "#0969da"),
     }
     sweep = result("sweep_h200")["results"]
-    figure, axes = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
     for place, (name, (label, colour)) in enumerate(series.items()):
         speeds = [point["aggregate_tok_s"] for point in sweep[name]]
         at = [i + 0.27 * (place - 1) for i in range(len(speeds))]
-        bars = axes.bar(at, speeds, 0.25, label=label, color=colour)
-        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=2)
+        bars = tiny.bar(at, speeds, 0.25, label=label, color=colour)
+        tiny.bar_label(bars, fmt="{:,.0f}", fontsize=7, padding=2)
     counts = [point["concurrency"] for point in sweep["base"]]
-    axes.set_xticks(range(len(counts)), [f"{n} request{'s' * (n > 1)}" for n in counts])
-    axes.set_ylabel("tokens per second, all requests")
-    axes.set_title("Tiny model, one H200, vLLM 0.33, HTTP", fontsize=10)
-    axes.margins(y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
-    figure.savefig(path, dpi=150)
+    tiny.set_xticks(range(len(counts)), [f"{n} request{'s' * (n > 1)}" for n in counts])
+    tiny.set_ylabel("tokens per second, all requests")
+    tiny.set_title("Tiny model, real drafts, one H200, HTTP", fontsize=10)
+    lines = result("step_time_two_h200")["results"]["all_layers"]
+    for k, colour in ((1, "#54aeff"), (2, "#8250df"), (3, "#0969da")):
+        points = sorted((e for e in lines if e["k"] == k), key=lambda e: e["requests"])
+        published = [sorted(e["published"].values()) for e in points]
+        middle = [sum(both) / 2 for both in published]
+        reach = [high - (low + high) / 2 for low, high in published]
+        at = [i + 0.12 * (k - 2) for i in range(len(points))]
+        flash.errorbar(at, middle, reach, fmt="o", color=colour, capsize=4, label=f"k = {k}")
+        flash.set_xticks(range(len(points)), [e["requests"] for e in points])
+    flash.axhline(1, color="#8c959f", linewidth=1)
+    flash.set_xlabel("requests at once")
+    flash.set_ylabel("times the base's speed")
+    flash.set_title("Flash's width, 43 layers, two H200: to expect", fontsize=10)
+    for axes in (tiny, flash):
+        axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:

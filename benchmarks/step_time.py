@@ -37,6 +37,11 @@ from mtp_graft.stages.process import run_in_process
 
 ALL_LAYERS = 43
 RATES = (0.6, 0.7, 0.85, 0.95)
+#: Tokens a step by k of V4-Pro's own head: InferenceX, coding at temperature 1.
+PUBLISHED = {
+    "thinking": {1: 1.79, 2: 2.27, 3: 2.49},
+    "not thinking": {1: 1.92, 2: 2.61, 3: 2.97},
+}
 NOTE = (
     "Random weights of Flash's width, offline engine, no HTTP, temperature 1. step_ms is the time "
     "between two outputs of the engine while all requests decode."
@@ -217,7 +222,8 @@ def key(entry: Entry, *names: str) -> tuple[Any, ...]:
 def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
     """Return step times at `layers`: as measured, else by a line through the fewest and the most.
 
-    `speed_up` is by rate of acceptance. A load with one number of layers gives no line.
+    `speed_up` is by rate of acceptance, `published` at the lengths of `PUBLISHED`. A load with one
+    number of layers gives no line.
     """
     loads: dict[tuple[Any, ...], list[Entry]] = {}
     for line in pairs(found):
@@ -231,8 +237,11 @@ def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
         reach = (layers - many["layers"]) / max(many["layers"] - few["layers"], 1)
         times = {t: many[t] + reach * (many[t] - few[t]) for t in ("step_ms_base", "step_ms_mtp")}
         ratio = times["step_ms_base"] / times["step_ms_mtp"]
-        speed_up = {str(rate): tokens_per_step(many["k"], rate) * ratio for rate in RATES}
-        lines.append(many | {"layers": layers, "speed_up": speed_up} | times)
+        k = many["k"]
+        speed_up = {str(rate): tokens_per_step(k, rate) * ratio for rate in RATES}
+        published = {name: tokens[k] * ratio for name, tokens in PUBLISHED.items() if k in tokens}
+        line = many | times | {"layers": layers, "speed_up": speed_up, "published": published}
+        lines.append(line)
     return lines
 
 

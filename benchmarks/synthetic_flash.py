@@ -24,7 +24,7 @@ sys.path.append(str(MODEL / "make"))
 
 from export import upstream_tensors
 
-from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_sequence
+from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_row
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import save_shard, stream_shard, write_index
 from mtp_graft.dsv4 import names
@@ -143,7 +143,7 @@ def write_capture(folder: Path, activations: Activations, tokens: int, sequence:
                     *(first + i, f"synthetic-{first + i}", "calibration"),
                     *(sequence // 8, sequence, name, start),
                 )
-                append_sequence(folder, line)
+                append_row(folder, line)
 
 
 def write_upstream(

@@ -23,7 +23,6 @@ class StandInHub:
     """Repositories by id, as file name -> bytes; and what was asked for."""
 
     repositories: dict[str, dict[str, bytes]]
-    url: str = ""
     asked: list[tuple[str, str]] = field(default_factory=list)  # method, path
     wrong: set[str] = field(default_factory=set)  # large files that come with another last byte
 
@@ -99,14 +98,12 @@ def in_place_of_the_hub(
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        hub.url = f"http://127.0.0.1:{server.server_port}"
+        url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         try:
             yield hub
         finally:

@@ -4,6 +4,7 @@ GPTQ's stand-ins are a coarser rounding.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import variants
 from mtp_graft.quant import int4
+from run_folder import recorded
 
-MATRICES = ("w1", "w2", "w3")
 TINY_CONFIG = Path(__file__).resolve().parents[1] / "models" / "tiny-dsv4" / "base" / "config.json"
 
 
@@ -23,6 +24,14 @@ def tiny_quantization() -> dict[str, Any]:
     """Return the bundled base's section, as those of W4A16-FP8 bases are."""
     section: dict[str, Any] = json.loads(TINY_CONFIG.read_text())["quantization_config"]
     return section
+
+
+def edit_json(path: Path, change: Callable[[Any], object]) -> None:
+    """Change a JSON file, which may be a link to one that has to stay."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.unlink()
+    path.write_text(json.dumps(content))
 
 
 def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -38,45 +47,17 @@ def stand_in(weight: Tensor) -> dict[str, Tensor]:
     return variants.int4_parts(int4.encode(weight, scale), scale)
 
 
-def report(num_experts: int) -> dict[str, Any]:
-    errors = {w: [0.1 + e / 1000 for e in range(num_experts)] for w in MATRICES}
-    counts = [10 * e for e in range(num_experts)]
-    summary = {"bits_per_weight": 4.125, "rel_error": 0.1315, "bytes": 1}
-    return {
-        "variants": {"rtn": summary, "gptq": summary},
-        "tokens_per_expert": {
-            "min": 0,
-            "mean": sum(counts) / num_experts,
-            "max": max(counts),
-            "zero": 1,
-            "counts": counts,
-        },
-        "rel_errors": {"rtn": errors, "gptq": errors},
-        "zero_token_policy": "pool",
-        "experts_without_tokens": [0],
-        "seconds": {"hessian": 1.5, "gptq": 2.5, "io": 0.5},
-        "peak_gpu_bytes": 0,
-        "peak_host_bytes": 123,
-        "damp": 0.01,
-        "damping": "tokens",
-        "scale": "mse",
-        "group_size": 128,
-        "calibration_tokens": 3360,
-        "replay": "true attention",
-    }
-
-
-def write_quantized(folder: Path, upstream: dict[str, Tensor], num_experts: int = 64) -> Path:
+def write_quantized(folder: Path, upstream: dict[str, Tensor]) -> Path:
     """Write `folder` as `mtp-graft quantize` leaves it, in batches of 32 experts."""
     (folder / "gptq").mkdir(parents=True)
     decoded = variants.decode_head({n: t for n, t in upstream.items() if ".experts." in n})
-    for first in range(0, num_experts, 32):
+    for first in (0, 32):
         batch: dict[str, Tensor] = {}
         for e in range(first, first + 32):
-            for w in MATRICES:
+            for w in ("w1", "w2", "w3"):
                 module = f"mtp.0.ffn.experts.{e}.{w}"
                 parts = stand_in(decoded[f"{module}.weight"])
                 batch |= {f"{module}.{part}": tensor for part, tensor in parts.items()}
         save_file(batch, folder / "gptq" / f"experts-{first:04d}-{first + 31:04d}.safetensors")
-    (folder / "report.json").write_text(json.dumps(report(num_experts)))
+    (folder / "report.json").write_text(json.dumps(recorded("stages")["quantize/report.json"]))
     return folder

@@ -68,8 +68,7 @@ def decoded() -> dict[str, Any]:
 def checkpoint(folder: Path, variant: str) -> None:
     """Write what a spliced checkpoint has, its shards being a few bytes."""
     config = json.loads((ROOT / "models/tiny-dsv4/base/config.json").read_text())
-    experts: Any = variant if variant in ("mxfp4", "bf16") else "int4"
-    config["quantization_config"] = add_head(config["quantization_config"], 4, experts, "base")
+    config["quantization_config"] = add_head(config["quantization_config"], 4, variant, "base")
     report, provenance = recorded("stages")["quantize/report.json"], {"base": {}}
     sizes = 1575, 3_550_000_123
     content = quant_manifest.manifest(variant, "base", config, report, provenance, *sizes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_sequence
+from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_row
 from mtp_graft.checkpoint.shards import save_shard
 
 
@@ -36,7 +36,7 @@ def write_capture(folder: Path, sequences: Sequence[Played], per_recording: int 
         for number, s in enumerate(together, start=first):
             size = (s.prompt_tokens, len(s.token_ids))
             line = CapturedSequence(number, f"prompt-{number}", s.split, *size, name, start)
-            append_sequence(folder, line)
+            append_row(folder, line)
             start += len(s.token_ids)
 
 

@@ -1,6 +1,7 @@
 """The capture's files: lines survive kills, and broken recordings are named."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,8 +10,7 @@ from mtp_graft.checkpoint import capture as files
 from mtp_graft.checkpoint.capture import (
     CapturedSequence,
     FinishedText,
-    append_sequence,
-    append_text,
+    append_row,
     read_recorded,
     read_sequences,
     read_texts,
@@ -43,8 +43,8 @@ def write_recording(folder: Path, residual: torch.Tensor) -> None:
 def test_rows_come_by_number_whatever_the_order_they_finished_in(tmp_path: Path) -> None:
     texts = [FinishedText(n, f"é{n}", "calibration", (1, n), (3,)) for n in (0, 1, 2)]
     for number in (2, 0, 1):
-        append_sequence(tmp_path, sequence(number))
-        append_text(tmp_path, texts[number])
+        append_row(tmp_path, sequence(number))
+        append_row(tmp_path, texts[number])
     assert read_sequences(tmp_path) == [sequence(0), sequence(1), sequence(2)]
     assert read_texts(tmp_path) == texts
     assert texts[1].token_ids == (1, 1, 3)
@@ -52,12 +52,12 @@ def test_rows_come_by_number_whatever_the_order_they_finished_in(tmp_path: Path)
 
 @pytest.mark.parametrize("kept", [1, 20, -1])
 def test_a_torn_line_is_left_out_and_the_next_append_removes_it(tmp_path: Path, kept: int) -> None:
-    append_sequence(tmp_path, sequence(0))
+    append_row(tmp_path, sequence(0))
     path = tmp_path / files.INDEX_NAME
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:kept])
     assert read_sequences(tmp_path) == [sequence(0)]
-    append_sequence(tmp_path, sequence(1))
+    append_row(tmp_path, sequence(1))
     assert read_sequences(tmp_path) == [sequence(0), sequence(1)]
 
 
@@ -69,12 +69,9 @@ def test_a_line_in_the_middle_that_is_no_sequence_is_an_error(tmp_path: Path, li
 
 
 def test_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(GraftError, match=r"index.jsonl: the disk is full; make room"):
-        append_sequence(tmp_path, sequence(0))
+        append_row(tmp_path, sequence(0))
 
 
 def test_a_sequences_tokens_are_cut_from_its_recording(folder: Path) -> None:

@@ -10,15 +10,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from mtp_graft import TRIED_VLLM
-from mtp_graft.serving.profiles import PROFILES
 from serving.conftest import (
     BASE_TENSORS,
     HEAD_TENSORS,
@@ -55,92 +52,65 @@ def docker(repo_root: Path) -> Path:
 
 @pytest.fixture
 def image(tmp_path: Path) -> dict[str, str]:
-    """The image's variables: the stand-in for vLLM as a CUDA build, and a checkpoint.
-
-    There are no GPUs to fit a profile to, unless a test names some.
-    """
+    """The image's variables: the stand-in for vLLM as a CUDA build, and a checkpoint, no GPUs."""
     site = tmp_path / "env" / "site-packages"
     install(site, "vllm", "0.33.0")
     checkpoint = write_checkpoint(tmp_path / "grafted", BASE_TENSORS + HEAD_TENSORS)
-    return {"PYTHONPATH": str(site), "MODEL_PATH": str(checkpoint), "PROFILE": "none"}
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    return {"PYTHONPATH": path, "MODEL_PATH": str(checkpoint), "PROFILE": "none"}
 
 
 def environment(variables: dict[str, str]) -> dict[str, str]:
     """Return a container's environment: nothing of ours but what finds the command."""
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    ours = os.environ.get("PYTHONPATH", "")
-    variables = {**variables, "PYTHONPATH": f"{variables.get('PYTHONPATH', '')}:{ours}"}
     return {"PATH": path, "OMP_NUM_THREADS": "1", **variables}
 
 
-@pytest.fixture
-def start(docker: Path) -> Iterator[Any]:
-    """Return a function that runs the entrypoint; what still runs at the end is stopped."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(variables: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [str(docker / "entrypoint.sh"), *arguments],
-            env=environment(variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def enter(docker: Path, variables: dict[str, str], *arguments: str) -> tuple[int, str]:
+    """Return the entrypoint's exit status and what it wrote."""
+    done = subprocess.run(
+        [docker / "entrypoint.sh", *arguments],
+        env=environment(variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
 
 
-def dry_run(start: Any, variables: dict[str, str], *arguments: str) -> dict[str, Any]:
-    process = start(variables, "--dry-run", "--json", "-", *arguments)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
-    result: dict[str, Any]
+def test_the_variables_reach_vllm(docker: Path, image: dict[str, str]) -> None:
+    status, out = enter(docker, image | VARIABLES, "--dry-run", "--json", "-")
+    assert status == 0, out
     result, _ = json.JSONDecoder().raw_decode(out, out.index("{\n"))  # among the notes
-    return result
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def test_the_variables_reach_vllm_and_empty_ones_leave_the_choice_to_mtp_graft(
-    start: Any, image: dict[str, str]
-) -> None:
-    result = dry_run(start, image | VARIABLES)
     line = " ".join(result["argv"])
     assert all(flag in line for flag in FLAGS.split("|")), line
     assert result["env"]["VLLM_API_KEY"] == "***"
-    empty = dry_run(start, image | dict.fromkeys(VARIABLES, ""))["argv"]
-    assert empty == dry_run(start, image)["argv"]
-    assert empty[empty.index("--host") + 1] == "0.0.0.0"
-    assert "--max-model-len" not in empty
 
 
-def test_a_profile_is_passed_on(start: Any, image: dict[str, str], tiny_model: Path) -> None:
-    variables = {"MODEL_PATH": str(tiny_model / "base"), "PROFILE": "256k", "MAX_MODEL_LEN": "4096"}
-    result = dry_run(start, image | variables, "--gpu", "H200")
-    assert result["profile"] == "256k"
-    line = " ".join(result["argv"])
-    assert f"--max-model-len 4096 --max-num-seqs {PROFILES['256k'].max_num_seqs}" in line
-
-
-def test_a_key_can_come_from_a_file(start: Any, image: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("from-a-file\n")
-    record = tmp_path / "record"
-    fake = json.dumps({"record": str(record)})
-    key = {"API_KEY_FILE": str(tmp_path / "key"), "HOST": "127.0.0.1", "PORT": free_port()}
-    start({**image, **key, "FAKE_VLLM": fake})
-    found = read_record(record)
-    assert found["env"]["VLLM_API_KEY"] == "from-a-file"
-    assert "from-a-file" not in " ".join(found["argv"])
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "no key: serve grafted --host 0.0.0.0 --port 8000"),
+        (dict.fromkeys(VARIABLES, ""), "no key: serve grafted --host 0.0.0.0 --port 8000"),
+        (
+            {"PROFILE": "256k", "MAX_MODEL_LEN": "4096", "API_KEY_FILE": "key"},
+            "of a file: serve grafted --profile 256k --host 0.0.0.0 --port 8000 "
+            "--max-model-len 4096",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("image")
+def test_empty_variables_leave_the_choice_to_mtp_graft_and_a_key_can_come_from_a_file(
+    variables: dict[str, str], expected: str, docker: Path, tmp_path: Path
+) -> None:
+    stub = tmp_path / "mtp-graft"
+    stub.write_text('#!/bin/sh\necho "${VLLM_API_KEY:-no key}:" "$@"\n')
+    stub.chmod(0o755)
+    (tmp_path / "key").write_text("of a file\n")
+    given = {"MODEL_PATH": "grafted", "PATH": f"{tmp_path}:/usr/bin:/bin", **variables}
+    assert enter(docker, given, "--gpu", "H200") == (0, f"{expected} --gpu H200\n")
 
 
 @pytest.mark.parametrize(
@@ -152,11 +122,10 @@ def test_a_key_can_come_from_a_file(start: Any, image: dict[str, str], tmp_path:
     ],
 )
 def test_what_is_missing_is_said_before_anything_starts(
-    start: Any, image: dict[str, str], variables: dict[str, str], message: str
+    docker: Path, image: dict[str, str], variables: dict[str, str], message: str
 ) -> None:
-    process = start(image | variables, "--dry-run")
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    status, out = enter(docker, image | variables, "--dry-run")
+    assert status == 1
     assert message in out
 
 
@@ -167,16 +136,22 @@ def healthcheck(docker: Path, port: str, host: str = "0.0.0.0") -> subprocess.Co
 
 
 def test_the_container_is_healthy_when_vllm_is_and_ends_with_sigterm(
-    start: Any, docker: Path, image: dict[str, str], tmp_path: Path
+    docker: Path, image: dict[str, str], tmp_path: Path
 ) -> None:
-    port, record = free_port(), tmp_path / "record"
-    process = start({**image, "PORT": port, "FAKE_VLLM": json.dumps({"record": str(record)})})
-    while healthcheck(docker, port).returncode != 0:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
-    assert healthcheck(docker, port, host="").returncode == 0
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    record = tmp_path / "record"
+    variables = {**image, "PORT": port, "FAKE_VLLM": json.dumps({"record": str(record)})}
+    with subprocess.Popen([docker / "entrypoint.sh"], env=environment(variables)) as process:
+        try:
+            while healthcheck(docker, port).returncode != 0:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+            assert healthcheck(docker, port, host="").returncode == 0
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
     assert wait_gone(read_record(record)["pids"]) == []
     done = healthcheck(docker, port, host="::")
     assert done.returncode != 0 and f"http://[::1]:{port}/health" in done.stderr

@@ -1,6 +1,5 @@
 """`mtp-graft graft`: from folders, hub ids and published heads to a verified checkpoint."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,8 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub, as_repository
-from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, find_spliced
+from mtp_graft.checkpoint.quant_manifest import (
+    HEAD_SHARD,
+    MANIFEST_NAME,
+    find_spliced,
+    read_manifest,
+)
 from mtp_graft.stages.publish import find_files
+from quantized import edit_json
 from run_folder import write
 
 HEAD = "owner/that-head"
@@ -85,16 +90,14 @@ def test_a_head_alone_is_published_with_manifest_and_card(run: Path, published: 
     assert f"mtp-graft graft BASE {HEAD} OUT" in card
 
 
-@pytest.mark.parametrize("place", ["folder", "hub", "whole checkpoint"])
+@pytest.mark.parametrize("place", ["hub", "whole checkpoint"])
 def test_a_published_head_is_taken_as_it_is(
     graft: Graft, hub: StandInHub, base: Path, published: Path, run: Path, tmp_path: Path,
     place: str,
 ) -> None:  # fmt: skip
     hub.repositories[HEAD] = as_repository(published)
-    original = find_spliced(run).folder
-    source = {"folder": published, "hub": HEAD, "whole checkpoint": original}[place]
-    out = tmp_path / "out"
-    result = graft(base, source, out)
+    original, out = find_spliced(run).folder, tmp_path / "out"
+    result = graft(base, HEAD if place == "hub" else original, out)
     assert (result["head"], result["verified"]) == ("gptq", True)
     for path in original.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
@@ -103,57 +106,55 @@ def test_a_published_head_is_taken_as_it_is(
 def test_a_head_on_another_base_says_which_it_was_made_for(
     graft: Graft, base: Path, published: Path, tmp_path: Path
 ) -> None:
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "rope_theta": 5}))
+    edit_json(base / "config.json", lambda config: config.update(rope_theta=5))
     assert graft(base, published, tmp_path / "out")["verified"]
-    before, after = (
-        json.loads((folder / MANIFEST_NAME).read_text())["provenance"]
-        for folder in (published, tmp_path / "out")
-    )
+    before, after = (read_manifest(f)["provenance"] for f in (published, tmp_path / "out"))
     assert after["made_for"] == before["base"] != after["base"]
 
 
-def other_model(base: Path, published: Path) -> None:
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "n_routed_experts": 32}))
+Damage = Callable[[Path, Path], object]
 
 
-def other_group_size(base: Path, published: Path) -> None:
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"]["config_groups"]["group_1"]["weights"]["group_size"] = 64
-    (base / "config.json").write_text(json.dumps(config))
+def other_model(base: Path, _published: Path) -> None:
+    edit_json(base / "config.json", lambda config: config.update(n_routed_experts=32))
 
 
-def change_manifest(published: Path, **changes: object) -> None:
-    path = published / MANIFEST_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def other_group_size(base: Path, _published: Path) -> None:
+    def change(config: Any) -> None:
+        config["quantization_config"]["config_groups"]["group_1"]["weights"]["group_size"] = 64
+
+    edit_json(base / "config.json", change)
 
 
-def spoil(base: Path, published: Path) -> None:
+def say(**changes: object) -> Damage:
+    return lambda _base, published: edit_json(
+        published / MANIFEST_NAME, lambda manifest: manifest.update(changes)
+    )
+
+
+def spoil(_base: Path, published: Path) -> None:
     head = load_file(published / HEAD_SHARD)
     head["mtp.0.ffn.experts.9.w1.weight_scale"][0, 0] = torch.inf
     save_file(head, published / HEAD_SHARD, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
-    ("damage", "options", "message"),
+    ("damage", "message"),
     [
-        (lambda b, p: None, ("--head", "bf16"), "is a gptq head, .* bf16 was asked for"),
-        (other_model, (), r"is \[64, 256\], expected \[32, 256\] by the base's config.json"),
-        (other_group_size, (), "expected .*group 64"),
-        (lambda b, p: change_manifest(p, tensors=7), (), "expected 7 of .* by MTP_QUANT_MANIFEST"),
-        (lambda b, p: change_manifest(p, variant="mxfp5"), (), "MANIFEST.json: .*variant: input"),
-        (lambda b, p: change_manifest(p, variant="bf16"), (), "would load as plain, expected int4"),
-        (spoil, (), "experts.9.w1.weight_packed .holds values that are not finite"),
-        (lambda b, p: (p / HEAD_SHARD).unlink(), (), f"has no {HEAD_SHARD}, which is needed"),
+        (other_model, r"is \[64, 256\], expected \[32, 256\] by the base's config.json"),
+        (other_group_size, "expected .*group 64"),
+        (say(tensors=7), "expected 7 of .* by MTP_QUANT_MANIFEST"),
+        (say(variant="mxfp5"), "MANIFEST.json: .*variant: input"),
+        (say(variant="bf16"), "would load as plain, expected int4"),
+        (spoil, "experts.9.w1.weight_packed .holds values that are not finite"),
+        (lambda _, head: (head / HEAD_SHARD).unlink(), f"has no {HEAD_SHARD}, which is needed"),
     ],
 )
 def test_a_head_that_does_not_fit_is_one_error(
-    graft: Graft, base: Path, published: Path, tmp_path: Path,
-    damage: Callable[[Path, Path], object], options: tuple[str, ...], message: str,
-) -> None:  # fmt: skip
+    graft: Graft, base: Path, published: Path, tmp_path: Path, damage: Damage, message: str
+) -> None:
     damage(base, published)
-    said = graft(base, published, tmp_path / "out", *options)
+    said = graft(base, published, tmp_path / "out")
     assert isinstance(said, str) and re.search(message, said), said
 
 
@@ -168,10 +169,11 @@ def test_a_full_disk_is_told_before_a_shard_is_downloaded(
 
 
 def test_an_out_that_exists_and_inputs_that_do_not_are_refused(
-    graft: Graft, base: Path, tiny_model: Path, tmp_path: Path
+    graft: Graft, base: Path, tiny_model: Path, published: Path, tmp_path: Path
 ) -> None:
     upstream = tiny_model / "upstream"
     (tmp_path / "out").mkdir()
     assert "out: already exists; remove it" in graft(base, upstream, tmp_path / "out")
     assert "nowhere: not a folder" in graft("nowhere", upstream, tmp_path / "new")
     assert "already has a head" in graft(upstream, upstream, tmp_path / "new")
+    assert "is a gptq head" in graft(base, published, tmp_path / "new", "--head", "bf16")

@@ -98,25 +98,18 @@ def test_upload_is_one_commit_of_every_byte_and_the_cards_readme_wins(
     assert (result["commit"], result["url"]) == ("1" * 40, f"https://hub/{REPO}")
 
 
-@pytest.mark.parametrize("exists", [False, True])
 def test_private_files_go_to_a_private_repository_alone(
-    exists: bool, finished: Path, hub: FakeApi, publish: Publish
+    finished: Path, hub: FakeApi, publish: Publish
 ) -> None:
-    if exists:
-        hub.private[REPO] = False
-        assert "exists and is public" in publish(finished, "--private")
-        assert not hub.commits
-    else:
-        assert publish(finished, "--private")["private"] and hub.private[REPO]
+    assert publish(finished, "--private")["private"] and hub.private[REPO]
+    hub.private[REPO] = False
+    assert "exists and is public" in publish(finished, "--private")
+    assert len(hub.commits) == 1
 
 
-@pytest.mark.parametrize("error", [OSError("no network"), RuntimeError("xet"), ValueError("no")])
-def test_whatever_ends_the_upload_is_one_error(
-    error: Exception, finished: Path, hub: FakeApi, publish: Publish
-) -> None:
-    hub.error = error
-    said = publish(finished)
-    assert f"{REPO}: the upload stopped ({error})" in said and "run the same command again" in said
+def test_what_ends_the_upload_is_one_error(finished: Path, hub: FakeApi, publish: Publish) -> None:
+    hub.error = RuntimeError("xet")
+    assert f"{REPO}: the upload stopped (xet)" in publish(finished)
 
 
 def test_without_a_token_it_says_how_to_get_one(

@@ -7,22 +7,21 @@ import pytest
 from torch import nn
 
 from mtp_graft.checkpoint.quantization_config import (
-    ExpertFormat,
     add_head,
     int4_group_size,
     read_quantization,
     scheme_of,
 )
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import Linears
+from mtp_graft.recipe import Linears, Variant
 from quantized import tiny_quantization
 from serving.flash import CONFIG
 
 EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 ATTENTION = ("fused_wqa_wkv", "wq_a", "wq_b", "wkv", "wo_a", "wo_b")
 FP8, INT4 = "float-quantized", "pack-quantized"
-EXPERT_FORMATS: dict[ExpertFormat, str | None] = {
-    "int4": INT4,
+EXPERT_FORMATS: dict[Variant, str | None] = {
+    "gptq": INT4,
     "mxfp4": "mxfp4-pack-quantized",
     "bf16": None,
 }
@@ -33,16 +32,13 @@ FUSED = {
 }
 
 
-def expected_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str | None]:
+def expected_formats(variant: Variant, linears: Linears) -> dict[str, str | None]:
     """Return module -> stored format, None for unquantized, with the head as layer 4."""
-    shared = FP8 if linears == "fp8" else None
-    head: dict[str, str | None] = dict.fromkeys(
-        ("e_proj", "h_proj"), None if linears == "bf16" else FP8
-    )
-    head |= {f"ffn.shared_experts.{m}": shared for m in (*EXPERT_MATRICES, "gate_up_proj")}
-    head |= {f"ffn.experts.63.{m}": EXPERT_FORMATS[experts] for m in EXPERT_MATRICES}
-    base: dict[str, str | None] = {f"ffn.experts.7.{m}": INT4 for m in EXPERT_MATRICES}
-    base |= {f"ffn.shared_experts.{m}": None for m in (*EXPERT_MATRICES, "gate_up_proj")}
+    shared = [f"ffn.shared_experts.{m}" for m in (*EXPERT_MATRICES, "gate_up_proj")]
+    head = dict.fromkeys(("e_proj", "h_proj"), None if linears == "bf16" else FP8)
+    head |= dict.fromkeys(shared, FP8 if linears == "fp8" else None)
+    head |= {f"ffn.experts.63.{m}": EXPERT_FORMATS[variant] for m in EXPERT_MATRICES}
+    base = {f"ffn.experts.7.{m}": INT4 for m in EXPERT_MATRICES} | dict.fromkeys(shared)
     base |= {"attn.compressor.wkv": None, "attn.indexer.wq_b": FP8, "lm_head": None}
     both = {f"attn.{name}": FP8 for name in ATTENTION} | {"ffn.gate": None, "enorm": None}
     layers = dict.fromkeys((0, 14, 40, 44), base) | {4: head}  # some contain the head's number
@@ -53,14 +49,14 @@ def expected_formats(experts: ExpertFormat, linears: Linears) -> dict[str, str |
     }
 
 
-@pytest.mark.parametrize("experts", EXPERT_FORMATS)
+@pytest.mark.parametrize("variant", EXPERT_FORMATS)
 @pytest.mark.parametrize("linears", ["fp8", "base", "bf16"])
 def test_each_module_finds_its_scheme_and_the_bases_section_stays(
-    experts: ExpertFormat, linears: Linears
+    variant: Variant, linears: Linears
 ) -> None:
     base = tiny_quantization()
-    config = add_head(base, 4, experts, linears)
-    for name, scheme in expected_formats(experts, linears).items():
+    config = add_head(base, 4, variant, linears)
+    for name, scheme in expected_formats(variant, linears).items():
         found = scheme_of(config, name)
         assert (found and found["format"]) == scheme, name
     assert base == tiny_quantization()
@@ -84,7 +80,7 @@ def test_vllm_finds_the_same_schemes(case: str) -> None:
     )
     from vllm.models.deepseek_v4.cpu.model import _make_deepseek_v4_weights_mapper
 
-    config = add_head(tiny_quantization(), 4, "int4", "fp8")
+    config = add_head(tiny_quantization(), 4, "gptq", "fp8")
     if case == "published":
         config = add_head(CONFIG["quantization_config"], 4, "mxfp4", "base")
     elif case != "ours":
@@ -97,7 +93,7 @@ def test_vllm_finds_the_same_schemes(case: str) -> None:
     parsed.apply_vllm_mapper(_make_deepseek_v4_weights_mapper("bf16"))
     parsed.packed_modules_mapping = FUSED
     parts = tuple(f".{part}" for fused in FUSED.values() for part in fused)
-    modules = [n for n in expected_formats("int4", "fp8") if n.startswith("model.layers.4.")]
+    modules = [n for n in expected_formats("gptq", "fp8") if n.startswith("model.layers.4.")]
     for name in (n.replace("layers.4", f"layers.{layer}") for n in modules for layer in (0, 1, 4)):
         if not name.endswith((*parts, ".w2")) or ".experts." in name:  # vLLM asks for these
             theirs = parsed.get_scheme_dict(nn.Linear(1, 1), name)
@@ -121,18 +117,16 @@ def test_a_section_that_vllm_cannot_read_is_refused(change: Any, message: str) -
 
 
 def test_a_module_that_is_ignored_in_part_is_refused() -> None:
-    quantization = read_quantization(
-        {"quantization_config": {**tiny_quantization(), "ignore": ["re:.*wq_a$"]}}
-    )
+    config = tiny_quantization() | {"ignore": ["re:.*wq_a$"]}
     with pytest.raises(GraftError, match=r"a part of .*fused_wqa_wkv"):
-        quantization.group_of("model.layers.0.attn.fused_wqa_wkv")
+        scheme_of(config, "model.layers.0.attn.fused_wqa_wkv")
 
 
 def test_what_may_be_null_may_be_null() -> None:
     config = tiny_quantization() | {"ignore": None, "format": "pack-quantized"}
     config["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
-    quantization = read_quantization({"quantization_config": add_head(config, 4, "int4", "base")})
-    assert quantization.group_of("model.layers.4.ffn.experts.0.w1") == "group_1"
+    found = scheme_of(add_head(config, 4, "gptq", "base"), "model.layers.4.ffn.experts.0.w1")
+    assert found == config["config_groups"]["group_1"]
 
 
 def test_the_int4_group_size_has_to_be_one() -> None:

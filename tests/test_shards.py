@@ -3,16 +3,16 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.testing import assert_close
 
 from mtp_graft.checkpoint import shards
-from mtp_graft.checkpoint.files import write_json
 from mtp_graft.errors import GraftError
+from quantized import edit_json
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND, THIRD = (f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3))
@@ -42,22 +42,10 @@ def checkpoint(tensors: dict[str, Tensor], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def same(ours: Tensor, other: Tensor) -> bool:
-    as_bytes = [t.contiguous().view(torch.uint8) for t in (ours, other)]
-    same_kind = (ours.dtype, ours.shape) == (other.dtype, other.shape)
-    return same_kind and torch.equal(as_bytes[0], as_bytes[1])
-
-
-def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads((folder / INDEX).read_text())
-    change(content)
-    (folder / INDEX).write_text(json.dumps(content))
-
-
 def test_tensors_read_back_as_they_were(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
     loaded = shards.load_tensors(checkpoint)
     assert list(loaded) == list(tensors)
-    assert all(same(loaded[name], tensor) for name, tensor in tensors.items())
+    assert_close(loaded, tensors, rtol=0, atol=0)
     meta = shards.read_meta(checkpoint, complete=True)
     assert {n: (t.shape, t.dtype, t.is_meta) for n, t in meta.items()} == {
         n: (t.shape, t.dtype, True) for n, t in tensors.items()
@@ -71,19 +59,18 @@ def test_only_the_tensors_asked_for_are_read_in_that_order(
     (checkpoint / SECOND).write_bytes(b"unreadable")
     loaded = shards.load_tensors(checkpoint, ["e", "a"])
     assert list(loaded) == ["e", "a"]
-    assert all(same(tensor, tensors[name]) for name, tensor in loaded.items())
+    assert_close(loaded, {name: tensors[name] for name in loaded}, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_a_shard_has_the_bytes_that_safetensors_writes(
-    tensors: dict[str, Tensor], tmp_path: Path, reverse: bool
+def test_a_shard_has_the_bytes_that_safetensors_writes_whatever_the_order(
+    tensors: dict[str, Tensor], tmp_path: Path
 ) -> None:
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16)
     tensors |= {str(dtype): torch.zeros(3, dtype=dtype) for dtype in (*integers, torch.uint64)}
     tensors |= {"f64": torch.zeros(3).double(), "f16": torch.zeros(3).half()}
     tensors |= {"bool": torch.zeros(3).bool(), "e5m2": torch.zeros(3).to(torch.float8_e5m2)}
     tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), "\u00e9": torch.zeros(1)}
-    items = list(tensors.items())[:: -1 if reverse else 1]
+    items = list(reversed(tensors.items()))
     expected = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(expected, tmp_path / "theirs", metadata={"format": "pt"})
     shards.save_shard(dict(items), tmp_path / "saved", sync=False)
@@ -93,17 +80,16 @@ def test_a_shard_has_the_bytes_that_safetensors_writes(
         assert (tmp_path / name).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(3, 90)])
-def test_large_tensors_are_read_in_parts(
-    rows: slice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_of_large_tensors_are_read_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {"a": torch.randn(100, 33), "b": torch.arange(100), "c": torch.zeros(100, 0)}
     shards.save_shard(tensors, tmp_path / "one.safetensors")
     monkeypatch.setattr(shards, "_READ_BYTES", 1000)  # which rows lie across
     with shards.Shard(tmp_path / "one.safetensors") as shard:
-        found = shard.read(tensors, rows)
+        found = shard.read(tensors, slice(3, 90))
     for name, tensor in tensors.items():
-        assert torch.equal(found[name], tensor[rows])
+        assert torch.equal(found[name], tensor[3:90])
 
 
 def test_a_file_cut_off_while_it_is_read_is_an_error(checkpoint: Path) -> None:
@@ -127,12 +113,6 @@ def test_the_header_of_a_shard_larger_than_memory_is_read(tmp_path: Path) -> Non
     assert bytes(last.tolist()) == b"\0end"
 
 
-def test_index_keeps_the_metadata_it_is_given(tmp_path: Path) -> None:
-    shards.write_index({"a": "one.safetensors"}, 7, tmp_path, {"format": "pt", "total_size": 3})
-    content = json.loads((tmp_path / INDEX).read_text())
-    assert content["metadata"] == {"format": "pt", "total_size": 7}
-
-
 # Damage
 
 
@@ -150,17 +130,14 @@ def entry(**other: object) -> Callable[[Path], object]:
     [
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes long, expected"),
         (lambda path: path.write_bytes(path.read_bytes()[:20]), "cut off, or no header"),
-        (lambda path: path.write_bytes(b""), "cut off, or no header"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
         (header([1]), "should be an object"),
-        (header({"a": 1}), "a: input should be"),
         (entry(dtype="F4"), "a is F4, expected one of"),
         (entry(shape=[-1]), "greater than or equal to 0"),
         (entry(shape=[2**62, 2**62]), "not a readable safetensors file"),
         (entry(data_offsets=[0, 4]), "a is not where its shape"),
-        (entry(data_offsets=[2**70, 0]), "a is not where its shape"),
         (lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5), "recursion"),
-        (lambda path: path.unlink(), "not found, but .*index.json lists it"),
+        (lambda path: path.unlink(), "not found; expected a safetensors file"),
     ],
 )
 def test_a_broken_shard_is_one_error_that_names_it(
@@ -176,11 +153,7 @@ def test_a_broken_shard_is_one_error_that_names_it(
     [
         (None, "not found; expected a safetensors index"),
         (b'{"weight_map": {', "not a safetensors index"),
-        (b"\xff", "not a safetensors index"),
         (b'{"metadata": {}}', "weight_map: field required"),
-        (b'["a"]', "not a safetensors index"),
-        (b'{"a":' * 10**5, "recursion limit"),
-        (b'{"weight_map": {"a": 1}}', "weight_map.a: input should be a valid string"),
         (b'{"weight_map": {"a": "../x"}}', "the shard of a is '../x', expected a file's name"),
     ],
 )
@@ -195,7 +168,7 @@ def test_a_broken_index_is_one_error_that_names_it(
 
 
 def test_null_metadata_is_no_error(checkpoint: Path) -> None:
-    edit_index(checkpoint, lambda content: content.update(metadata=None))
+    edit_json(checkpoint / INDEX, lambda content: content.update(metadata=None))
     assert len(shards.read_index(checkpoint)) == 6
 
 
@@ -212,12 +185,12 @@ def test_an_index_of_one_prefix_needs_only_its_shards(checkpoint: Path) -> None:
 
 
 def test_index_and_shards_are_compared_both_ways(checkpoint: Path) -> None:
-    edit_index(checkpoint, lambda content: content["weight_map"].pop("b"))
+    edit_json(checkpoint / INDEX, lambda content: content["weight_map"].pop("b"))
     assert len(shards.read_meta(checkpoint)) == 5
     with pytest.raises(GraftError, match=rf"index\.json: does not list b \(1 in all\).*{FIRST}"):
         shards.read_meta(checkpoint, complete=True)
     more = dict.fromkeys("bxy", FIRST)
-    edit_index(checkpoint, lambda content: content["weight_map"].update(more))
+    edit_json(checkpoint / INDEX, lambda content: content["weight_map"].update(more))
     with pytest.raises(GraftError, match=rf"{FIRST}: has no x \(2 missing in all\)"):
         shards.read_meta(checkpoint)
 
@@ -234,12 +207,8 @@ def test_a_failed_write_leaves_the_old_file(checkpoint: Path) -> None:
     assert len(list(checkpoint.iterdir())) == 4
 
 
-@pytest.mark.parametrize("how", ["shard", "json"])
-def test_a_full_disk_is_one_error_that_names_the_file(tmp_path: Path, how: str) -> None:
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / ".out.tmp").symlink_to("/dev/full")  # every write fails as on a full disk
     with pytest.raises(GraftError, match="out: the disk is full; make room"):
-        if how == "shard":
-            shards.save_shard({"a": torch.zeros(1_000_000)}, tmp_path / "out")
-        else:
-            write_json({"a": 1}, tmp_path / "out")
+        shards.save_shard({"a": torch.zeros(1_000_000)}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,9 @@
-"""Real engines for the tests: each configuration is started once a session, in its own process."""
+"""Real engines for the tests: each configuration is started once a session, all in one process."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from mtp_graft.stages.splice import splice
 HERE = Path(__file__).parent
 MAX_MARGIN = 0.5  # nats; above it a different token is no rounding matter
 
-Job = dict[str, Any]
+Batches = dict[str, Any]  # by name; prompts, and what came of them
+RunEngine = Callable[..., Batches]
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,12 @@ def checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 @pytest.fixture(scope="session")
-def text(tiny_model: Path) -> list[int]:
-    """The token ids of all bundled prompts, one after the other."""
+def prompts_of(tiny_model: Path) -> Callable[..., list[int]]:
+    """Return a function that gives a prompt of any length from the bundled text, as token ids."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model / "base")
     lines = (tiny_model / "prompts.jsonl").read_text().splitlines()
-    prompts = [json.loads(line)["text"] for line in lines]
-    return [t for prompt in prompts for t in tokenizer.encode(prompt, add_special_tokens=False)]
-
-
-@pytest.fixture(scope="session")
-def prompts_of(text: list[int]) -> Callable[[int], list[int]]:
-    """Return a function that gives a prompt of any length from the bundled text."""
+    texts = [json.loads(line)["text"] for line in lines]
+    text = [t for each in texts for t in tokenizer.encode(each, add_special_tokens=False)]
     endless = text * (4096 // len(text) + 1)
 
     def prompt(length: int, start: int = 0) -> list[int]:
@@ -56,20 +52,25 @@ def prompts_of(text: list[int]) -> Callable[[int], list[int]]:
 
 
 @pytest.fixture(scope="session")
-def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Job], list[Any]]:
-    """Return a function that runs a job (see engine_job.py) and gives its batches' results."""
+def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunEngine]:
+    """Return a function that starts an engine (see engine_job.py) and gives its batches' results.
 
-    def run(job: Job) -> list[Any]:
-        folder = tmp_path_factory.mktemp("engine")
-        (folder / "job.json").write_text(json.dumps(job))
-        command = [sys.executable, str(HERE / "engine_job.py"), "job.json", "result.json"]
-        with (folder / "log").open("w") as log:
-            done = subprocess.run(
-                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, timeout=900, check=False
-            )
-        tail = "\n".join((folder / "log").read_text().splitlines()[-30:])
-        assert done.returncode == 0, f"the engine failed; the end of its log:\n{tail}"
-        batches: list[Any] = json.loads((folder / "result.json").read_text())["batches"]
-        return batches
+    All engines run in one process, one after the other: importing vLLM takes ten seconds of a core.
+    """
+    folder = tmp_path_factory.mktemp("engine")
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, str(HERE / "engine_job.py")]
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, cwd=folder, stderr=log, **streams) as process,
+    ):
 
-    return run
+        def run(checkpoint: Path, batches: Batches, k: int = 0, **more: Any) -> Batches:
+            job = {"checkpoint": str(checkpoint), "k": k, "batches": [*batches.values()], **more}
+            print(json.dumps(job), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            tail = "\n".join((folder / "log").read_text().splitlines()[-30:])
+            assert answer, f"the engine failed; the end of its log:\n{tail}"
+            return dict(zip(batches, json.loads(answer), strict=True))
+
+        yield run

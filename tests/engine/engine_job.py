@@ -1,4 +1,4 @@
-"""Run one vLLM engine for the tests: `python engine_job.py JOB.json RESULT.json`.
+"""Run vLLM engines for the tests, one after the other: a job a line in, its results a line out.
 
 A job is {checkpoint, k, tensor_parallel_size, cores (one a rank), batches: [{prompts, max_tokens,
 together, prompt_logprobs, sampling}]}; prompts are token ids. Decoding is greedy, except for what
@@ -10,13 +10,12 @@ prompt position; and the engine's own counts of drafted and accepted tokens.
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_PLUGINS", "mtp_graft")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# The engine in this process, and on one rank its worker too: each process of its own would import
-# vLLM anew, ten seconds of a core. The tests that start servers have the usual processes.
+# All engines in this process, and on one rank their workers too: each process of its own would
+# import vLLM anew, ten seconds of a core. The tests that start servers have the usual processes.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
@@ -95,8 +94,7 @@ def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     llm = start(job)
     batches = []
     for batch in job["batches"]:
@@ -104,7 +102,18 @@ def main() -> None:
         results = run_batch(llm, batch)
         after = counters(llm)
         batches.append({"results": results, **{n: after[n] - before[n] for n in after}})
-    Path(sys.argv[2]).write_text(json.dumps({"batches": batches}))
+    llm.llm_engine.engine_core.shutdown()
+    return batches
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what vLLM prints is no answer
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line))), file=answers, flush=True)
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 def counters(llm: Any) -> dict[str, float]:

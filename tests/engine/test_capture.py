@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.conftest import MAX_MARGIN
-from engine.reference_model import load_reference
 from mtp_graft.checkpoint.capture import (
     CapturedSequence,
     Recorded,
@@ -17,6 +17,9 @@ from mtp_graft.checkpoint.capture import (
     read_sequences,
     read_texts,
 )
+from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.dsv4.names import split_experts
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import Prompt
 from mtp_graft.serving.server import managed_server
@@ -115,6 +118,23 @@ def test_texts_end_where_the_base_ends_them_or_at_the_limit(captures: Captures) 
     assert list(texts[-1].prompt) == captures.conversation, "encoded as bundled prompts are"
 
 
+def load_oracle(folder: Path) -> Any:
+    """Return transformers' DeepSeek-V4 in float32 with the weights of a base, eager attention."""
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["quantization_config"], settings["architectures"]
+    config = AutoConfig.for_model(**settings)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    stored = load_tensors(folder)
+    tables = {name: stored.pop(name) for name in list(stored) if name.endswith(".tid2eid")}
+    weights = decode_head(stored) | tables
+    for name, tensor in model.state_dict().items():
+        for native, part in split_experts(name, tensor).items():  # parts are views
+            part.copy_(weights.pop(native))
+    assert not weights, f"tensors that transformers does not take: {list(weights)[:5]}"
+    return model
+
+
 def test_residuals_and_targets_are_those_of_transformers_in_float32(
     captures: Captures, tiny_model: Path, measured: dict[str, Any]
 ) -> None:
@@ -123,7 +143,7 @@ def test_residuals_and_targets_are_those_of_transformers_in_float32(
     Tokens at which a router hesitates get another expert, and are further away: hence the quantile.
     Targets are compared where transformers' two best are more than half a nat apart.
     """
-    model: Any = load_reference(tiny_model / "base")
+    model = load_oracle(tiny_model / "base")
     seen: list[torch.Tensor] = []
     model.model.hc_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     errors, agree, decided = [], [], []

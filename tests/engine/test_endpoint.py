@@ -6,11 +6,9 @@ says. Greedy answers are reproducible, and sampled ones with a seed, so they can
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
@@ -109,64 +107,48 @@ def test_a_stream_has_the_same_text_reasoning_and_count(
     client: openai.OpenAI, thinking: bool
 ) -> None:
     whole = ask(client, thinking=thinking)
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    chunks = list(client.chat.completions.create(**request(thinking=thinking, **options)))
-    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
-    pieces = [reasoning_of(choice.delta) or choice.delta.content or "" for choice in choices]
-    assert sum(bool(piece) for piece in pieces) > 1, "the answer came in one piece"
-    message = whole.choices[0].message
-    content = "".join(choice.delta.content or "" for choice in choices)
-    reasoning = "".join(reasoning_of(choice.delta) or "" for choice in choices)
-    assert (reasoning, content) == (reasoning_of(message) or "", message.content or "")
+    asked = request(thinking=thinking, stream_options={"include_usage": True})
+    with client.chat.completions.stream(**asked) as stream:
+        choices = [c for event in stream if event.type == "chunk" for c in event.chunk.choices]
+        streamed = stream.get_final_completion()
+    assert sum(said(c.delta) != ("", "") for c in choices) > 1, "the answer came in one piece"
+    reasoning, content = said(streamed.choices[0].message)
+    assert (reasoning, content) == said(whole.choices[0].message)
     assert bool(reasoning) == thinking, "thinking goes into reasoning, all else into content"
     assert "think>" not in reasoning + content
-    finish = [choice.finish_reason for choice in choices if choice.finish_reason]
-    assert finish == [whole.choices[0].finish_reason]
-    assert chunks[-1].usage == whole.usage
+    assert streamed.choices[0].finish_reason == whole.choices[0].finish_reason
+    assert streamed.usage == whole.usage
 
 
-def reasoning_of(message: Any) -> str | None:
-    reasoning: str | None = (message.model_extra or {}).get("reasoning")
-    return reasoning
+def said(message: Any) -> tuple[str, str]:
+    """Return the reasoning and the content of a message, or of a part of it."""
+    return (message.model_extra or {}).get("reasoning") or "", message.content or ""
 
 
 # Greedily the tiny model would fill the call with white space, which the grammar allows.
 TOOL_CALL: dict[str, Any] = {"max_tokens": 400, "frequency_penalty": 2, "tools": [ADD_TOOL]}
 
 
-def check_call(name: str | None, arguments: str | None) -> None:
-    assert name == "add"
-    values = json.loads(arguments or "")
-    assert set(values) == {"a", "b"}
-    assert all(isinstance(value, int) and 0 <= value <= 999 for value in values.values())
+def check_calls(message: Any) -> None:
+    assert message.tool_calls
+    for call in message.tool_calls:
+        assert (call.type, call.function.name) == ("function", "add") and call.id
+        values = json.loads(call.function.arguments)
+        assert set(values) == {"a", "b"}
+        assert all(isinstance(value, int) and 0 <= value <= 999 for value in values.values())
+    assert "DSML" not in (message.content or ""), "the call's own syntax leaked into the text"
 
 
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "add"}}], ids=["any", "named"]
 )
 def test_a_demanded_tool_call_fits_its_schema(client: openai.OpenAI, choice: Any) -> None:
-    message = ask(client, tool_choice=choice, **TOOL_CALL).choices[0].message
-    assert message.tool_calls
-    for call in message.tool_calls:
-        assert call.type == "function"
-        assert call.id
-        check_call(call.function.name, call.function.arguments)
-    assert "DSML" not in (message.content or ""), "the call's own syntax leaked into the text"
+    check_calls(ask(client, tool_choice=choice, **TOOL_CALL).choices[0].message)
 
 
 def test_a_streamed_tool_call_is_whole_when_put_together(client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(
-        **request(tool_choice="required", stream=True, **TOOL_CALL)
-    )
-    parts = [
-        call
-        for chunk in stream
-        if chunk.choices
-        for call in chunk.choices[0].delta.tool_calls or ()
-        if call.index == 0 and call.function is not None
-    ]
-    names = [part.function.name for part in parts if part.function.name]
-    check_call("".join(names), "".join(part.function.arguments or "" for part in parts))
+    with client.chat.completions.stream(**request(tool_choice="required", **TOOL_CALL)) as stream:
+        check_calls(stream.get_final_completion().choices[0].message)
 
 
 def test_tools_change_the_prompt_and_their_results_are_taken(client: openai.OpenAI) -> None:
@@ -197,42 +179,6 @@ def test_a_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
     stopped = ask(client, stop=[stop])
     assert stopped.choices[0].message.content == text[: text.index(stop)]
     assert stopped.choices[0].finish_reason == "stop"
-    stream = client.chat.completions.create(**request(stop=[stop], stream=True))
-    streamed = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
-    assert streamed == stopped.choices[0].message.content
-
-
-def gauge(server: ServerClient, name: str) -> float:
-    """Return one of the server's metrics, summed over its labels."""
-    page = httpx.get(f"{server.base_url}/metrics", timeout=30).text
-    return sum(
-        float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(name)
-    )
-
-
-def test_a_client_that_leaves_in_mid_stream_frees_its_request(
-    client: openai.OpenAI, server: ServerClient
-) -> None:
-    most = MAX_MODEL_LEN - 200
-    before = gauge(server, "vllm:generation_tokens_total")
-    stream = client.chat.completions.create(
-        **request(stream=True, max_tokens=most)
-        | {"extra_body": {"chat_template_kwargs": {"thinking": False}, "ignore_eos": True}}
-    )
-    for _chunk in stream:  # the gauge may follow the text by a step
-        if gauge(server, "vllm:num_requests_running") == 1:
-            break
-    else:
-        pytest.fail("the answer ended before the server counted its request as running")
-    stream.close()
-    deadline = time.monotonic() + 30
-    while gauge(server, "vllm:num_requests_running"):
-        assert time.monotonic() < deadline, "a request goes on without its client"
-        time.sleep(0.1)
-    generated = gauge(server, "vllm:generation_tokens_total") - before
-    assert generated < most / 2, "it ended by itself"
-    assert server.is_healthy()
-    assert content_of(ask(client))
 
 
 def test_a_prompt_longer_than_vllms_own_step_is_answered(client: openai.OpenAI) -> None:

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from engine.conftest import MAX_MARGIN, Checkpoints
+from engine.conftest import MAX_MARGIN, Batches, Checkpoints, RunEngine
 from workers import CORES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-Batches = dict[str, Any]
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
 NUM_PROMPTS, NEW_TOKENS = 20, 24
 LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose
@@ -52,7 +51,7 @@ def batches(prompts_of: Callable[..., list[int]]) -> Batches:
     decided = [{}] * 4 + [*ONE_LEFT] * 2 + [PENALTIES] * 4
     prompts: dict[str, Any] = {
         "eight": {"prompts": mixed[:8]},
-        "mixed": {"prompts": mixed[8:]},
+        "mixed": {"prompts": mixed[8:], "together": True},
         "eight together": {"prompts": mixed[:8], "together": True},
         "long": {"prompts": [prompts_of(LONG)]},
         "sampled": {"prompts": sampled, "sampling": seeded},
@@ -65,23 +64,11 @@ def batches(prompts_of: Callable[..., list[int]]) -> Batches:
     return {name: {**batch, "max_tokens": NEW_TOKENS} for name, batch in prompts.items()}
 
 
-Run = Callable[..., Batches]
-
-
 @pytest.fixture(scope="module")
-def run(run_engine: Callable[[Any], list[Any]]) -> Run:
-    """Return a function that starts an engine and gives the results of batches by their names."""
-
-    def by_name(checkpoint: Any, batches: Batches, k: int = 0, **more: Any) -> Batches:
-        job = {"checkpoint": str(checkpoint), "k": k, "batches": [*batches.values()], **more}
-        return dict(zip(batches, run_engine(job), strict=True))
-
-    return by_name
-
-
-@pytest.fixture(scope="module")
-def speculative(run: Run, checkpoints: Checkpoints, batches: Batches) -> dict[int, Batches]:
-    return {k: run(checkpoints.spliced, batches, k) for k in (1, 2)}
+def speculative(
+    run_engine: RunEngine, checkpoints: Checkpoints, batches: Batches
+) -> dict[int, Batches]:
+    return {k: run_engine(checkpoints.spliced, batches, k) for k in (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +85,11 @@ def scored(
 
 
 @pytest.fixture(scope="module")
-def base(run: Run, checkpoints: Checkpoints, batches: Batches, scored: Batches) -> Batches:
+def base(
+    run_engine: RunEngine, checkpoints: Checkpoints, batches: Batches, scored: Batches
+) -> Batches:
     """The same batches without the head; then what is scored."""
-    return run(checkpoints.base, batches | scored)
+    return run_engine(checkpoints.base, batches | scored)
 
 
 def tokens_of(batch: Any) -> list[list[int]]:
@@ -185,7 +174,7 @@ def test_sampled_tokens_are_as_probable_with_the_head_and_told_as_the_base_score
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs two cores, one a rank")
 def test_two_ranks_choose_the_same_token_wherever_one_rank_is_sure(
-    run: Run,
+    run_engine: RunEngine,
     checkpoints: Checkpoints,
     batches: Batches,
     scored: Batches,
@@ -193,18 +182,22 @@ def test_two_ranks_choose_the_same_token_wherever_one_rank_is_sure(
     measured: dict[str, Any],
 ) -> None:
     """Prompts, whose sums are in float64; a text may part where a router hesitates."""
-    asked = {name: (batches | scored)[name] for name in ("eight", "texts")}
+    asked = {"eight": batches["eight together"], "texts": scored["texts"]}
     cores = CORES[:2]  # beyond this worker's own
-    two = run(checkpoints.spliced, asked, k=1, tensor_parallel_size=2, cores=cores)
-    flips, positions = [], 0
-    for one, other in zip(base["texts"]["results"], two["texts"]["results"], strict=True):
-        for alone, shared in zip(one["prompt_steps"], other["prompt_steps"], strict=True):
-            positions += 1
-            if alone["tokens"][0] != shared["tokens"][0]:
-                flips.append(alone["logprobs"][0] - alone["logprobs"][1])
+    two = run_engine(checkpoints.spliced, asked, k=1, tensor_parallel_size=2, cores=cores)
+    pairs = [
+        (alone, shared)
+        for one, other in zip(base["texts"]["results"], two["texts"]["results"], strict=True)
+        for alone, shared in zip(one["prompt_steps"], other["prompt_steps"], strict=True)
+    ]
+    flips = [
+        alone["logprobs"][0] - alone["logprobs"][1]
+        for alone, shared in pairs
+        if alone["tokens"][0] != shared["tokens"][0]
+    ]
     acceptance = two["eight"]["accepted"] / two["eight"]["drafted"]
     same = sum(map(list.__eq__, tokens_of(two["eight"]), tokens_of(base["eight"])))
-    measured.update(positions=positions, flips=flips, acceptance=acceptance, same_texts=same)
+    measured.update(positions=len(pairs), flips=flips, acceptance=acceptance, same_texts=same)
     assert all(margin < MAX_MARGIN for margin in flips)
     assert acceptance > 0.5
     assert same >= 6

@@ -31,11 +31,11 @@ SETTINGS = (
     "bench.rounds=1",
     'bench.served_variants=["gptq"]',
 )
+CHANGES = [f"--set={setting}" for setting in SETTINGS]
 
 
-def arguments(run: Path, *command: str) -> list[str]:
-    program = [sys.executable, "-m", "mtp_graft.cli", *command, "--run", str(run)]
-    return [*program, *(word for value in SETTINGS for word in ("--set", value))]
+def demo(run: Path) -> list[str]:
+    return [sys.executable, "-m", "mtp_graft.cli", "demo", "--run", str(run), *CHANGES]
 
 
 def kill_when(seen: Callable[[], bool], command: list[str]) -> None:
@@ -71,32 +71,30 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Any]:
-    """A run killed while vLLM started, in capture, in quantize and in splice, and then finished."""
+    """A run killed while vLLM started, in quantize and in splice, and then finished.
+
+    In capture a stand-in's client is killed (`serving/test_capture_stage.py`).
+    """
     run = tmp_path_factory.mktemp("pipeline") / "run"
     before = hashes(tiny_model / "base")
-    texts, experts = run / "capture" / "texts.jsonl", run / "quantize" / "gptq"
-    log = run / "logs" / "vllm-capture.log"
+    experts, log = run / "quantize" / "gptq", run / "logs" / "vllm-capture.log"
     # The command itself and the server that it has started, which writes already.
     kill_when(
         lambda: log.exists() and log.stat().st_size > 0 and len(processes_of(run)) > 1,
-        arguments(run, "demo"),
+        demo(run),
     )
     wait_until_gone(run)
-    kill_when(lambda: texts.exists() and texts.read_text().count("\n") >= 2, arguments(run, "demo"))
-    kept = texts.read_text().splitlines()[:2]
-    wait_until_gone(run)
-    kill_when(lambda: len(list(experts.glob("experts-*.safetensors"))) >= 3, arguments(run, "demo"))
+    kill_when(lambda: len(list(experts.glob("experts-*.safetensors"))) >= 3, demo(run))
     done = {path: path.stat().st_mtime_ns for path in experts.glob("experts-*.safetensors")}
     done.pop(max(done))  # the last may have been written after the signal was sent
     unfinished = run / "splice" / "gptq" / ".tiny-dsv4-mtp.tmp"
-    kill_when(unfinished.exists, arguments(run, "demo"))
+    kill_when(unfinished.exists, demo(run))
     result = run / "result.json"
-    command = [*arguments(run, "demo"), "--json", str(result)]
+    command = [*demo(run), "--json", str(result)]
     subprocess.run(command, check=True, timeout=600)
     yield {
         "run": run,
         "result": json.loads(result.read_text()),
-        "kept_texts": kept,
         "kept_experts": done,
         "base_hashes": before,
     }
@@ -116,9 +114,6 @@ def test_a_killed_run_leaves_no_server_and_redoes_nothing_that_was_finished(
 ) -> None:
     run: Path = killed_run["run"]
     assert processes_of(run) == []
-    texts = (run / "capture" / "texts.jsonl").read_text().splitlines()
-    assert texts[:2] == killed_run["kept_texts"]
-    assert len(texts) == len({json.loads(line)["number"] for line in texts}) == 12
     assert killed_run["kept_experts"]
     for path, written in killed_run["kept_experts"].items():
         assert path.stat().st_mtime_ns == written
@@ -178,14 +173,11 @@ def test_the_checkpoint_is_verified_and_the_base_is_linked_and_untouched(
 
 
 def test_the_same_capture_gives_the_same_checkpoint_without_a_kill(
-    killed_run: Any, tmp_path: Path
+    killed_run: Any, tmp_path: Path, repo_root: Path, mtp_graft: Callable[..., Any]
 ) -> None:
-    other = tmp_path / "run"
-    other.mkdir()
-    shutil.copytree(killed_run["run"] / "capture", other / "capture")
-    shutil.copy(killed_run["run"] / "run.json", other)
-    recipe = str(Path(__file__).parents[2] / "recipes" / "tiny.toml")
+    killed, other = killed_run["run"], tmp_path / "run"
+    shutil.copytree(killed / "capture", other / "capture")
+    shutil.copy(killed / "run.json", other)
     for stage in ("quantize", "splice"):
-        subprocess.run(arguments(other, stage, recipe), check=True, timeout=300)
-    name = "splice/gptq"
-    assert hashes(other / name) == hashes(killed_run["run"] / name)
+        mtp_graft(stage, repo_root / "recipes" / "tiny.toml", "--run", other, *CHANGES)
+    assert hashes(other / "splice" / "gptq") == hashes(killed / "splice" / "gptq")

@@ -8,23 +8,15 @@ import pytest
 
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
-from mtp_graft.stages.splice import splice
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 EVALS = ("gsm8k", "humaneval", "mmlu", "capability")
 
 
-@pytest.fixture
-def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
-    """The bundled base with upstream's head, which drafts."""
-    splice(tiny_model / "base", tiny_model / "upstream", tmp_path / "spliced", "mxfp4")
-    return tmp_path / "spliced"
-
-
 @pytest.mark.usefixtures("sandbox")
 def test_every_benchmark_runs_to_its_end(
-    mtp_graft: Callable[..., Any], checkpoint: Path, shared_data: Path, tmp_path: Path
+    mtp_graft: Callable[..., Any], spliced: dict[str, Path], shared_data: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
     limited = ("--data-dir", shared_data, "--limit", 3)
@@ -33,7 +25,7 @@ def test_every_benchmark_runs_to_its_end(
     asked |= {"decode": ("--max-tokens", 16, "--limit", 2, "--rounds", 1)}
     results: dict[str, dict[str, Any]] = {}
     # The workload's longest prompt is 2,269 tokens with its document, system prompt and tools.
-    options = ServeOptions(checkpoint, port=0, max_model_len=4096, num_speculative_tokens=2)
+    options = ServeOptions(spliced["mxfp4"], port=0, max_model_len=4096, num_speculative_tokens=2)
     with managed_server(options, tmp_path / "vllm.log") as client:
         for name, arguments in asked.items():
             words = ("bench", name, "--base-url", client.base_url, *arguments)
@@ -55,10 +47,10 @@ def test_every_benchmark_runs_to_its_end(
 
 
 def test_sweep_holds_an_odd_load_with_and_without_the_head(
-    mtp_graft: Callable[..., Any], checkpoint: Path
+    mtp_graft: Callable[..., Any], spliced: dict[str, Path]
 ) -> None:
     load = "-k 0,2 --concurrency 1,3 --max-model-len 256 --max-tokens 8 --limit 3 --requests 1"
-    points = mtp_graft("bench", "sweep", "--checkpoint", checkpoint, *load.split())["points"]
+    points = mtp_graft("bench", "sweep", "--checkpoint", spliced["mxfp4"], *load.split())["points"]
     assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (2, 1), (2, 3)]
     for point in points:
         assert point["requests"] >= point["concurrency"] and point["errors"] == 0

@@ -25,7 +25,7 @@ Run = Callable[..., Any]
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let failed requests be asked again almost at once."""
-    monkeypatch.setattr(module._ChatAPI, "retry_wait", lambda _self: wait_fixed(0.01))
+    monkeypatch.setattr(module.OpenAICompatibleAPI, "retry_wait", lambda _self: wait_fixed(0.01))
 
 
 def right(text: str) -> str:

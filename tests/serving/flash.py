@@ -60,7 +60,7 @@ def weights(_folder: Path, tp: int, *, decoded: bool = False) -> int:
 
 def flash() -> Checkpoint:
     """Return base and head as headers alone."""
-    quantization = add_head(CONFIG["quantization_config"], len(_LAYERS), "int4", "base")
+    quantization = add_head(CONFIG["quantization_config"], len(_LAYERS), "gptq", "base")
     shards: dict[str, dict[str, Tensor]] = {"model.safetensors": {}, "mtp.safetensors": {}}
     for name, tensor in tensors().items():
         shards["mtp.safetensors" if name.startswith("mtp.") else "model.safetensors"][name] = tensor

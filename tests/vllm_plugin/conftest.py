@@ -20,11 +20,17 @@ collect_ignore_glob = [] if is_cpu_build() else ["test_cpu_*.py"]
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A tensor parallel group of this process alone; vLLM's linears ask for its size."""
-    from vllm_plugin.layers import one_rank_group
+    """A tensor parallel group of this process alone; vLLM's layers ask for its size."""
+    from vllm import distributed
+    from vllm.config import VllmConfig, set_current_vllm_config
 
-    with one_rank_group(tmp_path_factory.mktemp("group")):
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    with set_current_vllm_config(VllmConfig()):
+        distributed.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        distributed.initialize_model_parallel(1, 1)
         yield
+        distributed.destroy_model_parallel()
+        distributed.destroy_distributed_environment()
 
 
 @pytest.fixture(params=[1, 2])

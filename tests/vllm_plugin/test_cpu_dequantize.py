@@ -1,11 +1,9 @@
 """The CPU's quantization config: which layer is decoded how."""
 
-import copy
 import pickle
 from typing import Any
 
 import pytest
-import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
     CompressedTensorsConfig,
@@ -24,15 +22,10 @@ from vllm_plugin.layers import config_for, routed_experts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
-LAYER = "model.layers.4"
-
 
 def linear(config: Any, name: str) -> ReplicatedLinear:
-    return ReplicatedLinear(200, 300, bias=False, quant_config=config, prefix=f"{LAYER}.{name}")
-
-
-def experts(config: Any, layer: str = LAYER) -> Any:
-    return routed_experts(config, f"{layer}.ffn.experts", 2, 128, 128)
+    prefix = f"model.layers.4.{name}"
+    return ReplicatedLinear(200, 300, bias=False, quant_config=config, prefix=prefix)
 
 
 def test_a_config_keeps_what_it_knew_and_survives_the_way_to_a_worker() -> None:
@@ -49,18 +42,17 @@ def test_a_config_keeps_what_it_knew_and_survives_the_way_to_a_worker() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "stored"),
-    [("int4", (128, torch.int32)), ("mxfp4", (32, torch.uint8)), ("bf16", None)],
+    ("head", "stored"), [("int4", ("int4", 128)), ("mxfp4", ("mxfp4", 32)), ("bf16", ("plain", 1))]
 )
-def test_each_layer_gets_the_method_of_its_group(head: str, stored: Any) -> None:
+def test_each_layer_gets_the_method_of_its_group(head: str, stored: tuple[str, int]) -> None:
     config = config_for(head)
     for name in ("attn.wq_b", "e_proj", "h_proj"):
         assert type(linear(config, name).quant_method) is FP8BlockLinear
     for name in ("ffn.shared_experts.down_proj", "attn.indexer.weights_proj"):
         assert type(linear(config, name).quant_method) is OrderFreeLinear
-    for layer, expected in ((LAYER, stored), ("model.layers.3", (128, torch.int32))):
-        packed = experts(config, layer).quant_method.packed
-        assert (packed and (packed.group_size, packed.codes_dtype)) == expected
+    for layer, expected in ((4, stored), (3, ("int4", 128))):
+        method = routed_experts(config, layer).quant_method
+        assert (method.kind, method.group_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -75,12 +67,12 @@ def test_each_layer_gets_the_method_of_its_group(head: str, stored: Any) -> None
 def test_other_schemes_are_refused_by_the_layers_name(
     group: str, change: dict[str, Any], message: str
 ) -> None:
-    settings = copy.deepcopy(tiny_quantization())
+    settings = tiny_quantization()
     settings["config_groups"][group]["weights"] |= change
     config = dequantize_on_load(CompressedTensorsConfig.from_config(settings))
     with pytest.raises(GraftError, match=rf"layers\.4\.[a-z.]+: weights are {message}"):
         linear(config, "attn.wkv")
-        experts(config)
+        routed_experts(config)
 
 
 def test_an_expert_in_two_groups_is_refused() -> None:
@@ -90,4 +82,4 @@ def test_an_expert_in_two_groups_is_refused() -> None:
     settings["config_groups"] = {"first": fp8, **settings["config_groups"]}
     config = dequantize_on_load(CompressedTensorsConfig.from_config(settings))
     with pytest.raises(GraftError, match="match different quantization groups"):
-        experts(config)
+        routed_experts(config)

@@ -1,6 +1,5 @@
 """The routed experts on a CPU against a float64 loop, with activations far beyond the clamp."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +12,21 @@ from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
 from mtp_graft.vllm_plugin.cpu import experts as plugin
 from mtp_graft.vllm_plugin.cpu.experts import clamped_experts, clamped_pairs, prompts_apart
-from vllm_plugin.layers import LIMIT, config_for, load_expert, one_rank_group, routed_experts
+from vllm_plugin.layers import LIMIT, config_for, load_expert, routed_experts
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
 NUM_EXPERTS, CHOICES, HIDDEN, INTERMEDIATE = 8, 6, 256, 128
+RANDOM = torch.Generator().manual_seed(0)
+#: [E, 2M, D] and [E, D, M]; gate and up reach about +-40.
+W13 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=RANDOM)
+W2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=RANDOM) / 16
+
+Tokens = tuple[Tensor, Tensor, Tensor]
+both_ways = pytest.mark.parametrize("way", [clamped_pairs, clamped_experts])
 
 
-def matrices() -> tuple[Tensor, Tensor]:
-    """Return w13 [E, 2M, D] and w2 [E, D, M]; gate and up reach about +-40."""
-    generator = torch.Generator().manual_seed(0)
-    w13 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=generator)
-    return w13, torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=generator) / 16
-
-
-def tokens(num_tokens: int, choices: int = CHOICES) -> tuple[Tensor, Tensor, Tensor]:
+def tokens(num_tokens: int, choices: int = CHOICES) -> Tokens:
     """Return inputs [T, D], weights [T, K] and experts [T, K], of the first token two the same."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
@@ -37,40 +36,37 @@ def tokens(num_tokens: int, choices: int = CHOICES) -> tuple[Tensor, Tensor, Ten
     return x, weights, ids.to(torch.int32)
 
 
+def compute(way: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    dtype = torch.float32 if way is clamped_pairs else torch.float64
+    found: Tensor = way(x, W13.to(dtype), W2.to(dtype), weights, ids, LIMIT)
+    return found
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def in_float64(x: Tensor, w13: Tensor, w2: Tensor, *choice: Any) -> Tensor:
-    return clamped_experts(x, w13.double(), w2.double(), *choice)
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 12])
-@pytest.mark.parametrize(
-    ("way", "rtol", "atol"), [(clamped_pairs, 1e-4, 1e-3), (in_float64, 1e-12, 1e-11)]
-)
-def test_experts_agree_with_the_loop_where_the_clamp_binds(
-    num_tokens: int, way: Any, rtol: float, atol: float
-) -> None:
-    (w13, w2), (x, weights, ids) = matrices(), tokens(num_tokens)
-    expected = references.clamped_experts(x, w13, w2, weights, ids, LIMIT)
-    unclamped = references.clamped_experts(x, w13, w2, weights, ids, 1e9)
+@both_ways
+@pytest.mark.parametrize("num_tokens", [1, 12])
+def test_experts_agree_with_the_loop_where_the_clamp_binds(num_tokens: int, way: Any) -> None:
+    x, weights, ids = tokens(num_tokens)
+    expected = references.clamped_experts(x, W13, W2, weights, ids, LIMIT)
+    unclamped = references.clamped_experts(x, W13, W2, weights, ids, 1e9)
     assert relative_error(unclamped, expected) > 0.1, "the clamp has to bind"
-    found = way(x, w13, w2, weights, ids, LIMIT)
-    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=atol)
+    rtol, atol = (1e-4, 1e-3) if way is clamped_pairs else (1e-12, 1e-11)
+    found = compute(way, x, weights, ids).double()
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("way", [clamped_pairs, in_float64])
+@both_ways
 @pytest.mark.parametrize("num_tokens", [2, 7, 48])
 def test_a_tokens_result_does_not_depend_on_its_neighbours(
     way: Any, num_tokens: int, threads: int
 ) -> None:
-    (w13, w2), (x, weights, ids) = matrices(), tokens(num_tokens)
-    together = way(x, w13, w2, weights, ids, LIMIT).bfloat16()
-    for t in range(num_tokens):
-        one = slice(t, t + 1)
-        alone = way(x[one], w13, w2, weights[one], ids[one], LIMIT)
-        assert torch.equal(together[one], alone.bfloat16())
+    together = compute(way, *tokens(num_tokens))
+    each = zip(*(part.split(1) for part in tokens(num_tokens)), strict=True)
+    alone = torch.cat([compute(way, *token) for token in each])
+    assert torch.equal(together.bfloat16(), alone.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -95,15 +91,14 @@ def test_prompts_are_told_from_decoding_by_each_requests_tokens(
 
 
 def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the tensors that store `weight` [O, I], and float64 [O, I] what they stand for."""
+    """Return the tensors that store `weight` [O, I], and [O, I] what they stand for."""
     if variant == "bf16":
-        return {"weight": weight.bfloat16()}, weight.bfloat16().double()
+        return {"weight": weight.bfloat16()}, weight.bfloat16()
     if variant == "mxfp4":
         outputs, inputs = weight.shape
-        generator = torch.Generator().manual_seed(0)
-        codes = torch.randint(256, (outputs, inputs // 2), generator=generator).to(torch.uint8)
-        scale = torch.randint(125, 127, (outputs, inputs // 32), generator=generator)
-        scale = scale.to(torch.uint8)  # 1/4 and 1/2
+        codes = torch.randint(256, (outputs, inputs // 2), generator=RANDOM).to(torch.uint8)
+        scale = torch.randint(125, 127, (outputs, inputs // 32), generator=RANDOM)  # 1/4 and 1/2
+        scale = scale.to(torch.uint8)
         parts = {"weight_packed": codes, "weight_scale": scale}
         return parts, references.decode_mxfp4(codes, scale)
     scale = int4.group_scale(weight, 128)
@@ -114,17 +109,16 @@ def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tenso
 
 
 def experts_layer(variant: str, size: int = INTERMEDIATE, **options: Any) -> RoutedExperts:
-    prefix = "model.layers.4.ffn.experts"
-    return routed_experts(config_for(variant), prefix, NUM_EXPERTS, HIDDEN, size, **options)
+    return routed_experts(config_for(variant), 4, NUM_EXPERTS, HIDDEN, size, **options)
 
 
 @pytest.mark.parametrize("variant", ["int4", "mxfp4", "bf16"])
 def test_stored_experts_are_decoded_exactly_and_run_with_the_clamp(
-    variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a step that decodes two requests and computes the prompt of a third."""
     monkeypatch.setattr(plugin, "request_bounds", lambda: torch.tensor([0, 1, 2, 14]))
-    layer, (w13, w2) = experts_layer(variant), matrices()
+    layer, w13, w2 = experts_layer(variant), W13.clone(), W2.clone()
     for expert in range(NUM_EXPERTS):
         w1, w3 = w13[expert].chunk(2)  # views: what is stored takes the place of what was given
         for matrix, weight in (("w1", w1), ("w3", w3), ("w2", w2[expert])):
@@ -134,11 +128,9 @@ def test_stored_experts_are_decoded_exactly_and_run_with_the_clamp(
                 load_expert(layer, expert, matrix, part, tensor)
     layer.quant_method.process_weights_after_loading(layer)
     assert {name for name, _ in layer.named_parameters()} == {"w13_weight", "w2_weight"}
-    assert torch.equal(layer.w13_weight, w13)
-    assert torch.equal(layer.w2_weight, w2)
+    assert torch.equal(layer.w13_weight, w13) and torch.equal(layer.w2_weight, w2)
     x, weights, ids = tokens(14, choices=2)
-    with one_rank_group(tmp_path):
-        found = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    found = layer.quant_method.apply(layer, x, weights, ids, None, None)
     assert found.dtype == torch.bfloat16
     expected = references.clamped_experts(x, w13, w2, weights, ids, LIMIT)
     assert relative_error(found, expected) < 3e-3  # the output's own rounding

@@ -6,8 +6,7 @@ from torch import Tensor
 from vllm.models.deepseek_v4.common.ops import fused_mtp_input_rmsnorm as norms
 from vllm.models.deepseek_v4.cpu.model import DeepseekV4ForCausalLM
 
-from mtp_graft.vllm_plugin.cpu import drafter
-from mtp_graft.vllm_plugin.cpu.target import keep_weight_scale
+from mtp_graft.vllm_plugin.cpu import drafter, keep_weight_scale
 from mtp_graft.vllm_plugin.replacing import replace
 
 pytestmark = pytest.mark.vllm

@@ -1,7 +1,9 @@
 """Strict loading names every tensor left over and every parameter left empty, and nothing else."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -50,14 +52,17 @@ def checkpoint_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.rand(parameter.shape) for name, parameter in model.named_parameters()}
 
 
+def strictly(model: nn.Module, checkpoint: dict[str, Tensor], load: Load | None = None) -> set[str]:
+    return load_strictly(model, checkpoint.items(), load or load_by_name(model))
+
+
 def test_a_complete_checkpoint_is_loaded_and_reported() -> None:
     """A parameter under two names, whichever, is expected once."""
     model = Small()
     model.tied = nn.Linear(3, 2, bias=False)
     model.tied.weight = model.inner.weight
     checkpoint = checkpoint_of(model)
-    loaded = load_strictly(model, checkpoint.items(), load_by_name(model))
-    assert loaded == checkpoint.keys() == {"scale", "inner.weight"}
+    assert strictly(model, checkpoint) == checkpoint.keys() == {"scale", "inner.weight"}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.data, checkpoint[name])
 
@@ -66,84 +71,81 @@ UNREAD, UNWRITTEN = "checkpoint tensors that no parameter takes", "that no check
 
 
 @pytest.mark.parametrize(
-    ("model", "strangers", "missing", "message"),
+    ("names", "strangers", "missing", "message"),
     [
-        (Small(), ["a.bias", "b.bias"], [], f"2 {UNREAD}: a.bias, b.bias; "),
-        (Small(), "abcdefghi", [], f"9 {UNREAD}: a, b, c, d, e, ...; "),
-        (Small(), [], ["inner.weight"], f"{UNWRITTEN}: inner.weight (0 of 1 parts); "),
-        (Small("w2_weight_other"), [], ["w2_weight_other"], f"{UNWRITTEN}: w2_weight_other"),
+        ([], ["a.bias", "b.bias"], None, f"2 {UNREAD}: a.bias, b.bias; "),
+        ([], "abcdefghi", None, f"9 {UNREAD}: a, b, c, d, e, ...; "),
+        ([], [], "inner.weight", f"{UNWRITTEN}: inner.weight (0 of 1 parts); "),
+        (["w2_weight_other"], [], "w2_weight_other", f"{UNWRITTEN}: w2_weight_other"),
     ],
 )
 def test_what_is_left_over_or_left_empty_is_named(
-    model: nn.Module, strangers: Iterable[str], missing: list[str], message: str
+    names: list[str], strangers: Iterable[str], missing: str | None, message: str
 ) -> None:
+    model = Small(*names)
     checkpoint = {name: torch.zeros(1) for name in strangers} | checkpoint_of(model)
-    for name in missing:
-        del checkpoint[name]
-    with pytest.raises(GraftError) as caught:
-        load_strictly(model, checkpoint.items(), load_by_name(model))
-    assert message in str(caught.value)
+    checkpoint.pop(missing, None)
+    with pytest.raises(GraftError, match=re.escape(message)):
+        strictly(model, checkpoint)
 
 
 def test_tensors_that_loading_stops_before_are_unread() -> None:
     model = Small()
+    load = load_by_name(model)
     checkpoint = {**checkpoint_of(model), "late": torch.zeros(1)}
     with pytest.raises(GraftError, match=f"1 {UNREAD}: late"):
-        load_strictly(
-            model, checkpoint.items(), lambda w: load_by_name(model)(itertools.islice(w, 2))
-        )
+        strictly(model, checkpoint, lambda weights: load(itertools.islice(weights, 2)))
 
 
 def test_parameters_of_the_engine_and_of_the_target_may_stay_unwritten() -> None:
-    model = Small("w13_weight_g_idx", "w2_g_idx_sort_indices", "x_embed_tokens")
+    unwritten = ("w13_weight_g_idx", "w2_g_idx_sort_indices", "embed_tokens.weight")
+    model = Small(*unwritten[:2], "x_embed_tokens")
     model.embed_tokens = nn.Embedding(2, 2)
-    head = {f"mtp.{name}": tensor for name, tensor in checkpoint_of(model).items()}
-    for name in ("w13_weight_g_idx", "w2_g_idx_sort_indices", "embed_tokens.weight"):
-        del head[f"mtp.{name}"]
+    stored = {n: tensor for n, tensor in checkpoint_of(model).items() if n not in unwritten}
 
     def load(weights: Weights) -> set[str]:
         return load_by_name(model)((name.removeprefix("mtp."), tensor) for name, tensor in weights)
 
-    checkpoint = {"scale": torch.ones(3), **head}  # the first is the base's, and passed over
-    assert load_head(model, checkpoint.items(), load) == {"scale", "inner.weight", "x_embed_tokens"}
-    assert torch.equal(model.scale.data, head["mtp.scale"])
+    # The base's `scale` is passed over.
+    checkpoint = {"scale": torch.ones(3), **{f"mtp.{name}": stored[name] for name in stored}}
+    assert load_head(model, checkpoint.items(), load) == stored.keys()
+    assert torch.equal(model.scale.data, stored["scale"])
 
 
 def test_a_base_is_loaded_with_decoded_compressors_and_without_its_head() -> None:
-    wkv = nn.Linear(256, 128, bias=False)
-    compressor = nn.ModuleDict({"compressor": nn.ModuleDict({"wkv": wkv})})
-    model = nn.ModuleDict({"2": nn.ModuleDict({"attn": compressor})})
-    codes = torch.ones(128, 256).to(torch.float8_e4m3fn)
-    pair = {
-        "2.attn.compressor.wkv.weight": codes,
-        "2.attn.compressor.wkv.weight_scale": torch.tensor([[2.0, 3]]),
-    }
-    load = load_by_name(model)
-    load_base(model, {**pair, "mtp.0.enorm.weight": torch.ones(1)}.items(), load)
-    expected = fp8_block.decode(codes, pair["2.attn.compressor.wkv.weight_scale"])
-    assert torch.equal(wkv.weight.data, expected)
+    model = wkv = nn.Linear(256, 128, bias=False)
+    for name in ("wkv", "compressor", "attn", "2"):
+        model = nn.ModuleDict({name: model})
+    codes, scale = torch.ones(128, 256).to(torch.float8_e4m3fn), torch.tensor([[2.0, 3]])
+    module = "2.attn.compressor.wkv"
+    pair = {f"{module}.weight": codes, f"{module}.weight_scale": scale}
+    load_base(model, {**pair, "mtp.0.enorm.weight": torch.ones(1)}.items(), load_by_name(model))
+    assert torch.equal(wkv.weight.data, fp8_block.decode(codes, scale))
 
 
-def test_attention_sinks_are_excused_when_reported_loaded() -> None:
+@pytest.mark.parametrize(
+    ("stored", "reported", "message"),
+    [
+        (True, True, None),
+        (True, False, f"{UNREAD}: attn_sink"),
+        (False, False, rf"{UNWRITTEN}: attn_sink \(0 of 1 parts\)"),
+    ],
+)
+def test_attention_sinks_are_excused_when_reported_loaded(
+    stored: bool, reported: bool, message: str | None
+) -> None:
     """vLLM copies them itself, past any weight loader."""
     model = Small("attn_sink")
     checkpoint = checkpoint_of(model)
+    if not stored:
+        del checkpoint["attn_sink"]
 
-    def load(weights: Weights, report: bool = True) -> set[str]:
-        loaded = set()
-        for name, tensor in weights:
-            if name == "attn_sink":
-                loaded |= {name} if report else set()
-            else:
-                loaded |= load_by_name(model)([(name, tensor)])
-        return loaded
+    def load(weights: Weights) -> set[str]:
+        others = (each for each in weights if each[0] != "attn_sink")
+        return load_by_name(model)(others) | ({"attn_sink"} if reported else set())
 
-    assert "attn_sink" in load_strictly(model, checkpoint.items(), load)
-    with pytest.raises(GraftError, match="no parameter takes: attn_sink"):
-        load_strictly(model, checkpoint.items(), lambda weights: load(weights, report=False))
-    del checkpoint["attn_sink"]
-    with pytest.raises(GraftError, match=r"fills: attn_sink \(0 of 1 parts\)"):
-        load_strictly(model, checkpoint.items(), load)
+    with pytest.raises(GraftError, match=message) if message else nullcontext():
+        strictly(model, checkpoint, load)
 
 
 def test_a_merged_linear_needs_every_part() -> None:
@@ -156,14 +158,14 @@ def test_a_merged_linear_needs_every_part() -> None:
             layer.weight.weight_loader(layer.weight, tensor, int(name[-1]))
         return set()
 
-    load_strictly(model, parts.items(), load)
+    strictly(model, parts, load)
     del parts["part.1"]
     with pytest.raises(GraftError, match=r"gate_up\.weight \(2 of 3 parts\)"):
-        load_strictly(model, parts.items(), load)
+        strictly(model, parts, load)
 
 
 @pytest.mark.parametrize(
-    ("missing", "report"),
+    ("missing", "message"),
     [
         (None, None),
         ("2.w3.weight_packed", r"w13_weight_packed \(5 of 6 parts\); "),
@@ -171,15 +173,17 @@ def test_a_merged_linear_needs_every_part() -> None:
         ("1.w2.weight_scale", r"w2_weight_scale \(2 of 3 parts\); "),
     ],
 )
-def test_experts_need_every_matrix_of_every_expert(missing: str | None, report: str | None) -> None:
-    layer = routed_experts(config_for("int4"), "model.layers.0.ffn.experts", 3, 128, 128)
+def test_experts_need_every_matrix_of_every_expert(
+    missing: str | None, message: str | None
+) -> None:
+    layer = routed_experts(config_for("int4"), layer=0, num_experts=3)
     parts = {
         "weight_packed": torch.zeros(128, 16, dtype=torch.int32),
         "weight_scale": torch.ones(128, 1, dtype=torch.bfloat16),
         "weight_shape": torch.tensor([128, 128]),
     }
-    names = itertools.product("012", ("w1", "w2", "w3"), parts)
-    checkpoint = {".".join(name): parts[name[2]] for name in names if ".".join(name) != missing}
+    names = map(".".join, itertools.product("012", ("w1", "w2", "w3"), parts))
+    checkpoint = {name: parts[name.split(".")[2]] for name in names if name != missing}
 
     def load(weights: Weights) -> set[str]:
         for name, tensor in weights:
@@ -187,20 +191,14 @@ def test_experts_need_every_matrix_of_every_expert(missing: str | None, report: 
             load_expert(layer, int(expert), matrix, part, tensor)
         return set()
 
-    model = nn.ModuleDict({"experts": layer})
-    if report is None:
-        load_strictly(model, checkpoint.items(), load)
-    else:
-        with pytest.raises(GraftError, match=f"1 parameters {UNWRITTEN}: experts.{report}"):
-            load_strictly(model, checkpoint.items(), load)
+    report = f"1 parameters {UNWRITTEN}: experts.{message}"
+    with pytest.raises(GraftError, match=report) if message else nullcontext():
+        strictly(nn.ModuleDict({"experts": layer}), checkpoint, load)
 
 
 def test_an_expert_of_another_rank_is_read_but_fills_nothing() -> None:
     model = Small()
     checkpoint = checkpoint_of(model)
-    answers = iter([False, True, False])
-    model.inner.weight.weight_loader = lambda _parameter, _tensor: next(answers)
-    twice = [*checkpoint.items(), ("inner.weight", checkpoint["inner.weight"])]
-    load_strictly(model, twice, load_by_name(model))
+    model.inner.weight.weight_loader = lambda _parameter, _tensor: False
     with pytest.raises(GraftError, match=rf"{UNWRITTEN}: inner.weight \(0 of 1 parts\)"):
-        load_strictly(model, checkpoint.items(), load_by_name(model))
+        strictly(model, checkpoint)

@@ -30,9 +30,8 @@ def test_the_two_deepseek_v4_models_are_replaced_where_there_are_ours(
         vllm_plugin.register()
         vllm_plugin.register()
     changed = {k: m for k, m in ModelRegistry.models.items() if m is not before.get(k)}
-    found = {name: (model.module_name, model.class_name) for name, model in changed.items()}
-    module = f"mtp_graft.vllm_plugin.{platform}"
-    expected = {name: (module, class_name) for name, class_name in NAMES.items()}
-    assert found == ({} if platform == "rocm" else expected)
+    found = {name: f"{model.module_name}:{model.class_name}" for name, model in changed.items()}
+    ours = {name: f"mtp_graft.vllm_plugin.{platform}:{cls}" for name, cls in NAMES.items()}
+    assert found == ({} if platform == "rocm" else ours)
     if is_ours:
-        assert all(isinstance(pkgutil.resolve_name(f"{m}:{c}"), type) for m, c in found.values())
+        assert all(isinstance(pkgutil.resolve_name(path), type) for path in found.values())

@@ -77,12 +77,10 @@ def _decode_rows(label: str, result: Json) -> list[charts.Row]:
 
 
 def _workload_rows(label: str, result: Json) -> list[charts.Row]:
-    speeds = {name: each["decode_tok_s"] for name, each in result["categories"].items()}
-    return [
-        charts.Row(f"{label}, {category}", speed, number(speed))
-        for category, speed in {**speeds, "all": result["decode_tok_s"]}.items()
-        if speed is not None
-    ]
+    parts = {**result["categories"], "all": result}
+    speeds = {f"{label}, {name}": part["decode_tok_s"] for name, part in parts.items()}
+    known = ((name, speed) for name, speed in speeds.items() if speed is not None)
+    return [charts.Row(name, speed, number(speed)) for name, speed in known]
 
 
 def _score_rows(label: str, result: Json) -> list[charts.Row]:

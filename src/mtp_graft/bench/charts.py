@@ -21,7 +21,7 @@ Json = Mapping[str, Any]
 HEAD_COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
 BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#bdbdbd", "#56b4e9", "#7aa6c2"
 #: By number of drafts a step.
-_K_COLOURS = {0: BASE_COLOUR, 1: "#0072b2", 2: "#d55e00", 3: "#009e73", None: MTP_COLOUR}
+_K_COLOURS = {0: BASE_COLOUR, 1: "#0072b2", 2: "#d55e00", 3: "#009e73"}
 _OTHER_COLOUR = "#cc79a7"
 
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
@@ -93,13 +93,12 @@ def acceptance_chart(heads: Sequence[Json]) -> bytes:
 
 
 def sweep_chart(points: Sequence[Json]) -> bytes:
-    """Draw tokens a second over concurrency: of all requests together, and of one of them."""
+    """Draw tokens a second, of all requests and of one; `points` are sorted by concurrency."""
     panels = {"aggregate_tok_s": "all requests together", "per_stream_tok_s": "each request"}
     with _figure("Decode speed under load, tokens a second", 2.8) as figure:
         for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-            for k in dict.fromkeys(point.get("k") for point in points):
-                of_k = [p for p in points if p.get("k") == k and p.get(key) is not None]
-                of_k.sort(key=lambda point: point["concurrency"])
+            for k in dict.fromkeys(point["k"] for point in points):
+                of_k = [p for p in points if p["k"] == k and p[key] is not None]
                 xs, ys = [p["concurrency"] for p in of_k], [p[key] for p in of_k]
                 colour = _K_COLOURS.get(k, _OTHER_COLOUR)
                 axes.plot(xs, ys, "o-", color=colour, markersize=4, label=f"k = {k}")

@@ -84,10 +84,9 @@ def _difference(ours: Sequence[TextCount], theirs: Sequence[TextCount]) -> list[
     assert [text["id"] for text in ours] == [text["id"] for text in theirs], "not the same texts"
     # A text that ends at once has no drafts, and a draw of such texts alone has no rate.
     both = [pair for pair in zip(ours, theirs, strict=True) if all(t["drafts"] for t in pair)]
-    keys = ("accepted", "drafts")
-    table = np.array([[[t[key] for t in side] for key in keys] for side in zip(*both, strict=True)])
+    accepted = np.array([[text["accepted"] for text in pair] for pair in both])  # [T, 2]
+    drafts = np.array([[text["drafts"] for text in pair] for pair in both])  # [T, 2]
     drawn = np.random.default_rng(0).integers(len(both), size=(_RESAMPLES, len(both)))
-    sums = table[..., drawn].sum(axis=-1)  # [2, 2, T] -> [2, 2, _RESAMPLES]
-    rates = sums[:, 0] / sums[:, 1]
+    rates = accepted[drawn].sum(axis=1) / drafts[drawn].sum(axis=1)  # [_RESAMPLES, 2]
     ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
-    return [float(bound) for bound in np.quantile(rates[0] - rates[1], ends)]
+    return [float(bound) for bound in np.quantile(rates[:, 0] - rates[:, 1], ends)]

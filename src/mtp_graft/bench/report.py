@@ -63,8 +63,7 @@ def decode_rows(decoded: Mapping[str, Json]) -> list[charts.Row]:
     """Return a bar for each result of `bench decode`, the base's (without acceptance) in grey."""
     rows = []
     for name, result in decoded.items():
-        speed = result["decode_tok_s"]
+        middle, *ends = (result["decode_tok_s"][key] for key in ("median", "min", "max"))
         colour = charts.MTP_COLOUR if result["acceptance"] else charts.BASE_COLOUR
-        ends = (speed["min"], speed["max"])
-        rows.append(charts.Row(name, speed["median"], number(speed["median"]), colour, ends))
+        rows.append(charts.Row(name, middle, number(middle), colour, ends))
     return rows

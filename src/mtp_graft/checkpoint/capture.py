@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import full_disk_is_an_error
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "index.jsonl"
 TEXTS_NAME = "texts.jsonl"
@@ -75,29 +75,13 @@ class Recorded:
     targets: Tensor  # int64 [T], the base's argmax after each position
 
 
-def append_text(folder: Path, text: FinishedText) -> None:
-    """Add one finished text to `texts.jsonl` and sync it."""
-    _append_line(folder / TEXTS_NAME, asdict(text))
+def append_row(folder: Path, row: FinishedText | CapturedSequence) -> None:
+    """Add a line to the texts or to the index and sync it; one that a kill tore is cut off first.
 
-
-def append_sequence(folder: Path, sequence: CapturedSequence) -> None:
-    """Add one line to the index and sync it."""
-    _append_line(folder / INDEX_NAME, asdict(sequence))
-
-
-def read_texts(folder: Path) -> list[FinishedText]:
-    """Return a capture's texts by number; a torn last line is left out, GraftError for others."""
-    return _read_lines(folder / TEXTS_NAME, FinishedText)
-
-
-def read_sequences(folder: Path) -> list[CapturedSequence]:
-    """Return a capture's sequences by number; a torn last line is left out likewise."""
-    return _read_lines(folder / INDEX_NAME, CapturedSequence)
-
-
-def _append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add one line of JSON and sync it; a line that a kill tore is cut off first."""
-    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    Raises GraftError if the disk is full.
+    """
+    path = folder / (TEXTS_NAME if isinstance(row, FinishedText) else INDEX_NAME)
+    line = json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n"
     with full_disk_is_an_error(path), path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
@@ -106,21 +90,30 @@ def _append_line(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def read_texts(folder: Path) -> list[FinishedText]:
+    """Return a capture's texts by number; a torn last line is left out, GraftError for others."""
+    return _read_rows(folder / TEXTS_NAME, FinishedText)
+
+
+def read_sequences(folder: Path) -> list[CapturedSequence]:
+    """Return a capture's sequences by number; a torn last line is left out likewise."""
+    return _read_rows(folder / INDEX_NAME, CapturedSequence)
+
+
 Row = TypeVar("Row", FinishedText, CapturedSequence)
 
 
-def _read_lines(path: Path, kind: type[Row]) -> list[Row]:
+def _read_rows(path: Path, kind: type[Row]) -> list[Row]:
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    lines.pop()  # what follows the last newline: nothing, or a line whose write was cut off
     rows: dict[int, Row] = {}
     validate = TypeAdapter(kind).validate_json
-    for number, line in enumerate(lines, start=1):
+    # What follows the last newline is nothing, or a line whose write was cut off.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = validate(line)
         except ValidationError as error:
-            why = error.errors()[0]["msg"]
+            why = in_words(error)
             raise GraftError(f"{path}:{number}: not a {kind.__name__} ({why})") from error
         rows[row.number] = row
     return [rows[number] for number in sorted(rows)]

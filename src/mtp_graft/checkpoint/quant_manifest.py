@@ -13,11 +13,10 @@ from statistics import fmean
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from mtp_graft.checkpoint.files import read_as, sha256
-from mtp_graft.checkpoint.manifest import leaves
+from mtp_graft.checkpoint.files import read_as, read_object, sha256
+from mtp_graft.checkpoint.manifest import fingerprints, leaves
 from mtp_graft.checkpoint.quantization_config import scheme_of
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
@@ -55,8 +54,8 @@ class Manifest(TypedDict):
     provenance: dict[str, Any]
 
 
-class Calibration(TypedDict):
-    """What of the quantize report depends on the capture and the settings alone."""
+class QuantizeReport(TypedDict):
+    """The quantize stage's report.json without times and peaks: the same for the same inputs."""
 
     damp: float
     damping: str
@@ -67,11 +66,6 @@ class Calibration(TypedDict):
     replay: str
     zero_token_policy: str
     experts_without_tokens: list[int]
-
-
-class QuantizeReport(Calibration):
-    """The lasting part of the quantize stage's report.json."""
-
     variants: dict[str, dict[str, Any]]
     rel_errors: dict[str, dict[str, list[float]]]
 
@@ -83,10 +77,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_report(quantized: Path) -> QuantizeReport:
-    """Return the lasting part of `quantized/report.json`.
-
-    Raises GraftError if the quantize stage has not finished, or left a part out.
-    """
+    """Return the lasting part of the report; GraftError if the quantize stage has not finished."""
     what, cure = "a quantize report", "run `mtp-graft quantize` to its end"
     return read_as(QuantizeReport, quantized / "report.json", what, cure)
 
@@ -144,25 +135,12 @@ def _rel_error(variant: Variant, report: QuantizeReport) -> dict[str, Any] | Non
 
 
 def base_provenance(base: Path, shards: Iterable[str]) -> dict[str, Any]:
-    """Return the hashes of a base's index, config and shard headers, and the shards' sizes.
-
-    Hashing every shard whole would take longer than all the rest; a header has every tensor's
-    name, dtype, shape and place.
-    """
+    """Return the hashes of a base's index and config, and its shards' fingerprints."""
     return {
         INDEX_NAME: sha256(base / INDEX_NAME),
         "config.json": sha256(base / "config.json"),
-        "shard_headers": {
-            name: {"sha256": _sha256_of_header(base / name), "bytes": (base / name).stat().st_size}
-            for name in sorted(set(shards))
-        },
+        "shard_fingerprints": fingerprints([base / name for name in sorted(set(shards))]),
     }
-
-
-def _sha256_of_header(path: Path) -> str:
-    with path.open("rb") as file:
-        length = file.read(8)
-        return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 
 
 def quantize_provenance(report: QuantizeReport, expert_files: Iterable[Path]) -> dict[str, Any]:
@@ -211,19 +189,11 @@ class Spliced:
         return {"name": self.folder.name, "variant": self.variant, "manifest": hashed}
 
 
-class _Chosen(BaseModel):
-    variant: str
-
-
-class _SpliceStage(BaseModel):
-    config: _Chosen
-
-
 def find_spliced(run: Path) -> Spliced:
     """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
     stage, cure = run / "splice", "run `mtp-graft splice` first"
-    done = read_as(_SpliceStage, stage / "manifest.json", "the splice stage's manifest", cure)
-    variant = done.config.variant
+    done = read_object(stage / "manifest.json", "the splice stage's manifest", cure)
+    variant = done["config"]["variant"]
     manifests = (stage / variant).glob(f"*/{MANIFEST_NAME}")  # a hidden folder is not finished
     found = sorted(m.parent for m in manifests if not m.parent.name.startswith("."))
     if len(found) != 1:

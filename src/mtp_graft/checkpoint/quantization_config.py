@@ -9,15 +9,13 @@ layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, bec
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from mtp_graft.errors import GraftError, in_words
-from mtp_graft.recipe import Linears
-
-#: Formats of the head's routed experts that a checkpoint can carry.
-ExpertFormat = Literal["int4", "mxfp4", "bf16"]
+from mtp_graft.recipe import Linears, Variant
 
 EXPERT_MATRIX = r"(w1|w2|w3|gate_proj|up_proj|down_proj)"
 #: Modules that vLLM builds as one, and what a checkpoint calls their parts.
@@ -53,7 +51,7 @@ _MXFP4: dict[str, Any] = {
 
 
 def add_head(
-    config: dict[str, Any], head_layer: int, experts: ExpertFormat, linears: Linears
+    config: dict[str, Any], head_layer: int, variant: Variant, linears: Linears
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
@@ -61,23 +59,24 @@ def add_head(
     linears are (`dsv4.variants` explains it).
     """
     layer = rf"re:.*layers\.{head_layer}\."
-    groups = dict(config["config_groups"])
-    ignore = list(config.get("ignore") or [])
-    fp8: list[str] = []
-    (ignore if linears == "bf16" else fp8).append(rf"{layer}(e_proj|h_proj)$")
-    shared = rf"{layer}(mtp_block\.)?ffn\.shared_experts\."
-    if linears == "fp8":
-        fp8.append(rf"{shared}{EXPERT_MATRIX}$")
-    else:
-        ignore.append(rf"{shared}.*")
+    projections, ffn = rf"{layer}(e_proj|h_proj)$", rf"{layer}(mtp_block\.)?ffn\."
+    groups, ignore = dict(config["config_groups"]), list(config.get("ignore") or [])
+    match linears:
+        case "fp8":
+            fp8 = [projections, rf"{ffn}shared_experts\.{EXPERT_MATRIX}$"]
+        case "base":
+            fp8 = [projections]
+            ignore += [rf"{ffn}shared_experts\..*"]
+        case "bf16":
+            fp8 = []
+            ignore += [projections, rf"{ffn}shared_experts\..*"]
     if fp8:
         groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
-    # First match wins, so a head in another format goes before the base's groups.
-    if experts == "mxfp4":
-        expert_target = rf"{layer}(mtp_block\.)?ffn\.experts\.\d+\.{EXPERT_MATRIX}$"
-        groups = {"mtp_experts": {"targets": [expert_target], **_MXFP4}, **groups}
-    elif experts == "bf16":
-        ignore.append(rf"{layer}(mtp_block\.)?ffn\.experts\..*")
+    if variant == "mxfp4":  # the first match wins, so before the base's groups
+        experts = {"targets": [rf"{ffn}experts\.\d+\.{EXPERT_MATRIX}$"], **_MXFP4}
+        groups = {"mtp_experts": experts, **groups}
+    elif variant == "bf16":
+        ignore += [rf"{ffn}experts\..*"]
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
@@ -102,7 +101,6 @@ class Weights(BaseModel):
     type: str = "int"
     strategy: str | None = None
     group_size: _Count | Literal[-1] | None = None  # -1: a scale a channel
-    symmetric: bool = True
 
 
 class Group(BaseModel):
@@ -110,7 +108,6 @@ class Group(BaseModel):
 
     targets: list[Pattern]
     weights: Weights | None = None
-    format: str | None = None
 
     @property
     def kind(self) -> str:
@@ -131,7 +128,6 @@ class QuantizationConfig(BaseModel):
     """The section as vLLM reads it: which group, if any, has the scheme of a module."""
 
     quant_method: Literal["compressed-tensors"]
-    format: str | None = None
     config_groups: dict[str, Group]
     ignore: Annotated[list[Pattern], BeforeValidator(lambda value: value or [])] = []
 
@@ -205,13 +201,15 @@ def _mapped(pattern: str) -> str:
     return f"model.{pattern}" if pattern.startswith("layers.") else pattern
 
 
-def read_quantization(config: Mapping[str, Any]) -> QuantizationConfig:
+def read_quantization(
+    config: Mapping[str, Any], path: Path | str = "config.json"
+) -> QuantizationConfig:
     """Return a config.json's section; raises GraftError for one that vLLM cannot read."""
     try:
         return QuantizationConfig.model_validate(config.get("quantization_config"))
     except ValidationError as error:
         raise GraftError(
-            f"config.json: quantization_config: {in_words(error)}; expected the compressed-tensors "
+            f"{path}: quantization_config: {in_words(error)}; expected the compressed-tensors "
             "section of a W4A16-FP8 checkpoint"
         ) from error
 

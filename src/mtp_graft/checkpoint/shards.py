@@ -68,7 +68,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise GraftError(f"{path}: not found; expected a safetensors file")
+            raise GraftError(f"{path}: not found; expected a safetensors file, fetch it again")
         self._path = path
         self._file = path.open("rb", buffering=0)
         self._starts: dict[str, int] = {}  # where in the file a tensor's values start
@@ -93,9 +93,8 @@ class Shard:
         _read_at(self._file, memoryview(text), 8)
         header = _OBJECT.validate_json(text)
         header.pop("__metadata__", None)
-        at = 8 + length
-        entries = _ENTRIES.validate_python(header).items()
-        for name, entry in sorted(entries, key=lambda item: item[1].data_offsets):
+        entries, at = _ENTRIES.validate_python(header), 8 + length
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
             if entry.dtype not in _DTYPES:
                 raise ValueError(f"{name} is {entry.dtype}, expected one of {', '.join(_DTYPES)}")
             tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
@@ -213,8 +212,7 @@ def load_tensors(
     folder: Path, names: list[str] | None = None, *, pinned: bool = False
 ) -> dict[str, Tensor]:
     """Load tensors by name (all of them by default) from the checkpoint in `folder`."""
-    # Of an upstream master only the head's shard need be there.
-    weight_map = read_index(folder, os.path.commonprefix(names or []))  # noqa: RUF071 - no paths
+    weight_map = read_weight_map(folder / INDEX_NAME)
     wanted = list(weight_map) if names is None else names
     if missing := [name for name in wanted if name not in weight_map]:
         raise GraftError(f"{folder}: no tensor {missing[0]} ({len(missing)} missing in all)")
@@ -271,15 +269,12 @@ def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int
     return {name: 8 + len(text) + start for name, start in starts.items()}
 
 
-Metadata = Mapping[str, object]
-
-
 def write_index(
-    weight_map: Mapping[str, str], total_size: int, folder: Path, metadata: Metadata | None = None
+    weight_map: Mapping[str, str],
+    total_size: int,
+    folder: Path,
+    metadata: Mapping[str, object] | None = None,
 ) -> None:
     """Write the index of a checkpoint; call it last, when every shard is in place."""
-    content = {
-        "metadata": {**(metadata or {}), "total_size": total_size},
-        "weight_map": dict(weight_map),
-    }
-    write_json(content, folder / INDEX_NAME)
+    known = {**(metadata or {}), "total_size": total_size}
+    write_json({"metadata": known, "weight_map": dict(weight_map)}, folder / INDEX_NAME)

@@ -27,8 +27,7 @@ from mtp_graft.checkpoint.capture import (
     SWITCH_NAME,
     CapturedSequence,
     FinishedText,
-    append_sequence,
-    append_text,
+    append_row,
     read_sequences,
     read_texts,
 )
@@ -195,7 +194,7 @@ def _generate(
     with ThreadPool(settings.concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
         continued = pool.imap_unordered(finish, missing)
         for finished, text in enumerate(continued, start=len(done) + 1):
-            append_text(out, text)
+            append_row(out, text)
             tokens += len(text.continuation)
             report("capture: generate", finished, len(asked))
     return tokens / (time.perf_counter() - started) if tokens else None
@@ -287,4 +286,4 @@ def _enter(out: Path, name: str, waiting: Mapping[tuple[int, ...], list[Finished
         text = equal.pop()
         size = (len(text.prompt), len(text.token_ids))
         sequence = CapturedSequence(text.number, text.id, text.split, *size, name, start)
-        append_sequence(out, sequence)
+        append_row(out, sequence)

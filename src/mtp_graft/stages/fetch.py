@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,9 +21,10 @@ from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, write_json
+from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
+from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
@@ -37,16 +37,15 @@ from mtp_graft.stages.parallel import is_first_rank
 HUB_ERRORS: tuple[type[Exception], ...] = (
     errors.HTTPError,  # type: ignore[attr-defined]
     errors.SafetensorsParsingError,
-    *(OSError, ValueError, RuntimeError),
+    OSError,
+    ValueError,
+    RuntimeError,
 )
 _HEAD = "mtp."
 #: What is needed besides shards: of a base configuration, tokenizer, licence.
 _BESIDE_SHARDS = {
-    "base": (
-        *("*.json", "*.txt", "*.jinja", "*.yaml", "*.md", "*.model", "*.py"),
-        *("LICENSE*", "NOTICE*"),
-    ),
-    "head": (INDEX_NAME, "config.json", MANIFEST_NAME),
+    "base": ["*.json", "*.txt", "*.jinja", "*.yaml", "*.md", "*.py", "LICENSE*", "NOTICE*"],
+    "head": [INDEX_NAME, "config.json", MANIFEST_NAME],
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 4
@@ -106,13 +105,11 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
 
 def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
     """Return the folders of an earlier call for the same model, if they are still there."""
-    try:
-        found = json.loads((out / REPORT_NAME).read_text())
-    except (OSError, ValueError):
+    found = read_result(out / REPORT_NAME)
+    if found is None or found["model"] != asdict(model):
         return None
     folders = FetchedModels(Path(found["base"]), Path(found["upstream"]))
-    there = all(folder.is_dir() for folder in folders)
-    return folders if there and found["model"] == asdict(model) else None
+    return folders if all(folder.is_dir() for folder in folders) else None
 
 
 # What is needed
@@ -135,9 +132,15 @@ def find_source(given: str, revision: str | None, part: Literal["base", "head"])
         commit = folder.name
     elif not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint or a hub id owner/name")
+    names = _needed_files(given, folder, part)
+    config = read_object(folder / "config.json", "a config") if "config.json" in names else {}
+    return Source(given, folder, commit, _sizes(given, folder, commit, names), config)
+
+
+def _needed_files(given: str, folder: Path, part: Literal["base", "head"]) -> set[str]:
+    """Return the names of what is needed, by a folder that has at least the small files."""
     if part == "head" and (folder / MANIFEST_NAME).is_file():  # somebody's head, already spliced
-        sizes = _sizes(given, folder, commit, {MANIFEST_NAME, HEAD_SHARD})
-        return Source(given, folder, commit, sizes, {})
+        return {MANIFEST_NAME, HEAD_SHARD}
     for name in (INDEX_NAME, "config.json"):
         if not (folder / name).is_file():
             raise GraftError(f"{given}: has no {name}; expected a whole checkpoint")
@@ -148,10 +151,8 @@ def find_source(given: str, revision: str | None, part: Literal["base", "head"])
             f"{given}: its index lists no {_HEAD}* tensor; expected the upstream master, "
             "deepseek-ai/DeepSeek-V4-Flash"
         )
-    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    beside = {p for p in paths if any(fnmatch(p, pattern) for pattern in _BESIDE_SHARDS[part])}
-    sizes = _sizes(given, folder, commit, beside | shards)
-    return Source(given, folder, commit, sizes, read_object(folder / "config.json", "a config"))
+    patterns = _BESIDE_SHARDS[part]
+    return shards | {*filter_repo_objects(visible_files(folder), allow_patterns=patterns)}
 
 
 def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dict[str, int]:
@@ -200,13 +201,9 @@ def _write_header(source: Source, folder: Path, shard: str) -> None:
     """Write a file with a shard's name, header and size, but without values."""
     with _hub_errors(f"{source.given}/{shard}"):
         found = HfApi().parse_safetensors_file_metadata(source.given, shard, revision=source.commit)
-    header = {
-        tensor: {"dtype": i.dtype, "shape": i.shape, "data_offsets": list(i.data_offsets)}
-        for tensor, i in found.tensors.items()
-    }
-    text = json.dumps(header).encode()
+    text = json.dumps({name: asdict(info) for name, info in found.tensors.items()}).encode()
     (folder / shard).write_bytes(len(text).to_bytes(8, "little") + text)
-    end = max((i.data_offsets[1] for i in found.tensors.values()), default=0)
+    end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
     os.truncate(folder / shard, 8 + len(text) + end)  # a hole, which takes no disk
 
 
@@ -225,8 +222,10 @@ def download(sources: Sequence[Source], report: Progress) -> list[Path]:
             "HF_HOME to a larger disk"
         )
     for source in sources:
-        if source.commit is not None:
+        if source.missing:
             _download(source, report)
+        if source.commit is not None:
+            _check_hashes(source, report)
     return [source.folder for source in sources]
 
 
@@ -236,24 +235,21 @@ def nearest_folder(path: Path) -> Path:
 
 
 def _download(source: Source, report: Progress) -> None:
-    label, total = f"fetch: {source.given}", source.bytes_to_download
-    done = 0
+    done, total = 0, source.bytes_to_download
 
     def on_bytes(here: int) -> None:  # of two bars, one of which may lag behind
         nonlocal done
         done = max(done, min(here, total))
-        report(label, done, total)
+        report(f"fetch: {source.given}", done, total)
 
-    if source.missing:
-        on_bytes(0)
-        _snapshot(source.given, source.commit, list(source.sizes), on_bytes)
-    _check_hashes(source, report)
+    on_bytes(0)
+    _snapshot(source.given, source.commit, list(source.sizes), on_bytes)
 
 
 def _snapshot(
     repo: str,
     revision: str | None,
-    patterns: Sequence[str],
+    patterns: list[str],
     on_bytes: Callable[[int], None] = lambda _: None,  # so many are here by now
 ) -> Path:
     """Return the cached snapshot of a model, named by its commit, with all files of `patterns`."""
@@ -274,7 +270,7 @@ def _snapshot(
         found = snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=list(patterns),
+            allow_patterns=patterns,
             max_workers=_AT_ONCE,
             tqdm_class=Bar,
         )

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.fetch import (
-    Source,
-    download,
-    find_source,
-    headers_of,
-    nearest_folder,
-)
+from mtp_graft.stages.fetch import Source, download, find_source, headers_of, nearest_folder
 from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.splice import plan_splice, splice
 

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mtp_graft.checkpoint.files import read_object
+from mtp_graft.checkpoint.files import read_object, visible_files
 from mtp_graft.checkpoint.quant_manifest import (
     CARD_NAME,
     HEAD_SHARD,
@@ -66,13 +66,10 @@ def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
     spliced = find_spliced(run)
     _check_verified(run, spliced)
     _check_card(card, spliced)
-    paths = (path for path in spliced.folder.rglob("*") if path.is_file())
-    relative = {path.relative_to(spliced.folder): path for path in paths}
     files: dict[str, Path | bytes] = {
-        name.as_posix(): path
-        for name, path in relative.items()
-        if not any(part.startswith(".") for part in name.parts)
-        and (not head_only or name.as_posix().startswith(_OF_HEAD))
+        name: path
+        for name, path in visible_files(spliced.folder).items()
+        if not head_only or name.startswith(_OF_HEAD)
     }
     cards = [card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png")]
     files |= {path.name: path for path in cards}

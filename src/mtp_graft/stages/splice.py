@@ -8,26 +8,19 @@ when it is complete: a killed splice leaves only that folder, which the next one
 """
 
 import errno
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mtp_graft.checkpoint import quant_manifest, shards
-from mtp_graft.checkpoint.files import is_full_disk, sha256, write_json, write_text
+from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
-from mtp_graft.checkpoint.quantization_config import (
-    ExpertFormat,
-    add_head,
-    int4_group_size,
-    read_quantization,
-)
+from mtp_graft.checkpoint.quantization_config import add_head, int4_group_size, read_quantization
 from mtp_graft.dsv4 import variants
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
@@ -36,30 +29,36 @@ from mtp_graft.serving.doctor.schemes import mismatches
 from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
 
 #: Files that a splice writes itself; all others are the base's.
-OWN_FILES = frozenset(
-    {
-        *(shards.INDEX_NAME, "config.json", HEAD_SHARD, quant_manifest.RECIPE_NAME),
-        *(quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME),
-    }
+OWN_FILES = (
+    HEAD_SHARD,
+    shards.INDEX_NAME,
+    "config.json",
+    quant_manifest.MANIFEST_NAME,
+    quant_manifest.MANIFEST_TEXT_NAME,
+    quant_manifest.RECIPE_NAME,
 )
-_EXPERT_FORMATS: dict[str, ExpertFormat] = {
-    **{"rtn": "int4", "gptq": "int4"},
-    **{"mxfp4": "mxfp4", "bf16": "bf16"},
-}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base without a head."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    weight_map: Mapping[str, str]  # tensor -> shard
+    bytes: int  # of its tensors
 
 
 @dataclass(frozen=True)
 class SplicePlan:
     """All that a splice will write, known from headers before it writes anything."""
 
-    base: Path
-    base_map: Mapping[str, str]  # tensor -> shard
-    base_bytes: int  # of its tensors
+    base: Base
     variant: Variant
     linears: Linears
-    group_size: int
     head: Tensors  # upstream's, or those of a head that is taken as it is
     experts: Tensors  # GPTQ's; none for other variants
+    store: Callable[..., dict[str, Tensor]]  # `variants.store_head` of upstream's and `experts`
     layout: Mapping[str, Tensor]  # stored name -> meta tensor
     config: Mapping[str, Any]
     report: QuantizeReport | None  # of the quantize stage
@@ -98,16 +97,15 @@ def splice(
     if out.exists():
         _check_done(out, manifest)
         return plan
-    with _temporary_folder(out) as folder:
-        for source in base_files(base):
-            _link(source, folder / source.relative_to(base), copy=copy)
+    with files.new_folder(out) as folder:
+        for name, source in base_files(base).items():
+            _link(source, folder / name, copy=copy)
         if plan.published is None:
             shards.stream_shard(plan.layout, _stored_tensors(plan), folder / HEAD_SHARD)
         else:
             _link(upstream / HEAD_SHARD, folder / HEAD_SHARD, copy=copy)
         _write_texts(plan, manifest, folder)
         _write_union_index(plan, folder)
-        folder.rename(out)
     return plan
 
 
@@ -125,53 +123,48 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    base_config, base_map, base_bytes = _read_base(base)
-    published = None
+    read, published = _read_base(base), None
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         published = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
         variant, linears = _describe(upstream, published, head.meta, variant)
     else:
         head, variant = read_master(upstream), variant or "mxfp4"
-    config = _head_config(base, base_config, variant, linears)
-    group_size = 128
-    if _EXPERT_FORMATS[variant] == "int4":
-        group_size = int4_group_size(config["quantization_config"])
+    config = _head_config(read, variant, linears)
+    is_int4 = variant in ("rtn", "gptq")
+    group_size = int4_group_size(config["quantization_config"]) if is_int4 else 128
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     experts, layout = Tensors({}, {}), head.meta
+    store = partial(variants.store_head, variant=variant, group_size=group_size, linears=linears)
     if published is None:
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-        sizes = {"group_size": group_size}
-        layout = variants.store_head(head.meta, variant, experts.meta, **sizes, linears=linears)
+        layout = store(head.meta, gptq_experts=experts.meta)
     _check_schemes(base, config, layout)
     return SplicePlan(
-        *(base, base_map, base_bytes, variant, linears, group_size, head, experts, layout),
-        *(config, report, published),
+        read, variant, linears, head, experts, store, layout, config, report, published
     )
 
 
-def _read_base(base: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """Return the base's config, weight map, and the size of its tensors."""
-    if already := sorted(name for name in shards.read_index(base) if name.startswith("mtp.")):
-        raise GraftError(f"{base}: already has a head ({already[0]}, ...); expected none")
-    size = sum(tensor.nbytes for tensor in shards.read_meta(base, complete=True).values())
-    return *read_base(base, "embed.weight", "head.weight"), size
+def _read_base(folder: Path) -> Base:
+    if already := sorted(shards.read_index(folder, "mtp.")):
+        raise GraftError(f"{folder}: already has a head ({already[0]}, ...); expected none")
+    size = sum(tensor.nbytes for tensor in shards.read_meta(folder, complete=True).values())
+    config, weight_map = read_base(folder, "embed.weight", "head.weight")
+    return Base(folder, config, weight_map, size)
 
 
 def _describe(
     folder: Path, manifest: Manifest, head: Mapping[str, Tensor], wanted: str | None
 ) -> tuple[Variant, Linears]:
     """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
-    said, found = (
-        (manifest["tensors"], manifest["bytes"]),
-        sum(tensor.nbytes for tensor in head.values()),
-    )
-    if (len(head), found) != said:
+    num_tensors, num_bytes = manifest["tensors"], manifest["bytes"]
+    found = sum(tensor.nbytes for tensor in head.values())
+    if (len(head), found) != (num_tensors, num_bytes):
         raise GraftError(
             f"{folder / HEAD_SHARD}: has {len(head)} tensors of {found:,} bytes, expected "
-            f"{said[0]} of {said[1]:,} by {quant_manifest.MANIFEST_NAME}; fetch it again"
+            f"{num_tensors} of {num_bytes:,} by {quant_manifest.MANIFEST_NAME}; fetch it again"
         )
     variant: Variant = manifest["variant"]
     if wanted not in (None, variant):
@@ -184,17 +177,12 @@ def _describe(
     return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
 
 
-def _head_config(
-    base: Path, config: Mapping[str, Any], variant: Variant, linears: Linears
-) -> dict[str, Any]:
+def _head_config(base: Base, variant: Variant, linears: Linears) -> dict[str, Any]:
     """Return the base's config.json with the head in it."""
-    try:
-        read_quantization(config)
-    except GraftError as error:
-        raise GraftError(f"{base}/{error}") from error
-    quantization, layer = config["quantization_config"], config["num_hidden_layers"]
-    quantization = add_head(quantization, layer, _EXPERT_FORMATS[variant], linears)
-    return {**config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
+    read_quantization(base.config, base.folder / "config.json")
+    quantization, layer = base.config["quantization_config"], base.config["num_hidden_layers"]
+    quantization = add_head(quantization, layer, variant, linears)
+    return {**base.config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
 
 
 def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
@@ -213,31 +201,32 @@ def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, T
 
 def _manifest(plan: SplicePlan) -> Manifest:
     """Return what the checkpoint will say about its head, with hashes of what it is made of."""
-    base = quant_manifest.base_provenance(plan.base, plan.base_map.values())
+    base = quant_manifest.base_provenance(plan.base.folder, plan.base.weight_map.values())
     if plan.published is not None:
         origin = dict(plan.published["provenance"])
         if origin["base"] != base:
-            origin["made_for"] = origin.get("made_for", origin["base"])
+            origin.setdefault("made_for", origin["base"])
         return {**plan.published, "provenance": {**origin, "base": base}}
-    files = sorted(set(plan.head.files.values()))
-    provenance = {"base": base, "upstream": {path.name: sha256(path) for path in files}}
+    upstream = {path.name: files.sha256(path) for path in sorted(set(plan.head.files.values()))}
+    provenance = {"base": base, "upstream": upstream}
     if plan.report is not None:
-        provenance["quantize"] = quant_manifest.quantize_provenance(
-            plan.report, plan.experts.files.values()
-        )
+        experts = plan.experts.files.values()
+        provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
     return quant_manifest.manifest(
-        *(plan.variant, plan.linears, plan.config, plan.report, provenance),
-        *(len(plan.layout), plan.bytes),
+        plan.variant,
+        plan.linears,
+        plan.config,
+        plan.report,
+        provenance,
+        num_tensors=len(plan.layout),
+        num_bytes=plan.bytes,
     )
 
 
 def _check_done(out: Path, manifest: Manifest) -> None:
     """Raise GraftError if `out` is not what an earlier splice of the same inputs left."""
-    try:
-        same = json.loads((out / quant_manifest.MANIFEST_NAME).read_text()) == manifest
-    except (OSError, ValueError):
-        same = False
-    if not same:
+    path = out / quant_manifest.MANIFEST_NAME
+    if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
         raise GraftError(
             f"{out}: already exists, and not from these inputs; remove it or choose another folder"
         )
@@ -247,32 +236,9 @@ def _check_done(out: Path, manifest: Manifest) -> None:
 # Writing
 
 
-def base_files(base: Path) -> list[Path]:
-    """Return the base's files that the checkpoint takes over, hidden folders apart."""
-    inside = {path: path.relative_to(base) for path in sorted(base.rglob("*")) if path.is_file()}
-    return [
-        path
-        for path, relative in inside.items()
-        if str(relative) not in OWN_FILES
-        and not any(part.startswith(".") for part in relative.parts[:-1])
-    ]
-
-
-@contextmanager
-def _temporary_folder(out: Path) -> Iterator[Path]:
-    """Make `.OUT.tmp` anew; remove it if the body fails, and name a full disk for what it is."""
-    folder = out.with_name(f".{out.name}.tmp")
-    if folder.exists():
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)  # must not hide what went wrong
-        if isinstance(error, OSError):
-            what = "the disk is full" if is_full_disk(error) else "cannot be written"
-            raise GraftError(f"{out}: {what} ({error}); make room, or choose another") from error
-        raise
+def base_files(base: Path) -> dict[str, Path]:
+    """Return the base's files that the checkpoint takes over, by relative name."""
+    return {name: path for name, path in files.visible_files(base).items() if name not in OWN_FILES}
 
 
 def _link(source: Path, target: Path, *, copy: bool) -> None:
@@ -293,26 +259,22 @@ def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     with plan.head.opened() as head, plan.experts.opened() as experts:
         for by_part in variants.group_by_module(head).values():
             module = {name: head[name] for name in by_part.values()}
-            sizes = {"group_size": plan.group_size}
-            stored = variants.store_head(
-                module, plan.variant, experts, **sizes, linears=plan.linears
-            )
-            yield from stored.items()
+            yield from plan.store(module, gptq_experts=experts).items()
 
 
 def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
     """Write config, manifest and recipe."""
-    write_json(plan.config, folder / "config.json")
-    write_json(manifest, folder / quant_manifest.MANIFEST_NAME)
+    files.write_json(plan.config, folder / "config.json")
+    files.write_json(manifest, folder / quant_manifest.MANIFEST_NAME)
     text = quant_manifest.manifest_text(manifest)
-    write_text(text, folder / quant_manifest.MANIFEST_TEXT_NAME)
-    base_recipe = plan.base / quant_manifest.RECIPE_NAME
+    files.write_text(text, folder / quant_manifest.MANIFEST_TEXT_NAME)
+    base_recipe = plan.base.folder / quant_manifest.RECIPE_NAME
     before = base_recipe.read_text() if base_recipe.exists() else None
     recipe = quant_manifest.recipe_text(manifest, before)
-    write_text(recipe, folder / quant_manifest.RECIPE_NAME)
+    files.write_text(recipe, folder / quant_manifest.RECIPE_NAME)
 
 
 def _write_union_index(plan: SplicePlan, folder: Path) -> None:
-    metadata = json.loads((plan.base / shards.INDEX_NAME).read_text()).get("metadata")
-    index = {**plan.base_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
-    shards.write_index(index, plan.base_bytes + plan.bytes, folder, metadata)
+    metadata = files.read_object(plan.base.folder / shards.INDEX_NAME, "an index").get("metadata")
+    index = {**plan.base.weight_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
+    shards.write_index(index, plan.base.bytes + plan.bytes, folder, metadata)

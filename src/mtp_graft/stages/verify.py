@@ -7,8 +7,8 @@ compared with what it was made of.
 
 import filecmp
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ from mtp_graft.stages.splice import base_files
 INT4_REL_ERROR = 0.35
 #: Nearest rounding misses by half a step; a little more at the end codes, whose scale is rounded.
 RTN_STEPS = 0.54
-#: compressed-tensors' name for a packed format, and its type of numbers.
-_PACKED = {"int4": ("pack-quantized", "int"), "mxfp4": ("mxfp4-pack-quantized", "float")}
+#: compressed-tensors' name for a packed format, its type of numbers, and codes per element.
+_PACKED = {"int4": ("pack-quantized", "int", 8), "mxfp4": ("mxfp4-pack-quantized", "float", 2)}
 
 
 @dataclass
@@ -44,8 +44,8 @@ class _Head:
 
     variant: str
     stored: Values
-    master: Values | None  # upstream's, unless the head was taken as it is
-    exact: Values | None  # what must be found bit for bit: GPTQ's experts, or the whole head
+    master: Values  # upstream's; empty if the head was taken as it is
+    exact: Values  # what must be found bit for bit: GPTQ's experts, the whole head, or nothing
     accounted: set[str] = field(default_factory=set)
     missing: set[str] = field(default_factory=set)
     mismatched: dict[str, str] = field(default_factory=dict)  # name -> why
@@ -70,17 +70,15 @@ def verify(
     held = Tensors.in_files(checkpoint / shard for shard in sorted(set(index.values())))
     # Engines read what the index lists and its shard holds, and nothing else.
     listed = {name: path for name, path in held.files.items() if index.get(name) == path.name}
-    with ExitStack() as stack:
-        stored = stack.enter_context(Tensors(listed, held.meta).opened())
-        origin = _open_origin(manifest["variant"], upstream, quantized, stack)
-        head = _Head(manifest["variant"], stored, *origin)
+    stored = Tensors(listed, held.meta)
+    with _opened_head(manifest["variant"], stored, upstream, quantized) as head:
         _check_head(head, config)
     missing = head.missing | ({*index, *base_map} - listed.keys())
     unexpected = held.files.keys() - (listed.keys() & {*base_map, *head.accounted})
     files = _compare_base_files(checkpoint, base)
     recorded = quant_manifest.base_provenance(base, base_map.values())
-    unchanged = set(files.values()) <= {"same inode", "same bytes"}
-    unchanged = unchanged and manifest["provenance"].get("base") == recorded
+    is_same = manifest["provenance"].get("base") == recorded
+    unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
     return {
         "ok": not (missing or unexpected or head.mismatched) and unchanged,
         "variant": manifest["variant"],
@@ -88,7 +86,7 @@ def verify(
         "missing": sorted(missing),
         "unexpected": sorted(unexpected),
         "mismatched": [{"tensor": n, "why": w} for n, w in sorted(head.mismatched.items())],
-        "rel_error_max": None if head.master is None else head.rel_error_max,
+        "rel_error_max": head.rel_error_max if head.master else None,
         "base_files": files,
         "base_files_linked": set(files.values()) <= {"same inode"},
         "base_unchanged": unchanged,
@@ -108,16 +106,20 @@ def require_sound(checkpoint: Path, found: Mapping[str, Any]) -> None:
     raise GraftError(f"{checkpoint}: {what}")
 
 
-def _open_origin(
-    variant: str, upstream: Path, quantized: Path | None, stack: ExitStack
-) -> tuple[Values | None, Values | None]:
-    """Return the upstream master's head, and what the stored head has to equal bit for bit."""
+@contextmanager
+def _opened_head(
+    variant: str, stored: Tensors, upstream: Path, quantized: Path | None
+) -> Iterator[_Head]:
+    """Give the stored head beside what it was made of, their files open."""
+    master = exact = Tensors({}, {})
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
-        return None, stack.enter_context(Tensors.in_files([upstream / HEAD_SHARD]).opened())
-    master = stack.enter_context(read_master(upstream).opened())
-    if variant != "gptq" or quantized is None:
-        return master, None
-    return master, stack.enter_context(Tensors.in_files(expert_files(quantized)).opened())
+        exact = Tensors.in_files([upstream / HEAD_SHARD])
+    else:
+        master = read_master(upstream)
+        if variant == "gptq" and quantized is not None:
+            exact = Tensors.in_files(expert_files(quantized))
+    with stored.opened() as ours, master.opened() as theirs, exact.opened() as same:
+        yield _Head(variant, ours, theirs, same)
 
 
 # The head's values
@@ -140,8 +142,7 @@ def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
         why = _wrong_layout(parts, layout, kind) or _wrong_values(name, parts, kind, head)
         if why is not None:
             head.mismatched[next(iter(layout))] = why
-    theirs = head.master or ()
-    head.missing |= {n for n in theirs if n.replace(".scale", ".weight") not in shapes}
+    head.missing |= {n for n in head.master if n.replace(".scale", ".weight") not in shapes}
 
 
 def _scheme(
@@ -180,12 +181,12 @@ def _wrong_values(name: str, parts: Mapping[str, Tensor], kind: str, head: _Head
     shape = parts.get(f"{name}_shape")
     if shape is not None and shape.tolist() != list(values.shape):
         return f"weight_shape is {shape.tolist()}, expected {list(values.shape)}"
-    if head.exact is not None and (name.startswith(EXPERTS_PREFIX) or head.master is None):
+    if head.exact and (name.startswith(EXPERTS_PREFIX) or not head.master):
         for part, ours in parts.items():
             theirs = head.exact.get(part)
             if theirs is None or not _same(ours, theirs):
                 return f"{part}: differs from what it was spliced from"
-    if head.master is None:
+    if not head.master:
         return None
     if name not in head.master:
         return "upstream has no such tensor"
@@ -205,9 +206,8 @@ def _decode(parts: Mapping[str, Tensor], kind: str) -> Tensor:
         return _decode_fp8(parts["weight"], scale.float())
     if scale.is_floating_point():  # they are multiplied in its dtype, which must not round
         scale = scale.float()
-    name, number = _PACKED[kind]
-    inputs = parts["weight_packed"].shape[1] * (8 if kind == "int4" else 2)
-    group_size = inputs // scale.shape[1]
+    name, number, codes = _PACKED[kind]
+    group_size = parts["weight_packed"].shape[1] * codes // scale.shape[1]
     args = QuantizationArgs(num_bits=4, type=number, strategy="group", group_size=group_size)
     scheme = QuantizationScheme(targets=[], weights=args)
     compressor = BaseCompressor.get_value_from_registry(name)
@@ -269,8 +269,7 @@ def _compare_base_files(checkpoint: Path, base: Path) -> dict[str, str]:
     A linked file is one and the same by its inode, which costs nothing; any other is read whole.
     """
     found = {}
-    for source in base_files(base):
-        name = str(source.relative_to(base))
+    for name, source in base_files(base).items():
         target = checkpoint / name
         if not target.exists():
             found[name] = "missing"

@@ -9,12 +9,11 @@ its prompts, one prompt after the other:
     targets    int32 [R], the target's argmax after each token
     starts     int32 [prompts], the first row of each prompt
 
-Only prompts that one step computes whole are recorded: the residuals of decode steps, later chunks
-and prefix-cache hits are not reproducible from the file alone. Which tokens of a step those are is
-for `cpu/recording.py` and `cuda/recording.py` to know.
+Only prompts that one step computes whole are recorded: nothing else can be recomputed from the file
+alone. Which rows of a step those are is for `cpu/recording.py` and `cuda/recording.py` to know.
 
-The switch may only be turned while the server is idle: every rank looks at it in every step, and
-all have to see the same, because the logits are put together from all of them.
+The switch may only be turned while the server is idle: all ranks look at it in every step, and
+have to see the same, because the logits are put together from all of them.
 
 A recording that cannot be written, as on a full disk, does not end the server: its log has the
 reason, and FOLDER/recording-intact, which the client made and looks for, is removed.
@@ -58,19 +57,15 @@ def make_recorder(target: Any, vllm_config: VllmConfig) -> "Recorder | None":
             f"{RECORD_VARIABLE} is set with data parallel size "
             f"{vllm_config.parallel_config.data_parallel_size}, expected 1; use tensor parallelism"
         )
-    _keep_residual(target.model, vllm_config)
-    return Recorder(target, Path(folder), writes=get_tensor_model_parallel_rank() == 0)
-
-
-def _keep_residual(model: Any, vllm_config: VllmConfig) -> None:
-    """Give the inner model the buffer that vLLM allocates only if there is a drafter."""
-    if model._mtp_hidden_buffer is None:
+    model = target.model
+    if model._mtp_hidden_buffer is None:  # vLLM allocates it only if there is a drafter
         model._mtp_hidden_buffer = torch.empty(
             vllm_config.scheduler_config.max_num_batched_tokens,
             model.hc_head_fn.shape[1],
             dtype=vllm_config.model_config.dtype,
             device=model.hc_head_fn.device,
         )
+    return Recorder(target, Path(folder), writes=get_tensor_model_parallel_rank() == 0)
 
 
 class Recorder:
@@ -78,9 +73,7 @@ class Recorder:
 
     def __init__(self, target: Any, folder: Path, writes: bool) -> None:
         self._target = target
-        self._switch = folder / SWITCH_NAME
-        self._intact = folder / INTACT_NAME
-        self._recordings = folder / RECORDINGS
+        self._folder = folder
         self._writes = writes  # other ranks only take part in the logits
         self._writer = ThreadPoolExecutor(1, "recording")
         self._written: Future[None] | None = None
@@ -88,7 +81,7 @@ class Recorder:
     @property
     def is_on(self) -> bool:
         """Return whether steps are to be recorded at the moment."""
-        return self._switch.exists()
+        return (self._folder / SWITCH_NAME).exists()
 
     def forget_residual(self) -> None:
         """Make sure that a residual row that the next step does not write is not finite."""
@@ -127,17 +120,13 @@ class Recorder:
             "targets": torch.cat(rows["targets"]).int(),
             "starts": (lengths.cumsum(0) - lengths).int(),
         }
+        recordings = self._folder / RECORDINGS
+        earlier = [int(path.stem) for path in recordings.glob("[0-9]*.safetensors")]
         try:
-            save_shard(tensors, self._recordings / f"{self._next_number():06d}.safetensors")
+            save_shard(tensors, recordings / f"{max(earlier, default=0) + 1:06d}.safetensors")
         except (OSError, SafetensorError, GraftError):
-            logger.exception("a recording could not be written to %s", self._recordings)
-            self._intact.unlink(missing_ok=True)
-
-    def _next_number(self) -> int:
-        """Go on after what is there, which may be an earlier server's."""
-        return 1 + max(
-            (int(p.stem) for p in self._recordings.glob("[0-9]*.safetensors")), default=0
-        )
+            logger.exception("a recording could not be written to %s", recordings)
+            (self._folder / INTACT_NAME).unlink(missing_ok=True)
 
 
 def _on_host(tensor: Tensor, spans: Sequence[Span]) -> list[Tensor]:

@@ -65,24 +65,20 @@ def load_strictly(
     unwritten = [
         f"{name} ({writes[name]} of {parts} parts)"
         for name, parts in expected.items()
-        if writes[name] < parts
-        and name not in sinks
-        and name not in shared
-        and not name.endswith(_ENGINE_OWNED)
+        if writes[name] < parts and name not in {*sinks, *shared}
     ]
-    if unread:
-        raise GraftError(_report("checkpoint tensors that no parameter takes", unread))
-    if unwritten:
-        raise GraftError(_report("parameters that no checkpoint tensor fills", unwritten))
+    _require_none("checkpoint tensors that no parameter takes", unread)
+    _require_none("parameters that no checkpoint tensor fills", unwritten)
     return loaded
 
 
-def _report(what: str, names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    return (
-        f"loading the checkpoint: {len(names)} {what}: {shown}; expected none. "
-        "The names or the quantization config do not match the model: see docs/format.md"
-    )
+def _require_none(what: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        raise GraftError(
+            f"loading the checkpoint: {len(names)} {what}: {shown}; expected none. "
+            "The names or the quantization config do not match the model: see docs/format.md"
+        )
 
 
 def _count(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
@@ -97,8 +93,7 @@ def _count(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
         def count_and_load(*args: Any, **kwargs: Any) -> Any:
             result = loader(*args, **kwargs)
             offers[name] += 1
-            if result is not False:
-                writes[name] += 1
+            writes[name] += result is not False
             return result
 
         return count_and_load
@@ -118,13 +113,14 @@ def _watch(weights: Weights, offers: Counter[str], unread: list[str]) -> Iterato
 
 
 def _expected_parts(model: nn.Module) -> dict[str, int]:
-    """Return how many checkpoint tensors each parameter is made of."""
-    parts = {name: 1 for name, _ in model.named_parameters()}
+    """Return how many checkpoint tensors each parameter is made of, but for the engine's own."""
+    names = (name for name, _ in model.named_parameters())
+    parts = {name: 1 for name in names if not name.endswith(_ENGINE_OWNED)}
     for prefix, module in model.named_modules():
         for local, _ in module.named_parameters(recurse=False):
             name = f"{prefix}.{local}" if prefix else local
             if name not in parts:
-                continue  # another module's parameter under a second name
+                continue  # the engine's, or another module's under a second name
             if isinstance(module, MergedColumnParallelLinear):
                 parts[name] = len(module.output_sizes)
             elif isinstance(module, RoutedExperts) and local.startswith("w13_"):

@@ -28,6 +28,7 @@ _WHOLE = (None, "stop", "length", "tool_calls")  # not every server gives a reas
 _SILENCE_S, _ATTEMPTS = 300.0, 3
 
 
+@modelapi(name="mtp-graft")
 class _ChatAPI(OpenAICompatibleAPI):
     """Asks again for an answer that is not whole or not readable."""
 
@@ -41,11 +42,6 @@ class _ChatAPI(OpenAICompatibleAPI):
             is_whole = False
         if not is_whole:  # to Inspect, a failure of the server that may pass
             raise OpenAIResponseError("server_error", f"no whole answer: {str(response)[:300]}")
-
-
-@modelapi(name="mtp-graft")
-def _chat_api() -> type[_ChatAPI]:
-    return _ChatAPI
 
 
 def find_model(server: ServerClient, settings: Mapping[str, Any]) -> Model:
@@ -65,9 +61,9 @@ def find_model(server: ServerClient, settings: Mapping[str, Any]) -> Model:
         max_connections=settings["concurrency"],
         extra_body={"chat_template_kwargs": {"thinking": settings["thinking"]}},
     )
-    ours = {"service": "mtp-graft", "stream": False, "client_timeout": _SILENCE_S}
-    ours |= {"max_retries": 0, "memoize": False}  # those of the SDK
-    return get_model(f"mtp-graft/{name}", config=config, **where, **ours)
+    options = {"service": "mtp-graft", "stream": False, "client_timeout": _SILENCE_S}
+    options["max_retries"] = 0  # of the SDK
+    return get_model(f"mtp-graft/{name}", config=config, memoize=False, **where, **options)
 
 
 def run_task(task: Task, log_dir: Path, model: Model) -> dict[str, Any]:

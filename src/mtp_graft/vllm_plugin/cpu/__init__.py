@@ -1,6 +1,51 @@
-"""DeepSeek-V4 on a CPU without AMX: the target and its MTP drafter for vLLM's registry."""
+"""DeepSeek-V4 on a CPU: vLLM's own target with the gaps around it filled, and its MTP drafter."""
 
+import dataclasses
+from collections.abc import Iterable
+
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.models.deepseek_v4.cpu import model as stock
+
+from mtp_graft.vllm_plugin.cpu import attention_metadata, sampling
+from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.drafter import DeepSeekV4MTP
-from mtp_graft.vllm_plugin.cpu.target import DeepseekV4ForCausalLM
+from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
+from mtp_graft.vllm_plugin.cpu.recording import record_on_demand
+from mtp_graft.vllm_plugin.strict_loading import load_base
 
 __all__ = ["DeepSeekV4MTP", "DeepseekV4ForCausalLM"]
+
+
+class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
+    """vLLM's CPU DeepSeek-V4 that also loads compressed-tensors W4A16-FP8, strictly."""
+
+    hf_to_vllm_mapper: WeightsMapper
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        attention_metadata.fill_gaps()
+        sampling.fill_gaps()
+        vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        free_from_order(self)
+        record_on_demand(self, vllm_config)
+        self.hf_to_vllm_mapper = keep_weight_scale(self.hf_to_vllm_mapper)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the base's tensors."""
+        return load_base(self, weights, super().load_weights)
+
+
+def keep_weight_scale(mapper: WeightsMapper) -> WeightsMapper:
+    """Return `mapper` without the rules that rename quantization scales.
+
+    Gap: they are for DeepSeek's own FP8 layers, whose parameter is called `weight_scale_inv`.
+    Compressed-tensors layers have `weight_scale`, as the checkpoint. Seen in 0.32, read in 0.33.
+    """
+    kept = {
+        pattern: target
+        for pattern, target in mapper.orig_to_new_regex.items()
+        if target is None or not target.endswith("weight_scale_inv")
+    }
+    return dataclasses.replace(mapper, orig_to_new_regex=kept)

@@ -91,11 +91,16 @@ def compute_token_to_req_indices(
     A token past the last boundary counts to the last request.
     """
     mapped = min(num_mapped_tokens, num_tokens)
-    ends = query_start_loc[1:]  # [R]
-    owners = torch.searchsorted(ends, torch.arange(mapped, dtype=ends.dtype), right=True)
-    out[:mapped] = owners.clamp_(max=len(ends) - 1)
+    owners = _owners(torch.arange(mapped), query_start_loc)
+    out[:mapped] = owners.clamp_(max=len(query_start_loc) - 2)
     out[mapped:num_tokens] = 0
     return out[:num_tokens]
+
+
+def _owners(tokens: Tensor, query_start_loc: Tensor) -> Tensor:
+    """Return which request each of `tokens` [N] belongs to; R for those past the last boundary."""
+    ends = query_start_loc[1:]  # [R]
+    return torch.searchsorted(ends, tokens.to(ends.dtype), right=True)
 
 
 def swa_indices_and_lens(
@@ -198,7 +203,7 @@ def compressed_slot_mapping(
     assert dcp_world_size == 1, "decode context parallelism is not supported on a CPU"
     starts = query_start_loc[: len(block_table) + 1]
     tokens = torch.arange(int(starts[0]), int(starts[-1]))  # [T]
-    request = torch.searchsorted(starts[1:], tokens.to(starts.dtype), right=True)  # [T]
+    request = _owners(tokens, starts)  # [T]
     position = _positions(tokens, request, starts, seq_lens)
     completes = (position + 1) % compress_ratio == 0
     completes &= (slot_mapping[tokens] != PAD) & (position >= 0)
@@ -257,7 +262,7 @@ def prefill_chunk_metadata(
     assert DCP_WORLD == 1, "decode context parallelism is not supported on a CPU"
     starts = query_start_loc[: num_reqs + 1]
     tokens = torch.arange(query_slice_start, min(query_slice_stop, int(starts[-1])))  # [N]
-    request = torch.searchsorted(starts[1:], tokens.to(starts.dtype), right=True)  # [N]
+    request = _owners(tokens, starts)  # [N]
     context = _positions(tokens, request, starts, uncompressed_seq_lens) + 1
     row_start = row_start_cu_compressed_seq_lens[request]  # [N]
     cu_compressed_seq_len_ks[: len(tokens)] = row_start

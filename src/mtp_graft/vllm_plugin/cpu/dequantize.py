@@ -26,8 +26,8 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import fp8_block
-from mtp_graft.vllm_plugin.cpu.experts import MXFP4, StoredExperts, int4_groups
+from mtp_graft.quant import fp8_block, mxfp4
+from mtp_graft.vllm_plugin.cpu.experts import StoredExperts
 from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
 
 
@@ -57,11 +57,11 @@ class DequantizeOnLoad(CompressedTensorsConfig):
             )
         weights = schemes[0]
         if weights is None:
-            return StoredExperts(layer.moe_config, None)
+            return StoredExperts(layer.moe_config, "plain")
         if weights.type == QuantizationType.INT and weights.num_bits == 4 and weights.symmetric:
-            return StoredExperts(layer.moe_config, int4_groups(weights.group_size))
+            return StoredExperts(layer.moe_config, "int4", weights.group_size)
         if self._is_mxfp4(weights):
-            return StoredExperts(layer.moe_config, MXFP4)
+            return StoredExperts(layer.moe_config, "mxfp4", mxfp4.GROUP)
         raise _unsupported(prefix, weights)
 
     def _weight_scheme(self, layer: nn.Module, name: str) -> QuantizationArgs | None:

@@ -6,8 +6,7 @@ activation passes the limit of 10, so the experts are computed here, with the cl
 Shapes: E experts, M intermediate size (of this rank), D hidden size, T tokens, K experts a token.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
+from mtp_graft.dsv4.head_shapes import Format, stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4, mxfp4
 from mtp_graft.vllm_plugin.cpu.order_free import add_over_ranks
@@ -122,53 +122,19 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
         """
         mine = torch.empty_like(hidden_states, dtype=torch.float64)
         for is_prompt, rows in prompts_apart(len(hidden_states)):
-            experts, w13, down = (
-                (clamped_experts, *self._float64) if is_prompt else (clamped_pairs, w1, w2)
-            )
+            way = clamped_experts if is_prompt else clamped_pairs
+            w13, down = self._float64 if is_prompt else (w1, w2)
             x, weights, ids = hidden_states[rows], topk_weights[rows], topk_ids[rows]
-            mine[rows] = experts(x, w13, down, weights, ids, self._limit)
+            mine[rows] = way(x, w13, down, weights, ids, self._limit)
         output.copy_(add_over_ranks(mine, output.dtype))
 
 
-@dataclass(frozen=True)
-class Packed:
-    """How experts are stored in groups of inputs, and how those of one matrix are decoded."""
-
-    group_size: int
-    codes_dtype: torch.dtype
-    codes_per_word: int
-    scale_dtype: torch.dtype
-    decode: Callable[[Tensor, Tensor], Tensor]  # codes [O, words], scales [O, groups] -> [O, I] f32
-    has_shape: bool = False
-
-
-MXFP4 = Packed(
-    mxfp4.GROUP,
-    torch.uint8,
-    2,
-    torch.uint8,
-    lambda codes, scale: mxfp4.decode(codes, scale.view(torch.float8_e8m0fnu)),
-)
-
-
-def int4_groups(group_size: int) -> Packed:
-    """Return symmetric INT4 as compressed-tensors stores it (`quant.int4`)."""
-    return Packed(
-        group_size,
-        torch.int32,
-        int4.CODES_PER_WORD,
-        torch.bfloat16,
-        lambda codes, scale: int4.decode(int4.unpack(codes), scale),
-        has_shape=True,
-    )
-
-
 class StoredExperts(UnquantizedFusedMoEMethod):
-    """Experts stored packed, or else in the model's dtype, and run in float32."""
+    """Experts stored as `kind` says, and run in float32."""
 
-    def __init__(self, moe: FusedMoEConfig, packed: Packed | None) -> None:
+    def __init__(self, moe: FusedMoEConfig, kind: Format, group_size: int = 1) -> None:
         super().__init__(moe)
-        self.packed = packed
+        self.kind, self.group_size = kind, group_size
         self.experts_cls = ClampedCPUExperts
 
     def create_weights(
@@ -181,40 +147,42 @@ class StoredExperts(UnquantizedFusedMoEMethod):
         **attributes: Any,
     ) -> None:
         """Register `{w13,w2}_weight`, or `_weight_packed` and `_weight_scale` (and `_shape`)."""
-        size, packed = intermediate_size_per_partition, self.packed
-        if packed is None:
+        size = intermediate_size_per_partition
+        if self.kind == "plain":
             super().create_weights(
                 layer, num_experts, hidden_size, size, params_dtype, **attributes
             )
             return
         attributes = {**attributes, "is_transposed": False, "quant_method": "group"}
-        for matrix, outputs, inputs in (("w13", 2 * size, hidden_size), ("w2", hidden_size, size)):
-            if inputs % packed.group_size:
+        for matrix, shape in (("w13", (2 * size, hidden_size)), ("w2", (hidden_size, size))):
+            if shape[1] % self.group_size:
                 raise GraftError(
-                    f"{matrix}: {inputs} inputs a rank do not divide into groups of "
-                    f"{packed.group_size}; use a smaller tensor parallel size"
+                    f"{matrix}: {shape[1]} inputs a rank do not divide into groups of "
+                    f"{self.group_size}; use a smaller tensor parallel size"
                 )
-            words, groups = inputs // packed.codes_per_word, inputs // packed.group_size
-            tensors = {
-                "packed": torch.zeros(num_experts, outputs, words, dtype=packed.codes_dtype),
-                "scale": torch.zeros(num_experts, outputs, groups, dtype=packed.scale_dtype),
-            }
-            if packed.has_shape:
-                tensors["shape"] = torch.zeros(num_experts, 2, dtype=torch.int64)
-            for name, tensor in tensors.items():
-                parameter = nn.Parameter(tensor, requires_grad=False)
-                layer.register_parameter(f"{matrix}_weight_{name}", parameter)
-                set_weight_attrs(parameter, attributes)
+            parts = stored_as(f"{matrix}_weight", shape, self.kind, self.group_size)
+            for name, like in parts.items():
+                tensor = torch.zeros(num_experts, *like.shape, dtype=like.dtype)
+                layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+                set_weight_attrs(getattr(layer, name), attributes)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Replace the stored tensors by float32 `w13_weight` and `w2_weight`."""
         for matrix in ("w13_weight", "w2_weight"):
-            if self.packed is None:
-                weight = getattr(layer, matrix).data.float()
-            else:
-                stored = [getattr(layer, f"{matrix}_{part}").data for part in ("packed", "scale")]
-                weight = torch.stack([*map(self.packed.decode, *stored)])
-                for part in ("packed", "scale") + ("shape",) * self.packed.has_shape:
-                    delattr(layer, f"{matrix}_{part}")
-            setattr(layer, matrix, nn.Parameter(weight, requires_grad=False))
+            stored = {n: p.data for n, p in layer.named_parameters() if n.startswith(matrix)}
+            for name in stored:
+                delattr(layer, name)
+            weight = _decode({n.removeprefix(matrix): t for n, t in stored.items()}, self.kind)
+            layer.register_parameter(matrix, nn.Parameter(weight, requires_grad=False))
         super().process_weights_after_loading(layer)
+
+
+def _decode(parts: Mapping[str, Tensor], kind: Format) -> Tensor:
+    """Return float32 [E, O, I] of what is stored of all experts' matrices."""
+    match kind:
+        case "int4":
+            return int4.decode(int4.unpack(parts["_packed"]), parts["_scale"])
+        case "mxfp4":
+            return mxfp4.decode(parts["_packed"], parts["_scale"].view(torch.float8_e8m0fnu))
+        case _:
+            return parts[""].float()
