@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import typer
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from pydantic import Field, StringConstraints
@@ -48,14 +49,14 @@ def option(default: Any, metavar: str | None, text: str, *names: str, **settings
 
     `names` are its flags if not its own name, `settings` those of typer.Option.
     """
-    settings |= {"metavar": metavar, "names": names}
-    return Field(default, description=text, json_schema_extra=settings)
+    parsed: Any = {"typer": typer.Option(*names, metavar=metavar, help=text, **settings)}
+    return Field(default, json_schema_extra=parsed)
 
 
 def argument(metavar: str, text: str, default: Any = ..., **settings: Any) -> Any:
     """Declare a positional argument of a command, required without a default."""
-    settings |= {"metavar": metavar, "names": None}
-    return Field(default, description=text, json_schema_extra=settings)
+    parsed: Any = {"typer": typer.Argument(metavar=metavar, help=text, **settings)}
+    return Field(default, json_schema_extra=parsed)
 
 
 #: Options that other commands have, too.
