@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
@@ -302,10 +303,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 
 def start_limit_s(checkpoint: Path) -> int:
-    """Return how long a server may take until it is ready: to compile, and to read its weights.
-
-    vLLM's own variable for it, where it is set, decides.
-    """
+    """Return how long a server may compile and read its weights; vLLM's own variable decides."""
     size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
@@ -322,6 +320,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if model_type != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
+    return config
+
+
+def read_dimensions(folder: Path) -> dict[str, Any]:
+    """Return the same; raises GraftError for a bad dimension, too."""
+    config = read_config(folder)
+    check_dimensions(config, folder / "config.json")
     return config
 
 
