@@ -63,20 +63,18 @@ def _declared(parameter: Parameter) -> dict[str, FieldInfo]:
     kind: Any = parameter.annotation
     if not is_dataclass(parameter.annotation):
         return {parameter.name: FieldInfo.from_annotated_attribute(kind, parameter.default)}
-    return {name: field for name, field in kind.__pydantic_fields__.items() if field.description}
+    fields: dict[str, FieldInfo] = kind.__pydantic_fields__
+    return {name: field for name, field in fields.items() if field.json_schema_extra}
 
 
 def _parsed(name: str, field: FieldInfo) -> Parameter:
     """Return what Typer is to parse for a declared option or argument."""
     assert isinstance(field.json_schema_extra, dict)
-    settings: dict[str, Any] = {"help": field.description, **field.json_schema_extra}
-    names = settings.pop("names")
-    how = typer.Argument(**settings) if names is None else typer.Option(*names, **settings)
     kind: Any = field.annotation
     default = Parameter.empty if field.is_required() else field.default
     if get_origin(kind) is tuple:
         kind, default = list[str], []
-    annotation = Annotated[kind, how]
+    annotation = Annotated[kind, field.json_schema_extra["typer"]]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from mtp_graft.bench.page import percent, percent_interval
+from mtp_graft.bench.page import percent, percents
 from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app, with_options
 from mtp_graft.cli.bench import drafting_lines, same_text
 from mtp_graft.cli.output import progress_bar, show, table
@@ -132,7 +132,7 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
                 "head": name,
                 "offline acceptance": percent(offline.get(name)),
                 f"served acceptance{drafting}": percent(served.get(name)),
-                "95 % interval": percent_interval(result["intervals_served"].get(name)),
+                "95 % interval": percents(result["intervals_served"].get(name), " to "),
             }
             for name in offline or served
         ]

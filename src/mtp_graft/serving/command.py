@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import typer
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from pydantic import Field, StringConstraints
@@ -18,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
@@ -47,14 +49,14 @@ def option(default: Any, metavar: str | None, text: str, *names: str, **settings
 
     `names` are its flags if not its own name, `settings` those of typer.Option.
     """
-    settings |= {"metavar": metavar, "names": names}
-    return Field(default, description=text, json_schema_extra=settings)
+    parsed: Any = {"typer": typer.Option(*names, metavar=metavar, help=text, **settings)}
+    return Field(default, json_schema_extra=parsed)
 
 
 def argument(metavar: str, text: str, default: Any = ..., **settings: Any) -> Any:
     """Declare a positional argument of a command, required without a default."""
-    settings |= {"metavar": metavar, "names": None}
-    return Field(default, description=text, json_schema_extra=settings)
+    parsed: Any = {"typer": typer.Argument(metavar=metavar, help=text, **settings)}
+    return Field(default, json_schema_extra=parsed)
 
 
 #: Options that other commands have, too.
@@ -301,10 +303,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 
 def start_limit_s(checkpoint: Path) -> int:
-    """Return how long a server may take until it is ready: to compile, and to read its weights.
-
-    vLLM's own variable for it, where it is set, decides.
-    """
+    """Return how long a server may compile and read its weights; vLLM's own variable decides."""
     size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
@@ -321,6 +320,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if model_type != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
+    return config
+
+
+def read_dimensions(folder: Path) -> dict[str, Any]:
+    """Return the same; raises GraftError for a bad dimension, too."""
+    config = read_config(folder)
+    check_dimensions(config, folder / "config.json")
     return config
 
 

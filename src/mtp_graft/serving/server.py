@@ -68,10 +68,9 @@ def managed_server(
 ) -> Iterator[ServerClient]:
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
-    The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
-    and SIGHUP to our own process raise SystemExit in the block, so they end it too. `on_start` is
-    called with the seconds so far. Raises GraftError with the reason from the log if the server
-    dies or is not ready in `start_limit_s`.
+    The server is ready when the block begins and gone, workers included, when it ends. SIGTERM and
+    SIGHUP to our own process raise SystemExit in the block. `on_start` gets the seconds so far.
+    Raises GraftError with the log's reason for a server that dies or takes over `start_limit_s`.
     """
     command = build_command(options)
     if command.is_headless:
@@ -80,11 +79,7 @@ def managed_server(
             "(--node-rank or --headless); ask the server of machine 0, by --base-url"
         )
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log_path.open("wb") as log,
-        _running(command, log) as process,
-        _client_of(command) as client,
-    ):
+    with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
             if not _wait_ready(process, client, start_limit_s(options.checkpoint), on_start):
                 raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
@@ -103,8 +98,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     """
     command = build_command(options)
     with (
-        _running(command) as process,
-        _client_of(command) as client,
+        _running(command) as (process, client),
         suppress(SystemExit, KeyboardInterrupt),  # a signal: vLLM is stopped, and says its status
     ):
         if command.is_headless:
@@ -116,18 +110,18 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
 
 
 @contextmanager
-def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_Process]:
-    """Run vLLM in a process group of its own, of which nothing is left after the block.
-
-    `log` takes both its streams, None lets it write to ours.
-    """
+def _running(
+    command: ServeCommand, log: IO[bytes] | None = None
+) -> Iterator[tuple[_Process, ServerClient]]:
+    """Run vLLM in a process group of its own, of which nothing is left after the block."""
     if not command.is_headless:
         check_port(command.host, command.port)
+    environment = {**os.environ, **command.env}
     process = subprocess.Popen(
         command.argv,
-        env={**os.environ, **command.env},
+        env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=log,
+        stdout=log,  # None: ours
         stderr=log and subprocess.STDOUT,
         start_new_session=True,
     )
@@ -138,7 +132,9 @@ def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_P
     )
     with _exit_on_signals():
         try:
-            yield process
+            # Closed before the end of vLLM, which waits for its clients.
+            with ServerClient(command.base_url, environment.get("VLLM_API_KEY")) as client:
+                yield process, client
         finally:
             try:
                 process.terminate()
@@ -154,24 +150,16 @@ def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_P
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise SystemExit in the block; an ignored SIGHUP stays so (`nohup`).
-
-    The status is a shell's, 128 + n for signal n.
-    """
+    """Have SIGTERM and SIGHUP raise SystemExit in the block, an ignored SIGHUP (`nohup`) apart."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
     for signum, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(signum, lambda number, _frame: sys.exit(128 + number))
+            signal.signal(signum, lambda number, _frame: sys.exit(128 + number))  # as a shell's
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-def _client_of(command: ServeCommand) -> ServerClient:
-    environment = {**os.environ, **command.env}
-    return ServerClient(command.base_url, environment.get("VLLM_API_KEY"))
 
 
 def _wait_ready(
@@ -224,11 +212,7 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
 
 
 def explain(log: Path) -> str:
-    """Return why the vLLM that wrote `log` stopped, on one line.
-
-    These are the first three exceptions of the last 256 KiB that are not second-hand, each one
-    once; without any, the last lines.
-    """
+    """Return why the vLLM that wrote `log` stopped: its first exceptions, else its last lines."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 256 * 1024))
         text = _ANSI.sub("", file.read().decode(errors="replace"))
