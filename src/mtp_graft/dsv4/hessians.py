@@ -24,14 +24,12 @@ class RoutedTokens:
         """Sort the tokens `x` [N, D] by the `experts` [N, K] that the router chose for them."""
         self.x = x
         by_expert = experts.flatten().long().argsort(stable=True)
-        self._tokens = by_expert // experts.shape[1]  # [N * K]
         self.counts: list[int] = experts.flatten().bincount(minlength=num_experts).tolist()
-        self._ends = torch.tensor(self.counts).cumsum(0).tolist()
+        self._tokens = (by_expert // experts.shape[1]).split(self.counts)  # of each expert [T]
 
     def of_expert(self, expert: int) -> Iterator[Tensor]:
         """Yield the tokens [T, D] that reach an expert in their order, a few thousand at a time."""
-        end = self._ends[expert]
-        for part in self._tokens[end - self.counts[expert] : end].split(_TOKENS):
+        for part in self._tokens[expert].split(_TOKENS):
             yield self.x[part]
 
     def of_all(self) -> Iterator[Tensor]:

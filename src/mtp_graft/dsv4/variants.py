@@ -96,19 +96,21 @@ def _store_expert(
     gptq_experts: Mapping[str, Tensor],
     group_size: int,
 ) -> Parts:
+    shape = _shape(parts)
+    layout = stored_as("weight", shape, "int4", group_size)
     match variant:
         case "mxfp4":
             return parts
         case "bf16":
             return {"weight": decode("mxfp4", parts).to(torch.bfloat16)}
         case "rtn":
+            _expect_whole_groups(module, shape[1], group_size)
+            if parts["weight_packed"].is_meta:  # computing without values takes seconds for a head
+                return layout
             weight = decode("mxfp4", parts)
-            _expect_whole_groups(module, weight.shape[1], group_size)
             scale = int4.group_scale(weight, group_size)
             return int4_parts(int4.encode(weight, scale), scale)
         case "gptq":
-            shape = _shape(parts)
-            layout = stored_as("weight", shape, "int4", group_size)
             names = {part: part_name(module, part) for part in layout}
             if missing := [name for name in names.values() if name not in gptq_experts]:
                 raise GraftError(

@@ -99,7 +99,7 @@ def quantize(
 def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
     """Check what can be checked before anything is computed."""
     inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
-    _stored_expert(inputs, "rtn", settings.group_size)
+    store_head(inputs.head.meta, "rtn", group_size=settings.group_size)  # or it does not divide
     sequences = [s for s in inputs.sequences if s.calibration_tokens]
     if not sequences:
         raise GraftError(
@@ -136,15 +136,6 @@ def _is_done(file: Path) -> bool:
 def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
     prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
     return [name for name in inputs.head.files if name.startswith(prefixes)]
-
-
-def _stored_expert(inputs: Inputs, variant: Variant, group_size: int) -> dict[str, Tensor]:
-    """Return the first expert as `variant` stores it, without values; the others are alike.
-
-    Raises GraftError for a group size that does not divide the inputs of its matrices.
-    """
-    upstream = {name: inputs.head.meta[name] for name in _upstream_names(inputs, range(1))}
-    return store_head(upstream, variant, group_size=group_size)
 
 
 # Replay
@@ -312,17 +303,19 @@ def _summary(
     inputs: Inputs, variant: Variant, errors: Mapping[str, list[float]], group_size: int
 ) -> dict[str, float]:
     """Return size and mean error of a variant."""
-    model = inputs.model
-    others = {n: t for n, t in inputs.head.meta.items() if not n.startswith(EXPERTS_PREFIX)}
     as_stored: Variant = "rtn" if variant == "gptq" else variant  # INT4 both
-    stored = _stored_expert(inputs, as_stored, group_size)
-    expert = {name: tensor.nbytes for name, tensor in stored.items()}
+    stored = store_head(inputs.head.meta, as_stored, group_size=group_size)
     # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
-    codes = sum(size for name, size in expert.items() if not name.endswith("_shape"))
-    rest = sum(tensor.nbytes for tensor in store_head(others, as_stored).values())
+    codes = sum(
+        tensor.nbytes
+        for name, tensor in stored.items()
+        if name.startswith(EXPERTS_PREFIX) and not name.endswith("_shape")
+    )
+    model = inputs.model
+    weights = 3 * model.n_routed_experts * model.hidden_size * model.moe_intermediate_size
     all_errors = [error for matrix in MATRICES for error in errors[matrix]]
     return {
-        "bits_per_weight": 8 * codes / (3 * model.hidden_size * model.moe_intermediate_size),
+        "bits_per_weight": 8 * codes / weights,
         "rel_error": sum(all_errors) / len(all_errors),
-        "bytes": rest + model.n_routed_experts * sum(expert.values()),
+        "bytes": sum(tensor.nbytes for tensor in stored.values()),
     }
