@@ -41,8 +41,7 @@ def part_name(module: str, part: str) -> str:
 
 def weight_of(parts: Parts) -> Tensor | None:
     """Return a module's weight, packed or not, or the parameter."""
-    found = (parts.get(part) for part in ("weight_packed", "weight", ""))
-    return next((tensor for tensor in found if tensor is not None), None)
+    return next((parts[part] for part in ("weight_packed", "weight", "") if part in parts), None)
 
 
 def format_of(parts: Parts) -> Format | None:
