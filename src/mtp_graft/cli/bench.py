@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from pydantic.dataclasses import dataclass
 from rich.table import Table
 
 from mtp_graft.bench.page import percents
 from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target, check_url
-from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option
+from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option, option_group
 
 if TYPE_CHECKING:  # the client need not be imported for `--help`
     from mtp_graft.serving.client import Prompt
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class Asking:
     """The options of `decode` and `sweep`: what is asked."""
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mtp_graft.cli.app import JSON_FILE, app, with_options
+from mtp_graft.cli.app import JSON_FILE, app
 from mtp_graft.cli.output import note, show
 from mtp_graft.serving.command import argument, option
 
@@ -10,7 +10,6 @@ RUN = argument("RUN", "A run folder.")
 
 
 @app.command()
-@with_options
 def card(run: Path = RUN, json_file: Path | None = JSON_FILE) -> None:
     """Write a run's model card with charts, from its result files, to card/ in the run."""
     from mtp_graft.bench.card import write_card
@@ -24,7 +23,6 @@ def card(run: Path = RUN, json_file: Path | None = JSON_FILE) -> None:
 
 
 @app.command()
-@with_options
 def publish(
     run: Path = RUN,
     repo: str = option(..., "ID", "OWNER/NAME on the hub."),

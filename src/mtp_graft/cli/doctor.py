@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from mtp_graft.bench.page import counted
-from mtp_graft.cli.app import JSON_FILE, app, with_options
+from mtp_graft.cli.app import JSON_FILE, app
 from mtp_graft.cli.output import note, show
 from mtp_graft.serving.command import MAX_MODEL_LEN, TENSOR_PARALLEL_SIZE, argument, option
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@with_options
 def doctor(
     checkpoint: Path = argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder."),
     tp: int | None = TENSOR_PARALLEL_SIZE,

@@ -8,16 +8,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pydantic.dataclasses import dataclass
-
 from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Target
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option
+from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option, option_group
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class Asking:
     """The options that all four have."""
 

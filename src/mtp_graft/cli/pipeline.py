@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import typer
 from rich.table import Table
 
+from mtp_graft import pipeline
 from mtp_graft.bench.page import percent, percent_interval
-from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app, with_options
+from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app
 from mtp_graft.cli.bench import drafting_lines, same_text
 from mtp_graft.cli.output import progress_bar, show, table
+from mtp_graft.pipeline import Stage, find_bundled_recipe
 from mtp_graft.serving.command import argument, option
 
 RECIPE = argument("RECIPE", "A TOML recipe.")
@@ -25,7 +28,6 @@ STAGES = {
 
 
 @app.command()
-@with_options
 def graft(
     base: str = argument("BASE", "A folder or a hub id."),
     upstream: str = argument(
@@ -51,44 +53,34 @@ def graft(
 
 
 @app.command()
-@with_options
 def demo(
     run: Path = option(Path("runs/demo"), "DIR", "Run folder."),
-    overrides: tuple[str, ...] = OVERRIDES,
+    overrides: list[str] = OVERRIDES,
     dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Run the whole pipeline on the bundled tiny model."""
-    from mtp_graft.pipeline import find_bundled_recipe
-
-    run_command(
-        recipe=find_bundled_recipe(),
-        run=run,
-        overrides=overrides,
-        only=None,
-        start=None,
-        dry_run=dry_run,
-        json_file=json_file,
-    )
+    only = start = None
+    run_command(find_bundled_recipe(), run, overrides, only, start, dry_run, json_file)
 
 
 @app.command("run")
-@with_options
 def run_command(
     recipe: Path = RECIPE,
     run: Path | None = RUN,
-    overrides: tuple[str, ...] = OVERRIDES,
-    only: str | None = option(None, "STAGE", "Run one stage."),
-    start: str | None = option(None, "STAGE", "Do this stage and those after it anew.", "--from"),
+    overrides: list[str] = OVERRIDES,
+    only: Stage | None = option(None, "STAGE", "Run one stage."),
+    start: Stage | None = option(None, "STAGE", "Do this stage and those after it anew.", "--from"),
     dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Run a recipe's stages; a run that was cut off goes on."""
-    from mtp_graft.pipeline import choose_stages
     from mtp_graft.recipe import load_recipe
 
-    stages, folder = choose_stages(only, start), run or Path("runs") / recipe.stem
-    loaded = load_recipe(recipe, overrides)
+    if only and start:  # together they would remove what --only names
+        raise typer.BadParameter("--only and --from together: expected one of them")
+    stages = (only,) if only else pipeline.STAGES[pipeline.STAGES.index(start or "fetch") :]
+    loaded, folder = load_recipe(recipe, overrides), run or Path("runs") / recipe.stem
     if dry_run:
         from mtp_graft.pipeline.plan import plan_run
 
@@ -150,11 +142,10 @@ def _stage_command(stage: str, summary: str) -> None:
     """Add the command that runs one stage of a recipe, in its run folder."""
 
     @app.command(stage, help=summary)
-    @with_options
     def command(
         recipe: Path = RECIPE,
         run: Path | None = RUN,
-        overrides: tuple[str, ...] = OVERRIDES,
+        overrides: list[str] = OVERRIDES,
         json_file: Path | None = JSON_FILE,
     ) -> None:
         from mtp_graft.pipeline.run import run_stage

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from pydantic.dataclasses import dataclass
 
 from mtp_graft.cli.app import (
     ADDRESS_FLAGS,
@@ -27,6 +26,7 @@ from mtp_graft.serving.command import (
     installed_vllm,
     num_speculative_tokens,
     option,
+    option_group,
     vllm_elsewhere,
 )
 
@@ -52,7 +52,7 @@ _PROFILES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class HardwareOptions:
     """The hardware to fit a profile to, where it is not what is found here."""
 
