@@ -302,7 +302,7 @@ def test_help_at_80_columns_has_every_name_whole(
     params = EVERY[words].params if words in EVERY else ()
     assert {name for param in params for name in param.opts if "-" in name} <= shown
     if not words:
-        commands = ("graft", "demo", "run", *STAGES, "doctor", "serve", "card", "publish", "bench")
+        commands = ("graft", "demo", "run", *STAGES, "card", "publish", "serve", "doctor", "bench")
         first_words = [line.split()[0] for line in out.splitlines() if line.strip()]
         assert [word for word in first_words if word in commands] == [*commands]
 

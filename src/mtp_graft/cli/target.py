@@ -27,6 +27,8 @@ from mtp_graft.serving.command import (
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.serving.client import ServerClient
 
+#: JSON.
+Result = dict[str, Any]
 _URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s:/]+)(:[1-9]\d{0,4})?(/\S*)?")
 
 
@@ -87,7 +89,7 @@ class Target:
             counters = client.spec_decode_counters()
         return counters.k if counters else 0
 
-    def identity(self, k: int | None = None) -> dict[str, Any]:
+    def identity(self, k: int | None = None) -> Result:
         """Return what tells this server from another; of ours `serve`, a command that serves so."""
         from mtp_graft.checkpoint.manifest import fingerprints
         from mtp_graft.pipeline.device import device_name
@@ -109,20 +111,16 @@ class Target:
             "vllm": "{0.version} ({0.platform})".format(find_vllm()),
         }
 
-    def finish(
-        self,
-        benchmark: str,
-        claim: dict[str, Any],
-        measure: Callable[[Path | None], dict[str, Any]],
-    ) -> dict[str, Any]:
+    def finish(self, benchmark: str, claim: Result, measure: Callable[[Path], Result]) -> Result:
         """Measure and return the result; keep it in the run folder, if there is one.
 
-        `claim` is all that decides what is measured of a server, `k` included. `measure` gets the
-        folder; a call that finds everything measured there changes nothing. Raises GraftError if
-        the folder was begun with another claim.
+        `claim` is all that decides what is measured of a server, `k` included. `measure` gets a
+        folder for what can be used again; if it finds everything there, nothing is changed. Raises
+        GraftError if the folder was begun with another claim.
         """
         if self.run is None:
-            return measure(None)
+            with tempfile.TemporaryDirectory() as folder_name:
+                return measure(Path(folder_name))
         from mtp_graft.checkpoint.files import write_json
         from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
         from mtp_graft.pipeline.device import device_name

@@ -69,8 +69,9 @@ def managed_server(
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM and
-    SIGHUP to our own process raise SystemExit in the block. `report` is told how long the start takes.
-    Raises GraftError with the log's reason for a server that dies or takes over `start_limit_s`.
+    SIGHUP to our own process raise SystemExit in the block. `report` gets the seconds so
+    far. Raises GraftError with the log's reason for a server that dies or takes over
+    `start_limit_s`.
     """
     command = build_command(options)
     if command.is_headless:
