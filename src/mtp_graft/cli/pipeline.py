@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from mtp_graft import pipeline
-from mtp_graft.bench.page import percent, percent_interval
+from mtp_graft.bench.page import percent, percents
 from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app
 from mtp_graft.cli.bench import drafting_lines, same_text
 from mtp_graft.cli.output import note, progress_bar, show, table
@@ -125,7 +125,7 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
                 "head": name,
                 "offline acceptance": percent(offline.get(name)),
                 f"served acceptance{drafting}": percent(served.get(name)),
-                "95 % interval": percent_interval(result["intervals_served"].get(name)),
+                "95 % interval": percents(result["intervals_served"].get(name), " to "),
             }
             for name in offline or served
         ]
