@@ -64,7 +64,7 @@ def add_measurements(
     summarize: Callable[[list[dict[str, Any]]], dict[str, Any]],
     note: str,
 ) -> None:
-    """Add to a file that several programs may write; `summarize` returns `results` and more keys."""
+    """Add to a file that several programs may write; `summarize` returns its other keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
