@@ -85,7 +85,7 @@ def measure_alternating(
     pairs: int,
     config: DecodeConfig,
     report: Report,
-    folder: Path | None = None,
+    folder: Path,
 ) -> dict[str, Any]:
     """Measure turns in the order base, MTP, MTP, base, base, ...; return as `compare`.
 

@@ -48,7 +48,7 @@ def measure_workload(
     connect: Callable[[], ServerClient],
     requests: Sequence[Request],
     report: Report,
-    folder: Path | None = None,
+    folder: Path,
 ) -> dict[str, Any]:
     """Ask every request, one at a time; return speeds and acceptance.
 

@@ -73,7 +73,7 @@ def bench_decode(
     config = DecodeConfig(asking.max_tokens, rounds, asking.ignore_eos, asking.temperature)
     prompts, k = asking.prompts(), target.num_drafts(k)
 
-    def measure(folder: Path | None) -> dict[str, Any]:
+    def measure(folder: Path) -> dict[str, Any]:
         with progress_bar() as report:
             ours = partial(target.client, report, k=k)
             if other is None:
@@ -169,7 +169,7 @@ def bench_sweep(
     prompts = asking.prompts()
     config = DecodeConfig(asking.max_tokens, requests, asking.ignore_eos, asking.temperature)
 
-    def measure(folder: Path | None) -> dict[str, Any]:
+    def measure(folder: Path) -> dict[str, Any]:
         with progress_bar() as report:
             serve = partial(target.client, report, "sweep")
             return measure_sweep(serve, prompts, ks, loads, config, report, folder)
@@ -210,7 +210,7 @@ def bench_workload(
 
     requests, k = load_workload(thinking, max_tokens), target.num_drafts(k)
 
-    def measure(folder: Path | None) -> dict[str, Any]:
+    def measure(folder: Path) -> dict[str, Any]:
         with progress_bar() as report, ExitStack() as stack:
             client = target.client(report, "workload", k)
             return measure_workload(lambda: stack.enter_context(client), requests, report, folder)

@@ -1,7 +1,6 @@
 """`mtp-graft bench gsm8k`, `humaneval`, `mmlu` and `capability`: how good the answers are."""
 
 import importlib.util
-import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
 from hashlib import sha256
@@ -75,9 +74,7 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> dict[str, 
                 server = stack.enter_context(target.client(report, name, k))
             return run_task(task, logs, find_model(server, settings))
 
-    def measure(folder: Path | None) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as logs:
-            where = Path(logs) if folder is None else folder / "logs"
-            return measured(folder, "result", lambda: ask(where) | {"settings": settings})
+    def measure(folder: Path) -> dict[str, Any]:
+        return measured(folder, "result", lambda: ask(folder / "logs") | {"settings": settings})
 
     return target.finish(name, claim, measure)

@@ -117,16 +117,17 @@ class Target:
         self,
         benchmark: str,
         claim: dict[str, Any],
-        measure: Callable[[Path | None], dict[str, Any]],
+        measure: Callable[[Path], dict[str, Any]],
     ) -> dict[str, Any]:
-        """Measure and return the result; keep it in the run folder, if there is one.
+        """Measure and return the result; keep it in the run folder, or without one nowhere.
 
         `claim` is all that decides what is measured of a server, `k` included. `measure` gets the
         folder; a call that finds everything measured there changes nothing. Raises GraftError if
         the folder was begun with another claim.
         """
         if self.run is None:
-            return measure(None)
+            with tempfile.TemporaryDirectory() as kept:
+                return measure(Path(kept))
         from mtp_graft.checkpoint.files import write_json
         from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
         from mtp_graft.pipeline.device import device_name
