@@ -107,8 +107,7 @@ def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict
     def measure() -> dict[str, Any]:
         with server as client:
             longest = run.recipe.capture.max_model_len - wanted.max_tokens
-            fit, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
-            prompts = {each.prompt.id: each.token_ids for each in fit}
+            prompts, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
             asked = prompts, _config(run), run.report, "base: decode"
             return measure_turn(client, *asked, with_margins=True)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,6 +23,7 @@ HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
 _EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
 _INSTALL = "pip install pyarrow, or name a JSON Lines file"
+EncodedPrompts = dict[str, tuple[int, ...]]  # a prompt's id -> the server's tokens of it
 
 
 class _Turn(BaseModel):
@@ -38,31 +39,20 @@ class _Row(BaseModel):
     messages: list[_Turn] = []
 
 
-class Encoded(NamedTuple):
-    """A prompt as the server's tokens."""
-
-    prompt: Prompt
-    token_ids: tuple[int, ...]
-
-
 def take_fitting(
-    client: ServerClient,
-    prompts: Iterator[Prompt],
-    count: int,
-    max_tokens: int,
-    what_for: str,
-) -> tuple[list[Encoded], list[Encoded]]:
+    client: ServerClient, prompts: Iterator[Prompt], count: int, max_tokens: int, what_for: str
+) -> tuple[EncodedPrompts, EncodedPrompts]:
     """Take from `prompts` until `count` have at most `max_tokens` tokens; return these, and others.
 
     The others are left out: they are named in a warning, or in the GraftError that is raised if
     `prompts` end before there are `count`.
     """
-    taken: list[Encoded] = []
-    dropped: list[Encoded] = []
+    taken: EncodedPrompts = {}
+    dropped: EncodedPrompts = {}
     while len(taken) < count and (prompt := next(prompts, None)) is not None:
-        encoded = Encoded(prompt, tuple(client.encode(prompt)))
-        (taken if len(encoded.token_ids) <= max_tokens else dropped).append(encoded)
-    names = ", ".join(f"{prompt.id} ({len(token_ids)})" for prompt, token_ids in dropped)
+        token_ids = tuple(client.encode(prompt))
+        (taken if len(token_ids) <= max_tokens else dropped)[prompt.id] = token_ids
+    names = ", ".join(f"{name} ({len(token_ids)})" for name, token_ids in dropped.items())
     too_long = f"with more than {max_tokens} tokens, left out: {names or 'none'}"
     if len(taken) < count:
         raise GraftError(

@@ -173,21 +173,18 @@ def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dic
 
 @contextmanager
 def headers_of(source: Source) -> Iterator[Path]:
-    """Yield a folder to read a source's config, index and shard headers from.
+    """Yield a temporary folder to read a source's config, index and shard headers from.
 
-    Where shards are not in the cache it is a temporary one, in which they have a header and no
-    values. A GraftError inside names the source in the folder's place.
+    Shards that are not in the cache have a header and no values. A GraftError inside names the
+    source in the folder's place.
     """
     missing = source.missing
-    if not missing:
-        yield source.folder
-        return
     with TemporaryDirectory(prefix="mtp-graft-") as name:
         folder = Path(name)
         for file in source.sizes:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             if file not in missing:
-                (folder / file).symlink_to(source.folder / file)
+                (folder / file).symlink_to((source.folder / file).absolute())
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(partial(_write_header, source, folder), missing))
         try:

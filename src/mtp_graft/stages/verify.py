@@ -7,8 +7,7 @@ compared with what it was made of.
 
 import filecmp
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ INT4_REL_ERROR = 0.35
 RTN_STEPS = 0.54
 #: compressed-tensors' name for a packed format, its type of numbers, and codes per element.
 _PACKED = {"int4": ("pack-quantized", "int", 8), "mxfp4": ("mxfp4-pack-quantized", "float", 2)}
+Parts = Mapping[str, Tensor]  # by a part's full name, unless said otherwise
 
 
 @dataclass
@@ -71,11 +71,13 @@ def verify(
     # Engines read what the index lists and its shard holds, and nothing else.
     listed = {name: path for name, path in held.files.items() if index.get(name) == path.name}
     stored = Tensors(listed, held.meta)
-    with _opened_head(manifest["variant"], stored, upstream, quantized) as head:
+    master, exact = _sources(manifest["variant"], upstream, quantized)
+    with stored.opened() as ours, master.opened() as theirs, exact.opened() as same:
+        head = _Head(manifest["variant"], ours, theirs, same)
         _check_head(head, config)
     missing = head.missing | ({*index, *base_map} - listed.keys())
     unexpected = held.files.keys() - (listed.keys() & {*base_map, *head.accounted})
-    files = _compare_base_files(checkpoint, base)
+    files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
     recorded = quant_manifest.base_provenance(base, base_map.values())
     is_same = manifest["provenance"].get("base") == recorded
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
@@ -106,20 +108,12 @@ def require_sound(checkpoint: Path, found: Mapping[str, Any]) -> None:
     raise GraftError(f"{checkpoint}: {what}")
 
 
-@contextmanager
-def _opened_head(
-    variant: str, stored: Tensors, upstream: Path, quantized: Path | None
-) -> Iterator[_Head]:
-    """Give the stored head beside what it was made of, their files open."""
-    master = exact = Tensors({}, {})
+def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tensors, Tensors]:
+    """Return the upstream head, and what must be found bit for bit; either may be empty."""
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
-        exact = Tensors.in_files([upstream / HEAD_SHARD])
-    else:
-        master = read_master(upstream)
-        if variant == "gptq" and quantized is not None:
-            exact = Tensors.in_files(expert_files(quantized))
-    with stored.opened() as ours, master.opened() as theirs, exact.opened() as same:
-        yield _Head(variant, ours, theirs, same)
+        return Tensors(), Tensors.in_files([upstream / HEAD_SHARD])
+    experts = expert_files(quantized) if variant == "gptq" and quantized is not None else ()
+    return read_master(upstream), Tensors.in_files(experts)
 
 
 # The head's values
@@ -139,8 +133,7 @@ def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
             head.missing |= absent
             continue
         parts = {part: head.stored[part] for part in layout}
-        why = _wrong_layout(parts, layout, kind) or _wrong_values(name, parts, kind, head)
-        if why is not None:
+        if (why := _wrong(name, parts, layout, kind, head)) is not None:
             head.mismatched[next(iter(layout))] = why
     head.missing |= {n for n in head.master if n.replace(".scale", ".weight") not in shapes}
 
@@ -159,22 +152,16 @@ def _scheme(
     return group.kind, (group.weights and group.weights.group_size) or 1
 
 
-def _wrong_layout(
-    parts: Mapping[str, Tensor], layout: Mapping[str, Tensor], kind: str
-) -> str | None:
-    for name, like in layout.items():
-        ours = parts[name]
-        if ours.shape != like.shape or (kind != "plain" and ours.dtype != like.dtype):
-            return f"{name} is {_said(ours)}, expected {_said(like)}"
-    return None
-
-
 def _said(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype}"
 
 
-def _wrong_values(name: str, parts: Mapping[str, Tensor], kind: str, head: _Head) -> str | None:
+def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> str | None:
     """Return what is wrong with one of the head's tensors; note an expert's relative error."""
+    for part, like in layout.items():
+        ours = parts[part]
+        if ours.shape != like.shape or (kind != "plain" and ours.dtype != like.dtype):
+            return f"{part} is {_said(ours)}, expected {_said(like)}"
     values = _decode({part.replace(name, "weight"): t for part, t in parts.items()}, kind)
     if not torch.isfinite(values).all():
         return "holds values that are not finite"
@@ -196,7 +183,7 @@ def _wrong_values(name: str, parts: Mapping[str, Tensor], kind: str, head: _Head
     return None if _same(values, expected) else f"differs from upstream's {_said(expected)}"
 
 
-def _decode(parts: Mapping[str, Tensor], kind: str) -> Tensor:
+def _decode(parts: Parts, kind: str) -> Tensor:
     """Return a stored tensor's values, in float32 if it was quantized."""
     if kind == "plain":
         (tensor,) = parts.values()
@@ -253,29 +240,17 @@ def _wrong_int4(values: Tensor, exact: Tensor, scale: Tensor, head: _Head) -> st
     head.rel_error_max = max(head.rel_error_max, rel_error)
     if rel_error > INT4_REL_ERROR:
         return f"relative error {rel_error:.3g}, expected at most {INT4_REL_ERROR}"
-    if head.variant == "rtn":
-        step = scale.float().repeat_interleave(error.shape[1] // scale.shape[1], dim=1)
-        steps = float((error.abs() / step).max())
-        return None if steps <= RTN_STEPS else f"is {steps:.2f} steps off, expected {RTN_STEPS}"
-    return None
+    if head.variant != "rtn":
+        return None
+    step = scale.float().repeat_interleave(error.shape[1] // scale.shape[1], dim=1)
+    steps = float((error.abs() / step).max())
+    return None if steps <= RTN_STEPS else f"is {steps:.2f} steps off, expected {RTN_STEPS}"
 
 
-# The base's files
-
-
-def _compare_base_files(checkpoint: Path, base: Path) -> dict[str, str]:
-    """Return how each of the base's files is found in the checkpoint.
-
-    A linked file is one and the same by its inode, which costs nothing; any other is read whole.
-    """
-    found = {}
-    for name, source in base_files(base).items():
-        target = checkpoint / name
-        if not target.exists():
-            found[name] = "missing"
-        elif os.path.samefile(source, target):
-            found[name] = "same inode"
-        else:
-            same = filecmp.cmp(source, target, shallow=False)
-            found[name] = "same bytes" if same else "differs"
-    return found
+def _compare(source: Path, target: Path) -> str:
+    """Return how a base's file is found; one that is not linked is read whole."""
+    if not target.exists():
+        return "missing"
+    if os.path.samefile(source, target):
+        return "same inode"
+    return "same bytes" if filecmp.cmp(source, target, shallow=False) else "differs"
