@@ -111,7 +111,7 @@ def capture(
     return result
 
 
-def _wanted(settings: CaptureSection) -> dict[str, tuple[str, int]]:
+def wanted_prompts(settings: CaptureSection) -> dict[str, tuple[str, int]]:
     """Return split -> source of its prompts, and how many."""
     return {
         CALIBRATION: (settings.calibration_prompts, settings.calibration_count),
@@ -122,7 +122,7 @@ def _wanted(settings: CaptureSection) -> dict[str, tuple[str, int]]:
 def prompts_by_source(settings: CaptureSection) -> Counter[str]:
     """Return source -> how many prompts are wanted of it; splits of one source share none."""
     totals: Counter[str] = Counter()
-    for source, count in _wanted(settings).values():
+    for source, count in wanted_prompts(settings).values():
         totals[source] += count
     return totals
 
@@ -131,7 +131,7 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     """Claim `out` for this capture; return its report if it is complete already, else None."""
     totals = prompts_by_source(settings)
     prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
-    asked = json.dumps([prompts, {split: n for split, (_, n) in _wanted(settings).items()}])
+    asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
     files = [base / "config.json", base / INDEX_NAME]
     files += [base / shard for shard in sorted(set(read_index(base).values()))]
     files += sorted([*base.glob("tokenizer*"), *base.glob("chat_template*")])
@@ -143,11 +143,10 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     }
     manifest.claim_folder(out, decisive)
     (out / RECORDINGS).mkdir(exist_ok=True)
-    for name in (SWITCH_NAME, INTACT_NAME):
-        (out / name).unlink(missing_ok=True)  # of a call that was killed
-    sequences = read_sequences(out)
-    finished = manifest.finished_result(out, REPORT_NAME)
-    return None if len(sequences) < totals.total() else finished
+    (out / SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
+    if len(read_sequences(out)) < totals.total():
+        return None
+    return manifest.finished_result(out, REPORT_NAME)
 
 
 @contextmanager
@@ -168,7 +167,7 @@ def _choose(
 
     Every call makes the same choice. Raises GraftError for a source that has too few others.
     """
-    wanted = _wanted(settings)
+    wanted = wanted_prompts(settings)
     sources = {source: iterate_prompts(source) for source, _ in wanted.values()}
     asked: list[FinishedText] = []
     dropped: list[dict[str, Any]] = []

@@ -92,14 +92,9 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     folders = FetchedModels(*download(sources, report))
     if is_first_rank():  # of torchrun's, which all come here at once
         out.mkdir(parents=True, exist_ok=True)
-        result = {
-            "base": str(folders.base),
-            "upstream": str(folders.upstream),
-            "base_commit": sources[0].commit,
-            "upstream_commit": sources[1].commit,
-            "model": asdict(model),
-        }
-        write_json(result, out / REPORT_NAME)
+        found = {"base": str(folders.base), "upstream": str(folders.upstream)}
+        commits = {"base_commit": sources[0].commit, "upstream_commit": sources[1].commit}
+        write_json({**found, **commits, "model": asdict(model)}, out / REPORT_NAME)
     return folders
 
 

@@ -47,7 +47,6 @@ class _Head:
     master: Values  # upstream's; empty if the head was taken as it is
     exact: Values  # what must be found bit for bit: GPTQ's experts, the whole head, or nothing
     accounted: set[str] = field(default_factory=set)
-    missing: set[str] = field(default_factory=set)
     mismatched: dict[str, str] = field(default_factory=dict)  # name -> why
     rel_error_max: float = 0.0  # of INT4 experts
 
@@ -59,31 +58,29 @@ def verify(
 
     All values must be finite. Kept or decoded experts and all other tensors must equal upstream's,
     nearest rounding be half a step off at the most, and GPTQ's experts have the bytes in
-    `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is from
-    a folder `upstream` must have its bytes. `rel_error_max` is over expert matrices, Frobenius, and
-    None without the master; `loaded_in_vllm` is None: that is seen when the checkpoint is served.
-    Raises GraftError for files that cannot be read.
+    `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is must
+    have `upstream`'s bytes. `rel_error_max` (Frobenius, over expert matrices) is None without the
+    master; `loaded_in_vllm` is seen later. Raises GraftError for files that cannot be read.
     """
     manifest = quant_manifest.read_manifest(checkpoint)
-    config = read_object(checkpoint / "config.json", "a model config")
+    variant, recorded = manifest["variant"], manifest["provenance"].get("base")
     index, base_map = read_index(checkpoint), read_index(base)
     held = Tensors.in_files(checkpoint / shard for shard in sorted(set(index.values())))
     # Engines read what the index lists and its shard holds, and nothing else.
     listed = {name: path for name, path in held.files.items() if index.get(name) == path.name}
     stored = Tensors(listed, held.meta)
-    master, exact = _sources(manifest["variant"], upstream, quantized)
+    master, exact = _sources(variant, upstream, quantized)
     with stored.opened() as ours, master.opened() as theirs, exact.opened() as same:
-        head = _Head(manifest["variant"], ours, theirs, same)
-        _check_head(head, config)
-    missing = head.missing | ({*index, *base_map} - listed.keys())
+        head = _Head(variant, ours, theirs, same)
+        _check_head(head, checkpoint)
+    missing = {*index, *base_map, *head.accounted} - listed.keys()
     unexpected = held.files.keys() - (listed.keys() & {*base_map, *head.accounted})
     files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
-    recorded = quant_manifest.base_provenance(base, base_map.values())
-    is_same = manifest["provenance"].get("base") == recorded
+    is_same = quant_manifest.base_provenance(base, base_map.values()) == recorded
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
     return {
         "ok": not (missing or unexpected or head.mismatched) and unchanged,
-        "variant": manifest["variant"],
+        "variant": variant,
         "tensors": len(head.accounted & listed.keys()),
         "missing": sorted(missing),
         "unexpected": sorted(unexpected),
@@ -119,8 +116,9 @@ def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tens
 # The head's values
 
 
-def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
-    """Compare every tensor that the config asks for with what it was made of."""
+def _check_head(head: _Head, checkpoint: Path) -> None:
+    """Compare every tensor that the checkpoint's config asks for with what it was made of."""
+    config = read_object(checkpoint / "config.json", "a model config")
     shapes, quantization = head_shapes(config), read_quantization(config)
     for name, shape in shapes.items():
         kind, group_size = _scheme(name, shape, config["num_hidden_layers"], quantization)
@@ -129,13 +127,13 @@ def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
             continue
         layout = stored_as(name, shape, kind, group_size)
         head.accounted |= layout.keys()
-        if absent := layout.keys() - head.stored.keys():
-            head.missing |= absent
-            continue
+        if layout.keys() - head.stored.keys():
+            continue  # they are missing
         parts = {part: head.stored[part] for part in layout}
         if (why := _wrong(name, parts, layout, kind, head)) is not None:
             head.mismatched[next(iter(layout))] = why
-    head.missing |= {n for n in head.master if n.replace(".scale", ".weight") not in shapes}
+    unknown = [n for n in head.master if n.replace(".scale", ".weight") not in shapes]
+    head.mismatched |= dict.fromkeys(unknown, "upstream has it, the config does not ask for it")
 
 
 def _scheme(
@@ -143,9 +141,8 @@ def _scheme(
 ) -> tuple[str, int]:
     """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
     module = name.removeprefix(HEAD_PREFIX).removesuffix(".weight")
-    if not name.endswith(".weight") or len(shape) != 2 or module == "ffn.gate":
-        return "plain", 1  # vLLM never quantizes the router
-    key = quantization.group_of(f"model.layers.{layer}.{module}")
+    is_linear = name.endswith(".weight") and len(shape) == 2 and module != "ffn.gate"  # the router
+    key = quantization.group_of(f"model.layers.{layer}.{module}") if is_linear else None
     if key is None:
         return "plain", 1
     group = quantization.config_groups[key]
