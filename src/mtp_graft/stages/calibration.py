@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
 _EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
-_INSTALL = "pip install pyarrow, or name a JSON Lines file"
 EncodedPrompts = dict[str, tuple[int, ...]]  # a prompt's id -> the server's tokens of it
 
 
@@ -119,7 +118,9 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         arrow, parquet = map(import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError as error:
-        raise GraftError(f"{path}: pyarrow is not installed; {_INSTALL}") from error
+        raise GraftError(
+            f"{path}: pyarrow is not installed; pip install pyarrow, or name a JSON Lines file"
+        ) from error
     try:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
@@ -131,11 +132,11 @@ def _hub_rows(source: str) -> Rows:
     """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    from mtp_graft.stages.fetch import HUB_ERRORS
+    from mtp_graft.stages.fetch import hub_errors
 
     repo, _, split = source.removeprefix(HUB).partition(":")
     split = split or DEFAULT_SPLIT
-    try:
+    with hub_errors(source, "a JSON Lines file"):
         listed = HfApi().list_repo_files(repo, repo_type="dataset")
         parquet = {f: Path(f).name for f in sorted(listed) if f.endswith(".parquet")}
         chosen = [file for file, name in parquet.items() if name.startswith(f"{split}-")]
@@ -144,8 +145,6 @@ def _hub_rows(source: str) -> Rows:
             raise GraftError(f"{source}: no Parquet files of split {split!r}, found {found}")
         for file in chosen:
             yield from _parquet_rows(Path(hf_hub_download(repo, file, repo_type="dataset")))
-    except HUB_ERRORS as error:
-        raise GraftError(f"{source}: not available ({error}); {_INSTALL}") from error
 
 
 def _parse(row: Any, where: str) -> Prompt:
