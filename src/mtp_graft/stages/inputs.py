@@ -65,7 +65,7 @@ class Values(UserDict[str, Any]):
 
     def __getitem__(self, name: str) -> Tensor:
         shard: Shard = self.data[name]
-        return shard.get_tensor(name)
+        return shard.read([name])[name]
 
 
 def read_master(upstream: Path) -> Tensors:
