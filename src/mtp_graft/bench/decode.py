@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from statistics import median, median_low
 from typing import Any
@@ -66,12 +66,10 @@ def measure_turn(
 
     report(f"{name}: warm-up", 0, 0)
     ask(next(iter(prompts.values())))
-    rounds: list[list[Answer]] = []
-    for number in range(config.rounds):
-        rounds.append([])
-        for place, token_ids in enumerate(prompts.values()):
-            report(name, number * len(prompts) + place, config.rounds * len(prompts))
-            rounds[-1].append(ask(token_ids))
+    rounds: list[list[Answer]] = [[] for _ in range(config.rounds)]
+    for done, (answers, token_ids) in enumerate(product(rounds, prompts.values())):
+        report(name, done, config.rounds * len(prompts))
+        answers.append(ask(token_ids))
     reference = None
     if with_margins:
         report(f"{name}: margins", 0, 0)

@@ -23,9 +23,8 @@ def write_report(folder: Path, found: Json) -> Path:
 
     `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `score` and `verify`, the
     stages' JSON; `served`, by head as `bench.acceptance.measure_acceptance`; `decode`, as
-    `bench.decode.compare`; and `recorded`, as `recorded_answers`: all of these None
-    where there is nothing (`served`: empty). It has `model`, `device`, `versions` by package, and
-    `notes`, too.
+    `bench.decode.compare`; and `recorded`, as `recorded_answers`: all of these None where there is
+    nothing (`served`: empty). It has `model`, `device`, `versions` by package, and `notes`, too.
     """
     served, decode = found["served"], found["decode"]
     heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))

@@ -91,7 +91,6 @@ def _point(
 
 
 def _arguments(client: ServerClient, concurrency: int, config: DecodeConfig) -> list[str]:
-    """Return the options of `vllm bench serve` for one point."""
     options = {
         "backend": "openai",
         "base-url": client.base_url,
@@ -129,7 +128,6 @@ def run_load(base_url: str, load: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _counters(found: Mapping[str, Any]) -> SpecDecodeCounters | None:
-    """Return what vLLM's client read of the server's drafts meanwhile."""
     if "spec_decode_num_drafts" not in found:
         return None
     steps = found["spec_decode_num_drafts"]
