@@ -18,7 +18,7 @@ from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Result, Target, check_url
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option, option_group
+from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, option, option_group
 
 if TYPE_CHECKING:  # the client need not be imported for `--help`
     from mtp_graft.serving.client import Prompt
@@ -152,9 +152,7 @@ def bench_sweep(
     target: Target,
     texts: Texts,
     concurrency: str = option("1,2,3,4,6,8", "N,N,...", "Numbers of requests at a time."),
-    k: str | None = option(
-        None, "N,N,...", "As of `decode`, several; each has its own server.", "--k", "-k"
-    ),
+    k: str | None = option(None, "N,N,...", f"{K_HELP} Each has its own server.", "--k", "-k"),
     requests: int = option(4, "N", "Requests of a point, times its concurrency.", min=1),
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
@@ -226,7 +224,7 @@ def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose:
     @with_options
     def command(
         target: Target,
-        data_dir: Path | None = option(None, "DIR", "With gsm8k/, mmlu/, ... Default: the hub."),
+        data_dir: Path | None = option(None, "DIR", "Has gsm8k/, mmlu/, ... Default: the hub."),
         limit: int | None = option(num_questions, "N", how_many, min=1, show_default=False),
         seed: int = option(0, "N", "Draws the questions."),
         thinking: bool = THINKING,

@@ -84,12 +84,17 @@ def _word(text: str) -> str:
 
 #: Options that other commands have, too.
 TENSOR_PARALLEL_SIZE = option(
-    None, "N", "Ranks. Default: 1; of a profile, all GPUs.", "--tensor-parallel-size", "--tp", min=1
+    None,
+    "N",
+    "Ranks. Default: 1; by a profile, all GPUs.",
+    "--tensor-parallel-size",
+    "--tp",
+    min=1,
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
 _K_NAMES = ("--k", "-k", "--num-speculative-tokens")
-_K_HELP = "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."
-NUM_SPECULATIVE_TOKENS = option(None, "N", _K_HELP, *_K_NAMES, min=0)
+K_HELP = "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."
+NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, *_K_NAMES, min=0)
 
 
 @option_group
