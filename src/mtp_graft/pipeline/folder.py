@@ -14,7 +14,7 @@ from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import STAGES, Stage
+from mtp_graft.pipeline import STAGES
 from mtp_graft.recipe import Recipe
 from mtp_graft.stages.fetch import FetchedModels, fetch
 from mtp_graft.stages.inputs import Progress
@@ -52,7 +52,7 @@ class Run:
 
     recipe: Recipe
     path: Path
-    stages: Sequence[Stage] = STAGES
+    stages: Sequence[str] = STAGES
     report: Progress = lambda _label, _done, _total: None
     adjusted: list[str] = field(default_factory=list)  # what the hardware made of servers' options
 

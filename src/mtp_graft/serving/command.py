@@ -84,12 +84,7 @@ def _word(text: str) -> str:
 
 #: Options that other commands have, too.
 TENSOR_PARALLEL_SIZE = option(
-    None,
-    "N",
-    "Ranks. Default: 1; by a profile, all GPUs.",
-    "--tensor-parallel-size",
-    "--tp",
-    min=1,
+    None, "N", "Ranks. Default: 1; by a profile, all GPUs.", "--tensor-parallel-size", "--tp", min=1
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
 _K_NAMES = ("--k", "-k", "--num-speculative-tokens")
