@@ -140,8 +140,8 @@ def _memory(
     if torch_device(device) == "cpu":
         lines = Path("/proc/meminfo").read_text().splitlines()
         [available] = (line for line in lines if line.startswith("MemAvailable:"))
-        free = 1024 * int(available.split()[1])
-        return Need(stage, "memory", "this machine", size, free, what_for)
+        free_bytes = 1024 * int(available.split()[1])
+        return Need(stage, "memory", "this machine", size, free_bytes, what_for)
     found = gpus()
     if found is None or found.num_gpus < ranks:
         raise GraftError(
