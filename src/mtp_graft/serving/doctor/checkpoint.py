@@ -15,8 +15,8 @@ from torch import Tensor
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios
+from mtp_graft.dsv4.formats import Parts, format_of, modules_of
 from mtp_graft.dsv4.names import from_transformers
-from mtp_graft.dsv4.variants import group_by_module
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_dimensions
 
@@ -27,7 +27,6 @@ _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
 
-Parts = Mapping[str, Tensor]  # of a module: weight, weight_scale, ...; "" for one without parts
 Shards = Mapping[str, Mapping[str, Tensor]]  # shard -> its tensors, meta
 
 
@@ -59,8 +58,8 @@ class Checkpoint:
         #: Names that the index lists and no readable shard holds.
         self.unseen = {self.read_as[name] for name in index} - self.tensors.keys()
         self.has_head = any(name.startswith("mtp.") for name in {*self.tensors, *self.unseen})
-        self.modules: dict[str, Parts] = modules_of(self.tensors)
-        self.formats = {name: stored_format(parts) for name, parts in self.modules.items()}
+        self.modules: Mapping[str, Parts] = modules_of(self.tensors)
+        self.formats = {name: format_of(parts) for name, parts in self.modules.items()}
         self.group_size = _group_size(self.modules)
 
     @property
@@ -127,36 +126,12 @@ def canonical_name(name: str, num_layers: int) -> str:
     return _SCALE.sub(".weight_scale", name)
 
 
-def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
-    """Return the name of each module, `layers.0.attn.wq_a` say, and its parts."""
-    return {
-        module: {part: tensors[name] for part, name in names.items()}
-        for module, names in group_by_module(tensors).items()
-    }
-
-
-def weight_of(parts: Parts) -> Tensor | None:
-    """Return a module's weight, packed or not, or the parameter."""
-    return next((parts[part] for part in ("weight_packed", "weight", "") if part in parts), None)
-
-
-def stored_format(parts: Parts) -> str | None:
-    """Return int4, mxfp4, fp8 or plain, by the weight's dtype; None if it is of no such."""
-    if (weight := weight_of(parts)) is None:
-        return None
-    if "weight_packed" in parts:
-        return {torch.int32: "int4", torch.uint8: "mxfp4"}.get(weight.dtype)
-    if weight.dtype == torch.float8_e4m3fn:
-        return "fp8"
-    return "plain" if weight.element_size() > 1 else None
-
-
 def _group_size(modules: Mapping[str, Parts]) -> int:
     """Return the inputs per INT4 scale that most experts are stored with, 128 without any."""
     sizes = Counter(
         8 * parts["weight_packed"].shape[-1] // max(1, scale.shape[-1])
         for parts in modules.values()
-        if stored_format(parts) == "int4"
+        if format_of(parts) == "int4"
         and (scale := parts.get("weight_scale")) is not None
         and scale.dim() == parts["weight_packed"].dim() == 2
     )

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import mxfp4
+from mtp_graft.quant import MXFP4_GROUP
 from mtp_graft.serving import command, topology
 from mtp_graft.serving.command import PLUGIN_NAME, Platform
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
@@ -114,7 +114,7 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
     formats = set(checkpoint.formats.values())
     int4 = checkpoint.group_size if "int4" in formats else 1
-    group = max(int4, mxfp4.GROUP if "mxfp4" in formats else 1)
+    group = max(int4, MXFP4_GROUP if "mxfp4" in formats else 1)
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     for key, unit in units.items():
         if (number := checkpoint.config[key]) % (tp * unit):

@@ -6,10 +6,10 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
-from mtp_graft.dsv4.names import NEVER_QUANTIZED
-from mtp_graft.dsv4.variants import is_expert
+from mtp_graft.dsv4.formats import Parts, format_of, weight_of
+from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, Parts, stored_format, weight_of
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
 from mtp_graft.serving.doctor.hardware import Target
 
@@ -110,7 +110,7 @@ def mismatches(
 ) -> Iterator[Mismatch]:
     """Yield modules that would load in another format; GraftError for one ignored in part."""
     for module, parts in modules.items():
-        stored, asked = stored_format(parts), _vllm_names(module, parts, num_layers)
+        stored, asked = format_of(parts), _vllm_names(module, parts, num_layers)
         groups = {platform: quantization.group_of(name) for platform, name in asked.items()}
         loads = {platform: quantization.kind_of(key) for platform, key in groups.items()}
         wrong = [platform for platform in asked if loads[platform] != stored]
@@ -128,11 +128,11 @@ def _vllm_names(module: str, parts: Parts, num_layers: int) -> dict[str, str]:
     name = re.sub(r"^mtp\.0\.", f"layers.{num_layers}.", module)
     weight = weight_of(parts)
     is_matrix = "" not in parts and weight is not None and weight.dim() == 2
-    if stored_format(parts) is None or not is_matrix or not name.startswith("layers."):
+    if format_of(parts) is None or not is_matrix or not name.startswith("layers."):
         return {}
     if NEVER_QUANTIZED.search(name) or name.split(".", 2)[2] in _PLAIN:
         return {}
-    if not is_expert(module):
+    if not EXPERT.match(module):
         return {"any": f"model.{name}"}
     experts, _, matrix = name.rpartition(".")
     if not experts.endswith(".ffn.experts.0"):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import INDEX_NAME
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes, stored_as
+from mtp_graft.dsv4.formats import part_name, stored_as, weight_of
+from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, weight_of
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Defect, Finding, finding, merged
 from mtp_graft.serving.doctor.hardware import Target
 
@@ -114,7 +115,7 @@ def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
         as_usual = "int4" if EXPERT.match(name) else "plain"
         asked |= stored_as(name, shape, stored or as_usual, checkpoint.group_size)
         if NEVER_QUANTIZED.search(name) or (stored is None and weight_of(parts) is not None):
-            known |= {f"{module}.{part}" if part else module for part in parts}
+            known |= {part_name(module, part) for part in parts}
     return asked, known
 
 
