@@ -66,6 +66,7 @@ def option_group(group: type[_Group]) -> type[_Group]:
     for name, hint in get_annotations(group).items():
         parsed = vars(group).get(name)
         if isinstance(parsed, ParameterInfo):
+            # Typer's tuples have a length.
             kind = list[str] if getattr(hint, "__origin__", None) is tuple else hint
             declared.append(
                 Parameter(name, Parameter.KEYWORD_ONLY, default=parsed, annotation=kind)
