@@ -21,12 +21,10 @@ from mtp_graft.pipeline.run import run_stage
 from mtp_graft.recipe import ModelSection, Recipe, load_recipe
 from mtp_graft.stages import fetch as stage
 from mtp_graft.stages.fetch import fetch, survey
+from serving.bench_server import quiet
 
 MODEL = ModelSection(name="grafted", base=BASE, upstream=UPSTREAM)
 SHARDS = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
-
-
-def quiet(_label: str, _done: int, _total: int) -> None: ...
 
 
 def change_json(hub: StandInHub, repo: str, file: str, change: Callable[[Any], object]) -> None:
