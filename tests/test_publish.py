@@ -9,21 +9,11 @@ from unittest.mock import Mock, create_autospec
 import pytest
 from huggingface_hub import HfApi, constants
 
-from mtp_graft.bench.card import write_card
 from mtp_graft.stages import publish as stage
-from run_folder import HEAD, NAME, whole_run, write
+from run_folder import HEAD, NAME, write
 
 REPO = "someone/DeepSeek-V4-Flash-MTP"
 Publish = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with its card, not to be changed."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    whole_run(run)
-    write_card(run, run / "card")
-    return run
 
 
 @pytest.fixture
@@ -49,7 +39,10 @@ def test_dry_run_lists_all_that_would_be_uploaded_without_a_token(
 ) -> None:
     result = publish(finished, "--dry-run", "--private")
     sizes = {file["path"]: file["bytes"] for file in result["files"]}
-    checkpoint, pictures = finished / "splice/gptq" / NAME, (finished / "card").glob("*.png")
+    checkpoint, pictures = (
+        finished / "splice/gptq" / NAME,
+        (finished / "card").glob("*.png"),
+    )
     names = {path.name for path in checkpoint.iterdir()} | {path.name for path in pictures}
     assert set(sizes) == names | {"README.md", "card.json"}
     assert sizes[HEAD] == (checkpoint / HEAD).stat().st_size
@@ -63,7 +56,7 @@ def test_upload_is_one_commit_of_every_byte_and_the_cards_readme_wins(
     result = publish(finished)
     hub.create_commit.assert_called_once()
     repo, added = hub.create_commit.call_args.args
-    commit = {file.path_in_repo: file.path_or_fileobj for file in added}
+    commit = {file.path_in_repo: Path(file.path_or_fileobj) for file in added}
     assert commit == {file["path"]: Path(file["from"]) for file in result["files"]}
     assert commit["README.md"] == finished / "card/README.md"
     assert (finished / "splice/gptq" / NAME / "README.md").exists(), "there was one to win over"
@@ -107,7 +100,11 @@ def test_without_a_token_it_says_how_to_get_one(
     ],
 )
 def test_what_is_not_finished_is_not_published(
-    damage: Callable[[Path], object], message: str, finished: Path, publish: Publish, tmp_path: Path
+    damage: Callable[[Path], object],
+    message: str,
+    finished: Path,
+    publish: Publish,
+    tmp_path: Path,
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     damage(run)
