@@ -33,15 +33,6 @@ def change_json(hub: StandInHub, repo: str, file: str, change: Callable[[Any], o
     hub.repositories[repo][file] = json.dumps(content).encode()
 
 
-def test_folders_are_themselves_and_the_hub_is_not_asked(
-    hub: StandInHub, tiny_model: Path, tmp_path: Path
-) -> None:
-    base, upstream = tiny_model / "base", tiny_model / "upstream"
-    model = ModelSection(name="m", base=str(base), upstream=str(upstream))
-    assert fetch(model, tmp_path / "out", quiet) == (base, upstream)
-    assert hub.asked == []
-
-
 def test_only_what_is_needed_is_downloaded_and_known_beforehand(
     hub: StandInHub, tmp_path: Path
 ) -> None:
