@@ -144,15 +144,13 @@ def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> l
     return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
 
 
-def decode(
-    llm: Any, prompts: list[list[int]], max_tokens: int, temperature: float = 0.0
-) -> Iterator[Step]:
-    """Decode all prompts at once; the first step has no tokens: the requests are sent then."""
+def decode(llm: Any, prompts: list[list[int]], max_tokens: int) -> Iterator[Step]:
+    """Sample all prompts at once; the first step has no tokens: the requests are sent then."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     sampling = SamplingParams(
-        temperature=temperature,
+        temperature=1.0,
         max_tokens=max_tokens,
         ignore_eos=True,
         detokenize=False,

@@ -162,13 +162,13 @@ def time_steps(
     """Decode so many requests at once; return what `summarize_steps` says of it."""
     vocabulary = json.loads((engine.checkpoint / "config.json").read_text())["vocab_size"]
     prompts = random_prompts(requests, options.context, vocabulary)
-    for _ in decode(llm, prompts, 16, temperature=1.0):
+    for _ in decode(llm, prompts, 16):
         pass  # compiles what this load needs
     wanted = int(options.steps * tokens_per_step(k, engine.rate or 0.0))
-    found = summarize_steps(list(decode(llm, prompts, wanted, temperature=1.0)), requests)
+    found = summarize_steps(list(decode(llm, prompts, wanted)), requests)
     if requests == 1:
         alone = random_prompts(8, options.context, vocabulary, seed=1)
-        steps = [list(decode(llm, [prompt], 1, temperature=1.0)) for prompt in alone]
+        steps = [list(decode(llm, [prompt], 1)) for prompt in alone]
         found["ttft_ms"] = 1000 * median(first.at - sent.at for sent, first in steps[1:])
     return found
 

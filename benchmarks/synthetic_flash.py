@@ -30,8 +30,8 @@ from mtp_graft.checkpoint.shards import save_shard, stream_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
-from mtp_graft.dsv4.variants import decode_head, is_expert
-from mtp_graft.quant import mxfp4
+from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.quant import MXFP4_GROUP
 from mtp_graft.stages.parallel import write_behind
 
 #: What the head needs of Flash's config.json (`design` facts of the model card and its config).
@@ -159,7 +159,7 @@ def write_upstream(
     folder.mkdir(parents=True)
     shard = "model-00046-of-00046.safetensors"
     shapes = head_shapes(config)
-    others = {n: s for n, s in shapes.items() if not is_expert(n.removesuffix(".weight"))}
+    others = {n: s for n, s in shapes.items() if not names.EXPERT.match(n)}
     stored = dict(part for n, s in others.items() for part in upstream_parts(n, s, generator))
     bias = f"{names.HEAD_PREFIX}ffn.gate.bias"
     if activations is None:
@@ -183,7 +183,7 @@ def write_upstream(
 
 def expert_layout(name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
     stem, (outputs, inputs) = name.removesuffix(".weight"), shape
-    scale = torch.empty(outputs, inputs // mxfp4.GROUP, dtype=torch.float8_e8m0fnu, device="meta")
+    scale = torch.empty(outputs, inputs // MXFP4_GROUP, dtype=torch.float8_e8m0fnu, device="meta")
     codes = torch.empty(outputs, inputs // 2, dtype=torch.int8, device="meta")
     return {f"{stem}.weight": codes, f"{stem}.scale": scale}
 

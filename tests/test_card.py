@@ -196,7 +196,7 @@ def test_charts_of_an_earlier_card_go_and_other_files_stay(run: Path) -> None:
     [
         ("splice/manifest.json", None, "run `mtp-graft splice` first"),
         ("bench/gsm8k/result.json", "{", "bench/gsm8k/result.json"),
-        ("bench/gsm8k/result.json", '{"score": 0.5}', "a result has no 'correct'"),
+        ("bench/gsm8k/result.json", '{"score": 0.5}', "has no attribute 'correct'"),
         ("verify/gptq.json", '{"ok": true}', "'dict object' has no attribute 'tensors'"),
         (f"splice/gptq/{NAME}/config.json", None, "config.json"),
     ],

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,7 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
     revision: str | None, offline: bool,
 ) -> None:  # fmt: skip
     model = ModelSection(name="m", base=BASE, upstream=UPSTREAM, base_revision=revision)
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's attempts
     first = fetch(model, tmp_path / "out", quiet)
     if revision == "v2":
         assert ("GET", f"/api/models/{BASE}/revision/v2") in hub.asked

@@ -11,18 +11,14 @@ from typing import Any
 
 import pytest
 
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, device, find_bundled_recipe, plan
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.pipeline.plan import Need, check_room, check_run, plan_run, read_models
 from mtp_graft.recipe import Recipe, load_recipe
-from mtp_graft.serving.memory import (
-    RESERVE_BYTES,
-    kv_cache_bytes,
-    weights_bytes,
-    weights_bytes_per_rank,
-)
+from mtp_graft.serving.memory import RESERVE_BYTES, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages import fetch
 from mtp_graft.stages.fetch import survey
@@ -91,7 +87,7 @@ def test_what_is_needed_is_less_what_earlier_calls_have_written(
     tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
     assert before.bytes == tokens * config["hc_mult"] * config["hidden_size"] * 2
     assert memory.of == "memory", "on a CPU, as doctor estimates it"
-    assert memory.bytes == weights_bytes_per_rank(tiny_model / "base", 1, decoded=True)
+    assert memory.bytes == weights_bytes(read_meta(tiny_model / "base"), 1, decoded=True)
 
     recordings = folder / "capture" / "recordings"
     recordings.mkdir(parents=True)

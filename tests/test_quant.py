@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtp_graft.quant import fp8_block, int4, mxfp4
+from mtp_graft import quant
+from mtp_graft.quant import int4
 from references import decode_fp8_blocks, decode_int4, decode_mxfp4
 
 quick = settings(max_examples=50, deadline=None)
@@ -84,7 +85,7 @@ def test_int4_group_scale_is_the_symmetric_rule_of_compressed_tensors(seed: int)
 def test_fp8_decodes_as_the_loop_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
     codes = normal(*shape, seed=1).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = normal(*(math.ceil(size / 128) for size in shape), seed=0).abs().to(dtype)
-    decoded = fp8_block.decode(codes, scale)
+    decoded = quant.decode_fp8(codes, scale)
     assert decoded.dtype == torch.float32
     assert torch.equal(decoded.double(), decode_fp8_blocks(codes, scale))
 
@@ -93,7 +94,7 @@ def test_fp8_decodes_as_the_loop_does(shape: tuple[int, int], dtype: torch.dtype
 def test_mxfp4_decodes_every_code_exactly(exponent: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16)  # every pair of nibbles; 32 inputs
     scale = torch.full((16, 1), exponent, dtype=torch.uint8).view(torch.float8_e8m0fnu)
-    decoded = mxfp4.decode(codes, scale)
+    decoded = quant.decode_mxfp4(codes, scale)
     assert decoded.dtype == torch.float32
     assert torch.equal(decoded.double(), decode_mxfp4(codes, scale))
     assert torch.equal(decoded.bfloat16().float(), decoded), "exact in BF16 as well"

@@ -116,27 +116,22 @@ def test_the_header_of_a_shard_larger_than_memory_is_read(tmp_path: Path) -> Non
 # Damage
 
 
-def header(entries: object) -> Callable[[Path], object]:
-    text = json.dumps(entries).encode()
-    return lambda path: path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-
-
 def entry(**other: object) -> Callable[[Path], object]:
-    return header({"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8], **other}})
+    text = json.dumps(
+        {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8], **other}}
+    ).encode()
+    return lambda path: path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes long, expected"),
-        (lambda path: path.write_bytes(path.read_bytes()[:20]), "cut off, or no header"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "file not fully covered.*fetch"),
+        (lambda path: path.write_bytes(path.read_bytes()[:20]), "invalid header length"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
-        (header([1]), "should be an object"),
-        (entry(dtype="F4"), "a is F4, expected one of"),
-        (entry(shape=[-1]), "greater than or equal to 0"),
+        (entry(dtype="F4", shape=[16]), "a is F4, expected one of"),
         (entry(shape=[2**62, 2**62]), "not a readable safetensors file"),
-        (entry(data_offsets=[0, 4]), "a is not where its shape"),
-        (lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5), "recursion"),
+        (entry(data_offsets=[0, 4]), "invalid shape, data type, or offset"),
         (lambda path: path.unlink(), "not found; expected a safetensors file"),
     ],
 )

@@ -74,11 +74,6 @@ def install_gpus(
             raise NvmlError("Not Supported")
         return SimpleNamespace(total=memory_mib * 2**20)
 
-    def by_uuid(uuid: str) -> int:
-        if not uuid.startswith("GPU-"):
-            raise NvmlError("Not Found")
-        return int(uuid.removeprefix("GPU-"))
-
     stand_in = SimpleNamespace(
         **dict.fromkeys(("NVMLError", "NVMLError_NotSupported"), NvmlError),
         **dict.fromkeys(("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"), NoDriver),
@@ -87,7 +82,7 @@ def install_gpus(
         nvmlInit=initialize,
         nvmlDeviceGetCount=lambda: len(gpus),
         nvmlDeviceGetHandleByIndex=int,
-        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetHandleByUUID=lambda uuid: int(uuid.removeprefix("GPU-")),
         nvmlDeviceGetName=gpus.__getitem__,
         nvmlDeviceGetMemoryInfo=memory,
         nvmlDeviceGetP2PStatus=lambda a, b, _kind: 0 if (a, b) in nvlinks else 5,
@@ -168,14 +163,13 @@ def prompts_file(tmp_path: Path) -> Path:
     return file
 
 
-def read_record(file: Path, timeout_s: float = 20.0) -> dict[str, Any]:
+def read_record(file: Path, timeout_s: float = 20.0) -> Any:
     """Wait for the stand-in's record of its arguments, environment and process ids."""
     deadline = time.monotonic() + timeout_s
     while not file.exists():
         assert time.monotonic() < deadline, f"{file}: the stand-in never started"
         time.sleep(0.02)
-    record: dict[str, Any] = json.loads(file.read_text())
-    return record
+    return json.loads(file.read_text())
 
 
 def is_running(pid: int) -> bool:
@@ -193,9 +187,3 @@ def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
-
-
-def command_environment(site: Path, **settings: Any) -> dict[str, str]:
-    """Return the environment for a `mtp-graft` subprocess that finds the stand-in."""
-    path = f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return {**os.environ, "PYTHONPATH": path, "FAKE_VLLM": json.dumps(settings)}

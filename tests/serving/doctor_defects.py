@@ -1,7 +1,7 @@
 """Defects to plant into a good checkpoint, by the id that doctor has for each.
 
-A defect works on a copy whose files are its own. `benchmarks/` and the docs say what vLLM does
-with some of them.
+Files are replaced and never written to: a checkpoint may share them with another by links.
+`benchmarks/` and the docs say what vLLM does with some of the defects.
 """
 
 import json
@@ -11,61 +11,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.shards import Shard, read_weight_map, save_shard
 
 INDEX = "model.safetensors.index.json"
 HEAD = "model-mtp-w4a16.safetensors"
+Tensors = dict[str, Tensor]
+Json = dict[str, Any]
 Plant = Callable[[Path], None]
 
 
-def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_config(folder: Path, change: Callable[[Json], object]) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(config, folder / "config.json")
 
 
-def edit_quantization(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+def edit_quantization(folder: Path, change: Callable[[Json], object]) -> None:
     edit_config(folder, lambda config: change(config["quantization_config"]))
 
 
-def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    change(index["weight_map"])
-    (folder / INDEX).write_text(json.dumps(index))
+def edit_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    write_json({"weight_map": change(read_weight_map(folder / INDEX))}, folder / INDEX)
 
 
-def edit_shard(
-    folder: Path, change: Callable[[dict[str, Tensor]], object], shard: str = HEAD
-) -> None:
-    """Change a shard's tensors; the index follows."""
-    tensors = load_file(folder / shard)
-    before = set(tensors)
-    change(tensors)
-    (folder / shard).unlink()
-    save_file(tensors, folder / shard, metadata={"format": "pt"})
-
-    def follow(weight_map: dict[str, str]) -> None:
-        for name in before - tensors.keys():
-            del weight_map[name]
-        weight_map.update(dict.fromkeys(tensors, shard))
-
-    edit_index(folder, follow)
+def edit_shard(folder: Path, change: Callable[[Tensors], Tensors], holding: str = "") -> None:
+    """Change the head's shard, or the one that holds a tensor; the index follows."""
+    name = read_weight_map(folder / INDEX)[holding] if holding else HEAD
+    with Shard(folder / name) as shard:
+        tensors = change(shard.read(shard.meta))
+    save_shard(tensors, folder / name, sync=False)
+    others = {n: s for n, s in read_weight_map(folder / INDEX).items() if s != name}
+    edit_index(folder, lambda _listed: others | dict.fromkeys(tensors, name))
 
 
-def rename(pattern: str, replacement: str) -> Plant:
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in list(tensors):
-            renamed = re.sub(pattern, replacement, name)
-            if renamed != name:
-                tensors[renamed] = tensors.pop(name)
-
-    return lambda folder: edit_shard(folder, change)
+def change(edit: Callable[[Tensors], Tensors], holding: str = "") -> Plant:
+    return lambda folder: edit_shard(folder, edit, holding)
 
 
-def rename_experts(folder: Path) -> None:
-    for old, new in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
-        rename(rf"(\.experts\.\d+\.){old}\.", rf"\1{new}.")(folder)
+def rename(pattern: str, replacement: str | Callable[[re.Match[str]], str]) -> Plant:
+    return change(lambda tensors: {re.sub(pattern, replacement, n): t for n, t in tensors.items()})
+
+
+def drop(name: str, holding: str = "") -> Plant:
+    return change(lambda tensors: {n: t for n, t in tensors.items() if n != name}, holding)
+
+
+def add(name: str, holding: str = "") -> Plant:
+    return change(lambda tensors: tensors | {name: torch.zeros(4).bfloat16()}, holding)
+
+
+def replace(name: str, make: Callable[[Tensor], Tensor]) -> Plant:
+    return change(lambda tensors: tensors | {name: make(tensors[name])})
 
 
 def truncate(folder: Path) -> None:
@@ -75,71 +74,39 @@ def truncate(folder: Path) -> None:
 
 
 def list_what_is_not_there(folder: Path) -> None:
-    edit_shard(folder, lambda tensors: tensors.pop("mtp.0.ffn.experts.5.w2.weight_scale"))
-    edit_index(folder, lambda m: m.update({"mtp.0.ffn.experts.5.w2.weight_scale": HEAD}))
+    drop(f"{EXPERT}.w2.weight_scale")(folder)
+    edit_index(folder, lambda listed: listed | {f"{EXPERT}.w2.weight_scale": HEAD})
 
 
 def forget(pattern: str) -> Plant:
     """Return what removes names from the index."""
-
-    def drop(weight_map: dict[str, str]) -> None:
-        for name in [name for name in weight_map if re.match(pattern, name)]:
-            del weight_map[name]
-
-    return lambda folder: edit_index(folder, drop)
+    return lambda folder: edit_index(
+        folder, lambda listed: {n: s for n, s in listed.items() if not re.match(pattern, n)}
+    )
 
 
 def hold_a_tensor_twice(folder: Path) -> None:
-    save_file({"mtp.0.enorm.weight": torch.ones(256).bfloat16()}, folder / "extra.safetensors")
-    edit_index(folder, lambda m: m.update({"mtp.0.enorm.weight": "extra.safetensors"}))
+    save_shard({"mtp.0.enorm.weight": torch.ones(256).bfloat16()}, folder / "extra.safetensors")
+    edit_index(folder, lambda listed: listed | {"mtp.0.enorm.weight": "extra.safetensors"})
 
 
-def change(edit: Callable[[dict[str, Tensor]], object], shard_with: str | None = None) -> Plant:
-    """Return what edits the head's tensors, or those of the shard that holds a tensor."""
-
-    def plant(folder: Path) -> None:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        edit_shard(folder, edit, weight_map[shard_with] if shard_with else HEAD)
-
-    return plant
-
-
-def drop(name: str, place: str | None = None) -> Plant:
-    return change(lambda tensors: tensors.pop(name), place)
-
-
-def add(name: str, place: str | None = None) -> Plant:
-    return change(lambda tensors: tensors.update({name: torch.zeros(4).bfloat16()}), place)
-
-
-def replace(name: str, make: Callable[[Tensor], Tensor]) -> Plant:
-    return change(lambda tensors: tensors.update({name: make(tensors[name]).contiguous()}))
-
-
-def round_float32(tensors: dict[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if "hc_" in name or name.endswith(("attn_sink", "gate.bias")):
-            tensors[name] = tensor.bfloat16()
+def round_float32(tensors: Tensors) -> Tensors:
+    wide = ("hc_", "attn_sink", "gate.bias")
+    return {n: t.bfloat16() if any(w in n for w in wide) else t for n, t in tensors.items()}
 
 
 def store_a_compressor_in(dtype: torch.dtype) -> Plant:
-    stem = "layers.2.attn.compressor.wkv"
+    name = "layers.2.attn.compressor.wkv.weight"
 
-    def edit(tensors: dict[str, Tensor]) -> None:
-        weight = tensors[f"{stem}.weight"]
-        tensors[f"{stem}.weight"] = weight.to(dtype)
-        blocks = (-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
-        tensors[f"{stem}.weight_scale"] = torch.ones(blocks, dtype=torch.bfloat16)
+    def edit(tensors: Tensors) -> Tensors:
+        outputs, inputs = tensors[name].shape
+        scale = torch.ones(-(-outputs // 128), -(-inputs // 128)).bfloat16()
+        return tensors | {name: tensors[name].to(dtype), f"{name}_scale": scale}
 
-    return change(edit, f"{stem}.weight")
-
-
-def add_dspark_blocks(tensors: dict[str, Tensor]) -> None:
-    for block in (1, 2):
-        tensors[f"mtp.{block}.enorm.weight"] = tensors["mtp.0.enorm.weight"].clone()
+    return change(edit, name)
 
 
-def section(edit: Callable[[dict[str, Any]], object]) -> Plant:
+def section(edit: Callable[[Json], object]) -> Plant:
     return lambda folder: edit_quantization(folder, edit)
 
 
@@ -149,10 +116,6 @@ def ignore(pattern: str) -> Plant:
 
 def retarget(group: str, targets: list[str]) -> Plant:
     return section(lambda q: q["config_groups"][group].update(targets=targets))
-
-
-def shrink_groups(quantization: dict[str, Any]) -> None:
-    quantization["config_groups"]["group_1"]["weights"]["group_size"] = 64
 
 
 def set_config(key: str, value: object) -> Plant:
@@ -165,6 +128,7 @@ def drop_config(key: str) -> Plant:
 
 NORM = "layers.1.ffn_norm.weight"
 EXPERT = "mtp.0.ffn.experts.3"
+OTHER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
 
 #: name -> (id that doctor reports, what plants it)
@@ -180,7 +144,10 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "unknown-tensor": ("head-tensor-unknown", add("mtp.0.ffn.experts.3.w4.weight")),
     "base-without-a-norm": ("base-tensor-missing", drop(NORM, NORM)),
     "base-with-zero-points": ("base-tensor-unknown", add(f"{NORM}_zero_point", NORM)),
-    "gate-up-down-names": ("tensor-name", rename_experts),
+    "gate-up-down-names": (
+        "tensor-name",
+        rename(r"(\.experts\.\d+\.)(w[123])", lambda match: match[1] + OTHER_NAMES[match[2]]),
+    ),
     "head-named-as-layer": ("tensor-name", rename(r"^mtp\.0\.", "layers.4.")),
     "scale-inv": ("scale-name", rename(r"\.weight_scale$", ".weight_scale_inv")),
     "scale-of-linears": ("scale-name", rename(r"(_proj|attn\.w\w+)\.weight_scale$", r"\1.scale")),
@@ -189,12 +156,15 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
         "scale-shape",
         replace(f"{EXPERT}.w2.weight_scale", lambda t: t.repeat_interleave(2, dim=1)),
     ),
-    "wrong-group-size-in-config": ("group-size", section(shrink_groups)),
+    "wrong-group-size-in-config": (
+        "group-size",
+        section(lambda q: q["config_groups"]["group_1"]["weights"].update(group_size=64)),
+    ),
     "wrong-dtype": ("tensor-dtype", replace("mtp.0.e_proj.weight", lambda t: t.view(torch.int8))),
     "rounded-float32": ("float32-rounded", change(round_float32)),
     "fp8-compressor": ("compressor-fp8", store_a_compressor_in(torch.float8_e4m3fn)),
     "scaled-bf16-compressor": ("compressor-quantized", store_a_compressor_in(torch.bfloat16)),
-    "dspark": ("dspark-drafter", change(add_dspark_blocks)),
+    "dspark": ("dspark-drafter", add("mtp.1.enorm.weight")),
     "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
     "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),

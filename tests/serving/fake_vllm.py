@@ -44,10 +44,7 @@ def argument(name: str, default: str) -> str:
 
 
 NUM_DRAFT = json.loads(argument("--speculative-config", "{}")).get("num_speculative_tokens", 0)
-COUNTERS = {"drafts": 0, "draft_tokens": 0, "accepted_tokens": 0}
-ACCEPTED_AT = [0] * NUM_DRAFT
-
-
+ACCEPTED: list[int] = []  # by every step with drafts so far
 EOS = 1
 
 
@@ -67,11 +64,7 @@ def steps(num_tokens: int) -> list[int]:
     sizes = [1]
     for accepted in accepted_drafts(num_tokens):
         if NUM_DRAFT:
-            COUNTERS["drafts"] += 1
-            COUNTERS["draft_tokens"] += NUM_DRAFT
-            COUNTERS["accepted_tokens"] += accepted
-            for at in range(accepted):
-                ACCEPTED_AT[at] += 1
+            ACCEPTED.append(accepted)
         sizes.append(min(num_tokens - sum(sizes), 1 + accepted))
     return sizes
 
@@ -99,15 +92,15 @@ def counted(num_tokens: int) -> dict[str, Any] | None:
 
 def metrics() -> str:
     lines = ["# TYPE vllm:spec_decode_num_drafts counter", "vllm:num_requests_running 0.0"]
-    if NUM_DRAFT:
-        label = 'engine="0",model_name="m{0}"'
-        for name, value in COUNTERS.items():
-            lines.append(f"vllm:spec_decode_num_{name}_total{{{label}}} {float(value)}")
-            lines.append(f"vllm:spec_decode_num_{name}_created{{{label}}} 1.7e+09")
-        lines += [
-            f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{{label},position="{at}"}} {n}.0'
-            for at, n in enumerate(ACCEPTED_AT)
-        ]
+    label, told = 'engine="0",model_name="m{0}"', [*ACCEPTED]
+    drafted = len(told) * NUM_DRAFT
+    numbers = {"drafts": len(told), "draft_tokens": drafted, "accepted_tokens": sum(told)}
+    for name, value in numbers.items() if NUM_DRAFT else ():
+        lines.append(f"vllm:spec_decode_num_{name}_total{{{label}}} {float(value)}")
+        lines.append(f"vllm:spec_decode_num_{name}_created{{{label}}} 1.7e+09")
+    for at in range(NUM_DRAFT):
+        place, value = f'{label},position="{at}"', sum(accepted > at for accepted in told)
+        lines.append(f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{place}}} {value}.0")
     return "\n".join(lines) + "\n"
 
 
@@ -234,11 +227,9 @@ class Handler(BaseHTTPRequestHandler):
         for size in steps(len(tokens)):
             time.sleep(SETTINGS["step_s"])
             new = tokens[done : done + size]
-            text = (
-                {"delta": {"content": "x" * size}}
-                if chat
-                else {"text": "".join(f" {t}" for t in new)}
-            )
+            text: dict[str, Any] = {"text": "".join(f" {t}" for t in new)}
+            if chat:
+                text = {"delta": {"content": "x" * size}}
             self.event({"choices": [{"token_ids": new, "finish_reason": None, **text}]})
             done += size
         self.event({"choices": [{"token_ids": [], "finish_reason": "length", "text": ""}]})

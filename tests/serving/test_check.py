@@ -9,14 +9,14 @@ import pytest
 from mtp_graft.serving import server
 
 from .conftest import read_record, wait_gone
-from .test_cli import Run, run  # noqa: F401
 
+Run = Callable[..., tuple[int, str, str]]
 Fake = Callable[..., None]
 
 
 @pytest.mark.parametrize("border", [0.2, 0.6])
 def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_models(
-    run: Run,  # noqa: F811
+    run_command: Run,
     fake: Fake,
     grafted: Path,
     tmp_path: Path,
@@ -25,8 +25,7 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
 ) -> None:
     monkeypatch.setattr(server, "MIN_ACCEPTANCE", border)  # the stand-in's head has 0.5
     fake(record=str(tmp_path / "record"))
-    words = ("--check", "--port", 0, "--json", "-")
-    status, out, errors = run("serve", grafted, *words)
+    status, out, errors = run_command("serve", grafted, "--check", "--port", 0, "--json", "-")
     result = json.loads(out)
     assert result["ok"] is (status == 0) is (border < 0.5)
     assert result["threshold"] == border
@@ -47,16 +46,10 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
     ],
 )
 def test_what_cannot_be_served_or_checked_is_refused_before_anything_starts(
-    run: Run,  # noqa: F811
-    fake: Fake,
-    grafted: Path,
-    tmp_path: Path,
-    status: int,
-    words: str,
-    message: str,
+    run_command: Run, fake: Fake, grafted: Path, status: int, words: str, message: str
 ) -> None:
-    fake(record=str(tmp_path / "record"))
-    ended, out, errors = run("serve", grafted, *words.split())
+    fake(record=f"{grafted}.record")
+    ended, out, errors = run_command("serve", grafted, *words.split())
     assert (ended, out) == (status, "")
     assert message in errors
-    assert not (tmp_path / "record").exists()
+    assert not Path(f"{grafted}.record").exists()

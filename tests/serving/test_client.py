@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -13,25 +13,22 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS, Prompt, ServerClient
 
 
-@pytest.fixture
-def answering() -> Iterator[Callable[[str], str]]:
-    """Return a function that serves one text for every request, and gives its address."""
-    with ExitStack() as servers:
+@contextmanager
+def answering(text: str) -> Iterator[ServerClient]:
+    """Serve one text for every request, and give a client."""
 
-        def serve(text: str) -> str:
-            class Handler(BaseHTTPRequestHandler):
-                def do_POST(self) -> None:
-                    self.rfile.read(int(self.headers["Content-Length"]))
-                    self.send_response(200)
-                    self.end_headers()
-                    self.wfile.write(text.encode())
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
 
-            server = servers.enter_context(HTTPServer(("127.0.0.1", 0), Handler))
-            servers.callback(server.shutdown)
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            return f"http://127.0.0.1:{server.server_port}"
-
-        yield serve
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with ServerClient(f"http://127.0.0.1:{server.server_port}") as client:
+            yield client
+        server.shutdown()
 
 
 def one_choice(**content: Any) -> str:
@@ -58,19 +55,14 @@ Ask = Callable[[ServerClient], Any]
         (NESTED, lambda client: client.complete([1], 1)),
     ],
 )
-def test_an_answer_that_is_not_vllms_is_one_error_with_the_address(
-    answering: Callable[[str], str], text: str, ask: Ask
-) -> None:
-    url = answering(text)
-    with ServerClient(url) as client, pytest.raises(GraftError, match=rf"{url}/.*is a vLLM server"):
+def test_an_answer_that_is_not_vllms_is_one_error_with_the_address(text: str, ask: Ask) -> None:
+    message = r"http://127\.0\.0\.1:\d+/.*is a vLLM server"
+    with answering(text) as client, pytest.raises(GraftError, match=message):
         ask(client)
 
 
 @pytest.mark.parametrize("event", ['{"choices": ["x"]}', "5", "{", NESTED])
-def test_a_stream_that_cannot_be_read_raises_a_read_error(
-    answering: Callable[[str], str], event: str
-) -> None:
-    url = answering(f"data: {event}\n\n")
-    with ServerClient(url) as client, pytest.raises(READ_ERRORS):
+def test_a_stream_that_cannot_be_read_raises_a_read_error(event: str) -> None:
+    with answering(f"data: {event}\n\n") as client, pytest.raises(READ_ERRORS):
         for found in client.events("/", {}):
             _ = found["choices"][0]["token_ids"]

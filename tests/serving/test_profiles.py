@@ -1,6 +1,13 @@
-"""How a profile is fitted to what is there; the whole output is in test_profiles_golden.py."""
+"""How a profile is fitted to what is there, and `serve --dry-run` to the letter.
 
+MTP_GRAFT_WRITE_GOLDEN=1 writes the golden files anew; the difference is what a review looks at.
+"""
+
+import os
+import shlex
 import shutil
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,26 +15,35 @@ from typing import Any
 import pytest
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving import plan
+from mtp_graft.serving import memory, plan
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.memory import RESERVE_BYTES, kv_cache_bytes
 from mtp_graft.serving.plan import Plan, make_plan
-from mtp_graft.serving.profiles import PROFILES
 from mtp_graft.serving.topology import CPU, Hardware, named_hardware
 
-from .conftest import edit_config
-from .flash import CONFIG, cached_weights
-from .test_profiles_golden import quiet_environment  # noqa: F401
+from . import flash as published
+from .conftest import edit_config, install, install_gpus, only_from
+from .flash import CONFIG
 
-pytestmark = pytest.mark.usefixtures("quiet_environment", "quick_weights")
+pytestmark = pytest.mark.usefixtures("quiet_environment")
 GIB = 2**30
 MAX_Q = named_hardware("RTX PRO 6000 Max-Q", 2)
 BIG = Hardware("big", 16, 400 * GIB, has_nvlink=True)
 
 
 @pytest.fixture
-def quick_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "weights_bytes_per_rank", cached_weights)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU does not get into the output, nor do GPUs that whoever runs the tests chose."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture
+def on_flash(flash: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """DeepSeek-V4-Flash, whose 103,000 tensors are not counted anew each time."""
+    monkeypatch.setattr(plan, "read_meta", lambda folder: folder)
+    monkeypatch.setattr(memory, "weights_bytes", published.weights)
+    return flash
 
 
 def fitted(
@@ -38,8 +54,8 @@ def fitted(
 
 def two_gpus(checkpoint: Path, tokens: int, utilization: float) -> Hardware:
     """Return GPUs with a MiB more than weights, 4 GiB for all else and a sequence need."""
-    needed = cached_weights(checkpoint, 2) + kv_cache_bytes(CONFIG, tokens, 16384) + RESERVE_BYTES
-    return Hardware("odd", 2, int(needed / utilization) + 2**20)
+    needed = published.weights(checkpoint, 2) + kv_cache_bytes(CONFIG, tokens, 16384)
+    return Hardware("odd", 2, int((needed + RESERVE_BYTES) / utilization) + 2**20)
 
 
 @pytest.fixture
@@ -48,21 +64,7 @@ def tiny(tiny_model: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_model / "base", tmp_path / "tiny")
 
 
-def test_the_profiles_are_the_seeds_table() -> None:
-    assert {
-        name: (p.max_model_len, p.max_num_seqs, p.gpu_memory_utilization)
-        for name, p in PROFILES.items()
-    } == {
-        "128k": (131072, 8, 0.90),
-        "256k": (262144, 4, 0.95),
-        "256k-2": (262144, 2, 0.93),
-        "524k": (524288, 3, 0.93),
-        "640k": (655360, 2, 0.93),
-        "1m": (CONFIG["max_position_embeddings"], 1, 0.93),
-    }
-
-
-def test_what_the_user_says_wins(flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_says_wins(on_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Tree")
     asked: dict[str, Any] = {
         "max_model_len": 200000,
@@ -74,7 +76,7 @@ def test_what_the_user_says_wins(flash: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     hardware = replace(MAX_Q, memory_bytes=400 * GIB)
     variables = {"environment": {"NCCL_PROTO": "Simple"}, "extra_args": ("--seed", "7")}
-    chosen = fitted(flash, "524k", hardware, **asked, **variables)
+    chosen = fitted(on_flash, "524k", hardware, **asked, **variables)
     assert {name: getattr(chosen.options, name) for name in asked} == asked
     assert chosen.options.extra_args == ("--disable-custom-all-reduce", "--seed", "7")
     assert chosen.options.environment["NCCL_PROTO"] == "Simple"
@@ -83,9 +85,9 @@ def test_what_the_user_says_wins(flash: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (2, 2), (3, 2), (8, 8), (16, 8)])
-def test_as_many_ranks_as_gpus_and_model_allow(flash: Path, count: int, ranks: int) -> None:
+def test_as_many_ranks_as_gpus_and_model_allow(on_flash: Path, count: int, ranks: int) -> None:
     """16 ranks would have half an output group each; one needs no settings for many."""
-    chosen = fitted(flash, "524k", replace(BIG, num_gpus=count)).options
+    chosen = fitted(on_flash, "524k", replace(BIG, num_gpus=count)).options
     assert chosen.num_ranks == ranks
     assert "--disable-custom-all-reduce" not in chosen.extra_args
     assert not any(name.startswith("NCCL") for name in chosen.environment)
@@ -107,15 +109,15 @@ def test_on_a_cpu_too_they_have_to_divide_the_scale_groups(tiny: Path) -> None:
     assert fitted(tiny, "auto", CPU, tensor_parallel_size=2).options.num_ranks == 2
 
 
-def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(flash: Path) -> None:
+def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(on_flash: Path) -> None:
     """At short contexts the 256k profiles take the most of the memory."""
     for length, share, profile in (
         (700160, 0.93, "1m"),
         (655360, 0.93, "640k"),
         (4096, 0.95, "256k"),
     ):
-        hardware = two_gpus(flash, length, share)
-        chosen = fitted(flash, "auto", hardware)
+        hardware = two_gpus(on_flash, length, share)
+        chosen = fitted(on_flash, "auto", hardware)
         assert (chosen.profile, chosen.options.gpu_memory_utilization) == (profile, share)
         assert chosen.options.max_model_len == length
         assert chosen.options.max_num_seqs == 8
@@ -123,26 +125,16 @@ def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(flash
     for profile in ("524k", "auto"):
         asked = {"gpu_memory_utilization": 0.95, "max_model_len": 4608}
         with pytest.raises(GraftError, match=r"4608 tokens has no room.*--max-model-len 4096"):
-            fitted(flash, profile, hardware, **asked)
-        fitting = fitted(flash, profile, hardware, **asked | {"max_model_len": 4096})
+            fitted(on_flash, profile, hardware, **asked)
+        fitting = fitted(on_flash, profile, hardware, **asked | {"max_model_len": 4096})
         assert fitting.options.max_model_len == 4096
 
 
-@pytest.mark.parametrize(
-    ("profile", "hardware", "options"),
-    [
-        ("524k", named_hardware("H100", 2), {}),
-        ("auto", named_hardware("H100", 2), {}),
-        ("1m", named_hardware("H200", 1), {}),
-        ("auto", named_hardware("H200", 2), {"gpu_memory_utilization": 0.52}),
-        ("128k", CPU, {}),
-    ],
-)
-def test_no_room_is_an_error_that_has_the_estimate(
-    flash: Path, profile: str, hardware: Hardware, options: dict[str, Any]
-) -> None:
-    with pytest.raises(GraftError, match=r"weights [\d.]+ GiB.*; take a smaller model"):
-        fitted(flash, profile, hardware, **options)
+def test_no_room_is_an_error_that_has_the_estimate(on_flash: Path) -> None:
+    """For two GPUs that are too small, the golden files have it."""
+    for hardware, share in ((CPU, None), (named_hardware("H200", 2), 0.52)):
+        with pytest.raises(GraftError, match=r"weights [\d.]+ GiB.*; take a smaller model"):
+            fitted(on_flash, "auto", hardware, gpu_memory_utilization=share)
 
 
 @pytest.mark.parametrize("profile", ["128k", "auto"])
@@ -160,8 +152,122 @@ def test_a_config_that_lacks_what_is_needed_is_an_error(tiny: Path, key: str) ->
         fitted(tiny, "auto")
 
 
-def test_several_machines_need_the_address_of_the_first(flash: Path) -> None:
+def test_several_machines_need_the_address_of_the_first(on_flash: Path) -> None:
     sparks = named_hardware("GB10", 2)
     for hardware, *node in ((sparks,), (sparks, 2, "192.0.2.1"), (MAX_Q, 1, "192.0.2.1")):
         with pytest.raises(GraftError, match="a rank below their number, and the address"):
-            fitted(flash, "524k", hardware, *node)
+            fitted(on_flash, "524k", hardware, *node)
+
+
+# What is printed
+
+GOLDEN = Path(__file__).parent / "golden"
+ON_MAX_Q = "--gpu 'RTX PRO 6000 Max-Q' --count 2"
+ON_SPARKS = "--profile 524k --gpu GB10 --count 2 --master-addr 192.0.2.1"
+PROFILES = ("128k", "256k", "256k-2", "524k", "640k", "1m", "auto")
+FLASH_CASES = {f"max-q-x2-{name}": f"--profile {name} {ON_MAX_Q}" for name in PROFILES} | {
+    # Acti's validated command.
+    "max-q-x2-524k-conservative": (
+        f"--profile 524k {ON_MAX_Q} --max-num-seqs 2 --k 1 --draft-sample-method greedy"
+    ),
+    "server-x2-524k": "--profile 524k --gpu 'RTX PRO 6000 Server' --count 2",
+    "spark-x2-524k-node-0": ON_SPARKS,
+    "spark-x2-524k-node-1": f"{ON_SPARKS} --node-rank 1",
+    "h100-x2-auto": "--profile auto --gpu H100 --count 2",
+    "h200-x1-524k": "--profile 524k --gpu H200",
+    "h200-x2-524k": "--profile 524k --gpu H200 --count 2",
+    "h200-x8-524k": "--profile 524k --gpu H200 --count 8",
+    "h200-x8-auto": "--profile auto --gpu H200 --count 8",
+}
+Print = Callable[[Path, str], str]
+
+
+@pytest.fixture
+def dry_run(vllm: object, run_command: Callable[..., tuple[int, str, str]]) -> Print:
+    """Return a function that gives what `serve --dry-run` prints, errors included."""
+
+    def call(checkpoint: Path, words: str) -> str:
+        _, out, errors = run_command("serve", checkpoint, "--dry-run", *shlex.split(words))
+        return (errors + out).replace(sys.executable, "python").replace(str(checkpoint), "/model")
+
+    return call
+
+
+def golden(name: str) -> str:
+    return (GOLDEN / f"{name}.txt").read_text()
+
+
+def compare(name: str, text: str) -> None:
+    if os.environ.get("MTP_GRAFT_WRITE_GOLDEN"):
+        (GOLDEN / f"{name}.txt").write_text(text)
+    assert text == golden(name)
+
+
+@pytest.mark.parametrize("name", FLASH_CASES)
+def test_the_dry_run_is_the_golden_file(dry_run: Print, on_flash: Path, name: str) -> None:
+    compare(name, dry_run(on_flash, FLASH_CASES[name]))
+
+
+def test_the_dry_run_on_a_cpu_is_the_golden_file(dry_run: Print, spliced: dict[str, Path]) -> None:
+    compare("cpu-tiny-auto", dry_run(spliced["mxfp4"], "--profile auto"))
+    assert {f.stem for f in GOLDEN.iterdir()} == FLASH_CASES.keys() | {"cpu-tiny-auto"}
+
+
+def test_gpus_that_are_found_give_the_same_as_their_name_and_auto_is_the_default(
+    dry_run: Print, on_flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vLLM is a CUDA build, and the driver tells of two cards on PCIe."""
+    site = tmp_path / "cuda" / "site-packages"
+    install(site, "vllm", "0.33.0")
+    only_from(site, monkeypatch)
+    card = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
+    install_gpus(monkeypatch, card, card, memory_mib=97887)
+    for words, name in (("--profile 524k", "524k"), ("", "auto"), (ON_MAX_Q, "auto")):
+        printed = dry_run(on_flash, words).replace(card, "RTX PRO 6000 Max-Q")
+        printed = printed.replace("python -m vllm.entrypoints.cli.main", "vllm")
+        by_default = "# - no --profile given: auto, which took 1m; none leaves all to vLLM\n"
+        assert (by_default in printed) is (name == "auto")
+        assert printed.replace(by_default, "") == golden(f"max-q-x2-{name}")
+
+
+# The Acti card's validated 524k command, and the environment that it requires.
+ACTI_COMMAND = """
+vllm serve LordNeel/DeepSeek-V4-Flash-Acti-MTP-W4A16-FP8
+  --served-model-name deepseek-v4-flash deepseek-v4-flash-mtp
+                      DSV4-W4A16-FP8 deepseek-ai/DeepSeek-V4-Flash
+  --tensor-parallel-size 2 --kv-cache-dtype fp8 --block-size 256 --max-model-len 524288
+  --max-num-seqs 2 --max-num-batched-tokens 8192 --gpu-memory-utilization 0.93
+  --tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 --enable-auto-tool-choice
+  --reasoning-parser deepseek_v4 --trust-remote-code --disable-custom-all-reduce
+  --speculative-config '{"method":"mtp","num_speculative_tokens":1}' --host 0.0.0.0 --port 8000
+"""
+ACTI_ENVIRONMENT = """
+VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0
+NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 NCCL_SHM_DISABLE=0
+NCCL_PROTO=LL NCCL_ALGO=Ring NCCL_MIN_NCHANNELS=8 NCCL_NTHREADS=512
+"""
+
+
+def settings(command: str, variables: Sequence[str]) -> set[str]:
+    """Return the variables and, after the model's name, every flag with its values."""
+    words = shlex.split(command)
+    flags = shlex.join(words[words.index("serve") + 2 :]).replace(" --", "\n--")
+    return {*variables, *flags.splitlines()}
+
+
+def test_the_conservative_524k_is_the_seeds_command_but_for_these_differences() -> None:
+    *lines, command = golden("max-q-x2-524k-conservative").splitlines()
+    ours = settings(command, [line[7:] for line in lines if line.startswith("export ")])
+    seeds = settings(ACTI_COMMAND, ACTI_ENVIRONMENT.split())
+    left_out = "VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0"  # no stock vLLM has it
+    assert seeds - ours == {"--host 0.0.0.0", "--trust-remote-code", left_out}
+    assert ours - seeds == {
+        "HF_HUB_OFFLINE=1",
+        "VLLM_NO_USAGE_STATS=1",
+        "VLLM_PLUGINS=mtp_graft",
+        "VLLM_ENGINE_READY_TIMEOUT_S=3359",
+        "--host 127.0.0.1",
+    }
+    reasons = [line for line in lines if line.startswith("# - ")]
+    for name in (setting.replace("=", " ").split()[0] for setting in ours):
+        assert name == "--port" or any(f"{name}: " in reason for reason in reasons), name

@@ -27,23 +27,19 @@ def test_gpus_without_nvlink_between_all_of_them_are_pcie_only(
     assert str(find_gpus(num_nodes=2)) == f"{2 * count}x NVIDIA H200, 140.4 GiB, 2 nodes"
 
 
-@pytest.mark.parametrize("memory_mib", [None, 122570])
-def test_a_gpu_that_shares_the_machines_memory_is_known(
-    monkeypatch: pytest.MonkeyPatch, memory_mib: int | None
+@pytest.mark.parametrize(
+    ("memory_mib", "expected"),
+    [
+        (None, Hardware("NVIDIA GB10", 1, 124610 * MIB, unified_memory=True)),
+        (122570, Hardware("NVIDIA GB10", 1, 122570 * MIB, unified_memory=True)),
+        (97871, Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)),
+    ],
+)
+def test_what_a_driver_does_not_say_is_known_of_some_gpus(
+    monkeypatch: pytest.MonkeyPatch, memory_mib: int | None, expected: Hardware
 ) -> None:
-    """Its driver may not say how much there is."""
-    install_gpus(monkeypatch, "NVIDIA GB10", memory_mib=memory_mib)
-    found = find_gpus()
-    assert found.unified_memory
-    expected = memory_mib * MIB if memory_mib else named_hardware("GB10").memory_bytes
-    assert found.memory_bytes == expected
-
-
-def test_a_gpu_that_is_not_known_is_taken_as_its_driver_has_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    install_gpus(monkeypatch, "NVIDIA GH200 480GB", memory_mib=97871)
-    assert find_gpus() == Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)
+    install_gpus(monkeypatch, str(expected.gpu), memory_mib=memory_mib)
+    assert find_gpus() == expected
 
 
 @pytest.mark.parametrize(("chosen", "count"), [("1", 1), ("0,2", 2), ("GPU-2, GPU-0", 2)])

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import fp8_block
+from mtp_graft.quant import decode_fp8
 from mtp_graft.vllm_plugin.strict_loading import load_base, load_head, load_strictly
 from vllm_plugin.layers import config_for, load_expert, routed_experts
 
@@ -120,7 +120,7 @@ def test_a_base_is_loaded_with_decoded_compressors_and_without_its_head() -> Non
     module = "2.attn.compressor.wkv"
     pair = {f"{module}.weight": codes, f"{module}.weight_scale": scale}
     load_base(model, {**pair, "mtp.0.enorm.weight": torch.ones(1)}.items(), load_by_name(model))
-    assert torch.equal(wkv.weight.data, fp8_block.decode(codes, scale))
+    assert torch.equal(wkv.weight.data, decode_fp8(codes, scale))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
 from mtp_graft.dsv4 import names
-from mtp_graft.quant import fp8_block
+from mtp_graft.quant import decode_fp8
 
 INT4_GROUP, MXFP4_GROUP, FP8_BLOCK = 128, 32, 128
 FP8_MAX = 448.0
@@ -82,12 +82,12 @@ def power_of_two_scale(absmax: Tensor) -> Tensor:
 
 def fp8_bf16_scale(weight: Tensor) -> Tensor:
     """Round to FP8 blocks with BF16 scales, the base's format."""
-    return fp8_block.decode(*fp8_parts(weight, bf16_scale))
+    return decode_fp8(*fp8_parts(weight, bf16_scale))
 
 
 def fp8_power_of_two_scale(weight: Tensor) -> Tensor:
     """Round to FP8 blocks with E8M0 scales, the upstream head's format."""
-    return fp8_block.decode(*fp8_parts(weight, power_of_two_scale))
+    return decode_fp8(*fp8_parts(weight, power_of_two_scale))
 
 
 def bf16(weight: Tensor) -> Tensor:

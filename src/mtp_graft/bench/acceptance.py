@@ -22,25 +22,25 @@ def measure_acceptance(
     """Have every text continued again, with drafts, until it ends; return what was accepted.
 
     The server was started with COUNT_DRAFTS. Keys: `acceptance`, `accepted`, `drafted`, `interval`
-    (95 %, Wilson), those of `drafting_result`, `texts`, `identical` (how many continuations equal
-    the captured ones; with several requests in a step sums round in another order) and `sequences`
-    (`id`, `drafts`, first ones of a step, and `accepted`). Raises GraftError for a server that
-    drafts nothing.
+    (95 %, Wilson), those of `drafting_result`, `texts`, `identical` (continuations equal to the
+    captured ones; with several requests in a step sums round in another order) and `sequences`
+    (`id`, `drafts`, first ones of a step, and `accepted`). GraftError if nothing is drafted.
     """
-
-    def ask(text: FinishedText) -> tuple[FinishedText, tuple[int, ...], list[Step]]:
-        return text, *client.complete_counted(text.prompt, max_tokens)
-
-    report(label, 0, len(texts))
-    steps: dict[str, list[Step]] = {}
+    steps: list[Step] = []
+    sequences: list[dict[str, Any]] = []
     identical = 0
+    report(label, 0, len(texts))
     with ThreadPool(concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
-        for text, answer, told in pool.imap_unordered(ask, texts):
+        answers = pool.imap(lambda text: client.complete_counted(text.prompt, max_tokens), texts)
+        for text, (answer, told) in zip(texts, answers, strict=True):
+            drafting = list(_drafting_steps(told, len(answer)))
+            accepted = sum(step.accepted > 0 for step in drafting)
+            sequences.append({"id": text.id, "drafts": len(drafting), "accepted": accepted})
+            steps += drafting
             identical += answer == text.continuation
-            steps[text.id] = list(_steps_within(told, len(answer)))
-            report(label, len(steps), len(texts))
-    counted = _count([step for text in texts for step in steps[text.id]])
-    if not counted.num_draft_tokens:
+            report(label, len(sequences), len(texts))
+    counted = _count(steps)
+    if not counted.num_drafts:
         raise GraftError(
             f"{client.base_url}: tells of no drafts; serve a head with k >= 1 and "
             f"{' '.join(COUNT_DRAFTS)}"
@@ -53,34 +53,29 @@ def measure_acceptance(
         **drafting_result(counted),
         "texts": len(texts),
         "identical": identical,
-        "sequences": [_first_drafts(text.id, steps[text.id]) for text in texts],
+        "sequences": sequences,
     }
 
 
-def _first_drafts(name: str, steps: Sequence[Step]) -> dict[str, Any]:
-    drafts = sum(step.drafted > 0 for step in steps)
-    return {"id": name, "drafts": drafts, "accepted": sum(step.accepted > 0 for step in steps)}
-
-
-def _steps_within(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
-    """Yield the steps that made a text of `num_tokens`, without drafts past its end.
+def _drafting_steps(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
+    """Yield the steps with drafts that made a text of `num_tokens`, without drafts past its end.
 
     The last step may draft and accept more than the text has; vLLM counts that too.
     """
     left = num_tokens - 1  # the first comes with the prompt
     for step in steps:
-        yield Step(min(step.drafted, left), min(step.accepted, left))
+        if min(step.drafted, left):
+            yield Step(min(step.drafted, left), min(step.accepted, left))
         left -= step.accepted + 1
 
 
 def _count(steps: Sequence[Step]) -> SpecDecodeCounters:
     """Return counters of steps, the last of a text among them, which may have fewer drafts."""
-    drafting = [step for step in steps if step.drafted]
-    places = range(max((step.drafted for step in drafting), default=0))
+    places = range(max((step.drafted for step in steps), default=0))
     return SpecDecodeCounters(
-        len(drafting),
-        sum(step.drafted for step in drafting),
-        sum(step.accepted for step in drafting),
-        tuple(sum(step.accepted > place for step in drafting) for place in places),
-        tuple(sum(step.accepted >= place < step.drafted for step in drafting) for place in places),
+        len(steps),
+        sum(step.drafted for step in steps),
+        sum(step.accepted for step in steps),
+        tuple(sum(step.accepted > place for step in steps) for place in places),
+        tuple(sum(step.accepted >= place < step.drafted for step in steps) for place in places),
     )

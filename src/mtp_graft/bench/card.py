@@ -14,7 +14,6 @@ from mtp_graft.bench.report import decode_rows
 from mtp_graft.checkpoint.files import write_json, write_text
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import CARD_NAME, TRACE_NAME
-from mtp_graft.errors import GraftError
 
 Json = Mapping[str, Any]
 
@@ -34,16 +33,10 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
     removed. Raises GraftError if the run has no checkpoint, and for results that cannot be read.
     """
     card = collect_results(run)
-    try:
-        drawn = dict(_draw(card))
-    except KeyError as error:
-        raise GraftError(
-            f"{run}: a result has no {error}; it was made by another version of mtp-graft: remove "
-            "it and measure again"
-        ) from error
-    card["charts"] = sorted(drawn)
     text = render("card.md.jinja", as_markdown, {**card, "vllm": mtp_graft.SUPPORTED_VLLM})
     page = ModelCard(f"---\n{_metadata(card).to_yaml()}\n---\n\n{text}")
+    drawn = dict(_draw(card))  # of numbers that the page has, too
+    card["charts"] = sorted(drawn)
     earlier = read_result(out / TRACE_NAME) or {}
     for name in {*earlier.get("charts", ())} - {*drawn}:
         (out / name).unlink(missing_ok=True)

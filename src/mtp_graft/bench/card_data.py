@@ -3,8 +3,8 @@
 No dates and no paths of this machine: the same results give the same bytes.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,6 @@ _BASE_PARTS = {
     "shared experts": "model.layers.0.ffn.shared_experts.w1",
     "LM head": "lm_head",
 }
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One result of one benchmark, and how it came about as far as that was recorded."""
-
-    benchmark: str
-    how: str  # it was served: a profile, as a rule
-    file: str  # relative to the run
-    result: Json
-    manifest: Json | None
-    server: Json  # what was served; empty if it was not ours
 
 
 def _where(manifest: Json | None) -> str:
@@ -80,24 +68,30 @@ def collect_results(run: Path) -> dict[str, Any]:
             reports["score"].get("acceptance", {}),
         ),
         "served_on": _where(manifests["bench"]),
-        **_measured(run, spliced, manifests),
+        **_measured(run, spliced, manifests.values()),
     }
     return {**card, "not_measured": list(_missing(card))}
 
 
-def _measured(run: Path, spliced: Spliced, manifests: Mapping[str, Json | None]) -> dict[str, Any]:
+def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> dict[str, Any]:
     """Return the benchmarks' part of the data, and how all of it came about."""
-    found = list(_measurements(run, manifests["bench"]))
-    ours = [m for m in found if _is_of(spliced, m)]
-    made = [m for m in (*manifests.values(), *(m.manifest for m in ours if m.server)) if m]
+    head, ours, left_out = fingerprints([spliced.folder / HEAD_SHARD]), [], []
+    made, commands = [m for m in manifests if m], []
+    for shown, manifest in _measurements(run):
+        server = manifest["config"].get("server", {}) if manifest else {}
+        if not head.items() <= server.get("files", head).items():  # not recorded: taken as ours
+            left_out.append(shown["file"])
+            continue
+        ours.append(shown)
+        made += [manifest] if server else []
+        commands += [server["serve"]] if "serve" in server else []
     kept = ("stage", "git_commit", "seconds")
-    served = [m.server["serve"] for m in ours if "serve" in m.server]
     return {
-        **{name: _shown(ours, (name,)) for name in _SPEED},
-        "scores": _shown(ours, _EVALS),
+        **{name: _labelled(ours, [name]) for name in _SPEED},
+        "scores": _labelled(ours, _EVALS),
         "ran": [{**{key: m[key] for key in kept}, "on": _where(m)} for m in made],
-        "serve_commands": list(dict.fromkeys(served)),
-        "left_out": [m.file for m in found if m not in ours],
+        "serve_commands": list(dict.fromkeys(commands)),
+        "left_out": left_out,
     }
 
 
@@ -141,46 +135,39 @@ def _in_words(weights: Json | None) -> str:
     return f"{kind}, one scale for {weights.get('group_size')} weights"
 
 
-def _measurements(run: Path, manifest: Json | None) -> Iterator[Measurement]:
-    """Yield the pipeline's comparison, and what bench commands left in `bench/NAME[-PROFILE]`."""
-    if own := read_result(run / "bench/decode.json"):
-        yield Measurement("decode", "recipe's own", "bench/decode.json", own, manifest, {})
+def _measurements(run: Path) -> Iterator[tuple[dict[str, Any], Json | None]]:
+    """Yield what the page has of each result, and the manifest beside it.
+
+    There are the pipeline's comparison, and what bench commands left in `bench/NAME[-PROFILE]`.
+    """
+    files = [("decode", "recipe's own", run / "bench/decode.json")]
     for benchmark in (*_SPEED, *_EVALS):
         for path in sorted((run / "bench").glob(f"{benchmark}*/manifest.json")):
-            how = path.parent.name.removeprefix(benchmark).removeprefix("-") or "no profile"
-            made = read_object(path, "a manifest", "remove it and run again")
-            file = path.with_name("result.json").relative_to(run).as_posix()
-            result, server = read_result(run / file) or {}, made["config"].get("server", {})
-            yield Measurement(benchmark, how, file, result, made, server)
+            profile = path.parent.name.removeprefix(benchmark).removeprefix("-")
+            files.append((benchmark, profile or "no profile", path.with_name("result.json")))
+    for benchmark, how, path in files:
+        if (result := read_result(path)) is None:
+            continue
+        manifest = read_result(path.with_name("manifest.json"))
+        shown = {
+            "label": _EVALS.get(benchmark, how),
+            "where": _where(manifest),
+            "benchmark": benchmark,
+            "file": path.relative_to(run).as_posix(),
+            "chart": f"{path.parent.name}.png",  # of a sweep
+            "profile": asdict(PROFILES[how]) if how in PROFILES else None,
+            # Failures may quote the public benchmarks.
+            "result": {k: v for k, v in result.items() if k not in ("failures", "tasks")},
+        }
+        yield shown, manifest
 
 
-def _is_of(spliced: Spliced, measurement: Measurement) -> bool:
-    """Return whether the head that was served is this checkpoint's; true if it is not recorded."""
-    files: Json | None = measurement.server.get("files")
-    head = fingerprints([spliced.folder / HEAD_SHARD])
-    return files is None or head.items() <= files.items()
-
-
-def _shown(measured: Sequence[Measurement], benchmarks: Collection[str]) -> list[dict[str, Any]]:
-    """Return what the page shows of these benchmarks' results; the label tells devices apart."""
-    chosen = [m for m in measured if m.benchmark in benchmarks]
-    places = [_where(m.manifest) for m in chosen]
-    found = []
-    for m, where in zip(chosen, places, strict=True):
-        label, profile = _EVALS.get(m.benchmark, m.how), PROFILES.get(m.how)
-        found.append(
-            {
-                "label": f"{label} ({where})" if len(set(places)) > 1 else label,
-                "where": where,
-                "benchmark": m.benchmark,
-                "file": m.file,
-                "chart": f"{Path(m.file).parent.name}.png",  # of a sweep
-                "profile": profile and asdict(profile),
-                # Failures may quote the public benchmarks.
-                "result": {k: v for k, v in m.result.items() if k not in ("failures", "tasks")},
-            }
-        )
-    return found
+def _labelled(shown: Iterable[dict[str, Any]], benchmarks: Collection[str]) -> list[dict[str, Any]]:
+    """Return what these benchmarks found; the label tells devices apart if there are several."""
+    chosen = [each for each in shown if each["benchmark"] in benchmarks]
+    if len({each["where"] for each in chosen}) < 2:
+        return chosen
+    return [each | {"label": f"{each['label']} ({each['where']})"} for each in chosen]
 
 
 def _missing(card: Json) -> Iterator[str]:

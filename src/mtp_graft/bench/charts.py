@@ -75,19 +75,18 @@ def acceptance_chart(heads: Sequence[Json]) -> bytes:
 
     `heads` is what `report.head_acceptance` returns.
     """
+
+    def row(head: str, where: str, rate: float, interval: Sequence[float]) -> Row:
+        colour = HEAD_COLOURS.get(head, _OTHER_COLOUR)
+        return Row(f"{head}, {where}", rate, percent(rate), colour, interval)
+
     rows = []
     for head in heads:
-        colour = HEAD_COLOURS.get(head["name"], _OTHER_COLOUR)
-        found: list[tuple[str, float, Sequence[float]]] = []
         if served := head["served"]:
             rates, intervals = "acceptance_by_position", "acceptance_by_position_interval"
-            found.append(("served", served[rates][0], served[intervals][0]))
+            rows.append(row(head["name"], "served", served[rates][0], served[intervals][0]))
         if offline := head["offline"]:
-            found.append(("offline", offline["top1"], offline["interval"]))
-        rows += [
-            Row(f"{head['name']}, {where}", rate, percent(rate), colour, interval)
-            for where, rate, interval in found
-        ]
+            rows.append(row(head["name"], "offline", offline["top1"], offline["interval"]))
     title = "First draft of a step: share accepted, with 95 % intervals"
     return row_chart(title, rows, shares=True)
 

@@ -19,16 +19,11 @@ def percent(rate: float | None, digits: int = 1) -> str:
     return NOTHING if rate is None else f"{100 * rate:.{digits}f} %"
 
 
-def percents(rates: Sequence[float | None] | None) -> str:
-    """Write several shares, as 74.2, 66.3 %."""
+def percents(rates: Sequence[float | None] | None, between: str = ", ") -> str:
+    """Write several shares, as 74.2, 66.3 %; the ends of an interval with ` to ` between."""
     if not rates:
         return NOTHING
-    return ", ".join(number(None if rate is None else 100 * rate) for rate in rates) + " %"
-
-
-def percent_interval(bounds: Sequence[float] | None) -> str:
-    """Write the ends of an interval of shares."""
-    return NOTHING if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+    return between.join(number(None if rate is None else 100 * rate) for rate in rates) + " %"
 
 
 def spread(found: Mapping[str, float] | None, scale: float = 1, unit: str = "") -> str:
@@ -82,12 +77,12 @@ def render(template: str, escape: Callable[[str], str], data: Mapping[str, Any])
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for write in (number, percent, percents, percent_interval, spread, points, counted):
+    for write in (number, percent, percents, spread, points, counted):
         environment.filters[write.__name__] = write
     try:
         return environment.get_template(template).render(data)
-    except UndefinedError as error:
+    except (UndefinedError, KeyError) as error:
         raise GraftError(
-            f"{template}: a result of the run is incomplete ({error.message}); it was made by "
+            f"{template}: a result of the run is incomplete ({error}); it was made by "
             "another version of mtp-graft: run that stage or benchmark again"
         ) from error

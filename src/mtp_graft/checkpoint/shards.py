@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, TypeAdapter
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mtp_graft.checkpoint.files import read_as, replacing, write_json
@@ -39,16 +40,7 @@ _DTYPES: dict[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
-_MAX_HEADER_BYTES = 100 * 10**6  # the format's own limit
 _LFS_POINTER = b"version https://git-lfs"
-
-
-class _Entry(BaseModel):
-    """A tensor in a shard's header; its offsets count from the end of the header."""
-
-    dtype: str
-    shape: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
-    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
 
 
 class _Index(BaseModel):
@@ -56,14 +48,12 @@ class _Index(BaseModel):
     metadata: dict[str, Any] | None = None
 
 
-_OBJECT, _ENTRIES = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, _Entry])
-
-
 class Shard:
     """An open safetensors file: `meta` are its tensors without values, which are read when asked.
 
-    Nothing is mapped: a mapping takes as much memory as the file is long and reads a cold file a
-    page fault at a time. Raises GraftError for a file that is missing, cut off or not safetensors.
+    Values are read, not mapped: a mapping takes as much memory as the file is long and reads a cold
+    file a page fault at a time. Raises GraftError for a file that is missing, cut off or not
+    safetensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,35 +65,26 @@ class Shard:
         self.meta: dict[str, Tensor] = {}
         try:
             self._read_header()
-        except (OSError, ValueError, RuntimeError) as error:  # torch's: too many elements
+        except (OSError, ValueError, TypeError, SafetensorError) as error:  # torch's: sizes
             self._file.close()
             raise GraftError(
-                f"{path}: not a readable safetensors file ({in_words(error)})"
+                f"{path}: not a readable safetensors file ({in_words(error)}); if it was cut off, "
+                "fetch or capture again"
             ) from error
 
     def _read_header(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
         first = self._file.read(len(_LFS_POINTER))
         if first == _LFS_POINTER:
             raise ValueError("a git-lfs pointer: run `git lfs pull`")
-        length = int.from_bytes(first[:8], "little")
-        if len(first) < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError("cut off, or no header")
-        text = bytearray(length)
-        _read_at(self._file, memoryview(text), 8)
-        header = _OBJECT.validate_json(text)
-        header.pop("__metadata__", None)
-        entries, at = _ENTRIES.validate_python(header), 8 + length
-        for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
-            if entry.dtype not in _DTYPES:
-                raise ValueError(f"{name} is {entry.dtype}, expected one of {', '.join(_DTYPES)}")
-            tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="meta")
-            start, end = (8 + length + offset for offset in entry.data_offsets)
-            if (start, end) != (at, at + tensor.nbytes):
-                raise ValueError(f"{name} is not where its shape and the tensors before it say")
-            self.meta[name], self._starts[name], at = tensor, start, end
-        if at != size:
-            raise ValueError(f"{size:,} bytes long, expected {at:,}")
+        with safe_open(self._path, "np") as file:  # which maps the file, for as long as this takes
+            start = 8 + int.from_bytes(first[:8], "little")
+            for name in file.offset_keys():
+                part = file.get_slice(name)
+                if (dtype := part.get_dtype()) not in _DTYPES:
+                    raise ValueError(f"{name} is {dtype}, expected one of {', '.join(_DTYPES)}")
+                tensor = torch.empty(part.get_shape(), dtype=_DTYPES[dtype], device="meta")
+                self.meta[name], self._starts[name] = tensor, start
+                start += tensor.nbytes
 
     def __enter__(self) -> Self:
         return self

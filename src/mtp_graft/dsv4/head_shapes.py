@@ -1,21 +1,16 @@
-"""Which tensors base and head have: their logical shapes by the model's config, and as stored.
+"""Which tensors base and head have, and their decoded shapes, by the model's config.
 
 The functions below describe one decoder layer and what goes around it; base and head are put
 together from them.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from mtp_graft.dsv4.config import Dimensions, check_dimensions, compress_ratios
-from mtp_graft.dsv4.names import HEAD_PREFIX, storage_dtype
-from mtp_graft.quant import fp8_block, int4, mxfp4
+from mtp_graft.dsv4.names import HEAD_PREFIX
 
 Shapes = dict[str, tuple[int, ...]]  # by plain name
-Format = Literal["plain", "fp8", "mxfp4", "int4"]
 
 
 def head_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -93,48 +88,18 @@ def _layer(c: Dimensions) -> Shapes:
 
 
 def _compression(c: Dimensions, ratio: int) -> Shapes:
+    """Return the compressor of a layer's keys and, at ratio 4, the indexer with its own."""
     if ratio <= 1:
         return {}
-    shapes = _compressor(c, "attn.compressor.", ratio, c.head_dim)
+    shapes, widths, overlap = Shapes(), {"attn.": c.head_dim}, 1
     if ratio == 4:
-        heads, width = c.index_n_heads, c.index_head_dim
-        shapes |= _compressor(c, "attn.indexer.compressor.", ratio, width)
-        shapes["attn.indexer.weights_proj.weight"] = (heads, c.hidden_size)
-        shapes["attn.indexer.wq_b.weight"] = (heads * width, c.q_lora_rank)
+        widths["attn.indexer."], overlap = c.index_head_dim, 2  # windows overlap by half
+        indexed = c.index_n_heads * c.index_head_dim
+        shapes["attn.indexer.weights_proj.weight"] = (c.index_n_heads, c.hidden_size)
+        shapes["attn.indexer.wq_b.weight"] = (indexed, c.q_lora_rank)
+    for prefix, width in widths.items():
+        shapes[f"{prefix}compressor.ape"] = (ratio, overlap * width)
+        shapes[f"{prefix}compressor.norm.weight"] = (width,)
+        shapes[f"{prefix}compressor.wgate.weight"] = (overlap * width, c.hidden_size)
+        shapes[f"{prefix}compressor.wkv.weight"] = (overlap * width, c.hidden_size)
     return shapes
-
-
-def _compressor(c: Dimensions, prefix: str, ratio: int, width: int) -> Shapes:
-    wide = 2 * width if ratio == 4 else width  # windows overlap by half at ratio 4
-    return {
-        f"{prefix}ape": (ratio, wide),
-        f"{prefix}norm.weight": (width,),
-        f"{prefix}wgate.weight": (wide, c.hidden_size),
-        f"{prefix}wkv.weight": (wide, c.hidden_size),
-    }
-
-
-def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> dict[str, Tensor]:
-    """Return the meta tensors in which a checkpoint stores a decoded tensor of this name.
-
-    `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (INT4), 32 inputs
-    (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
-    """
-    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"": (storage_dtype(name), shape)}
-    if kind != "plain" and len(shape) == 2:
-        outputs, inputs = shape
-        parts = {
-            "_packed": (torch.int32, (outputs, inputs // int4.CODES_PER_WORD)),
-            "_scale": (torch.bfloat16, (outputs, inputs // group_size)),
-            "_shape": (torch.int64, (2,)),
-        }
-        if kind == "mxfp4":
-            codes, scale = (outputs, inputs // 2), (outputs, inputs // mxfp4.GROUP)
-            parts = {"_packed": (torch.uint8, codes), "_scale": (torch.uint8, scale)}
-        if kind == "fp8":
-            blocks = tuple(-(-size // fp8_block.BLOCK) for size in shape)
-            parts = {"": (torch.float8_e4m3fn, shape), "_scale": (torch.bfloat16, blocks)}
-    return {
-        f"{name}{part}": torch.empty(size, dtype=dtype, device="meta")
-        for part, (dtype, size) in parts.items()
-    }

@@ -18,8 +18,8 @@ EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
 NEVER_QUANTIZED = re.compile(
     r"\.attn\.(indexer\.)?compressor\.|\.attn\.indexer\.weights_proj(\.|$)"
 )
-#: Routed expert matrices.
-EXPERT = re.compile(r"^(?P<layer>.+)\.ffn\.experts\.(?P<expert>\d+)\.(?P<matrix>w[123])\.weight$")
+#: Routed experts' matrices, the modules and their weights.
+EXPERT = re.compile(r"^.+\.ffn\.experts\.\d+\.w[123](\.weight)?$")
 #: Parameters that lose routing or mixing precision in BF16 and stay in float32.
 FLOAT32 = re.compile(r"(\.|^)(hc_\w+|attn_sink|ape)$|\.gate\.bias$")
 

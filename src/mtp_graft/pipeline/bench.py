@@ -63,11 +63,7 @@ def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient
         if note not in run.adjusted:
             run.adjusted.append(note)
             print(f"serving: {note}", file=sys.stderr, flush=True)
-
-    def on_start(elapsed_s: float) -> None:
-        run.report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
-
-    with managed_server(options, server_log(run, name), on_start=on_start) as client:
+    with managed_server(options, server_log(run, name), run.report) as client:
         yield client
 
 

@@ -155,18 +155,12 @@ def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: An
 
 
 def _splice(run: Run) -> list[Path]:
-    quantized, settings = run.finished("quantize"), run.recipe.splice
+    quantized, asked = run.finished("quantize"), run.recipe.splice
     for variant in _variants(run, "splice"):
         out = run.checkpoint(variant)
         out.parent.mkdir(parents=True, exist_ok=True)
         splice(
-            run.models.base,
-            run.models.upstream,
-            out,
-            variant,
-            linears=settings.linears,
-            quantized=quantized,
-            copy=settings.copy,
+            *run.models, out, variant, linears=asked.linears, quantized=quantized, copy=asked.copy
         )
     return [quantized / REPORT_NAME]
 

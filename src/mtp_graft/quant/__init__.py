@@ -1,5 +1,41 @@
-"""INT4, FP8 blocks and MXFP4: tensors in, tensors out. INT4 alone is written; the others are read.
+"""Number formats: tensors in, tensors out.
+
+FP8 blocks and MXFP4, below, are only read; INT4, in `int4`, is written too.
 
 Shape legend of this package: O outputs, I inputs, G groups along the inputs. Leading
 dimensions (experts, say) pass through every function unchanged.
 """
+
+import torch
+from torch import Tensor
+
+#: Outputs, and inputs, that share an FP8 scale.
+FP8_BLOCK = 128
+#: Inputs that share an MXFP4 scale.
+MXFP4_GROUP = 32
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1
+
+
+def decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 weights [O, I] of E4M3 codes and their blocks' scales (any float type).
+
+    DeepSeek ships its linears like this. Upstream scales are E8M0, powers of two, which the BF16
+    and F32 of compressed-tensors' FP8_BLOCK hold exactly.
+    """
+    scales = scale.float().repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    return codes.float() * scales[: codes.shape[0], : codes.shape[1]]
+
+
+def decode_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 weights [..., O, I] of E2M1 codes [..., O, I/2] and E8M0 scales.
+
+    A nibble is sign, two exponent bits and one mantissa bit; a byte holds two, the lower-indexed
+    input in the low nibble (OCP Microscaling Formats v1.0, 2023). Both tensors may be other types
+    of one byte: upstream's codes are int8, a checkpoint's scales uint8. Values are exact in BF16.
+    """
+    signed = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))
+    table = torch.tensor(signed, device=codes.device)
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)  # [256, 2], a byte
+    values = pairs[codes.view(torch.uint8).int()]  # [..., O, I/2, 2]
+    groups = values.flatten(-2).unflatten(-1, (-1, MXFP4_GROUP))
+    return (groups * scale.view(torch.float8_e8m0fnu).float().unsqueeze(-1)).flatten(-2)

@@ -62,10 +62,7 @@ Found = TypeVar("Found", bound=BaseModel)
 
 
 class ServerClient:
-    """A client of one vLLM server; closes with its `with` block.
-
-    Every method raises GraftError, naming the server, where it cannot be reached or refuses.
-    """
+    """A client of one vLLM server; every method raises GraftError if it is away or refuses."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self.base_url, self.api_key = base_url.rstrip("/").removesuffix("/v1"), api_key
@@ -91,11 +88,9 @@ class ServerClient:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; a text has its own special tokens, a chat the server's."""
-        if isinstance(prompt.content, str):
-            body = {"prompt": prompt.content, "add_special_tokens": False}
-        else:
-            thinking = {"chat_template_kwargs": {"thinking": False}}
-            body = {"messages": prompt.content, **thinking}
+        body: dict[str, Any] = {"prompt": prompt.content, "add_special_tokens": False}
+        if not isinstance(prompt.content, str):
+            body = {"messages": prompt.content, "chat_template_kwargs": {"thinking": False}}
         return self._ask("/tokenize", body, _Tokens).tokens
 
     def complete(
@@ -108,10 +103,7 @@ class ServerClient:
     def complete_counted(
         self, prompt: Sequence[int], max_tokens: int
     ) -> tuple[tuple[int, ...], list[Step]]:
-        """Return the greedy continuation of `prompt`, and the steps that drafted for it.
-
-        There are none unless the server was started with COUNT_DRAFTS.
-        """
+        """Return the same and its steps with drafts, of a server that was told to COUNT_DRAFTS."""
         answer = self._complete(prompt, max_tokens)
         counted = (answer.metrics or {}).get("speculative_decoding") or {}
         # Null for an answer without a verified step: one token, which comes with the prompt.

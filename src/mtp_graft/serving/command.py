@@ -8,16 +8,20 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from importlib.metadata import PackageNotFoundError, distribution
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform, get_origin
 
+import typer
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from pydantic.dataclasses import dataclass
+from typer.models import ParameterInfo
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
@@ -39,7 +43,7 @@ _MODULES: Mapping[Platform, tuple[str, ...]] = {
     "cpu": ("vllm.entrypoints.openai.api_server", "--model"),
     "cuda": ("vllm.entrypoints.cli.main", "serve"),
 }
-_Word = Annotated[str, StringConstraints(min_length=1)]
+_Group = TypeVar("_Group")
 
 
 def option(default: Any, metavar: str | None, text: str, *names: str, **settings: Any) -> Any:
@@ -47,14 +51,35 @@ def option(default: Any, metavar: str | None, text: str, *names: str, **settings
 
     `names` are its flags if not its own name, `settings` those of typer.Option.
     """
-    settings |= {"metavar": metavar, "names": names}
-    return Field(default, description=text, json_schema_extra=settings)
+    return typer.Option(default, *names, metavar=metavar, help=text, **settings)
 
 
 def argument(metavar: str, text: str, default: Any = ..., **settings: Any) -> Any:
     """Declare a positional argument of a command, required without a default."""
-    settings |= {"metavar": metavar, "names": None}
-    return Field(default, description=text, json_schema_extra=settings)
+    return typer.Argument(default, metavar=metavar, help=text, **settings)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def option_group(group: type[_Group]) -> type[_Group]:
+    """Make a frozen dataclass of options; `__declared__` has them for Typer to parse."""
+    declared = []
+    for name, hint in group.__annotations__.items():
+        parsed = vars(group).get(name)
+        if isinstance(parsed, ParameterInfo):
+            kind = list[str] if get_origin(hint) is tuple else hint  # as Typer has it
+            declared.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=parsed, annotation=kind)
+            )
+            setattr(group, name, Field(parsed.default))
+    group.__declared__ = declared  # type: ignore[attr-defined]
+    return dataclass(frozen=True)(group)
+
+
+def _word(text: str) -> str:
+    """Return an option's value, which must not be empty."""
+    if not text:
+        raise typer.BadParameter("expected at least one character")
+    return text
 
 
 #: Options that other commands have, too.
@@ -78,12 +103,12 @@ NUM_SPECULATIVE_TOKENS = option(
 )
 
 
-@dataclass(frozen=True)
+@option_group
 class ServeOptions:
     """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
 
     checkpoint: Path = argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")
-    host: _Word = option("127.0.0.1", "ADDRESS", "Address to listen on.")
+    host: str = option("127.0.0.1", "ADDRESS", "Address to listen on.", parser=_word)
     port: int = option(8000, "N", "0 picks a free one.", min=0, max=65535)
     tensor_parallel_size: int | None = TENSOR_PARALLEL_SIZE
     max_model_len: int | None = MAX_MODEL_LEN
@@ -98,15 +123,15 @@ class ServeOptions:
     draft_sample_method: DraftSampling | None = option(
         None, "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
     )
-    served_model_names: tuple[_Word, ...] = option(
-        (), "NAME", "Name in the API; may be repeated.", "--served-model-name"
+    served_model_names: tuple[str, ...] = option(
+        (), "NAME", "Name in the API; may be repeated.", "--served-model-name", parser=_word
     )
     kv_cache_dtype: str = option("fp8", "TYPE", "As vLLM names it.")
     kv_cache_gib: float | None = option(None, "GIB", "KV cache. Default: 1 on a CPU.", min=0.01)
     prefix_caching: bool = option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = option(None, None, "Do not compile. Default: eager on a CPU.")
-    api_key: _Word | None = option(
-        None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY"
+    api_key: str | None = option(
+        None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", parser=_word
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
@@ -191,11 +216,11 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
         "--enforce-eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
         "--speculative-config": _speculative_config(options, on_cpu, num_draft),
     }
-    argv = (*vllm.launcher, str(options.checkpoint), *_words(flags), *options.extra_args)
+    argv = (*vllm.launcher, str(options.checkpoint), *as_words(flags), *options.extra_args)
     return ServeCommand(_environment(options, on_cpu), argv, options.host, port)
 
 
-def _words(flags: Mapping[str, object]) -> Iterator[str]:
+def as_words(flags: Mapping[str, object]) -> Iterator[str]:
     """Yield the flags and their values; False and None leave one out."""
     for flag, value in flags.items():
         if value is not None and value is not False:
@@ -301,10 +326,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 
 def start_limit_s(checkpoint: Path) -> int:
-    """Return how long a server may take until it is ready: to compile, and to read its weights.
-
-    vLLM's own variable for it, where it is set, decides.
-    """
+    """Return how long a server may compile and read its weights; vLLM's own variable decides."""
     size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
@@ -321,6 +343,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if model_type != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
+    return config
+
+
+def read_dimensions(folder: Path) -> dict[str, Any]:
+    """Return the same; raises GraftError for a bad dimension, too."""
+    config = read_config(folder)
+    check_dimensions(config, folder / "config.json")
     return config
 
 

@@ -9,15 +9,16 @@ is cut: every rank holds all of it.
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
+from mtp_graft.serving.topology import Hardware
 
 #: Tokens of a KV block of compressed layers; vLLM has no other for this model.
 BLOCK_TOKENS = 256
@@ -27,6 +28,7 @@ RESERVE_BYTES = 4 * 2**30
 #: vLLM's own share of a GPU's memory, unless told otherwise (0.32).
 UTILIZATION = 0.92
 
+_GIB = 2**30
 _PAGE_ALIGNMENT = 576  # of FlashMLA's packed FP8 layout
 _ENTRY_BYTES = 584  # a cached FP8 vector: 448 without RoPE, 64 with in BF16, 8 of scales
 _INDEX_SCALE_BYTES = 4
@@ -41,16 +43,8 @@ _CUT = re.compile(
 _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
 
 
-def weights_bytes_per_rank(checkpoint: Path, tp: int, *, decoded: bool = False) -> int:
-    """Return `weights_bytes` of a checkpoint folder."""
-    return weights_bytes(read_meta(checkpoint), tp, decoded=decoded)
-
-
 def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = False) -> int:
-    """Return the bytes of weights on one of `tp` ranks; `decoded` as the CPU plugin keeps them.
-
-    `tensors` are on the meta device, by their checkpoint names.
-    """
+    """Return the bytes of weights on one of `tp` ranks; `decoded` as the CPU plugin keeps them."""
     total = 0
     for name, tensor in tensors.items():
         in_bf16 = decoded or NEVER_QUANTIZED.search(name)  # the plugin decodes these on GPUs too
@@ -79,10 +73,7 @@ class KvLayout(NamedTuple):
 
 
 def kv_layout(config: Mapping[str, Any]) -> KvLayout:
-    """Return the layout of a DeepSeek-V4 config, its head included, with the FP8 cache.
-
-    Raises GraftError without compression ratios.
-    """
+    """Return a config's layout, head included, of the FP8 cache; GraftError without ratios."""
     ratios = compress_ratios(config)
     if ratios is None:
         found = config.get("compress_ratios")
@@ -140,12 +131,52 @@ def num_positions(config: Mapping[str, Any]) -> int:
     return int(config.get("max_position_embeddings") or 2**20)
 
 
-def largest_context(config: Mapping[str, Any], kv_bytes: int, tokens_in_flight: int = 0) -> int:
-    """Return the longest context of a sequence in `kv_bytes`, in whole blocks or all positions."""
-    positions = num_positions(config)
-    tokens = bisect_right(
-        range(1, positions + 1),
-        kv_bytes,
-        key=lambda tokens: kv_cache_bytes(config, tokens, tokens_in_flight),
-    )
-    return tokens if tokens == positions else tokens // BLOCK_TOKENS * BLOCK_TOKENS
+@dataclass(frozen=True)
+class Room:
+    """The memory of one rank, in bytes, and what has its place there besides the KV cache."""
+
+    config: Mapping[str, Any]
+    memory: int
+    weights: int
+    reserve: int
+    tokens_in_flight: int
+
+    def cache(self, share: float | None) -> int:
+        """Return what a share of the memory leaves for the KV cache; negative if too little."""
+        return int((share or 1) * self.memory) - self.weights - self.reserve
+
+    def largest_context(self, share: float | None) -> int:
+        """Return the longest context of a sequence, in whole blocks or all positions."""
+        positions = num_positions(self.config)
+        tokens = bisect_right(range(1, positions + 1), self.cache(share), key=self._needed)
+        return tokens if tokens == positions else tokens // BLOCK_TOKENS * BLOCK_TOKENS
+
+    def _needed(self, tokens: int) -> int:
+        return kv_cache_bytes(self.config, tokens, self.tokens_in_flight)
+
+    def estimate(self, tokens: int, share: float | None) -> str:
+        """Say what weights and a sequence of `tokens` take, and what is left for the KV cache."""
+        text = f"estimate for a rank: weights {self.weights / _GIB:.1f} GiB"
+        if share is not None:
+            left = max(self.cache(share), 0) / _GIB
+            text += (
+                f", {self.reserve / _GIB:.0f} GiB for all else, {left:.1f} GiB left for the KV "
+                f"cache at {share:g} of the memory"
+            )
+        needed = self._needed(tokens) / _GIB
+        return f"{text}; a sequence of {tokens} tokens takes {needed:.2f} GiB (docs/doctor.md)"
+
+
+def measure_room(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    hardware: Hardware,
+    tp: int,
+    step_tokens: int = MAX_NUM_BATCHED_TOKENS,
+) -> Room:
+    """Return the room of one of `tp` ranks for a checkpoint; a CPU's ranks share its memory."""
+    on_cpu = hardware.gpu is None
+    memory = hardware.memory_bytes // (tp if on_cpu else 1)
+    weights = weights_bytes(tensors, tp, decoded=on_cpu)
+    # Twice: with asynchronous scheduling the next step is prepared while one is computed.
+    return Room(config, memory, weights, 0 if on_cpu else RESERVE_BYTES, 2 * step_tokens)

@@ -11,10 +11,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from mtp_graft.errors import GraftError
 
 _PREFIX = "vllm:spec_decode_num_"
-_RESULT_KEYS = (
-    *("k", "steps", "accepted_by_position", "acceptance_by_position"),
-    *("acceptance_by_position_interval", "acceptance_length"),
-)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -70,12 +66,11 @@ class SpecDecodeCounters:
 
 def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
     """Return the sum of one or more counters of the same k."""
-    positions = zip(*(c.accepted_per_position for c in counters), strict=True)
     return SpecDecodeCounters(
         sum(c.num_drafts for c in counters),
         sum(c.num_draft_tokens for c in counters),
         sum(c.num_accepted_tokens for c in counters),
-        tuple(map(sum, positions)),
+        tuple(map(sum, zip(*(c.accepted_per_position for c in counters), strict=True))),
     )
 
 
@@ -111,11 +106,15 @@ def drafting_result(counters: SpecDecodeCounters | None) -> dict[str, Any]:
     `acceptance_length` (tokens a step, its own included; null without a step).
     """
     if counters is None:
-        return dict.fromkeys(_RESULT_KEYS)
+        return dict.fromkeys(drafting_result(SpecDecodeCounters(0, 0, 0, ())))
     reached, steps = counters.reached, counters.num_drafts
-    rates = [accepted / tried if tried else None for tried, accepted in reached]
-    intervals = [list(wilson_interval(a, tried)) if tried else None for tried, a in reached]
-    length = 1 + counters.num_accepted_tokens / steps if steps else None
-    accepted = list(counters.accepted_per_position)
-    values = (counters.k, steps, accepted, rates, intervals, length)
-    return dict(zip(_RESULT_KEYS, values, strict=True))
+    return {
+        "k": counters.k,
+        "steps": steps,
+        "accepted_by_position": list(counters.accepted_per_position),
+        "acceptance_by_position": [a / tried if tried else None for tried, a in reached],
+        "acceptance_by_position_interval": [
+            list(wilson_interval(a, tried)) if tried else None for tried, a in reached
+        ],
+        "acceptance_length": 1 + counters.num_accepted_tokens / steps if steps else None,
+    }

@@ -5,16 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mtp_graft.dsv4.config import check_dimensions
+from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.serving.command import ServeOptions, read_config
-from mtp_graft.serving.memory import (
-    RESERVE_BYTES,
-    kv_cache_bytes,
-    largest_context,
-    num_positions,
-    weights_bytes_per_rank,
-)
+from mtp_graft.serving.command import ServeOptions, read_dimensions
+from mtp_graft.serving.memory import Room, measure_room, num_positions
 from mtp_graft.serving.profiles import (
     MAX_NUM_BATCHED_TOKENS,
     MAX_NUM_SEQS,
@@ -28,7 +22,6 @@ from mtp_graft.serving.profiles import (
 from mtp_graft.serving.topology import Hardware, most_ranks, undivided
 
 AUTO = "auto"
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -51,16 +44,17 @@ def make_plan(
     """Return how to serve `options.checkpoint` with a profile; what `options` set stays.
 
     Of several machines, this one has `node_rank`, and the first `master_addr`. Raises UsageError
-    for an unknown profile. Raises GraftError for a context that memory or model have no room for
-    (without one, `auto` takes the largest that fits), for ranks that hardware or model do not
-    allow, and for several machines without the address of the first.
+    for an unknown profile, and GraftError for a context that has no room (without one, `auto` takes
+    the largest that has), for ranks or machines that do not fit hardware or model.
     """
-    config = read_config(options.checkpoint)
-    check_dimensions(config, options.checkpoint / "config.json")
+    config = read_dimensions(options.checkpoint)
     options = replace(options, tensor_parallel_size=_ranks(options, config, hardware))
-    room = _measure_room(options, config, hardware)
-    name, fitted = _fit(profile_name, options, room)
-    notes = [f"profile {name}: {PROFILES[name].why}", room.estimate(fitted)]
+    step = options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
+    tensors = read_meta(options.checkpoint)
+    room = measure_room(tensors, config, hardware, options.num_ranks, step)
+    name, fitted = _fit(profile_name, options, hardware, room)
+    estimate = room.estimate(fitted.max_model_len or 0, fitted.gpu_memory_utilization)
+    notes = [f"profile {name}: {PROFILES[name].why}", estimate]
     if options.max_model_len is None and fitted.max_model_len != PROFILES[name].max_model_len:
         cut = f"the most that fits, where the profile has {PROFILES[name].max_model_len}"
         notes.append(f"--max-model-len {fitted.max_model_len}: {cut}")
@@ -86,54 +80,12 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
     return wanted
 
 
-@dataclass(frozen=True)
-class _Room:
-    """The memory of one rank, in bytes."""
-
-    config: Mapping[str, Any]
-    hardware: Hardware
-    memory: int
-    weights: int
-    tokens_in_flight: int
-
-    def cache(self, options: ServeOptions) -> int:
-        """Return what is left for the KV cache; negative if the weights do not fit."""
-        reserve = 0 if self.hardware.gpu is None else RESERVE_BYTES
-        return int((options.gpu_memory_utilization or 1) * self.memory) - self.weights - reserve
-
-    def largest_context(self, options: ServeOptions) -> int:
-        """Return the longest sequence that can be served."""
-        return largest_context(self.config, self.cache(options), self.tokens_in_flight)
-
-    def estimate(self, options: ServeOptions) -> str:
-        """Say what weights and a sequence take, and what is left for the KV cache."""
-        length = options.max_model_len or 0
-        needed = kv_cache_bytes(self.config, length, self.tokens_in_flight) / _GIB
-        text = f"estimate for a rank: weights {self.weights / _GIB:.1f} GiB"
-        if (share := options.gpu_memory_utilization) is not None:
-            left = max(self.cache(options), 0) / _GIB
-            text += (
-                f", {RESERVE_BYTES / _GIB:.0f} GiB for all else, {left:.1f} GiB left for the KV "
-                f"cache at {share:g} of the memory"
-            )
-        return f"{text}; a sequence of {length} tokens takes {needed:.2f} GiB (docs/doctor.md)"
-
-
-def _measure_room(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware) -> _Room:
-    ranks, on_cpu = options.num_ranks, hardware.gpu is None
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = physical // ranks if on_cpu else hardware.memory_bytes  # a CPU's ranks share it
-    weights = weights_bytes_per_rank(options.checkpoint, ranks, decoded=on_cpu)
-    # Twice: with asynchronous scheduling the next step is prepared while one is computed.
-    in_flight = 2 * (options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS)
-    return _Room(config, hardware, memory, weights, in_flight)
-
-
-def _fit(wanted: str, options: ServeOptions, room: _Room) -> tuple[str, ServeOptions]:
+def _fit(
+    wanted: str, options: ServeOptions, hardware: Hardware, room: Room
+) -> tuple[str, ServeOptions]:
     """Return the profile's name and `options` with its values.
 
-    `auto` is the one that reaches furthest; its context is cut to what fits, unless it was asked
-    for.
+    `auto` is the one that reaches furthest; it cuts a context that was not asked for to what fits.
     """
     if wanted not in (*PROFILES, AUTO):
         names = ", ".join((*PROFILES, AUTO))
@@ -141,8 +93,9 @@ def _fit(wanted: str, options: ServeOptions, room: _Room) -> tuple[str, ServeOpt
     found: list[tuple[int, str, ServeOptions]] = []
     for name, profile in PROFILES.items():
         if wanted in (name, AUTO):
-            filled = _filled(options, profile, wanted, room.hardware)
-            found.append((room.largest_context(filled), name, filled))
+            filled = _filled(options, profile, wanted, hardware)
+            largest = room.largest_context(filled.gpu_memory_utilization)
+            found.append((largest, name, filled))
     largest, name, filled = max(found, key=lambda each: min(each[0], each[2].max_model_len or 0))
     length = filled.max_model_len or 0
     if largest < length and (wanted != AUTO or options.max_model_len or largest == 0):
@@ -152,8 +105,8 @@ def _fit(wanted: str, options: ServeOptions, room: _Room) -> tuple[str, ServeOpt
         if largest > 0:
             cures = f"--max-model-len {largest}, --profile {AUTO}, {cures}"
         raise GraftError(
-            f"{options.checkpoint}: a context of {length} tokens has no room on {room.hardware}: "
-            f"{too_long or room.estimate(filled)}; take {cures}"
+            f"{options.checkpoint}: a context of {length} tokens has no room on {hardware}: "
+            f"{too_long or room.estimate(length, filled.gpu_memory_utilization)}; take {cures}"
         )
     return name, replace(filled, max_model_len=min(length, largest))
 

@@ -32,7 +32,6 @@ PROFILES: Mapping[str, Profile] = {
     ),
     "1m": Profile(1048576, 1, 0.93, "all positions of the model; ours, not run on its hardware"),
 }
-DEFAULT_PROFILE = "524k"  # of the container, as on the Acti card
 
 #: The most that a GPU may take of a memory that it shares with the CPU.
 UNIFIED_MEMORY_UTILIZATION = 0.85
@@ -42,8 +41,10 @@ MAX_NUM_SEQS = 8
 MAX_NUM_BATCHED_TOKENS = 8192
 #: So that clients of Acti's server find their model.
 SERVED_MODEL_NAMES = (
-    *("deepseek-v4-flash", "deepseek-v4-flash-mtp"),
-    *("DSV4-W4A16-FP8", "deepseek-ai/DeepSeek-V4-Flash"),
+    "deepseek-v4-flash",
+    "deepseek-v4-flash-mtp",
+    "DSV4-W4A16-FP8",
+    "deepseek-ai/DeepSeek-V4-Flash",
 )
 
 

@@ -57,21 +57,21 @@ _SECOND_HAND = re.compile(
 )
 
 
-#: Called with the seconds since the start.
-OnStart = Callable[[float], None]
+#: Called with what is going on, how much of it is done, and of how much (0: not known).
+Report = Callable[[str, int, int], None]
 _Process = subprocess.Popen[bytes]
 
 
 @contextmanager
 def managed_server(
-    options: ServeOptions, log_path: Path, on_start: OnStart = lambda _elapsed_s: None
+    options: ServeOptions, log_path: Path, report: Report = lambda *_: None
 ) -> Iterator[ServerClient]:
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
-    The server is ready when the block begins and gone, workers included, when it ends. SIGTERM
-    and SIGHUP to our own process raise SystemExit in the block, so they end it too. `on_start` is
-    called with the seconds so far. Raises GraftError with the reason from the log if the server
-    dies or is not ready in `start_limit_s`.
+    The server is ready when the block begins and gone, workers included, when it ends. SIGTERM and
+    SIGHUP to our own process raise SystemExit in the block. `report` gets the seconds so
+    far. Raises GraftError with the log's reason for a server that dies or takes over
+    `start_limit_s`.
     """
     command = build_command(options)
     if command.is_headless:
@@ -80,13 +80,10 @@ def managed_server(
             "(--node-rank or --headless); ask the server of machine 0, by --base-url"
         )
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log_path.open("wb") as log,
-        _running(command, log) as process,
-        _client_of(command) as client,
-    ):
+    with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
-            if not _wait_ready(process, client, start_limit_s(options.checkpoint), on_start):
+            limit_s = start_limit_s(options.checkpoint)
+            if not _wait_ready(process, client, limit_s, report, log_path.stem):
                 raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
         except GraftError as error:
             reason = f"{error}; in {log_path}: {explain(log_path)}"
@@ -103,8 +100,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     """
     command = build_command(options)
     with (
-        _running(command) as process,
-        _client_of(command) as client,
+        _running(command) as (process, client),
         suppress(SystemExit, KeyboardInterrupt),  # a signal: vLLM is stopped, and says its status
     ):
         if command.is_headless:
@@ -116,18 +112,18 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
 
 
 @contextmanager
-def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_Process]:
-    """Run vLLM in a process group of its own, of which nothing is left after the block.
-
-    `log` takes both its streams, None lets it write to ours.
-    """
+def _running(
+    command: ServeCommand, log: IO[bytes] | None = None
+) -> Iterator[tuple[_Process, ServerClient]]:
+    """Run vLLM in a process group of its own, of which nothing is left after the block."""
     if not command.is_headless:
         check_port(command.host, command.port)
+    environment = {**os.environ, **command.env}
     process = subprocess.Popen(
         command.argv,
-        env={**os.environ, **command.env},
+        env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=log,
+        stdout=log,  # None: ours
         stderr=log and subprocess.STDOUT,
         start_new_session=True,
     )
@@ -138,7 +134,9 @@ def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_P
     )
     with _exit_on_signals():
         try:
-            yield process
+            # Closed before the end of vLLM, which waits for its clients.
+            with ServerClient(command.base_url, environment.get("VLLM_API_KEY")) as client:
+                yield process, client
         finally:
             try:
                 process.terminate()
@@ -154,14 +152,11 @@ def _running(command: ServeCommand, log: IO[bytes] | None = None) -> Iterator[_P
 
 @contextmanager
 def _exit_on_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise SystemExit in the block; an ignored SIGHUP stays so (`nohup`).
-
-    The status is a shell's, 128 + n for signal n.
-    """
+    """Have SIGTERM and SIGHUP raise SystemExit in the block, an ignored SIGHUP (`nohup`) apart."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
     for signum, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(signum, lambda number, _frame: sys.exit(128 + number))
+            signal.signal(signum, lambda number, _frame: sys.exit(128 + number))  # as a shell's
     try:
         yield
     finally:
@@ -169,16 +164,12 @@ def _exit_on_signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _client_of(command: ServeCommand) -> ServerClient:
-    environment = {**os.environ, **command.env}
-    return ServerClient(command.base_url, environment.get("VLLM_API_KEY"))
-
-
 def _wait_ready(
     process: _Process,
     client: ServerClient,
     timeout_s: float,
-    on_poll: OnStart = lambda _elapsed_s: None,
+    report: Report = lambda *_: None,
+    name: str = "",
 ) -> bool:
     """Wait until the server is healthy and has returned one completion; False if it ended.
 
@@ -190,7 +181,7 @@ def _wait_ready(
         elapsed = time.monotonic() - started
         if elapsed > timeout_s:
             raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
-        on_poll(elapsed)
+        report(f"{name}: starting, {elapsed:.0f} s", 0, 0)
         with suppress(ServerUnreachable):  # it may have died just now
             if client.is_healthy() and client.complete((0, 1, 2, 3), max_tokens=4):
                 return True
@@ -224,11 +215,7 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
 
 
 def explain(log: Path) -> str:
-    """Return why the vLLM that wrote `log` stopped, on one line.
-
-    These are the first three exceptions of the last 256 KiB that are not second-hand, each one
-    once; without any, the last lines.
-    """
+    """Return why the vLLM that wrote `log` stopped: its first exceptions, else its last lines."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 256 * 1024))
         text = _ANSI.sub("", file.read().decode(errors="replace"))

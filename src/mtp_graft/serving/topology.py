@@ -20,7 +20,7 @@ class Hardware:
 
     gpu: str | None
     num_gpus: int = 0
-    memory_bytes: int = 0  # of one GPU; 0: not known
+    memory_bytes: int = 0  # of one GPU, or of the machine; 0: not known
     has_nvlink: bool = False  # between all GPUs of a machine
     num_nodes: int = 1
     unified_memory: bool = False
@@ -48,7 +48,7 @@ class Hardware:
         return f"{self.num_gpus}x {self.gpu}, {self.memory_bytes / 2**30:.1f} GiB{link}"
 
 
-CPU = Hardware(None)
+CPU = Hardware(None, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 _MIB = 2**20
 #: What options can name. The memory is what the driver reports; H100 and H200 are SXM. GB10 (DGX
 #: Spark): from users' reports.

@@ -21,10 +21,10 @@ from torch import Tensor
 from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head, int4_group_size, read_quantization
-from mtp_graft.dsv4 import variants
+from mtp_graft.dsv4.formats import modules_of, part_name
+from mtp_graft.dsv4.variants import store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
-from mtp_graft.serving.doctor.checkpoint import modules_of
 from mtp_graft.serving.doctor.schemes import mismatches
 from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
 
@@ -58,7 +58,7 @@ class SplicePlan:
     linears: Linears
     head: Tensors  # upstream's, or those of a head that is taken as it is
     experts: Tensors  # GPTQ's; none for other variants
-    store: Callable[..., dict[str, Tensor]]  # `variants.store_head` of upstream's and `experts`
+    store: Callable[..., dict[str, Tensor]]  # `store_head` of upstream's and `experts`
     layout: Mapping[str, Tensor]  # stored name -> meta tensor
     config: Mapping[str, Any]
     report: QuantizeReport | None  # of the quantize stage
@@ -136,7 +136,7 @@ def plan_splice(
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     experts, layout = Tensors({}, {}), head.meta
-    store = partial(variants.store_head, variant=variant, group_size=group_size, linears=linears)
+    store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     if published is None:
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
@@ -257,9 +257,10 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one module at a time."""
     with plan.head.opened() as head, plan.experts.opened() as experts:
-        for by_part in variants.group_by_module(head).values():
-            module = {name: head[name] for name in by_part.values()}
-            yield from plan.store(module, gptq_experts=experts).items()
+        for module, parts in modules_of(plan.head.meta).items():
+            names = [part_name(module, part) for part in parts]
+            stored = plan.store({name: head[name] for name in names}, gptq_experts=experts)
+            yield from stored.items()
 
 
 def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtp_graft.dsv4.names import NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import fp8_block
+from mtp_graft.quant import FP8_BLOCK, decode_fp8
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -44,10 +44,10 @@ def decode_compressors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
 
 
 def _decode(module: str, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    expected = [-(-size // fp8_block.BLOCK) for size in weight.shape]
+    expected = [-(-size // FP8_BLOCK) for size in weight.shape]
     if list(weight_scale.shape) != expected:
         raise GraftError(
             f"{module}: its scale is {list(weight_scale.shape)}, expected {expected}, one a block "
             f"of 128 x 128 of {list(weight.shape)}; only FP8 in such blocks is decoded"
         )
-    return fp8_block.decode(weight, weight_scale).to(torch.bfloat16)
+    return decode_fp8(weight, weight_scale).to(torch.bfloat16)

@@ -9,43 +9,43 @@ from pathlib import Path
 
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import read_dimensions
 from mtp_graft.serving.doctor import hardware, schemes, tensors
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint, read_dimensions
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.findings import SEVERITIES, Finding, finding
 from mtp_graft.serving.doctor.hardware import Target
 
 Check = Callable[[Checkpoint, Target], Iterable[Finding]]
 
 _OF_ALL: tuple[Check, ...] = (tensors.shards, tensors.index, hardware.vllm)
-_OF_W4A16_FP8: tuple[Check, ...] = (
-    *(tensors.dspark_drafter, tensors.names, tensors.contents, tensors.precision, tensors.config),
-    *(schemes.section, schemes.patterns, schemes.schemes),
-    *(hardware.ranks, hardware.memory, hardware.known_issues),
-)
+_OF_TENSORS = (tensors.names, tensors.contents, tensors.precision, tensors.config)
+_OF_SCHEMES = (schemes.section, schemes.patterns, schemes.schemes)
+_OF_HARDWARE = (hardware.ranks, hardware.memory, hardware.known_issues)
 
 
 def diagnose(folder: Path, target: Target) -> list[Finding]:
-    """Return every finding, errors first; raises GraftError for what is no folder.
+    """Return every finding, errors first; of a config or index that cannot be used, that alone.
 
-    Where config or index cannot be used, that is the only finding.
+    Raises GraftError for what is no folder.
     """
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     try:
-        file, expected = "config.json", "the configuration of a DeepSeek-V4, with all dimensions"
+        kind, file = "config-unusable", "config.json"
         read_dimensions(folder)
-        file, expected = INDEX_NAME, "the index of a sharded checkpoint"
+        kind, file = "index-unusable", INDEX_NAME
         read_weight_map(folder / file)
     except GraftError as error:
-        kind = "index-unusable" if file == INDEX_NAME else "config-unusable"
-        return [finding(kind, file, str(error).removeprefix(f"{folder / file}: "), expected)]
+        found = str(error).removeprefix(f"{folder / file}: ")
+        return [finding(kind, file, found, "that of a sharded DeepSeek-V4 checkpoint")]
     return examine(read_checkpoint(folder), target)
 
 
 def examine(checkpoint: Checkpoint, target: Target) -> list[Finding]:
     """Return every finding of a checkpoint that has been read, errors first."""
-    found, checks = [], (*_OF_W4A16_FP8, *_OF_ALL)
+    found, checks = [*target.findings], (*_OF_TENSORS, *_OF_SCHEMES, *_OF_HARDWARE, *_OF_ALL)
     if (maker := checkpoint.foreign_format) is not None:
-        found, checks = [finding("foreign-format", "config.json", maker, "W4A16-FP8")], _OF_ALL
+        found.append(finding("foreign-format", "config.json", maker, "W4A16-FP8"))
+        checks = _OF_ALL
     found += [each for check in checks for each in check(checkpoint, target)]
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))

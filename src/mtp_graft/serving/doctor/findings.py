@@ -1,16 +1,19 @@
 """What doctor says: a finding a problem. The texts are data, in findings.toml."""
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib.resources import files
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _NUM_LISTED = 3
+#: What is wrong with one tensor or module: id of the finding, name, what was found and expected.
+Defect = tuple[str, str, object, object]
 
 
 class Kind(BaseModel):
@@ -58,24 +61,36 @@ def finding(
 ) -> Finding:
     """Return a finding with the texts of its kind, unless severity or cure are others."""
     kind = KINDS[id_]
-    cure = cure or kind.cure
     return Finding(
-        *(id_, severity or kind.severity, where, str(found), str(expected), kind.why, cure),
+        id=id_,
+        severity=severity or kind.severity,
+        where=where,
+        found=str(found),
+        expected=str(expected),
+        why=kind.why,
+        cure=cure or kind.cure,
         evidence=kind.evidence,
-        fixable=cure.startswith("--fix"),
+        fixable=(cure or kind.cure).startswith("--fix"),
     )
 
 
-def findings(id_: str, wrong: Mapping[str, tuple[object, object]]) -> Iterable[Finding]:
-    """Return one finding for all of `wrong`, name -> (found, expected); none without any."""
-    if not wrong:
-        return ()
-    found, expected = next(iter(wrong.values()))
-    return (finding(id_, listed(wrong), f"{found} ({len(wrong)} in all)", expected),)
+def merged(check: Callable[..., Iterable[Defect]]) -> Callable[..., Iterator[Finding]]:
+    """Let a check yield defects; those of one id become one finding, as the first one says."""
+
+    @wraps(check)
+    def findings(*given: Any) -> Iterator[Finding]:
+        defects: dict[str, list[Defect]] = {}
+        for defect in check(*given):
+            defects.setdefault(defect[0], []).append(defect)
+        for id_, same in defects.items():
+            _, _, found, expected = same[0]
+            where = listed([name for _, name, _, _ in same])
+            yield finding(id_, where, f"{found} ({len(same)} in all)", expected)
+
+    return findings
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first few names and how many there are, as in `a, b, c and 5 more`."""
-    every = list(names)
-    more = f" and {len(every) - _NUM_LISTED} more" if len(every) > _NUM_LISTED else ""
-    return ", ".join(every[:_NUM_LISTED]) + more
+    more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
+    return ", ".join(names[:_NUM_LISTED]) + more

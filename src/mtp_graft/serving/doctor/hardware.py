@@ -13,25 +13,15 @@ from packaging.version import Version
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import mxfp4
+from mtp_graft.quant import MXFP4_GROUP
 from mtp_graft.serving import command, topology
 from mtp_graft.serving.command import PLUGIN_NAME, Platform
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding, Severity, finding
-from mtp_graft.serving.memory import (
-    RESERVE_BYTES,
-    UTILIZATION,
-    kv_cache_bytes,
-    largest_context,
-    weights_bytes,
-)
-from mtp_graft.serving.profiles import MAX_NUM_BATCHED_TOKENS
+from mtp_graft.serving.memory import UTILIZATION, measure_room
 from mtp_graft.serving.topology import CPU, Hardware
 
-_GIB = 2**30
 _PLUGINS = "VLLM_PLUGINS"
-#: Of steps being computed: with asynchronous scheduling there are two.
-TOKENS_IN_FLIGHT = 2 * MAX_NUM_BATCHED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -43,8 +33,7 @@ class Target:
     hardware: Hardware | None
     tp: int = 1
     max_model_len: int | None = None
-    no_plugin: tuple[str, str] | None = None  # where and why this vLLM does not load the plugin
-    unknown_because: str | None = None  # why `hardware` is None though there should be some
+    findings: tuple[Finding, ...] = ()  # of whatever the checkpoint is
 
 
 def find_target(
@@ -63,7 +52,7 @@ def find_target(
     vllm = here = command.installed_vllm()
     platform: Platform | None = here.platform if here else None
     hardware: Hardware | None = CPU
-    unknown: str | None = None
+    findings: list[Finding] = []
     if gpu is not None:
         hardware = topology.named_hardware(gpu, count or tp or 1)
         platform = hardware.platform
@@ -73,16 +62,14 @@ def find_target(
         try:
             hardware, platform = topology.find_gpus(), "cuda"
         except GraftError as error:
-            hardware, unknown = None, str(error) if platform else None
-    return Target(
-        vllm.version if vllm else None,
-        platform,
-        hardware,
-        tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0),
-        max_model_len,
-        _no_plugin() if vllm is not None and vllm is here else None,
-        unknown,
-    )
+            hardware, expected = None, "GPUs of one kind that NVIDIA's driver tells of"
+            if platform is not None:
+                findings.append(finding("gpus-unknown", "this machine", error, expected))
+    if vllm is not None and vllm is here:
+        findings += _plugin_findings()
+    ranks = tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0)
+    version = vllm.version if vllm else None
+    return Target(version, platform, hardware, ranks, max_model_len, tuple(findings))
 
 
 def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
@@ -92,20 +79,22 @@ def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
     return 1 << max(num_gpus.bit_length() - 1, 0)
 
 
-def _no_plugin() -> tuple[str, str] | None:
+def _plugin_findings() -> Iterator[Finding]:
+    """Find that the installed vLLM will not load the plugin."""
     group, allowed = "vllm.general_plugins", os.environ.get(_PLUGINS)
+    expected = f"{PLUGIN_NAME} among them"
     if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
-        return f"entry points of {group}", f"no {PLUGIN_NAME}"
-    if allowed is not None and PLUGIN_NAME not in allowed.split(","):
-        return _PLUGINS, repr(allowed)
-    return None
+        yield finding("plugin-missing", f"entry points of {group}", f"no {PLUGIN_NAME}", expected)
+    elif allowed is not None and PLUGIN_NAME not in allowed.split(","):
+        # `serve` sets it.
+        yield finding("plugin-missing", _PLUGINS, repr(allowed), expected, "warning")
 
 
 # Checks
 
 
 def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
-    """Find a vLLM that is missing, unsupported or untried, or that will not load the plugin."""
+    """Find a vLLM that is missing, unsupported or untried."""
     if target.vllm is None:
         yield finding("vllm-unknown", "this Python environment", "no vLLM", f"vllm{SUPPORTED_VLLM}")
     elif not command.is_supported(target.vllm):
@@ -115,24 +104,17 @@ def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         if target.vllm.release[:2] > tried.release[:2]:  # patches do not count
             expected = f"{tried}, the newest that was tried"
             yield finding("vllm-untried", "vLLM", target.vllm, expected)
-    if target.no_plugin is not None:
-        where, found = target.no_plugin
-        severity: Severity = "error" if where != _PLUGINS else "warning"  # `serve` sets it
-        yield finding("plugin-missing", where, found, f"{PLUGIN_NAME} among them", severity)
 
 
 def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
-    """Find GPUs that are unknown or too few, and what the ranks cannot share evenly."""
+    """Find GPUs that are too few, and what the ranks cannot share evenly."""
     hardware, tp = target.hardware, target.tp
-    if target.unknown_because is not None:
-        expected = "GPUs of one kind that NVIDIA's driver tells of"
-        yield finding("gpus-unknown", "this machine", target.unknown_because, expected)
     if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
         found = f"{tp} ranks on {hardware.num_gpus} GPUs"
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
     formats = set(checkpoint.formats.values())
     int4 = checkpoint.group_size if "int4" in formats else 1
-    group = max(int4, mxfp4.GROUP if "mxfp4" in formats else 1)
+    group = max(int4, MXFP4_GROUP if "mxfp4" in formats else 1)
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     for key, unit in units.items():
         if (number := checkpoint.config[key]) % (tp * unit):
@@ -150,28 +132,18 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("context-positions", "--max-model-len", f"{asked} tokens", expected)
     if hardware is None or checkpoint.unreadable:
         return
-    if hardware.gpu is None:
-        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        weights = weights_bytes(checkpoint.tensors, 1, decoded=True)
-        if weights >= memory_bytes:
-            found, expected = (f"{size / _GIB:.1f} GiB" for size in (weights, memory_bytes))
-            yield finding("memory-weights", "this machine", f"{found} of weights", f"< {expected}")
-        return
-    share = min(UTILIZATION, hardware.most_utilization)
-    weights = weights_bytes(checkpoint.tensors, target.tp)
-    left = int(share * hardware.memory_bytes) - weights - RESERVE_BYTES
-    where = f"{share:.0%} of each of {hardware}"
-    found = f"{weights / _GIB:.1f} GiB of weights on each of {target.tp} ranks"
-    if left <= 0:
+    share = None if hardware.gpu is None else min(UTILIZATION, hardware.most_utilization)
+    where = "this machine" if share is None else f"{share:.0%} of each of {hardware}"
+    room = measure_room(checkpoint.tensors, config, hardware, target.tp)
+    if room.cache(share) <= 0:
+        found = f"{room.weights / 2**30:.1f} GiB of weights on each of {target.tp} ranks"
         yield finding("memory-weights", where, found, "room for the KV cache too")
-    elif len(checkpoint.ratios) >= checkpoint.num_layers:
-        most = largest_context(config, left, TOKENS_IN_FLIGHT)
-        wanted = min(asked or positions, positions)
-        needed = kv_cache_bytes(config, wanted, TOKENS_IN_FLIGHT)
-        found += f"; {wanted} tokens take {needed / _GIB:.1f} of {left / _GIB:.1f} GiB left"
+    elif share is not None and len(checkpoint.ratios) >= checkpoint.num_layers:
+        most, wanted = room.largest_context(share), min(asked or positions, positions)
         kind = "memory" if most >= wanted else "memory-context"
         severity: Severity | None = "warning" if most < wanted and asked is None else None
-        yield finding(kind, where, found, f"at most --max-model-len {most}", severity)
+        found, expected = room.estimate(wanted, share), f"at most --max-model-len {most}"
+        yield finding(kind, where, found, expected, severity)
 
 
 # Known issues

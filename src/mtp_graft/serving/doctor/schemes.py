@@ -5,13 +5,11 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
-from mtp_graft.dsv4.names import NEVER_QUANTIZED
-from mtp_graft.dsv4.variants import is_expert
+from mtp_graft.dsv4.formats import Parts, format_of, weight_of
+from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, stored_format, weight_of
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
 from mtp_graft.serving.doctor.hardware import Target
 
@@ -20,6 +18,8 @@ _EXPERT_NAMES = {
     "cuda": {"w1": "w1", "w2": "w2", "w3": "w3"},
     "cpu": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
 }
+#: Matrices that are never quantized, by their name in a layer.
+_PLAIN = ("ffn.gate", "head", "emb.tok_emb")
 #: The head in a pattern, under the name that vLLM never asks for.
 _MTP = re.compile(r"^(re:\^?(?:\.\*)?)?(?:model\\?\.)?mtp(?:\\?\.0)?\\?\.")
 _WHERE = "config.json: quantization_config"
@@ -44,20 +44,14 @@ def section(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
 
 def patterns(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find patterns written for `mtp.0`, a name that vLLM never asks for."""
-    if isinstance(checkpoint.quantization, QuantizationConfig):
-        for place, holder in _pattern_lists(checkpoint.config["quantization_config"]):
-            for pattern in holder[place.rpartition(".")[2]] or []:
-                right = _for_vllm(pattern, checkpoint.num_layers)
-                if right != pattern:
-                    yield finding("pattern-names-mtp", f"{_WHERE}.{place}", pattern, right)
-
-
-def _pattern_lists(section: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the path of each list of patterns and the object that holds it."""
-    if "ignore" in section:
-        yield "ignore", section
-    for key, group in section["config_groups"].items():
-        yield f"config_groups.{key}.targets", group
+    if isinstance(quantization := checkpoint.quantization, GraftError):
+        return
+    lists = {f"config_groups.{k}.targets": g.targets for k, g in quantization.config_groups.items()}
+    for place, listed_there in {"ignore": quantization.ignore, **lists}.items():
+        for pattern in listed_there:
+            right = _for_vllm(pattern, checkpoint.num_layers)
+            if right != pattern:
+                yield finding("pattern-names-mtp", f"{_WHERE}.{place}", pattern, right)
 
 
 def _for_vllm(pattern: str, num_layers: int) -> str:
@@ -72,7 +66,7 @@ def _for_vllm(pattern: str, num_layers: int) -> str:
 def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find modules that are stored in another format than their scheme loads."""
     wrong: dict[tuple[str, str, str], list[str]] = {}
-    unnamed: dict[str, set[int]] = {}
+    unnamed: dict[str, set[str]] = {}
     try:
         for each in _mismatches(checkpoint):
             if each.elsewhere is not None:
@@ -99,31 +93,51 @@ class Mismatch(NamedTuple):
     """A module whose scheme is not that of its tensors."""
 
     name: str  # vLLM's
-    layer: int
     platform: str  # whose builds of vLLM ask by this name
     stored: str
     loads: str
     by: str  # what in the section does it, as a path; "" for nothing that matches
     elsewhere: str | None  # the group that other platforms find under their names of the module
 
+    @property
+    def layer(self) -> str:
+        """Return the number of its layer."""
+        return self.name.split(".")[2]
+
 
 def mismatches(
-    quantization: QuantizationConfig, modules: Mapping[str, Mapping[str, Tensor]], num_layers: int
+    quantization: QuantizationConfig, modules: Mapping[str, Parts], num_layers: int
 ) -> Iterator[Mismatch]:
     """Yield modules that would load in another format; GraftError for one ignored in part."""
     for module, parts in modules.items():
-        stored = stored_format(parts)
-        for layer, asked in _asked(module, parts, num_layers):
-            groups = {p: quantization.group_of(name) for p, name in asked.items()}
-            loads = {p: quantization.kind_of(key) for p, key in groups.items()}
-            wrong = [p for p in asked if loads[p] != stored]
-            for p in wrong:
-                by = f".config_groups.{groups[p]}" if groups[p] else ""
-                if ignored := quantization.ignored_by(asked[p]):
-                    by = f".ignore: {ignored}"
-                named = next(filter(None, groups.values()), None)
-                elsewhere = named if len(wrong) == 1 and not by else None
-                yield Mismatch(asked[p], layer, p, str(stored), loads[p], by, elsewhere)
+        stored, asked = format_of(parts), _vllm_names(module, parts, num_layers)
+        groups = {platform: quantization.group_of(name) for platform, name in asked.items()}
+        loads = {platform: quantization.kind_of(key) for platform, key in groups.items()}
+        wrong = [platform for platform in asked if loads[platform] != stored]
+        for p in wrong:
+            by = f".config_groups.{groups[p]}" if groups[p] else ""
+            if ignored := quantization.ignored_by(asked[p]):
+                by = f".ignore: {ignored}"
+            named = next(filter(None, groups.values()), None)
+            elsewhere = named if len(wrong) == 1 and not by else None
+            yield Mismatch(asked[p], p, str(stored), loads[p], by, elsewhere)
+
+
+def _vllm_names(module: str, parts: Parts, num_layers: int) -> dict[str, str]:
+    """Return platform -> vLLM's name for a module that could be quantized; of experts the first."""
+    name = re.sub(r"^mtp\.0\.", f"layers.{num_layers}.", module)
+    weight = weight_of(parts)
+    is_matrix = "" not in parts and weight is not None and weight.dim() == 2
+    if format_of(parts) is None or not is_matrix or not name.startswith("layers."):
+        return {}
+    if NEVER_QUANTIZED.search(name) or name.split(".", 2)[2] in _PLAIN:
+        return {}
+    if not EXPERT.match(module):
+        return {"any": f"model.{name}"}
+    experts, _, matrix = name.rpartition(".")
+    if not experts.endswith(".ffn.experts.0"):
+        return {}
+    return {p: f"model.{experts}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
 
 
 def _mismatches(checkpoint: Checkpoint) -> Iterator[Mismatch]:
@@ -134,34 +148,12 @@ def _mismatches(checkpoint: Checkpoint) -> Iterator[Mismatch]:
 
 
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the section with lists where it may have null, and the head's layer for `mtp.0`."""
+    """Return the section with a list where it may have null, and the head's layer for `mtp.0`."""
     section: dict[str, Any] = deepcopy(checkpoint.config["quantization_config"])
-    for place, holder in _pattern_lists(section):
-        key = place.rpartition(".")[2]
-        holder[key] = [_for_vllm(pattern, checkpoint.num_layers) for pattern in holder[key] or []]
+    groups = [(group, "targets") for group in section["config_groups"].values()]
+    for holder, key in [(section, "ignore"), *groups]:
+        holder[key] = [_for_vllm(each, checkpoint.num_layers) for each in holder.get(key) or []]
     return section
-
-
-def _asked(
-    module: str, parts: Mapping[str, Tensor], num_layers: int
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield a linear's layer, and platform -> vLLM's name for it; of experts only the first."""
-    layer, _, name = module.removeprefix("layers.").partition(".")
-    if module.startswith("mtp.0."):
-        layer, name = str(num_layers), module.removeprefix("mtp.0.")
-    weight = weight_of(parts)
-    is_linear = "" not in parts and weight is not None and weight.dim() == 2
-    if stored_format(parts) is None or not is_linear or not layer.isdigit():
-        return
-    if NEVER_QUANTIZED.search(module) or name in ("ffn.gate", "head", "emb.tok_emb"):
-        return
-    prefix = f"model.layers.{layer}."
-    if not is_expert(module):
-        yield int(layer), {"any": prefix + name}
-    elif name.startswith("ffn.experts.0."):
-        experts, _, matrix = name.rpartition(".")
-        asked = {p: f"{prefix}{experts}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
-        yield int(layer), asked
 
 
 def corrected(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import INDEX_NAME
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes, stored_as
+from mtp_graft.dsv4.formats import part_name, stored_as, weight_of
+from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, weight_of
-from mtp_graft.serving.doctor.findings import Finding, finding, findings, listed
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
+from mtp_graft.serving.doctor.findings import Defect, Finding, finding, merged
 from mtp_graft.serving.doctor.hardware import Target
 
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
@@ -25,10 +26,6 @@ _ALSO_READ = {
     torch.uint8: (torch.float8_e8m0fnu,),
     torch.int32: (torch.int64,),
 }
-Wrong = dict[str, tuple[object, object]]  # name -> found, expected
-
-
-# Files
 
 
 def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
@@ -38,21 +35,20 @@ def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
         yield finding("shard-unreadable" if there else "shard-missing", shard, reason, "a shard")
 
 
-def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+@merged
+def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find differences between the index and what the shards hold."""
-    for shard, held in checkpoint.shards.items():
-        if lost := [n for n, s in checkpoint.index.items() if s == shard and n not in held]:
-            where, found = f"{INDEX_NAME}: {listed(lost)}", f"{len(lost)} that {shard} has not"
-            yield finding("index-entry-without-tensor", where, found, f"all of them in {shard}")
-        if unlisted := [name for name in held if name not in checkpoint.index]:
-            where, found = f"{shard}: {listed(unlisted)}", f"{len(unlisted)} not in {INDEX_NAME}"
-            yield finding("tensor-without-index-entry", where, found, "an entry for every tensor")
-    times = Counter(checkpoint.read_as[n] for held in checkpoint.shards.values() for n in held)
-    if twice := sorted(name for name, count in times.items() if count > 1):
-        yield finding("tensor-twice", listed(twice), f"{len(twice)} more than once", "each once")
-
-
-# config.json
+    for name, shard in checkpoint.index.items():
+        if name not in checkpoint.shards.get(shard, {name}):
+            yield "index-entry-without-tensor", name, f"not in {shard}", f"as in {INDEX_NAME}"
+    held = [(name, shard) for shard, found in checkpoint.shards.items() for name in found]
+    for name, shard in held:
+        if name not in checkpoint.index:
+            found = f"in {shard}, not in {INDEX_NAME}"
+            yield "tensor-without-index-entry", name, found, "an entry for every tensor"
+    for name, count in Counter(checkpoint.read_as[name] for name, _ in held).items():
+        if count > 1:
+            yield "tensor-twice", name, f"{count} times", "once"
 
 
 def config(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
@@ -60,44 +56,34 @@ def config(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
-        found = f"{len(ratios)} entries" if ratios else repr(checkpoint.config.get(where[13:]))
+        found = f"{len(ratios)} entries" if ratios else checkpoint.config.get("compress_ratios")
         expected, cure = f"one for each of {layers} layers", "take config.json from the base"
         yield finding("compress-ratios", where, found, expected, "error", cure)
-    if not checkpoint.has_head:
-        yield finding("head-absent", "mtp.*", "no tensor", "a base without its head serves")
-        return
-    if ratios[layers:] != [0] and len(ratios) >= layers:
+    elif checkpoint.has_head and ratios[layers:] != [0]:
         found = f"{len(ratios)} entries, {ratios[-1]} the last"
         expected = f"{layers + 1} entries, the head's last and 0"
         yield finding("compress-ratios", where, found, expected)
     number = checkpoint.config.get("num_nextn_predict_layers")
-    if number != 1:
+    if not checkpoint.has_head:
+        yield finding("head-absent", "mtp.*", "no tensor", "a base without its head serves")
+    elif number != 1:
         where = "config.json: num_nextn_predict_layers"
         yield finding("nextn-count", where, number, 1, "warning" if number is None else "error")
 
 
-# Tensors
-
-
-def dspark_drafter(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
-    """Find the blocks of newer upstream checkpoints' drafter."""
-    blocks = sorted({n.split(".")[1] for n in checkpoint.tensors if _OTHER_BLOCK.match(n)})
-    if blocks:
-        where, found = "mtp." + ", mtp.".join(blocks), f"{len(blocks)} blocks besides mtp.0"
-        yield finding("dspark-drafter", where, found, "mtp.0 alone, as in the first release")
-
-
-def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
-    """Find tensors under another spelling of their name."""
-    wrong: dict[str, Wrong] = {"scale-name": {}, "tensor-name": {}}
+@merged
+def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
+    """Find tensors under another spelling of their name, and a drafter's of newer upstreams."""
     for old, new in checkpoint.misnamed.items():
         is_scale = old.rpartition(".")[0] == new.rpartition(".")[0]
-        wrong["scale-name" if is_scale else "tensor-name"][old] = old, f"{new}, the others alike"
-    for kind, tensors in wrong.items():
-        yield from findings(kind, tensors)
+        kind = "scale-name" if is_scale else "tensor-name"
+        yield kind, old, old, f"{new}, the others alike"
+    for name in filter(_OTHER_BLOCK.match, checkpoint.tensors):
+        yield "dspark-drafter", name, "in a further block", "mtp.0 alone"
 
 
-def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+@merged
+def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     """Compare the tensors with those that the config asks for, in the formats they are in."""
     asked, known = _asked(checkpoint)
     tensors = {n: t for n, t in checkpoint.tensors.items() if not _OTHER_BLOCK.match(n)}
@@ -105,38 +91,31 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         known |= _HEAD_COPIES
     if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
         known |= {name for name in tensors if _COMPRESSION.search(name)}
-    missing = sorted(asked.keys() - tensors.keys() - checkpoint.unseen)
-    strange = sorted(tensors.keys() - asked.keys() - known)
-    for place in ("base", "head") if checkpoint.has_head else ("base",):
-        if lost := [name for name in missing if _place(name) == place]:
-            found = f"{len(lost)} tensors are in no shard"
-            yield finding(f"{place}-tensor-missing", listed(lost), found, "what config.json asks")
-        if more := [name for name in strange if _place(name) == place]:
-            found = f"{len(more)} tensors that no module of the {place} has"
-            yield finding(f"{place}-tensor-unknown", listed(more), found, "none")
-    wrong: dict[str, Wrong] = {"tensor-shape": {}, "tensor-dtype": {}, "scale-shape": {}}
+    for name in sorted(asked.keys() - tensors.keys() - checkpoint.unseen):
+        yield f"{_place(name)}-tensor-missing", name, "in no shard", "as config.json asks"
+    for name in sorted(tensors.keys() - asked.keys() - known):
+        yield f"{_place(name)}-tensor-unknown", name, "of no module", "none"
     for name in sorted(asked.keys() & tensors.keys()):
         tensor, like = tensors[name], asked[name]
         if tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
-            wrong["tensor-dtype"][name] = tensor.dtype, like.dtype
+            yield "tensor-dtype", name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
             kind = "scale-shape" if name.endswith("weight_scale") else "tensor-shape"
-            wrong[kind][name] = list(tensor.shape), f"{list(like.shape)} by config.json"
-    for kind, differing in wrong.items():
-        yield from findings(kind, differing)
+            yield kind, name, list(tensor.shape), f"{list(like.shape)} by config.json"
 
 
 def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
     """Return meta tensors that the config asks for, and names that have findings of their own."""
     asked, known = dict[str, Tensor](), set[str]()
-    shapes = head_shapes(checkpoint.config) | base_shapes(checkpoint.config)
+    shapes = base_shapes(checkpoint.config)
+    shapes |= head_shapes(checkpoint.config) if checkpoint.has_head else {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         parts, stored = checkpoint.modules.get(module, {}), checkpoint.formats.get(module)
         as_usual = "int4" if EXPERT.match(name) else "plain"
         asked |= stored_as(name, shape, stored or as_usual, checkpoint.group_size)
         if NEVER_QUANTIZED.search(name) or (stored is None and weight_of(parts) is not None):
-            known |= {f"{module}.{part}" if part else module for part in parts}
+            known |= {part_name(module, part) for part in parts}
     return asked, known
 
 
@@ -144,19 +123,14 @@ def _place(name: str) -> str:
     return "head" if name.startswith("mtp.") else "base"
 
 
-def precision(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+@merged
+def precision(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find parameters that were rounded or quantized although they should not be."""
-    rounded: Wrong = {
-        name: (tensor.dtype, torch.float32)
-        for name, tensor in checkpoint.tensors.items()
-        if FLOAT32.search(name) and tensor.dtype in (torch.bfloat16, torch.float16)
-    }
-    yield from findings("float32-rounded", rounded)
-    quantized: dict[str, Wrong] = {"compressor-fp8": {}, "compressor-quantized": {}}
-    for module, parts in checkpoint.modules.items():
-        stored = checkpoint.formats[module]
-        if NEVER_QUANTIZED.search(module) and (stored != "plain" or "weight_scale" in parts):
+    for name, tensor in checkpoint.tensors.items():
+        if FLOAT32.search(name) and tensor.dtype in (torch.bfloat16, torch.float16):
+            yield "float32-rounded", name, tensor.dtype, torch.float32
+    for module, stored in checkpoint.formats.items():
+        is_plain = stored == "plain" and "weight_scale" not in checkpoint.modules[module]
+        if NEVER_QUANTIZED.search(module) and not is_plain:
             kind = "compressor-fp8" if stored == "fp8" else "compressor-quantized"
-            quantized[kind][module] = stored, "BF16"
-    for kind, wrong in quantized.items():
-        yield from findings(kind, wrong)
+            yield kind, module, stored, "BF16"

@@ -26,7 +26,7 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import fp8_block, mxfp4
+from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8
 from mtp_graft.vllm_plugin.cpu.experts import StoredExperts
 from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
 
@@ -40,7 +40,7 @@ class DequantizeOnLoad(CompressedTensorsConfig):
             weights = self._weight_scheme(layer, prefix)
             if weights is None:
                 return OrderFreeLinear()
-            if weights.block_structure == [fp8_block.BLOCK, fp8_block.BLOCK]:
+            if weights.block_structure == [FP8_BLOCK, FP8_BLOCK]:
                 return FP8BlockLinear()
             raise _unsupported(prefix, weights)
         if isinstance(layer, RoutedExperts):
@@ -61,7 +61,7 @@ class DequantizeOnLoad(CompressedTensorsConfig):
         if weights.type == QuantizationType.INT and weights.num_bits == 4 and weights.symmetric:
             return StoredExperts(layer.moe_config, "int4", weights.group_size)
         if self._is_mxfp4(weights):
-            return StoredExperts(layer.moe_config, "mxfp4", mxfp4.GROUP)
+            return StoredExperts(layer.moe_config, "mxfp4", MXFP4_GROUP)
         raise _unsupported(prefix, weights)
 
     def _weight_scheme(self, layer: nn.Module, name: str) -> QuantizationArgs | None:
@@ -104,7 +104,7 @@ class FP8BlockLinear(OrderFreeLinear):
         **attributes: Any,
     ) -> None:
         """Register `weight` (FP8 [O, I]) and `weight_scale` ([O/128, I/128]) for loading."""
-        block = [fp8_block.BLOCK, fp8_block.BLOCK]
+        block = [FP8_BLOCK, FP8_BLOCK]
         # vLLM's merged-column loader reads the block size from the layer.
         layer.weight_block_size = block
         layer.orig_dtype = params_dtype
@@ -126,7 +126,7 @@ class FP8BlockLinear(OrderFreeLinear):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the stored pair by one weight in the model's dtype."""
-        weight = fp8_block.decode(layer.weight.data, layer.weight_scale.data)
+        weight = decode_fp8(layer.weight.data, layer.weight_scale.data)
         del layer.weight_scale
         layer.weight = nn.Parameter(weight.to(layer.orig_dtype), requires_grad=False)
         super().process_weights_after_loading(layer)

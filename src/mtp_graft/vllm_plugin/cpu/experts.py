@@ -6,7 +6,7 @@ activation passes the limit of 10, so the experts are computed here, with the cl
 Shapes: E experts, M intermediate size (of this rank), D hidden size, T tokens, K experts a token.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -18,9 +18,8 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
-from mtp_graft.dsv4.head_shapes import Format, stored_as
+from mtp_graft.dsv4.formats import Format, decode, stored_as
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import int4, mxfp4
 from mtp_graft.vllm_plugin.cpu.order_free import add_over_ranks
 from mtp_graft.vllm_plugin.cpu.steps import request_bounds
 
@@ -172,17 +171,7 @@ class StoredExperts(UnquantizedFusedMoEMethod):
             stored = {n: p.data for n, p in layer.named_parameters() if n.startswith(matrix)}
             for name in stored:
                 delattr(layer, name)
-            weight = _decode({n.removeprefix(matrix): t for n, t in stored.items()}, self.kind)
+            parts = {name.replace(matrix, "weight"): tensor for name, tensor in stored.items()}
+            weight = decode(self.kind, parts)  # of all experts, [E, O, I]
             layer.register_parameter(matrix, nn.Parameter(weight, requires_grad=False))
         super().process_weights_after_loading(layer)
-
-
-def _decode(parts: Mapping[str, Tensor], kind: Format) -> Tensor:
-    """Return float32 [E, O, I] of what is stored of all experts' matrices."""
-    match kind:
-        case "int4":
-            return int4.decode(int4.unpack(parts["_packed"]), parts["_scale"])
-        case "mxfp4":
-            return mxfp4.decode(parts["_packed"], parts["_scale"].view(torch.float8_e8m0fnu))
-        case _:
-            return parts[""].float()

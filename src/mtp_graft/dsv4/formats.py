@@ -1,0 +1,103 @@
+"""How a checkpoint stores a tensor: plain, or a matrix as FP8, MXFP4 or INT4.
+
+A module's tensors are its *parts*, `weight_packed` and `weight_scale` say; a parameter that is no
+module's is the part "". Meta tensors pass through everything here.
+
+Shapes: O outputs, I inputs.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mtp_graft.dsv4.names import storage_dtype
+from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, decode_mxfp4, int4
+
+Format = Literal["plain", "fp8", "mxfp4", "int4"]
+Parts = Mapping[str, Tensor]
+_PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape")  # upstream's too
+
+
+def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return module -> part -> tensor, modules in the order of their first name.
+
+    `mtp.0.norm.weight` is part `weight` of `mtp.0.norm`; `mtp.0.hc_attn_fn` is its own part "".
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part not in _PARTS:
+            module, part = name, ""
+        modules.setdefault(module, {})[part] = tensor
+    return modules
+
+
+def part_name(module: str, part: str) -> str:
+    """Return the full name of a module's part."""
+    return f"{module}.{part}" if part else module
+
+
+def weight_of(parts: Parts) -> Tensor | None:
+    """Return a module's weight, packed or not, or the parameter."""
+    found = (parts.get(part) for part in ("weight_packed", "weight", ""))
+    return next((tensor for tensor in found if tensor is not None), None)
+
+
+def format_of(parts: Parts) -> Format | None:
+    """Return the format by the weight's dtype, whatever else is there; None if it is of no such."""
+    if (weight := weight_of(parts)) is None:
+        return None
+    if "weight_packed" in parts:
+        packed: dict[torch.dtype, Format] = {torch.int32: "int4", torch.uint8: "mxfp4"}
+        return packed.get(weight.dtype)
+    if weight.dtype == torch.float8_e4m3fn:
+        return "fp8"
+    return "plain" if weight.element_size() > 1 else None
+
+
+def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> dict[str, Tensor]:
+    """Return the meta tensors in which a checkpoint stores a decoded tensor of this name.
+
+    `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (INT4), 32 inputs
+    (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
+    """
+    parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"": (storage_dtype(name), shape)}
+    if kind != "plain" and len(shape) == 2:
+        outputs, inputs = shape
+        parts = {
+            "_packed": (torch.int32, (outputs, inputs // int4.CODES_PER_WORD)),
+            "_scale": (torch.bfloat16, (outputs, inputs // group_size)),
+            "_shape": (torch.int64, (2,)),
+        }
+        if kind == "mxfp4":
+            codes, scale = (outputs, inputs // 2), (outputs, inputs // MXFP4_GROUP)
+            parts = {"_packed": (torch.uint8, codes), "_scale": (torch.uint8, scale)}
+        if kind == "fp8":
+            blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
+            parts = {"": (torch.float8_e4m3fn, shape), "_scale": (torch.bfloat16, blocks)}
+    return {
+        f"{name}{part}": torch.empty(size, dtype=dtype, device="meta")
+        for part, (dtype, size) in parts.items()
+    }
+
+
+def decode(kind: Format, parts: Parts) -> Tensor:
+    """Return the float32 values of a module's parts, which are those of `stored_as`."""
+    match kind:
+        case "plain":
+            (tensor,) = parts.values()
+            return tensor.float()
+        case "int4":
+            return int4.decode(int4.unpack(parts["weight_packed"]), parts["weight_scale"])
+        case "mxfp4":
+            return decode_mxfp4(parts["weight_packed"], parts["weight_scale"])
+        case "fp8":
+            return decode_fp8(parts["weight"], parts["weight_scale"])
+
+
+def int4_parts(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Return INT4 codes [O, I] and scales [O, I/group] as a checkpoint has them."""
+    shape = torch.tensor(codes.shape, dtype=torch.int64)
+    return {"weight_packed": int4.pack(codes), "weight_scale": scale, "weight_shape": shape}
