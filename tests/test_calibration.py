@@ -92,7 +92,7 @@ def test_a_split_of_a_hubs_data_set_is_read_as_far_as_needed(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert [p.id for p in load_calibration(HUB, 2)] == ["r0", "r1"]
     assert len(fetched) == 1
-    with pytest.raises(GraftError, match=r"ultrachat_200k: not available \(no route to host\)"):
+    with pytest.raises(GraftError, match=r"ultrachat_200k: cannot be .* \(no route to host\)"):
         load_calibration(HUB, 1)
     fetched.clear()
     assert [p.id for p in islice(iterate_prompts(HUB), 1, None)] == ["r1", "r2"]

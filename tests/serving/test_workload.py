@@ -28,11 +28,11 @@ def test_there_are_three_requests_of_each_category_and_retrieval_has_documents()
 
 
 def test_every_request_is_timed_and_summed_up_by_category(
-    fake: Callable[..., None], grafted: Path
+    fake: Callable[..., None], grafted: Path, tmp_path: Path
 ) -> None:
     fake()
     with serving(grafted) as client:
-        result = measure_workload(lambda: client, THREE, quiet)
+        result = measure_workload(lambda: client, THREE, quiet, tmp_path / "run")
     assert [task["id"] for task in result["tasks"]] == [request.id for request in THREE]
     # 24 tokens: one from prefill, then 2, 1, 2, 1, ...: 15 steps, 8 of which accept.
     for said, task in zip(SAID, result["tasks"], strict=True):
