@@ -107,10 +107,8 @@ def _license(checkpoint: Path) -> dict[str, str]:
     """Return the licence that the base's README states; it is `unknown` where it states none."""
     readme = checkpoint / "README.md"
     stated = (readme.is_file() and metadata_load(readme)) or {}
-    if "license" not in stated:
-        return {"license": "unknown"}
     keys = ("license", "license_name", "license_link")
-    return {key: str(stated[key]) for key in keys if key in stated}
+    return {"license": "unknown"} | {key: str(stated[key]) for key in keys if key in stated}
 
 
 def _formats(config: Json, head: Json) -> dict[str, str]:

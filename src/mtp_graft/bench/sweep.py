@@ -30,7 +30,7 @@ def measure_sweep(
     concurrencies: Sequence[int],
     config: DecodeConfig,
     report: Report,
-    folder: Path | None = None,
+    folder: Path,
 ) -> dict[str, Any]:
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
@@ -39,16 +39,14 @@ def measure_sweep(
     failed.
     """
     find_vllm()
-    points = []
     for k in sorted(ks):
         with ExitStack() as stack:
             connect = cache(partial(stack.enter_context, serve(k)))
             for done, concurrency in enumerate(sorted(concurrencies)):
                 report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
                 measure = partial(_point, connect, prompts, config, k, concurrency)
-                points.append(measured(folder, f"k{k}-concurrency{concurrency}", measure))
-    if folder is not None:
-        points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
+                measured(folder, f"k{k}-concurrency{concurrency}", measure)
+    points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
     return {"points": sorted(points, key=lambda point: (point["k"], point["concurrency"]))}
 
 
