@@ -217,7 +217,7 @@ def fit_bias(config: dict[str, Any], stored: dict[str, Tensor], activations: Act
     )
     embed = torch.randn(2048, config["hidden_size"], device=wanted.device)
     sample = [activations.residual(2048) for _ in range(8)]
-    x = torch.cat([replay_routing(head, residual, embed).x for residual in sample])
+    x = torch.cat([replay_routing(head, residual, embed)[0] for residual in sample])
     gate = decode_head(stored)[f"{names.HEAD_PREFIX}ffn.gate.weight"].to(x)
     scores = torch.nn.functional.softplus(x @ gate.T).sqrt()
     bias = torch.zeros(experts, device=x.device)

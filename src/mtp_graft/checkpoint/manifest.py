@@ -113,11 +113,10 @@ def _git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
-    try:
+    with suppress(FileNotFoundError):  # a checkout on a machine without git
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None  # a checkout on a machine without git
-    return result.stdout.strip() or None
+        return result.stdout.strip() or None
+    return None
 
 
 def package_versions() -> dict[str, str]:

@@ -94,10 +94,12 @@ def manifest(
     """Return the manifest of a head; `config` is the new checkpoint's config.json."""
     expert = f"model.layers.{config['num_hidden_layers']}.ffn.experts.0.w1"
     scheme = scheme_of(config["quantization_config"], expert)
-    calibrated = report if variant == "gptq" else None
+    calibration = None
+    if variant == "gptq" and report is not None:
+        calibration = {k: v for k, v in report.items() if k not in ("variants", "rel_errors")}
     return {
         "variant": variant,
-        "is_final_quality_preserving": calibrated is not None or variant in ("mxfp4", "bf16"),
+        "is_final_quality_preserving": calibration is not None or variant in ("mxfp4", "bf16"),
         "method": _METHODS[variant],
         "routed_experts": {
             "count": config["n_routed_experts"],
@@ -112,15 +114,10 @@ def manifest(
         },
         "tensors": num_tensors,
         "bytes": num_bytes,
-        "calibration": None if calibrated is None else _calibration(calibrated),
+        "calibration": calibration,
         "rel_error": None if report is None else _rel_error(variant, report),
         "provenance": provenance,
     }
-
-
-def _calibration(report: QuantizeReport) -> dict[str, Any]:
-    of_variants = ("variants", "rel_errors")
-    return {key: value for key, value in report.items() if key not in of_variants}
 
 
 def _rel_error(variant: Variant, report: QuantizeReport) -> dict[str, Any] | None:

@@ -60,16 +60,14 @@ def add_head(
     """
     layer = rf"re:.*layers\.{head_layer}\."
     projections, ffn = rf"{layer}(e_proj|h_proj)$", rf"{layer}(mtp_block\.)?ffn\."
-    groups, ignore = dict(config["config_groups"]), list(config.get("ignore") or [])
-    match linears:
-        case "fp8":
-            fp8 = [projections, rf"{ffn}shared_experts\.{EXPERT_MATRIX}$"]
-        case "base":
-            fp8 = [projections]
-            ignore += [rf"{ffn}shared_experts\..*"]
-        case "bf16":
-            fp8 = []
-            ignore += [projections, rf"{ffn}shared_experts\..*"]
+    shared = rf"{ffn}shared_experts\."
+    patterns: dict[Linears, tuple[list[str], list[str]]] = {
+        "fp8": ([projections, rf"{shared}{EXPERT_MATRIX}$"], []),
+        "base": ([projections], [rf"{shared}.*"]),
+        "bf16": ([], [projections, rf"{shared}.*"]),
+    }
+    fp8, plain = patterns[linears]
+    groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or []), *plain]
     if fp8:
         groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
     if variant == "mxfp4":  # the first match wins, so before the base's groups

@@ -92,10 +92,6 @@ class Shard:
     def __exit__(self, *_error: object) -> None:
         self._file.close()
 
-    def get_tensor(self, name: str) -> Tensor:
-        """Read one tensor."""
-        return self.read([name])[name]
-
     def read(
         self, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
     ) -> dict[str, Tensor]:
@@ -209,11 +205,12 @@ def save_shard(tensors: Mapping[str, Tensor], path: Path, *, sync: bool = True) 
     stream_shard(tensors, tensors.items(), path, sync=sync)
 
 
-Named = Iterable[tuple[str, Tensor]]
-
-
 def stream_shard(
-    layout: Mapping[str, Tensor], tensors: Named, path: Path, *, sync: bool = True
+    layout: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    path: Path,
+    *,
+    sync: bool = True,
 ) -> None:
     """Write the same with one tensor at a time in memory.
 

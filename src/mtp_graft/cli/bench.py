@@ -18,10 +18,13 @@ from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
 from mtp_graft.cli.target import Result, Target, check_url
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option, option_group
+from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, option, option_group
 
 if TYPE_CHECKING:  # the client need not be imported for `--help`
     from mtp_graft.serving.client import Prompt
+
+
+THINKING = option(False, None, "Let the model think before it answers.")
 
 
 @option_group
@@ -51,9 +54,7 @@ class Texts:
 def bench_decode(
     target: Target,
     texts: Texts,
-    against: str | None = option(
-        None, "DIR|URL", "Take turns with this checkpoint, or this running server."
-    ),
+    against: str | None = option(None, "DIR|URL", "Take turns with this checkpoint, or server."),
     pairs: int | None = option(
         None, "N", "With --against, how often; even, to be first equally often. Default: 6.", min=2
     ),
@@ -102,9 +103,9 @@ def _other(target: Target, against: str) -> Target:
     return replace(target, checkpoint=Path(against))
 
 
-def _hash(prompts: Sequence[Any]) -> str:
-    """Return what tells these prompts from others."""
-    return sha256(repr(prompts).encode()).hexdigest()
+def _hash(asked: Sequence[Any]) -> str:
+    """Return what tells these prompts or questions from others."""
+    return sha256(repr(asked).encode()).hexdigest()
 
 
 def _decode_parts(result: Result) -> list[str | Table]:
@@ -151,14 +152,7 @@ def bench_sweep(
     target: Target,
     texts: Texts,
     concurrency: str = option("1,2,3,4,6,8", "N,N,...", "Numbers of requests at a time."),
-    k: str | None = option(
-        None,
-        "N,N,...",
-        "Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
-        "Default: 3 on GPUs, 1 on a CPU.",
-        "--k",
-        "-k",
-    ),
+    k: str | None = option(None, "N,N,...", f"{K_HELP} Each has its own server.", "--k", "-k"),
     requests: int = option(4, "N", "Requests of a point, times its concurrency.", min=1),
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
@@ -200,10 +194,8 @@ def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
 @with_options
 def bench_workload(
     target: Target,
-    thinking: bool = option(False, None, "Let the model think before it answers."),
-    max_tokens: int | None = option(
-        None, "N", "Cap on an answer. Default: the context's end.", min=2
-    ),
+    thinking: bool = THINKING,
+    max_tokens: int | None = option(None, "N", "Cap on an answer. Default: the context.", min=2),
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Measure speed on fifteen everyday requests with a system prompt and tools."""
@@ -224,30 +216,25 @@ def bench_workload(
     show(result, target.json_file, table(records, "category", *columns))
 
 
-@option_group
-class Questions:
-    """The options of `gsm8k`, `humaneval`, `mmlu` and `capability`: how good the answers are."""
-
-    data_dir: Path | None = option(None, "DIR", "Has gsm8k/, human_eval/, mmlu/. Default: the hub.")
-    seed: int = option(0, "N", "Draws the questions.")
-    thinking: bool = option(False, None, "Let the model think before it answers.")
-    concurrency: int = option(4, "N", "Questions asked at a time.", min=1)
-    num_speculative_tokens: int | None = NUM_SPECULATIVE_TOKENS
-
-
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:
+    """Add a command that asks questions: how good the answers are."""
     how_many = f"How many questions. Default: {num_questions or 'all'}."
 
     @bench.command(name, help=purpose)
     @with_options
     def command(
         target: Target,
-        questions: Questions,
+        data_dir: Path | None = option(None, "DIR", "Has gsm8k/, mmlu/, ... Default: the hub."),
         limit: int | None = option(num_questions, "N", how_many, min=1, show_default=False),
+        seed: int = option(0, "N", "Draws the questions."),
+        thinking: bool = THINKING,
         max_tokens: int = option(num_tokens, "N", "Cap on an answer, thinking included.", min=1),
+        concurrency: int = option(4, "N", "Questions asked at a time.", min=1),
+        k: int | None = NUM_SPECULATIVE_TOKENS,
     ) -> None:
-        settings = asdict(questions) | {"limit": limit, "max_tokens": max_tokens}
-        result = _evaluate(name, target, settings)
+        draw = {"limit": limit, "seed": seed}
+        ask = {"thinking": thinking, "max_tokens": max_tokens, "concurrency": concurrency}
+        result = _evaluate(name, target, data_dir, k, draw | ask)
         columns = ("benchmark", "score", "interval", "correct", "total", "kinds")
         show(result, target.json_file, table([result], *columns))
 
@@ -258,7 +245,9 @@ _add_command("mmlu", 100, 128, "Ask MMLU's four-way questions: greedy, all subje
 _add_command("capability", None, 2048, "Ask fourteen small tasks, from arithmetic to tool calls.")
 
 
-def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> Result:
+def _evaluate(
+    name: str, target: Target, data_dir: Path | None, k: int | None, settings: dict[str, Any]
+) -> Result:
     """Ask and judge; a finished result is given again."""
     if importlib.util.find_spec("inspect_ai") is None:
         raise GraftError(
@@ -268,13 +257,12 @@ def _evaluate(name: str, target: Target, settings: dict[str, Any]) -> Result:
     from mtp_graft.bench.evals.run import TASKS, find_model, run_task
     from mtp_graft.bench.requests import measured
 
-    k, data_dir = settings.pop("num_speculative_tokens"), settings.pop("data_dir")
     if target.checkpoint or k is not None:  # a running server need not be vLLM
         k = target.num_drafts(k)
     task = TASKS[name](data_dir, settings["limit"], settings["seed"])
     # Files may change in the same folder; messages have an id that is new in every process.
     questions = [(s.id, s.input if isinstance(s.input, str) else None) for s in task.dataset]
-    claim = {**settings, "k": k, "questions": sha256(repr(questions).encode()).hexdigest()}
+    claim = {**settings, "k": k, "questions": _hash(questions)}
 
     def ask(logs: Path) -> Result:
         with ExitStack() as stack:

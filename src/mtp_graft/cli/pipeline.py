@@ -31,9 +31,7 @@ STAGES = {
 @app.command()
 def graft(
     base: str = argument("BASE", "A folder or a hub id."),
-    upstream: str = argument(
-        "UPSTREAM", "The master with the head, or a published head: folder or id."
-    ),
+    upstream: str = argument("UPSTREAM", "The master, or a published head: folder or hub id."),
     out: Path = argument("OUT", "The new checkpoint's folder."),
     head: Literal["mxfp4", "bf16"] | None = option(
         None, None, "Keep the master's codes (default), or decode them; both are exact."
@@ -181,20 +179,16 @@ def card(run: Path = FOLDER, json_file: Path | None = JSON_FILE) -> None:
 def publish(
     run: Path = FOLDER,
     repo: str = option(..., "ID", "OWNER/NAME on the hub."),
-    head_only: bool = option(
-        False, None, "Leave out the base: for `mtp-graft graft`.", "--head-only"
-    ),
+    head_only: bool = option(False, None, "Leave out the base: for `graft`.", "--head-only"),
     private: bool = option(False, None, "Make the repository private.", "--private"),
-    dry_run: bool = option(
-        False, None, "List what would be uploaded; needs no network.", "--dry-run"
-    ),
+    dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Upload a run's verified checkpoint with its card."""
     from mtp_graft.stages import publish as stage
 
-    options = {"private": private, "head_only": head_only, "dry_run": dry_run}
-    result = stage.publish(run, repo, run / "card", **options)
+    how = {"private": private, "head_only": head_only, "dry_run": dry_run}
+    result = stage.publish(run, repo, run / "card", **how)
     lines = [f"{file['bytes']:>18,}  {file['path']}" for file in result["files"]]
     verb = "to be uploaded" if dry_run else "uploaded"
     which = "private" if result["private"] else "public"

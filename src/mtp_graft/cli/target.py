@@ -67,9 +67,8 @@ class Target:
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
-        is_plain = self.profile == NO_PROFILE and not self.extra
-        is_plain &= self.tensor_parallel_size is self.max_model_len is None
-        if self.checkpoint is None and not is_plain:
+        decided = (self.tensor_parallel_size, self.max_model_len, self.extra)
+        if self.checkpoint is None and (self.profile != NO_PROFILE or any(decided)):
             raise typer.BadParameter(
                 "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
                 "--checkpoint: a running server cannot be changed"

@@ -7,7 +7,6 @@ embedding it could read), S streams, D hidden size, K experts a token, V vocabul
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +20,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 from mtp_graft.dsv4.head import MTPHead, one_layer_config
 from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.errors import GraftError
-
-
-@dataclass(frozen=True)
-class Routed:
-    """What the router saw and chose at each token of a sequence."""
-
-    x: Tensor  # [R, D], the routed experts' input
-    experts: Tensor  # int64 [R, K], in ascending order
 
 
 class FeedForwardOnly(nn.Module):
@@ -49,11 +40,11 @@ class FeedForwardOnly(nn.Module):
 class RoutingRecorder(nn.Module):
     """Stand in for the routed experts: keep what they are given, add nothing."""
 
-    routed: Routed
+    routed: tuple[Tensor, Tensor]
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Keep the input `x` [R, D] and the chosen `experts` [R, K]."""
-        self.routed = Routed(x, experts.sort(dim=-1).values)
+        self.routed = x, experts.sort(dim=-1).values
         return torch.zeros_like(x)
 
 
@@ -91,8 +82,8 @@ def build_head(
 
 
 @torch.inference_mode()
-def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> Routed:
-    """Return the routed experts' inputs and choices on one sequence.
+def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the routed experts' inputs [R, D] and the router's choices int64 [R, K], ascending.
 
     `head` was built without experts; `residual` [T, S, D] and `embeds` [T, D] are those of the
     tokens themselves. Raises GraftError if the head gives values that are not finite.

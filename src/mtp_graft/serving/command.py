@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from importlib.metadata import PackageNotFoundError, distribution
-from inspect import Parameter
+from inspect import Parameter, get_annotations
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import typer
 from packaging.specifiers import SpecifierSet
@@ -63,16 +63,17 @@ def argument(metavar: str, text: str, default: Any = ..., **settings: Any) -> An
 def option_group(group: type[_Group]) -> type[_Group]:
     """Make a frozen dataclass of options; `__declared__` has them for Typer to parse."""
     declared = []
-    for name, hint in group.__annotations__.items():
+    for name, hint in get_annotations(group).items():
         parsed = vars(group).get(name)
         if isinstance(parsed, ParameterInfo):
-            kind = list[str] if get_origin(hint) is tuple else hint  # as Typer has it
+            # Typer's tuples have a length.
+            kind = list[str] if getattr(hint, "__origin__", None) is tuple else hint
             declared.append(
                 Parameter(name, Parameter.KEYWORD_ONLY, default=parsed, annotation=kind)
             )
             setattr(group, name, Field(parsed.default))
     group.__declared__ = declared  # type: ignore[attr-defined]
-    return dataclass(frozen=True)(group)
+    return dataclass(frozen=True)(group)  # type: ignore[return-value]
 
 
 def _word(text: str) -> str:
@@ -84,23 +85,12 @@ def _word(text: str) -> str:
 
 #: Options that other commands have, too.
 TENSOR_PARALLEL_SIZE = option(
-    None,
-    "N",
-    "Ranks. Default: 1; with a profile, all GPUs.",
-    "--tensor-parallel-size",
-    "--tp",
-    min=1,
+    None, "N", "Ranks. Default: 1; by a profile, all GPUs.", "--tensor-parallel-size", "--tp", min=1
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
-NUM_SPECULATIVE_TOKENS = option(
-    None,
-    "N",
-    "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1.",
-    "--k",
-    "-k",
-    "--num-speculative-tokens",
-    min=0,
-)
+_K_NAMES = ("--k", "-k", "--num-speculative-tokens")
+K_HELP = "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."
+NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, *_K_NAMES, min=0)
 
 
 @option_group

@@ -177,7 +177,7 @@ def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) 
                 known = end - start + 1  # at token i the head reads token i + 1
                 embeds = embed[recorded.token_ids[:known].to(clock.device)]  # [T + 1, D]
                 routed = replay_routing(head, recorded.residual[:known], embeds)
-                x[start:end], experts[start:end] = routed.x, routed.experts
+                x[start:end], experts[start:end] = routed
             start = end
             report("replay", number, len(sequences))
     return RoutedTokens(x, experts, model.n_routed_experts)

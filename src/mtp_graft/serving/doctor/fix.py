@@ -60,7 +60,7 @@ def _write(checkpoint: Checkpoint, out: Path, copied: set[str]) -> None:
         with Shard(source) as shard:
             renamed = {misnamed.get(name, name): name for name in shard.meta}
             layout = {name: shard.meta[old] for name, old in renamed.items()}
-            tensors = ((name, shard.get_tensor(old)) for name, old in renamed.items())
+            tensors = ((name, shard.read([old])[old]) for name, old in renamed.items())
             stream_shard(layout, tensors, target)
     write_json(_corrected_config(checkpoint), out / "config.json")
     index = {misnamed.get(n, n): s for s, held in checkpoint.shards.items() for n in held}
