@@ -153,7 +153,7 @@ def summarize(measured: list[Entry], expected: dict[str, Entry]) -> dict[str, An
         result["recording"] = compare_recordings(*pair)
         if "own" in expected:  # both engines read the same text
             result["teacher_forced_read"] = compare_forced(expected["own"]["read"], best)
-    return result
+    return {"results": result}
 
 
 def compare_acceptance(expected: Entry, found: Entry) -> Entry:

@@ -61,15 +61,15 @@ def add_measurements(
     path: Path,
     benchmark: str,
     new: list[dict[str, Any]],
-    summarize: Callable[[list[dict[str, Any]]], Any],
+    summarize: Callable[[list[dict[str, Any]]], dict[str, Any]],
     note: str,
 ) -> None:
-    """Add to a result file, which several programs may do at once, and write its summary anew."""
+    """Add to a file that several programs may write; `summarize` returns its other keys."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = [*measurements(path), *new]
-        write_result(path, benchmark, summarize(found), note=note, measurements=found)
+        write_result(path, benchmark, note=note, measurements=found, **summarize(found))
 
 
 @cache

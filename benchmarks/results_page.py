@@ -97,15 +97,15 @@ def draw_speed(path: Path) -> None:
     tiny.set_xticks(range(len(counts)), [f"{n} request{'s' * (n > 1)}" for n in counts])
     tiny.set_ylabel("tokens per second, all requests")
     tiny.set_title("Tiny model, real drafts, one H200, HTTP", fontsize=10)
-    lines = result("step_time_two_h200")["results"]["all_layers"]
+    lines = result("step_time_two_h200")["all_layers"]
     for k, colour in ((1, "#54aeff"), (2, "#8250df"), (3, "#0969da")):
-        points = sorted((e for e in lines if e["k"] == k), key=lambda e: e["requests"])
+        points = sorted((e for e in lines if e["k"] == k), key=lambda e: e["streams"])
         published = [sorted(e["published"].values()) for e in points]
         middle = [sum(both) / 2 for both in published]
         reach = [high - (low + high) / 2 for low, high in published]
         at = [i + 0.12 * (k - 2) for i in range(len(points))]
         flash.errorbar(at, middle, reach, fmt="o", color=colour, capsize=4, label=f"k = {k}")
-        flash.set_xticks(range(len(points)), [e["requests"] for e in points])
+        flash.set_xticks(range(len(points)), [e["streams"] for e in points])
     flash.axhline(1, color="#8c959f", linewidth=1)
     flash.set_xlabel("requests at once")
     flash.set_ylabel("times the base's speed")

@@ -74,9 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--profile", choices=PROFILES, help="its length and number of requests")
-    parser.add_argument(
-        "--all-reduce", choices=["vllm", "acti"], default="vllm", help="how ranks add"
-    )
+    parser.add_argument("--all-reduce", choices=["vllm", "acti"], default="vllm")
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--kv-cache-gib", type=float, default=4, help="leaves room to warm up")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.92)
@@ -194,7 +192,7 @@ def missing(job: Job, options: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def summarize(found: list[Entry]) -> dict[str, Any]:
-    return {"steps": pairs(found), "all_layers": extrapolate(found, ALL_LAYERS)}
+    return {"results": pairs(found), "all_layers": extrapolate(found, ALL_LAYERS)}
 
 
 def tokens_per_step(k: int, rate: float) -> float:
@@ -207,8 +205,8 @@ def pairs(found: list[Entry]) -> list[Entry]:
     place = ("layers", *SETTING, "requests")
     base = {key(e, *place): e for e in found if e["variant"] == "base"}
     return [
-        {name: e[name] for name in (*place, "variant", "k", "draft_lm_head", "fixed")}
-        | {"step_ms_base": base[key(e, *place)]["step_ms"]["median"]}
+        {name: e[name] for name in ("layers", *SETTING, "variant", "k", "draft_lm_head", "fixed")}
+        | {"streams": e["requests"], "step_ms_base": base[key(e, *place)]["step_ms"]["median"]}
         | {"step_ms_mtp": e["step_ms"]["median"]}
         for e in found
         if e["k"] and key(e, *place) in base
@@ -227,7 +225,7 @@ def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
     """
     loads: dict[tuple[Any, ...], list[Entry]] = {}
     for line in pairs(found):
-        load = key(line, *SETTING, "variant", "k", "draft_lm_head", "fixed", "requests")
+        load = key(line, *SETTING, "variant", "k", "draft_lm_head", "fixed", "streams")
         loads.setdefault(load, []).append(line)
     lines = []
     for group in loads.values():

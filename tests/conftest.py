@@ -101,6 +101,18 @@ def spliced(tiny_model: Path, tiny_base: Path, quantized: Path) -> dict[str, Pat
     return folders
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a result of everything and its card; not to be changed."""
+    from mtp_graft.bench.card import write_card
+    from run_folder import whole_run
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    whole_run(run)
+    write_card(run, run / "card")
+    return run
+
+
 @pytest.fixture
 def run_command(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -1,6 +1,5 @@
 """Loading prompts, and the bundled sets of them."""
 
-import importlib.util
 import json
 import sys
 from itertools import islice
@@ -93,7 +92,7 @@ def test_a_split_of_a_hubs_data_set_is_read_as_far_as_needed(
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert [p.id for p in load_calibration(HUB, 2)] == ["r0", "r1"]
     assert len(fetched) == 1
-    with pytest.raises(GraftError, match=r"ultrachat_200k: not available \(no route to host\)"):
+    with pytest.raises(GraftError, match=r"ultrachat_200k: cannot be .* \(no route to host\)"):
         load_calibration(HUB, 1)
     fetched.clear()
     assert [p.id for p in islice(iterate_prompts(HUB), 1, None)] == ["r1", "r2"]
@@ -102,16 +101,7 @@ def test_a_split_of_a_hubs_data_set_is_read_as_far_as_needed(
         load_calibration(f"{HUB}:x", 1)
 
 
-def test_the_bundled_sets_are_what_their_script_makes_and_do_not_overlap(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    spec = importlib.util.spec_from_file_location("prompts", tiny_model / "make" / "prompts.py")
-    assert spec is not None and spec.loader is not None
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
-    maker.write(tmp_path)
-    for name in ("calibration.jsonl", "evaluation.jsonl"):
-        assert (tmp_path / name).read_bytes() == (tiny_model / name).read_bytes()
+def test_the_bundled_sets_do_not_overlap(tiny_model: Path) -> None:
     names = ("calibration", "evaluation", "prompts")
     texts = [p.content for n in names for p in iterate_prompts(str(tiny_model / f"{n}.jsonl"))]
     assert len(set(texts)) == len(texts) == 96 + 144 + 28

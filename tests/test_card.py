@@ -16,15 +16,6 @@ from mtp_graft.errors import GraftError
 from run_folder import GPU, NAME, OTHER_GPU, bench, evaluated, recorded
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a result of everything and its card, not to be changed."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    folder.whole_run(run)
-    write_card(run, run / "card")
-    return run
-
-
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was not measured; its card's charts are not drawn."""
@@ -66,13 +57,13 @@ def change(file: Path, **values: Any) -> None:
         "Licence: `apache-2.0`, as the base’s README says.",
     ],
 )
-def test_card_shows_what_was_measured(shown: str, whole: Path) -> None:
-    page = (whole / "card/README.md").read_text()
+def test_card_shows_what_was_measured(shown: str, finished: Path) -> None:
+    page = (finished / "card/README.md").read_text()
     assert shown in re.sub(r"\n  +| *\n(?=speed)", " ", page)
 
 
-def test_the_hub_reads_the_header_and_the_scores_in_it(whole: Path) -> None:
-    data = ModelCard.load(whole / "card/README.md").data
+def test_the_hub_reads_the_header_and_the_scores_in_it(finished: Path) -> None:
+    data = ModelCard.load(finished / "card/README.md").data
     assert data.base_model == "pastapaul/DeepSeek-V4-Flash-W4A16-FP8"
     assert (data.base_model_relation, data.license) == ("quantized", "apache-2.0")
     assert {"mtp", "gptq", "compressed-tensors"} <= set(data.tags)
@@ -84,22 +75,24 @@ def test_the_hub_reads_the_header_and_the_scores_in_it(whole: Path) -> None:
     }
 
 
-def test_data_is_that_of_the_result_files_without_paths_and_answers(whole: Path) -> None:
-    text = (whole / "card/card.json").read_text()
+def test_data_is_that_of_the_result_files_without_paths_and_answers(finished: Path) -> None:
+    text = (finished / "card/card.json").read_text()
     [points] = [m["result"]["points"] for m in json.loads(text)["sweep"]]
     assert points == recorded("sweep")["points"]
-    text += (whole / "card/README.md").read_text()
-    for private in ("/home/someone", str(whole), "what the model wrote"):
+    text += (finished / "card/README.md").read_text()
+    for private in ("/home/someone", str(finished), "what the model wrote"):
         assert private not in text
 
 
-def test_same_results_give_the_same_bytes_wherever_the_run_is(whole: Path, tmp_path: Path) -> None:
+def test_same_results_give_the_same_bytes_wherever_the_run_is(
+    finished: Path, tmp_path: Path
+) -> None:
     folder.whole_run(tmp_path / "elsewhere")
     with mpl.rc_context({"font.size": 20, "axes.facecolor": "red"}):  # as a user may have it
         write_card(tmp_path / "elsewhere", tmp_path / "out")
-    files = {path.name: path.read_bytes() for path in (whole / "card").iterdir()}
+    files = {path.name: path.read_bytes() for path in (finished / "card").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
-    shown = re.findall(r"!\[[^\]]+\]\((.+?)\)", (whole / "card/README.md").read_text())
+    shown = re.findall(r"!\[[^\]]+\]\((.+?)\)", (finished / "card/README.md").read_text())
     assert {*shown} | {"README.md", "card.json"} == {*files}, "every chart is shown"
 
 

@@ -5,7 +5,6 @@ does say), so the answers are constructed; calls are in the form that the chat e
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +68,17 @@ class Chat:
         self.request = parser.adjust_request(self.request)
         return parser
 
-    def whole(self, answer: str) -> Message:
-        parser = self.parser()
-        parser.set_prompt_token_ids(self.prompt)
-        [(text, ids)] = self.steps(answer, 10**6)
-        reasoning, content, calls = parser.parse(
-            text, self.request, enable_auto_tools=True, model_output_token_ids=ids
-        )
-        named = [(call.name, json.loads(call.arguments)) for call in calls or ()]
-        return reasoning or "", content or "", named
-
     def streamed(self, answer: str, tokens_a_step: int) -> Message:
-        parser, reasoning, content = self.parser(), "", ""
+        """Return what the parser makes of an answer; a step with drafts has several tokens."""
+        parser, done, reasoning, content = self.parser(), "", "", ""
         calls: dict[int, list[str]] = {}
-        steps = list(self.steps(answer, tokens_a_step))
-        for number, (text, ids) in enumerate(steps, start=1):
-            finished = number == len(steps)
-            delta = parser.parse_delta(text, ids, self.request, self.prompt, finished=finished)
+        ids = self.tokenizer.encode(answer, add_special_tokens=False)
+        skip = self.request.skip_special_tokens
+        for end in range(tokens_a_step, len(ids) + tokens_a_step, tokens_a_step):
+            said = self.tokenizer.decode(ids[:end], skip_special_tokens=skip)
+            step = said.removeprefix(done), ids[end - tokens_a_step : end]
+            done, last = said, end >= len(ids)
+            delta = parser.parse_delta(*step, self.request, self.prompt, finished=last)
             if delta is None:
                 continue
             reasoning += delta.reasoning or ""
@@ -95,16 +88,6 @@ class Chat:
                 call[0] += part.function.name or ""
                 call[1] += part.function.arguments or ""
         return reasoning, content, [(name, json.loads(text)) for name, text in calls.values()]
-
-    def steps(self, answer: str, tokens_a_step: int) -> Iterator[tuple[str, list[int]]]:
-        """Yield text and tokens of each step; a step with drafts has several tokens."""
-        ids = self.tokenizer.encode(answer, add_special_tokens=False)
-        skip, done = self.request.skip_special_tokens, ""
-        for first in range(0, len(ids), tokens_a_step):
-            step = ids[first : first + tokens_a_step]
-            text = self.tokenizer.decode(ids[: first + len(step)], skip_special_tokens=skip)
-            yield text.removeprefix(done), step
-            done = text
 
 
 @pytest.mark.parametrize(
@@ -117,12 +100,11 @@ class Chat:
         (True, True, f"{THOUGHT}</think>{SAID}\n\nCALLS", (THOUGHT, f"{SAID}\n\n", CALLS)),
     ],
 )
-def test_thought_words_and_calls_are_told_apart_whole_and_streamed(
+def test_thought_words_and_calls_of_a_stream_are_told_apart(
     tiny_model: Path, thinking: bool, tools: bool, answer: str, expected: Message
 ) -> None:
     tokenizer = get_tokenizer(tiny_model / "base", tokenizer_mode=FLAGS["--tokenizer-mode"])
     chat = Chat(tokenizer, thinking, tools)
     answer = answer.replace("CALLS", chat.calls())
-    assert chat.whole(answer) == expected
     for tokens_a_step in (1, 2, 4):
         assert chat.streamed(answer, tokens_a_step) == expected, tokens_a_step

@@ -1,5 +1,6 @@
 """`mtp-graft graft`: from folders, hub ids and published heads to a verified checkpoint."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,22 +20,17 @@ from mtp_graft.checkpoint.quant_manifest import (
     read_manifest,
 )
 from mtp_graft.stages.publish import find_files
-from quantized import edit_json
+from quantized import edit_json, tiny_quantization
 from run_folder import write
 
 HEAD = "owner/that-head"
-Graft = Callable[..., Any]
+Command = Callable[..., Any]
 
 
 @pytest.fixture
-def graft(mtp_graft: Callable[..., Any]) -> Graft:
-    """Return a function that runs the command: its JSON, or the error that it printed."""
-    return lambda *arguments: mtp_graft("graft", *arguments)
-
-
-@pytest.fixture
-def base(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model / "base", tmp_path / "base"))
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    """A base of links, whose JSON files may be changed."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +60,11 @@ def published(run: Path, tmp_path: Path) -> Path:
     ("options", "head"), [((), "mxfp4"), (("--head", "bf16", "--copy"), "bf16")]
 )
 def test_folders_become_a_verified_checkpoint_with_an_exact_head(
-    graft: Graft, base: Path, tiny_model: Path, tmp_path: Path, spliced: dict[str, Path],
+    mtp_graft: Command, base: Path, tiny_model: Path, tmp_path: Path, spliced: dict[str, Path],
     options: tuple[str, ...], head: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    result = graft(base, tiny_model / "upstream", out, *options)
+    result = mtp_graft("graft", base, tiny_model / "upstream", out, *options)
     assert (result["checkpoint"], result["head"], result["verified"]) == (str(out), head, True)
     assert result["base_files_linked"] == ("--copy" not in options) and result["seconds"] > 0
     written = (out / HEAD_SHARD).read_bytes()
@@ -76,8 +72,8 @@ def test_folders_become_a_verified_checkpoint_with_an_exact_head(
     assert 0 < len(written) - result["bytes_written"] < 100_000, "all but the header"
 
 
-def test_hub_ids_are_fetched(graft: Graft, hub: StandInHub, tmp_path: Path) -> None:
-    result = graft(BASE, UPSTREAM, tmp_path / "out", "--base-revision", "main")
+def test_hub_ids_are_fetched(mtp_graft: Command, hub: StandInHub, tmp_path: Path) -> None:
+    result = mtp_graft("graft", BASE, UPSTREAM, tmp_path / "out", "--base-revision", "main")
     assert result["verified"] and result["commits"] == {"base": COMMIT, "upstream": COMMIT}
 
 
@@ -92,22 +88,22 @@ def test_a_head_alone_is_published_with_manifest_and_card(run: Path, published: 
 
 @pytest.mark.parametrize("place", ["hub", "whole checkpoint"])
 def test_a_published_head_is_taken_as_it_is(
-    graft: Graft, hub: StandInHub, base: Path, published: Path, run: Path, tmp_path: Path,
+    mtp_graft: Command, hub: StandInHub, base: Path, published: Path, run: Path, tmp_path: Path,
     place: str,
 ) -> None:  # fmt: skip
     hub.repositories[HEAD] = as_repository(published)
-    original, out = find_spliced(run).folder, tmp_path / "out"
-    result = graft(base, HEAD if place == "hub" else original, out)
+    original, out = run / "splice/gptq/grafted", tmp_path / "out"
+    result = mtp_graft("graft", base, HEAD if place == "hub" else original, out)
     assert (result["head"], result["verified"]) == ("gptq", True)
     for path in original.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_head_on_another_base_says_which_it_was_made_for(
-    graft: Graft, base: Path, published: Path, tmp_path: Path
+    mtp_graft: Command, base: Path, published: Path, tmp_path: Path
 ) -> None:
     edit_json(base / "config.json", lambda config: config.update(rope_theta=5))
-    assert graft(base, published, tmp_path / "out")["verified"]
+    assert mtp_graft("graft", base, published, tmp_path / "out")["verified"]
     before, after = (read_manifest(f)["provenance"] for f in (published, tmp_path / "out"))
     assert after["made_for"] == before["base"] != after["base"]
 
@@ -115,15 +111,14 @@ def test_a_head_on_another_base_says_which_it_was_made_for(
 Damage = Callable[[Path, Path], object]
 
 
-def other_model(base: Path, _published: Path) -> None:
-    edit_json(base / "config.json", lambda config: config.update(n_routed_experts=32))
+def configure(**changes: object) -> Damage:
+    return lambda base, _published: edit_json(
+        base / "config.json", lambda config: config.update(changes)
+    )
 
 
-def other_group_size(base: Path, _published: Path) -> None:
-    def change(config: Any) -> None:
-        config["quantization_config"]["config_groups"]["group_1"]["weights"]["group_size"] = 64
-
-    edit_json(base / "config.json", change)
+GROUPS_OF_64 = tiny_quantization()
+GROUPS_OF_64["config_groups"]["group_1"]["weights"]["group_size"] = 64
 
 
 def say(**changes: object) -> Damage:
@@ -141,8 +136,11 @@ def spoil(_base: Path, published: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (other_model, r"is \[64, 256\], expected \[32, 256\] by the base's config.json"),
-        (other_group_size, "expected .*group 64"),
+        (
+            configure(n_routed_experts=32),
+            r"is \[64, 256\], expected \[32, 256\] by the base's conf",
+        ),
+        (configure(quantization_config=GROUPS_OF_64), "expected .*group 64"),
         (say(tensors=7), "expected 7 of .* by MTP_QUANT_MANIFEST"),
         (say(variant="mxfp5"), "MANIFEST.json: .*variant: input"),
         (say(variant="bf16"), "would load as plain, expected int4"),
@@ -151,29 +149,22 @@ def spoil(_base: Path, published: Path) -> None:
     ],
 )
 def test_a_head_that_does_not_fit_is_one_error(
-    graft: Graft, base: Path, published: Path, tmp_path: Path, damage: Damage, message: str
+    mtp_graft: Command, base: Path, published: Path, tmp_path: Path, damage: Damage, message: str
 ) -> None:
     damage(base, published)
-    said = graft(base, published, tmp_path / "out")
+    said = mtp_graft("graft", base, published, tmp_path / "out")
     assert isinstance(said, str) and re.search(message, said), said
 
 
-def test_a_full_disk_is_told_before_a_shard_is_downloaded(
-    graft: Graft, base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=9))
-    said = graft(base, tiny_model / "upstream", tmp_path / "out")
-    assert isinstance(said, str) and re.search(
-        r"out: 9 bytes free on its disk, [\d,]+ needed", said
-    )
-
-
-def test_an_out_that_exists_and_inputs_that_do_not_are_refused(
-    graft: Graft, base: Path, tiny_model: Path, published: Path, tmp_path: Path
-) -> None:
-    upstream = tiny_model / "upstream"
+def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
+    mtp_graft: Command, base: Path, tiny_model: Path, published: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    upstream, new = tiny_model / "upstream", tmp_path / "new"
     (tmp_path / "out").mkdir()
-    assert "out: already exists; remove it" in graft(base, upstream, tmp_path / "out")
-    assert "nowhere: not a folder" in graft("nowhere", upstream, tmp_path / "new")
-    assert "already has a head" in graft(upstream, upstream, tmp_path / "new")
-    assert "is a gptq head" in graft(base, published, tmp_path / "new", "--head", "bf16")
+    assert "out: already exists; remove it" in mtp_graft("graft", base, upstream, tmp_path / "out")
+    assert "nowhere: not a folder" in mtp_graft("graft", "nowhere", upstream, new)
+    assert "already has a head" in mtp_graft("graft", upstream, upstream, new)
+    assert "is a gptq head" in mtp_graft("graft", base, published, new, "--head", "bf16")
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=9))
+    assert "new: 9 bytes free on its disk, " in mtp_graft("graft", base, upstream, new)

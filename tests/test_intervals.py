@@ -10,18 +10,17 @@ import pytest
 from mtp_graft.bench.intervals import Array, paired_differences, paired_ratio
 
 SIMULATIONS = 300
+TRUTH = 0.3  # the log ratio of both speeds
 RNG = np.random.default_rng(20261124)
 
 
-def simulate(
-    truth: float, pairs: int, start_sd: float, prompt_sd: float, noise_sd: float
-) -> tuple[Array, Array]:
-    """Return both servers' speeds, [pairs, 8] each; `truth` is the log ratio.
+def simulate(pairs: int, start_sd: float, prompt_sd: float, noise_sd: float) -> tuple[Array, Array]:
+    """Return both servers' speeds, [pairs, 8] each.
 
     Every start of a server is a little faster or slower, every prompt gains more or less, and
     every measurement has noise of its own; the machine slows down all the while.
     """
-    prompts, gains = RNG.normal(4.0, 0.5, 8), RNG.normal(truth, prompt_sd, 8)
+    prompts, gains = RNG.normal(4.0, 0.5, 8), RNG.normal(TRUTH, prompt_sd, 8)
     starts = RNG.normal(0.0, start_sd, (2, pairs, 1))
     noise = RNG.normal(0.0, noise_sd, (2, pairs, 8))
     turns = np.arange(2 * pairs).reshape(pairs, 2)
@@ -30,20 +29,19 @@ def simulate(
     return np.exp(mtp + gains), np.exp(base)
 
 
-@pytest.mark.parametrize("truth", [0.0, 0.3])  # 0: base against base
 @pytest.mark.parametrize("pairs", [2, 4, 6])
 @pytest.mark.parametrize(
     ("start_sd", "prompt_sd", "noise_sd"),
     [(0.0, 0.0, 0.05), (0.03, 0.0, 0.02), (0.0, 0.1, 0.02), (0.03, 0.05, 0.03)],
 )
 def test_the_interval_holds_the_true_ratio_at_least_as_often_as_it_says(
-    truth: float, pairs: int, start_sd: float, prompt_sd: float, noise_sd: float
+    pairs: int, start_sd: float, prompt_sd: float, noise_sd: float
 ) -> None:
     held = 0
     for _ in range(SIMULATIONS):
-        measured = simulate(truth, pairs, start_sd, prompt_sd, noise_sd)
+        measured = simulate(pairs, start_sd, prompt_sd, noise_sd)
         low, high = paired_ratio(*measured)["interval"]
-        held += low <= np.exp(truth) <= high
+        held += low <= np.exp(TRUTH) <= high
     # 95 % within three deviations of a count out of 300.
     assert held / SIMULATIONS >= 0.95 - 3 * (0.95 * 0.05 / SIMULATIONS) ** 0.5
 

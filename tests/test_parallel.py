@@ -1,14 +1,12 @@
-"""Reading ahead, writing behind, and ranks: order, bounds, errors, shares."""
+"""Reading ahead, writing behind, and ranks: order, bounds, shares. The quantize stage's tests show
+that errors of reading arrive, and that a computation that fails loses no write.
+"""
 
 import time
 
 import pytest
 
 from mtp_graft.stages.parallel import rank_device, read_ahead, share, write_behind
-
-
-class Broken(Exception):
-    pass
 
 
 def test_results_come_in_order_and_no_more_is_read_than_asked_for() -> None:
@@ -24,38 +22,9 @@ def test_results_come_in_order_and_no_more_is_read_than_asked_for() -> None:
     assert len(seen) <= 12 + 4
 
 
-def test_an_error_of_reading_comes_at_its_place() -> None:
-    with read_ahead(lambda item: 1 // (2 - item), range(5), 2) as results:
-        assert [next(results), next(results)] == [0, 1]
-        with pytest.raises(ZeroDivisionError):
-            next(results)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_all_writes_are_done_at_the_end_also_if_the_computation_fails(fails: bool) -> None:
-    written: list[int] = []
-
-    def slow(item: int) -> None:
-        time.sleep(0.02)
-        written.append(item)
-
-    try:
-        with write_behind() as write:
-            for item in range(4):
-                write(slow, item)
-            if fails:
-                raise Broken
-    except Broken:
-        assert fails
-    assert written == [0, 1, 2, 3]
-
-
 def test_an_error_of_writing_is_not_lost() -> None:
-    def fail() -> None:
-        raise Broken
-
-    with pytest.raises(Broken), write_behind() as write:
-        write(fail)
+    with pytest.raises(ZeroDivisionError), write_behind() as write:
+        write(lambda: 1 // 0)
 
 
 def test_every_unit_is_in_one_share_and_every_rank_has_a_gpu_of_its_own(

@@ -12,16 +12,8 @@ import pytest
 import apart
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.stages.process import run_in_process
-
-
-def quiet(_label: str, _done: int, _total: int) -> None: ...
-
-
-def is_there(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+from serving.bench_server import quiet
+from serving.conftest import is_running, wait_gone
 
 
 def test_result_and_progress_come_from_a_process_that_is_gone(tmp_path: Path) -> None:
@@ -30,7 +22,7 @@ def test_result_and_progress_come_from_a_process_that_is_gone(tmp_path: Path) ->
     assert result == 7
     assert steps == [("counting", done, 3) for done in range(3)]
     pid = int((tmp_path / "pid").read_text())
-    assert pid != os.getpid() and not is_there(pid)
+    assert pid != os.getpid() and not is_running(pid)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +50,7 @@ def test_an_exception_here_ends_the_process(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_in_process(apart.hangs, tmp_path / "pid", report=interrupt)
-    assert not is_there(int((tmp_path / "pid").read_text()))
+    assert not is_running(int((tmp_path / "pid").read_text()))
 
 
 PARENT = """
@@ -84,15 +76,10 @@ def test_the_process_ends_with_the_one_that_started_it(
         while not (pid.exists() and pid.read_text()):
             assert parent.poll() is None
             time.sleep(0.05)
-        if signum == signal.SIGINT:
-            os.killpg(parent.pid, signum)  # as a terminal does
-        else:
-            parent.send_signal(signum)
+        kill = os.killpg if signum == signal.SIGINT else os.kill  # a terminal interrupts all
+        kill(parent.pid, signum)
         _, errors = parent.communicate(timeout=60)
-    deadline = time.monotonic() + 30
-    while is_there(int(pid.read_text())):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert wait_gone([int(pid.read_text())], timeout_s=30) == []
     assert errors.count("Traceback") == (signum == signal.SIGINT), "the parent's own, if any"
 
 

@@ -29,7 +29,7 @@ from mtp_graft.stages.parallel import Clock
 from mtp_graft.stages.quantize import quantize, replay_capture
 from quantized import write_checkpoint
 from references import unpack_int4
-from synthetic_capture import random_sequences, write_capture
+from synthetic_capture import Played, random_sequences, write_capture
 
 NUM_EXPERTS, HIDDEN = 64, 256
 SETTINGS = QuantizeSection(device="cpu")
@@ -38,16 +38,14 @@ EXPERT = "mtp.0.ffn.experts."
 Run = Callable[..., dict[str, Any]]
 
 
-class Stopped(Exception):
-    pass
+def sequences(lengths: tuple[int, ...], **options: Any) -> list[Played]:
+    return random_sequences(lengths, **{"hidden": HIDDEN, "vocab": 4096, **options})
 
 
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "capture"
-    sequences = random_sequences(LENGTHS, hidden=HIDDEN, vocab=4096)
-    sequences += random_sequences((30,), hidden=HIDDEN, vocab=4096, split="evaluation")
-    write_capture(folder, sequences)
+    write_capture(folder, sequences(LENGTHS) + sequences((30,), split="evaluation"))
     return folder
 
 
@@ -99,9 +97,8 @@ def stored_experts(out: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def read_report(out: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((out / "report.json").read_text())
-    return report
+def read_report(out: Path) -> Any:
+    return json.loads((out / "report.json").read_text())
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -177,9 +174,9 @@ def test_a_run_that_stopped_loses_no_finished_batch_and_ends_with_the_same_bytes
 ) -> None:
     def stop(label: str, done: int, _total: int) -> None:
         if (label, done) == ("gptq", 48):
-            raise Stopped
+            raise KeyboardInterrupt
 
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path, report=stop)
     torn, *kept = sorted(tmp_path.glob("gptq/*.safetensors"))
     torn.write_bytes(torn.read_bytes()[:1000])  # as a power cut may leave it
@@ -196,7 +193,7 @@ def test_a_finished_stage_is_kept_and_other_inputs_are_refused(
     assert run(done, report=lambda *_: pytest.fail("it was run")) == read_report(done)
     with pytest.raises(GraftError, match=r"begun with damp = 0\.01, now it is 0\.1"):
         run(done, damp=0.1)
-    write_capture(tmp_path, random_sequences(LENGTHS, hidden=HIDDEN, vocab=4096, seed=9))
+    write_capture(tmp_path, sequences(LENGTHS, seed=9))
     with pytest.raises(GraftError, match=r"begun with inputs\."):
         run(done, capture=tmp_path)
 
@@ -234,7 +231,7 @@ def test_no_other_stage_is_run_on_several_ranks(
 def one_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A capture of three tokens, one of them to calibrate on: most experts get none."""
     folder = tmp_path_factory.mktemp("short")
-    write_capture(folder, random_sequences((3,), hidden=HIDDEN, vocab=4096))
+    write_capture(folder, sequences((3,)))
     return folder
 
 
@@ -285,21 +282,20 @@ def test_settings_that_do_not_work_are_named(
         run(tmp_path, capture=one_token, **settings)
 
 
-def test_a_capture_of_another_model_or_split_is_refused(run: Run, tmp_path: Path) -> None:
-    def sequences(hidden: int = HIDDEN) -> Any:
-        return random_sequences((10, 12), hidden=hidden, vocab=4096)
-
-    other_vocabulary = sequences()
-    other_vocabulary[0].token_ids[3] = 4096
-    captures = {
-        "hidden size 128 and token": sequences(hidden=128),
-        "token 4096, expected 256 and less than 4096": other_vocabulary,
-        "no captured sequences of split 'calibration'": [],
-    }
-    for number, (message, captured) in enumerate(captures.items()):
-        write_capture(tmp_path / str(number), captured)
-        with pytest.raises(GraftError, match=message):
-            run(tmp_path / f"q{number}", capture=tmp_path / str(number))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 128}, "hidden size 128 and token"),
+        ({"vocab": 9000}, r"token \d+, expected 256 and less than 4096"),
+        ({"split": "evaluation"}, "no captured sequences of split 'calibration'"),
+    ],
+)
+def test_a_capture_of_another_model_or_split_is_refused(
+    run: Run, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    write_capture(tmp_path / "capture", sequences((10, 12), **options))
+    with pytest.raises(GraftError, match=message):
+        run(tmp_path / "quantize", capture=tmp_path / "capture")
 
 
 def test_an_upstream_of_another_shape_is_refused_by_name(

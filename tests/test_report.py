@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from mtp_graft.bench import charts
-from mtp_graft.bench.answers import recorded_answers
-from mtp_graft.bench.report import write_report
+from mtp_graft.bench.report import recorded_answers, write_report
 from run_folder import ACCEPTED, DRAFTED, decoded, scored, served
 from run_folder import recorded as kept
 

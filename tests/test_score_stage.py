@@ -1,13 +1,13 @@
 """The offline score: the server's steps against a simulation of them, and the stage around it."""
 
 import json
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -20,12 +20,8 @@ from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, ScoreSection, Varian
 from mtp_graft.stages.score import count_drafts, score
 from synthetic_capture import Played, random_sequences, write_capture
 
-tokens = st.integers(0, 2)  # few, so that drafts are hit by chance
+TOKENS = st.integers(0, 2)  # few, so that drafts are hit by chance
 Run = Callable[..., dict[str, Any]]
-
-
-class Stopped(Exception):
-    pass
 
 
 def serve(continuation: list[int], drafts: list[int]) -> tuple[int, int]:
@@ -45,12 +41,9 @@ def serve(continuation: list[int], drafts: list[int]) -> tuple[int, int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(tokens, min_size=1, max_size=30), st.data())
-def test_drafts_are_counted_as_a_server_makes_them(
-    continuation: list[int], data: st.DataObject
-) -> None:
-    length = len(continuation)
-    drafts = data.draw(st.lists(tokens, min_size=length, max_size=length))
+@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=30))
+def test_drafts_are_counted_as_a_server_makes_them(pairs: list[tuple[int, int]]) -> None:
+    drafts, continuation = map(list, zip(*pairs, strict=True))
     assert count_drafts(drafts, continuation) == serve(continuation, drafts)
 
 
@@ -83,10 +76,8 @@ def test_score_counts_the_heads_drafts(
     """A capture whose tokens are partly what the gptq head drafts, so that there are hits."""
     config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
     base = load_tensors(tiny_model / "base", ["embed.weight", "head.weight"])
-    experts: dict[str, torch.Tensor] = {}
-    for path in (quantized / "gptq").glob("*.safetensors"):
-        experts |= load_file(path)
-    upstream = load_tensors(tiny_model / "upstream")
+    upstream, files = load_tensors(tiny_model / "upstream"), (quantized / "gptq").iterdir()
+    experts = dict(ChainMap(*map(load_file, files)))
     head = build_head(config, decode_head(store_head(upstream, "gptq", experts)))
 
     def drafts(sequence: Played) -> list[int]:
@@ -142,9 +133,9 @@ def test_a_folder_of_other_variants_or_with_a_damaged_result_is_refused(
 def test_killed_score_keeps_the_finished_variants(run: Run, tmp_path: Path) -> None:
     def kill(label: str, done: int, total: int) -> None:
         if (label, done) == ("score mxfp4", 1):
-            raise Stopped
+            raise KeyboardInterrupt
 
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "score", report=kill)
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "score").glob("*.json")}
     assert {p.name for p in finished} == {"config.json", "rtn.json", "gptq.json"}

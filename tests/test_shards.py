@@ -162,12 +162,8 @@ def test_a_broken_index_is_one_error_that_names_it(
         shards.load_tensors(checkpoint)
 
 
-def test_null_metadata_is_no_error(checkpoint: Path) -> None:
-    edit_json(checkpoint / INDEX, lambda content: content.update(metadata=None))
-    assert len(shards.read_index(checkpoint)) == 6
-
-
 def test_asking_for_unknown_tensors_names_the_first_and_counts_them(checkpoint: Path) -> None:
+    edit_json(checkpoint / INDEX, lambda content: content.update(metadata=None))  # is no error
     with pytest.raises(GraftError, match=r"no tensor x \(2 missing in all\)"):
         shards.load_tensors(checkpoint, ["a", "x", "y"])
 
@@ -200,10 +196,3 @@ def test_a_failed_write_leaves_the_old_file(checkpoint: Path) -> None:
         shards.stream_shard({"a": torch.zeros(3)}, failing(), checkpoint / FIRST)
     assert (checkpoint / FIRST).read_bytes() == before
     assert len(list(checkpoint.iterdir())) == 4
-
-
-def test_a_full_disk_is_one_error_that_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / ".out.tmp").symlink_to("/dev/full")  # every write fails as on a full disk
-    with pytest.raises(GraftError, match="out: the disk is full; make room"):
-        shards.save_shard({"a": torch.zeros(1_000_000)}, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

@@ -21,9 +21,8 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
 from mtp_graft.recipe import Variant
-from mtp_graft.stages import splice as stage
 from mtp_graft.stages.splice import splice
-from quantized import edit_json, write_checkpoint
+from quantized import edit_json, tiny_quantization, write_checkpoint
 
 WRITTEN = {HEAD_SHARD, "MTP_QUANT_MANIFEST.json", "MTP_QUANT_MANIFEST.md", "recipe.yaml"}
 SHARD = "model-00001-of-00003.safetensors"
@@ -49,6 +48,10 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
     metadata = {"note": "kept", "total_size": 5}
     edit_json(base / INDEX_NAME, lambda index: index.update(metadata=metadata))
     return base
+
+
+def link_relatively(source: str, link: str) -> None:
+    os.symlink(os.path.relpath(source, os.path.dirname(link)), link)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -78,10 +81,7 @@ def test_files_come_along_as_links_or_copies(
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EXDEV, "Invalid link")))
     if how == "symbolic links":  # as in the hub's cache, whose snapshots are links to blobs
         given = tmp_path / "snapshot"
-        for source in (path for path in base.rglob("*") if path.is_file()):
-            link = given / source.relative_to(base)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(os.path.relpath(source, link.parent))
+        shutil.copytree(base, given, copy_function=link_relatively)
     splice(given, tiny_model / "upstream", out, copy=how == "copied")
     for name in (SHARD, "encoding/chat.py"):
         assert not (out / name).is_symlink()
@@ -127,22 +127,26 @@ def unlist(name: str) -> Damage:
 
 
 def lose_the_heads_experts(folder: Path) -> None:
-    def change(config: Any) -> None:
-        group = config["quantization_config"]["config_groups"]["group_1"]
-        group["targets"] = ["re:.*rs.[0-3].*experts"]
-
-    edit_json(folder / "config.json", change)
+    section = tiny_quantization()
+    section["config_groups"]["group_1"]["targets"] = ["re:.*rs.[0-3].*experts"]
+    set_config(quantization_config=section)(folder)
 
 
-def set_tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
+def put(changes: dict[str, Tensor | None]) -> Damage:
+    """Return what replaces tensors, and removes those that are to be None."""
+
     def rewrite(folder: Path) -> None:
-        tensors = load_tensors(folder)
-        change(tensors)
+        tensors = load_tensors(folder) | changes
         for path in folder.glob("*.safetensors"):
             path.unlink()
-        write_checkpoint(tensors, folder)
+        write_checkpoint({name: t for name, t in tensors.items() if t is not None}, folder)
 
     return rewrite
+
+
+NO_EXPERT = put({f"{EXPERT}.weight": None, f"{EXPERT}.scale": None})
+STRANGER = put({"mtp.0.emb.weight": torch.zeros(2)})
+ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
 
 
 @pytest.mark.parametrize(
@@ -153,21 +157,9 @@ def set_tensors(change: Callable[[dict[str, Tensor]], object]) -> Damage:
         ("base", set_config(quantization_config=None), r"base/config\.json: .*quantization_config"),
         ("base", lose_the_heads_experts, r"4\.ffn.* load as plain"),
         ("upstream", unlist(f"{EXPERT}.scale"), rf"does not list {EXPERT}\.scale"),
-        (
-            "upstream",
-            set_tensors(lambda t: [t.pop(f"{EXPERT}.{part}") for part in ("weight", "scale")]),
-            rf"{EXPERT}\.weight is none, expected \[256, 256\] .*\(1 of the",
-        ),
-        (
-            "upstream",
-            set_tensors(lambda t: t.update({"mtp.0.emb.weight": torch.zeros(2)})),
-            r"mtp\.0\.emb\.weight is \[2\], expected none",
-        ),
-        (
-            "upstream",
-            set_tensors(lambda t: t.update({"mtp.0.hc_attn_fn": t["mtp.0.hc_attn_fn"].half()})),
-            r"hc_attn_fn is torch\.float16, expected torch\.float32",
-        ),
+        ("upstream", NO_EXPERT, rf"{EXPERT}\.weight is none, expected \[256, 256\] .*\(1 of the"),
+        ("upstream", STRANGER, r"mtp\.0\.emb\.weight is \[2\], expected none"),
+        ("upstream", ROUNDED, r"hc_attn_fn is torch\.float16, expected torch\.float32"),
     ],
 )
 def test_broken_inputs_are_one_error_and_nothing_is_left(
@@ -180,28 +172,20 @@ def test_broken_inputs_are_one_error_and_nothing_is_left(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "upstream"]
 
 
-@pytest.mark.parametrize("folder", [None, Path("nowhere")])
-def test_gptq_needs_a_finished_quantize_stage(
-    tiny_base: Path, tiny_model: Path, tmp_path: Path, folder: Path | None
-) -> None:
+def test_gptq_needs_a_finished_quantize_stage(tiny_base: Path, tiny_model: Path) -> None:
     with pytest.raises(GraftError, match=r"run `mtp-graft quantize`"):
-        splice(tiny_base, tiny_model / "upstream", tmp_path / "out", "gptq", quantized=folder)
-    assert not (tmp_path / "out").exists()
+        splice(tiny_base, tiny_model / "upstream", Path("out"), "gptq", quantized=Path("nowhere"))
 
 
 @pytest.mark.parametrize(
-    ("owner", "function", "message"),
-    [
-        (files.os, "fsync", r"model-mtp-w4a16\.safetensors: the disk is full"),
-        (stage.os, "link", r"out: the disk is full"),
-    ],
+    ("function", "message"),
+    [("fsync", r"model-mtp-w4a16\.safetensors: the disk is full"), ("link", "out: the disk is f")],
 )
 def test_a_full_disk_is_one_error_and_nothing_is_left(
     tiny_base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    owner: object, function: str, message: str,
+    function: str, message: str,
 ) -> None:  # fmt: skip
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(owner, function, Mock(side_effect=full))
+    monkeypatch.setattr(os, function, Mock(side_effect=OSError(errno.ENOSPC, "No space")))
     with pytest.raises(GraftError, match=message):
         splice(tiny_base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
     assert list(tmp_path.iterdir()) == []

@@ -21,7 +21,6 @@ from mtp_graft.checkpoint.capture import (
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving import server
-from mtp_graft.serving.client import Prompt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages import capture as stage
 from mtp_graft.stages.capture import capture, recording_options
@@ -29,12 +28,13 @@ from mtp_graft.stages.capture import capture, recording_options
 from .fake_vllm import EOS
 
 NEW_TOKENS = 3
-PROMPTS: dict[str, list[Prompt]] = {
-    "calibration": [Prompt(f"c{i}", "abcdefgh"[: i + 1]) for i in range(8)],
+Row = dict[str, Any]
+PROMPTS: dict[str, list[Row]] = {
+    "calibration": [{"id": f"c{i}", "text": "abcdefgh"[: i + 1]} for i in range(8)],
     "evaluation": [
-        Prompt("chat", ({"role": "user", "content": "hey"},)),
-        Prompt("same", "xy"),
-        Prompt("same again", "xy"),
+        {"prompt_id": "chat", "messages": [{"role": "user", "content": "hey"}]},
+        {"id": "same", "text": "xy"},
+        {"id": "same again", "text": "xy"},
     ],
 }
 NUM_PROMPTS = sum(map(len, PROMPTS.values()))
@@ -42,14 +42,8 @@ NUM_PROMPTS = sum(map(len, PROMPTS.values()))
 ENDS = {str(ord("a")): 0, str(ord("a") + ord("b")): 1}
 
 
-def write(file: Path, prompts: Sequence[Prompt]) -> str:
+def write(file: Path, rows: Sequence[Row]) -> str:
     """Write a source of prompts; return its name."""
-    rows = [
-        {"id": p.id, "text": p.content}
-        if isinstance(p.content, str)
-        else {"prompt_id": p.id, "messages": list(p.content)}
-        for p in prompts
-    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(file)
 
@@ -92,12 +86,10 @@ def requests(fake: Callable[..., None], tmp_path: Path) -> Path:
     return path
 
 
-def expected(prompt: Prompt) -> tuple[list[int], list[int]]:
+def expected(prompt: Row) -> tuple[list[int], list[int]]:
     """Return the stand-in's tokens of a prompt, and its answer."""
-    if isinstance(prompt.content, str):
-        token_ids = list(prompt.content.encode())
-    else:
-        token_ids = [0, *prompt.content[0]["content"].encode()]
+    chat = [0, *b"hey"]
+    token_ids = list(prompt["text"].encode()) if "text" in prompt else chat
     tokens = [(sum(token_ids) + 7 * i) % 1000 for i in range(NEW_TOKENS)]
     end = ENDS.get(str(sum(token_ids)))
     return token_ids, tokens if end is None else [*tokens[:end], EOS]
@@ -110,7 +102,7 @@ def check_complete(out: Path) -> None:
     assert [s.number for s, _ in captured] == list(range(NUM_PROMPTS))
     for (split, prompt), (sequence, recorded) in zip(asked, captured, strict=True):
         token_ids, answer = expected(prompt)
-        assert (sequence.split, sequence.id) == (split, prompt.id)
+        assert (sequence.split, sequence.id) == (split, prompt.get("id", "chat"))
         assert sequence.prompt_tokens == len(token_ids)
         assert recorded.token_ids.tolist() == token_ids + answer
         assert recorded.targets.tolist() == [t + 1 for t in token_ids + answer]
@@ -155,7 +147,7 @@ def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
 ) -> None:
     """Both splits draw from one source, each from where the one before it stopped."""
     texts = ["ab", "x" * 9, "cd", "y" * 10, "ef", "x" * 8, "gh"]
-    source = write(tmp_path / "p.jsonl", [Prompt(f"p{n}", text) for n, text in enumerate(texts)])
+    source = write(tmp_path / "p.jsonl", [{"id": f"p{n}", "text": t} for n, t in enumerate(texts)])
     settings = replace(
         wanted(tmp_path),
         **dict.fromkeys(("calibration_prompts", "evaluation_prompts"), source),

@@ -220,8 +220,8 @@ def test_a_stage_has_its_own_command_and_result(
             "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
             "'best' is not one of 'greedy', 'probabilistic'",
         ),
-        ("run RECIPE --only train", "'train' is no stage"),
-        ("run RECIPE --from train", "'train' is no stage"),
+        ("run RECIPE --only train", "'train' is not one of 'fetch', "),
+        ("run RECIPE --from train", "'train' is not one of 'fetch', "),
         ("run RECIPE --only score --from score", "expected one of them"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
         ("demo --set bench.round=2", "did you mean 'rounds'?"),
@@ -302,7 +302,7 @@ def test_help_at_80_columns_has_every_name_whole(
     params = EVERY[words].params if words in EVERY else ()
     assert {name for param in params for name in param.opts if "-" in name} <= shown
     if not words:
-        commands = ("graft", "demo", "run", *STAGES, "doctor", "serve", "card", "publish", "bench")
+        commands = ("graft", "demo", "run", *STAGES, "card", "publish", "serve", "doctor", "bench")
         first_words = [line.split()[0] for line in out.splitlines() if line.strip()]
         assert [word for word in first_words if word in commands] == [*commands]
 

@@ -18,7 +18,7 @@ from mtp_graft import pipeline
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import STAGES, choose_stages, device
+from mtp_graft.pipeline import STAGES, Stage, device
 from mtp_graft.pipeline.folder import locked
 from mtp_graft.pipeline.run import run_pipeline, run_stage
 from mtp_graft.recipe import load_recipe
@@ -155,14 +155,14 @@ def servers(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Serve
     servers, running = Servers(), Lock()
 
     @contextmanager
-    def managed(options: ServeOptions, log: Path, **rest: Any) -> Iterator[ServerClient]:
+    def managed(options: ServeOptions, log: Path, *rest: Any) -> Iterator[ServerClient]:
         name = log.stem.removeprefix("vllm-")
         fake(**servers.settings.get(name, {}))
         servers.started.append(name)
         servers.options[name] = options
         assert running.acquire(blocking=False), "two servers share the machine"
         try:
-            with server.managed_server(options, log, **rest) as client:
+            with server.managed_server(options, log, *rest) as client:
                 yield client
         finally:
             running.release()
@@ -184,12 +184,14 @@ def folder(tmp_path: Path) -> Path:
 def run(recipe: Path, folder: Path, stages: StandIns, servers: Servers) -> Run:
     """Run the recipe's stages; forget first what earlier calls started and did."""
 
-    def call(*overrides: str, only: str | None = None, start: str | None = None) -> dict[str, Any]:
+    def call(
+        *overrides: str, only: Stage | None = None, start: Stage | None = None
+    ) -> dict[str, Any]:
         stages.done.clear()
         servers.started.clear()
-        chosen = choose_stages(only, start)
-        if chosen == STAGES:
-            chosen = MEASURED  # charts take seconds, and one test looks at them
+        chosen = MEASURED  # charts take seconds, and one test looks at them
+        if only or start:
+            chosen = (only,) if only else STAGES[STAGES.index(start) :]
         loaded = load_recipe(recipe, overrides)
         return run_pipeline(loaded, folder, quiet, chosen, again=start is not None)
 

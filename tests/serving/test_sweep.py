@@ -29,7 +29,8 @@ def test_vllms_own_client_holds_the_load(
     with serving(grafted, 2) as client:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the engine's client
         served = nullcontext(client)
-        [point] = measure_sweep(lambda _k: served, PROMPTS, [2], [3], config, quiet)["points"]
+        found = measure_sweep(lambda _k: served, PROMPTS, [2], [3], config, quiet, tmp_path / "run")
+    [point] = found["points"]
     # Of nine requests; warm-ups are not counted, and one fails.
     assert (point["requests"], point["errors"], point["tokens"]) == (8, 1, 8 * 20)
     assert point["failures"] == ["Internal Server Error"]
@@ -62,16 +63,16 @@ def client(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
     return client
 
 
-def measure(*ks: int, loads: Sequence[int] = (2,), **options: Any) -> list[dict[str, Any]]:
+def measure(folder: Path, *ks: int, loads: Sequence[int] = (2,)) -> list[dict[str, Any]]:
     server = nullcontext(ServerClient("http://127.0.0.1:9", "key"))
     config = DecodeConfig(max_tokens=11, rounds=1, temperature=0.5)
-    found = measure_sweep(lambda _k: server, PROMPTS, ks, loads, config, quiet, **options)
+    found = measure_sweep(lambda _k: server, PROMPTS, ks, loads, config, quiet, folder)
     points: list[dict[str, Any]] = found["points"]
     return points
 
 
-def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock) -> None:
-    [point] = measure(0)
+def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock, tmp_path: Path) -> None:
+    [point] = measure(tmp_path, 0)
     assert point["per_stream_tok_s"] == pytest.approx(5.0)
     assert (point["aggregate_tok_s"], point["ttft_ms"]) == (4.0, 500.0)
     assert (point["errors"], point["failures"]) == (1, ["OSError: gone"])
@@ -86,7 +87,7 @@ def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock) -> Non
 
 def test_points_of_earlier_calls_are_not_measured_again(client: Mock, tmp_path: Path) -> None:
     def measured(loads: list[int], *ks: int) -> list[tuple[int, int]]:
-        points = measure(*ks, loads=loads, folder=tmp_path)
+        points = measure(tmp_path, *ks, loads=loads)
         return [(point["k"], point["concurrency"]) for point in points]
 
     assert measured([1, 3], 1) == [(1, 1), (1, 3)]
@@ -95,18 +96,18 @@ def test_points_of_earlier_calls_are_not_measured_again(client: Mock, tmp_path: 
     assert len(measured([1], 1)) == 6, "the result has all points of the folder"
 
 
-def test_a_point_without_an_answered_request_is_an_error(client: Mock) -> None:
+def test_a_point_without_an_answered_request_is_an_error(client: Mock, tmp_path: Path) -> None:
     client.return_value = FOUND | {"errors": ["refused", "refused"]}
     with pytest.raises(GraftError, match=r"concurrency 2: every request failed.*refused"):
-        measure(1)
+        measure(tmp_path, 1)
 
 
 def test_without_vllm_or_its_client_nothing_is_measured(
-    vllm: object, monkeypatch: pytest.MonkeyPatch
+    vllm: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GraftError, match=r"vllm bench serve failed against http://127\.0\.0\.1:9"):
         run_load("http://127.0.0.1:9", {})
     monkeypatch.setattr(command, "installed_vllm", lambda: None)
     with pytest.raises(GraftError, match=r"vLLM is not installed .* pip install"):
-        measure(1)
+        measure(tmp_path, 1)

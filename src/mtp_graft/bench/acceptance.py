@@ -1,6 +1,6 @@
 """How often a running server accepts its head's drafts, on texts whose ending is known."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -26,34 +26,35 @@ def measure_acceptance(
     captured ones; with several requests in a step sums round in another order) and `sequences`
     (`id`, `drafts`, first ones of a step, and `accepted`). GraftError if nothing is drafted.
     """
-    steps: list[Step] = []
-    sequences: list[dict[str, Any]] = []
+    steps: dict[str, list[Step]] = {}
     identical = 0
     report(label, 0, len(texts))
     with ThreadPool(concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
         answers = pool.imap(lambda text: client.complete_counted(text.prompt, max_tokens), texts)
         for text, (answer, told) in zip(texts, answers, strict=True):
-            drafting = list(_drafting_steps(told, len(answer)))
-            accepted = sum(step.accepted > 0 for step in drafting)
-            sequences.append({"id": text.id, "drafts": len(drafting), "accepted": accepted})
-            steps += drafting
+            steps[text.id] = list(_drafting_steps(told, len(answer)))
             identical += answer == text.continuation
-            report(label, len(sequences), len(texts))
-    counted = _count(steps)
-    if not counted.num_drafts:
+            report(label, len(steps), len(texts))
+    if not any(steps.values()):
         raise GraftError(
             f"{client.base_url}: tells of no drafts; serve a head with k >= 1 and "
             f"{' '.join(COUNT_DRAFTS)}"
         )
+    return {**_counted(steps), "texts": len(texts), "identical": identical}
+
+
+def _counted(steps: Mapping[str, Sequence[Step]]) -> dict[str, Any]:
+    counters = _count([step for of_text in steps.values() for step in of_text])
     return {
-        "acceptance": counted.acceptance,
-        "accepted": counted.num_accepted_tokens,
-        "drafted": counted.num_draft_tokens,
-        "interval": [*wilson_interval(counted.num_accepted_tokens, counted.num_draft_tokens)],
-        **drafting_result(counted),
-        "texts": len(texts),
-        "identical": identical,
-        "sequences": sequences,
+        "acceptance": counters.acceptance,
+        "accepted": counters.num_accepted_tokens,
+        "drafted": counters.num_draft_tokens,
+        "interval": [*wilson_interval(counters.num_accepted_tokens, counters.num_draft_tokens)],
+        **drafting_result(counters),
+        "sequences": [
+            {"id": name, "drafts": len(found), "accepted": sum(s.accepted > 0 for s in found)}
+            for name, found in steps.items()
+        ],
     }
 
 

@@ -76,21 +76,22 @@ def collect_results(run: Path) -> dict[str, Any]:
 def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> dict[str, Any]:
     """Return the benchmarks' part of the data, and how all of it came about."""
     head, ours, left_out = fingerprints([spliced.folder / HEAD_SHARD]), [], []
-    made, commands = [m for m in manifests if m], []
+    made = [manifest for manifest in manifests if manifest]
     for shown, manifest in _measurements(run):
         server = manifest["config"].get("server", {}) if manifest else {}
         if not head.items() <= server.get("files", head).items():  # not recorded: taken as ours
             left_out.append(shown["file"])
             continue
         ours.append(shown)
-        made += [manifest] if server else []
-        commands += [server["serve"]] if "serve" in server else []
+        if manifest and server:
+            made.append(manifest)
+    servers = [manifest["config"].get("server", {}) for manifest in made]
     kept = ("stage", "git_commit", "seconds")
     return {
         **{name: _labelled(ours, [name]) for name in _SPEED},
         "scores": _labelled(ours, _EVALS),
         "ran": [{**{key: m[key] for key in kept}, "on": _where(m)} for m in made],
-        "serve_commands": list(dict.fromkeys(commands)),
+        "serve_commands": list(dict.fromkeys(s["serve"] for s in servers if "serve" in s)),
         "left_out": left_out,
     }
 
@@ -107,10 +108,8 @@ def _license(checkpoint: Path) -> dict[str, str]:
     """Return the licence that the base's README states; it is `unknown` where it states none."""
     readme = checkpoint / "README.md"
     stated = (readme.is_file() and metadata_load(readme)) or {}
-    if "license" not in stated:
-        return {"license": "unknown"}
     keys = ("license", "license_name", "license_link")
-    return {key: str(stated[key]) for key in keys if key in stated}
+    return {"license": "unknown"} | {key: str(stated[key]) for key in keys if key in stated}
 
 
 def _formats(config: Json, head: Json) -> dict[str, str]:

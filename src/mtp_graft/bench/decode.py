@@ -4,10 +4,11 @@ A turn is one start of a server on which every prompt is continued; it is kept a
 comparison, the base's turn has the number of MTP's beside it: what drifts meets both alike.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product, zip_longest
 from pathlib import Path
 from statistics import median, median_low
 from typing import Any
@@ -65,12 +66,10 @@ def measure_turn(
 
     report(f"{name}: warm-up", 0, 0)
     ask(next(iter(prompts.values())))
-    rounds: list[list[Answer]] = []
-    for number in range(config.rounds):
-        rounds.append([])
-        for place, token_ids in enumerate(prompts.values()):
-            report(name, number * len(prompts) + place, config.rounds * len(prompts))
-            rounds[-1].append(ask(token_ids))
+    rounds: list[list[Answer]] = [[] for _ in range(config.rounds)]
+    for done, (answers, token_ids) in enumerate(product(rounds, prompts.values())):
+        report(name, done, config.rounds * len(prompts))
+        answers.append(ask(token_ids))
     reference = None
     if with_margins:
         report(f"{name}: margins", 0, 0)
@@ -84,7 +83,7 @@ def measure_alternating(
     pairs: int,
     config: DecodeConfig,
     report: Report,
-    folder: Path | None = None,
+    folder: Path,
 ) -> dict[str, Any]:
     """Measure turns in the order base, MTP, MTP, base, base, ...; return as `compare`.
 
@@ -123,7 +122,7 @@ def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> 
     """
     identical = divergences = None
     if reference := base[0]["reference"]:
-        divergences = _divergences(reference, mtp[0]["rounds"][0])
+        divergences = list(_divergences(reference, mtp[0]["rounds"][0]))
         expected = [list(scored["token_ids"]) for scored in reference.values()]
         rounds = [answers for turn in (*base, *mtp) for answers in turn["rounds"]]
         identical = all([a["token_ids"] for a in answers] == expected for answers in rounds)
@@ -206,22 +205,19 @@ def _spread(values: list[float]) -> dict[str, Any]:
     return {**ends, "runs": len(values), "values": values}
 
 
-def _divergences(reference: Mapping[str, Any], answers: Round) -> list[dict[str, Any]]:
-    """Return where greedy texts leave the base's; past its end there is no margin."""
-    divergences = []
+def _divergences(reference: Mapping[str, Any], answers: Round) -> Iterator[dict[str, Any]]:
+    """Yield where greedy texts leave the base's; past its end there is no margin."""
     for (prompt, scored), answer in zip(reference.items(), answers, strict=True):
-        ours, theirs = scored["token_ids"], answer["token_ids"]
-        if list(ours) != theirs:
-            position = shared_length(ours, theirs)
+        position = first_difference(scored["token_ids"], answer["token_ids"])
+        if position is not None:
             margin = [*scored["margins"], None][position]
-            divergences.append({"prompt": prompt, "position": position, "margin": margin})
-    return divergences
+            yield {"prompt": prompt, "position": position, "margin": margin}
 
 
-def shared_length(one: Sequence[object], other: Sequence[object]) -> int:
-    """Return how many items two sequences begin with that are the same."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+def first_difference(one: Iterable[int], other: Iterable[int]) -> int | None:
+    """Return where two texts differ, which may be the end of the shorter one; None if nowhere."""
+    pairs = enumerate(zip_longest(one, other))
+    return next((position for position, (a, b) in pairs if a != b), None)
 
 
 def median_round(turn: Turn) -> int:

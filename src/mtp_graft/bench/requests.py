@@ -20,12 +20,8 @@ Report = Callable[[str, int, int], None]
 Answer = dict[str, Any]
 
 
-def measured(
-    folder: Path | None, name: str, measure: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
+def measured(folder: Path, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return a part of a benchmark: from `folder` if an earlier call kept it, else measured now."""
-    if folder is None:
-        return measure()
     path = folder / f"{name}.json"
     found = read_result(path)
     if found is None:

@@ -30,7 +30,7 @@ def measure_sweep(
     concurrencies: Sequence[int],
     config: DecodeConfig,
     report: Report,
-    folder: Path | None = None,
+    folder: Path,
 ) -> dict[str, Any]:
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
@@ -39,16 +39,14 @@ def measure_sweep(
     failed.
     """
     find_vllm()
-    points = []
     for k in sorted(ks):
         with ExitStack() as stack:
             connect = cache(partial(stack.enter_context, serve(k)))
             for done, concurrency in enumerate(sorted(concurrencies)):
                 report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
                 measure = partial(_point, connect, prompts, config, k, concurrency)
-                points.append(measured(folder, f"k{k}-concurrency{concurrency}", measure))
-    if folder is not None:
-        points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
+                measured(folder, f"k{k}-concurrency{concurrency}", measure)
+    points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
     return {"points": sorted(points, key=lambda point: (point["k"], point["concurrency"]))}
 
 
@@ -93,7 +91,6 @@ def _point(
 
 
 def _arguments(client: ServerClient, concurrency: int, config: DecodeConfig) -> list[str]:
-    """Return the options of `vllm bench serve` for one point."""
     options = {
         "backend": "openai",
         "base-url": client.base_url,
@@ -131,7 +128,6 @@ def run_load(base_url: str, load: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _counters(found: Mapping[str, Any]) -> SpecDecodeCounters | None:
-    """Return what vLLM's client read of the server's drafts meanwhile."""
     if "spec_decode_num_drafts" not in found:
         return None
     steps = found["spec_decode_num_drafts"]

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.resources import files
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
@@ -48,7 +50,7 @@ def measure_workload(
     connect: Callable[[], ServerClient],
     requests: Sequence[Request],
     report: Report,
-    folder: Path | None = None,
+    folder: Path,
 ) -> dict[str, Any]:
     """Ask every request, one at a time; return speeds and acceptance.
 
@@ -69,13 +71,9 @@ def measure_workload(
         return _result(request, time_answer(client, _PATH, request.body))
 
     found = [measured(folder, r.id, partial(measure, n, r)) for n, r in enumerate(requests)]
-    categories = dict.fromkeys(request.category for request in requests)
-    of = {name: [each for each in found if each["category"] == name] for name in categories}
-    return {
-        **_summary(found),
-        "categories": {name: _summary(each) for name, each in of.items()},
-        "tasks": found,
-    }
+    # Requests of one category stand together.
+    categories = {name: _summary([*of]) for name, of in groupby(found, itemgetter("category"))}
+    return {**_summary(found), "categories": categories, "tasks": found}
 
 
 def _result(request: Request, answer: Answer) -> dict[str, Any]:

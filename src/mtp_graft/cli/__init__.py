@@ -5,12 +5,9 @@ What the commands do is in `pipeline`, `serving` and `bench`.
 
 import sys
 
-# Importing these registers their commands, in the order in which the help has them.
-# isort: off
-from mtp_graft.cli import pipeline, doctor, serve, bench, evals, card  # noqa: F401
+# Importing them registers their commands.
+from mtp_graft.cli import bench, pipeline, serve  # noqa: F401
 from mtp_graft.cli.app import app
-
-# isort: on
 from mtp_graft.cli.output import note
 from mtp_graft.errors import GraftError
 

@@ -5,11 +5,9 @@ from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from functools import wraps
 from inspect import Parameter
-from typing import Annotated, Any, get_origin
+from typing import Any
 
 import typer
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from mtp_graft.cli.output import check_writable
 from mtp_graft.serving.command import argument, option
@@ -37,54 +35,25 @@ Command = Callable[..., Any]
 
 
 def with_options(command: Command) -> Command:
-    """Let Typer parse what a command declares by `option` and `argument`.
-
-    A parameter that is a pydantic dataclass stands for those of its fields that are declared so;
-    what the dataclass refuses is wrong usage.
-    """
-    parameters = inspect.signature(command).parameters
-    declared = {name: _declared(parameter) for name, parameter in parameters.items()}
-    groups = {n: p.annotation for n, p in parameters.items() if is_dataclass(p.annotation)}
+    """Let Typer parse the options of each `option_group` that a command takes."""
+    groups: dict[str, Any] = {}
+    parsed: list[Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            parsed += groups[name].__declared__
+        else:
+            parsed.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
     @wraps(command)
     def flat(**given: Any) -> None:
         for name, group in groups.items():
-            given[name] = _make(group, {field: given.pop(field) for field in declared[name]})
+            given[name] = group(**{p.name: given.pop(p.name) for p in group.__declared__})
         command(**given)
 
-    parsed = [_parsed(*option) for group in declared.values() for option in group.items()]
     # Where Typer looks for what a command takes.
     flat.__signature__ = inspect.Signature(parsed)  # type: ignore[attr-defined]
     return flat
-
-
-def _declared(parameter: Parameter) -> dict[str, FieldInfo]:
-    """Return the options and arguments that a command's parameter stands for."""
-    kind: Any = parameter.annotation
-    if not is_dataclass(parameter.annotation):
-        return {parameter.name: FieldInfo.from_annotated_attribute(kind, parameter.default)}
-    fields: dict[str, FieldInfo] = kind.__pydantic_fields__
-    return {name: field for name, field in fields.items() if field.json_schema_extra}
-
-
-def _parsed(name: str, field: FieldInfo) -> Parameter:
-    """Return what Typer is to parse for a declared option or argument."""
-    assert isinstance(field.json_schema_extra, dict)
-    kind: Any = field.annotation
-    default = Parameter.empty if field.is_required() else field.default
-    if get_origin(kind) is tuple:
-        kind, default = list[str], []
-    annotation = Annotated[kind, field.json_schema_extra["typer"]]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _make(group: Any, given: dict[str, Any]) -> Any:
-    try:
-        return group(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = f"--{first['loc'][0]}".replace("_", "-").replace("model-names", "model-name")
-        raise typer.BadParameter(first["msg"], param_hint=flag) from None
 
 
 def refuse(words: Collection[str] | None, flags: set[str]) -> Collection[str] | None:
@@ -122,7 +91,6 @@ _VERSION_HELP = "Show the versions of mtp-graft, vLLM and what else decides a re
 
 
 @app.callback()
-@with_options
 def _root(
     version: bool = option(
         False, None, _VERSION_HELP, "--version", callback=_show_versions, is_eager=True

@@ -1,5 +1,6 @@
-"""`mtp-graft bench decode`, `sweep` and `workload`: how fast a server is."""
+"""`mtp-graft bench`: how fast a server is, and how good its answers are."""
 
+import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -10,21 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from pydantic.dataclasses import dataclass
 from rich.table import Table
 
 from mtp_graft.bench.page import percents
 from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import progress_bar, show, table
-from mtp_graft.cli.target import Target, check_url
-from mtp_graft.serving.command import NUM_SPECULATIVE_TOKENS, option
+from mtp_graft.cli.target import Result, Target, check_url
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, option, option_group
 
 if TYPE_CHECKING:  # the client need not be imported for `--help`
     from mtp_graft.serving.client import Prompt
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asking:
+THINKING = option(False, None, "Let the model think before it answers.")
+
+
+@option_group
+class Texts:
     """The options of `decode` and `sweep`: what is asked."""
 
     prompt_file: Path | None = option(
@@ -49,10 +53,8 @@ class Asking:
 @with_options
 def bench_decode(
     target: Target,
-    asking: Asking,
-    against: str | None = option(
-        None, "DIR|URL", "Take turns with this checkpoint, or this running server."
-    ),
+    texts: Texts,
+    against: str | None = option(None, "DIR|URL", "Take turns with this checkpoint, or server."),
     pairs: int | None = option(
         None, "N", "With --against, how often; even, to be first equally often. Default: 6.", min=2
     ),
@@ -70,10 +72,10 @@ def bench_decode(
     if against is None and pairs is not None:
         raise typer.BadParameter("--pairs needs --against")
     other = None if against is None else _other(target, against)
-    config = DecodeConfig(asking.max_tokens, rounds, asking.ignore_eos, asking.temperature)
-    prompts, k = asking.prompts(), target.num_drafts(k)
+    config = DecodeConfig(texts.max_tokens, rounds, texts.ignore_eos, texts.temperature)
+    prompts, k = texts.prompts(), target.num_drafts(k)
 
-    def measure(folder: Path | None) -> dict[str, Any]:
+    def measure(folder: Path) -> Result:
         with progress_bar() as report:
             ours = partial(target.client, report, k=k)
             if other is None:
@@ -101,12 +103,12 @@ def _other(target: Target, against: str) -> Target:
     return replace(target, checkpoint=Path(against))
 
 
-def _hash(prompts: Sequence[Any]) -> str:
-    """Return what tells these prompts from others."""
-    return sha256(repr(prompts).encode()).hexdigest()
+def _hash(asked: Sequence[Any]) -> str:
+    """Return what tells these prompts or questions from others."""
+    return sha256(repr(asked).encode()).hexdigest()
 
 
-def _decode_parts(result: dict[str, Any]) -> list[str | Table]:
+def _decode_parts(result: Result) -> list[str | Table]:
     servers = {"against": result["against"]} if "against" in result else {}
     records = [{"server": name, **found} for name, found in {**servers, "decode": result}.items()]
     speeds = table(records, "server", "decode_tok_s", "ttft_ms", "tpot_ms", "acceptance")
@@ -122,7 +124,7 @@ def _decode_parts(result: dict[str, Any]) -> list[str | Table]:
     return [*parts, *drafting_lines(result)]
 
 
-def same_text(result: dict[str, Any]) -> str:
+def same_text(result: Result) -> str:
     """Say whether a comparison's greedy texts are the same, and if not, where they differ."""
     match result["greedy_identical"]:
         case None:
@@ -133,7 +135,7 @@ def same_text(result: dict[str, Any]) -> str:
     return f"differs ({', '.join(places) or 'between rounds'})"
 
 
-def drafting_lines(result: dict[str, Any]) -> list[str]:
+def drafting_lines(result: Result) -> list[str]:
     """Return how many drafts were accepted at each position, if there were any."""
     if result["acceptance_length"] is None:
         return []
@@ -148,16 +150,9 @@ def drafting_lines(result: dict[str, Any]) -> list[str]:
 @with_options
 def bench_sweep(
     target: Target,
-    asking: Asking,
+    texts: Texts,
     concurrency: str = option("1,2,3,4,6,8", "N,N,...", "Numbers of requests at a time."),
-    k: str | None = option(
-        None,
-        "N,N,...",
-        "Numbers of tokens to draft a step, one server each; 0 leaves the head out. "
-        "Default: 3 on GPUs, 1 on a CPU.",
-        "--k",
-        "-k",
-    ),
+    k: str | None = option(None, "N,N,...", f"{K_HELP} Each has its own server.", "--k", "-k"),
     requests: int = option(4, "N", "Requests of a point, times its concurrency.", min=1),
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
@@ -166,10 +161,10 @@ def bench_sweep(
 
     given: Sequence[int | None] = [None] if k is None else _numbers("--k", k, 0)
     loads, ks = _numbers("--concurrency", concurrency, 1), [*map(target.num_drafts, given)]
-    prompts = asking.prompts()
-    config = DecodeConfig(asking.max_tokens, requests, asking.ignore_eos, asking.temperature)
+    prompts = texts.prompts()
+    config = DecodeConfig(texts.max_tokens, requests, texts.ignore_eos, texts.temperature)
 
-    def measure(folder: Path | None) -> dict[str, Any]:
+    def measure(folder: Path) -> Result:
         with progress_bar() as report:
             serve = partial(target.client, report, "sweep")
             return measure_sweep(serve, prompts, ks, loads, config, report, folder)
@@ -199,10 +194,8 @@ def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
 @with_options
 def bench_workload(
     target: Target,
-    thinking: bool = option(False, None, "Let the model think before it answers."),
-    max_tokens: int | None = option(
-        None, "N", "Cap on an answer. Default: the context's end.", min=2
-    ),
+    thinking: bool = THINKING,
+    max_tokens: int | None = option(None, "N", "Cap on an answer. Default: the context.", min=2),
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Measure speed on fifteen everyday requests with a system prompt and tools."""
@@ -210,7 +203,7 @@ def bench_workload(
 
     requests, k = load_workload(thinking, max_tokens), target.num_drafts(k)
 
-    def measure(folder: Path | None) -> dict[str, Any]:
+    def measure(folder: Path) -> Result:
         with progress_bar() as report, ExitStack() as stack:
             client = target.client(report, "workload", k)
             return measure_workload(lambda: stack.enter_context(client), requests, report, folder)
@@ -221,3 +214,63 @@ def bench_workload(
     records.append({"category": "all", **result})
     columns = ("requests", "completion_tokens", "decode_tok_s", "ttft_ms", "acceptance", "cut_off")
     show(result, target.json_file, table(records, "category", *columns))
+
+
+def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:
+    """Add a command that asks questions: how good the answers are."""
+    how_many = f"How many questions. Default: {num_questions or 'all'}."
+
+    @bench.command(name, help=purpose)
+    @with_options
+    def command(
+        target: Target,
+        data_dir: Path | None = option(None, "DIR", "Has gsm8k/, mmlu/, ... Default: the hub."),
+        limit: int | None = option(num_questions, "N", how_many, min=1, show_default=False),
+        seed: int = option(0, "N", "Draws the questions."),
+        thinking: bool = THINKING,
+        max_tokens: int = option(num_tokens, "N", "Cap on an answer, thinking included.", min=1),
+        concurrency: int = option(4, "N", "Questions asked at a time.", min=1),
+        k: int | None = NUM_SPECULATIVE_TOKENS,
+    ) -> None:
+        draw = {"limit": limit, "seed": seed}
+        ask = {"thinking": thinking, "max_tokens": max_tokens, "concurrency": concurrency}
+        result = _evaluate(name, target, data_dir, k, draw | ask)
+        columns = ("benchmark", "score", "interval", "correct", "total", "kinds")
+        show(result, target.json_file, table([result], *columns))
+
+
+_add_command("gsm8k", 100, 1024, "Ask GSM8K's word problems: greedy, exact match on `#### N`.")
+_add_command("humaneval", None, 1024, "Ask HumanEval's functions: greedy, pass@1, unit tests.")
+_add_command("mmlu", 100, 128, "Ask MMLU's four-way questions: greedy, all subjects alike.")
+_add_command("capability", None, 2048, "Ask fourteen small tasks, from arithmetic to tool calls.")
+
+
+def _evaluate(
+    name: str, target: Target, data_dir: Path | None, k: int | None, settings: dict[str, Any]
+) -> Result:
+    """Ask and judge; a finished result is given again."""
+    if importlib.util.find_spec("inspect_ai") is None:
+        raise GraftError(
+            f"bench {name} needs Inspect: pip install 'mtp-graft[evals]', or in a checkout "
+            ".venv/bin/pip install -e '.[evals]'"
+        )
+    from mtp_graft.bench.evals.run import TASKS, find_model, run_task
+    from mtp_graft.bench.requests import measured
+
+    if target.checkpoint or k is not None:  # a running server need not be vLLM
+        k = target.num_drafts(k)
+    task = TASKS[name](data_dir, settings["limit"], settings["seed"])
+    # Files may change in the same folder; messages have an id that is new in every process.
+    questions = [(s.id, s.input if isinstance(s.input, str) else None) for s in task.dataset]
+    claim = {**settings, "k": k, "questions": _hash(questions)}
+
+    def ask(logs: Path) -> Result:
+        with ExitStack() as stack:
+            with progress_bar() as report:
+                server = stack.enter_context(target.client(report, name, k))
+            return run_task(task, logs, find_model(server, settings))
+
+    def measure(folder: Path) -> Result:
+        return measured(folder, "result", lambda: ask(folder / "logs") | {"settings": settings})
+
+    return target.finish(name, claim, measure)

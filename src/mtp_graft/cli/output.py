@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,8 @@ def progress_bar() -> Iterator[Report]:
     """Show on standard error what is going on: a bar on a terminal, else a line per step."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        told = ""
-
-        def log(label: str, _done: int, _total: int) -> None:
-            nonlocal told
-            step = label.partition(",")[0]  # without a count of seconds
-            if step != told:
-                note(step)
-            told = step
-
-        yield log
+        note_new = lru_cache(maxsize=1)(note)  # not again what was told last
+        yield lambda label, _done, _total: note_new(label.partition(",")[0])  # without the seconds
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

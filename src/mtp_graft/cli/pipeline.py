@@ -1,17 +1,21 @@
-"""`mtp-graft graft`, `demo`, `run`, and one command for each stage of a recipe."""
+"""`mtp-graft graft`, `demo`, `run`, a command for each stage of a recipe, `card` and `publish`."""
 
 from pathlib import Path
 from typing import Any, Literal
 
+import typer
 from rich.table import Table
 
+from mtp_graft import pipeline
 from mtp_graft.bench.page import percent, percents
-from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app, with_options
+from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app
 from mtp_graft.cli.bench import drafting_lines, same_text
-from mtp_graft.cli.output import progress_bar, show, table
+from mtp_graft.cli.output import note, progress_bar, show, table
+from mtp_graft.pipeline import Stage, find_bundled_recipe
 from mtp_graft.serving.command import argument, option
 
 RECIPE = argument("RECIPE", "A TOML recipe.")
+FOLDER = argument("RUN", "A run folder.")
 RUN = option(None, "DIR", "Run folder. Default: runs/ and the recipe's name.", "--run")
 OVERRIDES = option((), "KEY=VALUE", "Override a value: capture.new_tokens=64.", "--set")
 STAGES = {
@@ -25,12 +29,9 @@ STAGES = {
 
 
 @app.command()
-@with_options
 def graft(
     base: str = argument("BASE", "A folder or a hub id."),
-    upstream: str = argument(
-        "UPSTREAM", "The master with the head, or a published head: folder or id."
-    ),
+    upstream: str = argument("UPSTREAM", "The master, or a published head: folder or hub id."),
     out: Path = argument("OUT", "The new checkpoint's folder."),
     head: Literal["mxfp4", "bf16"] | None = option(
         None, None, "Keep the master's codes (default), or decode them; both are exact."
@@ -51,44 +52,34 @@ def graft(
 
 
 @app.command()
-@with_options
 def demo(
     run: Path = option(Path("runs/demo"), "DIR", "Run folder."),
-    overrides: tuple[str, ...] = OVERRIDES,
+    overrides: list[str] = OVERRIDES,
     dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Run the whole pipeline on the bundled tiny model."""
-    from mtp_graft.pipeline import find_bundled_recipe
-
-    run_command(
-        recipe=find_bundled_recipe(),
-        run=run,
-        overrides=overrides,
-        only=None,
-        start=None,
-        dry_run=dry_run,
-        json_file=json_file,
-    )
+    only = start = None
+    run_command(find_bundled_recipe(), run, overrides, only, start, dry_run, json_file)
 
 
 @app.command("run")
-@with_options
 def run_command(
     recipe: Path = RECIPE,
     run: Path | None = RUN,
-    overrides: tuple[str, ...] = OVERRIDES,
-    only: str | None = option(None, "STAGE", "Run one stage."),
-    start: str | None = option(None, "STAGE", "Do this stage and those after it anew.", "--from"),
+    overrides: list[str] = OVERRIDES,
+    only: Stage | None = option(None, "STAGE", "Run one stage."),
+    start: Stage | None = option(None, "STAGE", "Do this stage and those after it anew.", "--from"),
     dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Run a recipe's stages; a run that was cut off goes on."""
-    from mtp_graft.pipeline import choose_stages
     from mtp_graft.recipe import load_recipe
 
-    stages, folder = choose_stages(only, start), run or Path("runs") / recipe.stem
-    loaded = load_recipe(recipe, overrides)
+    if only and start:  # together they would remove what --only names
+        raise typer.BadParameter("--only and --from together: expected one of them")
+    stages = (only,) if only else pipeline.STAGES[pipeline.STAGES.index(start or "fetch") :]
+    loaded, folder = load_recipe(recipe, overrides), run or Path("runs") / recipe.stem
     if dry_run:
         from mtp_graft.pipeline.plan import plan_run
 
@@ -150,11 +141,10 @@ def _stage_command(stage: str, summary: str) -> None:
     """Add the command that runs one stage of a recipe, in its run folder."""
 
     @app.command(stage, help=summary)
-    @with_options
     def command(
         recipe: Path = RECIPE,
         run: Path | None = RUN,
-        overrides: tuple[str, ...] = OVERRIDES,
+        overrides: list[str] = OVERRIDES,
         json_file: Path | None = JSON_FILE,
     ) -> None:
         from mtp_graft.pipeline.run import run_stage
@@ -170,3 +160,38 @@ def _stage_command(stage: str, summary: str) -> None:
 
 for _stage, _summary in STAGES.items():
     _stage_command(_stage, _summary)
+
+
+@app.command()
+def card(run: Path = FOLDER, json_file: Path | None = JSON_FILE) -> None:
+    """Write a run's model card with charts, from its result files, to card/ in the run."""
+    from mtp_graft.bench.card import write_card
+
+    result = write_card(run, run / "card")
+    show(result, json_file, f"card: {result['card']}", f"its data: {result['data']}")
+    for what in result["not_measured"]:
+        note(f"not measured: {what}")
+    for file in result["left_out"]:
+        note(f"left out: {file} is of another checkpoint")
+
+
+@app.command()
+def publish(
+    run: Path = FOLDER,
+    repo: str = option(..., "ID", "OWNER/NAME on the hub."),
+    head_only: bool = option(False, None, "Leave out the base: for `graft`.", "--head-only"),
+    private: bool = option(False, None, "Make the repository private.", "--private"),
+    dry_run: bool = DRY_RUN,
+    json_file: Path | None = JSON_FILE,
+) -> None:
+    """Upload a run's verified checkpoint with its card."""
+    from mtp_graft.stages import publish as stage
+
+    how = {"private": private, "head_only": head_only, "dry_run": dry_run}
+    result = stage.publish(run, repo, run / "card", **how)
+    lines = [f"{file['bytes']:>18,}  {file['path']}" for file in result["files"]]
+    verb = "to be uploaded" if dry_run else "uploaded"
+    which = "private" if result["private"] else "public"
+    total = f"{len(result['files'])} files, {result['total_bytes']:,} bytes"
+    lines.append(f"{total} {verb} to {repo} ({which})")
+    show(result, json_file, *lines, *([] if dry_run else [result["url"]]))

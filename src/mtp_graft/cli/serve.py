@@ -1,15 +1,16 @@
-"""`mtp-graft serve`."""
+"""`mtp-graft serve` and `doctor`."""
 
 import textwrap
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from pydantic.dataclasses import dataclass
 
+from mtp_graft.bench.page import counted
 from mtp_graft.cli.app import (
     ADDRESS_FLAGS,
+    DRY_RUN,
     JSON_FILE,
     NO_PROFILE,
     app,
@@ -20,19 +21,23 @@ from mtp_graft.cli.output import note, progress_bar, show
 from mtp_graft.cli.target import started
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import (
+    MAX_MODEL_LEN,
+    TENSOR_PARALLEL_SIZE,
     InstalledVllm,
     ServeOptions,
+    argument,
     build_command,
     find_vllm,
     installed_vllm,
     num_speculative_tokens,
     option,
+    option_group,
     vllm_elsewhere,
 )
 
 if TYPE_CHECKING:  # these load torch, which `--help` need not wait for
+    from mtp_graft.serving.doctor.findings import Finding
     from mtp_graft.serving.plan import Plan
-    from mtp_graft.serving.topology import Hardware
 
 #: Flags of vLLM that an option here stands for, besides those of the same name.
 _OTHER_NAMES = {
@@ -52,7 +57,7 @@ _PROFILES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class HardwareOptions:
     """The hardware to fit a profile to, where it is not what is found here."""
 
@@ -62,54 +67,23 @@ class HardwareOptions:
     node_rank: int = option(0, "N", "This machine's number.", min=0)
     master_addr: str | None = option(None, "ADDRESS", "Address of machine 0, for the others.")
 
-    @property
-    def are_given(self) -> bool:
-        """Return whether there is any."""
-        return self != HardwareOptions()
-
-    def find_vllm(self, dry_run: bool) -> InstalledVllm:
-        """Return the vLLM to plan for; with `dry_run`, --gpu need not be this machine's."""
-        from mtp_graft.serving.topology import named_hardware
-
-        if dry_run and self.gpu is not None:
-            here, platform = installed_vllm(), named_hardware(self.gpu).platform
-            if here is None or here.platform != platform:
-                return vllm_elsewhere(platform)
-        return find_vllm()
-
-    def find(self, vllm: InstalledVllm) -> "Hardware":
-        """Return the hardware that is named or, without a name, found."""
-        from mtp_graft.serving.topology import CPU, find_gpus, named_hardware
-
-        on_cpu = vllm.platform == "cpu"
-        named = named_hardware(self.gpu, self.count or 1, self.nnodes) if self.gpu else None
-        is_other = named is not None and named.platform != vllm.platform
-        if is_other or (on_cpu and self.nnodes is not None):
-            raise GraftError(
-                f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
-                "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
-            )
-        return named or (CPU if on_cpu else find_gpus(self.nnodes or 1))
-
 
 @app.command()
 @with_options
 def serve(
     server: ServeOptions,
-    hardware: HardwareOptions,
+    asked: HardwareOptions,
     profile: str | None = option(None, "NAME", _PROFILES),
-    check: bool = option(
-        False, None, "Start, test that the head drafts well, stop; 1 if not.", "--check"
-    ),
-    dry_run: bool = option(False, None, "Print the command only.", "--dry-run"),
+    check: bool = option(False, None, "Start, test the head, stop; 1 if it fails.", "--check"),
+    dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Serve a checkpoint with vLLM, drafting with its head."""
     for is_broken, rule in (
         (dry_run and check, "give one of --dry-run and --check"),
         (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
-        (profile == NO_PROFILE and hardware.are_given, "options for hardware need a --profile"),
-        (hardware.count and not hardware.gpu, "--count needs --gpu"),
+        (profile == NO_PROFILE and asked != HardwareOptions(), "hardware options need a --profile"),
+        (asked.count and not asked.gpu, "--count needs --gpu"),
     ):
         if is_broken:
             raise typer.BadParameter(rule)
@@ -118,8 +92,7 @@ def serve(
     is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
     if server.api_key is None and not is_loopback:
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
-    vllm = hardware.find_vllm(dry_run)
-    plan = _plan(server, profile, vllm, hardware)
+    vllm, plan = _plan(server, profile, asked, dry_run)
     options = server if plan is None else plan.options
     if dry_run:
         _print_command(options, vllm, plan, json_file)
@@ -130,21 +103,35 @@ def serve(
 
 
 def _plan(
-    options: ServeOptions, profile: str | None, vllm: InstalledVllm, hardware: HardwareOptions
-) -> "Plan | None":
-    """Return the profile fitted to the hardware, None for vLLM's own defaults."""
-    from mtp_graft.serving.plan import AUTO, make_plan
+    options: ServeOptions, profile: str | None, asked: HardwareOptions, dry_run: bool
+) -> "tuple[InstalledVllm, Plan | None]":
+    """Return the vLLM to serve with, and the profile fitted to the hardware.
 
-    if profile is None and vllm.platform == "cpu" and not hardware.are_given:
-        profile = NO_PROFILE
-    if profile == NO_PROFILE:
-        return None
-    found = hardware.find(vllm)
-    plan = make_plan(options, profile or AUTO, found, hardware.node_rank, hardware.master_addr)
-    if profile is not None:
-        return plan
-    why = f"no --profile given: {AUTO}, which took {plan.profile}; {NO_PROFILE} leaves all to vLLM"
-    return replace(plan, notes=(why, *plan.notes))
+    The plan is None for vLLM's own defaults. With `dry_run` the hardware may be elsewhere.
+    """
+    from mtp_graft.serving.plan import AUTO, make_plan
+    from mtp_graft.serving.topology import CPU, find_gpus, named_hardware
+
+    named = named_hardware(asked.gpu, asked.count or 1, asked.nnodes) if asked.gpu else None
+    here = installed_vllm()
+    if dry_run and named and (here is None or here.platform != named.platform):
+        vllm = vllm_elsewhere(named.platform)
+    else:
+        vllm = find_vllm()
+    on_cpu = vllm.platform == "cpu"
+    if profile == NO_PROFILE or (profile is None and on_cpu and asked == HardwareOptions()):
+        return vllm, None
+    if (named and named.platform != vllm.platform) or (on_cpu and asked.nnodes is not None):
+        raise GraftError(
+            f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
+            "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
+        )
+    found = named or (CPU if on_cpu else find_gpus(asked.nnodes or 1))
+    plan = make_plan(options, profile or AUTO, found, asked.node_rank, asked.master_addr)
+    if profile is None:
+        why = f"no --profile given: {AUTO}, which took {plan.profile}; "
+        plan = replace(plan, notes=(f"{why}{NO_PROFILE} leaves all to vLLM", *plan.notes))
+    return vllm, plan
 
 
 def _print_command(
@@ -198,3 +185,57 @@ def _serve(options: ServeOptions, plan: "Plan | None") -> None:
     for text in (f"{plan.hardware}", *plan.notes) if plan else ():
         note(f"plan: {text}")
     raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
+
+
+@app.command()
+def doctor(
+    checkpoint: Path = argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder."),
+    tp: int | None = TENSOR_PARALLEL_SIZE,
+    max_model_len: int | None = MAX_MODEL_LEN,
+    gpu: str | None = option(None, "NAME", "GPU to serve on, or cpu. Default: ours."),
+    count: int | None = option(None, "N", "How many of that GPU.", min=1),
+    fix: Path | None = option(None, "OUT", "Write a copy with config and names corrected."),
+    json_file: Path | None = JSON_FILE,
+) -> None:
+    """Say before loading what would fail or be silently wrong; 1 if so."""
+    from mtp_graft.serving.doctor import diagnose
+    from mtp_graft.serving.doctor.fix import fix_checkpoint
+    from mtp_graft.serving.doctor.hardware import find_target
+
+    if count is not None and gpu is None:
+        raise typer.BadParameter("needs --gpu", param_hint="--count")
+    target = find_target(gpu, count, tp, max_model_len, checkpoint)
+    findings = remaining = diagnose(checkpoint, target)
+    lines, fixed = list(map(_as_text, findings)), None
+    if fix is not None and fix_checkpoint(checkpoint, fix, findings, note):
+        remaining, fixed = diagnose(fix, target), str(fix)
+        left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
+        lines.append(f"{fix}: written; left: {left}")
+    ok = not any(finding.severity == "error" for finding in remaining)
+    result = {
+        "checkpoint": str(checkpoint),
+        "ok": ok,
+        "vllm": str(target.vllm) if target.vllm else None,
+        "hardware": str(target.hardware) if target.hardware else None,
+        "tp": target.tp,
+        "max_model_len": target.max_model_len,
+        "findings": [asdict(finding) for finding in findings],
+        "fixed": fixed,
+        "remaining": [finding.id for finding in remaining],
+    }
+    show(result, json_file, *lines)
+    hardware = target.hardware or "unknown hardware"
+    note(f"{checkpoint}: {_count(findings)}; vLLM {target.vllm or 'unknown'} on {hardware}")
+    raise typer.Exit(0 if ok else 1)
+
+
+def _as_text(finding: "Finding") -> str:
+    texts = [f"{key + ':':<10}{getattr(finding, key)}" for key in finding.TEXTS]
+    return "\n  ".join([f"{finding.severity}: {finding.id}", *texts])
+
+
+def _count(findings: "list[Finding]") -> str:
+    from mtp_graft.serving.doctor.findings import SEVERITIES
+
+    severities = [finding.severity for finding in findings]
+    return ", ".join(counted(severities.count(each), each) for each in SEVERITIES)

@@ -5,12 +5,11 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from pydantic.dataclasses import dataclass
 
 from mtp_graft.cli.app import JSON_FILE, NO_PROFILE, SERVE_ARGUMENTS
 from mtp_graft.cli.output import Report, note
@@ -18,14 +17,18 @@ from mtp_graft.serving.command import (
     MAX_MODEL_LEN,
     TENSOR_PARALLEL_SIZE,
     ServeOptions,
+    as_words,
     find_vllm,
     num_speculative_tokens,
     option,
+    option_group,
 )
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.serving.client import ServerClient
 
+#: JSON.
+Result = dict[str, Any]
 _URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s:/]+)(:[1-9]\d{0,4})?(/\S*)?")
 
 
@@ -36,22 +39,18 @@ def check_url(url: str | None) -> str | None:
     return url
 
 
-@contextmanager
-def started(options: ServeOptions, report: Report, name: str) -> Iterator["ServerClient"]:
-    """Start a server, and stop it after the block; `name` is its log's."""
+def started(
+    options: ServeOptions, report: Report, name: str
+) -> AbstractContextManager["ServerClient"]:
+    """Serve inside the block; `name` is the log's."""
     from mtp_graft.serving.server import managed_server
 
     log = Path(tempfile.mkdtemp(prefix="mtp-graft-")) / f"vllm-{name}.log"
     note(f"server log: {log}")
-
-    def on_start(elapsed_s: float) -> None:
-        report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
-
-    with managed_server(options, log, on_start=on_start) as client:
-        yield client
+    return managed_server(options, log, report)
 
 
-@dataclass(frozen=True, kw_only=True)
+@option_group
 class Target:
     """The options of a command that asks a server: which one, and where the result goes."""
 
@@ -68,16 +67,12 @@ class Target:
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
-        is_plain = self.profile == NO_PROFILE and not self._fixed() and not self.extra
-        if self.checkpoint is None and not is_plain:
+        decided = (self.tensor_parallel_size, self.max_model_len, self.extra)
+        if self.checkpoint is None and (self.profile != NO_PROFILE or any(decided)):
             raise typer.BadParameter(
                 "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
                 "--checkpoint: a running server cannot be changed"
             )
-
-    def _fixed(self) -> dict[str, Any]:
-        names = ("tensor_parallel_size", "max_model_len")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def num_drafts(self, k: int | None) -> int:
         """Return how many tokens the server drafts a step: `k`, its default, or what it says.
@@ -93,40 +88,38 @@ class Target:
             counters = client.spec_decode_counters()
         return counters.k if counters else 0
 
-    def identity(self, k: int | None = None) -> dict[str, Any]:
+    def identity(self, k: int | None = None) -> Result:
         """Return what tells this server from another; of ours `serve`, a command that serves so."""
         from mtp_graft.checkpoint.manifest import fingerprints
         from mtp_graft.pipeline.device import device_name
 
         if self.checkpoint is None:
             return {"base_url": self.base_url}
-        words = ["mtp-graft", "serve", self.checkpoint.name, "--profile", self.profile]
-        for name, value in self._fixed().items():
-            words += [f"--{name.replace('_', '-')}", str(value)]
-        words += [] if k is None else ["-k", str(k)]
-        words += ["--", *self.extra] if self.extra else []
+        flags = {
+            "--profile": self.profile,
+            "--tensor-parallel-size": self.tensor_parallel_size,
+            "--max-model-len": self.max_model_len,
+            "-k": k,
+            "--": self.extra or None,
+        }
         files = [self.checkpoint / "config.json", *sorted(self.checkpoint.glob("*.safetensors"))]
         return {
-            "serve": shlex.join(words),
+            "serve": shlex.join(["mtp-graft", "serve", self.checkpoint.name, *as_words(flags)]),
             "files": fingerprints(files),
             "device": device_name(),
             "vllm": "{0.version} ({0.platform})".format(find_vllm()),
         }
 
-    def finish(
-        self,
-        benchmark: str,
-        claim: dict[str, Any],
-        measure: Callable[[Path | None], dict[str, Any]],
-    ) -> dict[str, Any]:
+    def finish(self, benchmark: str, claim: Result, measure: Callable[[Path], Result]) -> Result:
         """Measure and return the result; keep it in the run folder, if there is one.
 
-        `claim` is all that decides what is measured of a server, `k` included. `measure` gets the
-        folder; a call that finds everything measured there changes nothing. Raises GraftError if
-        the folder was begun with another claim.
+        `claim` is all that decides what is measured of a server, `k` included. `measure` gets a
+        folder for what can be used again; if it finds everything there, nothing is changed. Raises
+        GraftError if the folder was begun with another claim.
         """
         if self.run is None:
-            return measure(None)
+            with tempfile.TemporaryDirectory() as folder_name:
+                return measure(Path(folder_name))
         from mtp_graft.checkpoint.files import write_json
         from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
         from mtp_graft.pipeline.device import device_name
@@ -165,11 +158,12 @@ class Target:
         options = ServeOptions(
             checkpoint,
             port=0,
+            tensor_parallel_size=self.tensor_parallel_size,
+            max_model_len=self.max_model_len,
             num_speculative_tokens=k,
             prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
             extra_args=self.extra,
-            **self._fixed(),
         )
         if self.profile == NO_PROFILE:
             return options

@@ -1,10 +1,12 @@
 """The pipeline: stages in order that meet on disk, in a run folder. Read `run` first."""
 
 from pathlib import Path
+from typing import Literal, get_args
 
-from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.errors import GraftError
 
-STAGES = ("fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report")
+Stage = Literal["fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def find_bundled_recipe() -> Path:
@@ -16,13 +18,3 @@ def find_bundled_recipe() -> Path:
             "run from a checkout, or `mtp-graft run` a recipe of your own"
         )
     return path
-
-
-def choose_stages(only: str | None = None, start: str | None = None) -> tuple[str, ...]:
-    """Return the stages that `--only` or `--from` name; UsageError for both, or unknown ones."""
-    if only is not None and start is not None:  # together they would remove what --only names
-        raise UsageError("--only and --from together: expected one of them")
-    name = only or start or STAGES[0]
-    if name not in STAGES:
-        raise UsageError(f"{name!r} is no stage; expected one of {', '.join(STAGES)}")
-    return (only,) if only is not None else STAGES[STAGES.index(name) :]

@@ -27,8 +27,8 @@ from mtp_graft.serving.plan import adapt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
-from mtp_graft.stages.capture import recording_options
-from mtp_graft.stages.inputs import CALIBRATION, EVALUATION
+from mtp_graft.stages.capture import recording_options, wanted_prompts
+from mtp_graft.stages.inputs import EVALUATION
 
 
 def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions:
@@ -63,11 +63,7 @@ def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient
         if note not in run.adjusted:
             run.adjusted.append(note)
             print(f"serving: {note}", file=sys.stderr, flush=True)
-
-    def on_start(elapsed_s: float) -> None:
-        run.report(f"{name}: starting vLLM, {elapsed_s:.0f} s", 0, 0)
-
-    with managed_server(options, server_log(run, name), on_start=on_start) as client:
+    with managed_server(options, server_log(run, name), run.report) as client:
         yield client
 
 
@@ -107,8 +103,7 @@ def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict
     def measure() -> dict[str, Any]:
         with server as client:
             longest = run.recipe.capture.max_model_len - wanted.max_tokens
-            fit, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
-            prompts = {each.prompt.id: each.token_ids for each in fit}
+            prompts, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
             asked = prompts, _config(run), run.report, "base: decode"
             return measure_turn(client, *asked, with_margins=True)
 
@@ -158,10 +153,7 @@ def _config(run: Run) -> DecodeConfig:
 def _prompts(run: Run) -> Iterator[Prompt]:
     """Yield prompts to time; those captured from the same source are left out."""
     capture, source = run.recipe.capture, run.recipe.bench.prompts
-    sources = {
-        CALIBRATION: capture.calibration_prompts,
-        EVALUATION: capture.evaluation_prompts,
-    }
+    sources = {split: asked for split, (asked, _) in wanted_prompts(capture).items()}
     dropped = (run.result("capture/report") or {}).get("dropped", ())
     seen = [(text.split, text.id) for text in read_texts(run.path / "capture")]
     seen += [(prompt["split"], prompt["id"]) for prompt in dropped]

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,25 +46,20 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@dataclass
 class Run:
-    """A recipe, the folder it is run in, and the stages to do; GraftError for a folder of 0.1."""
+    """A recipe, the folder it is run in, and the stages to do."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        path: Path,
-        stages: Sequence[str] = STAGES,
-        report: Progress = lambda _label, _done, _total: None,
-    ) -> None:
-        self.recipe, self.path, self.stages, self.report = recipe, path, stages, report
-        self.adjusted: list[str] = []  # what the hardware made of the servers' options
-        self.seconds: dict[str, float] = (self.result("run") or {}).get("seconds", {})
-        manifests = (self.result(f"{stage}/manifest") or {} for stage in STAGES)
-        made_by = [str(manifest.get("versions", {}).get("mtp-graft")) for manifest in manifests]
-        if any(version.startswith("0.1.") for version in made_by):
-            raise GraftError(
-                f"{path}: is a run folder of mtp-graft 0.1; remove it or use another --run"
-            )
+    recipe: Recipe
+    path: Path
+    stages: Sequence[str] = STAGES
+    report: Progress = lambda _label, _done, _total: None
+    adjusted: list[str] = field(default_factory=list)  # what the hardware made of servers' options
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """What each stage has taken so far."""
+        return (self.result("run") or {}).get("seconds", {})
 
     @cached_property
     def models(self) -> FetchedModels:
@@ -82,10 +78,11 @@ class Run:
         return read_result(self.path / f"{name}.json")
 
     def keep(self, name: str, result: Mapping[str, Any]) -> None:
-        """Write what `result` will return."""
-        path = self.path / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_json(result, path)
+        """Write what `result` will return; of torchrun's ranks, the first one does."""
+        if is_first_rank():
+            path = self.path / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_json(result, path)
 
     def checkpoint(self, variant: str) -> Path:
         """Return where the checkpoint with this head is, or will be."""
@@ -102,7 +99,7 @@ class Run:
             if (self.path / stage).exists():
                 shutil.rmtree(self.path / stage)
             self.seconds.pop(stage, None)
-        self._write()
+        self.keep("run", {"seconds": self.seconds})
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -116,8 +113,4 @@ class Run:
         finally:
             spent = time.perf_counter() - started - (sum(self.seconds.values()) - before)
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-            self._write()
-
-    def _write(self) -> None:
-        if is_first_rank():
             self.keep("run", {"seconds": self.seconds})

@@ -138,7 +138,10 @@ def _memory(
 ) -> Need:
     """Return the need of a machine's memory, or of `share` of the memory of `ranks` GPUs."""
     if torch_device(device) == "cpu":
-        return Need(stage, "memory", "this machine", size, _free_memory(), what_for)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        [available] = (line for line in lines if line.startswith("MemAvailable:"))
+        free_bytes = 1024 * int(available.split()[1])
+        return Need(stage, "memory", "this machine", size, free_bytes, what_for)
     found = gpus()
     if found is None or found.num_gpus < ranks:
         raise GraftError(
@@ -147,12 +150,6 @@ def _memory(
         )
     free = int(share * found.memory_bytes) * ranks or None
     return Need(stage, "GPU memory", f"{ranks}x {found.gpu}", size, free, what_for)
-
-
-def _free_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    [available] = (line for line in lines if line.startswith("MemAvailable:"))
-    return 1024 * int(available.split()[1])
 
 
 def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:

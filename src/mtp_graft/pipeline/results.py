@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.answers import recorded_answers
 from mtp_graft.bench.intervals import paired_differences
-from mtp_graft.bench.report import PAGE_NAME, write_report
+from mtp_graft.bench.report import PAGE_NAME, recorded_answers, write_report
 from mtp_graft.checkpoint.manifest import package_versions
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.device import device_name

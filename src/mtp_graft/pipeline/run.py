@@ -40,7 +40,7 @@ from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.calibration import load_calibration
-from mtp_graft.stages.capture import capture, recording_options
+from mtp_graft.stages.capture import capture, prompts_by_source, recording_options
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import num_ranks
 from mtp_graft.stages.process import run_in_process
@@ -100,11 +100,7 @@ def _fetch(run: Run) -> None:
     if {"capture", "bench"} & set(run.stages):
         find_vllm()
     check_run(run)
-    wanted: Counter[str] = Counter()  # of each source; what shares one shares no prompt
-    if "capture" in run.stages:
-        capture = run.recipe.capture
-        wanted[capture.calibration_prompts] += capture.calibration_count
-        wanted[capture.evaluation_prompts] += capture.evaluation_count
+    wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
     if "bench" in run.stages:
         wanted[run.recipe.bench.prompts] += run.recipe.bench.count
     for source, count in wanted.items():

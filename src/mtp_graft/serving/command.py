@@ -8,14 +8,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from importlib.metadata import PackageNotFoundError, distribution
+from inspect import Parameter, get_annotations
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import typer
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from pydantic import Field, StringConstraints
+from pydantic import Field
 from pydantic.dataclasses import dataclass
+from typer.models import ParameterInfo
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
@@ -41,7 +43,7 @@ _MODULES: Mapping[Platform, tuple[str, ...]] = {
     "cpu": ("vllm.entrypoints.openai.api_server", "--model"),
     "cuda": ("vllm.entrypoints.cli.main", "serve"),
 }
-_Word = Annotated[str, StringConstraints(min_length=1)]
+_Group = TypeVar("_Group")
 
 
 def option(default: Any, metavar: str | None, text: str, *names: str, **settings: Any) -> Any:
@@ -49,43 +51,54 @@ def option(default: Any, metavar: str | None, text: str, *names: str, **settings
 
     `names` are its flags if not its own name, `settings` those of typer.Option.
     """
-    parsed: Any = {"typer": typer.Option(*names, metavar=metavar, help=text, **settings)}
-    return Field(default, json_schema_extra=parsed)
+    return typer.Option(default, *names, metavar=metavar, help=text, **settings)
 
 
 def argument(metavar: str, text: str, default: Any = ..., **settings: Any) -> Any:
     """Declare a positional argument of a command, required without a default."""
-    parsed: Any = {"typer": typer.Argument(metavar=metavar, help=text, **settings)}
-    return Field(default, json_schema_extra=parsed)
+    return typer.Argument(default, metavar=metavar, help=text, **settings)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def option_group(group: type[_Group]) -> type[_Group]:
+    """Make a frozen dataclass of options; `__declared__` has them for Typer to parse."""
+    declared = []
+    for name, hint in get_annotations(group).items():
+        parsed = vars(group).get(name)
+        if isinstance(parsed, ParameterInfo):
+            # Typer's tuples have a length.
+            kind = list[str] if getattr(hint, "__origin__", None) is tuple else hint
+            declared.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=parsed, annotation=kind)
+            )
+            setattr(group, name, Field(parsed.default))
+    group.__declared__ = declared  # type: ignore[attr-defined]
+    return dataclass(frozen=True)(group)  # type: ignore[return-value]
+
+
+def _word(text: str) -> str:
+    """Return an option's value, which must not be empty."""
+    if not text:
+        raise typer.BadParameter("expected at least one character")
+    return text
 
 
 #: Options that other commands have, too.
 TENSOR_PARALLEL_SIZE = option(
-    None,
-    "N",
-    "Ranks. Default: 1; with a profile, all GPUs.",
-    "--tensor-parallel-size",
-    "--tp",
-    min=1,
+    None, "N", "Ranks. Default: 1; by a profile, all GPUs.", "--tensor-parallel-size", "--tp", min=1
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
-NUM_SPECULATIVE_TOKENS = option(
-    None,
-    "N",
-    "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1.",
-    "--k",
-    "-k",
-    "--num-speculative-tokens",
-    min=0,
-)
+_K_NAMES = ("--k", "-k", "--num-speculative-tokens")
+K_HELP = "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."
+NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, *_K_NAMES, min=0)
 
 
-@dataclass(frozen=True)
+@option_group
 class ServeOptions:
     """What to serve and how; None means that the checkpoint, the platform or vLLM decides."""
 
     checkpoint: Path = argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder.")
-    host: _Word = option("127.0.0.1", "ADDRESS", "Address to listen on.")
+    host: str = option("127.0.0.1", "ADDRESS", "Address to listen on.", parser=_word)
     port: int = option(8000, "N", "0 picks a free one.", min=0, max=65535)
     tensor_parallel_size: int | None = TENSOR_PARALLEL_SIZE
     max_model_len: int | None = MAX_MODEL_LEN
@@ -100,15 +113,15 @@ class ServeOptions:
     draft_sample_method: DraftSampling | None = option(
         None, "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
     )
-    served_model_names: tuple[_Word, ...] = option(
-        (), "NAME", "Name in the API; may be repeated.", "--served-model-name"
+    served_model_names: tuple[str, ...] = option(
+        (), "NAME", "Name in the API; may be repeated.", "--served-model-name", parser=_word
     )
     kv_cache_dtype: str = option("fp8", "TYPE", "As vLLM names it.")
     kv_cache_gib: float | None = option(None, "GIB", "KV cache. Default: 1 on a CPU.", min=0.01)
     prefix_caching: bool = option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = option(None, None, "Do not compile. Default: eager on a CPU.")
-    api_key: _Word | None = option(
-        None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY"
+    api_key: str | None = option(
+        None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", parser=_word
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
@@ -193,11 +206,11 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
         "--enforce-eager": on_cpu if options.enforce_eager is None else options.enforce_eager,
         "--speculative-config": _speculative_config(options, on_cpu, num_draft),
     }
-    argv = (*vllm.launcher, str(options.checkpoint), *_words(flags), *options.extra_args)
+    argv = (*vllm.launcher, str(options.checkpoint), *as_words(flags), *options.extra_args)
     return ServeCommand(_environment(options, on_cpu), argv, options.host, port)
 
 
-def _words(flags: Mapping[str, object]) -> Iterator[str]:
+def as_words(flags: Mapping[str, object]) -> Iterator[str]:
     """Yield the flags and their values; False and None leave one out."""
     for flag, value in flags.items():
         if value is not None and value is not False:

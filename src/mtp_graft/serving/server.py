@@ -57,20 +57,21 @@ _SECOND_HAND = re.compile(
 )
 
 
-#: Called with the seconds since the start.
-OnStart = Callable[[float], None]
+#: Called with what is going on, how much of it is done, and of how much (0: not known).
+Report = Callable[[str, int, int], None]
 _Process = subprocess.Popen[bytes]
 
 
 @contextmanager
 def managed_server(
-    options: ServeOptions, log_path: Path, on_start: OnStart = lambda _elapsed_s: None
+    options: ServeOptions, log_path: Path, report: Report = lambda *_: None
 ) -> Iterator[ServerClient]:
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM and
-    SIGHUP to our own process raise SystemExit in the block. `on_start` gets the seconds so far.
-    Raises GraftError with the log's reason for a server that dies or takes over `start_limit_s`.
+    SIGHUP to our own process raise SystemExit in the block. `report` gets the seconds so
+    far. Raises GraftError with the log's reason for a server that dies or takes over
+    `start_limit_s`.
     """
     command = build_command(options)
     if command.is_headless:
@@ -81,7 +82,8 @@ def managed_server(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
-            if not _wait_ready(process, client, start_limit_s(options.checkpoint), on_start):
+            limit_s = start_limit_s(options.checkpoint)
+            if not _wait_ready(process, client, limit_s, report, log_path.stem):
                 raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
         except GraftError as error:
             reason = f"{error}; in {log_path}: {explain(log_path)}"
@@ -166,7 +168,8 @@ def _wait_ready(
     process: _Process,
     client: ServerClient,
     timeout_s: float,
-    on_poll: OnStart = lambda _elapsed_s: None,
+    report: Report = lambda *_: None,
+    name: str = "",
 ) -> bool:
     """Wait until the server is healthy and has returned one completion; False if it ended.
 
@@ -178,7 +181,7 @@ def _wait_ready(
         elapsed = time.monotonic() - started
         if elapsed > timeout_s:
             raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
-        on_poll(elapsed)
+        report(f"{name}: starting, {elapsed:.0f} s", 0, 0)
         with suppress(ServerUnreachable):  # it may have died just now
             if client.is_healthy() and client.complete((0, 1, 2, 3), max_tokens=4):
                 return True

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
 _EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
-_INSTALL = "pip install pyarrow, or name a JSON Lines file"
+EncodedPrompts = dict[str, tuple[int, ...]]  # a prompt's id -> the server's tokens of it
 
 
 class _Turn(BaseModel):
@@ -38,31 +38,20 @@ class _Row(BaseModel):
     messages: list[_Turn] = []
 
 
-class Encoded(NamedTuple):
-    """A prompt as the server's tokens."""
-
-    prompt: Prompt
-    token_ids: tuple[int, ...]
-
-
 def take_fitting(
-    client: ServerClient,
-    prompts: Iterator[Prompt],
-    count: int,
-    max_tokens: int,
-    what_for: str,
-) -> tuple[list[Encoded], list[Encoded]]:
+    client: ServerClient, prompts: Iterator[Prompt], count: int, max_tokens: int, what_for: str
+) -> tuple[EncodedPrompts, EncodedPrompts]:
     """Take from `prompts` until `count` have at most `max_tokens` tokens; return these, and others.
 
     The others are left out: they are named in a warning, or in the GraftError that is raised if
     `prompts` end before there are `count`.
     """
-    taken: list[Encoded] = []
-    dropped: list[Encoded] = []
+    taken: EncodedPrompts = {}
+    dropped: EncodedPrompts = {}
     while len(taken) < count and (prompt := next(prompts, None)) is not None:
-        encoded = Encoded(prompt, tuple(client.encode(prompt)))
-        (taken if len(encoded.token_ids) <= max_tokens else dropped).append(encoded)
-    names = ", ".join(f"{prompt.id} ({len(token_ids)})" for prompt, token_ids in dropped)
+        token_ids = tuple(client.encode(prompt))
+        (taken if len(token_ids) <= max_tokens else dropped)[prompt.id] = token_ids
+    names = ", ".join(f"{name} ({len(token_ids)})" for name, token_ids in dropped.items())
     too_long = f"with more than {max_tokens} tokens, left out: {names or 'none'}"
     if len(taken) < count:
         raise GraftError(
@@ -129,7 +118,9 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         arrow, parquet = map(import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError as error:
-        raise GraftError(f"{path}: pyarrow is not installed; {_INSTALL}") from error
+        raise GraftError(
+            f"{path}: pyarrow is not installed; pip install pyarrow, or name a JSON Lines file"
+        ) from error
     try:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
@@ -141,11 +132,11 @@ def _hub_rows(source: str) -> Rows:
     """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached."""
     from huggingface_hub import HfApi, hf_hub_download
 
-    from mtp_graft.stages.fetch import HUB_ERRORS
+    from mtp_graft.stages.fetch import hub_errors
 
     repo, _, split = source.removeprefix(HUB).partition(":")
     split = split or DEFAULT_SPLIT
-    try:
+    with hub_errors(source, "a JSON Lines file"):
         listed = HfApi().list_repo_files(repo, repo_type="dataset")
         parquet = {f: Path(f).name for f in sorted(listed) if f.endswith(".parquet")}
         chosen = [file for file, name in parquet.items() if name.startswith(f"{split}-")]
@@ -154,8 +145,6 @@ def _hub_rows(source: str) -> Rows:
             raise GraftError(f"{source}: no Parquet files of split {split!r}, found {found}")
         for file in chosen:
             yield from _parquet_rows(Path(hf_hub_download(repo, file, repo_type="dataset")))
-    except HUB_ERRORS as error:
-        raise GraftError(f"{source}: not available ({error}); {_INSTALL}") from error
 
 
 def _parse(row: Any, where: str) -> Prompt:

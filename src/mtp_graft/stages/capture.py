@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -99,7 +99,7 @@ def capture(
     result = {
         "sequences": len(sequences),
         "tokens": sum(s.tokens for s in sequences),
-        "splits": {split: sum(s.split == split for s in sequences) for split in _wanted(settings)},
+        "splits": dict(Counter(s.split for s in sequences)),
         "dropped": dropped,
         "tok_s": {"generate": generate_tok_s},
         "seconds": seconds,
@@ -111,23 +111,29 @@ def capture(
     return result
 
 
-def _wanted(settings: CaptureSection) -> dict[str, tuple[str, int]]:
-    """Return split -> source of its prompts, and how many; splits of one source share none."""
+def wanted_prompts(settings: CaptureSection) -> dict[str, tuple[str, int]]:
+    """Return split -> source of its prompts, and how many."""
     return {
         CALIBRATION: (settings.calibration_prompts, settings.calibration_count),
         EVALUATION: (settings.evaluation_prompts, settings.evaluation_count),
     }
 
 
+def prompts_by_source(settings: CaptureSection) -> Counter[str]:
+    """Return source -> how many prompts are wanted of it; splits of one source share none."""
+    totals: Counter[str] = Counter()
+    for source, count in wanted_prompts(settings).values():
+        totals[source] += count
+    return totals
+
+
 def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any] | None:
     """Claim `out` for this capture; return its report if it is complete already, else None."""
-    totals: Counter[str] = Counter()  # prompts of each source
-    for source, count in _wanted(settings).values():
-        totals[source] += count
+    totals = prompts_by_source(settings)
     prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
-    asked = json.dumps([prompts, {split: n for split, (_, n) in _wanted(settings).items()}])
-    shard_names = sorted(set(read_index(base).values()))
-    files = [base / name for name in ("config.json", INDEX_NAME, *shard_names)]
+    asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
+    files = [base / "config.json", base / INDEX_NAME]
+    files += [base / shard for shard in sorted(set(read_index(base).values()))]
     files += sorted([*base.glob("tokenizer*"), *base.glob("chat_template*")])
     decisive = {
         "max_prompt_tokens": settings.max_prompt_tokens,
@@ -137,11 +143,10 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     }
     manifest.claim_folder(out, decisive)
     (out / RECORDINGS).mkdir(exist_ok=True)
-    for name in (SWITCH_NAME, INTACT_NAME):
-        (out / name).unlink(missing_ok=True)  # of a call that was killed
-    sequences = read_sequences(out)
-    finished = manifest.finished_result(out, REPORT_NAME)
-    return None if len(sequences) < totals.total() else finished
+    (out / SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
+    if len(read_sequences(out)) < totals.total():
+        return None
+    return manifest.finished_result(out, REPORT_NAME)
 
 
 @contextmanager
@@ -162,16 +167,16 @@ def _choose(
 
     Every call makes the same choice. Raises GraftError for a source that has too few others.
     """
-    wanted = _wanted(settings)
+    wanted = wanted_prompts(settings)
     sources = {source: iterate_prompts(source) for source, _ in wanted.values()}
     asked: list[FinishedText] = []
     dropped: list[dict[str, Any]] = []
     for split, (source, count) in wanted.items():
         longest = settings.max_prompt_tokens
         fit, rest = take_fitting(client, sources[source], count, longest, split)
-        numbered = enumerate(fit, start=len(asked))
-        asked += [FinishedText(n, e.prompt.id, split, e.token_ids, ()) for n, e in numbered]
-        dropped += [{"id": e.prompt.id, "split": split, "tokens": len(e.token_ids)} for e in rest]
+        for name, token_ids in fit.items():
+            asked.append(FinishedText(len(asked), name, split, token_ids, ()))
+        dropped += [{"id": n, "split": split, "tokens": len(ids)} for n, ids in rest.items()]
     return asked, dropped
 
 
@@ -246,16 +251,12 @@ def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
     Raises _NotWritten if the server could not write a recording, and GraftError if nothing was
     written for WRITE_TIMEOUT_S.
     """
-    # Prompts that are equal have equal sequences: each recorded copy stands for one of them.
-    waiting: dict[tuple[int, ...], list[FinishedText]] = {}
-    for text in reversed(texts):
-        waiting.setdefault(text.token_ids, []).append(text)
-    seen = {sequence.recording for sequence in read_sequences(out)}
+    missing, seen = [*texts], {sequence.recording for sequence in read_sequences(out)}
     folder, deadline = out / RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
-    while missing := [text for equal in waiting.values() for text in equal]:
+    while missing:
         new = {path.name for path in folder.glob("*.safetensors")} - seen
         for name in sorted(new):
-            _enter(out, name, waiting)
+            _enter(out, name, missing)
         seen |= new
         if not (out / INTACT_NAME).exists():
             raise _NotWritten(
@@ -274,16 +275,18 @@ def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
             time.sleep(0.01)
 
 
-def _enter(out: Path, name: str, waiting: Mapping[tuple[int, ...], list[FinishedText]]) -> None:
-    """Enter what a recording has of the texts that are waited for, and wait for it no longer."""
+def _enter(out: Path, name: str, missing: list[FinishedText]) -> None:
+    """Enter in the index what a recording has of the `missing` texts; they no longer are."""
     with Shard(out / RECORDINGS / name) as shard:
         recording = shard.read(("token_ids", "starts"))
-    token_ids = recording["token_ids"].tolist()
+    token_ids = tuple(recording["token_ids"].tolist())
     for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
-        equal = waiting.get(tuple(token_ids[start:end]))
-        if not equal:
-            continue  # another client's request, or ours for the second time
-        text = equal.pop()
-        size = (len(text.prompt), len(text.token_ids))
-        sequence = CapturedSequence(text.number, text.id, text.split, *size, name, start)
-        append_row(out, sequence)
+        # Equal prompts have equal sequences: each recorded copy stands for one of them. What is
+        # none of them is another client's request, or ours for the second time.
+        text = next((t for t in missing if t.token_ids == token_ids[start:end]), None)
+        if text is not None:
+            missing.remove(text)
+            sequence = CapturedSequence(
+                text.number, text.id, text.split, len(text.prompt), end - start, name, start
+            )
+            append_row(out, sequence)

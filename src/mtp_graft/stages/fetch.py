@@ -92,14 +92,9 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     folders = FetchedModels(*download(sources, report))
     if is_first_rank():  # of torchrun's, which all come here at once
         out.mkdir(parents=True, exist_ok=True)
-        result = {
-            "base": str(folders.base),
-            "upstream": str(folders.upstream),
-            "base_commit": sources[0].commit,
-            "upstream_commit": sources[1].commit,
-            "model": asdict(model),
-        }
-        write_json(result, out / REPORT_NAME)
+        found = {"base": str(folders.base), "upstream": str(folders.upstream)}
+        commits = {"base_commit": sources[0].commit, "upstream_commit": sources[1].commit}
+        write_json({**found, **commits, "model": asdict(model)}, out / REPORT_NAME)
     return folders
 
 
@@ -159,7 +154,7 @@ def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dic
     """Return the sizes of files that are needed; the hub is asked for those that are not here."""
     sizes = {n: (folder / n).stat().st_size for n in sorted(names) if (folder / n).is_file()}
     if len(sizes) < len(names) and commit is not None:
-        with _hub_errors(given):
+        with hub_errors(given):
             entries = list(HfApi().list_repo_tree(given, revision=commit, recursive=True))
         files = {e.path: e.size for e in entries if isinstance(e, RepoFile) and e.path in names}
         sizes = {name: files[name] for name in sorted(files)}
@@ -173,21 +168,18 @@ def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dic
 
 @contextmanager
 def headers_of(source: Source) -> Iterator[Path]:
-    """Yield a folder to read a source's config, index and shard headers from.
+    """Yield a temporary folder to read a source's config, index and shard headers from.
 
-    Where shards are not in the cache it is a temporary one, in which they have a header and no
-    values. A GraftError inside names the source in the folder's place.
+    Shards that are not in the cache have a header and no values. A GraftError inside names the
+    source in the folder's place.
     """
     missing = source.missing
-    if not missing:
-        yield source.folder
-        return
     with TemporaryDirectory(prefix="mtp-graft-") as name:
         folder = Path(name)
         for file in source.sizes:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             if file not in missing:
-                (folder / file).symlink_to(source.folder / file)
+                (folder / file).symlink_to((source.folder / file).absolute())
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(partial(_write_header, source, folder), missing))
         try:
@@ -199,7 +191,7 @@ def headers_of(source: Source) -> Iterator[Path]:
 
 def _write_header(source: Source, folder: Path, shard: str) -> None:
     """Write a file with a shard's name, header and size, but without values."""
-    with _hub_errors(f"{source.given}/{shard}"):
+    with hub_errors(f"{source.given}/{shard}"):
         found = HfApi().parse_safetensors_file_metadata(source.given, shard, revision=source.commit)
     text = json.dumps({name: asdict(info) for name, info in found.tensors.items()}).encode()
     (folder / shard).write_bytes(len(text).to_bytes(8, "little") + text)
@@ -266,7 +258,7 @@ def _snapshot(
             if self._counts_bytes:
                 on_bytes(int(self.n))
 
-    with _hub_errors(repo):
+    with hub_errors(repo):
         found = snapshot_download(
             repo,
             revision=revision,
@@ -298,8 +290,8 @@ def _check_hashes(source: Source, report: Progress) -> None:
 
 
 @contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Turn whatever asking the hub can raise into one GraftError."""
+def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
+    """Turn whatever asking the hub for `what` can raise into one GraftError."""
     try:
         yield
     except HUB_ERRORS as error:
@@ -311,5 +303,5 @@ def _hub_errors(what: str) -> Iterator[None]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GraftError(
             f"{what}: cannot be fetched from the hub ({first}); check the id and the network, "
-            "or name a local folder; run again to go on"
+            f"or name {instead}; run again to go on"
         ) from error

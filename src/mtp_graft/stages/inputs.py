@@ -6,7 +6,7 @@ Shapes: T tokens of a sequence, S hyper-connection streams, D hidden size, V voc
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,8 +38,8 @@ CALIBRATION, EVALUATION = "calibration", "evaluation"
 class Tensors:
     """Tensors by name: the file that holds each, and its shape and dtype as a meta tensor."""
 
-    files: Mapping[str, Path]
-    meta: Mapping[str, Tensor]
+    files: Mapping[str, Path] = field(default_factory=dict)
+    meta: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def in_files(cls, paths: Iterable[Path]) -> Self:

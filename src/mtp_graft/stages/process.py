@@ -9,12 +9,12 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from mtp_graft.errors import GraftError
+from mtp_graft.stages.inputs import Progress
 
 Result = TypeVar("Result")
-Report = Callable[[str, int, int], None]  # label, units done, units in all
 
 
-def run_in_process(work: Callable[..., Result], *arguments: Any, report: Report) -> Result:
+def run_in_process(work: Callable[..., Result], *arguments: Any, report: Progress) -> Result:
     """Return `work(*arguments, report)`, called in a new process that is gone afterwards.
 
     The process ends with ours, by whatever ours ends (Ctrl-C, SIGKILL). A GraftError or OSError of

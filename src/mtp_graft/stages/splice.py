@@ -105,7 +105,6 @@ def splice(
         else:
             _link(upstream / HEAD_SHARD, folder / HEAD_SHARD, copy=copy)
         _write_texts(plan, manifest, folder)
-        _write_union_index(plan, folder)
     return plan
 
 
@@ -123,24 +122,22 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    read, published = _read_base(base), None
+    read, published, experts = _read_base(base), None, Tensors()
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         published = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
         variant, linears = _describe(upstream, published, head.meta, variant)
     else:
         head, variant = read_master(upstream), variant or "mxfp4"
+        if variant == "gptq":
+            experts = Tensors.in_files(expert_files(quantized))
     config = _head_config(read, variant, linears)
     is_int4 = variant in ("rtn", "gptq")
     group_size = int4_group_size(config["quantization_config"]) if is_int4 else 128
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
-    experts, layout = Tensors({}, {}), head.meta
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
-    if published is None:
-        if variant == "gptq":
-            experts = Tensors.in_files(expert_files(quantized))
-        layout = store(head.meta, gptq_experts=experts.meta)
+    layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
     _check_schemes(base, config, layout)
     return SplicePlan(
         read, variant, linears, head, experts, store, layout, config, report, published
@@ -264,7 +261,7 @@ def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
 
 
 def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
-    """Write config, manifest and recipe."""
+    """Write config, manifest and recipe; last, the index of base and head."""
     files.write_json(plan.config, folder / "config.json")
     files.write_json(manifest, folder / quant_manifest.MANIFEST_NAME)
     text = quant_manifest.manifest_text(manifest)
@@ -273,9 +270,6 @@ def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
     before = base_recipe.read_text() if base_recipe.exists() else None
     recipe = quant_manifest.recipe_text(manifest, before)
     files.write_text(recipe, folder / quant_manifest.RECIPE_NAME)
-
-
-def _write_union_index(plan: SplicePlan, folder: Path) -> None:
     metadata = files.read_object(plan.base.folder / shards.INDEX_NAME, "an index").get("metadata")
     index = {**plan.base.weight_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
     shards.write_index(index, plan.base.bytes + plan.bytes, folder, metadata)

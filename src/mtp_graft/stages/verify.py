@@ -7,8 +7,7 @@ compared with what it was made of.
 
 import filecmp
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ INT4_REL_ERROR = 0.35
 RTN_STEPS = 0.54
 #: compressed-tensors' name for a packed format, its type of numbers, and codes per element.
 _PACKED = {"int4": ("pack-quantized", "int", 8), "mxfp4": ("mxfp4-pack-quantized", "float", 2)}
+Parts = Mapping[str, Tensor]  # by a part's full name, unless said otherwise
 
 
 @dataclass
@@ -48,7 +48,6 @@ class _Head:
     master: Values  # upstream's; empty if the head was taken as it is
     exact: Values  # what must be found bit for bit: GPTQ's experts, the whole head, or nothing
     accounted: set[str] = field(default_factory=set)
-    missing: set[str] = field(default_factory=set)
     mismatched: dict[str, str] = field(default_factory=dict)  # name -> why
     rel_error_max: float = 0.0  # of INT4 experts
 
@@ -60,29 +59,29 @@ def verify(
 
     All values must be finite. Kept or decoded experts and all other tensors must equal upstream's,
     nearest rounding be half a step off at the most, and GPTQ's experts have the bytes in
-    `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is from
-    a folder `upstream` must have its bytes. `rel_error_max` is over expert matrices, Frobenius, and
-    None without the master; `loaded_in_vllm` is None: that is seen when the checkpoint is served.
-    Raises GraftError for files that cannot be read.
+    `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is must
+    have `upstream`'s bytes. `rel_error_max` (Frobenius, over expert matrices) is None without the
+    master; `loaded_in_vllm` is seen later. Raises GraftError for files that cannot be read.
     """
     manifest = quant_manifest.read_manifest(checkpoint)
-    config = read_object(checkpoint / "config.json", "a model config")
+    variant, recorded = manifest["variant"], manifest["provenance"].get("base")
     index, base_map = read_index(checkpoint), read_index(base)
     held = Tensors.in_files(checkpoint / shard for shard in sorted(set(index.values())))
     # Engines read what the index lists and its shard holds, and nothing else.
     listed = {name: path for name, path in held.files.items() if index.get(name) == path.name}
     stored = Tensors(listed, held.meta)
-    with _opened_head(manifest["variant"], stored, upstream, quantized) as head:
-        _check_head(head, config)
-    missing = head.missing | ({*index, *base_map} - listed.keys())
+    master, exact = _sources(variant, upstream, quantized)
+    with stored.opened() as ours, master.opened() as theirs, exact.opened() as same:
+        head = _Head(variant, ours, theirs, same)
+        _check_head(head, checkpoint)
+    missing = {*index, *base_map, *head.accounted} - listed.keys()
     unexpected = held.files.keys() - (listed.keys() & {*base_map, *head.accounted})
-    files = _compare_base_files(checkpoint, base)
-    recorded = quant_manifest.base_provenance(base, base_map.values())
-    is_same = manifest["provenance"].get("base") == recorded
+    files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
+    is_same = quant_manifest.base_provenance(base, base_map.values()) == recorded
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
     return {
         "ok": not (missing or unexpected or head.mismatched) and unchanged,
-        "variant": manifest["variant"],
+        "variant": variant,
         "tensors": len(head.accounted & listed.keys()),
         "missing": sorted(missing),
         "unexpected": sorted(unexpected),
@@ -107,27 +106,20 @@ def require_sound(checkpoint: Path, found: Mapping[str, Any]) -> None:
     raise GraftError(f"{checkpoint}: {what}")
 
 
-@contextmanager
-def _opened_head(
-    variant: str, stored: Tensors, upstream: Path, quantized: Path | None
-) -> Iterator[_Head]:
-    """Give the stored head beside what it was made of, their files open."""
-    master = exact = Tensors({}, {})
+def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tensors, Tensors]:
+    """Return the upstream head, and what must be found bit for bit; either may be empty."""
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
-        exact = Tensors.in_files([upstream / HEAD_SHARD])
-    else:
-        master = read_master(upstream)
-        if variant == "gptq" and quantized is not None:
-            exact = Tensors.in_files(expert_files(quantized))
-    with stored.opened() as ours, master.opened() as theirs, exact.opened() as same:
-        yield _Head(variant, ours, theirs, same)
+        return Tensors(), Tensors.in_files([upstream / HEAD_SHARD])
+    experts = expert_files(quantized) if variant == "gptq" and quantized is not None else ()
+    return read_master(upstream), Tensors.in_files(experts)
 
 
 # The head's values
 
 
-def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
-    """Compare every tensor that the config asks for with what it was made of."""
+def _check_head(head: _Head, checkpoint: Path) -> None:
+    """Compare every tensor that the checkpoint's config asks for with what it was made of."""
+    config = read_object(checkpoint / "config.json", "a model config")
     shapes, quantization = head_shapes(config), read_quantization(config)
     for name, shape in shapes.items():
         kind, group_size = _scheme(name, shape, config["num_hidden_layers"], quantization)
@@ -136,14 +128,13 @@ def _check_head(head: _Head, config: Mapping[str, Any]) -> None:
             continue
         layout = stored_as(name, shape, kind, group_size)
         head.accounted |= layout.keys()
-        if absent := layout.keys() - head.stored.keys():
-            head.missing |= absent
-            continue
+        if layout.keys() - head.stored.keys():
+            continue  # they are missing
         parts = {part: head.stored[part] for part in layout}
-        why = _wrong_layout(parts, layout, kind) or _wrong_values(name, parts, kind, head)
-        if why is not None:
+        if (why := _wrong(name, parts, layout, kind, head)) is not None:
             head.mismatched[next(iter(layout))] = why
-    head.missing |= {n for n in head.master if n.replace(".scale", ".weight") not in shapes}
+    unknown = [n for n in head.master if n.replace(".scale", ".weight") not in shapes]
+    head.mismatched |= dict.fromkeys(unknown, "upstream has it, the config does not ask for it")
 
 
 def _scheme(
@@ -151,31 +142,24 @@ def _scheme(
 ) -> tuple[str, int]:
     """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
     module = name.removeprefix(HEAD_PREFIX).removesuffix(".weight")
-    if not name.endswith(".weight") or len(shape) != 2 or module == "ffn.gate":
-        return "plain", 1  # vLLM never quantizes the router
-    key = quantization.group_of(f"model.layers.{layer}.{module}")
+    is_linear = name.endswith(".weight") and len(shape) == 2 and module != "ffn.gate"  # the router
+    key = quantization.group_of(f"model.layers.{layer}.{module}") if is_linear else None
     if key is None:
         return "plain", 1
     group = quantization.config_groups[key]
     return group.kind, (group.weights and group.weights.group_size) or 1
 
 
-def _wrong_layout(
-    parts: Mapping[str, Tensor], layout: Mapping[str, Tensor], kind: str
-) -> str | None:
-    for name, like in layout.items():
-        ours = parts[name]
-        if ours.shape != like.shape or (kind != "plain" and ours.dtype != like.dtype):
-            return f"{name} is {_said(ours)}, expected {_said(like)}"
-    return None
-
-
 def _said(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype}"
 
 
-def _wrong_values(name: str, parts: Mapping[str, Tensor], kind: str, head: _Head) -> str | None:
+def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> str | None:
     """Return what is wrong with one of the head's tensors; note an expert's relative error."""
+    for part, like in layout.items():
+        ours = parts[part]
+        if ours.shape != like.shape or (kind != "plain" and ours.dtype != like.dtype):
+            return f"{part} is {_said(ours)}, expected {_said(like)}"
     values = _decode({part.replace(name, "weight"): t for part, t in parts.items()}, kind)
     if not torch.isfinite(values).all():
         return "holds values that are not finite"
@@ -197,7 +181,7 @@ def _wrong_values(name: str, parts: Mapping[str, Tensor], kind: str, head: _Head
     return None if _same(values, expected) else f"differs from upstream's {_said(expected)}"
 
 
-def _decode(parts: Mapping[str, Tensor], kind: str) -> Tensor:
+def _decode(parts: Parts, kind: str) -> Tensor:
     """Return a stored tensor's values, in float32 if it was quantized."""
     if kind == "plain":
         (tensor,) = parts.values()
@@ -254,29 +238,17 @@ def _wrong_int4(values: Tensor, exact: Tensor, scale: Tensor, head: _Head) -> st
     head.rel_error_max = max(head.rel_error_max, rel_error)
     if rel_error > INT4_REL_ERROR:
         return f"relative error {rel_error:.3g}, expected at most {INT4_REL_ERROR}"
-    if head.variant == "rtn":
-        step = scale.float().repeat_interleave(error.shape[1] // scale.shape[1], dim=1)
-        steps = float((error.abs() / step).max())
-        return None if steps <= RTN_STEPS else f"is {steps:.2f} steps off, expected {RTN_STEPS}"
-    return None
+    if head.variant != "rtn":
+        return None
+    step = scale.float().repeat_interleave(error.shape[1] // scale.shape[1], dim=1)
+    steps = float((error.abs() / step).max())
+    return None if steps <= RTN_STEPS else f"is {steps:.2f} steps off, expected {RTN_STEPS}"
 
 
-# The base's files
-
-
-def _compare_base_files(checkpoint: Path, base: Path) -> dict[str, str]:
-    """Return how each of the base's files is found in the checkpoint.
-
-    A linked file is one and the same by its inode, which costs nothing; any other is read whole.
-    """
-    found = {}
-    for name, source in base_files(base).items():
-        target = checkpoint / name
-        if not target.exists():
-            found[name] = "missing"
-        elif os.path.samefile(source, target):
-            found[name] = "same inode"
-        else:
-            same = filecmp.cmp(source, target, shallow=False)
-            found[name] = "same bytes" if same else "differs"
-    return found
+def _compare(source: Path, target: Path) -> str:
+    """Return how a base's file is found; one that is not linked is read whole."""
+    if not target.exists():
+        return "missing"
+    if os.path.samefile(source, target):
+        return "same inode"
+    return "same bytes" if filecmp.cmp(source, target, shallow=False) else "differs"

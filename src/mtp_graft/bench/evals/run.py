@@ -13,6 +13,7 @@ from inspect_ai.log import EvalSample, read_eval_log
 from inspect_ai.model import GenerateConfig, Model, get_model, modelapi
 from inspect_ai.model._openai import OpenAIResponseError
 from inspect_ai.model._providers.openai_compatible import OpenAICompatibleAPI
+from inspect_ai.scorer import CORRECT
 from openai import OpenAI, OpenAIError
 
 from mtp_graft.bench.evals.capability import capability
@@ -96,18 +97,16 @@ def run_task(task: Task, log_dir: Path, model: Model) -> dict[str, Any]:
 
 
 def _result(name: str, samples: list[EvalSample]) -> dict[str, Any]:
-    failures = []
-    categories: dict[str, dict[str, int]] = {}
+    failures, right, asked = [], Counter[str](), Counter[str]()
     for sample in samples:
         [score] = (sample.scores or {}).values()
-        if "category" in sample.metadata:
-            of = categories.setdefault(sample.metadata["category"], {"correct": 0, "total": 0})
-            of["total"] += 1
-            of["correct"] += score.value == "C"
-        if score.value != "C":
+        category = sample.metadata.get("category", "")
+        asked[category] += 1
+        right[category] += score.value == CORRECT
+        if score.value != CORRECT:
             kind = (score.metadata or {})["kind"]
             failures.append({"id": sample.id, "kind": kind, "detail": score.explanation})
-    correct = len(samples) - len(failures)
+    correct = right.total()
     return {
         "benchmark": name,
         "score": correct / len(samples),
@@ -116,5 +115,5 @@ def _result(name: str, samples: list[EvalSample]) -> dict[str, Any]:
         "interval": list(wilson_interval(correct, len(samples))),
         "failures": failures,
         "kinds": dict(Counter(failure["kind"] for failure in failures)),
-        "categories": categories,
+        "categories": {c: {"correct": right[c], "total": asked[c]} for c in asked if c},
     }

@@ -28,17 +28,15 @@ class Failure(NamedTuple):
     detail: str = ""
 
 
-def run_tests(task: Mapping[str, Any], seconds: float = 60.0) -> Failure | None:
+def run_tests(
+    task: Mapping[str, Any], seconds: float = 60.0, python: str | None = None
+) -> Failure | None:
     """Run a program's tests for at most `seconds`; return what failed, or None.
 
     `task` has the `program`, its `entry_point`, the `test`, which defines `check(candidate)`, and
     the `prompt`, code that the tests may use. Raises GraftError if there is no sandbox.
     """
-    return _run(find_python(), task, seconds)
-
-
-def _run(python: str, task: Mapping[str, Any], seconds: float) -> Failure | None:
-    deadline = time.monotonic() + seconds
+    python, deadline = python or find_python(), time.monotonic() + seconds
     with _sandboxed(python, "program", seconds) as program:
         assert program.stdin is not None and program.stdout is not None
         ends = (program.stdin.fileno(), program.stdout.fileno())
@@ -105,7 +103,7 @@ def find_python() -> str:
     said = []
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
         try:
-            if (failure := _run(python, probe, 30.0)) is None:
+            if (failure := run_tests(probe, 30.0, python)) is None:
                 return python
             said.append(f"sandbox: {failure.kind} {failure.detail}")
         except GraftError as error:
