@@ -6,18 +6,17 @@ that was written fewer times than it has parts has not been filled.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from mtp_graft.errors import GraftError
-from mtp_graft.vllm_plugin.compressors import decode_compressors
+from mtp_graft.vllm_plugin.compressors import Weights, decode_compressors
 
-Weights = Iterable[tuple[str, Tensor]]
 _SHOWN = 5
 #: Set by the engine itself: the order of activation-ordered groups, which W4A16-FP8 never has.
 _ENGINE_OWNED = ("_weight_g_idx", "_g_idx_sort_indices")

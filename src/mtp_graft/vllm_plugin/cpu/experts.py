@@ -29,7 +29,7 @@ MAX_VERIFIED_TOKENS = 8
 
 def prompts_apart(num_tokens: int) -> Iterator[tuple[bool, slice]]:
     """Yield the rows of the step's T tokens in runs, and of each whether they are prompts'."""
-    bounds = request_bounds().tolist()
+    bounds = request_bounds()
     requests = groupby(pairwise(bounds), lambda bound: bound[1] - bound[0] > MAX_VERIFIED_TOKENS)
     for is_prompt, run in requests:
         rows = [*run]
@@ -141,7 +141,7 @@ class StoredExperts(UnquantizedFusedMoEMethod):
     ) -> None:
         """Register `{w13,w2}_weight`, or `_weight_packed` and `_weight_scale` (and `_shape`)."""
         size = intermediate_size_per_partition
-        attributes = {**attributes, "is_transposed": False, "quant_method": "group"}
+        attributes |= {"is_transposed": False, "quant_method": "group"}
         for matrix, shape in (("w13", (2 * size, hidden_size)), ("w2", (hidden_size, size))):
             if shape[1] % self.group_size:
                 raise GraftError(
@@ -151,8 +151,9 @@ class StoredExperts(UnquantizedFusedMoEMethod):
             parts = stored_as(f"{matrix}_weight", shape, self.kind, self.group_size)
             for name, like in parts.items():
                 tensor = torch.zeros(num_experts, *like.shape, dtype=like.dtype)
-                layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-                set_weight_attrs(getattr(layer, name), attributes)
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                set_weight_attrs(parameter, attributes)
+                layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Replace the stored tensors by float32 `w13_weight` and `w2_weight`."""
