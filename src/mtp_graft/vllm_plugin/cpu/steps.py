@@ -15,7 +15,7 @@ def request_bounds() -> list[int]:
     if not layers:
         return [0]
     for layer in layers:
-        if hasattr(layer, "query_start_loc_cpu"):
-            return list(layer.query_start_loc_cpu.tolist())
+        if (bounds := getattr(layer, "query_start_loc_cpu", None)) is not None:
+            return list(bounds.tolist())
     kinds = sorted({type(layer).__name__ for layer in layers})
     raise GraftError(f"attention metadata {kinds}: none has query_start_loc_cpu; other vLLM?")
