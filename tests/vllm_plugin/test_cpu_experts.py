@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 import references
+from mtp_graft.dsv4.formats import int4_parts
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
 from mtp_graft.vllm_plugin.cpu import experts as plugin
@@ -99,14 +100,11 @@ def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tenso
         outputs, inputs = weight.shape
         codes = torch.randint(256, (outputs, inputs // 2), generator=RANDOM).to(torch.uint8)
         scale = torch.randint(125, 127, (outputs, inputs // 32), generator=RANDOM)  # 1/4 and 1/2
-        scale = scale.to(torch.uint8)
-        parts = {"weight_packed": codes, "weight_scale": scale}
-        return parts, references.decode_mxfp4(codes, scale)
+        parts = {"weight_packed": codes, "weight_scale": scale.to(torch.uint8)}
+        return parts, references.decode_mxfp4(*parts.values())
     scale = int4.group_scale(weight, 128)
-    words = int4.pack(int4.encode(weight, scale))
-    shape = torch.tensor(weight.shape)
-    parts = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
-    return parts, references.decode_int4(words, scale, 128)
+    parts = int4_parts(int4.encode(weight, scale), scale)
+    return parts, references.decode_int4(parts["weight_packed"], scale, 128)
 
 
 def experts_layer(variant: str, size: int = INTERMEDIATE, **options: Any) -> RoutedExperts:
