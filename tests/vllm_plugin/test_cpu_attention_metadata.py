@@ -56,11 +56,8 @@ class Batch:
         self.lengths = [c + q for c, q in zip(self.contexts, self.queries, strict=True)]
         self.starts, self.seq_lens = i32([0, *accumulate(self.queries)]), i32(self.lengths)
         #: Each token's request, and its position in the request.
-        self.tokens = [
-            (r, c + q)
-            for r, (c, query) in enumerate(zip(self.contexts, self.queries, strict=True))
-            for q in range(query)
-        ]
+        spans = enumerate(zip(self.contexts, self.lengths, strict=True))
+        self.tokens = [(r, position) for r, span in spans for position in range(*span)]
 
     def slot(self, request: int, entry: int) -> int:
         block, offset = divmod(entry, self.block_size)

@@ -24,10 +24,8 @@ def test_each_draft_gets_what_its_request_asks_for(dtype: torch.dtype, index: to
     assert fractions.tolist() == [2.5, 2.5, 0, 1.5, 1.5, 1.5, 0]
 
 
-def test_a_step_of_prompts_alone_has_no_drafts_to_cut_and_stock_vllm_fails() -> None:
+def test_a_step_of_prompts_alone_has_no_drafts_to_cut() -> None:
     logits, top_k = torch.randn(3, 8), torch.tensor([1, 2, 8], dtype=torch.int32)
     cut = rejection_sampler.apply_top_k_top_p
     assert torch.equal(cut(logits.clone(), top_k, None), apply_top_k_top_p(logits, top_k, None))
     assert cut(logits[:0], top_k[:0], None).shape == (0, 8)
-    with pytest.raises((RuntimeError, IndexError)):
-        apply_top_k_top_p(logits[:0], top_k[:0], None)

@@ -49,14 +49,10 @@ class Target:
         return hidden
 
 
-class Now:
-    """In place of a thread: the work is done at once."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def submit(self, work: Callable[..., None], *arguments: Any) -> Any:
-        work(*arguments)
-        return SimpleNamespace(result=lambda: None)
+def at_once(work: Callable[..., None], *arguments: Any) -> Any:
+    """In place of a thread's `submit`."""
+    work(*arguments)
+    return SimpleNamespace(result=lambda: None)
 
 
 @pytest.fixture
@@ -66,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (SWITCH_NAME, INTACT_NAME):
         (tmp_path / name).touch()
     monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(recording, "ThreadPoolExecutor", Now)
+    monkeypatch.setattr(recording, "ThreadPoolExecutor", lambda *_: SimpleNamespace(submit=at_once))
     return tmp_path
 
 
