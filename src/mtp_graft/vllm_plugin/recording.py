@@ -52,10 +52,10 @@ def make_recorder(target: Any, vllm_config: VllmConfig) -> "Recorder | None":
     folder = os.environ.get(RECORD_VARIABLE)
     if not folder or not get_pp_group().is_last_rank:
         return None
-    if vllm_config.parallel_config.data_parallel_size > 1:
+    if (replicas := vllm_config.parallel_config.data_parallel_size) > 1:
         raise GraftError(
-            f"{RECORD_VARIABLE} is set with data parallel size "
-            f"{vllm_config.parallel_config.data_parallel_size}, expected 1; use tensor parallelism"
+            f"{RECORD_VARIABLE} is set with data parallel size {replicas}, expected 1; "
+            "use tensor parallelism"
         )
     model = target.model
     if model._mtp_hidden_buffer is None:  # vLLM allocates it only if there is a drafter

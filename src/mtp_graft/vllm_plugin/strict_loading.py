@@ -120,8 +120,6 @@ def _expected_parts(model: nn.Module) -> dict[str, int]:
         module = model.get_submodule(prefix)
         if isinstance(module, MergedColumnParallelLinear):
             parts[name] = len(module.output_sizes)
-        elif isinstance(module, RoutedExperts) and local.startswith("w13_"):
-            parts[name] = 2 * module.local_num_experts
-        elif isinstance(module, RoutedExperts) and local.startswith("w2_"):
-            parts[name] = module.local_num_experts
+        elif isinstance(module, RoutedExperts) and local.startswith(("w13_", "w2_")):
+            parts[name] = module.local_num_experts * (2 if local.startswith("w13_") else 1)
     return parts

@@ -30,17 +30,10 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         free_from_order(self)
         record_on_demand(self, vllm_config)
-        self.hf_to_vllm_mapper = keep_weight_scale(self.hf_to_vllm_mapper)
+        # Gap: its patterns rename scales for DeepSeek's own FP8 layers, to `weight_scale_inv`.
+        # Ours have `weight_scale`, as the checkpoint. Seen in 0.32, read in 0.33.
+        self.hf_to_vllm_mapper = dataclasses.replace(self.hf_to_vllm_mapper, orig_to_new_regex={})
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the base's tensors."""
         return load_base(self, weights, super().load_weights)
-
-
-def keep_weight_scale(mapper: WeightsMapper) -> WeightsMapper:
-    """Return `mapper` without its patterns, which all rename quantization scales.
-
-    Gap: they are for DeepSeek's own FP8 layers, whose parameter is called `weight_scale_inv`.
-    Compressed-tensors layers have `weight_scale`, as the checkpoint. Seen in 0.32, read in 0.33.
-    """
-    return dataclasses.replace(mapper, orig_to_new_regex={})

@@ -15,7 +15,6 @@ Legend: `R` requests, `T` tokens of the batch, `N` tokens of one launch, `W` slo
 """
 
 from collections import defaultdict
-from functools import wraps
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from mtp_graft.vllm_plugin.replacing import replace
 
 PAD = -1
+_stock_build = SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata
 
 
 def fill_gaps() -> None:
@@ -46,8 +46,7 @@ def fill_gaps() -> None:
     swa_builder = cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder
     replace(swa_builder, "build_tile_scheduler", build_tile_scheduler)
     replace(indexer, "_use_flattening", use_flattening)
-    name = "build_per_group_and_layer_attn_metadata"
-    replace(SpecDecodeBaseProposer, name, forgetting(getattr(SpecDecodeBaseProposer, name)))
+    replace(SpecDecodeBaseProposer, _stock_build.__name__, build_forgetting)
 
 
 def build_tile_scheduler(self: Any, num_decode_tokens: int) -> dict[str, None]:
@@ -60,17 +59,12 @@ def use_flattening(vllm_config: VllmConfig) -> bool:
     return vllm_config.num_speculative_tokens > 0
 
 
-def forgetting(build: Any) -> Any:
-    """Return `build` of the proposer, which drops what the metadata kept of earlier drafts."""
-
-    @wraps(build)
-    def build_anew(self: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
-        if draft_index > 0:
-            common_attn_metadata._token_to_req_indices_cache = None
-            common_attn_metadata._num_computed_tokens_cache = None
-        return build(self, common_attn_metadata, draft_index)
-
-    return build_anew
+def build_forgetting(self: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
+    """Build a draft's metadata without what the common metadata kept of earlier drafts."""
+    if draft_index > 0:
+        common_attn_metadata._token_to_req_indices_cache = None
+        common_attn_metadata._num_computed_tokens_cache = None
+    return _stock_build(self, common_attn_metadata, draft_index)
 
 
 def compute_token_to_req_indices(

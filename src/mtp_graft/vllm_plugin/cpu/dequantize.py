@@ -66,8 +66,7 @@ class DequantizeOnLoad(CompressedTensorsConfig):
         raise _unsupported(prefix, weights)
 
     def _weight_scheme(self, layer: nn.Module, name: str) -> QuantizationArgs | None:
-        scheme = self.get_scheme_dict(layer, name)
-        return scheme["weights"] if scheme else None
+        return (self.get_scheme_dict(layer, name) or {}).get("weights")
 
 
 def dequantize_on_load(config: QuantizationConfig | None) -> QuantizationConfig | None:
