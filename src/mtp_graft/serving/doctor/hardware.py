@@ -79,7 +79,6 @@ def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
 
 
 def _plugin_findings() -> Iterator[Finding]:
-    """Find that the installed vLLM will not load the plugin."""
     group, allowed = "vllm.general_plugins", os.environ.get(_PLUGINS)
     expected = f"{PLUGIN_NAME} among them"
     if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
