@@ -125,21 +125,17 @@ def test_ranks_share_experts_and_heads_and_repeat_the_rest(tiny_model: Path) -> 
     assert abs(weights_bytes(tensors, 2) - (whole - cut / 2)) < 1000
 
 
-def test_the_cpu_decodes_experts_to_float32_and_fp8_to_bf16() -> None:
+def test_the_cpu_decodes_experts_and_fp8_and_a_gpu_fp8_compressors_alone() -> None:
+    packed, expert = torch.empty(4, 16, dtype=torch.int32), torch.empty(4, 64, dtype=torch.uint8)
+    fp8, scale = torch.empty(8, 8, dtype=torch.float8_e4m3fn), torch.empty(4, 1).bfloat16()
     stored = {
-        "layers.0.ffn.experts.0.w1.weight_packed": torch.empty(4, 16, dtype=torch.int32),
-        "layers.0.ffn.experts.0.w1.weight_scale": torch.empty(4, 1, dtype=torch.bfloat16),
-        "mtp.0.ffn.experts.0.w1.weight_packed": torch.empty(4, 64, dtype=torch.uint8),
-        "layers.0.attn.wkv.weight": torch.empty(8, 8, dtype=torch.float8_e4m3fn),
-        "norm.weight": torch.empty(8, dtype=torch.bfloat16),
+        "layers.0.ffn.experts.0.w1.weight_packed": packed,
+        "layers.0.ffn.experts.0.w1.weight_scale": scale,
+        "mtp.0.ffn.experts.0.w1.weight_packed": expert,
+        "layers.2.attn.compressor.wkv.weight": fp8,
+        "layers.2.attn.compressor.wkv.weight_scale": scale,
+        "layers.2.attn.wkv.weight": fp8,
+        "norm.weight": torch.empty(8).bfloat16(),
     }
-    assert weights_bytes(stored, 1, decoded=True) == 4 * 128 * 4 * 2 + 8 * 8 * 2 + 8 * 2
-
-
-def test_fp8_compressors_take_the_room_of_bf16_on_a_gpu_too() -> None:
-    stored = {
-        "layers.2.attn.compressor.wkv.weight": torch.empty(8, 8, dtype=torch.float8_e4m3fn),
-        "layers.2.attn.compressor.wkv.weight_scale": torch.empty(1, 1, dtype=torch.bfloat16),
-        "layers.2.attn.wkv.weight": torch.empty(8, 8, dtype=torch.float8_e4m3fn),
-    }
-    assert weights_bytes(stored, 1) == 8 * 8 * 2 + 8 * 8
+    assert weights_bytes(stored, 1, decoded=True) == 4 * 128 * 4 * 2 + 2 * 64 * 2 + 8 * 2
+    assert weights_bytes(stored, 1) == 4 * 16 * 4 + 8 + 4 * 64 + 64 * 2 + 64 + 8 * 2

@@ -17,7 +17,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import START_LIMIT, ServeOptions, build_command
 from mtp_graft.serving.server import check_drafter, explain, managed_server
 
-from .conftest import is_running, read_record, wait_gone
+from .conftest import read_record, wait_gone
 
 Configure = Callable[..., None]
 Managed = Callable[..., AbstractContextManager[ServerClient]]
@@ -49,16 +49,6 @@ def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
             assert not record.exists() or wait_gone(read_record(record)["pids"]) == []
 
     return start
-
-
-def test_a_managed_server_answers_inside_its_block(
-    managed: Managed, grafted: Path, record: Path
-) -> None:
-    with managed(grafted) as client:
-        assert client.complete([5, 6], 3) == (11, 18, 25)
-        started = read_record(record)
-        assert all(is_running(pid) for pid in started["pids"])
-    assert started["env"]["VLLM_PLUGINS"] == "mtp_graft"
 
 
 @pytest.mark.parametrize(
