@@ -20,8 +20,8 @@ from struct import pack
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
-    # ok, dies, never_healthy, refuses, ignores_sigterm, dies_on_completion, drains: no completion
-    # comes back, and SIGTERM ends the server once its clients have hung up
+    # ok, dies, never_healthy, refuses, ignores_sigterm, drains: no completion comes back, and
+    # SIGTERM ends the server once its clients have hung up
     "mode": "ok",
     "step_s": 0.0,
     "accepts": None,  # how many drafts the steps of an answer accept, over and over
@@ -185,9 +185,6 @@ class Handler(BaseHTTPRequestHandler):
         elif SETTINGS["mode"] == "refuses":
             print("ERROR 11-23 20:00:00 [serving.py:1] ValueError: no such kernel", flush=True)
             self.reply(500, '{"error": {"message": "engine is broken"}}')
-        elif SETTINGS["mode"] == "dies_on_completion":
-            print("RuntimeError: died in the first step", flush=True)
-            os._exit(7)
         elif SETTINGS["mode"] == "drains":
             note(ASKED, "requests", body["max_tokens"])
             self.connection.recv(1)

@@ -47,7 +47,6 @@ def done(result: tuple[int, str, str]) -> dict[str, Any]:
         ("decode --base-url http://u --against http://v:x", "expected http://HOST:PORT"),
         ("decode --base-url http://u --against http://v --pairs 1", "--pairs"),
         ("decode --base-url http://u --pairs 2", "--pairs needs --against"),
-        ("decode --base-url u:x", "expected http://HOST:PORT"),
         ("decode --base-url http://u:0", "expected http://HOST:PORT"),
         ("sweep", "give one of --base-url and --checkpoint"),
         ("sweep --base-url http://u --k 1,2", "--k needs --checkpoint"),
@@ -55,7 +54,6 @@ def done(result: tuple[int, str, str]) -> dict[str, Any]:
         ("sweep --checkpoint c --concurrency 1,0", "--concurrency is '1,0'"),
         ("sweep --checkpoint c --k 1,1", "--k is '1,1'"),
         ("workload --base-url http://u -- --seed 9", "need --checkpoint"),
-        ("workload --base-url http://u --max-model-len 9", "need --checkpoint"),
         ("sweep --base-url http://u --profile 128k", "need --checkpoint"),
     ],
 )

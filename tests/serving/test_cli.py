@@ -32,7 +32,7 @@ def run(vllm: object, run_command: Run) -> Run:
 def test_dry_run_prints_what_a_shell_can_run_and_the_same_as_json(
     run: Run, vllm: tuple[str, ...], grafted: Path
 ) -> None:
-    words = ("serve", grafted, "--dry-run", "--max-model-len", 512, "--api-key", "s3cret")
+    words = ("serve", grafted, "--dry-run", "--api-key", "s3cret")
     extra = ("--", "--seed", 7)
     status, text, errors = run(*words, *extra)
     assert (status, errors) == (0, "")
@@ -41,8 +41,6 @@ def test_dry_run_prints_what_a_shell_can_run_and_the_same_as_json(
     assert shlex.split(command) == result["argv"]
     assert result["argv"][: len(vllm) + 1] == [*vllm, str(grafted)]
     assert result["argv"][-2:] == ["--seed", "7"]
-    assert "--tokenizer-mode deepseek_v4 " in command and "--max-model-len 512 " in command
-    assert '\'{"method":"mtp","num_speculative_tokens":1}\'' in command
     assert exports == [f"export {k}={shlex.quote(v)}" for k, v in result["env"].items()]
     assert result["env"]["VLLM_API_KEY"] == "***" and "s3cret" not in text
 
@@ -209,13 +207,11 @@ def test_a_stage_has_its_own_command_and_result(
         ("serve MODEL --api-key=", "--api-key"),
         ("serve MODEL --served-model-name=", "--served-model-name"),
         ("serve MODEL --profile 9k --dry-run --gpu H200", "--profile 9k: unknown; expected one"),
-        ("serve MODEL --profile 1m --dry-run --gpu H300", "--gpu H300: not a GPU known here"),
         (
             "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
             "'best' is not one of 'greedy', 'probabilistic'",
         ),
         ("run RECIPE --only train", "'train' is not one of 'fetch', "),
-        ("run RECIPE --from train", "'train' is not one of 'fetch', "),
         ("run RECIPE --only score --from score", "expected one of them"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
         ("demo --set bench.round=2", "did you mean 'rounds'?"),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,20 +53,24 @@ def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
 
 
 @pytest.mark.parametrize(
-    ("mode", "message"),
+    ("settings", "message"),
     [
-        ("dies", r"base: vLLM ended with status 3 .*vllm\.log: KeyError: 'c1a'$"),
-        ("dies_on_completion", "status 7 .*RuntimeError: died in the first step"),
-        ("refuses", "status 500.*no such kernel"),  # healthy is not ready
-        ("never_healthy", "is not ready after 2 s"),
+        ({"mode": "dies"}, r"base: vLLM ended with status 3 .*vllm\.log: KeyError: 'c1a'$"),
+        ({"dies_at": 1}, "status 7 .*RuntimeError: died in the middle"),
+        ({"mode": "refuses"}, "status 500.*no such kernel"),  # healthy is not ready
+        ({"mode": "never_healthy"}, "is not ready after 2 s"),
     ],
 )
 def test_a_server_that_does_not_get_ready_is_explained(
-    managed: Managed, base: Path, mode: str, message: str, monkeypatch: pytest.MonkeyPatch
+    managed: Managed,
+    base: Path,
+    settings: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if mode == "never_healthy":
+    if settings.get("mode") == "never_healthy":
         monkeypatch.setenv(START_LIMIT, "2")
-    with pytest.raises(GraftError, match=message), managed(base, mode=mode):
+    with pytest.raises(GraftError, match=message), managed(base, **settings):
         pytest.fail("the block was entered")
 
 
