@@ -26,9 +26,11 @@ def run(run_command: Run) -> Run:
 
 
 @pytest.fixture
-def asked(prompts_file: Path, tmp_path: Path) -> tuple[object, ...]:
-    """Short answers, kept in a run folder."""
-    return ("--prompts", prompts_file, "--max-tokens", 20, "--run", tmp_path / "run")
+def asked(tmp_path: Path) -> tuple[object, ...]:
+    """Short answers to two prompts of different length, kept in a run folder."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": "a", "text": "ab"}\n\n{"id": "b", "text": "hello"}\n')
+    return ("--prompts", file, "--max-tokens", 20, "--run", tmp_path / "run")
 
 
 def done(result: tuple[int, str, str]) -> dict[str, Any]:

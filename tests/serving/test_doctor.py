@@ -21,7 +21,6 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
 from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, examine, fix, hardware
-from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding
 from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
@@ -73,11 +72,6 @@ def planted(copy: Path) -> Plant:
     return plant
 
 
-@pytest.fixture(scope="module")
-def full_size() -> Checkpoint:
-    return flash()
-
-
 # Good checkpoints, published ones and those of others
 
 
@@ -89,7 +83,8 @@ def test_a_good_checkpoint_has_no_errors_or_warnings(
         assert levels(diagnose(spliced[variant], find_target(gpu=gpu))) == {}
 
 
-def test_the_published_base_has_notes_alone_and_nothing_to_fix(full_size: Checkpoint) -> None:
+def test_the_published_base_has_notes_alone_and_nothing_to_fix() -> None:
+    full_size = flash()
     base = {name: t for name, t in full_size.tensors.items() if not name.startswith("mtp.")}
     assert len(base) == 100_652 and sum(n.endswith(".weight_scale") for n in base) == 33_405
     assert sum(t.nbytes for t in base.values()) / 2**30 == pytest.approx(142, abs=0.5)
@@ -265,10 +260,8 @@ def test_hardware_and_version_findings(good: Path, where: Target, expected: dict
     ],
     ids=lambda value: str(value.hardware) if isinstance(value, Target) else "",
 )
-def test_flash_on_the_hardware_that_the_project_names(
-    full_size: Checkpoint, where: Target, expected: set[str]
-) -> None:
-    found = examine(full_size, where)
+def test_flash_on_the_hardware_that_the_project_names(where: Target, expected: set[str]) -> None:
+    found = examine(flash(), where)
     assert set(levels(found)) == expected
     assert not (where.hardware and where.hardware.unified_memory) or "85% of each" in str(found)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,16 +65,16 @@ CAPTURE, BASE, GPTQ, RTN = "capture", "base", "gptq", "rtn"
 MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all but the report
 
 
-def write_lines(path: Path, prefix: str, count: int) -> None:
-    rows = [{"id": f"{prefix}{n}", "text": prefix * (n + 1)} for n in range(count)]
+def write_prompts(path: Path, prefix: str, lengths: Sequence[int]) -> None:
+    rows = [{"id": f"{prefix}{n}", "text": prefix * length} for n, length in enumerate(lengths)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, base: Path) -> Path:
     write_checkpoint(tmp_path / "upstream", HEAD_TENSORS)
-    write_lines(tmp_path / "prompts.jsonl", "p", 6)
-    write_lines(tmp_path / "bench.jsonl", "b", 2)
+    write_prompts(tmp_path / "prompts.jsonl", "p", range(1, 7))
+    write_prompts(tmp_path / "bench.jsonl", "b", range(1, 3))
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPE)
     return file
@@ -301,17 +301,10 @@ def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answe
 ) -> None:
     """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
-    texts = enumerate("p" * tokens for tokens in (7, 1, 2, 3, 4, 7, 1, 1))
-    rows = [{"id": f"p{n}", "text": text} for n, text in texts]
-    others = source.with_stem("others")
-    for path in (source, others):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(
-        *settings,
-        f"bench.prompts={source.with_stem(file)}",
-        "bench.count=1",
-        "bench.acceptance_count=1",
-    )
+    for path in (source, source.with_stem("others")):
+        write_prompts(path, "p", (7, 1, 2, 3, 4, 7, 1, 1))
+    prompts = f"bench.prompts={source.with_stem(file)}"
+    run(*settings, prompts, "bench.count=1", "bench.acceptance_count=1")
     assert [*read(folder / "bench" / "base.json")["prompts"]] == [timed]
     served = read(folder / "bench" / f"served-{GPTQ}.json")
     assert len(served["sequences"]) == 1, "as many evaluation texts as the recipe says"

@@ -25,13 +25,12 @@ from . import flash as published
 from .conftest import edit_config, install, install_gpus, only_from
 from .flash import CONFIG
 
-pytestmark = pytest.mark.usefixtures("quiet_environment")
 GIB = 2**30
 MAX_Q = named_hardware("RTX PRO 6000 Max-Q", 2)
 BIG = Hardware("big", 16, 400 * GIB, has_nvlink=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU does not get into the output, nor do GPUs that whoever runs the tests chose."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
