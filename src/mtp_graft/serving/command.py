@@ -330,8 +330,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     config = read_object(path, "a model config")
-    model_type = config.get("model_type")
-    if model_type != "deepseek_v4":
+    if (model_type := config.get("model_type")) != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
     return config
 
