@@ -111,9 +111,8 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
         found = f"{tp} ranks on {hardware.num_gpus} GPUs"
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
-    formats = set(checkpoint.formats.values())
-    int4 = checkpoint.group_size if "int4" in formats else 1
-    group = max(int4, MXFP4_GROUP if "mxfp4" in formats else 1)
+    groups = {"int4": checkpoint.group_size, "mxfp4": MXFP4_GROUP}
+    group = max((groups.get(str(each), 1) for each in checkpoint.formats.values()), default=1)
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     for key, unit in units.items():
         if (number := checkpoint.config[key]) % (tp * unit):
