@@ -1,6 +1,7 @@
 """A step's attention metadata against loops that follow the definitions of vLLM's kernels.
 
-How drafts are flattened, and that no layer asks for a plan, is for `engine/test_engines.py`.
+How drafts are flattened, that each request gets its own and that no layer asks for a plan, is for
+`engine/test_engines.py`.
 
 Everything is called through vLLM's own launchers and functions. Outputs start out filled with
 STALE: what a kernel does not write has to stay so.
@@ -16,10 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
 from vllm.v1.attention.ops import metadata
-from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu import attention_metadata
@@ -57,11 +56,8 @@ class Batch:
         self.lengths = [c + q for c, q in zip(self.contexts, self.queries, strict=True)]
         self.starts, self.seq_lens = i32([0, *accumulate(self.queries)]), i32(self.lengths)
         #: Each token's request, and its position in the request.
-        self.tokens = [
-            (r, c + q)
-            for r, (c, query) in enumerate(zip(self.contexts, self.queries, strict=True))
-            for q in range(query)
-        ]
+        spans = enumerate(zip(self.contexts, self.lengths, strict=True))
+        self.tokens = [(r, position) for r, span in spans for position in range(*span)]
 
     def slot(self, request: int, entry: int) -> int:
         block, offset = divmod(entry, self.block_size)
@@ -183,37 +179,6 @@ def test_prefill_chunks_bound_the_keys_of_every_query_token(
     assert ke.tolist() == [bounds[r] + (position + 1) // ratio for r, position in queries]
     owners = [r for r, length in enumerate(lengths) for _ in range(length)]
     assert owner.tolist() == [*owners, STALE, STALE]
-
-
-def requests_of_drafts(build: Any) -> list[list[int]]:
-    """Ask for the tokens' requests as `propose` does: three tokens of two requests, then drafts."""
-    common = CommonAttentionMetadata(
-        query_start_loc=i32([0, 3, 6]),
-        query_start_loc_cpu=i32([0, 3, 6]),
-        seq_lens=i32([50, 70]),
-        num_reqs=2,
-        num_actual_tokens=6,
-        max_query_len=3,
-        max_seq_len=70,
-        block_table_tensor=torch.zeros(2, 4, dtype=torch.int32),
-        slot_mapping=torch.zeros(6, dtype=torch.int64),
-    )
-    found = [build(None, common, 0)]
-    common.num_actual_tokens, common.max_query_len = 2, 1
-    common.query_start_loc = common.query_start_loc_cpu = i32([0, 1, 2])
-    return [*found, build(None, common, 1), build(None, common, 2)]
-
-
-def test_every_request_gets_its_own_drafts_and_stock_vllm_mixes_them_up() -> None:
-    """If the second half fails, vLLM has filled the gap: remove `forgetting`."""
-
-    def stock(_self: Any, metadata: Any, _draft_index: int) -> Any:
-        return metadata.token_to_req_indices(torch.zeros(64, dtype=torch.int32)).tolist()
-
-    tokens = [0, 0, 0, 1, 1, 1]
-    assert requests_of_drafts(attention_metadata.forgetting(stock)) == [tokens, [0, 1], [0, 1]]
-    assert requests_of_drafts(stock) == [tokens, [0, 0], [0, 0]]
-    assert hasattr(SpecDecodeBaseProposer.build_per_group_and_layer_attn_metadata, "__wrapped__")
 
 
 @pytest.mark.parametrize("old", [lambda x: None, lambda x, y, z: None, lambda y, x: None, None])

@@ -1,5 +1,6 @@
 """The routed experts on a CPU against a float64 loop, with activations far beyond the clamp."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 import references
+from mtp_graft.dsv4.formats import int4_parts
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
 from mtp_graft.vllm_plugin.cpu import experts as plugin
@@ -83,7 +85,7 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(
 def test_prompts_are_told_from_decoding_by_each_requests_tokens(
     lengths: tuple[int, ...], num_tokens: int, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "request_bounds", lambda: torch.tensor([0, *lengths]).cumsum(0))
+    monkeypatch.setattr(plugin, "request_bounds", lambda: [*accumulate((0, *lengths))])
     assert list(prompts_apart(num_tokens)) == expected
 
 
@@ -98,14 +100,11 @@ def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tenso
         outputs, inputs = weight.shape
         codes = torch.randint(256, (outputs, inputs // 2), generator=RANDOM).to(torch.uint8)
         scale = torch.randint(125, 127, (outputs, inputs // 32), generator=RANDOM)  # 1/4 and 1/2
-        scale = scale.to(torch.uint8)
-        parts = {"weight_packed": codes, "weight_scale": scale}
-        return parts, references.decode_mxfp4(codes, scale)
+        parts = {"weight_packed": codes, "weight_scale": scale.to(torch.uint8)}
+        return parts, references.decode_mxfp4(*parts.values())
     scale = int4.group_scale(weight, 128)
-    words = int4.pack(int4.encode(weight, scale))
-    shape = torch.tensor(weight.shape)
-    parts = {"weight_packed": words, "weight_scale": scale, "weight_shape": shape}
-    return parts, references.decode_int4(words, scale, 128)
+    parts = int4_parts(int4.encode(weight, scale), scale)
+    return parts, references.decode_int4(parts["weight_packed"], scale, 128)
 
 
 def experts_layer(variant: str, size: int = INTERMEDIATE, **options: Any) -> RoutedExperts:
@@ -117,7 +116,7 @@ def test_stored_experts_are_decoded_exactly_and_run_with_the_clamp(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a step that decodes two requests and computes the prompt of a third."""
-    monkeypatch.setattr(plugin, "request_bounds", lambda: torch.tensor([0, 1, 2, 14]))
+    monkeypatch.setattr(plugin, "request_bounds", lambda: [0, 1, 2, 14])
     layer, w13, w2 = experts_layer(variant), W13.clone(), W2.clone()
     for expert in range(NUM_EXPERTS):
         w1, w3 = w13[expert].chunk(2)  # views: what is stored takes the place of what was given

@@ -1,12 +1,11 @@
-"""What the plugin's CPU target and drafter do to vLLM's own models."""
+"""What the plugin's CPU drafter does; the names of scales are for `engine/test_engines.py`."""
 
 import pytest
 import torch
 from torch import Tensor
 from vllm.models.deepseek_v4.common.ops import fused_mtp_input_rmsnorm as norms
-from vllm.models.deepseek_v4.cpu.model import DeepseekV4ForCausalLM
 
-from mtp_graft.vllm_plugin.cpu import drafter, keep_weight_scale
+from mtp_graft.vllm_plugin.cpu import drafter
 from mtp_graft.vllm_plugin.replacing import replace
 
 pytestmark = pytest.mark.vllm
@@ -32,12 +31,3 @@ def test_the_drafters_inputs_and_output_are_normalized_row_by_row() -> None:
     torch.testing.assert_close(found_streams, expected(stacked, 1))
     output = norms._MTP_SHARED_HEAD_RMSNORM_KERNEL(embeds, weight[2], 1e-6)
     torch.testing.assert_close(output, expected(embeds, 2))
-
-
-def test_scales_keep_their_names_and_stock_vllm_renames_them() -> None:
-    """If the second half fails, vLLM has filled the gap: remove `keep_weight_scale`."""
-    stock = DeepseekV4ForCausalLM.hf_to_vllm_mapper
-    name, weight = "layers.2.attn.wq_a.weight_scale", "layers.2.attn.wq_a.weight"
-    assert keep_weight_scale(stock).map_name(name) == f"model.{name}"
-    assert keep_weight_scale(stock).map_name(weight) == stock.map_name(weight)
-    assert stock.map_name(name) == f"model.{name}_inv"

@@ -1,12 +1,10 @@
 """The recorder in vLLM's V2 runner, on a target that is a table: no engine.
 
-`engine/test_capture.py` has it in the V1 runner, on a CPU.
+`engine/test_capture.py` has it in the V1 runner, on a CPU, writing in the background.
 """
 
 import logging
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,14 +49,10 @@ class Target:
         return hidden
 
 
-class Now:
-    """In place of a thread: the work is done at once."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def submit(self, work: Callable[..., None], *arguments: Any) -> Any:
-        work(*arguments)
-        return SimpleNamespace(result=lambda: None)
+def at_once(work: Callable[..., None], *arguments: Any) -> Any:
+    """In place of a thread's `submit`."""
+    work(*arguments)
+    return SimpleNamespace(result=lambda: None)
 
 
 @pytest.fixture
@@ -68,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (SWITCH_NAME, INTACT_NAME):
         (tmp_path / name).touch()
     monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(recording, "ThreadPoolExecutor", Now)
+    monkeypatch.setattr(recording, "ThreadPoolExecutor", lambda *_: SimpleNamespace(submit=at_once))
     return tmp_path
 
 
@@ -96,15 +90,15 @@ class Runner:
     """Computes steps as CUDA graphs are replayed, without hooks, and samples."""
 
     def __init__(self) -> None:
-        self.target, self.sampled = Target(), 0
+        self.target = Target()
         recorder = make_recorder(self.target, vllm_config())
         assert recorder is not None
 
-        def sample(_runner: Runner, grammar: Any) -> None:
+        def sample(_runner: Runner, grammar: Any) -> str:
             buffer = self.target._mtp_hidden_buffer
             if grammar is not None and self.target.fills:
                 assert buffer is not None and buffer[:1].isfinite().all(), "a drafter reads it now"
-            self.sampled += 1
+            return "sampled"
 
         self.sample = v2.recording_first(sample, recorder)
 
@@ -119,10 +113,9 @@ class Runner:
             prefill_len_np=np.array([length for _, _, length in requests]),
         )
         state = SimpleNamespace(input_batch=batch, hidden_states=self.target.forward(ids))
-        before = self.sampled
-        self.sample(SimpleNamespace(execute_model_state=state), "grammar")
-        self.sample(SimpleNamespace(execute_model_state=None), None)  # nothing was computed
-        assert self.sampled == before + 2
+        for computed in (state, None):
+            now = SimpleNamespace(execute_model_state=computed)
+            assert self.sample(now, computed and "grammar") == "sampled"
 
 
 @pytest.fixture
@@ -168,17 +161,10 @@ def test_only_prompts_are_recorded_and_only_while_the_switch_is_on(
     assert tokens_in(folder) == [[6]]
 
 
-def test_earlier_recordings_are_kept_and_new_ones_written_in_the_background(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recording, "ThreadPoolExecutor", ThreadPoolExecutor)
-    runner = Runner()
+def test_earlier_recordings_are_kept(runner: Runner, folder: Path) -> None:
     save_file({"token_ids": torch.zeros(1)}, folder / RECORDINGS / "000041.safetensors")
     for token in (4, 5, 6):
-        runner.step(prompt(token, token))  # overwrites what the step before left in the buffer
-    end = time.monotonic() + 10
-    while len(recorded(folder)) < 4 and time.monotonic() < end:
-        time.sleep(0.01)
+        runner.step(prompt(token, token))
     assert list(recorded(folder)) == [f"0000{n}.safetensors" for n in (41, 42, 43, 44)]
     assert tokens_in(folder) == [[0], [4, 4], [5, 5], [6, 6]]
 

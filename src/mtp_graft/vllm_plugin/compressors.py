@@ -5,6 +5,7 @@ KeyError at the first of their scales. They are decoded to BF16 while the checkp
 which is what other bases store. Read in vLLM 0.33.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -24,18 +25,16 @@ def decode_compressors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
     the reverse; all else passes through as it is. Raises GraftError for a half without the other
     and for a scale of another shape, which name the module.
     """
-    pairs: dict[str, dict[str, Tensor]] = {}  # that are not whole yet
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)  # that are not whole yet
     for name, tensor in weights:
         module, _, part = name.rpartition(".")
         is_codes = part == "weight" and tensor.dtype == torch.float8_e4m3fn
         if not NEVER_QUANTIZED.search(name) or not (is_codes or part == "weight_scale"):
             yield name, tensor
             continue
-        pair = pairs.setdefault(module, {})
-        pair[part] = tensor
-        if len(pair) == 2:
-            del pairs[module]
-            yield f"{module}.weight", _decode(module, **pair)
+        pairs[module][part] = tensor
+        if len(pairs[module]) == 2:
+            yield f"{module}.weight", _decode(module, **pairs.pop(module))
     for module, (part,) in pairs.items():
         raise GraftError(
             f"{module}: an FP8 {part} comes alone; expected weight and weight_scale, or a BF16 "

@@ -21,7 +21,7 @@ reason, and FOLDER/recording-intact, which the client made and looks for, is rem
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Recorder:
         self._folder = folder
         self._writes = writes  # other ranks only take part in the logits
         self._writer = ThreadPoolExecutor(1, "recording")
-        self._written: Future[None] | None = None
+        self._written = self._writer.submit(lambda: None)
 
     @property
     def is_on(self) -> bool:
@@ -95,16 +95,16 @@ class Recorder:
         """
         if not spans:
             return
-        targets = [self._argmax(hidden[start:end]) for start, end in spans]
+        targets = [self._argmax(hidden[a:b]) for a, b in spans]
         if not self._writes:
             return
+        residual = self._target.model._mtp_hidden_buffer
         rows = {  # copies, as the next step overwrites what these are cut from
-            "token_ids": _on_host(token_ids, spans),
-            "residual": _on_host(self._target.model._mtp_hidden_buffer, spans),
+            "token_ids": [token_ids[a:b].to("cpu", copy=True) for a, b in spans],
+            "residual": [residual[a:b].to("cpu", copy=True) for a, b in spans],
             "targets": [each.cpu() for each in targets],
         }
-        if self._written is not None:
-            self._written.result()  # at most two recordings in memory
+        self._written.result()  # at most two recordings in memory
         self._written = self._writer.submit(self._write, rows)
 
     def _argmax(self, hidden: Tensor) -> Tensor:
@@ -127,7 +127,3 @@ class Recorder:
         except (OSError, SafetensorError, GraftError):
             logger.exception("a recording could not be written to %s", recordings)
             (self._folder / INTACT_NAME).unlink(missing_ok=True)
-
-
-def _on_host(tensor: Tensor, spans: Sequence[Span]) -> list[Tensor]:
-    return [tensor[start:end].to("cpu", copy=True) for start, end in spans]

@@ -6,18 +6,17 @@ that was written fewer times than it has parts has not been filled.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from mtp_graft.errors import GraftError
-from mtp_graft.vllm_plugin.compressors import decode_compressors
+from mtp_graft.vllm_plugin.compressors import Weights, decode_compressors
 
-Weights = Iterable[tuple[str, Tensor]]
 _SHOWN = 5
 #: Set by the engine itself: the order of activation-ordered groups, which W4A16-FP8 never has.
 _ENGINE_OWNED = ("_weight_g_idx", "_g_idx_sort_indices")
@@ -53,9 +52,9 @@ def load_strictly(
     `shared` names parameters that come from another model. Returns the names `load` reports.
     """
     expected = _expected_parts(model)
-    offers, writes = _count(model)
+    offered, writes = _count(model)
     unread: list[str] = []
-    watched = _watch(weights, offers, unread)
+    watched = _watch(weights, offered, unread)
     loaded = load(watched)
     for _ in watched:
         pass  # left by `load`, so it is noted as unread
@@ -81,18 +80,18 @@ def _require_none(what: str, names: list[str]) -> None:
         )
 
 
-def _count(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
-    """Wrap every parameter's weight loader to count, by its name, its calls and its writes.
+def _count(model: nn.Module) -> tuple[set[str], Counter[str]]:
+    """Wrap every parameter's weight loader to note by name that it was called, and count writes.
 
     They differ for an expert of another rank: its loader answers False and writes nothing.
     """
-    offers: Counter[str] = Counter()
+    offered: set[str] = set()
     writes: Counter[str] = Counter()
 
     def counting(name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         def count_and_load(*args: Any, **kwargs: Any) -> Any:
             result = loader(*args, **kwargs)
-            offers[name] += 1
+            offered.add(name)
             writes[name] += result is not False
             return result
 
@@ -101,14 +100,14 @@ def _count(model: nn.Module) -> tuple[Counter[str], Counter[str]]:
     for name, parameter in model.named_parameters():
         loader = getattr(parameter, "weight_loader", default_weight_loader)
         parameter.weight_loader = counting(name, loader)  # type: ignore[attr-defined]
-    return offers, writes
+    return offered, writes
 
 
-def _watch(weights: Weights, offers: Counter[str], unread: list[str]) -> Iterator[Any]:
+def _watch(weights: Weights, offered: set[str], unread: list[str]) -> Iterator[Any]:
     for name, tensor in weights:
-        before = offers.total()
+        offered.clear()
         yield name, tensor
-        if offers.total() == before:
+        if not offered:
             unread.append(name)
 
 
@@ -116,15 +115,13 @@ def _expected_parts(model: nn.Module) -> dict[str, int]:
     """Return how many checkpoint tensors each parameter is made of, but for the engine's own."""
     names = (name for name, _ in model.named_parameters())
     parts = {name: 1 for name in names if not name.endswith(_ENGINE_OWNED)}
-    for prefix, module in model.named_modules():
-        for local, _ in module.named_parameters(recurse=False):
-            name = f"{prefix}.{local}" if prefix else local
-            if name not in parts:
-                continue  # the engine's, or another module's under a second name
-            if isinstance(module, MergedColumnParallelLinear):
-                parts[name] = len(module.output_sizes)
-            elif isinstance(module, RoutedExperts) and local.startswith("w13_"):
-                parts[name] = 2 * module.local_num_experts
-            elif isinstance(module, RoutedExperts) and local.startswith("w2_"):
-                parts[name] = module.local_num_experts
+    for name in parts:
+        prefix, _, local = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if isinstance(module, MergedColumnParallelLinear):
+            parts[name] = len(module.output_sizes)
+        elif isinstance(module, RoutedExperts) and local.startswith("w13_"):
+            parts[name] = 2 * module.local_num_experts
+        elif isinstance(module, RoutedExperts) and local.startswith("w2_"):
+            parts[name] = module.local_num_experts
     return parts

@@ -38,14 +38,9 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
 
 
 def keep_weight_scale(mapper: WeightsMapper) -> WeightsMapper:
-    """Return `mapper` without the rules that rename quantization scales.
+    """Return `mapper` without its patterns, which all rename quantization scales.
 
     Gap: they are for DeepSeek's own FP8 layers, whose parameter is called `weight_scale_inv`.
     Compressed-tensors layers have `weight_scale`, as the checkpoint. Seen in 0.32, read in 0.33.
     """
-    kept = {
-        pattern: target
-        for pattern, target in mapper.orig_to_new_regex.items()
-        if target is None or not target.endswith("weight_scale_inv")
-    }
-    return dataclasses.replace(mapper, orig_to_new_regex=kept)
+    return dataclasses.replace(mapper, orig_to_new_regex={})

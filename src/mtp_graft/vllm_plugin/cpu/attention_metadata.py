@@ -5,8 +5,7 @@
 - The builder of the sliding window's metadata reads a FlashMLA plan for more layer types than its
   CPU subclass, which plans nothing, answers for: `KeyError: 'c1a'`.
 - With k = 1 the indexer stops at an assertion beyond `index_topk` compressed entries (2,051
-  tokens). vLLM hands two tokens a request to it "natively", but its CPU kernel takes one. For
-  k = 2 and 3 the tokens are flattened to one a row, so k = 1 is flattened as well.
+  tokens): its CPU kernel takes one token a row, but only for k > 1 does vLLM flatten them to that.
 - `CommonAttentionMetadata` keeps which request a token belongs to. The proposer changes it from a
   request's several tokens to its one draft and asks again: from the second draft on, every request
   reads the first request's window. Text stays right, drafts do not. Read in 0.33's V1 runner, too.
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.models.deepseek_v4.cpu import cpu_mla
 from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
 from vllm.v1.attention.ops import metadata as request_metadata
@@ -45,8 +45,7 @@ def fill_gaps() -> None:
         replace(launcher, "__call__", function)
     swa_builder = cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder
     replace(swa_builder, "build_tile_scheduler", build_tile_scheduler)
-    indexer_builder = cpu_mla.DeepseekV4CPUIndexerMetadataBuilder
-    replace(indexer_builder, "__init__", flattening_drafts(indexer_builder.__init__))
+    replace(indexer, "_use_flattening", use_flattening)
     name = "build_per_group_and_layer_attn_metadata"
     replace(SpecDecodeBaseProposer, name, forgetting(getattr(SpecDecodeBaseProposer, name)))
 
@@ -56,15 +55,9 @@ def build_tile_scheduler(self: Any, num_decode_tokens: int) -> dict[str, None]:
     return defaultdict(lambda: None)
 
 
-def flattening_drafts(init: Any) -> Any:
-    """Return `init` of the indexer's metadata builder, which flattens for every k > 0."""
-
-    @wraps(init)
-    def init_flattening(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self.use_flattening = self.num_speculative_tokens > 0
-
-    return init_flattening
+def use_flattening(vllm_config: VllmConfig) -> bool:
+    """Return whether the indexer gets one token a row: for every k > 0."""
+    return vllm_config.num_speculative_tokens > 0
 
 
 def forgetting(build: Any) -> Any:
@@ -81,14 +74,11 @@ def forgetting(build: Any) -> Any:
 
 
 def compute_token_to_req_indices(
-    query_start_loc: Tensor,  # [R + 1] i32, not decreasing
-    out: Tensor,  # [>=num_tokens] i32, written
-    num_mapped_tokens: int,
-    num_tokens: int,
+    query_start_loc: Tensor, out: Tensor, num_mapped_tokens: int, num_tokens: int
 ) -> Tensor:
-    """Write and return [num_tokens] each token's request; 0 from `num_mapped_tokens` on.
+    """Write to `out` and return [num_tokens] each token's request; 0 from `num_mapped_tokens` on.
 
-    A token past the last boundary counts to the last request.
+    A token past the last boundary of `query_start_loc` [R + 1] counts to the last request.
     """
     mapped = min(num_mapped_tokens, num_tokens)
     owners = _owners(torch.arange(mapped), query_start_loc)
@@ -99,8 +89,7 @@ def compute_token_to_req_indices(
 
 def _owners(tokens: Tensor, query_start_loc: Tensor) -> Tensor:
     """Return which request each of `tokens` [N] belongs to; R for those past the last boundary."""
-    ends = query_start_loc[1:]  # [R]
-    return torch.searchsorted(ends, tokens.to(ends.dtype), right=True)
+    return torch.searchsorted(query_start_loc[1:], tokens.int(), right=True)
 
 
 def swa_indices_and_lens(
@@ -123,28 +112,24 @@ def swa_indices_and_lens(
     token_offset: int,
     has_image: bool = False,
 ) -> None:
-    """Write the cache slots that each token's sliding window may read, and how many.
+    """Write the cache slots that each token's window may read, then -1, and how many they are.
 
     Row `i` is for token `token_offset + i`. The window ends at the token itself, spans
     `window_size` positions and starts neither below 0 nor below the request's `replay_start`.
-    Unused slots are -1; an invalid (padded) token gets length 0 and a row of -1.
+    An invalid (padded) token may read none.
     """
     assert not has_image, "images are not supported on a CPU"
-    batch = slice(token_offset, token_offset + num_tokens)
-    valid = is_valid_token[batch]
+    tokens = torch.arange(token_offset, token_offset + num_tokens)  # [N]
+    valid = is_valid_token[tokens]
     # A padded token's request index may be stale: never look it up.
-    request = token_to_req_indices[batch].long() * valid  # [N]
-    position = _positions(torch.arange(batch.start, batch.stop), request, query_start_loc, seq_lens)
-    start = (position + 1 - window_size).clamp_(min=0)
-    start = torch.maximum(start, replay_start[request])
-    lens = (position + 1 - start) * valid  # [N]
-
-    column = torch.arange(index_width)
-    readable = column < lens.unsqueeze(1)  # [N, W]
-    window = (start.unsqueeze(1) + column) * readable  # [N, W] positions, 0 where unused
-    slots = _slots(block_table, request.unsqueeze(1), window, block_size)
-    rows = torch.where(readable, slots, PAD)
-    swa_indices.view(swa_indices.shape[0], -1)[:num_tokens, :index_width] = rows
+    request = token_to_req_indices[tokens].long() * valid  # [N]
+    end = _positions(tokens, request, query_start_loc, seq_lens) + 1
+    start = torch.maximum(end - window_size, replay_start[request]).clamp_(min=0)
+    lens = (end - start) * valid  # [N]
+    window = start.unsqueeze(1) + torch.arange(index_width)  # [N, W] positions
+    readable = (window < end.unsqueeze(1)) & valid.unsqueeze(1)
+    slots = _slots(block_table, request.unsqueeze(1), window, block_size, readable)
+    swa_indices.view(len(swa_indices), -1)[:num_tokens, :index_width] = slots
     swa_lens[:num_tokens] = lens
 
 
@@ -155,10 +140,12 @@ def _positions(
     return seq_lens[request] - query_start_loc[request + 1] + tokens
 
 
-def _slots(block_table: Tensor, request: Tensor, entry: Tensor, block_size: int) -> Tensor:
-    """Return the cache slots of the requests' entries."""
-    block = block_table[request, entry // block_size].long()
-    return block * block_size + entry % block_size
+def _slots(
+    block_table: Tensor, request: Tensor, entry: Tensor, block_size: int, used: Tensor
+) -> Tensor:
+    """Return the cache slots of the requests' entries; PAD, not looked up, for those not `used`."""
+    block = block_table[request, entry * used // block_size].long()
+    return torch.where(used, block * block_size + entry % block_size, PAD)
 
 
 def prefill_metadata(
@@ -207,9 +194,9 @@ def compressed_slot_mapping(
     position = _positions(tokens, request, starts, seq_lens)
     completes = (position + 1) % compress_ratio == 0
     completes &= (slot_mapping[tokens] != PAD) & (position >= 0)
-    state = position // compress_ratio * completes  # [T], 0 where nothing is stored
-    slots = _slots(block_table, request, state, block_size)
-    compressed_slot_mapping[tokens] = torch.where(completes, slots, PAD)
+    state = position // compress_ratio
+    slots = _slots(block_table, request, state, block_size, completes)
+    compressed_slot_mapping[tokens] = slots
 
 
 def prepare_uniform_decode(

@@ -4,6 +4,7 @@ One place serves all three: the checkpoint's quantized tensors are loaded as the
 once, after loading: linears to the model's dtype, experts to float32.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -36,16 +37,16 @@ class DequantizeOnLoad(CompressedTensorsConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Return how to load and run `layer`; GraftError for a scheme that is not W4A16-FP8's."""
-        if isinstance(layer, LinearBase):
-            weights = self._weight_scheme(layer, prefix)
-            if weights is None:
-                return OrderFreeLinear()
-            if weights.block_structure == [FP8_BLOCK, FP8_BLOCK]:
-                return FP8BlockLinear()
-            raise _unsupported(prefix, weights)
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
-        return super().get_quant_method(layer, prefix)
+        if not isinstance(layer, LinearBase):
+            return super().get_quant_method(layer, prefix)
+        weights = self._weight_scheme(layer, prefix)
+        if weights is None:
+            return OrderFreeLinear()
+        if weights.block_structure == [FP8_BLOCK, FP8_BLOCK]:
+            return FP8BlockLinear()
+        raise _unsupported(prefix, weights)
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
         matrices = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
@@ -78,8 +79,8 @@ def dequantize_on_load(config: QuantizationConfig | None) -> QuantizationConfig 
             f"config.json: quant_method is {config.get_name()}; on a CPU only compressed-tensors "
             "checkpoints (W4A16-FP8) are supported"
         )
-    dequantizing = DequantizeOnLoad.__new__(DequantizeOnLoad)
-    dequantizing.__dict__.update(config.__dict__)
+    dequantizing = copy.copy(config)
+    dequantizing.__class__ = DequantizeOnLoad
     return dequantizing
 
 
@@ -104,25 +105,15 @@ class FP8BlockLinear(OrderFreeLinear):
         **attributes: Any,
     ) -> None:
         """Register `weight` (FP8 [O, I]) and `weight_scale` ([O/128, I/128]) for loading."""
-        block = [FP8_BLOCK, FP8_BLOCK]
-        # vLLM's merged-column loader reads the block size from the layer.
-        layer.weight_block_size = block
         layer.orig_dtype = params_dtype
-        validate_fp8_block_shape(
-            layer, input_size, output_size, input_size_per_partition, output_partition_sizes, block
-        )
+        layer.weight_block_size = block = [FP8_BLOCK, FP8_BLOCK]  # for the merged-column loader
+        inputs, outputs = input_size_per_partition, output_partition_sizes
+        validate_fp8_block_shape(layer, input_size, output_size, inputs, outputs, block)
         loader = attributes["weight_loader"]
-        outputs = sum(output_partition_sizes)
-        weight = create_fp8_weight_parameter(outputs, input_size_per_partition, loader)
-        layer.register_parameter("weight", weight)
-        scale = create_fp8_scale_parameter(
-            BlockQuantScaleParameter,
-            output_partition_sizes,
-            input_size_per_partition,
-            block,
-            loader,
+        layer.weight = create_fp8_weight_parameter(sum(outputs), inputs, loader)
+        layer.weight_scale = create_fp8_scale_parameter(
+            BlockQuantScaleParameter, outputs, inputs, block, loader
         )
-        layer.register_parameter("weight_scale", scale)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Replace the stored pair by one weight in the model's dtype."""

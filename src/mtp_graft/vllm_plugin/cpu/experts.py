@@ -29,7 +29,7 @@ MAX_VERIFIED_TOKENS = 8
 
 def prompts_apart(num_tokens: int) -> Iterator[tuple[bool, slice]]:
     """Yield the rows of the step's T tokens in runs, and of each whether they are prompts'."""
-    bounds = request_bounds().tolist()
+    bounds = request_bounds()
     requests = groupby(pairwise(bounds), lambda bound: bound[1] - bound[0] > MAX_VERIFIED_TOKENS)
     for is_prompt, run in requests:
         rows = [*run]
@@ -74,17 +74,11 @@ def clamped_experts(
     """Return the same expert by expert, with float64 `w13` and `w2`, not yet rounded."""
     x = x.double()
     out = torch.zeros_like(x)
-    flat = topk_ids.flatten()  # [T*K], row r is token r // K
-    order = torch.argsort(flat, stable=True)
-    tokens = order // topk_ids.shape[1]
-    weights = topk_weights.flatten()[order].double().unsqueeze(-1)  # [T*K, 1]
-    experts, counts = torch.unique_consecutive(flat[order], return_counts=True)
-    end = 0
-    for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        start, end = end, end + count
-        mine = tokens[start:end]
-        hidden = _activation(F.linear(x[mine], w13[expert]), limit)  # [rows, M]
-        out.index_add_(0, mine, F.linear(hidden, w2[expert]) * weights[start:end])
+    for expert in topk_ids.unique().tolist():
+        token, choice = (topk_ids == expert).nonzero(as_tuple=True)
+        hidden = _activation(F.linear(x[token], w13[expert]), limit)  # [rows, M]
+        weights = topk_weights[token, choice].double().unsqueeze(-1)  # [rows, 1]
+        out.index_add_(0, token, F.linear(hidden, w2[expert]) * weights)
     return out
 
 
@@ -147,12 +141,7 @@ class StoredExperts(UnquantizedFusedMoEMethod):
     ) -> None:
         """Register `{w13,w2}_weight`, or `_weight_packed` and `_weight_scale` (and `_shape`)."""
         size = intermediate_size_per_partition
-        if self.kind == "plain":
-            super().create_weights(
-                layer, num_experts, hidden_size, size, params_dtype, **attributes
-            )
-            return
-        attributes = {**attributes, "is_transposed": False, "quant_method": "group"}
+        attributes |= {"is_transposed": False, "quant_method": "group"}
         for matrix, shape in (("w13", (2 * size, hidden_size)), ("w2", (hidden_size, size))):
             if shape[1] % self.group_size:
                 raise GraftError(
@@ -162,8 +151,9 @@ class StoredExperts(UnquantizedFusedMoEMethod):
             parts = stored_as(f"{matrix}_weight", shape, self.kind, self.group_size)
             for name, like in parts.items():
                 tensor = torch.zeros(num_experts, *like.shape, dtype=like.dtype)
-                layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-                set_weight_attrs(getattr(layer, name), attributes)
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                set_weight_attrs(parameter, attributes)
+                layer.register_parameter(name, parameter)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Replace the stored tensors by float32 `w13_weight` and `w2_weight`."""

@@ -13,8 +13,7 @@ from mtp_graft.vllm_plugin.recording import Span, make_recorder
 
 def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:
     """Have `target` record its prompts, if the environment names a folder for it."""
-    recorder = make_recorder(target, vllm_config)
-    if recorder is None:
+    if (recorder := make_recorder(target, vllm_config)) is None:
         return
 
     def before(*_: Any) -> None:
@@ -23,7 +22,7 @@ def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:
 
     def after(_target: nn.Module, _args: Any, kwargs: dict[str, Any], hidden: Tensor) -> None:
         if recorder.is_on:
-            spans = whole_prompts(request_bounds().tolist(), kwargs["positions"])
+            spans = whole_prompts(request_bounds(), kwargs["positions"])
             recorder.record(kwargs["input_ids"], hidden, spans)
 
     target.register_forward_pre_hook(before)

@@ -26,16 +26,12 @@ def fill_gaps() -> None:
 
 
 def expand(
-    x: Tensor,  # [R], any dtype
-    cu_num_tokens: Tensor,  # [R] i32 or i64, not decreasing
-    num_tokens: int,
-    replace_from: int = 0,
-    replace_to: int = 0,
+    x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> Tensor:
-    """Return [num_tokens] of x's dtype: `x[r]` for each token of request r, one after the other.
+    """Return [num_tokens] of the dtype of `x` [R]: `x[r]` for each token of request r.
 
-    Request r owns tokens `cu_num_tokens[r - 1]` (0 for the first) to `cu_num_tokens[r]`. An entry
-    that equals `replace_from` becomes `replace_to`.
+    Request r owns tokens `cu_num_tokens[r - 1]` (0 for the first) to `cu_num_tokens[r]` of [R]. An
+    entry that equals `replace_from` becomes `replace_to`.
     """
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
     values = x.masked_fill(x == replace_from, replace_to)
