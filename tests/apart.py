@@ -1,11 +1,9 @@
 """Work that tests run in processes of their own; light, as each of them imports it."""
 
-import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mtp_graft.errors import GraftError, UsageError
 
@@ -36,23 +34,6 @@ def hangs(path: Path, report: Progress) -> None:
     path.write_text(str(os.getpid()))
     report("working", 0, 0)
     time.sleep(600)
-
-
-def quantize(*arguments: Any) -> None:
-    *_, out, settings, _ = arguments
-    _finish(out, {}, settings.device)
-
-
-def score(*arguments: Any) -> None:
-    *_, out, _, settings, _ = arguments
-    _finish(out, {"acceptance": {}}, settings.device)
-
-
-def _finish(out: Path, result: dict[str, Any], device: str) -> None:
-    out.mkdir()
-    (out / "report.json").write_text(json.dumps(result))
-    (out / "manifest.json").write_text("{}")
-    (out / "done by").write_text(f"{device} {os.getpid()}")
 
 
 def takes_gpu_memory(gib: int, report: Progress) -> int:

@@ -165,7 +165,7 @@ def add_head(index: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "refusal"),
     [
-        ("config.json", lambda c: c.update(model_type="llama"), "model_type 'llama', expe"),
+        ("config.json", lambda c: c.update(model_type="llama"), "model_type is 'llama', expe"),
         ("config.json", lambda c: c.update(vocab_size=7), r"embed.weight is \[.*\[7, "),
         (INDEX_NAME, add_head, "already has a head"),
     ],

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,19 +147,12 @@ def test_the_real_model_is_refused_by_doctors_estimate(
     base = {n: t for n, t in full_size.tensors.items() if not n.startswith(HEAD_PREFIX)}
     models = read_models(recipe, *survey(recipe.model))
     large = replace(models, base=replace(models.base, config=full_size.config), tensors=base)
-
-    def check() -> int:
+    cache = kv_cache_bytes(full_size.config, 4096, 2 * 4096)
+    with pytest.raises(GraftError, match=message) if message else nullcontext():
         needs = plan.find_needs(Run(wanted, folder, ["capture"]), large)
         [need] = [need for need in needs if need.of == "GPU memory"]
         check_room([need])
-        return need.bytes
-
-    if message is not None:
-        with pytest.raises(GraftError, match=message):
-            check()
-        return
-    cache = kv_cache_bytes(full_size.config, 4096, 2 * 4096)
-    assert check() == asked * (weights_bytes(base, asked) + RESERVE_BYTES + cache)
+        assert need.bytes == asked * (weights_bytes(base, asked) + RESERVE_BYTES + cache)
 
 
 @pytest.mark.parametrize(
@@ -215,3 +209,11 @@ def test_a_dry_run_says_why_it_knows_no_sizes(
     folder.touch()
     with pytest.raises(GraftError, match=r"run: cannot be a run folder .*use another --run"):
         plan_run(real, folder, STAGES)
+
+
+def test_a_run_folder_of_an_earlier_version_is_refused(recipe: Recipe, folder: Path) -> None:
+    manifest = folder / "capture" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"versions": {"mtp-graft": "0.1.0"}}))
+    with pytest.raises(GraftError, match=r"run: is a run folder of mtp-graft 0\.1; remove it"):
+        plan_run(recipe, folder, STAGES)

@@ -155,14 +155,6 @@ def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_flash(tmp_path_factory.mktemp("flash") / "checkpoint")
 
 
-@pytest.fixture
-def prompts_file(tmp_path: Path) -> Path:
-    """Two prompts of different length."""
-    file = tmp_path / "prompts.jsonl"
-    file.write_text('{"id": "a", "text": "ab"}\n\n{"id": "b", "text": "hello"}\n')
-    return file
-
-
 def read_record(file: Path, timeout_s: float = 20.0) -> Any:
     """Wait for the stand-in's record of its arguments, environment and process ids."""
     deadline = time.monotonic() + timeout_s

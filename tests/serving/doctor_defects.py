@@ -29,10 +29,6 @@ def edit_config(folder: Path, change: Callable[[Json], object]) -> None:
     write_json(config, folder / "config.json")
 
 
-def edit_quantization(folder: Path, change: Callable[[Json], object]) -> None:
-    edit_config(folder, lambda config: change(config["quantization_config"]))
-
-
 def edit_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
     write_json({"weight_map": change(read_weight_map(folder / INDEX))}, folder / INDEX)
 
@@ -107,7 +103,7 @@ def store_a_compressor_in(dtype: torch.dtype) -> Plant:
 
 
 def section(edit: Callable[[Json], object]) -> Plant:
-    return lambda folder: edit_quantization(folder, edit)
+    return lambda folder: edit_config(folder, lambda config: edit(config["quantization_config"]))
 
 
 def ignore(pattern: str) -> Plant:
@@ -169,8 +165,6 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
     "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),
     "no-ratio-for-head": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128])),
-    "too-few-ratios": ("compress-ratios", set_config("compress_ratios", [0, 0, 4])),
-    "no-ratios": ("compress-ratios", drop_config("compress_ratios")),
     "no-quantization-config": ("quantization-config", drop_config("quantization_config")),
     "target-for-mtp": (
         "pattern-names-mtp",

@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from struct import pack
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
-    # ok, dies, never_healthy, refuses, ignores_sigterm, dies_on_completion, drains: no completion
-    # comes back, and SIGTERM ends the server once its clients have hung up
+    # ok, dies, never_healthy, refuses, ignores_sigterm, drains: no completion comes back, and
+    # SIGTERM ends the server once its clients have hung up
     "mode": "ok",
     "step_s": 0.0,
     "accepts": None,  # how many drafts the steps of an answer accept, over and over
@@ -30,8 +31,7 @@ SETTINGS: dict[str, Any] = {
     "record": None,  # file that gets argv, environment and process ids
     "requests": None,  # file that gets a line per completion asked: its number of new tokens
     "dies_at": None,  # the completion during which it dies
-    "width": 8,  # of a recorded row: streams times hidden size
-    "records": "whole",  # or nothing, or parts (of a prompt, as chunked prefill does)
+    "records": "whole",  # or None, "parts" (as of chunked prefill), "full disk"
     "streams": None,  # file that gets a line per stream asked: the sum of its prompt
     "fails": [],  # numbers of streams, from 1, that get a status of 500
     **json.loads(os.environ.get("FAKE_VLLM", "{}")),
@@ -46,6 +46,7 @@ def argument(name: str, default: str) -> str:
 NUM_DRAFT = json.loads(argument("--speculative-config", "{}")).get("num_speculative_tokens", 0)
 ACCEPTED: list[int] = []  # by every step with drafts so far
 EOS = 1
+WIDTH = 8  # of a recorded row: streams times hidden size
 
 
 def answer(body: dict[str, Any], prompt: list[int], max_tokens: int) -> list[int]:
@@ -127,13 +128,16 @@ def record(prompt: list[int]) -> None:
     folder = os.environ.get("MTP_GRAFT_RECORD")
     if not folder or not os.path.exists(f"{folder}/recording-on") or not SETTINGS["records"]:
         return
+    if SETTINGS["records"] == "full disk":
+        print("OSError: [Errno 28] No space left on device", flush=True)
+        Path(folder, "recording-intact").unlink(missing_ok=True)
+        return
     tokens = [1, 2, *(prompt[:-1] if SETTINGS["records"] == "parts" else prompt), 3]
-    width = SETTINGS["width"]
-    rows = [float(t * column % 61) for t in tokens for column in range(1, width + 1)]
+    rows = [float(t * column % 61) for t in tokens for column in range(1, WIDTH + 1)]
     tensors = {
         "token_ids": ("I32", [len(tokens)], int32(tokens)),
         # A BF16 is the upper half of a float32; of such small numbers the lower half is zero.
-        "residual": ("BF16", [len(tokens), width], b"".join(pack("<f", v)[2:] for v in rows)),
+        "residual": ("BF16", [len(tokens), WIDTH], b"".join(pack("<f", v)[2:] for v in rows)),
         "targets": ("I32", [len(tokens)], int32([token + 1 for token in tokens])),
         "starts": ("I32", [3], int32([0, 2, len(tokens) - 1])),
     }
@@ -181,9 +185,6 @@ class Handler(BaseHTTPRequestHandler):
         elif SETTINGS["mode"] == "refuses":
             print("ERROR 11-23 20:00:00 [serving.py:1] ValueError: no such kernel", flush=True)
             self.reply(500, '{"error": {"message": "engine is broken"}}')
-        elif SETTINGS["mode"] == "dies_on_completion":
-            print("RuntimeError: died in the first step", flush=True)
-            os._exit(7)
         elif SETTINGS["mode"] == "drains":
             note(ASKED, "requests", body["max_tokens"])
             self.connection.recv(1)

@@ -58,6 +58,7 @@ def weights(_folder: Path, tp: int, *, decoded: bool = False) -> int:
     return weights_bytes(tensors(), tp, decoded=decoded)
 
 
+@cache
 def flash() -> Checkpoint:
     """Return base and head as headers alone."""
     quantization = add_head(CONFIG["quantization_config"], len(_LAYERS), "gptq", "base")

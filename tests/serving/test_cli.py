@@ -32,7 +32,7 @@ def run(vllm: object, run_command: Run) -> Run:
 def test_dry_run_prints_what_a_shell_can_run_and_the_same_as_json(
     run: Run, vllm: tuple[str, ...], grafted: Path
 ) -> None:
-    words = ("serve", grafted, "--dry-run", "--max-model-len", 512, "--api-key", "s3cret")
+    words = ("serve", grafted, "--dry-run", "--api-key", "s3cret")
     extra = ("--", "--seed", 7)
     status, text, errors = run(*words, *extra)
     assert (status, errors) == (0, "")
@@ -41,8 +41,6 @@ def test_dry_run_prints_what_a_shell_can_run_and_the_same_as_json(
     assert shlex.split(command) == result["argv"]
     assert result["argv"][: len(vllm) + 1] == [*vllm, str(grafted)]
     assert result["argv"][-2:] == ["--seed", "7"]
-    assert "--tokenizer-mode deepseek_v4 " in command and "--max-model-len 512 " in command
-    assert '\'{"method":"mtp","num_speculative_tokens":1}\'' in command
     assert exports == [f"export {k}={shlex.quote(v)}" for k, v in result["env"].items()]
     assert result["env"]["VLLM_API_KEY"] == "***" and "s3cret" not in text
 
@@ -160,19 +158,13 @@ def test_run_does_the_stages_that_are_asked_for(
     again: bool,
 ) -> None:
     settings = ("--set", "splice.variant=bf16", "--set", "bench.rounds=7")
-    status, _, errors = run("run", RECIPE, *arguments, *settings)
+    status, out, errors = run("run", RECIPE, *arguments, *settings, "--json", "-")
     assert status == 0, errors
+    assert json.loads(out)["acceptance"] == 0.75 and "74.2 %" in errors
     [call] = asked
     assert (call["stages"], call["again"]) == (stages, again)
     assert call["run"] == Path("runs/tiny"), "named after the recipe"
     assert (call["recipe"].splice.variant, call["recipe"].bench.rounds) == ("bf16", 7)
-
-
-def test_json_has_standard_output_for_itself(run: Run, asked: list[dict[str, Any]]) -> None:
-    status, out, errors = run("run", RECIPE, "--json", "-")
-    assert status == 0
-    assert json.loads(out)["acceptance_served"] == RESULT["acceptance_served"]
-    assert "74.2 %" in errors
 
 
 def test_a_dry_run_shows_stages_sizes_and_times_and_does_nothing(
@@ -215,13 +207,11 @@ def test_a_stage_has_its_own_command_and_result(
         ("serve MODEL --api-key=", "--api-key"),
         ("serve MODEL --served-model-name=", "--served-model-name"),
         ("serve MODEL --profile 9k --dry-run --gpu H200", "--profile 9k: unknown; expected one"),
-        ("serve MODEL --profile 1m --dry-run --gpu H300", "--gpu H300: not a GPU known here"),
         (
             "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
             "'best' is not one of 'greedy', 'probabilistic'",
         ),
         ("run RECIPE --only train", "'train' is not one of 'fetch', "),
-        ("run RECIPE --from train", "'train' is not one of 'fetch', "),
         ("run RECIPE --only score --from score", "expected one of them"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
         ("demo --set bench.round=2", "did you mean 'rounds'?"),

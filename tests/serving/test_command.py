@@ -123,7 +123,6 @@ def test_ranks_on_a_cpu_share_the_allowed_cpus(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: folder.rename(folder.with_name("elsewhere")), "not a folder"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: not found"),
         (lambda folder: edit_config(folder, model_type="llama"), "'llama', expected 'deepseek_v4'"),
         (lambda folder: (folder / "model-1.safetensors").unlink(), "1.safetensors: not found"),

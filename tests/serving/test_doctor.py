@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import EntryPoint, PackageNotFoundError
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,12 @@ from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
 from mtp_graft.serving.command import ServeOptions, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, examine, fix, hardware
-from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding
 from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import Hardware, named_hardware
 from serving.conftest import install_gpus
-from serving.doctor_defects import (
-    DEFECTS,
-    HEAD,
-    INDEX,
-    edit_quantization,
-    edit_shard,
-    rename,
-    set_config,
-)
+from serving.doctor_defects import DEFECTS, HEAD, INDEX, edit_shard, rename, section, set_config
 from serving.flash import flash
 
 ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
@@ -81,11 +72,6 @@ def planted(copy: Path) -> Plant:
     return plant
 
 
-@pytest.fixture(scope="module")
-def full_size() -> Checkpoint:
-    return flash()
-
-
 # Good checkpoints, published ones and those of others
 
 
@@ -97,7 +83,8 @@ def test_a_good_checkpoint_has_no_errors_or_warnings(
         assert levels(diagnose(spliced[variant], find_target(gpu=gpu))) == {}
 
 
-def test_the_published_base_has_notes_alone_and_nothing_to_fix(full_size: Checkpoint) -> None:
+def test_the_published_base_has_notes_alone_and_nothing_to_fix() -> None:
+    full_size = flash()
     base = {name: t for name, t in full_size.tensors.items() if not name.startswith("mtp.")}
     assert len(base) == 100_652 and sum(n.endswith(".weight_scale") for n in base) == 33_405
     assert sum(t.nbytes for t in base.values()) / 2**30 == pytest.approx(142, abs=0.5)
@@ -121,8 +108,7 @@ def as_mlx(folder: Path) -> None:
     set_config("quantization_config", None)(folder)
 
 
-def as_gptq(folder: Path) -> None:
-    edit_quantization(folder, lambda q: q.update(quant_method="gptq"))
+as_gptq = section(lambda q: q.update(quant_method="gptq"))
 
 
 @pytest.mark.parametrize(
@@ -220,15 +206,16 @@ def test_a_bad_dimension_is_the_one_finding_of_doctor_and_an_error_of_serve(
         make_plan(ServeOptions(copy), "auto", named_hardware("H200", 2))
 
 
-@pytest.mark.parametrize("value", [None, {}, [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
+@pytest.mark.parametrize("value", [None, {}, [0, 0, 4], [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
 def test_ratios_that_are_none_are_an_error(copy: Path, value: Any) -> None:
     set_config("compress_ratios", value)(copy)
-    found = [f for f in diagnose(copy, ON_CPU) if f.id == "compress-ratios"]
-    assert [(f.severity, f.found, f.fixable) for f in found] == [("error", repr(value), False)]
+    (finding,) = (f for f in diagnose(copy, ON_CPU) if f.id == "compress-ratios")
+    assert (finding.severity, finding.fixable) == ("error", False)
+    assert finding.found in (repr(value), "3 entries")
 
 
 def test_a_section_that_vllm_cannot_read_is_a_finding(copy: Path) -> None:
-    edit_quantization(copy, lambda q: q["config_groups"]["group_1"].update(weights="int4"))
+    section(lambda q: q["config_groups"]["group_1"].update(weights="int4"))(copy)
     (finding,) = diagnose(copy, ON_CPU)
     assert finding.id == "quantization-config" and "group_1.weights" in finding.found
 
@@ -273,10 +260,8 @@ def test_hardware_and_version_findings(good: Path, where: Target, expected: dict
     ],
     ids=lambda value: str(value.hardware) if isinstance(value, Target) else "",
 )
-def test_flash_on_the_hardware_that_the_project_names(
-    full_size: Checkpoint, where: Target, expected: set[str]
-) -> None:
-    found = examine(full_size, where)
+def test_flash_on_the_hardware_that_the_project_names(where: Target, expected: set[str]) -> None:
+    found = examine(flash(), where)
     assert set(levels(found)) == expected
     assert not (where.hardware and where.hardware.unified_memory) or "85% of each" in str(found)
 
@@ -337,10 +322,7 @@ def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
 def test_without_vllm_doctor_says_what_it_left_out(
     good: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(name: str) -> None:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(command, "distribution", absent)
+    monkeypatch.setattr(command, "installed_vllm", lambda: None)
     install_gpus(monkeypatch, error="Driver Not Loaded")
     where = find_target()
     assert (where.vllm, where.platform, where.hardware) == (None, None, None)
@@ -361,12 +343,8 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
 
 
-#: Defects of which doctor says that --fix cures them; ratios that are missing it cannot guess.
-FIXABLE = [
-    name
-    for name, (kind, _) in DEFECTS.items()
-    if KINDS[kind].cure.startswith("--fix") and name not in ("too-few-ratios", "no-ratios")
-]
+#: Defects of which doctor says that --fix cures them.
+FIXABLE = [name for name, (kind, _) in DEFECTS.items() if KINDS[kind].cure.startswith("--fix")]
 
 
 @pytest.mark.parametrize("name", FIXABLE)
@@ -419,7 +397,5 @@ def test_the_command_tells_by_its_status_whether_anything_is_an_error(
     assert finding["where"] == "mtp.0.ffn.experts.3.w2.weight_scale"
     assert finding["found"].startswith("[256, 4]") and finding["expected"].startswith("[256, 2]")
     assert run(good, "--count", "2")[0] == 2
-    with pytest.raises(GraftError, match="expected one"):
-        run(good, "--gpu", "H300")
     with pytest.raises(GraftError, match="gone: not a folder"):
         run(tmp_path / "gone", "--gpu", "cpu")

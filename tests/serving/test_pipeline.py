@@ -3,19 +3,18 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-import apart
 from mtp_graft import pipeline
-from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, Stage, device
@@ -25,7 +24,6 @@ from mtp_graft.recipe import load_recipe
 from mtp_graft.serving import server
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
-from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.splice import HEAD_SHARD
 from run_folder import recorded
 
@@ -67,16 +65,16 @@ CAPTURE, BASE, GPTQ, RTN = "capture", "base", "gptq", "rtn"
 MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all but the report
 
 
-def write_lines(path: Path, prefix: str, count: int) -> None:
-    rows = [{"id": f"{prefix}{n}", "text": prefix * (n + 1)} for n in range(count)]
+def write_prompts(path: Path, prefix: str, lengths: Sequence[int]) -> None:
+    rows = [{"id": f"{prefix}{n}", "text": prefix * length} for n, length in enumerate(lengths)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, base: Path) -> Path:
     write_checkpoint(tmp_path / "upstream", HEAD_TENSORS)
-    write_lines(tmp_path / "prompts.jsonl", "p", 6)
-    write_lines(tmp_path / "bench.jsonl", "b", 2)
+    write_prompts(tmp_path / "prompts.jsonl", "p", range(1, 7))
+    write_prompts(tmp_path / "bench.jsonl", "b", range(1, 3))
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPE)
     return file
@@ -88,11 +86,7 @@ class StandIns:
 
     done: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # what verify says is missing
-    refused: str | None = None  # what is wrong with the inputs
-
-    def check_run(self, *_: Any) -> None:
-        if self.refused:
-            raise GraftError(self.refused)
+    apart: list[str] = field(default_factory=list)  # stages in processes of their own
 
     def quantize(self, *inputs: Any) -> None:
         *_, out, _settings, _report = inputs
@@ -105,6 +99,7 @@ class StandIns:
         self._finish("score", out, {"acceptance": dict.fromkeys(heads.variants, each)})
 
     def run_in_process(self, stage: Callable[..., Any], *inputs: Any, report: Any) -> None:
+        self.apart.append(stage.__name__)
         stage(*inputs, report)
 
     def _finish(self, stage: str, out: Path, result: dict[str, Any]) -> None:
@@ -133,7 +128,8 @@ class StandIns:
 @pytest.fixture
 def stages(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     stand_ins = StandIns()
-    for name in ("check_run", "quantize", "score", "splice", "verify", "run_in_process"):
+    monkeypatch.setattr(pipeline.run, "check_run", lambda *_: None)
+    for name in ("quantize", "score", "splice", "verify", "run_in_process"):
         monkeypatch.setattr(pipeline.run, name, getattr(stand_ins, name))
     return stand_ins
 
@@ -211,6 +207,7 @@ def test_the_base_is_captured_and_measured_and_then_every_variant(
 ) -> None:
     result = run()
     assert servers.started == [CAPTURE, GPTQ, RTN]
+    check_that_only_the_head_differs(servers.options[CAPTURE], servers.options[GPTQ])
     heads = ["splice gptq", "splice rtn", "verify gptq", "verify rtn"]
     assert stages.done == ["quantize", "score", *heads]
     assert result["greedy_identical"] is True and result["divergences"] == []
@@ -241,7 +238,6 @@ def test_two_runs_do_not_work_in_one_folder(run: Run, folder: Path) -> None:
 
 
 def check_that_only_the_head_differs(base: ServeOptions, head: ServeOptions) -> None:
-    assert head.num_speculative_tokens == 2
     assert tuple(a for a in head.extra_args if a not in COUNT_DRAFTS) == base.extra_args
     assert base.extra_args[-2:] == ("--seed", "7"), "the recipe's come last, and win"
     same = {"checkpoint": base.checkpoint, "extra_args": base.extra_args}
@@ -249,16 +245,9 @@ def check_that_only_the_head_differs(base: ServeOptions, head: ServeOptions) -> 
     assert base.max_model_len == 64
 
 
-def test_base_and_head_are_measured_on_servers_that_differ_in_the_head_alone(
-    run: Run, servers: Servers
-) -> None:
-    run("bench.k=2")
-    check_that_only_the_head_differs(servers.options[CAPTURE], servers.options[GPTQ])
-
-
 @pytest.fixture
-def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the stand-in a CUDA build on a machine with two GPUs, without NVLink between them."""
+def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two GPUs without NVLink; CUDA builds of vLLM and torch, which this process leaves alone."""
     for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
         monkeypatch.delenv(name)
     for info in site.glob("*.dist-info"):
@@ -266,17 +255,29 @@ def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(site, version="0.33.0")
     gpu = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
     install_gpus(monkeypatch, gpu, gpu, memory_mib=97887)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was used here"))
+    device.gpus.cache_clear()
+    yield
+    device.gpus.cache_clear()
 
 
 @pytest.mark.usefixtures("on_gpus")
 def test_on_gpus_the_base_has_a_server_of_its_own_and_all_get_the_hardwares_settings(
-    run: Run, servers: Servers, folder: Path, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    stages: StandIns,
+    servers: Servers,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run("bench.k=2", "serve.tensor_parallel_size=2")
+    assert stages.apart == ["quantize", "score"], "their GPU memory is free for vLLM afterwards"
     assert servers.started == [CAPTURE, BASE, GPTQ, RTN]
     assert servers.options[CAPTURE].record == folder / "capture"
     assert servers.options[BASE].record is None
     check_that_only_the_head_differs(servers.options[BASE], servers.options[GPTQ])
+    assert servers.options[GPTQ].num_speculative_tokens == 2
     for options in servers.options.values():
         assert "--disable-custom-all-reduce" in options.extra_args
         assert options.environment["NCCL_P2P_DISABLE"] == "1"
@@ -300,17 +301,10 @@ def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answe
 ) -> None:
     """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
-    texts = enumerate("p" * tokens for tokens in (7, 1, 2, 3, 4, 7, 1, 1))
-    rows = [{"id": f"p{n}", "text": text} for n, text in texts]
-    others = source.with_stem("others")
-    for path in (source, others):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(
-        *settings,
-        f"bench.prompts={source.with_stem(file)}",
-        "bench.count=1",
-        "bench.acceptance_count=1",
-    )
+    for path in (source, source.with_stem("others")):
+        write_prompts(path, "p", (7, 1, 2, 3, 4, 7, 1, 1))
+    prompts = f"bench.prompts={source.with_stem(file)}"
+    run(*settings, prompts, "bench.count=1", "bench.acceptance_count=1")
     assert [*read(folder / "bench" / "base.json")["prompts"]] == [timed]
     served = read(folder / "bench" / f"served-{GPTQ}.json")
     assert len(served["sequences"]) == 1, "as many evaluation texts as the recipe says"
@@ -398,10 +392,12 @@ def test_a_stage_before_its_time_names_the_one_to_run_first(run: Run, servers: S
 
 @pytest.mark.parametrize("stage", ["fetch", "capture"])
 def test_inputs_that_do_not_fit_are_refused_before_anything_is_served(
-    stage: str, run: Run, stages: StandIns, servers: Servers
+    stage: str, run: Run, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages.refused = "base: has a head already"
-    with pytest.raises(GraftError, match="base: has a head already"):
+    monkeypatch.setattr(
+        pipeline.run, "check_run", Mock(side_effect=GraftError("has a head already"))
+    )
+    with pytest.raises(GraftError, match="has a head already"):
         run(only=stage)
     assert servers.started == []
 
@@ -421,15 +417,9 @@ def test_what_was_measured_is_neither_mixed_with_other_settings_nor_read_when_da
 def test_a_server_that_dies_is_one_error_and_what_was_finished_is_kept(
     run: Run, servers: Servers, folder: Path
 ) -> None:
-    servers.settings[CAPTURE] = {"dies_at": 4}  # the probe, two texts, and then
-    with pytest.raises(GraftError, match=r"vllm-capture\.log: RuntimeError: died in the middle"):
-        run()
-    kept = read_texts(folder / "capture")
-    assert len(kept) == 2
-    servers.settings = {RTN: {"mode": "dies"}}
+    servers.settings[RTN] = {"mode": "dies"}
     with pytest.raises(GraftError, match=r"splice/rtn/tiny-mtp: vLLM ended .*vllm-rtn\.log"):
         run()
-    assert read_texts(folder / "capture")[:2] == kept
     loaded = [read(folder / "verify" / f"{v}.json")["loaded_in_vllm"] for v in (GPTQ, RTN)]
     assert loaded == [True, None]
     assert not (folder / "bench" / "manifest.json").exists()
@@ -449,23 +439,3 @@ def test_a_failed_verification_ends_the_run_with_the_tensors_name(
     assert servers.started == [CAPTURE]
     assert not (folder / "verify" / "manifest.json").exists()
     assert read(folder / "verify" / "gptq.json")["missing"] == stages.missing
-
-
-@pytest.mark.usefixtures("on_gpus")
-def test_this_process_leaves_cuda_to_others(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    device.gpus.cache_clear()
-    for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was used here"))
-    monkeypatch.setattr(pipeline.run, "run_in_process", run_in_process)
-    for stage in ("quantize", "score"):
-        monkeypatch.setattr(pipeline.run, stage, getattr(apart, stage))
-    try:
-        run()
-    finally:
-        device.gpus.cache_clear()
-    for stage in ("quantize", "score"):
-        _, pid = (folder / stage / "done by").read_text().split()
-        assert int(pid) != os.getpid()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import START_LIMIT, ServeOptions, build_command
 from mtp_graft.serving.server import check_drafter, explain, managed_server
 
-from .conftest import is_running, read_record, wait_gone
+from .conftest import read_record, wait_gone
 
 Configure = Callable[..., None]
 Managed = Callable[..., AbstractContextManager[ServerClient]]
@@ -51,31 +52,25 @@ def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
     return start
 
 
-def test_a_managed_server_answers_inside_its_block(
-    managed: Managed, grafted: Path, record: Path
-) -> None:
-    with managed(grafted) as client:
-        assert client.complete([5, 6], 3) == (11, 18, 25)
-        started = read_record(record)
-        assert all(is_running(pid) for pid in started["pids"])
-    assert started["env"]["VLLM_PLUGINS"] == "mtp_graft"
-
-
 @pytest.mark.parametrize(
-    ("mode", "message"),
+    ("settings", "message"),
     [
-        ("dies", r"base: vLLM ended with status 3 .*vllm\.log: KeyError: 'c1a'$"),
-        ("dies_on_completion", "status 7 .*RuntimeError: died in the first step"),
-        ("refuses", "status 500.*no such kernel"),  # healthy is not ready
-        ("never_healthy", "is not ready after 2 s"),
+        ({"mode": "dies"}, r"base: vLLM ended with status 3 .*vllm\.log: KeyError: 'c1a'$"),
+        ({"dies_at": 1}, "status 7 .*RuntimeError: died in the middle"),
+        ({"mode": "refuses"}, "status 500.*no such kernel"),  # healthy is not ready
+        ({"mode": "never_healthy"}, "is not ready after 2 s"),
     ],
 )
 def test_a_server_that_does_not_get_ready_is_explained(
-    managed: Managed, base: Path, mode: str, message: str, monkeypatch: pytest.MonkeyPatch
+    managed: Managed,
+    base: Path,
+    settings: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if mode == "never_healthy":
+    if settings.get("mode") == "never_healthy":
         monkeypatch.setenv(START_LIMIT, "2")
-    with pytest.raises(GraftError, match=message), managed(base, mode=mode):
+    with pytest.raises(GraftError, match=message), managed(base, **settings):
         pytest.fail("the block was entered")
 
 

@@ -49,7 +49,7 @@ class _Logprobs(BaseModel):
 
 
 class _Choice(BaseModel):
-    token_ids: list[int]
+    token_ids: tuple[int, ...]
     logprobs: _Logprobs | None = None
 
 
@@ -79,10 +79,10 @@ class ServerClient:
     def __exit__(self, *_error: object) -> None:
         self._http.close()
 
-    def is_healthy(self, timeout_s: float = 5.0) -> bool:
+    def is_healthy(self) -> bool:
         """Return whether /health answers 200; an unreachable server is not healthy."""
         try:
-            return self._http.get("/health", timeout=timeout_s).status_code == httpx.codes.OK
+            return self._http.get("/health", timeout=5.0).status_code == httpx.codes.OK
         except httpx.RequestError:
             return False
 
@@ -97,8 +97,7 @@ class ServerClient:
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
     ) -> tuple[int, ...]:
         """Return the greedy continuation of `prompt`."""
-        answer = self._complete(prompt, max_tokens, ignore_eos=ignore_eos)
-        return tuple(answer.choices[0].token_ids)
+        return self._complete(prompt, max_tokens, ignore_eos=ignore_eos).choices[0].token_ids
 
     def complete_counted(
         self, prompt: Sequence[int], max_tokens: int
@@ -108,7 +107,7 @@ class ServerClient:
         counted = (answer.metrics or {}).get("speculative_decoding") or {}
         # Null for an answer without a verified step: one token, which comes with the prompt.
         steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
-        return tuple(answer.choices[0].token_ids), [Step(*s) for s in zip(*steps, strict=True)]
+        return answer.choices[0].token_ids, [Step(*s) for s in zip(*steps, strict=True)]
 
     def score(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -118,13 +117,12 @@ class ServerClient:
         A margin is the natural log-probability of a token less that of the second best.
         """
         logprobs = {"logprobs": 2, "return_tokens_as_token_ids": True}
-        answer = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, **logprobs)
-        choice = answer.choices[0]
+        choice = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, **logprobs).choices[0]
         tops = choice.logprobs.top_logprobs if choice.logprobs else []
         best = [sorted(top.values(), reverse=True)[:2] for top in tops]
         if len(best) != len(choice.token_ids) or any(len(two) != 2 for two in best):
             raise self._not_vllm("/v1/completions", "without two logprobs a token")
-        return tuple(choice.token_ids), [first - second for first, second in best]
+        return choice.token_ids, [first - second for first, second in best]
 
     def spec_decode_counters(self) -> SpecDecodeCounters | None:
         """Return the server's drafting counters so far, or None if it does not draft."""
@@ -173,5 +171,5 @@ class ServerClient:
             ) from error
 
     def _not_vllm(self, path: str, why: str) -> GraftError:
-        where = f"{self.base_url}{path}"
-        return GraftError(f"{where}: not an answer of vLLM's ({why}); is a vLLM server there?")
+        answer = f"not an answer of vLLM's ({why}); is a vLLM server there?"
+        return GraftError(f"{self.base_url}{path}: {answer}")

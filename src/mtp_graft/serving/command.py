@@ -77,7 +77,6 @@ def option_group(group: type[_Group]) -> type[_Group]:
 
 
 def _word(text: str) -> str:
-    """Return an option's value, which must not be empty."""
     if not text:
         raise typer.BadParameter("expected at least one character")
     return text
@@ -236,7 +235,6 @@ def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
 
 
 def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> str | None:
-    """Return the config as JSON, None without drafts."""
     quantization, sampling = options.draft_lm_head_quantization, options.draft_sample_method
     if on_cpu and (quantization or sampling):
         raise UsageError(
@@ -330,8 +328,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     config = read_object(path, "a model config")
-    model_type = config.get("model_type")
-    if model_type != "deepseek_v4":
+    if (model_type := config.get("model_type")) != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
     return config
 

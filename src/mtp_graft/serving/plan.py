@@ -90,13 +90,11 @@ def _fit(
     if wanted not in (*PROFILES, AUTO):
         names = ", ".join((*PROFILES, AUTO))
         raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
-    found: list[tuple[int, str, ServeOptions]] = []
-    for name, profile in PROFILES.items():
-        if wanted in (name, AUTO):
-            filled = _filled(options, profile, wanted, hardware)
-            largest = room.largest_context(filled.gpu_memory_utilization)
-            found.append((largest, name, filled))
-    largest, name, filled = max(found, key=lambda each: min(each[0], each[2].max_model_len or 0))
+    candidates = list(PROFILES) if wanted == AUTO else [wanted]
+    filled_by = {name: _filled(options, PROFILES[name], wanted, hardware) for name in candidates}
+    most = {n: room.largest_context(by.gpu_memory_utilization) for n, by in filled_by.items()}
+    name = max(candidates, key=lambda name: min(most[name], filled_by[name].max_model_len or 0))
+    filled, largest = filled_by[name], most[name]
     length = filled.max_model_len or 0
     if largest < length and (wanted != AUTO or options.max_model_len or largest == 0):
         positions = num_positions(room.config)
@@ -114,7 +112,6 @@ def _fit(
 def _filled(
     options: ServeOptions, profile: Profile, wanted: str, hardware: Hardware
 ) -> ServeOptions:
-    """Return `options` with the profile's values where they say nothing."""
     on_cpu = hardware.gpu is None
     share = min(profile.gpu_memory_utilization, hardware.most_utilization)
     num_seqs = MAX_NUM_SEQS if wanted == AUTO else profile.max_num_seqs
@@ -152,7 +149,6 @@ def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list
 
 
 def _node_flags(hardware: Hardware, node_rank: int, master_addr: str | None) -> tuple[str, ...]:
-    """Return vLLM's own flags for several machines."""
     if hardware.num_nodes == 1 and node_rank == 0 and master_addr is None:
         return ()
     if master_addr is None or node_rank >= hardware.num_nodes:

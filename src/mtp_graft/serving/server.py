@@ -27,16 +27,7 @@ POLL_S = 0.5
 GRACE_S = 15.0
 #: A process of its own that waits for the end of ours, SIGKILL included, and then ends the server
 #: with all it started. vLLM ignores SIGTERM while it starts, so one signal is not enough.
-_WATCHER = """
-import os, signal, sys, time
-sys.stdin.buffer.read()
-for signum in (signal.SIGTERM, signal.SIGKILL):
-    try:
-        os.killpg(int(sys.argv[1]), signum)
-    except ProcessLookupError:
-        break
-    time.sleep(5)
-"""
+_WATCHER = "cat > /dev/null; kill -s TERM -- -$0 && sleep 5 && kill -s KILL -- -$0"
 
 #: A drafter that works foresees text that repeats itself almost wholly, one with wrong weights not
 #: at all, so anything between serves as the border.
@@ -128,8 +119,9 @@ def _running(
         start_new_session=True,
     )
     watcher = subprocess.Popen(
-        [sys.executable, "-c", _WATCHER, str(process.pid)],
+        ["sh", "-c", _WATCHER, str(process.pid)],
         stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # where kill says that the group has gone
         start_new_session=True,
     )
     with _exit_on_signals():

@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
@@ -145,9 +144,8 @@ def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
 def undivided(config: Mapping[str, Any], ranks: int) -> str | None:
     """Return what of heads, output groups and the experts' scale groups cannot be shared out.
 
-    Raises GraftError for a config that is not a DeepSeek-V4's in W4A16-FP8.
+    Raises GraftError for a config, its dimensions checked, that is not in W4A16-FP8.
     """
-    check_dimensions(config)
     group = int4_group_size(config.get("quantization_config") or {})
     heads, groups = config["num_attention_heads"], config["o_groups"]
     inner = config["moe_intermediate_size"]

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
-from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
-from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.dsv4.names import FLOAT32, upstream_head_names
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.serving.command import read_dimensions
 
 if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
     from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
@@ -106,12 +105,8 @@ def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]
     Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
     [V, D] is missing or has another shape than config.json says.
     """
-    path, weight_map = base / "config.json", read_index(base)
-    settings = read_object(path, "a DeepSeek-V4 configuration")
-    if (found_type := settings.get("model_type")) != "deepseek_v4":
-        raise GraftError(f"{path}: model_type {found_type!r}, expected deepseek_v4")
-    size = check_dimensions(settings, path)
-    expected = [size.vocab_size, size.hidden_size]
+    weight_map, settings = read_index(base), read_dimensions(base)
+    expected = [settings["vocab_size"], settings["hidden_size"]]
     for name in needed:
         if name not in weight_map:
             raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")

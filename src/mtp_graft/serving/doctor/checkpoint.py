@@ -48,10 +48,15 @@ class Checkpoint:
         self.shards, self.unreadable = shards, unreadable
         self.num_layers: int = config["num_hidden_layers"]  # also the head's index in vLLM
         self.ratios = compress_ratios(config) or []
-        self.quantization = _read_quantization(config)
+        #: The config's section as vLLM reads it, or why it cannot.
+        self.quantization: QuantizationConfig | GraftError
+        try:
+            self.quantization = read_quantization(config)
+        except GraftError as error:
+            self.quantization = error
         held = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
         #: Who made the checkpoint, if its format is known and not W4A16-FP8.
-        self.foreign_format = _foreign_format(folder, config, index, held)
+        self.foreign_format = self._foreign_format(held)
         names = sorted(held.keys() | index.keys())
         self.read_as = {name: canonical_name(name, self.num_layers) for name in names}
         self.tensors = {self.read_as[name]: tensor for name, tensor in held.items()}
@@ -61,6 +66,24 @@ class Checkpoint:
         self.modules: Mapping[str, Parts] = modules_of(self.tensors)
         self.formats = {name: format_of(parts) for name, parts in self.modules.items()}
         self.group_size = _group_size(self.modules)
+
+    def _foreign_format(self, held: Mapping[str, Tensor]) -> str | None:
+        section = self.config.get("quantization_config")
+        section = section if isinstance(section, dict) else {}
+        method = section.get("quant_method")
+        scales = {tensor.dtype for name, tensor in held.items() if "scale" in name}
+        if (self.folder / "hf_quant_config.json").exists() or "moe_quant_algo" in section:
+            return "NVIDIA ModelOpt's"
+        if method == "fp8" or (method is None and torch.float8_e8m0fnu in scales):
+            blocks = {name.split(".")[1] for name in self.index if name.startswith("mtp.")}
+            head = {0: "", 1: ", with an MTP head"}.get(len(blocks), ", with a DSpark drafter")
+            return f"DeepSeek's own FP8 and MXFP4{head}"
+        if method is None:
+            return "MLX's" if isinstance(self.config.get("quantization"), dict) else None
+        if isinstance(self.quantization, QuantizationConfig):
+            kinds = {group.kind for group in self.quantization.config_groups.values()}
+            return "compressed-tensors' NVFP4" if "nvfp4" in kinds else None
+        return method if isinstance(method, str) and method != "compressed-tensors" else None
 
     @property
     def misnamed(self) -> dict[str, str]:
@@ -83,35 +106,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         except GraftError as error:
             unreadable[name] = str(error).removeprefix(f"{folder / name}: ")
     return Checkpoint(folder, config, index, shards, unreadable)
-
-
-def _read_quantization(config: Mapping[str, Any]) -> QuantizationConfig | GraftError:
-    """Return the config's section as vLLM reads it, or why it cannot."""
-    try:
-        return read_quantization(config)
-    except GraftError as error:
-        return error
-
-
-def _foreign_format(
-    folder: Path, config: Mapping[str, Any], index: Mapping[str, str], held: Mapping[str, Tensor]
-) -> str | None:
-    section = config.get("quantization_config")
-    section = section if isinstance(section, dict) else {}
-    method = section.get("quant_method")
-    scales = {tensor.dtype for name, tensor in held.items() if "scale" in name}
-    if (folder / "hf_quant_config.json").exists() or "moe_quant_algo" in section:
-        return "NVIDIA ModelOpt's"
-    if method == "fp8" or (method is None and torch.float8_e8m0fnu in scales):
-        blocks = {name.split(".")[1] for name in index if name.startswith("mtp.")}
-        head = {0: "", 1: ", with an MTP head"}.get(len(blocks), ", with a DSpark drafter")
-        return f"DeepSeek's own FP8 and MXFP4{head}"
-    if method is None:
-        return "MLX's" if isinstance(config.get("quantization"), dict) else None
-    if isinstance(quantization := _read_quantization(config), QuantizationConfig):
-        kinds = {group.kind for group in quantization.config_groups.values()}
-        return "compressed-tensors' NVFP4" if "nvfp4" in kinds else None
-    return method if isinstance(method, str) and method != "compressed-tensors" else None
 
 
 def canonical_name(name: str, num_layers: int) -> str:

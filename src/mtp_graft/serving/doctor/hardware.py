@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -19,7 +19,7 @@ from mtp_graft.serving.command import PLUGIN_NAME, Platform
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding, Severity, finding
 from mtp_graft.serving.memory import UTILIZATION, measure_room
-from mtp_graft.serving.topology import CPU, Hardware
+from mtp_graft.serving.topology import Hardware
 
 _PLUGINS = "VLLM_PLUGINS"
 
@@ -50,37 +50,35 @@ def find_target(
     to the largest power of two of GPUs. Raises UsageError for a GPU that is none.
     """
     vllm = here = command.installed_vllm()
-    platform: Platform | None = here.platform if here else None
-    hardware: Hardware | None = CPU
+    hardware: Hardware | None = None
     findings: list[Finding] = []
     if gpu is not None:
         hardware = topology.named_hardware(gpu, count or tp or 1)
-        platform = hardware.platform
-        if here is None or here.platform != platform:
-            vllm = command.vllm_elsewhere(platform)
-    elif platform != "cpu":
+        if here is None or here.platform != hardware.platform:
+            vllm = command.vllm_elsewhere(hardware.platform)
+    else:
         try:
-            hardware, platform = topology.find_gpus(), "cuda"
+            hardware = topology.hardware_for(here.platform if here else "cuda")
         except GraftError as error:
-            hardware, expected = None, "GPUs of one kind that NVIDIA's driver tells of"
-            if platform is not None:
+            expected = "GPUs of one kind that NVIDIA's driver tells of"
+            if here is not None:
                 findings.append(finding("gpus-unknown", "this machine", error, expected))
     if vllm is not None and vllm is here:
         findings += _plugin_findings()
     ranks = tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0)
-    version = vllm.version if vllm else None
+    version, built_for = (vllm.version, vllm.platform) if vllm else (None, None)
+    platform = hardware.platform if hardware else built_for
     return Target(version, platform, hardware, ranks, max_model_len, tuple(findings))
 
 
 def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
     if checkpoint is not None:
         with suppress(GraftError):  # a config that is damaged has findings of its own
-            return topology.most_ranks(command.read_config(checkpoint), num_gpus)
+            return topology.most_ranks(command.read_dimensions(checkpoint), num_gpus)
     return 1 << max(num_gpus.bit_length() - 1, 0)
 
 
 def _plugin_findings() -> Iterator[Finding]:
-    """Find that the installed vLLM will not load the plugin."""
     group, allowed = "vllm.general_plugins", os.environ.get(_PLUGINS)
     expected = f"{PLUGIN_NAME} among them"
     if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
@@ -112,9 +110,8 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
         found = f"{tp} ranks on {hardware.num_gpus} GPUs"
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
-    formats = set(checkpoint.formats.values())
-    int4 = checkpoint.group_size if "int4" in formats else 1
-    group = max(int4, MXFP4_GROUP if "mxfp4" in formats else 1)
+    groups = {"int4": checkpoint.group_size, "mxfp4": MXFP4_GROUP}
+    group = max((groups.get(str(each), 1) for each in checkpoint.formats.values()), default=1)
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     for key, unit in units.items():
         if (number := checkpoint.config[key]) % (tp * unit):
@@ -149,10 +146,6 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
 # Known issues
 
 
-def _has_pcie_only(target: Target) -> bool:
-    return target.hardware is not None and target.hardware.is_pcie_only
-
-
 def _has_one_group_a_rank(checkpoint: Checkpoint, target: Target) -> bool:
     """Say whether a rank has one group of INT4 scales an expert, in the layout of Marlin."""
     gpu = (target.hardware and target.hardware.gpu) or ""
@@ -163,22 +156,19 @@ def _has_one_group_a_rank(checkpoint: Checkpoint, target: Target) -> bool:
     return is_one and "int4" in checkpoint.formats.values()
 
 
-#: Whom the known issues of findings.toml meet.
-ISSUES: Mapping[str, Callable[[Checkpoint, Target], bool]] = {
-    "vllm-51513": lambda _checkpoint, target: target.tp == 2 and _has_pcie_only(target),
-    "vllm-42063": lambda _checkpoint, target: target.tp >= 4 and _has_pcie_only(target),
-    "vllm-50196": _has_one_group_a_rank,
-    "vllm-46307": lambda _checkpoint, target: (
-        target.hardware is not None and target.hardware.unified_memory
-    ),
-    "piecewise-graphs": lambda _checkpoint, target: target.platform == "cuda",
-}
-
-
 def known_issues(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
-    """Find the known issues that meet this checkpoint on this target."""
-    for id_, applies in ISSUES.items():
+    """Find the known issues of findings.toml that meet this checkpoint on this target."""
+    hardware = target.hardware
+    is_pcie_only = hardware is not None and hardware.is_pcie_only
+    issues = {
+        "vllm-51513": target.tp == 2 and is_pcie_only,
+        "vllm-42063": target.tp >= 4 and is_pcie_only,
+        "vllm-50196": _has_one_group_a_rank(checkpoint, target),
+        "vllm-46307": hardware is not None and hardware.unified_memory,
+        "piecewise-graphs": target.platform == "cuda",
+    }
+    for id_ in filter(issues.get, issues):
         affects = SpecifierSet(KINDS[id_].affects)
-        if (target.vllm is None or target.vllm in affects) and applies(checkpoint, target):
-            where = f"vLLM {target.vllm or '(any)'} on {target.hardware or 'unknown hardware'}"
+        if target.vllm is None or target.vllm in affects:
+            where = f"vLLM {target.vllm or '(any)'} on {hardware or 'unknown hardware'}"
             yield finding(id_, where, KINDS[id_].what, f"a vLLM other than {affects}, or not that")

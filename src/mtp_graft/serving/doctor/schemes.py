@@ -56,11 +56,8 @@ def patterns(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
 
 def _for_vllm(pattern: str, num_layers: int) -> str:
     """Return a pattern for `mtp.0` as one for the head's layer in vLLM, others as they are."""
-
-    def named(match: re.Match[str]) -> str:
-        return rf"re:.*layers\.{num_layers}\." if match[1] else f"model.layers.{num_layers}."
-
-    return _MTP.sub(named, pattern)
+    regex, name = rf"re:.*layers\.{num_layers}\.", f"model.layers.{num_layers}."
+    return _MTP.sub(lambda match: regex if match[1] else name, pattern)
 
 
 def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
