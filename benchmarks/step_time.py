@@ -38,10 +38,7 @@ from mtp_graft.stages.process import run_in_process
 ALL_LAYERS = 43
 RATES = (0.6, 0.7, 0.85, 0.95)
 #: Tokens a step by k of V4-Pro's own head: InferenceX, coding at temperature 1.
-PUBLISHED = {
-    "thinking": {1: 1.79, 2: 2.27, 3: 2.49},
-    "not thinking": {1: 1.92, 2: 2.61, 3: 2.97},
-}
+PUBLISHED = {"thinking": {1: 1.79, 2: 2.27, 3: 2.49}, "not thinking": {1: 1.92, 2: 2.61, 3: 2.97}}
 NOTE = (
     "Random weights of Flash's width, offline engine, no HTTP, temperature 1. step_ms is the time "
     "between two outputs of the engine while all requests decode."

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from mtp_graft.checkpoint import capture as files
-from mtp_graft.checkpoint.capture import (
-    CapturedSequence,
-    append_row,
-    read_recorded,
-    read_sequences,
-)
+from mtp_graft.checkpoint.capture import CapturedSequence, append_row, read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.errors import GraftError
 

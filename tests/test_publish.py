@@ -39,10 +39,7 @@ def test_dry_run_lists_all_that_would_be_uploaded_without_a_token(
 ) -> None:
     result = publish(finished, "--dry-run", "--private")
     sizes = {file["path"]: file["bytes"] for file in result["files"]}
-    checkpoint, pictures = (
-        finished / "splice/gptq" / NAME,
-        (finished / "card").glob("*.png"),
-    )
+    checkpoint, pictures = (finished / "splice/gptq" / NAME, (finished / "card").glob("*.png"))
     names = {path.name for path in checkpoint.iterdir()} | {path.name for path in pictures}
     assert set(sizes) == names | {"README.md", "card.json"}
     assert sizes[HEAD] == (checkpoint / HEAD).stat().st_size
@@ -100,11 +97,7 @@ def test_without_a_token_it_says_how_to_get_one(
     ],
 )
 def test_what_is_not_finished_is_not_published(
-    damage: Callable[[Path], object],
-    message: str,
-    finished: Path,
-    publish: Publish,
-    tmp_path: Path,
+    damage: Callable[[Path], object], message: str, finished: Path, publish: Publish, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     damage(run)

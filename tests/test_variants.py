@@ -61,11 +61,7 @@ def not_finite(scale: Tensor) -> Tensor:
     ("name", "damage", "message"),
     [
         (f"{EXPERT}.scale", None, rf"{EXPERT}: is torch\.int8 without a scale"),
-        (
-            f"{EXPERT}.weight",
-            None,
-            rf"{EXPERT}: has scale .*; expected a weight with",
-        ),
+        (f"{EXPERT}.weight", None, rf"{EXPERT}: has scale .*; expected a weight with"),
         (f"{EXPERT}.scale", lambda t: t[:, :4], r"scale is \[256, 4\].*expected \[256, 8\].*32"),
         (f"{EXPERT}.scale", Tensor.float, r"scale is .* torch.float32, expected .* torch.uint8"),
         (f"{EXPERT}.scale", not_finite, rf"{EXPERT}: has a scale that is not finite"),

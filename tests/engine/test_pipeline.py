@@ -80,8 +80,7 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
     experts, log = run / "quantize" / "gptq", run / "logs" / "vllm-capture.log"
     # The command itself and the server that it has started, which writes already.
     kill_when(
-        lambda: log.exists() and log.stat().st_size > 0 and len(processes_of(run)) > 1,
-        demo(run),
+        lambda: log.exists() and log.stat().st_size > 0 and len(processes_of(run)) > 1, demo(run)
     )
     wait_until_gone(run)
     kill_when(lambda: len(list(experts.glob("experts-*.safetensors"))) >= 3, demo(run))

@@ -28,14 +28,7 @@ from mtp_graft.stages.splice import HEAD_SHARD
 from run_folder import recorded
 
 from .bench_server import quiet
-from .conftest import (
-    BASE_TENSORS,
-    HEAD_TENSORS,
-    install,
-    install_gpus,
-    only_from,
-    write_checkpoint,
-)
+from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, only_from, write_checkpoint
 
 RECIPE = """
 [model]
@@ -265,11 +258,7 @@ def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("on_gpus")
 def test_on_gpus_the_base_has_a_server_of_its_own_and_all_get_the_hardwares_settings(
-    run: Run,
-    stages: StandIns,
-    servers: Servers,
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run, stages: StandIns, servers: Servers, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("bench.k=2", "serve.tensor_parallel_size=2")
     assert stages.apart == ["quantize", "score"], "their GPU memory is free for vLLM afterwards"

@@ -43,10 +43,7 @@ class TinyModel(nn.Module):
         config = DeepseekV4Config(**json.loads(config_file.read_text()))
         self.window: int = config.sliding_window
         self.base = DeepseekV4ForCausalLM._from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            experts_implementation=experts,
+            config, dtype=torch.float32, attn_implementation="eager", experts_implementation=experts
         )
         self.head = MTPHead(config)
         self.dropout = dropout

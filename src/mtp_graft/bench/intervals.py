@@ -63,9 +63,7 @@ def _crossed_variance(logs: Array) -> tuple[float, float]:
     return variance, max(1.0, variance**2 / spread) if spread else 1.0  # nothing varies
 
 
-def paired_differences(
-    counts: Mapping[str, Iterable[TextCount] | None],
-) -> dict[str, list[float]]:
+def paired_differences(counts: Mapping[str, Iterable[TextCount] | None]) -> dict[str, list[float]]:
     """Return `a-b` -> 95 % interval of a's acceptance less b's, for the `PAIRS` that there are.
 
     `counts` has the texts of every head, the same ones in the same order. Drafts of one text depend

@@ -47,10 +47,7 @@ def load_workload(thinking: bool = False, max_tokens: int | None = None) -> list
 
 
 def measure_workload(
-    connect: Callable[[], ServerClient],
-    requests: Sequence[Request],
-    report: Report,
-    folder: Path,
+    connect: Callable[[], ServerClient], requests: Sequence[Request], report: Report, folder: Path
 ) -> dict[str, Any]:
     """Ask every request, one at a time; return speeds and acceptance.
 

@@ -90,11 +90,7 @@ def _renamed(parts: Parts) -> Parts:
 
 
 def _store_expert(
-    module: str,
-    parts: Parts,
-    variant: Variant,
-    gptq_experts: Mapping[str, Tensor],
-    group_size: int,
+    module: str, parts: Parts, variant: Variant, gptq_experts: Mapping[str, Tensor], group_size: int
 ) -> Parts:
     shape = _shape(parts)
     layout = stored_as("weight", shape, "int4", group_size)

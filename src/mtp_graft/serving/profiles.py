@@ -62,7 +62,7 @@ ALWAYS: Settings = {
     "VLLM_NO_USAGE_STATS": ("1", "nothing is reported"),
 }
 ON_GPUS: Settings = {
-    "VLLM_USE_FLASHINFER_SAMPLER": ("0", "Acti: served without FlashInfer's sampler; not compared"),
+    "VLLM_USE_FLASHINFER_SAMPLER": ("0", "Acti: served without FlashInfer's sampler; not compared")
 }
 #: Where several GPUs of one host have no NVLink between them.
 ON_PCIE: Settings = {

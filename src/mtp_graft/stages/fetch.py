@@ -260,11 +260,7 @@ def _snapshot(
 
     with hub_errors(repo):
         found = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=patterns,
-            max_workers=_AT_ONCE,
-            tqdm_class=Bar,
+            repo, revision=revision, allow_patterns=patterns, max_workers=_AT_ONCE, tqdm_class=Bar
         )
     return Path(found)
 
