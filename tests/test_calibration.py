@@ -1,6 +1,7 @@
 """Loading prompts, and the bundled sets of them."""
 
 import json
+import os
 import sys
 from itertools import islice
 from pathlib import Path
@@ -40,6 +41,9 @@ def test_texts_and_conversations_may_be_mixed(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("{", r"p\.jsonl:2: not JSON"),
+        ("[" * 100_000, r"p\.jsonl:2: not JSON \(recursion limit"),
+        ('{"id": "b", "text": "\\ud800"}', r"p\.jsonl:2: not JSON \(.*hex escape"),
+        ({"id": "b", "text": 5}, r"p\.jsonl:2: not a prompt \(text: input should be"),
         ({"text": "b"}, r"p\.jsonl:2: not a prompt \(.*id: field required\)"),
         ({"id": "b", "text": ["y"]}, r"p\.jsonl:2: not a prompt \(text: input should be"),
         ("7", r"p\.jsonl:2: not a prompt"),
@@ -60,7 +64,9 @@ def test_a_source_that_cannot_be_read_or_is_empty_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
+    os.mkfifo(tmp_path / "pipe.jsonl")
     for source, message in {
+        str(tmp_path / "pipe.jsonl"): "not a file; expected prompts",
         write(tmp_path / "empty.jsonl", ""): "no prompts",
         str(tmp_path / "none.jsonl"): "not readable",
         write(tmp_path / "p.parquet"): "pyarrow is not installed; pip install",

@@ -1,5 +1,6 @@
 """Recipes: read exactly, or refused with the name of what is wrong."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,8 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
     [
         (None, r"not readable"),
         ("[model", r"not a TOML file"),
+        ("x = " + "[" * 50_000, r"not a TOML file"),
+        (MINIMAL + f"count = {10**400}\n", r"\[bench\] count is 1000.*expected less than"),
         ("model = 3", r"model is 3, expected a section"),
         (MINIMAL + "[models]\n", r"unknown section 'models'; did you mean 'model'"),
         (MINIMAL.replace('name = "m"', ""), r"\[model\] name is missing"),
@@ -126,3 +129,12 @@ def test_bundled_recipes_are_valid(repo_root: Path) -> None:
 def test_a_choice_called_true_may_be_written_without_quotes(minimal: Path, written: str) -> None:
     recipe = load_recipe(minimal, [f"quantize.replay={written}"])
     assert recipe.quantize.replay == written.strip('"')
+
+
+def test_what_is_no_file_or_no_path_is_an_error(tmp_path: Path, minimal: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(GraftError, match=r"pipe\.toml: not a file; expected a recipe"):
+        load_recipe(tmp_path / "pipe.toml")
+    for path in ("./a\0b", "~nobody-here/x"):
+        with pytest.raises(GraftError, match=r"\[model\] base is .*: "):
+            load_recipe(minimal, [f"model.base={path}"])

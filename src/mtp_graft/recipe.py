@@ -58,7 +58,7 @@ Checkpoint = Annotated[
     ),
 ]
 #: Numbers and switches are not read from text; True is no number.
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=2**40, strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
 
 
@@ -204,11 +204,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     is not TOML, for keys nobody knows, missing keys and values of the wrong type; UsageError where
     an override is to blame.
     """
+    if path.exists() and not path.is_file():  # a device or a pipe may never end
+        raise GraftError(f"{path}: not a file; expected a recipe")
     try:
         table = tomllib.loads(path.read_text())
     except OSError as error:
         raise GraftError(f"{path}: not readable ({error.strerror}); expected a recipe") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GraftError(f"{path}: not a TOML file ({error})") from error
     _resolve_paths(table, path.parent)
     to_blame, problem = None, _find_problem(table)
@@ -232,7 +234,7 @@ def _apply(override: str, table: dict[str, Any]) -> None:
         raise UsageError(f"--set {override}: expected section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text.strip()  # a bare string: variant=gptq
     change = {section: {key: value}}
     _resolve_paths(change, Path.cwd())
@@ -248,7 +250,10 @@ def _resolve_paths(table: Mapping[str, Any], folder: Path) -> None:
             if isinstance(values := table.get(section), dict):
                 value = values.get(key)
                 if isinstance(value, str) and not re.match(hub, value):
-                    values[key] = str((folder / Path(value).expanduser()).resolve())
+                    try:
+                        values[key] = str((folder / Path(value).expanduser()).resolve())
+                    except (OSError, RuntimeError, ValueError) as error:
+                        raise GraftError(f"[{section}] {key} is {value!r}: {error}") from error
 
 
 def _find_problem(table: Mapping[str, Any]) -> str | None:

@@ -82,7 +82,7 @@ def _check_pattern(pattern: str) -> str:
     if pattern.startswith("re:"):
         try:
             re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
     return pattern
 
@@ -222,7 +222,7 @@ def int4_group_size(config: dict[str, Any]) -> int:
     """Return the inputs per scale of the base's INT4 group; GraftError if it has no single one."""
     groups = read_quantization({"quantization_config": config}).config_groups.values()
     sizes = {group.weights.group_size for group in groups if group.weights and group.kind == "int4"}
-    if len(sizes) != 1 or (size := sizes.pop()) is None:
+    if len(sizes) != 1 or (size := sizes.pop()) is None or size < 1:
         raise GraftError(
             f"quantization_config: has {len(sizes)} INT4 group sizes, expected one; is this a "
             "W4A16-FP8 base?"

@@ -4,7 +4,6 @@ A row is `{"id": ..., "text": ...}` with a text that is already chat-encoded, or
 HuggingFaceH4/ultrachat_200k, `{"prompt_id": ..., "messages": [{"role": ..., "content": ...}]}`.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from importlib import import_module
@@ -12,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
+from pydantic_core import from_json
 
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import Prompt, ServerClient
@@ -31,9 +31,9 @@ class _Turn(BaseModel):
 
 
 class _Row(BaseModel):
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
-    id: Annotated[str, Field(validation_alias=AliasChoices("prompt_id", "id"))]
+    id: Annotated[
+        str, Field(validation_alias=AliasChoices("prompt_id", "id"), coerce_numbers_to_str=True)
+    ]
     text: str = ""
     messages: list[_Turn] = []
 
@@ -102,6 +102,8 @@ Rows = Iterator[tuple[int, Any]]  # numbered from 1
 
 
 def _json_rows(path: Path) -> Rows:
+    if path.exists() and not path.is_file():  # a device or a pipe may never end
+        raise GraftError(f"{path}: not a file; expected prompts")
     try:
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -109,9 +111,9 @@ def _json_rows(path: Path) -> Rows:
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                yield number, json.loads(line)
+                yield number, from_json(line)
         except ValueError as error:
-            raise GraftError(f"{path}:{number}: {in_words(error)}") from error
+            raise GraftError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def _parquet_rows(path: Path) -> Rows:

@@ -40,6 +40,7 @@ HUB_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     ValueError,
     RuntimeError,
+    *(TypeError, KeyError),  # JSON of another structure, as a proxy may answer
 )
 _HEAD = "mtp."
 #: What is needed besides shards: of a base configuration, tokenizer, licence.

@@ -201,8 +201,8 @@ def _manifest(plan: SplicePlan) -> Manifest:
     base = quant_manifest.base_provenance(plan.base.folder, plan.base.weight_map.values())
     if plan.published is not None:
         origin = dict(plan.published["provenance"])
-        if origin["base"] != base:
-            origin.setdefault("made_for", origin["base"])
+        if (made_for := origin.get("base")) != base:
+            origin.setdefault("made_for", made_for)
         return {**plan.published, "provenance": {**origin, "base": base}}
     upstream = {path.name: files.sha256(path) for path in sorted(set(plan.head.files.values()))}
     provenance = {"base": base, "upstream": upstream}

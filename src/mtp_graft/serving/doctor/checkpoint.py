@@ -22,7 +22,7 @@ from mtp_graft.serving.command import read_dimensions
 
 _EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _EXPERT = re.compile(r"(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.")
-_LAYER = re.compile(r"^layers\.(\d+)\.")
+_LAYER = re.compile(r"^layers\.(\d{1,6})\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
