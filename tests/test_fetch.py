@@ -5,6 +5,8 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,6 +80,39 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
     with pytest.raises(GraftError, match=rf"{BASE}: cannot be fetched from the hub"):
         fetch(model, tmp_path / "third run", quiet)
     assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "seconds"),
+    [
+        ("Retry-After", "7", 7),
+        ("Retry-After", "date", 40),
+        ("RateLimit", '"api";r=0;t=55', 56),
+        ("Retry-After", "soon", 1),
+        ("Retry-After", "86400", None),
+    ],
+)
+def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
+    header: str, value: str, seconds: int | None, hub: StandInHub, recipe: Recipe, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    hub.busy = {header: format_datetime(datetime.now(UTC) + timedelta(seconds=40))}
+    if value != "date":
+        hub.busy = {header: value}
+    if seconds is None:
+        with pytest.raises(
+            GraftError, match=r"too many requests \(429\), and 86,400 s to wait; run"
+        ):
+            fetch(MODEL, tmp_path / "out", quiet)
+        assert slept == []
+        return
+    assert plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"] == "fit"
+    first = fetch(MODEL, tmp_path / "out", quiet)
+    assert (first.base / SHARDS[1]).read_bytes() == hub.repositories[BASE][SHARDS[1]]
+    assert seconds - 5 <= slept[0] <= seconds
+    assert f"(429); waiting {int(slept[0])} s" in caplog.text and len(caplog.records) == len(slept)
 
 
 @pytest.mark.parametrize("where", ["on the way", "in the cache"])

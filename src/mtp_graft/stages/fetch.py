@@ -7,21 +7,26 @@ commit or a branch is named.
 """
 
 import json
+import logging
+import math
 import os
 import re
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from email.utils import parsedate_to_datetime
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, set_client_factory, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
 
 from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
 from mtp_graft.checkpoint.manifest import read_result
@@ -31,6 +36,8 @@ from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import is_first_rank
+
+logger = logging.getLogger(__name__)
 
 #: Whatever asking the hub can raise: its client's own base class (requests', httpx' or httpx2', by
 #: the version), and RuntimeError of hf_xet.
@@ -50,6 +57,8 @@ _BESIDE_SHARDS = {
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 4
+#: How long one request waits for a hub that is asked too often: three of its windows.
+_PATIENCE_S = 900
 
 
 class FetchedModels(NamedTuple):
@@ -205,15 +214,6 @@ def _write_header(source: Source, folder: Path, shard: str) -> None:
 
 def download(sources: Sequence[Source], report: Progress) -> list[Path]:
     """Return the sources' folders with all that is needed; large files' hashes are compared."""
-    needed = sum(source.bytes_to_download for source in sources)
-    cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(nearest_folder(cache)).free
-    if needed > free:
-        raise GraftError(
-            f"{cache}: {free:,} bytes free, {needed:,} needed to download "
-            f"{' and '.join(s.given for s in sources if s.missing)}; make room, or set "
-            "HF_HOME to a larger disk"
-        )
     for source in sources:
         if source.missing:
             _download(source, report)
@@ -288,7 +288,11 @@ def _check_hashes(source: Source, report: Progress) -> None:
 
 @contextmanager
 def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
-    """Turn whatever asking the hub for `what` can raise into one GraftError."""
+    """Turn whatever asking the hub for `what` can raise into one GraftError.
+
+    Inside, requests that the hub answers with 429 wait as it asks and are sent again.
+    """
+    _be_patient()
     try:
         yield
     except HUB_ERRORS as error:
@@ -302,3 +306,45 @@ def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
             f"{what}: cannot be fetched from the hub ({first}); check the id and the network, "
             f"or name {instead}; run again to go on"
         ) from error
+
+
+@cache  # once in a process: another client closes the one that threads may be using
+def _be_patient() -> None:
+    """Let all requests of the hub's client wait where it answers 429: some it does not retry."""
+
+    def patient_client() -> Any:  # of httpx or httpx2, by the version
+        client = default_client_factory()
+        client.send = partial(_send, client.send)  # type: ignore[method-assign]
+        return client
+
+    set_client_factory(patient_client)
+
+
+def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
+    """Send a request until it is answered; raises GraftError where that takes too long."""
+    waited = 0
+    for attempt in count():
+        response = send(request, **options)
+        if response.status_code != 429 or request.method not in ("GET", "HEAD"):
+            return response
+        response.close()
+        busy = f"{request.url.host}: too many requests (429)"
+        wait = max(_asked_wait(response.headers), 2**attempt)
+        waited += wait
+        if waited > _PATIENCE_S:
+            raise GraftError(
+                f"{busy}, and {wait:,} s to wait; run again after that to go on, or log in "
+                "(`hf auth login`), which allows more"
+            )
+        logger.warning("%s; waiting %d s", busy, wait)
+        time.sleep(wait)
+
+
+def _asked_wait(headers: Mapping[str, str]) -> int:
+    """Return the seconds to wait by `Retry-After`, in seconds or a date, or by `RateLimit`."""
+    asked, limit = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
+    with suppress(ValueError):
+        return int(asked)
+    with suppress(ValueError, OverflowError):
+        return math.ceil(parsedate_to_datetime(asked).timestamp() - time.time())
+    return limit.reset_in_seconds + 1 if limit else 0
