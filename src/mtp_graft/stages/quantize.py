@@ -54,8 +54,6 @@ _SEQUENCES_AHEAD, _BATCHES_AHEAD = 8, 2
 _WRITERS = 2
 #: Tokens of up to this size stay on a GPU: 786,000 of Flash, beside which 24 GiB have room.
 RESIDENT_BYTES = 6 * 2**30
-#: What the report says of each way to replay.
-_REPLAYS = {"true": "true attention", "identity": "attention skipped (identity residual)"}
 
 
 def quantize(
@@ -141,12 +139,11 @@ def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
 # Replay
 
 
-def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) -> RoutedTokens:
+def replay_capture(inputs: Inputs, clock: Clock, report: Progress) -> RoutedTokens:
     """Run the head, without its experts, on every captured sequence; return what reaches them.
 
-    `replay` is "true", or "identity" to leave out the head's attention. The tokens are in BF16, the
-    precision that the experts' inputs have in service; on the clock's device, or in host memory if
-    they are many.
+    The tokens are in BF16, the precision that the experts' inputs have in service; on the clock's
+    device, or in host memory if they are many.
     """
     model, sequences = inputs.model, inputs.sequences
     num_tokens = sum(s.calibration_tokens for s in sequences)
@@ -159,7 +156,7 @@ def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) 
     report("replay", 0, len(sequences))
     with parallel.read_ahead(read, sequences, _SEQUENCES_AHEAD) as captured:
         with clock.timed("io"):  # while the first sequences are being read
-            embed, head = _load_head(inputs, replay, clock.device)
+            embed, head = _load_head(inputs, clock.device)
         for number, sequence in enumerate(sequences, start=1):
             with clock.timed("io"):
                 recorded = next(captured)
@@ -174,15 +171,12 @@ def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) 
     return RoutedTokens(x, experts, model.n_routed_experts)
 
 
-def _load_head(inputs: Inputs, replay: str, device: str) -> tuple[Tensor, MTPHead]:
+def _load_head(inputs: Inputs, device: str) -> tuple[Tensor, MTPHead]:
     """Return the base's embedding [V, D] and the head without its experts."""
     embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
     others = [name for name in inputs.head.files if not name.startswith(EXPERTS_PREFIX)]
     decoded = decode_head(inputs.read_upstream(others, device))
-    with_attention = replay == "true"
-    return embed, build_head(
-        inputs.model, decoded, with_experts=False, with_attention=with_attention, device=device
-    )
+    return embed, build_head(inputs.model, decoded, with_experts=False, device=device)
 
 
 # Hessians, GPTQ, errors: a batch of experts at a time
@@ -207,7 +201,7 @@ def _quantize(
         parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
         parallel.write_behind(_WRITERS) as write,
     ):
-        routed = replay_capture(inputs, settings.replay, clock, report)
+        routed = replay_capture(inputs, clock, report)
         report("gptq", done, total)
         for experts, file in pending.items():
             with clock.timed("io"):
@@ -295,7 +289,7 @@ def _report(
         "ranks": len(measured),
         **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
-        "replay": _REPLAYS[settings.replay],
+        "replay": "true attention",
     }
 
 
