@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +17,8 @@ from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.run import run_stage
 from mtp_graft.quant.gptq import gptq
-from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, load_recipe
+from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection
 from mtp_graft.stages import quantize as stage
 from mtp_graft.stages.inputs import open_inputs
 from mtp_graft.stages.parallel import Clock
@@ -196,35 +192,6 @@ def test_a_finished_stage_is_kept_and_other_inputs_are_refused(
     write_capture(tmp_path, sequences(LENGTHS, seed=9))
     with pytest.raises(GraftError, match=r"begun with inputs\."):
         run(done, capture=tmp_path)
-
-
-@pytest.mark.slow
-def test_the_documented_command_on_two_ranks_writes_the_bytes_of_one(
-    done: Path, capture: Path, tmp_path: Path, repo_root: Path
-) -> None:
-    recipe, run = repo_root / "recipes" / "tiny.toml", tmp_path / "run"
-    shutil.copytree(capture, run / "capture")
-    (run / "capture" / "manifest.json").write_text("{}")  # says that it is finished
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "--", "mtp_graft.cli", "quantize", str(recipe), "--run", str(run)]
-    command += ["--set", "quantize.device=cpu", "--json", str(tmp_path / "result.json")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("quantize: done") == 1, "one rank prints"
-    assert hashes(run / "quantize") == hashes(done)
-    together, alone = json.loads((tmp_path / "result.json").read_text()), read_report(done)
-    assert together["ranks"] == 2
-    for key in together.keys() - {"seconds", "peak_host_bytes", "ranks"}:
-        assert together[key] == alone[key], key
-
-
-def test_no_other_stage_is_run_on_several_ranks(
-    tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
-    recipe = load_recipe(repo_root / "recipes" / "tiny.toml")
-    with pytest.raises(GraftError, match="score: started on 2 ranks; only quantize shares"):
-        run_stage(recipe, tmp_path, "score", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

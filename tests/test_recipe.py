@@ -59,8 +59,8 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; did you mean 'variant'\?"),
-        ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; did you mean 'splice'"),
+        ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; there are .*variant"),
+        ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; there are .*splice"),
         ("splice.xyz=1", r"unknown key 'xyz'; there are copy, linears, variant$"),
         ("splice.variant=int4", r"\[splice\] variant is 'int4', expected 'rtn', 'gptq'"),
         ("splice.copy=1", r"\[splice\] copy is 1, expected a valid boolean"),

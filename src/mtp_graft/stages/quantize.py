@@ -8,8 +8,8 @@ The data's way, from top to bottom:
     GPTQ          codes and scales under these Hessians, and every variant's error (`dsv4.experts`)
     files         gptq/experts-*.safetensors, report.json
 
-A batch of experts is the unit that a killed run keeps, and that the ranks of torchrun share: each
-replays the capture, which takes seconds. Files are read ahead and written behind the computation.
+A batch of experts is the unit that a killed run keeps. Files are read ahead and written behind the
+computation.
 
 Shapes: T tokens of a sequence, N of all sequences, S hyper-connection streams, D hidden size,
 V vocabulary, K experts a token, E experts of a batch, M the experts' intermediate size.
@@ -66,31 +66,26 @@ def quantize(
 ) -> dict[str, Any]:
     """Write GPTQ's experts and the report on all variants to `out`; return the report.
 
-    Goes on where a killed run stopped; the same inputs give the same experts byte for byte, on
-    one rank or several (torchrun). Raises GraftError for inputs that do not fit each other, for
-    values that are not finite, for a Hessian that damping does not make positive definite, and
-    if `out` is of another configuration.
+    Goes on where a killed run stopped; the same inputs give the same experts byte for byte. Raises
+    GraftError for inputs that do not fit each other, for values that are not finite, for a Hessian
+    that damping does not make positive definite, and if `out` is of another configuration.
     """
     started = time.perf_counter()
-    with parallel.joined_ranks(), parallel.single_thread():
+    with parallel.single_thread():
         inputs = _open(capture, upstream, base, settings)
-        clock = Clock(parallel.rank_device(settings.device))
-        if parallel.is_first_rank():
-            _claim(out, inputs, settings, clock.device)
-        parallel.wait_for_ranks()
+        clock = Clock(parallel.find_device(settings.device))
+        _claim(out, inputs, settings, clock.device)
         if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
             return finished
         files = _batch_files(out, inputs.model.n_routed_experts, settings.experts_per_batch)
-        pending = {e: files[e] for e in parallel.share([*files]) if not _is_done(files[e])}
+        pending = {experts: file for experts, file in files.items() if not _is_done(file)}
         if pending:
             _quantize(inputs, settings, pending, clock, report)
         result = _report(inputs, settings, [*files.values()], clock)
         total = result["seconds"]["total"] = time.perf_counter() - started
-        if parallel.is_first_rank():
-            write_json(result, out / REPORT_NAME)
-            given = inputs.indexes()
-            manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
-        parallel.wait_for_ranks()
+        write_json(result, out / REPORT_NAME)
+        given = inputs.indexes()
+        manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
         return result
 
 
@@ -109,7 +104,7 @@ def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) 
 
 def _claim(out: Path, inputs: Inputs, settings: QuantizeSection, device: str) -> None:
     """Make `out` this stage's folder; GraftError if it was begun with other settings or inputs."""
-    decisive = asdict(settings) | {"device": device.partition(":")[0]}
+    decisive = asdict(settings) | {"device": device}
     del decisive["variants"]  # which heads there are is for the later stages to know
     decisive["inputs"] = manifest.fingerprints(inputs.files)
     manifest.claim_folder(out, decisive)
@@ -261,10 +256,7 @@ def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Pa
 def _report(
     inputs: Inputs, settings: QuantizeSection, files: list[Path], clock: Clock
 ) -> dict[str, Any]:
-    """Return the stage's result, from what is known of every batch and measured on each rank."""
-    host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    measured = parallel.gather((clock.seconds, clock.peak_gpu_bytes(), host_bytes))
-    seconds, gpu_bytes, peak_bytes = zip(*measured, strict=True)
+    """Return the stage's result, from what is known of every batch."""
     known = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     counts: list[int] = [count for batch in known for count in batch["counts"]]
     errors: dict[Variant, dict[str, list[float]]] = {
@@ -281,15 +273,12 @@ def _report(
             "counts": counts,
         },
         "rel_errors": errors,
-        "zero_token_policy": "pool",
         "experts_without_tokens": [e for e, count in enumerate(counts) if count == 0],
-        "seconds": {part: max(s[part] for s in seconds) for part in seconds[0]},
-        "peak_gpu_bytes": max(gpu_bytes),
-        "peak_host_bytes": max(peak_bytes),
-        "ranks": len(measured),
+        "seconds": clock.seconds,
+        "peak_gpu_bytes": clock.peak_gpu_bytes(),
+        "peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
-        "replay": "true attention",
     }
 
 
