@@ -34,7 +34,7 @@ class StandInHub:
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
         """Return status, body and headers."""
-        parts = path.strip("/").split("/")
+        parts = path.strip("/").removeprefix("datasets/").split("/")
         is_api = parts[0] == "api"
         repo = "/".join(parts[2:4] if is_api else parts[:2])
         if repo not in self.repositories:

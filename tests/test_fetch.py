@@ -1,6 +1,7 @@
 """Fetching by folder or hub id: from a stand-in for the hub on this machine, no network."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -164,11 +165,11 @@ def test_what_is_no_checkpoint_is_refused(
 
 
 def test_too_little_room_is_said(
-    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: StandInHub, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(GraftError, match=r"hub: 1,000 bytes free, [\d,]+ needed to download"):
-        fetch(MODEL, tmp_path / "out", quiet)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(GraftError, match=r"hub: 1,000 bytes free, .*still to be downloaded"):
+        run_stage(recipe, tmp_path / "run", "fetch", quiet)
     assert hub.downloads(".safetensors") == 0
 
 
@@ -226,3 +227,31 @@ def test_a_shard_that_is_none_is_refused_by_its_beginning(
     hub.repositories[BASE][SHARDS[0]] = b"<html>" + hub.repositories[BASE][SHARDS[0]]
     with pytest.raises(GraftError, match=f"{BASE}/{SHARDS[0]}: .*safetensors"):
         run_stage(recipe, tmp_path / "run", "fetch", quiet)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("gone.jsonl", "gone.jsonl: not readable"),
+        ("pipe.jsonl", "pipe.jsonl: not a file"),
+        ("one.jsonl", "one.jsonl: 1 prompts, expected"),
+        ("cut.jsonl", "cut.jsonl:1: not JSON"),
+        ("hub:owner/none", "hub:owner/none: cannot be fetched from the hub"),
+        ("hub:owner/chats:x", r"no Parquet files of split 'x', found \['train_sft'\]"),
+        ("hub:owner/chats", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["capture.calibration_prompts", "bench.prompts"])
+def test_a_dry_run_looks_at_the_prompts_of_the_stages_to_do(
+    key: str, prompts: str, message: str | None, hub: StandInHub, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "one.jsonl").write_text('{"id": "a", "text": "b"}\n')
+    (tmp_path / "cut.jsonl").write_text('{"id": "a", "text')
+    hub.repositories["owner/chats"] = {"data/train_sft-00000-of-00001.parquet": b"not asked for"}
+    value = prompts if prompts.startswith("hub:") else tmp_path / prompts
+    asked, stage = load_recipe(find_bundled_recipe(), [f"{key}={value}"]), key.partition(".")[0]
+    told = plan_run(asked, tmp_path / "run", [stage])["inputs"]
+    assert told == "fit" if message is None else re.search(message, told), told
+    assert plan_run(asked, tmp_path / "run", ["splice"])["inputs"] == "fit"
+    assert hub.downloads(".parquet") == 0

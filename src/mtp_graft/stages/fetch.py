@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,7 +56,7 @@ _BESIDE_SHARDS = {
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 4
-#: How long one request waits for a hub that is asked too often: three of its windows.
+#: How long a request waits, a few times, for a hub that is asked too often: three of its windows.
 _PATIENCE_S = 900
 
 
@@ -286,11 +286,7 @@ def _check_hashes(source: Source, report: Progress) -> None:
 
 @contextmanager
 def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
-    """Turn whatever asking the hub for `what` can raise into one GraftError.
-
-    Inside, requests that the hub answers with 429 wait as it asks and are sent again.
-    """
-    _be_patient()
+    """Turn whatever asking the hub for `what` can raise into one GraftError."""
     try:
         yield
     except HUB_ERRORS as error:
@@ -306,30 +302,25 @@ def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
         ) from error
 
 
-@cache  # once in a process: another client closes the one that threads may be using
-def _be_patient() -> None:
-    """Let all requests of the hub's client wait where it answers 429: some it does not retry."""
+def _patient_client() -> Any:  # of httpx or httpx2, by the version
+    client = default_client_factory()
+    client.send = partial(_send, client.send)  # type: ignore[method-assign]
+    return client
 
-    def patient_client() -> Any:  # of httpx or httpx2, by the version
-        client = default_client_factory()
-        client.send = partial(_send, client.send)  # type: ignore[method-assign]
-        return client
 
-    set_client_factory(patient_client)
+set_client_factory(_patient_client)  # some requests the hub's client would not send again
 
 
 def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
-    """Send a request until it is answered; raises GraftError where that takes too long."""
-    waited = 0
+    """Send a request until the hub has time for it; GraftError if it asks for a long wait."""
     for attempt in count():
         response = send(request, **options)
         if response.status_code != 429 or request.method not in ("GET", "HEAD"):
             return response
         response.close()
+        wait = max(_asked_wait(response.headers), 4**attempt)
         busy = f"{request.url.host}: too many requests (429)"
-        wait = max(_asked_wait(response.headers), 2**attempt)
-        waited += wait
-        if waited > _PATIENCE_S:
+        if wait > _PATIENCE_S:
             raise GraftError(
                 f"{busy}, and {wait:,} s to wait; run again after that to go on, or log in "
                 "(`hf auth login`), which allows more"
