@@ -6,8 +6,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,36 +82,26 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
 
 
 @pytest.mark.parametrize(
-    ("header", "value", "seconds"),
-    [
-        ("Retry-After", "7", 7),
-        ("Retry-After", "date", 40),
-        ("RateLimit", '"api";r=0;t=55', 56),
-        ("Retry-After", "soon", 1),
-        ("Retry-After", "86400", None),
-    ],
+    ("busy", "seconds"),
+    [({"Retry-After": "7"}, 7), ({"Retry-After": "soon"}, 1), ({"Retry-After": "86400"}, None)],
 )
 def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
-    header: str, value: str, seconds: int | None, hub: StandInHub, recipe: Recipe, tmp_path: Path,
+    busy: dict[str, str], seconds: int | None, hub: StandInHub, recipe: Recipe, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    hub.busy = {header: format_datetime(datetime.now(UTC) + timedelta(seconds=40))}
-    if value != "date":
-        hub.busy = {header: value}
+    hub.busy = busy
     if seconds is None:
-        with pytest.raises(
-            GraftError, match=r"too many requests \(429\), and 86,400 s to wait; run"
-        ):
+        with pytest.raises(GraftError, match=r"too many requests \(429\); 86,400 s to wait: run"):
             fetch(MODEL, tmp_path / "out", quiet)
         assert slept == []
         return
     assert plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"] == "fit"
     first = fetch(MODEL, tmp_path / "out", quiet)
     assert (first.base / SHARDS[1]).read_bytes() == hub.repositories[BASE][SHARDS[1]]
-    assert seconds - 5 <= slept[0] <= seconds
-    assert f"(429); waiting {int(slept[0])} s" in caplog.text and len(caplog.records) == len(slept)
+    assert set(slept) == {seconds} and len(slept) > 20, "every kind of request, once"
+    assert caplog.text.count(f"(429); {seconds} s to wait") == len(slept)
 
 
 @pytest.mark.parametrize("where", ["on the way", "in the cache"])
@@ -236,8 +224,6 @@ def test_a_shard_that_is_none_is_refused_by_its_beginning(
         ("pipe.jsonl", "pipe.jsonl: not a file"),
         ("one.jsonl", "one.jsonl: 1 prompts, expected"),
         ("cut.jsonl", "cut.jsonl:1: not JSON"),
-        ("hub:owner/none", "hub:owner/none: cannot be fetched from the hub"),
-        ("hub:owner/chats:x", r"no Parquet files of split 'x', found \['train_sft'\]"),
         ("hub:owner/chats", None),
     ],
 )
@@ -248,10 +234,9 @@ def test_a_dry_run_looks_at_the_prompts_of_the_stages_to_do(
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "one.jsonl").write_text('{"id": "a", "text": "b"}\n')
     (tmp_path / "cut.jsonl").write_text('{"id": "a", "text')
-    hub.repositories["owner/chats"] = {"data/train_sft-00000-of-00001.parquet": b"not asked for"}
     value = prompts if prompts.startswith("hub:") else tmp_path / prompts
     asked, stage = load_recipe(find_bundled_recipe(), [f"{key}={value}"]), key.partition(".")[0]
     told = plan_run(asked, tmp_path / "run", [stage])["inputs"]
     assert told == "fit" if message is None else re.search(message, told), told
     assert plan_run(asked, tmp_path / "run", ["splice"])["inputs"] == "fit"
-    assert hub.downloads(".parquet") == 0
+    assert hub.asked == []

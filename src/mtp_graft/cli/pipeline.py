@@ -48,11 +48,9 @@ def graft(
     sources = (base, base_revision), (upstream, upstream_revision)
     with progress_bar() as report:
         result = command.graft(*sources, out, head, copy=copy, dry_run=dry_run, report=report)
-    what = f"{out}: {result['head']} head, {result['bytes_written']:,} bytes, "
-    if dry_run:
-        show(result, json_file, *_plan_tables(result), f"{what}not written")
-    else:
-        show(result, json_file, f"{what}{result['seconds']:.1f} s, verified")
+    what = f"{out}: {result['head']} head, {result['bytes_written']:,} bytes"
+    plan = _plan_parts(result) if dry_run else [f"{result['seconds']:.1f} s, verified"]
+    show(result, json_file, what, *plan)
 
 
 @app.command()
@@ -102,24 +100,17 @@ def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
     where = f"{', '.join(plan['stages'])}: in {plan['run']}"
     if plan["unknown"] is not None:
         return [where, plan["unknown"], "sizes, needs and times are not known therefore"]
-    times = [{"stage": stage, **found} for stage, found in plan["seconds"].items()]
-    return [
-        where,
-        *_plan_tables(plan),
-        table(times, "stage", "seconds", "by"),
-        *(f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None),
-    ]
-
-
-def _plan_tables(plan: dict[str, Any]) -> list[str | Table]:
-    """Return what is downloaded and what is needed."""
     sources = [
         {"checkpoint": name, **found, "files": len(found["files"])}
         for name, found in plan["sources"].items()
     ]
+    times = [{"stage": stage, **found} for stage, found in plan["seconds"].items()]
     return [
+        where,
         table(sources, "checkpoint", "source", "files", "bytes", "bytes_to_download"),
         table(plan["needs"] or (), "stage", "of", "where", "bytes", "free", "what_for"),
+        *([table(times, "stage", "seconds", "by")] if times else []),
+        *(f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None),
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.plan import as_json, ask_doctor, check_room, disk_needs
+from mtp_graft.pipeline.plan import as_json, check_room, disk_needs
 from mtp_graft.stages.fetch import Source, download, find_source, headers_of
 from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.splice import plan_splice, splice
@@ -34,9 +34,9 @@ def graft(
     """Write `out`: the base with a head; return `checkpoint`, `head`, `bytes_written`, and so on.
 
     `head` is mxfp4 unless given; a published head is what it is. With `dry_run` nothing is done,
-    and `sources` and `needs` are as in a run's plan. Raises GraftError, where it can before a shard
-    is downloaded, for inputs that cannot be had, do not fit each other or would not be served, an
-    `out` that exists, a full disk, and a checkpoint that does not verify.
+    and the result has a run's plan. Raises GraftError for inputs that cannot be had, do not fit
+    each other or would not be served, an `out` that exists, a full disk, and a checkpoint that does
+    not verify.
     """
     started = time.perf_counter()
     report("graft: read headers", 0, 0)
@@ -45,10 +45,9 @@ def graft(
     sources = _find(base, "base"), _find(upstream, "head")
     with headers_of(sources[0]) as base_folder, headers_of(sources[1]) as upstream_folder:
         planned = plan_splice(base_folder, upstream_folder, head)
-        ask_doctor(base_folder, planned)
     needs = disk_needs(sources, out, [planned.bytes], copy=copy)
     check_room(needs)
-    result = {
+    result: dict[str, Any] = {
         "checkpoint": str(out),
         "head": planned.variant,
         "bytes_written": planned.bytes,
@@ -56,8 +55,10 @@ def graft(
         "commits": {"base": sources[0].commit, "upstream": sources[1].commit},
     }
     if dry_run:
-        found = {"base": as_json(sources[0]), "upstream": as_json(sources[1])}
-        return {**result, "sources": found, "needs": [asdict(need) for need in needs]}
+        result |= {"run": str(out), "stages": ["fetch", "splice", "verify"], "seconds": {}}
+        result |= {"sources": {"base": as_json(sources[0]), "upstream": as_json(sources[1])}}
+        result |= {"needs": [asdict(need) for need in needs], "inputs": "fit", "room": "enough"}
+        return {**result, "unknown": None}
     folders = download(sources, report)
     report("graft: splice", 0, 0)
     splice(folders[0], folders[1], out, head, copy=copy)

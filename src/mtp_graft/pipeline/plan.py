@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import constants
 from torch import Tensor
 
-from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions
@@ -23,16 +22,12 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import gpus, torch_device
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
-from mtp_graft.serving.command import Platform
-from mtp_graft.serving.doctor import examine
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
-from mtp_graft.serving.doctor.hardware import Target
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import undivided
-from mtp_graft.stages.calibration import HUB, find_split, load_calibration
+from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens
 from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
-from mtp_graft.stages.splice import SplicePlan, plan_splice
+from mtp_graft.stages.splice import plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 
@@ -82,10 +77,9 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     """
     check_dimensions(base.config, f"{base.given}/config.json")
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        kinds: set[Variant] = {"rtn", *recipe.served_variants} - {"gptq"}
+        kinds: tuple[Variant, ...] = ("mxfp4", "rtn", *recipe.served_variants)
         folders, linears = (base_folder, upstream_folder), recipe.splice.linears
-        ask_doctor(base_folder, plan_splice(*folders, None, linears))
-        heads = {kind: plan_splice(*folders, kind, linears).layout for kind in kinds}
+        heads = {k: plan_splice(*folders, k, linears).layout for k in set(kinds) - {"gptq"}}
         tensors = read_meta(base_folder)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
@@ -101,35 +95,16 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     return Models(base, upstream, tensors, {**heads, "gptq": heads["rtn"]})
 
 
-def ask_doctor(base: Path, plan: SplicePlan) -> None:
-    """Raise GraftError, in doctor's words, for errors of base and head on any platform."""
-    read, head = read_checkpoint(base), {HEAD_SHARD: plan.layout}
-    index = {**read.index, **dict.fromkeys(plan.layout, HEAD_SHARD)}
-    made = Checkpoint(base, plan.config, index, {**read.shards, **head}, read.unreadable)
-    for platform in (None, *get_args(Platform)):  # None has the errors of all
-        found = examine(made, Target(None, platform, None))
-        if not (errors := [each for each in found if each.severity == "error"]):
-            return
-    first, *others = errors
-    more = ", ".join(dict.fromkeys(each.id for each in others)) or "nothing"
-    raise GraftError(
-        f"{base}, with a head: {first.where}: {first.found}; expected {first.expected}: "
-        f"{first.why}; {first.cure} (besides: {more})"
-    )
-
-
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:
     """Raise GraftError for prompts of the stages to do that are too few, or no prompts.
 
-    In a dry run, a `hub:` source need only have the split: its rows are not downloaded.
+    In a dry run those of a `hub:` source are not downloaded.
     """
     wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
     if "bench" in run.stages:
         wanted[run.recipe.bench.prompts] += run.recipe.bench.count
     for source, count in wanted.items():
-        if dry_run and source.startswith(HUB):
-            find_split(source)
-        else:
+        if not (dry_run and source.startswith(HUB)):
             load_calibration(source, count)
 
 

@@ -131,25 +131,11 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _hub_rows(source: str) -> Rows:
-    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached."""
-    from huggingface_hub import hf_hub_download
+    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached.
 
-    from mtp_graft.stages.fetch import hub_errors
-
-    repo, commit, files = find_split(source)
-    with hub_errors(source, "a JSON Lines file"):
-        for file in files:
-            path = hf_hub_download(repo, file, repo_type="dataset", revision=commit)
-            yield from _parquet_rows(Path(path))
-
-
-def find_split(source: str) -> tuple[str, str, list[str]]:
-    """Return the data set of a `hub:` source, its commit and the split's files, in order.
-
-    The hub's cache knows them from an earlier call, without a network. Raises GraftError for a data
-    set that cannot be had, or without the split.
+    What the hub's cache has needs no network.
     """
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
 
     from mtp_graft.stages.fetch import hub_errors
 
@@ -157,13 +143,15 @@ def find_split(source: str) -> tuple[str, str, list[str]]:
     split = split or DEFAULT_SPLIT
     with hub_errors(source, "a JSON Lines file"):
         commit = Path(snapshot_download(repo, repo_type="dataset", allow_patterns="README.md")).name
-        listed = get_cached_repo_tree(repo, repo_type="dataset", revision=commit)
-    parquet = {f.path: Path(f.path).name for f in listed if f.path.endswith(".parquet")}
-    chosen = sorted(file for file, name in parquet.items() if name.startswith(f"{split}-"))
-    if not chosen:
-        found = sorted({name.partition("-")[0] for name in parquet.values()})
-        raise GraftError(f"{source}: no Parquet files of split {split!r}, found {found}")
-    return repo, commit, chosen
+        at: Any = {"repo_type": "dataset", "revision": commit}
+        listed = sorted(file.path for file in get_cached_repo_tree(repo, **at))
+        parquet = {f: Path(f).name for f in listed if f.endswith(".parquet")}
+        chosen = [file for file, name in parquet.items() if name.startswith(f"{split}-")]
+        if not chosen:
+            found = sorted({name.partition("-")[0] for name in parquet.values()})
+            raise GraftError(f"{source}: no Parquet files of split {split!r}, found {found}")
+        for file in chosen:
+            yield from _parquet_rows(Path(hf_hub_download(repo, file, **at)))
 
 
 def _parse(row: Any, where: str) -> Prompt:

@@ -8,25 +8,29 @@ commit or a branch is named.
 
 import json
 import logging
-import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import HfApi, constants, errors, set_client_factory, snapshot_download
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_cached_repo_tree,
+    set_client_factory,
+    snapshot_download,
+)
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
-from huggingface_hub.utils._http import default_client_factory, parse_ratelimit_headers
+from huggingface_hub.utils._http import default_client_factory
 
 from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
 from mtp_graft.checkpoint.manifest import read_result
@@ -159,13 +163,11 @@ def _needed_files(given: str, folder: Path, part: Literal["base", "head"]) -> se
 
 
 def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dict[str, int]:
-    """Return the sizes of files that are needed; the hub is asked for those that are not here."""
+    """Return the sizes of files that are needed; of those that are not here, by the hub."""
     sizes = {n: (folder / n).stat().st_size for n in sorted(names) if (folder / n).is_file()}
     if len(sizes) < len(names) and commit is not None:
-        with hub_errors(given):
-            entries = list(HfApi().list_repo_tree(given, revision=commit, recursive=True))
-        files = {e.path: e.size for e in entries if isinstance(e, RepoFile) and e.path in names}
-        sizes = {name: files[name] for name in sorted(files)}
+        entries = get_cached_repo_tree(given, revision=commit)  # of the snapshot's small files
+        sizes = {e.path: e.size for e in sorted(entries, key=lambda e: e.path) if e.path in names}
     if absent := sorted(names - sizes.keys()):
         where = "" if commit is None else f" at {commit}; choose another revision"
         raise GraftError(
@@ -308,7 +310,7 @@ def _patient_client() -> Any:  # of httpx or httpx2, by the version
     return client
 
 
-set_client_factory(_patient_client)  # some requests the hub's client would not send again
+set_client_factory(_patient_client)  # by itself the hub's client sends some requests once only
 
 
 def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
@@ -318,22 +320,10 @@ def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
         if response.status_code != 429 or request.method not in ("GET", "HEAD"):
             return response
         response.close()
-        wait = max(_asked_wait(response.headers), 4**attempt)
-        busy = f"{request.url.host}: too many requests (429)"
+        asked = response.headers.get("Retry-After", "")
+        wait = max(4**attempt, int(asked) if asked.isdecimal() else 0)
+        told = f"{request.url.host}: too many requests (429); {wait:,} s to wait"
         if wait > _PATIENCE_S:
-            raise GraftError(
-                f"{busy}, and {wait:,} s to wait; run again after that to go on, or log in "
-                "(`hf auth login`), which allows more"
-            )
-        logger.warning("%s; waiting %d s", busy, wait)
+            raise GraftError(f"{told}: run again after that, or log in, which allows more")
+        logger.warning(told)
         time.sleep(wait)
-
-
-def _asked_wait(headers: Mapping[str, str]) -> int:
-    """Return the seconds to wait by `Retry-After`, in seconds or a date, or by `RateLimit`."""
-    asked, limit = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
-    with suppress(ValueError):
-        return int(asked)
-    with suppress(ValueError, OverflowError):
-        return math.ceil(parsedate_to_datetime(asked).timestamp() - time.time())
-    return limit.reset_in_seconds + 1 if limit else 0
