@@ -128,7 +128,8 @@ def test_a_dry_run_tells_what_the_graft_takes_and_does_nothing(
     assert needed["fetch"] == sum(s["bytes_to_download"] for s in planned["sources"].values()) > 0
     base = sum(map(len, hub.repositories[BASE].values())) if options else 0
     assert needed["splice"] == planned["bytes_written"] + base
-    assert planned.items() <= {**planned, **mtp_graft(*command)}.items(), "as it is done then"
+    done = mtp_graft(*command)
+    assert all(planned[key] == done[key] for key in done.keys() & planned.keys() - {"seconds"})
 
 
 #: What doctor calls an error on any platform, and vLLM would find after hours.
