@@ -72,7 +72,8 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
     hub.asked.clear()
     assert fetch(model, tmp_path / "out", quiet) == first
     assert hub.asked == [], "it was fetched before"
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):  # where nobody listens
+        monkeypatch.setattr(constants, name, "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     assert fetch(model, tmp_path / "another run", quiet) == first
     (first.base / SHARDS[1]).unlink()
