@@ -133,9 +133,9 @@ def windowed_attention(
     q, k = first + at[:window, None], first + at - window  # rows [N, 1, W, 1], [N, 1, 1, 2 W]
     unseen = (k < 0) | (k > q) | (k <= q + len(own) - window)
     logits = logits.masked_fill(unseen, float("-inf"))
-    drafted = [blocks((query * each).sum(-1, keepdim=True) * scaling) for each in own]  # [B, N, H, W, 1]
+    scores = ((query * each).sum(-1, keepdim=True) * scaling for each in own)  # [B, H, T, 1]
     sinks = s_aux.to(logits).view(1, 1, heads, 1, 1).expand(*logits.shape[:-1], 1)
-    shares = torch.cat((logits, *drafted, sinks), dim=-1).softmax(dim=-1)
+    shares = torch.cat((logits, *map(blocks, scores), sinks), dim=-1).softmax(dim=-1)
     out = shares[..., : 2 * window].flatten(2, 3) @ around  # [B, N, H * W, d]
     out = out.unflatten(2, (heads, window)).transpose(2, 3).flatten(1, 2)  # [B, N * W, H, d]
     for j, each in enumerate(own, start=2 * window):
