@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import BaseModel, NonNegativeInt, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -55,10 +55,7 @@ class _Entry(TypedDict):
     data_offsets: tuple[int, int]  # of its values, from the end of the header
 
 
-class _Header(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-    about: dict[str, str] | None = Field(None, alias="__metadata__")
-    __pydantic_extra__: dict[str, _Entry]
+_HEADER = TypeAdapter(dict[str, _Entry | dict[str, str] | None])  # the others: __metadata__
 
 
 class Shard:
@@ -78,7 +75,7 @@ class Shard:
         self.meta: dict[str, Tensor] = {}
         try:
             self._read_header()
-        except (OSError, ValueError, TypeError, RuntimeError) as error:  # torch's: sizes
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:  # of torch
             self._file.close()
             raise GraftError(
                 f"{path}: not a readable safetensors file ({in_words(error)}); if it was cut off, "
@@ -92,8 +89,9 @@ class Shard:
         size, begin = os.fstat(self._file.fileno()).st_size, 8 + int.from_bytes(first[:8], "little")
         if not 8 < begin <= min(size, 8 + _MOST_HEADER_BYTES):
             raise ValueError(f"a header of {begin - 8:,} bytes in a file of {size:,}")
-        header = _Header.model_validate_json(os.pread(self._file.fileno(), begin - 8, 8))
-        entries, start = header.model_extra or {}, 0
+        text, start = os.pread(self._file.fileno(), begin - 8, 8), 0
+        entries: dict[str, Any] = _HEADER.validate_json(text, strict=True)
+        entries.pop("__metadata__", None)
         for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
             if (dtype := entries[name]["dtype"]) not in _DTYPES:
                 raise ValueError(f"{name} is {dtype}, expected one of {', '.join(_DTYPES)}")
