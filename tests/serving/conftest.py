@@ -179,3 +179,13 @@ def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def left_behind(record: Path) -> list[object]:
+    """Return what a stand-in has left: processes, and the folder that it had for its sockets."""
+    found = read_record(record)
+    left, sockets = wait_gone(found["pids"]), Path(found["env"]["VLLM_RPC_BASE_PATH"])
+    deadline = time.monotonic() + 10  # a killed parent's watcher removes it
+    while sockets.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [*left, *([sockets] if sockets.exists() else [])]
