@@ -13,7 +13,7 @@ from pydantic import BaseModel, NonNegativeInt, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from mtp_graft.checkpoint.files import read_as, replacing, write_json
+from mtp_graft.checkpoint.files import fetched, read_as, replacing, write_json
 from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,7 +40,6 @@ _DTYPES: dict[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
-_LFS_POINTER = b"version https://git-lfs"
 _MOST_HEADER_BYTES = 10**8  # by the format
 
 
@@ -83,9 +82,7 @@ class Shard:
             ) from error
 
     def _read_header(self) -> None:
-        first = self._file.read(len(_LFS_POINTER))
-        if first == _LFS_POINTER:
-            raise ValueError("a git-lfs pointer: run `git lfs pull`")
+        first = fetched(self._file.read(32))
         size, begin = os.fstat(self._file.fileno()).st_size, 8 + int.from_bytes(first[:8], "little")
         if not 8 < begin <= min(size, 8 + _MOST_HEADER_BYTES):
             raise ValueError(f"a header of {begin - 8:,} bytes in a file of {size:,}")
