@@ -62,6 +62,9 @@ class Published(NamedTuple):
         """Write sparse files and return their folder."""
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(self.config))
+        (folder / "tokenizer.json").write_text("{}")  # not public
+        for name in ("generation_config.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((shared(PREVIEW) / name).read_bytes())
         for shard, held in self.shards.items():
             with (folder / shard).open("wb") as file:
                 _write_header(held, file)
