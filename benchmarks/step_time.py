@@ -5,8 +5,8 @@
         --tensor-parallel-size 2 --profile 128k
 
 FOLDER is `flash_width.py`'s. One engine for each number of layers, head and draft LM head; on it
-one decode for each k, number of requests and number of tokens before: `ChosenK` tells the engine how
-many to draft. Loads of more than 2^17 tokens are left out.
+one decode for each k, number of requests and number of tokens before: `ChosenK` tells the engine
+how many to draft. Loads of more than 2^17 tokens are left out.
 With `--fixed` each k has an engine of its own. A point that the result has is not measured again.
 Several of these programs, each with its own jobs, GPUs and cores, may share one result. Weights are
 random, so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because
