@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from mtp_graft.checkpoint.quantization_config import int4_group_size
+from mtp_graft.checkpoint.quantization_config import INTEGERS, int4_group_size
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
@@ -146,7 +146,7 @@ def undivided(config: Mapping[str, Any], ranks: int) -> str | None:
 
     Raises GraftError for a config, its dimensions checked, that is not in W4A16-FP8.
     """
-    group = int4_group_size(config.get("quantization_config") or {})
+    group = int4_group_size(config.get("quantization_config") or {}, INTEGERS)
     heads, groups = config["num_attention_heads"], config["o_groups"]
     inner = config["moe_intermediate_size"]
     if heads % ranks:

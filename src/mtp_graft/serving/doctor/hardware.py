@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
+from mtp_graft.checkpoint.quantization_config import INTEGERS
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import MXFP4_GROUP
 from mtp_graft.serving import command, topology
@@ -110,7 +111,7 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
         found = f"{tp} ranks on {hardware.num_gpus} GPUs"
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
-    groups = {"int4": checkpoint.group_size, "mxfp4": MXFP4_GROUP}
+    groups = {**dict.fromkeys(INTEGERS, checkpoint.group_size), "mxfp4": MXFP4_GROUP}
     group = max((groups.get(str(each), 1) for each in checkpoint.formats.values()), default=1)
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     for key, unit in units.items():
