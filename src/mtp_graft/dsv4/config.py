@@ -75,6 +75,8 @@ def check_dimensions(config: Mapping[str, Any], file: object = "config.json") ->
 def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
     """Return each layer's compression ratio; None if the config has no list of them."""
     listed = config.get("compress_ratios")
-    if isinstance(listed, list) and all(type(r) is int and 0 <= r <= 2**16 for r in listed):
+    if not isinstance(listed, list) or len(listed) > 2**10:
+        return None
+    if all(type(ratio) is int and 0 <= ratio <= 2**16 for ratio in listed):
         return listed
     return None

@@ -45,7 +45,7 @@ class Checkpoint:
         unreadable: Mapping[str, str],
     ) -> None:
         self.folder, self.config, self.index = folder, config, index
-        self.shards, self.unreadable = shards, unreadable
+        self.unreadable = unreadable
         self.num_layers: int = config["num_hidden_layers"]  # also the head's index in vLLM
         self.ratios = compress_ratios(config) or []
         #: The config's section as vLLM reads it, or why it cannot.
@@ -54,7 +54,11 @@ class Checkpoint:
             self.quantization = read_quantization(config)
         except GraftError as error:
             self.quantization = error
-        held = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+        named, listed = set(index.values()), index.keys()
+        #: Left-over shards, which vLLM leaves out: all that they hold is listed in others.
+        self.stale = {s for s, found in shards.items() if s not in named and found.keys() <= listed}
+        self.shards = {s: found for s, found in shards.items() if s not in self.stale}
+        held = {name: found[name] for found in self.shards.values() for name in found}
         #: Who made the checkpoint, if its format is known and not W4A16-FP8.
         self.foreign_format = self._foreign_format(held)
         names = sorted(held.keys() | index.keys())
