@@ -13,7 +13,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.plan import as_json, check_room, disk_needs
 from mtp_graft.stages.fetch import Source, download, find_source, headers_of
 from mtp_graft.stages.inputs import Progress
-from mtp_graft.stages.splice import plan_splice, splice
+from mtp_graft.stages.splice import open_base, plan_splice, splice
 
 #: What can be made of upstream's head without calibration.
 Head = Literal["mxfp4", "bf16"]
@@ -44,7 +44,7 @@ def graft(
         raise GraftError(f"{out}: already exists; remove it or choose another folder")
     sources = _find(base, "base"), _find(upstream, "head")
     with headers_of(sources[0]) as base_folder, headers_of(sources[1]) as upstream_folder:
-        planned = plan_splice(base_folder, upstream_folder, head)
+        planned = plan_splice(open_base(base_folder), upstream_folder, head)
     needs = disk_needs(sources, out, [planned.bytes], copy=copy)
     check_room(needs)
     result: dict[str, Any] = {

@@ -15,7 +15,6 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
@@ -27,7 +26,7 @@ from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens
 from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
-from mtp_graft.stages.splice import plan_splice
+from mtp_graft.stages.splice import open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 
@@ -77,10 +76,10 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     """
     check_dimensions(base.config, f"{base.given}/config.json")
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        kinds: tuple[Variant, ...] = ("mxfp4", "rtn", *recipe.served_variants)
-        folders, linears = (base_folder, upstream_folder), recipe.splice.linears
-        heads = {k: plan_splice(*folders, k, linears).layout for k in set(kinds) - {"gptq"}}
-        tensors = read_meta(base_folder)
+        kinds: tuple[Variant, ...] = ("mxfp4", "rtn", *recipe.served_variants)  # the least first
+        given, linears = (open_base(base_folder), upstream_folder), recipe.splice.linears
+        different = [kind for kind in dict.fromkeys(kinds) if kind != "gptq"]
+        heads = {kind: plan_splice(*given, kind, linears).layout for kind in different}
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
@@ -92,7 +91,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
             f"serve.tensor_parallel_size is {ranks}, expected a number that divides "
             f"{', '.join(uneven)} of {base.given}"
         )
-    return Models(base, upstream, tensors, {**heads, "gptq": heads["rtn"]})
+    return Models(base, upstream, given[0].tensors, {**heads, "gptq": heads["rtn"]})
 
 
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:

@@ -17,7 +17,7 @@ from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
 from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import FLOAT32, upstream_head_names
+from mtp_graft.dsv4.names import storage_dtype, upstream_head_names
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.command import read_dimensions
@@ -95,12 +95,15 @@ def check_head(
             "upstream are different models, or a shard is damaged: fetch it again"
         )
     for name, tensor in head.meta.items():
-        if FLOAT32.search(name) and tensor.dtype != torch.float32:
-            raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected torch.float32")
+        right = storage_dtype(name)
+        if tensor.dtype == torch.float16 or tensor.dtype != right == torch.float32:
+            raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected {right}")
 
 
-def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a base's config.json and weight map.
+def read_base(
+    base: Path, *needed: str, known: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a base's config.json and weight map; `known` are its tensors, if they have been read.
 
     Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
     [V, D] is missing or has another shape than config.json says.
@@ -110,7 +113,7 @@ def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]
     for name in needed:
         if name not in weight_map:
             raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
-        found = list(read_meta(base, name)[name].shape)
+        found = list((known or read_meta(base, name))[name].shape)
         if found != expected:
             raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
     return settings, weight_map
