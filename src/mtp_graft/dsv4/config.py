@@ -1,4 +1,8 @@
-"""What shapes and memory are computed from in a DeepSeek-V4 config.json."""
+"""What shapes and memory are computed from in a DeepSeek-V4 config.json.
+
+A layer's kind is said in DeepSeek's keys (`compress_ratios`, `num_hash_layers`) or in transformers'
+(`layer_types`, `compress_rates`, `mlp_layer_types`), which count where the former are absent.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -36,6 +40,9 @@ class Dimensions(BaseModel):
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] | None = None
     num_hash_layers: Annotated[int, Field(ge=0, le=2**12)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    layer_types: list[str] | None = None
+    mlp_layer_types: list[str] | None = None
+    compress_rates: dict[str, int] | None = None
 
 
 def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> Dimensions:
@@ -56,8 +63,24 @@ def check_dimensions(config: Mapping[str, Any], file: object = "config.json") ->
 
 
 def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
-    """Return each layer's compression ratio; None if the config has no list of whole numbers."""
+    """Return the compression ratio of each layer and of the head, of a config with good dimensions.
+
+    None if it has neither a list of whole numbers nor one of known kinds of attention.
+    """
     listed = config.get("compress_ratios")
+    if listed is None and (kinds := config.get("layer_types")) is not None:
+        rates = {"sliding_attention": 0, **(config.get("compress_rates") or {})}
+        listed = [*map(rates.get, kinds[: config["num_hidden_layers"]]), 0]
     if isinstance(listed, list) and all(type(ratio) is int and ratio >= 0 for ratio in listed):
         return listed
     return None
+
+
+def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
+    """Return transformers' keys that a release of vLLM stops at; "" if it reads the config.
+
+    0.33 reads either spelling. 0.32 wants DeepSeek's and refuses `hash_moe` beside `layer_types`.
+    """
+    kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]
+    own = all(config.get(key) is not None for key in ("compress_ratios", "num_hash_layers"))
+    return " and ".join(kinds) if release < (0, 33) and not (own and len(kinds) < 2) else ""

@@ -21,6 +21,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import gpus, torch_device
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
+from mtp_graft.serving.command import check_readable, installed_vllm
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.capture import step_tokens
@@ -74,6 +75,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     A head by GPTQ has the tensors of one that is rounded to nearest.
     """
     check_dimensions(base.config, f"{base.given}/config.json")
+    check_readable(base.config, f"{base.given}/config.json", installed_vllm())
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         kinds: set[Variant] = {"rtn", *recipe.served_variants} - {"gptq"}
         folders, linears = (base_folder, upstream_folder), recipe.splice.linears

@@ -21,7 +21,7 @@ from typer.models import ParameterInfo
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
-from mtp_graft.dsv4.config import check_dimensions
+from mtp_graft.dsv4.config import check_dimensions, unread_keys
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
@@ -185,6 +185,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     on_cpu = vllm.platform == "cpu"
     port = options.port or check_port(options.host, 0)
     num_draft = num_speculative_tokens(options, vllm.platform)
+    check_readable(read_config(options.checkpoint), options.checkpoint / "config.json", vllm)
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
     kv_cache_gib = options.kv_cache_gib or (1.0 if on_cpu else None)
     always, _ = split(ALWAYS)
@@ -220,10 +221,12 @@ def as_words(flags: Mapping[str, object]) -> Iterator[str]:
 
 def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
     """Check the checkpoint folder and return how many tokens a step will draft."""
+    from mtp_graft.checkpoint.makers import expect_format
     from mtp_graft.checkpoint.shards import read_index
     from mtp_graft.dsv4.names import HEAD_PREFIX
 
     folder, wanted = options.checkpoint, options.num_speculative_tokens
+    expect_format(folder, "served")
     read_config(folder)
     has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
     if wanted and not has_head:
@@ -338,6 +341,15 @@ def read_dimensions(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     check_dimensions(config, folder / "config.json")
     return config
+
+
+def check_readable(config: Mapping[str, Any], file: object, vllm: InstalledVllm | None) -> None:
+    """Raise GraftError for a config with keys that a vLLM stops at."""
+    if vllm and (keys := unread_keys(config, vllm.version.release)):
+        raise GraftError(
+            f"{file}: has {keys}; expected compress_ratios and num_hash_layers alone, which vLLM "
+            f"{vllm.version} reads; take vLLM 0.33, or config.json of the base's release"
+        )
 
 
 def check_port(host: str, port: int) -> int:

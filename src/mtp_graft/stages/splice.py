@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from mtp_graft.checkpoint import files, quant_manifest, shards
+from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head, int4_group_size, read_quantization
 from mtp_graft.dsv4.formats import modules_of, part_name
@@ -122,12 +123,14 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
+    expect_format(base, "base")
     read, published, experts = _read_base(base), None, Tensors()
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         published = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
         variant, linears = _describe(upstream, published, head.meta, variant)
     else:
+        expect_format(upstream, "head")
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mtp_graft.checkpoint.makers import foreign_maker
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios
@@ -23,6 +23,7 @@ from mtp_graft.serving.command import read_dimensions
 _EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _EXPERT = re.compile(r"(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.")
 _LAYER = re.compile(r"^layers\.(\d{1,6})\.")
+_ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
@@ -55,9 +56,12 @@ class Checkpoint:
         except GraftError as error:
             self.quantization = error
         held = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
-        #: Who made the checkpoint, if its format is known and not W4A16-FP8.
-        self.foreign_format = self._foreign_format(held)
+        #: Who made the checkpoint, if it is not W4A16-FP8 as config and routers say.
         names = sorted(held.keys() | index.keys())
+        routed = [sum(t.shape[:1]) for name, t in held.items() if _ROUTER.search(name)]
+        num_experts = max(config["n_routed_experts"], min(routed, default=0))
+        told = {**config, "n_routed_experts": num_experts}
+        self.foreign_format = foreign_maker(folder, told, names)
         self.read_as = {name: canonical_name(name, self.num_layers) for name in names}
         self.tensors = {self.read_as[name]: tensor for name, tensor in held.items()}
         #: Names that the index lists and no readable shard holds.
@@ -66,24 +70,6 @@ class Checkpoint:
         self.modules: Mapping[str, Parts] = modules_of(self.tensors)
         self.formats = {name: format_of(parts) for name, parts in self.modules.items()}
         self.group_size = _group_size(self.modules)
-
-    def _foreign_format(self, held: Mapping[str, Tensor]) -> str | None:
-        section = self.config.get("quantization_config")
-        section = section if isinstance(section, dict) else {}
-        method = section.get("quant_method")
-        scales = {tensor.dtype for name, tensor in held.items() if "scale" in name}
-        if (self.folder / "hf_quant_config.json").exists() or "moe_quant_algo" in section:
-            return "NVIDIA ModelOpt's"
-        if method == "fp8" or (method is None and torch.float8_e8m0fnu in scales):
-            blocks = {name.split(".")[1] for name in self.index if name.startswith("mtp.")}
-            head = {0: "", 1: ", with an MTP head"}.get(len(blocks), ", with a DSpark drafter")
-            return f"DeepSeek's own FP8 and MXFP4{head}"
-        if method is None:
-            return "MLX's" if isinstance(self.config.get("quantization"), dict) else None
-        if isinstance(self.quantization, QuantizationConfig):
-            kinds = {group.kind for group in self.quantization.config_groups.values()}
-            return "compressed-tensors' NVFP4" if "nvfp4" in kinds else None
-        return method if isinstance(method, str) and method != "compressed-tensors" else None
 
     @property
     def misnamed(self) -> dict[str, str]:

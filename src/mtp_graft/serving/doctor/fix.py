@@ -76,7 +76,7 @@ def _corrected_config(checkpoint: Checkpoint) -> dict[str, Any]:
         return config
     if checkpoint.has_head:
         config["num_nextn_predict_layers"] = 1
-        if len(checkpoint.ratios) >= layers:
+        if len(checkpoint.ratios) >= layers and "compress_ratios" in config:
             config["compress_ratios"] = [*checkpoint.ratios[:layers], 0]
     if isinstance(checkpoint.quantization, QuantizationConfig):
         config["quantization_config"] = corrected(checkpoint)

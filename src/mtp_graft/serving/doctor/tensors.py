@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import INDEX_NAME
+from mtp_graft.dsv4.config import unread_keys
 from mtp_graft.dsv4.formats import part_name, stored_as, weight_of
 from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
@@ -21,8 +22,8 @@ _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 #: dtype that a tensor is stored in -> what is read as well.
 _ALSO_READ = {
-    torch.bfloat16: (torch.float16, torch.float32),
-    torch.float32: (torch.bfloat16, torch.float16),  # a finding of its own
+    torch.bfloat16: (torch.float32,),
+    torch.float32: (torch.bfloat16,),  # a finding of its own
     torch.uint8: (torch.float8_e8m0fnu,),
     torch.int32: (torch.int64,),
 }
@@ -51,8 +52,11 @@ def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
             yield "tensor-twice", name, f"{count} times", "once"
 
 
-def config(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
-    """Find a head that is absent, or of which config.json says something else."""
+def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+    """Find keys that vLLM does not read, and a head that is absent or not as config.json says."""
+    if target.vllm and (keys := unread_keys(checkpoint.config, target.vllm.release)):
+        expected = "compress_ratios and num_hash_layers alone"
+        yield finding("config-dialect", "config.json", keys, expected)
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
@@ -86,6 +90,7 @@ def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
 def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     """Compare the tensors with those that the config asks for, in the formats they are in."""
     asked, known = _asked(checkpoint)
+    in_half = "float16" in (checkpoint.config.get(key) for key in ("torch_dtype", "dtype"))
     tensors = {n: t for n, t in checkpoint.tensors.items() if not _OTHER_BLOCK.match(n)}
     if target.platform != "cpu":
         known |= _HEAD_COPIES
@@ -97,8 +102,11 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
         yield f"{_place(name)}-tensor-unknown", name, "of no module", "none"
     for name in sorted(asked.keys() & tensors.keys()):
         tensor, like = tensors[name], asked[name]
-        if tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
-            yield "tensor-dtype", name, tensor.dtype, like.dtype
+        is_half = tensor.dtype == torch.float16 and like.is_floating_point()
+        read = (like.dtype, *_ALSO_READ.get(like.dtype, ()))
+        if tensor.dtype not in read and not (is_half and in_half):
+            kind = "tensor-float16" if is_half else "tensor-dtype"
+            yield kind, name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
             kind = "scale-shape" if name.endswith("weight_scale") else "tensor-shape"
             yield kind, name, list(tensor.shape), f"{list(like.shape)} by config.json"
