@@ -160,13 +160,9 @@ def _check_matrix(
                 f"{group}); recipe and checkpoint disagree, or the shard is damaged"
             )
     _expect_finite(module, parts)
-    stored_shape = parts.get("weight_shape")
-    if (
-        stored_shape is not None
-        and not stored_shape.is_meta
-        and tuple(stored_shape.tolist()) != shape
-    ):
-        raise GraftError(f"{module}: weight_shape is {stored_shape.tolist()}, expected {shape}")
+    said = [t.tolist() for part, t in parts.items() if part == "weight_shape" and not t.is_meta]
+    if said and tuple(said[0]) != shape:
+        raise GraftError(f"{module}: weight_shape is {said[0]}, expected {shape}")
 
 
 def _expect_finite(module: str, parts: Parts) -> None:
@@ -174,11 +170,7 @@ def _expect_finite(module: str, parts: Parts) -> None:
     for part, tensor in parts.items():
         is_exponent = part == "weight_scale" and tensor.dtype == torch.uint8
         values = tensor.view(torch.float8_e8m0fnu) if is_exponent else tensor
-        if (
-            values.is_floating_point()
-            and not values.is_meta
-            and not values.float().isfinite().all()
-        ):
+        if values.is_floating_point() and not (values.is_meta or values.float().isfinite().all()):
             what = "a scale" if "scale" in part else "a value"
             raise GraftError(f"{module}: has {what} that is not finite; fetch the shard again")
 
