@@ -4,8 +4,7 @@
 
 Every option quantizes all experts on the calibration split's Hessians. Its error is measured on
 those, and on the Hessians of the evaluation split, which no option has seen: the mean over experts
-and matrices of ||(W - Q) H^1/2|| / ||W H^1/2||. `identity` calibrates on what the experts see
-without the head's attention, and is measured on what they see with it.
+and matrices of ||(W - Q) H^1/2|| / ||W H^1/2||.
 """
 
 from pathlib import Path
@@ -34,9 +33,8 @@ def main() -> None:
     parser.add_argument("--capture", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    weights, seen, counts = calibrate(options.capture, "calibration", "true")
-    _, identity, counts_2 = calibrate(options.capture, "calibration", "identity")
-    _, unseen, held_out = calibrate(options.capture, "evaluation", "true")
+    weights, seen, counts = calibrate(options.capture, "calibration")
+    _, unseen, held_out = calibrate(options.capture, "evaluation")
 
     def errors(values: Matrices) -> dict[str, Any]:
         return {
@@ -51,9 +49,8 @@ def main() -> None:
         }
 
     results: list[dict[str, Any]] = [{"option": "rtn", **errors(nearest(weights))}]
-    for name, hessians, rules in candidates(seen, identity):
-        tokens = counts_2 if hessians is identity else counts
-        quantized = quantize_experts(weights, hessians, tokens, range(len(counts)), rules)
+    for name, hessians, rules in candidates(seen):
+        quantized = quantize_experts(weights, hessians, counts, range(len(counts)), rules)
         values = {m: int4.decode(q.codes, q.scale) for m, q in quantized.items()}
         results.append({"option": name, **errors(values)})
         print(
@@ -63,10 +60,10 @@ def main() -> None:
     write_result(options.out, "gptq_options", results, tokens=tokens)
 
 
-def calibrate(capture: Path, split: str, replay: str) -> tuple[Matrices, Matrices, list[int]]:
+def calibrate(capture: Path, split: str) -> tuple[Matrices, Matrices, list[int]]:
     """Return the original weights, the Hessians of a split, and each expert's tokens."""
     inputs = open_inputs(capture, MODEL / "upstream", MODEL / "base", split, "embed.weight")
-    routed = replay_capture(inputs, replay, Clock("cpu"), lambda *_: None)
+    routed = replay_capture(inputs, Clock("cpu"), lambda *_: None)
     experts = range(inputs.model.n_routed_experts)
     decoded = decode_head(inputs.read_upstream([*inputs.head.files]))
     weights = {
@@ -82,11 +79,8 @@ def nearest(weights: Matrices) -> Matrices:
     return {m: int4.decode(int4.encode(w, scales[m]), scales[m]) for m, w in weights.items()}
 
 
-def candidates(seen: Matrices, identity: Matrices) -> list[tuple[str, Matrices, QuantizeSection]]:
-    found = [
-        ("default", seen, QuantizeSection()),
-        ("default, identity replay", identity, QuantizeSection()),
-    ]
+def candidates(seen: Matrices) -> list[tuple[str, Matrices, QuantizeSection]]:
+    found = [("default", seen, QuantizeSection())]
     for scale in ("absmax", "mse"):
         for damp in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
             rules = QuantizeSection(damp=damp, damping="fixed", scale=scale)

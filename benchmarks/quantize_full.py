@@ -1,6 +1,6 @@
 """Time the whole quantize stage on an input of Flash's size, from files that are in no cache.
 
-    python benchmarks/quantize_full.py --input FOLDER --out result.json [--rounds 2] [--replay true]
+    python benchmarks/quantize_full.py --input FOLDER --out result.json [--rounds 2]
 
 FOLDER is `synthetic_flash.py`'s. Triton compiles its kernels beforehand, in a process of its own
 (`warm_up_s`). Before every round the files are dropped from the page cache and the disk's own
@@ -41,7 +41,6 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--replay", nargs="+", default=["true"])
     parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stage-run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -49,26 +48,25 @@ def main() -> None:
         warm_up()
         return
     if options.stage_run is not None:
-        run_stage(options.input, options.stage_run, options.replay[0])
+        run_stage(options.input, options.stage_run)
         return
     command = [sys.executable, __file__, "--input", ".", "--out", "-", "--warm-up"]
     warm_up_s = seconds_of(command)
     rounds = []
-    for replay in options.replay:
-        for _ in range(options.rounds):
-            rounds.append({"replay": replay, **one_round(options.input, replay)})
-            print(json.dumps(rounds[-1]), flush=True)
-            found = {**summary(rounds), "warm_up_s": warm_up_s}
-            write_result(options.out, "quantize_full", found)
+    for _ in range(options.rounds):
+        rounds.append(one_round(options.input))
+        print(json.dumps(rounds[-1]), flush=True)
+        found = {**summary(rounds), "warm_up_s": warm_up_s}
+        write_result(options.out, "quantize_full", found)
 
 
-def one_round(folder: Path, replay: str) -> dict[str, Any]:
+def one_round(folder: Path) -> dict[str, Any]:
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     drop_from_cache(folder)
     disk = disk_speeds(folder)
     command = [sys.executable, __file__, "--input", str(folder), "--out", "-"]
-    wall = seconds_of([*command, "--stage-run", str(run), "--replay", replay])
+    wall = seconds_of([*command, "--stage-run", str(run)])
     report = json.loads((run / "report.json").read_text())
     measured = json.loads((folder / MEASURED).read_text())
     keys = ("variants", "seconds", "peak_gpu_bytes", "peak_host_bytes", "calibration_tokens")
@@ -98,7 +96,7 @@ def warm_up() -> None:
         torch.cuda.synchronize()
 
 
-def run_stage(folder: Path, run: Path, replay: str) -> None:
+def run_stage(folder: Path, run: Path) -> None:
     """Run the stage once, in this process."""
     from mtp_graft.recipe import QuantizeSection
     from mtp_graft.stages.quantize import quantize
@@ -106,7 +104,7 @@ def run_stage(folder: Path, run: Path, replay: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.zeros(1, device=device)  # the context is the process's, not the stage's
-    config = QuantizeSection(device=device, replay=replay)  # type: ignore[arg-type]
+    config = QuantizeSection(device=device)  # type: ignore[arg-type]
     inputs = (folder / "capture", folder / "upstream", folder / "base")
     started = time.perf_counter()
     phases: dict[str, float] = {}
@@ -177,16 +175,15 @@ def read_directly(file: Path) -> int:
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return medians over the rounds with true attention, and every round."""
-    main_rounds = [r for r in rounds if r["replay"] == rounds[0]["replay"]]
-    parts, speeds = main_rounds[0]["seconds"], main_rounds[0]["disk_bytes_per_s"]
+    """Return medians over the rounds, and every round."""
+    parts, speeds = rounds[0]["seconds"], rounds[0]["disk_bytes_per_s"]
     return {
-        "tokens": main_rounds[0]["calibration_tokens"],
-        "seconds": {p: statistics.median(r["seconds"][p] for r in main_rounds) for p in parts},
-        "peak_gpu_bytes": max(r["peak_gpu_bytes"] for r in main_rounds),
-        "peak_host_bytes": max(r["peak_host_bytes"] for r in main_rounds),
+        "tokens": rounds[0]["calibration_tokens"],
+        "seconds": {p: statistics.median(r["seconds"][p] for r in rounds) for p in parts},
+        "peak_gpu_bytes": max(r["peak_gpu_bytes"] for r in rounds),
+        "peak_host_bytes": max(r["peak_host_bytes"] for r in rounds),
         "disk_bytes_per_s": {
-            n: statistics.median(r["disk_bytes_per_s"][n] for r in main_rounds) for n in speeds
+            n: statistics.median(r["disk_bytes_per_s"][n] for r in rounds) for n in speeds
         },
         "rounds": rounds,
     }

@@ -5,12 +5,13 @@
         --tensor-parallel-size 2 --profile 128k
 
 FOLDER is `flash_width.py`'s. One engine for each number of layers, head and draft LM head; on it
-one decode for each k and number of requests: `ChosenK` tells the engine how many tokens to draft.
+one decode for each k, number of requests and number of tokens before: `ChosenK` tells the engine how
+many to draft. Loads of more than 2^17 tokens are left out.
 With `--fixed` each k has an engine of its own. A point that the result has is not measured again.
 Several of these programs, each with its own jobs, GPUs and cores, may share one result. Weights are
 random, so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because
 greedy text of random weights repeats one token. Time to the first token is the median of seven
-prompts, each alone.
+prompts of the shortest context, each alone.
 
 A step of all 43 layers is measured, or extrapolated through two numbers of layers. With the
 probability p that a draft is accepted if all before it were,
@@ -66,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fixed", action="store_true", help="one engine for each k")
     parser.add_argument("--draft-lm-heads", nargs="+", default=["none"], help="none, fp8, nvfp4")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--context", type=int, default=1000)
+    parser.add_argument("--context", type=int, nargs="+", default=[1000], help="tokens before")
     parser.add_argument("--rate", type=float, default=0.7, help="synthetic acceptance, on a GPU")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -107,10 +108,10 @@ def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
         os.environ[CHOSEN_K] = str(chosen)
         with started(engine) as llm:
             start_s = time.perf_counter() - began
-            for k, requests in missing(job, options):
-                chosen.write_text(str(k))
-                entry = {**identity(job, k, options), "requests": requests, "rate": engine.rate}
-                entry |= {"start_s": start_s, **time_steps(llm, engine, k, requests, options)}
+            for point in missing(job, options):
+                chosen.write_text(str(point["k"]))
+                entry = {**point, "rate": engine.rate, "start_s": start_s}
+                entry |= time_steps(llm, engine, point, options)
                 print(json.dumps(entry), flush=True)
                 add_measurements(options.out, "step_time", [entry], summarize, NOTE)
 
@@ -118,7 +119,7 @@ def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
 def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
     """Return the engine: one k as vLLM takes it, several with CUDA graphs for each of them."""
     most = max(job.ks, default=0)
-    length = options.context + options.steps * (1 + most) + 64
+    length = max(options.context) + options.steps * (1 + most) + 64
     if options.profile:
         length = PROFILES[options.profile].max_model_len
     more: dict[str, Any] = {}
@@ -152,40 +153,41 @@ def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
 
 
 def time_steps(
-    llm: Any, engine: EngineOptions, k: int, requests: int, options: argparse.Namespace
+    llm: Any, engine: EngineOptions, point: Entry, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Decode so many requests at once; return what `summarize_steps` says of it."""
     vocabulary = json.loads((engine.checkpoint / "config.json").read_text())["vocab_size"]
-    prompts = random_prompts(requests, options.context, vocabulary)
+    requests, context = point["requests"], point["context"]
+    prompts = random_prompts(requests, context, vocabulary)
     for _ in decode(llm, prompts, 16):
         pass  # compiles what this load needs
-    wanted = int(options.steps * tokens_per_step(k, engine.rate or 0.0))
+    wanted = int(options.steps * tokens_per_step(point["k"], engine.rate or 0.0))
     found = summarize_steps(list(decode(llm, prompts, wanted)), requests)
-    if requests == 1:
-        alone = random_prompts(8, options.context, vocabulary, seed=1)
+    if requests == 1 and context == min(options.context):
+        alone = random_prompts(8, context, vocabulary, seed=1)
         steps = [list(decode(llm, [prompt], 1)) for prompt in alone]
         found["ttft_ms"] = 1000 * median(first.at - sent.at for sent, first in steps[1:])
     return found
 
 
 def identity(job: Job, k: int, options: argparse.Namespace) -> Entry:
-    """Return what tells a measurement from others, but for the number of requests."""
+    """Return what tells a measurement from others, but for the load."""
     entry = {"layers": job.layers, "variant": job.variant, "k": k}
     entry |= {"draft_lm_head": job.draft_lm_head, "fixed": len(job.ks) == 1}
     return entry | {name: getattr(options, name) for name in SETTING}
 
 
-def missing(job: Job, options: argparse.Namespace) -> list[tuple[int, int]]:
-    """Return each k and number of requests that the result file does not have."""
-    found = measurements(options.out)
-    return [
-        (k, requests)
+def missing(job: Job, options: argparse.Namespace) -> list[Entry]:
+    """Return each point that the result file does not have."""
+    points = [
+        identity(job, k, options) | {"requests": requests, "context": context}
+        for context in options.context
         for k in job.ks or (0,)
         for requests in options.requests
-        if not any(
-            (identity(job, k, options) | {"requests": requests}).items() <= e.items() for e in found
-        )
+        if requests * context <= 2**17
     ]
+    found = measurements(options.out)
+    return [p for p in points if not any(p.items() <= entry.items() for entry in found)]
 
 
 def summarize(found: list[Entry]) -> dict[str, Any]:
@@ -199,11 +201,12 @@ def tokens_per_step(k: int, rate: float) -> float:
 
 def pairs(found: list[Entry]) -> list[Entry]:
     """Return a line for each measurement with a head that has its base beside it."""
-    place = ("layers", *SETTING, "requests")
+    place = ("layers", *SETTING, "requests", "context")
     base = {key(e, *place): e for e in found if e["variant"] == "base"}
     return [
         {name: e[name] for name in ("layers", *SETTING, "variant", "k", "draft_lm_head", "fixed")}
-        | {"streams": e["requests"], "step_ms_base": base[key(e, *place)]["step_ms"]["median"]}
+        | {"streams": e["requests"], "context": e["context"]}
+        | {"step_ms_base": base[key(e, *place)]["step_ms"]["median"]}
         | {"step_ms_mtp": e["step_ms"]["median"]}
         for e in found
         if e["k"] and key(e, *place) in base
@@ -222,7 +225,7 @@ def extrapolate(found: list[Entry], layers: int) -> list[Entry]:
     """
     loads: dict[tuple[Any, ...], list[Entry]] = {}
     for line in pairs(found):
-        load = key(line, *SETTING, "variant", "k", "draft_lm_head", "fixed", "streams")
+        load = key(line, *SETTING, "variant", "k", "draft_lm_head", "fixed", "streams", "context")
         loads.setdefault(load, []).append(line)
     lines = []
     for group in loads.values():

@@ -2,7 +2,7 @@
 # What two GPUs show, in about 20 minutes with warm kernel caches: the tiny model on two ranks
 # against one, steps of all 43 layers of Flash's width, a server with a profile's flags.
 #
-#     benchmarks/two_gpus.sh OUT FLASH [texts|steps|serve|more]
+#     benchmarks/two_gpus.sh OUT FLASH [texts|width|checked|serve|steps|more]
 #
 # FLASH is a folder with room for 30 GB, for `flash_width.py`. OUT gets result files and logs/; what
 # they have is not measured again. A step that fails is in OUT/done.txt, and the next one begins.
@@ -25,9 +25,6 @@ check() { # NAME OPTIONS...: texts and acceptance of the tiny model
 
 texts() { # nine small engines side by side; two ranks read what one wrote
     local two=(--out "$out/two_ranks.json" --tensor-parallel-size 2) k
-    mtp graft $tiny/base $tiny/upstream "$head" >"$out/logs/head.log" 2>&1
-    step serve_check mtp serve "$head" "${flags[@]}" --check --json "$out/serve_check.json" \
-        --gpu-memory-utilization 0.2 --kv-cache-gib 4 --port 8001 &
     for k in 1 2 3; do
         CUDA_VISIBLE_DEVICES=$((k % 2)) check "one-k$k" --out "$out/one_rank.json" --k "$k" &
         check "two-k$k" "${two[@]}" --k "$k" &
@@ -36,6 +33,11 @@ texts() { # nine small engines side by side; two ranks read what one wrote
     check two-k0 "${two[@]}" --k 0 --reference "$out/one_rank.json"
     wait
     check compared "${two[@]}" --k 0 1 2 3 --reference "$out/one_rank.json"
+}
+
+checked() { # beside others
+    step serve_check mtp serve "$head" "${flags[@]}" --check --json "$out/serve_check.json" \
+        --gpu-memory-utilization 0.2 --kv-cache-gib 4 --port 8001
 }
 
 serve() { # alone, as a user of the profile starts it
@@ -51,18 +53,20 @@ timed() { # NAME OPTIONS...: all into one result
         --layers 43 --tensor-parallel-size 2 --kv-cache-gib 16 --requests 1 2 4 8 "${@:2}"
 }
 
-steps() { # the most valuable first
-    step flash_width python3 benchmarks/flash_width.py "$flash" --layers 43
-    timed 128k --profile 128k --variants base int4
+width() { step flash_width python3 benchmarks/flash_width.py "$flash" --layers 43; }
+
+steps() { timed 128k --profile 128k --variants base int4; }
+
+more() { # the most valuable first
+    timed base --profile 128k --variants base --requests 1 8 --context 1000 16000 64000
+    timed fixed --profile 128k --variants int4 --k 3 --fixed --requests 1 8
+    timed 524k --profile 524k --variants base int4 --requests 1 3
+    timed long --profile 128k --variants int4 --requests 1 8 --k 1 3 --context 1000 16000 64000
+    timed mxfp4 --profile 128k --variants mxfp4 --requests 1 8
+    timed fp8-lm-head --profile 128k --variants int4 --draft-lm-heads fp8 --requests 1 8
+    timed 256k --profile 256k --variants base int4 --requests 1 4
     timed acti --profile 128k --variants base int4 --requests 1 --k 1 3 --all-reduce acti
-    timed fixed --profile 128k --variants int4 --k 3 --fixed
 }
 
-more() {
-    timed mxfp4 --profile 128k --variants mxfp4
-    timed 524k --profile 524k --variants base int4
-    timed fp8-lm-head --profile 128k --variants int4 --draft-lm-heads fp8
-    timed 256k --profile 256k --variants base int4
-}
-
-for part in ${3:-texts steps serve more}; do "$part"; done
+[ -d "$head" ] || mtp graft $tiny/base $tiny/upstream "$head" >"$out/logs/head.log" 2>&1
+for part in ${3:-texts width checked serve steps more}; do "$part"; done

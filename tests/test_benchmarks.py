@@ -21,6 +21,7 @@ def load(name: str) -> Any:
 
 def entry(layers: int, variant: str, k: int, step_ms: float) -> dict[str, Any]:
     place = {"layers": layers, "variant": variant, "k": k, "draft_lm_head": None, "requests": 1}
+    place |= {"context": 1000}
     place |= {"fixed": False, "tensor_parallel_size": 1, "profile": None, "all_reduce": "vllm"}
     return {**place, "step_ms": {"median": step_ms}}
 

@@ -49,7 +49,7 @@ def change(file: Path, **values: Any) -> None:
         "| gptq (this one) | 1 | 80.3 % | 78.7 to 81.8 % | 1.80 | 79.5 % | 77.9 to 81.0 % |",
         "| GSM8K | 93 of 100 | 93.0 % | 86.3 to 96.6 % | 7 wrong |",
         "92.2 to 98.3 % | 2 AssertionError, 1 AttributeError, 3 NameError |",
-        "175,376 at the most, 2 experts none (policy: pool)",
+        "175,376 at the most, 2 experts none",
         f"| base | pastapaul/DeepSeek-V4-Flash-W4A16-FP8 | {'ab' * 20} |",
         f"| bench sweep-128k | {GPU}, vllm 0.33.0 | 61.5 | 91ae5e8c0ffee |",
         "| largest relative error (Frobenius) | 18.93 % |",

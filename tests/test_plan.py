@@ -191,7 +191,7 @@ def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
     base, upstream = survey(recipe.model)
     large = replace(base, sizes={"model.safetensors": 143 * 10**9})
     times = plan.estimate_times(recipe, [large, upstream])
-    assert times["score"]["seconds"] is None and "never timed" in times["score"]["by"]
+    assert "score" not in times, "which was never timed at this size"
     assert "Acti card" in times["capture"]["by"]
 
 

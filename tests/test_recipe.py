@@ -59,8 +59,8 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; did you mean 'variant'\?"),
-        ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; did you mean 'splice'"),
+        ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; there are .*variant"),
+        ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; there are .*splice"),
         ("splice.xyz=1", r"unknown key 'xyz'; there are copy, linears, variant$"),
         ("splice.variant=int4", r"\[splice\] variant is 'int4', expected 'rtn', 'gptq'"),
         ("splice.copy=1", r"\[splice\] copy is 1, expected a valid boolean"),
@@ -78,7 +78,6 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         ("bench.max_tokens=4000", r"\[bench\] max_tokens is 4000, expected less"),
         ("capture.new_tokens=2000", r"\[capture\] max_model_len is 2048, expected at least 2513"),
         ("quantize.damp=nan", r"damp is nan, expected a finite number"),
-        ("quantize.replay=false", r"replay is 'false', expected 'true' or 'identity'"),
     ],
 )
 def test_what_nobody_understands_is_refused_by_its_option(
@@ -105,7 +104,7 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
         ("x = " + "[" * 50_000, r"not a TOML file"),
         (MINIMAL + f"count = {10**400}\n", r"\[bench\] count is 1000.*expected less than"),
         ("model = 3", r"model is 3, expected a section"),
-        (MINIMAL + "[models]\n", r"unknown section 'models'; did you mean 'model'"),
+        (MINIMAL + "[models]\n", r"unknown section 'models'; there are bench, capture, model"),
         (MINIMAL.replace('name = "m"', ""), r"\[model\] name is missing"),
         (MINIMAL + "num_prompts = 8\n", r"\[bench\]: unknown key 'num_prompts'"),
     ],
@@ -123,12 +122,6 @@ def test_a_broken_recipe_is_one_error_that_names_the_file(
 def test_bundled_recipes_are_valid(repo_root: Path) -> None:
     tiny, _ = (load_recipe(repo_root / f"recipes/{name}.toml") for name in ("tiny", "dsv4-flash"))
     assert Path(tiny.model.base) == repo_root / "models" / "tiny-dsv4" / "base"
-
-
-@pytest.mark.parametrize("written", ["true", '"true"', "identity"])
-def test_a_choice_called_true_may_be_written_without_quotes(minimal: Path, written: str) -> None:
-    recipe = load_recipe(minimal, [f"quantize.replay={written}"])
-    assert recipe.quantize.replay == written.strip('"')
 
 
 def test_what_is_no_file_or_no_path_is_an_error(tmp_path: Path, minimal: Path) -> None:

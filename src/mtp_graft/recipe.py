@@ -4,7 +4,6 @@ Every setting is defined here, once: a section is a frozen pydantic model, and a
 own section. A wrong key or value is an error that names the file, or the `--set` that gave it.
 """
 
-import difflib
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -31,11 +23,6 @@ Linears = Literal["fp8", "base", "bf16"]
 ALL_VARIANTS: tuple[Variant, ...] = get_args(Variant)
 #: `auto` is the GPU if there is one.
 Device = Literal["auto", "cpu", "cuda"]
-#: What experts are calibrated on: the head's true inputs to them, or those without its attention.
-Replay = Annotated[
-    Literal["true", "identity"],  # `replay = true` is meant so, without quotes
-    BeforeValidator(lambda v: str(v).lower() if isinstance(v, bool) else v),
-]
 
 _exact = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -109,7 +96,6 @@ class QuantizeSection:
     scale: Literal["absmax", "mse"] = "mse"  # the rule for a group's scale
     group_size: Count = 128  # inputs per INT4 scale; as the base has it
     experts_per_batch: Count = 16  # the unit of resuming
-    replay: Replay = "true"
     device: Device = "auto"
 
 
@@ -283,7 +269,4 @@ def _find_problem(table: Mapping[str, Any]) -> str | None:
 
 
 def _unknown(what: str, name: str, kind: type) -> str:
-    valid = [known.name for known in fields(kind)]
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-    return f"unknown {what} {name!r}; {hint} {', '.join(sorted(valid))}"
+    return f"unknown {what} {name!r}; there are {', '.join(sorted(f.name for f in fields(kind)))}"

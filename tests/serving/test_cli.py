@@ -214,7 +214,7 @@ def test_a_stage_has_its_own_command_and_result(
         ("run RECIPE --only train", "'train' is not one of 'fetch', "),
         ("run RECIPE --only score --from score", "expected one of them"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
-        ("demo --set bench.round=2", "did you mean 'rounds'?"),
+        ("demo --set bench.round=2", "there are acceptance_count, count, k, "),
         ("train", "No such command"),
     ],
 )

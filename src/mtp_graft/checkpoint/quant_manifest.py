@@ -63,8 +63,6 @@ class QuantizeReport(TypedDict):
     scale: str
     calibration_tokens: int
     tokens_per_expert: dict[str, Any]
-    replay: str
-    zero_token_policy: str
     experts_without_tokens: list[int]
     variants: dict[str, dict[str, Any]]
     rel_errors: dict[str, dict[str, list[float]]]

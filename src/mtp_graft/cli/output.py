@@ -79,7 +79,7 @@ def check_writable(target: Path | None) -> Path | None:
         existed = target.exists()
         target.open("a").close()
         if not existed:
-            target.unlink(missing_ok=True)  # under torchrun every rank looks
+            target.unlink()
     return target
 
 

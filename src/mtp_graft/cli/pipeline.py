@@ -149,13 +149,11 @@ def _stage_command(stage: str, summary: str) -> None:
     ) -> None:
         from mtp_graft.pipeline.run import run_stage
         from mtp_graft.recipe import load_recipe
-        from mtp_graft.stages.parallel import is_first_rank
 
         folder = run or Path("runs") / recipe.stem
         with progress_bar() as report:
             result = run_stage(load_recipe(recipe, overrides), folder, stage, report)
-        if is_first_rank():  # of torchrun's: the first one tells
-            show(result, json_file, f"{stage}: done, in {folder / stage}")
+        show(result, json_file, f"{stage}: done, in {folder / stage}")
 
 
 for _stage, _summary in STAGES.items():

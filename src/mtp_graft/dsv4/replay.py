@@ -12,29 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4DecoderLayer,
-    DeepseekV4RotaryEmbedding,
-)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 from mtp_graft.dsv4.head import MTPHead, one_layer_config
 from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.errors import GraftError
-
-
-class FeedForwardOnly(nn.Module):
-    """Stand in for the head's layer without its attention, as the published head was calibrated."""
-
-    def __init__(self, layer: DeepseekV4DecoderLayer) -> None:
-        super().__init__()
-        self.ffn_hc, self.mlp = layer.ffn_hc, layer.mlp
-        self.post_attention_layernorm = layer.post_attention_layernorm
-
-    def forward(self, stream: Tensor, **_: Any) -> Tensor:
-        """Give the experts their input from `stream` [B, R, S, D]; return the stream itself."""
-        _, _, collapsed = self.ffn_hc(stream)
-        self.mlp(self.post_attention_layernorm(collapsed))
-        return stream
 
 
 class RoutingRecorder(nn.Module):
@@ -59,7 +41,6 @@ def build_head(
     tensors: Mapping[str, Tensor],
     *,
     with_experts: bool = True,
-    with_attention: bool = True,
     device: str = "cpu",
 ) -> MTPHead:
     """Return the head with decoded `mtp.0.*` weights, as `variants.decode_head` gives them.
@@ -76,8 +57,6 @@ def build_head(
     # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
     for name, view in head_from_module(head.state_dict()).items():
         view.copy_(tensors[name])
-    if not with_attention:
-        head.layer = FeedForwardOnly(head.layer)
     return head
 
 

@@ -18,19 +18,14 @@ from mtp_graft.pipeline import STAGES
 from mtp_graft.recipe import Recipe
 from mtp_graft.stages.fetch import FetchedModels, fetch
 from mtp_graft.stages.inputs import Progress
-from mtp_graft.stages.parallel import is_first_rank
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Make the run folder and keep others out of it inside the block.
 
-    Of torchrun's ranks, which work in it together, the first holds it for all. Raises GraftError if
-    it cannot be made, or if another process works in it.
+    Raises GraftError if it cannot be made, or if another process works in it.
     """
-    if not is_first_rank():
-        yield
-        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
@@ -86,11 +81,10 @@ class Run:
         return read_result(self.path / f"{name}.json")
 
     def keep(self, name: str, result: Mapping[str, Any]) -> None:
-        """Write what `result` will return; of torchrun's ranks, the first one does."""
-        if is_first_rank():
-            path = self.path / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            write_json(result, path)
+        """Write what `result` will return."""
+        path = self.path / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(result, path)
 
     def checkpoint(self, variant: str) -> Path:
         """Return where the checkpoint with this head is, or will be."""

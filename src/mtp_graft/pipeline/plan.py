@@ -202,43 +202,36 @@ def check_room(needs: Sequence[Need]) -> None:
 
 
 class _Timed(NamedTuple):
-    """What one run took, in seconds; None was not timed."""
+    """What one run took: a server's start in seconds, tokens a second, and seconds of stages."""
 
     by: str
-    start: float  # of a server
-    token: float  # a new one, with many requests at a time
-    decoded: float  # a new one, with one request at a time
-    quantize: float
-    score: float | None
-    splice: float
+    start: float
+    tok_s: float  # with many requests at a time
+    single_tok_s: float  # with one
+    stages: Mapping[str, float]
 
 
-_DEMO = _Timed("a demo of 288 s on two CPU cores", 23, 1 / 330, 1 / 120, 3.1, 8.8, 1.5)
-#: 25 minutes for 256 prompts x 256 tokens, in an eager server; 52.8 tok/s is 85.5 by 1.62. The
-#: start is that of a cold H100.
-_ACTI = _Timed("the Acti card, 2x RTX PRO 6000", 244, 1500 / 256**2, 1 / 52.8, 180, None, 120)
+_DEMO = _Timed("a demo of 288 s on two CPU cores", 23, 330, 120, {"quantize": 3.1, "score": 8.8})
+#: Its 25 minutes were for 256 prompts x 256 tokens, its start that of a cold H100.
+_ACTI = _Timed("the Acti card, 2x RTX PRO 6000", 244, 256**2 / 1500, 52.8, {"quantize": 180})
 
 
 def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
-    """Return `seconds` of every stage that takes long, and `by` which run they were estimated."""
+    """Return `seconds` of every stage that was timed and takes long, and `by` which run."""
     timed = _ACTI if sum(sources[0].sizes.values()) > 10 * 10**9 else _DEMO
     capture, bench, heads = recipe.capture, recipe.bench, len(recipe.served_variants)
     texts = min(bench.acceptance_count or capture.evaluation_count, capture.evaluation_count)
-    captured = capture.calibration_count + capture.evaluation_count
+    captured = (capture.calibration_count + capture.evaluation_count) * capture.new_tokens
+    answered = heads * texts * capture.new_tokens
     decoded = bench.count * bench.max_tokens * (2 * bench.rounds + 1)
-    served = (1 + heads) * timed.start + heads * texts * capture.new_tokens * timed.token
     seconds = {
-        "capture": timed.start + captured * capture.new_tokens * timed.token,
-        "quantize": timed.quantize,
-        "score": timed.score,
-        "splice": timed.splice,
-        "bench": served + decoded * timed.decoded,
+        "capture": timed.start + captured / timed.tok_s,
+        **timed.stages,
+        "bench": (1 + heads) * timed.start + answered / timed.tok_s + decoded / timed.single_tok_s,
     }
-    download = sum(source.bytes_to_download for source in sources) / 10**8
-    by = "100 MB a second to download, 1 GB a second to hash: guesses"
-    return {"fetch": {"seconds": 1.1 * download, "by": by}} | {
-        stage: {"seconds": s, "by": timed.by if s else "not known: never timed"}
-        for stage, s in seconds.items()
+    download = {"seconds": sum(source.bytes_to_download for source in sources) / 10**8}
+    return {"fetch": download | {"by": "100 MB a second: a guess"}} | {
+        stage: {"seconds": s, "by": timed.by} for stage, s in seconds.items()
     }
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 from mtp_graft.checkpoint.manifest import fingerprints, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.bench import (
     bench,
@@ -42,7 +41,6 @@ from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.calibration import load_calibration
 from mtp_graft.stages.capture import capture, prompts_by_source, recording_options
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
-from mtp_graft.stages.parallel import num_ranks
 from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
@@ -82,11 +80,8 @@ def run_pipeline(
 def run_stage(recipe: Recipe, folder: Path, stage: str, report: Progress) -> dict[str, Any]:
     """Run one stage of `recipe` in the run folder; return the stage's own JSON.
 
-    Under torchrun every rank calls it, for `quantize` alone. Raises GraftError as `run_pipeline`
-    does.
+    Raises GraftError as `run_pipeline` does.
     """
-    if num_ranks() > 1 and stage != "quantize":
-        raise GraftError(f"{stage}: started on {num_ranks()} ranks; only quantize shares its work")
     run_pipeline(recipe, folder, report, [stage])
     run, chosen = Run(recipe, folder), recipe.splice.variant
     if stage == "splice":

@@ -31,7 +31,6 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
-from mtp_graft.stages.parallel import is_first_rank
 
 #: Whatever asking the hub can raise: its client's own base class (requests', httpx' or httpx2', by
 #: the version), and RuntimeError of hf_xet.
@@ -92,11 +91,10 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
         return known
     sources = survey(model)
     folders = FetchedModels(*download(sources, report))
-    if is_first_rank():  # of torchrun's, which all come here at once
-        out.mkdir(parents=True, exist_ok=True)
-        found = {"base": str(folders.base), "upstream": str(folders.upstream)}
-        commits = {"base_commit": sources[0].commit, "upstream_commit": sources[1].commit}
-        write_json({**found, **commits, "model": asdict(model)}, out / REPORT_NAME)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"base": str(folders.base), "upstream": str(folders.upstream)}
+    commits = {"base_commit": sources[0].commit, "upstream_commit": sources[1].commit}
+    write_json({**found, **commits, "model": asdict(model)}, out / REPORT_NAME)
     return folders
 
 

@@ -1,16 +1,16 @@
-"""How a stage runs: files read ahead and written behind, ranks, threads, time by part."""
+"""How a stage runs: files read ahead and written behind, threads, time by part."""
 
-import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+
+from mtp_graft.recipe import Device
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -60,56 +60,9 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
             future.result()
 
 
-# Ranks: nothing large goes between them, each writes files of its own
-
-
-@contextmanager
-def joined_ranks() -> Iterator[None]:
-    """Join the ranks that torchrun started; without it this process is the only one."""
-    if num_ranks() == 1:
-        yield
-        return
-    dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def num_ranks() -> int:
-    """Return how many ranks torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first_rank() -> bool:
-    """Return whether this rank prints, and writes what is one for all."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def share(units: Sequence[Item]) -> list[Item]:
-    """Return this rank's part of the units of work."""
-    return list(units[int(os.environ.get("RANK", "0")) :: num_ranks()])
-
-
-def wait_for_ranks() -> None:
-    """Return when every rank has called this."""
-    if num_ranks() > 1:
-        dist.barrier()
-
-
-def gather(value: Item) -> list[Item]:
-    """Return every rank's value, in the order of the ranks."""
-    values: list[Any] = [value] * num_ranks()
-    if num_ranks() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def rank_device(wanted: str) -> str:
-    """Return this rank's device: `auto` is a GPU if there is one, each rank has its own."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{os.environ['LOCAL_RANK']}" if wanted == "cuda" and num_ranks() > 1 else wanted
+def find_device(wanted: Device) -> str:
+    """Return the device to compute on: `auto` is a GPU if there is one."""
+    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

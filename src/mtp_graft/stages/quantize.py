@@ -8,8 +8,8 @@ The data's way, from top to bottom:
     GPTQ          codes and scales under these Hessians, and every variant's error (`dsv4.experts`)
     files         gptq/experts-*.safetensors, report.json
 
-A batch of experts is the unit that a killed run keeps, and that the ranks of torchrun share: each
-replays the capture, which takes seconds. Files are read ahead and written behind the computation.
+A batch of experts is the unit that a killed run keeps. Files are read ahead and written behind the
+computation.
 
 Shapes: T tokens of a sequence, N of all sequences, S hyper-connection streams, D hidden size,
 V vocabulary, K experts a token, E experts of a batch, M the experts' intermediate size.
@@ -54,8 +54,6 @@ _SEQUENCES_AHEAD, _BATCHES_AHEAD = 8, 2
 _WRITERS = 2
 #: Tokens of up to this size stay on a GPU: 786,000 of Flash, beside which 24 GiB have room.
 RESIDENT_BYTES = 6 * 2**30
-#: What the report says of each way to replay.
-_REPLAYS = {"true": "true attention", "identity": "attention skipped (identity residual)"}
 
 
 def quantize(
@@ -68,31 +66,26 @@ def quantize(
 ) -> dict[str, Any]:
     """Write GPTQ's experts and the report on all variants to `out`; return the report.
 
-    Goes on where a killed run stopped; the same inputs give the same experts byte for byte, on
-    one rank or several (torchrun). Raises GraftError for inputs that do not fit each other, for
-    values that are not finite, for a Hessian that damping does not make positive definite, and
-    if `out` is of another configuration.
+    Goes on where a killed run stopped; the same inputs give the same experts byte for byte. Raises
+    GraftError for inputs that do not fit each other, for values that are not finite, for a Hessian
+    that damping does not make positive definite, and if `out` is of another configuration.
     """
     started = time.perf_counter()
-    with parallel.joined_ranks(), parallel.single_thread():
+    with parallel.single_thread():
         inputs = _open(capture, upstream, base, settings)
-        clock = Clock(parallel.rank_device(settings.device))
-        if parallel.is_first_rank():
-            _claim(out, inputs, settings, clock.device)
-        parallel.wait_for_ranks()
+        clock = Clock(parallel.find_device(settings.device))
+        _claim(out, inputs, settings, clock.device)
         if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
             return finished
         files = _batch_files(out, inputs.model.n_routed_experts, settings.experts_per_batch)
-        pending = {e: files[e] for e in parallel.share([*files]) if not _is_done(files[e])}
+        pending = {experts: file for experts, file in files.items() if not _is_done(file)}
         if pending:
             _quantize(inputs, settings, pending, clock, report)
         result = _report(inputs, settings, [*files.values()], clock)
         total = result["seconds"]["total"] = time.perf_counter() - started
-        if parallel.is_first_rank():
-            write_json(result, out / REPORT_NAME)
-            given = inputs.indexes()
-            manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
-        parallel.wait_for_ranks()
+        write_json(result, out / REPORT_NAME)
+        given = inputs.indexes()
+        manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
         return result
 
 
@@ -111,7 +104,7 @@ def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) 
 
 def _claim(out: Path, inputs: Inputs, settings: QuantizeSection, device: str) -> None:
     """Make `out` this stage's folder; GraftError if it was begun with other settings or inputs."""
-    decisive = asdict(settings) | {"device": device.partition(":")[0]}
+    decisive = asdict(settings) | {"device": device}
     del decisive["variants"]  # which heads there are is for the later stages to know
     decisive["inputs"] = manifest.fingerprints(inputs.files)
     manifest.claim_folder(out, decisive)
@@ -141,12 +134,11 @@ def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
 # Replay
 
 
-def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) -> RoutedTokens:
+def replay_capture(inputs: Inputs, clock: Clock, report: Progress) -> RoutedTokens:
     """Run the head, without its experts, on every captured sequence; return what reaches them.
 
-    `replay` is "true", or "identity" to leave out the head's attention. The tokens are in BF16, the
-    precision that the experts' inputs have in service; on the clock's device, or in host memory if
-    they are many.
+    The tokens are in BF16, the precision that the experts' inputs have in service; on the clock's
+    device, or in host memory if they are many.
     """
     model, sequences = inputs.model, inputs.sequences
     num_tokens = sum(s.calibration_tokens for s in sequences)
@@ -159,7 +151,7 @@ def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) 
     report("replay", 0, len(sequences))
     with parallel.read_ahead(read, sequences, _SEQUENCES_AHEAD) as captured:
         with clock.timed("io"):  # while the first sequences are being read
-            embed, head = _load_head(inputs, replay, clock.device)
+            embed, head = _load_head(inputs, clock.device)
         for number, sequence in enumerate(sequences, start=1):
             with clock.timed("io"):
                 recorded = next(captured)
@@ -174,15 +166,12 @@ def replay_capture(inputs: Inputs, replay: str, clock: Clock, report: Progress) 
     return RoutedTokens(x, experts, model.n_routed_experts)
 
 
-def _load_head(inputs: Inputs, replay: str, device: str) -> tuple[Tensor, MTPHead]:
+def _load_head(inputs: Inputs, device: str) -> tuple[Tensor, MTPHead]:
     """Return the base's embedding [V, D] and the head without its experts."""
     embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
     others = [name for name in inputs.head.files if not name.startswith(EXPERTS_PREFIX)]
     decoded = decode_head(inputs.read_upstream(others, device))
-    with_attention = replay == "true"
-    return embed, build_head(
-        inputs.model, decoded, with_experts=False, with_attention=with_attention, device=device
-    )
+    return embed, build_head(inputs.model, decoded, with_experts=False, device=device)
 
 
 # Hessians, GPTQ, errors: a batch of experts at a time
@@ -207,7 +196,7 @@ def _quantize(
         parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
         parallel.write_behind(_WRITERS) as write,
     ):
-        routed = replay_capture(inputs, settings.replay, clock, report)
+        routed = replay_capture(inputs, clock, report)
         report("gptq", done, total)
         for experts, file in pending.items():
             with clock.timed("io"):
@@ -267,10 +256,7 @@ def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Pa
 def _report(
     inputs: Inputs, settings: QuantizeSection, files: list[Path], clock: Clock
 ) -> dict[str, Any]:
-    """Return the stage's result, from what is known of every batch and measured on each rank."""
-    host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    measured = parallel.gather((clock.seconds, clock.peak_gpu_bytes(), host_bytes))
-    seconds, gpu_bytes, peak_bytes = zip(*measured, strict=True)
+    """Return the stage's result, from what is known of every batch."""
     known = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     counts: list[int] = [count for batch in known for count in batch["counts"]]
     errors: dict[Variant, dict[str, list[float]]] = {
@@ -287,15 +273,12 @@ def _report(
             "counts": counts,
         },
         "rel_errors": errors,
-        "zero_token_policy": "pool",
         "experts_without_tokens": [e for e, count in enumerate(counts) if count == 0],
-        "seconds": {part: max(s[part] for s in seconds) for part in seconds[0]},
-        "peak_gpu_bytes": max(gpu_bytes),
-        "peak_host_bytes": max(peak_bytes),
-        "ranks": len(measured),
+        "seconds": clock.seconds,
+        "peak_gpu_bytes": clock.peak_gpu_bytes(),
+        "peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
-        "replay": _REPLAYS[settings.replay],
     }
 
 

@@ -26,7 +26,7 @@ from mtp_graft.stages.inputs import (
     expert_files,
     open_inputs,
 )
-from mtp_graft.stages.parallel import rank_device, single_thread
+from mtp_graft.stages.parallel import find_device, single_thread
 
 #: Variants that hold upstream's values exactly: their drafts are the same, and made once.
 _EXACT: tuple[Variant, ...] = ("mxfp4", "bf16")
@@ -47,7 +47,7 @@ def score(
     A finished variant is not scored again. Raises GraftError for inputs that do not fit each
     other, a capture that leaves nothing to draft, and if `out` is of another configuration.
     """
-    started, device = time.perf_counter(), rank_device(settings.device)
+    started, device = time.perf_counter(), find_device(settings.device)
     inputs = _open(capture, upstream, base)
     experts = expert_files(quantized) if "gptq" in heads.variants else []
     decisive = {"variants": list(heads.variants), "group_size": heads.group_size, "device": device}
@@ -63,7 +63,7 @@ def score(
             scored = same[0] if same else _score(inputs, variant, heads, experts, device, report)
             write_json(scored, path)
         acceptance[variant] = scored
-    result = {"acceptance": acceptance, "split": EVALUATION, "replay": "true attention"}
+    result = {"acceptance": acceptance, "split": EVALUATION}
     write_json(result, out / REPORT_NAME)
     seconds = time.perf_counter() - started
     manifest.write_manifest(out, "score", decisive, inputs.indexes(), device, seconds)
