@@ -55,9 +55,8 @@ def _pruned(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """Return what the tensors have less of than the config says, in every layer."""
     found = {match.groups() for match in map(_NUMBERED.match, names) if match}
     experts = Counter(layer for layer, expert in found if expert is not None)
-    counts = {"n_routed_experts": max(experts.values(), default=0)}
-    counts["num_hidden_layers"] = len({layer for layer, _ in found})
-    for key, number in counts.items():
+    layers, most = len({layer for layer, _ in found}), max(experts.values(), default=0)
+    for key, number in (("n_routed_experts", most), ("num_hidden_layers", layers)):
         if isinstance(said := config.get(key), int) and 0 < number < said:
             return f"{PRUNED}: has {number}, {key} is {said}"
     return None
@@ -80,7 +79,7 @@ def read_maker(folder: Path, part: str = "base") -> str | None:
 
 def expect_format(folder: Path, part: Literal["base", "head", "served"]) -> None:
     """Raise GraftError, naming the maker, for a checkpoint of a format that is not read here."""
-    maker = read_maker(folder, part) or ""
-    if maker and not (maker.startswith(_DEEPSEEK) and part != "base"):
-        expected = "DeepSeek's upstream master" if part == "head" else "a W4A16-FP8 checkpoint"
-        raise GraftError(f"{folder}: is {maker}; expected {expected} (docs/format.md)")
+    maker = read_maker(folder, part)
+    if maker is not None and (part == "base" or not maker.startswith(_DEEPSEEK)):
+        expected = "DeepSeek's own release" if part == "head" else "a W4A16-FP8 checkpoint"
+        raise GraftError(f"{folder}: is {maker}; expected {expected}; name such a one instead")

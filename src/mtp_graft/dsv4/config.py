@@ -1,7 +1,6 @@
 """What shapes and memory are computed from in a DeepSeek-V4 config.json.
 
-A layer's kind is said in DeepSeek's keys (`compress_ratios`, `num_hash_layers`) or in transformers'
-(`layer_types`, `compress_rates`, `mlp_layer_types`), which count where the former are absent.
+Kinds of layers are in DeepSeek's keys or, without those, in transformers' (`..._types`).
 """
 
 from collections.abc import Mapping
@@ -63,10 +62,7 @@ def check_dimensions(config: Mapping[str, Any], file: object = "config.json") ->
 
 
 def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
-    """Return the compression ratio of each layer and of the head, of a config with good dimensions.
-
-    None if it has neither a list of whole numbers nor one of known kinds of attention.
-    """
+    """Return each layer's and the head's compression ratio; None without a list that says them."""
     listed = config.get("compress_ratios")
     if listed is None and (kinds := config.get("layer_types")) is not None:
         rates = {"sliding_attention": 0, **(config.get("compress_rates") or {})}
@@ -77,10 +73,7 @@ def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
 
 
 def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
-    """Return transformers' keys that a release of vLLM stops at; "" if it reads the config.
-
-    0.33 reads either spelling. 0.32 wants DeepSeek's and refuses `hash_moe` beside `layer_types`.
-    """
+    """Return transformers' keys that a vLLM stops at: 0.32 reads DeepSeek's alone, 0.33 both."""
     kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]
     own = all(config.get(key) is not None for key in ("compress_ratios", "num_hash_layers"))
     return " and ".join(kinds) if release < (0, 33) and not (own and len(kinds) < 2) else ""

@@ -346,10 +346,9 @@ def read_dimensions(folder: Path) -> dict[str, Any]:
 def check_readable(config: Mapping[str, Any], file: object, vllm: InstalledVllm | None) -> None:
     """Raise GraftError for a config with keys that a vLLM stops at."""
     if vllm and (keys := unread_keys(config, vllm.version.release)):
-        raise GraftError(
-            f"{file}: has {keys}; expected compress_ratios and num_hash_layers alone, which vLLM "
-            f"{vllm.version} reads; take vLLM 0.33, or config.json of the base's release"
-        )
+        expected = "compress_ratios and num_hash_layers for vLLM"
+        cure = "take vLLM 0.33, or config.json of the base's release"
+        raise GraftError(f"{file}: has {keys}; expected {expected} {vllm.version}; {cure}")
 
 
 def check_port(host: str, port: int) -> int:

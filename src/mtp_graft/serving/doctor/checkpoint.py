@@ -20,8 +20,6 @@ from mtp_graft.dsv4.names import from_transformers
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_dimensions
 
-_EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-_EXPERT = re.compile(r"(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.")
 _LAYER = re.compile(r"^layers\.(\d{1,6})\.")
 _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
@@ -58,9 +56,8 @@ class Checkpoint:
         held = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
         #: Who made the checkpoint, if it is not W4A16-FP8 as config and routers say.
         names = sorted(held.keys() | index.keys())
-        routed = [sum(t.shape[:1]) for name, t in held.items() if _ROUTER.search(name)]
-        num_experts = max(config["n_routed_experts"], min(routed, default=0))
-        told = {**config, "n_routed_experts": num_experts}
+        routed = min((sum(t.shape[:1]) for n, t in held.items() if _ROUTER.search(n)), default=0)
+        told = {**config, "n_routed_experts": max(config["n_routed_experts"], routed)}
         self.foreign_format = foreign_maker(folder, told, names)
         self.read_as = {name: canonical_name(name, self.num_layers) for name in names}
         self.tensors = {self.read_as[name]: tensor for name, tensor in held.items()}
@@ -102,7 +99,6 @@ def canonical_name(name: str, num_layers: int) -> str:
         name = f"mtp.{block}.{name[match.end() :]}"
     if name.startswith("mtp."):
         name = name.replace(".mtp_block.", ".").replace(".shared_head.norm.", ".norm.")
-    name = _EXPERT.sub(lambda match: f"{match[1]}{_EXPERT_NAMES[match[2]]}.", name)
     return _SCALE.sub(".weight_scale", name)
 
 
