@@ -77,3 +77,11 @@ def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
     kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]
     own = all(config.get(key) is not None for key in ("compress_ratios", "num_hash_layers"))
     return " and ".join(kinds) if release < (0, 33) and not (own and len(kinds) < 2) else ""
+
+
+def check_readable(config: Mapping[str, Any], file: object, release: tuple[int, ...]) -> None:
+    """Raise GraftError for such keys."""
+    if keys := unread_keys(config, release):
+        expected = "compress_ratios and num_hash_layers, which vLLM 0.32 reads"
+        cure = "take vLLM 0.33, or config.json of the base's release"
+        raise GraftError(f"{file}: has {keys}; expected {expected}; {cure}")

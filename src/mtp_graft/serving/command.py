@@ -21,7 +21,7 @@ from typer.models import ParameterInfo
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
-from mtp_graft.dsv4.config import check_dimensions, unread_keys
+from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
@@ -185,7 +185,8 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     on_cpu = vllm.platform == "cpu"
     port = options.port or check_port(options.host, 0)
     num_draft = num_speculative_tokens(options, vllm.platform)
-    check_readable(read_config(options.checkpoint), options.checkpoint / "config.json", vllm)
+    config = read_config(options.checkpoint)
+    check_readable(config, options.checkpoint / "config.json", vllm.version.release)
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
     kv_cache_gib = options.kv_cache_gib or (1.0 if on_cpu else None)
     always, _ = split(ALWAYS)
@@ -341,14 +342,6 @@ def read_dimensions(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     check_dimensions(config, folder / "config.json")
     return config
-
-
-def check_readable(config: Mapping[str, Any], file: object, vllm: InstalledVllm | None) -> None:
-    """Raise GraftError for a config with keys that a vLLM stops at."""
-    if vllm and (keys := unread_keys(config, vllm.version.release)):
-        expected = "compress_ratios and num_hash_layers for vLLM"
-        cure = "take vLLM 0.33, or config.json of the base's release"
-        raise GraftError(f"{file}: has {keys}; expected {expected} {vllm.version}; {cure}")
 
 
 def check_port(host: str, port: int) -> int:
