@@ -90,7 +90,7 @@ def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
 def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     """Compare the tensors with those that the config asks for, in the formats they are in."""
     asked, known = _asked(checkpoint)
-    in_half = "float16" in (checkpoint.config.get(key) for key in ("torch_dtype", "dtype"))
+    half = "float16" in (checkpoint.config.get(key) for key in ("torch_dtype", "dtype"))
     tensors = {n: t for n, t in checkpoint.tensors.items() if not _OTHER_BLOCK.match(n)}
     if target.platform != "cpu":
         known |= _HEAD_COPIES
@@ -102,14 +102,14 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
         yield f"{_place(name)}-tensor-unknown", name, "of no module", "none"
     for name in sorted(asked.keys() & tensors.keys()):
         tensor, like = tensors[name], asked[name]
-        is_half = tensor.dtype == torch.float16 and like.is_floating_point()
-        read = (like.dtype, *_ALSO_READ.get(like.dtype, ()))
-        if tensor.dtype not in read and not (is_half and in_half):
-            kind = "tensor-float16" if is_half else "tensor-dtype"
-            yield kind, name, tensor.dtype, like.dtype
+        kind = "scale" if name.endswith("weight_scale") else "tensor"
+        if tensor.dtype == torch.float16 and like.is_floating_point():
+            if not half:
+                yield f"{kind}-float16", name, tensor.dtype, like.dtype
+        elif tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
+            yield "tensor-dtype", name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
-            kind = "scale-shape" if name.endswith("weight_scale") else "tensor-shape"
-            yield kind, name, list(tensor.shape), f"{list(like.shape)} by config.json"
+            yield f"{kind}-shape", name, list(tensor.shape), f"{list(like.shape)} by config.json"
 
 
 def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
@@ -135,7 +135,7 @@ def _place(name: str) -> str:
 def precision(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find parameters that were rounded or quantized although they should not be."""
     for name, tensor in checkpoint.tensors.items():
-        if FLOAT32.search(name) and tensor.dtype in (torch.bfloat16, torch.float16):
+        if FLOAT32.search(name) and tensor.dtype == torch.bfloat16:
             yield "float32-rounded", name, tensor.dtype, torch.float32
     for module, stored in checkpoint.formats.items():
         is_plain = stored == "plain" and "weight_scale" not in checkpoint.modules[module]
