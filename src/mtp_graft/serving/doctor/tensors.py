@@ -103,10 +103,10 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     for name in sorted(asked.keys() & tensors.keys()):
         tensor, like = tensors[name], asked[name]
         kind = "scale" if name.endswith("weight_scale") else "tensor"
-        if tensor.dtype == torch.float16 and like.is_floating_point():
-            if not half:
-                yield f"{kind}-float16", name, tensor.dtype, like.dtype
-        elif tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
+        is_half = tensor.dtype == torch.float16 and like.is_floating_point()
+        if is_half and not half:
+            yield f"{kind}-float16", name, tensor.dtype, like.dtype
+        elif not is_half and tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
             yield "tensor-dtype", name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
             yield f"{kind}-shape", name, list(tensor.shape), f"{list(like.shape)} by config.json"
