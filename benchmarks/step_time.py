@@ -5,13 +5,12 @@
         --tensor-parallel-size 2 --profile 128k
 
 FOLDER is `flash_width.py`'s. One engine for each number of layers, head and draft LM head; on it
-one decode for each k, number of requests and number of tokens before: `ChosenK` tells the engine how
-many to draft. Loads of more than 2^17 tokens are left out.
-With `--fixed` each k has an engine of its own. A point that the result has is not measured again.
-Several of these programs, each with its own jobs, GPUs and cores, may share one result. Weights are
-random, so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled, because
-greedy text of random weights repeats one token. Time to the first token is the median of seven
-prompts of the shortest context, each alone.
+one decode for each k, number of requests and tokens before: `ChosenK` tells the engine how many to
+draft. Loads of more than 2^17 tokens are left out. With `--fixed` each k has an engine of its own.
+A point that the result has is not measured again. Several of these programs, each with its own
+jobs, GPUs and cores, may share one result. Weights are random, so on a GPU vLLM accepts drafts at a
+given rate (`synthetic`); text is sampled, because greedy text of random weights repeats one token.
+Time to the first token is the median of seven prompts of the shortest context, each alone.
 
 A step of all 43 layers is measured, or extrapolated through two numbers of layers. With the
 probability p that a draft is accepted if all before it were,

@@ -31,7 +31,7 @@ MEDIAN = "import statistics\ndef median(values):\n    return statistics.median(v
 IN_PLACE = "def median(v):\n    v.sort()\n    return v[len(v) // 2]\n"
 
 
-def call(name: str, **arguments: str) -> dict[str, Any]:
+def call(name: str, **arguments: Any) -> dict[str, Any]:
     function = {"name": name, "arguments": json.dumps(arguments)}
     return {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
 
@@ -81,6 +81,7 @@ WRONG_ANSWERS = [
     ("tools/call", call("search_mail", query="dentist"), WRONG_CALL),
     ("tools/call", call("add_event", title="Dentist", date="2027-04-03"), WRONG_CALL),
     ("tools/call", call("add_event", title="Dentist"), WRONG_CALL),
+    ("tools/call", call("add_event", title=["Dentist"], date="2027-03-04"), WRONG_CALL),
     ("tools/result", call("get_weather", city="Oslo"), WRONG_CALL),
     ("tools/result", "It is 7 degrees.", WRONG),
     ("tools/result", "It is 17.5 degrees.", WRONG),

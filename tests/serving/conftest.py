@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -52,6 +53,10 @@ class NvmlError(Exception):
     """Stands for pynvml.NVMLError and what is derived from it."""
 
 
+class NoAnswer(NvmlError):
+    """Stands for what it raises where the driver has no answer for a kind of GPU."""
+
+
 class NoDriver(NvmlError):
     """Stands for what pynvml raises on a machine without NVIDIA's driver."""
 
@@ -62,33 +67,76 @@ def install_gpus(
     memory_mib: int | None = None,
     nvlinks: Collection[tuple[int, int]] = (),
     error: str | NvmlError | None = None,
+    capability: tuple[int, int] | None = None,
+    instances: tuple[str, ...] = (),
 ) -> None:
-    """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them."""
+    """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them.
+
+    `instances` are the MIG instances of the first one.
+    """
 
     def initialize() -> None:
         if error:
             raise error if isinstance(error, NvmlError) else NvmlError(error)
 
-    def memory(_gpu: int) -> SimpleNamespace:
-        if memory_mib is None:
-            raise NvmlError("Not Supported")
-        return SimpleNamespace(total=memory_mib * 2**20)
+    def if_told(answer: object) -> Any:
+        if answer is None:
+            raise NoAnswer("Not Supported")
+        return answer
+
+    def by_uuid(uuid: str) -> int:
+        kind, number = uuid.split("-")
+        return int(number) + (num_gpus if kind == "MIG" else 0)
+
+    num_gpus, memory = len(gpus), memory_mib and SimpleNamespace(total=memory_mib * 2**20)
 
     stand_in = SimpleNamespace(
-        **dict.fromkeys(("NVMLError", "NVMLError_NotSupported"), NvmlError),
+        NVMLError=NvmlError,
+        **dict.fromkeys(("NVMLError_NotSupported", "NVMLError_InvalidArgument"), NoAnswer),
         **dict.fromkeys(("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"), NoDriver),
         NVML_P2P_CAPS_INDEX_NVLINK=2,
         NVML_P2P_STATUS_OK=0,
         nvmlInit=initialize,
         nvmlDeviceGetCount=lambda: len(gpus),
         nvmlDeviceGetHandleByIndex=int,
-        nvmlDeviceGetHandleByUUID=lambda uuid: int(uuid.removeprefix("GPU-")),
-        nvmlDeviceGetName=gpus.__getitem__,
-        nvmlDeviceGetMemoryInfo=memory,
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetName=(*gpus, *instances).__getitem__,
+        nvmlDeviceGetMemoryInfo=lambda _gpu: if_told(memory),
+        nvmlDeviceGetCudaComputeCapability=lambda gpu: if_told(
+            capability if gpu < num_gpus else None
+        ),
+        nvmlDeviceGetMigMode=lambda gpu: if_told([1, 1] if instances and gpu == 0 else None),
+        nvmlDeviceGetMigDeviceHandleByIndex=lambda _gpu, index: num_gpus + index,
+        nvmlDeviceGetDeviceHandleFromMigDeviceHandle=(
+            lambda gpu: if_told(0 if gpu >= num_gpus else None)
+        ),
         nvmlDeviceGetP2PStatus=lambda a, b, _kind: 0 if (a, b) in nvlinks else 5,
     )
     monkeypatch.setitem(sys.modules, "pynvml", stand_in)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.fixture(scope="session")
+def good(spliced: dict[str, Path]) -> Path:
+    """A checkpoint with a head in INT4."""
+    return spliced["rtn"]
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    """The same by links, for defects, which replace files and never write to them."""
+    return shutil.copytree(good, tmp_path / "rtn", copy_function=os.link)
+
+
+@pytest.fixture
+def planted(copy: Path) -> Callable[[str], Path]:
+    from .doctor_defects import DEFECTS
+
+    def plant(name: str) -> Path:
+        DEFECTS[name][1](copy)
+        return copy
+
+    return plant
 
 
 @pytest.fixture
@@ -179,3 +227,13 @@ def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
+
+
+def left_behind(record: Path) -> list[object]:
+    """Return what a stand-in has left: processes, and the folder that it had for its sockets."""
+    found = read_record(record)
+    left, sockets = wait_gone(found["pids"]), Path(found["env"]["VLLM_RPC_BASE_PATH"])
+    deadline = time.monotonic() + 10  # a killed parent's watcher removes it
+    while sockets.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [*left, *([sockets] if sockets.exists() else [])]

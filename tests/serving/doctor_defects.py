@@ -21,6 +21,7 @@ HEAD = "model-mtp-w4a16.safetensors"
 Tensors = dict[str, Tensor]
 Json = dict[str, Any]
 Plant = Callable[[Path], None]
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize 7\n" % (b"0" * 64)
 
 
 def edit_config(folder: Path, change: Callable[[Json], object]) -> None:
@@ -63,10 +64,22 @@ def replace(name: str, make: Callable[[Tensor], Tensor]) -> Plant:
     return change(lambda tensors: tensors | {name: make(tensors[name])})
 
 
-def truncate(folder: Path) -> None:
-    data = (folder / HEAD).read_bytes()
-    (folder / HEAD).unlink()
-    (folder / HEAD).write_bytes(data[: len(data) // 2])
+def change_file(name: str, change: Callable[[bytes], bytes]) -> Plant:
+    def plant(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).unlink()
+        (folder / name).write_bytes(change(data))
+
+    return plant
+
+
+def change_first_digit(index: bytes) -> bytes:
+    return re.sub(rb"[1-9]", lambda digit: b"1" if digit[0] != b"1" else b"2", index, count=1)
+
+
+def leave_an_old_shard(folder: Path) -> None:
+    old = folder / "model-00001-of-00002.safetensors"
+    old.hardlink_to(folder / "model-00001-of-00003.safetensors")
 
 
 def list_what_is_not_there(folder: Path) -> None:
@@ -129,7 +142,15 @@ NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
 
 #: name -> (id that doctor reports, what plants it)
 DEFECTS: dict[str, tuple[str, Plant]] = {
-    "truncated-shard": ("shard-unreadable", truncate),
+    "truncated-shard": ("shard-unreadable", change_file(HEAD, lambda data: data[: len(data) // 2])),
+    "shard-not-fetched": ("shard-unreadable", change_file(HEAD, lambda _data: LFS_POINTER)),
+    "shard-of-another-release": ("shard-stale", leave_an_old_shard),
+    "wrong-total-size": (
+        "index-total-size",
+        change_file(INDEX, lambda i: i.replace(b"3", b"4", 1)),
+    ),
+    "tokenizer-cut": ("file-unreadable", change_file("tokenizer.json", lambda data: data[:-9])),
+    "no-tokenizer": ("file-missing", lambda folder: (folder / "tokenizer.json").unlink()),
     "missing-shard": ("shard-missing", lambda folder: (folder / HEAD).unlink()),
     "entry-without-tensor": ("index-entry-without-tensor", list_what_is_not_there),
     "shard-not-in-index": ("tensor-without-index-entry", forget(r"mtp\.")),

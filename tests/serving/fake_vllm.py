@@ -264,6 +264,7 @@ def main() -> None:
     # A worker that outlives its parent unless somebody ends the group.
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     if SETTINGS["record"]:
+        Path(os.environ["VLLM_RPC_BASE_PATH"], "socket").touch()
         record = {"argv": ARGV, "env": dict(os.environ), "pids": [os.getpid(), worker.pid]}
         with open(SETTINGS["record"] + ".tmp", "w") as file:
             json.dump(record, file)

@@ -1,12 +1,14 @@
 """Starting vLLM, stopping it, what is said if it does not start, and that nothing of it is left."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import START_LIMIT, ServeOptions, build_command
 from mtp_graft.serving.server import check_drafter, explain, managed_server
 
-from .conftest import read_record, wait_gone
+from .conftest import left_behind, read_record
 
 Configure = Callable[..., None]
 Managed = Callable[..., AbstractContextManager[ServerClient]]
@@ -47,7 +49,7 @@ def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
             with managed_server(options, tmp_path / "log" / "vllm.log") as client:
                 yield client
         finally:
-            assert not record.exists() or wait_gone(read_record(record)["pids"]) == []
+            assert not record.exists() or left_behind(record) == []
 
     return start
 
@@ -144,7 +146,7 @@ def serve(fake: Configure, record: Path, hangup_ends: None) -> Serve:
                 yield process
             finally:
                 process.kill()
-        assert wait_gone(read_record(record)["pids"]) == []
+        assert left_behind(record) == []
 
     return run
 
@@ -225,15 +227,47 @@ def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path, reco
         assert process.wait(20) in (0, 143)  # 143: vLLM ended before it minded signals
 
 
+FRAMES = 'Traceback (most recent call last):\n  File "a.py", line 1\n    g(x % 2)\n      ~~^~~\n'
+OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n\nFree memory: 1 GiB."
+ENGINE_FAILED = "(APIServer pid=5) RuntimeError: Engine core initialization failed. {0}\n"
+
+
+def of_ranks(*messages: str) -> str:
+    """Return a log that ranks wrote at the same time, a line in turn."""
+    start = "(Worker_TP{0} pid=1{0}) ERROR 11-30 15:00:00 [multiproc_executor.py:772] {1}\n"
+    lines = zip_longest(*(message.split("\n") for message in messages), fillvalue="")
+    return "".join(start.format(*numbered) for turn in lines for numbered in enumerate(turn))
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("one\n\n\x1b[31mtwo\x1b[0m\nthree\nfour\n", "two | three | four"),
         ("usage: vllm serve\n  [--host]\nvllm: error: no --x\n", "vllm: error: no --x"),
-        ("ValidationError: 1 validation error for X\n  Value error, so\n", "Value error, so"),
+        (
+            f"{FRAMES}pydantic.ValidationError: 2 errors for X\na.b\n  Too small\nc\n  Value error,"
+            " so\n/lib/tracker.py:2: UserWarning: leaked\n  warnings.warn(\n",
+            "pydantic.ValidationError: 2 errors for X a.b Too small c Value error, so",
+        ),
+        (
+            of_ranks(f"failed\n{FRAMES}{OOM}", f"{FRAMES}jinja2.TemplateNotFound: x")
+            + "Exception: WorkerProc failed. See stack trace for root cause.\n"
+            + ENGINE_FAILED,
+            f"{' '.join(OOM.split())} | jinja2.TemplateNotFound: x",
+        ),
+        (ENGINE_FAILED.format("{'EngineCore_0': -9}"), r".* failed\. {'EngineCore_0': -9}"),
+        (f"[rank0]: {FRAMES}AssertionError\n", r"g\(x % 2\) \| AssertionError"),
+        (
+            f"{FRAMES}KeyError: 'a'\n\nThe above exception was the direct cause of the following "
+            f"exception:\n\n{FRAMES}OSError: no tokenizer\nINFO:     Shutting down\n",
+            "KeyError: 'a' | OSError: no tokenizer",
+        ),
+        ("progress 1\rRuntimeError: a\u2028b\n", "RuntimeError: a b"),
+        ("ValueError: " + "x " * 9000, r"ValueError: (x ){100,2000}\.\.\."),
         ("", "it wrote nothing"),
     ],
 )
 def test_a_log_says_why_the_server_stopped(tmp_path: Path, text: str, reason: str) -> None:
     (tmp_path / "vllm.log").write_text(text)
-    assert explain(tmp_path / "vllm.log") == reason
+    found = explain(tmp_path / "vllm.log")
+    assert found == reason or re.fullmatch(reason, found)

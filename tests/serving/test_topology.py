@@ -30,8 +30,8 @@ def test_gpus_without_nvlink_between_all_of_them_are_pcie_only(
 @pytest.mark.parametrize(
     ("memory_mib", "expected"),
     [
-        (None, Hardware("NVIDIA GB10", 1, 124610 * MIB, unified_memory=True)),
-        (122570, Hardware("NVIDIA GB10", 1, 122570 * MIB, unified_memory=True)),
+        (None, Hardware("NVIDIA GB10", 1, 124610 * MIB, unified_memory=True, capability=(12, 1))),
+        (122570, Hardware("NVIDIA GB10", 1, 122570 * MIB, unified_memory=True, capability=(12, 1))),
         (97871, Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)),
     ],
 )
@@ -42,7 +42,9 @@ def test_what_a_driver_does_not_say_is_known_of_some_gpus(
     assert find_gpus() == expected
 
 
-@pytest.mark.parametrize(("chosen", "count"), [("1", 1), ("0,2", 2), ("GPU-2, GPU-0", 2)])
+@pytest.mark.parametrize(
+    ("chosen", "count"), [("1", 1), ("0,2", 2), ("GPU-2, GPU-0", 2), ("1,-1,2", 1), (" 0,,1", 1)]
+)
 def test_only_the_gpus_that_vllm_will_see_count(
     monkeypatch: pytest.MonkeyPatch, chosen: str, count: int
 ) -> None:
@@ -51,10 +53,27 @@ def test_only_the_gpus_that_vllm_will_see_count(
     assert find_gpus().num_gpus == count
 
 
+@pytest.mark.parametrize("chosen", [None, "0", "MIG-0", "MIG-0,MIG-1"])
+def test_of_a_gpu_in_instances_cuda_shows_one(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    whole, part = "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"
+    given = {"memory_mib": 40192, "capability": (8, 0), "instances": (part, part)}
+    install_gpus(monkeypatch, whole, whole, **given)  # type: ignore[arg-type]
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert find_gpus() == Hardware(part, 1, 40192 * MIB, capability=(8, 0))
+
+
 def test_gpus_of_two_kinds_none_and_no_driver_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus in (("NVIDIA H200", "NVIDIA H100"), ()):
         install_gpus(monkeypatch, *gpus, memory_mib=143771)
         with pytest.raises(GraftError, match="expected GPUs of one kind"):
+            find_gpus()
+    for hidden in ("", "-1", "-1,0", ",0"):
+        install_gpus(monkeypatch, "NVIDIA H200", memory_mib=143771)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        with pytest.raises(GraftError, match=rf"\(CUDA_VISIBLE_DEVICES {hidden}\): found no GPU"):
             find_gpus()
     install_gpus(monkeypatch, error="NVML Shared Library Not Found")
     with pytest.raises(GraftError, match=r"Library Not Found.*--gpu NAME"):

@@ -104,12 +104,12 @@ def _origin(fetched: Json, which: str) -> dict[str, str | None]:
     return {"id": given, "commit": fetched.get(f"{which}_commit")}
 
 
-def _license(checkpoint: Path) -> dict[str, str]:
-    """Return the licence that the base's README states; it is `unknown` where it states none."""
+def _license(checkpoint: Path) -> Json:
+    """Return what the base's README states of its licence; `unknown` where it states none."""
     readme = checkpoint / "README.md"
     stated = (readme.is_file() and metadata_load(readme)) or {}
     keys = ("license", "license_name", "license_link")
-    return {"license": "unknown"} | {key: str(stated[key]) for key in keys if key in stated}
+    return {"license": "unknown"} | {key: stated[key] for key in keys if stated.get(key)}
 
 
 def _formats(config: Json, head: Json) -> dict[str, str]:

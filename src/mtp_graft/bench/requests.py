@@ -65,7 +65,7 @@ def _add_event(answer: Answer, event: Mapping[str, Any], arrived_s: float) -> No
     if usage := event.get("usage"):
         answer |= {key: usage[key] for key in ("prompt_tokens", "completion_tokens")}
     for choice in event["choices"]:  # none in the last event, which has the counts alone
-        text = choice["text"] if "text" in choice else choice["delta"].get("content")
+        text = choice["text"] if "text" in choice else (choice["delta"] or {}).get("content")
         if new := choice.get("token_ids"):
             answer["token_ids"] += new
             answer["chunks"].append([arrived_s, len(new)])

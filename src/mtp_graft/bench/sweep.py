@@ -65,7 +65,7 @@ def _point(
         "arguments": _arguments(client, concurrency, config),
     }
     found = run_load(client.base_url, load)
-    failures = [error.strip().splitlines()[-1] for error in found["errors"] if error]
+    failures = [error.strip().split("\n")[-1] for error in found["errors"] if error]
     columns = (found[key] for key in ("errors", "output_lens", "ttfts", "latencies"))
     done = [numbers for error, *numbers in zip(*columns, strict=True) if not error]
     if not done:

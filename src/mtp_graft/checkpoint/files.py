@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from mtp_graft.errors import GraftError, in_words
 
@@ -31,9 +31,16 @@ def read_as(schema: type[T], path: Path, what: str, cure: str = "") -> T:
     if not path.is_file():
         raise GraftError(f"{path}: not found; expected {what}{cure}")
     try:
-        return TypeAdapter(schema).validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return TypeAdapter(schema).validate_json(fetched(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise GraftError(f"{path}: not {what} ({in_words(error)}){cure}") from error
+
+
+def fetched(data: bytes) -> bytes:
+    """Return the start of a file's bytes; raises ValueError for none and for a git-lfs pointer."""
+    if not data or data.startswith(b"version https://git-lfs"):
+        raise ValueError("a git-lfs pointer: run `git lfs pull`" if data else "no file, or empty")
+    return data
 
 
 def visible_files(folder: Path) -> dict[str, Path]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mtp_graft.checkpoint.files import read_as, replacing, write_json
+from mtp_graft.checkpoint.files import fetched, read_as, replacing, write_json
 from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -40,7 +40,6 @@ _DTYPES: dict[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class _Index(BaseModel):
@@ -73,9 +72,7 @@ class Shard:
             ) from error
 
     def _read_header(self) -> None:
-        first = self._file.read(len(_LFS_POINTER))
-        if first == _LFS_POINTER:
-            raise ValueError("a git-lfs pointer: run `git lfs pull`")
+        first = fetched(self._file.read(32))
         with safe_open(self._path, "np") as file:  # which maps the file, for as long as this takes
             start = 8 + int.from_bytes(first[:8], "little")
             for name in file.offset_keys():

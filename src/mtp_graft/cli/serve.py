@@ -1,5 +1,6 @@
 """`mtp-graft serve` and `doctor`."""
 
+import sys
 import textwrap
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -195,6 +196,7 @@ def doctor(
     gpu: str | None = option(None, "NAME", "GPU to serve on, or cpu. Default: ours."),
     count: int | None = option(None, "N", "How many of that GPU.", min=1),
     fix: Path | None = option(None, "OUT", "Write a copy with config and names corrected."),
+    yes: bool = option(False, None, "Let --fix copy shards without asking.", "--yes"),
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Say before loading what would fail or be silently wrong; 1 if so."""
@@ -207,10 +209,11 @@ def doctor(
     target = find_target(gpu, count, tp, max_model_len, checkpoint)
     findings = remaining = diagnose(checkpoint, target)
     lines, fixed = list(map(_as_text, findings)), None
-    if fix is not None and fix_checkpoint(checkpoint, fix, findings, note):
-        remaining, fixed = diagnose(fix, target), str(fix)
+    if fix is not None:
+        if fix_checkpoint(checkpoint, fix, findings, note if yes else _ask_to_copy):
+            remaining, fixed = diagnose(fix, target), str(fix)
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
-        lines.append(f"{fix}: written; left: {left}")
+        lines.append(f"{fix}: {'written' if fixed else 'nothing to correct'}; left: {left}")
     ok = not any(finding.severity == "error" for finding in remaining)
     result = {
         "checkpoint": str(checkpoint),
@@ -229,13 +232,19 @@ def doctor(
     raise typer.Exit(0 if ok else 1)
 
 
+def _ask_to_copy(copies: str) -> None:
+    note(copies)
+    if not (sys.stdin.isatty() and typer.confirm("Copy them?", err=True)):
+        raise GraftError(f"{copies}; that was not allowed, and nothing is written: --yes allows it")
+
+
 def _as_text(finding: "Finding") -> str:
-    texts = [f"{key + ':':<10}{getattr(finding, key)}" for key in finding.TEXTS]
+    keys = ("where", "found", "expected", "why", "cure")
+    texts = [f"{key + ':':<10}{getattr(finding, key)}" for key in keys]
     return "\n  ".join([f"{finding.severity}: {finding.id}", *texts])
 
 
 def _count(findings: "list[Finding]") -> str:
     from mtp_graft.serving.doctor.findings import SEVERITIES
 
-    severities = [finding.severity for finding in findings]
-    return ", ".join(counted(severities.count(each), each) for each in SEVERITIES)
+    return ", ".join(counted(sum(f.severity == s for f in findings), s) for s in SEVERITIES)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mtp_graft.recipe import Device
-from mtp_graft.serving.topology import Hardware, find_gpus
+from mtp_graft.serving.topology import Hardware, find_gpus, visible_devices
 
 
 @cache
@@ -18,7 +18,7 @@ def gpus() -> Hardware | None:
     The driver is asked: a CUDA context in this process would take memory from what it starts.
     Raises GraftError for a driver that does not work, and for GPUs of several kinds.
     """
-    if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if torch.version.cuda is None or visible_devices() == []:
         return None
     import pynvml
 

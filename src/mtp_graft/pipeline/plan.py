@@ -90,8 +90,8 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         )
     if uneven := undivided(base.config, ranks):
         raise GraftError(
-            f"serve.tensor_parallel_size is {ranks}, expected a number that divides the "
-            f"{uneven} of {base.given}"
+            f"serve.tensor_parallel_size is {ranks}, expected a number that divides "
+            f"{', '.join(uneven)} of {base.given}"
         )
     return Models(base, upstream, tensors, {**heads, "gptq": heads["rtn"]})
 

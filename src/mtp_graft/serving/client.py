@@ -1,6 +1,5 @@
 """What we ask of a running vLLM server: completions on token ids, tokenization, metrics."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, Field
+from pydantic_core import from_json
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
@@ -133,12 +133,16 @@ class ServerClient:
         with self._errors(), self._http.stream("POST", path, json=body) as answer:
             if answer.is_error:
                 answer.read()  # the error quotes it
-            for line in answer.raise_for_status().iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        raise GraftError(f"{self.base_url}{path}: {event['error']}")
-                    yield event
+            rest = b""
+            for chunk in answer.raise_for_status().iter_bytes():
+                # httpx's own lines end at U+2028 and others, which JSON may have inside a string.
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
+                        event: dict[str, Any] = from_json(data)
+                        if event.get("error"):
+                            raise GraftError(f"{self.base_url}{path}: {event['error']}")
+                        yield event
 
     def _complete(self, prompt: Sequence[int], max_tokens: int, **options: object) -> _Answer:
         body = {"prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0, **options}

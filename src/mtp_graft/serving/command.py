@@ -266,7 +266,7 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
     if not waits:
         return wanted
     config = read_config(options.checkpoint)
-    context: int = options.max_model_len or config.get("max_position_embeddings", 0)
+    context: int = options.max_model_len or config.get("max_position_embeddings") or 0
     if wanted is not None and wanted < context:
         raise GraftError(
             f"--max-num-batched-tokens {wanted} on a CPU, with the head: expected at least the "

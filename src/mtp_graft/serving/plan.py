@@ -20,7 +20,7 @@ from mtp_graft.serving.profiles import (
     Profile,
     split,
 )
-from mtp_graft.serving.topology import Hardware, most_ranks, undivided
+from mtp_graft.serving.topology import ATTENTION, Hardware, most_ranks, undivided
 
 AUTO = "auto"
 
@@ -51,6 +51,9 @@ def make_plan(
     expect_format(options.checkpoint, "served")
     config = read_dimensions(options.checkpoint)
     options = replace(options, tensor_parallel_size=_ranks(options, config, hardware))
+    if hardware.capability[0] not in ATTENTION:
+        expected = "expected 9, 10 or 12 for vLLM's attention; --profile none serves all the same"
+        raise GraftError(f"{hardware}: compute capability {hardware.capability}, {expected}")
     step = options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
     tensors = read_meta(options.checkpoint)
     room = measure_room(tensors, config, hardware, options.num_ranks, step)
@@ -76,8 +79,8 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
     if wanted > 1 and (uneven := undivided(config, wanted)):
         raise GraftError(
-            f"{flag}: config.json has {uneven}, which the ranks cannot share evenly; "
-            "expected a number that divides it"
+            f"{flag}: ranks cannot share {', '.join(uneven)} of config.json evenly; expected a "
+            "number that divides them"
         )
     return wanted
 

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from textwrap import shorten
 from typing import IO
 
 from mtp_graft.errors import GraftError
@@ -27,7 +30,7 @@ POLL_S = 0.5
 GRACE_S = 15.0
 #: A process of its own that waits for the end of ours, SIGKILL included, and then ends the server
 #: with all it started. vLLM ignores SIGTERM while it starts, so one signal is not enough.
-_WATCHER = "cat > /dev/null; kill -s TERM -- -$0 && sleep 5 && kill -s KILL -- -$0"
+_WATCHER = 'cat > /dev/null; kill -s TERM -- -$0 && sleep 5 && kill -s KILL -- -$0; rm -rf "$1"'
 
 #: A drafter that works foresees text that repeats itself almost wholly, one with wrong weights not
 #: at all, so anything between serves as the border.
@@ -36,17 +39,19 @@ _REPEATED_TEXT = Prompt(
     "check", "<｜begin▁of▁sentence｜>" + "The quick brown fox jumps over the lazy dog. " * 30
 )
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-#: An exception's line, after vLLM's `(EngineCore pid=7) ERROR 11-23 21:00:00 [core.py:100] ` or
-#: not, or the one below a pydantic ValidationError, which has its reason.
-_REASON = re.compile(
-    r"(?:^|\] )\s*([\w .:-]*(?:error|exception): \S.*|value error, .*)", re.IGNORECASE
+#: A line: what vLLM puts before (process; level, time and place), torch's rank, and text.
+_BEFORE = r"(?:\(\S+ pid=\d+[^)\n]*\) ?)?(?:[A-Z]+ \d\d-\d\d [\d:]{8} \[\S+\] ?)?"
+_LINE = re.compile(rf"^({_BEFORE})(?:\[rank\d+\]: ?)?(.*[^\s^~].*)$", re.MULTILINE)
+_NAMED = r"(?:[\w.]+(?:Error|Exception)|\S+: error|Fatal Python error|terminate called)(?: |:|$)"
+_ENDS = rf"{_NAMED}|Traceback \(|(?:The|During handling of the) above exc|Process \S+:$|[A-Z]+:  "
+#: The message of an exception, below a traceback's frames (and the code, if it has no text) or not.
+_EXCEPTION = re.compile(
+    rf"^(?:Traceback \(.*\n(?:\s.*\n)*?(?=\s.*\n[\w.]+$|\S)|(?={_NAMED}))"
+    rf"(.*(?:\n(?!{_ENDS}|\[[A-Z]\d|Exception ignored|.*Warning: ).*)*)",
+    re.MULTILINE,
 )
 #: The processes above the failing one only report that it failed.
-_SECOND_HAND = re.compile(
-    r"root cause|Engine core initialization failed|\d+ validation errors? for", re.IGNORECASE
-)
-
+_SECOND_HAND = re.compile(r"root cause|Engine core initialization failed", re.IGNORECASE)
 
 #: Called with what is going on, how much of it is done, and of how much (0: not known).
 Report = Callable[[str, int, int], None]
@@ -109,7 +114,8 @@ def _running(
     """Run vLLM in a process group of its own, of which nothing is left after the block."""
     if not command.is_headless:
         check_port(command.host, command.port)
-    environment = {**os.environ, **command.env}
+    sockets = mkdtemp(prefix="vllm-")  # which vLLM leaves behind
+    environment = {"VLLM_RPC_BASE_PATH": sockets, **os.environ, **command.env}
     process = subprocess.Popen(
         command.argv,
         env=environment,
@@ -119,7 +125,7 @@ def _running(
         start_new_session=True,
     )
     watcher = subprocess.Popen(
-        ["sh", "-c", _WATCHER, str(process.pid)],
+        ["sh", "-c", _WATCHER, str(process.pid), sockets],
         stdin=subprocess.PIPE,
         stderr=subprocess.DEVNULL,  # where kill says that the group has gone
         start_new_session=True,
@@ -140,6 +146,7 @@ def _running(
                 process.wait()
                 watcher.kill()  # after the group has gone: its number may be used again
                 watcher.communicate()
+                rmtree(sockets, ignore_errors=True)
 
 
 @contextmanager
@@ -207,11 +214,16 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
 
 
 def explain(log: Path) -> str:
-    """Return why the vLLM that wrote `log` stopped: its first exceptions, else its last lines."""
+    """Return why the vLLM that wrote `log` stopped: its exceptions, else its last lines."""
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 256 * 1024))
-        text = _ANSI.sub("", file.read().decode(errors="replace"))
-    lines = [line.strip()[:300] for line in text.splitlines() if line.strip()]
-    matches = [_REASON.search(line) for line in lines if not _SECOND_HAND.search(line)]
-    reasons = list(dict.fromkeys(match[1] for match in matches if match))
-    return " | ".join(reasons[:3] or lines[-3:]) or "it wrote nothing"
+        text = re.sub(r"\x1b\[[\d;]*m", "", file.read().decode(errors="replace"))
+    said: dict[str, list[str]] = {}  # by what stands before: processes and records take turns
+    for before, line in _LINE.findall(text.replace("\r", "\n")):
+        said.setdefault(before.rstrip(), []).append(line)
+    found = [each for lines in said.values() for each in _EXCEPTION.findall("\n".join(lines))]
+    reasons = [each for each in found if not _SECOND_HAND.search(each)] or found
+    reasons = reasons or [*filter(str.strip, text.split("\n"))][-3:]
+    return (
+        shorten(" | ".join(dict.fromkeys(reasons)), 4000, placeholder=" ...") or "it wrote nothing"
+    )

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, takewhile
 from typing import Any
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
@@ -23,6 +23,7 @@ class Hardware:
     has_nvlink: bool = False  # between all GPUs of a machine
     num_nodes: int = 1
     unified_memory: bool = False
+    capability: tuple[int, int] = (0, 0)  # of CUDA; (0, 0): not known
 
     @property
     def platform(self) -> Platform:
@@ -47,17 +48,19 @@ class Hardware:
         return f"{self.num_gpus}x {self.gpu}, {self.memory_bytes / 2**30:.1f} GiB{link}"
 
 
+#: Major compute capabilities that vLLM 0.32 and 0.33 have attention kernels for; 0: not known.
+ATTENTION = (0, 9, 10, 12)
 CPU = Hardware(None, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 _MIB = 2**20
 #: What options can name. The memory is what the driver reports; H100 and H200 are SXM. GB10 (DGX
 #: Spark): from users' reports.
 _NAMED = (
     CPU,
-    Hardware("RTX PRO 6000 Max-Q", 1, 97887 * _MIB),
-    Hardware("RTX PRO 6000 Server", 1, 97887 * _MIB),
-    Hardware("GB10", 1, 124610 * _MIB, unified_memory=True),
-    Hardware("H100", 1, 81559 * _MIB, has_nvlink=True),
-    Hardware("H200", 1, 143771 * _MIB, has_nvlink=True),
+    Hardware("RTX PRO 6000 Max-Q", 1, 97887 * _MIB, capability=(12, 0)),
+    Hardware("RTX PRO 6000 Server", 1, 97887 * _MIB, capability=(12, 0)),
+    Hardware("GB10", 1, 124610 * _MIB, unified_memory=True, capability=(12, 1)),
+    Hardware("H100", 1, 81559 * _MIB, has_nvlink=True, capability=(9, 0)),
+    Hardware("H200", 1, 143771 * _MIB, has_nvlink=True, capability=(9, 0)),
 )
 _BY_NAME = {(hardware.gpu or "cpu").lower(): hardware for hardware in _NAMED}
 
@@ -83,36 +86,40 @@ def named_hardware(name: str, count: int = 1, num_nodes: int | None = None) -> H
 def find_gpus(num_nodes: int = 1) -> Hardware:
     """Return the GPUs of this machine that vLLM will see, and `num_nodes - 1` machines like it.
 
-    Raises GraftError if there is no driver or no GPU, or if the GPUs are of several kinds.
+    Of MIG instances that is one: CUDA shows no process more. Raises GraftError if there is no
+    driver or no GPU, or if the GPUs are of several kinds.
     """
     import pynvml
 
+    here = f"this machine (CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')})"
     try:
         pynvml.nvmlInit()
         gpus = _visible(pynvml)
         names = sorted({pynvml.nvmlDeviceGetName(gpu) for gpu in gpus})
         if len(names) != 1:
             raise GraftError(
-                f"this machine: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: "
-                "choose with CUDA_VISIBLE_DEVICES"
+                f"{here}: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: choose "
+                "with CUDA_VISIBLE_DEVICES"
             )
         known = _BY_NAME.get(names[0].lower().removeprefix("nvidia "), Hardware(None))
-        memory_bytes = known.memory_bytes
-        with suppress(pynvml.NVMLError_NotSupported):  # where it is the machine's
-            memory_bytes = int(pynvml.nvmlDeviceGetMemoryInfo(gpus[0]).total)
+        memory = _told(pynvml, "MemoryInfo", gpus[0])  # not where it is the machine's
+        memory_bytes = int(memory.total) if memory else known.memory_bytes
+        whole = _told(pynvml, "DeviceHandleFromMigDeviceHandle", gpus[0])
+        of = gpus[0] if whole is None else whole
+        capability = _told(pynvml, "CudaComputeCapability", of) or known.capability
         has_nvlink = len(gpus) > 1 and all(
-            pynvml.nvmlDeviceGetP2PStatus(*pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
+            _told(pynvml, "P2PStatus", *pair, pynvml.NVML_P2P_CAPS_INDEX_NVLINK)
             == pynvml.NVML_P2P_STATUS_OK
             for pair in combinations(gpus, 2)
         )
     except pynvml.NVMLError as error:
         raise GraftError(
-            f"this machine's GPUs: NVIDIA's driver says {error}; vLLM is a CUDA build: is the "
-            "driver there? With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; "
-            "--profile none serves without looking"
+            f"{here}: NVIDIA's driver says {error}; vLLM is a CUDA build: is the driver there? "
+            "With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; --profile none "
+            "serves without looking"
         ) from error
-    count = len(gpus) * num_nodes
-    return Hardware(names[0], count, memory_bytes, has_nvlink, num_nodes, known.unified_memory)
+    machines = (len(gpus) * num_nodes, memory_bytes, has_nvlink, num_nodes)
+    return Hardware(names[0], *machines, known.unified_memory, capability)
 
 
 def hardware_for(platform: Platform) -> Hardware:
@@ -120,17 +127,37 @@ def hardware_for(platform: Platform) -> Hardware:
     return CPU if platform == "cpu" else find_gpus()
 
 
+def visible_devices() -> list[str] | None:
+    """Return CUDA_VISIBLE_DEVICES, without what an empty or negative entry hides; None if unset."""
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return None
+    entries = map(str.strip, chosen.split(","))
+    return list(takewhile(lambda entry: entry and entry[0] != "-", entries))
+
+
 def _visible(pynvml: Any) -> list[Any]:
-    """Return the driver's handles of the GPUs that CUDA_VISIBLE_DEVICES leaves."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        chosen = ",".join(map(str, range(pynvml.nvmlDeviceGetCount())))
-    return [
+    """Return the driver's handles of the GPUs that CUDA shows, or of one MIG instance."""
+    if (chosen := visible_devices()) is None:
+        chosen = list(map(str, range(pynvml.nvmlDeviceGetCount())))
+    gpus = [
         pynvml.nvmlDeviceGetHandleByIndex(int(device))
         if device.isdecimal()
         else pynvml.nvmlDeviceGetHandleByUUID(device)
-        for device in map(str.strip, filter(None, chosen.split(",")))
+        for device in chosen
     ]
+    for gpu in gpus:
+        if _told(pynvml, "DeviceHandleFromMigDeviceHandle", gpu) is not None:
+            return [gpu]
+        if (_told(pynvml, "MigMode", gpu) or [0])[0]:  # now; after it, what is pending
+            return [pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, 0)]
+    return gpus
+
+
+def _told(pynvml: Any, what: str, *of: Any) -> Any:
+    """Return what the driver says of GPUs; None where it has no answer for their kind."""
+    with suppress(pynvml.NVMLError_NotSupported, pynvml.NVMLError_InvalidArgument):
+        return getattr(pynvml, f"nvmlDeviceGet{what}")(*of)
+    return None
 
 
 def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
@@ -141,18 +168,11 @@ def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
     return most
 
 
-def undivided(config: Mapping[str, Any], ranks: int) -> str | None:
-    """Return what of heads, output groups and the experts' scale groups cannot be shared out.
+def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -> dict[str, int]:
+    """Return config key -> unit of what ranks cannot share; `group` inputs share experts' scales.
 
-    Raises GraftError for a config, its dimensions checked, that is not in W4A16-FP8.
+    Without it, raises GraftError for a config, its dimensions checked, not in W4A16-FP8.
     """
-    group = int4_group_size(config.get("quantization_config") or {})
-    heads, groups = config["num_attention_heads"], config["o_groups"]
-    inner = config["moe_intermediate_size"]
-    if heads % ranks:
-        return f"{heads} attention heads"
-    if groups % ranks:
-        return f"{groups} output groups"
-    if inner % (ranks * group):
-        return f"moe_intermediate_size {inner} in groups of {group} that share a scale"
-    return None
+    group = group or int4_group_size(config.get("quantization_config") or {})
+    units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
+    return {key: unit for key, unit in units.items() if config[key] % (ranks * unit)}

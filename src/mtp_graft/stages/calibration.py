@@ -34,8 +34,8 @@ class _Row(BaseModel):
     id: Annotated[
         str, Field(validation_alias=AliasChoices("prompt_id", "id"), coerce_numbers_to_str=True)
     ]
-    text: str = ""
-    messages: list[_Turn] = []
+    text: str | None = None
+    messages: list[_Turn] | None = None
 
 
 def take_fitting(
@@ -154,9 +154,9 @@ def _parse(row: Any, where: str) -> Prompt:
         found = _Row.model_validate(row)
     except ValidationError as error:
         raise GraftError(f"{where}: not a prompt ({in_words(error)}); {_EXPECTED}") from error
-    turns = [turn.model_dump() for turn in found.messages]
+    turns = [turn.model_dump() for turn in found.messages or ()]
     while turns and turns[-1]["role"] != "user":
         turns.pop()
     if not (turns or found.text):
         raise GraftError(f"{where}: prompt {found.id!r} asks nothing; {_EXPECTED}")
-    return Prompt(found.id, tuple(turns) or found.text)
+    return Prompt(found.id, tuple(turns) or found.text or "")

@@ -96,7 +96,7 @@ def _judge_call(output: ModelOutput, data: Data) -> Failure | None:
     is_right = (
         (len(calls), calls[0].parse_error, calls[0].function) == (1, None, data["call"])
         and given.keys() == wanted.keys()
-        and all(re.fullmatch(wanted[name], str(given[name])) for name in wanted)
+        and all(isinstance(given[n], str) and re.fullmatch(wanted[n], given[n]) for n in wanted)
     )
     return None if is_right else Failure(WRONG_CALL, f"{calls[0].function}: {given}"[:200])
 

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import json
 import re
 import string
 import zlib
@@ -17,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from inspect_ai import Task
 from inspect_ai.dataset import Sample
+from pydantic_core import from_json
 
 from mtp_graft.bench.evals.judging import Judge, compare, judge_code, make_task, said
 from mtp_graft.bench.evals.sandbox import find_python
@@ -70,7 +70,7 @@ def humaneval(data_dir: Path | None, limit: int | None, seed: int) -> Task:
 
     def to_sample(row: Row, _number: int) -> Sample:
         data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
-        return Sample(id=row["task_id"], input=_HUMANEVAL.format(**data), metadata=data)
+        return Sample(id=row["task_id"] + "", input=_HUMANEVAL.format(**data), metadata=data)
 
     samples = deal(_load("humaneval", to_sample, data_dir), limit, seed)
     return make_task("humaneval", samples, judge_code)
@@ -80,9 +80,9 @@ def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
     """Return four-way questions, as many of each subject, give or take one."""
 
     def to_sample(row: Row, number: int) -> Sample:
-        choices = "\n".join(f"({x}) {c}" for x, c in zip("ABCD", row["choices"], strict=True))
+        choices = "\n".join(f"({x}) " + c for x, c in zip("ABCD", row["choices"], strict=True))
         text = f"{row['question'].strip()}\n\n{choices}\n\n{_MMLU}"
-        data = {"category": row["subject"], "target": "ABCD"[row["answer"]]}
+        data = {"category": row["subject"] + "", "target": "ABCD"[row["answer"]]}
         return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
 
     samples = deal(_load("mmlu", to_sample, data_dir), limit, seed)
@@ -152,7 +152,7 @@ def _read_rows(path: Path) -> Iterable[Row]:
         return (dict(zip(keys, row, strict=True)) for row in parts)
     content = path.read_bytes()
     lines = (gzip.decompress(content) if path.suffix == ".gz" else content).split(b"\n")
-    return (json.loads(line) for line in lines if line.strip())
+    return (from_json(line) for line in lines if line.strip())
 
 
 def find_number(text: str) -> str | None:

@@ -44,7 +44,7 @@ class Checkpoint:
         unreadable: Mapping[str, str],
     ) -> None:
         self.folder, self.config, self.index = folder, config, index
-        self.shards, self.unreadable = shards, unreadable
+        self.unreadable = unreadable
         self.num_layers: int = config["num_hidden_layers"]  # also the head's index in vLLM
         self.ratios = compress_ratios(config) or []
         #: The config's section as vLLM reads it, or why it cannot.
@@ -53,7 +53,11 @@ class Checkpoint:
             self.quantization = read_quantization(config)
         except GraftError as error:
             self.quantization = error
-        held = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+        named, listed = set(index.values()), index.keys()
+        #: Left-over shards, which vLLM leaves out: all that they hold is listed in others.
+        self.stale = {s for s, found in shards.items() if s not in named and found.keys() <= listed}
+        self.shards = {s: found for s, found in shards.items() if s not in self.stale}
+        held = {name: found[name] for found in self.shards.values() for name in found}
         #: Who made the checkpoint, if it is not W4A16-FP8 as config and routers say.
         names = sorted(held.keys() | index.keys())
         routed = min((sum(t.shape[:1]) for n, t in held.items() if _ROUTER.search(n)), default=0)

@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from importlib.resources import files
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-_NUM_LISTED = 3
 #: What is wrong with one tensor or module: id of the finding, name, what was found and expected.
 Defect = tuple[str, str, object, object]
 
@@ -48,8 +47,6 @@ class Finding:
     evidence: str
     fixable: bool  # by --fix
 
-    TEXTS: ClassVar = ("where", "found", "expected", "why", "cure")
-
 
 def finding(
     id_: str,
@@ -61,17 +58,9 @@ def finding(
 ) -> Finding:
     """Return a finding with the texts of its kind, unless severity or cure are others."""
     kind = KINDS[id_]
-    return Finding(
-        id=id_,
-        severity=severity or kind.severity,
-        where=where,
-        found=str(found),
-        expected=str(expected),
-        why=kind.why,
-        cure=cure or kind.cure,
-        evidence=kind.evidence,
-        fixable=(cure or kind.cure).startswith("--fix"),
-    )
+    level, cure = severity or kind.severity, cure or kind.cure
+    texts = (where, str(found), str(expected), kind.why, cure)
+    return Finding(id_, level, *texts, kind.evidence, fixable=cure.startswith("--fix"))
 
 
 def merged(check: Callable[..., Iterable[Defect]]) -> Callable[..., Iterator[Finding]]:
@@ -91,6 +80,6 @@ def merged(check: Callable[..., Iterable[Defect]]) -> Callable[..., Iterator[Fin
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first few names and how many there are, as in `a, b, c and 5 more`."""
-    more = f" and {len(names) - _NUM_LISTED} more" if len(names) > _NUM_LISTED else ""
-    return ", ".join(names[:_NUM_LISTED]) + more
+    """Return the first names and how many more there are, as in `a, b, c and 5 more`."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,7 +1,6 @@
 """What a checkpoint is to be served with, and its checks: vLLM, ranks, memory, known issues."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import KINDS, Finding, Severity, finding
 from mtp_graft.serving.memory import UTILIZATION, measure_room
 from mtp_graft.serving.topology import Hardware
-
-_PLUGINS = "VLLM_PLUGINS"
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,9 @@ def find_target(
             hardware = topology.hardware_for(here.platform if here else "cuda")
         except GraftError as error:
             expected = "GPUs of one kind that NVIDIA's driver tells of"
+            kind = "gpus-hidden" if topology.visible_devices() == [] else "gpus-unknown"
             if here is not None:
-                findings.append(finding("gpus-unknown", "this machine", error, expected))
+                findings.append(finding(kind, "this machine", error, expected))
     if vllm is not None and vllm is here:
         findings += _plugin_findings()
     ranks = tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0)
@@ -79,13 +77,13 @@ def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
 
 
 def _plugin_findings() -> Iterator[Finding]:
-    group, allowed = "vllm.general_plugins", os.environ.get(_PLUGINS)
+    group, allowed = "vllm.general_plugins", os.environ.get("VLLM_PLUGINS")
     expected = f"{PLUGIN_NAME} among them"
     if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
         yield finding("plugin-missing", f"entry points of {group}", f"no {PLUGIN_NAME}", expected)
     elif allowed is not None and PLUGIN_NAME not in allowed.split(","):
         # `serve` sets it.
-        yield finding("plugin-missing", _PLUGINS, repr(allowed), expected, "warning")
+        yield finding("plugin-missing", "VLLM_PLUGINS", repr(allowed), expected, "warning")
 
 
 # Checks
@@ -112,12 +110,10 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
     groups = {"int4": checkpoint.group_size, "mxfp4": MXFP4_GROUP}
     group = max((groups.get(str(each), 1) for each in checkpoint.formats.values()), default=1)
-    units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
-    for key, unit in units.items():
-        if (number := checkpoint.config[key]) % (tp * unit):
-            kind = "tp-heads" if unit == 1 else "tp-groups"
-            where, expected = f"config.json: {key}", f"a multiple of {unit} on every rank"
-            yield finding(kind, where, f"{number} on {tp} ranks", expected)
+    for key, unit in topology.undivided(checkpoint.config, tp, group).items():
+        kind, found = "tp-heads" if unit == 1 else "tp-groups", checkpoint.config[key]
+        where, expected = f"config.json: {key}", f"a multiple of {unit} on every rank"
+        yield finding(kind, where, f"{found} on {tp} ranks", expected)
 
 
 def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
@@ -146,29 +142,29 @@ def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
 # Known issues
 
 
-def _has_one_group_a_rank(checkpoint: Checkpoint, target: Target) -> bool:
-    """Say whether a rank has one group of INT4 scales an expert, in the layout of Marlin."""
-    gpu = (target.hardware and target.hardware.gpu) or ""
-    if target.platform != "cuda" or re.search(r"\bG?H[12]00\b", gpu):
-        return False
-    inner, hidden = (checkpoint.config[k] for k in ("moe_intermediate_size", "hidden_size"))
-    is_one = inner // target.tp <= checkpoint.group_size < hidden
-    return is_one and "int4" in checkpoint.formats.values()
-
-
 def known_issues(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find the known issues of findings.toml that meet this checkpoint on this target."""
-    hardware = target.hardware
+    hardware, on_cuda = target.hardware, target.platform == "cuda"
     is_pcie_only = hardware is not None and hardware.is_pcie_only
+    sm = hardware.capability if hardware else (0, 0)
+    has_marlin = on_cuda and sm != (9, 0) and "int4" in checkpoint.formats.values()
+    inner, hidden = (checkpoint.config[k] for k in ("moe_intermediate_size", "hidden_size"))
+    has_one_group = inner // target.tp <= checkpoint.group_size < hidden
     issues = {
+        "gpu-capability": sm[0] not in topology.ATTENTION,
         "vllm-51513": target.tp == 2 and is_pcie_only,
         "vllm-42063": target.tp >= 4 and is_pcie_only,
-        "vllm-50196": _has_one_group_a_rank(checkpoint, target),
+        "vllm-50196": has_marlin and has_one_group,
+        "vllm-40923": has_marlin and sm[0] == 12,
+        "vllm-36889": has_marlin and sm[0] == 12,
+        "vllm-51593": checkpoint.has_head and sm[0] == 12,
+        "vllm-40969": sm == (12, 1),
+        "vllm-51970": sm == (9, 0),
         "vllm-46307": hardware is not None and hardware.unified_memory,
-        "piecewise-graphs": target.platform == "cuda",
+        "piecewise-graphs": on_cuda,
     }
+    version = target.vllm or Version(TRIED_VLLM["cuda"])
     for id_ in filter(issues.get, issues):
-        affects = SpecifierSet(KINDS[id_].affects)
-        if target.vllm is None or target.vllm in affects:
+        if version in (affects := SpecifierSet(KINDS[id_].affects)):
             where = f"vLLM {target.vllm or '(any)'} on {hardware or 'unknown hardware'}"
             yield finding(id_, where, KINDS[id_].what, f"a vLLM other than {affects}, or not that")

@@ -3,17 +3,21 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.config import unread_keys
 from mtp_graft.dsv4.formats import part_name, stored_as, weight_of
 from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
+from mtp_graft.errors import in_words
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
-from mtp_graft.serving.doctor.findings import Defect, Finding, finding, merged
+from mtp_graft.serving.doctor.findings import Defect, Finding, Severity, finding, listed, merged
 from mtp_graft.serving.doctor.hardware import Target
 
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
@@ -27,6 +31,10 @@ _ALSO_READ = {
     torch.uint8: (torch.float8_e8m0fnu,),
     torch.int32: (torch.int64,),
 }
+#: Files besides that vLLM reads. It stops at one of the first that is damaged.
+_STOPS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_GOES_ON = ("generation_config.json", "chat_template.jinja")
+_OBJECT = TypeAdapter(dict[str, Any])
 
 
 def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
@@ -34,6 +42,29 @@ def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     for shard, reason in checkpoint.unreadable.items():
         there = (checkpoint.folder / shard).is_file()
         yield finding("shard-unreadable" if there else "shard-missing", shard, reason, "a shard")
+
+
+def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+    """Find left-over shards, a wrong size in the index, tokenizer and settings that are no JSON."""
+    for shard in checkpoint.stale:
+        yield finding("shard-stale", shard, f"not in {INDEX_NAME}", "shards that it names")
+    if not checkpoint.folder.is_dir():  # headers alone
+        return
+    metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata") or {}
+    given, total = metadata.get("total_size"), sum(t.nbytes for t in checkpoint.tensors.values())
+    if given not in (None, total) and not checkpoint.unreadable:
+        yield finding("index-total-size", f"{INDEX_NAME}: total_size", given, f"{total}, the sum")
+    there = {path.name for path in checkpoint.folder.iterdir()} & {*_STOPS, *_GOES_ON}
+    if missing := sorted({*_STOPS[:2], *_GOES_ON[:1]} - there):
+        yield finding("file-missing", listed(missing), "not there", "as in the base")
+    for name in sorted(there):
+        path = checkpoint.folder / name
+        try:
+            data = fetched(path.read_bytes() if path.is_file() else b"")
+            _OBJECT.validate_json(data) if name.endswith(".json") else data.decode()
+        except (OSError, ValueError) as error:
+            level: Severity = "error" if name in _STOPS else "warning"
+            yield finding("file-unreadable", name, in_words(error), "the whole file", level)
 
 
 @merged
