@@ -170,11 +170,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put slow tests first; skip what this machine cannot run (`-ra` says so in the summary)."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     no_vllm = importlib.util.find_spec("vllm") is None
+    has_kernels = "avx512f" in Path("/proc/cpuinfo").read_text() or cuda_is_there()
     for item in items:
         if item.get_closest_marker("gpu") and not cuda_is_there():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         elif item.get_closest_marker("vllm") and no_vllm:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+        elif item.get_closest_marker("serves") and not has_kernels:
+            item.add_marker(pytest.mark.skip(reason="no AVX-512, so vLLM serves no DeepSeek-V4"))
 
 
 @cache

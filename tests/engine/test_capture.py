@@ -25,7 +25,7 @@ from mtp_graft.serving.client import Prompt
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.capture import capture, recording_options
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 
 NEW_TOKENS = 56
 STREAMS = 4

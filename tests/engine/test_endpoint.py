@@ -18,7 +18,7 @@ from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import CPU_STEP, ServeOptions
 from mtp_graft.serving.server import check_drafter, managed_server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 NAME = "deepseek-v4-flash"
 API_KEY = "a-key-of-the-tests"
 MAX_MODEL_LEN = 3072  # more than a step of vLLM's own on a CPU

@@ -15,7 +15,7 @@ import pytest
 from engine.conftest import MAX_MARGIN, Batches, Checkpoints, RunEngine
 from workers import CORES
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
 NUM_PROMPTS, NEW_TOKENS = 20, 24

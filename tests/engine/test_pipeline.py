@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from mtp_graft.bench.card import write_card
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 
 SETTINGS = (
     "capture.calibration_count=6",

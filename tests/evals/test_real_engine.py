@@ -9,7 +9,7 @@ import pytest
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.serving.server import managed_server
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 
 EVALS = ("gsm8k", "humaneval", "mmlu", "capability")
 

@@ -3,11 +3,13 @@
 import dataclasses
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.models.deepseek_v4.cpu import model as stock
 
+from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu import attention_metadata, sampling
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.drafter import DeepSeekV4MTP
@@ -24,6 +26,8 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
     hf_to_vllm_mapper: WeightsMapper
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if not torch.cpu._is_avx512_supported():
+            raise GraftError("this CPU has no AVX-512, which vLLM's DeepSeek-V4 needs on a CPU")
         attention_metadata.fill_gaps()
         sampling.fill_gaps()
         vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
