@@ -15,7 +15,7 @@ import pytest
 
 from mtp_graft.serving import command
 
-from .flash import write_flash
+from .flash import with_head
 
 FAKE_VLLM = Path(__file__).with_name("fake_vllm.py")
 BASE_TENSORS = ("embed.weight", "layers.0.attn.wq_a.weight")
@@ -200,7 +200,7 @@ def grafted(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def flash(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DeepSeek-V4-Flash without its bytes."""
-    return write_flash(tmp_path_factory.mktemp("flash") / "checkpoint")
+    return with_head().write(tmp_path_factory.mktemp("flash") / "checkpoint")
 
 
 def read_record(file: Path, timeout_s: float = 20.0) -> Any:

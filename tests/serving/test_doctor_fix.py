@@ -79,7 +79,7 @@ def test_shards_are_copied_only_if_the_user_says_so(
     planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = planted("scale-inv"), tmp_path / "fixed"
-    size = f"copies {(folder / HEAD).stat().st_size:,} bytes, 1 shards"
+    size = f"copies {(folder / HEAD).stat().st_size:,} bytes, 1 of 4 shards"
     with pytest.raises(GraftError, match=rf"{size}.*--yes allows it"):
         run(folder, "--gpu", "cpu", "--fix", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn"]

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import torch
-from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, NonNegativeInt, TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import fetched, read_as, replacing, write_json
 from mtp_graft.errors import GraftError, in_words
@@ -40,11 +40,21 @@ _DTYPES: dict[str, torch.dtype] = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
+_MOST_HEADER_BYTES = 10**8  # by the format
 
 
 class _Index(BaseModel):
     weight_map: dict[str, str]
     metadata: dict[str, Any] | None = None
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: tuple[int, int]  # of its values, from the end of the header
+
+
+_HEADER = TypeAdapter(dict[str, _Entry | dict[str, str] | None])  # the others: __metadata__
 
 
 class Shard:
@@ -64,7 +74,7 @@ class Shard:
         self.meta: dict[str, Tensor] = {}
         try:
             self._read_header()
-        except (OSError, ValueError, TypeError, SafetensorError) as error:  # torch's: sizes
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:  # of torch
             self._file.close()
             raise GraftError(
                 f"{path}: not a readable safetensors file ({in_words(error)}); if it was cut off, "
@@ -73,15 +83,22 @@ class Shard:
 
     def _read_header(self) -> None:
         first = fetched(self._file.read(32))
-        with safe_open(self._path, "np") as file:  # which maps the file, for as long as this takes
-            start = 8 + int.from_bytes(first[:8], "little")
-            for name in file.offset_keys():
-                part = file.get_slice(name)
-                if (dtype := part.get_dtype()) not in _DTYPES:
-                    raise ValueError(f"{name} is {dtype}, expected one of {', '.join(_DTYPES)}")
-                tensor = torch.empty(part.get_shape(), dtype=_DTYPES[dtype], device="meta")
-                self.meta[name], self._starts[name] = tensor, start
-                start += tensor.nbytes
+        size, begin = os.fstat(self._file.fileno()).st_size, 8 + int.from_bytes(first[:8], "little")
+        if not 8 < begin <= min(size, 8 + _MOST_HEADER_BYTES):
+            raise ValueError(f"a header of {begin - 8:,} bytes in a file of {size:,}")
+        text, start = os.pread(self._file.fileno(), begin - 8, 8), 0
+        entries: dict[str, Any] = _HEADER.validate_json(text, strict=True)
+        entries.pop("__metadata__", None)
+        for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+            if (dtype := entries[name]["dtype"]) not in _DTYPES:
+                raise ValueError(f"{name} is {dtype}, expected one of {', '.join(_DTYPES)}")
+            tensor = torch.empty(entries[name]["shape"], dtype=_DTYPES[dtype], device="meta")
+            self.meta[name], self._starts[name] = tensor, begin + start
+            expected, start = (start, start + tensor.nbytes), start + tensor.nbytes
+            if (found := entries[name]["data_offsets"]) != expected:
+                raise ValueError(f"{name} is at {found}, expected {expected} by its shape")
+        if begin + start != size:
+            raise ValueError(f"{size:,} bytes, expected {begin + start:,} by its header")
 
     def __enter__(self) -> Self:
         return self
@@ -131,7 +148,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     name: engines look in the folder alone.
     """
     index = read_as(_Index, path, "a safetensors index", "fetch it again")
-    for name, shard in index.weight_map.items():
+    for shard, name in {shard: name for name, shard in index.weight_map.items()}.items():
         if Path(shard).name != shard:
             raise GraftError(f"{path}: the shard of {name} is {shard!r}, expected a file's name")
     return index.weight_map

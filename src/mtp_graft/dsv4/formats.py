@@ -44,6 +44,14 @@ def weight_of(parts: Parts) -> Tensor | None:
     return next((parts[part] for part in ("weight_packed", "weight", "") if part in parts), None)
 
 
+def shape_of(parts: Parts) -> tuple[int, int]:
+    """Return O and I of a matrix by its codes."""
+    codes = parts.get("weight_packed", parts.get("weight"))
+    assert codes is not None
+    per_element = {torch.int32: int4.CODES_PER_WORD, torch.uint8: 2}.get(codes.dtype, 1)
+    return codes.shape[0], codes.shape[-1] * per_element
+
+
 def format_of(parts: Parts) -> Format | None:
     """Return the format by the weight's dtype, whatever else is there; None if it is of no such."""
     if (weight := weight_of(parts)) is None:
@@ -84,6 +92,8 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> 
 
 def decode(kind: Format, parts: Parts) -> Tensor:
     """Return the float32 values of a module's parts, which are those of `stored_as`."""
+    if kind != "plain" and parts["weight_scale"].is_meta:  # computing takes seconds for a head
+        return torch.empty(shape_of(parts), device="meta")
     match kind:
         case "plain":
             (tensor,) = parts.values()

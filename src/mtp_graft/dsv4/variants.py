@@ -17,6 +17,7 @@ from mtp_graft.dsv4.formats import (
     int4_parts,
     modules_of,
     part_name,
+    shape_of,
     stored_as,
 )
 from mtp_graft.dsv4.names import EXPERT
@@ -92,7 +93,7 @@ def _renamed(parts: Parts) -> Parts:
 def _store_expert(
     module: str, parts: Parts, variant: Variant, gptq_experts: Mapping[str, Tensor], group_size: int
 ) -> Parts:
-    shape = _shape(parts)
+    shape = shape_of(parts)
     layout = stored_as("weight", shape, "int4", group_size)
     match variant:
         case "mxfp4":
@@ -117,14 +118,6 @@ def _store_expert(
             return found
 
 
-def _shape(parts: Parts) -> tuple[int, int]:
-    """Return O and I of a matrix by its codes."""
-    codes = parts.get("weight_packed", parts.get("weight"))
-    assert codes is not None
-    per_element = {torch.int32: int4.CODES_PER_WORD, torch.uint8: 2}.get(codes.dtype, 1)
-    return codes.shape[0], codes.shape[-1] * per_element
-
-
 def _check(module: str, parts: Parts, group_size: int) -> Format:
     """Return the format of a module's parts; raise GraftError if they do not fit each other."""
     kind = format_of(parts)
@@ -134,13 +127,16 @@ def _check(module: str, parts: Parts, group_size: int) -> Format:
             raise GraftError(f"{module}: is {tensor.dtype} without a scale; fetch the shard again")
         _expect_finite(module, parts)
         return kind
-    if kind is None or parts.keys() != stored_as("weight", _shape(parts), kind, group_size).keys():
+    if (
+        kind is None
+        or parts.keys() != stored_as("weight", shape_of(parts), kind, group_size).keys()
+    ):
         found = ", ".join(f"{part} ({parts[part].dtype})" for part in sorted(parts))
         raise GraftError(
             f"{module}: has {found}; expected a weight with its scale, packed codes with their "
             "scale, or an unquantized weight; a tensor is missing or does not belong here"
         )
-    _check_matrix(module, kind, parts, _shape(parts), group_size)
+    _check_matrix(module, kind, parts, shape_of(parts), group_size)
     return kind
 
 

@@ -14,7 +14,6 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
@@ -26,7 +25,7 @@ from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes,
 from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.capture import step_tokens
 from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
-from mtp_graft.stages.splice import plan_splice
+from mtp_graft.stages.splice import open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 
@@ -79,9 +78,8 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         check_readable(base.config, f"{base.given}/config.json", vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         kinds: set[Variant] = {"rtn", *recipe.served_variants} - {"gptq"}
-        folders, linears = (base_folder, upstream_folder), recipe.splice.linears
-        heads = {kind: plan_splice(*folders, kind, linears).layout for kind in kinds}
-        tensors = read_meta(base_folder)
+        given = open_base(base_folder), upstream_folder
+        heads = {kind: plan_splice(*given, kind, recipe.splice.linears).layout for kind in kinds}
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
@@ -93,7 +91,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
             f"serve.tensor_parallel_size is {ranks}, expected a number that divides "
             f"{', '.join(uneven)} of {base.given}"
         )
-    return Models(base, upstream, tensors, {**heads, "gptq": heads["rtn"]})
+    return Models(base, upstream, given[0].tensors, {**heads, "gptq": heads["rtn"]})
 
 
 def find_needs(run: Run, models: Models) -> list[Need]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import Source, download, find_source, headers_of, nearest_folder
 from mtp_graft.stages.inputs import Progress
-from mtp_graft.stages.splice import plan_splice, splice
+from mtp_graft.stages.splice import open_base, plan_splice, splice
 
 #: What can be made of upstream's head without calibration.
 Head = Literal["mxfp4", "bf16"]
@@ -68,7 +68,7 @@ def _prepare(
     sources = [_find(base, "base"), _find(upstream, "head")]
     with ExitStack() as stack:
         folders = [stack.enter_context(headers_of(source)) for source in sources]
-        needed = plan_splice(folders[0], folders[1], head).bytes
+        needed = plan_splice(open_base(folders[0]), folders[1], head).bytes
     place = nearest_folder(out)
     if copy or place.stat().st_dev != nearest_folder(sources[0].folder).stat().st_dev:
         needed += sum(sources[0].sizes.values())

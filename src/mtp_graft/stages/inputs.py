@@ -102,8 +102,10 @@ def check_head(
             )
 
 
-def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a base's config.json and weight map.
+def read_base(
+    base: Path, *needed: str, known: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a base's config.json and weight map; `known` are its tensors, if they have been read.
 
     Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
     [V, D] is missing or has another shape than config.json says.
@@ -113,7 +115,7 @@ def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]
     for name in needed:
         if name not in weight_map:
             raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
-        found = list(read_meta(base, name)[name].shape)
+        found = list((known or read_meta(base, name))[name].shape)
         if found != expected:
             raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
     return settings, weight_map

@@ -1,5 +1,6 @@
 """Splice: a base without its head, plus a head, gives a new checkpoint.
 
+    open_base     config, index and headers of the base
     plan_splice   headers of base, head and quantized experts, checked against each other
     splice        the base's files hard-linked, the head in one new shard, manifest, config, index
 
@@ -47,7 +48,7 @@ class Base:
     folder: Path
     config: Mapping[str, Any]
     weight_map: Mapping[str, str]  # tensor -> shard
-    bytes: int  # of its tensors
+    tensors: Mapping[str, Tensor]  # meta
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def splice(
     for inputs that are broken or do not fit each other, for another `out` that exists, and for a
     full disk.
     """
-    plan = plan_splice(base, upstream, variant, linears, quantized)
+    plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
     manifest = _manifest(plan)
     if out.exists():
         _check_done(out, manifest)
@@ -112,8 +113,17 @@ def splice(
 # What a splice starts from
 
 
+def open_base(folder: Path) -> Base:
+    """Read config, index and headers; raises GraftError for what is no base without a head."""
+    tensors = shards.read_meta(folder, complete=True)
+    expect_format(folder, "base")
+    if already := sorted(name for name in tensors if name.startswith("mtp.")):
+        raise GraftError(f"{folder}: already has a head ({already[0]}, ...); expected none")
+    return Base(folder, *read_base(folder, "embed.weight", "head.weight", known=tensors), tensors)
+
+
 def plan_splice(
-    base: Path,
+    base: Base,
     upstream: Path,
     variant: Variant | None,
     linears: Linears = "base",
@@ -123,8 +133,7 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    expect_format(base, "base")
-    read, published, experts = _read_base(base), None, Tensors()
+    published, experts = None, Tensors()
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
         published = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
@@ -134,25 +143,17 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    config = _head_config(read, variant, linears)
+    config = _head_config(base, variant, linears)
     is_int4 = variant in ("rtn", "gptq")
     group_size = int4_group_size(config["quantization_config"]) if is_int4 else 128
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
-    _check_schemes(base, config, layout)
+    _check_schemes(base.folder, config, layout)
     return SplicePlan(
-        read, variant, linears, head, experts, store, layout, config, report, published
+        base, variant, linears, head, experts, store, layout, config, report, published
     )
-
-
-def _read_base(folder: Path) -> Base:
-    if already := sorted(shards.read_index(folder, "mtp.")):
-        raise GraftError(f"{folder}: already has a head ({already[0]}, ...); expected none")
-    size = sum(tensor.nbytes for tensor in shards.read_meta(folder, complete=True).values())
-    config, weight_map = read_base(folder, "embed.weight", "head.weight")
-    return Base(folder, config, weight_map, size)
 
 
 def _describe(
@@ -275,4 +276,5 @@ def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
     files.write_text(recipe, folder / quant_manifest.RECIPE_NAME)
     metadata = files.read_object(plan.base.folder / shards.INDEX_NAME, "an index").get("metadata")
     index = {**plan.base.weight_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
-    shards.write_index(index, plan.base.bytes + plan.bytes, folder, metadata)
+    total = sum(tensor.nbytes for tensor in plan.base.tensors.values()) + plan.bytes
+    shards.write_index(index, total, folder, metadata)

@@ -41,7 +41,9 @@ def fix_checkpoint(
     copied = {shard for shard, held in checkpoint.shards.items() if held.keys() & misnamed}
     if copied:
         size = sum((folder / shard).stat().st_size for shard in copied)
-        allow_copy(f"{out}: copies {size:,} bytes, {len(copied)} shards with misnamed tensors")
+        allow_copy(
+            f"{out}: copies {size:,} bytes, {len(copied)} of {len(checkpoint.shards)} shards"
+        )
     with new_folder(out) as temporary:
         _write(checkpoint, temporary, copied, cures)
     return True

@@ -57,10 +57,9 @@ def find_target(
         try:
             hardware = topology.hardware_for(here.platform if here else "cuda")
         except GraftError as error:
-            expected = "GPUs of one kind that NVIDIA's driver tells of"
             kind = "gpus-hidden" if topology.visible_devices() == [] else "gpus-unknown"
             if here is not None:
-                findings.append(finding(kind, "this machine", error, expected))
+                findings.append(finding(kind, "this machine", error, "GPUs of one kind"))
     if vllm is not None and vllm is here:
         findings += _plugin_findings()
     ranks = tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0)
@@ -81,8 +80,7 @@ def _plugin_findings() -> Iterator[Finding]:
     expected = f"{PLUGIN_NAME} among them"
     if not any(plugin.name == PLUGIN_NAME for plugin in entry_points(group=group)):
         yield finding("plugin-missing", f"entry points of {group}", f"no {PLUGIN_NAME}", expected)
-    elif allowed is not None and PLUGIN_NAME not in allowed.split(","):
-        # `serve` sets it.
+    elif allowed is not None and PLUGIN_NAME not in allowed.split(","):  # `serve` sets it
         yield finding("plugin-missing", "VLLM_PLUGINS", repr(allowed), expected, "warning")
 
 
@@ -98,8 +96,7 @@ def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     elif target.platform is not None:
         tried = Version(TRIED_VLLM[target.platform])
         if target.vllm.release[:2] > tried.release[:2]:  # patches do not count
-            expected = f"{tried}, the newest that was tried"
-            yield finding("vllm-untried", "vLLM", target.vllm, expected)
+            yield finding("vllm-untried", "vLLM", target.vllm, f"{tried}, the newest tried")
 
 
 def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:

@@ -34,7 +34,6 @@ _ALSO_READ = {
 #: Files besides that vLLM reads. It stops at one of the first that is damaged.
 _STOPS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _GOES_ON = ("generation_config.json", "chat_template.jinja")
-_OBJECT = TypeAdapter(dict[str, Any])
 
 
 def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
@@ -60,8 +59,8 @@ def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     for name in sorted(there):
         path = checkpoint.folder / name
         try:
-            data = fetched(path.read_bytes() if path.is_file() else b"")
-            _OBJECT.validate_json(data) if name.endswith(".json") else data.decode()
+            data, is_json = fetched(path.read_bytes() if path.is_file() else b""), ".json" in name
+            TypeAdapter(dict[str, Any]).validate_json(data) if is_json else data.decode()
         except (OSError, ValueError) as error:
             level: Severity = "error" if name in _STOPS else "warning"
             yield finding("file-unreadable", name, in_words(error), "the whole file", level)
