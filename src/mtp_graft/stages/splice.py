@@ -115,8 +115,8 @@ def splice(
 
 def open_base(folder: Path) -> Base:
     """Read config, index and headers; raises GraftError for what is no base without a head."""
-    tensors = shards.read_meta(folder, complete=True)
     expect_format(folder, "base")
+    tensors = shards.read_meta(folder, complete=True)
     if already := sorted(name for name in tensors if name.startswith("mtp.")):
         raise GraftError(f"{folder}: already has a head ({already[0]}, ...); expected none")
     return Base(folder, *read_base(folder, "embed.weight", "head.weight", known=tensors), tensors)
