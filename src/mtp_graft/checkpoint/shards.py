@@ -149,7 +149,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     """
     index = read_as(_Index, path, "a safetensors index", "fetch it again")
     for shard, name in {shard: name for name, shard in index.weight_map.items()}.items():
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
             raise GraftError(f"{path}: the shard of {name} is {shard!r}, expected a file's name")
     return index.weight_map
 

@@ -17,7 +17,7 @@ from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
 from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import FLOAT32, storage_dtype, upstream_head_names
+from mtp_graft.dsv4.names import storage_dtype, upstream_head_names
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.command import read_dimensions
@@ -95,11 +95,9 @@ def check_head(
             "upstream are different models, or a shard is damaged: fetch it again"
         )
     for name, tensor in head.meta.items():
-        is_rounded = FLOAT32.search(name) and tensor.dtype != torch.float32
-        if is_rounded or tensor.dtype == torch.float16:  # a wrong label, as no head has any
-            raise GraftError(
-                f"{upstream}: {name} is {tensor.dtype}, expected {storage_dtype(name)}"
-            )
+        right = storage_dtype(name)
+        if tensor.dtype == torch.float16 or tensor.dtype != right == torch.float32:
+            raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected {right}")
 
 
 def read_base(

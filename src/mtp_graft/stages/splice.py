@@ -271,7 +271,7 @@ def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
     text = quant_manifest.manifest_text(manifest)
     files.write_text(text, folder / quant_manifest.MANIFEST_TEXT_NAME)
     base_recipe = plan.base.folder / quant_manifest.RECIPE_NAME
-    before = base_recipe.read_text() if base_recipe.exists() else None
+    before = base_recipe.read_text(errors="backslashreplace") if base_recipe.is_file() else None
     recipe = quant_manifest.recipe_text(manifest, before)
     files.write_text(recipe, folder / quant_manifest.RECIPE_NAME)
     metadata = files.read_object(plan.base.folder / shards.INDEX_NAME, "an index").get("metadata")

@@ -110,11 +110,14 @@ def find_code(content: str, name: str) -> str:
     Without such a block it is the first one; without any, all of the text up to a lone closing
     fence.
     """
-    before, fence, after = content.partition("```")
-    is_closing = before.strip() and "```" not in after and not after.partition("\n")[0].strip()
+    opening = re.search(r"```|^ *~~~", content, re.MULTILINE)
+    mark = opening[0].strip() if opening else "```"
+    before, fence, after = content.partition(mark)
+    is_closing = before.strip() and mark not in after and not after.partition("\n")[0].strip()
     if not fence or (is_closing and not _definition(after, name)):
         return before
-    blocks = _fenced(content)
+    own_line = content.replace(f" {mark}", f"\n{mark}")  # where text stands before the fence
+    blocks = [b for text in (content, own_line) for b in _fenced(text) if b.strip()]
     return next((block for block in blocks if _definition(block, name)), (blocks or [before])[0])
 
 
