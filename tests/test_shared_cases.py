@@ -37,6 +37,7 @@ def make(
 
 
 IGNORED, FUSED = ["ignore-null"], ["expert-target-names"]
+UNREADABLE = [*["shard-unreadable"] * 4, "file-unreadable"]
 CANADA = ["pattern-names-mtp", "expert-target-names"]
 
 
@@ -56,6 +57,8 @@ CANADA = ["pattern-names-mtp", "expert-target-names"]
         ("05", "base-first", FUSED, FUSED, None),
         ("06", "ckpt", CANADA, ["head-tensor-unknown", *CANADA], "already has a head"),
         ("09", "base", ["foreign-format"], ["foreign-format"], "quantization_config: quant_method"),
+        ("15", "only-tokenizer", UNREADABLE[4:], UNREADABLE[4:], "already has a head"),
+        ("15", "ckpt", UNREADABLE, UNREADABLE, "git-lfs pointer"),
         ("10", "official", ["foreign-format"], ["foreign-format"], "already has a head"),
     ],
 )
