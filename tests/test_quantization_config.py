@@ -1,10 +1,13 @@
 """Which scheme an engine finds for each module, by the names engines use."""
 
+import random
+import time
+from collections.abc import Callable
 from copy import deepcopy
+from itertools import product
 from typing import Any
 
 import pytest
-from torch import nn
 
 from mtp_graft.checkpoint.quantization_config import (
     add_head,
@@ -62,43 +65,155 @@ def test_each_module_finds_its_scheme_and_the_bases_section_stays(
     assert base == tiny_quantization()
 
 
-WRITTEN_BY_OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "fused": ({"group_0": [r"re:.*\.attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$"]}, []),
-    "class": ({"group_0": ["Linear"]}, ["re:.*shared_experts.*"]),
-    "full names": ({"group_0": ["layers.1.attn.wq_a", "model.layers.1.attn.wkv"]}, []),
-    "mapped": ({"group_0": ["layers.1.ffn.shared_experts.w2"]}, ["layers.1.attn.wq_b"]),
-    "twice": ({"group_1": [r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$"]}, []),
-    "in part": ({"group_0": ["re:.*wq_a$"]}, []),
+TARGETS = (
+    r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$", r"re:.*\.attn\.(fused_wqa_wkv|wq_b|wo_b)$", "re:",
+    r"re:.*\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$", "re:.*w[13]$", "re:.*wq_a$",
+    "re:.*shared_experts.*", "re:model.layers.4", r"re:\p{L}+\.layers\.1\.", "re:.*Linear", "",
+    "layers.1.attn.wq_a", "model.layers.1.attn.wkv", "layers.1.attn", "layers.4.attn.wq_b",
+    "model.layers.4.attn.wq_b", "layers.1.ffn.shared_experts.w2", "layers.4.ffn.experts.0.w1",
+    "model.layers.1.attn.fused_wqa_wkv", "Linear", "linear", "ColumnParallel", "RoutedExperts",
+)  # fmt: skip
+CLASSES = {
+    "attn.fused_wqa_wkv": "MergedColumnParallelLinear",
+    "attn.compressor.fused_wkv_wgate": "MergedColumnParallelLinear",
+    "attn.wq_b": "ColumnParallelLinear",
+    "attn.wo_a": "ColumnParallelLinear",
+    "attn.wo_b": "RowParallelLinear",
+    "attn.indexer.wq_b": "ReplicatedLinear",
+    "e_proj": "ReplicatedLinear",
+    "ffn.shared_experts.gate_up_proj": "MergedColumnParallelLinear",
+    "ffn.shared_experts.down_proj": "RowParallelLinear",
+    **{f"ffn.experts.0.{matrix}": "RoutedExperts" for matrix in EXPERT_MATRICES},
 }
+ARGUMENTS: dict[str, list[Any]] = {
+    "num_bits": [3, 4, 4, 4, 4, 8, 8, 8],
+    "type": ["int", "float"],
+    "strategy": ["group", "group", "block", "tensor_group", "channel", "tensor"],
+    "group_size": [16, 32, 64, 128, None],
+    "block_structure": [None, [128, 128], [64, 128]],
+    "symmetric": [True, True, False],
+    "actorder": [*[None] * 8, "static", "group"],
+}
+FORMATS = ("pack-quantized", "pack-quantized", "float-quantized", "mxfp4-pack-quantized", None)
+DYNAMIC = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize("case", ["ours", "published", *WRITTEN_BY_OTHERS])
-def test_vllm_finds_the_same_schemes(case: str) -> None:
+def random_section(rng: random.Random) -> dict[str, Any]:
+    """Return one of one to three groups, which vLLM may refuse."""
+    section: dict[str, Any] = {"quant_method": "compressed-tensors", "format": rng.choice(FORMATS)}
+    groups = section["config_groups"] = {}
+    for group in range(rng.randint(1, 3)):
+        weights = {name: rng.choice(values) for name, values in ARGUMENTS.items()}
+        if rng.random() < 0.9:  # one that fits its strategy
+            by = weights["strategy"]
+            weights["group_size"] = rng.choice([16, 32, 128]) if "group" in by else None
+            weights["block_structure"] = [128, 128] if by == "block" else None
+        targets = rng.sample(TARGETS, rng.randint(1, 5))
+        groups[f"group_{group}"] = {"targets": targets, "weights": weights}
+        groups[f"group_{group}"]["format"] = rng.choice(FORMATS)
+        inputs = rng.choice([None, None, {}, DYNAMIC])
+        if not inputs and weights["type"] == "int":  # vLLM asserts it; for us a scheme in words
+            groups[f"group_{group}"]["format"] = "pack-quantized"
+        groups[f"group_{group}"]["input_activations"] = inputs
+    return section | {"ignore": rng.sample(TARGETS, rng.choice([0, 0, 1, 2]))}
+
+
+def by_vllm(section: dict[str, Any]) -> Any:
+    """Return vLLM's reading, as its loader prepares it."""
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
         CompressedTensorsConfig,
     )
     from vllm.models.deepseek_v4.cpu.model import _make_deepseek_v4_weights_mapper
 
-    config = add_head(tiny_quantization(), 4, "gptq", "fp8")
-    if case == "published":
-        config = add_head(CONFIG["quantization_config"], 4, "mxfp4", "base")
-    elif case != "ours":
-        targets, ignore = WRITTEN_BY_OTHERS[case]
-        config = tiny_quantization()
-        for key, patterns in targets.items():
-            config["config_groups"][key]["targets"] = patterns
-        config["ignore"] += ignore
-    parsed = CompressedTensorsConfig.from_config(deepcopy(config))
-    parsed.apply_vllm_mapper(_make_deepseek_v4_weights_mapper("bf16"))
+    parsed = CompressedTensorsConfig.from_config(deepcopy(section))
+    parsed.apply_vllm_mapper(_make_deepseek_v4_weights_mapper("bf16").get_rename_mapper())
     parsed.packed_modules_mapping = FUSED
-    parts = tuple(f".{part}" for fused in FUSED.values() for part in fused)
-    modules = [n for n in expected_formats("gptq", "fp8") if n.startswith("model.layers.4.")]
-    for name in (n.replace("layers.4", f"layers.{layer}") for n in modules for layer in (0, 1, 4)):
-        if not name.endswith((*parts, ".w2")) or ".experts." in name:  # vLLM asks for these
-            theirs = parsed.get_scheme_dict(nn.Linear(1, 1), name)
-            ours = scheme_of(config, name)
-            assert (ours and ours["format"]) == (theirs and theirs["format"]), name
+    parsed._add_fused_moe_to_target_scheme_map()
+    return parsed
+
+
+def kind_in_vllm(parsed: Any, scheme: dict[str, Any]) -> str | None:
+    """Return the kind that vLLM's choice of a method comes to, None for others."""
+    weights, inputs = scheme["weights"], scheme["input_activations"]
+    integers = {(4, True): "int4", (4, False): "int4-asymmetric", (8, True): "int8"}
+    if parsed._is_mxfp4(weights):
+        return "mxfp4"
+    if parsed._is_nvfp4_format(weights):
+        return "nvfp4"
+    if parsed._is_wNa16_group_channel(weights, inputs) and scheme["format"] == "pack-quantized":
+        is_known = weights.strategy == "group" and weights.type == "int"
+        return integers.get((weights.num_bits, weights.symmetric)) if is_known else None
+    is_fp8 = parsed._is_fp8_w8a16(weights, inputs) and scheme["format"] == "float-quantized"
+    is_fp8 = is_fp8 and [weights.num_bits, weights.block_structure] == [8, [128, 128]]
+    return "fp8" if is_fp8 else None
+
+
+def read_by(read: Callable[[Any], Any], value: Any) -> Any:
+    """Return what `read` makes of it, None if it is refused."""
+    try:
+        return read(deepcopy(value))
+    except (ValueError, TypeError, NotImplementedError, AssertionError, GraftError):
+        return None
+
+
+def by_us(section: dict[str, Any]) -> Any:
+    return read_quantization({"quantization_config": section})
+
+
+def compare(section: dict[str, Any]) -> int:
+    """Compare our reading with vLLM's; return how many modules found a scheme, -1 for refused."""
+    theirs, ours = read_by(by_vllm, section), read_by(by_us, section)
+    assert (theirs is None) == (ours is None), section
+    if ours is None:
+        return -1
+    num_found = 0
+    for layer, (name, of_class) in product((1, 4), CLASSES.items()):
+        module = f"model.layers.{layer}.{name}"
+        try:
+            scheme = theirs.get_scheme_dict(type(of_class, (), {})(), module)
+        except ValueError:
+            with pytest.raises(GraftError, match="a part of"):
+                ours.group_of(module)
+            continue
+        kind = ours.kind_of(ours.group_of(module))
+        assert (kind == "plain") == (scheme is None), (section, module)
+        if scheme is not None:
+            num_found += 1
+            expected = kind_in_vllm(theirs, scheme)
+            assert kind == expected or (expected is None and "-bit" in kind), (section, module)
+    return num_found
+
+
+@pytest.mark.vllm
+def test_vllm_finds_the_same_schemes_in_2000_sections_and_the_published_ones() -> None:
+    rng = random.Random(21)
+    found = [compare(random_section(rng)) for _ in range(2000)]
+    assert found.count(-1) > 100 and sum(n > 0 for n in found) > 500
+    for linears, variant in product(("fp8", "base"), EXPERT_FORMATS):
+        for base in (tiny_quantization(), CONFIG["quantization_config"]):
+            assert compare(add_head(base, 4, variant, linears)) > 10
+
+
+MUTATIONS: tuple[Any, ...] = (None, 0, -2, 4, 1.5, "", "4", "foo", "group", "GROUP", "static")
+MUTATIONS += ("64x64", [], [128], [128, "128"], {}, {"a": 1}, "torch.uint8")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("group", ["group_0", "group_1"])
+def test_arguments_are_refused_as_compressed_tensors_and_vllm_refuse_them(group: str) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    names = ("extra", "dynamic", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+    for name, value in product((*ARGUMENTS, *names), MUTATIONS):
+        if (name, value) == ("block_structure", "4"):
+            continue  # vLLM reads [4], which no layer takes
+        section = tiny_quantization()
+        arguments = section["config_groups"][group]["weights"]
+        arguments[name] = value
+        is_refused = read_by(by_vllm, section) is None
+        assert (read_by(by_us, section) is None) == is_refused, (name, value)
+        if read_by(QuantizationArgs.model_validate, arguments) is None:
+            assert not read_by(by_us, tiny_quantization() | {"kv_cache_scheme": arguments}), name
 
 
 @pytest.mark.parametrize(
@@ -106,6 +221,9 @@ def test_vllm_finds_the_same_schemes(case: str) -> None:
     [
         (lambda c: c.update(ignore=["re:*shared*"]), r"ignore\.0: .*no regular expression"),
         (lambda c: c.update(quant_method="fp8"), "quant_method: input should be"),
+        (lambda c: c.update(format=8), "format: input should be a valid string"),
+        (lambda c: c.update(ignore=["re:(((a{99}){99}){99})"]), "more than 10,000 repeats"),
+        (lambda c: c["config_groups"]["group_1"]["weights"].update(actorder="group"), "actorder"),
     ],
 )
 def test_a_section_that_vllm_cannot_read_is_refused(change: Any, message: str) -> None:
@@ -121,6 +239,18 @@ def test_a_module_that_is_ignored_in_part_is_refused() -> None:
         scheme_of(config, "model.layers.0.attn.fused_wqa_wkv")
 
 
+@pytest.mark.parametrize("pattern", ["re:(.|.)*[A-Z]$", "re:(.*?)*$x", "re:(.*){1,30}[A-Z]"])
+def test_patterns_that_take_for_ever_are_refused_in_seconds(pattern: str) -> None:
+    section = read_quantization(
+        {"quantization_config": tiny_quantization() | {"ignore": [pattern]}}
+    )
+    start = time.process_time()
+    with pytest.raises(GraftError, match="takes more than"):
+        for expert in range(4096):
+            section.group_of(f"model.layers.0.ffn.experts.{expert}.gate_proj.weight.of.a.long.name")
+    assert time.process_time() - start < 8
+
+
 def test_what_may_be_null_may_be_null() -> None:
     config = tiny_quantization() | {"ignore": None, "format": "pack-quantized"}
     config["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
@@ -132,5 +262,5 @@ def test_the_int4_group_size_has_to_be_one() -> None:
     config = tiny_quantization()
     assert int4_group_size(config) == 128
     del config["config_groups"]["group_1"]
-    with pytest.raises(GraftError, match="has 0 INT4 group sizes"):
+    with pytest.raises(GraftError, match="has 0 group sizes of int4"):
         int4_group_size(config)

@@ -147,7 +147,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "shard-of-another-release": ("shard-stale", leave_an_old_shard),
     "wrong-total-size": (
         "index-total-size",
-        change_file(INDEX, lambda i: i.replace(b"3", b"4", 1)),
+        change_file(INDEX, lambda i: re.sub(rb'("total_size": ?)', rb"\g<1>4", i)),
     ),
     "tokenizer-cut": ("file-unreadable", change_file("tokenizer.json", lambda data: data[:-9])),
     "no-tokenizer": ("file-missing", lambda folder: (folder / "tokenizer.json").unlink()),

@@ -6,17 +6,23 @@ layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, bec
 `re:.*e_proj` also matches `gate_proj`.
 """
 
+import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
+import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic.functional_validators import model_validator
 
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.recipe import Linears, Variant
 
+#: Kinds of routed experts that are packed integers with scales of groups.
+INTEGERS = ("int4", "int4-asymmetric", "int8")
 EXPERT_MATRIX = r"(w1|w2|w3|gate_proj|up_proj|down_proj)"
 #: Modules that vLLM builds as one, and what a checkpoint calls their parts.
 _FUSED = {
@@ -31,6 +37,14 @@ _LOADED_BY = (
     (re.compile(r"\.shared_experts\.(w1|w3|gate_proj|up_proj)$"), ".shared_experts.gate_up_proj"),
     (re.compile(r"\.shared_experts\.w2"), ".shared_experts.down_proj"),
 )
+#: The classes in vLLM of modules that are no ReplicatedLinear.
+_CLASSES = re.compile(
+    r"(?P<RoutedExperts>\.experts\.\d)|(?P<MergedColumnParallelLinear>\.(?:fused_w\w+|gate_up_proj)$)"
+    r"|(?P<ColumnParallelLinear>\.attn\.w(?:q_b|o_a)$)|(?P<RowParallelLinear>\.(?:wo_b|down_proj)$)"
+)
+_FP8_FORMATS = ("float-quantized", "naive-quantized", "int-quantized")
+#: For all patterns of a section and the names of a model, which take some hundredths.
+_MATCHING_SECONDS = 3
 
 
 def _arguments(num_bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
@@ -78,48 +92,95 @@ def add_head(
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
+_compiled = cache(regex.compile)  # vLLM's own choice, not `re`
+
+
 def _check_pattern(pattern: str) -> str:
+    """Refuse what cannot be compiled, or would fill the memory."""
     if pattern.startswith("re:"):
+        repeats = math.prod(map(int, re.findall(r"(?<=[{,])\d{1,9}(?=[,}])", pattern)))
+        if max(repeats, len(pattern)) > 10**4:
+            raise ValueError(f"{pattern[:60]!r} has more than 10,000 repeats or characters")
         try:
-            re.compile(pattern.removeprefix("re:"))
-        except (re.error, RecursionError, OverflowError) as error:
+            _compiled(pattern[3:])
+        except (regex.error, RecursionError) as error:
             raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
     return pattern
 
 
-#: A module's name, `re:` and a regular expression, or, of targets, the name of a class.
+#: A module's name, `re:` and a regular expression, or, of targets, a part of a class's name.
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
-_Count = Annotated[int, Field(ge=1, le=2**16)]
+_LOWER = BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v)
+_SIDES = BeforeValidator(lambda v: [*map(int, v.split("x"))] if isinstance(v, str) else v)
+_STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+_Count = Annotated[int, Field(ge=-1, le=2**16, strict=True)]
+_Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(u?int|b?float|half|bool)\d*(_\w+)?$")]
 
 
-class Weights(BaseModel):
-    """How a group's weights are quantized: what matters here of compressed-tensors' arguments."""
+class Arguments(BaseModel, extra="forbid"):
+    """How numbers are quantized, as compressed-tensors' QuantizationArgs, which are slow to import.
 
-    num_bits: Annotated[int, Field(ge=1, le=64)] = 8
-    type: str = "int"
-    strategy: str | None = None
-    group_size: _Count | Literal[-1] | None = None  # -1: a scale a channel
+    vLLM no longer reads an `actorder` by groups.
+    """
+
+    num_bits: int = 8
+    type: Annotated[Literal["int", "float"], _LOWER] = "int"
+    symmetric: bool = True
+    strategy: Annotated[str | None, _LOWER] = None
+    group_size: _Count | None = None  # -1: a scale a channel
+    block_structure: Annotated[tuple[_Count, _Count] | None, _SIDES] = None
+    dynamic: Annotated[Literal[True, False, "local"], _LOWER] = False
+    actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = None
+    scale_dtype: _Dtype | None = None
+    zp_dtype: _Dtype | None = None
+    observer: str | None = None
+    observer_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _fits_strategy(self) -> Self:
+        size, by = self.group_size, self.strategy
+        if by is None:
+            by = self.strategy = "tensor" if size is None else "channel" if size < 0 else "group"
+        dynamic = {"token": (True,), "tensor_group": (False, True, "local")}
+        fits = {
+            "strategy": by in _STRATEGIES,
+            "group_size": ((size or 0) > 0) == (by in ("group", "tensor_group")),
+            "block_structure": (self.block_structure is not None) == (by == "block"),
+            "dynamic": self.dynamic in dynamic.get(by, (False, by in ("tensor", "group"))),
+            "num_bits": self.type == "int" or self.num_bits in (4, 8) or self.zp_dtype is not None,
+        }
+        if wrong := [name for name, is_right in fits.items() if not is_right]:
+            raise ValueError(f"{wrong[0]} does not fit {self.type} numbers by {by}")
+        return self
 
 
 class Group(BaseModel):
     """A scheme and the modules that have it."""
 
     targets: list[Pattern]
-    weights: Weights | None = None
+    weights: Arguments | None = None
+    input_activations: Annotated[Arguments | None, BeforeValidator(lambda v: v or None)] = None
+    output_activations: Arguments | None = None
+    format: str | None = None
 
     @property
     def kind(self) -> str:
-        """Return `int4`, `mxfp4`, `nvfp4` or `fp8`, and other schemes in words."""
+        """Return `int4`, `int4-asymmetric`, `int8`, `mxfp4`, `nvfp4` or `fp8`; others in words."""
         if (w := self.weights) is None:
-            return "plain"
-        strategy = w.strategy or ("group" if (w.group_size or 0) > 0 else "tensor")
+            return "weights null"
+        is_packed = self.format == "pack-quantized" and not (self.input_activations or w.dynamic)
+        is_fp8 = self.format in _FP8_FORMATS and w.block_structure == (128, 128)
         known = {
-            ("int", 4, "group"): "int4",
-            ("float", 4, "group"): "mxfp4" if w.group_size == 32 else "nvfp4",
-            ("float", 4, "tensor_group"): "nvfp4",
-            ("float", 8, "block"): "fp8",
+            ("float", 4, "group", True): "mxfp4" if w.group_size == 32 else None,
+            ("float", 4, "tensor_group", True): "nvfp4" if w.group_size == 16 else None,
+            ("float", 8, "block", True): "fp8" if is_fp8 else None,
+            ("int", 4, "group", True): "int4" if is_packed else None,
+            ("int", 4, "group", False): "int4-asymmetric" if is_packed else None,
+            ("int", 8, "group", True): "int8" if is_packed else None,
         }
-        return known.get((w.type, w.num_bits, strategy), f"{w.num_bits}-bit {w.type} by {strategy}")
+        words = "" if w.symmetric else "asymmetric "
+        words += f"{w.num_bits}-bit {w.type} by {w.strategy}, {self.format}"
+        return known.get((w.type, w.num_bits, str(w.strategy), w.symmetric)) or words
 
 
 class QuantizationConfig(BaseModel):
@@ -127,27 +188,44 @@ class QuantizationConfig(BaseModel):
 
     quant_method: Literal["compressed-tensors"]
     config_groups: dict[str, Group]
-    ignore: Annotated[list[Pattern], BeforeValidator(lambda value: value or [])] = []
+    format: str | None = None
+    kv_cache_scheme: Arguments | None = None
+    sparsity_config: dict[str, Any] | None = None
+    transform_config: dict[str, Any] | None = None
+    ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
+    _seconds: float = _MATCHING_SECONDS
+
+    def model_post_init(self, _context: Any) -> None:
+        """Give groups without a format the section's."""
+        for group in self.config_groups.values():
+            group.format = group.format or self.format
 
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
 
         `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. The first
         target that matches wins: names and patterns, then those of the parts of a module that vLLM
-        fuses, then classes. Raises GraftError for a module that is ignored in part.
+        fuses, then classes. Raises GraftError for a module that is ignored in part, and for
+        patterns that take too long to match.
         """
         if self.ignored_by(module) is not None:
             return None
-        for names in _asked_as(module):
-            found = [_first(self._targets, name) for name in names]
+        own, *parts = _asked_as(module)
+        for names in (own, *parts):
+            found = [self._first(self._targets, name) for name in names]
             if found[0] is not None and all(found):
                 return self._targets[found[0]]
-        return next((key for t, key in self._targets.items() if t.lower() in "linear"), None)
+        match = _CLASSES.search(own[0])
+        of_class = str(match.lastgroup) if match else "ReplicatedLinear"
+        for target, key in self._targets.items():
+            if target.lower() in of_class.lower() or self._matches(target, of_class):
+                return key
+        return None
 
     def ignored_by(self, module: str) -> str | None:
         """Return the ignore pattern that leaves a module without a scheme; raises likewise."""
         for names in _asked_as(module):
-            found = [_first(self._ignored, name) for name in names]
+            found = [self._first(self._ignored, name) for name in names]
             if all(found):
                 return found[0]
             if pattern := next(filter(None, found), None):
@@ -168,7 +246,27 @@ class QuantizationConfig(BaseModel):
     @cached_property
     def _targets(self) -> dict[str, str]:
         """Return target -> its group's key, in the order in which vLLM tries them."""
-        return {_mapped(t): key for key, group in self.config_groups.items() for t in group.targets}
+        keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
+        if "Linear" in keys:
+            keys.setdefault("RoutedExperts", keys["Linear"])
+        return {_mapped(target): key for target, key in keys.items()}
+
+    def _first(self, patterns: Iterable[str], name: str) -> str | None:
+        return next((pattern for pattern in patterns if self._matches(pattern, name)), None)
+
+    def _matches(self, pattern: str, name: str) -> bool:
+        if not pattern.startswith("re:"):
+            return pattern == name
+        start = time.process_time()
+        try:
+            return _compiled(pattern[3:]).match(name, timeout=max(self._seconds, 0.001)) is not None
+        except TimeoutError as error:
+            raise GraftError(
+                f"quantization_config: {pattern!r} takes more than {_MATCHING_SECONDS} s to match; "
+                "expected a pattern without repeats of repeats: simplify it"
+            ) from error
+        finally:
+            self._seconds -= time.process_time() - start
 
 
 def _asked_as(module: str) -> Iterator[list[str]]:
@@ -181,21 +279,11 @@ def _asked_as(module: str) -> Iterator[list[str]]:
         yield [f"{before}.{part}" for part in _FUSED[name]]
 
 
-def _first(patterns: Iterable[str], name: str) -> str | None:
-    return next((pattern for pattern in patterns if _matches(pattern, name)), None)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
-
-
 def _mapped(pattern: str) -> str:
     """Return a pattern as vLLM maps it: full names become its own, all else stays."""
     if pattern.startswith("re:"):
         return pattern
-    pattern = pattern.replace(".shared_experts.w2", ".shared_experts.down_proj")
+    pattern = pattern.replace(".shared_experts.w2", ".shared_experts.down_proj", 1)
     return f"model.{pattern}" if pattern.startswith("layers.") else pattern
 
 
@@ -218,13 +306,14 @@ def scheme_of(config: dict[str, Any], module: str) -> dict[str, Any] | None:
     return None if key is None else config["config_groups"][key]
 
 
-def int4_group_size(config: dict[str, Any]) -> int:
-    """Return the inputs per scale of the base's INT4 group; GraftError if it has no single one."""
+def int4_group_size(config: dict[str, Any], kinds: Iterable[str] = ("int4",)) -> int:
+    """Return the inputs per scale of the base's experts; GraftError if not one size of `kinds`."""
     groups = read_quantization({"quantization_config": config}).config_groups.values()
-    sizes = {group.weights.group_size for group in groups if group.weights and group.kind == "int4"}
-    if len(sizes) != 1 or (size := sizes.pop()) is None or size < 1:
+    sizes = {g.weights.group_size for g in groups if g.weights and g.kind in kinds}
+    if len(sizes) != 1 or (size := sizes.pop()) is None:
+        found = ", ".join(sorted({group.kind for group in groups}))
         raise GraftError(
-            f"quantization_config: has {len(sizes)} INT4 group sizes, expected one; is this a "
-            "W4A16-FP8 base?"
+            f"quantization_config: has {len(sizes)} group sizes of {' or '.join(kinds)}, expected "
+            f"one; the groups are {found}. A base of other experts takes an mxfp4 or bf16 head"
         )
     return size

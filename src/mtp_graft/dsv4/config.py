@@ -1,23 +1,33 @@
 """What shapes and memory are computed from in a DeepSeek-V4 config.json."""
 
+import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from mtp_graft.errors import GraftError
 
-#: No larger than a model could be: shapes are enumerated, so 10^9 experts would take all memory.
-_Size = Annotated[int, Field(ge=1, le=2**24)]
-_Number = Annotated[int, Field(ge=1, le=2**12)]
+#: No larger than a model could be: shapes are enumerated, so 10^9 experts would take all memory,
+#: and multiplied, four sizes at most, in 64 bits.
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+_Number = Annotated[int, Field(ge=1, le=2**9)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Dimensions(BaseModel):
+class _Rope(BaseModel, strict=True):
+    type: str | None = None
+    factor: _Positive | None = None
+    beta_fast: _Positive | None = None
+    beta_slow: _Positive | None = None
+    original_max_position_embeddings: _Size | None = None
+
+
+class Dimensions(BaseModel, strict=True):
     """The keys without which neither tensors nor memory are known, and those that may be null."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    num_hidden_layers: _Number
+    architectures: list[Literal["DeepseekV4ForCausalLM"]] | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=2**7)]
     hidden_size: _Size
     vocab_size: _Size
     hc_mult: _Number
@@ -36,28 +46,37 @@ class Dimensions(BaseModel):
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] | None = None
     num_hash_layers: Annotated[int, Field(ge=0, le=2**12)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    rms_norm_eps: _Positive | None = None
+    hc_eps: _Positive | None = None
+    rope_theta: _Positive | None = None
+    compress_rope_theta: _Positive | None = None
+    swiglu_limit: _Positive | None = None
+    routed_scaling_factor: _Positive | None = None
+    rope_scaling: _Rope | None = None
 
 
 def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> Dimensions:
-    """Return the dimensions; raise GraftError naming all that are missing or no whole numbers."""
+    """Return the dimensions; raise GraftError naming all that are missing or of another model."""
     try:
         return Dimensions.model_validate(config)
     except ValidationError as error:
         wrong = [
             f"has no {each['loc'][0]!r}"
             if each["type"] == "missing"
-            else f"{each['loc'][0]} is {each['input']!r}"
+            else f"{'.'.join(map(str, each['loc']))} is {reprlib.repr(each['input'])}"
             for each in error.errors()
         ]
         raise GraftError(
             f"{file}: {', '.join(wrong)}; expected a DeepSeek-V4 config, its dimensions whole "
-            "numbers above 0"
+            "numbers above 0, as large as a model's"
         ) from error
 
 
 def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
-    """Return each layer's compression ratio; None if the config has no list of whole numbers."""
+    """Return each layer's compression ratio; None if the config has no list of them."""
     listed = config.get("compress_ratios")
-    if isinstance(listed, list) and all(type(ratio) is int and ratio >= 0 for ratio in listed):
+    if not isinstance(listed, list) or len(listed) > 2**10:
+        return None
+    if all(type(ratio) is int and 0 <= ratio <= 2**16 for ratio in listed):
         return listed
     return None

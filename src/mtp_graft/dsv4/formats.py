@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from mtp_graft.dsv4.names import storage_dtype
+from mtp_graft.errors import GraftError
 from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, decode_mxfp4, int4
 
-Format = Literal["plain", "fp8", "mxfp4", "int4"]
+Format = Literal["plain", "fp8", "mxfp4", "int4", "int4-asymmetric", "int8"]
 Parts = Mapping[str, Tensor]
-_PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape")  # upstream's too
+_PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point")
 
 
 def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -52,12 +53,18 @@ def shape_of(parts: Parts) -> tuple[int, int]:
     return codes.shape[0], codes.shape[-1] * per_element
 
 
-def format_of(parts: Parts) -> Format | None:
-    """Return the format by the weight's dtype, whatever else is there; None if it is of no such."""
+def format_of(parts: Parts, num_bits: int = 4) -> Format | None:
+    """Return the format by the weight's dtype, whatever else is there; None if it is of no such.
+
+    `num_bits` are those of packed integers, which only the config tells.
+    """
     if (weight := weight_of(parts)) is None:
         return None
     if "weight_packed" in parts:
-        packed: dict[torch.dtype, Format] = {torch.int32: "int4", torch.uint8: "mxfp4"}
+        if weight.dtype == torch.int32 and "weight_zero_point" in parts:
+            return "int4-asymmetric"
+        integers: Format = "int8" if num_bits == 8 else "int4"
+        packed: dict[torch.dtype, Format] = {torch.int32: integers, torch.uint8: "mxfp4"}
         return packed.get(weight.dtype)
     if weight.dtype == torch.float8_e4m3fn:
         return "fp8"
@@ -67,17 +74,20 @@ def format_of(parts: Parts) -> Format | None:
 def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> dict[str, Tensor]:
     """Return the meta tensors in which a checkpoint stores a decoded tensor of this name.
 
-    `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (INT4), 32 inputs
+    `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (integers), 32 inputs
     (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
     """
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"": (storage_dtype(name), shape)}
     if kind != "plain" and len(shape) == 2:
         outputs, inputs = shape
+        groups, per_word = inputs // group_size, 4 if kind == "int8" else int4.CODES_PER_WORD
         parts = {
-            "_packed": (torch.int32, (outputs, inputs // int4.CODES_PER_WORD)),
-            "_scale": (torch.bfloat16, (outputs, inputs // group_size)),
+            "_packed": (torch.int32, (outputs, inputs // per_word)),
+            "_scale": (torch.bfloat16, (outputs, groups)),
             "_shape": (torch.int64, (2,)),
         }
+        if kind == "int4-asymmetric":
+            parts["_zero_point"] = (torch.int32, (-(-outputs // per_word), groups))
         if kind == "mxfp4":
             codes, scale = (outputs, inputs // 2), (outputs, inputs // MXFP4_GROUP)
             parts = {"_packed": (torch.uint8, codes), "_scale": (torch.uint8, scale)}
@@ -104,6 +114,8 @@ def decode(kind: Format, parts: Parts) -> Tensor:
             return decode_mxfp4(parts["weight_packed"], parts["weight_scale"])
         case "fp8":
             return decode_fp8(parts["weight"], parts["weight_scale"])
+        case "int4-asymmetric" | "int8":
+            raise GraftError(f"the head's experts are {kind}; expected MXFP4, BF16 or INT4")
 
 
 def int4_parts(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:

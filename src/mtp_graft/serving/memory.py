@@ -78,7 +78,7 @@ def kv_layout(config: Mapping[str, Any]) -> KvLayout:
     if ratios is None:
         found = config.get("compress_ratios")
         raise GraftError(
-            f"config.json: compress_ratios is {found!r}; expected a list of whole numbers"
+            f"config.json: compress_ratios is {found!r:.200}; expected a list of whole numbers"
         )
     layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     num_c4, num_c128 = ratios[:layers].count(4), ratios[:layers].count(128)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
+from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.formats import Parts, format_of, modules_of
@@ -68,8 +68,11 @@ class Checkpoint:
         self.unseen = {self.read_as[name] for name in index} - self.tensors.keys()
         self.has_head = any(name.startswith("mtp.") for name in {*self.tensors, *self.unseen})
         self.modules: Mapping[str, Parts] = modules_of(self.tensors)
-        self.formats = {name: format_of(parts) for name, parts in self.modules.items()}
-        self.group_size = _group_size(self.modules)
+        w1 = self.modules.get("layers.0.ffn.experts.0.w1", {}).get("weight_packed")
+        is_8_bit = w1 is not None and 4 * sum(w1.shape[-1:]) == config["hidden_size"]
+        self.num_bits = bits = 8 if is_8_bit else 4  # of the experts' integers
+        self.formats = {name: format_of(parts, bits) for name, parts in self.modules.items()}
+        self.group_size = _group_size(self.modules) * 4 // self.num_bits
 
     def _foreign_format(self, held: Mapping[str, Tensor]) -> str | None:
         section = self.config.get("quantization_config")
@@ -129,7 +132,7 @@ def _group_size(modules: Mapping[str, Parts]) -> int:
     sizes = Counter(
         8 * parts["weight_packed"].shape[-1] // max(1, scale.shape[-1])
         for parts in modules.values()
-        if format_of(parts) == "int4"
+        if format_of(parts) in INTEGERS
         and (scale := parts.get("weight_scale")) is not None
         and scale.dim() == parts["weight_packed"].dim() == 2
     )

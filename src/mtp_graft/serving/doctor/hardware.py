@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
+from mtp_graft.checkpoint.quantization_config import INTEGERS
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import MXFP4_GROUP
 from mtp_graft.serving import command, topology
@@ -105,7 +106,7 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     if hardware is not None and hardware.gpu is not None and tp > hardware.num_gpus:
         found = f"{tp} ranks on {hardware.num_gpus} GPUs"
         yield finding("gpu-count", "--tp", found, f"at most {hardware.num_gpus} ranks")
-    groups = {"int4": checkpoint.group_size, "mxfp4": MXFP4_GROUP}
+    groups = {**dict.fromkeys(INTEGERS, checkpoint.group_size), "mxfp4": MXFP4_GROUP}
     group = max((groups.get(str(each), 1) for each in checkpoint.formats.values()), default=1)
     for key, unit in topology.undivided(checkpoint.config, tp, group).items():
         kind, found = "tp-heads" if unit == 1 else "tp-groups", checkpoint.config[key]

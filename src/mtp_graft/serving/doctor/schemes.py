@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
-from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
+from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.dsv4.formats import Parts, format_of, weight_of
 from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
 from mtp_graft.errors import GraftError
@@ -25,7 +25,7 @@ _MTP = re.compile(r"^(re:\^?(?:\.\*)?)?(?:model\\?\.)?mtp(?:\\?\.0)?\\?\.")
 _WHERE = "config.json: quantization_config"
 
 
-def section(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
+def section(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find a section that is absent or that vLLM cannot read, and INT4 groups of another size."""
     quantization, given = checkpoint.quantization, checkpoint.config.get("quantization_config")
     if isinstance(quantization, GraftError):
@@ -36,10 +36,16 @@ def section(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     if given is not None and given.get("ignore", []) is None:
         yield finding("ignore-null", f"{_WHERE}.ignore", None, "a list")
     for key, group in quantization.config_groups.items():
+        where, is_there = f"{_WHERE}.config_groups.{key}", group.kind in checkpoint.formats.values()
+        if not is_there or group.kind not in INTEGERS:
+            continue
         size, stored = group.weights and group.weights.group_size, checkpoint.group_size
-        if group.kind == "int4" in checkpoint.formats.values() and size != stored:
-            where, expected = f"config_groups.{key}.weights.group_size", "by the scales' shapes"
-            yield finding("group-size", f"{_WHERE}.{where}", size, f"{stored}, {expected}")
+        if size != stored:
+            expected = f"{stored}, by the scales' shapes"
+            yield finding("group-size", f"{where}.weights.group_size", size, expected)
+        if group.kind != "int4" and target.platform == "cpu":
+            expected, cure = "int4, the only one on a CPU", "serve it on GPUs"
+            yield finding("quantization-config", where, group.kind, expected, cure=cure)
 
 
 def patterns(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
@@ -72,7 +78,7 @@ def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
                 stored = "quantized" if each.by.startswith(".ignore") else each.stored
                 wrong.setdefault((stored, each.loads, each.by), []).append(each.name)
     except GraftError as error:
-        yield finding("pattern-too-wide", f"{_WHERE}.ignore", error, "both or none")
+        yield finding("pattern-too-wide", _WHERE, error, "both or none, in patterns without loops")
         return
     for (stored, loads, by), modules in wrong.items():
         kind = "pattern-too-wide" if by.startswith(".ignore") else "scheme-mismatch"
@@ -103,11 +109,11 @@ class Mismatch(NamedTuple):
 
 
 def mismatches(
-    quantization: QuantizationConfig, modules: Mapping[str, Parts], num_layers: int
+    quantization: QuantizationConfig, modules: Mapping[str, Parts], num_layers: int, bits: int = 4
 ) -> Iterator[Mismatch]:
     """Yield modules that would load in another format; GraftError for one ignored in part."""
     for module, parts in modules.items():
-        stored, asked = format_of(parts), _vllm_names(module, parts, num_layers)
+        stored, asked = format_of(parts, bits), _vllm_names(module, parts, num_layers)
         groups = {platform: quantization.group_of(name) for platform, name in asked.items()}
         loads = {platform: quantization.kind_of(key) for platform, key in groups.items()}
         wrong = [platform for platform in asked if loads[platform] != stored]
@@ -141,7 +147,8 @@ def _mismatches(checkpoint: Checkpoint) -> Iterator[Mismatch]:
     """Yield a checkpoint's, patterns for `mtp.0` put right: one mistake is one finding."""
     if isinstance(checkpoint.quantization, QuantizationConfig):
         quantization = read_quantization({"quantization_config": _with_right_patterns(checkpoint)})
-        yield from mismatches(quantization, checkpoint.modules, checkpoint.num_layers)
+        layers, bits = checkpoint.num_layers, checkpoint.num_bits
+        yield from mismatches(quantization, checkpoint.modules, layers, bits)
 
 
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -159,7 +166,7 @@ def corrected(checkpoint: Checkpoint) -> dict[str, Any]:
     groups = section["config_groups"]
     assert isinstance(quantization, QuantizationConfig)
     for key, group in quantization.config_groups.items():
-        if group.kind == "int4":
+        if group.kind in INTEGERS:
             groups[key]["weights"]["group_size"] = checkpoint.group_size
     for each in _mismatches(checkpoint):
         if each.elsewhere is not None:

@@ -86,7 +86,8 @@ def config(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
-        found = f"{len(ratios)} entries" if ratios else checkpoint.config.get("compress_ratios")
+        given = f"{checkpoint.config.get('compress_ratios')!r:.200}"
+        found = f"{len(ratios)} entries" if ratios else given
         expected, cure = f"one for each of {layers} layers", "take config.json from the base"
         yield finding("compress-ratios", where, found, expected, "error", cure)
     elif checkpoint.has_head and ratios[layers:] != [0]:
