@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.names import head_from_module
-from mtp_graft.dsv4.replay import build_head, model_config, replay_drafts, replay_routing
+from mtp_graft.dsv4.replay import build_head, model_config, replay_drafts, replay_routing, unroll
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 
@@ -64,9 +64,29 @@ def test_drafts_are_the_argmax_of_the_heads_logits(config: DeepseekV4Config, hea
         logits = head.logits(head(*shifted(residual, embeds)), lm_head)[0]  # [T - 1, V]
     best = logits.topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-4, "a near tie: choose another seed"
-    assert replay_drafts(head, lm_head, residual, embeds).tolist() == logits.argmax(-1).tolist()
-    late = replay_drafts(head, lm_head, residual, embeds, start=40)
-    assert late.tolist() == logits.argmax(-1).tolist()[40:]
+    best = logits.argmax(-1)[:, None].tolist()
+    assert replay_drafts(head, lm_head, residual, embeds).tolist() == best
+    assert replay_drafts(head, lm_head, residual, embeds, start=40).tolist() == best[40:]
+
+
+def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_output(
+    config: DeepseekV4Config, head: MTPHead
+) -> None:
+    """The oracle computes one step at a time, all keys anew: the verified ones and its own."""
+    residual, embeds, lm_head = sequence(config, seed=3)
+    with torch.no_grad():
+        unrolled = list(unroll(head, residual, embeds, 5))
+    for i in (0, 1, 57, 126, 127, 128, TOKENS - 6):
+        stream = residual[None, : i + 1]
+        for found in unrolled:
+            rows = torch.arange(stream.shape[1])[None]
+            with torch.no_grad():
+                out = head(stream, embeds[None, 1 : 1 + rows.shape[1]], rows)[:, -1:]
+            torch.testing.assert_close(found[:, i : i + 1], out, rtol=0, atol=1e-3)
+            stream = torch.cat((stream, out), dim=1)
+    drafts = replay_drafts(head, lm_head, residual, embeds, start=9, k=5)
+    guesses = [head.logits(each[:, 9:], lm_head)[0].argmax(-1) for each in unrolled]
+    assert torch.equal(drafts, torch.stack(guesses, dim=-1))
 
 
 def test_routing_is_that_of_the_whole_head(

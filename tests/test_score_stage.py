@@ -17,34 +17,33 @@ from mtp_graft.dsv4.replay import build_head, model_config, replay_drafts
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, ScoreSection, Variant
-from mtp_graft.stages.score import count_drafts, score
+from mtp_graft.stages.score import draft_steps, score
 from synthetic_capture import Played, random_sequences, write_capture
 
 TOKENS = st.integers(0, 2)  # few, so that drafts are hit by chance
 Run = Callable[..., dict[str, Any]]
 
 
-def serve(continuation: list[int], drafts: list[int]) -> tuple[int, int]:
-    """Play a server that knows what the base says next; return drafts verified and accepted."""
-    out = [continuation[0]]  # with the prompt, before anything could be drafted
-    verified = accepted = 0
+def serve(continuation: list[int], drafts: list[list[int]]) -> list[tuple[int, int]]:
+    """Play a server that knows what the base says next; return the drafts and hits of its steps."""
+    out, steps = [continuation[0]], []  # with the prompt, before anything could be drafted
     while len(out) < len(continuation):
-        draft = drafts[len(out) - 1]  # made from the newest token
-        truth = continuation[len(out)]
-        verified += 1
-        out.append(truth)
-        if draft == truth:
-            accepted += 1
-            if len(out) < len(continuation):
-                out.append(continuation[len(out)])  # the base's own, after the accepted draft
-    return verified, accepted
+        guesses = drafts[len(out) - 1]  # made from the newest token
+        made, hits = min(len(guesses), len(continuation) - len(out)), 0  # none past the end
+        while hits < made and guesses[hits] == continuation[len(out) + hits]:
+            hits += 1
+        steps.append((made, hits))
+        out += continuation[len(out) : len(out) + hits + 1]  # hits, and the base's own
+    return steps
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=30))
-def test_drafts_are_counted_as_a_server_makes_them(pairs: list[tuple[int, int]]) -> None:
-    drafts, continuation = map(list, zip(*pairs, strict=True))
-    assert count_drafts(drafts, continuation) == serve(continuation, drafts)
+@given(st.integers(1, 4), st.data())
+def test_drafts_are_counted_as_a_server_makes_them(k: int, data: st.DataObject) -> None:
+    continuation = data.draw(st.lists(TOKENS, min_size=1, max_size=30))
+    guesses = st.lists(TOKENS, min_size=k, max_size=k)
+    drafts = data.draw(st.lists(guesses, min_size=len(continuation), max_size=len(continuation)))
+    assert [*draft_steps(drafts, continuation)] == serve(continuation, drafts)
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +79,23 @@ def test_score_counts_the_heads_drafts(
     experts = dict(ChainMap(*map(load_file, files)))
     head = build_head(config, decode_head(store_head(upstream, "gptq", experts)))
 
-    def drafts(sequence: Played) -> list[int]:
+    def drafts(sequence: Played, k: int = 1) -> list[list[int]]:
         embeds = base["embed.weight"][sequence.token_ids]
         lm_head, residual = base["head.weight"].float(), sequence.residual.bfloat16()
-        return replay_drafts(head, lm_head, residual, embeds).tolist()
+        return replay_drafts(head, lm_head, residual, embeds, k=k).tolist()
 
     sequences = random_sequences((40, 28), hidden=256, vocab=4096, split="evaluation", seed=4)
-    expected = []
+    expected, threes = [], []
     for number, sequence in enumerate(sequences):
         ids, start = sequence.token_ids, sequence.prompt_tokens
         for i in range(start - 1, len(ids) - 2):
             if i % 3:  # the token two ahead becomes what the head drafts: it sees no later one
-                ids[i + 2] = drafts(sequence)[i]
-        verified, accepted = serve(ids.tolist()[start:], [*drafts(sequence)[start - 1 :], -1])
+                [ids[i + 2]] = drafts(sequence)[i]
+        found = serve(ids.tolist()[start:], drafts(sequence)[start - 1 :])
+        verified, accepted = len(found), sum(hits for _, hits in found)
         assert 0 < accepted < verified
         expected.append({"id": f"prompt-{number}", "drafts": verified, "accepted": accepted})
+        threes += serve(ids.tolist()[start:], drafts(sequence, 3)[start - 1 :])
     write_capture(tmp_path / "capture", sequences)
 
     result = run(tmp_path / "score", capture=tmp_path / "capture")["acceptance"]
@@ -105,6 +106,9 @@ def test_score_counts_the_heads_drafts(
     assert gptq["tokens"] == sum(s["drafts"] for s in expected)
     assert gptq["top1"] == sum(s["accepted"] for s in expected) / gptq["tokens"]
     assert gptq["interval"][0] < gptq["top1"] < gptq["interval"][1]
+    assert gptq["length"] == 1 + sum(hits for _, hits in threes) / len(threes)
+    assert gptq["by_position"][0] == sum(hits > 0 for _, hits in threes) / len(threes)
+    assert set(gptq["by_k"]) == {"1", "2", "3"}
 
 
 def test_experts_are_scored_with_the_recipes_group_size(

@@ -101,8 +101,9 @@ class QuantizeSection:
 
 @dataclass(frozen=True, config=_exact)
 class ScoreSection:
-    """Where the offline acceptance is computed."""
+    """How the offline acceptance is computed."""
 
+    k: Annotated[Count, Field(le=16)] = 3  # drafts a step, at most; all fewer are scored as well
     device: Device = "auto"
 
 

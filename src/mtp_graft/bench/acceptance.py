@@ -7,8 +7,8 @@ from typing import Any
 from mtp_graft.bench.requests import Report
 from mtp_graft.checkpoint.capture import FinishedText
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient, Step
-from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, wilson_interval
+from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
+from mtp_graft.serving.metrics import Step, count_steps, drafting_result, wilson_interval
 
 
 def measure_acceptance(
@@ -44,7 +44,7 @@ def measure_acceptance(
 
 
 def _counted(steps: Mapping[str, Sequence[Step]]) -> dict[str, Any]:
-    counters = _count([step for of_text in steps.values() for step in of_text])
+    counters = count_steps([step for of_text in steps.values() for step in of_text])
     return {
         "acceptance": counters.acceptance,
         "accepted": counters.num_accepted_tokens,
@@ -68,15 +68,3 @@ def _drafting_steps(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
         if min(step.drafted, left):
             yield Step(min(step.drafted, left), min(step.accepted, left))
         left -= step.accepted + 1
-
-
-def _count(steps: Sequence[Step]) -> SpecDecodeCounters:
-    """Return counters of steps, the last of a text among them, which may have fewer drafts."""
-    places = range(max((step.drafted for step in steps), default=0))
-    return SpecDecodeCounters(
-        len(steps),
-        sum(step.drafted for step in steps),
-        sum(step.accepted for step in steps),
-        tuple(sum(step.accepted > place for step in steps) for place in places),
-        tuple(sum(step.accepted >= place < step.drafted for step in steps) for place in places),
-    )

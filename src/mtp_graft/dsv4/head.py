@@ -1,7 +1,7 @@
 """The MTP head's forward pass in plain PyTorch, on transformers' DeepSeek-V4 layer.
 
 Shape legend: B batch, T tokens, S hyper-connection streams, D hidden size, V vocabulary; in
-attention H heads, d head size, W window, N blocks of W tokens.
+attention H heads, d head size, W window, N blocks of W tokens, J drafts after the first.
 Source: DeepSeek-V4's reference model; position handling as vLLM serves it.
 """
 
@@ -59,12 +59,20 @@ class MTPHead(nn.Module):
         self.norm = DeepseekV4RMSNorm(size, eps=eps)
         self.rotary_emb = DeepseekV4RotaryEmbedding(config)  # buffers only, none in state_dict
 
-    def forward(self, residual: Tensor, embeds: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        residual: Tensor,
+        embeds: Tensor,
+        position_ids: Tensor,
+        keys: list[Tensor] | None = None,
+    ) -> Tensor:
         """Return the head's own residual stream [B, T, S, D].
 
         `residual` [B, T, S, D] is the base's stream at tokens i, before its hc_head and final
         norm; `embeds` [B, T, D] are the embeddings of tokens i+1; `position_ids` [B, T] are i,
-        consecutive. The result can stand in for the base's stream when drafting further tokens.
+        consecutive. For draft j after the first of a step, `residual` is the result for draft
+        j - 1, embeddings and positions are j later, and `keys` are those of the drafts before, as
+        calls with the same list have left them there: it is empty for the first draft.
         """
         first = (position_ids == 0).unsqueeze(-1)
         embeds = embeds.masked_fill(first, 0.0)  # vLLM ignores the embedding at position 0
@@ -76,6 +84,7 @@ class MTPHead(nn.Module):
             position_embeddings={"main": rotary},
             position_ids=position_ids,
             attention_mask=None,
+            keys=keys,
         )
         return residual_out
 
@@ -88,36 +97,50 @@ def windowed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    _value: Tensor,
     _mask: None,
     *,
     scaling: float,
     sliding_window: int,
     s_aux: Tensor,
+    keys: list[Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return the outputs [B, T, H, d] of attention to a token and the `sliding_window` - 1 before.
 
-    `query` is [B, H, T, d]; `key` and `value` [B, 1, T, d] are the one head that all share;
-    `s_aux` [H] are the sinks: logits that take part in the softmax and stand for nothing.
+    `query` is [B, H, T, d]; `key` [B, 1, T, d], which is the value too, is the one head that all
+    share; `s_aux` [H] are the sinks: logits that take part in the softmax and stand for nothing.
+    `keys` are those of a step's earlier drafts: a further draft sees what its first draft saw, as
+    far as the window reaches, and its own step's drafts. `key` is added to them.
     Blocks of one window are computed at once: memory and time grow with T, not T squared.
     """
-    heads, tokens, window = *query.shape[1:3], sliding_window
+    keys = [] if keys is None else keys
+    keys.append(key)
+    (verified, *own), (heads, tokens), window = keys, query.shape[1:3], sliding_window
     after = -tokens % window
-    queries = F.pad(query, (0, 0, 0, after)).unflatten(2, (-1, window))  # [B, H, N, W, d]
-    queries = queries.permute(0, 2, 1, 3, 4).flatten(2, 3)  # [B, N, H * W, d]
+
+    def blocks(x: Tensor) -> Tensor:  # [B, H, T, ...] to [B, N, H, W, ...]
+        padded = F.pad(x, (*(0, 0) * (x.dim() - 3), 0, after))
+        return padded.unflatten(2, (-1, window)).transpose(1, 2)
+
     # A block's queries see its own keys and those of the block before.
-    around = (F.pad(t[:, 0], (0, 0, window, after)) for t in (key, value))
-    keys, values = (t.unfold(1, 2 * window, window).mT.contiguous() for t in around)
-    logits = (queries @ keys.mT * scaling).unflatten(2, (heads, window))  # [B, N, H, W, 2 W]
+    around = F.pad(verified[:, 0], (0, 0, window, after))
+    around = around.unfold(1, 2 * window, window).mT.contiguous()  # [B, N, 2 W, d]
+    logits = blocks(query).flatten(2, 3) @ around.mT * scaling
+    logits = logits.unflatten(2, (heads, window))  # [B, N, H, W, 2 W]
     first = window * torch.arange(logits.shape[1], device=query.device)[:, None, None, None]
     at = torch.arange(2 * window, device=query.device)
-    q, k = first + at[:window, None], first + at - window  # positions [N, 1, W, 1], [N, 1, 1, 2 W]
-    logits = logits.masked_fill((k < 0) | (k > q) | (k <= q - window), float("-inf"))
+    q, k = first + at[:window, None], first + at - window  # rows [N, 1, W, 1], [N, 1, 1, 2 W]
+    unseen = (k < 0) | (k > q) | (k <= q + len(own) - window)
+    logits = logits.masked_fill(unseen, float("-inf"))
+    scores = ((query * each).sum(-1, keepdim=True) * scaling for each in own)  # [B, H, T, 1]
     sinks = s_aux.to(logits).view(1, 1, heads, 1, 1).expand(*logits.shape[:-1], 1)
-    shares = torch.cat((logits, sinks), dim=-1).softmax(dim=-1)[..., :-1]
-    out = shares.flatten(2, 3) @ values  # [B, N, H * W, d]
+    shares = torch.cat((logits, *map(blocks, scores), sinks), dim=-1).softmax(dim=-1)
+    out = shares[..., : 2 * window].flatten(2, 3) @ around  # [B, N, H * W, d]
     out = out.unflatten(2, (heads, window)).transpose(2, 3).flatten(1, 2)  # [B, N * W, H, d]
+    for j, each in enumerate(own, start=2 * window):
+        share = shares[..., j].transpose(2, 3).flatten(1, 2)  # [B, N * W, H]
+        out = out + share[..., None] * F.pad(each, (0, 0, 0, after)).transpose(1, 2)
     return out[:, :tokens].contiguous(), None
 
 

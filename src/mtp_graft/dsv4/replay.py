@@ -6,10 +6,11 @@ Shapes: T tokens of a sequence, R = T - 1 that the head reads (the last has no s
 embedding it could read), S streams, D hidden size, K experts a token, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
@@ -69,33 +70,40 @@ def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> tuple[Ten
     """
     recorder = head.layer.mlp.experts
     assert isinstance(recorder, RoutingRecorder)
-    _run(head, residual, embeds)
+    next(unroll(head, residual, embeds, 1))
     return recorder.routed
 
 
 @torch.inference_mode()
 def replay_drafts(
-    head: MTPHead, lm_head: Tensor, residual: Tensor, embeds: Tensor, start: int = 0
+    head: MTPHead, lm_head: Tensor, residual: Tensor, embeds: Tensor, start: int = 0, k: int = 1
 ) -> Tensor:
-    """Return the drafts int64 [R - start] after the tokens from `start` on.
+    """Return the k drafts int64 [R - start, k] of the step after each token from `start` on.
 
-    The draft after token i is the guess at token i + 2. `lm_head` [V, D] is the base's, in the
+    The drafts of token i's step are the guesses at tokens i + 2, i + 3 and so on, each as if those
+    before it were right; beyond the text they mean nothing. `lm_head` [V, D] is the base's, in the
     head's dtype; `residual` and `embeds` are those of `replay_routing`, and so are the errors.
     """
-    out = _run(head, residual, embeds)  # [1, R, S, D]
-    logits: Tensor = head.logits(out[:, start:], lm_head)[0]  # [R - start, V]
-    return logits.argmax(dim=-1)
+    streams = unroll(head, residual, embeds, k)
+    logits = (head.logits(stream[:, start:], lm_head)[0] for stream in streams)  # [R - start, V]
+    return torch.stack([each.argmax(dim=-1) for each in logits], dim=-1)
 
 
-def _run(head: MTPHead, residual: Tensor, embeds: Tensor) -> Tensor:
-    """Return the head's stream [1, R, S, D]: at token i it reads token i + 1's embedding."""
-    like = head.h_proj.weight
-    residual = residual[None, :-1].to(like)
-    positions = torch.arange(residual.shape[1], device=like.device)[None]
-    stream: Tensor = head(residual, embeds[None, 1:].to(like), positions)
-    if not torch.isfinite(stream).all():
-        raise GraftError(
-            "mtp.0: gives values that are not finite on a captured residual that is; check that "
-            "upstream and base are of the same model, or fetch the head again"
-        )
-    return stream
+def unroll(head: MTPHead, residual: Tensor, embeds: Tensor, k: int) -> Iterator[Tensor]:
+    """Yield the head's stream [1, R, S, D] for each of k drafts, as a server makes them.
+
+    At token i the first draft reads token i + 1's embedding, and each further one the stream of the
+    draft before and the next token's.
+    """
+    like, keys = head.h_proj.weight, list[Tensor]()
+    stream = residual[None, :-1].to(like)
+    positions = torch.arange(stream.shape[1], device=like.device)[None]
+    for draft in range(k):
+        following = F.pad(embeds[None, 1 + draft :].to(like), (0, 0, 0, draft))  # 0 past the end
+        stream = head(stream, following, positions + draft, keys)
+        if not torch.isfinite(stream).all():
+            raise GraftError(
+                "mtp.0: gives values that are not finite on a captured residual that is; check "
+                "that upstream and base are of the same model, or fetch the head again"
+            )
+        yield stream

@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, Field
 from pydantic_core import from_json
 
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.metrics import SpecDecodeCounters, parse_spec_decode
+from mtp_graft.serving.metrics import SpecDecodeCounters, Step, parse_spec_decode
 
 #: Silence allowed between two bytes of an answer; the first step may compile kernels.
 READ_TIMEOUT_S = 600.0
@@ -27,13 +27,6 @@ class Prompt:
 
     id: str
     content: str | tuple[dict[str, str], ...]  # messages have `role` and `content`
-
-
-class Step(NamedTuple):
-    """How many tokens one step drafted, and how many of them, from the first on, it accepted."""
-
-    drafted: int
-    accepted: int
 
 
 class ServerUnreachable(GraftError):

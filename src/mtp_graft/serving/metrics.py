@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +19,13 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
     low, high = stats.binomtest(successes, trials).proportion_ci(method="wilson")
     return float(low), float(high)
+
+
+class Step(NamedTuple):
+    """How many tokens one step drafted, and how many of them, from the first on, it accepted."""
+
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,18 @@ def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
         sum(c.num_draft_tokens for c in counters),
         sum(c.num_accepted_tokens for c in counters),
         tuple(map(sum, zip(*(c.accepted_per_position for c in counters), strict=True))),
+    )
+
+
+def count_steps(steps: Sequence[Step]) -> SpecDecodeCounters:
+    """Return counters of steps, the last of a text among them, which may have fewer drafts."""
+    places = range(max((step.drafted for step in steps), default=0))
+    return SpecDecodeCounters(
+        len(steps),
+        sum(step.drafted for step in steps),
+        sum(step.accepted for step in steps),
+        tuple(sum(step.accepted > place for step in steps) for place in places),
+        tuple(sum(step.accepted >= place < step.drafted for step in steps) for place in places),
     )
 
 

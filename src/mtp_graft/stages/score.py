@@ -1,11 +1,11 @@
 """Score: how often the server would accept each variant's drafts, before anything is served.
 
 The capture has what the base said; the replay has what a head drafts after every token. Stepping
-through them as the server does (two tokens forward on a hit, one on a miss) gives the acceptance.
+through them as the server does (one token forward, and one more for each hit) gives the acceptance.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection, ScoreSection, Variant
-from mtp_graft.serving.metrics import wilson_interval
+from mtp_graft.serving.metrics import Step, count_steps, drafting_result, wilson_interval
 from mtp_graft.stages.inputs import (
     EVALUATION,
     REPORT_NAME,
@@ -46,11 +46,16 @@ def score(
 
     A finished variant is not scored again. Raises GraftError for inputs that do not fit each
     other, a capture that leaves nothing to draft, and if `out` is of another configuration.
+
+    Of a variant, `top1` is the acceptance of single drafts (`accepted` of `tokens`, and for each of
+    the `sequences`); `by_position` and `length` are those of `settings.k` drafts a step, each
+    position given that those before it were accepted; `by_k` has all fewer, as a server counts.
     """
     started, device = time.perf_counter(), find_device(settings.device)
     inputs = _open(capture, upstream, base)
     experts = expert_files(quantized) if "gptq" in heads.variants else []
-    decisive = {"variants": list(heads.variants), "group_size": heads.group_size, "device": device}
+    decisive = {"variants": list(heads.variants), "group_size": heads.group_size}
+    decisive |= {"device": device, "k": settings.k}
     found = manifest.fingerprints([*inputs.files, *experts])
     manifest.claim_folder(out, {**decisive, "inputs": found})
     if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
@@ -60,7 +65,8 @@ def score(
         path = out / f"{variant}.json"
         if (scored := manifest.read_result(path)) is None:
             same = [acceptance[v] for v in _EXACT if v in acceptance and variant in _EXACT]
-            scored = same[0] if same else _score(inputs, variant, heads, experts, device, report)
+            how = heads.group_size, settings.k, device
+            scored = same[0] if same else _score(inputs, variant, experts, *how, report)
             write_json(scored, path)
         acceptance[variant] = scored
     result = {"acceptance": acceptance, "split": EVALUATION}
@@ -84,50 +90,58 @@ def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
 def _score(
     inputs: Inputs,
     variant: Variant,
-    heads: QuantizeSection,
     experts: Sequence[Path],
+    group_size: int,
+    k: int,
     device: str,
     report: Progress,
 ) -> dict[str, Any]:
     """Return the acceptance of one variant, over all sequences and of each."""
     label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
-    group_size, upstream = heads.group_size, inputs.read_upstream([*inputs.head.files])
+    upstream = inputs.read_upstream([*inputs.head.files])
     with Tensors.in_files(experts).opened() as gptq:
         stored = store_head(upstream, variant, gptq, group_size=group_size)
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
     base = load_tensors(inputs.base, ["embed.weight", "head.weight"])
     embed, lm_head = base["embed.weight"], base["head.weight"].to(head.h_proj.weight)  # [V, D]
     sequences: list[dict[str, Any]] = []
+    steps: dict[int, list[Step]] = {most: [] for most in range(1, k + 1)}  # by drafts a step
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
         embeds = embed[recorded.token_ids]  # [T, D]
-        drafts = replay_drafts(head, lm_head, recorded.residual, embeds, start=start - 1)
-        made, accepted = count_drafts(drafts.tolist(), recorded.token_ids[start:].tolist())
-        sequences.append({"id": sequence.id, "drafts": made, "accepted": accepted})
+        drafts = replay_drafts(head, lm_head, recorded.residual, embeds, start=start - 1, k=k)
+        continuation = recorded.token_ids[start:].tolist()
+        found = {most: [*draft_steps(drafts[:, :most].tolist(), continuation)] for most in steps}
+        steps = {most: [*before, *found[most]] for most, before in steps.items()}
+        accepted = sum(step.accepted for step in found[1])
+        sequences.append({"id": sequence.id, "drafts": len(found[1]), "accepted": accepted})
         report(label, done, total)
     made, accepted = (sum(s[key] for s in sequences) for key in ("drafts", "accepted"))
+    by_k = {str(most): drafting_result(count_steps(found)) for most, found in steps.items()}
     return {
         "top1": accepted / made,
         "tokens": made,
         "accepted": accepted,
         "interval": list(wilson_interval(accepted, made)),
+        "by_position": by_k[str(k)]["acceptance_by_position"],
+        "length": by_k[str(k)]["acceptance_length"],
+        "by_k": by_k,
         "sequences": sequences,
     }
 
 
-def count_drafts(drafts: Sequence[int], continuation: Sequence[int]) -> tuple[int, int]:
-    """Return how many drafts the server makes on a greedy continuation, and how many it accepts.
+def draft_steps(drafts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Iterator[Step]:
+    """Yield the steps in which a server drafts and verifies a greedy continuation.
 
     `continuation` are the tokens after the prompt. The first of them comes with the prompt and
-    cannot be drafted; `drafts[i]` is the head's guess at `continuation[i + 1]`, made when
-    `continuation[i]` is the newest token. A hit gives two tokens in one step: the draft and the
-    base's own next one.
+    cannot be drafted; `drafts[i]` are the head's guesses at `continuation[i + 1]` and those after
+    it, made when `continuation[i]` is the newest token. Drafts past the end do not count. A step
+    gives its accepted drafts and the base's own next token.
     """
-    i = made = accepted = 0
-    while i + 1 < len(continuation):
-        made += 1
-        hit = drafts[i] == continuation[i + 1]
-        accepted += hit
-        i += 2 if hit else 1
-    return made, accepted
+    i = 0
+    while following := continuation[i + 1 :]:
+        pairs = list(zip(drafts[i], following, strict=False))
+        accepted = next((n for n, (draft, token) in enumerate(pairs) if draft != token), len(pairs))
+        yield Step(len(pairs), accepted)
+        i += accepted + 1
