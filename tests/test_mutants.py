@@ -324,7 +324,7 @@ def in_shard(name: str) -> Plant:
         ("upstream", value("mtp.0.enorm.weight", 1, torch.float16)),
         *(("base", in_shard(name)) for name in ("../base/model-1.safetensors", "/etc/passwd")),
         *(("base", in_shard(name)) for name in ("a/model-1.safetensors", "..", "", "a\0")),
-        *(("base", weights(group_size=size)) for size in (0, -5, None, "x")),
+        *(("base", weights(group_size=size)) for size in (0, -5, "x")),
         ("base", value("norm.weight", 1, torch.float16)),
         ("base", section(lambda q: q.update(ignore=["re:(.+)+!"]))),
         ("base", section(lambda q: q["config_groups"]["group_0"].update(input_activations="x"))),
