@@ -73,7 +73,7 @@ class Checkpoint:
         is_8_bit = w1 is not None and 4 * sum(w1.shape[-1:]) == config["hidden_size"]
         self.num_bits = bits = 8 if is_8_bit else 4  # of the experts' integers
         self.formats = {name: format_of(parts, bits) for name, parts in self.modules.items()}
-        self.group_size = _group_size(self.modules) * 4 // self.num_bits
+        self.group_size = max(1, _group_size(self.modules) * 4 // bits)
 
     @property
     def misnamed(self) -> dict[str, str]:
