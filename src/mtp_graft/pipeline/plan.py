@@ -79,10 +79,11 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     if vllm := installed_vllm():
         check_readable(base.config, f"{base.given}/config.json", vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        kinds: tuple[Variant, ...] = ("mxfp4", "rtn", *recipe.served_variants)  # the least first
         given, linears = (open_base(base_folder), upstream_folder), recipe.splice.linears
-        different = [kind for kind in dict.fromkeys(kinds) if kind != "gptq"]
-        heads = {kind: plan_splice(*given, kind, linears).layout for kind in different}
+        kinds = dict.fromkeys(("mxfp4", "rtn", *recipe.served_variants))  # the least asked first
+        heads: dict[Variant, Tensors] = {
+            kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
+        }
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
