@@ -201,7 +201,7 @@ def _ask_doctor(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tens
     first, more = errors[0], ", ".join(each.id for each in errors[1:]) or "nothing"
     raise GraftError(
         f"{base}, with a head: {first.where}: {first.found}; expected {first.expected}: "
-        f"{first.why}; {first.cure} (besides: {more})"
+        f"{first.why}; {first.cure}, or take another head (besides: {more})"
     )
 
 
