@@ -164,7 +164,7 @@ def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
     (tmp_path / "out").mkdir()
     assert "out: already exists; remove it" in mtp_graft("graft", base, upstream, tmp_path / "out")
     assert "nowhere: not a folder" in mtp_graft("graft", "nowhere", upstream, new)
-    assert "already has a head" in mtp_graft("graft", upstream, upstream, new)
+    assert "upstream: is DeepSeek's own" in mtp_graft("graft", upstream, upstream, new)
     assert "is a gptq head" in mtp_graft("graft", base, published, new, "--head", "bf16")
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=9))
     assert "new: 9 bytes free on its disk, " in mtp_graft("graft", base, upstream, new)

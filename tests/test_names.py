@@ -15,6 +15,7 @@ from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.doctor.checkpoint import canonical_name
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,9 @@ def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
         for native in natives:
             theirs, _ = rename_source_key(native, renamings, converters, "model", base_state)
             assert theirs == name, native
+            assert canonical_name(native, 4) == native
+        if len(natives) == 1:
+            assert [canonical_name(name, 4)] == [*natives]
 
 
 def test_modules_have_the_tensors_that_the_config_asks_for(

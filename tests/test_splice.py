@@ -146,6 +146,8 @@ def put(changes: dict[str, Tensor | None]) -> Damage:
 
 NO_EXPERT = put({f"{EXPERT}.weight": None, f"{EXPERT}.scale": None})
 STRANGER = put({"mtp.0.emb.weight": torch.zeros(2)})
+NOT_A_NUMBER = put({"mtp.0.norm.weight": torch.full([256], torch.nan).bfloat16()})
+MISLABELLED = put({"mtp.0.norm.weight": torch.ones(256).bfloat16().view(torch.half)})
 ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
 
 
@@ -159,6 +161,8 @@ ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
         ("upstream", unlist(f"{EXPERT}.scale"), rf"does not list {EXPERT}\.scale"),
         ("upstream", NO_EXPERT, rf"{EXPERT}\.weight is none, expected \[256, 256\] .*\(1 of the"),
         ("upstream", STRANGER, r"mtp\.0\.emb\.weight is \[2\], expected none"),
+        ("upstream", NOT_A_NUMBER, r"mtp\.0\.norm: has a value that is not finite"),
+        ("upstream", MISLABELLED, r"norm\.weight is torch\.float16, expected torch\.bfloat16"),
         ("upstream", ROUNDED, r"hc_attn_fn is torch\.float16, expected torch\.float32"),
     ],
 )

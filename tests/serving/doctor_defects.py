@@ -178,6 +178,11 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
         section(lambda q: q["config_groups"]["group_1"]["weights"].update(group_size=64)),
     ),
     "wrong-dtype": ("tensor-dtype", replace("mtp.0.e_proj.weight", lambda t: t.view(torch.int8))),
+    "wrong-label": ("tensor-float16", replace("mtp.0.norm.weight", lambda t: t.view(torch.half))),
+    "wrong-label-of-a-scale": (
+        "scale-float16",
+        replace(f"{EXPERT}.w2.weight_scale", lambda t: t.view(torch.half)),
+    ),
     "rounded-float32": ("float32-rounded", change(round_float32)),
     "fp8-compressor": ("compressor-fp8", store_a_compressor_in(torch.float8_e4m3fn)),
     "scaled-bf16-compressor": ("compressor-quantized", store_a_compressor_in(torch.bfloat16)),

@@ -1,4 +1,7 @@
-"""What shapes and memory are computed from in a DeepSeek-V4 config.json."""
+"""What shapes and memory are computed from in a DeepSeek-V4 config.json.
+
+Kinds of layers are in DeepSeek's keys or, without those, in transformers' (`..._types`).
+"""
 
 import reprlib
 from collections.abc import Mapping
@@ -46,6 +49,9 @@ class Dimensions(BaseModel, strict=True):
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] | None = None
     num_hash_layers: Annotated[int, Field(ge=0, le=2**12)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
+    layer_types: list[str] | None = None
+    mlp_layer_types: list[str] | None = None
+    compress_rates: dict[str, int] | None = None
     rms_norm_eps: _Positive | None = None
     hc_eps: _Positive | None = None
     rope_theta: _Positive | None = None
@@ -73,10 +79,28 @@ def check_dimensions(config: Mapping[str, Any], file: object = "config.json") ->
 
 
 def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
-    """Return each layer's compression ratio; None if the config has no list of them."""
+    """Return each layer's and the head's compression ratio; None without a list that says them."""
     listed = config.get("compress_ratios")
+    if listed is None and (kinds := config.get("layer_types")) is not None:
+        rates = {"sliding_attention": 0, **(config.get("compress_rates") or {})}
+        listed = [*map(rates.get, kinds[: config["num_hidden_layers"]]), 0]
     if not isinstance(listed, list) or len(listed) > 2**10:
         return None
     if all(type(ratio) is int and 0 <= ratio <= 2**16 for ratio in listed):
         return listed
     return None
+
+
+def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
+    """Return transformers' keys that a vLLM stops at: 0.32 reads DeepSeek's alone, 0.33 both."""
+    kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]
+    own = all(config.get(key) is not None for key in ("compress_ratios", "num_hash_layers"))
+    return " and ".join(kinds) if release < (0, 33) and not (own and len(kinds) < 2) else ""
+
+
+def check_readable(config: Mapping[str, Any], file: object, release: tuple[int, ...]) -> None:
+    """Raise GraftError for such keys."""
+    if keys := unread_keys(config, release):
+        expected = "compress_ratios and num_hash_layers, which vLLM 0.32 reads"
+        cure = "take vLLM 0.33, or config.json of the base's release"
+        raise GraftError(f"{file}: has {keys}; expected {expected}; {cure}")

@@ -35,10 +35,12 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
     c = check_dimensions(config)
     vocabulary = (c.vocab_size, c.hidden_size)
     shapes: Shapes = {"embed.weight": vocabulary, "head.weight": vocabulary} | _output(c)
-    ratios = compress_ratios(config) or []
+    ratios, num_hashed = compress_ratios(config) or [], c.num_hash_layers
+    if num_hashed is None:
+        num_hashed = (c.mlp_layer_types or []).count("hash_moe")
     for n in range(c.num_hidden_layers):
         layer = _layer(c) | _compression(c, ratios[n] if n < len(ratios) else 0)
-        if n < (c.num_hash_layers or 0):
+        if n < num_hashed:
             del layer["ffn.gate.bias"]
             layer["ffn.gate.tid2eid"] = (c.vocab_size, c.num_experts_per_tok)
         shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}

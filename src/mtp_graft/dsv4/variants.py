@@ -125,6 +125,7 @@ def _check(module: str, parts: Parts, group_size: int) -> Format:
         (tensor,) = parts.values()
         if kind != "plain" or not tensor.is_floating_point():
             raise GraftError(f"{module}: is {tensor.dtype} without a scale; fetch the shard again")
+        _expect_finite(module, parts)
         return kind
     if (
         kind is None
@@ -154,17 +155,20 @@ def _check_matrix(
                 f"expected {list(like.shape)} {like.dtype} (out {shape[0]}, in {shape[1]}, group "
                 f"{group}); recipe and checkpoint disagree, or the shard is damaged"
             )
-    scale, stored_shape = parts["weight_scale"], parts.get("weight_shape")
-    if scale.is_meta:
-        return
-    if kind == "mxfp4":
-        scale = scale.view(torch.float8_e8m0fnu)
-    if not torch.isfinite(scale.float()).all():
-        raise GraftError(
-            f"{module}: has a scale that is not finite; the shard is damaged, fetch it"
-        )
-    if stored_shape is not None and tuple(stored_shape.tolist()) != shape:
-        raise GraftError(f"{module}: weight_shape is {stored_shape.tolist()}, expected {shape}")
+    _expect_finite(module, parts)
+    said = [t.tolist() for part, t in parts.items() if part == "weight_shape" and not t.is_meta]
+    if said and tuple(said[0]) != shape:
+        raise GraftError(f"{module}: weight_shape is {said[0]}, expected {shape}")
+
+
+def _expect_finite(module: str, parts: Parts) -> None:
+    """Raise GraftError for a value or a scale, an exponent's byte included, that is no number."""
+    for part, tensor in parts.items():
+        is_exponent = part == "weight_scale" and tensor.dtype == torch.uint8
+        values = tensor.view(torch.float8_e8m0fnu) if is_exponent else tensor
+        if values.is_floating_point() and not (values.is_meta or values.float().isfinite().all()):
+            what = "a scale" if "scale" in part else "a value"
+            raise GraftError(f"{module}: has {what} that is not finite; fetch the shard again")
 
 
 def _expect_whole_groups(module: str, inputs: int, group_size: int) -> None:

@@ -14,12 +14,13 @@ from huggingface_hub import constants
 from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import int4_group_size
-from mtp_graft.dsv4.config import check_dimensions
+from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.device import gpus, torch_device
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
+from mtp_graft.serving.command import installed_vllm
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.capture import step_tokens
@@ -73,6 +74,8 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     A head by GPTQ has the tensors of one that is rounded to nearest.
     """
     check_dimensions(base.config, f"{base.given}/config.json")
+    if vllm := installed_vllm():
+        check_readable(base.config, f"{base.given}/config.json", vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         kinds: set[Variant] = {"rtn", *recipe.served_variants} - {"gptq"}
         given = open_base(base_folder), upstream_folder

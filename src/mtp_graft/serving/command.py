@@ -21,7 +21,7 @@ from typer.models import ParameterInfo
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
-from mtp_graft.dsv4.config import check_dimensions
+from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
@@ -185,6 +185,8 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     on_cpu = vllm.platform == "cpu"
     port = options.port or check_port(options.host, 0)
     num_draft = num_speculative_tokens(options, vllm.platform)
+    config = read_config(options.checkpoint)
+    check_readable(config, options.checkpoint / "config.json", vllm.version.release)
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
     kv_cache_gib = options.kv_cache_gib or (1.0 if on_cpu else None)
     always, _ = split(ALWAYS)
@@ -220,10 +222,12 @@ def as_words(flags: Mapping[str, object]) -> Iterator[str]:
 
 def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
     """Check the checkpoint folder and return how many tokens a step will draft."""
+    from mtp_graft.checkpoint.makers import expect_format
     from mtp_graft.checkpoint.shards import read_index
     from mtp_graft.dsv4.names import HEAD_PREFIX
 
     folder, wanted = options.checkpoint, options.num_speculative_tokens
+    expect_format(folder, "served")
     read_config(folder)
     has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
     if wanted and not has_head:

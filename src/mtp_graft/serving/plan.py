@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import ServeOptions, read_dimensions
@@ -47,6 +48,7 @@ def make_plan(
     for an unknown profile, and GraftError for a context that has no room (without one, `auto` takes
     the largest that has), for ranks or machines that do not fit hardware or model.
     """
+    expect_format(options.checkpoint, "served")
     config = read_dimensions(options.checkpoint)
     options = replace(options, tensor_parallel_size=_ranks(options, config, hardware))
     if hardware.capability[0] not in ATTENTION:

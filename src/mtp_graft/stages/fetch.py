@@ -24,6 +24,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
 
 from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
+from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
@@ -135,6 +136,7 @@ def _needed_files(given: str, folder: Path, part: Literal["base", "head"]) -> se
     """Return the names of what is needed, by a folder that has at least the small files."""
     if part == "head" and (folder / MANIFEST_NAME).is_file():  # somebody's head, already spliced
         return {MANIFEST_NAME, HEAD_SHARD}
+    expect_format(folder, part)
     for name in (INDEX_NAME, "config.json"):
         if not (folder / name).is_file():
             raise GraftError(f"{given}: has no {name}; expected a whole checkpoint")

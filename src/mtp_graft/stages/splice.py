@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from mtp_graft.checkpoint import files, quant_manifest, shards
+from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head, int4_group_size, read_quantization
 from mtp_graft.dsv4.formats import modules_of, part_name
@@ -114,6 +115,7 @@ def splice(
 
 def open_base(folder: Path) -> Base:
     """Read config, index and headers; raises GraftError for what is no base without a head."""
+    expect_format(folder, "base")
     tensors = shards.read_meta(folder, complete=True)
     if already := sorted(name for name in tensors if name.startswith("mtp.")):
         raise GraftError(f"{folder}: already has a head ({already[0]}, ...); expected none")
@@ -137,6 +139,7 @@ def plan_splice(
         head = Tensors.in_files([upstream / HEAD_SHARD])
         variant, linears = _describe(upstream, published, head.meta, variant)
     else:
+        expect_format(upstream, "head")
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))

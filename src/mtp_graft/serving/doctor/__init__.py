@@ -7,6 +7,7 @@ findings; to add one, write it and put it into a list below.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from mtp_graft.checkpoint.makers import PRUNED, read_maker
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_dimensions
@@ -17,8 +18,8 @@ from mtp_graft.serving.doctor.hardware import Target
 
 Check = Callable[[Checkpoint, Target], Iterable[Finding]]
 
-_OF_ALL: tuple[Check, ...] = (tensors.shards, tensors.files, tensors.index, hardware.vllm)
-_OF_TENSORS = (tensors.names, tensors.contents, tensors.precision, tensors.config)
+_OF_ALL: tuple[Check, ...] = (tensors.shards, tensors.index, hardware.vllm)
+_OF_TENSORS = (tensors.files, tensors.names, tensors.contents, tensors.precision, tensors.config)
 _OF_SCHEMES = (schemes.section, schemes.patterns, schemes.schemes)
 _OF_HARDWARE = (hardware.ranks, hardware.memory, hardware.known_issues)
 
@@ -28,7 +29,7 @@ def diagnose(folder: Path, target: Target) -> list[Finding]:
 
     Raises GraftError for what is no folder.
     """
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.suffix != ".gguf":
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     try:
         kind, file = "config-unusable", "config.json"
@@ -36,6 +37,8 @@ def diagnose(folder: Path, target: Target) -> list[Finding]:
         kind, file = "index-unusable", INDEX_NAME
         read_weight_map(folder / file)
     except GraftError as error:
+        if (maker := read_maker(folder)) and not maker.startswith(PRUNED):
+            return [finding("foreign-format", folder.name, maker, "W4A16-FP8")]
         found = str(error).removeprefix(f"{folder / file}: ")
         return [finding(kind, file, found, "that of a sharded DeepSeek-V4 checkpoint")]
     return examine(read_checkpoint(folder), target)
@@ -45,7 +48,8 @@ def examine(checkpoint: Checkpoint, target: Target) -> list[Finding]:
     """Return every finding of a checkpoint that has been read, errors first."""
     found, checks = [*target.findings], (*_OF_TENSORS, *_OF_SCHEMES, *_OF_HARDWARE, *_OF_ALL)
     if (maker := checkpoint.foreign_format) is not None:
-        found.append(finding("foreign-format", "config.json", maker, "W4A16-FP8"))
+        kind = "pruned" if maker.startswith(PRUNED) else "foreign-format"
+        found.append(finding(kind, checkpoint.folder.name, maker, "W4A16-FP8"))
         checks = _OF_ALL
     found += [each for check in checks for each in check(checkpoint, target)]
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from mtp_graft.checkpoint.makers import foreign_maker
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios
@@ -20,9 +20,8 @@ from mtp_graft.dsv4.names import from_transformers
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_dimensions
 
-_EXPERT_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-_EXPERT = re.compile(r"(\.experts\.\d+\.)(gate_proj|up_proj|down_proj)\.")
 _LAYER = re.compile(r"^layers\.(\d{1,6})\.")
+_ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
@@ -59,9 +58,11 @@ class Checkpoint:
         self.stale = {s for s, found in shards.items() if s not in named and found.keys() <= listed}
         self.shards = {s: found for s, found in shards.items() if s not in self.stale}
         held = {name: found[name] for found in self.shards.values() for name in found}
-        #: Who made the checkpoint, if its format is known and not W4A16-FP8.
-        self.foreign_format = self._foreign_format(held)
+        #: Who made the checkpoint, if it is not W4A16-FP8 as config and routers say.
         names = sorted(held.keys() | index.keys())
+        routed = min((sum(t.shape[:1]) for n, t in held.items() if _ROUTER.search(n)), default=0)
+        told = {**config, "n_routed_experts": max(config["n_routed_experts"], routed)}
+        self.foreign_format = foreign_maker(folder, told, names)
         self.read_as = {name: canonical_name(name, self.num_layers) for name in names}
         self.tensors = {self.read_as[name]: tensor for name, tensor in held.items()}
         #: Names that the index lists and no readable shard holds.
@@ -72,25 +73,7 @@ class Checkpoint:
         is_8_bit = w1 is not None and 4 * sum(w1.shape[-1:]) == config["hidden_size"]
         self.num_bits = bits = 8 if is_8_bit else 4  # of the experts' integers
         self.formats = {name: format_of(parts, bits) for name, parts in self.modules.items()}
-        self.group_size = _group_size(self.modules) * 4 // self.num_bits
-
-    def _foreign_format(self, held: Mapping[str, Tensor]) -> str | None:
-        section = self.config.get("quantization_config")
-        section = section if isinstance(section, dict) else {}
-        method = section.get("quant_method")
-        scales = {tensor.dtype for name, tensor in held.items() if "scale" in name}
-        if (self.folder / "hf_quant_config.json").exists() or "moe_quant_algo" in section:
-            return "NVIDIA ModelOpt's"
-        if method == "fp8" or (method is None and torch.float8_e8m0fnu in scales):
-            blocks = {name.split(".")[1] for name in self.index if name.startswith("mtp.")}
-            head = {0: "", 1: ", with an MTP head"}.get(len(blocks), ", with a DSpark drafter")
-            return f"DeepSeek's own FP8 and MXFP4{head}"
-        if method is None:
-            return "MLX's" if isinstance(self.config.get("quantization"), dict) else None
-        if isinstance(self.quantization, QuantizationConfig):
-            kinds = {group.kind for group in self.quantization.config_groups.values()}
-            return "compressed-tensors' NVFP4" if "nvfp4" in kinds else None
-        return method if isinstance(method, str) and method != "compressed-tensors" else None
+        self.group_size = max(1, _group_size(self.modules) * 4 // bits)
 
     @property
     def misnamed(self) -> dict[str, str]:
@@ -123,7 +106,6 @@ def canonical_name(name: str, num_layers: int) -> str:
         name = f"mtp.{block}.{name[match.end() :]}"
     if name.startswith("mtp."):
         name = name.replace(".mtp_block.", ".").replace(".shared_head.norm.", ".norm.")
-    name = _EXPERT.sub(lambda match: f"{match[1]}{_EXPERT_NAMES[match[2]]}.", name)
     return _SCALE.sub(".weight_scale", name)
 
 

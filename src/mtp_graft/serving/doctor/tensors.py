@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
+from mtp_graft.dsv4.config import unread_keys
 from mtp_graft.dsv4.formats import part_name, stored_as, weight_of
 from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
@@ -25,8 +26,8 @@ _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 #: dtype that a tensor is stored in -> what is read as well.
 _ALSO_READ = {
-    torch.bfloat16: (torch.float16, torch.float32),
-    torch.float32: (torch.bfloat16, torch.float16),  # a finding of its own
+    torch.bfloat16: (torch.float32,),
+    torch.float32: (torch.bfloat16,),  # a finding of its own
     torch.uint8: (torch.float8_e8m0fnu,),
     torch.int32: (torch.int64,),
 }
@@ -81,8 +82,11 @@ def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
             yield "tensor-twice", name, f"{count} times", "once"
 
 
-def config(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
-    """Find a head that is absent, or of which config.json says something else."""
+def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
+    """Find keys that vLLM does not read, and a head that is absent or not as config.json says."""
+    if target.vllm and (keys := unread_keys(checkpoint.config, target.vllm.release)):
+        expected = "compress_ratios and num_hash_layers alone"
+        yield finding("config-dialect", "config.json", keys, expected)
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
@@ -117,6 +121,7 @@ def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
 def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     """Compare the tensors with those that the config asks for, in the formats they are in."""
     asked, known = _asked(checkpoint)
+    half = "float16" in (checkpoint.config.get(key) for key in ("torch_dtype", "dtype"))
     tensors = {n: t for n, t in checkpoint.tensors.items() if not _OTHER_BLOCK.match(n)}
     if target.platform != "cpu":
         known |= _HEAD_COPIES
@@ -128,11 +133,14 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
         yield f"{_place(name)}-tensor-unknown", name, "of no module", "none"
     for name in sorted(asked.keys() & tensors.keys()):
         tensor, like = tensors[name], asked[name]
-        if tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
+        kind = "scale" if name.endswith("weight_scale") else "tensor"
+        is_half = tensor.dtype == torch.float16 and like.is_floating_point()
+        if is_half and not half:
+            yield f"{kind}-float16", name, tensor.dtype, like.dtype
+        elif not is_half and tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
             yield "tensor-dtype", name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
-            kind = "scale-shape" if name.endswith("weight_scale") else "tensor-shape"
-            yield kind, name, list(tensor.shape), f"{list(like.shape)} by config.json"
+            yield f"{kind}-shape", name, list(tensor.shape), f"{list(like.shape)} by config.json"
 
 
 def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
@@ -158,7 +166,7 @@ def _place(name: str) -> str:
 def precision(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find parameters that were rounded or quantized although they should not be."""
     for name, tensor in checkpoint.tensors.items():
-        if FLOAT32.search(name) and tensor.dtype in (torch.bfloat16, torch.float16):
+        if FLOAT32.search(name) and tensor.dtype == torch.bfloat16:
             yield "float32-rounded", name, tensor.dtype, torch.float32
     for module, stored in checkpoint.formats.items():
         is_plain = stored == "plain" and "weight_scale" not in checkpoint.modules[module]

@@ -1,0 +1,183 @@
+"""Whoever made a checkpoint is named, once, and however its tensors and layers are called."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packaging.version import Version
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+
+from mtp_graft.checkpoint.makers import expect_format
+from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map, save_shard, write_index
+from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
+from mtp_graft.errors import GraftError
+from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
+from mtp_graft.serving.doctor import diagnose
+from mtp_graft.serving.doctor.checkpoint import canonical_name
+from mtp_graft.serving.doctor.hardware import Target
+from mtp_graft.serving.plan import make_plan
+from mtp_graft.serving.topology import CPU
+from mtp_graft.stages.fetch import find_source
+from mtp_graft.stages.splice import splice
+from serving.doctor_defects import edit_config
+
+TINY = Path(__file__).parents[2] / "models" / "tiny-dsv4"
+CONFIG: dict[str, Any] = json.loads((TINY / "base" / "config.json").read_text())
+NAMES = [*read_weight_map(TINY / "base" / INDEX_NAME)]
+V32, V33 = (Target(Version(v), p, None) for v, p in (("0.32.0", "cpu"), ("0.33.0", "cuda")))
+Make = Callable[[Path, dict[str, Any], list[str]], object]
+
+
+def has(file: str) -> Make:
+    return lambda folder, *_: (folder / file).write_text("{}")
+
+
+def says(**section: Any) -> Make:
+    return lambda _, config, __: config.update(quantization_config=section)
+
+
+def names(pattern: str, replacement: str | None) -> Make:
+    """Rename tensors, or leave them out."""
+
+    def edit(_folder: Path, _config: dict[str, Any], found: list[str]) -> None:
+        kept = [n for n in found if replacement is not None or not re.search(pattern, n)]
+        found[:] = dict.fromkeys(re.sub(pattern, replacement or "", n) for n in kept)
+
+    return edit
+
+
+MAKERS: dict[str, Make] = {
+    "ModelOpt": has("hf_quant_config.json"),
+    "NVIDIA ModelOpt": says(quant_method="fp8", moe_quant_algo="NVFP4"),
+    "merge": has("mergekit_config.yml"),
+    "DeepSeek's own FP8 and MXFP4": says(quant_method="fp8"),
+    "gptq": says(quant_method="gptq"),
+    "something_new": says(quant_method="something_new"),
+    "compressed-tensors' NVFP4": names(r"weight_shape$", "weight_global_scale"),
+    "GPTQ": names(r"weight_(packed|shape)$", "g_idx"),
+    "AWQ": names(r"weight_(packed|shape)$", "qzeros"),
+    "MLX": names(r"weight_(packed|shape)$", "biases"),
+    "pruned variant: has 40, n_routed": names(r"experts\.(4|5|6)\d\.", None),
+    "pruned variant: has 3, num_hidden": names(r"layers\.1\.", None),
+}
+
+
+def write(
+    folder: Path, makers: Iterable[str] = (), *, index: bool = True, experts: int = 64
+) -> Path:
+    """Write the tiny base's names as these makers would have them, a value each."""
+    folder.mkdir(exist_ok=True)
+    config, found = CONFIG | {"n_routed_experts": experts}, list(NAMES)
+    for maker in makers:
+        MAKERS[maker](folder, config, found)
+    tensors = {n: torch.zeros(64 if n.endswith("gate.weight") else 1) for n in found}
+    save_shard(tensors, folder / "model.safetensors", sync=False)
+    (folder / "config.json").write_text(json.dumps(config))
+    if index:
+        write_index(dict.fromkeys(found, "model.safetensors"), 0, folder)
+    return folder
+
+
+def check_named_once(folder: Path, *makers: str) -> None:
+    (finding,) = diagnose(folder, V32)
+    assert finding.id in ("foreign-format", "pruned") and not finding.fixable
+    assert any(maker in finding.found for maker in makers), finding.found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(sorted(MAKERS)), min_size=1, unique=True), st.booleans())
+def test_any_mixture_of_marks_is_one_finding_and_no_fix(makers: list[str], index: bool) -> None:
+    index = index or all("pruned" in maker for maker in makers)  # config and index tell
+    with TemporaryDirectory() as name:
+        folder = write(Path(name), makers, index=index)
+        check_named_once(folder, *makers)
+        with pytest.raises(GraftError, match="expected a W4A16-FP8"):
+            expect_format(folder, "base")
+
+
+def test_a_router_of_more_experts_than_there_are_is_a_pruned_variant(tmp_path: Path) -> None:
+    pruned = write(tmp_path / "pruned", ["pruned variant: has 40, n_routed"], experts=40)
+    check_named_once(pruned, "pruned variant: has 40, n_routed_experts is 64")
+
+
+@pytest.mark.parametrize("maker", ["GGUF", "GPTQ", "gptq"])
+def test_every_command_names_the_maker_before_it_reads_a_tensor(
+    tmp_path: Path, tiny_base: Path, maker: str
+) -> None:
+    given, out, master = tmp_path / "given", tmp_path / "out", TINY / "upstream"
+    if maker == "GGUF":
+        given.mkdir()
+        (given / "model.gguf").touch()
+        check_named_once(given, maker)
+        check_named_once(given / "model.gguf", maker)
+    else:
+        write(given, [maker])
+    for command in (
+        lambda: find_source(str(given), None, "base"),
+        lambda: find_source(str(given), None, "head"),
+        lambda: splice(given, master, out),
+        lambda: splice(tiny_base, given, out),
+        lambda: build_command(ServeOptions(given), vllm_elsewhere("cpu")),
+        lambda: make_plan(ServeOptions(given), "auto", CPU),
+    ):
+        with pytest.raises(GraftError, match=rf"given: is .*{maker}.*; expected"):
+            command()
+
+
+# Spellings
+
+
+def transformers_config(config: dict[str, Any]) -> None:
+    section = config.pop("quantization_config")
+    saved = DeepseekV4Config(**config).to_dict() | {"quantization_config": section}
+    config.clear()
+    config |= json.loads(json.dumps(saved, default=str))
+
+
+def test_transformers_config_is_read_as_the_release_of_vllm_reads_it(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
+    edit_config(base, transformers_config)
+    config = json.loads((base / "config.json").read_text())
+    assert "num_hash_layers" not in config and base_shapes(config) == base_shapes(CONFIG)
+    splice(base, TINY / "upstream", tmp_path / "out", "mxfp4")
+    for folder in (base, tmp_path / "out"):
+        errors = [[f.id for f in diagnose(folder, on) if f.severity != "note"] for on in (V32, V33)]
+        assert errors == [["config-dialect"], []]
+        build_command(ServeOptions(folder), vllm_elsewhere("cuda"))
+        with pytest.raises(GraftError, match="has layer_types and mlp_layer_types; expected"):
+            build_command(ServeOptions(folder), vllm_elsewhere("cpu"))
+
+
+EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+@given(
+    st.sampled_from([*base_shapes(CONFIG), *head_shapes(CONFIG)]),
+    st.sampled_from(["", "model."]),
+    st.sampled_from(["scale", "weight_scale_inv", "weight_scale"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_spelling_of_a_name_is_read_as_the_same(
+    name: str, prefix: str, scale: str, experts_of_transformers: bool, head_as_layer: bool
+) -> None:
+    for right in (name, re.sub(r"weight$", "weight_scale", name)):
+        other = re.sub(r"weight_scale$", scale, right)
+        if experts_of_transformers:
+            other = re.sub(r"\bw[123]\b", lambda match: EXPERTS[match[0]], other)
+        if head_as_layer:  # as vLLM's drafter calls it
+            other = re.sub(r"^mtp\.0\.norm", "layers.4.shared_head.norm", other)
+            other = re.sub(r"^mtp\.0\.(?=attn|ffn|hc_[af])", "layers.4.mtp_block.", other)
+            other = re.sub(r"^mtp\.0\.", "layers.4.", other)
+        assert canonical_name(prefix + other, 4) == right == canonical_name(right, 4)
