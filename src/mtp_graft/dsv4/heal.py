@@ -84,7 +84,8 @@ def trained_parts(head: MTPHead, fp8: Container[str]) -> dict[str, nn.Parameter]
         if ".mlp.experts." in path or ".mlp.gate." in path:
             continue
         [name] = head_from_module({path: parameter})
-        parts[name] = parameter.requires_grad_()
+        parameter.requires_grad_()
+        parts[name] = parameter
         if name in fp8:
             module = head.get_submodule(path.removesuffix(".weight"))
             parametrize.register_parametrization(module, "weight", _Fp8())

@@ -2,7 +2,7 @@
 
     capture      the calibration texts to train on, the evaluation texts to judge by
     quantized    the routed experts, which stay as they will be served
-    -> upstream/ a master like upstream's: its routed experts linked, the dense part trained
+    -> upstream/ the head as a master has it, its dense part trained
 
 What is judged is the accepted length on the evaluation texts, as `score` counts it. Training goes
 on where a killed run stopped.
@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence
 from mtp_graft.checkpoint.files import replacing, write_json
+from mtp_graft.checkpoint.quant_manifest import HEALED_NAME
 from mtp_graft.checkpoint.shards import load_tensors, save_shard, write_index
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance, trained_parts
@@ -35,6 +36,7 @@ from mtp_graft.serving.metrics import Step, count_steps, drafting_result
 from mtp_graft.stages.inputs import (
     CALIBRATION,
     EVALUATION,
+    HEALED,
     REPORT_NAME,
     Inputs,
     Progress,
@@ -45,8 +47,6 @@ from mtp_graft.stages.inputs import (
 from mtp_graft.stages.parallel import find_device
 from mtp_graft.stages.score import draft_steps
 
-#: The trained head, as a master to splice from, and what its manifest says of the training.
-UPSTREAM, ABOUT_NAME = "upstream", "healed.json"
 _SHARD, _STATE = "healed.safetensors", "state.pt"
 _RESAMPLES, _ENDS = 2000, (0.025, 0.975)
 #: What the first draft's acceptance may lose: half a point.
@@ -95,7 +95,7 @@ def heal(
         "tokens": sum(s.tokens for s in inputs.sequences),
         "seconds": time.perf_counter() - started,
     }
-    _write_master(state["best"], master, inputs, out / UPSTREAM, result)
+    _write_master(state["best"], master, out / HEALED, result)
     write_json(result, out / REPORT_NAME)
     seconds = result["seconds"]
     manifest.write_manifest(out, "heal", decisive, inputs.indexes(), device, seconds)
@@ -240,26 +240,16 @@ def fp8_weights(master: Mapping[str, Tensor]) -> set[str]:
 
 
 def _write_master(
-    parts: Mapping[str, Tensor],
-    master: Mapping[str, Tensor],
-    inputs: Inputs,
-    out: Path,
-    about: Mapping[str, Any],
+    parts: Mapping[str, Tensor], master: Mapping[str, Tensor], out: Path, about: Mapping[str, Any]
 ) -> None:
-    """Write the parts as the master stores them; its other tensors' shards are linked."""
-    trained: dict[str, Tensor] = {}
+    """Write the master with the trained parts in the formats that it has for them."""
+    head = dict(master)
     for name, value in parts.items():
-        if master[name].dtype == torch.float8_e4m3fn:
-            codes, scale = encode_fp8(value.cpu())
-            trained |= {name: codes, f"{name.removesuffix('weight')}scale": scale}
+        if name in fp8_weights(master):
+            head[name], head[name.removesuffix("weight") + "scale"] = encode_fp8(value.cpu())
         else:
-            trained[name] = value.cpu().to(master[name].dtype)
+            head[name] = value.cpu().to(master[name].dtype)
     out.mkdir(exist_ok=True)
-    save_shard(trained, out / _SHARD)
-    files = inputs.head.files
-    weight_map = {name: _SHARD if name in trained else files[name].name for name in files}
-    for path in set(files.values()):
-        (out / path.name).unlink(missing_ok=True)
-        (out / path.name).symlink_to(path.absolute())
-    write_json({k: v for k, v in about.items() if k not in ("seconds", "curve")}, out / ABOUT_NAME)
-    write_index(weight_map, sum(t.nbytes for t in master.values()), out)
+    save_shard(head, out / _SHARD)
+    write_json({k: v for k, v in about.items() if k not in ("seconds", "curve")}, out / HEALED_NAME)
+    write_index(dict.fromkeys(head, _SHARD), sum(t.nbytes for t in head.values()), out)
