@@ -114,7 +114,7 @@ VALUES = [
     *r"""null true 0 -1 1.5 4096 1000000000 -1e999 NaN -Infinity 9223372036854775808 "" "x" "." ".."
     [] {} [null] [[]] [""] {"a":null} {"":{}} {"a":1,"a":2} [0,1000000000000] "\ud800" ["\udfff"]
     "a\u0000b" ["\u0000"] "\n" "/etc/passwd" "sub/model-1.safetensors" "../base/config.json" "F16"
-    "model-1.safetensors/" "~nobody/x" ["re:("] "re:*experts*" ["re:.*"] ["re:"]
+    "model-1.safetensors/" "~nobody/x" ["re:("] "re:*experts*" ["re:.*"] ["re:"] ["re:(.+)+!"]
     ["re:\ud800"] ["re:a{99999999999}"] ["re:(?P<a"]""".split(),  # noqa: SIM905
     *(f'["re:{"(" * 900}"]', f'"{"é" * 300}"', "9" * 5000),
     *(_DEEP, _DEEP + "]" * 20_000, '{"a":' * 20_000),
@@ -218,7 +218,7 @@ def break_a_file(folder: Path, seed: int) -> tuple[str, str, bool]:
     path = random.choice(sorted(files))
     name, content = str(path.relative_to(folder)), path.read_bytes()
     if random.random() < 0.25:
-        return name, _whole(path, random), path.suffix != ".yaml" and "token" not in name
+        return name, _whole(path, random), path.suffix != ".yaml"  # which is copied unread
     inside = {".json": _in_json, ".safetensors": _in_shard}.get(path.suffix, _in_lines)
     told, new = (inside if random.random() < 0.8 else _as_text)(content, random)
     path.unlink()
@@ -325,6 +325,9 @@ def in_shard(name: str) -> Plant:
         *(("base", in_shard(name)) for name in ("../base/model-1.safetensors", "/etc/passwd")),
         *(("base", in_shard(name)) for name in ("a/model-1.safetensors", "..", "", "a\0")),
         *(("base", weights(group_size=size)) for size in (0, -5, None, "x")),
+        ("base", value("norm.weight", 1, torch.float16)),
+        ("base", section(lambda q: q["config_groups"]["group_0"].update(input_activations="x"))),
+        ("base", set_config("compress_ratios", [0] * 10**6)),
         ("base", set_config("num_hidden_layers", 10**9)),
     ],
 )

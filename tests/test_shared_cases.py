@@ -37,12 +37,18 @@ def make(
 
 
 IGNORED, FUSED = ["ignore-null"], ["expert-target-names"]
+ACTORDER = ["base-tensor-unknown", "quantization-config"]
+UNREADABLE = ["file-unreadable", *["shard-unreadable"] * 4]
 CANADA = ["pattern-names-mtp", "expert-target-names"]
 
 
 @pytest.mark.parametrize(
     ("case", "folder", "on_gpu", "on_cpu", "spliced_or_why"),
     [
+        ("01", "base", [], ["config-dialect"], None),
+        ("13", "actorder", ACTORDER, ACTORDER, "actorder: input should be"),
+        ("13", "asymmetric", [], ["quantization-config"], None),
+        ("13", "asymmetric-in-config-only", ["scheme-mismatch"], ["scheme-mismatch"], None),
         ("02", "base", IGNORED, IGNORED, None),
         ("02", "grafted", IGNORED, IGNORED, "already has a head"),
         (
@@ -55,8 +61,10 @@ CANADA = ["pattern-names-mtp", "expert-target-names"]
         ("05", "base", [], [], None),
         ("05", "base-first", FUSED, FUSED, None),
         ("06", "ckpt", CANADA, ["head-tensor-unknown", *CANADA], "already has a head"),
-        ("09", "base", ["foreign-format"], ["foreign-format"], "quantization_config: quant_method"),
-        ("10", "official", ["foreign-format"], ["foreign-format"], "already has a head"),
+        ("09", "base", ["foreign-format"], ["foreign-format"], "is NVIDIA ModelOpt's"),
+        ("15", "only-tokenizer", UNREADABLE[:1], UNREADABLE[:1], "already has a head"),
+        ("15", "ckpt", UNREADABLE, UNREADABLE, "git-lfs pointer"),
+        ("10", "official", ["foreign-format"], ["foreign-format"], "is DeepSeek's own"),
     ],
 )
 def test_a_reported_checkpoint_has_these_findings_and_is_spliced_or_refused(
