@@ -25,6 +25,8 @@ class StandInHub:
     repositories: dict[str, dict[str, bytes]]
     asked: list[tuple[str, str]] = field(default_factory=list)  # method, path
     wrong: set[str] = field(default_factory=set)  # large files that come with another last byte
+    #: Headers of a 429 to the first request of each kind, if any.
+    busy: dict[str, str] | None = None
 
     def downloads(self, name: str) -> int:
         """Return how often a file was downloaded; a part of it does not count."""
@@ -32,7 +34,7 @@ class StandInHub:
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
         """Return status, body and headers."""
-        parts = path.strip("/").split("/")
+        parts = path.strip("/").removeprefix("datasets/").split("/")
         is_api = parts[0] == "api"
         repo = "/".join(parts[2:4] if is_api else parts[:2])
         if repo not in self.repositories:
@@ -78,8 +80,11 @@ def in_place_of_the_hub(
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             asked = self.headers.get("Range")
-            hub.asked.append((f"{self.command} a part" if asked else self.command, path))
+            request = (f"{self.command} a part" if asked else self.command, path)
             status, body, headers = hub.answer(path)
+            if hub.busy is not None and request not in hub.asked:
+                status, body, headers = 429, b"later", hub.busy
+            hub.asked.append(request)
             if asked and status == 200:
                 first, _, last = asked.removeprefix("bytes=").partition("-")
                 status, body = 206, body[int(first) : int(last) + 1 if last else None]

@@ -9,8 +9,10 @@ from typing import Any
 
 import pyarrow
 import pytest
+from huggingface_hub import constants
 from pyarrow import parquet
 
+from hub_stand_in import StandInHub
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Prompt
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration
@@ -76,36 +78,33 @@ def test_a_source_that_cannot_be_read_or_is_empty_is_an_error(
             load_calibration(source, 1)
 
 
-def test_a_split_of_a_hubs_data_set_is_read_as_far_as_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_split_of_a_hubs_data_set_is_read_as_far_as_needed_and_again_offline(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetched: list[str] = []
-    files = {
+    rows = {
         "data/train_sft-00001-of-00002-b.parquet": [chat("r2", "q2", "a2")],
         "data/train_sft-00000-of-00002-a.parquet": [chat("r0", "q0", "a0"), chat("r1", "q1")],
         "data/test_sft-00000-of-00001-c.parquet": [chat("held out", "q")],
-        "README.md": [],
     }
-
-    def download(repo: str, file: str, repo_type: str) -> str:
-        assert (f"hub:{repo}", repo_type) == (HUB, "dataset")
-        if file in fetched:
-            raise OSError("no route to host")
-        fetched.append(file)
-        parquet.write_table(pyarrow.Table.from_pylist(files[file]), tmp_path / Path(file).name)
-        return str(tmp_path / Path(file).name)
-
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: list(files))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    files = {"README.md": b"Chats"}
+    for name, held in rows.items():
+        parquet.write_table(
+            pyarrow.Table.from_pylist(held), written := pyarrow.BufferOutputStream()
+        )
+        files[name] = written.getvalue().to_pybytes()
+    hub.repositories[HUB.removeprefix("hub:")] = files
     assert [p.id for p in load_calibration(HUB, 2)] == ["r0", "r1"]
-    assert len(fetched) == 1
-    with pytest.raises(GraftError, match=r"ultrachat_200k: cannot be .* \(no route to host\)"):
-        load_calibration(HUB, 1)
-    fetched.clear()
-    assert [p.id for p in islice(iterate_prompts(HUB), 1, None)] == ["r1", "r2"]
-    assert [p.id for p in iterate_prompts(f"{HUB}:test_sft")] == ["held out"]
+    assert hub.downloads(".parquet") == 1
     with pytest.raises(GraftError, match=r"no Parquet files of split 'x', found \['test_sft', "):
         load_calibration(f"{HUB}:x", 1)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert [p.id for p in load_calibration(HUB, 2)] == ["r0", "r1"]
+    for source in (f"{HUB}:test_sft", HUB.upper().replace("HUB", "hub", 1)):
+        with pytest.raises(GraftError, match=rf"{source}: cannot be fetched from the hub"):
+            load_calibration(source, 1)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert [p.id for p in islice(iterate_prompts(HUB), 1, None)] == ["r1", "r2"]
+    assert [p.id for p in iterate_prompts(f"{HUB}:test_sft")] == ["held out"]
 
 
 def test_the_bundled_sets_do_not_overlap(tiny_model: Path) -> None:

@@ -1,6 +1,7 @@
 """Fetching by folder or hub id: from a stand-in for the hub on this machine, no network."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -71,13 +72,37 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
     hub.asked.clear()
     assert fetch(model, tmp_path / "out", quiet) == first
     assert hub.asked == [], "it was fetched before"
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):  # where nobody listens
+        monkeypatch.setattr(constants, name, "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     assert fetch(model, tmp_path / "another run", quiet) == first
     (first.base / SHARDS[1]).unlink()
     with pytest.raises(GraftError, match=rf"{BASE}: cannot be fetched from the hub"):
         fetch(model, tmp_path / "third run", quiet)
     assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("busy", "seconds"),
+    [({"Retry-After": "7"}, 7), ({"Retry-After": "soon"}, 1), ({"Retry-After": "86400"}, None)],
+)
+def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
+    busy: dict[str, str], seconds: int | None, hub: StandInHub, recipe: Recipe, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    hub.busy = busy
+    if seconds is None:
+        with pytest.raises(GraftError, match=r"too many requests \(429\); 86,400 s to wait: run"):
+            fetch(MODEL, tmp_path / "out", quiet)
+        assert slept == []
+        return
+    assert plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"] == "fit"
+    first = fetch(MODEL, tmp_path / "out", quiet)
+    assert (first.base / SHARDS[1]).read_bytes() == hub.repositories[BASE][SHARDS[1]]
+    assert set(slept) == {seconds} and len(slept) > 20, "every kind of request, once"
+    assert caplog.text.count(f"(429); {seconds} s to wait") == len(slept)
 
 
 @pytest.mark.parametrize("where", ["on the way", "in the cache"])
@@ -129,11 +154,11 @@ def test_what_is_no_checkpoint_is_refused(
 
 
 def test_too_little_room_is_said(
-    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: StandInHub, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(GraftError, match=r"hub: 1,000 bytes free, [\d,]+ needed to download"):
-        fetch(MODEL, tmp_path / "out", quiet)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(GraftError, match=r"hub: 1,000 bytes free, .*still to be downloaded"):
+        run_stage(recipe, tmp_path / "run", "fetch", quiet)
     assert hub.downloads(".safetensors") == 0
 
 
@@ -191,3 +216,28 @@ def test_a_shard_that_is_none_is_refused_by_its_beginning(
     hub.repositories[BASE][SHARDS[0]] = b"<html>" + hub.repositories[BASE][SHARDS[0]]
     with pytest.raises(GraftError, match=f"{BASE}/{SHARDS[0]}: .*safetensors"):
         run_stage(recipe, tmp_path / "run", "fetch", quiet)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("gone.jsonl", "gone.jsonl: not readable"),
+        ("pipe.jsonl", "pipe.jsonl: not a file"),
+        ("one.jsonl", "one.jsonl: 1 prompts, expected"),
+        ("cut.jsonl", "cut.jsonl:1: not JSON"),
+        ("hub:owner/chats", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["capture.calibration_prompts", "bench.prompts"])
+def test_a_dry_run_looks_at_the_prompts_of_the_stages_to_do(
+    key: str, prompts: str, message: str | None, hub: StandInHub, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "one.jsonl").write_text('{"id": "a", "text": "b"}\n')
+    (tmp_path / "cut.jsonl").write_text('{"id": "a", "text')
+    value = prompts if prompts.startswith("hub:") else tmp_path / prompts
+    asked, stage = load_recipe(find_bundled_recipe(), [f"{key}={value}"]), key.partition(".")[0]
+    told = plan_run(asked, tmp_path / "run", [stage])["inputs"]
+    assert told == "fit" if message is None else re.search(message, told), told
+    assert plan_run(asked, tmp_path / "run", ["splice"])["inputs"] == "fit"
+    assert hub.asked == []

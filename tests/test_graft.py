@@ -1,5 +1,6 @@
 """`mtp-graft graft`: from folders, hub ids and published heads to a verified checkpoint."""
 
+import json
 import os
 import re
 import shutil
@@ -19,6 +20,9 @@ from mtp_graft.checkpoint.quant_manifest import (
     find_spliced,
     read_manifest,
 )
+from mtp_graft.pipeline import find_bundled_recipe
+from mtp_graft.pipeline.plan import plan_run
+from mtp_graft.recipe import Recipe, load_recipe
 from mtp_graft.stages.publish import find_files
 from quantized import edit_json, tiny_quantization
 from run_folder import write
@@ -31,6 +35,11 @@ Command = Callable[..., Any]
 def base(tiny_base: Path, tmp_path: Path) -> Path:
     """A base of links, whose JSON files may be changed."""
     return Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe(find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"])
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,73 @@ def test_a_head_on_another_base_says_which_it_was_made_for(
     assert after["made_for"] == before["base"] != after["base"]
 
 
+@pytest.mark.parametrize("options", [(), ("--head", "bf16", "--copy")])
+def test_a_dry_run_tells_what_the_graft_takes_and_does_nothing(
+    mtp_graft: Command, hub: StandInHub, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    command = ("graft", BASE, UPSTREAM, tmp_path / "out", *options)
+    planned = mtp_graft(*command, "--dry-run")
+    assert hub.downloads(".safetensors") == 0 and not (tmp_path / "out").exists()
+    needed = {need["stage"]: need["bytes"] for need in planned["needs"]}
+    assert needed["fetch"] == sum(s["bytes_to_download"] for s in planned["sources"].values()) > 0
+    base = sum(map(len, hub.repositories[BASE].values())) if options else 0
+    assert needed["splice"] == planned["bytes_written"] + base
+    done = mtp_graft(*command)
+    assert all(planned[key] == done[key] for key in done.keys() & planned.keys() - {"seconds"})
+
+
+#: What doctor calls an error on any platform, and vLLM would find after hours.
+BAD_BASES: dict[str, tuple[Callable[[Any], object], str]] = {
+    **{
+        f"num_bits {bits}": (
+            lambda c, bits=bits: group(c)["weights"].update(num_bits=bits),
+            rf"would load as (int)?{bits}.*; expected int4",
+        )
+        for bits in (2, 3, 5, 8)
+    },
+    "weights null": (
+        lambda c: group(c).update(weights=None),
+        "would load as weights null; expected int4",
+    ),
+    "no ratios": (lambda c: c.pop("compress_ratios"), "compress_ratios: None; expected one for"),
+    "null ratios": (lambda c: c.update(compress_ratios=None), "compress_ratios: None; expected"),
+    "few ratios": (lambda c: c.update(compress_ratios=[0, 0]), "2 entries; expected one for each"),
+    "other layers": (lambda c: c.update(num_hidden_layers=3), r"layers\.3.*; expected"),
+}
+
+
+def group(config: Any) -> Any:
+    return config["quantization_config"]["config_groups"]["group_1"]
+
+
+@pytest.mark.parametrize("name", BAD_BASES)
+def test_what_doctor_would_refuse_is_refused_before_a_shard_is_downloaded(
+    mtp_graft: Command, hub: StandInHub, recipe: Recipe, tmp_path: Path, name: str
+) -> None:
+    change, message = BAD_BASES[name]
+    config = json.loads(hub.repositories[BASE]["config.json"])
+    change(config)
+    hub.repositories[BASE]["config.json"] = json.dumps(config).encode()
+    said = mtp_graft("graft", BASE, UPSTREAM, tmp_path / "out")
+    assert isinstance(said, str) and re.search(rf"error: {BASE}, with a head: .*{message}", said), (
+        said
+    )
+    told = plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"]
+    assert re.search(message, told), told
+    assert hub.downloads(".safetensors") == 0
+
+
+def test_what_a_splice_cures_and_what_other_hardware_finds_is_no_reason_to_refuse(
+    mtp_graft: Command, base: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def for_gpus_alone(config: Any) -> None:
+        config["quantization_config"].update(ignore=None)
+        group(config)["targets"] = [r"re:.*\.ffn\.experts\.\d+\.w[123]$"]
+
+    edit_json(base / "config.json", for_gpus_alone)
+    assert mtp_graft("graft", base, tiny_model / "upstream", tmp_path / "out", "--dry-run")["head"]
+
+
 Damage = Callable[[Path, Path], object]
 
 
@@ -143,7 +219,7 @@ def spoil(_base: Path, published: Path) -> None:
         (configure(quantization_config=GROUPS_OF_64), "expected .*group 64"),
         (say(tensors=7), "expected 7 of .* by MTP_QUANT_MANIFEST"),
         (say(variant="mxfp5"), "MANIFEST.json: .*variant: input"),
-        (say(variant="bf16"), "would load as plain, expected int4"),
+        (say(variant="bf16"), "would load as plain; .*or take another head"),
         (spoil, "experts.9.w1.weight_packed .holds values that are not finite"),
         (lambda _, head: (head / HEAD_SHARD).unlink(), f"has no {HEAD_SHARD}, which is needed"),
     ],
@@ -167,4 +243,4 @@ def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
     assert "upstream: is DeepSeek's own" in mtp_graft("graft", upstream, upstream, new)
     assert "is a gptq head" in mtp_graft("graft", base, published, new, "--head", "bf16")
     monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=9))
-    assert "new: 9 bytes free on its disk, " in mtp_graft("graft", base, upstream, new)
+    assert "new: 9 bytes free, " in mtp_graft("graft", base, upstream, new)

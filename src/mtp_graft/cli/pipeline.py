@@ -40,16 +40,18 @@ def graft(
     base_revision: str | None = option(None, "REV", "Branch, tag or commit on the hub."),
     upstream_revision: str | None = option(None, "REV", "The same of the upstream."),
     copy: bool = option(False, None, "Copy the base's files, not link.", "--copy"),
+    dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Graft a head onto a base without calibration, and verify it."""
-    from mtp_graft.stages import graft as stage
+    from mtp_graft.pipeline import graft as command
 
     sources = (base, base_revision), (upstream, upstream_revision)
     with progress_bar() as report:
-        result = stage.graft(*sources, out, head, copy=copy, report=report)
-    what = f"{result['head']} head, {result['bytes_written']:,} bytes, {result['seconds']:.1f} s"
-    show(result, json_file, f"{out}: {what}, verified")
+        result = command.graft(*sources, out, head, copy=copy, dry_run=dry_run, report=report)
+    what = f"{out}: {result['head']} head, {result['bytes_written']:,} bytes"
+    plan = _plan_parts(result) if dry_run else [f"{result['seconds']:.1f} s, verified"]
+    show(result, json_file, what, *plan)
 
 
 @app.command()
@@ -108,7 +110,7 @@ def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
         where,
         table(sources, "checkpoint", "source", "files", "bytes", "bytes_to_download"),
         table(plan["needs"] or (), "stage", "of", "where", "bytes", "free", "what_for"),
-        table(times, "stage", "seconds", "by"),
+        *([table(times, "stage", "seconds", "by")] if times else []),
         *(f"{what}: {plan[what]}" for what in ("inputs", "room") if plan[what] is not None),
     ]
 

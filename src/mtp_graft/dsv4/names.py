@@ -49,11 +49,12 @@ _RENAMES = (
     (r"\.(attn|ffn)_hc\.(\w+)$", r".hc_\1_\2"),
     (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
 )
+_RENAMED = re.compile("|".join(pattern for pattern, _ in _RENAMES))
 
 
 def from_transformers(name: str) -> str:
     """Return DeepSeek's name for a transformers `deepseek_v4` parameter (fused experts apart)."""
-    for pattern, target in _RENAMES:
+    for pattern, target in _RENAMES if _RENAMED.search(name) else ():  # most names of a base are
         name = re.sub(pattern, target, name)
     return name
 

@@ -5,6 +5,7 @@ Sizes follow from the checkpoints' headers and configs and are upper bounds. Tim
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.command import installed_vllm
 from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import undivided
-from mtp_graft.stages.capture import step_tokens
+from mtp_graft.stages.calibration import HUB, load_calibration
+from mtp_graft.stages.capture import prompts_by_source, step_tokens
 from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
 from mtp_graft.stages.splice import open_base, plan_splice
 
@@ -77,9 +79,11 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     if vllm := installed_vllm():
         check_readable(base.config, f"{base.given}/config.json", vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        kinds: set[Variant] = {"rtn", *recipe.served_variants} - {"gptq"}
-        given = open_base(base_folder), upstream_folder
-        heads = {kind: plan_splice(*given, kind, recipe.splice.linears).layout for kind in kinds}
+        given, linears = (open_base(base_folder), upstream_folder), recipe.splice.linears
+        kinds = dict.fromkeys(("mxfp4", "rtn", *recipe.served_variants))  # the least asked first
+        heads: dict[Variant, Tensors] = {
+            kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
+        }
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = int4_group_size(base.config["quantization_config"])
     if group != experts:
@@ -94,6 +98,19 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     return Models(base, upstream, given[0].tensors, {**heads, "gptq": heads["rtn"]})
 
 
+def check_prompts(run: Run, *, dry_run: bool = False) -> None:
+    """Raise GraftError for prompts of the stages to do that are too few, or no prompts.
+
+    In a dry run those of a `hub:` source are not downloaded.
+    """
+    wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
+    if "bench" in run.stages:
+        wanted[run.recipe.bench.prompts] += run.recipe.bench.count
+    for source, count in wanted.items():
+        if not (dry_run and source.startswith(HUB)):
+            load_calibration(source, count)
+
+
 def find_needs(run: Run, models: Models) -> list[Need]:
     """Return what the run's stages still need; GraftError for fewer GPUs than the recipe asks for.
 
@@ -105,23 +122,34 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     texts = capture.calibration_count + capture.evaluation_count
     tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
     residuals = 2 * tokens * config["hidden_size"] * config["hc_mult"]
-    spliced, what = sum(sizes[v] for v in served), f"{len(served)} heads; the base is linked"
-    if recipe.splice.copy or _device(base.folder) != _device(run.path):
-        spliced += len(served) * sum(base.sizes.values())
-        what = f"{len(served)} heads, and copies of the base"
-    download = base.bytes_to_download + models.upstream.bytes_to_download
+    download, spliced = disk_needs(
+        (base, models.upstream), run.path, [sizes[v] for v in served], copy=recipe.splice.copy
+    )
     parameters = sum(map(math.prod, head_shapes(config).values()))
     needs = [
-        _disk("fetch", Path(constants.HF_HUB_CACHE), download, "what is still to be downloaded"),
+        download,
         _disk("capture", run.path, residuals, "residuals, BF16"),
         _disk("quantize", run.path, sizes["gptq"], "GPTQ's experts"),
-        _disk("splice", run.path, spliced, what),
+        spliced,
         _memory("score", recipe.score.device, 1, 4 * parameters, "the head in float32"),
         *_serving_needs(recipe, models),
     ]
     open_stages = [s for s in run.stages if not (run.path / s / "manifest.json").exists()]
     needs = [_less_written(need, run.path) for need in needs if need.stage in open_stages]
     return [need for need in needs if need.bytes]
+
+
+def disk_needs(
+    sources: Sequence[Source], out: Path, heads: Sequence[int], *, copy: bool
+) -> tuple[Need, Need]:
+    """Return what is downloaded, and what checkpoints with heads of these sizes take at `out`."""
+    base, written, what = sources[0], sum(heads), f"{len(heads)} heads; the base is linked"
+    if copy or _device(base.folder) != _device(out):
+        written += len(heads) * sum(base.sizes.values())
+        what = f"{len(heads)} heads, and copies of the base"
+    missing, cache = sum(s.bytes_to_download for s in sources), Path(constants.HF_HUB_CACHE)
+    download = _disk("fetch", cache, missing, "what is still to be downloaded")
+    return download, _disk("splice", out, written, what)
 
 
 def _device(folder: Path) -> int:
@@ -196,7 +224,7 @@ def check_room(needs: Sequence[Need]) -> None:
             uses = ", ".join(f"{n.stage}: {n.bytes:,} for {n.what_for}" for n in sharing)
             raise GraftError(
                 f"{sharing[0].of} of {where}: {free:,} bytes free, {needed:,} needed ({uses}); "
-                "make room, ask for less in the recipe, or use a larger machine"
+                "make room, ask for less, or use a larger machine"
             )
 
 
@@ -250,9 +278,10 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     try:
         sources = survey_models(run)
         times, problem = estimate_times(recipe, sources), "inputs"
-        plan["sources"] = dict(zip(("base", "upstream"), map(_as_json, sources), strict=True))
+        plan["sources"] = dict(zip(("base", "upstream"), map(as_json, sources), strict=True))
         plan["seconds"] = {stage: times[stage] for stage in times if stage in stages}
         needs = find_needs(run, read_models(recipe, *sources))
+        check_prompts(run, dry_run=True)
         plan |= {"inputs": "fit", "needs": [asdict(need) for need in needs], "room": "enough"}
         problem = "room"
         check_room(needs)
@@ -261,7 +290,8 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     return plan
 
 
-def _as_json(source: Source) -> dict[str, Any]:
+def as_json(source: Source) -> dict[str, Any]:
+    """Return what a plan says of base or upstream."""
     return {
         "source": source.given,
         "commit": source.commit,

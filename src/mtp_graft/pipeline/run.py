@@ -13,7 +13,6 @@ A stage that is finished, and whose inputs are the same, returns what it found t
 a variant was served in the bench stage is also verify's proof that vLLM loads it.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -34,13 +33,12 @@ from mtp_graft.pipeline.bench import (
 )
 from mtp_graft.pipeline.device import device_name, torch_device
 from mtp_graft.pipeline.folder import Run, locked
-from mtp_graft.pipeline.plan import check_run
+from mtp_graft.pipeline.plan import check_prompts, check_run
 from mtp_graft.pipeline.results import report_run, summarize
 from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
-from mtp_graft.stages.calibration import load_calibration
-from mtp_graft.stages.capture import capture, prompts_by_source, recording_options
+from mtp_graft.stages.capture import capture, recording_options
 from mtp_graft.stages.heal import heal
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.process import run_in_process
@@ -101,11 +99,7 @@ def _fetch(run: Run) -> None:
     if {"capture", "bench"} & set(run.stages):
         find_vllm()
     check_run(run)
-    wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
-    if "bench" in run.stages:
-        wanted[run.recipe.bench.prompts] += run.recipe.bench.count
-    for source, count in wanted.items():
-        load_calibration(source, count)
+    check_prompts(run)
     _ = run.models
 
 

@@ -131,22 +131,27 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _hub_rows(source: str) -> Rows:
-    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached."""
-    from huggingface_hub import HfApi, hf_hub_download
+    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached.
+
+    What the hub's cache has needs no network.
+    """
+    from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
 
     from mtp_graft.stages.fetch import hub_errors
 
     repo, _, split = source.removeprefix(HUB).partition(":")
     split = split or DEFAULT_SPLIT
     with hub_errors(source, "a JSON Lines file"):
-        listed = HfApi().list_repo_files(repo, repo_type="dataset")
-        parquet = {f: Path(f).name for f in sorted(listed) if f.endswith(".parquet")}
+        commit = Path(snapshot_download(repo, repo_type="dataset", allow_patterns="README.md")).name
+        at: Any = {"repo_type": "dataset", "revision": commit}
+        listed = sorted(file.path for file in get_cached_repo_tree(repo, **at))
+        parquet = {f: Path(f).name for f in listed if f.endswith(".parquet")}
         chosen = [file for file, name in parquet.items() if name.startswith(f"{split}-")]
         if not chosen:
             found = sorted({name.partition("-")[0] for name in parquet.values()})
             raise GraftError(f"{source}: no Parquet files of split {split!r}, found {found}")
         for file in chosen:
-            yield from _parquet_rows(Path(hf_hub_download(repo, file, repo_type="dataset")))
+            yield from _parquet_rows(Path(hf_hub_download(repo, file, **at)))
 
 
 def _parse(row: Any, where: str) -> Prompt:

@@ -7,21 +7,30 @@ commit or a branch is named.
 """
 
 import json
+import logging
 import os
 import re
-import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import HfApi, constants, errors, snapshot_download
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_cached_repo_tree,
+    set_client_factory,
+    snapshot_download,
+)
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils._http import default_client_factory
 
 from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
 from mtp_graft.checkpoint.makers import expect_format
@@ -31,6 +40,8 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ModelSection
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
+
+logger = logging.getLogger(__name__)
 
 #: Whatever asking the hub can raise: its client's own base class (requests', httpx' or httpx2', by
 #: the version), and RuntimeError of hf_xet.
@@ -50,6 +61,8 @@ _BESIDE_SHARDS = {
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 4
+#: How long a request waits, a few times, for a hub that is asked too often: three of its windows.
+_PATIENCE_S = 900
 
 
 class FetchedModels(NamedTuple):
@@ -152,13 +165,11 @@ def _needed_files(given: str, folder: Path, part: Literal["base", "head"]) -> se
 
 
 def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dict[str, int]:
-    """Return the sizes of files that are needed; the hub is asked for those that are not here."""
+    """Return the sizes of files that are needed; of those that are not here, by the hub."""
     sizes = {n: (folder / n).stat().st_size for n in sorted(names) if (folder / n).is_file()}
     if len(sizes) < len(names) and commit is not None:
-        with hub_errors(given):
-            entries = list(HfApi().list_repo_tree(given, revision=commit, recursive=True))
-        files = {e.path: e.size for e in entries if isinstance(e, RepoFile) and e.path in names}
-        sizes = {name: files[name] for name in sorted(files)}
+        entries = get_cached_repo_tree(given, revision=commit)  # of the snapshot's small files
+        sizes = {e.path: e.size for e in sorted(entries, key=lambda e: e.path) if e.path in names}
     if absent := sorted(names - sizes.keys()):
         where = "" if commit is None else f" at {commit}; choose another revision"
         raise GraftError(
@@ -205,15 +216,6 @@ def _write_header(source: Source, folder: Path, shard: str) -> None:
 
 def download(sources: Sequence[Source], report: Progress) -> list[Path]:
     """Return the sources' folders with all that is needed; large files' hashes are compared."""
-    needed = sum(source.bytes_to_download for source in sources)
-    cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(nearest_folder(cache)).free
-    if needed > free:
-        raise GraftError(
-            f"{cache}: {free:,} bytes free, {needed:,} needed to download "
-            f"{' and '.join(s.given for s in sources if s.missing)}; make room, or set "
-            "HF_HOME to a larger disk"
-        )
     for source in sources:
         if source.missing:
             _download(source, report)
@@ -302,3 +304,28 @@ def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
             f"{what}: cannot be fetched from the hub ({first}); check the id and the network, "
             f"or name {instead}; run again to go on"
         ) from error
+
+
+def _patient_client() -> Any:  # of httpx or httpx2, by the version
+    client = default_client_factory()
+    client.send = partial(_send, client.send)  # type: ignore[method-assign]
+    return client
+
+
+set_client_factory(_patient_client)  # by itself the hub's client sends some requests once only
+
+
+def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
+    """Send a request until the hub has time for it; GraftError if it asks for a long wait."""
+    for attempt in count():
+        response = send(request, **options)
+        if response.status_code != 429 or request.method not in ("GET", "HEAD"):
+            return response
+        response.close()
+        asked = response.headers.get("Retry-After", "")
+        wait = max(4**attempt, int(asked) if asked.isdecimal() else 0)
+        told = f"{request.url.host}: too many requests (429); {wait:,} s to wait"
+        if wait > _PATIENCE_S:
+            raise GraftError(f"{told}: run again after that, or log in, which allows more")
+        logger.warning(told)
+        time.sleep(wait)

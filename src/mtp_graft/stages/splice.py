@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -27,7 +27,10 @@ from mtp_graft.dsv4.formats import modules_of, part_name
 from mtp_graft.dsv4.variants import store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
-from mtp_graft.serving.doctor.schemes import mismatches
+from mtp_graft.serving.command import Platform
+from mtp_graft.serving.doctor import examine
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
+from mtp_graft.serving.doctor.hardware import Target
 from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
 
 #: Files that a splice writes itself; all others are the base's.
@@ -150,7 +153,7 @@ def plan_splice(
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
-    _check_schemes(base.folder, config, layout)
+    _ask_doctor(base.folder, config, layout)
     return SplicePlan(
         base, variant, linears, head, experts, store, layout, config, report, published
     )
@@ -186,15 +189,20 @@ def _head_config(base: Base, variant: Variant, linears: Linears) -> dict[str, An
     return {**base.config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
 
 
-def _check_schemes(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
-    """Raise GraftError for a module that would load as noise, or not at all."""
-    quantization, layers = read_quantization(config), config["num_hidden_layers"]
-    for wrong in mismatches(quantization, modules_of(layout), layers):
-        raise GraftError(
-            f"{base / 'config.json'}: quantization_config{wrong.by}: {wrong.name} would load as "
-            f"{wrong.loads}, expected {wrong.stored}; the base's targets or ignore list take it "
-            "elsewhere (`mtp-graft doctor` says more), or the head is not what its manifest says"
-        )
+def _ask_doctor(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
+    """Raise GraftError, in doctor's words, for errors of base and head on any platform."""
+    read, head = read_checkpoint(base), {HEAD_SHARD: layout}
+    index = {**read.index, **dict.fromkeys(layout, HEAD_SHARD)}
+    made = Checkpoint(base, config, index, {**read.shards, **head}, read.unreadable)
+    for platform in (None, *get_args(Platform)):  # None has the errors of all
+        found = examine(made, Target(None, platform, None))
+        if not (errors := [each for each in found if each.severity == "error"]):
+            return
+    first, more = errors[0], ", ".join(each.id for each in errors[1:]) or "nothing"
+    raise GraftError(
+        f"{base}, with a head: {first.where}: {first.found}; expected {first.expected}: "
+        f"{first.why}; {first.cure}, or take another head (besides: {more})"
+    )
 
 
 # The manifest, which says whether an `out` is of the same inputs

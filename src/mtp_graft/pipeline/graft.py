@@ -4,14 +4,14 @@ The head is the upstream master's, its MXFP4 codes kept or decoded to BF16 (both
 somebody has published, which is taken as it is.
 """
 
-import shutil
 import time
-from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.fetch import Source, download, find_source, headers_of, nearest_folder
+from mtp_graft.pipeline.plan import as_json, check_room, disk_needs
+from mtp_graft.stages.fetch import Source, download, find_source, headers_of
 from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.splice import open_base, plan_splice, splice
 
@@ -28,53 +28,51 @@ def graft(
     head: Head | None = None,
     *,
     copy: bool = False,
+    dry_run: bool = False,
     report: Progress,
 ) -> dict[str, Any]:
     """Write `out`: the base with a head; return `checkpoint`, `head`, `bytes_written`, and so on.
 
-    `head` is mxfp4 unless given; a published head is what it is. Raises GraftError for inputs that
-    cannot be had or do not fit each other, an `out` that exists, a full disk, and a checkpoint that
-    does not verify.
+    `head` is mxfp4 unless given; a published head is what it is. With `dry_run` nothing is done,
+    and the result has a run's plan. Raises GraftError for inputs that cannot be had, do not fit
+    each other or would not be served, an `out` that exists, a full disk, and a checkpoint that does
+    not verify.
     """
     started = time.perf_counter()
     report("graft: read headers", 0, 0)
-    sources = _prepare(base, upstream, out, head, copy)
+    if out.exists():
+        raise GraftError(f"{out}: already exists; remove it or choose another folder")
+    sources = _find(base, "base"), _find(upstream, "head")
+    with headers_of(sources[0]) as base_folder, headers_of(sources[1]) as upstream_folder:
+        planned = plan_splice(open_base(base_folder), upstream_folder, head)
+    needs = disk_needs(sources, out, [planned.bytes], copy=copy)
+    check_room(needs)
+    result: dict[str, Any] = {
+        "checkpoint": str(out),
+        "head": planned.variant,
+        "bytes_written": planned.bytes,
+        "tensors": len(planned.layout),
+        "commits": {"base": sources[0].commit, "upstream": sources[1].commit},
+    }
+    if dry_run:
+        result |= {"run": str(out), "stages": ["fetch", "splice", "verify"], "seconds": {}}
+        result |= {"sources": {"base": as_json(sources[0]), "upstream": as_json(sources[1])}}
+        result |= {"needs": [asdict(need) for need in needs], "inputs": "fit", "room": "enough"}
+        return {**result, "unknown": None}
     folders = download(sources, report)
     report("graft: splice", 0, 0)
-    spliced = splice(folders[0], folders[1], out, head, copy=copy)
+    splice(folders[0], folders[1], out, head, copy=copy)
     from mtp_graft.stages.verify import require_sound, verify  # takes seconds to import
 
     report("graft: verify", 0, 0)
     found = verify(out, folders[0], folders[1])
     require_sound(out, found)
     return {
-        "checkpoint": str(out),
-        "head": spliced.variant,
-        "bytes_written": spliced.bytes,
+        **result,
         "seconds": time.perf_counter() - started,
         "verified": found["ok"],
-        "tensors": len(spliced.layout),
         "base_files_linked": found["base_files_linked"],
-        "commits": {"base": sources[0].commit, "upstream": sources[1].commit},
     }
-
-
-def _prepare(
-    base: Checkpoint, upstream: Checkpoint, out: Path, head: Head | None, copy: bool
-) -> list[Source]:
-    """Return what is needed; refuse what can be refused before a shard is downloaded."""
-    if out.exists():
-        raise GraftError(f"{out}: already exists; remove it or choose another folder")
-    sources = [_find(base, "base"), _find(upstream, "head")]
-    with ExitStack() as stack:
-        folders = [stack.enter_context(headers_of(source)) for source in sources]
-        needed = plan_splice(open_base(folders[0]), folders[1], head).bytes
-    place = nearest_folder(out)
-    if copy or place.stat().st_dev != nearest_folder(sources[0].folder).stat().st_dev:
-        needed += sum(sources[0].sizes.values())
-    if needed > (free := shutil.disk_usage(place).free):
-        raise GraftError(f"{out}: {free:,} bytes free on its disk, {needed:,} needed; make room")
-    return sources
 
 
 def _find(checkpoint: Checkpoint, part: Literal["base", "head"]) -> Source:
