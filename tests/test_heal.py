@@ -17,6 +17,7 @@ from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance
 from mtp_graft.dsv4.replay import build_head, model_config, unroll
 from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.errors import GraftError
 from mtp_graft.recipe import HealSection, Loss, QuantizeSection, ScoreSection
 from mtp_graft.stages.heal import heal
 from mtp_graft.stages.inputs import HEALED
@@ -127,3 +128,11 @@ def test_a_killed_training_goes_on_where_it_was(run: Heal, healed: Path, tmp_pat
     again = run(tmp_path / "heal", report=lambda _label, step, _steps: steps.append(step))
     assert steps[0] == 11, "after the last look"
     assert again["curve"] == json.loads((healed / "report.json").read_text())["curve"]
+
+
+def test_texts_that_are_too_short_are_no_texts(tiny_model: Path, tmp_path: Path) -> None:
+    short = [Played("calibration", 4, torch.arange(7), torch.ones(7, 4, 256))]
+    write_capture(tmp_path / "capture", short)
+    models = tmp_path, tiny_model / "upstream", tiny_model / "base"
+    with pytest.raises(GraftError, match="no text of split 'calibration' has more than 3 tokens"):
+        heal(tmp_path / "capture", *models, tmp_path, "mxfp4", 128, SETTINGS, lambda *_: None)

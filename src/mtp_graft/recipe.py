@@ -105,7 +105,7 @@ class QuantizeSection:
 class HealSection:
     """How the head's dense part is trained for the base; a recipe without it leaves it as it is."""
 
-    steps: Count = 400
+    steps: Annotated[Count, Field(ge=10)] = 400
     k: Annotated[Count, Field(le=16)] = 3  # drafts a step that are trained and judged
     loss: dict[Loss, float] = field(default_factory=lambda: {"tv": 1.0, "kl": 0.1})  # its parts
     decay: Annotated[float, Field(gt=0, le=1)] = 0.6  # of a draft's weight, to the next one's

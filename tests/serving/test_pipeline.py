@@ -233,7 +233,7 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
 
     def heal(*inputs: Any) -> None:
         *_, out, variant, _size, settings, _report = inputs
-        assert (variant, settings.steps) == (GPTQ, 2)
+        assert (variant, settings.steps) == (GPTQ, 20)
         stages._finish("heal", out, {"kept": kept})
 
     def splice(base: Path, upstream: Path, *rest: Any, **how: Any) -> None:
@@ -242,7 +242,7 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
 
     monkeypatch.setattr(pipeline.run, "heal", heal)
     monkeypatch.setattr(pipeline.run, "splice", splice)
-    run("heal.steps=2", start="fetch")
+    run("heal.steps=20", start="fetch")
     assert stages.done[:3] == ["quantize", "heal", "score"]
     assert upstreams == {"run/heal/upstream" if kept else "upstream"}
     with pytest.raises(GraftError, match=r"no section \[heal\]"):

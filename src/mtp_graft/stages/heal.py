@@ -10,7 +10,7 @@ on where a killed run stopped.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance, trained_parts
 from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import decode_head, store_head
+from mtp_graft.errors import GraftError
 from mtp_graft.quant import encode_fp8
 from mtp_graft.recipe import HealSection, Variant
 from mtp_graft.serving.metrics import Step, count_steps, drafting_result
@@ -72,10 +73,8 @@ def heal(
     Raises GraftError as `score` does.
     """
     started, device = time.perf_counter(), find_device(settings.device)
-    inputs, held_out = (
-        open_inputs(capture, upstream, base, split, "embed.weight", "head.weight")
-        for split in (CALIBRATION, EVALUATION)
-    )
+    models = capture, upstream, base
+    inputs, held_out = (_open(*models, split, settings.k) for split in (CALIBRATION, EVALUATION))
     experts = expert_files(quantized) if variant == "gptq" else []
     decisive = asdict(settings) | {"variant": variant, "device": device}
     files = manifest.fingerprints([*inputs.files, *held_out.files, *experts])
@@ -102,6 +101,18 @@ def heal(
     return result
 
 
+def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inputs:
+    """Return the inputs with the texts of a split that have all drafts of a step."""
+    inputs = open_inputs(capture, upstream, base, split, "embed.weight", "head.weight")
+    texts = [s for s in inputs.sequences if s.tokens > s.prompt_tokens + k]
+    if not texts:
+        raise GraftError(
+            f"{capture}: no text of split {split!r} has more than {k} tokens after its prompt; "
+            "capture more, or longer ones"
+        )
+    return replace(inputs, sequences=texts)
+
+
 # Training
 
 
@@ -119,8 +130,9 @@ def _train(
     base, embed = BaseOutput(inputs.model, given), given["embed.weight"]
     device = embed.device
     optimizer = torch.optim.AdamW(parts.values(), settings.lr, (0.9, 0.95), weight_decay=0.0)
+    warm_up = min(50 / settings.steps, 0.5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.lr, settings.steps, pct_start=min(50 / settings.steps, 0.5)
+        optimizer, settings.lr, settings.steps, pct_start=warm_up, cycle_momentum=False
     )
     kept: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
     state: dict[str, Any] = {"step": 0, "curve": [], "parts": {}, "best": {}}
@@ -151,7 +163,10 @@ def _train(
         length = state["curve"][-1]["length"]
         report(f"heal: {length:.3f} tokens a step on held-out texts", step, settings.steps)
         batch = _read_batch(inputs, chosen, embed)
-        with parametrize.cached(), torch.autocast(device.type, enabled=device.type == "cuda"):
+        with (
+            parametrize.cached(),
+            torch.autocast(device.type, torch.bfloat16, device.type != "cpu"),
+        ):
             loss = distance(head, base, batch, settings.loss, weights)
         optimizer.zero_grad()
         loss.backward()
