@@ -75,7 +75,7 @@ def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_outp
     """The oracle computes one step at a time, all keys anew: the verified ones and its own."""
     residual, embeds, lm_head = sequence(config, seed=3)
     with torch.no_grad():
-        unrolled = list(unroll(head, residual, embeds, 5))
+        unrolled = list(unroll(head, residual[None], embeds[None], 5))
     for i in (0, 1, 57, 126, 127, 128, TOKENS - 6):
         stream = residual[None, : i + 1]
         for found in unrolled:

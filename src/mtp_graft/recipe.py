@@ -7,7 +7,7 @@ own section. A wrong key or value is an error that names the file, or the `--set
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -21,6 +21,8 @@ from mtp_graft.errors import GraftError, UsageError
 Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
 Linears = Literal["fp8", "base", "bf16"]
 ALL_VARIANTS: tuple[Variant, ...] = get_args(Variant)
+#: How a draft's distribution differs from the base's: total variation, KL, cross-entropy.
+Loss = Literal["tv", "kl", "ce"]
 #: `auto` is the GPU if there is one.
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -100,6 +102,20 @@ class QuantizeSection:
 
 
 @dataclass(frozen=True, config=_exact)
+class HealSection:
+    """How the head's dense part is trained for the base; a recipe without it leaves it as it is."""
+
+    steps: Annotated[Count, Field(ge=10)] = 400
+    k: Annotated[Count, Field(le=16)] = 3  # drafts a step that are trained and judged
+    loss: dict[Loss, float] = field(default_factory=lambda: {"tv": 1.0, "kl": 0.1})  # its parts
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.6  # of a draft's weight, to the next one's
+    lr: Annotated[float, Field(gt=0, strict=True)] = 4e-4
+    batch_tokens: Count = 8192  # of a step, about
+    look_every: Count = 50  # steps between looks at the held-out texts, which are kept
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, config=_exact)
 class ScoreSection:
     """How the offline acceptance is computed."""
 
@@ -146,6 +162,7 @@ class Recipe:
     capture: CaptureSection
     bench: BenchSection
     quantize: QuantizeSection = QuantizeSection()
+    heal: HealSection | None = None
     score: ScoreSection = ScoreSection()
     splice: SpliceSection = SpliceSection()
     serve: ServeSection = ServeSection()

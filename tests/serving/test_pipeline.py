@@ -225,6 +225,30 @@ def test_the_base_is_captured_and_measured_and_then_every_variant(
         assert manifest["seconds"] > 0
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_healed_head_is_spliced_if_it_drafts_better(
+    run: Run, stages: StandIns, folder: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    upstreams: set[str] = set()
+
+    def heal(*inputs: Any) -> None:
+        *_, out, variant, _size, settings, _report = inputs
+        assert (variant, settings.steps) == (GPTQ, 20)
+        stages._finish("heal", out, {"kept": kept})
+
+    def splice(base: Path, upstream: Path, *rest: Any, **how: Any) -> None:
+        upstreams.add(str(upstream.relative_to(folder.parent)))
+        stages.splice(base, upstream, *rest, **how)
+
+    monkeypatch.setattr(pipeline.run, "heal", heal)
+    monkeypatch.setattr(pipeline.run, "splice", splice)
+    run("heal.steps=20", start="fetch")
+    assert stages.done[:3] == ["quantize", "heal", "score"]
+    assert upstreams == {"run/heal/upstream" if kept else "upstream"}
+    with pytest.raises(GraftError, match=r"no section \[heal\]"):
+        run(only="heal")
+
+
 def test_two_runs_do_not_work_in_one_folder(run: Run, folder: Path) -> None:
     with locked(folder), pytest.raises(GraftError, match="another mtp-graft works in this run fol"):
         run(only="fetch")

@@ -24,6 +24,8 @@ from mtp_graft.recipe import Linears, Variant
 
 #: The shard with the head, whatever its variant.
 HEAD_SHARD = "model-mtp-w4a16.safetensors"
+#: Beside a master that heal wrote: how it was trained.
+HEALED_NAME = "healed.json"
 MANIFEST_NAME = "MTP_QUANT_MANIFEST.json"
 MANIFEST_TEXT_NAME = "MTP_QUANT_MANIFEST.md"
 RECIPE_NAME = "recipe.yaml"

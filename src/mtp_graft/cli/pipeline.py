@@ -22,6 +22,7 @@ STAGES = {
     "fetch": "Fetch a recipe's base and upstream head, or find their folders.",
     "capture": "Serve the base and record what it does on the recipe's prompts.",
     "quantize": "Quantize the head with GPTQ on the captured tokens.",
+    "heal": "Train the head's dense part for the base and for several drafts a step.",
     "score": "Compute every variant's offline acceptance.",
     "splice": "Write the checkpoints: the base's shards linked, one new shard.",
     "verify": "Read the checkpoints back and account for every tensor.",

@@ -2,8 +2,8 @@
 
 All that the server computes is there, but for the KV cache's FP8 rounding.
 
-Shapes: T tokens of a sequence, R = T - 1 that the head reads (the last has no successor whose
-embedding it could read), S streams, D hidden size, K experts a token, V vocabulary.
+Shapes: B sequences, T tokens of each, R = T - 1 that the head reads (the last has no successor
+whose embedding it could read), S streams, D hidden size, K experts a token, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,7 +70,7 @@ def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> tuple[Ten
     """
     recorder = head.layer.mlp.experts
     assert isinstance(recorder, RoutingRecorder)
-    next(unroll(head, residual, embeds, 1))
+    next(unroll(head, residual[None], embeds[None], 1))
     return recorder.routed
 
 
@@ -84,22 +84,22 @@ def replay_drafts(
     before it were right; beyond the text they mean nothing. `lm_head` [V, D] is the base's, in the
     head's dtype; `residual` and `embeds` are those of `replay_routing`, and so are the errors.
     """
-    streams = unroll(head, residual, embeds, k)
+    streams = unroll(head, residual[None], embeds[None], k)
     logits = (head.logits(stream[:, start:], lm_head)[0] for stream in streams)  # [R - start, V]
     return torch.stack([each.argmax(dim=-1) for each in logits], dim=-1)
 
 
 def unroll(head: MTPHead, residual: Tensor, embeds: Tensor, k: int) -> Iterator[Tensor]:
-    """Yield the head's stream [1, R, S, D] for each of k drafts, as a server makes them.
+    """Yield the head's stream [B, R, S, D] for each of k drafts, as a server makes them.
 
-    At token i the first draft reads token i + 1's embedding, and each further one the stream of the
-    draft before and the next token's.
+    `residual` is [B, T, S, D], `embeds` [B, T, D]. At token i the first draft reads token i + 1's
+    embedding, and each further one the stream of the draft before and the next token's.
     """
     like, keys = head.h_proj.weight, list[Tensor]()
-    stream = residual[None, :-1].to(like)
+    stream = residual[:, :-1].to(like)
     positions = torch.arange(stream.shape[1], device=like.device)[None]
     for draft in range(k):
-        following = F.pad(embeds[None, 1 + draft :].to(like), (0, 0, 0, draft))  # 0 past the end
+        following = F.pad(embeds[:, 1 + draft :].to(like), (0, 0, 0, draft))  # 0 past the end
         stream = head(stream, following, positions + draft, keys)
         if not torch.isfinite(stream).all():
             raise GraftError(

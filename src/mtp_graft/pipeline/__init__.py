@@ -5,7 +5,9 @@ from typing import Literal, get_args
 
 from mtp_graft.errors import GraftError
 
-Stage = Literal["fetch", "capture", "quantize", "score", "splice", "verify", "bench", "report"]
+Stage = Literal[
+    "fetch", "capture", "quantize", "heal", "score", "splice", "verify", "bench", "report"
+]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 

@@ -17,7 +17,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.recipe import Recipe
 from mtp_graft.stages.fetch import FetchedModels, fetch
-from mtp_graft.stages.inputs import Progress
+from mtp_graft.stages.inputs import HEALED, Progress
 
 
 @contextmanager
@@ -68,6 +68,12 @@ class Run:
     def models(self) -> FetchedModels:
         """The folders of base and upstream, fetched if they are on the hub."""
         return fetch(self.recipe.model, self.path / "fetch", self.report)
+
+    @property
+    def upstream(self) -> Path:
+        """The master that the head comes from: a healed one that is kept, else the fetched one."""
+        healed = self.result("heal/report") if self.recipe.heal else None
+        return self.path / "heal" / HEALED if healed and healed["kept"] else self.models.upstream
 
     def finished(self, stage: str) -> Path:
         """Return an earlier stage's folder; GraftError if it has not been finished."""

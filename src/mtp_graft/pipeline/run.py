@@ -21,6 +21,7 @@ from typing import Any
 
 from mtp_graft.checkpoint.manifest import fingerprints, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
+from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.bench import (
     bench,
@@ -38,6 +39,7 @@ from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.capture import capture, recording_options
+from mtp_graft.stages.heal import heal
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.process import run_in_process
 from mtp_graft.stages.quantize import quantize
@@ -60,6 +62,10 @@ def run_pipeline(
     Raises GraftError if a stage fails, if an earlier one that it needs has not been run, or if
     another process works in the folder.
     """
+    if recipe.heal is None:
+        stages = [stage for stage in stages if stage != "heal"]
+        if not stages:
+            raise GraftError("heal: the recipe has no section [heal]; add one, it may be empty")
     with locked(folder):
         run = Run(recipe, folder, stages, report)
         if again:
@@ -124,9 +130,17 @@ def _quantize(run: Run) -> None:
     _compute(run, settings.device, quantize, *inputs, out, settings)
 
 
+def _heal(run: Run) -> None:
+    recipe, settings, out = run.recipe, run.recipe.heal, run.path / "heal"
+    assert settings is not None  # or the stage is not among those to do
+    inputs = run.finished("capture"), run.finished("quantize"), *reversed(run.models)
+    how = recipe.splice.variant, recipe.quantize.group_size, settings
+    _compute(run, settings.device, heal, *inputs, out, *how)
+
+
 def _score(run: Run) -> None:
     captured, quantized = run.finished("capture"), run.finished("quantize")
-    inputs = captured, quantized, run.models.upstream, run.models.base
+    inputs = captured, quantized, run.upstream, run.models.base
     settings, out = run.recipe.score, run.path / "score"
     _compute(run, settings.device, score, *inputs, out, run.recipe.quantize, settings)
 
@@ -144,9 +158,8 @@ def _splice(run: Run) -> list[Path]:
     for variant in _variants(run, "splice"):
         out = run.checkpoint(variant)
         out.parent.mkdir(parents=True, exist_ok=True)
-        splice(
-            *run.models, out, variant, linears=asked.linears, quantized=quantized, copy=asked.copy
-        )
+        models = run.models.base, run.upstream
+        splice(*models, out, variant, linears=asked.linears, quantized=quantized, copy=asked.copy)
     return [quantized / REPORT_NAME]
 
 
@@ -158,7 +171,7 @@ def _verify(run: Run) -> list[Path]:
     as_captured = None if known is None else known == fingerprints([base / name for name in known])
     for variant in _variants(run, "verify"):
         checkpoint = run.checkpoint(variant)
-        found = verify(checkpoint, base, run.models.upstream, quantized)
+        found = verify(checkpoint, base, run.upstream, quantized)
         found["loaded_in_vllm"] = True if has_served(run, variant) else None
         found["base_as_captured"] = as_captured
         found["ok"] = found["ok"] and as_captured is not False
@@ -180,6 +193,7 @@ _DO: dict[str, Callable[[Run], Sequence[Path] | None]] = {
     "fetch": _fetch,
     "capture": _capture,
     "quantize": _quantize,
+    "heal": _heal,
     "score": _score,
     "splice": _splice,
     "verify": _verify,

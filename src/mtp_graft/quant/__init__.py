@@ -1,12 +1,13 @@
 """Number formats: tensors in, tensors out.
 
-FP8 blocks and MXFP4, below, are only read; INT4, in `int4`, is written too.
+FP8 blocks and MXFP4 are below, INT4 is in `int4`; MXFP4 is only read.
 
 Shape legend of this package: O outputs, I inputs, G groups along the inputs. Leading
 dimensions (experts, say) pass through every function unchanged.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: Outputs, and inputs, that share an FP8 scale.
@@ -24,6 +25,21 @@ def decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
     """
     scales = scale.float().repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
     return codes.float() * scales[: codes.shape[0], : codes.shape[1]]
+
+
+def encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return E4M3 codes [O, I] of float32 weights, and an E8M0 scale for each block, as upstream's.
+
+    A scale is the least power of two by which its block's largest magnitude is at most 448.
+    """
+    rows, columns = weight.shape
+    padded = F.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
+    blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
+    # 448 is 0.875 * 2**9. Comparing mantissas is exact; a rounded log2 would miss by one there.
+    mantissa, exponent = torch.frexp(blocks.abs().amax(dim=(1, 3), keepdim=True))
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent - 9 + (mantissa > 0.875))
+    codes = (blocks / scale).to(torch.float8_e4m3fn).flatten(2, 3).flatten(0, 1)
+    return codes[:rows, :columns], scale[:, 0, :, 0].to(torch.float8_e8m0fnu)
 
 
 def decode_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:

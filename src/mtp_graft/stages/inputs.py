@@ -29,6 +29,7 @@ Progress = Callable[[str, int, int], None]  # label, units done, units in all
 
 REPORT_NAME = "report.json"
 GPTQ = "gptq"  # of the quantize stage's folder, the part with the experts
+HEALED = "upstream"  # of the heal stage's folder, the trained head as a master
 #: The splits of a capture: what experts are calibrated on, and what heads are scored on.
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 

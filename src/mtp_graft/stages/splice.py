@@ -217,7 +217,10 @@ def _manifest(plan: SplicePlan) -> Manifest:
             origin.setdefault("made_for", made_for)
         return {**plan.published, "provenance": {**origin, "base": base}}
     upstream = {path.name: files.sha256(path) for path in sorted(set(plan.head.files.values()))}
-    provenance = {"base": base, "upstream": upstream}
+    provenance: dict[str, Any] = {"base": base, "upstream": upstream}
+    about = next(iter(plan.head.files.values())).parent / quant_manifest.HEALED_NAME
+    if about.exists():
+        provenance["healed"] = files.read_object(about, "what a head was trained on")
     if plan.report is not None:
         experts = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)

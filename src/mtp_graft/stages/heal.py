@@ -1,0 +1,270 @@
+"""Heal: train the head's dense part for this base and k drafts, and keep it if it drafts better.
+
+    capture      the calibration texts to train on, the evaluation texts to judge by
+    quantized    the routed experts, which stay as they will be served
+    -> upstream/ the head as a master has it, its dense part trained
+
+What is judged is the accepted length on the evaluation texts, as `score` counts it. Training goes
+on where a killed run stopped.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import pad_sequence
+
+from mtp_graft.checkpoint import manifest
+from mtp_graft.checkpoint.capture import CapturedSequence
+from mtp_graft.checkpoint.files import replacing, write_json
+from mtp_graft.checkpoint.quant_manifest import HEALED_NAME
+from mtp_graft.checkpoint.shards import load_tensors, save_shard, write_index
+from mtp_graft.dsv4.head import MTPHead
+from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance, trained_parts
+from mtp_graft.dsv4.replay import build_head, replay_drafts
+from mtp_graft.dsv4.variants import decode_head, store_head
+from mtp_graft.errors import GraftError
+from mtp_graft.quant import encode_fp8
+from mtp_graft.recipe import HealSection, Variant
+from mtp_graft.serving.metrics import Step, count_steps, drafting_result
+from mtp_graft.stages.inputs import (
+    CALIBRATION,
+    EVALUATION,
+    HEALED,
+    REPORT_NAME,
+    Inputs,
+    Progress,
+    Tensors,
+    expert_files,
+    open_inputs,
+)
+from mtp_graft.stages.parallel import find_device
+from mtp_graft.stages.score import draft_steps
+
+_SHARD, _STATE = "healed.safetensors", "state.pt"
+_RESAMPLES, _ENDS = 2000, (0.025, 0.975)
+#: What the first draft's acceptance may lose: half a point.
+_MAY_LOSE = 0.005
+
+
+def heal(
+    capture: Path,
+    quantized: Path,
+    upstream: Path,
+    base: Path,
+    out: Path,
+    variant: Variant,
+    group_size: int,
+    settings: HealSection,
+    report: Progress,
+) -> dict[str, Any]:
+    """Train the head, write it to `out/upstream`, and return the report.
+
+    `kept` says whether the accepted length of `settings.k` drafts rose beyond its 95 % interval
+    (texts resampled, in pairs) while the first draft's acceptance fell by half a point at most.
+    `before` and `after` have `by_position`, `length` and its `interval`, `curve` the same by step.
+    Raises GraftError as `score` does.
+    """
+    started, device = time.perf_counter(), find_device(settings.device)
+    models = capture, upstream, base
+    inputs, held_out = (_open(*models, split, settings.k) for split in (CALIBRATION, EVALUATION))
+    experts = expert_files(quantized) if variant == "gptq" else []
+    decisive = asdict(settings) | {"variant": variant, "device": device}
+    files = manifest.fingerprints([*inputs.files, *held_out.files, *experts])
+    manifest.claim_folder(out, {**decisive, "inputs": files})
+    if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
+        return finished
+    with Tensors.in_files(experts).opened() as gptq:
+        master = inputs.read_upstream([*inputs.head.files])
+        stored = store_head(master, variant, gptq, group_size=group_size)
+    head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
+    read = load_tensors(inputs.base, ["embed.weight", *OUTPUT])
+    given = {name: tensor.to(device) for name, tensor in read.items()}
+    parts = trained_parts(head, fp8_weights(master))
+    state = _train(head, parts, given, inputs, held_out, settings, out / _STATE, report)
+    result = _judge(state["curve"]) | {
+        "steps": settings.steps,
+        "tokens": sum(s.tokens for s in inputs.sequences),
+        "seconds": time.perf_counter() - started,
+    }
+    _write_master(state["best"], master, out / HEALED, result)
+    write_json(result, out / REPORT_NAME)
+    seconds = result["seconds"]
+    manifest.write_manifest(out, "heal", decisive, inputs.indexes(), device, seconds)
+    return result
+
+
+def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inputs:
+    """Return the inputs with the texts of a split that have all drafts of a step."""
+    inputs = open_inputs(capture, upstream, base, split, "embed.weight", "head.weight")
+    texts = [s for s in inputs.sequences if s.tokens > s.prompt_tokens + k]
+    if not texts:
+        raise GraftError(
+            f"{capture}: no text of split {split!r} has more than {k} tokens after its prompt; "
+            "capture more, or longer ones"
+        )
+    return replace(inputs, sequences=texts)
+
+
+# Training
+
+
+def _train(
+    head: MTPHead,
+    parts: Mapping[str, nn.Parameter],
+    given: Mapping[str, Tensor],
+    inputs: Inputs,
+    held_out: Inputs,
+    settings: HealSection,
+    path: Path,
+    report: Progress,
+) -> dict[str, Any]:
+    """Return the state after the last step, with the `best` parts; it is kept in `path`."""
+    base, embed = BaseOutput(inputs.model, given), given["embed.weight"]
+    device = embed.device
+    optimizer = torch.optim.AdamW(parts.values(), settings.lr, (0.9, 0.95), weight_decay=0.0)
+    warm_up = min(50 / settings.steps, 0.5)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.lr, settings.steps, pct_start=warm_up, cycle_momentum=False
+    )
+    kept: dict[str, Any] = {"optimizer": optimizer, "schedule": schedule}
+    state: dict[str, Any] = {"step": 0, "curve": [], "parts": {}, "best": {}}
+
+    def look(loss: float | None) -> None:
+        """Judge the head as it is, and write the state."""
+        found = _evaluate(head, given["head.weight"], embed, held_out, settings.k)
+        values = {name: part.detach().clone() for name, part in parts.items()}
+        if found["length"] >= max((p["length"] for p in state["curve"]), default=0.0):
+            state["best"] = values
+        state["curve"].append({"step": state["step"], "loss": loss, **found})
+        saved = state | {"parts": values} | {name: o.state_dict() for name, o in kept.items()}
+        with replacing(path) as file:
+            torch.save(saved, file)
+
+    if path.exists():
+        saved = torch.load(path, map_location=device)
+        for name, o in kept.items():
+            o.load_state_dict(saved[name])
+        for name, part in parts.items():
+            part.data.copy_(saved["parts"][name])
+        state = {name: saved[name] for name in state}
+    else:
+        look(None)
+    weights = [settings.decay**draft for draft in range(settings.k)]
+    batches = islice(_batches(inputs.sequences, settings.batch_tokens), state["step"], None)
+    for step, chosen in zip(range(state["step"] + 1, settings.steps + 1), batches, strict=False):
+        length = state["curve"][-1]["length"]
+        report(f"heal: {length:.3f} tokens a step on held-out texts", step, settings.steps)
+        batch = _read_batch(inputs, chosen, embed)
+        with (
+            parametrize.cached(),
+            torch.autocast(device.type, torch.bfloat16, device.type != "cpu"),
+        ):
+            loss = distance(head, base, batch, settings.loss, weights)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts.values(), 1.0)
+        optimizer.step()
+        schedule.step()
+        state["step"] = step
+        if step % settings.look_every == 0 or step == settings.steps:
+            look(float(loss.detach()))
+    return state
+
+
+def _batches(sequences: Sequence[CapturedSequence], tokens: int) -> Iterator[list[Any]]:
+    """Yield sequences of about so many tokens together, for ever; each epoch has its own order."""
+    for epoch in count():
+        chosen: list[CapturedSequence] = []
+        shuffled = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(epoch))
+        for number in shuffled.tolist():
+            chosen.append(sequences[number])
+            if sum(s.tokens for s in chosen) >= tokens or number == shuffled[-1]:
+                yield chosen
+                chosen = []
+
+
+def _read_batch(inputs: Inputs, chosen: Sequence[CapturedSequence], embed: Tensor) -> Batch:
+    recorded = [inputs.read_sequence(each, str(embed.device)) for each in chosen]
+    lengths = torch.tensor([len(each.token_ids) for each in recorded], device=embed.device)
+    embeds = [embed[each.token_ids.to(embed.device)] for each in recorded]
+    residual = pad_sequence([each.residual for each in recorded], batch_first=True)
+    return Batch(residual, pad_sequence(embeds, batch_first=True), lengths)
+
+
+# Judging
+
+
+def _evaluate(
+    head: MTPHead, lm_head: Tensor, embed: Tensor, held_out: Inputs, k: int
+) -> dict[str, Any]:
+    """Return `length`, `by_position`, and of each of the `texts` its tokens and steps."""
+    texts: list[list[Step]] = []
+    with parametrize.cached():
+        lm_head = lm_head.to(head.h_proj.weight)
+        for sequence in held_out.sequences:
+            recorded = held_out.read_sequence(sequence, str(embed.device))
+            given = recorded.residual, embed[recorded.token_ids.to(embed.device)]
+            first = sequence.prompt_tokens
+            drafts = replay_drafts(head, lm_head, *given, start=first - 1, k=k)
+            texts.append([*draft_steps(drafts.tolist(), recorded.token_ids[first:].tolist())])
+    found = drafting_result(count_steps([step for steps in texts for step in steps]))
+    return {
+        "length": found["acceptance_length"],
+        "by_position": found["acceptance_by_position"],
+        "texts": [(sum(s.accepted + 1 for s in steps), len(steps)) for steps in texts],
+    }
+
+
+def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return first and best point, with intervals, whether the best is kept, and the curve."""
+    points = curve[0], max(curve, key=lambda point: point["length"])
+    counts = np.array([point["texts"] for point in points], float)  # [2, texts, tokens and steps]
+    size = (_RESAMPLES, counts.shape[1])
+    chosen = counts[:, np.random.default_rng(0).integers(counts.shape[1], size=size)].sum(axis=2)
+    lengths = chosen[..., 0] / chosen[..., 1]  # [2, resamples]
+    low, high = np.quantile(lengths[1] - lengths[0], _ENDS)
+    before, after = (
+        {"by_position": point["by_position"], "length": point["length"]}
+        | {"interval": np.quantile(resampled, _ENDS).tolist()}
+        for point, resampled in zip(points, lengths, strict=True)
+    )
+    lost = before["by_position"][0] - after["by_position"][0]
+    return {
+        "kept": bool(low > 0 and lost <= _MAY_LOSE),
+        "before": before,
+        "after": after,
+        "gain": [float(low), float(high)],
+        "curve": [{k: v for k, v in point.items() if k != "texts"} for point in curve],
+    }
+
+
+# What comes out
+
+
+def fp8_weights(master: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the weights that a master has in FP8 blocks."""
+    return {name for name, tensor in master.items() if tensor.dtype == torch.float8_e4m3fn}
+
+
+def _write_master(
+    parts: Mapping[str, Tensor], master: Mapping[str, Tensor], out: Path, about: Mapping[str, Any]
+) -> None:
+    """Write the master with the trained parts in the formats that it has for them."""
+    head = dict(master)
+    for name, value in parts.items():
+        if name in fp8_weights(master):
+            head[name], head[name.removesuffix("weight") + "scale"] = encode_fp8(value.cpu())
+        else:
+            head[name] = value.cpu().to(master[name].dtype)
+    out.mkdir(exist_ok=True)
+    save_shard(head, out / _SHARD)
+    write_json({k: v for k, v in about.items() if k not in ("seconds", "curve")}, out / HEALED_NAME)
+    write_index(dict.fromkeys(head, _SHARD), sum(t.nbytes for t in head.values()), out)

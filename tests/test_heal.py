@@ -1,0 +1,138 @@
+"""Healing: what it is trained towards, that it learns, resumes, and what comes out.
+
+The texts are cycles of tokens whose next one the base knows by heart: its residual is the LM head's
+row of that token. Upstream's head has never seen such a base.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance
+from mtp_graft.dsv4.replay import build_head, model_config, unroll
+from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.errors import GraftError
+from mtp_graft.recipe import HealSection, Loss, QuantizeSection, ScoreSection
+from mtp_graft.stages.heal import heal
+from mtp_graft.stages.inputs import HEALED
+from mtp_graft.stages.score import score
+from mtp_graft.stages.splice import splice
+from mtp_graft.stages.verify import verify
+from synthetic_capture import Played, write_capture
+
+SETTINGS = HealSection(
+    steps=30, look_every=10, batch_tokens=60, lr=2e-3, loss={"ce": 1.0}, device="cpu"
+)
+Heal = Callable[..., dict[str, Any]]
+
+
+def cycles(lm_head: Tensor, number: int, split: str) -> list[Played]:
+    """Return texts of 24 tokens, each of which is followed by the next of eight in a ring."""
+    played = []
+    for first in range(number):
+        ids = 6 + (torch.arange(24) + first) % 8
+        following = 6 + (ids - 6 + 1) % 8
+        residual = 3 * lm_head[following].float()[:, None].expand(-1, 4, -1)
+        played.append(Played(split, 4, ids, residual.contiguous()))
+    return played
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Heal:
+    lm_head = load_tensors(tiny_model / "base", ["head.weight"])["head.weight"]
+    capture = tmp_path_factory.mktemp("run") / "capture"
+    write_capture(capture, cycles(lm_head, 8, "calibration") + cycles(lm_head, 4, "evaluation"))
+    models = tiny_model / "upstream", tiny_model / "base"
+
+    def run_heal(
+        out: Path, settings: HealSection = SETTINGS, report: Any = lambda *_: None
+    ) -> dict[str, Any]:
+        return heal(capture, capture, *models, out, "mxfp4", 128, settings, report)
+
+    run_heal.capture = capture  # type: ignore[attr-defined]
+    return run_heal
+
+
+@pytest.fixture(scope="module")
+def healed(run: Heal, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("healed") / "heal"
+    run(out)
+    return out
+
+
+def test_the_distance_is_that_of_every_draft_that_the_text_has(tiny_model: Path) -> None:
+    """Two texts of different lengths together, against each draft by itself."""
+    config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
+    tensors = load_tensors(tiny_model / "base", ["embed.weight", *OUTPUT])
+    head = build_head(config, decode_head(load_tensors(tiny_model / "upstream")))
+    base, generator = BaseOutput(config, tensors), torch.Generator().manual_seed(0)
+    residual = torch.randn(2, 9, 4, 256, generator=generator)
+    embeds = torch.randn(2, 9, 256, generator=generator)
+    lengths, weights = [9, 6], [1.0, 0.5]
+    losses: dict[Loss, float] = {"tv": 1.0, "kl": 0.1, "ce": 0.2}
+    batch = Batch(residual, embeds, torch.tensor(lengths))
+    found = distance(head, base, batch, losses, weights)
+    expected = 0.0
+    with torch.no_grad():
+        for draft, weight in enumerate(weights):
+            each = []
+            for text, length in enumerate(lengths):
+                r, e = residual[text, :length], embeds[text, :length]
+                stream = list(unroll(head, r[None], e[None], 2))[draft][0]
+                for i in range(length - 1 - draft):  # whose answer the base gives one token later
+                    q = head.logits(stream[None, i : i + 1], base.lm_head.float()).softmax(-1)[0, 0]
+                    p = base(r[i + 1 + draft][None]).exp()[0]
+                    kl = (p * (p / q).log()).sum()
+                    each.append((p - q).abs().sum() / 2 + 0.1 * kl - 0.2 * q[p.argmax()].log())
+            expected += weight * torch.stack(each).mean()
+    torch.testing.assert_close(found, expected / sum(weights), rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_learns_its_base_and_is_one_like_any_other(
+    run: Heal, healed: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    found = json.loads((healed / "report.json").read_text())
+    assert found["kept"] and found["gain"][0] > 0
+    assert found["after"]["length"] > found["before"]["length"] + 1
+    assert found["after"]["interval"][0] > found["before"]["interval"][1]
+    assert [point["step"] for point in found["curve"]] == [0, 10, 20, 30]
+    upstream, base = healed / HEALED, tiny_model / "base"
+    models = run.capture, tmp_path, upstream, base  # type: ignore[attr-defined]
+    heads, how = QuantizeSection(variants=("mxfp4",)), ScoreSection(device="cpu")
+    scored = score(*models, tmp_path / "score", heads, how, lambda *_: None)["acceptance"]["mxfp4"]
+    assert scored["length"] == pytest.approx(found["after"]["length"], abs=0.1)
+    splice(base, upstream, tmp_path / "out", "mxfp4")
+    assert verify(tmp_path / "out", base, upstream, None)["ok"]
+    manifest = json.loads((tmp_path / "out" / "MTP_QUANT_MANIFEST.json").read_text())
+    assert manifest["provenance"]["healed"]["steps"] == 30
+    stored = load_tensors(upstream)
+    original = load_tensors(tiny_model / "upstream", [*stored])
+    changed = {n for n in stored if stored[n].float().ne(original[n].float()).any()}
+    assert changed and not any(".ffn.experts." in n or ".gate." in n for n in changed)
+
+
+def test_a_killed_training_goes_on_where_it_was(run: Heal, healed: Path, tmp_path: Path) -> None:
+    def kill(_label: str, step: int, _steps: int) -> None:
+        if step == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "heal", report=kill)
+    steps: list[int] = []
+    again = run(tmp_path / "heal", report=lambda _label, step, _steps: steps.append(step))
+    assert steps[0] == 11, "after the last look"
+    assert again["curve"] == json.loads((healed / "report.json").read_text())["curve"]
+
+
+def test_texts_that_are_too_short_are_no_texts(tiny_model: Path, tmp_path: Path) -> None:
+    short = [Played("calibration", 4, torch.arange(7), torch.ones(7, 4, 256))]
+    write_capture(tmp_path / "capture", short)
+    models = tmp_path, tiny_model / "upstream", tiny_model / "base"
+    with pytest.raises(GraftError, match="no text of split 'calibration' has more than 3 tokens"):
+        heal(tmp_path / "capture", *models, tmp_path, "mxfp4", 128, SETTINGS, lambda *_: None)
