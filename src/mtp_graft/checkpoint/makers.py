@@ -80,6 +80,7 @@ def read_maker(folder: Path, part: str = "base") -> str | None:
 def expect_format(folder: Path, part: Literal["base", "head", "served"]) -> None:
     """Raise GraftError, naming the maker, for a checkpoint of a format that is not read here."""
     maker = read_maker(folder, part)
-    if maker is not None and (part == "base" or not maker.startswith(_DEEPSEEK)):
+    no_dspark = part == "served" and "DSpark" in (maker or "")
+    if maker and (part == "base" or no_dspark or not maker.startswith(_DEEPSEEK)):
         expected = "DeepSeek's own release" if part == "head" else "a W4A16-FP8 checkpoint"
         raise GraftError(f"{folder}: is {maker}; expected {expected}; name such a one instead")

@@ -48,7 +48,7 @@ def make_plan(
     for an unknown profile, and GraftError for a context that has no room (without one, `auto` takes
     the largest that has), for ranks or machines that do not fit hardware or model.
     """
-    expect_format(options.checkpoint, "served")
+    expect_format(options.checkpoint, "base")
     config = read_dimensions(options.checkpoint)
     options = replace(options, tensor_parallel_size=_ranks(options, config, hardware))
     if hardware.capability[0] not in ATTENTION:
