@@ -314,7 +314,7 @@ def int4_group_size(config: dict[str, Any], kinds: Iterable[str] = ("int4",)) ->
         found = ", ".join(sorted({group.kind for group in groups}))
         raise GraftError(
             f"quantization_config: has {len(sizes)} group sizes of {' or '.join(kinds)}, expected "
-            f"one; the groups are {found}. `mtp-graft graft` gives a base of other experts an mxfp4 "
-            "or bf16 head"
+            f"one; the groups are {found}. `mtp-graft graft` gives a base of other experts an "
+            "mxfp4 or bf16 head"
         )
     return size
