@@ -181,3 +181,15 @@ def test_every_spelling_of_a_name_is_read_as_the_same(
             other = re.sub(r"^mtp\.0\.(?=attn|ffn|hc_[af])", "layers.4.mtp_block.", other)
             other = re.sub(r"^mtp\.0\.", "layers.4.", other)
         assert canonical_name(prefix + other, 4) == right == canonical_name(right, 4)
+
+
+@pytest.mark.parametrize(("blocks", "maker"), [(1, "an MTP head"), (3, "a DSpark drafter")])
+def test_a_master_is_named_where_it_cannot_be_served(
+    tmp_path: Path, blocks: int, maker: str
+) -> None:
+    given = write(tmp_path / "given", ["DeepSeek's own FP8 and MXFP4"])
+    write_index({f"mtp.{n}.norm.weight": "model.safetensors" for n in range(blocks)}, 0, given)
+    for part in ("base", "served")[: blocks // 2 + 1]:  # vLLM serves one with an MTP head
+        with pytest.raises(GraftError, match=rf"is DeepSeek's own .*, with {maker}; expected"):
+            expect_format(given, part)
+    expect_format(given, "head")
