@@ -104,7 +104,7 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
         ("x = " + "[" * 50_000, r"not a TOML file"),
         (MINIMAL + f"count = {10**400}\n", r"\[bench\] count is 1000.*expected less than"),
         ("model = 3", r"model is 3, expected a section"),
-        (MINIMAL + "[models]\n", r"unknown section 'models'; there are bench, capture, model"),
+        (MINIMAL + "[models]\n", r"unknown section 'models'; there are bench, capture, heal"),
         (MINIMAL.replace('name = "m"', ""), r"\[model\] name is missing"),
         (MINIMAL + "num_prompts = 8\n", r"\[bench\]: unknown key 'num_prompts'"),
     ],

@@ -37,6 +37,7 @@ def make(
 
 
 IGNORED, FUSED = ["ignore-null"], ["expert-target-names"]
+MISMATCH = ["scheme-mismatch"]
 ACTORDER = ["base-tensor-unknown", "quantization-config"]
 UNREADABLE = ["file-unreadable", *["shard-unreadable"] * 4]
 CANADA = ["pattern-names-mtp", "expert-target-names"]
@@ -48,7 +49,7 @@ CANADA = ["pattern-names-mtp", "expert-target-names"]
         ("01", "base", [], ["config-dialect"], None),
         ("13", "actorder", ACTORDER, ACTORDER, "actorder: input should be"),
         ("13", "asymmetric", [], ["quantization-config"], None),
-        ("13", "asymmetric-in-config-only", ["scheme-mismatch"], ["scheme-mismatch"], None),
+        ("13", "asymmetric-in-config-only", MISMATCH, MISMATCH, "int4-asymmetric; expected int4"),
         ("02", "base", IGNORED, IGNORED, None),
         ("02", "grafted", IGNORED, IGNORED, "already has a head"),
         (

@@ -70,6 +70,8 @@ def logs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.serves] * (n == "shard")) for n in STARTS]
+)
 def test_a_start_that_fails_is_explained(logs: Path, name: str) -> None:
     assert re.search(STARTS[name][1], explain(logs / f"{name}.log"))

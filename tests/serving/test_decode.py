@@ -221,7 +221,6 @@ def test_chunks_come_with_their_texts(stream: Callable[..., Answer]) -> None:
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        ([chunk(delta=None), ONE], "not a stream of vLLM's"),
         ([chunk(text="x"), last(completion_tokens=1)], "not a stream of vLLM's"),
         ([5], "not a stream of vLLM's"),
         ([chunk(text="x", finish_reason="abort"), ONE], "reason 'abort'"),

@@ -92,7 +92,12 @@ LAYERS: dict[str, Callable[[], Layer]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
+_KERNELS = [pytest.mark.serves]  # of DeepSeek-V4 alone
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=_KERNELS * (n == "hyper-connection")) for n in LAYERS]
+)
 @pytest.mark.usefixtures("threads")
 def test_a_token_has_the_same_bits_alone_and_beside_others(name: str) -> None:
     (compute, exact), x = LAYERS[name](), randn(96, HIDDEN, seed=1).to(BF16)
