@@ -29,7 +29,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.doctor import examine
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.hardware import Target
 from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
 
@@ -153,7 +153,7 @@ def plan_splice(
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
-    _ask_doctor(base.folder, config, layout)
+    _ask_doctor(base, config, layout)
     return SplicePlan(
         base, variant, linears, head, experts, store, layout, config, report, published
     )
@@ -189,18 +189,20 @@ def _head_config(base: Base, variant: Variant, linears: Linears) -> dict[str, An
     return {**base.config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
 
 
-def _ask_doctor(base: Path, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
+def _ask_doctor(base: Base, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
     """Raise GraftError, in doctor's words, for errors of base and head on any platform."""
-    read, head = read_checkpoint(base), {HEAD_SHARD: layout}
-    index = {**read.index, **dict.fromkeys(layout, HEAD_SHARD)}
-    made = Checkpoint(base, config, index, {**read.shards, **head}, read.unreadable)
+    held: dict[str, dict[str, Tensor]] = {HEAD_SHARD: {**layout}}
+    for name, shard in base.weight_map.items():
+        held.setdefault(shard, {})[name] = base.tensors[name]
+    index = {**base.weight_map, **dict.fromkeys(layout, HEAD_SHARD)}
+    made = Checkpoint(base.folder, config, index, held, {})
     for platform in (None, *get_args(Platform)):  # None has the errors of all
         found = examine(made, Target(None, platform, None))
         if not (errors := [each for each in found if each.severity == "error"]):
             return
     first, more = errors[0], ", ".join(each.id for each in errors[1:]) or "nothing"
     raise GraftError(
-        f"{base}, with a head: {first.where}: {first.found}; expected {first.expected}: "
+        f"{base.folder}, with a head: {first.where}: {first.found}; expected {first.expected}: "
         f"{first.why}; {first.cure}, or take another head (besides: {more})"
     )
 
