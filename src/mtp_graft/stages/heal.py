@@ -258,9 +258,9 @@ def _write_master(
     parts: Mapping[str, Tensor], master: Mapping[str, Tensor], out: Path, about: Mapping[str, Any]
 ) -> None:
     """Write the master with the trained parts in the formats that it has for them."""
-    head = dict(master)
+    head, fp8 = dict(master), fp8_weights(master)
     for name, value in parts.items():
-        if name in fp8_weights(master):
+        if name in fp8:
             head[name], head[name.removesuffix("weight") + "scale"] = encode_fp8(value.cpu())
         else:
             head[name] = value.cpu().to(master[name].dtype)
