@@ -77,7 +77,17 @@ def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[s
     """Yield every module with its parts, checked; upstream's get a checkpoint's names (exact)."""
     for module, found in modules_of(tensors).items():
         parts = _renamed(found)
-        yield module, _check(module, parts, group_size), parts
+        kind, values = format_of(parts), [*parts.values()]
+        is_plain = kind == "plain" and len(values) == 1 and values[0].is_floating_point()
+        if kind is None or (kind == "plain" and not is_plain):
+            raise GraftError(
+                f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes with "
+                "their scale, or an unquantized weight; a tensor is missing or does not belong here"
+            )
+        if kind != "plain":
+            _check_matrix(module, kind, parts, shape_of(parts), group_size)
+        _expect_finite(module, parts)
+        yield module, kind, parts
 
 
 def _renamed(parts: Parts) -> Parts:
@@ -115,29 +125,8 @@ def _store_expert(
                 )
             found = {part: gptq_experts[name] for part, name in names.items()}
             _check_matrix(module, "int4", found, shape, group_size)
+            _expect_finite(module, found)
             return found
-
-
-def _check(module: str, parts: Parts, group_size: int) -> Format:
-    """Return the format of a module's parts; raise GraftError if they do not fit each other."""
-    kind = format_of(parts)
-    if parts.keys() <= {"weight", ""}:
-        (tensor,) = parts.values()
-        if kind != "plain" or not tensor.is_floating_point():
-            raise GraftError(f"{module}: is {tensor.dtype} without a scale; fetch the shard again")
-        _expect_finite(module, parts)
-        return kind
-    if (
-        kind is None
-        or parts.keys() != stored_as("weight", shape_of(parts), kind, group_size).keys()
-    ):
-        found = ", ".join(f"{part} ({parts[part].dtype})" for part in sorted(parts))
-        raise GraftError(
-            f"{module}: has {found}; expected a weight with its scale, packed codes with their "
-            "scale, or an unquantized weight; a tensor is missing or does not belong here"
-        )
-    _check_matrix(module, kind, parts, shape_of(parts), group_size)
-    return kind
 
 
 def _check_matrix(
@@ -147,18 +136,19 @@ def _check_matrix(
     group = MXFP4_GROUP if kind == "mxfp4" else group_size
     if kind != "fp8":
         _expect_whole_groups(module, shape[1], group)
-    for part, like in stored_as("weight", shape, kind, group).items():
-        found = parts[part]
-        if (found.shape, found.dtype) != (like.shape, like.dtype):
-            raise GraftError(
-                f"{module}: {part.removeprefix('weight_')} is {list(found.shape)} {found.dtype}, "
-                f"expected {list(like.shape)} {like.dtype} (out {shape[0]}, in {shape[1]}, group "
-                f"{group}); recipe and checkpoint disagree, or the shard is damaged"
-            )
-    _expect_finite(module, parts)
-    said = [t.tolist() for part, t in parts.items() if part == "weight_shape" and not t.is_meta]
-    if said and tuple(said[0]) != shape:
-        raise GraftError(f"{module}: weight_shape is {said[0]}, expected {shape}")
+    found, expected = _said(parts), _said(stored_as("weight", shape, kind, group))
+    if found != expected:
+        raise GraftError(
+            f"{module}: has {found}, expected {expected} (out {shape[0]}, in {shape[1]}, group "
+            f"{group}); recipe and checkpoint disagree, or a shard is damaged: fetch it again"
+        )
+    said = parts.get("weight_shape")
+    if said is not None and not said.is_meta and tuple(said.tolist()) != shape:
+        raise GraftError(f"{module}: weight_shape is {said.tolist()}, expected {shape}")
+
+
+def _said(parts: Parts) -> str:
+    return ", ".join(f"{part} {list(t.shape)} {t.dtype}" for part, t in sorted(parts.items()))
 
 
 def _expect_finite(module: str, parts: Parts) -> None:
