@@ -9,17 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from mtp_graft.dsv4.formats import (
-    Format,
-    Parts,
-    decode,
-    format_of,
-    int4_parts,
-    modules_of,
-    part_name,
-    shape_of,
-    stored_as,
-)
+from mtp_graft.dsv4 import formats
+from mtp_graft.dsv4.formats import Format, Parts, decode, part_name, shape_of, stored_as
 from mtp_graft.dsv4.names import EXPERT
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import MXFP4_GROUP, int4
@@ -75,14 +66,14 @@ def decode_head(stored: Mapping[str, Tensor], *, group_size: int = 128) -> dict[
 
 def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[str, Format, Parts]]:
     """Yield every module with its parts, checked; upstream's get a checkpoint's names (exact)."""
-    for module, found in modules_of(tensors).items():
+    for module, found in formats.modules_of(tensors).items():
         parts = _renamed(found)
-        kind, values = format_of(parts), [*parts.values()]
+        kind, values = formats.format_of(parts), [*parts.values()]
         is_plain = kind == "plain" and len(values) == 1 and values[0].is_floating_point()
         if kind is None or (kind == "plain" and not is_plain):
             raise GraftError(
-                f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes with "
-                "their scale, or an unquantized weight; a tensor is missing or does not belong here"
+                f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes "
+                "with theirs, or an unquantized weight; a tensor is missing or belongs elsewhere"
             )
         if kind != "plain":
             _check_matrix(module, kind, parts, shape_of(parts), group_size)
@@ -116,7 +107,7 @@ def _store_expert(
                 return layout
             weight = decode("mxfp4", parts)
             scale = int4.group_scale(weight, group_size)
-            return int4_parts(int4.encode(weight, scale), scale)
+            return formats.int4_parts(int4.encode(weight, scale), scale)
         case "gptq":
             names = {part: part_name(module, part) for part in layout}
             if missing := [name for name in names.values() if name not in gptq_experts]:
