@@ -28,13 +28,12 @@ class RoutedTokens:
         self._tokens = (by_expert // experts.shape[1]).split(self.counts)  # of each expert [T]
 
     def of_expert(self, expert: int) -> Iterator[Tensor]:
-        """Yield the tokens [T, D] that reach an expert in their order, a few thousand at a time."""
-        for part in self._tokens[expert].split(_TOKENS):
-            yield self.x[part]
+        """Yield the tokens [T, D] that reach an expert in their order, a few thousand at a time.
 
-    def of_all(self) -> Iterator[Tensor]:
-        """Yield all tokens [T, D], a few thousand at a time."""
-        yield from self.x.split(_TOKENS)
+        All tokens are yielded for an expert that none reached.
+        """
+        chosen = self._tokens[expert].split(_TOKENS)
+        yield from map(self.x.__getitem__, chosen) if self.counts[expert] else self.x.split(_TOKENS)
 
 
 def expert_hessians(

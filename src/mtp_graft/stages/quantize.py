@@ -219,8 +219,7 @@ def _quantize_batch(
     """Return the batch's packed experts, and its token counts and relative errors."""
     with clock.timed("hessian", tf32=True):
         weights = _stack(decode_head(upstream), experts)
-        # An expert that no token reached is calibrated on all of them.
-        tokens = [routed.of_expert(e) if routed.counts[e] else routed.of_all() for e in experts]
+        tokens = [routed.of_expert(e) for e in experts]
         hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # of w1, w2, w3
     with clock.timed("gptq"):
         num_tokens = [routed.counts[e] or len(routed.x) for e in experts]
