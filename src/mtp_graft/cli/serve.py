@@ -182,7 +182,7 @@ def doctor(
     findings = remaining = diagnose(checkpoint, target)
     lines, fixed = list(map(_as_text, findings)), None
     if fix is not None:
-        if fix_checkpoint(checkpoint, fix, findings, note if yes else _ask_to_copy):
+        if fix_checkpoint(checkpoint, fix, findings, target, note if yes else _ask_to_copy):
             remaining, fixed = diagnose(fix, target), str(fix)
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
         lines.append(f"{fix}: {'written' if fixed else 'nothing to correct'}; left: {left}")
