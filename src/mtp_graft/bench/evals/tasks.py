@@ -26,7 +26,7 @@ from mtp_graft.serving.client import READ_ERRORS
 Row = Mapping[str, Any]
 
 #: Benchmark -> its files in --data-dir; its dataset on the hub, and the file there.
-_SOURCES = {
+SOURCES = {
     "gsm8k": ("gsm8k/test.jsonl", "openai/gsm8k", "main"),
     "humaneval": ("human_eval/HumanEval.jsonl.gz", "openai/openai_humaneval", "openai_humaneval"),
     "mmlu": ("mmlu/test/*_test.csv", "cais/mmlu", "all"),
@@ -51,67 +51,15 @@ _LETTER = re.compile(
 )
 
 
-def gsm8k(data_dir: Path | None, limit: int | None, seed: int) -> Task:
-    """Return word problems, answered step by step, exact match on `#### N`."""
+def load_task(name: str, data_dir: Path | None, limit: int | None, seed: int) -> Task:
+    """Return a benchmark's task: `limit` of its test questions (None: all) as `seed` draws them.
 
-    def to_sample(row: Row, number: int) -> Sample:
-        text, target = row["question"].strip() + _GSM8K, find_number(row["answer"])
-        if target is None:
-            raise ValueError("no '#### N' in the reference answer")
-        return Sample(id=f"gsm8k/{number}", input=text, metadata={"target": target})
-
-    samples = deal(_load("gsm8k", to_sample, data_dir), limit, seed)
-    return make_task("gsm8k", samples, _expect(find_number))
-
-
-def humaneval(data_dir: Path | None, limit: int | None, seed: int) -> Task:
-    """Return functions to be written from a docstring, judged by their unit tests."""
-    find_python()
-
-    def to_sample(row: Row, _number: int) -> Sample:
-        data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
-        return Sample(id=row["task_id"] + "", input=_HUMANEVAL.format(**data), metadata=data)
-
-    samples = deal(_load("humaneval", to_sample, data_dir), limit, seed)
-    return make_task("humaneval", samples, judge_code)
-
-
-def mmlu(data_dir: Path | None, limit: int | None, seed: int) -> Task:
-    """Return four-way questions, as many of each subject, give or take one."""
-
-    def to_sample(row: Row, number: int) -> Sample:
-        choices = "\n".join(f"({x}) " + c for x, c in zip("ABCD", row["choices"], strict=True))
-        text = f"{row['question'].strip()}\n\n{choices}\n\n{_MMLU}"
-        data = {"category": row["subject"] + "", "target": "ABCD"[row["answer"]]}
-        return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
-
-    samples = deal(_load("mmlu", to_sample, data_dir), limit, seed)
-    return make_task("mmlu", samples, _expect(find_letter))
-
-
-def _expect(find: Callable[[str], str | None]) -> Judge:
-    return lambda output, data: compare(find(said(output)), data["target"], output)
-
-
-def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
-    """Return `limit` of the questions (None: all) as `seed` draws them, from categories in turn."""
-    if limit is not None and limit > len(samples):
-        raise GraftError(f"there are {len(samples)} questions, --limit asks for {limit}: lower it")
-    dealt = Counter[str]()
-
-    def turn(sample: Sample) -> int:
-        category = (sample.metadata or {}).get("category", "")
-        dealt[category] += 1
-        return dealt[category]
-
-    return sorted(Random(seed).sample(samples, len(samples)), key=turn)[:limit]
-
-
-def _load(
-    name: str, to_sample: Callable[[Row, int], Sample], data_dir: Path | None
-) -> list[Sample]:
-    """Return all test questions. Raises GraftError for files that are not the benchmark's."""
-    pattern, dataset, config = _SOURCES[name]
+    Raises GraftError for files that are not the benchmark's, and if its code cannot be confined.
+    """
+    if name == "humaneval":
+        find_python()
+    pattern, dataset, config = SOURCES[name]
+    to_sample, judge = _ASKED[name]
     files = [_fetch(dataset, config)] if data_dir is None else sorted(data_dir.glob(pattern))
     if not files:
         raise GraftError(
@@ -127,7 +75,21 @@ def _load(
         except (OSError, EOFError, zlib.error, *READ_ERRORS) as error:
             where = f"{path}: row {len(samples) - first + 1}"
             raise GraftError(f"{where}: not of {name} ({in_words(error)})") from error
-    return samples
+    return make_task(name, deal(samples, limit, seed), judge)
+
+
+def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
+    """Return `limit` of the questions (None: all) as `seed` draws them, from categories in turn."""
+    if limit is not None and limit > len(samples):
+        raise GraftError(f"there are {len(samples)} questions, --limit asks for {limit}: lower it")
+    dealt = Counter[str]()
+
+    def turn(sample: Sample) -> int:
+        category = (sample.metadata or {}).get("category", "")
+        dealt[category] += 1
+        return dealt[category]
+
+    return sorted(Random(seed).sample(samples, len(samples)), key=turn)[:limit]
 
 
 def _fetch(dataset: str, config: str) -> Path:
@@ -171,3 +133,34 @@ def find_letter(text: str) -> str | None:
     if not found and first_line in tuple("ABCD"):
         return first_line
     return found.pop() if len(found) == 1 else None
+
+
+def _gsm8k(row: Row, number: int) -> Sample:
+    text, target = row["question"].strip() + _GSM8K, find_number(row["answer"])
+    if target is None:
+        raise ValueError("no '#### N' in the reference answer")
+    return Sample(id=f"gsm8k/{number}", input=text, metadata={"target": target})
+
+
+def _humaneval(row: Row, _number: int) -> Sample:
+    data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
+    return Sample(id=row["task_id"] + "", input=_HUMANEVAL.format(**data), metadata=data)
+
+
+def _mmlu(row: Row, number: int) -> Sample:
+    choices = "\n".join(f"({x}) " + c for x, c in zip("ABCD", row["choices"], strict=True))
+    text = f"{row['question'].strip()}\n\n{choices}\n\n{_MMLU}"
+    data = {"category": row["subject"] + "", "target": "ABCD"[row["answer"]]}
+    return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
+
+
+def _expect(find: Callable[[str], str | None]) -> Judge:
+    return lambda output, data: compare(find(said(output)), data["target"], output)
+
+
+#: Benchmark -> how a row becomes a question (KeyError and the like for no such row), and its judge.
+_ASKED: Mapping[str, tuple[Callable[[Row, int], Sample], Judge]] = {
+    "gsm8k": (_gsm8k, _expect(find_number)),  # step by step, exact match on `#### N`
+    "humaneval": (_humaneval, judge_code),  # from a docstring, judged by unit tests
+    "mmlu": (_mmlu, _expect(find_letter)),  # four-way, as many of each subject, give or take one
+}
