@@ -4,7 +4,7 @@ The data's way, from top to bottom:
 
     capture       every sequence's tokens and residual stream, as the base computed them
     replay        the head on them, without its experts: which tokens reach which
-    Hessians      of each expert matrix's inputs; w2 has its own (`dsv4.hessians`)
+    Hessians      of each expert matrix's inputs; w2 has its own
     GPTQ          codes and scales under these Hessians, and every variant's error (`dsv4.experts`)
     files         gptq/experts-*.safetensors, report.json
 
@@ -32,13 +32,14 @@ from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, load_tensors, save_shard
 from mtp_graft.dsv4.experts import (
     MATRICES,
+    RoutedTokens,
     expert_errors,
+    expert_hessians,
     expert_name,
     pack_experts,
     quantize_experts,
 )
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.hessians import RoutedTokens, expert_hessians
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
 from mtp_graft.dsv4.replay import build_head, replay_routing
 from mtp_graft.dsv4.variants import decode_head, store_head
@@ -219,8 +220,7 @@ def _quantize_batch(
     """Return the batch's packed experts, and its token counts and relative errors."""
     with clock.timed("hessian", tf32=True):
         weights = _stack(decode_head(upstream), experts)
-        # An expert that no token reached is calibrated on all of them.
-        tokens = [routed.of_expert(e) if routed.counts[e] else routed.of_all() for e in experts]
+        tokens = [routed.of_expert(e) for e in experts]
         hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # of w1, w2, w3
     with clock.timed("gptq"):
         num_tokens = [routed.counts[e] or len(routed.x) for e in experts]

@@ -161,7 +161,7 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
         ours = parts[part]
         if ours.shape != like.shape or (kind != "plain" and ours.dtype != like.dtype):
             return f"{part} is {_said(ours)}, expected {_said(like)}"
-    if kind in ("fp8", "mxfp4") and _is_kept(name, *parts.values(), head.master):
+    if kind in ("fp8", "mxfp4") and _is_kept(name, parts, head.master):
         return None
     values = _decode({part.replace(name, "weight"): t for part, t in parts.items()}, kind)
     if not torch.stack(values.aminmax()).isfinite().all():
@@ -184,9 +184,9 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
     return None if _same(values, expected) else f"differs from upstream's {_said(expected)}"
 
 
-def _is_kept(name: str, codes: Tensor, scale: Tensor, master: Values) -> bool:
+def _is_kept(name: str, parts: Parts, master: Values) -> bool:
     """Return whether codes and scales are upstream's, all of them numbers; false without any."""
-    exponents = master.get(f"{name.removesuffix('.weight')}.scale")
+    (codes, scale), exponents = parts.values(), master.get(f"{name.removesuffix('.weight')}.scale")
     if exponents is None or not _same(codes.view(torch.uint8), master[name].view(torch.uint8)):
         return False
     ours = _exp2(scale) if scale.dtype == torch.uint8 else scale.float()
