@@ -326,6 +326,7 @@ def in_shard(name: str) -> Plant:
         *(("base", in_shard(name)) for name in ("a/model-1.safetensors", "..", "", "a\0")),
         *(("base", weights(group_size=size)) for size in (0, -5, None, "x")),
         ("base", value("norm.weight", 1, torch.float16)),
+        ("base", lambda folder: (folder / "tokenizer.json").unlink()),
         ("base", section(lambda q: q["config_groups"]["group_0"].update(input_activations="x"))),
         ("base", set_config("compress_ratios", [0] * 10**6)),
         ("base", set_config("num_hidden_layers", 10**9)),

@@ -47,7 +47,7 @@ def test_another_group_size_gives_scales_of_that_group(upstream: dict[str, Tenso
     stored = store_head(upstream, "rtn", group_size=64)
     assert stored[f"{EXPERT}.weight_scale"].shape == (256, 4)
     assert decode_head(stored, group_size=64)[f"{EXPERT}.weight"].shape == (256, 256)
-    with pytest.raises(GraftError, match=r"scale is \[256, 4\].*expected \[256, 2\].*group 128"):
+    with pytest.raises(GraftError, match=r"scale \[256, 4\].*, expected .*\[256, 2\].*group 128"):
         decode_head(stored)
 
 
@@ -60,13 +60,13 @@ def not_finite(scale: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        (f"{EXPERT}.scale", None, rf"{EXPERT}: is torch\.int8 without a scale"),
+        (f"{EXPERT}.scale", None, rf"{EXPERT}: has weight .*int8; expected a weight with"),
         (f"{EXPERT}.weight", None, rf"{EXPERT}: has scale .*; expected a weight with"),
-        (f"{EXPERT}.scale", lambda t: t[:, :4], r"scale is \[256, 4\].*expected \[256, 8\].*32"),
-        (f"{EXPERT}.scale", Tensor.float, r"scale is .* torch.float32, expected .* torch.uint8"),
+        (f"{EXPERT}.scale", lambda t: t[:, :4], r"scale \[256, 4\].*, expected .*\[256, 8\].*32"),
+        (f"{EXPERT}.scale", Tensor.float, r"scale .* torch.float32, expected .* torch.uint8"),
         (f"{EXPERT}.scale", not_finite, rf"{EXPERT}: has a scale that is not finite"),
         (f"{EXPERT}.weight", lambda t: t[:, :-8], r"240 inputs are no multiple of .* 32"),
-        ("mtp.0.attn.wkv.scale", lambda t: t[:3], r"wkv: .*scale is \[3, 2\].*expected \[4, 2\]"),
+        ("mtp.0.attn.wkv.scale", lambda t: t[:3], r"wkv: .*scale \[3, 2\].*expected .*\[4, 2\]"),
     ],
 )
 @pytest.mark.parametrize("use", [lambda head: store_head(head, "rtn"), variants.decode_head])

@@ -71,7 +71,7 @@ def test_of_several_defects_none_is_left(good: Path, names: list[str]) -> None:
         shutil.copytree(good, planted, copy_function=os.link)
         for name in names:
             DEFECTS[name][1](planted)
-        if fix.fix_checkpoint(planted, out, diagnose(planted, ON_CPU), lambda _copies: None):
+        if fix.fix_checkpoint(planted, out, diagnose(planted, ON_CPU), ON_CPU, lambda _: None):
             assert diagnose(out, ON_CPU) == []
 
 
@@ -88,6 +88,10 @@ def test_shards_are_copied_only_if_the_user_says_so(
         monkeypatch.setattr(typer, "confirm", lambda _question, err, answer=answer: answer)
         with nullcontext() if answer else pytest.raises(GraftError, match="nothing is written"):
             serve._ask_to_copy(size)
+    few = ("--gpu", "H200", "--count", "1", "--tp", "2")
+    status, result = run(folder, *few, "--fix", out, "--yes")
+    errors = set(result["remaining"]) - {"memory", "piecewise-graphs"}
+    assert (status, errors) == (1, {"gpu-count"}), "what the hardware lacks keeps nothing from it"
 
 
 def test_fix_refuses_what_it_does_not_know_and_leaves_nothing(
@@ -97,16 +101,30 @@ def test_fix_refuses_what_it_does_not_know_and_leaves_nothing(
     found = diagnose(folder, ON_CPU)
     for place in (folder, folder / "fixed"):
         with pytest.raises(GraftError, match="already exists or is in"):
-            fix.fix_checkpoint(folder, place, found, said.append)
+            fix.fix_checkpoint(folder, place, found, ON_CPU, said.append)
     with monkeypatch.context() as patch:
         patch.setattr(fix, "write_index", lambda *_args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            fix.fix_checkpoint(folder, out, found, said.append)
-    for defect in ("tensor-in-two-shards", "truncated-shard"):
-        found = diagnose(planted(defect), ON_CPU)
-        with pytest.raises(GraftError, match="--fix corrects config and names only"):
-            fix.fix_checkpoint(folder, out, found, said.append)
+            fix.fix_checkpoint(folder, out, found, ON_CPU, said.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn"] and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("defect", "where"),
+    [
+        ("tensor-in-two-shards", "mtp.0.enorm.weight"),
+        ("truncated-shard", HEAD),
+        ("missing-parameter", "mtp.0.hnorm.weight"),
+        ("no-tokenizer", "tokenizer.json"),
+    ],
+)
+def test_an_error_that_fix_does_not_cure_is_named_before_a_copy_is_asked_for(
+    planted: Plant, tmp_path: Path, defect: str, where: str
+) -> None:
+    planted("head-count-0"), planted("scale-inv")
+    with pytest.raises(GraftError, match=rf"{where}: .*; --fix corrects config and names only"):
+        run(planted(defect), "--gpu", "cpu", "--fix", tmp_path / "fixed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn"]
 
 
 def test_the_command_tells_by_its_status_whether_anything_is_an_error(

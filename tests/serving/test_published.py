@@ -1,6 +1,7 @@
 """The published checkpoints as sparse files: what they are, and all that is done with them."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.plan import plan_run
 from mtp_graft.recipe import Variant, load_recipe
 from mtp_graft.serving.doctor import diagnose, examine
+from mtp_graft.serving.doctor.fix import fix_checkpoint
 from mtp_graft.serving.doctor.hardware import find_target
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
@@ -211,6 +213,24 @@ def ignore_by_pattern(section: dict[str, Any]) -> None:
 def null_formats(section: dict[str, Any]) -> None:
     section["format"] = "pack-quantized"
     section["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
+
+
+@pytest.mark.parametrize("make", [lambda: published(BASE), flash.with_head, canada])
+def test_a_fixed_copy_of_what_is_published_has_no_errors(
+    make: Callable[[], Published], tmp_path: Path
+) -> None:
+    found, target = make().with_experts(FEW), find_target(gpu="H200", count=2)
+    section = deepcopy(found.config["quantization_config"])
+    section |= {"ignore": section["ignore"] if make is canada else None}
+    config = {**found.config, "num_nextn_predict_layers": 0, "quantization_config": section}
+    wrong = {
+        shard: {re.sub(r"^(mtp.*)weight_scale$", r"\1scale", name): t for name, t in held.items()}
+        for shard, held in found.shards.items()
+    }
+    given, out, asked = Published(config, wrong).write(tmp_path / "given"), tmp_path / "out", [""]
+    assert fix_checkpoint(given, out, diagnose(given, target), target, asked.append)
+    assert not [f for f in diagnose(out, target) if f.severity == "error"]
+    assert (len(asked) == 2) is (make is flash.with_head), "a shard is copied for its names alone"
 
 
 @pytest.mark.parametrize("change", [lambda _: None, ignore_by_pattern, null_formats])

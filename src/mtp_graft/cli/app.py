@@ -57,9 +57,9 @@ def with_options(command: Command) -> Command:
 
 
 def refuse(words: Collection[str] | None, flags: set[str]) -> Collection[str] | None:
-    """Return arguments for vLLM, which must have none of `flags`."""
+    """Return arguments for vLLM, which must have none of `flags` and ADDRESS_FLAGS."""
     for flag in (word.partition("=")[0].replace("_", "-") for word in words or ()):
-        if flag in flags:
+        if flag in flags | ADDRESS_FLAGS:
             raise typer.BadParameter(
                 f"{flag} after --: mtp-graft decides it; if it has an option for it, give that "
                 "before the --"
@@ -74,7 +74,7 @@ SERVE_ARGUMENTS = argument(
     "ARGS",
     "After --: arguments for vllm serve, as they are.",
     (),
-    callback=lambda words: refuse(words, ADDRESS_FLAGS),
+    callback=lambda words: refuse(words, set()),
 )
 
 

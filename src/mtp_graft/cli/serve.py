@@ -9,32 +9,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from mtp_graft.bench.page import counted
-from mtp_graft.cli.app import (
-    ADDRESS_FLAGS,
-    DRY_RUN,
-    JSON_FILE,
-    NO_PROFILE,
-    app,
-    refuse,
-    with_options,
-)
+from mtp_graft.cli.app import DRY_RUN, JSON_FILE, NO_PROFILE, app, refuse, with_options
 from mtp_graft.cli.output import note, progress_bar, show
 from mtp_graft.cli.target import started
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import (
-    MAX_MODEL_LEN,
-    TENSOR_PARALLEL_SIZE,
-    InstalledVllm,
-    ServeOptions,
-    argument,
-    build_command,
-    find_vllm,
-    installed_vllm,
-    num_speculative_tokens,
-    option,
-    option_group,
-    vllm_elsewhere,
-)
+from mtp_graft.serving import command
+from mtp_graft.serving.command import InstalledVllm, ServeOptions, argument, option
 
 if TYPE_CHECKING:  # these load torch, which `--help` need not wait for
     from mtp_graft.serving.doctor.findings import Finding
@@ -58,7 +38,7 @@ _PROFILES = (
 )
 
 
-@option_group
+@command.option_group
 class HardwareOptions:
     """The hardware to fit a profile to, where it is not what is found here."""
 
@@ -89,7 +69,7 @@ def serve(
         if is_broken:
             raise typer.BadParameter(rule)
     own = {f"--{field.name}".replace("_", "-") for field in fields(server)}
-    refuse(server.extra_args, own | _OTHER_NAMES | ADDRESS_FLAGS)  # vLLM would take these
+    refuse(server.extra_args, own | _OTHER_NAMES)  # vLLM would take these
     is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
     if server.api_key is None and not is_loopback:
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
@@ -100,7 +80,11 @@ def serve(
     elif check:
         _check(options, vllm, json_file)
     else:
-        _serve(options, plan)
+        from mtp_graft.serving.server import serve_foreground
+
+        for text in (f"{plan.hardware}", *plan.notes) if plan else ():
+            note(f"plan: {text}")
+        raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
 
 
 def _plan(
@@ -114,11 +98,11 @@ def _plan(
     from mtp_graft.serving.topology import CPU, find_gpus, named_hardware
 
     named = named_hardware(asked.gpu, asked.count or 1, asked.nnodes) if asked.gpu else None
-    here = installed_vllm()
+    here = command.installed_vllm()
     if dry_run and named and (here is None or here.platform != named.platform):
-        vllm = vllm_elsewhere(named.platform)
+        vllm = command.vllm_elsewhere(named.platform)
     else:
-        vllm = find_vllm()
+        vllm = command.find_vllm()
     on_cpu = vllm.platform == "cpu"
     if profile == NO_PROFILE or (profile is None and on_cpu and asked == HardwareOptions()):
         return vllm, None
@@ -138,24 +122,24 @@ def _plan(
 def _print_command(
     options: ServeOptions, vllm: InstalledVllm, plan: "Plan | None", json_file: Path | None
 ) -> None:
-    command = build_command(options, vllm)
-    notes = [*(plan.notes if plan else ()), *command.reasons()]
+    built = command.build_command(options, vllm)
+    notes = [*(plan.notes if plan else ()), *built.reasons()]
     result = {
-        "env": command.printable_env(),
-        "argv": list(command.argv),
+        "env": built.printable_env(),
+        "argv": list(built.argv),
         "notes": notes,
         "profile": plan and plan.profile,
         "hardware": plan and str(plan.hardware),
     }
     about = [f"# {plan.hardware}; vLLM {vllm.version}"] if plan else []
-    show(result, json_file, *about, *map(_COMMENT.fill, notes), command.as_shell())
+    show(result, json_file, *about, *map(_COMMENT.fill, notes), built.as_shell())
 
 
 def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
     from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter
 
-    if num_speculative_tokens(options, vllm.platform) == 0:
+    if command.num_speculative_tokens(options, vllm.platform) == 0:
         raise GraftError(
             f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
             "at least one speculative token"
@@ -164,12 +148,8 @@ def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -
         found = check_drafter(client)
     acceptance, drafted = found.acceptance or 0.0, found.num_draft_tokens
     is_alive = acceptance >= MIN_ACCEPTANCE
-    result = {
-        "ok": is_alive,
-        "acceptance": acceptance,
-        "num_draft_tokens": drafted,
-        "threshold": MIN_ACCEPTANCE,
-    }
+    result = {"ok": is_alive, "acceptance": acceptance, "num_draft_tokens": drafted}
+    result["threshold"] = MIN_ACCEPTANCE
     show(result, json_file, f"accepted {acceptance:.1%} of {drafted} drafted tokens")
     if not is_alive:
         raise GraftError(
@@ -179,20 +159,11 @@ def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -
         )
 
 
-def _serve(options: ServeOptions, plan: "Plan | None") -> None:
-    """Run vLLM in the foreground and leave with its exit status."""
-    from mtp_graft.serving.server import serve_foreground
-
-    for text in (f"{plan.hardware}", *plan.notes) if plan else ():
-        note(f"plan: {text}")
-    raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
-
-
 @app.command()
 def doctor(
     checkpoint: Path = argument("CHECKPOINT", "A DeepSeek-V4 checkpoint folder."),
-    tp: int | None = TENSOR_PARALLEL_SIZE,
-    max_model_len: int | None = MAX_MODEL_LEN,
+    tp: int | None = command.TENSOR_PARALLEL_SIZE,
+    max_model_len: int | None = command.MAX_MODEL_LEN,
     gpu: str | None = option(None, "NAME", "GPU to serve on, or cpu. Default: ours."),
     count: int | None = option(None, "N", "How many of that GPU.", min=1),
     fix: Path | None = option(None, "OUT", "Write a copy with config and names corrected."),
@@ -201,6 +172,7 @@ def doctor(
 ) -> None:
     """Say before loading what would fail or be silently wrong; 1 if so."""
     from mtp_graft.serving.doctor import diagnose
+    from mtp_graft.serving.doctor.findings import SEVERITIES
     from mtp_graft.serving.doctor.fix import fix_checkpoint
     from mtp_graft.serving.doctor.hardware import find_target
 
@@ -210,7 +182,7 @@ def doctor(
     findings = remaining = diagnose(checkpoint, target)
     lines, fixed = list(map(_as_text, findings)), None
     if fix is not None:
-        if fix_checkpoint(checkpoint, fix, findings, note if yes else _ask_to_copy):
+        if fix_checkpoint(checkpoint, fix, findings, target, note if yes else _ask_to_copy):
             remaining, fixed = diagnose(fix, target), str(fix)
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
         lines.append(f"{fix}: {'written' if fixed else 'nothing to correct'}; left: {left}")
@@ -227,8 +199,9 @@ def doctor(
         "remaining": [finding.id for finding in remaining],
     }
     show(result, json_file, *lines)
-    hardware = target.hardware or "unknown hardware"
-    note(f"{checkpoint}: {_count(findings)}; vLLM {target.vllm or 'unknown'} on {hardware}")
+    numbers = [counted(sum(f.severity == s for f in findings), s) for s in SEVERITIES]
+    hardware = f"vLLM {target.vllm or 'unknown'} on {target.hardware or 'unknown hardware'}"
+    note(f"{checkpoint}: {', '.join(numbers)}; {hardware}")
     raise typer.Exit(0 if ok else 1)
 
 
@@ -242,9 +215,3 @@ def _as_text(finding: "Finding") -> str:
     keys = ("where", "found", "expected", "why", "cure")
     texts = [f"{key + ':':<10}{getattr(finding, key)}" for key in keys]
     return "\n  ".join([f"{finding.severity}: {finding.id}", *texts])
-
-
-def _count(findings: "list[Finding]") -> str:
-    from mtp_graft.serving.doctor.findings import SEVERITIES
-
-    return ", ".join(counted(sum(f.severity == s for f in findings), s) for s in SEVERITIES)

@@ -14,16 +14,8 @@ import typer
 
 from mtp_graft.cli.app import JSON_FILE, NO_PROFILE, SERVE_ARGUMENTS
 from mtp_graft.cli.output import Report, note
-from mtp_graft.serving.command import (
-    MAX_MODEL_LEN,
-    TENSOR_PARALLEL_SIZE,
-    ServeOptions,
-    as_words,
-    find_vllm,
-    num_speculative_tokens,
-    option,
-    option_group,
-)
+from mtp_graft.serving import command
+from mtp_graft.serving.command import ServeOptions, find_vllm, option
 
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.serving.client import ServerClient
@@ -51,15 +43,15 @@ def started(
     return managed_server(options, log, report)
 
 
-@option_group
+@command.option_group
 class Target:
     """The options of a command that asks a server: which one, and where the result goes."""
 
     base_url: str | None = option(None, "URL", "A running server's address.", callback=check_url)
     checkpoint: Path | None = option(None, "DIR", "Serve this checkpoint meanwhile.")
     profile: str = option(NO_PROFILE, "NAME", "As `mtp-graft serve` has it.")
-    tensor_parallel_size: int | None = TENSOR_PARALLEL_SIZE
-    max_model_len: int | None = MAX_MODEL_LEN
+    tensor_parallel_size: int | None = command.TENSOR_PARALLEL_SIZE
+    max_model_len: int | None = command.MAX_MODEL_LEN
     api_key: str | None = option(None, "KEY", "The server's key.", envvar="VLLM_API_KEY")
     run: Path | None = option(None, "DIR", "Keep the result here, and go on from what there is.")
     json_file: Path | None = JSON_FILE
@@ -82,7 +74,7 @@ class Target:
         """
         if self.checkpoint is not None:
             options = ServeOptions(self.checkpoint, num_speculative_tokens=k)
-            return num_speculative_tokens(options, find_vllm().platform)
+            return command.num_speculative_tokens(options, find_vllm().platform)
         if k is not None:
             raise typer.BadParameter("--k needs --checkpoint: a running server drafts as it does")
         with self.client() as client:
@@ -104,8 +96,9 @@ class Target:
             "--": self.extra or None,
         }
         files = [self.checkpoint / "config.json", *sorted(self.checkpoint.glob("*.safetensors"))]
+        words = ["mtp-graft", "serve", self.checkpoint.name, *command.as_words(flags)]
         return {
-            "serve": shlex.join(["mtp-graft", "serve", self.checkpoint.name, *as_words(flags)]),
+            "serve": shlex.join(words),
             "files": fingerprints(files),
             "device": device_name(),
             "vllm": "{0.version} ({0.platform})".format(find_vllm()),

@@ -9,17 +9,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from mtp_graft.dsv4.formats import (
-    Format,
-    Parts,
-    decode,
-    format_of,
-    int4_parts,
-    modules_of,
-    part_name,
-    shape_of,
-    stored_as,
-)
+from mtp_graft.dsv4 import formats
+from mtp_graft.dsv4.formats import Format, Parts, decode, part_name, shape_of, stored_as
 from mtp_graft.dsv4.names import EXPERT
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import MXFP4_GROUP, int4
@@ -75,9 +66,19 @@ def decode_head(stored: Mapping[str, Tensor], *, group_size: int = 128) -> dict[
 
 def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[str, Format, Parts]]:
     """Yield every module with its parts, checked; upstream's get a checkpoint's names (exact)."""
-    for module, found in modules_of(tensors).items():
+    for module, found in formats.modules_of(tensors).items():
         parts = _renamed(found)
-        yield module, _check(module, parts, group_size), parts
+        kind, values = formats.format_of(parts), [*parts.values()]
+        is_plain = kind == "plain" and len(values) == 1 and values[0].is_floating_point()
+        if kind is None or (kind == "plain" and not is_plain):
+            raise GraftError(
+                f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes "
+                "with theirs, or an unquantized weight; a tensor is missing or belongs elsewhere"
+            )
+        if kind != "plain":
+            _check_matrix(module, kind, parts, shape_of(parts), group_size)
+        _expect_finite(module, parts)
+        yield module, kind, parts
 
 
 def _renamed(parts: Parts) -> Parts:
@@ -106,7 +107,7 @@ def _store_expert(
                 return layout
             weight = decode("mxfp4", parts)
             scale = int4.group_scale(weight, group_size)
-            return int4_parts(int4.encode(weight, scale), scale)
+            return formats.int4_parts(int4.encode(weight, scale), scale)
         case "gptq":
             names = {part: part_name(module, part) for part in layout}
             if missing := [name for name in names.values() if name not in gptq_experts]:
@@ -115,29 +116,8 @@ def _store_expert(
                 )
             found = {part: gptq_experts[name] for part, name in names.items()}
             _check_matrix(module, "int4", found, shape, group_size)
+            _expect_finite(module, found)
             return found
-
-
-def _check(module: str, parts: Parts, group_size: int) -> Format:
-    """Return the format of a module's parts; raise GraftError if they do not fit each other."""
-    kind = format_of(parts)
-    if parts.keys() <= {"weight", ""}:
-        (tensor,) = parts.values()
-        if kind != "plain" or not tensor.is_floating_point():
-            raise GraftError(f"{module}: is {tensor.dtype} without a scale; fetch the shard again")
-        _expect_finite(module, parts)
-        return kind
-    if (
-        kind is None
-        or parts.keys() != stored_as("weight", shape_of(parts), kind, group_size).keys()
-    ):
-        found = ", ".join(f"{part} ({parts[part].dtype})" for part in sorted(parts))
-        raise GraftError(
-            f"{module}: has {found}; expected a weight with its scale, packed codes with their "
-            "scale, or an unquantized weight; a tensor is missing or does not belong here"
-        )
-    _check_matrix(module, kind, parts, shape_of(parts), group_size)
-    return kind
 
 
 def _check_matrix(
@@ -147,18 +127,19 @@ def _check_matrix(
     group = MXFP4_GROUP if kind == "mxfp4" else group_size
     if kind != "fp8":
         _expect_whole_groups(module, shape[1], group)
-    for part, like in stored_as("weight", shape, kind, group).items():
-        found = parts[part]
-        if (found.shape, found.dtype) != (like.shape, like.dtype):
-            raise GraftError(
-                f"{module}: {part.removeprefix('weight_')} is {list(found.shape)} {found.dtype}, "
-                f"expected {list(like.shape)} {like.dtype} (out {shape[0]}, in {shape[1]}, group "
-                f"{group}); recipe and checkpoint disagree, or the shard is damaged"
-            )
-    _expect_finite(module, parts)
-    said = [t.tolist() for part, t in parts.items() if part == "weight_shape" and not t.is_meta]
-    if said and tuple(said[0]) != shape:
-        raise GraftError(f"{module}: weight_shape is {said[0]}, expected {shape}")
+    found, expected = _said(parts), _said(stored_as("weight", shape, kind, group))
+    if found != expected:
+        raise GraftError(
+            f"{module}: has {found}, expected {expected} (out {shape[0]}, in {shape[1]}, group "
+            f"{group}); recipe and checkpoint disagree, or a shard is damaged: fetch it again"
+        )
+    said = parts.get("weight_shape")
+    if said is not None and not said.is_meta and tuple(said.tolist()) != shape:
+        raise GraftError(f"{module}: weight_shape is {said.tolist()}, expected {shape}")
+
+
+def _said(parts: Parts) -> str:
+    return ", ".join(f"{part} {list(t.shape)} {t.dtype}" for part, t in sorted(parts.items()))
 
 
 def _expect_finite(module: str, parts: Parts) -> None:
@@ -166,7 +147,9 @@ def _expect_finite(module: str, parts: Parts) -> None:
     for part, tensor in parts.items():
         is_exponent = part == "weight_scale" and tensor.dtype == torch.uint8
         values = tensor.view(torch.float8_e8m0fnu) if is_exponent else tensor
-        if values.is_floating_point() and not (values.is_meta or values.float().isfinite().all()):
+        if values.is_meta or not values.is_floating_point():
+            continue
+        if not torch.stack(values.float().aminmax()).isfinite().all():
             what = "a scale" if "scale" in part else "a value"
             raise GraftError(f"{module}: has {what} that is not finite; fetch the shard again")
 

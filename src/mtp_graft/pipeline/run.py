@@ -22,15 +22,7 @@ from typing import Any
 from mtp_graft.checkpoint.manifest import fingerprints, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import STAGES
-from mtp_graft.pipeline.bench import (
-    bench,
-    has_served,
-    measure_base,
-    measuring_options,
-    server_log,
-    serving,
-)
+from mtp_graft.pipeline import STAGES, bench
 from mtp_graft.pipeline.device import device_name, torch_device
 from mtp_graft.pipeline.folder import Run, locked
 from mtp_graft.pipeline.plan import check_prompts, check_run
@@ -41,7 +33,7 @@ from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.capture import capture, recording_options
 from mtp_graft.stages.heal import heal
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
-from mtp_graft.stages.process import run_in_process
+from mtp_graft.stages.parallel import run_in_process
 from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
@@ -114,14 +106,14 @@ def _capture(run: Run) -> None:
 
         @contextmanager
         def start() -> Iterator[ServerClient]:
-            started.append(stack.enter_context(serving(run, options, "capture")))
+            started.append(stack.enter_context(bench.serving(run, options, "capture")))
             yield started[0]
 
-        capture(start(), base, out, settings, run.report, server_log(run, "capture"))
-        if "bench" in run.stages and options == measuring_options(run, base, 0):
+        capture(start(), base, out, settings, run.report, bench.server_log(run, "capture"))
+        if "bench" in run.stages and options == bench.measuring_options(run, base, 0):
             for client in started:  # none, if the capture was finished before
                 with run.timed("bench"):
-                    measure_base(run, nullcontext(client))
+                    bench.measure_base(run, nullcontext(client))
 
 
 def _quantize(run: Run) -> None:
@@ -172,7 +164,7 @@ def _verify(run: Run) -> list[Path]:
     for variant in _variants(run, "verify"):
         checkpoint = run.checkpoint(variant)
         found = verify(checkpoint, base, run.upstream, quantized)
-        found["loaded_in_vllm"] = True if has_served(run, variant) else None
+        found["loaded_in_vllm"] = True if bench.has_served(run, variant) else None
         found["base_as_captured"] = as_captured
         found["ok"] = found["ok"] and as_captured is not False
         run.keep(f"verify/{variant}", found)
@@ -197,6 +189,6 @@ _DO: dict[str, Callable[[Run], Sequence[Path] | None]] = {
     "score": _score,
     "splice": _splice,
     "verify": _verify,
-    "bench": bench,
+    "bench": bench.bench,
     "report": report_run,
 }

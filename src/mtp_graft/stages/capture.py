@@ -20,17 +20,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint import manifest
-from mtp_graft.checkpoint.capture import (
-    INTACT_NAME,
-    RECORDINGS,
-    SWITCH_NAME,
-    CapturedSequence,
-    FinishedText,
-    append_row,
-    read_sequences,
-    read_texts,
-)
+from mtp_graft.checkpoint.capture import CapturedSequence, FinishedText, read_sequences, read_texts
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
 from mtp_graft.errors import GraftError
@@ -142,8 +134,8 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
         "base": manifest.fingerprints(files),
     }
     manifest.claim_folder(out, decisive)
-    (out / RECORDINGS).mkdir(exist_ok=True)
-    (out / SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
+    (out / capture_files.RECORDINGS).mkdir(exist_ok=True)
+    (out / capture_files.SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
     if len(read_sequences(out)) < totals.total():
         return None
     return manifest.finished_result(out, REPORT_NAME)
@@ -199,7 +191,7 @@ def _generate(
     with ThreadPool(settings.concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
         continued = pool.imap_unordered(finish, missing)
         for finished, text in enumerate(continued, start=len(done) + 1):
-            append_row(out, text)
+            capture_files.append_row(out, text)
             tokens += len(text.continuation)
             report("capture: generate", finished, len(asked))
     return tokens / (time.perf_counter() - started) if tokens else None
@@ -228,19 +220,19 @@ def _record(client: ServerClient, out: Path, settings: CaptureSection, report: P
 @contextmanager
 def _recording(out: Path) -> Iterator[None]:
     """Let the server record in the block, at whose ends it has no requests."""
-    for name in (INTACT_NAME, SWITCH_NAME):
+    for name in (capture_files.INTACT_NAME, capture_files.SWITCH_NAME):
         (out / name).touch()
     try:
         yield
     finally:
-        for name in (SWITCH_NAME, INTACT_NAME):
+        for name in (capture_files.SWITCH_NAME, capture_files.INTACT_NAME):
             (out / name).unlink(missing_ok=True)
 
 
 def _remove_strays(out: Path) -> None:
     """Remove recordings that no line of the index names, and unfinished ones."""
     named = {sequence.recording for sequence in read_sequences(out)}
-    for path in (out / RECORDINGS).iterdir():
+    for path in (out / capture_files.RECORDINGS).iterdir():
         if path.name not in named:
             path.unlink()
 
@@ -252,13 +244,13 @@ def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
     written for WRITE_TIMEOUT_S.
     """
     missing, seen = [*texts], {sequence.recording for sequence in read_sequences(out)}
-    folder, deadline = out / RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
+    folder, deadline = out / capture_files.RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
     while missing:
         new = {path.name for path in folder.glob("*.safetensors")} - seen
         for name in sorted(new):
             _enter(out, name, missing)
         seen |= new
-        if not (out / INTACT_NAME).exists():
+        if not (out / capture_files.INTACT_NAME).exists():
             raise _NotWritten(
                 f"{folder}: the server could not write what it recorded; make room there if the "
                 "disk is full, and run again: what was written is kept"
@@ -277,7 +269,7 @@ def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
 
 def _enter(out: Path, name: str, missing: list[FinishedText]) -> None:
     """Enter in the index what a recording has of the `missing` texts; they no longer are."""
-    with Shard(out / RECORDINGS / name) as shard:
+    with Shard(out / capture_files.RECORDINGS / name) as shard:
         recording = shard.read(("token_ids", "starts"))
     token_ids = tuple(recording["token_ids"].tolist())
     for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
@@ -289,4 +281,4 @@ def _enter(out: Path, name: str, missing: list[FinishedText]) -> None:
             sequence = CapturedSequence(
                 text.number, text.id, text.split, len(text.prompt), end - start, name, start
             )
-            append_row(out, sequence)
+            capture_files.append_row(out, sequence)

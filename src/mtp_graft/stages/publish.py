@@ -14,21 +14,15 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object, visible_files
-from mtp_graft.checkpoint.quant_manifest import (
-    CARD_NAME,
-    HEAD_SHARD,
-    MANIFEST_NAME,
-    MANIFEST_TEXT_NAME,
-    TRACE_NAME,
-    Spliced,
-    find_spliced,
-)
+from mtp_graft.checkpoint.quant_manifest import CARD_NAME, TRACE_NAME, Spliced, find_spliced
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.fetch import HUB_ERRORS
 
+_MANIFESTS = (quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME)
 #: How the names of a head's own files begin.
-_OF_HEAD = (HEAD_SHARD, MANIFEST_NAME, MANIFEST_TEXT_NAME, "LICENSE", "NOTICE")
+_OF_HEAD = (quant_manifest.HEAD_SHARD, *_MANIFESTS, "LICENSE", "NOTICE")
 #: Path in the repository -> file, or content made here.
 Files = Mapping[str, Path | bytes]
 

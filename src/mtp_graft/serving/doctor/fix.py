@@ -7,36 +7,45 @@ checkpoint itself is never written to.
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from mtp_graft.checkpoint.files import new_folder, read_object, visible_files, write_json
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, stream_shard, write_index
 from mtp_graft.errors import GraftError
+from mtp_graft.serving.doctor import examine
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.findings import Finding
+from mtp_graft.serving.doctor.hardware import Target
 from mtp_graft.serving.doctor.schemes import corrected
 
 
 def fix_checkpoint(
-    folder: Path, out: Path, findings: Sequence[Finding], allow_copy: Callable[[str], None]
+    folder: Path,
+    out: Path,
+    findings: Sequence[Finding],
+    target: Target,
+    allow_copy: Callable[[str], None],
 ) -> bool:
     """Write `out`, a copy with everything corrected that --fix cures; return False without any.
 
     `allow_copy` is told how many bytes have to be copied, before anything is, and raises if they
     may not. Raises GraftError for an `out` that exists, is in the checkpoint or on another file
-    system, where files cannot be linked, and where it is not known what to write.
+    system, where files cannot be linked, and for a checkpoint with errors that --fix does not cure.
     """
     cures = {finding.id for finding in findings if finding.fixable}
     if not cures:
         return False
     if out.exists() or out.resolve().is_relative_to(folder.resolve()):
         raise GraftError(f"{out}: already exists or is in {folder}; choose another folder")
-    for finding in findings:
-        if finding.id in ("shard-missing", "shard-unreadable", "tensor-twice"):
-            found = f"{folder / finding.where}: {finding.found}"
-            raise GraftError(f"{found}; --fix corrects config and names only: {finding.cure}")
     checkpoint = read_checkpoint(folder)
+    fixed = _fixed(checkpoint, cures)
+    twice = [finding for finding in findings if finding.id == "tensor-twice"]
+    for found in [*twice, *examine(fixed, Target(None, target.platform, None))]:
+        if found.severity == "error":  # vLLM's and the hardware's are not the checkpoint's
+            raise GraftError(
+                f"{folder}: {found.where}: {found.found}, expected {found.expected}; --fix "
+                f"corrects config and names only: {found.cure}"
+            )
     misnamed = checkpoint.misnamed.keys()
     copied = {shard for shard, held in checkpoint.shards.items() if held.keys() & misnamed}
     if copied:
@@ -45,12 +54,32 @@ def fix_checkpoint(
             f"{out}: copies {size:,} bytes, {len(copied)} of {len(checkpoint.shards)} shards"
         )
     with new_folder(out) as temporary:
-        _write(checkpoint, temporary, copied, cures)
+        _write(checkpoint, fixed, temporary, copied)
     return True
 
 
-def _write(checkpoint: Checkpoint, out: Path, copied: set[str], cures: set[str]) -> None:
-    misnamed = checkpoint.misnamed
+def _fixed(checkpoint: Checkpoint, cures: set[str]) -> Checkpoint:
+    """Return the checkpoint as it should read; what has no known cure stays."""
+    config, right = dict(checkpoint.config), checkpoint.misnamed
+    if "nextn-count" in cures:
+        config["num_nextn_predict_layers"] = 1
+    if "compress-ratios" in cures:
+        config["compress_ratios"] = [*checkpoint.ratios[: checkpoint.num_layers], 0]
+    if isinstance(checkpoint.quantization, QuantizationConfig) and not checkpoint.foreign_format:
+        config["quantization_config"] = corrected(checkpoint)
+    shards = {
+        shard: {right.get(name, name): tensor for name, tensor in held.items()}
+        for shard, held in checkpoint.shards.items()
+    }
+    held = {name: shard for shard, found in shards.items() for name in found}
+    index = held | {right.get(name, name): shard for name, shard in checkpoint.index.items()}
+    return Checkpoint(
+        checkpoint.folder, config, dict(sorted(index.items())), shards, checkpoint.unreadable
+    )
+
+
+def _write(checkpoint: Checkpoint, fixed: Checkpoint, out: Path, copied: set[str]) -> None:
+    right = checkpoint.misnamed
     for name, source in visible_files(checkpoint.folder).items():
         target = out / name
         if name in (INDEX_NAME, "config.json", *checkpoint.stale):
@@ -60,28 +89,12 @@ def _write(checkpoint: Checkpoint, out: Path, copied: set[str], cures: set[str])
             _link(source.resolve(), target)
             continue
         with Shard(source) as shard:
-            renamed = {misnamed.get(old, old): old for old in shard.meta}
-            layout = {new: shard.meta[old] for new, old in renamed.items()}
-            tensors = ((new, shard.read([old])[old]) for new, old in renamed.items())
-            stream_shard(layout, tensors, target)
-    write_json(_corrected_config(checkpoint, cures), out / "config.json")
-    held = {name: shard for shard, found in checkpoint.shards.items() for name in found}
-    index = {misnamed.get(n, n): shard for n, shard in {**held, **checkpoint.index}.items()}
+            tensors = ((right.get(old, old), shard.read([old])[old]) for old in shard.meta)
+            stream_shard(fixed.shards[name], tensors, target)
+    write_json(fixed.config, out / "config.json")
     metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata")
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    write_index(dict(sorted(index.items())), total, out, metadata)
-
-
-def _corrected_config(checkpoint: Checkpoint, cures: set[str]) -> dict[str, Any]:
-    """Return config.json as it should read; what has no known cure stays."""
-    config = dict(checkpoint.config)
-    if "nextn-count" in cures:
-        config["num_nextn_predict_layers"] = 1
-    if "compress-ratios" in cures:
-        config["compress_ratios"] = [*checkpoint.ratios[: checkpoint.num_layers], 0]
-    if isinstance(checkpoint.quantization, QuantizationConfig) and not checkpoint.foreign_format:
-        config["quantization_config"] = corrected(checkpoint)
-    return config
+    total = sum(tensor.nbytes for tensor in fixed.tensors.values())
+    write_index(fixed.index, total, out, metadata)
 
 
 def _link(source: Path, target: Path) -> None:

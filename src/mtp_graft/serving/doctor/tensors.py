@@ -55,7 +55,8 @@ def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
         yield finding("index-total-size", f"{INDEX_NAME}: total_size", given, f"{total}, the sum")
     there = {path.name for path in checkpoint.folder.iterdir()} & {*_STOPS, *_GOES_ON}
     if missing := sorted({*_STOPS[:2], *_GOES_ON[:1]} - there):
-        yield finding("file-missing", listed(missing), "not there", "as in the base")
+        stops: Severity = "error" if _STOPS[0] in missing else "warning"
+        yield finding("file-missing", listed(missing), "not there", "as in the base", stops)
     for name in sorted(there):
         path = checkpoint.folder / name
         try:

@@ -16,14 +16,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-)
-from vllm.model_executor.layers.quantization.utils.fp8_utils import (
-    create_fp8_scale_parameter,
-    create_fp8_weight_parameter,
-    validate_fp8_block_shape,
-)
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+from vllm.model_executor.layers.quantization.utils import fp8_utils
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 
 from mtp_graft.errors import GraftError
@@ -32,7 +26,7 @@ from mtp_graft.vllm_plugin.cpu.experts import StoredExperts
 from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
 
 
-class DequantizeOnLoad(CompressedTensorsConfig):
+class DequantizeOnLoad(compressed_tensors.CompressedTensorsConfig):
     """A compressed-tensors config whose layers decode their weights after loading."""
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -73,7 +67,7 @@ def dequantize_on_load(config: QuantizationConfig | None) -> QuantizationConfig 
     """Return `config` as a `DequantizeOnLoad`; an unquantized model's None stays None."""
     if config is None or isinstance(config, DequantizeOnLoad):
         return config
-    if type(config) is not CompressedTensorsConfig:
+    if type(config) is not compressed_tensors.CompressedTensorsConfig:
         raise GraftError(
             f"config.json: quant_method is {config.get_name()}; on a CPU only compressed-tensors "
             "checkpoints (W4A16-FP8) are supported"
@@ -107,10 +101,10 @@ class FP8BlockLinear(OrderFreeLinear):
         layer.orig_dtype = params_dtype
         layer.weight_block_size = block = [FP8_BLOCK, FP8_BLOCK]  # for the merged-column loader
         inputs, outputs = input_size_per_partition, output_partition_sizes
-        validate_fp8_block_shape(layer, input_size, output_size, inputs, outputs, block)
+        fp8_utils.validate_fp8_block_shape(layer, input_size, output_size, inputs, outputs, block)
         loader = attributes["weight_loader"]
-        layer.weight = create_fp8_weight_parameter(sum(outputs), inputs, loader)
-        layer.weight_scale = create_fp8_scale_parameter(
+        layer.weight = fp8_utils.create_fp8_weight_parameter(sum(outputs), inputs, loader)
+        layer.weight_scale = fp8_utils.create_fp8_scale_parameter(
             BlockQuantScaleParameter, outputs, inputs, block, loader
         )
 
