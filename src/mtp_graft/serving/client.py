@@ -33,10 +33,6 @@ class ServerUnreachable(GraftError):
     """No connection, or it broke before the answer was complete."""
 
 
-class NoAnswerInTime(ServerUnreachable):
-    """The server is there and silent."""
-
-
 class _Tokens(BaseModel):
     tokens: list[int]
     max_model_len: int = 0
@@ -177,8 +173,7 @@ class ServerClient:
             ) from error
         except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
-            silent = isinstance(error, httpx.ReadTimeout)
-            raise (NoAnswerInTime if silent else ServerUnreachable)(
+            raise ServerUnreachable(
                 f"{self.base_url}: no answer ({reason}); is the server running?"
             ) from error
 
