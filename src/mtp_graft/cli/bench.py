@@ -247,10 +247,9 @@ def bench_soak(
     result = target.finish("soak", claim, lambda folder: measured(folder, "load", hold))
     if page:
         write_soak_page(page, result)
-    counts = {key: len(n) if isinstance(n, list) else n for key, n in result.items()}
-    columns = ("requests", "equal", "near_ties", "sound", "hung_up", "corrupted", "errors", "hangs")
-    show(result, target.json_file, table([counts], *columns))
-    if bad := [*result["corrupted"], *result["failures"]]:
+    columns = ("requests", "equal", "near_ties", "sound", "hung_up", "errors", "hangs")
+    show(result, target.json_file, table([result], *columns))
+    if bad := result["corrupted"] + result["failures"]:
         raise GraftError(
             f"{target.base_url or target.checkpoint}: {len(bad)} of {result['requests']} answers "
             f"are bad, the first one {bad[0]['id']} ({bad[0]['kind']}); --json has them all"

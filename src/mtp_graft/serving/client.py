@@ -35,7 +35,6 @@ class ServerUnreachable(GraftError):
 
 class _Tokens(BaseModel):
     tokens: list[int]
-    max_model_len: int = 0
 
 
 class _Logprobs(BaseModel):
@@ -88,10 +87,6 @@ class ServerClient:
         if not isinstance(prompt.content, str):
             body = {"messages": prompt.content, "chat_template_kwargs": {"thinking": False}}
         return self._ask("/tokenize", body, _Tokens).tokens
-
-    def max_model_len(self) -> int:
-        """Return the longest sequence that the server takes, in tokens."""
-        return self._ask("/tokenize", {"prompt": "a"}, _Tokens).max_model_len
 
     def complete(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False

@@ -19,13 +19,12 @@ from mtp_graft.bench.requests import Answer, Report, read_answer
 from mtp_graft.bench.soak.mix import MAX_ANSWER, MAX_QUESTION, Request, draw, make_pool
 from mtp_graft.bench.soak.verdicts import EQUAL, NEAR_TIE, SOUND, faults, judge, oddities, said
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import Prompt, ServerClient
+from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters
 
 _PATH = "/v1/chat/completions"
 _LOGPROBS = {"logprobs": True, "top_logprobs": 10, "return_tokens_as_token_ids": True}
 _MAX_DOCUMENT = 16384  # tokens
-_ENDS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>")
 #: What the result counts, by its key.
 _FINE = {"equal": EQUAL, "near_ties": NEAR_TIE, "sound": SOUND, "hung_up": "hung up"}
 _FAILED = {"errors": "error", "hangs": "hang"}
@@ -51,44 +50,35 @@ def soak(
     """
     alone: dict[str, Answer] = {}
     with ServerClient(client.base_url, client.api_key, config.silence_s) as asked:
-        pool, ends = _make_pool(asked, config), [asked.encode(Prompt(e, e)) for e in _ENDS]
-        end_ids, watch = {ids[0] for ids in ends if len(ids) == 1}, _Watch(asked)
+        text = make_pool(0, 3, 500, 1)[2].body["messages"][0]["content"]
+        found = next(asked.events("/tokenize", {"prompt": text}))
+        longest = min(_MAX_DOCUMENT, found["max_model_len"] - MAX_ANSWER - MAX_QUESTION)
+        pool = make_pool(config.seed, config.pool, longest, len(text) / found["count"])
+        watch = _Watch(asked)
         for done, (name, body, _) in enumerate(pool):
             report("soak: each request alone", done, len(pool))
             alone[name] = read_answer(reference, _PATH, body | _LOGPROBS)
 
-        def try_one(request: Request) -> Record:
+        def ask(request: Request) -> Record:
             answer = read_answer(asked, _PATH, request.body, request.hang_up_after)
             if request.hang_up_after and "total_tokens" not in answer:
                 return {"kind": "hung up"}
             expected, times = alone[request.name], [at_s for at_s, _ in answer["chunks"]]
             record = {"said": said(answer), "alone": said(expected), "body": request.body}
             record["times"] = times if "stream" in request.body else []
-            return {"kind": judge(request, answer, expected, end_ids), **record}
+            return {"kind": judge(request, answer, expected), **record}
 
-        records = _hold(asked.is_healthy, pool, try_one, watch.look, config, report)
-    odd = {r.name: faults(r, alone[r.name], end_ids) + oddities(alone[r.name]) for r in pool}
+        records = _hold(ask, asked.is_healthy, watch.look, pool, config, report)
+    odd = {r.name: faults(r, alone[r.name]) + oddities(alone[r.name]) for r in pool}
     odd = {name: kinds for name, kinds in odd.items() if kinds}
     return {**_summary(records), "alone": odd, **watch.result(), "config": config._asdict()}
 
 
-def _make_pool(client: ServerClient, config: SoakConfig) -> list[Request]:
-    text = make_pool(0, 3, 500, 1)[2].body["messages"][0]["content"]
-    context, room = client.max_model_len(), MAX_ANSWER + MAX_QUESTION
-    if context <= room:
-        raise GraftError(
-            f"{client.base_url}: a context of {context} tokens; a soak needs more than {room}: "
-            "serve it with a larger --max-model-len"
-        )
-    chars_per_token = len(text) / len(client.encode(Prompt("text", text)))
-    return make_pool(config.seed, config.pool, min(_MAX_DOCUMENT, context - room), chars_per_token)
-
-
 def _hold(
+    ask: Callable[[Request], Record],
     is_up: Callable[[], bool],
-    pool: Sequence[Request],
-    try_one: Callable[[Request], Record],
     look: Callable[[], None],
+    pool: Sequence[Request],
     config: SoakConfig,
     report: Report,
 ) -> list[Record]:
@@ -102,7 +92,7 @@ def _hold(
             with lock:
                 request, number = draw(random, pool), next(numbers)
             try:
-                record = try_one(request)
+                record = ask(request)
             except GraftError as error:
                 silent = isinstance(error.__cause__, httpx.ReadTimeout)
                 record = {"kind": "hang" if silent else "error", "message": str(error)}
@@ -115,16 +105,15 @@ def _hold(
         clients = [executor.submit(ask_on) for _ in range(config.concurrency)]
         try:
             while wait(clients, max(0.5, seconds / 120)).not_done:
-                look()
                 now = time.monotonic() - started
                 if now >= seconds:
                     stop.set()
                 report(f"soak: load, {len(records)} answers", int(min(now, seconds)), int(seconds))
+                look()
         finally:
             stop.set()
     for each in clients:
         each.result()
-    look()
     return records
 
 
@@ -154,12 +143,12 @@ class _Watch:
         """Return the JSON; `memory_growth` is of the last quarter over the second, as a share."""
         at_s, counters, memory = zip(*self._seen, strict=True)
         rates = [_rate(*two) for two in pairwise(counters)]
-        keys = ("at_s", "acceptance", "memory_bytes")
         points = zip(at_s[2:], rates[1:], memory[2:], strict=True)
-        quarter, bytes_known = len(memory) // 4, [m for m in memory if m]
-        late, early = bytes_known[-quarter:], bytes_known[quarter : 2 * quarter]
+        keys, known = ("at_s", "acceptance", "memory_bytes"), [m for m in memory[2:] if m]
+        quarter = len(known) // 4
+        late, early = known[-quarter:], known[quarter : 2 * quarter]
         return {
-            "seconds": at_s[-1],
+            "seconds": time.perf_counter() - self._started,
             "acceptance": {"alone": rates[0], "load": _rate(counters[1], counters[-1])},
             "memory_growth": median(late) / median(early) - 1 if early else None,
             "over_time": [dict(zip(keys, point, strict=True)) for point in points],
@@ -175,17 +164,14 @@ def _summary(records: Sequence[Record]) -> dict[str, Any]:
     bad = [{k: r[k] for k in r if k != "times"} for r in records if r["kind"] not in _FINE.values()]
     times = [record["times"] for record in records if record.get("times")]
     gaps = [later - earlier for each in times for earlier, later in pairwise(each)]
+    in_ms = {"ttft_ms": [each[0] for each in times], "gap_ms": gaps}
     return {
         "requests": len(records),
         **{key: num[kind] for key, kind in {**_FINE, **_FAILED}.items()},
         "corrupted": [record for record in bad if record["kind"] not in _FAILED.values()],
         "failures": [record for record in bad if record["kind"] in _FAILED.values()],
-        "ttft_ms": _percentiles([each[0] for each in times]),
-        "gap_ms": _percentiles(gaps),
+        **{
+            key: {f"p{p}": 1e3 * float(np.percentile(s, p)) for p in (50, 99)} if s else None
+            for key, s in in_ms.items()
+        },
     }
-
-
-def _percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
-    if not seconds:
-        return None
-    return {f"p{share}": 1e3 * float(np.percentile(seconds, share)) for share in (50, 99)}

@@ -3,7 +3,6 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection
 
 from pydantic import ValidationError
 
@@ -15,6 +14,8 @@ EQUAL, NEAR_TIE, SOUND = "equal", "near tie", "sound"
 #: Nats between two tokens of which rounding may choose either. On a sound H200: up to 0.7, and 2.1
 #: once, after a long prompt.
 NEAR_TIE_NATS = 2.5
+#: DeepSeek's begin and end of text, which no model writes inside an answer; control tokens' names.
+_ENDS = {0, 1}
 _CONTROL = re.compile(r"<[｜|][^｜|<>\n]{1,40}[｜|]>|</?think>|｜DSML｜")
 #: A loop: so many tokens before the last, which repeat at most so many.
 _LOOP_TOKENS, _LOOP_PERIOD = 64, 12
@@ -22,16 +23,14 @@ _LOOP_TOKENS, _LOOP_PERIOD = 64, 12
 _MIN_LETTERS, _MIN_SHARE, _MIN_TOKENS = 20, 0.3, 8
 
 
-def judge(
-    request: Request, answer: Answer, reference: Answer, end_ids: Collection[int] = ()
-) -> str:
+def judge(request: Request, answer: Answer, reference: Answer) -> str:
     """Return EQUAL, NEAR_TIE, SOUND (sampled or penalized, of good form), or the kind of fault.
 
     After a near tie, or sampled, a small model may loop or name control tokens: these count only
-    where a greedy text has no reason to differ. `end_ids` are tokens that no model writes inside.
+    where a greedy text has no reason to differ.
     """
-    body, alone = request.body, faults(request, reference, end_ids)
-    found = [kind for kind in faults(request, answer, end_ids) if kind not in alone]
+    body, alone = request.body, faults(request, reference)
+    found = [kind for kind in faults(request, answer) if kind not in alone]
     if answer.get("prompt_tokens") != reference["prompt_tokens"]:
         found.append("usage")
     elif body["temperature"] == 0 and said(answer) == said(reference) and not found:
@@ -57,7 +56,7 @@ def said(answer: Answer) -> tuple[str, str, list[list[str]]]:
     return answer.get("reasoning", ""), "".join(answer["texts"]), calls
 
 
-def faults(request: Request, answer: Answer, end_ids: Collection[int] = ()) -> list[str]:
+def faults(request: Request, answer: Answer) -> list[str]:
     """Return the kinds of fault in an answer's form."""
     body, reason, size = request.body, answer["finish_reason"], len(answer["token_ids"])
     reasoning, text, calls = said(answer)
@@ -72,7 +71,7 @@ def faults(request: Request, answer: Answer, end_ids: Collection[int] = ()) -> l
         # Tokens of a call that has only begun have no text.
         "empty": not size
         or (size >= _MIN_TOKENS and "tools" not in body and not (reasoning or text)),
-        "control tokens": not {*answer["token_ids"][:-1]}.isdisjoint(end_ids),
+        "control tokens": not _ENDS.isdisjoint(answer["token_ids"][:-1]),
         "broken JSON": reason == "stop" and "response_format" in body and not _fits(text),
         "broken tool call": reason != "length" and "tool_choice" in body and not called,
         "stop string": any(stop in text for stop in body.get("stop", ())),
