@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -342,6 +343,20 @@ def test_what_is_known_of_a_compute_capability_by_version(
     if "gpu-capability" in errors:
         with pytest.raises(GraftError, match=r"\(8, \d\), expected 9, 10 or 12"):
             make_plan(ServeOptions(good), "auto", hardware)
+
+
+@given(st.integers(1, 20), st.integers(0, 9), st.sampled_from(["0.32.0", "0.33.0", "0.33.1"]))
+@settings(deadline=None)
+def test_a_gpu_is_refused_by_doctor_and_serve_or_by_neither(
+    good: Path, major: int, minor: int, vllm: str
+) -> None:
+    gpu = Hardware("GPU", 1, 80 * 2**30, capability=(major, minor))
+    target = Target(Version(vllm), "cuda", gpu)
+    errors = ids(list(hardware.known_issues(read(good), target)), "error")
+    is_known = major in (9, 10, 12)
+    assert errors == ([] if is_known else ["gpu-capability"])
+    with nullcontext() if is_known else pytest.raises(GraftError, match="expected 9, 10 or 12"):
+        make_plan(ServeOptions(good), "auto", gpu)
 
 
 read = cache(read_checkpoint)
