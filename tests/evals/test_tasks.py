@@ -17,9 +17,8 @@ from inspect_ai import Task
 from inspect_ai.model import ModelOutput
 
 from mtp_graft.bench.evals import tasks
-from mtp_graft.bench.evals.judging import find_code, judge_code
 from mtp_graft.bench.evals.run import TASKS
-from mtp_graft.bench.evals.tasks import find_letter, find_number
+from mtp_graft.bench.evals.tasks import find_code, find_letter, find_number, judge_code
 from mtp_graft.errors import GraftError
 
 

@@ -19,9 +19,9 @@ pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: i
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin import cuda as v2
 from mtp_graft.vllm_plugin import recording
 from mtp_graft.vllm_plugin.cpu import recording as v1
-from mtp_graft.vllm_plugin.cuda import recording as v2
 from mtp_graft.vllm_plugin.recording import make_recorder
 
 pytestmark = pytest.mark.vllm

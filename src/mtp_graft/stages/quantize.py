@@ -127,11 +127,6 @@ def _is_done(file: Path) -> bool:
         return False
 
 
-def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
-    prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
-    return [name for name in inputs.head.files if name.startswith(prefixes)]
-
-
 # Replay
 
 
@@ -188,7 +183,9 @@ def _quantize(
     """Replay the capture, then quantize every pending batch of experts and write its file."""
 
     def read(experts: range) -> dict[str, Tensor]:
-        return inputs.read_upstream(_upstream_names(inputs, experts), clock.device)
+        prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
+        names = [name for name in inputs.head.files if name.startswith(prefixes)]
+        return inputs.read_upstream(names, clock.device)
 
     total = inputs.model.n_routed_experts
     done = total - sum(map(len, pending))
@@ -219,7 +216,11 @@ def _quantize_batch(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
     with clock.timed("hessian", tf32=True):
-        weights = _stack(decode_head(upstream), experts)
+        decoded = decode_head(upstream)
+        weights = {  # f32, w1 and w3 [E, M, D] and w2 [E, D, M]
+            matrix: torch.stack([decoded[f"{expert_name(e, matrix)}.weight"] for e in experts])
+            for matrix in MATRICES
+        }
         tokens = [routed.of_expert(e) for e in experts]
         hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # of w1, w2, w3
     with clock.timed("gptq"):
@@ -230,14 +231,6 @@ def _quantize_batch(
     with clock.timed("errors", tf32=True):
         errors = expert_errors(weights, hessians, quantized, settings.group_size)
     return packed, {"counts": [routed.counts[e] for e in experts], "rel_errors": errors}
-
-
-def _stack(decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
-    """Return w1 and w3 [E, M, D] and w2 [E, D, M] in float32."""
-    return {
-        matrix: torch.stack([decoded[f"{expert_name(e, matrix)}.weight"] for e in experts])
-        for matrix in MATRICES
-    }
 
 
 def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Path) -> None:
