@@ -22,7 +22,7 @@ import torch
 from record import arguments, write_result
 from torch import Tensor
 
-from mtp_graft.dsv4.hessians import expert_hessians
+from mtp_graft.dsv4.experts import expert_hessians
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import Scale, gptq, relative_error
 

@@ -15,8 +15,7 @@ import torch
 from record import MODEL, arguments, write_result
 from torch import Tensor
 
-from mtp_graft.dsv4.experts import MATRICES, quantize_experts
-from mtp_graft.dsv4.hessians import expert_hessians
+from mtp_graft.dsv4.experts import MATRICES, expert_hessians, quantize_experts
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import relative_error

@@ -30,7 +30,7 @@ from texts import bundled_prompts, compare_forced, divergences, forced, greedy, 
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.serving.metrics import drafting_result
-from mtp_graft.stages.process import run_in_process
+from mtp_graft.stages.parallel import run_in_process
 from mtp_graft.stages.splice import splice
 
 PROJECTIONS, CHUNK, LONG = 16, 512, 1500

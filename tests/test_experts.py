@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mtp_graft.dsv4.experts import expert_errors, quantize_experts
-from mtp_graft.dsv4.hessians import expert_hessians
+from mtp_graft.dsv4.experts import expert_errors, expert_hessians, quantize_experts
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection
 

@@ -11,7 +11,7 @@ import pytest
 
 import apart
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.stages.process import run_in_process
+from mtp_graft.stages.parallel import run_in_process
 from serving.bench_server import quiet
 from serving.conftest import is_running, wait_gone
 
@@ -57,7 +57,7 @@ PARENT = """
 import sys
 from pathlib import Path
 import apart
-from mtp_graft.stages.process import run_in_process
+from mtp_graft.stages.parallel import run_in_process
 if __name__ == "__main__":
     run_in_process(apart.hangs, Path(sys.argv[1]), report=lambda *_: None)
 """

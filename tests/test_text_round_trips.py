@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mtp_graft.bench.evals.tasks import gsm8k
+from mtp_graft.bench.evals.tasks import load_task
 from mtp_graft.checkpoint.capture import FinishedText, append_row, read_texts
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.stages.calibration import load_calibration
@@ -49,7 +49,7 @@ def calibration(text: str, folder: Path) -> str | object:
 
 def question(text: str, folder: Path) -> str:
     written(folder, question=text, answer="#### 1")
-    return str(gsm8k(folder, None, 0).dataset[0].input)[: len(text)]
+    return str(load_task("gsm8k", folder, None, 0).dataset[0].input)[: len(text)]
 
 
 def captured(text: str, folder: Path) -> str:

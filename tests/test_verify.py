@@ -130,6 +130,8 @@ SABOTAGE: list[tuple[Variant, Damage, str, str]] = [
     ("rtn", set_first(W1_SCALE, lambda _: torch.nan), "mismatched", W1_CODES),
     ("rtn", put(f"{EXPERT}.w1.weight_shape", lambda t: t + 1), "mismatched", W1_CODES),
     ("mxfp4", set_first(W1_SCALE, lambda exponent: exponent + 1), "mismatched", W1_CODES),
+    ("mxfp4", flip(W1_CODES), "mismatched", W1_CODES),
+    ("mxfp4", flip("mtp.0.h_proj.weight"), "mismatched", "mtp.0.h_proj.weight"),
     ("bf16", flip(f"{EXPERT}.w3.weight"), "mismatched", f"{EXPERT}.w3.weight"),
     ("rtn", put(H_SCALE, lambda t: 2 * t), "mismatched", "mtp.0.h_proj.weight"),
     ("rtn", put(H_SCALE, lambda t: 1 / t.float()), "mismatched", "mtp.0.h_proj.weight"),

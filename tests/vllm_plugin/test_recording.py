@@ -19,9 +19,9 @@ pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: i
 
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
 from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin import cuda as v2
 from mtp_graft.vllm_plugin import recording
-from mtp_graft.vllm_plugin.cpu import steps
-from mtp_graft.vllm_plugin.cuda import recording as v2
+from mtp_graft.vllm_plugin.cpu import recording as v1
 from mtp_graft.vllm_plugin.recording import make_recorder
 
 pytestmark = pytest.mark.vllm
@@ -222,6 +222,6 @@ def test_replicas_are_refused(folder: Path) -> None:
 
 def test_a_step_whose_requests_are_not_told_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     context = SimpleNamespace(attn_metadata={"layers.0": SimpleNamespace()})
-    monkeypatch.setattr(steps, "get_forward_context", lambda: context)
+    monkeypatch.setattr(v1, "get_forward_context", lambda: context)
     with pytest.raises(GraftError, match="query_start_loc_cpu"):
-        steps.request_bounds()
+        v1.request_bounds()

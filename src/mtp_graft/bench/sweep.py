@@ -113,7 +113,7 @@ def run_load(base_url: str, load: Mapping[str, Any]) -> dict[str, Any]:
     """Hold a load, as `vllm_plugin.bench_serve` reads it; return vLLM's result."""
     done = subprocess.run(
         [sys.executable, "-m", "mtp_graft.vllm_plugin.bench_serve"],
-        input=json.dumps(load) + "\n",
+        input=json.dumps(load),
         # A proxy of the environment has no business between us and a named server.
         env={**os.environ, "NO_PROXY": str(urlsplit(base_url).hostname)},
         capture_output=True,

@@ -69,12 +69,11 @@ def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if match is None:
         return {from_transformers(name): tensor}
     prefix = from_transformers(f"{match[1]}.mlp.experts")
-    if match[2] == "down_proj":
-        return {f"{prefix}.{e}.w2.weight": w for e, w in enumerate(tensor)}
-    split = {}
-    for e, gate_up in enumerate(tensor):
-        split[f"{prefix}.{e}.w1.weight"], split[f"{prefix}.{e}.w3.weight"] = gate_up.chunk(2)
-    return split
+    fused = ("w2",) if match[2] == "down_proj" else ("w1", "w3")
+    matrices = dict(zip(fused, tensor.chunk(len(fused), dim=1), strict=True))
+    return {
+        f"{prefix}.{e}.{m}.weight": w[e] for e in range(len(tensor)) for m, w in matrices.items()
+    }
 
 
 def head_from_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ _CPU_NOTE = (
     "the pipeline is right, not what the real model gains, and only their ratio within this run "
     "means anything."
 )
+_OF_HEAD = ("acceptance", "acceptance_by_position", "acceptance_length")
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -33,17 +34,14 @@ def summarize(run: Run) -> dict[str, Any]:
     speeds = {side: found["decode_tok_s"]["median"] for side, found in sides.items()}
     return {
         "k": (decode or main).get("k"),
-        "acceptance": main.get("acceptance"),
-        "acceptance_by_position": main.get("acceptance_by_position"),
-        "acceptance_length": main.get("acceptance_length"),
+        **{key: main.get(key) for key in _OF_HEAD},
         "acceptance_served": {v: found["acceptance"] for v, found in served.items()},
         "acceptance_offline": {v: found["top1"] for v, found in scored.items()},
         "acceptance_difference": _differences(served),
         "acceptance_difference_offline": _differences(scored),
         "intervals_served": {v: found["interval"] for v, found in served.items()},
         "decode_tok_s": speeds or None,
-        "greedy_identical": decode.get("greedy_identical"),
-        "divergences": decode.get("divergences"),
+        **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
         "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
         "checkpoint": str(run.checkpoint(chosen)),
         "report": str(report) if report.exists() else None,
@@ -65,9 +63,7 @@ def report_run(run: Run) -> list[Path]:
     notes += [f"Serving: {text}." for text in (decode or {}).get("adjusted", [])]
     found = {
         "result": summarize(run),
-        "capture": run.result("capture/report"),
-        "quantize": run.result("quantize/report"),
-        "score": run.result("score/report"),
+        **{stage: run.result(f"{stage}/report") for stage in ("capture", "quantize", "score")},
         "served": served,
         "decode": decode,
         "verify": run.result(f"verify/{run.recipe.splice.variant}"),

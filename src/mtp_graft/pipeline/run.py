@@ -33,7 +33,7 @@ from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.capture import capture, recording_options
 from mtp_graft.stages.heal import heal
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
-from mtp_graft.stages.process import run_in_process
+from mtp_graft.stages.parallel import run_in_process
 from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice

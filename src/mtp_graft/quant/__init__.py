@@ -52,6 +52,6 @@ def decode_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
     signed = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))
     table = torch.tensor(signed, device=codes.device)
     pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), dim=-1)  # [256, 2], a byte
-    values = pairs[codes.view(torch.uint8).int()]  # [..., O, I/2, 2]
+    values = F.embedding(codes.view(torch.uint8).int(), pairs)  # [..., O, I/2, 2]
     groups = values.flatten(-2).unflatten(-1, (-1, MXFP4_GROUP))
     return (groups * scale.view(torch.float8_e8m0fnu).float().unsqueeze(-1)).flatten(-2)

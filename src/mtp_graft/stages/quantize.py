@@ -4,7 +4,7 @@ The data's way, from top to bottom:
 
     capture       every sequence's tokens and residual stream, as the base computed them
     replay        the head on them, without its experts: which tokens reach which
-    Hessians      of each expert matrix's inputs; w2 has its own (`dsv4.hessians`)
+    Hessians      of each expert matrix's inputs; w2 has its own
     GPTQ          codes and scales under these Hessians, and every variant's error (`dsv4.experts`)
     files         gptq/experts-*.safetensors, report.json
 
@@ -32,13 +32,14 @@ from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, load_tensors, save_shard
 from mtp_graft.dsv4.experts import (
     MATRICES,
+    RoutedTokens,
     expert_errors,
+    expert_hessians,
     expert_name,
     pack_experts,
     quantize_experts,
 )
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.hessians import RoutedTokens, expert_hessians
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
 from mtp_graft.dsv4.replay import build_head, replay_routing
 from mtp_graft.dsv4.variants import decode_head, store_head
@@ -126,11 +127,6 @@ def _is_done(file: Path) -> bool:
         return False
 
 
-def _upstream_names(inputs: Inputs, experts: range) -> list[str]:
-    prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
-    return [name for name in inputs.head.files if name.startswith(prefixes)]
-
-
 # Replay
 
 
@@ -187,7 +183,9 @@ def _quantize(
     """Replay the capture, then quantize every pending batch of experts and write its file."""
 
     def read(experts: range) -> dict[str, Tensor]:
-        return inputs.read_upstream(_upstream_names(inputs, experts), clock.device)
+        prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
+        names = [name for name in inputs.head.files if name.startswith(prefixes)]
+        return inputs.read_upstream(names, clock.device)
 
     total = inputs.model.n_routed_experts
     done = total - sum(map(len, pending))
@@ -218,9 +216,12 @@ def _quantize_batch(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
     with clock.timed("hessian", tf32=True):
-        weights = _stack(decode_head(upstream), experts)
-        # An expert that no token reached is calibrated on all of them.
-        tokens = [routed.of_expert(e) if routed.counts[e] else routed.of_all() for e in experts]
+        decoded = decode_head(upstream)
+        weights = {  # f32, w1 and w3 [E, M, D] and w2 [E, D, M]
+            matrix: torch.stack([decoded[f"{expert_name(e, matrix)}.weight"] for e in experts])
+            for matrix in MATRICES
+        }
+        tokens = [routed.of_expert(e) for e in experts]
         hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # of w1, w2, w3
     with clock.timed("gptq"):
         num_tokens = [routed.counts[e] or len(routed.x) for e in experts]
@@ -230,14 +231,6 @@ def _quantize_batch(
     with clock.timed("errors", tf32=True):
         errors = expert_errors(weights, hessians, quantized, settings.group_size)
     return packed, {"counts": [routed.counts[e] for e in experts], "rel_errors": errors}
-
-
-def _stack(decoded: Mapping[str, Tensor], experts: range) -> dict[str, Tensor]:
-    """Return w1 and w3 [E, M, D] and w2 [E, D, M] in float32."""
-    return {
-        matrix: torch.stack([decoded[f"{expert_name(e, matrix)}.weight"] for e in experts])
-        for matrix in MATRICES
-    }
 
 
 def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Path) -> None:

@@ -1,14 +1,15 @@
 """Verify: read a spliced checkpoint back with other code than what wrote it, and compare.
 
 Engines skip tensors whose name they do not know, and then draft noise. Here every tensor that the
-checkpoint's own config asks for is read, decoded (packed experts by compressed-tensors) and
-compared with what it was made of.
+checkpoint's own config asks for is read, decoded (packed experts by compressed-tensors) unless its
+codes are upstream's, and compared with what it was made of.
 """
 
 import filecmp
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,10 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
         ours = parts[part]
         if ours.shape != like.shape or (kind != "plain" and ours.dtype != like.dtype):
             return f"{part} is {_said(ours)}, expected {_said(like)}"
+    if kind in ("fp8", "mxfp4") and _is_kept(name, parts, head.master):
+        return None
     values = _decode({part.replace(name, "weight"): t for part, t in parts.items()}, kind)
-    if not torch.isfinite(values).all():
+    if not torch.stack(values.aminmax()).isfinite().all():
         return "holds values that are not finite"
     shape = parts.get(f"{name}_shape")
     if shape is not None and shape.tolist() != list(values.shape):
@@ -181,22 +184,37 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
     return None if _same(values, expected) else f"differs from upstream's {_said(expected)}"
 
 
+def _is_kept(name: str, parts: Parts, master: Values) -> bool:
+    """Return whether codes and scales are upstream's, all of them numbers; false without any."""
+    (codes, scale), exponents = parts.values(), master.get(f"{name.removesuffix('.weight')}.scale")
+    if exponents is None or not _same(codes.view(torch.uint8), master[name].view(torch.uint8)):
+        return False
+    ours = _exp2(scale) if scale.dtype == torch.uint8 else scale.float()
+    is_number = codes.dtype == torch.uint8 or int((codes.view(torch.uint8) & 127).max()) < 127
+    return is_number and _same(ours, _exp2(exponents)) and float(ours.max()) < 2**100
+
+
 def _decode(parts: Parts, kind: str) -> Tensor:
-    """Return a stored tensor's values, in float32 if it was quantized."""
+    """Return a stored tensor's values: MXFP4 in BF16, which holds it, other codes in float32."""
     if kind == "plain":
         (tensor,) = parts.values()
         return tensor
     scale = parts["weight_scale"]
     if kind == "fp8":
         return _decode_fp8(parts["weight"], scale.float())
-    if scale.is_floating_point():  # they are multiplied in its dtype, which must not round
-        scale = scale.float()
+    if kind == "mxfp4":
+        return _decode_mxfp4(parts["weight_packed"], scale)
+    # They are multiplied in the scale's dtype, which must not round.
+    return _decompress({**parts, "weight_scale": scale.float()}, kind)
+
+
+def _decompress(parts: Parts, kind: str) -> Tensor:
     name, number, codes = _PACKED[kind]
-    group_size = parts["weight_packed"].shape[1] * codes // scale.shape[1]
+    group_size = parts["weight_packed"].shape[1] * codes // parts["weight_scale"].shape[1]
     args = QuantizationArgs(num_bits=4, type=number, strategy="group", group_size=group_size)
-    scheme = QuantizationScheme(targets=[], weights=args)
     compressor = BaseCompressor.get_value_from_registry(name)
-    values: Tensor = compressor.decompress({**parts, "weight_scale": scale}, scheme)["weight"]
+    scheme = QuantizationScheme(targets=[], weights=args)
+    values: Tensor = compressor.decompress(dict(parts), scheme)["weight"]
     return values.float()
 
 
@@ -206,20 +224,38 @@ def _decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale[rows[:, None], columns]
 
 
+def _decode_mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
+    """Return BF16 [O, I], which is exact."""
+    pairs = _pairs_of_bytes().index_select(0, codes.view(torch.uint8).flatten().int())
+    groups = pairs.view(torch.bfloat16).unflatten(0, (*exponents.shape, 32))
+    return (groups * _exp2(exponents).bfloat16()[..., None]).flatten(1)
+
+
+@cache
+def _pairs_of_bytes() -> Tensor:
+    """Return the bits of the two BF16 values in each byte, by compressed-tensors: int32 [256]."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16)
+    one = torch.full((256, 1), 127, dtype=torch.uint8)
+    values = _decompress({"weight_packed": codes, "weight_scale": one}, "mxfp4")
+    return values[:, :2].bfloat16().view(torch.int32).flatten()
+
+
+def _exp2(exponents: Tensor) -> Tensor:
+    """Return the float32 values of E8M0 scales, by its definition."""
+    return torch.exp2(exponents.view(torch.uint8).float() - 127)
+
+
 def _master_values(name: str, kind: str, master: Values) -> Tensor:
-    """Return what upstream has: its tensor, or its MXFP4 or FP8 codes decoded to float32 [O, I].
+    """Return what upstream has: its tensor, or its MXFP4 or FP8 codes decoded, as `_decode` does.
 
     Decoded values that are to be stored without a scheme are BF16.
     """
     weight, scale = master[name], master.get(f"{name.removesuffix('.weight')}.scale")
     if scale is None:
         return weight
-    exponents = scale.view(torch.uint8)
     if name.startswith(EXPERTS_PREFIX):
-        parts = {"weight_packed": weight.view(torch.uint8), "weight_scale": exponents}
-        values = _decode(parts, "mxfp4")
-    else:
-        values = _decode_fp8(weight, torch.exp2(exponents.float() - 127))  # E8M0's definition
+        return _decode_mxfp4(weight, scale)
+    values = _decode_fp8(weight, _exp2(scale))
     return values.to(torch.bfloat16) if kind == "plain" else values
 
 
@@ -233,7 +269,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 def _wrong_int4(values: Tensor, exact: Tensor, scale: Tensor, head: _Head) -> str | None:
     error = values - exact
-    wrong, whole = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (error, exact))
+    wrong, whole = (float(t.float().square().sum()) ** 0.5 for t in (error, exact))
     rel_error = wrong / whole if whole else wrong
     head.rel_error_max = max(head.rel_error_max, rel_error)
     if rel_error > INT4_REL_ERROR:

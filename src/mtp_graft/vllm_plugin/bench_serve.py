@@ -12,7 +12,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read one load a line from standard input; write vLLM's result of each to standard output.
+    """Hold the load on standard input; write vLLM's result to standard output.
 
     A load is JSON: `prompts` (token ids, taken in turn), `max_tokens`, and `arguments` of
     `vllm bench serve`. What vLLM prints goes to standard error.
@@ -21,9 +21,8 @@ def main() -> None:
     from vllm.benchmarks.datasets import SampleRequest
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser()
+    load, parser = json.load(sys.stdin), FlexibleArgumentParser()
     serve.add_cli_args(parser)
-    load: dict[str, Any] = {}
 
     def samples(args: Any, _tokenizer: object) -> list[Any]:
         prompts = islice(cycle(load["prompts"]), args.num_prompts)
@@ -33,11 +32,9 @@ def main() -> None:
         ]
 
     serve.get_samples = samples
-    for line in sys.stdin:
-        load = json.loads(line)
-        with contextlib.redirect_stdout(sys.stderr):
-            found = serve.main(parser.parse_args(load["arguments"]))
-        print(json.dumps(found), flush=True)
+    with contextlib.redirect_stdout(sys.stderr):
+        found = serve.main(parser.parse_args(load["arguments"]))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ its prompts, one prompt after the other:
     starts     int32 [prompts], the first row of each prompt
 
 Only prompts that one step computes whole are recorded: nothing else can be recomputed from the file
-alone. Which rows of a step those are is for `cpu/recording.py` and `cuda/recording.py` to know.
+alone. Which rows of a step those are is for `cpu/recording.py` and `cuda.py` to know.
 
 The switch may only be turned while the server is idle: all ranks look at it in every step, and
 have to see the same, because the logits are put together from all of them.

@@ -13,9 +13,8 @@ from inspect_ai.dataset import Sample
 from inspect_ai.model import ModelOutput
 from inspect_ai.tool import ToolInfo
 
-from mtp_graft.bench.evals.judging import WRONG, compare, judge_code, make_task, said
 from mtp_graft.bench.evals.sandbox import Failure, find_python
-from mtp_graft.bench.evals.tasks import deal
+from mtp_graft.bench.evals.tasks import WRONG, compare, deal, judge_code, make_task, said
 from mtp_graft.errors import UsageError
 
 DISOBEYED = "instruction not followed"

@@ -3,8 +3,9 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from inspect_ai.scorer import CORRECT
 from openai import OpenAI, OpenAIError
 
 from mtp_graft.bench.evals.capability import capability
-from mtp_graft.bench.evals.tasks import gsm8k, humaneval, mmlu
+from mtp_graft.bench.evals.tasks import SOURCES, load_task
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS, ServerClient
 from mtp_graft.serving.metrics import wilson_interval
 
 #: Benchmark -> its task on a data folder (None: the hub), limit and seed.
-TASKS = {"gsm8k": gsm8k, "humaneval": humaneval, "mmlu": mmlu, "capability": capability}
+TASKS: dict[str, Callable[..., Task]] = {name: partial(load_task, name) for name in SOURCES}
+TASKS["capability"] = capability
 _WHOLE = (None, "stop", "length", "tool_calls")  # not every server gives a reason
 #: Seconds without a byte after which a request has failed; how often one is asked in all.
 _SILENCE_S, _ATTEMPTS = 300.0, 3

@@ -21,7 +21,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from mtp_graft.dsv4.formats import Format, decode, stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu.order_free import add_over_ranks
-from mtp_graft.vllm_plugin.cpu.steps import request_bounds
+from mtp_graft.vllm_plugin.cpu.recording import request_bounds
 
 #: A request's next token and up to seven drafts; a shorter prompt is computed like them.
 MAX_VERIFIED_TOKENS = 8

@@ -1,4 +1,4 @@
-"""Which rows of a step are whole prompts, where every step runs the target's `forward`."""
+"""Which rows of a step are whose, and which are whole prompts: every step runs `forward`."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -6,9 +6,26 @@ from typing import Any
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
 
-from mtp_graft.vllm_plugin.cpu.steps import request_bounds
+from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.recording import Span, make_recorder
+
+
+def request_bounds() -> list[int]:
+    """Return where the R requests of this step begin and end, R + 1 rows; [0] if there are none.
+
+    Request i has rows `bounds[i]` to `bounds[i + 1]`; rows after the last bound are padding.
+    Raises GraftError if this vLLM does not say so.
+    """
+    layers = (get_forward_context().attn_metadata or {}).values()
+    if not layers:
+        return [0]
+    for layer in layers:
+        if (bounds := getattr(layer, "query_start_loc_cpu", None)) is not None:
+            return list(bounds.tolist())
+    kinds = sorted({type(layer).__name__ for layer in layers})
+    raise GraftError(f"attention metadata {kinds}: none has query_start_loc_cpu; other vLLM?")
 
 
 def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:

@@ -1,19 +1,43 @@
-"""Which rows of a step are whole prompts, for vLLM's V2 model runner.
+"""DeepSeek-V4 on NVIDIA GPUs: vLLM's own target and MTP drafter, loaded strictly, and recorded.
 
-In a CUDA graph that is replayed no hook of the model runs. But the runner keeps a step's inputs and
-hidden states until it samples, whether the step was a graph, in pieces or eager, and the target's
-residual buffer still holds the step's rows. So they are read there, just before sampling.
+In a CUDA graph that is replayed no hook of the model runs. But vLLM's V2 runner keeps a step's
+inputs and hidden states until it samples, whether the step was a graph, in pieces or eager, and the
+target's residual buffer still holds the step's rows. So they are read there, just before sampling.
 """
 
+from collections.abc import Iterable
 from functools import wraps
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.models import deepseek_v4 as stock
 
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.recording import Recorder, Span, make_recorder
+from mtp_graft.vllm_plugin.strict_loading import load_base, load_head
+
+
+class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
+    """The target; unread checkpoint tensors and unwritten parameters are errors."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        record_on_demand(self, vllm_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the base's tensors."""
+        return load_base(self, weights, super().load_weights)
+
+
+class DeepSeekV4MTP(stock.DeepSeekV4MTP):
+    """The drafter; unread checkpoint tensors and unwritten parameters are errors."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the head's tensors."""
+        return load_head(self, weights, super().load_weights)
 
 
 def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:
