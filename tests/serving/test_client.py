@@ -64,5 +64,5 @@ def test_an_answer_that_is_not_vllms_is_one_error_with_the_address(text: str, as
 @pytest.mark.parametrize("event", ['{"choices": ["x"]}', "5", "{", NESTED])
 def test_a_stream_that_cannot_be_read_raises_a_read_error(event: str) -> None:
     with answering(f"data: {event}\n\n") as client, pytest.raises(READ_ERRORS):
-        for found in client.events("/", {}):
+        for found in client.events("/", {"stream": True}):
             _ = found["choices"][0]["token_ids"]

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mtp_graft.bench.page import percents
 from mtp_graft.cli.app import bench, with_options
-from mtp_graft.cli.output import progress_bar, show, table
+from mtp_graft.cli.output import check_writable, progress_bar, show, table
 from mtp_graft.cli.target import Result, Target, check_url
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, option, option_group
@@ -214,6 +214,47 @@ def bench_workload(
     records.append({"category": "all", **result})
     columns = ("requests", "completion_tokens", "decode_tok_s", "ttft_ms", "acceptance", "cut_off")
     show(result, target.json_file, table(records, "category", *columns))
+
+
+@bench.command("soak")
+@with_options
+def bench_soak(
+    target: Target,
+    reference: str | None = option(
+        None, "URL", "Ask this server alone. Default: the same one.", callback=check_url
+    ),
+    minutes: float = option(10.0, "N", "How long to hold the load.", min=0.01),
+    concurrency: int = option(8, "N", "Requests at a time.", min=1),
+    seed: int = option(0, "N", "Draws the requests."),
+    page: Path | None = option(None, "FILE", "Write a page with charts.", callback=check_writable),
+    k: int | None = NUM_SPECULATIVE_TOKENS,
+) -> None:
+    """Compare answers under load with the same requests asked alone; 1 if any is corrupted."""
+    from mtp_graft.bench.requests import measured
+    from mtp_graft.bench.soak.page import write_page
+    from mtp_graft.bench.soak.run import SoakConfig, soak
+    from mtp_graft.serving.client import ServerClient
+
+    config, k = SoakConfig(minutes, concurrency, seed), target.num_drafts(k)
+
+    def hold() -> Result:
+        with progress_bar() as report, ExitStack() as stack:
+            client = stack.enter_context(target.client(report, "soak", k, prefix_caching=True))
+            other = reference and stack.enter_context(ServerClient(reference, target.api_key))
+            return soak(client, other or client, config, report)
+
+    claim = {"soak": asdict(config), "reference": reference, "k": k}
+    result = target.finish("soak", claim, lambda folder: measured(folder, "load", hold))
+    if page:
+        write_page(result, page)
+    counts = {key: len(n) if isinstance(n, list) else n for key, n in result.items()}
+    columns = ("requests", "equal", "near_ties", "sound", "hung_up", "corrupted", "errors", "hangs")
+    show(result, target.json_file, table([counts], *columns))
+    if bad := [*result["corrupted"], *result["failures"]]:
+        raise GraftError(
+            f"{target.base_url or target.checkpoint}: {len(bad)} of {result['requests']} answers "
+            f"are bad, the first one {bad[0]['id']} ({bad[0]['kind']}); --json has them all"
+        )
 
 
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,11 @@ class Target:
 
     @contextmanager
     def client(
-        self, report: Report = lambda *_: None, name: str = "", k: int | None = None
+        self,
+        report: Report = lambda *_: None,
+        name: str = "",
+        k: int | None = None,
+        prefix_caching: bool = False,  # off: a prompt that comes again is computed again
     ) -> Iterator["ServerClient"]:
         """Give a client of the server; one of ours drafts `k`, and `name` is its log's."""
         from mtp_graft.serving.client import ServerClient
@@ -141,7 +146,10 @@ class Target:
             with ServerClient(str(self.base_url), self.api_key) as client:
                 yield client
         else:
-            with started(self._serve_options(self.checkpoint, k), report, name) as client:
+            options = replace(
+                self._serve_options(self.checkpoint, k), prefix_caching=prefix_caching
+            )
+            with started(options, report, name) as client:
                 yield client
 
     def _serve_options(self, checkpoint: Path, k: int | None) -> ServeOptions:
@@ -154,7 +162,6 @@ class Target:
             tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
             num_speculative_tokens=k,
-            prefix_caching=False,  # a prompt that comes again is computed again
             api_key=self.api_key,
             extra_args=self.extra,
         )

@@ -142,7 +142,8 @@ def _heal(run: Run) -> None:
     recipe, settings, out = run.recipe, run.recipe.heal, run.path / "heal"
     assert settings is not None  # or the stage is not among those to do
     inputs = run.finished("capture"), run.finished("quantize"), *reversed(run.models)
-    how = recipe.splice.variant, recipe.quantize.group_size, settings
+    asked = recipe.splice
+    how = asked.variant, asked.linears, recipe.quantize.group_size, settings
     _compute(run, settings.device, heal, *inputs, out, *how)
 
 

@@ -1,6 +1,6 @@
 """What we ask of a running vLLM server: completions on token ids, tokenization, metrics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -33,8 +33,13 @@ class ServerUnreachable(GraftError):
     """No connection, or it broke before the answer was complete."""
 
 
+class NoAnswerInTime(ServerUnreachable):
+    """The server is there and silent."""
+
+
 class _Tokens(BaseModel):
     tokens: list[int]
+    max_model_len: int = 0
 
 
 class _Logprobs(BaseModel):
@@ -57,10 +62,12 @@ Found = TypeVar("Found", bound=BaseModel)
 class ServerClient:
     """A client of one vLLM server; every method raises GraftError if it is away or refuses."""
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None = None, silence_s: float = READ_TIMEOUT_S
+    ) -> None:
         self.base_url, self.api_key = base_url.rstrip("/").removesuffix("/v1"), api_key
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=10.0)
+        timeout = httpx.Timeout(silence_s, connect=10.0, pool=None)
         # A proxy of the environment has no business between us and a named server.
         self._http = httpx.Client(
             base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False
@@ -85,6 +92,10 @@ class ServerClient:
         if not isinstance(prompt.content, str):
             body = {"messages": prompt.content, "chat_template_kwargs": {"thinking": False}}
         return self._ask("/tokenize", body, _Tokens).tokens
+
+    def max_model_len(self) -> int:
+        """Return the longest sequence that the server takes, in tokens."""
+        return self._ask("/tokenize", {"prompt": "a"}, _Tokens).max_model_len
 
     def complete(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -121,11 +132,14 @@ class ServerClient:
         """Return the server's drafting counters so far, or None if it does not draft."""
         return parse_spec_decode(self._send("GET", "/metrics").text)
 
-    def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the events of a streamed answer; also raises READ_ERRORS."""
+    def events(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Yield the events of a streamed answer, or the whole one; also raises READ_ERRORS."""
         with self._errors(), self._http.stream("POST", path, json=body) as answer:
             if answer.is_error:
                 answer.read()  # the error quotes it
+            if not body.get("stream"):
+                yield from_json(answer.raise_for_status().read())
+                return
             rest = b""
             for chunk in answer.raise_for_status().iter_bytes():
                 # httpx's own lines end at U+2028 and others, which JSON may have inside a string.
@@ -163,7 +177,8 @@ class ServerClient:
             ) from error
         except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
-            raise ServerUnreachable(
+            silent = isinstance(error, httpx.ReadTimeout)
+            raise (NoAnswerInTime if silent else ServerUnreachable)(
                 f"{self.base_url}: no answer ({reason}); is the server running?"
             ) from error
 

@@ -1,0 +1,1 @@
+"""`bench soak`: does a server write under load what it writes alone?"""

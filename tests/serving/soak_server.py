@@ -1,0 +1,127 @@
+"""A stand-in server for soaks: a sound one, but for a fault that is planted in some answers.
+
+A character is a token. Every third answer under load, which is what comes without logprobs, is
+given to the fault. It drafts three tokens a step and accepts two.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from random import Random
+from typing import Any
+
+BOS, EOS = 60000, 60001
+WORDS = ["lamp", "boat", "crate", "river", "morning", "garden", "letter", "market", "stone"]
+READING = '{"colour": "red", "count": 7}'
+PREFIX = "vllm:spec_decode_num"
+
+Json = dict[str, Any]
+#: Changes an answer, as `sound` makes it, in place.
+Fault = Callable[[Json], object]
+
+
+def sound(body: Json) -> Json:
+    """Return an answer; of the reasons "refuse" is a status of 500, and None a stream cut off."""
+    random, size = Random(str([body["messages"], body.get("seed")])), body["max_tokens"]
+    text = " ".join(random.choice(WORDS) for _ in range(60))[:size]
+    answer = {"body": body, "call": None, "reason": "length", "prompt": len(str(body["messages"]))}
+    key = "reasoning" if body["chat_template_kwargs"]["thinking"] else "content"
+    if "tool_choice" in body:
+        text, key = READING, "call"
+        answer |= {"call": {"name": "note_reading", "arguments": READING}, "reason": "tool_calls"}
+    elif "response_format" in body:
+        text, answer["reason"] = READING, "stop"
+    elif "stop" in body:
+        text, answer["reason"] = text[:-1], "stop"
+    end = [] if answer["reason"] == "length" else [EOS]
+    said = {} if key == "call" else {key: text}
+    return answer | {"said": said, "tokens": [*map(ord, text), *end]}
+
+
+def choices(answer: Json, key: str, size: int) -> Iterator[Json]:
+    """Yield the parts of an answer, of `size` tokens each."""
+    tokens = answer["tokens"]
+    for start in range(0, max(1, len(tokens)), size):
+        end = start + size if start + size < len(tokens) else None
+        said = {channel: text[start:end] for channel, text in answer["said"].items()}
+        if answer["call"] and not start:
+            said["tool_calls"] = [{"index": 0, "function": answer["call"]}]
+        choice = {key: said, "token_ids": tokens[start:end]}
+        if answer["body"].get("logprobs"):
+            choice["logprobs"] = {"content": [*map(logprobs, tokens[start:end])]}
+        yield choice | {"finish_reason": None if end else answer["reason"]}
+
+
+def logprobs(token: int) -> Json:
+    """Return those of a sure token; only a could as well have been b."""
+    other, margin = (ord("b"), 0.25) if token == ord("a") else (1, 9.0)
+    tops = [(token, -0.5), (other, -0.5 - margin)]
+    own, *_ = tops = [{"token": f"token_id:{t}", "logprob": logprob} for t, logprob in tops]
+    return {**own, "top_logprobs": tops}
+
+
+@contextmanager
+def serving(fault: Fault | None = None) -> Iterator[str]:
+    """Serve on a free port inside the block; give the address."""
+    answered, under_load = count(1), count()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            steps = next(answered)
+            numbers = {"drafts": steps, "draft_tokens": 3 * steps, "accepted_tokens": 2 * steps}
+            lines = [f"{PREFIX}_{name}_total {n}" for name, n in numbers.items()]
+            lines += [
+                f'{PREFIX}_accepted_tokens_per_pos_total{{position="{at}"}} {steps * (at < 2)}'
+                for at in range(3)
+            ]
+            self.reply("\n".join(lines) + "\n")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                ids = {"<｜begin▁of▁sentence｜>": [BOS], "<｜end▁of▁sentence｜>": [EOS]}
+                tokens = ids.get(body["prompt"]) or [*map(ord, body["prompt"])]
+                self.reply(json.dumps({"tokens": tokens, "max_model_len": 4096}))
+                return
+            answer = sound(body)
+            if fault and not body.get("logprobs") and next(under_load) % 3 == 0:
+                fault(answer)
+            if answer["reason"] == "refuse":
+                self.send_error(500)
+            elif answer["reason"] == "gone":
+                self.server.server_close()
+            else:
+                self.answer(answer)
+
+        def answer(self, answer: Json) -> None:
+            counts = [answer["prompt"], answer.get("completion", len(answer["tokens"]))]
+            names = ("prompt_tokens", "completion_tokens", "total_tokens")
+            usage = {"usage": dict(zip(names, [*counts, sum(counts)], strict=True))}
+            if not answer["body"].get("stream"):
+                self.reply(json.dumps({"choices": [*choices(answer, "message", 10**6)], **usage}))
+                return
+            self.send_response(200)
+            self.end_headers()
+            events = [{"choices": [choice]} for choice in choices(answer, "delta", 5)]
+            for event in [*events, {"choices": [], **usage}][: None if answer["reason"] else -1]:
+                with suppress(BrokenPipeError, ConnectionResetError):  # the client hung up
+                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+        def reply(self, text: str) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Stay quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()

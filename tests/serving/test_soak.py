@@ -1,0 +1,179 @@
+"""Soaks of a stand-in server: a sound one, and one with each kind of fault planted."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from mtp_graft.bench.soak.mix import draw, make_pool
+from mtp_graft.bench.soak.run import SoakConfig, soak
+from mtp_graft.serving.client import ServerClient
+
+from .bench_server import quiet
+from .soak_server import BOS, Fault, Json, serving
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def soaked(fault: Fault | None = None, minutes: float = 0.01, silence_s: float = 5.0) -> Any:
+    config = SoakConfig(minutes, concurrency=4, pool=16, silence_s=silence_s)
+    with serving(fault) as url, ServerClient(url) as client:
+        return soak(client, client, config, quiet)
+
+
+def test_the_mix_has_all_kinds_and_a_seed_gives_it_again() -> None:
+    pool = make_pool(3, 16, longest=2000, chars_per_token=4.0)
+    assert pool == make_pool(3, 16, 2000, 4.0) != make_pool(4, 16, 2000, 4.0)
+    sizes = [len(str(request.body["messages"])) for request in pool]
+    assert min(sizes) < 50 and 2400 < max(sizes) < 9000
+    assert {request.streamed for request in pool} == {True, False}
+    asked = [draw(random, pool) for random in [Random(5)] for _ in range(500)]
+    assert asked == [draw(random, pool) for random in [Random(5)] for _ in range(500)]
+    for kind in ("tools", "tool_choice", "response_format", "stop", "cache_salt", "seed"):
+        assert 20 < sum(kind in request.body for request in asked) < 480
+    assert any(request.hang_up_after for request in asked)
+
+
+def test_a_sound_server_has_no_fault(measured: dict[str, Any]) -> None:
+    result = soaked(minutes=0.1)
+    measured |= {key: result[key] for key in ("requests", "equal", "sound", "hung_up")}
+    assert result["corrupted"] == result["failures"] == [] and result["alone"] == {}
+    assert result["near_ties"] == result["errors"] == result["hangs"] == 0
+    counts = [result[key] for key in ("equal", "sound", "hung_up")]
+    assert min(counts) > 0 and sum(counts) == result["requests"] > 100
+    assert result["acceptance"] == {"alone": pytest.approx(2 / 3), "load": pytest.approx(2 / 3)}
+    rates = [point["acceptance"] for point in result["over_time"]]
+    assert rates == [pytest.approx(2 / 3)] * len(rates)
+    assert result["over_time"][-1]["memory_bytes"] > 2**20, "the stand-in is this process"
+    assert 0 < result["gap_ms"]["p50"] <= result["gap_ms"]["p99"]
+    assert result["ttft_ms"]["p50"] <= result["ttft_ms"]["p99"]
+
+
+def is_free(answer: Json, greedy: bool = False) -> bool:
+    form = {"tool_choice", "response_format"} & answer["body"].keys()
+    return not form and not (greedy and answer["body"]["temperature"])
+
+
+def says(text: str, *, greedy: bool = True) -> Fault:
+    """Let long free texts go on with something else, as long as they were."""
+
+    def fault(answer: Json) -> None:
+        for key, whole in answer["said"].items():
+            if is_free(answer, greedy) and len(whole) > 90:
+                other = whole[:10] + (text * 90)[: len(whole) - 10]
+                answer["said"][key] = other
+                answer["tokens"][: len(other)] = map(ord, other)
+
+    return fault
+
+
+def begins_inside(answer: Json) -> None:
+    answer["tokens"][2] = BOS
+
+
+def breaks_form(answer: Json) -> None:
+    broken = '{"colour": "red", "count": 700}'
+    if answer["call"]:
+        answer["call"]["arguments"] = broken
+    elif "response_format" in answer["body"]:
+        answer["said"]["content"] = broken
+
+
+def is_empty(answer: Json) -> None:
+    if is_free(answer):
+        answer |= {"said": {}, "tokens": [], "reason": "stop"}
+
+
+def loses_text(answer: Json) -> None:
+    if is_free(answer, greedy=True):
+        answer["said"] = {key: text[:-4] for key, text in answer["said"].items()}
+
+
+def stops_early(answer: Json) -> None:
+    loses_text(answer)
+    if is_free(answer, greedy=True):
+        answer |= {"tokens": answer["tokens"][:3], "reason": "stop"}
+
+
+def passes_stop(answer: Json) -> None:
+    if "stop" in answer["body"]:
+        answer["said"]["content"] = "One. Two."
+
+
+def breaks_off(answer: Json) -> None:
+    answer["reason"] = None
+
+
+def miscounts(answer: Json) -> None:
+    answer["completion"] = len(answer["tokens"]) - 1
+
+
+def forgets_prompt(answer: Json) -> None:
+    answer["prompt"] -= 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        (begins_inside, {"control tokens"}),
+        (says("<｜User｜>"), {"control tokens"}),
+        (says("他们在河边", greedy=False), {"script"}),
+        (says("la "), {"loop"}),
+        (says("quiet foxes under heavy snow "), {"other text"}),
+        (breaks_form, {"broken JSON", "broken tool call"}),
+        (is_empty, {"empty"}),
+        (loses_text, {"truncated"}),
+        (stops_early, {"truncated"}),
+        (breaks_off, {"truncated"}),
+        (passes_stop, {"stop string"}),
+        (lambda answer: answer.update(reason="abort"), {"finish reason"}),
+        (miscounts, {"usage"}),
+        (forgets_prompt, {"usage"}),
+    ],
+)
+def test_a_planted_fault_is_found_and_named(fault: Fault, kinds: set[str]) -> None:
+    result = soaked(fault)
+    assert {each["kind"] for each in result["corrupted"]} == kinds
+    assert result["errors"] == result["hangs"] == 0 < result["equal"]
+
+
+def test_a_text_that_parts_at_a_near_tie_is_no_fault() -> None:
+    def ties(answer: Json) -> None:
+        for key, text in answer["said"].items():
+            if is_free(answer):
+                answer["said"][key] = text.replace("a", "b", 1)
+                if "a" in text:
+                    answer["tokens"][text.index("a")] = ord("b")
+
+    result = soaked(ties)
+    assert result["near_ties"] > 0 and result["corrupted"] == []
+
+
+def test_errors_and_hangs_are_counted_and_the_end_of_the_server_ends_the_soak() -> None:
+    result = soaked(lambda answer: answer.update(reason="refuse"))
+    assert result["errors"] == len(result["failures"]) > 0 == len(result["corrupted"])
+    result = soaked(lambda _answer: time.sleep(1.0), silence_s=0.3)
+    assert result["hangs"] == len(result["failures"]) > 0 == result["errors"]
+    started = time.monotonic()
+    assert soaked(lambda answer: answer.update(reason="gone"), minutes=5)["errors"] > 0
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("fault", [None, is_empty])
+def test_the_command_says_what_it_found_and_fails_if_anything_is_bad(
+    run_command: Run, tmp_path: Path, fault: Fault | None
+) -> None:
+    page, file = tmp_path / "soak.html", tmp_path / "soak.json"
+    with serving(fault) as url:
+        words = ("bench", "soak", "--base-url", url, "--reference", url, "--minutes", 0.01)
+        status, out, errors = run_command(*words, "--json", file, "--page", page)
+    result = json.loads(file.read_text())
+    assert {"requests", "equal", "near_ties", "corrupted", "errors", "seconds"} <= result.keys()
+    assert "corrupted" in out and "data:image/png" in page.read_text()
+    is_bad = fault is not None
+    assert (status, "answers are bad" in errors) == (int(is_bad), is_bad)
+    assert ("<h3>" in page.read_text()) == is_bad
