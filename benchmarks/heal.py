@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from record import MODEL, add_measurements, arguments, measurements
 
-from mtp_graft.bench.acceptance import measure_acceptance
+from mtp_graft.bench.decode import measure_acceptance
 from mtp_graft.checkpoint.capture import RECORDINGS, append_row, read_sequences, read_texts
 from mtp_graft.dsv4.heal import EXPERTS
 from mtp_graft.recipe import HealSection, Linears, QuantizeSection, ScoreSection, Variant
