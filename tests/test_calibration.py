@@ -5,11 +5,14 @@ import os
 import sys
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow
 import pytest
 from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hub_stand_in import StandInHub
@@ -61,6 +64,37 @@ def test_a_row_that_is_no_prompt_is_named(tmp_path: Path, row: Any, message: str
     source = write(tmp_path / "p.jsonl", {"id": "a", "text": "x"}, row)
     with pytest.raises(GraftError, match=message):
         load_calibration(source, 2)
+
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool"])},
+        optional={
+            "content": st.text(st.characters(codec="utf-8"), min_size=1)
+            | st.sampled_from(
+                [None, 5, True, [{"type": "text", "text": "x"}], {"text": "x"}, ["x"]]
+            ),
+            "tool_calls": st.just([{"id": "c"}]),
+        },
+    ),
+    min_size=1,
+)
+
+
+@given(MESSAGES)
+def test_contents_of_messages_are_their_text_or_refused(messages: list[dict[str, Any]]) -> None:
+    contents = [message.get("content") for message in messages]
+    with TemporaryDirectory() as name:
+        source = write(Path(name) / "p.jsonl", {"prompt_id": "a", "messages": messages})
+        try:
+            (prompt,) = iterate_prompts(source)
+        except GraftError as error:
+            is_text = all(isinstance(content, str) for content in contents)
+            assert "asks nothing" in str(error) or not is_text
+            return
+    assert [m["content"] for m in prompt.content if isinstance(m, dict)] == contents[
+        : len(prompt.content)
+    ]
 
 
 def test_a_source_that_cannot_be_read_or_is_empty_is_an_error(

@@ -13,6 +13,8 @@ from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub
 from mtp_graft.checkpoint.shards import INDEX_NAME
@@ -103,6 +105,27 @@ def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
     assert (first.base / SHARDS[1]).read_bytes() == hub.repositories[BASE][SHARDS[1]]
     assert set(slept) == {seconds} and len(slept) > 20, "every kind of request, once"
     assert caplog.text.count(f"(429); {seconds} s to wait") == len(slept)
+
+
+@given(st.lists(st.none() | st.integers(-5, 2000).map(str) | st.text(), max_size=8))
+def test_every_429_is_waited_for_as_asked_or_refused(asked: list[str | None]) -> None:
+    request = SimpleNamespace(method="GET", url=SimpleNamespace(host="hub"))
+    answers = [
+        SimpleNamespace(
+            status_code=429, close=Mock(), headers={} if a is None else {"Retry-After": a}
+        )
+        for a in asked
+    ]
+    send, slept = Mock(side_effect=[*answers, SimpleNamespace(status_code=200)]), list[float]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", slept.append)
+        try:
+            assert stage._send(send, request).status_code == 200 and len(slept) == len(asked)
+        except GraftError as error:
+            assert re.search(r"\(429\); [\d,]+ s to wait: run again", str(error))
+    for seconds, told in zip(slept, asked, strict=False):
+        assert int(told) <= seconds if told and told.isascii() and told.isdecimal() else seconds
+    assert all(0 < seconds <= 900 for seconds in slept)
 
 
 @pytest.mark.parametrize("where", ["on the way", "in the cache"])

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -81,6 +82,21 @@ def test_right_answers_count_and_mistakes_are_classified(
         assert body["path"] == "/v1/chat/completions"
         assert (body["temperature"], body.get("stream", False)) == (0.0, False)
         assert body["chat_template_kwargs"] == {"thinking": False}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_answer_counts_in_whatever_field_it_comes(mtp_graft: Run, data: Path, seed: int) -> None:
+    random = Random(seed)
+
+    def say(text: str) -> Message:
+        answer, field = right(text), random.choice(["reasoning", "reasoning_content"])
+        content = random.choice([answer, f"\n{answer}", None, "", " \n\t"])
+        is_there = bool((content or "").strip())
+        thought = random.choice(["#### 1", "", None]) if is_there else f"So: 7.\n{answer}"
+        return {"content": content, field: thought}
+
+    with serving(say) as server:
+        assert mtp_graft(*command("gsm8k", server, data, "--thinking"))["correct"] == 12
 
 
 def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(mtp_graft: Run, data: Path) -> None:

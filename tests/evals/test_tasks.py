@@ -7,6 +7,8 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
 
@@ -134,17 +136,11 @@ DOCUMENTED = 'def f(x):\n    """Do.\n\n    ```\n    f(1)\n    ```\n    """\n    
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        (f"```python\n{WHOLE}```", WHOLE),
         (f"Like so:\n\n```py\n{WHOLE}```\nand\n```\nf(1)\n```", WHOLE),
         (f"First:\n```python\nimport os\n```\nthen:\n```python\n{WHOLE}```", WHOLE),
         (f"Like so:\n```python\n{WHOLE}", WHOLE),
-        ("1. So:\n\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done.", WHOLE),
-        ("- ```python\n  def f(x):\n      return x\n  ```", WHOLE),
         (f"````markdown\nSo:\n```python\n{WHOLE}```\n````", WHOLE),
         (f"```markdown\n```python\n{WHOLE}```\n```", WHOLE),
-        (f"```python\n{DOCUMENTED}```", DOCUMENTED),
-        (f"So:\n~~~python\n{WHOLE}~~~\nDone.", WHOLE),
-        (f"1. So:\n   ~~~\n   {WHOLE}   ~~~".replace("    return", "       return"), WHOLE),
         (f"Answer: ```python\n{WHOLE}```", WHOLE),
         (f"{WHOLE}~~~\nDone.", WHOLE),
         (WHOLE, WHOLE),
@@ -155,6 +151,21 @@ DOCUMENTED = 'def f(x):\n    """Do.\n\n    ```\n    f(1)\n    ```\n    """\n    
 )
 def test_code_is_found_in_an_answer(content: str, code: str) -> None:
     assert find_code(content, "f") == code
+
+
+@given(
+    st.sampled_from(["```", "~~~", "````", "`````"]),
+    st.sampled_from(["", "python", "py", "Python 3", "python title=f.py"]),
+    st.sampled_from(["", "Like so:\n\n", "1. So:\n\n   ", "- ", "Use `f`:\n"]),
+    st.sampled_from(["", "\n", "\nDone.", "\n\n```\nf(1)\n```\n"]),
+    st.sampled_from([WHOLE, DOCUMENTED, f"import os\n\n\n{WHOLE}", f"{WHOLE}\n\nprint(f(1))\n"]),
+)
+def test_code_is_found_in_whatever_fence_it_comes(
+    mark: str, language: str, before: str, after: str, code: str
+) -> None:
+    indent = " " * len(before.rpartition("\n")[2])
+    block = f"{mark}{language}\n{code}{mark}".replace("\n", f"\n{indent}")
+    assert find_code(before + block + after, "f") == code
 
 
 PROMPT = 'import math\n\ndef helper(x):\n    return x\n\ndef f(x):\n    """Do."""\n'

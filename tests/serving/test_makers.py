@@ -66,6 +66,7 @@ MAKERS: dict[str, Make] = {
     "GPTQ": names(r"weight_(packed|shape)$", "g_idx"),
     "AWQ": names(r"weight_(packed|shape)$", "qzeros"),
     "MLX": names(r"weight_(packed|shape)$", "biases"),
+    "ML": lambda _, c, __: c.update(quantization={}, quantization_config=None),  # MLX too
     "pruned variant: has 40, n_routed": names(r"experts\.(4|5|6)\d\.", None),
     "pruned variant: has 3, num_hidden": names(r"layers\.1\.", None),
 }

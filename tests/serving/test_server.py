@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import server
@@ -237,6 +240,25 @@ def of_ranks(*messages: str) -> str:
     start = "(Worker_TP{0} pid=1{0}) ERROR 11-30 15:00:00 [multiproc_executor.py:772] {1}\n"
     lines = zip_longest(*(message.split("\n") for message in messages), fillvalue="")
     return "".join(start.format(*numbered) for turn in lines for numbered in enumerate(turn))
+
+
+TEXT = st.text("abcdef ,.:'()[]{}=<>/0123456789", min_size=1).filter(str.strip)
+
+
+@given(
+    st.sampled_from(["ValueError", "pydantic_core._pydantic_core.ValidationError", "a.b.HubError"]),
+    st.lists(st.tuples(st.sampled_from(["", "  ", "    "]), TEXT), min_size=1, max_size=6),
+    st.integers(0, 3),
+    st.sampled_from(["", ENGINE_FAILED, "INFO:     Shutting down\n"]),
+)
+def test_every_line_of_a_reason_is_in_the_explanation(
+    kind: str, said: list[tuple[str, str]], ranks: int, after: str
+) -> None:
+    message = f"{kind}: " + "\n".join(indent + text for indent, text in said)
+    logged = of_ranks(*[FRAMES + message] * ranks) or f"{FRAMES}{message}\n"
+    with TemporaryDirectory() as name:
+        (log := Path(name, "vllm.log")).write_text(logged + after)
+        assert explain(log) == " ".join(message.split())
 
 
 @pytest.mark.parametrize(

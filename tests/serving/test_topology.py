@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_hardware
@@ -78,6 +80,38 @@ def test_gpus_of_two_kinds_none_and_no_driver_are_errors(monkeypatch: pytest.Mon
     install_gpus(monkeypatch, error="NVML Shared Library Not Found")
     with pytest.raises(GraftError, match=r"Library Not Found.*--gpu NAME"):
         find_gpus()
+
+
+TOLD = st.sampled_from([None, 0, 1, 40192, 2**21])
+PAIRS = [(a, b) for a in range(4) for b in range(a)]
+
+
+@given(
+    st.lists(st.sampled_from(["NVIDIA H200", "NVIDIA GB10", "Tesla T4", "é"]), max_size=4)
+    | st.integers(1, 4).map(lambda count: ["NVIDIA H200"] * count),
+    TOLD,
+    st.none() | st.tuples(st.integers(0, 20), st.integers(0, 9)),
+    st.sets(st.sampled_from(PAIRS)),
+    st.none() | st.text(),
+)
+def test_whatever_a_driver_answers_is_hardware_or_one_error(
+    names: list[str], memory: int | None, sm: tuple[int, int] | None,
+    links: set[tuple[int, int]], error: str | None,
+) -> None:  # fmt: skip
+    both_ways = links | {(b, a) for a, b in links}
+    with pytest.MonkeyPatch.context() as patch:
+        given_ = {"memory_mib": memory, "nvlinks": both_ways, "error": error, "capability": sm}
+        install_gpus(patch, *names, **given_)
+        try:
+            found = find_gpus()
+        except GraftError:
+            assert error or len(set(names)) != 1
+            return
+    assert not error and (found.gpu, found.num_gpus) == (names[0], len(names))
+    assert not memory or found.memory_bytes == memory * MIB
+    assert sm is None or found.capability == sm
+    linked = [pair in links for pair in PAIRS if pair[0] < len(names)]
+    assert found.has_nvlink == (linked != [] and all(linked))
 
 
 def test_hardware_that_is_elsewhere_has_a_name() -> None:

@@ -84,7 +84,7 @@ class Target:
     def identity(self, k: int | None = None) -> Result:
         """Return what tells this server from another; of ours `serve`, a command that serves so."""
         from mtp_graft.checkpoint.manifest import fingerprints
-        from mtp_graft.pipeline.device import device_name
+        from mtp_graft.stages.parallel import device_name
 
         if self.checkpoint is None:
             return {"base_url": self.base_url}
@@ -116,7 +116,7 @@ class Target:
                 return measure(Path(folder_name))
         from mtp_graft.checkpoint.files import write_json
         from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
-        from mtp_graft.pipeline.device import device_name
+        from mtp_graft.stages.parallel import device_name
 
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
         folder, started_at = self.run / "bench" / name, time.perf_counter()

@@ -18,7 +18,6 @@ from mtp_graft.checkpoint.quantization_config import int4_group_size
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import gpus, torch_device
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.command import installed_vllm
@@ -27,6 +26,7 @@ from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens
 from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
+from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
@@ -166,7 +166,7 @@ def _memory(
     stage: str, device: Device, ranks: int, size: int, what_for: str, share: float = 1.0
 ) -> Need:
     """Return the need of a machine's memory, or of `share` of the memory of `ranks` GPUs."""
-    if torch_device(device) == "cpu":
+    if find_device(device) == "cpu":
         lines = Path("/proc/meminfo").read_text().splitlines()
         [available] = (line for line in lines if line.startswith("MemAvailable:"))
         free_bytes = 1024 * int(available.split()[1])
@@ -183,7 +183,7 @@ def _memory(
 
 def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:
     """Return the memory that base and largest head take when served, by doctor's estimate."""
-    ranks, on_cpu = recipe.serve.tensor_parallel_size, torch_device("auto") == "cpu"
+    ranks, on_cpu = recipe.serve.tensor_parallel_size, find_device("auto") == "cpu"
     base, *heads = (
         weights_bytes(tensors, ranks, decoded=on_cpu)
         for tensors in (models.tensors, *(models.heads[v] for v in recipe.served_variants))

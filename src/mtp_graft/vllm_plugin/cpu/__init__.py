@@ -10,7 +10,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.models.deepseek_v4.cpu import model as stock
 
 from mtp_graft.errors import GraftError
-from mtp_graft.vllm_plugin.cpu import attention_metadata, sampling
+from mtp_graft.vllm_plugin.cpu import attention_metadata
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.drafter import DeepSeekV4MTP
 from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
@@ -29,7 +29,6 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
         if not torch.cpu._is_avx512_supported():
             raise GraftError("this CPU has no AVX-512, which vLLM's DeepSeek-V4 needs on a CPU")
         attention_metadata.fill_gaps()
-        sampling.fill_gaps()
         vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         free_from_order(self)
