@@ -32,7 +32,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, bench
 from mtp_graft.pipeline.folder import Run, locked
 from mtp_graft.pipeline.plan import check_prompts, check_run
-from mtp_graft.recipe import Device, Recipe, Variant
+from mtp_graft.recipe import Device, Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.capture import capture, recording_options
@@ -164,7 +164,9 @@ def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: An
 
 def _splice(run: Run) -> list[Path]:
     quantized, asked = run.finished("quantize"), run.recipe.splice
-    for variant in _variants(run, "splice"):
+    variants = run.recipe.served_variants
+    for done, variant in enumerate(variants):
+        run.report(f"splice: {variant}", done, len(variants))
         out = run.checkpoint(variant)
         out.parent.mkdir(parents=True, exist_ok=True)
         models = run.models.base, run.upstream
@@ -178,7 +180,9 @@ def _verify(run: Run) -> list[Path]:
     # By size, first and last MiB; None without a capture.
     known = (run.result("capture/config") or {}).get("base")
     as_captured = None if known is None else known == fingerprints([base / name for name in known])
-    for variant in _variants(run, "verify"):
+    variants = run.recipe.served_variants
+    for done, variant in enumerate(variants):
+        run.report(f"verify: {variant}", done, len(variants))
         checkpoint = run.checkpoint(variant)
         files = {path.name: path.stat().st_mtime_ns for path in checkpoint.glob("*")}
         # The command alone always looks again.
@@ -191,14 +195,6 @@ def _verify(run: Run) -> list[Path]:
         run.keep(f"verify/{variant}", found)
         require_sound(checkpoint, found)
     return run.manifests
-
-
-def _variants(run: Run, stage: str) -> Iterator[Variant]:
-    """Yield the variants that become checkpoints, and report each."""
-    variants = run.recipe.served_variants
-    for number, variant in enumerate(variants):
-        run.report(f"{stage}: {variant}", number, len(variants))
-        yield variant
 
 
 # What has been found so far, put together from the stages' files
