@@ -26,7 +26,14 @@ from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes,
 from mtp_graft.serving.topology import undivided
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens
-from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
+from mtp_graft.stages.fetch import (
+    HubError,
+    Source,
+    already_fetched,
+    headers_of,
+    nearest_folder,
+    survey,
+)
 from mtp_graft.stages.splice import open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
@@ -265,19 +272,19 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
 def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any]:
     """Return the JSON of `--dry-run`: recipe, stages, sizes and times; nothing is done.
 
-    Where the checkpoints cannot be looked at, `unknown` says why, and sizes and times are null.
-    Where they do not fit, `inputs` says why, and needs and room are null. Raises GraftError if
-    `path` cannot be a run folder.
+    Where the hub cannot be asked, `unknown` says why; where the checkpoints are none or do not fit,
+    `inputs` does. What is not known then is null. Raises GraftError if `path` cannot be a run
+    folder.
     """
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")
     run = Run(recipe, path, stages)
     plan: dict[str, Any] = {"run": str(path), "stages": list(stages), "recipe": asdict(recipe)}
     plan |= dict.fromkeys(("sources", "needs", "seconds", "inputs", "room", "unknown"))
-    problem = "unknown"  # what the next error is put down to
+    problem = "inputs"  # what the next error is put down to
     try:
         sources = survey_models(run)
-        times, problem = estimate_times(recipe, sources), "inputs"
+        times = estimate_times(recipe, sources)
         plan["sources"] = dict(zip(("base", "upstream"), map(as_json, sources), strict=True))
         plan["seconds"] = {stage: times[stage] for stage in times if stage in stages}
         needs = find_needs(run, read_models(recipe, *sources))
@@ -286,7 +293,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
         problem = "room"
         check_room(needs)
     except GraftError as error:
-        plan[problem] = str(error)
+        plan["unknown" if isinstance(error, HubError) else problem] = str(error)
     return plan
 
 

@@ -65,6 +65,10 @@ _AT_ONCE = 4
 _PATIENCE_S = 900
 
 
+class HubError(GraftError):
+    """The hub cannot be asked, or has no such thing."""
+
+
 class FetchedModels(NamedTuple):
     """The folders of the two checkpoints."""
 
@@ -300,7 +304,7 @@ def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
                 "to another, and run again to go on"
             ) from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GraftError(
+        raise HubError(
             f"{what}: cannot be fetched from the hub ({first}); check the id and the network, "
             f"or name {instead}; run again to go on"
         ) from error
