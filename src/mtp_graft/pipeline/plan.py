@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub import constants
 from torch import Tensor
 
-from mtp_graft.checkpoint.quantization_config import int4_group_size
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
@@ -92,7 +92,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
             kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
         }
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
-    experts = int4_group_size(base.config["quantization_config"])
+    experts = read_quantization(base.config).group_size("int4")
     if group != experts:
         raise GraftError(
             f"quantize.group_size is {group}, expected {experts} as in the experts of {base.given}"
