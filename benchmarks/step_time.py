@@ -31,9 +31,8 @@ from typing import Any
 from engines import CHOSEN_K, EngineOptions, decode, random_prompts, started, summarize_steps
 from record import add_measurements, arguments, measurements
 
-from mtp_graft.pipeline.device import gpus
 from mtp_graft.serving.profiles import ON_PCIE, PROFILES, split
-from mtp_graft.stages.parallel import run_in_process
+from mtp_graft.stages.parallel import gpus, run_in_process
 
 ALL_LAYERS = 43
 RATES = (0.6, 0.7, 0.85, 0.95)

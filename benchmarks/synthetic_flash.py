@@ -2,11 +2,12 @@
 
     python benchmarks/synthetic_flash.py FOLDER [--tokens 473000] [--tiny]
 
-FOLDER gets `base/` (config and embedding), `upstream/` (an upstream-format shard with the head,
-random weights: MXFP4 experts, FP8 linears) and `capture/` (residuals, token ids). Activations have
-a common low-rank part, heavy tails and outlier channels; the router's bias is fitted until the
-experts are as popular as those of the published calibration: 430 tokens for the rarest, 11,094 on
-average, 175,375 for the most frequent of 473,000. `--tiny` is the same in small, for a CPU.
+FOLDER gets `base/` (config, embedding and what leads to logits), `upstream/` (an upstream-format
+shard with the head, random weights: MXFP4 experts, FP8 linears) and `capture/` (residuals, token
+ids). Activations have a common low-rank part, heavy tails and outlier channels; the router's bias
+is fitted until the experts are as popular as those of the published calibration: 430 tokens for the
+rarest, 11,094 on average, 175,375 for the most frequent of 473,000. `--tiny` is the same in small,
+for a CPU.
 """
 
 import argparse
@@ -86,9 +87,14 @@ def write_base(folder: Path, config: dict[str, Any], generator: torch.Generator)
     write_json(config, folder / "config.json")
     shape = (config["vocab_size"], config["hidden_size"])
     embed = torch.randn(shape, generator=generator, device=generator.device).bfloat16()
-    save_shard({"embed.weight": embed.cpu()}, folder / "model-00001-of-00001.safetensors")
-    size = embed.numel() * 2
-    write_index({"embed.weight": "model-00001-of-00001.safetensors"}, size, folder)
+    streams, hidden = config["hc_mult"], config["hidden_size"]
+    tensors = {"embed.weight": embed.cpu(), "norm.weight": torch.ones(hidden).bfloat16()}
+    tensors["head.weight"] = tensors["embed.weight"] / math.sqrt(hidden)
+    tensors["hc_head_fn"] = torch.randn(streams, streams * hidden) / math.sqrt(streams * hidden)
+    tensors |= {"hc_head_base": torch.zeros(streams), "hc_head_scale": torch.ones(1)}
+    shard = "model-00001-of-00001.safetensors"
+    save_shard(tensors, folder / shard)
+    write_index(dict.fromkeys(tensors, shard), sum(t.nbytes for t in tensors.values()), folder)
 
 
 class Activations:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import device_name, gpus, torch_device
+from mtp_graft.stages.parallel import device_name, find_device, gpus
 from serving.conftest import NoDriver, install_gpus
 
 
@@ -26,7 +26,7 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_driver_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     install_gpus(monkeypatch, "NVIDIA H200", "NVIDIA H200", memory_mib=143771)
     assert device_name() == "2x NVIDIA H200"
-    assert torch_device("auto") == "cuda" and torch_device("cpu") == "cpu"
+    assert find_device("auto") == "cuda" and find_device("cpu") == "cpu"
 
 
 @pytest.mark.parametrize("why", ["CPU build", "no driver", "hidden"])
@@ -38,7 +38,7 @@ def test_without_gpus_the_processor_is_named(why: str, monkeypatch: pytest.Monke
     if why == "hidden":
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert device_name().endswith(" cores")
-    assert torch_device("auto") == "cpu"
+    assert find_device("auto") == "cpu"
 
 
 def test_a_driver_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_a_driver_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.gpu
 def test_the_name_is_torchs_own_and_cuda_stays_unused() -> None:
     script = (
-        "import torch; from mtp_graft.pipeline.device import device_name; print(device_name());"
+        "import torch; from mtp_graft.stages.parallel import device_name; print(device_name());"
         "assert not torch.cuda.is_initialized();"
         "print(f'{torch.cuda.device_count()}x {torch.cuda.get_device_name(0)}')"
     )

@@ -53,7 +53,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Heal:
     def run_heal(
         out: Path, settings: HealSection = SETTINGS, report: Any = lambda *_: None
     ) -> dict[str, Any]:
-        return heal(capture, capture, *models, out, "mxfp4", 128, settings, report)
+        return heal(capture, capture, *models, out, "mxfp4", "base", 128, settings, report)
 
     run_heal.capture = capture  # type: ignore[attr-defined]
     return run_heal
@@ -139,4 +139,6 @@ def test_texts_that_are_too_short_are_no_texts(tiny_model: Path, tmp_path: Path)
     write_capture(tmp_path / "capture", short)
     models = tmp_path, tiny_model / "upstream", tiny_model / "base"
     with pytest.raises(GraftError, match="no text of split 'calibration' has more than 3 tokens"):
-        heal(tmp_path / "capture", *models, tmp_path, "mxfp4", 128, SETTINGS, lambda *_: None)
+        heal(
+            tmp_path / "capture", *models, tmp_path, "mxfp4", "base", 128, SETTINGS, lambda *_: None
+        )

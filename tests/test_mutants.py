@@ -289,6 +289,7 @@ def enter(miniature: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shutil.copytree(miniature, folder / "in")
     (folder / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "out-of-torch"))
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
     monkeypatch.chdir(folder)
 

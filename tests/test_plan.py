@@ -15,13 +15,13 @@ import pytest
 from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.dsv4.names import HEAD_PREFIX
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import STAGES, device, find_bundled_recipe, plan
+from mtp_graft.pipeline import STAGES, find_bundled_recipe, plan
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.pipeline.plan import Need, check_room, check_run, plan_run, read_models
 from mtp_graft.recipe import Recipe, load_recipe
 from mtp_graft.serving.memory import RESERVE_BYTES, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import named_hardware
-from mtp_graft.stages import fetch
+from mtp_graft.stages import fetch, parallel
 from mtp_graft.stages.fetch import survey
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 from serving.flash import flash
@@ -31,7 +31,7 @@ TWO_HEADS = ("splice.variant=mxfp4", 'bench.served_variants=["bf16"]')
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    monkeypatch.setattr(device, "gpus", lambda: None)
+    monkeypatch.setattr(parallel, "gpus", lambda: None)
     return load_recipe(find_bundled_recipe())
 
 
@@ -140,7 +140,7 @@ def test_the_real_model_is_refused_by_doctors_estimate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     full_size = flash()
-    for module in (device, plan):
+    for module in (parallel, plan):
         monkeypatch.setattr(module, "gpus", lambda: named_hardware(gpu, found))
     settings = [f"serve.tensor_parallel_size={asked}"]
     wanted = load_recipe(repo_root / "recipes" / "dsv4-flash.toml", settings)

@@ -64,9 +64,9 @@ def test_drafts_are_the_argmax_of_the_heads_logits(config: DeepseekV4Config, hea
         logits = head.logits(head(*shifted(residual, embeds)), lm_head)[0]  # [T - 1, V]
     best = logits.topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-4, "a near tie: choose another seed"
-    best = logits.argmax(-1)[:, None].tolist()
-    assert replay_drafts(head, lm_head, residual, embeds).tolist() == best
-    assert replay_drafts(head, lm_head, residual, embeds, start=40).tolist() == best[40:]
+    best, given = logits.argmax(-1)[:, None].tolist(), (residual[None], embeds[None])
+    assert replay_drafts(head, lm_head, *given).tolist() == [best]
+    assert replay_drafts(head, lm_head, *given, start=40).tolist() == [best[40:]]
 
 
 def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_output(
@@ -84,7 +84,7 @@ def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_outp
                 out = head(stream, embeds[None, 1 : 1 + rows.shape[1]], rows)[:, -1:]
             torch.testing.assert_close(found[:, i : i + 1], out, rtol=0, atol=1e-3)
             stream = torch.cat((stream, out), dim=1)
-    drafts = replay_drafts(head, lm_head, residual, embeds, start=9, k=5)
+    drafts = replay_drafts(head, lm_head, residual[None], embeds[None], start=9, k=5)[0]
     guesses = [head.logits(each[:, 9:], lm_head)[0].argmax(-1) for each in unrolled]
     assert torch.equal(drafts, torch.stack(guesses, dim=-1))
 
@@ -112,4 +112,4 @@ def test_head_that_gives_nan_is_an_error(
     residual, embeds, lm_head = sequence(config, seed=4)
     broken = {**decoded, "mtp.0.enorm.weight": torch.full((config.hidden_size,), math.nan)}
     with pytest.raises(GraftError, match="not finite"):
-        replay_drafts(build_head(config, broken), lm_head, residual, embeds)
+        replay_drafts(build_head(config, broken), lm_head, residual[None], embeds[None])

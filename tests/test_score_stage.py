@@ -82,7 +82,7 @@ def test_score_counts_the_heads_drafts(
     def drafts(sequence: Played, k: int = 1) -> list[list[int]]:
         embeds = base["embed.weight"][sequence.token_ids]
         lm_head, residual = base["head.weight"].float(), sequence.residual.bfloat16()
-        return replay_drafts(head, lm_head, residual, embeds, k=k).tolist()
+        return replay_drafts(head, lm_head, residual[None], embeds[None], k=k)[0].tolist()
 
     sequences = random_sequences((40, 28), hidden=256, vocab=4096, split="evaluation", seed=4)
     expected, threes = [], []

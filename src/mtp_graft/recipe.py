@@ -111,6 +111,8 @@ class HealSection:
     decay: Annotated[float, Field(gt=0, le=1)] = 0.6  # of a draft's weight, to the next one's
     lr: Annotated[float, Field(gt=0, strict=True)] = 4e-4
     batch_tokens: Count = 8192  # of a step, about
+    router: Bool = False  # train it, too
+    recompute: Bool = False  # activations, in the backward pass: a third of the memory
     look_every: Count = 50  # steps between looks at the held-out texts, which are kept
     device: Device = "auto"
 

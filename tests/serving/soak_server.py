@@ -13,7 +13,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
-BOS, EOS = 60000, 60001
+BOS, EOS = 0, 1
 WORDS = ["lamp", "boat", "crate", "river", "morning", "garden", "letter", "market", "stone"]
 READING = '{"colour": "red", "count": 7}'
 PREFIX = "vllm:spec_decode_num"
@@ -57,7 +57,7 @@ def choices(answer: Json, key: str, size: int) -> Iterator[Json]:
 
 def logprobs(token: int) -> Json:
     """Return those of a sure token; only a could as well have been b."""
-    other, margin = (ord("b"), 0.25) if token == ord("a") else (1, 9.0)
+    other, margin = (ord("b"), 0.25) if token == ord("a") else (2, 9.0)
     tops = [(token, -0.5), (other, -0.5 - margin)]
     own, *_ = tops = [{"token": f"token_id:{t}", "logprob": logprob} for t, logprob in tops]
     return {**own, "top_logprobs": tops}
@@ -82,9 +82,7 @@ def serving(fault: Fault | None = None) -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/tokenize":
-                ids = {"<｜begin▁of▁sentence｜>": [BOS], "<｜end▁of▁sentence｜>": [EOS]}
-                tokens = ids.get(body["prompt"]) or [*map(ord, body["prompt"])]
-                self.reply(json.dumps({"tokens": tokens, "max_model_len": 4096}))
+                self.reply(json.dumps({"count": len(body["prompt"]), "max_model_len": 4096}))
                 return
             answer = sound(body)
             if fault and not body.get("logprobs") and next(under_load) % 3 == 0:
@@ -107,13 +105,14 @@ def serving(fault: Fault | None = None) -> Iterator[str]:
             self.end_headers()
             events = [{"choices": [choice]} for choice in choices(answer, "delta", 5)]
             for event in [*events, {"choices": [], **usage}][: None if answer["reason"] else -1]:
-                with suppress(BrokenPipeError, ConnectionResetError):  # the client hung up
+                with suppress(ConnectionError):  # the client hung up
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
         def reply(self, text: str) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(text.encode())
+            with suppress(ConnectionError):  # the client does not wait any longer
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(text.encode())
 
         def log_message(self, format: str, *args: object) -> None:
             """Stay quiet."""

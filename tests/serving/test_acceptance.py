@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mtp_graft.bench.acceptance import measure_acceptance
+from mtp_graft.bench.decode import measure_acceptance
 from mtp_graft.checkpoint.capture import FinishedText
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import COUNT_DRAFTS

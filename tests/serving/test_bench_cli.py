@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from mtp_graft.bench import sweep
-from mtp_graft.pipeline.device import device_name
 from mtp_graft.serving import command
+from mtp_graft.stages.parallel import device_name
 
 from .bench_server import serving
 from .conftest import read_record
@@ -129,7 +129,7 @@ def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
     manifest = tmp_path / "run" / "bench" / "decode" / "manifest.json"
     before = manifest.read_bytes()
     for what, other, key in (
-        ("pipeline.device.device_name", "1x another", "device"),
+        ("stages.parallel.device_name", "1x another", "device"),
         ("cli.target.find_vllm", command.vllm_elsewhere(), "vllm"),
     ):
         with monkeypatch.context() as patch:

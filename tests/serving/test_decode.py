@@ -199,7 +199,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
     """Return what reads the events of a server that drafts nothing."""
 
     def read(*events: Any) -> Answer:
-        monkeypatch.setattr(ServerClient, "events", lambda *_: iter(events))
+        monkeypatch.setattr(ServerClient, "events", lambda *_: (each for each in events))
         return time_answer(ServerClient("http://127.0.0.1:9"), "/v1/x", {})
 
     monkeypatch.setattr(ServerClient, "spec_decode_counters", lambda _self: None)
@@ -221,8 +221,8 @@ def test_chunks_come_with_their_texts(stream: Callable[..., Answer]) -> None:
 @pytest.mark.parametrize(
     ("events", "message"),
     [
-        ([chunk(text="x"), last(completion_tokens=1)], "not a stream of vLLM's"),
-        ([5], "not a stream of vLLM's"),
+        ([chunk(text="x"), last(completion_tokens=1)], "not an answer of vLLM's"),
+        ([5], "not an answer of vLLM's"),
         ([chunk(text="x", finish_reason="abort"), ONE], "reason 'abort'"),
         ([chunk(text="x")], "ended after 1 tokens"),
         ([chunk(text="x", token_ids=[7, 8]), ONE], "ended after 2 tokens"),

@@ -17,13 +17,14 @@ import torch
 from mtp_graft import pipeline
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline import STAGES, Stage, device
+from mtp_graft.pipeline import STAGES, Stage
 from mtp_graft.pipeline.folder import locked
 from mtp_graft.pipeline.run import run_pipeline, run_stage
 from mtp_graft.recipe import load_recipe
 from mtp_graft.serving import server
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
+from mtp_graft.stages.parallel import gpus
 from mtp_graft.stages.splice import HEAD_SHARD
 from run_folder import recorded
 
@@ -275,9 +276,9 @@ def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was used here"))
-    device.gpus.cache_clear()
+    gpus.cache_clear()
     yield
-    device.gpus.cache_clear()
+    gpus.cache_clear()
 
 
 @pytest.mark.usefixtures("on_gpus")

@@ -116,7 +116,7 @@ def time_chart(title: str, panels: Mapping[str, Sequence[tuple[float, float]]]) 
     with _figure(title, 0.5 + 1.4 * len(panels)) as figure:
         all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, points) in zip(all_axes, panels.items(), strict=True):
-            axes.plot(*zip(*points, strict=True), color=MTP_COLOUR)
+            axes.plot([at for at, _ in points], [value for _, value in points], color=MTP_COLOUR)
             axes.set_title(name)
             axes.set_ylim(0, None)
             axes.grid(axis="y")

@@ -1,4 +1,4 @@
-"""Decode speed of one request at a time; of two servers, in turn and on the same prompts.
+"""Decode speed of one request at a time, of two servers in turn; acceptance on texts already known.
 
 A turn is one start of a server on which every prompt is continued; it is kept as a whole. Of a
 comparison, the base's turn has the number of MTP's beside it: what drifts meets both alike.
@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product, zip_longest
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median, median_low
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from mtp_graft.bench.intervals import paired_ratio
-from mtp_graft.bench.requests import Answer, Report, Timing, measured, time_answer, timing
+from mtp_graft.bench.requests import Answer, Report, measured, time_answer, timing
+from mtp_graft.checkpoint.capture import FinishedText
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import Prompt, ServerClient
-from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, total
+from mtp_graft.serving import metrics
+from mtp_graft.serving.client import COUNT_DRAFTS, Prompt, ServerClient
+from mtp_graft.serving.metrics import SpecDecodeCounters, Step, drafting_result
 
 #: Every prompt continued once, one after the other.
 Round = Sequence[Answer]
@@ -140,18 +143,15 @@ def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
 
     Prompts that some server answered in one chunk have no decode speed and are left out.
     """
-    timings = np.array([[_timings(turn) for turn in side] for side in (mtp, base)])
-    ttft_s, seconds, tokens = np.moveaxis(timings, -1, 0)  # [2, Q, R, P] each
+    sides = [[turn["rounds"] for turn in side] for side in (mtp, base)]
+    timings = [[[list(map(timing, r)) for r in turn] for turn in side] for side in sides]
+    ttft_s, seconds, tokens = np.moveaxis(np.array(timings), -1, 0)  # [2, Q, R, P] each
     seconds, tokens = seconds.sum(axis=2), tokens.sum(axis=2)  # [2, Q, P]
     decoded = (tokens > 0).all(axis=(0, 1))  # [P]
     return {
         "decode_tok_s": paired_ratio(*(tokens[..., decoded] / seconds[..., decoded])),
         "ttft_ms": paired_ratio(*np.median(ttft_s, axis=2)),
     }
-
-
-def _timings(turn: Turn) -> list[list[Timing]]:
-    return [[timing(answer) for answer in answers] for answers in turn["rounds"]]
 
 
 def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _drafts(rounds: Sequence[Round]) -> SpecDecodeCounters | None:
     """Return the sum of what the server counted; None if it does not draft."""
     counters = [answer["counters"] for answers in rounds for answer in answers]
     counted = [SpecDecodeCounters(**c) for c in counters if c]
-    return total(counted) if counted else None
+    return metrics.total(counted) if counted else None
 
 
 def decode_tok_s(answers: Round) -> float:
@@ -227,3 +227,65 @@ def median_round(turn: Turn) -> int:
     """
     speeds = [decode_tok_s(answers) for answers in turn["rounds"]]
     return speeds.index(median_low(speeds))
+
+
+# Acceptance, on texts whose ending is known
+
+
+def measure_acceptance(
+    client: ServerClient,
+    texts: Sequence[FinishedText],
+    max_tokens: int,
+    concurrency: int,
+    report: Report,
+    label: str = "acceptance",
+) -> dict[str, Any]:
+    """Have every text continued again, with drafts, until it ends; return what was accepted.
+
+    The server was started with COUNT_DRAFTS. Keys: `acceptance`, `accepted`, `drafted`, `interval`
+    (95 %, Wilson), those of `drafting_result`, `texts`, `identical` (continuations equal to the
+    captured ones; with several requests in a step sums round in another order) and `sequences`
+    (`id`, `drafts`, first ones of a step, and `accepted`). GraftError if nothing is drafted.
+    """
+    steps: dict[str, list[Step]] = {}
+    identical = 0
+    report(label, 0, len(texts))
+    with ThreadPool(concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
+        answers = pool.imap(lambda text: client.complete_counted(text.prompt, max_tokens), texts)
+        for text, (answer, told) in zip(texts, answers, strict=True):
+            steps[text.id] = list(_drafting_steps(told, len(answer)))
+            identical += answer == text.continuation
+            report(label, len(steps), len(texts))
+    counters = metrics.count_steps([step for of_text in steps.values() for step in of_text])
+    if not counters.num_drafts:
+        raise GraftError(
+            f"{client.base_url}: tells of no drafts; serve a head with k >= 1 and "
+            f"{' '.join(COUNT_DRAFTS)}"
+        )
+    return {
+        "acceptance": counters.acceptance,
+        "accepted": counters.num_accepted_tokens,
+        "drafted": counters.num_draft_tokens,
+        "interval": [
+            *metrics.wilson_interval(counters.num_accepted_tokens, counters.num_draft_tokens)
+        ],
+        **drafting_result(counters),
+        "texts": len(texts),
+        "identical": identical,
+        "sequences": [
+            {"id": name, "drafts": len(found), "accepted": sum(s.accepted > 0 for s in found)}
+            for name, found in steps.items()
+        ],
+    }
+
+
+def _drafting_steps(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
+    """Yield the steps with drafts that made a text of `num_tokens`, without drafts past its end.
+
+    The last step may draft and accept more than the text has; vLLM counts that too.
+    """
+    left = num_tokens - 1  # the first comes with the prompt
+    for step in steps:
+        if min(step.drafted, left):
+            yield Step(min(step.drafted, left), min(step.accepted, left))
+        left -= step.accepted + 1

@@ -22,15 +22,13 @@ def write_report(folder: Path, found: Json) -> Path:
     """Write `report.html` to `folder` and return its path; GraftError if the disk is full.
 
     `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `score` and `verify`, the
-    stages' JSON; `served`, by head as `bench.acceptance.measure_acceptance`; `decode`, as
+    stages' JSON; `served`, by head as `bench.decode.measure_acceptance`; `decode`, as
     `bench.decode.compare`; and `recorded`, as `recorded_answers`: all of these None where there is
     nothing (`served`: empty). It has `model`, `device`, `versions` by package, and `notes`, too.
     """
     served, decode = found["served"], found["decode"]
     heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))
-    drawn = {}
-    if heads:
-        drawn["acceptance"] = charts.acceptance_chart(heads)
+    drawn = {"acceptance": charts.acceptance_chart(heads)} if heads else {}
     if decode:
         rows = decode_rows({"base": decode["against"], "with MTP": decode})
         title = "Decode speed, tokens a second: median, slowest and fastest round"
@@ -49,10 +47,21 @@ def write_report(folder: Path, found: Json) -> Path:
     return path
 
 
+def write_soak_page(path: Path, result: Json) -> None:
+    """Write what `bench.soak.run.soak` returned as a page; GraftError if the disk is full."""
+    shown = {"drafts accepted": ("acceptance", 1), "memory, GiB": ("memory_bytes", 2**30)}
+    panels = {
+        name: [(p["at_s"] / 60, p[key] / unit) for p in result["over_time"] if p[key] is not None]
+        for name, (key, unit) in shown.items()
+    }
+    chart = charts.time_chart("The server under load", panels)
+    write_text(render("soak.html", as_html, {**result, "chart": b64encode(chart).decode()}), path)
+
+
 def head_acceptance(served: Json, offline: Json) -> list[dict[str, Any]]:
     """Return `name`, `served` and `offline` of every head that was measured, None where it wasn't.
 
-    They are as `bench.acceptance.measure_acceptance` and the score stage give them.
+    They are as `bench.decode.measure_acceptance` and the score stage give them.
     """
     names = dict.fromkeys([*charts.HEAD_COLOURS, *served, *offline])
     found = [{"name": n, "served": served.get(n), "offline": offline.get(n)} for n in names]
@@ -80,18 +89,15 @@ def recorded_answers(base: Turn | None, mtp: Turn | None) -> dict[str, Any] | No
     """
     if base is None or mtp is None:
         return None
-    chosen = {"base": median_round(base), "mtp": median_round(mtp)}
-    rounds = base["rounds"][chosen["base"]], mtp["rounds"][chosen["mtp"]]
-    answers = []
+    turns, answers = {"base": base, "mtp": mtp}, []
+    chosen = {side: median_round(turn) for side, turn in turns.items()}
+    rounds = (turn["rounds"][chosen[side]] for side, turn in turns.items())
     for prompt, ours, theirs in zip(base["prompts"], *rounds, strict=True):
         divergence = first_difference(ours["token_ids"], theirs["token_ids"])
         sides = {"base": _steps(ours, divergence), "mtp": _steps(theirs, divergence)}
         answers.append({"id": prompt, "divergence": divergence, **sides})
-    return {
-        "base": {"round": chosen["base"] + 1, "rounds": len(base["rounds"])},
-        "mtp": {"round": chosen["mtp"] + 1, "rounds": len(mtp["rounds"])},
-        "answers": answers,
-    }
+    told = {s: {"round": chosen[s] + 1, "rounds": len(turn["rounds"])} for s, turn in turns.items()}
+    return told | {"answers": answers}
 
 
 def _steps(answer: Json, divergence: int | None) -> dict[str, Any]:

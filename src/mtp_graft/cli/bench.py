@@ -230,8 +230,8 @@ def bench_soak(
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Compare answers under load with the same requests asked alone; 1 if any is corrupted."""
+    from mtp_graft.bench.report import write_soak_page
     from mtp_graft.bench.requests import measured
-    from mtp_graft.bench.soak.page import write_page
     from mtp_graft.bench.soak.run import SoakConfig, soak
     from mtp_graft.serving.client import ServerClient
 
@@ -243,14 +243,13 @@ def bench_soak(
             other = reference and stack.enter_context(ServerClient(reference, target.api_key))
             return soak(client, other or client, config, report)
 
-    claim = {"soak": asdict(config), "reference": reference, "k": k}
+    claim = {"soak": config._asdict(), "reference": reference, "k": k}
     result = target.finish("soak", claim, lambda folder: measured(folder, "load", hold))
     if page:
-        write_page(result, page)
-    counts = {key: len(n) if isinstance(n, list) else n for key, n in result.items()}
-    columns = ("requests", "equal", "near_ties", "sound", "hung_up", "corrupted", "errors", "hangs")
-    show(result, target.json_file, table([counts], *columns))
-    if bad := [*result["corrupted"], *result["failures"]]:
+        write_soak_page(page, result)
+    columns = ("requests", "equal", "near_ties", "sound", "hung_up", "errors", "hangs")
+    show(result, target.json_file, table([result], *columns))
+    if bad := result["corrupted"] + result["failures"]:
         raise GraftError(
             f"{target.base_url or target.checkpoint}: {len(bad)} of {result['requests']} answers "
             f"are bad, the first one {bad[0]['id']} ({bad[0]['kind']}); --json has them all"

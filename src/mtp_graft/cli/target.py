@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,7 @@ class Target:
     def identity(self, k: int | None = None) -> Result:
         """Return what tells this server from another; of ours `serve`, a command that serves so."""
         from mtp_graft.checkpoint.manifest import fingerprints
-        from mtp_graft.pipeline.device import device_name
+        from mtp_graft.stages.parallel import device_name
 
         if self.checkpoint is None:
             return {"base_url": self.base_url}
@@ -116,7 +115,7 @@ class Target:
                 return measure(Path(folder_name))
         from mtp_graft.checkpoint.files import write_json
         from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
-        from mtp_graft.pipeline.device import device_name
+        from mtp_graft.stages.parallel import device_name
 
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
         folder, started_at = self.run / "bench" / name, time.perf_counter()
@@ -141,33 +140,27 @@ class Target:
     ) -> Iterator["ServerClient"]:
         """Give a client of the server; one of ours drafts `k`, and `name` is its log's."""
         from mtp_graft.serving.client import ServerClient
+        from mtp_graft.serving.plan import make_plan
+        from mtp_graft.serving.topology import hardware_for
 
         if self.checkpoint is None:
             with ServerClient(str(self.base_url), self.api_key) as client:
                 yield client
-        else:
-            options = replace(
-                self._serve_options(self.checkpoint, k), prefix_caching=prefix_caching
-            )
-            with started(options, report, name) as client:
-                yield client
-
-    def _serve_options(self, checkpoint: Path, k: int | None) -> ServeOptions:
-        from mtp_graft.serving.plan import make_plan
-        from mtp_graft.serving.topology import hardware_for
-
+            return
         options = ServeOptions(
-            checkpoint,
+            self.checkpoint,
             port=0,
             tensor_parallel_size=self.tensor_parallel_size,
             max_model_len=self.max_model_len,
             num_speculative_tokens=k,
+            prefix_caching=prefix_caching,
             api_key=self.api_key,
             extra_args=self.extra,
         )
-        if self.profile == NO_PROFILE:
-            return options
-        plan = make_plan(options, self.profile, hardware_for(find_vllm().platform))
-        for text in plan.notes:
-            note(f"plan: {text}")
-        return plan.options
+        if self.profile != NO_PROFILE:
+            plan = make_plan(options, self.profile, hardware_for(find_vllm().platform))
+            for text in plan.notes:
+                note(f"plan: {text}")
+            options = plan.options
+        with started(options, report, name) as client:
+            yield client

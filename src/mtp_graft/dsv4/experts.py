@@ -91,12 +91,15 @@ def quantize_experts(
     `num_tokens` are behind each expert's Hessian. Raises GraftError for a Hessian that is not
     finite, and for one that damping does not make positive definite.
     """
+    tokens = torch.tensor(num_tokens, dtype=torch.float32).clamp(min=1)  # [E]
     found: dict[str, Quantized] = {}
     # The outputs of a matrix are independent: w1 and w3, stacked, go through one sweep.
     for matrices in (("w1", "w3"), ("w2",)):
         stacked = torch.cat([weights[matrix] for matrix in matrices], dim=1)  # [E, O, I]
         hessian = hessians[matrices[0]]
-        damp = damp_for(num_tokens, stacked.shape[-1], settings)
+        # The fewer the tokens, the less their Hessian says about the tokens to come.
+        by_tokens = stacked.shape[-1] / tokens if settings.damping == "tokens" else 0 * tokens
+        damp = by_tokens.clamp(min=settings.damp)  # [E]
         try:
             result = gptq(stacked, hessian, damp, settings.group_size, scale=settings.scale)
         except NotPositiveDefiniteError as error:
@@ -108,17 +111,6 @@ def quantize_experts(
         codes, scales = (t.chunk(len(matrices), dim=1) for t in (result.codes, result.scale))
         found |= zip(matrices, map(Quantized, codes, scales), strict=True)
     return found
-
-
-def damp_for(num_tokens: Sequence[int], num_inputs: int, settings: QuantizeSection) -> Tensor:
-    """Return each matrix's damp f32 [E] for the number of tokens behind its Hessian.
-
-    Under "tokens" it is inputs / tokens where that is more than `damp`: the fewer the tokens, the
-    less their Hessian says about the tokens to come.
-    """
-    tokens = torch.tensor(num_tokens, dtype=torch.float32).clamp(min=1)
-    by_tokens = num_inputs / tokens if settings.damping == "tokens" else torch.zeros_like(tokens)
-    return by_tokens.clamp(min=settings.damp)
 
 
 def pack_experts(quantized: Mapping[str, Quantized], experts: range) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens of the longest, N drafts that count, S streams, D 
 vocabulary.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,8 @@ from mtp_graft.recipe import Loss
 
 #: Drafts whose logits are in memory at once.
 _DRAFTS = 2048
+#: The routed experts stay as they are stored; so does the router, unless it is to be trained.
+EXPERTS, ROUTER = ".mlp.experts.", ".mlp.gate."
 #: What leads from the base's residual to its logits, by the base's names.
 OUTPUT = ("hc_head_fn", "hc_head_base", "hc_head_scale", "norm.weight", "head.weight")
 #: How far a draft's distribution is from the base's, of log-probabilities [N, V] of either: [N].
@@ -43,6 +45,7 @@ class Batch(NamedTuple):
     residual: Tensor  # [B, T, S, D], the base's
     embeds: Tensor  # [B, T, D]
     lengths: Tensor  # int64 [B]
+    token_ids: Sequence[Tensor] = ()  # int64 [T] of each, on the CPU
 
 
 class BaseOutput(nn.Module):
@@ -73,20 +76,21 @@ class _Fp8(nn.Module):
         return weight + (decode_fp8(codes, scale) - weight.detach())
 
 
-def trained_parts(head: MTPHead, fp8: Container[str]) -> dict[str, nn.Parameter]:
-    """Let the head's dense part be trained, but not its router; return it by checkpoint names.
+def trained_parts(
+    head: MTPHead, fp8: Container[str], frozen: Sequence[str] = (EXPERTS, ROUTER)
+) -> dict[str, nn.Parameter]:
+    """Let the head be trained but for its `frozen` parts; return the others by module names.
 
-    The weights named in `fp8` are rounded in every pass, as they will be when stored.
+    The weights with a checkpoint name in `fp8` are rounded in every pass, as when they are stored.
     """
     head.requires_grad_(False)
     parts: dict[str, nn.Parameter] = {}
     for path, parameter in list(head.named_parameters()):
-        if ".mlp.experts." in path or ".mlp.gate." in path:
+        if any(part in path for part in frozen):
             continue
-        [name] = head_from_module({path: parameter})
         parameter.requires_grad_()
-        parts[name] = parameter
-        if name in fp8:
+        parts[path] = parameter
+        if any(name in fp8 for name in head_from_module({path: parameter})):
             module = head.get_submodule(path.removesuffix(".weight"))
             parametrize.register_parametrization(module, "weight", _Fp8())
     return parts
@@ -98,24 +102,31 @@ def distance(
     batch: Batch,
     losses: Mapping[Loss, float],
     weights: list[float],
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """Return the mean distance of the drafts from what the base says, over the steps of a batch.
 
-    `losses` are weights of LOSSES; `weights` are those of a step's drafts, one for each.
+    `losses` are weights of LOSSES; `weights` are those of a step's drafts, one for each. With
+    `recompute` the backward pass computes the head's activations again, a draft at a time.
     """
     total = torch.zeros((), device=batch.residual.device)
-    for stream, target, weight in zip(*_drafts(head, batch, len(weights)), weights, strict=True):
+    drafts = _drafts(head, batch, len(weights), recompute)
+    for stream, target, weight in zip(*drafts, weights, strict=True):
         parts = zip(stream.split(_DRAFTS), target.split(_DRAFTS), strict=True)
         of_draft = [checkpoint(_loss, head, base, losses, *p, use_reentrant=False) for p in parts]
         total = total + weight * torch.stack(of_draft).sum() / len(stream)
     return total / sum(weights)
 
 
-def _drafts(head: MTPHead, batch: Batch, k: int) -> tuple[list[Tensor], list[Tensor]]:
+def _drafts(
+    head: MTPHead, batch: Batch, k: int, recompute: bool
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return streams and targets [N, S, D] of each of k drafts, of those that the text has."""
     streams, targets = [], []
     at = torch.arange(batch.residual.shape[1], device=batch.lengths.device)
-    for draft, stream in enumerate(unroll(head, batch.residual, batch.embeds, k)):
+    unrolled = unroll(head, batch.residual, batch.embeds, k, recompute=recompute)
+    for draft, stream in enumerate(unrolled):
         target = batch.residual[:, 1 + draft :]  # token i + 1 + draft says what comes next
         known = at[1 + draft :] < batch.lengths[:, None]
         streams.append(stream[:, : target.shape[1]][known])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
@@ -78,29 +79,40 @@ def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> tuple[Ten
 def replay_drafts(
     head: MTPHead, lm_head: Tensor, residual: Tensor, embeds: Tensor, start: int = 0, k: int = 1
 ) -> Tensor:
-    """Return the k drafts int64 [R - start, k] of the step after each token from `start` on.
+    """Return the k drafts int64 [B, R - start, k] of the step after each token from `start` on.
 
     The drafts of token i's step are the guesses at tokens i + 2, i + 3 and so on, each as if those
     before it were right; beyond the text they mean nothing. `lm_head` [V, D] is the base's, in the
-    head's dtype; `residual` and `embeds` are those of `replay_routing`, and so are the errors.
+    head's dtype; `residual` [B, T, S, D] and `embeds` [B, T, D] are those of the tokens themselves.
+    Raises GraftError as `replay_routing`.
     """
-    streams = unroll(head, residual[None], embeds[None], k)
-    logits = (head.logits(stream[:, start:], lm_head)[0] for stream in streams)  # [R - start, V]
+    streams = unroll(head, residual, embeds, k)
+    logits = (head.logits(stream[:, start:], lm_head) for stream in streams)  # [B, R - start, V]
     return torch.stack([each.argmax(dim=-1) for each in logits], dim=-1)
 
 
-def unroll(head: MTPHead, residual: Tensor, embeds: Tensor, k: int) -> Iterator[Tensor]:
+def unroll(
+    head: MTPHead, residual: Tensor, embeds: Tensor, k: int, *, recompute: bool = False
+) -> Iterator[Tensor]:
     """Yield the head's stream [B, R, S, D] for each of k drafts, as a server makes them.
 
     `residual` is [B, T, S, D], `embeds` [B, T, D]. At token i the first draft reads token i + 1's
-    embedding, and each further one the stream of the draft before and the next token's.
+    embedding, and each further one the stream of the draft before and the next token's. A backward
+    pass finds the activations in memory, or computes them again.
     """
+
+    def step(*given: Tensor) -> tuple[Tensor, Tensor]:
+        stream, following, positions, *seen = given
+        return head(stream, following, positions, seen), seen[-1]
+
     like, keys = head.h_proj.weight, list[Tensor]()
     stream = residual[:, :-1].to(like)
     positions = torch.arange(stream.shape[1], device=like.device)[None]
     for draft in range(k):
         following = F.pad(embeds[:, 1 + draft :].to(like), (0, 0, 0, draft))  # 0 past the end
-        stream = head(stream, following, positions + draft, keys)
+        given = stream, following, positions + draft, *keys
+        stream, key = checkpoint(step, *given, use_reentrant=False) if recompute else step(*given)
+        keys.append(key)
         if not torch.isfinite(stream).all():
             raise GraftError(
                 "mtp.0: gives values that are not finite on a captured residual that is; check "

@@ -14,18 +14,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.acceptance import measure_acceptance
-from mtp_graft.bench.decode import DecodeConfig, compare, measure_turn
+from mtp_graft.bench.decode import DecodeConfig, compare, measure_acceptance, measure_turn
 from mtp_graft.bench.requests import measured
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.pipeline.folder import Run
+from mtp_graft.serving import plan, topology
 from mtp_graft.serving.client import COUNT_DRAFTS, Prompt, ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
-from mtp_graft.serving.plan import adapt
 from mtp_graft.serving.server import managed_server
-from mtp_graft.serving.topology import hardware_for
 from mtp_graft.stages.calibration import iterate_prompts, take_fitting
 from mtp_graft.stages.capture import recording_options, wanted_prompts
 from mtp_graft.stages.inputs import EVALUATION
@@ -58,7 +56,7 @@ def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient
         kv_cache_gib=serve.kv_cache_gib,
         extra_args=(*options.extra_args, *serve.extra_args),
     )
-    options, notes = adapt(options, hardware_for(find_vllm().platform))
+    options, notes = plan.adapt(options, topology.hardware_for(find_vllm().platform))
     for note in notes:
         if note not in run.adjusted:
             run.adjusted.append(note)

@@ -18,12 +18,9 @@ from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.dsv4.head_shapes import head_shapes
 from mtp_graft.errors import GraftError
-from mtp_graft.pipeline.device import gpus, torch_device
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
-from mtp_graft.serving.command import installed_vllm
-from mtp_graft.serving.memory import RESERVE_BYTES, UTILIZATION, kv_cache_bytes, weights_bytes
-from mtp_graft.serving.topology import undivided
+from mtp_graft.serving import command, memory, topology
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens
 from mtp_graft.stages.fetch import (
@@ -34,6 +31,7 @@ from mtp_graft.stages.fetch import (
     nearest_folder,
     survey,
 )
+from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
@@ -83,7 +81,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     A head by GPTQ has the tensors of one that is rounded to nearest.
     """
     check_dimensions(base.config, f"{base.given}/config.json")
-    if vllm := installed_vllm():
+    if vllm := command.installed_vllm():
         check_readable(base.config, f"{base.given}/config.json", vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         given, linears = (open_base(base_folder), upstream_folder), recipe.splice.linears
@@ -97,7 +95,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         raise GraftError(
             f"quantize.group_size is {group}, expected {experts} as in the experts of {base.given}"
         )
-    if uneven := undivided(base.config, ranks):
+    if uneven := topology.undivided(base.config, ranks):
         raise GraftError(
             f"serve.tensor_parallel_size is {ranks}, expected a number that divides "
             f"{', '.join(uneven)} of {base.given}"
@@ -173,7 +171,7 @@ def _memory(
     stage: str, device: Device, ranks: int, size: int, what_for: str, share: float = 1.0
 ) -> Need:
     """Return the need of a machine's memory, or of `share` of the memory of `ranks` GPUs."""
-    if torch_device(device) == "cpu":
+    if find_device(device) == "cpu":
         lines = Path("/proc/meminfo").read_text().splitlines()
         [available] = (line for line in lines if line.startswith("MemAvailable:"))
         free_bytes = 1024 * int(available.split()[1])
@@ -190,19 +188,19 @@ def _memory(
 
 def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:
     """Return the memory that base and largest head take when served, by doctor's estimate."""
-    ranks, on_cpu = recipe.serve.tensor_parallel_size, torch_device("auto") == "cpu"
+    ranks, on_cpu = recipe.serve.tensor_parallel_size, find_device("auto") == "cpu"
     base, *heads = (
-        weights_bytes(tensors, ranks, decoded=on_cpu)
+        memory.weights_bytes(tensors, ranks, decoded=on_cpu)
         for tensors in (models.tensors, *(models.heads[v] for v in recipe.served_variants))
     )
     share, besides, what_for = 1.0, 0, "the served model, decoded"
     if not on_cpu:
         length, cache_gib = recipe.capture.max_model_len, recipe.serve.kv_cache_gib
-        cache = kv_cache_bytes(models.base.config, length, 2 * step_tokens(length))
-        besides = RESERVE_BYTES + (int(cache_gib * 2**30) if cache_gib is not None else cache)
+        cache = memory.kv_cache_bytes(models.base.config, length, 2 * step_tokens(length))
+        besides = memory.RESERVE_BYTES + (cache if cache_gib is None else int(cache_gib * 2**30))
         what_for = "the served model and its cache"
         if not any(arg.startswith("--gpu-memory-utilization") for arg in recipe.serve.extra_args):
-            share = UTILIZATION
+            share = memory.UTILIZATION
     return [
         _memory(stage, "auto", ranks, ranks * (size + besides), what_for, share)
         for stage, size in (("capture", base), ("bench", base + max(heads)))

@@ -19,25 +19,41 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.checkpoint.manifest import fingerprints, read_result, write_manifest
+from mtp_graft.bench.intervals import paired_differences
+from mtp_graft.bench.report import PAGE_NAME, recorded_answers, write_report
+from mtp_graft.checkpoint.manifest import (
+    fingerprints,
+    package_versions,
+    read_result,
+    write_manifest,
+)
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, bench
-from mtp_graft.pipeline.device import device_name, torch_device
 from mtp_graft.pipeline.folder import Run, locked
 from mtp_graft.pipeline.plan import check_prompts, check_run
-from mtp_graft.pipeline.results import report_run, summarize
-from mtp_graft.recipe import Device, Recipe, Variant
+from mtp_graft.recipe import Device, Recipe
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.capture import capture, recording_options
 from mtp_graft.stages.heal import heal
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
-from mtp_graft.stages.parallel import run_in_process
+from mtp_graft.stages.parallel import device_name, find_device, run_in_process
 from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import require_sound, verify
+
+_ERROR_NOTE = (
+    "Relative errors are weighted with the Hessian of the calibration tokens themselves, which "
+    "flatters GPTQ; acceptance is measured on other texts."
+)
+_CPU_NOTE = (
+    "Served on a CPU by the plugin's reference path, on a model of a few layers: speeds show that "
+    "the pipeline is right, not what the real model gains, and only their ratio within this run "
+    "means anything."
+)
+_OF_HEAD = ("acceptance", "acceptance_by_position", "acceptance_length")
 
 
 def run_pipeline(
@@ -126,7 +142,8 @@ def _heal(run: Run) -> None:
     recipe, settings, out = run.recipe, run.recipe.heal, run.path / "heal"
     assert settings is not None  # or the stage is not among those to do
     inputs = run.finished("capture"), run.finished("quantize"), *reversed(run.models)
-    how = recipe.splice.variant, recipe.quantize.group_size, settings
+    asked = recipe.splice
+    how = asked.variant, asked.linears, recipe.quantize.group_size, settings
     _compute(run, settings.device, heal, *inputs, out, *how)
 
 
@@ -139,7 +156,7 @@ def _score(run: Run) -> None:
 
 def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
     """Call a stage; on a GPU in a process of its own, so that it is empty when vLLM starts."""
-    if torch_device(device) == "cpu":
+    if find_device(device) == "cpu":
         stage(*arguments, run.report)
     else:
         run_in_process(stage, *arguments, report=run.report)
@@ -147,7 +164,9 @@ def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: An
 
 def _splice(run: Run) -> list[Path]:
     quantized, asked = run.finished("quantize"), run.recipe.splice
-    for variant in _variants(run, "splice"):
+    variants = run.recipe.served_variants
+    for done, variant in enumerate(variants):
+        run.report(f"splice: {variant}", done, len(variants))
         out = run.checkpoint(variant)
         out.parent.mkdir(parents=True, exist_ok=True)
         models = run.models.base, run.upstream
@@ -161,7 +180,9 @@ def _verify(run: Run) -> list[Path]:
     # By size, first and last MiB; None without a capture.
     known = (run.result("capture/config") or {}).get("base")
     as_captured = None if known is None else known == fingerprints([base / name for name in known])
-    for variant in _variants(run, "verify"):
+    variants = run.recipe.served_variants
+    for done, variant in enumerate(variants):
+        run.report(f"verify: {variant}", done, len(variants))
         checkpoint = run.checkpoint(variant)
         found = verify(checkpoint, base, run.upstream, quantized)
         found["loaded_in_vllm"] = True if bench.has_served(run, variant) else None
@@ -172,12 +193,70 @@ def _verify(run: Run) -> list[Path]:
     return run.manifests
 
 
-def _variants(run: Run, stage: str) -> Iterator[Variant]:
-    """Yield the variants that become checkpoints, and report each."""
-    variants = run.recipe.served_variants
-    for number, variant in enumerate(variants):
-        run.report(f"{stage}: {variant}", number, len(variants))
-        yield variant
+# What has been found so far, put together from the stages' files
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """Return the JSON of `run` and `demo`; what has not been run yet is null."""
+    decode = run.result("bench/decode") or {}
+    scored = (run.result("score/report") or {}).get("acceptance", {})
+    served, chosen = _served(run), run.recipe.splice.variant
+    main = served.get("gptq") or served.get(chosen) or {}
+    report = run.path / "report" / PAGE_NAME
+    sides = {"base": decode["against"], "mtp": decode} if decode else {}
+    speeds = {side: found["decode_tok_s"]["median"] for side, found in sides.items()}
+    return {
+        "k": (decode or main).get("k"),
+        **{key: main.get(key) for key in _OF_HEAD},
+        "acceptance_served": {v: found["acceptance"] for v, found in served.items()},
+        "acceptance_offline": {v: found["top1"] for v, found in scored.items()},
+        "acceptance_difference": _differences(served),
+        "acceptance_difference_offline": _differences(scored),
+        "intervals_served": {v: found["interval"] for v, found in served.items()},
+        "decode_tok_s": speeds or None,
+        **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
+        "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
+        "checkpoint": str(run.checkpoint(chosen)),
+        "report": str(report) if report.exists() else None,
+    }
+
+
+def report_run(run: Run) -> list[Path]:
+    """Write the report stage's page."""
+    served, capture = _served(run), run.recipe.capture
+    decode = run.result("bench/decode")
+    notes = [_ERROR_NOTE]
+    notes += [
+        f"{variant}: with drafts, {capture.concurrency} requests at once, {found['identical']} of "
+        f"{found['texts']} texts equal the captured ones; sums then round in another order."
+        for variant, found in served.items()
+    ]
+    if find_vllm().platform == "cpu":
+        notes.append(_CPU_NOTE)
+    notes += [f"Serving: {text}." for text in (decode or {}).get("adjusted", [])]
+    found = {
+        "result": summarize(run),
+        **{stage: run.result(f"{stage}/report") for stage in ("capture", "quantize", "score")},
+        "served": served,
+        "decode": decode,
+        "verify": run.result(f"verify/{run.recipe.splice.variant}"),
+        "recorded": recorded_answers(run.result("bench/base"), run.result("bench/mtp")),
+        "model": run.recipe.model.name,
+        "device": device_name(),
+        "versions": package_versions(),
+        "notes": notes,
+    }
+    write_report(run.path / "report", found)
+    return []
+
+
+def _served(run: Run) -> dict[str, dict[str, Any]]:
+    found = {v: run.result(f"bench/served-{v}") for v in run.recipe.served_variants}
+    return {variant: result for variant, result in found.items() if result is not None}
+
+
+def _differences(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return paired_differences({v: result.get("sequences") for v, result in found.items()})
 
 
 #: What does a stage. Where it writes no manifest of its own, it returns the inputs to be named.

@@ -33,13 +33,8 @@ class ServerUnreachable(GraftError):
     """No connection, or it broke before the answer was complete."""
 
 
-class NoAnswerInTime(ServerUnreachable):
-    """The server is there and silent."""
-
-
 class _Tokens(BaseModel):
     tokens: list[int]
-    max_model_len: int = 0
 
 
 class _Logprobs(BaseModel):
@@ -92,10 +87,6 @@ class ServerClient:
         if not isinstance(prompt.content, str):
             body = {"messages": prompt.content, "chat_template_kwargs": {"thinking": False}}
         return self._ask("/tokenize", body, _Tokens).tokens
-
-    def max_model_len(self) -> int:
-        """Return the longest sequence that the server takes, in tokens."""
-        return self._ask("/tokenize", {"prompt": "a"}, _Tokens).max_model_len
 
     def complete(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
@@ -177,8 +168,7 @@ class ServerClient:
             ) from error
         except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
-            silent = isinstance(error, httpx.ReadTimeout)
-            raise (NoAnswerInTime if silent else ServerUnreachable)(
+            raise ServerUnreachable(
                 f"{self.base_url}: no answer ({reason}); is the server running?"
             ) from error
 

@@ -9,7 +9,8 @@ on where a killed run stopped.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
@@ -27,12 +28,13 @@ from mtp_graft.checkpoint.files import replacing, write_json
 from mtp_graft.checkpoint.quant_manifest import HEALED_NAME
 from mtp_graft.checkpoint.shards import load_tensors, save_shard, write_index
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance, trained_parts
+from mtp_graft.dsv4.heal import EXPERTS, OUTPUT, ROUTER, BaseOutput, Batch, distance, trained_parts
+from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import encode_fp8
-from mtp_graft.recipe import HealSection, Variant
+from mtp_graft.recipe import HealSection, Linears, Variant
 from mtp_graft.serving.metrics import Step, count_steps, drafting_result
 from mtp_graft.stages.inputs import (
     CALIBRATION,
@@ -61,11 +63,14 @@ def heal(
     base: Path,
     out: Path,
     variant: Variant,
+    linears: Linears,
     group_size: int,
     settings: HealSection,
     report: Progress,
 ) -> dict[str, Any]:
     """Train the head, write it to `out/upstream`, and return the report.
+
+    What `splice` will store in FP8, of `variant` and `linears`, is rounded while it is trained.
 
     `kept` says whether the accepted length of `settings.k` drafts rose beyond its 95 % interval
     (texts resampled, in pairs) while the first draft's acceptance fell by half a point at most.
@@ -76,25 +81,28 @@ def heal(
     models = capture, upstream, base
     inputs, held_out = (_open(*models, split, settings.k) for split in (CALIBRATION, EVALUATION))
     experts = expert_files(quantized) if variant == "gptq" else []
-    decisive = asdict(settings) | {"variant": variant, "device": device}
+    decisive = asdict(settings) | {"variant": variant, "linears": linears, "device": device}
     files = manifest.fingerprints([*inputs.files, *held_out.files, *experts])
     manifest.claim_folder(out, {**decisive, "inputs": files})
     if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
         return finished
     with Tensors.in_files(experts).opened() as gptq:
         master = inputs.read_upstream([*inputs.head.files])
-        stored = store_head(master, variant, gptq, group_size=group_size)
+        stored = store_head(master, variant, gptq, group_size=group_size, linears=linears)
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
+    if device != "cpu":
+        head.layer.mlp.experts.bfloat16()  # as the server computes with them
     read = load_tensors(inputs.base, ["embed.weight", *OUTPUT])
     given = {name: tensor.to(device) for name, tensor in read.items()}
-    parts = trained_parts(head, fp8_weights(master))
+    fp8 = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
+    parts = trained_parts(head, fp8, (EXPERTS,) if settings.router else (EXPERTS, ROUTER))
     state = _train(head, parts, given, inputs, held_out, settings, out / _STATE, report)
     result = _judge(state["curve"]) | {
         "steps": settings.steps,
         "tokens": sum(s.tokens for s in inputs.sequences),
         "seconds": time.perf_counter() - started,
     }
-    _write_master(state["best"], master, out / HEALED, result)
+    _write_master(head_from_module(state["best"]), master, fp8, out / HEALED, result)
     write_json(result, out / REPORT_NAME)
     seconds = result["seconds"]
     manifest.write_manifest(out, "heal", decisive, inputs.indexes(), device, seconds)
@@ -139,11 +147,11 @@ def _train(
 
     def look(loss: float | None) -> None:
         """Judge the head as it is, and write the state."""
-        found = _evaluate(head, given["head.weight"], embed, held_out, settings.k)
+        found = _evaluate(head, given["head.weight"], embed, held_out, settings)
         values = {name: part.detach().clone() for name, part in parts.items()}
-        if found["length"] >= max((p["length"] for p in state["curve"]), default=0.0):
-            state["best"] = values
         state["curve"].append({"step": state["step"], "loss": loss, **found})
+        if _best(state["curve"]) is state["curve"][-1]:
+            state["best"] = values
         saved = state | {"parts": values} | {name: o.state_dict() for name, o in kept.items()}
         with replacing(path) as file:
             torch.save(saved, file)
@@ -163,13 +171,10 @@ def _train(
         length = state["curve"][-1]["length"]
         report(f"heal: {length:.3f} tokens a step on held-out texts", step, settings.steps)
         batch = _read_batch(inputs, chosen, embed)
-        with (
-            parametrize.cached(),
-            torch.autocast(device.type, torch.bfloat16, device.type != "cpu"),
-        ):
-            loss = distance(head, base, batch, settings.loss, weights)
         optimizer.zero_grad()
-        loss.backward()
+        with parametrize.cached(), _precision(device):
+            loss = distance(head, base, batch, settings.loss, weights, recompute=settings.recompute)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(parts.values(), 1.0)
         optimizer.step()
         schedule.step()
@@ -180,15 +185,27 @@ def _train(
 
 
 def _batches(sequences: Sequence[CapturedSequence], tokens: int) -> Iterator[list[Any]]:
-    """Yield sequences of about so many tokens together, for ever; each epoch has its own order."""
+    """Yield the batches of one epoch after the other, for ever; each has its own order."""
     for epoch in count():
-        chosen: list[CapturedSequence] = []
         shuffled = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(epoch))
-        for number in shuffled.tolist():
-            chosen.append(sequences[number])
-            if sum(s.tokens for s in chosen) >= tokens or number == shuffled[-1]:
-                yield chosen
-                chosen = []
+        yield from _in_batches([sequences[number] for number in shuffled.tolist()], tokens)
+
+
+def _in_batches(sequences: Sequence[CapturedSequence], tokens: int) -> Iterator[list[Any]]:
+    """Yield sequences of about so many tokens together."""
+    chosen: list[CapturedSequence] = []
+    for sequence in sequences:
+        chosen.append(sequence)
+        if sum(s.tokens for s in chosen) >= tokens:
+            yield chosen
+            chosen = []
+    if chosen:
+        yield chosen
+
+
+def _precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute in BF16 on a GPU, as the server does, and in float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, device.type != "cpu")
 
 
 def _read_batch(inputs: Inputs, chosen: Sequence[CapturedSequence], embed: Tensor) -> Batch:
@@ -196,25 +213,26 @@ def _read_batch(inputs: Inputs, chosen: Sequence[CapturedSequence], embed: Tenso
     lengths = torch.tensor([len(each.token_ids) for each in recorded], device=embed.device)
     embeds = [embed[each.token_ids.to(embed.device)] for each in recorded]
     residual = pad_sequence([each.residual for each in recorded], batch_first=True)
-    return Batch(residual, pad_sequence(embeds, batch_first=True), lengths)
+    token_ids = [each.token_ids for each in recorded]
+    return Batch(residual, pad_sequence(embeds, batch_first=True), lengths, token_ids)
 
 
 # Judging
 
 
 def _evaluate(
-    head: MTPHead, lm_head: Tensor, embed: Tensor, held_out: Inputs, k: int
+    head: MTPHead, lm_head: Tensor, embed: Tensor, held_out: Inputs, settings: HealSection
 ) -> dict[str, Any]:
     """Return `length`, `by_position`, and of each of the `texts` its tokens and steps."""
     texts: list[list[Step]] = []
-    with parametrize.cached():
+    with parametrize.cached(), _precision(embed.device):
         lm_head = lm_head.to(head.h_proj.weight)
-        for sequence in held_out.sequences:
-            recorded = held_out.read_sequence(sequence, str(embed.device))
-            given = recorded.residual, embed[recorded.token_ids.to(embed.device)]
-            first = sequence.prompt_tokens
-            drafts = replay_drafts(head, lm_head, *given, start=first - 1, k=k)
-            texts.append([*draft_steps(drafts.tolist(), recorded.token_ids[first:].tolist())])
+        for chosen in _in_batches(held_out.sequences, settings.batch_tokens):
+            batch = _read_batch(held_out, chosen, embed)
+            drafts = replay_drafts(head, lm_head, batch.residual, batch.embeds, k=settings.k)
+            for sequence, ids, made in zip(chosen, batch.token_ids, drafts.tolist(), strict=True):
+                first = sequence.prompt_tokens
+                texts.append([*draft_steps(made[first - 1 :], ids[first:].tolist())])
     found = drafting_result(count_steps([step for steps in texts for step in steps]))
     return {
         "length": found["acceptance_length"],
@@ -223,9 +241,15 @@ def _evaluate(
     }
 
 
+def _best(curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the point with the longest accepted length whose first draft has not lost more."""
+    least = curve[0]["by_position"][0] - _MAY_LOSE
+    return max((p for p in curve if p["by_position"][0] >= least), key=lambda p: p["length"])
+
+
 def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return first and best point, with intervals, whether the best is kept, and the curve."""
-    points = curve[0], max(curve, key=lambda point: point["length"])
+    points = curve[0], _best(curve)
     counts = np.array([point["texts"] for point in points], float)  # [2, texts, tokens and steps]
     size = (_RESAMPLES, counts.shape[1])
     chosen = counts[:, np.random.default_rng(0).integers(counts.shape[1], size=size)].sum(axis=2)
@@ -236,9 +260,8 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         | {"interval": np.quantile(resampled, _ENDS).tolist()}
         for point, resampled in zip(points, lengths, strict=True)
     )
-    lost = before["by_position"][0] - after["by_position"][0]
     return {
-        "kept": bool(low > 0 and lost <= _MAY_LOSE),
+        "kept": bool(low > 0),
         "before": before,
         "after": after,
         "gain": [float(low), float(high)],
@@ -249,21 +272,22 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # What comes out
 
 
-def fp8_weights(master: Mapping[str, Tensor]) -> set[str]:
-    """Return the names of the weights that a master has in FP8 blocks."""
-    return {name for name, tensor in master.items() if tensor.dtype == torch.float8_e4m3fn}
-
-
 def _write_master(
-    parts: Mapping[str, Tensor], master: Mapping[str, Tensor], out: Path, about: Mapping[str, Any]
+    parts: Mapping[str, Tensor],
+    master: Mapping[str, Tensor],
+    fp8: Container[str],
+    out: Path,
+    about: Mapping[str, Any],
 ) -> None:
-    """Write the master with the trained parts in the formats that it has for them."""
-    head, fp8 = dict(master), fp8_weights(master)
+    """Write the master with the trained parts, those named in `fp8` in FP8 blocks."""
+    head = dict(master)
     for name, value in parts.items():
+        scale = name.removesuffix("weight") + "scale"
         if name in fp8:
-            head[name], head[name.removesuffix("weight") + "scale"] = encode_fp8(value.cpu())
+            head[name], head[scale] = encode_fp8(value.cpu())
         else:
-            head[name] = value.cpu().to(master[name].dtype)
+            was_quantized = head.pop(scale, None) is not None
+            head[name] = value.cpu().to(torch.bfloat16 if was_quantized else master[name].dtype)
     out.mkdir(exist_ok=True)
     save_shard(head, out / _SHARD)
     write_json({k: v for k, v in about.items() if k not in ("seconds", "curve")}, out / HEALED_NAME)

@@ -1,7 +1,8 @@
-"""How a stage runs: files read ahead and written behind, threads, time by part, processes."""
+"""How a stage runs: files read ahead and written behind, its device, threads, time, process."""
 
 import multiprocessing
 import os
+import platform
 import signal
 import threading
 import time
@@ -9,14 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from itertools import islice
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Device
+from mtp_graft.serving.topology import Hardware, find_gpus, visible_devices
 from mtp_graft.stages.inputs import Progress
 
 Item = TypeVar("Item")
@@ -67,9 +71,39 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
             future.result()
 
 
+@cache
+def gpus() -> Hardware | None:
+    """Return the GPUs that torch will see; None for its CPU build, or on a machine without any.
+
+    The driver is asked: a CUDA context in this process would take memory from what it starts.
+    Raises GraftError for a driver that does not work, and for GPUs of several kinds.
+    """
+    if torch.version.cuda is None or visible_devices() == []:
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return None
+    except pynvml.NVMLError:
+        pass  # which `find_gpus` explains
+    return find_gpus()
+
+
 def find_device(wanted: Device) -> str:
-    """Return the device to compute on: `auto` is a GPU if there is one."""
-    return wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """Return the device to compute on: `auto` is the GPU if there is one."""
+    return wanted if wanted != "auto" else "cuda" if gpus() else "cpu"
+
+
+def device_name() -> str:
+    """Return the GPUs' or the processor's model and how many, for manifests and the report."""
+    if found := gpus():
+        return f"{found.num_gpus}x {found.gpu}"
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux `platform` knows the architecture only
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(models, platform.machine())}, {os.cpu_count()} cores"
 
 
 @contextmanager

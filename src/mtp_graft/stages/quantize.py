@@ -30,15 +30,8 @@ from torch import Tensor
 from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, load_tensors, save_shard
-from mtp_graft.dsv4.experts import (
-    MATRICES,
-    RoutedTokens,
-    expert_errors,
-    expert_hessians,
-    expert_name,
-    pack_experts,
-    quantize_experts,
-)
+from mtp_graft.dsv4 import experts as head_experts
+from mtp_graft.dsv4.experts import MATRICES, RoutedTokens, expert_name
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
 from mtp_graft.dsv4.replay import build_head, replay_routing
@@ -222,14 +215,16 @@ def _quantize_batch(
             for matrix in MATRICES
         }
         tokens = [routed.of_expert(e) for e in experts]
-        hessians = expert_hessians(tokens, weights, inputs.model.swiglu_limit)  # of w1, w2, w3
+        hessians = head_experts.expert_hessians(
+            tokens, weights, inputs.model.swiglu_limit
+        )  # of w1, w2, w3
     with clock.timed("gptq"):
         num_tokens = [routed.counts[e] or len(routed.x) for e in experts]
-        quantized = quantize_experts(weights, hessians, num_tokens, experts, settings)
+        quantized = head_experts.quantize_experts(weights, hessians, num_tokens, experts, settings)
     with clock.timed("pack"):
-        packed = pack_experts(quantized, experts)
+        packed = head_experts.pack_experts(quantized, experts)
     with clock.timed("errors", tf32=True):
-        errors = expert_errors(weights, hessians, quantized, settings.group_size)
+        errors = head_experts.expert_errors(weights, hessians, quantized, settings.group_size)
     return packed, {"counts": [routed.counts[e] for e in experts], "rel_errors": errors}
 
 

@@ -110,7 +110,8 @@ def _score(
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
         embeds = embed[recorded.token_ids]  # [T, D]
-        drafts = replay_drafts(head, lm_head, recorded.residual, embeds, start=start - 1, k=k)
+        given = recorded.residual[None], embeds[None]
+        drafts = replay_drafts(head, lm_head, *given, start=start - 1, k=k)[0]
         continuation = recorded.token_ids[start:].tolist()
         found = {most: [*draft_steps(drafts[:, :most].tolist(), continuation)] for most in steps}
         steps = {most: [*before, *found[most]] for most, before in steps.items()}

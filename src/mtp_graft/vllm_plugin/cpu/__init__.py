@@ -10,11 +10,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.models.deepseek_v4.cpu import model as stock
 
 from mtp_graft.errors import GraftError
-from mtp_graft.vllm_plugin.cpu import attention_metadata, sampling
-from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
+from mtp_graft.vllm_plugin.cpu import attention_metadata, dequantize, order_free, recording
 from mtp_graft.vllm_plugin.cpu.drafter import DeepSeekV4MTP
-from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
-from mtp_graft.vllm_plugin.cpu.recording import record_on_demand
 from mtp_graft.vllm_plugin.strict_loading import load_base
 
 __all__ = ["DeepSeekV4MTP", "DeepseekV4ForCausalLM"]
@@ -29,11 +26,10 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
         if not torch.cpu._is_avx512_supported():
             raise GraftError("this CPU has no AVX-512, which vLLM's DeepSeek-V4 needs on a CPU")
         attention_metadata.fill_gaps()
-        sampling.fill_gaps()
-        vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
+        vllm_config.quant_config = dequantize.dequantize_on_load(vllm_config.quant_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        free_from_order(self)
-        record_on_demand(self, vllm_config)
+        order_free.free_from_order(self)
+        recording.record_on_demand(self, vllm_config)
         # Gap: its patterns rename scales for DeepSeek's own FP8 layers, to `weight_scale_inv`.
         # Ours have `weight_scale`, as the checkpoint. Seen in 0.32, read in 0.33.
         self.hf_to_vllm_mapper = dataclasses.replace(self.hf_to_vllm_mapper, orig_to_new_regex={})

