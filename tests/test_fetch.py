@@ -61,7 +61,9 @@ def test_only_what_is_needed_is_downloaded_and_known_beforehand(
     assert done == sorted(done) and done[0] == (0, total) and done[-1] == (total, total)
 
 
-@pytest.mark.parametrize(("revision", "offline"), [(None, True), ("v2", False), (COMMIT, True)])
+@pytest.mark.parametrize(
+    ("revision", "offline"), [(None, True), ("v2", False), ("v2", True), (COMMIT, True)]
+)
 def test_a_full_cache_needs_no_network_by_branch_or_commit(
     hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     revision: str | None, offline: bool,
@@ -69,7 +71,7 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
     model = ModelSection(name="m", base=BASE, upstream=UPSTREAM, base_revision=revision)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's attempts
     first = fetch(model, tmp_path / "out", quiet)
-    if revision == "v2":
+    if revision == "v2":  # a branch
         assert ("GET", f"/api/models/{BASE}/revision/v2") in hub.asked
     hub.asked.clear()
     assert fetch(model, tmp_path / "out", quiet) == first
@@ -206,16 +208,16 @@ def recipe() -> Recipe:
     return load_recipe(find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"])
 
 
-def add_head(index: Any) -> None:
-    index["weight_map"]["mtp.0.x"] = index["weight_map"]["embed.weight"]
+def list_another(index: Any) -> None:
+    index["weight_map"]["layers.0.x"] = index["weight_map"]["embed.weight"]
 
 
 @pytest.mark.parametrize(
     ("file", "change", "refusal"),
     [
         ("config.json", lambda c: c.update(model_type="llama"), "model_type is 'llama', expe"),
-        ("config.json", lambda c: c.update(vocab_size=7), r"embed.weight is \[.*\[7, "),
-        (INDEX_NAME, add_head, r"has no mtp\.0\.x .*index.json lists it"),
+        ("config.json", lambda c: c.update(vocab_size=7), r"embed.weight.*\[7, "),
+        (INDEX_NAME, list_another, r"layers\.0\.x: not in .*expected as in .*index.json"),
     ],
 )
 def test_what_the_headers_tell_is_refused(

@@ -221,6 +221,10 @@ def spoil(_base: Path, published: Path) -> None:
         (say(variant="mxfp5"), "MANIFEST.json: .*variant: input"),
         (say(variant="bf16"), "would load as plain; .*or take another head"),
         (spoil, "experts.9.w1.weight_packed .holds values that are not finite"),
+        (
+            lambda _, head: (head / MANIFEST_NAME).unlink(),
+            "published: is a spliced head without its MTP_Q",
+        ),
         (lambda _, head: (head / HEAD_SHARD).unlink(), f"has no {HEAD_SHARD}, which is needed"),
     ],
 )
@@ -239,6 +243,8 @@ def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
     upstream, new = tiny_model / "upstream", tmp_path / "new"
     (tmp_path / "out").mkdir()
     assert "out: already exists; remove it" in mtp_graft("graft", base, upstream, tmp_path / "out")
+    assert "x.gguf: is GGUF; expected" in mtp_graft("graft", base, "a/x.gguf", new)
+    assert "x.gguf: is GGUF; expected" in mtp_graft("graft", "x.gguf", upstream, new)
     assert "nowhere: not a folder" in mtp_graft("graft", "nowhere", upstream, new)
     assert "upstream: is DeepSeek's own" in mtp_graft("graft", upstream, upstream, new)
     assert "is a gptq head" in mtp_graft("graft", base, published, new, "--head", "bf16")

@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.checkpoint.quantization_config import (
-    add_head,
-    int4_group_size,
-    read_quantization,
-    scheme_of,
-)
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization, scheme_of
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
 from quantized import tiny_quantization
@@ -141,8 +136,9 @@ def kind_in_vllm(parsed: Any, scheme: dict[str, Any]) -> str | None:
     if parsed._is_nvfp4_format(weights):
         return "nvfp4"
     if parsed._is_wNa16_group_channel(weights, inputs) and scheme["format"] == "pack-quantized":
-        is_known = weights.strategy == "group" and weights.type == "int"
-        return integers.get((weights.num_bits, weights.symmetric)) if is_known else None
+        return (
+            integers.get((weights.num_bits, weights.symmetric)) if weights.type == "int" else None
+        )
     is_fp8 = parsed._is_fp8_w8a16(weights, inputs) and scheme["format"] == "float-quantized"
     is_fp8 = is_fp8 and [weights.num_bits, weights.block_structure] == [8, [128, 128]]
     return "fp8" if is_fp8 else None
@@ -192,6 +188,18 @@ def test_vllm_finds_the_same_schemes_in_2000_sections_and_the_published_ones() -
     for linears, variant in product(("fp8", "base"), EXPERT_FORMATS):
         for base in (tiny_quantization(), CONFIG["quantization_config"]):
             assert compare(add_head(base, 4, variant, linears)) > 10
+
+
+@pytest.mark.vllm
+def test_vllm_finds_the_same_schemes_in_what_others_made_of_the_base() -> None:
+    from serving.test_published import canada, ignore_by_pattern, null_formats, nvfp4
+
+    assert compare(canada().config["quantization_config"]) > 10
+    for change in (ignore_by_pattern, null_formats):
+        change(section := deepcopy(CONFIG["quantization_config"]))
+        assert compare(section) > 10
+        assert compare(add_head(section, 4, "mxfp4", "fp8")) > 10
+    assert compare(nvfp4().config["quantization_config"]) > 10
 
 
 MUTATIONS: tuple[Any, ...] = (None, 0, -2, 4, 1.5, "", "4", "foo", "group", "GROUP", "static")
@@ -260,7 +268,7 @@ def test_what_may_be_null_may_be_null() -> None:
 
 def test_the_int4_group_size_has_to_be_one() -> None:
     config = tiny_quantization()
-    assert int4_group_size(config) == 128
+    assert by_us(config).group_size("int4") == 128
     del config["config_groups"]["group_1"]
-    with pytest.raises(GraftError, match="has 0 group sizes of int4"):
-        int4_group_size(config)
+    with pytest.raises(GraftError, match="its groups are fp8; expected one group size of int4"):
+        by_us(config).group_size("int4")

@@ -177,7 +177,10 @@ def test_a_dry_run_shows_stages_sizes_and_times_and_does_nothing(
     assert (plan["run"], plan["stages"]) == (str(tmp_path / "run"), [*pipeline.STAGES])
     assert plan["recipe"]["capture"]["new_tokens"] == 96
     assert "bytes_to_download" in errors and "residuals, BF16" in errors and "room: " in errors
-    assert run(*command, "--set", "model.base=./gone")[1].endswith("not known therefore\n")
+    status, out, errors = run(*command, "--set", "model.base=./gone")
+    assert status == 1 and out.endswith("not known therefore\n") and "gone: not a fold" in errors
+    status, out, errors = run(*command, "--set", "quantize.group_size=64")
+    assert status == 1 and "bytes_to_download" in out and "error: quantize.group_size" in errors
     assert asked == [] and not (tmp_path / "run").exists()
 
 

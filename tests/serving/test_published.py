@@ -14,6 +14,7 @@ import torch
 
 from mtp_graft.checkpoint.shards import Shard
 from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED, head_shapes
+from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.plan import plan_run
 from mtp_graft.recipe import Variant, load_recipe
@@ -86,12 +87,17 @@ def test_stand_ins_have_the_published_sizes_and_numbers(folders: Folders) -> Non
         ("deepseek-v4-pro", FEW, MTP),
     ],
 )
-def test_doctor_says_in_one_line_what_a_master_is(
-    folders: Folders, name: str, experts: int, what: str
+def test_doctor_says_in_one_line_what_a_master_is_and_splice_refuses_it(
+    folders: Folders, tmp_path: Path, name: str, experts: int, what: str
 ) -> None:
     (finding,) = diagnose(folders(name, experts), find_target(gpu="H200", count=2))
     assert (finding.id, finding.fixable) == ("foreign-format", False)
     assert finding.found == f"DeepSeek's own FP8 and MXFP4, {what}"
+    with pytest.raises(GraftError, match=rf"{name}-{experts}: is DeepSeek's own .*, {what}; expec"):
+        splice(folders(name, experts), folders(PREVIEW, FEW), tmp_path / "out")
+    if what == DSPARK:
+        with pytest.raises(GraftError, match=rf"{name}-{experts}: has blocks .* a DSpark drafter"):
+            splice(folders(BASE, FEW), folders(name, experts), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -32,6 +32,11 @@ def in_8_bits(tensors: Tensors) -> Tensors:
     return {n: t.repeat(1, 2) if n.endswith("_packed") else t for n, t in tensors.items()}
 
 
+def by_channel(tensors: Tensors) -> Tensors:
+    is_scale = {n: f"{n.removesuffix('scale')}packed" in tensors for n in tensors}
+    return {n: t[:, :1] if is_scale[n] else t for n, t in tensors.items()}
+
+
 @pytest.fixture
 def base(tiny_base: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link)
@@ -44,6 +49,9 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
         (with_zero_points, {}, {"scheme-mismatch"}, {"scheme-mismatch"}),
         (None, {"symmetric": False}, {"scheme-mismatch"}, None),
         (in_8_bits, {"num_bits": 8}, set(), {"quantization-config"}),
+        (by_channel, {"strategy": "channel", "group_size": -1}, set(), {"quantization-config"}),
+        (by_channel, {"strategy": None, "group_size": -1}, set(), {"quantization-config"}),
+        (None, {"strategy": "channel", "group_size": None}, {"scale-shape"}, None),
         (None, {"num_bits": 8}, {"scheme-mismatch"}, None),
         (None, {"num_bits": 3}, {"scheme-mismatch"}, None),
         (None, {"actorder": "group"}, {"quantization-config"}, None),
@@ -62,7 +70,7 @@ def test_what_vllm_serves_passes_and_the_head_is_of_the_bases_kind_or_its_own(
         assert expected is None or found == expected
     if weights.get("actorder") == "static" or not weights:
         return
-    with pytest.raises(GraftError, match=r"group sizes of int4, expected one; .*|actorder"):
+    with pytest.raises(GraftError, match=r"expected one group size of int4|actorder|a channel"):
         splice(base, tiny_model / "upstream", base.parent / "rtn", "rtn")
     if not on_gpu:
         splice(base, tiny_model / "upstream", base.parent / "mxfp4", "mxfp4")

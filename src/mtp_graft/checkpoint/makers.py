@@ -73,6 +73,8 @@ def read_maker(folder: Path, part: str = "base") -> str | None:
         with suppress(GraftError), Shard(path) as shard:
             names += shard.meta
     if part == "head" and (head := [name for name in names if name.startswith("mtp.")]):
+        if any(name.endswith(".weight_packed") for name in head):
+            return "a spliced head without its MTP_QUANT_MANIFEST.json (fetch that, too)"
         config, folder, names = {}, folder / "mtp", head
     return foreign_maker(folder, config, names)
 

@@ -141,6 +141,8 @@ class Arguments(BaseModel, extra="forbid"):
         size, by = self.group_size, self.strategy
         if by is None:
             by = self.strategy = "tensor" if size is None else "channel" if size < 0 else "group"
+        if by == "channel" and size is None:
+            self.group_size = -1
         dynamic = {"token": (True,), "tensor_group": (False, True, "local")}
         fits = {
             "strategy": by in _STRATEGIES,
@@ -170,6 +172,7 @@ class Group(BaseModel):
             return "weights null"
         is_packed = self.format == "pack-quantized" and not (self.input_activations or w.dynamic)
         is_fp8 = self.format in _FP8_FORMATS and w.block_structure == (128, 128)
+        by = "group" if w.type == "int" and w.strategy == "channel" else str(w.strategy)
         known = {
             ("float", 4, "group", True): "mxfp4" if w.group_size == 32 else None,
             ("float", 4, "tensor_group", True): "nvfp4" if w.group_size == 16 else None,
@@ -180,7 +183,7 @@ class Group(BaseModel):
         }
         words = "" if w.symmetric else "asymmetric "
         words += f"{w.num_bits}-bit {w.type} by {w.strategy}, {self.format}"
-        return known.get((w.type, w.num_bits, str(w.strategy), w.symmetric)) or words
+        return known.get((w.type, w.num_bits, by, w.symmetric)) or words
 
 
 class QuantizationConfig(BaseModel):
@@ -234,6 +237,19 @@ class QuantizationConfig(BaseModel):
                     "other; vLLM wants one scheme for both"
                 )
         return None
+
+    def group_size(self, *kinds: str) -> int:
+        """Return the inputs per scale of integers, -1 for all; GraftError if not one of `kinds`."""
+        groups = self.config_groups.values()
+        sizes = {g.weights.group_size for g in groups if g.weights and g.kind in kinds}
+        if len(sizes) == 1 and (size := sizes.pop()):
+            return size
+        found = ", ".join(sorted({group.kind for group in groups}))
+        raise GraftError(
+            f"quantization_config: its groups are {found}; expected one group size of "
+            f"{' or '.join(kinds)}. `mtp-graft graft` gives a base of other experts an mxfp4 or "
+            "bf16 head"
+        )
 
     def kind_of(self, key: str | None) -> str:
         """Return the kind of a group by its key; `plain` for None."""
@@ -304,17 +320,3 @@ def scheme_of(config: dict[str, Any], module: str) -> dict[str, Any] | None:
     """Return the group of a `quantization_config` that `QuantizationConfig.group_of` finds."""
     key = read_quantization({"quantization_config": config}).group_of(module)
     return None if key is None else config["config_groups"][key]
-
-
-def int4_group_size(config: dict[str, Any], kinds: Iterable[str] = ("int4",)) -> int:
-    """Return the inputs per scale of the base's experts; GraftError if not one size of `kinds`."""
-    groups = read_quantization({"quantization_config": config}).config_groups.values()
-    sizes = {g.weights.group_size for g in groups if g.weights and g.kind in kinds}
-    if len(sizes) != 1 or (size := sizes.pop()) is None:
-        found = ", ".join(sorted({group.kind for group in groups}))
-        raise GraftError(
-            f"quantization_config: has {len(sizes)} group sizes of {' or '.join(kinds)}, expected "
-            f"one; the groups are {found}. `mtp-graft graft` gives a base of other experts an "
-            "mxfp4 or bf16 head"
-        )
-    return size

@@ -11,6 +11,7 @@ from mtp_graft.bench.page import percent, percents
 from mtp_graft.cli.app import DRY_RUN, JSON_FILE, app
 from mtp_graft.cli.bench import drafting_lines, same_text
 from mtp_graft.cli.output import note, progress_bar, show, table
+from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import Stage, find_bundled_recipe
 from mtp_graft.serving.command import argument, option
 
@@ -88,6 +89,8 @@ def run_command(
 
         plan = plan_run(loaded, folder, stages)
         show(plan, json_file, *_plan_parts(plan))
+        if plan["inputs"] not in (None, "fit"):
+            raise GraftError(plan["inputs"])
         return
     from mtp_graft.pipeline.run import run_pipeline
 
@@ -99,8 +102,9 @@ def run_command(
 def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
     """Return stages, sizes and times for people."""
     where = f"{', '.join(plan['stages'])}: in {plan['run']}"
-    if plan["unknown"] is not None:
-        return [where, plan["unknown"], "sizes, needs and times are not known therefore"]
+    if plan["sources"] is None or plan["unknown"] is not None:
+        why = plan["unknown"] or plan["inputs"]
+        return [where, why, "sizes, needs and times are not known therefore"]
     sources = [
         {"checkpoint": name, **found, "files": len(found["files"])}
         for name, found in plan["sources"].items()

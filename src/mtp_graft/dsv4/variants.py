@@ -223,13 +223,14 @@ def format_of(parts: Parts, num_bits: int = 4) -> Format | None:
 def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> dict[str, Tensor]:
     """Return the meta tensors in which a checkpoint stores a decoded tensor of this name.
 
-    `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (integers), 32 inputs
-    (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
+    `kind` is a `Format`. A matrix [O, I] has a scale for `group_size` inputs (integers; all for
+    -1), 32 inputs (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
     """
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"": (storage_dtype(name), shape)}
     if kind != "plain" and len(shape) == 2:
         outputs, inputs = shape
-        groups, per_word = inputs // group_size, 4 if kind == "int8" else int4.CODES_PER_WORD
+        groups = inputs // group_size if group_size > 0 else 1
+        per_word = 4 if kind == "int8" else int4.CODES_PER_WORD
         parts = {
             "_packed": (torch.int32, (outputs, inputs // per_word)),
             "_scale": (torch.bfloat16, (outputs, groups)),

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub import constants
 from torch import Tensor
 
-from mtp_graft.checkpoint.quantization_config import int4_group_size
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.dsv4.names import head_shapes
 from mtp_graft.errors import GraftError
@@ -23,7 +23,14 @@ from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving import command, memory, topology
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens
-from mtp_graft.stages.fetch import Source, already_fetched, headers_of, nearest_folder, survey
+from mtp_graft.stages.fetch import (
+    HubError,
+    Source,
+    already_fetched,
+    headers_of,
+    nearest_folder,
+    survey,
+)
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import open_base, plan_splice
 
@@ -83,7 +90,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
             kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
         }
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
-    experts = int4_group_size(base.config["quantization_config"])
+    experts = read_quantization(base.config).group_size("int4")
     if group != experts:
         raise GraftError(
             f"quantize.group_size is {group}, expected {experts} as in the experts of {base.given}"
@@ -263,19 +270,19 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
 def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any]:
     """Return the JSON of `--dry-run`: recipe, stages, sizes and times; nothing is done.
 
-    Where the checkpoints cannot be looked at, `unknown` says why, and sizes and times are null.
-    Where they do not fit, `inputs` says why, and needs and room are null. Raises GraftError if
-    `path` cannot be a run folder.
+    Where the hub cannot be asked, `unknown` says why; where the checkpoints are none or do not fit,
+    `inputs` does. What is not known then is null. Raises GraftError if `path` cannot be a run
+    folder.
     """
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")
     run = Run(recipe, path, stages)
     plan: dict[str, Any] = {"run": str(path), "stages": list(stages), "recipe": asdict(recipe)}
     plan |= dict.fromkeys(("sources", "needs", "seconds", "inputs", "room", "unknown"))
-    problem = "unknown"  # what the next error is put down to
+    problem = "inputs"  # what the next error is put down to
     try:
         sources = survey_models(run)
-        times, problem = estimate_times(recipe, sources), "inputs"
+        times = estimate_times(recipe, sources)
         plan["sources"] = dict(zip(("base", "upstream"), map(as_json, sources), strict=True))
         plan["seconds"] = {stage: times[stage] for stage in times if stage in stages}
         needs = find_needs(run, read_models(recipe, *sources))
@@ -284,7 +291,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
         problem = "room"
         check_room(needs)
     except GraftError as error:
-        plan[problem] = str(error)
+        plan["unknown" if isinstance(error, HubError) else problem] = str(error)
     return plan
 
 

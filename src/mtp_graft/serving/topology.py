@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, takewhile
 from typing import Any
 
-from mtp_graft.checkpoint.quantization_config import INTEGERS, int4_group_size
+from mtp_graft.checkpoint.quantization_config import INTEGERS, read_quantization
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
@@ -173,6 +173,6 @@ def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -
 
     Without it, raises GraftError for a config, its dimensions checked, not in W4A16-FP8.
     """
-    group = group or int4_group_size(config.get("quantization_config") or {}, INTEGERS)
+    group = group or max(1, read_quantization(config).group_size(*INTEGERS))
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     return {key: unit for key, unit in units.items() if config[key] % (ranks * unit)}

@@ -26,11 +26,10 @@ from huggingface_hub import (
     constants,
     errors,
     get_cached_repo_tree,
-    set_client_factory,
+    get_session,
     snapshot_download,
 )
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
-from huggingface_hub.utils._http import default_client_factory
 
 from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
 from mtp_graft.checkpoint.makers import expect_format
@@ -63,6 +62,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 4
 #: How long a request waits, a few times, for a hub that is asked too often: three of its windows.
 _PATIENCE_S = 900
+
+
+class HubError(GraftError):
+    """The hub cannot be asked, or has no such thing."""
 
 
 class FetchedModels(NamedTuple):
@@ -135,6 +138,8 @@ def survey(model: ModelSection) -> tuple[Source, Source]:
 def find_source(given: str, revision: str | None, part: Literal["base", "head"]) -> Source:
     """Return what is needed of a folder or a hub id; raises GraftError as `survey` does."""
     folder, commit = Path(given).expanduser(), None
+    if folder.suffix == ".gguf":
+        expect_format(folder, part)
     if not given.startswith(("/", ".", "~")):
         folder = _snapshot(given, revision, _BESIDE_SHARDS[part])
         commit = folder.name
@@ -290,7 +295,10 @@ def _check_hashes(source: Source, report: Progress) -> None:
 
 @contextmanager
 def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
-    """Turn whatever asking the hub for `what` can raise into one GraftError."""
+    """Wait for a hub that is busy; whatever else asking it for `what` raises is one GraftError."""
+    client: Any = get_session()  # which by itself sends some requests once only
+    if not isinstance(client.send, partial):
+        client.send = partial(_send, client.send)
     try:
         yield
     except HUB_ERRORS as error:
@@ -300,19 +308,10 @@ def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
                 "to another, and run again to go on"
             ) from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GraftError(
+        raise HubError(
             f"{what}: cannot be fetched from the hub ({first}); check the id and the network, "
             f"or name {instead}; run again to go on"
         ) from error
-
-
-def _patient_client() -> Any:  # of httpx or httpx2, by the version
-    client = default_client_factory()
-    client.send = partial(_send, client.send)  # type: ignore[method-assign]
-    return client
-
-
-set_client_factory(_patient_client)  # by itself the hub's client sends some requests once only
 
 
 def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:

@@ -22,15 +22,15 @@ from torch import Tensor
 from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
-from mtp_graft.checkpoint.quantization_config import add_head, int4_group_size, read_quantization
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.dsv4.variants import modules_of, part_name, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.doctor import examine
-from mtp_graft.serving.doctor.checkpoint import Checkpoint
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.hardware import Target
-from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_base, read_master
+from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_master
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = (
@@ -44,20 +44,10 @@ OWN_FILES = (
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base without a head."""
-
-    folder: Path
-    config: Mapping[str, Any]
-    weight_map: Mapping[str, str]  # tensor -> shard
-    tensors: Mapping[str, Tensor]  # meta
-
-
-@dataclass(frozen=True)
 class SplicePlan:
     """All that a splice will write, known from headers before it writes anything."""
 
-    base: Base
+    base: Checkpoint  # without a head
     variant: Variant
     linears: Linears
     head: Tensors  # upstream's, or those of a head that is taken as it is
@@ -115,17 +105,21 @@ def splice(
 # What a splice starts from
 
 
-def open_base(folder: Path) -> Base:
+def open_base(folder: Path) -> Checkpoint:
     """Read config, index and headers; raises GraftError for what is no base without a head."""
     expect_format(folder, "base")
-    tensors = shards.read_meta(folder, complete=True)
-    if already := sorted(name for name in tensors if name.startswith("mtp.")):
-        raise GraftError(f"{folder}: already has a head ({already[0]}, ...); expected none")
-    return Base(folder, *read_base(folder, "embed.weight", "head.weight", known=tensors), tensors)
+    base = read_checkpoint(folder)
+    for shard, why in base.unreadable.items():
+        raise GraftError(f"{folder / shard}: {why}")
+    if already := next((name for name in base.read_as if name.startswith("mtp.")), None):
+        raise GraftError(f"{folder}: already has a head ({already}, ...); expected none")
+    if isinstance(base.quantization, GraftError):
+        raise base.quantization
+    return base
 
 
 def plan_splice(
-    base: Base,
+    base: Checkpoint,
     upstream: Path,
     variant: Variant | None,
     linears: Linears = "base",
@@ -145,9 +139,16 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    config = _head_config(base, variant, linears)
-    is_int4 = variant in ("rtn", "gptq")
-    group_size = int4_group_size(config["quantization_config"]) if is_int4 else 128
+    layer, quantization = base.num_layers, base.config["quantization_config"]
+    quantization = add_head(quantization, layer, variant, linears)
+    added = {"num_nextn_predict_layers": 1, "quantization_config": quantization}
+    config, is_int4 = {**base.config, **added}, variant in ("rtn", "gptq")
+    group_size = read_quantization(config).group_size("int4") if is_int4 else 128
+    if group_size < 0:
+        raise GraftError(
+            f"{base.folder}: its INT4 experts have a scale a channel, which {variant} does not "
+            "make; `mtp-graft graft` adds an mxfp4 or bf16 head"
+        )
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
@@ -180,29 +181,19 @@ def _describe(
     return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
 
 
-def _head_config(base: Base, variant: Variant, linears: Linears) -> dict[str, Any]:
-    """Return the base's config.json with the head in it."""
-    read_quantization(base.config, base.folder / "config.json")
-    quantization, layer = base.config["quantization_config"], base.config["num_hidden_layers"]
-    quantization = add_head(quantization, layer, variant, linears)
-    return {**base.config, "num_nextn_predict_layers": 1, "quantization_config": quantization}
-
-
-def _ask_doctor(base: Base, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
+def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
     """Raise GraftError, in doctor's words, for errors of base and head on any platform."""
-    held: dict[str, dict[str, Tensor]] = {HEAD_SHARD: dict(layout)}
-    for name, shard in base.weight_map.items():
-        held.setdefault(shard, {})[name] = base.tensors[name]
-    index = {**base.weight_map, **dict.fromkeys(layout, HEAD_SHARD)}
-    made = Checkpoint(base.folder, config, index, held, {})
+    index = {**base.index, **dict.fromkeys(layout, HEAD_SHARD)}
+    made = Checkpoint(base.folder, config, index, {HEAD_SHARD: layout, **base.shards}, {})
     for platform in (None, *get_args(Platform)):  # None has the errors of all
         found = examine(made, Target(None, platform, None))
         if not (errors := [each for each in found if each.severity == "error"]):
             return
-    first, more = errors[0], ", ".join(each.id for each in errors[1:]) or "nothing"
+    first, *others = errors
+    more = f" (also: {', '.join(each.id for each in others)})" if others else ""
     raise GraftError(
         f"{base.folder}, with a head: {first.where}: {first.found}; expected {first.expected}: "
-        f"{first.why}; {first.cure}, or take another head (besides: {more})"
+        f"{first.why}; {first.cure}, or take another head{more}"
     )
 
 
@@ -211,7 +202,7 @@ def _ask_doctor(base: Base, config: Mapping[str, Any], layout: Mapping[str, Tens
 
 def _manifest(plan: SplicePlan) -> Manifest:
     """Return what the checkpoint will say about its head, with hashes of what it is made of."""
-    base = quant_manifest.base_provenance(plan.base.folder, plan.base.weight_map.values())
+    base = quant_manifest.base_provenance(plan.base.folder, plan.base.index.values())
     if plan.published is not None:
         origin = dict(plan.published["provenance"])
         if (made_for := origin.get("base")) != base:
@@ -287,6 +278,6 @@ def _write_texts(plan: SplicePlan, manifest: Manifest, folder: Path) -> None:
     recipe = quant_manifest.recipe_text(manifest, before)
     files.write_text(recipe, folder / quant_manifest.RECIPE_NAME)
     metadata = files.read_object(plan.base.folder / shards.INDEX_NAME, "an index").get("metadata")
-    index = {**plan.base.weight_map, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
+    index = {**plan.base.index, **dict.fromkeys(sorted(plan.layout), HEAD_SHARD)}
     total = sum(tensor.nbytes for tensor in plan.base.tensors.values()) + plan.bytes
     shards.write_index(index, total, folder, metadata)

@@ -50,7 +50,7 @@ class Checkpoint:
         #: The config's section as vLLM reads it, or why it cannot.
         self.quantization: QuantizationConfig | GraftError
         try:
-            self.quantization = read_quantization(config)
+            self.quantization = read_quantization(config, folder / "config.json")
         except GraftError as error:
             self.quantization = error
         named, listed = set(index.values()), index.keys()
@@ -74,6 +74,9 @@ class Checkpoint:
         self.num_bits = bits = 8 if is_8_bit else 4  # of the experts' integers
         self.formats = {name: format_of(parts, bits) for name, parts in self.modules.items()}
         self.group_size = max(1, _group_size(self.modules) * 4 // bits)
+        groups = getattr(self.quantization, "config_groups", {}).values()
+        if any(g.kind in INTEGERS and g.weights.group_size == -1 for g in groups):
+            self.group_size = -1  # a scale a channel, which the shapes of some matrices leave open
 
     @property
     def misnamed(self) -> dict[str, str]:

@@ -110,8 +110,8 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     group = max((groups.get(str(each), 1) for each in checkpoint.formats.values()), default=1)
     for key, unit in topology.undivided(checkpoint.config, tp, group).items():
         kind, found = "tp-heads" if unit == 1 else "tp-groups", checkpoint.config[key]
-        where, expected = f"config.json: {key}", f"a multiple of {unit} on every rank"
-        yield finding(kind, where, f"{found} on {tp} ranks", expected)
+        found, expected = f"{found} on {tp} ranks", f"a multiple of {tp * unit}"
+        yield finding(kind, f"config.json: {key}", found, expected)
 
 
 def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
@@ -165,4 +165,5 @@ def known_issues(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     for id_ in filter(issues.get, issues):
         if version in (affects := SpecifierSet(KINDS[id_].affects)):
             where = f"vLLM {target.vllm or '(any)'} on {hardware or 'unknown hardware'}"
-            yield finding(id_, where, KINDS[id_].what, f"a vLLM other than {affects}, or not that")
+            expected = f"another setup, or a vLLM that is not {affects}"
+            yield finding(id_, where, KINDS[id_].what, expected)

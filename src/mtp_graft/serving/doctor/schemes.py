@@ -43,9 +43,10 @@ def section(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         if size != stored:
             expected = f"{stored}, by the scales' shapes"
             yield finding("group-size", f"{where}.weights.group_size", size, expected)
-        if group.kind != "int4" and target.platform == "cpu":
-            expected, cure = "int4, the only one on a CPU", "serve it on GPUs"
-            yield finding("quantization-config", where, group.kind, expected, cure=cure)
+        if (group.kind != "int4" or stored < 0) and target.platform == "cpu":
+            expected, cure = "int4 in groups, all that a CPU serves", "serve it on GPUs"
+            found = group.kind + (", a scale a channel" if stored < 0 else "")
+            yield finding("quantization-config", where, found, expected, cure=cure)
 
 
 def patterns(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
