@@ -58,6 +58,7 @@ ALWAYS: Settings = {
     "--enable-auto-tool-choice": (True, "the model may call tools (Acti)"),
     "--tool-call-parser": ("deepseek_v4", "reads the model's tool calls (Acti)"),
     "--block-size": ("256", "the only KV block size that the attention takes (Acti)"),
+    "--shutdown-timeout": ("10", "SIGTERM lets requests in work finish, for so many seconds"),
     "HF_HUB_OFFLINE": ("1", "a folder is served: nothing is downloaded"),
     "VLLM_NO_USAGE_STATS": ("1", "nothing is reported"),
 }
