@@ -11,7 +11,7 @@ import torch
 
 from mtp_graft.checkpoint.shards import read_weight_map
 from mtp_graft.dsv4.config import check_dimensions, compress_ratios
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
+from mtp_graft.dsv4.names import base_shapes, head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor import diagnose
 from mtp_graft.serving.doctor.hardware import find_target

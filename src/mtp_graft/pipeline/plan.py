@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
-from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.names import head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant

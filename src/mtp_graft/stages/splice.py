@@ -23,8 +23,7 @@ from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
-from mtp_graft.dsv4.formats import modules_of, part_name
-from mtp_graft.dsv4.variants import store_head
+from mtp_graft.dsv4.variants import modules_of, part_name, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
 from mtp_graft.serving.command import Platform

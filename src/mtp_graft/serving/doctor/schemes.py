@@ -6,8 +6,8 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
-from mtp_graft.dsv4.formats import Parts, format_of, weight_of
 from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
+from mtp_graft.dsv4.variants import Parts, format_of, weight_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
