@@ -89,7 +89,12 @@ def splice(
     plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
     manifest = _manifest(plan)
     if out.exists():
-        _check_done(out, manifest)
+        path = out / quant_manifest.MANIFEST_NAME
+        if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
+            raise GraftError(
+                f"{out}: already exists, and not from these inputs; remove it or choose another"
+            )
+        shards.read_meta(out, complete=True)
         return plan
     with files.new_folder(out) as folder:
         for name, source in base_files(base).items():
@@ -225,16 +230,6 @@ def _manifest(plan: SplicePlan) -> Manifest:
         num_tensors=len(plan.layout),
         num_bytes=plan.bytes,
     )
-
-
-def _check_done(out: Path, manifest: Manifest) -> None:
-    """Raise GraftError if `out` is not what an earlier splice of the same inputs left."""
-    path = out / quant_manifest.MANIFEST_NAME
-    if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
-        raise GraftError(
-            f"{out}: already exists, and not from these inputs; remove it or choose another folder"
-        )
-    shards.read_meta(out, complete=True)
 
 
 # Writing
