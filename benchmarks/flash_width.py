@@ -31,8 +31,8 @@ from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index, save_shard, write_index
 from mtp_graft.dsv4 import names
-from mtp_graft.dsv4.formats import stored_as
-from mtp_graft.dsv4.head_shapes import base_shapes
+from mtp_graft.dsv4.names import base_shapes
+from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.recipe import Variant
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 

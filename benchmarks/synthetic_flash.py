@@ -29,7 +29,7 @@ from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_ro
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import save_shard, stream_shard, write_index
 from mtp_graft.dsv4 import names
-from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.names import head_shapes
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.quant import MXFP4_GROUP

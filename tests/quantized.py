@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mtp_graft.checkpoint.shards import save_shard, write_index
-from mtp_graft.dsv4 import formats, variants
+from mtp_graft.dsv4 import variants
 from mtp_graft.quant import int4
 from run_folder import recorded
 
@@ -44,7 +44,7 @@ def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:
 def stand_in(weight: Tensor) -> dict[str, Tensor]:
     """Return an expert rounded with scales a sixteenth too large: not what nearest gives."""
     scale = (int4.group_scale(weight, 128).float() * 1.0625).to(torch.bfloat16)
-    return formats.int4_parts(int4.encode(weight, scale), scale)
+    return variants.int4_parts(int4.encode(weight, scale), scale)
 
 
 def write_quantized(folder: Path, upstream: dict[str, Tensor]) -> Path:

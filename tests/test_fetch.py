@@ -109,16 +109,11 @@ def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
     assert caplog.text.count(f"(429); {seconds} s to wait") == len(slept)
 
 
-@given(st.lists(st.none() | st.integers(-5, 2000).map(str) | st.text(), max_size=8))
-def test_every_429_is_waited_for_as_asked_or_refused(asked: list[str | None]) -> None:
+@given(st.lists(st.text() | st.integers(-5, 2000).map(str), max_size=8))
+def test_every_429_is_waited_for_as_asked_or_refused(asked: list[str]) -> None:
     request = SimpleNamespace(method="GET", url=SimpleNamespace(host="hub"))
-    answers = [
-        SimpleNamespace(
-            status_code=429, close=Mock(), headers={} if a is None else {"Retry-After": a}
-        )
-        for a in asked
-    ]
-    send, slept = Mock(side_effect=[*answers, SimpleNamespace(status_code=200)]), list[float]()
+    busy = [Mock(status_code=429, headers={"Retry-After": seconds}) for seconds in asked]
+    send, slept = Mock(side_effect=[*busy, Mock(status_code=200)]), list[float]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "sleep", slept.append)
         try:
@@ -126,8 +121,7 @@ def test_every_429_is_waited_for_as_asked_or_refused(asked: list[str | None]) ->
         except GraftError as error:
             assert re.search(r"\(429\); [\d,]+ s to wait: run again", str(error))
     for seconds, told in zip(slept, asked, strict=False):
-        assert int(told) <= seconds if told and told.isascii() and told.isdecimal() else seconds
-    assert all(0 < seconds <= 900 for seconds in slept)
+        assert (int(told) if told.isdecimal() else 1) <= seconds <= 900
 
 
 @pytest.mark.parametrize("where", ["on the way", "in the cache"])

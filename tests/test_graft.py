@@ -134,13 +134,6 @@ def test_a_dry_run_tells_what_the_graft_takes_and_does_nothing(
 
 #: What doctor calls an error on any platform, and vLLM would find after hours.
 BAD_BASES: dict[str, tuple[Callable[[Any], object], str]] = {
-    **{
-        f"num_bits {bits}": (
-            lambda c, bits=bits: group(c)["weights"].update(num_bits=bits),
-            rf"would load as (int)?{bits}.*; expected int4",
-        )
-        for bits in (2, 3, 5, 8)
-    },
     "weights null": (
         lambda c: group(c).update(weights=None),
         "would load as weights null; expected int4",

@@ -27,9 +27,8 @@ from typer.main import get_command
 from mtp_graft import cli
 from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.shards import save_shard, write_index
-from mtp_graft.dsv4.formats import stored_as
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
-from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
+from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED, base_shapes, head_shapes
+from mtp_graft.dsv4.variants import stored_as
 from serving.doctor_defects import Plant, edit_index, edit_shard, section, set_config
 
 APART = int(os.environ.get("MTP_GRAFT_MUTANTS", "0"))

@@ -13,7 +13,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
+from mtp_graft.dsv4.names import base_shapes, head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import canonical_name
 

@@ -40,6 +40,7 @@ IGNORED, FUSED = ["ignore-null"], ["expert-target-names"]
 MISMATCH = ["scheme-mismatch"]
 ACTORDER = ["base-tensor-unknown", "quantization-config"]
 UNREADABLE = ["file-unreadable", *["shard-unreadable"] * 4]
+PASTED = "a pasted paragraph"
 CANADA = ["pattern-names-mtp", "expert-target-names"]
 
 
@@ -52,13 +53,7 @@ CANADA = ["pattern-names-mtp", "expert-target-names"]
         ("13", "asymmetric-in-config-only", MISMATCH, MISMATCH, "int4-asymmetric; expected int4"),
         ("02", "base", IGNORED, IGNORED, None),
         ("02", "grafted", IGNORED, IGNORED, "already has a head"),
-        (
-            "03",
-            "base",
-            ["quantization-config"],
-            ["quantization-config"],
-            "is no regular expression",
-        ),
+        ("03", "base", ["quantization-config"], ["quantization-config"], "is no regular expr"),
         ("05", "base", [], [], None),
         ("05", "base-first", FUSED, FUSED, None),
         ("06", "ckpt", CANADA, ["head-tensor-unknown", *CANADA], "already has a head"),
@@ -87,11 +82,7 @@ def test_a_reported_checkpoint_has_these_findings_and_is_spliced_or_refused(
     ("case", "file", "found"),
     [
         ("19", "prompts.jsonl", ["first line\u2028second line", "old mainframe\u0085text"]),
-        (
-            "19",
-            "chats.jsonl",
-            [({"role": "user", "content": "Summarize:\u2028a pasted paragraph"},)],
-        ),
+        ("19", "chats.jsonl", [({"role": "user", "content": f"Summarize:\u2028{PASTED}"},)]),
         ("20", "parts.jsonl", "messages.0.content: input should be a valid string"),
         ("20", "null.jsonl", "messages.1.content: input should be a valid string"),
         ("20", "text-null.jsonl", "text: input should be a valid string"),

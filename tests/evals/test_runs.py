@@ -50,8 +50,6 @@ MISTAKES: dict[str, dict[str, tuple[str | Message, str | None]]] = {
         "times 5?": ({"content": "First", "finish_reason": "length"}, "no answer found, cut off"),
         "times 6?": ({"content": "#### 61", "reasoning": "#### 60"}, "wrong answer"),
         "times 7?": ("what\ud800", "no answer found"),
-        "times 8?": ({"content": None, "reasoning": "#### 80"}, None),
-        "times 9?": ({"content": "", "reasoning_content": "#### 90"}, None),
     },
     "mmlu": {"sums 2?": ("The answer is (A).", "wrong answer")},
     "humaneval": {

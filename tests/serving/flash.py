@@ -18,7 +18,7 @@ from torch import Tensor
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.quantization_config import add_head
 from mtp_graft.checkpoint.shards import _DTYPES, _write_header, write_index
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
+from mtp_graft.dsv4.names import base_shapes, head_shapes
 from mtp_graft.dsv4.variants import store_head
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.memory import weights_bytes

@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
@@ -27,7 +26,7 @@ from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import Hardware, named_hardware
 from serving.conftest import install_gpus
-from serving.doctor_defects import DEFECTS, INDEX, LFS_POINTER, edit_shard, section, set_config
+from serving.doctor_defects import DEFECTS, INDEX, LFS_POINTER, section, set_config
 from serving.flash import flash
 
 ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
@@ -71,7 +70,6 @@ def test_a_good_checkpoint_has_no_errors_or_warnings(
 def test_the_published_base_has_notes_alone_and_nothing_to_fix() -> None:
     full_size = flash()
     base = {name: t for name, t in full_size.tensors.items() if not name.startswith("mtp.")}
-    assert len(base) == 100_652 and sum(n.endswith(".weight_scale") for n in base) == 33_405
     assert sum(t.nbytes for t in base.values()) / 2**30 == pytest.approx(142, abs=0.5)
     found = examine(full_size, on("H200", 2))
     notes = {f.id: f.found for f in found}
@@ -114,13 +112,6 @@ def test_names_of_experts_matter_by_platform(planted: Plant) -> None:
     folder = planted("one-family-of-names")
     assert levels(diagnose(folder, ON_CPU)) == {"expert-target-names": "error"}
     assert levels(diagnose(folder, on("H200"))) == {"expert-target-names": "warning"}
-
-
-def test_copies_of_embedding_and_lm_head_are_known_on_gpus(copy: Path) -> None:
-    names = ("mtp.0.head.weight", "mtp.0.emb.tok_emb.weight")
-    edit_shard(copy, lambda t: t | {name: torch.zeros(4, 4) for name in names})
-    assert ids(diagnose(copy, on("H200")), "error") == []
-    assert ids(diagnose(copy, ON_CPU), "error") == ["head-tensor-unknown"]
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX])

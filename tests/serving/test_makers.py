@@ -18,7 +18,7 @@ from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4
 
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map, save_shard, write_index
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
+from mtp_graft.dsv4.names import base_shapes, head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED
+from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED, head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.plan import plan_run

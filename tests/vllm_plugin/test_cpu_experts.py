@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 
 import references
-from mtp_graft.dsv4.formats import int4_parts
+from mtp_graft.dsv4.variants import int4_parts
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
 from mtp_graft.vllm_plugin.cpu import experts as plugin

@@ -27,7 +27,7 @@ from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.quantization_config import EXPERT_MATRIX, FP8_BLOCK
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
-from mtp_graft.dsv4.formats import int4_parts
+from mtp_graft.dsv4.variants import int4_parts
 from mtp_graft.quant import int4
 
 MAX_SHARD_BYTES = 15 * 2**20

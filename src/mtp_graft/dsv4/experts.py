@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_graft.dsv4.formats import int4_parts
 from mtp_graft.dsv4.names import EXPERTS_PREFIX
+from mtp_graft.dsv4.variants import int4_parts
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import NotPositiveDefiniteError, Quantized, gptq, relative_error

@@ -16,21 +16,15 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
-from mtp_graft.dsv4.head_shapes import head_shapes
+from mtp_graft.dsv4.names import head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving import command, memory, topology
+from mtp_graft.stages import fetch
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens
-from mtp_graft.stages.fetch import (
-    HubError,
-    Source,
-    already_fetched,
-    headers_of,
-    nearest_folder,
-    survey,
-)
+from mtp_graft.stages.fetch import HubError, Source, headers_of
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import open_base, plan_splice
 
@@ -70,9 +64,9 @@ def check_run(run: Run) -> None:
 def survey_models(run: Run) -> tuple[Source, Source]:
     """Return what is needed of base and upstream; of fetched ones, without asking the hub."""
     model = run.recipe.model
-    if (fetched := already_fetched(run.path / "fetch", model)) is not None:
+    if (fetched := fetch.already_fetched(run.path / "fetch", model)) is not None:
         model = replace(model, base=str(fetched.base), upstream=str(fetched.upstream))
-    return survey(model)
+    return fetch.survey(model)
 
 
 def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
@@ -159,11 +153,11 @@ def disk_needs(
 
 def _device(folder: Path) -> int:
     """Return the number of the disk on which a folder is, or will be."""
-    return nearest_folder(folder).stat().st_dev
+    return fetch.nearest_folder(folder).stat().st_dev
 
 
 def _disk(stage: str, folder: Path, size: int, what_for: str) -> Need:
-    free = shutil.disk_usage(nearest_folder(folder)).free
+    free = shutil.disk_usage(fetch.nearest_folder(folder)).free
     return Need(stage, "disk", str(folder), size, free, what_for)
 
 

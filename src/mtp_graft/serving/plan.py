@@ -8,18 +8,9 @@ from typing import Any
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.serving import profiles
 from mtp_graft.serving.command import ServeOptions, read_dimensions
 from mtp_graft.serving.memory import Room, measure_room, num_positions
-from mtp_graft.serving.profiles import (
-    MAX_NUM_BATCHED_TOKENS,
-    MAX_NUM_SEQS,
-    ON_GPUS,
-    ON_PCIE,
-    PROFILES,
-    SERVED_MODEL_NAMES,
-    Profile,
-    split,
-)
 from mtp_graft.serving.topology import ATTENTION, Hardware, most_ranks, undivided
 
 AUTO = "auto"
@@ -54,14 +45,17 @@ def make_plan(
     if hardware.capability[0] not in ATTENTION:
         expected = "expected 9, 10 or 12 for vLLM's attention; --profile none serves all the same"
         raise GraftError(f"{hardware}: compute capability {hardware.capability}, {expected}")
-    step = options.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
+    step = options.max_num_batched_tokens or profiles.MAX_NUM_BATCHED_TOKENS
     tensors = read_meta(options.checkpoint)
     room = measure_room(tensors, config, hardware, options.num_ranks, step)
     name, fitted = _fit(profile_name, options, hardware, room)
     estimate = room.estimate(fitted.max_model_len or 0, fitted.gpu_memory_utilization)
-    notes = [f"profile {name}: {PROFILES[name].why}", estimate]
-    if options.max_model_len is None and fitted.max_model_len != PROFILES[name].max_model_len:
-        cut = f"the most that fits, where the profile has {PROFILES[name].max_model_len}"
+    notes = [f"profile {name}: {profiles.PROFILES[name].why}", estimate]
+    if (
+        options.max_model_len is None
+        and fitted.max_model_len != profiles.PROFILES[name].max_model_len
+    ):
+        cut = f"the most that fits, where the profile has {profiles.PROFILES[name].max_model_len}"
         notes.append(f"--max-model-len {fitted.max_model_len}: {cut}")
     fitted, adapted = adapt(fitted, hardware)
     flags = _node_flags(hardware, node_rank, master_addr)
@@ -92,11 +86,13 @@ def _fit(
 
     `auto` is the one that reaches furthest; it cuts a context that was not asked for to what fits.
     """
-    if wanted not in (*PROFILES, AUTO):
-        names = ", ".join((*PROFILES, AUTO))
+    if wanted not in (*profiles.PROFILES, AUTO):
+        names = ", ".join((*profiles.PROFILES, AUTO))
         raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
-    candidates = list(PROFILES) if wanted == AUTO else [wanted]
-    filled_by = {name: _filled(options, PROFILES[name], wanted, hardware) for name in candidates}
+    candidates = list(profiles.PROFILES) if wanted == AUTO else [wanted]
+    filled_by = {
+        name: _filled(options, profiles.PROFILES[name], wanted, hardware) for name in candidates
+    }
     most = {n: room.largest_context(by.gpu_memory_utilization) for n, by in filled_by.items()}
     name = max(candidates, key=lambda name: min(most[name], filled_by[name].max_model_len or 0))
     filled, largest = filled_by[name], most[name]
@@ -115,12 +111,12 @@ def _fit(
 
 
 def _filled(
-    options: ServeOptions, profile: Profile, wanted: str, hardware: Hardware
+    options: ServeOptions, profile: profiles.Profile, wanted: str, hardware: Hardware
 ) -> ServeOptions:
     on_cpu = hardware.gpu is None
     share = min(profile.gpu_memory_utilization, hardware.most_utilization)
-    num_seqs = MAX_NUM_SEQS if wanted == AUTO else profile.max_num_seqs
-    step = None if on_cpu else MAX_NUM_BATCHED_TOKENS
+    num_seqs = profiles.MAX_NUM_SEQS if wanted == AUTO else profile.max_num_seqs
+    step = None if on_cpu else profiles.MAX_NUM_BATCHED_TOKENS
     return replace(
         options,
         max_model_len=options.max_model_len or profile.max_model_len,
@@ -128,7 +124,7 @@ def _filled(
         max_num_batched_tokens=options.max_num_batched_tokens or step,
         # A CPU's cache is given in bytes.
         gpu_memory_utilization=None if on_cpu else options.gpu_memory_utilization or share,
-        served_model_names=options.served_model_names or SERVED_MODEL_NAMES,
+        served_model_names=options.served_model_names or profiles.SERVED_MODEL_NAMES,
     )
 
 
@@ -139,7 +135,9 @@ def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list
     `options` and the environment say stays.
     """
     is_pcie = hardware.is_pcie_only and options.num_ranks > 1
-    flags, wanted = split({**(ON_GPUS if hardware.gpu else {}), **(ON_PCIE if is_pcie else {})})
+    flags, wanted = profiles.split(
+        {**(profiles.ON_GPUS if hardware.gpu else {}), **(profiles.ON_PCIE if is_pcie else {})}
+    )
     notes = ["Acti's settings for GPUs without NVLink between them (docs/serving.md)"] * is_pcie
     notes += [f"{n}: the environment has {os.environ[n]}" for n in wanted if n in os.environ]
     environment = {name: value for name, value in wanted.items() if name not in os.environ}

@@ -16,8 +16,7 @@ from torch import Tensor
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
-from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import storage_dtype, upstream_head_names
+from mtp_graft.dsv4.names import head_shapes, storage_dtype, upstream_head_names
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.command import read_dimensions

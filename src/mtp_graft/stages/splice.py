@@ -23,8 +23,7 @@ from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
-from mtp_graft.dsv4.formats import modules_of, part_name
-from mtp_graft.dsv4.variants import store_head
+from mtp_graft.dsv4.variants import modules_of, part_name, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
 from mtp_graft.serving.command import Platform
@@ -90,7 +89,12 @@ def splice(
     plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
     manifest = _manifest(plan)
     if out.exists():
-        _check_done(out, manifest)
+        path = out / quant_manifest.MANIFEST_NAME
+        if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
+            raise GraftError(
+                f"{out}: already exists, and not from these inputs; remove it or choose another"
+            )
+        shards.read_meta(out, complete=True)
         return plan
     with files.new_folder(out) as folder:
         for name, source in base_files(base).items():
@@ -226,16 +230,6 @@ def _manifest(plan: SplicePlan) -> Manifest:
         num_tensors=len(plan.layout),
         num_bytes=plan.bytes,
     )
-
-
-def _check_done(out: Path, manifest: Manifest) -> None:
-    """Raise GraftError if `out` is not what an earlier splice of the same inputs left."""
-    path = out / quant_manifest.MANIFEST_NAME
-    if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
-        raise GraftError(
-            f"{out}: already exists, and not from these inputs; remove it or choose another folder"
-        )
-    shards.read_meta(out, complete=True)
 
 
 # Writing

@@ -23,9 +23,8 @@ from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import read_index
-from mtp_graft.dsv4.formats import stored_as
-from mtp_graft.dsv4.head_shapes import head_shapes
-from mtp_graft.dsv4.names import EXPERTS_PREFIX, HEAD_PREFIX
+from mtp_graft.dsv4.names import EXPERTS_PREFIX, HEAD_PREFIX, head_shapes
+from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Tensors, Values, expert_files, read_master
 from mtp_graft.stages.splice import base_files

@@ -15,8 +15,8 @@ from mtp_graft.checkpoint.makers import foreign_maker
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios
-from mtp_graft.dsv4.formats import Parts, format_of, modules_of
 from mtp_graft.dsv4.names import from_transformers
+from mtp_graft.dsv4.variants import Parts, format_of, modules_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_dimensions
 

@@ -86,7 +86,13 @@ def _write(checkpoint: Checkpoint, fixed: Checkpoint, out: Path, copied: set[str
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         if name not in copied:
-            _link(source.resolve(), target)
+            try:
+                os.link(source.resolve(), target)
+            except OSError as error:  # nothing is copied behind the user's back
+                raise GraftError(
+                    f"{target}: cannot be linked ({error.strerror}); choose a folder on the same "
+                    "file system as the checkpoint"
+                ) from error
             continue
         with Shard(source) as shard:
             tensors = ((right.get(old, old), shard.read([old])[old]) for old in shard.meta)
@@ -95,14 +101,3 @@ def _write(checkpoint: Checkpoint, fixed: Checkpoint, out: Path, copied: set[str
     metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata")
     total = sum(tensor.nbytes for tensor in fixed.tensors.values())
     write_index(fixed.index, total, out, metadata)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Link a file; nothing is copied behind the user's back."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        raise GraftError(
-            f"{target}: cannot be linked ({error.strerror}); choose a folder on the same file "
-            "system as the checkpoint"
-        ) from error

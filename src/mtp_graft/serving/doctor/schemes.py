@@ -1,13 +1,13 @@
 """Checks of quantization_config: every module has to find the scheme that it is stored in."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
-from mtp_graft.dsv4.formats import Parts, format_of, weight_of
 from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
+from mtp_graft.dsv4.variants import Parts, format_of, weight_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
@@ -93,7 +93,7 @@ def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("expert-target-names", where, found, "both w1 and gate_proj, ...", severity)
 
 
-class Mismatch(NamedTuple):
+class _Mismatch(NamedTuple):
     """A module whose scheme is not that of its tensors."""
 
     name: str  # vLLM's
@@ -105,16 +105,19 @@ class Mismatch(NamedTuple):
 
     @property
     def layer(self) -> str:
-        """Return the number of its layer."""
         return self.name.split(".")[2]
 
 
-def mismatches(
-    quantization: QuantizationConfig, modules: Mapping[str, Parts], num_layers: int, bits: int = 4
-) -> Iterator[Mismatch]:
-    """Yield modules that would load in another format; GraftError for one ignored in part."""
-    for module, parts in modules.items():
-        stored, asked = format_of(parts, bits), _vllm_names(module, parts, num_layers)
+def _mismatches(checkpoint: Checkpoint) -> Iterator[_Mismatch]:
+    """Yield modules that would load in another format; GraftError for one ignored in part.
+
+    Patterns for `mtp.0` are put right first: one mistake is one finding.
+    """
+    if isinstance(checkpoint.quantization, GraftError):
+        return
+    quantization = read_quantization({"quantization_config": _with_right_patterns(checkpoint)})
+    for module, stored in checkpoint.formats.items():
+        asked = _vllm_names(module, checkpoint.modules[module], checkpoint.num_layers)
         groups = {platform: quantization.group_of(name) for platform, name in asked.items()}
         loads = {platform: quantization.kind_of(key) for platform, key in groups.items()}
         wrong = [platform for platform in asked if loads[platform] != stored]
@@ -124,7 +127,7 @@ def mismatches(
                 by = f".ignore: {ignored}"
             named = next(filter(None, groups.values()), None)
             elsewhere = named if len(wrong) == 1 and not by else None
-            yield Mismatch(asked[p], p, str(stored), loads[p], by, elsewhere)
+            yield _Mismatch(asked[p], p, str(stored), loads[p], by, elsewhere)
 
 
 def _vllm_names(module: str, parts: Parts, num_layers: int) -> dict[str, str]:
@@ -142,14 +145,6 @@ def _vllm_names(module: str, parts: Parts, num_layers: int) -> dict[str, str]:
     if not experts.endswith(".ffn.experts.0"):
         return {}
     return {p: f"model.{experts}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
-
-
-def _mismatches(checkpoint: Checkpoint) -> Iterator[Mismatch]:
-    """Yield a checkpoint's, patterns for `mtp.0` put right: one mistake is one finding."""
-    if isinstance(checkpoint.quantization, QuantizationConfig):
-        quantization = read_quantization({"quantization_config": _with_right_patterns(checkpoint)})
-        layers, bits = checkpoint.num_layers, checkpoint.num_bits
-        yield from mismatches(quantization, checkpoint.modules, layers, bits)
 
 
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:

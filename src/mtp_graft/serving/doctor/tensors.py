@@ -12,9 +12,8 @@ from torch import Tensor
 from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.config import unread_keys
-from mtp_graft.dsv4.formats import part_name, stored_as, weight_of
-from mtp_graft.dsv4.head_shapes import base_shapes, head_shapes
-from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED
+from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED, base_shapes, head_shapes
+from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Defect, Finding, Severity, finding, listed, merged

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.utils import set_weight_attrs
 
-from mtp_graft.dsv4.formats import Format, decode, stored_as
+from mtp_graft.dsv4.variants import Format, decode, stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu.order_free import add_over_ranks
 from mtp_graft.vllm_plugin.cpu.recording import request_bounds
