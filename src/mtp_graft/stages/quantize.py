@@ -71,15 +71,17 @@ def quantize(
         _claim(out, inputs, settings, clock.device)
         if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
             return finished
-        files = _batch_files(out, inputs.model.n_routed_experts, settings.experts_per_batch)
+        total, size = inputs.model.n_routed_experts, settings.experts_per_batch
+        batches = [range(e, min(e + size, total)) for e in range(0, total, size)]
+        files = {e: out / GPTQ / f"experts-{e[0]:04d}-{e[-1]:04d}.safetensors" for e in batches}
         pending = {experts: file for experts, file in files.items() if not _is_done(file)}
         if pending:
             _quantize(inputs, settings, pending, clock, report)
         result = _report(inputs, settings, [*files.values()], clock)
-        total = result["seconds"]["total"] = time.perf_counter() - started
+        seconds = result["seconds"]["total"] = time.perf_counter() - started
         write_json(result, out / REPORT_NAME)
         given = inputs.indexes()
-        manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, total)
+        manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, seconds)
         return result
 
 
@@ -103,12 +105,6 @@ def _claim(out: Path, inputs: Inputs, settings: QuantizeSection, device: str) ->
     decisive["inputs"] = manifest.fingerprints(inputs.files)
     manifest.claim_folder(out, decisive)
     (out / GPTQ).mkdir(exist_ok=True)
-
-
-def _batch_files(out: Path, num_experts: int, size: int) -> dict[range, Path]:
-    """Return where each batch of experts is kept."""
-    batches = [range(e, min(e + size, num_experts)) for e in range(0, num_experts, size)]
-    return {e: out / GPTQ / f"experts-{e[0]:04d}-{e[-1]:04d}.safetensors" for e in batches}
 
 
 def _is_done(file: Path) -> bool:
