@@ -201,7 +201,8 @@ def served(name: str, url: str, run: Path, concurrency: int) -> dict[str, Any]:
     texts = [text for text in read_texts(run / "capture") if text.id.startswith("held")]
     with ServerClient(url) as client:
         found = measure_acceptance(client, texts, 96, concurrency, progress(name))
-    by_text = {each["id"]: (each["tokens"], each["drafts"]) for each in found.pop("sequences")}
+    steps = {each["id"]: each["steps"] for each in found.pop("sequences")}
+    by_text = {name: (sum(a + 1 for _, a in each), len(each)) for name, each in steps.items()}
     return {"name": f"served {name}", "concurrency": concurrency, **found, "by_text": by_text}
 
 
