@@ -21,13 +21,7 @@ MEASURED = "measured"  # the user property of a test that measures something
 
 #: Variables that change what the code under test does. A user may have set them for their own runs.
 SETTINGS = ("HF_", "HUGGING_FACE_", "MTP_GRAFT_", "NCCL_", "TRANSFORMERS_", "VLLM_")
-FOR_TESTS = {
-    "MTP_GRAFT_DATA",
-    "MTP_GRAFT_KILLS",
-    "MTP_GRAFT_MEASURED",
-    "MTP_GRAFT_MUTANTS",
-    "MTP_GRAFT_WRITE_GOLDEN",
-}
+FOR_TESTS = {f"MTP_GRAFT_{n}" for n in ["DATA", "KILLS", "MEASURED", "MUTANTS", "WRITE_GOLDEN"]}
 # Before anything is imported that reads them: nothing of the user's settings, token or hub cache.
 for name in [n for n in os.environ if n.startswith(SETTINGS) and n not in FOR_TESTS]:
     del os.environ[name]

@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import cycle, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from mtp_graft.bench.card import write_card
 from mtp_graft.checkpoint.shards import load_tensors, read_index
 from mtp_graft.dsv4.replay import build_head, unroll
 from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.pipeline import STAGES
 from mtp_graft.stages.inputs import EVALUATION, open_inputs
 from mtp_graft.stages.score import draft_steps
 
@@ -39,6 +42,9 @@ SETTINGS = (
     "score.k=3",
     'bench.served_variants=["gptq"]',
 )
+ORDER = [stage for stage in STAGES if stage != "heal"]  # which the recipe has not
+#: The stages that are killed, at most so many seconds after they have begun.
+WORKS_FOR_S = {"capture": 20, "quantize": 4, "splice": 0.3, "bench": 12, "score": 3, "verify": 0.5}
 CHANGES = [f"--set={setting}" for setting in SETTINGS]
 
 
@@ -46,25 +52,46 @@ def demo(run: Path) -> list[str]:
     return [sys.executable, "-m", "mtp_graft.cli", "demo", "--run", str(run), *CHANGES]
 
 
-def kill_when(seen: Callable[[], bool], command: list[str]) -> None:
-    """Start `command` and SIGKILL it, not its children, as soon as `seen` says so."""
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not seen():
-            assert process.poll() is None, process.stderr and process.stderr.read()
+def moments(number: int) -> list[tuple[str, float]]:
+    """Draw stages, in their order, and how many seconds into each a run is killed."""
+    random, stages = Random(number), [*islice(cycle(WORKS_FOR_S), number)]
+    return [(s, random.uniform(0, WORKS_FOR_S[s])) for s in sorted(stages, key=ORDER.index)]
+
+
+def kill_in(stage: str, after_s: float, run: Path) -> None:
+    """Run, and SIGKILL the command, not its children, so long after the stage has begun."""
+    errors, begun = run.with_name("errors"), None
+    manifest = run / ORDER[ORDER.index(stage) - 1] / "manifest.json"
+    with errors.open("wb") as file, subprocess.Popen(demo(run), stderr=file) as process:
+        while begun is None or time.monotonic() < begun + after_s:
+            assert process.poll() is None, errors.read_text()
+            if (
+                begun is None
+                and errors.stat().st_size
+                and (stage == "capture" or manifest.exists())
+            ):
+                begun = time.monotonic()
             time.sleep(0.002)
         process.kill()
 
 
-def processes_of(run: Path) -> list[int]:
-    """Return the processes whose command line or environment names something in `run`.
+def left_behind(run: Path) -> list[object]:
+    """Return processes of a run, its folders of sockets, and shared memory that nobody has open."""
+    in_use = ""
+    for path in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            in_use += path.read_text()
+    memory = [p for p in Path("/dev/shm").iterdir() if str(p) not in in_use]
+    return [*processes_of(run), *(run.parent / "tmp").glob("vllm-*"), *memory]
 
-    The base's server has the folder to record into in its environment, which its workers inherit.
-    """
+
+def processes_of(run: Path) -> list[int]:
+    """Return the processes that name the run's folder for temporary files, as all of it do."""
     found = []
     for folder in Path("/proc").iterdir():
         with suppress(OSError):
-            about = b"".join((folder / name).read_bytes() for name in ("cmdline", "environ"))
-            if folder.name.isdigit() and str(run).encode() in about:
+            about = (folder / "environ").read_bytes()
+            if folder.name.isdigit() and str(run.parent).encode() in about:
                 found.append(int(folder.name))
     return found
 
@@ -79,50 +106,42 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Any]:
-    """A run killed while vLLM started, in quantize and in splice, and then finished.
+    """A run that is killed at seeded moments and then finished.
 
-    In capture a stand-in's client is killed (`serving/test_capture_stage.py`).
+    MTP_GRAFT_KILLS says how often; with the default, in capture, quantize and splice.
     """
     run = tmp_path_factory.mktemp("pipeline") / "run"
-    before = hashes(tiny_model / "base")
-    experts, log = run / "quantize" / "gptq", run / "logs" / "vllm-capture.log"
-    # The command itself and the server that it has started, which writes already.
-    kill_when(
-        lambda: log.exists() and log.stat().st_size > 0 and len(processes_of(run)) > 1, demo(run)
-    )
-    wait_until_gone(run)
-    kill_when(lambda: len(list(experts.glob("experts-*.safetensors"))) >= 3, demo(run))
-    done = {path: path.stat().st_mtime_ns for path in experts.glob("experts-*.safetensors")}
-    done.pop(max(done))  # the last may have been written after the signal was sent
-    unfinished = run / "splice" / "gptq" / ".tiny-dsv4-mtp.tmp"
-    kill_when(unfinished.exists, demo(run))
-    result = run / "result.json"
-    command = [*demo(run), "--json", str(result)]
-    subprocess.run(command, check=True, timeout=600)
-    yield {
-        "run": run,
-        "result": json.loads(result.read_text()),
-        "kept_experts": done,
-        "base_hashes": before,
-    }
+    before, shared = hashes(tiny_model / "base"), {*Path("/dev/shm").iterdir()}
+    (run.parent / "tmp").mkdir()
+    kept: dict[Path, int] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(run.parent / "tmp"))  # and so all its processes name the run
+        for stage, after_s in moments(int(os.environ.get("MTP_GRAFT_KILLS", "3"))):
+            kill_in(stage, after_s, run)
+            wait_until_gone(run, shared)
+            kept |= {p: p.stat().st_mtime_ns for p in run.glob("quantize/*/experts-*.safetensors")}
+            kept |= {p: p.stat().st_mtime_ns for p in run.glob("bench/*.json")}
+        result = run / "result.json"
+        subprocess.run([*demo(run), "--json", str(result)], check=True, timeout=600)
+    found = json.loads(result.read_text())
+    yield {"run": run, "result": found, "kept": kept, "base_hashes": before, "shared": shared}
     for pid in processes_of(run):
         os.kill(pid, signal.SIGKILL)
 
 
-def wait_until_gone(run: Path) -> None:
+def wait_until_gone(run: Path, shared: set[Path]) -> None:
     deadline = time.monotonic() + 60
-    while processes_of(run):
-        assert time.monotonic() < deadline, f"still there: {processes_of(run)}"
+    while left := {*left_behind(run)} - shared:
+        assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.2)
 
 
 def test_a_killed_run_leaves_no_server_and_redoes_nothing_that_was_finished(
     killed_run: Any,
 ) -> None:
-    run: Path = killed_run["run"]
-    assert processes_of(run) == []
-    assert killed_run["kept_experts"]
-    for path, written in killed_run["kept_experts"].items():
+    wait_until_gone(killed_run["run"], killed_run["shared"])
+    assert killed_run["kept"]
+    for path, written in killed_run["kept"].items():
         assert path.stat().st_mtime_ns == written
 
 

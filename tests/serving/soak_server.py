@@ -71,13 +71,8 @@ def serving(fault: Fault | None = None) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             steps = next(answered)
-            numbers = {"drafts": steps, "draft_tokens": 3 * steps, "accepted_tokens": 2 * steps}
-            lines = [f"{PREFIX}_{name}_total {n}" for name, n in numbers.items()]
-            lines += [
-                f'{PREFIX}_accepted_tokens_per_pos_total{{position="{at}"}} {steps * (at < 2)}'
-                for at in range(3)
-            ]
-            self.reply("\n".join(lines) + "\n")
+            counts = {"drafts": steps, "draft_tokens": 3 * steps, "accepted_tokens": 2 * steps}
+            self.reply("".join(f"{PREFIX}_{name}_total {n}\n" for name, n in counts.items()))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -71,10 +71,6 @@ def says(text: str, *, greedy: bool = True) -> Fault:
     return fault
 
 
-def begins_inside(answer: Json) -> None:
-    answer["tokens"][2] = BOS
-
-
 def breaks_form(answer: Json) -> None:
     broken = '{"colour": "red", "count": 700}'
     if answer["call"]:
@@ -93,33 +89,21 @@ def loses_text(answer: Json) -> None:
         answer["said"] = {key: text[:-4] for key, text in answer["said"].items()}
 
 
+def passes_stop(answer: Json) -> None:
+    if "stop" in answer["body"]:
+        answer["said"]["content"] = "One. Two."
+
+
 def stops_early(answer: Json) -> None:
     loses_text(answer)
     if is_free(answer, greedy=True):
         answer |= {"tokens": answer["tokens"][:3], "reason": "stop"}
 
 
-def passes_stop(answer: Json) -> None:
-    if "stop" in answer["body"]:
-        answer["said"]["content"] = "One. Two."
-
-
-def breaks_off(answer: Json) -> None:
-    answer["reason"] = None
-
-
-def miscounts(answer: Json) -> None:
-    answer["completion"] = len(answer["tokens"]) - 1
-
-
-def forgets_prompt(answer: Json) -> None:
-    answer["prompt"] -= 1
-
-
 @pytest.mark.parametrize(
     ("fault", "kinds"),
     [
-        (begins_inside, {"control tokens"}),
+        (lambda answer: answer["tokens"].__setitem__(2, BOS), {"control tokens"}),
         (says("<｜User｜>"), {"control tokens"}),
         (says("他们在河边", greedy=False), {"script"}),
         (says("la "), {"loop"}),
@@ -128,11 +112,11 @@ def forgets_prompt(answer: Json) -> None:
         (is_empty, {"empty"}),
         (loses_text, {"truncated"}),
         (stops_early, {"truncated"}),
-        (breaks_off, {"truncated"}),
+        (lambda answer: answer.update(reason=None), {"truncated"}),
         (passes_stop, {"stop string"}),
         (lambda answer: answer.update(reason="abort"), {"finish reason"}),
-        (miscounts, {"usage"}),
-        (forgets_prompt, {"usage"}),
+        (lambda answer: answer.update(completion=len(answer["tokens"]) - 1), {"usage"}),
+        (lambda answer: answer.update(prompt=answer["prompt"] - 1), {"usage"}),
     ],
 )
 def test_a_planted_fault_is_found_and_named(fault: Fault, kinds: set[str]) -> None:
@@ -173,7 +157,7 @@ def test_the_command_says_what_it_found_and_fails_if_anything_is_bad(
         status, out, errors = run_command(*words, "--json", file, "--page", page)
     result = json.loads(file.read_text())
     assert {"requests", "equal", "near_ties", "corrupted", "errors", "seconds"} <= result.keys()
-    assert "near_ties" in out and "data:image/png" in page.read_text()
+    assert "near_ties" in out and "<polyline" in page.read_text()
     is_bad = fault is not None
     assert (status, "answers are bad" in errors) == (int(is_bad), is_bad)
     assert ("<h3>" in page.read_text()) == is_bad

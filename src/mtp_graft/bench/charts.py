@@ -111,19 +111,6 @@ def sweep_chart(points: Sequence[Json]) -> bytes:
         return _png(figure)
 
 
-def time_chart(title: str, panels: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
-    """Draw a line a panel, above each other; `panels` has (minutes, value) by what they show."""
-    with _figure(title, 0.5 + 1.4 * len(panels)) as figure:
-        all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (name, points) in zip(all_axes, panels.items(), strict=True):
-            axes.plot([at for at, _ in points], [value for _, value in points], color=MTP_COLOUR)
-            axes.set_title(name)
-            axes.set_ylim(0, None)
-            axes.grid(axis="y")
-        all_axes[-1].set_xlabel("minutes")
-        return _png(figure)
-
-
 @contextmanager
 def _figure(title: str, height: float) -> Iterator[Figure]:
     """Give a figure in our style, whatever the user's matplotlibrc says; restore that after."""

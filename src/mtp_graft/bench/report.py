@@ -47,17 +47,6 @@ def write_report(folder: Path, found: Json) -> Path:
     return path
 
 
-def write_soak_page(path: Path, result: Json) -> None:
-    """Write what `bench.soak.run.soak` returned as a page; GraftError if the disk is full."""
-    shown = {"drafts accepted": ("acceptance", 1), "memory, GiB": ("memory_bytes", 2**30)}
-    panels = {
-        name: [(p["at_s"] / 60, p[key] / unit) for p in result["over_time"] if p[key] is not None]
-        for name, (key, unit) in shown.items()
-    }
-    chart = charts.time_chart("The server under load", panels)
-    write_text(render("soak.html", as_html, {**result, "chart": b64encode(chart).decode()}), path)
-
-
 def head_acceptance(served: Json, offline: Json) -> list[dict[str, Any]]:
     """Return `name`, `served` and `offline` of every head that was measured, None where it wasn't.
 

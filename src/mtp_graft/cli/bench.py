@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from mtp_graft.bench.page import percents
+from mtp_graft.bench.page import as_html, percents, render
 from mtp_graft.cli.app import bench, with_options
 from mtp_graft.cli.output import check_writable, progress_bar, show, table
 from mtp_graft.cli.target import Result, Target, check_url
@@ -230,7 +230,6 @@ def bench_soak(
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Compare answers under load with the same requests asked alone; 1 if any is corrupted."""
-    from mtp_graft.bench.report import write_soak_page
     from mtp_graft.bench.requests import measured
     from mtp_graft.bench.soak.run import SoakConfig, soak
     from mtp_graft.serving.client import ServerClient
@@ -246,13 +245,13 @@ def bench_soak(
     claim = {"soak": config._asdict(), "reference": reference, "k": k}
     result = target.finish("soak", claim, lambda folder: measured(folder, "load", hold))
     if page:
-        write_soak_page(page, result)
+        page.write_text(render("soak.html", as_html, result), "utf-8")
     columns = ("requests", "equal", "near_ties", "sound", "hung_up", "errors", "hangs")
     show(result, target.json_file, table([result], *columns))
     if bad := result["corrupted"] + result["failures"]:
         raise GraftError(
-            f"{target.base_url or target.checkpoint}: {len(bad)} of {result['requests']} answers "
-            f"are bad, the first one {bad[0]['id']} ({bad[0]['kind']}); --json has them all"
+            f"{len(bad)} of {result['requests']} answers are bad, the first one {bad[0]['id']} "
+            f"({bad[0]['kind']}); expected those that were given alone: --json has them all"
         )
 
 

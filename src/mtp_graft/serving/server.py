@@ -29,8 +29,12 @@ POLL_S = 0.5
 #: What vLLM gets to end its workers by itself before the whole group is killed.
 GRACE_S = 15.0
 #: A process of its own that waits for the end of ours, SIGKILL included, and then ends the server
-#: with all it started. vLLM ignores SIGTERM while it starts, so one signal is not enough.
-_WATCHER = 'cat > /dev/null; kill -s TERM -- -$0 && sleep 5 && kill -s KILL -- -$0; rm -rf "$1"'
+#: with all it started. vLLM ignores SIGTERM while it starts, so one signal is not enough; killed
+#: before it is done with the requests in work, it leaves shared memory.
+_WATCHER = (
+    "cat > /dev/null; kill -s TERM -- -$0; for _ in $(seq 30); do kill -s 0 -- -$0 && sleep 0.5; "
+    'done; kill -s KILL -- -$0; rm -rf "$1"'
+)
 
 #: A drafter that works foresees text that repeats itself almost wholly, one with wrong weights not
 #: at all, so anything between serves as the border.

@@ -68,7 +68,7 @@ def soak(
             record["times"] = times if "stream" in request.body else []
             return {"kind": judge(request, answer, expected), **record}
 
-        records = _hold(ask, asked.is_healthy, watch.look, pool, config, report)
+        records = _hold(ask, watch.look, pool, config, report)
     odd = {r.name: faults(r, alone[r.name]) + oddities(alone[r.name]) for r in pool}
     odd = {name: kinds for name, kinds in odd.items() if kinds}
     return {**_summary(records), "alone": odd, **watch.result(), "config": config._asdict()}
@@ -76,7 +76,6 @@ def soak(
 
 def _hold(
     ask: Callable[[Request], Record],
-    is_up: Callable[[], bool],
     look: Callable[[], None],
     pool: Sequence[Request],
     config: SoakConfig,
@@ -96,7 +95,7 @@ def _hold(
             except GraftError as error:
                 silent = isinstance(error.__cause__, httpx.ReadTimeout)
                 record = {"kind": "hang" if silent else "error", "message": str(error)}
-                if not is_up():
+                if isinstance(error.__cause__, httpx.ConnectError):
                     stop.set()
             records.append({"id": f"{number}-{request.name}", **record})
 
@@ -160,18 +159,19 @@ def _rate(earlier: SpecDecodeCounters | None, later: SpecDecodeCounters | None) 
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:
-    num = Counter(record["kind"] for record in records)
+    num, failed = Counter(record["kind"] for record in records), [*_FAILED.values()]
     bad = [{k: r[k] for k in r if k != "times"} for r in records if r["kind"] not in _FINE.values()]
     times = [record["times"] for record in records if record.get("times")]
     gaps = [later - earlier for each in times for earlier, later in pairwise(each)]
-    in_ms = {"ttft_ms": [each[0] for each in times], "gap_ms": gaps}
+
+    def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+        return {f"p{p}": 1e3 * float(np.percentile(seconds, p)) for p in (50, 99) if seconds}
+
     return {
         "requests": len(records),
         **{key: num[kind] for key, kind in {**_FINE, **_FAILED}.items()},
-        "corrupted": [record for record in bad if record["kind"] not in _FAILED.values()],
-        "failures": [record for record in bad if record["kind"] in _FAILED.values()],
-        **{
-            key: {f"p{p}": 1e3 * float(np.percentile(s, p)) for p in (50, 99)} if s else None
-            for key, s in in_ms.items()
-        },
+        "corrupted": [record for record in bad if record["kind"] not in failed],
+        "failures": [record for record in bad if record["kind"] in failed],
+        "ttft_ms": percentiles([each[0] for each in times]),
+        "gap_ms": percentiles(gaps),
     }
