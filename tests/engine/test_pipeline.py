@@ -151,14 +151,14 @@ def test_the_result_has_the_contracts_keys_and_the_run_a_card(
     result = killed_run["result"]
     assert result["greedy_identical"] is True
     assert result["divergences"] == []
-    assert 0.5 < result["acceptance"] <= 1
+    assert 0.2 < result["acceptance"] <= 1  # of three drafts a step
     assert result["acceptance_served"] == {"gptq": result["acceptance"]}
     assert set(result["acceptance_offline"]) == {"rtn", "gptq", "mxfp4", "bf16"}
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
     assert Path(result["report"]).is_file()
     page = Path(write_card(killed_run["run"], tmp_path)["card"]).read_text()
-    assert "| result | ok |" in page and "| gptq (this one) | 1 |" in page
+    assert "| result | ok |" in page and "| gptq (this one) | 3 |" in page
     assert str(killed_run["run"]) not in page
 
 
