@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
@@ -58,8 +58,11 @@ def moments(number: int) -> list[tuple[str, float]]:
     return [(s, random.uniform(0, WORKS_FOR_S[s])) for s in sorted(stages, key=ORDER.index)]
 
 
-def kill_in(stage: str, after_s: float, run: Path) -> None:
-    """Run, and SIGKILL the command, not its children, so long after the stage has begun."""
+def kill_in(stage: str, after_s: float, run: Path) -> set[Path]:
+    """Run, and SIGKILL the command, not its children, so long after the stage has begun.
+
+    Returns the shared memory that the run has then.
+    """
     errors, begun = run.with_name("errors"), None
     manifest = run / ORDER[ORDER.index(stage) - 1] / "manifest.json"
     with errors.open("wb") as file, subprocess.Popen(demo(run), stderr=file) as process:
@@ -72,17 +75,18 @@ def kill_in(stage: str, after_s: float, run: Path) -> None:
             ):
                 begun = time.monotonic()
             time.sleep(0.002)
+        memory = shared_memory(run)
         process.kill()
+    return memory
 
 
-def left_behind(run: Path) -> list[object]:
-    """Return processes of a run, its folders of sockets, and shared memory that nobody has open."""
-    in_use = ""
-    for path in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            in_use += path.read_text()
-    memory = [p for p in Path("/dev/shm").iterdir() if str(p) not in in_use]
-    return [*processes_of(run), *(run.parent / "tmp").glob("vllm-*"), *memory]
+def shared_memory(run: Path) -> set[Path]:
+    """Return the shared memory that processes of a run have open."""
+    maps = []
+    for pid in processes_of(run):
+        with suppress(OSError):  # it ended just now
+            maps += Path(f"/proc/{pid}/maps").read_text().split()
+    return {Path(word) for word in maps if word.startswith("/dev/shm/")}
 
 
 def processes_of(run: Path) -> list[int]:
@@ -111,27 +115,31 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
     MTP_GRAFT_KILLS says how often; with the default, in capture, quantize and splice.
     """
     run = tmp_path_factory.mktemp("pipeline") / "run"
-    before, shared = hashes(tiny_model / "base"), {*Path("/dev/shm").iterdir()}
+    before = hashes(tiny_model / "base")
     (run.parent / "tmp").mkdir()
     kept: dict[Path, int] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(run.parent / "tmp"))  # and so all its processes name the run
         for stage, after_s in moments(int(os.environ.get("MTP_GRAFT_KILLS", "3"))):
-            kill_in(stage, after_s, run)
-            wait_until_gone(run, shared)
+            wait_until_gone(run, kill_in(stage, after_s, run))
             kept |= {p: p.stat().st_mtime_ns for p in run.glob("quantize/*/experts-*.safetensors")}
             kept |= {p: p.stat().st_mtime_ns for p in run.glob("bench/*.json")}
         result = run / "result.json"
         subprocess.run([*demo(run), "--json", str(result)], check=True, timeout=600)
     found = json.loads(result.read_text())
-    yield {"run": run, "result": found, "kept": kept, "base_hashes": before, "shared": shared}
+    yield {"run": run, "result": found, "kept": kept, "base_hashes": before}
     for pid in processes_of(run):
         os.kill(pid, signal.SIGKILL)
 
 
-def wait_until_gone(run: Path, shared: set[Path]) -> None:
+def wait_until_gone(run: Path, memory: Collection[Path] = ()) -> None:
+    """Wait for the end of all processes of a run, its folders of sockets and its shared memory."""
     deadline = time.monotonic() + 60
-    while left := {*left_behind(run)} - shared:
+    while left := [
+        *processes_of(run),
+        *(run.parent / "tmp").glob("vllm-*"),
+        *filter(Path.exists, memory),
+    ]:
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.2)
 
@@ -139,7 +147,7 @@ def wait_until_gone(run: Path, shared: set[Path]) -> None:
 def test_a_killed_run_leaves_no_server_and_redoes_nothing_that_was_finished(
     killed_run: Any,
 ) -> None:
-    wait_until_gone(killed_run["run"], killed_run["shared"])
+    wait_until_gone(killed_run["run"])
     assert killed_run["kept"]
     for path, written in killed_run["kept"].items():
         assert path.stat().st_mtime_ns == written

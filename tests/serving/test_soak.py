@@ -140,7 +140,7 @@ def test_a_text_that_parts_at_a_near_tie_is_no_fault() -> None:
 def test_errors_and_hangs_are_counted_and_the_end_of_the_server_ends_the_soak() -> None:
     result = soaked(lambda answer: answer.update(reason="refuse"))
     assert result["errors"] == len(result["failures"]) > 0 == len(result["corrupted"])
-    result = soaked(lambda _answer: time.sleep(1.0), silence_s=0.3)
+    result = soaked(lambda _answer: time.sleep(4.0), silence_s=1.5)
     assert result["hangs"] == len(result["failures"]) > 0 == result["errors"]
     started = time.monotonic()
     assert soaked(lambda answer: answer.update(reason="gone"), minutes=5)["errors"] > 0

@@ -140,17 +140,21 @@ class _Watch:
 
     def result(self) -> dict[str, Any]:
         """Return the JSON; `memory_growth` is of the last quarter over the second, as a share."""
-        at_s, counters, memory = zip(*self._seen, strict=True)
-        rates = [_rate(*two) for two in pairwise(counters)]
-        points = zip(at_s[2:], rates[1:], memory[2:], strict=True)
-        keys, known = ("at_s", "acceptance", "memory_bytes"), [m for m in memory[2:] if m]
+        _, counters, memory = zip(*self._seen[1:], strict=True)
+        known = [size for size in memory if size]
         quarter = len(known) // 4
         late, early = known[-quarter:], known[quarter : 2 * quarter]
         return {
             "seconds": time.perf_counter() - self._started,
-            "acceptance": {"alone": rates[0], "load": _rate(counters[1], counters[-1])},
+            "acceptance": {
+                "alone": _rate(self._seen[0][1], counters[0]),
+                "load": _rate(counters[0], counters[-1]),
+            },
             "memory_growth": median(late) / median(early) - 1 if early else None,
-            "over_time": [dict(zip(keys, point, strict=True)) for point in points],
+            "over_time": [
+                {"at_s": at_s, "acceptance": _rate(before, after), "memory_bytes": size}
+                for (_, before, _), (at_s, after, size) in pairwise(self._seen[1:])
+            ],
         }
 
 
