@@ -81,12 +81,13 @@ def kill_in(stage: str, after_s: float, run: Path) -> set[Path]:
 
 
 def shared_memory(run: Path) -> set[Path]:
-    """Return the shared memory that processes of a run have open."""
-    maps = []
+    """Return the shared memory that processes of a run have open, maybe by another name."""
+    lines = []
     for pid in processes_of(run):
         with suppress(OSError):  # it ended just now
-            maps += Path(f"/proc/{pid}/maps").read_text().split()
-    return {Path(word) for word in maps if word.startswith("/dev/shm/")}
+            lines += Path(f"/proc/{pid}/maps").read_text().splitlines()
+    inodes = {int(line.split()[4]) for line in lines if "/dev/shm/" in line}
+    return {path for path in Path("/dev/shm").iterdir() if path.stat().st_ino in inodes}
 
 
 def processes_of(run: Path) -> list[int]:
