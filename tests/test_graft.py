@@ -139,7 +139,6 @@ BAD_BASES: dict[str, tuple[Callable[[Any], object], str]] = {
         "would load as weights null; expected int4",
     ),
     "no ratios": (lambda c: c.pop("compress_ratios"), "compress_ratios: None; expected one for"),
-    "null ratios": (lambda c: c.update(compress_ratios=None), "compress_ratios: None; expected"),
     "few ratios": (lambda c: c.update(compress_ratios=[0, 0]), "2 entries; expected one for each"),
     "other layers": (lambda c: c.update(num_hidden_layers=3), r"layers\.3.*; expected"),
 }

@@ -240,12 +240,6 @@ def test_a_section_that_vllm_cannot_read_is_refused(change: Any, message: str) -
         read_quantization({"quantization_config": config})
 
 
-def test_a_module_that_is_ignored_in_part_is_refused() -> None:
-    config = tiny_quantization() | {"ignore": ["re:.*wq_a$"]}
-    with pytest.raises(GraftError, match=r"a part of .*fused_wqa_wkv"):
-        scheme_of(config, "model.layers.0.attn.fused_wqa_wkv")
-
-
 def test_what_may_be_null_may_be_null() -> None:
     config = tiny_quantization() | {"ignore": None, "format": "pack-quantized"}
     config["config_groups"]["group_1"] |= {"format": None, "input_activations": None}

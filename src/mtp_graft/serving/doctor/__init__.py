@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mtp_graft.checkpoint.makers import PRUNED, read_maker
-from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
+from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import read_dimensions
 from mtp_graft.serving.doctor import hardware, schemes, tensors
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.findings import SEVERITIES, Finding, finding
@@ -32,16 +31,14 @@ def diagnose(folder: Path, target: Target) -> list[Finding]:
     if not folder.is_dir() and folder.suffix != ".gguf":
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     try:
-        kind, file = "config-unusable", "config.json"
-        read_dimensions(folder)
-        kind, file = "index-unusable", INDEX_NAME
-        read_weight_map(folder / file)
+        checkpoint = read_checkpoint(folder)
     except GraftError as error:
         if (maker := read_maker(folder)) and not maker.startswith(PRUNED):
             return [finding("foreign-format", folder.name, maker, "W4A16-FP8")]
-        found = str(error).removeprefix(f"{folder / file}: ")
+        file, _, found = str(error).removeprefix(f"{folder}/").partition(": ")
+        kind = "index-unusable" if file == INDEX_NAME else "config-unusable"
         return [finding(kind, file, found, "that of a sharded DeepSeek-V4 checkpoint")]
-    return examine(read_checkpoint(folder), target)
+    return examine(checkpoint, target)
 
 
 def examine(checkpoint: Checkpoint, target: Target) -> list[Finding]:

@@ -79,7 +79,6 @@ def _fixed(checkpoint: Checkpoint, cures: set[str]) -> Checkpoint:
 
 
 def _write(checkpoint: Checkpoint, fixed: Checkpoint, out: Path, copied: set[str]) -> None:
-    right = checkpoint.misnamed
     for name, source in visible_files(checkpoint.folder).items():
         target = out / name
         if name in (INDEX_NAME, "config.json", *checkpoint.stale):
@@ -95,7 +94,8 @@ def _write(checkpoint: Checkpoint, fixed: Checkpoint, out: Path, copied: set[str
                 ) from error
             continue
         with Shard(source) as shard:
-            tensors = ((right.get(old, old), shard.read([old])[old]) for old in shard.meta)
+            names = zip(fixed.shards[name], shard.meta, strict=True)
+            tensors = ((new, shard.read([old])[old]) for new, old in names)
             stream_shard(fixed.shards[name], tensors, target)
     write_json(fixed.config, out / "config.json")
     metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata")
