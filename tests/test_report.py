@@ -10,7 +10,7 @@ import pytest
 
 from mtp_graft.bench import charts
 from mtp_graft.bench.report import recorded_answers, write_report
-from run_folder import ACCEPTED, DRAFTED, decoded, scored, served
+from run_folder import ACCEPTED, DRAFTED, HEAL, decoded, scored, served
 from run_folder import recorded as kept
 
 STAGES = kept("stages")
@@ -51,15 +51,6 @@ def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> Any:
     return recorded_answers(*turns)
 
 
-HEAL = {
-    "kept": True,
-    "steps": 50,
-    "tokens": 12_345,
-    "before": {"by_position": [0.8, 0.7], "length": 2.36},
-    "after": {"by_position": [0.8, 0.85], "length": 2.48},
-    "gain": [0.05, 0.19],
-    "curve": [{"step": 0, "length": 2.36}, {"step": 50, "length": 2.48}],
-}
 WHOLE = {
     "result": RESULT,
     "heal": HEAL,
