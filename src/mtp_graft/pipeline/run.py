@@ -21,12 +21,7 @@ from typing import Any
 
 from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, recorded_answers, write_report
-from mtp_graft.checkpoint.manifest import (
-    fingerprints,
-    package_versions,
-    read_result,
-    write_manifest,
-)
+from mtp_graft.checkpoint.manifest import package_versions, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, bench
@@ -177,9 +172,6 @@ def _splice(run: Run) -> list[Path]:
 def _verify(run: Run) -> list[Path]:
     quantized, base = run.finished("quantize"), run.models.base
     run.finished("splice")
-    # By size, first and last MiB; None without a capture.
-    known = (run.result("capture/config") or {}).get("base")
-    as_captured = None if known is None else known == fingerprints([base / name for name in known])
     variants = run.recipe.served_variants
     for done, variant in enumerate(variants):
         run.report(f"verify: {variant}", done, len(variants))
@@ -190,8 +182,6 @@ def _verify(run: Run) -> list[Path]:
         if not found or not found["ok"] or found.get("mtime_ns") != files:
             found = {**verify(checkpoint, base, run.upstream, quantized), "mtime_ns": files}
         found["loaded_in_vllm"] = True if bench.has_served(run, variant) else None
-        found["base_as_captured"] = as_captured
-        found["ok"] = found["ok"] and as_captured is not False
         run.keep(f"verify/{variant}", found)
         require_sound(checkpoint, found)
     return run.manifests
