@@ -6,6 +6,7 @@ its outputs is the time of a step, scheduling and sampling included. HTTP is not
 
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterator
@@ -14,8 +15,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from layers import NUM_STORED
 
 from mtp_graft.serving.metrics import SpecDecodeCounters
 from mtp_graft.serving.profiles import ALWAYS, ON_GPUS, split
@@ -32,6 +31,10 @@ ENVIRONMENT = {
 }
 #: The variable that names the file out of which `chosen_k.ChosenK` reads k.
 CHOSEN_K = "CHOSEN_K"
+#: Layers that a checkpoint of Flash's width stores: 0 and 1 sliding window, from 2 on ratio 4 and
+#: 128 in turn; 0 to 2 with hash routing. So 3 and 4 are like all that come after them.
+NUM_STORED = 5
+_LAYER = re.compile(r"^layers\.(\d+)\.")
 #: Steps at the beginning of a decode that are not counted.
 SETTLING = 4
 
@@ -135,6 +138,19 @@ def is_partial(checkpoint: Path) -> bool:
     num_layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
     last = f"layers.{num_layers - 1}.attn_norm.weight"
     return num_layers > NUM_STORED and last not in index
+
+
+def copies(layer: int, num_layers: int) -> range:
+    """Return the layers that are not stored and get the weights of stored layer `layer`."""
+    if layer < NUM_STORED - 2:
+        return range(0)
+    return range(layer + 2, num_layers, 2)
+
+
+def layer_of(name: str) -> int | None:
+    """Return the layer that a tensor belongs to; None for embedding, head and the MTP head."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
 
 
 def random_prompts(count: int, length: int, vocabulary: int, seed: int = 0) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Write checkpoints of DeepSeek-V4-Flash's width with random weights, with and without a head.
 
-    python benchmarks/flash_width.py FOLDER --layers 5 17 [--width tiny] [--dry-run]
+    python benchmarks/flash_width.py FOLDER --layers 5 17 [--width tiny]
 
 For each number of layers N: FOLDER/base-N (W4A16-FP8 without head), FOLDER/int4-N and
 FOLDER/mxfp4-N (the same with a head, made by the project's own splice). The layers' pattern is
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layers import NUM_STORED, layer_of
-from synthetic_flash import FLASH, write_upstream
+from engines import NUM_STORED, layer_of
+from record import MODEL
+from synthetic_flash import FLASH, TINY, plain, write_upstream
 from torch import Tensor
 
 from mtp_graft.checkpoint.files import write_json
@@ -36,15 +37,9 @@ from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.recipe import Variant
 from mtp_graft.stages.splice import HEAD_SHARD, splice
 
-#: The dimensions of the bundled tiny model, in Flash's pattern of layers.
-TINY = FLASH | {
-    **{"hidden_size": 256, "vocab_size": 4096, "num_attention_heads": 4, "q_lora_rank": 128},
-    **{"o_groups": 2, "o_lora_rank": 128, "n_routed_experts": 64, "moe_intermediate_size": 256},
-    "max_position_embeddings": 8192,
-    "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 512},
-}
-TINY_CONFIG = Path(__file__).parents[1] / "models" / "tiny-dsv4" / "base" / "config.json"
-QUANTIZATION = read_quantization(json.loads(TINY_CONFIG.read_text()))
+BUNDLED = MODEL / "base"
+CONFIG = json.loads((BUNDLED / "config.json").read_text())
+QUANTIZATION = read_quantization(CONFIG)
 WIDTHS = {"flash": FLASH, "tiny": TINY}
 VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4"}
 #: Root mean square of a uniform code from -8 to 7, and of an FP8 byte as `fp8_bytes` draws it.
@@ -55,23 +50,14 @@ GROUP = 128
 Shapes = dict[str, tuple[int, ...]]
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 17])
     parser.add_argument("--width", choices=WIDTHS, default="flash")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--dry-run", action="store_true", help="only say how large all would be")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse_arguments()
-    config = WIDTHS[options.width]
-    if options.dry_run:
-        print(sizes(config, options.layers))
-        return
-    write_all(options.folder, config, options.layers, options.variants)
+    options = parser.parse_args()
+    write_all(options.folder, WIDTHS[options.width], options.layers, options.variants)
 
 
 def write_all(folder: Path, config: dict[str, Any], layers: list[int], variants: list[str]) -> None:
@@ -119,6 +105,8 @@ def link_base(shards: Path, base: Path, config: dict[str, Any], num_layers: int)
         if not (base / name).exists():
             os.link(shards / name, base / name)
         weight_map.update(dict.fromkeys(stored_shapes(config, number), name))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(BUNDLED / name, base)  # which a splice expects
     write_json(base_config(config, num_layers), base / "config.json")
     write_index(weight_map, total_size(base, weight_map), base)
 
@@ -156,7 +144,7 @@ def base_config(config: dict[str, Any], num_layers: int) -> dict[str, Any]:
         "eos_token_id": 1,
         "initializer_range": 0.02,
         "use_cache": True,
-        "quantization_config": json.loads(TINY_CONFIG.read_text())["quantization_config"],
+        "quantization_config": CONFIG["quantization_config"],
     }
 
 
@@ -211,18 +199,7 @@ def random_tensor(
     if name.endswith(".tid2eid"):
         chosen = torch.rand(shape[0], config["n_routed_experts"], **place)
         return chosen.topk(shape[1]).indices.to(dtype)
-    return _plain(name, torch.randn(shape, **place)).to(dtype)
-
-
-def _plain(name: str, values: Tensor) -> Tensor:
-    """Return the values of a tensor that is not quantized, from normal ones."""
-    if name.endswith("norm.weight"):
-        return 1 + 0.1 * values
-    if name == "embed.weight":
-        return values
-    if values.dim() == 2 and not name.endswith(".ape"):
-        return values / math.sqrt(values.shape[-1])
-    return 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
+    return plain(name, torch.randn(shape, **place)).to(dtype)
 
 
 def fp8_bytes(shape: tuple[int, ...], place: dict[str, Any]) -> Tensor:
@@ -235,23 +212,6 @@ def fp8_bytes(shape: tuple[int, ...], place: dict[str, Any]) -> Tensor:
 def total_size(folder: Path, weight_map: dict[str, str]) -> int:
     shards = sorted(set(weight_map.values()))
     return sum(t.nbytes for shard in shards for t in Shard(folder / shard).meta.values())
-
-
-def sizes(config: dict[str, Any], layers: list[int]) -> str:
-    """Say what is written, and what a GPU has to hold."""
-    parts = [
-        sum(math.prod(s) * dtype.itemsize for s, dtype in stored_shapes(config, n).values()) / 1e9
-        for n in range(-1, NUM_STORED)
-    ]
-    outside, stored = parts[0], parts[1:]
-    head = stored[0]  # a layer's size, within a few percent
-    disk = outside + sum(stored[: max(layers)]) + head * (1 + len(VARIANTS))
-    lines = [f"on the disk {disk:.1f} GB (may be /dev/shm); one layer {max(stored):.2f} GB"]
-    for num_layers in layers:
-        later = sum(stored[3 + (n - 3) % 2] for n in range(NUM_STORED, num_layers))
-        weights = outside + sum(stored[:num_layers]) + later
-        lines.append(f"{num_layers} layers: {weights:.1f} GB on the GPUs, {head:.1f} with a head")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

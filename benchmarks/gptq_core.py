@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from record import arguments, write_result
+from synthetic_flash import Activations
 from torch import Tensor
 
 from mtp_graft.dsv4.experts import expert_hessians
@@ -66,8 +67,9 @@ class Problem:
 
     @classmethod
     def random(cls, experts: int, hidden: int, inner: int, device: str) -> "Problem":
-        """Make inputs with a common low-rank part, heavy tails and outlier channels."""
+        """Make inputs of 1.5 D tokens for every expert."""
         generator = torch.Generator(device).manual_seed(0)
+        activations = Activations({"hidden_size": hidden, "hc_mult": 1}, generator)
         shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
         weights = {
             m: torch.empty(experts, *s, dtype=torch.bfloat16, device=device)
@@ -80,23 +82,10 @@ class Problem:
                 values = torch.randn(outputs, inputs, generator=generator, device=device)
                 weights[matrix][e] = values * (1.2 / math.sqrt(inputs))
             one = {m: w[e : e + 1].float() for m, w in weights.items()}
-            found = expert_hessians([[inputs_seen(hidden, generator)]], one, limit=10.0)
+            inputs_seen = activations.residual(3 * hidden // 2)[:, 0].float()  # [T, D]
+            found = expert_hessians([[inputs_seen]], one, limit=10.0)
             shared[e], down[e] = found["w1"][0], found["w2"][0]
         return cls(weights, {"w1": shared, "w2": down, "w3": shared})
-
-
-def inputs_seen(hidden: int, generator: torch.Generator) -> Tensor:
-    """Return one expert's inputs [T, D], T being 1.5 D."""
-    device, tokens = generator.device, 3 * hidden // 2
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    common = randn(tokens, 64) @ randn(64, hidden) / 8
-    tail = (4 / randn(tokens, 4).square().sum(-1, keepdim=True)).sqrt().clamp(max=20)
-    channels = randn(hidden).mul(0.5).exp()
-    channels[: max(1, hidden // 512)] *= 30
-    return (common + 0.7 * randn(tokens, hidden)) * tail * channels
 
 
 Quantize = Callable[[Tensor, Tensor], Tensor]  # weights [B, O, I], Hessians [B, I, I]: values

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from record import MODEL, add_measurements, arguments, measurements
 
@@ -186,17 +187,49 @@ def unhealed(run: Path) -> list[dict[str, Any]]:
     variants: tuple[Variant, ...] = ("gptq", "rtn", "mxfp4")
     return [
         {"name": f"unhealed {v}", "variant": v}
-        | {"scored": scores(run / "ablations" / v, run, MODEL / "upstream", Ablation(variant=v))}
+        | {
+            "scored": scores(
+                run / "ablations" / f"unhealed-{v}", run, MODEL / "upstream", Ablation(variant=v)
+            )
+        }
         for v in variants
     ]
 
 
-def served(name: str, url: str, run: Path) -> dict[str, Any]:
-    """Return what a server accepts while it writes the held-out texts, one after the other."""
+def served(name: str, url: str, run: Path, concurrency: int) -> dict[str, Any]:
+    """Return what a server accepts while it writes the held-out texts again."""
     texts = [text for text in read_texts(run / "capture") if text.id.startswith("held")]
     with ServerClient(url) as client:
-        found = measure_acceptance(client, texts, 96, 1, progress(name))
-    return {"name": f"served {name}", **{k: v for k, v in found.items() if k != "sequences"}}
+        found = measure_acceptance(client, texts, 96, concurrency, progress(name))
+    steps = {each["id"]: each["steps"] for each in found.pop("sequences")}
+    by_text = {name: (sum(a + 1 for _, a in each), len(each)) for name, each in steps.items()}
+    return {"name": f"served {name}", "concurrency": concurrency, **found, "by_text": by_text}
+
+
+def compare_served(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return by k the healed head's accepted length beside the other's; texts are resampled."""
+    of = {each["name"]: each["by_text"] for each in found if "by_text" in each}
+    compared = {}
+    for k in (name.removeprefix("served healed ") for name in of if "unhealed" not in name):
+        if (before := of.get(f"served unhealed {k}")) is None:
+            continue
+        after = of[f"served healed {k}"]
+        counts = np.array([[before[t], after[t]] for t in before], float)  # [texts, 2, counts]
+        size = (10_000, len(counts))
+        drawn = counts[np.random.default_rng(0).integers(len(counts), size=size)].sum(axis=1)
+        lengths = drawn[..., 0] / drawn[..., 1]  # [resamples, 2]
+        totals = counts.sum(axis=0)
+        compared[k] = {
+            "unhealed": {"length": totals[0, 0] / totals[0, 1], "interval": ends(lengths[:, 0])},
+            "healed": {"length": totals[1, 0] / totals[1, 1], "interval": ends(lengths[:, 1])},
+            "ratio_interval": ends(lengths[:, 1] / lengths[:, 0]),
+            "difference_interval": ends(lengths[:, 1] - lengths[:, 0]),
+        }
+    return compared
+
+
+def ends(values: Any) -> list[float]:
+    return np.quantile(values, (0.025, 0.975)).tolist()
 
 
 def progress(name: str) -> Any:
@@ -212,8 +245,9 @@ def peak_gpu_bytes() -> int:
 
 
 def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return name -> accepted length at k = 1, 3, 5 by kind of text."""
+    """Return name -> accepted length at k = 1, 3, 5 by kind of text, and what servers told."""
     return {
+        "served": compare_served(found),
         "results": {
             entry["name"]: {
                 kind: {k: by_k[k]["acceptance_length"] for k in ("1", "3", "5")}
@@ -221,7 +255,7 @@ def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:
             }
             for entry in found
             if "scored" in entry
-        }
+        },
     }
 
 
@@ -230,13 +264,15 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--prompts", action="store_true", help="write them and a recipe")
     parser.add_argument("--served", nargs=2, action="append", default=[], metavar=("NAME", "URL"))
+    parser.add_argument("--concurrency", type=int, default=1, help="with --served")
     parser.add_argument("--only", nargs="+", default=["unhealed", *ABLATIONS])
     options = parser.parse_args()
     if options.prompts:
         write_prompts(options.run, Path(os.environ["MTP_GRAFT_DATA"]))
         return
     for name, url in options.served:
-        add_measurements(options.out, "heal", [served(name, url, options.run)], summarize, NOTE)
+        found = served(name, url, options.run, options.concurrency)
+        add_measurements(options.out, "heal", [found], summarize, NOTE)
     for name in () if options.served else options.only:
         first = "unhealed gptq" if name == "unhealed" else name
         if any(entry["name"] == first for entry in measurements(options.out)):

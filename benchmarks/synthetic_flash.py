@@ -54,9 +54,12 @@ FLASH: dict[str, Any] = {
     },
     "compress_ratios": [0, 0, *([4, 128] * 21)[:41], 0],
 }
+#: The dimensions of the bundled tiny model, in Flash's pattern of layers.
 TINY = FLASH | {
-    **{"hidden_size": 256, "vocab_size": 512, "num_attention_heads": 4, "q_lora_rank": 128},
-    **{"o_groups": 2, "o_lora_rank": 128, "n_routed_experts": 16, "moe_intermediate_size": 128},
+    **{"hidden_size": 256, "vocab_size": 4096, "num_attention_heads": 4, "q_lora_rank": 128},
+    **{"o_groups": 2, "o_lora_rank": 128, "n_routed_experts": 64, "moe_intermediate_size": 256},
+    "max_position_embeddings": 8192,
+    "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 512},
 }
 #: Tokens of an expert over the mean: least and most.
 RAREST, MOST_FREQUENT = 430 / 11_094, 175_375 / 11_094
@@ -199,16 +202,21 @@ def upstream_parts(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of one parameter as upstream stores it."""
     values = torch.randn(shape, generator=generator, device=generator.device)
-    if names.EXPERT.match(name):
-        values = values * (1.2 / math.sqrt(shape[-1]))
-    elif name.endswith("norm.weight"):
-        values = 1 + 0.1 * values
-    elif len(shape) == 2:
-        values = values / math.sqrt(shape[-1])
-    else:
-        values = 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
+    is_expert = names.EXPERT.match(name)
+    values = values * (1.2 / math.sqrt(shape[-1])) if is_expert else plain(name, values)
     for part, tensor in upstream_tensors(name, values).items():
         yield part, tensor.cpu()
+
+
+def plain(name: str, values: Tensor) -> Tensor:
+    """Return the values of a tensor that is not an expert's, from normal ones."""
+    if name.endswith("norm.weight"):
+        return 1 + 0.1 * values
+    if name == "embed.weight":
+        return values
+    if values.dim() == 2 and not name.endswith(".ape"):
+        return values / math.sqrt(values.shape[-1])
+    return 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
 
 
 def fit_bias(config: dict[str, Any], stored: dict[str, Tensor], activations: Activations) -> Tensor:
@@ -245,14 +253,6 @@ def wanted_popularity(experts: int, top: int, generator: torch.Generator) -> Ten
     left = experts - RAREST - most
     share = torch.cat((ends, inside * (left / inside.sum())))
     return (share * top / experts)[torch.randperm(experts, generator=generator, device=device)]
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """Return how many bytes each part has."""
-    return {
-        part: sum(f.stat().st_size for f in (folder / part).rglob("*") if f.is_file())
-        for part in ("base", "upstream", "capture")
-    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from copy import copy
 from typing import Any
 
-from layers import copies, layer_of
+from engines import copies, layer_of
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 

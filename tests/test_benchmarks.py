@@ -1,7 +1,8 @@
-"""What the benchmark scripts compute from their measurements, with known inputs."""
+"""What the benchmark scripts compute, with known inputs, and that the pages say what they found."""
 
 import importlib
 import json
+import subprocess
 import sys
 from collections import ChainMap
 from pathlib import Path
@@ -59,10 +60,10 @@ def test_only_steps_in_which_every_request_decodes_are_timed() -> None:
 
 
 def test_stored_layers_stand_for_all_others_of_their_kind() -> None:
-    layers = load("layers")
-    assert [list(layers.copies(n, 9)) for n in range(5)] == [[], [], [], [5, 7], [6, 8]]
+    engines = load("engines")
+    assert [list(engines.copies(n, 9)) for n in range(5)] == [[], [], [], [5, 7], [6, 8]]
     ratios = load("synthetic_flash").FLASH["compress_ratios"]
-    assert all(ratios[c] == ratios[n] for n in (3, 4) for c in layers.copies(n, 43))
+    assert all(ratios[c] == ratios[n] for n in (3, 4) for c in engines.copies(n, 43))
 
 
 def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> None:
@@ -82,3 +83,9 @@ def test_flips_count_against_the_margin_of_the_text() -> None:
     found = texts.compare_forced(text, [[9, 9, 3]])
     assert (found["positions"], found["positions_with_margin"], found["flips"]) == (3, 2, 2)
     assert found["flips_with_margin"] == [{"prompt": 0, "position": 1, "margin": 0.9}]
+
+
+def test_pages_are_what_the_result_files_say() -> None:
+    command = [sys.executable, BENCHMARKS / "results_page.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -37,7 +37,8 @@ def chat(name: str, *contents: str) -> dict[str, Any]:
 
 def test_texts_and_conversations_may_be_mixed(tmp_path: Path) -> None:
     both = chat("c", "q1", "a1", "q2", "a2") | {"text": None}
-    rows = '{"id": 7, "text": "a\u2028b", "messages": null}', "", both
+    first = {"id": 7, "text": "a\u2028b", "messages": None}
+    rows = json.dumps(first), "", first | {"id": "the same"}, both
     text, conversation = load_calibration(write(tmp_path / "p.jsonl", *rows), 2)
     assert text == Prompt("7", "a\u2028b")
     assert [m["content"] for m in conversation.content if isinstance(m, dict)] == ["q1", "a1", "q2"]

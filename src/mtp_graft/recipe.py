@@ -70,6 +70,7 @@ class CaptureSection:
     evaluation_prompts: str
     calibration_count: Count = 256
     evaluation_count: Count = 64
+    calibration_tokens: Count | None = None  # of text, at most: enough with fewer prompts
     max_prompt_tokens: Count = 512  # longer prompts are left out; others take their place
     new_tokens: Count = 256  # per prompt, at most: the base ends a text where it ends
     concurrency: Count = 8  # prompts in work at a time

@@ -16,10 +16,16 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from mtp_graft.bench.card import write_card
+from mtp_graft.checkpoint.shards import load_tensors, read_index
+from mtp_graft.dsv4.replay import build_head, unroll
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.pipeline import STAGES
+from mtp_graft.stages.inputs import EVALUATION, open_inputs
+from mtp_graft.stages.score import draft_steps
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 
@@ -32,6 +38,8 @@ SETTINGS = (
     "bench.count=2",
     "bench.max_tokens=24",
     "bench.rounds=1",
+    "bench.k=3",
+    "score.k=3",
     'bench.served_variants=["gptq"]',
 )
 ORDER = [stage for stage in STAGES if stage != "heal"]  # which the recipe has not
@@ -73,12 +81,13 @@ def kill_in(stage: str, after_s: float, run: Path) -> set[Path]:
 
 
 def shared_memory(run: Path) -> set[Path]:
-    """Return the shared memory that processes of a run have open."""
-    maps = []
+    """Return the shared memory that processes of a run have open, maybe by another name."""
+    lines = []
     for pid in processes_of(run):
         with suppress(OSError):  # it ended just now
-            maps += Path(f"/proc/{pid}/maps").read_text().split()
-    return {Path(word) for word in maps if word.startswith("/dev/shm/")}
+            lines += Path(f"/proc/{pid}/maps").read_text().splitlines()
+    inodes = {int(line.split()[4]) for line in lines if "/dev/shm/" in line}
+    return {path for path in Path("/dev/shm").iterdir() if path.stat().st_ino in inodes}
 
 
 def processes_of(run: Path) -> list[int]:
@@ -151,37 +160,69 @@ def test_the_result_has_the_contracts_keys_and_the_run_a_card(
     result = killed_run["result"]
     assert result["greedy_identical"] is True
     assert result["divergences"] == []
-    assert 0.5 < result["acceptance"] <= 1
+    assert 0.2 < result["acceptance"] <= 1  # of three drafts a step
     assert result["acceptance_served"] == {"gptq": result["acceptance"]}
     assert set(result["acceptance_offline"]) == {"rtn", "gptq", "mxfp4", "bf16"}
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
     assert Path(result["report"]).is_file()
     page = Path(write_card(killed_run["run"], tmp_path)["card"]).read_text()
-    assert "| result | ok |" in page and "| gptq (this one) | 1 |" in page
+    assert "| result | ok |" in page and "| gptq (this one) | 3 |" in page
     assert str(killed_run["run"]) not in page
 
 
 def test_offline_and_served_acceptance_agree_and_count_to_the_end_of_the_text(
     killed_run: Any,
 ) -> None:
-    """On so few drafts (about 200) two of them are a point; the demo compares thousands.
+    """A step gives its token and the accepted drafts before it; the first token comes before.
 
-    At k = 1 a step gives its token and its accepted draft; the first token comes before. Where the
-    very last token is an accepted draft, its step has no room for a token of its own.
+    Where the very last token is an accepted draft, its step has no room for a token of its own.
     """
     run, result = killed_run["run"], killed_run["result"]
-    assert abs(result["acceptance_offline"]["gptq"] - result["acceptance"]) < 0.08
+    assert 0.5 < result["acceptance_offline"]["gptq"] <= 1
     lines = map(json.loads, (run / "capture" / "texts.jsonl").read_text().splitlines())
     lengths = {t["id"]: len(t["continuation"]) for t in lines if t["split"] == "evaluation"}
     assert min(lengths.values()) < 64, "no text ended by itself; nothing is shown"
     served = json.loads((run / "bench" / "served-gptq.json").read_text())
     offline = json.loads((run / "score" / "gptq.json").read_text())
     assert served["identical"] == served["texts"] == len(lengths)
-    for counted in (served, offline):
-        for text in counted["sequences"]:
-            tokens = text["drafts"] + text["accepted"]
-            assert tokens - lengths[text["id"]] in (-1, 0)
+    for text in offline["sequences"]:  # of one draft a step
+        assert text["drafts"] + text["accepted"] - lengths[text["id"]] in (-1, 0)
+    for text in served["sequences"]:
+        assert sum(accepted + 1 for _, accepted in text["steps"]) - lengths[text["id"]] in (-1, 0)
+
+
+def test_each_step_of_three_drafts_is_the_servers_but_for_near_ties(
+    killed_run: Any, tiny_model: Path
+) -> None:
+    """The server's keys are rounded to FP8, ours are not."""
+    run, checkpoint = killed_run["run"], Path(killed_run["result"]["checkpoint"])
+    models = run / "capture", tiny_model / "upstream", tiny_model / "base"
+    inputs = open_inputs(*models, EVALUATION)
+    stored = load_tensors(checkpoint, [n for n in read_index(checkpoint) if n.startswith("mtp.")])
+    head = build_head(inputs.model, decode_head(stored))
+    base = load_tensors(tiny_model / "base", ["embed.weight", "head.weight"])
+    served = json.loads((run / "bench" / "served-gptq.json").read_text())["sequences"]
+    ties = []
+    for sequence, told in zip(inputs.sequences, served, strict=True):
+        recorded, first = inputs.read_sequence(sequence), sequence.prompt_tokens
+        embeds = base["embed.weight"][recorded.token_ids]
+        with torch.inference_mode():
+            unrolled = unroll(head, recorded.residual[None], embeds[None], 3)
+            logits = torch.stack(
+                [head.logits(s[0, first - 1 :], base["head.weight"].float()) for s in unrolled]
+            )  # [K, R, V]
+        drafts, best = logits.argmax(-1).T, logits.topk(2).values
+        steps = draft_steps(drafts.tolist(), recorded.token_ids[first:].tolist())
+        at = 0
+        for ours, theirs in zip(map(list, steps), told["steps"], strict=False):
+            if ours != theirs:
+                place = min(ours[1], theirs[1]), at
+                ties.append((sequence.id, *place, float(best[place][0] - best[place][1])))
+                break
+            at += ours[1] + 1
+    assert len(ties) <= len(served) // 2, ties
+    assert all(margin < 0.3 for *_, margin in ties), ties
 
 
 def test_the_checkpoint_is_verified_and_the_base_is_linked_and_untouched(

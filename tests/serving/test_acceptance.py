@@ -44,8 +44,8 @@ def test_the_servers_counts_until_the_texts_end_give_the_rate(
     assert (result["k"], result["acceptance_length"]) == (1, pytest.approx(25 / 16))
     assert (result["texts"], result["identical"]) == (2, 1)
     assert result["sequences"] == [
-        {"id": "a", "drafts": 13, "accepted": 7},
-        {"id": "b", "drafts": 3, "accepted": 2},
+        {"id": "a", "drafts": 13, "accepted": 7, "steps": [(1, 1), (1, 0)] * 6 + [(1, 1)]},
+        {"id": "b", "drafts": 3, "accepted": 2, "steps": [(1, 1), (1, 0), (1, 1)]},
     ]
 
 

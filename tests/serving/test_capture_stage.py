@@ -32,7 +32,7 @@ PROMPTS: dict[str, list[Row]] = {
     "evaluation": [
         {"prompt_id": "chat", "messages": [{"role": "user", "content": "hey"}]},
         {"id": "same", "text": "xy"},
-        {"id": "same again", "text": "xy"},
+        {"id": "same sum", "text": "yx"},
     ],
 }
 NUM_PROMPTS = sum(map(len, PROMPTS.values()))
@@ -113,6 +113,19 @@ def asked(requests: Path) -> dict[int, int]:
     """Return new tokens -> how many requests asked for that many; the probe's 4 left out."""
     lines = [int(line) for line in requests.read_text().split()]
     return {n: lines.count(n) for n in set(lines) - {4}}
+
+
+def test_prompts_are_taken_until_there_are_enough_tokens(
+    base: Path, requests: Path, tmp_path: Path
+) -> None:
+    settings = replace(wanted(tmp_path), calibration_tokens=12)
+    found = take(base, tmp_path / "out", settings)
+    # Of one, two and three tokens, and three new ones of each.
+    assert found["splits"] == {"calibration": 3, "evaluation": 3}
+    before = requests.read_text()
+    assert take(base, tmp_path / "out", settings) == found and requests.read_text() == before
+    with pytest.raises(GraftError, match="calibration_tokens"):
+        take(base, tmp_path / "out", replace(settings, calibration_tokens=13))
 
 
 def test_every_prompt_is_continued_to_its_end_and_recorded(

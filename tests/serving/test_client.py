@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -66,3 +66,27 @@ def test_a_stream_that_cannot_be_read_raises_a_read_error(event: str) -> None:
     with answering(f"data: {event}\n\n") as client, pytest.raises(READ_ERRORS):
         for found in client.events("/", {"stream": True}):
             _ = found["choices"][0]["token_ids"]
+
+
+def test_no_request_meets_a_connection_that_the_server_is_closing() -> None:
+    """vLLM closes an idle connection after seconds, perhaps just when it is used again."""
+    connections: list[object] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+
+        def do_GET(self) -> None:
+            if self.connection in connections:
+                self.close_connection = True  # without an answer
+                return
+            connections.append(self.connection)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with ServerClient(f"http://127.0.0.1:{server.server_port}") as client:
+            assert [client.spec_decode_counters() for _ in range(3)] == [None] * 3
+        server.shutdown()
+    assert len(connections) == 3

@@ -18,16 +18,8 @@ HERE = Path(__file__).resolve().parent
 LOG = HERE.parent / "training-log.jsonl"
 PICTURE = HERE.parents[2] / "docs" / "images" / "tiny-model-training.png"
 
-SPLITS = ("gsm8k-test", "shakespeare-tail")
-COLOURS = {"training rows": "#888888", "gsm8k-test": "#0072b2", "shakespeare-tail": "#d55e00"}
-LOSSES = {"training rows": (1500, 0.5), "gsm8k-test": (1500, 2.4), "shakespeare-tail": (1500, 4.35)}
-AGREEMENT = {
-    "training rows": (2070, 0.735),
-    "gsm8k-test": (330, 0.73),
-    "shakespeare-tail": (1500, 0.535),
-}
+COLOURS = {"gsm8k-test": "#0072b2", "shakespeare-tail": "#d55e00"}  # of the held-out splits
 Event = dict[str, Any]
-Notes = dict[str, tuple[float, float]]
 
 
 def read_events(path: Path) -> list[Event]:
@@ -47,15 +39,14 @@ def read_events(path: Path) -> list[Event]:
     return [event for event in events if "at" in event]
 
 
-def draw(axes: Axes, name: str, train: list[Event], held_out: list[Event], notes: Notes) -> None:
+def draw(axes: Axes, name: str, train: list[Event], held_out: list[Event]) -> None:
     """Draw what the log calls `name`, on training rows and on both held-out splits."""
-    axes.plot([e["at"] for e in train], [e[name] for e in train], color=COLOURS["training rows"])
-    for split in SPLITS:
+    steps, values = [e["at"] for e in train], [e[name] for e in train]
+    axes.plot(steps, values, color="#888888", label="training rows")
+    for split, colour in COLOURS.items():
         values = [event[f"{split}/{name}"] for event in held_out]
         at = [event["at"] for event in held_out]
-        axes.plot(at, values, color=COLOURS[split], marker="o", ms=3)
-    for label, place in notes.items():
-        axes.annotate(label, place, color=COLOURS[label], ha="center")
+        axes.plot(at, values, color=colour, marker="o", ms=3, label=split)
 
 
 def mark_stages(axes: Axes, starts: list[tuple[int, str]], end: int) -> None:
@@ -83,13 +74,14 @@ def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     base = [event for event in train if "base_ce" in event]
     trained = [event for event in held_out if event["at"] <= base[-1]["at"]]
-    draw(left, "base_ce", base, trained, LOSSES)
+    draw(left, "base_ce", base, trained)
     left.set(title="Base: cross entropy (nats per token)", ylim=(0, 7))
     settled = [event for event in train if event["at"] >= 40]  # before, both guess one token
-    draw(right, "agreement", settled, held_out, AGREEMENT)
+    draw(right, "agreement", settled, held_out)
     right.set(title="Head: top-1 agreement with the base", ylim=(0.5, 0.9))
     mark_stages(left, starts, starts[-1][0])  # the head stage leaves the base as it is
     mark_stages(right, starts, events[-1]["at"] + 1)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     # Without the software's version in it, the same log gives the same bytes.
     figure.savefig(PICTURE, dpi=130, metadata={"Software": None})
 

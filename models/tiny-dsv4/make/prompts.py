@@ -1,7 +1,7 @@
-"""Write calibration.jsonl and evaluation.jsonl: word problems of our own, as chat prompts.
+"""Write calibration.jsonl, heal.jsonl and evaluation.jsonl: our own word problems, as chat prompts.
 
-The two sets have no template in common, so that what is measured on the second was never seen in
-the first. In a template `[3-9]` becomes a number of that range, and `@1` and `@2` become two names.
+The last set has no template in common with the others: what is measured on it was never seen in
+them. In a template `[3-9]` becomes a number of that range, and `@1` and `@2` become two names.
 The same seed gives the same files: `python models/tiny-dsv4/make/prompts.py --out DIR`.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 SEED = 20261124
-COUNTS = {"calibration": 96, "evaluation": 144}
+COUNTS = {"calibration": 96, "evaluation": 144, "heal": 480}
 CHAT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜></think>"  # thinking off
 NAMES = """\
 Adele Bruno Carla Dario Edith Felix Gloria Henrik Irene Jonas Karin Leo Marta Nils Olga
@@ -72,7 +72,7 @@ A shop has [50-120] bottles of juice. It sells [6-14] bottles a day for [3-6] da
 A bag of rice weighs [10-25] pounds. A family eats [2-3] pounds a week. How many pounds are left of [2-4] bags after [4-6] weeks?
 @1 and @2 fold paper birds. @1 folds [9-16] birds an hour and @2 folds [5-8]. How many birds do they fold in [3-6] hours?"""
 
-SETS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
+SETS = {"calibration": CALIBRATION, "evaluation": EVALUATION, "heal": CALIBRATION}
 
 
 def fill(template: str, rng: random.Random) -> str:
@@ -91,7 +91,7 @@ def make(templates: Sequence[str], count: int, rng: random.Random) -> list[str]:
 
 
 def write(out: Path) -> None:
-    """Write both files."""
+    """Write the files."""
     rng = random.Random(SEED)
     for name, templates in SETS.items():
         questions = make(templates.splitlines(), COUNTS[name], rng)

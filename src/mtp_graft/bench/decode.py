@@ -245,7 +245,7 @@ def measure_acceptance(
     The server was started with COUNT_DRAFTS. Keys: `acceptance`, `accepted`, `drafted`, `interval`
     (95 %, Wilson), those of `drafting_result`, `texts`, `identical` (continuations equal to the
     captured ones; with several requests in a step sums round in another order) and `sequences`
-    (`id`, `drafts`, first ones of a step, and `accepted`). GraftError if nothing is drafted.
+    (`id`, `drafts`, first ones of a step, `accepted`, `steps`). GraftError if nothing is drafted.
     """
     steps: dict[str, list[Step]] = {}
     identical = 0
@@ -274,6 +274,7 @@ def measure_acceptance(
         "identical": identical,
         "sequences": [
             {"id": name, "drafts": len(found), "accepted": sum(s.accepted > 0 for s in found)}
+            | {"steps": found}
             for name, found in steps.items()
         ],
     }

@@ -21,8 +21,8 @@ Json = Mapping[str, Any]
 def write_report(folder: Path, found: Json) -> Path:
     """Write `report.html` to `folder` and return its path; GraftError if the disk is full.
 
-    `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `score` and `verify`, the
-    stages' JSON; `served`, by head as `bench.decode.measure_acceptance`; `decode`, as
+    `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `heal`, `score` and `verify`,
+    the stages' JSON; `served`, by head as `bench.decode.measure_acceptance`; `decode`, as
     `bench.decode.compare`; and `recorded`, as `recorded_answers`: all of these None where there is
     nothing (`served`: empty). It has `model`, `device`, `versions` by package, and `notes`, too.
     """

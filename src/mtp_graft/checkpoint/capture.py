@@ -83,8 +83,11 @@ def append_row(folder: Path, row: FinishedText | CapturedSequence) -> None:
     path = folder / (TEXTS_NAME if isinstance(row, FinishedText) else INDEX_NAME)
     line = json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n"
     with full_disk_is_an_error(path), path.open("ab+") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

@@ -230,7 +230,7 @@ def report_run(run: Run) -> list[Path]:
     notes += [f"Serving: {text}." for text in (decode or {}).get("adjusted", [])]
     found = {
         "result": summarize(run),
-        **{stage: run.result(f"{stage}/report") for stage in ("capture", "quantize", "score")},
+        **{s: run.result(f"{s}/report") for s in ("capture", "quantize", "heal", "score")},
         "served": served,
         "decode": decode,
         "verify": run.result(f"verify/{run.recipe.splice.variant}"),

@@ -5,6 +5,7 @@ HuggingFaceH4/ultrachat_200k, `{"prompt_id": ..., "messages": [{"role": ..., "co
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
@@ -39,21 +40,32 @@ class _Row(BaseModel):
 
 
 def take_fitting(
-    client: ServerClient, prompts: Iterator[Prompt], count: int, max_tokens: int, what_for: str
+    client: ServerClient,
+    prompts: Iterator[Prompt],
+    count: int,
+    max_tokens: int,
+    what_for: str,
+    most: int | None = None,
+    new_tokens: int = 0,
 ) -> tuple[EncodedPrompts, EncodedPrompts]:
     """Take from `prompts` until `count` have at most `max_tokens` tokens; return these, and others.
 
-    The others are left out: they are named in a warning, or in the GraftError that is raised if
-    `prompts` end before there are `count`.
+    Fewer will do where they, with `new_tokens` each, make `most` tokens. The others are left out:
+    they are named in a warning, or in the GraftError that is raised if `prompts` end too early.
     """
     taken: EncodedPrompts = {}
     dropped: EncodedPrompts = {}
-    while len(taken) < count and (prompt := next(prompts, None)) is not None:
+    left = most or math.inf
+    while left > 0 and len(taken) < count and (prompt := next(prompts, None)) is not None:
         token_ids = tuple(client.encode(prompt))
-        (taken if len(token_ids) <= max_tokens else dropped)[prompt.id] = token_ids
+        if len(token_ids) > max_tokens:
+            dropped[prompt.id] = token_ids
+            continue
+        taken[prompt.id] = token_ids
+        left -= len(token_ids) + new_tokens
     names = ", ".join(f"{name} ({len(token_ids)})" for name, token_ids in dropped.items())
     too_long = f"with more than {max_tokens} tokens, left out: {names or 'none'}"
-    if len(taken) < count:
+    if len(taken) < count and left > 0:
         raise GraftError(
             f"{len(taken)} prompts for {what_for}, expected {count}; {too_long}; allow longer "
             "prompts, or ask for fewer"
@@ -78,8 +90,8 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
     """Yield the prompts of `source` in order, reading no more of it than is asked for.
 
     `source` is a JSON Lines or Parquet file, or `hub:owner/dataset[:split]`. Of a conversation,
-    everything up to its last user turn is the prompt. Raises GraftError for a source that cannot
-    be read, a row that is no prompt and an id that comes twice.
+    everything up to its last user turn is the prompt; one that was there before is left out. Raises
+    GraftError for a source that cannot be read, a row that is no prompt and an id that comes twice.
     """
     if source.startswith(HUB):
         rows = _hub_rows(source)
@@ -87,13 +99,17 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
         path = Path(source)
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     seen: set[str] = set()
+    asked: set[int] = set()  # hashes
     for number, row in rows:
         where = f"{source}:{number}"
         prompt = _parse(row, where)
         if prompt.id in seen:
             raise GraftError(f"{where}: id {prompt.id!r} comes twice")
         seen.add(prompt.id)
-        yield prompt
+        content = hash(str(prompt.content))
+        if content not in asked:
+            asked.add(content)
+            yield prompt
     if not seen:
         raise GraftError(f"{source}: no prompts; {_EXPECTED}")
 

@@ -130,15 +130,15 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     decisive = {
         "max_prompt_tokens": settings.max_prompt_tokens,
         "new_tokens": settings.new_tokens,
+        "calibration_tokens": settings.calibration_tokens,
         "prompts": sha256(asked.encode()).hexdigest(),
         "base": manifest.fingerprints(files),
     }
     manifest.claim_folder(out, decisive)
     (out / capture_files.RECORDINGS).mkdir(exist_ok=True)
     (out / capture_files.SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
-    if len(read_sequences(out)) < totals.total():
-        return None
-    return manifest.finished_result(out, REPORT_NAME)
+    finished = manifest.finished_result(out, REPORT_NAME)
+    return finished if finished and len(read_sequences(out)) == finished["sequences"] else None
 
 
 @contextmanager
@@ -165,7 +165,9 @@ def _choose(
     dropped: list[dict[str, Any]] = []
     for split, (source, count) in wanted.items():
         longest = settings.max_prompt_tokens
-        fit, rest = take_fitting(client, sources[source], count, longest, split)
+        most = settings.calibration_tokens if split == CALIBRATION else None
+        asking = sources[source], count, longest, split
+        fit, rest = take_fitting(client, *asking, most, settings.new_tokens)
         for name, token_ids in fit.items():
             asked.append(FinishedText(len(asked), name, split, token_ids, ()))
         dropped += [{"id": n, "split": split, "tokens": len(ids)} for n, ids in rest.items()]
