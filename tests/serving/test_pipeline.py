@@ -233,7 +233,7 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
     upstreams: set[str] = set()
 
     def heal(*inputs: Any) -> None:
-        *_, out, variant, _size, settings, _report = inputs
+        *_, out, variant, _linears, _size, settings, _report = inputs
         assert (variant, settings.steps) == (GPTQ, 20)
         stages._finish("heal", out, {"kept": kept})
 
