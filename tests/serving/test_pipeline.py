@@ -26,7 +26,7 @@ from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.stages.parallel import gpus
 from mtp_graft.stages.splice import HEAD_SHARD
-from run_folder import recorded
+from run_folder import HEAL, recorded
 
 from .bench_server import quiet
 from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, only_from, write_checkpoint
@@ -235,7 +235,7 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
     def heal(*inputs: Any) -> None:
         *_, out, variant, _linears, _size, settings, _report = inputs
         assert (variant, settings.steps) == (GPTQ, 20)
-        stages._finish("heal", out, {"kept": kept})
+        stages._finish("heal", out, HEAL | {"kept": kept})
 
     def splice(base: Path, upstream: Path, *rest: Any, **how: Any) -> None:
         upstreams.add(str(upstream.relative_to(folder.parent)))

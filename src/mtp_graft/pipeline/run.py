@@ -39,15 +39,6 @@ from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import require_sound, verify
 
-_ERROR_NOTE = (
-    "Relative errors are weighted with the Hessian of the calibration tokens themselves, which "
-    "flatters GPTQ; acceptance is measured on other texts."
-)
-_CPU_NOTE = (
-    "Served on a CPU by the plugin's reference path, on a model of a few layers: speeds show that "
-    "the pipeline is right, not what the real model gains, and only their ratio within this run "
-    "means anything."
-)
 _OF_HEAD = ("acceptance", "acceptance_by_position", "acceptance_length")
 
 
@@ -217,28 +208,18 @@ def summarize(run: Run) -> dict[str, Any]:
 
 def report_run(run: Run) -> list[Path]:
     """Write the report stage's page."""
-    served, capture = _served(run), run.recipe.capture
-    decode = run.result("bench/decode")
-    notes = [_ERROR_NOTE]
-    notes += [
-        f"{variant}: with drafts, {capture.concurrency} requests at once, {found['identical']} of "
-        f"{found['texts']} texts equal the captured ones; sums then round in another order."
-        for variant, found in served.items()
-    ]
-    if find_vllm().platform == "cpu":
-        notes.append(_CPU_NOTE)
-    notes += [f"Serving: {text}." for text in (decode or {}).get("adjusted", [])]
     found = {
         "result": summarize(run),
         **{s: run.result(f"{s}/report") for s in ("capture", "quantize", "heal", "score")},
-        "served": served,
-        "decode": decode,
+        "served": _served(run),
+        "decode": run.result("bench/decode"),
         "verify": run.result(f"verify/{run.recipe.splice.variant}"),
         "recorded": recorded_answers(run.result("bench/base"), run.result("bench/mtp")),
         "model": run.recipe.model.name,
         "device": device_name(),
         "versions": package_versions(),
-        "notes": notes,
+        "concurrency": run.recipe.capture.concurrency,
+        "on_cpu": find_vllm().platform == "cpu",
     }
     write_report(run.path / "report", found)
     return []
