@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_graft.dsv4.experts import expert_errors, expert_hessians, quantize_experts
+from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import NotPositiveDefiniteError, Scale, gptq, relative_error, sweep
+from mtp_graft.recipe import QuantizeSection
 
 
 def problem(
@@ -115,18 +118,6 @@ def test_the_sweep_gives_the_cpus_codes(inputs: int, outputs: int) -> None:
 
 
 @pytest.mark.gpu
-def test_the_search_gives_the_cpus_scales() -> None:
-    from mtp_graft.quant import gptq_triton
-
-    generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(2, 128, 300, generator=generator)
-    importance = torch.rand(2, 128, generator=generator)
-    expected = int4.searched_scale(columns.mT, 128, importance)
-    found = gptq_triton.searched_scale(columns.cuda(), importance.cuda()).cpu()
-    assert (found == expected).float().mean() > 0.99
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("scale", ["absmax", "mse"])
 def test_gptq_agrees_with_the_cpu(scale: Scale) -> None:
     # A direction that all inputs share makes the error itself a matter of rounding: 2e-7 of noise
@@ -140,3 +131,37 @@ def test_gptq_agrees_with_the_cpu(scale: Scale) -> None:
         for q in (on_cpu, on_gpu)
     ]
     assert errors[1].item() == pytest.approx(errors[0].item(), rel=1e-3)
+
+
+# Experts whose capture says little or nonsense
+
+INPUTS, INNER, EXPERTS = 128, 128, range(8, 10)
+SETTINGS = QuantizeSection()
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {m: torch.randn(2, INNER, INPUTS, generator=generator) for m in ("w1", "w2", "w3")}
+
+
+def test_an_expert_whose_inputs_are_all_zero_is_rounded_and_loses_nothing() -> None:
+    original = weights()
+    tokens = [[torch.zeros(3, INPUTS)], [torch.randn(300, INPUTS)]]
+    hessians = expert_hessians(tokens, original, 10.0)
+    quantized = quantize_experts(original, hessians, [3, 300], EXPERTS, SETTINGS)
+    errors = expert_errors(original, hessians, quantized, SETTINGS.group_size)
+    for matrix in original:
+        for variant in ("rtn", "gptq"):
+            zero, other = errors[variant][matrix]
+            assert zero == 0.0
+            assert 0.0 < other < 0.2
+
+
+@pytest.mark.parametrize("value", [float("nan"), 3e20])
+def test_inputs_that_add_up_to_no_number_are_named_and_damp_is_not_blamed(value: float) -> None:
+    original = weights()
+    spoilt = torch.randn(300, INPUTS)
+    spoilt[7, 5] = value  # finite in the capture, but not its square
+    hessians = expert_hessians([[torch.randn(300, INPUTS)], [spoilt]], original, 10.0)
+    with pytest.raises(GraftError, match=r"experts\.9\.w1: its Hessian is not finite"):
+        quantize_experts(original, hessians, [300, 300], EXPERTS, SETTINGS)

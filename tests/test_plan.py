@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,7 @@ from mtp_graft.serving.memory import RESERVE_BYTES, kv_cache_bytes, weights_byte
 from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages import fetch, parallel
 from mtp_graft.stages.fetch import survey
-from mtp_graft.stages.splice import HEAD_SHARD, splice
 from serving.flash import flash
-
-TWO_HEADS = ("splice.variant=mxfp4", 'bench.served_variants=["bf16"]')
 
 
 @pytest.fixture
@@ -40,21 +37,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-Find = Callable[..., list[Need]]
-
-
-@pytest.fixture
-def find(recipe: Recipe, folder: Path) -> Find:
-    """Return a function that finds the needs of some stages, with settings in the recipe."""
-
-    def call(*stages: str, settings: Sequence[str] = ()) -> list[Need]:
-        wanted = load_recipe(find_bundled_recipe(), settings) if settings else recipe
-        models = read_models(wanted, *survey(wanted.model))
-        return plan.find_needs(Run(wanted, folder, stages or STAGES), models)
-
-    return call
-
-
 @pytest.fixture
 def free_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Return a function that leaves so many bytes free on every disk."""
@@ -63,23 +45,15 @@ def free_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     )
 
 
-def test_the_heads_take_what_splice_writes(find: Find, tiny_model: Path, tmp_path: Path) -> None:
-    [need] = find("splice", settings=TWO_HEADS)
-    written = 0
-    for variant in ("mxfp4", "bf16"):
-        out = tmp_path / variant
-        splice(tiny_model / "base", tiny_model / "upstream", out, variant)
-        written += (out / HEAD_SHARD).stat().st_size
-    assert 0 <= written - need.bytes < 0.02 * written, "all but the shards' headers"
-    [copied] = find("splice", settings=[*TWO_HEADS, "splice.copy=true"])
-    base_bytes = sum(f.stat().st_size for f in (tiny_model / "base").iterdir() if f.is_file())
-    assert copied.bytes - need.bytes == pytest.approx(2 * base_bytes, rel=0.01)
-
-
 def test_what_is_needed_is_less_what_earlier_calls_have_written(
-    find: Find, recipe: Recipe, folder: Path, tiny_model: Path, tmp_path: Path
+    recipe: Recipe, folder: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = json.loads((tiny_model / "base" / "config.json").read_text())
+    models = read_models(recipe, *survey(recipe.model))
+
+    def find(*stages: str) -> list[Need]:
+        return plan.find_needs(Run(recipe, folder, stages or STAGES), models)
+
     assert find("fetch") == [], "folders need no download"
     assert {n.stage for n in find()} == {"capture", "quantize", "score", "splice", "bench"}
     before, memory = find("capture")

@@ -238,18 +238,3 @@ def test_a_section_that_vllm_cannot_read_is_refused(change: Any, message: str) -
     change(config)
     with pytest.raises(GraftError, match=message):
         read_quantization({"quantization_config": config})
-
-
-def test_what_may_be_null_may_be_null() -> None:
-    config = tiny_quantization() | {"ignore": None, "format": "pack-quantized"}
-    config["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
-    found = scheme_of(add_head(config, 4, "gptq", "base"), "model.layers.4.ffn.experts.0.w1")
-    assert found == config["config_groups"]["group_1"]
-
-
-def test_the_int4_group_size_has_to_be_one() -> None:
-    config = tiny_quantization()
-    assert by_us(config).group_size("int4") == 128
-    del config["config_groups"]["group_1"]
-    with pytest.raises(GraftError, match="its groups are fp8; expected one group size of int4"):
-        by_us(config).group_size("int4")

@@ -122,18 +122,6 @@ def test_experts_are_scored_with_the_recipes_group_size(
     assert found["acceptance"]["rtn"] == found["acceptance"]["gptq"]
 
 
-def test_a_folder_of_other_variants_or_with_a_damaged_result_is_refused(
-    run: Run, tmp_path: Path
-) -> None:
-    run(tmp_path, variants=("bf16",))
-    with pytest.raises(GraftError, match="begun with variants"):
-        run(tmp_path)
-    report = tmp_path / "report.json"
-    report.write_text('{"acceptance": {"gp')
-    with pytest.raises(GraftError, match=r"report.json: not a result .*run again"):
-        run(tmp_path, variants=("bf16",))
-
-
 def test_killed_score_keeps_the_finished_variants(run: Run, tmp_path: Path) -> None:
     def kill(label: str, done: int, total: int) -> None:
         if (label, done) == ("score mxfp4", 1):

@@ -15,8 +15,9 @@ from mtp_graft.cli.pipeline import STAGES
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.pipeline import run as stages
 from mtp_graft.recipe import Recipe
+from mtp_graft.serving import server
 
-from .conftest import install, only_from
+from .conftest import install, only_from, read_record, wait_gone
 
 Run = Callable[..., tuple[int, str, str]]
 RECIPE = find_bundled_recipe()
@@ -84,6 +85,25 @@ def test_the_command_for_a_cpu_is_printed_anywhere(
     result = json.loads(out)
     assert (result["profile"], result["hardware"]) == ("128k", "CPU")
     assert "--enforce-eager" in result["argv"]
+
+
+@pytest.mark.parametrize("border", [0.2, 0.6])
+def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_models(
+    run: Run,
+    fake: Callable[..., None],
+    grafted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    border: float,
+) -> None:
+    monkeypatch.setattr(server, "MIN_ACCEPTANCE", border)  # the stand-in's head has 0.5
+    fake(record=str(tmp_path / "record"))
+    status, out, errors = run("serve", grafted, "--check", "--port", 0, "--json", "-")
+    result = json.loads(out)
+    assert result["ok"] is (status == 0) is (border < 0.5)
+    assert result["threshold"] == border
+    assert ("the head is not the model's" in errors) is not result["ok"]
+    assert wait_gone(read_record(tmp_path / "record")["pids"]) == []
 
 
 RESULT: dict[str, Any] = {
@@ -219,6 +239,23 @@ def test_a_stage_has_its_own_command_and_result(
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
         ("demo --set bench.round=2", "there are acceptance_count, count, k, "),
         ("train", "No such command"),
+        ("bench decode --against b --base-url http://u", "a --base-url with an address"),
+        ("bench decode --against http://v --checkpoint c", "compare a --checkpoint with a"),
+        ("bench decode --base-url http://u --against http://v:x", "expected http://HOST:PORT"),
+        ("bench decode --base-url http://u --against http://v --pairs 1", "--pairs"),
+        ("bench decode --base-url http://u --pairs 2", "--pairs needs --against"),
+        ("bench decode --base-url http://u:0", "expected http://HOST:PORT"),
+        ("bench sweep", "give one of --base-url and --checkpoint"),
+        ("bench sweep --base-url http://u --k 1,2", "--k needs --checkpoint"),
+        ("bench decode --base-url http://u --k 3", "--k needs --checkpoint"),
+        ("bench sweep --checkpoint c --concurrency 1,0", "--concurrency is '1,0'"),
+        ("bench sweep --checkpoint c --k 1,1", "--k is '1,1'"),
+        ("bench workload --base-url http://u -- --seed 9", "need --checkpoint"),
+        ("bench sweep --base-url http://u --profile 128k", "need --checkpoint"),
+        ("serve MODEL --check --dry-run", "give one of"),
+        ("serve MODEL --profile none --gpu H200 --dry-run", "need a --profile"),
+        ("serve MODEL --profile none --nnodes 2", "need a --profile"),
+        ("serve MODEL --profile 524k --count 2", "--count needs --gpu"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_what_is_wrong(
@@ -240,13 +277,16 @@ def test_wrong_usage_is_status_2_and_says_what_is_wrong(
         ("fetch RECIPE --set model.base=./gone", "gone: not a folder"),
         ("capture RECIPE --set bench.prompts=x --run FILE", "use another --run"),
         ("capture RECIPE --set capture.evaluation_count=999", "ask for fewer"),
+        ("serve GRAFTED --check --k 0", "--check without drafts"),
+        ("serve GRAFTED --gpu H200", "a CPU build"),
+        ("serve GRAFTED --profile 524k --nnodes 2 --dry-run", "a CPU build"),
     ],
 )
 def test_a_mistake_is_one_message_and_status_1(
-    run: Run, tmp_path: Path, arguments: str, message: str
+    run: Run, grafted: Path, tmp_path: Path, arguments: str, message: str
 ) -> None:
     (tmp_path / "file").touch()
-    named = {"RECIPE": RECIPE, "FILE": tmp_path / "file"}
+    named = {"RECIPE": RECIPE, "FILE": tmp_path / "file", "GRAFTED": grafted}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
     assert (status, out) == (1, "")
     lines = errors.splitlines()

@@ -129,13 +129,6 @@ def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(on_fl
         assert fitting.options.max_model_len == 4096
 
 
-def test_no_room_is_an_error_that_has_the_estimate(on_flash: Path) -> None:
-    """For two GPUs that are too small, the golden files have it."""
-    for hardware, share in ((CPU, None), (named_hardware("H200", 2), 0.52)):
-        with pytest.raises(GraftError, match=r"weights [\d.]+ GiB.*; take a smaller model"):
-            fitted(on_flash, "auto", hardware, gpu_memory_utilization=share)
-
-
 @pytest.mark.parametrize("profile", ["128k", "auto"])
 def test_a_context_beyond_the_models_positions_is_refused(tiny_model: Path, profile: str) -> None:
     base = tiny_model / "base"
@@ -227,27 +220,3 @@ def test_gpus_that_are_found_give_the_same_as_their_name_and_auto_is_the_default
         by_default = "# - no --profile given: auto, which took 1m; none leaves all to vLLM\n"
         assert (by_default in printed) is (name == "auto")
         assert printed.replace(by_default, "") == golden(f"max-q-x2-{name}")
-
-
-# The Acti card's validated 524k command and environment, but for --host 0.0.0.0,
-# --trust-remote-code and VLLM_ENABLE_DEEPSEEK_V4_SPARSE_MLA_WARMUP=0, which no stock vLLM has.
-ACTI_COMMAND = """
-  --served-model-name deepseek-v4-flash deepseek-v4-flash-mtp
-                      DSV4-W4A16-FP8 deepseek-ai/DeepSeek-V4-Flash
-  --tensor-parallel-size 2 --kv-cache-dtype fp8 --block-size 256 --max-model-len 524288
-  --max-num-seqs 2 --max-num-batched-tokens 8192 --gpu-memory-utilization 0.93
-  --tokenizer-mode deepseek_v4 --tool-call-parser deepseek_v4 --enable-auto-tool-choice
-  --reasoning-parser deepseek_v4 --disable-custom-all-reduce
-  --speculative-config '{"method":"mtp","num_speculative_tokens":1}' --port 8000
-"""
-ACTI_ENVIRONMENT = """
-VLLM_USE_FLASHINFER_SAMPLER=0 NCCL_P2P_DISABLE=1 NCCL_IB_DISABLE=1 NCCL_SHM_DISABLE=0
-NCCL_PROTO=LL NCCL_ALGO=Ring NCCL_MIN_NCHANNELS=8 NCCL_NTHREADS=512
-"""
-
-
-def test_the_conservative_524k_has_all_that_the_acti_card_validated() -> None:
-    flags = " ".join(ACTI_COMMAND.split()).split(" --")
-    printed = golden("max-q-x2-524k-conservative")
-    missing = [s for s in (*flags, *ACTI_ENVIRONMENT.split()) if s not in printed]
-    assert missing == []

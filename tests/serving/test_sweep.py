@@ -85,17 +85,6 @@ def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock, tmp_pa
     assert "--header Authorization=Bearer key" in words
 
 
-def test_points_of_earlier_calls_are_not_measured_again(client: Mock, tmp_path: Path) -> None:
-    def measured(loads: list[int], *ks: int) -> list[tuple[int, int]]:
-        points = measure(tmp_path, *ks, loads=loads)
-        return [(point["k"], point["concurrency"]) for point in points]
-
-    assert measured([1, 3], 1) == [(1, 1), (1, 3)]
-    assert measured([3, 2, 1], 1, 0) == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)]
-    assert client.call_count == 6
-    assert len(measured([1], 1)) == 6, "the result has all points of the folder"
-
-
 def test_a_point_without_an_answered_request_is_an_error(client: Mock, tmp_path: Path) -> None:
     client.return_value = FOUND | {"errors": ["refused", "refused"]}
     with pytest.raises(GraftError, match=r"concurrency 2: every request failed.*refused"):
