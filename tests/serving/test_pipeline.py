@@ -316,7 +316,7 @@ def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answe
     """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
     for path in (source, source.with_stem("others")):
-        write_prompts(path, "p", (7, 1, 2, 3, 4, 7, 1, 1))
+        write_prompts(path, "p", (7, 1, 2, 3, 4, 8, 5, 6))
     prompts = f"bench.prompts={source.with_stem(file)}"
     run(*settings, prompts, "bench.count=1", "bench.acceptance_count=1")
     assert [*read(folder / "bench" / "base.json")["prompts"]] == [timed]
