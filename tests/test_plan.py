@@ -183,11 +183,3 @@ def test_a_dry_run_says_why_it_knows_no_sizes(
     folder.touch()
     with pytest.raises(GraftError, match=r"run: cannot be a run folder .*use another --run"):
         plan_run(real, folder, STAGES)
-
-
-def test_a_run_folder_of_an_earlier_version_is_refused(recipe: Recipe, folder: Path) -> None:
-    manifest = folder / "capture" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.write_text(json.dumps({"versions": {"mtp-graft": "0.1.0"}}))
-    with pytest.raises(GraftError, match=r"run: is a run folder of mtp-graft 0\.1; remove it"):
-        plan_run(recipe, folder, STAGES)

@@ -10,7 +10,7 @@ import pytest
 
 from mtp_graft.bench import charts
 from mtp_graft.bench.report import recorded_answers, write_report
-from run_folder import ACCEPTED, DRAFTED, decoded, scored, served
+from run_folder import ACCEPTED, DRAFTED, HEAL, decoded, scored, served
 from run_folder import recorded as kept
 
 STAGES = kept("stages")
@@ -51,15 +51,6 @@ def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> Any:
     return recorded_answers(*turns)
 
 
-HEAL = {
-    "kept": True,
-    "steps": 50,
-    "tokens": 12_345,
-    "before": {"by_position": [0.8, 0.7], "length": 2.36},
-    "after": {"by_position": [0.8, 0.85], "length": 2.48},
-    "gain": [0.05, 0.19],
-    "curve": [{"step": 0, "length": 2.36}, {"step": 50, "length": 2.48}],
-}
 WHOLE = {
     "result": RESULT,
     "heal": HEAL,
@@ -73,10 +64,11 @@ WHOLE = {
     "model": "some-model",
     "device": "some device",
     "versions": {"torch": "2.13.0", "vllm": "0.32.0"},
-    "notes": ["A shared machine: only ratios mean something."],
+    "concurrency": 8,
+    "on_cpu": True,
 }
 #: What a run without measurements has of each part.
-NOTHING: dict[str, Any] = dict.fromkeys(WHOLE) | {"served": {}, "versions": {}, "notes": []}
+NOTHING: dict[str, Any] = dict.fromkeys(WHOLE) | {"served": {}, "versions": {}}
 NOTHING |= {"result": dict.fromkeys(RESULT) | {"seconds": {}}}
 
 
@@ -123,7 +115,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         row("p-0", "6", "4", "2 of 3", "66.7 %", "1.50", "1.00", "yes"),
         row("tensors compared", "1,575"),
         "capture 64.3 s, quantize 4.9 s, score 8.1 s, bench 118.6 s",
-        "<li>A shared machine: only ratios mean something.</li>",
+        "<li>gptq: with drafts, 8 requests at once, 60 of 64 texts equal the captured ones;",
     ],
 )
 def test_report_shows_what_was_measured(shown: str, page: str) -> None:

@@ -26,7 +26,7 @@ from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.stages.parallel import gpus
 from mtp_graft.stages.splice import HEAD_SHARD
-from run_folder import recorded
+from run_folder import HEAL, recorded
 
 from .bench_server import quiet
 from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, only_from, write_checkpoint
@@ -60,7 +60,7 @@ MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all 
 
 
 def write_prompts(path: Path, prefix: str, lengths: Sequence[int]) -> None:
-    rows = [{"id": f"{prefix}{n}", "text": prefix * length} for n, length in enumerate(lengths)]
+    rows = [{"id": f"{prefix}{n}", "text": f"{n}{prefix * (m - 1)}"} for n, m in enumerate(lengths)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -233,9 +233,9 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
     upstreams: set[str] = set()
 
     def heal(*inputs: Any) -> None:
-        *_, out, variant, _size, settings, _report = inputs
+        *_, out, variant, _linears, _size, settings, _report = inputs
         assert (variant, settings.steps) == (GPTQ, 20)
-        stages._finish("heal", out, {"kept": kept})
+        stages._finish("heal", out, HEAL | {"kept": kept})
 
     def splice(base: Path, upstream: Path, *rest: Any, **how: Any) -> None:
         upstreams.add(str(upstream.relative_to(folder.parent)))
@@ -316,7 +316,7 @@ def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answe
     """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
     for path in (source, source.with_stem("others")):
-        write_prompts(path, "p", (7, 1, 2, 3, 4, 7, 1, 1))
+        write_prompts(path, "p", (7, 1, 2, 3, 4, 8, 5, 6))
     prompts = f"bench.prompts={source.with_stem(file)}"
     run(*settings, prompts, "bench.count=1", "bench.acceptance_count=1")
     assert [*read(folder / "bench" / "base.json")["prompts"]] == [timed]

@@ -24,7 +24,8 @@ def write_report(folder: Path, found: Json) -> Path:
     `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `heal`, `score` and `verify`,
     the stages' JSON; `served`, by head as `bench.decode.measure_acceptance`; `decode`, as
     `bench.decode.compare`; and `recorded`, as `recorded_answers`: all of these None where there is
-    nothing (`served`: empty). It has `model`, `device`, `versions` by package, and `notes`, too.
+    nothing (`served`: empty). It has `model`, `device`, `versions` by package, `on_cpu` and the
+    capture's `concurrency`, too.
     """
     served, decode = found["served"], found["decode"]
     heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))

@@ -43,21 +43,13 @@ def locked(path: Path) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """A recipe, the folder it is run in, and the stages to do; GraftError for a folder of 0.1."""
+    """A recipe, the folder it is run in, and the stages to do."""
 
     recipe: Recipe
     path: Path
     stages: Sequence[str] = STAGES
     report: Progress = lambda _label, _done, _total: None
     adjusted: list[str] = field(default_factory=list)  # what the hardware made of servers' options
-
-    def __post_init__(self) -> None:
-        manifests = (self.result(f"{stage}/manifest") or {} for stage in STAGES)
-        made_by = (str(manifest.get("versions", {}).get("mtp-graft")) for manifest in manifests)
-        if any(version.startswith("0.1.") for version in made_by):
-            raise GraftError(
-                f"{self.path}: is a run folder of mtp-graft 0.1; remove it or use another --run"
-            )
 
     @cached_property
     def seconds(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil
 from huggingface_hub import constants
 from torch import Tensor
 
@@ -166,18 +167,16 @@ def _memory(
 ) -> Need:
     """Return the need of a machine's memory, or of `share` of the memory of `ranks` GPUs."""
     if find_device(device) == "cpu":
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        [available] = (line for line in lines if line.startswith("MemAvailable:"))
-        free_bytes = 1024 * int(available.split()[1])
-        return Need(stage, "memory", "this machine", size, free_bytes, what_for)
+        free = psutil.virtual_memory().available
+        return Need(stage, "memory", "this machine", size, free, what_for)
     found = gpus()
     if found is None or found.num_gpus < ranks:
         raise GraftError(
             f"{stage}: {found.num_gpus if found else 0} GPUs found, {ranks} asked for by the "
             "recipe; set serve.tensor_parallel_size, or run where they are"
         )
-    free = int(share * found.memory_bytes) * ranks or None
-    return Need(stage, "GPU memory", f"{ranks}x {found.gpu}", size, free, what_for)
+    share_bytes = int(share * found.memory_bytes) * ranks or None
+    return Need(stage, "GPU memory", f"{ranks}x {found.gpu}", size, share_bytes, what_for)
 
 
 def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:

@@ -21,12 +21,7 @@ from typing import Any
 
 from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, recorded_answers, write_report
-from mtp_graft.checkpoint.manifest import (
-    fingerprints,
-    package_versions,
-    read_result,
-    write_manifest,
-)
+from mtp_graft.checkpoint.manifest import package_versions, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, bench
@@ -44,15 +39,6 @@ from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import require_sound, verify
 
-_ERROR_NOTE = (
-    "Relative errors are weighted with the Hessian of the calibration tokens themselves, which "
-    "flatters GPTQ; acceptance is measured on other texts."
-)
-_CPU_NOTE = (
-    "Served on a CPU by the plugin's reference path, on a model of a few layers: speeds show that "
-    "the pipeline is right, not what the real model gains, and only their ratio within this run "
-    "means anything."
-)
 _OF_HEAD = ("acceptance", "acceptance_by_position", "acceptance_length")
 
 
@@ -177,9 +163,6 @@ def _splice(run: Run) -> list[Path]:
 def _verify(run: Run) -> list[Path]:
     quantized, base = run.finished("quantize"), run.models.base
     run.finished("splice")
-    # By size, first and last MiB; None without a capture.
-    known = (run.result("capture/config") or {}).get("base")
-    as_captured = None if known is None else known == fingerprints([base / name for name in known])
     variants = run.recipe.served_variants
     for done, variant in enumerate(variants):
         run.report(f"verify: {variant}", done, len(variants))
@@ -190,8 +173,6 @@ def _verify(run: Run) -> list[Path]:
         if not found or not found["ok"] or found.get("mtime_ns") != files:
             found = {**verify(checkpoint, base, run.upstream, quantized), "mtime_ns": files}
         found["loaded_in_vllm"] = True if bench.has_served(run, variant) else None
-        found["base_as_captured"] = as_captured
-        found["ok"] = found["ok"] and as_captured is not False
         run.keep(f"verify/{variant}", found)
         require_sound(checkpoint, found)
     return run.manifests
@@ -227,28 +208,18 @@ def summarize(run: Run) -> dict[str, Any]:
 
 def report_run(run: Run) -> list[Path]:
     """Write the report stage's page."""
-    served, capture = _served(run), run.recipe.capture
-    decode = run.result("bench/decode")
-    notes = [_ERROR_NOTE]
-    notes += [
-        f"{variant}: with drafts, {capture.concurrency} requests at once, {found['identical']} of "
-        f"{found['texts']} texts equal the captured ones; sums then round in another order."
-        for variant, found in served.items()
-    ]
-    if find_vllm().platform == "cpu":
-        notes.append(_CPU_NOTE)
-    notes += [f"Serving: {text}." for text in (decode or {}).get("adjusted", [])]
     found = {
         "result": summarize(run),
         **{s: run.result(f"{s}/report") for s in ("capture", "quantize", "heal", "score")},
-        "served": served,
-        "decode": decode,
+        "served": _served(run),
+        "decode": run.result("bench/decode"),
         "verify": run.result(f"verify/{run.recipe.splice.variant}"),
         "recorded": recorded_answers(run.result("bench/base"), run.result("bench/mtp")),
         "model": run.recipe.model.name,
         "device": device_name(),
         "versions": package_versions(),
-        "notes": notes,
+        "concurrency": run.recipe.capture.concurrency,
+        "on_cpu": find_vllm().platform == "cpu",
     }
     write_report(run.path / "report", found)
     return []
