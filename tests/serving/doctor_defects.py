@@ -186,7 +186,6 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
     "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),
-    "no-ratio-for-head": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128])),
     "no-quantization-config": ("quantization-config", drop_config("quantization_config")),
     "target-for-mtp": (
         "pattern-names-mtp",
