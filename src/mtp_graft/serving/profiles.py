@@ -41,12 +41,7 @@ MAX_NUM_SEQS = 8
 #: The step size of Acti's 524k command. Its table gives none for the other profiles.
 MAX_NUM_BATCHED_TOKENS = 8192
 #: So that clients of Acti's server find their model.
-SERVED_MODEL_NAMES = (
-    "deepseek-v4-flash",
-    "deepseek-v4-flash-mtp",
-    "DSV4-W4A16-FP8",
-    "deepseek-ai/DeepSeek-V4-Flash",
-)
+SERVED_MODEL_NAMES: tuple[str, ...] = tuple(_DATA["served_model_names"])
 
 
 def split(settings: Settings) -> tuple[dict[str, str | bool], dict[str, str]]:
