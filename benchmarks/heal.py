@@ -2,13 +2,13 @@
 
     MTP_GRAFT_DATA=... python benchmarks/heal.py --run RUN --out result.json --prompts
     mtp-graft capture recipes/tiny.toml --run RUN --set capture.calibration_prompts=... # and so on:
-    mtp-graft quantize recipes/tiny.toml --run RUN ...          # see heal_two_gpus.sh
+    mtp-graft quantize recipes/tiny.toml --run RUN ...          # see heal_gpu.sh
     python benchmarks/heal.py --run RUN --out result.json [--only NAME ...]
 
 The prompts are GSM8K's questions and pieces of tinyshakespeare. Heads are trained on what the base
 says to GSM8K's training questions (the model was trained on them, too) unless their name says
 otherwise, and chosen on the first 192 test questions. Then every head is scored, drafting 1 to 5
-tokens a step, on these, on `held_out` further questions that nothing was chosen by, and on the
+tokens a step, on these, on further questions (`held`) that nothing was chosen by, and on the
 verse that the base continues from the part of Shakespeare that it has never seen.
 
 Several of these programs, each with its own names, may share a run folder and a result. With

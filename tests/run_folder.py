@@ -27,6 +27,17 @@ HEAL = {
     "curve": [{"step": 0, "length": 2.36}, {"step": 50, "length": 2.48}],
 }
 
+#: What the heal stage reports.
+HEAL = {
+    "kept": True,
+    "steps": 50,
+    "tokens": 12_345,
+    "before": {"by_position": [0.8, 0.7], "length": 2.36},
+    "after": {"by_position": [0.8, 0.85], "length": 2.48},
+    "gain": [0.05, 0.19],
+    "curve": [{"step": 0, "length": 2.36}, {"step": 50, "length": 2.48}],
+}
+
 
 def write(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)

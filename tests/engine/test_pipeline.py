@@ -210,7 +210,7 @@ def test_each_step_of_three_drafts_is_the_servers_but_for_near_ties(
         with torch.inference_mode():
             unrolled = unroll(head, recorded.residual[None], embeds[None], 3)
             logits = torch.stack(
-                [head.logits(s[0, first - 1 :], base["head.weight"].float()) for s in unrolled]
+                [head.logits(s[:, first - 1 :], base["head.weight"].float())[0] for s in unrolled]
             )  # [K, R, V]
         drafts, best = logits.argmax(-1).T, logits.topk(2).values
         steps = draft_steps(drafts.tolist(), recorded.token_ids[first:].tolist())

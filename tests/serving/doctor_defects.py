@@ -73,10 +73,6 @@ def change_file(name: str, change: Callable[[bytes], bytes]) -> Plant:
     return plant
 
 
-def change_first_digit(index: bytes) -> bytes:
-    return re.sub(rb"[1-9]", lambda digit: b"1" if digit[0] != b"1" else b"2", index, count=1)
-
-
 def leave_an_old_shard(folder: Path) -> None:
     old = folder / "model-00001-of-00002.safetensors"
     old.hardlink_to(folder / "model-00001-of-00003.safetensors")

@@ -60,7 +60,7 @@ MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all 
 
 
 def write_prompts(path: Path, prefix: str, lengths: Sequence[int]) -> None:
-    rows = [{"id": f"{prefix}{n}", "text": prefix * length} for n, length in enumerate(lengths)]
+    rows = [{"id": f"{prefix}{n}", "text": f"{n}{prefix * (m - 1)}"} for n, m in enumerate(lengths)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# What healing brings, on one GPU: the tiny head healed in many ways, and served beside the head as
+# upstream has it and the base; a step of training at Flash's size.
+#
+#     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [captured|healed|served|choices|flash]...
+#
+# OUT gets result files and logs/; what they have is not measured again. `captured` and `healed` come
+# first: `served` times the head that is healed by default, while nothing else runs.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4
+run=$scratch/heal
+mkdir -p "$out/logs" "$run"
+export VLLM_DEEP_GEMM_WARMUP=skip # minutes for a cold host; each measurement warms up by itself
+mtp() { python3 -m mtp_graft.cli "$@"; }
+
+step() { # NAME COMMAND...
+    local began=$SECONDS
+    "${@:2}" >>"$out/logs/$1.log" 2>&1
+    echo "$1: status $?, $((SECONDS - began)) s" >>"$out/done.txt"
+}
+
+heal() { # NAMES...: five at a time
+    printf '%s\n' "$@" | xargs -P 5 -I{} python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --only {}
+}
+
+captured() { # the base's own texts, and the experts calibrated on some of them
+    python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts
+    local set=(--run "$run" --set "capture.calibration_prompts=$run/calibration.jsonl"
+        --set "capture.evaluation_prompts=$run/evaluation.jsonl" --set capture.concurrency=64
+        --set "capture.calibration_count=$(wc -l <"$run/calibration.jsonl")"
+        --set "capture.evaluation_count=$(wc -l <"$run/evaluation.jsonl")")
+    step capture mtp capture recipes/tiny.toml "${set[@]}"
+    step quantize mtp quantize recipes/tiny.toml "${set[@]}"
+}
+
+healed() { step healed heal default unhealed; }
+
+choices() {
+    step choices heal rtn "mxfp4, gptq after" "k = 5" "30k tokens" "100k tokens" "loss kl" "loss tv" "loss ce" \
+        "loss tv + 0.1 ce" "decay 1" "decay 0.3" "bf16 linears" "router too" "experts too" verse "gsm8k and verse" \
+        "1000 steps" "100 steps" "lr 1e-3" "lr 1.5e-4" "k = 1"
+}
+
+flash() { step flash python3 benchmarks/heal_full.py --input "$scratch/heal_full" --out "$out/heal_full.json"; }
+
+spliced() { # NAME UPSTREAM: with the calibrated experts
+    python3 -c "
+from pathlib import Path
+from mtp_graft.stages.splice import splice
+splice(Path('$tiny/base'), Path('$2'), Path('$scratch/$1'), 'gptq', quantized=Path('$run/quantize'))"
+}
+
+url() { echo "http://127.0.0.1:$1"; }
+
+serve() { # PORT CHECKPOINT OPTIONS...
+    python3 -m mtp_graft.cli serve "$2" --profile none --port "$1" --max-model-len 2048 --max-num-seqs 16 \
+        --kv-cache-gib 2 --gpu-memory-utilization 0.08 "${@:3}" >"$out/logs/serve-$1.log" 2>&1 &
+}
+
+decode() { # NAME PORT AGAINST
+    step "$1" mtp bench decode --base-url "$(url "$2")" --against "$(url "$3")" --prompts "$scratch/held.jsonl" \
+        --rounds 1 --limit 12 --max-tokens 128 --no-ignore-eos --pairs 6 --run "$out/$1" --json "$out/$1.json"
+}
+
+sweep() { # NAME PORT
+    step "$1" mtp bench sweep --base-url "$(url "$2")" --concurrency 1,4,16 --prompts "$scratch/held.jsonl" \
+        --limit 32 --max-tokens 128 --no-ignore-eos --run "$out/$1" --json "$out/$1.json"
+}
+
+served() { # three heads at k = 1, 3, 5 and the base, asked in turn
+    grep '"held-' "$run/evaluation.jsonl" >"$scratch/held.jsonl"
+    spliced unhealed $tiny/upstream
+    spliced healed "$run/ablations/default/heal/upstream"
+    local k each=()
+    serve 8000 $tiny/base
+    for k in 1 3 5; do
+        serve 800$k "$scratch/unhealed" --k $k -- --per-request-spec-decode-metrics detailed
+        serve 801$k "$scratch/healed" --k $k -- --per-request-spec-decode-metrics detailed
+        each+=(--served "unhealed k=$k" "$(url 800$k)" --served "healed k=$k" "$(url 801$k)")
+    done
+    for k in 8000 8001 8003 8005 8011 8013 8015; do
+        timeout 400 bash -c "until curl -sf $(url "$k")/health; do sleep 1; done" >/dev/null ||
+            echo "no server at $k" >>"$out/done.txt"
+    done
+    decode unhealed_k3 8003 8000
+    decode healed_k3 8013 8000
+    decode healed_k5 8015 8000
+    step acceptance python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" "${each[@]}"
+    decode healed_against_unhealed_k3 8013 8003
+    sweep sweep_base 8000
+    sweep sweep_unhealed_k3 8003
+    sweep sweep_healed_k3 8013
+    sweep sweep_healed_k5 8015
+    sweep sweep_healed_k1 8011
+    decode healed_against_unhealed_k1 8011 8001
+    decode unhealed_k5 8005 8000
+    jobs -p | xargs -r kill
+    wait
+}
+
+shift 2
+for part in "${@:-captured healed served choices flash}"; do
+    for each in $part; do "$each"; done
+done
