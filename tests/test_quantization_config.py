@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.checkpoint.quantization_config import add_head, read_quantization, scheme_of
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
 from quantized import tiny_quantization
@@ -54,7 +54,7 @@ def test_each_module_finds_its_scheme_and_the_bases_section_stays(
     base = tiny_quantization()
     config = add_head(base, 4, variant, linears)
     for name, scheme in expected_formats(variant, linears).items():
-        found = scheme_of(config, name)
+        found = config["config_groups"].get(by_us(config).group_of(name))
         assert (found and found["format"]) == scheme, name
     assert base == tiny_quantization()
 
