@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.checkpoint.quantization_config import add_head, read_quantization, scheme_of
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Variant
 from quantized import tiny_quantization
@@ -29,7 +29,7 @@ def test_the_heads_groups_match_no_other_layer_and_the_bases_section_stays() -> 
         config = add_head(base, 4, variant, linears)
         for layer, name in product((0, 14, 40, 44), CLASSES):  # some contain the head's number
             module = f"model.layers.{layer}.{name}"
-            assert scheme_of(config, module) == scheme_of(base, module), module
+            assert by_us(config).group_of(module) == by_us(base).group_of(module), module
     assert base == tiny_quantization()
 
 
