@@ -74,21 +74,11 @@ def started(options: EngineOptions) -> Iterator[Any]:
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    on_cpu = current_platform.is_cpu()
-    if on_cpu and options.tensor_parallel_size > 1:
-        bind_ranks(options.tensor_parallel_size)
-    llm = LLM(**settings(options, cpu=on_cpu))
+    llm = LLM(**settings(options, cpu=current_platform.is_cpu()))
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-
-
-def bind_ranks(count: int) -> None:
-    """Give each rank its share of the CPUs; vLLM would give each a NUMA node."""
-    cpus = sorted(os.sched_getaffinity(0))
-    shares = [cpus[rank::count] for rank in range(count)]
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, s)) for s in shares)
 
 
 def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:

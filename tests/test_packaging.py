@@ -1,12 +1,10 @@
 """The installed package, its metadata and its set-up script agree with each other."""
 
-import ast
 import importlib.util
 import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
 
 import mtp_graft
 
@@ -69,36 +66,6 @@ def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:
     expected = {f.relative_to(source).as_posix() for f in files if f.suffix != ".py"}
     assert "mtp_graft/bench/templates/card.md.jinja" in expected
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
-
-
-def imported_packages(source: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.split(".")[0]
-
-
-def packages_of(requirements: list[str]) -> set[str]:
-    """The packages that can be imported where these requirements are installed."""
-    declared = {canonicalize_name(Requirement(line).name) for line in requirements}
-    installed = metadata.packages_distributions().items()
-    return {name for name, found in installed if declared & set(map(canonicalize_name, found))}
-
-
-def test_every_third_party_import_is_declared(project: dict[str, Any], repo_root: Path) -> None:
-    """By the dependencies, those of `evals` by their extra; Triton comes with torch on GPUs."""
-    allowed = {*sys.stdlib_module_names, "mtp_graft", *packages_of(project["dependencies"])}
-    of_rooms = {
-        "evals": packages_of(project["optional-dependencies"]["evals"]),
-        "vllm_plugin": {"vllm"},
-        "gptq_triton": {"triton"},
-    }
-    source = repo_root / "src" / "mtp_graft"
-    for file in source.rglob("*.py"):
-        rooms = {*file.relative_to(source).parts, file.stem} & of_rooms.keys()
-        known = allowed.union(*(of_rooms[room] for room in rooms))
-        assert set(imported_packages(file)) <= known, file
 
 
 def test_setup_refuses_an_unsupported_python_and_names_the_supported_ones(

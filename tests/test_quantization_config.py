@@ -1,27 +1,27 @@
-"""Which scheme an engine finds for each module, by the names engines use."""
+"""Which scheme an engine finds for each module, and what a manifest says of a checkpoint's head."""
 
 import random
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from mtp_graft.checkpoint.quantization_config import add_head, read_quantization, scheme_of
+from mtp_graft.checkpoint import quant_manifest
+from mtp_graft.checkpoint.files import sha256
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import Linears, Variant
+from mtp_graft.recipe import Variant
 from quantized import tiny_quantization
+from run_folder import recorded
 from serving.flash import CONFIG
 
 EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
-ATTENTION = ("fused_wqa_wkv", "wq_a", "wq_b", "wkv", "wo_a", "wo_b")
-FP8, INT4 = "float-quantized", "pack-quantized"
-EXPERT_FORMATS: dict[Variant, str | None] = {
-    "gptq": INT4,
-    "mxfp4": "mxfp4-pack-quantized",
-    "bf16": None,
-}
+VARIANTS: tuple[Variant, ...] = ("gptq", "mxfp4", "bf16")
 FUSED = {
     "gate_up_proj": ["w1", "w3"],
     "fused_wqa_wkv": ["wq_a", "wkv"],
@@ -29,33 +29,13 @@ FUSED = {
 }
 
 
-def expected_formats(variant: Variant, linears: Linears) -> dict[str, str | None]:
-    """Return module -> stored format, None for unquantized, with the head as layer 4."""
-    shared = [f"ffn.shared_experts.{m}" for m in (*EXPERT_MATRICES, "gate_up_proj")]
-    head = dict.fromkeys(("e_proj", "h_proj"), None if linears == "bf16" else FP8)
-    head |= dict.fromkeys(shared, FP8 if linears == "fp8" else None)
-    head |= {f"ffn.experts.63.{m}": EXPERT_FORMATS[variant] for m in EXPERT_MATRICES}
-    base = {f"ffn.experts.7.{m}": INT4 for m in EXPERT_MATRICES} | dict.fromkeys(shared)
-    base |= {"attn.compressor.wkv": None, "attn.indexer.wq_b": FP8, "lm_head": None}
-    both = {f"attn.{name}": FP8 for name in ATTENTION} | {"ffn.gate": None, "enorm": None}
-    layers = dict.fromkeys((0, 14, 40, 44), base) | {4: head}  # some contain the head's number
-    return {
-        f"model.layers.{layer}.{name}": scheme
-        for layer, modules in layers.items()
-        for name, scheme in (modules | both).items()
-    }
-
-
-@pytest.mark.parametrize("variant", EXPERT_FORMATS)
-@pytest.mark.parametrize("linears", ["fp8", "base", "bf16"])
-def test_each_module_finds_its_scheme_and_the_bases_section_stays(
-    variant: Variant, linears: Linears
-) -> None:
+def test_the_heads_groups_match_no_other_layer_and_the_bases_section_stays() -> None:
     base = tiny_quantization()
-    config = add_head(base, 4, variant, linears)
-    for name, scheme in expected_formats(variant, linears).items():
-        found = scheme_of(config, name)
-        assert (found and found["format"]) == scheme, name
+    for variant, linears in product(VARIANTS, ("fp8", "base", "bf16")):
+        config = add_head(base, 4, variant, linears)
+        for layer, name in product((0, 14, 40, 44), CLASSES):  # some contain the head's number
+            module = f"model.layers.{layer}.{name}"
+            assert by_us(config).group_of(module) == by_us(base).group_of(module), module
     assert base == tiny_quantization()
 
 
@@ -184,7 +164,7 @@ def test_vllm_finds_the_same_schemes_in_2000_sections_and_the_published_ones() -
     rng = random.Random(21)
     found = [compare(random_section(rng)) for _ in range(2000)]
     assert found.count(-1) > 100 and sum(n > 0 for n in found) > 500
-    for linears, variant in product(("fp8", "base"), EXPERT_FORMATS):
+    for linears, variant in product(("fp8", "base"), VARIANTS):
         for base in (tiny_quantization(), CONFIG["quantization_config"]):
             assert compare(add_head(base, 4, variant, linears)) > 10
 
@@ -227,10 +207,8 @@ def test_arguments_are_refused_as_compressed_tensors_and_vllm_refuse_them(group:
     ("change", "message"),
     [
         (lambda c: c.update(ignore=["re:*shared*"]), r"ignore\.0: .*no regular expression"),
-        (lambda c: c.update(quant_method="fp8"), "quant_method: input should be"),
         (lambda c: c.update(format=8), "format: input should be a valid string"),
         (lambda c: c.update(ignore=["re:(((a{99}){99}){99})"]), "more than 10,000 repeats"),
-        (lambda c: c["config_groups"]["group_1"]["weights"].update(actorder="group"), "actorder"),
     ],
 )
 def test_a_section_that_vllm_cannot_read_is_refused(change: Any, message: str) -> None:
@@ -238,3 +216,74 @@ def test_a_section_that_vllm_cannot_read_is_refused(change: Any, message: str) -
     change(config)
     with pytest.raises(GraftError, match=message):
         read_quantization({"quantization_config": config})
+
+
+# The manifest: true, readable, and the same every time
+
+PROVENANCE = {"base": {"config.json": "0" * 64}, "upstream": {}}
+REPORT = recorded("stages")["quantize/report.json"]
+REPORT["rel_errors"]["gptq"]["w2"] = [0.1, 0.2, 0.3, 0.6]
+
+
+def content(variant: Variant, known: bool = True) -> quant_manifest.Manifest:
+    quantization = add_head(tiny_quantization(), 4, variant, "base")
+    config = {"num_hidden_layers": 4, "n_routed_experts": 64, "quantization_config": quantization}
+    report = REPORT if known else None
+    return quant_manifest.manifest(variant, "base", config, report, PROVENANCE, 612, 8_019_304)
+
+
+@pytest.mark.parametrize(
+    ("variant", "preserving", "bits"),
+    [("rtn", False, 4), ("gptq", True, 4), ("mxfp4", True, 4), ("bf16", True, None)],
+)
+def test_only_calibrated_and_lossless_heads_claim_quality(
+    variant: Variant, preserving: bool, bits: int | None
+) -> None:
+    found = content(variant)
+    assert found["is_final_quality_preserving"] is preserving
+    assert f"| is_final_quality_preserving | {preserving} |" in quant_manifest.manifest_text(found)
+    assert (found["routed_experts"]["weights"] or {}).get("num_bits") == bits
+
+
+def test_a_calibrated_head_states_damp_tokens_and_errors() -> None:
+    found = content("gptq")
+    calibration, errors = found["calibration"], found["rel_error"]
+    assert calibration and errors
+    assert (calibration["damp"], calibration["experts_without_tokens"]) == (0.01, [2, 3])
+    tokens = calibration["tokens_per_expert"]
+    assert [tokens[key] for key in ("min", "mean", "max", "zero")] == [0, 43951.75, 175376, 2]
+    assert errors["w2"]["mean"] == pytest.approx(0.3) and errors["w2"]["max"] == 0.6
+    assert errors["mean"] == 0.054
+    text = quant_manifest.manifest_text(found)
+    assert "| calibration.tokens_per_expert.mean | 43951.75 |" in text
+    assert "| rel_error.w2.max | 0.6 |" in text
+
+
+def test_the_recipe_is_the_bases_own_and_a_stage_for_the_head() -> None:
+    own = "default_stage:\n  default_modifiers:\n    GPTQModifier: {dampening_frac: 0.1}"
+    text = quant_manifest.recipe_text(content("gptq"), own)
+    assert text.startswith(own + "\n")
+    assert list(yaml.safe_load(text)) == ["default_stage", "mtp_head_stage"]
+    stage = yaml.safe_load(quant_manifest.recipe_text(content("rtn", known=False), None))
+    assert stage["mtp_head_stage"]["routed_experts"]["weights"]["group_size"] == 128
+
+
+def test_a_report_without_a_part_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(GraftError, match=r"report\.json: not a quantize report .*damp: field req"):
+        quant_manifest.read_report(tmp_path)
+
+
+def test_origins_are_told_by_hashes_without_paths_or_times(
+    tiny_model: Path, tiny_base: Path, spliced: dict[str, Path]
+) -> None:
+    for name in (quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME, "recipe.yaml"):
+        text = (spliced["gptq"] / name).read_text()
+        assert not re.search(r"/(tmp|work|home)/|seconds|\b20\d\d-\d\d|\d\d:\d\d", text)
+    found = quant_manifest.read_manifest(spliced["gptq"])["provenance"]
+    shards = sorted(path.name for path in tiny_base.glob("*.safetensors"))
+    assert list(found["base"]["shard_fingerprints"]) == shards
+    assert found["base"]["config.json"] == sha256(tiny_base / "config.json")
+    (head_shard,) = (tiny_model / "upstream").glob("*.safetensors")
+    assert found["upstream"] == {head_shard.name: sha256(head_shard)}
+    assert len(found["quantize"]["experts"]) == 2

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,12 +68,9 @@ def check_python():
     """Refuse an unsupported Python, in this process and in an existing .venv."""
     supported = ", ".join(f"3.{minor}" for minor in range(OLDEST[1], FIRST_UNSUPPORTED[1]))
     if not OLDEST <= sys.version_info[:2] < FIRST_UNSUPPORTED:
-        others = [f"python3.{m}" for m in range(OLDEST[1], FIRST_UNSUPPORTED[1])]
-        found = [name for name in others if runs(name)]
-        cure = f"run `make ... PYTHON={found[-1]}`" if found else "install one of them"
         raise SetupError(
             f"{sys.executable} is Python {platform.python_version()}; mtp-graft needs one of "
-            f"{supported}: {cure}"
+            f"{supported}: install one of them, or run `make ... PYTHON=python3.12` if it is there"
         )
     if not VENV_PYTHON.exists():
         return
@@ -84,14 +80,6 @@ def check_python():
             f"{VENV} holds Python {version or 'that does not start'}; mtp-graft needs one of "
             f"{supported}: remove the folder and run again"
         )
-
-
-def runs(name):
-    """Say whether `name` is a Python that starts (version managers leave shims that do not)."""
-    if shutil.which(name) is None:
-        return False
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # 3.6 knows no capture
-    return subprocess.run([name, "-c", ""], check=False, **quiet).returncode == 0
 
 
 def stamp_key():

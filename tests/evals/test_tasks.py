@@ -177,10 +177,8 @@ PROMPT = 'import math\n\ndef helper(x):\n    return x\n\ndef f(x):\n    """Do.""
         ("def f(x):\n    return helper(math.floor(x))", None),
         ("    return x", None),  # the prompt's body
         ("def g(x):\n    return x", "NameError"),
-        ("def f(x):\n    return x + 1", "AssertionError"),
         ("def f(x):\n    return [].add(x)", "AttributeError"),
         ("def f(x):\n    return 1 +", "SyntaxError"),
-        ("", "no answer found"),
     ],
 )
 @pytest.mark.usefixtures("sandbox")

@@ -15,7 +15,7 @@ import pytest
 
 from mtp_graft.serving import command
 
-from .flash import with_head
+from .flash import CONFIG, with_head
 
 FAKE_VLLM = Path(__file__).with_name("fake_vllm.py")
 BASE_TENSORS = ("embed.weight", "layers.0.attn.wq_a.weight")
@@ -171,7 +171,8 @@ def fake(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def write_checkpoint(folder: Path, tensors: tuple[str, ...]) -> Path:
     folder.mkdir(parents=True)
-    config = {"model_type": "deepseek_v4", "hc_mult": 2, "hidden_size": 4}
+    small = {"hc_mult": 2, "hidden_size": 4, "num_hidden_layers": 1}
+    config = CONFIG | small | {"max_position_embeddings": None}
     (folder / "config.json").write_text(json.dumps(config))
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -73,10 +73,6 @@ def change_file(name: str, change: Callable[[bytes], bytes]) -> Plant:
     return plant
 
 
-def change_first_digit(index: bytes) -> bytes:
-    return re.sub(rb"[1-9]", lambda digit: b"1" if digit[0] != b"1" else b"2", index, count=1)
-
-
 def leave_an_old_shard(folder: Path) -> None:
     old = folder / "model-00001-of-00002.safetensors"
     old.hardlink_to(folder / "model-00001-of-00003.safetensors")
@@ -190,7 +186,6 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
     "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),
-    "no-ratio-for-head": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128])),
     "no-quantization-config": ("quantization-config", drop_config("quantization_config")),
     "target-for-mtp": (
         "pattern-names-mtp",

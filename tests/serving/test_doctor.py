@@ -193,23 +193,6 @@ def test_hardware_and_version_findings(good: Path, where: Target, expected: dict
     assert levels(diagnose(good, where)) == expected
 
 
-@pytest.mark.parametrize(
-    ("where", "expected"),
-    [
-        (on("RTX PRO 6000 Max-Q", 2), {"vllm-51513", "vllm-36889"}),
-        (on("H100", 2), {"memory-weights"}),
-        (on("H200", 2, max_model_len=2**20), set()),
-        (on("GB10", 2), {"vllm-46307", "vllm-36889"}),
-        (ON_CPU, {"memory-weights"}),
-    ],
-    ids=lambda value: str(value.hardware) if isinstance(value, Target) else "",
-)
-def test_flash_on_the_hardware_that_the_project_names(where: Target, expected: set[str]) -> None:
-    found = examine(flash(), where)
-    assert set(levels(found)) == expected
-    assert not (where.hardware and where.hardware.unified_memory) or "85% of each" in str(found)
-
-
 def test_the_context_that_memory_allows_is_named_and_is_allowed(good: Path) -> None:
     (finding,) = (f for f in diagnose(good, small_gpu(4.5)) if f.id == "memory-context")
     named = int(re.search(r"--max-model-len (\d+)", finding.expected)[1])  # type: ignore[index]

@@ -259,7 +259,7 @@ def test_what_vllm_serves_passes_and_the_head_is_of_the_bases_kind_or_its_own(
         assert not [f.id for f in diagnose(base.parent / "mxfp4", ON_GPU) if f.severity == "error"]
 
 
-@pytest.mark.parametrize("pattern", ["re:(.|.)*[A-Z]$", "re:(.*?)*$x", "re:(.*){1,30}[A-Z]"])
+@pytest.mark.parametrize("pattern", ["re:(.|.)*[A-Z]$", "re:(.*){1,30}[A-Z]"])
 def test_patterns_that_take_for_ever_are_a_finding_and_an_error(
     base: Path, tiny_model: Path, pattern: str
 ) -> None:

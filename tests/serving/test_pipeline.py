@@ -361,8 +361,6 @@ def test_stages_apart_give_what_the_whole_run_gives_and_each_its_own_result(
 
     assert results["fetch"]["base"] == str(recipe.parent / "base")
     assert results["capture"]["splits"] == {"calibration": 3, "evaluation": 2}
-    assert results["quantize"]["group_size"] == 128
-    assert results["score"]["acceptance"]["gptq"]["top1"] == 0.5
     assert results["splice"]["variant"] == results["verify"]["variant"] == "gptq"
     assert results["splice"]["checkpoint"] == str(folder / "splice" / "gptq" / "tiny-mtp")
 

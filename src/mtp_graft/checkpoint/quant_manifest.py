@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import read_as, read_object, sha256
 from mtp_graft.checkpoint.manifest import fingerprints, leaves
-from mtp_graft.checkpoint.quantization_config import scheme_of
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
@@ -93,7 +93,8 @@ def manifest(
 ) -> Manifest:
     """Return the manifest of a head; `config` is the new checkpoint's config.json."""
     expert = f"model.layers.{config['num_hidden_layers']}.ffn.experts.0.w1"
-    scheme = scheme_of(config["quantization_config"], expert)
+    groups = config["quantization_config"]["config_groups"]
+    scheme = groups.get(read_quantization(config).group_of(expert))
     calibration = None
     if variant == "gptq" and report is not None:
         calibration = {k: v for k, v in report.items() if k not in ("variants", "rel_errors")}

@@ -314,9 +314,3 @@ def read_quantization(
             f"{path}: quantization_config: {in_words(error)}; expected the compressed-tensors "
             "section of a W4A16-FP8 checkpoint"
         ) from error
-
-
-def scheme_of(config: dict[str, Any], module: str) -> dict[str, Any] | None:
-    """Return the group of a `quantization_config` that `QuantizationConfig.group_of` finds."""
-    key = read_quantization({"quantization_config": config}).group_of(module)
-    return None if key is None else config["config_groups"][key]

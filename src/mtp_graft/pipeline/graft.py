@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.plan import as_json, check_room, disk_needs
+from mtp_graft.recipe import Variant
 from mtp_graft.stages.fetch import Source, download, find_source, headers_of
 from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.splice import open_base, plan_splice, splice
 
-#: What can be made of upstream's head without calibration.
-Head = Literal["mxfp4", "bf16"]
 #: A folder or a hub id, the latter at a branch, tag or commit.
 Checkpoint = tuple[str, str | None]
 
@@ -25,7 +24,7 @@ def graft(
     base: Checkpoint,
     upstream: Checkpoint,
     out: Path,
-    head: Head | None = None,
+    head: Variant | None = None,
     *,
     copy: bool = False,
     dry_run: bool = False,

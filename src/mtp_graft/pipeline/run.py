@@ -1,13 +1,4 @@
-"""A run: the stages in order, each as the recipe wants it, in one run folder.
-
-    fetch      hub or folder          -> base checkpoint, upstream head
-    capture    base served by vLLM    -> token ids, residual stream, the base's own next token
-    quantize   capture + head         -> GPTQ's experts, errors of every variant
-    score      capture + variants     -> offline acceptance, before anything is served
-    splice     base + variants        -> checkpoints: hard links and one new shard each
-    verify     checkpoints            -> every tensor accounted for and compared
-    bench      checkpoints, served    -> acceptance of every variant, decode speed against the base
-    report     all of it              -> one HTML page
+"""A run: the stages in order, each as the recipe wants it, in one run folder (docs/pipeline.md).
 
 A stage that is finished, and whose inputs are the same, returns what it found the first time. That
 a variant was served in the bench stage is also verify's proof that vLLM loads it.

@@ -334,13 +334,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_object(path, "a model config")
     if (model_type := config.get("model_type")) != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
-    return config
-
-
-def read_dimensions(folder: Path) -> dict[str, Any]:
-    """Return the same; raises GraftError for a bad dimension, too."""
-    config = read_config(folder)
-    check_dimensions(config, folder / "config.json")
+    check_dimensions(config, path)
     return config
 
 

@@ -9,7 +9,7 @@ from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.shards import read_meta
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving import profiles
-from mtp_graft.serving.command import ServeOptions, read_dimensions
+from mtp_graft.serving.command import ServeOptions, read_config
 from mtp_graft.serving.memory import Room, measure_room, num_positions
 from mtp_graft.serving.topology import ATTENTION, Hardware, most_ranks, undivided
 
@@ -40,7 +40,7 @@ def make_plan(
     the largest that has), for ranks or machines that do not fit hardware or model.
     """
     expect_format(options.checkpoint, "base")
-    config = read_dimensions(options.checkpoint)
+    config = read_config(options.checkpoint)
     options = replace(options, tensor_parallel_size=_ranks(options, config, hardware))
     if hardware.capability[0] not in ATTENTION:
         expected = "expected 9, 10 or 12 for vLLM's attention; --profile none serves all the same"

@@ -19,7 +19,7 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_in
 from mtp_graft.dsv4.names import head_shapes, storage_dtype, upstream_head_names
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
-from mtp_graft.serving.command import read_dimensions
+from mtp_graft.serving.command import read_config
 
 if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
     from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
@@ -108,7 +108,7 @@ def read_base(
     Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
     [V, D] is missing or has another shape than config.json says.
     """
-    weight_map, settings = read_index(base), read_dimensions(base)
+    weight_map, settings = read_index(base), read_config(base)
     expected = [settings["vocab_size"], settings["hidden_size"]]
     for name in needed:
         if name not in weight_map:

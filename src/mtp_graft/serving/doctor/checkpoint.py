@@ -18,7 +18,7 @@ from mtp_graft.dsv4.config import compress_ratios
 from mtp_graft.dsv4.names import from_transformers
 from mtp_graft.dsv4.variants import Parts, format_of, modules_of
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import read_dimensions
+from mtp_graft.serving.command import read_config
 
 _LAYER = re.compile(r"^layers\.(\d{1,6})\.")
 _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
@@ -89,7 +89,7 @@ class Checkpoint:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read config, index and headers; raises GraftError for a config or index of no use."""
-    config, index = read_dimensions(folder), read_weight_map(folder / INDEX_NAME)
+    config, index = read_config(folder), read_weight_map(folder / INDEX_NAME)
     shards: dict[str, Mapping[str, Tensor]] = {}
     unreadable: dict[str, str] = {}
     for name in sorted({path.name for path in folder.glob("*.safetensors")} | set(index.values())):

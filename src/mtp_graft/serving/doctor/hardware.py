@@ -72,7 +72,7 @@ def find_target(
 def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
     if checkpoint is not None:
         with suppress(GraftError):  # a config that is damaged has findings of its own
-            return topology.most_ranks(command.read_dimensions(checkpoint), num_gpus)
+            return topology.most_ranks(command.read_config(checkpoint), num_gpus)
     return 1 << max(num_gpus.bit_length() - 1, 0)
 
 
