@@ -90,7 +90,7 @@ def write_miniature(folder: Path, tiny: Path) -> None:
         (folder / place / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "base" / name).write_bytes((tiny / "base" / name).read_bytes())
-    rows: list[Any] = [{"id": n, "text": "a text"} for n in range(4)]
+    rows: list[Any] = [{"id": n, "text": f"a text {n}"} for n in range(4)]
     rows.append({"prompt_id": "c", "messages": [{"role": "user", "content": "a question"}]})
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.toml").write_text(_RECIPE)

@@ -198,3 +198,15 @@ def test_files_and_a_base_other_than_those_that_were_spliced_are_found(
     assert files[shard.name] == files["inference/note.txt"] == "differs"
     assert files["tokenizer.json"] == "missing"
     assert files["model-00002-of-00003.safetensors"] == "same bytes"
+
+
+def test_a_config_under_which_the_head_is_something_else_is_found(
+    tiny_base: Path, upstream: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    splice(tiny_base, upstream, out, "mxfp4")
+    edit_json(
+        out / "config.json", lambda c: c["quantization_config"]["ignore"].append("re:.*e_proj$")
+    )
+    found = verify(out, tiny_base, upstream)
+    assert "mtp.0.e_proj.weight_scale" in found["unexpected"] and not found["ok"]

@@ -163,7 +163,7 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
     if kind in ("fp8", "mxfp4") and _is_kept(name, parts, head.master):
         return None
     values = _decode({part.replace(name, "weight"): t for part, t in parts.items()}, kind)
-    if not torch.stack(values.aminmax()).isfinite().all():
+    if not torch.stack(values.float().aminmax()).isfinite().all():
         return "holds values that are not finite"
     shape = parts.get(f"{name}_shape")
     if shape is not None and shape.tolist() != list(values.shape):
