@@ -63,7 +63,10 @@ def serve(
     for is_broken, rule in (
         (dry_run and check, "give one of --dry-run and --check"),
         (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
-        (profile == NO_PROFILE and asked != HardwareOptions(), "hardware options need a --profile"),
+        (
+            profile == NO_PROFILE and asked != HardwareOptions(),
+            "hardware options need a profile other than none",
+        ),
         (asked.count and not asked.gpu, "--count needs --gpu"),
     ):
         if is_broken:

@@ -43,13 +43,19 @@ def locked(path: Path) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """A recipe, the folder it is run in, and the stages to do."""
+    """A recipe, the folder it is run in, and the stages to do, of those that the recipe has."""
 
     recipe: Recipe
     path: Path
     stages: Sequence[str] = STAGES
     report: Progress = lambda _label, _done, _total: None
     adjusted: list[str] = field(default_factory=list)  # what the hardware made of servers' options
+
+    def __post_init__(self) -> None:
+        if self.recipe.heal is None:
+            self.stages = [stage for stage in self.stages if stage != "heal"]
+            if not self.stages:
+                raise GraftError("heal: the recipe has no section [heal]; add one, it may be empty")
 
     @cached_property
     def seconds(self) -> dict[str, float]:

@@ -270,7 +270,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")
     run = Run(recipe, path, stages)
-    plan: dict[str, Any] = {"run": str(path), "stages": list(stages), "recipe": asdict(recipe)}
+    plan: dict[str, Any] = {"run": str(path), "stages": list(run.stages), "recipe": asdict(recipe)}
     plan |= dict.fromkeys(("sources", "needs", "seconds", "inputs", "room", "unknown"))
     problem = "inputs"  # what the next error is put down to
     try:

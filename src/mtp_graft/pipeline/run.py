@@ -47,15 +47,11 @@ def run_pipeline(
     Raises GraftError if a stage fails, if an earlier one that it needs has not been run, or if
     another process works in the folder.
     """
-    if recipe.heal is None:
-        stages = [stage for stage in stages if stage != "heal"]
-        if not stages:
-            raise GraftError("heal: the recipe has no section [heal]; add one, it may be empty")
     with locked(folder):
         run = Run(recipe, folder, stages, report)
         if again:
             run.forget()
-        for stage in stages:
+        for stage in run.stages:
             with run.timed(stage):
                 inputs = _DO[stage](run)
             if inputs is not None:
