@@ -14,7 +14,6 @@ from mtp_graft.bench.intervals import paired_differences
 from mtp_graft.bench.report import PAGE_NAME, recorded_answers, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, bench
 from mtp_graft.pipeline.folder import Run, locked
 from mtp_graft.pipeline.plan import check_prompts, check_run
