@@ -16,17 +16,6 @@ HEAD = "model-mtp-w4a16.safetensors"
 GPU, OTHER_GPU = "2x NVIDIA RTX PRO 6000", "8x NVIDIA H200"
 ACCEPTED = {"rtn": 1938, "gptq": 2041, "mxfp4": 2055, "bf16": 2057}
 DRAFTED = 2543
-#: The heal stage's report.
-HEAL = {
-    "kept": True,
-    "steps": 50,
-    "tokens": 12_345,
-    "before": {"by_position": [0.8, 0.7], "length": 2.36},
-    "after": {"by_position": [0.8, 0.85], "length": 2.48},
-    "gain": [0.05, 0.19],
-    "curve": [{"step": 0, "length": 2.36}, {"step": 50, "length": 2.48}],
-}
-
 #: What the heal stage reports.
 HEAL = {
     "kept": True,
