@@ -234,7 +234,8 @@ def test_every_benchmark_runs_to_its_end(
     asked = {name: ("--max-tokens", 24, *limited) for name in EVALS[:3]}
     asked |= {"capability": ("--max-tokens", 24), "workload": ("--max-tokens", 32)}
     asked |= {"decode": ("--max-tokens", 16, "--limit", 2, "--rounds", 1)}
-    asked |= {"sweep": "--concurrency 1,3 --max-tokens 8 --limit 3 --requests 1".split()}
+    load = ("--concurrency", "1,3", "--max-tokens", 8, "--limit", 3, "--requests", 1)
+    asked |= {"sweep": load}
     where = ("--base-url", server.base_url, "--api-key", API_KEY, "--run", tmp_path / "run")
     results = {name: mtp_graft("bench", name, *where, *more) for name, more in asked.items()}
     assert [results[name]["total"] for name in EVALS] == [3, 3, 3, 14]
@@ -263,7 +264,7 @@ def test_every_benchmark_runs_to_its_end(
 def test_a_sound_server_soaks_without_a_fault(
     server: ServerClient, measured: dict[str, Any]
 ) -> None:
-    config = SoakConfig(minutes=0.25, concurrency=4, pool=8)
+    config = SoakConfig(minutes=0.1, concurrency=4, pool=8)
     result = soak(server, server, config, lambda *_: None)
     measured |= {key: result[key] for key in ("requests", "equal", "sound", "acceptance")}
     assert result["corrupted"] == result["failures"] == []

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import product, zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from statistics import median, median_low
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -218,15 +218,6 @@ def first_difference(one: Iterable[int], other: Iterable[int]) -> int | None:
     """Return where two texts differ, which may be the end of the shorter one; None if nowhere."""
     pairs = enumerate(zip_longest(one, other))
     return next((position for position, (a, b) in pairs if a != b), None)
-
-
-def median_round(turn: Turn) -> int:
-    """Return the index of the turn's round with the median speed, of two in the middle the slower.
-
-    Raises GraftError as `decode_tok_s`.
-    """
-    speeds = [decode_tok_s(answers) for answers in turn["rounds"]]
-    return speeds.index(median_low(speeds))
 
 
 # Acceptance, on texts whose ending is known
