@@ -18,7 +18,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from engine.conftest import Checkpoints
-from mtp_graft.bench.requests import STREAM, read_answer
+from mtp_graft.bench.decode import STREAM, read_answer
 from mtp_graft.bench.soak.mix import make_pool
 from mtp_graft.bench.soak.run import SoakConfig, soak
 from mtp_graft.bench.soak.verdicts import margin

@@ -11,9 +11,15 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.bench import requests
-from mtp_graft.bench.decode import DecodeConfig, compare, decode_result, measure_alternating
-from mtp_graft.bench.requests import Answer, time_answer
+from mtp_graft.bench import decode
+from mtp_graft.bench.decode import (
+    Answer,
+    DecodeConfig,
+    compare,
+    decode_result,
+    measure_alternating,
+    time_answer,
+)
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, parse_spec_decode
@@ -49,7 +55,7 @@ def test_a_faster_identical_server_is_seen_as_that(
 ) -> None:
     # A step has passed whenever the clock is looked at, once a chunk.
     clock = SimpleNamespace(perf_counter=partial(next, count(0.0, STEP_S)))
-    monkeypatch.setattr(requests, "time", clock)
+    monkeypatch.setattr(decode, "time", clock)
     result = measure(3, CONFIG)
     assert result["names"] == ["base-1", "mtp-1", "mtp-2", "base-2", "base-3", "mtp-3"]
     assert result["greedy_identical"] is True and result["divergences"] == []

@@ -6,7 +6,7 @@ from importlib.resources import files
 from random import Random
 from typing import Any, NamedTuple
 
-from mtp_graft.bench.requests import STREAM
+from mtp_graft.bench.decode import STREAM
 
 #: The most tokens that an answer has, and a prompt beside its document.
 MAX_ANSWER, MAX_QUESTION = 256, 1024

@@ -15,12 +15,13 @@ import httpx
 import numpy as np
 import psutil
 
-from mtp_graft.bench.requests import Answer, Report, read_answer
+from mtp_graft.bench.decode import Answer, read_answer
 from mtp_graft.bench.soak.mix import MAX_ANSWER, MAX_QUESTION, Request, draw, make_pool
 from mtp_graft.bench.soak.verdicts import EQUAL, NEAR_TIE, SOUND, faults, judge, oddities, said
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters
+from mtp_graft.serving.server import Report
 
 _PATH = "/v1/chat/completions"
 _LOGPROBS = {"logprobs": True, "top_logprobs": 10, "return_tokens_as_token_ids": True}

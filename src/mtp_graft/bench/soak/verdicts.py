@@ -5,8 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 
-from mtp_graft.bench.decode import first_difference
-from mtp_graft.bench.requests import WHOLE_REASONS, Answer
+from mtp_graft.bench.decode import WHOLE_REASONS, Answer, first_difference
 from mtp_graft.bench.soak.mix import Request
 
 EQUAL, NEAR_TIE, SOUND = "equal", "near tie", "sound"
