@@ -19,9 +19,7 @@ from openai.types.chat import ChatCompletion
 
 from engine.conftest import Checkpoints
 from mtp_graft.bench.decode import STREAM, read_answer
-from mtp_graft.bench.soak.mix import make_pool
-from mtp_graft.bench.soak.run import SoakConfig, soak
-from mtp_graft.bench.soak.verdicts import margin
+from mtp_graft.bench.soak import SoakConfig, make_pool, margin, soak
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import CPU_STEP, ServeOptions
 from mtp_graft.serving.server import check_drafter, managed_server
@@ -215,7 +213,7 @@ def test_mistakes_are_the_clients_and_the_server_goes_on(
 
 
 def test_the_check_of_serve_finds_the_head_alive(server: ServerClient) -> None:
-    assert (check_drafter(server).acceptance or 0) > 0.5
+    assert (check_drafter(server).acceptance or 0) > 0.3
 
 
 # What our benchmarks make of it. The tiny model's scores mean nothing.

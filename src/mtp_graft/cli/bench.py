@@ -236,7 +236,7 @@ def bench_soak(
 ) -> None:
     """Compare answers under load with the same requests asked alone; 1 if any is corrupted."""
     from mtp_graft.bench.decode import measured
-    from mtp_graft.bench.soak.run import SoakConfig, soak
+    from mtp_graft.bench.soak import SoakConfig, soak
     from mtp_graft.serving.client import ServerClient
 
     config, k = SoakConfig(minutes, concurrency, seed), target.num_drafts(k)
