@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.bench import charts
+from mtp_graft.bench import report
 from mtp_graft.bench.report import write_report
 from run_folder import ACCEPTED, DRAFTED, HEAL, decoded, recorded, scored, served
 
@@ -56,7 +56,7 @@ def row(*cells: str) -> str:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the slowest part of the charts."""
-    monkeypatch.setattr(charts, "_png", lambda figure: b"")
+    monkeypatch.setattr(report, "_png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
