@@ -79,6 +79,21 @@ def read_master(upstream: Path) -> Tensors:
     return Tensors(files, {name: meta[name] for name in names})
 
 
+def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
+    """Return what config.json has to say of a DSpark drafter; nothing of an MTP head.
+
+    `head` are its tensors' names. Raises GraftError where upstream's own does not say it.
+    """
+    kind, stages, _ = find_drafter(head, upstream)
+    if kind == "mtp":
+        return {}
+    path = upstream / "config.json"
+    given = check_keys(DSparkDimensions, read_object(path, "a drafter's config"), path)
+    # vLLM infers from the base's layers whether a block's rows see later ones: they always do.
+    said = given.model_dump(include={*DSparkDimensions.__annotations__})
+    return {**said, "n_mtp_layers": stages, "is_causal": False}
+
+
 def check_head(
     upstream: Path, head: Tensors, config: Mapping[str, Any], group_size: int = 128
 ) -> None:
