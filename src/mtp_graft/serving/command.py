@@ -319,7 +319,8 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 def start_limit_s(checkpoint: Path) -> int:
     """Return how long a server may compile and read its weights; vLLM's own variable decides."""
-    size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
+    shards = (path for path in checkpoint.glob("*.safetensors") if path.is_file())
+    size = sum(shard.stat().st_size for shard in shards)
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
         raise GraftError(f"{START_LIMIT} is {wanted!r}, expected whole seconds")

@@ -126,7 +126,8 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
     files = [base / "config.json", base / INDEX_NAME]
     files += [base / shard for shard in sorted(set(read_index(base).values()))]
-    files += sorted([*base.glob("tokenizer*"), *base.glob("chat_template*")])
+    words = [*base.glob("tokenizer*"), *base.glob("chat_template*")]
+    files += sorted(path for path in words if path.is_file())
     decisive = {
         "max_prompt_tokens": settings.max_prompt_tokens,
         "new_tokens": settings.new_tokens,
