@@ -23,7 +23,7 @@ FP8_MAX = 448.0
 #: Linears that are FP8 in 128 x 128 blocks, in base layers and head alike.
 FP8_LINEAR = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$")
 #: Further linears that upstream stores as FP8; the published W4A16-FP8 bases keep them in BF16.
-FP8_UPSTREAM_ONLY = re.compile(r"(^mtp\.\d+\.(e_proj|h_proj)|\.shared_experts\.w[123])\.weight$")
+FP8_UPSTREAM_ONLY = re.compile(r"(^mtp\.\d+\.(e_proj|h_proj|main_proj)|\.shared_experts\.w[123])\.weight$")
 
 
 def int4(weight: Tensor) -> Tensor:

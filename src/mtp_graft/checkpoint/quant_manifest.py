@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NotRequired
 
 import yaml  # type: ignore[import-untyped]
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import read_as, read_object, sha256
 from mtp_graft.checkpoint.manifest import fingerprints, leaves

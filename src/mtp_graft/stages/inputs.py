@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
-from mtp_graft.dsv4.names import head_shapes, storage_dtype, upstream_head_names
+from mtp_graft.dsv4.config import DSparkDimensions, check_keys
+from mtp_graft.dsv4.names import find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.command import read_config
@@ -68,12 +70,12 @@ class Values(UserDict[str, Any]):
 
 
 def read_master(upstream: Path) -> Tensors:
-    """Return the head in an upstream master, by name in order.
+    """Return the drafter in an upstream master, by name in order.
 
-    Raises GraftError for one without a head, with several blocks, or with a broken shard.
+    Raises GraftError for one without, or with a broken shard.
     """
     shards = read_index(upstream, "mtp.")
-    names = upstream_head_names(shards, upstream)
+    names = find_drafter(shards, upstream).names
     meta = read_meta(upstream, "mtp.", complete=True)
     files = {name: upstream / shards[name] for name in names}
     return Tensors(files, {name: meta[name] for name in names})
@@ -195,6 +197,7 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     from mtp_graft.dsv4.replay import model_config
 
     (settings, base_map), head = read_base(base, *needed), read_master(upstream)
+    settings |= drafter_config(upstream, head.meta)
     check_head(upstream, head, settings)
     try:
         model = model_config(settings)
