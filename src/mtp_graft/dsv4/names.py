@@ -18,6 +18,8 @@ Shapes = dict[str, tuple[int, ...]]  # by plain name
 
 HEAD_PREFIX = "mtp.0."
 EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
+#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
+HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
 #: Modules that vLLM builds without quantization, whatever the config says.
 NEVER_QUANTIZED = re.compile(
@@ -93,11 +95,11 @@ def head_from_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def upstream_head_names(found: Iterable[str], where: object) -> list[str]:
-    """Return the sorted `mtp.*` names among `found`, the tensors of the checkpoint at `where`.
+    """Return the sorted `mtp.*` names among `found`, without copies of embedding and LM head.
 
-    Raises GraftError if there are none, or blocks other than mtp.0.
+    Raises GraftError, which says `where`, if there are none, or blocks other than mtp.0.
     """
-    head = sorted(name for name in found if name.startswith("mtp."))
+    head = sorted(name for name in found if name.startswith("mtp.") and name not in HEAD_COPIES)
     if not head:
         raise GraftError(f"{where}: has no mtp.* tensors; expected the upstream master's head")
     blocks = sorted({name.split(".")[1] for name in head})

@@ -240,7 +240,9 @@ def _pairs_of_bytes() -> Tensor:
 
 
 def _exp2(exponents: Tensor) -> Tensor:
-    """Return the float32 values of E8M0 scales, by its definition."""
+    """Return the float32 values of E8M0 scales, by its definition, or of other floats."""
+    if exponents.element_size() > 1:
+        return exponents.float()
     return torch.exp2(exponents.view(torch.uint8).float() - 127)
 
 
