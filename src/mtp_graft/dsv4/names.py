@@ -181,7 +181,7 @@ def _layer(c: Dimensions) -> Shapes:
         "ffn.gate.bias": (num_experts,),
     }
     widths = {f"experts.{e}": c.moe_intermediate_size for e in range(num_experts)}
-    widths["shared_experts"] = c.moe_intermediate_size * (c.n_shared_experts or 1)
+    widths["shared_experts"] = c.moe_intermediate_size * c.n_shared_experts
     for name, width in widths.items():
         shapes[f"ffn.{name}.w1.weight"] = (width, size)
         shapes[f"ffn.{name}.w2.weight"] = (size, width)
