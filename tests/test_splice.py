@@ -21,8 +21,12 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
 from mtp_graft.recipe import Variant
+from mtp_graft.serving.doctor import diagnose
+from mtp_graft.serving.doctor.hardware import find_target
 from mtp_graft.stages.splice import splice
+from mtp_graft.stages.verify import verify
 from quantized import edit_json, tiny_quantization, write_checkpoint
+from serving.doctor_defects import LFS_POINTER
 
 WRITTEN = {HEAD_SHARD, "MTP_QUANT_MANIFEST.json", "MTP_QUANT_MANIFEST.md", "recipe.yaml"}
 SHARD = "model-00001-of-00003.safetensors"
@@ -52,6 +56,25 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 def link_relatively(source: str, link: str) -> None:
     os.symlink(os.path.relpath(source, os.path.dirname(link)), link)
+
+
+def test_files_that_the_index_does_not_name_are_left_out(
+    base: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    for name in ("adapter_model.safetensors", "encoding/consolidated-1.safetensors"):
+        os.link(base / SHARD, base / name)
+    (base / "model-9.safetensors").write_bytes(LFS_POINTER)
+    os.mkfifo(base / "model-8.safetensors")
+    upstream, out = tiny_model / "upstream", tmp_path / "out"
+    found = {
+        f.id: f.severity for f in diagnose(base, find_target(gpu="cpu")) if f.severity != "note"
+    }
+    assert found == {"shard-consolidated": "error"}, "vLLM takes it for the whole model"
+    splice(base, upstream, out)
+    assert {path.name for path in out.glob("**/*.safetensors")} == {
+        *read_json(out / INDEX_NAME)["weight_map"].values()
+    }
+    assert verify(out, base, upstream)["ok"] and not diagnose(out, find_target(gpu="cpu"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

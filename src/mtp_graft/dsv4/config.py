@@ -5,7 +5,7 @@ Kinds of layers are in DeepSeek's keys or, without those, in transformers' (`...
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -76,10 +76,29 @@ class Dimensions(BaseModel, strict=True):
     rope_scaling: _Rope | None = None
 
 
+class DSparkDimensions(Dimensions):
+    """With the keys that upstream's config.json has for a DSpark drafter."""
+
+    dspark_block_size: _Number
+    dspark_markov_rank: _Size
+    dspark_noise_token_id: Annotated[int, Field(ge=0, lt=2**20)]
+    dspark_target_layer_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+Schema = TypeVar("Schema", bound=Dimensions)
+
+
 def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> Dimensions:
     """Return the dimensions; raise GraftError naming all that are missing or of another model."""
+    return check_keys(Dimensions, config, file)
+
+
+def check_keys(
+    schema: type[Schema], config: Mapping[str, Any], file: object = "config.json"
+) -> Schema:
+    """Return a schema's keys likewise."""
     try:
-        return Dimensions.model_validate(config)
+        return schema.model_validate(config)
     except ValidationError as error:
         wrong = [
             f"has no {each['loc'][0]!r}"

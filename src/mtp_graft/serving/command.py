@@ -124,6 +124,7 @@ class ServeOptions:
         None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", parser=_word
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
+    taps: tuple[int, ...] = ()  # layers that it also records the streams' mean after
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
     extra_args: tuple[str, ...] = argument("ARGS", "After --: arguments for vllm serve.", ())
 
@@ -277,7 +278,7 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
 
 
 def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
-    from mtp_graft.checkpoint.capture import RECORD_VARIABLE
+    from mtp_graft.checkpoint.capture import RECORD_VARIABLE, TAPS_VARIABLE
 
     others = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     env = {
@@ -289,6 +290,7 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
     }
     if options.record is not None:
         env[RECORD_VARIABLE] = str(options.record.absolute())
+        env |= {TAPS_VARIABLE: ",".join(map(str, options.taps))} if options.taps else {}
     # In the environment rather than in argv: other users of the machine can read argv.
     if options.api_key is not None:
         env["VLLM_API_KEY"] = options.api_key
@@ -320,7 +322,8 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 def start_limit_s(checkpoint: Path) -> int:
     """Return how long a server may compile and read its weights; vLLM's own variable decides."""
-    size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
+    shards = (path for path in checkpoint.glob("*.safetensors") if path.is_file())
+    size = sum(shard.stat().st_size for shard in shards)
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
         raise GraftError(f"{START_LIMIT} is {wanted!r}, expected whole seconds")

@@ -236,8 +236,13 @@ def _manifest(plan: SplicePlan) -> Manifest:
 
 
 def base_files(base: Path) -> dict[str, Path]:
-    """Return the base's files that the checkpoint takes over, by relative name."""
-    return {name: path for name, path in files.visible_files(base).items() if name not in OWN_FILES}
+    """Return the base's files that the checkpoint takes over, by name: all but unnamed shards."""
+    named = set(shards.read_weight_map(base / shards.INDEX_NAME).values())
+    return {
+        name: path
+        for name, path in files.visible_files(base).items()
+        if name not in OWN_FILES and (name in named or path.suffix != ".safetensors")
+    }
 
 
 def _link(source: Path, target: Path, *, copy: bool) -> None:

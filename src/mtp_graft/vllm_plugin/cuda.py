@@ -65,7 +65,7 @@ def recording_first(sample_tokens: Any, recorder: Recorder) -> Any:
         batch = step.input_batch
         recorder.record(batch.input_ids, step.hidden_states, whole_prompts(batch))
         sampled = sample_tokens(runner, *args, **kwargs)  # a drafter reads the residual
-        recorder.forget_residual()
+        recorder.forget()
         return sampled
 
     return record_and_sample

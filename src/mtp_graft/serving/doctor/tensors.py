@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from mtp_graft.dsv4.config import unread_keys
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED, base_shapes, head_shapes
 from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
-from mtp_graft.serving.doctor.checkpoint import Checkpoint
+from mtp_graft.serving.doctor.checkpoint import CONSOLIDATED, Checkpoint
 from mtp_graft.serving.doctor.findings import Defect, Finding, Severity, finding, listed, merged
 from mtp_graft.serving.doctor.hardware import Target
 
@@ -44,8 +45,10 @@ def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
 
 def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     """Find left-over shards, a wrong size in the index, tokenizer and settings that are no JSON."""
-    for shard in checkpoint.stale:
-        yield finding("shard-stale", shard, f"not in {INDEX_NAME}", "shards that it names")
+    if stale := sorted(checkpoint.stale):
+        taken = [name for name in stale if Path(name).match(CONSOLIDATED)]
+        id_ = "shard-consolidated" if taken else "shard-stale"
+        yield finding(id_, listed(taken or stale), f"not in {INDEX_NAME}", "shards that it names")
     if not checkpoint.folder.is_dir():  # headers alone
         return
     metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata") or {}
