@@ -147,7 +147,7 @@ def _scheme(
     if key is None:
         return "plain", 1
     group = quantization.config_groups[key]
-    return group.kind, (group.weights and group.weights.group_size) or 1
+    return group.kind, group.weights.group_size or 1
 
 
 def _said(tensor: Tensor) -> str:

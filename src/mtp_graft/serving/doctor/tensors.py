@@ -93,8 +93,7 @@ def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
 def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find keys that vLLM does not read, and a head that is absent or not as config.json says."""
     if target.vllm and (keys := unread_keys(checkpoint.config, target.vllm.release)):
-        expected = "compress_ratios and num_hash_layers alone"
-        yield finding("config-dialect", "config.json", keys, expected)
+        yield finding("config-dialect", "config.json", keys, "all of DeepSeek's keys, no others")
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
