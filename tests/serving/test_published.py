@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED, head_shapes
+from mtp_graft.dsv4.names import (
+    FLOAT32,
+    NEVER_QUANTIZED,
+    dspark_shapes,
+    find_drafter,
+    head_shapes,
+    storage_dtype,
+)
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.plan import plan_run
@@ -98,6 +106,17 @@ def test_doctor_says_in_one_line_what_a_master_is_and_splice_refuses_it(
     if what == DSPARK:
         with pytest.raises(GraftError, match=rf"{name}-{experts}: has blocks .* a DSpark drafter"):
             splice(folders(BASE, FEW), folders(name, experts), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4-flash-0731", "deepseek-v4-flash-dspark"])
+def test_published_dspark_drafters_have_the_tensors_that_their_config_asks_for(name: str) -> None:
+    drafter = find_drafter(listed := flash.listed(name), name)
+    assert drafter[:2] == ("dspark", 3)
+    decoded = decode_head({each: listed[each] for each in drafter.names})
+    found = {each: tuple(tensor.shape) for each, tensor in decoded.items()}
+    assert len(found) == 2376 and found == dspark_shapes(published(name).config, 3)
+    plain = [each for each in drafter.names if listed[each].dtype.itemsize > 1]
+    assert [listed[each].dtype for each in plain] == [storage_dtype(each) for each in plain]
 
 
 @pytest.mark.slow

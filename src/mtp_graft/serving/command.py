@@ -21,6 +21,7 @@ from typer.models import ParameterInfo
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.checkpoint.quantization_config import with_section
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
@@ -361,11 +362,11 @@ def start_limit_s(checkpoint: Path) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json; raises GraftError if it is not DeepSeek-V4's."""
+    """Return a checkpoint's config, `with_section`; raises GraftError if not DeepSeek-V4's."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
-    config = read_object(path, "a model config")
+    config = with_section(read_object(path, "a model config"))
     if (model_type := config.get("model_type")) != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
     check_dimensions(config, path)
