@@ -24,6 +24,8 @@ Shapes = dict[str, tuple[int, ...]]  # by plain name
 
 HEAD_PREFIX = "mtp.0."
 EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
+#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
+HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
 #: Modules that vLLM builds without quantization, whatever the config says.
 NEVER_QUANTIZED = re.compile(
@@ -134,14 +136,17 @@ def find_drafter(found: Iterable[str], where: object) -> Drafter:
 
 
 def upstream_head_names(found: Iterable[str], where: object) -> list[str]:
-    """Return the sorted `mtp.*` names of an MTP head; raise GraftError for another drafter."""
+    """Return the sorted `mtp.*` names of an MTP head, without copies of embedding and LM head.
+
+    Raises GraftError for another drafter.
+    """
     kind, stages, names = find_drafter(found, where)
     if kind != "mtp":
         listed = ",".join(map(str, range(stages)))
         raise GraftError(
             f"{where}: has blocks mtp.{{{listed}}} of a DSpark drafter; expected an MTP head's"
         )
-    return names
+    return [name for name in names if name not in HEAD_COPIES]
 
 
 def storage_dtype(name: str) -> torch.dtype:
@@ -234,7 +239,7 @@ def _layer(c: Dimensions) -> Shapes:
         "ffn.gate.bias": (num_experts,),
     }
     widths = {f"experts.{e}": c.moe_intermediate_size for e in range(num_experts)}
-    widths["shared_experts"] = c.moe_intermediate_size * (c.n_shared_experts or 1)
+    widths["shared_experts"] = c.moe_intermediate_size * c.n_shared_experts
     for name, width in widths.items():
         shapes[f"ffn.{name}.w1.weight"] = (width, size)
         shapes[f"ffn.{name}.w2.weight"] = (size, width)
