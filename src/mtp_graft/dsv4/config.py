@@ -1,4 +1,4 @@
-"""What shapes and memory are computed from in a DeepSeek-V4 config.json.
+"""What shapes and memory are computed from in a DeepSeek-V4 config.json, and what vLLM stops at.
 
 Kinds of layers are in DeepSeek's keys or, without those, in transformers' (`..._types`).
 """
@@ -16,6 +16,11 @@ from mtp_graft.errors import GraftError
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Number = Annotated[int, Field(ge=1, le=2**9)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+#: Keys that vLLM 0.32 has no value of its own for.
+_WITHOUT_DEFAULT = (
+    *("n_shared_experts", "index_topk", "norm_topk_prob", "hc_sinkhorn_iters", "hc_eps"),
+    *("rms_norm_eps", "hidden_act", "qk_rope_head_dim", "compress_rope_theta", "swiglu_limit"),
+)
 
 
 class _Rope(BaseModel, strict=True):
@@ -27,9 +32,16 @@ class _Rope(BaseModel, strict=True):
 
 
 class Dimensions(BaseModel, strict=True):
-    """The keys without which neither tensors nor memory are known, and those that may be null."""
+    """The keys without which neither tensors nor memory are known, and others that vLLM reads.
 
-    architectures: list[Literal["DeepseekV4ForCausalLM"]] | None = None
+    Without `architectures` it takes the model for one of embeddings, without `topk_method` it has
+    no room for the routers' biases.
+    """
+
+    architectures: Annotated[list[Literal["DeepseekV4ForCausalLM"]], Field(min_length=1)]
+    topk_method: Literal["noaux_tc"]
+    hidden_act: Literal["silu"] = "silu"
+    vision_n_layers: Literal[0] = 0
     num_hidden_layers: Annotated[int, Field(ge=1, le=2**7)]
     hidden_size: _Size
     vocab_size: _Size
@@ -45,15 +57,18 @@ class Dimensions(BaseModel, strict=True):
     moe_intermediate_size: _Size
     index_head_dim: _Size
     index_n_heads: _Size
-    n_shared_experts: _Number | None = None
+    n_shared_experts: _Number = 1
+    index_topk: _Size = 512
+    norm_topk_prob: bool = True
+    hc_sinkhorn_iters: _Number = 20
+    hc_eps: _Positive = 1e-6
+    rms_norm_eps: _Positive = 1e-6
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] | None = None
     num_hash_layers: Annotated[int, Field(ge=0, le=2**12)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
     compress_rates: dict[str, int] | None = None
-    rms_norm_eps: _Positive | None = None
-    hc_eps: _Positive | None = None
     rope_theta: _Positive | None = None
     compress_rope_theta: _Positive | None = None
     swiglu_limit: _Positive | None = None
@@ -121,15 +136,21 @@ def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
 
 
 def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
-    """Return transformers' keys that a vLLM stops at: 0.32 reads DeepSeek's alone, 0.33 both."""
+    """Return what a vLLM stops at: 0.32 reads all of DeepSeek's keys alone, 0.33 transformers' too.
+
+    Of absent keys 0.33 takes transformers' values, which are the Flash model's.
+    """
+    if release >= (0, 33):
+        return ""
     kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]
     own = all(config.get(key) is not None for key in ("compress_ratios", "num_hash_layers"))
-    return " and ".join(kinds) if release < (0, 33) and not (own and len(kinds) < 2) else ""
+    absent = [f"no {key}" for key in _WITHOUT_DEFAULT if key not in config]
+    return " and ".join([*(kinds if len(kinds) > 1 or not own else ()), *absent])
 
 
 def check_readable(config: Mapping[str, Any], file: object, release: tuple[int, ...]) -> None:
     """Raise GraftError for such keys."""
     if keys := unread_keys(config, release):
-        expected = "compress_ratios and num_hash_layers, which vLLM 0.32 reads"
+        expected = "DeepSeek's keys (compress_ratios, num_hash_layers, ...), which vLLM 0.32 reads"
         cure = "take vLLM 0.33, or config.json of the base's release"
         raise GraftError(f"{file}: has {keys}; expected {expected}; {cure}")

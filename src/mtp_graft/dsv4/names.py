@@ -25,6 +25,8 @@ Shapes = dict[str, tuple[int, ...]]  # by plain name
 
 HEAD_PREFIX = "mtp.0."
 EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
+#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
+HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
 #: Modules that vLLM builds without quantization, whatever the config says.
 NEVER_QUANTIZED = re.compile(
@@ -66,7 +68,7 @@ _RENAMES = (
     (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
 )
 #: A stage's parameters in an `MTPHead`, which has one, and in a `DSpark`.
-_OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
+OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
 _RENAMED = re.compile("|".join(pattern for pattern, _ in _RENAMES))
 
 
@@ -101,12 +103,12 @@ def head_from_module(state: Mapping[str, Tensor], stages: int = 1) -> dict[str, 
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        of_stage = _OF_STAGE.match(name)
+        of_stage = OF_STAGE.match(name)
         block = 0 if name.startswith("main_") else stages - 1
         if of_stage and of_stage[1]:
             block = int(of_stage[1])
         # A leading dot lets the layer patterns match at the start of the name.
-        for native, part in split_experts(f".{_OF_STAGE.sub('', name)}", tensor).items():
+        for native, part in split_experts(f".{OF_STAGE.sub('', name)}", tensor).items():
             renamed[f"mtp.{block}{native}"] = part
     return renamed
 
@@ -241,7 +243,7 @@ def _layer(c: Dimensions) -> Shapes:
         "ffn.gate.bias": (num_experts,),
     }
     widths = {f"experts.{e}": c.moe_intermediate_size for e in range(num_experts)}
-    widths["shared_experts"] = c.moe_intermediate_size * (c.n_shared_experts or 1)
+    widths["shared_experts"] = c.moe_intermediate_size * c.n_shared_experts
     for name, width in widths.items():
         shapes[f"ffn.{name}.w1.weight"] = (width, size)
         shapes[f"ffn.{name}.w2.weight"] = (size, width)

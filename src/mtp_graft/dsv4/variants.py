@@ -49,7 +49,10 @@ def store_head(
     for module, kind, parts in _modules(upstream, group_size):
         expected = ("mxfp4",) if EXPERT.match(module) else ("fp8", "plain")
         if kind not in expected:
-            raise GraftError(f"{module}: is {kind}, expected upstream's {' or '.join(expected)}")
+            raise GraftError(
+                f"{module}: is {kind}, expected upstream's {' or '.join(expected)}; take the head "
+                "of DeepSeek's own release"
+            )
         kept = parts
         if kind == "mxfp4":
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
@@ -76,7 +79,8 @@ def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[s
         parts = _renamed(found)
         kind, values = format_of(parts), [*parts.values()]
         is_plain = kind == "plain" and len(values) == 1 and values[0].is_floating_point()
-        if kind is None or (kind == "plain" and not is_plain):
+        is_matrix = kind != "plain" and values[0].dim() == 2
+        if kind is None or not (is_plain or is_matrix):
             raise GraftError(
                 f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes "
                 "with theirs, or an unquantized weight; a tensor is missing or belongs elsewhere"
@@ -91,10 +95,16 @@ def _renamed(parts: Parts) -> Parts:
     if parts.keys() != {"weight", "scale"}:
         return parts
     codes, scale = parts["weight"], parts["scale"]
-    if codes.dtype not in (torch.int8, torch.uint8):  # a power of two is exact in BF16
-        return {"weight": codes, "weight_scale": scale.to(torch.bfloat16)}
-    as_byte = scale.view(torch.uint8) if scale.element_size() == 1 else scale
-    return {"weight_packed": codes.view(torch.uint8), "weight_scale": as_byte}
+    if scale.dtype in (torch.int8, torch.uint8):  # E8M0 under another label
+        scale = scale.view(torch.float8_e8m0fnu)
+    is_e8m0 = scale.dtype == torch.float8_e8m0fnu
+    if codes.dtype in (torch.int8, torch.uint8):
+        as_byte = scale.view(torch.uint8) if is_e8m0 else scale
+        return {"weight_packed": codes.view(torch.uint8), "weight_scale": as_byte}
+    rounded = scale.to(torch.bfloat16)  # which is exact for a power of two
+    is_float = scale.dtype in (torch.bfloat16, torch.float32)
+    is_exact = is_e8m0 or (is_float and (scale.is_meta or rounded.float().equal(scale.float())))
+    return {"weight": codes, "weight_scale": rounded if is_exact else scale}
 
 
 def _store_expert(
@@ -121,7 +131,7 @@ def _store_expert(
                     f"{missing[0]}: not among the quantized experts; run `quantize` to its end"
                 )
             found = {part: gptq_experts[name] for part, name in names.items()}
-            _check_matrix(module, "int4", found, shape, group_size)
+            _check_matrix(f"quantized {module}", "int4", found, shape, group_size)
             _expect_finite(module, found)
             return found
 

@@ -120,7 +120,7 @@ def open_base(folder: Path) -> Checkpoint:
     if already := next((name for name in base.read_as if name.startswith("mtp.")), None):
         raise GraftError(f"{folder}: already has a head ({already}, ...); expected none")
     if isinstance(base.quantization, GraftError):
-        raise base.quantization
+        raise GraftError(f"{base.quantization}; name such a one instead") from base.quantization
     return base
 
 
@@ -159,7 +159,8 @@ def plan_splice(
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
-    layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
+    with head.named():
+        layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
     _ask_doctor(base, config, layout)
     return SplicePlan(
         base, variant, linears, head, experts, store, layout, config, report, published
@@ -263,7 +264,7 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one module at a time."""
-    with plan.head.opened() as head, plan.experts.opened() as experts:
+    with plan.head.named(), plan.head.opened() as head, plan.experts.opened() as experts:
         for module, parts in modules_of(plan.head.meta).items():
             names = [part_name(module, part) for part in parts]
             stored = plan.store({name: head[name] for name in names}, gptq_experts=experts)

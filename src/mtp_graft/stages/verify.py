@@ -147,7 +147,7 @@ def _scheme(
     if key is None:
         return "plain", 1
     group = quantization.config_groups[key]
-    return group.kind, (group.weights and group.weights.group_size) or 1
+    return group.kind, group.weights.group_size or 1
 
 
 def _said(tensor: Tensor) -> str:
@@ -240,7 +240,9 @@ def _pairs_of_bytes() -> Tensor:
 
 
 def _exp2(exponents: Tensor) -> Tensor:
-    """Return the float32 values of E8M0 scales, by its definition."""
+    """Return the float32 values of E8M0 scales, by its definition, or of other floats."""
+    if exponents.element_size() > 1:
+        return exponents.float()
     return torch.exp2(exponents.view(torch.uint8).float() - 127)
 
 

@@ -37,7 +37,7 @@ def section(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         where, is_there = f"{_WHERE}.config_groups.{key}", group.kind in checkpoint.formats.values()
         if not is_there or group.kind not in INTEGERS:
             continue
-        size, stored = group.weights and group.weights.group_size, checkpoint.group_size
+        size, stored = group.weights.group_size, checkpoint.group_size
         if size != stored:
             expected = f"{stored}, by the scales' shapes"
             yield finding("group-size", f"{where}.weights.group_size", size, expected)

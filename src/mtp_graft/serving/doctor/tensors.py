@@ -13,7 +13,14 @@ from torch import Tensor
 from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.config import num_stages, unread_keys
-from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED, base_shapes, head_shapes
+from mtp_graft.dsv4.names import (
+    EXPERT,
+    FLOAT32,
+    HEAD_COPIES,
+    NEVER_QUANTIZED,
+    base_shapes,
+    head_shapes,
+)
 from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
 from mtp_graft.serving.doctor.checkpoint import CONSOLIDATED, Checkpoint
@@ -22,8 +29,6 @@ from mtp_graft.serving.doctor.hardware import Target
 
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
-#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
-_HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 #: dtype that a tensor is stored in -> what is read as well.
 _ALSO_READ = {
     torch.bfloat16: (torch.float32,),
@@ -88,8 +93,7 @@ def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
 def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find keys that vLLM does not read, and a head that is absent or not as config.json says."""
     if target.vllm and (keys := unread_keys(checkpoint.config, target.vllm.release)):
-        expected = "compress_ratios and num_hash_layers alone"
-        yield finding("config-dialect", "config.json", keys, expected)
+        yield finding("config-dialect", "config.json", keys, "all of DeepSeek's keys, no others")
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
@@ -131,7 +135,7 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     unsaid = _is_unsaid(checkpoint)
     tensors = {n: t for n, t in checkpoint.tensors.items() if not unsaid(n)}
     if target.platform != "cpu":
-        known |= _HEAD_COPIES
+        known |= HEAD_COPIES
     if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
         known |= {name for name in tensors if _COMPRESSION.search(name)}
     for name in sorted(asked.keys() - tensors.keys() - checkpoint.unseen):
