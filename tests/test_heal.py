@@ -19,7 +19,7 @@ from mtp_graft.dsv4.replay import build_head, model_config, unroll
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import HealSection, Loss, QuantizeSection, ScoreSection
-from mtp_graft.stages.heal import heal
+from mtp_graft.stages.heal import _best, heal
 from mtp_graft.stages.inputs import HEALED
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
@@ -132,6 +132,13 @@ def test_a_killed_training_goes_on_where_it_was(run: Heal, healed: Path, tmp_pat
         assert found["step"] == expected["step"]
         # Threads add in another order each time.
         assert found["loss"] == pytest.approx(expected["loss"], rel=0.05, abs=1e-4)
+
+
+@pytest.mark.parametrize(("first", "kept"), [(0.796, 3.0), (0.794, 2.7)])
+def test_first_drafts_may_lose_half_a_point(first: float, kept: float) -> None:
+    """Where steps begin, a better head loses more: the harder places are left to first drafts."""
+    before = {"first": 0.8, "by_position": [0.8], "length": 2.7}
+    assert _best([before, {"first": first, "by_position": [0.7], "length": 3.0}])["length"] == kept
 
 
 def test_texts_that_are_too_short_are_no_texts(tiny_model: Path, tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def test_what_is_needed_is_less_what_earlier_calls_have_written(
     texts = capture.calibration_count + capture.evaluation_count
     tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
     assert before.bytes == tokens * config["hc_mult"] * config["hidden_size"] * 2
+    tapped = Run(replace(recipe, capture=replace(capture, taps=(1, 3))), folder, ["capture"])
+    with_taps, _ = plan.find_needs(tapped, models)
+    assert with_taps.bytes == before.bytes * (config["hc_mult"] + 2) / config["hc_mult"]
+    tapped = replace(tapped, recipe=replace(recipe, capture=replace(capture, taps=(1, 4))))
+    with pytest.raises(GraftError, match=r"taps is \[1, 4\], expected layers below the base's 4"):
+        plan.find_needs(tapped, models)
     assert memory.of == "memory", "on a CPU, as doctor estimates it"
     assert memory.bytes == weights_bytes(read_meta(tiny_model / "base"), 1, decoded=True)
 

@@ -71,6 +71,8 @@ ARGUMENTS: dict[str, list[Any]] = {
 FORMATS = ("pack-quantized", "pack-quantized", "float-quantized", "mxfp4-pack-quantized", None)
 DYNAMIC = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
 
+STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+
 
 def random_section(rng: random.Random) -> dict[str, Any]:
     """Return one of one to three groups, which vLLM may refuse."""
@@ -85,7 +87,7 @@ def random_section(rng: random.Random) -> dict[str, Any]:
         targets = rng.sample(TARGETS, rng.randint(1, 5))
         groups[f"group_{group}"] = {"targets": targets, "weights": weights}
         groups[f"group_{group}"]["format"] = rng.choice(FORMATS)
-        inputs = rng.choice([None, None, {}, DYNAMIC])
+        inputs = rng.choice([None, None, {}, DYNAMIC, STATIC])
         if not inputs and weights["type"] == "int":  # vLLM asserts it; for us a scheme in words
             groups[f"group_{group}"]["format"] = "pack-quantized"
         groups[f"group_{group}"]["input_activations"] = inputs
@@ -119,6 +121,7 @@ def kind_in_vllm(parsed: Any, scheme: dict[str, Any]) -> str | None:
             integers.get((weights.num_bits, weights.symmetric)) if weights.type == "int" else None
         )
     is_fp8 = parsed._is_fp8_w8a16(weights, inputs) and scheme["format"] == "float-quantized"
+    is_fp8 = is_fp8 and not (inputs and not inputs.dynamic)  # which vLLM asserts of blocks
     is_fp8 = is_fp8 and [weights.num_bits, weights.block_structure] == [8, [128, 128]]
     return "fp8" if is_fp8 else None
 
@@ -127,7 +130,7 @@ def read_by(read: Callable[[Any], Any], value: Any) -> Any:
     """Return what `read` makes of it, None if it is refused."""
     try:
         return read(deepcopy(value))
-    except (ValueError, TypeError, NotImplementedError, AssertionError, GraftError):
+    except (ValueError, TypeError, NotImplementedError, AssertionError, GraftError, Warning):
         return None
 
 
@@ -181,7 +184,20 @@ def test_vllm_finds_the_same_schemes_in_what_others_made_of_the_base() -> None:
     assert compare(nvfp4().config["quantization_config"]) > 10
 
 
-MUTATIONS: tuple[Any, ...] = (None, 0, -2, 4, 1.5, "", "4", "foo", "group", "GROUP", "static")
+MUTATIONS: tuple[Any, ...] = (
+    None,
+    0,
+    -2,
+    4,
+    128.0,
+    1.5,
+    "",
+    "4",
+    "foo",
+    "group",
+    "GROUP",
+    "static",
+)
 MUTATIONS += ("64x64", [], [128], [128, "128"], {}, {"a": 1}, "torch.uint8")
 
 
@@ -203,9 +219,34 @@ def test_arguments_are_refused_as_compressed_tensors_and_vllm_refuse_them(group:
             assert not read_by(by_us, tiny_quantization() | {"kv_cache_scheme": arguments}), name
 
 
+DENSE, INTS = {"format": "dense"}, {"num_bits": 4}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"sparsity_config": v} for v in (None, {}, {"a": 1}, DENSE, DENSE | {"targets": []})),
+        {"sparsity_config": DENSE | {"targets": ["Linear"]}},
+        *({"transform_config": v} for v in (None, {}, {"foo": 1}, {"config_groups": {}})),
+        *({"config_groups": {"a": {"targets": t}}} for t in ([], ["Linear"], ["XAttention"], None)),
+        {"config_groups": {"a": {"targets": ["Linear"], "weights": None}}},
+        {"config_groups": {"a": {"targets": ["a", "XAttention"], "weights": None}}},
+        {"config_groups": {"a": {"targets": ["re:a"], "weights": INTS, "output_activations": {}}}},
+    ],
+    ids=str,
+)
+def test_the_rest_of_a_section_is_refused_as_vllm_refuses_it(more: dict[str, Any]) -> None:
+    section = tiny_quantization() | more
+    assert (read_by(by_us, section) is None) == (read_by(by_vllm, section) is None)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda c: c["config_groups"]["group_1"].update(weights=None), "weights: input should be"),
+        (lambda c: c.update(sparsity_config=DENSE | {"targets": ["Linear"]}), "at most 0 items"),
+        (lambda c: c.update(transform_config={"foo": 1}), "transform_config.config_groups: field"),
         (lambda c: c.update(ignore=["re:*shared*"]), r"ignore\.0: .*no regular expression"),
         (lambda c: c.update(format=8), "format: input should be a valid string"),
         (lambda c: c.update(ignore=["re:(((a{99}){99}){99})"]), "more than 10,000 repeats"),

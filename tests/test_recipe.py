@@ -78,6 +78,8 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         ("bench.max_tokens=4000", r"\[bench\] max_tokens is 4000, expected less"),
         ("capture.new_tokens=2000", r"\[capture\] max_model_len is 2048, expected at least 2513"),
         ("quantize.damp=nan", r"damp is nan, expected a finite number"),
+        ("capture.taps=[41, 40]", r"taps is \[41, 40\], expected layers in ascending order"),
+        ("capture.taps=[-1]", r"taps is -1, expected greater than or equal to 0"),
     ],
 )
 def test_what_nobody_understands_is_refused_by_its_option(

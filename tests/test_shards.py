@@ -223,9 +223,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_recording(folder: Path, residual: torch.Tensor) -> None:
+def write_recording(folder: Path, residual: torch.Tensor, **more: torch.Tensor) -> None:
     ids = torch.arange(len(residual), dtype=torch.int32)
-    tensors = {"token_ids": ids, "residual": residual, "targets": ids + 1}
+    tensors = {"token_ids": ids, "residual": residual, "targets": ids + 1, **more}
     save_shard(tensors, folder / files.RECORDINGS / RECORDING)
 
 
@@ -259,6 +259,11 @@ def test_a_sequences_tokens_are_cut_from_its_recording(folder: Path) -> None:
     assert recorded.targets.tolist() == [5, 6, 7]
     assert recorded.residual.shape == (3, STREAMS, HIDDEN)
     assert recorded.residual[0, 1].tolist() == [27, 28, 29]
+    assert recorded.taps is None
+    taps = torch.arange(7 * 2 * HIDDEN).reshape(7, -1).bfloat16()
+    write_recording(folder, torch.zeros(7, STREAMS * HIDDEN).bfloat16(), taps=taps)
+    recorded = read_recorded(folder, sequence(1, start=4, tokens=3), STREAMS)
+    assert recorded.taps is not None and recorded.taps[0].tolist() == [[24, 25, 26], [27, 28, 29]]
 
 
 def test_values_that_are_not_finite_are_named(folder: Path) -> None:
@@ -268,6 +273,12 @@ def test_values_that_are_not_finite_are_named(folder: Path) -> None:
     assert read_recorded(folder, sequence(0), STREAMS)
     with pytest.raises(GraftError, match=r"prompt 'p1': not-finite residual at token 1"):
         read_recorded(folder, sequence(1, start=4, tokens=3), STREAMS)
+    write_recording(folder, torch.zeros_like(residual), taps=residual[:, :HIDDEN])
+    with pytest.raises(GraftError, match=r"prompt 'p1': not-finite taps at token 1"):
+        read_recorded(folder, sequence(1, start=4, tokens=3), STREAMS)
+    write_recording(folder, torch.zeros_like(residual), taps=residual[:, :2])
+    with pytest.raises(GraftError, match=r"taps of shape \[4, 2\], expected .* multiple of 3"):
+        read_recorded(folder, sequence(0), STREAMS)
 
 
 def test_recordings_that_are_too_short_cut_off_or_of_another_shape_are_errors(folder: Path) -> None:

@@ -49,6 +49,11 @@ Checkpoint = Annotated[
 #: Numbers and switches are not read from text; True is no number.
 Count = Annotated[int, Field(ge=1, le=2**40, strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
+#: Layers of the base; ascending, as vLLM hands what is behind them to a drafter.
+Layers = Annotated[
+    tuple[Annotated[int, Field(ge=0, strict=True)], ...],
+    _check(lambda layers: list(layers) == sorted(set(layers)), "layers in ascending order"),
+]
 
 
 @dataclass(frozen=True, config=_exact)
@@ -75,6 +80,7 @@ class CaptureSection:
     new_tokens: Count = 256  # per prompt, at most: the base ends a text where it ends
     concurrency: Count = 8  # prompts in work at a time
     max_model_len: Count = 2048
+    taps: Layers | None = None  # record what is behind them, too; None: as upstream's DSpark needs
 
     @model_validator(mode="after")
     def _check_context(self) -> "CaptureSection":

@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 
 NEW_TOKENS = 56
 STREAMS = 4
+TAPS = (1, 3)  # the last one is behind the last layer
 NUM_PROMPTS = 6
 QUESTION = "How many legs have 7 cows?"
 EOS = 1
@@ -48,6 +49,7 @@ def wanted(tiny_model: Path, folder: Path, concurrency: int) -> CaptureSection:
         new_tokens=NEW_TOKENS,
         concurrency=concurrency,
         max_model_len=1024,
+        taps=TAPS,
     )
 
 
@@ -92,6 +94,9 @@ def test_what_is_recorded_does_not_depend_on_what_else_was_computed(captures: Ca
         assert torch.equal(ours.token_ids, theirs.token_ids)
         assert torch.equal(ours.targets, theirs.targets)
         assert torch.equal(ours.residual, theirs.residual)
+        assert ours.taps is not None and theirs.taps is not None
+        assert torch.equal(ours.taps, theirs.taps)
+        assert torch.equal(ours.taps[:, 1], ours.residual.mean(dim=1))
 
 
 def test_targets_are_the_tokens_that_were_generated_but_for_rounding(
@@ -135,7 +140,7 @@ def load_oracle(folder: Path) -> Any:
     return model
 
 
-def test_residuals_and_targets_are_those_of_transformers_in_float32(
+def test_residuals_taps_and_targets_are_those_of_transformers_in_float32(
     captures: Captures, tiny_model: Path, measured: dict[str, Any]
 ) -> None:
     """Within what BF16 and the FP8 KV cache cost: a few percent of a token's norm.
@@ -146,6 +151,7 @@ def test_residuals_and_targets_are_those_of_transformers_in_float32(
     model = load_oracle(tiny_model / "base")
     seen: list[torch.Tensor] = []
     model.model.hc_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model.model.layers[TAPS[0]].register_forward_hook(lambda _module, _, out: seen.append(out))
     errors, agree, decided = [], [], []
     for _, recorded in captured(captures.together)[:4]:
         with torch.no_grad():
@@ -153,11 +159,15 @@ def test_residuals_and_targets_are_those_of_transformers_in_float32(
         best = logits.topk(2).values
         decided.append(best[:, 0] - best[:, 1] > MAX_MARGIN)
         agree.append(logits.argmax(-1) == recorded.targets)
-        expected = seen.pop()[0]  # [T, S, D]
-        difference = (recorded.residual.float() - expected).flatten(1).norm(dim=1)
-        errors.append(difference / expected.flatten(1).norm(dim=1))
-    relative = torch.cat(errors)
+        behind_tap, expected = (each[0] for each in seen)  # [T, S, D]
+        seen.clear()
+        assert recorded.taps is not None
+        tap, mean = recorded.taps[:, 0].float(), behind_tap.mean(dim=1)  # [T, D]
+        pairs = (recorded.residual.float().flatten(1), expected.flatten(1)), (tap, mean)
+        errors.append(torch.stack([(a - b).norm(dim=1) / b.norm(dim=1) for a, b in pairs]))
+    relative, at_tap = torch.cat(errors, dim=1)
     median, q95 = relative.median().item(), relative.quantile(0.95).item()
+    assert at_tap.median() < 0.05 and at_tap.quantile(0.95) < 0.2
     sure = torch.cat(decided)
     share = torch.cat(agree)[sure].float().mean().item()
     measured.update(tokens=len(relative), median=median, q95=q95, argmax_equal=share)

@@ -78,6 +78,18 @@ def leave_an_old_shard(folder: Path) -> None:
     old.hardlink_to(folder / "model-00001-of-00003.safetensors")
 
 
+def leave(name: str, data: bytes | None = None) -> Plant:
+    """Return what adds a file that the index does not name: these bytes, or tensors of its own."""
+
+    def plant(folder: Path) -> None:
+        (folder / name).write_bytes(data or b"")
+        if data is None:
+            tensors = {"layers.0.attention.wq.weight": torch.zeros(2), NORM: torch.zeros(2)}
+            save_shard(tensors, folder / name, sync=False)
+
+    return plant
+
+
 def list_what_is_not_there(folder: Path) -> None:
     drop(f"{EXPERT}.w2.weight_scale")(folder)
     edit_index(folder, lambda listed: listed | {f"{EXPERT}.w2.weight_scale": HEAD})
@@ -141,6 +153,10 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "truncated-shard": ("shard-unreadable", change_file(HEAD, lambda data: data[: len(data) // 2])),
     "shard-not-fetched": ("shard-unreadable", change_file(HEAD, lambda _data: LFS_POINTER)),
     "shard-of-another-release": ("shard-stale", leave_an_old_shard),
+    "adapter": ("shard-stale", leave("adapter_model.safetensors")),
+    "empty-shard": ("shard-stale", leave("model-9.safetensors", b"")),
+    "pointer-to-an-old-shard": ("shard-stale", leave("model-9.safetensors", LFS_POINTER)),
+    "consolidated-copy": ("shard-consolidated", leave("consolidated.safetensors")),
     "wrong-total-size": (
         "index-total-size",
         change_file(INDEX, lambda i: re.sub(rb'("total_size": ?)', rb"\g<1>4", i)),

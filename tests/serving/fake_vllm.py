@@ -141,6 +141,9 @@ def record(prompt: list[int]) -> None:
         "targets": ("I32", [len(tokens)], int32([token + 1 for token in tokens])),
         "starts": ("I32", [3], int32([0, 2, len(tokens) - 1])),
     }
+    if taps := os.environ.get("MTP_GRAFT_RECORD_TAPS"):
+        width = len(taps.split(",")) * WIDTH // 2  # of two streams' means
+        tensors["taps"] = ("BF16", [len(tokens), width], bytes(2 * width * len(tokens)))
     with LOCK:
         number = len(os.listdir(f"{folder}/recordings"))
         while os.path.exists(path := f"{folder}/recordings/{number:06d}.safetensors"):

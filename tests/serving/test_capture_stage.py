@@ -21,7 +21,7 @@ from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving import server
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages import capture as stage
-from mtp_graft.stages.capture import capture, recording_options
+from mtp_graft.stages.capture import capture, recording_options, with_taps
 
 from .fake_vllm import EOS
 
@@ -113,6 +113,23 @@ def asked(requests: Path) -> dict[int, int]:
     """Return new tokens -> how many requests asked for that many; the probe's 4 left out."""
     lines = [int(line) for line in requests.read_text().split()]
     return {n: lines.count(n) for n in set(lines) - {4}}
+
+
+def test_taps_are_those_of_the_upstreams_drafter_unless_the_recipe_says(
+    base: Path, requests: Path, tmp_path: Path
+) -> None:
+    upstream, out, settings = tmp_path / "config.json", tmp_path / "out", wanted(tmp_path)
+    assert with_taps(settings, tmp_path).taps is None
+    upstream.write_text('{"dspark_target_layer_ids": [0, 2, 3]}')
+    assert with_taps(replace(settings, taps=()), tmp_path).taps == ()
+    take(base, out, with_taps(settings, tmp_path))
+    check_complete(out)
+    [sequence, *_] = read_sequences(out)
+    taps = read_recorded(out, sequence, streams=2).taps
+    assert taps is not None and taps.shape == (sequence.tokens, 3, 4)
+    upstream.write_text('{"dspark_target_layer_ids": [2, 0]}')
+    with pytest.raises(GraftError, match=r"dspark_target_layer_ids is \[2, 0\] .*ascending"):
+        with_taps(settings, tmp_path)
 
 
 def test_prompts_are_taken_until_there_are_enough_tokens(
@@ -251,6 +268,8 @@ def test_other_settings_or_another_base_are_not_mixed_in(
     assert take(base, out, replace(settings, concurrency=7)) == result, "speed is no such setting"
     with pytest.raises(GraftError, match="new_tokens = 3, now it is 4"):
         take(base, out, replace(settings, new_tokens=4))
+    with pytest.raises(GraftError, match=r"begun with taps = None, now it is \[0, 2\]"):
+        take(base, out, replace(settings, taps=(0, 2)))
     with pytest.raises(GraftError, match="begun with prompts"):
         take(base, out, replace(settings, evaluation_count=2))
     (base / "tokenizer_config.json").write_bytes(b"a chat template")

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map, save_shard, write_index
-from mtp_graft.dsv4.config import check_dimensions, compress_ratios
+from mtp_graft.dsv4.config import check_dimensions, compress_ratios, unread_keys
 from mtp_graft.dsv4.names import base_shapes, head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
@@ -276,6 +277,14 @@ def test_patterns_that_take_for_ever_are_a_finding_and_an_error(
     [
         ("architectures", ["LlamaForCausalLM"]),
         ("architectures", "DeepseekV4ForCausalLM"),
+        ("architectures", []),
+        ("topk_method", None),
+        ("n_shared_experts", None),
+        ("index_topk", 0),
+        ("norm_topk_prob", None),
+        ("hc_sinkhorn_iters", 2.5),
+        ("hidden_act", "gelu"),
+        ("vision_n_layers", 2),
         ("rms_norm_eps", float("nan")),
         ("hc_eps", float("inf")),
         ("hc_eps", "1e-6"),
@@ -291,6 +300,41 @@ def test_values_that_no_model_has_are_one_short_error(name: str, value: Any) -> 
     with pytest.raises(GraftError, match=rf"config\.json: {name}.* is .*; expected") as error:
         check_dimensions(FLASH | {name: value})
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["index_topk", "hc_eps", "hc_sinkhorn_iters", "norm_topk_prob"])
+def test_a_key_without_a_value_in_vllm_0_32_may_be_absent_for_0_33_alone(key: str) -> None:
+    check_dimensions(config := {k: v for k, v in FLASH.items() if k != key})
+    assert [unread_keys(config, release) for release in ((0, 32), (0, 33))] == [f"no {key}", ""]
+    for needed in ("architectures", "topk_method"):
+        with pytest.raises(GraftError, match=f"has no '{needed}'"):
+            check_dimensions({k: v for k, v in FLASH.items() if k != needed})
+
+
+def as_compression(config: Any) -> None:
+    config |= {"compression_config": config["quantization_config"], "quantization_config": None}
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        as_compression,
+        lambda c: c["quantization_config"].update(quant_method="COMPRESSED_TENSORS"),
+        lambda c: c["quantization_config"]["config_groups"]["group_1"]["weights"].update(
+            group_size=128.0
+        ),
+    ],
+)
+def test_a_section_that_vllm_spells_right_itself_is_read(
+    base: Path, tiny_model: Path, spell: Any
+) -> None:
+    edit_config(base, spell)
+    assert not [f.id for f in diagnose(base, ON_CPU) if f.severity == "error"]
+    splice(base, tiny_model / "upstream", out := base.parent / "out", "rtn")
+    written = read_object(out / "config.json", "a config")
+    assert written["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert "compression_config" not in written
+    expect_format(base, "base")
 
 
 def test_the_largest_dimensions_that_pass_have_shapes_that_torch_can_hold() -> None:

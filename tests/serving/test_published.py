@@ -13,7 +13,15 @@ import pytest
 import torch
 
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED, head_shapes
+from mtp_graft.dsv4.names import (
+    FLOAT32,
+    NEVER_QUANTIZED,
+    dspark_shapes,
+    find_drafter,
+    head_shapes,
+    storage_dtype,
+)
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.plan import plan_run
@@ -87,7 +95,7 @@ def test_stand_ins_have_the_published_sizes_and_numbers(folders: Folders) -> Non
         ("deepseek-v4-pro", MTP),
     ],
 )
-def test_doctor_says_in_one_line_what_a_master_is_and_splice_refuses_it(
+def test_doctor_says_in_one_line_what_a_master_is_and_splice_takes_no_base_from_it(
     folders: Folders, tmp_path: Path, name: str, what: str
 ) -> None:
     master = folders(name, FEW)
@@ -97,8 +105,21 @@ def test_doctor_says_in_one_line_what_a_master_is_and_splice_refuses_it(
     with pytest.raises(GraftError, match=rf"{name}-{FEW}: is DeepSeek's own .*, {what}; expec"):
         splice(master, folders(PREVIEW, FEW), tmp_path / "out")
     if what == DSPARK:
-        with pytest.raises(GraftError, match=rf"{name}-{FEW}: has blocks .* a DSpark drafter"):
-            splice(folders(BASE, FEW), master, tmp_path / "out")
+        base, out = folders(BASE, FEW), tmp_path / "grafted"
+        splice(base, master, out)
+        assert verify(out, base, master)["ok"]
+        assert ids(diagnose(out, find_target(gpu="H200", count=2))) <= NOTES
+
+
+@pytest.mark.parametrize("name", ["deepseek-v4-flash-0731", "deepseek-v4-flash-dspark"])
+def test_published_dspark_drafters_have_the_tensors_that_their_config_asks_for(name: str) -> None:
+    drafter = find_drafter(listed := flash.listed(name), name)
+    assert drafter[:2] == ("dspark", 3)
+    decoded = decode_head({each: listed[each] for each in drafter.names})
+    found = {each: tuple(tensor.shape) for each, tensor in decoded.items()}
+    assert len(found) == 2376 and found == dspark_shapes(published(name).config, 3)
+    plain = [each for each in drafter.names if listed[each].dtype.itemsize > 1]
+    assert [listed[each].dtype for each in plain] == [storage_dtype(each) for each in plain]
 
 
 @pytest.mark.slow

@@ -17,7 +17,13 @@ from torch import Tensor
 
 pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: install an extra")
 
-from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.checkpoint.capture import (
+    INTACT_NAME,
+    RECORD_VARIABLE,
+    RECORDINGS,
+    SWITCH_NAME,
+    TAPS_VARIABLE,
+)
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin import cuda as v2
 from mtp_graft.vllm_plugin import recording
@@ -26,23 +32,38 @@ from mtp_graft.vllm_plugin.recording import make_recorder
 
 pytestmark = pytest.mark.vllm
 
-MAX_TOKENS, HC_DIM, VOCAB = 16, 6, 11
+MAX_TOKENS, STREAMS, HC_DIM, VOCAB = 16, 2, 6, 11
 
 
-class Target:
-    """Writes half a token's id into the buffer; three times the id is the best next token."""
+class Target(torch.nn.Module):
+    """Writes half a token's id into the buffer; three times the id is the best next token.
+
+    The mean of its streams after layer l is the id plus l.
+    """
+
+    start_layer, end_layer = 2, 9
 
     def __init__(self) -> None:
-        self.model = self
-        self.hc_head_fn = torch.zeros(2, HC_DIM)
+        super().__init__()
+        self.aux: tuple[int, ...] = ()
+        self.hc_head_fn = torch.zeros(STREAMS, HC_DIM)
         self._mtp_hidden_buffer: Tensor | None = None
         self.fills = True
         self.num_logits = 0
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    @property
+    def model(self) -> "Target":
+        return self
+
+    def set_aux_hidden_state_layers(self, layers: tuple[int, ...]) -> None:
+        self.aux = layers
+
+    def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, list[Tensor]]:
         if self._mtp_hidden_buffer is not None and self.fills:
             self._mtp_hidden_buffer[: len(input_ids)] = input_ids[:, None].bfloat16() / 2
-        return torch.nn.functional.one_hot((input_ids * 3) % VOCAB, VOCAB).float()
+        hidden = torch.nn.functional.one_hot((input_ids * 3) % VOCAB, VOCAB).float()
+        column = input_ids[:, None].bfloat16().expand(-1, HC_DIM // STREAMS)
+        return (hidden, [column + layer - 1 for layer in self.aux]) if self.aux else hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         self.num_logits += len(hidden)
@@ -112,7 +133,7 @@ class Runner:
             num_computed_tokens_np=np.array([computed for _, computed, _ in requests]),
             prefill_len_np=np.array([length for _, _, length in requests]),
         )
-        state = SimpleNamespace(input_batch=batch, hidden_states=self.target.forward(ids))
+        state = SimpleNamespace(input_batch=batch, hidden_states=self.target(ids))
         for computed in (state, None):
             now = SimpleNamespace(execute_model_state=computed)
             assert self.sample(now, computed and "grammar") == "sampled"
@@ -190,6 +211,18 @@ def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
     assert str(error) in caplog.text, "the log says why"
     runner.step(prompt(6))
     assert tokens_in(folder) == [[4], [6]]
+
+
+def test_taps_are_recorded_layer_by_layer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TAPS_VARIABLE, "3,7")
+    runner = Runner()
+    runner.step(([9], 40, 12), prompt(4, 5), padding=2)
+    (found,) = recorded(folder).values()
+    assert found["taps"].tolist() == [[7.0] * 3 + [11.0] * 3, [8.0] * 3 + [12.0] * 3]
+    assert found["targets"].tolist() == [12 % VOCAB, 15 % VOCAB], "the runner gets no taps"
+    monkeypatch.setenv(TAPS_VARIABLE, "3,9")
+    with pytest.raises(GraftError, match=r"layers \[3, 9\], expected of 2 to 8"):
+        Runner()
 
 
 def test_a_residual_that_no_graph_wrote_is_not_finite(runner: Runner, folder: Path) -> None:

@@ -225,10 +225,9 @@ def _formats(config: Json, num_experts: int) -> dict[str, str]:
 
 def _in_words(quantization: QuantizationConfig, module: str) -> str:
     key = quantization.group_of(module)
-    weights = quantization.config_groups[key].weights if key else None
-    if weights is None:
+    if key is None:
         return "BF16"
-    kind = quantization.kind_of(key).upper()
+    kind, weights = quantization.kind_of(key).upper(), quantization.config_groups[key].weights
     by = "blocks of 128×128" if kind == "FP8" else f"one scale for {weights.group_size} weights"
     return f"{kind}, {by}"
 

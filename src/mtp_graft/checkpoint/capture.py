@@ -26,6 +26,8 @@ TEXTS_NAME = "texts.jsonl"
 RECORDINGS = "recordings"
 #: A server with this variable in its environment records into the capture folder it names,
 RECORD_VARIABLE = "MTP_GRAFT_RECORD"
+#: and of the layers in this one, such as 40,41,42, the taps as well,
+TAPS_VARIABLE = "MTP_GRAFT_RECORD_TAPS"
 #: while a file of this name is there. What it cannot write, it says in its log, and
 SWITCH_NAME = "recording-on"
 #: it removes this file, for which a full disk has room.
@@ -73,6 +75,7 @@ class Recorded:
     token_ids: Tensor  # int64 [T]
     residual: Tensor  # bfloat16 [T, S, D], before hc_head and the final norm
     targets: Tensor  # int64 [T], the base's argmax after each position
+    taps: Tensor | None = None  # bfloat16 [T, L, D], if recorded: means over S after L layers
 
 
 def append_row(folder: Path, row: FinishedText | CapturedSequence) -> None:
@@ -127,31 +130,37 @@ def read_recorded(
 ) -> Recorded:
     """Return what was recorded of `sequence`, its residual in `streams` streams on `device`.
 
-    Raises GraftError for a recording that is missing, cut off, of other shapes or not finite.
+    So are its taps, if there are any. Raises GraftError for a recording that is missing, cut off,
+    of other shapes or not finite.
     """
     path = folder / RECORDINGS / sequence.recording
     tokens = slice(sequence.start, sequence.start + sequence.tokens)
     pinned = torch.device(device).type == "cuda"
     with Shard(path) as shard:
-        found = shard.read(("token_ids", "residual", "targets"), tokens, pinned=pinned)
+        states = ["residual", *({"taps"} & shard.meta.keys())]
+        found = shard.read(("token_ids", "targets", *states), tokens, pinned=pinned)
     token_ids, targets = found["token_ids"].long(), found["targets"].long()
-    residual = found["residual"].to(device, non_blocking=pinned)
-    if problem := _problem(sequence, token_ids, residual, streams):
+    residual, *taps = (found[name].to(device, non_blocking=pinned) for name in states)
+    if problem := _problem(sequence, token_ids, residual, taps, streams):
         raise GraftError(f"{path}: prompt {sequence.id!r}: {problem}; capture again")
-    return Recorded(token_ids, residual.unflatten(1, (streams, -1)), targets)
+    residual = residual.unflatten(1, (streams, -1))
+    by_layer = [each.unflatten(1, (-1, residual.shape[2])) for each in taps]
+    return Recorded(token_ids, residual, targets, *by_layer)
 
 
 def _problem(
-    sequence: CapturedSequence, token_ids: Tensor, residual: Tensor, streams: int
+    sequence: CapturedSequence, token_ids: Tensor, residual: Tensor, taps: list[Tensor], parts: int
 ) -> str | None:
-    if {len(token_ids), len(residual)} != {sequence.tokens}:
+    if {len(token_ids), len(residual), *map(len, taps)} != {sequence.tokens}:
         expected = f"expected {sequence.tokens}"
         return f"{len(token_ids)} tokens from token {sequence.start} on, {expected}"
-    if residual.dim() != 2 or residual.shape[1] % streams:
-        shape = list(residual.shape)
-        return f"residual of shape {shape}, expected [tokens, a multiple of {streams} streams]"
-    finite = torch.isfinite(residual).all(dim=1)
-    if not finite.all():
-        first = int(finite.logical_not().nonzero()[0])
-        return f"not-finite residual at token {first}: check the base's checkpoint and kernels"
+    for name, state in zip(("residual", "taps"), (residual, *taps), strict=False):
+        if state.dim() != 2 or state.shape[1] % parts:
+            shape = list(state.shape)
+            return f"{name} of shape {shape}, expected [tokens, a multiple of {parts}]"
+        finite = torch.isfinite(state).all(dim=1)
+        if not finite.all():
+            first = int(finite.logical_not().nonzero()[0])
+            return f"not-finite {name} at token {first}: check the base's checkpoint and kernels"
+        parts = residual.shape[1] // parts  # of taps, a layer's hidden size
     return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.checkpoint.quantization_config import with_section
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.errors import GraftError
 
@@ -31,7 +32,7 @@ _NUMBERED = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:(?:ffn|mlp)\.experts\.(\d
 
 def foreign_maker(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """Return who made a checkpoint; None for W4A16-FP8 and for what is not recognized."""
-    section = config.get("quantization_config")
+    section = with_section(config).get("quantization_config")
     section = section if isinstance(section, dict) else {}
     method, parts = section.get("quant_method"), {name.rpartition(".")[2] for name in names}
     markers = [

@@ -65,20 +65,29 @@ _MXFP4: dict[str, Any] = {
 
 
 def add_head(
-    config: dict[str, Any], head_layer: int, variant: Variant, linears: Linears
+    config: dict[str, Any], head_layer: int, variant: Variant, linears: Linears, stages: int = 0
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
-    The base's groups cover the head's attention and INT4 experts; `linears` says what the other
-    linears are (`dsv4.variants` explains it).
+    A DSpark drafter has `stages`, and as many layers from there on. The base's groups cover the
+    INT4 experts and an MTP head's attention; `linears` says what the other linears are
+    (`dsv4.variants` explains it).
     """
     layer = rf"re:.*layers\.{head_layer}\."
     projections, ffn = rf"{layer}(e_proj|h_proj)$", rf"{layer}(mtp_block\.)?ffn\."
+    fused, always = EXPERT_MATRIX, list[str]()
+    if stages:  # whose fused modules vLLM asks for by no other name
+        numbers = "|".join(str(head_layer + stage) for stage in range(stages))
+        layer = rf"re:.*layers\.({numbers})\."
+        projections, ffn = r"re:^(model\.)?main_proj$", rf"{layer}ffn\."
+        fused = "(gate_up_proj|down_proj)"
+        attention = rf"{layer}attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$"
+        always = [attention, r"re:^(model\.)?context_wkv_proj$"]
     shared = rf"{ffn}shared_experts\."
     patterns: dict[Linears, tuple[list[str], list[str]]] = {
-        "fp8": ([projections, rf"{shared}{EXPERT_MATRIX}$"], []),
-        "base": ([projections], [rf"{shared}.*"]),
-        "bf16": ([], [projections, rf"{shared}.*"]),
+        "fp8": ([*always, projections, rf"{shared}{fused}$"], []),
+        "base": ([*always, projections], [rf"{shared}.*"]),
+        "bf16": (always, [projections, rf"{shared}.*"]),
     }
     fp8, plain = patterns[linears]
     groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or []), *plain]
@@ -113,6 +122,8 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 _LOWER = BeforeValidator(lambda v: v.lower() if isinstance(v, str) else v)
 _SIDES = BeforeValidator(lambda v: [*map(int, v.split("x"))] if isinstance(v, str) else v)
 _STRATEGIES = ("tensor", "channel", "group", "block", "token", "tensor_group", "attn_head")
+_OR_NONE = BeforeValidator(lambda v: v or None)
+_WHOLE = BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)
 _Count = Annotated[int, Field(ge=-1, le=2**16, strict=True)]
 _Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(u?int|b?float|half|bool)\d*(_\w+)?$")]
 
@@ -127,7 +138,7 @@ class Arguments(BaseModel, extra="forbid"):
     type: Annotated[Literal["int", "float"], _LOWER] = "int"
     symmetric: bool = True
     strategy: Annotated[str | None, _LOWER] = None
-    group_size: _Count | None = None  # -1: a scale a channel
+    group_size: Annotated[_Count | None, _WHOLE] = None  # -1: a scale a channel
     block_structure: Annotated[tuple[_Count, _Count] | None, _SIDES] = None
     dynamic: Annotated[Literal[True, False, "local"], _LOWER] = False
     actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = None
@@ -160,18 +171,18 @@ class Group(BaseModel):
     """A scheme and the modules that have it."""
 
     targets: list[Pattern]
-    weights: Arguments | None = None
-    input_activations: Annotated[Arguments | None, BeforeValidator(lambda v: v or None)] = None
-    output_activations: Arguments | None = None
+    weights: Arguments
+    input_activations: Annotated[Arguments | None, _OR_NONE] = None
+    output_activations: Annotated[Arguments | None, _OR_NONE] = None
     format: str | None = None
 
     @property
     def kind(self) -> str:
         """Return `int4`, `int4-asymmetric`, `int8`, `mxfp4`, `nvfp4` or `fp8`; others in words."""
-        if (w := self.weights) is None:
-            return "weights null"
-        is_packed = self.format == "pack-quantized" and not (self.input_activations or w.dynamic)
+        w, inputs = self.weights, self.input_activations
+        is_packed = self.format == "pack-quantized" and not (inputs or w.dynamic)
         is_fp8 = self.format in _FP8_FORMATS and w.block_structure == (128, 128)
+        is_fp8 = is_fp8 and bool(inputs is None or inputs.dynamic)
         by = "group" if w.type == "int" and w.strategy == "channel" else str(w.strategy)
         known = {
             ("float", 4, "group", True): "mxfp4" if w.group_size == 32 else None,
@@ -183,18 +194,42 @@ class Group(BaseModel):
         }
         words = "" if w.symmetric else "asymmetric "
         words += f"{w.num_bits}-bit {w.type} by {w.strategy}, {self.format}"
+        words += f", {'dynamic' if inputs.dynamic else 'static'} inputs" if inputs else ""
         return known.get((w.type, w.num_bits, by, w.symmetric)) or words
+
+
+class _Sparsity(BaseModel):
+    format: str
+    targets: Annotated[list[str], Field(max_length=0)] | None = None
+
+
+class _Transforms(BaseModel, extra="forbid"):
+    config_groups: Annotated[dict[str, Any], Field(max_length=0)]  # none is read here
+
+
+def _read_groups(groups: Any) -> Any:
+    """Leave out the groups that vLLM leaves out unread: of a class of attention, and of nothing."""
+
+    def is_read(group: Any) -> bool:
+        match group:
+            case {"targets": []}:
+                return False
+            case {"targets": [str(only)]}:
+                return not only.endswith("Attention")
+        return True
+
+    return {k: g for k, g in groups.items() if is_read(g)} if isinstance(groups, dict) else groups
 
 
 class QuantizationConfig(BaseModel):
     """The section as vLLM reads it: which group, if any, has the scheme of a module."""
 
     quant_method: Literal["compressed-tensors"]
-    config_groups: dict[str, Group]
+    config_groups: Annotated[dict[str, Group], BeforeValidator(_read_groups)]
     format: str | None = None
     kv_cache_scheme: Arguments | None = None
-    sparsity_config: dict[str, Any] | None = None
-    transform_config: dict[str, Any] | None = None
+    sparsity_config: Annotated[_Sparsity | None, _OR_NONE] = None
+    transform_config: Annotated[_Transforms | None, _OR_NONE] = None
     ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
     _seconds: float = _MATCHING_SECONDS
 
@@ -241,7 +276,7 @@ class QuantizationConfig(BaseModel):
     def group_size(self, *kinds: str) -> int:
         """Return the inputs per scale of integers, -1 for all; GraftError if not one of `kinds`."""
         groups = self.config_groups.values()
-        sizes = {g.weights.group_size for g in groups if g.weights and g.kind in kinds}
+        sizes = {g.weights.group_size for g in groups if g.kind in kinds}
         if len(sizes) == 1 and (size := sizes.pop()):
             return size
         found = ", ".join(sorted({group.kind for group in groups}))
@@ -303,12 +338,23 @@ def _mapped(pattern: str) -> str:
     return f"model.{pattern}" if pattern.startswith("layers.") else pattern
 
 
+def with_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the section, if any, under the key and method that vLLM makes of it."""
+    section = config.get("quantization_config")
+    section = config.get("compression_config") if section is None else section
+    if isinstance(section, dict) and isinstance(method := section.get("quant_method"), str):
+        method = method.lower().replace("compressed_tensors", "compressed-tensors")
+        section = {**section, "quant_method": method}
+    found = {} if section is None else {"quantization_config": section}
+    return {k: v for k, v in config.items() if k != "compression_config"} | found
+
+
 def read_quantization(
     config: Mapping[str, Any], path: Path | str = "config.json"
 ) -> QuantizationConfig:
     """Return a config.json's section; raises GraftError for one that vLLM cannot read."""
     try:
-        return QuantizationConfig.model_validate(config.get("quantization_config"))
+        return QuantizationConfig.model_validate(with_section(config).get("quantization_config"))
     except ValidationError as error:
         raise GraftError(
             f"{path}: quantization_config: {in_words(error)}; expected the compressed-tensors "

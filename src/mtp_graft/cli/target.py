@@ -83,6 +83,7 @@ class Target:
     def identity(self, k: int | None = None) -> Result:
         """Return what tells this server from another; of ours `serve`, a command that serves so."""
         from mtp_graft.checkpoint.manifest import fingerprints
+        from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
         from mtp_graft.stages.parallel import device_name
 
         if self.checkpoint is None:
@@ -94,7 +95,8 @@ class Target:
             "-k": k,
             "--": self.extra or None,
         }
-        files = [self.checkpoint / "config.json", *sorted(self.checkpoint.glob("*.safetensors"))]
+        shards = sorted(set(read_weight_map(self.checkpoint / INDEX_NAME).values()))
+        files = [self.checkpoint / name for name in ("config.json", *shards)]
         words = ["mtp-graft", "serve", self.checkpoint.name, *command.as_words(flags)]
         return {
             "serve": shlex.join(words),

@@ -1,11 +1,11 @@
-"""What shapes and memory are computed from in a DeepSeek-V4 config.json.
+"""What shapes and memory are computed from in a DeepSeek-V4 config.json, and what vLLM stops at.
 
 Kinds of layers are in DeepSeek's keys or, without those, in transformers' (`..._types`).
 """
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -16,6 +16,11 @@ from mtp_graft.errors import GraftError
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Number = Annotated[int, Field(ge=1, le=2**9)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+#: Keys that vLLM 0.32 has no value of its own for.
+_WITHOUT_DEFAULT = (
+    *("n_shared_experts", "index_topk", "norm_topk_prob", "hc_sinkhorn_iters", "hc_eps"),
+    *("rms_norm_eps", "hidden_act", "qk_rope_head_dim", "compress_rope_theta", "swiglu_limit"),
+)
 
 
 class _Rope(BaseModel, strict=True):
@@ -27,9 +32,16 @@ class _Rope(BaseModel, strict=True):
 
 
 class Dimensions(BaseModel, strict=True):
-    """The keys without which neither tensors nor memory are known, and those that may be null."""
+    """The keys without which neither tensors nor memory are known, and others that vLLM reads.
 
-    architectures: list[Literal["DeepseekV4ForCausalLM"]] | None = None
+    Without `architectures` it takes the model for one of embeddings, without `topk_method` it has
+    no room for the routers' biases.
+    """
+
+    architectures: Annotated[list[Literal["DeepseekV4ForCausalLM"]], Field(min_length=1)]
+    topk_method: Literal["noaux_tc"]
+    hidden_act: Literal["silu"] = "silu"
+    vision_n_layers: Literal[0] = 0
     num_hidden_layers: Annotated[int, Field(ge=1, le=2**7)]
     hidden_size: _Size
     vocab_size: _Size
@@ -45,15 +57,18 @@ class Dimensions(BaseModel, strict=True):
     moe_intermediate_size: _Size
     index_head_dim: _Size
     index_n_heads: _Size
-    n_shared_experts: _Number | None = None
+    n_shared_experts: _Number = 1
+    index_topk: _Size = 512
+    norm_topk_prob: bool = True
+    hc_sinkhorn_iters: _Number = 20
+    hc_eps: _Positive = 1e-6
+    rms_norm_eps: _Positive = 1e-6
     num_nextn_predict_layers: Annotated[int, Field(ge=0, le=64)] | None = None
     num_hash_layers: Annotated[int, Field(ge=0, le=2**12)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=2**40)] | None = None
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
     compress_rates: dict[str, int] | None = None
-    rms_norm_eps: _Positive | None = None
-    hc_eps: _Positive | None = None
     rope_theta: _Positive | None = None
     compress_rope_theta: _Positive | None = None
     swiglu_limit: _Positive | None = None
@@ -61,10 +76,39 @@ class Dimensions(BaseModel, strict=True):
     rope_scaling: _Rope | None = None
 
 
+class DSparkDimensions(Dimensions):
+    """With the keys that upstream's config.json has for a DSpark drafter."""
+
+    dspark_block_size: _Number
+    dspark_markov_rank: _Size
+    dspark_noise_token_id: Annotated[int, Field(ge=0, lt=2**20)]
+    dspark_target_layer_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    n_mtp_layers: Annotated[int, Field(ge=1, le=2**6)] | None = None
+
+
+def num_stages(config: Mapping[str, Any]) -> int:
+    """Return how many stages the DSpark drafter has that a config.json describes; 0 for MTP's.
+
+    `n_mtp_layers` is vLLM's key, whose default is 3; `num_nextn_predict_layers` plays no part.
+    """
+    is_dspark = config.get("dspark_block_size") is not None
+    return (config.get("n_mtp_layers") or 3) if is_dspark else 0
+
+
+Schema = TypeVar("Schema", bound=Dimensions)
+
+
 def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> Dimensions:
     """Return the dimensions; raise GraftError naming all that are missing or of another model."""
+    return check_keys(Dimensions, config, file)
+
+
+def check_keys(
+    schema: type[Schema], config: Mapping[str, Any], file: object = "config.json"
+) -> Schema:
+    """Return a schema's keys likewise."""
     try:
-        return Dimensions.model_validate(config)
+        return schema.model_validate(config)
     except ValidationError as error:
         wrong = [
             f"has no {each['loc'][0]!r}"
@@ -92,15 +136,21 @@ def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
 
 
 def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
-    """Return transformers' keys that a vLLM stops at: 0.32 reads DeepSeek's alone, 0.33 both."""
+    """Return what a vLLM stops at: 0.32 reads all of DeepSeek's keys alone, 0.33 transformers' too.
+
+    Of absent keys 0.33 takes transformers' values, which are the Flash model's.
+    """
+    if release >= (0, 33):
+        return ""
     kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]
     own = all(config.get(key) is not None for key in ("compress_ratios", "num_hash_layers"))
-    return " and ".join(kinds) if release < (0, 33) and not (own and len(kinds) < 2) else ""
+    absent = [f"no {key}" for key in _WITHOUT_DEFAULT if key not in config]
+    return " and ".join([*(kinds if len(kinds) > 1 or not own else ()), *absent])
 
 
 def check_readable(config: Mapping[str, Any], file: object, release: tuple[int, ...]) -> None:
     """Raise GraftError for such keys."""
     if keys := unread_keys(config, release):
-        expected = "compress_ratios and num_hash_layers, which vLLM 0.32 reads"
+        expected = "DeepSeek's keys (compress_ratios, num_hash_layers, ...), which vLLM 0.32 reads"
         cure = "take vLLM 0.33, or config.json of the base's release"
         raise GraftError(f"{file}: has {keys}; expected {expected}; {cure}")

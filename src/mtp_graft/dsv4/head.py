@@ -24,17 +24,18 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 _WINDOWED = "mtp_graft_windowed"
 
 
-def one_layer_config(config: DeepseekV4Config) -> DeepseekV4Config:
-    """Return the config under which transformers builds the head's layer.
+def one_layer_config(config: DeepseekV4Config, attention: str = _WINDOWED) -> DeepseekV4Config:
+    """Return the config under which transformers builds a drafter's layer.
 
-    The head is one pure sliding-window layer with scored routing, at index 0: its real index,
-    `num_hidden_layers`, is beyond what transformers' per-layer lists cover.
+    It is one pure sliding-window layer with scored routing, at index 0: its real index,
+    `num_hidden_layers` or more, is beyond what transformers' per-layer lists cover. `attention` is
+    the name of its function there.
     """
     head = copy.deepcopy(config)
     head.num_hidden_layers = 1
     head.layer_types = ["sliding_attention"]
     head.mlp_layer_types = ["moe"]
-    head._attn_implementation = _WINDOWED
+    head._attn_implementation = attention
     head._experts_implementation = "grouped_mm"  # sorts the tokens by expert
     return head
 

@@ -6,22 +6,35 @@ and are translated from transformers', which its modules have.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtp_graft.dsv4.config import Dimensions, check_dimensions, compress_ratios
+from mtp_graft.dsv4.config import (
+    Dimensions,
+    DSparkDimensions,
+    check_dimensions,
+    check_keys,
+    compress_ratios,
+    num_stages,
+)
 from mtp_graft.errors import GraftError
 
 Shapes = dict[str, tuple[int, ...]]  # by plain name
 
 HEAD_PREFIX = "mtp.0."
 EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
+#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
+HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
 #: Modules that vLLM builds without quantization, whatever the config says.
 NEVER_QUANTIZED = re.compile(
     r"\.attn\.(indexer\.)?compressor\.|\.attn\.indexer\.weights_proj(\.|$)"
+)
+#: Matrices that are never quantized.
+PLAIN = re.compile(
+    r"(^|\.)(ffn\.gate|head|emb\.tok_emb|markov_head\.markov_w[12]|confidence_head\.proj)$"
 )
 #: Routed experts' matrices, the modules and their weights.
 EXPERT = re.compile(r"^.+\.ffn\.experts\.\d+\.w[123](\.weight)?$")
@@ -54,6 +67,8 @@ _RENAMES = (
     (r"\.(attn|ffn)_hc\.(\w+)$", r".hc_\1_\2"),
     (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
 )
+#: A stage's parameters in an `MTPHead`, which has one, and in a `DSpark`.
+OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
 _RENAMED = re.compile("|".join(pattern for pattern, _ in _RENAMES))
 
 
@@ -81,32 +96,59 @@ def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def head_from_module(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an `MTPHead` state dict (enorm, layer.*, hc_head.*) to `mtp.0.*`, experts split."""
+def head_from_module(state: Mapping[str, Tensor], stages: int = 1) -> dict[str, Tensor]:
+    """Rename the state dict of an `MTPHead`, or of a `DSpark` of `stages`, to `mtp.*`.
+
+    Experts are split. What leads into the first stage is its, what leads out is the last one's.
+    """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        inner = name.removeprefix("layer.")
+        of_stage = OF_STAGE.match(name)
+        block = 0 if name.startswith("main_") else stages - 1
+        if of_stage and of_stage[1]:
+            block = int(of_stage[1])
         # A leading dot lets the layer patterns match at the start of the name.
-        for native, part in split_experts(f".{inner}", tensor).items():
-            renamed[HEAD_PREFIX + native.lstrip(".")] = part
+        for native, part in split_experts(f".{OF_STAGE.sub('', name)}", tensor).items():
+            renamed[f"mtp.{block}{native}"] = part
     return renamed
 
 
-def upstream_head_names(found: Iterable[str], where: object) -> list[str]:
-    """Return the sorted `mtp.*` names among `found`, the tensors of the checkpoint at `where`.
+class Drafter(NamedTuple):
+    """What the `mtp.*` tensors of a checkpoint are."""
 
-    Raises GraftError if there are none, or blocks other than mtp.0.
+    kind: Literal["mtp", "dspark"]
+    stages: int
+    names: list[str]  # sorted
+
+
+def find_drafter(found: Iterable[str], where: object) -> Drafter:
+    """Return the drafter among `found`, the names of the tensors of the checkpoint at `where`.
+
+    Raises GraftError if there are none, and for blocks that are no drafter's.
     """
-    head = sorted(name for name in found if name.startswith("mtp."))
-    if not head:
+    names = sorted(name for name in found if name.startswith("mtp."))
+    if not names:
         raise GraftError(f"{where}: has no mtp.* tensors; expected the upstream master's head")
-    blocks = sorted({name.split(".")[1] for name in head})
-    if blocks != ["0"]:
+    blocks = {name.split(".")[1] for name in names}
+    is_dspark = any(name.startswith(f"{HEAD_PREFIX}main_proj.") for name in names)
+    if blocks != {str(n) for n in range(len(blocks) if is_dspark else 1)}:
+        listed = ",".join(sorted(blocks))
         raise GraftError(
-            f"{where}: has blocks mtp.{{{','.join(blocks)}}}; expected mtp.0 alone. "
-            "Three blocks are a DSpark drafter, another architecture"
+            f"{where}: has blocks mtp.{{{listed}}}; expected mtp.0 alone, or a DSpark drafter's "
+            "from mtp.0 on, with mtp.0.main_proj; a shard may be missing from the index"
         )
-    return head
+    return Drafter("dspark" if is_dspark else "mtp", len(blocks), names)
+
+
+def served_as(module: str, num_layers: int) -> str:
+    """Return the name by which vLLM asks for the scheme of one of a drafter's modules.
+
+    Its blocks are layers after the base's `num_layers`. DSpark's `wkv` is asked for a second time,
+    those of all stages as `model.context_wkv_proj`.
+    """
+    _, block, name = module.split(".", 2)
+    within = "" if name == "main_proj" else f"layers.{num_layers + int(block)}."
+    return f"model.{within}{name}"
 
 
 def storage_dtype(name: str) -> torch.dtype:
@@ -120,16 +162,36 @@ def storage_dtype(name: str) -> torch.dtype:
 
 
 def head_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shape of every decoded tensor of the head: 797 of them for Flash.
+    """Return the shape of every decoded tensor of the drafter that config.json describes.
 
-    Raises GraftError if the config lacks one of the dimensions.
+    MTP's has 797 for Flash. Raises GraftError if the config lacks one of the dimensions.
     """
+    if stages := num_stages(config):
+        return dspark_shapes(config, stages)
     c = check_dimensions(config)
     size = c.hidden_size
     projections: Shapes = {"e_proj.weight": (size, size), "h_proj.weight": (size, size)}
     norms: Shapes = {"enorm.weight": (size,), "hnorm.weight": (size,)}
     head = projections | norms | _output(c) | _layer(c)
     return {HEAD_PREFIX + name: shape for name, shape in head.items()}
+
+
+def dspark_shapes(config: Mapping[str, Any], stages: int) -> Shapes:
+    """Return the shape of every decoded tensor of a DSpark drafter: 2,376 of them for Flash.
+
+    `config` has upstream's `dspark_*` keys. Raises GraftError if it lacks one of the dimensions.
+    """
+    c = check_keys(DSparkDimensions, config)
+    size, rank, taps = c.hidden_size, c.dspark_markov_rank, len(c.dspark_target_layer_ids)
+    into: Shapes = {"main_proj.weight": (size, taps * size), "main_norm.weight": (size,)}
+    out = _output(c) | {
+        "markov_head.markov_w1.weight": (c.vocab_size, rank),
+        "markov_head.markov_w2.weight": (c.vocab_size, rank),
+        "confidence_head.proj.weight": (1, size + rank),
+    }
+    blocks = [_layer(c) for _ in range(stages)]
+    blocks[0], blocks[-1] = into | blocks[0], blocks[-1] | out
+    return {f"mtp.{s}.{name}": shape for s, b in enumerate(blocks) for name, shape in b.items()}
 
 
 def base_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -181,7 +243,7 @@ def _layer(c: Dimensions) -> Shapes:
         "ffn.gate.bias": (num_experts,),
     }
     widths = {f"experts.{e}": c.moe_intermediate_size for e in range(num_experts)}
-    widths["shared_experts"] = c.moe_intermediate_size * (c.n_shared_experts or 1)
+    widths["shared_experts"] = c.moe_intermediate_size * c.n_shared_experts
     for name, width in widths.items():
         shapes[f"ffn.{name}.w1.weight"] = (width, size)
         shapes[f"ffn.{name}.w2.weight"] = (size, width)

@@ -7,7 +7,7 @@ whose embedding it could read), S streams, D hidden size, K experts a token, V v
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
+from mtp_graft.dsv4.dspark import DSpark
 from mtp_graft.dsv4.head import MTPHead, one_layer_config
 from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.errors import GraftError
+
+Module = TypeVar("Module", MTPHead, DSpark)
 
 
 class RoutingRecorder(nn.Module):
@@ -54,12 +57,31 @@ def build_head(
         head = MTPHead(config).eval()
     if not with_experts:
         head.layer.mlp.experts = RoutingRecorder()
-    head.to_empty(device=device)
-    head.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
+    return _fill(head, config, tensors, 1, device)
+
+
+def build_dspark(
+    config: DeepseekV4Config, tensors: Mapping[str, Tensor], stages: int, *, device: str = "cpu"
+) -> DSpark:
+    """Return a DSpark drafter of `stages` likewise; `config` has upstream's `dspark_*` keys."""
+    with torch.device("meta"):
+        drafter = DSpark(config, stages).eval()
+    return _fill(drafter, config, tensors, stages, device)
+
+
+def _fill(
+    module: Module,
+    config: DeepseekV4Config,
+    tensors: Mapping[str, Tensor],
+    stages: int,
+    device: str,
+) -> Module:
+    module.to_empty(device=device)
+    module.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
     # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
-    for name, view in head_from_module(head.state_dict()).items():
+    for name, view in head_from_module(module.state_dict(), stages).items():
         view.copy_(tensors[name])
-    return head
+    return module
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions
     On a CPU, where a start takes half a minute, all are served as the base is for its capture: one
     server does for both.
     """
-    options = recording_options(checkpoint, run.path / "capture", run.recipe.capture)
+    options = recording_options(checkpoint, run.path / "capture", run.capture)
     if find_vllm().platform != "cpu":
         options = replace(options, record=None, max_num_batched_tokens=None, chunked_prefill=True)
     if k == 0:

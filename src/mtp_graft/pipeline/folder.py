@@ -15,7 +15,8 @@ from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
-from mtp_graft.recipe import Recipe
+from mtp_graft.recipe import CaptureSection, Recipe
+from mtp_graft.stages.capture import with_taps
 from mtp_graft.stages.fetch import FetchedModels, fetch
 from mtp_graft.stages.inputs import HEALED, Progress
 
@@ -66,6 +67,11 @@ class Run:
     def models(self) -> FetchedModels:
         """The folders of base and upstream, fetched if they are on the hub."""
         return fetch(self.recipe.model, self.path / "fetch", self.report)
+
+    @cached_property
+    def capture(self) -> CaptureSection:
+        """What to capture: with the taps that upstream's drafter reads."""
+        return with_taps(self.recipe.capture, self.models.upstream)
 
     @property
     def upstream(self) -> Path:

@@ -24,7 +24,7 @@ from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving import command, memory, topology
 from mtp_graft.stages import fetch
 from mtp_graft.stages.calibration import HUB, load_calibration
-from mtp_graft.stages.capture import prompts_by_source, step_tokens
+from mtp_graft.stages.capture import prompts_by_source, step_tokens, with_taps
 from mtp_graft.stages.fetch import HubError, Source, headers_of
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import open_base, plan_splice
@@ -117,11 +117,14 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     An earlier, killed run's files count as written; a finished stage needs nothing.
     """
     recipe, config, base = run.recipe, models.base.config, models.base
-    capture, served = recipe.capture, recipe.served_variants
+    capture, served = with_taps(recipe.capture, models.upstream.folder), recipe.served_variants
     sizes = {v: sum(t.nbytes for t in head.values()) for v, head in models.heads.items()}
     texts = capture.calibration_count + capture.evaluation_count
     tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
-    residuals = 2 * tokens * config["hidden_size"] * config["hc_mult"]
+    taps = capture.taps or ()
+    residuals = 2 * tokens * config["hidden_size"] * (config["hc_mult"] + len(taps))
+    if (layers := config["num_hidden_layers"]) <= max(taps, default=0):
+        raise GraftError(f"capture.taps is {list(taps)}, expected layers below the base's {layers}")
     download, spliced = disk_needs(
         (base, models.upstream), run.path, [sizes[v] for v in served], copy=recipe.splice.copy
     )

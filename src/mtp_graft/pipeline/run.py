@@ -87,7 +87,7 @@ def _capture(run: Run) -> None:
     """Capture the base; where it would be served alike, measure it on the same server."""
     if "fetch" not in run.stages:
         _fetch(run)
-    base, out, settings = run.models.base, run.path / "capture", run.recipe.capture
+    base, out, settings = run.models.base, run.path / "capture", run.capture
     options = recording_options(base, out, settings)
     with ExitStack() as stack:
         started: list[ServerClient] = []

@@ -21,11 +21,14 @@ from typer.models import ParameterInfo
 
 from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
+from mtp_graft.checkpoint.quantization_config import with_section
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
+#: Of the drafts' heads, only DSpark's has it.
+DSPARK_TENSOR = "mtp.0.main_proj.weight"
 #: vLLM's own step of a server on a CPU, in tokens.
 CPU_STEP = 2048
 #: vLLM's own limit is 10 minutes, whatever there is to be read.
@@ -88,7 +91,7 @@ TENSOR_PARALLEL_SIZE = option(
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
 _K_NAMES = ("--k", "-k", "--num-speculative-tokens")
-K_HELP = "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."
+K_HELP = "Tokens to draft a step; 0: no head. Default: 3 on GPUs, else 1; DSpark: its block."
 NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, *_K_NAMES, min=0)
 
 
@@ -123,6 +126,7 @@ class ServeOptions:
         None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", parser=_word
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
+    taps: tuple[int, ...] = ()  # layers that it also records the streams' mean after
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
     extra_args: tuple[str, ...] = argument("ARGS", "After --: arguments for vllm serve.", ())
 
@@ -230,12 +234,35 @@ def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
     expect_format(folder, "served")
     read_config(folder)
     has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
+    block = dspark_block(folder)
+    if block and platform == "cpu" and wanted != 0:
+        raise GraftError(
+            f"{folder}: has a DSpark drafter, which vLLM runs on GPUs only; use one, or --k 0"
+        )
+    if block and (wanted or 0) > block:
+        raise GraftError(f"{folder}: --k {wanted}, expected at most the DSpark block's {block}")
     if wanted and not has_head:
         raise GraftError(
             f"{folder}: {wanted} speculative tokens asked for, but the index lists no "
             f"{HEAD_PREFIX}* tensor; splice a head in first, or ask for 0"
         )
-    return (DEFAULT_K[platform] if has_head else 0) if wanted is None else wanted
+    return (block or DEFAULT_K[platform] if has_head else 0) if wanted is None else wanted
+
+
+def dspark_block(folder: Path) -> int | None:
+    """Return how many tokens a checkpoint's DSpark drafter drafts at once; None if it has none.
+
+    Raises GraftError for a config.json that does not say so.
+    """
+    from mtp_graft.checkpoint.shards import read_index
+
+    if DSPARK_TENSOR not in read_index(folder):
+        return None
+    block = read_config(folder).get(key := "dspark_block_size")
+    if type(block) is int and block > 0:
+        return block
+    found = f"{key} is {block!r}, expected the number of tokens of its DSpark drafter's block"
+    raise GraftError(f"{folder / 'config.json'}: {found}")
 
 
 def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> str | None:
@@ -247,8 +274,14 @@ def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> 
         )
     if num_draft == 0:
         return None
-    config: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": num_draft}
+    method = "dspark" if dspark_block(options.checkpoint) else "mtp"
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": num_draft}
     if quantization:
+        if method == "dspark":
+            raise GraftError(
+                f"--draft-lm-head-quantization {quantization}: {options.checkpoint} has a DSpark "
+                "drafter, expected an MTP head; leave it out"
+            )
         config["draft_lm_head_quantization"] = quantization
     # Drawn drafts are accepted more often, at temperature 0 they are greedy; vLLM's own is greedy.
     if not on_cpu and sampling != "greedy":
@@ -276,7 +309,7 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
 
 
 def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
-    from mtp_graft.checkpoint.capture import RECORD_VARIABLE
+    from mtp_graft.checkpoint.capture import RECORD_VARIABLE, TAPS_VARIABLE
 
     others = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
     env = {
@@ -288,6 +321,7 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
     }
     if options.record is not None:
         env[RECORD_VARIABLE] = str(options.record.absolute())
+        env |= {TAPS_VARIABLE: ",".join(map(str, options.taps))} if options.taps else {}
     # In the environment rather than in argv: other users of the machine can read argv.
     if options.api_key is not None:
         env["VLLM_API_KEY"] = options.api_key
@@ -319,7 +353,8 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 def start_limit_s(checkpoint: Path) -> int:
     """Return how long a server may compile and read its weights; vLLM's own variable decides."""
-    size = sum(shard.stat().st_size for shard in checkpoint.glob("*.safetensors"))
+    shards = (path for path in checkpoint.glob("*.safetensors") if path.is_file())
+    size = sum(shard.stat().st_size for shard in shards)
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
         raise GraftError(f"{START_LIMIT} is {wanted!r}, expected whole seconds")
@@ -327,11 +362,11 @@ def start_limit_s(checkpoint: Path) -> int:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's config.json; raises GraftError if it is not DeepSeek-V4's."""
+    """Return a checkpoint's config, `with_section`; raises GraftError if not DeepSeek-V4's."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
-    config = read_object(path, "a model config")
+    config = with_section(read_object(path, "a model config"))
     if (model_type := config.get("model_type")) != "deepseek_v4":
         raise GraftError(f"{path}: model_type is {model_type!r}, expected 'deepseek_v4'")
     check_dimensions(config, path)

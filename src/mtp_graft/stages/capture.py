@@ -20,12 +20,14 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence, FinishedText, read_sequences, read_texts
-from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.files import read_object, write_json
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, in_words
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, find_vllm
@@ -54,7 +56,23 @@ def recording_options(base: Path, out: Path, settings: CaptureSection) -> ServeO
         prefix_caching=False,
         num_speculative_tokens=0,
         record=out,
+        taps=settings.taps or (),
     )
+
+
+def with_taps(settings: CaptureSection, upstream: Path) -> CaptureSection:
+    """Return `settings` with the taps that upstream's DSpark drafter reads, if they name none.
+
+    Raises GraftError for a config.json that lists no layers there.
+    """
+    path, key = upstream / "config.json", "dspark_target_layer_ids"
+    config = read_object(path, "a config") if path.exists() else {}
+    if settings.taps is not None or key not in config:
+        return settings
+    try:
+        return replace(settings, taps=config[key])
+    except ValidationError as error:
+        raise GraftError(f"{path}: {key} is {config[key]!r} ({in_words(error)})") from error
 
 
 def step_tokens(max_model_len: int) -> int:
@@ -126,11 +144,13 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
     files = [base / "config.json", base / INDEX_NAME]
     files += [base / shard for shard in sorted(set(read_index(base).values()))]
-    files += sorted([*base.glob("tokenizer*"), *base.glob("chat_template*")])
+    words = [*base.glob("tokenizer*"), *base.glob("chat_template*")]
+    files += sorted(path for path in words if path.is_file())
     decisive = {
         "max_prompt_tokens": settings.max_prompt_tokens,
         "new_tokens": settings.new_tokens,
         "calibration_tokens": settings.calibration_tokens,
+        "taps": settings.taps or None,  # null, as in captures from before there were any
         "prompts": sha256(asked.encode()).hexdigest(),
         "base": manifest.fingerprints(files),
     }

@@ -52,7 +52,7 @@ from mtp_graft.stages.score import draft_steps
 
 _SHARD, _STATE = "healed.safetensors", "state.pt"
 _RESAMPLES, _ENDS = 2000, (0.025, 0.975)
-#: What the first draft's acceptance may lose: half a point.
+#: At how many of the places first drafts may be right no more: half a point.
 _MAY_LOSE = 0.005
 
 
@@ -86,7 +86,7 @@ def heal(
     manifest.claim_folder(out, {**decisive, "inputs": files})
     if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
         return finished
-    with Tensors.in_files(experts).opened() as gptq:
+    with inputs.head.named(), Tensors.in_files(experts).opened() as gptq:
         master = inputs.read_upstream([*inputs.head.files])
         stored = store_head(master, variant, gptq, group_size=group_size, linears=linears)
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
@@ -223,28 +223,35 @@ def _read_batch(inputs: Inputs, chosen: Sequence[CapturedSequence], embed: Tenso
 def _evaluate(
     head: MTPHead, lm_head: Tensor, embed: Tensor, held_out: Inputs, settings: HealSection
 ) -> dict[str, Any]:
-    """Return `length`, `by_position`, and of each of the `texts` its tokens and steps."""
+    """Return `length`, `by_position`, and of each of the `texts` its tokens and steps.
+
+    `first` is the share of all places at which the first draft is right: unlike `by_position`,
+    which has those at which a step begins, it compares two heads at the same places.
+    """
     texts: list[list[Step]] = []
+    firsts: list[bool] = []
     with parametrize.cached(), _precision(embed.device):
         lm_head = lm_head.to(head.h_proj.weight)
         for chosen in _in_batches(held_out.sequences, settings.batch_tokens):
             batch = _read_batch(held_out, chosen, embed)
             drafts = replay_drafts(head, lm_head, batch.residual, batch.embeds, k=settings.k)
             for sequence, ids, made in zip(chosen, batch.token_ids, drafts.tolist(), strict=True):
-                first = sequence.prompt_tokens
-                texts.append([*draft_steps(made[first - 1 :], ids[first:].tolist())])
+                drafted, text = (x[sequence.prompt_tokens :] for x in ([[], *made], ids.tolist()))
+                texts.append([*draft_steps(drafted, text)])
+                firsts += [a[0] == b for a, b in zip(drafted, text[1:], strict=False)]
     found = drafting_result(count_steps([step for steps in texts for step in steps]))
     return {
         "length": found["acceptance_length"],
         "by_position": found["acceptance_by_position"],
+        "first": sum(firsts) / len(firsts),
         "texts": [(sum(s.accepted + 1 for s in steps), len(steps)) for steps in texts],
     }
 
 
 def _best(curve: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return the point with the longest accepted length whose first draft has not lost more."""
-    least = curve[0]["by_position"][0] - _MAY_LOSE
-    return max((p for p in curve if p["by_position"][0] >= least), key=lambda p: p["length"])
+    least = curve[0]["first"] - _MAY_LOSE
+    return max((p for p in curve if p["first"] >= least), key=lambda p: p["length"])
 
 
 def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -256,7 +263,7 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     lengths = chosen[..., 0] / chosen[..., 1]  # [2, resamples]
     low, high = np.quantile(lengths[1] - lengths[0], _ENDS)
     before, after = (
-        {"by_position": point["by_position"], "length": point["length"]}
+        {key: point[key] for key in ("by_position", "length", "first")}
         | {"interval": np.quantile(resampled, _ENDS).tolist()}
         for point, resampled in zip(points, lengths, strict=True)
     )

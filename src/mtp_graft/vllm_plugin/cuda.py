@@ -1,4 +1,4 @@
-"""DeepSeek-V4 on NVIDIA GPUs: vLLM's own target and MTP drafter, loaded strictly, and recorded.
+"""DeepSeek-V4 on NVIDIA GPUs: vLLM's own target and drafters, loaded strictly, and recorded.
 
 In a CUDA graph that is replayed no hook of the model runs. But vLLM's V2 runner keeps a step's
 inputs and hidden states until it samples, whether the step was a graph, in pieces or eager, and the
@@ -40,6 +40,16 @@ class DeepSeekV4MTP(stock.DeepSeekV4MTP):
         return load_head(self, weights, super().load_weights)
 
 
+class DSparkDeepseekV4ForCausalLM(stock.DSparkDeepseekV4ForCausalLM):
+    """The DSpark drafter; unread checkpoint tensors and unwritten parameters are errors."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the stages' tensors, but for those of a confidence head that is switched off."""
+        if self.model.confidence_head is None:
+            weights = ((n, t) for n, t in weights if ".confidence_head." not in n)
+        return load_head(self, weights, super().load_weights)
+
+
 def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:
     """Have the runner record `target`'s prompts, if the environment names a folder for it."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -65,7 +75,7 @@ def recording_first(sample_tokens: Any, recorder: Recorder) -> Any:
         batch = step.input_batch
         recorder.record(batch.input_ids, step.hidden_states, whole_prompts(batch))
         sampled = sample_tokens(runner, *args, **kwargs)  # a drafter reads the residual
-        recorder.forget_residual()
+        recorder.forget()
         return sampled
 
     return record_and_sample

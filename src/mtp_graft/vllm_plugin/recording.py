@@ -8,6 +8,8 @@ its prompts, one prompt after the other:
     residual   bfloat16 [R, S*D], the S streams before hc_head and the final norm
     targets    int32 [R], the target's argmax after each token
     starts     int32 [prompts], the first row of each prompt
+    taps       bfloat16 [R, L*D], only with MTP_GRAFT_RECORD_TAPS=l,..: the mean over the S streams
+               after each of the L layers, that is after the feed-forward's hc_post
 
 Only prompts that one step computes whole are recorded: nothing else can be recomputed from the file
 alone. Which rows of a step those are is for `cpu/recording.py` and `cuda.py` to know.
@@ -32,7 +34,13 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.checkpoint.capture import (
+    INTACT_NAME,
+    RECORD_VARIABLE,
+    RECORDINGS,
+    SWITCH_NAME,
+    TAPS_VARIABLE,
+)
 from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.errors import GraftError
 
@@ -58,22 +66,51 @@ def make_recorder(target: Any, vllm_config: VllmConfig) -> "Recorder | None":
             "use tensor parallelism"
         )
     model = target.model
+    streams, width = model.hc_head_fn.shape
+
+    def rows(width: int) -> Tensor:
+        size = vllm_config.scheduler_config.max_num_batched_tokens, width
+        dtype, device = vllm_config.model_config.dtype, model.hc_head_fn.device
+        return torch.empty(size, dtype=dtype, device=device)
+
     if model._mtp_hidden_buffer is None:  # vLLM allocates it only if there is a drafter
-        model._mtp_hidden_buffer = torch.empty(
-            vllm_config.scheduler_config.max_num_batched_tokens,
-            model.hc_head_fn.shape[1],
-            dtype=vllm_config.model_config.dtype,
-            device=model.hc_head_fn.device,
+        model._mtp_hidden_buffer = rows(width)
+    states = {"residual": model._mtp_hidden_buffer}
+    if layers := [int(layer) for layer in os.environ.get(TAPS_VARIABLE, "").split(",") if layer]:
+        states["taps"] = rows(len(layers) * width // streams)
+        _tap(target, layers, states["taps"])
+    return Recorder(target, Path(folder), states, writes=get_tensor_model_parallel_rank() == 0)
+
+
+def _tap(target: Any, layers: Sequence[int], taps: Tensor) -> None:
+    """Have `target` write the means of its streams after `layers` into `taps` [rows, L*D].
+
+    vLLM computes them for drafters, as auxiliary states; without a drafter its runners do not
+    expect them. A hook runs while a CUDA graph is captured, so its copy is part of the graph.
+    """
+    first, end = target.model.start_layer, target.model.end_layer
+    if not first <= layers[0] <= layers[-1] < end:
+        raise GraftError(
+            f"{TAPS_VARIABLE}: layers {layers}, expected of {first} to {end - 1}, which this rank "
+            "has; see [capture] taps"
         )
-    return Recorder(target, Path(folder), writes=get_tensor_model_parallel_rank() == 0)
+    target.set_aux_hidden_state_layers(tuple(layer + 1 for layer in layers))  # as vLLM counts
+
+    def keep(_target: Any, _args: Any, output: tuple[Tensor, list[Tensor]]) -> Tensor:
+        hidden, means = output
+        torch.cat(means, dim=1, out=taps[: len(hidden)])
+        return hidden
+
+    target.register_forward_hook(keep)
 
 
 class Recorder:
     """Records steps of one target; a thread writes one recording while the next is computed."""
 
-    def __init__(self, target: Any, folder: Path, writes: bool) -> None:
+    def __init__(self, target: Any, folder: Path, states: dict[str, Tensor], writes: bool) -> None:
         self._target = target
         self._folder = folder
+        self._states = states  # buffers, which every step writes
         self._writes = writes  # other ranks only take part in the logits
         self._writer = ThreadPoolExecutor(1, "recording")
         self._written = self._writer.submit(lambda: None)
@@ -83,9 +120,10 @@ class Recorder:
         """Return whether steps are to be recorded at the moment."""
         return (self._folder / SWITCH_NAME).exists()
 
-    def forget_residual(self) -> None:
-        """Make sure that a residual row that the next step does not write is not finite."""
-        self._target.model._mtp_hidden_buffer.fill_(float("nan"))
+    def forget(self) -> None:
+        """Make sure that a row of the buffers that the next step does not write is not finite."""
+        for buffer in self._states.values():
+            buffer.fill_(float("nan"))
 
     def record(self, token_ids: Tensor, hidden: Tensor, spans: Sequence[Span]) -> None:
         """Record the prompts in the rows `spans` of the step that was just computed.
@@ -98,12 +136,11 @@ class Recorder:
         targets = [self._argmax(hidden[a:b]) for a, b in spans]
         if not self._writes:
             return
-        residual = self._target.model._mtp_hidden_buffer
         rows = {  # copies, as the next step overwrites what these are cut from
-            "token_ids": [token_ids[a:b].to("cpu", copy=True) for a, b in spans],
-            "residual": [residual[a:b].to("cpu", copy=True) for a, b in spans],
-            "targets": [each.cpu() for each in targets],
+            name: [state[a:b].to("cpu", copy=True) for a, b in spans]
+            for name, state in {"token_ids": token_ids, **self._states}.items()
         }
+        rows["targets"] = [each.cpu() for each in targets]
         self._written.result()  # at most two recordings in memory
         self._written = self._writer.submit(self._write, rows)
 
@@ -114,12 +151,9 @@ class Recorder:
 
     def _write(self, rows: dict[str, list[Tensor]]) -> None:
         lengths = torch.tensor([len(prompt) for prompt in rows["token_ids"]])
-        tensors = {
-            "token_ids": torch.cat(rows["token_ids"]).int(),
-            "residual": torch.cat(rows["residual"]),
-            "targets": torch.cat(rows["targets"]).int(),
-            "starts": (lengths.cumsum(0) - lengths).int(),
-        }
+        tensors = {name: torch.cat(parts) for name, parts in rows.items()}
+        tensors["starts"] = lengths.cumsum(0) - lengths
+        tensors |= {n: tensors[n].int() for n in ("token_ids", "targets", "starts")}
         recordings = self._folder / RECORDINGS
         earlier = [int(path.stem) for path in recordings.glob("[0-9]*.safetensors")]
         try:

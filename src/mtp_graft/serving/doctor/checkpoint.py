@@ -5,17 +5,18 @@ Tensors go by the names that vLLM reads: a misnamed one is not also a missing an
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.makers import foreign_maker
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios
-from mtp_graft.dsv4.names import from_transformers
+from mtp_graft.dsv4.names import base_shapes, from_transformers, head_shapes
 from mtp_graft.dsv4.variants import Parts, format_of, modules_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_config
@@ -25,6 +26,9 @@ _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
+
+#: Files that vLLM takes in place of the index's, wherever they are.
+CONSOLIDATED = "consolidated*.safetensors"
 
 Shards = Mapping[str, Mapping[str, Tensor]]  # shard -> its tensors, meta
 
@@ -54,8 +58,8 @@ class Checkpoint:
         except GraftError as error:
             self.quantization = error
         named, listed = set(index.values()), index.keys()
-        #: Left-over shards, which vLLM leaves out: all that they hold is listed in others.
-        self.stale = {s for s, found in shards.items() if s not in named and found.keys() <= listed}
+        #: Files that vLLM leaves out: the index does not name them, nor lacks a tensor of theirs.
+        self.stale = {s for s in shards.keys() - named if not self._lost(shards[s].keys() - listed)}
         self.shards = {s: found for s, found in shards.items() if s not in self.stale}
         held = {name: found[name] for found in self.shards.values() for name in found}
         #: Who made the checkpoint, if it is not W4A16-FP8 as config and routers say.
@@ -78,6 +82,12 @@ class Checkpoint:
         if any(g.kind in INTEGERS and g.weights.group_size == -1 for g in groups):
             self.group_size = -1  # a scale a channel, which the shapes of some matrices leave open
 
+    def _lost(self, unlisted: Set[str]) -> bool:
+        """Return whether one of these tensors is one that the config asks for."""
+        modules = modules_of({canonical_name(n, self.num_layers): torch.empty(0) for n in unlisted})
+        asked = (base_shapes(self.config) | head_shapes(self.config)) if modules else {}
+        return not modules.keys().isdisjoint(name.removesuffix(".weight") for name in asked)
+
     @property
     def misnamed(self) -> dict[str, str]:
         """Return stored name -> right name, of tensors that vLLM has no rule for as they are."""
@@ -92,11 +102,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config, index = read_config(folder), read_weight_map(folder / INDEX_NAME)
     shards: dict[str, Mapping[str, Tensor]] = {}
     unreadable: dict[str, str] = {}
-    for name in sorted({path.name for path in folder.glob("*.safetensors")} | set(index.values())):
+    named = set(index.values())
+    there = [*folder.glob("*.safetensors"), *folder.rglob(CONSOLIDATED)]
+    for name in sorted({path.relative_to(folder).as_posix() for path in there} | named):
         try:
             with Shard(folder / name) as shard:
                 shards[name] = shard.meta
         except GraftError as error:
+            if name not in named:
+                shards[name] = {}
+                continue
             unreadable[name] = str(error).removeprefix(f"{folder / name}: ")
     return Checkpoint(folder, config, index, shards, unreadable)
 

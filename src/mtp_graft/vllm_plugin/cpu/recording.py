@@ -35,7 +35,7 @@ def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:
 
     def before(*_: Any) -> None:
         if recorder.is_on:
-            recorder.forget_residual()
+            recorder.forget()
 
     def after(_target: nn.Module, _args: Any, kwargs: dict[str, Any], hidden: Tensor) -> None:
         if recorder.is_on:
