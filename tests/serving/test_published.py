@@ -104,7 +104,7 @@ def test_doctor_says_in_one_line_what_a_master_is_and_splice_takes_no_base_from_
     assert finding.found == f"DeepSeek's own FP8 and MXFP4, {what}"
     with pytest.raises(GraftError, match=rf"{name}-{FEW}: is DeepSeek's own .*, {what}; expec"):
         splice(master, folders(PREVIEW, FEW), tmp_path / "out")
-    if what == DSPARK:
+    if name == "deepseek-v4-flash-0731":  # whose copies cost seconds
         base, out = folders(BASE, FEW), tmp_path / "grafted"
         splice(base, master, out)
         assert verify(out, base, master)["ok"]
