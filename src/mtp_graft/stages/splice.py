@@ -11,7 +11,7 @@ when it is complete: a killed splice leaves only that folder, which the next one
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,10 +144,7 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    layer, quantization = base.num_layers, base.config["quantization_config"]
-    quantization = add_head(quantization, layer, variant, linears)
-    added = {"num_nextn_predict_layers": 1, "quantization_config": quantization}
-    config, is_int4 = {**base.config, **added}, variant in ("rtn", "gptq")
+    config, is_int4 = config_with_head(base.config, variant, linears), variant in ("rtn", "gptq")
     group_size = read_quantization(config).group_size("int4") if is_int4 else 128
     if group_size < 0:
         raise GraftError(
@@ -182,9 +179,23 @@ def _describe(
             f"{folder}: is a {variant} head, which is taken as it is; {wanted} was asked for: "
             "leave that out, or graft from the upstream master"
         )
+    return variant, linears_of(head)
+
+
+def linears_of(head: Container[str]) -> Linears:
+    """Return which linears a spliced head, by its names, keeps in FP8."""
     if "mtp.0.ffn.shared_experts.w1.weight_scale" in head:
-        return variant, "fp8"
-    return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
+        return "fp8"
+    return "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
+
+
+def config_with_head(
+    config: Mapping[str, Any], variant: Variant, linears: Linears
+) -> dict[str, Any]:
+    """Return a base's config.json as that of the checkpoint with the head."""
+    section, layer = config["quantization_config"], config["num_hidden_layers"]
+    section = add_head(section, layer, variant, linears)
+    return {**config, "num_nextn_predict_layers": 1, "quantization_config": section}
 
 
 def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
