@@ -63,7 +63,7 @@ _RENAMES = (
     (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
 )
 #: A stage's parameters in an `MTPHead`, which has one, and in a `DSpark`.
-_OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
+OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
 _RENAMED = re.compile("|".join(pattern for pattern, _ in _RENAMES))
 
 
@@ -98,12 +98,12 @@ def head_from_module(state: Mapping[str, Tensor], stages: int = 1) -> dict[str, 
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        of_stage = _OF_STAGE.match(name)
+        of_stage = OF_STAGE.match(name)
         block = 0 if name.startswith("main_") else stages - 1
         if of_stage and of_stage[1]:
             block = int(of_stage[1])
         # A leading dot lets the layer patterns match at the start of the name.
-        for native, part in split_experts(f".{_OF_STAGE.sub('', name)}", tensor).items():
+        for native, part in split_experts(f".{OF_STAGE.sub('', name)}", tensor).items():
             renamed[f"mtp.{block}{native}"] = part
     return renamed
 
