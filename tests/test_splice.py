@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import files
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
-from mtp_graft.checkpoint.quantization_config import add_head
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
-from mtp_graft.recipe import Variant
+from mtp_graft.recipe import Linears, Variant
 from mtp_graft.serving.doctor import diagnose
 from mtp_graft.serving.doctor.hardware import find_target
 from mtp_graft.stages.splice import splice
@@ -93,6 +93,39 @@ def test_a_checkpoint_is_the_linked_base_a_head_and_files_that_list_both(
     old, new = read_json(tiny_base / "config.json"), read_json(out / "config.json")
     added = add_head(old["quantization_config"], 4, variant, "base")
     assert new == {**old, "num_nextn_predict_layers": 1, "quantization_config": added}
+
+
+@pytest.mark.parametrize(
+    ("variant", "linears"), [("rtn", "base"), ("mxfp4", "fp8"), ("bf16", "bf16")]
+)
+def test_a_dspark_drafter_is_spliced_like_a_head(
+    tiny_base: Path, dspark: Path, tmp_path: Path, variant: Variant, linears: Linears
+) -> None:
+    out = tmp_path / "out"
+    splice(tiny_base, dspark, out, variant, linears=linears)
+    assert verify(out, tiny_base, dspark)["ok"] and not diagnose(out, find_target(gpu="cpu"))
+    config, manifest = (read_json(out / n) for n in ("config.json", "MTP_QUANT_MANIFEST.json"))
+    assert manifest["drafter"] == "dspark" and manifest["tensors"] == len(
+        load_file(out / HEAD_SHARD)
+    )
+    assert (config["n_mtp_layers"], config["is_causal"], config["dspark_block_size"]) == (
+        3,
+        False,
+        5,
+    )
+    quantization = read_quantization(config)
+    # What vLLM asks for without parts' names: a scheme under the fused names, or none at all.
+    fp8 = ["layers.5.attn.fused_wqa_wkv", "layers.6.attn.wo_b", "context_wkv_proj"]
+    fp8 += ["main_proj"] * (linears != "bf16")
+    fp8 += ["layers.4.ffn.shared_experts.gate_up_proj"] * (linears == "fp8")
+    plain = ["layers.6.ffn.shared_experts.down_proj"] * (linears != "fp8")
+    plain += ["main_proj"] * (linears == "bf16")
+    for names, kind in (fp8, "fp8"), (plain, "plain"):
+        assert {n: quantization.kind_of(quantization.group_of(f"model.{n}")) for n in names} == (
+            dict.fromkeys(names, kind)
+        )
+    edit_json(out / "config.json", lambda c: c.pop("dspark_block_size"))
+    assert "dspark-drafter" in {each.id for each in diagnose(out, find_target(gpu="cpu"))}
 
 
 @pytest.mark.parametrize("how", ["linked", "copied", "another file system", "symbolic links"])

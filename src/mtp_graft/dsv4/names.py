@@ -17,6 +17,7 @@ from mtp_graft.dsv4.config import (
     check_dimensions,
     check_keys,
     compress_ratios,
+    num_stages,
 )
 from mtp_graft.errors import GraftError
 
@@ -30,6 +31,10 @@ HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 #: Modules that vLLM builds without quantization, whatever the config says.
 NEVER_QUANTIZED = re.compile(
     r"\.attn\.(indexer\.)?compressor\.|\.attn\.indexer\.weights_proj(\.|$)"
+)
+#: Matrices that are never quantized.
+PLAIN = re.compile(
+    r"(^|\.)(ffn\.gate|head|emb\.tok_emb|markov_head\.markov_w[12]|confidence_head\.proj)$"
 )
 #: Routed experts' matrices, the modules and their weights.
 EXPERT = re.compile(r"^.+\.ffn\.experts\.\d+\.w[123](\.weight)?$")
@@ -135,18 +140,15 @@ def find_drafter(found: Iterable[str], where: object) -> Drafter:
     return Drafter("dspark" if is_dspark else "mtp", len(blocks), names)
 
 
-def upstream_head_names(found: Iterable[str], where: object) -> list[str]:
-    """Return the sorted `mtp.*` names of an MTP head, without copies of embedding and LM head.
+def served_as(module: str, num_layers: int) -> str:
+    """Return the name by which vLLM asks for the scheme of one of a drafter's modules.
 
-    Raises GraftError for another drafter.
+    Its blocks are layers after the base's `num_layers`. DSpark's `wkv` is asked for a second time,
+    those of all stages as `model.context_wkv_proj`.
     """
-    kind, stages, names = find_drafter(found, where)
-    if kind != "mtp":
-        listed = ",".join(map(str, range(stages)))
-        raise GraftError(
-            f"{where}: has blocks mtp.{{{listed}}} of a DSpark drafter; expected an MTP head's"
-        )
-    return [name for name in names if name not in HEAD_COPIES]
+    _, block, name = module.split(".", 2)
+    within = "" if name == "main_proj" else f"layers.{num_layers + int(block)}."
+    return f"model.{within}{name}"
 
 
 def storage_dtype(name: str) -> torch.dtype:
@@ -160,10 +162,12 @@ def storage_dtype(name: str) -> torch.dtype:
 
 
 def head_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shape of every decoded tensor of the head: 797 of them for Flash.
+    """Return the shape of every decoded tensor of the drafter that config.json describes.
 
-    Raises GraftError if the config lacks one of the dimensions.
+    MTP's has 797 for Flash. Raises GraftError if the config lacks one of the dimensions.
     """
+    if stages := num_stages(config):
+        return dspark_shapes(config, stages)
     c = check_dimensions(config)
     size = c.hidden_size
     projections: Shapes = {"e_proj.weight": (size, size), "h_proj.weight": (size, size)}

@@ -7,6 +7,7 @@ pass through everything here, which gives names, shapes and sizes before anythin
 Shapes: O outputs, I inputs.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -23,10 +24,10 @@ Parts = Mapping[str, Tensor]
 _PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point")
 #: Which of the head's FP8 modules are decoded to BF16 (exact); the others keep their codes. "base"
 #: is as in the base, "bf16" as in the published checkpoint.
-_DECODED: dict[Linears, tuple[str, ...]] = {
-    "fp8": (),
-    "base": ("mtp.0.ffn.shared_experts.",),
-    "bf16": ("mtp.0.ffn.shared_experts.", "mtp.0.e_proj", "mtp.0.h_proj"),
+_DECODED: dict[Linears, re.Pattern[str]] = {
+    "fp8": re.compile("$^"),
+    "base": re.compile(r"mtp\.\d+\.ffn\.shared_experts\."),
+    "bf16": re.compile(r"mtp\.\d+\.(ffn\.shared_experts\.|(e_proj|h_proj|main_proj)$)"),
 }
 
 
@@ -38,7 +39,7 @@ def store_head(
     group_size: int = 128,
     linears: Linears = "base",
 ) -> dict[str, Tensor]:
-    """Return the stored `mtp.0.*` tensors of `variant`, from upstream's or some modules of them.
+    """Return the stored `mtp.*` tensors of `variant`, from upstream's or some modules of them.
 
     Routed experts become what `variant` says. FP8 modules keep their codes or are decoded to BF16
     (exact), as `linears` says. Everything else stays as it is. Raises GraftError for parts that
@@ -55,7 +56,7 @@ def store_head(
         kept = parts
         if kind == "mxfp4":
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
-        elif kind == "fp8" and module.startswith(_DECODED[linears]):
+        elif kind == "fp8" and _DECODED[linears].match(module):
             kept = {"weight": decode(kind, parts).to(torch.bfloat16)}
         stored |= {part_name(module, part): tensor for part, tensor in kept.items()}
     return stored

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
-from mtp_graft.dsv4.names import HEAD_COPIES, head_shapes, storage_dtype, upstream_head_names
+from mtp_graft.dsv4.config import DSparkDimensions, check_keys
+from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.command import read_config
@@ -90,14 +92,14 @@ class Values(UserDict[str, Any]):
 
 
 def read_master(upstream: Path) -> Tensors:
-    """Return the head in an upstream master, by name in order, without copies of the target's.
+    """Return the drafter in an upstream master, by name in order, without copies of the target's.
 
-    Raises GraftError for one without a head, with several blocks, or with a broken shard.
+    Raises GraftError for one without, or with a broken shard.
     """
     shards = read_index(upstream, "mtp.")
     right = {name: _SCALE.sub(".scale", _BIAS.sub(".gate.bias", name)) for name in shards}
     stored = {name if new in shards else new: name for name, new in right.items()}
-    names = upstream_head_names(stored, upstream)
+    names = [n for n in find_drafter(stored, upstream).names if n not in HEAD_COPIES]
     if copies := sorted(HEAD_COPIES & shards.keys()):
         _note_copies(", ".join(copies))
     meta = read_meta(upstream, "mtp.", complete=True)
@@ -108,6 +110,21 @@ def read_master(upstream: Path) -> Tensors:
 @cache
 def _note_copies(names: str) -> None:
     logger.warning("%s: left out, since drafts take the base's embedding and LM head", names)
+
+
+def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
+    """Return what config.json has to say of a DSpark drafter; nothing of an MTP head.
+
+    `head` are its tensors' names. Raises GraftError where upstream's own does not say it.
+    """
+    kind, stages, _ = find_drafter(head, upstream)
+    if kind == "mtp":
+        return {}
+    path = upstream / "config.json"
+    given = check_keys(DSparkDimensions, read_object(path, "a drafter's config"), path)
+    # vLLM infers from the base's layers whether a block's rows see later ones: they always do.
+    said = given.model_dump(include={*DSparkDimensions.__annotations__})
+    return {**said, "n_mtp_layers": stages, "is_causal": False}
 
 
 def check_head(
@@ -214,6 +231,7 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     from mtp_graft.dsv4.replay import model_config
 
     (settings, base_map), head = read_base(base, *needed), read_master(upstream)
+    settings |= drafter_config(upstream, head.meta)
     check_head(upstream, head, settings)
     try:
         model = model_config(settings)

@@ -11,7 +11,7 @@ when it is complete: a killed splice leaves only that folder, which the next one
 import errno
 import os
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
+from mtp_graft.dsv4.config import num_stages
 from mtp_graft.dsv4.variants import modules_of, part_name, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
@@ -30,7 +31,7 @@ from mtp_graft.serving.command import Platform
 from mtp_graft.serving.doctor import examine
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.hardware import Target
-from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_master
+from mtp_graft.stages.inputs import Tensors, check_head, drafter_config, expert_files, read_master
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = (
@@ -144,7 +145,8 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    config, is_int4 = config_with_head(base.config, variant, linears), variant in ("rtn", "gptq")
+    config = config_with_head(base.config, upstream, head.meta, variant, linears)
+    is_int4 = variant in ("rtn", "gptq")
     group_size = read_quantization(config).group_size("int4") if is_int4 else 128
     if group_size < 0:
         raise GraftError(
@@ -186,16 +188,22 @@ def linears_of(head: Container[str]) -> Linears:
     """Return which linears a spliced head, by its names, keeps in FP8."""
     if "mtp.0.ffn.shared_experts.w1.weight_scale" in head:
         return "fp8"
-    return "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
+    projections = (f"mtp.0.{name}.weight_scale" for name in ("e_proj", "main_proj"))
+    return "base" if any(name in head for name in projections) else "bf16"
 
 
 def config_with_head(
-    config: Mapping[str, Any], variant: Variant, linears: Linears
+    config: Mapping[str, Any],
+    upstream: Path,
+    head: Iterable[str],
+    variant: Variant,
+    linears: Linears,
 ) -> dict[str, Any]:
-    """Return a base's config.json as that of the checkpoint with the head."""
-    section, layer = config["quantization_config"], config["num_hidden_layers"]
-    section = add_head(section, layer, variant, linears)
-    return {**config, "num_nextn_predict_layers": 1, "quantization_config": section}
+    """Return config.json of a base with a head, whose names in `upstream` these are."""
+    drafter, section = drafter_config(upstream, head), config["quantization_config"]
+    layer, stages = config["num_hidden_layers"], num_stages(drafter)
+    added = {"quantization_config": add_head(section, layer, variant, linears, stages)}
+    return {**config, "num_nextn_predict_layers": 1, **drafter, **added}
 
 
 def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:

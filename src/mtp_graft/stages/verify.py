@@ -23,7 +23,7 @@ from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import read_index
-from mtp_graft.dsv4.names import EXPERTS_PREFIX, HEAD_PREFIX, head_shapes
+from mtp_graft.dsv4.names import EXPERT, PLAIN, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Tensors, Values, expert_files, read_master
@@ -80,9 +80,9 @@ def verify(
     files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
     is_same = quant_manifest.base_provenance(base, base_map.values()) == recorded
     if is_same:
-        config = read_object(base / "config.json", "a model config")
-        expected = config_with_head(config, variant, linears_of(listed))
-        found = read_object(checkpoint / "config.json", "a model config")
+        config, names = read_object(base / "config.json", "a config"), master.files or exact.files
+        expected = config_with_head(config, upstream, names, variant, linears_of(listed))
+        found = read_object(checkpoint / "config.json", "a config")
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
         head.mismatched |= {f"config.json: {k}": "is not what splice wrote" for k in wrong}
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
@@ -148,9 +148,9 @@ def _scheme(
     name: str, shape: tuple[int, ...], layer: int, quantization: QuantizationConfig
 ) -> tuple[str, int]:
     """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
-    module = name.removeprefix(HEAD_PREFIX).removesuffix(".weight")
-    is_linear = name.endswith(".weight") and len(shape) == 2 and module != "ffn.gate"  # the router
-    key = quantization.group_of(f"model.layers.{layer}.{module}") if is_linear else None
+    module = name.removesuffix(".weight")
+    is_linear = name != module and len(shape) == 2 and not PLAIN.search(module)
+    key = quantization.group_of(served_as(module, layer)) if is_linear else None
     if key is None:
         return "plain", 1
     group = quantization.config_groups[key]
@@ -175,7 +175,7 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
     shape = parts.get(f"{name}_shape")
     if shape is not None and shape.tolist() != list(values.shape):
         return f"weight_shape is {shape.tolist()}, expected {list(values.shape)}"
-    if head.exact and (name.startswith(EXPERTS_PREFIX) or not head.master):
+    if head.exact and (EXPERT.match(name) or not head.master):
         for part, ours in parts.items():
             theirs = head.exact.get(part)
             if theirs is None or not _same(ours, theirs):
@@ -261,7 +261,7 @@ def _master_values(name: str, kind: str, master: Values) -> Tensor:
     weight, scale = master[name], master.get(f"{name.removesuffix('.weight')}.scale")
     if scale is None:
         return weight
-    if name.startswith(EXPERTS_PREFIX):
+    if EXPERT.match(name):
         return _decode_mxfp4(weight, scale)
     values = _decode_fp8(weight, _exp2(scale))
     return values.to(torch.bfloat16) if kind == "plain" else values

@@ -6,7 +6,7 @@ from copy import deepcopy
 from typing import Any, NamedTuple
 
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
-from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED
+from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED, PLAIN, served_as
 from mtp_graft.dsv4.variants import Parts, format_of, weight_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
@@ -18,8 +18,6 @@ _EXPERT_NAMES = {
     "cuda": {"w1": "w1", "w2": "w2", "w3": "w3"},
     "cpu": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
 }
-#: Matrices that are never quantized, by their name in a layer.
-_PLAIN = ("ffn.gate", "head", "emb.tok_emb")
 #: The head in a pattern, under the name that vLLM never asks for.
 _MTP = re.compile(r"^(re:\^?(?:\.\*)?)?(?:model\\?\.)?mtp(?:\\?\.0)?\\?\.")
 _WHERE = "config.json: quantization_config"
@@ -132,19 +130,19 @@ def _mismatches(checkpoint: Checkpoint) -> Iterator[_Mismatch]:
 
 def _vllm_names(module: str, parts: Parts, num_layers: int) -> dict[str, str]:
     """Return platform -> vLLM's name for a module that could be quantized; of experts the first."""
-    name = re.sub(r"^mtp\.0\.", f"layers.{num_layers}.", module)
+    name = served_as(module, num_layers) if module.startswith("mtp.") else f"model.{module}"
     weight = weight_of(parts)
     is_matrix = "" not in parts and weight is not None and weight.dim() == 2
-    if format_of(parts) is None or not is_matrix or not name.startswith("layers."):
+    if format_of(parts) is None or not is_matrix or not module.startswith(("layers.", "mtp.")):
         return {}
-    if NEVER_QUANTIZED.search(name) or name.split(".", 2)[2] in _PLAIN:
+    if NEVER_QUANTIZED.search(name) or PLAIN.search(module):
         return {}
     if not EXPERT.match(module):
-        return {"any": f"model.{name}"}
+        return {"any": name}
     experts, _, matrix = name.rpartition(".")
     if not experts.endswith(".ffn.experts.0"):
         return {}
-    return {p: f"model.{experts}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
+    return {p: f"{experts}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
 
 
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
