@@ -79,7 +79,7 @@ def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[s
         parts = _renamed(found)
         kind, values = format_of(parts), [*parts.values()]
         is_plain = kind == "plain" and len(values) == 1 and values[0].is_floating_point()
-        is_matrix = kind != "plain" and values[0].dim() == 2
+        is_matrix = kind != "plain" and getattr(weight_of(parts), "ndim", 0) == 2
         if kind is None or not (is_plain or is_matrix):
             raise GraftError(
                 f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes "
