@@ -173,6 +173,18 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def sandbox() -> None:
+    """Skip where generated code cannot be confined, as in many containers."""
+    from mtp_graft.bench.evals.sandbox import find_python
+    from mtp_graft.errors import GraftError
+
+    try:
+        find_python()
+    except GraftError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What a test measures: shown in the summary, and written to $MTP_GRAFT_MEASURED if set."""
