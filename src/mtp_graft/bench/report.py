@@ -60,9 +60,8 @@ def write_report(folder: Path, found: Json) -> Path:
     """Write `report.html` to `folder` and return its path; GraftError if the disk is full.
 
     `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `heal`, `score` and `verify`,
-    the stages' JSON; `served`, by head as `bench.decode.measure_acceptance`; and `decode`, as
-    `bench.decode.compare`: all of these None where there is nothing (`served`: empty). It has
-    `model`, `device`, `versions` by package, `on_cpu` and the capture's `concurrency`, too.
+    the stages' JSON; `served`, by head as `measure_acceptance`; `decode`, as `compare`: None where
+    there is nothing (`served`: empty); `model`, `device`, `versions`, `on_cpu`, `concurrency`.
     """
     served, decode = found["served"], found["decode"]
     heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import psutil
 from huggingface_hub import constants
@@ -229,38 +229,30 @@ def check_room(needs: Sequence[Need]) -> None:
             )
 
 
-class _Timed(NamedTuple):
-    """What one run took: a server's start in seconds, tokens a second, and seconds of stages."""
-
-    by: str
-    start: float
-    tok_s: float  # with many requests at a time
-    single_tok_s: float  # with one
-    stages: Mapping[str, float]
-
-
-_DEMO = _Timed("a demo of 288 s on two CPU cores", 23, 330, 120, {"quantize": 3.1, "score": 8.8})
+#: What a run took: which one, a server's start in seconds, tokens a second with many requests at a
+#: time and with one, and seconds of stages.
+_DEMO = ("a demo of 288 s on two CPU cores", 23, 330, 120, {"quantize": 3.1, "score": 8.8})
 #: Its 25 minutes were for 256 prompts x 256 tokens, its start that of a cold H100.
-_ACTI = _Timed("the Acti card, 2x RTX PRO 6000", 244, 256**2 / 1500, 52.8, {"quantize": 180})
+_ACTI = ("the Acti card, 2x RTX PRO 6000", 244, 256**2 / 1500, 52.8, {"quantize": 180})
 
 
 def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
     """Return `seconds` of every stage that was timed and takes long, and `by` which run."""
-    timed = _ACTI if sum(sources[0].sizes.values()) > 10 * 10**9 else _DEMO
+    is_large = sum(sources[0].sizes.values()) > 10 * 10**9
+    by, start, tok_s, single_tok_s, stages = _ACTI if is_large else _DEMO
     capture, bench, heads = recipe.capture, recipe.bench, len(recipe.served_variants)
     texts = min(bench.acceptance_count or capture.evaluation_count, capture.evaluation_count)
     captured = (capture.calibration_count + capture.evaluation_count) * capture.new_tokens
     answered = heads * texts * capture.new_tokens
     decoded = bench.count * bench.max_tokens * (2 * bench.rounds + 1)
     seconds = {
-        "capture": timed.start + captured / timed.tok_s,
-        **timed.stages,
-        "bench": (1 + heads) * timed.start + answered / timed.tok_s + decoded / timed.single_tok_s,
+        "capture": start + captured / tok_s,
+        **stages,
+        "bench": (1 + heads) * start + answered / tok_s + decoded / single_tok_s,
     }
     download = {"seconds": sum(source.bytes_to_download for source in sources) / 10**8}
-    return {"fetch": download | {"by": "100 MB a second: a guess"}} | {
-        stage: {"seconds": s, "by": timed.by} for stage, s in seconds.items()
-    }
+    times = {stage: {"seconds": s, "by": by} for stage, s in seconds.items()}
+    return {"fetch": download | {"by": "100 MB a second: a guess"}} | times
 
 
 def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any]:
