@@ -38,7 +38,7 @@ def test_the_mix_has_all_kinds_and_a_seed_gives_it_again() -> None:
 
 
 def test_a_sound_server_has_no_fault(measured: dict[str, Any]) -> None:
-    result = soaked(minutes=0.1)
+    result = soaked(minutes=0.04)
     measured |= {key: result[key] for key in ("requests", "equal", "sound", "hung_up")}
     assert result["corrupted"] == result["failures"] == [] and result["alone"] == {}
     assert result["near_ties"] == result["errors"] == result["hangs"] == 0
