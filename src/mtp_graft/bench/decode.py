@@ -353,18 +353,15 @@ def measure_acceptance(
             identical += answer == text.continuation
             report(label, len(steps), len(texts))
     counters = metrics.count_steps([step for of_text in steps.values() for step in of_text])
-    if not counters.num_drafts:
-        raise GraftError(
-            f"{client.base_url}: tells of no drafts; serve a head with k >= 1 and "
-            f"{' '.join(COUNT_DRAFTS)}"
-        )
+    accepted, drafted = counters.num_accepted_tokens, counters.num_draft_tokens
+    if not drafted:
+        cure = f"serve a head with k >= 1 and {' '.join(COUNT_DRAFTS)}"
+        raise GraftError(f"{client.base_url}: tells of no drafts; {cure}")
     return {
-        "acceptance": counters.acceptance,
-        "accepted": counters.num_accepted_tokens,
-        "drafted": counters.num_draft_tokens,
-        "interval": [
-            *metrics.wilson_interval(counters.num_accepted_tokens, counters.num_draft_tokens)
-        ],
+        "acceptance": accepted / drafted,
+        "accepted": accepted,
+        "drafted": drafted,
+        "interval": list(metrics.wilson_interval(accepted, drafted)),
         **drafting_result(counters),
         "texts": len(texts),
         "identical": identical,

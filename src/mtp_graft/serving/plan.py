@@ -50,12 +50,10 @@ def make_plan(
     room = measure_room(tensors, config, hardware, options.num_ranks, step)
     name, fitted = _fit(profile_name, options, hardware, room)
     estimate = room.estimate(fitted.max_model_len or 0, fitted.gpu_memory_utilization)
-    notes = [f"profile {name}: {profiles.PROFILES[name].why}", estimate]
-    if (
-        options.max_model_len is None
-        and fitted.max_model_len != profiles.PROFILES[name].max_model_len
-    ):
-        cut = f"the most that fits, where the profile has {profiles.PROFILES[name].max_model_len}"
+    profile = profiles.PROFILES[name]
+    notes = [f"profile {name}: {profile.why}", estimate]
+    if options.max_model_len is None and fitted.max_model_len != profile.max_model_len:
+        cut = f"the most that fits, where the profile has {profile.max_model_len}"
         notes.append(f"--max-model-len {fitted.max_model_len}: {cut}")
     fitted, adapted = adapt(fitted, hardware)
     flags = _node_flags(hardware, node_rank, master_addr)
