@@ -24,8 +24,6 @@ from mtp_graft.errors import GraftError
 Shapes = dict[str, tuple[int, ...]]  # by plain name
 
 HEAD_PREFIX = "mtp.0."
-#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
-HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
 #: Modules that vLLM builds without quantization, whatever the config says.
 NEVER_QUANTIZED = re.compile(

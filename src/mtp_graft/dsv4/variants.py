@@ -31,6 +31,10 @@ _DECODED: dict[Linears, re.Pattern[str]] = {
 }
 
 
+#: Copies of the target's that some store, for which vLLM's drafter has rules on GPUs.
+HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
+
+
 def store_head(
     upstream: Mapping[str, Tensor],
     variant: Variant,
@@ -50,8 +54,7 @@ def store_head(
         expected = ("mxfp4",) if EXPERT.match(module) else ("fp8", "plain")
         if kind not in expected:
             raise GraftError(
-                f"{module}: is {kind}, expected upstream's {' or '.join(expected)}; take the head "
-                "of DeepSeek's own release"
+                f"{module}: is {kind}, not {' or '.join(expected)}; take DeepSeek's head"
             )
         kept = parts
         if kind == "mxfp4":

@@ -26,7 +26,7 @@ from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import EXPERT, PLAIN, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.inputs import Tensors, Values, expert_files, read_master
+from mtp_graft.stages.inputs import Tensors, Values, drafter_config, expert_files, read_master
 from mtp_graft.stages.splice import base_files, config_with_head, linears_of
 
 #: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of
@@ -80,9 +80,9 @@ def verify(
     files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
     is_same = quant_manifest.base_provenance(base, base_map.values()) == recorded
     if is_same:
-        config, names = read_object(base / "config.json", "a config"), master.files or exact.files
-        expected = config_with_head(config, upstream, names, variant, linears_of(listed))
-        found = read_object(checkpoint / "config.json", "a config")
+        config, found = (read_object(f / "config.json", "a config") for f in (base, checkpoint))
+        drafter = drafter_config(upstream, master.files or exact.files)
+        expected = config_with_head(config, drafter, variant, linears_of(listed))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
         head.mismatched |= {f"config.json: {k}": "is not what splice wrote" for k in wrong}
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}

@@ -4,25 +4,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.config import num_stages, unread_keys
-from mtp_graft.dsv4.names import (
-    EXPERT,
-    FLOAT32,
-    HEAD_COPIES,
-    NEVER_QUANTIZED,
-    base_shapes,
-    head_shapes,
-)
-from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
+from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED, base_shapes, head_shapes
+from mtp_graft.dsv4.variants import HEAD_COPIES, part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
 from mtp_graft.serving.doctor.checkpoint import CONSOLIDATED, Checkpoint
 from mtp_graft.serving.doctor.findings import Defect, Finding, Severity, finding, listed, merged
@@ -42,12 +35,8 @@ _STOPS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 _GOES_ON = ("generation_config.json", "chat_template.jinja")
 
 
-class _Tokens(TypedDict):
-    vocab: dict[str, Any] | list[Any]
-
-
 class _Tokenizer(TypedDict):
-    model: _Tokens
+    model: Annotated[dict[str, Any], Field(min_length=1)]
 
 
 def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
