@@ -25,7 +25,12 @@ Shapes = dict[str, tuple[int, ...]]  # by plain name
 HEAD_PREFIX = "mtp.0."
 EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
 
-#: Modules that vLLM builds without quantization, whatever the config says.
+#: Modules that vLLM builds as the config says.
+QUANTIZED = re.compile(
+    r"^(layers\.\d+|mtp\.0)\.([eh]_proj|attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
+    r"|ffn\.(shared_experts|experts\.\d+)\.w[123])$"
+)
+#: Of those that it builds without, whatever the config says, those that the plugin decodes.
 NEVER_QUANTIZED = re.compile(
     r"\.attn\.(indexer\.)?compressor\.|\.attn\.indexer\.weights_proj(\.|$)"
 )
