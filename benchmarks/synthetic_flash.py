@@ -170,11 +170,9 @@ def write_upstream(
     shapes = head_shapes(config)
     others = {n: s for n, s in shapes.items() if not names.EXPERT.match(n)}
     stored = dict(part for n, s in others.items() for part in upstream_parts(n, s, generator))
-    bias = f"{names.HEAD_PREFIX}ffn.gate.bias"
-    if activations is None:
-        stored[bias].zero_()
-    else:
-        stored[bias] = fit_bias(config, stored, activations).cpu()
+    for bias in (name for name in stored if name.endswith(".ffn.gate.bias")):
+        fitted = activations and fit_bias(config, stored, activations).cpu()
+        stored[bias] = torch.zeros_like(stored[bias]) if fitted is None else fitted
     layout = {name: torch.empty_like(t, device="meta") for name, t in stored.items()}
     experts = [n for n in shapes if n not in others]
     for name in experts:
@@ -188,6 +186,7 @@ def write_upstream(
     stream_shard(layout, tensors(), folder / shard)
     size = sum(t.numel() * t.element_size() for t in layout.values())
     write_index(dict.fromkeys(layout, shard), size, folder)
+    write_json(config, folder / "config.json")
 
 
 def expert_layout(name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:

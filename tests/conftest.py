@@ -102,6 +102,21 @@ def spliced(tiny_model: Path, tiny_base: Path, quantized: Path) -> dict[str, Pat
 
 
 @pytest.fixture(scope="session")
+def dspark(repo_root: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An upstream with a DSpark drafter of three stages for the bundled base; random weights."""
+    from torch import Generator
+
+    from test_scripts import load
+
+    config = json.loads((tiny_model / "make" / "config.json").read_text())
+    config |= {"dspark_block_size": 5, "dspark_markov_rank": 16, "dspark_noise_token_id": 4095}
+    config |= {"dspark_target_layer_ids": [1, 2, 3], "num_nextn_predict_layers": 1}
+    folder = tmp_path_factory.mktemp("dspark") / "upstream"
+    load("synthetic_flash").write_upstream(folder, config, None, Generator().manual_seed(0))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a result of everything and its card; not to be changed."""
     from mtp_graft.bench.card import write_card
@@ -156,6 +171,18 @@ def shared_data() -> Path:
         assert not named, f"MTP_GRAFT_DATA names {folder}, which is not a folder"
         pytest.skip(f"no benchmark data: {folder} does not exist; set MTP_GRAFT_DATA to have it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> None:
+    """Skip where generated code cannot be confined, as in many containers."""
+    from mtp_graft.bench.evals.sandbox import find_python
+    from mtp_graft.errors import GraftError
+
+    try:
+        find_python()
+    except GraftError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

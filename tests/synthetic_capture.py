@@ -19,6 +19,7 @@ class Played:
     prompt_tokens: int
     token_ids: Tensor  # int [T]
     residual: Tensor  # [T, S, D]
+    taps: Tensor | None = None  # [T, L, D]
 
 
 def write_capture(folder: Path, sequences: Sequence[Played], per_recording: int = 2) -> None:
@@ -31,6 +32,8 @@ def write_capture(folder: Path, sequences: Sequence[Played], per_recording: int 
         residual = torch.cat([s.residual.flatten(1) for s in together]).bfloat16()
         targets = token_ids.roll(-1)  # as if the base had foretold every token
         tensors = {"token_ids": token_ids, "residual": residual, "targets": targets}
+        if taps := [s.taps.flatten(1) for s in together if s.taps is not None]:
+            tensors["taps"] = torch.cat(taps).bfloat16()
         save_shard(tensors, folder / RECORDINGS / name)
         start = 0
         for number, s in enumerate(together, start=first):

@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
 import run_folder as folder
-from mtp_graft.bench import charts
+from mtp_graft.bench import report
 from mtp_graft.bench.card import write_card
 from mtp_graft.errors import GraftError
 from mtp_graft.stages import publish as stage
@@ -23,7 +23,7 @@ from run_folder import GPU, HEAD, NAME, OTHER_GPU, bench, evaluated, recorded, w
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was not measured; its card's charts are not drawn."""
-    monkeypatch.setattr(charts, "_png", lambda figure: b"")
+    monkeypatch.setattr(report, "_png", lambda figure: b"")
     folder.stages(tmp_path / "run")
     return tmp_path / "run"
 

@@ -1,19 +1,16 @@
 """The report: what it says of a run, and that it is one file, whatever a model wrote."""
 
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mtp_graft.bench import charts
-from mtp_graft.bench.report import recorded_answers, write_report
-from run_folder import ACCEPTED, DRAFTED, HEAL, decoded, scored, served
-from run_folder import recorded as kept
+from mtp_graft.bench import report
+from mtp_graft.bench.report import write_report
+from run_folder import ACCEPTED, DRAFTED, HEAL, decoded, recorded, scored, served
 
-STAGES = kept("stages")
+STAGES = recorded("stages")
 ACCEPTANCE = ACCEPTED["gptq"] / DRAFTED
 RESULT = {
     "acceptance": ACCEPTANCE,
@@ -27,30 +24,6 @@ RESULT = {
 }
 
 
-def answer(
-    texts: Sequence[str], sizes: Sequence[int] = (), counted: Any = None, tokens: Any = None
-) -> dict[str, Any]:
-    """Return an answer of chunks every 0.25 s; `counted`: steps, drafted, accepted."""
-    sizes = sizes or [1] * len(texts)
-    keys = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-    return {
-        "token_ids": list(tokens or range(sum(sizes))),
-        "chunks": [[0.25 * n, size] for n, size in enumerate(sizes, start=1)],
-        "texts": list(texts),
-        "counters": counted and dict(zip(keys, counted, strict=True)),
-    }
-
-
-BASE = answer(["a", "b", "c", "d", "e", "f"])
-MTP = answer(["a", "bc", "d", "ef"], [1, 2, 1, 2], (3, 3, 2))
-
-
-def recorded(base: Any = BASE, mtp: Any = MTP, name: str = "p-0") -> Any:
-    """Return both answers to one prompt, each the only one of its turn."""
-    turns = ({"prompts": {name: [1]}, "rounds": [[timed]]} for timed in (base, mtp))
-    return recorded_answers(*turns)
-
-
 WHOLE = {
     "result": RESULT,
     "heal": HEAL,
@@ -60,7 +33,6 @@ WHOLE = {
     "served": served(),
     "decode": decoded(),
     "verify": STAGES["verify/gptq.json"],
-    "recorded": recorded(),
     "model": "some-model",
     "device": "some device",
     "versions": {"torch": "2.13.0", "vllm": "0.32.0"},
@@ -84,7 +56,7 @@ def row(*cells: str) -> str:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the slowest part of the charts."""
-    monkeypatch.setattr(charts, "_png", lambda figure: b"")
+    monkeypatch.setattr(report, "_png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +84,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         "Without any: 2 experts (2, 3), calibrated on all tokens together.",
         row("decode, tok/s", "139.5 (126.0 to 142.5)", "124.2 (105.2 to 142.7)"),
         row("drafts accepted", "–", "78.0 % (78.0 to 78.0 %)"),
-        row("p-0", "6", "4", "2 of 3", "66.7 %", "1.50", "1.00", "yes"),
         row("tensors compared", "1,575"),
         "capture 64.3 s, quantize 4.9 s, score 8.1 s, bench 118.6 s",
         "<li>gptq: with drafts, 8 requests at once, 60 of 64 texts equal the captured ones;",
@@ -147,14 +118,12 @@ def test_another_text_and_a_failed_verification_are_shown(tmp_path: Path) -> Non
 
 def test_parts_that_were_not_measured_are_named(tmp_path: Path) -> None:
     page = written(tmp_path, NOTHING)
-    assert page.count("was not measured in this run.") == 10
+    assert page.count("was not measured in this run.") == 9
     body = re.sub(r"<[^>]*>", "", page.partition("<main>")[2])
     assert not re.search(r"\d", body)
 
 
-@pytest.mark.parametrize(
-    "part", ["capture", "quantize", "score", "served", "decode", "verify", "recorded"]
-)
+@pytest.mark.parametrize("part", ["capture", "quantize", "score", "served", "decode", "verify"])
 def test_any_part_may_be_missing(part: str, tmp_path: Path) -> None:
     assert "was not measured in this run" in written(tmp_path, **{part: NOTHING[part]})
 
@@ -172,36 +141,13 @@ def test_report_needs_no_other_file_and_no_network(found: Any, tmp_path: Path) -
 
 
 def test_report_is_safe_from_what_models_and_recipes_write(tmp_path: Path) -> None:
-    texts = [
+    hostile = [
         "</script><script>alert(1)</script>",
         '<img src="http://evil.example/x.png" onerror="alert(2)">{{ 7 * 7 }}{% raw %}<!--',
-        "nul \x00 escape \x1b[31m lone \ud800 return \r tab \t line \n end",
+        "<b onclick=alert(3)>|`\x00\x1b[31m\ud800",
     ]
-    timed = answer(texts, counted=(2, 2, 0))
-    hostile = recorded(timed, timed, name="<b onclick=alert(3)>|`\x00\ud800")
-    page = written(tmp_path, recorded=hostile, model="<script>alert(4)</script>")
-    assert page.count("<script") == 2 and page.count("<img ") == 2 and "<b onclick" not in page
-    [data] = re.findall(r'<script type="application/json" id="recorded">(.*?)</script>', page)
-    [found] = json.loads(data)
-    assert [step["text"] for step in found["mtp"]["steps"]] == texts
-
-
-def test_steps_have_their_tokens_times_and_acceptance_so_far() -> None:
-    [found] = recorded()["answers"]
-    assert (found["divergence"], found["base"]["k"], found["mtp"]["k"]) == (None, 0, 1)
-    keys = ("at", "start", "tokens", "text", "accepted", "acceptance", "apart")
-    assert [tuple(step[key] for key in keys) for step in found["mtp"]["steps"]] == [
-        (0.25, 0, 1, "a", 0, None, False),
-        (0.5, 1, 2, "bc", 1, 1.0, False),
-        (0.75, 3, 1, "d", 0, 0.5, False),
-        (1.0, 4, 2, "ef", 1, 2 / 3, False),
-    ]
-    assert {step["acceptance"] for step in found["base"]["steps"]} == {None}
-
-
-def test_texts_part_with_the_step_that_has_the_first_token_that_differs() -> None:
-    other = answer(["a", "bX", "d", "eY"], [1, 2, 1, 2], (3, 3, 2), tokens=(0, 1, 7, 3, 4, 8))
-    [found] = recorded(mtp=other)["answers"]
-    assert found["divergence"] == 2
-    assert [step["apart"] for step in found["mtp"]["steps"]] == [False, True, True, True]
-    assert [step["apart"] for step in found["base"]["steps"]] == [False, False, *[True] * 4]
+    different = [{"prompt": text, "position": 3, "margin": None} for text in hostile]
+    result = {**RESULT, "greedy_identical": False, "divergences": different}
+    page = written(tmp_path, result=result, model="<script>alert(4)</script>")
+    assert "<script" not in page and page.count("<img ") == 2 and "<b onclick" not in page
+    assert "{{ 7 * 7 }}{% raw %}&lt;!--" in page and "|`��[31m�" in page

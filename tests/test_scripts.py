@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import ChainMap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.dsv4.names import dspark_shapes, find_drafter, head_from_module
 from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.serving.metrics import count_steps, drafting_result
+from mtp_graft.stages.score import draft_steps
+from synthetic_capture import random_sequences, write_capture
 
 # Benchmarks
 
@@ -177,3 +183,52 @@ def test_fake_quantization_is_what_the_stored_tensors_decode_to(
     fake = getattr(fake_quant, rule)(weight)
     assert 0 < (fake - weight).norm() / weight.norm() < 0.2
     assert torch.equal(decode_head(getattr(export, stored_by)(name, weight))[name], fake)
+
+
+# Its DSpark drafter
+
+
+def test_a_dspark_drafter_is_stored_as_it_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dspark, fake_quant = map(importlib.import_module, ("dspark", "fake_quant"))
+    texts = [
+        replace(text, taps=text.residual[:, :3])
+        for split in ("calibration", "evaluation")
+        for text in random_sequences([12, 9], hidden=256, vocab=4000, split=split)
+    ]
+    write_capture(tmp_path / "capture", texts)
+    out = tmp_path / "out"
+    words = f"dspark.py --capture {tmp_path / 'capture'} --out {out} --device cpu --steps 2"
+    words += " --anchors 4 --look-every 2 --qat-part 0.6"
+    monkeypatch.setattr(sys, "argv", words.split())
+    trainer = dspark.Trainer(dspark.parse_arguments())
+    trainer.train()
+    trainer.save()
+    stored, module = load_tensors(out), trainer.drafting.drafter
+    trained = head_from_module(dspark.compute_weights(module, fake_quant.head_format), 2)
+    decoded = decode_head(stored)
+    assert find_drafter(stored, out)[:2] == ("dspark", 2)
+    assert all(torch.equal(decoded[name], tensor) for name, tensor in trained.items())
+    config = json.loads((out / "config.json").read_text())
+    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
+    assert found == dspark_shapes(config, config["n_mtp_layers"])
+    assert sum(file.stat().st_size for file in out.iterdir()) < 16 * 2**20
+    log = map(json.loads, (out / "training-log.jsonl").read_text().splitlines())
+    looks = [line["length"] for line in log if line["event"] in ("held_out", "exported")]
+    assert len(looks) == 2 and looks[0] == looks[1]
+
+
+def test_accepted_lengths_are_those_of_score() -> None:
+    dspark, generator = importlib.import_module("dspark"), torch.Generator().manual_seed(0)
+    ids = torch.randint(2, (40,), generator=generator)
+    left = torch.cat((torch.arange(24, -1, -1), torch.arange(14, -1, -1)))
+    anchors = torch.cat((torch.arange(5, 24), torch.arange(29, 39)))
+    texts = dspark.Texts(ids, ids, left, anchors, ids, ids)
+    drafts = torch.randint(2, (len(anchors), 4), generator=generator)
+    steps = [
+        *draft_steps(drafts[:19].tolist(), ids[5:25].tolist()),
+        *draft_steps(drafts[19:].tolist(), ids[29:].tolist()),
+    ]
+    expected = drafting_result(count_steps(steps))["acceptance_length"]
+    assert dspark.accepted_length(texts, drafts) == pytest.approx(expected)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import files
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
-from mtp_graft.checkpoint.quantization_config import add_head
+from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
-from mtp_graft.recipe import Variant
+from mtp_graft.recipe import Linears, Variant
 from mtp_graft.serving.doctor import diagnose
 from mtp_graft.serving.doctor.hardware import find_target
 from mtp_graft.stages.splice import splice
@@ -95,6 +95,39 @@ def test_a_checkpoint_is_the_linked_base_a_head_and_files_that_list_both(
     assert new == {**old, "num_nextn_predict_layers": 1, "quantization_config": added}
 
 
+@pytest.mark.parametrize(
+    ("variant", "linears"), [("rtn", "base"), ("mxfp4", "fp8"), ("bf16", "bf16")]
+)
+def test_a_dspark_drafter_is_spliced_like_a_head(
+    tiny_base: Path, dspark: Path, tmp_path: Path, variant: Variant, linears: Linears
+) -> None:
+    out = tmp_path / "out"
+    splice(tiny_base, dspark, out, variant, linears=linears)
+    assert verify(out, tiny_base, dspark)["ok"] and not diagnose(out, find_target(gpu="cpu"))
+    config, manifest = (read_json(out / n) for n in ("config.json", "MTP_QUANT_MANIFEST.json"))
+    assert manifest["drafter"] == "dspark" and manifest["tensors"] == len(
+        load_file(out / HEAD_SHARD)
+    )
+    assert (config["n_mtp_layers"], config["is_causal"], config["dspark_block_size"]) == (
+        3,
+        False,
+        5,
+    )
+    quantization = read_quantization(config)
+    # What vLLM asks for without parts' names: a scheme under the fused names, or none at all.
+    fp8 = ["layers.5.attn.fused_wqa_wkv", "layers.6.attn.wo_b", "context_wkv_proj"]
+    fp8 += ["main_proj"] * (linears != "bf16")
+    fp8 += ["layers.4.ffn.shared_experts.gate_up_proj"] * (linears == "fp8")
+    plain = ["layers.6.ffn.shared_experts.down_proj"] * (linears != "fp8")
+    plain += ["main_proj"] * (linears == "bf16")
+    for names, kind in (fp8, "fp8"), (plain, "plain"):
+        assert {n: quantization.kind_of(quantization.group_of(f"model.{n}")) for n in names} == (
+            dict.fromkeys(names, kind)
+        )
+    edit_json(out / "config.json", lambda c: c.pop("dspark_block_size"))
+    assert "dspark-drafter" in {each.id for each in diagnose(out, find_target(gpu="cpu"))}
+
+
 @pytest.mark.parametrize("how", ["linked", "copied", "another file system", "symbolic links"])
 def test_files_come_along_as_links_or_copies(
     how: str, base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,10 +200,57 @@ def put(changes: dict[str, Tensor | None]) -> Damage:
     return rewrite
 
 
+def relabel(change: Callable[[str, Tensor], tuple[str, Tensor]]) -> Damage:
+    def rewrite(folder: Path) -> None:
+        changed = dict(change(name, t) for name, t in load_tensors(folder).items())
+        put({**dict.fromkeys(load_tensors(folder)), **changed})(folder)
+
+    return rewrite
+
+
+def scales(suffix: str, dtype: torch.dtype) -> Damage:
+    """Return what gives FP8 scales another name, and values or bytes of another dtype."""
+
+    def change(name: str, t: Tensor) -> tuple[str, Tensor]:
+        if not name.endswith(".scale") or ".experts." in name:
+            return name, t
+        return name.replace(".scale", suffix), t.to(dtype) if dtype.itemsize > 1 else t.view(dtype)
+
+    return relabel(change)
+
+
+#: Masters as others store them.
+REPACKED: dict[str, Damage] = {
+    "scales as bytes": scales(".scale", torch.uint8),
+    "scales in BF16": scales(".weight_scale", torch.bfloat16),
+    "scales as of DeepSeek-V3": scales(".weight_scale_inv", torch.float32),
+    "transformers' bias": relabel(
+        lambda n, t: (n.replace("te.bias", "te.e_score_correction_bias"), t)
+    ),
+    "copies of the target's": put(
+        {name: torch.zeros(2, 2) for name in ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight")}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPACKED)
+def test_a_master_that_others_repacked_gives_the_same_head(
+    spliced: dict[str, Path], tiny_base: Path, tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    upstream, out = tmp_path / "upstream", tmp_path / "out"
+    shutil.copytree(tiny_model / "upstream", upstream)
+    REPACKED[name](upstream)
+    splice(tiny_base, upstream, out)
+    assert (out / HEAD_SHARD).read_bytes() == (spliced["mxfp4"] / HEAD_SHARD).read_bytes()
+    assert verify(out, tiny_base, upstream)["ok"]
+
+
 NO_EXPERT = put({f"{EXPERT}.weight": None, f"{EXPERT}.scale": None})
 STRANGER = put({"mtp.0.emb.weight": torch.zeros(2)})
 NOT_A_NUMBER = put({"mtp.0.norm.weight": torch.full([256], torch.nan).bfloat16()})
 MISLABELLED = put({"mtp.0.norm.weight": torch.ones(256).bfloat16().view(torch.half)})
+PLAIN_EXPERT = put({f"{EXPERT}.scale": None, f"{EXPERT}.weight": torch.zeros(256, 256)})
+A_NUMBER = put({f"{EXPERT}.weight": torch.zeros((), dtype=torch.int8)})
 ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
 
 
@@ -179,12 +259,19 @@ ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
     [
         ("base", unlist("norm.weight"), r"norm\.weight: in .*, not in model.saf"),
         ("base", set_config(moe_intermediate_size=512), r"weight is \[256, 256\], expected \[5"),
-        ("base", set_config(quantization_config=None), r"base/config\.json: .*quantization_config"),
+        (
+            "base",
+            set_config(quantization_config=None),
+            r"base/config\.json: .*quantization_config.*instead",
+        ),
         ("base", lose_the_heads_experts, r"4\.ffn.* load as plain"),
         ("upstream", unlist(f"{EXPERT}.scale"), rf"does not list {EXPERT}\.scale"),
         ("upstream", NO_EXPERT, rf"{EXPERT}\.weight is none, expected \[256, 256\] .*\(1 of the"),
         ("upstream", STRANGER, r"mtp\.0\.emb\.weight is \[2\], expected none"),
-        ("upstream", NOT_A_NUMBER, r"mtp\.0\.norm: has a value that is not finite"),
+        ("upstream", NOT_A_NUMBER, r"am/model\.safetensors: mtp\.0\.norm: has a value that is no"),
+        ("upstream", PLAIN_EXPERT, rf"am/model.*{EXPERT}: is plain.*; take the head of DeepSeek's"),
+        ("upstream", A_NUMBER, rf"am/model.*{EXPERT}: has weight_packed \[\] .*; a tensor is m"),
+        ("upstream", scales(".scale", torch.float8_e4m3fn), r"am/model.*_scale .*_e4m3fn, expec"),
         ("upstream", MISLABELLED, r"norm\.weight is torch\.float16, expected torch\.bfloat16"),
         ("upstream", ROUNDED, r"hc_attn_fn is torch\.float16, expected torch\.float32"),
     ],

@@ -1,22 +1,10 @@
-"""A sandbox, and questions of our own."""
+"""Questions of our own."""
 
 import gzip
 import json
 from pathlib import Path
 
 import pytest
-
-from mtp_graft.bench.evals.sandbox import find_python
-from mtp_graft.errors import GraftError
-
-
-@pytest.fixture(scope="session")
-def sandbox() -> None:
-    """Skip where generated code cannot be confined, as in many containers."""
-    try:
-        find_python()
-    except GraftError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture

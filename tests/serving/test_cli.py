@@ -9,13 +9,13 @@ import pytest
 import typer
 
 from mtp_graft import pipeline
-from mtp_graft.bench.requests import Report
 from mtp_graft.cli.app import app
 from mtp_graft.cli.pipeline import STAGES
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.pipeline import run as stages
 from mtp_graft.recipe import Recipe
 from mtp_graft.serving import server
+from mtp_graft.serving.server import Report
 
 from .conftest import install, only_from, read_record, wait_gone
 

@@ -20,7 +20,7 @@ from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.profiles import SERVED_MODEL_NAMES
 from mtp_graft.serving.topology import named_hardware
 
-from .conftest import edit_config, install, only_from
+from .conftest import BASE_TENSORS, edit_config, install, only_from, write_checkpoint
 
 
 def value(built: ServeCommand, name: str) -> str | None:
@@ -87,6 +87,31 @@ def test_a_head_drafts_three_tokens_on_a_gpu_and_as_it_is_told_to(
     for option in (fp8, {"draft_sample_method": "greedy"}):
         with pytest.raises(UsageError, match="expected a GPU"):
             drafts(grafted, "cpu", **option)
+
+
+def test_a_dspark_drafter_drafts_its_block_on_gpus_only(tmp_path: Path, vllm: object) -> None:
+    dspark = write_checkpoint(tmp_path / "dspark", (*BASE_TENSORS, "mtp.0.main_proj.weight"))
+
+    def drafts(platform: Platform = "cuda", **options: Any) -> Any:
+        built = build_command(ServeOptions(dspark, **options), vllm_elsewhere(platform))
+        return json.loads(value(built, "--speculative-config") or "null")
+
+    with pytest.raises(GraftError, match=r"config\.json: dspark_block_size is None, expected"):
+        drafts()
+    edit_config(dspark, dspark_block_size=5)
+    usual = {"method": "dspark", "num_speculative_tokens": 5}
+    assert drafts() == {**usual, "draft_sample_method": "probabilistic"}
+    assert drafts(num_speculative_tokens=4, draft_sample_method="greedy") == {
+        **usual,
+        "num_speculative_tokens": 4,
+    }
+    assert drafts("cpu", num_speculative_tokens=0) is drafts(num_speculative_tokens=0) is None
+    with pytest.raises(GraftError, match="--k 6, expected at most the DSpark block's 5"):
+        drafts(num_speculative_tokens=6)
+    with pytest.raises(GraftError, match=r"fp8: .* has a DSpark drafter, expected an MTP"):
+        drafts(draft_lm_head_quantization="fp8")
+    with pytest.raises(GraftError, match="a DSpark drafter, which vLLM runs on GPUs only"):
+        drafts("cpu")
 
 
 def test_what_the_environment_has_is_kept(

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.bench.soak.mix import draw, make_pool
-from mtp_graft.bench.soak.run import SoakConfig, soak
+from mtp_graft.bench.soak import SoakConfig, draw, make_pool, soak
 from mtp_graft.serving.client import ServerClient
 
 from .bench_server import quiet

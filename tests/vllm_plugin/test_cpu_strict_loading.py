@@ -99,9 +99,10 @@ def test_tensors_that_loading_stops_before_are_unread() -> None:
 
 
 def test_parameters_of_the_engine_and_of_the_target_may_stay_unwritten() -> None:
-    unwritten = ("w13_weight_g_idx", "w2_g_idx_sort_indices", "embed_tokens.weight")
-    model = Small(*unwritten[:2], "x_embed_tokens")
-    model.embed_tokens = nn.Embedding(2, 2)
+    engines = ("w13_weight_g_idx", "w2_g_idx_sort_indices")
+    unwritten = (*engines, "embed_tokens.weight", "lm_head.weight")
+    model = Small(*engines, "x_embed_tokens")
+    model.embed_tokens, model.lm_head = nn.Embedding(2, 2), nn.Linear(2, 2, bias=False)
     stored = {n: tensor for n, tensor in checkpoint_of(model).items() if n not in unwritten}
 
     def load(weights: Weights) -> set[str]:
@@ -111,6 +112,18 @@ def test_parameters_of_the_engine_and_of_the_target_may_stay_unwritten() -> None
     checkpoint = {"scale": torch.ones(3), **{f"mtp.{name}": stored[name] for name in stored}}
     assert load_head(model, checkpoint.items(), load) == stored.keys()
     assert torch.equal(model.scale.data, stored["scale"])
+
+
+def test_a_module_that_vllm_built_unquantized_is_named() -> None:
+    model = Small()
+    checkpoint = {**checkpoint_of(model), "inner.weight_scale": torch.ones(1)}
+
+    def load(weights: Weights) -> set[str]:
+        parameters = dict(model.named_parameters())
+        return {name for name, tensor in weights if parameters[name].data.copy_(tensor) is not None}
+
+    with pytest.raises(GraftError, match=r"no parameter 'inner\.weight_scale'; .*unquantized"):
+        strictly(model, checkpoint, load)
 
 
 def test_a_base_is_loaded_with_decoded_compressors_and_without_its_head() -> None:
@@ -152,6 +165,9 @@ def test_a_merged_linear_needs_every_part() -> None:
 
     with pytest.raises(GraftError, match=r"gate_up\.weight \(2 of 3 parts\)"):
         strictly(model, parts, load)
+    parts = {f"{i}.part.{i}": torch.rand(layer.output_sizes[i], 8) for i in range(3)}
+    with pytest.raises(GraftError, match=r"further checkpoint tensors overwrite: gate_up\.weight;"):
+        strictly(model, {**parts, "other.part.1": parts["1.part.1"]}, load)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What `register` does to vLLM: two names, on two platforms, once or often."""
+"""What `register` does to vLLM: two or three names, on two platforms, once or often."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ NAMES = {"DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM", "DeepSeekV4MTPModel":
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
-def test_the_two_deepseek_v4_models_are_replaced_where_there_are_ours(
+def test_the_deepseek_v4_models_are_replaced_where_there_are_ours(
     platform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = dict(ModelRegistry.models)
@@ -28,5 +28,8 @@ def test_the_two_deepseek_v4_models_are_replaced_where_there_are_ours(
     vllm_plugin.register()
     changed = {k: m for k, m in ModelRegistry.models.items() if m is not before.get(k)}
     found = {name: f"{model.module_name}:{model.class_name}" for name, model in changed.items()}
-    ours = {name: f"mtp_graft.vllm_plugin.{platform}:{cls}" for name, cls in NAMES.items()}
+    names = NAMES | (
+        {"DSparkDraftModel": "DSparkDeepseekV4ForCausalLM"} if platform == "cuda" else {}
+    )
+    ours = {name: f"mtp_graft.vllm_plugin.{platform}:{cls}" for name, cls in names.items()}
     assert found == ({} if platform == "rocm" else ours)

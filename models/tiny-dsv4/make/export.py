@@ -7,9 +7,9 @@ holds the head alone in DeepSeek's own format: MXFP4 experts, FP8 linears with E
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from fake_quant import (
     FP8_LINEAR,
     FP8_UPSTREAM_ONLY,
@@ -18,7 +18,6 @@ from fake_quant import (
     mxfp4_parts,
     power_of_two_scale,
 )
-from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
@@ -69,11 +68,19 @@ def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {name: weight.to(names.storage_dtype(name))}
 
 
+def pack_e2m1(values: Tensor) -> Tensor:
+    """Return E2M1 values [O, I] as int8 [O, I/2], the lower-indexed input in the low nibble."""
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes = torch.searchsorted(magnitudes, values.abs()) + 8 * values.signbit()
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return (low + 16 * high).to(torch.uint8).view(torch.int8)
+
+
 def upstream_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     """Return the upstream storage of one tensor of the head."""
     if names.EXPERT.match(name):
         values, scale = mxfp4_parts(weight)
-        codes = pack_fp4_to_uint8(values).view(torch.int8)
+        codes = pack_e2m1(values)
     elif FP8_LINEAR.search(name) or FP8_UPSTREAM_ONLY.search(name):
         codes, scale = fp8_parts(weight, power_of_two_scale)
     else:
@@ -88,8 +95,8 @@ def export(base: dict[str, Tensor], head: dict[str, Tensor], config: Path, out: 
     the CPU in float32; `config` is the model's config.json.
     """
     settings = json.loads(config.read_text())
-    for folder in (out / "base", out / "upstream"):
-        folder.mkdir(parents=True, exist_ok=True)
+    (out / "base").mkdir(parents=True, exist_ok=True)
+    from huggingface_hub import save_torch_state_dict
 
     stored: dict[str, Tensor] = {}
     for theirs, tensor in base.items():
@@ -99,10 +106,20 @@ def export(base: dict[str, Tensor], head: dict[str, Tensor], config: Path, out: 
     quantized = {**settings, "quantization_config": QUANTIZATION}
     write_json(quantized, out / "base" / "config.json")
 
-    upstream: dict[str, Tensor] = {}
-    for name, weight in names.head_from_module(head).items():
-        upstream.update(upstream_tensors(name, weight))
-    save_shard(upstream, out / "upstream" / UPSTREAM_SHARD)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in upstream.values())
-    write_index(dict.fromkeys(upstream, UPSTREAM_SHARD), size, out / "upstream")
-    write_json({**settings, "expert_dtype": "fp4"}, out / "upstream" / "config.json")
+    write_upstream(names.head_from_module(head), settings, out / "upstream", UPSTREAM_SHARD)
+
+
+def write_upstream(
+    drafter: dict[str, Tensor], settings: dict[str, Any], out: Path, *shards: str
+) -> None:
+    """Write float32 `mtp.*` tensors as upstream does, the blocks' shards in the order of blocks."""
+    out.mkdir(parents=True, exist_ok=True)
+    held: list[dict[str, Tensor]] = [{} for _ in shards]
+    for name, weight in drafter.items():
+        held[int(name.split(".")[1])].update(upstream_tensors(name, weight))
+    for shard, tensors in zip(shards, held, strict=True):
+        save_shard(tensors, out / shard)
+    places = {name: shard for shard, h in zip(shards, held, strict=True) for name in h}
+    size = sum(tensor.nbytes for tensors in held for tensor in tensors.values())
+    write_json({**settings, "expert_dtype": "fp4"}, out / "config.json")
+    write_index(places, size, out)

@@ -23,7 +23,9 @@ FP8_MAX = 448.0
 #: Linears that are FP8 in 128 x 128 blocks, in base layers and head alike.
 FP8_LINEAR = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$")
 #: Further linears that upstream stores as FP8; the published W4A16-FP8 bases keep them in BF16.
-FP8_UPSTREAM_ONLY = re.compile(r"(^mtp\.\d+\.(e_proj|h_proj)|\.shared_experts\.w[123])\.weight$")
+FP8_UPSTREAM_ONLY = re.compile(
+    r"(^mtp\.\d+\.(e_proj|h_proj|main_proj)|\.shared_experts\.w[123])\.weight$"
+)
 
 
 def int4(weight: Tensor) -> Tensor:
@@ -112,10 +114,10 @@ def base_format(name: str) -> Callable[[Tensor], Tensor] | None:
 
 
 def head_format(name: str) -> Callable[[Tensor], Tensor] | None:
-    """Return how upstream stores this `MTPHead` parameter; None for float32."""
+    """Return how upstream stores this parameter of a drafter; None for float32."""
     if ".mlp.experts." in name:
         return mxfp4
-    native = "mtp.0" + names.from_transformers("." + name.removeprefix("layer."))
+    native = "mtp.0" + names.from_transformers("." + names.OF_STAGE.sub("", name))
     if FP8_LINEAR.search(native) or FP8_UPSTREAM_ONLY.search(native):
         return fp8_power_of_two_scale
     return None if names.FLOAT32.search(native) else bf16

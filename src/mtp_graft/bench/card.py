@@ -12,9 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 import mtp_graft
-from mtp_graft.bench import charts
+from mtp_graft.bench import report
 from mtp_graft.bench.page import as_markdown, number, percent, render
-from mtp_graft.bench.report import decode_rows, head_acceptance
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object, write_json, write_text
 from mtp_graft.checkpoint.manifest import fingerprints, read_result
@@ -71,33 +70,33 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
 def _draw(card: Json) -> Iterator[tuple[str, bytes]]:
     """Yield the charts that there are numbers for, with their file names."""
     if card["acceptance"]:
-        yield "acceptance.png", charts.acceptance_chart(card["acceptance"])
+        yield "acceptance.png", report.acceptance_chart(card["acceptance"])
     for m in card["sweep"]:
-        yield m["chart"], charts.sweep_chart(m["result"]["points"])
+        yield m["chart"], report.sweep_chart(m["result"]["points"])
     for name, (title, rows_of) in _ROW_CHARTS.items():
         if rows := [row for m in card[name] for row in rows_of(m["label"], m["result"])]:
-            yield f"{name}.png", charts.row_chart(title, rows)
+            yield f"{name}.png", report.row_chart(title, rows)
 
 
-def _decode_rows(label: str, result: Json) -> list[charts.Row]:
+def _decode_rows(label: str, result: Json) -> list[report.Row]:
     sides = {f"{label}, base": result["against"]} if result.get("against") else {}
     ours = "with MTP" if result["acceptance"] else "without drafts"
-    return decode_rows({**sides, f"{label}, {ours}": result})
+    return report.decode_rows({**sides, f"{label}, {ours}": result})
 
 
-def _workload_rows(label: str, result: Json) -> list[charts.Row]:
+def _workload_rows(label: str, result: Json) -> list[report.Row]:
     parts = {**result["categories"], "all": result}
     speeds = {f"{label}, {name}": part["decode_tok_s"] for name, part in parts.items()}
     known = ((name, speed) for name, speed in speeds.items() if speed is not None)
-    return [charts.Row(name, speed, number(speed)) for name, speed in known]
+    return [report.Row(name, speed, number(speed)) for name, speed in known]
 
 
-def _score_rows(label: str, result: Json) -> list[charts.Row]:
+def _score_rows(label: str, result: Json) -> list[report.Row]:
     shown = f"{percent(result['score'])}  ({result['correct']} of {result['total']})"
-    return [charts.Row(label, result["score"], shown, interval=result["interval"])]
+    return [report.Row(label, result["score"], shown, interval=result["interval"])]
 
 
-_ROW_CHARTS: Mapping[str, tuple[str, Callable[[str, Json], list[charts.Row]]]] = {
+_ROW_CHARTS: Mapping[str, tuple[str, Callable[[str, Json], list[report.Row]]]] = {
     "decode": ("Decode speed, one request at a time, tokens a second", _decode_rows),
     "workload": ("Everyday requests, tokens a second", _workload_rows),
     "scores": ("Share of right answers, with 95 % intervals", _score_rows),
@@ -145,7 +144,7 @@ def collect_results(run: Path) -> dict[str, Any]:
     )
     reports = {stage: read_result(run / stage / "report.json") or {} for stage in _STAGES}
     manifests = {stage: read_result(run / stage / "manifest.json") for stage in _STAGES}
-    served = {head: read_result(run / f"bench/served-{head}.json") for head in charts.HEAD_COLOURS}
+    served = {head: read_result(run / f"bench/served-{head}.json") for head in report.HEAD_COLOURS}
     card = {
         "checkpoint": spliced.identity(),
         "origins": {which: _origin(reports["fetch"], which) for which in ("base", "upstream")},
@@ -158,7 +157,7 @@ def collect_results(run: Path) -> dict[str, Any]:
         "captured": {key: reports["capture"].get(key) for key in ("sequences", "tokens")},
         "variants": reports["quantize"].get("variants", {}),
         "verify": read_result(run / "verify" / f"{spliced.variant}.json"),
-        "acceptance": head_acceptance(
+        "acceptance": report.head_acceptance(
             {head: result for head, result in served.items() if result},
             reports["score"].get("acceptance", {}),
         ),

@@ -2,44 +2,80 @@
 
 Every number is one that a stage measured, or a ratio or sum of such numbers; what was not measured
 is named as such. No dates: the same results give the same bytes.
+
+And the charts, of the card too. A head keeps its colour in all of them (Okabe and Ito's palette,
+safe for colour-blind readers). They are 6 inches wide: 600 pixels on a page, stored with twice as
+many.
 """
 
+import io
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mtp_graft.bench import charts
-from mtp_graft.bench.decode import Turn, first_difference, median_round
-from mtp_graft.bench.page import as_html, number, render
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
+
+from mtp_graft.bench.page import as_html, number, percent, render
 from mtp_graft.checkpoint.files import write_text
 
 PAGE_NAME = "report.html"
 Json = Mapping[str, Any]
+
+HEAD_COLOURS = {"rtn": "#d55e00", "gptq": "#0072b2", "mxfp4": "#009e73", "bf16": "#5c5c5c"}
+BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#bdbdbd", "#56b4e9", "#7aa6c2"
+#: By number of drafts a step.
+_K_COLOURS = {0: BASE_COLOUR, 1: "#0072b2", 2: "#d55e00", 3: "#009e73"}
+_OTHER_COLOUR = "#cc79a7"
+
+_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
+_STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same glyphs everywhere
+    "font.size": 8.5,
+    "axes.titlesize": "medium",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+class Row(NamedTuple):
+    """A row of a chart: its value, the text beside it, and the ends of its interval."""
+
+    name: str
+    value: float
+    label: str
+    colour: str = BAR_COLOUR
+    interval: Sequence[float] | None = None
 
 
 def write_report(folder: Path, found: Json) -> Path:
     """Write `report.html` to `folder` and return its path; GraftError if the disk is full.
 
     `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `heal`, `score` and `verify`,
-    the stages' JSON; `served`, by head as `bench.decode.measure_acceptance`; `decode`, as
-    `bench.decode.compare`; and `recorded`, as `recorded_answers`: all of these None where there is
-    nothing (`served`: empty). It has `model`, `device`, `versions` by package, `on_cpu` and the
-    capture's `concurrency`, too.
+    the stages' JSON; `served`, by head as `bench.decode.measure_acceptance`; and `decode`, as
+    `bench.decode.compare`: all of these None where there is nothing (`served`: empty). It has
+    `model`, `device`, `versions` by package, `on_cpu` and the capture's `concurrency`, too.
     """
     served, decode = found["served"], found["decode"]
     heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))
-    drawn = {"acceptance": charts.acceptance_chart(heads)} if heads else {}
+    drawn = {"acceptance": acceptance_chart(heads)} if heads else {}
     if decode:
         rows = decode_rows({"base": decode["against"], "with MTP": decode})
         title = "Decode speed, tokens a second: median, slowest and fastest round"
-        drawn["decode"] = charts.row_chart(title, rows)
+        drawn["decode"] = row_chart(title, rows)
     data = {
         **found,
         "heads": heads,
         # The head that the summary is about.
         "main": "gptq" if "gptq" in served else (found["verify"] or {}).get("variant", "served"),
-        "colours": {"own": charts.BASE_COLOUR, "draft": charts.MTP_COLOUR},
         "charts": {name: b64encode(png).decode() for name, png in drawn.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,59 +89,97 @@ def head_acceptance(served: Json, offline: Json) -> list[dict[str, Any]]:
 
     They are as `bench.decode.measure_acceptance` and the score stage give them.
     """
-    names = dict.fromkeys([*charts.HEAD_COLOURS, *served, *offline])
+    names = dict.fromkeys([*HEAD_COLOURS, *served, *offline])
     found = [{"name": n, "served": served.get(n), "offline": offline.get(n)} for n in names]
     return [head for head in found if head["served"] or head["offline"]]
 
 
-def decode_rows(decoded: Mapping[str, Json]) -> list[charts.Row]:
+def decode_rows(decoded: Mapping[str, Json]) -> list[Row]:
     """Return a bar for each result of `bench decode`, the base's (without acceptance) in grey."""
     rows = []
     for name, result in decoded.items():
         middle, *ends = (result["decode_tok_s"][key] for key in ("median", "min", "max"))
-        colour = charts.MTP_COLOUR if result["acceptance"] else charts.BASE_COLOUR
-        rows.append(charts.Row(name, middle, number(middle), colour, ends))
+        colour = MTP_COLOUR if result["acceptance"] else BASE_COLOUR
+        rows.append(Row(name, middle, number(middle), colour, ends))
     return rows
 
 
-def recorded_answers(base: Turn | None, mtp: Turn | None) -> dict[str, Any] | None:
-    """Return the answers of the rounds with the median speed; None if there are none.
+# Charts: plain numbers in, PNG bytes out
 
-    Keys: `base` and `mtp`, each with `round` (from 1) and `rounds`; and `answers`, for each prompt
-    `id`, `divergence` (the first token that differs, None if none does), `base` and `mtp`: `k` (0:
-    nothing was drafted), `counters` (the server's), `seconds`, `tokens` and `steps` [{`at` (seconds
-    from the request), `start` (its first token), `tokens`, `text`, `apart` (whether the other
-    answer differs by then), `accepted` (drafts), `acceptance` (so far, None where unknown)}].
+
+def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes:
+    """Draw horizontal bars from 0 on, or dots for shares, on the part of the axis that matters."""
+    with _figure(title, 0.6 + 0.3 * len(rows)) as figure:
+        axes = figure.subplots()
+        for y, row in enumerate(rows):
+            if shares:
+                axes.plot(row.value, y, "o", markersize=6, color=row.colour)
+            else:
+                axes.barh(y, row.value, height=0.6, color=row.colour)
+            if row.interval:
+                axes.plot(row.interval, [y, y], "|-", color=row.colour if shares else "black")
+            axes.text(1.01, y, row.label, va="center", transform=axes.get_yaxis_transform())
+        axes.margins(x=0.15 if shares else 0.03)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [row.name for row in rows])
+        axes.xaxis.set_major_formatter(_PERCENT)
+        axes.xaxis.set_major_locator(MaxNLocator(6) if shares else NullLocator())
+        axes.grid(shares, axis="x")
+        return _png(figure)
+
+
+def acceptance_chart(heads: Sequence[Json]) -> bytes:
+    """Draw how often each head's first draft of a step is accepted, served and offline.
+
+    `heads` is what `head_acceptance` returns.
     """
-    if base is None or mtp is None:
-        return None
-    turns, answers = {"base": base, "mtp": mtp}, []
-    chosen = {side: median_round(turn) for side, turn in turns.items()}
-    rounds = (turn["rounds"][chosen[side]] for side, turn in turns.items())
-    for prompt, ours, theirs in zip(base["prompts"], *rounds, strict=True):
-        divergence = first_difference(ours["token_ids"], theirs["token_ids"])
-        sides = {"base": _steps(ours, divergence), "mtp": _steps(theirs, divergence)}
-        answers.append({"id": prompt, "divergence": divergence, **sides})
-    told = {s: {"round": chosen[s] + 1, "rounds": len(turn["rounds"])} for s, turn in turns.items()}
-    return told | {"answers": answers}
+
+    def row(head: str, where: str, rate: float, interval: Sequence[float]) -> Row:
+        colour = HEAD_COLOURS.get(head, _OTHER_COLOUR)
+        return Row(f"{head}, {where}", rate, percent(rate), colour, interval)
+
+    rows = []
+    for head in heads:
+        if served := head["served"]:
+            rates, intervals = "acceptance_by_position", "acceptance_by_position_interval"
+            rows.append(row(head["name"], "served", served[rates][0], served[intervals][0]))
+        if offline := head["offline"]:
+            rows.append(row(head["name"], "offline", offline["top1"], offline["interval"]))
+    title = "First draft of a step: share accepted, with 95 % intervals"
+    return row_chart(title, rows, shares=True)
 
 
-def _steps(answer: Json, divergence: int | None) -> dict[str, Any]:
-    """Return an answer's steps, a chunk each.
+def sweep_chart(points: Sequence[Json]) -> bytes:
+    """Draw tokens a second, of all requests and of one; `points` are sorted by concurrency."""
+    panels = {"aggregate_tok_s": "all requests together", "per_stream_tok_s": "each request"}
+    with _figure("Decode speed under load, tokens a second", 2.8) as figure:
+        for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            for k in dict.fromkeys(point["k"] for point in points):
+                of_k = [p for p in points if p["k"] == k and p[key] is not None]
+                xs, ys = [p["concurrency"] for p in of_k], [p[key] for p in of_k]
+                colour = _K_COLOURS.get(k, _OTHER_COLOUR)
+                axes.plot(xs, ys, "o-", color=colour, markersize=4, label=f"k = {k}")
+            axes.set_title(title, fontweight="bold")
+            axes.set_xlabel("concurrency")
+            axes.set_xticks(sorted({point["concurrency"] for point in points}))
+            axes.set_ylim(0, None)
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.grid(axis="y")
+            axes.legend(loc="lower right")
+        return _png(figure)
 
-    A chunk has the accepted drafts, then one token of the step's own; the first is prefill's.
-    """
-    counters = answer["counters"]
-    k = counters["num_draft_tokens"] // max(1, counters["num_drafts"]) if counters else 0
-    steps: list[dict[str, Any]] = []
-    start = accepted = 0
-    for n, ((at, size), text) in enumerate(zip(answer["chunks"], answer["texts"], strict=True)):
-        new = min(size - 1, k) if n else 0  # a slow client gets several steps in one chunk
-        accepted += new
-        step = {"at": round(at, 6), "start": start, "tokens": size, "text": text, "accepted": new}
-        start += size
-        step["apart"] = divergence is not None and start > divergence
-        step["acceptance"] = accepted / (n * k) if n and k else None
-        steps.append(step)
-    seconds = answer["chunks"][-1][0]
-    return {"k": k, "counters": counters, "seconds": seconds, "tokens": start, "steps": steps}
+
+@contextmanager
+def _figure(title: str, height: float) -> Iterator[Figure]:
+    """Give a figure in our style, whatever the user's matplotlibrc says; restore that after."""
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(6.0, height), dpi=200)
+        figure.suptitle(title, x=0.012, ha="left", fontsize=10.0, fontweight="bold")
+        yield figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # matplotlib's version would change the bytes without changing the picture.
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -12,12 +12,12 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
-from mtp_graft.bench.decode import DecodeConfig
-from mtp_graft.bench.requests import Report, measured
+from mtp_graft.bench.decode import DecodeConfig, measured
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
+from mtp_graft.serving.server import Report
 
 #: Starts a server that drafts this many tokens, or finds one that runs.
 ServeK = Callable[[int], AbstractContextManager[ServerClient]]

@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
-from mtp_graft.bench.requests import Answer, Report, measured, time_answer, timing
+from mtp_graft.bench.decode import Answer, measured, time_answer, timing
 from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.server import Report
 
 _PATH = "/v1/chat/completions"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NotRequired
 
 import yaml  # type: ignore[import-untyped]
 from typing_extensions import TypedDict
@@ -44,6 +44,7 @@ _FP8, _BF16 = "upstream FP8 codes, scales as BF16 (exact)", "upstream FP8 decode
 class Manifest(TypedDict):
     """The content of MTP_QUANT_MANIFEST.json."""
 
+    drafter: NotRequired[str]  # "mtp" or "dspark"; without it "mtp"
     variant: Variant
     is_final_quality_preserving: bool
     method: str
@@ -93,12 +94,15 @@ def manifest(
 ) -> Manifest:
     """Return the manifest of a head; `config` is the new checkpoint's config.json."""
     expert = f"model.layers.{config['num_hidden_layers']}.ffn.experts.0.w1"
+    is_dspark = config.get("dspark_block_size") is not None
     groups = config["quantization_config"]["config_groups"]
     scheme = groups.get(read_quantization(config).group_of(expert))
     calibration = None
     if variant == "gptq" and report is not None:
         calibration = {k: v for k, v in report.items() if k not in ("variants", "rel_errors")}
+    others = "norms, gate, attn_sink, hc_*"
     return {
+        "drafter": "dspark" if is_dspark else "mtp",
         "variant": variant,
         "is_final_quality_preserving": calibration is not None or variant in ("mxfp4", "bf16"),
         "method": _METHODS[variant],
@@ -109,9 +113,9 @@ def manifest(
         },
         "other_tensors": {
             "attn.{wq_a,wq_b,wkv,wo_a,wo_b}": _FP8,
-            "e_proj, h_proj": _BF16 if linears == "bf16" else _FP8,
+            "main_proj" if is_dspark else "e_proj, h_proj": _BF16 if linears == "bf16" else _FP8,
             "ffn.shared_experts.{w1,w2,w3}": _FP8 if linears == "fp8" else _BF16,
-            "norms, gate, attn_sink, hc_*": "as upstream, F32 kept F32",
+            others + ", markov_head, confidence_head" * is_dspark: "as upstream, F32 kept F32",
         },
         "tensors": num_tensors,
         "bytes": num_bytes,
@@ -159,7 +163,7 @@ def manifest_text(content: Manifest) -> str:
         if value is not None and not isinstance(value, list)
     )
     return (
-        f"# The MTP head of this checkpoint\n\n| | |\n| --- | --- |\n{rows}\nThe base's shards "
+        f"# The draft head of this checkpoint\n\n| | |\n| --- | --- |\n{rows}\nThe base's shards "
         f"are unchanged. Hashes of what this was made of are in `{MANIFEST_NAME}`.\n"
     )
 

@@ -65,20 +65,29 @@ _MXFP4: dict[str, Any] = {
 
 
 def add_head(
-    config: dict[str, Any], head_layer: int, variant: Variant, linears: Linears
+    config: dict[str, Any], head_layer: int, variant: Variant, linears: Linears, stages: int = 0
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
-    The base's groups cover the head's attention and INT4 experts; `linears` says what the other
-    linears are (`dsv4.variants` explains it).
+    A DSpark drafter has `stages`, and as many layers from there on. The base's groups cover the
+    INT4 experts and an MTP head's attention; `linears` says what the other linears are
+    (`dsv4.variants` explains it).
     """
     layer = rf"re:.*layers\.{head_layer}\."
     projections, ffn = rf"{layer}(e_proj|h_proj)$", rf"{layer}(mtp_block\.)?ffn\."
+    fused, always = EXPERT_MATRIX, list[str]()
+    if stages:  # whose fused modules vLLM asks for by no other name
+        numbers = "|".join(str(head_layer + stage) for stage in range(stages))
+        layer = rf"re:.*layers\.({numbers})\."
+        projections, ffn = r"re:^(model\.)?main_proj$", rf"{layer}ffn\."
+        fused = "(gate_up_proj|down_proj)"
+        attention = rf"{layer}attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$"
+        always = [attention, r"re:^(model\.)?context_wkv_proj$"]
     shared = rf"{ffn}shared_experts\."
     patterns: dict[Linears, tuple[list[str], list[str]]] = {
-        "fp8": ([projections, rf"{shared}{EXPERT_MATRIX}$"], []),
-        "base": ([projections], [rf"{shared}.*"]),
-        "bf16": ([], [projections, rf"{shared}.*"]),
+        "fp8": ([*always, projections, rf"{shared}{fused}$"], []),
+        "base": ([*always, projections], [rf"{shared}.*"]),
+        "bf16": (always, [projections, rf"{shared}.*"]),
     }
     fp8, plain = patterns[linears]
     groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or []), *plain]

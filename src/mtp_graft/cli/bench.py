@@ -66,8 +66,13 @@ def bench_decode(
     With --against, both servers take turns (base, MTP, MTP, base, ...) and the ratio of their
     speeds comes with an interval.
     """
-    from mtp_graft.bench.decode import DecodeConfig, decode_result, measure_alternating, serve_turn
-    from mtp_graft.bench.requests import measured
+    from mtp_graft.bench.decode import (
+        DecodeConfig,
+        decode_result,
+        measure_alternating,
+        measured,
+        serve_turn,
+    )
 
     if against is None and pairs is not None:
         raise typer.BadParameter("--pairs needs --against")
@@ -230,8 +235,8 @@ def bench_soak(
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Compare answers under load with the same requests asked alone; 1 if any is corrupted."""
-    from mtp_graft.bench.requests import measured
-    from mtp_graft.bench.soak.run import SoakConfig, soak
+    from mtp_graft.bench.decode import measured
+    from mtp_graft.bench.soak import SoakConfig, soak
     from mtp_graft.serving.client import ServerClient
 
     config, k = SoakConfig(minutes, concurrency, seed), target.num_drafts(k)
@@ -293,8 +298,8 @@ def _evaluate(
             f"bench {name} needs Inspect: pip install 'mtp-graft[evals]', or in a checkout "
             ".venv/bin/pip install -e '.[evals]'"
         )
+    from mtp_graft.bench.decode import measured
     from mtp_graft.bench.evals.run import TASKS, find_model, run_task
-    from mtp_graft.bench.requests import measured
 
     if target.checkpoint or k is not None:  # a running server need not be vLLM
         k = target.num_drafts(k)

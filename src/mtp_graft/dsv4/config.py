@@ -83,6 +83,16 @@ class DSparkDimensions(Dimensions):
     dspark_markov_rank: _Size
     dspark_noise_token_id: Annotated[int, Field(ge=0, lt=2**20)]
     dspark_target_layer_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    n_mtp_layers: Annotated[int, Field(ge=1, le=2**6)] | None = None
+
+
+def num_stages(config: Mapping[str, Any]) -> int:
+    """Return how many stages the DSpark drafter has that a config.json describes; 0 for MTP's.
+
+    `n_mtp_layers` is vLLM's key, whose default is 3; `num_nextn_predict_layers` plays no part.
+    """
+    is_dspark = config.get("dspark_block_size") is not None
+    return (config.get("n_mtp_layers") or 3) if is_dspark else 0
 
 
 Schema = TypeVar("Schema", bound=Dimensions)

@@ -17,6 +17,7 @@ from mtp_graft.dsv4.config import (
     check_dimensions,
     check_keys,
     compress_ratios,
+    num_stages,
 )
 from mtp_graft.errors import GraftError
 
@@ -24,10 +25,12 @@ Shapes = dict[str, tuple[int, ...]]  # by plain name
 
 HEAD_PREFIX = "mtp.0."
 EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
+#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
+HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
 #: Modules that vLLM builds as the config says.
 QUANTIZED = re.compile(
-    r"^(layers\.\d+|mtp\.0)\.([eh]_proj|attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
+    r"^(layers|mtp)\.\d+\.((e|h|main)_proj|attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
     r"|ffn\.(shared_experts|experts\.\d+)\.w[123])$"
 )
 #: Of those that it builds without, whatever the config says, those that the plugin decodes.
@@ -66,7 +69,7 @@ _RENAMES = (
     (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
 )
 #: A stage's parameters in an `MTPHead`, which has one, and in a `DSpark`.
-_OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
+OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
 _RENAMED = re.compile("|".join(pattern for pattern, _ in _RENAMES))
 
 
@@ -101,12 +104,12 @@ def head_from_module(state: Mapping[str, Tensor], stages: int = 1) -> dict[str, 
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        of_stage = _OF_STAGE.match(name)
+        of_stage = OF_STAGE.match(name)
         block = 0 if name.startswith("main_") else stages - 1
         if of_stage and of_stage[1]:
             block = int(of_stage[1])
         # A leading dot lets the layer patterns match at the start of the name.
-        for native, part in split_experts(f".{_OF_STAGE.sub('', name)}", tensor).items():
+        for native, part in split_experts(f".{OF_STAGE.sub('', name)}", tensor).items():
             renamed[f"mtp.{block}{native}"] = part
     return renamed
 
@@ -138,15 +141,15 @@ def find_drafter(found: Iterable[str], where: object) -> Drafter:
     return Drafter("dspark" if is_dspark else "mtp", len(blocks), names)
 
 
-def upstream_head_names(found: Iterable[str], where: object) -> list[str]:
-    """Return the sorted `mtp.*` names of an MTP head; raise GraftError for another drafter."""
-    kind, stages, names = find_drafter(found, where)
-    if kind != "mtp":
-        listed = ",".join(map(str, range(stages)))
-        raise GraftError(
-            f"{where}: has blocks mtp.{{{listed}}} of a DSpark drafter; expected an MTP head's"
-        )
-    return names
+def served_as(module: str, num_layers: int) -> str:
+    """Return the name by which vLLM asks for the scheme of one of a drafter's modules.
+
+    Its blocks are layers after the base's `num_layers`. DSpark's `wkv` is asked for a second time,
+    those of all stages as `model.context_wkv_proj`.
+    """
+    _, block, name = module.split(".", 2)
+    within = "" if name == "main_proj" else f"layers.{num_layers + int(block)}."
+    return f"model.{within}{name}"
 
 
 def storage_dtype(name: str) -> torch.dtype:
@@ -160,10 +163,12 @@ def storage_dtype(name: str) -> torch.dtype:
 
 
 def head_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shape of every decoded tensor of the head: 797 of them for Flash.
+    """Return the shape of every decoded tensor of the drafter that config.json describes.
 
-    Raises GraftError if the config lacks one of the dimensions.
+    MTP's has 797 for Flash. Raises GraftError if the config lacks one of the dimensions.
     """
+    if stages := num_stages(config):
+        return dspark_shapes(config, stages)
     c = check_dimensions(config)
     size = c.hidden_size
     projections: Shapes = {"e_proj.weight": (size, size), "h_proj.weight": (size, size)}

@@ -7,6 +7,7 @@ pass through everything here, which gives names, shapes and sizes before anythin
 Shapes: O outputs, I inputs.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -23,10 +24,10 @@ Parts = Mapping[str, Tensor]
 _PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point")
 #: Which of the head's FP8 modules are decoded to BF16 (exact); the others keep their codes. "base"
 #: is as in the base, "bf16" as in the published checkpoint.
-_DECODED: dict[Linears, tuple[str, ...]] = {
-    "fp8": (),
-    "base": ("mtp.0.ffn.shared_experts.",),
-    "bf16": ("mtp.0.ffn.shared_experts.", "mtp.0.e_proj", "mtp.0.h_proj"),
+_DECODED: dict[Linears, re.Pattern[str]] = {
+    "fp8": re.compile("$^"),
+    "base": re.compile(r"mtp\.\d+\.ffn\.shared_experts\."),
+    "bf16": re.compile(r"mtp\.\d+\.(ffn\.shared_experts\.|(e_proj|h_proj|main_proj)$)"),
 }
 
 
@@ -38,7 +39,7 @@ def store_head(
     group_size: int = 128,
     linears: Linears = "base",
 ) -> dict[str, Tensor]:
-    """Return the stored `mtp.0.*` tensors of `variant`, from upstream's or some modules of them.
+    """Return the stored `mtp.*` tensors of `variant`, from upstream's or some modules of them.
 
     Routed experts become what `variant` says. FP8 modules keep their codes or are decoded to BF16
     (exact), as `linears` says. Everything else stays as it is. Raises GraftError for parts that
@@ -48,11 +49,14 @@ def store_head(
     for module, kind, parts in _modules(upstream, group_size):
         expected = ("mxfp4",) if EXPERT.match(module) else ("fp8", "plain")
         if kind not in expected:
-            raise GraftError(f"{module}: is {kind}, expected upstream's {' or '.join(expected)}")
+            raise GraftError(
+                f"{module}: is {kind}, expected upstream's {' or '.join(expected)}; take the head "
+                "of DeepSeek's own release"
+            )
         kept = parts
         if kind == "mxfp4":
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
-        elif kind == "fp8" and module.startswith(_DECODED[linears]):
+        elif kind == "fp8" and _DECODED[linears].match(module):
             kept = {"weight": decode(kind, parts).to(torch.bfloat16)}
         stored |= {part_name(module, part): tensor for part, tensor in kept.items()}
     return stored
@@ -75,7 +79,8 @@ def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[s
         parts = _renamed(found)
         kind, values = format_of(parts), [*parts.values()]
         is_plain = kind == "plain" and len(values) == 1 and values[0].is_floating_point()
-        if kind is None or (kind == "plain" and not is_plain):
+        is_matrix = kind != "plain" and values[0].dim() == 2
+        if kind is None or not (is_plain or is_matrix):
             raise GraftError(
                 f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes "
                 "with theirs, or an unquantized weight; a tensor is missing or belongs elsewhere"
@@ -90,10 +95,16 @@ def _renamed(parts: Parts) -> Parts:
     if parts.keys() != {"weight", "scale"}:
         return parts
     codes, scale = parts["weight"], parts["scale"]
-    if codes.dtype not in (torch.int8, torch.uint8):  # a power of two is exact in BF16
-        return {"weight": codes, "weight_scale": scale.to(torch.bfloat16)}
-    as_byte = scale.view(torch.uint8) if scale.element_size() == 1 else scale
-    return {"weight_packed": codes.view(torch.uint8), "weight_scale": as_byte}
+    if scale.dtype in (torch.int8, torch.uint8):  # E8M0 under another label
+        scale = scale.view(torch.float8_e8m0fnu)
+    is_e8m0 = scale.dtype == torch.float8_e8m0fnu
+    if codes.dtype in (torch.int8, torch.uint8):
+        as_byte = scale.view(torch.uint8) if is_e8m0 else scale
+        return {"weight_packed": codes.view(torch.uint8), "weight_scale": as_byte}
+    rounded = scale.to(torch.bfloat16)  # which is exact for a power of two
+    is_float = scale.dtype in (torch.bfloat16, torch.float32)
+    is_exact = is_e8m0 or (is_float and (scale.is_meta or rounded.float().equal(scale.float())))
+    return {"weight": codes, "weight_scale": rounded if is_exact else scale}
 
 
 def _store_expert(
@@ -120,7 +131,7 @@ def _store_expert(
                     f"{missing[0]}: not among the quantized experts; run `quantize` to its end"
                 )
             found = {part: gptq_experts[name] for part, name in names.items()}
-            _check_matrix(module, "int4", found, shape, group_size)
+            _check_matrix(f"quantized {module}", "int4", found, shape, group_size)
             _expect_finite(module, found)
             return found
 

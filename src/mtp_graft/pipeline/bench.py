@@ -14,8 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mtp_graft.bench.decode import DecodeConfig, compare, measure_acceptance, measure_turn
-from mtp_graft.bench.requests import measured
+from mtp_graft.bench.decode import DecodeConfig, compare, measure_acceptance, measure_turn, measured
 from mtp_graft.checkpoint.capture import read_texts
 from mtp_graft.checkpoint.manifest import CONFIG_NAME, claim_folder, fingerprints
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD

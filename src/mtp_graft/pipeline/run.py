@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_graft.bench.intervals import paired_differences
-from mtp_graft.bench.report import PAGE_NAME, recorded_answers, write_report
+from mtp_graft.bench.report import PAGE_NAME, write_report
 from mtp_graft.checkpoint.manifest import package_versions, read_result, write_manifest
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.pipeline import STAGES, bench
@@ -200,7 +200,6 @@ def report_run(run: Run) -> list[Path]:
         "served": _served(run),
         "decode": run.result("bench/decode"),
         "verify": run.result(f"verify/{run.recipe.splice.variant}"),
-        "recorded": recorded_answers(run.result("bench/base"), run.result("bench/mtp")),
         "model": run.recipe.model.name,
         "device": device_name(),
         "versions": package_versions(),

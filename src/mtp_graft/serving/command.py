@@ -27,6 +27,8 @@ from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
+#: Of the drafts' heads, only DSpark's has it.
+DSPARK_TENSOR = "mtp.0.main_proj.weight"
 #: vLLM's own step of a server on a CPU, in tokens.
 CPU_STEP = 2048
 #: vLLM's own limit is 10 minutes, whatever there is to be read.
@@ -89,7 +91,7 @@ TENSOR_PARALLEL_SIZE = option(
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
 _K_NAMES = ("--k", "-k", "--num-speculative-tokens")
-K_HELP = "Tokens to draft a step; 0: without the head. Default: 3 on GPUs, else 1."
+K_HELP = "Tokens to draft a step; 0: no head. Default: 3 on GPUs, else 1; DSpark: its block."
 NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, *_K_NAMES, min=0)
 
 
@@ -232,12 +234,35 @@ def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
     expect_format(folder, "served")
     read_config(folder)
     has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
+    block = dspark_block(folder)
+    if block and platform == "cpu" and wanted != 0:
+        raise GraftError(
+            f"{folder}: has a DSpark drafter, which vLLM runs on GPUs only; use one, or --k 0"
+        )
+    if block and (wanted or 0) > block:
+        raise GraftError(f"{folder}: --k {wanted}, expected at most the DSpark block's {block}")
     if wanted and not has_head:
         raise GraftError(
             f"{folder}: {wanted} speculative tokens asked for, but the index lists no "
             f"{HEAD_PREFIX}* tensor; splice a head in first, or ask for 0"
         )
-    return (DEFAULT_K[platform] if has_head else 0) if wanted is None else wanted
+    return (block or DEFAULT_K[platform] if has_head else 0) if wanted is None else wanted
+
+
+def dspark_block(folder: Path) -> int | None:
+    """Return how many tokens a checkpoint's DSpark drafter drafts at once; None if it has none.
+
+    Raises GraftError for a config.json that does not say so.
+    """
+    from mtp_graft.checkpoint.shards import read_index
+
+    if DSPARK_TENSOR not in read_index(folder):
+        return None
+    block = read_config(folder).get(key := "dspark_block_size")
+    if type(block) is int and block > 0:
+        return block
+    found = f"{key} is {block!r}, expected the number of tokens of its DSpark drafter's block"
+    raise GraftError(f"{folder / 'config.json'}: {found}")
 
 
 def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> str | None:
@@ -249,8 +274,14 @@ def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> 
         )
     if num_draft == 0:
         return None
-    config: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": num_draft}
+    method = "dspark" if dspark_block(options.checkpoint) else "mtp"
+    config: dict[str, Any] = {"method": method, "num_speculative_tokens": num_draft}
     if quantization:
+        if method == "dspark":
+            raise GraftError(
+                f"--draft-lm-head-quantization {quantization}: {options.checkpoint} has a DSpark "
+                "drafter, expected an MTP head; leave it out"
+            )
         config["draft_lm_head_quantization"] = quantization
     # Drawn drafts are accepted more often, at temperature 0 they are greedy; vLLM's own is greedy.
     if not on_cpu and sampling != "greedy":

@@ -86,7 +86,7 @@ def heal(
     manifest.claim_folder(out, {**decisive, "inputs": files})
     if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
         return finished
-    with Tensors.in_files(experts).opened() as gptq:
+    with inputs.head.named(), Tensors.in_files(experts).opened() as gptq:
         master = inputs.read_upstream([*inputs.head.files])
         stored = store_head(master, variant, gptq, group_size=group_size, linears=linears)
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)

@@ -3,10 +3,13 @@
 Shapes: T tokens of a sequence, S hyper-connection streams, D hidden size, V vocabulary.
 """
 
+import logging
+import re
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,8 +18,10 @@ from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
+from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
-from mtp_graft.dsv4.names import head_shapes, storage_dtype, upstream_head_names
+from mtp_graft.dsv4.config import DSparkDimensions, check_keys
+from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.command import read_config
@@ -24,8 +29,12 @@ from mtp_graft.serving.command import read_config
 if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
     from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]  # label, units done, units in all
 
+#: Names that others have for a master's tensors.
+_BIAS, _SCALE = map(re.compile, (r"\.gate\.e_score_correction_bias$", r"\.weight_scale(_inv)?$"))
 REPORT_NAME = "report.json"
 GPTQ = "gptq"  # of the quantize stage's folder, the part with the experts
 HEALED = "upstream"  # of the heal stage's folder, the trained head as a master
@@ -39,6 +48,7 @@ class Tensors:
 
     files: Mapping[str, Path] = field(default_factory=dict)
     meta: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)  # name -> what its file calls it
 
     @classmethod
     def in_files(cls, paths: Iterable[Path]) -> Self:
@@ -56,27 +66,65 @@ class Tensors:
         """Open the files inside the block."""
         with ExitStack() as stack:
             shards = {path: stack.enter_context(Shard(path)) for path in set(self.files.values())}
-            yield Values({name: shards[path] for name, path in self.files.items()})
+            stored = {name: self.stored.get(name, name) for name in self.files}
+            yield Values({n: (shards[path], stored[n]) for n, path in self.files.items()})
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let an error inside that is about one of the modules begin with its file."""
+        try:
+            yield
+        except GraftError as error:
+            module = str(error).partition(":")[0]
+            file = next((self.files[n] for n in self.files if n.startswith(module)), None)
+            if file is None:
+                raise
+            raise GraftError(f"{file}: {error}") from error
 
 
 class Values(UserDict[str, Any]):
-    """Tensors by name; `data` has the open file of each, and it is read when it is asked for."""
+    """Tensors by name; `data` has each one's open file and name there, to read it when asked."""
 
     def __getitem__(self, name: str) -> Tensor:
-        shard: Shard = self.data[name]
-        return shard.read([name])[name]
+        shard: Shard
+        shard, stored = self.data[name]
+        return shard.read([stored])[stored]
 
 
 def read_master(upstream: Path) -> Tensors:
-    """Return the head in an upstream master, by name in order.
+    """Return the drafter in an upstream master, by name in order, without copies of the target's.
 
-    Raises GraftError for one without a head, with several blocks, or with a broken shard.
+    Raises GraftError for one without, or with a broken shard.
     """
     shards = read_index(upstream, "mtp.")
-    names = upstream_head_names(shards, upstream)
+    right = {name: _SCALE.sub(".scale", _BIAS.sub(".gate.bias", name)) for name in shards}
+    stored = {name if new in shards else new: name for name, new in right.items()}
+    names = [n for n in find_drafter(stored, upstream).names if n not in HEAD_COPIES]
+    if copies := sorted(HEAD_COPIES & shards.keys()):
+        _note_copies(", ".join(copies))
     meta = read_meta(upstream, "mtp.", complete=True)
-    files = {name: upstream / shards[name] for name in names}
-    return Tensors(files, {name: meta[name] for name in names})
+    files = {name: upstream / shards[stored[name]] for name in names}
+    return Tensors(files, {name: meta[stored[name]] for name in names}, stored)
+
+
+@cache
+def _note_copies(names: str) -> None:
+    logger.warning("%s: left out, since drafts take the base's embedding and LM head", names)
+
+
+def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
+    """Return what config.json has to say of a DSpark drafter; nothing of an MTP head.
+
+    `head` are its tensors' names. Raises GraftError where upstream's own does not say it.
+    """
+    kind, stages, _ = find_drafter(head, upstream)
+    if kind == "mtp":
+        return {}
+    path = upstream / "config.json"
+    given = check_keys(DSparkDimensions, read_object(path, "a drafter's config"), path)
+    # vLLM infers from the base's layers whether a block's rows see later ones: they always do.
+    said = given.model_dump(include={*DSparkDimensions.__annotations__})
+    return {**said, "n_mtp_layers": stages, "is_causal": False}
 
 
 def check_head(
@@ -84,7 +132,8 @@ def check_head(
 ) -> None:
     """Raise GraftError for a head whose decoded tensors are not those that `config` asks for."""
     expected = head_shapes(config)
-    decoded = decode_head(head.meta, group_size=group_size)
+    with head.named():
+        decoded = decode_head(head.meta, group_size=group_size)
     found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
     wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if wrong:
@@ -150,8 +199,10 @@ class Inputs:
     def read_upstream(self, names: list[str], device: str = "cpu") -> dict[str, Tensor]:
         """Read some of upstream's tensors to `device`."""
         pinned = device != "cpu"
-        tensors = load_tensors(self.upstream, names, pinned=pinned)
-        return {name: t.to(device, non_blocking=pinned) for name, t in tensors.items()}
+        stored = [self.head.stored.get(name, name) for name in names]
+        tensors = load_tensors(self.upstream, stored, pinned=pinned).values()
+        found = zip(names, tensors, strict=True)
+        return {name: tensor.to(device, non_blocking=pinned) for name, tensor in found}
 
     def read_sequence(self, sequence: CapturedSequence, device: str = "cpu") -> Recorded:
         """Return what was recorded of a sequence, its residual on `device`.
@@ -180,6 +231,7 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     from mtp_graft.dsv4.replay import model_config
 
     (settings, base_map), head = read_base(base, *needed), read_master(upstream)
+    settings |= drafter_config(upstream, head.meta)
     check_head(upstream, head, settings)
     try:
         model = model_config(settings)

@@ -88,7 +88,8 @@ def quantize(
 def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
     """Check what can be checked before anything is computed."""
     inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
-    store_head(inputs.head.meta, "rtn", group_size=settings.group_size)  # or it does not divide
+    with inputs.head.named():
+        store_head(inputs.head.meta, "rtn", group_size=settings.group_size)  # or it does not divide
     sequences = [s for s in inputs.sequences if s.calibration_tokens]
     if not sequences:
         raise GraftError(
@@ -155,7 +156,8 @@ def _load_head(inputs: Inputs, device: str) -> tuple[Tensor, MTPHead]:
     """Return the base's embedding [V, D] and the head without its experts."""
     embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
     others = [name for name in inputs.head.files if not name.startswith(EXPERTS_PREFIX)]
-    decoded = decode_head(inputs.read_upstream(others, device))
+    with inputs.head.named():
+        decoded = decode_head(inputs.read_upstream(others, device))
     return embed, build_head(inputs.model, decoded, with_experts=False, device=device)
 
 
@@ -204,7 +206,7 @@ def _quantize_batch(
     clock: Clock,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
-    with clock.timed("hessian", tf32=True):
+    with inputs.head.named(), clock.timed("hessian", tf32=True):
         decoded = decode_head(upstream)
         weights = {  # f32, w1 and w3 [E, M, D] and w2 [E, D, M]
             matrix: torch.stack([decoded[f"{expert_name(e, matrix)}.weight"] for e in experts])

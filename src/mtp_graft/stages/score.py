@@ -100,7 +100,7 @@ def _score(
     label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
     upstream = inputs.read_upstream([*inputs.head.files])
-    with Tensors.in_files(experts).opened() as gptq:
+    with inputs.head.named(), Tensors.in_files(experts).opened() as gptq:
         stored = store_head(upstream, variant, gptq, group_size=group_size)
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
     base = load_tensors(inputs.base, ["embed.weight", "head.weight"])

@@ -23,6 +23,7 @@ from mtp_graft.checkpoint import files, quant_manifest, shards
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, Manifest, QuantizeReport
 from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
+from mtp_graft.dsv4.config import num_stages
 from mtp_graft.dsv4.variants import modules_of, part_name, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Linears, Variant
@@ -30,7 +31,7 @@ from mtp_graft.serving.command import Platform
 from mtp_graft.serving.doctor import examine
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
 from mtp_graft.serving.doctor.hardware import Target
-from mtp_graft.stages.inputs import Tensors, check_head, expert_files, read_master
+from mtp_graft.stages.inputs import Tensors, check_head, drafter_config, expert_files, read_master
 
 #: Files that a splice writes itself; all others are the base's.
 OWN_FILES = (
@@ -123,7 +124,7 @@ def open_base(folder: Path) -> Checkpoint:
     if base.formats.get("layers.0.attn.wq_b") == "plain":
         raise GraftError(f"{folder}: its attention is not quantized; expected FP8: W4A16-FP8")
     if isinstance(base.quantization, GraftError):
-        raise base.quantization
+        raise GraftError(f"{base.quantization}; name such a one instead") from base.quantization
     return base
 
 
@@ -149,8 +150,9 @@ def plan_splice(
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
     layer, quantization = base.num_layers, base.config["quantization_config"]
-    quantization = add_head(quantization, layer, variant, linears)
-    added = {"num_nextn_predict_layers": 1, "quantization_config": quantization}
+    drafter = drafter_config(upstream, head.meta)
+    quantization = add_head(quantization, layer, variant, linears, num_stages(drafter))
+    added = {"num_nextn_predict_layers": 1, **drafter, "quantization_config": quantization}
     config, is_int4 = {**base.config, **added}, variant in ("rtn", "gptq")
     group_size = read_quantization(config).group_size([layer], "int4") if is_int4 else 128
     if group_size < 0:
@@ -161,7 +163,8 @@ def plan_splice(
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
-    layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
+    with head.named():
+        layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
     _ask_doctor(base, config, layout)
     return SplicePlan(
         base, variant, linears, head, experts, store, layout, config, report, published
@@ -187,7 +190,8 @@ def _describe(
         )
     if "mtp.0.ffn.shared_experts.w1.weight_scale" in head:
         return variant, "fp8"
-    return variant, "base" if "mtp.0.e_proj.weight_scale" in head else "bf16"
+    projections = {f"mtp.0.{name}.weight_scale" for name in ("e_proj", "main_proj")}
+    return variant, "base" if projections & head.keys() else "bf16"
 
 
 def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:
@@ -264,7 +268,7 @@ def _link(source: Path, target: Path, *, copy: bool) -> None:
 
 def _stored_tensors(plan: SplicePlan) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors as the checkpoint stores them, one module at a time."""
-    with plan.head.opened() as head, plan.experts.opened() as experts:
+    with plan.head.named(), plan.head.opened() as head, plan.experts.opened() as experts:
         for module, parts in modules_of(plan.head.meta).items():
             names = [part_name(module, part) for part in parts]
             stored = plan.store({name: head[name] for name in names}, gptq_experts=experts)

@@ -23,7 +23,7 @@ from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import read_index
-from mtp_graft.dsv4.names import EXPERTS_PREFIX, HEAD_PREFIX, head_shapes
+from mtp_graft.dsv4.names import EXPERT, QUANTIZED, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Tensors, Values, expert_files, read_master
@@ -122,7 +122,7 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
     config = read_object(checkpoint / "config.json", "a model config")
     shapes, quantization = head_shapes(config), read_quantization(config)
     for name, shape in shapes.items():
-        kind, group_size = _scheme(name, shape, config["num_hidden_layers"], quantization)
+        kind, group_size = _scheme(name, config["num_hidden_layers"], quantization)
         if kind not in ("plain", "fp8", *_PACKED):
             head.mismatched[name] = f"the config takes it for {kind}"
             continue
@@ -137,13 +137,11 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
     head.mismatched |= dict.fromkeys(unknown, "upstream has it, the config does not ask for it")
 
 
-def _scheme(
-    name: str, shape: tuple[int, ...], layer: int, quantization: QuantizationConfig
-) -> tuple[str, int]:
+def _scheme(name: str, layer: int, quantization: QuantizationConfig) -> tuple[str, int]:
     """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
-    module = name.removeprefix(HEAD_PREFIX).removesuffix(".weight")
-    is_linear = name.endswith(".weight") and len(shape) == 2 and module != "ffn.gate"  # the router
-    key = quantization.group_of(f"model.layers.{layer}.{module}") if is_linear else None
+    module = name.removesuffix(".weight")
+    is_linear = QUANTIZED.match(module)
+    key = quantization.group_of(served_as(module, layer)) if is_linear else None
     if key is None:
         return "plain", 1
     group = quantization.config_groups[key]
@@ -168,7 +166,7 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
     shape = parts.get(f"{name}_shape")
     if shape is not None and shape.tolist() != list(values.shape):
         return f"weight_shape is {shape.tolist()}, expected {list(values.shape)}"
-    if head.exact and (name.startswith(EXPERTS_PREFIX) or not head.master):
+    if head.exact and (EXPERT.match(name) or not head.master):
         for part, ours in parts.items():
             theirs = head.exact.get(part)
             if theirs is None or not _same(ours, theirs):
@@ -240,7 +238,9 @@ def _pairs_of_bytes() -> Tensor:
 
 
 def _exp2(exponents: Tensor) -> Tensor:
-    """Return the float32 values of E8M0 scales, by its definition."""
+    """Return the float32 values of E8M0 scales, by its definition, or of other floats."""
+    if exponents.element_size() > 1:
+        return exponents.float()
     return torch.exp2(exponents.view(torch.uint8).float() - 127)
 
 
@@ -252,7 +252,7 @@ def _master_values(name: str, kind: str, master: Values) -> Tensor:
     weight, scale = master[name], master.get(f"{name.removesuffix('.weight')}.scale")
     if scale is None:
         return weight
-    if name.startswith(EXPERTS_PREFIX):
+    if EXPERT.match(name):
         return _decode_mxfp4(weight, scale)
     values = _decode_fp8(weight, _exp2(scale))
     return values.to(torch.bfloat16) if kind == "plain" else values

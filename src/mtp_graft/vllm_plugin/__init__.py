@@ -7,7 +7,7 @@ when such a model is built. Other models never reach this package.
 
 
 def register() -> None:
-    """Name our DeepSeek-V4 target and MTP drafter in vLLM's registry; safe to call twice."""
+    """Name our DeepSeek-V4 target and drafters in vLLM's registry; safe to call twice."""
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
 
@@ -20,3 +20,5 @@ def register() -> None:
     package = f"{__name__}.{platform}"
     ModelRegistry.register_model("DeepseekV4ForCausalLM", f"{package}:DeepseekV4ForCausalLM")
     ModelRegistry.register_model("DeepSeekV4MTPModel", f"{package}:DeepSeekV4MTP")
+    if platform == "cuda":  # vLLM has no DSpark for a CPU
+        ModelRegistry.register_model("DSparkDraftModel", f"{package}:DSparkDeepseekV4ForCausalLM")

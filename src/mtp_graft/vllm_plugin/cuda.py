@@ -1,4 +1,4 @@
-"""DeepSeek-V4 on NVIDIA GPUs: vLLM's own target and MTP drafter, loaded strictly, and recorded.
+"""DeepSeek-V4 on NVIDIA GPUs: vLLM's own target and drafters, loaded strictly, and recorded.
 
 In a CUDA graph that is replayed no hook of the model runs. But vLLM's V2 runner keeps a step's
 inputs and hidden states until it samples, whether the step was a graph, in pieces or eager, and the
@@ -37,6 +37,16 @@ class DeepSeekV4MTP(stock.DeepSeekV4MTP):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the head's tensors."""
+        return load_head(self, weights, super().load_weights)
+
+
+class DSparkDeepseekV4ForCausalLM(stock.DSparkDeepseekV4ForCausalLM):
+    """The DSpark drafter; unread checkpoint tensors and unwritten parameters are errors."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the stages' tensors, but for those of a confidence head that is switched off."""
+        if self.model.confidence_head is None:
+            weights = ((n, t) for n, t in weights if ".confidence_head." not in n)
         return load_head(self, weights, super().load_weights)
 
 

@@ -22,7 +22,7 @@ reason, and FOLDER/recording-intact, which the client made and looks for, is rem
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,9 @@ def make_recorder(target: Any, vllm_config: VllmConfig) -> "Recorder | None":
     streams, width = model.hc_head_fn.shape
 
     def rows(width: int) -> Tensor:
-        num_rows, dtype = (
-            vllm_config.scheduler_config.max_num_batched_tokens,
-            vllm_config.model_config.dtype,
-        )
-        return torch.empty(num_rows, width, dtype=dtype, device=model.hc_head_fn.device)
+        size = vllm_config.scheduler_config.max_num_batched_tokens, width
+        dtype, device = vllm_config.model_config.dtype, model.hc_head_fn.device
+        return torch.empty(size, dtype=dtype, device=device)
 
     if model._mtp_hidden_buffer is None:  # vLLM allocates it only if there is a drafter
         model._mtp_hidden_buffer = rows(width)
@@ -109,9 +107,7 @@ def _tap(target: Any, layers: Sequence[int], taps: Tensor) -> None:
 class Recorder:
     """Records steps of one target; a thread writes one recording while the next is computed."""
 
-    def __init__(
-        self, target: Any, folder: Path, states: Mapping[str, Tensor], writes: bool
-    ) -> None:
+    def __init__(self, target: Any, folder: Path, states: dict[str, Tensor], writes: bool) -> None:
         self._target = target
         self._folder = folder
         self._states = states  # buffers, which every step writes

@@ -29,12 +29,12 @@ def load_base(model: nn.Module, weights: Weights, load: Callable[[Weights], set[
 
 
 def load_head(model: nn.Module, weights: Weights, load: Callable[[Weights], set[str]]) -> set[str]:
-    """Load `mtp.0.*` strictly; embedding and LM head are the target's."""
+    """Load `mtp.*` strictly; embedding and LM head are the target's."""
     head = ((name, tensor) for name, tensor in weights if name.startswith("mtp."))
     shared = {
         name
         for name, _ in model.named_parameters()
-        if name.endswith((".shared_head.head.weight", "embed_tokens.weight"))
+        if name.endswith((".shared_head.head.weight", "embed_tokens.weight", "lm_head.weight"))
     }
     return load_strictly(model, head, load, shared)
 
@@ -55,7 +55,14 @@ def load_strictly(
     offered, writes = _count(model)
     unread: list[str] = []
     watched = _watch(weights, offered, unread)
-    loaded = load(watched)
+    try:
+        loaded = load(watched)
+    except KeyError as error:  # of vLLM's loaders, where they know a tensor's module
+        raise GraftError(
+            f"loading the checkpoint: vLLM's model has no parameter {error}; expected one, as the "
+            "checkpoint has a tensor for it. It builds without a word unquantized what no target "
+            "of config.json's quantization_config names, by its fused name: see docs/format.md"
+        ) from error
     for _ in watched:
         pass  # left by `load`, so it is noted as unread
     # vLLM copies the attention sinks itself, past any weight loader.
@@ -66,7 +73,10 @@ def load_strictly(
         for name, parts in expected.items()
         if writes[name] < parts and name not in {*sinks, *shared}
     ]
+    # An expert's parts may also be copied to further ranks.
+    twice = [n for n, parts in expected.items() if writes[n] > parts and ".experts." not in n]
     _require_none("checkpoint tensors that no parameter takes", unread)
+    _require_none("parameters that further checkpoint tensors overwrite", twice)
     _require_none("parameters that no checkpoint tensor fills", unwritten)
     return loaded
 

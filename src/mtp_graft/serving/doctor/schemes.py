@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
-from mtp_graft.dsv4.names import EXPERT, QUANTIZED
+from mtp_graft.dsv4.names import EXPERT, QUANTIZED, served_as
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
@@ -179,11 +179,11 @@ def _vllm_names(module: str, num_layers: int) -> dict[str, str]:
         return {"any": "model.embed_tokens"}
     if not QUANTIZED.match(module):
         return {}
-    name = re.sub(r"^mtp\.0\.", f"layers.{num_layers}.", module)
+    name = served_as(module, num_layers) if module.startswith("mtp.") else f"model.{module}"
     if not EXPERT.match(module):
-        return {"any": f"model.{name}"}
+        return {"any": name}
     expert, _, matrix = name.rpartition(".")
-    return {p: f"model.{expert}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
+    return {p: f"{expert}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
 
 
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
-from mtp_graft.dsv4.config import unread_keys
-from mtp_graft.dsv4.names import EXPERT, FLOAT32, NEVER_QUANTIZED, QUANTIZED
+from mtp_graft.dsv4.config import num_stages, unread_keys
+from mtp_graft.dsv4.names import EXPERT, FLOAT32, HEAD_COPIES, NEVER_QUANTIZED, QUANTIZED
 from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
 from mtp_graft.serving.doctor.checkpoint import CONSOLIDATED, Checkpoint
@@ -22,8 +22,6 @@ from mtp_graft.serving.doctor.hardware import Target
 
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
-#: Copies of the target's, for which vLLM's drafter has rules on GPUs.
-_HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 #: dtype that a tensor is stored in -> what is read as well.
 _ALSO_READ = {
     torch.bfloat16: (torch.float32,),
@@ -96,11 +94,14 @@ def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         found = f"{len(ratios)} entries" if ratios else given
         expected, cure = f"one for each of {layers} layers", "take config.json from the base"
         yield finding("compress-ratios", where, found, expected, "error", cure)
-    elif checkpoint.has_head and ratios[layers:] != [0]:
+    elif checkpoint.has_head and set(ratios[layers:]) != {0}:
         found = f"{len(ratios)} entries, {ratios[-1]} the last"
-        expected = f"{layers + 1} entries, the head's last and 0"
+        expected = f"{layers + 1} entries or more, those after the base's layers 0"
         yield finding("compress-ratios", where, found, expected)
-    number = checkpoint.config.get("num_nextn_predict_layers")
+    number, said = (checkpoint.config.get(k) for k in ("num_nextn_predict_layers", "is_causal"))
+    sliding = set(checkpoint.config.get("layer_types") or ()) == {"sliding_attention"}
+    if num_stages(checkpoint.config) and (sliding if said is None else said):
+        yield finding("dspark-causal", "config.json: is_causal", said, False)
     if not checkpoint.has_head:
         yield finding("head-absent", "mtp.*", "no tensor", "a base without its head serves")
     elif number != 1:
@@ -115,8 +116,8 @@ def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
         is_scale = old.rpartition(".")[0] == new.rpartition(".")[0]
         kind = "scale-name" if is_scale else "tensor-name"
         yield kind, old, old, f"{new}, the others alike"
-    for name in filter(_OTHER_BLOCK.match, checkpoint.tensors):
-        yield "dspark-drafter", name, "in a further block", "mtp.0 alone"
+    for name in filter(_is_unsaid(checkpoint), checkpoint.tensors):
+        yield "dspark-drafter", name, "in config.json no dspark_block_size", "what upstream's has"
 
 
 @merged
@@ -124,9 +125,10 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     """Compare the tensors with those that the config asks for, in the formats they are in."""
     asked, known = _asked(checkpoint)
     half = "float16" in (checkpoint.config.get(key) for key in ("torch_dtype", "dtype"))
-    tensors = {n: t for n, t in checkpoint.tensors.items() if not _OTHER_BLOCK.match(n)}
+    unsaid = _is_unsaid(checkpoint)
+    tensors = {n: t for n, t in checkpoint.tensors.items() if not unsaid(n)}
     if target.platform != "cpu":
-        known |= _HEAD_COPIES
+        known |= HEAD_COPIES
     if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
         known |= {name for name in tensors if _COMPRESSION.search(name)}
     for name in sorted(asked.keys() - tensors.keys() - checkpoint.unseen):
@@ -143,6 +145,11 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
             yield "tensor-dtype", name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
             yield f"{kind}-shape", name, list(tensor.shape), f"{list(like.shape)} by config.json"
+
+
+def _is_unsaid(checkpoint: Checkpoint) -> Callable[[str], object]:
+    """Return what tells names of a DSpark drafter's further blocks, if the config knows of none."""
+    return (lambda _: False) if num_stages(checkpoint.config) else _OTHER_BLOCK.match
 
 
 def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:

@@ -1,0 +1,301 @@
+"""Train a small DSpark drafter for the bundled base and write it in upstream's format.
+
+    python models/tiny-dsv4/make/dspark.py --capture CAPTURE --out models/tiny-dsv4/dspark
+
+CAPTURE has the taps of `--layers`. Its calibration texts are trained on, its evaluation texts are
+drafted greedily to judge by. The stages start as the base's last layers. The loss is that of the
+DSpark paper (arXiv 2607.05147); the targets follow from the captured residual, so no base runs.
+The last part of the steps is computed with weights as they will be stored.
+
+Shapes: N tokens of all texts together, A anchors, B rows of a block, S streams, L taps, D hidden
+size, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from export import write_upstream
+from fake_quant import head_format
+from model import Weights, compute_weights, count_load, initial_value
+from torch import Tensor, nn
+from torch.func import functional_call
+from train import Log, learning_rate, make_optimizer
+
+from mtp_graft.checkpoint.capture import read_recorded, read_sequences
+from mtp_graft.checkpoint.shards import load_tensors, read_index
+from mtp_graft.dsv4.dspark import DSpark, block_tokens
+from mtp_graft.dsv4.heal import OUTPUT, BaseOutput
+from mtp_graft.dsv4.names import dspark_shapes, head_from_module
+from mtp_graft.dsv4.replay import build_dspark, model_config
+from mtp_graft.dsv4.variants import decode_head
+
+CE, TOTAL_VARIATION, CONFIDENCE = 0.1, 0.9, 1.0  # weights in the loss
+DECAY = 4.0  # row i of a block counts exp(-i / DECAY)
+NOISE = 4033  # <｜fim▁hole｜>, which is in no text
+BALANCE = 1e-3  # of the routers' biases, at first
+
+
+def parse_arguments() -> argparse.Namespace:
+    tiny = Path(__file__).parent.parent
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capture", type=Path, required=True, help="with taps of --layers")
+    parser.add_argument("--base", type=Path, default=tiny / "base")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--block", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=32, help="of the Markov head")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--anchors", type=int, default=512, help="a step")
+    parser.add_argument("--qat-part", type=float, default=0.3, help="share of --steps")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--look-every", type=int, default=500)
+    parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Captured texts, one after the other."""
+
+    ids: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N]
+    left: Tensor  # int64 [N], tokens that follow in the same text
+    anchors: Tensor  # int64, the places of all tokens of answers that something follows
+    residual: Tensor  # [N, S, D]
+    taps: Tensor  # [N, L, D]
+
+
+def read_texts(capture: Path, split: str, settings: dict[str, Any], device: torch.device) -> Texts:
+    """Return all texts of a split."""
+    parts: list[tuple[Tensor, ...]] = []
+    for sequence in read_sequences(capture):
+        if sequence.split == split:
+            recorded = read_recorded(capture, sequence, settings["hc_mult"])
+            assert recorded.taps is not None, f"{capture}: was captured without taps"
+            at = torch.arange(sequence.tokens)
+            left = sequence.tokens - 1 - at
+            is_anchor = (at >= sequence.prompt_tokens) & (left > 0)
+            parts.append(
+                (recorded.token_ids, at, left, is_anchor, recorded.residual, recorded.taps)
+            )
+    if not parts:
+        raise SystemExit(f"{capture}: has no texts of split {split!r}")
+    joined = [torch.cat(part).to(device) for part in zip(*parts, strict=True)]
+    joined[3] = joined[3].nonzero()[:, 0]
+    return Texts(*joined)
+
+
+class Drafting(nn.Module):
+    """The drafter on captured texts, in one call, which is what functional_call substitutes in."""
+
+    def __init__(self, drafter: DSpark, base: BaseOutput, embed: Tensor, block: int) -> None:
+        super().__init__()
+        self.drafter, self.base, self.embed, self.block = drafter, base, embed, block
+
+    def forward(self, texts: Texts, anchors: Tensor, drafts: int | None = None) -> Any:
+        """Return the loss's parts at anchors [A], or with `drafts` so many drafts int64 [A, k]."""
+        rows = self.block if drafts is None else drafts
+        window = self.drafter.window
+        before = anchors[:, None] + torch.arange(-window, 0, device=anchors.device)
+        positions = texts.positions[anchors]
+        at = positions[:, None] + before - anchors[:, None]
+        taps = texts.taps[before.clamp(min=0).flatten()].to(self.embed.dtype)
+        context = self.drafter.context(taps, at.clamp(min=0).flatten())
+        embeds = self.embed[block_tokens(texts.ids[anchors], NOISE, rows)]
+        ends = window * torch.arange(1, len(anchors) + 1, device=anchors.device)
+        hidden = self.drafter(embeds, context, ends, positions)  # [A, B, D]
+        if drafts is None:
+            return self.loss(texts, anchors, hidden)
+        return self.drafter.draft(hidden, texts.ids[anchors], self.base.lm_head.to(self.embed))
+
+    def loss(self, texts: Texts, anchors: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the loss and its parts, of the rows whose token the text has."""
+        row = torch.arange(self.block, device=anchors.device)
+        weights = (row / -DECAY).exp() * (row < texts.left[anchors][:, None])  # [A, B]
+        weights = weights / weights.sum()
+        known = (anchors[:, None] + row).clamp(
+            max=len(texts.ids) - 2
+        )  # what the row's draft follows
+        lm_head = self.base.lm_head.to(self.embed)
+        logits = self.drafter.logits(hidden, texts.ids[known], lm_head)
+        draft = logits.float().log_softmax(-1)  # [A, B, V]
+        with torch.no_grad(), torch.autocast(draft.device.type, enabled=False):
+            target = self.base(texts.residual[known.flatten()]).view_as(draft)
+        distance = (draft.exp() - target.exp()).abs().sum(-1)  # [A, B]
+        accepted = 1 - distance.detach() / 2
+        ce = -draft.gather(-1, texts.ids[known + 1][..., None])[..., 0]
+        sure = self.drafter.confidence(hidden, texts.ids[known])
+        bce = F.binary_cross_entropy_with_logits(sure, accepted, reduction="none")
+        parts = {"ce": ce, "distance": distance, "bce": bce}
+        means = {name: (weights * part).sum() for name, part in parts.items()}
+        loss = CE * means["ce"] + TOTAL_VARIATION * means["distance"] + CONFIDENCE * means["bce"]
+        return {"loss": loss, **means, "first": accepted[:, 0].mean()}
+
+
+def initial_tensors(base: Path, settings: dict[str, Any], seed: int) -> Weights:
+    """Return `mtp.*` tensors: those of the base's last layers and of its output, or noise."""
+    stages, layers = settings["n_mtp_layers"], settings["num_hidden_layers"]
+    shapes = dspark_shapes(settings, stages)
+    sources: dict[str, str] = {}
+    for name in shapes:
+        _, block, own = name.split(".", 2)
+        sources[name] = own if own in OUTPUT else f"layers.{layers - stages + int(block)}.{own}"
+    modules = {source.removesuffix(".weight") for source in sources.values()}
+    listed = [n for n in read_index(base) if n in modules or n.rpartition(".")[0] in modules]
+    found = decode_head(load_tensors(base, listed))
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: found[sources[name]]
+        if sources[name] in found
+        else initial_value(name, torch.Size(shape), generator)
+        for name, shape in shapes.items()
+    }
+
+
+class Trainer:
+    """Trains, judges and writes; holds what they share."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, torch.device(args.device)
+        self.log = Log(args.out / "training-log.jsonl")
+        self.settings = json.loads((args.base / "config.json").read_text())
+        del self.settings["quantization_config"]
+        self.settings |= {
+            "compress_ratios": [*self.settings["compress_ratios"][:-1], *[0] * args.stages],
+            "dspark_block_size": args.block,
+            "dspark_markov_rank": args.rank,
+            "dspark_noise_token_id": NOISE,
+            "dspark_target_layer_ids": args.layers,
+            "n_mtp_layers": args.stages,
+        }
+        self.texts, self.held_out = (
+            read_texts(args.capture, split, self.settings, self.device)
+            for split in ("calibration", "evaluation")
+        )
+        self.drafting = self.build(initial_tensors(args.base, self.settings, args.seed))
+        self.routers = [stage.mlp.gate for stage in self.drafting.drafter.stages]
+        for router in self.routers:
+            router.load = torch.zeros(router.num_experts, device=self.device)
+            router.register_forward_hook(count_load)
+        arguments = {name: str(value) for name, value in vars(args).items()}
+        counts = {"tokens": len(self.texts.ids), "anchors": len(self.texts.anchors)}
+        self.log.write("start", **counts, settings=arguments, torch=torch.__version__)
+
+    def build(self, tensors: Weights) -> Drafting:
+        """Return a drafter with these `mtp.*` tensors, and what it drafts with."""
+        base, config = self.args.base, model_config(self.settings)
+        given = load_tensors(base, ["embed.weight", *OUTPUT])
+        given = {name: tensor.to(self.device) for name, tensor in given.items()}
+        # As the server has it on a GPU, where the streams are of the embedding's type.
+        embed = (
+            given["embed.weight"] if self.device.type == "cuda" else given["embed.weight"].float()
+        )
+        drafter = build_dspark(config, tensors, self.args.stages, device=str(self.device))
+        return Drafting(drafter, BaseOutput(config, given), embed, self.args.block)
+
+    def run(self, drafting: Drafting, quantize: bool, *arguments: Any) -> Any:
+        """Call it in BF16 on a GPU, in float32 on a CPU, perhaps with weights as stored."""
+        weights = compute_weights(drafting.drafter, head_format if quantize else None)
+        named = {f"drafter.{name}": weight for name, weight in weights.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            return functional_call(drafting, named, arguments)
+
+    def train(self) -> None:
+        """Train to the last step or to the time limit."""
+        args, drafter = self.args, self.drafting.drafter.train()
+        optimizer = make_optimizer(drafter, args.weight_decay, self.device.type == "cuda")
+        generator = torch.Generator().manual_seed(args.seed)
+        began = time.monotonic()
+        for step in range(args.steps):
+            late = (time.monotonic() - began) / (60 * args.minutes)
+            if (progress := max(step / args.steps, late)) >= 1:
+                break
+            quantize = progress >= 1 - args.qat_part
+            chosen = torch.randint(len(self.texts.anchors), (args.anchors,), generator=generator)
+            anchors = self.texts.anchors[chosen.to(self.device)]
+            metrics = self.run(self.drafting, quantize, self.texts, anchors)
+            optimizer.zero_grad()
+            metrics["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args.lr, progress, warmup=0.04)
+            optimizer.step()
+            loads = self.balance(BALANCE * (1 - progress))
+            if step % 50 == 0:
+                values = {name: value.item() for name, value in metrics.items()}
+                if not math.isfinite(values["loss"]):
+                    raise SystemExit(f"step {step}: the loss is {values['loss']}; lower --lr")
+                self.log.write("train", step=step, quantized=quantize, **values, load=loads())
+            if (step + 1) % args.look_every == 0:
+                self.look("held_out", self.drafting, quantize, step=step + 1)
+
+    def balance(self, rate: float) -> Callable[[], list[float]]:
+        """Nudge the experts' biases against their load; the busiest's over the mean is returned."""
+        loads = []
+        for router in self.routers:
+            load, router.load = router.load, torch.zeros_like(router.load)
+            router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+            loads.append(load.max() / load.mean())
+        return lambda: [round(load.item(), 2) for load in loads]
+
+    @torch.no_grad()
+    def look(self, event: str, drafting: Drafting, quantize: bool, **values: int) -> None:
+        """Log the accepted length, the base's own token included, of k = 1, 2, ... drafts."""
+        drafting.eval()
+        lengths = {}
+        for k in range(1, self.args.block + 1):
+            made = [
+                self.run(drafting, quantize, self.held_out, anchors, k)
+                for anchors in self.held_out.anchors.split(1024)
+            ]
+            lengths[str(k)] = accepted_length(self.held_out, torch.cat(made))
+        drafting.train()
+        self.log.write(event, quantized=quantize, **values, length=lengths)
+
+    def save(self) -> None:
+        """Write the drafter, and judge what was written."""
+        state = {name: t.detach().cpu() for name, t in self.drafting.drafter.state_dict().items()}
+        stages, out = self.args.stages, self.args.out
+        shards = [f"model-{n + 2:05}-of-{stages + 1:05}.safetensors" for n in range(stages)]
+        write_upstream(head_from_module(state, stages), self.settings, out, *shards)
+        size = sum((out / shard).stat().st_size for shard in shards)
+        self.log.write("saved", mebibytes=size / 2**20)
+        self.look("exported", self.build(decode_head(load_tensors(out))), quantize=False)
+
+
+def accepted_length(texts: Texts, drafts: Tensor) -> float:
+    """Return the tokens a step of greedy decoding, given the drafts [A, k] after every anchor."""
+    ahead = torch.arange(drafts.shape[1], device=drafts.device)
+    following = (texts.anchors[:, None] + 1 + ahead).clamp(max=len(texts.ids) - 1)
+    right = (drafts == texts.ids[following]) & (ahead < texts.left[texts.anchors][:, None])
+    counts = right.cumprod(dim=1).sum(dim=1).tolist()
+    accepted = dict(zip(texts.anchors.tolist(), counts, strict=True))
+    tokens = steps = 0
+    for first in accepted:
+        if first - 1 not in accepted:  # an answer's first token
+            place = first
+            while (number := accepted.get(place)) is not None:
+                tokens, steps, place = tokens + number + 1, steps + 1, place + number + 1
+    return tokens / steps
+
+
+def main() -> None:
+    trainer = Trainer(parse_arguments())
+    trainer.train()
+    trainer.save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""`bench soak`: does a server write under load what it writes alone?"""
