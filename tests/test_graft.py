@@ -132,7 +132,7 @@ def test_a_dry_run_tells_what_the_graft_takes_and_does_nothing(
 BAD_BASES: dict[str, tuple[Callable[[Any], object], str]] = {
     "weights null": (
         lambda c: group(c).update(weights=None),
-        "would load as weights null; expected int4",
+        "weights: input should be a valid dictionary.*; name such a one instead",
     ),
     "no ratios": (lambda c: c.pop("compress_ratios"), "compress_ratios: None; expected one for"),
     "few ratios": (lambda c: c.update(compress_ratios=[0, 0]), "2 entries; expected one for each"),
@@ -153,9 +153,9 @@ def test_what_doctor_would_refuse_is_refused_before_a_shard_is_downloaded(
     change(config)
     hub.repositories[BASE]["config.json"] = json.dumps(config).encode()
     said = mtp_graft("graft", BASE, UPSTREAM, tmp_path / "out")
-    assert isinstance(said, str) and re.search(rf"error: {BASE}, with a head: .*{message}", said), (
-        said
-    )
+    assert isinstance(said, str) and re.search(
+        rf"error: {BASE}(, with a head: |/config).*{message}", said
+    ), said
     told = plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"]
     assert re.search(message, told), told
     assert hub.downloads(".safetensors") == 0

@@ -200,13 +200,24 @@ def test_files_and_a_base_other_than_those_that_were_spliced_are_found(
     assert files["model-00002-of-00003.safetensors"] == "same bytes"
 
 
-def test_a_config_under_which_the_head_is_something_else_is_found(
-    tiny_base: Path, upstream: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("num_nextn_predict_layers", lambda c: c.update(num_nextn_predict_layers=0)),
+        ("vocab_size", lambda c: c.update(vocab_size=65)),
+        ("rope_scaling", lambda c: c.pop("rope_scaling")),
+        ("quantization_config", lambda c: c["quantization_config"]["ignore"].append("re:.*attn.*")),
+        (
+            "quantization_config",
+            lambda c: c["quantization_config"]["ignore"].append("re:.*e_proj$"),
+        ),
+    ],
+)
+def test_a_config_that_is_not_what_splice_wrote_is_found(
+    sabotaged: Sabotage, tiny_base: Path, upstream: Path, key: str, change: Callable[[Any], object]
 ) -> None:
-    out = tmp_path / "out"
-    splice(tiny_base, upstream, out, "mxfp4")
-    edit_json(
-        out / "config.json", lambda c: c["quantization_config"]["ignore"].append("re:.*e_proj$")
-    )
-    found = verify(out, tiny_base, upstream)
-    assert "mtp.0.e_proj.weight_scale" in found["unexpected"] and not found["ok"]
+    checkpoint = sabotaged("mxfp4", lambda _: None)
+    edit_json(checkpoint / "config.json", change)
+    found = verify(checkpoint, tiny_base, upstream)
+    assert f"config.json: {key}" in [each["tensor"] for each in found["mismatched"]]
+    assert found["base_unchanged"] and not found["ok"]

@@ -77,10 +77,10 @@ def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[s
     """Yield every module with its parts, checked; upstream's get a checkpoint's names (exact)."""
     for module, found in modules_of(tensors).items():
         parts = _renamed(found)
-        kind, values = format_of(parts), [*parts.values()]
-        is_plain = kind == "plain" and len(values) == 1 and values[0].is_floating_point()
-        is_matrix = kind != "plain" and values[0].dim() == 2
-        if kind is None or not (is_plain or is_matrix):
+        kind, weight = format_of(parts), weight_of(parts)
+        is_plain = weight is not None and len(parts) == 1 and weight.is_floating_point()
+        is_matrix = weight is not None and weight.dim() == 2
+        if kind is None or not (is_plain if kind == "plain" else is_matrix):
             raise GraftError(
                 f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes "
                 "with theirs, or an unquantized weight; a tensor is missing or belongs elsewhere"

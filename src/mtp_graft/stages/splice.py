@@ -11,7 +11,7 @@ when it is complete: a killed splice leaves only that folder, which the next one
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,12 +149,9 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    layer, quantization = base.num_layers, base.config["quantization_config"]
-    drafter = drafter_config(upstream, head.meta)
-    quantization = add_head(quantization, layer, variant, linears, num_stages(drafter))
-    added = {"num_nextn_predict_layers": 1, **drafter, "quantization_config": quantization}
-    config, is_int4 = {**base.config, **added}, variant in ("rtn", "gptq")
-    group_size = read_quantization(config).group_size([layer], "int4") if is_int4 else 128
+    config = config_with_head(base.config, upstream, head.meta, variant, linears)
+    is_int4 = variant in ("rtn", "gptq")
+    group_size = read_quantization(config).group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
         raise GraftError(
             f"{base.folder}: its INT4 experts have a scale a channel, which {variant} does not "
@@ -188,10 +185,29 @@ def _describe(
             f"{folder}: is a {variant} head, which is taken as it is; {wanted} was asked for: "
             "leave that out, or graft from the upstream master"
         )
+    return variant, linears_of(head)
+
+
+def linears_of(head: Container[str]) -> Linears:
+    """Return which linears a spliced head, by its names, keeps in FP8."""
     if "mtp.0.ffn.shared_experts.w1.weight_scale" in head:
-        return variant, "fp8"
-    projections = {f"mtp.0.{name}.weight_scale" for name in ("e_proj", "main_proj")}
-    return variant, "base" if projections & head.keys() else "bf16"
+        return "fp8"
+    projections = (f"mtp.0.{name}.weight_scale" for name in ("e_proj", "main_proj"))
+    return "base" if any(name in head for name in projections) else "bf16"
+
+
+def config_with_head(
+    config: Mapping[str, Any],
+    upstream: Path,
+    head: Iterable[str],
+    variant: Variant,
+    linears: Linears,
+) -> dict[str, Any]:
+    """Return config.json of a base with a head, whose names in `upstream` these are."""
+    drafter, section = drafter_config(upstream, head), config["quantization_config"]
+    layer, stages = config["num_hidden_layers"], num_stages(drafter)
+    added = {"quantization_config": add_head(section, layer, variant, linears, stages)}
+    return {**config, "num_nextn_predict_layers": 1, **drafter, **added}
 
 
 def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ from mtp_graft.dsv4.names import EXPERT, QUANTIZED, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Tensors, Values, expert_files, read_master
-from mtp_graft.stages.splice import base_files
+from mtp_graft.stages.splice import base_files, config_with_head, linears_of
 
 #: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of
 #: 128 gives about 0.11, GPTQ more. A swapped or doubled matrix has 1 or more.
@@ -60,8 +60,9 @@ def verify(
     All values must be finite. Kept or decoded experts and all other tensors must equal upstream's,
     nearest rounding be half a step off at the most, and GPTQ's experts have the bytes in
     `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is must
-    have `upstream`'s bytes. `rel_error_max` (Frobenius, over expert matrices) is None without the
-    master; `loaded_in_vllm` is seen later. Raises GraftError for files that cannot be read.
+    have `upstream`'s bytes, config.json the base's content and what the head adds. `rel_error_max`
+    (Frobenius, over expert matrices) is None without the master; `loaded_in_vllm` is seen later.
+    Raises GraftError for files that cannot be read.
     """
     manifest = quant_manifest.read_manifest(checkpoint)
     variant, recorded = manifest["variant"], manifest["provenance"].get("base")
@@ -78,6 +79,12 @@ def verify(
     unexpected = held.files.keys() - (listed.keys() & {*base_map, *head.accounted})
     files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
     is_same = quant_manifest.base_provenance(base, base_map.values()) == recorded
+    if is_same:
+        config, names = read_object(base / "config.json", "a config"), master.files or exact.files
+        expected = config_with_head(config, upstream, names, variant, linears_of(listed))
+        found = read_object(checkpoint / "config.json", "a config")
+        wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+        head.mismatched |= {f"config.json: {k}": "is not what splice wrote" for k in wrong}
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
     return {
         "ok": not (missing or unexpected or head.mismatched) and unchanged,
@@ -100,7 +107,7 @@ def require_sound(checkpoint: Path, found: Mapping[str, Any]) -> None:
         return
     wrong = [*found["missing"], *found["unexpected"]]
     wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
-    what = f"{len(wrong)} tensors are wrong: {', '.join(wrong[:3])}; remove it and splice again"
+    what = f"{', '.join(wrong[:3])}: wrong ({len(wrong)} in all); remove it and splice again"
     if not wrong:
         what = "the base is not the one that it was spliced from; splice again"
     raise GraftError(f"{checkpoint}: {what}")
