@@ -83,7 +83,8 @@ class Problem:
                 weights[matrix][e] = values * (1.2 / math.sqrt(inputs))
             one = {m: w[e : e + 1].float() for m, w in weights.items()}
             inputs_seen = activations.residual(3 * hidden // 2)[:, 0].float()  # [T, D]
-            found = expert_hessians([[inputs_seen]], one, limit=10.0)
+            reached = inputs_seen, torch.ones(len(inputs_seen))
+            found = expert_hessians([[reached]], one, limit=10.0)
             shared[e], down[e] = found["w1"][0], found["w2"][0]
         return cls(weights, {"w1": shared, "w2": down, "w3": shared})
 

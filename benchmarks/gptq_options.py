@@ -49,7 +49,9 @@ def main() -> None:
 
     results: list[dict[str, Any]] = [{"option": "rtn", **errors(nearest(weights))}]
     for name, hessians, rules in candidates(seen):
-        quantized = quantize_experts(weights, hessians, counts, range(len(counts)), rules)
+        quantized = quantize_experts(
+            weights, hessians, counts, [*map(str, range(len(counts)))], rules
+        )
         values = {m: int4.decode(q.codes, q.scale) for m, q in quantized.items()}
         results.append({"option": name, **errors(values)})
         print(

@@ -38,8 +38,8 @@ from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, HEALED
 from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
 
-#: Prompts by what they are for: how many of each kind.
-CALIBRATING = {"gsm8k": 1800, "verse": 500}
+#: How many prompts of each kind are trained on, and how many heads are judged by.
+VERSES, QUESTIONS = 500, 1800
 JUDGED = {"choose": 192, "held": 288, "verse": 96}
 VERSE_CHARACTERS = 160
 CHAT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜></think>"  # thinking off
@@ -85,8 +85,8 @@ ABLATIONS = {
 }
 
 
-def write_prompts(run: Path, data: Path) -> None:
-    """Write the prompts to calibrate on, and those to judge by, to the run folder."""
+def write_prompts(run: Path, data: Path, count: int) -> None:
+    """Write `count` questions and verse to train on, and what to judge by, to the run folder."""
     questions = {
         split: [json.loads(row)["question"] for row in (data / f"gsm8k/{split}.jsonl").open()]
         for split in ("train", "test")
@@ -94,8 +94,7 @@ def write_prompts(run: Path, data: Path) -> None:
     verse = (data / "text" / "tinyshakespeare.txt").read_text()
     seen, unseen = verse[: int(0.9 * len(verse))], verse[int(0.9 * len(verse)) :]
     asked = {
-        CALIBRATION: chats("gsm8k", questions["train"], CALIBRATING["gsm8k"])
-        | pieces(seen, CALIBRATING["verse"]),
+        CALIBRATION: chats("gsm8k", questions["train"], count) | pieces(seen, VERSES),
         EVALUATION: chats("choose", questions["test"], JUDGED["choose"])
         | chats("held", questions["test"][JUDGED["choose"] :], JUDGED["held"])
         | pieces(unseen, JUDGED["verse"]),
@@ -207,21 +206,25 @@ def served(name: str, url: str, run: Path, concurrency: int) -> dict[str, Any]:
 
 
 def compare_served(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return by k the healed head's accepted length beside the other's; texts are resampled."""
+    """Return by k a drafter's accepted length beside another's; texts are resampled.
+
+    The healed head is compared with upstream's, and DSpark with the healed head.
+    """
     of = {each["name"]: each["by_text"] for each in found if "by_text" in each}
     compared = {}
-    for k in (name.removeprefix("served healed ") for name in of if "unhealed" not in name):
-        if (before := of.get(f"served unhealed {k}")) is None:
+    for name, after in of.items():
+        _, drafter, k = name.split(" ")
+        other = "unhealed" if drafter == "healed" else "healed"
+        if (before := of.get(f"served {other} {k}")) is None or drafter == "unhealed":
             continue
-        after = of[f"served healed {k}"]
         counts = np.array([[before[t], after[t]] for t in before], float)  # [texts, 2, counts]
         size = (10_000, len(counts))
         drawn = counts[np.random.default_rng(0).integers(len(counts), size=size)].sum(axis=1)
         lengths = drawn[..., 0] / drawn[..., 1]  # [resamples, 2]
         totals = counts.sum(axis=0)
-        compared[k] = {
-            "unhealed": {"length": totals[0, 0] / totals[0, 1], "interval": ends(lengths[:, 0])},
-            "healed": {"length": totals[1, 0] / totals[1, 1], "interval": ends(lengths[:, 1])},
+        compared[k if drafter == "healed" else f"{drafter} {k}"] = {
+            other: {"length": totals[0, 0] / totals[0, 1], "interval": ends(lengths[:, 0])},
+            drafter: {"length": totals[1, 0] / totals[1, 1], "interval": ends(lengths[:, 1])},
             "ratio_interval": ends(lengths[:, 1] / lengths[:, 0]),
             "difference_interval": ends(lengths[:, 1] - lengths[:, 0]),
         }
@@ -262,13 +265,14 @@ def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--prompts", action="store_true", help="write them and a recipe")
+    parser.add_argument("--prompts", action="store_true", help="write them")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="with --prompts")
     parser.add_argument("--served", nargs=2, action="append", default=[], metavar=("NAME", "URL"))
     parser.add_argument("--concurrency", type=int, default=1, help="with --served")
     parser.add_argument("--only", nargs="+", default=["unhealed", *ABLATIONS])
     options = parser.parse_args()
     if options.prompts:
-        write_prompts(options.run, Path(os.environ["MTP_GRAFT_DATA"]))
+        write_prompts(options.run, Path(os.environ["MTP_GRAFT_DATA"]), options.questions)
         return
     for name, url in options.served:
         found = served(name, url, options.run, options.concurrency)

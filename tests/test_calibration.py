@@ -19,6 +19,7 @@ from hub_stand_in import StandInHub
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import Prompt
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration
+from serving.doctor_defects import LFS_POINTER
 
 HUB = "hub:HuggingFaceH4/ultrachat_200k"
 
@@ -93,8 +94,9 @@ def test_a_source_that_cannot_be_read_or_is_empty_is_an_error(
     for source, message in {
         str(tmp_path / "pipe.jsonl"): "not a file; expected prompts",
         write(tmp_path / "empty.jsonl", ""): "no prompts",
+        write(tmp_path / "lfs.jsonl", LFS_POINTER.decode()): "a git-lfs pointer: run `git lfs",
         str(tmp_path / "none.jsonl"): "not readable",
-        write(tmp_path / "p.parquet"): "pyarrow is not installed; pip install",
+        write(tmp_path / "p.parquet", "x"): "pyarrow is not installed; pip install",
     }.items():
         with pytest.raises(GraftError, match=message):
             load_calibration(source, 1)

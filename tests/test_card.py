@@ -299,6 +299,7 @@ def test_without_a_token_it_says_how_to_get_one(
         (lambda run: (run / "card/README.md").unlink(), "run `mtp-graft card` first"),
         (lambda run: write(run / "card/card.json", {"checkpoint": {}}), "`mtp-graft card` again"),
         (lambda run: (run / "splice/manifest.json").unlink(), "run `mtp-graft splice` first"),
+        (lambda run: write(run / "MTP_QUANT_MANIFEST.json", {}), "a grafted one can be uploaded"),
     ],
 )
 def test_what_is_not_finished_is_not_published(

@@ -135,8 +135,12 @@ def test_gptq_agrees_with_the_cpu(scale: Scale) -> None:
 
 # Experts whose capture says little or nonsense
 
-INPUTS, INNER, EXPERTS = 128, 128, range(8, 10)
+INPUTS, INNER, EXPERTS = 128, 128, ["experts.8", "experts.9"]
 SETTINGS = QuantizeSection()
+
+
+def reached(tokens: torch.Tensor, weight: float = 1.0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(tokens, torch.full((len(tokens),), weight))]
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -146,7 +150,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_an_expert_whose_inputs_are_all_zero_is_rounded_and_loses_nothing() -> None:
     original = weights()
-    tokens = [[torch.zeros(3, INPUTS)], [torch.randn(300, INPUTS)]]
+    tokens = [reached(torch.zeros(3, INPUTS)), reached(torch.randn(300, INPUTS))]
     hessians = expert_hessians(tokens, original, 10.0)
     quantized = quantize_experts(original, hessians, [3, 300], EXPERTS, SETTINGS)
     errors = expert_errors(original, hessians, quantized, SETTINGS.group_size)
@@ -157,11 +161,19 @@ def test_an_expert_whose_inputs_are_all_zero_is_rounded_and_loses_nothing() -> N
             assert 0.0 < other < 0.2
 
 
+def test_w2s_error_counts_as_the_router_weighs_the_expert() -> None:
+    original, tokens = weights(), torch.randn(2, 50, INPUTS)
+    plain = expert_hessians([*map(reached, tokens)], original, 10.0)
+    half = expert_hessians([reached(each, 0.5) for each in tokens], original, 10.0)
+    assert torch.allclose(half["w2"], plain["w2"] / 4) and torch.equal(half["w1"], plain["w1"])
+
+
 @pytest.mark.parametrize("value", [float("nan"), 3e20])
 def test_inputs_that_add_up_to_no_number_are_named_and_damp_is_not_blamed(value: float) -> None:
     original = weights()
     spoilt = torch.randn(300, INPUTS)
     spoilt[7, 5] = value  # finite in the capture, but not its square
-    hessians = expert_hessians([[torch.randn(300, INPUTS)], [spoilt]], original, 10.0)
+    tokens = [reached(torch.randn(300, INPUTS)), reached(spoilt)]
+    hessians = expert_hessians(tokens, original, 10.0)
     with pytest.raises(GraftError, match=r"experts\.9\.w1: its Hessian is not finite"):
         quantize_experts(original, hessians, [300, 300], EXPERTS, SETTINGS)

@@ -118,7 +118,7 @@ def test_experts_are_gptq_of_the_tokens_that_reach_them(
     tokens: dict[int, list[Tensor]] = {3: [], 17: []}
     for sequence in read_sequences(capture)[: len(LENGTHS)]:
         recorded = read_recorded(capture, sequence, 4)
-        found, experts = replay_routing(head, recorded.residual, embed[recorded.token_ids])
+        found, experts, _ = replay_routing(head, recorded.residual, embed[recorded.token_ids])
         known = slice(len(recorded.token_ids) - 2)
         for x, chosen in zip(found[known].bfloat16(), experts[known], strict=True):
             for e in set(chosen.tolist()) & set(tokens):

@@ -100,7 +100,7 @@ def test_routing_is_that_of_the_whole_head(
     hook.remove()
     others = {name: tensor for name, tensor in decoded.items() if ".experts." not in name}
     alone = build_head(config, others, with_experts=False)
-    routed_x, experts = replay_routing(alone, residual, embeds)
+    routed_x, experts, _ = replay_routing(alone, residual, embeds)
     x, chosen = seen
     torch.testing.assert_close(routed_x, x, rtol=1e-5, atol=1e-5)
     assert experts.tolist() == chosen.sort(-1).values.tolist()

@@ -38,7 +38,17 @@ def _check(holds: Callable[[Any], object], expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Name = Annotated[str, _check(re.compile(r"\w[\w.-]*").fullmatch, "letters, digits, . _ or -")]
+Name = Annotated[
+    str, _check(re.compile(r"\w[\w.-]{0,59}").fullmatch, "up to 60 letters, digits, . _ or -")
+]
+Word = Annotated[str, _check(lambda word: "\0" not in word, "text without a NUL")]
+Prompts = Annotated[
+    str,
+    _check(
+        re.compile(r"/.*|hub:\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?").fullmatch,
+        "a file, or hub:owner/dataset[:split]",
+    ),
+]
 Checkpoint = Annotated[
     str,
     _check(
@@ -71,8 +81,8 @@ class ModelSection:
 class CaptureSection:
     """What the base is asked and how long it answers; two sets, so that scores are held out."""
 
-    calibration_prompts: str  # JSON Lines file, or hub:owner/dataset
-    evaluation_prompts: str
+    calibration_prompts: Prompts  # JSON Lines file, or hub:owner/dataset
+    evaluation_prompts: Prompts
     calibration_count: Count = 256
     evaluation_count: Count = 64
     calibration_tokens: Count | None = None  # of text, at most: enough with fewer prompts
@@ -145,7 +155,7 @@ class SpliceSection:
 class BenchSection:
     """What is served and timed at the end."""
 
-    prompts: str  # JSON Lines file, or hub:owner/dataset
+    prompts: Prompts  # JSON Lines file, or hub:owner/dataset
     count: Count = 8
     max_tokens: Count = 128
     rounds: Count = 3
@@ -160,7 +170,7 @@ class ServeSection:
 
     tensor_parallel_size: Count = 1
     kv_cache_gib: Annotated[float, Field(ge=0.01, strict=True)] | None = None  # as `serve` has it
-    extra_args: tuple[str, ...] = ()  # for `vllm serve`, as they are
+    extra_args: tuple[Word, ...] = ()  # for `vllm serve`, as they are
 
 
 @dataclass(frozen=True, config=_exact)

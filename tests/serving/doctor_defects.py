@@ -168,6 +168,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
         change_file(INDEX, lambda i: re.sub(rb'("total_size": ?)', rb"\g<1>4", i)),
     ),
     "tokenizer-cut": ("file-unreadable", change_file("tokenizer.json", lambda data: data[:-9])),
+    "tokenizer-of-nothing": ("file-unreadable", change_file("tokenizer.json", lambda _: b"{}")),
     "no-tokenizer": ("file-missing", lambda folder: (folder / "tokenizer.json").unlink()),
     "missing-shard": ("shard-missing", lambda folder: (folder / HEAD).unlink()),
     "entry-without-tensor": ("index-entry-without-tensor", list_what_is_not_there),

@@ -116,16 +116,20 @@ def test_a_router_of_more_experts_than_there_are_is_a_pruned_variant(tmp_path: P
     check_named_once(pruned, "pruned variant: has 40, n_routed_experts is 64")
 
 
-@pytest.mark.parametrize("maker", ["GGUF", "GPTQ", "gptq"])
+@pytest.mark.parametrize("maker", ["GGUF", "gguf/GGUF", "GPTQ", "gptq"])
 def test_every_command_names_the_maker_before_it_reads_a_tensor(
     tmp_path: Path, tiny_base: Path, maker: str
 ) -> None:
     given, out, master = tmp_path / "given", tmp_path / "out", TINY / "upstream"
-    if maker == "GGUF":
-        given.mkdir()
-        (given / "model.gguf").touch()
+    if "GGUF" in maker:
+        file = given / f"{maker.lower()}.{maker[:4]}"
+        with pytest.raises(GraftError, match="not a folder"):
+            diagnose(file, V32)
+        file.parent.mkdir(parents=True)
+        file.touch()
+        maker = maker[-4:]
         check_named_once(given, maker)
-        check_named_once(given / "model.gguf", maker)
+        check_named_once(file, maker)
     else:
         write(given, [maker])
     for command in (

@@ -193,6 +193,11 @@ class Spliced:
 
 def find_spliced(run: Path) -> Spliced:
     """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
+    if (run / MANIFEST_NAME).is_file():
+        raise GraftError(
+            f"{run}: is a checkpoint with a head; expected the folder of a `mtp-graft run`, which "
+            "measured one: a grafted one can be uploaded with `hf upload OWNER/NAME FOLDER`"
+        )
     stage, cure = run / "splice", "run `mtp-graft splice` first"
     done = read_object(stage / "manifest.json", "the splice stage's manifest", cure)
     variant = done["config"]["variant"]

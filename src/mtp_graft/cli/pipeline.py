@@ -33,10 +33,10 @@ STAGES = {
 @app.command()
 def graft(
     base: str = argument("BASE", "A folder or a hub id."),
-    upstream: str = argument("UPSTREAM", "The master, or a published head: folder or hub id."),
+    upstream: str = argument("UPSTREAM", "The upstream, or a published head: folder or hub id."),
     out: Path = argument("OUT", "The new checkpoint's folder."),
     head: Literal["mxfp4", "bf16"] | None = option(
-        None, None, "Keep the master's codes (default), or decode them; both are exact."
+        None, None, "Keep upstream's codes (default), or decode them; both are exact."
     ),
     base_revision: str | None = option(None, "REV", "Branch, tag or commit on the hub."),
     upstream_revision: str | None = option(None, "REV", "The same of the upstream."),

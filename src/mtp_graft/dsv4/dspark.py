@@ -62,6 +62,7 @@ class DSpark(nn.Module):
         config = one_layer_config(config, _BLOCK)
         size, eps, rank = config.hidden_size, config.rms_norm_eps, config.dspark_markov_rank
         self.window: int = config.sliding_window
+        self.noise: int = config.dspark_noise_token_id
         self.main_proj = nn.Linear(len(config.dspark_target_layer_ids) * size, size, bias=False)
         self.main_norm = DeepseekV4RMSNorm(size, eps=eps)
         self.stages = nn.ModuleList(_stage(config) for _ in range(stages))

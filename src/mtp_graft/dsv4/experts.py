@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtp_graft.dsv4.names import EXPERTS_PREFIX
 from mtp_graft.dsv4.variants import int4_parts
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
@@ -25,36 +24,42 @@ MATRICES = ("w1", "w2", "w3")
 _TOKENS = 8192
 
 
-def expert_name(expert: int, matrix: str) -> str:
-    """Return the module name of a routed expert's matrix."""
-    return f"{EXPERTS_PREFIX}{expert}.{matrix}"
-
-
 class RoutedTokens:
     """The inputs of all routed experts; a token is stored once, however many experts it reaches."""
 
-    def __init__(self, x: Tensor, experts: Tensor, num_experts: int) -> None:
-        """Sort the tokens `x` [N, D] by the `experts` [N, K] that the router chose for them."""
+    def __init__(
+        self, x: Tensor, experts: Tensor, num_experts: int, weights: Tensor | None = None
+    ) -> None:
+        """Sort the tokens `x` [N, D] by the `experts` [N, K] that the router chose for them.
+
+        `weights` [N, K] are the experts' in the sum of their outputs, if they are to count.
+        """
         self.x = x
         by_expert = experts.flatten().long().argsort(stable=True)
         self.counts: list[int] = experts.flatten().bincount(minlength=num_experts).tolist()
         self._tokens = (by_expert // experts.shape[1]).split(self.counts)  # of each expert [T]
+        weighed = torch.ones(1) if weights is None else weights.flatten()[by_expert]
+        self._weights = weighed.expand(len(by_expert)).split(self.counts)
 
-    def of_expert(self, expert: int) -> Iterator[Tensor]:
+    def of_expert(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the tokens [T, D] that reach an expert in their order, a few thousand at a time.
 
-        All tokens are yielded for an expert that none reached.
+        With them come their weights [T]. All tokens are yielded for an expert that none reached.
         """
-        chosen = self._tokens[expert].split(_TOKENS)
-        yield from map(self.x.__getitem__, chosen) if self.counts[expert] else self.x.split(_TOKENS)
+        if not self.counts[expert]:
+            yield from ((some, torch.ones(len(some))) for some in self.x.split(_TOKENS))
+        tokens, weights = self._tokens[expert], self._weights[expert]
+        for some, weighed in zip(tokens.split(_TOKENS), weights.split(_TOKENS), strict=True):
+            yield self.x[some], weighed
 
 
 def expert_hessians(
-    tokens: Sequence[Iterable[Tensor]], weights: Mapping[str, Tensor], limit: float
+    tokens: Sequence[Iterable[tuple[Tensor, Tensor]]], weights: Mapping[str, Tensor], limit: float
 ) -> dict[str, Tensor]:
     """Return the Hessian f32 [E, I, I] of each matrix's inputs, by "w1", "w2", "w3".
 
-    `tokens` are each expert's, in parts [T, D]; `weights` are the originals w1, w3 [E, M, D] and
+    `tokens` are each expert's, in parts [T, D], each with the routing weights [T] that w2's error
+    counts with; `weights` are the originals w1, w3 [E, M, D] and
     w2 [E, D, M]; `limit` is the model's `swiglu_limit`.
     """
     w1, w3 = weights["w1"], weights["w3"]
@@ -62,12 +67,12 @@ def expert_hessians(
     h13 = torch.zeros(num_experts, hidden, hidden, device=w1.device)  # of w1 and w3, [E, D, D]
     h2 = torch.zeros(num_experts, inner, inner, device=w1.device)  # of w2, [E, M, M]
     for e, parts in enumerate(tokens):
-        for part in parts:
+        for part, weighed in parts:
             x = part.to(w1.device)  # [T, D]
             h13[e] += _gram(x)
-            # What w2 reads [T, M], without the routing weight: the expert's own error counts.
             gate = F.silu((x.float() @ w1[e].T).clamp(max=limit))
-            a = gate * (x.float() @ w3[e].T).clamp(-limit, limit)
+            a = gate * (x.float() @ w3[e].T).clamp(-limit, limit)  # what w2 reads [T, M]
+            a *= weighed.to(a)[:, None]
             h2[e].addmm_(a.T, a)
     return {"w1": h13, "w2": h2, "w3": h13}
 
@@ -83,13 +88,13 @@ def quantize_experts(
     weights: Mapping[str, Tensor],
     hessians: Mapping[str, Tensor],
     num_tokens: Sequence[int],
-    experts: range,
+    experts: Sequence[str],
     settings: QuantizeSection,
 ) -> dict[str, Quantized]:
     """Return matrix -> the experts' INT4 weights by GPTQ.
 
-    `num_tokens` are behind each expert's Hessian. Raises GraftError for a Hessian that is not
-    finite, and for one that damping does not make positive definite.
+    `num_tokens` are behind each expert's Hessian, `experts` their modules. Raises GraftError for a
+    Hessian that is not finite, and for one that damping does not make positive definite.
     """
     tokens = torch.tensor(num_tokens, dtype=torch.float32).clamp(min=1)  # [E]
     found: dict[str, Quantized] = {}
@@ -106,20 +111,19 @@ def quantize_experts(
             problem = f"not positive definite with damp {settings.damp}; choose a larger damp"
             if not hessian[error.index].isfinite().all():
                 problem = "not finite; capture again, and check the upstream shard"
-            name = expert_name(experts[error.index], matrices[0])
+            name = f"{experts[error.index]}.{matrices[0]}"
             raise GraftError(f"{name}: its Hessian is {problem}") from error
         codes, scales = (t.chunk(len(matrices), dim=1) for t in (result.codes, result.scale))
         found |= zip(matrices, map(Quantized, codes, scales), strict=True)
     return found
 
 
-def pack_experts(quantized: Mapping[str, Quantized], experts: range) -> dict[str, Tensor]:
-    """Return INT4 experts as the checkpoint stores them, under its names."""
+def pack_experts(quantized: Mapping[str, Quantized], experts: Sequence[str]) -> dict[str, Tensor]:
+    """Return INT4 experts as the checkpoint stores them, under its names of their modules."""
     stored: dict[str, Tensor] = {}
     for matrix, weights in quantized.items():
         for e, codes, scale in zip(experts, weights.codes, weights.scale, strict=True):
-            module = expert_name(e, matrix)
-            stored |= {f"{module}.{part}": t for part, t in int4_parts(codes, scale).items()}
+            stored |= {f"{e}.{matrix}.{part}": t for part, t in int4_parts(codes, scale).items()}
     return stored
 
 

@@ -24,7 +24,6 @@ from mtp_graft.errors import GraftError
 Shapes = dict[str, tuple[int, ...]]  # by plain name
 
 HEAD_PREFIX = "mtp.0."
-EXPERTS_PREFIX = f"{HEAD_PREFIX}ffn.experts."
 #: Copies of the target's, for which vLLM's drafter has rules on GPUs.
 HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
@@ -129,7 +128,7 @@ def find_drafter(found: Iterable[str], where: object) -> Drafter:
     """
     names = sorted(name for name in found if name.startswith("mtp."))
     if not names:
-        raise GraftError(f"{where}: has no mtp.* tensors; expected the upstream master's head")
+        raise GraftError(f"{where}: has no mtp.* tensors; expected an upstream with one")
     blocks = {name.split(".")[1] for name in names}
     is_dspark = any(name.startswith(f"{HEAD_PREFIX}main_proj.") for name in names)
     if blocks != {str(n) for n in range(len(blocks) if is_dspark else 1)}:

@@ -1,4 +1,4 @@
-"""Replay: what the MTP head does on sequences that the base has already computed.
+"""Replay: what a drafter does on sequences that the base has already computed.
 
 All that the server computes is there, but for the KV cache's FP8 rounding.
 
@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens of each, R = T - 1 that the head reads (the last h
 whose embedding it could read), S streams, D hidden size, K experts a token, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,22 +16,25 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
-from mtp_graft.dsv4.dspark import DSpark
+from mtp_graft.dsv4.dspark import DSpark, block_tokens
 from mtp_graft.dsv4.head import MTPHead, one_layer_config
-from mtp_graft.dsv4.names import head_from_module
+from mtp_graft.dsv4.names import EXPERT, head_from_module
 from mtp_graft.errors import GraftError
 
+#: Anchors whose blocks are in memory at once.
+_ANCHORS = 512
 Module = TypeVar("Module", MTPHead, DSpark)
 
 
 class RoutingRecorder(nn.Module):
     """Stand in for the routed experts: keep what they are given, add nothing."""
 
-    routed: tuple[Tensor, Tensor]
+    routed: tuple[Tensor, Tensor, Tensor]
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Keep the input `x` [R, D] and the chosen `experts` [R, K]."""
-        self.routed = x, experts.sort(dim=-1).values
+        """Keep `x` [R, D], the `experts` [R, K] chosen for it, ascending, and their `weights`."""
+        experts, order = experts.sort(dim=-1)
+        self.routed = x, experts, weights.gather(-1, order)
         return torch.zeros_like(x)
 
 
@@ -48,7 +51,7 @@ def build_head(
     with_experts: bool = True,
     device: str = "cpu",
 ) -> MTPHead:
-    """Return the head with decoded `mtp.0.*` weights, as `variants.decode_head` gives them.
+    """Return the head with decoded `mtp.*` weights, as `variants.decode_head` gives them.
 
     They are all of them, of the right shapes. Without experts, a `RoutingRecorder` takes their
     place.
@@ -61,12 +64,35 @@ def build_head(
 
 
 def build_dspark(
-    config: DeepseekV4Config, tensors: Mapping[str, Tensor], stages: int, *, device: str = "cpu"
+    config: DeepseekV4Config,
+    tensors: Mapping[str, Tensor],
+    stages: int,
+    *,
+    recorded: int | None = None,
+    device: str = "cpu",
 ) -> DSpark:
-    """Return a DSpark drafter of `stages` likewise; `config` has upstream's `dspark_*` keys."""
+    """Return a DSpark drafter of `stages` likewise; `config` has upstream's `dspark_*` keys.
+
+    With `recorded` it ends with that stage, whose experts a `RoutingRecorder` stands in for; those
+    of the stages before are to be filled in.
+    """
     with torch.device("meta"):
         drafter = DSpark(config, stages).eval()
-    return _fill(drafter, config, tensors, stages, device)
+    later: Iterable[Any] = () if recorded is None else drafter.stages[recorded:]
+    for stage in later:
+        stage.mlp.experts = RoutingRecorder()
+    _fill(drafter, config, tensors, stages, device, experts=recorded is None)
+    drafter.stages = drafter.stages[: None if recorded is None else recorded + 1]
+    return drafter
+
+
+def build_drafter(
+    config: DeepseekV4Config, tensors: Mapping[str, Tensor], stages: int, *, device: str = "cpu"
+) -> MTPHead | DSpark:
+    """Return whichever it is: a head for no `stages`."""
+    if stages:
+        return build_dspark(config, tensors, stages, device=device)
+    return build_head(config, tensors, device=device)
 
 
 def _fill(
@@ -75,18 +101,22 @@ def _fill(
     tensors: Mapping[str, Tensor],
     stages: int,
     device: str,
+    experts: bool = True,
 ) -> Module:
     module.to_empty(device=device)
     module.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
     # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
     for name, view in head_from_module(module.state_dict(), stages).items():
-        view.copy_(tensors[name])
+        if experts or not EXPERT.match(name):
+            view.copy_(tensors[name])
     return module
 
 
 @torch.inference_mode()
-def replay_routing(head: MTPHead, residual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the routed experts' inputs [R, D] and the router's choices int64 [R, K], ascending.
+def replay_routing(
+    head: MTPHead, residual: Tensor, embeds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the routed experts are given, as a `RoutingRecorder` keeps it.
 
     `head` was built without experts; `residual` [T, S, D] and `embeds` [T, D] are those of the
     tokens themselves. Raises GraftError if the head gives values that are not finite.
@@ -141,3 +171,60 @@ def unroll(
                 "that upstream and base are of the same model, or fetch the head again"
             )
         yield stream
+
+
+# DSpark: a block of rows after each anchor
+
+
+@torch.inference_mode()
+def replay_blocks(
+    drafter: DSpark,
+    lm_head: Tensor,
+    taps: Tensor,
+    token_ids: Tensor,
+    embed: Tensor,
+    start: int,
+    k: int,
+) -> Tensor:
+    """Return the k drafts int64 [T - start, k] after each token from `start` on.
+
+    Each block has k rows, as a server that drafts k tokens asks for it. `taps` [T, L, D] are those
+    of the tokens themselves, `embed` and `lm_head` [V, D] the base's. Raises GraftError as
+    `replay_routing`.
+    """
+    given = _blocks(drafter, taps, token_ids, embed, torch.arange(start, len(taps)), k)
+    ids = token_ids.to(lm_head.device)
+    return torch.cat([drafter.draft(hidden, ids[at], lm_head) for at, hidden in given])
+
+
+@torch.inference_mode()
+def replay_block_routing(
+    drafter: DSpark, taps: Tensor, token_ids: Tensor, embed: Tensor, start: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the last stage's experts are given, as a `RoutingRecorder` there keeps it.
+
+    Every token from `start` on but the last is an anchor; all its rows count. Raises likewise.
+    """
+    recorder: Any = drafter.stages[-1]
+    given = _blocks(drafter, taps, token_ids, embed, torch.arange(start, len(taps) - 1), rows)
+    parts = [recorder.mlp.experts.routed for _ in given]
+    x, experts, weights = (torch.cat(each) for each in zip(*parts, strict=True))
+    return x, experts, weights
+
+
+def _blocks(
+    drafter: DSpark, taps: Tensor, token_ids: Tensor, embed: Tensor, anchors: Tensor, rows: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield some anchors [A] at a time, and what their blocks say [A, rows, D]."""
+    like = drafter.main_proj.weight
+    context = drafter.context(taps.to(like), torch.arange(len(taps), device=like.device))
+    for some in anchors.split(_ANCHORS):
+        tokens = block_tokens(token_ids[some], drafter.noise, rows)
+        at = some.to(like.device)
+        hidden = drafter(embed[tokens.to(embed.device)].to(like), context, at, at)
+        if not torch.isfinite(hidden).all():
+            raise GraftError(
+                "mtp: the DSpark drafter gives values that are not finite on captured taps that "
+                "are; check that upstream and base are of the same model, or fetch it again"
+            )
+        yield at, hidden

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from pydantic_core import from_json
 
+from mtp_graft.checkpoint.files import fetched
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.client import Prompt, ServerClient
 
@@ -96,7 +97,7 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
     if source.startswith(HUB):
         rows = _hub_rows(source)
     else:
-        path = Path(source)
+        path = _prompts_file(source)
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     seen: set[str] = set()
     asked: set[int] = set()  # hashes
@@ -117,13 +118,23 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
 Rows = Iterator[tuple[int, Any]]  # numbered from 1
 
 
-def _json_rows(path: Path) -> Rows:
+def _prompts_file(source: str) -> Path:
+    path = Path(source)
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise GraftError(f"{path}: not a file; expected prompts")
     try:
+        with path.open("rb") as file:
+            fetched(file.read(64))
+    except (OSError, ValueError) as error:
+        raise GraftError(f"{path}: not readable ({in_words(error)}); expected prompts") from error
+    return path
+
+
+def _json_rows(path: Path) -> Rows:
+    try:
         lines = path.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GraftError(f"{path}: not readable ({error}); expected prompts") from error
+    except UnicodeDecodeError as error:
+        raise GraftError(f"{path}: {in_words(error)}; expected prompts") from error
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():

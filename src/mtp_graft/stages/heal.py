@@ -112,6 +112,11 @@ def heal(
 def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inputs:
     """Return the inputs with the texts of a split that have all drafts of a step."""
     inputs = open_inputs(capture, upstream, base, split, "embed.weight", "head.weight")
+    if inputs.stages:
+        raise GraftError(
+            f"{upstream}: has a DSpark drafter, which was trained for blocks already; expected an "
+            "MTP head: leave [heal] out"
+        )
     texts = [s for s in inputs.sequences if s.tokens > s.prompt_tokens + k]
     if not texts:
         raise GraftError(

@@ -20,7 +20,7 @@ from mtp_graft.checkpoint import capture as capture_files
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
-from mtp_graft.dsv4.config import DSparkDimensions, check_keys
+from mtp_graft.dsv4.config import DSparkDimensions, check_keys, num_stages
 from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
@@ -188,8 +188,29 @@ class Inputs:
     base: Path
     model: "DeepseekV4Config"
     head: Tensors
+    stages: int  # of a DSpark drafter; 0: it is an MTP head
     sequences: list[CapturedSequence]
     files: list[Path]  # all that a stage's result depends on
+
+    @property
+    def taps(self) -> int:
+        """Return how many layers of the base a DSpark drafter reads."""
+        return len(self.model.dspark_target_layer_ids)
+
+    @property
+    def block_size(self) -> int:
+        """Return how many rows a DSpark drafter was trained to draft in one pass."""
+        return int(self.model.dspark_block_size)
+
+    def calibration_rows(self, sequence: CapturedSequence) -> int:
+        """Return how many inputs a sequence gives the experts of a stage.
+
+        A head reads all tokens that have a successor. DSpark has a block of rows for each token
+        after the prompt, as served.
+        """
+        if not self.stages:
+            return sequence.calibration_tokens
+        return self.block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
 
     def indexes(self) -> list[Path]:
         """Return the files that name all others, for a stage's manifest."""
@@ -212,6 +233,11 @@ class Inputs:
         model = self.model
         recorded = read_recorded(self.capture, sequence, model.hc_mult, device)
         hidden, largest = recorded.residual.shape[2], int(recorded.token_ids.max())
+        if self.stages and (recorded.taps is None or recorded.taps.shape[1] != self.taps):
+            raise GraftError(
+                f"{self.capture}: has not the taps of {self.taps} layers that a DSpark drafter "
+                "reads; capture again with this upstream, or with [capture] taps"
+            )
         if hidden == model.hidden_size and largest < model.vocab_size:
             return recorded
         path = self.capture / capture_files.RECORDINGS / sequence.recording
@@ -246,4 +272,5 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
         *sorted(set(head.files.values())),
         *(base / shard for shard in sorted({base_map[name] for name in needed})),
     ]
-    return Inputs(capture, upstream, base, model, head, sequences, files)
+    stages = num_stages(settings)
+    return Inputs(capture, upstream, base, model, head, stages, sequences, files)

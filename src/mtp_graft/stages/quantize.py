@@ -18,23 +18,25 @@ V vocabulary, K experts a token, E experts of a batch, M the experts' intermedia
 import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import manifest
+from mtp_graft.checkpoint.capture import CapturedSequence, Recorded
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, load_tensors, save_shard
 from mtp_graft.dsv4 import experts as head_experts
-from mtp_graft.dsv4.experts import MATRICES, RoutedTokens, expert_name
+from mtp_graft.dsv4.dspark import DSpark
+from mtp_graft.dsv4.experts import MATRICES, RoutedTokens
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.names import EXPERTS_PREFIX
-from mtp_graft.dsv4.replay import build_head, replay_routing
+from mtp_graft.dsv4.names import head_from_module
+from mtp_graft.dsv4.replay import build_dspark, build_head, replay_block_routing, replay_routing
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, Variant
@@ -71,13 +73,11 @@ def quantize(
         _claim(out, inputs, settings, clock.device)
         if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
             return finished
-        total, size = inputs.model.n_routed_experts, settings.experts_per_batch
-        batches = [range(e, min(e + size, total)) for e in range(0, total, size)]
-        files = {e: out / GPTQ / f"experts-{e[0]:04d}-{e[-1]:04d}.safetensors" for e in batches}
-        pending = {experts: file for experts, file in files.items() if not _is_done(file)}
-        if pending:
-            _quantize(inputs, settings, pending, clock, report)
-        result = _report(inputs, settings, [*files.values()], clock)
+        batches = _batches(inputs, settings.experts_per_batch, out / GPTQ)
+        for stage in range(inputs.stages or 1):
+            if any(batch.stage == stage and not _is_done(batch.file) for batch in batches):
+                _quantize(inputs, settings, batches, stage, clock, report)
+        result = _report(inputs, settings, [batch.file for batch in batches], clock)
         seconds = result["seconds"]["total"] = time.perf_counter() - started
         write_json(result, out / REPORT_NAME)
         given = inputs.indexes()
@@ -85,12 +85,35 @@ def quantize(
         return result
 
 
+class _Batch(NamedTuple):
+    """Some experts of one stage; a head has stage 0 alone."""
+
+    stage: int
+    experts: range
+    file: Path
+
+    @property
+    def modules(self) -> list[str]:
+        return [f"mtp.{self.stage}.ffn.experts.{e}" for e in self.experts]
+
+
+def _batches(inputs: Inputs, size: int, out: Path) -> list[_Batch]:
+    total, found = inputs.model.n_routed_experts, list[_Batch]()
+    for stage in range(inputs.stages or 1):
+        of_stage = f"{stage}-" if inputs.stages else ""
+        for e in range(0, total, size):
+            end = min(e + size, total)
+            file = out / f"experts-{of_stage}{e:04d}-{end - 1:04d}.safetensors"
+            found.append(_Batch(stage, range(e, end), file))
+    return found
+
+
 def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
     """Check what can be checked before anything is computed."""
     inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
     with inputs.head.named():
         store_head(inputs.head.meta, "rtn", group_size=settings.group_size)  # or it does not divide
-    sequences = [s for s in inputs.sequences if s.calibration_tokens]
+    sequences = [s for s in inputs.sequences if inputs.calibration_rows(s)]
     if not sequences:
         raise GraftError(
             f"{capture}: no captured sequences of split {CALIBRATION!r} with three tokens or more; "
@@ -120,45 +143,75 @@ def _is_done(file: Path) -> bool:
 # Replay
 
 
-def replay_capture(inputs: Inputs, clock: Clock, report: Progress) -> RoutedTokens:
-    """Run the head, without its experts, on every captured sequence; return what reaches them.
+def replay_capture(
+    inputs: Inputs, clock: Clock, report: Progress, stage: int = 0, quantized: Sequence[Path] = ()
+) -> RoutedTokens:
+    """Run the drafter, without the experts of `stage`, on the capture; return what reaches them.
 
-    The tokens are in BF16, the precision that the experts' inputs have in service; on the clock's
-    device, or in host memory if they are many.
+    `quantized` are the files of the experts before. The tokens are in BF16, the precision that the
+    experts' inputs have in service; on the clock's device, or in host memory if they are many.
     """
     model, sequences = inputs.model, inputs.sequences
-    num_tokens = sum(s.calibration_tokens for s in sequences)
+    num_tokens = sum(map(inputs.calibration_rows, sequences))
     fits = 2 * num_tokens * model.hidden_size <= RESIDENT_BYTES
     device = clock.device if fits else "cpu"
     x = torch.empty(num_tokens, model.hidden_size, dtype=torch.bfloat16, device=device)  # [N, D]
     shape = (num_tokens, model.num_experts_per_tok)
     experts = torch.empty(shape, dtype=torch.int32, device=device)  # [N, K]
+    weights = torch.empty(shape if inputs.stages else (0,), device=device)
     start, read = 0, partial(inputs.read_sequence, device=clock.device)
     report("replay", 0, len(sequences))
     with parallel.read_ahead(read, sequences, _SEQUENCES_AHEAD) as captured:
         with clock.timed("io"):  # while the first sequences are being read
-            embed, head = _load_head(inputs, clock.device)
+            embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(clock.device)
+            drafter = _load_drafter(inputs, clock.device, stage, quantized)
         for number, sequence in enumerate(sequences, start=1):
             with clock.timed("io"):
                 recorded = next(captured)
-            end = start + sequence.calibration_tokens
+            end = start + inputs.calibration_rows(sequence)
             with clock.timed("replay", tf32=True):
-                known = end - start + 1  # at token i the head reads token i + 1
-                embeds = embed[recorded.token_ids[:known].to(clock.device)]  # [T + 1, D]
-                routed = replay_routing(head, recorded.residual[:known], embeds)
-                x[start:end], experts[start:end] = routed
+                routed = _route(drafter, inputs, sequence, recorded, embed)
+                x[start:end], experts[start:end], shares = routed
+                if inputs.stages:
+                    weights[start:end] = shares
             start = end
             report("replay", number, len(sequences))
-    return RoutedTokens(x, experts, model.n_routed_experts)
+    return RoutedTokens(x, experts, model.n_routed_experts, weights if inputs.stages else None)
 
 
-def _load_head(inputs: Inputs, device: str) -> tuple[Tensor, MTPHead]:
-    """Return the base's embedding [V, D] and the head without its experts."""
-    embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
-    others = [name for name in inputs.head.files if not name.startswith(EXPERTS_PREFIX)]
-    with inputs.head.named():
-        decoded = decode_head(inputs.read_upstream(others, device))
-    return embed, build_head(inputs.model, decoded, with_experts=False, device=device)
+def _route(
+    drafter: MTPHead | DSpark,
+    inputs: Inputs,
+    sequence: CapturedSequence,
+    recorded: Recorded,
+    embed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the experts are given of one sequence, as a `RoutingRecorder` keeps it."""
+    if isinstance(drafter, DSpark):
+        assert recorded.taps is not None
+        given = recorded.taps, recorded.token_ids, embed
+        return replay_block_routing(drafter, *given, sequence.prompt_tokens, inputs.block_size)
+    known = sequence.calibration_tokens + 1  # at token i the head reads token i + 1
+    embeds = embed[recorded.token_ids[:known].to(embed.device)]  # [T + 1, D]
+    return replay_routing(drafter, recorded.residual[:known], embeds)
+
+
+def _load_drafter(
+    inputs: Inputs, device: str, stage: int, quantized: Sequence[Path]
+) -> MTPHead | DSpark:
+    """Return the drafter up to a stage, which has no experts; those before are quantized."""
+    others = [name for name in inputs.head.files if ".ffn.experts." not in name]
+    decoded = decode_head(inputs.read_upstream(others, device))
+    if not inputs.stages:
+        return build_head(inputs.model, decoded, with_experts=False, device=device)
+    made = inputs.model, decoded, inputs.stages
+    drafter = build_dspark(*made, recorded=stage, device=device)
+    views = head_from_module(drafter.state_dict(), inputs.stages)
+    for file in quantized:
+        with Shard(file) as shard:
+            for name, tensor in decode_head(shard.read([*shard.meta])).items():
+                views[name].copy_(tensor)
+    return drafter
 
 
 # Hessians, GPTQ, errors: a batch of experts at a time
@@ -167,33 +220,37 @@ def _load_head(inputs: Inputs, device: str) -> tuple[Tensor, MTPHead]:
 def _quantize(
     inputs: Inputs,
     settings: QuantizeSection,
-    pending: Mapping[range, Path],
+    batches: Sequence[_Batch],
+    stage: int,
     clock: Clock,
     report: Progress,
 ) -> None:
-    """Replay the capture, then quantize every pending batch of experts and write its file."""
+    """Replay the capture, then quantize every pending batch of a stage and write its file."""
 
-    def read(experts: range) -> dict[str, Tensor]:
-        prefixes = tuple(f"{EXPERTS_PREFIX}{e}." for e in experts)
+    def read(batch: _Batch) -> dict[str, Tensor]:
+        prefixes = tuple(f"{module}." for module in batch.modules)
         names = [name for name in inputs.head.files if name.startswith(prefixes)]
         return inputs.read_upstream(names, clock.device)
 
-    total = inputs.model.n_routed_experts
-    done = total - sum(map(len, pending))
+    total = sum(len(batch.experts) for batch in batches)
+    pending = [b for b in batches if b.stage >= stage and not _is_done(b.file)]
+    done = total - sum(len(batch.experts) for batch in pending)
+    pending = [batch for batch in pending if batch.stage == stage]
     # The first experts come in while the sequences are replayed.
     with (
         parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
         parallel.write_behind(_WRITERS) as write,
     ):
-        routed = replay_capture(inputs, clock, report)
+        before = [batch.file for batch in batches if batch.stage < stage]
+        routed = replay_capture(inputs, clock, report, stage, before)
         report("gptq", done, total)
-        for experts, file in pending.items():
+        for batch in pending:
             with clock.timed("io"):
                 tensors = next(upstream)
-            packed, known = _quantize_batch(inputs, settings, routed, tensors, experts, clock)
+            packed, known = _quantize_batch(inputs, settings, routed, tensors, batch, clock)
             with clock.timed("io"):
-                write(_save_batch, packed, known, file)
-            done += len(experts)
+                write(_save_batch, packed, known, batch.file)
+            done += len(batch.experts)
             report("gptq", done, total)
 
 
@@ -202,14 +259,14 @@ def _quantize_batch(
     settings: QuantizeSection,
     routed: RoutedTokens,
     upstream: Mapping[str, Tensor],
-    experts: range,
+    batch: _Batch,
     clock: Clock,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
     with inputs.head.named(), clock.timed("hessian", tf32=True):
-        decoded = decode_head(upstream)
+        decoded, modules, experts = decode_head(upstream), batch.modules, batch.experts
         weights = {  # f32, w1 and w3 [E, M, D] and w2 [E, D, M]
-            matrix: torch.stack([decoded[f"{expert_name(e, matrix)}.weight"] for e in experts])
+            matrix: torch.stack([decoded[f"{e}.{matrix}.weight"] for e in modules])
             for matrix in MATRICES
         }
         tokens = [routed.of_expert(e) for e in experts]
@@ -218,9 +275,9 @@ def _quantize_batch(
         )  # of w1, w2, w3
     with clock.timed("gptq"):
         num_tokens = [routed.counts[e] or len(routed.x) for e in experts]
-        quantized = head_experts.quantize_experts(weights, hessians, num_tokens, experts, settings)
+        quantized = head_experts.quantize_experts(weights, hessians, num_tokens, modules, settings)
     with clock.timed("pack"):
-        packed = head_experts.pack_experts(quantized, experts)
+        packed = head_experts.pack_experts(quantized, modules)
     with clock.timed("errors", tf32=True):
         errors = head_experts.expert_errors(weights, hessians, quantized, settings.group_size)
     return packed, {"counts": [routed.counts[e] for e in experts], "rel_errors": errors}
@@ -264,7 +321,7 @@ def _report(
         "peak_gpu_bytes": clock.peak_gpu_bytes(),
         "peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
-        "calibration_tokens": sum(s.calibration_tokens for s in inputs.sequences),
+        "calibration_tokens": sum(map(inputs.calibration_rows, inputs.sequences)),
     }
 
 
@@ -278,10 +335,11 @@ def _summary(
     codes = sum(
         tensor.nbytes
         for name, tensor in stored.items()
-        if name.startswith(EXPERTS_PREFIX) and not name.endswith("_shape")
+        if ".ffn.experts." in name and not name.endswith("_shape")
     )
     model = inputs.model
-    weights = 3 * model.n_routed_experts * model.hidden_size * model.moe_intermediate_size
+    num_experts = model.n_routed_experts * (inputs.stages or 1)
+    weights = 3 * num_experts * model.hidden_size * model.moe_intermediate_size
     all_errors = [error for matrix in MATRICES for error in errors[matrix]]
     return {
         "bits_per_weight": 8 * codes / weights,

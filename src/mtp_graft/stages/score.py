@@ -9,10 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from mtp_graft.checkpoint import manifest
+from mtp_graft.checkpoint.capture import Recorded
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import load_tensors
-from mtp_graft.dsv4.replay import build_head, replay_drafts
+from mtp_graft.dsv4.dspark import DSpark
+from mtp_graft.dsv4.head import MTPHead
+from mtp_graft.dsv4.replay import build_drafter, replay_blocks, replay_drafts
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection, ScoreSection, Variant
@@ -102,18 +107,17 @@ def _score(
     upstream = inputs.read_upstream([*inputs.head.files])
     with inputs.head.named(), Tensors.in_files(experts).opened() as gptq:
         stored = store_head(upstream, variant, gptq, group_size=group_size)
-    head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
+    decoded = decode_head(stored, group_size=group_size)
+    drafter = build_drafter(inputs.model, decoded, inputs.stages, device=device)
     base = load_tensors(inputs.base, ["embed.weight", "head.weight"])
-    embed, lm_head = base["embed.weight"], base["head.weight"].to(head.h_proj.weight)  # [V, D]
+    embed, lm_head = base["embed.weight"], base["head.weight"].to(next(drafter.parameters()))
     sequences: list[dict[str, Any]] = []
     steps: dict[int, list[Step]] = {most: [] for most in range(1, k + 1)}  # by drafts a step
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
-        embeds = embed[recorded.token_ids]  # [T, D]
-        given = recorded.residual[None], embeds[None]
-        drafts = replay_drafts(head, lm_head, *given, start=start - 1, k=k)[0]
         continuation = recorded.token_ids[start:].tolist()
-        found = {most: [*draft_steps(drafts[:, :most].tolist(), continuation)] for most in steps}
+        drafts = _drafts(drafter, lm_head, embed, recorded, start, k)
+        found = {most: [*draft_steps(made, continuation)] for most, made in drafts.items()}
         steps = {most: [*before, *found[most]] for most, before in steps.items()}
         accepted = sum(step.accepted for step in found[1])
         sequences.append({"id": sequence.id, "drafts": len(found[1]), "accepted": accepted})
@@ -130,6 +134,27 @@ def _score(
         "by_k": by_k,
         "sequences": sequences,
     }
+
+
+def _drafts(
+    drafter: MTPHead | DSpark,
+    lm_head: Tensor,
+    embed: Tensor,
+    recorded: Recorded,
+    start: int,
+    k: int,
+) -> dict[int, list[list[int]]]:
+    """Return for 1 to k drafts a step those that follow each token from `start` on."""
+    if isinstance(drafter, DSpark):  # whose rows of fewer see each other alone
+        assert recorded.taps is not None
+        text = recorded.taps, recorded.token_ids, embed
+        return {
+            most: replay_blocks(drafter, lm_head, *text, start, most).tolist()
+            for most in range(1, k + 1)
+        }
+    given = recorded.residual[None], embed[recorded.token_ids][None]
+    drafts = replay_drafts(drafter, lm_head, *given, start=start - 1, k=k)[0]
+    return {most: drafts[:, :most].tolist() for most in range(1, k + 1)}
 
 
 def draft_steps(drafts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Iterator[Step]:

@@ -183,7 +183,7 @@ def _describe(
     if wanted not in (None, variant):
         raise GraftError(
             f"{folder}: is a {variant} head, which is taken as it is; {wanted} was asked for: "
-            "leave that out, or graft from the upstream master"
+            "leave that out, or graft from upstream"
         )
     return variant, linears_of(head)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
@@ -32,6 +33,14 @@ _ALSO_READ = {
 #: Files besides that vLLM reads. It stops at one of the first that is damaged.
 _STOPS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _GOES_ON = ("generation_config.json", "chat_template.jinja")
+
+
+class _Tokens(TypedDict):
+    vocab: dict[str, Any] | list[Any]
+
+
+class _Tokenizer(TypedDict):
+    model: _Tokens
 
 
 def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
@@ -61,7 +70,8 @@ def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
         path = checkpoint.folder / name
         try:
             data, is_json = fetched(path.read_bytes() if path.is_file() else b""), ".json" in name
-            TypeAdapter(dict[str, Any]).validate_json(data) if is_json else data.decode()
+            schema = TypeAdapter(_Tokenizer if name == _STOPS[0] else dict[str, Any])
+            schema.validate_json(data) if is_json else data.decode()
         except (OSError, ValueError) as error:
             level: Severity = "error" if name in _STOPS else "warning"
             yield finding("file-unreadable", name, in_words(error), "the whole file", level)
