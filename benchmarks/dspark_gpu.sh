@@ -22,7 +22,7 @@ captured() { # what the base says to all training questions, with what the draft
     step dspark-capture mtp capture recipes/tiny.toml --run "$run" --set capture.taps='[1, 2, 3]' \
         --set "capture.calibration_prompts=$run/calibration.jsonl" --set capture.concurrency=96 \
         --set "capture.evaluation_prompts=$run/evaluation.jsonl" \
-        --set "capture.calibration_count=$(wc -l <"$run/calibration.jsonl")" \
+        --set "capture.calibration_count=$(($(wc -l <"$run/calibration.jsonl") - 50))" \
         --set "capture.evaluation_count=$(wc -l <"$run/evaluation.jsonl")"
 }
 

@@ -3,7 +3,8 @@
     python benchmarks/flash_width.py FOLDER --layers 5 17 [--width tiny]
 
 For each number of layers N: FOLDER/base-N (W4A16-FP8 without head), FOLDER/int4-N and
-FOLDER/mxfp4-N (the same with a head, made by the project's own splice). The layers' pattern is
+FOLDER/mxfp4-N (the same with a head, made by the project's own splice), and if asked for
+FOLDER/dspark-N (with a DSpark drafter of three stages, its experts MXFP4). The layers' pattern is
 Flash's. At most five layers are stored, since all later ones are like the fourth or the fifth;
 `worker_extension.py` lets vLLM load them again under the other names. Folders share their shards
 by hard links. What is there already is kept.
@@ -41,7 +42,9 @@ BUNDLED = MODEL / "base"
 CONFIG = json.loads((BUNDLED / "config.json").read_text())
 QUANTIZATION = read_quantization(CONFIG)
 WIDTHS = {"flash": FLASH, "tiny": TINY}
-VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4"}
+VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4", "dspark": "mxfp4"}
+#: What Flash-DSpark's config.json says besides; it reads the last three layers.
+DSPARK = {"dspark_block_size": 5, "dspark_markov_rank": 256, "n_mtp_layers": 3}
 #: Root mean square of a uniform code from -8 to 7, and of an FP8 byte as `fp8_bytes` draws it.
 INT4_RMS = math.sqrt(sum(code * code for code in range(-8, 8)) / 16)
 FP8_RMS = math.sqrt(sum((m / 16) ** 2 + (m / 32) ** 2 for m in range(8, 16)) / 16)
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[5, 17])
     parser.add_argument("--width", choices=WIDTHS, default="flash")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=["int4", "mxfp4"])
     options = parser.parse_args()
     write_all(options.folder, WIDTHS[options.width], options.layers, options.variants)
 
@@ -74,19 +77,27 @@ def write_all(folder: Path, config: dict[str, Any], layers: list[int], variants:
         if not path.exists():
             save_shard(random_part(config, number, device), path)
             say(f"{path}, {path.stat().st_size / 1e9:.2f} GB")
-    upstream = folder / "upstream"
-    if not (upstream / "model.safetensors.index.json").exists():
-        shutil.rmtree(upstream, ignore_errors=True)
-        write_upstream(upstream, config, None, torch.Generator(device).manual_seed(1))
-        say(upstream)
+    taps = [*range(max(layers) - 3, max(layers))]
+    dspark = DSPARK | {"dspark_noise_token_id": config["vocab_size"] - 1}
+    for name, more in {
+        "upstream": {},
+        "dspark": dspark | {"dspark_target_layer_ids": taps},
+    }.items():
+        upstream = folder / name
+        if (name == "upstream" or name in variants) and not (upstream / INDEX_NAME).exists():
+            shutil.rmtree(upstream, ignore_errors=True)
+            generator = torch.Generator(device).manual_seed(1)
+            write_upstream(upstream, config | more, None, generator)
+            say(upstream)
     for num_layers in layers:
         base = folder / f"base-{num_layers}"
         link_base(shards, base, config, num_layers)
         for variant in variants:
             out = folder / f"{variant}-{num_layers}"
             spliced = [path.parent for path in folder.glob(f"{variant}-*/{MANIFEST_NAME}")]
-            if out in spliced or not spliced:
-                splice(base, upstream, out, VARIANTS[variant])
+            if out in spliced or not spliced or variant == "dspark":
+                head = folder / ("dspark" if variant == "dspark" else "upstream")
+                splice(base, head, out, VARIANTS[variant])
             else:
                 link_spliced(base, spliced[0], out, variant)
             say(out)

@@ -122,6 +122,8 @@ def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
         length = PROFILES[options.profile].max_model_len
     more: dict[str, Any] = {}
     drafting = {"draft_sample_method": "probabilistic"} if gpus() else {}  # as `serve` starts it
+    if job.variant == "dspark":
+        drafting["method"] = "dspark"
     if job.draft_lm_head:
         drafting["draft_lm_head_quantization"] = job.draft_lm_head
     if len(job.ks) > 1:

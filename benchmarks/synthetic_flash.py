@@ -37,6 +37,7 @@ from mtp_graft.stages.parallel import write_behind
 
 #: What the head needs of Flash's config.json (`design` facts of the model card and its config).
 FLASH: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"],
     **{"model_type": "deepseek_v4", "hidden_size": 4096, "vocab_size": 129280},
     **{"num_hidden_layers": 43, "num_nextn_predict_layers": 1, "num_hash_layers": 3},
     **{"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512},
