@@ -21,8 +21,8 @@ from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_record
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
 from mtp_graft.dsv4.config import DSparkDimensions, check_keys, num_stages
-from mtp_graft.dsv4.names import find_drafter, head_shapes, storage_dtype
-from mtp_graft.dsv4.variants import HEAD_COPIES, decode_head
+from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving.command import read_config
 

@@ -115,10 +115,14 @@ def open_base(folder: Path) -> Checkpoint:
     """Read config, index and headers; raises GraftError for what is no base without a head."""
     expect_format(folder, "base")
     base = read_checkpoint(folder)
+    if base.foreign_format:
+        raise GraftError(f"{folder}: is {base.foreign_format}; expected a W4A16-FP8 checkpoint")
     for shard, why in base.unreadable.items():
         raise GraftError(f"{folder / shard}: {why}")
     if already := next((name for name in base.read_as if name.startswith("mtp.")), None):
         raise GraftError(f"{folder}: already has a head ({already}, ...); expected none")
+    if base.formats.get("layers.0.attn.wq_b") == "plain":
+        raise GraftError(f"{folder}: its attention is not quantized; expected FP8: W4A16-FP8")
     if isinstance(base.quantization, GraftError):
         raise GraftError(f"{base.quantization}; name such a one instead") from base.quantization
     return base
@@ -147,7 +151,7 @@ def plan_splice(
             experts = Tensors.in_files(expert_files(quantized))
     drafter, is_int4 = drafter_config(upstream, head.meta), variant in ("rtn", "gptq")
     config = config_with_head(base.config, drafter, variant, linears)
-    group_size = read_quantization(config).group_size("int4") if is_int4 else 128
+    group_size = read_quantization(config).group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
         raise GraftError(
             f"{base.folder}: its INT4 experts have a scale a channel, which {variant} does not "

@@ -19,7 +19,7 @@ Check = Callable[[Checkpoint, Target], Iterable[Finding]]
 
 _OF_ALL: tuple[Check, ...] = (tensors.shards, tensors.index, hardware.vllm)
 _OF_TENSORS = (tensors.files, tensors.names, tensors.contents, tensors.precision, tensors.config)
-_OF_SCHEMES = (schemes.section, schemes.patterns, schemes.schemes)
+_OF_SCHEMES = (schemes.section, schemes.schemes)
 _OF_HARDWARE = (hardware.ranks, hardware.memory, hardware.known_issues)
 
 
