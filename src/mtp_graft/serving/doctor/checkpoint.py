@@ -86,13 +86,15 @@ class Checkpoint:
 
     def _odd_format(self) -> str | None:
         """Return what many modules of the base are stored as that is not read here."""
-        odd = Counter[str]()
+        odd, linears = Counter[str](), ("plain", "fp8", None)
         for name, kind in self.formats.items():
-            is_expert = EXPERT.match(name) is not None
-            if kind not in ("plain", "fp8", None, *((*INTEGERS, "mxfp4") if is_expert else ())):
-                part = "routed experts" if is_expert else "attention or shared experts"
-                odd[f"a checkpoint with {kind} {part}"] += QUANTIZED.match(name) is not None
-        return next((what for what, number in odd.items() if number >= self.num_layers), None)
+            if QUANTIZED.match(name) and kind not in linears:
+                if not EXPERT.match(name):
+                    odd[f"{kind} attention or shared experts"] += 1
+                elif kind not in (*INTEGERS, "mxfp4"):
+                    odd[f"{kind} routed experts"] += 1
+        many = [what for what, number in odd.items() if number >= self.num_layers]
+        return f"a checkpoint with {many[0]}" if many else None
 
     def _group_sizes(self) -> dict[str, int]:
         sizes: dict[str, Counter[int]] = {}

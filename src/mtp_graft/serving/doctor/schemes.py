@@ -7,7 +7,7 @@ from copy import deepcopy
 from functools import cache
 from typing import Any, NamedTuple
 
-from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
+from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.dsv4.names import EXPERT, QUANTIZED, served_as
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
@@ -55,21 +55,15 @@ def _stored_sizes(checkpoint: Checkpoint, quantization: QuantizationConfig) -> d
 
     Where there is a scale for all inputs, whatever the group has counts that comes to as many.
     """
-    inputs = [checkpoint.config[key] for key in ("hidden_size", "moe_intermediate_size")]
+    most = max(checkpoint.config[key] for key in ("hidden_size", "moe_intermediate_size"))
     found: dict[str, set[int]] = {}
     with suppress(GraftError):  # a finding of `schemes`
         for experts, stored in checkpoint.group_sizes.items():
-            asked = _vllm_names(f"{experts}.experts.0.w1", checkpoint.num_layers)
+            asked = _vllm_names(first := f"{experts}.experts.0.w1", checkpoint.num_layers)
             key = next(filter(None, map(quantization.group_of, asked.values())), None)
-            kind = quantization.kind_of(key)
-            if (
-                key
-                and kind in INTEGERS
-                and kind == checkpoint.formats.get(f"{experts}.experts.0.w1")
-            ):
+            if key and quantization.kind_of(key) == checkpoint.formats.get(first):
                 size = quantization.config_groups[key].weights.group_size or -1
-                is_same = stored < 0 and size >= max(inputs)
-                found.setdefault(key, set()).add(size if is_same else stored)
+                found.setdefault(key, set()).add(size if stored < 0 and size >= most else stored)
     return found
 
 
@@ -113,9 +107,8 @@ def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
 
 
 def _patterns(section: dict[str, Any]) -> dict[str, list[str]]:
-    targets = {
-        f"config_groups.{k}.targets": g["targets"] for k, g in section["config_groups"].items()
-    }
+    groups = section["config_groups"].items()
+    targets = {f"config_groups.{key}.targets": group["targets"] for key, group in groups}
     return {"ignore": section.get("ignore") or [], **targets}
 
 
@@ -189,10 +182,8 @@ def _vllm_names(module: str, num_layers: int) -> dict[str, str]:
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the section with the head's layer for `mtp.0`."""
     section: dict[str, Any] = deepcopy(checkpoint.config["quantization_config"])
-    groups = [(group, "targets") for group in section["config_groups"].values()]
-    for holder, key in [(section, "ignore"), *groups]:
-        if holder.get(key):
-            holder[key] = [_for_vllm(each, checkpoint.num_layers) for each in holder[key]]
+    for listed_there in _patterns(section).values():
+        listed_there[:] = [_for_vllm(each, checkpoint.num_layers) for each in listed_there]
     return section
 
 
@@ -204,9 +195,8 @@ def corrected(checkpoint: Checkpoint) -> dict[str, Any]:
     section = deepcopy(judged) | {"ignore": judged.get("ignore") or []}
     groups = section["config_groups"]
     for key, stored in _stored_sizes(checkpoint, quantization).items():
-        if len(stored) == 1 and stored != {
-            quantization.config_groups[key].weights.group_size or -1
-        }:
+        size = quantization.config_groups[key].weights.group_size or -1
+        if len(stored) == 1 and stored != {size}:
             by = "channel" if stored == {-1} else "group"
             groups[key]["weights"] |= {"group_size": min(stored), "strategy": by}
     for each in mismatches:

@@ -164,9 +164,9 @@ def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
     for name, shape in checkpoint.shapes.items():
         module = name.removesuffix(".weight")
         parts, stored = checkpoint.modules.get(module, {}), checkpoint.formats.get(module)
-        is_expert, layer = EXPERT.match(module), module.rpartition(".experts.")[0]
+        kind = stored or ("int4" if EXPERT.match(module) else "plain")
+        layer = module.rpartition(".experts.")[0]
         size = checkpoint.group_sizes.get(layer, checkpoint.group_size)
-        kind = stored or ("int4" if is_expert else "plain")
         asked |= stored_as(name, shape, kind, size)
         if module in unread or (stored is None and weight_of(parts) is not None):
             known |= {part_name(module, part) for part in parts}
@@ -175,14 +175,10 @@ def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
 
 def _never_quantized(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield modules that are stored quantized and that vLLM builds without quantization."""
+    asked = {name.removesuffix(".weight") for name in checkpoint.shapes}
     for module, stored in checkpoint.formats.items():
         is_plain = stored == "plain" and "weight_scale" not in checkpoint.modules[module]
-        names = {module, f"{module}.weight"}
-        is_built = (
-            not QUANTIZED.match(module)
-            and stored
-            and not checkpoint.shapes.keys().isdisjoint(names)
-        )
+        is_built = stored and module in asked and not QUANTIZED.match(module)
         if not is_plain and (is_built or NEVER_QUANTIZED.search(module)):
             yield module
 
