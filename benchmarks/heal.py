@@ -51,7 +51,7 @@ class Ablation:
     """How one head is healed."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)  # changes to the default
-    tokens: int = 10**9  # of text to train on, at most
+    tokens: int = 270_000  # of text to train on, at most
     text: str = "gsm8k"  # what the ids of its prompts begin with
     variant: Variant = "gptq"
     linears: Linears = "base"

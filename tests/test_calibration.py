@@ -96,7 +96,7 @@ def test_a_source_that_cannot_be_read_or_is_empty_is_an_error(
         write(tmp_path / "empty.jsonl", ""): "no prompts",
         write(tmp_path / "lfs.jsonl", LFS_POINTER.decode()): "a git-lfs pointer: run `git lfs",
         str(tmp_path / "none.jsonl"): "not readable",
-        write(tmp_path / "p.parquet", "x"): "pyarrow is not installed; pip install",
+        write(tmp_path / "p.parquet"): "pyarrow is not installed; pip install",
     }.items():
         with pytest.raises(GraftError, match=message):
             load_calibration(source, 1)

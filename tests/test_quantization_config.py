@@ -45,7 +45,8 @@ TARGETS = (
     "re:.*shared_experts.*", "re:model.layers.4", r"re:\p{L}+\.layers\.1\.", "re:.*Linear", "",
     "layers.1.attn.wq_a", "model.layers.1.attn.wkv", "layers.1.attn", "layers.4.attn.wq_b",
     "model.layers.4.attn.wq_b", "layers.1.ffn.shared_experts.w2", "layers.4.ffn.experts.0.w1",
-    "model.layers.1.attn.fused_wqa_wkv", "Linear", "linear", "ColumnParallel", "RoutedExperts",
+    "model.layers.1.attn.fused_wqa_wkv", "Linear", "linear", "Embedding", "ColumnParallel",
+    "RoutedExperts",
 )  # fmt: skip
 CLASSES = {
     "attn.fused_wqa_wkv": "MergedColumnParallelLinear",
@@ -145,8 +146,8 @@ def compare(section: dict[str, Any]) -> int:
     if ours is None:
         return -1
     num_found = 0
-    for layer, (name, of_class) in product((1, 4), CLASSES.items()):
-        module = f"model.layers.{layer}.{name}"
+    asked = {f"model.layers.{n}.{name}": of for n in (1, 4) for name, of in CLASSES.items()}
+    for module, of_class in {**asked, "model.embed_tokens": "VocabParallelEmbedding"}.items():
         try:
             scheme = theirs.get_scheme_dict(type(of_class, (), {})(), module)
         except ValueError:
@@ -228,7 +229,7 @@ DENSE, INTS = {"format": "dense"}, {"num_bits": 4}
     [
         *({"sparsity_config": v} for v in (None, {}, {"a": 1}, DENSE, DENSE | {"targets": []})),
         {"sparsity_config": DENSE | {"targets": ["Linear"]}},
-        *({"transform_config": v} for v in (None, {}, {"foo": 1}, {"config_groups": {}})),
+        *({"transform_config": v} for v in (None, {}, {"foo": 1})),
         *({"config_groups": {"a": {"targets": t}}} for t in ([], ["Linear"], ["XAttention"], None)),
         {"config_groups": {"a": {"targets": ["Linear"], "weights": None}}},
         {"config_groups": {"a": {"targets": ["a", "XAttention"], "weights": None}}},
@@ -246,7 +247,7 @@ def test_the_rest_of_a_section_is_refused_as_vllm_refuses_it(more: dict[str, Any
     [
         (lambda c: c["config_groups"]["group_1"].update(weights=None), "weights: input should be"),
         (lambda c: c.update(sparsity_config=DENSE | {"targets": ["Linear"]}), "at most 0 items"),
-        (lambda c: c.update(transform_config={"foo": 1}), "transform_config.config_groups: field"),
+        (lambda c: c.update(transform_config={"foo": 1}), "transform_config: input should be none"),
         (lambda c: c.update(ignore=["re:*shared*"]), r"ignore\.0: .*no regular expression"),
         (lambda c: c.update(format=8), "format: input should be a valid string"),
         (lambda c: c.update(ignore=["re:(((a{99}){99}){99})"]), "more than 10,000 repeats"),

@@ -73,7 +73,7 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         ("model.name=../x", r"name is '\.\./x'"),
         (f"model.name={'x' * 300}", r"expected up to 60 letters"),
         (r'serve.extra_args=["a\u0000"]', r"extra_args is .*, expected text without a NUL"),
-        ("bench.prompts=hub:../x:y", r"'hub:\.\./x:y', expected a file, or hub:owner"),
+        ("bench.prompts=hub:../x:y", r"'hub:\.\./x:y', expected a file or hub:owner"),
         ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),
         ("splice.variant", r"expected section\.key=value"),
         ("serve.kv_cache_gib=0.001", r"\[serve\] kv_cache_gib is 0.001, expected greater"),

@@ -38,24 +38,17 @@ def _check(holds: Callable[[Any], object], expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Name = Annotated[
-    str, _check(re.compile(r"\w[\w.-]{0,59}").fullmatch, "up to 60 letters, digits, . _ or -")
-]
-Word = Annotated[str, _check(lambda word: "\0" not in word, "text without a NUL")]
-Prompts = Annotated[
-    str,
-    _check(
-        re.compile(r"/.*|hub:\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?").fullmatch,
-        "a file, or hub:owner/dataset[:split]",
-    ),
-]
-Checkpoint = Annotated[
-    str,
-    _check(
-        re.compile(r"/.*|[\w.-]+/[\w.-]+").fullmatch,  # paths are absolute by now
-        "a hub id (owner/name) or a folder that starts with ./, ../, / or ~",
-    ),
-]
+def _match(pattern: str, expected: str) -> AfterValidator:
+    return _check(re.compile(pattern).fullmatch, expected)
+
+
+Name = Annotated[str, _match(r"\w[\w.-]{0,59}", "up to 60 letters, digits, . _ or -")]
+Word = Annotated[str, _match(r"[^\0]*", "text without a NUL")]
+#: Paths are absolute by now.
+_PROMPTS = r"/.*|hub:\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?"
+Prompts = Annotated[str, _match(_PROMPTS, "a file or hub:owner/dataset[:split]")]
+_FOLDER = "a hub id (owner/name) or a folder that starts with ./, ../, / or ~"
+Checkpoint = Annotated[str, _match(r"/.*|[\w.-]+/[\w.-]+", _FOLDER)]
 #: Numbers and switches are not read from text; True is no number.
 Count = Annotated[int, Field(ge=1, le=2**40, strict=True)]
 Bool = Annotated[bool, Field(strict=True)]

@@ -135,6 +135,12 @@ def retarget(group: str, targets: list[str]) -> Plant:
     return section(lambda q: q["config_groups"][group].update(targets=targets))
 
 
+def ignore_shared_experts_as_mtp(quantization: Json) -> None:
+    quantization["ignore"][-1] = r"re:^mtp\.0\.ffn\.shared_experts\..*"
+    target = r"re:.*layers\.4\.ffn\.shared_experts\..*"
+    quantization["config_groups"]["mtp_projections"]["targets"].append(target)
+
+
 def set_config(key: str, value: object) -> Plant:
     return lambda folder: edit_config(folder, lambda config: config.update({key: value}))
 
@@ -198,7 +204,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     ),
     "rounded-float32": ("float32-rounded", change(round_float32)),
     "fp8-compressor": ("compressor-fp8", store_a_compressor_in(torch.float8_e4m3fn)),
-    "scaled-bf16-compressor": ("compressor-quantized", store_a_compressor_in(torch.bfloat16)),
+    "scaled-bf16-compressor": ("never-quantized", store_a_compressor_in(torch.bfloat16)),
     "dspark": ("dspark-drafter", add("mtp.1.enorm.weight")),
     "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
@@ -208,7 +214,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
         "pattern-names-mtp",
         retarget("mtp_projections", [r"re:^mtp\.0\.(e_proj|h_proj)$"]),
     ),
-    "ignore-for-mtp": ("pattern-names-mtp", ignore("mtp.0.ffn.shared_experts.w1")),
+    "ignore-for-mtp": ("pattern-names-mtp", section(ignore_shared_experts_as_mtp)),
     "unanchored-ignore": ("pattern-too-wide", ignore("re:.*e_proj")),
     "ignore-takes-the-head": ("pattern-too-wide", ignore(r"re:.*layers\.4\.attn\..*")),
     "ignore-is-null": ("ignore-null", section(lambda q: q.update(ignore=None))),

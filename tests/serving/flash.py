@@ -62,7 +62,7 @@ class Published(NamedTuple):
         """Write sparse files and return their folder."""
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(self.config))
-        (folder / "tokenizer.json").write_text("{}")  # not public
+        (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')  # not public
         for name in ("generation_config.json", "tokenizer_config.json"):
             (folder / name).write_bytes((shared(PREVIEW) / name).read_bytes())
         for shard, held in self.shards.items():

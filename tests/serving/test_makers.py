@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,15 +24,16 @@ from mtp_graft.checkpoint.quantization_config import QuantizationConfig
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map, save_shard, write_index
 from mtp_graft.dsv4.config import check_dimensions, compress_ratios, unread_keys
 from mtp_graft.dsv4.names import base_shapes, head_shapes
+from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
-from mtp_graft.serving.doctor import diagnose
-from mtp_graft.serving.doctor.checkpoint import canonical_name
+from mtp_graft.serving.command import ServeOptions, build_command, read_config, vllm_elsewhere
+from mtp_graft.serving.doctor import diagnose, examine
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, canonical_name, read_checkpoint
 from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import CPU
 from mtp_graft.stages.fetch import find_source
-from mtp_graft.stages.splice import splice
+from mtp_graft.stages.splice import open_base, splice
 from serving.doctor_defects import INDEX, Tensors, edit_config, edit_shard, section
 from serving.flash import CONFIG as FLASH
 
@@ -239,7 +241,7 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
         (in_8_bits, {"num_bits": 8}, set(), {"quantization-config"}),
         (by_channel, {"strategy": "channel", "group_size": -1}, set(), {"quantization-config"}),
         (by_channel, {"strategy": None, "group_size": -1}, set(), {"quantization-config"}),
-        (None, {"strategy": "channel", "group_size": None}, {"scale-shape"}, None),
+        (None, {"strategy": "channel", "group_size": None}, {"group-size"}, None),
         (None, {"num_bits": 8}, {"scheme-mismatch"}, None),
         (None, {"num_bits": 3}, {"scheme-mismatch"}, None),
         (None, {"actorder": "group"}, {"quantization-config"}, None),
@@ -258,11 +260,143 @@ def test_what_vllm_serves_passes_and_the_head_is_of_the_bases_kind_or_its_own(
         assert expected is None or found == expected
     if weights.get("actorder") == "static" or not weights:
         return
-    with pytest.raises(GraftError, match=r"expected one group size of int4|actorder|a channel"):
+    with pytest.raises(GraftError, match=r"experts are .*; expected int4|actorder|a channel"):
         splice(base, tiny_model / "upstream", base.parent / "rtn", "rtn")
     if not on_gpu:
         splice(base, tiny_model / "upstream", base.parent / "mxfp4", "mxfp4")
         assert not [f.id for f in diagnose(base.parent / "mxfp4", ON_GPU) if f.severity == "error"]
+
+
+def changed(base: Path, kinds: dict[str, str], edit: Callable[[Any], object]) -> Checkpoint:
+    """Return a base with some modules, by pattern, stored as another kind; no values."""
+    found, config = read_checkpoint(base), read_config(base)
+    shapes = base_shapes(config)
+    shards = {shard: dict(held) for shard, held in found.shards.items()}
+    for name, (pattern, kind) in product(shapes, kinds.items()):
+        if re.fullmatch(pattern, name.removesuffix(".weight")):
+            held = next(h for h in shards.values() if any(n.startswith(name) for n in h))
+            for part in ("", "_packed", "_scale", "_shape"):
+                held.pop(f"{name}{part}", None)
+            size = 64 if kind.endswith("/64") else 128
+            held |= stored_as(name, shapes[name], kind.removesuffix("/64"), size)
+    edit(config["quantization_config"])
+    index = {name: shard for shard, held in shards.items() for name in held}
+    return Checkpoint(base, config, index, shards, {})
+
+
+def errors(checkpoint: Checkpoint, target: Target = ON_GPU) -> dict[str, str]:
+    return {f.id: f.where for f in examine(checkpoint, target) if f.severity == "error"}
+
+
+@given(
+    module=st.sampled_from(
+        ("head", "embed", "layers.3.ffn.gate", "layers.2.attn.wo_a", "layers.1.attn.wkv")
+    )
+    | st.builds(
+        "layers.{}.ffn.experts.{}.w{}".format,
+        st.integers(0, 3), st.integers(0, 63), st.integers(1, 3),
+    ),
+    kind=st.sampled_from(("plain", "fp8", "mxfp4", "int4", "int8", "int4-asymmetric", "int6")),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_module_in_a_format_that_vllm_does_not_build_is_the_one_error(
+    tiny_base: Path, module: str, kind: str
+) -> None:
+    found = errors(changed(tiny_base, {module: kind}, lambda _section: None))
+    usual = "int4" if "experts" in module else "fp8" if "attn" in module else "plain"
+    wrong = "never-quantized" if usual == "plain" else "scheme-mismatch"
+    assert found.keys() == ({wrong} if kind != usual else set())
+    assert all(module in where for where in found.values())
+
+
+LAYER_1, OTHERS = (rf"re:.*layers\.{n}\.ffn\.experts\..*" for n in ("1", "[^1]"))
+INT = {"num_bits": 4, "strategy": "group", "group_size": 32}
+INT4_ATTENTION = "a checkpoint with int4 attention or shared experts"
+ATTENTION = r"layers\.\d\.attn\.(w.*|indexer\.wq_b)"
+
+
+def other_group(targets: list[str], **weights: int) -> Callable[[Any], None]:
+    """Return what gives `targets` integers of another kind, and layer 1's to no other group."""
+
+    def edit(section: Any) -> None:
+        group = section["config_groups"]["group_1"]
+        more = {"targets": targets, "weights": group["weights"] | weights}
+        section["config_groups"] |= {"group_1": group | {"targets": [OTHERS]}, "more": group | more}
+
+    return edit
+
+
+def split_matrices(section: Any) -> None:
+    group = section["config_groups"]["group_1"]
+    first = {
+        "targets": [r"re:.*\.(w2|down_proj)$"],
+        "weights": group["weights"] | {"actorder": "weight"},
+    }
+    section["config_groups"] = {"first": group | first, **section["config_groups"]}
+
+
+def add_target(target: str) -> Callable[[Any], None]:
+    return lambda section: section["config_groups"]["group_0"]["targets"].append(target)
+
+
+def quantize_inputs(section: Any) -> None:
+    inputs = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    section["config_groups"]["group_0"]["input_activations"] = inputs
+
+
+@pytest.mark.parametrize(
+    ("kinds", "edit", "expected"),
+    [
+        ({r"layers\.1\.ffn\.experts.*": "int4/64"}, other_group([LAYER_1], group_size=64), None),
+        ({r"layers\.1\.ffn\.experts.*": "int8"}, other_group([LAYER_1], num_bits=8), None),
+        ({r"layers\.1\.ffn\.experts.*": "int8"}, other_group([LAYER_1]), "scheme-mismatch"),
+        ({r"layers\.1\.ffn\.experts.*": "int4/64"}, lambda _: None, "group-size"),
+        ({}, other_group([LAYER_1, "re:nothing"], group_size=32), "group-size"),
+        ({}, lambda s: s["config_groups"].update(a={"targets": ["x"], "weights": INT}), None),
+        ({}, split_matrices, "pattern-too-wide"),
+        ({}, other_group([LAYER_1], actorder="weight"), None),
+        ({}, add_target("Embedding"), "scheme-mismatch"),
+        ({}, add_target(r"re:.*\.embed_tokens$"), "scheme-mismatch"),
+        ({}, add_target(r"re:(lm_head|.*\.ffn\.gate)$"), None),
+        ({}, quantize_inputs, "scheme-mismatch"),
+        ({ATTENTION: "plain"}, lambda s: s["config_groups"].pop("group_0"), None),
+        ({ATTENTION: "int4"}, lambda s: s["config_groups"].pop("group_0"), INT4_ATTENTION),
+        *(
+            ({r".*\.experts.*": kind}, lambda _: None, f"a checkpoint with {kind} routed experts")
+            for kind in ("int2", "int3", "int6", "int8-asymmetric")
+        ),
+    ],
+)  # fmt: skip
+def test_layers_have_their_own_schemes_as_vllm_finds_them(
+    tiny_base: Path, kinds: dict[str, str], edit: Any, expected: str | None
+) -> None:
+    checkpoint = changed(tiny_base, kinds, edit)
+    assert (checkpoint.foreign_format or ", ".join(errors(checkpoint)) or None) == expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "why"),
+    [
+        ({ATTENTION: "plain"}, "its attention is not quantized; expected FP8"),
+        ({ATTENTION: "int4"}, f"is {INT4_ATTENTION}; expected a W4A16-FP8"),
+    ],
+)
+def test_a_base_of_another_format_is_refused_by_its_name(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kinds: dict[str, str], why: str
+) -> None:
+    checkpoint = changed(tiny_base, kinds, lambda section: section.update(config_groups={}))
+    monkeypatch.setattr("mtp_graft.stages.splice.read_checkpoint", lambda _folder: checkpoint)
+    with pytest.raises(GraftError, match=why):
+        open_base(tiny_base)
+
+
+@pytest.mark.parametrize("pattern", ["re:.*mtp.*", r"re:^mtp\.0\..*", "mtp.0.e_proj"])
+def test_a_pattern_for_mtp_that_vllm_never_asks_for_is_no_error(
+    base: Path, tiny_model: Path, pattern: str
+) -> None:
+    section(lambda q: q["ignore"].append(pattern))(base)
+    splice(base, tiny_model / "upstream", out := base.parent / "out", "mxfp4")
+    assert not errors(read_checkpoint(base)) and not errors(read_checkpoint(out))
 
 
 @pytest.mark.parametrize("pattern", ["re:(.|.)*[A-Z]$", "re:(.*){1,30}[A-Z]"])

@@ -180,7 +180,7 @@ def test_a_dry_run_reads_the_bases_headers_once(
 # What others made of the base
 
 
-def canada() -> Published:
+def canada(ignored: str = r"re:.*mtp\..*") -> Published:
     """canada-quant's W4A16-FP8-MTP: compressors decoded, 417 in float32, a BF16 head."""
     tensors: Tensors = {}
     for name, tensor in published(BASE).tensors.items():
@@ -197,7 +197,7 @@ def canada() -> Published:
     tensors |= {f"mtp.0.{name}": tensor for name, tensor in copies.items()}
     plain = [n.removesuffix(".weight") for n in tensors if NEVER_QUANTIZED.search(n)]
     section = deepcopy(CONFIG["quantization_config"]) | {"scale_fmt": "ue8m0"}
-    section["ignore"] += [*plain, r"re:.*mtp\..*"]
+    section["ignore"] += [*plain, ignored]
     section["config_groups"]["group_0"]["targets"] = [r"re:.*attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$"]
     return Published({**CONFIG, "quantization_config": section}, {"model.safetensors": tensors})
 
@@ -243,13 +243,17 @@ def null_formats(section: dict[str, Any]) -> None:
     section["config_groups"]["group_1"] |= {"format": None, "input_activations": None}
 
 
-@pytest.mark.parametrize("make", [lambda: published(BASE), flash.with_head, canada])
+def canada_any_mtp() -> Published:
+    return canada("re:.*mtp.*")
+
+
+@pytest.mark.parametrize("make", [lambda: published(BASE), flash.with_head, canada, canada_any_mtp])
 def test_a_fixed_copy_of_what_is_published_has_no_errors(
     make: Callable[[], Published], tmp_path: Path
 ) -> None:
     found, target = make().with_experts(FEW), find_target(gpu="H200", count=2)
     section = deepcopy(found.config["quantization_config"])
-    section |= {"ignore": section["ignore"] if make is canada else None}
+    section |= {"ignore": section["ignore"] if make in (canada, canada_any_mtp) else None}
     config = {**found.config, "num_nextn_predict_layers": 0, "quantization_config": section}
     wrong = {
         shard: {re.sub(r"^(mtp.*)weight_scale$", r"\1scale", name): t for name, t in held.items()}

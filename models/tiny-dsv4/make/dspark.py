@@ -3,7 +3,7 @@
     python models/tiny-dsv4/make/dspark.py --capture CAPTURE --out models/tiny-dsv4/dspark
 
 CAPTURE has the taps of `--layers`. Its calibration texts are trained on, its evaluation texts are
-drafted greedily to judge by. The stages start as the base's last layers. The loss is that of the
+drafted greedily to judge by. The stages start as the MTP head's layer. The loss is that of the
 DSpark paper (arXiv 2607.05147); the targets follow from the captured residual, so no base runs.
 The last part of the steps is computed with weights as they will be stored.
 
@@ -30,10 +30,10 @@ from torch.func import functional_call
 from train import Log, learning_rate, make_optimizer
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
-from mtp_graft.checkpoint.shards import load_tensors, read_index
+from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput
-from mtp_graft.dsv4.names import dspark_shapes, head_from_module
+from mtp_graft.dsv4.names import HEAD_PREFIX, dspark_shapes, head_from_module
 from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.dsv4.variants import decode_head
 
@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capture", type=Path, required=True, help="with taps of --layers")
     parser.add_argument("--base", type=Path, default=tiny / "base")
+    parser.add_argument("--head", type=Path, default=tiny / "upstream", help="MTP, to start from")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--stages", type=int, default=2)
@@ -144,24 +145,16 @@ class Drafting(nn.Module):
         return {"loss": loss, **means, "first": accepted[:, 0].mean()}
 
 
-def initial_tensors(base: Path, settings: dict[str, Any], seed: int) -> Weights:
-    """Return `mtp.*` tensors: those of the base's last layers and of its output, or noise."""
-    stages, layers = settings["n_mtp_layers"], settings["num_hidden_layers"]
-    shapes = dspark_shapes(settings, stages)
-    sources: dict[str, str] = {}
-    for name in shapes:
-        _, block, own = name.split(".", 2)
-        sources[name] = own if own in OUTPUT else f"layers.{layers - stages + int(block)}.{own}"
-    modules = {source.removesuffix(".weight") for source in sources.values()}
-    listed = [n for n in read_index(base) if n in modules or n.rpartition(".")[0] in modules]
-    found = decode_head(load_tensors(base, listed))
+def initial_tensors(head: Path, settings: dict[str, Any], seed: int) -> Weights:
+    """Return `mtp.*` tensors: in every stage those of an MTP head where it has them, else noise."""
+    found = decode_head(load_tensors(head))
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: found[sources[name]]
-        if sources[name] in found
-        else initial_value(name, torch.Size(shape), generator)
-        for name, shape in shapes.items()
-    }
+    tensors: Weights = {}
+    for name, shape in dspark_shapes(settings, settings["n_mtp_layers"]).items():
+        known = found.get(HEAD_PREFIX + name.split(".", 2)[2])
+        noise = initial_value(name, torch.Size(shape), generator)
+        tensors[name] = noise if known is None else known
+    return tensors
 
 
 class Trainer:
@@ -184,7 +177,7 @@ class Trainer:
             read_texts(args.capture, split, self.settings, self.device)
             for split in ("calibration", "evaluation")
         )
-        self.drafting = self.build(initial_tensors(args.base, self.settings, args.seed))
+        self.drafting = self.build(initial_tensors(args.head, self.settings, args.seed))
         self.routers = [stage.mlp.gate for stage in self.drafting.drafter.stages]
         for router in self.routers:
             router.load = torch.zeros(router.num_experts, device=self.device)

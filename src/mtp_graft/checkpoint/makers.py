@@ -30,19 +30,14 @@ _PARTS = {
 _NUMBERED = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:(?:ffn|mlp)\.experts\.(\d+)\.)?")
 
 
-def is_gguf(path: Path) -> bool:
-    """Return whether a path names a GGUF file."""
-    return path.suffix.lower() == ".gguf"
-
-
 def foreign_maker(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """Return who made a checkpoint; None for W4A16-FP8 and for what is not recognized."""
     section = with_section(config).get("quantization_config")
     section = section if isinstance(section, dict) else {}
     method, parts = section.get("quant_method"), {name.rpartition(".")[2] for name in names}
-    nearby = [*folder.glob("*"), *folder.glob("*/*")]
+    nearby = () if names else (folder, *folder.glob("*"), *folder.glob("*/*"))
     markers = [
-        ("GGUF", is_gguf(folder) or (not names and any(map(is_gguf, nearby)))),
+        ("GGUF", any(path.suffix.lower() == ".gguf" for path in nearby)),
         ("NVIDIA ModelOpt's", (folder / "hf_quant_config.json").exists()),
         ("NVIDIA ModelOpt's", "moe_quant_algo" in section),
         ("a merge by mergekit", any(folder.glob("mergekit_config.y*ml"))),

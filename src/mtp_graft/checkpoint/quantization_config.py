@@ -39,7 +39,7 @@ _LOADED_BY = (
 )
 #: The classes in vLLM of modules that are no ReplicatedLinear.
 _CLASSES = re.compile(
-    r"(?P<RoutedExperts>\.experts\.\d)|(?P<MergedColumnParallelLinear>\.(?:fused_w\w+|gate_up_proj)$)"
+    r"(?P<VocabParallelEmbedding>\.embed_tokens$)|(?P<RoutedExperts>\.experts\.\d)|(?P<MergedColumnParallelLinear>\.(?:fused_w\w+|gate_up_proj)$)"
     r"|(?P<ColumnParallelLinear>\.attn\.w(?:q_b|o_a)$)|(?P<RowParallelLinear>\.(?:wo_b|down_proj)$)"
 )
 _FP8_FORMATS = ("float-quantized", "naive-quantized", "int-quantized")
@@ -203,22 +203,13 @@ class _Sparsity(BaseModel):
     targets: Annotated[list[str], Field(max_length=0)] | None = None
 
 
-class _Transforms(BaseModel, extra="forbid"):
-    config_groups: Annotated[dict[str, Any], Field(max_length=0)]  # none is read here
-
-
 def _read_groups(groups: Any) -> Any:
-    """Leave out the groups that vLLM leaves out unread: of a class of attention, and of nothing."""
-
-    def is_read(group: Any) -> bool:
-        match group:
-            case {"targets": []}:
-                return False
-            case {"targets": [str(only)]}:
-                return not only.endswith("Attention")
-        return True
-
-    return {k: g for k, g in groups.items() if is_read(g)} if isinstance(groups, dict) else groups
+    """Leave out what vLLM leaves out unread: groups of a class of attention, or of nothing."""
+    if not isinstance(groups, dict):
+        return groups
+    targets = {key: str(g.get("targets")) for key, g in groups.items() if isinstance(g, dict)}
+    unread = [key for key, t in targets.items() if re.fullmatch(r"\[('[^']*Attention')?\]", t)]
+    return {key: group for key, group in groups.items() if key not in unread}
 
 
 class QuantizationConfig(BaseModel):
@@ -229,7 +220,7 @@ class QuantizationConfig(BaseModel):
     format: str | None = None
     kv_cache_scheme: Arguments | None = None
     sparsity_config: Annotated[_Sparsity | None, _OR_NONE] = None
-    transform_config: Annotated[_Transforms | None, _OR_NONE] = None
+    transform_config: Annotated[None, _OR_NONE] = None  # none is read here
     ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
     _seconds: float = _MATCHING_SECONDS
 
@@ -273,17 +264,19 @@ class QuantizationConfig(BaseModel):
                 )
         return None
 
-    def group_size(self, *kinds: str) -> int:
-        """Return the inputs per scale of integers, -1 for all; GraftError if not one of `kinds`."""
-        groups = self.config_groups.values()
-        sizes = {g.weights.group_size for g in groups if g.kind in kinds}
-        if len(sizes) == 1 and (size := sizes.pop()):
-            return size
-        found = ", ".join(sorted({group.kind for group in groups}))
+    def group_size(self, layers: Iterable[int], *kinds: str) -> int:
+        """Return the most inputs per scale, -1 for all, of the integers of some layers' experts.
+
+        Raises GraftError if none of these are of one of the `kinds`.
+        """
+        asked = (f"model.layers.{n}.ffn.experts.0.{w}" for n in layers for w in ("w1", "gate_proj"))
+        groups = [self.config_groups[key] for key in map(self.group_of, asked) if key]
+        if sizes := [group.weights.group_size or -1 for group in groups if group.kind in kinds]:
+            return max(sizes)
+        found = ", ".join(sorted({group.kind for group in groups})) or "not quantized"
         raise GraftError(
-            f"quantization_config: its groups are {found}; expected one group size of "
-            f"{' or '.join(kinds)}. `mtp-graft graft` gives a base of other experts an mxfp4 or "
-            "bf16 head"
+            f"quantization_config: routed experts are {found}; expected {' or '.join(kinds)}. "
+            "`mtp-graft graft` gives a base of other experts an mxfp4 or bf16 head"
         )
 
     def kind_of(self, key: str | None) -> str:

@@ -27,13 +27,14 @@ HEAD_PREFIX = "mtp.0."
 #: Copies of the target's, for which vLLM's drafter has rules on GPUs.
 HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
-#: Modules that vLLM builds without quantization, whatever the config says.
+#: Modules that vLLM builds as the config says.
+QUANTIZED = re.compile(
+    r"^(layers|mtp)\.\d+\.((e|h|main)_proj|attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
+    r"|ffn\.(shared_experts|experts\.\d+)\.w[123])$"
+)
+#: Of those that it builds without, whatever the config says, those that the plugin decodes.
 NEVER_QUANTIZED = re.compile(
     r"\.attn\.(indexer\.)?compressor\.|\.attn\.indexer\.weights_proj(\.|$)"
-)
-#: Matrices that are never quantized.
-PLAIN = re.compile(
-    r"(^|\.)(ffn\.gate|head|emb\.tok_emb|markov_head\.markov_w[12]|confidence_head\.proj)$"
 )
 #: Routed experts' matrices, the modules and their weights.
 EXPERT = re.compile(r"^.+\.ffn\.experts\.\d+\.w[123](\.weight)?$")

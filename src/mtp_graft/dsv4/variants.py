@@ -9,7 +9,6 @@ Shapes: O outputs, I inputs.
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from mtp_graft.errors import GraftError
 from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, decode_mxfp4, int4
 from mtp_graft.recipe import Linears, Variant
 
-Format = Literal["plain", "fp8", "mxfp4", "int4", "int4-asymmetric", "int8"]
+#: `plain`, `fp8`, `mxfp4`, or integers of so many bits: `int4`, `int4-asymmetric`, `int8`, ...
+Format = str
 Parts = Mapping[str, Tensor]
 _PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point")
 #: Which of the head's FP8 modules are decoded to BF16 (exact); the others keep their codes. "base"
@@ -50,8 +50,7 @@ def store_head(
         expected = ("mxfp4",) if EXPERT.match(module) else ("fp8", "plain")
         if kind not in expected:
             raise GraftError(
-                f"{module}: is {kind}, expected upstream's {' or '.join(expected)}; take the head "
-                "of DeepSeek's own release"
+                f"{module}: is {kind}, not {' or '.join(expected)}; take DeepSeek's head"
             )
         kept = parts
         if kind == "mxfp4":
@@ -213,19 +212,18 @@ def shape_of(parts: Parts) -> tuple[int, int]:
     return codes.shape[0], codes.shape[-1] * per_element
 
 
-def format_of(parts: Parts, num_bits: int = 4) -> Format | None:
+def format_of(parts: Parts, inputs: int = 0) -> Format | None:
     """Return the format by the weight's dtype, whatever else is there; None if it is of no such.
 
-    `num_bits` are those of packed integers, which only the config tells.
+    Packed integers have 4 bits, or, where the `inputs` are known, as many as there is room for.
     """
     if (weight := weight_of(parts)) is None:
         return None
     if "weight_packed" in parts:
-        if weight.dtype == torch.int32 and "weight_zero_point" in parts:
-            return "int4-asymmetric"
-        integers: Format = "int8" if num_bits == 8 else "int4"
-        packed: dict[torch.dtype, Format] = {torch.int32: integers, torch.uint8: "mxfp4"}
-        return packed.get(weight.dtype)
+        if weight.dtype != torch.int32:
+            return "mxfp4" if weight.dtype == torch.uint8 else None
+        bits = 32 * weight.shape[-1] // inputs if inputs else 4
+        return f"int{bits}-asymmetric" if "weight_zero_point" in parts else f"int{bits}"
     if weight.dtype == torch.float8_e4m3fn:
         return "fp8"
     return "plain" if weight.element_size() > 1 else None
@@ -241,14 +239,14 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> 
     if kind != "plain" and len(shape) == 2:
         outputs, inputs = shape
         groups = inputs // group_size if group_size > 0 else 1
-        per_word = 4 if kind == "int8" else int4.CODES_PER_WORD
+        bits = int(kind[3]) if kind.startswith("int") else 4
         parts = {
-            "_packed": (torch.int32, (outputs, inputs // per_word)),
+            "_packed": (torch.int32, (outputs, inputs * bits // 32)),
             "_scale": (torch.bfloat16, (outputs, groups)),
             "_shape": (torch.int64, (2,)),
         }
-        if kind == "int4-asymmetric":
-            parts["_zero_point"] = (torch.int32, (-(-outputs // per_word), groups))
+        if kind.endswith("-asymmetric"):
+            parts["_zero_point"] = (torch.int32, (-(-outputs * bits // 32), groups))
         if kind == "mxfp4":
             codes, scale = (outputs, inputs // 2), (outputs, inputs // MXFP4_GROUP)
             parts = {"_packed": (torch.uint8, codes), "_scale": (torch.uint8, scale)}
@@ -275,7 +273,7 @@ def decode(kind: Format, parts: Parts) -> Tensor:
             return decode_mxfp4(parts["weight_packed"], parts["weight_scale"])
         case "fp8":
             return decode_fp8(parts["weight"], parts["weight_scale"])
-        case "int4-asymmetric" | "int8":
+        case _:
             raise GraftError(f"the head's experts are {kind}; expected MXFP4, BF16 or INT4")
 
 

@@ -173,6 +173,7 @@ def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -
 
     Without it, raises GraftError for a config, its dimensions checked, not in W4A16-FP8.
     """
-    group = group or max(1, read_quantization(config).group_size(*INTEGERS))
+    layers = range(config["num_hidden_layers"] + 1)
+    group = group or max(1, read_quantization(config).group_size(layers, *INTEGERS))
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     return {key: unit for key, unit in units.items() if config[key] % (ranks * unit)}

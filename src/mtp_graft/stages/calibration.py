@@ -97,7 +97,7 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
     if source.startswith(HUB):
         rows = _hub_rows(source)
     else:
-        path = _prompts_file(source)
+        path = Path(source)
         rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     seen: set[str] = set()
     asked: set[int] = set()  # hashes
@@ -118,23 +118,13 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
 Rows = Iterator[tuple[int, Any]]  # numbered from 1
 
 
-def _prompts_file(source: str) -> Path:
-    path = Path(source)
+def _json_rows(path: Path) -> Rows:
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise GraftError(f"{path}: not a file; expected prompts")
     try:
-        with path.open("rb") as file:
-            fetched(file.read(64))
+        lines = fetched(path.read_bytes()).decode().split("\n")
     except (OSError, ValueError) as error:
         raise GraftError(f"{path}: not readable ({in_words(error)}); expected prompts") from error
-    return path
-
-
-def _json_rows(path: Path) -> Rows:
-    try:
-        lines = path.read_text().split("\n")
-    except UnicodeDecodeError as error:
-        raise GraftError(f"{path}: {in_words(error)}; expected prompts") from error
     for number, line in enumerate(lines, start=1):
         try:
             if line.strip():

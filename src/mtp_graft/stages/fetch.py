@@ -32,7 +32,7 @@ from huggingface_hub import (
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
 
 from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
-from mtp_graft.checkpoint.makers import expect_format, is_gguf
+from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map
@@ -138,7 +138,7 @@ def survey(model: ModelSection) -> tuple[Source, Source]:
 def find_source(given: str, revision: str | None, part: Literal["base", "head"]) -> Source:
     """Return what is needed of a folder or a hub id; raises GraftError as `survey` does."""
     folder, commit = Path(given).expanduser(), None
-    if is_gguf(folder):
+    if folder.suffix.lower() == ".gguf":
         expect_format(folder, part)
     if not given.startswith(("/", ".", "~")):
         folder = _snapshot(given, revision, _BESIDE_SHARDS[part])

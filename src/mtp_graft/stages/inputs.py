@@ -9,7 +9,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,7 +29,7 @@ from mtp_graft.serving.command import read_config
 if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
     from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
-logger = logging.getLogger(__name__)
+_warn_once = cache(logging.getLogger(__name__).warning)
 
 Progress = Callable[[str, int, int], None]  # label, units done, units in all
 
@@ -66,8 +66,8 @@ class Tensors:
         """Open the files inside the block."""
         with ExitStack() as stack:
             shards = {path: stack.enter_context(Shard(path)) for path in set(self.files.values())}
-            stored = {name: self.stored.get(name, name) for name in self.files}
-            yield Values({n: (shards[path], stored[n]) for n, path in self.files.items()})
+            read = {name: shards[path].read for name, path in self.files.items()}
+            yield Values({n: partial(read[n], [self.stored.get(n, n)]) for n in read})
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -83,12 +83,11 @@ class Tensors:
 
 
 class Values(UserDict[str, Any]):
-    """Tensors by name; `data` has each one's open file and name there, to read it when asked."""
+    """Tensors by name; `data` has what reads each from its open file when it is asked for."""
 
     def __getitem__(self, name: str) -> Tensor:
-        shard: Shard
-        shard, stored = self.data[name]
-        return shard.read([stored])[stored]
+        (tensor,) = self.data[name]().values()
+        return tensor
 
 
 def read_master(upstream: Path) -> Tensors:
@@ -101,15 +100,10 @@ def read_master(upstream: Path) -> Tensors:
     stored = {name if new in shards else new: name for name, new in right.items()}
     names = [n for n in find_drafter(stored, upstream).names if n not in HEAD_COPIES]
     if copies := sorted(HEAD_COPIES & shards.keys()):
-        _note_copies(", ".join(copies))
+        _warn_once("%s: left out; drafts take embedding and LM head of the base", ", ".join(copies))
     meta = read_meta(upstream, "mtp.", complete=True)
     files = {name: upstream / shards[stored[name]] for name in names}
     return Tensors(files, {name: meta[stored[name]] for name in names}, stored)
-
-
-@cache
-def _note_copies(names: str) -> None:
-    logger.warning("%s: left out, since drafts take the base's embedding and LM head", names)
 
 
 def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ when it is complete: a killed splice leaves only that folder, which the next one
 import errno
 import os
 import shutil
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,10 +115,14 @@ def open_base(folder: Path) -> Checkpoint:
     """Read config, index and headers; raises GraftError for what is no base without a head."""
     expect_format(folder, "base")
     base = read_checkpoint(folder)
+    if base.foreign_format:
+        raise GraftError(f"{folder}: is {base.foreign_format}; expected a W4A16-FP8 checkpoint")
     for shard, why in base.unreadable.items():
         raise GraftError(f"{folder / shard}: {why}")
     if already := next((name for name in base.read_as if name.startswith("mtp.")), None):
         raise GraftError(f"{folder}: already has a head ({already}, ...); expected none")
+    if base.formats.get("layers.0.attn.wq_b") == "plain":
+        raise GraftError(f"{folder}: its attention is not quantized; expected FP8: W4A16-FP8")
     if isinstance(base.quantization, GraftError):
         raise GraftError(f"{base.quantization}; name such a one instead") from base.quantization
     return base
@@ -145,9 +149,9 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    config = config_with_head(base.config, upstream, head.meta, variant, linears)
-    is_int4 = variant in ("rtn", "gptq")
-    group_size = read_quantization(config).group_size("int4") if is_int4 else 128
+    drafter, is_int4 = drafter_config(upstream, head.meta), variant in ("rtn", "gptq")
+    config = config_with_head(base.config, drafter, variant, linears)
+    group_size = read_quantization(config).group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
         raise GraftError(
             f"{base.folder}: its INT4 experts have a scale a channel, which {variant} does not "
@@ -193,17 +197,12 @@ def linears_of(head: Container[str]) -> Linears:
 
 
 def config_with_head(
-    config: Mapping[str, Any],
-    upstream: Path,
-    head: Iterable[str],
-    variant: Variant,
-    linears: Linears,
+    config: Mapping[str, Any], drafter: Mapping[str, Any], variant: Variant, linears: Linears
 ) -> dict[str, Any]:
-    """Return config.json of a base with a head, whose names in `upstream` these are."""
-    drafter, section = drafter_config(upstream, head), config["quantization_config"]
-    layer, stages = config["num_hidden_layers"], num_stages(drafter)
-    added = {"quantization_config": add_head(section, layer, variant, linears, stages)}
-    return {**config, "num_nextn_predict_layers": 1, **drafter, **added}
+    """Return config.json of a base with a head; `drafter` is what `drafter_config` says of it."""
+    section, layer = config["quantization_config"], config["num_hidden_layers"]
+    section = add_head(section, layer, variant, linears, num_stages(drafter))
+    return {**config, "num_nextn_predict_layers": 1, **drafter, "quantization_config": section}
 
 
 def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str, Tensor]) -> None:

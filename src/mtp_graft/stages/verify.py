@@ -23,10 +23,10 @@ from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import read_index
-from mtp_graft.dsv4.names import EXPERT, PLAIN, head_shapes, served_as
+from mtp_graft.dsv4.names import EXPERT, QUANTIZED, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
-from mtp_graft.stages.inputs import Tensors, Values, expert_files, read_master
+from mtp_graft.stages.inputs import Tensors, Values, drafter_config, expert_files, read_master
 from mtp_graft.stages.splice import base_files, config_with_head, linears_of
 
 #: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of
@@ -80,9 +80,9 @@ def verify(
     files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
     is_same = quant_manifest.base_provenance(base, base_map.values()) == recorded
     if is_same:
-        config, names = read_object(base / "config.json", "a config"), master.files or exact.files
-        expected = config_with_head(config, upstream, names, variant, linears_of(listed))
-        found = read_object(checkpoint / "config.json", "a config")
+        config, found = (read_object(f / "config.json", "a config") for f in (base, checkpoint))
+        drafter = drafter_config(upstream, master.files or exact.files)
+        expected = config_with_head(config, drafter, variant, linears_of(listed))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
         head.mismatched |= {f"config.json: {k}": "is not what splice wrote" for k in wrong}
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}
@@ -129,7 +129,7 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
     config = read_object(checkpoint / "config.json", "a model config")
     shapes, quantization = head_shapes(config), read_quantization(config)
     for name, shape in shapes.items():
-        kind, group_size = _scheme(name, shape, config["num_hidden_layers"], quantization)
+        kind, group_size = _scheme(name, config["num_hidden_layers"], quantization)
         if kind not in ("plain", "fp8", *_PACKED):
             head.mismatched[name] = f"the config takes it for {kind}"
             continue
@@ -144,12 +144,10 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
     head.mismatched |= dict.fromkeys(unknown, "upstream has it, the config does not ask for it")
 
 
-def _scheme(
-    name: str, shape: tuple[int, ...], layer: int, quantization: QuantizationConfig
-) -> tuple[str, int]:
+def _scheme(name: str, layer: int, quantization: QuantizationConfig) -> tuple[str, int]:
     """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
     module = name.removesuffix(".weight")
-    is_linear = name != module and len(shape) == 2 and not PLAIN.search(module)
+    is_linear = QUANTIZED.match(module)
     key = quantization.group_of(served_as(module, layer)) if is_linear else None
     if key is None:
         return "plain", 1

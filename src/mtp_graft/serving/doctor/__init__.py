@@ -7,7 +7,7 @@ findings; to add one, write it and put it into a list below.
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mtp_graft.checkpoint.makers import PRUNED, is_gguf, read_maker
+from mtp_graft.checkpoint.makers import PRUNED, read_maker
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor import hardware, schemes, tensors
@@ -19,7 +19,7 @@ Check = Callable[[Checkpoint, Target], Iterable[Finding]]
 
 _OF_ALL: tuple[Check, ...] = (tensors.shards, tensors.index, hardware.vllm)
 _OF_TENSORS = (tensors.files, tensors.names, tensors.contents, tensors.precision, tensors.config)
-_OF_SCHEMES = (schemes.section, schemes.patterns, schemes.schemes)
+_OF_SCHEMES = (schemes.section, schemes.schemes)
 _OF_HARDWARE = (hardware.ranks, hardware.memory, hardware.known_issues)
 
 
@@ -28,7 +28,7 @@ def diagnose(folder: Path, target: Target) -> list[Finding]:
 
     Raises GraftError for what is no folder.
     """
-    if not folder.is_dir() and not (folder.is_file() and is_gguf(folder)):
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() == ".gguf"):
         raise GraftError(f"{folder}: not a folder; expected a checkpoint with config.json")
     try:
         checkpoint = read_checkpoint(folder)

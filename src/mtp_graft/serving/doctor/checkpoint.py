@@ -16,7 +16,7 @@ from mtp_graft.checkpoint.makers import foreign_maker
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios
-from mtp_graft.dsv4.names import base_shapes, from_transformers, head_shapes
+from mtp_graft.dsv4.names import EXPERT, QUANTIZED, base_shapes, from_transformers, head_shapes
 from mtp_graft.dsv4.variants import Parts, format_of, modules_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_config
@@ -73,14 +73,38 @@ class Checkpoint:
         self.unseen = {self.read_as[name] for name in index} - self.tensors.keys()
         self.has_head = any(name.startswith("mtp.") for name in {*self.tensors, *self.unseen})
         self.modules: Mapping[str, Parts] = modules_of(self.tensors)
-        w1 = self.modules.get("layers.0.ffn.experts.0.w1", {}).get("weight_packed")
-        is_8_bit = w1 is not None and 4 * sum(w1.shape[-1:]) == config["hidden_size"]
-        self.num_bits = bits = 8 if is_8_bit else 4  # of the experts' integers
-        self.formats = {name: format_of(parts, bits) for name, parts in self.modules.items()}
-        self.group_size = max(1, _group_size(self.modules) * 4 // bits)
-        groups = getattr(self.quantization, "config_groups", {}).values()
-        if any(g.kind in INTEGERS and g.weights.group_size == -1 for g in groups):
-            self.group_size = -1  # a scale a channel, which the shapes of some matrices leave open
+        #: The tensors' shapes, decoded, as config.json has them.
+        self.shapes = base_shapes(config) | (head_shapes(config) if self.has_head else {})
+        self.formats = {n: format_of(p, self._inputs(n)) for n, p in self.modules.items()}
+        self.foreign_format = self.foreign_format or self._odd_format()
+        #: Routed experts of a layer -> inputs per scale that most are stored with; -1 for all.
+        self.group_sizes = self._group_sizes()
+        self.group_size = max(self.group_sizes.values(), default=128)
+
+    def _inputs(self, module: str) -> int:
+        return self.shapes.get(f"{module}.weight", (0,))[-1]
+
+    def _odd_format(self) -> str | None:
+        """Return what many modules of the base are stored as that is not read here."""
+        odd, linears = Counter[str](), ("plain", "fp8", None)
+        for name, kind in self.formats.items():
+            if QUANTIZED.match(name) and kind not in linears:
+                if not EXPERT.match(name):
+                    odd[f"{kind} attention or shared experts"] += 1
+                elif kind not in (*INTEGERS, "mxfp4"):
+                    odd[f"{kind} routed experts"] += 1
+        many = [what for what, number in odd.items() if number >= self.num_layers]
+        return f"a checkpoint with {many[0]}" if many else None
+
+    def _group_sizes(self) -> dict[str, int]:
+        sizes: dict[str, Counter[int]] = {}
+        for name, parts in self.modules.items():
+            scale = parts.get("weight_scale")
+            if self.formats[name] in INTEGERS and EXPERT.match(name) and scale is not None:
+                columns = scale.shape[-1] if scale.dim() == 2 else 0
+                found = sizes.setdefault(name.rpartition(".experts.")[0], Counter())
+                found[self._inputs(name) // columns if columns > 1 else -1] += columns > 1
+        return {layer: found.most_common(1)[0][0] for layer, found in sizes.items()}
 
     def _lost(self, unlisted: Set[str]) -> bool:
         """Return whether one of these tensors is one that the config asks for."""
@@ -125,15 +149,3 @@ def canonical_name(name: str, num_layers: int) -> str:
     if name.startswith("mtp."):
         name = name.replace(".mtp_block.", ".").replace(".shared_head.norm.", ".norm.")
     return _SCALE.sub(".weight_scale", name)
-
-
-def _group_size(modules: Mapping[str, Parts]) -> int:
-    """Return the inputs per INT4 scale that most experts are stored with, 128 without any."""
-    sizes = Counter(
-        8 * parts["weight_packed"].shape[-1] // max(1, scale.shape[-1])
-        for parts in modules.values()
-        if format_of(parts) in INTEGERS
-        and (scale := parts.get("weight_scale")) is not None
-        and scale.dim() == parts["weight_packed"].dim() == 2
-    )
-    return sizes.most_common(1)[0][0] if sizes else 128

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
+from functools import cache
 from typing import Any, NamedTuple
 
-from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
-from mtp_graft.dsv4.names import EXPERT, NEVER_QUANTIZED, PLAIN, served_as
-from mtp_graft.dsv4.variants import Parts, format_of, weight_of
+from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
+from mtp_graft.dsv4.names import EXPERT, QUANTIZED, served_as
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Finding, Severity, finding, listed
@@ -19,7 +20,10 @@ _EXPERT_NAMES = {
     "cpu": {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
 }
 #: The head in a pattern, under the name that vLLM never asks for.
-_MTP = re.compile(r"^(re:\^?(?:\.\*)?)?(?:model\\?\.)?mtp(?:\\?\.0)?\\?\.")
+_MTP = re.compile(
+    r"^(re:\^?(?:\.\*)?)?(?:model\\?\.)?mtp(?:\\?\.0)?(?:\\?\.(?![*+?{])|(?=\.[*+?{]))"
+)
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+")
 _WHERE = "config.json: quantization_config"
 
 
@@ -33,30 +37,34 @@ def section(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         return
     if given is not None and given.get("ignore", []) is None:
         yield finding("ignore-null", f"{_WHERE}.ignore", None, "a list")
-    for key, group in quantization.config_groups.items():
-        where, is_there = f"{_WHERE}.config_groups.{key}", group.kind in checkpoint.formats.values()
-        if not is_there or group.kind not in INTEGERS:
-            continue
-        size, stored = group.weights.group_size, checkpoint.group_size
-        if size != stored:
-            expected = f"{stored}, by the scales' shapes"
-            yield finding("group-size", f"{where}.weights.group_size", size, expected)
-        if (group.kind != "int4" or stored < 0) and target.platform == "cpu":
+    for key, stored in _stored_sizes(checkpoint, quantization).items():
+        group, where = quantization.config_groups[key], f"{_WHERE}.config_groups.{key}"
+        size = group.weights.group_size or -1
+        if wrong := stored - {size}:
+            expected = f"{', '.join(map(str, sorted(wrong)))}, by the scales' shapes"
+            cure = None if len(stored) == 1 else "a group for the experts of each size"
+            yield finding("group-size", f"{where}.weights.group_size", size, expected, cure=cure)
+        if (group.kind != "int4" or size < 0) and target.platform == "cpu":
             expected, cure = "int4 in groups, all that a CPU serves", "serve it on GPUs"
-            found = group.kind + (", a scale a channel" if stored < 0 else "")
+            found = group.kind + (", a scale a channel" if size < 0 else "")
             yield finding("quantization-config", where, found, expected, cure=cure)
 
 
-def patterns(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
-    """Find patterns written for `mtp.0`, a name that vLLM never asks for."""
-    if isinstance(quantization := checkpoint.quantization, GraftError):
-        return
-    lists = {f"config_groups.{k}.targets": g.targets for k, g in quantization.config_groups.items()}
-    for place, listed_there in {"ignore": quantization.ignore, **lists}.items():
-        for pattern in listed_there:
-            right = _for_vllm(pattern, checkpoint.num_layers)
-            if right != pattern:
-                yield finding("pattern-names-mtp", f"{_WHERE}.{place}", pattern, right)
+def _stored_sizes(checkpoint: Checkpoint, quantization: QuantizationConfig) -> dict[str, set[int]]:
+    """Return group's key -> inputs per scale that the experts which it loads are stored with.
+
+    Where there is a scale for all inputs, whatever the group has counts that comes to as many.
+    """
+    most = max(checkpoint.config[key] for key in ("hidden_size", "moe_intermediate_size"))
+    found: dict[str, set[int]] = {}
+    with suppress(GraftError):  # a finding of `schemes`
+        for experts, stored in checkpoint.group_sizes.items():
+            asked = _vllm_names(first := f"{experts}.experts.0.w1", checkpoint.num_layers)
+            key = next(filter(None, map(quantization.group_of, asked.values())), None)
+            if key and quantization.kind_of(key) == checkpoint.formats.get(first):
+                size = quantization.config_groups[key].weights.group_size or -1
+                found.setdefault(key, set()).add(size if stored < 0 and size >= most else stored)
+    return found
 
 
 def _for_vllm(pattern: str, num_layers: int) -> str:
@@ -66,19 +74,26 @@ def _for_vllm(pattern: str, num_layers: int) -> str:
 
 
 def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
-    """Find modules that are stored in another format than their scheme loads."""
+    """Find modules that are stored in another format than their scheme loads, and why."""
+    if isinstance(checkpoint.quantization, GraftError):
+        return
     wrong: dict[tuple[str, str, str], list[str]] = {}
     unnamed: dict[str, set[str]] = {}
     try:
-        for each in _mismatches(checkpoint):
-            if each.elsewhere is not None:
-                unnamed.setdefault(each.platform, set()).add(each.layer)
-            else:
-                stored = "quantized" if each.by.startswith(".ignore") else each.stored
-                wrong.setdefault((stored, each.loads, each.by), []).append(each.name)
+        right, mismatches = _judge(checkpoint)
     except GraftError as error:
         yield finding("pattern-too-wide", _WHERE, error, "both or none, in patterns without loops")
         return
+    for place, patterns in _patterns(checkpoint.config["quantization_config"]).items():
+        for pattern, changed in zip(patterns, _patterns(right)[place], strict=True):
+            if changed != pattern:
+                yield finding("pattern-names-mtp", f"{_WHERE}.{place}", pattern, changed)
+    for each in mismatches:
+        if each.elsewhere is not None:
+            unnamed.setdefault(each.platform, set()).add(each.name.split(".")[2])
+        else:
+            stored = "quantized" if each.by.startswith(".ignore") else each.stored
+            wrong.setdefault((stored, each.loads, each.by), []).append(each.name)
     for (stored, loads, by), modules in wrong.items():
         kind = "pattern-too-wide" if by.startswith(".ignore") else "scheme-mismatch"
         found = f"{len(modules)} modules would load as {loads}"
@@ -91,6 +106,12 @@ def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("expert-target-names", where, found, "both w1 and gate_proj, ...", severity)
 
 
+def _patterns(section: dict[str, Any]) -> dict[str, list[str]]:
+    groups = section["config_groups"].items()
+    targets = {f"config_groups.{key}.targets": group["targets"] for key, group in groups}
+    return {"ignore": section.get("ignore") or [], **targets}
+
+
 class _Mismatch(NamedTuple):
     """A module whose scheme is not that of its tensors."""
 
@@ -101,71 +122,88 @@ class _Mismatch(NamedTuple):
     by: str  # what in the section does it, as a path; "" for nothing that matches
     elsewhere: str | None  # the group that other platforms find under their names of the module
 
-    @property
-    def layer(self) -> str:
-        return self.name.split(".")[2]
 
+def _judge(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[_Mismatch]]:
+    """Return the section, and the modules that would load in another format.
 
-def _mismatches(checkpoint: Checkpoint) -> Iterator[_Mismatch]:
-    """Yield modules that would load in another format; GraftError for one ignored in part.
-
-    Patterns for `mtp.0` are put right first: one mistake is one finding.
+    Patterns for `mtp.0` match nothing in vLLM, which may be as well. Where it is not they are put
+    right in the section: one mistake is one finding. Raises GraftError for a module that is
+    ignored in part, and for experts with more than one scheme.
     """
-    if isinstance(checkpoint.quantization, GraftError):
-        return
-    quantization = read_quantization({"quantization_config": _with_right_patterns(checkpoint)})
+    section: dict[str, Any] = checkpoint.config["quantization_config"]
+    found, right = [*_mismatches(checkpoint, section)], _with_right_patterns(checkpoint)
+    if found and right != section:
+        with suppress(GraftError):
+            better = [*_mismatches(checkpoint, right)]
+            section, found = (right, better) if len(better) < len(found) else (section, found)
+    return section, found
+
+
+def _mismatches(checkpoint: Checkpoint, section: dict[str, Any]) -> Iterator[_Mismatch]:
+    """Yield modules that would load in another format; raise GraftError as `_judge` says."""
+    quantization = read_quantization({"quantization_config": section})
+    group_of, ignored_by = cache(quantization.group_of), cache(quantization.ignored_by)
+    schemes = {k: g.model_dump(exclude={"targets"}) for k, g in quantization.config_groups.items()}
+    of_layer: dict[tuple[str, str], str | None] = {}
     for module, stored in checkpoint.formats.items():
-        asked = _vllm_names(module, checkpoint.modules[module], checkpoint.num_layers)
-        groups = {platform: quantization.group_of(name) for platform, name in asked.items()}
+        is_odd = stored is None or (module == "embed" and stored != "plain")  # found elsewhere
+        asked = {} if is_odd else _vllm_names(module, checkpoint.num_layers)
+        first = {p: _EXPERT_NUMBER.sub("0", name) for p, name in asked.items()}  # speaks for all
+        groups = {platform: group_of(name) for platform, name in first.items()}
         loads = {platform: quantization.kind_of(key) for platform, key in groups.items()}
         wrong = [platform for platform in asked if loads[platform] != stored]
-        for p in wrong:
-            by = f".config_groups.{groups[p]}" if groups[p] else ""
-            if ignored := quantization.ignored_by(asked[p]):
-                by = f".ignore: {ignored}"
-            named = next(filter(None, groups.values()), None)
-            elsewhere = named if len(wrong) == 1 and not by else None
-            yield _Mismatch(asked[p], p, str(stored), loads[p], by, elsewhere)
+        for p, key in groups.items():
+            if p in wrong:
+                by = f".config_groups.{key}" if key else ""
+                if ignored := ignored_by(first[p]):
+                    by = f".ignore: {ignored}"
+                named = next(filter(None, groups.values()), None)
+                elsewhere = named if len(wrong) == 1 and not by else None
+                yield _Mismatch(asked[p], p, str(stored), loads[p], by, elsewhere)
+            elif p in _EXPERT_NAMES:
+                other = of_layer.setdefault((p, first[p].rpartition(".")[0]), key)
+                if schemes.get(str(other)) != schemes.get(str(key)):
+                    raise GraftError(f"{module}: finds {key} and other matrices {other}")
 
 
-def _vllm_names(module: str, parts: Parts, num_layers: int) -> dict[str, str]:
-    """Return platform -> vLLM's name for a module that could be quantized; of experts the first."""
+def _vllm_names(module: str, num_layers: int) -> dict[str, str]:
+    """Return platform -> vLLM's name for a module that it builds as the config says."""
+    if module == "embed":
+        return {"any": "model.embed_tokens"}
+    if not QUANTIZED.match(module):
+        return {}
     name = served_as(module, num_layers) if module.startswith("mtp.") else f"model.{module}"
-    weight = weight_of(parts)
-    is_matrix = "" not in parts and weight is not None and weight.dim() == 2
-    if format_of(parts) is None or not is_matrix or not module.startswith(("layers.", "mtp.")):
-        return {}
-    if NEVER_QUANTIZED.search(name) or PLAIN.search(module):
-        return {}
     if not EXPERT.match(module):
         return {"any": name}
-    experts, _, matrix = name.rpartition(".")
-    if not experts.endswith(".ffn.experts.0"):
-        return {}
-    return {p: f"{experts}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
+    expert, _, matrix = name.rpartition(".")
+    return {p: f"{expert}.{names[matrix]}" for p, names in _EXPERT_NAMES.items()}
 
 
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the section with a list where it may have null, and the head's layer for `mtp.0`."""
+    """Return the section with the head's layer for `mtp.0`."""
     section: dict[str, Any] = deepcopy(checkpoint.config["quantization_config"])
-    groups = [(group, "targets") for group in section["config_groups"].values()]
-    for holder, key in [(section, "ignore"), *groups]:
-        holder[key] = [_for_vllm(each, checkpoint.num_layers) for each in holder.get(key) or []]
+    for listed_there in _patterns(section).values():
+        listed_there[:] = [_for_vllm(each, checkpoint.num_layers) for each in listed_there]
     return section
 
 
 def corrected(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the section with all that --fix cures."""
-    section, quantization = _with_right_patterns(checkpoint), checkpoint.quantization
-    groups = section["config_groups"]
+    quantization = checkpoint.quantization
     assert isinstance(quantization, QuantizationConfig)
-    for key, group in quantization.config_groups.items():
-        if group.kind in INTEGERS:
-            groups[key]["weights"]["group_size"] = checkpoint.group_size
-    for each in _mismatches(checkpoint):
+    judged, mismatches = _judge(checkpoint)
+    section = deepcopy(judged) | {"ignore": judged.get("ignore") or []}
+    groups = section["config_groups"]
+    for key, stored in _stored_sizes(checkpoint, quantization).items():
+        size = quantization.config_groups[key].weights.group_size or -1
+        if len(stored) == 1 and stored != {size}:
+            by = "channel" if stored == {-1} else "group"
+            groups[key]["weights"] |= {"group_size": min(stored), "strategy": by}
+    for each in mismatches:
         if each.elsewhere is not None:
             matrices = "|".join(_EXPERT_NAMES[each.platform].values())
-            target = rf"re:.*layers\.{each.layer}\.ffn\.experts\.\d+\.({matrices})$"
+            layer = each.name.split(".")[2]
+            target = rf"re:.*layers\.{layer}\.ffn\.experts\.\d+\.({matrices})$"
             targets = groups[each.elsewhere]["targets"]
             groups[each.elsewhere]["targets"] = list(dict.fromkeys([*targets, target]))
     return section

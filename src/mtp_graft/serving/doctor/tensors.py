@@ -4,24 +4,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import fetched, read_object
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.config import num_stages, unread_keys
-from mtp_graft.dsv4.names import (
-    EXPERT,
-    FLOAT32,
-    HEAD_COPIES,
-    NEVER_QUANTIZED,
-    base_shapes,
-    head_shapes,
-)
+from mtp_graft.dsv4.names import EXPERT, FLOAT32, HEAD_COPIES, NEVER_QUANTIZED, QUANTIZED
 from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
 from mtp_graft.serving.doctor.checkpoint import CONSOLIDATED, Checkpoint
@@ -42,12 +35,8 @@ _STOPS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 _GOES_ON = ("generation_config.json", "chat_template.jinja")
 
 
-class _Tokens(TypedDict):
-    vocab: dict[str, Any] | list[Any]
-
-
 class _Tokenizer(TypedDict):
-    model: _Tokens
+    model: Annotated[dict[str, Any], Field(min_length=1)]
 
 
 def shards(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
@@ -171,17 +160,27 @@ def _is_unsaid(checkpoint: Checkpoint) -> Callable[[str], object]:
 
 def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
     """Return meta tensors that the config asks for, and names that have findings of their own."""
-    asked, known = dict[str, Tensor](), set[str]()
-    shapes = base_shapes(checkpoint.config)
-    shapes |= head_shapes(checkpoint.config) if checkpoint.has_head else {}
-    for name, shape in shapes.items():
+    asked, known, unread = dict[str, Tensor](), set[str](), {*_never_quantized(checkpoint)}
+    for name, shape in checkpoint.shapes.items():
         module = name.removesuffix(".weight")
         parts, stored = checkpoint.modules.get(module, {}), checkpoint.formats.get(module)
-        as_usual = "int4" if EXPERT.match(name) else "plain"
-        asked |= stored_as(name, shape, stored or as_usual, checkpoint.group_size)
-        if NEVER_QUANTIZED.search(name) or (stored is None and weight_of(parts) is not None):
+        kind = stored or ("int4" if EXPERT.match(module) else "plain")
+        layer = module.rpartition(".experts.")[0]
+        size = checkpoint.group_sizes.get(layer, checkpoint.group_size)
+        asked |= stored_as(name, shape, kind, size)
+        if module in unread or (stored is None and weight_of(parts) is not None):
             known |= {part_name(module, part) for part in parts}
     return asked, known
+
+
+def _never_quantized(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield modules that are stored quantized and that vLLM builds without quantization."""
+    asked = {name.removesuffix(".weight") for name in checkpoint.shapes}
+    for module, stored in checkpoint.formats.items():
+        is_plain = stored == "plain" and "weight_scale" not in checkpoint.modules[module]
+        is_built = stored and module in asked and not QUANTIZED.match(module)
+        if not is_plain and (is_built or NEVER_QUANTIZED.search(module)):
+            yield module
 
 
 def _place(name: str) -> str:
@@ -194,8 +193,7 @@ def precision(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     for name, tensor in checkpoint.tensors.items():
         if FLOAT32.search(name) and tensor.dtype == torch.bfloat16:
             yield "float32-rounded", name, tensor.dtype, torch.float32
-    for module, stored in checkpoint.formats.items():
-        is_plain = stored == "plain" and "weight_scale" not in checkpoint.modules[module]
-        if NEVER_QUANTIZED.search(module) and not is_plain:
-            kind = "compressor-fp8" if stored == "fp8" else "compressor-quantized"
-            yield kind, module, stored, "BF16"
+    for module in _never_quantized(checkpoint):
+        stored, decoded = checkpoint.formats[module], NEVER_QUANTIZED.search(module)
+        kind = "compressor-fp8" if stored == "fp8" and decoded else "never-quantized"
+        yield kind, module, stored, "BF16"
