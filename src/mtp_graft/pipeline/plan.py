@@ -75,9 +75,10 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
 
     A head by GPTQ has the tensors of one that is rounded to nearest.
     """
-    check_dimensions(base.config, f"{base.given}/config.json")
+    file = f"{base.given}/config.json"
+    check_dimensions(base.config, file)
     if vllm := command.installed_vllm():
-        check_readable(base.config, f"{base.given}/config.json", vllm.version.release)
+        check_readable(base.config, file, vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         given, linears = (open_base(base_folder), upstream_folder), recipe.splice.linears
         kinds = dict.fromkeys(("mxfp4", "rtn", *recipe.served_variants))  # the least asked first
@@ -87,14 +88,11 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = read_quantization(base.config).group_size([given[0].num_layers], "int4")
     if group != experts:
-        raise GraftError(
-            f"quantize.group_size is {group}, expected {experts} as in the experts of {base.given}"
-        )
+        expected = f"{experts} as in the experts of {base.given}"
+        raise GraftError(f"quantize.group_size is {group}, expected {expected}")
     if uneven := topology.undivided(base.config, ranks):
-        raise GraftError(
-            f"serve.tensor_parallel_size is {ranks}, expected a number that divides "
-            f"{', '.join(uneven)} of {base.given}"
-        )
+        expected = f"a number that divides {', '.join(uneven)} of {base.given}"
+        raise GraftError(f"serve.tensor_parallel_size is {ranks}, expected {expected}")
     return Models(base, upstream, given[0].tensors, {**heads, "gptq": heads["rtn"]})
 
 
@@ -259,8 +257,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     """Return the JSON of `--dry-run`: recipe, stages, sizes and times; nothing is done.
 
     Where the hub cannot be asked, `unknown` says why; where the checkpoints are none or do not fit,
-    `inputs` does. What is not known then is null. Raises GraftError if `path` cannot be a run
-    folder.
+    `inputs` does. What is not known is null. GraftError if `path` cannot be a run folder.
     """
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")

@@ -33,10 +33,9 @@ def publish(
     """Upload the checkpoint of the run's chosen variant, and its card; return what was uploaded.
 
     `head_only` leaves out the base: others graft the head onto it. A dry run needs no network. A
-    call that failed, or was killed, can be repeated. Raises GraftError for a repository's id that
-    the hub would not take, without a verification that passed, without a card or for one of another
-    checkpoint, without a token, for a public repository where a private one was asked for, and for
-    whatever else ends the upload.
+    call that failed, or was killed, can be repeated. Raises GraftError for an id that the hub would
+    not take, without a passed verification, this checkpoint's card or a token, for a repository
+    that is public where a private one was asked for, and for whatever else ends the upload.
     """
     try:
         validate_repo_id(repo)
