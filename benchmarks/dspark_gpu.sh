@@ -23,7 +23,7 @@ captured() { # what the base says to all training questions, with what the draft
         --set "capture.calibration_prompts=$run/calibration.jsonl" --set capture.concurrency=96 \
         --set "capture.evaluation_prompts=$run/evaluation.jsonl" \
         --set "capture.calibration_count=$(($(wc -l <"$run/calibration.jsonl") - 50))" \
-        --set "capture.evaluation_count=$(wc -l <"$run/evaluation.jsonl")"
+        --set "capture.evaluation_count=$(($(wc -l <"$run/evaluation.jsonl") - 6))"
 }
 
 trained() { # ARGUMENTS of dspark.py in DSPARK; judged while it trains on the questions to choose by
@@ -61,7 +61,7 @@ served() {
         timeout 400 bash -c "until curl -sf $url:$port/health; do sleep 1; done" >/dev/null ||
             echo "no server at $port" >>"$out/done.txt"
     done
-    step dspark-acceptance python3 benchmarks/heal.py --run "$run" --out "$out/dspark_served.json" "${each[@]}"
+    step dspark-acceptance python3 benchmarks/heal.py --run "$run" --out "$out/dspark_served.json" --concurrency 4 "${each[@]}"
     grep '"held-' "$run/evaluation.jsonl" >"$run/held.jsonl"
     for port in 8025 8023; do
         step "dspark-decode-$port" mtp bench decode --base-url $url:$port --against $url:8020 --prompts "$run/held.jsonl" \

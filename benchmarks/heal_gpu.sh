@@ -28,8 +28,8 @@ captured() { # the base's own texts, and the experts calibrated on some of them
     python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts
     local set=(--run "$run" --set "capture.calibration_prompts=$run/calibration.jsonl"
         --set "capture.evaluation_prompts=$run/evaluation.jsonl" --set capture.concurrency=64
-        --set "capture.calibration_count=$(wc -l <"$run/calibration.jsonl")"
-        --set "capture.evaluation_count=$(wc -l <"$run/evaluation.jsonl")")
+        --set "capture.calibration_count=$(($(wc -l <"$run/calibration.jsonl") - 20))" # repeated ones are left out
+        --set "capture.evaluation_count=$(($(wc -l <"$run/evaluation.jsonl") - 6))")
     step capture mtp capture recipes/tiny.toml "${set[@]}"
     step quantize mtp quantize recipes/tiny.toml "${set[@]}"
 }
@@ -68,33 +68,31 @@ sweep() { # NAME PORT
         --limit 32 --max-tokens 128 --no-ignore-eos --run "$out/$1" --json "$out/$1.json"
 }
 
-served() { # three heads at k = 1, 3, 5 and the base, asked in turn
+served() { # the base, upstream's head and the healed one: asked in turn, then under load
     grep '"held-' "$run/evaluation.jsonl" >"$scratch/held.jsonl"
     spliced unhealed $tiny/upstream
     spliced healed "$run/ablations/default/heal/upstream"
-    local k each=()
+    local k port each=(--served "unhealed k=3" "$(url 8003)")
     serve 8000 $tiny/base
+    serve 8003 "$scratch/unhealed" --k 3 -- --per-request-spec-decode-metrics detailed
     for k in 1 3 5; do
-        serve 800$k "$scratch/unhealed" --k $k -- --per-request-spec-decode-metrics detailed
         serve 801$k "$scratch/healed" --k $k -- --per-request-spec-decode-metrics detailed
-        each+=(--served "unhealed k=$k" "$(url 800$k)" --served "healed k=$k" "$(url 801$k)")
+        each+=(--served "healed k=$k" "$(url 801$k)")
     done
-    for k in 8000 8001 8003 8005 8011 8013 8015; do
-        timeout 400 bash -c "until curl -sf $(url "$k")/health; do sleep 1; done" >/dev/null ||
-            echo "no server at $k" >>"$out/done.txt"
+    for port in 8000 8003 8011 8013 8015; do
+        timeout 400 bash -c "until curl -sf $(url "$port")/health; do sleep 1; done" >/dev/null ||
+            echo "no server at $port" >>"$out/done.txt"
     done
+    decode healed_k5 8015 8000
     decode unhealed_k3 8003 8000
     decode healed_k3 8013 8000
-    decode healed_k5 8015 8000
-    step acceptance python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" "${each[@]}"
-    decode healed_against_unhealed_k3 8013 8003
     sweep sweep_base 8000
-    sweep sweep_unhealed_k3 8003
     sweep sweep_healed_k3 8013
+    sweep sweep_unhealed_k3 8003
     sweep sweep_healed_k5 8015
+    step acceptance python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --concurrency 4 "${each[@]}"
+    decode healed_against_unhealed_k3 8013 8003
     sweep sweep_healed_k1 8011
-    decode healed_against_unhealed_k1 8011 8001
-    decode unhealed_k5 8005 8000
     jobs -p | xargs -r kill
     wait
 }

@@ -111,8 +111,10 @@ class DSpark(nn.Module):
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines in float32."""
-        rotary = self.rotary_emb(positions.float(), position_ids=positions, layer_type="main")
-        return rotary[0], rotary[1]
+        at = positions.reshape(1, -1)  # as all versions of transformers take it
+        found = self.rotary_emb(at.float(), position_ids=at, layer_type="main")
+        cos, sin = (each[0].unflatten(0, positions.shape) for each in found)
+        return cos, sin
 
     def logits(self, hidden: Tensor, previous: Tensor, lm_head_weight: Tensor) -> Tensor:
         """Return the logits [A, B, V] of the rows' tokens, given the tokens before them [A, B]."""
