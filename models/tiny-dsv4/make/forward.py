@@ -1,6 +1,6 @@
 """Record what the bundled base computes on given texts, with transformers instead of a server.
 
-    python models/tiny-dsv4/make/record.py --texts CAPTURE [--gsm8k DATA] --out RUN/capture
+    python models/tiny-dsv4/make/forward.py --texts CAPTURE [--gsm8k DATA] --out RUN/capture
 
 What a capture with taps has, for the texts of other captures and GSM8K's training answers: a
 million tokens take a GPU some seconds. The server rounds activations and keys to FP8, which this
