@@ -2,6 +2,7 @@
 
 import json
 import os
+import tomllib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -18,29 +19,15 @@ from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "model.safetensors.index.json"
 
-#: The format's names of the dtypes, in the order in which its own writer lays tensors out.
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _DTYPES: dict[str, torch.dtype] = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    name: getattr(torch, dtype) for name, dtype in _TABLE["dtypes"].items()
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
 _MOST_HEADER_BYTES = 10**8  # by the format
+Tensors = Mapping[str, Tensor]
 
 
 class _Index(BaseModel):
@@ -210,17 +197,13 @@ def load_tensors(
     return {name: loaded[name] for name in wanted}
 
 
-def save_shard(tensors: Mapping[str, Tensor], path: Path, *, sync: bool = True) -> None:
+def save_shard(tensors: Tensors, path: Path, *, sync: bool = True) -> None:
     """Write one file with the bytes that safetensors writes, as `files.replacing` does."""
     stream_shard(tensors, tensors.items(), path, sync=sync)
 
 
 def stream_shard(
-    layout: Mapping[str, Tensor],
-    tensors: Iterable[tuple[str, Tensor]],
-    path: Path,
-    *,
-    sync: bool = True,
+    layout: Tensors, tensors: Iterable[tuple[str, Tensor]], path: Path, *, sync: bool = True
 ) -> None:
     """Write the same one tensor at a time, in any order: those of `layout`, which may be meta."""
     with replacing(path, sync=sync) as file:
@@ -233,7 +216,7 @@ def stream_shard(
         assert not starts, f"{min(starts)}: laid out, but never given"
 
 
-def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int]:
+def _write_header(layout: Tensors, file: BinaryIO) -> dict[str, int]:
     """Write a safetensors header; return where in the file each tensor's values start."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     order, starts, end = [*_DTYPES.values()], dict[str, int](), 0

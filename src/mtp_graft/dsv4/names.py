@@ -1,8 +1,4 @@
-"""Tensor names and shapes: which tensors base and head have, by the model's config.
-
-DeepSeek's names (`layers.N.attn.wq_a.weight`, `mtp.0.e_proj.weight`, ...) are used everywhere here,
-and are translated from transformers', which its modules have.
-"""
+"""Names and shapes of a model's tensors: names are DeepSeek's, translated from transformers'."""
 
 import math
 import re
@@ -76,14 +72,11 @@ def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def head_from_module(state: Mapping[str, Tensor], stages: int = 1) -> dict[str, Tensor]:
-    """Rename the state dict of an `MTPHead`, or of a `DSpark` of `stages`, to `mtp.*`.
-
-    Experts are split. What leads into the first stage is its, what leads out is the last one's.
-    """
+    """Rename the state dict of an `MTPHead`, or of a `DSpark` of `stages`, to `mtp.*`, split."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         of_stage = OF_STAGE.match(name)
-        block = 0 if name.startswith("main_") else stages - 1
+        block = 0 if name.startswith("main_") else stages - 1  # what leads in, and what leads out
         if of_stage and of_stage[1]:
             block = int(of_stage[1])
         # A leading dot lets the layer patterns match at the start of the name.
@@ -122,8 +115,7 @@ def find_drafter(found: Iterable[str], where: object) -> Drafter:
 def served_as(module: str, num_layers: int) -> str:
     """Return the name by which vLLM asks for the scheme of one of a drafter's modules.
 
-    Its blocks are layers after the base's `num_layers`. DSpark's `wkv` is asked for a second time,
-    those of all stages as `model.context_wkv_proj`.
+    DSpark's `wkv` is asked for a second time, those of all stages as `model.context_wkv_proj`.
     """
     _, block, name = module.split(".", 2)
     within = "" if name == "main_proj" else f"layers.{num_layers + int(block)}."

@@ -24,7 +24,7 @@ from mtp_graft.errors import GraftError
 #: Anchors whose blocks are in memory at once.
 _ANCHORS = 512
 Module = TypeVar("Module", MTPHead, DSpark)
-Tensors = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor]  # decoded, by name
 
 
 class RoutingRecorder(nn.Module):
@@ -46,7 +46,7 @@ def model_config(settings: Mapping[str, Any]) -> DeepseekV4Config:
 
 
 def build_head(
-    config: DeepseekV4Config, tensors: Tensors, *, with_experts: bool = True, device: str = "cpu"
+    config: DeepseekV4Config, tensors: Weights, *, with_experts: bool = True, device: str = "cpu"
 ) -> MTPHead:
     """Return the head with all decoded `mtp.*` weights, as `variants.decode_head` gives them.
 
@@ -61,7 +61,7 @@ def build_head(
 
 def build_dspark(
     config: DeepseekV4Config,
-    tensors: Tensors,
+    tensors: Weights,
     stages: int,
     *,
     recorded: int | None = None,
@@ -82,7 +82,7 @@ def build_dspark(
 
 
 def build_drafter(
-    config: DeepseekV4Config, tensors: Tensors, stages: int, *, device: str = "cpu"
+    config: DeepseekV4Config, tensors: Weights, stages: int, *, device: str = "cpu"
 ) -> MTPHead | DSpark:
     """Return whichever it is: a head for no `stages`."""
     if stages:
@@ -93,7 +93,7 @@ def build_drafter(
 def _fill(
     module: Module,
     config: DeepseekV4Config,
-    tensors: Tensors,
+    tensors: Weights,
     stages: int,
     device: str,
     experts: bool = True,

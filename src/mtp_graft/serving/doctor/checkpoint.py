@@ -15,7 +15,7 @@ from torch import Tensor
 from mtp_graft.checkpoint.makers import foreign_maker
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
-from mtp_graft.dsv4.config import compress_ratios
+from mtp_graft.dsv4.config import compress_ratios, num_stages
 from mtp_graft.dsv4.names import EXPERT, QUANTIZED, base_shapes, from_transformers, head_shapes
 from mtp_graft.dsv4.variants import Parts, format_of, modules_of, weight_of
 from mtp_graft.errors import GraftError
@@ -23,6 +23,7 @@ from mtp_graft.serving.command import read_config
 
 _LAYER = re.compile(r"^layers\.(\d{1,6})\.")
 _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
+_OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
@@ -34,10 +35,7 @@ Shards = Mapping[str, Mapping[str, Tensor]]  # shard -> its tensors, meta
 
 
 class Checkpoint:
-    """What a folder holds: its config and index, the shards that are readable, why others are not.
-
-    What follows from them is below, by the names that are read.
-    """
+    """What a folder holds: config, index, the shards that are readable, and why others are not."""
 
     def __init__(
         self,
@@ -47,8 +45,7 @@ class Checkpoint:
         shards: Shards,
         unreadable: Mapping[str, str],
     ) -> None:
-        self.folder, self.config, self.index = folder, config, index
-        self.unreadable = unreadable
+        self.folder, self.config, self.index, self.unreadable = folder, config, index, unreadable
         self.num_layers: int = config["num_hidden_layers"]  # also the head's index in vLLM
         self.ratios = compress_ratios(config) or []
         #: The config's section as vLLM reads it, or why it cannot.
@@ -67,6 +64,9 @@ class Checkpoint:
         self.tensors = {self.read_as[name]: tensor for name, tensor in held.items()}
         #: Names that the index lists and no readable shard holds.
         self.unseen = {self.read_as[name] for name in index} - self.tensors.keys()
+        #: Of a DSpark drafter's further blocks, if the config knows of none.
+        blocks = () if num_stages(config) else filter(_OTHER_BLOCK.match, self.tensors)
+        self.unsaid = dict.fromkeys(blocks)
         self.has_head = any(name.startswith("mtp.") for name in {*self.tensors, *self.unseen})
         self.modules: Mapping[str, Parts] = modules_of(self.tensors)
         #: The tensors' shapes, decoded, as config.json has them.
