@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.makers import foreign_maker
+from mtp_graft.checkpoint.manifest import Json
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios, num_stages
@@ -31,6 +31,7 @@ _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
 #: Files that vLLM takes in place of the index's, wherever they are.
 CONSOLIDATED = "consolidated*.safetensors"
 
+Names = Mapping[str, str]
 Shards = Mapping[str, Mapping[str, Tensor]]  # shard -> its tensors, meta
 
 
@@ -38,12 +39,7 @@ class Checkpoint:
     """What a folder holds: config, index, the shards that are readable, and why others are not."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        index: Mapping[str, str],
-        shards: Shards,
-        unreadable: Mapping[str, str],
+        self, folder: Path, config: Json, index: Names, shards: Shards, unreadable: Names
     ) -> None:
         self.folder, self.config, self.index, self.unreadable = folder, config, index, unreadable
         self.num_layers: int = config["num_hidden_layers"]  # also the head's index in vLLM
