@@ -16,16 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4DecoderLayer,
-    DeepseekV4HyperConnection,
-    DeepseekV4HyperHead,
-    DeepseekV4RMSNorm,
-    DeepseekV4RotaryEmbedding,
-    DeepseekV4TopKRouter,
-    apply_rotary_pos_emb,
-)
 
 from mtp_graft.dsv4.head import one_layer_config
 
@@ -36,16 +28,16 @@ _BLOCK = "mtp_graft_block"
 _float32 = torch.autocast("cuda", enabled=False)
 
 
-class _HyperConnection(DeepseekV4HyperConnection):  # type: ignore[misc]
-    forward = _float32(DeepseekV4HyperConnection.forward)
+class _HyperConnection(modeling.DeepseekV4HyperConnection):  # type: ignore[misc]
+    forward = _float32(modeling.DeepseekV4HyperConnection.forward)
 
 
-class _HyperHead(DeepseekV4HyperHead):  # type: ignore[misc]
-    forward = _float32(DeepseekV4HyperHead.forward)
+class _HyperHead(modeling.DeepseekV4HyperHead):  # type: ignore[misc]
+    forward = _float32(modeling.DeepseekV4HyperHead.forward)
 
 
-class _Router(DeepseekV4TopKRouter):  # type: ignore[misc]
-    forward = _float32(lambda self, x: DeepseekV4TopKRouter.forward(self, x.float()))
+class _Router(modeling.DeepseekV4TopKRouter):  # type: ignore[misc]
+    forward = _float32(lambda self, x: modeling.DeepseekV4TopKRouter.forward(self, x.float()))
 
 
 class DSpark(nn.Module):
@@ -62,21 +54,23 @@ class DSpark(nn.Module):
         self.window: int = config.sliding_window
         self.noise: int = config.dspark_noise_token_id
         self.main_proj = nn.Linear(len(config.dspark_target_layer_ids) * size, size, bias=False)
-        self.main_norm = DeepseekV4RMSNorm(size, eps=eps)
+        self.main_norm = modeling.DeepseekV4RMSNorm(size, eps=eps)
         self.stages = nn.ModuleList(_stage(config) for _ in range(stages))
         self.hc_head = _HyperHead(config)
-        self.norm = DeepseekV4RMSNorm(size, eps=eps)
+        self.norm = modeling.DeepseekV4RMSNorm(size, eps=eps)
         w1, w2 = nn.Embedding(config.vocab_size, rank), nn.Linear(rank, config.vocab_size, False)
         self.markov_head = nn.ModuleDict({"markov_w1": w1, "markov_w2": w2})
         self.confidence_head = nn.ModuleDict({"proj": nn.Linear(size + rank, 1, bias=False)})
-        self.rotary_emb = DeepseekV4RotaryEmbedding(config)  # buffers only, none in state_dict
+        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(
+            config
+        )  # buffers only, none in state_dict
 
     def context(self, taps: Tensor, positions: Tensor) -> list[Tensor]:
         """Return each stage's latents [T, d], keys and values at once, of taps [T, L, D]."""
         main, rotary = self.main_norm(self.main_proj(taps.flatten(1))), self._rotary(positions)
         attentions: list[Any] = [stage.self_attn for stage in self.stages]
         latents = [each.kv_norm(each.kv_proj(main))[:, None] for each in attentions]  # [T, 1, d]
-        return [apply_rotary_pos_emb(each, *rotary)[:, 0] for each in latents]
+        return [modeling.apply_rotary_pos_emb(each, *rotary)[:, 0] for each in latents]
 
     def forward(
         self, embeds: Tensor, context: Sequence[Tensor], anchors: Tensor, positions: Tensor
@@ -133,8 +127,8 @@ def block_tokens(anchors: Tensor, noise: int, rows: int) -> Tensor:
     return F.pad(anchors[:, None], (0, rows - 1), value=noise)
 
 
-def _stage(config: DeepseekV4Config) -> DeepseekV4DecoderLayer:
-    layer = DeepseekV4DecoderLayer(config, layer_idx=0)
+def _stage(config: DeepseekV4Config) -> modeling.DeepseekV4DecoderLayer:
+    layer = modeling.DeepseekV4DecoderLayer(config, layer_idx=0)
     layer.attn_hc, layer.ffn_hc = _HyperConnection(config), _HyperConnection(config)
     layer.mlp.gate = _Router(config)
     return layer

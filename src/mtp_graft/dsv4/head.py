@@ -12,13 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4DecoderLayer,
-    DeepseekV4HyperHead,
-    DeepseekV4RMSNorm,
-    DeepseekV4RotaryEmbedding,
-)
 
 #: Name under which transformers' layers find `windowed_attention`.
 _WINDOWED = "mtp_graft_windowed"
@@ -50,14 +45,16 @@ class MTPHead(nn.Module):
         super().__init__()
         config = one_layer_config(config)
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm = DeepseekV4RMSNorm(size, eps=eps)
-        self.hnorm = DeepseekV4RMSNorm(size, eps=eps)
+        self.enorm = modeling.DeepseekV4RMSNorm(size, eps=eps)
+        self.hnorm = modeling.DeepseekV4RMSNorm(size, eps=eps)
         self.e_proj = nn.Linear(size, size, bias=False)
         self.h_proj = nn.Linear(size, size, bias=False)
-        self.layer = DeepseekV4DecoderLayer(config, layer_idx=0)
-        self.hc_head = DeepseekV4HyperHead(config)
-        self.norm = DeepseekV4RMSNorm(size, eps=eps)
-        self.rotary_emb = DeepseekV4RotaryEmbedding(config)  # buffers only, none in state_dict
+        self.layer = modeling.DeepseekV4DecoderLayer(config, layer_idx=0)
+        self.hc_head = modeling.DeepseekV4HyperHead(config)
+        self.norm = modeling.DeepseekV4RMSNorm(size, eps=eps)
+        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(
+            config
+        )  # buffers only, none in state_dict
 
     def forward(
         self, residual: Tensor, embeds: Tensor, positions: Tensor, keys: list[Tensor] | None = None

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
 from mtp_graft.dsv4.head import MTPHead
@@ -93,7 +93,7 @@ def _fill(
     module: Module, tensors: Weights, stages: int, device: str, *, experts: bool = True
 ) -> Module:
     module.to_empty(device=device)
-    module.rotary_emb = DeepseekV4RotaryEmbedding(module.rotary_emb.config).to(device)
+    module.rotary_emb = modeling.DeepseekV4RotaryEmbedding(module.rotary_emb.config).to(device)
     # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
     for name, view in head_from_module(module.state_dict(), stages).items():
         if experts or not EXPERT.match(name):

@@ -26,7 +26,7 @@ _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
-_READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
+_READ_AS_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias$")
 
 #: Files that vLLM takes in place of the index's, wherever they are.
 CONSOLIDATED = "consolidated*.safetensors"
@@ -125,10 +125,8 @@ class Checkpoint:
     @property
     def misnamed(self) -> dict[str, str]:
         """Return stored name -> right name, of tensors that vLLM has no rule for as they are."""
-        wrong = {name: right for name, right in self.read_as.items() if right != name}
-        if self.foreign_format:
-            return {}
-        return {n: right for n, right in wrong.items() if not _READ_AS_IT_IS.fullmatch(n)}
+        names = {} if self.foreign_format else self.read_as
+        return {n: right for n, right in names.items() if right != n and not _READ_AS_IS.match(n)}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -143,10 +141,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             with Shard(folder / name) as shard:
                 shards[name] = shard.meta
         except GraftError as error:
-            if name not in named:
+            if name in named:
+                unreadable[name] = str(error).removeprefix(f"{folder / name}: ")
+            else:
                 shards[name] = {}
-                continue
-            unreadable[name] = str(error).removeprefix(f"{folder / name}: ")
     return Checkpoint(folder, config, index, shards, unreadable)
 
 
