@@ -102,7 +102,7 @@ class Arguments(BaseModel, extra="forbid"):
     block_structure: Annotated[tuple[_Count, _Count] | None, _SIDES] = None
     dynamic: Annotated[Literal[True, False, "local"], _LOWER] = False
     actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = (
-        None  # "group" is no more
+        None  # no "group"
     )
     scale_dtype: _Dtype | None = None
     zp_dtype: _Dtype | None = None
