@@ -101,9 +101,7 @@ class Arguments(BaseModel, extra="forbid"):
     group_size: Annotated[_Count | None, _WHOLE] = None  # -1: a scale a channel
     block_structure: Annotated[tuple[_Count, _Count] | None, _SIDES] = None
     dynamic: Annotated[Literal[True, False, "local"], _LOWER] = False
-    actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = (
-        None  # no "group"
-    )
+    actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = None  # no "group"
     scale_dtype: _Dtype | None = None
     zp_dtype: _Dtype | None = None
     observer: str | None = None
