@@ -24,7 +24,6 @@ from mtp_graft.recipe import Linears, Variant
 #: Kinds of routed experts that are packed integers with scales of groups.
 INTEGERS = ("int4", "int4-asymmetric", "int8")
 _DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-_LOADED_BY = {re.compile(pattern): name for pattern, name in _DATA["loaded_by"].items()}
 _CLASSES = re.compile("|".join(f"(?P<{name}>{each})" for name, each in _DATA["classes"].items()))
 FP8_BLOCK: dict[str, Any] = _DATA["schemes"]["fp8"]
 _FP8_FORMATS = ("float-quantized", "naive-quantized", "int-quantized")
@@ -42,25 +41,17 @@ def add_head(
     """
     numbers = "|".join(str(head_layer + stage) for stage in range(stages))
     layer = f"({numbers})" if stages else str(head_layer)
-    modules: dict[str, list[str]] = {
-        kind: [pattern.replace("LAYER", layer) for pattern in patterns]
-        for kind, patterns in _DATA["dspark" if stages else "mtp"].items()
-    }
-    projections = modules["projections"]
-    fp8 = [*modules["fp8"], *(() if linears == "bf16" else projections)]
-    ignore = [*(config.get("ignore") or []), *(projections if linears == "bf16" else ())]
-    if linears == "fp8":
-        fp8 += modules["shared_fp8"]
-    else:
-        ignore += modules["shared"]
-    groups = dict(config["config_groups"])
-    if fp8:
+    table = _DATA["dspark" if stages else "mtp"]
+
+    def patterns(kind: str, name: str) -> list[str]:
+        return [pattern.replace("LAYER", layer) for pattern in table[kind].get(name, ())]
+
+    groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or [])]
+    ignore += patterns("ignore", linears) + patterns("ignore_experts", variant)
+    if fp8 := patterns("fp8", linears):
         groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
-    if variant == "mxfp4":  # the first match wins, so before the base's groups
-        experts = {"targets": modules["mxfp4"], **_DATA["schemes"]["mxfp4"]}
-        groups = {"mtp_experts": experts, **groups}
-    elif variant == "bf16":
-        ignore += modules["bf16"]
+    if mxfp4 := patterns("experts", variant):  # the first match wins, so before the base's groups
+        groups = {"mtp_experts": {"targets": mxfp4, **_DATA["schemes"]["mxfp4"]}, **groups}
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
@@ -279,8 +270,8 @@ class QuantizationConfig(BaseModel):
 
 def _asked_as(module: str) -> Iterator[list[str]]:
     """Yield the names by which vLLM looks for a module: its own, then those of its parts."""
-    for pattern, replacement in _LOADED_BY.items():
-        module = pattern.sub(replacement, module)
+    for pattern, replacement in _DATA["loaded_by"].items():
+        module = re.sub(pattern, replacement, module)
     yield [module]
     before, _, name = module.rpartition(".")
     if parts := _DATA["fused"].get(name):

@@ -96,10 +96,7 @@ class Shard:
     def read(
         self, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
     ) -> dict[str, Tensor]:
-        """Read tensors, or the same `rows` of each; GraftError for a missing one.
-
-        A GPU copies from `pinned` memory by itself, and torch keeps and reuses it.
-        """
+        """Read tensors, or the same `rows` of each, perhaps into `pinned` memory; or GraftError."""
         found: dict[str, Tensor] = {}
         reads: list[tuple[memoryview, int]] = []  # where to, and from which byte of the file
         for name in names:
@@ -223,11 +220,8 @@ def _write_header(layout: Tensors, file: BinaryIO) -> dict[str, int]:
     # Wide dtypes first, as the format's own writer does it: every value is aligned.
     for name in sorted(layout, key=lambda name: (order.index(layout[name].dtype), name)):
         starts[name], end = end, end + layout[name].nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[layout[name].dtype],
-            "shape": list(layout[name].shape),
-            "data_offsets": [starts[name], end],
-        }
+        dtype, shape = _DTYPE_NAMES[layout[name].dtype], list(layout[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)

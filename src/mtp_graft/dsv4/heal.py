@@ -1,7 +1,6 @@
 """Heal: train the head's dense part towards the base that it drafts for, k drafts a step.
 
-The routed experts stay as they are stored. A draft's target is what the base says there; its whole
-distribution follows from the captured residual, so no base runs.
+A draft's target is the base's distribution there, which follows from the captured residual.
 
 Shapes: B sequences, T tokens of the longest, N drafts that count, S streams, D hidden size, V
 vocabulary.

@@ -137,8 +137,7 @@ def unroll(
     """Yield the head's stream [B, R, S, D] for each of k drafts, as a server makes them.
 
     `residual` is [B, T, S, D], `embeds` [B, T, D]. At token i the first draft reads token i + 1's
-    embedding, and each further one the stream of the draft before and the next token's. A backward
-    pass finds the activations in memory, or computes them again.
+    embedding, each further one the stream of the draft before and the next token's.
     """
 
     def step(*given: Tensor) -> tuple[Tensor, Tensor]:
