@@ -10,7 +10,7 @@ import re
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -175,11 +175,18 @@ class QuantizationConfig(BaseModel):
     ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
     _seconds: float = _MATCHING_SECONDS
     _path: Path | str = "config.json"
+    _ignored: list[str]
+    _targets: dict[str, str]  # target -> its group's key, in the order in which vLLM tries them
 
     def model_post_init(self, _context: Any) -> None:
-        """Give groups without a format the section's."""
+        """Give groups without a format the section's, and map the patterns."""
         for group in self.config_groups.values():
             group.format = group.format or self.format
+        keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
+        if "Linear" in keys:
+            keys.setdefault("RoutedExperts", keys["Linear"])
+        self._targets = {_mapped(target): key for target, key in keys.items()}
+        self._ignored = [_mapped(pattern) for pattern in self.ignore]
 
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
@@ -234,18 +241,6 @@ class QuantizationConfig(BaseModel):
     def kind_of(self, key: str | None) -> str:
         """Return the kind of a group by its key; `plain` for None."""
         return "plain" if key is None else self.config_groups[key].kind
-
-    @cached_property
-    def _ignored(self) -> list[str]:
-        return [_mapped(pattern) for pattern in self.ignore]
-
-    @cached_property
-    def _targets(self) -> dict[str, str]:
-        """Return target -> its group's key, in the order in which vLLM tries them."""
-        keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
-        if "Linear" in keys:
-            keys.setdefault("RoutedExperts", keys["Linear"])
-        return {_mapped(target): key for target, key in keys.items()}
 
     def _first(self, patterns: Iterable[str], name: str) -> str | None:
         return next((pattern for pattern in patterns if self._matches(pattern, name)), None)

@@ -5,9 +5,10 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import BaseModel, NonNegativeInt, TypeAdapter
@@ -44,7 +45,7 @@ class _Entry(TypedDict):
 _HEADER = TypeAdapter(dict[str, _Entry | dict[str, str] | None])  # the others: __metadata__
 
 
-class Shard:
+class Shard(AbstractContextManager["Shard"]):
     """An open safetensors file: `meta` are its tensors without values, which are read when asked.
 
     They are not mapped: a cold file would be read a page fault at a time. Raises GraftError for a
@@ -86,9 +87,6 @@ class Shard:
             start += tensor.nbytes
         if begin + start != size:
             raise ValueError(f"{size:,} bytes, expected {begin + start:,} by its header")
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self._file.close()

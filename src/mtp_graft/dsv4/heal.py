@@ -18,7 +18,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.names import head_from_module
+from mtp_graft.dsv4.names import Weights, head_from_module
 from mtp_graft.dsv4.replay import unroll
 from mtp_graft.quant import decode_fp8, encode_fp8
 from mtp_graft.recipe import Loss
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 class BaseOutput(nn.Module):
     """The base's way from its residual to logits: hyper-connection head, norm and LM head."""
 
-    def __init__(self, config: DeepseekV4Config, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: DeepseekV4Config, tensors: Weights) -> None:
         """Take the tensors named in OUTPUT."""
         super().__init__()
         self.hc_head = modeling.DeepseekV4HyperHead(config)

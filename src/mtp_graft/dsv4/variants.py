@@ -239,10 +239,8 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> 
         parts["_shape"] = (torch.int64, (2,))
         if kind.endswith("-asymmetric"):
             parts["_zero_point"] = (torch.int32, (-(-outputs * bits // 32), groups))
-    return {
-        f"{name}{part}": torch.empty(size, dtype=dtype, device="meta")
-        for part, (dtype, size) in parts.items()
-    }
+    meta = {part: torch.empty(size, dtype=t, device="meta") for part, (t, size) in parts.items()}
+    return {f"{name}{part}": tensor for part, tensor in meta.items()}
 
 
 def decode(kind: Format, parts: Parts) -> Tensor:
