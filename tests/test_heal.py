@@ -50,10 +50,8 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Heal:
     write_capture(capture, cycles(lm_head, 8, "calibration") + cycles(lm_head, 4, "evaluation"))
     models = tiny_model / "upstream", tiny_model / "base"
 
-    def run_heal(
-        out: Path, settings: HealSection = SETTINGS, report: Any = lambda *_: None
-    ) -> dict[str, Any]:
-        return heal(capture, capture, *models, out, "mxfp4", "base", 128, settings, report)
+    def run_heal(out: Path, report: Any = lambda *_: None) -> dict[str, Any]:
+        return heal(capture, capture, *models, out, "mxfp4", "base", 128, SETTINGS, report)
 
     run_heal.capture = capture  # type: ignore[attr-defined]
     return run_heal
@@ -145,7 +143,6 @@ def test_texts_that_are_too_short_are_no_texts(tiny_model: Path, tmp_path: Path)
     short = [Played("calibration", 4, torch.arange(7), torch.ones(7, 4, 256))]
     write_capture(tmp_path / "capture", short)
     models = tmp_path, tiny_model / "upstream", tiny_model / "base"
+    more = tmp_path, "mxfp4", "base", 128, SETTINGS, lambda *_: None
     with pytest.raises(GraftError, match="no text of split 'calibration' has more than 3 tokens"):
-        heal(
-            tmp_path / "capture", *models, tmp_path, "mxfp4", "base", 128, SETTINGS, lambda *_: None
-        )
+        heal(tmp_path / "capture", *models, *more)

@@ -13,14 +13,8 @@ import pytest
 import torch
 
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.dsv4.names import (
-    FLOAT32,
-    NEVER_QUANTIZED,
-    dspark_shapes,
-    find_drafter,
-    head_shapes,
-    storage_dtype,
-)
+from mtp_graft.dsv4 import names
+from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
@@ -86,15 +80,11 @@ def test_stand_ins_have_the_published_sizes_and_numbers(folders: Folders) -> Non
     assert all((t.dtype, t.shape) == (like[n].dtype, like[n].shape) for n, t in preview.items())
 
 
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        (PREVIEW, MTP),
-        ("deepseek-v4-flash-0731", DSPARK),
-        ("deepseek-v4-flash-dspark", DSPARK),
-        ("deepseek-v4-pro", MTP),
-    ],
-)
+MASTERS = {PREVIEW: MTP, "deepseek-v4-pro": MTP}
+MASTERS |= dict.fromkeys(("deepseek-v4-flash-0731", "deepseek-v4-flash-dspark"), DSPARK)
+
+
+@pytest.mark.parametrize(("name", "what"), MASTERS.items())
 def test_doctor_says_in_one_line_what_a_master_is_and_splice_takes_no_base_from_it(
     folders: Folders, tmp_path: Path, name: str, what: str
 ) -> None:
@@ -113,13 +103,13 @@ def test_doctor_says_in_one_line_what_a_master_is_and_splice_takes_no_base_from_
 
 @pytest.mark.parametrize("name", ["deepseek-v4-flash-0731", "deepseek-v4-flash-dspark"])
 def test_published_dspark_drafters_have_the_tensors_that_their_config_asks_for(name: str) -> None:
-    drafter = find_drafter(listed := flash.listed(name), name)
+    drafter = names.find_drafter(listed := flash.listed(name), name)
     assert drafter[:2] == ("dspark", 3)
     decoded = decode_head({each: listed[each] for each in drafter.names})
     found = {each: tuple(tensor.shape) for each, tensor in decoded.items()}
-    assert len(found) == 2376 and found == dspark_shapes(published(name).config, 3)
+    assert len(found) == 2376 and found == names.dspark_shapes(published(name).config, 3)
     plain = [each for each in drafter.names if listed[each].dtype.itemsize > 1]
-    assert [listed[each].dtype for each in plain] == [storage_dtype(each) for each in plain]
+    assert all(listed[each].dtype == names.storage_dtype(each) for each in plain)
 
 
 @pytest.mark.slow
@@ -149,9 +139,7 @@ def test_shards_larger_than_the_address_space_are_read_by_their_headers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["bf16", "rtn"])
-def test_the_previews_head_on_the_published_base_verifies(
-    folders: Folders, tmp_path: Path, variant: Variant
-) -> None:
+def test_the_previews_head_verifies(folders: Folders, tmp_path: Path, variant: Variant) -> None:
     base, preview, out = folders(BASE, FEW), folders(PREVIEW, FEW), tmp_path / variant
     splice(base, preview, out, variant)
     found = verify(out, base, preview)
@@ -191,7 +179,7 @@ def canada(ignored: str = r"re:.*mtp\..*") -> Published:
         if not (is_plain and part == "weight_scale"):
             is_float = FLOAT32.search(right) or name == "head.weight"
             tensors[right] = decoded.float() if is_float else decoded
-    for name, shape in head_shapes(CONFIG).items():
+    for name, shape in names.head_shapes(CONFIG).items():
         tensors[name] = meta(torch.float32 if FLOAT32.search(name) else torch.bfloat16, *shape)
     copies = {"head.weight": tensors["head.weight"], "emb.tok_emb.weight": tensors["embed.weight"]}
     tensors |= {f"mtp.0.{name}": tensor for name, tensor in copies.items()}
@@ -248,7 +236,7 @@ def canada_any_mtp() -> Published:
 
 
 @pytest.mark.parametrize("make", [lambda: published(BASE), flash.with_head, canada, canada_any_mtp])
-def test_a_fixed_copy_of_what_is_published_has_no_errors(
+def test_a_fixed_published_copy_has_no_errors(
     make: Callable[[], Published], tmp_path: Path
 ) -> None:
     found, target = make().with_experts(FEW), find_target(gpu="H200", count=2)
