@@ -174,9 +174,7 @@ def test_every_row_is_what_the_equations_say(drafter: DSpark, rows: int) -> None
     ("part", "row", "is_seen"),
     [("embeds", 4, True), ("taps", 9 + 20 - WINDOW, True), ("taps", 9 + 20 - WINDOW - 1, False)],
 )
-def test_row_0_sees_all_rows_and_a_window(
-    drafter: DSpark, part: str, row: int, is_seen: bool
-) -> None:
+def test_row_0_sees_all_and_a_window(drafter: DSpark, part: str, row: int, is_seen: bool) -> None:
     case = Case(drafter, BLOCK)
     before = case.hidden()[6, 0]
     changed = case.embeds[6] if part == "embeds" else case.taps

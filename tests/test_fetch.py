@@ -123,9 +123,7 @@ def test_every_429_is_waited_for_as_asked_or_refused(asked: list[str]) -> None:
 
 
 @pytest.mark.parametrize("where", ["on the way", "in the cache"])
-def test_bytes_other_than_announced_are_removed(
-    where: str, hub: StandInHub, tmp_path: Path
-) -> None:
+def test_bytes_not_as_announced_are_removed(where: str, hub: StandInHub, tmp_path: Path) -> None:
     if where == "on the way":
         hub.wrong = {SHARDS[0]}
     else:

@@ -86,9 +86,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_a_process_ends_with_its_parent(
-    signum: signal.Signals, tmp_path: Path, repo_root: Path
-) -> None:
+def test_it_ends_with_its_parent(signum: signal.Signals, tmp_path: Path, repo_root: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
     command, pid = [sys.executable, tmp_path / "parent.py", tmp_path / "pid"], tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": f"{repo_root}/src:{repo_root}/tests"}

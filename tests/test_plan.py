@@ -161,9 +161,7 @@ def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
     assert "Acti card" in times["capture"]["by"]
 
 
-def test_a_dry_run_without_sizes(
-    repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_sizes_are_known(repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unreachable = Mock(side_effect=ConnectionError("Name or service not known"))
     monkeypatch.setattr(fetch, "snapshot_download", unreachable)
     real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")

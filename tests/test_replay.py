@@ -67,9 +67,7 @@ def test_drafts_are_the_argmax_of_the_heads_logits(config: DeepseekV4Config, hea
     assert replay_drafts(head, lm_head, *given, start=40).tolist() == [best[40:]]
 
 
-def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_output(
-    config: DeepseekV4Config, head: MTPHead
-) -> None:
+def test_further_drafts_are_those_of_a_server(config: DeepseekV4Config, head: MTPHead) -> None:
     """The oracle computes one step at a time, all keys anew: the verified ones and its own."""
     residual, embeds, lm_head = sequence(config, seed=3)
     with torch.no_grad():
@@ -87,9 +85,7 @@ def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_outp
     assert torch.equal(drafts, torch.stack(guesses, dim=-1))
 
 
-def test_routing_is_the_heads(
-    config: DeepseekV4Config, decoded: dict[str, Tensor], head: MTPHead
-) -> None:
+def test_routing(config: DeepseekV4Config, decoded: dict[str, Tensor], head: MTPHead) -> None:
     residual, embeds, _ = sequence(config, seed=1)
     seen: list[Tensor] = []
     hook = head.layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.extend(args[:2]))

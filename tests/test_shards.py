@@ -62,9 +62,7 @@ def test_tensors_read_back_as_they_were(checkpoint: Path, tensors: dict[str, Ten
     assert_close(loaded, {name: tensors[name] for name in loaded}, rtol=0, atol=0)
 
 
-def test_a_shard_has_the_bytes_that_safetensors_writes_whatever_the_order(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_shard_is_as_safetensors_writes_it(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16)
     tensors |= {str(dtype): torch.zeros(3, dtype=dtype) for dtype in (*integers, torch.uint64)}
     tensors |= {"f64": torch.zeros(3).double(), "f16": torch.zeros(3).half()}
@@ -132,9 +130,7 @@ def entry(**other: object) -> Callable[[Path], object]:
         (lambda path: path.unlink(), "not found; expected a safetensors file"),
     ],
 )
-def test_a_broken_shard_is_one_error_that_names_it(
-    checkpoint: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_a_broken_shard(checkpoint: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(checkpoint / FIRST)
     with pytest.raises(GraftError, match=rf"{FIRST}: .*{message}"):
         shards.load_tensors(checkpoint)

@@ -98,18 +98,14 @@ def test_greedy_tokens_and_logprobs_are_bit_identical_with_the_head(
     assert speculative[k][name]["results"] == base[name]["results"]
 
 
-def test_drafts_are_taken_and_refused(
-    speculative: dict[int, Batches], measured: dict[str, Any]
-) -> None:
+def test_drafts_hit_and_miss(speculative: dict[int, Batches], measured: dict[str, Any]) -> None:
     runs = {k: run["mixed"] for k, run in speculative.items()}
     measured.update({f"acceptance_k{k}": r["accepted"] / r["drafted"] for k, r in runs.items()})
     assert all(run["accepted"] >= 60 for run in runs.values())
     assert all(run["drafted"] - run["accepted"] >= 30 for run in runs.values())
 
 
-def test_requests_together_are_as_each_alone(
-    base: Batches, speculative: dict[int, Batches]
-) -> None:
+def test_requests_together_are_as_if_alone(base: Batches, speculative: dict[int, Batches]) -> None:
     """Text alone would not show a drafter that misreads other requests: it only accepts less."""
     for found in (base, *speculative.values()):
         assert found["eight together"] == found["eight"]

@@ -134,9 +134,7 @@ def test_code_is_found_in_an_answer(content: str, code: str) -> None:
     st.sampled_from(["", "\n", "\nDone.", "\n\n```\nf(1)\n```\n"]),
     st.sampled_from([WHOLE, DOCUMENTED, f"import os\n\n\n{WHOLE}", f"{WHOLE}\n\nprint(f(1))\n"]),
 )
-def test_code_is_found_in_any_fence(
-    mark: str, language: str, before: str, after: str, code: str
-) -> None:
+def test_code_in_any_fence(mark: str, language: str, before: str, after: str, code: str) -> None:
     indent = " " * len(before.rpartition("\n")[2])
     block = f"{mark}{language}\n{code}{mark}".replace("\n", f"\n{indent}")
     assert find_code(before + block + after, "f") == code

@@ -102,9 +102,7 @@ def asked(requests: Path) -> dict[int, int]:
     return {n: lines.count(n) for n in set(lines) - {4}}
 
 
-def test_taps_are_those_of_the_upstreams_drafter_unless_the_recipe_says(
-    base: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_taps_are_the_drafters_or_the_recipes(base: Path, requests: Path, tmp_path: Path) -> None:
     upstream, out, settings = tmp_path / "config.json", tmp_path / "out", wanted(tmp_path)
     assert with_taps(settings, tmp_path).taps is None
     upstream.write_text('{"dspark_target_layer_ids": [0, 2, 3]}')

@@ -30,9 +30,7 @@ def run(vllm: object, run_command: Run) -> Run:
     return run_command
 
 
-def test_dry_run_prints_a_command_and_its_json(
-    run: Run, vllm: tuple[str, ...], grafted: Path
-) -> None:
+def test_dry_run_prints_command_and_json(run: Run, vllm: tuple[str, ...], grafted: Path) -> None:
     words = ("serve", grafted, "--dry-run", "--api-key", "s3cret")
     extra = ("--", "--seed", 7)
     status, text, errors = run(*words, *extra)
@@ -69,9 +67,7 @@ def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
     assert out.startswith("# - no drafting: the checkpoint has no head")
 
 
-def test_a_cpus_command_is_printed(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_for_a_cpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_from(site := tmp_path / "other" / "site-packages", monkeypatch)
     for installed in (None, "0.33.0"):
         if installed is not None:

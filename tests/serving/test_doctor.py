@@ -114,9 +114,7 @@ def test_names_of_experts_matter_by_platform(planted: Plant) -> None:
 
 @pytest.mark.parametrize("file", ["config.json", INDEX])
 @pytest.mark.parametrize("text", [None, '{"weight_map": 1}'])
-def test_an_unusable_config_or_index_is_one_finding(
-    copy: Path, file: str, text: str | None
-) -> None:
+def test_an_unusable_config_or_index_is_a_finding(copy: Path, file: str, text: str | None) -> None:
     (copy / file).unlink()
     if text is not None:
         (copy / file).write_text(text)
@@ -248,9 +246,7 @@ def test_what_is_known_of_a_compute_capability_by_version(
 
 @given(st.integers(1, 20), st.integers(0, 9), st.sampled_from(["0.32.0", "0.33.0", "0.33.1"]))
 @settings(deadline=None)
-def test_doctor_and_serve_refuse_the_same_gpus(
-    good: Path, major: int, minor: int, vllm: str
-) -> None:
+def test_doctor_and_serve_refuse_alike(good: Path, major: int, minor: int, vllm: str) -> None:
     gpu = Hardware("GPU", 1, 80 * 2**30, capability=(major, minor))
     target = Target(Version(vllm), "cuda", gpu)
     errors = ids(list(hardware.known_issues(read(good), target)), "error")

@@ -45,9 +45,7 @@ FIXABLE = [name for name, (kind, _) in DEFECTS.items() if KINDS[kind].cure.start
 
 
 @pytest.mark.parametrize("name", FIXABLE)
-def test_fix_copies_without_the_defect(
-    planted: Plant, good: Path, tmp_path: Path, name: str
-) -> None:
+def test_fix_copies_without_defects(planted: Plant, good: Path, tmp_path: Path, name: str) -> None:
     folder, out = planted(name), tmp_path / "fixed"
     before = snapshot(folder)
     status, result = run(folder, "--gpu", "cpu", "--fix", out, "--yes")
@@ -122,9 +120,7 @@ def test_an_error_that_fix_does_not_cure_is_named_before_a_copy_is_asked_for(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn"]
 
 
-def test_the_status_tells_whether_anything_is_wrong(
-    good: Path, planted: Plant, tmp_path: Path
-) -> None:
+def test_the_status_tells_if_anything_is_wrong(good: Path, planted: Plant, tmp_path: Path) -> None:
     status, result = run(good, "--gpu", "H200")
     assert (status, result["ok"], result["tp"], result["fixed"]) == (0, True, 1, None)
     status, result = run(planted("wrong-group"), "--gpu", "cpu")

@@ -142,9 +142,7 @@ def test_system_tools_and_thinking_are_sent_and_no_cap_unless_asked_for() -> Non
     assert load_workload(max_tokens=9)[0].body["max_tokens"] == 9
 
 
-def test_a_workload_asks_nothing_twice(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
+def test_a_workload_asks_all_once(fake: Callable[..., None], grafted: Path, tmp_path: Path) -> None:
     fake(fails=[3], streams=str(tmp_path / "streams"))
 
     def measure(connect: Callable[[], ServerClient]) -> dict[str, Any]:

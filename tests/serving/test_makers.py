@@ -279,9 +279,7 @@ PLACES = st.integers(0, 3), st.integers(0, 63), st.integers(1, 3)
     st.sampled_from(("plain", "fp8", "mxfp4", "int4", "int8", "int4-asymmetric", "int6")),
 )
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_a_module_that_vllm_does_not_build_is_one_error(
-    tiny_base: Path, module: str, kind: str
-) -> None:
+def test_a_module_that_vllm_cannot_build_is_named(tiny_base: Path, module: str, kind: str) -> None:
     found = errors(changed(tiny_base, {module: kind}, lambda _section: None))
     usual = "int4" if "experts" in module else "fp8" if "attn" in module else "plain"
     wrong = "never-quantized" if usual == "plain" else "scheme-mismatch"

@@ -408,9 +408,7 @@ def test_what_was_measured_is_neither_mixed_with_other_settings_nor_read_when_da
     assert servers.started == []
 
 
-def test_a_server_that_dies_loses_nothing_finished(
-    run: Run, servers: Servers, folder: Path
-) -> None:
+def test_a_server_that_dies_loses_nothing_done(run: Run, servers: Servers, folder: Path) -> None:
     servers.settings[RTN] = {"mode": "dies"}
     with pytest.raises(GraftError, match=r"splice/rtn/tiny-mtp: vLLM ended .*vllm-rtn\.log"):
         run()

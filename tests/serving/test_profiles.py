@@ -63,9 +63,7 @@ def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch, chosen: str, c
 
 
 @pytest.mark.parametrize("chosen", [None, "0", "MIG-0", "MIG-0,MIG-1"])
-def test_of_mig_instances_cuda_shows_one(
-    monkeypatch: pytest.MonkeyPatch, chosen: str | None
-) -> None:
+def test_of_mig_parts_cuda_shows_one(monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
     whole, part = "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"
     given = {"memory_mib": 40192, "capability": (8, 0), "instances": (part, part)}
     install_gpus(monkeypatch, whole, whole, **given)  # type: ignore[arg-type]

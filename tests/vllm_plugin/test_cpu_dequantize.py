@@ -59,9 +59,7 @@ def test_each_layer_gets_the_method_of_its_group(head: str, stored: tuple[str, i
         ("group_1", {"symmetric": False}, "4-bit int"),
     ],
 )
-def test_other_schemes_are_refused_by_layer(
-    group: str, change: dict[str, Any], message: str
-) -> None:
+def test_other_schemes_are_refused(group: str, change: dict[str, Any], message: str) -> None:
     settings = tiny_quantization()
     settings["config_groups"][group]["weights"] |= change
     config = dequantize_on_load(CompressedTensorsConfig.from_config(settings))
