@@ -209,7 +209,7 @@ def test_a_capture_of_another_model_or_split_is_refused(run: Run, tmp_path: Path
     ):
         write_capture(tmp_path / key, random_sequences((10, 12), **{key: value}))
         with pytest.raises(GraftError, match=message):
-            run(tmp_path / "quantize", capture=tmp_path / key)
+            run(tmp_path / f"out-{key}", capture=tmp_path / key)
 
 
 def test_another_upstream_is_refused(run: Run, upstream: dict[str, Tensor], tmp_path: Path) -> None:
