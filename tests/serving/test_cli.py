@@ -95,8 +95,9 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
 
 
 RESULT: dict[str, Any] = {
-    **{"acceptance": 0.75, "k": 2, "acceptance_by_position": [0.8, 0.875]},
-    **{"acceptance_length": 2.5, "greedy_identical": True, "divergences": []},
+    **{"drafter": "mtp", "acceptance": 0.75, "k": 2},
+    **{"acceptance_by_position": [0.8, 0.875], "acceptance_length": 2.5},
+    **{"greedy_identical": True, "divergences": []},
     "acceptance_served": {"gptq": 0.75, "rtn": 0.5},
     "acceptance_offline": {"gptq": 0.7421, "rtn": 0.5, "bf16": 0.76},
     "intervals_served": {"gptq": [0.73, 0.77], "rtn": [0.48, 0.52]},
