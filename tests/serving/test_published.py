@@ -110,7 +110,7 @@ def test_published_dspark_drafters_have_the_tensors_that_their_config_asks_for(n
     assert drafter[:2] == ("dspark", 3)
     decoded = decode_head({each: listed[each] for each in drafter.names})
     found = {each: tuple(tensor.shape) for each, tensor in decoded.items()}
-    assert len(found) == 2376 and found == names.dspark_shapes(published(name).config, 3)
+    assert len(found) == 2376 and found == names.head_shapes(published(name).config)
     plain = [each for each in drafter.names if listed[each].dtype.itemsize > 1]
     assert all(listed[each].dtype == names.storage_dtype(each) for each in plain)
 

@@ -27,15 +27,16 @@ from fake_quant import head_format
 from model import Weights, compute_weights, count_load, initial_value
 from torch import Tensor, nn
 from torch.func import functional_call
-from train import Log, learning_rate, make_optimizer
+from train import Log, learning_rate, make_optimizer, update
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput
-from mtp_graft.dsv4.names import HEAD_PREFIX, dspark_shapes, head_from_module
+from mtp_graft.dsv4.names import HEAD_PREFIX, head_from_module, head_shapes
 from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.stages.parallel import single_thread
 
 CE, TOTAL_VARIATION, CONFIDENCE = 0.1, 0.9, 1.0  # weights in the loss
 DECAY = 4.0  # row i of a block counts exp(-i / DECAY)
@@ -78,6 +79,7 @@ class Texts:
     taps: Tensor  # [N, L, D]
 
 
+@single_thread()  # or threads wait for each other at every small tensor
 def read_texts(capture: Path, split: str, settings: dict[str, Any], device: torch.device) -> Texts:
     """Return all texts of a split."""
     parts: list[tuple[Tensor, ...]] = []
@@ -150,7 +152,7 @@ def initial_tensors(head: Path, settings: dict[str, Any], seed: int) -> Weights:
     found = decode_head(load_tensors(head))
     generator = torch.Generator().manual_seed(seed)
     tensors: Weights = {}
-    for name, shape in dspark_shapes(settings, settings["n_mtp_layers"]).items():
+    for name, shape in head_shapes(settings).items():
         known = found.get(HEAD_PREFIX + name.split(".", 2)[2])
         noise = initial_value(name, torch.Size(shape), generator)
         tensors[name] = noise if known is None else known
@@ -221,10 +223,7 @@ class Trainer:
             metrics = self.run(self.drafting, quantize, self.texts, anchors)
             optimizer.zero_grad()
             metrics["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args.lr, progress, warmup=0.04)
-            optimizer.step()
+            update(optimizer, learning_rate(args.lr, progress, warmup=0.04))
             loads = self.balance(BALANCE * (1 - progress))
             if step % 50 == 0:
                 values = {name: value.item() for name, value in metrics.items()}

@@ -72,18 +72,16 @@ def held_out_metrics(
 def generate(model: TinyModel, base: Weights, prompts: list[list[int]], num_new: int) -> Generated:
     """Continue `prompts` greedily by at most `num_new` tokens each, up to and with eos.
 
-    There is no cache: the whole batch is run again for every token. Prompts are padded on the
-    right, where causality keeps the padding from having any effect.
+    There is no cache: the whole batch is run again for every token. Padding is on the right.
     """
     model.eval()
     device = base[EMBEDDING].device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(starts.max()) + num_new
+    longest = int(starts.max())
+    width = longest + num_new
     padded = [prompt + [PAD] * (width - len(prompt)) for prompt in prompts]
     ids = torch.tensor(padded, device=device)  # [B, width]
-    ends = starts.clone()
-    alive = torch.ones_like(starts, dtype=torch.bool)
-    longest = width - num_new
+    ends, alive = starts.clone(), torch.ones_like(starts, dtype=torch.bool)
     for step in range(num_new):
         with autocast(device):
             logits, _ = model.run_base(base, ids[:, : longest + step])
@@ -99,10 +97,7 @@ def generate(model: TinyModel, base: Weights, prompts: list[list[int]], num_new:
 
 
 def acceptance(model: TinyModel, base: Weights, head: Weights, text: Generated) -> float:
-    """Return the share of generated tokens that the head, one token earlier, would have drafted.
-
-    The first token after a prompt is nobody's draft: the base makes it from the prompt.
-    """
+    """Return the share of generated tokens, but the first, that the head would have drafted."""
     model.eval()
     _, drafts = run_both(model, base, head, text.ids)
     targets = torch.arange(2, text.ids.shape[1], device=text.ids.device)  # of drafts[:, i]: i + 2
@@ -113,9 +108,6 @@ def acceptance(model: TinyModel, base: Weights, head: Weights, text: Generated) 
 
 def distinct_ngrams(documents: list[list[int]], n: int = 4) -> float:
     """Return distinct n-grams over all n-grams, counted per document and averaged."""
-    ratios = []
-    for ids in documents:
-        grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
-        if grams:
-            ratios.append(len(set(grams)) / len(grams))
+    grams = [list(zip(*(ids[i:] for i in range(n)), strict=False)) for ids in documents]
+    ratios = [len(set(each)) / len(each) for each in grams if each]
     return sum(ratios) / max(len(ratios), 1)

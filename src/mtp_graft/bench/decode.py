@@ -1,7 +1,6 @@
 """Decode speed of one request at a time, of two servers in turn; acceptance on texts already known.
 
-A turn is one start of a server on which every prompt is continued; it is kept as a whole. Of a
-comparison, the base's turn has the number of MTP's beside it: what drifts meets both alike.
+A turn is one start of a server on which every prompt is continued; it is kept as a whole.
 """
 
 import time
@@ -119,10 +118,9 @@ def serve_turn(
 def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
     """Return the turns of a comparison as JSON.
 
-    Keys: those of `decode_result` for MTP, `against` (the same for the base), `ratio` (of decode
-    speed and of time to first token; null for a single pair), `greedy_identical` and `divergences`
-    [{`prompt`, `position` of the first token that differs, `margin` of the base there}] (both null
-    where texts are sampled).
+    Keys: those of `decode_result` for MTP, `against` (the same for the base), `ratio` (null for a
+    single pair), `greedy_identical` and `divergences` [{`prompt`, `position` of the first token
+    that differs, `margin` of the base there}] (both null where texts are sampled).
     """
     identical = divergences = None
     if reference := base[0]["reference"]:
@@ -140,10 +138,7 @@ def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> 
 
 
 def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
-    """Return the ratios MTP / base, the rounds of a turn pooled.
-
-    Prompts that some server answered in one chunk have no decode speed and are left out.
-    """
+    """Return the ratios MTP / base, the rounds of a turn pooled; answers in one chunk left out."""
     sides = [[turn["rounds"] for turn in side] for side in (mtp, base)]
     timings = [[[list(map(timing, r)) for r in turn] for turn in side] for side in sides]
     ttft_s, seconds, tokens = np.moveaxis(np.array(timings), -1, 0)  # [2, Q, R, P] each
@@ -156,10 +151,7 @@ def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
 
 
 def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
-    """Return the JSON result of `bench decode`: each quantity over all rounds.
-
-    Greedy rounds repeat each other, so positions are counted on the first alone.
-    """
+    """Return `bench decode`'s JSON; by position on the first greedy round: others repeat it."""
     rounds: list[Round] = [answers for turn in turns for answers in turn["rounds"]]
     by_round = [_drafts([answers]) for answers in rounds]
     rates = [c.acceptance for c in by_round if c and c.acceptance is not None]
@@ -258,7 +250,7 @@ def read_answer(
     """Return an answer, streamed or not, whole or not, or so many chunks of it.
 
     Keys: those of `time_answer` but for `counters`, and where there are any `reasoning`, `calls`
-    by index, [name, arguments] each, and `logprobs`, of each token the best tokens'.
+    by index, [name, arguments] each, and `logprobs` of the best tokens.
     """
     answer: Answer = {"token_ids": [], "finish_reason": None, "chunks": [], "texts": []}
     started = time.perf_counter()
@@ -343,6 +335,7 @@ def measure_acceptance(
     if not drafted:
         cure = f"serve a head with k >= 1 and {' '.join(COUNT_DRAFTS)}"
         raise GraftError(f"{client.base_url}: tells of no drafts; {cure}")
+    firsts = {name: sum(step.accepted > 0 for step in found) for name, found in steps.items()}
     return {
         "acceptance": accepted / drafted,
         "accepted": accepted,
@@ -352,18 +345,14 @@ def measure_acceptance(
         "texts": len(texts),
         "identical": identical,
         "sequences": [
-            {"id": name, "drafts": len(found), "accepted": sum(s.accepted > 0 for s in found)}
-            | {"steps": found}
+            {"id": name, "drafts": len(found), "accepted": firsts[name], "steps": found}
             for name, found in steps.items()
         ],
     }
 
 
 def _drafting_steps(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
-    """Yield the steps with drafts that made a text of `num_tokens`, without drafts past its end.
-
-    The last step may draft and accept more than the text has; vLLM counts that too.
-    """
+    """Yield the steps with drafts that made a text of `num_tokens`, without drafts past its end."""
     left = num_tokens - 1  # the first comes with the prompt
     for step in steps:
         if min(step.drafted, left):

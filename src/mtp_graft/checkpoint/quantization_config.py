@@ -1,8 +1,7 @@
 """The `quantization_config` of a W4A16-FP8 checkpoint, as compressed-tensors and vLLM read it.
 
-Engines ask for a module's scheme by their own name for it, and the names differ: vLLM's CUDA model
-says `...experts.0.w1`, its CPU model `...experts.0.gate_proj`; the head's modules are asked for as
-layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, because an unanchored
+vLLM asks for a module's scheme by its own name: on CUDA it says `...experts.0.w1`, on a CPU
+`...experts.0.gate_proj`, and for `mtp.0` layer `num_hidden_layers`. Patterns are anchored at a dot:
 `re:.*e_proj` also matches `gate_proj`.
 """
 
@@ -11,7 +10,7 @@ import re
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,7 +24,6 @@ from mtp_graft.recipe import Linears, Variant
 #: Kinds of routed experts that are packed integers with scales of groups.
 INTEGERS = ("int4", "int4-asymmetric", "int8")
 _DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-_LOADED_BY = {re.compile(pattern): name for pattern, name in _DATA["loaded_by"].items()}
 _CLASSES = re.compile("|".join(f"(?P<{name}>{each})" for name, each in _DATA["classes"].items()))
 FP8_BLOCK: dict[str, Any] = _DATA["schemes"]["fp8"]
 _FP8_FORMATS = ("float-quantized", "naive-quantized", "int-quantized")
@@ -43,25 +41,17 @@ def add_head(
     """
     numbers = "|".join(str(head_layer + stage) for stage in range(stages))
     layer = f"({numbers})" if stages else str(head_layer)
-    modules: dict[str, list[str]] = {
-        kind: [pattern.replace("LAYER", layer) for pattern in patterns]
-        for kind, patterns in _DATA["dspark" if stages else "mtp"].items()
-    }
-    projections = modules["projections"]
-    fp8 = [*modules["fp8"], *(() if linears == "bf16" else projections)]
-    ignore = [*(config.get("ignore") or []), *(projections if linears == "bf16" else ())]
-    if linears == "fp8":
-        fp8 += modules["shared_fp8"]
-    else:
-        ignore += modules["shared"]
-    groups = dict(config["config_groups"])
-    if fp8:
+    table = _DATA["dspark" if stages else "mtp"]
+
+    def patterns(kind: str, name: str) -> list[str]:
+        return [pattern.replace("LAYER", layer) for pattern in table[kind].get(name, ())]
+
+    groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or [])]
+    ignore += patterns("ignore", linears) + patterns("ignore_experts", variant)
+    if fp8 := patterns("fp8", linears):
         groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
-    if variant == "mxfp4":  # the first match wins, so before the base's groups
-        experts = {"targets": modules["mxfp4"], **_DATA["schemes"]["mxfp4"]}
-        groups = {"mtp_experts": experts, **groups}
-    elif variant == "bf16":
-        ignore += modules["bf16"]
+    if mxfp4 := patterns("experts", variant):  # the first match wins, so before the base's groups
+        groups = {"mtp_experts": {"targets": mxfp4, **_DATA["schemes"]["mxfp4"]}, **groups}
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
@@ -93,10 +83,7 @@ _Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(u?int|b?float|half|bool)\d*(
 
 
 class Arguments(BaseModel, extra="forbid"):
-    """How numbers are quantized, as compressed-tensors' QuantizationArgs, which are slow to import.
-
-    vLLM no longer reads an `actorder` by groups.
-    """
+    """How numbers are quantized: compressed-tensors' QuantizationArgs, which are slow to import."""
 
     num_bits: int = 8
     type: Annotated[Literal["int", "float"], _LOWER] = "int"
@@ -105,7 +92,7 @@ class Arguments(BaseModel, extra="forbid"):
     group_size: Annotated[_Count | None, _WHOLE] = None  # -1: a scale a channel
     block_structure: Annotated[tuple[_Count, _Count] | None, _SIDES] = None
     dynamic: Annotated[Literal[True, False, "local"], _LOWER] = False
-    actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = None
+    actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = None  # no "group"
     scale_dtype: _Dtype | None = None
     zp_dtype: _Dtype | None = None
     observer: str | None = None
@@ -188,11 +175,18 @@ class QuantizationConfig(BaseModel):
     ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
     _seconds: float = _MATCHING_SECONDS
     _path: Path | str = "config.json"
+    _ignored: list[str]
+    _targets: dict[str, str]  # target -> its group's key, in the order in which vLLM tries them
 
     def model_post_init(self, _context: Any) -> None:
-        """Give groups without a format the section's."""
+        """Give groups without a format the section's, and map the patterns."""
         for group in self.config_groups.values():
             group.format = group.format or self.format
+        keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
+        if "Linear" in keys:
+            keys.setdefault("RoutedExperts", keys["Linear"])
+        self._targets = {_mapped(target): key for target, key in keys.items()}
+        self._ignored = [_mapped(pattern) for pattern in self.ignore]
 
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
@@ -248,18 +242,6 @@ class QuantizationConfig(BaseModel):
         """Return the kind of a group by its key; `plain` for None."""
         return "plain" if key is None else self.config_groups[key].kind
 
-    @cached_property
-    def _ignored(self) -> list[str]:
-        return [_mapped(pattern) for pattern in self.ignore]
-
-    @cached_property
-    def _targets(self) -> dict[str, str]:
-        """Return target -> its group's key, in the order in which vLLM tries them."""
-        keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
-        if "Linear" in keys:
-            keys.setdefault("RoutedExperts", keys["Linear"])
-        return {_mapped(target): key for target, key in keys.items()}
-
     def _first(self, patterns: Iterable[str], name: str) -> str | None:
         return next((pattern for pattern in patterns if self._matches(pattern, name)), None)
 
@@ -283,8 +265,8 @@ class QuantizationConfig(BaseModel):
 
 def _asked_as(module: str) -> Iterator[list[str]]:
     """Yield the names by which vLLM looks for a module: its own, then those of its parts."""
-    for pattern, replacement in _LOADED_BY.items():
-        module = pattern.sub(replacement, module)
+    for pattern, replacement in _DATA["loaded_by"].items():
+        module = re.sub(pattern, replacement, module)
     yield [module]
     before, _, name = module.rpartition(".")
     if parts := _DATA["fused"].get(name):

@@ -13,18 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
-from mtp_graft.dsv4.head import MTPHead, one_layer_config
-from mtp_graft.dsv4.names import EXPERT, head_from_module
+from mtp_graft.dsv4.head import MTPHead
+from mtp_graft.dsv4.names import EXPERT, Weights, head_from_module
 from mtp_graft.errors import GraftError
 
 #: Anchors whose blocks are in memory at once.
 _ANCHORS = 512
 Module = TypeVar("Module", MTPHead, DSpark)
-Weights = Mapping[str, Tensor]  # decoded, by name
 
 
 class RoutingRecorder(nn.Module):
@@ -56,7 +55,7 @@ def build_head(
         head = MTPHead(config).eval()
     if not with_experts:
         head.layer.mlp.experts = RoutingRecorder()
-    return _fill(head, config, tensors, 1, device)
+    return _fill(head, tensors, 1, device)
 
 
 def build_dspark(
@@ -78,7 +77,7 @@ def build_dspark(
         drafter.stages = drafter.stages[: recorded + 1]
         last: Any = drafter.stages[-1]
         last.mlp.experts = RoutingRecorder()
-    return _fill(drafter, config, tensors, stages, device, experts=recorded is None)
+    return _fill(drafter, tensors, stages, device, experts=recorded is None)
 
 
 def build_drafter(
@@ -91,15 +90,10 @@ def build_drafter(
 
 
 def _fill(
-    module: Module,
-    config: DeepseekV4Config,
-    tensors: Weights,
-    stages: int,
-    device: str,
-    experts: bool = True,
+    module: Module, tensors: Weights, stages: int, device: str, *, experts: bool = True
 ) -> Module:
     module.to_empty(device=device)
-    module.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
+    module.rotary_emb = modeling.DeepseekV4RotaryEmbedding(module.rotary_emb.config).to(device)
     # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
     for name, view in head_from_module(module.state_dict(), stages).items():
         if experts or not EXPERT.match(name):
@@ -127,10 +121,9 @@ def replay_drafts(
 ) -> Tensor:
     """Return the k drafts int64 [B, R - start, k] of the step after each token from `start` on.
 
-    The drafts of token i's step are the guesses at tokens i + 2, i + 3 and so on, each as if those
-    before it were right; beyond the text they mean nothing. `lm_head` [V, D] is the base's, in the
-    head's dtype; `residual` [B, T, S, D] and `embeds` [B, T, D] are those of the tokens themselves.
-    Raises GraftError as `replay_routing`.
+    Token i's are the guesses at tokens i + 2, i + 3 and so on, each as if those before it were
+    right. `lm_head` [V, D] is the base's, in the head's dtype; `residual` [B, T, S, D] and `embeds`
+    [B, T, D] are those of the tokens themselves. Raises GraftError as `replay_routing`.
     """
     streams = unroll(head, residual, embeds, k)
     logits = (head.logits(stream[:, start:], lm_head) for stream in streams)  # [B, R - start, V]
@@ -143,8 +136,7 @@ def unroll(
     """Yield the head's stream [B, R, S, D] for each of k drafts, as a server makes them.
 
     `residual` is [B, T, S, D], `embeds` [B, T, D]. At token i the first draft reads token i + 1's
-    embedding, and each further one the stream of the draft before and the next token's. A backward
-    pass finds the activations in memory, or computes them again.
+    embedding, each further one the stream of the draft before and the next token's.
     """
 
     def step(*given: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,21 +168,15 @@ def _expect_finite(found: Tensor, who: str, given: str, what: str) -> None:
 
 @torch.inference_mode()
 def replay_blocks(
-    drafter: DSpark,
-    lm_head: Tensor,
-    taps: Tensor,
-    token_ids: Tensor,
-    embed: Tensor,
-    start: int,
-    k: int,
+    drafter: DSpark, lm_head: Tensor, taps: Tensor, ids: Tensor, embed: Tensor, start: int, k: int
 ) -> Tensor:
     """Return the k drafts int64 [T - start, k] after each token from `start` on, in blocks of k.
 
     `taps` [T, L, D] are those of the tokens themselves, `embed` and `lm_head` [V, D] the base's.
     Raises GraftError as `replay_routing`.
     """
-    given = _blocks(drafter, taps, token_ids, embed, torch.arange(start, len(taps)), k)
-    ids = token_ids.to(lm_head.device)
+    given = _blocks(drafter, taps, ids, embed, torch.arange(start, len(taps)), k)
+    ids = ids.to(lm_head.device)
     return torch.cat([drafter.draft(hidden, ids[at], lm_head) for at, hidden in given])
 
 

@@ -3,7 +3,6 @@
 Sizes follow from the checkpoints' headers and configs and are upper bounds. Times are estimates.
 """
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
-from mtp_graft.dsv4.names import head_shapes
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
@@ -55,10 +54,7 @@ class Need:
 
 
 def check_run(run: Run) -> None:
-    """Raise GraftError for models that no stage could work with, and for disk or memory too small.
-
-    Of checkpoints on the hub, small files and the shards' headers are read.
-    """
+    """Raise GraftError for models that no stage can read, and for disk or memory too small."""
     check_room(find_needs(run, read_models(run.recipe, *survey_models(run))))
 
 
@@ -71,10 +67,7 @@ def survey_models(run: Run) -> tuple[Source, Source]:
 
 
 def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
-    """Return what the headers say; GraftError for models that do not fit each other or the recipe.
-
-    A head by GPTQ has the tensors of one that is rounded to nearest.
-    """
+    """Return what the headers say; GraftError for models that do not fit each other or recipe."""
     file = f"{base.given}/config.json"
     check_dimensions(base.config, file)
     if vllm := command.installed_vllm():
@@ -85,6 +78,8 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         heads: dict[Variant, Tensors] = {
             kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
         }
+    if command.DSPARK_TENSOR in heads["mxfp4"]:
+        _check_dspark(recipe, upstream, vllm)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = read_quantization(base.config, file).group_size([given[0].num_layers], "int4")
     if group != experts:
@@ -96,11 +91,19 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     return Models(base, upstream, given[0].tensors, {**heads, "gptq": heads["rtn"]})
 
 
-def check_prompts(run: Run, *, dry_run: bool = False) -> None:
-    """Raise GraftError for prompts of the stages to do that are too few, or no prompts.
+def _check_dspark(recipe: Recipe, upstream: Source, vllm: command.InstalledVllm | None) -> None:
+    """Raise GraftError for what a run of a DSpark drafter would come to after hours."""
+    if recipe.heal is not None:
+        raise GraftError(f"{upstream.given}: has a DSpark drafter, expected none: leave out [heal]")
+    if vllm and vllm.platform == "cpu":
+        raise GraftError(
+            f"{upstream.given}: has a DSpark drafter, which vLLM serves on GPUs only; run it "
+            "there, or call the stages up to `verify` one by one"
+        )
 
-    In a dry run those of a `hub:` source are not downloaded.
-    """
+
+def check_prompts(run: Run, *, dry_run: bool = False) -> None:
+    """Raise GraftError for too few prompts, or none; in a dry run the hub's are not downloaded."""
     wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
     if "bench" in run.stages:
         wanted[run.recipe.bench.prompts] += run.recipe.bench.count
@@ -126,7 +129,7 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     download, spliced = disk_needs(
         (base, models.upstream), run.path, [sizes[v] for v in served], copy=recipe.splice.copy
     )
-    parameters = sum(map(math.prod, head_shapes(config).values()))
+    parameters = sum(t.numel() for t in decode_head(models.heads["mxfp4"]).values())
     needs = [
         download,
         _disk("capture", run.path, residuals, "residuals, BF16"),
@@ -254,10 +257,9 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
 
 
 def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON of `--dry-run`: recipe, stages, sizes and times; nothing is done.
+    """Return the JSON of `--dry-run`: recipe, stages, sizes and times; what is not known is null.
 
-    Where the hub cannot be asked, `unknown` says why; where the checkpoints are none or do not fit,
-    `inputs` does. What is not known is null. GraftError if `path` cannot be a run folder.
+    Where the hub cannot be asked, `unknown` says why; `inputs`, where checkpoints do not fit.
     """
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")
