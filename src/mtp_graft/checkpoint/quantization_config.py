@@ -191,10 +191,9 @@ class QuantizationConfig(BaseModel):
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
 
-        `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. The first
-        target that matches wins: names and patterns, then those of the parts of a module that vLLM
-        fuses, then classes. Raises GraftError for a module that is ignored in part, and for
-        patterns that take too long to match.
+        `module` is vLLM's name, or vLLM's of the layer and a checkpoint's within it. What matches
+        first wins: names and patterns, then those of a fused module's parts, then classes. Raises
+        GraftError for a module that is ignored in part, and for patterns that take too long.
         """
         if self.ignored_by(module) is not None:
             return None

@@ -130,11 +130,7 @@ def head_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def base_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shape of every decoded tensor of the base.
-
-    The first `num_hash_layers` route by a table instead of a bias. Raises GraftError if the config
-    lacks a dimension.
-    """
+    """Return the shape of every decoded tensor of the base; raises GraftError likewise."""
     sizes = _sizes(c := check_dimensions(config))
     shapes = _shapes("vocabulary", sizes) | _shapes("output", sizes)
     ratios, num_hashed, plain = compress_ratios(config) or [], c.num_hash_layers, _layer(sizes)
@@ -142,7 +138,7 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
         num_hashed = (c.mlp_layer_types or []).count("hash_moe")
     for n in range(c.num_hidden_layers):
         layer = plain | _compression(sizes, ratios[n] if n < len(ratios) else 0)
-        if n < num_hashed:
+        if n < num_hashed:  # it routes by a table instead of a bias
             del layer["ffn.gate.bias"]
             layer["ffn.gate.tid2eid"] = (c.vocab_size, c.num_experts_per_tok)
         shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
