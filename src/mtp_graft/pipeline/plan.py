@@ -26,6 +26,7 @@ from mtp_graft.stages import fetch
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens, with_taps
 from mtp_graft.stages.fetch import HubError, Source, headers_of
+from mtp_graft.stages.inputs import check_healable
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import open_base, plan_splice
 
@@ -85,6 +86,8 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         heads: dict[Variant, Tensors] = {
             kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
         }
+    if recipe.heal is not None:
+        check_healable(upstream.given, heads["mxfp4"])
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = read_quantization(base.config).group_size([given[0].num_layers], "int4")
     if group != experts:

@@ -169,14 +169,11 @@ class ServerClient:
             yield
         except httpx.HTTPStatusError as error:
             where, answer = error.request.url, error.response
-            raise GraftError(
-                f"{where}: status {answer.status_code}, expected 200: {answer.text[:300]}"
-            ) from error
+            found = f"status {answer.status_code}, expected 200: {answer.text[:300]}"
+            raise GraftError(f"{where}: {found}") from error
         except httpx.RequestError as error:
-            reason = str(error) or type(error).__name__
-            raise ServerUnreachable(
-                f"{self.base_url}: no answer ({reason}); is the server running?"
-            ) from error
+            found = f"no answer ({str(error) or type(error).__name__})"
+            raise ServerUnreachable(f"{self.base_url}: {found}; is the server running?") from error
 
     def _not_vllm(self, path: str, why: str) -> GraftError:
         answer = f"not an answer of vLLM's ({why}); is a vLLM server there?"

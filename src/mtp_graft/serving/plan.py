@@ -70,10 +70,8 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
     if wanted > 1 and (uneven := undivided(config, wanted)):
-        raise GraftError(
-            f"{flag}: ranks cannot share {', '.join(uneven)} of config.json evenly; expected a "
-            "number that divides them"
-        )
+        found = f"ranks cannot share {', '.join(uneven)} of config.json evenly"
+        raise GraftError(f"{flag}: {found}; expected a number that divides them")
     return wanted
 
 
@@ -101,10 +99,9 @@ def _fit(
         cures = "a smaller model, or more or larger GPUs, or a larger --gpu-memory-utilization"
         if largest > 0:
             cures = f"--max-model-len {largest}, --profile {AUTO}, {cures}"
-        raise GraftError(
-            f"{options.checkpoint}: a context of {length} tokens has no room on {hardware}: "
-            f"{too_long or room.estimate(length, filled.gpu_memory_utilization)}; take {cures}"
-        )
+        why = too_long or room.estimate(length, filled.gpu_memory_utilization)
+        found = f"a context of {length} tokens has no room on {hardware}: {why}"
+        raise GraftError(f"{options.checkpoint}: {found}; take {cures}")
     return name, replace(filled, max_model_len=min(length, largest))
 
 
@@ -153,9 +150,8 @@ def _node_flags(hardware: Hardware, node_rank: int, master_addr: str | None) -> 
     if hardware.num_nodes == 1 and node_rank == 0 and master_addr is None:
         return ()
     if master_addr is None or node_rank >= hardware.num_nodes:
-        raise GraftError(
-            f"--node-rank {node_rank} --master-addr {master_addr} on {hardware}: expected several "
-            "machines (--nnodes), a rank below their number, and the address of the first"
-        )
+        flags = f"--node-rank {node_rank} --master-addr {master_addr}"
+        expected = "a rank below their number, and the address of the first"
+        raise GraftError(f"{flags} on {hardware}: expected several machines (--nnodes), {expected}")
     words = ("--nnodes", hardware.num_nodes, "--node-rank", node_rank, "--master-addr", master_addr)
     return (*map(str, words), *(("--headless",) if node_rank else ()))

@@ -75,10 +75,9 @@ def managed_server(
     """
     command = build_command(options)
     if command.is_headless:
-        raise GraftError(
-            f"{options.checkpoint}: this machine would serve without an address of its own "
-            "(--node-rank or --headless); ask the server of machine 0, by --base-url"
-        )
+        found = "would serve without an address of its own (--node-rank or --headless)"
+        cure = "ask the server of machine 0, by --base-url"
+        raise GraftError(f"{options.checkpoint}: this machine {found}; {cure}")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
@@ -210,10 +209,8 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
     after = client.spec_decode_counters()
     gained = after - before if before and after else None
     if gained is None or gained.acceptance is None:
-        raise GraftError(
-            f"{client.base_url}: the server does not draft; expected a checkpoint with a head "
-            "and at least one speculative token"
-        )
+        expected = "expected a checkpoint with a head and at least one speculative token"
+        raise GraftError(f"{client.base_url}: the server does not draft; {expected}")
     return gained
 
 

@@ -30,7 +30,7 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.command import ServeOptions, find_vllm
+from mtp_graft.serving.command import CPU_STEP, ServeOptions, find_vllm
 from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
@@ -77,7 +77,7 @@ def with_taps(settings: CaptureSection, upstream: Path) -> CaptureSection:
 
 def step_tokens(max_model_len: int) -> int:
     """Return how many tokens a step of a recording server may have."""
-    return max(max_model_len, 2048)
+    return max(max_model_len, CPU_STEP)
 
 
 def capture(
@@ -146,14 +146,11 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     files += [base / shard for shard in sorted(set(read_index(base).values()))]
     words = [*base.glob("tokenizer*"), *base.glob("chat_template*")]
     files += sorted(path for path in words if path.is_file())
-    decisive = {
-        "max_prompt_tokens": settings.max_prompt_tokens,
-        "new_tokens": settings.new_tokens,
-        "calibration_tokens": settings.calibration_tokens,
-        "taps": settings.taps or None,  # null, as in captures from before there were any
-        "prompts": sha256(asked.encode()).hexdigest(),
-        "base": manifest.fingerprints(files),
-    }
+    keys = ("max_prompt_tokens", "new_tokens", "calibration_tokens")
+    decisive: dict[str, Any] = {key: getattr(settings, key) for key in keys}
+    decisive["taps"] = settings.taps or None  # null, as in captures from before there were any
+    decisive["prompts"] = sha256(asked.encode()).hexdigest()
+    decisive["base"] = manifest.fingerprints(files)
     manifest.claim_folder(out, decisive)
     (out / capture_files.RECORDINGS).mkdir(exist_ok=True)
     (out / capture_files.SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
@@ -184,9 +181,8 @@ def _choose(
     asked: list[FinishedText] = []
     dropped: list[dict[str, Any]] = []
     for split, (source, count) in wanted.items():
-        longest = settings.max_prompt_tokens
         most = settings.calibration_tokens if split == CALIBRATION else None
-        asking = sources[source], count, longest, split
+        asking = sources[source], count, settings.max_prompt_tokens, split
         fit, rest = take_fitting(client, *asking, most, settings.new_tokens)
         for name, token_ids in fit.items():
             asked.append(FinishedText(len(asked), name, split, token_ids, ()))
@@ -273,18 +269,17 @@ def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
             _enter(out, name, missing)
         seen |= new
         if not (out / capture_files.INTACT_NAME).exists():
-            raise _NotWritten(
-                f"{folder}: the server could not write what it recorded; make room there if the "
-                "disk is full, and run again: what was written is kept"
-            )
+            cure = "make room there if the disk is full, and run again: what was written is kept"
+            raise _NotWritten(f"{folder}: the server could not write what it recorded; {cure}")
         if new:
             deadline = time.monotonic() + WRITE_TIMEOUT_S
         elif time.monotonic() > deadline:
-            raise GraftError(
-                f"{folder}: prompt {missing[0].id!r} ({len(missing)} in all) was sent, but is in "
-                "no recording; expected a server that records into this folder, without prefix "
-                "caching and chunked prefill; its log may say more"
+            first, num = missing[0].id, len(missing)
+            found = f"prompt {first!r} ({num} in all) was sent, but is in no recording"
+            how = (
+                "into this folder, without prefix caching and chunked prefill; its log may say more"
             )
+            raise GraftError(f"{folder}: {found}; expected a server that records {how}")
         else:
             time.sleep(0.01)
 
@@ -297,10 +292,7 @@ def _enter(out: Path, name: str, missing: list[FinishedText]) -> None:
     for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
         # Equal prompts have equal sequences: each recorded copy stands for one of them. What is
         # none of them is another client's request, or ours for the second time.
-        text = next((t for t in missing if t.token_ids == token_ids[start:end]), None)
-        if text is not None:
+        if text := next((t for t in missing if t.token_ids == token_ids[start:end]), None):
             missing.remove(text)
-            sequence = CapturedSequence(
-                text.number, text.id, text.split, len(text.prompt), end - start, name, start
-            )
-            capture_files.append_row(out, sequence)
+            about = text.number, text.id, text.split, len(text.prompt)
+            capture_files.append_row(out, CapturedSequence(*about, end - start, name, start))

