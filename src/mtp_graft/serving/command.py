@@ -50,10 +50,7 @@ _Group = TypeVar("_Group")
 
 
 def option(default: Any, metavar: str | None, text: str, *names: str, **settings: Any) -> Any:
-    """Declare an option of a command: what its value is called (None: it has none), what it does.
-
-    `names` are its flags if not its own name, `settings` those of typer.Option.
-    """
+    """Declare an option: what its value is called (None: it has none), what it does, its flags."""
     return typer.Option(default, *names, metavar=metavar, help=text, **settings)
 
 
@@ -67,14 +64,12 @@ def option_group(group: type[_Group]) -> type[_Group]:
     """Make a frozen dataclass of options; `__declared__` has them for Typer to parse."""
     declared = []
     for name, hint in get_annotations(group).items():
-        parsed = vars(group).get(name)
-        if isinstance(parsed, ParameterInfo):
+        given = vars(group).get(name)
+        if isinstance(given, ParameterInfo):
             # Typer's tuples have a length.
             kind = list[str] if getattr(hint, "__origin__", None) is tuple else hint
-            declared.append(
-                Parameter(name, Parameter.KEYWORD_ONLY, default=parsed, annotation=kind)
-            )
-            setattr(group, name, Field(parsed.default))
+            declared.append(Parameter(name, Parameter.KEYWORD_ONLY, default=given, annotation=kind))
+            setattr(group, name, Field(given.default))
     group.__declared__ = declared  # type: ignore[attr-defined]
     return dataclass(frozen=True)(group)  # type: ignore[return-value]
 
@@ -248,10 +243,7 @@ def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
 
 
 def dspark_block(folder: Path) -> int | None:
-    """Return how many tokens a checkpoint's DSpark drafter drafts at once; None if it has none.
-
-    Raises GraftError for a config.json that does not say so.
-    """
+    """Return a DSpark drafter's block in tokens, None without one; GraftError if it is not said."""
     from mtp_graft.checkpoint.shards import read_index
 
     if DSPARK_TENSOR not in read_index(folder):

@@ -86,9 +86,7 @@ def _fit(
         names = ", ".join((*profiles.PROFILES, AUTO))
         raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
     candidates = list(profiles.PROFILES) if wanted == AUTO else [wanted]
-    filled_by = {
-        name: _filled(options, profiles.PROFILES[name], wanted, hardware) for name in candidates
-    }
+    filled_by = {n: _filled(options, profiles.PROFILES[n], wanted, hardware) for n in candidates}
     most = {n: room.largest_context(by.gpu_memory_utilization) for n, by in filled_by.items()}
     name = max(candidates, key=lambda name: min(most[name], filled_by[name].max_model_len or 0))
     filled, largest = filled_by[name], most[name]

@@ -94,8 +94,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     """Run vLLM on our own streams until it ends; return its exit status.
 
     SIGINT, SIGTERM and SIGHUP stop it; a second one kills it. `on_ready` gets the address once a
-    completion came back; on a headless node, which cannot be asked, it is called once vLLM runs.
-    Raises GraftError if a healthy server refuses the completion.
+    completion came back (GraftError if it is refused), on a headless node once vLLM runs.
     """
     command = build_command(options)
     with (
@@ -104,7 +103,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     ):
         if command.is_headless:
             on_ready("headless; the first machine answers")
-        elif _wait_ready(process, client, float("inf")):
+        elif _wait_ready(process, client, float("inf"), lambda *_: None, ""):
             on_ready(command.base_url)
         _wait(process)
     return _wait(process)
@@ -167,11 +166,7 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 def _wait_ready(
-    process: _Process,
-    client: ServerClient,
-    timeout_s: float,
-    report: Report = lambda *_: None,
-    name: str = "",
+    process: _Process, client: ServerClient, timeout_s: float, report: Report, name: str
 ) -> bool:
     """Wait until the server is healthy and has returned one completion; False if it ended.
 
@@ -225,6 +220,5 @@ def explain(log: Path) -> str:
     found = [each for lines in said.values() for each in _EXCEPTION.findall("\n".join(lines))]
     reasons = [each for each in found if not _SECOND_HAND.search(each)] or found
     reasons = reasons or [*filter(str.strip, text.split("\n"))][-3:]
-    return (
-        shorten(" | ".join(dict.fromkeys(reasons)), 4000, placeholder=" ...") or "it wrote nothing"
-    )
+    said_once = " | ".join(dict.fromkeys(reasons))
+    return shorten(said_once, 4000, placeholder=" ...") or "it wrote nothing"

@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -39,6 +39,9 @@ from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progre
 WRITE_TIMEOUT_S = 60.0
 
 
+_Texts = list[FinishedText]
+
+
 class _NotWritten(GraftError):
     """The server has computed a recording and could not write it."""
 
@@ -61,10 +64,7 @@ def recording_options(base: Path, out: Path, settings: CaptureSection) -> ServeO
 
 
 def with_taps(settings: CaptureSection, upstream: Path) -> CaptureSection:
-    """Return `settings` with the taps that upstream's DSpark drafter reads, if they name none.
-
-    Raises GraftError for a config.json that lists no layers there.
-    """
+    """Return `settings` with the taps that upstream's config.json lists, if they name none."""
     path, key = upstream / "config.json", "dspark_target_layer_ids"
     config = read_object(path, "a config") if path.exists() else {}
     if settings.taps is not None or key not in config:
@@ -169,17 +169,14 @@ def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
         raise GraftError(f"{error}; in {log}: {explain(log)}") from error
 
 
-def _choose(
-    client: ServerClient, settings: CaptureSection
-) -> tuple[list[FinishedText], list[dict[str, Any]]]:
+def _choose(client: ServerClient, settings: CaptureSection) -> tuple[_Texts, list[dict[str, Any]]]:
     """Return the prompts to continue, and `id`, `split` and `tokens` of those that are too long.
 
     Every call makes the same choice. Raises GraftError for a source that has too few others.
     """
     wanted = wanted_prompts(settings)
     sources = {source: iterate_prompts(source) for source, _ in wanted.values()}
-    asked: list[FinishedText] = []
-    dropped: list[dict[str, Any]] = []
+    asked, dropped = _Texts(), list[dict[str, Any]]()
     for split, (source, count) in wanted.items():
         most = settings.calibration_tokens if split == CALIBRATION else None
         asking = sources[source], count, settings.max_prompt_tokens, split
@@ -191,11 +188,7 @@ def _choose(
 
 
 def _generate(
-    client: ServerClient,
-    out: Path,
-    settings: CaptureSection,
-    asked: Sequence[FinishedText],
-    report: Progress,
+    client: ServerClient, out: Path, settings: CaptureSection, asked: _Texts, report: Progress
 ) -> float | None:
     """Have every prompt continued that is not yet; return the speed in tokens a second."""
     done = {text.number for text in read_texts(out)}
@@ -255,7 +248,7 @@ def _remove_strays(out: Path) -> None:
             path.unlink()
 
 
-def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
+def _collect(out: Path, texts: _Texts) -> None:
     """Find `texts`, which have been sent, in new recordings, and enter them in the index.
 
     Raises _NotWritten if the server could not write a recording, and GraftError if nothing was
@@ -275,16 +268,14 @@ def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
             deadline = time.monotonic() + WRITE_TIMEOUT_S
         elif time.monotonic() > deadline:
             first, num = missing[0].id, len(missing)
-            found = f"prompt {first!r} ({num} in all) was sent, but is in no recording"
-            how = (
-                "into this folder, without prefix caching and chunked prefill; its log may say more"
-            )
-            raise GraftError(f"{folder}: {found}; expected a server that records {how}")
+            found = f"{folder}: prompt {first!r} ({num} in all) was sent, but is in no recording"
+            how = "without prefix caching and chunked prefill; its log may say more"
+            raise GraftError(f"{found}; expected a server that records into this folder, {how}")
         else:
             time.sleep(0.01)
 
 
-def _enter(out: Path, name: str, missing: list[FinishedText]) -> None:
+def _enter(out: Path, name: str, missing: _Texts) -> None:
     """Enter in the index what a recording has of the `missing` texts; they no longer are."""
     with Shard(out / capture_files.RECORDINGS / name) as shard:
         recording = shard.read(("token_ids", "starts"))

@@ -40,6 +40,7 @@ from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, HEALED, Inputs, Pro
 from mtp_graft.stages.parallel import find_device
 from mtp_graft.stages.score import draft_steps
 
+_Named = Mapping[str, Tensor]
 _SHARD, _STATE = "healed.safetensors", "state.pt"
 _RESAMPLES, _ENDS = 2000, (0.025, 0.975)
 #: At how many of the places first drafts may be right no more: half a point.
@@ -90,7 +91,7 @@ def heal(
     }
     master = inputs.read_upstream([*inputs.head.files])
     _write_master(head_from_module(state["best"]), master, fp8, out / HEALED, result)
-    inputs.finish(out, "heal", decisive, device, result, result["seconds"])
+    inputs.finish(out, "heal", decisive, result, result["seconds"])
     return result
 
 
@@ -111,7 +112,7 @@ def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inpu
 def _train(
     head: MTPHead,
     parts: Mapping[str, nn.Parameter],
-    given: Mapping[str, Tensor],
+    given: _Named,
     inputs: Inputs,
     held_out: Inputs,
     settings: HealSection,
@@ -262,11 +263,7 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write_master(
-    parts: Mapping[str, Tensor],
-    master: Mapping[str, Tensor],
-    fp8: Container[str],
-    out: Path,
-    about: Mapping[str, Any],
+    parts: _Named, master: _Named, fp8: Container[str], out: Path, about: Mapping[str, Any]
 ) -> None:
     """Write the master with the trained parts, those named in `fp8` in FP8 blocks."""
     head = dict(master)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stage
 _warn_once = cache(logging.getLogger(__name__).warning)
 
 Progress = Callable[[str, int, int], None]  # label, units done, units in all
+Json = Mapping[str, Any]
 
 #: Names that others have for a master's tensors.
 _BIAS, _SCALE = map(re.compile, (r"\.gate\.e_score_correction_bias$", r"\.weight_scale(_inv)?$"))
@@ -130,9 +131,7 @@ def check_healable(upstream: object, head: Iterable[str]) -> None:
         raise GraftError(f"{upstream}: {found}; expected an MTP head: leave [heal] out")
 
 
-def check_head(
-    upstream: Path, head: Tensors, config: Mapping[str, Any], group_size: int = 128
-) -> None:
+def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 128) -> None:
     """Raise GraftError for a head whose decoded tensors are not those that `config` asks for."""
     expected = head_shapes(config)
     with head.named():
@@ -206,7 +205,7 @@ class Inputs:
             return sequence.calibration_tokens
         return self.block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
 
-    def claim(self, out: Path, decisive: Mapping[str, Any], *also: Path) -> dict[str, Any] | None:
+    def claim(self, out: Path, decisive: Json, *also: Path) -> dict[str, Any] | None:
         """Make `out` a stage's folder; return its result if it is finished.
 
         Raises GraftError if it was begun with other settings or inputs; `also` are more of these.
@@ -215,20 +214,12 @@ class Inputs:
         manifest.claim_folder(out, {**decisive, "inputs": found})
         return manifest.finished_result(out, REPORT_NAME)
 
-    def finish(
-        self,
-        out: Path,
-        stage: str,
-        config: Mapping[str, Any],
-        device: str,
-        result: Mapping[str, Any],
-        seconds: float,
-    ) -> None:
+    def finish(self, out: Path, stage: str, config: Json, result: Json, seconds: float) -> None:
         """Write a stage's result and its manifest, which has the files that name all others."""
         write_json(result, out / REPORT_NAME)
         inputs = [self.capture / capture_files.INDEX_NAME]
         inputs += [folder / INDEX_NAME for folder in (self.upstream, self.base)]
-        manifest.write_manifest(out, stage, config, inputs, device, seconds)
+        manifest.write_manifest(out, stage, config, inputs, config["device"], seconds)
 
     def read_upstream(self, names: list[str], device: str = "cpu") -> dict[str, Tensor]:
         """Read some of upstream's tensors to `device`."""

@@ -79,7 +79,8 @@ def quantize(
             _quantize(inputs, settings, batches, [*of_stage], clock, report)
         result = _report(inputs, settings, batches, clock)
         seconds = result["seconds"]["total"] = time.perf_counter() - started
-        inputs.finish(out, "quantize", asdict(settings), clock.device, result, seconds)
+        config = asdict(settings) | {"device": clock.device}
+        inputs.finish(out, "quantize", config, result, seconds)
         return result
 
 

@@ -65,7 +65,7 @@ def score(
             write_json(scored, path)
         acceptance[variant] = scored
     result = {"acceptance": acceptance, "split": EVALUATION}
-    inputs.finish(out, "score", decisive, device, result, time.perf_counter() - started)
+    inputs.finish(out, "score", decisive, result, time.perf_counter() - started)
     return result
 
 

@@ -138,11 +138,11 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    published, experts = None, Tensors()
+    given, experts = None, Tensors()
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
-        published = quant_manifest.read_manifest(upstream)
+        given = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
-        variant, linears = _describe(upstream, published, head.meta, variant)
+        variant, linears = _describe(upstream, given, head.meta, variant)
     else:
         expect_format(upstream, "head")
         head, variant = read_master(upstream), variant or "mxfp4"
@@ -158,11 +158,9 @@ def plan_splice(
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     with head.named():
-        layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
+        layout = store(head.meta, gptq_experts=experts.meta) if given is None else head.meta
     _ask_doctor(base, config, layout)
-    return SplicePlan(
-        base, variant, linears, head, experts, store, layout, config, report, published
-    )
+    return SplicePlan(base, variant, linears, head, experts, store, layout, config, report, given)
 
 
 def _describe(

@@ -180,10 +180,8 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
     if kind == "int4":
         return _wrong_int4(name, parts, head)
     expected = _master_values(name, head.master) if kind == "plain" else head.master[name]
-    is_same = (
-        _same(parts[name], expected) if kind == "plain" else _is_kept(name, parts, head.master)
-    )
-    return None if is_same else f"differs from upstream's {_said(expected)}"
+    same = _same(parts[name], expected) if kind == "plain" else _is_kept(name, parts, head.master)
+    return None if same else f"differs from upstream's {_said(expected)}"
 
 
 def _is_kept(name: str, parts: Parts, master: Values) -> bool:

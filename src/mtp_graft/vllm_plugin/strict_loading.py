@@ -84,10 +84,9 @@ def load_strictly(
 def _require_none(what: str, names: list[str]) -> None:
     if names:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        raise GraftError(
-            f"loading the checkpoint: {len(names)} {what}: {shown}; expected none. "
-            "The names or the quantization config do not match the model: see docs/format.md"
-        )
+        why = "The names or the quantization config do not match the model: see docs/format.md"
+        found = f"{len(names)} {what}: {shown}; expected none"
+        raise GraftError(f"loading the checkpoint: {found}. {why}")
 
 
 def _count(model: nn.Module) -> tuple[set[str], Counter[str]]:
