@@ -29,7 +29,7 @@ ENVIRONMENT = {
     **split(ALWAYS)[1],
     **split(ON_GPUS)[1],
 }
-#: The variable that names the file out of which `chosen_k.ChosenK` reads k.
+#: The variable that names the file out of which `worker_extension.ChosenK` reads k.
 CHOSEN_K = "CHOSEN_K"
 #: Layers that a checkpoint of Flash's width stores: 0 and 1 sliding window, from 2 on ratio 4 and
 #: 128 in turn; 0 to 2 with hash routing. So 3 and 4 are like all that come after them.

@@ -14,8 +14,7 @@ corrected weights (mse), and `ours_absmax` is ours without the search.
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +27,8 @@ from mtp_graft.quant import int4
 from mtp_graft.quant.gptq import Scale, gptq, relative_error
 
 GROUP, DAMP, BATCH = 128, 0.01, 16
+Matrices = dict[str, Tensor]  # of E experts: w1, w3 bf16 [E, M, D], w2 [E, D, M]; Hessians f32
+Quantize = Callable[[Tensor, Tensor], Any]  # weights [B, O, I], Hessians [B, I, I]: values, or ours
 
 
 def main() -> None:
@@ -40,72 +41,46 @@ def main() -> None:
     parser.add_argument("--without-llmcompressor", action="store_true")
     options = parser.parse_args()
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    problem = Problem.random(options.experts, options.hidden, options.inner, options.device)
-    results: dict[str, Any] = {"matrices": 3 * options.experts, "group_size": GROUP, "damp": DAMP}
-    rounds: dict[str, list[float]] = {}
+    problem = random_problem(options.experts, options.hidden, options.inner, options.device)
+    contestants = {"ours": ours("mse"), "ours_absmax": ours("absmax")}
+    if not options.without_llmcompressor:
+        contestants["llmcompressor"] = theirs()
+    found: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in contestants}
     for number in range(options.rounds + 1):  # the first one warms up
-        for name, quantize in contestants(options.without_llmcompressor).items():
-            seconds, errors = run(problem, quantize, with_errors=number == 0)
+        for name, quantize in contestants.items():
+            seconds, errors = run(*problem, quantize, stacked=name != "llmcompressor")
             if number == 0:
-                results[name] = {"rel_error": errors}
+                found[name]["rel_error"] = errors
             else:
-                rounds.setdefault(name, []).append(seconds)
-                results[name]["seconds"] = statistics.median(rounds[name])
-                results[name]["rounds"] = rounds[name]
-        print(number, {n: r[-1] for n, r in rounds.items()}, flush=True)
-        write_result(options.out, "gptq_core", summary(results))
-    results["peak_gpu_bytes"] = torch.cuda.max_memory_allocated() if options.device != "cpu" else 0
-    write_result(options.out, "gptq_core", summary(results))
+                found[name]["rounds"].append(seconds)
+                found[name]["seconds"] = statistics.median(found[name]["rounds"])
+        print(number, {name: each["rounds"] for name, each in found.items()}, flush=True)
+        write_result(options.out, "gptq_core", summary(3 * options.experts, found))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Weights bf16 of E experts: w1, w3 [E, M, D], w2 [E, D, M], and Hessians f32."""
-
-    weights: dict[str, Tensor]
-    hessians: dict[str, Tensor]
-
-    @classmethod
-    def random(cls, experts: int, hidden: int, inner: int, device: str) -> "Problem":
-        """Make inputs of 1.5 D tokens for every expert."""
-        generator = torch.Generator(device).manual_seed(0)
-        activations = Activations({"hidden_size": hidden, "hc_mult": 1}, generator)
-        shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
-        weights = {
-            m: torch.empty(experts, *s, dtype=torch.bfloat16, device=device)
-            for m, s in shapes.items()
-        }
-        shared = torch.empty(experts, hidden, hidden, device=device)
-        down = torch.empty(experts, inner, inner, device=device)
-        for e in range(experts):
-            for matrix, (outputs, inputs) in shapes.items():
-                values = torch.randn(outputs, inputs, generator=generator, device=device)
-                weights[matrix][e] = values * (1.2 / math.sqrt(inputs))
-            one = {m: w[e : e + 1].float() for m, w in weights.items()}
-            inputs_seen = activations.residual(3 * hidden // 2)[:, 0].float()  # [T, D]
-            reached = inputs_seen, torch.ones(len(inputs_seen))
-            found = expert_hessians([[reached]], one, limit=10.0)
-            shared[e], down[e] = found["w1"][0], found["w2"][0]
-        return cls(weights, {"w1": shared, "w2": down, "w3": shared})
-
-
-Quantize = Callable[[Tensor, Tensor], Tensor]  # weights [B, O, I], Hessians [B, I, I]: values
-
-
-def contestants(without_llmcompressor: bool) -> dict[str, tuple[Quantize, bool]]:
-    """Return name -> how to quantize a batch, and whether w1 and w3 go as one matrix."""
-    found: dict[str, tuple[Quantize, bool]] = {"ours": (ours("mse"), True)}
-    if not without_llmcompressor:
-        found["llmcompressor"] = (theirs(), False)
-    found["ours_absmax"] = (ours("absmax"), True)
-    return found
+def random_problem(experts: int, hidden: int, inner: int, device: str) -> tuple[Matrices, Matrices]:
+    """Return weights, and Hessians of 1.5 D tokens for every expert."""
+    generator = torch.Generator(device).manual_seed(0)
+    activations = Activations({"hidden_size": hidden, "hc_mult": 1}, generator)
+    shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
+    weights = {
+        m: torch.empty(experts, *s, dtype=torch.bfloat16, device=device) for m, s in shapes.items()
+    }
+    shared = torch.empty(experts, hidden, hidden, device=device)
+    down = torch.empty(experts, inner, inner, device=device)
+    for e in range(experts):
+        for matrix, (outputs, inputs) in shapes.items():
+            values = torch.randn(outputs, inputs, generator=generator, device=device)
+            weights[matrix][e] = values * (1.2 / math.sqrt(inputs))
+        one = {m: w[e : e + 1].float() for m, w in weights.items()}
+        seen = activations.residual(3 * hidden // 2)[:, 0].float()  # [T, D]
+        found = expert_hessians([[(seen, torch.ones(len(seen)))]], one, limit=10.0)
+        shared[e], down[e] = found["w1"][0], found["w2"][0]
+    return weights, {"w1": shared, "w2": down, "w3": shared}
 
 
 def ours(scale: Scale) -> Quantize:
-    def quantize(weight: Tensor, hessian: Tensor) -> Any:
-        return gptq(weight, hessian, DAMP, GROUP, scale=scale)
-
-    return quantize
+    return lambda weight, hessian: gptq(weight, hessian, DAMP, GROUP, scale=scale)
 
 
 def theirs() -> Quantize:
@@ -113,13 +88,13 @@ def theirs() -> Quantize:
     from compressed_tensors.quantization.utils import calculate_qparams
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-    arguments = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=GROUP)
+    how = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=GROUP)
 
     def quantize(weight: Tensor, hessian: Tensor) -> Tensor:
         groups = weight.unflatten(-1, (-1, GROUP))  # [B, O, G, N]
-        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+        scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), how)
         values, _, fallback = quantize_weight(
-            weight, hessian, scale, zero_point, None, arguments, percdamp=DAMP
+            weight, hessian, scale, zero_point, None, how, percdamp=DAMP
         )
         assert not fallback.any()
         return values
@@ -127,39 +102,30 @@ def theirs() -> Quantize:
     return quantize
 
 
-def batches(problem: Problem, stacked: bool) -> Iterator[tuple[tuple[str, ...], slice]]:
-    """Yield which matrices go together, and which experts."""
-    num_experts = len(problem.hessians["w1"])
-    for matrices in (("w1", "w3"), ("w2",)) if stacked else (("w1",), ("w3",), ("w2",)):
-        for first in range(0, num_experts, BATCH):
-            yield matrices, slice(first, first + BATCH)
-
-
 def run(
-    problem: Problem, contestant: tuple[Quantize, bool], with_errors: bool
+    weights: Matrices, hessians: Matrices, quantize: Quantize, *, stacked: bool
 ) -> tuple[float, dict[str, float]]:
-    """Return the seconds of quantizing everything, and the mean error of each matrix shape."""
-    quantize, stacked = contestant
-    seconds, errors = 0.0, {m: [] for m in problem.weights}  # type: ignore[var-annotated]
-    for matrices, experts in batches(problem, stacked):
-        weight = torch.cat([problem.weights[m][experts] for m in matrices], dim=1)
-        hessian = problem.hessians[matrices[0]][experts]
-        given = hessian if stacked else hessian.clone()
-        synchronize(weight)
-        started = time.perf_counter()
-        quantized = quantize(weight.clone(), given)
-        synchronize(weight)
-        seconds += time.perf_counter() - started
-        if with_errors:
-            values = quantized if torch.is_tensor(quantized) else decoded(quantized)
-            parts = zip(matrices, weight.chunk(len(matrices), 1), strict=True)
-            for (matrix, part), value in zip(parts, values.chunk(len(matrices), 1), strict=True):
-                errors[matrix] += relative_error(part, value, hessian).tolist()
-    return seconds, {m: statistics.fmean(e) for m, e in errors.items() if e}
+    """Return the seconds of quantizing everything, and the mean error of each matrix shape.
 
-
-def decoded(quantized: Any) -> Tensor:
-    return int4.decode(quantized.codes, quantized.scale)
+    `stacked`: w1 and w3, which have the same inputs, go as one matrix.
+    """
+    seconds, errors = 0.0, dict[str, list[float]]()
+    for together in (("w1", "w3"), ("w2",)) if stacked else (("w1",), ("w3",), ("w2",)):
+        for first in range(0, len(hessians["w1"]), BATCH):
+            experts = slice(first, first + BATCH)
+            weight = torch.cat([weights[m][experts] for m in together], dim=1)
+            hessian = hessians[together[0]][experts]
+            given = weight.clone(), hessian if stacked else hessian.clone()
+            synchronize(weight)
+            started = time.perf_counter()
+            found = quantize(*given)
+            synchronize(weight)
+            seconds += time.perf_counter() - started
+            values = found if torch.is_tensor(found) else int4.decode(found.codes, found.scale)
+            chunks = [each.chunk(len(together), 1) for each in (weight, values)]
+            for matrix, part, value in zip(together, *chunks, strict=True):
+                errors.setdefault(matrix, []).extend(relative_error(part, value, hessian).tolist())
+    return seconds, {matrix: statistics.fmean(each) for matrix, each in errors.items()}
 
 
 def synchronize(tensor: Tensor) -> None:
@@ -167,21 +133,14 @@ def synchronize(tensor: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def summary(results: dict[str, Any]) -> dict[str, Any]:
+def summary(matrices: int, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the results with what other tools look for: our defaults."""
-    ours_, theirs_ = results.get("ours", {}), results.get("llmcompressor", {})
-    mean = {
-        name: statistics.fmean(found["rel_error"].values())
-        for name, found in (("ours", ours_), ("llmcompressor", theirs_))
-        if found
-    }
-    return {
-        "matrices": results["matrices"],
-        "ours_s": ours_.get("seconds"),
-        "llmcompressor_s": theirs_.get("seconds"),
-        "rel_error": mean,
-        **results,
-    }
+    pair = [name for name in ("ours", "llmcompressor") if name in found]
+    seconds = {f"{name}_s": found[name].get("seconds") for name in pair}
+    errors = {name: statistics.fmean(found[name]["rel_error"].values()) for name in pair}
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    settings = {"group_size": GROUP, "damp": DAMP, "peak_gpu_bytes": peak}
+    return {"matrices": matrices, **seconds, "rel_error": errors, **settings, **found}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ from mtp_graft.stages.parallel import Clock
 from mtp_graft.stages.quantize import replay_capture
 
 Matrices = dict[str, Tensor]
+OPTIONS = {"default": QuantizeSection()}
+for scale in ("absmax", "mse"):
+    for damp in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
+        rules = QuantizeSection(damp=damp, damping="fixed", scale=scale)
+        OPTIONS[f"{scale}, damp {damp}"] = rules
+    OPTIONS[f"{scale}, damp by tokens"] = QuantizeSection(scale=scale)
 
 
 def main() -> None:
@@ -35,28 +41,23 @@ def main() -> None:
     weights, seen, counts = calibrate(options.capture, "calibration")
     _, unseen, held_out = calibrate(options.capture, "evaluation")
 
-    def errors(values: Matrices) -> dict[str, Any]:
-        return {
-            name: {
-                "mean": fmean(e for m in MATRICES for e in each[m]),
-                **{m: fmean(each[m]) for m in MATRICES},
-            }
-            for name, hessians in (("calibration", seen), ("held_out", unseen))
-            for each in [
-                {m: relative_error(weights[m], values[m], hessians[m]).tolist() for m in MATRICES}
-            ]
-        }
+    def errors(option: str, values: Matrices) -> dict[str, Any]:
+        entry: dict[str, Any] = {"option": option}
+        for split, hessians in (("calibration", seen), ("held_out", unseen)):
+            of = {m: relative_error(weights[m], values[m], hessians[m]).tolist() for m in MATRICES}
+            mean = fmean(error for each in of.values() for error in each)
+            entry[split] = {"mean": mean, **{m: fmean(each) for m, each in of.items()}}
+            print(f"{option}: {split} {mean:.2%}")
+        return entry
 
-    results: list[dict[str, Any]] = [{"option": "rtn", **errors(nearest(weights))}]
-    for name, hessians, rules in candidates(seen):
-        quantized = quantize_experts(
-            weights, hessians, counts, [*map(str, range(len(counts)))], rules
-        )
+    scales = {m: int4.group_scale(w, 128) for m, w in weights.items()}
+    codes = {m: int4.encode(w, scales[m]) for m, w in weights.items()}
+    results = [errors("rtn", {m: int4.decode(codes[m], scales[m]) for m in weights})]
+    names = [*map(str, range(len(counts)))]
+    for option, rules in OPTIONS.items():
+        quantized = quantize_experts(weights, seen, counts, names, rules)
         values = {m: int4.decode(q.codes, q.scale) for m, q in quantized.items()}
-        results.append({"option": name, **errors(values)})
-        print(
-            name, {s: round(100 * results[-1][s]["mean"], 2) for s in ("calibration", "held_out")}
-        )
+        results.append(errors(option, values))
     tokens = {"calibration": sum(counts) // 6, "held_out": sum(held_out) // 6}
     write_result(options.out, "gptq_options", results, tokens=tokens)
 
@@ -73,21 +74,6 @@ def calibrate(capture: Path, split: str) -> tuple[Matrices, Matrices, list[int]]
     }
     parts = [routed.of_expert(e) for e in experts]
     return weights, expert_hessians(parts, weights, inputs.model.swiglu_limit), routed.counts
-
-
-def nearest(weights: Matrices) -> Matrices:
-    scales = {m: int4.group_scale(w, 128) for m, w in weights.items()}
-    return {m: int4.decode(int4.encode(w, scales[m]), scales[m]) for m, w in weights.items()}
-
-
-def candidates(seen: Matrices) -> list[tuple[str, Matrices, QuantizeSection]]:
-    found = [("default", seen, QuantizeSection())]
-    for scale in ("absmax", "mse"):
-        for damp in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0):
-            rules = QuantizeSection(damp=damp, damping="fixed", scale=scale)
-            found.append((f"{scale}, damp {damp}", seen, rules))
-        found.append((f"{scale}, damp by tokens", seen, QuantizeSection(scale=scale)))
-    return found
 
 
 if __name__ == "__main__":

@@ -16,24 +16,17 @@ from typing import Any
 import jinja2
 import matplotlib.pyplot as plt
 
+from mtp_graft.bench.page import percent, points
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "pages"
 BEGIN, END = "<!-- written by benchmarks/results_page.py -->\n", "<!-- end -->\n"
-
-
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
 
 
 def interval(bounds: list[float], digits: int = 1) -> str:
     """Return shares as `78.7 to 81.8 %`."""
     low, high = bounds
     return f"{100 * low:.{digits}f} to {100 * high:.{digits}f} %"
-
-
-def points(difference: float) -> str:
-    """Return a difference of shares in points, with its sign."""
-    return f"{round(100 * difference, 1) + 0.0:+.1f}"
 
 
 def ratio(bounds: list[float]) -> str:
@@ -50,33 +43,30 @@ def result(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def source(name: str) -> str:
+    """Return a link from docs/ to a result file."""
+    assert (RESULTS / f"{name}.json").exists(), name
+    return f"[`{name}`](../benchmarks/results/{name}.json)"
+
+
 def pages() -> dict[Path, str]:
     """Return what the pages should be."""
+    options = ("trim_blocks", "lstrip_blocks", "keep_trailing_newline")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
         undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        **dict.fromkeys(options, True),
         autoescape=False,  # Markdown
     )
     filters = (percent, interval, points, ratio, number)
     environment.filters |= {each.__name__: each for each in filters}
     environment.globals |= {"result": result, "source": source}
-    readme = (ROOT / "README.md").read_text()
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    before, _, rest = (ROOT / "README.md").read_text().partition(BEGIN)
     table = environment.get_template("readme.md.j2").render()
     return {
-        ROOT / "README.md": before + BEGIN + table + END + after,
+        ROOT / "README.md": before + BEGIN + table + END + rest.partition(END)[2],
         ROOT / "docs" / "results.md": environment.get_template("results.md.j2").render(),
     }
-
-
-def source(name: str) -> str:
-    """Return a link from docs/ to a result file."""
-    assert (RESULTS / f"{name}.json").exists(), name
-    return f"[`{name}`](../benchmarks/results/{name}.json)"
 
 
 def draw_speed(path: Path) -> None:

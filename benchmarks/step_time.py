@@ -132,7 +132,7 @@ def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
         schedule[-1][1] = max(last, *options.requests)
         sizes = {n * (1 + k) for n in options.requests for k in (0, *job.ks)}
         drafting["num_speculative_tokens_per_batch_size"] = schedule
-        more["scheduler_cls"] = "chosen_k.ChosenK"
+        more["scheduler_cls"] = "worker_extension.ChosenK"
         more["compilation_config"] = {"cudagraph_capture_sizes": sorted(sizes)}
     if options.all_reduce == "acti":
         more["disable_custom_all_reduce"] = True

@@ -20,6 +20,7 @@ RESULT = {
     "greedy_identical": True,
     "divergences": [],
     "decode_tok_s": {"base": 41.27, "mtp": 58.84},
+    "drafter": "mtp",
     "seconds": {"capture": 64.3, "quantize": 4.9, "score": 8.1, "bench": 118.6},
 }
 
@@ -107,9 +108,10 @@ def test_another_text_and_a_failed_verification_are_shown(tmp_path: Path) -> Non
     faults = [{"tensor": "mtp.0.norm.weight", "why": "its values differ"}]
     page = written(
         tmp_path,
-        result={**RESULT, "greedy_identical": False, "divergences": [p7, p8]},
+        result={**RESULT, "greedy_identical": False, "divergences": [p7, p8], "drafter": "dspark"},
         verify={**WHOLE["verify"], "ok": False, "missing": ["mtp.0.x"], "mismatched": faults},
     )
+    assert "<h1>DSpark drafter for some-model</h1>" in page and "with MTP" not in page
     assert "differs <small>on 2 prompts" in page and "failed <small>1,575 tensors" in page
     assert row("p-7", "31", "0.0625") in page and row("p-8", "40", "–") in page
     assert "missing: <code>mtp.0.x</code>" in page

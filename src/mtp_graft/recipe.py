@@ -11,9 +11,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
 from mtp_graft.errors import GraftError, UsageError
 
@@ -32,7 +31,7 @@ _exact = ConfigDict(extra="forbid", allow_inf_nan=False)
 def _check(holds: Callable[[Any], object], expected: str) -> AfterValidator:
     def check(value: Any) -> Any:
         if not holds(value):
-            raise PydanticCustomError("value", expected)
+            raise ValueError(expected)
         return value
 
     return AfterValidator(check)
@@ -85,17 +84,14 @@ class CaptureSection:
     max_model_len: Count = 2048
     taps: Layers | None = None  # record what is behind them, too; None: as upstream's DSpark needs
 
-    @model_validator(mode="after")
-    def _check_context(self) -> "CaptureSection":
+    def __post_init__(self) -> None:
         longest = self.max_prompt_tokens + self.new_tokens + 1
         if longest > self.max_model_len:
-            raise PydanticCustomError(
-                "conflict",
+            raise ValueError(
                 f"[capture] max_model_len is {self.max_model_len}, expected at least {longest}: "
                 f"{self.max_prompt_tokens} tokens of prompt, {self.new_tokens} new ones and one "
-                "more when they are recorded",
+                "more when they are recorded"
             )
-        return self
 
 
 @dataclass(frozen=True, config=_exact)
@@ -185,40 +181,30 @@ class Recipe:
         chosen = self.splice.variant
         return tuple(dict.fromkeys((chosen, *self.bench.served_variants)))
 
-    @model_validator(mode="after")
-    def _check_sections(self) -> "Recipe":
+    def __post_init__(self) -> None:
         context, most = self.capture.max_model_len, self.bench.max_tokens
         if most >= context:
-            raise PydanticCustomError(
-                "conflict",
-                f"[bench] max_tokens is {most}, expected less than [capture] max_model_len, "
-                f"{context}",
-            )
+            limit = f"less than [capture] max_model_len, {context}"
+            raise ValueError(f"[bench] max_tokens is {most}, expected {limit}")
         quantized = self.quantize.variants
         if missing := [name for name in self.served_variants if name not in quantized]:
-            raise PydanticCustomError(
-                "conflict",
-                f"variant {missing[0]!r} is to be spliced, but [quantize] variants has "
-                f"{', '.join(quantized)} only",
-            )
-        return self
+            there = f"[quantize] variants has {', '.join(quantized)} only"
+            raise ValueError(f"variant {missing[0]!r} is to be spliced, but {there}")
 
 
 _SECTIONS = get_type_hints(Recipe)
-#: Keys whose value is a path or a hub id, by what a hub id begins with.
-_PATHS = {
-    r"[^./~]": ("model.base", "model.upstream"),
-    "hub:": ("capture.calibration_prompts", "capture.evaluation_prompts", "bench.prompts"),
-}
+#: Keys whose value is a path or a hub id, and what a hub id begins with.
+_PATHS = dict.fromkeys(("model.base", "model.upstream"), r"[^./~]")
+for _key in ("capture.calibration_prompts", "capture.evaluation_prompts", "bench.prompts"):
+    _PATHS[_key] = "hub:"
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a TOML file, with `section.key=value` overrides applied in order.
 
     An override's value is read as TOML, or else as a bare string. Relative paths are relative to
-    the recipe's folder, those in overrides to the current one. Raises GraftError for a file that
-    is not TOML, for keys nobody knows, missing keys and values of the wrong type; UsageError where
-    an override is to blame.
+    the recipe's folder, those in overrides to the current one. Raises GraftError for what is no
+    recipe; UsageError where an override is to blame.
     """
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise GraftError(f"{path}: not a file; expected a recipe")
@@ -228,7 +214,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise GraftError(f"{path}: not readable ({error.strerror}); expected a recipe") from error
     except (ValueError, RecursionError) as error:
         raise GraftError(f"{path}: not a TOML file ({error})") from error
-    _resolve_paths(table, path.parent)
+    for section, values in table.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            values[key] = _absolute(f"{section}.{key}", value, path.parent)
     to_blame, problem = None, _find_problem(table)
     for override in overrides:
         _apply(override, table)
@@ -252,24 +240,19 @@ def _apply(override: str, table: dict[str, Any]) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text.strip()  # a bare string: variant=gptq
-    change = {section: {key: value}}
-    _resolve_paths(change, Path.cwd())
     values = table.setdefault(section, {})
     if isinstance(values, dict):  # else the recipe itself is wrong
-        values.update(change[section])
+        values[key] = _absolute(f"{section}.{key}", value, Path.cwd())
 
 
-def _resolve_paths(table: Mapping[str, Any], folder: Path) -> None:
-    """Make the paths in `table` absolute, in place; hub ids stay, and wrong types for later."""
-    for hub, names in _PATHS.items():
-        for section, key in (name.split(".") for name in names):
-            if isinstance(values := table.get(section), dict):
-                value = values.get(key)
-                if isinstance(value, str) and not re.match(hub, value):
-                    try:
-                        values[key] = str((folder / Path(value).expanduser()).resolve())
-                    except (OSError, RuntimeError, ValueError) as error:
-                        raise GraftError(f"[{section}] {key} is {value!r}: {error}") from error
+def _absolute(name: str, value: Any, folder: Path) -> Any:
+    """Return a key's path as an absolute one; a hub id, or what is no path, as it is."""
+    if not isinstance(value, str) or name not in _PATHS or re.match(_PATHS[name], value):
+        return value
+    try:
+        return str((folder / Path(value).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise GraftError("[{}] {} is {!r}: {}".format(*name.split("."), value, error)) from error
 
 
 def _find_problem(table: Mapping[str, Any]) -> str | None:
@@ -283,9 +266,10 @@ def _find_problem(table: Mapping[str, Any]) -> str | None:
         return None
     section, key = [*map(str, error["loc"]), "", ""][:2]
     where, found = f"[{section}] {key}".rstrip(), error["input"]
+    expected = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     match error["type"]:
-        case "conflict":
-            return error["msg"]
+        case "value_error" if not key:  # values that do not fit each other
+            return expected
         case "missing":
             return f"{where} is missing; give it a value"
         case "dataclass_type":
@@ -294,8 +278,7 @@ def _find_problem(table: Mapping[str, Any]) -> str | None:
             if not key:
                 return _unknown("section", section, Recipe)
             return f"[{section}]: {_unknown('key', key, _SECTIONS[section])}"
-    expected = error["msg"].removeprefix("Input should be ").replace("tuple", "list")
-    return f"{where} is {found!r}, expected {expected}"
+    return f"{where} is {found!r}, expected {expected.replace('tuple', 'list')}"
 
 
 def _unknown(what: str, name: str, kind: type) -> str:

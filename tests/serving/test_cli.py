@@ -115,6 +115,7 @@ RESULT: dict[str, Any] = {
     "acceptance_offline": {"gptq": 0.7421, "rtn": 0.5, "bf16": 0.76},
     "intervals_served": {"gptq": [0.73, 0.77], "rtn": [0.48, 0.52]},
     "decode_tok_s": {"base": 20.0, "mtp": 30.0},
+    "drafter": "mtp",
     "greedy_identical": True,
     "divergences": [],
     "seconds": {"bench": 1.0},

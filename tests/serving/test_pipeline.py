@@ -250,6 +250,21 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
         run(only="heal")
 
 
+def test_the_time_of_a_killed_call_counts_once_progress_was_reported(
+    recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter((0, 5, 5, 7, 20, 21))
+    monkeypatch.setattr(pipeline.folder.time, "perf_counter", lambda: float(next(now)))
+    work = pipeline.folder.Run(load_recipe(recipe), folder)
+    work.seconds["bench"] = 1.0
+    folder.mkdir()
+    with work.timed("capture"):
+        work.progress("capture: record", 1, 2)
+        with work.timed("bench"):
+            assert read(folder / "run.json") == {"seconds": {"bench": 1.0, "capture": 7.0}}
+    assert work.seconds == {"bench": 14.0, "capture": 8.0}
+
+
 def test_two_runs_do_not_work_in_one_folder(run: Run, folder: Path) -> None:
     with locked(folder), pytest.raises(GraftError, match="another mtp-graft works in this run fol"):
         run(only="fetch")

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.quantization_config import EXPERT_MATRIX, FP8_BLOCK
+from mtp_graft.checkpoint.quantization_config import FP8_BLOCK
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.variants import int4_parts
@@ -46,7 +46,7 @@ QUANTIZATION = {
             **FP8_BLOCK,
         },
         "group_1": {
-            "targets": [rf"re:.*\.ffn\.experts\.\d+\.{EXPERT_MATRIX}$"],
+            "targets": [r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"],
             "format": "pack-quantized",
             "weights": INT4_WEIGHTS,
         },

@@ -1,7 +1,6 @@
 """The model card of a run: README.md and charts for the hub, and the numbers in `card.json`.
 
-All of it is from the run's result files, without dates and paths of this machine: the same results
-give the same bytes.
+All of it is from the run's result files, without dates and paths: the same give the same bytes.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object, write_json, write_text
 from mtp_graft.checkpoint.manifest import fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import CARD_NAME, HEAD_SHARD, TRACE_NAME, Spliced
-from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.serving.profiles import PROFILES
 
 Json = Mapping[str, Any]
@@ -39,7 +38,7 @@ _DATASETS = {
     "humaneval": ("openai/openai_humaneval", None, "pass@1"),
     "mmlu": ("cais/mmlu", "all", "accuracy"),
 }
-_TAGS = ("deepseek-v4", "mtp", "speculative-decoding", "compressed-tensors", "mtp-graft")
+_TAGS = ("deepseek-v4", "speculative-decoding", "compressed-tensors", "mtp-graft")
 
 
 def write_card(run: Path, out: Path) -> dict[str, Any]:
@@ -60,11 +59,8 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
         (out / name).write_bytes(png)
     write_json(card, out / TRACE_NAME)
     write_text(f"---\n{_metadata(card).to_yaml()}\n---\n\n{text}", out / CARD_NAME)
-    return {
-        "card": str(out / CARD_NAME),
-        "data": str(out / TRACE_NAME),
-        **{key: card[key] for key in ("charts", "not_measured", "left_out")},
-    }
+    told = {key: card[key] for key in ("charts", "not_measured", "left_out")}
+    return {"card": str(out / CARD_NAME), "data": str(out / TRACE_NAME), **told}
 
 
 def _draw(card: Json) -> Iterator[tuple[str, bytes]]:
@@ -80,15 +76,14 @@ def _draw(card: Json) -> Iterator[tuple[str, bytes]]:
 
 def _decode_rows(label: str, result: Json) -> list[report.Row]:
     sides = {f"{label}, base": result["against"]} if result.get("against") else {}
-    ours = "with MTP" if result["acceptance"] else "without drafts"
+    ours = "with drafts" if result["acceptance"] else "without drafts"
     return report.decode_rows({**sides, f"{label}, {ours}": result})
 
 
 def _workload_rows(label: str, result: Json) -> list[report.Row]:
-    parts = {**result["categories"], "all": result}
-    speeds = {f"{label}, {name}": part["decode_tok_s"] for name, part in parts.items()}
-    known = ((name, speed) for name, speed in speeds.items() if speed is not None)
-    return [report.Row(name, speed, number(speed)) for name, speed in known]
+    parts = [*result["categories"].items(), ("all", result)]
+    speeds = [(f"{label}, {name}", part["decode_tok_s"]) for name, part in parts]
+    return [report.Row(*each, number(each[1])) for each in speeds if each[1] is not None]
 
 
 def _score_rows(label: str, result: Json) -> list[report.Row]:
@@ -112,9 +107,8 @@ def _metadata(card: Json) -> ModelCardData:
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         library_name="vllm",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, card["checkpoint"]["variant"]],
-        model_name=name if results else None,
-        eval_results=results or None,
+        tags=[*_TAGS, card["head"].get("drafter", "mtp"), card["checkpoint"]["variant"]],
+        **({"model_name": name, "eval_results": results} if results else {}),
     )
 
 
@@ -179,7 +173,7 @@ def _where(manifest: Json | None) -> str:
 def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> dict[str, Any]:
     """Return the benchmarks' part of the data, and how all of it came about."""
     head, ours, left_out = fingerprints([spliced.folder / HEAD_SHARD]), [], []
-    made = [manifest for manifest in manifests if manifest]
+    made, servers = [manifest for manifest in manifests if manifest], []
     for shown, manifest in _measurements(run):
         server = manifest["config"].get("server", {}) if manifest else {}
         if not head.items() <= server.get("files", head).items():  # not recorded: taken as ours
@@ -188,8 +182,10 @@ def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> 
         ours.append(shown)
         if manifest and server:
             made.append(manifest)
-    servers = [manifest["config"].get("server", {}) for manifest in made]
+            servers.append(server)
     kept = ("stage", "git_commit", "seconds")
+    spent = (read_result(run / "run.json") or {}).get("seconds", {})  # by all calls of a stage
+    made = [{**m, "seconds": spent.get(m["stage"], m["seconds"])} for m in made]
     return {
         **{name: _labelled(ours, [name]) for name in _SPEED},
         "scores": _labelled(ours, _EVALS),
@@ -220,16 +216,13 @@ def _formats(config: Json, num_experts: int) -> dict[str, str]:
     quantization, layer = read_quantization(config), config["num_hidden_layers"]
     parts = {f"base: {part}": module for part, module in _BASE_PARTS.items()}
     parts[f"head: {num_experts} routed experts"] = f"model.layers.{layer}.ffn.experts.0.w1"
-    return {part: _in_words(quantization, module) for part, module in parts.items()}
-
-
-def _in_words(quantization: QuantizationConfig, module: str) -> str:
-    key = quantization.group_of(module)
-    if key is None:
-        return "BF16"
-    kind, weights = quantization.kind_of(key).upper(), quantization.config_groups[key].weights
-    by = "blocks of 128×128" if kind == "FP8" else f"one scale for {weights.group_size} weights"
-    return f"{kind}, {by}"
+    for part, module in parts.items():
+        key = quantization.group_of(module)
+        kind = "BF16" if key is None else quantization.kind_of(key).upper()
+        size = quantization.config_groups[key].weights.group_size if key else None
+        by = ", blocks of 128×128" if kind == "FP8" else f", one scale for {size} weights"
+        parts[part] = kind + by * (key is not None)
+    return parts
 
 
 def _measurements(run: Path) -> Iterator[tuple[dict[str, Any], Json | None]]:

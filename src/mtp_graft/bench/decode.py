@@ -24,19 +24,16 @@ from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.serving import metrics
 from mtp_graft.serving.client import COUNT_DRAFTS, READ_ERRORS, Prompt, ServerClient
-from mtp_graft.serving.metrics import SpecDecodeCounters, Step, drafting_result
+from mtp_graft.serving.metrics import SpecDecodeCounters, Step
 from mtp_graft.serving.server import Report
 
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 #: Any other reason (abort, error) leaves an answer that is not the model's.
 WHOLE_REASONS = ("stop", "length", "tool_calls")
 
-#: One streamed answer, as JSON: see `time_answer`.
-Answer = dict[str, Any]
-#: Every prompt continued once, one after the other.
-Round = Sequence[Answer]
-#: JSON, as `measure_turn` returns it.
-Turn = Mapping[str, Any]
+Answer = dict[str, Any]  # streamed; JSON as `time_answer` returns it
+Round = Sequence[Answer]  # every prompt continued once, one after the other
+Turn = Mapping[str, Any]  # JSON as `measure_turn` returns it
 #: Starts a server, or finds one that runs, for a turn of this name.
 Serve = Callable[[str], AbstractContextManager[ServerClient]]
 
@@ -66,15 +63,10 @@ def measure_turn(
     and `reference`: each prompt's greedy continuation and its margins (the log-probability of
     each token less the second best's), null unless asked for. Raises GraftError if a request fails.
     """
-    options = asdict(config)
-    options.pop("rounds")
+    options = {name: value for name, value in asdict(config).items() if name != "rounds"}
 
     def ask(token_ids: Sequence[int]) -> Answer:
         return time_answer(client, "/v1/completions", {"prompt": list(token_ids), **options})
-
-    def score(token_ids: Sequence[int]) -> dict[str, Any]:
-        tokens, margins = client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
-        return {"token_ids": tokens, "margins": margins}
 
     report(f"{name}: warm-up", 0, 0)
     ask(next(iter(prompts.values())))
@@ -82,11 +74,12 @@ def measure_turn(
     for done, (answers, token_ids) in enumerate(product(rounds, prompts.values())):
         report(name, done, config.rounds * len(prompts))
         answers.append(ask(token_ids))
-    reference = None
-    if with_margins:
+    reference: dict[str, Any] = {}
+    for prompt, token_ids in prompts.items() if with_margins else ():
         report(f"{name}: margins", 0, 0)
-        reference = {prompt: score(token_ids) for prompt, token_ids in prompts.items()}
-    return {"prompts": dict(prompts), "rounds": rounds, "reference": reference}
+        tokens, margins = client.score(token_ids, config.max_tokens, ignore_eos=config.ignore_eos)
+        reference[prompt] = {"token_ids": tokens, "margins": margins}
+    return {"prompts": dict(prompts), "rounds": rounds, "reference": reference or None}
 
 
 def measure_alternating(
@@ -99,8 +92,7 @@ def measure_alternating(
 ) -> dict[str, Any]:
     """Measure turns in the order base, MTP, MTP, base, base, ...; return as `compare`.
 
-    `serve` has `base` and `mtp`. Turns that `folder` has are not measured again; without need
-    nothing is served.
+    `serve` has `base` and `mtp`. Turns that `folder` has are neither served nor measured again.
     """
     turns: dict[str, list[Turn]] = {"base": [], "mtp": []}
     for pair in range(1, pairs + 1):
@@ -176,7 +168,7 @@ def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]
         "ttft_ms": _spread([1e3 * median(timing(a).ttft_s for a in answers) for answers in rounds]),
         "tpot_ms": _spread([_tpot_ms(answers) for answers in rounds]),
         "acceptance": _spread(rates) if rates else None,
-        **drafting_result(_drafts(rounds if config.temperature else rounds[:1])),
+        **metrics.drafting_result(_drafts(rounds if config.temperature else rounds[:1])),
         "num_prompts": len(rounds[0]),
         "tokens_per_round": sum(len(answer["token_ids"]) for answer in rounds[0]),
         "config": asdict(config),
@@ -191,18 +183,14 @@ def _drafts(rounds: Sequence[Round]) -> SpecDecodeCounters | None:
 
 
 def decode_tok_s(answers: Round) -> float:
-    """Return tokens after the first chunks over the time they took, all prompts pooled.
-
-    Raises GraftError if every answer came in a single chunk.
-    """
-    times = [timing(answer) for answer in answers]
-    seconds = sum(time.decode_s for time in times)
+    """Return tokens after the first chunks over the time they took, all prompts pooled."""
+    _, seconds, tokens = map(sum, zip(*map(timing, answers), strict=True))
     if not seconds:
         raise GraftError(
             "every answer of a round came in a single chunk, so there is no decode time to "
             "measure; ask for more tokens or longer answers"
         )
-    return sum(time.num_decoded for time in times) / seconds
+    return tokens / seconds
 
 
 def _tpot_ms(answers: Round) -> float:
@@ -247,9 +235,8 @@ def time_answer(client: ServerClient, path: str, body: Mapping[str, Any]) -> Ans
     """Stream the answer to a completion or a chat; return its tokens, times and drafts.
 
     Keys: `token_ids`; `finish_reason`; `chunks`, [seconds since the request, number of tokens]
-    each; `texts`, what each chunk adds; `prompt_tokens`; `completion_tokens`; `counters`, as
-    SpecDecodeCounters, null if the server does not draft. Raises GraftError for an answer that is
-    not whole or cannot be read.
+    each; `texts`, what each chunk adds; `prompt_tokens`; `completion_tokens`; `counters`, null
+    without drafts. Raises GraftError for an answer that is not whole or cannot be read.
     """
     before = client.spec_decode_counters()
     answer = read_answer(client, path, {**body, **STREAM, "return_token_ids": True})
@@ -312,11 +299,11 @@ def _add_event(answer: Answer, event: Mapping[str, Any], arrived_s: float) -> No
 
 
 class Timing(NamedTuple):
-    """How long an answer took, and how many of its tokens came after the first chunk."""
+    """When an answer's tokens came."""
 
     ttft_s: float  # from the request to the first chunk
     decode_s: float  # from the first chunk to the last
-    num_decoded: int  # all tokens but one, as a rule
+    num_decoded: int  # tokens after the first chunk: all but one, as a rule
 
 
 def timing(answer: Answer) -> Timing:
@@ -343,8 +330,7 @@ def measure_acceptance(
     captured ones; with several requests in a step sums round in another order) and `sequences`
     (`id`, `drafts`, first ones of a step, `accepted`, `steps`). GraftError if nothing is drafted.
     """
-    steps: dict[str, list[Step]] = {}
-    identical = 0
+    steps, identical = dict[str, list[Step]](), 0
     report(label, 0, len(texts))
     with ThreadPool(concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
         answers = pool.imap(lambda text: client.complete_counted(text.prompt, max_tokens), texts)
@@ -362,7 +348,7 @@ def measure_acceptance(
         "accepted": accepted,
         "drafted": drafted,
         "interval": list(metrics.wilson_interval(accepted, drafted)),
-        **drafting_result(counters),
+        **metrics.drafting_result(counters),
         "texts": len(texts),
         "identical": identical,
         "sequences": [

@@ -1,11 +1,9 @@
 """The report of a run: one HTML file, made of the stages' JSON, that needs no other file.
 
-Every number is one that a stage measured, or a ratio or sum of such numbers; what was not measured
-is named as such. No dates: the same results give the same bytes.
+What was not measured is named as such. No dates: the same results give the same bytes.
 
 And the charts, of the card too. A head keeps its colour in all of them (Okabe and Ito's palette,
-safe for colour-blind readers). They are 6 inches wide: 600 pixels on a page, stored with twice as
-many.
+safe for colour-blind readers). They are 6 inches wide: 600 pixels, stored with twice as many.
 """
 
 import io
@@ -32,18 +30,7 @@ _K_COLOURS = {0: BASE_COLOUR, 1: "#0072b2", 2: "#d55e00", 3: "#009e73"}
 _OTHER_COLOUR = "#cc79a7"
 
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
-_STYLE: dict[Any, Any] = {
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same glyphs everywhere
-    "font.size": 8.5,
-    "axes.titlesize": "medium",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
+_STYLE = Path(__file__).parent / "templates/charts.mplstyle"
 
 
 class Row(NamedTuple):
@@ -67,7 +54,7 @@ def write_report(folder: Path, found: Json) -> Path:
     heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))
     drawn = {"acceptance": acceptance_chart(heads)} if heads else {}
     if decode:
-        rows = decode_rows({"base": decode["against"], "with MTP": decode})
+        rows = decode_rows({"base": decode["against"], "with drafts": decode})
         title = "Decode speed, tokens a second: median, slowest and fastest round"
         drawn["decode"] = row_chart(title, rows)
     data = {
@@ -86,7 +73,7 @@ def write_report(folder: Path, found: Json) -> Path:
 def head_acceptance(served: Json, offline: Json) -> list[dict[str, Any]]:
     """Return `name`, `served` and `offline` of every head that was measured, None where it wasn't.
 
-    They are as `bench.decode.measure_acceptance` and the score stage give them.
+    They are as `measure_acceptance` and the score stage give them.
     """
     names = dict.fromkeys([*HEAD_COLOURS, *served, *offline])
     found = [{"name": n, "served": served.get(n), "offline": offline.get(n)} for n in names]
@@ -128,22 +115,16 @@ def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes
 
 
 def acceptance_chart(heads: Sequence[Json]) -> bytes:
-    """Draw how often each head's first draft of a step is accepted, served and offline.
-
-    `heads` is what `head_acceptance` returns.
-    """
-
-    def row(head: str, where: str, rate: float, interval: Sequence[float]) -> Row:
-        colour = HEAD_COLOURS.get(head, _OTHER_COLOUR)
-        return Row(f"{head}, {where}", rate, percent(rate), colour, interval)
-
+    """Draw how often each head's first draft of a step is accepted, as `head_acceptance` says."""
+    keys = ("acceptance_by_position", "acceptance_by_position_interval")
     rows = []
     for head in heads:
-        if served := head["served"]:
-            rates, intervals = "acceptance_by_position", "acceptance_by_position_interval"
-            rows.append(row(head["name"], "served", served[rates][0], served[intervals][0]))
-        if offline := head["offline"]:
-            rows.append(row(head["name"], "offline", offline["top1"], offline["interval"]))
+        name, served, offline = head["name"], head["served"], head["offline"]
+        found = {"served": [served[key][0] for key in keys]} if served else {}
+        found |= {"offline": [offline["top1"], offline["interval"]]} if offline else {}
+        for where, (rate, interval) in found.items():
+            colour = HEAD_COLOURS.get(name, _OTHER_COLOUR)
+            rows.append(Row(f"{name}, {where}", rate, percent(rate), colour, interval))
     title = "First draft of a step: share accepted, with 95 % intervals"
     return row_chart(title, rows, shares=True)
 
@@ -171,7 +152,7 @@ def sweep_chart(points: Sequence[Json]) -> bytes:
 @contextmanager
 def _figure(title: str, height: float) -> Iterator[Figure]:
     """Give a figure in our style, whatever the user's matplotlibrc says; restore that after."""
-    with style.context(["default", _STYLE]):
+    with style.context(["default", str(_STYLE)]):
         figure = Figure(figsize=(6.0, height), dpi=200)
         figure.suptitle(title, x=0.012, ha="left", fontsize=10.0, fontweight="bold")
         yield figure

@@ -30,13 +30,11 @@ from mtp_graft.serving.server import Report
 
 _PATH = "/v1/chat/completions"
 _LOGPROBS = {"logprobs": True, "top_logprobs": 10, "return_tokens_as_token_ids": True}
-_MAX_DOCUMENT = 16384  # tokens
+_MAX_DOCUMENT, _MAX_QUESTION, _MAX_ANSWER = 16384, 1024, 256  # tokens
 EQUAL, NEAR_TIE, SOUND = "equal", "near tie", "sound"
 #: What the result counts, by its key.
 _FINE = {"equal": EQUAL, "near_ties": NEAR_TIE, "sound": SOUND, "hung_up": "hung up"}
 _FAILED = {"errors": "error", "hangs": "hang"}
-#: The most tokens that an answer has, and a prompt beside its document.
-_MAX_ANSWER, _MAX_QUESTION = 256, 1024
 #: Of drawn requests: sampled; computed without the prefix cache; the client hangs up.
 _SAMPLED, _UNCACHED, _HANGS_UP = 0.3, 0.5, 0.05
 #: Nats between two tokens of which rounding may choose either. On a sound H200: up to 0.7, and 2.1
@@ -92,15 +90,15 @@ def soak(
             answer = read_answer(asked, _PATH, request.body, request.hang_up_after)
             if request.hang_up_after and "total_tokens" not in answer:
                 return {"kind": "hung up"}
-            expected, times = alone[request.name], [at_s for at_s, _ in answer["chunks"]]
+            expected, is_streamed = alone[request.name], "stream" in request.body
+            times = [at_s for at_s, _ in answer["chunks"] if is_streamed]
             record = {"said": said(answer), "alone": said(expected), "body": request.body}
-            record["times"] = times if "stream" in request.body else []
-            return {"kind": judge(request, answer, expected), **record}
+            return {"kind": judge(request, answer, expected), **record, "times": times}
 
         records = _hold(ask, watch.look, pool, config, report)
-    odd = {r.name: faults(r, alone[r.name]) + oddities(alone[r.name]) for r in pool}
-    odd = {name: kinds for name, kinds in odd.items() if kinds}
-    return {**_summary(records), "alone": odd, **watch.result(), "config": config._asdict()}
+    kinds = {r.name: faults(r, alone[r.name]) + oddities(alone[r.name]) for r in pool}
+    odd = {"alone": {name: found for name, found in kinds.items() if found}}
+    return {**_summary(records), **odd, **watch.result(), "config": config._asdict()}
 
 
 def _hold(
@@ -133,10 +131,10 @@ def _hold(
         clients = [executor.submit(ask_on) for _ in range(config.concurrency)]
         try:
             while wait(clients, max(0.5, seconds / 120)).not_done:
-                now = time.monotonic() - started
-                if now >= seconds:
+                now = min(time.monotonic() - started, seconds)
+                if now == seconds:
                     stop.set()
-                report(f"soak: load, {len(records)} answers", int(min(now, seconds)), int(seconds))
+                report(f"soak: load, {len(records)} answers", int(now), int(seconds))
                 look()
         finally:
             stop.set()
@@ -192,7 +190,7 @@ def _rate(earlier: SpecDecodeCounters | None, later: SpecDecodeCounters | None) 
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:
-    num, failed = Counter(record["kind"] for record in records), [*_FAILED.values()]
+    num, failed = Counter(record["kind"] for record in records), _FAILED.values()
     bad = [{k: r[k] for k in r if k != "times"} for r in records if r["kind"] not in _FINE.values()]
     times = [record["times"] for record in records if record.get("times")]
     gaps = [later - earlier for each in times for earlier, later in pairwise(each)]
@@ -202,7 +200,7 @@ def _summary(records: Sequence[Record]) -> dict[str, Any]:
 
     return {
         "requests": len(records),
-        **{key: num[kind] for key, kind in {**_FINE, **_FAILED}.items()},
+        **{key: num[kind] for key, kind in (_FINE | _FAILED).items()},
         "corrupted": [record for record in bad if record["kind"] not in failed],
         "failures": [record for record in bad if record["kind"] in failed],
         "ttft_ms": percentiles([each[0] for each in times]),
@@ -256,8 +254,7 @@ def draw(random: Random, pool: Sequence[Request]) -> Request:
 def judge(request: Request, answer: Answer, reference: Answer) -> str:
     """Return EQUAL, NEAR_TIE, SOUND (sampled or penalized, of good form), or the kind of fault.
 
-    After a near tie, or sampled, a small model may loop or name control tokens: these count only
-    where a greedy text has no reason to differ.
+    Loops and names of control tokens count only where a greedy text has no reason to differ.
     """
     body, alone = request.body, faults(request, reference)
     found = [kind for kind in faults(request, answer) if kind not in alone]
@@ -339,9 +336,8 @@ def _fits(text: str) -> bool:
         found = json.loads(text)
     except ValueError:
         return False
-    return found in [
-        {"colour": c, "count": n} for c in ("red", "green", "blue") for n in range(100)
-    ]
+    colours = ("red", "green", "blue")
+    return found in [{"colour": colour, "count": n} for colour in colours for n in range(100)]
 
 
 def _has_new_script(answer: Answer, reference: Answer) -> bool:

@@ -35,8 +35,7 @@ def measure_sweep(
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
     A point has `config.rounds` requests for each that runs at a time. Returns `points`, with all
-    that `folder` has. Raises GraftError if vLLM is not installed, and if every request of a point
-    failed.
+    that `folder` has. Raises GraftError without vLLM, or if every request of a point failed.
     """
     find_vllm()
     for k in sorted(ks):
@@ -59,11 +58,8 @@ def _point(
 ) -> dict[str, Any]:
     """Measure one point; return its JSON. The speed of one request is of tokens after the first."""
     client = connect()
-    load = {
-        "prompts": [client.encode(prompt) for prompt in prompts],
-        "max_tokens": config.max_tokens,
-        "arguments": _arguments(client, concurrency, config),
-    }
+    load = {"prompts": [*map(client.encode, prompts)], "max_tokens": config.max_tokens}
+    load["arguments"] = _arguments(client, concurrency, config)
     found = run_load(client.base_url, load)
     failures = [error.strip().split("\n")[-1] for error in found["errors"] if error]
     columns = (found[key] for key in ("errors", "output_lens", "ttfts", "latencies"))
@@ -123,14 +119,12 @@ def run_load(base_url: str, load: Mapping[str, Any]) -> dict[str, Any]:
     if done.returncode:
         reason = "\n".join(done.stderr.splitlines()[-5:])
         raise GraftError(f"vllm bench serve failed against {base_url}: {reason}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 def _counters(found: Mapping[str, Any]) -> SpecDecodeCounters | None:
+    counted = ("num_drafts", "draft_tokens", "accepted_tokens", "per_position_acceptance_rates")
     if "spec_decode_num_drafts" not in found:
         return None
-    steps = found["spec_decode_num_drafts"]
-    rates = found["spec_decode_per_position_acceptance_rates"]  # of all steps
-    tokens = (found["spec_decode_draft_tokens"], found["spec_decode_accepted_tokens"])
-    return SpecDecodeCounters(steps, *tokens, [round(steps * rate) for rate in rates])
+    steps, drafted, accepted, rates = (found[f"spec_decode_{name}"] for name in counted)
+    return SpecDecodeCounters(steps, drafted, accepted, [round(steps * rate) for rate in rates])

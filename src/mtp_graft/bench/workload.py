@@ -31,29 +31,26 @@ def load_workload(thinking: bool = False, max_tokens: int | None = None) -> list
     Without `max_tokens` an answer goes on until the model ends it, or the context is full.
     """
     found = json.loads((files("mtp_graft.bench") / "workload.json").read_text("utf-8"))
-    options: dict[str, Any] = {
-        "tools": found["tools"],
-        "temperature": 0.0,
-        "chat_template_kwargs": {"thinking": thinking},
-        **({} if max_tokens is None else {"max_tokens": max_tokens}),
-    }
+    options = {"tools": found["tools"], "temperature": 0.0}
+    options["chat_template_kwargs"] = {"thinking": thinking}
+    options |= {} if max_tokens is None else {"max_tokens": max_tokens}
     system = {"role": "system", "content": found["system"]}
     requests = []
     for task in found["tasks"]:
         document = found["documents"].get(task.get("document"), [])
         user = {"role": "user", "content": "\n\n".join([*document, task["text"]])}
-        body = {"messages": [system, user], **options}
-        requests.append(Request(task["id"], task["category"], body))
+        requests.append(
+            Request(task["id"], task["category"], {"messages": [system, user], **options})
+        )
     return requests
 
 
 def measure_workload(
     connect: Callable[[], ServerClient], requests: Sequence[Request], report: Report, folder: Path
 ) -> dict[str, Any]:
-    """Ask every request, one at a time; return speeds and acceptance.
+    """Ask every request, one at a time, after a short one as warm-up; return the JSON.
 
-    `connect` is called once, and only if something is left to ask that `folder` does not have. A
-    short request comes first, as warm-up. Raises GraftError if a request fails.
+    `connect` is called once, and only if `folder` does not have all. GraftError if one fails.
     """
 
     @cache

@@ -2,9 +2,8 @@
 
 A capture folder holds `recordings/NNNNNN.safetensors`, one per forward pass of the server, each
 with whole sequences one after the other, and `index.jsonl`, one line per sequence saying where it
-lies. Lines are appended as sequences finish: an index is always a valid, perhaps shorter, capture.
-A recording that no line names belongs to a pass whose client was killed, and may be removed.
-`texts.jsonl` holds the sequences themselves, from before they are recorded.
+lies: an index is always a valid, perhaps shorter, capture. A recording that no line names belongs
+to a pass whose client was killed. `texts.jsonl` holds the sequences, from before they are recorded.
 """
 
 import json
@@ -79,10 +78,7 @@ class Recorded:
 
 
 def append_row(folder: Path, row: FinishedText | CapturedSequence) -> None:
-    """Add a line to the texts or to the index and sync it; one that a kill tore is cut off first.
-
-    Raises GraftError if the disk is full.
-    """
+    """Add a line to texts or index and sync it, GraftError if not; a torn one is cut off first."""
     path = folder / (TEXTS_NAME if isinstance(row, FinishedText) else INDEX_NAME)
     line = json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n"
     with full_disk_is_an_error(path), path.open("ab+") as file:
@@ -128,10 +124,9 @@ def _read_rows(path: Path, kind: type[Row]) -> list[Row]:
 def read_recorded(
     folder: Path, sequence: CapturedSequence, streams: int, device: torch.device | str = "cpu"
 ) -> Recorded:
-    """Return what was recorded of `sequence`, its residual in `streams` streams on `device`.
+    """Return what was recorded of `sequence`: residual, in so many streams, and taps on `device`.
 
-    So are its taps, if there are any. Raises GraftError for a recording that is missing, cut off,
-    of other shapes or not finite.
+    Raises GraftError for a recording that is missing, cut off, of other shapes or not finite.
     """
     path = folder / RECORDINGS / sequence.recording
     tokens = slice(sequence.start, sequence.start + sequence.tokens)

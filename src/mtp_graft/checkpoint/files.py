@@ -23,10 +23,7 @@ def read_object(path: Path, what: str, cure: str = "") -> dict[str, Any]:
 
 
 def read_as(schema: type[T], path: Path, what: str, cure: str = "") -> T:
-    """Return what pydantic makes of a JSON file by a `schema`.
-
-    Raises GraftError, which ends with the `cure`, for a file that is missing or not of the schema.
-    """
+    """Return a JSON file by a pydantic `schema`; GraftError, which ends with the `cure`, if not."""
     cure = cure and f"; {cure}"
     if not path.is_file():
         raise GraftError(f"{path}: not found; expected {what}{cure}")
@@ -91,10 +88,7 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give `.NAME.tmp`, empty, that becomes `path` when the body is done; leave nothing otherwise.
-
-    Raises GraftError if the disk is full.
-    """
+    """Give an empty folder that becomes `path` likewise."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a call that was killed
     try:

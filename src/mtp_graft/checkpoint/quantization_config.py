@@ -9,6 +9,7 @@ layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, bec
 import math
 import re
 import time
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,45 +24,13 @@ from mtp_graft.recipe import Linears, Variant
 
 #: Kinds of routed experts that are packed integers with scales of groups.
 INTEGERS = ("int4", "int4-asymmetric", "int8")
-EXPERT_MATRIX = r"(w1|w2|w3|gate_proj|up_proj|down_proj)"
-#: Modules that vLLM builds as one, and what a checkpoint calls their parts.
-_FUSED = {
-    "fused_wqa_wkv": ("wq_a", "wkv"),
-    "fused_wkv_wgate": ("wkv", "wgate"),
-    "gate_up_proj": ("w1", "w3"),
-}
-#: A checkpoint's name -> that of the module in vLLM which loads it.
-_LOADED_BY = (
-    (re.compile(r"\.attn\.(wq_a|wkv)$"), ".attn.fused_wqa_wkv"),
-    (re.compile(r"\.compressor\.(wkv|wgate)$"), ".compressor.fused_wkv_wgate"),
-    (re.compile(r"\.shared_experts\.(w1|w3|gate_proj|up_proj)$"), ".shared_experts.gate_up_proj"),
-    (re.compile(r"\.shared_experts\.w2"), ".shared_experts.down_proj"),
-)
-#: The classes in vLLM of modules that are no ReplicatedLinear.
-_CLASSES = re.compile(
-    r"(?P<VocabParallelEmbedding>\.embed_tokens$)|(?P<RoutedExperts>\.experts\.\d)|(?P<MergedColumnParallelLinear>\.(?:fused_w\w+|gate_up_proj)$)"
-    r"|(?P<ColumnParallelLinear>\.attn\.w(?:q_b|o_a)$)|(?P<RowParallelLinear>\.(?:wo_b|down_proj)$)"
-)
+_DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+_LOADED_BY = {re.compile(pattern): name for pattern, name in _DATA["loaded_by"].items()}
+_CLASSES = re.compile("|".join(f"(?P<{name}>{each})" for name, each in _DATA["classes"].items()))
+FP8_BLOCK: dict[str, Any] = _DATA["schemes"]["fp8"]
 _FP8_FORMATS = ("float-quantized", "naive-quantized", "int-quantized")
 #: For all patterns of a section and the names of a model, which take some hundredths.
 _MATCHING_SECONDS = 3
-
-
-def _arguments(num_bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
-    known = {"num_bits": num_bits, "type": kind, "strategy": strategy}
-    return {**known, "symmetric": True, "dynamic": False, **more}
-
-
-FP8_BLOCK: dict[str, Any] = {
-    "format": "float-quantized",
-    "weights": _arguments(8, "float", "block", block_structure=[128, 128]),
-    "input_activations": _arguments(8, "float", "group", group_size=128, dynamic=True),
-}
-_MXFP4: dict[str, Any] = {
-    "format": "mxfp4-pack-quantized",
-    "weights": _arguments(4, "float", "group", group_size=32)
-    | {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"},
-}
 
 
 def add_head(
@@ -69,35 +38,30 @@ def add_head(
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
-    A DSpark drafter has `stages`, and as many layers from there on. The base's groups cover the
-    INT4 experts and an MTP head's attention; `linears` says what the other linears are
-    (`dsv4.variants` explains it).
+    A DSpark drafter has `stages`, and as many layers from there on. The base's groups cover INT4
+    experts; `linears` says what the other linears are (`dsv4.variants` explains it).
     """
-    layer = rf"re:.*layers\.{head_layer}\."
-    projections, ffn = rf"{layer}(e_proj|h_proj)$", rf"{layer}(mtp_block\.)?ffn\."
-    fused, always = EXPERT_MATRIX, list[str]()
-    if stages:  # whose fused modules vLLM asks for by no other name
-        numbers = "|".join(str(head_layer + stage) for stage in range(stages))
-        layer = rf"re:.*layers\.({numbers})\."
-        projections, ffn = r"re:^(model\.)?main_proj$", rf"{layer}ffn\."
-        fused = "(gate_up_proj|down_proj)"
-        attention = rf"{layer}attn\.(fused_wqa_wkv|wq_b|wo_a|wo_b)$"
-        always = [attention, r"re:^(model\.)?context_wkv_proj$"]
-    shared = rf"{ffn}shared_experts\."
-    patterns: dict[Linears, tuple[list[str], list[str]]] = {
-        "fp8": ([*always, projections, rf"{shared}{fused}$"], []),
-        "base": ([*always, projections], [rf"{shared}.*"]),
-        "bf16": (always, [projections, rf"{shared}.*"]),
+    numbers = "|".join(str(head_layer + stage) for stage in range(stages))
+    layer = f"({numbers})" if stages else str(head_layer)
+    modules: dict[str, list[str]] = {
+        kind: [pattern.replace("LAYER", layer) for pattern in patterns]
+        for kind, patterns in _DATA["dspark" if stages else "mtp"].items()
     }
-    fp8, plain = patterns[linears]
-    groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or []), *plain]
+    projections = modules["projections"]
+    fp8 = [*modules["fp8"], *(() if linears == "bf16" else projections)]
+    ignore = [*(config.get("ignore") or []), *(projections if linears == "bf16" else ())]
+    if linears == "fp8":
+        fp8 += modules["shared_fp8"]
+    else:
+        ignore += modules["shared"]
+    groups = dict(config["config_groups"])
     if fp8:
         groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
     if variant == "mxfp4":  # the first match wins, so before the base's groups
-        experts = {"targets": [rf"{ffn}experts\.\d+\.{EXPERT_MATRIX}$"], **_MXFP4}
+        experts = {"targets": modules["mxfp4"], **_DATA["schemes"]["mxfp4"]}
         groups = {"mtp_experts": experts, **groups}
     elif variant == "bf16":
-        ignore += [rf"{ffn}experts\..*"]
+        ignore += modules["bf16"]
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
@@ -223,6 +187,7 @@ class QuantizationConfig(BaseModel):
     transform_config: Annotated[None, _OR_NONE] = None  # none is read here
     ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
     _seconds: float = _MATCHING_SECONDS
+    _path: Path | str = "config.json"
 
     def model_post_init(self, _context: Any) -> None:
         """Give groups without a format the section's."""
@@ -258,9 +223,9 @@ class QuantizationConfig(BaseModel):
             if all(found):
                 return found[0]
             if pattern := next(filter(None, found), None):
-                raise GraftError(
-                    f"quantization_config: ignore has a part of {module} ({pattern}) and not the "
-                    "other; vLLM wants one scheme for both"
+                raise self._error(
+                    f"ignore has a part of {module} ({pattern}) and not the other; vLLM wants one "
+                    "scheme for both"
                 )
         return None
 
@@ -274,9 +239,9 @@ class QuantizationConfig(BaseModel):
         if sizes := [group.weights.group_size or -1 for group in groups if group.kind in kinds]:
             return max(sizes)
         found = ", ".join(sorted({group.kind for group in groups})) or "not quantized"
-        raise GraftError(
-            f"quantization_config: routed experts are {found}; expected {' or '.join(kinds)}. "
-            "`mtp-graft graft` gives a base of other experts an mxfp4 or bf16 head"
+        raise self._error(
+            f"routed experts are {found}; expected {' or '.join(kinds)}. `mtp-graft graft` gives a "
+            "base of other experts an mxfp4 or bf16 head"
         )
 
     def kind_of(self, key: str | None) -> str:
@@ -305,22 +270,25 @@ class QuantizationConfig(BaseModel):
         try:
             return _compiled(pattern[3:]).match(name, timeout=max(self._seconds, 0.001)) is not None
         except TimeoutError as error:
-            raise GraftError(
-                f"quantization_config: {pattern!r} takes more than {_MATCHING_SECONDS} s to match; "
-                "expected a pattern without repeats of repeats: simplify it"
+            raise self._error(
+                f"{pattern!r} takes more than {_MATCHING_SECONDS} s to match; expected a pattern "
+                "without repeats of repeats: simplify it"
             ) from error
         finally:
             self._seconds -= time.process_time() - start
 
+    def _error(self, problem: str) -> GraftError:
+        return GraftError(f"{self._path}: quantization_config: {problem}")
+
 
 def _asked_as(module: str) -> Iterator[list[str]]:
     """Yield the names by which vLLM looks for a module: its own, then those of its parts."""
-    for pattern, replacement in _LOADED_BY:
+    for pattern, replacement in _LOADED_BY.items():
         module = pattern.sub(replacement, module)
     yield [module]
     before, _, name = module.rpartition(".")
-    if name in _FUSED:
-        yield [f"{before}.{part}" for part in _FUSED[name]]
+    if parts := _DATA["fused"].get(name):
+        yield [f"{before}.{part}" for part in parts]
 
 
 def _mapped(pattern: str) -> str:
@@ -347,9 +315,11 @@ def read_quantization(
 ) -> QuantizationConfig:
     """Return a config.json's section; raises GraftError for one that vLLM cannot read."""
     try:
-        return QuantizationConfig.model_validate(with_section(config).get("quantization_config"))
+        found = QuantizationConfig.model_validate(with_section(config).get("quantization_config"))
     except ValidationError as error:
         raise GraftError(
             f"{path}: quantization_config: {in_words(error)}; expected the compressed-tensors "
             "section of a W4A16-FP8 checkpoint"
         ) from error
+    found._path = path
+    return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tomllib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
@@ -18,29 +19,15 @@ from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "model.safetensors.index.json"
 
-#: The format's names of the dtypes, in the order in which its own writer lays tensors out.
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _DTYPES: dict[str, torch.dtype] = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    name: getattr(torch, dtype) for name, dtype in _TABLE["dtypes"].items()
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
 _MOST_HEADER_BYTES = 10**8  # by the format
+Tensors = Mapping[str, Tensor]
 
 
 class _Index(BaseModel):
@@ -60,9 +47,8 @@ _HEADER = TypeAdapter(dict[str, _Entry | dict[str, str] | None])  # the others: 
 class Shard:
     """An open safetensors file: `meta` are its tensors without values, which are read when asked.
 
-    Values are read, not mapped: a mapping takes as much memory as the file is long and reads a cold
-    file a page fault at a time. Raises GraftError for a file that is missing, cut off or not
-    safetensors.
+    They are not mapped: a cold file would be read a page fault at a time. Raises GraftError for a
+    file that is missing, cut off or not safetensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,9 +80,10 @@ class Shard:
                 raise ValueError(f"{name} is {dtype}, expected one of {', '.join(_DTYPES)}")
             tensor = torch.empty(entries[name]["shape"], dtype=_DTYPES[dtype], device="meta")
             self.meta[name], self._starts[name] = tensor, begin + start
-            expected, start = (start, start + tensor.nbytes), start + tensor.nbytes
+            expected = start, start + tensor.nbytes
             if (found := entries[name]["data_offsets"]) != expected:
                 raise ValueError(f"{name} is at {found}, expected {expected} by its shape")
+            start += tensor.nbytes
         if begin + start != size:
             raise ValueError(f"{size:,} bytes, expected {begin + start:,} by its header")
 
@@ -144,8 +131,7 @@ def _read_at(file: FileIO, view: memoryview, start: int) -> None:
 def read_weight_map(path: Path) -> dict[str, str]:
     """Return an index's tensor name -> shard, whether that is there or not.
 
-    Raises GraftError for an index that is missing or damaged, and for a shard that is no file's
-    name: engines look in the folder alone.
+    Raises GraftError for a missing or damaged index, and a shard that is no file of the folder.
     """
     index = read_as(_Index, path, "a safetensors index", "fetch it again")
     for shard, name in {shard: name for name, shard in index.weight_map.items()}.items():
@@ -155,10 +141,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 
 def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
-    """Return tensor name -> shard of the names that start with `prefix`.
-
-    Raises GraftError as `read_weight_map`, and for a shard of theirs that is not there.
-    """
+    """Return the same of names that start with `prefix`; GraftError also for an absent shard."""
     listed = read_weight_map(folder / INDEX_NAME)
     weight_map = {name: shard for name, shard in listed.items() if name.startswith(prefix)}
     for shard in sorted(set(weight_map.values())):
@@ -178,8 +161,8 @@ def _by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
 def read_meta(folder: Path, prefix: str = "", *, complete: bool = False) -> dict[str, Tensor]:
     """Return meta tensors (shape and dtype, no values) of the names that start with `prefix`.
 
-    Raises GraftError for a truncated or corrupt shard and an entry whose shard lacks the tensor;
-    with `complete` also for a tensor that the index does not list.
+    Raises GraftError for broken shards, for a tensor that is listed and not there, and, with
+    `complete`, for one that is there and not listed.
     """
     weight_map, found = read_index(folder, prefix), dict[str, Tensor]()
     for shard, listed in _by_shard(weight_map).items():
@@ -214,23 +197,15 @@ def load_tensors(
     return {name: loaded[name] for name in wanted}
 
 
-def save_shard(tensors: Mapping[str, Tensor], path: Path, *, sync: bool = True) -> None:
+def save_shard(tensors: Tensors, path: Path, *, sync: bool = True) -> None:
     """Write one file with the bytes that safetensors writes, as `files.replacing` does."""
     stream_shard(tensors, tensors.items(), path, sync=sync)
 
 
 def stream_shard(
-    layout: Mapping[str, Tensor],
-    tensors: Iterable[tuple[str, Tensor]],
-    path: Path,
-    *,
-    sync: bool = True,
+    layout: Tensors, tensors: Iterable[tuple[str, Tensor]], path: Path, *, sync: bool = True
 ) -> None:
-    """Write the same with one tensor at a time in memory.
-
-    `layout` has the shape and dtype of every tensor (meta tensors will do); `tensors` yields each
-    of them once, in any order.
-    """
+    """Write the same one tensor at a time, in any order: those of `layout`, which may be meta."""
     with replacing(path, sync=sync) as file:
         starts = _write_header(layout, file)
         for name, tensor in tensors:
@@ -241,12 +216,10 @@ def stream_shard(
         assert not starts, f"{min(starts)}: laid out, but never given"
 
 
-def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int]:
+def _write_header(layout: Tensors, file: BinaryIO) -> dict[str, int]:
     """Write a safetensors header; return where in the file each tensor's values start."""
-    order = list(_DTYPES.values())
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts: dict[str, int] = {}
-    end = 0
+    order, starts, end = [*_DTYPES.values()], dict[str, int](), 0
     # Wide dtypes first, as the format's own writer does it: every value is aligned.
     for name in sorted(layout, key=lambda name: (order.index(layout[name].dtype), name)):
         starts[name], end = end, end + layout[name].nbytes
@@ -262,11 +235,8 @@ def _write_header(layout: Mapping[str, Tensor], file: BinaryIO) -> dict[str, int
 
 
 def write_index(
-    weight_map: Mapping[str, str],
-    total_size: int,
-    folder: Path,
-    metadata: Mapping[str, object] | None = None,
+    weights: Mapping[str, str], size: int, folder: Path, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Write the index of a checkpoint; call it last, when every shard is in place."""
-    known = {**(metadata or {}), "total_size": total_size}
-    write_json({"metadata": known, "weight_map": dict(weight_map)}, folder / INDEX_NAME)
+    known = {**(metadata or {}), "total_size": size}
+    write_json({"metadata": known, "weight_map": dict(weights)}, folder / INDEX_NAME)

@@ -20,9 +20,9 @@ from mtp_graft.cli.target import Result, Target, check_url
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, option, option_group
 
-if TYPE_CHECKING:  # the client need not be imported for `--help`
+if TYPE_CHECKING:  # `--help` need not wait for these
+    from mtp_graft.bench.decode import DecodeConfig
     from mtp_graft.serving.client import Prompt
-
 
 THINKING = option(False, None, "Let the model think before it answers.")
 
@@ -39,14 +39,16 @@ class Texts:
     ignore_eos: bool = option(True, None, "Go on after an end-of-sequence token.")
     temperature: float = option(0.0, "T", "0 is greedy; above, texts are not compared.", min=0.0)
 
-    def prompts(self) -> "list[Prompt]":
-        """Return the prompts of the file, or the tiny recipe's."""
+    def asked(self, rounds: int) -> "tuple[list[Prompt], DecodeConfig]":
+        """Return the prompts of the file, or the tiny recipe's, and how they are asked."""
+        from mtp_graft.bench.decode import DecodeConfig
         from mtp_graft.pipeline import find_bundled_recipe
         from mtp_graft.recipe import load_recipe
         from mtp_graft.stages.calibration import iterate_prompts
 
         source = self.prompt_file or load_recipe(find_bundled_recipe()).bench.prompts
-        return list(islice(iterate_prompts(str(source)), self.limit))
+        config = DecodeConfig(self.max_tokens, rounds, self.ignore_eos, self.temperature)
+        return list(islice(iterate_prompts(str(source)), self.limit)), config
 
 
 @bench.command("decode")
@@ -66,19 +68,12 @@ def bench_decode(
     With --against, both servers take turns (base, MTP, MTP, base, ...) and the ratio of their
     speeds comes with an interval.
     """
-    from mtp_graft.bench.decode import (
-        DecodeConfig,
-        decode_result,
-        measure_alternating,
-        measured,
-        serve_turn,
-    )
+    from mtp_graft.bench.decode import decode_result, measure_alternating, measured, serve_turn
 
     if against is None and pairs is not None:
         raise typer.BadParameter("--pairs needs --against")
     other = None if against is None else _other(target, against)
-    config = DecodeConfig(texts.max_tokens, rounds, texts.ignore_eos, texts.temperature)
-    prompts, k = texts.prompts(), target.num_drafts(k)
+    (prompts, config), k = texts.asked(rounds), target.num_drafts(k)
 
     def measure(folder: Path) -> Result:
         with progress_bar() as report:
@@ -98,12 +93,11 @@ def bench_decode(
 
 def _other(target: Target, against: str) -> Target:
     """Return the server to compare with; it is ours if the first one is."""
-    is_url = "://" in against
-    if is_url == (target.base_url is None):
+    if ("://" in against) == (target.base_url is None):
         raise typer.BadParameter(
             "compare a --checkpoint with a checkpoint, and a --base-url with an address"
         )
-    if is_url:
+    if target.base_url:
         return replace(target, base_url=check_url(against))
     return replace(target, checkpoint=Path(against))
 
@@ -161,13 +155,11 @@ def bench_sweep(
     requests: int = option(4, "N", "Requests of a point, times its concurrency.", min=1),
 ) -> None:
     """Measure speed with several requests at a time, by `vllm bench serve`."""
-    from mtp_graft.bench.decode import DecodeConfig
     from mtp_graft.bench.sweep import measure_sweep
 
     given: Sequence[int | None] = [None] if k is None else _numbers("--k", k, 0)
     loads, ks = _numbers("--concurrency", concurrency, 1), [*map(target.num_drafts, given)]
-    prompts = texts.prompts()
-    config = DecodeConfig(texts.max_tokens, requests, texts.ignore_eos, texts.temperature)
+    prompts, config = texts.asked(requests)
 
     def measure(folder: Path) -> Result:
         with progress_bar() as report:
@@ -276,9 +268,9 @@ def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose:
         concurrency: int = option(4, "N", "Questions asked at a time.", min=1),
         k: int | None = NUM_SPECULATIVE_TOKENS,
     ) -> None:
-        draw = {"limit": limit, "seed": seed}
-        ask = {"thinking": thinking, "max_tokens": max_tokens, "concurrency": concurrency}
-        result = _evaluate(name, target, data_dir, k, draw | ask)
+        settings = {"limit": limit, "seed": seed, "thinking": thinking, "max_tokens": max_tokens}
+        settings["concurrency"] = concurrency
+        result = _evaluate(name, target, data_dir, k, settings)
         columns = ("benchmark", "score", "interval", "correct", "total", "kinds")
         show(result, target.json_file, table([result], *columns))
 

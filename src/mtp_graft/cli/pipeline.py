@@ -63,8 +63,7 @@ def demo(
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Run the whole pipeline on the bundled tiny model."""
-    only = start = None
-    run_command(find_bundled_recipe(), run, overrides, only, start, dry_run, json_file)
+    run_command(find_bundled_recipe(), run, overrides, None, None, dry_run, json_file)
 
 
 @app.command("run")
@@ -138,7 +137,8 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
     parts += [f"served, {line}" for line in drafting_lines(result)]
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
-        speeds = f"base {base:.1f} tok/s, with MTP {mtp:.1f} tok/s ({mtp / base:.2f} times)"
+        with_head = "with DSpark" if result["drafter"] == "dspark" else "with MTP"
+        speeds = f"base {base:.1f} tok/s, {with_head} {mtp:.1f} tok/s ({mtp / base:.2f} times)"
         parts += [f"decode: {speeds}", f"greedy text: {same_text(result)}"]
     paths = {what: result[what] for what in ("checkpoint", "report") if result[what] is not None}
     return [*parts, *(f"{what}: {path}" for what, path in paths.items() if Path(path).exists())]

@@ -1,7 +1,4 @@
-"""What shapes and memory are computed from in a DeepSeek-V4 config.json, and what vLLM stops at.
-
-Kinds of layers are in DeepSeek's keys or, without those, in transformers' (`..._types`).
-"""
+"""What is read of a DeepSeek-V4 config.json: DeepSeek's keys, or transformers' (`..._types`)."""
 
 import reprlib
 from collections.abc import Mapping
@@ -11,8 +8,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from mtp_graft.errors import GraftError
 
-#: No larger than a model could be: shapes are enumerated, so 10^9 experts would take all memory,
-#: and multiplied, four sizes at most, in 64 bits.
+#: No larger than a model's: shapes are enumerated, and multiplied, four sizes at most, in 64 bits.
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Number = Annotated[int, Field(ge=1, le=2**9)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -32,14 +28,10 @@ class _Rope(BaseModel, strict=True):
 
 
 class Dimensions(BaseModel, strict=True):
-    """The keys without which neither tensors nor memory are known, and others that vLLM reads.
-
-    Without `architectures` it takes the model for one of embeddings, without `topk_method` it has
-    no room for the routers' biases.
-    """
+    """The keys without which neither tensors nor memory are known, and others that vLLM reads."""
 
     architectures: Annotated[list[Literal["DeepseekV4ForCausalLM"]], Field(min_length=1)]
-    topk_method: Literal["noaux_tc"]
+    topk_method: Literal["noaux_tc"]  # without it vLLM has no room for the routers' biases
     hidden_act: Literal["silu"] = "silu"
     vision_n_layers: Literal[0] = 0
     num_hidden_layers: Annotated[int, Field(ge=1, le=2**7)]
@@ -87,12 +79,9 @@ class DSparkDimensions(Dimensions):
 
 
 def num_stages(config: Mapping[str, Any]) -> int:
-    """Return how many stages the DSpark drafter has that a config.json describes; 0 for MTP's.
-
-    `n_mtp_layers` is vLLM's key, whose default is 3; `num_nextn_predict_layers` plays no part.
-    """
+    """Return how many stages the DSpark drafter has that a config.json describes; 0 for MTP's."""
     is_dspark = config.get("dspark_block_size") is not None
-    return (config.get("n_mtp_layers") or 3) if is_dspark else 0
+    return (config.get("n_mtp_layers") or 3) if is_dspark else 0  # 3 is vLLM's default
 
 
 Schema = TypeVar("Schema", bound=Dimensions)
@@ -136,10 +125,7 @@ def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
 
 
 def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
-    """Return what a vLLM stops at: 0.32 reads all of DeepSeek's keys alone, 0.33 transformers' too.
-
-    Of absent keys 0.33 takes transformers' values, which are the Flash model's.
-    """
+    """Return what vLLM 0.32 stops at: it reads DeepSeek's keys alone, and needs all of them."""
     if release >= (0, 33):
         return ""
     kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]

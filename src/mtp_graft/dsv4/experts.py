@@ -30,10 +30,7 @@ class RoutedTokens:
     def __init__(
         self, x: Tensor, experts: Tensor, num_experts: int, weights: Tensor | None = None
     ) -> None:
-        """Sort the tokens `x` [N, D] by the `experts` [N, K] that the router chose for them.
-
-        `weights` [N, K] are the experts' in the sum of their outputs, if they are to count.
-        """
+        """Sort tokens `x` [N, D] by their `experts` [N, K]; `weights` [N, K] count if given."""
         self.x = x
         by_expert = experts.flatten().long().argsort(stable=True)
         self.counts: list[int] = experts.flatten().bincount(minlength=num_experts).tolist()
@@ -42,9 +39,9 @@ class RoutedTokens:
         self._weights = weighed.expand(len(by_expert)).split(self.counts)
 
     def of_expert(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the tokens [T, D] that reach an expert in their order, a few thousand at a time.
+        """Yield the tokens [T, D] that reach an expert, or all if none does, with weights [T].
 
-        With them come their weights [T]. All tokens are yielded for an expert that none reached.
+        They come in their order, a few thousand at a time.
         """
         if not self.counts[expert]:
             yield from ((some, torch.ones(len(some))) for some in self.x.split(_TOKENS))
@@ -59,8 +56,7 @@ def expert_hessians(
     """Return the Hessian f32 [E, I, I] of each matrix's inputs, by "w1", "w2", "w3".
 
     `tokens` are each expert's, in parts [T, D], each with the routing weights [T] that w2's error
-    counts with; `weights` are the originals w1, w3 [E, M, D] and
-    w2 [E, D, M]; `limit` is the model's `swiglu_limit`.
+    counts with; `weights` are the originals, w1 and w3 [E, M, D]; `limit` is `swiglu_limit`.
     """
     w1, w3 = weights["w1"], weights["w3"]
     num_experts, inner, hidden = w1.shape

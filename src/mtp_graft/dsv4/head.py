@@ -27,9 +27,8 @@ _WINDOWED = "mtp_graft_windowed"
 def one_layer_config(config: DeepseekV4Config, attention: str = _WINDOWED) -> DeepseekV4Config:
     """Return the config under which transformers builds a drafter's layer.
 
-    It is one pure sliding-window layer with scored routing, at index 0: its real index,
-    `num_hidden_layers` or more, is beyond what transformers' per-layer lists cover. `attention` is
-    the name of its function there.
+    It is one pure sliding-window layer with scored routing, at index 0: its real index is beyond
+    what transformers' per-layer lists cover. `attention` is the name of its function there.
     """
     head = copy.deepcopy(config)
     head.num_hidden_layers = 1

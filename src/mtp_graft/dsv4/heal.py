@@ -107,8 +107,8 @@ def distance(
 ) -> Tensor:
     """Return the mean distance of the drafts from what the base says, over the steps of a batch.
 
-    `losses` are weights of LOSSES; `weights` are those of a step's drafts, one for each. With
-    `recompute` the backward pass computes the head's activations again, a draft at a time.
+    `losses` are weights of LOSSES, `weights` those of a step's drafts. With `recompute` the
+    backward pass computes the head's activations again, a draft at a time.
     """
     total = torch.zeros((), device=batch.residual.device)
     drafts = _drafts(head, batch, len(weights), recompute)

@@ -1,11 +1,10 @@
-"""Tensor names and shapes: which tensors base and head have, by the model's config.
+"""Names and shapes of a model's tensors: names are DeepSeek's, translated from transformers'."""
 
-DeepSeek's names (`layers.N.attn.wq_a.weight`, `mtp.0.e_proj.weight`, ...) are used everywhere here,
-and are translated from transformers', which its modules have.
-"""
-
+import math
 import re
+import tomllib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,41 +40,17 @@ EXPERT = re.compile(r"^.+\.ffn\.experts\.\d+\.w[123](\.weight)?$")
 #: Parameters that lose routing or mixing precision in BF16 and stay in float32.
 FLOAT32 = re.compile(r"(\.|^)(hc_\w+|attn_sink|ape)$|\.gate\.bias$")
 
-# (transformers, DeepSeek), applied in this order to the dotted name.
-_RENAMES = (
-    (r"^model\.", ""),
-    (r"^embed_tokens\.", "embed."),
-    (r"^lm_head\.", "head."),
-    (r"\.self_attn\.compressor\.indexer\.scorer\.weights_proj\.", ".attn.indexer.weights_proj."),
-    (r"\.self_attn\.compressor\.indexer\.q_b_proj\.", ".attn.indexer.wq_b."),
-    (r"\.self_attn\.compressor\.indexer\.", ".attn.indexer.compressor."),
-    (r"\.self_attn\.", ".attn."),
-    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
-    (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
-    (r"\.position_bias$", ".ape"),
-    (r"\.([qo])_([ab])_proj\.", r".w\1_\2."),
-    (r"\.q_a_norm\.", ".q_norm."),
-    (r"\.kv_proj\.", ".wkv."),
-    (r"\.sinks$", ".attn_sink"),
-    (r"\.mlp\.", ".ffn."),
-    (r"\.e_score_correction_bias$", ".bias"),
-    (r"experts(\.\d+)?\.gate_proj\.", r"experts\1.w1."),
-    (r"experts(\.\d+)?\.up_proj\.", r"experts\1.w3."),
-    (r"experts(\.\d+)?\.down_proj\.", r"experts\1.w2."),
-    (r"\.input_layernorm\.", ".attn_norm."),
-    (r"\.post_attention_layernorm\.", ".ffn_norm."),
-    (r"\.(attn|ffn)_hc\.(\w+)$", r".hc_\1_\2"),
-    (r"(^|\.)hc_head\.hc_(\w+)$", r"\1hc_head_\2"),
-)
+_DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 #: A stage's parameters in an `MTPHead`, which has one, and in a `DSpark`.
 OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
-_RENAMED = re.compile("|".join(pattern for pattern, _ in _RENAMES))
+_RENAMED = re.compile("|".join(pattern for pattern, _ in _DATA["renames"]))
 
 
 def from_transformers(name: str) -> str:
     """Return DeepSeek's name for a transformers `deepseek_v4` parameter (fused experts apart)."""
-    for pattern, target in _RENAMES if _RENAMED.search(name) else ():  # most names of a base are
-        name = re.sub(pattern, target, name)
+    if _RENAMED.search(name):  # most names of a base are DeepSeek's
+        for pattern, target in _DATA["renames"]:
+            name = re.sub(pattern, target, name)
     return name
 
 
@@ -97,14 +72,11 @@ def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def head_from_module(state: Mapping[str, Tensor], stages: int = 1) -> dict[str, Tensor]:
-    """Rename the state dict of an `MTPHead`, or of a `DSpark` of `stages`, to `mtp.*`.
-
-    Experts are split. What leads into the first stage is its, what leads out is the last one's.
-    """
+    """Rename the state dict of an `MTPHead`, or of a `DSpark` of `stages`, to `mtp.*`, split."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         of_stage = OF_STAGE.match(name)
-        block = 0 if name.startswith("main_") else stages - 1
+        block = 0 if name.startswith("main_") else stages - 1  # what leads in, and what leads out
         if of_stage and of_stage[1]:
             block = int(of_stage[1])
         # A leading dot lets the layer patterns match at the start of the name.
@@ -143,8 +115,7 @@ def find_drafter(found: Iterable[str], where: object) -> Drafter:
 def served_as(module: str, num_layers: int) -> str:
     """Return the name by which vLLM asks for the scheme of one of a drafter's modules.
 
-    Its blocks are layers after the base's `num_layers`. DSpark's `wkv` is asked for a second time,
-    those of all stages as `model.context_wkv_proj`.
+    DSpark's `wkv` is asked for a second time, those of all stages as `model.context_wkv_proj`.
     """
     _, block, name = module.split(".", 2)
     within = "" if name == "main_proj" else f"layers.{num_layers + int(block)}."
@@ -158,39 +129,29 @@ def storage_dtype(name: str) -> torch.dtype:
     return torch.float32 if FLOAT32.search(name) else torch.bfloat16
 
 
-# Decoded shapes: of one decoder layer and what goes around it; base and head are put together
+# Shapes of decoded tensors
 
 
 def head_shapes(config: Mapping[str, Any]) -> Shapes:
     """Return the shape of every decoded tensor of the drafter that config.json describes.
 
-    MTP's has 797 for Flash. Raises GraftError if the config lacks one of the dimensions.
+    MTP's has 797 for Flash, DSpark's 2,376. Raises GraftError if the config lacks a dimension.
     """
     if stages := num_stages(config):
         return dspark_shapes(config, stages)
-    c = check_dimensions(config)
-    size = c.hidden_size
-    projections: Shapes = {"e_proj.weight": (size, size), "h_proj.weight": (size, size)}
-    norms: Shapes = {"enorm.weight": (size,), "hnorm.weight": (size,)}
-    head = projections | norms | _output(c) | _layer(c)
+    sizes = _sizes(check_dimensions(config))
+    head = _shapes("mtp", sizes) | _shapes("output", sizes) | _layer(sizes)
     return {HEAD_PREFIX + name: shape for name, shape in head.items()}
 
 
 def dspark_shapes(config: Mapping[str, Any], stages: int) -> Shapes:
-    """Return the shape of every decoded tensor of a DSpark drafter: 2,376 of them for Flash.
-
-    `config` has upstream's `dspark_*` keys. Raises GraftError if it lacks one of the dimensions.
-    """
+    """Return those of a DSpark drafter; `config` has upstream's `dspark_*` keys."""
     c = check_keys(DSparkDimensions, config)
-    size, rank, taps = c.hidden_size, c.dspark_markov_rank, len(c.dspark_target_layer_ids)
-    into: Shapes = {"main_proj.weight": (size, taps * size), "main_norm.weight": (size,)}
-    out = _output(c) | {
-        "markov_head.markov_w1.weight": (c.vocab_size, rank),
-        "markov_head.markov_w2.weight": (c.vocab_size, rank),
-        "confidence_head.proj.weight": (1, size + rank),
-    }
-    blocks = [_layer(c) for _ in range(stages)]
-    blocks[0], blocks[-1] = into | blocks[0], blocks[-1] | out
+    taps, confidence = len(c.dspark_target_layer_ids), c.hidden_size + c.dspark_markov_rank
+    sizes = _sizes(c) | {"taps": taps, "confidence": confidence}
+    blocks = [_layer(sizes) for _ in range(stages)]
+    blocks[0] |= _shapes("dspark", sizes)
+    blocks[-1] |= _shapes("output", sizes) | _shapes("dspark_output", sizes)
     return {f"mtp.{s}.{name}": shape for s, b in enumerate(blocks) for name, shape in b.items()}
 
 
@@ -200,14 +161,13 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
     The first `num_hash_layers` route by a table instead of a bias. Raises GraftError if the config
     lacks a dimension.
     """
-    c = check_dimensions(config)
-    vocabulary = (c.vocab_size, c.hidden_size)
-    shapes: Shapes = {"embed.weight": vocabulary, "head.weight": vocabulary} | _output(c)
-    ratios, num_hashed = compress_ratios(config) or [], c.num_hash_layers
+    sizes = _sizes(c := check_dimensions(config))
+    shapes = _shapes("vocabulary", sizes) | _shapes("output", sizes)
+    ratios, num_hashed, plain = compress_ratios(config) or [], c.num_hash_layers, _layer(sizes)
     if num_hashed is None:
         num_hashed = (c.mlp_layer_types or []).count("hash_moe")
     for n in range(c.num_hidden_layers):
-        layer = _layer(c) | _compression(c, ratios[n] if n < len(ratios) else 0)
+        layer = plain | _compression(sizes, ratios[n] if n < len(ratios) else 0)
         if n < num_hashed:
             del layer["ffn.gate.bias"]
             layer["ffn.gate.tid2eid"] = (c.vocab_size, c.num_experts_per_tok)
@@ -215,61 +175,36 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
     return shapes
 
 
-def _output(c: Dimensions) -> Shapes:
-    """Return what leads from the hyper-connection streams to the LM head."""
-    streams, size = c.hc_mult, c.hidden_size
+def _sizes(c: Dimensions) -> dict[str, Any]:
+    """Return the config's keys, and what else shapes are made of."""
+    heads_of_group = c.num_attention_heads * c.head_dim // c.o_groups
+    mixes = (2 + c.hc_mult) * c.hc_mult  # of hyper-connections: streams in, streams out, both
+    return {**c.model_dump(), "heads_of_group": heads_of_group, "mixes": mixes, "1": 1, "3": 3}
+
+
+def _shapes(table: str, sizes: Mapping[str, Any], prefix: str = "") -> Shapes:
     return {
-        "norm.weight": (size,),
-        "hc_head_fn": (streams, streams * size),
-        "hc_head_base": (streams,),
-        "hc_head_scale": (1,),
+        prefix + name: tuple(math.prod(map(sizes.__getitem__, each.split("*"))) for each in shape)
+        for name, shape in _DATA[table].items()
     }
 
 
-def _layer(c: Dimensions) -> Shapes:
+def _layer(sizes: Mapping[str, Any]) -> Shapes:
     """Return a layer without compression: attention, feed-forward, and what leads in and out."""
-    size, streams, num_experts = c.hidden_size, c.hc_mult, c.n_routed_experts
-    heads, low_rank = c.num_attention_heads * c.head_dim, c.o_groups * c.o_lora_rank
-    shapes: Shapes = {
-        "attn.attn_sink": (c.num_attention_heads,),
-        "attn.q_norm.weight": (c.q_lora_rank,),
-        "attn.kv_norm.weight": (c.head_dim,),
-        "attn.wq_a.weight": (c.q_lora_rank, size),
-        "attn.wq_b.weight": (heads, c.q_lora_rank),
-        "attn.wkv.weight": (c.head_dim, size),
-        "attn.wo_a.weight": (low_rank, heads // c.o_groups),
-        "attn.wo_b.weight": (size, low_rank),
-        "ffn.gate.weight": (num_experts, size),
-        "ffn.gate.bias": (num_experts,),
-    }
-    widths = {f"experts.{e}": c.moe_intermediate_size for e in range(num_experts)}
-    widths["shared_experts"] = c.moe_intermediate_size * c.n_shared_experts
-    for name, width in widths.items():
-        shapes[f"ffn.{name}.w1.weight"] = (width, size)
-        shapes[f"ffn.{name}.w2.weight"] = (size, width)
-        shapes[f"ffn.{name}.w3.weight"] = (width, size)
-    mixes = (2 + streams) * streams  # of hyper-connections: streams in, streams out, both
-    for block in ("attn", "ffn"):
-        shapes[f"{block}_norm.weight"] = (size,)
-        shapes[f"hc_{block}_fn"] = (mixes, streams * size)
-        shapes[f"hc_{block}_base"] = (mixes,)
-        shapes[f"hc_{block}_scale"] = (3,)
-    return shapes
+    shapes, numbers = _shapes("layer", sizes), range(sizes["n_routed_experts"])
+    expert = _shapes("expert", sizes).items()
+    return shapes | {f"ffn.experts.{e}.{name}": shape for e in numbers for name, shape in expert}
 
 
-def _compression(c: Dimensions, ratio: int) -> Shapes:
+def _compression(sizes: Mapping[str, Any], ratio: int) -> Shapes:
     """Return the compressor of a layer's keys and, at ratio 4, the indexer with its own."""
     if ratio <= 1:
         return {}
-    shapes, widths, overlap = Shapes(), {"attn.": c.head_dim}, 1
+    shapes, widths, overlap = Shapes(), {"attn.": sizes["head_dim"]}, 1
     if ratio == 4:
-        widths["attn.indexer."], overlap = c.index_head_dim, 2  # windows overlap by half
-        indexed = c.index_n_heads * c.index_head_dim
-        shapes["attn.indexer.weights_proj.weight"] = (c.index_n_heads, c.hidden_size)
-        shapes["attn.indexer.wq_b.weight"] = (indexed, c.q_lora_rank)
+        widths["attn.indexer."], overlap = sizes["index_head_dim"], 2  # windows overlap by half
+        shapes = _shapes("indexer", sizes, "attn.indexer.")
     for prefix, width in widths.items():
-        shapes[f"{prefix}compressor.ape"] = (ratio, overlap * width)
-        shapes[f"{prefix}compressor.norm.weight"] = (width,)
-        shapes[f"{prefix}compressor.wgate.weight"] = (overlap * width, c.hidden_size)
-        shapes[f"{prefix}compressor.wkv.weight"] = (overlap * width, c.hidden_size)
+        own = {**sizes, "ratio": ratio, "overlap": overlap, "width": width}
+        shapes |= _shapes("compressor", own, f"{prefix}compressor.")
     return shapes

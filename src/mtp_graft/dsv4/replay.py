@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens of each, R = T - 1 that the head reads (the last h
 whose embedding it could read), S streams, D hidden size, K experts a token, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from mtp_graft.errors import GraftError
 #: Anchors whose blocks are in memory at once.
 _ANCHORS = 512
 Module = TypeVar("Module", MTPHead, DSpark)
+Weights = Mapping[str, Tensor]  # decoded, by name
 
 
 class RoutingRecorder(nn.Module):
@@ -45,16 +46,11 @@ def model_config(settings: Mapping[str, Any]) -> DeepseekV4Config:
 
 
 def build_head(
-    config: DeepseekV4Config,
-    tensors: Mapping[str, Tensor],
-    *,
-    with_experts: bool = True,
-    device: str = "cpu",
+    config: DeepseekV4Config, tensors: Weights, *, with_experts: bool = True, device: str = "cpu"
 ) -> MTPHead:
-    """Return the head with decoded `mtp.*` weights, as `variants.decode_head` gives them.
+    """Return the head with all decoded `mtp.*` weights, as `variants.decode_head` gives them.
 
-    They are all of them, of the right shapes. Without experts, a `RoutingRecorder` takes their
-    place.
+    Without experts, a `RoutingRecorder` takes their place.
     """
     with torch.device("meta"):  # the weights are given: none is initialized
         head = MTPHead(config).eval()
@@ -65,7 +61,7 @@ def build_head(
 
 def build_dspark(
     config: DeepseekV4Config,
-    tensors: Mapping[str, Tensor],
+    tensors: Weights,
     stages: int,
     *,
     recorded: int | None = None,
@@ -78,16 +74,15 @@ def build_dspark(
     """
     with torch.device("meta"):
         drafter = DSpark(config, stages).eval()
-    later: Iterable[Any] = () if recorded is None else drafter.stages[recorded:]
-    for stage in later:
-        stage.mlp.experts = RoutingRecorder()
-    _fill(drafter, config, tensors, stages, device, experts=recorded is None)
-    drafter.stages = drafter.stages[: None if recorded is None else recorded + 1]
-    return drafter
+    if recorded is not None:
+        drafter.stages = drafter.stages[: recorded + 1]
+        last: Any = drafter.stages[-1]
+        last.mlp.experts = RoutingRecorder()
+    return _fill(drafter, config, tensors, stages, device, experts=recorded is None)
 
 
 def build_drafter(
-    config: DeepseekV4Config, tensors: Mapping[str, Tensor], stages: int, *, device: str = "cpu"
+    config: DeepseekV4Config, tensors: Weights, stages: int, *, device: str = "cpu"
 ) -> MTPHead | DSpark:
     """Return whichever it is: a head for no `stages`."""
     if stages:
@@ -98,7 +93,7 @@ def build_drafter(
 def _fill(
     module: Module,
     config: DeepseekV4Config,
-    tensors: Mapping[str, Tensor],
+    tensors: Weights,
     stages: int,
     device: str,
     experts: bool = True,
@@ -121,10 +116,9 @@ def replay_routing(
     `head` was built without experts; `residual` [T, S, D] and `embeds` [T, D] are those of the
     tokens themselves. Raises GraftError if the head gives values that are not finite.
     """
-    recorder = head.layer.mlp.experts
-    assert isinstance(recorder, RoutingRecorder)
     next(unroll(head, residual[None], embeds[None], 1))
-    return recorder.routed
+    routed: tuple[Tensor, Tensor, Tensor] = head.layer.mlp.experts.routed
+    return routed
 
 
 @torch.inference_mode()
@@ -165,12 +159,16 @@ def unroll(
         given = stream, following, positions + draft, *keys
         stream, key = checkpoint(step, *given, use_reentrant=False) if recompute else step(*given)
         keys.append(key)
-        if not torch.isfinite(stream).all():
-            raise GraftError(
-                "mtp.0: gives values that are not finite on a captured residual that is; check "
-                "that upstream and base are of the same model, or fetch the head again"
-            )
+        _expect_finite(stream, "mtp.0: gives", "a captured residual that is", "the head")
         yield stream
+
+
+def _expect_finite(found: Tensor, who: str, given: str, what: str) -> None:
+    if not torch.isfinite(found).all():
+        raise GraftError(
+            f"{who} values that are not finite on {given}; check that upstream and base are of the "
+            f"same model, or fetch {what} again"
+        )
 
 
 # DSpark: a block of rows after each anchor
@@ -186,11 +184,10 @@ def replay_blocks(
     start: int,
     k: int,
 ) -> Tensor:
-    """Return the k drafts int64 [T - start, k] after each token from `start` on.
+    """Return the k drafts int64 [T - start, k] after each token from `start` on, in blocks of k.
 
-    Each block has k rows, as a server that drafts k tokens asks for it. `taps` [T, L, D] are those
-    of the tokens themselves, `embed` and `lm_head` [V, D] the base's. Raises GraftError as
-    `replay_routing`.
+    `taps` [T, L, D] are those of the tokens themselves, `embed` and `lm_head` [V, D] the base's.
+    Raises GraftError as `replay_routing`.
     """
     given = _blocks(drafter, taps, token_ids, embed, torch.arange(start, len(taps)), k)
     ids = token_ids.to(lm_head.device)
@@ -222,9 +219,5 @@ def _blocks(
         tokens = block_tokens(token_ids[some], drafter.noise, rows)
         at = some.to(like.device)
         hidden = drafter(embed[tokens.to(embed.device)].to(like), context, at, at)
-        if not torch.isfinite(hidden).all():
-            raise GraftError(
-                "mtp: the DSpark drafter gives values that are not finite on captured taps that "
-                "are; check that upstream and base are of the same model, or fetch it again"
-            )
+        _expect_finite(hidden, "mtp: the DSpark drafter gives", "captured taps that are", "it")
         yield at, hidden

@@ -41,17 +41,15 @@ def store_head(
 ) -> dict[str, Tensor]:
     """Return the stored `mtp.*` tensors of `variant`, from upstream's or some modules of them.
 
-    Routed experts become what `variant` says. FP8 modules keep their codes or are decoded to BF16
-    (exact), as `linears` says. Everything else stays as it is. Raises GraftError for parts that
-    are missing or do not fit each other, and for a gptq expert that is not in `gptq_experts`.
+    Routed experts become what `variant` says. FP8 modules keep their codes or are decoded to BF16,
+    as `linears` says. All else stays as it is. Raises GraftError for parts that are missing or do
+    not fit each other, and for a gptq expert that is not in `gptq_experts`.
     """
     stored: dict[str, Tensor] = {}
     for module, kind, parts in _modules(upstream, group_size):
-        expected = ("mxfp4",) if EXPERT.match(module) else ("fp8", "plain")
-        if kind not in expected:
-            raise GraftError(
-                f"{module}: is {kind}, not {' or '.join(expected)}; take DeepSeek's head"
-            )
+        expected = "mxfp4" if EXPERT.match(module) else "fp8 or plain"
+        if kind not in expected.split(" or "):
+            raise GraftError(f"{module}: is {kind}, not {expected}; take DeepSeek's head")
         kept = parts
         if kind == "mxfp4":
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
@@ -62,10 +60,7 @@ def store_head(
 
 
 def decode_head(stored: Mapping[str, Tensor], *, group_size: int = 128) -> dict[str, Tensor]:
-    """Return float32 tensors under plain names, from upstream's or any variant's.
-
-    Raises GraftError for parts that do not fit each other.
-    """
+    """Return float32 tensors under plain names, from upstream's or any variant's, or raise so."""
     return {
         module if "" in parts else f"{module}.weight": decode(kind, parts)
         for module, kind, parts in _modules(stored, group_size)
@@ -162,9 +157,8 @@ def _expect_finite(module: str, parts: Parts) -> None:
     for part, tensor in parts.items():
         is_exponent = part == "weight_scale" and tensor.dtype == torch.uint8
         values = tensor.view(torch.float8_e8m0fnu) if is_exponent else tensor
-        if values.is_meta or not values.is_floating_point():
-            continue
-        if not torch.stack(values.float().aminmax()).isfinite().all():
+        has_values = values.is_floating_point() and not values.is_meta
+        if has_values and not torch.stack(values.float().aminmax()).isfinite().all():
             what = "a scale" if "scale" in part else "a value"
             raise GraftError(f"{module}: has {what} that is not finite; fetch the shard again")
 
@@ -236,23 +230,20 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> 
     -1), 32 inputs (MXFP4) or a block of 128 x 128 (FP8). Anything but a matrix is plain.
     """
     parts: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"": (storage_dtype(name), shape)}
-    if kind != "plain" and len(shape) == 2:
-        outputs, inputs = shape
-        groups = inputs // group_size if group_size > 0 else 1
-        bits = int(kind[3]) if kind.startswith("int") else 4
-        parts = {
-            "_packed": (torch.int32, (outputs, inputs * bits // 32)),
-            "_scale": (torch.bfloat16, (outputs, groups)),
-            "_shape": (torch.int64, (2,)),
-        }
+    outputs, inputs = shape if len(shape) == 2 else (0, 0)
+    if outputs and kind == "fp8":
+        blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
+        parts = {"": (torch.float8_e4m3fn, shape), "_scale": (torch.bfloat16, blocks)}
+    elif outputs and kind == "mxfp4":
+        codes, scale = (outputs, inputs // 2), (outputs, inputs // MXFP4_GROUP)
+        parts = {"_packed": (torch.uint8, codes), "_scale": (torch.uint8, scale)}
+    elif outputs and kind != "plain":
+        groups, bits = inputs // group_size if group_size > 0 else 1, int(kind[3])
+        codes, scale = (outputs, inputs * bits // 32), (outputs, groups)
+        parts = {"_packed": (torch.int32, codes), "_scale": (torch.bfloat16, scale)}
+        parts["_shape"] = (torch.int64, (2,))
         if kind.endswith("-asymmetric"):
             parts["_zero_point"] = (torch.int32, (-(-outputs * bits // 32), groups))
-        if kind == "mxfp4":
-            codes, scale = (outputs, inputs // 2), (outputs, inputs // MXFP4_GROUP)
-            parts = {"_packed": (torch.uint8, codes), "_scale": (torch.uint8, scale)}
-        if kind == "fp8":
-            blocks = tuple(-(-size // FP8_BLOCK) for size in shape)
-            parts = {"": (torch.float8_e4m3fn, shape), "_scale": (torch.bfloat16, blocks)}
     return {
         f"{name}{part}": torch.empty(size, dtype=dtype, device="meta")
         for part, (dtype, size) in parts.items()

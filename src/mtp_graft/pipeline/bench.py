@@ -60,7 +60,7 @@ def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient
         if note not in run.adjusted:
             run.adjusted.append(note)
             print(f"serving: {note}", file=sys.stderr, flush=True)
-    with managed_server(options, server_log(run, name), run.report) as client:
+    with managed_server(options, server_log(run, name), run.progress) as client:
         yield client
 
 
@@ -101,7 +101,7 @@ def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict
         with server as client:
             longest = run.recipe.capture.max_model_len - wanted.max_tokens
             prompts, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
-            asked = prompts, _config(run), run.report, "base: decode"
+            asked = prompts, _config(run), run.progress, "base: decode"
             return measure_turn(client, *asked, with_margins=True)
 
     return measured(run.path / "bench", "base", measure)
@@ -136,9 +136,9 @@ def _measure_head(
     texts = [t for t in read_texts(run.path / "capture") if t.split == EVALUATION]
     texts = texts[: run.recipe.bench.acceptance_count]
     limits = capture.new_tokens, capture.concurrency
-    served = measure_acceptance(client, texts, *limits, run.report, label)
+    served = measure_acceptance(client, texts, *limits, run.progress, label)
     if variant == run.recipe.splice.variant:
-        found = measure_turn(client, prompts, _config(run), run.report, "MTP: decode")
+        found = measure_turn(client, prompts, _config(run), run.progress, "MTP: decode")
         run.keep("bench/mtp", found | {"adjusted": run.adjusted})
     run.keep(f"bench/served-{variant}", served | {"head": _head(run, variant)})
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from mtp_graft.checkpoint.files import write_json
@@ -23,17 +24,13 @@ from mtp_graft.stages.inputs import HEALED, Progress
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Make the run folder and keep others out of it inside the block.
-
-    Raises GraftError if it cannot be made, or if another process works in it.
-    """
+    """Make the run folder and keep others out of it inside the block; GraftError if it cannot."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
     except OSError as error:
-        raise GraftError(
-            f"{path}: cannot be a run folder ({error.strerror}); use another --run"
-        ) from error
+        problem = f"cannot be a run folder ({error.strerror}); use another --run"
+        raise GraftError(f"{path}: {problem}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -51,6 +48,8 @@ class Run:
     stages: Sequence[str] = STAGES
     report: Progress = lambda _label, _done, _total: None
     adjusted: list[str] = field(default_factory=list)  # what the hardware made of servers' options
+    _timed: tuple[str | None, float] = None, 0.0  # the stage in work, and since when
+    _lock: Lock = field(default_factory=Lock)  # downloads report from threads
 
     def __post_init__(self) -> None:
         if self.recipe.heal is None:
@@ -66,7 +65,7 @@ class Run:
     @cached_property
     def models(self) -> FetchedModels:
         """The folders of base and upstream, fetched if they are on the hub."""
-        return fetch(self.recipe.model, self.path / "fetch", self.report)
+        return fetch(self.recipe.model, self.path / "fetch", self.progress)
 
     @cached_property
     def capture(self) -> CaptureSection:
@@ -113,16 +112,31 @@ class Run:
             self.seconds.pop(stage, None)
         self.keep("run", {"seconds": self.seconds})
 
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Report progress, and keep the time so far: a killed call's counts, too."""
+        stage, since = self._timed
+        if time.perf_counter() - since > 1:
+            self._time(stage)
+        self.report(label, done, total)
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Add the time inside to what earlier calls spent on the stage.
 
         Time that another stage takes inside is that one's alone.
         """
-        started, before = time.perf_counter(), sum(self.seconds.values())
+        outer = self._time(stage)
         try:
             yield
         finally:
-            spent = time.perf_counter() - started - (sum(self.seconds.values()) - before)
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
-            self.keep("run", {"seconds": self.seconds})
+            self._time(outer)
+
+    def _time(self, stage: str | None) -> str | None:
+        """Count the time from now on as the stage's; return the one that had it so far."""
+        with self._lock:
+            (before, since), now = self._timed, time.perf_counter()
+            self._timed = stage, now
+            if before is not None:
+                self.seconds[before] = self.seconds.get(before, 0.0) + now - since
+                self.keep("run", {"seconds": self.seconds})
+        return before

@@ -89,7 +89,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     if recipe.heal is not None:
         check_healable(upstream.given, heads["mxfp4"])
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
-    experts = read_quantization(base.config).group_size([given[0].num_layers], "int4")
+    experts = read_quantization(base.config, file).group_size([given[0].num_layers], "int4")
     if group != experts:
         expected = f"{experts} as in the experts of {base.given}"
         raise GraftError(f"quantize.group_size is {group}, expected {expected}")

@@ -17,7 +17,7 @@ from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.pipeline import STAGES, bench
 from mtp_graft.pipeline.folder import Run, locked
 from mtp_graft.pipeline.plan import check_prompts, check_run
-from mtp_graft.recipe import Device, Recipe
+from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.capture import capture, recording_options
@@ -43,8 +43,7 @@ def run_pipeline(
     """Run `stages` of `recipe` in the run folder; return the `run` command's JSON.
 
     What finished earlier is kept, unless `again` asks to remove the named stages' folders first.
-    Raises GraftError if a stage fails, if an earlier one that it needs has not been run, or if
-    another process works in the folder.
+    Raises GraftError if a stage fails, needs an earlier one, or if another process works there.
     """
     with locked(folder):
         run = Run(recipe, folder, stages, report)
@@ -54,18 +53,14 @@ def run_pipeline(
             with run.timed(stage):
                 inputs = _DO[stage](run)
             if inputs is not None:
-                section = getattr(recipe, stage, None)
-                config = asdict(section) if section else {}
+                config = asdict(recipe).get(stage, {})
                 made = device_name(), run.seconds[stage]
                 write_manifest(folder / stage, stage, config, inputs, *made)
         return summarize(run)
 
 
 def run_stage(recipe: Recipe, folder: Path, stage: str, report: Progress) -> dict[str, Any]:
-    """Run one stage of `recipe` in the run folder; return the stage's own JSON.
-
-    Raises GraftError as `run_pipeline` does.
-    """
+    """Run one stage of `recipe` as `run_pipeline` does; return the stage's own JSON."""
     run_pipeline(recipe, folder, report, [stage])
     run, chosen = Run(recipe, folder), recipe.splice.variant
     if stage == "splice":
@@ -97,7 +92,7 @@ def _capture(run: Run) -> None:
             started.append(stack.enter_context(bench.serving(run, options, "capture")))
             yield started[0]
 
-        capture(start(), base, out, settings, run.report, bench.server_log(run, "capture"))
+        capture(start(), base, out, settings, run.progress, bench.server_log(run, "capture"))
         if "bench" in run.stages and options == bench.measuring_options(run, base, 0):
             for client in started:  # none, if the capture was finished before
                 with run.timed("bench"):
@@ -111,17 +106,15 @@ def _quantize(run: Run) -> None:
 
 
 def _heal(run: Run) -> None:
-    recipe, settings, out = run.recipe, run.recipe.heal, run.path / "heal"
+    settings, asked = run.recipe.heal, run.recipe.splice
     assert settings is not None  # or the stage is not among those to do
     inputs = run.finished("capture"), run.finished("quantize"), *reversed(run.models)
-    asked = recipe.splice
-    how = asked.variant, asked.linears, recipe.quantize.group_size, settings
-    _compute(run, settings.device, heal, *inputs, out, *how)
+    how = asked.variant, asked.linears, run.recipe.quantize.group_size, settings
+    _compute(run, settings.device, heal, *inputs, run.path / "heal", *how)
 
 
 def _score(run: Run) -> None:
-    captured, quantized = run.finished("capture"), run.finished("quantize")
-    inputs = captured, quantized, run.upstream, run.models.base
+    inputs = run.finished("capture"), run.finished("quantize"), run.upstream, run.models.base
     settings, out = run.recipe.score, run.path / "score"
     _compute(run, settings.device, score, *inputs, out, run.recipe.quantize, settings)
 
@@ -129,30 +122,30 @@ def _score(run: Run) -> None:
 def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
     """Call a stage; on a GPU in a process of its own, so that it is empty when vLLM starts."""
     if find_device(device) == "cpu":
-        stage(*arguments, run.report)
+        stage(*arguments, run.progress)
     else:
-        run_in_process(stage, *arguments, report=run.report)
+        run_in_process(stage, *arguments, report=run.progress)
 
 
 def _splice(run: Run) -> list[Path]:
     quantized, asked = run.finished("quantize"), run.recipe.splice
-    variants = run.recipe.served_variants
-    for done, variant in enumerate(variants):
-        run.report(f"splice: {variant}", done, len(variants))
-        out = run.checkpoint(variant)
+    how: dict[str, Any] = {"linears": asked.linears, "quantized": quantized, "copy": asked.copy}
+    for variant, out in _checkpoints(run, "splice"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        models = run.models.base, run.upstream
-        splice(*models, out, variant, linears=asked.linears, quantized=quantized, copy=asked.copy)
+        splice(run.models.base, run.upstream, out, variant, **how)
     return [quantized / REPORT_NAME]
+
+
+def _checkpoints(run: Run, stage: str) -> Iterator[tuple[Variant, Path]]:
+    for done, variant in enumerate(variants := run.recipe.served_variants):
+        run.progress(f"{stage}: {variant}", done, len(variants))
+        yield variant, run.checkpoint(variant)
 
 
 def _verify(run: Run) -> list[Path]:
     quantized, base = run.finished("quantize"), run.models.base
     run.finished("splice")
-    variants = run.recipe.served_variants
-    for done, variant in enumerate(variants):
-        run.report(f"verify: {variant}", done, len(variants))
-        checkpoint = run.checkpoint(variant)
+    for variant, checkpoint in _checkpoints(run, "verify"):
         files = {path.name: path.stat().st_mtime_ns for path in checkpoint.glob("*")}
         # The command alone always looks again.
         found = run.result(f"verify/{variant}") if "splice" in run.stages else None
@@ -188,12 +181,14 @@ def summarize(run: Run) -> dict[str, Any]:
         **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
         "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
         "checkpoint": str(run.checkpoint(chosen)),
+        "drafter": (read_result(run.checkpoint(chosen) / MANIFEST_NAME) or {}).get(
+            "drafter", "mtp"
+        ),
         "report": str(report) if report.exists() else None,
     }
 
 
-def report_run(run: Run) -> list[Path]:
-    """Write the report stage's page."""
+def _report(run: Run) -> list[Path]:
     found = {
         "result": summarize(run),
         **{s: run.result(f"{s}/report") for s in ("capture", "quantize", "heal", "score")},
@@ -212,7 +207,7 @@ def report_run(run: Run) -> list[Path]:
 
 def _served(run: Run) -> dict[str, dict[str, Any]]:
     found = {v: run.result(f"bench/served-{v}") for v in run.recipe.served_variants}
-    return {variant: result for variant, result in found.items() if result is not None}
+    return {variant: result for variant, result in found.items() if result}
 
 
 def _differences(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -229,5 +224,5 @@ _DO: dict[str, Callable[[Run], Sequence[Path] | None]] = {
     "splice": _splice,
     "verify": _verify,
     "bench": bench.bench,
-    "report": report_run,
+    "report": _report,
 }

@@ -150,7 +150,8 @@ def plan_splice(
             experts = Tensors.in_files(expert_files(quantized))
     drafter, is_int4 = drafter_config(upstream, head.meta), variant in ("rtn", "gptq")
     config = config_with_head(base.config, drafter, variant, linears)
-    group_size = read_quantization(config).group_size([base.num_layers], "int4") if is_int4 else 128
+    quantization = read_quantization(config, base.folder / "config.json")
+    group_size = quantization.group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
         found = f"its INT4 experts have a scale a channel, which {variant} does not make"
         raise GraftError(f"{base.folder}: {found}; `mtp-graft graft` adds an mxfp4 or bf16 head")

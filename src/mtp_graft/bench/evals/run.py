@@ -48,10 +48,7 @@ class _ChatAPI(OpenAICompatibleAPI):
 
 
 def find_model(server: ServerClient, settings: Mapping[str, Any]) -> Model:
-    """Return the model that a server has, to be asked greedily. Raises GraftError if it has none.
-
-    `settings` has `max_tokens`, `thinking` and `concurrency`.
-    """
+    """Return the model that a server has, to be asked greedily; GraftError if it has none."""
     where = {"base_url": f"{server.base_url}/v1", "api_key": server.api_key or "none"}
     try:
         name = OpenAI(**where, timeout=_SILENCE_S).models.list().data[0].id
@@ -104,8 +101,9 @@ def _result(name: str, samples: list[EvalSample]) -> dict[str, Any]:
         [score] = (sample.scores or {}).values()
         category = sample.metadata.get("category", "")
         asked[category] += 1
-        right[category] += score.value == CORRECT
-        if score.value != CORRECT:
+        if score.value == CORRECT:
+            right[category] += 1
+        else:
             kind = (score.metadata or {})["kind"]
             failures.append({"id": sample.id, "kind": kind, "detail": score.explanation})
     correct = right.total()

@@ -7,15 +7,16 @@ import os
 import re
 import string
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from anyio import to_thread
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from inspect_ai import Task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import ContentReasoning, ModelOutput, get_model
@@ -35,9 +36,8 @@ Row = Mapping[str, Any]
 #: Takes a model's output and its sample's metadata; None is right.
 Judge = Callable[[ModelOutput, Mapping[str, Any]], Failure | None]
 
-NO_ANSWER = "no answer found"
-CUT_OFF = "no answer found, cut off"  # the token limit ended it
-WRONG = "wrong answer"
+NO_ANSWER, WRONG = "no answer found", "wrong answer"
+CUT_OFF = f"{NO_ANSWER}, cut off"  # the token limit ended it
 UNREADABLE = "unreadable answer"  # too deep or too many digits for Python
 #: Benchmark -> its files in --data-dir; its dataset on the hub, and the file there.
 SOURCES = {
@@ -96,12 +96,10 @@ def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
     """Return `limit` of the questions (None: all) as `seed` draws them, from categories in turn."""
     if limit is not None and limit > len(samples):
         raise GraftError(f"there are {len(samples)} questions, --limit asks for {limit}: lower it")
-    dealt = Counter[str]()
+    turns = defaultdict[str, Iterator[int]](count)  # by category
 
     def turn(sample: Sample) -> int:
-        category = (sample.metadata or {}).get("category", "")
-        dealt[category] += 1
-        return dealt[category]
+        return next(turns[(sample.metadata or {}).get("category", "")])
 
     return sorted(Random(seed).sample(samples, len(samples)), key=turn)[:limit]
 
@@ -110,7 +108,7 @@ def _fetch(dataset: str, config: str) -> Path:
     file = f"{config}/test-00000-of-00001.parquet"
     try:
         return Path(hf_hub_download(dataset, file, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:
         cure = "give the data as --data-dir"
         raise GraftError(f"{dataset}: {file} cannot be fetched ({error}); {cure}") from error
 
@@ -175,10 +173,7 @@ def _judged(judge: Judge) -> Scorer:
 
 
 def said(output: ModelOutput) -> str:
-    """Return an answer's content, or what was thought if there is none.
-
-    Inspect reads `reasoning` and `reasoning_content` alike.
-    """
+    """Return an answer's content, or what was thought if there is none."""
     message = output.message
     parts = [] if isinstance(message.content, str) else message.content
     thought = "".join(part.reasoning for part in parts if isinstance(part, ContentReasoning))
@@ -194,27 +189,21 @@ def compare(found: str | None, expected: str, output: ModelOutput) -> Failure | 
 
 
 def judge_code(output: ModelOutput, data: Mapping[str, Any]) -> Failure | None:
-    """Run the tests on the code in an answer's content; what was thought is not looked at.
-
-    `data` has HumanEval's `prompt`, `entry_point` and `test`.
-    """
+    """Run HumanEval's `test` on the code in an answer; what was thought is not looked at."""
     prompt, name = data["prompt"], data["entry_point"]
     code = find_code(output.completion, name)
     if not code.strip():
         return compare(None, "", output)
-    if not re.search(r"^(?:async )?def ", code, re.MULTILINE):
-        program = prompt + code  # the body that the prompt asks for
-    else:
+    if re.search(r"^(?:async )?def ", code, re.MULTILINE):  # else the body that is asked for
         start = _definition(prompt, name)
-        program = (prompt[: start.start()] if start else prompt) + "\n" + code
-    return run_tests({**data, "program": program})
+        prompt = (prompt[: start.start()] if start else prompt) + "\n"
+    return run_tests({**data, "program": prompt + code})
 
 
 def find_code(content: str, name: str) -> str:
     """Return the code of an answer: of its fenced blocks the first that defines the function.
 
-    Without such a block it is the first one; without any, all of the text up to a lone closing
-    fence.
+    Without such a block the first one; without any, all text up to a lone closing fence.
     """
     opening = re.search(r"```|^ *~~~", content, re.MULTILINE)
     mark = opening[0].strip() if opening else "```"

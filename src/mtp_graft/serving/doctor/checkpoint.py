@@ -15,14 +15,15 @@ from torch import Tensor
 from mtp_graft.checkpoint.makers import foreign_maker
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
-from mtp_graft.dsv4.config import compress_ratios
+from mtp_graft.dsv4.config import compress_ratios, num_stages
 from mtp_graft.dsv4.names import EXPERT, QUANTIZED, base_shapes, from_transformers, head_shapes
-from mtp_graft.dsv4.variants import Parts, format_of, modules_of
+from mtp_graft.dsv4.variants import Parts, format_of, modules_of, weight_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_config
 
 _LAYER = re.compile(r"^layers\.(\d{1,6})\.")
 _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
+_OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
 _READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
@@ -34,10 +35,7 @@ Shards = Mapping[str, Mapping[str, Tensor]]  # shard -> its tensors, meta
 
 
 class Checkpoint:
-    """What a folder holds: its config and index, the shards that are readable, why others are not.
-
-    What follows from them is below, by the names that are read.
-    """
+    """What a folder holds: config, index, the shards that are readable, and why others are not."""
 
     def __init__(
         self,
@@ -47,8 +45,7 @@ class Checkpoint:
         shards: Shards,
         unreadable: Mapping[str, str],
     ) -> None:
-        self.folder, self.config, self.index = folder, config, index
-        self.unreadable = unreadable
+        self.folder, self.config, self.index, self.unreadable = folder, config, index, unreadable
         self.num_layers: int = config["num_hidden_layers"]  # also the head's index in vLLM
         self.ratios = compress_ratios(config) or []
         #: The config's section as vLLM reads it, or why it cannot.
@@ -62,37 +59,54 @@ class Checkpoint:
         self.stale = {s for s in shards.keys() - named if not self._lost(shards[s].keys() - listed)}
         self.shards = {s: found for s, found in shards.items() if s not in self.stale}
         held = {name: found[name] for found in self.shards.values() for name in found}
-        #: Who made the checkpoint, if it is not W4A16-FP8 as config and routers say.
         names = sorted(held.keys() | index.keys())
-        routed = min((sum(t.shape[:1]) for n, t in held.items() if _ROUTER.search(n)), default=0)
-        told = {**config, "n_routed_experts": max(config["n_routed_experts"], routed)}
-        self.foreign_format = foreign_maker(folder, told, names)
         self.read_as = {name: canonical_name(name, self.num_layers) for name in names}
         self.tensors = {self.read_as[name]: tensor for name, tensor in held.items()}
         #: Names that the index lists and no readable shard holds.
         self.unseen = {self.read_as[name] for name in index} - self.tensors.keys()
+        #: Of a DSpark drafter's further blocks, if the config knows of none.
+        blocks = () if num_stages(config) else filter(_OTHER_BLOCK.match, self.tensors)
+        self.unsaid = dict.fromkeys(blocks)
         self.has_head = any(name.startswith("mtp.") for name in {*self.tensors, *self.unseen})
         self.modules: Mapping[str, Parts] = modules_of(self.tensors)
         #: The tensors' shapes, decoded, as config.json has them.
         self.shapes = base_shapes(config) | (head_shapes(config) if self.has_head else {})
+        self._expert_outputs = self._most_expert_outputs()
         self.formats = {n: format_of(p, self._inputs(n)) for n, p in self.modules.items()}
-        self.foreign_format = self.foreign_format or self._odd_format()
+        routed = min((sum(t.shape[:1]) for n, t in held.items() if _ROUTER.search(n)), default=0)
+        told = {**config, "n_routed_experts": max(config["n_routed_experts"], routed)}
+        #: Who made the checkpoint, if it is not W4A16-FP8 as config, routers and formats say.
+        self.foreign_format = foreign_maker(folder, told, names) or self._odd_format()
         #: Routed experts of a layer -> inputs per scale that most are stored with; -1 for all.
         self.group_sizes = self._group_sizes()
         self.group_size = max(self.group_sizes.values(), default=128)
 
+    def _most_expert_outputs(self) -> dict[tuple[str, bool], int]:
+        """Return layer, and whether of w2 -> the outputs that most of its experts are stored with.
+
+        They are the other matrices' inputs, whatever config.json says.
+        """
+        found: dict[tuple[str, bool], Counter[int]] = {}
+        for name, parts in self.modules.items():
+            weight = weight_of(parts) if EXPERT.match(name) else None
+            if weight is not None and weight.dim():
+                key = name.rpartition(".experts.")[0], name.endswith("w2")
+                found.setdefault(key, Counter())[len(weight)] += 1
+        return {key: outputs.most_common(1)[0][0] for key, outputs in found.items()}
+
     def _inputs(self, module: str) -> int:
-        return self.shapes.get(f"{module}.weight", (0,))[-1]
+        layer, is_w2 = module.rpartition(".experts.")[0], module.endswith("w2")
+        by_config = self.shapes.get(f"{module}.weight", (0,))[-1]
+        return self._expert_outputs.get((layer, not is_w2), by_config)
 
     def _odd_format(self) -> str | None:
         """Return what many modules of the base are stored as that is not read here."""
         odd, linears = Counter[str](), ("plain", "fp8", None)
         for name, kind in self.formats.items():
-            if QUANTIZED.match(name) and kind not in linears:
-                if not EXPERT.match(name):
-                    odd[f"{kind} attention or shared experts"] += 1
-                elif kind not in (*INTEGERS, "mxfp4"):
-                    odd[f"{kind} routed experts"] += 1
+            is_expert = EXPERT.match(name)
+            known = (*INTEGERS, "mxfp4", *linears) if is_expert else linears
+            if QUANTIZED.match(name) and kind not in known:
+                odd[f"{kind} {'routed' if is_expert else 'attention or shared'} experts"] += 1
         many = [what for what, number in odd.items() if number >= self.num_layers]
         return f"a checkpoint with {many[0]}" if many else None
 

@@ -61,8 +61,7 @@ def find_target(
             kind = "gpus-hidden" if topology.visible_devices() == [] else "gpus-unknown"
             if here is not None:
                 findings.append(finding(kind, "this machine", error, "GPUs of one kind"))
-    if vllm is not None and vllm is here:
-        findings += _plugin_findings()
+    findings += _plugin_findings() if vllm and vllm is here else ()
     ranks = tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0)
     version, built_for = (vllm.version, vllm.platform) if vllm else (None, None)
     platform = hardware.platform if hardware else built_for
@@ -110,8 +109,8 @@ def ranks(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     group = max((groups.get(str(each), 1) for each in checkpoint.formats.values()), default=1)
     for key, unit in topology.undivided(checkpoint.config, tp, group).items():
         kind, found = "tp-heads" if unit == 1 else "tp-groups", checkpoint.config[key]
-        found, expected = f"{found} on {tp} ranks", f"a multiple of {tp * unit}"
-        yield finding(kind, f"config.json: {key}", found, expected)
+        where, found = f"config.json: {key}", f"{found} on {tp} ranks"
+        yield finding(kind, where, found, f"a multiple of {tp * unit}")
 
 
 def memory(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
@@ -153,8 +152,7 @@ def known_issues(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         "vllm-51513": target.tp == 2 and is_pcie_only,
         "vllm-42063": target.tp >= 4 and is_pcie_only,
         "vllm-50196": has_marlin and has_one_group,
-        "vllm-40923": has_marlin and sm[0] == 12,
-        "vllm-36889": has_marlin and sm[0] == 12,
+        **dict.fromkeys(("vllm-40923", "vllm-36889"), has_marlin and sm[0] == 12),
         "vllm-51593": checkpoint.has_head and sm[0] == 12,
         "vllm-40969": sm == (12, 1),
         "vllm-51970": sm == (9, 0),

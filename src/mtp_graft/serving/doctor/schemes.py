@@ -35,42 +35,38 @@ def section(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
             found = "absent" if given is None else str(quantization).partition(": ")[2]
             yield finding("quantization-config", _WHERE, found, "compressed-tensors' groups")
         return
-    if given is not None and given.get("ignore", []) is None:
+    if given and given.get("ignore", []) is None:
         yield finding("ignore-null", f"{_WHERE}.ignore", None, "a list")
-    for key, stored in _stored_sizes(checkpoint, quantization).items():
-        group, where = quantization.config_groups[key], f"{_WHERE}.config_groups.{key}"
-        size = group.weights.group_size or -1
+    for key, (size, stored) in _sizes(checkpoint, quantization).items():
+        kind, where = quantization.kind_of(key), f"{_WHERE}.config_groups.{key}"
         if wrong := stored - {size}:
             expected = f"{', '.join(map(str, sorted(wrong)))}, by the scales' shapes"
             cure = None if len(stored) == 1 else "a group for the experts of each size"
             yield finding("group-size", f"{where}.weights.group_size", size, expected, cure=cure)
-        if (group.kind != "int4" or size < 0) and target.platform == "cpu":
+        if (kind != "int4" or size < 0) and target.platform == "cpu":
             expected, cure = "int4 in groups, all that a CPU serves", "serve it on GPUs"
-            found = group.kind + (", a scale a channel" if size < 0 else "")
+            found = kind + ", a scale a channel" * (size < 0)
             yield finding("quantization-config", where, found, expected, cure=cure)
 
 
-def _stored_sizes(checkpoint: Checkpoint, quantization: QuantizationConfig) -> dict[str, set[int]]:
-    """Return group's key -> inputs per scale that the experts which it loads are stored with.
+def _sizes(
+    checkpoint: Checkpoint, quantization: QuantizationConfig
+) -> dict[str, tuple[int, set[int]]]:
+    """Return group's key -> its inputs per scale, and those that its experts are stored with.
 
     Where there is a scale for all inputs, whatever the group has counts that comes to as many.
     """
     most = max(checkpoint.config[key] for key in ("hidden_size", "moe_intermediate_size"))
-    found: dict[str, set[int]] = {}
+    found: dict[str, tuple[int, set[int]]] = {}
     with suppress(GraftError):  # a finding of `schemes`
         for experts, stored in checkpoint.group_sizes.items():
             asked = _vllm_names(first := f"{experts}.experts.0.w1", checkpoint.num_layers)
             key = next(filter(None, map(quantization.group_of, asked.values())), None)
             if key and quantization.kind_of(key) == checkpoint.formats.get(first):
                 size = quantization.config_groups[key].weights.group_size or -1
-                found.setdefault(key, set()).add(size if stored < 0 and size >= most else stored)
+                is_same = stored < 0 and size >= most
+                found.setdefault(key, (size, set()))[1].add(size if is_same else stored)
     return found
-
-
-def _for_vllm(pattern: str, num_layers: int) -> str:
-    """Return a pattern for `mtp.0` as one for the head's layer in vLLM, others as they are."""
-    regex, name = rf"re:.*layers\.{num_layers}\.", f"model.layers.{num_layers}."
-    return _MTP.sub(lambda match: regex if match[1] else name, pattern)
 
 
 def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
@@ -82,7 +78,8 @@ def schemes(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     try:
         right, mismatches = _judge(checkpoint)
     except GraftError as error:
-        yield finding("pattern-too-wide", _WHERE, error, "both or none, in patterns without loops")
+        found = str(error).removeprefix("config.json: ")
+        yield finding("pattern-too-wide", _WHERE, found, "both or none, in patterns without loops")
         return
     for place, patterns in _patterns(checkpoint.config["quantization_config"]).items():
         for pattern, changed in zip(patterns, _patterns(right)[place], strict=True):
@@ -180,10 +177,12 @@ def _vllm_names(module: str, num_layers: int) -> dict[str, str]:
 
 
 def _with_right_patterns(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the section with the head's layer for `mtp.0`."""
+    """Return the section with the head's layer, as vLLM names it, for `mtp.0`."""
     section: dict[str, Any] = deepcopy(checkpoint.config["quantization_config"])
-    for listed_there in _patterns(section).values():
-        listed_there[:] = [_for_vllm(each, checkpoint.num_layers) for each in listed_there]
+    number = checkpoint.num_layers
+    regex, name = rf"re:.*layers\.{number}\.", f"model.layers.{number}."
+    for patterns in _patterns(section).values():
+        patterns[:] = [_MTP.sub(lambda found: regex if found[1] else name, p) for p in patterns]
     return section
 
 
@@ -194,8 +193,7 @@ def corrected(checkpoint: Checkpoint) -> dict[str, Any]:
     judged, mismatches = _judge(checkpoint)
     section = deepcopy(judged) | {"ignore": judged.get("ignore") or []}
     groups = section["config_groups"]
-    for key, stored in _stored_sizes(checkpoint, quantization).items():
-        size = quantization.config_groups[key].weights.group_size or -1
+    for key, (size, stored) in _sizes(checkpoint, quantization).items():
         if len(stored) == 1 and stored != {size}:
             by = "channel" if stored == {-1} else "group"
             groups[key]["weights"] |= {"group_size": min(stored), "strategy": by}

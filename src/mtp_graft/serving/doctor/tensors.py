@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,6 @@ from mtp_graft.serving.doctor.findings import Defect, Finding, Severity, finding
 from mtp_graft.serving.doctor.hardware import Target
 
 _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
-_OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 #: dtype that a tensor is stored in -> what is read as well.
 _ALSO_READ = {
     torch.bfloat16: (torch.float32,),
@@ -59,9 +58,10 @@ def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
     if given not in (None, total) and not checkpoint.unreadable:
         yield finding("index-total-size", f"{INDEX_NAME}: total_size", given, f"{total}, the sum")
     there = {path.name for path in checkpoint.folder.iterdir()} & {*_STOPS, *_GOES_ON}
+    level: Severity
     if missing := sorted({*_STOPS[:2], *_GOES_ON[:1]} - there):
-        stops: Severity = "error" if _STOPS[0] in missing else "warning"
-        yield finding("file-missing", listed(missing), "not there", "as in the base", stops)
+        level = "error" if _STOPS[0] in missing else "warning"
+        yield finding("file-missing", listed(missing), "not there", "as in the base", level)
     for name in sorted(there):
         path = checkpoint.folder / name
         try:
@@ -69,7 +69,7 @@ def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
             schema = TypeAdapter(_Tokenizer if name == _STOPS[0] else dict[str, Any])
             schema.validate_json(data) if is_json else data.decode()
         except (OSError, ValueError) as error:
-            level: Severity = "error" if name in _STOPS else "warning"
+            level = "error" if name in _STOPS else "warning"
             yield finding("file-unreadable", name, in_words(error), "the whole file", level)
 
 
@@ -94,6 +94,7 @@ def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     if target.vllm and (keys := unread_keys(checkpoint.config, target.vllm.release)):
         yield finding("config-dialect", "config.json", keys, "all of DeepSeek's keys, no others")
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
+    number, said = (checkpoint.config.get(k) for k in ("num_nextn_predict_layers", "is_causal"))
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
         given = f"{checkpoint.config.get('compress_ratios')!r:.200}"
@@ -104,7 +105,6 @@ def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         found = f"{len(ratios)} entries, {ratios[-1]} the last"
         expected = f"{layers + 1} entries or more, those after the base's layers 0"
         yield finding("compress-ratios", where, found, expected)
-    number, said = (checkpoint.config.get(k) for k in ("num_nextn_predict_layers", "is_causal"))
     sliding = set(checkpoint.config.get("layer_types") or ()) == {"sliding_attention"}
     if num_stages(checkpoint.config) and (sliding if said is None else said):
         yield finding("dspark-causal", "config.json: is_causal", said, False)
@@ -119,10 +119,9 @@ def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
 def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find tensors under another spelling of their name, and a drafter's of newer upstreams."""
     for old, new in checkpoint.misnamed.items():
-        is_scale = old.rpartition(".")[0] == new.rpartition(".")[0]
-        kind = "scale-name" if is_scale else "tensor-name"
-        yield kind, old, old, f"{new}, the others alike"
-    for name in filter(_is_unsaid(checkpoint), checkpoint.tensors):
+        kind = "scale" if old.rpartition(".")[0] == new.rpartition(".")[0] else "tensor"
+        yield f"{kind}-name", old, old, f"{new}, the others alike"
+    for name in checkpoint.unsaid:
         yield "dspark-drafter", name, "in config.json no dspark_block_size", "what upstream's has"
 
 
@@ -131,8 +130,7 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     """Compare the tensors with those that the config asks for, in the formats they are in."""
     asked, known = _asked(checkpoint)
     half = "float16" in (checkpoint.config.get(key) for key in ("torch_dtype", "dtype"))
-    unsaid = _is_unsaid(checkpoint)
-    tensors = {n: t for n, t in checkpoint.tensors.items() if not unsaid(n)}
+    tensors = {n: t for n, t in checkpoint.tensors.items() if n not in checkpoint.unsaid}
     if target.platform != "cpu":
         known |= HEAD_COPIES
     if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
@@ -151,11 +149,6 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
             yield "tensor-dtype", name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
             yield f"{kind}-shape", name, list(tensor.shape), f"{list(like.shape)} by config.json"
-
-
-def _is_unsaid(checkpoint: Checkpoint) -> Callable[[str], object]:
-    """Return what tells names of a DSpark drafter's further blocks, if the config knows of none."""
-    return (lambda _: False) if num_stages(checkpoint.config) else _OTHER_BLOCK.match
 
 
 def _asked(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], set[str]]:
