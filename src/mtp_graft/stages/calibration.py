@@ -142,10 +142,7 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _hub_rows(source: str) -> Rows:
-    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached.
-
-    What the hub's cache has needs no network.
-    """
+    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when it is reached."""
     from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
 
     from mtp_graft.stages.fetch import hub_errors
