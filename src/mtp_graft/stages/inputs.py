@@ -110,10 +110,7 @@ def read_master(upstream: Path) -> Tensors:
 
 
 def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
-    """Return what config.json has to say of a DSpark drafter; nothing of an MTP head, by names.
-
-    Raises GraftError where upstream's own does not say it.
-    """
+    """Return what config.json says of a DSpark drafter (MTP: nothing); GraftError without."""
     kind, stages, _ = find_drafter(head, upstream)
     if kind == "mtp":
         return {}
@@ -206,10 +203,7 @@ class Inputs:
         return self.block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
 
     def claim(self, out: Path, decisive: Json, *also: Path) -> dict[str, Any] | None:
-        """Make `out` a stage's folder; return its result if it is finished.
-
-        Raises GraftError if it was begun with other settings or inputs; `also` are more of these.
-        """
+        """Make `out` a stage's folder or raise GraftError; return its result if finished."""
         found = manifest.fingerprints([*self.files, *also])
         manifest.claim_folder(out, {**decisive, "inputs": found})
         return manifest.finished_result(out, REPORT_NAME)
@@ -235,10 +229,7 @@ class Inputs:
             return store_head(self.read_upstream([*self.head.files]), variant, gptq, **how)
 
     def read_sequence(self, sequence: CapturedSequence, device: str = "cpu") -> Recorded:
-        """Return what was recorded of a sequence, its residual on `device`.
-
-        Raises GraftError for a recording that is damaged or of another model.
-        """
+        """Return what was recorded, on `device`; GraftError if damaged or of another model."""
         model = self.model
         recorded = read_recorded(self.capture, sequence, model.hc_mult, device)
         hidden, largest = recorded.residual.shape[2], int(recorded.token_ids.max())
@@ -257,10 +248,7 @@ class Inputs:
 
 
 def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: str) -> Inputs:
-    """Return the inputs; `needed` are tensors of the base, as in `read_base`.
-
-    Raises GraftError for an upstream head or a base that is no such thing.
-    """
+    """Return the inputs; `needed` are tensors of the base. GraftError for no such head or base."""
     sequences = [s for s in read_sequences(capture) if s.split == split]
     from mtp_graft.dsv4.replay import model_config
 

@@ -165,10 +165,7 @@ _Routed = tuple[Tensor, Tensor, Tensor]  # as a `RoutingRecorder` keeps it
 def _load_drafter(
     inputs: Inputs, device: str, stage: int, quantized: Sequence[Path]
 ) -> Callable[[CapturedSequence, Recorded], _Routed]:
-    """Return what runs the drafter up to a stage, and says what that one's experts are given.
-
-    The experts of the stages before are the quantized ones.
-    """
+    """Return what says what a stage's experts are given; those of stages before are quantized."""
     others = [name for name in inputs.head.files if ".ffn.experts." not in name]
     decoded = decode_head(inputs.read_upstream(others, device))
     embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)

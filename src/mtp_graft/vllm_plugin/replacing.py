@@ -8,10 +8,7 @@ from mtp_graft.errors import GraftError
 
 
 def replace(owner: Any, name: str, new: Callable[..., Any]) -> None:
-    """Set the function `name` of `owner`, a module or class, to `new`; safe to repeat.
-
-    Raises GraftError if there is no such function, or one that takes other arguments than `new`.
-    """
+    """Set function `name` of `owner` to `new`, again if need be; GraftError if arguments differ."""
     expected = list(inspect.signature(new).parameters)
     old = getattr(owner, name, None)
     found = "nothing" if old is None else list(inspect.signature(old).parameters)
