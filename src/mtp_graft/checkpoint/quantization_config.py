@@ -1,8 +1,7 @@
 """The `quantization_config` of a W4A16-FP8 checkpoint, as compressed-tensors and vLLM read it.
 
-Engines ask for a module's scheme by their own name for it, and the names differ: vLLM's CUDA model
-says `...experts.0.w1`, its CPU model `...experts.0.gate_proj`; the head's modules are asked for as
-layer `num_hidden_layers`, never as `mtp.0`. Patterns are anchored at a dot, because an unanchored
+vLLM asks for a module's scheme by its own name: on CUDA it says `...experts.0.w1`, on a CPU
+`...experts.0.gate_proj`, and for `mtp.0` layer `num_hidden_layers`. Patterns are anchored at a dot:
 `re:.*e_proj` also matches `gate_proj`.
 """
 
@@ -93,10 +92,7 @@ _Dtype = Annotated[str, Field(pattern=r"^(torch\.)?(u?int|b?float|half|bool)\d*(
 
 
 class Arguments(BaseModel, extra="forbid"):
-    """How numbers are quantized, as compressed-tensors' QuantizationArgs, which are slow to import.
-
-    vLLM no longer reads an `actorder` by groups.
-    """
+    """How numbers are quantized: compressed-tensors' QuantizationArgs, which are slow to import."""
 
     num_bits: int = 8
     type: Annotated[Literal["int", "float"], _LOWER] = "int"
@@ -105,7 +101,7 @@ class Arguments(BaseModel, extra="forbid"):
     group_size: Annotated[_Count | None, _WHOLE] = None  # -1: a scale a channel
     block_structure: Annotated[tuple[_Count, _Count] | None, _SIDES] = None
     dynamic: Annotated[Literal[True, False, "local"], _LOWER] = False
-    actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = None
+    actorder: Annotated[Literal["static", "weight", False] | None, _LOWER] = None  # no "group"
     scale_dtype: _Dtype | None = None
     zp_dtype: _Dtype | None = None
     observer: str | None = None

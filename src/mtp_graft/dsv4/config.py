@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -84,20 +84,12 @@ def num_stages(config: Mapping[str, Any]) -> int:
     return (config.get("n_mtp_layers") or 3) if is_dspark else 0  # 3 is vLLM's default
 
 
-Schema = TypeVar("Schema", bound=Dimensions)
-
-
-def check_dimensions(config: Mapping[str, Any], file: object = "config.json") -> Dimensions:
+def check_dimensions(
+    config: Mapping[str, Any], file: object = "config.json", *, dspark: bool = False
+) -> Dimensions:
     """Return the dimensions; raise GraftError naming all that are missing or of another model."""
-    return check_keys(Dimensions, config, file)
-
-
-def check_keys(
-    schema: type[Schema], config: Mapping[str, Any], file: object = "config.json"
-) -> Schema:
-    """Return a schema's keys likewise."""
     try:
-        return schema.model_validate(config)
+        return (DSparkDimensions if dspark else Dimensions).model_validate(config)
     except ValidationError as error:
         wrong = [
             f"has no {each['loc'][0]!r}"

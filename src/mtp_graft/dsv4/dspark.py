@@ -1,8 +1,8 @@
 """The DSpark drafter's forward pass in plain PyTorch, on transformers' DeepSeek-V4 layer.
 
-It drafts a block in one pass: row 0 is the anchor, the newest token, which the base has not seen;
-the others are noise tokens. Every row sees the whole block, and the context before it as the taps
-give it: the means over the base's streams after some of its layers.
+It drafts a block in one pass: row 0 is the anchor, the newest token; the others are noise tokens.
+Every row sees the block, and the context as the taps give it: the means over the base's streams
+after some layers.
 
 Shape legend: A anchors, each with a block of B rows, T tokens of context, L taps, S streams, D
 hidden size, V vocabulary; in attention H heads, d head size, W window.
@@ -16,16 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4DecoderLayer,
-    DeepseekV4HyperConnection,
-    DeepseekV4HyperHead,
-    DeepseekV4RMSNorm,
-    DeepseekV4RotaryEmbedding,
-    DeepseekV4TopKRouter,
-    apply_rotary_pos_emb,
-)
 
 from mtp_graft.dsv4.head import one_layer_config
 
@@ -36,24 +28,22 @@ _BLOCK = "mtp_graft_block"
 _float32 = torch.autocast("cuda", enabled=False)
 
 
-class _HyperConnection(DeepseekV4HyperConnection):  # type: ignore[misc]
-    forward = _float32(DeepseekV4HyperConnection.forward)
+class _HyperConnection(modeling.DeepseekV4HyperConnection):  # type: ignore[misc]
+    forward = _float32(modeling.DeepseekV4HyperConnection.forward)
 
 
-class _HyperHead(DeepseekV4HyperHead):  # type: ignore[misc]
-    forward = _float32(DeepseekV4HyperHead.forward)
+class _HyperHead(modeling.DeepseekV4HyperHead):  # type: ignore[misc]
+    forward = _float32(modeling.DeepseekV4HyperHead.forward)
 
 
-class _Router(DeepseekV4TopKRouter):  # type: ignore[misc]
-    forward = _float32(lambda self, x: DeepseekV4TopKRouter.forward(self, x.float()))
+class _Router(modeling.DeepseekV4TopKRouter):  # type: ignore[misc]
+    forward = _float32(lambda self, x: modeling.DeepseekV4TopKRouter.forward(self, x.float()))
 
 
 class DSpark(nn.Module):
     """Predict the B tokens after an anchor from the base's taps at the tokens before it.
 
-    Parameters carry upstream's names, inside `stages` and `hc_head` transformers';
-    `dsv4.names.head_from_module` translates. They are float32, the experts' perhaps BF16.
-    Embedding and LM head are the base model's.
+    Names are as in an `MTPHead`. Parameters are float32, the experts' perhaps BF16.
     """
 
     def __init__(self, config: DeepseekV4Config, stages: int) -> None:
@@ -64,24 +54,23 @@ class DSpark(nn.Module):
         self.window: int = config.sliding_window
         self.noise: int = config.dspark_noise_token_id
         self.main_proj = nn.Linear(len(config.dspark_target_layer_ids) * size, size, bias=False)
-        self.main_norm = DeepseekV4RMSNorm(size, eps=eps)
+        self.main_norm = modeling.DeepseekV4RMSNorm(size, eps=eps)
         self.stages = nn.ModuleList(_stage(config) for _ in range(stages))
         self.hc_head = _HyperHead(config)
-        self.norm = DeepseekV4RMSNorm(size, eps=eps)
+        self.norm = modeling.DeepseekV4RMSNorm(size, eps=eps)
         w1, w2 = nn.Embedding(config.vocab_size, rank), nn.Linear(rank, config.vocab_size, False)
         self.markov_head = nn.ModuleDict({"markov_w1": w1, "markov_w2": w2})
         self.confidence_head = nn.ModuleDict({"proj": nn.Linear(size + rank, 1, bias=False)})
-        self.rotary_emb = DeepseekV4RotaryEmbedding(config)  # buffers only, none in state_dict
+        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(
+            config
+        )  # buffers only, none in state_dict
 
     def context(self, taps: Tensor, positions: Tensor) -> list[Tensor]:
-        """Return each stage's latents [T, d], keys and values at once, of taps [T, L, D].
-
-        `positions` [T] are those of the tokens in their texts.
-        """
+        """Return each stage's latents [T, d], keys and values at once, of taps [T, L, D]."""
         main, rotary = self.main_norm(self.main_proj(taps.flatten(1))), self._rotary(positions)
         attentions: list[Any] = [stage.self_attn for stage in self.stages]
         latents = [each.kv_norm(each.kv_proj(main))[:, None] for each in attentions]  # [T, 1, d]
-        return [apply_rotary_pos_emb(each, *rotary)[:, 0] for each in latents]
+        return [modeling.apply_rotary_pos_emb(each, *rotary)[:, 0] for each in latents]
 
     def forward(
         self, embeds: Tensor, context: Sequence[Tensor], anchors: Tensor, positions: Tensor
@@ -89,23 +78,17 @@ class DSpark(nn.Module):
         """Return what the blocks' rows say [A, B, D], before the norm.
 
         `embeds` [A, B, D] are those of `block_tokens`; `context` has each stage's latents [T, d] of
-        texts one after the other, in which `anchors` [A] are the anchors' places, up to T;
-        `positions` [A] are the anchors' in their texts. A block sees the W tokens before its
-        anchor, as far as its text has them.
+        texts one after the other, in which `anchors` [A] are the anchors' places, up to T, and
+        `positions` [A] those in their texts. A block sees the W tokens of its text before it.
         """
         before = torch.arange(-self.window, 0, device=anchors.device)
         rows = (anchors[:, None] + before).clamp(min=0)  # [A, W]
         within = positions[:, None] + torch.arange(embeds.shape[1], device=anchors.device)  # [A, B]
         streams = embeds[:, :, None].repeat(1, 1, self.hc_head.hc_mult, 1)  # [A, B, S, D]
+        given = {"position_embeddings": {"main": self._rotary(within)}, "position_ids": within}
+        given["seen"] = positions[:, None] + before >= 0
         for stage, latents in zip(self.stages, context, strict=True):
-            streams = stage(
-                streams,
-                position_embeddings={"main": self._rotary(within)},
-                position_ids=within,
-                attention_mask=None,
-                context=latents[rows],
-                seen=positions[:, None] + before >= 0,
-            )
+            streams = stage(streams, **given, attention_mask=None, context=latents[rows])
         hidden: Tensor = self.hc_head(streams)
         return hidden
 
@@ -132,10 +115,7 @@ class DSpark(nn.Module):
         return logits.squeeze(-1)
 
     def draft(self, hidden: Tensor, anchors: Tensor, lm_head_weight: Tensor) -> Tensor:
-        """Return the drafts int64 [A, B] after anchors [A], token ids: each the likeliest.
-
-        A draft's bias is that of the draft before; the rows stay what they are.
-        """
+        """Return the drafts int64 [A, B] after anchors [A], token ids: each the likeliest."""
         drafts = [anchors]
         for unbiased in F.linear(self.norm(hidden), lm_head_weight).unbind(1):  # [A, V]
             drafts.append((unbiased + self._bias(drafts[-1])).argmax(-1))
@@ -147,8 +127,8 @@ def block_tokens(anchors: Tensor, noise: int, rows: int) -> Tensor:
     return F.pad(anchors[:, None], (0, rows - 1), value=noise)
 
 
-def _stage(config: DeepseekV4Config) -> DeepseekV4DecoderLayer:
-    layer = DeepseekV4DecoderLayer(config, layer_idx=0)
+def _stage(config: DeepseekV4Config) -> modeling.DeepseekV4DecoderLayer:
+    layer = modeling.DeepseekV4DecoderLayer(config, layer_idx=0)
     layer.attn_hc, layer.ffn_hc = _HyperConnection(config), _HyperConnection(config)
     layer.mlp.gate = _Router(config)
     return layer

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtp_graft.dsv4.names import Weights
 from mtp_graft.dsv4.variants import int4_parts
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import int4
@@ -51,7 +52,7 @@ class RoutedTokens:
 
 
 def expert_hessians(
-    tokens: Sequence[Iterable[tuple[Tensor, Tensor]]], weights: Mapping[str, Tensor], limit: float
+    tokens: Sequence[Iterable[tuple[Tensor, Tensor]]], weights: Weights, limit: float
 ) -> dict[str, Tensor]:
     """Return the Hessian f32 [E, I, I] of each matrix's inputs, by "w1", "w2", "w3".
 
@@ -81,8 +82,8 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def quantize_experts(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
+    weights: Weights,
+    hessians: Weights,
     num_tokens: Sequence[int],
     experts: Sequence[str],
     settings: QuantizeSection,
@@ -124,10 +125,7 @@ def pack_experts(quantized: Mapping[str, Quantized], experts: Sequence[str]) -> 
 
 
 def expert_errors(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    quantized: Mapping[str, Quantized],
-    group_size: int,
+    weights: Weights, hessians: Weights, quantized: Mapping[str, Quantized], group_size: int
 ) -> dict[Variant, dict[str, list[float]]]:
     """Return variant -> matrix -> each expert's `gptq.relative_error`.
 

@@ -12,13 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
-    DeepseekV4DecoderLayer,
-    DeepseekV4HyperHead,
-    DeepseekV4RMSNorm,
-    DeepseekV4RotaryEmbedding,
-)
 
 #: Name under which transformers' layers find `windowed_attention`.
 _WINDOWED = "mtp_graft_windowed"
@@ -50,42 +45,35 @@ class MTPHead(nn.Module):
         super().__init__()
         config = one_layer_config(config)
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm = DeepseekV4RMSNorm(size, eps=eps)
-        self.hnorm = DeepseekV4RMSNorm(size, eps=eps)
+        self.enorm = modeling.DeepseekV4RMSNorm(size, eps=eps)
+        self.hnorm = modeling.DeepseekV4RMSNorm(size, eps=eps)
         self.e_proj = nn.Linear(size, size, bias=False)
         self.h_proj = nn.Linear(size, size, bias=False)
-        self.layer = DeepseekV4DecoderLayer(config, layer_idx=0)
-        self.hc_head = DeepseekV4HyperHead(config)
-        self.norm = DeepseekV4RMSNorm(size, eps=eps)
-        self.rotary_emb = DeepseekV4RotaryEmbedding(config)  # buffers only, none in state_dict
+        self.layer = modeling.DeepseekV4DecoderLayer(config, layer_idx=0)
+        self.hc_head = modeling.DeepseekV4HyperHead(config)
+        self.norm = modeling.DeepseekV4RMSNorm(size, eps=eps)
+        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(
+            config
+        )  # buffers only, none in state_dict
 
     def forward(
-        self,
-        residual: Tensor,
-        embeds: Tensor,
-        position_ids: Tensor,
-        keys: list[Tensor] | None = None,
+        self, residual: Tensor, embeds: Tensor, positions: Tensor, keys: list[Tensor] | None = None
     ) -> Tensor:
         """Return the head's own residual stream [B, T, S, D].
 
         `residual` [B, T, S, D] is the base's stream at tokens i, before its hc_head and final
-        norm; `embeds` [B, T, D] are the embeddings of tokens i+1; `position_ids` [B, T] are i,
+        norm; `embeds` [B, T, D] are the embeddings of tokens i+1; `positions` [B, T] are i,
         consecutive. For draft j after the first of a step, `residual` is the result for draft
         j - 1, embeddings and positions are j later, and `keys` are those of the drafts before, as
         calls with the same list have left them there: it is empty for the first draft.
         """
-        first = (position_ids == 0).unsqueeze(-1)
+        first = (positions == 0).unsqueeze(-1)
         embeds = embeds.masked_fill(first, 0.0)  # vLLM ignores the embedding at position 0
         streams = self.h_proj(self.hnorm(residual))  # [B, T, S, D]
         streams = streams + self.e_proj(self.enorm(embeds)).unsqueeze(2)
-        rotary = self.rotary_emb(embeds, position_ids=position_ids, layer_type="main")
-        residual_out: Tensor = self.layer(
-            streams,
-            position_embeddings={"main": rotary},
-            position_ids=position_ids,
-            attention_mask=None,
-            keys=keys,
-        )
+        rotary = self.rotary_emb(embeds, position_ids=positions, layer_type="main")
+        given = {"position_embeddings": {"main": rotary}, "position_ids": positions}
+        residual_out: Tensor = self.layer(streams, **given, attention_mask=None, keys=keys)
         return residual_out
 
     def logits(self, residual_out: Tensor, lm_head_weight: Tensor) -> Tensor:
@@ -112,7 +100,7 @@ def windowed_attention(
     share; `s_aux` [H] are the sinks: logits that take part in the softmax and stand for nothing.
     `keys` are those of a step's earlier drafts: a further draft sees what its first draft saw, as
     far as the window reaches, and its own step's drafts. `key` is added to them.
-    Blocks of one window are computed at once: memory and time grow with T, not T squared.
+    Blocks of one window are computed at once, or time would grow with T squared.
     """
     keys = [] if keys is None else keys
     keys.append(key)

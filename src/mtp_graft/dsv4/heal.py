@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperHead
 
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.names import head_from_module
@@ -54,7 +54,7 @@ class BaseOutput(nn.Module):
     def __init__(self, config: DeepseekV4Config, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors named in OUTPUT."""
         super().__init__()
-        self.hc_head = DeepseekV4HyperHead(config)
+        self.hc_head = modeling.DeepseekV4HyperHead(config)
         names = {name: name.replace("hc_", "hc_head_") for name in self.hc_head.state_dict()}
         self.hc_head.load_state_dict({own: tensors[n].float() for own, n in names.items()})
         self.requires_grad_(False).to(tensors["head.weight"].device)

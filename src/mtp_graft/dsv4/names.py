@@ -10,17 +10,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mtp_graft.dsv4.config import (
-    Dimensions,
-    DSparkDimensions,
-    check_dimensions,
-    check_keys,
-    compress_ratios,
-    num_stages,
-)
+from mtp_graft.dsv4.config import Dimensions, check_dimensions, compress_ratios, num_stages
 from mtp_graft.errors import GraftError
 
 Shapes = dict[str, tuple[int, ...]]  # by plain name
+Weights = Mapping[str, Tensor]  # likewise
 
 HEAD_PREFIX = "mtp.0."
 #: Copies of the target's, for which vLLM's drafter has rules on GPUs.
@@ -71,7 +65,7 @@ def split_experts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     }
 
 
-def head_from_module(state: Mapping[str, Tensor], stages: int = 1) -> dict[str, Tensor]:
+def head_from_module(state: Weights, stages: int = 1) -> dict[str, Tensor]:
     """Rename the state dict of an `MTPHead`, or of a `DSpark` of `stages`, to `mtp.*`, split."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -137,22 +131,12 @@ def head_shapes(config: Mapping[str, Any]) -> Shapes:
 
     MTP's has 797 for Flash, DSpark's 2,376. Raises GraftError if the config lacks a dimension.
     """
-    if stages := num_stages(config):
-        return dspark_shapes(config, stages)
-    sizes = _sizes(check_dimensions(config))
-    head = _shapes("mtp", sizes) | _shapes("output", sizes) | _layer(sizes)
-    return {HEAD_PREFIX + name: shape for name, shape in head.items()}
-
-
-def dspark_shapes(config: Mapping[str, Any], stages: int) -> Shapes:
-    """Return those of a DSpark drafter; `config` has upstream's `dspark_*` keys."""
-    c = check_keys(DSparkDimensions, config)
-    taps, confidence = len(c.dspark_target_layer_ids), c.hidden_size + c.dspark_markov_rank
-    sizes = _sizes(c) | {"taps": taps, "confidence": confidence}
-    blocks = [_layer(sizes) for _ in range(stages)]
-    blocks[0] |= _shapes("dspark", sizes)
-    blocks[-1] |= _shapes("output", sizes) | _shapes("dspark_output", sizes)
-    return {f"mtp.{s}.{name}": shape for s, b in enumerate(blocks) for name, shape in b.items()}
+    stages = num_stages(config)
+    sizes = _sizes(check_dimensions(config, dspark=stages > 0))
+    blocks = [_layer(sizes) for _ in range(stages or 1)]
+    blocks[0] |= _shapes("dspark" if stages else "mtp", sizes)
+    blocks[-1] |= _shapes("output", sizes) | (_shapes("dspark_output", sizes) if stages else {})
+    return {f"mtp.{n}.{name}": shape for n, b in enumerate(blocks) for name, shape in b.items()}
 
 
 def base_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -177,9 +161,16 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
 
 def _sizes(c: Dimensions) -> dict[str, Any]:
     """Return the config's keys, and what else shapes are made of."""
-    heads_of_group = c.num_attention_heads * c.head_dim // c.o_groups
-    mixes = (2 + c.hc_mult) * c.hc_mult  # of hyper-connections: streams in, streams out, both
-    return {**c.model_dump(), "heads_of_group": heads_of_group, "mixes": mixes, "1": 1, "3": 3}
+    keys = c.model_dump()
+    return {
+        **keys,
+        "1": 1,
+        "3": 3,
+        "heads_of_group": c.num_attention_heads * c.head_dim // c.o_groups,
+        "mixes": (2 + c.hc_mult) * c.hc_mult,  # streams in, streams out, both
+        "taps": len(keys.get("dspark_target_layer_ids", ())),
+        "confidence": c.hidden_size + keys.get("dspark_markov_rank", 0),
+    }
 
 
 def _shapes(table: str, sizes: Mapping[str, Any], prefix: str = "") -> Shapes:

@@ -13,18 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
-from mtp_graft.dsv4.head import MTPHead, one_layer_config
-from mtp_graft.dsv4.names import EXPERT, head_from_module
+from mtp_graft.dsv4.head import MTPHead
+from mtp_graft.dsv4.names import EXPERT, Weights, head_from_module
 from mtp_graft.errors import GraftError
 
 #: Anchors whose blocks are in memory at once.
 _ANCHORS = 512
 Module = TypeVar("Module", MTPHead, DSpark)
-Weights = Mapping[str, Tensor]  # decoded, by name
 
 
 class RoutingRecorder(nn.Module):
@@ -56,7 +55,7 @@ def build_head(
         head = MTPHead(config).eval()
     if not with_experts:
         head.layer.mlp.experts = RoutingRecorder()
-    return _fill(head, config, tensors, 1, device)
+    return _fill(head, tensors, 1, device)
 
 
 def build_dspark(
@@ -78,7 +77,7 @@ def build_dspark(
         drafter.stages = drafter.stages[: recorded + 1]
         last: Any = drafter.stages[-1]
         last.mlp.experts = RoutingRecorder()
-    return _fill(drafter, config, tensors, stages, device, experts=recorded is None)
+    return _fill(drafter, tensors, stages, device, experts=recorded is None)
 
 
 def build_drafter(
@@ -91,15 +90,10 @@ def build_drafter(
 
 
 def _fill(
-    module: Module,
-    config: DeepseekV4Config,
-    tensors: Weights,
-    stages: int,
-    device: str,
-    experts: bool = True,
+    module: Module, tensors: Weights, stages: int, device: str, *, experts: bool = True
 ) -> Module:
     module.to_empty(device=device)
-    module.rotary_emb = DeepseekV4RotaryEmbedding(one_layer_config(config)).to(device)
+    module.rotary_emb = modeling.DeepseekV4RotaryEmbedding(module.rotary_emb.config).to(device)
     # DeepSeek's tensors are views of the module's fused ones, so copying fills these.
     for name, view in head_from_module(module.state_dict(), stages).items():
         if experts or not EXPERT.match(name):
@@ -176,21 +170,15 @@ def _expect_finite(found: Tensor, who: str, given: str, what: str) -> None:
 
 @torch.inference_mode()
 def replay_blocks(
-    drafter: DSpark,
-    lm_head: Tensor,
-    taps: Tensor,
-    token_ids: Tensor,
-    embed: Tensor,
-    start: int,
-    k: int,
+    drafter: DSpark, lm_head: Tensor, taps: Tensor, ids: Tensor, embed: Tensor, start: int, k: int
 ) -> Tensor:
     """Return the k drafts int64 [T - start, k] after each token from `start` on, in blocks of k.
 
     `taps` [T, L, D] are those of the tokens themselves, `embed` and `lm_head` [V, D] the base's.
     Raises GraftError as `replay_routing`.
     """
-    given = _blocks(drafter, taps, token_ids, embed, torch.arange(start, len(taps)), k)
-    ids = token_ids.to(lm_head.device)
+    given = _blocks(drafter, taps, ids, embed, torch.arange(start, len(taps)), k)
+    ids = ids.to(lm_head.device)
     return torch.cat([drafter.draft(hidden, ids[at], lm_head) for at, hidden in given])
 
 

@@ -8,19 +8,19 @@ Shapes: O outputs, I inputs.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from mtp_graft.dsv4.names import EXPERT, storage_dtype
+from mtp_graft.dsv4.names import EXPERT, Weights, storage_dtype
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, decode_mxfp4, int4
 from mtp_graft.recipe import Linears, Variant
 
 #: `plain`, `fp8`, `mxfp4`, or integers of so many bits: `int4`, `int4-asymmetric`, `int8`, ...
 Format = str
-Parts = Mapping[str, Tensor]
+Parts = Weights
 _PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point")
 #: Which of the head's FP8 modules are decoded to BF16 (exact); the others keep their codes. "base"
 #: is as in the base, "bf16" as in the published checkpoint.
@@ -32,9 +32,9 @@ _DECODED: dict[Linears, re.Pattern[str]] = {
 
 
 def store_head(
-    upstream: Mapping[str, Tensor],
+    upstream: Weights,
     variant: Variant,
-    gptq_experts: Mapping[str, Tensor] | None = None,
+    gptq_experts: Weights | None = None,
     *,
     group_size: int = 128,
     linears: Linears = "base",
@@ -59,7 +59,7 @@ def store_head(
     return stored
 
 
-def decode_head(stored: Mapping[str, Tensor], *, group_size: int = 128) -> dict[str, Tensor]:
+def decode_head(stored: Weights, *, group_size: int = 128) -> dict[str, Tensor]:
     """Return float32 tensors under plain names, from upstream's or any variant's, or raise so."""
     return {
         module if "" in parts else f"{module}.weight": decode(kind, parts)
@@ -67,7 +67,7 @@ def decode_head(stored: Mapping[str, Tensor], *, group_size: int = 128) -> dict[
     }
 
 
-def _modules(tensors: Mapping[str, Tensor], group_size: int) -> Iterator[tuple[str, Format, Parts]]:
+def _modules(tensors: Weights, group_size: int) -> Iterator[tuple[str, Format, Parts]]:
     """Yield every module with its parts, checked; upstream's get a checkpoint's names (exact)."""
     for module, found in modules_of(tensors).items():
         parts = _renamed(found)
@@ -102,7 +102,7 @@ def _renamed(parts: Parts) -> Parts:
 
 
 def _store_expert(
-    module: str, parts: Parts, variant: Variant, gptq_experts: Mapping[str, Tensor], group_size: int
+    module: str, parts: Parts, variant: Variant, gptq_experts: Weights, group_size: int
 ) -> Parts:
     shape = shape_of(parts)
     layout = stored_as("weight", shape, "int4", group_size)
@@ -174,7 +174,7 @@ def _expect_whole_groups(module: str, inputs: int, group_size: int) -> None:
 # Formats
 
 
-def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def modules_of(tensors: Weights) -> dict[str, dict[str, Tensor]]:
     """Return module -> part -> tensor, modules in the order of their first name.
 
     `mtp.0.norm.weight` is part `weight` of `mtp.0.norm`; `mtp.0.hc_attn_fn` is its own part "".

@@ -21,7 +21,7 @@ from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
 from mtp_graft.checkpoint.files import read_object, write_json
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
-from mtp_graft.dsv4.config import DSparkDimensions, check_keys, num_stages
+from mtp_graft.dsv4.config import DSparkDimensions, check_dimensions, num_stages
 from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError, in_words
@@ -115,7 +115,7 @@ def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
     if kind == "mtp":
         return {}
     path = upstream / "config.json"
-    given = check_keys(DSparkDimensions, read_object(path, "a drafter's config"), path)
+    given = check_dimensions(read_object(path, "a drafter's config"), path, dspark=True)
     # vLLM infers from the base's layers whether a block's rows see later ones: they always do.
     said = given.model_dump(include={*DSparkDimensions.__annotations__})
     return {**said, "n_mtp_layers": stages, "is_causal": False}

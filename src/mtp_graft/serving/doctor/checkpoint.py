@@ -7,12 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint.makers import foreign_maker
+from mtp_graft.checkpoint.manifest import Json
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.dsv4.config import compress_ratios, num_stages
@@ -26,11 +26,12 @@ _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
 #: vLLM's own name of a layer's router bias is transformers'.
-_READ_AS_IT_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias")
+_READ_AS_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias$")
 
 #: Files that vLLM takes in place of the index's, wherever they are.
 CONSOLIDATED = "consolidated*.safetensors"
 
+Names = Mapping[str, str]
 Shards = Mapping[str, Mapping[str, Tensor]]  # shard -> its tensors, meta
 
 
@@ -38,12 +39,7 @@ class Checkpoint:
     """What a folder holds: config, index, the shards that are readable, and why others are not."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: Mapping[str, Any],
-        index: Mapping[str, str],
-        shards: Shards,
-        unreadable: Mapping[str, str],
+        self, folder: Path, config: Json, index: Names, shards: Shards, unreadable: Names
     ) -> None:
         self.folder, self.config, self.index, self.unreadable = folder, config, index, unreadable
         self.num_layers: int = config["num_hidden_layers"]  # also the head's index in vLLM
@@ -129,10 +125,8 @@ class Checkpoint:
     @property
     def misnamed(self) -> dict[str, str]:
         """Return stored name -> right name, of tensors that vLLM has no rule for as they are."""
-        wrong = {name: right for name, right in self.read_as.items() if right != name}
-        if self.foreign_format:
-            return {}
-        return {n: right for n, right in wrong.items() if not _READ_AS_IT_IS.fullmatch(n)}
+        names = {} if self.foreign_format else self.read_as
+        return {n: right for n, right in names.items() if right != n and not _READ_AS_IS.match(n)}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -147,10 +141,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             with Shard(folder / name) as shard:
                 shards[name] = shard.meta
         except GraftError as error:
-            if name not in named:
+            if name in named:
+                unreadable[name] = str(error).removeprefix(f"{folder / name}: ")
+            else:
                 shards[name] = {}
-                continue
-            unreadable[name] = str(error).removeprefix(f"{folder / name}: ")
     return Checkpoint(folder, config, index, shards, unreadable)
 
 

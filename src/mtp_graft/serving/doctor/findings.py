@@ -49,16 +49,11 @@ class Finding:
 
 
 def finding(
-    id_: str,
-    where: str,
-    found: object,
-    expected: object,
-    severity: Severity | None = None,
-    cure: str | None = None,
+    id_: str, where: str, found: Any, expected: Any, level: Severity | None = None, cure: str = ""
 ) -> Finding:
     """Return a finding with the texts of its kind, unless severity or cure are others."""
     kind = KINDS[id_]
-    level, cure = severity or kind.severity, cure or kind.cure
+    level, cure = level or kind.severity, cure or kind.cure
     texts = (where, str(found), str(expected), kind.why, cure)
     return Finding(id_, level, *texts, kind.evidence, fixable=cure.startswith("--fix"))
 

@@ -49,10 +49,8 @@ def fix_checkpoint(
     misnamed = checkpoint.misnamed.keys()
     copied = {shard for shard, held in checkpoint.shards.items() if held.keys() & misnamed}
     if copied:
-        size = sum((folder / shard).stat().st_size for shard in copied)
-        allow_copy(
-            f"{out}: copies {size:,} bytes, {len(copied)} of {len(checkpoint.shards)} shards"
-        )
+        size, number = sum((folder / s).stat().st_size for s in copied), len(checkpoint.shards)
+        allow_copy(f"{out}: copies {size:,} bytes, {len(copied)} of {number} shards")
     with new_folder(out) as temporary:
         _write(checkpoint, fixed, temporary, copied)
     return True
@@ -72,10 +70,9 @@ def _fixed(checkpoint: Checkpoint, cures: set[str]) -> Checkpoint:
         for shard, held in checkpoint.shards.items()
     }
     held = {name: shard for shard, found in shards.items() for name in found}
-    index = held | {right.get(name, name): shard for name, shard in checkpoint.index.items()}
-    return Checkpoint(
-        checkpoint.folder, config, dict(sorted(index.items())), shards, checkpoint.unreadable
-    )
+    listed = held | {right.get(name, name): shard for name, shard in checkpoint.index.items()}
+    index = dict(sorted(listed.items()))
+    return Checkpoint(checkpoint.folder, config, index, shards, checkpoint.unreadable)
 
 
 def _write(checkpoint: Checkpoint, fixed: Checkpoint, out: Path, copied: set[str]) -> None:
@@ -84,19 +81,19 @@ def _write(checkpoint: Checkpoint, fixed: Checkpoint, out: Path, copied: set[str
         if name in (INDEX_NAME, "config.json", *checkpoint.stale):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        if name not in copied:
-            try:
-                os.link(source.resolve(), target)
-            except OSError as error:  # nothing is copied behind the user's back
-                raise GraftError(
-                    f"{target}: cannot be linked ({error.strerror}); choose a folder on the same "
-                    "file system as the checkpoint"
-                ) from error
+        if name in copied:
+            with Shard(source) as shard:
+                names = zip(fixed.shards[name], shard.meta, strict=True)
+                tensors = ((new, shard.read([old])[old]) for new, old in names)
+                stream_shard(fixed.shards[name], tensors, target)
             continue
-        with Shard(source) as shard:
-            names = zip(fixed.shards[name], shard.meta, strict=True)
-            tensors = ((new, shard.read([old])[old]) for new, old in names)
-            stream_shard(fixed.shards[name], tensors, target)
+        try:
+            os.link(source.resolve(), target)
+        except OSError as error:  # nothing is copied behind the user's back
+            raise GraftError(
+                f"{target}: cannot be linked ({error.strerror}); choose a folder on the same file "
+                "system as the checkpoint"
+            ) from error
     write_json(fixed.config, out / "config.json")
     metadata = read_object(checkpoint.folder / INDEX_NAME, "an index").get("metadata")
     total = sum(tensor.nbytes for tensor in fixed.tensors.values())

@@ -41,7 +41,7 @@ def section(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         kind, where = quantization.kind_of(key), f"{_WHERE}.config_groups.{key}"
         if wrong := stored - {size}:
             expected = f"{', '.join(map(str, sorted(wrong)))}, by the scales' shapes"
-            cure = None if len(stored) == 1 else "a group for the experts of each size"
+            cure = "" if len(stored) == 1 else "a group for the experts of each size"
             yield finding("group-size", f"{where}.weights.group_size", size, expected, cure=cure)
         if (kind != "int4" or size < 0) and target.platform == "cpu":
             expected, cure = "int4 in groups, all that a CPU serves", "serve it on GPUs"
