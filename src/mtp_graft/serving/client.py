@@ -14,7 +14,7 @@ from mtp_graft.serving.metrics import SpecDecodeCounters, Step, parse_spec_decod
 
 #: Silence allowed between two bytes of an answer; the first step may compile kernels.
 READ_TIMEOUT_S = 600.0
-_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+_POOL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 #: What reading an answer raises that is no JSON, too deep, or of another structure.
 READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError)
 
@@ -68,11 +68,7 @@ class ServerClient:
         # An idle connection may be closed just as it is used again, and a proxy of the environment
         # has no business between us and a named server.
         self._http = httpx.Client(
-            base_url=self.base_url,
-            headers=headers,
-            timeout=timeout,
-            trust_env=False,
-            limits=_UNLIMITED,
+            base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False, limits=_POOL
         )
 
     def __enter__(self) -> Self:

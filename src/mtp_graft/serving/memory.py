@@ -108,9 +108,8 @@ def _layers_per_group(layers: int, num_c4: int, num_c128: int) -> int:
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int = 0) -> int:
     """Return what one sequence of `tokens` takes on every rank.
 
-    `tokens_in_flight` are those of the steps being computed: the sliding windows and compressor
-    states keep them as well until a step is done. vLLM counts `max_num_batched_tokens`, twice with
-    asynchronous scheduling.
+    `tokens_in_flight` are those of the steps being computed, which windows and compressor states
+    keep until a step is done. vLLM counts `max_num_batched_tokens`, twice if asynchronous.
     """
     block_bytes, window_groups = kv_layout(config)
 

@@ -122,10 +122,9 @@ def _filled(
 
 
 def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list[str]]:
-    """Return `options` with what suits the hardware, and notes on it.
+    """Return `options` with what suits the hardware, where nothing is said yet, and notes on it.
 
-    Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop. What
-    `options` and the environment say stays.
+    Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop.
     """
     is_pcie = hardware.is_pcie_only and options.num_ranks > 1
     flags, wanted = profiles.split(

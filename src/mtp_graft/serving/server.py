@@ -15,14 +15,9 @@ from textwrap import shorten
 from typing import IO
 
 from mtp_graft.errors import GraftError
+from mtp_graft.serving import command as vllm_command
 from mtp_graft.serving.client import Prompt, ServerClient, ServerUnreachable
-from mtp_graft.serving.command import (
-    ServeCommand,
-    ServeOptions,
-    build_command,
-    check_port,
-    start_limit_s,
-)
+from mtp_graft.serving.command import ServeCommand, ServeOptions, build_command
 from mtp_graft.serving.metrics import SpecDecodeCounters
 
 POLL_S = 0.5
@@ -81,7 +76,7 @@ def managed_server(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
-            limit_s = start_limit_s(options.checkpoint)
+            limit_s = vllm_command.start_limit_s(options.checkpoint)
             if not _wait_ready(process, client, limit_s, report, log_path.stem):
                 raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
         except GraftError as error:
@@ -115,7 +110,7 @@ def _running(
 ) -> Iterator[tuple[_Process, ServerClient]]:
     """Run vLLM in a process group of its own, of which nothing is left after the block."""
     if not command.is_headless:
-        check_port(command.host, command.port)
+        vllm_command.check_port(command.host, command.port)
     sockets = mkdtemp(prefix="vllm-")  # which vLLM leaves behind
     environment = {"VLLM_RPC_BASE_PATH": sockets, **os.environ, **command.env}
     process = subprocess.Popen(

@@ -251,8 +251,7 @@ def _remove_strays(out: Path) -> None:
 def _collect(out: Path, texts: _Texts) -> None:
     """Find `texts`, which have been sent, in new recordings, and enter them in the index.
 
-    Raises _NotWritten if the server could not write a recording, and GraftError if nothing was
-    written for WRITE_TIMEOUT_S.
+    Raises _NotWritten if the server could not write one, GraftError after WRITE_TIMEOUT_S of none.
     """
     missing, seen = [*texts], {sequence.recording for sequence in read_sequences(out)}
     folder, deadline = out / capture_files.RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S

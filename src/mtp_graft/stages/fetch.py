@@ -41,9 +41,7 @@ logger = logging.getLogger(__name__)
 HUB_ERRORS: tuple[type[Exception], ...] = (
     errors.HTTPError,  # type: ignore[attr-defined]
     errors.SafetensorsParsingError,
-    OSError,
-    ValueError,
-    RuntimeError,
+    *(OSError, ValueError, RuntimeError),
     *(TypeError, KeyError),  # JSON of another structure, as a proxy may answer
 )
 _HEAD = "mtp."
@@ -94,8 +92,7 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     """Return the folders of base and upstream, downloading what is on the hub.
 
     What an earlier call fetched is taken from `out/report.json`, without asking the hub again.
-    Raises GraftError if one cannot be had or its bytes are wrong, if the upstream index lists no
-    head, and if the cache's disk has no room.
+    Raises GraftError if one cannot be had, is wrong or has no head, and for a full disk.
     """
     if (known := already_fetched(out, model)) is not None:
         return known
@@ -175,8 +172,7 @@ def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dic
 def headers_of(source: Source) -> Iterator[Path]:
     """Yield a temporary folder to read a source's config, index and shard headers from.
 
-    Shards that are not in the cache have a header and no values. A GraftError inside names the
-    source in the folder's place.
+    Shards that are not in the cache have no values. A GraftError inside names the source instead.
     """
     missing = source.missing
     with TemporaryDirectory(prefix="mtp-graft-") as name:

@@ -150,8 +150,7 @@ def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 12
 def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a base's config.json and weight map.
 
-    Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
-    [V, D] is missing or has another shape than config.json says.
+    Raises GraftError for what is no DeepSeek-V4 checkpoint, or lacks one of the `needed` [V, D].
     """
     weight_map, settings = read_index(base), read_config(base)
     expected = [settings["vocab_size"], settings["hidden_size"]]
@@ -195,8 +194,7 @@ class Inputs:
     def calibration_rows(self, sequence: CapturedSequence) -> int:
         """Return how many inputs a sequence gives the experts of a stage.
 
-        A head reads all tokens that have a successor. DSpark has a block of rows for each token
-        after the prompt, as served.
+        A head reads all tokens with a successor; DSpark has a block of rows for each of the answer.
         """
         if not self.stages:
             return sequence.calibration_tokens

@@ -51,12 +51,7 @@ RESIDENT_BYTES = 6 * 2**30
 
 
 def quantize(
-    capture: Path,
-    upstream: Path,
-    base: Path,
-    out: Path,
-    settings: QuantizeSection,
-    report: Progress,
+    capture: Path, upstream: Path, base: Path, out: Path, section: QuantizeSection, report: Progress
 ) -> dict[str, Any]:
     """Write GPTQ's experts and the report on all variants to `out`; return the report.
 
@@ -66,22 +61,29 @@ def quantize(
     """
     started = time.perf_counter()
     with parallel.single_thread():
-        inputs = _open(capture, upstream, base, settings)
-        clock = Clock(parallel.find_device(settings.device))
-        decisive = asdict(settings) | {"device": clock.device}
-        del decisive["variants"]  # which heads there are is for the later stages to know
-        if (finished := inputs.claim(out, decisive)) is not None:
+        inputs = _open(capture, upstream, base, section)
+        clock = Clock(parallel.find_device(section.device))
+        config = asdict(section) | {"device": clock.device}
+        # Which heads there are is for the later stages to know.
+        if finished := inputs.claim(out, {k: v for k, v in config.items() if k != "variants"}):
             return finished
         (out / GPTQ).mkdir(exist_ok=True)
-        batches = _batches(inputs, settings.experts_per_batch, out / GPTQ)
+        work = _Work(inputs, section, clock, report)
+        batches = _batches(inputs, section.experts_per_batch, out / GPTQ)
         pending = [batch for batch in batches if not batch.is_done()]
         for _, of_stage in groupby(pending, lambda batch: batch.stage):
-            _quantize(inputs, settings, batches, [*of_stage], clock, report)
-        result = _report(inputs, settings, batches, clock)
+            _quantize(work, batches, [*of_stage])
+        result = _report(work, batches)
         seconds = result["seconds"]["total"] = time.perf_counter() - started
-        config = asdict(settings) | {"device": clock.device}
         inputs.finish(out, "quantize", config, result, seconds)
         return result
+
+
+class _Work(NamedTuple):
+    inputs: Inputs
+    settings: QuantizeSection
+    clock: Clock
+    report: Progress
 
 
 class _Batch(NamedTuple):
@@ -197,15 +199,9 @@ def _load_drafter(
 # Hessians, GPTQ, errors: a batch of experts at a time
 
 
-def _quantize(
-    inputs: Inputs,
-    settings: QuantizeSection,
-    batches: Sequence[_Batch],
-    pending: Sequence[_Batch],
-    clock: Clock,
-    report: Progress,
-) -> None:
+def _quantize(work: _Work, batches: Sequence[_Batch], pending: Sequence[_Batch]) -> None:
     """Replay the capture, then quantize the pending batches of a stage and write their files."""
+    inputs, _, clock, report = work
 
     def read(batch: _Batch) -> dict[str, Tensor]:
         prefixes = tuple(f"{module}." for module in batch.modules)
@@ -225,7 +221,7 @@ def _quantize(
         for batch in pending:
             with clock.timed("io"):
                 tensors = next(upstream)
-            packed, known = _quantize_batch(inputs, settings, routed, tensors, batch, clock)
+            packed, known = _quantize_batch(work, routed, tensors, batch)
             with clock.timed("io"):
                 write(_save_batch, packed, known, batch.file)
             done += len(batch.experts)
@@ -233,14 +229,10 @@ def _quantize(
 
 
 def _quantize_batch(
-    inputs: Inputs,
-    settings: QuantizeSection,
-    routed: RoutedTokens,
-    upstream: Mapping[str, Tensor],
-    batch: _Batch,
-    clock: Clock,
+    work: _Work, routed: RoutedTokens, upstream: Mapping[str, Tensor], batch: _Batch
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
+    inputs, settings, clock, _ = work
     with inputs.head.named(), clock.timed("hessian", tf32=True):
         decoded, modules, experts = decode_head(upstream), batch.modules, batch.experts
         weights = {  # f32, w1 and w3 [E, M, D] and w2 [E, D, M]
@@ -273,10 +265,9 @@ def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Pa
 # The report
 
 
-def _report(
-    inputs: Inputs, settings: QuantizeSection, batches: Sequence[_Batch], clock: Clock
-) -> dict[str, Any]:
+def _report(work: _Work, batches: Sequence[_Batch]) -> dict[str, Any]:
     """Return the stage's result, from what is known of every batch."""
+    inputs, settings, clock, _ = work
     known = [json.loads(batch.file.with_suffix(".json").read_text()) for batch in batches]
     counts: list[int] = [count for batch in known for count in batch["counts"]]
     errors: dict[Variant, dict[str, list[float]]] = {

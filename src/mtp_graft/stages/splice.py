@@ -34,14 +34,8 @@ from mtp_graft.serving.doctor.hardware import Target
 from mtp_graft.stages.inputs import Tensors, check_head, drafter_config, expert_files, read_master
 
 #: Files that a splice writes itself; all others are the base's.
-OWN_FILES = (
-    HEAD_SHARD,
-    shards.INDEX_NAME,
-    "config.json",
-    quant_manifest.MANIFEST_NAME,
-    quant_manifest.MANIFEST_TEXT_NAME,
-    quant_manifest.RECIPE_NAME,
-)
+_TEXTS = (quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME)
+_OWN_FILES = (HEAD_SHARD, shards.INDEX_NAME, "config.json", *_TEXTS, quant_manifest.RECIPE_NAME)
 
 
 @dataclass(frozen=True)
@@ -233,15 +227,8 @@ def _manifest(plan: SplicePlan) -> Manifest:
     if plan.report is not None:
         experts = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
-    return quant_manifest.manifest(
-        plan.variant,
-        plan.linears,
-        plan.config,
-        plan.report,
-        provenance,
-        num_tensors=len(plan.layout),
-        num_bytes=plan.bytes,
-    )
+    about = plan.variant, plan.linears, plan.config, plan.report, provenance
+    return quant_manifest.manifest(*about, num_tensors=len(plan.layout), num_bytes=plan.bytes)
 
 
 # Writing
@@ -253,7 +240,7 @@ def base_files(base: Path) -> dict[str, Path]:
     return {
         name: path
         for name, path in files.visible_files(base).items()
-        if name not in OWN_FILES and (name in named or path.suffix != ".safetensors")
+        if name not in _OWN_FILES and (name in named or path.suffix != ".safetensors")
     }
 
 

@@ -119,8 +119,7 @@ class Recorder:
     def record(self, token_ids: Tensor, hidden: Tensor, spans: Sequence[Span]) -> None:
         """Record the prompts in the rows `spans` of the step that was just computed.
 
-        token_ids [T]; hidden [T, D], which the LM head reads. Rows outside of the spans may be
-        padding or other requests.
+        token_ids [T]; hidden [T, D], which the LM head reads. Other rows may be padding, say.
         """
         if not spans:
             return

@@ -51,8 +51,7 @@ def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def add_over_ranks(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Return this rank's share of the sum of `partial` [T, O]: all of it, or zeros.
 
-    vLLM adds the ranks' results itself, in BF16. So rank 0 has the whole sum and the others zeros:
-    adding zeros is exact.
+    vLLM adds the ranks' results itself, in BF16: to a whole sum, zeros, which is exact.
     """
     ranks = distributed.get_tensor_model_parallel_world_size()
     if ranks == 1:
@@ -94,8 +93,7 @@ class OrderFreeHead(vocabulary.UnquantizedEmbeddingMethod):
 class OrderFreeMHCPre(MHCPreOp):
     """vLLM's start of a hyper-connection, given a row for every thread.
 
-    With fewer rows than threads `hc_pre_fused_cpu` splits a row's 4 x D inputs over the threads,
-    otherwise the rows.
+    With fewer rows than threads `hc_pre_fused_cpu` splits a row's 4 x D inputs, else the rows.
     """
 
     def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
