@@ -43,43 +43,37 @@ class Watch:
     """Calls things on T rows, then on the first alone, and counts what differs."""
 
     def __init__(self) -> None:
-        self.rows = 0  # T; 0: do not look
-        self.busy = False
+        self.rows = 0  # T; 0: do not look, as inside a call that is looked at
         self.found: dict[tuple[str, int], dict[str, Any]] = {}
 
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return `call`, watched under `name`."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if self.busy or not self.rows or not has_rows((args, kwargs), self.rows):
+            rows, given = self.rows, (args, kwargs)
+            if not rows or not any(is_rows(tensor, rows) for tensor in tensors(given)):
                 return call(*args, **kwargs)
-            whole, alone = copied((args, kwargs)), first_row((args, kwargs), self.rows)
+            whole, alone = copied(given), first_row(given, rows)
             output = call(*args, **kwargs)
-            kept = [tensor.clone() for tensor in tensors(output)]
-            self.busy = True
-            try:
-                self.compare(name, call, whole, alone, output)
-            finally:
-                self.busy = False
-            for tensor, before in zip(tensors(output), kept, strict=True):
+            kept = changed(output, Tensor.clone)
+            self.rows = 0
+            self.compare(name, rows, call, whole, alone, kept)
+            self.rows = rows
+            for tensor, before in zip(tensors(output), tensors(kept), strict=True):
                 tensor.copy_(before)  # it may lie in a workspace that the second call used
             return output
 
         return watched
 
-    def compare(self, name: str, call: Any, whole: Any, alone: Any, output: Any) -> None:
+    def compare(self, name: str, rows: int, call: Any, whole: Any, alone: Any, output: Any) -> None:
         """Call once more with the first row; note kernels the first time, and differences."""
-        kept = changed(output, Tensor.clone)
-        expected = first_row(kept, self.rows)
         got, one = profiled(call, alone)
-        entry = self.found.get((name, self.rows))
-        if entry is None:
-            entry = {"calls": 0, "different": 0, "unrepeatable": 0, "largest": 0.0}
-            entry |= {"kernels_one_row": one, "kernels_all_rows": profiled(call, whole)[1]}
-            self.found[name, self.rows] = entry
-        again = profiled(call, copied(whole))[0]  # the same rows once more: a kernel that varies
-        entry["unrepeatable"] += difference(kept, again) > 0
-        error = difference(expected, got)
+        again, all_rows = profiled(call, whole)  # the same rows: a kernel that varies
+        kernels = {"kernels_one_row": one, "kernels_all_rows": all_rows}
+        zero = {"calls": 0, "different": 0, "unrepeatable": 0, "largest": 0.0}
+        entry = self.found.setdefault((name, rows), zero | kernels)
+        error = difference(first_row(output, rows), got)
+        entry["unrepeatable"] += difference(output, again) > 0
         entry["calls"] += 1
         entry["different"] += error > 0
         entry["largest"] = max(entry["largest"], error)
@@ -100,10 +94,6 @@ def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def is_rows(tensor: Tensor, rows: int) -> bool:
     return not isinstance(tensor, nn.Parameter) and tensor.dim() > 0 and len(tensor) == rows
-
-
-def has_rows(value: Any, rows: int) -> bool:
-    return any(is_rows(tensor, rows) for tensor in tensors(value))
 
 
 def first_row(value: Any, rows: int) -> Any:

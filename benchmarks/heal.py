@@ -140,23 +140,14 @@ def measure(name: str, run: Path) -> dict[str, Any]:
     settings = replace(HealSection(), **how.settings)
     capture = part_of(run / "capture", folder / "capture", how.text, "choose", how.tokens)
     stage.EXPERTS = ".none." if how.experts else EXPERTS  # type: ignore[attr-defined]
-    models = MODEL / "upstream", MODEL / "base"
-    beside = "mxfp4" if how.before_gptq else how.variant
+    beside: Variant = "mxfp4" if how.before_gptq else how.variant
+    given = (capture, run / "quantize", MODEL / "upstream", MODEL / "base", folder / "heal")
     began = time.perf_counter()
-    report = stage.heal(
-        capture,
-        run / "quantize",
-        *models,
-        folder / "heal",
-        beside,
-        how.linears,
-        128,
-        settings,
-        progress(name),
-    )
+    report = stage.heal(*given, beside, how.linears, 128, settings, progress(name))
     seconds = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     found = {"name": name, **asdict(how), "settings": asdict(settings), **report}
-    found |= {"seconds": seconds, "peak_gpu_bytes": peak_gpu_bytes()}
+    found |= {"seconds": seconds, "peak_gpu_bytes": peak}
     if not how.experts:
         found["scored"] = scores(folder, run, folder / "heal" / HEALED, how)
     return found
@@ -172,27 +163,20 @@ def scores(folder: Path, run: Path, upstream: Path, how: Ablation) -> dict[str, 
     found = {}
     for kind in JUDGED:
         capture = part_of(run / "capture", folder / f"capture-{kind}", "-", kind)
-        scored = score(
-            *(capture, quantized, upstream, base, folder / f"score-{kind}", heads),
-            ScoreSection(k=5),
-            progress(kind),
-        )
+        given = (capture, quantized, upstream, base, folder / f"score-{kind}", heads)
+        scored = score(*given, ScoreSection(k=5), progress(kind))
         found[kind] = scored["acceptance"][variant]["by_k"]
     return found
 
 
 def unhealed(run: Path) -> list[dict[str, Any]]:
     """Return entries of the heads as upstream has them."""
-    variants: tuple[Variant, ...] = ("gptq", "rtn", "mxfp4")
-    return [
-        {"name": f"unhealed {v}", "variant": v}
-        | {
-            "scored": scores(
-                run / "ablations" / f"unhealed-{v}", run, MODEL / "upstream", Ablation(variant=v)
-            )
-        }
-        for v in variants
-    ]
+    found, variants = [], ("gptq", "rtn", "mxfp4")
+    for v in variants:
+        folder, how = run / "ablations" / f"unhealed-{v}", Ablation(variant=v)
+        scored = scores(folder, run, MODEL / "upstream", how)
+        found.append({"name": f"unhealed {v}", "variant": v, "scored": scored})
+    return found
 
 
 def served(name: str, url: str, run: Path, concurrency: int) -> dict[str, Any]:
@@ -241,10 +225,6 @@ def progress(name: str) -> Any:
             print(f"{time.strftime('%H:%M:%S')} {name}: {label} {done}/{total}", flush=True)
 
     return report
-
-
-def peak_gpu_bytes() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def summarize(found: list[dict[str, Any]]) -> dict[str, Any]:

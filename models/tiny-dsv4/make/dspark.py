@@ -27,7 +27,7 @@ from fake_quant import head_format
 from model import Weights, compute_weights, count_load, initial_value
 from torch import Tensor, nn
 from torch.func import functional_call
-from train import Log, learning_rate, make_optimizer
+from train import Log, learning_rate, make_optimizer, update
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors
@@ -221,10 +221,7 @@ class Trainer:
             metrics = self.run(self.drafting, quantize, self.texts, anchors)
             optimizer.zero_grad()
             metrics["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args.lr, progress, warmup=0.04)
-            optimizer.step()
+            update(optimizer, learning_rate(args.lr, progress, warmup=0.04))
             loads = self.balance(BALANCE * (1 - progress))
             if step % 50 == 0:
                 values = {name: value.item() for name, value in metrics.items()}

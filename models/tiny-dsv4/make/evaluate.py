@@ -78,12 +78,11 @@ def generate(model: TinyModel, base: Weights, prompts: list[list[int]], num_new:
     model.eval()
     device = base[EMBEDDING].device
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    width = int(starts.max()) + num_new
+    longest = int(starts.max())
+    width = longest + num_new
     padded = [prompt + [PAD] * (width - len(prompt)) for prompt in prompts]
     ids = torch.tensor(padded, device=device)  # [B, width]
-    ends = starts.clone()
-    alive = torch.ones_like(starts, dtype=torch.bool)
-    longest = width - num_new
+    ends, alive = starts.clone(), torch.ones_like(starts, dtype=torch.bool)
     for step in range(num_new):
         with autocast(device):
             logits, _ = model.run_base(base, ids[:, : longest + step])
@@ -113,9 +112,6 @@ def acceptance(model: TinyModel, base: Weights, head: Weights, text: Generated) 
 
 def distinct_ngrams(documents: list[list[int]], n: int = 4) -> float:
     """Return distinct n-grams over all n-grams, counted per document and averaged."""
-    ratios = []
-    for ids in documents:
-        grams = list(zip(*(ids[i:] for i in range(n)), strict=False))
-        if grams:
-            ratios.append(len(set(grams)) / len(grams))
+    grams = [list(zip(*(ids[i:] for i in range(n)), strict=False)) for ids in documents]
+    ratios = [len(set(each)) / len(each) for each in grams if each]
     return sum(ratios) / max(len(ratios), 1)

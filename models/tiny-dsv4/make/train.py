@@ -176,6 +176,14 @@ def learning_rate(peak: float, progress: float, warmup: float) -> float:
     return peak * (0.02 + 0.98 * cosine)
 
 
+def update(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Clip the gradients and take one step."""
+    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+
+
 class Trainer:
     """Runs the stages; holds what they share."""
 
@@ -212,33 +220,32 @@ class Trainer:
         """Return the used share of the time limit."""
         return (time.monotonic() - STARTED) / (60 * self.args.minutes)
 
-    def batches(self, seed: int, extra: list[list[int]] | None = None) -> Iterator[Tensor]:
-        args = self.args
-        for rows in self.corpus.batches(seed, args.batch, args.seq_len + 1, extra):
-            yield rows.to(self.device)
+    def steps(
+        self, count: int, until: float, seed: int, extra: list[list[int]] | None = None
+    ) -> Iterator[tuple[int, float, Tensor]]:
+        """Yield step, progress 0..1 and rows, to the last step or the share of the time limit."""
+        args, began = self.args, self.used_time()
+        batches = self.corpus.batches(seed, args.batch, args.seq_len + 1, extra)
+        for step in range(count):
+            late = (self.used_time() - began) / max(until - began, 1e-6)
+            if (progress := max(step / count, late)) >= 1:
+                break
+            yield step, progress, next(batches).to(self.device)
 
     def main_stages(self) -> None:
         """Train base and head together, first in full precision, then as they will be shipped."""
         args, model = self.args, self.model
         optimizer = make_optimizer(model, args.weight_decay, self.device.type == "cuda")
-        parameters = list(model.parameters())
-        batches = self.batches(args.seed)
         model.train()
         gradients, quantize = None, False
-        began = self.used_time()
-        for step in range(args.steps):
-            late = (self.used_time() - began) / (MAIN_UNTIL - began)
-            progress = max(step / args.steps, late)
-            if progress >= 1:
-                break
-            rows = next(batches)
+        for step, progress, rows in self.steps(args.steps, MAIN_UNTIL, args.seed):
             if gradients is None or (not quantize and progress >= 1 - args.qat_part):
                 quantize = progress >= 1 - args.qat_part
                 gradients = None  # frees the first graph's memory before the second is captured
                 gradients = self.capture(lambda r, q=quantize: joint_loss(model, q, r), rows)
                 self.log.write("stage", name="qat" if quantize else "float", step=step)
             metrics = gradients(rows)
-            self.update(optimizer, parameters, learning_rate(args.lr, progress, warmup=0.03))
+            update(optimizer, learning_rate(args.lr, progress, warmup=0.03))
             self.report(step, args.steps, metrics, quantize)
             self.model.update_router_biases(ROUTER_BIAS_RATE * (1 - progress))
 
@@ -248,24 +255,17 @@ class Trainer:
         base = {name: w.detach() for name, w in model.base_weights(quantize=True).items()}
         written = self.self_generated(base)
         optimizer = make_optimizer(model.head, 0.0, self.device.type == "cuda")
-        parameters = list(model.head.parameters())
-        batches = self.batches(args.seed + 1, written)
         model.dropout = 0.0
         model.base.eval()
         model.head.train()
-        gradients, began = None, self.used_time()
-        for step in range(args.head_steps):
-            late = (self.used_time() - began) / max(HEAD_UNTIL - began, 1e-6)
-            progress = max(step / args.head_steps, late)
-            if progress >= 1:
-                break
-            rows = next(batches)
+        gradients, steps = None, args.head_steps
+        for step, progress, rows in self.steps(steps, HEAD_UNTIL, args.seed + 1, written):
             if gradients is None:
                 gradients = self.capture(lambda r: head_loss(model, base, r), rows)
                 self.log.write("stage", name="head", step=step)
             metrics = gradients(rows)
-            self.update(optimizer, parameters, learning_rate(args.head_lr, progress, warmup=0.1))
-            self.report(step, args.head_steps, metrics, quantize=True)
+            update(optimizer, learning_rate(args.head_lr, progress, warmup=0.1))
+            self.report(step, steps, metrics, quantize=True)
             self.model.update_router_biases(0.1 * ROUTER_BIAS_RATE * (1 - progress))
 
     def capture(self, loss: LossFunction, rows: Tensor) -> LossFunction:
@@ -288,15 +288,6 @@ class Trainer:
         self.log.write("self_generated", documents=len(documents), tokens=num_tokens)
         # As much of it as of the real text.
         return documents * max(1, round(self.corpus.num_tokens / max(num_tokens, 1)))
-
-    def update(
-        self, optimizer: torch.optim.Optimizer, parameters: list[Tensor], rate: float
-    ) -> None:
-        """Clip the gradients and take one step."""
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
 
     def report(self, step: int, steps: int, metrics: Metrics, quantize: bool) -> None:
         """Log the training metrics every 20 steps and the held-out ones every `eval_every`."""

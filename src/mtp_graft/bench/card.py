@@ -226,10 +226,7 @@ def _formats(config: Json, num_experts: int) -> dict[str, str]:
 
 
 def _measurements(run: Path) -> Iterator[tuple[dict[str, Any], Json | None]]:
-    """Yield what the page has of each result, and the manifest beside it.
-
-    There are the pipeline's comparison, and what bench commands left in `bench/NAME[-PROFILE]`.
-    """
+    """Yield what the page has of each result, and the manifest beside it."""
     files = [("decode", "recipe's own", run / "bench/decode.json")]
     for benchmark in (*_SPEED, *_EVALS):
         for path in sorted((run / "bench").glob(f"{benchmark}*/manifest.json")):

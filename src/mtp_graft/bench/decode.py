@@ -140,10 +140,7 @@ def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> 
 
 
 def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
-    """Return the ratios MTP / base, the rounds of a turn pooled.
-
-    Prompts that some server answered in one chunk have no decode speed and are left out.
-    """
+    """Return the ratios MTP / base, the rounds of a turn pooled; answers in one chunk left out."""
     sides = [[turn["rounds"] for turn in side] for side in (mtp, base)]
     timings = [[[list(map(timing, r)) for r in turn] for turn in side] for side in sides]
     ttft_s, seconds, tokens = np.moveaxis(np.array(timings), -1, 0)  # [2, Q, R, P] each
@@ -156,10 +153,7 @@ def _ratios(base: Sequence[Turn], mtp: Sequence[Turn]) -> dict[str, Any]:
 
 
 def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
-    """Return the JSON result of `bench decode`: each quantity over all rounds.
-
-    Greedy rounds repeat each other, so positions are counted on the first alone.
-    """
+    """Return `bench decode`'s JSON; by position on the first greedy round: others repeat it."""
     rounds: list[Round] = [answers for turn in turns for answers in turn["rounds"]]
     by_round = [_drafts([answers]) for answers in rounds]
     rates = [c.acceptance for c in by_round if c and c.acceptance is not None]
@@ -360,10 +354,7 @@ def measure_acceptance(
 
 
 def _drafting_steps(steps: Sequence[Step], num_tokens: int) -> Iterator[Step]:
-    """Yield the steps with drafts that made a text of `num_tokens`, without drafts past its end.
-
-    The last step may draft and accept more than the text has; vLLM counts that too.
-    """
+    """Yield the steps with drafts that made a text of `num_tokens`, without drafts past its end."""
     left = num_tokens - 1  # the first comes with the prompt
     for step in steps:
         if min(step.drafted, left):

@@ -23,8 +23,7 @@ TextCount = Mapping[str, Any]
 def paired_ratio(ours: Array, theirs: Array) -> dict[str, Any]:
     """Return the ratio ours / theirs of positive measurements [Q, P], with a 95 % interval.
 
-    The estimate is the geometric mean. Pairs and prompts are both samples: a restarted server is a
-    little faster or slower for all prompts, and prompts differ in what they gain.
+    The estimate is the geometric mean; pairs and prompts are both samples.
     """
     from scipy import stats
 
@@ -67,8 +66,7 @@ def paired_differences(counts: Mapping[str, Iterable[TextCount] | None]) -> dict
     """Return `a-b` -> 95 % interval of a's acceptance less b's, for the `PAIRS` that there are.
 
     `counts` has the texts of every head, the same ones in the same order. Drafts of one text depend
-    on each other, and a text that is hard for one head is hard for the other. So texts are
-    resampled, the same for both heads (paired percentile bootstrap, Efron 1979; fixed seed).
+    on each other: texts are resampled (paired percentile bootstrap, Efron 1979; fixed seed).
     """
     known = {head: list(texts) for head, texts in counts.items() if texts is not None}
     return {

@@ -57,10 +57,7 @@ def as_markdown(text: str) -> str:
 
 
 def render(template: str, escape: Callable[[str], str], data: Mapping[str, Any]) -> str:
-    """Return a page: `template` of `bench/templates`, every text in it escaped by `escape`.
-
-    Raises GraftError if a result lacks something that the page always shows.
-    """
+    """Return a page of `bench/templates`, every text in it escaped; GraftError if data lacks."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
     from markupsafe import Markup
 

@@ -317,10 +317,7 @@ def oddities(answer: Answer) -> list[str]:
 
 
 def margin(answer: Answer, reference: Answer) -> float:
-    """Return how far the two tokens where texts part are apart, in nats; past an end, infinitely.
-
-    A token that is not among the reference's best counts as the last of them.
-    """
+    """Return the nats between the two tokens where texts part; past an end, infinitely many."""
     theirs, ours = reference["token_ids"], answer["token_ids"]
     place, known = first_difference(theirs, ours), reference.get("logprobs", [])
     if place is None or place >= min(len(theirs), len(ours), len(known)):

@@ -13,17 +13,9 @@ from mtp_graft.cli.output import check_writable
 from mtp_graft.serving.command import argument, option
 
 # Plain text: rich's tables cut long names of options at 80 columns.
-app = typer.Typer(
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-bench = typer.Typer(
-    rich_markup_mode=None,
-    help="Measure how fast a server is, or how good its answers are.",
-    no_args_is_help=True,
-)
+_PLAIN: dict[str, Any] = {"rich_markup_mode": None, "no_args_is_help": True}
+app = typer.Typer(**_PLAIN, pretty_exceptions_enable=False, add_completion=False)
+bench = typer.Typer(**_PLAIN, help="Measure how fast a server is, or how good its answers are.")
 app.add_typer(bench, name="bench")
 
 #: In the place of a profile: what vLLM does by itself.
@@ -70,12 +62,8 @@ def refuse(words: Collection[str] | None, flags: set[str]) -> Collection[str] | 
 _JSON_HELP = "Write the result as JSON; - for standard output."
 JSON_FILE = option(None, "FILE", _JSON_HELP, "--json", callback=check_writable)
 DRY_RUN = option(False, None, "Print what would be done.", "--dry-run")
-SERVE_ARGUMENTS = argument(
-    "ARGS",
-    "After --: arguments for vllm serve, as they are.",
-    (),
-    callback=lambda words: refuse(words, set()),
-)
+_ARGS_HELP = "After --: arguments for vllm serve, as they are."
+SERVE_ARGUMENTS = argument("ARGS", _ARGS_HELP, (), callback=lambda words: refuse(words, set()))
 
 
 def _show_versions(wanted: bool) -> None:

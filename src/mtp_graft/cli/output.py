@@ -32,10 +32,7 @@ def progress_bar() -> Iterator[Report]:
 
 
 def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) -> None:
-    """Write a command's result to `json_file`, `-` being standard output; print parts for people.
-
-    Where JSON has standard output for itself, they go to standard error.
-    """
+    """Write a command's result to `json_file`; print parts for people, beside `-` to stderr."""
     in_place = str(json_file) == "-"
     if json_file is not None:
         text = json.dumps(result, indent=2, ensure_ascii=False)
@@ -71,10 +68,7 @@ def _cell(value: Any) -> str:
 
 
 def check_writable(target: Path | None) -> Path | None:
-    """Return an option's file if it can be written: OSError now, not after hours of work.
-
-    Nothing is left behind, and what is there stays.
-    """
+    """Return an option's file if it can be written: OSError now, not after hours of work."""
     if target is not None and str(target) != "-":
         existed = target.exists()
         target.open("a").close()

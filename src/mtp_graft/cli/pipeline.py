@@ -100,15 +100,12 @@ def run_command(
 
 def _plan_parts(plan: dict[str, Any]) -> list[str | Table]:
     """Return stages, sizes and times for people."""
-    where = f"{', '.join(plan['stages'])}: in {plan['run']}"
-    if plan["sources"] is None or plan["unknown"] is not None:
+    where, found = f"{', '.join(plan['stages'])}: in {plan['run']}", plan["sources"]
+    if found is None or plan["unknown"] is not None:
         why = plan["unknown"] or plan["inputs"]
         return [where, why, "sizes, needs and times are not known therefore"]
-    sources = [
-        {"checkpoint": name, **found, "files": len(found["files"])}
-        for name, found in plan["sources"].items()
-    ]
-    times = [{"stage": stage, **found} for stage, found in plan["seconds"].items()]
+    sources = [{"checkpoint": n, **each, "files": len(each["files"])} for n, each in found.items()]
+    times = [{"stage": stage, **each} for stage, each in plan["seconds"].items()]
     return [
         where,
         table(sources, "checkpoint", "source", "files", "bytes", "bytes_to_download"),
@@ -124,16 +121,13 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
     offline, served = result["acceptance_offline"], result["acceptance_served"]
     if offline or served:
         drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
-        heads = [
-            {
-                "head": name,
-                "offline acceptance": percent(offline.get(name)),
-                f"served acceptance{drafting}": percent(served.get(name)),
-                "95 % interval": percents(result["intervals_served"].get(name), " to "),
-            }
-            for name in offline or served
-        ]
-        parts.append(table(heads, *heads[0]))
+        columns = "head", "offline acceptance", f"served acceptance{drafting}", "95 % interval"
+        heads = []
+        for head in offline or served:
+            interval = percents(result["intervals_served"].get(head), " to ")
+            shown = head, percent(offline.get(head)), percent(served.get(head)), interval
+            heads.append(dict(zip(columns, shown, strict=True)))
+        parts.append(table(heads, *columns))
     parts += [f"served, {line}" for line in drafting_lines(result)]
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
@@ -195,8 +189,7 @@ def publish(
     how = {"private": private, "head_only": head_only, "dry_run": dry_run}
     result = stage.publish(run, repo, run / "card", **how)
     lines = [f"{file['bytes']:>18,}  {file['path']}" for file in result["files"]]
-    verb = "to be uploaded" if dry_run else "uploaded"
-    which = "private" if result["private"] else "public"
+    where = f"{repo} ({'private' if result['private'] else 'public'})"
     total = f"{len(result['files'])} files, {result['total_bytes']:,} bytes"
-    lines.append(f"{total} {verb} to {repo} ({which})")
+    lines.append(f"{total} {'to be uploaded' if dry_run else 'uploaded'} to {where}")
     show(result, json_file, *lines, *([] if dry_run else [result["url"]]))

@@ -22,13 +22,8 @@ if TYPE_CHECKING:  # these load torch, which `--help` need not wait for
 
 #: Flags of vLLM that an option here stands for, besides those of the same name.
 _OTHER_NAMES = {
-    "-tp",
-    "--model",
-    "--served-model-name",
-    "--kv-cache-memory-bytes",
-    "--no-enforce-eager",
-    "--enable-prefix-caching",
-    "--no-enable-prefix-caching",
+    *("-tp", "--model", "--served-model-name", "--kv-cache-memory-bytes", "--no-enforce-eager"),
+    *("--enable-prefix-caching", "--no-enable-prefix-caching"),
 }
 #: How --dry-run prints a reason.
 _COMMENT = textwrap.TextWrapper(96, "# - ", "#   ", break_on_hyphens=False, break_long_words=False)
@@ -60,13 +55,11 @@ def serve(
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Serve a checkpoint with vLLM, drafting with its head."""
+    is_aimless = profile == NO_PROFILE and asked != HardwareOptions()
     for is_broken, rule in (
         (dry_run and check, "give one of --dry-run and --check"),
         (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
-        (
-            profile == NO_PROFILE and asked != HardwareOptions(),
-            "hardware options need a profile other than none",
-        ),
+        (is_aimless, "hardware options need a profile other than none"),
         (asked.count and not asked.gpu, "--count needs --gpu"),
     ):
         if is_broken:
@@ -93,10 +86,7 @@ def serve(
 def _plan(
     options: ServeOptions, profile: str | None, asked: HardwareOptions, dry_run: bool
 ) -> "tuple[InstalledVllm, Plan | None]":
-    """Return the vLLM to serve with, and the profile fitted to the hardware.
-
-    The plan is None for vLLM's own defaults. With `dry_run` the hardware may be elsewhere.
-    """
+    """Return the vLLM to serve with, and the profile fitted to the hardware; None: vLLM's own."""
     from mtp_graft.serving.plan import AUTO, make_plan
     from mtp_graft.serving.topology import CPU, find_gpus, named_hardware
 
@@ -150,11 +140,10 @@ def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -
     with progress_bar() as report, started(options, report, "check") as client:
         found = check_drafter(client)
     acceptance, drafted = found.acceptance or 0.0, found.num_draft_tokens
-    is_alive = acceptance >= MIN_ACCEPTANCE
-    result = {"ok": is_alive, "acceptance": acceptance, "num_draft_tokens": drafted}
-    result["threshold"] = MIN_ACCEPTANCE
+    result = {"ok": acceptance >= MIN_ACCEPTANCE, "acceptance": acceptance}
+    result |= {"num_draft_tokens": drafted, "threshold": MIN_ACCEPTANCE}
     show(result, json_file, f"accepted {acceptance:.1%} of {drafted} drafted tokens")
-    if not is_alive:
+    if not result["ok"]:
         raise GraftError(
             f"{options.checkpoint}: of {drafted} tokens drafted on a repeated sentence the model "
             f"accepted {acceptance:.1%}, expected at least {MIN_ACCEPTANCE:.0%}: the head is not "
@@ -190,11 +179,11 @@ def doctor(
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
         lines.append(f"{fix}: {'written' if fixed else 'nothing to correct'}; left: {left}")
     ok = not any(finding.severity == "error" for finding in remaining)
+    known = {"vllm": target.vllm, "hardware": target.hardware}
     result = {
         "checkpoint": str(checkpoint),
         "ok": ok,
-        "vllm": str(target.vllm) if target.vllm else None,
-        "hardware": str(target.hardware) if target.hardware else None,
+        **{what: str(found) if found else None for what, found in known.items()},
         "tp": target.tp,
         "max_model_len": target.max_model_len,
         "findings": [asdict(finding) for finding in findings],

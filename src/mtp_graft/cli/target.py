@@ -67,10 +67,7 @@ class Target:
             )
 
     def num_drafts(self, k: int | None) -> int:
-        """Return how many tokens the server drafts a step: `k`, its default, or what it says.
-
-        Wrong usage for a `k` that a running server would have to follow.
-        """
+        """Return how many tokens the server drafts a step: `k`, its default, or what it says."""
         if self.checkpoint is not None:
             options = ServeOptions(self.checkpoint, num_speculative_tokens=k)
             return command.num_speculative_tokens(options, find_vllm().platform)
@@ -88,13 +85,9 @@ class Target:
 
         if self.checkpoint is None:
             return {"base_url": self.base_url}
-        flags = {
-            "--profile": self.profile,
-            "--tensor-parallel-size": self.tensor_parallel_size,
-            "--max-model-len": self.max_model_len,
-            "-k": k,
-            "--": self.extra or None,
-        }
+        ranks, length = self.tensor_parallel_size, self.max_model_len
+        flags: Result = {"--profile": self.profile, "--tensor-parallel-size": ranks}
+        flags |= {"--max-model-len": length, "-k": k, "--": self.extra or None}
         shards = sorted(set(read_weight_map(self.checkpoint / INDEX_NAME).values()))
         files = [self.checkpoint / name for name in ("config.json", *shards)]
         words = ["mtp-graft", "serve", self.checkpoint.name, *command.as_words(flags)]
@@ -108,9 +101,8 @@ class Target:
     def finish(self, benchmark: str, claim: Result, measure: Callable[[Path], Result]) -> Result:
         """Measure and return the result; keep it in the run folder, if there is one.
 
-        `claim` is all that decides what is measured of a server, `k` included. `measure` gets a
-        folder for what can be used again; if it finds everything there, nothing is changed. Raises
-        GraftError if the folder was begun with another claim.
+        `claim` is all that decides what is measured of a server, `k` included; GraftError for a
+        folder that was begun with another. `measure` gets a folder for what can be used again.
         """
         if self.run is None:
             with tempfile.TemporaryDirectory() as folder_name:
@@ -120,7 +112,7 @@ class Target:
         from mtp_graft.stages.parallel import device_name
 
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
-        folder, started_at = self.run / "bench" / name, time.perf_counter()
+        folder, began = self.run / "bench" / name, time.perf_counter()
         claim = claim | {"server": self.identity(claim.get("k"))}
         claim_folder(folder, claim)
         result = measure(folder)
@@ -128,8 +120,8 @@ class Target:
             write_json(result, folder / "result.json")
             # A running server's device is not known here.
             device = device_name() if self.checkpoint else f"server at {self.base_url}"
-            seconds = time.perf_counter() - started_at
-            write_manifest(folder, f"bench {name}", claim, (), device, seconds)
+            spent = time.perf_counter() - began
+            write_manifest(folder, f"bench {name}", claim, (), device, spent)
         return result
 
     @contextmanager

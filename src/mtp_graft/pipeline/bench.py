@@ -31,8 +31,7 @@ from mtp_graft.stages.inputs import EVALUATION
 def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions:
     """Return how a checkpoint is served to be measured; base (`k` 0) and heads differ in that only.
 
-    On a CPU, where a start takes half a minute, all are served as the base is for its capture: one
-    server does for both.
+    On a CPU all are served as the base is for its capture: one server does for both.
     """
     options = recording_options(checkpoint, run.path / "capture", run.capture)
     if find_vllm().platform != "cpu":
@@ -44,10 +43,7 @@ def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions
 
 @contextmanager
 def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient]:
-    """Serve as the recipe says and the hardware needs; `name` tells the server's log from others.
-
-    What the hardware made of the options is printed, and noted in `run.adjusted`.
-    """
+    """Serve as the recipe says and the hardware needs, which is printed; `name` is the log's."""
     serve = run.recipe.serve
     options = replace(
         options,
@@ -70,11 +66,7 @@ def server_log(run: Run, name: str) -> Path:
 
 
 def bench(run: Run) -> list[Path]:
-    """Measure whatever has not been, then compare decoding with the base's.
-
-    The chosen head comes right after the base. Each has its server for itself; `bench decode
-    --against` takes turns.
-    """
+    """Measure whatever has not been, the chosen head first; compare decoding with the base."""
     for needed in ("capture", "splice"):
         run.finished(needed)  # said before anything is served
     base = measure_base(run, serving(run, measuring_options(run, run.models.base, 0), "base"))
@@ -90,10 +82,7 @@ def bench(run: Run) -> list[Path]:
 
 
 def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict[str, Any]:
-    """Decode prompts that leave room for their answer, on a server of the base; once.
-
-    `server` is entered if it has not been measured yet.
-    """
+    """Decode prompts with room for an answer; `server`, of the base, is entered if need be."""
     wanted = run.recipe.bench
     _claim(run)
 

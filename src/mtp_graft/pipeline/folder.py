@@ -121,10 +121,7 @@ class Run:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time inside to what earlier calls spent on the stage.
-
-        Time that another stage takes inside is that one's alone.
-        """
+        """Add the time inside to the stage's, but for that which another stage takes inside."""
         outer = self._time(stage)
         try:
             yield

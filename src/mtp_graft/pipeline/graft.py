@@ -33,9 +33,8 @@ def graft(
     """Write `out`: the base with a head; return `checkpoint`, `head`, `bytes_written`, and so on.
 
     `head` is mxfp4 unless given; a published head is what it is. With `dry_run` nothing is done,
-    and the result has a run's plan. Raises GraftError for inputs that cannot be had, do not fit
-    each other or would not be served, an `out` that exists, a full disk, and a checkpoint that does
-    not verify.
+    and the result has a run's plan. Raises GraftError for inputs that do not fit or would not be
+    served, an `out` that exists, a full disk, and a checkpoint that does not verify.
     """
     started = time.perf_counter()
     report("graft: read headers", 0, 0)

@@ -56,10 +56,7 @@ class Need:
 
 
 def check_run(run: Run) -> None:
-    """Raise GraftError for models that no stage could work with, and for disk or memory too small.
-
-    Of checkpoints on the hub, small files and the shards' headers are read.
-    """
+    """Raise GraftError for models that no stage can read, and for disk or memory too small."""
     check_room(find_needs(run, read_models(run.recipe, *survey_models(run))))
 
 
@@ -72,10 +69,7 @@ def survey_models(run: Run) -> tuple[Source, Source]:
 
 
 def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
-    """Return what the headers say; GraftError for models that do not fit each other or the recipe.
-
-    A head by GPTQ has the tensors of one that is rounded to nearest.
-    """
+    """Return what the headers say; GraftError for models that do not fit each other or recipe."""
     file = f"{base.given}/config.json"
     check_dimensions(base.config, file)
     if vllm := command.installed_vllm():
@@ -100,10 +94,7 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
 
 
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:
-    """Raise GraftError for prompts of the stages to do that are too few, or no prompts.
-
-    In a dry run those of a `hub:` source are not downloaded.
-    """
+    """Raise GraftError for too few prompts, or none; in a dry run the hub's are not downloaded."""
     wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
     if "bench" in run.stages:
         wanted[run.recipe.bench.prompts] += run.recipe.bench.count
@@ -257,10 +248,9 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
 
 
 def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON of `--dry-run`: recipe, stages, sizes and times; nothing is done.
+    """Return the JSON of `--dry-run`: recipe, stages, sizes and times; what is not known is null.
 
-    Where the hub cannot be asked, `unknown` says why; where the checkpoints are none or do not fit,
-    `inputs` does. What is not known is null. GraftError if `path` cannot be a run folder.
+    Where the hub cannot be asked, `unknown` says why; `inputs`, where checkpoints do not fit.
     """
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")

@@ -67,10 +67,7 @@ def find_model(server: ServerClient, settings: Mapping[str, Any]) -> Model:
 
 
 def run_task(task: Task, log_dir: Path, model: Model) -> dict[str, Any]:
-    """Ask what the log folder does not have; return the benchmark's JSON.
-
-    Raises GraftError as soon as a question brings no answer: there is no score then.
-    """
+    """Ask what the log folder does not have; return the JSON, or GraftError without an answer."""
     started = time.perf_counter()
     with redirect_stdout(sys.stderr):
         _, [header] = eval_set(

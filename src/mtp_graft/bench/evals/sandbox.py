@@ -72,16 +72,10 @@ def _sandboxed(
         command += ["--ro-bind-try", path, path]
     command += ["--dev-bind", "/dev/null", "/dev/null", "--remount-ro", "/", "--chdir", "/"]
     command += [python, "-I", "-S", "-B", "-X", "utf8", "-c", _SOURCE, role, str(int(seconds) + 1)]
-    # Root is exempt from the limit on processes, in any namespace.
-    user: Any = _NOBODY if os.geteuid() == 0 else {}
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=pass_fds,
-        **user,
-    ) as process:
+    options: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    if os.geteuid() == 0:  # root is exempt from the limit on processes, in any namespace
+        options |= _NOBODY
+    with subprocess.Popen(command, pass_fds=pass_fds, **options) as process:
         try:
             yield process
         finally:

@@ -240,10 +240,7 @@ def find_number(text: str) -> str | None:
 
 
 def find_letter(text: str) -> str | None:
-    """Return the letter of `answer is (X)` or `Answer: X`, or of a first line with X alone.
-
-    An answer that states two different letters has none.
-    """
+    """Return the one letter of `answer is (X)` or `Answer: X`, or of a first line with X alone."""
     found = {bracketed or bare for bracketed, bare in _LETTER.findall(text)}
     first_line = text.partition("\n")[0].strip(string.punctuation + string.whitespace)
     if not found and first_line in tuple("ABCD"):
