@@ -227,8 +227,8 @@ def _manifest(plan: SplicePlan) -> Manifest:
     if plan.report is not None:
         experts = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
-    about = plan.variant, plan.linears, plan.config, plan.report, provenance
-    return quant_manifest.manifest(*about, num_tensors=len(plan.layout), num_bytes=plan.bytes)
+    said = plan.variant, plan.linears, plan.config, plan.report, provenance
+    return quant_manifest.manifest(*said, num_tensors=len(plan.layout), num_bytes=plan.bytes)
 
 
 # Writing
