@@ -111,10 +111,7 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
 
 
 def speculation(k: int, rate: float | None) -> dict[str, Any]:
-    """Return vLLM's speculative config; each draft is accepted with `rate` if all before were.
-
-    vLLM wants the probability that the first i drafts are all accepted: rate^i.
-    """
+    """Return vLLM's speculative config; vLLM wants rate^i, that the first i are all accepted."""
     config: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": k}
     if rate is not None:
         rates = [rate**i for i in range(1, k + 1)]
@@ -177,8 +174,7 @@ def summarize_steps(steps: list[Step], requests: int) -> dict[str, Any]:
     """Return the time of a step in which all of `requests` decode, and what it brings.
 
     A step counts if it and the one before gave tokens to exactly `requests` requests: no prefill
-    is in it, and nobody has finished. The first of them are left out. Raises ValueError if there
-    are too few.
+    is in it, and nobody has finished. The first of them are left out.
     """
     counted = [
         (1000 * (now.at - before.at), sum(now.tokens.values()))

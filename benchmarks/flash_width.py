@@ -123,10 +123,7 @@ def link_base(shards: Path, base: Path, config: dict[str, Any], num_layers: int)
 
 
 def link_spliced(base: Path, spliced: Path, out: Path, variant: str) -> None:
-    """Put a base of another number of layers and a head that was spliced already together.
-
-    The head's tensors are the same, and rounding 768 matrices again would take minutes.
-    """
+    """Put a base and a head that was spliced already together: rounding again takes minutes."""
     shutil.rmtree(out, ignore_errors=True)  # cheap to make again, if it was not finished
     shutil.copytree(base, out, copy_function=os.link)
     os.link(spliced / HEAD_SHARD, out / HEAD_SHARD)

@@ -75,15 +75,9 @@ def observe(
 ) -> list[Entry]:
     """Start the engine and return what is compared; runs in a process of its own."""
     began = time.perf_counter()
-    engine = EngineOptions(
-        checkpoint,
-        k,
-        max_num_seqs=4,
-        max_num_batched_tokens=CHUNK,
-        gpu_memory_utilization=options.gpu_memory_utilization,
-        kv_cache_bytes=2**31,
-        tensor_parallel_size=options.tensor_parallel_size,
-    )
+    same = {n: getattr(options, n) for n in ("gpu_memory_utilization", "tensor_parallel_size")}
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": CHUNK, "kv_cache_bytes": 2**31}
+    engine = EngineOptions(checkpoint, k, **limits, **same)
     prompts = bundled_prompts(options.model, options.prompts, LONG)
     (folder / RECORDINGS).mkdir(parents=True)
     os.environ[RECORD_VARIABLE] = str(folder)
@@ -168,15 +162,16 @@ def compare_acceptance(expected: Entry, found: Entry) -> Entry:
 
 def compare_recordings(expected: list[Entry], actual: list[Entry]) -> dict[str, Any]:
     """Return the residuals' relative error over all rows, and how many targets are equal."""
-    error = norm = 0.0
-    equal = rows = 0
-    for wanted, found in zip(expected, actual, strict=True):
-        reference = np.array(wanted["projected"])
-        error += float(np.square(np.array(found["projected"]) - reference).sum())
-        norm += float(np.square(reference).sum())
-        rows += len(reference)
-        equal += sum(map(int.__eq__, wanted["targets"], found["targets"]))
-    return {"rows": rows, "rel_error": (error / norm) ** 0.5, "targets_equal": equal}
+    wanted, found = (
+        {key: np.concatenate([each[key] for each in recorded]) for key in ("projected", "targets")}
+        for recorded in (expected, actual)
+    )
+    error = np.linalg.norm(found["projected"] - wanted["projected"])
+    return {
+        "rows": len(wanted["projected"]),
+        "rel_error": float(error / np.linalg.norm(wanted["projected"])),
+        "targets_equal": int((wanted["targets"] == found["targets"]).sum()),
+    }
 
 
 if __name__ == "__main__":

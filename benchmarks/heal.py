@@ -190,10 +190,7 @@ def served(name: str, url: str, run: Path, concurrency: int) -> dict[str, Any]:
 
 
 def compare_served(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return by k a drafter's accepted length beside another's; texts are resampled.
-
-    The healed head is compared with upstream's, and DSpark with the healed head.
-    """
+    """Return by k the healed head's accepted length beside upstream's, DSpark's beside healed."""
     of = {each["name"]: each["by_text"] for each in found if "by_text" in each}
     compared = {}
     for name, after in of.items():

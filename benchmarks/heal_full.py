@@ -77,8 +77,8 @@ def steps(
     head: Any, base: Any, inputs: Any, embed: Tensor, optimizer: Any, how: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the median step's seconds, and the most memory."""
-    device, seconds = embed.device, []
-    if device.type == "cuda":
+    device, seconds, on_gpu = embed.device, [], embed.is_cuda
+    if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     weights = [SETTINGS.decay**draft for draft in range(SETTINGS.k)]
@@ -94,9 +94,8 @@ def steps(
         optimizer.step()
         loss.item()
         seconds.append(time.perf_counter() - began)
-    tokens = sum(s.tokens for s in chosen)
-    step_s = median(seconds[2:])
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    tokens, step_s = sum(s.tokens for s in chosen), median(seconds[2:])
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     hours = 3e6 / tokens * step_s / 3600
     return {"tokens": tokens, "step_s": step_s, "peak_gpu_bytes": peak, "hours": hours}
 

@@ -10,9 +10,9 @@ process of its own. `seconds` are the stage's, from its first line to its report
 import json
 import os
 import shutil
-import statistics
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,7 +36,14 @@ def main() -> None:
     for _ in range(options.rounds):
         rounds.append(one_round(options.input))
         print(json.dumps(rounds[-1]), flush=True)
-        found = {**summary(rounds), "warm_up_s": warm_up_s}
+        seconds, peaks = rounds[0]["seconds"], ("peak_gpu_bytes", "peak_host_bytes")
+        found = {
+            "tokens": rounds[0]["calibration_tokens"],
+            "seconds": {p: median(r["seconds"][p] for r in rounds) for p in seconds},
+            **{peak: max(r[peak] for r in rounds) for peak in peaks},
+            "rounds": rounds,
+            "warm_up_s": warm_up_s,
+        }
         write_result(options.out, "quantize_full", found)
 
 
@@ -78,19 +85,6 @@ def drop_from_cache(folder: Path) -> None:
             descriptor = os.open(file, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-
-
-def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return medians over the rounds, and every round."""
-    return {
-        "tokens": rounds[0]["calibration_tokens"],
-        "seconds": {
-            p: statistics.median(r["seconds"][p] for r in rounds) for p in rounds[0]["seconds"]
-        },
-        "peak_gpu_bytes": max(r["peak_gpu_bytes"] for r in rounds),
-        "peak_host_bytes": max(r["peak_host_bytes"] for r in rounds),
-        "rounds": rounds,
-    }
 
 
 if __name__ == "__main__":

@@ -69,10 +69,7 @@ def add_measurements(
 
 
 def commit() -> str:
-    """Return what GIT_COMMIT says, for a host without the history, or the checkout's commit.
-
-    `-dirty` after it says that the checkout had changes.
-    """
+    """Return what GIT_COMMIT says, or the checkout's commit, `-dirty` with changes."""
     if given := os.environ.get("GIT_COMMIT"):
         return given
     folder = str(Path(__file__).parent)

@@ -72,31 +72,27 @@ def pages() -> dict[Path, str]:
 def draw_speed(path: Path) -> None:
     """Draw the tiny model's tokens a second, and what Flash's step times let expect."""
     figure, (tiny, flash) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-    series = {
-        "base": ("no head", "#8c959f"),
-        "k1": ("k = 1", "#54aeff"),
-        "k3": ("k = 3", "#0969da"),
-    }
+    colours = ["#8c959f", "#54aeff", "#8250df", "#0969da"]  # by k
     sweep = result("sweep_h200")["results"]
-    for place, (name, (label, colour)) in enumerate(series.items()):
+    for place, (name, k) in enumerate({"base": 0, "k1": 1, "k3": 3}.items(), start=-1):
         speeds = [point["aggregate_tok_s"] for point in sweep[name]]
-        at = [i + 0.27 * (place - 1) for i in range(len(speeds))]
-        bars = tiny.bar(at, speeds, 0.25, label=label, color=colour)
+        at, label = [i + 0.27 * place for i in range(len(speeds))], f"k = {k}" if k else "no head"
+        bars = tiny.bar(at, speeds, 0.25, label=label, color=colours[k])
         tiny.bar_label(bars, fmt="{:,.0f}", fontsize=7, padding=2)
     counts = [point["concurrency"] for point in sweep["base"]]
     tiny.set_xticks(range(len(counts)), [f"{n} request{'s' * (n > 1)}" for n in counts])
     tiny.set_ylabel("tokens per second, all requests")
     tiny.set_title("Tiny model, real drafts, one H200, HTTP", fontsize=10)
     lines = result("step_time_two_h200")["all_layers"]
-    for k, colour in ((1, "#54aeff"), (2, "#8250df"), (3, "#0969da")):
-        points = sorted((e for e in lines if e["k"] == k), key=lambda e: e["streams"])
-        published = [sorted(e["published"].values()) for e in points]
+    for k in (1, 2, 3):
+        of_k = sorted((e for e in lines if e["k"] == k), key=lambda e: e["streams"])
+        published = [sorted(e["published"].values()) for e in of_k]
         middle = [sum(both) / 2 for both in published]
         reach = [high - (low + high) / 2 for low, high in published]
-        at = [i + 0.12 * (k - 2) for i in range(len(points))]
-        flash.errorbar(at, middle, reach, fmt="o", color=colour, capsize=4, label=f"k = {k}")
-        flash.set_xticks(range(len(points)), [e["streams"] for e in points])
-    flash.axhline(1, color="#8c959f", linewidth=1)
+        at, style = [i + 0.12 * (k - 2) for i in range(len(of_k))], {"fmt": "o", "capsize": 4}
+        flash.errorbar(at, middle, reach, color=colours[k], label=f"k = {k}", **style)
+        flash.set_xticks(range(len(of_k)), [e["streams"] for e in of_k])
+    flash.axhline(1, color=colours[0], linewidth=1)
     flash.set_xlabel("requests at once")
     flash.set_ylabel("times the base's speed")
     flash.set_title("Flash's width, 43 layers, two H200: to expect", fontsize=10)

@@ -139,21 +139,14 @@ def write_capture(folder: Path, activations: Activations, tokens: int, sequence:
             number_here = min(PER_RECORDING, count - first)
             rows = number_here * sequence
             name = f"{first:06d}.safetensors"
-            token_ids = torch.randint(vocab, (rows,), generator=ids, dtype=torch.int32)
-            residual = activations.residual(rows).flatten(1).cpu()
-            recording = {
-                "token_ids": token_ids,
-                "residual": residual,
-                "targets": token_ids.roll(-1),
-            }
+            drawn = torch.randint(vocab, (rows,), generator=ids, dtype=torch.int32)
+            recording = {"token_ids": drawn, "targets": drawn.roll(-1)}
+            recording["residual"] = activations.residual(rows).flatten(1).cpu()
             write(save_shard, recording, folder / RECORDINGS / name)
             for i in range(number_here):
-                start = i * sequence
-                line = CapturedSequence(
-                    *(first + i, f"synthetic-{first + i}", "calibration"),
-                    *(sequence // 8, sequence, name, start),
-                )
-                append_row(folder, line)
+                about = first + i, f"synthetic-{first + i}", "calibration"
+                place = sequence // 8, sequence, name, i * sequence
+                append_row(folder, CapturedSequence(*about, *place))
 
 
 def write_upstream(
@@ -162,10 +155,7 @@ def write_upstream(
     activations: Activations | None,
     generator: torch.Generator,
 ) -> None:
-    """Write the head in upstream's format, its router fitted to the popularity wanted.
-
-    Without activations to fit it on, the router's bias is zero: all experts are about as popular.
-    """
+    """Write the head in upstream's format; without activations to fit it on, a router of zero."""
     folder.mkdir(parents=True)
     shard = "model-00046-of-00046.safetensors"
     shapes = head_shapes(config)
@@ -223,16 +213,12 @@ def fit_bias(config: dict[str, Any], stored: dict[str, Tensor], activations: Act
     """Return the router's bias f32 [E] under which experts are as popular as wanted."""
     experts, top = config["n_routed_experts"], config["num_experts_per_tok"]
     wanted = wanted_popularity(experts, top, activations.generator)
-    head = build_head(
-        model_config(config),
-        decode_head(stored),
-        with_experts=False,
-        device=activations.generator.device,
-    )
+    decoded, device = decode_head(stored), activations.generator.device
+    head = build_head(model_config(config), decoded, with_experts=False, device=device)
     embed = torch.randn(2048, config["hidden_size"], device=wanted.device)
     sample = [activations.residual(2048) for _ in range(8)]
     x = torch.cat([replay_routing(head, residual, embed)[0] for residual in sample])
-    gate = decode_head(stored)[f"{names.HEAD_PREFIX}ffn.gate.weight"].to(x)
+    gate = decoded[f"{names.HEAD_PREFIX}ffn.gate.weight"].to(x)
     scores = torch.nn.functional.softplus(x @ gate.T).sqrt()
     bias = torch.zeros(experts, device=x.device)
     for step in range(400):

@@ -1,5 +1,7 @@
 """A DSpark drafter through the stages: replayed as served, quantized stage by stage, scored."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +135,20 @@ def test_what_a_dspark_drafter_lacks_or_does_not_need_is_said(
     write_capture(tmp_path / "capture", [without])
     with pytest.raises(GraftError, match="has not the taps of 3 layers"):
         quantize(tmp_path / "capture", dspark, tiny_base, tmp_path / "out", SETTINGS, none)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [((), "on GPUs only"), (("heal.k=3",), r"\[heal\]")]
+)
+def test_a_run_that_would_end_in_an_error_is_refused_at_once(
+    change: tuple[str, ...],
+    message: str,
+    run_command: Callable[..., tuple[int, str, str]],
+    repo_root: Path,
+    dspark: Path,
+    tmp_path: Path,
+) -> None:
+    sets = [f"--set={each}" for each in (f'model.upstream="{dspark}"', *change)]
+    recipe = repo_root / "recipes" / "tiny.toml"
+    status, _, said = run_command("run", recipe, "--dry-run", f"--run={tmp_path / 'run'}", *sets)
+    assert status == 1 and re.search(f"has a DSpark drafter, .*{message}", said)

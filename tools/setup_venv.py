@@ -38,9 +38,7 @@ def main():
     try:
         set_up({"cpu", "dev", "evals"} if options.dev else {"cpu"})
     except SetupError as error:
-        print(f"set-up failed: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"set-up failed: {error}")
 
 
 def set_up(extras):
@@ -92,13 +90,11 @@ def stamp_key():
 
 
 def read_stamp():
-    """Give what the last finished run wrote, or nothing."""
-    if not STAMP.exists():
-        return {}
+    """Give what the last finished run wrote, or nothing; then the set-up runs again."""
     try:
         return json.loads(STAMP.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}  # a broken stamp only means that the set-up runs again
+    except (OSError, ValueError):
+        return {}
 
 
 def install_torch():
@@ -209,4 +205,4 @@ def say(text):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

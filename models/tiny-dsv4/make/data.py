@@ -7,6 +7,7 @@ Held out, never trained on: `gsm8k-test` (GSM8K's test split) and `shakespeare-t
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,8 +91,7 @@ class Corpus:
     ) -> list[list[int]]:
         """Return one shuffled pass over the training text (and `extra`) as rows of `length` ids.
 
-        A row starts with a document's first token, as a served prompt does; what does not fit
-        into it is dropped, another part in every epoch.
+        A row starts with a document's first token; what does not fit into it is dropped.
         """
         documents = [*self.chats, *self._shakespeare_chunks(rng, length), *(extra or [])]
         budget = REPEAT_PART * self.num_tokens
@@ -138,11 +138,7 @@ class Corpus:
         return {"gsm8k-test": chats, "shakespeare-tail": tails}
 
     def training_prompts(self, rng: random.Random, count: int) -> list[list[int]]:
-        """Return prompts made of training text, but mostly new ones.
-
-        The base knows its training answers by heart. Questions with other numbers make it write
-        as it does on questions it has not seen.
-        """
+        """Return prompts of training text with other numbers: the base knows its answers."""
         prompts = []
         for _ in range(count):
             if rng.random() < 0.3:
@@ -156,11 +152,8 @@ class Corpus:
 
 def change_numbers(text: str, rng: random.Random) -> str:
     """Replace every digit by a random one; a leading digit never becomes 0."""
-    changed = []
-    for i, char in enumerate(text):
-        leading = i == 0 or not text[i - 1].isdigit()
-        changed.append(str(rng.randint(int(leading), 9)) if char in "0123456789" else char)
-    return "".join(changed)
+    digit = re.compile(r"(?<![0-9])([0-9])|[0-9]")  # the group: a leading one
+    return digit.sub(lambda found: str(rng.randint(int(found[1] is not None), 9)), text)
 
 
 def pack(documents: list[list[int]], length: int) -> Iterator[list[int]]:

@@ -36,6 +36,7 @@ from mtp_graft.dsv4.heal import OUTPUT, BaseOutput
 from mtp_graft.dsv4.names import HEAD_PREFIX, head_from_module, head_shapes
 from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.stages.parallel import single_thread
 
 CE, TOTAL_VARIATION, CONFIDENCE = 0.1, 0.9, 1.0  # weights in the loss
 DECAY = 4.0  # row i of a block counts exp(-i / DECAY)
@@ -78,6 +79,7 @@ class Texts:
     taps: Tensor  # [N, L, D]
 
 
+@single_thread()  # or threads wait for each other at every small tensor
 def read_texts(capture: Path, split: str, settings: dict[str, Any], device: torch.device) -> Texts:
     """Return all texts of a split."""
     parts: list[tuple[Tensor, ...]] = []

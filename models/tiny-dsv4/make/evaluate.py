@@ -72,8 +72,7 @@ def held_out_metrics(
 def generate(model: TinyModel, base: Weights, prompts: list[list[int]], num_new: int) -> Generated:
     """Continue `prompts` greedily by at most `num_new` tokens each, up to and with eos.
 
-    There is no cache: the whole batch is run again for every token. Prompts are padded on the
-    right, where causality keeps the padding from having any effect.
+    There is no cache: the whole batch is run again for every token. Padding is on the right.
     """
     model.eval()
     device = base[EMBEDDING].device
@@ -98,10 +97,7 @@ def generate(model: TinyModel, base: Weights, prompts: list[list[int]], num_new:
 
 
 def acceptance(model: TinyModel, base: Weights, head: Weights, text: Generated) -> float:
-    """Return the share of generated tokens that the head, one token earlier, would have drafted.
-
-    The first token after a prompt is nobody's draft: the base makes it from the prompt.
-    """
+    """Return the share of generated tokens, but the first, that the head would have drafted."""
     model.eval()
     _, drafts = run_both(model, base, head, text.ids)
     targets = torch.arange(2, text.ids.shape[1], device=text.ids.device)  # of drafts[:, i]: i + 2

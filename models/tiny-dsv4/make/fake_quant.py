@@ -37,10 +37,7 @@ def int4(weight: Tensor) -> Tensor:
 
 
 def mxfp4_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round [..., I] to E2M1; return its values, and a power-of-two scale per 32 inputs.
-
-    The scale is the standard's: 2 ** (floor(log2(absmax)) - 2).
-    """
+    """Round [..., I] to E2M1 values; the scale of 32 inputs is 2 ** (floor(log2(absmax)) - 2)."""
     groups = weight.unflatten(-1, (-1, MXFP4_GROUP))
     absmax = groups.abs().amax(dim=-1, keepdim=True)
     scale = torch.ldexp(torch.ones_like(absmax), torch.frexp(absmax).exponent - 3)

@@ -32,11 +32,7 @@ EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TinyModel(nn.Module):
-    """Base and head with float32 master weights; the compute weights are made from them per step.
-
-    `forward` takes the compute weights explicitly, so that the same modules run in full
-    precision or as the shipped formats would (fake quantization), without renaming anything.
-    """
+    """Base and head with float32 master weights; compute weights are made from them per step."""
 
     def __init__(self, config_file: Path, experts: str, dropout: float) -> None:
         super().__init__()
@@ -137,9 +133,8 @@ def positions_of(ids: Tensor) -> Tensor:
 def compute_weights(module: nn.Module, format_of: FormatOf | None) -> Weights:
     """Return what `module` computes with: its weights, stored and read back if a format is given.
 
-    On a GPU experts, embedding and norms come in BF16. Autocast does not cover them: grouped_mm
-    takes BF16 alone, and embedding and norms decide whether the residual stream is BF16, as it is
-    when served, or float32.
+    On a GPU experts, embedding and norms come in BF16, which autocast does not cover: grouped_mm
+    takes BF16 alone, and the residual stream is BF16 when served.
     """
     weights: Weights = {}
     for name, weight in module.named_parameters():
@@ -160,8 +155,7 @@ def count_load(router: nn.Module, args: object, output: tuple[Tensor, Tensor, Te
 def skip_selection(indexer: DeepseekV4Indexer) -> None:
     """Let the indexer return every visible block without scoring.
 
-    That is what it selects anyway while a sequence has at most `index_topk` blocks (2,048 tokens
-    here), and no gradient flows through the selection; its weights stay at initialization.
+    It selects them anyway while a sequence has at most `index_topk` blocks (2,048 tokens here).
     """
 
     def forward(hidden: Tensor, _q: Tensor, position_ids: Tensor, *_: object) -> Tensor:

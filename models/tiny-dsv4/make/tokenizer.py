@@ -71,8 +71,7 @@ def count_merges(texts: list[str], source: Tokenizer, merges: list[Merge]) -> Co
 def choose_merges(merges: list[Merge], used: Counter[Merge], num_new_tokens: int) -> list[Merge]:
     """Return, in rank order, the most used merges that make exactly `num_new_tokens` tokens.
 
-    The choice is closed under ancestors: both sides of a kept merge are bytes or products of kept
-    merges. A merge whose sides are missing waits; some later merge may yet make them.
+    Both sides of a kept merge are bytes or products of kept merges; others wait for theirs.
     """
     known = set(pre_tokenizers.ByteLevel.alphabet())
     num_tokens = len(known) + num_new_tokens
@@ -91,10 +90,7 @@ def choose_merges(merges: list[Merge], used: Counter[Merge], num_new_tokens: int
 
 
 def shrink(source: dict, merges: list[Merge]) -> dict:
-    """Return `source` (a parsed tokenizer.json) with only `merges` and the tokens they make.
-
-    The order of ids is the original's: bos, eos, pad, bytes, merged tokens, added tokens.
-    """
+    """Return a parsed tokenizer.json with only `merges` and their tokens, ids in its order."""
     vocab: dict[str, int] = source["model"]["vocab"]
     added = [token for token in source["added_tokens"] if "place" not in token["content"]]
     keep = set(pre_tokenizers.ByteLevel.alphabet()) | {"".join(merge) for merge in merges}

@@ -126,8 +126,7 @@ def gradient_function(
 ) -> LossFunction:
     """Return a function that fills the gradients of `parameters` for a batch and gives the metrics.
 
-    With `cuda_graph` forward and backward are captured once and replayed: the model is thousands
-    of small kernels, and launching them one by one takes longer than running them.
+    With `cuda_graph` its thousands of small kernels are captured once and replayed.
     """
 
     def eager(rows: Tensor) -> Metrics:

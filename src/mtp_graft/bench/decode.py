@@ -1,7 +1,6 @@
 """Decode speed of one request at a time, of two servers in turn; acceptance on texts already known.
 
-A turn is one start of a server on which every prompt is continued; it is kept as a whole. Of a
-comparison, the base's turn has the number of MTP's beside it: what drifts meets both alike.
+A turn is one start of a server on which every prompt is continued; it is kept as a whole.
 """
 
 import time
@@ -119,10 +118,9 @@ def serve_turn(
 def compare(base: Sequence[Turn], mtp: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]:
     """Return the turns of a comparison as JSON.
 
-    Keys: those of `decode_result` for MTP, `against` (the same for the base), `ratio` (of decode
-    speed and of time to first token; null for a single pair), `greedy_identical` and `divergences`
-    [{`prompt`, `position` of the first token that differs, `margin` of the base there}] (both null
-    where texts are sampled).
+    Keys: those of `decode_result` for MTP, `against` (the same for the base), `ratio` (null for a
+    single pair), `greedy_identical` and `divergences` [{`prompt`, `position` of the first token
+    that differs, `margin` of the base there}] (both null where texts are sampled).
     """
     identical = divergences = None
     if reference := base[0]["reference"]:
@@ -252,7 +250,7 @@ def read_answer(
     """Return an answer, streamed or not, whole or not, or so many chunks of it.
 
     Keys: those of `time_answer` but for `counters`, and where there are any `reasoning`, `calls`
-    by index, [name, arguments] each, and `logprobs`, of each token the best tokens'.
+    by index, [name, arguments] each, and `logprobs` of the best tokens.
     """
     answer: Answer = {"token_ids": [], "finish_reason": None, "chunks": [], "texts": []}
     started = time.perf_counter()
@@ -337,6 +335,7 @@ def measure_acceptance(
     if not drafted:
         cure = f"serve a head with k >= 1 and {' '.join(COUNT_DRAFTS)}"
         raise GraftError(f"{client.base_url}: tells of no drafts; {cure}")
+    firsts = {name: sum(step.accepted > 0 for step in found) for name, found in steps.items()}
     return {
         "acceptance": accepted / drafted,
         "accepted": accepted,
@@ -346,8 +345,7 @@ def measure_acceptance(
         "texts": len(texts),
         "identical": identical,
         "sequences": [
-            {"id": name, "drafts": len(found), "accepted": sum(s.accepted > 0 for s in found)}
-            | {"steps": found}
+            {"id": name, "drafts": len(found), "accepted": firsts[name], "steps": found}
             for name, found in steps.items()
         ],
     }

@@ -44,11 +44,11 @@ class Row(NamedTuple):
 
 
 def write_report(folder: Path, found: Json) -> Path:
-    """Write `report.html` to `folder` and return its path; GraftError if the disk is full.
+    """Write `report.html` to `folder` and return its path.
 
-    `found` has `result` (of `run` and `demo`); `capture`, `quantize`, `heal`, `score` and `verify`,
-    the stages' JSON; `served`, by head as `measure_acceptance`; `decode`, as `compare`: None where
-    there is nothing (`served`: empty); `model`, `device`, `versions`, `on_cpu`, `concurrency`.
+    `found` has `result` (of `run` and `demo`); the stages' JSON; `served`, by head as
+    `measure_acceptance`; `decode`, as `compare`: None where there is nothing (`served`: empty);
+    `model`, `device`, `versions`, `on_cpu`, `concurrency`.
     """
     served, decode = found["served"], found["decode"]
     heads = head_acceptance(served, (found["score"] or {}).get("acceptance", {}))
@@ -71,10 +71,7 @@ def write_report(folder: Path, found: Json) -> Path:
 
 
 def head_acceptance(served: Json, offline: Json) -> list[dict[str, Any]]:
-    """Return `name`, `served` and `offline` of every head that was measured, None where it wasn't.
-
-    They are as `measure_acceptance` and the score stage give them.
-    """
+    """Return `name`, `served` and `offline` (None if not measured) of every head that was."""
     names = dict.fromkeys([*HEAD_COLOURS, *served, *offline])
     found = [{"name": n, "served": served.get(n), "offline": offline.get(n)} for n in names]
     return [head for head in found if head["served"] or head["offline"]]
@@ -106,8 +103,8 @@ def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes
                 axes.plot(row.interval, [y, y], "|-", color=row.colour if shares else "black")
             axes.text(1.01, y, row.label, va="center", transform=axes.get_yaxis_transform())
         axes.margins(x=0.15 if shares else 0.03)
+        axes.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.xaxis.set_major_locator(MaxNLocator(6) if shares else NullLocator())
         axes.grid(shares, axis="x")
@@ -132,6 +129,7 @@ def acceptance_chart(heads: Sequence[Json]) -> bytes:
 def sweep_chart(points: Sequence[Json]) -> bytes:
     """Draw tokens a second, of all requests and of one; `points` are sorted by concurrency."""
     panels = {"aggregate_tok_s": "all requests together", "per_stream_tok_s": "each request"}
+    counts = sorted({point["concurrency"] for point in points})
     with _figure("Decode speed under load, tokens a second", 2.8) as figure:
         for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             for k in dict.fromkeys(point["k"] for point in points):
@@ -140,9 +138,7 @@ def sweep_chart(points: Sequence[Json]) -> bytes:
                 colour = _K_COLOURS.get(k, _OTHER_COLOUR)
                 axes.plot(xs, ys, "o-", color=colour, markersize=4, label=f"k = {k}")
             axes.set_title(title, fontweight="bold")
-            axes.set_xlabel("concurrency")
-            axes.set_xticks(sorted({point["concurrency"] for point in points}))
-            axes.set_ylim(0, None)
+            axes.set(xlabel="concurrency", xticks=counts, ylim=(0, None))
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.grid(axis="y")
             axes.legend(loc="lower right")

@@ -115,8 +115,9 @@ def _read_rows(path: Path, kind: type[Row]) -> list[Row]:
         try:
             row = validate(line)
         except ValidationError as error:
-            why = in_words(error)
-            raise GraftError(f"{path}:{number}: not a {kind.__name__} ({why})") from error
+            raise GraftError(
+                f"{path}:{number}: not a {kind.__name__} ({in_words(error)})"
+            ) from error
         rows[row.number] = row
     return [rows[number] for number in sorted(rows)]
 
@@ -139,7 +140,7 @@ def read_recorded(
     if problem := _problem(sequence, token_ids, residual, taps, streams):
         raise GraftError(f"{path}: prompt {sequence.id!r}: {problem}; capture again")
     residual = residual.unflatten(1, (streams, -1))
-    by_layer = [each.unflatten(1, (-1, residual.shape[2])) for each in taps]
+    by_layer = (each.unflatten(1, (-1, residual.shape[2])) for each in taps)
     return Recorded(token_ids, residual, targets, *by_layer)
 
 

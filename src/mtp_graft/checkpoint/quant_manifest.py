@@ -1,11 +1,11 @@
 """The spliced checkpoint: the names of its files, and what they say about its head.
 
-All of it is a function of the inputs: no times, dates, versions or paths, so that the same inputs
-give the same bytes.
+There are no times, versions or paths in it: the same inputs give the same bytes.
 """
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,8 @@ RECIPE_NAME = "recipe.yaml"
 #: The model card, and its data.
 CARD_NAME, TRACE_NAME = "README.md", "card.json"
 
-_METHODS: Mapping[Variant, str] = {
-    "rtn": "round to nearest: symmetric INT4, one BF16 scale a group, no calibration",
-    "gptq": "GPTQ (Frantar et al., 2022), Cholesky form: symmetric INT4, one BF16 scale a group",
-    "mxfp4": "kept: the upstream MXFP4 codes and scales, bit for bit",
-    "bf16": "decoded: the upstream MXFP4 values, which BF16 holds exactly",
-}
-_FP8, _BF16 = "upstream FP8 codes, scales as BF16 (exact)", "upstream FP8 decoded to BF16 (exact)"
+_WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+_FP8, _BF16 = _WORDS["fp8"], _WORDS["bf16"]
 
 
 class Manifest(TypedDict):
@@ -105,7 +100,7 @@ def manifest(
         "drafter": "dspark" if is_dspark else "mtp",
         "variant": variant,
         "is_final_quality_preserving": calibration is not None or variant in ("mxfp4", "bf16"),
-        "method": _METHODS[variant],
+        "method": _WORDS["methods"][variant],
         "routed_experts": {
             "count": config["n_routed_experts"],
             "format": "bfloat16" if scheme is None else scheme.get("format"),

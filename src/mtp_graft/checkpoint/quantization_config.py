@@ -10,7 +10,7 @@ import re
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,7 +24,6 @@ from mtp_graft.recipe import Linears, Variant
 #: Kinds of routed experts that are packed integers with scales of groups.
 INTEGERS = ("int4", "int4-asymmetric", "int8")
 _DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-_LOADED_BY = {re.compile(pattern): name for pattern, name in _DATA["loaded_by"].items()}
 _CLASSES = re.compile("|".join(f"(?P<{name}>{each})" for name, each in _DATA["classes"].items()))
 FP8_BLOCK: dict[str, Any] = _DATA["schemes"]["fp8"]
 _FP8_FORMATS = ("float-quantized", "naive-quantized", "int-quantized")
@@ -42,25 +41,17 @@ def add_head(
     """
     numbers = "|".join(str(head_layer + stage) for stage in range(stages))
     layer = f"({numbers})" if stages else str(head_layer)
-    modules: dict[str, list[str]] = {
-        kind: [pattern.replace("LAYER", layer) for pattern in patterns]
-        for kind, patterns in _DATA["dspark" if stages else "mtp"].items()
-    }
-    projections = modules["projections"]
-    fp8 = [*modules["fp8"], *(() if linears == "bf16" else projections)]
-    ignore = [*(config.get("ignore") or []), *(projections if linears == "bf16" else ())]
-    if linears == "fp8":
-        fp8 += modules["shared_fp8"]
-    else:
-        ignore += modules["shared"]
-    groups = dict(config["config_groups"])
-    if fp8:
+    table = _DATA["dspark" if stages else "mtp"]
+
+    def patterns(kind: str, name: str) -> list[str]:
+        return [pattern.replace("LAYER", layer) for pattern in table[kind].get(name, ())]
+
+    groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or [])]
+    ignore += patterns("ignore", linears) + patterns("ignore_experts", variant)
+    if fp8 := patterns("fp8", linears):
         groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
-    if variant == "mxfp4":  # the first match wins, so before the base's groups
-        experts = {"targets": modules["mxfp4"], **_DATA["schemes"]["mxfp4"]}
-        groups = {"mtp_experts": experts, **groups}
-    elif variant == "bf16":
-        ignore += modules["bf16"]
+    if mxfp4 := patterns("experts", variant):  # the first match wins, so before the base's groups
+        groups = {"mtp_experts": {"targets": mxfp4, **_DATA["schemes"]["mxfp4"]}, **groups}
     return {**config, "config_groups": groups, "ignore": ignore}
 
 
@@ -184,19 +175,25 @@ class QuantizationConfig(BaseModel):
     ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
     _seconds: float = _MATCHING_SECONDS
     _path: Path | str = "config.json"
+    _ignored: list[str]
+    _targets: dict[str, str]  # target -> its group's key, in the order in which vLLM tries them
 
     def model_post_init(self, _context: Any) -> None:
-        """Give groups without a format the section's."""
+        """Give groups without a format the section's, and map the patterns."""
         for group in self.config_groups.values():
             group.format = group.format or self.format
+        keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
+        if "Linear" in keys:
+            keys.setdefault("RoutedExperts", keys["Linear"])
+        self._targets = {_mapped(target): key for target, key in keys.items()}
+        self._ignored = [_mapped(pattern) for pattern in self.ignore]
 
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
 
-        `module` is vLLM's name, or vLLM's name of the layer and a checkpoint's within it. The first
-        target that matches wins: names and patterns, then those of the parts of a module that vLLM
-        fuses, then classes. Raises GraftError for a module that is ignored in part, and for
-        patterns that take too long to match.
+        `module` is vLLM's name, or vLLM's of the layer and a checkpoint's within it. What matches
+        first wins: names and patterns, then those of a fused module's parts, then classes. Raises
+        GraftError for a module that is ignored in part, and for patterns that take too long.
         """
         if self.ignored_by(module) is not None:
             return None
@@ -244,18 +241,6 @@ class QuantizationConfig(BaseModel):
         """Return the kind of a group by its key; `plain` for None."""
         return "plain" if key is None else self.config_groups[key].kind
 
-    @cached_property
-    def _ignored(self) -> list[str]:
-        return [_mapped(pattern) for pattern in self.ignore]
-
-    @cached_property
-    def _targets(self) -> dict[str, str]:
-        """Return target -> its group's key, in the order in which vLLM tries them."""
-        keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
-        if "Linear" in keys:
-            keys.setdefault("RoutedExperts", keys["Linear"])
-        return {_mapped(target): key for target, key in keys.items()}
-
     def _first(self, patterns: Iterable[str], name: str) -> str | None:
         return next((pattern for pattern in patterns if self._matches(pattern, name)), None)
 
@@ -279,8 +264,8 @@ class QuantizationConfig(BaseModel):
 
 def _asked_as(module: str) -> Iterator[list[str]]:
     """Yield the names by which vLLM looks for a module: its own, then those of its parts."""
-    for pattern, replacement in _LOADED_BY.items():
-        module = pattern.sub(replacement, module)
+    for pattern, replacement in _DATA["loaded_by"].items():
+        module = re.sub(pattern, replacement, module)
     yield [module]
     before, _, name = module.rpartition(".")
     if parts := _DATA["fused"].get(name):

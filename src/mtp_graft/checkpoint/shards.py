@@ -5,9 +5,10 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import BaseModel, NonNegativeInt, TypeAdapter
@@ -44,7 +45,7 @@ class _Entry(TypedDict):
 _HEADER = TypeAdapter(dict[str, _Entry | dict[str, str] | None])  # the others: __metadata__
 
 
-class Shard:
+class Shard(AbstractContextManager["Shard"]):
     """An open safetensors file: `meta` are its tensors without values, which are read when asked.
 
     They are not mapped: a cold file would be read a page fault at a time. Raises GraftError for a
@@ -87,19 +88,13 @@ class Shard:
         if begin + start != size:
             raise ValueError(f"{size:,} bytes, expected {begin + start:,} by its header")
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_error: object) -> None:
         self._file.close()
 
     def read(
         self, names: Iterable[str], rows: slice = slice(None), *, pinned: bool = False
     ) -> dict[str, Tensor]:
-        """Read tensors, or the same `rows` of each; GraftError for a missing one.
-
-        A GPU copies from `pinned` memory by itself, and torch keeps and reuses it.
-        """
+        """Read tensors, or the same `rows` of each, perhaps into `pinned` memory; or GraftError."""
         found: dict[str, Tensor] = {}
         reads: list[tuple[memoryview, int]] = []  # where to, and from which byte of the file
         for name in names:
@@ -223,11 +218,8 @@ def _write_header(layout: Tensors, file: BinaryIO) -> dict[str, int]:
     # Wide dtypes first, as the format's own writer does it: every value is aligned.
     for name in sorted(layout, key=lambda name: (order.index(layout[name].dtype), name)):
         starts[name], end = end, end + layout[name].nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[layout[name].dtype],
-            "shape": list(layout[name].shape),
-            "data_offsets": [starts[name], end],
-        }
+        dtype, shape = _DTYPE_NAMES[layout[name].dtype], list(layout[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)

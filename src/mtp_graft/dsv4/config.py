@@ -111,9 +111,7 @@ def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
         listed = [*map(rates.get, kinds[: config["num_hidden_layers"]]), 0]
     if not isinstance(listed, list) or len(listed) > 2**10:
         return None
-    if all(type(ratio) is int and 0 <= ratio <= 2**16 for ratio in listed):
-        return listed
-    return None
+    return listed if all(type(r) is int and 0 <= r <= 2**16 for r in listed) else None
 
 
 def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:

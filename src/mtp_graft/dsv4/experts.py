@@ -65,20 +65,15 @@ def expert_hessians(
     h2 = torch.zeros(num_experts, inner, inner, device=w1.device)  # of w2, [E, M, M]
     for e, parts in enumerate(tokens):
         for part, weighed in parts:
-            x = part.to(w1.device)  # [T, D]
-            h13[e] += _gram(x)
-            gate = F.silu((x.float() @ w1[e].T).clamp(max=limit))
-            a = gate * (x.float() @ w3[e].T).clamp(-limit, limit)  # what w2 reads [T, M]
+            x = part.to(w1.device)
+            y = x.float()  # [T, D]
+            is_exact = x.is_cuda and x.dtype == torch.bfloat16  # a product, in float32
+            h13[e] += torch.mm(x.T, x, out_dtype=torch.float32) if is_exact else y.T @ y
+            gate = F.silu((y @ w1[e].T).clamp(max=limit))
+            a = gate * (y @ w3[e].T).clamp(-limit, limit)  # what w2 reads [T, M]
             a *= weighed.to(a)[:, None]
             h2[e].addmm_(a.T, a)
     return {"w1": h13, "w2": h2, "w3": h13}
-
-
-def _gram(x: Tensor) -> Tensor:
-    """Return x^T x f32 [D, D] of tokens x [T, D]."""
-    if x.is_cuda and x.dtype == torch.bfloat16:  # whose products are exact in float32
-        return torch.mm(x.T, x, out_dtype=torch.float32)
-    return x.float().T @ x.float()
 
 
 def quantize_experts(
@@ -88,10 +83,10 @@ def quantize_experts(
     experts: Sequence[str],
     settings: QuantizeSection,
 ) -> dict[str, Quantized]:
-    """Return matrix -> the experts' INT4 weights by GPTQ.
+    """Return matrix -> the INT4 weights of `experts`, by the names of their modules, by GPTQ.
 
-    `num_tokens` are behind each expert's Hessian, `experts` their modules. Raises GraftError for a
-    Hessian that is not finite, and for one that damping does not make positive definite.
+    `num_tokens` are behind each Hessian. Raises GraftError if it is not finite, or not positive
+    definite when it is damped.
     """
     tokens = torch.tensor(num_tokens, dtype=torch.float32).clamp(min=1)  # [E]
     found: dict[str, Quantized] = {}
@@ -127,10 +122,9 @@ def pack_experts(quantized: Mapping[str, Quantized], experts: Sequence[str]) -> 
 def expert_errors(
     weights: Weights, hessians: Weights, quantized: Mapping[str, Quantized], group_size: int
 ) -> dict[Variant, dict[str, list[float]]]:
-    """Return variant -> matrix -> each expert's `gptq.relative_error`.
+    """Return variant -> matrix -> each expert's `gptq.relative_error`, by undamped Hessians.
 
-    `weights` are the original ones, `quantized` GPTQ's, the Hessians undamped. MXFP4 and BF16 hold
-    the original weights exactly.
+    `weights` are the original ones, which MXFP4 and BF16 hold exactly, `quantized` GPTQ's.
     """
     errors: dict[Variant, dict[str, list[float]]] = {"rtn": {}, "gptq": {}, "mxfp4": {}, "bf16": {}}
     for matrix, original in weights.items():

@@ -85,9 +85,7 @@ def windowed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    _value: Tensor,
-    _mask: None,
-    *,
+    *_value_and_mask: Any,
     scaling: float,
     sliding_window: int,
     s_aux: Tensor,
@@ -98,9 +96,8 @@ def windowed_attention(
 
     `query` is [B, H, T, d]; `key` [B, 1, T, d], which is the value too, is the one head that all
     share; `s_aux` [H] are the sinks: logits that take part in the softmax and stand for nothing.
-    `keys` are those of a step's earlier drafts: a further draft sees what its first draft saw, as
-    far as the window reaches, and its own step's drafts. `key` is added to them.
-    Blocks of one window are computed at once, or time would grow with T squared.
+    `keys` are those of a step's earlier drafts, to which `key` is added: a draft sees them and what
+    the first one saw. Blocks of one window are computed at once, or time would grow with T squared.
     """
     keys = [] if keys is None else keys
     keys.append(key)

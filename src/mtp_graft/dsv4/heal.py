@@ -1,7 +1,6 @@
 """Heal: train the head's dense part towards the base that it drafts for, k drafts a step.
 
-The routed experts stay as they are stored. A draft's target is what the base says there; its whole
-distribution follows from the captured residual, so no base runs.
+A draft's target is the base's distribution there, which follows from the captured residual.
 
 Shapes: B sequences, T tokens of the longest, N drafts that count, S streams, D hidden size, V
 vocabulary.
@@ -19,7 +18,7 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4 as modeling
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.names import head_from_module
+from mtp_graft.dsv4.names import Weights, head_from_module
 from mtp_graft.dsv4.replay import unroll
 from mtp_graft.quant import decode_fp8, encode_fp8
 from mtp_graft.recipe import Loss
@@ -51,7 +50,7 @@ class Batch(NamedTuple):
 class BaseOutput(nn.Module):
     """The base's way from its residual to logits: hyper-connection head, norm and LM head."""
 
-    def __init__(self, config: DeepseekV4Config, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: DeepseekV4Config, tensors: Weights) -> None:
         """Take the tensors named in OUTPUT."""
         super().__init__()
         self.hc_head = modeling.DeepseekV4HyperHead(config)

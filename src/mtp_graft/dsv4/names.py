@@ -20,21 +20,11 @@ HEAD_PREFIX = "mtp.0."
 #: Copies of the target's, for which vLLM's drafter has rules on GPUs.
 HEAD_COPIES = {"mtp.0.head.weight", "mtp.0.emb.tok_emb.weight"}
 
-#: Modules that vLLM builds as the config says.
-QUANTIZED = re.compile(
-    r"^(layers|mtp)\.\d+\.((e|h|main)_proj|attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
-    r"|ffn\.(shared_experts|experts\.\d+)\.w[123])$"
-)
-#: Of those that it builds without, whatever the config says, those that the plugin decodes.
-NEVER_QUANTIZED = re.compile(
-    r"\.attn\.(indexer\.)?compressor\.|\.attn\.indexer\.weights_proj(\.|$)"
-)
-#: Routed experts' matrices, the modules and their weights.
-EXPERT = re.compile(r"^.+\.ffn\.experts\.\d+\.w[123](\.weight)?$")
-#: Parameters that lose routing or mixing precision in BF16 and stay in float32.
-FLOAT32 = re.compile(r"(\.|^)(hc_\w+|attn_sink|ape)$|\.gate\.bias$")
-
 _DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+QUANTIZED = re.compile(_DATA["patterns"]["quantized"])
+NEVER_QUANTIZED = re.compile(_DATA["patterns"]["never_quantized"])
+EXPERT = re.compile(_DATA["patterns"]["expert"])
+FLOAT32 = re.compile(_DATA["patterns"]["float32"])
 #: A stage's parameters in an `MTPHead`, which has one, and in a `DSpark`.
 OF_STAGE = re.compile(r"^(?:layer|stages\.(\d+))\.")
 _RENAMED = re.compile("|".join(pattern for pattern, _ in _DATA["renames"]))
@@ -140,11 +130,7 @@ def head_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def base_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shape of every decoded tensor of the base.
-
-    The first `num_hash_layers` route by a table instead of a bias. Raises GraftError if the config
-    lacks a dimension.
-    """
+    """Return the shape of every decoded tensor of the base; raises GraftError likewise."""
     sizes = _sizes(c := check_dimensions(config))
     shapes = _shapes("vocabulary", sizes) | _shapes("output", sizes)
     ratios, num_hashed, plain = compress_ratios(config) or [], c.num_hash_layers, _layer(sizes)
@@ -152,7 +138,7 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
         num_hashed = (c.mlp_layer_types or []).count("hash_moe")
     for n in range(c.num_hidden_layers):
         layer = plain | _compression(sizes, ratios[n] if n < len(ratios) else 0)
-        if n < num_hashed:
+        if n < num_hashed:  # it routes by a table instead of a bias
             del layer["ffn.gate.bias"]
             layer["ffn.gate.tid2eid"] = (c.vocab_size, c.num_experts_per_tok)
         shapes |= {f"layers.{n}.{name}": shape for name, shape in layer.items()}
@@ -162,10 +148,8 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
 def _sizes(c: Dimensions) -> dict[str, Any]:
     """Return the config's keys, and what else shapes are made of."""
     keys = c.model_dump()
-    return {
-        **keys,
-        "1": 1,
-        "3": 3,
+    return keys | {
+        **{"1": 1, "3": 3},
         "heads_of_group": c.num_attention_heads * c.head_dim // c.o_groups,
         "mixes": (2 + c.hc_mult) * c.hc_mult,  # streams in, streams out, both
         "taps": len(keys.get("dspark_target_layer_ids", ())),

@@ -121,10 +121,9 @@ def replay_drafts(
 ) -> Tensor:
     """Return the k drafts int64 [B, R - start, k] of the step after each token from `start` on.
 
-    The drafts of token i's step are the guesses at tokens i + 2, i + 3 and so on, each as if those
-    before it were right; beyond the text they mean nothing. `lm_head` [V, D] is the base's, in the
-    head's dtype; `residual` [B, T, S, D] and `embeds` [B, T, D] are those of the tokens themselves.
-    Raises GraftError as `replay_routing`.
+    Token i's are the guesses at tokens i + 2, i + 3 and so on, each as if those before it were
+    right. `lm_head` [V, D] is the base's, in the head's dtype; `residual` [B, T, S, D] and `embeds`
+    [B, T, D] are those of the tokens themselves. Raises GraftError as `replay_routing`.
     """
     streams = unroll(head, residual, embeds, k)
     logits = (head.logits(stream[:, start:], lm_head) for stream in streams)  # [B, R - start, V]
@@ -137,8 +136,7 @@ def unroll(
     """Yield the head's stream [B, R, S, D] for each of k drafts, as a server makes them.
 
     `residual` is [B, T, S, D], `embeds` [B, T, D]. At token i the first draft reads token i + 1's
-    embedding, and each further one the stream of the draft before and the next token's. A backward
-    pass finds the activations in memory, or computes them again.
+    embedding, each further one the stream of the draft before and the next token's.
     """
 
     def step(*given: Tensor) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def _store_expert(
         case "bf16":
             return {"weight": decode("mxfp4", parts).to(torch.bfloat16)}
         case "rtn":
-            _expect_whole_groups(module, shape[1], group_size)
+            _check_matrix(module, "int4", layout, shape, group_size)
             if parts["weight_packed"].is_meta:  # computing without values takes seconds for a head
                 return layout
             weight = decode("mxfp4", parts)
@@ -135,8 +135,11 @@ def _check_matrix(
 ) -> None:
     """Raise GraftError for parts that are not those of a matrix of `shape`."""
     group = MXFP4_GROUP if kind == "mxfp4" else group_size
-    if kind != "fp8":
-        _expect_whole_groups(module, shape[1], group)
+    if kind != "fp8" and shape[1] % group:
+        raise GraftError(
+            f"{module}: {shape[1]} inputs are no multiple of the group size {group}; choose one "
+            "that divides them"
+        )
     found, expected = _said(parts), _said(stored_as("weight", shape, kind, group))
     if found != expected:
         raise GraftError(
@@ -161,14 +164,6 @@ def _expect_finite(module: str, parts: Parts) -> None:
         if has_values and not torch.stack(values.float().aminmax()).isfinite().all():
             what = "a scale" if "scale" in part else "a value"
             raise GraftError(f"{module}: has {what} that is not finite; fetch the shard again")
-
-
-def _expect_whole_groups(module: str, inputs: int, group_size: int) -> None:
-    if inputs % group_size:
-        raise GraftError(
-            f"{module}: {inputs} inputs are no multiple of the group size {group_size}; "
-            "choose one that divides them"
-        )
 
 
 # Formats
@@ -244,10 +239,8 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> 
         parts["_shape"] = (torch.int64, (2,))
         if kind.endswith("-asymmetric"):
             parts["_zero_point"] = (torch.int32, (-(-outputs * bits // 32), groups))
-    return {
-        f"{name}{part}": torch.empty(size, dtype=dtype, device="meta")
-        for part, (dtype, size) in parts.items()
-    }
+    meta = {part: torch.empty(size, dtype=t, device="meta") for part, (t, size) in parts.items()}
+    return {f"{name}{part}": tensor for part, tensor in meta.items()}
 
 
 def decode(kind: Format, parts: Parts) -> Tensor:

@@ -3,7 +3,6 @@
 Sizes follow from the checkpoints' headers and configs and are upper bounds. Times are estimates.
 """
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
-from mtp_graft.dsv4.names import head_shapes
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.recipe import Device, Recipe, Variant
@@ -26,7 +25,6 @@ from mtp_graft.stages import fetch
 from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens, with_taps
 from mtp_graft.stages.fetch import HubError, Source, headers_of
-from mtp_graft.stages.inputs import check_healable
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import open_base, plan_splice
 
@@ -80,8 +78,8 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         heads: dict[Variant, Tensors] = {
             kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
         }
-    if recipe.heal is not None:
-        check_healable(upstream.given, heads["mxfp4"])
+    if command.DSPARK_TENSOR in heads["mxfp4"]:
+        _check_dspark(recipe, upstream, vllm)
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = read_quantization(base.config, file).group_size([given[0].num_layers], "int4")
     if group != experts:
@@ -91,6 +89,17 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         expected = f"a number that divides {', '.join(uneven)} of {base.given}"
         raise GraftError(f"serve.tensor_parallel_size is {ranks}, expected {expected}")
     return Models(base, upstream, given[0].tensors, {**heads, "gptq": heads["rtn"]})
+
+
+def _check_dspark(recipe: Recipe, upstream: Source, vllm: command.InstalledVllm | None) -> None:
+    """Raise GraftError for what a run of a DSpark drafter would come to after hours."""
+    if recipe.heal is not None:
+        raise GraftError(f"{upstream.given}: has a DSpark drafter, expected none: leave out [heal]")
+    if vllm and vllm.platform == "cpu":
+        raise GraftError(
+            f"{upstream.given}: has a DSpark drafter, which vLLM serves on GPUs only; run it "
+            "there, or call the stages up to `verify` one by one"
+        )
 
 
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:
@@ -120,7 +129,7 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     download, spliced = disk_needs(
         (base, models.upstream), run.path, [sizes[v] for v in served], copy=recipe.splice.copy
     )
-    parameters = sum(map(math.prod, head_shapes(config).values()))
+    parameters = sum(t.numel() for t in decode_head(models.heads["mxfp4"]).values())
     needs = [
         download,
         _disk("capture", run.path, residuals, "residuals, BF16"),

@@ -98,7 +98,9 @@ def heal(
 def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inputs:
     """Return the inputs with the texts of a split that have all drafts of a step."""
     inputs = stage_inputs.open_inputs(capture, upstream, base, split, "embed.weight", "head.weight")
-    stage_inputs.check_healable(upstream, inputs.head.files)
+    if inputs.stages:
+        found = "has a DSpark drafter, which was trained for blocks already"
+        raise GraftError(f"{upstream}: {found}; expected an MTP head: leave [heal] out")
     texts = [s for s in inputs.sequences if s.tokens > s.prompt_tokens + k]
     if not texts:
         found = f"no text of split {split!r} has more than {k} tokens after its prompt"

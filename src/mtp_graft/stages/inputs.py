@@ -121,13 +121,6 @@ def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
     return {**said, "n_mtp_layers": stages, "is_causal": False}
 
 
-def check_healable(upstream: object, head: Iterable[str]) -> None:
-    """Raise GraftError for a DSpark drafter, by its tensors' names."""
-    if find_drafter(head, upstream).kind == "dspark":
-        found = "has a DSpark drafter, which was trained for blocks already"
-        raise GraftError(f"{upstream}: {found}; expected an MTP head: leave [heal] out")
-
-
 def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 128) -> None:
     """Raise GraftError for a head whose decoded tensors are not those that `config` asks for."""
     expected = head_shapes(config)

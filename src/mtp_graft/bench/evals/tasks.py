@@ -6,6 +6,7 @@ import io
 import os
 import re
 import string
+import tomllib
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,18 +46,7 @@ SOURCES = {
     "humaneval": ("human_eval/HumanEval.jsonl.gz", "openai/openai_humaneval", "openai_humaneval"),
     "mmlu": ("mmlu/test/*_test.csv", "cais/mmlu", "all"),
 }
-_GSM8K = (
-    "\n\nWork it out step by step. End with a line that has four number signs, a space and the "
-    "final number alone, without a unit, for example:\n#### 42"
-)
-_HUMANEVAL = (
-    "Complete this Python function. Answer with one fenced code block that holds the whole "
-    "function and the imports it needs, and with nothing else.\n\n```python\n{prompt}```"
-)
-_MMLU = (
-    "Reason in one or two short sentences, then end with exactly this sentence, X being the "
-    "letter of the right choice: The answer is (X)."
-)
+_PROMPTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 #: No other number may follow on the line: `12/5` is not 12.
 _NUMBER = re.compile(r"#### (-?[0-9][0-9.,]*)(?!.*[0-9])")
 #: A letter in brackets, or one that ends the line: `Boyle's law` and `B cells` are no letters.
@@ -249,7 +239,7 @@ def find_letter(text: str) -> str | None:
 
 
 def _gsm8k(row: Row, number: int) -> Sample:
-    text, target = row["question"].strip() + _GSM8K, find_number(row["answer"])
+    text, target = row["question"].strip() + _PROMPTS["gsm8k"], find_number(row["answer"])
     if target is None:
         raise ValueError("no '#### N' in the reference answer")
     return Sample(id=f"gsm8k/{number}", input=text, metadata={"target": target})
@@ -257,12 +247,12 @@ def _gsm8k(row: Row, number: int) -> Sample:
 
 def _humaneval(row: Row, _number: int) -> Sample:
     data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
-    return Sample(id=row["task_id"] + "", input=_HUMANEVAL.format(**data), metadata=data)
+    return Sample(id=row["task_id"] + "", input=_PROMPTS["humaneval"].format(**data), metadata=data)
 
 
 def _mmlu(row: Row, number: int) -> Sample:
     choices = "\n".join(f"({x}) " + c for x, c in zip("ABCD", row["choices"], strict=True))
-    text = f"{row['question'].strip()}\n\n{choices}\n\n{_MMLU}"
+    text = f"{row['question'].strip()}\n\n{choices}\n\n{_PROMPTS['mmlu']}"
     data = {"category": row["subject"] + "", "target": "ABCD"[row["answer"]]}
     return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
 

@@ -1,7 +1,4 @@
-"""A checkpoint folder as doctor sees it, read from config, index and headers without giving up.
-
-Tensors go by the names that vLLM reads: a misnamed one is not also a missing and an unknown one.
-"""
+"""A checkpoint folder as doctor sees it: config, index, headers, by the names that vLLM reads."""
 
 import re
 from collections import Counter
@@ -78,10 +75,7 @@ class Checkpoint:
         self.group_size = max(self.group_sizes.values(), default=128)
 
     def _most_expert_outputs(self) -> dict[tuple[str, bool], int]:
-        """Return layer, and whether of w2 -> the outputs that most of its experts are stored with.
-
-        They are the other matrices' inputs, whatever config.json says.
-        """
+        """Return layer and whether of w2 -> most experts' outputs, which other matrices read."""
         found: dict[tuple[str, bool], Counter[int]] = {}
         for name, parts in self.modules.items():
             weight = weight_of(parts) if EXPERT.match(name) else None

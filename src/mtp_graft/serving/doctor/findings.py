@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -28,9 +28,8 @@ class Kind(BaseModel):
     what: str = ""
 
 
-KINDS = TypeAdapter(dict[str, Kind]).validate_python(
-    tomllib.loads(files(__package__).joinpath("findings.toml").read_text(encoding="utf-8"))
-)
+_TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+KINDS = TypeAdapter(dict[str, Kind]).validate_python(_TEXTS)
 
 
 @dataclass(frozen=True)

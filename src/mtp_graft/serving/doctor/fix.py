@@ -1,8 +1,4 @@
-"""A corrected copy of a checkpoint, where the cure is config or naming.
-
-Files that stay as they are become hard links; a shard with misnamed tensors is written anew. The
-checkpoint itself is never written to.
-"""
+"""A corrected copy of a checkpoint, where the cure is config or naming, of hard links mostly."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -44,8 +44,7 @@ def find_target(
     """Return what the options name, and for the rest what is installed and present.
 
     `gpu` may be `cpu`; where the installed vLLM is not for it, the one that was tried on it counts.
-    `tp` defaults to the ranks that `serve` takes for the checkpoint, or, where that cannot be told,
-    to the largest power of two of GPUs. Raises UsageError for a GPU that is none.
+    `tp` defaults to the ranks of `serve`, or to the GPUs. Raises UsageError for a GPU that is none.
     """
     vllm = here = command.installed_vllm()
     hardware: Hardware | None = None
@@ -62,17 +61,14 @@ def find_target(
             if here is not None:
                 findings.append(finding(kind, "this machine", error, "GPUs of one kind"))
     findings += _plugin_findings() if vllm and vllm is here else ()
-    ranks = tp or _default_ranks(checkpoint, hardware.num_gpus if hardware else 0)
+    num_gpus = hardware.num_gpus if hardware else 0
+    ranks = tp or 1 << max(num_gpus.bit_length() - 1, 0)
+    if tp is None and checkpoint is not None:
+        with suppress(GraftError):  # a config that is damaged has findings of its own
+            ranks = topology.most_ranks(command.read_config(checkpoint), num_gpus)
     version, built_for = (vllm.version, vllm.platform) if vllm else (None, None)
     platform = hardware.platform if hardware else built_for
     return Target(version, platform, hardware, ranks, max_model_len, tuple(findings))
-
-
-def _default_ranks(checkpoint: Path | None, num_gpus: int) -> int:
-    if checkpoint is not None:
-        with suppress(GraftError):  # a config that is damaged has findings of its own
-            return topology.most_ranks(command.read_config(checkpoint), num_gpus)
-    return 1 << max(num_gpus.bit_length() - 1, 0)
 
 
 def _plugin_findings() -> Iterator[Finding]:

@@ -123,9 +123,8 @@ class _Mismatch(NamedTuple):
 def _judge(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[_Mismatch]]:
     """Return the section, and the modules that would load in another format.
 
-    Patterns for `mtp.0` match nothing in vLLM, which may be as well. Where it is not they are put
-    right in the section: one mistake is one finding. Raises GraftError for a module that is
-    ignored in part, and for experts with more than one scheme.
+    Where patterns for `mtp.0`, which match nothing in vLLM, matter, they are put right: one mistake
+    is one finding. Raises GraftError for a module ignored in part, or experts of two schemes.
     """
     section: dict[str, Any] = checkpoint.config["quantization_config"]
     found, right = [*_mismatches(checkpoint, section)], _with_right_patterns(checkpoint)
