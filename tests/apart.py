@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.errors import UsageError
 
 Progress = Callable[[str, int, int], None]
 #: What `fails` raises, by name.
 FAILURES: dict[str, Exception] = {
-    "user": GraftError("capture: not finished"),
     "usage": UsageError("--set: wrong"),
     "disk": OSError(28, "No space left on device", "/run/experts"),
     "bug": KeyError("c1a"),

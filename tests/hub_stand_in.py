@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import constants
+
+import http_stand_in
 
 BASE, UPSTREAM = "quantizer/base", "maker/upstream"  # the bundled model's two repositories
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -74,7 +74,7 @@ def in_place_of_the_hub(
     """Let this process take the repositories for the hub inside the block."""
     hub = StandInHub(repositories)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http_stand_in.Handler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -88,31 +88,18 @@ def in_place_of_the_hub(
             if asked and status == 200:
                 first, _, last = asked.removeprefix("bytes=").partition("-")
                 status, body = 206, body[int(first) : int(last) + 1 if last else None]
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            self.reply(status, body, headers.items())
 
         do_HEAD = do_GET
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Stay quiet."""
-
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        url = f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with http_stand_in.serving(Handler) as url:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "ENDPOINT", url)
         template = url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        try:
-            yield hub
-        finally:
-            server.shutdown()
+        yield hub
 
 
 def as_repository(folder: Path) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import variants
 from mtp_graft.quant import int4
@@ -32,6 +33,11 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     change(content)
     path.unlink()
     path.write_text(json.dumps(content))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file in a folder."""
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
 def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:

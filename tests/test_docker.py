@@ -11,32 +11,20 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from mtp_graft import TRIED_VLLM
-from serving.conftest import (
-    BASE_TENSORS,
-    HEAD_TENSORS,
-    install,
-    read_record,
-    wait_gone,
-    write_checkpoint,
-)
+from serving import conftest as serving
+from serving.conftest import install, read_record, wait_gone
 
 VARIABLES = {
-    "HOST": "127.0.0.1",
-    "PORT": "8123",
-    "MAX_MODEL_LEN": "131072",
-    "MAX_NUM_SEQS": "8",
-    "GPU_MEMORY_UTILIZATION": "0.90",
-    "TENSOR_PARALLEL_SIZE": "2",
-    "MAX_NUM_BATCHED_TOKENS": "4096",
-    "NUM_SPECULATIVE_TOKENS": "2",
-    "KV_CACHE_DTYPE": "auto",
-    "SERVED_MODEL_NAME": "one two",
-    "VLLM_API_KEY": "s3cret",
+    **{"HOST": "127.0.0.1", "PORT": "8123", "MAX_MODEL_LEN": "131072", "MAX_NUM_SEQS": "8"},
+    **{"GPU_MEMORY_UTILIZATION": "0.90", "TENSOR_PARALLEL_SIZE": "2", "KV_CACHE_DTYPE": "auto"},
+    **{"MAX_NUM_BATCHED_TOKENS": "4096", "NUM_SPECULATIVE_TOKENS": "2"},
+    **{"SERVED_MODEL_NAME": "one two", "VLLM_API_KEY": "s3cret"},
 }
 FLAGS = (
     "--host 127.0.0.1 --port 8123|--max-model-len 131072|--max-num-seqs 8|"
@@ -55,7 +43,8 @@ def image(tmp_path: Path) -> dict[str, str]:
     """The image's variables: the stand-in for vLLM as a CUDA build, and a checkpoint, no GPUs."""
     site = tmp_path / "env" / "site-packages"
     install(site, "vllm", "0.33.0")
-    checkpoint = write_checkpoint(tmp_path / "grafted", BASE_TENSORS + HEAD_TENSORS)
+    tensors = serving.BASE_TENSORS + serving.HEAD_TENSORS
+    checkpoint = serving.write_checkpoint(tmp_path / "grafted", tensors)
     path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     return {"PYTHONPATH": path, "MODEL_PATH": str(checkpoint), "PROFILE": "none"}
 
@@ -68,15 +57,9 @@ def environment(variables: dict[str, str]) -> dict[str, str]:
 
 def enter(docker: Path, variables: dict[str, str], *arguments: str) -> tuple[int, str]:
     """Return the entrypoint's exit status and what it wrote."""
-    done = subprocess.run(
-        [docker / "entrypoint.sh", *arguments],
-        env=environment(variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    words, both = [docker / "entrypoint.sh", *arguments], subprocess.PIPE
+    streams: dict[str, Any] = {"stdout": both, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, env=environment(variables), check=False, timeout=300, **streams)
     return done.returncode, done.stdout
 
 
@@ -89,44 +72,31 @@ def test_the_variables_reach_vllm(docker: Path, image: dict[str, str]) -> None:
     assert result["env"]["VLLM_API_KEY"] == "***"
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, "no key: serve grafted --host 0.0.0.0 --port 8000"),
-        (dict.fromkeys(VARIABLES, ""), "no key: serve grafted --host 0.0.0.0 --port 8000"),
-        (
-            {"PROFILE": "256k", "MAX_MODEL_LEN": "4096", "API_KEY_FILE": "key"},
-            "of a file: serve grafted --profile 256k --host 0.0.0.0 --port 8000 "
-            "--max-model-len 4096",
-        ),
-    ],
-)
 @pytest.mark.usefixtures("image")
-def test_empty_variables_leave_the_choice_to_mtp_graft_and_a_key_can_come_from_a_file(
-    variables: dict[str, str], expected: str, docker: Path, tmp_path: Path
-) -> None:
+def test_empty_variables_say_nothing_and_a_key_may_be_a_file(docker: Path, tmp_path: Path) -> None:
     stub = tmp_path / "mtp-graft"
     stub.write_text('#!/bin/sh\necho "${VLLM_API_KEY:-no key}:" "$@"\n')
     stub.chmod(0o755)
     (tmp_path / "key").write_text("of a file\n")
-    given = {"MODEL_PATH": "grafted", "PATH": f"{tmp_path}:/usr/bin:/bin", **variables}
-    assert enter(docker, given, "--gpu", "H200") == (0, f"{expected} --gpu H200\n")
+    given = {"MODEL_PATH": "grafted", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    where, own = "--host 0.0.0.0 --port 8000", {"PROFILE": "256k", "MAX_MODEL_LEN": "4096"}
+    for variables, expected in (
+        (dict.fromkeys(VARIABLES, ""), f"no key: serve grafted {where}"),
+        ({"API_KEY_FILE": "key"}, f"of a file: serve grafted {where}"),
+        (own, f"no key: serve grafted --profile 256k {where} --max-model-len 4096"),
+    ):
+        found = enter(docker, given | variables, "--gpu", "H200")
+        assert found == (0, f"{expected} --gpu H200\n")
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"API_KEY_FILE": "/dev/null"}, "/dev/null: empty; expected the key"),
-        ({"MODEL_PATH": "/nothing"}, "mount a spliced checkpoint"),
-        ({"MODEL_PATH": ""}, "MODEL_PATH"),
-    ],
-)
-def test_what_is_missing_is_said_before_anything_starts(
-    docker: Path, image: dict[str, str], variables: dict[str, str], message: str
-) -> None:
-    status, out = enter(docker, image | variables, "--dry-run")
-    assert status == 1
-    assert message in out
+def test_what_is_missing_is_said_before_a_start(docker: Path, image: dict[str, str]) -> None:
+    for name, value, message in (
+        ("API_KEY_FILE", "/dev/null", "/dev/null: empty; expected the key"),
+        ("MODEL_PATH", "/nothing", "mount a spliced checkpoint"),
+        ("MODEL_PATH", "", "MODEL_PATH"),
+    ):
+        status, out = enter(docker, image | {name: value}, "--dry-run")
+        assert status == 1 and message in out
 
 
 def healthcheck(docker: Path, port: str, host: str = "0.0.0.0") -> subprocess.CompletedProcess[str]:
@@ -157,9 +127,7 @@ def test_the_container_is_healthy_when_vllm_is_and_ends_with_sigterm(
     assert done.returncode != 0 and f"http://[::1]:{port}/health" in done.stderr
 
 
-def test_the_image_is_the_tried_vllm_with_files_that_are_there(
-    docker: Path, repo_root: Path
-) -> None:
+def test_the_image_has_the_tried_vllm_and_our_files(docker: Path, repo_root: Path) -> None:
     text = (docker / "Dockerfile").read_text().replace("\\\n", " ")
     assert f"\nARG VLLM_VERSION={TRIED_VLLM['cuda']}\n" in text
     assert "PROFILE=524k" in text

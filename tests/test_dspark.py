@@ -174,9 +174,7 @@ def test_every_row_is_what_the_equations_say(drafter: DSpark, rows: int) -> None
     ("part", "row", "is_seen"),
     [("embeds", 4, True), ("taps", 9 + 20 - WINDOW, True), ("taps", 9 + 20 - WINDOW - 1, False)],
 )
-def test_row_0_sees_the_rows_after_it_and_one_window(
-    drafter: DSpark, part: str, row: int, is_seen: bool
-) -> None:
+def test_row_0_sees_all_and_a_window(drafter: DSpark, part: str, row: int, is_seen: bool) -> None:
     case = Case(drafter, BLOCK)
     before = case.hidden()[6, 0]
     changed = case.embeds[6] if part == "embeds" else case.taps
@@ -187,9 +185,7 @@ def test_row_0_sees_the_rows_after_it_and_one_window(
 # Its tensors
 
 
-def test_tensors_have_upstreams_names_and_fill_a_module_again(
-    drafter: DSpark, settings: dict[str, Any]
-) -> None:
+def test_tensors_have_upstreams_names_and_places(drafter: DSpark, settings: dict[str, Any]) -> None:
     tensors = head_from_module(drafter.state_dict(), STAGES)
     config = settings | {"n_mtp_layers": STAGES}
     assert {n: tuple(t.shape) for n, t in tensors.items()} == head_shapes(config)

@@ -37,9 +37,7 @@ def change_json(hub: StandInHub, repo: str, file: str, change: Callable[[Any], o
     hub.repositories[repo][file] = json.dumps(content).encode()
 
 
-def test_only_what_is_needed_is_downloaded_and_known_beforehand(
-    hub: StandInHub, tmp_path: Path
-) -> None:
+def test_only_what_is_needed_and_announced_is_fetched(hub: StandInHub, tmp_path: Path) -> None:
     other = {"layers.0.mtp.weight": "layers.safetensors"}  # the head's letters, elsewhere
     change_json(hub, UPSTREAM, INDEX_NAME, lambda index: index["weight_map"].update(other))
     needed = {repo: {**hub.repositories[repo]} for repo in (BASE, UPSTREAM)}
@@ -125,9 +123,7 @@ def test_every_429_is_waited_for_as_asked_or_refused(asked: list[str]) -> None:
 
 
 @pytest.mark.parametrize("where", ["on the way", "in the cache"])
-def test_bytes_that_are_not_the_announced_ones_are_refused_and_removed(
-    where: str, hub: StandInHub, tmp_path: Path
-) -> None:
+def test_bytes_not_as_announced_are_removed(where: str, hub: StandInHub, tmp_path: Path) -> None:
     if where == "on the way":
         hub.wrong = {SHARDS[0]}
     else:
@@ -146,10 +142,6 @@ def test_bytes_that_are_not_the_announced_ones_are_refused_and_removed(
 # What is refused, before a shard is downloaded
 
 
-def forget_head(hub: StandInHub) -> None:
-    change_json(hub, UPSTREAM, INDEX_NAME, lambda index: index.update(weight_map={"a": "b"}))
-
-
 def lose(repo: str, file: str) -> Callable[[StandInHub], object]:
     return lambda hub: hub.repositories[repo].pop(file)
 
@@ -157,7 +149,10 @@ def lose(repo: str, file: str) -> Callable[[StandInHub], object]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (forget_head, rf"{UPSTREAM}: its index lists no mtp\.\* tensor; expected the upstream"),
+        (
+            lambda hub: change_json(hub, UPSTREAM, INDEX_NAME, lambda i: i["weight_map"].clear()),
+            rf"{UPSTREAM}: its index lists no mtp\.\* tensor; expected the upstream",
+        ),
         (lose(BASE, SHARDS[1]), rf"{BASE}: has no {SHARDS[1]}, .* another revision"),
         (lose(UPSTREAM, "config.json"), f"{UPSTREAM}: has no config.json; expected"),
         (lambda hub: hub.repositories.pop(BASE), rf"{BASE}: cannot be fetched .*check the id"),
@@ -172,7 +167,7 @@ def test_what_is_no_checkpoint_is_refused(
     assert hub.downloads(".safetensors") == 0
 
 
-def test_too_little_room_is_said(
+def test_too_little_room(
     hub: StandInHub, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -185,7 +180,6 @@ def test_too_little_room_is_said(
     ("error", "message"),
     [
         (RuntimeError("no network\nmore about it"), r"from the hub \(no network\); check"),
-        (ConnectionResetError(), r"from the hub \(ConnectionResetError\)"),
         (OSError(28, "No space left"), r"the disk of .*hub is full; make room or set HF_HOME"),
     ],
 )
@@ -202,8 +196,7 @@ def recipe() -> Recipe:
     return load_recipe(find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"])
 
 
-def list_another(index: Any) -> None:
-    index["weight_map"]["layers.0.x"] = index["weight_map"]["embed.weight"]
+ANOTHER = {"layers.0.x": SHARDS[0]}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +204,11 @@ def list_another(index: Any) -> None:
     [
         ("config.json", lambda c: c.update(model_type="llama"), "model_type is 'llama', expe"),
         ("config.json", lambda c: c.update(vocab_size=7), r"embed.weight.*\[7, "),
-        (INDEX_NAME, list_another, r"layers\.0\.x: not in .*expected as in .*index.json"),
+        (
+            INDEX_NAME,
+            lambda i: i["weight_map"].update(ANOTHER),
+            r"layers\.0\.x: not in .*index.json",
+        ),
     ],
 )
 def test_what_the_headers_tell_is_refused(
@@ -229,9 +226,7 @@ def test_what_the_headers_tell_is_refused(
     assert hub.downloads(".safetensors") == 0
 
 
-def test_a_shard_that_is_none_is_refused_by_its_beginning(
-    hub: StandInHub, recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_shard_that_is_none_is_refused(hub: StandInHub, recipe: Recipe, tmp_path: Path) -> None:
     hub.repositories[BASE][SHARDS[0]] = b"<html>" + hub.repositories[BASE][SHARDS[0]]
     with pytest.raises(GraftError, match=f"{BASE}/{SHARDS[0]}: .*safetensors"):
         run_stage(recipe, tmp_path / "run", "fetch", quiet)
@@ -240,7 +235,6 @@ def test_a_shard_that_is_none_is_refused_by_its_beginning(
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("gone.jsonl", "gone.jsonl: not readable"),
         ("pipe.jsonl", "pipe.jsonl: not a file"),
         ("one.jsonl", "one.jsonl: 1 prompts, expected"),
         ("cut.jsonl", "cut.jsonl:1: not JSON"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 @quick
 @given(seeds, st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 4))
-def test_int4_packs_to_the_words_of_compressed_tensors(
-    seed: int, leading: list[int], num_words: int
-) -> None:
+def test_int4_packs_as_compressed_tensors(seed: int, leading: list[int], num_words: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     shape = (*leading, 8 * num_words)
     codes = torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
@@ -112,10 +111,11 @@ MATRICES = tuple(f"mtp.0.ffn.experts.7.{w}" for w in ("w1", "w2", "w3"))
 EXPERT = MATRICES[0]
 WANTED = (*MATRICES, "mtp.0.ffn.shared_experts.w2.", "mtp.0.attn.", "mtp.0.e_proj.")
 WANTED += ("mtp.0.hc_", "mtp.0.ffn.gate.")
+Head = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def upstream(tiny_model: Path) -> dict[str, Tensor]:
+def upstream(tiny_model: Path) -> Head:
     """One expert and a tensor of every other kind."""
     loaded = load_tensors(tiny_model / "upstream")
     return {name: tensor for name, tensor in loaded.items() if name.startswith(WANTED)}
@@ -166,11 +166,7 @@ def not_finite(scale: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("use", [lambda head: store_head(head, "rtn"), variants.decode_head])
 def test_parts_that_do_not_fit_are_an_error_that_names_the_module(
-    upstream: dict[str, Tensor],
-    name: str,
-    damage: Callable[[Tensor], Tensor] | None,
-    message: str,
-    use: Callable[[dict[str, Tensor]], object],
+    upstream: Head, name: str, damage: Any, message: str, use: Callable[[Head], object]
 ) -> None:
     head = dict(upstream)
     tensor = head.pop(name)

@@ -14,15 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub_stand_in import BASE, COMMIT, UPSTREAM, StandInHub, as_repository
-from mtp_graft.checkpoint.quant_manifest import (
-    HEAD_SHARD,
-    MANIFEST_NAME,
-    find_spliced,
-    read_manifest,
-)
+from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD, MANIFEST_NAME, find_spliced
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.pipeline.plan import plan_run
-from mtp_graft.recipe import Recipe, load_recipe
+from mtp_graft.recipe import load_recipe
 from mtp_graft.stages.publish import find_files
 from quantized import edit_json, tiny_quantization
 from run_folder import write
@@ -35,11 +30,6 @@ Command = Callable[..., Any]
 def base(tiny_base: Path, tmp_path: Path) -> Path:
     """A base of links, whose JSON files may be changed."""
     return Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
-
-
-@pytest.fixture
-def recipe() -> Recipe:
-    return load_recipe(find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"])
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +98,8 @@ def test_a_head_on_another_base_says_which_it_was_made_for(
 ) -> None:
     edit_json(base / "config.json", lambda config: config.update(rope_theta=5))
     assert mtp_graft("graft", base, published, tmp_path / "out")["verified"]
-    before, after = (read_manifest(f)["provenance"] for f in (published, tmp_path / "out"))
+    files = (folder / MANIFEST_NAME for folder in (published, tmp_path / "out"))
+    before, after = (json.loads(file.read_text())["provenance"] for file in files)
     assert after["made_for"] == before["base"] != after["base"]
 
 
@@ -130,11 +121,7 @@ def test_a_dry_run_tells_what_the_graft_takes_and_does_nothing(
 
 #: What doctor calls an error on any platform, and vLLM would find after hours.
 BAD_BASES: dict[str, tuple[Callable[[Any], object], str]] = {
-    "weights null": (
-        lambda c: group(c).update(weights=None),
-        "weights: input should be a valid dictionary.*; name such a one instead",
-    ),
-    "no ratios": (lambda c: c.pop("compress_ratios"), "compress_ratios: None; expected one for"),
+    "weights null": (lambda c: group(c).update(weights=None), "weights: input should .* instead"),
     "few ratios": (lambda c: c.update(compress_ratios=[0, 0]), "2 entries; expected one for each"),
     "other layers": (lambda c: c.update(num_hidden_layers=3), r"layers\.3.*; expected"),
 }
@@ -146,16 +133,16 @@ def group(config: Any) -> Any:
 
 @pytest.mark.parametrize("name", BAD_BASES)
 def test_what_doctor_would_refuse_is_refused_before_a_shard_is_downloaded(
-    mtp_graft: Command, hub: StandInHub, recipe: Recipe, tmp_path: Path, name: str
+    mtp_graft: Command, hub: StandInHub, tmp_path: Path, name: str
 ) -> None:
     change, message = BAD_BASES[name]
     config = json.loads(hub.repositories[BASE]["config.json"])
     change(config)
     hub.repositories[BASE]["config.json"] = json.dumps(config).encode()
     said = mtp_graft("graft", BASE, UPSTREAM, tmp_path / "out")
-    assert isinstance(said, str) and re.search(
-        rf"error: {BASE}(, with a head: |/config).*{message}", said
-    ), said
+    assert re.search(rf"error: {BASE}(, with a head: |/config).*{message}", str(said)), said
+    models = [f"model.base={BASE}", f"model.upstream={UPSTREAM}"]
+    recipe = load_recipe(find_bundled_recipe(), models)
     told = plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"]
     assert re.search(message, told), told
     assert hub.downloads(".safetensors") == 0
@@ -176,9 +163,7 @@ Damage = Callable[[Path, Path], object]
 
 
 def configure(**changes: object) -> Damage:
-    return lambda base, _published: edit_json(
-        base / "config.json", lambda config: config.update(changes)
-    )
+    return lambda base, _: edit_json(base / "config.json", lambda c: c.update(changes))
 
 
 GROUPS_OF_64 = tiny_quantization()
@@ -186,9 +171,11 @@ GROUPS_OF_64["config_groups"]["group_1"]["weights"]["group_size"] = 64
 
 
 def say(**changes: object) -> Damage:
-    return lambda _base, published: edit_json(
-        published / MANIFEST_NAME, lambda manifest: manifest.update(changes)
-    )
+    return lambda _, published: edit_json(published / MANIFEST_NAME, lambda m: m.update(changes))
+
+
+def lose(file: str) -> Damage:
+    return lambda _, published: (published / file).unlink()
 
 
 def spoil(_base: Path, published: Path) -> None:
@@ -200,20 +187,13 @@ def spoil(_base: Path, published: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            configure(n_routed_experts=32),
-            r"is \[64, 256\], expected \[32, 256\] by the base's conf",
-        ),
+        (configure(n_routed_experts=32), r"is \[64, 256\], expected \[32, 256\] by the base's"),
         (configure(quantization_config=GROUPS_OF_64), "expected .*group 64"),
         (say(tensors=7), "expected 7 of .* by MTP_QUANT_MANIFEST"),
-        (say(variant="mxfp5"), "MANIFEST.json: .*variant: input"),
         (say(variant="bf16"), "would load as plain; .*or take another head"),
         (spoil, "experts.9.w1.weight_packed .holds values that are not finite"),
-        (
-            lambda _, head: (head / MANIFEST_NAME).unlink(),
-            "published: is a spliced head without its MTP_Q",
-        ),
-        (lambda _, head: (head / HEAD_SHARD).unlink(), f"has no {HEAD_SHARD}, which is needed"),
+        (lose(MANIFEST_NAME), "published: is a spliced head without its MTP_Q"),
+        (lose(HEAD_SHARD), f"has no {HEAD_SHARD}, which is needed"),
     ],
 )
 def test_a_head_that_does_not_fit_is_one_error(

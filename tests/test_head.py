@@ -26,9 +26,7 @@ def base_state(tiny_model: Path) -> dict[str, Tensor]:
         return DeepseekV4ForCausalLM(config).state_dict()
 
 
-def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
-    base_state: dict[str, Tensor],
-) -> None:
+def test_transformers_reads_every_renamed_tensor(base_state: dict[str, Tensor]) -> None:
     table = get_checkpoint_conversion_mapping("deepseek_v4")
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
@@ -44,9 +42,7 @@ def test_transformers_reads_every_renamed_tensor_into_where_it_came_from(
             assert [canonical_name(name, 4)] == [*natives]
 
 
-def test_modules_have_the_tensors_that_the_config_asks_for(
-    base_state: dict[str, Tensor], tiny_model: Path
-) -> None:
+def test_modules_are_as_the_config_asks(base_state: dict[str, Tensor], tiny_model: Path) -> None:
     settings = json.loads((tiny_model / "base" / "config.json").read_text())
     with torch.device("meta"):
         head = MTPHead(DeepseekV4Config.from_pretrained(tiny_model / "make")).state_dict()

@@ -13,21 +13,15 @@ import torch
 
 import apart
 from mtp_graft.errors import GraftError, UsageError
-from mtp_graft.stages.parallel import (
-    device_name,
-    find_device,
-    gpus,
-    read_ahead,
-    run_in_process,
-    write_behind,
-)
+from mtp_graft.stages import parallel
+from mtp_graft.stages.parallel import device_name, find_device, gpus, run_in_process
 from serving.bench_server import quiet
 from serving.conftest import NoDriver, install_gpus, is_running, wait_gone
 
 # Reading ahead and writing behind
 
 
-def test_results_come_in_order_and_no_more_is_read_than_asked_for() -> None:
+def test_results_come_in_order_no_more_is_read_than_asked_for_and_no_error_is_lost() -> None:
     seen: list[int] = []
 
     def read(item: int) -> int:
@@ -35,13 +29,10 @@ def test_results_come_in_order_and_no_more_is_read_than_asked_for() -> None:
         time.sleep(0.02 * (item % 3 == 0))
         return item * item
 
-    with read_ahead(read, range(100), 4) as results:
+    with parallel.read_ahead(read, range(100), 4) as results:
         assert [next(results) for _ in range(12)] == [i * i for i in range(12)]
     assert len(seen) <= 12 + 4
-
-
-def test_an_error_of_writing_is_not_lost() -> None:
-    with pytest.raises(ZeroDivisionError), write_behind() as write:
+    with pytest.raises(ZeroDivisionError), parallel.write_behind() as write:
         write(lambda: 1 // 0)
 
 
@@ -60,7 +51,6 @@ def test_result_and_progress_come_from_a_process_that_is_gone(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kind", "error", "message", "printed"),
     [
-        ("user", GraftError, r"^capture: not finished$", ""),
         ("usage", UsageError, r"^--set: wrong$", ""),
         ("disk", OSError, "No space left on device: '/run/experts'", ""),
         ("killed", GraftError, "^fails: its process was killed; out of memory", ""),
@@ -96,9 +86,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_the_process_ends_with_the_one_that_started_it(
-    signum: signal.Signals, tmp_path: Path, repo_root: Path
-) -> None:
+def test_it_ends_with_its_parent(signum: signal.Signals, tmp_path: Path, repo_root: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
     command, pid = [sys.executable, tmp_path / "parent.py", tmp_path / "pid"], tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": f"{repo_root}/src:{repo_root}/tests"}
@@ -140,10 +128,14 @@ def cuda_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gpus.cache_clear()
 
 
-def test_the_driver_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_names_the_gpus_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     install_gpus(monkeypatch, "NVIDIA H200", "NVIDIA H200", memory_mib=143771)
     assert device_name() == "2x NVIDIA H200"
     assert find_device("auto") == "cuda" and find_device("cpu") == "cpu"
+    gpus.cache_clear()
+    install_gpus(monkeypatch, error="Driver/library version mismatch")
+    with pytest.raises(GraftError, match="driver says Driver/library version mismatch"):
+        device_name()
 
 
 @pytest.mark.parametrize("why", ["CPU build", "no driver", "hidden"])
@@ -158,12 +150,6 @@ def test_without_gpus_the_processor_is_named(why: str, monkeypatch: pytest.Monke
     assert find_device("auto") == "cpu"
 
 
-def test_a_driver_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_gpus(monkeypatch, error="Driver/library version mismatch")
-    with pytest.raises(GraftError, match="driver says Driver/library version mismatch"):
-        device_name()
-
-
 @pytest.mark.gpu
 def test_the_name_is_torchs_own_and_cuda_stays_unused() -> None:
     script = (
@@ -171,7 +157,5 @@ def test_the_name_is_torchs_own_and_cuda_stays_unused() -> None:
         "assert not torch.cuda.is_initialized();"
         "print(f'{torch.cuda.device_count()}x {torch.cuda.get_device_name(0)}')"
     )
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    ours, torchs = done.stdout.splitlines()
+    ours, torchs = subprocess.check_output([sys.executable, "-c", script], text=True).splitlines()
     assert ours == torchs

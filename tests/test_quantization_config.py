@@ -22,11 +22,8 @@ from serving.flash import CONFIG
 
 EXPERT_MATRICES = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 VARIANTS: tuple[Variant, ...] = ("gptq", "mxfp4", "bf16")
-FUSED = {
-    "gate_up_proj": ["w1", "w3"],
-    "fused_wqa_wkv": ["wq_a", "wkv"],
-    "fused_wkv_wgate": ["wkv", "wgate"],
-}
+FUSED = {"gate_up_proj": ["w1", "w3"], "fused_wqa_wkv": ["wq_a", "wkv"]}
+FUSED |= {"fused_wkv_wgate": ["wkv", "wgate"]}
 
 
 def test_the_heads_groups_match_no_other_layer_and_the_bases_section_stays() -> None:
@@ -71,7 +68,6 @@ ARGUMENTS: dict[str, list[Any]] = {
 }
 FORMATS = ("pack-quantized", "pack-quantized", "float-quantized", "mxfp4-pack-quantized", None)
 DYNAMIC = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
-
 STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 
 
@@ -118,9 +114,8 @@ def kind_in_vllm(parsed: Any, scheme: dict[str, Any]) -> str | None:
     if parsed._is_nvfp4_format(weights):
         return "nvfp4"
     if parsed._is_wNa16_group_channel(weights, inputs) and scheme["format"] == "pack-quantized":
-        return (
-            integers.get((weights.num_bits, weights.symmetric)) if weights.type == "int" else None
-        )
+        kind = integers.get((weights.num_bits, weights.symmetric))
+        return kind if weights.type == "int" else None
     is_fp8 = parsed._is_fp8_w8a16(weights, inputs) and scheme["format"] == "float-quantized"
     is_fp8 = is_fp8 and not (inputs and not inputs.dynamic)  # which vLLM asserts of blocks
     is_fp8 = is_fp8 and [weights.num_bits, weights.block_structure] == [8, [128, 128]]
@@ -164,10 +159,10 @@ def compare(section: dict[str, Any]) -> int:
 
 
 @pytest.mark.vllm
-def test_vllm_finds_the_same_schemes_in_2000_sections_and_the_published_ones() -> None:
+def test_vllm_finds_the_same_schemes_in_1000_sections_and_the_published_ones() -> None:
     rng = random.Random(21)
-    found = [compare(random_section(rng)) for _ in range(2000)]
-    assert found.count(-1) > 100 and sum(n > 0 for n in found) > 500
+    found = [compare(random_section(rng)) for _ in range(1000)]
+    assert found.count(-1) > 50 and sum(n > 0 for n in found) > 250
     for linears, variant in product(("fp8", "base"), VARIANTS):
         for base in (tiny_quantization(), CONFIG["quantization_config"]):
             assert compare(add_head(base, 4, variant, linears)) > 10
@@ -185,21 +180,8 @@ def test_vllm_finds_the_same_schemes_in_what_others_made_of_the_base() -> None:
     assert compare(nvfp4().config["quantization_config"]) > 10
 
 
-MUTATIONS: tuple[Any, ...] = (
-    None,
-    0,
-    -2,
-    4,
-    128.0,
-    1.5,
-    "",
-    "4",
-    "foo",
-    "group",
-    "GROUP",
-    "static",
-)
-MUTATIONS += ("64x64", [], [128], [128, "128"], {}, {"a": 1}, "torch.uint8")
+MUTATIONS: tuple[Any, ...] = (None, 0, -2, 4, 128.0, 1.5, "", "4", "foo", "group", "GROUP")
+MUTATIONS += ("static", "64x64", [], [128], [128, "128"], {}, {"a": 1}, "torch.uint8")
 
 
 @pytest.mark.vllm
@@ -267,27 +249,23 @@ REPORT = recorded("stages")["quantize/report.json"]
 REPORT["rel_errors"]["gptq"]["w2"] = [0.1, 0.2, 0.3, 0.6]
 
 
-def content(variant: Variant, known: bool = True) -> quant_manifest.Manifest:
+def content(variant: Any, known: bool = True) -> quant_manifest.Manifest:
     quantization = add_head(tiny_quantization(), 4, variant, "base")
     config = {"num_hidden_layers": 4, "n_routed_experts": 64, "quantization_config": quantization}
     report = REPORT if known else None
     return quant_manifest.manifest(variant, "base", config, report, PROVENANCE, 612, 8_019_304)
 
 
-@pytest.mark.parametrize(
-    ("variant", "preserving", "bits"),
-    [("rtn", False, 4), ("gptq", True, 4), ("mxfp4", True, 4), ("bf16", True, None)],
-)
-def test_only_calibrated_and_lossless_heads_claim_quality(
-    variant: Variant, preserving: bool, bits: int | None
-) -> None:
-    found = content(variant)
-    assert found["is_final_quality_preserving"] is preserving
-    assert f"| is_final_quality_preserving | {preserving} |" in quant_manifest.manifest_text(found)
-    assert (found["routed_experts"]["weights"] or {}).get("num_bits") == bits
+def test_only_calibrated_and_lossless_heads_claim_quality() -> None:
+    for variant, bits in (("rtn", 4), ("gptq", 4), ("mxfp4", 4), ("bf16", None)):
+        found = content(variant)
+        claim = f"| is_final_quality_preserving | {variant != 'rtn'} |"
+        assert found["is_final_quality_preserving"] is (variant != "rtn")
+        assert claim in quant_manifest.manifest_text(found)
+        assert (found["routed_experts"]["weights"] or {}).get("num_bits") == bits
 
 
-def test_a_calibrated_head_states_damp_tokens_and_errors() -> None:
+def test_a_calibrated_head_states_damp_tokens_and_errors(tmp_path: Path) -> None:
     found = content("gptq")
     calibration, errors = found["calibration"], found["rel_error"]
     assert calibration and errors
@@ -299,6 +277,9 @@ def test_a_calibrated_head_states_damp_tokens_and_errors() -> None:
     text = quant_manifest.manifest_text(found)
     assert "| calibration.tokens_per_expert.mean | 43951.75 |" in text
     assert "| rel_error.w2.max | 0.6 |" in text
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(GraftError, match=r"report\.json: not a quantize report .*damp: field req"):
+        quant_manifest.read_report(tmp_path)
 
 
 def test_the_recipe_is_the_bases_own_and_a_stage_for_the_head() -> None:
@@ -308,12 +289,6 @@ def test_the_recipe_is_the_bases_own_and_a_stage_for_the_head() -> None:
     assert list(yaml.safe_load(text)) == ["default_stage", "mtp_head_stage"]
     stage = yaml.safe_load(quant_manifest.recipe_text(content("rtn", known=False), None))
     assert stage["mtp_head_stage"]["routed_experts"]["weights"]["group_size"] == 128
-
-
-def test_a_report_without_a_part_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(GraftError, match=r"report\.json: not a quantize report .*damp: field req"):
-        quant_manifest.read_report(tmp_path)
 
 
 def test_origins_are_told_by_hashes_without_paths_or_times(

@@ -1,6 +1,5 @@
 """The quantize stage on the tiny head: what it writes, resuming, ranks, and what it refuses."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,9 +22,9 @@ from mtp_graft.stages import quantize as stage
 from mtp_graft.stages.inputs import open_inputs
 from mtp_graft.stages.parallel import Clock
 from mtp_graft.stages.quantize import quantize, replay_capture
-from quantized import write_checkpoint
+from quantized import hashes, write_checkpoint
 from references import unpack_int4
-from synthetic_capture import Played, random_sequences, write_capture
+from synthetic_capture import random_sequences, write_capture
 
 NUM_EXPERTS, HIDDEN = 64, 256
 SETTINGS = QuantizeSection(device="cpu")
@@ -34,14 +33,11 @@ EXPERT = "mtp.0.ffn.experts."
 Run = Callable[..., dict[str, Any]]
 
 
-def sequences(lengths: tuple[int, ...], **options: Any) -> list[Played]:
-    return random_sequences(lengths, **{"hidden": HIDDEN, "vocab": 4096, **options})
-
-
 @pytest.fixture(scope="module")
 def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "capture"
-    write_capture(folder, sequences(LENGTHS) + sequences((30,), split="evaluation"))
+    texts = random_sequences(LENGTHS) + random_sequences((30,), split="evaluation")
+    write_capture(folder, texts)
     return folder
 
 
@@ -75,19 +71,6 @@ def upstream(tiny_model: Path) -> dict[str, Tensor]:
     return load_tensors(tiny_model / "upstream")
 
 
-@pytest.fixture(scope="module")
-def embed(tiny_model: Path) -> Tensor:
-    return load_tensors(tiny_model / "base", ["embed.weight"])["embed.weight"]
-
-
-@pytest.fixture(scope="module")
-def head(tiny_model: Path, upstream: dict[str, Tensor]) -> Any:
-    """The head without its experts."""
-    config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
-    others = {name: tensor for name, tensor in upstream.items() if ".experts." not in name}
-    return build_head(config, decode_head(others), with_experts=False)
-
-
 def stored_experts(out: Path) -> dict[str, Tensor]:
     files = sorted((out / "gptq").glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -97,24 +80,17 @@ def read_report(out: Path) -> Any:
     return json.loads((out / "report.json").read_text())
 
 
-def hashes(out: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in out.glob("gptq/*")}
-
-
-def replayed(capture: Path, tiny_model: Path) -> Tensor:
-    """Return the tokens that reach the experts."""
-    models = tiny_model / "upstream", tiny_model / "base"
-    inputs = open_inputs(capture, *models, "calibration", "embed.weight")
-    return replay_capture(inputs, Clock("cpu"), lambda *_: None).x
-
-
 def test_experts_are_gptq_of_the_tokens_that_reach_them(
-    done: Path, capture: Path, upstream: dict[str, Tensor], embed: Tensor, head: Any
+    done: Path, capture: Path, upstream: dict[str, Tensor], tiny_model: Path
 ) -> None:
     """Everything again, one expert and one token at a time, Hessians in float64.
 
     The tokens are those whose draft the text has: after its last two there is nothing to draft.
     """
+    config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
+    others = {name: tensor for name, tensor in upstream.items() if ".experts." not in name}
+    head = build_head(config, decode_head(others), with_experts=False)
+    embed = load_tensors(tiny_model / "base", ["embed.weight"])["embed.weight"]
     tokens: dict[int, list[Tensor]] = {3: [], 17: []}
     for sequence in read_sequences(capture)[: len(LENGTHS)]:
         recorded = read_recorded(capture, sequence, 4)
@@ -165,9 +141,7 @@ def test_report_has_sizes_token_counts_and_errors(done: Path, upstream: dict[str
     assert json.loads((done / "manifest.json").read_text())["status"] == "done"
 
 
-def test_a_run_that_stopped_loses_no_finished_batch_and_ends_with_the_same_bytes(
-    run: Run, done: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_stopped_ends_with_the_same_bytes(run: Run, done: Path, tmp_path: Path) -> None:
     def stop(label: str, done: int, _total: int) -> None:
         if (label, done) == ("gptq", 48):
             raise KeyboardInterrupt
@@ -180,16 +154,14 @@ def test_a_run_that_stopped_loses_no_finished_batch_and_ends_with_the_same_bytes
     assert len(before) == 2
     run(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in kept} == before, "a batch was redone"
-    assert hashes(tmp_path) == hashes(done)
+    assert hashes(tmp_path / "gptq") == hashes(done / "gptq")
 
 
-def test_a_finished_stage_is_kept_and_other_inputs_are_refused(
-    run: Run, done: Path, tmp_path: Path
-) -> None:
+def test_a_finished_stage_refuses_other_inputs(run: Run, done: Path, tmp_path: Path) -> None:
     assert run(done, report=lambda *_: pytest.fail("it was run")) == read_report(done)
     with pytest.raises(GraftError, match=r"begun with damp = 0\.01, now it is 0\.1"):
         run(done, damp=0.1)
-    write_capture(tmp_path, sequences(LENGTHS, seed=9))
+    write_capture(tmp_path, random_sequences(LENGTHS, seed=9))
     with pytest.raises(GraftError, match=r"begun with inputs\."):
         run(done, capture=tmp_path)
 
@@ -198,7 +170,7 @@ def test_a_finished_stage_is_kept_and_other_inputs_are_refused(
 def one_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A capture of three tokens, one of them to calibrate on: most experts get none."""
     folder = tmp_path_factory.mktemp("short")
-    write_capture(folder, sequences((3,)))
+    write_capture(folder, random_sequences((3,)))
     return folder
 
 
@@ -211,7 +183,9 @@ def test_experts_without_tokens_share_all_tokens(
     assert len(empty) >= NUM_EXPERTS - 12
     for e in set(range(NUM_EXPERTS)) - set(empty):
         assert errors["gptq"]["w1"][e] < errors["rtn"]["w1"][e]
-    x = replayed(one_token, tiny_model).float()
+    models = tiny_model / "upstream", tiny_model / "base"
+    inputs = open_inputs(one_token, *models, "calibration", "embed.weight")
+    x = replay_capture(inputs, Clock("cpu"), lambda *_: None).x.float()  # all that was seen
     module = f"{EXPERT}{empty[0]}.w1"
     weight = decode_head(upstream)[f"{module}.weight"]
     damp = HIDDEN / len(x)  # as many as all experts together saw
@@ -220,39 +194,25 @@ def test_experts_without_tokens_share_all_tokens(
     assert (codes == expected.codes[0]).float().mean() > 0.99
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"group_size": 96}, r"experts\.0\.w1: 256 inputs are no multiple of the group size 96"),
-        ({"damp": 0.0, "damping": "fixed"}, r"experts\.0\.w1: .* not positive definite"),
-    ],
-)
-def test_settings_that_do_not_work_are_named(
-    run: Run, one_token: Path, tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(GraftError, match=message):
-        run(tmp_path, capture=one_token, **settings)
+def test_settings_that_do_not_work_are_named(run: Run, one_token: Path, tmp_path: Path) -> None:
+    with pytest.raises(GraftError, match=r"\.0\.w1: 256 inputs are no multiple of .* size 96"):
+        run(tmp_path / "96", capture=one_token, group_size=96)
+    with pytest.raises(GraftError, match=r"experts\.0\.w1: .* not positive definite"):
+        run(tmp_path / "0", capture=one_token, damp=0.0, damping="fixed")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"hidden": 128}, "hidden size 128 and token"),
-        ({"vocab": 9000}, r"token \d+, expected 256 and less than 4096"),
-        ({"split": "evaluation"}, "no captured sequences of split 'calibration'"),
-    ],
-)
-def test_a_capture_of_another_model_or_split_is_refused(
-    run: Run, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
-    write_capture(tmp_path / "capture", sequences((10, 12), **options))
-    with pytest.raises(GraftError, match=message):
-        run(tmp_path / "quantize", capture=tmp_path / "capture")
+def test_a_capture_of_another_model_or_split_is_refused(run: Run, tmp_path: Path) -> None:
+    for key, value, message in (
+        ("hidden", 128, "hidden size 128 and token"),
+        ("vocab", 9000, r"token \d+, expected 256 and less than 4096"),
+        ("split", "evaluation", "no captured sequences of split 'calibration'"),
+    ):
+        write_capture(tmp_path / key, random_sequences((10, 12), **{key: value}))
+        with pytest.raises(GraftError, match=message):
+            run(tmp_path / f"out-{key}", capture=tmp_path / key)
 
 
-def test_an_upstream_of_another_shape_is_refused_by_name(
-    run: Run, upstream: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_another_upstream_is_refused(run: Run, upstream: dict[str, Tensor], tmp_path: Path) -> None:
     module = f"{EXPERT}5.w3"
     cut = {n: upstream[n][:128].clone() for n in (f"{module}.weight", f"{module}.scale")}
     write_checkpoint({**upstream, **cut}, tmp_path)
@@ -267,4 +227,4 @@ def test_tokens_that_a_gpu_has_no_room_for_are_kept_in_host_memory(
     run(tmp_path / "gpu", device="cuda")
     monkeypatch.setattr(stage, "RESIDENT_BYTES", 0)
     run(tmp_path / "host", device="cuda")
-    assert hashes(tmp_path / "host") == hashes(tmp_path / "gpu")
+    assert hashes(tmp_path / "host/gptq") == hashes(tmp_path / "gpu/gptq")

@@ -42,13 +42,8 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
     minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    overrides = [
-        "splice.variant=rtn",
-        'splice.variant="bf16"',
-        "quantize.damp=1",
-        "serve.extra_args=['--x', '--y=1']",
-        "bench.prompts=here.jsonl",
-    ]
+    overrides = ["splice.variant=rtn", 'splice.variant="bf16"', "quantize.damp=1"]
+    overrides += ["serve.extra_args=['--x', '--y=1']", "bench.prompts=here.jsonl"]
     recipe = load_recipe(minimal, overrides)
     assert recipe.splice.variant == "bf16"
     assert recipe.quantize.damp == 1.0 and isinstance(recipe.quantize.damp, float)
@@ -61,7 +56,6 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
     [
         ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; there are .*variant"),
         ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; there are .*splice"),
-        ("splice.xyz=1", r"unknown key 'xyz'; there are copy, linears, variant$"),
         ("splice.variant=int4", r"\[splice\] variant is 'int4', expected 'rtn', 'gptq'"),
         ("splice.copy=1", r"\[splice\] copy is 1, expected a valid boolean"),
         ("bench.count=true", r"\[bench\] count is True, expected a valid integer"),
@@ -75,19 +69,13 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
         (r'serve.extra_args=["a\u0000"]', r"extra_args is .*, expected text without a NUL"),
         ("bench.prompts=hub:../x:y", r"'hub:\.\./x:y', expected a file or hub:owner"),
         ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),
-        ("splice.variant", r"expected section\.key=value"),
-        ("serve.kv_cache_gib=0.001", r"\[serve\] kv_cache_gib is 0.001, expected greater"),
-        ("bench.k=0", r"k is 0, expected greater"),
         ("bench.max_tokens=4000", r"\[bench\] max_tokens is 4000, expected less"),
         ("capture.new_tokens=2000", r"\[capture\] max_model_len is 2048, expected at least 2513"),
         ("quantize.damp=nan", r"damp is nan, expected a finite number"),
         ("capture.taps=[41, 40]", r"taps is \[41, 40\], expected layers in ascending order"),
-        ("capture.taps=[-1]", r"taps is -1, expected greater than or equal to 0"),
     ],
 )
-def test_what_nobody_understands_is_refused_by_its_option(
-    minimal: Path, override: str, message: str
-) -> None:
+def test_a_bad_override_is_refused_by_its_name(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(GraftError, match=message) as raised:
         load_recipe(minimal, ["bench.rounds=2", override])
     assert str(raised.value).startswith(f"--set {override}: ")
@@ -114,9 +102,7 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
         (MINIMAL + "num_prompts = 8\n", r"\[bench\]: unknown key 'num_prompts'"),
     ],
 )
-def test_a_broken_recipe_is_one_error_that_names_the_file(
-    tmp_path: Path, text: str | None, message: str
-) -> None:
+def test_a_broken_recipe_is_named_once(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "broken.toml"
     if text is not None:
         path.write_text(text)

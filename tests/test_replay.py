@@ -50,9 +50,7 @@ def shifted(residual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return streams, next_embeds, torch.tensor([list(rows)])
 
 
-def test_a_built_head_has_every_decoded_tensor_in_its_place(
-    head: MTPHead, decoded: dict[str, Tensor]
-) -> None:
+def test_a_built_head_has_every_tensor(head: MTPHead, decoded: dict[str, Tensor]) -> None:
     found = head_from_module(head.state_dict())
     assert found.keys() == decoded.keys()
     assert all(torch.equal(found[name], decoded[name]) for name in decoded)
@@ -69,9 +67,7 @@ def test_drafts_are_the_argmax_of_the_heads_logits(config: DeepseekV4Config, hea
     assert replay_drafts(head, lm_head, *given, start=40).tolist() == [best[40:]]
 
 
-def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_output(
-    config: DeepseekV4Config, head: MTPHead
-) -> None:
+def test_further_drafts_are_those_of_a_server(config: DeepseekV4Config, head: MTPHead) -> None:
     """The oracle computes one step at a time, all keys anew: the verified ones and its own."""
     residual, embeds, lm_head = sequence(config, seed=3)
     with torch.no_grad():
@@ -89,9 +85,7 @@ def test_further_drafts_are_those_of_a_server_that_runs_the_head_on_its_own_outp
     assert torch.equal(drafts, torch.stack(guesses, dim=-1))
 
 
-def test_routing_is_that_of_the_whole_head(
-    config: DeepseekV4Config, decoded: dict[str, Tensor], head: MTPHead
-) -> None:
+def test_routing(config: DeepseekV4Config, decoded: dict[str, Tensor], head: MTPHead) -> None:
     residual, embeds, _ = sequence(config, seed=1)
     seen: list[Tensor] = []
     hook = head.layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.extend(args[:2]))
@@ -106,9 +100,7 @@ def test_routing_is_that_of_the_whole_head(
     assert experts.tolist() == chosen.sort(-1).values.tolist()
 
 
-def test_head_that_gives_nan_is_an_error(
-    config: DeepseekV4Config, decoded: dict[str, Tensor]
-) -> None:
+def test_a_head_of_nan_is_an_error(config: DeepseekV4Config, decoded: dict[str, Tensor]) -> None:
     residual, embeds, lm_head = sequence(config, seed=4)
     broken = {**decoded, "mtp.0.enorm.weight": torch.full((config.hidden_size,), math.nan)}
     with pytest.raises(GraftError, match="not finite"):

@@ -49,8 +49,8 @@ def test_drafts_are_counted_as_a_server_makes_them(k: int, data: st.DataObject) 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     captured = tmp_path_factory.mktemp("run") / "capture"
-    sequences = random_sequences((20, 30), hidden=256, vocab=4096)
-    sequences += random_sequences((40, 25, 31), hidden=256, vocab=4096, split="evaluation", seed=1)
+    sequences = random_sequences((20, 30))
+    sequences += random_sequences((40, 25, 31), split="evaluation", seed=1)
     write_capture(captured, sequences)
 
     def run_score(
@@ -69,9 +69,7 @@ def run(tiny_model: Path, quantized: Path, tmp_path_factory: pytest.TempPathFact
     return run_score
 
 
-def test_score_counts_the_heads_drafts(
-    run: Run, quantized: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_score_counts_drafts(run: Run, quantized: Path, tiny_model: Path, tmp_path: Path) -> None:
     """A capture whose tokens are partly what the gptq head drafts, so that there are hits."""
     config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
     base = load_tensors(tiny_model / "base", ["embed.weight", "head.weight"])
@@ -84,7 +82,7 @@ def test_score_counts_the_heads_drafts(
         lm_head, residual = base["head.weight"].float(), sequence.residual.bfloat16()
         return replay_drafts(head, lm_head, residual[None], embeds[None], k=k)[0].tolist()
 
-    sequences = random_sequences((40, 28), hidden=256, vocab=4096, split="evaluation", seed=4)
+    sequences = random_sequences((40, 28), split="evaluation", seed=4)
     expected, threes = [], []
     for number, sequence in enumerate(sequences):
         ids, start = sequence.token_ids, sequence.prompt_tokens
@@ -111,9 +109,7 @@ def test_score_counts_the_heads_drafts(
     assert set(gptq["by_k"]) == {"1", "2", "3"}
 
 
-def test_experts_are_scored_with_the_recipes_group_size(
-    run: Run, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_experts_have_the_recipes_group_size(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     rounded = store_head(load_tensors(tiny_model / "upstream"), "rtn", group_size=64)
     (tmp_path / "gptq").mkdir()
     experts = {name: tensor for name, tensor in rounded.items() if ".ffn.experts." in name}
@@ -142,7 +138,7 @@ def test_killed_score_keeps_the_finished_variants(run: Run, tmp_path: Path) -> N
 
 def test_texts_that_end_at_once_have_no_drafts(run: Run, tmp_path: Path) -> None:
     """Of 20 tokens 6 are the prompt: one text goes on, one is EOS alone, one has not even that."""
-    sequences = random_sequences((20, 20, 20), hidden=256, vocab=4096, split="evaluation")
+    sequences = random_sequences((20, 20, 20), split="evaluation")
     lengths = (sequences[0].prompt_tokens, 19, 20)
     texts = [replace(s, prompt_tokens=n) for s, n in zip(sequences, lengths, strict=True)]
     write_capture(tmp_path / "capture", texts)
@@ -151,11 +147,9 @@ def test_texts_that_end_at_once_have_no_drafts(run: Run, tmp_path: Path) -> None
     assert [count > 0 for count in drafts] == [True, False, False]
 
 
-def test_inputs_without_anything_to_draft_or_to_draft_with_are_refused(
-    run: Run, tmp_path: Path
-) -> None:
+def test_inputs_without_drafts_or_a_head_are_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(GraftError, match="no quantized experts; run `mtp-graft quantize`"):
         run(tmp_path / "score", quantized=tmp_path)
-    write_capture(tmp_path / "capture", random_sequences((20,), hidden=256, vocab=4096))
+    write_capture(tmp_path / "capture", random_sequences((20,)))
     with pytest.raises(GraftError, match="nothing to draft in split 'evaluation'"):
         run(tmp_path / "score", capture=tmp_path / "capture")

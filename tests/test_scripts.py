@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from mtp_graft.checkpoint.shards import load_tensors
+from mtp_graft.checkpoint.shards import load_tensors, read_meta
 from mtp_graft.dsv4.names import find_drafter, head_from_module, head_shapes
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.serving.metrics import count_steps, drafting_result
@@ -36,9 +36,8 @@ def load(name: str) -> Any:
 
 def entry(layers: int, variant: str, k: int, step_ms: float) -> dict[str, Any]:
     place = {"layers": layers, "variant": variant, "k": k, "draft_lm_head": None, "requests": 1}
-    place |= {"context": 1000}
-    place |= {"fixed": False, "tensor_parallel_size": 1, "profile": None, "all_reduce": "vllm"}
-    return {**place, "step_ms": {"median": step_ms}}
+    place |= {"context": 1000, "fixed": False, "tensor_parallel_size": 1, "profile": None}
+    return {**place, "all_reduce": "vllm", "step_ms": {"median": step_ms}}
 
 
 def test_steps_are_carried_on_through_two_numbers_of_layers() -> None:
@@ -50,9 +49,7 @@ def test_steps_are_carried_on_through_two_numbers_of_layers() -> None:
     assert line["speed_up"]["0.7"] == pytest.approx(1.7 * 22.5 / 27.8)
     (measured,) = load("step_time").extrapolate([e for e in found if e["layers"] == 35], 35)
     assert (measured["step_ms_base"], measured["step_ms_mtp"]) == (18.5, 23.0)
-
-
-def test_one_number_of_layers_or_no_base_is_not_extrapolated() -> None:
+    # One number of layers, or no base, is not.
     step_time = load("step_time")
     base, mtp = entry(17, "base", 0, 4.0), entry(17, "int4", 1, 5.0)
     assert step_time.extrapolate([base, mtp], 43) == [] == step_time.pairs([mtp])
@@ -81,9 +78,6 @@ def test_stored_layers_stand_for_all_others_of_their_kind() -> None:
 
 
 def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> None:
-    """The tiny model's own config must give exactly the bundled base's tensors."""
-    from mtp_graft.checkpoint.shards import read_meta
-
     config = json.loads((tiny_model / "base/config.json").read_text())
     meta = read_meta(tiny_model / "base").items()
     layers = range(-1, config["num_hidden_layers"])
@@ -188,15 +182,11 @@ def test_fake_quantization_is_what_the_stored_tensors_decode_to(
 # Its DSpark drafter
 
 
-def test_a_dspark_drafter_is_stored_as_it_was_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dspark, fake_quant = map(importlib.import_module, ("dspark", "fake_quant"))
-    texts = [
-        replace(text, taps=text.residual[:, :3])
-        for split in ("calibration", "evaluation")
-        for text in random_sequences([12, 9], hidden=256, vocab=4000, split=split)
-    ]
+    texts = random_sequences([12, 9], vocab=4000)
+    texts += [replace(text, split="evaluation") for text in texts]
+    texts = [replace(text, taps=text.residual[:, :3]) for text in texts]
     write_capture(tmp_path / "capture", texts)
     out = tmp_path / "out"
     words = f"dspark.py --capture {tmp_path / 'capture'} --out {out} --device cpu --steps 2"

@@ -51,24 +51,18 @@ def test_tensors_read_back_as_they_were(checkpoint: Path, tensors: dict[str, Ten
     assert list(loaded) == list(tensors)
     assert_close(loaded, tensors, rtol=0, atol=0)
     meta = shards.read_meta(checkpoint, complete=True)
-    assert {n: (t.shape, t.dtype, t.is_meta) for n, t in meta.items()} == {
-        n: (t.shape, t.dtype, True) for n, t in tensors.items()
+    assert {n: (t.shape, t.dtype) for n, t in meta.items()} == {
+        n: (t.shape, t.dtype) for n, t in tensors.items()
     }
     assert len(list(checkpoint.iterdir())) == 4, "no temporary file is left"
-
-
-def test_only_the_tensors_asked_for_are_read_in_that_order(
-    checkpoint: Path, tensors: dict[str, Tensor]
-) -> None:
+    # Only the tensors asked for are read, in that order.
     (checkpoint / SECOND).write_bytes(b"unreadable")
     loaded = shards.load_tensors(checkpoint, ["e", "a"])
     assert list(loaded) == ["e", "a"]
     assert_close(loaded, {name: tensors[name] for name in loaded}, rtol=0, atol=0)
 
 
-def test_a_shard_has_the_bytes_that_safetensors_writes_whatever_the_order(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_shard_is_as_safetensors_writes_it(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16)
     tensors |= {str(dtype): torch.zeros(3, dtype=dtype) for dtype in (*integers, torch.uint64)}
     tensors |= {"f64": torch.zeros(3).double(), "f16": torch.zeros(3).half()}
@@ -84,9 +78,7 @@ def test_a_shard_has_the_bytes_that_safetensors_writes_whatever_the_order(
         assert (tmp_path / name).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_rows_of_large_tensors_are_read_in_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {"a": torch.randn(100, 33), "b": torch.arange(100), "c": torch.zeros(100, 0)}
     shards.save_shard(tensors, tmp_path / "one.safetensors")
     monkeypatch.setattr(shards, "_READ_BYTES", 1000)  # which rows lie across
@@ -121,19 +113,15 @@ def test_the_header_of_a_shard_larger_than_memory_is_read(tmp_path: Path) -> Non
 
 
 def entry(**other: object) -> Callable[[Path], object]:
-    text = json.dumps(
-        {"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8], **other}}
-    ).encode()
+    entry = {"dtype": "U8", "shape": [8], "data_offsets": [0, 8], **other}
+    text = json.dumps({"a": entry}).encode()
     return lambda path: path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (
-            lambda path: path.write_bytes(path.read_bytes()[:-1]),
-            r"bytes, expected [\d,]+ by its header.*fetch",
-        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"expected [\d,]+ by its header"),
         (lambda path: path.write_bytes(path.read_bytes()[:20]), "a header of .* in a file of 20"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
         (entry(dtype="F4", shape=[16]), "a is F4, expected one of"),
@@ -142,9 +130,7 @@ def entry(**other: object) -> Callable[[Path], object]:
         (lambda path: path.unlink(), "not found; expected a safetensors file"),
     ],
 )
-def test_a_broken_shard_is_one_error_that_names_it(
-    checkpoint: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_a_broken_shard(checkpoint: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(checkpoint / FIRST)
     with pytest.raises(GraftError, match=rf"{FIRST}: .*{message}"):
         shards.load_tensors(checkpoint)
@@ -159,9 +145,7 @@ def test_a_broken_shard_is_one_error_that_names_it(
         (b'{"weight_map": {"a": "../x"}}', "the shard of a is '../x', expected a file's name"),
     ],
 )
-def test_a_broken_index_is_one_error_that_names_it(
-    checkpoint: Path, text: bytes | None, message: str
-) -> None:
+def test_a_broken_index_is_one_error(checkpoint: Path, text: bytes | None, message: str) -> None:
     (checkpoint / INDEX).unlink()
     if text is not None:
         (checkpoint / INDEX).write_bytes(text)
@@ -229,7 +213,7 @@ def write_recording(folder: Path, residual: torch.Tensor, **more: torch.Tensor) 
     save_shard(tensors, folder / files.RECORDINGS / RECORDING)
 
 
-@pytest.mark.parametrize("kept", [1, 20, -1])
+@pytest.mark.parametrize("kept", [1, -1])
 def test_a_torn_line_is_left_out_and_the_next_append_removes_it(tmp_path: Path, kept: int) -> None:
     append_row(tmp_path, sequence(1))
     path = tmp_path / files.INDEX_NAME

@@ -1,15 +1,14 @@
 """Text with any Unicode line separator comes back whole from each reader of lines of JSON."""
 
 import json
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import http_stand_in
 from mtp_graft.bench.evals.tasks import load_task
 from mtp_graft.checkpoint.capture import FinishedText, append_row, read_texts
 from mtp_graft.serving.client import ServerClient
@@ -18,7 +17,7 @@ from mtp_graft.stages.calibration import load_calibration
 SEPARATORS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 
-class Echo(BaseHTTPRequestHandler):
+class Echo(http_stand_in.Handler):
     """Streams what was asked as one event, a byte at a time."""
 
     def do_POST(self) -> None:
@@ -30,10 +29,8 @@ class Echo(BaseHTTPRequestHandler):
 
 
 def streamed(text: str, _folder: Path) -> str:
-    with HTTPServer(("127.0.0.1", 0), Echo) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        with ServerClient(f"http://127.0.0.1:{server.server_port}") as client:
-            [event] = client.events("/", {"text": text, "error": None, "stream": True})
+    with http_stand_in.serving(Echo) as url, ServerClient(url) as client:
+        [event] = client.events("/", {"text": text, "error": None, "stream": True})
     return event["text"]
 
 
@@ -61,7 +58,5 @@ def captured(text: str, folder: Path) -> str:
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text(st.sampled_from(SEPARATORS) | st.characters(exclude_categories=["Cs"])))
 @example(SEPARATORS)
-def test_a_text_comes_back_whole(
-    read: Callable[[str, Path], str], tmp_path: Path, text: str
-) -> None:
+def test_texts_come_back_whole(read: Callable[[str, Path], str], tmp_path: Path, text: str) -> None:
     assert read(f"<{text}>", tmp_path) == f"<{text}>"

@@ -24,8 +24,6 @@ W1_CODES, W1_SCALE = f"{EXPERT}.w1.weight_packed", f"{EXPERT}.w1.weight_scale"
 H_SCALE, SHARED = "mtp.0.h_proj.weight_scale", "mtp.0.ffn.shared_experts.w2.weight"
 Head = dict[str, Tensor]
 Damage = Callable[[Head], object]
-
-
 Sabotage = Callable[[Variant, Damage], Path]
 
 
@@ -125,7 +123,6 @@ SABOTAGE: list[tuple[Variant, Damage, str, str]] = [
     ("rtn", lambda head: head.update(STRANGER), "unexpected", "mtp.0.head.weight"),
     ("rtn", swap_w1_and_w3, "mismatched", W1_CODES),
     ("mxfp4", swap_w1_and_w3, "mismatched", W1_CODES),
-    ("gptq", flip(W1_CODES), "mismatched", W1_CODES),
     ("rtn", set_first(W1_SCALE, lambda scale: 2 * scale), "mismatched", W1_CODES),
     ("rtn", set_first(W1_SCALE, lambda _: torch.nan), "mismatched", W1_CODES),
     ("rtn", put(f"{EXPERT}.w1.weight_shape", lambda t: t + 1), "mismatched", W1_CODES),
@@ -134,7 +131,6 @@ SABOTAGE: list[tuple[Variant, Damage, str, str]] = [
     ("mxfp4", flip("mtp.0.h_proj.weight"), "mismatched", "mtp.0.h_proj.weight"),
     ("bf16", flip(f"{EXPERT}.w3.weight"), "mismatched", f"{EXPERT}.w3.weight"),
     ("rtn", put(H_SCALE, lambda t: 2 * t), "mismatched", "mtp.0.h_proj.weight"),
-    ("rtn", put(H_SCALE, lambda t: 1 / t.float()), "mismatched", "mtp.0.h_proj.weight"),
     ("rtn", put(SHARED, lambda t: t.T), "mismatched", SHARED),
     ("rtn", put("mtp.0.hc_attn_fn", Tensor.bfloat16), "mismatched", "mtp.0.hc_attn_fn"),
     ("mxfp4", flip("mtp.0.ffn.gate.bias"), "mismatched", "mtp.0.ffn.gate.bias"),
@@ -207,10 +203,6 @@ def test_files_and_a_base_other_than_those_that_were_spliced_are_found(
         ("vocab_size", lambda c: c.update(vocab_size=65)),
         ("rope_scaling", lambda c: c.pop("rope_scaling")),
         ("quantization_config", lambda c: c["quantization_config"]["ignore"].append("re:.*attn.*")),
-        (
-            "quantization_config",
-            lambda c: c["quantization_config"]["ignore"].append("re:.*e_proj$"),
-        ),
     ],
 )
 def test_a_config_that_is_not_what_splice_wrote_is_found(

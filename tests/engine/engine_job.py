@@ -10,6 +10,7 @@ prompt position; and the engine's own counts of drafted and accepted tokens.
 import json
 import os
 import sys
+from itertools import chain
 from typing import Any
 
 os.environ.setdefault("VLLM_PLUGINS", "mtp_graft")
@@ -26,26 +27,13 @@ def start(job: dict[str, Any]) -> Any:
     if tensor_parallel_size > 1:
         os.sched_setaffinity(0, job["cores"])
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, job["cores"]))
-    speculation: dict[str, Any] = {}
-    if job["k"]:
-        config = {"method": "mtp", "num_speculative_tokens": job["k"]}
-        speculation = {"speculative_config": config}
-    return LLM(
-        job["checkpoint"],
-        skip_tokenizer_init=True,
-        tensor_parallel_size=tensor_parallel_size,
-        kv_cache_dtype="fp8",
-        kv_cache_memory_bytes=2**29,
-        block_size=256,
-        max_model_len=4096,
-        max_num_batched_tokens=4096,
-        max_num_seqs=4,
-        max_logprobs=3,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        **speculation,
-    )
+    speculation = {"method": "mtp", "num_speculative_tokens": job["k"]} if job["k"] else None
+    options = {"kv_cache_dtype": "fp8", "kv_cache_memory_bytes": 2**29, "block_size": 256}
+    options |= {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 4}
+    options |= {"max_logprobs": 3, "enforce_eager": True, "enable_prefix_caching": False}
+    options |= {"skip_tokenizer_init": True, "disable_log_stats": False}
+    options |= {"tensor_parallel_size": tensor_parallel_size, "speculative_config": speculation}
+    return LLM(job["checkpoint"], **options)
 
 
 def top(step: dict[int, Any], token: int) -> dict[str, Any]:
@@ -62,23 +50,14 @@ def run_batch(llm: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
     asked = batch.get("prompt_logprobs", False)
-    greedy = {
-        "temperature": 0,
-        "max_tokens": batch["max_tokens"],
-        "ignore_eos": True,
-        "detokenize": False,
-        "logprobs": 2,
-        "prompt_logprobs": 2 if asked else None,
-    }
+    greedy = {"temperature": 0, "max_tokens": batch["max_tokens"], "ignore_eos": True}
+    greedy |= {"detokenize": False, "logprobs": 2, "prompt_logprobs": 2 if asked else None}
     prompts = batch["prompts"]
     sampling = [SamplingParams(**(greedy | p)) for p in batch.get("sampling", [{}] * len(prompts))]
     requests = list(zip(({"prompt_token_ids": p} for p in prompts), sampling, strict=True))
     groups = [requests] if batch.get("together") else [[request] for request in requests]
-    outputs = [
-        output
-        for group in groups
-        for output in llm.generate(*map(list, zip(*group, strict=True)), use_tqdm=False)
-    ]
+    calls = (map(list, zip(*group, strict=True)) for group in groups)
+    outputs = chain.from_iterable(llm.generate(*call, use_tqdm=False) for call in calls)
     results = []
     for output in outputs:
         generated = output.outputs[0]
@@ -118,10 +97,8 @@ def main() -> None:
 
 def counters(llm: Any) -> dict[str, float]:
     values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    return {
-        "drafted": values.get("vllm:spec_decode_num_draft_tokens", 0),
-        "accepted": values.get("vllm:spec_decode_num_accepted_tokens", 0),
-    }
+    names = {"drafted": "draft", "accepted": "accepted"}
+    return {k: values.get(f"vllm:spec_decode_num_{n}_tokens", 0) for k, n in names.items()}
 
 
 if __name__ == "__main__":

@@ -10,13 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.conftest import MAX_MARGIN
-from mtp_graft.checkpoint.capture import (
-    CapturedSequence,
-    Recorded,
-    read_recorded,
-    read_sequences,
-    read_texts,
-)
+from mtp_graft.checkpoint import capture as files
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.names import split_experts
 from mtp_graft.dsv4.variants import decode_head
@@ -38,19 +32,11 @@ EOS = 1
 def wanted(tiny_model: Path, folder: Path, concurrency: int) -> CaptureSection:
     """Ask for five bundled prompts, and a conversation that the server has to encode."""
     chat = {"prompt_id": "chat", "messages": [{"role": "user", "content": QUESTION}]}
-    conversation = folder / "chat.jsonl"
-    conversation.write_text(json.dumps(chat))
-    return CaptureSection(
-        calibration_prompts=str(tiny_model / "calibration.jsonl"),
-        evaluation_prompts=str(conversation),
-        calibration_count=NUM_PROMPTS - 1,
-        evaluation_count=1,
-        max_prompt_tokens=256,
-        new_tokens=NEW_TOKENS,
-        concurrency=concurrency,
-        max_model_len=1024,
-        taps=TAPS,
-    )
+    (folder / "chat.jsonl").write_text(json.dumps(chat))
+    sources = str(tiny_model / "calibration.jsonl"), str(folder / "chat.jsonl")
+    counts = {"calibration_count": NUM_PROMPTS - 1, "evaluation_count": 1}
+    more = {"max_prompt_tokens": 256, "new_tokens": NEW_TOKENS, "max_model_len": 1024}
+    return CaptureSection(*sources, **counts, **more, concurrency=concurrency, taps=TAPS)
 
 
 class Captures(NamedTuple):
@@ -79,18 +65,15 @@ def captures(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Capt
     return Captures(folder / "alone", folder / "together", list(conversation))
 
 
-def captured(folder: Path) -> list[tuple[CapturedSequence, Recorded]]:
-    return [(s, read_recorded(folder, s, STREAMS)) for s in read_sequences(folder)]
+def captured(folder: Path) -> list[tuple[files.CapturedSequence, files.Recorded]]:
+    return [(s, files.read_recorded(folder, s, STREAMS)) for s in files.read_sequences(folder)]
 
 
 def test_what_is_recorded_does_not_depend_on_what_else_was_computed(captures: Captures) -> None:
-    recordings = [
-        len({s.recording for s in read_sequences(folder)})
-        for folder in (captures.alone, captures.together)
-    ]
+    together, alone = captured(captures.together), captured(captures.alone)
+    recordings = [len({s.recording for s, _ in each}) for each in (alone, together)]
     assert recordings[1] < recordings[0] == NUM_PROMPTS, "no two prompts came together"
-    both = zip(captured(captures.together), captured(captures.alone), strict=True)
-    for (_, ours), (_, theirs) in both:
+    for (_, ours), (_, theirs) in zip(together, alone, strict=True):
         assert torch.equal(ours.token_ids, theirs.token_ids)
         assert torch.equal(ours.targets, theirs.targets)
         assert torch.equal(ours.residual, theirs.residual)
@@ -113,7 +96,7 @@ def test_targets_are_the_tokens_that_were_generated_but_for_rounding(
 
 
 def test_texts_end_where_the_base_ends_them_or_at_the_limit(captures: Captures) -> None:
-    texts = read_texts(captures.alone)
+    texts = files.read_texts(captures.alone)
     assert any(len(text.continuation) < NEW_TOKENS for text in texts)
     for text, (sequence, recorded) in zip(texts, captured(captures.alone), strict=True):
         tokens = text.continuation

@@ -30,20 +30,11 @@ API_KEY = "a-key-of-the-tests"
 MAX_MODEL_LEN = 3072  # more than a step of vLLM's own on a CPU
 QUESTION = "A boat carries 4 crates of 6 lamps each. How many lamps are on the boat?"
 SMALL_NUMBER = {"type": "integer", "minimum": 0, "maximum": 999}
-ADD_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "description": "Add two whole numbers.",
-        "strict": True,  # without it vLLM holds the model to the call's form, not to the schema
-        "parameters": {
-            "type": "object",
-            "properties": {"a": SMALL_NUMBER, "b": SMALL_NUMBER},
-            "required": ["a", "b"],
-            "additionalProperties": False,
-        },
-    },
-}
+NUMBERS = {"properties": {"a": SMALL_NUMBER, "b": SMALL_NUMBER}, "required": ["a", "b"]}
+ADD: dict[str, Any] = {"name": "add", "description": "Add two whole numbers."}
+ADD |= {"parameters": {"type": "object", **NUMBERS, "additionalProperties": False}}
+# Without `strict` vLLM holds the model to the call's form, not to the schema.
+ADD_TOOL: dict[str, Any] = {"type": "function", "function": ADD | {"strict": True}}
 
 
 @pytest.fixture(scope="module")
@@ -57,36 +48,24 @@ def running() -> Iterator[ExitStack]:
 def server(
     running: ExitStack, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 ) -> ServerClient:
-    options = ServeOptions(
-        checkpoints.spliced,
-        port=0,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=4,
-        num_speculative_tokens=3,
-        served_model_names=(NAME,),
-        api_key=API_KEY,
-    )
+    named: dict[str, Any] = {"served_model_names": (NAME,), "api_key": API_KEY, "port": 0}
+    limits = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4, "num_speculative_tokens": 3}
+    options = ServeOptions(checkpoints.spliced, **named, **limits)
     log = tmp_path_factory.mktemp("endpoint") / "vllm.log"
     return running.enter_context(managed_server(options, log))
 
 
 @pytest.fixture(scope="module")
 def client(server: ServerClient) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=f"{server.base_url}/v1", api_key=API_KEY, max_retries=0, timeout=120
-    ) as client:
+    how: dict[str, Any] = {"api_key": API_KEY, "max_retries": 0, "timeout": 120}
+    with openai.OpenAI(base_url=f"{server.base_url}/v1", **how) as client:
         yield client
 
 
 def request(question: str = QUESTION, thinking: bool = False, **more: Any) -> dict[str, Any]:
-    return {
-        "model": NAME,
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": 48,
-        "temperature": 0,
-        "extra_body": {"chat_template_kwargs": {"thinking": thinking}},
-        **more,
-    }
+    asked = {"model": NAME, "messages": [{"role": "user", "content": question}]}
+    body = {"extra_body": {"chat_template_kwargs": {"thinking": thinking}}}
+    return {**asked, "max_tokens": 48, "temperature": 0, **body, **more}
 
 
 def ask(client: openai.OpenAI, *arguments: Any, **more: Any) -> ChatCompletion:
@@ -117,9 +96,7 @@ def test_a_chat_is_answered_and_counted(client: openai.OpenAI, server: ServerCli
 
 
 @pytest.mark.parametrize("thinking", [False, True])
-def test_a_stream_has_the_same_text_reasoning_and_count(
-    client: openai.OpenAI, thinking: bool
-) -> None:
+def test_a_stream_has_the_same_text_and_count(client: openai.OpenAI, thinking: bool) -> None:
     whole = ask(client, thinking=thinking)
     asked = request(thinking=thinking, stream_options={"include_usage": True})
     with client.chat.completions.stream(**asked) as stream:
@@ -172,13 +149,10 @@ def test_tools_change_the_prompt_and_their_results_are_taken(client: openai.Open
     assert plain.usage is not None and offered.usage is not None
     assert offered.usage.prompt_tokens > plain.usage.prompt_tokens + 20
     function = {"name": "add", "arguments": '{"a": 4, "b": 6}'}
+    calls = [{"id": "call-1", "type": "function", "function": function}]
     conversation = [
         {"role": "user", "content": QUESTION},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call-1", "type": "function", "function": function}],
-        },
+        {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "call-1", "content": "10"},
     ]
     answer = ask(client, tools=[ADD_TOOL], messages=conversation)
@@ -200,9 +174,7 @@ def test_a_prompt_longer_than_vllms_own_step_is_answered(client: openai.OpenAI) 
     assert answer.usage is not None and answer.usage.prompt_tokens > CPU_STEP
 
 
-def test_mistakes_are_the_clients_and_the_server_goes_on(
-    client: openai.OpenAI, server: ServerClient
-) -> None:
+def test_a_server_survives_clients_mistakes(client: openai.OpenAI, server: ServerClient) -> None:
     with pytest.raises(openai.NotFoundError):
         ask(client, model="nobody")
     with pytest.raises(openai.BadRequestError, match="context"):
@@ -259,9 +231,7 @@ def test_every_benchmark_runs_to_its_end(
         assert len(point["acceptance_by_position"]) == 3
 
 
-def test_a_sound_server_soaks_without_a_fault(
-    server: ServerClient, measured: dict[str, Any]
-) -> None:
+def test_a_sound_server_soaks_well(server: ServerClient, measured: dict[str, Any]) -> None:
     config = SoakConfig(minutes=0.1, concurrency=4, pool=8)
     result = soak(server, server, config, lambda *_: None)
     measured |= {key: result[key] for key in ("requests", "equal", "sound", "acceptance")}
@@ -278,9 +248,7 @@ def test_margins_are_those_of_the_token_where_texts_part(server: ServerClient) -
         assert 0 < margin(other, reference) < 100
 
 
-def test_a_server_that_stops_finishes_what_it_does(
-    running: ExitStack, server: ServerClient
-) -> None:
+def test_a_server_that_stops_finishes_its_work(running: ExitStack, server: ServerClient) -> None:
     """The last test: there is no server after it."""
     begun = Event()
 

@@ -27,10 +27,7 @@ SAMPLED: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
     {"temperature": 1.0, **PENALTIES},
 )
-ONE_LEFT: tuple[dict[str, Any], ...] = (
-    {"temperature": 1.0, "top_k": 1},
-    {"temperature": 0.8, "top_p": 1e-6},
-)
+ONE_LEFT = {"temperature": 1.0, "top_k": 1}, {"temperature": 0.8, "top_p": 1e-6}
 both_k = pytest.mark.parametrize("k", [1, 2])
 
 
@@ -49,17 +46,14 @@ def batches(prompts_of: Callable[..., list[int]]) -> Batches:
     sampled = [prompts_of(LENGTHS[i % 5], start=97 * i) for i in range(NUM_SAMPLED)]
     seeded = [SAMPLED[i % len(SAMPLED)] | {"seed": i} for i in range(NUM_SAMPLED)]
     decided = [{}] * 4 + [*ONE_LEFT] * 2 + [PENALTIES] * 4
+    both = taking_turns(sampled, mixed[:4] * 3), taking_turns(seeded, decided)
     prompts: dict[str, Any] = {
         "eight": {"prompts": mixed[:8]},
         "mixed": {"prompts": mixed[8:], "together": True},
         "eight together": {"prompts": mixed[:8], "together": True},
         "long": {"prompts": [prompts_of(LONG)]},
         "sampled": {"prompts": sampled, "sampling": seeded},
-        "sampled beside decided": {
-            "prompts": taking_turns(sampled, mixed[:4] * 3),
-            "sampling": taking_turns(seeded, decided),
-            "together": True,
-        },
+        "sampled beside decided": {"prompts": both[0], "sampling": both[1], "together": True},
     }
     return {name: {**batch, "max_tokens": NEW_TOKENS} for name, batch in prompts.items()}
 
@@ -104,18 +98,14 @@ def test_greedy_tokens_and_logprobs_are_bit_identical_with_the_head(
     assert speculative[k][name]["results"] == base[name]["results"]
 
 
-def test_both_acceptance_and_rejection_were_exercised(
-    speculative: dict[int, Batches], measured: dict[str, Any]
-) -> None:
+def test_drafts_hit_and_miss(speculative: dict[int, Batches], measured: dict[str, Any]) -> None:
     runs = {k: run["mixed"] for k, run in speculative.items()}
     measured.update({f"acceptance_k{k}": r["accepted"] / r["drafted"] for k, r in runs.items()})
     assert all(run["accepted"] >= 60 for run in runs.values())
     assert all(run["drafted"] - run["accepted"] >= 30 for run in runs.values())
 
 
-def test_requests_together_are_answered_and_drafted_as_each_alone(
-    base: Batches, speculative: dict[int, Batches]
-) -> None:
+def test_requests_together_are_as_if_alone(base: Batches, speculative: dict[int, Batches]) -> None:
     """Text alone would not show a drafter that misreads other requests: it only accepts less."""
     for found in (base, *speculative.values()):
         assert found["eight together"] == found["eight"]
@@ -133,18 +123,14 @@ def test_greedy_requests_beside_sampled_ones_are_answered_as_alone(
 
 
 @both_k
-def test_one_token_to_choose_from_is_the_most_probable(
-    k: int, speculative: dict[int, Batches]
-) -> None:
+def test_one_token_left_is_the_most_probable(k: int, speculative: dict[int, Batches]) -> None:
     for result in speculative[k]["sampled beside decided"]["results"][9:17:2]:
         for step in result["steps"]:
             assert step["own"] == step["logprobs"][0], "another than the best, or than its equal"
 
 
 @both_k
-def test_a_seed_gives_the_same_beside_other_requests(
-    k: int, speculative: dict[int, Batches]
-) -> None:
+def test_a_seed_gives_the_same_beside_others(k: int, speculative: dict[int, Batches]) -> None:
     alone = tokens_of(speculative[k]["sampled"])
     assert tokens_of(speculative[k]["sampled beside decided"])[::2] == alone
 
@@ -174,13 +160,9 @@ def test_sampled_tokens_are_as_probable_with_the_head_and_told_as_the_base_score
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs two cores, one a rank")
 def test_two_ranks_choose_the_same_token_wherever_one_rank_is_sure(
-    run_engine: RunEngine,
-    checkpoints: Checkpoints,
-    batches: Batches,
-    scored: Batches,
-    base: Batches,
-    measured: dict[str, Any],
-) -> None:
+    run_engine: RunEngine, checkpoints: Checkpoints, batches: Batches, scored: Batches,
+    base: Batches, measured: dict[str, Any],
+) -> None:  # fmt: skip
     """Prompts, whose sums are in float64; a text may part where a router hesitates."""
     asked = {"eight": batches["eight together"], "texts": scored["texts"]}
     cores = CORES[:2]  # beyond this worker's own

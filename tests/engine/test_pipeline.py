@@ -1,6 +1,5 @@
 """The whole pipeline on the real engine, shortened, and killed wherever it works for long."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,26 +25,17 @@ from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.pipeline import STAGES
 from mtp_graft.stages.inputs import EVALUATION, open_inputs
 from mtp_graft.stages.score import draft_steps
+from quantized import hashes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 
-SETTINGS = (
-    "capture.calibration_count=6",
-    "capture.evaluation_count=6",
-    "capture.new_tokens=64",
-    "capture.concurrency=6",
-    "quantize.experts_per_batch=4",
-    "bench.count=2",
-    "bench.max_tokens=24",
-    "bench.rounds=1",
-    "bench.k=3",
-    "score.k=3",
-    'bench.served_variants=["gptq"]',
-)
+SETTINGS = """capture.calibration_count=6 capture.evaluation_count=6 capture.new_tokens=64
+capture.concurrency=6 quantize.experts_per_batch=4 bench.count=2 bench.max_tokens=24 bench.rounds=1
+bench.k=3 score.k=3 bench.served_variants=["gptq"]"""
 ORDER = [stage for stage in STAGES if stage != "heal"]  # which the recipe has not
 #: The stages that are killed, at most so many seconds after they have begun.
 WORKS_FOR_S = {"capture": 20, "quantize": 4, "splice": 0.3, "bench": 12, "score": 3, "verify": 0.5}
-CHANGES = [f"--set={setting}" for setting in SETTINGS]
+CHANGES = [f"--set={setting}" for setting in SETTINGS.split()]
 
 
 def demo(run: Path) -> list[str]:
@@ -70,11 +60,8 @@ def kill_in(stage: str, after_s: float, run: Path) -> set[Path]:
     with errors.open("wb") as file, subprocess.Popen(demo(run), stderr=file) as process:
         while begun is None or time.monotonic() < begun + after_s:
             assert process.poll() is None, errors.read_text()
-            if (
-                begun is None
-                and errors.stat().st_size
-                and (stage == "capture" or manifest.exists())
-            ):
+            is_begun = stage == "capture" or manifest.exists()
+            if begun is None and errors.stat().st_size and is_begun:
                 begun = time.monotonic()
             time.sleep(0.002)
         memory = shared_memory(run)
@@ -101,14 +88,6 @@ def processes_of(run: Path) -> list[int]:
             if folder.name.isdigit() and str(run.parent).encode() in about:
                 found.append(int(folder.name))
     return found
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 @pytest.fixture(scope="module")
@@ -138,27 +117,20 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
 def wait_until_gone(run: Path, memory: Collection[Path] = ()) -> None:
     """Wait for the end of all processes of a run, its folders of sockets and its shared memory."""
     deadline = time.monotonic() + 60
-    while left := [
-        *processes_of(run),
-        *(run.parent / "tmp").glob("vllm-*"),
-        *filter(Path.exists, memory),
-    ]:
+    folders = run.parent / "tmp"
+    while left := [*processes_of(run), *folders.glob("vllm-*"), *filter(Path.exists, memory)]:
         assert time.monotonic() < deadline, f"still there: {left}"
         time.sleep(0.2)
 
 
-def test_a_killed_run_leaves_no_server_and_redoes_nothing_that_was_finished(
-    killed_run: Any,
-) -> None:
+def test_a_killed_run_leaves_no_server_and_redoes_nothing_finished(killed_run: Any) -> None:
     wait_until_gone(killed_run["run"])
     assert killed_run["kept"]
     for path, written in killed_run["kept"].items():
         assert path.stat().st_mtime_ns == written
 
 
-def test_the_result_has_the_contracts_keys_and_the_run_a_card(
-    killed_run: Any, tmp_path: Path
-) -> None:
+def test_the_result_has_the_contracts_keys_and_a_card(killed_run: Any) -> None:
     result = killed_run["result"]
     assert result["greedy_identical"] is True
     assert result["divergences"] == []
@@ -168,14 +140,12 @@ def test_the_result_has_the_contracts_keys_and_the_run_a_card(
     assert set(result["decode_tok_s"]) == {"base", "mtp"}
     assert set(result["seconds"]) >= {"capture", "quantize", "score", "splice", "verify", "bench"}
     assert Path(result["report"]).is_file()
-    page = Path(write_card(killed_run["run"], tmp_path)["card"]).read_text()
+    page = Path(write_card(killed_run["run"], Path("card"))["card"]).read_text()
     assert "| result | ok |" in page and "| gptq (this one) | 3 |" in page
     assert str(killed_run["run"]) not in page
 
 
-def test_offline_and_served_acceptance_agree_and_count_to_the_end_of_the_text(
-    killed_run: Any,
-) -> None:
+def test_offline_and_served_acceptance_count_to_the_texts_end(killed_run: Any) -> None:
     """A step gives its token and the accepted drafts before it; the first token comes before.
 
     Where the very last token is an accepted draft, its step has no room for a token of its own.
@@ -194,9 +164,7 @@ def test_offline_and_served_acceptance_agree_and_count_to_the_end_of_the_text(
         assert sum(accepted + 1 for _, accepted in text["steps"]) - lengths[text["id"]] in (-1, 0)
 
 
-def test_each_step_of_three_drafts_is_the_servers_but_for_near_ties(
-    killed_run: Any, tiny_model: Path
-) -> None:
+def test_each_step_of_three_drafts_is_the_servers(killed_run: Any, tiny_model: Path) -> None:
     """The server's keys are rounded to FP8, ours are not."""
     run, checkpoint = killed_run["run"], Path(killed_run["result"]["checkpoint"])
     models = run / "capture", tiny_model / "upstream", tiny_model / "base"
@@ -211,9 +179,8 @@ def test_each_step_of_three_drafts_is_the_servers_but_for_near_ties(
         embeds = base["embed.weight"][recorded.token_ids]
         with torch.inference_mode():
             unrolled = unroll(head, recorded.residual[None], embeds[None], 3)
-            logits = torch.stack(
-                [head.logits(s[:, first - 1 :], base["head.weight"].float())[0] for s in unrolled]
-            )  # [K, R, V]
+            behind, lm_head = (s[:, first - 1 :] for s in unrolled), base["head.weight"].float()
+            logits = torch.stack([head.logits(s, lm_head)[0] for s in behind])  # [K, R, V]
         drafts, best = logits.argmax(-1).T, logits.topk(2).values
         steps = draft_steps(drafts.tolist(), recorded.token_ids[first:].tolist())
         at = 0
@@ -227,9 +194,7 @@ def test_each_step_of_three_drafts_is_the_servers_but_for_near_ties(
     assert all(margin < 0.3 for *_, margin in ties), ties
 
 
-def test_the_checkpoint_is_verified_and_the_base_is_linked_and_untouched(
-    killed_run: Any, tiny_model: Path
-) -> None:
+def test_the_checkpoint_is_verified_and_the_base_linked(killed_run: Any, tiny_model: Path) -> None:
     found = json.loads((killed_run["run"] / "verify" / "gptq.json").read_text())
     assert found["ok"] and found["loaded_in_vllm"]
     assert not found["missing"] and not found["unexpected"] and not found["mismatched"]

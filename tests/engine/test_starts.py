@@ -35,6 +35,7 @@ for _ in json.loads(sys.argv[1]):
 LLAMA = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 128)
 LLAMA |= dict.fromkeys(("num_attention_heads", "num_hidden_layers"), 1)
 LLAMA |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+LLAMA |= {"max_position_embeddings": 2**16}
 SMALL = "--load-format dummy --kv-cache-dtype auto --kv-cache-memory-bytes 1000000"
 SHARD = "model-00002-of-00003.safetensors"
 STARTS = {
@@ -56,14 +57,9 @@ def logs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs.append((f"{folder / name}.log", command.argv[3:]))
     for file in (folder / "shard" / SHARD, *(folder / "tokenizer").glob("tokenizer*")):
         file.unlink()
-    (folder / "memory/config.json").write_text(
-        json.dumps(LLAMA | {"max_position_embeddings": 2**16})
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", START, json.dumps(jobs)],
-        env={**os.environ, **command.env},
-        start_new_session=True,
-    ) as process:
+    (folder / "memory/config.json").write_text(json.dumps(LLAMA))
+    words, env = [sys.executable, "-c", START, json.dumps(jobs)], {**os.environ, **command.env}
+    with subprocess.Popen(words, env=env, start_new_session=True) as process:
         try:
             process.wait(600)
         finally:

@@ -1,12 +1,12 @@
 """A stand-in chat server: it says what a function of the question says, or fails as told."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import http_stand_in
 
 Message = dict[str, Any]
 #: The first message -> the answer, a message, or one of FAILURES.
@@ -38,41 +38,29 @@ class ChatServer:
 def serving(say: Say) -> Iterator[ChatServer]:
     """Serve on a free port inside the block."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http_stand_in.Handler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.reply(200, {"object": "list", "data": [{"id": "stand-in"}]})
+            self.reply_json(200, {"object": "list", "data": [{"id": "stand-in"}]})
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             state.bodies.append({**body, "path": self.path})
             said = say(body["messages"][0]["content"])
             if isinstance(said, str) and said in FAILURES:
                 self.close_connection = True
-                self.reply(*FAILURES[said], missing=100 if said == "closes" else 0)
+                self.reply_json(*FAILURES[said], missing=100 if said == "closes" else 0)
                 return
             message = {"content": said} if isinstance(said, str) else said
             reason = message.get("finish_reason", "stop")
             choice = {"index": 0, "message": {"role": "assistant", **message}}
             choices = [choice | {"finish_reason": reason}]
-            self.reply(200, {"model": "stand-in", "choices": choices})
+            self.reply_json(200, {"model": "stand-in", "choices": choices})
 
-        def reply(self, status: int, content: Any, missing: int = 0) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data) + missing))
-            self.end_headers()
-            self.wfile.write(data)
+        def reply_json(self, status: int, content: Any, missing: int = 0) -> None:
+            self.reply(status, json.dumps(content).encode(), missing=missing)
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Stay quiet."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        state = ChatServer(f"http://127.0.0.1:{server.server_port}")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield state
-        finally:
-            server.shutdown()
+    with http_stand_in.serving(Handler) as url:
+        state = ChatServer(url)
+        yield state

@@ -18,17 +18,14 @@ def data(tmp_path: Path) -> Path:
     for name in ("gsm8k", "human_eval", "mmlu/test"):
         (folder / name).mkdir(parents=True)
     math = ({"question": f"Ten times {i}?", "answer": f"#### {10 * i}"} for i in range(12))
-    code = (
-        {
-            "task_id": f"HumanEval/{i}",
-            "entry_point": f"times_{i}",
-            "prompt": f'def times_{i}(x):\n    """Return {i} times x."""\n',
-            "test": f"def check(candidate):\n    assert candidate(3) == {3 * i}\n",
-        }
-        for i in range(12)
-    )
+    code = []
+    for i in range(12):
+        prompt = f'def times_{i}(x):\n    """Return {i} times x."""\n'
+        test = f"def check(candidate):\n    assert candidate(3) == {3 * i}\n"
+        names = {"task_id": f"HumanEval/{i}", "entry_point": f"times_{i}"}
+        code.append(json.dumps({**names, "prompt": prompt, "test": test}))
     (folder / "gsm8k" / "test.jsonl").write_text("\n".join(map(json.dumps, math)))
-    packed = gzip.compress("\n".join(map(json.dumps, code)).encode())
+    packed = gzip.compress("\n".join(code).encode())
     (folder / "human_eval" / "HumanEval.jsonl.gz").write_bytes(packed)
     for subject in ("sums", "products"):
         rows = "".join(f"{subject} {i}?,{i},{2 * i},{3 * i},{4 * i},B\n" for i in range(6))

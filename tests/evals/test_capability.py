@@ -62,38 +62,25 @@ WRONG_ANSWERS = [
     ("knowledge/tungsten", "Answer: Tu", WRONG),
     ("knowledge/hermitage", "Answer: Moscow", WRONG),
     ("code/runs", "```\ndef run_lengths(t): return []\n```", "AssertionError"),
-    ("code/runs", "", "no answer found"),
     ("code/median", f"```\n{IN_PLACE}```", "AssertionError"),
     ("instruction/json", f"```json\n{ANT}\n```", NOT_SO),
     ("instruction/json", ANT.replace("6", "8"), NOT_SO),
     ("instruction/json", ANT.replace(', "meadow"', ""), NOT_SO),
-    ("instruction/json", '["name", "legs", "habitats"]', NOT_SO),
     ("instruction/hyphens", "sun-sea-sand-salt", WRONG),
     ("instruction/hyphens", "sun-sun-sand-salt-sail", WRONG),
     ("instruction/hyphens", "Here: sun-sea-sand-salt-sail", WRONG),
-    ("longform/sections", SECTIONS.replace("## Coll", "## Call"), NOT_SO),
     ("longform/sections", SHORT, NOT_SO),
     ("longform/sections", SHORT.replace("Rain.", "the rain falls " * 200), "repetition"),
     ("longform/list", LIST.replace("7. ", "8. "), NOT_SO),
-    ("longform/list", f"Here:\n{LIST}", NOT_SO),
     ("longform/list", LIST.replace("machine 4", "machine 5"), "repetition"),
     ("tools/call", "It is in your calendar.", "no tool call"),
     ("tools/call", call("search_mail", query="dentist"), WRONG_CALL),
     ("tools/call", call("add_event", title="Dentist", date="2027-04-03"), WRONG_CALL),
-    ("tools/call", call("add_event", title="Dentist"), WRONG_CALL),
     ("tools/call", call("add_event", title=["Dentist"], date="2027-03-04"), WRONG_CALL),
     ("tools/result", call("get_weather", city="Oslo"), WRONG_CALL),
-    ("tools/result", "It is 7 degrees.", WRONG),
     ("tools/result", "It is 17.5 degrees.", WRONG),
     ("tools/result", "17 - 17 = 17", WRONG),
 ]
-
-
-def output_of(said: Any) -> ModelOutput:
-    if isinstance(said, str):
-        return ModelOutput.from_content("m", said)
-    function = said["tool_calls"][0]["function"]
-    return ModelOutput.for_tool_call("m", function["name"], json.loads(function["arguments"]))
 
 
 def test_a_server_that_does_every_task_scores_fourteen(mtp_graft: Callable[..., Any]) -> None:
@@ -113,5 +100,10 @@ def test_a_server_that_does_every_task_scores_fourteen(mtp_graft: Callable[..., 
 def test_each_task_tells_right_from_wrong(name: str, said: Any, kind: str) -> None:
     samples = capability(None, None, 0).dataset
     [data] = [s.metadata for s in samples if s.id == f"capability/{name}"]
-    failure = judge(output_of(said), data or {})
+    if isinstance(said, str):
+        output = ModelOutput.from_content("m", said)
+    else:
+        wanted = said["tool_calls"][0]["function"]
+        output = ModelOutput.for_tool_call("m", wanted["name"], json.loads(wanted["arguments"]))
+    failure = judge(output, data or {})
     assert failure is not None and failure.kind == kind

@@ -59,9 +59,7 @@ MISTAKES: dict[str, dict[str, tuple[str | Message, str | None]]] = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 @pytest.mark.usefixtures("sandbox")
-def test_right_answers_count_and_mistakes_are_classified(
-    mtp_graft: Run, data: Path, name: str
-) -> None:
+def test_right_answers_and_mistakes_are_counted(mtp_graft: Run, data: Path, name: str) -> None:
     mistakes = MISTAKES[name]
 
     def say(text: str) -> str | Message:
@@ -96,13 +94,9 @@ def test_an_answer_counts_in_whatever_field_it_comes(mtp_graft: Run, data: Path,
 
 
 def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(mtp_graft: Run, data: Path) -> None:
-    failures: dict[str, list[str | Message]] = {
-        "times 1?": ["500", "500"],
-        "times 3?": ["closes"],
-        "times 4?": ["garbage"],
-        "times 5?": ["aborts"],
-        "times 6?": [{"content": ["#### 60"]}],
-    }
+    failures: dict[str, list[str | Message]] = {"times 1?": ["500", "500"], "times 3?": ["closes"]}
+    failures |= {"times 4?": ["garbage"], "times 5?": ["aborts"]}
+    failures |= {"times 6?": [{"content": ["#### 60"]}]}
 
     def say(text: str) -> str | Message:
         for part, left in failures.items():
@@ -146,20 +140,15 @@ def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_wh
     assert f"{server.url}: names no model" in mtp_graft(*command("gsm8k", server, data))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("capability",), "leave out --data-dir"),
-        (("gsm8k", "--limit", 13), "there are 12 questions, --limit asks for 13"),
-        (("mmlu", "--data-dir", "nowhere"), "has no mmlu/test/*_test.csv"),
-        (("gsm8k", "--run", "file"), "error: "),
-    ],
-)
-def test_a_mistake_is_one_message_before_anything_is_asked(
-    run_command: Run, data: Path, tmp_path: Path, arguments: tuple[Any, ...], message: str
-) -> None:
-    (tmp_path / "file").touch()
-    with serving(right) as server:
-        status, out, errors = run_command(*command(arguments[0], server, data, *arguments[1:]))
-    assert (status, out, server.bodies) == (2 if "capability" in arguments else 1, "", [])
-    assert message in errors and "Traceback" not in errors
+def test_a_mistake_is_one_message_before_anything_is_asked(run_command: Run, data: Path) -> None:
+    Path("file").touch()
+    for name, *more, message in (
+        ("capability", "leave out --data-dir"),
+        ("gsm8k", "--limit", 13, "there are 12 questions, --limit asks for 13"),
+        ("mmlu", "--data-dir", "nowhere", "has no mmlu/test/*_test.csv"),
+        ("gsm8k", "--run", "file", "error: "),
+    ):
+        with serving(right) as server:
+            status, out, errors = run_command(*command(name, server, data, *more))
+        assert (status, out, server.bodies) == (2 if name == "capability" else 1, "", [])
+        assert message in errors and "Traceback" not in errors

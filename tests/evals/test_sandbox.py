@@ -80,9 +80,7 @@ def test_files_are_out_of_reach_and_nothing_can_be_written(tmp_path: Path) -> No
     assert secret.read_text() == "canary" and os.listdir(tmp_path) == ["secret"]
 
 
-def test_processes_are_out_of_reach_none_can_be_started_and_no_limit_raised(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_process_or_limit_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTP_GRAFT_CANARY", "canary")
     pids, limits = (os.getpid(), os.getppid()), ("AS", "FSIZE", "CPU", "NPROC")
     found = those_that_work(
@@ -104,7 +102,6 @@ def test_processes_are_out_of_reach_none_can_be_started_and_no_limit_raised(
     ("bomb", "kind"),
     [
         ("import os\n    while True: os.fork()", "BlockingIOError"),
-        ("bytearray(1 << 33)", "MemoryError"),
         ("x = [0]\n    while True: x += x", "MemoryError"),
         ("import mmap\n    x = [mmap.mmap(-1, 1 << 24) for _ in range(1000)]", "OSError"),
     ],
@@ -117,7 +114,6 @@ def test_bombs_end_at_their_limit(bomb: str, kind: str) -> None:
 @pytest.mark.parametrize(
     "program",
     [
-        "while True: pass",
         "def f(x):\n    while True: print('x' * 10_000, flush=True)",
         "import time\ndef f(x): time.sleep(1000)",
         "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.SIG_IGN)\n"
@@ -145,11 +141,8 @@ def wait_for_sandboxed(number: int, cpu_s: int) -> None:
 
 
 def test_a_killed_client_leaves_no_process() -> None:
-    code = (
-        "from mtp_graft.bench.evals.sandbox import run_tests\n"
-        "run_tests({'program': 'while True: pass', 'entry_point': 'f', 'prompt': '',"
-        " 'test': 'def check(c): c()'}, 911.0)"
-    )
+    task = {"program": "while True: pass", "entry_point": "f", "prompt": "", "test": TELL}
+    code = f"from mtp_graft.bench.evals.sandbox import run_tests\nrun_tests({task!r}, 911.0)"
     client = subprocess.Popen([sys.executable, "-c", code])
     wait_for_sandboxed(2, cpu_s=912)  # killed before, bubblewrap's child would not know
     client.send_signal(signal.SIGKILL)
@@ -157,20 +150,15 @@ def test_a_killed_client_leaves_no_process() -> None:
     wait_for_sandboxed(0, cpu_s=912)
 
 
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
+def test_without_a_sandbox_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, message in (
         ("no-bwrap", "apt-get install bubblewrap"),
         ("/usr/bin/setpriv", r"(?s)unrecognized option.*seccomp=unconfined"),  # of bubblewrap's
-    ],
-)
-def test_without_a_sandbox_nothing_is_run_and_the_message_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, program: str, message: str
-) -> None:
-    monkeypatch.setattr(module, "_BUBBLEWRAP", program)
-    monkeypatch.setattr(module, "find_python", cache(find_python.__wrapped__))
-    with pytest.raises(GraftError, match=message):
-        judge("def f(): pass", TELL)
+    ):
+        monkeypatch.setattr(module, "_BUBBLEWRAP", program)
+        monkeypatch.setattr(module, "find_python", cache(find_python.__wrapped__))
+        with pytest.raises(GraftError, match=message):
+            judge("def f(): pass", TELL)
 
 
 def saying(message: str) -> str:
@@ -194,7 +182,6 @@ def f(x):
 FORGERIES = {
     "sys.exit in the call": "import sys\ndef f(x): sys.exit(0)",
     "os._exit in the call": "import os\ndef f(x): os._exit(0)",
-    "equal to everything": f"class A(int):\n{ANY_EQUAL}def f(x): return A(1)",
     "a foreign object": f"class A:\n{ANY_EQUAL}def f(x): return A()",
     "no more assertions": (
         "import builtins as b\nb.AssertionError = b.__build_class__ = b.compile = b.exec = None\n"
@@ -205,7 +192,6 @@ FORGERIES = {
     "a verdict on every stream": saying("null"),
     "answers in advance": saying('{"value": 8, "args": {"list": [3]}}'),
     "an unreadable answer": saying("[" * 65536),
-    "a value of no kind": saying('{"value": {"eval": ["7"]}, "args": {"list": [3]}}'),
     "a value of two kinds": saying('{"value": {"list": [], "set": []}, "args": {"list": [3]}}'),
     "a made-up failure": "class passed(Exception): pass\ndef f(x): raise passed",
 }

@@ -33,9 +33,7 @@ def install(site: Path, name: str = "vllm", version: str = "0.32.0+cpu") -> None
         file.parent.mkdir(parents=True, exist_ok=True)
         for package in file.relative_to(site).parents[:-1]:
             (site / package / "__init__.py").touch()  # else an installed vLLM goes first
-        file.write_text(
-            f"import runpy\n\nrunpy.run_path({str(FAKE_VLLM)!r}, run_name='__main__')\n"
-        )
+        file.write_text(f"import runpy\nrunpy.run_path({str(FAKE_VLLM)!r}, run_name='__main__')\n")
 
 
 def only_from(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,26 +48,22 @@ def only_from(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class NvmlError(Exception):
-    """Stands for pynvml.NVMLError and what is derived from it."""
+    """Stands for pynvml.NVMLError."""
 
 
 class NoAnswer(NvmlError):
-    """Stands for what it raises where the driver has no answer for a kind of GPU."""
+    """What it raises where the driver has no answer for a kind of GPU."""
 
 
 class NoDriver(NvmlError):
-    """Stands for what pynvml raises on a machine without NVIDIA's driver."""
+    """What it raises on a machine without NVIDIA's driver."""
 
 
 def install_gpus(
-    monkeypatch: pytest.MonkeyPatch,
-    *gpus: str,
-    memory_mib: int | None = None,
-    nvlinks: Collection[tuple[int, int]] = (),
-    error: str | NvmlError | None = None,
-    capability: tuple[int, int] | None = None,
-    instances: tuple[str, ...] = (),
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, *gpus: str, memory_mib: int | None = None,
+    nvlinks: Collection[tuple[int, int]] = (), error: str | NvmlError | None = None,
+    capability: tuple[int, int] | None = None, instances: tuple[str, ...] = (),
+) -> None:  # fmt: skip
     """Let NVIDIA's driver tell of GPUs by these names, and of links between some of them.
 
     `instances` are the MIG instances of the first one.
@@ -102,14 +96,10 @@ def install_gpus(
         nvmlDeviceGetHandleByUUID=by_uuid,
         nvmlDeviceGetName=(*gpus, *instances).__getitem__,
         nvmlDeviceGetMemoryInfo=lambda _gpu: if_told(memory),
-        nvmlDeviceGetCudaComputeCapability=lambda gpu: if_told(
-            capability if gpu < num_gpus else None
-        ),
+        nvmlDeviceGetCudaComputeCapability=lambda g: if_told(capability if g < num_gpus else None),
         nvmlDeviceGetMigMode=lambda gpu: if_told([1, 1] if instances and gpu == 0 else None),
         nvmlDeviceGetMigDeviceHandleByIndex=lambda _gpu, index: num_gpus + index,
-        nvmlDeviceGetDeviceHandleFromMigDeviceHandle=(
-            lambda gpu: if_told(0 if gpu >= num_gpus else None)
-        ),
+        nvmlDeviceGetDeviceHandleFromMigDeviceHandle=lambda g: if_told(None if g < num_gpus else 0),
         nvmlDeviceGetP2PStatus=lambda a, b, _kind: 0 if (a, b) in nvlinks else 5,
     )
     monkeypatch.setitem(sys.modules, "pynvml", stand_in)

@@ -91,8 +91,8 @@ def leave(name: str, data: bytes | None = None) -> Plant:
 
 
 def list_what_is_not_there(folder: Path) -> None:
-    drop(f"{EXPERT}.w2.weight_scale")(folder)
-    edit_index(folder, lambda listed: listed | {f"{EXPERT}.w2.weight_scale": HEAD})
+    drop(W2_SCALE)(folder)
+    edit_index(folder, lambda listed: listed | {W2_SCALE: HEAD})
 
 
 def forget(pattern: str) -> Plant:
@@ -151,6 +151,9 @@ def drop_config(key: str) -> Plant:
 
 NORM = "layers.1.ffn_norm.weight"
 EXPERT = "mtp.0.ffn.experts.3"
+W2_SCALE = f"{EXPERT}.w2.weight_scale"
+MTP_PROJECTIONS = r"re:^mtp\.0\.(e_proj|h_proj)$"
+SIZE = re.compile(rb'"total_size": ?')
 OTHER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
 
@@ -163,10 +166,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "empty-shard": ("shard-stale", leave("model-9.safetensors", b"")),
     "pointer-to-an-old-shard": ("shard-stale", leave("model-9.safetensors", LFS_POINTER)),
     "consolidated-copy": ("shard-consolidated", leave("consolidated.safetensors")),
-    "wrong-total-size": (
-        "index-total-size",
-        change_file(INDEX, lambda i: re.sub(rb'("total_size": ?)', rb"\g<1>4", i)),
-    ),
+    "wrong-total-size": ("index-total-size", change_file(INDEX, lambda i: SIZE.sub(rb"\g<0>4", i))),
     "tokenizer-cut": ("file-unreadable", change_file("tokenizer.json", lambda data: data[:-9])),
     "tokenizer-of-nothing": ("file-unreadable", change_file("tokenizer.json", lambda _: b"{}")),
     "no-tokenizer": ("file-missing", lambda folder: (folder / "tokenizer.json").unlink()),
@@ -188,20 +188,14 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "scale-inv": ("scale-name", rename(r"\.weight_scale$", ".weight_scale_inv")),
     "scale-of-linears": ("scale-name", rename(r"(_proj|attn\.w\w+)\.weight_scale$", r"\1.scale")),
     "wrong-shape": ("tensor-shape", replace("mtp.0.attn.q_norm.weight", lambda t: t[:64])),
-    "wrong-group": (
-        "scale-shape",
-        replace(f"{EXPERT}.w2.weight_scale", lambda t: t.repeat_interleave(2, dim=1)),
-    ),
+    "wrong-group": ("scale-shape", replace(W2_SCALE, lambda t: t.repeat_interleave(2, dim=1))),
     "wrong-group-size-in-config": (
         "group-size",
         section(lambda q: q["config_groups"]["group_1"]["weights"].update(group_size=64)),
     ),
     "wrong-dtype": ("tensor-dtype", replace("mtp.0.e_proj.weight", lambda t: t.view(torch.int8))),
     "wrong-label": ("tensor-float16", replace("mtp.0.norm.weight", lambda t: t.view(torch.half))),
-    "wrong-label-of-a-scale": (
-        "scale-float16",
-        replace(f"{EXPERT}.w2.weight_scale", lambda t: t.view(torch.half)),
-    ),
+    "wrong-label-of-a-scale": ("scale-float16", replace(W2_SCALE, lambda t: t.view(torch.half))),
     "rounded-float32": ("float32-rounded", change(round_float32)),
     "fp8-compressor": ("compressor-fp8", store_a_compressor_in(torch.float8_e4m3fn)),
     "scaled-bf16-compressor": ("never-quantized", store_a_compressor_in(torch.bfloat16)),
@@ -210,10 +204,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
     "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),
     "no-quantization-config": ("quantization-config", drop_config("quantization_config")),
-    "target-for-mtp": (
-        "pattern-names-mtp",
-        retarget("mtp_projections", [r"re:^mtp\.0\.(e_proj|h_proj)$"]),
-    ),
+    "target-for-mtp": ("pattern-names-mtp", retarget("mtp_projections", [MTP_PROJECTIONS])),
     "ignore-for-mtp": ("pattern-names-mtp", section(ignore_shared_experts_as_mtp)),
     "unanchored-ignore": ("pattern-too-wide", ignore("re:.*e_proj")),
     "ignore-takes-the-head": ("pattern-too-wide", ignore(r"re:.*layers\.4\.attn\..*")),

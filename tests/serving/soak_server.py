@@ -5,13 +5,13 @@ given to the fault. It drafts three tokens a step and accepts two.
 """
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager, suppress
 from itertools import count
 from random import Random
 from typing import Any
+
+import http_stand_in
 
 BOS, EOS = 0, 1
 WORDS = ["lamp", "boat", "crate", "river", "morning", "garden", "letter", "market", "stone"]
@@ -63,21 +63,20 @@ def logprobs(token: int) -> Json:
     return {**own, "top_logprobs": tops}
 
 
-@contextmanager
-def serving(fault: Fault | None = None) -> Iterator[str]:
+def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
     """Serve on a free port inside the block; give the address."""
     answered, under_load = count(1), count()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http_stand_in.Handler):
         def do_GET(self) -> None:
             steps = next(answered)
             counts = {"drafts": steps, "draft_tokens": 3 * steps, "accepted_tokens": 2 * steps}
-            self.reply("".join(f"{PREFIX}_{name}_total {n}\n" for name, n in counts.items()))
+            self.say("".join(f"{PREFIX}_{name}_total {n}\n" for name, n in counts.items()))
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             if self.path == "/tokenize":
-                self.reply(json.dumps({"count": len(body["prompt"]), "max_model_len": 4096}))
+                self.say(json.dumps({"count": len(body["prompt"]), "max_model_len": 4096}))
                 return
             answer = sound(body)
             if fault and not body.get("logprobs") and next(under_load) % 3 == 0:
@@ -94,7 +93,7 @@ def serving(fault: Fault | None = None) -> Iterator[str]:
             names = ("prompt_tokens", "completion_tokens", "total_tokens")
             usage = {"usage": dict(zip(names, [*counts, sum(counts)], strict=True))}
             if not answer["body"].get("stream"):
-                self.reply(json.dumps({"choices": [*choices(answer, "message", 10**6)], **usage}))
+                self.say(json.dumps({"choices": [*choices(answer, "message", 10**6)], **usage}))
                 return
             self.send_response(200)
             self.end_headers()
@@ -103,19 +102,8 @@ def serving(fault: Fault | None = None) -> Iterator[str]:
                 with suppress(ConnectionError):  # the client hung up
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
-        def reply(self, text: str) -> None:
+        def say(self, text: str) -> None:
             with suppress(ConnectionError):  # the client does not wait any longer
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(text.encode())
+                self.reply(200, text.encode())
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Stay quiet."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
+    return http_stand_in.serving(Handler)

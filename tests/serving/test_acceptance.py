@@ -29,9 +29,7 @@ def known(name: str, prompt: tuple[int, ...]) -> FinishedText:
 TEXTS = [known("a", (1, 1)), known("b", (3,))]
 
 
-def test_the_servers_counts_until_the_texts_end_give_the_rate(
-    fake: Callable[..., None], grafted: Path
-) -> None:
+def test_counts_until_the_texts_end_give_the_rate(fake: Callable[..., None], grafted: Path) -> None:
     """Of a text's steps the first, third, ... accepts its draft: 7 of 13, and 2 of 3."""
     fake(ends=ENDS, diverge_at=7)  # past the end of the shorter text
     steps: list[tuple[str, int, int]] = []
@@ -49,9 +47,7 @@ def test_the_servers_counts_until_the_texts_end_give_the_rate(
     ]
 
 
-def test_drafts_past_the_end_of_a_text_do_not_count(
-    fake: Callable[..., None], grafted: Path
-) -> None:
+def test_drafts_past_a_texts_end_do_not_count(fake: Callable[..., None], grafted: Path) -> None:
     """With k = 3 the stand-in accepts 3, 0, 3, ... drafts, whatever the text has left.
 
     Texts of 1, 3 and 6 tokens: no step; one with 2 drafts inside; one with 3, one with 1.
@@ -67,9 +63,7 @@ def test_drafts_past_the_end_of_a_text_do_not_count(
     assert result["identical"] == 3
 
 
-def test_a_server_that_drafts_nothing_is_an_error(
-    fake: Callable[..., None], base: Path, grafted: Path
-) -> None:
+def test_a_server_that_drafts_nothing(fake: Callable[..., None], base: Path, grafted: Path) -> None:
     fake(ends=ENDS)
     said = r"127\.0\.0\.1:\d+: tells of no drafts; serve a head with k >= 1 and --per-request"
     for checkpoint, texts in ((base, TEXTS), (grafted, [known("at once", (6,))])):

@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.checkpoint.capture import (
-    INTACT_NAME,
-    RECORDINGS,
-    SWITCH_NAME,
-    read_recorded,
-    read_sequences,
-    read_texts,
-)
+from mtp_graft.checkpoint import capture as files
+from mtp_graft.checkpoint.capture import INTACT_NAME, RECORDINGS, SWITCH_NAME, read_texts
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving import server
@@ -48,17 +42,10 @@ def write(file: Path, rows: Sequence[Row]) -> str:
 
 def wanted(folder: Path) -> CaptureSection:
     """Return settings that ask for all of PROMPTS."""
-    files = {s: write(folder / f"{s}.jsonl", prompts) for s, prompts in PROMPTS.items()}
-    return CaptureSection(
-        calibration_prompts=files["calibration"],
-        evaluation_prompts=files["evaluation"],
-        calibration_count=len(PROMPTS["calibration"]),
-        evaluation_count=len(PROMPTS["evaluation"]),
-        max_prompt_tokens=8,
-        new_tokens=NEW_TOKENS,
-        concurrency=2,
-        max_model_len=64,
-    )
+    sources = [write(folder / f"{s}.jsonl", prompts) for s, prompts in PROMPTS.items()]
+    counts = {f"{split}_count": len(prompts) for split, prompts in PROMPTS.items()}
+    limits = {"max_prompt_tokens": 8, "new_tokens": NEW_TOKENS, "max_model_len": 64}
+    return CaptureSection(*sources, **counts, **limits, concurrency=2)
 
 
 def take(
@@ -96,7 +83,7 @@ def expected(prompt: Row) -> tuple[list[int], list[int]]:
 def check_complete(out: Path) -> None:
     """Every prompt is captured once, with its own rows, and nothing else is left behind."""
     asked = [(split, prompt) for split, each in PROMPTS.items() for prompt in each]
-    captured = [(s, read_recorded(out, s, streams=2)) for s in read_sequences(out)]
+    captured = [(s, files.read_recorded(out, s, streams=2)) for s in files.read_sequences(out)]
     assert [s.number for s, _ in captured] == list(range(NUM_PROMPTS))
     for (split, prompt), (sequence, recorded) in zip(asked, captured, strict=True):
         token_ids, answer = expected(prompt)
@@ -115,26 +102,22 @@ def asked(requests: Path) -> dict[int, int]:
     return {n: lines.count(n) for n in set(lines) - {4}}
 
 
-def test_taps_are_those_of_the_upstreams_drafter_unless_the_recipe_says(
-    base: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_taps_are_the_drafters_or_the_recipes(base: Path, requests: Path, tmp_path: Path) -> None:
     upstream, out, settings = tmp_path / "config.json", tmp_path / "out", wanted(tmp_path)
     assert with_taps(settings, tmp_path).taps is None
     upstream.write_text('{"dspark_target_layer_ids": [0, 2, 3]}')
     assert with_taps(replace(settings, taps=()), tmp_path).taps == ()
     take(base, out, with_taps(settings, tmp_path))
     check_complete(out)
-    [sequence, *_] = read_sequences(out)
-    taps = read_recorded(out, sequence, streams=2).taps
+    [sequence, *_] = files.read_sequences(out)
+    taps = files.read_recorded(out, sequence, streams=2).taps
     assert taps is not None and taps.shape == (sequence.tokens, 3, 4)
     upstream.write_text('{"dspark_target_layer_ids": [2, 0]}')
     with pytest.raises(GraftError, match=r"dspark_target_layer_ids is \[2, 0\] .*ascending"):
         with_taps(settings, tmp_path)
 
 
-def test_prompts_are_taken_until_there_are_enough_tokens(
-    base: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_prompts_are_taken_up_to_enough_tokens(base: Path, requests: Path, tmp_path: Path) -> None:
     settings = replace(wanted(tmp_path), calibration_tokens=12)
     found = take(base, tmp_path / "out", settings)
     # Of one, two and three tokens, and three new ones of each.
@@ -145,9 +128,7 @@ def test_prompts_are_taken_until_there_are_enough_tokens(
         take(base, tmp_path / "out", replace(settings, calibration_tokens=13))
 
 
-def test_every_prompt_is_continued_to_its_end_and_recorded(
-    base: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_every_prompt_is_continued_and_recorded(base: Path, requests: Path, tmp_path: Path) -> None:
     out = tmp_path / "capture"
     seen: list[tuple[str, int, int]] = []
     result = take(base, out, wanted(tmp_path), lambda *step: seen.append(step))
@@ -176,24 +157,18 @@ def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
     """Both splits draw from one source, each from where the one before it stopped."""
     texts = ["ab", "x" * 9, "cd", "y" * 10, "ef", "x" * 8, "gh"]
     source = write(tmp_path / "p.jsonl", [{"id": f"p{n}", "text": t} for n, t in enumerate(texts)])
-    settings = replace(
-        wanted(tmp_path),
-        **dict.fromkeys(("calibration_prompts", "evaluation_prompts"), source),
-        **dict.fromkeys(("calibration_count", "evaluation_count"), 2),
-    )
+    changes = {f"{split}_prompts": source for split in PROMPTS}
+    changes |= {f"{split}_count": 2 for split in PROMPTS}
+    settings = replace(wanted(tmp_path), **changes)
     result = take(base, tmp_path / "capture", settings)
     assert result["dropped"] == [
         {"id": "p1", "split": "calibration", "tokens": 9},
         {"id": "p3", "split": "evaluation", "tokens": 10},
     ]
     assert "p1 (9)" in caplog.text and "p3 (10)" in caplog.text
-    captured = [(t.split, t.id, bytes(t.prompt)) for t in read_texts(tmp_path / "capture")]
-    assert captured == [
-        ("calibration", "p0", b"ab"),
-        ("calibration", "p2", b"cd"),
-        ("evaluation", "p4", b"ef"),
-        ("evaluation", "p5", b"x" * 8),
-    ]
+    captured = [(t.split[0], t.id, bytes(t.prompt)) for t in read_texts(tmp_path / "capture")]
+    expected = [("c", "p0", b"ab"), ("c", "p2", b"cd"), ("e", "p4", b"ef"), ("e", "p5", b"x" * 8)]
+    assert captured == expected
     said = r"3 prompts for evaluation, expected 4; .*: p3 \(10\); allow longer"
     with pytest.raises(GraftError, match=said):
         take(base, tmp_path / "more", replace(settings, evaluation_count=4))
@@ -208,7 +183,7 @@ def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
     fake(dies_at=dies_at, requests=str(log), ends=ENDS)
     with pytest.raises(GraftError, match=r"vllm\.log: RuntimeError: died in the middle"):
         take(base, out, wanted(tmp_path))
-    texts, sequences = len(read_texts(out)), len(read_sequences(out))
+    texts, sequences = len(read_texts(out)), len(files.read_sequences(out))
     assert (texts == NUM_PROMPTS) == (dies_at > NUM_PROMPTS)
     assert texts > 0
     assert sequences < NUM_PROMPTS
@@ -221,9 +196,7 @@ def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
     assert asked(log).get(NEW_TOKENS, 0) == NUM_PROMPTS - texts
 
 
-def test_what_a_killed_client_leaves_is_used_or_removed(
-    base: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_what_a_killed_client_left_is_used(base: Path, requests: Path, tmp_path: Path) -> None:
     out, index = tmp_path / "capture", tmp_path / "capture" / "index.jsonl"
     take(base, out, wanted(tmp_path))
     kept = index.read_text().splitlines(keepends=True)[:3]
@@ -243,10 +216,7 @@ def test_what_a_killed_client_leaves_is_used_or_removed(
     [
         (None, "is in no recording; expected a server that records"),
         ("parts", "is in no recording; expected a server that records"),
-        (
-            "full disk",
-            r"could not write what it recorded; make room .*vllm\.log: OSError: .* No space",
-        ),
+        ("full disk", r"could not write what it recorded; make room .*log: OSError: .* No space"),
     ],
 )
 def test_a_server_that_does_not_record_whole_prompts_is_an_error_that_keeps_all_texts(
@@ -260,9 +230,7 @@ def test_a_server_that_does_not_record_whole_prompts_is_an_error_that_keeps_all_
     assert not (out / SWITCH_NAME).exists()
 
 
-def test_other_settings_or_another_base_are_not_mixed_in(
-    base: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_other_settings_or_bases_are_not_mixed(base: Path, requests: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "capture", wanted(tmp_path)
     result = take(base, out, settings)
     assert take(base, out, replace(settings, concurrency=7)) == result, "speed is no such setting"
@@ -272,10 +240,8 @@ def test_other_settings_or_another_base_are_not_mixed_in(
         take(base, out, replace(settings, taps=(0, 2)))
     with pytest.raises(GraftError, match="begun with prompts"):
         take(base, out, replace(settings, evaluation_count=2))
-    (base / "tokenizer_config.json").write_bytes(b"a chat template")
-    with pytest.raises(GraftError, match="begun with base"):
-        take(base, out, settings)
-    (base / "tokenizer_config.json").unlink()
-    (base / "model-1.safetensors").write_bytes(b"other weights")
-    with pytest.raises(GraftError, match="begun with base"):
-        take(base, out, settings)
+    for name in ("tokenizer_config.json", "model-1.safetensors"):
+        (base / name).write_bytes(b"another chat template, or other weights")
+        with pytest.raises(GraftError, match="begun with base"):
+            take(base, out, settings)
+        (base / name).unlink()

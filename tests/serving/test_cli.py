@@ -30,9 +30,7 @@ def run(vllm: object, run_command: Run) -> Run:
     return run_command
 
 
-def test_dry_run_prints_what_a_shell_can_run_and_the_same_as_json(
-    run: Run, vllm: tuple[str, ...], grafted: Path
-) -> None:
+def test_dry_run_prints_command_and_json(run: Run, vllm: tuple[str, ...], grafted: Path) -> None:
     words = ("serve", grafted, "--dry-run", "--api-key", "s3cret")
     extra = ("--", "--seed", 7)
     status, text, errors = run(*words, *extra)
@@ -56,9 +54,7 @@ def test_listening_beyond_loopback_without_a_key_warns(run: Run, base: Path) -> 
 
 
 @pytest.mark.parametrize("flag", ["--host", "--api_key", "--max_model_len=64", "-tp", "--model"])
-def test_a_flag_that_serve_decides_is_refused_after_the_dashes(
-    run: Run, base: Path, flag: str
-) -> None:
+def test_a_flag_of_serves_is_refused_after_the_dashes(run: Run, base: Path, flag: str) -> None:
     status, out, errors = run("serve", base, "--dry-run", "--", "--seed", 7, flag, 2)
     assert (status, out) == (2, "")
     name = flag.partition("=")[0].replace("_", "-")
@@ -71,31 +67,23 @@ def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
     assert out.startswith("# - no drafting: the checkpoint has no head")
 
 
-@pytest.mark.parametrize("installed", [None, "0.33.0"])
-def test_the_command_for_a_cpu_is_printed_anywhere(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: str | None
-) -> None:
-    site = tmp_path / "other" / "site-packages"
-    if installed is not None:
-        install(site, "vllm", installed)
-    only_from(site, monkeypatch)
-    words = ("serve", TINY, "--gpu", "cpu", "--dry-run", "--json", "-")
-    status, out, errors = run(*words)
-    assert status == 0, errors
-    result = json.loads(out)
-    assert (result["profile"], result["hardware"]) == ("128k", "CPU")
-    assert "--enforce-eager" in result["argv"]
+def test_a_command_for_a_cpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_from(site := tmp_path / "other" / "site-packages", monkeypatch)
+    for installed in (None, "0.33.0"):
+        if installed is not None:
+            install(site, "vllm", installed)
+        status, out, errors = run("serve", TINY, "--gpu", "cpu", "--dry-run", "--json", "-")
+        assert status == 0, errors
+        result = json.loads(out)
+        assert (result["profile"], result["hardware"]) == ("128k", "CPU")
+        assert "--enforce-eager" in result["argv"]
 
 
 @pytest.mark.parametrize("border", [0.2, 0.6])
 def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_models(
-    run: Run,
-    fake: Callable[..., None],
-    grafted: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    border: float,
-) -> None:
+    run: Run, fake: Callable[..., None], grafted: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, border: float,
+) -> None:  # fmt: skip
     monkeypatch.setattr(server, "MIN_ACCEPTANCE", border)  # the stand-in's head has 0.5
     fake(record=str(tmp_path / "record"))
     status, out, errors = run("serve", grafted, "--check", "--port", 0, "--json", "-")
@@ -107,25 +95,23 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
 
 
 RESULT: dict[str, Any] = {
-    "acceptance": 0.75,
-    "k": 2,
-    "acceptance_by_position": [0.8, 0.875],
-    "acceptance_length": 2.5,
+    **{"drafter": "mtp", "acceptance": 0.75, "k": 2},
+    **{"acceptance_by_position": [0.8, 0.875], "acceptance_length": 2.5},
+    **{"greedy_identical": True, "divergences": []},
     "acceptance_served": {"gptq": 0.75, "rtn": 0.5},
     "acceptance_offline": {"gptq": 0.7421, "rtn": 0.5, "bf16": 0.76},
     "intervals_served": {"gptq": [0.73, 0.77], "rtn": [0.48, 0.52]},
-    "decode_tok_s": {"base": 20.0, "mtp": 30.0},
-    "drafter": "mtp",
-    "greedy_identical": True,
-    "divergences": [],
-    "seconds": {"bench": 1.0},
+    **{"decode_tok_s": {"base": 20.0, "mtp": 30.0}, "seconds": {"bench": 1.0}},
 }
 
 
+Asked = list[dict[str, Any]]
+
+
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
     """What `run_pipeline` is asked for; it does nothing but return RESULT."""
-    calls: list[dict[str, Any]] = []
+    calls: Asked = []
 
     def run_pipeline(
         recipe: Recipe, folder: Path, report: Report, stages: Sequence[str], *, again: bool
@@ -141,9 +127,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     return calls
 
 
-def test_demo_runs_every_stage_of_the_bundled_recipe(
-    run: Run, asked: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_demo_runs_every_stage_of_its_recipe(run: Run, asked: Asked, tmp_path: Path) -> None:
     json_file = tmp_path / "demo.json"
     status, out, errors = run("demo", "--run", tmp_path / "run", "--json", json_file)
     assert status == 0, errors
@@ -172,11 +156,7 @@ def test_demo_runs_every_stage_of_the_bundled_recipe(
     ],
 )
 def test_run_does_the_stages_that_are_asked_for(
-    run: Run,
-    asked: list[dict[str, Any]],
-    arguments: tuple[str, ...],
-    stages: tuple[str, ...],
-    again: bool,
+    run: Run, asked: Asked, arguments: tuple[str, ...], stages: tuple[str, ...], again: bool
 ) -> None:
     settings = ("--set", "splice.variant=bf16", "--set", "bench.rounds=7")
     status, out, errors = run("run", RECIPE, *arguments, *settings, "--json", "-")
@@ -188,9 +168,7 @@ def test_run_does_the_stages_that_are_asked_for(
     assert (call["recipe"].splice.variant, call["recipe"].bench.rounds) == ("bf16", 7)
 
 
-def test_a_dry_run_shows_stages_sizes_and_times_and_does_nothing(
-    run: Run, asked: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_dry_run_shows_all_and_does_nothing(run: Run, asked: Asked, tmp_path: Path) -> None:
     command = ("demo", "--run", tmp_path / "run", "--dry-run")
     status, out, errors = run(*command, "--json", "-")
     assert status == 0
@@ -206,9 +184,7 @@ def test_a_dry_run_shows_stages_sizes_and_times_and_does_nothing(
     assert asked == [] and not (tmp_path / "run").exists()
 
 
-def test_a_stage_has_its_own_command_and_result(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_has_its_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     calls: list[tuple[Path, str]] = []
 
@@ -228,14 +204,10 @@ def test_a_stage_has_its_own_command_and_result(
     ("arguments", "message"),
     [
         ("serve MODEL --json -", "--json needs --dry-run or --check"),
-        ("serve MODEL --host=", "--host"),
         ("serve MODEL --api-key=", "--api-key"),
         ("serve MODEL --served-model-name=", "--served-model-name"),
         ("serve MODEL --profile 9k --dry-run --gpu H200", "--profile 9k: unknown; expected one"),
-        (
-            "serve MODEL --dry-run --gpu H200 --draft-sample-method best",
-            "'best' is not one of 'greedy', 'probabilistic'",
-        ),
+        ("serve MODEL --draft-sample-method best", "'best' is not one of 'greedy', 'probabilistic"),
         ("run RECIPE --only train", "'train' is not one of 'fetch', "),
         ("run RECIPE --only score --from score", "expected one of them"),
         ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
@@ -246,23 +218,18 @@ def test_a_stage_has_its_own_command_and_result(
         ("bench decode --base-url http://u --against http://v:x", "expected http://HOST:PORT"),
         ("bench decode --base-url http://u --against http://v --pairs 1", "--pairs"),
         ("bench decode --base-url http://u --pairs 2", "--pairs needs --against"),
-        ("bench decode --base-url http://u:0", "expected http://HOST:PORT"),
         ("bench sweep", "give one of --base-url and --checkpoint"),
         ("bench sweep --base-url http://u --k 1,2", "--k needs --checkpoint"),
-        ("bench decode --base-url http://u --k 3", "--k needs --checkpoint"),
         ("bench sweep --checkpoint c --concurrency 1,0", "--concurrency is '1,0'"),
         ("bench sweep --checkpoint c --k 1,1", "--k is '1,1'"),
         ("bench workload --base-url http://u -- --seed 9", "need --checkpoint"),
         ("bench sweep --base-url http://u --profile 128k", "need --checkpoint"),
         ("serve MODEL --check --dry-run", "give one of"),
-        ("serve MODEL --profile none --gpu H200 --dry-run", "need a profile"),
         ("serve MODEL --profile none --nnodes 2", "need a profile"),
         ("serve MODEL --profile 524k --count 2", "--count needs --gpu"),
     ],
 )
-def test_wrong_usage_is_status_2_and_says_what_is_wrong(
-    run: Run, arguments: str, message: str
-) -> None:
+def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message: str) -> None:
     named = {"RECIPE": RECIPE, "MODEL": TINY}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
     assert (status, out) == (2, "")

@@ -1,14 +1,13 @@
 """A server at the address that is no vLLM, or one that answers less than it was asked for."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
+import http_stand_in
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import READ_ERRORS, Prompt, ServerClient
 
@@ -17,18 +16,13 @@ from mtp_graft.serving.client import READ_ERRORS, Prompt, ServerClient
 def answering(text: str) -> Iterator[ServerClient]:
     """Serve one text for every request, and give a client."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http_stand_in.Handler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(text.encode())
+            self.body()
+            self.reply(200, text.encode())
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with ServerClient(f"http://127.0.0.1:{server.server_port}") as client:
-            yield client
-        server.shutdown()
+    with http_stand_in.serving(Handler) as url, ServerClient(url) as client:
+        yield client
 
 
 def one_choice(**content: Any) -> str:
@@ -36,6 +30,7 @@ def one_choice(**content: Any) -> str:
 
 
 NESTED = "[" * 100_000  # deeper than Python reads
+ONE_TOP = {"top_logprobs": [{"token_id:7": 0.0}]}  # of two that are asked for
 Ask = Callable[[ServerClient], Any]
 
 
@@ -46,11 +41,7 @@ Ask = Callable[[ServerClient], Any]
         ('{"choices": []}', lambda client: client.complete([1], 1)),
         (one_choice(text=" a"), lambda client: client.complete([1], 1)),
         (one_choice(token_ids=[7], logprobs=None), lambda client: client.score([1], 1)),
-        (
-            one_choice(token_ids=[7], logprobs={"top_logprobs": [{"token_id:7": 0.0}]}),
-            lambda client: client.score([1], 1),
-        ),
-        ("[]", lambda client: client.complete([1], 1)),
+        (one_choice(token_ids=[7], logprobs=ONE_TOP), lambda client: client.score([1], 1)),
         ("<html>", lambda client: client.complete([1], 1)),
         (NESTED, lambda client: client.complete([1], 1)),
     ],
@@ -72,7 +63,7 @@ def test_no_request_meets_a_connection_that_the_server_is_closing() -> None:
     """vLLM closes an idle connection after seconds, perhaps just when it is used again."""
     connections: list[object] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(http_stand_in.Handler):
         protocol_version = "HTTP/1.1"  # connections are kept
 
         def do_GET(self) -> None:
@@ -80,13 +71,8 @@ def test_no_request_meets_a_connection_that_the_server_is_closing() -> None:
                 self.close_connection = True  # without an answer
                 return
             connections.append(self.connection)
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.reply(200, b"")
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with ServerClient(f"http://127.0.0.1:{server.server_port}") as client:
-            assert [client.spec_decode_counters() for _ in range(3)] == [None] * 3
-        server.shutdown()
+    with http_stand_in.serving(Handler) as url, ServerClient(url) as client:
+        assert [client.spec_decode_counters() for _ in range(3)] == [None] * 3
     assert len(connections) == 3

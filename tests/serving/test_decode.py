@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,14 +12,7 @@ from typing import Any
 import pytest
 
 from mtp_graft.bench import decode
-from mtp_graft.bench.decode import (
-    Answer,
-    DecodeConfig,
-    compare,
-    decode_result,
-    measure_alternating,
-    time_answer,
-)
+from mtp_graft.bench.decode import Answer, DecodeConfig, compare, decode_result, time_answer
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result, parse_spec_decode
@@ -44,15 +37,13 @@ def measure(vllm: object, base: Path, grafted: Path, tmp_path: Path) -> Measure:
             return serving(checkpoint)
 
         servers = {"base": partial(serve, base), "mtp": partial(serve, grafted)}
-        result = measure_alternating(servers, PROMPTS, pairs, config, quiet, tmp_path / "run")
-        return result | {"names": names}
+        found = decode.measure_alternating(servers, PROMPTS, pairs, config, quiet, tmp_path / "run")
+        return found | {"names": names}
 
     return call
 
 
-def test_a_faster_identical_server_is_seen_as_that(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_faster_server_is_seen_as_such(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
     # A step has passed whenever the clock is looked at, once a chunk.
     clock = SimpleNamespace(perf_counter=partial(next, count(0.0, STEP_S)))
     monkeypatch.setattr(decode, "time", clock)
@@ -73,9 +64,7 @@ def test_a_faster_identical_server_is_seen_as_that(
     assert (ratio["pairs"], ratio["prompts"], result["pairs"]) == (3, 2, 3)
 
 
-def test_divergences_name_prompt_position_and_the_bases_margin(
-    fake: Fake, measure: Measure
-) -> None:
+def test_divergences_name_prompt_position_and_margin(fake: Fake, measure: Measure) -> None:
     fake(diverge_at=4)
     result = measure(1, DecodeConfig(20, rounds=1))
     assert result["greedy_identical"] is False
@@ -85,9 +74,7 @@ def test_divergences_name_prompt_position_and_the_bases_margin(
     assert found == [("a", 4, pytest.approx(4.25)), ("b", 4, pytest.approx(4.25))]
 
 
-def test_sampled_texts_are_timed_and_not_compared(
-    fake: Fake, measure: Measure, tmp_path: Path
-) -> None:
+def test_sampled_texts_are_only_timed(fake: Fake, measure: Measure, tmp_path: Path) -> None:
     fake(requests=str(tmp_path / "requests"))
     result = measure(2, DecodeConfig(20, rounds=2, temperature=1.0))
     assert result["greedy_identical"] is result["divergences"] is None
@@ -150,16 +137,11 @@ def test_a_position_that_no_step_reached_has_no_acceptance() -> None:
 
 
 def test_counters_are_summed_over_engines_and_split_by_position() -> None:
+    counts = [("drafts", "", 10.0), ("draft_tokens", "", 2e1), ("accepted_tokens", "", 12.0)]
+    counts += [("accepted_tokens_per_pos", f',position="{n}"', 8.0 - 4 * n) for n in (1, 0)]
     page = "".join(
         f'vllm:spec_decode_num_{name}_total{{engine="{engine}"{label}}} {value}\n'
-        for engine in (0, 1)
-        for name, label, value in [
-            ("drafts", "", 10.0),
-            ("draft_tokens", "", 2e1),
-            ("accepted_tokens", "", 12.0),
-            ("accepted_tokens_per_pos", ',position="1"', 4.0),
-            ("accepted_tokens_per_pos", ',position="0"', 8.0),
-        ]
+        for engine, (name, label, value) in product((0, 1), counts)
     )
     assert parse_spec_decode(page) == SpecDecodeCounters(20, 40, 24, (16, 8))
     assert parse_spec_decode("vllm:num_requests_running 0.0\n") is None
@@ -176,9 +158,6 @@ def test_speed_counts_tokens_after_the_first_chunk_over_all_prompts() -> None:
     assert result["tpot_ms"]["median"] == pytest.approx((100.0 + 4000.0 / 30) / 2)
     with pytest.raises(GraftError, match="single chunk"):
         decode_result([turn(one, [in_one_chunk] * 3)], CONFIG)
-
-
-def test_results_are_spread_over_rounds() -> None:
     rounds = [[answer(11, 1, 0.1, 10 / speed)] for speed in (20.0, 10.0, 40.0)]
     speed = decode_result([turn(*rounds)], CONFIG)["decode_tok_s"]
     spread = [speed[key] for key in ("median", "min", "max", "runs")]
@@ -221,14 +200,11 @@ def test_chunks_come_with_their_texts(stream: Callable[..., Answer]) -> None:
     ("events", "message"),
     [
         ([chunk(text="x"), last(completion_tokens=1)], "not an answer of vLLM's"),
-        ([5], "not an answer of vLLM's"),
         ([chunk(text="x", finish_reason="abort"), ONE], "reason 'abort'"),
         ([chunk(text="x")], "ended after 1 tokens"),
         ([chunk(text="x", token_ids=[7, 8]), ONE], "ended after 2 tokens"),
     ],
 )
-def test_a_stream_that_is_not_whole_is_an_error(
-    events: list[Any], message: str, stream: Callable[..., Answer]
-) -> None:
+def test_a_broken_stream(events: list[Any], message: str, stream: Callable[..., Answer]) -> None:
     with pytest.raises(GraftError, match=message):
         stream(*events)

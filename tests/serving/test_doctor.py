@@ -26,7 +26,7 @@ from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import Hardware, named_hardware
 from serving.conftest import install_gpus
-from serving.doctor_defects import DEFECTS, INDEX, LFS_POINTER, section, set_config
+from serving.doctor_defects import DEFECTS, INDEX, LFS_POINTER, set_config
 from serving.flash import flash
 
 ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
@@ -59,9 +59,7 @@ def warnings(*ids: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("variant", ["rtn", "mxfp4", "bf16"])
-def test_a_good_checkpoint_has_no_errors_or_warnings(
-    spliced: dict[str, Path], variant: str
-) -> None:
+def test_a_good_checkpoint_has_no_errors(spliced: dict[str, Path], variant: str) -> None:
     for gpu in ("cpu", "H200", "RTX PRO 6000 Server"):
         found = levels(diagnose(spliced[variant], find_target(gpu=gpu)))
         assert found == ({} if gpu in ("cpu", "H200") else {"vllm-36889": "warning"})
@@ -115,10 +113,8 @@ def test_names_of_experts_matter_by_platform(planted: Plant) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX])
-@pytest.mark.parametrize("text", [None, "{'a': 1}", '{"weight_map": 1}'])
-def test_a_config_or_index_that_cannot_be_used_is_the_one_finding(
-    copy: Path, file: str, text: str | None
-) -> None:
+@pytest.mark.parametrize("text", [None, '{"weight_map": 1}'])
+def test_an_unusable_config_or_index_is_a_finding(copy: Path, file: str, text: str | None) -> None:
     (copy / file).unlink()
     if text is not None:
         (copy / file).write_text(text)
@@ -133,10 +129,8 @@ def test_a_config_or_index_that_cannot_be_used_is_the_one_finding(
     [
         ("model_type", "llama", "model_type is 'llama'"),
         ("hidden_size", None, "hidden_size is None"),
-        ("o_groups", 0, "o_groups is 0"),
         ("n_routed_experts", 10**9, "n_routed_experts is 1000000000"),
         ("sliding_window", "wide", "sliding_window is 'wide'"),
-        ("hc_mult", True, "hc_mult is True"),
         ("num_nextn_predict_layers", 1.5, "num_nextn_predict_layers is 1.5"),
     ],
 )
@@ -158,34 +152,24 @@ def test_ratios_that_are_none_are_an_error(copy: Path, value: Any) -> None:
     assert finding.found in (repr(value), "3 entries")
 
 
-def test_a_section_that_vllm_cannot_read_is_a_finding(copy: Path) -> None:
-    section(lambda q: q["config_groups"]["group_1"].update(weights="int4"))(copy)
-    (finding,) = diagnose(copy, ON_CPU)
-    assert finding.id == "quantization-config" and "group_1.weights" in finding.found
-
-
 # vLLM and hardware
 
 
 @pytest.mark.parametrize(
     ("where", "expected"),
     [
-        (on("H200", 3, tp=3), {"tp-heads": "error", "tp-groups": "error"}),
         (on("H200", 4), {"tp-heads": "error", "tp-groups": "error"}),
         (on("H200", 1, tp=2), {"gpu-count": "error"}),
-        (on("RTX PRO 6000 Max-Q", 1), warnings("vllm-36889")),
         (on("RTX PRO 6000 Max-Q", 2), warnings("vllm-51513", "vllm-50196", "vllm-36889")),
         (on("GB10", 2), warnings("vllm-46307", "vllm-50196", "vllm-36889")),
         (on("H200", vllm="0.31.1"), {"vllm-unsupported": "error"}),
         (on("H200", vllm="0.33.1"), {}),
         (on("RTX PRO 6000 Max-Q", 2, vllm="0.34.0"), {"vllm-untried": "warning"}),
-        (on("cpu", vllm="0.33.0"), {"vllm-untried": "warning"}),
         (on("H200", max_model_len=8193), {"context-positions": "error"}),
         (on("H200", max_model_len=8192), {}),
         (small_gpu(4.0), {"memory-weights": "error"}),
         (small_gpu(4.5, 8192), {"memory-context": "error"}),
         (small_gpu(4.5), {"memory-context": "warning"}),
-        (small_gpu(8.0), {}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value.hardware),
 )
@@ -201,28 +185,17 @@ def test_the_context_that_memory_allows_is_named_and_is_allowed(good: Path) -> N
     assert "memory-context" in levels(diagnose(good, small_gpu(4.5, named + 512)))
 
 
-@pytest.mark.parametrize(
-    ("installed", "allowed", "expected"),
-    [
-        ([], None, {"plugin-missing": "error"}),
-        (["mtp_graft"], "other", {"plugin-missing": "warning"}),
-        (["mtp_graft"], "other,mtp_graft", {}),
-        (["mtp_graft"], None, {}),
-    ],
-)
-def test_a_plugin_that_will_not_load_is_found(
-    good: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    installed: list[str],
-    allowed: str | None,
-    expected: dict[str, str],
-) -> None:
-    points = [EntryPoint(name, "x", "vllm.general_plugins") for name in installed]
-    monkeypatch.setattr(hardware, "entry_points", lambda group: points)
+def test_a_plugin_that_will_not_load_is_found(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*installed: str) -> dict[str, str]:
+        points = [EntryPoint(name, "x", "vllm.general_plugins") for name in installed]
+        monkeypatch.setattr(hardware, "entry_points", lambda group: points)
+        return levels(diagnose(good, find_target()))
+
     monkeypatch.setattr(command, "installed_vllm", lambda: vllm_elsewhere("cpu"))
-    if allowed is not None:
+    assert (found(), found("mtp_graft")) == ({"plugin-missing": "error"}, {})
+    for allowed, expected in (("other", warnings("plugin-missing")), ("other,mtp_graft", {})):
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    assert levels(diagnose(good, find_target())) == expected
+        assert found("mtp_graft") == expected
 
 
 def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them(good: Path, copy: Path) -> None:
@@ -234,9 +207,7 @@ def test_ranks_are_a_power_of_two_of_the_gpus_as_serve_takes_them(good: Path, co
     assert on("H200", 3, checkpoint=copy).tp == 2
 
 
-def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
-    good: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_that_do_not_answer_are_unknown(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_gpus(monkeypatch, error="Driver Not Loaded")
     monkeypatch.setattr(command, "installed_vllm", vllm_elsewhere)
     found = find_target()
@@ -248,9 +219,7 @@ def test_gpus_that_cannot_be_asked_are_unknown_and_the_rest_is_checked(
     assert ids(diagnose(good, find_target()), "error") == ["gpus-hidden"]
 
 
-def test_without_vllm_doctor_says_what_it_left_out(
-    good: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_vllm_doctor_says_so(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "installed_vllm", lambda: None)
     install_gpus(monkeypatch, error="Driver Not Loaded")
     where = find_target()
@@ -277,9 +246,7 @@ def test_what_is_known_of_a_compute_capability_by_version(
 
 @given(st.integers(1, 20), st.integers(0, 9), st.sampled_from(["0.32.0", "0.33.0", "0.33.1"]))
 @settings(deadline=None)
-def test_a_gpu_is_refused_by_doctor_and_serve_or_by_neither(
-    good: Path, major: int, minor: int, vllm: str
-) -> None:
+def test_doctor_and_serve_refuse_alike(good: Path, major: int, minor: int, vllm: str) -> None:
     gpu = Hardware("GPU", 1, 80 * 2**30, capability=(major, minor))
     target = Target(Version(vllm), "cuda", gpu)
     errors = ids(list(hardware.known_issues(read(good), target)), "error")
@@ -317,7 +284,6 @@ def test_a_small_file_is_an_object_or_a_finding(good: Path, name: str, data: byt
     assert found == ([] if is_right else ["file-unreadable"])
 
 
-@pytest.mark.parametrize("target", ["/dev/zero", "added_tokens.json", "gone"])
-def test_a_small_file_that_is_none_is_a_finding(copy: Path, target: str) -> None:
-    (copy / "added_tokens.json").symlink_to(target)
+def test_a_small_file_that_is_none_is_a_finding(copy: Path) -> None:
+    (copy / "added_tokens.json").symlink_to("/dev/zero")
     assert ids(diagnose(copy, ON_CPU)) == ["file-unreadable"]

@@ -45,9 +45,7 @@ FIXABLE = [name for name, (kind, _) in DEFECTS.items() if KINDS[kind].cure.start
 
 
 @pytest.mark.parametrize("name", FIXABLE)
-def test_fix_writes_a_copy_without_the_defect(
-    planted: Plant, good: Path, tmp_path: Path, name: str
-) -> None:
+def test_fix_copies_without_defects(planted: Plant, good: Path, tmp_path: Path, name: str) -> None:
     folder, out = planted(name), tmp_path / "fixed"
     before = snapshot(folder)
     status, result = run(folder, "--gpu", "cpu", "--fix", out, "--yes")
@@ -111,25 +109,18 @@ def test_fix_refuses_what_it_does_not_know_and_leaves_nothing(
 
 @pytest.mark.parametrize(
     ("defect", "where"),
-    [
-        ("tensor-in-two-shards", "mtp.0.enorm.weight"),
-        ("truncated-shard", HEAD),
-        ("missing-parameter", "mtp.0.hnorm.weight"),
-        ("no-tokenizer", "tokenizer.json"),
-    ],
+    [("truncated-shard", HEAD), ("missing-parameter", "mtp.0.hn"), ("no-tokenizer", "tokenizer")],
 )
 def test_an_error_that_fix_does_not_cure_is_named_before_a_copy_is_asked_for(
     planted: Plant, tmp_path: Path, defect: str, where: str
 ) -> None:
     planted("head-count-0"), planted("scale-inv")
-    with pytest.raises(GraftError, match=rf"{where}: .*; --fix corrects config and names only"):
+    with pytest.raises(GraftError, match=rf"{where}.*: .*; --fix corrects config and names only"):
         run(planted(defect), "--gpu", "cpu", "--fix", tmp_path / "fixed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn"]
 
 
-def test_the_command_tells_by_its_status_whether_anything_is_an_error(
-    good: Path, planted: Plant, tmp_path: Path
-) -> None:
+def test_the_status_tells_if_anything_is_wrong(good: Path, planted: Plant, tmp_path: Path) -> None:
     status, result = run(good, "--gpu", "H200")
     assert (status, result["ok"], result["tp"], result["fixed"]) == (0, True, 1, None)
     status, result = run(planted("wrong-group"), "--gpu", "cpu")

@@ -48,7 +48,8 @@ def has(file: str) -> Make:
     return lambda folder, *_: (folder / file).write_text("{}")
 
 
-def says(**section: Any) -> Make:
+def says(method: str, **more: Any) -> Make:
+    section = {"quant_method": method, **more}
     return lambda _, config, __: config.update(quantization_config=section)
 
 
@@ -64,11 +65,11 @@ def names(pattern: str, replacement: str | None) -> Make:
 
 MAKERS: dict[str, Make] = {
     "ModelOpt": has("hf_quant_config.json"),
-    "NVIDIA ModelOpt": says(quant_method="fp8", moe_quant_algo="NVFP4"),
+    "NVIDIA ModelOpt": says("fp8", moe_quant_algo="NVFP4"),
     "merge": has("mergekit_config.yml"),
-    "DeepSeek's own FP8 and MXFP4": says(quant_method="fp8"),
-    "gptq": says(quant_method="gptq"),
-    "something_new": says(quant_method="something_new"),
+    "DeepSeek's own FP8 and MXFP4": says("fp8"),
+    "gptq": says("gptq"),
+    "something_new": says("something_new"),
     "compressed-tensors' NVFP4": names(r"weight_shape$", "weight_global_scale"),
     "GPTQ": names(r"weight_(packed|shape)$", "g_idx"),
     "AWQ": names(r"weight_(packed|shape)$", "qzeros"),
@@ -112,15 +113,8 @@ def test_any_mixture_of_marks_is_one_finding_and_no_fix(makers: list[str], index
             expect_format(folder, "base")
 
 
-def test_a_router_of_more_experts_than_there_are_is_a_pruned_variant(tmp_path: Path) -> None:
-    pruned = write(tmp_path / "pruned", ["pruned variant: has 40, n_routed"], experts=40)
-    check_named_once(pruned, "pruned variant: has 40, n_routed_experts is 64")
-
-
-@pytest.mark.parametrize("maker", ["GGUF", "gguf/GGUF", "GPTQ", "gptq"])
-def test_every_command_names_the_maker_before_it_reads_a_tensor(
-    tmp_path: Path, tiny_base: Path, maker: str
-) -> None:
+@pytest.mark.parametrize("maker", ["GGUF", "gguf/GGUF", "GPTQ"])
+def test_every_command_names_the_maker_first(tmp_path: Path, tiny_base: Path, maker: str) -> None:
     given, out, master = tmp_path / "given", tmp_path / "out", TINY / "upstream"
     if "GGUF" in maker:
         file = given / f"{maker.lower()}.{maker[:4]}"
@@ -133,6 +127,9 @@ def test_every_command_names_the_maker_before_it_reads_a_tensor(
         check_named_once(file, maker)
     else:
         write(given, [maker])
+    # A router of more experts than there are.
+    pruned = write(tmp_path / "pruned", ["pruned variant: has 40, n_routed"], experts=40)
+    check_named_once(pruned, "pruned variant: has 40, n_routed_experts is 64")
     for command in (
         lambda: find_source(str(given), None, "base"),
         lambda: find_source(str(given), None, "head"),
@@ -155,9 +152,7 @@ def transformers_config(config: dict[str, Any]) -> None:
     config |= json.loads(json.dumps(saved, default=str))
 
 
-def test_transformers_config_is_read_as_the_release_of_vllm_reads_it(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_transformers_config_is_read_as_vllm_reads_it(tiny_base: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
     edit_config(base, transformers_config)
     config = json.loads((base / "config.json").read_text())
@@ -175,12 +170,9 @@ EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 @given(
-    st.sampled_from([*base_shapes(CONFIG), *head_shapes(CONFIG)]),
-    st.sampled_from(["", "model."]),
-    st.sampled_from(["scale", "weight_scale_inv", "weight_scale"]),
-    st.booleans(),
-    st.booleans(),
-)
+    st.sampled_from([*base_shapes(CONFIG), *head_shapes(CONFIG)]), st.sampled_from(["", "model."]),
+    st.sampled_from(["scale", "weight_scale_inv", "weight_scale"]), st.booleans(), st.booleans(),
+)  # fmt: skip
 def test_every_spelling_of_a_name_is_read_as_the_same(
     name: str, prefix: str, scale: str, experts_of_transformers: bool, head_as_layer: bool
 ) -> None:
@@ -196,9 +188,7 @@ def test_every_spelling_of_a_name_is_read_as_the_same(
 
 
 @pytest.mark.parametrize(("blocks", "maker"), [(1, "an MTP head"), (3, "a DSpark drafter")])
-def test_a_master_is_named_where_it_cannot_be_served(
-    tmp_path: Path, blocks: int, maker: str
-) -> None:
+def test_a_master_that_is_no_base_is_named(tmp_path: Path, blocks: int, maker: str) -> None:
     given = write(tmp_path / "given", ["DeepSeek's own FP8 and MXFP4"])
     write_index({f"mtp.{n}.norm.weight": "model.safetensors" for n in range(blocks)}, 0, given)
     for part in ("base", "served")[: blocks // 2 + 1]:  # vLLM serves one with an MTP head
@@ -218,10 +208,6 @@ def with_zero_points(tensors: Tensors) -> Tensors:
     return tensors | {f"{name}zero_point": tensor for name, tensor in points.items()}
 
 
-def in_8_bits(tensors: Tensors) -> Tensors:
-    return {n: t.repeat(1, 2) if n.endswith("_packed") else t for n, t in tensors.items()}
-
-
 def by_channel(tensors: Tensors) -> Tensors:
     is_scale = {n: f"{n.removesuffix('scale')}packed" in tensors for n in tensors}
     return {n: t[:, :1] if is_scale[n] else t for n, t in tensors.items()}
@@ -237,12 +223,8 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
     [
         (with_zero_points, {"symmetric": False}, set(), {"quantization-config"}),
         (with_zero_points, {}, {"scheme-mismatch"}, {"scheme-mismatch"}),
-        (None, {"symmetric": False}, {"scheme-mismatch"}, None),
-        (in_8_bits, {"num_bits": 8}, set(), {"quantization-config"}),
-        (by_channel, {"strategy": "channel", "group_size": -1}, set(), {"quantization-config"}),
         (by_channel, {"strategy": None, "group_size": -1}, set(), {"quantization-config"}),
         (None, {"strategy": "channel", "group_size": None}, {"group-size"}, None),
-        (None, {"num_bits": 8}, {"scheme-mismatch"}, None),
         (None, {"num_bits": 3}, {"scheme-mismatch"}, None),
         (None, {"actorder": "group"}, {"quantization-config"}, None),
         (None, {"actorder": "static"}, set(), set()),
@@ -288,20 +270,16 @@ def errors(checkpoint: Checkpoint, target: Target = ON_GPU) -> dict[str, str]:
     return {f.id: f.where for f in examine(checkpoint, target) if f.severity == "error"}
 
 
+OTHER_MODULES = ("head", "embed", "layers.3.ffn.gate", "layers.2.attn.wo_a", "layers.1.attn.wkv")
+PLACES = st.integers(0, 3), st.integers(0, 63), st.integers(1, 3)
+
+
 @given(
-    module=st.sampled_from(
-        ("head", "embed", "layers.3.ffn.gate", "layers.2.attn.wo_a", "layers.1.attn.wkv")
-    )
-    | st.builds(
-        "layers.{}.ffn.experts.{}.w{}".format,
-        st.integers(0, 3), st.integers(0, 63), st.integers(1, 3),
-    ),
-    kind=st.sampled_from(("plain", "fp8", "mxfp4", "int4", "int8", "int4-asymmetric", "int6")),
-)  # fmt: skip
+    st.sampled_from(OTHER_MODULES) | st.builds("layers.{}.ffn.experts.{}.w{}".format, *PLACES),
+    st.sampled_from(("plain", "fp8", "mxfp4", "int4", "int8", "int4-asymmetric", "int6")),
+)
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_a_module_in_a_format_that_vllm_does_not_build_is_the_one_error(
-    tiny_base: Path, module: str, kind: str
-) -> None:
+def test_a_module_that_vllm_cannot_build_is_named(tiny_base: Path, module: str, kind: str) -> None:
     found = errors(changed(tiny_base, {module: kind}, lambda _section: None))
     usual = "int4" if "experts" in module else "fp8" if "attn" in module else "plain"
     wrong = "never-quantized" if usual == "plain" else "scheme-mismatch"
@@ -328,43 +306,36 @@ def other_group(targets: list[str], **weights: int) -> Callable[[Any], None]:
 
 def split_matrices(section: Any) -> None:
     group = section["config_groups"]["group_1"]
-    first = {
-        "targets": [r"re:.*\.(w2|down_proj)$"],
-        "weights": group["weights"] | {"actorder": "weight"},
-    }
-    section["config_groups"] = {"first": group | first, **section["config_groups"]}
+    weights = group["weights"] | {"actorder": "weight"}
+    first = group | {"targets": [r"re:.*\.(w2|down_proj)$"], "weights": weights}
+    section["config_groups"] = {"first": first, **section["config_groups"]}
 
 
 def add_target(target: str) -> Callable[[Any], None]:
     return lambda section: section["config_groups"]["group_0"]["targets"].append(target)
 
 
-def quantize_inputs(section: Any) -> None:
-    inputs = {"num_bits": 8, "type": "float", "strategy": "tensor"}
-    section["config_groups"]["group_0"]["input_activations"] = inputs
+INPUTS = {"input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
 
 
 @pytest.mark.parametrize(
     ("kinds", "edit", "expected"),
     [
         ({r"layers\.1\.ffn\.experts.*": "int4/64"}, other_group([LAYER_1], group_size=64), None),
-        ({r"layers\.1\.ffn\.experts.*": "int8"}, other_group([LAYER_1], num_bits=8), None),
         ({r"layers\.1\.ffn\.experts.*": "int8"}, other_group([LAYER_1]), "scheme-mismatch"),
         ({r"layers\.1\.ffn\.experts.*": "int4/64"}, lambda _: None, "group-size"),
         ({}, other_group([LAYER_1, "re:nothing"], group_size=32), "group-size"),
         ({}, lambda s: s["config_groups"].update(a={"targets": ["x"], "weights": INT}), None),
         ({}, split_matrices, "pattern-too-wide"),
         ({}, other_group([LAYER_1], actorder="weight"), None),
-        ({}, add_target("Embedding"), "scheme-mismatch"),
         ({}, add_target(r"re:.*\.embed_tokens$"), "scheme-mismatch"),
         ({}, add_target(r"re:(lm_head|.*\.ffn\.gate)$"), None),
-        ({}, quantize_inputs, "scheme-mismatch"),
+        ({}, lambda s: s["config_groups"]["group_0"].update(INPUTS), "scheme-mismatch"),
         ({ATTENTION: "plain"}, lambda s: s["config_groups"].pop("group_0"), None),
         ({ATTENTION: "int4"}, lambda s: s["config_groups"].pop("group_0"), INT4_ATTENTION),
-        *(
-            ({r".*\.experts.*": kind}, lambda _: None, f"a checkpoint with {kind} routed experts")
-            for kind in ("int2", "int3", "int6", "int8-asymmetric")
-        ),
+        ({r".*\.experts.*": "int3"}, lambda _: None, "a checkpoint with int3 routed experts"),
+        ({r".*\.experts.*": "int8-asymmetric"}, lambda _: None,
+         "a checkpoint with int8-asymmetric routed experts"),
     ],
 )  # fmt: skip
 def test_layers_have_their_own_schemes_as_vllm_finds_them(
@@ -390,22 +361,19 @@ def test_a_base_of_another_format_is_refused_by_its_name(
         open_base(tiny_base)
 
 
-@pytest.mark.parametrize("pattern", ["re:.*mtp.*", r"re:^mtp\.0\..*", "mtp.0.e_proj"])
-def test_a_pattern_for_mtp_that_vllm_never_asks_for_is_no_error(
-    base: Path, tiny_model: Path, pattern: str
-) -> None:
+@pytest.mark.parametrize("pattern", ["re:.*mtp.*", "mtp.0.e_proj"])
+def test_a_pattern_for_mtp_alone_is_no_error(base: Path, tiny_model: Path, pattern: str) -> None:
     section(lambda q: q["ignore"].append(pattern))(base)
     splice(base, tiny_model / "upstream", out := base.parent / "out", "mxfp4")
     assert not errors(read_checkpoint(base)) and not errors(read_checkpoint(out))
 
 
-@pytest.mark.parametrize("pattern", ["re:(.|.)*[A-Z]$", "re:(.*){1,30}[A-Z]"])
 def test_patterns_that_take_for_ever_are_a_finding_and_an_error(
-    base: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+    base: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = QuantizationConfig.__private_attributes__["_seconds"]
     monkeypatch.setattr(seconds, "default", 0.5)
-    section(lambda q: q["ignore"].append(pattern))(base)
+    section(lambda q: q["ignore"].append("re:(.*){1,30}[A-Z]"))(base)
     start = time.process_time()
     (found,) = (f for f in diagnose(base, ON_GPU) if f.severity == "error")
     assert "takes more than" in found.found and time.process_time() - start < 5
@@ -413,30 +381,17 @@ def test_patterns_that_take_for_ever_are_a_finding_and_an_error(
         splice(base, tiny_model / "upstream", base.parent / "rtn", "rtn")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("architectures", ["LlamaForCausalLM"]),
-        ("architectures", "DeepseekV4ForCausalLM"),
-        ("architectures", []),
-        ("topk_method", None),
-        ("n_shared_experts", None),
-        ("index_topk", 0),
-        ("norm_topk_prob", None),
-        ("hc_sinkhorn_iters", 2.5),
-        ("hidden_act", "gelu"),
-        ("vision_n_layers", 2),
-        ("rms_norm_eps", float("nan")),
-        ("hc_eps", float("inf")),
-        ("hc_eps", "1e-6"),
-        ("rope_scaling", ["yarn"]),
-        ("rope_scaling", {"factor": "16"}),
-        ("rope_theta", -1),
-        ("hidden_size", 10**9),
-        ("num_hidden_layers", 4096),
-        ("vocab_size", "9" * 10**6),
-    ],
-)
+VALUES = [
+    *(("architectures", value) for value in (["LlamaForCausalLM"], "DeepseekV4ForCausalLM", [])),
+    *((name, None) for name in ("topk_method", "n_shared_experts", "norm_topk_prob")),
+    *(("index_topk", 0), ("hc_sinkhorn_iters", 2.5), ("hidden_act", "gelu"), ("rope_theta", -1)),
+    *(("vision_n_layers", 2), ("rms_norm_eps", float("nan")), ("hc_eps", "1e-6")),
+    *(("rope_scaling", value) for value in (["yarn"], {"factor": "16"})),
+    *(("hidden_size", 10**9), ("num_hidden_layers", 4096), ("vocab_size", "9" * 10**6)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES)
 def test_values_that_no_model_has_are_one_short_error(name: str, value: Any) -> None:
     with pytest.raises(GraftError, match=rf"config\.json: {name}.* is .*; expected") as error:
         check_dimensions(FLASH | {name: value})
@@ -452,23 +407,12 @@ def test_a_key_without_a_value_in_vllm_0_32_may_be_absent_for_0_33_alone(key: st
             check_dimensions({k: v for k, v in FLASH.items() if k != needed})
 
 
-def as_compression(config: Any) -> None:
-    config |= {"compression_config": config["quantization_config"], "quantization_config": None}
+def test_a_section_that_vllm_spells_right_itself_is_read(base: Path, tiny_model: Path) -> None:
+    def spell(config: Any) -> None:
+        section = config["quantization_config"] | {"quant_method": "COMPRESSED_TENSORS"}
+        section["config_groups"]["group_1"]["weights"]["group_size"] = 128.0
+        config |= {"compression_config": section, "quantization_config": None}
 
-
-@pytest.mark.parametrize(
-    "spell",
-    [
-        as_compression,
-        lambda c: c["quantization_config"].update(quant_method="COMPRESSED_TENSORS"),
-        lambda c: c["quantization_config"]["config_groups"]["group_1"]["weights"].update(
-            group_size=128.0
-        ),
-    ],
-)
-def test_a_section_that_vllm_spells_right_itself_is_read(
-    base: Path, tiny_model: Path, spell: Any
-) -> None:
     edit_config(base, spell)
     assert not [f.id for f in diagnose(base, ON_CPU) if f.severity == "error"]
     splice(base, tiny_model / "upstream", out := base.parent / "out", "rtn")

@@ -32,28 +32,16 @@ from .bench_server import quiet
 from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, only_from, write_checkpoint
 
 RECIPE = """
-[model]
-name = "tiny-mtp"
-base = "./base"
-upstream = "./upstream"
+model = {name = "tiny-mtp", base = "./base", upstream = "./upstream"}
+bench = {prompts="bench.jsonl", count=2, max_tokens=8, rounds=1, served_variants=["rtn", "gptq"]}
+serve.extra_args = ["--seed", "7"]
 [capture]
 calibration_prompts = "prompts.jsonl"
 calibration_count = 3
 evaluation_prompts = "prompts.jsonl"
 evaluation_count = 2
-max_prompt_tokens = 8
-new_tokens = 6
-concurrency = 1
-max_model_len = 64
-[bench]
-prompts = "bench.jsonl"
-count = 2
-max_tokens = 8
-rounds = 1
-served_variants = ["rtn", "gptq"]
-[serve]
-extra_args = ["--seed", "7"]
 """
+LIMITS = "max_prompt_tokens = 8\nnew_tokens = 6\nconcurrency = 1\nmax_model_len = 64\n"
 #: Whose servers are started; the first one records.
 CAPTURE, BASE, GPTQ, RTN = "capture", "base", "gptq", "rtn"
 MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all but the report
@@ -70,7 +58,7 @@ def recipe(tmp_path: Path, base: Path) -> Path:
     write_prompts(tmp_path / "prompts.jsonl", "p", range(1, 7))
     write_prompts(tmp_path / "bench.jsonl", "b", range(1, 3))
     file = tmp_path / "recipe.toml"
-    file.write_text(RECIPE)
+    file.write_text(RECIPE + LIMITS)
     return file
 
 
@@ -174,9 +162,7 @@ def folder(tmp_path: Path) -> Path:
 def run(recipe: Path, folder: Path, stages: StandIns, servers: Servers) -> Run:
     """Run the recipe's stages; forget first what earlier calls started and did."""
 
-    def call(
-        *overrides: str, only: Stage | None = None, start: Stage | None = None
-    ) -> dict[str, Any]:
+    def call(*overrides: str, only: Stage | None = None, start: Stage | None = None) -> Any:
         stages.done.clear()
         servers.started.clear()
         chosen = MEASURED  # charts take seconds, and one test looks at them
@@ -248,6 +234,8 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
     assert upstreams == {"run/heal/upstream" if kept else "upstream"}
     with pytest.raises(GraftError, match=r"no section \[heal\]"):
         run(only="heal")
+    with locked(folder), pytest.raises(GraftError, match="another mtp-graft works in this run fol"):
+        run(only="fetch")
 
 
 def test_the_time_of_a_killed_call_counts_once_progress_was_reported(
@@ -263,11 +251,6 @@ def test_the_time_of_a_killed_call_counts_once_progress_was_reported(
         with work.timed("bench"):
             assert read(folder / "run.json") == {"seconds": {"bench": 1.0, "capture": 7.0}}
     assert work.seconds == {"bench": 14.0, "capture": 8.0}
-
-
-def test_two_runs_do_not_work_in_one_folder(run: Run, folder: Path) -> None:
-    with locked(folder), pytest.raises(GraftError, match="another mtp-graft works in this run fol"):
-        run(only="fetch")
 
 
 def check_that_only_the_head_differs(base: ServeOptions, head: ServeOptions) -> None:
@@ -417,15 +400,14 @@ def test_a_stage_before_its_time_names_the_one_to_run_first(run: Run, servers: S
         refused(stage, "splice")
 
 
-@pytest.mark.parametrize("stage", ["fetch", "capture"])
 def test_inputs_that_do_not_fit_are_refused_before_anything_is_served(
-    stage: str, run: Run, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    run: Run, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        pipeline.run, "check_run", Mock(side_effect=GraftError("has a head already"))
-    )
-    with pytest.raises(GraftError, match="has a head already"):
-        run(only=stage)
+    refusal = Mock(side_effect=GraftError("has a head already"))
+    monkeypatch.setattr(pipeline.run, "check_run", refusal)
+    for stage in ("fetch", "capture"):
+        with pytest.raises(GraftError, match="has a head already"):
+            run(only=stage)
     assert servers.started == []
 
 
@@ -441,9 +423,7 @@ def test_what_was_measured_is_neither_mixed_with_other_settings_nor_read_when_da
     assert servers.started == []
 
 
-def test_a_server_that_dies_is_one_error_and_what_was_finished_is_kept(
-    run: Run, servers: Servers, folder: Path
-) -> None:
+def test_a_server_that_dies_loses_nothing_done(run: Run, servers: Servers, folder: Path) -> None:
     servers.settings[RTN] = {"mode": "dies"}
     with pytest.raises(GraftError, match=r"splice/rtn/tiny-mtp: vLLM ended .*vllm-rtn\.log"):
         run()

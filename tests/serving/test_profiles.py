@@ -36,11 +36,13 @@ def test_machines_like_this_one_count_too(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(find_gpus(num_nodes=2)) == "4x NVIDIA H200, 140.4 GiB, 2 nodes"
 
 
+GB10: dict[str, Any] = {"unified_memory": True, "capability": (12, 1)}
+
+
 @pytest.mark.parametrize(
     ("memory_mib", "expected"),
     [
-        (None, Hardware("NVIDIA GB10", 1, 124610 * MIB, unified_memory=True, capability=(12, 1))),
-        (122570, Hardware("NVIDIA GB10", 1, 122570 * MIB, unified_memory=True, capability=(12, 1))),
+        (None, Hardware("NVIDIA GB10", 1, 124610 * MIB, **GB10)),
         (97871, Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)),
     ],
 )
@@ -54,18 +56,14 @@ def test_what_a_driver_does_not_say_is_known_of_some_gpus(
 @pytest.mark.parametrize(
     ("chosen", "count"), [("1", 1), ("0,2", 2), ("GPU-2, GPU-0", 2), ("1,-1,2", 1), (" 0,,1", 1)]
 )
-def test_only_the_gpus_that_vllm_will_see_count(
-    monkeypatch: pytest.MonkeyPatch, chosen: str, count: int
-) -> None:
+def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch, chosen: str, count: int) -> None:
     install_gpus(monkeypatch, "H200", "H200", "H200", memory_mib=143771)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert find_gpus().num_gpus == count
 
 
 @pytest.mark.parametrize("chosen", [None, "0", "MIG-0", "MIG-0,MIG-1"])
-def test_of_a_gpu_in_instances_cuda_shows_one(
-    monkeypatch: pytest.MonkeyPatch, chosen: str | None
-) -> None:
+def test_of_mig_parts_cuda_shows_one(monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
     whole, part = "NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB MIG 3g.40gb"
     given = {"memory_mib": 40192, "capability": (8, 0), "instances": (part, part)}
     install_gpus(monkeypatch, whole, whole, **given)  # type: ignore[arg-type]
@@ -92,11 +90,9 @@ PAIRS = [(a, b) for a in range(4) for b in range(a)]
 @given(
     st.lists(st.sampled_from(["NVIDIA H200", "NVIDIA GB10", "Tesla T4", "é"]), max_size=4)
     | st.integers(1, 4).map(lambda count: ["NVIDIA H200"] * count),
-    TOLD,
-    st.none() | st.tuples(st.integers(0, 20), st.integers(0, 9)),
-    st.sets(st.sampled_from(PAIRS)),
-    st.none() | st.text(),
-)
+    TOLD, st.none() | st.tuples(st.integers(0, 20), st.integers(0, 9)),
+    st.sets(st.sampled_from(PAIRS)), st.none() | st.text(),
+)  # fmt: skip
 def test_whatever_a_driver_answers_is_hardware_or_one_error(
     names: list[str], memory: int | None, sm: tuple[int, int] | None,
     links: set[tuple[int, int]], error: str | None,
@@ -171,14 +167,9 @@ def tiny(tiny_model: Path, tmp_path: Path) -> Path:
 
 def test_what_the_user_says_wins(on_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_ALGO", "Tree")
-    asked: dict[str, Any] = {
-        "max_model_len": 200000,
-        "max_num_seqs": 1,
-        "gpu_memory_utilization": 0.5,
-        "max_num_batched_tokens": 4096,
-        "served_model_names": ("mine",),
-        "tensor_parallel_size": 2,
-    }
+    asked: dict[str, Any] = {"max_model_len": 200000, "max_num_seqs": 1, "tensor_parallel_size": 2}
+    asked |= {"gpu_memory_utilization": 0.5, "max_num_batched_tokens": 4096}
+    asked |= {"served_model_names": ("mine",)}
     hardware = replace(MAX_Q, memory_bytes=400 * GIB)
     variables = {"environment": {"NCCL_PROTO": "Simple"}, "extra_args": ("--seed", "7")}
     chosen = fitted(on_flash, "524k", hardware, **asked, **variables)
@@ -198,16 +189,12 @@ def test_as_many_ranks_as_gpus_and_model_allow(on_flash: Path, count: int, ranks
     assert not any(name.startswith("NCCL") for name in chosen.environment)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [(3, "num_attention_heads"), (16, "o_groups"), (32, "32 on 16x big.*at most 16")],
-)
-def test_ranks_asked_for_have_to_divide_the_model(flash: Path, ranks: int, message: str) -> None:
-    with pytest.raises(GraftError, match=message):
-        fitted(flash, "524k", BIG, tensor_parallel_size=ranks)
-
-
-def test_on_a_cpu_too_they_have_to_divide_the_scale_groups(tiny: Path) -> None:
+def test_ranks_asked_for_have_to_divide_the_model(flash: Path, tiny: Path) -> None:
+    """On a CPU they have to divide the scale groups, too."""
+    wrong = {3: "num_attention_heads", 16: "o_groups", 32: "32 on 16x big.*at most 16"}
+    for ranks, message in wrong.items():
+        with pytest.raises(GraftError, match=message):
+            fitted(flash, "524k", BIG, tensor_parallel_size=ranks)
     edit_config(tiny, o_groups=4)
     with pytest.raises(GraftError, match="moe_intermediate_size"):
         fitted(tiny, "auto", CPU, tensor_parallel_size=4)
@@ -216,11 +203,8 @@ def test_on_a_cpu_too_they_have_to_divide_the_scale_groups(tiny: Path) -> None:
 
 def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(on_flash: Path) -> None:
     """At short contexts the 256k profiles take the most of the memory."""
-    for length, share, profile in (
-        (700160, 0.93, "1m"),
-        (655360, 0.93, "640k"),
-        (4096, 0.95, "256k"),
-    ):
+    lengths = (700160, 0.93, "1m"), (655360, 0.93, "640k"), (4096, 0.95, "256k")
+    for length, share, profile in lengths:
         hardware = two_gpus(on_flash, length, share)
         chosen = fitted(on_flash, "auto", hardware)
         assert (chosen.profile, chosen.options.gpu_memory_utilization) == (profile, share)
@@ -261,13 +245,11 @@ def test_several_machines_need_the_address_of_the_first(on_flash: Path) -> None:
 
 GOLDEN = Path(__file__).parent / "golden"
 ON_MAX_Q = "--gpu 'RTX PRO 6000 Max-Q' --count 2"
+CONSERVATIVE = "--max-num-seqs 2 --k 1 --draft-sample-method greedy"  # Acti's validated command
 ON_SPARKS = "--profile 524k --gpu GB10 --count 2 --master-addr 192.0.2.1"
 PROFILES = ("128k", "256k", "256k-2", "524k", "640k", "1m", "auto")
 FLASH_CASES = {f"max-q-x2-{name}": f"--profile {name} {ON_MAX_Q}" for name in PROFILES} | {
-    # Acti's validated command.
-    "max-q-x2-524k-conservative": (
-        f"--profile 524k {ON_MAX_Q} --max-num-seqs 2 --k 1 --draft-sample-method greedy"
-    ),
+    "max-q-x2-524k-conservative": f"--profile 524k {ON_MAX_Q} {CONSERVATIVE}",
     "server-x2-524k": "--profile 524k --gpu 'RTX PRO 6000 Server' --count 2",
     "spark-x2-524k-node-0": ON_SPARKS,
     "spark-x2-524k-node-1": f"{ON_SPARKS} --node-rank 1",

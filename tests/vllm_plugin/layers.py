@@ -27,25 +27,14 @@ def config_for(head: Any) -> CompressedTensorsConfig:
 
 
 def routed_experts(
-    config: Any,
-    layer: int = 4,
-    num_experts: int = 2,
-    hidden_size: int = 128,
-    size: int = 128,
+    config: Any, layer: int = 4, num_experts: int = 2, hidden_size: int = 128, size: int = 128,
     limit: float | None = LIMIT,
-) -> RoutedExperts:
-    """Return the layer that holds a MoE's experts, its parameters not loaded yet."""
+) -> RoutedExperts:  # fmt: skip
+    """Return the layer that holds a MoE's experts, two a token, its parameters not loaded yet."""
+    how = {"prefix": f"model.layers.{layer}.ffn.experts", "swiglu_limit": limit}
+    how |= {"params_dtype": torch.bfloat16, "quant_config": config}
     with set_current_vllm_config(VllmConfig()):  # which knows a layer of each name only once
-        moe = FusedMoEFactory(
-            num_experts,
-            2,  # experts a token
-            hidden_size,
-            size,
-            params_dtype=torch.bfloat16,
-            quant_config=config,
-            prefix=f"model.layers.{layer}.ffn.experts",
-            swiglu_limit=limit,
-        )
+        moe = FusedMoEFactory(num_experts, 2, hidden_size, size, **how)
     return moe.routed_experts
 
 

@@ -10,12 +10,8 @@ from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.compressors import decode_compressors
 from references import decode_fp8_blocks
 
-MODULES = (
-    "layers.2.attn.compressor.wkv",
-    "layers.2.attn.compressor.wgate",
-    "layers.2.attn.indexer.compressor.wkv",
-    "layers.2.attn.indexer.weights_proj",
-)
+MODULES = ("compressor.wkv", "compressor.wgate", "indexer.compressor.wkv", "indexer.weights_proj")
+MODULES = tuple(f"layers.2.attn.{name}" for name in MODULES)
 RANDOM = torch.Generator().manual_seed(0)
 BF16_WEIGHT = torch.ones(3, 4, dtype=torch.bfloat16)
 
@@ -27,11 +23,10 @@ def fp8_pair() -> tuple[Tensor, Tensor]:
 
 
 CODES, SCALE = fp8_pair()
+QUANTIZED = ("layers.2.attn.wkv", "layers.2.attn.indexer.wq_b")
 OTHERS = {
-    "layers.2.attn.wkv.weight": CODES,
-    "layers.2.attn.wkv.weight_scale": SCALE,
-    "layers.2.attn.indexer.wq_b.weight": CODES,
-    "layers.2.attn.indexer.wq_b.weight_scale": SCALE,
+    **{f"{module}.weight": CODES for module in QUANTIZED},
+    **{f"{module}.weight_scale": SCALE for module in QUANTIZED},
     "layers.3.attn.compressor.wkv.weight": BF16_WEIGHT,
     "layers.3.attn.compressor.norm.weight": torch.ones(3, dtype=torch.bfloat16),
     "layers.3.attn.compressor.ape": torch.ones(4, 3),
@@ -64,20 +59,15 @@ def test_a_weight_is_given_as_soon_as_its_pair_is_whole(weight_first: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("pair", "message"),
+    ("weight", "scale", "message"),
     [
-        ({"weight": CODES}, "an FP8 weight comes alone"),
-        ({"weight_scale": SCALE}, "an FP8 weight_scale comes alone"),
-        ({"weight": BF16_WEIGHT, "weight_scale": SCALE}, "an FP8 weight_scale comes alone"),
-        (
-            {"weight": CODES, "weight_scale": torch.ones(130, 1)},
-            r"its scale is \[130, 1\], expected \[2, 3\]",
-        ),
+        (CODES, None, "an FP8 weight comes alone"),
+        (BF16_WEIGHT, SCALE, "an FP8 weight_scale comes alone"),
+        (CODES, torch.ones(130, 1), r"its scale is \[130, 1\], expected \[2, 3\]"),
     ],
 )
-def test_half_a_pair_or_scales_of_other_groups_are_errors(
-    pair: dict[str, Tensor], message: str
-) -> None:
-    stored = {f"{MODULES[3]}.{part}": tensor for part, tensor in pair.items()}
+def test_half_a_pair_or_other_groups(weight: Tensor, scale: Tensor | None, message: str) -> None:
+    stored = {f"{MODULES[3]}.weight": weight, f"{MODULES[3]}.weight_scale": scale}
+    given = [(name, tensor) for name, tensor in stored.items() if tensor is not None]
     with pytest.raises(GraftError, match=rf"^{MODULES[3]}: {message}"):
-        list(decode_compressors([*stored.items(), *OTHERS.items()]))
+        list(decode_compressors([*given, *OTHERS.items()]))

@@ -35,9 +35,6 @@ def test_the_drafters_inputs_and_output_are_normalized_row_by_row() -> None:
     torch.testing.assert_close(output, expected(embeds, 2))
 
 
-pytestmark = pytest.mark.vllm
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_each_draft_gets_what_its_request_asks_for(dtype: torch.dtype, index: torch.dtype) -> None:

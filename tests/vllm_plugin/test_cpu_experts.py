@@ -62,9 +62,7 @@ def test_experts_agree_with_the_loop_where_the_clamp_binds(num_tokens: int, way:
 
 @both_ways
 @pytest.mark.parametrize("num_tokens", [2, 7, 48])
-def test_a_tokens_result_does_not_depend_on_its_neighbours(
-    way: Any, num_tokens: int, threads: int
-) -> None:
+def test_a_token_does_not_depend_on_its_neighbours(way: Any, num_tokens: int, threads: int) -> None:
     together = compute(way, *tokens(num_tokens))
     each = zip(*(part.split(1) for part in tokens(num_tokens)), strict=True)
     alone = torch.cat([compute(way, *token) for token in each])
@@ -112,9 +110,7 @@ def experts_layer(variant: str, size: int = INTERMEDIATE, **options: Any) -> Rou
 
 
 @pytest.mark.parametrize("variant", ["int4", "mxfp4", "bf16"])
-def test_stored_experts_are_decoded_exactly_and_run_with_the_clamp(
-    variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stored_experts_are_decoded_exactly(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step that decodes two requests and computes the prompt of a third."""
     monkeypatch.setattr(plugin, "request_bounds", lambda: [0, 1, 2, 14])
     layer, w13, w2 = experts_layer(variant), W13.clone(), W2.clone()

@@ -11,27 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.kernels.mhc.torch import mhc_pre_torch
+from vllm.model_executor.layers import vocab_parallel_embedding as embedding
 from vllm.model_executor.layers.fused_moe import GateLinear
 from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.layers.mhc import MHCPreOp
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu import order_free
-from mtp_graft.vllm_plugin.cpu.order_free import (
-    MAX_ROWS,
-    MIN_ROWS,
-    OrderFreeHead,
-    OrderFreeLinear,
-    OrderFreeMHCPre,
-    add_over_ranks,
-    free_from_order,
-    in_blocks,
-)
+from mtp_graft.vllm_plugin.cpu.order_free import MAX_ROWS, MIN_ROWS, free_from_order
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 
@@ -70,7 +58,7 @@ def linear(kind: Any, inputs: int, outputs: int, **options: Any) -> Layer:
 
 
 def hyper_connection() -> Layer:
-    op = OrderFreeMHCPre()
+    op = order_free.OrderFreeMHCPre()
     fn, scale = randn(MIXES, STREAMS * HIDDEN) / 32, 1 + randn(3)
     weights = {"fn": fn, "hc_scale": scale, "hc_base": randn(MIXES, seed=1)}
     epsilons = dict.fromkeys(("rms_eps", "hc_pre_eps", "hc_sinkhorn_eps"), 1e-6)
@@ -83,11 +71,10 @@ def hyper_connection() -> Layer:
 
 
 LAYERS: dict[str, Callable[[], Layer]] = {
-    "linear": lambda: linear(ReplicatedLinear, HIDDEN, 640),
     "wide": lambda: linear(ReplicatedLinear, HIDDEN, 8192),
     "shared inputs": lambda: linear(RowParallelLinear, HIDDEN, 256, reduce_results=False),
     "router": lambda: product(GateLinear(HIDDEN, 96, out_dtype=torch.float32, params_dtype=BF16)),
-    "LM head": lambda: product(ParallelLMHead(128, HIDDEN, params_dtype=BF16)),
+    "LM head": lambda: product(embedding.ParallelLMHead(128, HIDDEN, params_dtype=BF16)),
     "hyper-connection": hyper_connection,
 }
 
@@ -122,37 +109,32 @@ def test_kernels_get_blocks_of_the_wanted_sizes_and_every_row_once(num_rows: int
         return rows + 1
 
     x = torch.arange(num_rows * 8.0).view(num_rows, 2, 4)
-    assert torch.equal(in_blocks(kernel, x), x + 1)
+    assert torch.equal(order_free.in_blocks(kernel, x), x + 1)
     assert all(size <= MAX_ROWS and size % MIN_ROWS == 0 for size in sizes)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_that_share_the_inputs_give_the_sum_of_one(
-    monkeypatch: pytest.MonkeyPatch, ranks: int
-) -> None:
+def test_ranks_give_the_sum_of_one_rank(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     x, weight = randn(50, 32 * ranks).to(BF16), randn(96, 32 * ranks, seed=5).to(BF16).double()
     shares = zip(x.chunk(ranks, -1), weight.chunk(ranks, -1), strict=True)
     partial_sums = [mine.double() @ part.T for mine, part in shares]
     gathered = torch.cat([sums.view(torch.float32) for sums in partial_sums])
-    monkeypatch.setattr(
-        order_free.distributed, "get_tensor_model_parallel_world_size", lambda: ranks
-    )
-    gather = "tensor_model_parallel_all_gather"
-    monkeypatch.setattr(order_free.distributed, gather, lambda *_, **__: gathered)
+    ranked = order_free.distributed
+    monkeypatch.setattr(ranked, "get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr(ranked, "tensor_model_parallel_all_gather", lambda *_, **__: gathered)
     found = []
     for rank, sums in enumerate(partial_sums):
-        of = order_free.distributed
-        monkeypatch.setattr(of, "get_tensor_model_parallel_rank", lambda r=rank: r)
-        found.append(add_over_ranks(sums, BF16))
+        monkeypatch.setattr(ranked, "get_tensor_model_parallel_rank", lambda r=rank: r)
+        found.append(order_free.add_over_ranks(sums, BF16))
     assert torch.equal(found[0], (x.double() @ weight.T).to(BF16))
     assert not any(share.any() for share in found[1:])  # vLLM adds them to the whole sum
 
 
 def test_every_layer_of_a_model_is_freed_and_embeddings_stay() -> None:
-    embed = VocabParallelEmbedding(128, HIDDEN, params_dtype=BF16)
-    before = type(embed.quant_method)
-    assert type(freed(embed).quant_method) is before
-    assert type(freed(ParallelLMHead(128, HIDDEN)).quant_method) is OrderFreeHead
-    assert type(freed(GateLinear(HIDDEN, 96)).quant_method) is OrderFreeLinear
+    embed, lm_head = embedding.VocabParallelEmbedding, embedding.ParallelLMHead
+    before = type((layer := embed(128, HIDDEN, params_dtype=BF16)).quant_method)
+    assert type(freed(layer).quant_method) is before
+    assert type(freed(lm_head(128, HIDDEN)).quant_method) is order_free.OrderFreeHead
+    assert type(freed(GateLinear(HIDDEN, 96)).quant_method) is order_free.OrderFreeLinear
     with pytest.raises(GraftError, match="no \\['attention', 'hyper-connections'\\]"):
         free_from_order(nn.Sequential(nn.Identity()))

@@ -72,30 +72,18 @@ def test_a_complete_checkpoint_is_loaded_and_reported() -> None:
 UNREAD, UNWRITTEN = "checkpoint tensors that no parameter takes", "that no checkpoint tensor fills"
 
 
-@pytest.mark.parametrize(
-    ("strangers", "missing", "message"),
-    [
-        (["a.bias", "b.bias"], None, f"2 {UNREAD}: a.bias, b.bias; "),
-        ("abcdefghi", None, f"9 {UNREAD}: a, b, c, d, e, ...; "),
-        ([], "inner.weight", f"{UNWRITTEN}: inner.weight (0 of 1 parts); "),
-    ],
-)
-def test_what_is_left_over_or_left_empty_is_named(
-    strangers: Iterable[str], missing: str | None, message: str
-) -> None:
+def test_what_is_left_over_or_left_empty_is_named() -> None:
     model = Small()
-    checkpoint = {name: torch.zeros(1) for name in strangers} | checkpoint_of(model)
-    checkpoint.pop(missing, None)
-    with pytest.raises(GraftError, match=re.escape(message)):
-        strictly(model, checkpoint)
-
-
-def test_tensors_that_loading_stops_before_are_unread() -> None:
-    model = Small()
-    load = load_by_name(model)
-    checkpoint = {**checkpoint_of(model), "late": torch.zeros(1)}
-    with pytest.raises(GraftError, match=f"1 {UNREAD}: late"):
-        strictly(model, checkpoint, lambda weights: load(itertools.islice(weights, 2)))
+    load, whole = load_by_name(model), checkpoint_of(model)
+    strangers = {name: torch.zeros(1) for name in "abcdefghi"}
+    with pytest.raises(GraftError, match=re.escape(f"9 {UNREAD}: a, b, c, d, e, ...; ")):
+        strictly(model, strangers | whole)
+    with pytest.raises(GraftError, match=f"1 {UNREAD}: i; "):  # which loading stops before
+        islice = itertools.islice
+        strictly(model, {**whole, "i": strangers["i"]}, lambda weights: load(islice(weights, 2)))
+    del whole["inner.weight"]
+    with pytest.raises(GraftError, match=rf"{UNWRITTEN}: inner.weight \(0 of 1 parts\); "):
+        strictly(model, whole)
 
 
 def test_parameters_of_the_engine_and_of_the_target_may_stay_unwritten() -> None:
@@ -141,9 +129,7 @@ def test_a_base_is_loaded_with_decoded_compressors_and_without_its_head() -> Non
     ("missing", "message"),
     [(None, f"{UNREAD}: attn_sink"), ("attn_sink", rf"{UNWRITTEN}: attn_sink \(0 of 1 parts\)")],
 )
-def test_attention_sinks_are_not_excused_unless_reported_loaded(
-    missing: str | None, message: str
-) -> None:
+def test_attention_sinks_have_to_be_reported_loaded(missing: str | None, message: str) -> None:
     """vLLM copies them itself, past any weight loader."""
     model = Small("attn_sink")
     checkpoint = checkpoint_of(model)
@@ -172,19 +158,12 @@ def test_a_merged_linear_needs_every_part() -> None:
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [
-        ("2.w3.weight_packed", r"w13_weight_packed \(5 of 6 parts\); "),
-        ("0.w1.weight_shape", r"w13_weight_shape \(5 of 6 parts\); "),
-        ("1.w2.weight_scale", r"w2_weight_scale \(2 of 3 parts\); "),
-    ],
+    [("2.w3.weight_packed", r"w13_\w+ \(5 of 6 p"), ("1.w2.weight_scale", r"w2_\w+ \(2 of 3 p")],
 )
 def test_experts_need_every_matrix_of_every_expert(missing: str, message: str) -> None:
     layer = routed_experts(config_for("int4"), layer=0, num_experts=3)
-    parts = {
-        "weight_packed": torch.zeros(128, 16, dtype=torch.int32),
-        "weight_scale": torch.ones(128, 1, dtype=torch.bfloat16),
-        "weight_shape": torch.tensor([128, 128]),
-    }
+    parts = {"weight_packed": torch.zeros(128, 16).int(), "weight_shape": torch.tensor([128, 128])}
+    parts |= {"weight_scale": torch.ones(128, 1).bfloat16()}
     names = map(".".join, itertools.product("012", ("w1", "w2", "w3"), parts))
     checkpoint = {name: parts[name.split(".")[2]] for name in names if name != missing}
 

@@ -17,9 +17,7 @@ NAMES = {"DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM", "DeepSeekV4MTPModel":
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
-def test_the_deepseek_v4_models_are_replaced_where_there_are_ours(
-    platform: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_are_replaced_by_ours(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(ModelRegistry.models)
     monkeypatch.setattr(ModelRegistry, "models", dict(before))
     answers = {f"is_{kind}": lambda kind=kind: kind == platform for kind in ("cpu", "cuda")}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,13 +18,8 @@ from torch import Tensor
 
 pytest.importorskip("vllm", reason="the recorder reads vLLM's forward context: install an extra")
 
-from mtp_graft.checkpoint.capture import (
-    INTACT_NAME,
-    RECORD_VARIABLE,
-    RECORDINGS,
-    SWITCH_NAME,
-    TAPS_VARIABLE,
-)
+from mtp_graft.checkpoint import capture
+from mtp_graft.checkpoint.capture import INTACT_NAME, RECORDINGS, SWITCH_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin import cuda as v2
 from mtp_graft.vllm_plugin import recording
@@ -82,7 +78,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / RECORDINGS).mkdir()
     for name in (SWITCH_NAME, INTACT_NAME):
         (tmp_path / name).touch()
-    monkeypatch.setenv(RECORD_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(capture.RECORD_VARIABLE, str(tmp_path))
     monkeypatch.setattr(recording, "ThreadPoolExecutor", lambda *_: SimpleNamespace(submit=at_once))
     return tmp_path
 
@@ -171,9 +167,7 @@ def test_whole_prompts_of_a_step_lie_one_after_the_other(runner: Runner, folder:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_only_prompts_are_recorded_and_only_while_the_switch_is_on(
-    runner: Runner, folder: Path
-) -> None:
+def test_only_prompts_are_recorded_while_the_switch_is_on(runner: Runner, folder: Path) -> None:
     runner.step(([9], 40, 12))
     (folder / SWITCH_NAME).unlink()
     runner.step(prompt(4, 5))
@@ -192,20 +186,14 @@ def test_earlier_recordings_are_kept(runner: Runner, folder: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
 def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
-    error: Exception,
-    runner: Runner,
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, runner: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:
-    def refuse(*_: Any) -> None:
-        raise error
-
+) -> None:  # fmt: skip
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     runner.step(prompt(4))
     assert (folder / INTACT_NAME).exists()
     with monkeypatch.context() as patched:
-        patched.setattr(recording, "save_shard", refuse)
+        patched.setattr(recording, "save_shard", Mock(side_effect=error))
         runner.step(prompt(5))
     assert not (folder / INTACT_NAME).exists()
     assert str(error) in caplog.text, "the log says why"
@@ -214,13 +202,13 @@ def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
 
 
 def test_taps_are_recorded_layer_by_layer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TAPS_VARIABLE, "3,7")
+    monkeypatch.setenv(capture.TAPS_VARIABLE, "3,7")
     runner = Runner()
     runner.step(([9], 40, 12), prompt(4, 5), padding=2)
     (found,) = recorded(folder).values()
     assert found["taps"].tolist() == [[7.0] * 3 + [11.0] * 3, [8.0] * 3 + [12.0] * 3]
     assert found["targets"].tolist() == [12 % VOCAB, 15 % VOCAB], "the runner gets no taps"
-    monkeypatch.setenv(TAPS_VARIABLE, "3,9")
+    monkeypatch.setenv(capture.TAPS_VARIABLE, "3,9")
     with pytest.raises(GraftError, match=r"layers \[3, 9\], expected of 2 to 8"):
         Runner()
 
@@ -244,13 +232,10 @@ def test_only_the_first_rank_of_the_last_stage_writes(
     place.is_last_rank = False
     assert make_recorder(Target(), vllm_config()) is None
     place.is_last_rank = True
-    monkeypatch.delenv(RECORD_VARIABLE)
-    assert make_recorder(Target(), vllm_config()) is None
-
-
-def test_replicas_are_refused(folder: Path) -> None:
     with pytest.raises(GraftError, match="data parallel size 2, expected 1"):
         make_recorder(Target(), vllm_config(data_parallel_size=2))
+    monkeypatch.delenv(capture.RECORD_VARIABLE)
+    assert make_recorder(Target(), vllm_config()) is None
 
 
 def test_a_step_whose_requests_are_not_told_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
