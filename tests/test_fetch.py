@@ -186,7 +186,7 @@ def test_too_little_room(
 def test_whatever_the_hubs_client_raises_is_one_error(
     error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "snapshot_download", Mock(side_effect=error))
+    monkeypatch.setattr(stage.hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(GraftError, match=message):
         fetch(MODEL, tmp_path / "out", quiet)
 

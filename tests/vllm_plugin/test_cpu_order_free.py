@@ -119,11 +119,12 @@ def test_ranks_give_the_sum_of_one_rank(monkeypatch: pytest.MonkeyPatch, ranks: 
     shares = zip(x.chunk(ranks, -1), weight.chunk(ranks, -1), strict=True)
     partial_sums = [mine.double() @ part.T for mine, part in shares]
     gathered = torch.cat([sums.view(torch.float32) for sums in partial_sums])
-    monkeypatch.setattr(order_free, "get_tensor_model_parallel_world_size", lambda: ranks)
-    monkeypatch.setattr(order_free, "tensor_model_parallel_all_gather", lambda *_, **__: gathered)
+    ranked = order_free.distributed
+    monkeypatch.setattr(ranked, "get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr(ranked, "tensor_model_parallel_all_gather", lambda *_, **__: gathered)
     found = []
     for rank, sums in enumerate(partial_sums):
-        monkeypatch.setattr(order_free, "get_tensor_model_parallel_rank", lambda r=rank: r)
+        monkeypatch.setattr(ranked, "get_tensor_model_parallel_rank", lambda r=rank: r)
         found.append(order_free.add_over_ranks(sums, BF16))
     assert torch.equal(found[0], (x.double() @ weight.T).to(BF16))
     assert not any(share.any() for share in found[1:])  # vLLM adds them to the whole sum

@@ -139,8 +139,7 @@ def _damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
 def _upper_root(hessian: Tensor) -> Tensor:
     """Return R [B, I, I], upper triangular with positive diagonal and R R^T = H.
 
-    With J the reversal of indices and J H J = L L^T, R is J L J.
-    Raises NotPositiveDefiniteError.
+    With J the reversal of indices and J H J = L L^T, R is J L J. Raises NotPositiveDefiniteError.
     """
     lower, info = torch.linalg.cholesky_ex(hessian.flip(-2, -1))
     # A sum of squares: an input that is not finite shows on the diagonal.
@@ -153,8 +152,7 @@ def _upper_root(hessian: Tensor) -> Tensor:
 def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
     """Return ||(W - Q) H^1/2||_F / ||W H^1/2||_F, float64 [B], of [B, O, I] matrices.
 
-    `hessian` [B, I, I] is undamped. The ratio is that of the outputs' root mean squares, and 0
-    where all inputs are zero.
+    It is that of the outputs' root mean squares, and 0 for zeros; `hessian` [B, I, I] is undamped.
     """
     lost, whole = (_output_energy(w, hessian) for w in (weight.float() - decoded, weight.float()))
     return torch.where(whole > 0, lost / whole, 0.0).clamp(min=0).sqrt()

@@ -28,10 +28,7 @@ def sweep(columns: Tensor, factor: Tensor, step: Tensor) -> Tensor:
 
 
 def searched_scale(columns: Tensor, importance: Tensor) -> Tensor:
-    """Do what `int4.searched_scale` does for the one group `columns` [B, N, O]: BF16 [B, O, 1].
-
-    `importance` [B, N] weighs the inputs' errors.
-    """
+    """Do what `int4.searched_scale` does for one group `columns` [B, N, O]; `importance` [B, N]."""
     num_matrices, _, num_outputs = columns.shape
     scale = torch.empty(num_matrices, num_outputs, 1, dtype=torch.bfloat16, device=columns.device)
     _launch(_search, (columns, importance), scale)

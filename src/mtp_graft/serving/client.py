@@ -14,10 +14,11 @@ from mtp_graft.serving.metrics import SpecDecodeCounters, Step, parse_spec_decod
 
 #: Silence allowed between two bytes of an answer; the first step may compile kernels.
 READ_TIMEOUT_S = 600.0
-_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+_POOL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 #: What reading an answer raises that is no JSON, too deep, or of another structure.
 READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError)
 
+Ids = tuple[int, ...]
 #: Options of `vllm serve` with which it tells a client what it drafted for the client's request.
 COUNT_DRAFTS = ("--per-request-spec-decode-metrics", "detailed")
 
@@ -43,7 +44,7 @@ class _Logprobs(BaseModel):
 
 
 class _Choice(BaseModel):
-    token_ids: tuple[int, ...]
+    token_ids: Ids
     logprobs: _Logprobs | None = None
 
 
@@ -67,11 +68,7 @@ class ServerClient:
         # An idle connection may be closed just as it is used again, and a proxy of the environment
         # has no business between us and a named server.
         self._http = httpx.Client(
-            base_url=self.base_url,
-            headers=headers,
-            timeout=timeout,
-            trust_env=False,
-            limits=_UNLIMITED,
+            base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False, limits=_POOL
         )
 
     def __enter__(self) -> Self:
@@ -94,15 +91,11 @@ class ServerClient:
             body = {"messages": prompt.content, "chat_template_kwargs": {"thinking": False}}
         return self._ask("/tokenize", body, _Tokens).tokens
 
-    def complete(
-        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
-    ) -> tuple[int, ...]:
+    def complete(self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False) -> Ids:
         """Return the greedy continuation of `prompt`."""
         return self._complete(prompt, max_tokens, ignore_eos=ignore_eos).choices[0].token_ids
 
-    def complete_counted(
-        self, prompt: Sequence[int], max_tokens: int
-    ) -> tuple[tuple[int, ...], list[Step]]:
+    def complete_counted(self, prompt: Sequence[int], max_tokens: int) -> tuple[Ids, list[Step]]:
         """Return the same and its steps with drafts, of a server that was told to COUNT_DRAFTS."""
         answer = self._complete(prompt, max_tokens)
         counted = (answer.metrics or {}).get("speculative_decoding") or {}
@@ -112,11 +105,8 @@ class ServerClient:
 
     def score(
         self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
-    ) -> tuple[tuple[int, ...], list[float]]:
-        """Return the greedy continuation of `prompt`, and the margin of every token.
-
-        A margin is the natural log-probability of a token less that of the second best.
-        """
+    ) -> tuple[Ids, list[float]]:
+        """Return the same and each token's margin: its ln probability less the second best's."""
         logprobs = {"logprobs": 2, "return_tokens_as_token_ids": True}
         choice = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, **logprobs).choices[0]
         tops = choice.logprobs.top_logprobs if choice.logprobs else []
@@ -169,14 +159,11 @@ class ServerClient:
             yield
         except httpx.HTTPStatusError as error:
             where, answer = error.request.url, error.response
-            raise GraftError(
-                f"{where}: status {answer.status_code}, expected 200: {answer.text[:300]}"
-            ) from error
+            found = f"status {answer.status_code}, expected 200: {answer.text[:300]}"
+            raise GraftError(f"{where}: {found}") from error
         except httpx.RequestError as error:
-            reason = str(error) or type(error).__name__
-            raise ServerUnreachable(
-                f"{self.base_url}: no answer ({reason}); is the server running?"
-            ) from error
+            found = f"no answer ({str(error) or type(error).__name__})"
+            raise ServerUnreachable(f"{self.base_url}: {found}; is the server running?") from error
 
     def _not_vllm(self, path: str, why: str) -> GraftError:
         answer = f"not an answer of vLLM's ({why}); is a vLLM server there?"

@@ -50,10 +50,7 @@ _Group = TypeVar("_Group")
 
 
 def option(default: Any, metavar: str | None, text: str, *names: str, **settings: Any) -> Any:
-    """Declare an option of a command: what its value is called (None: it has none), what it does.
-
-    `names` are its flags if not its own name, `settings` those of typer.Option.
-    """
+    """Declare an option: what its value is called (None: it has none), what it does, its flags."""
     return typer.Option(default, *names, metavar=metavar, help=text, **settings)
 
 
@@ -67,14 +64,12 @@ def option_group(group: type[_Group]) -> type[_Group]:
     """Make a frozen dataclass of options; `__declared__` has them for Typer to parse."""
     declared = []
     for name, hint in get_annotations(group).items():
-        parsed = vars(group).get(name)
-        if isinstance(parsed, ParameterInfo):
+        given = vars(group).get(name)
+        if isinstance(given, ParameterInfo):
             # Typer's tuples have a length.
             kind = list[str] if getattr(hint, "__origin__", None) is tuple else hint
-            declared.append(
-                Parameter(name, Parameter.KEYWORD_ONLY, default=parsed, annotation=kind)
-            )
-            setattr(group, name, Field(parsed.default))
+            declared.append(Parameter(name, Parameter.KEYWORD_ONLY, default=given, annotation=kind))
+            setattr(group, name, Field(given.default))
     group.__declared__ = declared  # type: ignore[attr-defined]
     return dataclass(frozen=True)(group)  # type: ignore[return-value]
 
@@ -236,24 +231,19 @@ def num_speculative_tokens(options: ServeOptions, platform: Platform) -> int:
     has_head = any(name.startswith(HEAD_PREFIX) for name in read_index(folder))
     block = dspark_block(folder)
     if block and platform == "cpu" and wanted != 0:
-        raise GraftError(
-            f"{folder}: has a DSpark drafter, which vLLM runs on GPUs only; use one, or --k 0"
-        )
+        found = "has a DSpark drafter, which vLLM runs on GPUs only"
+        raise GraftError(f"{folder}: {found}; use one, or --k 0")
     if block and (wanted or 0) > block:
         raise GraftError(f"{folder}: --k {wanted}, expected at most the DSpark block's {block}")
     if wanted and not has_head:
-        raise GraftError(
-            f"{folder}: {wanted} speculative tokens asked for, but the index lists no "
-            f"{HEAD_PREFIX}* tensor; splice a head in first, or ask for 0"
-        )
+        found = f"asked for, but the index lists no {HEAD_PREFIX}* tensor"
+        cure = "splice a head in first, or ask for 0"
+        raise GraftError(f"{folder}: {wanted} speculative tokens {found}; {cure}")
     return (block or DEFAULT_K[platform] if has_head else 0) if wanted is None else wanted
 
 
 def dspark_block(folder: Path) -> int | None:
-    """Return how many tokens a checkpoint's DSpark drafter drafts at once; None if it has none.
-
-    Raises GraftError for a config.json that does not say so.
-    """
+    """Return a DSpark drafter's block in tokens, None without one; GraftError if it is not said."""
     from mtp_graft.checkpoint.shards import read_index
 
     if DSPARK_TENSOR not in read_index(folder):
@@ -268,20 +258,17 @@ def dspark_block(folder: Path) -> int | None:
 def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> str | None:
     quantization, sampling = options.draft_lm_head_quantization, options.draft_sample_method
     if on_cpu and (quantization or sampling):
-        raise UsageError(
-            f"--draft-lm-head-quantization {quantization} --draft-sample-method {sampling}: "
-            "expected a GPU; leave them out on a CPU"
-        )
+        flags = f"--draft-lm-head-quantization {quantization} --draft-sample-method {sampling}"
+        raise UsageError(f"{flags}: expected a GPU; leave them out on a CPU")
     if num_draft == 0:
         return None
     method = "dspark" if dspark_block(options.checkpoint) else "mtp"
     config: dict[str, Any] = {"method": method, "num_speculative_tokens": num_draft}
     if quantization:
         if method == "dspark":
-            raise GraftError(
-                f"--draft-lm-head-quantization {quantization}: {options.checkpoint} has a DSpark "
-                "drafter, expected an MTP head; leave it out"
-            )
+            flag, found = f"--draft-lm-head-quantization {quantization}", "has a DSpark drafter"
+            expected = "expected an MTP head; leave it out"
+            raise GraftError(f"{flag}: {options.checkpoint} {found}, {expected}")
         config["draft_lm_head_quantization"] = quantization
     # Drawn drafts are accepted more often, at temperature 0 they are greedy; vLLM's own is greedy.
     if not on_cpu and sampling != "greedy":
@@ -301,10 +288,9 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
     config = read_config(options.checkpoint)
     context: int = options.max_model_len or config.get("max_position_embeddings") or 0
     if wanted is not None and wanted < context:
-        raise GraftError(
-            f"--max-num-batched-tokens {wanted} on a CPU, with the head: expected at least the "
-            f"context's {context}, or longer prompts wait for ever; leave it out"
-        )
+        where = f"--max-num-batched-tokens {wanted} on a CPU, with the head"
+        expected = f"expected at least the context's {context}, or longer prompts wait for ever"
+        raise GraftError(f"{where}: {expected}; leave it out")
     return wanted or (context if context > CPU_STEP else None)
 
 
@@ -338,9 +324,8 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
     cpus = sorted(os.sched_getaffinity(0))
     share = len(cpus) // num_ranks
     if share == 0:
-        raise GraftError(
-            f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs; expected one CPU or more each"
-        )
+        found = f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs"
+        raise GraftError(f"{found}; expected one CPU or more each")
     if num_ranks > 1:
         ranks = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
         return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, r)) for r in ranks)}
@@ -383,9 +368,8 @@ def check_port(host: str, port: int) -> int:
         with socket.create_server((host, port), family=family) as probe:
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise GraftError(
-            f"{host}:{port}: cannot listen ({error.strerror}); choose another --host or --port"
-        ) from error
+        cure = "choose another --host or --port"
+        raise GraftError(f"{host}:{port}: cannot listen ({error.strerror}); {cure}") from error
 
 
 def find_vllm() -> InstalledVllm:
@@ -394,9 +378,8 @@ def find_vllm() -> InstalledVllm:
     if vllm is None or not is_supported(vllm.version):
         found = f"vLLM {vllm.version} is installed" if vllm else "vLLM is not installed"
         extra = "'mtp-graft[gpu]'" if vllm and vllm.platform == "cuda" else "'mtp-graft[cpu]'"
-        raise GraftError(
-            f"{found} for {sys.executable}; expected vllm{SUPPORTED_VLLM}: pip install {extra}"
-        )
+        expected = f"expected vllm{SUPPORTED_VLLM}: pip install {extra}"
+        raise GraftError(f"{found} for {sys.executable}; {expected}")
     return vllm
 
 

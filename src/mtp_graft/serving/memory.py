@@ -76,10 +76,8 @@ def kv_layout(config: Mapping[str, Any]) -> KvLayout:
     """Return a config's layout, head included, of the FP8 cache; GraftError without ratios."""
     ratios = compress_ratios(config)
     if ratios is None:
-        found = config.get("compress_ratios")
-        raise GraftError(
-            f"config.json: compress_ratios is {found!r:.200}; expected a list of whole numbers"
-        )
+        found = f"compress_ratios is {config.get('compress_ratios')!r:.200}"
+        raise GraftError(f"config.json: {found}; expected a list of whole numbers")
     layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     num_c4, num_c128 = ratios[:layers].count(4), ratios[:layers].count(128)
     repeats = _layers_per_group(layers, num_c4, num_c128)
@@ -110,9 +108,8 @@ def _layers_per_group(layers: int, num_c4: int, num_c128: int) -> int:
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int = 0) -> int:
     """Return what one sequence of `tokens` takes on every rank.
 
-    `tokens_in_flight` are those of the steps being computed: the sliding windows and compressor
-    states keep them as well until a step is done. vLLM counts `max_num_batched_tokens`, twice with
-    asynchronous scheduling.
+    `tokens_in_flight` are those of the steps being computed, which windows and compressor states
+    keep until a step is done. vLLM counts `max_num_batched_tokens`, twice if asynchronous.
     """
     block_bytes, window_groups = kv_layout(config)
 

@@ -70,10 +70,8 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
     if wanted > 1 and (uneven := undivided(config, wanted)):
-        raise GraftError(
-            f"{flag}: ranks cannot share {', '.join(uneven)} of config.json evenly; expected a "
-            "number that divides them"
-        )
+        found = f"ranks cannot share {', '.join(uneven)} of config.json evenly"
+        raise GraftError(f"{flag}: {found}; expected a number that divides them")
     return wanted
 
 
@@ -88,9 +86,7 @@ def _fit(
         names = ", ".join((*profiles.PROFILES, AUTO))
         raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
     candidates = list(profiles.PROFILES) if wanted == AUTO else [wanted]
-    filled_by = {
-        name: _filled(options, profiles.PROFILES[name], wanted, hardware) for name in candidates
-    }
+    filled_by = {n: _filled(options, profiles.PROFILES[n], wanted, hardware) for n in candidates}
     most = {n: room.largest_context(by.gpu_memory_utilization) for n, by in filled_by.items()}
     name = max(candidates, key=lambda name: min(most[name], filled_by[name].max_model_len or 0))
     filled, largest = filled_by[name], most[name]
@@ -101,10 +97,9 @@ def _fit(
         cures = "a smaller model, or more or larger GPUs, or a larger --gpu-memory-utilization"
         if largest > 0:
             cures = f"--max-model-len {largest}, --profile {AUTO}, {cures}"
-        raise GraftError(
-            f"{options.checkpoint}: a context of {length} tokens has no room on {hardware}: "
-            f"{too_long or room.estimate(length, filled.gpu_memory_utilization)}; take {cures}"
-        )
+        why = too_long or room.estimate(length, filled.gpu_memory_utilization)
+        found = f"a context of {length} tokens has no room on {hardware}: {why}"
+        raise GraftError(f"{options.checkpoint}: {found}; take {cures}")
     return name, replace(filled, max_model_len=min(length, largest))
 
 
@@ -127,10 +122,9 @@ def _filled(
 
 
 def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list[str]]:
-    """Return `options` with what suits the hardware, and notes on it.
+    """Return `options` with what suits the hardware, where nothing is said yet, and notes on it.
 
-    Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop. What
-    `options` and the environment say stays.
+    Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop.
     """
     is_pcie = hardware.is_pcie_only and options.num_ranks > 1
     flags, wanted = profiles.split(
@@ -153,9 +147,8 @@ def _node_flags(hardware: Hardware, node_rank: int, master_addr: str | None) -> 
     if hardware.num_nodes == 1 and node_rank == 0 and master_addr is None:
         return ()
     if master_addr is None or node_rank >= hardware.num_nodes:
-        raise GraftError(
-            f"--node-rank {node_rank} --master-addr {master_addr} on {hardware}: expected several "
-            "machines (--nnodes), a rank below their number, and the address of the first"
-        )
+        flags = f"--node-rank {node_rank} --master-addr {master_addr}"
+        expected = "a rank below their number, and the address of the first"
+        raise GraftError(f"{flags} on {hardware}: expected several machines (--nnodes), {expected}")
     words = ("--nnodes", hardware.num_nodes, "--node-rank", node_rank, "--master-addr", master_addr)
     return (*map(str, words), *(("--headless",) if node_rank else ()))

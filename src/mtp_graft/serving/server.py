@@ -15,14 +15,9 @@ from textwrap import shorten
 from typing import IO
 
 from mtp_graft.errors import GraftError
+from mtp_graft.serving import command as vllm_command
 from mtp_graft.serving.client import Prompt, ServerClient, ServerUnreachable
-from mtp_graft.serving.command import (
-    ServeCommand,
-    ServeOptions,
-    build_command,
-    check_port,
-    start_limit_s,
-)
+from mtp_graft.serving.command import ServeCommand, ServeOptions, build_command
 from mtp_graft.serving.metrics import SpecDecodeCounters
 
 POLL_S = 0.5
@@ -75,14 +70,13 @@ def managed_server(
     """
     command = build_command(options)
     if command.is_headless:
-        raise GraftError(
-            f"{options.checkpoint}: this machine would serve without an address of its own "
-            "(--node-rank or --headless); ask the server of machine 0, by --base-url"
-        )
+        found = "would serve without an address of its own (--node-rank or --headless)"
+        cure = "ask the server of machine 0, by --base-url"
+        raise GraftError(f"{options.checkpoint}: this machine {found}; {cure}")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
-            limit_s = start_limit_s(options.checkpoint)
+            limit_s = vllm_command.start_limit_s(options.checkpoint)
             if not _wait_ready(process, client, limit_s, report, log_path.stem):
                 raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
         except GraftError as error:
@@ -95,8 +89,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     """Run vLLM on our own streams until it ends; return its exit status.
 
     SIGINT, SIGTERM and SIGHUP stop it; a second one kills it. `on_ready` gets the address once a
-    completion came back; on a headless node, which cannot be asked, it is called once vLLM runs.
-    Raises GraftError if a healthy server refuses the completion.
+    completion came back (GraftError if it is refused), on a headless node once vLLM runs.
     """
     command = build_command(options)
     with (
@@ -105,7 +98,7 @@ def serve_foreground(options: ServeOptions, on_ready: Callable[[str], None]) -> 
     ):
         if command.is_headless:
             on_ready("headless; the first machine answers")
-        elif _wait_ready(process, client, float("inf")):
+        elif _wait_ready(process, client, float("inf"), lambda *_: None, ""):
             on_ready(command.base_url)
         _wait(process)
     return _wait(process)
@@ -117,7 +110,7 @@ def _running(
 ) -> Iterator[tuple[_Process, ServerClient]]:
     """Run vLLM in a process group of its own, of which nothing is left after the block."""
     if not command.is_headless:
-        check_port(command.host, command.port)
+        vllm_command.check_port(command.host, command.port)
     sockets = mkdtemp(prefix="vllm-")  # which vLLM leaves behind
     environment = {"VLLM_RPC_BASE_PATH": sockets, **os.environ, **command.env}
     process = subprocess.Popen(
@@ -168,11 +161,7 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 def _wait_ready(
-    process: _Process,
-    client: ServerClient,
-    timeout_s: float,
-    report: Report = lambda *_: None,
-    name: str = "",
+    process: _Process, client: ServerClient, timeout_s: float, report: Report, name: str
 ) -> bool:
     """Wait until the server is healthy and has returned one completion; False if it ended.
 
@@ -210,10 +199,8 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
     after = client.spec_decode_counters()
     gained = after - before if before and after else None
     if gained is None or gained.acceptance is None:
-        raise GraftError(
-            f"{client.base_url}: the server does not draft; expected a checkpoint with a head "
-            "and at least one speculative token"
-        )
+        expected = "expected a checkpoint with a head and at least one speculative token"
+        raise GraftError(f"{client.base_url}: the server does not draft; {expected}")
     return gained
 
 
@@ -228,6 +215,5 @@ def explain(log: Path) -> str:
     found = [each for lines in said.values() for each in _EXCEPTION.findall("\n".join(lines))]
     reasons = [each for each in found if not _SECOND_HAND.search(each)] or found
     reasons = reasons or [*filter(str.strip, text.split("\n"))][-3:]
-    return (
-        shorten(" | ".join(dict.fromkeys(reasons)), 4000, placeholder=" ...") or "it wrote nothing"
-    )
+    said_once = " | ".join(dict.fromkeys(reasons))
+    return shorten(said_once, 4000, placeholder=" ...") or "it wrote nothing"

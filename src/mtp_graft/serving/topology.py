@@ -97,10 +97,8 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
         gpus = _visible(pynvml)
         names = sorted({pynvml.nvmlDeviceGetName(gpu) for gpu in gpus})
         if len(names) != 1:
-            raise GraftError(
-                f"{here}: found {', '.join(names) or 'no GPU'}; expected GPUs of one kind: choose "
-                "with CUDA_VISIBLE_DEVICES"
-            )
+            expected = "expected GPUs of one kind: choose with CUDA_VISIBLE_DEVICES"
+            raise GraftError(f"{here}: found {', '.join(names) or 'no GPU'}; {expected}")
         known = _BY_NAME.get(names[0].lower().removeprefix("nvidia "), Hardware(None))
         memory = _told(pynvml, "MemoryInfo", gpus[0])  # not where it is the machine's
         memory_bytes = int(memory.total) if memory else known.memory_bytes

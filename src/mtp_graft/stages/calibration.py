@@ -67,20 +67,15 @@ def take_fitting(
     names = ", ".join(f"{name} ({len(token_ids)})" for name, token_ids in dropped.items())
     too_long = f"with more than {max_tokens} tokens, left out: {names or 'none'}"
     if len(taken) < count and left > 0:
-        raise GraftError(
-            f"{len(taken)} prompts for {what_for}, expected {count}; {too_long}; allow longer "
-            "prompts, or ask for fewer"
-        )
+        found = f"{len(taken)} prompts for {what_for}, expected {count}; {too_long}"
+        raise GraftError(f"{found}; allow longer prompts, or ask for fewer")
     if dropped:
         logger.warning("prompts for %s %s", what_for, too_long)
     return taken, dropped
 
 
 def load_calibration(source: str, count: int) -> list[Prompt]:
-    """Return the first `count` prompts of `source`.
-
-    Raises GraftError as `iterate_prompts` does, and for too few rows.
-    """
+    """Return the first `count` prompts; GraftError as `iterate_prompts`, and for too few rows."""
     prompts = list(islice(iterate_prompts(source), count))
     if len(prompts) < count:
         raise GraftError(f"{source}: {len(prompts)} prompts, expected {count}; ask for fewer")
@@ -137,9 +132,8 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         arrow, parquet = map(import_module, ("pyarrow", "pyarrow.parquet"))
     except ImportError as error:
-        raise GraftError(
-            f"{path}: pyarrow is not installed; pip install pyarrow, or name a JSON Lines file"
-        ) from error
+        cure = "pip install pyarrow, or name a JSON Lines file"
+        raise GraftError(f"{path}: pyarrow is not installed; {cure}") from error
     try:
         batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
@@ -148,10 +142,7 @@ def _parquet_rows(path: Path) -> Rows:
 
 
 def _hub_rows(source: str) -> Rows:
-    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when they are reached.
-
-    What the hub's cache has needs no network.
-    """
+    """Yield the rows of a split's files, `data/SPLIT-NNNNN-...`, fetched when it is reached."""
     from huggingface_hub import get_cached_repo_tree, hf_hub_download, snapshot_download
 
     from mtp_graft.stages.fetch import hub_errors

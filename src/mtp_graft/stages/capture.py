@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -30,13 +30,16 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
 from mtp_graft.errors import GraftError, in_words
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.command import ServeOptions, find_vllm
+from mtp_graft.serving.command import CPU_STEP, ServeOptions, find_vllm
 from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
 
 #: How long the server may take to write what it computed.
 WRITE_TIMEOUT_S = 60.0
+
+
+_Texts = list[FinishedText]
 
 
 class _NotWritten(GraftError):
@@ -61,10 +64,7 @@ def recording_options(base: Path, out: Path, settings: CaptureSection) -> ServeO
 
 
 def with_taps(settings: CaptureSection, upstream: Path) -> CaptureSection:
-    """Return `settings` with the taps that upstream's DSpark drafter reads, if they name none.
-
-    Raises GraftError for a config.json that lists no layers there.
-    """
+    """Return `settings` with the taps that upstream's config.json lists, if they name none."""
     path, key = upstream / "config.json", "dspark_target_layer_ids"
     config = read_object(path, "a config") if path.exists() else {}
     if settings.taps is not None or key not in config:
@@ -77,7 +77,7 @@ def with_taps(settings: CaptureSection, upstream: Path) -> CaptureSection:
 
 def step_tokens(max_model_len: int) -> int:
     """Return how many tokens a step of a recording server may have."""
-    return max(max_model_len, 2048)
+    return max(max_model_len, CPU_STEP)
 
 
 def capture(
@@ -146,14 +146,11 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     files += [base / shard for shard in sorted(set(read_index(base).values()))]
     words = [*base.glob("tokenizer*"), *base.glob("chat_template*")]
     files += sorted(path for path in words if path.is_file())
-    decisive = {
-        "max_prompt_tokens": settings.max_prompt_tokens,
-        "new_tokens": settings.new_tokens,
-        "calibration_tokens": settings.calibration_tokens,
-        "taps": settings.taps or None,  # null, as in captures from before there were any
-        "prompts": sha256(asked.encode()).hexdigest(),
-        "base": manifest.fingerprints(files),
-    }
+    keys = ("max_prompt_tokens", "new_tokens", "calibration_tokens")
+    decisive: dict[str, Any] = {key: getattr(settings, key) for key in keys}
+    decisive["taps"] = settings.taps or None  # null, as in captures from before there were any
+    decisive["prompts"] = sha256(asked.encode()).hexdigest()
+    decisive["base"] = manifest.fingerprints(files)
     manifest.claim_folder(out, decisive)
     (out / capture_files.RECORDINGS).mkdir(exist_ok=True)
     (out / capture_files.SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
@@ -172,21 +169,17 @@ def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
         raise GraftError(f"{error}; in {log}: {explain(log)}") from error
 
 
-def _choose(
-    client: ServerClient, settings: CaptureSection
-) -> tuple[list[FinishedText], list[dict[str, Any]]]:
+def _choose(client: ServerClient, settings: CaptureSection) -> tuple[_Texts, list[dict[str, Any]]]:
     """Return the prompts to continue, and `id`, `split` and `tokens` of those that are too long.
 
     Every call makes the same choice. Raises GraftError for a source that has too few others.
     """
     wanted = wanted_prompts(settings)
     sources = {source: iterate_prompts(source) for source, _ in wanted.values()}
-    asked: list[FinishedText] = []
-    dropped: list[dict[str, Any]] = []
+    asked, dropped = _Texts(), list[dict[str, Any]]()
     for split, (source, count) in wanted.items():
-        longest = settings.max_prompt_tokens
         most = settings.calibration_tokens if split == CALIBRATION else None
-        asking = sources[source], count, longest, split
+        asking = sources[source], count, settings.max_prompt_tokens, split
         fit, rest = take_fitting(client, *asking, most, settings.new_tokens)
         for name, token_ids in fit.items():
             asked.append(FinishedText(len(asked), name, split, token_ids, ()))
@@ -195,11 +188,7 @@ def _choose(
 
 
 def _generate(
-    client: ServerClient,
-    out: Path,
-    settings: CaptureSection,
-    asked: Sequence[FinishedText],
-    report: Progress,
+    client: ServerClient, out: Path, settings: CaptureSection, asked: _Texts, report: Progress
 ) -> float | None:
     """Have every prompt continued that is not yet; return the speed in tokens a second."""
     done = {text.number for text in read_texts(out)}
@@ -259,11 +248,10 @@ def _remove_strays(out: Path) -> None:
             path.unlink()
 
 
-def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
+def _collect(out: Path, texts: _Texts) -> None:
     """Find `texts`, which have been sent, in new recordings, and enter them in the index.
 
-    Raises _NotWritten if the server could not write a recording, and GraftError if nothing was
-    written for WRITE_TIMEOUT_S.
+    Raises _NotWritten if the server could not write one, GraftError after WRITE_TIMEOUT_S of none.
     """
     missing, seen = [*texts], {sequence.recording for sequence in read_sequences(out)}
     folder, deadline = out / capture_files.RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
@@ -273,23 +261,20 @@ def _collect(out: Path, texts: Sequence[FinishedText]) -> None:
             _enter(out, name, missing)
         seen |= new
         if not (out / capture_files.INTACT_NAME).exists():
-            raise _NotWritten(
-                f"{folder}: the server could not write what it recorded; make room there if the "
-                "disk is full, and run again: what was written is kept"
-            )
+            cure = "make room there if the disk is full, and run again: what was written is kept"
+            raise _NotWritten(f"{folder}: the server could not write what it recorded; {cure}")
         if new:
             deadline = time.monotonic() + WRITE_TIMEOUT_S
         elif time.monotonic() > deadline:
-            raise GraftError(
-                f"{folder}: prompt {missing[0].id!r} ({len(missing)} in all) was sent, but is in "
-                "no recording; expected a server that records into this folder, without prefix "
-                "caching and chunked prefill; its log may say more"
-            )
+            first, num = missing[0].id, len(missing)
+            found = f"{folder}: prompt {first!r} ({num} in all) was sent, but is in no recording"
+            how = "without prefix caching and chunked prefill; its log may say more"
+            raise GraftError(f"{found}; expected a server that records into this folder, {how}")
         else:
             time.sleep(0.01)
 
 
-def _enter(out: Path, name: str, missing: list[FinishedText]) -> None:
+def _enter(out: Path, name: str, missing: _Texts) -> None:
     """Enter in the index what a recording has of the `missing` texts; they no longer are."""
     with Shard(out / capture_files.RECORDINGS / name) as shard:
         recording = shard.read(("token_ids", "starts"))
@@ -297,10 +282,7 @@ def _enter(out: Path, name: str, missing: list[FinishedText]) -> None:
     for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
         # Equal prompts have equal sequences: each recorded copy stands for one of them. What is
         # none of them is another client's request, or ours for the second time.
-        text = next((t for t in missing if t.token_ids == token_ids[start:end]), None)
-        if text is not None:
+        if text := next((t for t in missing if t.token_ids == token_ids[start:end]), None):
             missing.remove(text)
-            sequence = CapturedSequence(
-                text.number, text.id, text.split, len(text.prompt), end - start, name, start
-            )
-            capture_files.append_row(out, sequence)
+            about = text.number, text.id, text.split, len(text.prompt)
+            capture_files.append_row(out, CapturedSequence(*about, end - start, name, start))

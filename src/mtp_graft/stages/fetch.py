@@ -21,14 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    errors,
-    get_cached_repo_tree,
-    get_session,
-    snapshot_download,
-)
+import huggingface_hub as hub
+from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
 
 from mtp_graft.checkpoint.files import is_full_disk, read_object, sha256, visible_files, write_json
@@ -47,9 +41,7 @@ logger = logging.getLogger(__name__)
 HUB_ERRORS: tuple[type[Exception], ...] = (
     errors.HTTPError,  # type: ignore[attr-defined]
     errors.SafetensorsParsingError,
-    OSError,
-    ValueError,
-    RuntimeError,
+    *(OSError, ValueError, RuntimeError),
     *(TypeError, KeyError),  # JSON of another structure, as a proxy may answer
 )
 _HEAD = "mtp."
@@ -100,8 +92,7 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     """Return the folders of base and upstream, downloading what is on the hub.
 
     What an earlier call fetched is taken from `out/report.json`, without asking the hub again.
-    Raises GraftError if one cannot be had or its bytes are wrong, if the upstream index lists no
-    head, and if the cache's disk has no room.
+    Raises GraftError if one cannot be had, is wrong or has no head, and for a full disk.
     """
     if (known := already_fetched(out, model)) is not None:
         return known
@@ -127,10 +118,7 @@ def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
 
 
 def survey(model: ModelSection) -> tuple[Source, Source]:
-    """Return what base and upstream are and what of them is needed, fetching small files only.
-
-    Raises GraftError for what is not there, or is no checkpoint.
-    """
+    """Return what is needed of both, fetching small files; GraftError for what is no checkpoint."""
     base = find_source(model.base, model.base_revision, "base")
     return base, find_source(model.upstream, model.upstream_revision, "head")
 
@@ -161,10 +149,8 @@ def _needed_files(given: str, folder: Path, part: Literal["base", "head"]) -> se
     weight_map = read_weight_map(folder / INDEX_NAME)
     shards = {s for name, s in weight_map.items() if part == "base" or name.startswith(_HEAD)}
     if not shards:
-        raise GraftError(
-            f"{given}: its index lists no {_HEAD}* tensor; expected the upstream, "
-            "deepseek-ai/DeepSeek-V4-Flash"
-        )
+        expected = "expected the upstream, deepseek-ai/DeepSeek-V4-Flash"
+        raise GraftError(f"{given}: its index lists no {_HEAD}* tensor; {expected}")
     patterns = _BESIDE_SHARDS[part]
     return shards | {*filter_repo_objects(visible_files(folder), allow_patterns=patterns)}
 
@@ -173,13 +159,12 @@ def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dic
     """Return the sizes of files that are needed; of those that are not here, by the hub."""
     sizes = {n: (folder / n).stat().st_size for n in sorted(names) if (folder / n).is_file()}
     if len(sizes) < len(names) and commit is not None:
-        entries = get_cached_repo_tree(given, revision=commit)  # of the snapshot's small files
+        entries = hub.get_cached_repo_tree(given, revision=commit)  # of the snapshot's small files
         sizes = {e.path: e.size for e in sorted(entries, key=lambda e: e.path) if e.path in names}
     if absent := sorted(names - sizes.keys()):
         where = "" if commit is None else f" at {commit}; choose another revision"
-        raise GraftError(
-            f"{given}: has no {absent[0]}, which is needed ({len(absent)} in all){where}"
-        )
+        found = f"has no {absent[0]}, which is needed ({len(absent)} in all)"
+        raise GraftError(f"{given}: {found}{where}")
     return sizes
 
 
@@ -187,8 +172,7 @@ def _sizes(given: str, folder: Path, commit: str | None, names: set[str]) -> dic
 def headers_of(source: Source) -> Iterator[Path]:
     """Yield a temporary folder to read a source's config, index and shard headers from.
 
-    Shards that are not in the cache have a header and no values. A GraftError inside names the
-    source in the folder's place.
+    Shards that are not in the cache have no values. A GraftError inside names the source instead.
     """
     missing = source.missing
     with TemporaryDirectory(prefix="mtp-graft-") as name:
@@ -209,7 +193,8 @@ def headers_of(source: Source) -> Iterator[Path]:
 def _write_header(source: Source, folder: Path, shard: str) -> None:
     """Write a file with a shard's name, header and size, but without values."""
     with hub_errors(f"{source.given}/{shard}"):
-        found = HfApi().parse_safetensors_file_metadata(source.given, shard, revision=source.commit)
+        api, commit = hub.HfApi(), source.commit
+        found = api.parse_safetensors_file_metadata(source.given, shard, revision=commit)
     text = json.dumps({name: asdict(info) for name, info in found.tensors.items()}).encode()
     (folder / shard).write_bytes(len(text).to_bytes(8, "little") + text)
     end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
@@ -267,7 +252,7 @@ def _snapshot(
                 on_bytes(int(self.n))
 
     with hub_errors(repo):
-        found = snapshot_download(
+        found = hub.snapshot_download(
             repo, revision=revision, allow_patterns=patterns, max_workers=_AT_ONCE, tqdm_class=Bar
         )
     return Path(found)
@@ -287,31 +272,27 @@ def _check_hashes(source: Source, report: Progress) -> None:
             report(f"fetch: check {name}", number, len(large))
             if found != blob.name:
                 blob.unlink()
-                raise GraftError(
-                    f"{blob}: sha256 is {found}, expected {blob.name} by the hub, for {name}; it "
-                    "is removed: run again to fetch it anew"
-                )
+                expected = f"expected {blob.name} by the hub, for {name}"
+                cure = "it is removed: run again to fetch it anew"
+                raise GraftError(f"{blob}: sha256 is {found}, {expected}; {cure}")
 
 
 @contextmanager
 def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
     """Wait for a hub that is busy; whatever else asking it for `what` raises is one GraftError."""
-    client: Any = get_session()  # which by itself sends some requests once only
+    client: Any = hub.get_session()  # which by itself sends some requests once only
     if not isinstance(client.send, partial):
         client.send = partial(_send, client.send)
     try:
         yield
     except HUB_ERRORS as error:
         if isinstance(error, OSError) and is_full_disk(error):
-            raise GraftError(
-                f"{what}: the disk of {constants.HF_HUB_CACHE} is full; make room or set HF_HOME "
-                "to another, and run again to go on"
-            ) from error
+            found = f"the disk of {constants.HF_HUB_CACHE} is full"
+            cure = "make room or set HF_HOME to another, and run again to go on"
+            raise GraftError(f"{what}: {found}; {cure}") from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HubError(
-            f"{what}: cannot be fetched from the hub ({first}); check the id and the network, "
-            f"or name {instead}; run again to go on"
-        ) from error
+        cure = f"check the id and the network, or name {instead}; run again to go on"
+        raise HubError(f"{what}: cannot be fetched from the hub ({first}); {cure}") from error
 
 
 def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
-from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence
 from mtp_graft.checkpoint.files import replacing, write_json
 from mtp_graft.checkpoint.quant_manifest import HEALED_NAME
@@ -31,25 +30,17 @@ from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.heal import EXPERTS, OUTPUT, ROUTER, BaseOutput, Batch, distance, trained_parts
 from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.dsv4.replay import build_head, replay_drafts
-from mtp_graft.dsv4.variants import decode_head, store_head
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import encode_fp8
 from mtp_graft.recipe import HealSection, Linears, Variant
 from mtp_graft.serving.metrics import Step, count_steps, drafting_result
-from mtp_graft.stages.inputs import (
-    CALIBRATION,
-    EVALUATION,
-    HEALED,
-    REPORT_NAME,
-    Inputs,
-    Progress,
-    Tensors,
-    expert_files,
-    open_inputs,
-)
+from mtp_graft.stages import inputs as stage_inputs
+from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, HEALED, Inputs, Progress
 from mtp_graft.stages.parallel import find_device
 from mtp_graft.stages.score import draft_steps
 
+_Named = Mapping[str, Tensor]
 _SHARD, _STATE = "healed.safetensors", "state.pt"
 _RESAMPLES, _ENDS = 2000, (0.025, 0.975)
 #: At how many of the places first drafts may be right no more: half a point.
@@ -80,15 +71,11 @@ def heal(
     started, device = time.perf_counter(), find_device(settings.device)
     models = capture, upstream, base
     inputs, held_out = (_open(*models, split, settings.k) for split in (CALIBRATION, EVALUATION))
-    experts = expert_files(quantized) if variant == "gptq" else []
+    experts = stage_inputs.expert_files(quantized) if variant == "gptq" else []
     decisive = asdict(settings) | {"variant": variant, "linears": linears, "device": device}
-    files = manifest.fingerprints([*inputs.files, *held_out.files, *experts])
-    manifest.claim_folder(out, {**decisive, "inputs": files})
-    if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
+    if (finished := inputs.claim(out, decisive, *held_out.files, *experts)) is not None:
         return finished
-    with inputs.head.named(), Tensors.in_files(experts).opened() as gptq:
-        master = inputs.read_upstream([*inputs.head.files])
-        stored = store_head(master, variant, gptq, group_size=group_size, linears=linears)
+    stored = inputs.store(variant, experts, group_size=group_size, linears=linears)
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
     if device != "cpu":
         head.layer.mlp.experts.bfloat16()  # as the server computes with them
@@ -102,27 +89,22 @@ def heal(
         "tokens": sum(s.tokens for s in inputs.sequences),
         "seconds": time.perf_counter() - started,
     }
+    master = inputs.read_upstream([*inputs.head.files])
     _write_master(head_from_module(state["best"]), master, fp8, out / HEALED, result)
-    write_json(result, out / REPORT_NAME)
-    seconds = result["seconds"]
-    manifest.write_manifest(out, "heal", decisive, inputs.indexes(), device, seconds)
+    inputs.finish(out, "heal", decisive, result, result["seconds"])
     return result
 
 
 def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inputs:
     """Return the inputs with the texts of a split that have all drafts of a step."""
-    inputs = open_inputs(capture, upstream, base, split, "embed.weight", "head.weight")
+    inputs = stage_inputs.open_inputs(capture, upstream, base, split, "embed.weight", "head.weight")
     if inputs.stages:
-        raise GraftError(
-            f"{upstream}: has a DSpark drafter, which was trained for blocks already; expected an "
-            "MTP head: leave [heal] out"
-        )
+        found = "has a DSpark drafter, which was trained for blocks already"
+        raise GraftError(f"{upstream}: {found}; expected an MTP head: leave [heal] out")
     texts = [s for s in inputs.sequences if s.tokens > s.prompt_tokens + k]
     if not texts:
-        raise GraftError(
-            f"{capture}: no text of split {split!r} has more than {k} tokens after its prompt; "
-            "capture more, or longer ones"
-        )
+        found = f"no text of split {split!r} has more than {k} tokens after its prompt"
+        raise GraftError(f"{capture}: {found}; capture more, or longer ones")
     return replace(inputs, sequences=texts)
 
 
@@ -132,7 +114,7 @@ def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inpu
 def _train(
     head: MTPHead,
     parts: Mapping[str, nn.Parameter],
-    given: Mapping[str, Tensor],
+    given: _Named,
     inputs: Inputs,
     held_out: Inputs,
     settings: HealSection,
@@ -201,11 +183,9 @@ def _in_batches(sequences: Sequence[CapturedSequence], tokens: int) -> Iterator[
     chosen: list[CapturedSequence] = []
     for sequence in sequences:
         chosen.append(sequence)
-        if sum(s.tokens for s in chosen) >= tokens:
+        if sum(s.tokens for s in chosen) >= tokens or sequence is sequences[-1]:
             yield chosen
             chosen = []
-    if chosen:
-        yield chosen
 
 
 def _precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -285,11 +265,7 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write_master(
-    parts: Mapping[str, Tensor],
-    master: Mapping[str, Tensor],
-    fp8: Container[str],
-    out: Path,
-    about: Mapping[str, Any],
+    parts: _Named, master: _Named, fp8: Container[str], out: Path, about: Mapping[str, Any]
 ) -> None:
     """Write the master with the trained parts, those named in `fp8` in FP8 blocks."""
     head = dict(master)

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from mtp_graft.checkpoint import capture as capture_files
+from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded, read_recorded, read_sequences
-from mtp_graft.checkpoint.files import read_object
+from mtp_graft.checkpoint.files import read_object, write_json
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_index, read_meta
 from mtp_graft.dsv4.config import DSparkDimensions, check_dimensions, num_stages
 from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
-from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.recipe import Variant
 from mtp_graft.serving.command import read_config
 
 if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stages need one
@@ -32,6 +34,7 @@ if TYPE_CHECKING:  # importing transformers' models takes seconds, and few stage
 _warn_once = cache(logging.getLogger(__name__).warning)
 
 Progress = Callable[[str, int, int], None]  # label, units done, units in all
+Json = Mapping[str, Any]
 
 #: Names that others have for a master's tensors.
 _BIAS, _SCALE = map(re.compile, (r"\.gate\.e_score_correction_bias$", r"\.weight_scale(_inv)?$"))
@@ -107,10 +110,7 @@ def read_master(upstream: Path) -> Tensors:
 
 
 def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
-    """Return what config.json has to say of a DSpark drafter; nothing of an MTP head.
-
-    `head` are its tensors' names. Raises GraftError where upstream's own does not say it.
-    """
+    """Return what config.json says of a DSpark drafter (MTP: nothing); GraftError without."""
     kind, stages, _ = find_drafter(head, upstream)
     if kind == "mtp":
         return {}
@@ -121,9 +121,7 @@ def drafter_config(upstream: Path, head: Iterable[str]) -> dict[str, Any]:
     return {**said, "n_mtp_layers": stages, "is_causal": False}
 
 
-def check_head(
-    upstream: Path, head: Tensors, config: Mapping[str, Any], group_size: int = 128
-) -> None:
+def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 128) -> None:
     """Raise GraftError for a head whose decoded tensors are not those that `config` asks for."""
     expected = head_shapes(config)
     with head.named():
@@ -132,31 +130,27 @@ def check_head(
     wrong = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
     if wrong:
         ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
-        raise GraftError(
-            f"{upstream}: {wrong[0]} is {ours}, expected {theirs} by the base's "
-            f"config.json ({len(wrong)} of the head's {len(expected)} tensors differ); base and "
-            "upstream are different models, or a shard is damaged: fetch it again"
-        )
+        said = f"{wrong[0]} is {ours}, expected {theirs} by the base's config.json"
+        num = f"{len(wrong)} of the head's {len(expected)} tensors differ"
+        why = "base and upstream are different models, or a shard is damaged: fetch it again"
+        raise GraftError(f"{upstream}: {said} ({num}); {why}")
     for name, tensor in head.meta.items():
         right = storage_dtype(name)
         if tensor.dtype == torch.float16 or tensor.dtype != right == torch.float32:
             raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected {right}")
 
 
-def read_base(
-    base: Path, *needed: str, known: Mapping[str, Tensor] | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a base's config.json and weight map; `known` are its tensors, if they have been read.
+def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return a base's config.json and weight map.
 
-    Raises GraftError for what is no DeepSeek-V4 checkpoint, and where one of the `needed` tensors
-    [V, D] is missing or has another shape than config.json says.
+    Raises GraftError for what is no DeepSeek-V4 checkpoint, or lacks one of the `needed` [V, D].
     """
     weight_map, settings = read_index(base), read_config(base)
     expected = [settings["vocab_size"], settings["hidden_size"]]
     for name in needed:
         if name not in weight_map:
             raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
-        found = list((known or read_meta(base, name))[name].shape)
+        found = list(read_meta(base, name)[name].shape)
         if found != expected:
             raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
     return settings, weight_map
@@ -167,9 +161,8 @@ def expert_files(quantized: Path | None) -> list[Path]:
     files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
     if not files:
         where = quantized / GPTQ if quantized else "variant gptq"
-        raise GraftError(
-            f"{where}: no quantized experts; run `mtp-graft quantize` first, or leave gptq out"
-        )
+        cure = "run `mtp-graft quantize` first, or leave gptq out"
+        raise GraftError(f"{where}: no quantized experts; {cure}")
     return files
 
 
@@ -187,11 +180,6 @@ class Inputs:
     files: list[Path]  # all that a stage's result depends on
 
     @property
-    def taps(self) -> int:
-        """Return how many layers of the base a DSpark drafter reads."""
-        return len(self.model.dspark_target_layer_ids)
-
-    @property
     def block_size(self) -> int:
         """Return how many rows a DSpark drafter was trained to draft in one pass."""
         return int(self.model.dspark_block_size)
@@ -199,17 +187,24 @@ class Inputs:
     def calibration_rows(self, sequence: CapturedSequence) -> int:
         """Return how many inputs a sequence gives the experts of a stage.
 
-        A head reads all tokens that have a successor. DSpark has a block of rows for each token
-        after the prompt, as served.
+        A head reads all tokens with a successor; DSpark has a block of rows for each of the answer.
         """
         if not self.stages:
             return sequence.calibration_tokens
         return self.block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
 
-    def indexes(self) -> list[Path]:
-        """Return the files that name all others, for a stage's manifest."""
-        indexes = [folder / INDEX_NAME for folder in (self.upstream, self.base)]
-        return [self.capture / capture_files.INDEX_NAME, *indexes]
+    def claim(self, out: Path, decisive: Json, *also: Path) -> dict[str, Any] | None:
+        """Make `out` a stage's folder or raise GraftError; return its result if finished."""
+        found = manifest.fingerprints([*self.files, *also])
+        manifest.claim_folder(out, {**decisive, "inputs": found})
+        return manifest.finished_result(out, REPORT_NAME)
+
+    def finish(self, out: Path, stage: str, config: Json, result: Json, seconds: float) -> None:
+        """Write a stage's result and its manifest, which has the files that name all others."""
+        write_json(result, out / REPORT_NAME)
+        inputs = [self.capture / capture_files.INDEX_NAME]
+        inputs += [folder / INDEX_NAME for folder in (self.upstream, self.base)]
+        manifest.write_manifest(out, stage, config, inputs, config["device"], seconds)
 
     def read_upstream(self, names: list[str], device: str = "cpu") -> dict[str, Tensor]:
         """Read some of upstream's tensors to `device`."""
@@ -219,34 +214,32 @@ class Inputs:
         found = zip(names, tensors, strict=True)
         return {name: tensor.to(device, non_blocking=pinned) for name, tensor in found}
 
-    def read_sequence(self, sequence: CapturedSequence, device: str = "cpu") -> Recorded:
-        """Return what was recorded of a sequence, its residual on `device`.
+    def store(self, variant: Variant, experts: Iterable[Path], **how: Any) -> dict[str, Tensor]:
+        """Return `store_head` of all of upstream's head and of GPTQ's `experts` in some files."""
+        with self.head.named(), Tensors.in_files(experts).opened() as gptq:
+            return store_head(self.read_upstream([*self.head.files]), variant, gptq, **how)
 
-        Raises GraftError for a recording that is damaged or of another model.
-        """
+    def read_sequence(self, sequence: CapturedSequence, device: str = "cpu") -> Recorded:
+        """Return what was recorded, on `device`; GraftError if damaged or of another model."""
         model = self.model
         recorded = read_recorded(self.capture, sequence, model.hc_mult, device)
         hidden, largest = recorded.residual.shape[2], int(recorded.token_ids.max())
-        if self.stages and (recorded.taps is None or recorded.taps.shape[1] != self.taps):
-            raise GraftError(
-                f"{self.capture}: has not the taps of {self.taps} layers that a DSpark drafter "
-                "reads; capture again with this upstream, or with [capture] taps"
-            )
+        layers = len(model.dspark_target_layer_ids) if self.stages else 0
+        if layers and (recorded.taps is None or recorded.taps.shape[1] != layers):
+            found = f"has not the taps of {layers} layers that a DSpark drafter reads"
+            cure = "capture again with this upstream, or with [capture] taps"
+            raise GraftError(f"{self.capture}: {found}; {cure}")
         if hidden == model.hidden_size and largest < model.vocab_size:
             return recorded
         path = self.capture / capture_files.RECORDINGS / sequence.recording
-        raise GraftError(
-            f"{path}: prompt {sequence.id!r} has hidden size {hidden} and token {largest}, "
-            f"expected {model.hidden_size} and less than {model.vocab_size} by the base's "
-            "config.json; capture and base are of different models"
-        )
+        found = f"prompt {sequence.id!r} has hidden size {hidden} and token {largest}"
+        expected = f"{model.hidden_size} and less than {model.vocab_size} by the base's config.json"
+        why = "capture and base are of different models"
+        raise GraftError(f"{path}: {found}, expected {expected}; {why}")
 
 
 def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: str) -> Inputs:
-    """Return the inputs; `needed` are tensors of the base, as in `read_base`.
-
-    Raises GraftError for an upstream head or a base that is no such thing.
-    """
+    """Return the inputs; `needed` are tensors of the base. GraftError for no such head or base."""
     sequences = [s for s in read_sequences(capture) if s.split == split]
     from mtp_graft.dsv4.replay import model_config
 
@@ -256,9 +249,8 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     try:
         model = model_config(settings)
     except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(
-            f"{base / 'config.json'}: {in_words(error)}; expected a DeepSeek-V4 configuration"
-        ) from error
+        expected = "expected a DeepSeek-V4 configuration"
+        raise GraftError(f"{base / 'config.json'}: {in_words(error)}; {expected}") from error
     files = [
         base / "config.json",
         capture / capture_files.INDEX_NAME,

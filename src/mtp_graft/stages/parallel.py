@@ -31,10 +31,7 @@ Result = TypeVar("Result")
 def read_ahead(
     read: Callable[[Item], Result], items: Iterable[Item], readers: int
 ) -> Iterator[Iterator[Result]]:
-    """Yield the results of `read` in the items' order, while up to `readers` more are in work.
-
-    An error of `read` is raised where its result would have been.
-    """
+    """Yield the results of `read`, or its error, in the items' order; `readers` are in work."""
     with ThreadPoolExecutor(readers) as pool:
         left = iter(items)
         pending = deque(pool.submit(read, item) for item in islice(left, readers))

@@ -97,36 +97,29 @@ def _check_card(card: Path, spliced: Spliced) -> None:
         raise GraftError(f"{card / CARD_NAME}: not found; {cure}")
     about = read_object(card / TRACE_NAME, "a card's data", cure).get("checkpoint")
     if about != (here := spliced.identity()):
-        raise GraftError(
-            f"{card}: is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}; "
-            "run `mtp-graft card` again"
-        )
+        found = f"is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}"
+        raise GraftError(f"{card}: {found}; run `mtp-graft card` again")
 
 
 def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
     """Return `commit`, `url`, and whether the repository is `private`."""
     token = get_token()
     if token is None:
-        raise GraftError(
-            "no token for the hub: set HF_TOKEN, or log in with `hf auth login`; it needs to be "
-            "allowed to write"
-        )
+        cure = "set HF_TOKEN, or log in with `hf auth login`; it needs to be allowed to write"
+        raise GraftError(f"no token for the hub: {cure}")
     api = HfApi(token=token)
     added = [CommitOperationAdd(name, file) for name, file in files.items()]
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         is_private = bool(api.repo_info(repo).private)
         if private and not is_private:
-            raise GraftError(
-                f"{repo}: exists and is public, --private was asked for; nothing was uploaded: "
-                "change it on the hub, or choose another --repo"
-            )
+            found = "exists and is public, --private was asked for; nothing was uploaded"
+            raise GraftError(f"{repo}: {found}: change it on the hub, or choose another --repo")
         message = "Checkpoint and card, by mtp-graft publish"
         commit = api.create_commit(repo, added, commit_message=message)
     except HUB_ERRORS as error:
         said = " ".join(str(error).split())
-        raise GraftError(
-            f"{repo}: the upload stopped ({said}); check that HF_TOKEN may write there, and run "
-            "the same command again: what has arrived is not sent twice"
-        ) from error
+        cure = "check that HF_TOKEN may write there, and run the same command again"
+        found = f"the upload stopped ({said}); {cure}: what has arrived is not sent twice"
+        raise GraftError(f"{repo}: {found}") from error
     return {"commit": commit.oid, "url": f"{api.endpoint}/{repo}", "private": is_private}

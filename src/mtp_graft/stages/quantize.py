@@ -18,30 +18,28 @@ V vocabulary, K experts a token, E experts of a batch, M the experts' intermedia
 import json
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence, Recorded
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, load_tensors, save_shard
 from mtp_graft.dsv4 import experts as head_experts
-from mtp_graft.dsv4.dspark import DSpark
 from mtp_graft.dsv4.experts import MATRICES, RoutedTokens
-from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.dsv4.replay import build_dspark, build_head, replay_block_routing, replay_routing
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, Variant
 from mtp_graft.stages import parallel
-from mtp_graft.stages.inputs import CALIBRATION, GPTQ, REPORT_NAME, Inputs, Progress, open_inputs
+from mtp_graft.stages.inputs import CALIBRATION, GPTQ, Inputs, Progress, open_inputs
 from mtp_graft.stages.parallel import Clock
 
 #: Sequences, and batches of upstream's experts, that are read ahead.
@@ -53,12 +51,7 @@ RESIDENT_BYTES = 6 * 2**30
 
 
 def quantize(
-    capture: Path,
-    upstream: Path,
-    base: Path,
-    out: Path,
-    settings: QuantizeSection,
-    report: Progress,
+    capture: Path, upstream: Path, base: Path, out: Path, section: QuantizeSection, report: Progress
 ) -> dict[str, Any]:
     """Write GPTQ's experts and the report on all variants to `out`; return the report.
 
@@ -68,21 +61,29 @@ def quantize(
     """
     started = time.perf_counter()
     with parallel.single_thread():
-        inputs = _open(capture, upstream, base, settings)
-        clock = Clock(parallel.find_device(settings.device))
-        _claim(out, inputs, settings, clock.device)
-        if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
+        inputs = _open(capture, upstream, base, section)
+        clock = Clock(parallel.find_device(section.device))
+        config = asdict(section) | {"device": clock.device}
+        # Which heads there are is for the later stages to know.
+        if finished := inputs.claim(out, {k: v for k, v in config.items() if k != "variants"}):
             return finished
-        batches = _batches(inputs, settings.experts_per_batch, out / GPTQ)
-        for stage in range(inputs.stages or 1):
-            if any(batch.stage == stage and not _is_done(batch.file) for batch in batches):
-                _quantize(inputs, settings, batches, stage, clock, report)
-        result = _report(inputs, settings, [batch.file for batch in batches], clock)
+        (out / GPTQ).mkdir(exist_ok=True)
+        work = _Work(inputs, section, clock, report)
+        batches = _batches(inputs, section.experts_per_batch, out / GPTQ)
+        pending = [batch for batch in batches if not batch.is_done()]
+        for _, of_stage in groupby(pending, lambda batch: batch.stage):
+            _quantize(work, batches, [*of_stage])
+        result = _report(work, batches)
         seconds = result["seconds"]["total"] = time.perf_counter() - started
-        write_json(result, out / REPORT_NAME)
-        given = inputs.indexes()
-        manifest.write_manifest(out, "quantize", asdict(settings), given, clock.device, seconds)
+        inputs.finish(out, "quantize", config, result, seconds)
         return result
+
+
+class _Work(NamedTuple):
+    inputs: Inputs
+    settings: QuantizeSection
+    clock: Clock
+    report: Progress
 
 
 class _Batch(NamedTuple):
@@ -96,15 +97,21 @@ class _Batch(NamedTuple):
     def modules(self) -> list[str]:
         return [f"mtp.{self.stage}.ffn.experts.{e}" for e in self.experts]
 
+    def is_done(self) -> bool:
+        """Return whether the file is there and readable; one that is not, is made again."""
+        try:
+            with Shard(self.file):
+                return self.file.with_suffix(".json").exists()
+        except GraftError:
+            return False
+
 
 def _batches(inputs: Inputs, size: int, out: Path) -> list[_Batch]:
     total, found = inputs.model.n_routed_experts, list[_Batch]()
-    for stage in range(inputs.stages or 1):
-        of_stage = f"{stage}-" if inputs.stages else ""
-        for e in range(0, total, size):
-            end = min(e + size, total)
-            file = out / f"experts-{of_stage}{e:04d}-{end - 1:04d}.safetensors"
-            found.append(_Batch(stage, range(e, end), file))
+    for stage, first in product(range(inputs.stages or 1), range(0, total, size)):
+        experts = range(first, min(first + size, total))
+        name = f"experts-{f'{stage}-' if inputs.stages else ''}{first:04d}-{experts[-1]:04d}"
+        found.append(_Batch(stage, experts, out / f"{name}.safetensors"))
     return found
 
 
@@ -115,29 +122,9 @@ def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) 
         store_head(inputs.head.meta, "rtn", group_size=settings.group_size)  # or it does not divide
     sequences = [s for s in inputs.sequences if inputs.calibration_rows(s)]
     if not sequences:
-        raise GraftError(
-            f"{capture}: no captured sequences of split {CALIBRATION!r} with three tokens or more; "
-            "run `mtp-graft capture` first"
-        )
+        found = f"no captured sequences of split {CALIBRATION!r} with three tokens or more"
+        raise GraftError(f"{capture}: {found}; run `mtp-graft capture` first")
     return replace(inputs, sequences=sequences)
-
-
-def _claim(out: Path, inputs: Inputs, settings: QuantizeSection, device: str) -> None:
-    """Make `out` this stage's folder; GraftError if it was begun with other settings or inputs."""
-    decisive = asdict(settings) | {"device": device}
-    del decisive["variants"]  # which heads there are is for the later stages to know
-    decisive["inputs"] = manifest.fingerprints(inputs.files)
-    manifest.claim_folder(out, decisive)
-    (out / GPTQ).mkdir(exist_ok=True)
-
-
-def _is_done(file: Path) -> bool:
-    """Return whether a batch is there and readable; one that is not, is made again."""
-    try:
-        with Shard(file):
-            return file.with_suffix(".json").exists()
-    except GraftError:
-        return False
 
 
 # Replay
@@ -158,52 +145,41 @@ def replay_capture(
     x = torch.empty(num_tokens, model.hidden_size, dtype=torch.bfloat16, device=device)  # [N, D]
     shape = (num_tokens, model.num_experts_per_tok)
     experts = torch.empty(shape, dtype=torch.int32, device=device)  # [N, K]
-    weights = torch.empty(shape if inputs.stages else (0,), device=device)
+    weights = torch.empty(shape, device=device)
     start, read = 0, partial(inputs.read_sequence, device=clock.device)
     report("replay", 0, len(sequences))
     with parallel.read_ahead(read, sequences, _SEQUENCES_AHEAD) as captured:
         with clock.timed("io"):  # while the first sequences are being read
-            embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(clock.device)
-            drafter = _load_drafter(inputs, clock.device, stage, quantized)
+            route = _load_drafter(inputs, clock.device, stage, quantized)
         for number, sequence in enumerate(sequences, start=1):
             with clock.timed("io"):
                 recorded = next(captured)
-            end = start + inputs.calibration_rows(sequence)
+            rows = slice(start, start := start + inputs.calibration_rows(sequence))
             with clock.timed("replay", tf32=True):
-                routed = _route(drafter, inputs, sequence, recorded, embed)
-                x[start:end], experts[start:end], shares = routed
-                if inputs.stages:
-                    weights[start:end] = shares
-            start = end
+                x[rows], experts[rows], weights[rows] = route(sequence, recorded)
             report("replay", number, len(sequences))
     return RoutedTokens(x, experts, model.n_routed_experts, weights if inputs.stages else None)
 
 
-def _route(
-    drafter: MTPHead | DSpark,
-    inputs: Inputs,
-    sequence: CapturedSequence,
-    recorded: Recorded,
-    embed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what the experts are given of one sequence, as a `RoutingRecorder` keeps it."""
-    if isinstance(drafter, DSpark):
-        assert recorded.taps is not None
-        given = recorded.taps, recorded.token_ids, embed
-        return replay_block_routing(drafter, *given, sequence.prompt_tokens, inputs.block_size)
-    known = sequence.calibration_tokens + 1  # at token i the head reads token i + 1
-    embeds = embed[recorded.token_ids[:known].to(embed.device)]  # [T + 1, D]
-    return replay_routing(drafter, recorded.residual[:known], embeds)
+_Routed = tuple[Tensor, Tensor, Tensor]  # as a `RoutingRecorder` keeps it
 
 
 def _load_drafter(
     inputs: Inputs, device: str, stage: int, quantized: Sequence[Path]
-) -> MTPHead | DSpark:
-    """Return the drafter up to a stage, which has no experts; those before are quantized."""
+) -> Callable[[CapturedSequence, Recorded], _Routed]:
+    """Return what says what a stage's experts are given; those of stages before are quantized."""
     others = [name for name in inputs.head.files if ".ffn.experts." not in name]
     decoded = decode_head(inputs.read_upstream(others, device))
+    embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
     if not inputs.stages:
-        return build_head(inputs.model, decoded, with_experts=False, device=device)
+        head = build_head(inputs.model, decoded, with_experts=False, device=device)
+
+        def route(sequence: CapturedSequence, recorded: Recorded) -> _Routed:
+            known = sequence.calibration_tokens + 1  # at token i the head reads token i + 1
+            embeds = embed[recorded.token_ids[:known].to(device)]  # [T + 1, D]
+            return replay_routing(head, recorded.residual[:known], embeds)
+
+        return route
     made = inputs.model, decoded, inputs.stages
     drafter = build_dspark(*made, recorded=stage, device=device)
     views = head_from_module(drafter.state_dict(), inputs.stages)
@@ -211,31 +187,29 @@ def _load_drafter(
         with Shard(file) as shard:
             for name, tensor in decode_head(shard.read([*shard.meta])).items():
                 views[name].copy_(tensor)
-    return drafter
+
+    def route_blocks(sequence: CapturedSequence, recorded: Recorded) -> _Routed:
+        assert recorded.taps is not None
+        given = recorded.taps, recorded.token_ids, embed, sequence.prompt_tokens
+        return replay_block_routing(drafter, *given, inputs.block_size)
+
+    return route_blocks
 
 
 # Hessians, GPTQ, errors: a batch of experts at a time
 
 
-def _quantize(
-    inputs: Inputs,
-    settings: QuantizeSection,
-    batches: Sequence[_Batch],
-    stage: int,
-    clock: Clock,
-    report: Progress,
-) -> None:
-    """Replay the capture, then quantize every pending batch of a stage and write its file."""
+def _quantize(work: _Work, batches: Sequence[_Batch], pending: Sequence[_Batch]) -> None:
+    """Replay the capture, then quantize the pending batches of a stage and write their files."""
+    inputs, _, clock, report = work
 
     def read(batch: _Batch) -> dict[str, Tensor]:
         prefixes = tuple(f"{module}." for module in batch.modules)
         names = [name for name in inputs.head.files if name.startswith(prefixes)]
         return inputs.read_upstream(names, clock.device)
 
-    total = sum(len(batch.experts) for batch in batches)
-    pending = [b for b in batches if b.stage >= stage and not _is_done(b.file)]
-    done = total - sum(len(batch.experts) for batch in pending)
-    pending = [batch for batch in pending if batch.stage == stage]
+    total, stage = sum(len(batch.experts) for batch in batches), pending[0].stage
+    done = sum(len(batch.experts) for batch in batches if batch.is_done())
     # The first experts come in while the sequences are replayed.
     with (
         parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
@@ -247,7 +221,7 @@ def _quantize(
         for batch in pending:
             with clock.timed("io"):
                 tensors = next(upstream)
-            packed, known = _quantize_batch(inputs, settings, routed, tensors, batch, clock)
+            packed, known = _quantize_batch(work, routed, tensors, batch)
             with clock.timed("io"):
                 write(_save_batch, packed, known, batch.file)
             done += len(batch.experts)
@@ -255,14 +229,10 @@ def _quantize(
 
 
 def _quantize_batch(
-    inputs: Inputs,
-    settings: QuantizeSection,
-    routed: RoutedTokens,
-    upstream: Mapping[str, Tensor],
-    batch: _Batch,
-    clock: Clock,
+    work: _Work, routed: RoutedTokens, upstream: Mapping[str, Tensor], batch: _Batch
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the batch's packed experts, and its token counts and relative errors."""
+    inputs, settings, clock, _ = work
     with inputs.head.named(), clock.timed("hessian", tf32=True):
         decoded, modules, experts = decode_head(upstream), batch.modules, batch.experts
         weights = {  # f32, w1 and w3 [E, M, D] and w2 [E, D, M]
@@ -270,9 +240,8 @@ def _quantize_batch(
             for matrix in MATRICES
         }
         tokens = [routed.of_expert(e) for e in experts]
-        hessians = head_experts.expert_hessians(
-            tokens, weights, inputs.model.swiglu_limit
-        )  # of w1, w2, w3
+        limit = inputs.model.swiglu_limit
+        hessians = head_experts.expert_hessians(tokens, weights, limit)  # of w1, w2, w3
     with clock.timed("gptq"):
         num_tokens = [routed.counts[e] or len(routed.x) for e in experts]
         quantized = head_experts.quantize_experts(weights, hessians, num_tokens, modules, settings)
@@ -296,11 +265,10 @@ def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Pa
 # The report
 
 
-def _report(
-    inputs: Inputs, settings: QuantizeSection, files: list[Path], clock: Clock
-) -> dict[str, Any]:
+def _report(work: _Work, batches: Sequence[_Batch]) -> dict[str, Any]:
     """Return the stage's result, from what is known of every batch."""
-    known = [json.loads(file.with_suffix(".json").read_text()) for file in files]
+    inputs, settings, clock, _ = work
+    known = [json.loads(batch.file.with_suffix(".json").read_text()) for batch in batches]
     counts: list[int] = [count for batch in known for count in batch["counts"]]
     errors: dict[Variant, dict[str, list[float]]] = {
         v: {m: [e for batch in known for e in batch["rel_errors"][v][m]] for m in MATRICES}
@@ -331,15 +299,11 @@ def _summary(
     """Return size and mean error of a variant."""
     as_stored: Variant = "rtn" if variant == "gptq" else variant  # INT4 both
     stored = store_head(inputs.head.meta, as_stored, group_size=group_size)
+    experts = {name: tensor for name, tensor in stored.items() if ".ffn.experts." in name}
     # weight_shape, two int64 a matrix, is bookkeeping and not part of a weight.
-    codes = sum(
-        tensor.nbytes
-        for name, tensor in stored.items()
-        if ".ffn.experts." in name and not name.endswith("_shape")
-    )
+    codes = sum(t.nbytes for name, t in experts.items() if not name.endswith("_shape"))
     model = inputs.model
-    num_experts = model.n_routed_experts * (inputs.stages or 1)
-    weights = 3 * num_experts * model.hidden_size * model.moe_intermediate_size
+    weights = len(errors["w1"]) * 3 * model.hidden_size * model.moe_intermediate_size
     all_errors = [error for matrix in MATRICES for error in errors[matrix]]
     return {
         "bits_per_weight": 8 * codes / weights,

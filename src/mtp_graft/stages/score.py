@@ -5,32 +5,24 @@ through them as the server does (one token forward, and one more for each hit) g
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import Recorded
 from mtp_graft.checkpoint.files import write_json
+from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_drafter, replay_blocks, replay_drafts
-from mtp_graft.dsv4.variants import decode_head, store_head
+from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection, ScoreSection, Variant
 from mtp_graft.serving.metrics import Step, count_steps, drafting_result, wilson_interval
-from mtp_graft.stages.inputs import (
-    EVALUATION,
-    REPORT_NAME,
-    Inputs,
-    Progress,
-    Tensors,
-    expert_files,
-    open_inputs,
-)
+from mtp_graft.stages.inputs import EVALUATION, Inputs, Progress, expert_files, open_inputs
 from mtp_graft.stages.parallel import find_device, single_thread
 
 #: Variants that hold upstream's values exactly: their drafts are the same, and made once.
@@ -61,62 +53,55 @@ def score(
     experts = expert_files(quantized) if "gptq" in heads.variants else []
     decisive = {"variants": list(heads.variants), "group_size": heads.group_size}
     decisive |= {"device": device, "k": settings.k}
-    found = manifest.fingerprints([*inputs.files, *experts])
-    manifest.claim_folder(out, {**decisive, "inputs": found})
-    if (finished := manifest.finished_result(out, REPORT_NAME)) is not None:
+    if (finished := inputs.claim(out, decisive, *experts)) is not None:
         return finished
     acceptance: dict[Variant, dict[str, Any]] = {}
     for variant in heads.variants:
         path = out / f"{variant}.json"
-        if (scored := manifest.read_result(path)) is None:
+        if (scored := read_result(path)) is None:
             same = [acceptance[v] for v in _EXACT if v in acceptance and variant in _EXACT]
-            how = heads.group_size, settings.k, device
-            scored = same[0] if same else _score(inputs, variant, experts, *how, report)
+            given = inputs, variant, experts, heads.group_size, device
+            scored = same[0] if same else _score(inputs, _load(*given), variant, settings.k, report)
             write_json(scored, path)
         acceptance[variant] = scored
     result = {"acceptance": acceptance, "split": EVALUATION}
-    write_json(result, out / REPORT_NAME)
-    seconds = time.perf_counter() - started
-    manifest.write_manifest(out, "score", decisive, inputs.indexes(), device, seconds)
+    inputs.finish(out, "score", decisive, result, time.perf_counter() - started)
     return result
 
 
 def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
     inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
     if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
-        raise GraftError(
-            f"{capture}: nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} "
-            "sequences); expected sequences with at least two tokens after the prompt"
-        )
+        found = f"nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} sequences)"
+        expected = "expected sequences with at least two tokens after the prompt"
+        raise GraftError(f"{capture}: {found}; {expected}")
     return inputs
 
 
 @single_thread()
+def _load(
+    inputs: Inputs, variant: Variant, experts: Sequence[Path], group_size: int, device: str
+) -> MTPHead | DSpark:
+    stored = inputs.store(variant, experts, group_size=group_size)
+    decoded = decode_head(stored, group_size=group_size)
+    return build_drafter(inputs.model, decoded, inputs.stages, device=device)
+
+
+@single_thread()
 def _score(
-    inputs: Inputs,
-    variant: Variant,
-    experts: Sequence[Path],
-    group_size: int,
-    k: int,
-    device: str,
-    report: Progress,
+    inputs: Inputs, drafter: MTPHead | DSpark, variant: Variant, k: int, report: Progress
 ) -> dict[str, Any]:
     """Return the acceptance of one variant, over all sequences and of each."""
     label, total = f"score {variant}", len(inputs.sequences)
     report(label, 0, total)
-    upstream = inputs.read_upstream([*inputs.head.files])
-    with inputs.head.named(), Tensors.in_files(experts).opened() as gptq:
-        stored = store_head(upstream, variant, gptq, group_size=group_size)
-    decoded = decode_head(stored, group_size=group_size)
-    drafter = build_drafter(inputs.model, decoded, inputs.stages, device=device)
     base = load_tensors(inputs.base, ["embed.weight", "head.weight"])
-    embed, lm_head = base["embed.weight"], base["head.weight"].to(next(drafter.parameters()))
+    base["head.weight"] = base["head.weight"].to(next(drafter.parameters()))
     sequences: list[dict[str, Any]] = []
     steps: dict[int, list[Step]] = {most: [] for most in range(1, k + 1)}  # by drafts a step
     for done, sequence in enumerate(inputs.sequences, start=1):
         recorded, start = inputs.read_sequence(sequence), sequence.prompt_tokens
         continuation = recorded.token_ids[start:].tolist()
-        drafts = _drafts(drafter, lm_head, embed, recorded, start, k)
+        drafts = _drafts(drafter, base, recorded, start, k)
         found = {most: [*draft_steps(made, continuation)] for most, made in drafts.items()}
         steps = {most: [*before, *found[most]] for most, before in steps.items()}
         accepted = sum(step.accepted for step in found[1])
@@ -137,24 +122,17 @@ def _score(
 
 
 def _drafts(
-    drafter: MTPHead | DSpark,
-    lm_head: Tensor,
-    embed: Tensor,
-    recorded: Recorded,
-    start: int,
-    k: int,
+    drafter: MTPHead | DSpark, base: Mapping[str, Tensor], recorded: Recorded, start: int, k: int
 ) -> dict[int, list[list[int]]]:
     """Return for 1 to k drafts a step those that follow each token from `start` on."""
+    counts, embed, lm_head = range(1, k + 1), base["embed.weight"], base["head.weight"]
     if isinstance(drafter, DSpark):  # whose rows of fewer see each other alone
         assert recorded.taps is not None
-        text = recorded.taps, recorded.token_ids, embed
-        return {
-            most: replay_blocks(drafter, lm_head, *text, start, most).tolist()
-            for most in range(1, k + 1)
-        }
+        text = recorded.taps, recorded.token_ids, embed, start
+        return {n: replay_blocks(drafter, lm_head, *text, n).tolist() for n in counts}
     given = recorded.residual[None], embed[recorded.token_ids][None]
     drafts = replay_drafts(drafter, lm_head, *given, start=start - 1, k=k)[0]
-    return {most: drafts[:, :most].tolist() for most in range(1, k + 1)}
+    return {n: drafts[:, :n].tolist() for n in counts}
 
 
 def draft_steps(drafts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Iterator[Step]:

@@ -34,14 +34,8 @@ from mtp_graft.serving.doctor.hardware import Target
 from mtp_graft.stages.inputs import Tensors, check_head, drafter_config, expert_files, read_master
 
 #: Files that a splice writes itself; all others are the base's.
-OWN_FILES = (
-    HEAD_SHARD,
-    shards.INDEX_NAME,
-    "config.json",
-    quant_manifest.MANIFEST_NAME,
-    quant_manifest.MANIFEST_TEXT_NAME,
-    quant_manifest.RECIPE_NAME,
-)
+_TEXTS = (quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME)
+_OWN_FILES = (HEAD_SHARD, shards.INDEX_NAME, "config.json", *_TEXTS, quant_manifest.RECIPE_NAME)
 
 
 @dataclass(frozen=True)
@@ -92,9 +86,8 @@ def splice(
     if out.exists():
         path = out / quant_manifest.MANIFEST_NAME
         if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
-            raise GraftError(
-                f"{out}: already exists, and not from these inputs; remove it or choose another"
-            )
+            found = "already exists, and not from these inputs"
+            raise GraftError(f"{out}: {found}; remove it or choose another")
         shards.read_meta(out, complete=True)
         return plan
     with files.new_folder(out) as folder:
@@ -139,11 +132,11 @@ def plan_splice(
 
     Reads headers and no values. A head that was spliced before says itself what it is.
     """
-    published, experts = None, Tensors()
+    given, experts = None, Tensors()
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():
-        published = quant_manifest.read_manifest(upstream)
+        given = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
-        variant, linears = _describe(upstream, published, head.meta, variant)
+        variant, linears = _describe(upstream, given, head.meta, variant)
     else:
         expect_format(upstream, "head")
         head, variant = read_master(upstream), variant or "mxfp4"
@@ -154,19 +147,15 @@ def plan_splice(
     quantization = read_quantization(config, base.folder / "config.json")
     group_size = quantization.group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
-        raise GraftError(
-            f"{base.folder}: its INT4 experts have a scale a channel, which {variant} does not "
-            "make; `mtp-graft graft` adds an mxfp4 or bf16 head"
-        )
+        found = f"its INT4 experts have a scale a channel, which {variant} does not make"
+        raise GraftError(f"{base.folder}: {found}; `mtp-graft graft` adds an mxfp4 or bf16 head")
     check_head(upstream, head, config, group_size)
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     with head.named():
-        layout = store(head.meta, gptq_experts=experts.meta) if published is None else head.meta
+        layout = store(head.meta, gptq_experts=experts.meta) if given is None else head.meta
     _ask_doctor(base, config, layout)
-    return SplicePlan(
-        base, variant, linears, head, experts, store, layout, config, report, published
-    )
+    return SplicePlan(base, variant, linears, head, experts, store, layout, config, report, given)
 
 
 def _describe(
@@ -174,18 +163,15 @@ def _describe(
 ) -> tuple[Variant, Linears]:
     """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
     num_tensors, num_bytes = manifest["tensors"], manifest["bytes"]
-    found = sum(tensor.nbytes for tensor in head.values())
-    if (len(head), found) != (num_tensors, num_bytes):
-        raise GraftError(
-            f"{folder / HEAD_SHARD}: has {len(head)} tensors of {found:,} bytes, expected "
-            f"{num_tensors} of {num_bytes:,} by {quant_manifest.MANIFEST_NAME}; fetch it again"
-        )
+    size = sum(tensor.nbytes for tensor in head.values())
+    if (len(head), size) != (num_tensors, num_bytes):
+        found = f"has {len(head)} tensors of {size:,} bytes"
+        expected = f"{num_tensors} of {num_bytes:,} by {quant_manifest.MANIFEST_NAME}"
+        raise GraftError(f"{folder / HEAD_SHARD}: {found}, expected {expected}; fetch it again")
     variant: Variant = manifest["variant"]
     if wanted not in (None, variant):
-        raise GraftError(
-            f"{folder}: is a {variant} head, which is taken as it is; {wanted} was asked for: "
-            "leave that out, or graft from upstream"
-        )
+        found = f"is a {variant} head, which is taken as it is; {wanted} was asked for"
+        raise GraftError(f"{folder}: {found}: leave that out, or graft from upstream")
     return variant, linears_of(head)
 
 
@@ -241,15 +227,8 @@ def _manifest(plan: SplicePlan) -> Manifest:
     if plan.report is not None:
         experts = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
-    return quant_manifest.manifest(
-        plan.variant,
-        plan.linears,
-        plan.config,
-        plan.report,
-        provenance,
-        num_tensors=len(plan.layout),
-        num_bytes=plan.bytes,
-    )
+    said = plan.variant, plan.linears, plan.config, plan.report, provenance
+    return quant_manifest.manifest(*said, num_tensors=len(plan.layout), num_bytes=plan.bytes)
 
 
 # Writing
@@ -261,7 +240,7 @@ def base_files(base: Path) -> dict[str, Path]:
     return {
         name: path
         for name, path in files.visible_files(base).items()
-        if name not in OWN_FILES and (name in named or path.suffix != ".safetensors")
+        if name not in _OWN_FILES and (name in named or path.suffix != ".safetensors")
     }
 
 

@@ -165,14 +165,9 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
         ours = parts[part]
         if ours.shape != like.shape or (kind != "plain" and ours.dtype != like.dtype):
             return f"{part} is {_said(ours)}, expected {_said(like)}"
-    if kind in ("fp8", "mxfp4") and _is_kept(name, parts, head.master):
-        return None
-    values = _decode({part.replace(name, "weight"): t for part, t in parts.items()}, kind)
-    if not torch.stack(values.float().aminmax()).isfinite().all():
-        return "holds values that are not finite"
-    shape = parts.get(f"{name}_shape")
-    if shape is not None and shape.tolist() != list(values.shape):
-        return f"weight_shape is {shape.tolist()}, expected {list(values.shape)}"
+        values = _exp2(ours) if part.endswith("_scale") else ours.float()
+        if not values.abs().max() < 2.0**100:  # nor are their products, then
+            return "holds values that are not finite"
     if head.exact and (EXPERT.match(name) or not head.master):
         for part, ours in parts.items():
             theirs = head.exact.get(part)
@@ -182,34 +177,18 @@ def _wrong(name: str, parts: Parts, layout: Parts, kind: str, head: _Head) -> st
         return None
     if name not in head.master:
         return "upstream has no such tensor"
-    expected = _master_values(name, kind, head.master)
     if kind == "int4":
-        return _wrong_int4(values, expected, parts[f"{name}_scale"], head)
-    return None if _same(values, expected) else f"differs from upstream's {_said(expected)}"
+        return _wrong_int4(name, parts, head)
+    expected = _master_values(name, head.master) if kind == "plain" else head.master[name]
+    same = _same(parts[name], expected) if kind == "plain" else _is_kept(name, parts, head.master)
+    return None if same else f"differs from upstream's {_said(expected)}"
 
 
 def _is_kept(name: str, parts: Parts, master: Values) -> bool:
-    """Return whether codes and scales are upstream's, all of them numbers; false without any."""
+    """Return whether codes and scales are upstream's."""
     (codes, scale), exponents = parts.values(), master.get(f"{name.removesuffix('.weight')}.scale")
-    if exponents is None or not _same(codes.view(torch.uint8), master[name].view(torch.uint8)):
-        return False
-    ours = _exp2(scale) if scale.dtype == torch.uint8 else scale.float()
-    is_number = codes.dtype == torch.uint8 or int((codes.view(torch.uint8) & 127).max()) < 127
-    return is_number and _same(ours, _exp2(exponents)) and float(ours.max()) < 2**100
-
-
-def _decode(parts: Parts, kind: str) -> Tensor:
-    """Return a stored tensor's values: MXFP4 in BF16, which holds it, other codes in float32."""
-    if kind == "plain":
-        (tensor,) = parts.values()
-        return tensor
-    scale = parts["weight_scale"]
-    if kind == "fp8":
-        return _decode_fp8(parts["weight"], scale.float())
-    if kind == "mxfp4":
-        return _decode_mxfp4(parts["weight_packed"], scale)
-    # They are multiplied in the scale's dtype, which must not round.
-    return _decompress({**parts, "weight_scale": scale.float()}, kind)
+    same_codes = _same(codes.view(torch.uint8), master[name].view(torch.uint8))
+    return same_codes and exponents is not None and _same(_exp2(scale), _exp2(exponents))
 
 
 def _decompress(parts: Parts, kind: str) -> Tensor:
@@ -251,18 +230,14 @@ def _exp2(exponents: Tensor) -> Tensor:
     return torch.exp2(exponents.view(torch.uint8).float() - 127)
 
 
-def _master_values(name: str, kind: str, master: Values) -> Tensor:
-    """Return what upstream has: its tensor, or its MXFP4 or FP8 codes decoded, as `_decode` does.
-
-    Decoded values that are to be stored without a scheme are BF16.
-    """
+def _master_values(name: str, master: Values) -> Tensor:
+    """Return what upstream has: its tensor, or its MXFP4 or FP8 codes decoded, in BF16."""
     weight, scale = master[name], master.get(f"{name.removesuffix('.weight')}.scale")
     if scale is None:
         return weight
     if EXPERT.match(name):
         return _decode_mxfp4(weight, scale)
-    values = _decode_fp8(weight, _exp2(scale))
-    return values.to(torch.bfloat16) if kind == "plain" else values
+    return _decode_fp8(weight, _exp2(scale)).bfloat16()
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
@@ -273,7 +248,14 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _wrong_int4(values: Tensor, exact: Tensor, scale: Tensor, head: _Head) -> str | None:
+def _wrong_int4(name: str, parts: Parts, head: _Head) -> str | None:
+    scale, shape = parts[f"{name}_scale"].float(), parts[f"{name}_shape"].tolist()
+    packed = {part.replace(name, "weight"): t for part, t in parts.items()}
+    # They are multiplied in the scale's dtype, which must not round.
+    values = _decompress({**packed, "weight_scale": scale}, "int4")
+    if shape != list(values.shape):
+        return f"weight_shape is {shape}, expected {list(values.shape)}"
+    exact = _master_values(name, head.master)
     error = values - exact
     wrong, whole = (float(t.float().square().sum()) ** 0.5 for t in (error, exact))
     rel_error = wrong / whole if whole else wrong
@@ -282,7 +264,7 @@ def _wrong_int4(values: Tensor, exact: Tensor, scale: Tensor, head: _Head) -> st
         return f"relative error {rel_error:.3g}, expected at most {INT4_REL_ERROR}"
     if head.variant != "rtn":
         return None
-    step = scale.float().repeat_interleave(error.shape[1] // scale.shape[1], dim=1)
+    step = scale.repeat_interleave(error.shape[1] // scale.shape[1], dim=1)
     steps = float((error.abs() / step).max())
     return None if steps <= RTN_STEPS else f"is {steps:.2f} steps off, expected {RTN_STEPS}"
 

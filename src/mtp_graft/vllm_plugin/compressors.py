@@ -36,10 +36,8 @@ def decode_compressors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
         if len(pairs[module]) == 2:
             yield f"{module}.weight", _decode(module, **pairs.pop(module))
     for module, (part,) in pairs.items():
-        raise GraftError(
-            f"{module}: an FP8 {part} comes alone; expected weight and weight_scale, or a BF16 "
-            "weight: fetch the base again"
-        )
+        expected = "expected weight and weight_scale, or a BF16 weight: fetch the base again"
+        raise GraftError(f"{module}: an FP8 {part} comes alone; {expected}")
 
 
 def _decode(module: str, weight: Tensor, weight_scale: Tensor) -> Tensor:

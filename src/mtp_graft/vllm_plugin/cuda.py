@@ -57,9 +57,8 @@ def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:
     if (recorder := make_recorder(target, vllm_config)) is None:
         return
     if not vllm_config.use_v2_model_runner:
-        raise GraftError(
-            "recording: vLLM chose its V1 runner, expected V2; unset VLLM_USE_V2_MODEL_RUNNER"
-        )
+        cure = "unset VLLM_USE_V2_MODEL_RUNNER"
+        raise GraftError(f"recording: vLLM chose its V1 runner, expected V2; {cure}")
     GPUModelRunner.sample_tokens = recording_first(GPUModelRunner.sample_tokens, recorder)
 
 

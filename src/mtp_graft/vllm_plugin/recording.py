@@ -34,13 +34,8 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
-from mtp_graft.checkpoint.capture import (
-    INTACT_NAME,
-    RECORD_VARIABLE,
-    RECORDINGS,
-    SWITCH_NAME,
-    TAPS_VARIABLE,
-)
+from mtp_graft.checkpoint import capture
+from mtp_graft.checkpoint.capture import RECORD_VARIABLE, TAPS_VARIABLE
 from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.errors import GraftError
 
@@ -61,10 +56,8 @@ def make_recorder(target: Any, vllm_config: VllmConfig) -> "Recorder | None":
     if not folder or not get_pp_group().is_last_rank:
         return None
     if (replicas := vllm_config.parallel_config.data_parallel_size) > 1:
-        raise GraftError(
-            f"{RECORD_VARIABLE} is set with data parallel size {replicas}, expected 1; "
-            "use tensor parallelism"
-        )
+        found = f"{RECORD_VARIABLE} is set with data parallel size {replicas}, expected 1"
+        raise GraftError(f"{found}; use tensor parallelism")
     model = target.model
     streams, width = model.hc_head_fn.shape
 
@@ -90,10 +83,8 @@ def _tap(target: Any, layers: Sequence[int], taps: Tensor) -> None:
     """
     first, end = target.model.start_layer, target.model.end_layer
     if not first <= layers[0] <= layers[-1] < end:
-        raise GraftError(
-            f"{TAPS_VARIABLE}: layers {layers}, expected of {first} to {end - 1}, which this rank "
-            "has; see [capture] taps"
-        )
+        expected = f"expected of {first} to {end - 1}, which this rank has; see [capture] taps"
+        raise GraftError(f"{TAPS_VARIABLE}: layers {layers}, {expected}")
     target.set_aux_hidden_state_layers(tuple(layer + 1 for layer in layers))  # as vLLM counts
 
     def keep(_target: Any, _args: Any, output: tuple[Tensor, list[Tensor]]) -> Tensor:
@@ -118,7 +109,7 @@ class Recorder:
     @property
     def is_on(self) -> bool:
         """Return whether steps are to be recorded at the moment."""
-        return (self._folder / SWITCH_NAME).exists()
+        return (self._folder / capture.SWITCH_NAME).exists()
 
     def forget(self) -> None:
         """Make sure that a row of the buffers that the next step does not write is not finite."""
@@ -128,8 +119,7 @@ class Recorder:
     def record(self, token_ids: Tensor, hidden: Tensor, spans: Sequence[Span]) -> None:
         """Record the prompts in the rows `spans` of the step that was just computed.
 
-        token_ids [T]; hidden [T, D], which the LM head reads. Rows outside of the spans may be
-        padding or other requests.
+        token_ids [T]; hidden [T, D], which the LM head reads. Other rows may be padding, say.
         """
         if not spans:
             return
@@ -154,10 +144,10 @@ class Recorder:
         tensors = {name: torch.cat(parts) for name, parts in rows.items()}
         tensors["starts"] = lengths.cumsum(0) - lengths
         tensors |= {n: tensors[n].int() for n in ("token_ids", "targets", "starts")}
-        recordings = self._folder / RECORDINGS
+        recordings = self._folder / capture.RECORDINGS
         earlier = [int(path.stem) for path in recordings.glob("[0-9]*.safetensors")]
         try:
             save_shard(tensors, recordings / f"{max(earlier, default=0) + 1:06d}.safetensors")
         except (OSError, SafetensorError, GraftError):
             logger.exception("a recording could not be written to %s", recordings)
-            (self._folder / INTACT_NAME).unlink(missing_ok=True)
+            (self._folder / capture.INTACT_NAME).unlink(missing_ok=True)

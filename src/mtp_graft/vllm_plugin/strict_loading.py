@@ -17,18 +17,19 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.compressors import Weights, decode_compressors
 
+Load = Callable[[Weights], set[str]]
 _SHOWN = 5
 #: Set by the engine itself: the order of activation-ordered groups, which W4A16-FP8 never has.
 _ENGINE_OWNED = ("_weight_g_idx", "_g_idx_sort_indices")
 
 
-def load_base(model: nn.Module, weights: Weights, load: Callable[[Weights], set[str]]) -> set[str]:
+def load_base(model: nn.Module, weights: Weights, load: Load) -> set[str]:
     """Load the base's tensors strictly; the head's (`mtp.*`) belong to the drafter."""
     base = ((name, tensor) for name, tensor in weights if not name.startswith("mtp."))
     return load_strictly(model, decode_compressors(base), load)
 
 
-def load_head(model: nn.Module, weights: Weights, load: Callable[[Weights], set[str]]) -> set[str]:
+def load_head(model: nn.Module, weights: Weights, load: Load) -> set[str]:
     """Load `mtp.*` strictly; embedding and LM head are the target's."""
     head = ((name, tensor) for name, tensor in weights if name.startswith("mtp."))
     shared = {
@@ -40,16 +41,12 @@ def load_head(model: nn.Module, weights: Weights, load: Callable[[Weights], set[
 
 
 def load_strictly(
-    model: nn.Module,
-    weights: Weights,
-    load: Callable[[Weights], set[str]],
-    shared: Collection[str] = (),
+    model: nn.Module, weights: Weights, load: Load, shared: Collection[str] = ()
 ) -> set[str]:
     """Call `load(weights)` and raise GraftError for whatever was left unread or unwritten.
 
-    `load` is the model's stock `load_weights`; it must consume the tensors one at a time. What it
-    leaves unconsumed counts as unread.
-    `shared` names parameters that come from another model. Returns the names `load` reports.
+    `load` is the model's stock `load_weights`, which consumes the tensors one at a time. `shared`
+    names parameters that come from another model. Returns the names that `load` reports.
     """
     expected = _expected_parts(model)
     offered, writes = _count(model)
@@ -84,10 +81,9 @@ def load_strictly(
 def _require_none(what: str, names: list[str]) -> None:
     if names:
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        raise GraftError(
-            f"loading the checkpoint: {len(names)} {what}: {shown}; expected none. "
-            "The names or the quantization config do not match the model: see docs/format.md"
-        )
+        why = "The names or the quantization config do not match the model: see docs/format.md"
+        found = f"{len(names)} {what}: {shown}; expected none"
+        raise GraftError(f"loading the checkpoint: {found}. {why}")
 
 
 def _count(model: nn.Module) -> tuple[set[str], Counter[str]]:

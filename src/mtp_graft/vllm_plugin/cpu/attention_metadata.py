@@ -127,18 +127,14 @@ def swa_indices_and_lens(
     swa_lens[:num_tokens] = lens
 
 
-def _positions(
-    tokens: Tensor, request: Tensor, query_start_loc: Tensor, seq_lens: Tensor
-) -> Tensor:
+def _positions(tokens: Tensor, request: Tensor, starts: Tensor, seq_lens: Tensor) -> Tensor:
     """Return [N] i64: tokens cached before this step + offset within the request's query."""
-    return seq_lens[request] - query_start_loc[request + 1] + tokens
+    return seq_lens[request] - starts[request + 1] + tokens
 
 
-def _slots(
-    block_table: Tensor, request: Tensor, entry: Tensor, block_size: int, used: Tensor
-) -> Tensor:
+def _slots(table: Tensor, request: Tensor, entry: Tensor, block_size: int, used: Tensor) -> Tensor:
     """Return the cache slots of the requests' entries; PAD, not looked up, for those not `used`."""
-    block = block_table[request, entry * used // block_size].long()
+    block = table[request, entry * used // block_size].long()
     return torch.where(used, block * block_size + entry % block_size, PAD)
 
 

@@ -12,10 +12,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.quantization.base_config import (
-    QuantizationConfig,
-    QuantizeMethodBase,
-)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as Config
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
 from vllm.model_executor.layers.quantization.utils import fp8_utils
 from vllm.model_executor.parameter import BlockQuantScaleParameter
@@ -46,10 +44,9 @@ class DequantizeOnLoad(compressed_tensors.CompressedTensorsConfig):
         matrices = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
         schemes = [self._weight_scheme(layer, f"{prefix}.0.{matrix}") for matrix in matrices]
         if schemes.count(schemes[0]) != len(schemes):
-            raise GraftError(
-                f"{prefix}: w1, w2 and w3 match different quantization groups; expected one. "
-                "Check the config's target patterns, each anchored at a dot"
-            )
+            found = "w1, w2 and w3 match different quantization groups; expected one"
+            cure = "Check the config's target patterns, each anchored at a dot"
+            raise GraftError(f"{prefix}: {found}. {cure}")
         weights = schemes[0]
         if weights is None:
             return StoredExperts(layer.moe_config, "plain")
@@ -63,25 +60,22 @@ class DequantizeOnLoad(compressed_tensors.CompressedTensorsConfig):
         return (self.get_scheme_dict(layer, name) or {}).get("weights")
 
 
-def dequantize_on_load(config: QuantizationConfig | None) -> QuantizationConfig | None:
+def dequantize_on_load(config: Config | None) -> Config | None:
     """Return `config` as a `DequantizeOnLoad`; an unquantized model's None stays None."""
     if config is None or isinstance(config, DequantizeOnLoad):
         return config
     if type(config) is not compressed_tensors.CompressedTensorsConfig:
-        raise GraftError(
-            f"config.json: quant_method is {config.get_name()}; on a CPU only compressed-tensors "
-            "checkpoints (W4A16-FP8) are supported"
-        )
+        supported = "on a CPU only compressed-tensors checkpoints (W4A16-FP8) are supported"
+        raise GraftError(f"config.json: quant_method is {config.get_name()}; {supported}")
     dequantizing = copy.copy(config)
     dequantizing.__class__ = DequantizeOnLoad
     return dequantizing
 
 
 def _unsupported(name: str, weights: QuantizationArgs) -> GraftError:
-    return GraftError(
-        f"{name}: weights are {weights.num_bits}-bit {weights.type} by {weights.strategy}; "
-        "supported on a CPU are FP8 in 128x128 blocks, symmetric INT4 groups and MXFP4 experts"
-    )
+    found = f"weights are {weights.num_bits}-bit {weights.type} by {weights.strategy}"
+    supported = "FP8 in 128x128 blocks, symmetric INT4 groups and MXFP4 experts"
+    return GraftError(f"{name}: {found}; supported on a CPU are {supported}")
 
 
 class FP8BlockLinear(OrderFreeLinear):

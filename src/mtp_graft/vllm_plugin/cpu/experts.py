@@ -144,10 +144,8 @@ class StoredExperts(UnquantizedFusedMoEMethod):
         attributes |= {"is_transposed": False, "quant_method": "group"}
         for matrix, shape in (("w13", (2 * size, hidden_size)), ("w2", (hidden_size, size))):
             if shape[1] % self.group_size:
-                raise GraftError(
-                    f"{matrix}: {shape[1]} inputs a rank do not divide into groups of "
-                    f"{self.group_size}; use a smaller tensor parallel size"
-                )
+                found = f"{shape[1]} inputs a rank do not divide into groups of {self.group_size}"
+                raise GraftError(f"{matrix}: {found}; use a smaller tensor parallel size")
             parts = stored_as(f"{matrix}_weight", shape, self.kind, self.group_size)
             for name, like in parts.items():
                 tensor = torch.zeros(num_experts, *like.shape, dtype=like.dtype)

@@ -21,17 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_gather,
-)
+from vllm import distributed
+from vllm.model_executor.layers import vocab_parallel_embedding as vocabulary
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.mhc import MHCPreOp
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-)
 from vllm.models.deepseek_v4.cpu.cpu_sparse import DeepseekV4CPUAttention
 
 from mtp_graft.errors import GraftError
@@ -58,16 +51,17 @@ def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def add_over_ranks(partial: Tensor, dtype: torch.dtype) -> Tensor:
     """Return this rank's share of the sum of `partial` [T, O]: all of it, or zeros.
 
-    vLLM adds the ranks' results itself, in BF16. So rank 0 has the whole sum and the others zeros:
-    adding zeros is exact.
+    vLLM adds the ranks' results itself, in BF16: to a whole sum, zeros, which is exact.
     """
-    ranks = get_tensor_model_parallel_world_size()
+    ranks = distributed.get_tensor_model_parallel_world_size()
     if ranks == 1:
         return partial.to(dtype)
     # The ranks' shared memory cannot add float64, but carry it as twice as many float32.
-    parts = tensor_model_parallel_all_gather(partial.double().view(torch.float32), dim=0)
+    carried = partial.double().view(torch.float32)
+    parts = distributed.tensor_model_parallel_all_gather(carried, dim=0)
     total = parts.view(torch.float64).unflatten(0, (ranks, -1)).sum(0).to(dtype)
-    return total if get_tensor_model_parallel_rank() == 0 else torch.zeros_like(total)
+    is_first = distributed.get_tensor_model_parallel_rank() == 0
+    return total if is_first else torch.zeros_like(total)
 
 
 class OrderFreeLinear(UnquantizedLinearMethod):
@@ -87,7 +81,7 @@ class OrderFreeLinear(UnquantizedLinearMethod):
         return in_blocks(partial(super().apply, layer), x)
 
 
-class OrderFreeHead(UnquantizedEmbeddingMethod):
+class OrderFreeHead(vocabulary.UnquantizedEmbeddingMethod):
     """The same for the LM head, whose vocabulary the ranks share."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -99,8 +93,7 @@ class OrderFreeHead(UnquantizedEmbeddingMethod):
 class OrderFreeMHCPre(MHCPreOp):
     """vLLM's start of a hyper-connection, given a row for every thread.
 
-    With fewer rows than threads `hc_pre_fused_cpu` splits a row's 4 x D inputs over the threads,
-    otherwise the rows.
+    With fewer rows than threads `hc_pre_fused_cpu` splits a row's 4 x D inputs, else the rows.
     """
 
     def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -125,7 +118,7 @@ def free_from_order(model: nn.Module) -> None:
     """
     found = set()
     for module in list(model.modules()):
-        if isinstance(module, ParallelLMHead):
+        if isinstance(module, vocabulary.ParallelLMHead):
             module.quant_method = OrderFreeHead()
         elif type(getattr(module, "quant_method", None)) is UnquantizedLinearMethod:
             module.quant_method = OrderFreeLinear()  # the router
