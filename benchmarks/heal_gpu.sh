@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# What healing brings, on one GPU: the tiny head healed in many ways, and served beside the head as
-# upstream has it and the base; a step of training at Flash's size.
+# What training a drafter brings, on one GPU: the tiny head healed in many ways, and served beside
+# the head as upstream has it and the base; a step of healing at Flash's size; a DSpark drafter.
 #
-#     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [captured|healed|served|choices|flash]...
+#     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [PART]...
 #
+# PART is captured, healed, served, choices, flash, dspark_trained, dspark_scored or dspark_served.
 # OUT gets result files and logs/; what they have is not measured again. `captured` and `healed` come
 # first: `served` times the head that is healed by default, while nothing else runs.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4
-run=$scratch/heal
-mkdir -p "$out/logs" "$run"
+run=$scratch/heal dspark=$scratch/dspark
+mkdir -p "$out/logs" "$run" "$dspark"
 export VLLM_DEEP_GEMM_WARMUP=skip # minutes for a cold host; each measurement warms up by itself
 mtp() { python3 -m mtp_graft.cli "$@"; }
 
@@ -32,6 +33,7 @@ captured() { # the base's own texts, and the experts calibrated on some of them
         --set "capture.evaluation_count=$(($(wc -l <"$run/evaluation.jsonl") - 6))")
     step capture mtp capture recipes/tiny.toml "${set[@]}"
     step quantize mtp quantize recipes/tiny.toml "${set[@]}"
+    grep '"held-' "$run/evaluation.jsonl" >"$scratch/held.jsonl" # which nothing is chosen by
 }
 
 healed() { step healed heal default unhealed; }
@@ -58,6 +60,14 @@ serve() { # PORT CHECKPOINT OPTIONS...
         --kv-cache-gib 2 --gpu-memory-utilization 0.08 "${@:3}" >"$out/logs/serve-$1.log" 2>&1 &
 }
 
+ready() { # PORTS...
+    local port
+    for port in "$@"; do
+        timeout 400 bash -c "until curl -sf $(url "$port")/health; do sleep 1; done" >/dev/null ||
+            echo "no server at $port" >>"$out/done.txt"
+    done
+}
+
 decode() { # NAME PORT AGAINST
     step "$1" mtp bench decode --base-url "$(url "$2")" --against "$(url "$3")" --prompts "$scratch/held.jsonl" \
         --rounds 1 --limit 12 --max-tokens 128 --no-ignore-eos --pairs 6 --run "$out/$1" --json "$out/$1.json"
@@ -69,20 +79,16 @@ sweep() { # NAME PORT
 }
 
 served() { # the base, upstream's head and the healed one: asked in turn, then under load
-    grep '"held-' "$run/evaluation.jsonl" >"$scratch/held.jsonl"
     spliced unhealed $tiny/upstream
     spliced healed "$run/ablations/default/heal/upstream"
-    local k port each=(--served "unhealed k=3" "$(url 8003)")
+    local k each=(--served "unhealed k=3" "$(url 8003)")
     serve 8000 $tiny/base
     serve 8003 "$scratch/unhealed" --k 3 -- --per-request-spec-decode-metrics detailed
     for k in 1 3 5; do
         serve 801$k "$scratch/healed" --k $k -- --per-request-spec-decode-metrics detailed
         each+=(--served "healed k=$k" "$(url 801$k)")
     done
-    for port in 8000 8003 8011 8013 8015; do
-        timeout 400 bash -c "until curl -sf $(url "$port")/health; do sleep 1; done" >/dev/null ||
-            echo "no server at $port" >>"$out/done.txt"
-    done
+    ready 8000 8003 8011 8013 8015
     decode healed_k5 8015 8000
     decode unhealed_k3 8003 8000
     decode healed_k3 8013 8000
@@ -97,7 +103,43 @@ served() { # the base, upstream's head and the healed one: asked in turn, then u
     wait
 }
 
+# DSpark: trained on GSM8K's answers and the captured texts, whose states transformers computes
+
+dspark_trained() { # with the options of make/dspark.py in DSPARK
+    local make=$tiny/make
+    [ -e "$dspark/capture" ] || step dspark_texts python3 $make/forward.py --texts "$run/capture" \
+        --gsm8k "$MTP_GRAFT_DATA" --out "$dspark/capture"
+    PYTHONPATH=benchmarks:${PYTHONPATH:-} python3 -c "
+from pathlib import Path
+from heal import part_of
+part_of(Path('$dspark/capture'), Path('$dspark/train'), 'g', 'choose', 10**9)"
+    # shellcheck disable=SC2086
+    step dspark_trained python3 $make/dspark.py --capture "$dspark/train" --out "$out/dspark" ${DSPARK:-}
+}
+
+dspark_scored() {
+    step dspark_scored python3 benchmarks/dspark.py --run "$dspark" --drafter "$out/dspark" --out "$out/dspark.json"
+}
+
+dspark_served() {
+    local name k port each=()
+    serve 8020 $tiny/base
+    for name in mxfp4 gptq; do
+        for k in 3 5; do
+            port=80$([ $name = mxfp4 ] && echo 2 || echo 3)$k
+            serve "$port" "$dspark/dspark/$name" --k $k -- --per-request-spec-decode-metrics detailed
+            each+=(--served "dspark-$name k=$k" "$(url "$port")")
+        done
+    done
+    ready 8020 8023 8025 8033 8035
+    step dspark_acceptance python3 benchmarks/heal.py --run "$dspark" --out "$out/heal.json" --concurrency 4 "${each[@]}"
+    decode dspark_k5 8025 8020
+    decode dspark_k3 8023 8020
+    jobs -p | xargs -r kill
+    wait
+}
+
 shift 2
-for part in "${@:-captured healed served choices flash}"; do
+for part in "${@:-captured healed served choices flash dspark_trained dspark_scored dspark_served}"; do
     for each in $part; do "$each"; done
 done
