@@ -303,7 +303,7 @@ LEAST = dict(zip(KINDS, (0.6, 0.8, 0.7, 0.25, 0.7, 0.25, 0.5), strict=True))
 def test_broken_inputs_are_one_message_each_and_change_nothing(
     miniature: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    seeds, num_refused = range(KINDS.index(kind), APART or 175, len(KINDS)), 0
+    seeds, num_refused = range(KINDS.index(kind), APART or 210, len(KINDS)), 0
     for seed in seeds:
         enter(miniature, folder := tmp_path / str(seed), monkeypatch)
         file, told, nothing_is_left = break_a_file(folder / "in", seed)

@@ -19,7 +19,7 @@ from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES
 from mtp_graft.pipeline.plan import plan_run
-from mtp_graft.recipe import load_recipe
+from mtp_graft.recipe import Variant, load_recipe
 from mtp_graft.serving.doctor import diagnose, examine
 from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.fix import fix_checkpoint
@@ -141,9 +141,10 @@ def test_shards_larger_than_the_address_space_are_read_by_their_headers(
 
 
 @pytest.mark.slow
-def test_the_previews_head_verifies(folders: Folders, tmp_path: Path) -> None:
-    base, preview, out = folders(BASE, FEW), folders(PREVIEW, FEW), tmp_path / "rtn"
-    splice(base, preview, out, "rtn")
+@pytest.mark.parametrize("variant", ["bf16", "rtn"])
+def test_the_previews_head_verifies(folders: Folders, tmp_path: Path, variant: Variant) -> None:
+    base, preview, out = folders(BASE, FEW), folders(PREVIEW, FEW), tmp_path / variant
+    splice(base, preview, out, variant)
     found = verify(out, base, preview)
     assert found["ok"] and found["base_files_linked"] and found["rel_error_max"] == 0
     assert ids(diagnose(out, find_target(gpu="H200", count=2))) == NOTES
