@@ -17,7 +17,7 @@ from typing import IO
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command as vllm_command
 from mtp_graft.serving.client import Prompt, ServerClient, ServerUnreachable
-from mtp_graft.serving.command import ServeCommand, ServeOptions, build_command
+from mtp_graft.serving.command import ServeCommand, ServeOptions, build_command, start_limit_s
 from mtp_graft.serving.metrics import SpecDecodeCounters
 
 POLL_S = 0.5
@@ -76,7 +76,7 @@ def managed_server(
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
-            limit_s = vllm_command.start_limit_s(options.checkpoint)
+            limit_s = start_limit_s(options.checkpoint)
             if not _wait_ready(process, client, limit_s, report, log_path.stem):
                 raise GraftError(f"vLLM ended with status {_wait(process)} before it was ready")
         except GraftError as error:
