@@ -163,7 +163,7 @@ def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
 
 def test_no_sizes_are_known(repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unreachable = Mock(side_effect=ConnectionError("Name or service not known"))
-    monkeypatch.setattr(fetch, "snapshot_download", unreachable)
+    monkeypatch.setattr(fetch.hub, "snapshot_download", unreachable)
     real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")
     told = plan_run(real, folder, STAGES)
     assert "Name or service not known" in told["unknown"]
