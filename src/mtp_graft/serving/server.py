@@ -64,15 +64,13 @@ def managed_server(
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM and
-    SIGHUP to our own process raise SystemExit in the block. `report` gets the seconds so
-    far. Raises GraftError with the log's reason for a server that dies or takes over
-    `start_limit_s`.
+    SIGHUP to us raise SystemExit in the block. `report` gets the seconds so far. Raises GraftError,
+    with the log's reason, for a server that dies or takes over `start_limit_s`.
     """
     command = build_command(options)
     if command.is_headless:
-        found = "would serve without an address of its own (--node-rank or --headless)"
-        cure = "ask the server of machine 0, by --base-url"
-        raise GraftError(f"{options.checkpoint}: this machine {found}; {cure}")
+        found = "this machine would serve without an address (--node-rank or --headless)"
+        raise GraftError(f"{options.checkpoint}: {found}; ask machine 0's server, by --base-url")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
@@ -197,11 +195,10 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
     before = client.spec_decode_counters()
     client.complete(client.encode(_REPEATED_TEXT), 128)
     after = client.spec_decode_counters()
-    gained = after - before if before and after else None
-    if gained is None or gained.acceptance is None:
-        expected = "expected a checkpoint with a head and at least one speculative token"
-        raise GraftError(f"{client.base_url}: the server does not draft; {expected}")
-    return gained
+    if before and after and (gained := after - before).num_draft_tokens:
+        return gained
+    expected = "expected a checkpoint with a head and at least one speculative token"
+    raise GraftError(f"{client.base_url}: the server does not draft; {expected}")
 
 
 def explain(log: Path) -> str:
