@@ -72,7 +72,8 @@ def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
 def _combine(how: Callable[..., int], *counters: SpecDecodeCounters) -> SpecDecodeCounters:
     plain = ((c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens) for c in counters)
     positions = zip(*(c.accepted_per_position for c in counters), strict=True)
-    return SpecDecodeCounters(*map(how, *plain), tuple(starmap(how, positions)))
+    steps, drafted, accepted = map(how, *plain)
+    return SpecDecodeCounters(steps, drafted, accepted, tuple(starmap(how, positions)))
 
 
 def count_steps(steps: Sequence[Step]) -> SpecDecodeCounters:

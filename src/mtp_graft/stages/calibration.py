@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from pydantic_core import from_json
@@ -33,9 +33,7 @@ class _Turn(BaseModel):
 
 
 class _Row(BaseModel):
-    id: Annotated[
-        str, Field(validation_alias=AliasChoices("prompt_id", "id"), coerce_numbers_to_str=True)
-    ]
+    id: str = Field(validation_alias=AliasChoices("prompt_id", "id"), coerce_numbers_to_str=True)
     text: str | None = None
     messages: list[_Turn] | None = None
 
@@ -61,9 +59,9 @@ def take_fitting(
         token_ids = tuple(client.encode(prompt))
         if len(token_ids) > max_tokens:
             dropped[prompt.id] = token_ids
-            continue
-        taken[prompt.id] = token_ids
-        left -= len(token_ids) + new_tokens
+        else:
+            taken[prompt.id] = token_ids
+            left -= len(token_ids) + new_tokens
     names = ", ".join(f"{name} ({len(token_ids)})" for name, token_ids in dropped.items())
     too_long = f"with more than {max_tokens} tokens, left out: {names or 'none'}"
     if len(taken) < count and left > 0:
@@ -92,18 +90,16 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
     if source.startswith(HUB):
         rows = _hub_rows(source)
     else:
-        path = Path(source)
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        read = _parquet_rows if source.endswith(".parquet") else _json_rows
+        rows = read(Path(source))
     seen: set[str] = set()
     asked: set[int] = set()  # hashes
     for number, row in rows:
-        where = f"{source}:{number}"
-        prompt = _parse(row, where)
+        prompt = _parse(row, f"{source}:{number}")
         if prompt.id in seen:
-            raise GraftError(f"{where}: id {prompt.id!r} comes twice")
+            raise GraftError(f"{source}:{number}: id {prompt.id!r} comes twice")
         seen.add(prompt.id)
-        content = hash(str(prompt.content))
-        if content not in asked:
+        if (content := hash(str(prompt.content))) not in asked:
             asked.add(content)
             yield prompt
     if not seen:

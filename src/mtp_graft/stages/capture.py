@@ -37,8 +37,6 @@ from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progre
 
 #: How long the server may take to write what it computed.
 WRITE_TIMEOUT_S = 60.0
-
-
 _Texts = list[FinishedText]
 
 
@@ -93,9 +91,8 @@ def capture(
     `serving` gives a server started with `recording_options` that gets no other requests; it is
     not entered if the capture is finished. What an earlier, killed call finished is not done again.
     Of the result, `dropped` are prompts that are too long, and the speed is null where no text was
-    missing. Raises GraftError if the server fails (with the reason from its `log`) or does
-    not record, for too few prompts that are short enough, and if `out` was begun with another base,
-    other prompts or other settings.
+    missing. Raises GraftError if the server fails (with the reason from its `log`) or does not
+    record, for too few short prompts, and if `out` was begun with other inputs or settings.
     """
     if (finished := _finished(base, out, settings)) is not None:
         return finished
@@ -104,8 +101,7 @@ def capture(
         asked, dropped = _choose(client, settings)
         generate_tok_s = _generate(client, out, settings, asked, report)
         _record(client, out, settings, report)
-    sequences = read_sequences(out)
-    seconds = time.perf_counter() - started
+    sequences, seconds = read_sequences(out), time.perf_counter() - started
     result = {
         "sequences": len(sequences),
         "tokens": sum(s.tokens for s in sequences),
@@ -131,10 +127,8 @@ def wanted_prompts(settings: CaptureSection) -> dict[str, tuple[str, int]]:
 
 def prompts_by_source(settings: CaptureSection) -> Counter[str]:
     """Return source -> how many prompts are wanted of it; splits of one source share none."""
-    totals: Counter[str] = Counter()
-    for source, count in wanted_prompts(settings).values():
-        totals[source] += count
-    return totals
+    wanted = wanted_prompts(settings).values()
+    return sum((Counter({source: count}) for source, count in wanted), Counter[str]())
 
 
 def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any] | None:
@@ -142,16 +136,14 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     totals = prompts_by_source(settings)
     prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
     asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
-    files = [base / "config.json", base / INDEX_NAME]
-    files += [base / shard for shard in sorted(set(read_index(base).values()))]
-    words = [*base.glob("tokenizer*"), *base.glob("chat_template*")]
-    files += sorted(path for path in words if path.is_file())
+    files = [base / name for name in ("config.json", INDEX_NAME, *set(read_index(base).values()))]
+    words = (*base.glob("tokenizer*"), *base.glob("chat_template*"))
+    files += [path for path in words if path.is_file()]
     keys = ("max_prompt_tokens", "new_tokens", "calibration_tokens")
     decisive: dict[str, Any] = {key: getattr(settings, key) for key in keys}
     decisive["taps"] = settings.taps or None  # null, as in captures from before there were any
     decisive["prompts"] = sha256(asked.encode()).hexdigest()
-    decisive["base"] = manifest.fingerprints(files)
-    manifest.claim_folder(out, decisive)
+    manifest.claim_folder(out, decisive | {"base": manifest.fingerprints(sorted(files))})
     (out / capture_files.RECORDINGS).mkdir(exist_ok=True)
     (out / capture_files.SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
     finished = manifest.finished_result(out, REPORT_NAME)
@@ -266,10 +258,9 @@ def _collect(out: Path, texts: _Texts) -> None:
         if new:
             deadline = time.monotonic() + WRITE_TIMEOUT_S
         elif time.monotonic() > deadline:
-            first, num = missing[0].id, len(missing)
-            found = f"{folder}: prompt {first!r} ({num} in all) was sent, but is in no recording"
-            how = "without prefix caching and chunked prefill; its log may say more"
-            raise GraftError(f"{found}; expected a server that records into this folder, {how}")
+            found = f"prompt {missing[0].id!r} ({len(missing)} in all) was sent, but not recorded"
+            expected = "expected a server that records here, without prefix caching or chunks"
+            raise GraftError(f"{folder}: {found}; {expected}; its log may say more")
         else:
             time.sleep(0.01)
 

@@ -59,14 +59,12 @@ def heal(
     settings: HealSection,
     report: Progress,
 ) -> dict[str, Any]:
-    """Train the head, write it to `out/upstream`, and return the report.
+    """Train the head, write it to `out/upstream`, and return the report; GraftError as `score`.
 
     What `splice` will store in FP8, of `variant` and `linears`, is rounded while it is trained.
-
     `kept` says whether the accepted length of `settings.k` drafts rose beyond its 95 % interval
     (texts resampled, in pairs) while the first draft's acceptance fell by half a point at most.
     `before` and `after` have `by_position`, `length` and its `interval`, `curve` the same by step.
-    Raises GraftError as `score` does.
     """
     started, device = time.perf_counter(), find_device(settings.device)
     models = capture, upstream, base
@@ -195,10 +193,10 @@ def _precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def _read_batch(inputs: Inputs, chosen: Sequence[CapturedSequence], embed: Tensor) -> Batch:
     recorded = [inputs.read_sequence(each, str(embed.device)) for each in chosen]
-    lengths = torch.tensor([len(each.token_ids) for each in recorded], device=embed.device)
-    embeds = [embed[each.token_ids.to(embed.device)] for each in recorded]
-    residual = pad_sequence([each.residual for each in recorded], batch_first=True)
     token_ids = [each.token_ids for each in recorded]
+    lengths = torch.tensor([*map(len, token_ids)], device=embed.device)
+    embeds = [embed[ids.to(embed.device)] for ids in token_ids]
+    residual = pad_sequence([each.residual for each in recorded], batch_first=True)
     return Batch(residual, pad_sequence(embeds, batch_first=True), lengths, token_ids)
 
 

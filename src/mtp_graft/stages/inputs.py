@@ -131,9 +131,8 @@ def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 12
     if wrong:
         ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
         said = f"{wrong[0]} is {ours}, expected {theirs} by the base's config.json"
-        num = f"{len(wrong)} of the head's {len(expected)} tensors differ"
         why = "base and upstream are different models, or a shard is damaged: fetch it again"
-        raise GraftError(f"{upstream}: {said} ({num}); {why}")
+        raise GraftError(f"{upstream}: {said} ({len(wrong)} tensors differ in all); {why}")
     for name, tensor in head.meta.items():
         right = storage_dtype(name)
         if tensor.dtype == torch.float16 or tensor.dtype != right == torch.float32:
@@ -150,8 +149,7 @@ def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]
     for name in needed:
         if name not in weight_map:
             raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
-        found = list(read_meta(base, name)[name].shape)
-        if found != expected:
+        if (found := list(read_meta(base, name)[name].shape)) != expected:
             raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
     return settings, weight_map
 
@@ -211,8 +209,8 @@ class Inputs:
         pinned = device != "cpu"
         stored = [self.head.stored.get(name, name) for name in names]
         tensors = load_tensors(self.upstream, stored, pinned=pinned).values()
-        found = zip(names, tensors, strict=True)
-        return {name: tensor.to(device, non_blocking=pinned) for name, tensor in found}
+        on_device = (tensor.to(device, non_blocking=pinned) for tensor in tensors)
+        return dict(zip(names, on_device, strict=True))
 
     def store(self, variant: Variant, experts: Iterable[Path], **how: Any) -> dict[str, Tensor]:
         """Return `store_head` of all of upstream's head and of GPTQ's `experts` in some files."""
@@ -249,8 +247,8 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     try:
         model = model_config(settings)
     except (ValueError, KeyError, TypeError) as error:
-        expected = "expected a DeepSeek-V4 configuration"
-        raise GraftError(f"{base / 'config.json'}: {in_words(error)}; {expected}") from error
+        where = base / "config.json"
+        raise GraftError(f"{where}: {in_words(error)}; expected DeepSeek-V4's") from error
     files = [
         base / "config.json",
         capture / capture_files.INDEX_NAME,

@@ -52,8 +52,8 @@ def read_ahead(
 def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
     """Yield a function that calls another one in a thread, up to `writers` calls at once.
 
-    It waits while as many calls are in work and another is waiting. All are done at the end, also
-    after an error; a call's own error is raised by a later call or at the end.
+    It waits while as many are in work and another is waiting. All are done at the end, also after
+    an error; a call's own error is raised by a later call or at the end.
     """
     with ThreadPoolExecutor(writers) as pool:
         pending: deque[Future[Any]] = deque()
@@ -122,8 +122,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        parts = ("replay", "hessian", "gptq", "pack", "errors", "io")
-        self.seconds = dict.fromkeys(parts, 0.0)
+        self.seconds = dict.fromkeys(("replay", "hessian", "gptq", "pack", "errors", "io"), 0.0)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -149,9 +148,9 @@ class Clock:
 def run_in_process(work: Callable[..., Result], *arguments: Any, report: Progress) -> Result:
     """Return `work(*arguments, report)`, called in a new process that is gone afterwards.
 
-    The process ends with ours, by whatever ours ends (Ctrl-C, SIGKILL). A GraftError or OSError of
-    `work` is raised here; another exception is printed by the process. Raises GraftError if the
-    process ended without a result. To be called in the main thread.
+    The process ends with ours, however ours ends. A GraftError or OSError of `work` is raised here,
+    other exceptions are printed by the process, and GraftError is raised if it ended without a
+    result. To be called in the main thread.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -184,16 +183,14 @@ def run_in_process(work: Callable[..., Result], *arguments: Any, report: Progres
 
 
 def _child(sending: Connection, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    def end_with_parent() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         result = work(*arguments, lambda *step: sending.send(("progress", step)))
         sending.send(("done", result))
     except (GraftError, OSError) as error:
         sending.send(("failed", error))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -1,8 +1,7 @@
 """Publish: a run's checkpoint and its card, to a repository of the hub, with one commit.
 
-`create_commit` takes files from two folders without a copy of 146 GB. A large file that arrived is
-kept by the hub without a commit, so a call that is repeated sends what is missing: huggingface_hub
-asks by SHA-256 before it sends (with Xet, by chunk), and leaves out what the last commit has.
+`create_commit` takes files from two folders without a copy of 146 GB. Repeated, it sends what is
+missing: huggingface_hub asks by SHA-256 (with Xet, by chunk) what the hub has before it sends.
 """
 
 import json
@@ -44,11 +43,12 @@ def publish(
     if repo.count("/") != 1:
         raise GraftError(f"--repo {repo}: expected OWNER/NAME")
     files = find_files(run, repo, card, head_only=head_only)
-    listed: list[dict[str, Any]] = []
-    for name, file in files.items():
-        size = len(file) if isinstance(file, bytes) else file.stat().st_size
-        source = None if isinstance(file, bytes) else str(file)
-        listed.append({"path": name, "bytes": size, "from": source})
+    listed: list[dict[str, Any]] = [
+        {"path": name, "bytes": len(file), "from": None}
+        if isinstance(file, bytes)
+        else {"path": name, "bytes": file.stat().st_size, "from": str(file)}
+        for name, file in files.items()
+    ]
     total = sum(file["bytes"] for file in listed)
     result = {"repo": repo, "private": private, "files": listed, "total_bytes": total}
     return {**result, "dry_run": dry_run, **({} if dry_run else _upload(repo, private, files))}
@@ -74,11 +74,8 @@ def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
 def _head_card(card: Path, repo: str) -> bytes:
     """Return the card with a paragraph that says what to do with a head alone."""
     content = ModelCard.load(card, ignore_metadata_errors=True)
-    note = (
-        "> This repository holds the MTP head alone. Put it on its base, which is what this card "
-        f"describes without the head:\n> `mtp-graft graft BASE {repo} OUT`"
-    )
-    content.text = f"\n{note}\n\n{content.text.lstrip()}"
+    what = "> This repository holds the MTP head alone. Put it on its base, which this card names"
+    content.text = f"\n{what}:\n> `mtp-graft graft BASE {repo} OUT`\n\n{content.text.lstrip()}"
     return str(content).encode()
 
 
@@ -103,8 +100,7 @@ def _check_card(card: Path, spliced: Spliced) -> None:
 
 def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
     """Return `commit`, `url`, and whether the repository is `private`."""
-    token = get_token()
-    if token is None:
+    if (token := get_token()) is None:
         cure = "set HF_TOKEN, or log in with `hf auth login`; it needs to be allowed to write"
         raise GraftError(f"no token for the hub: {cure}")
     api = HfApi(token=token)
@@ -115,11 +111,9 @@ def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
         if private and not is_private:
             found = "exists and is public, --private was asked for; nothing was uploaded"
             raise GraftError(f"{repo}: {found}: change it on the hub, or choose another --repo")
-        message = "Checkpoint and card, by mtp-graft publish"
-        commit = api.create_commit(repo, added, commit_message=message)
+        commit = api.create_commit(repo, added, commit_message="Checkpoint and card, by mtp-graft")
     except HUB_ERRORS as error:
-        said = " ".join(str(error).split())
-        cure = "check that HF_TOKEN may write there, and run the same command again"
-        found = f"the upload stopped ({said}); {cure}: what has arrived is not sent twice"
-        raise GraftError(f"{repo}: {found}") from error
+        found = f"the upload stopped ({' '.join(str(error).split())})"
+        cure = "check that HF_TOKEN may write there, and run again: nothing is sent twice"
+        raise GraftError(f"{repo}: {found}; {cure}") from error
     return {"commit": commit.oid, "url": f"{api.endpoint}/{repo}", "private": is_private}

@@ -49,7 +49,11 @@ def score(
     position given that those before it were accepted; `by_k` has all fewer, as a server counts.
     """
     started, device = time.perf_counter(), find_device(settings.device)
-    inputs = _open(capture, upstream, base)
+    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
+    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
+        found = f"nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} sequences)"
+        expected = "expected sequences with at least two tokens after the prompt"
+        raise GraftError(f"{capture}: {found}; {expected}")
     experts = expert_files(quantized) if "gptq" in heads.variants else []
     decisive = {"variants": list(heads.variants), "group_size": heads.group_size}
     decisive |= {"device": device, "k": settings.k}
@@ -67,15 +71,6 @@ def score(
     result = {"acceptance": acceptance, "split": EVALUATION}
     inputs.finish(out, "score", decisive, result, time.perf_counter() - started)
     return result
-
-
-def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
-    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
-    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
-        found = f"nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} sequences)"
-        expected = "expected sequences with at least two tokens after the prompt"
-        raise GraftError(f"{capture}: {found}; {expected}")
-    return inputs
 
 
 @single_thread()

@@ -4,8 +4,8 @@
     plan_splice   headers of base, head and quantized experts, checked against each other
     splice        the base's files hard-linked, the head in one new shard, manifest, config, index
 
-The base is never written to. Everything is put together in a temporary folder that gets its name
-when it is complete: a killed splice leaves only that folder, which the next one removes.
+The base is never written to. A temporary folder gets its name when it is complete; a killed splice
+leaves only that, which the next one removes.
 """
 
 import errno
@@ -73,21 +73,18 @@ def splice(
 
     `rtn` rounds the routed experts to INT4, `gptq` takes them from the quantize stage's folder
     `quantized`, `mxfp4` (the default) keeps their codes, `bf16` decodes them (exact). `linears`
-    says which FP8 linears keep their codes (`dsv4.variants.Linears`; exact either way). Where
-    `upstream` is a folder with a head that was spliced before, that head is taken as it is.
-    Memory holds one module at a time.
+    says which FP8 linears keep their codes (exact either way). A head in `upstream` that was
+    spliced before is taken as it is. Memory holds one module at a time.
 
     An `out` that the same inputs gave is left as it is. Raises GraftError, leaving nothing behind,
-    for inputs that are broken or do not fit each other, for another `out` that exists, and for a
-    full disk.
+    for inputs that do not fit each other, another `out` that exists, and a full disk.
     """
     plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
     manifest = _manifest(plan)
     if out.exists():
         path = out / quant_manifest.MANIFEST_NAME
         if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
-            found = "already exists, and not from these inputs"
-            raise GraftError(f"{out}: {found}; remove it or choose another")
+            raise GraftError(f"{out}: already exists, and not from these inputs; choose another")
         shards.read_meta(out, complete=True)
         return plan
     with files.new_folder(out) as folder:
@@ -112,8 +109,8 @@ def open_base(folder: Path) -> Checkpoint:
         raise GraftError(f"{folder}: is {base.foreign_format}; expected a W4A16-FP8 checkpoint")
     for shard, why in base.unreadable.items():
         raise GraftError(f"{folder / shard}: {why}")
-    if already := next((name for name in base.read_as if name.startswith("mtp.")), None):
-        raise GraftError(f"{folder}: already has a head ({already}, ...); expected none")
+    if any(name.startswith("mtp.") for name in base.read_as):
+        raise GraftError(f"{folder}: already has a head (tensors mtp.*); expected none")
     if base.formats.get("layers.0.attn.wq_b") == "plain":
         raise GraftError(f"{folder}: its attention is not quantized; expected FP8: W4A16-FP8")
     if isinstance(base.quantization, GraftError):
@@ -142,9 +139,9 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    drafter, is_int4 = drafter_config(upstream, head.meta), variant in ("rtn", "gptq")
-    config = config_with_head(base.config, drafter, variant, linears)
+    config = config_with_head(base.config, drafter_config(upstream, head.meta), variant, linears)
     quantization = read_quantization(config, base.folder / "config.json")
+    is_int4 = variant in ("rtn", "gptq")
     group_size = quantization.group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
         found = f"its INT4 experts have a scale a channel, which {variant} does not make"
@@ -162,12 +159,11 @@ def _describe(
     folder: Path, manifest: Manifest, head: Mapping[str, Tensor], wanted: str | None
 ) -> tuple[Variant, Linears]:
     """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
-    num_tensors, num_bytes = manifest["tensors"], manifest["bytes"]
-    size = sum(tensor.nbytes for tensor in head.values())
-    if (len(head), size) != (num_tensors, num_bytes):
-        found = f"has {len(head)} tensors of {size:,} bytes"
-        expected = f"{num_tensors} of {num_bytes:,} by {quant_manifest.MANIFEST_NAME}"
-        raise GraftError(f"{folder / HEAD_SHARD}: {found}, expected {expected}; fetch it again")
+    expected, size = manifest["tensors"], sum(tensor.nbytes for tensor in head.values())
+    if (len(head), size) != (expected, manifest["bytes"]):
+        found = f"{folder / HEAD_SHARD}: has {len(head)} tensors of {size:,} bytes, expected"
+        named = f"{expected} of {manifest['bytes']:,} by {quant_manifest.MANIFEST_NAME}"
+        raise GraftError(f"{found} {named}; fetch it again")
     variant: Variant = manifest["variant"]
     if wanted not in (None, variant):
         found = f"is a {variant} head, which is taken as it is; {wanted} was asked for"

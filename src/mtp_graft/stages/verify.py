@@ -1,8 +1,7 @@
 """Verify: read a spliced checkpoint back with other code than what wrote it, and compare.
 
-Engines skip tensors whose name they do not know, and then draft noise. Here every tensor that the
-checkpoint's own config asks for is read, decoded (packed experts by compressed-tensors) unless its
-codes are upstream's, and compared with what it was made of.
+Engines skip tensors whose name they do not know, and then draft noise. Here all that the config
+asks for is decoded (packed experts by compressed-tensors) and compared with what it was made of.
 """
 
 import filecmp
@@ -61,8 +60,7 @@ def verify(
     nearest rounding be half a step off at the most, and GPTQ's experts have the bytes in
     `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is must
     have `upstream`'s bytes, config.json the base's content and what the head adds. `rel_error_max`
-    (Frobenius, over expert matrices) is None without the master; `loaded_in_vllm` is seen later.
-    Raises GraftError for files that cannot be read.
+    (Frobenius, over expert matrices) is None without the master. GraftError for unreadable files.
     """
     manifest = quant_manifest.read_manifest(checkpoint)
     variant, recorded = manifest["variant"], manifest["provenance"].get("base")
@@ -105,12 +103,11 @@ def require_sound(checkpoint: Path, found: Mapping[str, Any]) -> None:
     """Raise GraftError, naming what is wrong, for a checkpoint that `verify` found unsound."""
     if found["ok"]:
         return
-    wrong = [*found["missing"], *found["unexpected"]]
-    wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
+    wrong = [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
+    wrong = [*found["missing"], *found["unexpected"], *wrong]
     what = f"{', '.join(wrong[:3])}: wrong ({len(wrong)} in all); remove it and splice again"
-    if not wrong:
-        what = "the base is not the one that it was spliced from; splice again"
-    raise GraftError(f"{checkpoint}: {what}")
+    base = "the base is not the one that it was spliced from; splice again"
+    raise GraftError(f"{checkpoint}: {what if wrong else base}")
 
 
 def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tensors, Tensors]:
@@ -201,12 +198,6 @@ def _decompress(parts: Parts, kind: str) -> Tensor:
     return values.float()
 
 
-def _decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return float32 [O, I]; the row and the column of a weight, over 128, are its scale's."""
-    rows, columns = (torch.arange(size) // 128 for size in codes.shape)
-    return codes.float() * scale[rows[:, None], columns]
-
-
 def _decode_mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
     """Return BF16 [O, I], which is exact."""
     pairs = _pairs_of_bytes().index_select(0, codes.view(torch.uint8).flatten().int())
@@ -237,7 +228,8 @@ def _master_values(name: str, master: Values) -> Tensor:
         return weight
     if EXPERT.match(name):
         return _decode_mxfp4(weight, scale)
-    return _decode_fp8(weight, _exp2(scale)).bfloat16()
+    rows, columns = (torch.arange(size) // 128 for size in weight.shape)  # of FP8's scales
+    return (weight.float() * _exp2(scale)[rows[:, None], columns]).bfloat16()
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
