@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.errors import GraftError, UsageError, in_words
 
 #: How the routed experts are stored: rounded to INT4, INT4 by GPTQ, upstream's codes, decoded.
 Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
@@ -85,13 +85,10 @@ class CaptureSection:
     taps: Layers | None = None  # record what is behind them, too; None: as upstream's DSpark needs
 
     def __post_init__(self) -> None:
-        longest = self.max_prompt_tokens + self.new_tokens + 1
+        longest = self.max_prompt_tokens + self.new_tokens + 1  # one when they are recorded
         if longest > self.max_model_len:
-            raise ValueError(
-                f"[capture] max_model_len is {self.max_model_len}, expected at least {longest}: "
-                f"{self.max_prompt_tokens} tokens of prompt, {self.new_tokens} new ones and one "
-                "more when they are recorded"
-            )
+            least = f"at least {longest}, max_prompt_tokens + new_tokens + 1"
+            raise ValueError(f"[capture] max_model_len is {self.max_model_len}, expected {least}")
 
 
 @dataclass(frozen=True, config=_exact)
@@ -210,10 +207,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise GraftError(f"{path}: not a file; expected a recipe")
     try:
         table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise GraftError(f"{path}: not readable ({error.strerror}); expected a recipe") from error
-    except (ValueError, RecursionError) as error:
-        raise GraftError(f"{path}: not a TOML file ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise GraftError(f"{path}: not a TOML file ({in_words(error)})") from error
     for section, values in table.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             values[key] = _absolute(f"{section}.{key}", value, path.parent)
@@ -275,11 +270,7 @@ def _find_problem(table: Mapping[str, Any]) -> str | None:
         case "dataclass_type":
             return f"{section} is {found!r}, expected a section [{section}]"
         case "unexpected_keyword_argument":
-            if not key:
-                return _unknown("section", section, Recipe)
-            return f"[{section}]: {_unknown('key', key, _SECTIONS[section])}"
+            what = f"[{section}]: unknown key {key!r}" if key else f"unknown section {section!r}"
+            known = fields(_SECTIONS[section] if key else Recipe)
+            return f"{what}; there are {', '.join(sorted(f.name for f in known))}"
     return f"{where} is {found!r}, expected {expected.replace('tuple', 'list')}"
-
-
-def _unknown(what: str, name: str, kind: type) -> str:
-    return f"unknown {what} {name!r}; there are {', '.join(sorted(f.name for f in fields(kind)))}"

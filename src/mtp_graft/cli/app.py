@@ -52,10 +52,8 @@ def refuse(words: Collection[str] | None, flags: set[str]) -> Collection[str] | 
     """Return arguments for vLLM, which must have none of `flags` and ADDRESS_FLAGS."""
     for flag in (word.partition("=")[0].replace("_", "-") for word in words or ()):
         if flag in flags | ADDRESS_FLAGS:
-            raise typer.BadParameter(
-                f"{flag} after --: mtp-graft decides it; if it has an option for it, give that "
-                "before the --"
-            )
+            cure = "if it has an option for it, give that before the --"
+            raise typer.BadParameter(f"{flag} after --: mtp-graft decides it; {cure}")
     return words
 
 

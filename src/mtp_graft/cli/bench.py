@@ -94,9 +94,8 @@ def bench_decode(
 def _other(target: Target, against: str) -> Target:
     """Return the server to compare with; it is ours if the first one is."""
     if ("://" in against) == (target.base_url is None):
-        raise typer.BadParameter(
-            "compare a --checkpoint with a checkpoint, and a --base-url with an address"
-        )
+        rule = "compare a --checkpoint with a checkpoint, and a --base-url with an address"
+        raise typer.BadParameter(rule)
     if target.base_url:
         return replace(target, base_url=check_url(against))
     return replace(target, checkpoint=Path(against))
@@ -181,9 +180,8 @@ def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
-        raise typer.BadParameter(
-            f"{flag} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
-        )
+        expected = f"different numbers from {least} on, as in 1,2,3"
+        raise typer.BadParameter(f"{flag} is {text!r}, expected {expected}")
     return numbers
 
 
@@ -246,10 +244,8 @@ def bench_soak(
     columns = ("requests", "equal", "near_ties", "sound", "hung_up", "errors", "hangs")
     show(result, target.json_file, table([result], *columns))
     if bad := result["corrupted"] + result["failures"]:
-        raise GraftError(
-            f"{len(bad)} of {result['requests']} answers are bad, the first one {bad[0]['id']} "
-            f"({bad[0]['kind']}); expected those that were given alone: --json has them all"
-        )
+        found = f"{len(bad)} of {result['requests']} answers are bad, not those given alone"
+        raise GraftError(f"{found}: {bad[0]['id']} ({bad[0]['kind']}), ...; --json has them all")
 
 
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:
@@ -286,10 +282,8 @@ def _evaluate(
 ) -> Result:
     """Ask and judge; a finished result is given again."""
     if importlib.util.find_spec("inspect_ai") is None:
-        raise GraftError(
-            f"bench {name} needs Inspect: pip install 'mtp-graft[evals]', or in a checkout "
-            ".venv/bin/pip install -e '.[evals]'"
-        )
+        cure = "pip install 'mtp-graft[evals]', or in a checkout -e '.[evals]'"
+        raise GraftError(f"bench {name} needs Inspect: {cure}")
     from mtp_graft.bench.decode import measured
     from mtp_graft.bench.evals.run import TASKS, find_model, run_task
 
@@ -304,9 +298,6 @@ def _evaluate(
         with ExitStack() as stack:
             with progress_bar() as report:
                 server = stack.enter_context(target.client(report, name, k))
-            return run_task(task, logs, find_model(server, settings))
+            return run_task(task, logs, find_model(server, settings)) | {"settings": settings}
 
-    def measure(folder: Path) -> Result:
-        return measured(folder, "result", lambda: ask(folder / "logs") | {"settings": settings})
-
-    return target.finish(name, claim, measure)
+    return target.finish(name, claim, lambda to: measured(to, "result", lambda: ask(to / "logs")))

@@ -100,10 +100,9 @@ def _plan(
     if profile == NO_PROFILE or (profile is None and on_cpu and asked == HardwareOptions()):
         return vllm, None
     if (named and named.platform != vllm.platform) or (on_cpu and asked.nnodes is not None):
-        raise GraftError(
-            f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
-            "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
-        )
+        build = f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build"
+        cure = "with --dry-run, --gpu prints for hardware that is elsewhere"
+        raise GraftError(f"{build}, which --gpu or --nnodes does not fit; {cure}")
     found = named or (CPU if on_cpu else find_gpus(asked.nnodes or 1))
     plan = make_plan(options, profile or AUTO, found, asked.node_rank, asked.master_addr)
     if profile is None:
@@ -133,22 +132,19 @@ def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -
     from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter
 
     if command.num_speculative_tokens(options, vllm.platform) == 0:
-        raise GraftError(
-            f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
-            "at least one speculative token"
-        )
+        expected = "expected a checkpoint with a head and at least one speculative token"
+        raise GraftError(f"{options.checkpoint}: --check without drafts; {expected}")
     with progress_bar() as report, started(options, report, "check") as client:
         found = check_drafter(client)
     acceptance, drafted = found.acceptance or 0.0, found.num_draft_tokens
     result = {"ok": acceptance >= MIN_ACCEPTANCE, "acceptance": acceptance}
     result |= {"num_draft_tokens": drafted, "threshold": MIN_ACCEPTANCE}
-    show(result, json_file, f"accepted {acceptance:.1%} of {drafted} drafted tokens")
+    said = f"accepted {acceptance:.1%} of {drafted} drafted tokens"
+    show(result, json_file, said)
     if not result["ok"]:
-        raise GraftError(
-            f"{options.checkpoint}: of {drafted} tokens drafted on a repeated sentence the model "
-            f"accepted {acceptance:.1%}, expected at least {MIN_ACCEPTANCE:.0%}: the head is not "
-            "the model's; run mtp-graft doctor on it"
-        )
+        expected = f"{said}, of a repeated sentence, expected at least {MIN_ACCEPTANCE:.0%}"
+        cure = "the head is not the model's; run mtp-graft doctor on it"
+        raise GraftError(f"{options.checkpoint}: {expected}: {cure}")
 
 
 @app.command()

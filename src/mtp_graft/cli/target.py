@@ -19,6 +19,8 @@ from mtp_graft.serving.command import ServeOptions, find_vllm, option
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.serving.client import ServerClient
 
+    Serving = AbstractContextManager[ServerClient]
+
 #: JSON.
 Result = dict[str, Any]
 _URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s:/]+)(:[1-9]\d{0,4})?(/\S*)?")
@@ -31,9 +33,7 @@ def check_url(url: str | None) -> str | None:
     return url
 
 
-def started(
-    options: ServeOptions, report: Report, name: str
-) -> AbstractContextManager["ServerClient"]:
+def started(options: ServeOptions, report: Report, name: str) -> "Serving":
     """Serve inside the block; `name` is the log's."""
     from mtp_graft.serving.server import managed_server
 
@@ -61,10 +61,8 @@ class Target:
             raise typer.BadParameter("give one of --base-url and --checkpoint")
         decided = (self.tensor_parallel_size, self.max_model_len, self.extra)
         if self.checkpoint is None and (self.profile != NO_PROFILE or any(decided)):
-            raise typer.BadParameter(
-                "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
-                "--checkpoint: a running server cannot be changed"
-            )
+            flags = "--profile, --tensor-parallel-size, --max-model-len and arguments after --"
+            raise typer.BadParameter(f"{flags} need --checkpoint: a running server is as it is")
 
     def num_drafts(self, k: int | None) -> int:
         """Return how many tokens the server drafts a step: `k`, its default, or what it says."""
@@ -89,11 +87,10 @@ class Target:
         flags: Result = {"--profile": self.profile, "--tensor-parallel-size": ranks}
         flags |= {"--max-model-len": length, "-k": k, "--": self.extra or None}
         shards = sorted(set(read_weight_map(self.checkpoint / INDEX_NAME).values()))
-        files = [self.checkpoint / name for name in ("config.json", *shards)]
         words = ["mtp-graft", "serve", self.checkpoint.name, *command.as_words(flags)]
         return {
             "serve": shlex.join(words),
-            "files": fingerprints(files),
+            "files": fingerprints([self.checkpoint / name for name in ("config.json", *shards)]),
             "device": device_name(),
             "vllm": "{0.version} ({0.platform})".format(find_vllm()),
         }

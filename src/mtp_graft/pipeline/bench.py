@@ -1,7 +1,6 @@
 """The bench stage: servers of the base and of every head, one after the other, and what they do.
 
-Never two at a time: they would share the machine, and on a GPU the memory too. Each measurement is
-a file in `bench/` and is not repeated.
+Each measurement is a file in `bench/` and is not repeated.
 """
 
 import json
@@ -83,15 +82,23 @@ def bench(run: Run) -> list[Path]:
 
 def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict[str, Any]:
     """Decode prompts with room for an answer; `server`, of the base, is entered if need be."""
-    wanted = run.recipe.bench
-    _claim(run)
+    recipe, wanted = run.recipe, run.recipe.bench
+    asked = json.dumps([asdict(p) for p in islice(_prompts(run), wanted.count)])
+    config = {
+        "bench": asdict(wanted) | {"prompts": sha256(asked.encode()).hexdigest()},
+        "serve": asdict(recipe.serve),
+        "chosen": recipe.splice.variant,
+        "vllm": str(find_vllm().version),
+        "capture": fingerprints([run.finished("capture") / CONFIG_NAME]),
+    }
+    claim_folder(run.path / "bench", config)
 
     def measure() -> dict[str, Any]:
         with server as client:
-            longest = run.recipe.capture.max_model_len - wanted.max_tokens
+            longest = recipe.capture.max_model_len - wanted.max_tokens
             prompts, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
-            asked = prompts, _config(run), run.progress, "base: decode"
-            return measure_turn(client, *asked, with_margins=True)
+            how = _config(run), run.progress, "base: decode"
+            return measure_turn(client, prompts, *how, with_margins=True)
 
     return measured(run.path / "bench", "base", measure)
 
@@ -100,19 +107,6 @@ def has_served(run: Run, variant: str) -> bool:
     """Return whether vLLM has loaded and served the variant's present head."""
     served = run.result(f"bench/served-{variant}")
     return served is not None and served["head"] == _head(run, variant)
-
-
-def _claim(run: Run) -> None:
-    recipe = run.recipe
-    asked = json.dumps([asdict(p) for p in islice(_prompts(run), recipe.bench.count)])
-    config = {
-        "bench": asdict(recipe.bench) | {"prompts": sha256(asked.encode()).hexdigest()},
-        "serve": asdict(recipe.serve),
-        "chosen": recipe.splice.variant,
-        "vllm": str(find_vllm().version),
-        "capture": fingerprints([run.finished("capture") / CONFIG_NAME]),
-    }
-    claim_folder(run.path / "bench", config)
 
 
 def _measure_head(

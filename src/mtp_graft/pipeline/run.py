@@ -164,8 +164,8 @@ def summarize(run: Run) -> dict[str, Any]:
     """Return the JSON of `run` and `demo`; what has not been run yet is null."""
     decode = run.result("bench/decode") or {}
     scored = (run.result("score/report") or {}).get("acceptance", {})
-    served, chosen = _served(run), run.recipe.splice.variant
-    main = served.get("gptq") or served.get(chosen) or {}
+    served, checkpoint = _served(run), run.checkpoint(run.recipe.splice.variant)
+    main = served.get("gptq") or served.get(run.recipe.splice.variant) or {}
     report = run.path / "report" / PAGE_NAME
     sides = {"base": decode["against"], "mtp": decode} if decode else {}
     speeds = {side: found["decode_tok_s"]["median"] for side, found in sides.items()}
@@ -180,10 +180,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "decode_tok_s": speeds or None,
         **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
         "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
-        "checkpoint": str(run.checkpoint(chosen)),
-        "drafter": (read_result(run.checkpoint(chosen) / MANIFEST_NAME) or {}).get(
-            "drafter", "mtp"
-        ),
+        "checkpoint": str(checkpoint),
+        "drafter": (read_result(checkpoint / MANIFEST_NAME) or {}).get("drafter", "mtp"),
         "report": str(report) if report.exists() else None,
     }
 

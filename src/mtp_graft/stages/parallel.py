@@ -184,8 +184,9 @@ def run_in_process(work: Callable[..., Result], *arguments: Any, report: Progres
 
 def _child(sending: Connection, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     def end_with_parent() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
