@@ -6,9 +6,9 @@
   CPU subclass, which plans nothing, answers for: `KeyError: 'c1a'`.
 - With k = 1 the indexer stops at an assertion beyond `index_topk` compressed entries (2,051
   tokens): its CPU kernel takes one token a row, but only for k > 1 does vLLM flatten them to that.
-- `CommonAttentionMetadata` keeps which request a token belongs to. The proposer changes it from a
-  request's several tokens to its one draft and asks again: from the second draft on, every request
-  reads the first request's window. Text stays right, drafts do not. Read in 0.33's V1 runner, too.
+- `CommonAttentionMetadata` keeps which request a token belongs to when the proposer goes on to
+  one draft a request: from the second on, every request reads the first one's window. Text stays
+  right, drafts do not. Read in 0.33's V1 runner, too.
 
 Legend: `R` requests, `T` tokens of the batch, `N` tokens of one launch, `W` slots per row,
 `B` columns of the block table, `P` prefill requests.
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.models.deepseek_v4.cpu import cpu_mla
 from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
 from vllm.v1.attention.ops import metadata as request_metadata
@@ -43,20 +42,13 @@ def fill_gaps() -> None:
         (indexer.BuildPrefillChunkMetadataKernel, prefill_chunk_metadata),
     ):
         replace(launcher, "__call__", function)
-    swa_builder = cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder
-    replace(swa_builder, "build_tile_scheduler", build_tile_scheduler)
-    replace(indexer, "_use_flattening", use_flattening)
+    replace(
+        cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder,
+        "build_tile_scheduler",
+        lambda self, num_decode_tokens: defaultdict(lambda: None),  # no plan for any layer type
+    )
+    replace(indexer, "_use_flattening", lambda vllm_config: vllm_config.num_speculative_tokens > 0)
     replace(SpecDecodeBaseProposer, _stock_build.__name__, build_forgetting)
-
-
-def build_tile_scheduler(self: Any, num_decode_tokens: int) -> dict[str, None]:
-    """Return no plan for whichever layer type is asked for."""
-    return defaultdict(lambda: None)
-
-
-def use_flattening(vllm_config: VllmConfig) -> bool:
-    """Return whether the indexer gets one token a row: for every k > 0."""
-    return vllm_config.num_speculative_tokens > 0
 
 
 def build_forgetting(self: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:

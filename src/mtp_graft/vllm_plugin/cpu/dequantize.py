@@ -33,8 +33,7 @@ class DequantizeOnLoad(compressed_tensors.CompressedTensorsConfig):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
-        weights = self._weight_scheme(layer, prefix)
-        if weights is None:
+        if (weights := self._weight_scheme(layer, prefix)) is None:
             return OrderFreeLinear()
         if weights.block_structure == [FP8_BLOCK, FP8_BLOCK]:
             return FP8BlockLinear()
@@ -45,10 +44,8 @@ class DequantizeOnLoad(compressed_tensors.CompressedTensorsConfig):
         schemes = [self._weight_scheme(layer, f"{prefix}.0.{matrix}") for matrix in matrices]
         if schemes.count(schemes[0]) != len(schemes):
             found = "w1, w2 and w3 match different quantization groups; expected one"
-            cure = "Check the config's target patterns, each anchored at a dot"
-            raise GraftError(f"{prefix}: {found}. {cure}")
-        weights = schemes[0]
-        if weights is None:
+            raise GraftError(f"{prefix}: {found}: check the config's target patterns")
+        if (weights := schemes[0]) is None:
             return StoredExperts(layer.moe_config, "plain")
         if weights.type == QuantizationType.INT and weights.num_bits == 4 and weights.symmetric:
             return StoredExperts(layer.moe_config, "int4", weights.group_size)

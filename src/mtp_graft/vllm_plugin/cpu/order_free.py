@@ -1,9 +1,8 @@
 """Gap: the last bits of a product depend on how it is computed, and greedy output on them.
 
-A product in BF16 or float32 sums in an order that depends on the processor (AMX or not), the
-threads, the tokens beside, and the ranks, which round to BF16 before they add. Near a tie of two
-experts or tokens, a last bit makes another text: with speculation, which verifies several tokens in
-a step, beside other requests, or on two ranks.
+A product's order of summation depends on the processor (AMX or not), the threads, the tokens
+beside, and the ranks, which round to BF16 before they add. Near a tie of two experts or tokens, a
+last bit makes another text: with several tokens verified in a step, beside others, on two ranks.
 
 So linears whose inputs the ranks share are summed in float64 and rounded once: the result is the
 same unless the sum is all but in the middle between two BF16 values, one in 10^11 or so. All others

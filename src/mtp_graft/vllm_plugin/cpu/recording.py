@@ -15,8 +15,7 @@ from mtp_graft.vllm_plugin.recording import Span, make_recorder
 def request_bounds() -> list[int]:
     """Return where the R requests of this step begin and end, R + 1 rows; [0] if there are none.
 
-    Request i has rows `bounds[i]` to `bounds[i + 1]`; rows after the last bound are padding.
-    Raises GraftError if this vLLM does not say so.
+    Rows after the last bound are padding. Raises GraftError if this vLLM does not say so.
     """
     layers = (get_forward_context().attn_metadata or {}).values()
     if not layers:
@@ -47,10 +46,9 @@ def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:
 
 
 def whole_prompts(bounds: Sequence[int], positions: Tensor) -> list[Span]:
-    """Return the rows of the requests that begin at position 0 in this step.
+    """Return the rows of the requests that begin at position 0; `positions` [T], of all rows.
 
-    Request i has rows `bounds[i]` to `bounds[i + 1]` of `positions` [T]; rows after the last
-    bound are padding, and requests without rows too.
+    Requests without rows are padding, as are rows after the last bound.
     """
     spans = [(start, end) for start, end in pairwise(bounds) if start < end]
     first = positions[[start for start, _ in spans]].tolist()
