@@ -157,9 +157,6 @@ def _verify(run: Run) -> list[Path]:
     return run.manifests
 
 
-# What has been found so far, put together from the stages' files
-
-
 def summarize(run: Run) -> dict[str, Any]:
     """Return the JSON of `run` and `demo`; what has not been run yet is null."""
     decode = run.result("bench/decode") or {}

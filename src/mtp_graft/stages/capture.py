@@ -217,9 +217,6 @@ def _record(client: ServerClient, out: Path, settings: CaptureSection, report: P
     _remove_strays(out)
 
 
-# Recordings while they come: the switch that the server looks at, and what it has written
-
-
 @contextmanager
 def _recording(out: Path) -> Iterator[None]:
     """Let the server record in the block, at whose ends it has no requests."""

@@ -112,9 +112,6 @@ def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
     return folders if all(folder.is_dir() for folder in folders) else None
 
 
-# What is needed
-
-
 def survey(model: ModelSection) -> tuple[Source, Source]:
     """Return what is needed of both, fetching small files; GraftError for what is no checkpoint."""
     base = find_source(model.base, model.base_revision, "base")
@@ -196,9 +193,6 @@ def _write_header(source: Source, folder: Path, shard: str) -> None:
     (folder / shard).write_bytes(len(text).to_bytes(8, "little") + text)
     end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
     os.truncate(folder / shard, 8 + len(text) + end)  # a hole, which takes no disk
-
-
-# Downloading
 
 
 def download(sources: Sequence[Source], report: Progress) -> list[Path]:

@@ -106,9 +106,6 @@ def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inpu
     return replace(inputs, sequences=texts)
 
 
-# Training
-
-
 def _train(
     head: MTPHead,
     parts: Mapping[str, nn.Parameter],
@@ -200,9 +197,6 @@ def _read_batch(inputs: Inputs, chosen: Sequence[CapturedSequence], embed: Tenso
     return Batch(residual, pad_sequence(embeds, batch_first=True), lengths, token_ids)
 
 
-# Judging
-
-
 def _evaluate(
     head: MTPHead, lm_head: Tensor, embed: Tensor, held_out: Inputs, settings: HealSection
 ) -> dict[str, Any]:
@@ -257,9 +251,6 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gain": [float(low), float(high)],
         "curve": [{k: v for k, v in point.items() if k != "texts"} for point in curve],
     }
-
-
-# What comes out
 
 
 def _write_master(

@@ -127,9 +127,6 @@ def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) 
     return replace(inputs, sequences=sequences)
 
 
-# Replay
-
-
 def replay_capture(
     inputs: Inputs, clock: Clock, report: Progress, stage: int = 0, quantized: Sequence[Path] = ()
 ) -> RoutedTokens:
@@ -196,9 +193,6 @@ def _load_drafter(
     return route_blocks
 
 
-# Hessians, GPTQ, errors: a batch of experts at a time
-
-
 def _quantize(work: _Work, batches: Sequence[_Batch], pending: Sequence[_Batch]) -> None:
     """Replay the capture, then quantize the pending batches of a stage and write their files."""
     inputs, _, clock, report = work
@@ -260,9 +254,6 @@ def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Pa
         for name, t in packed.items()
     }
     save_shard(on_host, path)  # last: where the experts are, the batch is complete
-
-
-# The report
 
 
 def _report(work: _Work, batches: Sequence[_Batch]) -> dict[str, Any]:

@@ -98,9 +98,6 @@ def splice(
     return plan
 
 
-# What a splice starts from
-
-
 def open_base(folder: Path) -> Checkpoint:
     """Read config, index and headers; raises GraftError for what is no base without a head."""
     expect_format(folder, "base")
@@ -204,9 +201,6 @@ def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str
     )
 
 
-# The manifest, which says whether an `out` is of the same inputs
-
-
 def _manifest(plan: SplicePlan) -> Manifest:
     """Return what the checkpoint will say about its head, with hashes of what it is made of."""
     base = quant_manifest.base_provenance(plan.base.folder, plan.base.index.values())
@@ -225,9 +219,6 @@ def _manifest(plan: SplicePlan) -> Manifest:
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
     said = plan.variant, plan.linears, plan.config, plan.report, provenance
     return quant_manifest.manifest(*said, num_tensors=len(plan.layout), num_bytes=plan.bytes)
-
-
-# Writing
 
 
 def base_files(base: Path) -> dict[str, Path]:

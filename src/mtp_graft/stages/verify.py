@@ -118,9 +118,6 @@ def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tens
     return read_master(upstream), Tensors.in_files(experts)
 
 
-# The head's values
-
-
 def _check_head(head: _Head, checkpoint: Path) -> None:
     """Compare every tensor that the checkpoint's config asks for with what it was made of."""
     config = read_object(checkpoint / "config.json", "a model config")
