@@ -107,18 +107,16 @@ def _hash(asked: Sequence[Any]) -> str:
 
 
 def _decode_parts(result: Result) -> list[str | Table]:
-    servers = {"against": result["against"]} if "against" in result else {}
-    records = [{"server": name, **found} for name, found in {**servers, "decode": result}.items()]
+    other = [{"server": "against", **result["against"]}] if "against" in result else []
+    records = [*other, {"server": "decode", **result}]
     speeds = table(records, "server", "decode_tok_s", "ttft_ms", "tpot_ms", "acceptance")
     parts: list[str | Table] = [speeds]
     if "ratio" in result:
         ratio = result["ratio"]["decode_tok_s"]
-        low, high = ratio["interval"]
-        parts += [
-            f"decode speed: {ratio['estimate']:.3f} times the other's (95 % interval {low:.3f} to "
-            f"{high:.3f}; {ratio['pairs']} pairs, {ratio['prompts']} prompts)",
-            f"greedy text: {same_text(result)}",
-        ]
+        interval = "95 % interval {:.3f} to {:.3f}".format(*ratio["interval"])
+        of = f"{ratio['pairs']} pairs, {ratio['prompts']} prompts"
+        parts.append(f"decode speed: {ratio['estimate']:.3f} times the other's ({interval}; {of})")
+        parts.append(f"greedy text: {same_text(result)}")
     return [*parts, *drafting_lines(result)]
 
 
@@ -138,10 +136,9 @@ def drafting_lines(result: Result) -> list[str]:
     if result["acceptance_length"] is None:
         return []
     ended = ", after the end of a text too" if result.get("config", {}).get("ignore_eos") else ""
-    return [
-        f"k = {result['k']}: accepted by position {percents(result['acceptance_by_position'])} "
-        f"(each given the ones before{ended}), {result['acceptance_length']:.2f} tokens a step"
-    ]
+    accepted = f"{percents(result['acceptance_by_position'])} (each given the ones before{ended})"
+    length = f"{result['acceptance_length']:.2f} tokens a step"
+    return [f"k = {result['k']}: accepted by position {accepted}, {length}"]
 
 
 @bench.command("sweep")
@@ -168,18 +165,15 @@ def bench_sweep(
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
     result = target.finish("sweep", claim, measure)
-    speeds = ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
-    columns = ("k", "concurrency", *speeds, "acceptance_by_position", "errors")
-    show(result, target.json_file, table(result["points"], *columns))
+    columns = ("k", "concurrency", "per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
+    points = table(result["points"], *columns, "acceptance_by_position", "errors")
+    show(result, target.json_file, points)
 
 
 def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
     """Return the numbers of a list such as 1,2,4."""
-    try:
-        numbers = tuple(map(int, text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
+    numbers = tuple(int(word) for word in text.split(",") if word.strip().isdecimal())
+    if len(set(numbers)) < text.count(",") + 1 or min(numbers) < least:
         expected = f"different numbers from {least} on, as in 1,2,3"
         raise typer.BadParameter(f"{flag} is {text!r}, expected {expected}")
     return numbers
@@ -265,8 +259,7 @@ def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose:
         k: int | None = NUM_SPECULATIVE_TOKENS,
     ) -> None:
         settings = {"limit": limit, "seed": seed, "thinking": thinking, "max_tokens": max_tokens}
-        settings["concurrency"] = concurrency
-        result = _evaluate(name, target, data_dir, k, settings)
+        result = _evaluate(name, target, data_dir, k, settings | {"concurrency": concurrency})
         columns = ("benchmark", "score", "interval", "correct", "total", "kinds")
         show(result, target.json_file, table([result], *columns))
 

@@ -55,15 +55,14 @@ def serve(
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Serve a checkpoint with vLLM, drafting with its head."""
-    is_aimless = profile == NO_PROFILE and asked != HardwareOptions()
-    for is_broken, rule in (
-        (dry_run and check, "give one of --dry-run and --check"),
-        (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
-        (is_aimless, "hardware options need a profile other than none"),
-        (asked.count and not asked.gpu, "--count needs --gpu"),
-    ):
-        if is_broken:
-            raise typer.BadParameter(rule)
+    rules = {
+        "give one of --dry-run and --check": not (dry_run and check),
+        "--json needs --dry-run or --check": not json_file or dry_run or check,
+        "hardware options need a profile": profile != NO_PROFILE or asked == HardwareOptions(),
+        "--count needs --gpu": not asked.count or asked.gpu,
+    }
+    if broken := next((rule for rule, holds in rules.items() if not holds), None):
+        raise typer.BadParameter(broken)
     own = {f"--{field.name}".replace("_", "-") for field in fields(server)}
     refuse(server.extra_args, own | _OTHER_NAMES)  # vLLM would take these
     is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
@@ -72,15 +71,14 @@ def serve(
     vllm, plan = _plan(server, profile, asked, dry_run)
     options = server if plan is None else plan.options
     if dry_run:
-        _print_command(options, vllm, plan, json_file)
-    elif check:
-        _check(options, vllm, json_file)
-    else:
-        from mtp_graft.serving.server import serve_foreground
+        return _print_command(options, vllm, plan, json_file)
+    if check:
+        return _check(options, vllm, json_file)
+    from mtp_graft.serving.server import serve_foreground
 
-        for text in (f"{plan.hardware}", *plan.notes) if plan else ():
-            note(f"plan: {text}")
-        raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
+    for text in (f"{plan.hardware}", *plan.notes) if plan else ():
+        note(f"plan: {text}")
+    raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
 
 
 def _plan(
@@ -106,8 +104,8 @@ def _plan(
     found = named or (CPU if on_cpu else find_gpus(asked.nnodes or 1))
     plan = make_plan(options, profile or AUTO, found, asked.node_rank, asked.master_addr)
     if profile is None:
-        why = f"no --profile given: {AUTO}, which took {plan.profile}; "
-        plan = replace(plan, notes=(f"{why}{NO_PROFILE} leaves all to vLLM", *plan.notes))
+        why = f"no --profile given: {AUTO}, which took {plan.profile}"
+        plan = replace(plan, notes=(f"{why}; {NO_PROFILE} leaves all to vLLM", *plan.notes))
     return vllm, plan
 
 
@@ -175,11 +173,11 @@ def doctor(
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
         lines.append(f"{fix}: {'written' if fixed else 'nothing to correct'}; left: {left}")
     ok = not any(finding.severity == "error" for finding in remaining)
-    known = {"vllm": target.vllm, "hardware": target.hardware}
     result = {
         "checkpoint": str(checkpoint),
         "ok": ok,
-        **{what: str(found) if found else None for what, found in known.items()},
+        "vllm": target.vllm and str(target.vllm),
+        "hardware": target.hardware and str(target.hardware),
         "tp": target.tp,
         "max_model_len": target.max_model_len,
         "findings": [asdict(finding) for finding in findings],

@@ -57,8 +57,7 @@ def publish(
 def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
     """Return what to upload; the card's README.md takes the place of one from the base."""
     spliced = find_spliced(run)
-    _check_verified(run, spliced)
-    _check_card(card, spliced)
+    _check(run, card, spliced)
     files: dict[str, Path | bytes] = {
         name: path
         for name, path in visible_files(spliced.folder).items()
@@ -79,16 +78,14 @@ def _head_card(card: Path, repo: str) -> bytes:
     return str(content).encode()
 
 
-def _check_verified(run: Path, spliced: Spliced) -> None:
+def _check(run: Path, card: Path, spliced: Spliced) -> None:
+    """Raise GraftError unless the checkpoint is verified, and the card is about it."""
     path = run / "verify" / f"{spliced.variant}.json"
     found = read_object(path, "what verify found", "run `mtp-graft verify` first")
     if found.get("ok") is not True:
         raise GraftError(f"{path}: ok is {found.get('ok')}, expected true; splice and verify again")
     if not (run / "verify" / "manifest.json").exists():
         raise GraftError(f"{run / 'verify'}: not finished; run `mtp-graft verify` to its end")
-
-
-def _check_card(card: Path, spliced: Spliced) -> None:
     cure = "run `mtp-graft card` first"
     if not (card / CARD_NAME).is_file():
         raise GraftError(f"{card / CARD_NAME}: not found; {cure}")
