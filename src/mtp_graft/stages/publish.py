@@ -91,8 +91,8 @@ def _check(run: Path, card: Path, spliced: Spliced) -> None:
         raise GraftError(f"{card / CARD_NAME}: not found; {cure}")
     about = read_object(card / TRACE_NAME, "a card's data", cure).get("checkpoint")
     if about != (here := spliced.identity()):
-        found = f"is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}"
-        raise GraftError(f"{card}: {found}; run `mtp-graft card` again")
+        said = f"is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}"
+        raise GraftError(f"{card}: {said}; run `mtp-graft card` again")
 
 
 def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
