@@ -98,8 +98,8 @@ class Target:
     def finish(self, benchmark: str, claim: Result, measure: Callable[[Path], Result]) -> Result:
         """Measure and return the result; keep it in the run folder, if there is one.
 
-        `claim` is all that decides what is measured of a server, `k` included; GraftError for a
-        folder that was begun with another. `measure` gets a folder for what can be used again.
+        `claim` decides what is measured, `k` included; GraftError for a folder of another one.
+        `measure` gets a folder for what can be used again.
         """
         if self.run is None:
             with tempfile.TemporaryDirectory() as folder_name:

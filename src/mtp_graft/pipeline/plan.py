@@ -107,10 +107,7 @@ def check_prompts(run: Run, *, dry_run: bool = False) -> None:
 
 
 def find_needs(run: Run, models: Models) -> list[Need]:
-    """Return what the run's stages still need; GraftError for fewer GPUs than the recipe asks for.
-
-    An earlier, killed run's files count as written; a finished stage needs nothing.
-    """
+    """Return what unfinished stages still need; GraftError for fewer GPUs than are asked for."""
     recipe, config = run.recipe, models.base.config
     capture = with_taps(recipe.capture, models.upstream.folder)
     sizes = {v: sum(t.nbytes for t in head.values()) for v, head in models.heads.items()}

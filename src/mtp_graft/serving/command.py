@@ -357,10 +357,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_port(host: str, port: int) -> int:
-    """Bind `host:port` for a moment and return the port (a free one for 0).
-
-    Another server on the port would otherwise answer in our server's place and look ready.
-    """
+    """Return the port (a free one for 0) if nothing else listens there, which would seem ready."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.create_server((host, port), family=family) as probe:

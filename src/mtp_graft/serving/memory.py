@@ -83,14 +83,12 @@ def _page(entries: int, entry_bytes: int) -> int:
 
 
 def _layers_per_group(layers: int, num_c4: int, num_c128: int) -> int:
-    """Return into how many layers a group the sliding-window layers are split.
-
-    vLLM takes the number, at least that of the ratio-4 layers, that pads least; the larger of two.
-    """
+    """Return into how many layers a group vLLM splits the sliding-window layers."""
     counts = [layers, *(count for count in (num_c4, num_c128) if count)]
     if num_c4 and num_c4 == num_c128:  # then the compressed layers count as a pattern as well
         counts.append(num_c4)
     sizes = range(max(num_c4, 1), max(counts) + 1)
+    # The number that pads least; the larger of two.
     return min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
 
 

@@ -78,10 +78,7 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
 def _fit(
     wanted: str, options: ServeOptions, hardware: Hardware, room: Room
 ) -> tuple[str, ServeOptions]:
-    """Return the profile's name and `options` with its values.
-
-    `auto` is the one that reaches furthest; it cuts a context that was not asked for to what fits.
-    """
+    """Return the profile's name, `auto`'s being what reaches furthest, and `options` with values."""
     if wanted not in (*profiles.PROFILES, AUTO):
         names = ", ".join((*profiles.PROFILES, AUTO))
         raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
@@ -122,11 +119,8 @@ def _filled(
 
 
 def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list[str]]:
-    """Return `options` with what suits the hardware, where nothing is said yet, and notes on it.
-
-    Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop.
-    """
-    is_pcie = hardware.is_pcie_only and options.num_ranks > 1
+    """Return `options` with what suits the hardware, where nothing is said yet, and notes on it."""
+    is_pcie = hardware.is_pcie_only and options.num_ranks > 1  # without which ranks can hang
     flags, wanted = profiles.split(
         {**(profiles.ON_GPUS if hardware.gpu else {}), **(profiles.ON_PCIE if is_pcie else {})}
     )

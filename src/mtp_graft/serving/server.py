@@ -31,8 +31,7 @@ _WATCHER = (
     'done; kill -s KILL -- -$0; rm -rf "$1"'
 )
 
-#: A drafter that works foresees text that repeats itself almost wholly, one with wrong weights not
-#: at all, so anything between serves as the border.
+#: Of text that repeats itself a drafter foresees almost all, one with wrong weights nothing.
 MIN_ACCEPTANCE = 0.2
 _REPEATED_TEXT = Prompt(
     "check", "<｜begin▁of▁sentence｜>" + "The quick brown fox jumps over the lazy dog. " * 30
@@ -161,11 +160,7 @@ def _exit_on_signals() -> Iterator[None]:
 def _wait_ready(
     process: _Process, client: ServerClient, timeout_s: float, report: Report, name: str
 ) -> bool:
-    """Wait until the server is healthy and has returned one completion; False if it ended.
-
-    Its four tokens have a server with a head draft and verify at least once. Raises GraftError
-    after `timeout_s`, or if a healthy server refuses the completion.
-    """
+    """Wait until the server has returned one completion; False if it ended, GraftError if late."""
     started = time.monotonic()
     while process.poll() is None:
         elapsed = time.monotonic() - started
@@ -173,6 +168,7 @@ def _wait_ready(
             raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
         report(f"{name}: starting, {elapsed:.0f} s", 0, 0)
         with suppress(ServerUnreachable):  # it may have died just now
+            # Four tokens have a server with a head draft and verify at least once.
             if client.is_healthy() and client.complete((0, 1, 2, 3), max_tokens=4):
                 return True
         time.sleep(POLL_S)

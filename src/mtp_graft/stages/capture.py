@@ -162,10 +162,7 @@ def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
 
 
 def _choose(client: ServerClient, settings: CaptureSection) -> tuple[_Texts, list[dict[str, Any]]]:
-    """Return the prompts to continue, and `id`, `split` and `tokens` of those that are too long.
-
-    Every call makes the same choice. Raises GraftError for a source that has too few others.
-    """
+    """Return the prompts to continue, the same in every call, and which others are too long."""
     wanted = wanted_prompts(settings)
     sources = {source: iterate_prompts(source) for source, _ in wanted.values()}
     asked, dropped = _Texts(), list[dict[str, Any]]()
@@ -238,10 +235,7 @@ def _remove_strays(out: Path) -> None:
 
 
 def _collect(out: Path, texts: _Texts) -> None:
-    """Find `texts`, which have been sent, in new recordings, and enter them in the index.
-
-    Raises _NotWritten if the server could not write one, GraftError after WRITE_TIMEOUT_S of none.
-    """
+    """Find `texts`, which have been sent, in new recordings, and enter them in the index."""
     missing, seen = [*texts], {sequence.recording for sequence in read_sequences(out)}
     folder, deadline = out / capture_files.RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
     while missing:

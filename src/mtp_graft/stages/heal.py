@@ -202,8 +202,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Return `length`, `by_position`, and of each of the `texts` its tokens and steps.
 
-    `first` is the share of all places at which the first draft is right: unlike `by_position`,
-    which has those at which a step begins, it compares two heads at the same places.
+    `first` is the share of all places at which the first draft is right: it compares heads at the
+    same places, unlike `by_position`, which has those at which a step begins.
     """
     texts: list[list[Step]] = []
     firsts: list[bool] = []

@@ -94,10 +94,7 @@ class Values(UserDict[str, Any]):
 
 
 def read_master(upstream: Path) -> Tensors:
-    """Return the drafter in an upstream master, by name in order, without copies of the target's.
-
-    Raises GraftError for one without, or with a broken shard.
-    """
+    """Return an upstream master's drafter, without copies of the target's; GraftError without one."""
     shards = read_index(upstream, "mtp.")
     right = {name: _SCALE.sub(".scale", _BIAS.sub(".gate.bias", name)) for name in shards}
     stored = {name if new in shards else new: name for name, new in right.items()}
@@ -140,10 +137,7 @@ def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 12
 
 
 def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a base's config.json and weight map.
-
-    Raises GraftError for what is no DeepSeek-V4 checkpoint, or lacks one of the `needed` [V, D].
-    """
+    """Return a base's config.json and weight map; GraftError if it lacks one of `needed` [V, D]."""
     weight_map, settings = read_index(base), read_config(base)
     expected = [settings["vocab_size"], settings["hidden_size"]]
     for name in needed:
@@ -183,11 +177,8 @@ class Inputs:
         return int(self.model.dspark_block_size)
 
     def calibration_rows(self, sequence: CapturedSequence) -> int:
-        """Return how many inputs a sequence gives the experts of a stage.
-
-        A head reads all tokens with a successor; DSpark has a block of rows for each of the answer.
-        """
-        if not self.stages:
+        """Return how many inputs a sequence gives the experts of a stage."""
+        if not self.stages:  # a head, which reads all tokens with a successor
             return sequence.calibration_tokens
         return self.block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
 

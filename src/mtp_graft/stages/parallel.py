@@ -105,10 +105,7 @@ def device_name() -> str:
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Let torch use one CPU thread inside, so that no byte depends on the number of cores.
-
-    The products of a small head gain little from more, and waiting for a busy core costs far more.
-    """
+    """Let torch use one CPU thread inside, so that no byte depends on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

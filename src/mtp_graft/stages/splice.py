@@ -122,12 +122,9 @@ def plan_splice(
     linears: Linears = "base",
     quantized: Path | None = None,
 ) -> SplicePlan:
-    """Return what a splice of these inputs writes; raises GraftError where they do not fit.
-
-    Reads headers and no values. A head that was spliced before says itself what it is.
-    """
+    """Return what a splice of these inputs writes, by headers; GraftError where they do not fit."""
     given, experts = None, Tensors()
-    if (upstream / quant_manifest.MANIFEST_NAME).is_file():
+    if (upstream / quant_manifest.MANIFEST_NAME).is_file():  # spliced before: it says what it is
         given = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
         variant, linears = _describe(upstream, given, head.meta, variant)

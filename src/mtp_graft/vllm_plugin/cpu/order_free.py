@@ -48,10 +48,7 @@ def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def add_over_ranks(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return this rank's share of the sum of `partial` [T, O]: all of it, or zeros.
-
-    vLLM adds the ranks' results itself, in BF16: to a whole sum, zeros, which is exact.
-    """
+    """Return this rank's share of the sum of `partial` [T, O]: all, or zeros for vLLM to add."""
     ranks = distributed.get_tensor_model_parallel_world_size()
     if ranks == 1:
         return partial.to(dtype)
@@ -90,10 +87,7 @@ class OrderFreeHead(vocabulary.UnquantizedEmbeddingMethod):
 
 
 class OrderFreeMHCPre(MHCPreOp):
-    """vLLM's start of a hyper-connection, given a row for every thread.
-
-    With fewer rows than threads `hc_pre_fused_cpu` splits a row's 4 x D inputs, else the rows.
-    """
+    """vLLM's start of a hyper-connection, with a row a thread: fewer are split into inputs."""
 
     def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return (post, comb, layer input) of `residual` [T, S, D], as `MHCPreOp` does."""
