@@ -28,7 +28,7 @@ from mtp_graft.stages.inputs import EVALUATION
 
 
 def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions:
-    """Return how a checkpoint is served to be measured; base (`k` 0) and heads differ in `k` only."""
+    """Return how a checkpoint is served to be measured: the base (`k` 0) as heads, but for `k`."""
     options = recording_options(checkpoint, run.path / "capture", run.capture)
     if find_vllm().platform != "cpu":  # where one server does for the base's capture, too
         options = replace(options, record=None, max_num_batched_tokens=None, chunked_prefill=True)

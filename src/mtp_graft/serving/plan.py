@@ -78,7 +78,7 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
 def _fit(
     wanted: str, options: ServeOptions, hardware: Hardware, room: Room
 ) -> tuple[str, ServeOptions]:
-    """Return the profile's name, `auto`'s being what reaches furthest, and `options` with values."""
+    """Return the profile's name (`auto`: which reaches furthest) and `options` with its values."""
     if wanted not in (*profiles.PROFILES, AUTO):
         names = ", ".join((*profiles.PROFILES, AUTO))
         raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")

@@ -167,7 +167,7 @@ def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
 
 
 def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -> dict[str, int]:
-    """Return config key -> unit of what ranks cannot share; `group` is the config's if not given."""
+    """Return config key -> unit of what ranks cannot share; `group` is by the config by default."""
     layers = range(config["num_hidden_layers"] + 1)
     group = group or max(1, read_quantization(config).group_size(layers, *INTEGERS))
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}

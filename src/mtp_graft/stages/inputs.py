@@ -94,7 +94,7 @@ class Values(UserDict[str, Any]):
 
 
 def read_master(upstream: Path) -> Tensors:
-    """Return an upstream master's drafter, without copies of the target's; GraftError without one."""
+    """Return an upstream master's drafter without copies of the target's; GraftError if none."""
     shards = read_index(upstream, "mtp.")
     right = {name: _SCALE.sub(".scale", _BIAS.sub(".gate.bias", name)) for name in shards}
     stored = {name if new in shards else new: name for name, new in right.items()}
@@ -129,7 +129,7 @@ def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 12
         ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
         said = f"{wrong[0]} is {ours}, expected {theirs} by the base's config.json"
         why = "base and upstream are different models, or a shard is damaged: fetch it again"
-        raise GraftError(f"{upstream}: {said} ({len(wrong)} tensors differ in all); {why}")
+        raise GraftError(f"{upstream}: {said} ({len(wrong)} of the {len(expected)} differ); {why}")
     for name, tensor in head.meta.items():
         right = storage_dtype(name)
         if tensor.dtype == torch.float16 or tensor.dtype != right == torch.float32:
