@@ -249,9 +249,7 @@ def _collect(out: Path, texts: _Texts) -> None:
         if new:
             deadline = time.monotonic() + WRITE_TIMEOUT_S
         elif time.monotonic() > deadline:
-            found = (
-                f"prompt {missing[0].id!r} ({len(missing)} in all) was sent, but is in no recording"
-            )
+            found = f"prompt {missing[0].id!r} ({len(missing)} in all), sent, is in no recording"
             expected = "expected a server that records here, without prefix caching or chunks"
             raise GraftError(f"{folder}: {found}; {expected}; its log may say more")
         else:
