@@ -175,8 +175,7 @@ class Recipe:
     @property
     def served_variants(self) -> tuple[Variant, ...]:
         """Return the variants that become checkpoints, and are served: the chosen one first."""
-        chosen = self.splice.variant
-        return tuple(dict.fromkeys((chosen, *self.bench.served_variants)))
+        return tuple(dict.fromkeys((self.splice.variant, *self.bench.served_variants)))
 
     def __post_init__(self) -> None:
         context, most = self.capture.max_model_len, self.bench.max_tokens

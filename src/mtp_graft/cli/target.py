@@ -117,8 +117,7 @@ class Target:
             write_json(result, folder / "result.json")
             # A running server's device is not known here.
             device = device_name() if self.checkpoint else f"server at {self.base_url}"
-            spent = time.perf_counter() - began
-            write_manifest(folder, f"bench {name}", claim, (), device, spent)
+            write_manifest(folder, f"bench {name}", claim, (), device, time.perf_counter() - began)
         return result
 
     @contextmanager

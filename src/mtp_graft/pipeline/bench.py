@@ -5,7 +5,7 @@ Each measurement is a file in `bench/` and is not repeated.
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -72,8 +72,7 @@ def bench(run: Run) -> list[Path]:
             with serving(run, options, variant) as client:
                 _measure_head(run, variant, base["prompts"], client)
     mtp = run.result("bench/mtp") or {}
-    compared = compare([base], [mtp], _config(run))
-    run.keep("bench/decode", compared | {"adjusted": mtp["adjusted"]})
+    run.keep("bench/decode", compare([base], [mtp], _config(run)) | {"adjusted": mtp["adjusted"]})
     return run.manifests
 
 
@@ -106,9 +105,7 @@ def has_served(run: Run, variant: str) -> bool:
     return served is not None and served["head"] == _head(run, variant)
 
 
-def _measure_head(
-    run: Run, variant: str, prompts: Mapping[str, Sequence[int]], client: ServerClient
-) -> None:
+def _measure_head(run: Run, variant: str, prompts: Mapping[str, Any], client: ServerClient) -> None:
     """Note that a served head loaded; measure its acceptance, and decode `prompts` if chosen."""
     if (verified := run.result(f"verify/{variant}")) is not None:
         run.keep(f"verify/{variant}", verified | {"loaded_in_vllm": True})

@@ -289,10 +289,8 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
     config = read_config(options.checkpoint)
     context: int = options.max_model_len or config.get("max_position_embeddings") or 0
     if wanted is not None and wanted < context:
-        where = (
-            f"--max-num-batched-tokens {wanted} with a head on a CPU: longer prompts wait for ever"
-        )
-        raise GraftError(f"{where}; expected at least the context's {context}, or none")
+        where = f"--max-num-batched-tokens {wanted} with a head on a CPU: longer prompts wait"
+        raise GraftError(f"{where} for ever; expected at least the context's {context}, or none")
     return wanted or (context if context > CPU_STEP else None)
 
 

@@ -46,8 +46,7 @@ def make_plan(
         expected = "expected 9, 10 or 12 for vLLM's attention; --profile none serves all the same"
         raise GraftError(f"{hardware}: compute capability {hardware.capability}, {expected}")
     step = options.max_num_batched_tokens or profiles.MAX_NUM_BATCHED_TOKENS
-    tensors = read_meta(options.checkpoint)
-    room = measure_room(tensors, config, hardware, options.num_ranks, step)
+    room = measure_room(read_meta(options.checkpoint), config, hardware, options.num_ranks, step)
     name, fitted = _fit(profile_name, options, hardware, room)
     estimate = room.estimate(fitted.max_model_len or 0, fitted.gpu_memory_utilization)
     profile = profiles.PROFILES[name]

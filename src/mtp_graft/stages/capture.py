@@ -189,8 +189,7 @@ def _generate(
     report("capture: generate", len(done), len(asked))
     started, tokens = time.perf_counter(), 0
     with ThreadPool(settings.concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
-        continued = pool.imap_unordered(finish, missing)
-        for finished, text in enumerate(continued, start=len(done) + 1):
+        for finished, text in enumerate(pool.imap_unordered(finish, missing), start=len(done) + 1):
             capture_files.append_row(out, text)
             tokens += len(text.continuation)
             report("capture: generate", finished, len(asked))

@@ -247,5 +247,4 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
         *sorted(set(head.files.values())),
         *(base / shard for shard in sorted({base_map[name] for name in needed})),
     ]
-    stages = num_stages(settings)
-    return Inputs(capture, upstream, base, model, head, stages, sequences, files)
+    return Inputs(capture, upstream, base, model, head, num_stages(settings), sequences, files)

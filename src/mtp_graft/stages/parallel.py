@@ -188,7 +188,6 @@ def _child(sending: Connection, work: Callable[..., object], arguments: tuple[An
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        result = work(*arguments, lambda *step: sending.send(("progress", step)))
-        sending.send(("done", result))
+        sending.send(("done", work(*arguments, lambda *step: sending.send(("progress", step)))))
     except (GraftError, OSError) as error:
         sending.send(("failed", error))

@@ -137,8 +137,7 @@ def replay_capture(
     """
     model, sequences = inputs.model, inputs.sequences
     num_tokens = sum(map(inputs.calibration_rows, sequences))
-    fits = 2 * num_tokens * model.hidden_size <= RESIDENT_BYTES
-    device = clock.device if fits else "cpu"
+    device = clock.device if 2 * num_tokens * model.hidden_size <= RESIDENT_BYTES else "cpu"
     x = torch.empty(num_tokens, model.hidden_size, dtype=torch.bfloat16, device=device)  # [N, D]
     shape = (num_tokens, model.num_experts_per_tok)
     experts = torch.empty(shape, dtype=torch.int32, device=device)  # [N, K]
@@ -177,8 +176,7 @@ def _load_drafter(
             return replay_routing(head, recorded.residual[:known], embeds)
 
         return route
-    made = inputs.model, decoded, inputs.stages
-    drafter = build_dspark(*made, recorded=stage, device=device)
+    drafter = build_dspark(inputs.model, decoded, inputs.stages, recorded=stage, device=device)
     views = head_from_module(drafter.state_dict(), inputs.stages)
     for file in quantized:
         with Shard(file) as shard:

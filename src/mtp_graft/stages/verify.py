@@ -141,8 +141,7 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
 def _scheme(name: str, layer: int, quantization: QuantizationConfig) -> tuple[str, int]:
     """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
     module = name.removesuffix(".weight")
-    is_linear = QUANTIZED.match(module)
-    key = quantization.group_of(served_as(module, layer)) if is_linear else None
+    key = quantization.group_of(served_as(module, layer)) if QUANTIZED.match(module) else None
     if key is None:
         return "plain", 1
     group = quantization.config_groups[key]

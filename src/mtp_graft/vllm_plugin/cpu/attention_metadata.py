@@ -177,8 +177,7 @@ def compressed_slot_mapping(
     completes = (position + 1) % compress_ratio == 0
     completes &= (slot_mapping[tokens] != PAD) & (position >= 0)
     state = position // compress_ratio
-    slots = _slots(block_table, request, state, block_size, completes)
-    compressed_slot_mapping[tokens] = slots
+    compressed_slot_mapping[tokens] = _slots(block_table, request, state, block_size, completes)
 
 
 def prepare_uniform_decode(

@@ -34,8 +34,7 @@ MIN_ROWS, MAX_ROWS = 8, 32
 
 def at_least(num_rows: int, x: Tensor) -> Tensor:
     """Return `x` [T, ...] with rows of zeros behind it, if it has fewer than `num_rows`."""
-    missing = max(0, num_rows - len(x))
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(0, num_rows - len(x))))
 
 
 def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
