@@ -153,8 +153,7 @@ def expert_files(quantized: Path | None) -> list[Path]:
     files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
     if not files:
         where = quantized / GPTQ if quantized else "variant gptq"
-        cure = "run `mtp-graft quantize` first, or leave gptq out"
-        raise GraftError(f"{where}: no quantized experts; {cure}")
+        raise GraftError(f"{where}: no quantized experts; run `mtp-graft quantize`, or omit it")
     return files
 
 
@@ -223,8 +222,7 @@ class Inputs:
         path = self.capture / capture_files.RECORDINGS / sequence.recording
         found = f"prompt {sequence.id!r} has hidden size {hidden} and token {largest}"
         expected = f"{model.hidden_size} and less than {model.vocab_size} by the base's config.json"
-        why = "capture and base are of different models"
-        raise GraftError(f"{path}: {found}, expected {expected}; {why}")
+        raise GraftError(f"{path}: {found}, expected {expected}; capture this base")
 
 
 def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: str) -> Inputs:

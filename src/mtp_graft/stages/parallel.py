@@ -70,13 +70,10 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
 
 @cache
 def gpus() -> Hardware | None:
-    """Return the GPUs that torch will see; None for its CPU build, or on a machine without any.
-
-    The driver is asked: a CUDA context in this process would take memory from what it starts.
-    Raises GraftError for a driver that does not work, and for GPUs of several kinds.
-    """
+    """Return the GPUs that torch will see, None without; GraftError as `find_gpus` raises it."""
     if torch.version.cuda is None or visible_devices() == []:
         return None
+    # The driver is asked: a CUDA context in this process would take memory from what it starts.
     import pynvml
 
     try:

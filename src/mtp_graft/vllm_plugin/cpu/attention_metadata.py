@@ -62,13 +62,10 @@ def build_forgetting(self: Any, common_attn_metadata: Any, draft_index: int = 0)
 def compute_token_to_req_indices(
     query_start_loc: Tensor, out: Tensor, num_mapped_tokens: int, num_tokens: int
 ) -> Tensor:
-    """Write to `out` and return [num_tokens] each token's request; 0 from `num_mapped_tokens` on.
-
-    A token past the last boundary of `query_start_loc` [R + 1] counts to the last request.
-    """
+    """Write each token's request to `out`, 0 from `num_mapped_tokens` on; return [num_tokens]."""
     mapped = min(num_mapped_tokens, num_tokens)
     owners = _owners(torch.arange(mapped), query_start_loc)
-    out[:mapped] = owners.clamp_(max=len(query_start_loc) - 2)
+    out[:mapped] = owners.clamp_(max=len(query_start_loc) - 2)  # those past the last boundary, too
     out[mapped:num_tokens] = 0
     return out[:num_tokens]
 
@@ -100,9 +97,7 @@ def swa_indices_and_lens(
 ) -> None:
     """Write the cache slots that each token's window may read, then -1, and how many they are.
 
-    Row `i` is for token `token_offset + i`. The window ends at the token itself, spans
-    `window_size` positions and starts neither below 0 nor below the request's `replay_start`.
-    An invalid (padded) token may read none.
+    The window ends at the token and starts neither below 0 nor below the request's `replay_start`.
     """
     assert not has_image, "images are not supported on a CPU"
     tokens = torch.arange(token_offset, token_offset + num_tokens)  # [N]
@@ -140,12 +135,8 @@ def prefill_metadata(
     num_decodes: int,
     window_size: int,
 ) -> None:
-    """Write how many cache entries each prefill request gathers: its query and its window.
-
-    The window reaches `window_size - 1` positions into the prefix, not below `replay_start`.
-    Requests are ordered decodes first.
-    """
-    prefills = slice(num_decodes, num_decodes + num_prefills)
+    """Write how many cache entries each prefill request gathers: its query and its window."""
+    prefills = slice(num_decodes, num_decodes + num_prefills)  # decodes come first
     query_lens = query_start_loc.diff()[prefills]  # [P]
     prefix = seq_lens[prefills] - query_lens - replay_start[prefills]
     prefill_gather_lens[:num_prefills] = query_lens + prefix.clamp_(0, window_size - 1)
@@ -165,9 +156,8 @@ def compressed_slot_mapping(
 ) -> None:
     """Write the slot of the compressed state that each token completes, else -1.
 
-    Every `compress_ratio` tokens share one state, stored by the last of them. A token whose own
-    slot is -1 (padding, replay) stores nothing, nor does one at a negative position (a padded
-    request). `block_size` counts states.
+    A token stores nothing whose own slot is -1 (padding, replay), nor one at a negative position (a
+    padded request). `block_size` counts states.
     """
     assert dcp_world_size == 1, "decode context parallelism is not supported on a CPU"
     starts = query_start_loc[: len(block_table) + 1]
@@ -192,8 +182,7 @@ def prepare_uniform_decode(
 ) -> None:
     """Flatten decodes of `max_decode_len` tokens each into single-token rows.
 
-    Each row sees the context up to its own token (0 for a padded request, never negative), its
-    request's block table row, and decode length 1. Columns behind the block table's stay.
+    Each row sees the context up to its own token; 0 for a padded request.
     """
     num_reqs, width = block_table.shape
     behind = torch.arange(1 - max_decode_len, 1, dtype=seq_lens.dtype)  # [max_decode_len]
@@ -222,11 +211,7 @@ def prefill_chunk_metadata(
     num_reqs: int,
     COMPRESS_RATIO: int,
 ) -> None:
-    """Write each query token's range of compressed keys, and each key's request.
-
-    The chunk's keys lie behind one another, request after request. A query token at position
-    `p` sees keys `[ks, ke)`: from its request's first row, `(p + 1) // COMPRESS_RATIO` of them.
-    """
+    """Write each query token's range `[ks, ke)` of compressed keys, and each key's request."""
     assert DCP_WORLD == 1, "decode context parallelism is not supported on a CPU"
     starts = query_start_loc[: num_reqs + 1]
     tokens = torch.arange(query_slice_start, min(query_slice_stop, int(starts[-1])))  # [N]

@@ -84,11 +84,7 @@ def norm_output(
 def expand(
     x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> Tensor:
-    """Return [num_tokens] of the dtype of `x` [R]: `x[r]` for each token of request r.
-
-    Request r owns tokens `cu_num_tokens[r - 1]` (0 for the first) to `cu_num_tokens[r]` of [R]. An
-    entry that equals `replace_from` becomes `replace_to`.
-    """
+    """Return [num_tokens]: `x[r]` of [R] for each token of request r, whose last is at `cu` - 1."""
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
     values = x.masked_fill(x == replace_from, replace_to)
     return torch.repeat_interleave(values, counts, output_size=num_tokens)
