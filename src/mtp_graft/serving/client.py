@@ -1,9 +1,9 @@
 """What we ask of a running vLLM server: completions on token ids, tokenization, metrics."""
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from pydantic import BaseModel, Field
@@ -54,7 +54,7 @@ class _Answer(BaseModel):
 Found = TypeVar("Found", bound=BaseModel)
 
 
-class ServerClient:
+class ServerClient(AbstractContextManager["ServerClient"]):
     """A client of one vLLM server; every method raises GraftError if it is away or refuses."""
 
     def __init__(self, base_url: str, api_key: str | None = None, silence_s: float = 600.0) -> None:
@@ -67,9 +67,6 @@ class ServerClient:
         self._http = httpx.Client(
             base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False, limits=_POOL
         )
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self._http.close()

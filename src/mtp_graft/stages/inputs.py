@@ -170,16 +170,11 @@ class Inputs:
     sequences: list[CapturedSequence]
     files: list[Path]  # all that a stage's result depends on
 
-    @property
-    def block_size(self) -> int:
-        """Return how many rows a DSpark drafter was trained to draft in one pass."""
-        return int(self.model.dspark_block_size)
-
     def calibration_rows(self, sequence: CapturedSequence) -> int:
         """Return how many inputs a sequence gives the experts of a stage."""
         if not self.stages:  # a head, which reads all tokens with a successor
             return sequence.calibration_tokens
-        return self.block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
+        return self.model.dspark_block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
 
     def claim(self, out: Path, decisive: Json, *also: Path) -> dict[str, Any] | None:
         """Make `out` a stage's folder or raise GraftError; return its result if finished."""

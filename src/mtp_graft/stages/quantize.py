@@ -186,7 +186,7 @@ def _load_drafter(
     def route_blocks(sequence: CapturedSequence, recorded: Recorded) -> _Routed:
         assert recorded.taps is not None
         given = recorded.taps, recorded.token_ids, embed, sequence.prompt_tokens
-        return replay_block_routing(drafter, *given, inputs.block_size)
+        return replay_block_routing(drafter, *given, inputs.model.dspark_block_size)
 
     return route_blocks
 
