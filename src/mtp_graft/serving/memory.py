@@ -1,8 +1,7 @@
 """How much memory a checkpoint needs on each rank: an estimate from headers and config.
 
-The KV cache follows from vLLM 0.32's rules for DeepSeek-V4, which docs/doctor.md derives: all
-sequences draw from one pool, whose blocks have the size of the widest group of layers. Every rank
-holds all of it.
+The KV cache, all of which every rank holds, is by vLLM 0.32's rules, as docs/doctor.md derives: one
+pool for all sequences, its blocks the size of the widest group of layers.
 """
 
 import re

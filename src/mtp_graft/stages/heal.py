@@ -4,8 +4,7 @@
     quantized    the routed experts, which stay as they will be served
     -> upstream/ the head as a master has it, its dense part trained
 
-What is judged is the accepted length on the evaluation texts, as `score` counts it. Training goes
-on where a killed run stopped.
+Judged is the accepted length, as `score` counts it. A killed run's training goes on.
 """
 
 import time

@@ -33,8 +33,8 @@ def publish(
 
     `head_only` leaves out the base: others graft the head onto it. A dry run needs no network. A
     call that failed, or was killed, can be repeated. Raises GraftError for an id that the hub would
-    not take, without a passed verification, this checkpoint's card or a token, for a repository
-    that is public where a private one was asked for, and for whatever else ends the upload.
+    not take, without a passed verification, this checkpoint's card or a token, for a public
+    repository where a private one was asked for, and for whatever else ends the upload.
     """
     try:
         validate_repo_id(repo)

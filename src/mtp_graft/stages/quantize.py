@@ -1,15 +1,12 @@
 """Quantize: the head's routed experts to INT4 by GPTQ, calibrated on a capture.
 
-The data's way, from top to bottom:
-
     capture       every sequence's tokens and residual stream, as the base computed them
     replay        the head on them, without its experts: which tokens reach which
     Hessians      of each expert matrix's inputs; w2 has its own
     GPTQ          codes and scales under these Hessians, and every variant's error (`dsv4.experts`)
     files         gptq/experts-*.safetensors, report.json
 
-A batch of experts is the unit that a killed run keeps. Files are read ahead and written behind the
-computation.
+A batch of experts is what a killed run keeps. Files are read ahead and written behind.
 
 Shapes: T tokens of a sequence, N of all sequences, S hyper-connection streams, D hidden size,
 V vocabulary, K experts a token, E experts of a batch, M the experts' intermediate size.

@@ -41,8 +41,8 @@ def score(
 ) -> dict[str, Any]:
     """Write the acceptance of each of the `heads.variants` to `out/report.json` and return it.
 
-    A finished variant is not scored again. Raises GraftError for inputs that do not fit each
-    other, a capture that leaves nothing to draft, and if `out` is of another configuration.
+    Raises GraftError for inputs that do not fit each other, a capture that leaves nothing to draft,
+    and if `out` is of another configuration. A finished variant is not scored again.
 
     Of a variant, `top1` is the acceptance of single drafts (`accepted` of `tokens`, and for each of
     the `sequences`); `by_position` and `length` are those of `settings.k` drafts a step, each
@@ -133,10 +133,9 @@ def _drafts(
 def draft_steps(drafts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Iterator[Step]:
     """Yield the steps in which a server drafts and verifies a greedy continuation.
 
-    `continuation` are the tokens after the prompt. The first of them comes with the prompt and
-    cannot be drafted; `drafts[i]` are the head's guesses at `continuation[i + 1]` and those after
-    it, made when `continuation[i]` is the newest token. Drafts past the end do not count. A step
-    gives its accepted drafts and the base's own next token.
+    `continuation` are the tokens after the prompt, the first of which cannot be drafted, `drafts[i]`
+    the head's guesses at those from `continuation[i + 1]` on. Drafts past the end do not count. A
+    step gives its accepted drafts and the base's own next token.
     """
     i = 0
     while following := continuation[i + 1 :]:
