@@ -66,16 +66,11 @@ def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
     cards = [card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png")]
     files |= {path.name: path for path in cards}
     if head_only:
-        files[CARD_NAME] = _head_card(card / CARD_NAME, repo)
+        page = ModelCard.load(card / CARD_NAME, ignore_metadata_errors=True)
+        what = "> This repository holds the MTP head alone. Put it on its base, which this card names"
+        page.text = f"\n{what}:\n> `mtp-graft graft BASE {repo} OUT`\n\n{page.text.lstrip()}"
+        files[CARD_NAME] = str(page).encode()
     return dict(sorted(files.items()))
-
-
-def _head_card(card: Path, repo: str) -> bytes:
-    """Return the card with a paragraph that says what to do with a head alone."""
-    content = ModelCard.load(card, ignore_metadata_errors=True)
-    what = "> This repository holds the MTP head alone. Put it on its base, which this card names"
-    content.text = f"\n{what}:\n> `mtp-graft graft BASE {repo} OUT`\n\n{content.text.lstrip()}"
-    return str(content).encode()
 
 
 def _check(run: Path, card: Path, spliced: Spliced) -> None:
