@@ -104,11 +104,11 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
             for pair in combinations(gpus, 2)
         )
     except pynvml.NVMLError as error:
-        raise GraftError(
-            f"{here}: NVIDIA's driver says {error}; vLLM is a CUDA build: is the driver there? "
-            "With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; --profile none "
-            "serves without looking"
-        ) from error
+        found = f"NVIDIA's driver says {error}; vLLM is a CUDA build: is the driver there?"
+        cure = (
+            "With --dry-run, --gpu and --count name others; --profile none serves without looking"
+        )
+        raise GraftError(f"{here}: {found} {cure}") from error
     machines = (len(gpus) * num_nodes, memory_bytes, has_nvlink, num_nodes)
     return Hardware(names[0], *machines, known.unified_memory, capability)
 

@@ -67,7 +67,7 @@ def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
     files |= {path.name: path for path in cards}
     if head_only:
         page = ModelCard.load(card / CARD_NAME, ignore_metadata_errors=True)
-        what = "> This repository holds the MTP head alone. Put it on its base, which this card names"
+        what = "> This repository holds the MTP head alone. Put it on the base that this card names"
         page.text = f"\n{what}:\n> `mtp-graft graft BASE {repo} OUT`\n\n{page.text.lstrip()}"
         files[CARD_NAME] = str(page).encode()
     return dict(sorted(files.items()))

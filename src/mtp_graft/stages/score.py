@@ -134,8 +134,8 @@ def draft_steps(drafts: Sequence[Sequence[int]], continuation: Sequence[int]) ->
     """Yield the steps in which a server drafts and verifies a greedy continuation.
 
     `continuation` are the tokens after the prompt, the first of which cannot be drafted;
-    `drafts[i]` has guesses at those from `continuation[i + 1]` on. Drafts past the end do not count. A step
-    gives its accepted drafts and the base's own next token.
+    `drafts[i]` has guesses at those from `continuation[i + 1]` on; past the end they do not count.
+    A step gives its accepted drafts and the base's own next token.
     """
     i = 0
     while following := continuation[i + 1 :]:
