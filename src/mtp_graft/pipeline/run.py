@@ -209,15 +209,6 @@ def _differences(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return paired_differences({v: result.get("sequences") for v, result in found.items()})
 
 
+_IN_ORDER = (_fetch, _capture, _quantize, _heal, _score, _splice, _verify, bench.bench, _report)
 #: What does a stage. Where it writes no manifest of its own, it returns the inputs to be named.
-_DO: dict[str, Callable[[Run], Sequence[Path] | None]] = {
-    "fetch": _fetch,
-    "capture": _capture,
-    "quantize": _quantize,
-    "heal": _heal,
-    "score": _score,
-    "splice": _splice,
-    "verify": _verify,
-    "bench": bench.bench,
-    "report": _report,
-}
+_DO: dict[str, Callable[[Run], Sequence[Path] | None]] = dict(zip(STAGES, _IN_ORDER, strict=True))
