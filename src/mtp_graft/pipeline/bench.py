@@ -40,13 +40,8 @@ def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions
 @contextmanager
 def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient]:
     """Serve as the recipe says and the hardware needs, which is printed; `name` is the log's."""
-    serve = run.recipe.serve
-    options = replace(
-        options,
-        tensor_parallel_size=serve.tensor_parallel_size,
-        kv_cache_gib=serve.kv_cache_gib,
-        extra_args=(*options.extra_args, *serve.extra_args),
-    )
+    extra = *options.extra_args, *run.recipe.serve.extra_args
+    options = replace(options, **(asdict(run.recipe.serve) | {"extra_args": extra}))
     options, notes = plan.adapt(options, topology.hardware_for(find_vllm().platform))
     for note in notes:
         if note not in run.adjusted:

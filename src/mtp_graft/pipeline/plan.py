@@ -88,8 +88,8 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = read_quantization(base.config, file).group_size([given[0].num_layers], "int4")
     if group != experts:
-        expected = f"{experts} as in the experts of {base.given}"
-        raise GraftError(f"quantize.group_size is {group}, expected {expected}")
+        expected = f"expected {experts} as in the experts of {base.given}"
+        raise GraftError(f"quantize.group_size is {group}, {expected}")
     if uneven := topology.undivided(base.config, ranks):
         expected = f"a number that divides {', '.join(uneven)} of {base.given}"
         raise GraftError(f"serve.tensor_parallel_size is {ranks}, expected {expected}")

@@ -321,8 +321,9 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
     """
     cpus = sorted(os.sched_getaffinity(0))
     if (share := len(cpus) // num_ranks) == 0:
-        found = f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs"
-        raise GraftError(f"{found}; expected one CPU or more each")
+        raise GraftError(
+            f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs: expected one each"
+        )
     if num_ranks > 1:
         ranks = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
         return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, r)) for r in ranks)}

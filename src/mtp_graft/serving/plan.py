@@ -69,8 +69,9 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
     if wanted > 1 and (uneven := undivided(config, wanted)):
-        found = f"ranks cannot share {', '.join(uneven)} of config.json evenly"
-        raise GraftError(f"{flag}: {found}; expected a number that divides them")
+        raise GraftError(
+            f"{flag}: expected a number that divides config.json's {', '.join(uneven)}"
+        )
     return wanted
 
 
