@@ -180,9 +180,7 @@ class Recipe:
     def __post_init__(self) -> None:
         context, most = self.capture.max_model_len, self.bench.max_tokens
         if most >= context:
-            raise ValueError(
-                f"[bench] max_tokens is {most}, expected less than the context, {context}"
-            )
+            raise ValueError(f"[bench] max_tokens is {most}, expected less than {context}")
         quantized = self.quantize.variants
         if missing := [name for name in self.served_variants if name not in quantized]:
             there = f"[quantize] variants has {', '.join(quantized)} only"

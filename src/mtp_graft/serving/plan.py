@@ -69,9 +69,7 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
     if wanted > 1 and (uneven := undivided(config, wanted)):
-        raise GraftError(
-            f"{flag}: expected a number that divides config.json's {', '.join(uneven)}"
-        )
+        raise GraftError(f"{flag}: expected a divisor of {', '.join(uneven)} in config.json")
     return wanted
 
 

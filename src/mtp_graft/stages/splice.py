@@ -191,9 +191,9 @@ def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str
         if not (errors := [each for each in found if each.severity == "error"]):
             return
     first, *others = errors
-    found = f"{first.where}: {first.found}; expected {first.expected}: {first.why}; {first.cure}"
+    said = f"{first.where}: {first.found}; expected {first.expected}: {first.why}; {first.cure}"
     more = f" (also: {', '.join(each.id for each in others)})" if others else ""
-    raise GraftError(f"{base.folder}, with a head: {found}, or take another head{more}")
+    raise GraftError(f"{base.folder}, with a head: {said}, or take another head{more}")
 
 
 def _manifest(plan: SplicePlan) -> Manifest:
