@@ -216,8 +216,7 @@ def check_room(needs: Sequence[Need]) -> None:
             raise GraftError(f"{found}; make room, ask for less, or use a larger machine")
 
 
-#: What a run took: which one, a server's start in seconds, tokens a second with many requests at a
-#: time and with one, and seconds of stages.
+#: Of a run: which one, a server's start in seconds, tokens a second of many requests and of one.
 _DEMO = ("a demo of 288 s on two CPU cores", 23, 330, 120, {"quantize": 3.1, "score": 8.8})
 #: Its 25 minutes were for 256 prompts x 256 tokens, its start that of a cold H100.
 _ACTI = ("the Acti card, 2x RTX PRO 6000", 244, 256**2 / 1500, 52.8, {"quantize": 180})

@@ -62,8 +62,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # Silence is that between two bytes of an answer; the first step may compile kernels.
         timeout = httpx.Timeout(silence_s, connect=10.0, pool=None)
-        # An idle connection may be closed just as it is used again, and a proxy of the environment
-        # has no business between us and a named server.
+        # Idle connections may be closed just as they are used; proxies have no business here.
         self._http = httpx.Client(
             base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False, limits=_POOL
         )

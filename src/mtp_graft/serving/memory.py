@@ -20,8 +20,7 @@ from mtp_graft.serving.topology import Hardware
 
 #: Tokens of a KV block of compressed layers; vLLM has no other for this model.
 BLOCK_TOKENS = 256
-#: Besides weights and KV cache, per rank: activations of a step of 8,192 tokens, CUDA graphs,
-#: NCCL's buffers and the CUDA context (docs/doctor.md).
+#: A rank's activations of a step of 8,192 tokens, CUDA graphs, NCCL and context (docs/doctor.md).
 RESERVE_BYTES = 4 * 2**30
 #: vLLM's own share of a GPU's memory, unless told otherwise (0.32).
 UTILIZATION = 0.92

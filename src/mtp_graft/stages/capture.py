@@ -261,8 +261,7 @@ def _enter(out: Path, name: str, missing: _Texts) -> None:
         recording = shard.read(("token_ids", "starts"))
     token_ids = tuple(recording["token_ids"].tolist())
     for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
-        # Equal prompts have equal sequences: each recorded copy stands for one of them. What is
-        # none of them is another client's request, or ours for the second time.
+        # Of equal prompts each copy stands for one; what is none is another's, or ours again.
         if text := next((t for t in missing if t.token_ids == token_ids[start:end]), None):
             missing.remove(text)
             about = text.number, text.id, text.split, len(text.prompt)

@@ -35,8 +35,7 @@ from mtp_graft.stages.inputs import REPORT_NAME, Progress
 
 logger = logging.getLogger(__name__)
 
-#: Whatever asking the hub can raise: its client's own base class (requests', httpx' or httpx2', by
-#: the version), and RuntimeError of hf_xet.
+#: Whatever asking the hub can raise: its client's base class, and RuntimeError of hf_xet.
 HUB_ERRORS: tuple[type[Exception], ...] = (
     errors.HTTPError,  # type: ignore[attr-defined]
     errors.SafetensorsParsingError,

@@ -28,8 +28,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Tensors, Values, drafter_config, expert_files, read_master
 from mtp_graft.stages.splice import base_files, config_with_head, linears_of
 
-#: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of
-#: 128 gives about 0.11, GPTQ more. A swapped or doubled matrix has 1 or more.
+#: Most that an INT4 matrix may have (Frobenius): nearest gives 0.11, GPTQ more, a swapped one 1.
 INT4_REL_ERROR = 0.35
 #: Nearest rounding misses by half a step; a little more at the end codes, whose scale is rounded.
 RTN_STEPS = 0.54
