@@ -102,9 +102,7 @@ class ServeOptions:
     max_num_seqs: int | None = option(None, "N", "Requests at once.", min=1)
     max_num_batched_tokens: int | None = option(None, "N", "Tokens of one step.", min=1)
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
-    gpu_memory_utilization: float | None = option(
-        None, "SHARE", "Share of a GPU's memory to use.", min=0.01, max=1.0
-    )
+    gpu_memory_utilization: float | None = option(None, "SHARE", "GPU memory.", min=0.01, max=1.0)
     num_speculative_tokens: int | None = NUM_SPECULATIVE_TOKENS
     draft_lm_head_quantization: DraftLmHead | None = option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
     draft_sample_method: DraftSampling | None = option(
@@ -118,7 +116,7 @@ class ServeOptions:
     prefix_caching: bool = option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = option(None, None, "Do not compile. Default: eager on a CPU.")
     api_key: str | None = option(
-        None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", parser=_word
+        None, "KEY", "For /v1 requests.", envvar="VLLM_API_KEY", parser=_word
     )
     record: Path | None = None  # capture folder that the target can record its prompts into
     taps: tuple[int, ...] = ()  # layers that it also records the streams' mean after

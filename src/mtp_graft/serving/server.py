@@ -23,7 +23,7 @@ from mtp_graft.serving.metrics import SpecDecodeCounters
 POLL_S = 0.5
 #: What vLLM gets to end its workers by itself before the whole group is killed.
 GRACE_S = 15.0
-#: A process that waits for the end of ours, SIGKILL included, and ends the server with all it began.
+#: A process that waits for our end, SIGKILL included, and ends the server with all it started.
 #: vLLM ignores SIGTERM while it starts; killed with requests in work, it leaves shared memory.
 _WATCHER = (
     "cat > /dev/null; kill -s TERM -- -$0; for _ in $(seq 30); do kill -s 0 -- -$0 && sleep 0.5; "
