@@ -115,9 +115,7 @@ class ServeOptions:
     kv_cache_gib: float | None = option(None, "GIB", "KV cache. Default: 1 on a CPU.", min=0.01)
     prefix_caching: bool = option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = option(None, None, "Do not compile. Default: eager on a CPU.")
-    api_key: str | None = option(
-        None, "KEY", "For /v1 requests.", envvar="VLLM_API_KEY", parser=_word
-    )
+    api_key: str | None = option(None, "KEY", "For /v1.", envvar="VLLM_API_KEY", parser=_word)
     record: Path | None = None  # capture folder that the target can record its prompts into
     taps: tuple[int, ...] = ()  # layers that it also records the streams' mean after
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
