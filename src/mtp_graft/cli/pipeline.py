@@ -35,9 +35,7 @@ def graft(
     base: str = argument("BASE", "A folder or a hub id."),
     upstream: str = argument("UPSTREAM", "The upstream, or a published head: folder or hub id."),
     out: Path = argument("OUT", "The new checkpoint's folder."),
-    head: Literal["mxfp4", "bf16"] | None = option(
-        None, None, "Keep upstream's codes (default), or decode them; both are exact."
-    ),
+    head: Literal["mxfp4", "bf16"] | None = option(None, None, "Default: mxfp4; both are exact."),
     base_revision: str | None = option(None, "REV", "Branch, tag or commit on the hub."),
     upstream_revision: str | None = option(None, "REV", "The same of the upstream."),
     copy: bool = option(False, None, "Copy the base's files, not link.", "--copy"),
