@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mtp_graft.errors import GraftError, UsageError, in_words
+from mtp_graft.errors import GraftError, UsageError, translated
 
 #: How the routed experts are stored: rounded to INT4, INT4 by GPTQ, upstream's codes, decoded.
 Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
@@ -203,10 +203,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise GraftError(f"{path}: not a file; expected a recipe")
-    try:
+    with translated(f"{path}: not a TOML file", OSError, ValueError, RecursionError):
         table = tomllib.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise GraftError(f"{path}: not a TOML file ({in_words(error)})") from error
     for section, values in table.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             values[key] = _absolute(f"{section}.{key}", value, path.parent)
@@ -242,10 +240,9 @@ def _absolute(name: str, value: Any, folder: Path) -> Any:
     """Return a key's path as an absolute one; a hub id, or what is no path, as it is."""
     if not isinstance(value, str) or name not in _PATHS or re.match(_PATHS[name], value):
         return value
-    try:
+    what = "[{}] {} is {!r}".format(*name.split("."), value)
+    with translated(what, OSError, RuntimeError, ValueError):
         return str((folder / Path(value).expanduser()).resolve())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise GraftError("[{}] {} is {!r}: {}".format(*name.split("."), value, error)) from error
 
 
 def _find_problem(table: Mapping[str, Any]) -> str | None:

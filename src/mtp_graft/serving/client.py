@@ -9,9 +9,10 @@ import httpx
 from pydantic import BaseModel, Field
 from pydantic_core import from_json
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving.metrics import SpecDecodeCounters, Step, parse_spec_decode
 
+_NOT_VLLM = "not an answer of vLLM's; is a vLLM server there?"
 _POOL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 #: What reading an answer raises that is no JSON, too deep, or of another structure.
 READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError)
@@ -105,7 +106,7 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         tops = choice.logprobs.top_logprobs if choice.logprobs else []
         best = [sorted(top.values(), reverse=True)[:2] for top in tops]
         if len(best) != len(choice.token_ids) or any(len(two) != 2 for two in best):
-            raise self._not_vllm("/v1/completions", "without two logprobs a token")
+            raise GraftError(f"{self.base_url}: {_NOT_VLLM} (without two logprobs a token)")
         return choice.token_ids, [first - second for first, second in best]
 
     def spec_decode_counters(self) -> SpecDecodeCounters | None:
@@ -137,10 +138,8 @@ class ServerClient(AbstractContextManager["ServerClient"]):
 
     def _ask(self, path: str, body: dict[str, Any], model: type[Found]) -> Found:
         answer = self._send("POST", path, json=body)
-        try:
+        with translated(f"{self.base_url}{path}: {_NOT_VLLM}", ValueError):
             return model.model_validate_json(answer.content)
-        except ValueError as error:
-            raise self._not_vllm(path, " ".join(str(error).split())) from error
 
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         with self._errors():
@@ -157,7 +156,3 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         except httpx.RequestError as error:
             found = f"no answer ({str(error) or type(error).__name__})"
             raise ServerUnreachable(f"{self.base_url}: {found}; is the server running?") from error
-
-    def _not_vllm(self, path: str, why: str) -> GraftError:
-        answer = f"not an answer of vLLM's ({why}); is a vLLM server there?"
-        return GraftError(f"{self.base_url}{path}: {answer}")

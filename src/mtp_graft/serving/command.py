@@ -24,7 +24,7 @@ from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quantization_config import with_section
 from mtp_graft.dsv4.config import check_dimensions, check_readable
-from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.errors import GraftError, UsageError, translated
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
@@ -352,12 +352,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_port(host: str, port: int) -> int:
     """Return the port (a free one for 0) if nothing else listens there, which would seem ready."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as probe:
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        cure = "choose another --host or --port"
-        raise GraftError(f"{host}:{port}: cannot listen ({error.strerror}); {cure}") from error
+    cure = "; choose another --host or --port"
+    with (
+        translated(f"{host}:{port}: cannot listen", OSError, then=cure),
+        socket.create_server((host, port), family=family) as probe,
+    ):
+        return int(probe.getsockname()[1])
 
 
 def find_vllm() -> InstalledVllm:

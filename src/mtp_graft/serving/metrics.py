@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import translated
 
 _PREFIX = "vllm:spec_decode_num_"
 
@@ -91,7 +91,7 @@ def count_steps(steps: Sequence[Step]) -> SpecDecodeCounters:
 def parse_spec_decode(page: str) -> SpecDecodeCounters | None:
     """Sum the counters of all engines on a metrics page; None if the server does not draft."""
     totals, positions = Counter[str](), Counter[int]()
-    try:
+    with translated("not vLLM's metrics", ValueError, KeyError, then="; is a vLLM server there?"):
         for family in text_string_to_metric_families(page):
             for sample in family.samples:
                 name = sample.name.removeprefix(_PREFIX)
@@ -99,8 +99,6 @@ def parse_spec_decode(page: str) -> SpecDecodeCounters | None:
                     positions[int(sample.labels["position"])] += int(sample.value)
                 elif name != sample.name:
                     totals[name] += int(sample.value)
-    except (ValueError, KeyError) as error:
-        raise GraftError(f"not vLLM's metrics ({error}); is a vLLM server there?") from error
     if "drafts_total" not in totals:
         return None
     return SpecDecodeCounters(

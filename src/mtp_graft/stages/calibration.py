@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from pydantic_core import from_json
 
 from mtp_graft.checkpoint.files import fetched
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving.client import Prompt, ServerClient
 
 logger = logging.getLogger(__name__)
@@ -112,16 +112,12 @@ Rows = Iterator[tuple[int, Any]]  # numbered from 1
 def _json_rows(path: Path) -> Rows:
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise GraftError(f"{path}: not a file; expected prompts")
-    try:
+    with translated(f"{path}: not readable", OSError, ValueError, then="; expected prompts"):
         lines = fetched(path.read_bytes()).decode().split("\n")
-    except (OSError, ValueError) as error:
-        raise GraftError(f"{path}: not readable ({in_words(error)}); expected prompts") from error
     for number, line in enumerate(lines, start=1):
-        try:
+        with translated(f"{path}:{number}: not JSON", ValueError):
             if line.strip():
                 yield number, from_json(line)
-        except ValueError as error:
-            raise GraftError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def _parquet_rows(path: Path) -> Rows:
@@ -130,11 +126,9 @@ def _parquet_rows(path: Path) -> Rows:
     except ImportError as error:
         cure = "pip install pyarrow, or name a JSON Lines file"
         raise GraftError(f"{path}: pyarrow is not installed; {cure}") from error
-    try:
+    with translated(f"{path}: not a readable Parquet file", arrow.ArrowException, OSError):
         batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (arrow.ArrowException, OSError) as error:
-        raise GraftError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def _hub_rows(source: str) -> Rows:
@@ -159,10 +153,8 @@ def _hub_rows(source: str) -> Rows:
 
 
 def _parse(row: Any, where: str) -> Prompt:
-    try:
+    with translated(f"{where}: not a prompt", ValidationError, then=f"; {_EXPECTED}"):
         found = _Row.model_validate(row)
-    except ValidationError as error:
-        raise GraftError(f"{where}: not a prompt ({in_words(error)}); {_EXPECTED}") from error
     turns = [turn.model_dump() for turn in found.messages or ()]
     while turns and turns[-1]["role"] != "user":
         turns.pop()

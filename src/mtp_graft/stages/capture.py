@@ -27,7 +27,7 @@ from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence, FinishedText, read_sequences, read_texts
 from mtp_graft.checkpoint.files import read_object, write_json
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import CPU_STEP, ServeOptions, find_vllm
@@ -67,10 +67,8 @@ def with_taps(settings: CaptureSection, upstream: Path) -> CaptureSection:
     config = read_object(path, "a config") if path.exists() else {}
     if settings.taps is not None or key not in config:
         return settings
-    try:
+    with translated(f"{path}: {key} is {config[key]!r}", ValidationError):
         return replace(settings, taps=config[key])
-    except ValidationError as error:
-        raise GraftError(f"{path}: {key} is {config[key]!r} ({in_words(error)})") from error
 
 
 def step_tokens(max_model_len: int) -> int:

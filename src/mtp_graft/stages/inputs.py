@@ -24,7 +24,7 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_in
 from mtp_graft.dsv4.config import DSparkDimensions, check_dimensions, num_stages
 from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head, store_head
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.recipe import Variant
 from mtp_graft.serving.command import read_config
 
@@ -228,11 +228,8 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     (settings, base_map), head = read_base(base, *needed), read_master(upstream)
     settings |= drafter_config(upstream, head.meta)
     check_head(upstream, head, settings)
-    try:
+    with translated(f"{base / 'config.json'}: not DeepSeek-V4's", ValueError, KeyError, TypeError):
         model = model_config(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        where = base / "config.json"
-        raise GraftError(f"{where}: {in_words(error)}; expected DeepSeek-V4's") from error
     files = [
         base / "config.json",
         capture / capture_files.INDEX_NAME,
