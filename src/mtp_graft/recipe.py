@@ -240,7 +240,7 @@ def _absolute(name: str, value: Any, folder: Path) -> Any:
     """Return a key's path as an absolute one; a hub id, or what is no path, as it is."""
     if not isinstance(value, str) or name not in _PATHS or re.match(_PATHS[name], value):
         return value
-    what = "[{}] {} is {!r}".format(*name.split("."), value)
+    what = "[{}] {} is {!r}: no path".format(*name.split("."), value)
     with translated(what, OSError, RuntimeError, ValueError):
         return str((folder / Path(value).expanduser()).resolve())
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
-from pydantic import BaseModel, Field
+from pydantic import AliasPath, BaseModel, Field
 from pydantic_core import from_json
 
 from mtp_graft.errors import GraftError, translated
@@ -38,13 +38,9 @@ class _Tokens(BaseModel):
     tokens: list[int]
 
 
-class _Logprobs(BaseModel):
-    top_logprobs: list[dict[str, float]]
-
-
 class _Choice(BaseModel):
     token_ids: Ids
-    logprobs: _Logprobs | None = None
+    tops: list[dict[str, float]] = Field([], validation_alias=AliasPath("logprobs", "top_logprobs"))
 
 
 class _Answer(BaseModel):
@@ -103,10 +99,9 @@ class ServerClient(AbstractContextManager["ServerClient"]):
         """Return the same and each token's margin: its ln probability less the second best's."""
         logprobs = {"logprobs": 2, "return_tokens_as_token_ids": True}
         choice = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, **logprobs).choices[0]
-        tops = choice.logprobs.top_logprobs if choice.logprobs else []
-        best = [sorted(top.values(), reverse=True)[:2] for top in tops]
+        best = [sorted(top.values(), reverse=True)[:2] for top in choice.tops]
         if len(best) != len(choice.token_ids) or any(len(two) != 2 for two in best):
-            raise GraftError(f"{self.base_url}: {_NOT_VLLM} (without two logprobs a token)")
+            raise GraftError(f"{self.base_url}/v1/completions: {_NOT_VLLM} (without two logprobs)")
         return choice.token_ids, [first - second for first, second in best]
 
     def spec_decode_counters(self) -> SpecDecodeCounters | None:
