@@ -76,10 +76,9 @@ def _show_versions(wanted: bool) -> None:
 _VERSION_HELP = "Show the versions of mtp-graft, vLLM and what else decides a result."
 
 
+_VERSION = option(False, None, _VERSION_HELP, "--version", callback=_show_versions, is_eager=True)
+
+
 @app.callback()
-def _root(
-    version: bool = option(
-        False, None, _VERSION_HELP, "--version", callback=_show_versions, is_eager=True
-    ),
-) -> None:
+def _root(version: bool = _VERSION) -> None:
     """Give a quantized DeepSeek-V4 its multi-token-prediction head back."""

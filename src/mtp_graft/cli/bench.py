@@ -32,7 +32,7 @@ class Texts:
     """The options of `decode` and `sweep`: what is asked."""
 
     prompt_file: Path | None = option(
-        None, "FILE", 'JSON Lines of {"id", "text"}. Default: the tiny model\'s.', "--prompts"
+        None, "FILE", 'Of {"id", "text"}. Default: ours.', "--prompts"
     )
     limit: int | None = option(None, "N", "Use the first prompts only.", min=1)
     max_tokens: int = option(128, "N", "Tokens to continue each prompt by.", min=2)
@@ -57,9 +57,7 @@ def bench_decode(
     target: Target,
     texts: Texts,
     against: str | None = option(None, "DIR|URL", "Take turns with this checkpoint, or server."),
-    pairs: int | None = option(
-        None, "N", "With --against, how often; even, to be first equally often. Default: 6.", min=2
-    ),
+    pairs: int | None = option(None, "N", "Turns with --against, even. Default: 6.", min=2),
     rounds: int = option(3, "N", "How often every prompt is continued, in each turn.", min=1),
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
@@ -209,9 +207,7 @@ def bench_workload(
 @with_options
 def bench_soak(
     target: Target,
-    reference: str | None = option(
-        None, "URL", "Ask this server alone. Default: the same one.", callback=check_url
-    ),
+    reference: str | None = option(None, "URL", "Of the answers alone.", callback=check_url),
     minutes: float = option(10.0, "N", "How long to hold the load.", min=0.01),
     concurrency: int = option(8, "N", "Requests at a time.", min=1),
     seed: int = option(0, "N", "Draws the requests."),
