@@ -19,8 +19,6 @@ from mtp_graft.serving.command import ServeOptions, find_vllm, option
 if TYPE_CHECKING:  # the imports of a command load torch: `--help` need not wait for it
     from mtp_graft.serving.client import ServerClient
 
-    Serving = AbstractContextManager[ServerClient]
-
 #: JSON.
 Result = dict[str, Any]
 _URL = re.compile(r"https?://(\[[\da-fA-F:.]+\]|[^\s:/]+)(:[1-9]\d{0,4})?(/\S*)?")
@@ -33,7 +31,7 @@ def check_url(url: str | None) -> str | None:
     return url
 
 
-def started(options: ServeOptions, report: Report, name: str) -> "Serving":
+def started(options: ServeOptions, report: Report, name: str) -> AbstractContextManager[Any]:
     """Serve inside the block; `name` is the log's."""
     from mtp_graft.serving.server import managed_server
 

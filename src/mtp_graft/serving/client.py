@@ -1,7 +1,7 @@
 """What we ask of a running vLLM server: completions on token ids, tokenization, metrics."""
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -69,10 +69,9 @@ class ServerClient(AbstractContextManager["ServerClient"]):
 
     def is_healthy(self) -> bool:
         """Return whether /health answers 200; an unreachable server is not healthy."""
-        try:
+        with suppress(httpx.RequestError):
             return self._http.get("/health", timeout=5.0).status_code == httpx.codes.OK
-        except httpx.RequestError:
-            return False
+        return False
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; a text has its own special tokens, a chat the server's."""

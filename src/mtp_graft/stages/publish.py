@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object, visible_files
 from mtp_graft.checkpoint.quant_manifest import CARD_NAME, TRACE_NAME, Spliced, find_spliced
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.stages.fetch import HUB_ERRORS
 
 _MANIFESTS = (quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME)
@@ -36,10 +36,8 @@ def publish(
     not take, without a passed verification, this checkpoint's card or a token, for a public
     repository where a private one was asked for, and for whatever else ends the upload.
     """
-    try:
+    with translated(f"--repo {repo}: not an id", HFValidationError):
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise GraftError(f"--repo {repo}: {error}") from error
     if repo.count("/") != 1:
         raise GraftError(f"--repo {repo}: expected OWNER/NAME")
     files = find_files(run, repo, card, head_only=head_only)

@@ -16,6 +16,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby, product
@@ -96,11 +97,9 @@ class _Batch(NamedTuple):
 
     def is_done(self) -> bool:
         """Return whether the file is there and readable; one that is not, is made again."""
-        try:
-            with Shard(self.file):
-                return self.file.with_suffix(".json").exists()
-        except GraftError:
-            return False
+        with suppress(GraftError), Shard(self.file):
+            return self.file.with_suffix(".json").exists()
+        return False
 
 
 def _batches(inputs: Inputs, size: int, out: Path) -> list[_Batch]:
