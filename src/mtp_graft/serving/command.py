@@ -317,7 +317,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
     """
     cpus = sorted(os.sched_getaffinity(0))
     if (share := len(cpus) // num_ranks) == 0:
-        raise GraftError(f"--tensor-parallel-size {num_ranks}: expected at most {len(cpus)} CPUs")
+        raise GraftError(f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs: expected 1 each")
     if num_ranks > 1:
         ranks = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
         return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, r)) for r in ranks)}

@@ -68,7 +68,12 @@ def _kv_layout(config: Mapping[str, Any]) -> tuple[int, int]:
         raise GraftError(f"config.json: {found}; expected a list of whole numbers")
     layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     num_c4, num_c128 = ratios[:layers].count(4), ratios[:layers].count(128)
-    repeats = _layers_per_group(layers, num_c4, num_c128)
+    counts = [layers, *(count for count in (num_c4, num_c128) if count)]
+    if num_c4 and num_c4 == num_c128:  # then the compressed layers count as a pattern as well
+        counts.append(num_c4)
+    sizes = range(max(num_c4, 1), max(counts) + 1)
+    # vLLM groups as many sliding-window layers as pads least; the larger of two such numbers.
+    repeats = min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
     index_entry = config["index_head_dim"] + 4  # a scale
     pages_c4 = _page(BLOCK_TOKENS // 4, _ENTRY_BYTES) + _page(BLOCK_TOKENS // 4, index_entry)
     compressed = num_c4 * pages_c4 + num_c128 * _page(BLOCK_TOKENS // 128, _ENTRY_BYTES)
@@ -78,16 +83,6 @@ def _kv_layout(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _page(entries: int, entry_bytes: int) -> int:
     return -(-entries * entry_bytes // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
-
-
-def _layers_per_group(layers: int, num_c4: int, num_c128: int) -> int:
-    """Return into how many layers a group vLLM splits the sliding-window layers."""
-    counts = [layers, *(count for count in (num_c4, num_c128) if count)]
-    if num_c4 and num_c4 == num_c128:  # then the compressed layers count as a pattern as well
-        counts.append(num_c4)
-    sizes = range(max(num_c4, 1), max(counts) + 1)
-    # The number that pads least; the larger of two.
-    return min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
 
 
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int = 0) -> int:

@@ -105,7 +105,7 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
         )
     except pynvml.NVMLError as error:
         found = f"NVIDIA's driver says {error}; vLLM is a CUDA build: is the driver there?"
-        cure = "With --dry-run, --gpu names others (--count N); --profile none does not look"
+        cure = "With --dry-run, --gpu NAME --count N name others; --profile none does not look"
         raise GraftError(f"{here}: {found} {cure}") from error
     machines = (len(gpus) * num_nodes, memory_bytes, has_nvlink, num_nodes)
     return Hardware(names[0], *machines, known.unified_memory, capability)

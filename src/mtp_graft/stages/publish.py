@@ -22,8 +22,6 @@ from mtp_graft.stages.fetch import HUB_ERRORS
 _MANIFESTS = (quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME)
 #: How the names of a head's own files begin.
 _OF_HEAD = (quant_manifest.HEAD_SHARD, *_MANIFESTS, "LICENSE", "NOTICE")
-#: Path in the repository -> file, or content made here.
-Files = Mapping[str, Path | bytes]
 
 
 def publish(
@@ -52,15 +50,13 @@ def publish(
     return {**result, "dry_run": dry_run, **({} if dry_run else _upload(repo, private, files))}
 
 
-def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
-    """Return what to upload; the card's README.md takes the place of one from the base."""
+def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> dict[str, Path | bytes]:
+    """Return path -> file, or content; the card's README.md takes the place of the base's."""
     spliced = find_spliced(run)
     _check(run, card, spliced)
-    files: dict[str, Path | bytes] = {
-        name: path
-        for name, path in visible_files(spliced.folder).items()
-        if not head_only or name.startswith(_OF_HEAD)
-    }
+    files: dict[str, Path | bytes] = {**visible_files(spliced.folder)}
+    if head_only:
+        files = {name: files[name] for name in files if name.startswith(_OF_HEAD)}
     cards = [card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png")]
     files |= {path.name: path for path in cards}
     if head_only:
@@ -88,7 +84,7 @@ def _check(run: Path, card: Path, spliced: Spliced) -> None:
         raise GraftError(f"{card}: {said}; run `mtp-graft card` again")
 
 
-def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
+def _upload(repo: str, private: bool, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
     """Return `commit`, `url`, and whether the repository is `private`."""
     if (token := get_token()) is None:
         cure = "set HF_TOKEN, or log in with `hf auth login`; it needs to be allowed to write"

@@ -59,7 +59,13 @@ def quantize(
     """
     started = time.perf_counter()
     with parallel.single_thread():
-        inputs = _open(capture, upstream, base, section)
+        inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
+        with inputs.head.named():  # whose experts' inputs the group size may not divide
+            store_head(inputs.head.meta, "rtn", group_size=section.group_size)
+        if not (sequences := [s for s in inputs.sequences if inputs.calibration_rows(s)]):
+            found = f"no captured sequences of split {CALIBRATION!r} with three tokens or more"
+            raise GraftError(f"{capture}: {found}; run `mtp-graft capture` first")
+        inputs = replace(inputs, sequences=sequences)
         clock = Clock(parallel.find_device(section.device))
         config = asdict(section) | {"device": clock.device}
         # Which heads there are is for the later stages to know.
@@ -109,18 +115,6 @@ def _batches(inputs: Inputs, size: int, out: Path) -> list[_Batch]:
         name = f"experts-{f'{stage}-' if inputs.stages else ''}{first:04d}-{experts[-1]:04d}"
         found.append(_Batch(stage, experts, out / f"{name}.safetensors"))
     return found
-
-
-def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
-    """Check what can be checked before anything is computed."""
-    inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
-    with inputs.head.named():
-        store_head(inputs.head.meta, "rtn", group_size=settings.group_size)  # or it does not divide
-    sequences = [s for s in inputs.sequences if inputs.calibration_rows(s)]
-    if not sequences:
-        found = f"no captured sequences of split {CALIBRATION!r} with three tokens or more"
-        raise GraftError(f"{capture}: {found}; run `mtp-graft capture` first")
-    return replace(inputs, sequences=sequences)
 
 
 def replay_capture(

@@ -20,7 +20,7 @@ from torch import Tensor
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
-from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import EXPERT, QUANTIZED, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
@@ -120,9 +120,14 @@ def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tens
 def _check_head(head: _Head, checkpoint: Path) -> None:
     """Compare every tensor that the checkpoint's config asks for with what it was made of."""
     config = read_object(checkpoint / "config.json", "a model config")
-    shapes, quantization = head_shapes(config), read_quantization(config)
+    shapes, layer = head_shapes(config), config["num_hidden_layers"]
+    quantization = read_quantization(config)
     for name, shape in shapes.items():
-        kind, group_size = _scheme(name, config["num_hidden_layers"], quantization)
+        module, kind, group_size = name.removesuffix(".weight"), "plain", 1
+        key = quantization.group_of(served_as(module, layer)) if QUANTIZED.match(module) else None
+        if key is not None:  # so does vLLM load it
+            group = quantization.config_groups[key]
+            kind, group_size = group.kind, group.weights.group_size or 1
         if kind not in ("plain", "fp8", *_PACKED):
             head.mismatched[name] = f"the config takes it for {kind}"
             continue
@@ -135,16 +140,6 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
             head.mismatched[next(iter(layout))] = why
     unknown = [n for n in head.master if n.replace(".scale", ".weight") not in shapes]
     head.mismatched |= dict.fromkeys(unknown, "upstream has it, the config does not ask for it")
-
-
-def _scheme(name: str, layer: int, quantization: QuantizationConfig) -> tuple[str, int]:
-    """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
-    module = name.removesuffix(".weight")
-    key = quantization.group_of(served_as(module, layer)) if QUANTIZED.match(module) else None
-    if key is None:
-        return "plain", 1
-    group = quantization.config_groups[key]
-    return group.kind, group.weights.group_size or 1
 
 
 def _said(tensor: Tensor) -> str:
