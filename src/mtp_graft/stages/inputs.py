@@ -136,18 +136,6 @@ def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 12
             raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected {right}")
 
 
-def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a base's config.json and weight map; GraftError if it lacks one of `needed` [V, D]."""
-    weight_map, settings = read_index(base), read_config(base)
-    expected = [settings["vocab_size"], settings["hidden_size"]]
-    for name in needed:
-        if name not in weight_map:
-            raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
-        if (found := list(read_meta(base, name)[name].shape)) != expected:
-            raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
-    return settings, weight_map
-
-
 def expert_files(quantized: Path | None) -> list[Path]:
     """Return the files of GPTQ's experts in the stage's folder; GraftError if there are none."""
     files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
@@ -225,7 +213,14 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     sequences = [s for s in read_sequences(capture) if s.split == split]
     from mtp_graft.dsv4.replay import model_config
 
-    (settings, base_map), head = read_base(base, *needed), read_master(upstream)
+    base_map, settings = read_index(base), read_config(base)
+    expected = [settings["vocab_size"], settings["hidden_size"]]
+    for name in needed:
+        if name not in base_map:
+            raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
+        if (found := list(read_meta(base, name)[name].shape)) != expected:
+            raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
+    head = read_master(upstream)
     settings |= drafter_config(upstream, head.meta)
     check_head(upstream, head, settings)
     with translated(f"{base / 'config.json'}: not DeepSeek-V4's", ValueError, KeyError, TypeError):
