@@ -87,11 +87,8 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
     everything up to its last user turn is the prompt; one that was there before is left out. Raises
     GraftError for a source that cannot be read, a row that is no prompt and an id that comes twice.
     """
-    if source.startswith(HUB):
-        rows = _hub_rows(source)
-    else:
-        read = _parquet_rows if source.endswith(".parquet") else _json_rows
-        rows = read(Path(source))
+    read = _parquet_rows if source.endswith(".parquet") else _json_rows
+    rows = _hub_rows(source) if source.startswith(HUB) else read(Path(source))
     seen: set[str] = set()
     asked: set[int] = set()  # hashes
     for number, row in rows:
@@ -121,11 +118,9 @@ def _json_rows(path: Path) -> Rows:
 
 
 def _parquet_rows(path: Path) -> Rows:
-    try:
+    missing = f"{path}: pyarrow is not installed; pip install pyarrow, or name a JSON Lines file"
+    with translated(missing, ImportError):
         arrow, parquet = map(import_module, ("pyarrow", "pyarrow.parquet"))
-    except ImportError as error:
-        cure = "pip install pyarrow, or name a JSON Lines file"
-        raise GraftError(f"{path}: pyarrow is not installed; {cure}") from error
     with translated(f"{path}: not a readable Parquet file", arrow.ArrowException, OSError):
         batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
