@@ -33,8 +33,9 @@ def progress_bar() -> Iterator[Report]:
 
 def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) -> None:
     """Write a command's result to `json_file`; print parts for people, beside `-` to stderr."""
-    in_place, text = str(json_file) == "-", json.dumps(result, indent=2, ensure_ascii=False)
+    in_place = str(json_file) == "-"
     if json_file is not None:
+        text = json.dumps(result, indent=2, ensure_ascii=False)
         print(text) if in_place else json_file.write_text(text + "\n")
     console = Console(stderr=in_place)
     for part in parts:
