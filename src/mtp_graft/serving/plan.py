@@ -118,7 +118,7 @@ def _filled(
 
 def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list[str]]:
     """Return `options` with what suits the hardware, where nothing is said yet, and notes on it."""
-    is_pcie = hardware.is_pcie_only and options.num_ranks > 1  # else they can hang
+    is_pcie = hardware.is_pcie_only and options.num_ranks > 1  # such ranks can hang
     flags, wanted = profiles.split(
         {**(profiles.ON_GPUS if hardware.gpu else {}), **(profiles.ON_PCIE if is_pcie else {})}
     )
