@@ -111,9 +111,10 @@ soak() { # NAME PORT
 }
 
 loaded() { # not timed: soaks, and what is accepted
-    local name k port soaks=() each=()
+    local name k port soaks=() each=() healed=()
     soak soak_base 8000 & soaks+=($!)
     soak soak_k3 8013 & soaks+=($!)
+    for k in 2 4; do serve 801$k "$scratch/healed" --k $k "${METRICS[@]}"; done
     dspark_scored
     for name in mxfp4 gptq; do
         for k in 3 5; do
@@ -122,8 +123,9 @@ loaded() { # not timed: soaks, and what is accepted
             each+=(--served "dspark-$name k=$k" "$(url "$port")")
         done
     done
-    accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" --served "healed k=1" "$(url 8011)" \
-        --served "healed k=5" "$(url 8015)"
+    ready 8012 8014
+    for k in 1 2 4 5; do healed+=(--served "healed k=$k" "$(url 801$k)"); done
+    accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" "${healed[@]}"
     ready 8023 8025 8033 8035
     accepted dspark_acceptance "$dspark" "${each[@]}"
     wait "${soaks[@]}"
