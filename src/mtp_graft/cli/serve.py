@@ -71,14 +71,15 @@ def serve(
     vllm, plan = _plan(server, profile, asked, dry_run)
     options = server if plan is None else plan.options
     if dry_run:
-        return _print_command(options, vllm, plan, json_file)
-    if check:
-        return _check(options, vllm, json_file)
-    from mtp_graft.serving.server import serve_foreground
+        _print_command(options, vllm, plan, json_file)
+    elif check:
+        _check(options, vllm, json_file)
+    else:
+        from mtp_graft.serving.server import serve_foreground
 
-    for text in (f"{plan.hardware}", *plan.notes) if plan else ():
-        note(f"plan: {text}")
-    raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
+        for text in (f"{plan.hardware}", *plan.notes) if plan else ():
+            note(f"plan: {text}")
+        raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
 
 
 def _plan(

@@ -152,10 +152,9 @@ class ServeCommand(NamedTuple):
 
     def reasons(self) -> list[str]:
         """Return why each flag and each variable is there."""
+        none = "no drafting: the checkpoint has no head, or 0 tokens were asked for"
         known = [f"{name}: {REASONS[name]}" for name in (*self.env, *self.argv) if name in REASONS]
-        if "--speculative-config" not in self.argv:
-            known.insert(0, "no drafting: the checkpoint has no head, or 0 tokens were asked for")
-        return known
+        return known if "--speculative-config" in self.argv else [none, *known]
 
     def as_shell(self) -> str:
         """Return lines to paste into a shell: the exports, then the command."""
