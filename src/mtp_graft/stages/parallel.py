@@ -134,10 +134,6 @@ class Clock:
             torch.cuda.synchronize(self.device)
         self.seconds[part] += time.perf_counter() - started
 
-    def peak_gpu_bytes(self) -> int:
-        """Return the most GPU memory that this process had allocated since the clock began."""
-        return 0 if self.device == "cpu" else torch.cuda.max_memory_allocated(self.device)
-
 
 def run_in_process(work: Callable[..., Result], *arguments: Any, report: Progress) -> Result:
     """Return `work(*arguments, report)`, called in a new process that is gone afterwards.

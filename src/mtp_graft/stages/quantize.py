@@ -42,8 +42,6 @@ from mtp_graft.stages.parallel import Clock
 
 #: Sequences, and batches of upstream's experts, that are read ahead.
 _SEQUENCES_AHEAD, _BATCHES_AHEAD = 8, 2
-#: Batches that are written at once: while one is synced, another can be copied.
-_WRITERS = 2
 #: Tokens of up to this size stay on a GPU: 786,000 of Flash, beside which 24 GiB have room.
 RESIDENT_BYTES = 6 * 2**30
 
@@ -195,7 +193,7 @@ def _quantize(work: _Work, batches: Sequence[_Batch], pending: Sequence[_Batch])
     # The first experts come in while the sequences are replayed.
     with (
         parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
-        parallel.write_behind(_WRITERS) as write,
+        parallel.write_behind(2) as write,  # while one batch is synced, another can be copied
     ):
         before = [batch.file for batch in batches if batch.stage < stage]
         routed = replay_capture(inputs, clock, report, stage, before)
@@ -265,7 +263,7 @@ def _report(work: _Work, batches: Sequence[_Batch]) -> dict[str, Any]:
         "rel_errors": errors,
         "experts_without_tokens": [e for e, count in enumerate(counts) if count == 0],
         "seconds": clock.seconds,
-        "peak_gpu_bytes": clock.peak_gpu_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),  # 0 where CUDA is not in use
         "peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(map(inputs.calibration_rows, inputs.sequences)),
