@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter
 
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 
 T = TypeVar("T")
 
@@ -27,10 +27,8 @@ def read_as(schema: type[T], path: Path, what: str, cure: str = "") -> T:
     cure = cure and f"; {cure}"
     if not path.is_file():
         raise GraftError(f"{path}: not found; expected {what}{cure}")
-    try:
+    with translated(f"{path}: not {what}", OSError, ValueError, then=cure):
         return TypeAdapter(schema).validate_json(fetched(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise GraftError(f"{path}: not {what} ({in_words(error)}){cure}") from error
 
 
 def fetched(data: bytes) -> bytes:

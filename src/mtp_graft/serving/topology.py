@@ -54,8 +54,7 @@ class Hardware:
 ATTENTION = (0, 9, 10, 12)
 CPU = Hardware(None, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 #: What options can name.
-_NAMED = (CPU, *(Hardware(name, 1, **facts) for name, facts in GPUS.items()))
-_BY_NAME = {(hardware.gpu or "cpu").lower(): hardware for hardware in _NAMED}
+_BY_NAME = {"cpu": CPU} | {n.lower(): Hardware(n, 1, **facts) for n, facts in GPUS.items()}
 
 
 def named_hardware(name: str, count: int = 1, num_nodes: int | None = None) -> Hardware:
@@ -64,9 +63,8 @@ def named_hardware(name: str, count: int = 1, num_nodes: int | None = None) -> H
     A GPU with unified memory is alone in its machine, so `num_nodes` is their number by itself.
     Raises UsageError for an unknown name and GraftError for a count that the machines cannot share.
     """
-    known = _BY_NAME.get(name.lower())
-    if known is None:
-        names = ", ".join(hardware.gpu or "cpu" for hardware in _NAMED)
+    if (known := _BY_NAME.get(name.lower())) is None:
+        names = ", ".join(("cpu", *GPUS))
         raise UsageError(f"--gpu {name}: not a GPU known here; expected one of {names}")
     if known.gpu is None:
         return known

@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 HUB_ERRORS: tuple[type[Exception], ...] = (
     errors.HTTPError,  # type: ignore[attr-defined]
     errors.SafetensorsParsingError,
-    *(OSError, ValueError, RuntimeError),
-    *(TypeError, KeyError),  # JSON of another structure, as a proxy may answer
+    *(OSError, ValueError, RuntimeError, TypeError, KeyError),  # a proxy may answer other JSON
 )
 _HEAD = "mtp."
 #: What is needed besides shards: of a base configuration, tokenizer, licence.
