@@ -351,9 +351,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def check_port(host: str, port: int) -> int:
     """Return the port (a free one for 0) if nothing else listens there, which would seem ready."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    cure = "; choose another --host or --port"
     with (
-        translated(f"{host}:{port}: cannot listen", OSError, then=cure),
+        translated(f"{host}:{port}: cannot listen", OSError, then="; use another --host or --port"),
         socket.create_server((host, port), family=family) as probe,
     ):
         return int(probe.getsockname()[1])

@@ -77,9 +77,8 @@ def _fit(
     wanted: str, options: ServeOptions, hardware: Hardware, room: Room
 ) -> tuple[str, ServeOptions]:
     """Return the profile's name (`auto`: which reaches furthest) and `options` with its values."""
-    if wanted not in (*profiles.PROFILES, AUTO):
-        names = ", ".join((*profiles.PROFILES, AUTO))
-        raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
+    if wanted not in (names := (*profiles.PROFILES, AUTO)):
+        raise UsageError(f"--profile {wanted}: unknown; expected one of {', '.join(names)} or none")
     candidates = list(profiles.PROFILES) if wanted == AUTO else [wanted]
     filled_by = {n: _filled(options, profiles.PROFILES[n], wanted, hardware) for n in candidates}
     most = {n: room.largest_context(by.gpu_memory_utilization) for n, by in filled_by.items()}

@@ -19,8 +19,6 @@ from mtp_graft.checkpoint.files import fetched
 from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving.client import Prompt, ServerClient
 
-logger = logging.getLogger(__name__)
-
 HUB = "hub:"
 DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
 _EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
@@ -68,7 +66,7 @@ def take_fitting(
         found = f"{len(taken)} prompts for {what_for}, expected {count}; {too_long}"
         raise GraftError(f"{found}; allow longer prompts, or ask for fewer")
     if dropped:
-        logger.warning("prompts for %s %s", what_for, too_long)
+        logging.getLogger(__name__).warning("prompts for %s %s", what_for, too_long)
     return taken, dropped
 
 

@@ -8,7 +8,6 @@ A prompt's text, and then its recording, are the units that a killed run keeps.
 """
 
 import json
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -30,10 +29,11 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
 from mtp_graft.errors import GraftError, translated
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
-from mtp_graft.serving.command import CPU_STEP, ServeOptions, find_vllm
+from mtp_graft.serving.command import CPU_STEP, ServeOptions
 from mtp_graft.serving.server import explain
 from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
+from mtp_graft.stages.parallel import device_name
 
 #: How long the server may take to write what it computed.
 WRITE_TIMEOUT_S = 60.0
@@ -110,8 +110,7 @@ def capture(
     }
     write_json(result, out / REPORT_NAME)
     inputs = [base / "config.json", base / INDEX_NAME]
-    device = f"{find_vllm().platform} ({platform.processor() or platform.machine()})"
-    manifest.write_manifest(out, "capture", asdict(settings), inputs, device, seconds)
+    manifest.write_manifest(out, "capture", asdict(settings), inputs, device_name(), seconds)
     return result
 
 
@@ -135,8 +134,7 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
     asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
     files = [base / name for name in ("config.json", INDEX_NAME, *set(read_index(base).values()))]
-    words = (*base.glob("tokenizer*"), *base.glob("chat_template*"))
-    files += [path for path in words if path.is_file()]
+    files += [p for p in (*base.glob("tokenizer*"), *base.glob("chat_template*")) if p.is_file()]
     keys = ("max_prompt_tokens", "new_tokens", "calibration_tokens")
     decisive: dict[str, Any] = {key: getattr(settings, key) for key in keys}
     decisive["taps"] = settings.taps or None  # null, as in captures from before there were any

@@ -57,8 +57,7 @@ def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> dict[str
     files: dict[str, Path | bytes] = {**visible_files(spliced.folder)}
     if head_only:
         files = {name: files[name] for name in files if name.startswith(_OF_HEAD)}
-    cards = [card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png")]
-    files |= {path.name: path for path in cards}
+    files |= {p.name: p for p in (card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png"))}
     if head_only:
         page = ModelCard.load(card / CARD_NAME, ignore_metadata_errors=True)
         what = "> This repository holds the MTP head alone. Put it on the base that this card names"

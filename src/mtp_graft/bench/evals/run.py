@@ -50,8 +50,7 @@ class _ChatAPI(OpenAICompatibleAPI):
 def find_model(server: ServerClient, settings: Mapping[str, Any]) -> Model:
     """Return the model that a server has, to be asked greedily; GraftError if it has none."""
     where = {"base_url": f"{server.base_url}/v1", "api_key": server.api_key or "none"}
-    what = f"{server.base_url}: names no model at /v1/models"
-    with translated(what, OpenAIError, *READ_ERRORS):
+    with translated(f"{server.base_url}: names no model at /v1/models", OpenAIError, *READ_ERRORS):
         name = OpenAI(**where, timeout=_SILENCE_S).models.list().data[0].id
     config = GenerateConfig(
         temperature=0.0,
