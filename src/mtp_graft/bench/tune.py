@@ -14,9 +14,7 @@ import numpy as np
 from mtp_graft.bench.intervals import Array, paired_ratio
 from mtp_graft.errors import GraftError
 
-#: What a server drafts: `k`, and what else `ServeOptions` has of drafts.
-Drafts = Mapping[str, Any]
-#: Serves under a name, with `Drafts`, and returns `measure_sweep`'s points, one a load.
+#: Serves by a name, `k` and more of `ServeOptions`; returns `measure_sweep`'s point of each load.
 Sweep = Callable[..., Sequence[Mapping[str, Any]]]
 
 
@@ -24,7 +22,7 @@ def tune(
     sweep: Sweep,
     loads: Sequence[int],
     ks: Sequence[int],
-    choices: Mapping[str, Drafts],
+    choices: Mapping[str, Any],
     num_prompts: int,
     rounds: int,
 ) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def tune(
 
 
 def _hold(
-    sweep: Sweep, num_prompts: int, rounds: int, stage: str, candidates: Mapping[str, Drafts]
+    sweep: Sweep, num_prompts: int, rounds: int, stage: str, candidates: Mapping[str, Any]
 ) -> dict[str, Array]:
     """Return each candidate's speeds [C, Q, P], measured in the order A B C, C B A, ..."""
     found: dict[str, list[Array]] = {name: [] for name in candidates}

@@ -216,9 +216,8 @@ def tune(
     draft LM head and greedy drafts; what was decided, if it mixes these. Drafts are taken where the
     speed-up's 95 % interval lies above 1; where only some loads draft, k = 0 still runs the head.
     """
+    from mtp_graft.bench import decode, sweep
     from mtp_graft.bench import tune as bench_tune
-    from mtp_graft.bench.decode import measured
-    from mtp_graft.bench.sweep import measure_sweep
 
     block, on_gpu = serving.dspark_block(checkpoint), serving.find_vllm().platform == "cuda"
     given = _numbers("--k", k, 0) if k else (3, block) if block else (1, 2, 3, 5)
@@ -238,15 +237,14 @@ def tune(
     def measure(folder: Path) -> Result:
         with progress_bar() as report:
 
-            def sweep(name: str, k: int, **drafts: Any) -> list[Result]:
+            def serve(name: str, k: int, **drafts: Any) -> list[Result]:
                 held = partial(target.client, report, name, **drafts), prompts, [k], loads, config
-                points = measure_sweep(*held, report, folder / name, len(prompts))["points"]
+                points = sweep.measure_sweep(*held, report, folder / name, len(prompts))["points"]
                 return [point for point in points if point["concurrency"] in loads]
 
-            found = bench_tune.tune(sweep, loads, ks, choices, len(prompts), rounds)
-        return measured(folder, f"date{rounds}", lambda: {"date": f"{date.today()}"}) | found
+            found = bench_tune.tune(serve, loads, ks, choices, len(prompts), rounds)
+        return decode.measured(folder, f"date{rounds}", lambda: {"date": f"{date.today()}"}) | found
 
-    # More rounds, loads or another k may be added to a folder later.
     claim = {"tune": asdict(config), "prompts": _hash(prompts)}
     kept = replace(target, run=target.run or Path("runs", f"tune-{checkpoint.resolve().name}"))
     found = target.identity() | kept.finish("tune", claim, measure)
