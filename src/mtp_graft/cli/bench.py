@@ -220,7 +220,7 @@ def tune(
     from mtp_graft.bench import tune as bench_tune
 
     block, on_gpu = serving.dspark_block(checkpoint), serving.find_vllm().platform == "cuda"
-    given = _numbers("--k", k, 0) if k else (3, block) if block else (1, 2, 3, 5)
+    given = _numbers("--k", k, 0) if k else (min(3, block), block) if block else (1, 2, 3, 5)
     ks = sorted({0, *map(target.num_drafts, given)})
     loads = sorted(_numbers("--concurrency", concurrency, 1))
     sampling = "probabilistic" if on_gpu else None
