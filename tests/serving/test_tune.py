@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mtp_graft.bench import sweep
-from mtp_graft.bench.tune import make_schedule, tune
+from mtp_graft.bench.tune import hold, make_schedule, tune
 from mtp_graft.checkpoint.files import TUNED_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
@@ -34,7 +35,7 @@ def decide(gain: Callable[..., float], choices: Any = CHOICES) -> Any:
         seconds = [s.ravel() / gain(load, **drafts) for load, s in zip(LOADS, base, strict=True)]
         return [{"decoded": [(31, s) for s in of_load]} for of_load in seconds]
 
-    return tune(served, LOADS, (0, 1, 3), choices, 8, 2), names
+    return tune(partial(hold, served, 8, 2), LOADS, [0, 1, 3], choices), names
 
 
 def test_each_load_gets_the_k_that_pays_most_and_the_mix_is_held_against_the_base() -> None:
@@ -53,7 +54,7 @@ def test_each_load_gets_the_k_that_pays_most_and_the_mix_is_held_against_the_bas
     estimates = [line["tuned"]["estimate"] for line in table]
     assert estimates == pytest.approx([1.7, 1.1, 0.9], rel=0.03)
     assert table[2]["tuned"]["interval"][1] < 1 and table[0]["base_tok_s"] == pytest.approx(70, 0.1)
-    assert names[:6] == [f"by-k{k}-round{n}" for n, ks in ((1, "013"), (2, "310")) for k in ks]
+    assert names[:6] == [f"k-{k}-round{n}" for n, ks in ((1, "013"), (2, "310")) for k in ks]
     assert len(names) == 10
 
 
@@ -84,10 +85,11 @@ def test_prompts_without_an_answer_of_all_are_left_out() -> None:
     def served(_name: str, k: int) -> Any:
         return [{"decoded": [(31, 1.0), (31, 1 / (k + 1)), (0, 0.0) if k else (5, 1.0)]}]
 
-    [line] = tune(served, [1], [0, 1], {"default": {}}, 3, 2)["table"]
+    [line] = tune(partial(hold, served, 3, 2), [1], [0, 1], {"default": {}})["table"]
     assert line["by_k"]["1"]["prompts"] == 2
     with pytest.raises(GraftError, match="no prompt has an answer"):
-        tune(lambda _name, k: [{"decoded": [(k, 0.0)]}], [1], [0, 1], {"default": {}}, 1, 2)
+        failed = partial(hold, lambda _name, k: [{"decoded": [(k, 0.0)]}], 1, 2)
+        tune(failed, [1], [0, 1], {"default": {}})
 
 
 def test_a_schedule_joins_loads_that_chose_the_same() -> None:

@@ -242,7 +242,8 @@ def tune(
                 points = sweep.measure_sweep(*held, report, folder / name, len(prompts))["points"]
                 return [point for point in points if point["concurrency"] in loads]
 
-            found = bench_tune.tune(serve, loads, ks, choices, len(prompts), rounds)
+            hold = partial(bench_tune.hold, serve, len(prompts), rounds)
+            found = bench_tune.tune(hold, loads, ks, choices)
         return decode.measured(folder, f"date{rounds}", lambda: {"date": f"{date.today()}"}) | found
 
     claim = {"tune": asdict(config), "prompts": _hash(prompts)}

@@ -23,10 +23,7 @@ class Tuned(BaseModel):
 
 
 def with_tuned(options: ServeOptions, device: str, vllm: command.InstalledVllm) -> ServeOptions:
-    """Return options that draft as tuned, or else by default, with the reason; a given k stays.
-
-    `device` and `vllm` are what will serve. Raises GraftError for a broken file.
-    """
+    """Return options that draft as given, tuned or by default; GraftError for a broken file."""
     path, on_gpu = options.checkpoint / TUNED_NAME, vllm.platform == "cuda"
     if options.num_speculative_tokens is not None:
         return options
