@@ -33,7 +33,7 @@ def decide(gain: Callable[..., float], choices: Any = CHOICES) -> Any:
         names.append(name)
         base = 31 / np.linspace(50, 90, 8) / noise.normal(1, 0.01, (len(LOADS), 2, 8))
         seconds = [s.ravel() / gain(load, **drafts) for load, s in zip(LOADS, base, strict=True)]
-        return [{"decoded": [(31, s) for s in of_load]} for of_load in seconds]
+        return [{"answers": [(31, s) for s in of_load]} for of_load in seconds]
 
     return tune(partial(hold, served, 8, 2), LOADS, [0, 1, 3], choices), names
 
@@ -83,12 +83,12 @@ def test_without_a_k_that_pays_nothing_drafts() -> None:
 
 def test_prompts_without_an_answer_of_all_are_left_out() -> None:
     def served(_name: str, k: int) -> Any:
-        return [{"decoded": [(31, 1.0), (31, 1 / (k + 1)), (0, 0.0) if k else (5, 1.0)]}]
+        return [{"answers": [(31, 1.0), (31, 1 / (k + 1)), (0, 0.0) if k else (5, 1.0)]}]
 
     [line] = tune(partial(hold, served, 3, 2), [1], [0, 1], {"default": {}})["table"]
     assert line["by_k"]["1"]["prompts"] == 2
-    with pytest.raises(GraftError, match="no prompt has an answer"):
-        failed = partial(hold, lambda _name, k: [{"decoded": [(k, 0.0)]}], 1, 2)
+    with pytest.raises(GraftError, match="no prompt was answered"):
+        failed = partial(hold, lambda _name, k: [{"answers": [(k, 0.0)]}], 1, 2)
         tune(failed, [1], [0, 1], {"default": {}})
 
 
@@ -107,7 +107,7 @@ def load(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
         assert words["--temperature"] == "1.0" and "--ignore-eos" not in words
         each, n = 0.5 if words["--max-concurrency"] == "1" else -0.1, int(words["--num-prompts"])
         seconds = 2 / (1 + each * (counters.k if counters else 0))
-        times = {"latencies": [0.5 + seconds] * n, "ttfts": [0.5] * n, "output_lens": [20] * n}
+        times = {"latencies": [seconds] * n, "ttfts": [0.1] * n, "output_lens": [20] * n}
         totals = {"total_output_tokens": 1, "output_throughput": 1.0, "duration": 1.0}
         return {**times, **totals, "errors": [""] * n}
 

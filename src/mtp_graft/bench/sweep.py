@@ -59,7 +59,7 @@ def _point(
     k: int,
     concurrency: int,
 ) -> dict[str, Any]:
-    """Measure one point; return its JSON. Speeds and `decoded` are of tokens after the first."""
+    """Measure one point; return its JSON. The speed of one request is of tokens after the first."""
     client = connect()
     load = {"prompts": [*map(client.encode, prompts)], "max_tokens": config.max_tokens}
     load["arguments"] = _arguments(client, concurrency, config)
@@ -72,8 +72,7 @@ def _point(
         raise GraftError(
             f"concurrency {concurrency}: every request failed, the first one with: {failures[0]}"
         )
-    decoded = [(0, 0) if error else (n - 1, total - first) for error, n, first, total in requests]
-    speeds = [tokens / seconds for tokens, seconds in decoded if tokens > 0]
+    speeds = [(n - 1) / (latency - ttft) for n, ttft, latency in done if n > 1]
     counters = _counters(found)
     return {
         "concurrency": concurrency,
@@ -88,7 +87,7 @@ def _point(
         "seconds": found["duration"],
         "errors": len(failures),
         "failures": failures,
-        "decoded": decoded,
+        "answers": [(0, 0.0) if error else (n, whole) for error, n, _, whole in requests],
     }
 
 

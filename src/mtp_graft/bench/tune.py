@@ -60,14 +60,14 @@ def hold(
     for turn in range(rounds):
         for name in list(drafts)[:: -1 if turn % 2 else 1]:
             points = sweep(f"{stage}-{name}-round{turn + 1}", **drafts[name])
-            found[name].append(np.array([_speeds(p["decoded"], num_prompts) for p in points]))
+            found[name].append(np.array([_speeds(p["answers"], num_prompts) for p in points]))
     return {name: np.stack(speeds, axis=1) for name, speeds in found.items()}
 
 
-def _speeds(decoded: Sequence[tuple[int, float]], num_prompts: int) -> Array:
-    """Return tokens a second [P] of prompts that took turns; 0 without an answer of two tokens."""
-    prompt = np.arange(len(decoded)) % num_prompts
-    tokens, seconds = (np.bincount(prompt, of, num_prompts) for of in np.array(decoded).T)
+def _speeds(answers: Sequence[tuple[int, float]], num_prompts: int) -> Array:
+    """Return tokens a second [P], from sending on: a busy server may send all of an answer at once."""
+    prompt = np.arange(len(answers)) % num_prompts  # which take turns
+    tokens, seconds = (np.bincount(prompt, of, num_prompts) for of in np.array(answers).T)
     return np.divide(tokens, seconds, out=np.zeros(num_prompts), where=seconds > 0)
 
 
@@ -76,7 +76,7 @@ def _ratios(speeds: Mapping[str, Array], loads: Sequence[int]) -> dict[str, Any]
     every = np.stack([candidate[loads] for candidate in speeds.values()])  # [S, C, Q, P]
     every = every[..., (every > 0).all(axis=(0, 1, 2))]
     if not every.size:
-        raise GraftError("no prompt has an answer of two tokens by all candidates; give others")
+        raise GraftError("no prompt was answered by all candidates; give others")
     logs = np.log(every).mean(axis=1)  # [S, Q, P]
     base, *others = np.exp(logs)
     ratios = (paired_ratio(ours, base, logs.mean(axis=2)) for ours in others)
