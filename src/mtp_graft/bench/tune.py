@@ -65,7 +65,7 @@ def hold(
 
 
 def _speeds(answers: Sequence[tuple[int, float]], num_prompts: int) -> Array:
-    """Return tokens a second [P], from sending on: a busy server may send all of an answer at once."""
+    """Return tokens a second [P] from sending on: a busy server may send an answer all at once."""
     prompt = np.arange(len(answers)) % num_prompts  # which take turns
     tokens, seconds = (np.bincount(prompt, of, num_prompts) for of in np.array(answers).T)
     return np.divide(tokens, seconds, out=np.zeros(num_prompts), where=seconds > 0)
