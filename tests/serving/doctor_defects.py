@@ -174,6 +174,10 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "entry-without-tensor": ("index-entry-without-tensor", list_what_is_not_there),
     "shard-not-in-index": ("tensor-without-index-entry", forget(r"mtp\.")),
     "tensor-not-in-index": ("tensor-without-index-entry", forget(r"mtp\.0\.e_proj\.weight")),
+    "entry-for-another-shard": (
+        "tensor-without-index-entry",
+        lambda folder: edit_index(folder, lambda i: i | {"mtp.0.norm.weight": i["norm.weight"]}),
+    ),
     "tensor-in-two-shards": ("tensor-twice", hold_a_tensor_twice),
     "missing-parameter": ("head-tensor-missing", drop("mtp.0.hnorm.weight")),
     "missing-scale": ("head-tensor-missing", drop(f"{EXPERT}.w1.weight_scale")),
@@ -201,6 +205,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
     "scaled-bf16-compressor": ("never-quantized", store_a_compressor_in(torch.bfloat16)),
     "dspark": ("dspark-drafter", add("mtp.1.enorm.weight")),
     "no-head-count": ("nextn-count", drop_config("num_nextn_predict_layers")),
+    "head-count-null": ("nextn-count", set_config("num_nextn_predict_layers", None)),
     "head-count-0": ("nextn-count", set_config("num_nextn_predict_layers", 0)),
     "head-compressed": ("compress-ratios", set_config("compress_ratios", [0, 0, 4, 128, 4])),
     "no-quantization-config": ("quantization-config", drop_config("quantization_config")),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, takewhile
 from typing import Any
 
-from mtp_graft.checkpoint.quantization_config import INTEGERS, read_quantization
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
@@ -169,9 +169,10 @@ def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
 def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -> dict[str, int]:
     """Return config key -> unit of what ranks cannot share; `group` inputs share experts' scales.
 
-    Without it, raises GraftError for a config, its dimensions checked, not in W4A16-FP8.
+    Without it, raises GraftError for a section that cannot be read; `config` has been checked.
     """
-    layers = range(config["num_hidden_layers"] + 1)
-    group = group or max(1, read_quantization(config).group_size(layers, *INTEGERS))
+    if group is None and config.get("quantization_config"):
+        group = read_quantization(config).group_size(range(config["num_hidden_layers"] + 1))
+    group = max(1, group or 1)
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     return {key: unit for key, unit in units.items() if config[key] % (ranks * unit)}

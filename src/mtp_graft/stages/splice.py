@@ -149,7 +149,11 @@ def plan_splice(
     if group_size < 0:
         found = f"its INT4 experts have a scale a channel, which {variant} does not make"
         raise GraftError(f"{base.folder}: {found}; `mtp-graft graft` adds an mxfp4 or bf16 head")
-    check_head(upstream, head, config, group_size)
+    try:
+        check_head(upstream, head, config, group_size)
+    except GraftError:
+        _ask_doctor(base, base.config, {})  # whether config.json is not the base's either
+        raise
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     with head.named():
@@ -202,9 +206,10 @@ def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str
             return
     first, *others = errors
     more = f" (also: {', '.join(each.id for each in others)})" if others else ""
+    where = f"{base.folder}{', with a head' * bool(layout)}: {first.where}"
     raise GraftError(
-        f"{base.folder}, with a head: {first.where}: {first.found}; expected {first.expected}: "
-        f"{first.why}; {first.cure}, or take another head{more}"
+        f"{where}: {first.found}; expected {first.expected}: {first.why}; {first.cure}, or take "
+        f"another head{more}"
     )
 
 
