@@ -49,9 +49,7 @@ def add_head(
     groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or [])]
     ignore += patterns("ignore", linears) + patterns("ignore_experts", variant)
     fp8, read = patterns("fp8", linears), read_quantization({"quantization_config": config})
-    attention = (
-        f"model.layers.{head_layer}.attn.{name}" for name in ("wq_a", "wq_b", "wo_a", "wo_b")
-    )
+    attention = (f"model.layers.{head_layer}.attn.w{w}" for w in ("q_a", "q_b", "o_a", "o_b"))
     if not stages and None in map(read.group_of, attention):  # targets may name layers
         fp8 += patterns("fp8", "attention")
     if fp8:
@@ -240,10 +238,9 @@ class QuantizationConfig(BaseModel):
         """
         asked = (f"model.layers.{n}.ffn.experts.0.{w}" for n in layers for w in ("w1", "gate_proj"))
         groups = [self.config_groups[key] for key in map(self.group_of, asked) if key]
-        if sizes := [g.weights.inputs_per_scale for g in groups if not kinds or g.kind in kinds]:
-            return max(sizes)
-        if not kinds:
-            return 1
+        sizes = [g.weights.inputs_per_scale for g in groups if not kinds or g.kind in kinds]
+        if sizes or not kinds:
+            return max(sizes, default=1)
         found = ", ".join(sorted({group.kind for group in groups})) or "not quantized"
         raise self._error(
             f"routed experts are {found}; expected {' or '.join(kinds)}. `mtp-graft graft` gives a "

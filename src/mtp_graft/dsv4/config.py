@@ -12,9 +12,9 @@ from mtp_graft.errors import GraftError
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Number = Annotated[int, Field(ge=1, le=2**9)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-#: The ratios that vLLM has kernels for, by transformers' names of such layers.
-_RATES = {"sliding_attention": 0, "compressed_sparse_attention": 4}
-_RATES |= {"heavily_compressed_attention": 128}
+_Dtype = Literal["bfloat16", "float16", "float32"]
+#: transformers' name of a layer -> its ratio, of those that vLLM has kernels for.
+_RATES = dict(sliding_attention=0, compressed_sparse_attention=4, heavily_compressed_attention=128)
 #: Keys that vLLM 0.32 has no value of its own for.
 _WITHOUT_DEFAULT = (
     *("n_shared_experts", "index_topk", "norm_topk_prob", "hc_sinkhorn_iters", "hc_eps"),
@@ -71,8 +71,8 @@ class Dimensions(BaseModel, strict=True):
     routed_scaling_factor: _Positive = 1.5
     scoring_func: Literal["sqrtsoftplus", "sigmoid", "softmax"] = "sqrtsoftplus"
     qk_rope_head_dim: _Size = 64
-    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    torch_dtype: _Dtype | None = None
+    dtype: _Dtype | None = None
     rope_scaling: _Rope | None = None
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import fetched, read_object
+from mtp_graft.checkpoint.makers import CONSOLIDATED
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.config import num_stages, unread_keys
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, HEAD_COPIES, NEVER_QUANTIZED, QUANTIZED
 from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
-from mtp_graft.serving.doctor.checkpoint import CONSOLIDATED, Checkpoint
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Defect, Finding, Severity, finding, listed, merged
 from mtp_graft.serving.doctor.hardware import Target
 
@@ -83,7 +84,7 @@ def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     for name, shard in held:
         listed_in = checkpoint.index.get(name)
         if listed_in is None or name not in checkpoint.shards.get(listed_in, {name}):
-            found = f"in {shard}, not so in {INDEX_NAME}"
+            found = f"in {shard}, not in {listed_in or INDEX_NAME}"
             yield "tensor-without-index-entry", name, found, "an entry for every tensor"
     for name, count in Counter(checkpoint.read_as[name] for name, _ in held).items():
         if count > 1:
