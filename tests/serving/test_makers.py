@@ -26,6 +26,9 @@ from mtp_graft.dsv4.config import check_dimensions, compress_ratios, unread_keys
 from mtp_graft.dsv4.names import base_shapes, from_vllm, head_shapes
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
+from mtp_graft.pipeline import find_bundled_recipe
+from mtp_graft.pipeline.plan import read_models
+from mtp_graft.recipe import load_recipe
 from mtp_graft.serving.command import ServeOptions, build_command, read_config, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, examine
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, canonical_name, read_checkpoint
@@ -237,7 +240,11 @@ def test_names_and_dtypes_that_vllm_reads_as_well_are_no_error(
         edit_shard(base, change, name)
     for target in (ON_GPU, ON_CPU):
         assert not [f.id for f in diagnose(base, target) if f.severity != "note"]
-    splice(base, tiny_model / "upstream", base.parent / "out", "mxfp4")
+    splice(base, upstream := tiny_model / "upstream", base.parent / "out", "mxfp4")
+    found = find_source(str(base), None, "base"), find_source(str(upstream), None, "head")
+    if change is as_vllm:
+        with pytest.raises(GraftError, match=r"base: has no embed\.weight, which a run reads"):
+            read_models(load_recipe(find_bundled_recipe()), *found)
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
