@@ -211,6 +211,9 @@ def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
     upstream, new = tiny_model / "upstream", tmp_path / "new"
     (tmp_path / "out").mkdir()
     assert "out: already exists; remove it" in mtp_graft("graft", base, upstream, tmp_path / "out")
+    for inside in (base / "a" / "out", upstream / "out"):
+        assert "out: is in " in mtp_graft("graft", base, upstream, inside)
+        assert not inside.exists()
     assert "x.gguf: is GGUF; expected" in mtp_graft("graft", base, "a/x.gguf", new)
     assert "x.gguf: is GGUF; expected" in mtp_graft("graft", "x.gguf", upstream, new)
     assert "nowhere: not a folder" in mtp_graft("graft", "nowhere", upstream, new)

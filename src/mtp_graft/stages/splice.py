@@ -81,6 +81,7 @@ def splice(
     for inputs that are broken or do not fit each other, for another `out` that exists, and for a
     full disk.
     """
+    check_out(out, base, upstream)
     plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
     manifest = _manifest(plan)
     if out.exists():
@@ -99,6 +100,12 @@ def splice(
             _link(upstream / HEAD_SHARD, folder / HEAD_SHARD, copy=copy)
         _write_texts(plan, manifest, folder)
     return plan
+
+
+def check_out(out: Path, *inputs: Path) -> None:
+    """Raise GraftError for an output in the folder of an input, to which nothing is written."""
+    if above := [folder for folder in inputs if out.resolve().is_relative_to(folder.resolve())]:
+        raise GraftError(f"{out}: is in {above[0]}; choose another folder")
 
 
 # What a splice starts from
