@@ -187,8 +187,8 @@ def spoil(_base: Path, published: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (configure(n_routed_experts=32), r"is \[64, 256\], expected \[32, 256\] by the base's"),
-        (configure(quantization_config=GROUPS_OF_64), "expected .*group 64"),
+        (configure(n_routed_experts=32), r"base: layers.0.ffn.experts.32.w1.* of no module"),
+        (configure(quantization_config=GROUPS_OF_64), "base: .*group_size: 64; expected 128"),
         (say(tensors=7), "expected 7 of .* by MTP_QUANT_MANIFEST"),
         (say(variant="bf16"), "would load as plain; .*or take another head"),
         (spoil, "experts.9.w1.weight_packed .holds values that are not finite"),

@@ -155,7 +155,7 @@ def test_the_same_inputs_give_the_same_bytes_and_others_are_refused(
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(GraftError, match="already exists, and not from these inputs"):
         splice(tiny_base, upstream, out, "rtn")
-    with pytest.raises(GraftError, match="new: is in .*; choose another"):
+    with pytest.raises(GraftError, match=r"new: is in .*; choose another"):
         splice(tiny_base, upstream, upstream / "new")
     (out / HEAD_SHARD).write_bytes((out / HEAD_SHARD).read_bytes()[:-1])
     with pytest.raises(GraftError, match=r"model-mtp-w4a16\.safetensors: not a readable"):

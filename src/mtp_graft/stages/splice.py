@@ -213,10 +213,10 @@ def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str
             return
     first, *others = errors
     more = f" (also: {', '.join(each.id for each in others)})" if others else ""
-    where = f"{base.folder}{', with a head' * bool(layout)}: {first.where}"
+    what, cure = (", with a head", ", or take another head") if layout else ("", "")
     raise GraftError(
-        f"{where}: {first.found}; expected {first.expected}: {first.why}; {first.cure}, or take "
-        f"another head{more}"
+        f"{base.folder}{what}: {first.where}: {first.found}; expected {first.expected}: "
+        f"{first.why}; {first.cure}{cure}{more}"
     )
 
 
