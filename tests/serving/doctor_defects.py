@@ -188,6 +188,7 @@ DEFECTS: dict[str, tuple[str, Plant]] = {
         "tensor-name",
         rename(r"(\.experts\.\d+\.)(w[123])", lambda match: match[1] + OTHER_NAMES[match[2]]),
     ),
+    "sinks-of-transformers": ("tensor-name", rename(r"\.attn_sink$", ".sinks")),
     "head-named-as-layer": ("tensor-name", rename(r"^mtp\.0\.", "layers.4.")),
     "scale-inv": ("scale-name", rename(r"\.weight_scale$", ".weight_scale_inv")),
     "scale-of-linears": ("scale-name", rename(r"(_proj|attn\.w\w+)\.weight_scale$", r"\1.scale")),

@@ -215,8 +215,11 @@ def test_a_name_is_misnamed_where_vllm_takes_it_for_another(name: str, edits: li
 
 
 def as_vllm(tensors: Tensors) -> Tensors:
-    """Rename a base's tensors to vLLM's own names, and its router's biases."""
+    """Rename a base's tensors to vLLM's own names, and its routers' biases."""
     right = {n: re.sub(r"^(?!head\.|mtp\.)", "model.", n) for n in tensors}
+    right = {
+        n: re.sub(r"gate\.bias$", "gate.e_score_correction_bias", to) for n, to in right.items()
+    }
     return {right[n].replace("model.embed.", "model.embed_tokens."): t for n, t in tensors.items()}
 
 
@@ -240,7 +243,9 @@ def test_names_and_dtypes_that_vllm_reads_as_well_are_no_error(
         edit_shard(base, change, name)
     for target in (ON_GPU, ON_CPU):
         assert not [f.id for f in diagnose(base, target) if f.severity != "note"]
-    splice(base, upstream := tiny_model / "upstream", base.parent / "out", "mxfp4")
+    splice(base, upstream := tiny_model / "upstream", out := base.parent / "out", "mxfp4")
+    edit_shard(out, as_vllm)
+    assert not errors(read_checkpoint(out))
     found = find_source(str(base), None, "base"), find_source(str(upstream), None, "head")
     if change is as_vllm:
         with pytest.raises(GraftError, match=r"base: has no embed\.weight, which a run reads"):

@@ -36,7 +36,7 @@ def from_transformers(name: str) -> str:
 
 
 def from_vllm(name: str) -> str:
-    """Return DeepSeek's name for one of a base's tensors that vLLM reads by its own name, too."""
+    """Return DeepSeek's name for a tensor that vLLM reads by its own name as well."""
     return _renamed(name, "from_vllm")
 
 

@@ -121,7 +121,7 @@ def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
 def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find tensors under another spelling of their name, and a drafter's of newer upstreams."""
     for old, new in checkpoint.misnamed.items():
-        kind = "scale" if old.rpartition(".")[0] == new.rpartition(".")[0] else "tensor"
+        kind = "scale" if new == f"{old.rpartition('.')[0]}.weight_scale" else "tensor"
         yield f"{kind}-name", old, old, f"{new}, the others alike"
     for name in checkpoint.unsaid:
         yield "dspark-drafter", name, "in config.json no dspark_block_size", "what upstream's has"
