@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from engines import NUM_STORED, layer_of
 from record import MODEL
-from synthetic_flash import FLASH, TINY, plain, write_upstream
+from synthetic_flash import FLASH, TINY, plain, with_dspark, write_upstream
 from torch import Tensor
 
 from mtp_graft.checkpoint.files import write_json
@@ -43,8 +43,6 @@ CONFIG = json.loads((BUNDLED / "config.json").read_text())
 QUANTIZATION = read_quantization(CONFIG)
 WIDTHS = {"flash": FLASH, "tiny": TINY}
 VARIANTS: dict[str, Variant] = {"int4": "rtn", "mxfp4": "mxfp4", "dspark": "mxfp4"}
-#: What Flash-DSpark's config.json says besides; it reads the last three layers.
-DSPARK = {"dspark_block_size": 5, "dspark_markov_rank": 256, "n_mtp_layers": 3}
 #: Root mean square of a uniform code from -8 to 7, and of an FP8 byte as `fp8_bytes` draws it.
 INT4_RMS = math.sqrt(sum(code * code for code in range(-8, 8)) / 16)
 FP8_RMS = math.sqrt(sum((m / 16) ** 2 + (m / 32) ** 2 for m in range(8, 16)) / 16)
@@ -77,17 +75,15 @@ def write_all(folder: Path, config: dict[str, Any], layers: list[int], variants:
         if not path.exists():
             save_shard(random_part(config, number, device), path)
             say(f"{path}, {path.stat().st_size / 1e9:.2f} GB")
-    taps = [*range(max(layers) - 3, max(layers))]
-    dspark = DSPARK | {"dspark_noise_token_id": config["vocab_size"] - 1}
-    for name, more in {
-        "upstream": {},
-        "dspark": dspark | {"dspark_target_layer_ids": taps},
+    for name, its_config in {
+        "upstream": config,
+        "dspark": with_dspark(config, max(layers)),
     }.items():
         upstream = folder / name
         if (name == "upstream" or name in variants) and not (upstream / INDEX_NAME).exists():
             shutil.rmtree(upstream, ignore_errors=True)
             generator = torch.Generator(device).manual_seed(1)
-            write_upstream(upstream, config | more, None, generator)
+            write_upstream(upstream, its_config, None, generator)
             say(upstream)
     for num_layers in layers:
         base = folder / f"base-{num_layers}"

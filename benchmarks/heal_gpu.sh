@@ -4,9 +4,10 @@
 #
 #     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [PART]...
 #
-# PART is captured, healed, served, choices, flash, dspark_trained, dspark_scored or dspark_served.
-# OUT gets result files and logs/; what they have is not measured again. `captured` and `healed` come
-# first: `served` times the head that is healed by default, while nothing else runs.
+# PART is captured, healed, choices, flash, dspark_trained, served, asked, loaded or timed. OUT gets
+# result files and logs/; what they have is not measured again. After `captured` and `healed`,
+# `served` starts the head that is healed by default beside others, `asked` times them while nothing
+# else runs, `loaded` holds five minutes of load and starts DSpark's servers, `timed` times these.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4
@@ -78,29 +79,63 @@ sweep() { # NAME PORT
         --limit 32 --max-tokens 128 --no-ignore-eos --run "$out/$1" --json "$out/$1.json"
 }
 
-served() { # the base, upstream's head and the healed one: asked in turn, then under load
+METRICS=(-- --per-request-spec-decode-metrics detailed)
+served() { # the base, upstream's head and the healed one
     spliced unhealed $tiny/upstream
     spliced healed "$run/ablations/default/heal/upstream"
-    local k each=(--served "unhealed k=3" "$(url 8003)")
     serve 8000 $tiny/base
-    serve 8003 "$scratch/unhealed" --k 3 -- --per-request-spec-decode-metrics detailed
-    for k in 1 3 5; do
-        serve 801$k "$scratch/healed" --k $k -- --per-request-spec-decode-metrics detailed
-        each+=(--served "healed k=$k" "$(url 801$k)")
-    done
+    serve 8003 "$scratch/unhealed" --k 3 "${METRICS[@]}"
+    local k
+    for k in 1 3 5; do serve 801$k "$scratch/healed" --k $k "${METRICS[@]}"; done
     ready 8000 8003 8011 8013 8015
+}
+
+asked() { # in turn, then several requests at a time
     decode healed_k5 8015 8000
     decode unhealed_k3 8003 8000
     decode healed_k3 8013 8000
+    decode healed_against_unhealed_k3 8013 8003
     sweep sweep_base 8000
     sweep sweep_healed_k3 8013
     sweep sweep_unhealed_k3 8003
     sweep sweep_healed_k5 8015
-    step acceptance python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --concurrency 4 "${each[@]}"
-    decode healed_against_unhealed_k3 8013 8003
-    sweep sweep_healed_k1 8011
-    jobs -p | xargs -r kill
-    wait
+}
+
+accepted() { # NAME RUN WORDS...: what servers accept, by `--served NAME URL`
+    step "$1" python3 benchmarks/heal.py --run "$2" --out "$out/heal.json" --concurrency 4 "${@:3}"
+}
+
+soak() { # NAME PORT
+    step "$1" mtp bench soak --base-url "$(url "$2")" --minutes 5 --concurrency 16 --run "$out/$1" \
+        --json "$out/$1.json"
+}
+
+loaded() { # not timed: soaks, and what is accepted
+    local name k port soaks=() each=() healed=()
+    soak soak_base 8000 & soaks+=($!)
+    soak soak_k3 8013 & soaks+=($!)
+    for k in 2 4; do serve 801$k "$scratch/healed" --k $k "${METRICS[@]}"; done
+    dspark_scored
+    for name in mxfp4 gptq; do
+        for k in 3 5; do
+            port=80$([ $name = mxfp4 ] && echo 2 || echo 3)$k
+            serve "$port" "$dspark/dspark/$name" --k $k "${METRICS[@]}"
+            each+=(--served "dspark-$name k=$k" "$(url "$port")")
+        done
+    done
+    ready 8012 8014
+    for k in 1 2 4 5; do healed+=(--served "healed k=$k" "$(url 801$k)"); done
+    accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" "${healed[@]}"
+    ready 8023 8025 8033 8035
+    accepted dspark_acceptance "$dspark" "${each[@]}"
+    wait "${soaks[@]}"
+    accepted acceptance "$run" --served "healed k=3" "$(url 8013)"
+}
+
+timed() { # DSpark beside the base
+    decode dspark_k5 8025 8000
+    decode dspark_k3 8023 8000
+    sweep sweep_dspark_k5 8025
 }
 
 # DSpark: trained on GSM8K's answers and the captured texts, whose states transformers computes
@@ -121,25 +156,8 @@ dspark_scored() {
     step dspark_scored python3 benchmarks/dspark.py --run "$dspark" --drafter "$out/dspark" --out "$out/dspark.json"
 }
 
-dspark_served() {
-    local name k port each=()
-    serve 8020 $tiny/base
-    for name in mxfp4 gptq; do
-        for k in 3 5; do
-            port=80$([ $name = mxfp4 ] && echo 2 || echo 3)$k
-            serve "$port" "$dspark/dspark/$name" --k $k -- --per-request-spec-decode-metrics detailed
-            each+=(--served "dspark-$name k=$k" "$(url "$port")")
-        done
-    done
-    ready 8020 8023 8025 8033 8035
-    step dspark_acceptance python3 benchmarks/heal.py --run "$dspark" --out "$out/heal.json" --concurrency 4 "${each[@]}"
-    decode dspark_k5 8025 8020
-    decode dspark_k3 8023 8020
-    jobs -p | xargs -r kill
-    wait
-}
-
+trap 'jobs -p | xargs -r kill; wait' EXIT
 shift 2
-for part in "${@:-captured healed served choices flash dspark_trained dspark_scored dspark_served}"; do
+for part in "${@:-captured healed choices flash dspark_trained served asked loaded timed}"; do
     for each in $part; do "$each"; done
 done

@@ -74,7 +74,6 @@ checks() { # a run and a server with all defaults, each alone on the GPU, then s
     # These need little memory and no quiet: side by side.
     step rows python3 benchmarks/gpu_serve_check.py --out "$out/rows.json" \
         --reference benchmarks/results/serve_check_cpu.json &
-    step batch_rows python3 benchmarks/batch_rows.py --out "$out/batch_rows.json" &
     step gaps python3 benchmarks/gaps.py --runs gpu --out "$out/gaps.json" \
         --only complete "no plugin" &
     wait

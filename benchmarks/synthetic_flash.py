@@ -6,8 +6,9 @@ FOLDER gets `base/` (config, embedding and what leads to logits), `upstream/` (a
 shard with the head, random weights: MXFP4 experts, FP8 linears) and `capture/` (residuals, token
 ids). Activations have a common low-rank part, heavy tails and outlier channels; the router's bias
 is fitted until the experts are as popular as those of the published calibration: 430 tokens for the
-rarest, 11,094 on average, 175,375 for the most frequent of 473,000. `--tiny` is the same in small,
-for a CPU.
+rarest, 11,094 on average, 175,375 for the most frequent of 473,000. With `--dspark-layers` the
+upstream is a DSpark drafter for a base of so many layers, and its experts are equally popular.
+`--tiny` is the same in small, for a CPU.
 """
 
 import argparse
@@ -55,6 +56,8 @@ FLASH: dict[str, Any] = {
     },
     "compress_ratios": [0, 0, *([4, 128] * 21)[:41], 0],
 }
+#: What Flash-DSpark's config.json says besides; it reads the last three layers.
+DSPARK = {"dspark_block_size": 5, "dspark_markov_rank": 256, "n_mtp_layers": 3}
 #: The dimensions of the bundled tiny model, in Flash's pattern of layers.
 TINY = FLASH | {
     **{"hidden_size": 256, "vocab_size": 4096, "num_attention_heads": 4, "q_lora_rank": 128},
@@ -72,8 +75,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=473_000)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--dspark-layers", type=int, metavar="N")
     options = parser.parse_args()
-    generate(options.folder, TINY if options.tiny else FLASH, options.tokens)
+    config = TINY if options.tiny else FLASH
+    if options.dspark_layers:
+        config = with_dspark(config, options.dspark_layers)
+    generate(options.folder, config, options.tokens)
+
+
+def with_dspark(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Return the config of a DSpark checkpoint whose base has so many layers."""
+    read = {"dspark_target_layer_ids": [*range(layers - 3, layers)]}
+    return config | DSPARK | read | {"dspark_noise_token_id": config["vocab_size"] - 1}
 
 
 def generate(folder: Path, config: dict[str, Any], tokens: int, sequence: int = SEQUENCE) -> None:
@@ -83,7 +96,8 @@ def generate(folder: Path, config: dict[str, Any], tokens: int, sequence: int = 
     write_base(folder / "base", config, generator)
     activations = Activations(config, generator)
     write_capture(folder / "capture", activations, tokens, sequence)
-    write_upstream(folder / "upstream", config, activations, generator)
+    fitted = None if "n_mtp_layers" in config else activations
+    write_upstream(folder / "upstream", config, fitted, generator)
 
 
 def write_base(folder: Path, config: dict[str, Any], generator: torch.Generator) -> None:
@@ -142,6 +156,8 @@ def write_capture(folder: Path, activations: Activations, tokens: int, sequence:
             drawn = torch.randint(vocab, (rows,), generator=ids, dtype=torch.int32)
             recording = {"token_ids": drawn, "targets": drawn.roll(-1)}
             recording["residual"] = activations.residual(rows).flatten(1).cpu()
+            if taps := len(activations.config.get("dspark_target_layer_ids", ())):
+                recording["taps"] = activations.residual(rows)[:, :taps].flatten(1).cpu()
             write(save_shard, recording, folder / RECORDINGS / name)
             for i in range(number_here):
                 about = first + i, f"synthetic-{first + i}", "calibration"

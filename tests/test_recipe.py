@@ -92,7 +92,7 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, r"not readable"),
+        (None, r"not a TOML file"),
         ("[model", r"not a TOML file"),
         ("x = " + "[" * 50_000, r"not a TOML file"),
         (MINIMAL + f"count = {10**400}\n", r"\[bench\] count is 1000.*expected less than"),

@@ -1,6 +1,8 @@
 """The exceptions that a user's input, files or environment can cause."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pydantic import ValidationError
 
@@ -44,3 +46,12 @@ def in_words(error: Exception) -> str:
             return "JSON of another structure"
         case _:
             return str(error)
+
+
+@contextmanager
+def translated(what: str, *kinds: type[Exception], then: str = "") -> Iterator[None]:
+    """Turn exceptions of these kinds into GraftError: `what`, what they mean, and `then`."""
+    try:
+        yield
+    except kinds as error:
+        raise GraftError(f"{what} ({in_words(error)}){then}") from error

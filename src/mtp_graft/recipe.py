@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.errors import GraftError, UsageError, translated
 
 #: How the routed experts are stored: rounded to INT4, INT4 by GPTQ, upstream's codes, decoded.
 Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
@@ -85,13 +85,10 @@ class CaptureSection:
     taps: Layers | None = None  # record what is behind them, too; None: as upstream's DSpark needs
 
     def __post_init__(self) -> None:
-        longest = self.max_prompt_tokens + self.new_tokens + 1
+        longest = self.max_prompt_tokens + self.new_tokens + 1  # one when they are recorded
         if longest > self.max_model_len:
-            raise ValueError(
-                f"[capture] max_model_len is {self.max_model_len}, expected at least {longest}: "
-                f"{self.max_prompt_tokens} tokens of prompt, {self.new_tokens} new ones and one "
-                "more when they are recorded"
-            )
+            least = f"at least {longest}, max_prompt_tokens + new_tokens + 1"
+            raise ValueError(f"[capture] max_model_len is {self.max_model_len}, expected {least}")
 
 
 @dataclass(frozen=True, config=_exact)
@@ -178,14 +175,12 @@ class Recipe:
     @property
     def served_variants(self) -> tuple[Variant, ...]:
         """Return the variants that become checkpoints, and are served: the chosen one first."""
-        chosen = self.splice.variant
-        return tuple(dict.fromkeys((chosen, *self.bench.served_variants)))
+        return tuple(dict.fromkeys((self.splice.variant, *self.bench.served_variants)))
 
     def __post_init__(self) -> None:
         context, most = self.capture.max_model_len, self.bench.max_tokens
         if most >= context:
-            limit = f"less than [capture] max_model_len, {context}"
-            raise ValueError(f"[bench] max_tokens is {most}, expected {limit}")
+            raise ValueError(f"[bench] max_tokens is {most}, expected less than {context}")
         quantized = self.quantize.variants
         if missing := [name for name in self.served_variants if name not in quantized]:
             there = f"[quantize] variants has {', '.join(quantized)} only"
@@ -208,12 +203,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise GraftError(f"{path}: not a file; expected a recipe")
-    try:
+    with translated(f"{path}: not a TOML file", OSError, ValueError, RecursionError):
         table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise GraftError(f"{path}: not readable ({error.strerror}); expected a recipe") from error
-    except (ValueError, RecursionError) as error:
-        raise GraftError(f"{path}: not a TOML file ({error})") from error
     for section, values in table.items():
         for key, value in values.items() if isinstance(values, dict) else ():
             values[key] = _absolute(f"{section}.{key}", value, path.parent)
@@ -249,10 +240,9 @@ def _absolute(name: str, value: Any, folder: Path) -> Any:
     """Return a key's path as an absolute one; a hub id, or what is no path, as it is."""
     if not isinstance(value, str) or name not in _PATHS or re.match(_PATHS[name], value):
         return value
-    try:
+    what = "[{}] {} is {!r}: no path".format(*name.split("."), value)
+    with translated(what, OSError, RuntimeError, ValueError):
         return str((folder / Path(value).expanduser()).resolve())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise GraftError("[{}] {} is {!r}: {}".format(*name.split("."), value, error)) from error
 
 
 def _find_problem(table: Mapping[str, Any]) -> str | None:
@@ -275,11 +265,7 @@ def _find_problem(table: Mapping[str, Any]) -> str | None:
         case "dataclass_type":
             return f"{section} is {found!r}, expected a section [{section}]"
         case "unexpected_keyword_argument":
-            if not key:
-                return _unknown("section", section, Recipe)
-            return f"[{section}]: {_unknown('key', key, _SECTIONS[section])}"
+            what = f"[{section}]: unknown key {key!r}" if key else f"unknown section {section!r}"
+            known = fields(_SECTIONS[section] if key else Recipe)
+            return f"{what}; there are {', '.join(sorted(f.name for f in known))}"
     return f"{where} is {found!r}, expected {expected.replace('tuple', 'list')}"
-
-
-def _unknown(what: str, name: str, kind: type) -> str:
-    return f"unknown {what} {name!r}; there are {', '.join(sorted(f.name for f in fields(kind)))}"

@@ -242,7 +242,7 @@ def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message:
         ("serve nowhere --dry-run", "nowhere: not a folder"),
         ("run RECIPE --only quantize", "run `mtp-graft capture` first"),
         ("splice RECIPE", "run `mtp-graft quantize` first"),
-        ("run nowhere.toml", "nowhere.toml: not readable"),
+        ("run nowhere.toml", "nowhere.toml: not a TOML file"),
         ("fetch RECIPE --set model.base=./gone", "gone: not a folder"),
         ("capture RECIPE --set bench.prompts=x --run FILE", "use another --run"),
         ("capture RECIPE --set capture.evaluation_count=999", "ask for fewer"),

@@ -17,17 +17,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from evaluate import autocast
 from export import write_upstream
 from fake_quant import head_format
 from model import Weights, compute_weights, count_load, initial_value
 from torch import Tensor, nn
 from torch.func import functional_call
-from train import Log, learning_rate, make_optimizer, update
+from train import Log, gradient_function, learning_rate, make_optimizer, update
 
 from mtp_graft.checkpoint.capture import read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors
@@ -64,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
 
@@ -204,25 +207,29 @@ class Trainer:
         """Call it in BF16 on a GPU, in float32 on a CPU, perhaps with weights as stored."""
         weights = compute_weights(drafting.drafter, head_format if quantize else None)
         named = {f"drafter.{name}": weight for name, weight in weights.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+        with autocast(self.device):
             return functional_call(drafting, named, arguments)
 
     def train(self) -> None:
         """Train to the last step or to the time limit."""
         args, drafter = self.args, self.drafting.drafter.train()
         optimizer = make_optimizer(drafter, args.weight_decay, self.device.type == "cuda")
-        generator = torch.Generator().manual_seed(args.seed)
+        generator = torch.Generator(self.device).manual_seed(args.seed)
+        size, device = (args.anchors,), self.device
+        gradients, quantize = None, False
         began = time.monotonic()
         for step in range(args.steps):
             late = (time.monotonic() - began) / (60 * args.minutes)
             if (progress := max(step / args.steps, late)) >= 1:
                 break
-            quantize = progress >= 1 - args.qat_part
-            chosen = torch.randint(len(self.texts.anchors), (args.anchors,), generator=generator)
-            anchors = self.texts.anchors[chosen.to(self.device)]
-            metrics = self.run(self.drafting, quantize, self.texts, anchors)
-            optimizer.zero_grad()
-            metrics["loss"].backward()
+            count = len(self.texts.anchors)
+            chosen = torch.randint(count, size, generator=generator, device=device)
+            anchors = self.texts.anchors[chosen]
+            if gradients is None or quantize != (progress >= 1 - args.qat_part):
+                quantize = progress >= 1 - args.qat_part
+                gradients = None  # frees the first graph's memory before the second is captured
+                gradients = self.gradients(quantize, anchors)
+            metrics = gradients(anchors)
             update(optimizer, learning_rate(args.lr, progress, warmup=0.04))
             loads = self.balance(BALANCE * (1 - progress))
             if step % 50 == 0:
@@ -233,11 +240,19 @@ class Trainer:
             if (step + 1) % args.look_every == 0:
                 self.look("held_out", self.drafting, quantize, step=step + 1)
 
+    def gradients(self, quantize: bool, example: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
+        """Return what fills the gradients at anchors [A]; on a GPU a CUDA graph."""
+        parameters = list(self.drafting.drafter.parameters())
+        on_gpu = self.device.type == "cuda"
+        loss = partial(self.run, self.drafting, quantize, self.texts)
+        return gradient_function(loss, parameters, example, on_gpu and self.args.cuda_graph)
+
     def balance(self, rate: float) -> Callable[[], list[float]]:
         """Nudge the experts' biases against their load; the busiest's over the mean is returned."""
         loads = []
         for router in self.routers:
-            load, router.load = router.load, torch.zeros_like(router.load)
+            load = router.load.clone()
+            router.load.zero_()
             router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
             loads.append(load.max() / load.mean())
         return lambda: [round(load.item(), 2) for load in loads]

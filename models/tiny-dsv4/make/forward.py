@@ -37,7 +37,7 @@ from mtp_graft.dsv4.replay import model_config
 from mtp_graft.dsv4.variants import decode_head
 
 TINY = Path(__file__).parent.parent
-BATCH = 64  # texts
+BATCH = 256  # texts
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from mtp_graft.bench.intervals import paired_ratio
 from mtp_graft.checkpoint.capture import FinishedText
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving import metrics
 from mtp_graft.serving.client import COUNT_DRAFTS, READ_ERRORS, Prompt, ServerClient
 from mtp_graft.serving.metrics import SpecDecodeCounters, Step
@@ -254,15 +254,14 @@ def read_answer(
     """
     answer: Answer = {"token_ids": [], "finish_reason": None, "chunks": [], "texts": []}
     started = time.perf_counter()
-    try:
-        with closing(client.events(path, body)) as events:
-            for event in events:
-                _add_event(answer, event, time.perf_counter() - started)
-                if hang_up_after and len(answer["chunks"]) >= hang_up_after:
-                    break
-    except READ_ERRORS as error:
-        problem = f"not an answer of vLLM's ({in_words(error)})"
-        raise GraftError(f"{client.base_url}{path}: {problem}") from error
+    with (
+        translated(f"{client.base_url}{path}: not an answer of vLLM's", *READ_ERRORS),
+        closing(client.events(path, body)) as events,
+    ):
+        for event in events:
+            _add_event(answer, event, time.perf_counter() - started)
+            if hang_up_after and len(answer["chunks"]) >= hang_up_after:
+                break
     return answer
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import translated
 
 NOTHING = "–"
 
@@ -76,10 +76,7 @@ def render(template: str, escape: Callable[[str], str], data: Mapping[str, Any])
     )
     for write in (number, percent, percents, spread, points, counted):
         environment.filters[write.__name__] = write
-    try:
+    cure = "; it was made by another version of mtp-graft: run that stage or benchmark again"
+    what = f"{template}: a result of the run is incomplete"
+    with translated(what, UndefinedError, KeyError, then=cure):
         return environment.get_template(template).render(data)
-    except (UndefinedError, KeyError) as error:
-        raise GraftError(
-            f"{template}: a result of the run is incomplete ({error}); it was made by "
-            "another version of mtp-graft: run that stage or benchmark again"
-        ) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import full_disk_is_an_error
 from mtp_graft.checkpoint.shards import Shard
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 
 INDEX_NAME = "index.jsonl"
 TEXTS_NAME = "texts.jsonl"
@@ -112,12 +112,8 @@ def _read_rows(path: Path, kind: type[Row]) -> list[Row]:
     validate = TypeAdapter(kind).validate_json
     # What follows the last newline is nothing, or a line whose write was cut off.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
+        with translated(f"{path}:{number}: not a {kind.__name__}", ValidationError):
             row = validate(line)
-        except ValidationError as error:
-            raise GraftError(
-                f"{path}:{number}: not a {kind.__name__} ({in_words(error)})"
-            ) from error
         rows[row.number] = row
     return [rows[number] for number in sorted(rows)]
 

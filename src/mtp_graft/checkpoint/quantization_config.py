@@ -18,7 +18,7 @@ import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 from pydantic.functional_validators import model_validator
 
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.recipe import Linears, Variant
 
 #: Kinds of routed experts that are packed integers with scales of groups.
@@ -305,12 +305,8 @@ def read_quantization(
     config: Mapping[str, Any], path: Path | str = "config.json"
 ) -> QuantizationConfig:
     """Return a config.json's section; raises GraftError for one that vLLM cannot read."""
-    try:
+    expected = "; expected the compressed-tensors section of a W4A16-FP8 checkpoint"
+    with translated(f"{path}: quantization_config", ValidationError, then=expected):
         found = QuantizationConfig.model_validate(with_section(config).get("quantization_config"))
-    except ValidationError as error:
-        raise GraftError(
-            f"{path}: quantization_config: {in_words(error)}; expected the compressed-tensors "
-            "section of a W4A16-FP8 checkpoint"
-        ) from error
     found._path = path
     return found

@@ -52,10 +52,8 @@ def refuse(words: Collection[str] | None, flags: set[str]) -> Collection[str] | 
     """Return arguments for vLLM, which must have none of `flags` and ADDRESS_FLAGS."""
     for flag in (word.partition("=")[0].replace("_", "-") for word in words or ()):
         if flag in flags | ADDRESS_FLAGS:
-            raise typer.BadParameter(
-                f"{flag} after --: mtp-graft decides it; if it has an option for it, give that "
-                "before the --"
-            )
+            cure = "if it has an option for it, give that before the --"
+            raise typer.BadParameter(f"{flag} after --: mtp-graft decides it; {cure}")
     return words
 
 
@@ -78,10 +76,9 @@ def _show_versions(wanted: bool) -> None:
 _VERSION_HELP = "Show the versions of mtp-graft, vLLM and what else decides a result."
 
 
+_VERSION = option(False, None, _VERSION_HELP, "--version", callback=_show_versions, is_eager=True)
+
+
 @app.callback()
-def _root(
-    version: bool = option(
-        False, None, _VERSION_HELP, "--version", callback=_show_versions, is_eager=True
-    ),
-) -> None:
+def _root(version: bool = _VERSION) -> None:
     """Give a quantized DeepSeek-V4 its multi-token-prediction head back."""

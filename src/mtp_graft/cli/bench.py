@@ -31,9 +31,7 @@ THINKING = option(False, None, "Let the model think before it answers.")
 class Texts:
     """The options of `decode` and `sweep`: what is asked."""
 
-    prompt_file: Path | None = option(
-        None, "FILE", 'JSON Lines of {"id", "text"}. Default: the tiny model\'s.', "--prompts"
-    )
+    prompt_file: Path | None = option(None, "FILE", '{"id", "text"} lines, or ours.', "--prompts")
     limit: int | None = option(None, "N", "Use the first prompts only.", min=1)
     max_tokens: int = option(128, "N", "Tokens to continue each prompt by.", min=2)
     ignore_eos: bool = option(True, None, "Go on after an end-of-sequence token.")
@@ -57,9 +55,7 @@ def bench_decode(
     target: Target,
     texts: Texts,
     against: str | None = option(None, "DIR|URL", "Take turns with this checkpoint, or server."),
-    pairs: int | None = option(
-        None, "N", "With --against, how often; even, to be first equally often. Default: 6.", min=2
-    ),
+    pairs: int | None = option(None, "N", "Turns with --against, even. Default: 6.", min=2),
     rounds: int = option(3, "N", "How often every prompt is continued, in each turn.", min=1),
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
@@ -94,9 +90,8 @@ def bench_decode(
 def _other(target: Target, against: str) -> Target:
     """Return the server to compare with; it is ours if the first one is."""
     if ("://" in against) == (target.base_url is None):
-        raise typer.BadParameter(
-            "compare a --checkpoint with a checkpoint, and a --base-url with an address"
-        )
+        rule = "compare a --checkpoint with a checkpoint, and a --base-url with an address"
+        raise typer.BadParameter(rule)
     if target.base_url:
         return replace(target, base_url=check_url(against))
     return replace(target, checkpoint=Path(against))
@@ -108,18 +103,16 @@ def _hash(asked: Sequence[Any]) -> str:
 
 
 def _decode_parts(result: Result) -> list[str | Table]:
-    servers = {"against": result["against"]} if "against" in result else {}
-    records = [{"server": name, **found} for name, found in {**servers, "decode": result}.items()]
+    other = [{"server": "against", **result["against"]}] if "against" in result else []
+    records = [*other, {"server": "decode", **result}]
     speeds = table(records, "server", "decode_tok_s", "ttft_ms", "tpot_ms", "acceptance")
     parts: list[str | Table] = [speeds]
     if "ratio" in result:
         ratio = result["ratio"]["decode_tok_s"]
-        low, high = ratio["interval"]
-        parts += [
-            f"decode speed: {ratio['estimate']:.3f} times the other's (95 % interval {low:.3f} to "
-            f"{high:.3f}; {ratio['pairs']} pairs, {ratio['prompts']} prompts)",
-            f"greedy text: {same_text(result)}",
-        ]
+        interval = "95 % interval {:.3f} to {:.3f}".format(*ratio["interval"])
+        of = f"{ratio['pairs']} pairs, {ratio['prompts']} prompts"
+        parts.append(f"decode speed: {ratio['estimate']:.3f} times the other's ({interval}; {of})")
+        parts.append(f"greedy text: {same_text(result)}")
     return [*parts, *drafting_lines(result)]
 
 
@@ -139,10 +132,9 @@ def drafting_lines(result: Result) -> list[str]:
     if result["acceptance_length"] is None:
         return []
     ended = ", after the end of a text too" if result.get("config", {}).get("ignore_eos") else ""
-    return [
-        f"k = {result['k']}: accepted by position {percents(result['acceptance_by_position'])} "
-        f"(each given the ones before{ended}), {result['acceptance_length']:.2f} tokens a step"
-    ]
+    accepted = f"{percents(result['acceptance_by_position'])} (each given the ones before{ended})"
+    length = f"{result['acceptance_length']:.2f} tokens a step"
+    return [f"k = {result['k']}: accepted by position {accepted}, {length}"]
 
 
 @bench.command("sweep")
@@ -169,21 +161,17 @@ def bench_sweep(
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
     result = target.finish("sweep", claim, measure)
-    speeds = ("per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
-    columns = ("k", "concurrency", *speeds, "acceptance_by_position", "errors")
-    show(result, target.json_file, table(result["points"], *columns))
+    columns = ("k", "concurrency", "per_stream_tok_s", "aggregate_tok_s", "ttft_ms")
+    points = table(result["points"], *columns, "acceptance_by_position", "errors")
+    show(result, target.json_file, points)
 
 
 def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
     """Return the numbers of a list such as 1,2,4."""
-    try:
-        numbers = tuple(map(int, text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < least or len(set(numbers)) < len(numbers):
-        raise typer.BadParameter(
-            f"{flag} is {text!r}, expected different numbers from {least} on, as in 1,2,3"
-        )
+    numbers = tuple(int(word) for word in text.split(",") if word.strip().isdecimal())
+    if len(set(numbers)) < text.count(",") + 1 or min(numbers) < least:
+        expected = f"different numbers from {least} on, as in 1,2,3"
+        raise typer.BadParameter(f"{flag} is {text!r}, expected {expected}")
     return numbers
 
 
@@ -217,9 +205,7 @@ def bench_workload(
 @with_options
 def bench_soak(
     target: Target,
-    reference: str | None = option(
-        None, "URL", "Ask this server alone. Default: the same one.", callback=check_url
-    ),
+    reference: str | None = option(None, "URL", "Of the answers alone.", callback=check_url),
     minutes: float = option(10.0, "N", "How long to hold the load.", min=0.01),
     concurrency: int = option(8, "N", "Requests at a time.", min=1),
     seed: int = option(0, "N", "Draws the requests."),
@@ -246,10 +232,8 @@ def bench_soak(
     columns = ("requests", "equal", "near_ties", "sound", "hung_up", "errors", "hangs")
     show(result, target.json_file, table([result], *columns))
     if bad := result["corrupted"] + result["failures"]:
-        raise GraftError(
-            f"{len(bad)} of {result['requests']} answers are bad, the first one {bad[0]['id']} "
-            f"({bad[0]['kind']}); expected those that were given alone: --json has them all"
-        )
+        found = f"{len(bad)} of {result['requests']} answers are bad, not those given alone"
+        raise GraftError(f"{found}: {bad[0]['id']} ({bad[0]['kind']}), ...; --json has them all")
 
 
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:
@@ -269,8 +253,7 @@ def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose:
         k: int | None = NUM_SPECULATIVE_TOKENS,
     ) -> None:
         settings = {"limit": limit, "seed": seed, "thinking": thinking, "max_tokens": max_tokens}
-        settings["concurrency"] = concurrency
-        result = _evaluate(name, target, data_dir, k, settings)
+        result = _evaluate(name, target, data_dir, k, settings | {"concurrency": concurrency})
         columns = ("benchmark", "score", "interval", "correct", "total", "kinds")
         show(result, target.json_file, table([result], *columns))
 
@@ -286,10 +269,8 @@ def _evaluate(
 ) -> Result:
     """Ask and judge; a finished result is given again."""
     if importlib.util.find_spec("inspect_ai") is None:
-        raise GraftError(
-            f"bench {name} needs Inspect: pip install 'mtp-graft[evals]', or in a checkout "
-            ".venv/bin/pip install -e '.[evals]'"
-        )
+        cure = "pip install 'mtp-graft[evals]', or in a checkout -e '.[evals]'"
+        raise GraftError(f"bench {name} needs Inspect: {cure}")
     from mtp_graft.bench.decode import measured
     from mtp_graft.bench.evals.run import TASKS, find_model, run_task
 
@@ -304,9 +285,6 @@ def _evaluate(
         with ExitStack() as stack:
             with progress_bar() as report:
                 server = stack.enter_context(target.client(report, name, k))
-            return run_task(task, logs, find_model(server, settings))
+            return run_task(task, logs, find_model(server, settings)) | {"settings": settings}
 
-    def measure(folder: Path) -> Result:
-        return measured(folder, "result", lambda: ask(folder / "logs") | {"settings": settings})
-
-    return target.finish(name, claim, measure)
+    return target.finish(name, claim, lambda to: measured(to, "result", lambda: ask(to / "logs")))

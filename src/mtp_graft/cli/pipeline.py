@@ -35,9 +35,7 @@ def graft(
     base: str = argument("BASE", "A folder or a hub id."),
     upstream: str = argument("UPSTREAM", "The upstream, or a published head: folder or hub id."),
     out: Path = argument("OUT", "The new checkpoint's folder."),
-    head: Literal["mxfp4", "bf16"] | None = option(
-        None, None, "Keep upstream's codes (default), or decode them; both are exact."
-    ),
+    head: Literal["mxfp4", "bf16"] | None = option(None, None, "Default: mxfp4; both are exact."),
     base_revision: str | None = option(None, "REV", "Branch, tag or commit on the hub."),
     upstream_revision: str | None = option(None, "REV", "The same of the upstream."),
     copy: bool = option(False, None, "Copy the base's files, not link.", "--copy"),
@@ -50,8 +48,8 @@ def graft(
     sources = (base, base_revision), (upstream, upstream_revision)
     with progress_bar() as report:
         result = command.graft(*sources, out, head, copy=copy, dry_run=dry_run, report=report)
-    what = f"{out}: {result['head']} head, {result['bytes_written']:,} bytes"
     plan = _plan_parts(result) if dry_run else [f"{result['seconds']:.1f} s, verified"]
+    what = f"{out}: {result['head']} head, {result['bytes_written']:,} bytes"
     show(result, json_file, what, *plan)
 
 
@@ -119,15 +117,13 @@ def _result_parts(result: dict[str, Any]) -> list[str | Table]:
     """Return acceptance, decode speeds and where everything is, for people."""
     parts: list[str | Table] = []
     offline, served = result["acceptance_offline"], result["acceptance_served"]
-    if offline or served:
+    if heads := offline or served:
         drafting = "" if result["k"] in (None, 1) else f", k = {result['k']}"
-        columns = "head", "offline acceptance", f"served acceptance{drafting}", "95 % interval"
-        heads = []
-        for head in offline or served:
+        rows = Table("head", "offline acceptance", f"served acceptance{drafting}", "95 % interval")
+        for head in heads:
             interval = percents(result["intervals_served"].get(head), " to ")
-            shown = head, percent(offline.get(head)), percent(served.get(head)), interval
-            heads.append(dict(zip(columns, shown, strict=True)))
-        parts.append(table(heads, *columns))
+            rows.add_row(head, percent(offline.get(head)), percent(served.get(head)), interval)
+        parts.append(rows)
     parts += [f"served, {line}" for line in drafting_lines(result)]
     if result["decode_tok_s"] is not None:
         base, mtp = result["decode_tok_s"]["base"], result["decode_tok_s"]["mtp"]
@@ -189,7 +185,7 @@ def publish(
     how = {"private": private, "head_only": head_only, "dry_run": dry_run}
     result = stage.publish(run, repo, run / "card", **how)
     lines = [f"{file['bytes']:>18,}  {file['path']}" for file in result["files"]]
+    what = f"{len(result['files'])} files, {result['total_bytes']:,} bytes"
     where = f"{repo} ({'private' if result['private'] else 'public'})"
-    total = f"{len(result['files'])} files, {result['total_bytes']:,} bytes"
-    lines.append(f"{total} {'to be uploaded' if dry_run else 'uploaded'} to {where}")
+    lines.append(f"{what} {'to be uploaded' if dry_run else 'uploaded'} to {where}")
     show(result, json_file, *lines, *([] if dry_run else [result["url"]]))

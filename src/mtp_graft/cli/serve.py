@@ -55,15 +55,14 @@ def serve(
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Serve a checkpoint with vLLM, drafting with its head."""
-    is_aimless = profile == NO_PROFILE and asked != HardwareOptions()
-    for is_broken, rule in (
-        (dry_run and check, "give one of --dry-run and --check"),
-        (json_file and not (dry_run or check), "--json needs --dry-run or --check"),
-        (is_aimless, "hardware options need a profile other than none"),
-        (asked.count and not asked.gpu, "--count needs --gpu"),
-    ):
-        if is_broken:
-            raise typer.BadParameter(rule)
+    rules = {
+        "give one of --dry-run and --check": not (dry_run and check),
+        "--json needs --dry-run or --check": not json_file or dry_run or check,
+        "hardware options need a profile": profile != NO_PROFILE or asked == HardwareOptions(),
+        "--count needs --gpu": not asked.count or asked.gpu,
+    }
+    if broken := next((rule for rule, holds in rules.items() if not holds), None):
+        raise typer.BadParameter(broken)
     own = {f"--{field.name}".replace("_", "-") for field in fields(server)}
     refuse(server.extra_args, own | _OTHER_NAMES)  # vLLM would take these
     is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
@@ -100,15 +99,14 @@ def _plan(
     if profile == NO_PROFILE or (profile is None and on_cpu and asked == HardwareOptions()):
         return vllm, None
     if (named and named.platform != vllm.platform) or (on_cpu and asked.nnodes is not None):
-        raise GraftError(
-            f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build, which --gpu or "
-            "--nnodes does not fit (--dry-run --gpu prints for hardware that is elsewhere)"
-        )
+        build = f"vLLM {vllm.version} is {'a CPU' if on_cpu else 'a CUDA'} build"
+        cure = "with --dry-run, --gpu prints for hardware that is elsewhere"
+        raise GraftError(f"{build}, which --gpu or --nnodes does not fit; {cure}")
     found = named or (CPU if on_cpu else find_gpus(asked.nnodes or 1))
     plan = make_plan(options, profile or AUTO, found, asked.node_rank, asked.master_addr)
     if profile is None:
-        why = f"no --profile given: {AUTO}, which took {plan.profile}; "
-        plan = replace(plan, notes=(f"{why}{NO_PROFILE} leaves all to vLLM", *plan.notes))
+        why = f"no --profile given: {AUTO}, which took {plan.profile}"
+        plan = replace(plan, notes=(f"{why}; {NO_PROFILE} leaves all to vLLM", *plan.notes))
     return vllm, plan
 
 
@@ -133,22 +131,19 @@ def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -
     from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter
 
     if command.num_speculative_tokens(options, vllm.platform) == 0:
-        raise GraftError(
-            f"{options.checkpoint}: --check without drafts; expected a checkpoint with a head and "
-            "at least one speculative token"
-        )
+        expected = "expected a checkpoint with a head and at least one speculative token"
+        raise GraftError(f"{options.checkpoint}: --check without drafts; {expected}")
     with progress_bar() as report, started(options, report, "check") as client:
         found = check_drafter(client)
     acceptance, drafted = found.acceptance or 0.0, found.num_draft_tokens
     result = {"ok": acceptance >= MIN_ACCEPTANCE, "acceptance": acceptance}
     result |= {"num_draft_tokens": drafted, "threshold": MIN_ACCEPTANCE}
-    show(result, json_file, f"accepted {acceptance:.1%} of {drafted} drafted tokens")
+    said = f"accepted {acceptance:.1%} of {drafted} drafted tokens"
+    show(result, json_file, said)
     if not result["ok"]:
-        raise GraftError(
-            f"{options.checkpoint}: of {drafted} tokens drafted on a repeated sentence the model "
-            f"accepted {acceptance:.1%}, expected at least {MIN_ACCEPTANCE:.0%}: the head is not "
-            "the model's; run mtp-graft doctor on it"
-        )
+        expected = f"{said}, of a repeated sentence, expected at least {MIN_ACCEPTANCE:.0%}"
+        cure = "the head is not the model's; run mtp-graft doctor on it"
+        raise GraftError(f"{options.checkpoint}: {expected}: {cure}")
 
 
 @app.command()
@@ -179,11 +174,11 @@ def doctor(
         left = ", ".join(f.id for f in remaining if f.severity != "note") or "nothing"
         lines.append(f"{fix}: {'written' if fixed else 'nothing to correct'}; left: {left}")
     ok = not any(finding.severity == "error" for finding in remaining)
-    known = {"vllm": target.vllm, "hardware": target.hardware}
     result = {
         "checkpoint": str(checkpoint),
         "ok": ok,
-        **{what: str(found) if found else None for what, found in known.items()},
+        "vllm": target.vllm and str(target.vllm),
+        "hardware": target.hardware and str(target.hardware),
         "tp": target.tp,
         "max_model_len": target.max_model_len,
         "findings": [asdict(finding) for finding in findings],

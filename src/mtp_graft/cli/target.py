@@ -31,9 +31,7 @@ def check_url(url: str | None) -> str | None:
     return url
 
 
-def started(
-    options: ServeOptions, report: Report, name: str
-) -> AbstractContextManager["ServerClient"]:
+def started(options: ServeOptions, report: Report, name: str) -> AbstractContextManager[Any]:
     """Serve inside the block; `name` is the log's."""
     from mtp_graft.serving.server import managed_server
 
@@ -61,10 +59,8 @@ class Target:
             raise typer.BadParameter("give one of --base-url and --checkpoint")
         decided = (self.tensor_parallel_size, self.max_model_len, self.extra)
         if self.checkpoint is None and (self.profile != NO_PROFILE or any(decided)):
-            raise typer.BadParameter(
-                "--profile, --tensor-parallel-size, --max-model-len and arguments after -- need "
-                "--checkpoint: a running server cannot be changed"
-            )
+            flags = "--profile, --tensor-parallel-size, --max-model-len and arguments after --"
+            raise typer.BadParameter(f"{flags} need --checkpoint: a running server is as it is")
 
     def num_drafts(self, k: int | None) -> int:
         """Return how many tokens the server drafts a step: `k`, its default, or what it says."""
@@ -89,11 +85,10 @@ class Target:
         flags: Result = {"--profile": self.profile, "--tensor-parallel-size": ranks}
         flags |= {"--max-model-len": length, "-k": k, "--": self.extra or None}
         shards = sorted(set(read_weight_map(self.checkpoint / INDEX_NAME).values()))
-        files = [self.checkpoint / name for name in ("config.json", *shards)]
         words = ["mtp-graft", "serve", self.checkpoint.name, *command.as_words(flags)]
         return {
             "serve": shlex.join(words),
-            "files": fingerprints(files),
+            "files": fingerprints([self.checkpoint / name for name in ("config.json", *shards)]),
             "device": device_name(),
             "vllm": "{0.version} ({0.platform})".format(find_vllm()),
         }
@@ -101,8 +96,8 @@ class Target:
     def finish(self, benchmark: str, claim: Result, measure: Callable[[Path], Result]) -> Result:
         """Measure and return the result; keep it in the run folder, if there is one.
 
-        `claim` is all that decides what is measured of a server, `k` included; GraftError for a
-        folder that was begun with another. `measure` gets a folder for what can be used again.
+        `claim` decides what is measured, `k` included; GraftError for a folder of another one.
+        `measure` gets a folder for what can be used again.
         """
         if self.run is None:
             with tempfile.TemporaryDirectory() as folder_name:
@@ -120,8 +115,7 @@ class Target:
             write_json(result, folder / "result.json")
             # A running server's device is not known here.
             device = device_name() if self.checkpoint else f"server at {self.base_url}"
-            spent = time.perf_counter() - began
-            write_manifest(folder, f"bench {name}", claim, (), device, spent)
+            write_manifest(folder, f"bench {name}", claim, (), device, time.perf_counter() - began)
         return result
 
     @contextmanager

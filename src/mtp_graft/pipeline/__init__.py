@@ -15,8 +15,6 @@ def find_bundled_recipe() -> Path:
     """Return the tiny model's recipe in the checkout we run from; GraftError outside of one."""
     path = Path(__file__).parents[3] / "recipes/tiny.toml"
     if not path.is_file():
-        raise GraftError(
-            f"{path}: not found; the tiny model is in the repository, not in the wheel: "
-            "run from a checkout, or `mtp-graft run` a recipe of your own"
-        )
+        cure = "run from a checkout, or `mtp-graft run` a recipe of your own"
+        raise GraftError(f"{path}: not found, as the wheel has no tiny model: {cure}")
     return path

@@ -1,12 +1,11 @@
 """The bench stage: servers of the base and of every head, one after the other, and what they do.
 
-Never two at a time: they would share the machine, and on a GPU the memory too. Each measurement is
-a file in `bench/` and is not repeated.
+Each measurement is a file in `bench/` and is not repeated.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -29,12 +28,9 @@ from mtp_graft.stages.inputs import EVALUATION
 
 
 def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions:
-    """Return how a checkpoint is served to be measured; base (`k` 0) and heads differ in that only.
-
-    On a CPU all are served as the base is for its capture: one server does for both.
-    """
+    """Return how a checkpoint is served to be measured: the base (`k` 0) as heads, but for `k`."""
     options = recording_options(checkpoint, run.path / "capture", run.capture)
-    if find_vllm().platform != "cpu":
+    if find_vllm().platform != "cpu":  # where one server does for the base's capture, too
         options = replace(options, record=None, max_num_batched_tokens=None, chunked_prefill=True)
     if k == 0:
         return options
@@ -44,13 +40,8 @@ def measuring_options(run: Run, checkpoint: Path, k: int | None) -> ServeOptions
 @contextmanager
 def serving(run: Run, options: ServeOptions, name: str) -> Iterator[ServerClient]:
     """Serve as the recipe says and the hardware needs, which is printed; `name` is the log's."""
-    serve = run.recipe.serve
-    options = replace(
-        options,
-        tensor_parallel_size=serve.tensor_parallel_size,
-        kv_cache_gib=serve.kv_cache_gib,
-        extra_args=(*options.extra_args, *serve.extra_args),
-    )
+    extra = *options.extra_args, *run.recipe.serve.extra_args
+    options = replace(options, **(asdict(run.recipe.serve) | {"extra_args": extra}))
     options, notes = plan.adapt(options, topology.hardware_for(find_vllm().platform))
     for note in notes:
         if note not in run.adjusted:
@@ -76,22 +67,29 @@ def bench(run: Run) -> list[Path]:
             with serving(run, options, variant) as client:
                 _measure_head(run, variant, base["prompts"], client)
     mtp = run.result("bench/mtp") or {}
-    compared = compare([base], [mtp], _config(run))
-    run.keep("bench/decode", compared | {"adjusted": mtp["adjusted"]})
+    run.keep("bench/decode", compare([base], [mtp], _config(run)) | {"adjusted": mtp["adjusted"]})
     return run.manifests
 
 
 def measure_base(run: Run, server: AbstractContextManager[ServerClient]) -> dict[str, Any]:
     """Decode prompts with room for an answer; `server`, of the base, is entered if need be."""
-    wanted = run.recipe.bench
-    _claim(run)
+    recipe, wanted = run.recipe, run.recipe.bench
+    asked = json.dumps([asdict(p) for p in islice(_prompts(run), wanted.count)])
+    config = {
+        "bench": asdict(wanted) | {"prompts": sha256(asked.encode()).hexdigest()},
+        "serve": asdict(recipe.serve),
+        "chosen": recipe.splice.variant,
+        "vllm": str(find_vllm().version),
+        "capture": fingerprints([run.finished("capture") / CONFIG_NAME]),
+    }
+    claim_folder(run.path / "bench", config)
 
     def measure() -> dict[str, Any]:
         with server as client:
-            longest = run.recipe.capture.max_model_len - wanted.max_tokens
+            longest = recipe.capture.max_model_len - wanted.max_tokens
             prompts, _ = take_fitting(client, _prompts(run), wanted.count, longest, "bench")
-            asked = prompts, _config(run), run.progress, "base: decode"
-            return measure_turn(client, *asked, with_margins=True)
+            how = _config(run), run.progress, "base: decode"
+            return measure_turn(client, prompts, *how, with_margins=True)
 
     return measured(run.path / "bench", "base", measure)
 
@@ -102,22 +100,7 @@ def has_served(run: Run, variant: str) -> bool:
     return served is not None and served["head"] == _head(run, variant)
 
 
-def _claim(run: Run) -> None:
-    recipe = run.recipe
-    asked = json.dumps([asdict(p) for p in islice(_prompts(run), recipe.bench.count)])
-    config = {
-        "bench": asdict(recipe.bench) | {"prompts": sha256(asked.encode()).hexdigest()},
-        "serve": asdict(recipe.serve),
-        "chosen": recipe.splice.variant,
-        "vllm": str(find_vllm().version),
-        "capture": fingerprints([run.finished("capture") / CONFIG_NAME]),
-    }
-    claim_folder(run.path / "bench", config)
-
-
-def _measure_head(
-    run: Run, variant: str, prompts: Mapping[str, Sequence[int]], client: ServerClient
-) -> None:
+def _measure_head(run: Run, variant: str, prompts: Mapping[str, Any], client: ServerClient) -> None:
     """Note that a served head loaded; measure its acceptance, and decode `prompts` if chosen."""
     if (verified := run.result(f"verify/{variant}")) is not None:
         run.keep(f"verify/{variant}", verified | {"loaded_in_vllm": True})

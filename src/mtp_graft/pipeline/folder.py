@@ -14,7 +14,7 @@ from typing import Any
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.pipeline import STAGES
 from mtp_graft.recipe import CaptureSection, Recipe
 from mtp_graft.stages.capture import with_taps
@@ -25,12 +25,9 @@ from mtp_graft.stages.inputs import HEALED, Progress
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Make the run folder and keep others out of it inside the block; GraftError if it cannot."""
-    try:
+    with translated(f"{path}: cannot be a run folder", OSError, then="; use another --run"):
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
-    except OSError as error:
-        problem = f"cannot be a run folder ({error.strerror}); use another --run"
-        raise GraftError(f"{path}: {problem}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -82,27 +82,21 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
             kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
         }
     if command.DSPARK_TENSOR in heads["mxfp4"]:
-        _check_dspark(recipe, upstream, vllm)
+        found = f"{upstream.given}: has a DSpark drafter"
+        if recipe.heal is not None:
+            raise GraftError(f"{found}, expected none: leave out [heal]")
+        if vllm and vllm.platform == "cpu":
+            cure = "run it there, or call the stages up to `verify` one by one"
+            raise GraftError(f"{found}, which vLLM serves on GPUs only; {cure}")
     group, ranks = recipe.quantize.group_size, recipe.serve.tensor_parallel_size
     experts = read_quantization(base.config, file).group_size([given[0].num_layers], "int4")
     if group != experts:
-        expected = f"{experts} as in the experts of {base.given}"
-        raise GraftError(f"quantize.group_size is {group}, expected {expected}")
+        expected = f"expected {experts} as in the experts of {base.given}"
+        raise GraftError(f"quantize.group_size is {group}, {expected}")
     if uneven := topology.undivided(base.config, ranks):
         expected = f"a number that divides {', '.join(uneven)} of {base.given}"
         raise GraftError(f"serve.tensor_parallel_size is {ranks}, expected {expected}")
     return Models(base, upstream, given[0].tensors, {**heads, "gptq": heads["rtn"]})
-
-
-def _check_dspark(recipe: Recipe, upstream: Source, vllm: command.InstalledVllm | None) -> None:
-    """Raise GraftError for what a run of a DSpark drafter would come to after hours."""
-    if recipe.heal is not None:
-        raise GraftError(f"{upstream.given}: has a DSpark drafter, expected none: leave out [heal]")
-    if vllm and vllm.platform == "cpu":
-        raise GraftError(
-            f"{upstream.given}: has a DSpark drafter, which vLLM serves on GPUs only; run it "
-            "there, or call the stages up to `verify` one by one"
-        )
 
 
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:
@@ -116,12 +110,9 @@ def check_prompts(run: Run, *, dry_run: bool = False) -> None:
 
 
 def find_needs(run: Run, models: Models) -> list[Need]:
-    """Return what the run's stages still need; GraftError for fewer GPUs than the recipe asks for.
-
-    An earlier, killed run's files count as written; a finished stage needs nothing.
-    """
-    recipe, config, base = run.recipe, models.base.config, models.base
-    capture, served = with_taps(recipe.capture, models.upstream.folder), recipe.served_variants
+    """Return what unfinished stages still need; GraftError for fewer GPUs than are asked for."""
+    recipe, config = run.recipe, models.base.config
+    capture = with_taps(recipe.capture, models.upstream.folder)
     sizes = {v: sum(t.nbytes for t in head.values()) for v, head in models.heads.items()}
     texts = capture.calibration_count + capture.evaluation_count
     tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
@@ -129,15 +120,14 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     residuals = 2 * tokens * config["hidden_size"] * (config["hc_mult"] + len(taps))
     if (layers := config["num_hidden_layers"]) <= max(taps, default=0):
         raise GraftError(f"capture.taps is {list(taps)}, expected layers below the base's {layers}")
-    download, spliced = disk_needs(
-        (base, models.upstream), run.path, [sizes[v] for v in served], copy=recipe.splice.copy
-    )
+    sources, spliced = (models.base, models.upstream), [sizes[v] for v in recipe.served_variants]
+    download, splice = disk_needs(sources, run.path, spliced, copy=recipe.splice.copy)
     parameters = sum(t.numel() for t in decode_head(models.heads["mxfp4"]).values())
     needs = [
         download,
         _disk("capture", run.path, residuals, "residuals, BF16"),
         _disk("quantize", run.path, sizes["gptq"], "GPTQ's experts"),
-        spliced,
+        splice,
         _memory("score", recipe.score.device, 1, 4 * parameters, "the head in float32"),
         *_serving_needs(recipe, models),
     ]
@@ -179,10 +169,8 @@ def _memory(
         return Need(stage, "memory", "this machine", size, free, what_for)
     found = gpus()
     if found is None or found.num_gpus < ranks:
-        raise GraftError(
-            f"{stage}: {found.num_gpus if found else 0} GPUs found, {ranks} asked for by the "
-            "recipe; set serve.tensor_parallel_size, or run where they are"
-        )
+        wanted = f"{ranks} asked for: set serve.tensor_parallel_size, or run where they are"
+        raise GraftError(f"{stage}: {found.num_gpus if found else 0} GPUs found, {wanted}")
     share_bytes = int(share * found.memory_bytes) * ranks or None
     return Need(stage, "GPU memory", f"{ranks}x {found.gpu}", size, share_bytes, what_for)
 
@@ -228,14 +216,11 @@ def check_room(needs: Sequence[Need]) -> None:
         if free is not None and needed > free:
             where = " and ".join(dict.fromkeys(need.where for need in sharing))
             uses = ", ".join(f"{n.stage}: {n.bytes:,} for {n.what_for}" for n in sharing)
-            raise GraftError(
-                f"{sharing[0].of} of {where}: {free:,} bytes free, {needed:,} needed ({uses}); "
-                "make room, ask for less, or use a larger machine"
-            )
+            found = f"{sharing[0].of} of {where}: {free:,} bytes free, {needed:,} needed ({uses})"
+            raise GraftError(f"{found}; make room, ask for less, or use a larger machine")
 
 
-#: What a run took: which one, a server's start in seconds, tokens a second with many requests at a
-#: time and with one, and seconds of stages.
+#: Of a run: which one, a server's start in seconds, tokens a second of many requests and of one.
 _DEMO = ("a demo of 288 s on two CPU cores", 23, 330, 120, {"quantize": 3.1, "score": 8.8})
 #: Its 25 minutes were for 256 prompts x 256 tokens, its start that of a cold H100.
 _ACTI = ("the Acti card, 2x RTX PRO 6000", 244, 256**2 / 1500, 52.8, {"quantize": 180})

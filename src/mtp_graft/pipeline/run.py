@@ -157,15 +157,12 @@ def _verify(run: Run) -> list[Path]:
     return run.manifests
 
 
-# What has been found so far, put together from the stages' files
-
-
 def summarize(run: Run) -> dict[str, Any]:
     """Return the JSON of `run` and `demo`; what has not been run yet is null."""
     decode = run.result("bench/decode") or {}
     scored = (run.result("score/report") or {}).get("acceptance", {})
-    served, chosen = _served(run), run.recipe.splice.variant
-    main = served.get("gptq") or served.get(chosen) or {}
+    served, checkpoint = _served(run), run.checkpoint(run.recipe.splice.variant)
+    main = served.get("gptq") or served.get(run.recipe.splice.variant) or {}
     report = run.path / "report" / PAGE_NAME
     sides = {"base": decode["against"], "mtp": decode} if decode else {}
     speeds = {side: found["decode_tok_s"]["median"] for side, found in sides.items()}
@@ -180,10 +177,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "decode_tok_s": speeds or None,
         **{key: decode.get(key) for key in ("greedy_identical", "divergences")},
         "seconds": {s: run.seconds[s] for s in STAGES if s in run.seconds},
-        "checkpoint": str(run.checkpoint(chosen)),
-        "drafter": (read_result(run.checkpoint(chosen) / MANIFEST_NAME) or {}).get(
-            "drafter", "mtp"
-        ),
+        "checkpoint": str(checkpoint),
+        "drafter": (read_result(checkpoint / MANIFEST_NAME) or {}).get("drafter", "mtp"),
         "report": str(report) if report.exists() else None,
     }
 
@@ -214,15 +209,6 @@ def _differences(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return paired_differences({v: result.get("sequences") for v, result in found.items()})
 
 
+_IN_ORDER = (_fetch, _capture, _quantize, _heal, _score, _splice, _verify, bench.bench, _report)
 #: What does a stage. Where it writes no manifest of its own, it returns the inputs to be named.
-_DO: dict[str, Callable[[Run], Sequence[Path] | None]] = {
-    "fetch": _fetch,
-    "capture": _capture,
-    "quantize": _quantize,
-    "heal": _heal,
-    "score": _score,
-    "splice": _splice,
-    "verify": _verify,
-    "bench": bench.bench,
-    "report": _report,
-}
+_DO: dict[str, Callable[[Run], Sequence[Path] | None]] = dict(zip(STAGES, _IN_ORDER, strict=True))

@@ -1,19 +1,18 @@
 """What we ask of a running vLLM server: completions on token ids, tokenization, metrics."""
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
-from pydantic import BaseModel, Field
+from pydantic import AliasPath, BaseModel, Field
 from pydantic_core import from_json
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving.metrics import SpecDecodeCounters, Step, parse_spec_decode
 
-#: Silence allowed between two bytes of an answer; the first step may compile kernels.
-READ_TIMEOUT_S = 600.0
+_NOT_VLLM = "not an answer of vLLM's; is a vLLM server there?"
 _POOL = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 #: What reading an answer raises that is no JSON, too deep, or of another structure.
 READ_ERRORS = (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError)
@@ -39,13 +38,9 @@ class _Tokens(BaseModel):
     tokens: list[int]
 
 
-class _Logprobs(BaseModel):
-    top_logprobs: list[dict[str, float]]
-
-
 class _Choice(BaseModel):
     token_ids: Ids
-    logprobs: _Logprobs | None = None
+    tops: list[dict[str, float]] = Field([], validation_alias=AliasPath("logprobs", "top_logprobs"))
 
 
 class _Answer(BaseModel):
@@ -56,33 +51,27 @@ class _Answer(BaseModel):
 Found = TypeVar("Found", bound=BaseModel)
 
 
-class ServerClient:
+class ServerClient(AbstractContextManager["ServerClient"]):
     """A client of one vLLM server; every method raises GraftError if it is away or refuses."""
 
-    def __init__(
-        self, base_url: str, api_key: str | None = None, silence_s: float = READ_TIMEOUT_S
-    ) -> None:
+    def __init__(self, base_url: str, api_key: str | None = None, silence_s: float = 600.0) -> None:
         self.base_url, self.api_key = base_url.rstrip("/").removesuffix("/v1"), api_key
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # Silence is that between two bytes of an answer; the first step may compile kernels.
         timeout = httpx.Timeout(silence_s, connect=10.0, pool=None)
-        # An idle connection may be closed just as it is used again, and a proxy of the environment
-        # has no business between us and a named server.
+        # Idle connections may be closed just as they are used; proxies have no business here.
         self._http = httpx.Client(
             base_url=self.base_url, headers=headers, timeout=timeout, trust_env=False, limits=_POOL
         )
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self._http.close()
 
     def is_healthy(self) -> bool:
         """Return whether /health answers 200; an unreachable server is not healthy."""
-        try:
+        with suppress(httpx.RequestError):
             return self._http.get("/health", timeout=5.0).status_code == httpx.codes.OK
-        except httpx.RequestError:
-            return False
+        return False
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids; a text has its own special tokens, a chat the server's."""
@@ -98,8 +87,8 @@ class ServerClient:
     def complete_counted(self, prompt: Sequence[int], max_tokens: int) -> tuple[Ids, list[Step]]:
         """Return the same and its steps with drafts, of a server that was told to COUNT_DRAFTS."""
         answer = self._complete(prompt, max_tokens)
-        counted = (answer.metrics or {}).get("speculative_decoding") or {}
         # Null for an answer without a verified step: one token, which comes with the prompt.
+        counted = (answer.metrics or {}).get("speculative_decoding") or {}
         steps = (counted.get(f"per_step_{what}") or () for what in ("drafted", "accepted"))
         return answer.choices[0].token_ids, [Step(*s) for s in zip(*steps, strict=True)]
 
@@ -109,10 +98,9 @@ class ServerClient:
         """Return the same and each token's margin: its ln probability less the second best's."""
         logprobs = {"logprobs": 2, "return_tokens_as_token_ids": True}
         choice = self._complete(prompt, max_tokens, ignore_eos=ignore_eos, **logprobs).choices[0]
-        tops = choice.logprobs.top_logprobs if choice.logprobs else []
-        best = [sorted(top.values(), reverse=True)[:2] for top in tops]
+        best = [sorted(top.values(), reverse=True)[:2] for top in choice.tops]
         if len(best) != len(choice.token_ids) or any(len(two) != 2 for two in best):
-            raise self._not_vllm("/v1/completions", "without two logprobs a token")
+            raise GraftError(f"{self.base_url}/v1/completions: {_NOT_VLLM} (without two logprobs)")
         return choice.token_ids, [first - second for first, second in best]
 
     def spec_decode_counters(self) -> SpecDecodeCounters | None:
@@ -144,10 +132,8 @@ class ServerClient:
 
     def _ask(self, path: str, body: dict[str, Any], model: type[Found]) -> Found:
         answer = self._send("POST", path, json=body)
-        try:
+        with translated(f"{self.base_url}{path}: {_NOT_VLLM}", ValueError):
             return model.model_validate_json(answer.content)
-        except ValueError as error:
-            raise self._not_vllm(path, " ".join(str(error).split())) from error
 
     def _send(self, method: str, path: str, **request: Any) -> httpx.Response:
         with self._errors():
@@ -164,7 +150,3 @@ class ServerClient:
         except httpx.RequestError as error:
             found = f"no answer ({str(error) or type(error).__name__})"
             raise ServerUnreachable(f"{self.base_url}: {found}; is the server running?") from error
-
-    def _not_vllm(self, path: str, why: str) -> GraftError:
-        answer = f"not an answer of vLLM's ({why}); is a vLLM server there?"
-        return GraftError(f"{self.base_url}{path}: {answer}")

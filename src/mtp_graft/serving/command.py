@@ -6,6 +6,7 @@ import shlex
 import socket
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import field
 from importlib.metadata import PackageNotFoundError, distribution
 from inspect import Parameter, get_annotations
@@ -23,7 +24,7 @@ from mtp_graft import SUPPORTED_VLLM, TRIED_VLLM
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quantization_config import with_section
 from mtp_graft.dsv4.config import check_dimensions, check_readable
-from mtp_graft.errors import GraftError, UsageError
+from mtp_graft.errors import GraftError, UsageError, translated
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
@@ -85,9 +86,8 @@ TENSOR_PARALLEL_SIZE = option(
     None, "N", "Ranks. Default: 1; by a profile, all GPUs.", "--tensor-parallel-size", "--tp", min=1
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
-_K_NAMES = ("--k", "-k", "--num-speculative-tokens")
 K_HELP = "Tokens to draft a step; 0: no head. Default: 3 on GPUs, else 1; DSpark: its block."
-NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, *_K_NAMES, min=0)
+NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, "--k", "-k", "--num-speculative-tokens", min=0)
 
 
 @option_group
@@ -102,9 +102,7 @@ class ServeOptions:
     max_num_seqs: int | None = option(None, "N", "Requests at once.", min=1)
     max_num_batched_tokens: int | None = option(None, "N", "Tokens of one step.", min=1)
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
-    gpu_memory_utilization: float | None = option(
-        None, "SHARE", "Share of a GPU's memory to use.", min=0.01, max=1.0
-    )
+    gpu_memory_utilization: float | None = option(None, "SHARE", "GPU memory.", min=0.01, max=1.0)
     num_speculative_tokens: int | None = NUM_SPECULATIVE_TOKENS
     draft_lm_head_quantization: DraftLmHead | None = option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
     draft_sample_method: DraftSampling | None = option(
@@ -117,9 +115,7 @@ class ServeOptions:
     kv_cache_gib: float | None = option(None, "GIB", "KV cache. Default: 1 on a CPU.", min=0.01)
     prefix_caching: bool = option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = option(None, None, "Do not compile. Default: eager on a CPU.")
-    api_key: str | None = option(
-        None, "KEY", "Key that /v1 requests must show.", envvar="VLLM_API_KEY", parser=_word
-    )
+    api_key: str | None = option(None, "KEY", "For /v1.", envvar="VLLM_API_KEY", parser=_word)
     record: Path | None = None  # capture folder that the target can record its prompts into
     taps: tuple[int, ...] = ()  # layers that it also records the streams' mean after
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets
@@ -288,9 +284,8 @@ def _step_size(options: ServeOptions, waits: bool) -> int | None:
     config = read_config(options.checkpoint)
     context: int = options.max_model_len or config.get("max_position_embeddings") or 0
     if wanted is not None and wanted < context:
-        where = f"--max-num-batched-tokens {wanted} on a CPU, with the head"
-        expected = f"expected at least the context's {context}, or longer prompts wait for ever"
-        raise GraftError(f"{where}: {expected}; leave it out")
+        where = f"--max-num-batched-tokens {wanted} with a head on a CPU: longer prompts wait"
+        raise GraftError(f"{where} for ever; expected at least the context's {context}, or none")
     return wanted or (context if context > CPU_STEP else None)
 
 
@@ -308,24 +303,20 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
     if options.record is not None:
         env[RECORD_VARIABLE] = str(options.record.absolute())
         env |= {TAPS_VARIABLE: ",".join(map(str, options.taps))} if options.taps else {}
-    # In the environment rather than in argv: other users of the machine can read argv.
-    if options.api_key is not None:
-        env["VLLM_API_KEY"] = options.api_key
-    return env
+    # Not in argv, which other users of the machine can read.
+    return env | ({} if options.api_key is None else {"VLLM_API_KEY": options.api_key})
 
 
 def _cpu_environment(num_ranks: int) -> dict[str, str]:
     """Return variables for vLLM on this machine's CPU, without those that are set already.
 
-    One rank computes in the engine's process: a worker would import all of vLLM once more, and the
-    two would wait for each other in loops that keep a core busy. vLLM counts threads for workers
-    only. To several ranks vLLM gives a NUMA node each, and fails where there are fewer.
+    One rank computes in the engine's process: with a worker, two would wait for each other in
+    loops that keep a core busy. vLLM counts threads for workers only. To several ranks it gives a
+    NUMA node each, and fails where there are fewer.
     """
     cpus = sorted(os.sched_getaffinity(0))
-    share = len(cpus) // num_ranks
-    if share == 0:
-        found = f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs"
-        raise GraftError(f"{found}; expected one CPU or more each")
+    if (share := len(cpus) // num_ranks) == 0:
+        raise GraftError(f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs: expected 1 each")
     if num_ranks > 1:
         ranks = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
         return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, r)) for r in ranks)}
@@ -338,8 +329,7 @@ def _cpu_environment(num_ranks: int) -> dict[str, str]:
 
 def start_limit_s(checkpoint: Path) -> int:
     """Return how long a server may compile and read its weights; vLLM's own variable decides."""
-    shards = (path for path in checkpoint.glob("*.safetensors") if path.is_file())
-    size = sum(shard.stat().st_size for shard in shards)
+    size = sum(p.stat().st_size for p in checkpoint.glob("*.safetensors") if p.is_file())
     wanted = os.environ.get(START_LIMIT) or str(_COMPILE_S + size // _SLOW_DISK_BYTES_S)
     if not wanted.isdecimal():
         raise GraftError(f"{START_LIMIT} is {wanted!r}, expected whole seconds")
@@ -359,17 +349,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_port(host: str, port: int) -> int:
-    """Bind `host:port` for a moment and return the port (a free one for 0).
-
-    Another server on the port would otherwise answer in our server's place and look ready.
-    """
+    """Return the port (a free one for 0) if nothing else listens there, which would seem ready."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as probe:
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        cure = "choose another --host or --port"
-        raise GraftError(f"{host}:{port}: cannot listen ({error.strerror}); {cure}") from error
+    cure = "; choose another --host or --port"
+    with (
+        translated(f"{host}:{port}: cannot listen", OSError, then=cure),
+        socket.create_server((host, port), family=family) as probe,
+    ):
+        return int(probe.getsockname()[1])
 
 
 def find_vllm() -> InstalledVllm:
@@ -386,13 +373,11 @@ def find_vllm() -> InstalledVllm:
 def installed_vllm() -> InstalledVllm | None:
     """Return the installed vLLM, supported or not; `vllm-cpu` and `+cpu` builds are for a CPU."""
     for name in ("vllm", "vllm-cpu"):  # in vLLM's own order
-        try:
+        with suppress(PackageNotFoundError):
             version = Version(distribution(name).version)
-        except PackageNotFoundError:
-            continue
-        on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
-        platform: Platform = "cpu" if on_cpu else "cuda"
-        return InstalledVllm(version, platform, (sys.executable, "-m", *_MODULES[platform]))
+            on_cpu = name == "vllm-cpu" or (version.local or "").startswith("cpu")
+            platform: Platform = "cpu" if on_cpu else "cuda"
+            return InstalledVllm(version, platform, (sys.executable, "-m", *_MODULES[platform]))
     return None
 
 

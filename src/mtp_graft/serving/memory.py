@@ -1,16 +1,14 @@
 """How much memory a checkpoint needs on each rank: an estimate from headers and config.
 
-Weights follow from the tensors and from which of them vLLM cuts into ranks. The KV cache follows
-from vLLM 0.32's own rules for DeepSeek-V4, which docs/doctor.md derives: every sequence draws
-blocks from one pool, and a block has the size of the widest group of layers. Nothing of the cache
-is cut: every rank holds all of it.
+The KV cache, all of which every rank holds, is by vLLM 0.32's rules, as docs/doctor.md derives: one
+pool for all sequences, its blocks the size of the widest group of layers.
 """
 
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -22,8 +20,7 @@ from mtp_graft.serving.topology import Hardware
 
 #: Tokens of a KV block of compressed layers; vLLM has no other for this model.
 BLOCK_TOKENS = 256
-#: Besides weights and KV cache, per rank: activations of a step of 8,192 tokens, CUDA graphs,
-#: NCCL's buffers and the CUDA context (docs/doctor.md).
+#: A rank's activations of a step of 8,192 tokens, CUDA graphs, NCCL and context (docs/doctor.md).
 RESERVE_BYTES = 4 * 2**30
 #: vLLM's own share of a GPU's memory, unless told otherwise (0.32).
 UTILIZATION = 0.92
@@ -31,7 +28,6 @@ UTILIZATION = 0.92
 _GIB = 2**30
 _PAGE_ALIGNMENT = 576  # of FlashMLA's packed FP8 layout
 _ENTRY_BYTES = 584  # a cached FP8 vector: 448 without RoPE, 64 with in BF16, 8 of scales
-_INDEX_SCALE_BYTES = 4
 _WINDOW_PAGE_TOKENS = 64
 
 #: Tensors of which each rank holds its share; all others are on every rank.
@@ -65,53 +61,37 @@ def _decoded_bytes(name: str, tensor: Tensor) -> int:
     return tensor.nbytes
 
 
-class KvLayout(NamedTuple):
-    """How vLLM lays the cache out: one pool of blocks, and groups of layers that draw from it."""
-
-    block_bytes: int  # of any group, whether it fills the block or not
-    window_groups: int  # groups of sliding-window layers; a block is 64 tokens of each
-
-
-def kv_layout(config: Mapping[str, Any]) -> KvLayout:
-    """Return a config's layout, head included, of the FP8 cache; GraftError without ratios."""
-    ratios = compress_ratios(config)
-    if ratios is None:
+def _kv_layout(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the bytes of an FP8 block, and how many groups of sliding-window layers draw them."""
+    if (ratios := compress_ratios(config)) is None:
         found = f"compress_ratios is {config.get('compress_ratios')!r:.200}"
         raise GraftError(f"config.json: {found}; expected a list of whole numbers")
     layers = config["num_hidden_layers"] + (config.get("num_nextn_predict_layers") or 0)
     num_c4, num_c128 = ratios[:layers].count(4), ratios[:layers].count(128)
-    repeats = _layers_per_group(layers, num_c4, num_c128)
-    index_entry = config["index_head_dim"] + _INDEX_SCALE_BYTES
-    pages_c4 = _page(BLOCK_TOKENS // 4 * _ENTRY_BYTES) + _page(BLOCK_TOKENS // 4 * index_entry)
-    pages_c128 = _page(BLOCK_TOKENS // 128 * _ENTRY_BYTES)
-    compressed = num_c4 * pages_c4 + num_c128 * pages_c128
-    windows = min(repeats, layers) * _page(_WINDOW_PAGE_TOKENS * _ENTRY_BYTES)
-    return KvLayout(max(compressed, windows), -(-layers // repeats))
-
-
-def _page(size: int) -> int:
-    return -(-size // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
-
-
-def _layers_per_group(layers: int, num_c4: int, num_c128: int) -> int:
-    """Return into how many layers a group the sliding-window layers are split.
-
-    vLLM takes the number, at least that of the ratio-4 layers, that pads least; the larger of two.
-    """
     counts = [layers, *(count for count in (num_c4, num_c128) if count)]
     if num_c4 and num_c4 == num_c128:  # then the compressed layers count as a pattern as well
         counts.append(num_c4)
     sizes = range(max(num_c4, 1), max(counts) + 1)
-    return min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
+    # vLLM groups as many sliding-window layers as pads least; the larger of two such numbers.
+    repeats = min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
+    index_entry = config["index_head_dim"] + 4  # a scale
+    pages_c4 = _page(BLOCK_TOKENS // 4, _ENTRY_BYTES) + _page(BLOCK_TOKENS // 4, index_entry)
+    compressed = num_c4 * pages_c4 + num_c128 * _page(BLOCK_TOKENS // 128, _ENTRY_BYTES)
+    windows = min(repeats, layers) * _page(_WINDOW_PAGE_TOKENS, _ENTRY_BYTES)
+    return max(compressed, windows), -(-layers // repeats)
+
+
+def _page(entries: int, entry_bytes: int) -> int:
+    return -(-entries * entry_bytes // _PAGE_ALIGNMENT) * _PAGE_ALIGNMENT
 
 
 def kv_cache_bytes(config: Mapping[str, Any], tokens: int, tokens_in_flight: int = 0) -> int:
-    """Return what one sequence of `tokens` takes on every rank.
+    """Return what one sequence of `tokens` takes on every rank; GraftError without ratios.
 
-    `tokens_in_flight` are those of the steps being computed, which windows and compressor states
-    keep until a step is done. vLLM counts `max_num_batched_tokens`, twice if asynchronous.
+    Windows and compressor states keep `tokens_in_flight`, those of the steps being computed. vLLM
+    counts `max_num_batched_tokens`, twice if asynchronous.
     """
-    block_bytes, window_groups = kv_layout(config)
+    block_bytes, window_groups = _kv_layout(config)
 
     def sliding(window: int, page_tokens: int) -> int:
         held = min(window - 1 + tokens_in_flight, tokens)
@@ -155,11 +135,8 @@ class Room:
         """Say what weights and a sequence of `tokens` take, and what is left for the KV cache."""
         text = f"estimate for a rank: weights {self.weights / _GIB:.1f} GiB"
         if share is not None:
-            left = max(self.cache(share), 0) / _GIB
-            text += (
-                f", {self.reserve / _GIB:.0f} GiB for all else, {left:.1f} GiB left for the KV "
-                f"cache at {share:g} of the memory"
-            )
+            left = f"{max(self.cache(share), 0) / _GIB:.1f} GiB left for the KV cache at {share:g}"
+            text += f", {self.reserve / _GIB:.0f} GiB for all else, {left} of the memory"
         needed = self._needed(tokens) / _GIB
         return f"{text}; a sequence of {tokens} tokens takes {needed:.2f} GiB (docs/doctor.md)"
 

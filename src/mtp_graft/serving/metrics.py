@@ -1,14 +1,15 @@
 """vLLM's speculative decoding counters, read from its Prometheus page."""
 
+import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, starmap
 from typing import Any, NamedTuple, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import translated
 
 _PREFIX = "vllm:spec_decode_num_"
 
@@ -43,20 +44,12 @@ class SpecDecodeCounters:
     tried_per_position: Sequence[int] | None = None
 
     def __sub__(self, earlier: Self) -> "SpecDecodeCounters":
-        positions = zip(self.accepted_per_position, earlier.accepted_per_position, strict=True)
-        return SpecDecodeCounters(
-            self.num_drafts - earlier.num_drafts,
-            self.num_draft_tokens - earlier.num_draft_tokens,
-            self.num_accepted_tokens - earlier.num_accepted_tokens,
-            tuple(now - before for now, before in positions),
-        )
+        return _combine(operator.sub, self, earlier)
 
     @property
     def acceptance(self) -> float | None:
         """Return accepted over drafted tokens (0..1), or None if nothing was drafted."""
-        if self.num_draft_tokens == 0:
-            return None
-        return self.num_accepted_tokens / self.num_draft_tokens
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
 
     @property
     def k(self) -> int:
@@ -73,12 +66,14 @@ class SpecDecodeCounters:
 
 def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
     """Return the sum of one or more counters of the same k."""
-    return SpecDecodeCounters(
-        sum(c.num_drafts for c in counters),
-        sum(c.num_draft_tokens for c in counters),
-        sum(c.num_accepted_tokens for c in counters),
-        tuple(map(sum, zip(*(c.accepted_per_position for c in counters), strict=True))),
-    )
+    return _combine(lambda *each: sum(each), *counters)
+
+
+def _combine(how: Callable[..., int], *counters: SpecDecodeCounters) -> SpecDecodeCounters:
+    plain = ((c.num_drafts, c.num_draft_tokens, c.num_accepted_tokens) for c in counters)
+    positions = zip(*(c.accepted_per_position for c in counters), strict=True)
+    steps, drafted, accepted = map(how, *plain)
+    return SpecDecodeCounters(steps, drafted, accepted, tuple(starmap(how, positions)))
 
 
 def count_steps(steps: Sequence[Step]) -> SpecDecodeCounters:
@@ -96,7 +91,7 @@ def count_steps(steps: Sequence[Step]) -> SpecDecodeCounters:
 def parse_spec_decode(page: str) -> SpecDecodeCounters | None:
     """Sum the counters of all engines on a metrics page; None if the server does not draft."""
     totals, positions = Counter[str](), Counter[int]()
-    try:
+    with translated("not vLLM's metrics", ValueError, KeyError, then="; is a vLLM server there?"):
         for family in text_string_to_metric_families(page):
             for sample in family.samples:
                 name = sample.name.removeprefix(_PREFIX)
@@ -104,8 +99,6 @@ def parse_spec_decode(page: str) -> SpecDecodeCounters | None:
                     positions[int(sample.labels["position"])] += int(sample.value)
                 elif name != sample.name:
                     totals[name] += int(sample.value)
-    except (ValueError, KeyError) as error:
-        raise GraftError(f"not vLLM's metrics ({error}); is a vLLM server there?") from error
     if "drafts_total" not in totals:
         return None
     return SpecDecodeCounters(

@@ -46,8 +46,7 @@ def make_plan(
         expected = "expected 9, 10 or 12 for vLLM's attention; --profile none serves all the same"
         raise GraftError(f"{hardware}: compute capability {hardware.capability}, {expected}")
     step = options.max_num_batched_tokens or profiles.MAX_NUM_BATCHED_TOKENS
-    tensors = read_meta(options.checkpoint)
-    room = measure_room(tensors, config, hardware, options.num_ranks, step)
+    room = measure_room(read_meta(options.checkpoint), config, hardware, options.num_ranks, step)
     name, fitted = _fit(profile_name, options, hardware, room)
     estimate = room.estimate(fitted.max_model_len or 0, fitted.gpu_memory_utilization)
     profile = profiles.PROFILES[name]
@@ -70,18 +69,14 @@ def _ranks(options: ServeOptions, config: Mapping[str, Any], hardware: Hardware)
     if hardware.gpu is not None and wanted > hardware.num_gpus:
         raise GraftError(f"{flag} on {hardware}; expected at most {hardware.num_gpus}")
     if wanted > 1 and (uneven := undivided(config, wanted)):
-        found = f"ranks cannot share {', '.join(uneven)} of config.json evenly"
-        raise GraftError(f"{flag}: {found}; expected a number that divides them")
+        raise GraftError(f"{flag}: expected a divisor of {', '.join(uneven)} in config.json")
     return wanted
 
 
 def _fit(
     wanted: str, options: ServeOptions, hardware: Hardware, room: Room
 ) -> tuple[str, ServeOptions]:
-    """Return the profile's name and `options` with its values.
-
-    `auto` is the one that reaches furthest; it cuts a context that was not asked for to what fits.
-    """
+    """Return the profile's name (`auto`: which reaches furthest) and `options` with its values."""
     if wanted not in (*profiles.PROFILES, AUTO):
         names = ", ".join((*profiles.PROFILES, AUTO))
         raise UsageError(f"--profile {wanted}: unknown; expected one of {names}, or none")
@@ -122,11 +117,8 @@ def _filled(
 
 
 def adapt(options: ServeOptions, hardware: Hardware) -> tuple[ServeOptions, list[str]]:
-    """Return `options` with what suits the hardware, where nothing is said yet, and notes on it.
-
-    Without it two ranks on PCIe can hang, and a machine whose memory is the GPU's can stop.
-    """
-    is_pcie = hardware.is_pcie_only and options.num_ranks > 1
+    """Return `options` with what suits the hardware, where nothing is said yet, and notes on it."""
+    is_pcie = hardware.is_pcie_only and options.num_ranks > 1  # such ranks can hang
     flags, wanted = profiles.split(
         {**(profiles.ON_GPUS if hardware.gpu else {}), **(profiles.ON_PCIE if is_pcie else {})}
     )

@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ Settings = Mapping[str, tuple[str | bool, str]]
 
 _DATA = tomllib.loads(files(__package__).joinpath("profiles.toml").read_text(encoding="utf-8"))
 PROFILES: Mapping[str, Profile] = {n: Profile(**given) for n, given in _DATA["profiles"].items()}
+#: GPUs that options can name, and what `topology.Hardware` has of them.
+GPUS: Mapping[str, Mapping[str, Any]] = _DATA["gpus"]
 ALWAYS: Settings = _DATA["always"]
 ON_GPUS: Settings = _DATA["on_gpus"]
 #: Where several GPUs of one host have no NVLink between them.

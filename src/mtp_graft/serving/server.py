@@ -23,16 +23,14 @@ from mtp_graft.serving.metrics import SpecDecodeCounters
 POLL_S = 0.5
 #: What vLLM gets to end its workers by itself before the whole group is killed.
 GRACE_S = 15.0
-#: A process of its own that waits for the end of ours, SIGKILL included, and then ends the server
-#: with all it started. vLLM ignores SIGTERM while it starts, so one signal is not enough; killed
-#: before it is done with the requests in work, it leaves shared memory.
+#: A process that waits for our end, SIGKILL included, and ends the server with all it started.
+#: vLLM ignores SIGTERM while it starts; killed with requests in work, it leaves shared memory.
 _WATCHER = (
     "cat > /dev/null; kill -s TERM -- -$0; for _ in $(seq 30); do kill -s 0 -- -$0 && sleep 0.5; "
     'done; kill -s KILL -- -$0; rm -rf "$1"'
 )
 
-#: A drafter that works foresees text that repeats itself almost wholly, one with wrong weights not
-#: at all, so anything between serves as the border.
+#: Of text that repeats itself a drafter foresees almost all, one with wrong weights nothing.
 MIN_ACCEPTANCE = 0.2
 _REPEATED_TEXT = Prompt(
     "check", "<｜begin▁of▁sentence｜>" + "The quick brown fox jumps over the lazy dog. " * 30
@@ -64,15 +62,13 @@ def managed_server(
     """Serve inside the `with` block, output going to `log_path`; yield a client of the server.
 
     The server is ready when the block begins and gone, workers included, when it ends. SIGTERM and
-    SIGHUP to our own process raise SystemExit in the block. `report` gets the seconds so
-    far. Raises GraftError with the log's reason for a server that dies or takes over
-    `start_limit_s`.
+    SIGHUP to us raise SystemExit in the block. `report` gets the seconds so far. Raises GraftError,
+    with the log's reason, for a server that dies or takes over `start_limit_s`.
     """
     command = build_command(options)
     if command.is_headless:
-        found = "would serve without an address of its own (--node-rank or --headless)"
-        cure = "ask the server of machine 0, by --base-url"
-        raise GraftError(f"{options.checkpoint}: this machine {found}; {cure}")
+        found = "this machine would serve without an address (--node-rank or --headless)"
+        raise GraftError(f"{options.checkpoint}: {found}; ask machine 0's server, by --base-url")
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("wb") as log, _running(command, log) as (process, client):
         try:
@@ -163,11 +159,7 @@ def _exit_on_signals() -> Iterator[None]:
 def _wait_ready(
     process: _Process, client: ServerClient, timeout_s: float, report: Report, name: str
 ) -> bool:
-    """Wait until the server is healthy and has returned one completion; False if it ended.
-
-    Its four tokens have a server with a head draft and verify at least once. Raises GraftError
-    after `timeout_s`, or if a healthy server refuses the completion.
-    """
+    """Wait until the server has returned one completion; False if it ended, GraftError if late."""
     started = time.monotonic()
     while process.poll() is None:
         elapsed = time.monotonic() - started
@@ -175,6 +167,7 @@ def _wait_ready(
             raise GraftError(f"{client.base_url} is not ready after {timeout_s:.0f} s")
         report(f"{name}: starting, {elapsed:.0f} s", 0, 0)
         with suppress(ServerUnreachable):  # it may have died just now
+            # Four tokens have a server with a head draft and verify at least once.
             if client.is_healthy() and client.complete((0, 1, 2, 3), max_tokens=4):
                 return True
         time.sleep(POLL_S)
@@ -197,11 +190,10 @@ def check_drafter(client: ServerClient) -> SpecDecodeCounters:
     before = client.spec_decode_counters()
     client.complete(client.encode(_REPEATED_TEXT), 128)
     after = client.spec_decode_counters()
-    gained = after - before if before and after else None
-    if gained is None or gained.acceptance is None:
-        expected = "expected a checkpoint with a head and at least one speculative token"
-        raise GraftError(f"{client.base_url}: the server does not draft; {expected}")
-    return gained
+    if before and after and (gained := after - before).num_draft_tokens:
+        return gained
+    expected = "expected a checkpoint with a head and at least one speculative token"
+    raise GraftError(f"{client.base_url}: the server does not draft; {expected}")
 
 
 def explain(log: Path) -> str:

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations, takewhile
 from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import Platform
-from mtp_graft.serving.profiles import UNIFIED_MEMORY_UTILIZATION
+from mtp_graft.serving.profiles import GPUS, UNIFIED_MEMORY_UTILIZATION
 
 
 @dataclass(frozen=True)
@@ -51,17 +53,8 @@ class Hardware:
 #: Major compute capabilities that vLLM 0.32 and 0.33 have attention kernels for; 0: not known.
 ATTENTION = (0, 9, 10, 12)
 CPU = Hardware(None, memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-_MIB = 2**20
-#: What options can name. The memory is what the driver reports; H100 and H200 are SXM. GB10 (DGX
-#: Spark): from users' reports.
-_NAMED = (
-    CPU,
-    Hardware("RTX PRO 6000 Max-Q", 1, 97887 * _MIB, capability=(12, 0)),
-    Hardware("RTX PRO 6000 Server", 1, 97887 * _MIB, capability=(12, 0)),
-    Hardware("GB10", 1, 124610 * _MIB, unified_memory=True, capability=(12, 1)),
-    Hardware("H100", 1, 81559 * _MIB, has_nvlink=True, capability=(9, 0)),
-    Hardware("H200", 1, 143771 * _MIB, has_nvlink=True, capability=(9, 0)),
-)
+#: What options can name.
+_NAMED = (CPU, *(Hardware(name, 1, **facts) for name, facts in GPUS.items()))
 _BY_NAME = {(hardware.gpu or "cpu").lower(): hardware for hardware in _NAMED}
 
 
@@ -111,11 +104,9 @@ def find_gpus(num_nodes: int = 1) -> Hardware:
             for pair in combinations(gpus, 2)
         )
     except pynvml.NVMLError as error:
-        raise GraftError(
-            f"{here}: NVIDIA's driver says {error}; vLLM is a CUDA build: is the driver there? "
-            "With --dry-run, --gpu NAME --count N name GPUs that are elsewhere; --profile none "
-            "serves without looking"
-        ) from error
+        found = f"NVIDIA's driver says {error}; vLLM is a CUDA build: is the driver there?"
+        cure = "With --dry-run, --gpu NAME --count N name others; --profile none does not look"
+        raise GraftError(f"{here}: {found} {cure}") from error
     machines = (len(gpus) * num_nodes, memory_bytes, has_nvlink, num_nodes)
     return Hardware(names[0], *machines, known.unified_memory, capability)
 
@@ -167,10 +158,7 @@ def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
 
 
 def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -> dict[str, int]:
-    """Return config key -> unit of what ranks cannot share; `group` inputs share experts' scales.
-
-    Without it, raises GraftError for a section that cannot be read; `config` has been checked.
-    """
+    """Return config key -> unit of what ranks cannot share; `group` is by the config by default."""
     if group is None and config.get("quantization_config"):
         group = read_quantization(config).group_size(range(config["num_hidden_layers"] + 1))
     group = max(1, group or 1)

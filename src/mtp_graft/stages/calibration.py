@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from pydantic_core import from_json
 
 from mtp_graft.checkpoint.files import fetched
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving.client import Prompt, ServerClient
 
 logger = logging.getLogger(__name__)
@@ -33,9 +33,7 @@ class _Turn(BaseModel):
 
 
 class _Row(BaseModel):
-    id: Annotated[
-        str, Field(validation_alias=AliasChoices("prompt_id", "id"), coerce_numbers_to_str=True)
-    ]
+    id: str = Field(validation_alias=AliasChoices("prompt_id", "id"), coerce_numbers_to_str=True)
     text: str | None = None
     messages: list[_Turn] | None = None
 
@@ -61,9 +59,9 @@ def take_fitting(
         token_ids = tuple(client.encode(prompt))
         if len(token_ids) > max_tokens:
             dropped[prompt.id] = token_ids
-            continue
-        taken[prompt.id] = token_ids
-        left -= len(token_ids) + new_tokens
+        else:
+            taken[prompt.id] = token_ids
+            left -= len(token_ids) + new_tokens
     names = ", ".join(f"{name} ({len(token_ids)})" for name, token_ids in dropped.items())
     too_long = f"with more than {max_tokens} tokens, left out: {names or 'none'}"
     if len(taken) < count and left > 0:
@@ -89,21 +87,16 @@ def iterate_prompts(source: str) -> Iterator[Prompt]:
     everything up to its last user turn is the prompt; one that was there before is left out. Raises
     GraftError for a source that cannot be read, a row that is no prompt and an id that comes twice.
     """
-    if source.startswith(HUB):
-        rows = _hub_rows(source)
-    else:
-        path = Path(source)
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    read = _parquet_rows if source.endswith(".parquet") else _json_rows
+    rows = _hub_rows(source) if source.startswith(HUB) else read(Path(source))
     seen: set[str] = set()
     asked: set[int] = set()  # hashes
     for number, row in rows:
-        where = f"{source}:{number}"
-        prompt = _parse(row, where)
+        prompt = _parse(row, f"{source}:{number}")
         if prompt.id in seen:
-            raise GraftError(f"{where}: id {prompt.id!r} comes twice")
+            raise GraftError(f"{source}:{number}: id {prompt.id!r} comes twice")
         seen.add(prompt.id)
-        content = hash(str(prompt.content))
-        if content not in asked:
+        if (content := hash(str(prompt.content))) not in asked:
             asked.add(content)
             yield prompt
     if not seen:
@@ -116,29 +109,21 @@ Rows = Iterator[tuple[int, Any]]  # numbered from 1
 def _json_rows(path: Path) -> Rows:
     if path.exists() and not path.is_file():  # a device or a pipe may never end
         raise GraftError(f"{path}: not a file; expected prompts")
-    try:
+    with translated(f"{path}: not readable", OSError, ValueError, then="; expected prompts"):
         lines = fetched(path.read_bytes()).decode().split("\n")
-    except (OSError, ValueError) as error:
-        raise GraftError(f"{path}: not readable ({in_words(error)}); expected prompts") from error
     for number, line in enumerate(lines, start=1):
-        try:
+        with translated(f"{path}:{number}: not JSON", ValueError):
             if line.strip():
                 yield number, from_json(line)
-        except ValueError as error:
-            raise GraftError(f"{path}:{number}: not JSON ({error})") from error
 
 
 def _parquet_rows(path: Path) -> Rows:
-    try:
+    missing = f"{path}: pyarrow is not installed; pip install pyarrow, or name a JSON Lines file"
+    with translated(missing, ImportError):
         arrow, parquet = map(import_module, ("pyarrow", "pyarrow.parquet"))
-    except ImportError as error:
-        cure = "pip install pyarrow, or name a JSON Lines file"
-        raise GraftError(f"{path}: pyarrow is not installed; {cure}") from error
-    try:
+    with translated(f"{path}: not a readable Parquet file", arrow.ArrowException, OSError):
         batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except (arrow.ArrowException, OSError) as error:
-        raise GraftError(f"{path}: not a readable Parquet file ({error})") from error
 
 
 def _hub_rows(source: str) -> Rows:
@@ -163,10 +148,8 @@ def _hub_rows(source: str) -> Rows:
 
 
 def _parse(row: Any, where: str) -> Prompt:
-    try:
+    with translated(f"{where}: not a prompt", ValidationError, then=f"; {_EXPECTED}"):
         found = _Row.model_validate(row)
-    except ValidationError as error:
-        raise GraftError(f"{where}: not a prompt ({in_words(error)}); {_EXPECTED}") from error
     turns = [turn.model_dump() for turn in found.messages or ()]
     while turns and turns[-1]["role"] != "user":
         turns.pop()

@@ -27,7 +27,7 @@ from mtp_graft.checkpoint import manifest
 from mtp_graft.checkpoint.capture import CapturedSequence, FinishedText, read_sequences, read_texts
 from mtp_graft.checkpoint.files import read_object, write_json
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.recipe import CaptureSection
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import CPU_STEP, ServeOptions, find_vllm
@@ -37,8 +37,6 @@ from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progre
 
 #: How long the server may take to write what it computed.
 WRITE_TIMEOUT_S = 60.0
-
-
 _Texts = list[FinishedText]
 
 
@@ -69,10 +67,8 @@ def with_taps(settings: CaptureSection, upstream: Path) -> CaptureSection:
     config = read_object(path, "a config") if path.exists() else {}
     if settings.taps is not None or key not in config:
         return settings
-    try:
+    with translated(f"{path}: {key} is {config[key]!r}", ValidationError):
         return replace(settings, taps=config[key])
-    except ValidationError as error:
-        raise GraftError(f"{path}: {key} is {config[key]!r} ({in_words(error)})") from error
 
 
 def step_tokens(max_model_len: int) -> int:
@@ -93,9 +89,8 @@ def capture(
     `serving` gives a server started with `recording_options` that gets no other requests; it is
     not entered if the capture is finished. What an earlier, killed call finished is not done again.
     Of the result, `dropped` are prompts that are too long, and the speed is null where no text was
-    missing. Raises GraftError if the server fails (with the reason from its `log`) or does
-    not record, for too few prompts that are short enough, and if `out` was begun with another base,
-    other prompts or other settings.
+    missing. Raises GraftError if the server fails (with the reason from its `log`) or does not
+    record, for too few short prompts, and if `out` was begun with other inputs or settings.
     """
     if (finished := _finished(base, out, settings)) is not None:
         return finished
@@ -104,8 +99,7 @@ def capture(
         asked, dropped = _choose(client, settings)
         generate_tok_s = _generate(client, out, settings, asked, report)
         _record(client, out, settings, report)
-    sequences = read_sequences(out)
-    seconds = time.perf_counter() - started
+    sequences, seconds = read_sequences(out), time.perf_counter() - started
     result = {
         "sequences": len(sequences),
         "tokens": sum(s.tokens for s in sequences),
@@ -131,10 +125,8 @@ def wanted_prompts(settings: CaptureSection) -> dict[str, tuple[str, int]]:
 
 def prompts_by_source(settings: CaptureSection) -> Counter[str]:
     """Return source -> how many prompts are wanted of it; splits of one source share none."""
-    totals: Counter[str] = Counter()
-    for source, count in wanted_prompts(settings).values():
-        totals[source] += count
-    return totals
+    wanted = wanted_prompts(settings).values()
+    return sum((Counter({source: count}) for source, count in wanted), Counter[str]())
 
 
 def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any] | None:
@@ -142,16 +134,14 @@ def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any]
     totals = prompts_by_source(settings)
     prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
     asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
-    files = [base / "config.json", base / INDEX_NAME]
-    files += [base / shard for shard in sorted(set(read_index(base).values()))]
-    words = [*base.glob("tokenizer*"), *base.glob("chat_template*")]
-    files += sorted(path for path in words if path.is_file())
+    files = [base / name for name in ("config.json", INDEX_NAME, *set(read_index(base).values()))]
+    words = (*base.glob("tokenizer*"), *base.glob("chat_template*"))
+    files += [path for path in words if path.is_file()]
     keys = ("max_prompt_tokens", "new_tokens", "calibration_tokens")
     decisive: dict[str, Any] = {key: getattr(settings, key) for key in keys}
     decisive["taps"] = settings.taps or None  # null, as in captures from before there were any
     decisive["prompts"] = sha256(asked.encode()).hexdigest()
-    decisive["base"] = manifest.fingerprints(files)
-    manifest.claim_folder(out, decisive)
+    manifest.claim_folder(out, decisive | {"base": manifest.fingerprints(sorted(files))})
     (out / capture_files.RECORDINGS).mkdir(exist_ok=True)
     (out / capture_files.SWITCH_NAME).unlink(missing_ok=True)  # of a call that was killed
     finished = manifest.finished_result(out, REPORT_NAME)
@@ -170,10 +160,7 @@ def _explained(client: ServerClient, log: Path | None) -> Iterator[None]:
 
 
 def _choose(client: ServerClient, settings: CaptureSection) -> tuple[_Texts, list[dict[str, Any]]]:
-    """Return the prompts to continue, and `id`, `split` and `tokens` of those that are too long.
-
-    Every call makes the same choice. Raises GraftError for a source that has too few others.
-    """
+    """Return the prompts to continue, the same in every call, and which others are too long."""
     wanted = wanted_prompts(settings)
     sources = {source: iterate_prompts(source) for source, _ in wanted.values()}
     asked, dropped = _Texts(), list[dict[str, Any]]()
@@ -200,8 +187,7 @@ def _generate(
     report("capture: generate", len(done), len(asked))
     started, tokens = time.perf_counter(), 0
     with ThreadPool(settings.concurrency) as pool:  # whose threads do not keep Ctrl-C waiting
-        continued = pool.imap_unordered(finish, missing)
-        for finished, text in enumerate(continued, start=len(done) + 1):
+        for finished, text in enumerate(pool.imap_unordered(finish, missing), start=len(done) + 1):
             capture_files.append_row(out, text)
             tokens += len(text.continuation)
             report("capture: generate", finished, len(asked))
@@ -225,9 +211,6 @@ def _record(client: ServerClient, out: Path, settings: CaptureSection, report: P
     _remove_strays(out)
 
 
-# Recordings while they come: the switch that the server looks at, and what it has written
-
-
 @contextmanager
 def _recording(out: Path) -> Iterator[None]:
     """Let the server record in the block, at whose ends it has no requests."""
@@ -249,10 +232,7 @@ def _remove_strays(out: Path) -> None:
 
 
 def _collect(out: Path, texts: _Texts) -> None:
-    """Find `texts`, which have been sent, in new recordings, and enter them in the index.
-
-    Raises _NotWritten if the server could not write one, GraftError after WRITE_TIMEOUT_S of none.
-    """
+    """Find `texts`, which have been sent, in new recordings, and enter them in the index."""
     missing, seen = [*texts], {sequence.recording for sequence in read_sequences(out)}
     folder, deadline = out / capture_files.RECORDINGS, time.monotonic() + WRITE_TIMEOUT_S
     while missing:
@@ -266,10 +246,9 @@ def _collect(out: Path, texts: _Texts) -> None:
         if new:
             deadline = time.monotonic() + WRITE_TIMEOUT_S
         elif time.monotonic() > deadline:
-            first, num = missing[0].id, len(missing)
-            found = f"{folder}: prompt {first!r} ({num} in all) was sent, but is in no recording"
-            how = "without prefix caching and chunked prefill; its log may say more"
-            raise GraftError(f"{found}; expected a server that records into this folder, {how}")
+            found = f"prompt {missing[0].id!r} ({len(missing)} in all), sent, is in no recording"
+            expected = "expected a server that records here, without prefix caching or chunks"
+            raise GraftError(f"{folder}: {found}; {expected}; its log may say more")
         else:
             time.sleep(0.01)
 
@@ -280,8 +259,7 @@ def _enter(out: Path, name: str, missing: _Texts) -> None:
         recording = shard.read(("token_ids", "starts"))
     token_ids = tuple(recording["token_ids"].tolist())
     for start, end in pairwise([*recording["starts"].tolist(), len(token_ids)]):
-        # Equal prompts have equal sequences: each recorded copy stands for one of them. What is
-        # none of them is another client's request, or ours for the second time.
+        # Of equal prompts each copy stands for one; what is none is another's, or ours again.
         if text := next((t for t in missing if t.token_ids == token_ids[start:end]), None):
             missing.remove(text)
             about = text.number, text.id, text.split, len(text.prompt)

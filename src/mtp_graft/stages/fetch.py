@@ -1,9 +1,8 @@
 """Fetch: a checkpoint by its folder or its hub id, as a folder to read from.
 
-Of a base, all shards are fetched; of the upstream master only those that hold the head, one of 46
-for DeepSeek-V4-Flash; of a repository with a head that somebody spliced, only that head. What is
-fetched is a snapshot in the hub's own cache: with all files there no network is needed, whether a
-commit or a branch is named.
+Of a base, all shards are fetched; of the upstream master those that hold the head, one of 46 for
+DeepSeek-V4-Flash; of a head that somebody spliced, that alone. They are a snapshot in the hub's own
+cache: with all files there no network is needed, whether a commit or a branch is named.
 """
 
 import json
@@ -38,8 +37,7 @@ from mtp_graft.stages.inputs import REPORT_NAME, Progress
 
 logger = logging.getLogger(__name__)
 
-#: Whatever asking the hub can raise: its client's own base class (requests', httpx' or httpx2', by
-#: the version), and RuntimeError of hf_xet.
+#: Whatever asking the hub can raise: its client's base class, and RuntimeError of hf_xet.
 HUB_ERRORS: tuple[type[Exception], ...] = (
     errors.HTTPError,  # type: ignore[attr-defined]
     errors.SafetensorsParsingError,
@@ -98,25 +96,21 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     """
     if (known := already_fetched(out, model)) is not None:
         return known
-    sources = survey(model)
+    base, upstream = sources = survey(model)
     folders = FetchedModels(*download(sources, report))
     out.mkdir(parents=True, exist_ok=True)
-    found = {"base": str(folders.base), "upstream": str(folders.upstream)}
-    commits = {"base_commit": sources[0].commit, "upstream_commit": sources[1].commit}
-    write_json({**found, **commits, "model": asdict(model)}, out / REPORT_NAME)
+    found = {"base": str(folders.base), "upstream": str(folders.upstream), "model": asdict(model)}
+    commits = {"base_commit": base.commit, "upstream_commit": upstream.commit}
+    write_json(found | commits, out / REPORT_NAME)
     return folders
 
 
 def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
     """Return the folders of an earlier call for the same model, if they are still there."""
-    found = read_result(out / REPORT_NAME)
-    if found is None or found["model"] != asdict(model):
+    if (found := read_result(out / REPORT_NAME)) is None or found["model"] != asdict(model):
         return None
     folders = FetchedModels(Path(found["base"]), Path(found["upstream"]))
     return folders if all(folder.is_dir() for folder in folders) else None
-
-
-# What is needed
 
 
 def survey(model: ModelSection) -> tuple[Source, Source]:
@@ -188,8 +182,7 @@ def headers_of(source: Source) -> Iterator[Path]:
         try:
             yield folder
         except GraftError as error:
-            said = str(error).replace(str(folder), source.given)
-            raise type(error)(said) from error
+            raise type(error)(str(error).replace(str(folder), source.given)) from error
 
 
 def _write_header(source: Source, folder: Path, shard: str) -> None:
@@ -201,9 +194,6 @@ def _write_header(source: Source, folder: Path, shard: str) -> None:
     (folder / shard).write_bytes(len(text).to_bytes(8, "little") + text)
     end = max((info.data_offsets[1] for info in found.tensors.values()), default=0)
     os.truncate(folder / shard, 8 + len(text) + end)  # a hole, which takes no disk
-
-
-# Downloading
 
 
 def download(sources: Sequence[Source], report: Progress) -> list[Path]:

@@ -4,8 +4,7 @@
     quantized    the routed experts, which stay as they will be served
     -> upstream/ the head as a master has it, its dense part trained
 
-What is judged is the accepted length on the evaluation texts, as `score` counts it. Training goes
-on where a killed run stopped.
+Judged is the accepted length, as `score` counts it. A killed run's training goes on.
 """
 
 import time
@@ -59,14 +58,12 @@ def heal(
     settings: HealSection,
     report: Progress,
 ) -> dict[str, Any]:
-    """Train the head, write it to `out/upstream`, and return the report.
+    """Train the head, write it to `out/upstream`, and return the report; GraftError as `score`.
 
     What `splice` will store in FP8, of `variant` and `linears`, is rounded while it is trained.
-
     `kept` says whether the accepted length of `settings.k` drafts rose beyond its 95 % interval
     (texts resampled, in pairs) while the first draft's acceptance fell by half a point at most.
     `before` and `after` have `by_position`, `length` and its `interval`, `curve` the same by step.
-    Raises GraftError as `score` does.
     """
     started, device = time.perf_counter(), find_device(settings.device)
     models = capture, upstream, base
@@ -106,9 +103,6 @@ def _open(capture: Path, upstream: Path, base: Path, split: str, k: int) -> Inpu
         found = f"no text of split {split!r} has more than {k} tokens after its prompt"
         raise GraftError(f"{capture}: {found}; capture more, or longer ones")
     return replace(inputs, sequences=texts)
-
-
-# Training
 
 
 def _train(
@@ -195,14 +189,11 @@ def _precision(device: torch.device) -> AbstractContextManager[Any]:
 
 def _read_batch(inputs: Inputs, chosen: Sequence[CapturedSequence], embed: Tensor) -> Batch:
     recorded = [inputs.read_sequence(each, str(embed.device)) for each in chosen]
-    lengths = torch.tensor([len(each.token_ids) for each in recorded], device=embed.device)
-    embeds = [embed[each.token_ids.to(embed.device)] for each in recorded]
-    residual = pad_sequence([each.residual for each in recorded], batch_first=True)
     token_ids = [each.token_ids for each in recorded]
+    lengths = torch.tensor([*map(len, token_ids)], device=embed.device)
+    embeds = [embed[ids.to(embed.device)] for ids in token_ids]
+    residual = pad_sequence([each.residual for each in recorded], batch_first=True)
     return Batch(residual, pad_sequence(embeds, batch_first=True), lengths, token_ids)
-
-
-# Judging
 
 
 def _evaluate(
@@ -210,8 +201,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Return `length`, `by_position`, and of each of the `texts` its tokens and steps.
 
-    `first` is the share of all places at which the first draft is right: unlike `by_position`,
-    which has those at which a step begins, it compares two heads at the same places.
+    `first` is the share of all places at which the first draft is right: it compares heads at the
+    same places, unlike `by_position`, which has those at which a step begins.
     """
     texts: list[list[Step]] = []
     firsts: list[bool] = []
@@ -259,9 +250,6 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "gain": [float(low), float(high)],
         "curve": [{k: v for k, v in point.items() if k != "texts"} for point in curve],
     }
-
-
-# What comes out
 
 
 def _write_master(

@@ -24,7 +24,7 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, load_tensors, read_in
 from mtp_graft.dsv4.config import DSparkDimensions, check_dimensions, num_stages
 from mtp_graft.dsv4.names import HEAD_COPIES, find_drafter, head_shapes, storage_dtype
 from mtp_graft.dsv4.variants import decode_head, store_head
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.recipe import Variant
 from mtp_graft.serving.command import read_config
 
@@ -94,10 +94,7 @@ class Values(UserDict[str, Any]):
 
 
 def read_master(upstream: Path) -> Tensors:
-    """Return the drafter in an upstream master, by name in order, without copies of the target's.
-
-    Raises GraftError for one without, or with a broken shard.
-    """
+    """Return an upstream master's drafter without copies of the target's; GraftError if none."""
     shards = read_index(upstream, "mtp.")
     right = {name: _SCALE.sub(".scale", _BIAS.sub(".gate.bias", name)) for name in shards}
     stored = {name if new in shards else new: name for name, new in right.items()}
@@ -131,29 +128,12 @@ def check_head(upstream: Path, head: Tensors, config: Json, group_size: int = 12
     if wrong:
         ours, theirs = (list(each.get(wrong[0], ())) or "none" for each in (found, expected))
         said = f"{wrong[0]} is {ours}, expected {theirs} by the base's config.json"
-        num = f"{len(wrong)} of the head's {len(expected)} tensors differ"
         why = "base and upstream are different models, or a shard is damaged: fetch it again"
-        raise GraftError(f"{upstream}: {said} ({num}); {why}")
+        raise GraftError(f"{upstream}: {said} ({len(wrong)} of the {len(expected)} differ); {why}")
     for name, tensor in head.meta.items():
         right = storage_dtype(name)
         if tensor.dtype == torch.float16 or tensor.dtype != right == torch.float32:
             raise GraftError(f"{upstream}: {name} is {tensor.dtype}, expected {right}")
-
-
-def read_base(base: Path, *needed: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a base's config.json and weight map.
-
-    Raises GraftError for what is no DeepSeek-V4 checkpoint, or lacks one of the `needed` [V, D].
-    """
-    weight_map, settings = read_index(base), read_config(base)
-    expected = [settings["vocab_size"], settings["hidden_size"]]
-    for name in needed:
-        if name not in weight_map:
-            raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
-        found = list(read_meta(base, name)[name].shape)
-        if found != expected:
-            raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
-    return settings, weight_map
 
 
 def expert_files(quantized: Path | None) -> list[Path]:
@@ -161,8 +141,7 @@ def expert_files(quantized: Path | None) -> list[Path]:
     files = sorted((quantized / GPTQ).glob("experts-*.safetensors")) if quantized else []
     if not files:
         where = quantized / GPTQ if quantized else "variant gptq"
-        cure = "run `mtp-graft quantize` first, or leave gptq out"
-        raise GraftError(f"{where}: no quantized experts; {cure}")
+        raise GraftError(f"{where}: no quantized experts; run `mtp-graft quantize`, or omit it")
     return files
 
 
@@ -179,19 +158,11 @@ class Inputs:
     sequences: list[CapturedSequence]
     files: list[Path]  # all that a stage's result depends on
 
-    @property
-    def block_size(self) -> int:
-        """Return how many rows a DSpark drafter was trained to draft in one pass."""
-        return int(self.model.dspark_block_size)
-
     def calibration_rows(self, sequence: CapturedSequence) -> int:
-        """Return how many inputs a sequence gives the experts of a stage.
-
-        A head reads all tokens with a successor; DSpark has a block of rows for each of the answer.
-        """
-        if not self.stages:
+        """Return how many inputs a sequence gives the experts of a stage."""
+        if not self.stages:  # a head, which reads all tokens with a successor
             return sequence.calibration_tokens
-        return self.block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
+        return self.model.dspark_block_size * max(0, sequence.tokens - 1 - sequence.prompt_tokens)
 
     def claim(self, out: Path, decisive: Json, *also: Path) -> dict[str, Any] | None:
         """Make `out` a stage's folder or raise GraftError; return its result if finished."""
@@ -211,8 +182,8 @@ class Inputs:
         pinned = device != "cpu"
         stored = [self.head.stored.get(name, name) for name in names]
         tensors = load_tensors(self.upstream, stored, pinned=pinned).values()
-        found = zip(names, tensors, strict=True)
-        return {name: tensor.to(device, non_blocking=pinned) for name, tensor in found}
+        on_device = (tensor.to(device, non_blocking=pinned) for tensor in tensors)
+        return dict(zip(names, on_device, strict=True))
 
     def store(self, variant: Variant, experts: Iterable[Path], **how: Any) -> dict[str, Tensor]:
         """Return `store_head` of all of upstream's head and of GPTQ's `experts` in some files."""
@@ -234,8 +205,7 @@ class Inputs:
         path = self.capture / capture_files.RECORDINGS / sequence.recording
         found = f"prompt {sequence.id!r} has hidden size {hidden} and token {largest}"
         expected = f"{model.hidden_size} and less than {model.vocab_size} by the base's config.json"
-        why = "capture and base are of different models"
-        raise GraftError(f"{path}: {found}, expected {expected}; {why}")
+        raise GraftError(f"{path}: {found}, expected {expected}; capture this base")
 
 
 def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: str) -> Inputs:
@@ -243,14 +213,18 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
     sequences = [s for s in read_sequences(capture) if s.split == split]
     from mtp_graft.dsv4.replay import model_config
 
-    (settings, base_map), head = read_base(base, *needed), read_master(upstream)
+    base_map, settings = read_index(base), read_config(base)
+    expected = [settings["vocab_size"], settings["hidden_size"]]
+    for name in needed:
+        if name not in base_map:
+            raise GraftError(f"{base}: its index lists no {name}; expected a whole checkpoint")
+        if (found := list(read_meta(base, name)[name].shape)) != expected:
+            raise GraftError(f"{base}: {name} is {found}, expected {expected} by its config.json")
+    head = read_master(upstream)
     settings |= drafter_config(upstream, head.meta)
     check_head(upstream, head, settings)
-    try:
+    with translated(f"{base / 'config.json'}: not DeepSeek-V4's", ValueError, KeyError, TypeError):
         model = model_config(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        expected = "expected a DeepSeek-V4 configuration"
-        raise GraftError(f"{base / 'config.json'}: {in_words(error)}; {expected}") from error
     files = [
         base / "config.json",
         capture / capture_files.INDEX_NAME,
@@ -258,5 +232,4 @@ def open_inputs(capture: Path, upstream: Path, base: Path, split: str, *needed: 
         *sorted(set(head.files.values())),
         *(base / shard for shard in sorted({base_map[name] for name in needed})),
     ]
-    stages = num_stages(settings)
-    return Inputs(capture, upstream, base, model, head, stages, sequences, files)
+    return Inputs(capture, upstream, base, model, head, num_stages(settings), sequences, files)

@@ -52,8 +52,8 @@ def read_ahead(
 def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
     """Yield a function that calls another one in a thread, up to `writers` calls at once.
 
-    It waits while as many calls are in work and another is waiting. All are done at the end, also
-    after an error; a call's own error is raised by a later call or at the end.
+    It waits while as many are in work and another is waiting. All are done at the end, also after
+    an error; a call's own error is raised by a later call or at the end.
     """
     with ThreadPoolExecutor(writers) as pool:
         pending: deque[Future[Any]] = deque()
@@ -70,13 +70,10 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
 
 @cache
 def gpus() -> Hardware | None:
-    """Return the GPUs that torch will see; None for its CPU build, or on a machine without any.
-
-    The driver is asked: a CUDA context in this process would take memory from what it starts.
-    Raises GraftError for a driver that does not work, and for GPUs of several kinds.
-    """
+    """Return the GPUs that torch will see, None without; GraftError as `find_gpus` raises it."""
     if torch.version.cuda is None or visible_devices() == []:
         return None
+    # The driver is asked: a CUDA context in this process would take memory from what it starts.
     import pynvml
 
     try:
@@ -105,10 +102,7 @@ def device_name() -> str:
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Let torch use one CPU thread inside, so that no byte depends on the number of cores.
-
-    The products of a small head gain little from more, and waiting for a busy core costs far more.
-    """
+    """Let torch use one CPU thread inside, so that no byte depends on the number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -122,8 +116,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        parts = ("replay", "hessian", "gptq", "pack", "errors", "io")
-        self.seconds = dict.fromkeys(parts, 0.0)
+        self.seconds = dict.fromkeys(("replay", "hessian", "gptq", "pack", "errors", "io"), 0.0)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -141,17 +134,13 @@ class Clock:
             torch.cuda.synchronize(self.device)
         self.seconds[part] += time.perf_counter() - started
 
-    def peak_gpu_bytes(self) -> int:
-        """Return the most GPU memory that this process had allocated since the clock began."""
-        return 0 if self.device == "cpu" else torch.cuda.max_memory_allocated(self.device)
-
 
 def run_in_process(work: Callable[..., Result], *arguments: Any, report: Progress) -> Result:
     """Return `work(*arguments, report)`, called in a new process that is gone afterwards.
 
-    The process ends with ours, by whatever ours ends (Ctrl-C, SIGKILL). A GraftError or OSError of
-    `work` is raised here; another exception is printed by the process. Raises GraftError if the
-    process ended without a result. To be called in the main thread.
+    The process ends with ours, however ours ends. A GraftError or OSError of `work` is raised here,
+    other exceptions are printed by the process, and GraftError is raised if it ended without a
+    result. To be called in the main thread.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -184,16 +173,14 @@ def run_in_process(work: Callable[..., Result], *arguments: Any, report: Progres
 
 
 def _child(sending: Connection, work: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        result = work(*arguments, lambda *step: sending.send(("progress", step)))
-        sending.send(("done", result))
+        sending.send(("done", work(*arguments, lambda *step: sending.send(("progress", step)))))
     except (GraftError, OSError) as error:
         sending.send(("failed", error))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

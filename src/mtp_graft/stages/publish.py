@@ -1,8 +1,7 @@
 """Publish: a run's checkpoint and its card, to a repository of the hub, with one commit.
 
-`create_commit` takes files from two folders without a copy of 146 GB. A large file that arrived is
-kept by the hub without a commit, so a call that is repeated sends what is missing: huggingface_hub
-asks by SHA-256 before it sends (with Xet, by chunk), and leaves out what the last commit has.
+`create_commit` takes files from two folders without a copy of 146 GB. Repeated, it sends what is
+missing: huggingface_hub asks by SHA-256 (with Xet, by chunk) what the hub has before it sends.
 """
 
 import json
@@ -17,14 +16,12 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object, visible_files
 from mtp_graft.checkpoint.quant_manifest import CARD_NAME, TRACE_NAME, Spliced, find_spliced
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.stages.fetch import HUB_ERRORS
 
 _MANIFESTS = (quant_manifest.MANIFEST_NAME, quant_manifest.MANIFEST_TEXT_NAME)
 #: How the names of a head's own files begin.
 _OF_HEAD = (quant_manifest.HEAD_SHARD, *_MANIFESTS, "LICENSE", "NOTICE")
-#: Path in the repository -> file, or content made here.
-Files = Mapping[str, Path | bytes]
 
 
 def publish(
@@ -34,77 +31,62 @@ def publish(
 
     `head_only` leaves out the base: others graft the head onto it. A dry run needs no network. A
     call that failed, or was killed, can be repeated. Raises GraftError for an id that the hub would
-    not take, without a passed verification, this checkpoint's card or a token, for a repository
-    that is public where a private one was asked for, and for whatever else ends the upload.
+    not take, without a passed verification, this checkpoint's card or a token, for a public
+    repository where a private one was asked for, and for whatever else ends the upload.
     """
-    try:
+    with translated(f"--repo {repo}: not an id", HFValidationError):
         validate_repo_id(repo)
-    except HFValidationError as error:
-        raise GraftError(f"--repo {repo}: {error}") from error
     if repo.count("/") != 1:
         raise GraftError(f"--repo {repo}: expected OWNER/NAME")
     files = find_files(run, repo, card, head_only=head_only)
-    listed: list[dict[str, Any]] = []
-    for name, file in files.items():
-        size = len(file) if isinstance(file, bytes) else file.stat().st_size
-        source = None if isinstance(file, bytes) else str(file)
-        listed.append({"path": name, "bytes": size, "from": source})
+    listed: list[dict[str, Any]] = [
+        {"path": name, "bytes": len(file), "from": None}
+        if isinstance(file, bytes)
+        else {"path": name, "bytes": file.stat().st_size, "from": str(file)}
+        for name, file in files.items()
+    ]
     total = sum(file["bytes"] for file in listed)
     result = {"repo": repo, "private": private, "files": listed, "total_bytes": total}
     return {**result, "dry_run": dry_run, **({} if dry_run else _upload(repo, private, files))}
 
 
-def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> Files:
-    """Return what to upload; the card's README.md takes the place of one from the base."""
+def find_files(run: Path, repo: str, card: Path, *, head_only: bool) -> dict[str, Path | bytes]:
+    """Return path -> file, or content; the card's README.md takes the place of the base's."""
     spliced = find_spliced(run)
-    _check_verified(run, spliced)
-    _check_card(card, spliced)
-    files: dict[str, Path | bytes] = {
-        name: path
-        for name, path in visible_files(spliced.folder).items()
-        if not head_only or name.startswith(_OF_HEAD)
-    }
+    _check(run, card, spliced)
+    files: dict[str, Path | bytes] = {**visible_files(spliced.folder)}
+    if head_only:
+        files = {name: files[name] for name in files if name.startswith(_OF_HEAD)}
     cards = [card / CARD_NAME, card / TRACE_NAME, *card.glob("*.png")]
     files |= {path.name: path for path in cards}
     if head_only:
-        files[CARD_NAME] = _head_card(card / CARD_NAME, repo)
+        page = ModelCard.load(card / CARD_NAME, ignore_metadata_errors=True)
+        what = "> This repository holds the MTP head alone. Put it on the base that this card names"
+        page.text = f"\n{what}:\n> `mtp-graft graft BASE {repo} OUT`\n\n{page.text.lstrip()}"
+        files[CARD_NAME] = str(page).encode()
     return dict(sorted(files.items()))
 
 
-def _head_card(card: Path, repo: str) -> bytes:
-    """Return the card with a paragraph that says what to do with a head alone."""
-    content = ModelCard.load(card, ignore_metadata_errors=True)
-    note = (
-        "> This repository holds the MTP head alone. Put it on its base, which is what this card "
-        f"describes without the head:\n> `mtp-graft graft BASE {repo} OUT`"
-    )
-    content.text = f"\n{note}\n\n{content.text.lstrip()}"
-    return str(content).encode()
-
-
-def _check_verified(run: Path, spliced: Spliced) -> None:
+def _check(run: Path, card: Path, spliced: Spliced) -> None:
+    """Raise GraftError unless the checkpoint is verified, and the card is about it."""
     path = run / "verify" / f"{spliced.variant}.json"
     found = read_object(path, "what verify found", "run `mtp-graft verify` first")
     if found.get("ok") is not True:
         raise GraftError(f"{path}: ok is {found.get('ok')}, expected true; splice and verify again")
     if not (run / "verify" / "manifest.json").exists():
         raise GraftError(f"{run / 'verify'}: not finished; run `mtp-graft verify` to its end")
-
-
-def _check_card(card: Path, spliced: Spliced) -> None:
     cure = "run `mtp-graft card` first"
     if not (card / CARD_NAME).is_file():
         raise GraftError(f"{card / CARD_NAME}: not found; {cure}")
     about = read_object(card / TRACE_NAME, "a card's data", cure).get("checkpoint")
     if about != (here := spliced.identity()):
-        found = f"is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}"
-        raise GraftError(f"{card}: {found}; run `mtp-graft card` again")
+        said = f"is about {json.dumps(about)}, the run's checkpoint is {json.dumps(here)}"
+        raise GraftError(f"{card}: {said}; run `mtp-graft card` again")
 
 
-def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
+def _upload(repo: str, private: bool, files: Mapping[str, Path | bytes]) -> dict[str, Any]:
     """Return `commit`, `url`, and whether the repository is `private`."""
-    token = get_token()
-    if token is None:
+    if (token := get_token()) is None:
         cure = "set HF_TOKEN, or log in with `hf auth login`; it needs to be allowed to write"
         raise GraftError(f"no token for the hub: {cure}")
     api = HfApi(token=token)
@@ -115,11 +97,9 @@ def _upload(repo: str, private: bool, files: Files) -> dict[str, Any]:
         if private and not is_private:
             found = "exists and is public, --private was asked for; nothing was uploaded"
             raise GraftError(f"{repo}: {found}: change it on the hub, or choose another --repo")
-        message = "Checkpoint and card, by mtp-graft publish"
-        commit = api.create_commit(repo, added, commit_message=message)
+        commit = api.create_commit(repo, added, commit_message="Checkpoint and card, by mtp-graft")
     except HUB_ERRORS as error:
-        said = " ".join(str(error).split())
-        cure = "check that HF_TOKEN may write there, and run the same command again"
-        found = f"the upload stopped ({said}); {cure}: what has arrived is not sent twice"
-        raise GraftError(f"{repo}: {found}") from error
+        found = f"the upload stopped ({' '.join(str(error).split())})"
+        cure = "check that HF_TOKEN may write there, and run again: nothing is sent twice"
+        raise GraftError(f"{repo}: {found}; {cure}") from error
     return {"commit": commit.oid, "url": f"{api.endpoint}/{repo}", "private": is_private}

@@ -1,15 +1,12 @@
 """Quantize: the head's routed experts to INT4 by GPTQ, calibrated on a capture.
 
-The data's way, from top to bottom:
-
     capture       every sequence's tokens and residual stream, as the base computed them
     replay        the head on them, without its experts: which tokens reach which
     Hessians      of each expert matrix's inputs; w2 has its own
     GPTQ          codes and scales under these Hessians, and every variant's error (`dsv4.experts`)
     files         gptq/experts-*.safetensors, report.json
 
-A batch of experts is the unit that a killed run keeps. Files are read ahead and written behind the
-computation.
+A batch of experts is what a killed run keeps. Files are read ahead and written behind.
 
 Shapes: T tokens of a sequence, N of all sequences, S hyper-connection streams, D hidden size,
 V vocabulary, K experts a token, E experts of a batch, M the experts' intermediate size.
@@ -19,6 +16,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby, product
@@ -44,8 +42,6 @@ from mtp_graft.stages.parallel import Clock
 
 #: Sequences, and batches of upstream's experts, that are read ahead.
 _SEQUENCES_AHEAD, _BATCHES_AHEAD = 8, 2
-#: Batches that are written at once: while one is synced, another can be copied.
-_WRITERS = 2
 #: Tokens of up to this size stay on a GPU: 786,000 of Flash, beside which 24 GiB have room.
 RESIDENT_BYTES = 6 * 2**30
 
@@ -61,7 +57,13 @@ def quantize(
     """
     started = time.perf_counter()
     with parallel.single_thread():
-        inputs = _open(capture, upstream, base, section)
+        inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
+        with inputs.head.named():  # whose experts' inputs the group size may not divide
+            store_head(inputs.head.meta, "rtn", group_size=section.group_size)
+        if not (sequences := [s for s in inputs.sequences if inputs.calibration_rows(s)]):
+            found = f"no captured sequences of split {CALIBRATION!r} with three tokens or more"
+            raise GraftError(f"{capture}: {found}; run `mtp-graft capture` first")
+        inputs = replace(inputs, sequences=sequences)
         clock = Clock(parallel.find_device(section.device))
         config = asdict(section) | {"device": clock.device}
         # Which heads there are is for the later stages to know.
@@ -99,11 +101,9 @@ class _Batch(NamedTuple):
 
     def is_done(self) -> bool:
         """Return whether the file is there and readable; one that is not, is made again."""
-        try:
-            with Shard(self.file):
-                return self.file.with_suffix(".json").exists()
-        except GraftError:
-            return False
+        with suppress(GraftError), Shard(self.file):
+            return self.file.with_suffix(".json").exists()
+        return False
 
 
 def _batches(inputs: Inputs, size: int, out: Path) -> list[_Batch]:
@@ -113,21 +113,6 @@ def _batches(inputs: Inputs, size: int, out: Path) -> list[_Batch]:
         name = f"experts-{f'{stage}-' if inputs.stages else ''}{first:04d}-{experts[-1]:04d}"
         found.append(_Batch(stage, experts, out / f"{name}.safetensors"))
     return found
-
-
-def _open(capture: Path, upstream: Path, base: Path, settings: QuantizeSection) -> Inputs:
-    """Check what can be checked before anything is computed."""
-    inputs = open_inputs(capture, upstream, base, CALIBRATION, "embed.weight")
-    with inputs.head.named():
-        store_head(inputs.head.meta, "rtn", group_size=settings.group_size)  # or it does not divide
-    sequences = [s for s in inputs.sequences if inputs.calibration_rows(s)]
-    if not sequences:
-        found = f"no captured sequences of split {CALIBRATION!r} with three tokens or more"
-        raise GraftError(f"{capture}: {found}; run `mtp-graft capture` first")
-    return replace(inputs, sequences=sequences)
-
-
-# Replay
 
 
 def replay_capture(
@@ -140,8 +125,7 @@ def replay_capture(
     """
     model, sequences = inputs.model, inputs.sequences
     num_tokens = sum(map(inputs.calibration_rows, sequences))
-    fits = 2 * num_tokens * model.hidden_size <= RESIDENT_BYTES
-    device = clock.device if fits else "cpu"
+    device = clock.device if 2 * num_tokens * model.hidden_size <= RESIDENT_BYTES else "cpu"
     x = torch.empty(num_tokens, model.hidden_size, dtype=torch.bfloat16, device=device)  # [N, D]
     shape = (num_tokens, model.num_experts_per_tok)
     experts = torch.empty(shape, dtype=torch.int32, device=device)  # [N, K]
@@ -180,8 +164,7 @@ def _load_drafter(
             return replay_routing(head, recorded.residual[:known], embeds)
 
         return route
-    made = inputs.model, decoded, inputs.stages
-    drafter = build_dspark(*made, recorded=stage, device=device)
+    drafter = build_dspark(inputs.model, decoded, inputs.stages, recorded=stage, device=device)
     views = head_from_module(drafter.state_dict(), inputs.stages)
     for file in quantized:
         with Shard(file) as shard:
@@ -191,12 +174,9 @@ def _load_drafter(
     def route_blocks(sequence: CapturedSequence, recorded: Recorded) -> _Routed:
         assert recorded.taps is not None
         given = recorded.taps, recorded.token_ids, embed, sequence.prompt_tokens
-        return replay_block_routing(drafter, *given, inputs.block_size)
+        return replay_block_routing(drafter, *given, inputs.model.dspark_block_size)
 
     return route_blocks
-
-
-# Hessians, GPTQ, errors: a batch of experts at a time
 
 
 def _quantize(work: _Work, batches: Sequence[_Batch], pending: Sequence[_Batch]) -> None:
@@ -213,7 +193,7 @@ def _quantize(work: _Work, batches: Sequence[_Batch], pending: Sequence[_Batch])
     # The first experts come in while the sequences are replayed.
     with (
         parallel.read_ahead(read, pending, _BATCHES_AHEAD) as upstream,
-        parallel.write_behind(_WRITERS) as write,
+        parallel.write_behind(2) as write,  # while one batch is synced, another can be copied
     ):
         before = [batch.file for batch in batches if batch.stage < stage]
         routed = replay_capture(inputs, clock, report, stage, before)
@@ -262,9 +242,6 @@ def _save_batch(packed: Mapping[str, Tensor], known: Mapping[str, Any], path: Pa
     save_shard(on_host, path)  # last: where the experts are, the batch is complete
 
 
-# The report
-
-
 def _report(work: _Work, batches: Sequence[_Batch]) -> dict[str, Any]:
     """Return the stage's result, from what is known of every batch."""
     inputs, settings, clock, _ = work
@@ -286,7 +263,7 @@ def _report(work: _Work, batches: Sequence[_Batch]) -> dict[str, Any]:
         "rel_errors": errors,
         "experts_without_tokens": [e for e, count in enumerate(counts) if count == 0],
         "seconds": clock.seconds,
-        "peak_gpu_bytes": clock.peak_gpu_bytes(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),  # 0 where CUDA is not in use
         "peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         **{k: getattr(settings, k) for k in ("damp", "damping", "group_size", "scale")},
         "calibration_tokens": sum(map(inputs.calibration_rows, inputs.sequences)),

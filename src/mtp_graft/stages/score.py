@@ -41,15 +41,19 @@ def score(
 ) -> dict[str, Any]:
     """Write the acceptance of each of the `heads.variants` to `out/report.json` and return it.
 
-    A finished variant is not scored again. Raises GraftError for inputs that do not fit each
-    other, a capture that leaves nothing to draft, and if `out` is of another configuration.
+    Raises GraftError for inputs that do not fit each other, a capture that leaves nothing to draft,
+    and if `out` is of another configuration. A finished variant is not scored again.
 
     Of a variant, `top1` is the acceptance of single drafts (`accepted` of `tokens`, and for each of
     the `sequences`); `by_position` and `length` are those of `settings.k` drafts a step, each
     position given that those before it were accepted; `by_k` has all fewer, as a server counts.
     """
     started, device = time.perf_counter(), find_device(settings.device)
-    inputs = _open(capture, upstream, base)
+    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
+    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
+        found = f"nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} sequences)"
+        expected = "expected sequences with at least two tokens after the prompt"
+        raise GraftError(f"{capture}: {found}; {expected}")
     experts = expert_files(quantized) if "gptq" in heads.variants else []
     decisive = {"variants": list(heads.variants), "group_size": heads.group_size}
     decisive |= {"device": device, "k": settings.k}
@@ -67,15 +71,6 @@ def score(
     result = {"acceptance": acceptance, "split": EVALUATION}
     inputs.finish(out, "score", decisive, result, time.perf_counter() - started)
     return result
-
-
-def _open(capture: Path, upstream: Path, base: Path) -> Inputs:
-    inputs = open_inputs(capture, upstream, base, EVALUATION, "embed.weight", "head.weight")
-    if not any(s.tokens >= s.prompt_tokens + 2 for s in inputs.sequences):
-        found = f"nothing to draft in split {EVALUATION!r} ({len(inputs.sequences)} sequences)"
-        expected = "expected sequences with at least two tokens after the prompt"
-        raise GraftError(f"{capture}: {found}; {expected}")
-    return inputs
 
 
 @single_thread()
@@ -138,10 +133,9 @@ def _drafts(
 def draft_steps(drafts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Iterator[Step]:
     """Yield the steps in which a server drafts and verifies a greedy continuation.
 
-    `continuation` are the tokens after the prompt. The first of them comes with the prompt and
-    cannot be drafted; `drafts[i]` are the head's guesses at `continuation[i + 1]` and those after
-    it, made when `continuation[i]` is the newest token. Drafts past the end do not count. A step
-    gives its accepted drafts and the base's own next token.
+    `continuation` are the tokens after the prompt, the first of which cannot be drafted;
+    `drafts[i]` has guesses at those from `continuation[i + 1]` on; past the end they do not count.
+    A step gives its accepted drafts and the base's own next token.
     """
     i = 0
     while following := continuation[i + 1 :]:

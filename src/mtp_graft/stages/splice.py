@@ -4,8 +4,8 @@
     plan_splice   headers of base, head and quantized experts, checked against each other
     splice        the base's files hard-linked, the head in one new shard, manifest, config, index
 
-The base is never written to. Everything is put together in a temporary folder that gets its name
-when it is complete: a killed splice leaves only that folder, which the next one removes.
+The base is never written to. A temporary folder gets its name when it is complete; a killed splice
+leaves only that, which the next one removes.
 """
 
 import errno
@@ -73,13 +73,11 @@ def splice(
 
     `rtn` rounds the routed experts to INT4, `gptq` takes them from the quantize stage's folder
     `quantized`, `mxfp4` (the default) keeps their codes, `bf16` decodes them (exact). `linears`
-    says which FP8 linears keep their codes (`dsv4.variants.Linears`; exact either way). Where
-    `upstream` is a folder with a head that was spliced before, that head is taken as it is.
-    Memory holds one module at a time.
+    says which FP8 linears keep their codes (exact either way). A head in `upstream` that was
+    spliced before is taken as it is. Memory holds one module at a time.
 
     An `out` that the same inputs gave is left as it is. Raises GraftError, leaving nothing behind,
-    for inputs that are broken or do not fit each other, for another `out` that exists, and for a
-    full disk.
+    for inputs that do not fit each other, another `out` that exists, and a full disk.
     """
     check_out(out, base, upstream)
     plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
@@ -87,8 +85,7 @@ def splice(
     if out.exists():
         path = out / quant_manifest.MANIFEST_NAME
         if not path.is_file() or files.read_object(path, "a manifest", f"remove {out}") != manifest:
-            found = "already exists, and not from these inputs"
-            raise GraftError(f"{out}: {found}; remove it or choose another")
+            raise GraftError(f"{out}: already exists, and not from these inputs; choose another")
         shards.read_meta(out, complete=True)
         return plan
     with files.new_folder(out) as folder:
@@ -108,9 +105,6 @@ def check_out(out: Path, *inputs: Path) -> None:
         raise GraftError(f"{out}: is in {above[0]}; choose another folder")
 
 
-# What a splice starts from
-
-
 def open_base(folder: Path) -> Checkpoint:
     """Read config, index and headers; raises GraftError for what is no base without a head."""
     expect_format(folder, "base")
@@ -119,8 +113,8 @@ def open_base(folder: Path) -> Checkpoint:
         raise GraftError(f"{folder}: is {base.foreign_format}; expected a W4A16-FP8 checkpoint")
     for shard, why in base.unreadable.items():
         raise GraftError(f"{folder / shard}: {why}")
-    if already := next((name for name in base.read_as if name.startswith("mtp.")), None):
-        raise GraftError(f"{folder}: already has a head ({already}, ...); expected none")
+    if any(name.startswith("mtp.") for name in base.read_as):
+        raise GraftError(f"{folder}: already has a head (tensors mtp.*); expected none")
     if base.formats.get("layers.0.attn.wq_b") == "plain":
         raise GraftError(f"{folder}: its attention is not quantized; expected FP8: W4A16-FP8")
     if isinstance(base.quantization, GraftError):
@@ -135,12 +129,9 @@ def plan_splice(
     linears: Linears = "base",
     quantized: Path | None = None,
 ) -> SplicePlan:
-    """Return what a splice of these inputs writes; raises GraftError where they do not fit.
-
-    Reads headers and no values. A head that was spliced before says itself what it is.
-    """
+    """Return what a splice of these inputs writes, by headers; GraftError where they do not fit."""
     given, experts = None, Tensors()
-    if (upstream / quant_manifest.MANIFEST_NAME).is_file():
+    if (upstream / quant_manifest.MANIFEST_NAME).is_file():  # spliced before: it says what it is
         given = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
         variant, linears = _describe(upstream, given, head.meta, variant)
@@ -149,9 +140,9 @@ def plan_splice(
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    drafter, is_int4 = drafter_config(upstream, head.meta), variant in ("rtn", "gptq")
-    config = config_with_head(base.config, drafter, variant, linears)
+    config = config_with_head(base.config, drafter_config(upstream, head.meta), variant, linears)
     quantization = read_quantization(config, base.folder / "config.json")
+    is_int4 = variant in ("rtn", "gptq")
     group_size = quantization.group_size([base.num_layers], "int4") if is_int4 else 128
     if group_size < 0:
         found = f"its INT4 experts have a scale a channel, which {variant} does not make"
@@ -173,12 +164,11 @@ def _describe(
     folder: Path, manifest: Manifest, head: Mapping[str, Tensor], wanted: str | None
 ) -> tuple[Variant, Linears]:
     """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
-    num_tensors, num_bytes = manifest["tensors"], manifest["bytes"]
-    size = sum(tensor.nbytes for tensor in head.values())
-    if (len(head), size) != (num_tensors, num_bytes):
-        found = f"has {len(head)} tensors of {size:,} bytes"
-        expected = f"{num_tensors} of {num_bytes:,} by {quant_manifest.MANIFEST_NAME}"
-        raise GraftError(f"{folder / HEAD_SHARD}: {found}, expected {expected}; fetch it again")
+    expected, size = manifest["tensors"], sum(tensor.nbytes for tensor in head.values())
+    if (len(head), size) != (expected, manifest["bytes"]):
+        found = f"{folder / HEAD_SHARD}: has {len(head)} tensors of {size:,} bytes, expected"
+        named = f"{expected} of {manifest['bytes']:,} by {quant_manifest.MANIFEST_NAME}"
+        raise GraftError(f"{found} {named}; fetch it again")
     variant: Variant = manifest["variant"]
     if wanted not in (None, variant):
         found = f"is a {variant} head, which is taken as it is; {wanted} was asked for"
@@ -212,15 +202,10 @@ def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str
         if not (errors := [each for each in found if each.severity == "error"]):
             return
     first, *others = errors
+    said = f"{first.where}: {first.found}; expected {first.expected}: {first.why}; {first.cure}"
     more = f" (also: {', '.join(each.id for each in others)})" if others else ""
     what, cure = (", with a head", ", or take another head") if layout else ("", "")
-    raise GraftError(
-        f"{base.folder}{what}: {first.where}: {first.found}; expected {first.expected}: "
-        f"{first.why}; {first.cure}{cure}{more}"
-    )
-
-
-# The manifest, which says whether an `out` is of the same inputs
+    raise GraftError(f"{base.folder}{what}: {said}{cure}{more}")
 
 
 def _manifest(plan: SplicePlan) -> Manifest:
@@ -241,9 +226,6 @@ def _manifest(plan: SplicePlan) -> Manifest:
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
     said = plan.variant, plan.linears, plan.config, plan.report, provenance
     return quant_manifest.manifest(*said, num_tensors=len(plan.layout), num_bytes=plan.bytes)
-
-
-# Writing
 
 
 def base_files(base: Path) -> dict[str, Path]:

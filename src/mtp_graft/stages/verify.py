@@ -1,8 +1,7 @@
 """Verify: read a spliced checkpoint back with other code than what wrote it, and compare.
 
-Engines skip tensors whose name they do not know, and then draft noise. Here every tensor that the
-checkpoint's own config asks for is read, decoded (packed experts by compressed-tensors) unless its
-codes are upstream's, and compared with what it was made of.
+Engines skip tensors whose name they do not know, and then draft noise. Here all that the config
+asks for is decoded (packed experts by compressed-tensors) and compared with what it was made of.
 """
 
 import filecmp
@@ -21,7 +20,7 @@ from torch import Tensor
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
-from mtp_graft.checkpoint.quantization_config import QuantizationConfig, read_quantization
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import EXPERT, QUANTIZED, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
@@ -29,8 +28,7 @@ from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Tensors, Values, drafter_config, expert_files, read_master
 from mtp_graft.stages.splice import base_files, config_with_head, linears_of
 
-#: Largest relative error (Frobenius) that an INT4 matrix may have: nearest rounding in groups of
-#: 128 gives about 0.11, GPTQ more. A swapped or doubled matrix has 1 or more.
+#: Most that an INT4 matrix may have (Frobenius): nearest gives 0.11, GPTQ more, a swapped one 1.
 INT4_REL_ERROR = 0.35
 #: Nearest rounding misses by half a step; a little more at the end codes, whose scale is rounded.
 RTN_STEPS = 0.54
@@ -61,8 +59,7 @@ def verify(
     nearest rounding be half a step off at the most, and GPTQ's experts have the bytes in
     `quantized` (if given) and an error below `INT4_REL_ERROR`. A head that was taken as it is must
     have `upstream`'s bytes, config.json the base's content and what the head adds. `rel_error_max`
-    (Frobenius, over expert matrices) is None without the master; `loaded_in_vllm` is seen later.
-    Raises GraftError for files that cannot be read.
+    (Frobenius, over expert matrices) is None without the master. GraftError for unreadable files.
     """
     manifest = quant_manifest.read_manifest(checkpoint)
     variant, recorded = manifest["variant"], manifest["provenance"].get("base")
@@ -105,12 +102,11 @@ def require_sound(checkpoint: Path, found: Mapping[str, Any]) -> None:
     """Raise GraftError, naming what is wrong, for a checkpoint that `verify` found unsound."""
     if found["ok"]:
         return
-    wrong = [*found["missing"], *found["unexpected"]]
-    wrong += [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
+    wrong = [f"{m['tensor']} ({m['why']})" for m in found["mismatched"]]
+    wrong = [*found["missing"], *found["unexpected"], *wrong]
     what = f"{', '.join(wrong[:3])}: wrong ({len(wrong)} in all); remove it and splice again"
-    if not wrong:
-        what = "the base is not the one that it was spliced from; splice again"
-    raise GraftError(f"{checkpoint}: {what}")
+    base = "the base is not the one that it was spliced from; splice again"
+    raise GraftError(f"{checkpoint}: {what if wrong else base}")
 
 
 def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tensors, Tensors]:
@@ -121,15 +117,17 @@ def _sources(variant: str, upstream: Path, quantized: Path | None) -> tuple[Tens
     return read_master(upstream), Tensors.in_files(experts)
 
 
-# The head's values
-
-
 def _check_head(head: _Head, checkpoint: Path) -> None:
     """Compare every tensor that the checkpoint's config asks for with what it was made of."""
     config = read_object(checkpoint / "config.json", "a model config")
-    shapes, quantization = head_shapes(config), read_quantization(config)
+    shapes, layer = head_shapes(config), config["num_hidden_layers"]
+    quantization = read_quantization(config)
     for name, shape in shapes.items():
-        kind, group_size = _scheme(name, config["num_hidden_layers"], quantization)
+        module, kind, group_size = name.removesuffix(".weight"), "plain", 1
+        key = quantization.group_of(served_as(module, layer)) if QUANTIZED.match(module) else None
+        if key is not None:  # so does vLLM load it
+            group = quantization.config_groups[key]
+            kind, group_size = group.kind, group.weights.group_size or 1
         if kind not in ("plain", "fp8", *_PACKED):
             head.mismatched[name] = f"the config takes it for {kind}"
             continue
@@ -142,17 +140,6 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
             head.mismatched[next(iter(layout))] = why
     unknown = [n for n in head.master if n.replace(".scale", ".weight") not in shapes]
     head.mismatched |= dict.fromkeys(unknown, "upstream has it, the config does not ask for it")
-
-
-def _scheme(name: str, layer: int, quantization: QuantizationConfig) -> tuple[str, int]:
-    """Return the kind of scheme, and its group size, that vLLM loads one of the head's with."""
-    module = name.removesuffix(".weight")
-    is_linear = QUANTIZED.match(module)
-    key = quantization.group_of(served_as(module, layer)) if is_linear else None
-    if key is None:
-        return "plain", 1
-    group = quantization.config_groups[key]
-    return group.kind, group.weights.group_size or 1
 
 
 def _said(tensor: Tensor) -> str:
@@ -201,12 +188,6 @@ def _decompress(parts: Parts, kind: str) -> Tensor:
     return values.float()
 
 
-def _decode_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    """Return float32 [O, I]; the row and the column of a weight, over 128, are its scale's."""
-    rows, columns = (torch.arange(size) // 128 for size in codes.shape)
-    return codes.float() * scale[rows[:, None], columns]
-
-
 def _decode_mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
     """Return BF16 [O, I], which is exact."""
     pairs = _pairs_of_bytes().index_select(0, codes.view(torch.uint8).flatten().int())
@@ -237,7 +218,8 @@ def _master_values(name: str, master: Values) -> Tensor:
         return weight
     if EXPERT.match(name):
         return _decode_mxfp4(weight, scale)
-    return _decode_fp8(weight, _exp2(scale)).bfloat16()
+    rows, columns = (torch.arange(size) // 128 for size in weight.shape)  # of FP8's scales
+    return (weight.float() * _exp2(scale)[rows[:, None], columns]).bfloat16()
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:

@@ -19,7 +19,7 @@ from openai import OpenAI, OpenAIError
 
 from mtp_graft.bench.evals.capability import capability
 from mtp_graft.bench.evals.tasks import SOURCES, load_task
-from mtp_graft.errors import GraftError
+from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving.client import READ_ERRORS, ServerClient
 from mtp_graft.serving.metrics import wilson_interval
 
@@ -50,10 +50,9 @@ class _ChatAPI(OpenAICompatibleAPI):
 def find_model(server: ServerClient, settings: Mapping[str, Any]) -> Model:
     """Return the model that a server has, to be asked greedily; GraftError if it has none."""
     where = {"base_url": f"{server.base_url}/v1", "api_key": server.api_key or "none"}
-    try:
+    what = f"{server.base_url}: names no model at /v1/models"
+    with translated(what, OpenAIError, *READ_ERRORS):
         name = OpenAI(**where, timeout=_SILENCE_S).models.list().data[0].id
-    except (OpenAIError, *READ_ERRORS) as error:
-        raise GraftError(f"{server.base_url}: names no model at /v1/models ({error})") from error
     config = GenerateConfig(
         temperature=0.0,
         max_tokens=settings["max_tokens"],

@@ -30,7 +30,7 @@ from pydantic_core import from_json
 from tenacity import RetryError
 
 from mtp_graft.bench.evals.sandbox import Failure, find_python, run_tests
-from mtp_graft.errors import GraftError, in_words
+from mtp_graft.errors import GraftError, in_words, translated
 from mtp_graft.serving.client import READ_ERRORS
 
 Row = Mapping[str, Any]
@@ -96,11 +96,9 @@ def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
 
 def _fetch(dataset: str, config: str) -> Path:
     file = f"{config}/test-00000-of-00001.parquet"
-    try:
+    what, cure = f"{dataset}: {file} cannot be fetched", "; give the data as --data-dir"
+    with translated(what, HfHubHTTPError, OSError, then=cure):
         return Path(hf_hub_download(dataset, file, repo_type="dataset"))
-    except (HfHubHTTPError, OSError) as error:
-        cure = "give the data as --data-dir"
-        raise GraftError(f"{dataset}: {file} cannot be fetched ({error}); {cure}") from error
 
 
 def _read_rows(path: Path) -> Iterable[Row]:

@@ -6,9 +6,9 @@
   CPU subclass, which plans nothing, answers for: `KeyError: 'c1a'`.
 - With k = 1 the indexer stops at an assertion beyond `index_topk` compressed entries (2,051
   tokens): its CPU kernel takes one token a row, but only for k > 1 does vLLM flatten them to that.
-- `CommonAttentionMetadata` keeps which request a token belongs to. The proposer changes it from a
-  request's several tokens to its one draft and asks again: from the second draft on, every request
-  reads the first request's window. Text stays right, drafts do not. Read in 0.33's V1 runner, too.
+- `CommonAttentionMetadata` keeps which request a token belongs to when the proposer goes on to
+  one draft a request: from the second on, every request reads the first one's window. Text stays
+  right, drafts do not. Read in 0.33's V1 runner, too.
 
 Legend: `R` requests, `T` tokens of the batch, `N` tokens of one launch, `W` slots per row,
 `B` columns of the block table, `P` prefill requests.
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.models.deepseek_v4.cpu import cpu_mla
 from vllm.v1.attention.backends.mla import compressor_utils, indexer, sparse_swa
 from vllm.v1.attention.ops import metadata as request_metadata
@@ -43,20 +42,13 @@ def fill_gaps() -> None:
         (indexer.BuildPrefillChunkMetadataKernel, prefill_chunk_metadata),
     ):
         replace(launcher, "__call__", function)
-    swa_builder = cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder
-    replace(swa_builder, "build_tile_scheduler", build_tile_scheduler)
-    replace(indexer, "_use_flattening", use_flattening)
+    replace(
+        cpu_mla.DeepseekV4CPUSparseSWAMetadataBuilder,
+        "build_tile_scheduler",
+        lambda self, num_decode_tokens: defaultdict(lambda: None),  # no plan for any layer type
+    )
+    replace(indexer, "_use_flattening", lambda vllm_config: vllm_config.num_speculative_tokens > 0)
     replace(SpecDecodeBaseProposer, _stock_build.__name__, build_forgetting)
-
-
-def build_tile_scheduler(self: Any, num_decode_tokens: int) -> dict[str, None]:
-    """Return no plan for whichever layer type is asked for."""
-    return defaultdict(lambda: None)
-
-
-def use_flattening(vllm_config: VllmConfig) -> bool:
-    """Return whether the indexer gets one token a row: for every k > 0."""
-    return vllm_config.num_speculative_tokens > 0
 
 
 def build_forgetting(self: Any, common_attn_metadata: Any, draft_index: int = 0) -> Any:
@@ -70,13 +62,10 @@ def build_forgetting(self: Any, common_attn_metadata: Any, draft_index: int = 0)
 def compute_token_to_req_indices(
     query_start_loc: Tensor, out: Tensor, num_mapped_tokens: int, num_tokens: int
 ) -> Tensor:
-    """Write to `out` and return [num_tokens] each token's request; 0 from `num_mapped_tokens` on.
-
-    A token past the last boundary of `query_start_loc` [R + 1] counts to the last request.
-    """
+    """Write each token's request to `out`, 0 from `num_mapped_tokens` on; return [num_tokens]."""
     mapped = min(num_mapped_tokens, num_tokens)
     owners = _owners(torch.arange(mapped), query_start_loc)
-    out[:mapped] = owners.clamp_(max=len(query_start_loc) - 2)
+    out[:mapped] = owners.clamp_(max=len(query_start_loc) - 2)  # those past the last boundary, too
     out[mapped:num_tokens] = 0
     return out[:num_tokens]
 
@@ -108,9 +97,7 @@ def swa_indices_and_lens(
 ) -> None:
     """Write the cache slots that each token's window may read, then -1, and how many they are.
 
-    Row `i` is for token `token_offset + i`. The window ends at the token itself, spans
-    `window_size` positions and starts neither below 0 nor below the request's `replay_start`.
-    An invalid (padded) token may read none.
+    The window ends at the token and starts neither below 0 nor below the request's `replay_start`.
     """
     assert not has_image, "images are not supported on a CPU"
     tokens = torch.arange(token_offset, token_offset + num_tokens)  # [N]
@@ -148,12 +135,8 @@ def prefill_metadata(
     num_decodes: int,
     window_size: int,
 ) -> None:
-    """Write how many cache entries each prefill request gathers: its query and its window.
-
-    The window reaches `window_size - 1` positions into the prefix, not below `replay_start`.
-    Requests are ordered decodes first.
-    """
-    prefills = slice(num_decodes, num_decodes + num_prefills)
+    """Write how many cache entries each prefill request gathers: its query and its window."""
+    prefills = slice(num_decodes, num_decodes + num_prefills)  # decodes come first
     query_lens = query_start_loc.diff()[prefills]  # [P]
     prefix = seq_lens[prefills] - query_lens - replay_start[prefills]
     prefill_gather_lens[:num_prefills] = query_lens + prefix.clamp_(0, window_size - 1)
@@ -173,9 +156,8 @@ def compressed_slot_mapping(
 ) -> None:
     """Write the slot of the compressed state that each token completes, else -1.
 
-    Every `compress_ratio` tokens share one state, stored by the last of them. A token whose own
-    slot is -1 (padding, replay) stores nothing, nor does one at a negative position (a padded
-    request). `block_size` counts states.
+    A token stores nothing whose own slot is -1 (padding, replay), nor one at a negative position (a
+    padded request). `block_size` counts states.
     """
     assert dcp_world_size == 1, "decode context parallelism is not supported on a CPU"
     starts = query_start_loc[: len(block_table) + 1]
@@ -185,8 +167,7 @@ def compressed_slot_mapping(
     completes = (position + 1) % compress_ratio == 0
     completes &= (slot_mapping[tokens] != PAD) & (position >= 0)
     state = position // compress_ratio
-    slots = _slots(block_table, request, state, block_size, completes)
-    compressed_slot_mapping[tokens] = slots
+    compressed_slot_mapping[tokens] = _slots(block_table, request, state, block_size, completes)
 
 
 def prepare_uniform_decode(
@@ -201,8 +182,7 @@ def prepare_uniform_decode(
 ) -> None:
     """Flatten decodes of `max_decode_len` tokens each into single-token rows.
 
-    Each row sees the context up to its own token (0 for a padded request, never negative), its
-    request's block table row, and decode length 1. Columns behind the block table's stay.
+    Each row sees the context up to its own token; 0 for a padded request.
     """
     num_reqs, width = block_table.shape
     behind = torch.arange(1 - max_decode_len, 1, dtype=seq_lens.dtype)  # [max_decode_len]
@@ -231,11 +211,7 @@ def prefill_chunk_metadata(
     num_reqs: int,
     COMPRESS_RATIO: int,
 ) -> None:
-    """Write each query token's range of compressed keys, and each key's request.
-
-    The chunk's keys lie behind one another, request after request. A query token at position
-    `p` sees keys `[ks, ke)`: from its request's first row, `(p + 1) // COMPRESS_RATIO` of them.
-    """
+    """Write each query token's range `[ks, ke)` of compressed keys, and each key's request."""
     assert DCP_WORLD == 1, "decode context parallelism is not supported on a CPU"
     starts = query_start_loc[: num_reqs + 1]
     tokens = torch.arange(query_slice_start, min(query_slice_stop, int(starts[-1])))  # [N]

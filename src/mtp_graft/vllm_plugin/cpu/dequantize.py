@@ -33,8 +33,7 @@ class DequantizeOnLoad(compressed_tensors.CompressedTensorsConfig):
             return self._experts_method(layer, prefix)
         if not isinstance(layer, LinearBase):
             return super().get_quant_method(layer, prefix)
-        weights = self._weight_scheme(layer, prefix)
-        if weights is None:
+        if (weights := (self.get_scheme_dict(layer, prefix) or {}).get("weights")) is None:
             return OrderFreeLinear()
         if weights.block_structure == [FP8_BLOCK, FP8_BLOCK]:
             return FP8BlockLinear()
@@ -42,22 +41,18 @@ class DequantizeOnLoad(compressed_tensors.CompressedTensorsConfig):
 
     def _experts_method(self, layer: RoutedExperts, prefix: str) -> QuantizeMethodBase:
         matrices = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
-        schemes = [self._weight_scheme(layer, f"{prefix}.0.{matrix}") for matrix in matrices]
+        groups = [self.get_scheme_dict(layer, f"{prefix}.0.{matrix}") or {} for matrix in matrices]
+        schemes = [group.get("weights") for group in groups]
         if schemes.count(schemes[0]) != len(schemes):
             found = "w1, w2 and w3 match different quantization groups; expected one"
-            cure = "Check the config's target patterns, each anchored at a dot"
-            raise GraftError(f"{prefix}: {found}. {cure}")
-        weights = schemes[0]
-        if weights is None:
+            raise GraftError(f"{prefix}: {found}: check the config's target patterns")
+        if (weights := schemes[0]) is None:
             return StoredExperts(layer.moe_config, "plain")
         if weights.type == QuantizationType.INT and weights.num_bits == 4 and weights.symmetric:
             return StoredExperts(layer.moe_config, "int4", weights.group_size)
         if self._is_mxfp4(weights):
             return StoredExperts(layer.moe_config, "mxfp4", MXFP4_GROUP)
         raise _unsupported(prefix, weights)
-
-    def _weight_scheme(self, layer: nn.Module, name: str) -> QuantizationArgs | None:
-        return (self.get_scheme_dict(layer, name) or {}).get("weights")
 
 
 def dequantize_on_load(config: Config | None) -> Config | None:

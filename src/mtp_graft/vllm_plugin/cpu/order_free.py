@@ -1,9 +1,8 @@
 """Gap: the last bits of a product depend on how it is computed, and greedy output on them.
 
-A product in BF16 or float32 sums in an order that depends on the processor (AMX or not), the
-threads, the tokens beside, and the ranks, which round to BF16 before they add. Near a tie of two
-experts or tokens, a last bit makes another text: with speculation, which verifies several tokens in
-a step, beside other requests, or on two ranks.
+A product's order of summation depends on the processor (AMX or not), the threads, the tokens
+beside, and the ranks, which round to BF16 before they add. Near a tie of two experts or tokens, a
+last bit makes another text: with several tokens verified in a step, beside others, on two ranks.
 
 So linears whose inputs the ranks share are summed in float64 and rounded once: the result is the
 same unless the sum is all but in the middle between two BF16 values, one in 10^11 or so. All others
@@ -35,8 +34,7 @@ MIN_ROWS, MAX_ROWS = 8, 32
 
 def at_least(num_rows: int, x: Tensor) -> Tensor:
     """Return `x` [T, ...] with rows of zeros behind it, if it has fewer than `num_rows`."""
-    missing = max(0, num_rows - len(x))
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, missing))
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, max(0, num_rows - len(x))))
 
 
 def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -49,10 +47,7 @@ def in_blocks(kernel: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def add_over_ranks(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return this rank's share of the sum of `partial` [T, O]: all of it, or zeros.
-
-    vLLM adds the ranks' results itself, in BF16: to a whole sum, zeros, which is exact.
-    """
+    """Return this rank's share of the sum of `partial` [T, O]: all, or zeros for vLLM to add."""
     ranks = distributed.get_tensor_model_parallel_world_size()
     if ranks == 1:
         return partial.to(dtype)
@@ -91,10 +86,7 @@ class OrderFreeHead(vocabulary.UnquantizedEmbeddingMethod):
 
 
 class OrderFreeMHCPre(MHCPreOp):
-    """vLLM's start of a hyper-connection, given a row for every thread.
-
-    With fewer rows than threads `hc_pre_fused_cpu` splits a row's 4 x D inputs, else the rows.
-    """
+    """vLLM's start of a hyper-connection, with a row a thread: fewer are split into inputs."""
 
     def forward_cpu(self, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return (post, comb, layer input) of `residual` [T, S, D], as `MHCPreOp` does."""

@@ -13,11 +13,7 @@ from mtp_graft.vllm_plugin.recording import Span, make_recorder
 
 
 def request_bounds() -> list[int]:
-    """Return where the R requests of this step begin and end, R + 1 rows; [0] if there are none.
-
-    Request i has rows `bounds[i]` to `bounds[i + 1]`; rows after the last bound are padding.
-    Raises GraftError if this vLLM does not say so.
-    """
+    """Return where the R requests of this step begin and end, R + 1 rows; [0] if there are none."""
     layers = (get_forward_context().attn_metadata or {}).values()
     if not layers:
         return [0]
@@ -47,11 +43,7 @@ def record_on_demand(target: nn.Module, vllm_config: VllmConfig) -> None:
 
 
 def whole_prompts(bounds: Sequence[int], positions: Tensor) -> list[Span]:
-    """Return the rows of the requests that begin at position 0 in this step.
-
-    Request i has rows `bounds[i]` to `bounds[i + 1]` of `positions` [T]; rows after the last
-    bound are padding, and requests without rows too.
-    """
+    """Return the rows of the requests that begin at position 0; `positions` [T], of all rows."""
     spans = [(start, end) for start, end in pairwise(bounds) if start < end]
     first = positions[[start for start, _ in spans]].tolist()
     return [span for span, position in zip(spans, first, strict=True) if position == 0]
