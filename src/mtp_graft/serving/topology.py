@@ -159,8 +159,7 @@ def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
 
 def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -> dict[str, int]:
     """Return config key -> unit of what ranks cannot share; `group` is by the config by default."""
-    if group is None and config.get("quantization_config"):
-        group = read_quantization(config).group_size(range(config["num_hidden_layers"] + 1))
-    group = max(1, group or 1)
+    layers = range(config["num_hidden_layers"] + 1)
+    group = group or max(1, read_quantization(config).group_size(layers))
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     return {key: unit for key, unit in units.items() if config[key] % (ranks * unit)}
