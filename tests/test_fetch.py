@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,13 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
 
 @pytest.mark.parametrize(
     ("busy", "seconds"),
-    [({"Retry-After": "7"}, 7), ({"Retry-After": "soon"}, 1), ({"Retry-After": "86400"}, None)],
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"RateLimit": '"resolvers";r=0;t=7'}, 7),
+        ({"Retry-After": "soon"}, 1),
+        ({"Retry-After": "86400"}, None),
+        ({"Retry-After": "Wed, 21 Oct 2150 07:28:00 GMT"}, None),
+    ],
 )
 def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
     busy: dict[str, str], seconds: int | None, hub: StandInHub, recipe: Recipe, tmp_path: Path,
@@ -96,7 +103,9 @@ def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
     monkeypatch.setattr(time, "sleep", slept.append)
     hub.busy = busy
     if seconds is None:
-        with pytest.raises(GraftError, match=r"too many requests \(429\); 86,400 s to wait: run"):
+        with pytest.raises(
+            GraftError, match=r"too many requests \(429\); [\d,]{6,} s to wait: run"
+        ):
             fetch(MODEL, tmp_path / "out", quiet)
         assert slept == []
         return
@@ -105,6 +114,12 @@ def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
     assert (first.base / SHARDS[1]).read_bytes() == hub.repositories[BASE][SHARDS[1]]
     assert set(slept) == {seconds} and len(slept) > 20, "every kind of request, once"
     assert caplog.text.count(f"(429); {seconds} s to wait") == len(slept)
+
+
+def test_a_date_to_wait_for_is_read() -> None:
+    for wait in (0, 60):
+        headers = {"Retry-After": formatdate(time.time() + wait, usegmt=True)}
+        assert wait - 1 <= stage._asked_wait(headers) <= wait + 1
 
 
 @given(st.lists(st.text() | st.integers(-5, 2000).map(str), max_size=8))

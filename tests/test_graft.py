@@ -187,8 +187,8 @@ def spoil(_base: Path, published: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (configure(n_routed_experts=32), r"is \[64, 256\], expected \[32, 256\] by the base's"),
-        (configure(quantization_config=GROUPS_OF_64), "expected .*group 64"),
+        (configure(n_routed_experts=32), r"base: layers.0.ffn.experts.32.w1.* of no module"),
+        (configure(quantization_config=GROUPS_OF_64), "base: .*group_size: 64; expected 128"),
         (say(tensors=7), "expected 7 of .* by MTP_QUANT_MANIFEST"),
         (say(variant="bf16"), "would load as plain; .*or take another head"),
         (spoil, "experts.9.w1.weight_packed .holds values that are not finite"),
@@ -211,6 +211,9 @@ def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
     upstream, new = tiny_model / "upstream", tmp_path / "new"
     (tmp_path / "out").mkdir()
     assert "out: already exists; remove it" in mtp_graft("graft", base, upstream, tmp_path / "out")
+    for inside in (base / "a" / "out", upstream / "out"):
+        assert "out: is in " in mtp_graft("graft", base, upstream, inside)
+        assert not inside.exists()
     assert "x.gguf: is GGUF; expected" in mtp_graft("graft", base, "a/x.gguf", new)
     assert "x.gguf: is GGUF; expected" in mtp_graft("graft", "x.gguf", upstream, new)
     assert "nowhere: not a folder" in mtp_graft("graft", "nowhere", upstream, new)

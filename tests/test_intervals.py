@@ -46,6 +46,19 @@ def test_the_interval_holds_the_true_ratio_at_least_as_often_as_it_says(
     assert held / SIMULATIONS >= 0.95 - 3 * (0.95 * 0.05 / SIMULATIONS) ** 0.5
 
 
+def test_more_servers_say_better_how_starts_vary() -> None:
+    held, widths = 0, np.zeros(2)
+    for _ in range(SIMULATIONS):
+        speeds = RNG.normal(4.0, 0.5, 8) + RNG.normal(0.0, 0.06, (5, 2, 1))
+        speeds += RNG.normal(0.0, 0.03, (5, 2, 8)) + RNG.normal(0.0, 0.1, (2, 1))  # of a round
+        ours, theirs = np.exp(speeds[:2])
+        found = [paired_ratio(ours, theirs, s)["interval"] for s in (None, speeds.mean(axis=2))]
+        held += found[1][0] <= 1 <= found[1][1]
+        widths += [high / low for low, high in found]
+    assert held / SIMULATIONS >= 0.95 - 3 * (0.95 * 0.05 / SIMULATIONS) ** 0.5
+    assert widths[1] < widths[0] / 2
+
+
 def test_one_prompt_leaves_the_pairs_to_say_how_sure_it_is() -> None:
     low, high = paired_ratio(np.array([[1.1], [1.3]]), np.ones((2, 1)))["interval"]
     half = 12.706 * np.log(1.3 / 1.1) / 2  # Student's t with one degree of freedom

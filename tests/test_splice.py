@@ -20,6 +20,7 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
 from mtp_graft.recipe import Linears, Variant
+from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose
 from mtp_graft.serving.doctor.hardware import find_target
 from mtp_graft.stages.splice import splice
@@ -62,6 +63,8 @@ def test_files_not_in_the_index_are_left_out(base: Path, tiny_model: Path, tmp_p
     upstream, out = tiny_model / "upstream", tmp_path / "out"
     found = {f.id: f.severity for f in diagnose(base, ON_CPU) if f.severity != "note"}
     assert found == {"shard-consolidated": "error"}, "vLLM takes it for the whole model"
+    with pytest.raises(GraftError, match=r"consolidated-1.*: vLLM reads it in place of the shards"):
+        build_command(ServeOptions(base), vllm_elsewhere("cuda"))
     splice(base, upstream, out)
     listed = {*read_json(out / INDEX_NAME)["weight_map"].values()}
     assert {path.name for path in out.glob("**/*.safetensors")} == listed
@@ -152,6 +155,8 @@ def test_the_same_inputs_give_the_same_bytes_and_others_are_refused(
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(GraftError, match="already exists, and not from these inputs"):
         splice(tiny_base, upstream, out, "rtn")
+    with pytest.raises(GraftError, match=r"new: is in .*; choose another"):
+        splice(tiny_base, upstream, upstream / "new")
     (out / HEAD_SHARD).write_bytes((out / HEAD_SHARD).read_bytes()[:-1])
     with pytest.raises(GraftError, match=r"model-mtp-w4a16\.safetensors: not a readable"):
         splice(tiny_base, upstream, out, "gptq", quantized=quantized)
@@ -243,7 +248,7 @@ ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
     ("which", "damage", "message"),
     [
         ("base", unlist("norm.weight"), r"norm\.weight: in .*, not in model.saf"),
-        ("base", set_config(moe_intermediate_size=512), r"w1.weight is .*, expected .512, 256. by"),
+        ("base", set_config(moe_intermediate_size=512), r"base: .* expected .512, 32. by config"),
         ("base", set_config(quantization_config=None), r"base/config\.json: .*_config.*instead"),
         ("base", lose_the_heads_experts, r"base/config\.json: .* experts are not quantized; exp"),
         ("upstream", unlist(f"{EXPERT}.scale"), rf"does not list {EXPERT}\.scale"),

@@ -23,17 +23,21 @@ from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map, save_shard, write_index
 from mtp_graft.dsv4.config import check_dimensions, compress_ratios, unread_keys
-from mtp_graft.dsv4.names import base_shapes, head_shapes
+from mtp_graft.dsv4.names import base_shapes, from_vllm, head_shapes
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
+from mtp_graft.pipeline import find_bundled_recipe
+from mtp_graft.pipeline.plan import read_models
+from mtp_graft.recipe import load_recipe
 from mtp_graft.serving.command import ServeOptions, build_command, read_config, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose, examine
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, canonical_name, read_checkpoint
 from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
-from mtp_graft.serving.topology import CPU
+from mtp_graft.serving.topology import CPU, undivided
 from mtp_graft.stages.fetch import find_source
 from mtp_graft.stages.splice import open_base, splice
+from mtp_graft.stages.verify import verify
 from serving.doctor_defects import INDEX, Tensors, edit_config, edit_shard, section
 from serving.flash import CONFIG as FLASH
 
@@ -187,6 +191,79 @@ def test_every_spelling_of_a_name_is_read_as_the_same(
         assert canonical_name(prefix + other, 4) == right == canonical_name(right, 4)
 
 
+OWN = {r"^": "model.", r"^embed": "embed_tokens", r"\.gate\.bias$": ".gate.e_score_correction_bias"}
+OWN |= {
+    r"shared_experts\.w2": "shared_experts.down_proj",
+    r"^head": "lm_head",
+    r"\bw1\b": "gate_proj",
+}
+OWN |= {r"\.attn\.": ".self_attn.", r"weight$": "weight_scale_inv"}
+
+
+@pytest.mark.vllm
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([*base_shapes(CONFIG)]), st.lists(st.sampled_from([*OWN]), unique=True))
+def test_a_name_is_misnamed_where_vllm_takes_it_for_another(name: str, edits: list[str]) -> None:
+    from vllm.models.deepseek_v4.cpu.model import _make_deepseek_v4_weights_mapper
+
+    found = name
+    for pattern in sorted(edits, key=[*OWN][::-1].index):
+        found = re.sub(pattern, OWN[pattern], found)
+    if canonical_name(found, 4) == name:
+        by_vllm = _make_deepseek_v4_weights_mapper("bf16")._map_name
+        assert (name in (found, from_vllm(found))) == (by_vllm(found) == by_vllm(name)), found
+
+
+def as_vllm(tensors: Tensors) -> Tensors:
+    """Rename a base's tensors to vLLM's own names, and its routers' biases."""
+    right = {n: re.sub(r"^(?!head\.|mtp\.)", "model.", n) for n in tensors}
+    right = {
+        n: re.sub(r"gate\.bias$", "gate.e_score_correction_bias", to) for n, to in right.items()
+    }
+    return {right[n].replace("model.embed.", "model.embed_tokens."): t for n, t in tensors.items()}
+
+
+def with_exponents(tensors: Tensors) -> Tensors:
+    """Round the scales of FP8 to powers of two, stored as such."""
+    is_scale = {n: ".attn." in n and n.endswith("_scale") for n in tensors}
+    return {n: t.to(torch.float8_e8m0fnu) if is_scale[n] else t for n, t in tensors.items()}
+
+
+def without_shapes(tensors: Tensors) -> Tensors:
+    return {n: t for n, t in tensors.items() if not n.endswith("weight_shape")}
+
+
+@pytest.mark.parametrize("change", [as_vllm, with_exponents, without_shapes])
+def test_names_and_dtypes_that_vllm_reads_as_well_are_no_error(
+    base: Path, tiny_model: Path, change: Callable[[Tensors], Tensors]
+) -> None:
+    """Each was served on a CPU, at the acceptance of the original."""
+    index = read_weight_map(base / INDEX)
+    for name in {shard: name for name, shard in index.items()}.values():
+        edit_shard(base, change, name)
+    for target in (ON_GPU, ON_CPU):
+        assert not [f.id for f in diagnose(base, target) if f.severity != "note"]
+    splice(base, upstream := tiny_model / "upstream", out := base.parent / "out", "mxfp4")
+    edit_shard(out, as_vllm)
+    assert not errors(read_checkpoint(out))
+    found = find_source(str(base), None, "base"), find_source(str(upstream), None, "head")
+    if change is as_vllm:
+        with pytest.raises(GraftError, match=r"base: has no embed\.weight, which a run reads"):
+            read_models(load_recipe(find_bundled_recipe()), *found)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_targets_that_name_layers_get_the_heads(base: Path, tiny_model: Path, prefix: str) -> None:
+    names = [f"{prefix}layers.{n}.attn.{w}" for n in range(4) for w in ("wq_a", "wkv", "wq_b")]
+    names += [f"{prefix}layers.{n}.attn.{w}" for n in range(4) for w in ("wo_a", "wo_b")]
+    targets = [*names, f"{prefix}layers.2.attn.indexer.wq_b"]
+    section(lambda q: q["config_groups"]["group_0"].update(targets=targets))(base)
+    assert not errors(read_checkpoint(base))
+    splice(base, tiny_model / "upstream", out := base.parent / "out", "bf16", linears="bf16")
+    assert not errors(read_checkpoint(out))
+    assert verify(out, base, tiny_model / "upstream")["ok"]
+
+
 @pytest.mark.parametrize(("blocks", "maker"), [(1, "an MTP head"), (3, "a DSpark drafter")])
 def test_a_master_that_is_no_base_is_named(tmp_path: Path, blocks: int, maker: str) -> None:
     given = write(tmp_path / "given", ["DeepSeek's own FP8 and MXFP4"])
@@ -332,6 +409,7 @@ INPUTS = {"input_activations": {"num_bits": 8, "type": "float", "strategy": "ten
         ({}, add_target(r"re:(lm_head|.*\.ffn\.gate)$"), None),
         ({}, lambda s: s["config_groups"]["group_0"].update(INPUTS), "scheme-mismatch"),
         ({ATTENTION: "plain"}, lambda s: s["config_groups"].pop("group_0"), None),
+        ({".*": "plain"}, lambda s: s.clear(), "a checkpoint without quantization"),
         ({ATTENTION: "int4"}, lambda s: s["config_groups"].pop("group_0"), INT4_ATTENTION),
         ({r".*\.experts.*": "int3"}, lambda _: None, "a checkpoint with int3 routed experts"),
         ({r".*\.experts.*": "int8-asymmetric"}, lambda _: None,
@@ -382,6 +460,13 @@ def test_patterns_that_take_for_ever_are_a_finding_and_an_error(
 
 
 VALUES = [
+    *((name, None) for name in ("qk_rope_head_dim", "scoring_func", "rope_theta", "swiglu_limit")),
+    *(
+        ("torch_dtype", "foo"),
+        ("num_key_value_heads", None),
+        ("dtype", 16),
+        ("routed_scaling_factor", None),
+    ),
     *(("architectures", value) for value in (["LlamaForCausalLM"], "DeepseekV4ForCausalLM", [])),
     *((name, None) for name in ("topk_method", "n_shared_experts", "norm_topk_prob")),
     *(("index_topk", 0), ("hc_sinkhorn_iters", 2.5), ("hidden_act", "gelu"), ("rope_theta", -1)),
@@ -407,6 +492,44 @@ def test_a_key_without_a_value_in_vllm_0_32_may_be_absent_for_0_33_alone(key: st
             check_dimensions({k: v for k, v in FLASH.items() if k != needed})
 
 
+def test_what_transformers_takes_for_absent_keys_is_read_so() -> None:
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention"}
+    kinds[128] = "heavily_compressed_attention"
+    absent = ("compress_ratios", "compress_rates", "num_hash_layers", "mlp_layer_types")
+    types = [kinds[ratio] for ratio in FLASH["compress_ratios"][: FLASH["num_hidden_layers"]]]
+    config = {k: v for k, v in FLASH.items() if k not in absent} | {"layer_types": types}
+    assert (
+        base_shapes(config) == base_shapes(FLASH) == base_shapes(config | {"compress_rates": None})
+    )
+    hashed = {k: v for k, v in FLASH.items() if k not in (*absent[2:], "layer_types")}
+    assert [unread_keys(hashed, r) for r in ((0, 32), (0, 33))] == ["no num_hash_layers", ""]
+
+
+def test_a_config_that_is_not_the_bases_is_named_and_not_the_head(
+    base: Path, tiny_model: Path
+) -> None:
+    for key, value in (("hidden_size", 128), ("num_attention_heads", 8), ("hc_mult", 2)):
+        edit_config(base, lambda config, key=key, value=value: config.update({key: value}))
+        with pytest.raises(GraftError, match=rf"^{base}: .*\(\d+ in all\); expected .* by config"):
+            splice(base, tiny_model / "upstream", base.parent / "out")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "plain"])
+def test_serve_shares_experts_of_other_kinds_too(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def edit(section: Any) -> None:
+        groups = section["config_groups"]
+        targets = groups.pop("group_1")["targets"]
+        groups["group_0"]["targets"] += targets if kind == "fp8" else []
+
+    checkpoint = changed(tiny_base, {r".*\.experts\..*": kind}, edit)
+    assert not errors(checkpoint)
+    expected = {} if kind == "plain" else {"moe_intermediate_size": 128}
+    uneven = undivided(checkpoint.config, 4)
+    assert {k: v for k, v in uneven.items() if k.startswith("moe")} == expected
+
+
 def test_a_section_that_vllm_spells_right_itself_is_read(base: Path, tiny_model: Path) -> None:
     def spell(config: Any) -> None:
         section = config["quantization_config"] | {"quant_method": "COMPRESSED_TENSORS"}
@@ -426,7 +549,8 @@ def test_the_largest_dimensions_that_pass_have_shapes_that_torch_can_hold() -> N
     bounds = {"head_dim", "hidden_size", "vocab_size", "o_lora_rank", "q_lora_rank"}
     bounds |= {"num_attention_heads", "moe_intermediate_size", "index_head_dim", "index_n_heads"}
     config = FLASH | dict.fromkeys(bounds, 2**20) | {"num_hidden_layers": 1}
-    config |= {"compress_ratios": [2**16], "o_groups": 1, "n_routed_experts": 1, "hc_mult": 512}
+    config |= {"compress_ratios": [128], "o_groups": 1, "n_routed_experts": 1, "hc_mult": 512}
     for name, shape in (base_shapes(config) | head_shapes(config)).items():
         assert torch.empty(shape, device="meta").nbytes > 0, name
-    assert compress_ratios({"compress_ratios": [10**9]}) is None
+    for ratio in (10**9, 1, 8, -4, True, 4.0):
+        assert compress_ratios({"compress_ratios": [ratio]}) is None

@@ -1,6 +1,6 @@
 """How sure a measured ratio or difference is.
 
-Q: pairs of server sessions, P: prompts, T: texts.
+S: servers, Q: starts of each (of both: a pair), P: prompts, T: texts.
 """
 
 import math
@@ -20,16 +20,18 @@ Array = NDArray[np.float64]
 TextCount = Mapping[str, Any]
 
 
-def paired_ratio(ours: Array, theirs: Array) -> dict[str, Any]:
+def paired_ratio(ours: Array, theirs: Array, starts: Array | None = None) -> dict[str, Any]:
     """Return the ratio ours / theirs of positive measurements [Q, P], with a 95 % interval.
 
-    The estimate is the geometric mean; pairs and prompts are both samples.
+    The estimate is the geometric mean; pairs and prompts are both samples. `starts`, mean logs
+    [S, Q] of more servers that took turns, say better how much one start differs from another.
     """
     from scipy import stats
 
     logs = np.log(ours) - np.log(theirs)  # [Q, P]
     assert len(logs) > 1, "one pair says nothing about another start of the servers"
-    variance, dof = _crossed_variance(logs)
+    starts = np.log([ours, theirs]).mean(axis=2) if starts is None else starts
+    variance, dof = _crossed_variance(logs, starts)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, dof) * math.sqrt(variance)
     middle = float(logs.mean())
     return {
@@ -42,19 +44,22 @@ def paired_ratio(ours: Array, theirs: Array) -> dict[str, Any]:
     }
 
 
-def _crossed_variance(logs: Array) -> tuple[float, float]:
+def _crossed_variance(logs: Array, starts: Array) -> tuple[float, float]:
     """Return the variance of the mean of `logs` [Q, P], and its degrees of freedom.
 
     Of the crossed random-effects model: var(pair means) / Q + var(prompt means) / P less the
     residual that both contain, never below the larger of the two; dof after Satterthwaite (1946).
+    var(pair means) is twice that of `starts` [S, Q], less what servers and turns share.
     """
     num_pairs, num_prompts = logs.shape
-    of_pairs = float(logs.mean(axis=1).var(ddof=1)) / num_pairs
+    rest = starts - starts.mean(axis=1, keepdims=True) - starts.mean(axis=0) + starts.mean()
+    of_starts = (len(starts) - 1) * (num_pairs - 1)
+    of_pairs = 2 * float((rest**2).sum()) / of_starts / num_pairs
     if num_prompts == 1:
-        return of_pairs, num_pairs - 1.0
+        return of_pairs, float(of_starts)
     of_prompts = float(logs.mean(axis=0).var(ddof=1)) / num_prompts
     residual = logs - logs.mean(axis=1, keepdims=True) - logs.mean(axis=0) + logs.mean()
-    dofs = (num_pairs - 1, num_prompts - 1, (num_pairs - 1) * (num_prompts - 1))
+    dofs = (of_starts, num_prompts - 1, (num_pairs - 1) * (num_prompts - 1))
     shared = float((residual**2).sum()) / dofs[2] / logs.size
     variance = max(of_pairs, of_prompts, of_pairs + of_prompts - shared)
     parts = zip((of_pairs, of_prompts, shared), dofs, strict=True)

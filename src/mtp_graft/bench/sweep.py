@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -31,11 +32,12 @@ def measure_sweep(
     config: DecodeConfig,
     report: Report,
     folder: Path,
+    least: int = 0,
 ) -> dict[str, Any]:
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
-    A point has `config.rounds` requests for each that runs at a time. Returns `points`, with all
-    that `folder` has. Raises GraftError without vLLM, or if every request of a point failed.
+    A point has `config.rounds` requests for each that runs at a time, and `least` in all. Returns
+    `points`, with all that `folder` has. Raises GraftError without vLLM, or if all of a point fail.
     """
     find_vllm()
     for k in sorted(ks):
@@ -43,7 +45,8 @@ def measure_sweep(
             connect = cache(partial(stack.enter_context, serve(k)))
             for done, concurrency in enumerate(sorted(concurrencies)):
                 report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
-                measure = partial(_point, connect, prompts, config, k, concurrency)
+                of_load = replace(config, rounds=max(config.rounds, -(-least // concurrency)))
+                measure = partial(_point, connect, prompts, of_load, k, concurrency)
                 measured(folder, f"k{k}-concurrency{concurrency}", measure)
     points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
     return {"points": sorted(points, key=lambda point: (point["k"], point["concurrency"]))}
@@ -63,7 +66,8 @@ def _point(
     found = run_load(client.base_url, load)
     failures = [error.strip().split("\n")[-1] for error in found["errors"] if error]
     columns = (found[key] for key in ("errors", "output_lens", "ttfts", "latencies"))
-    done = [numbers for error, *numbers in zip(*columns, strict=True) if not error]
+    requests = [*zip(*columns, strict=True)]
+    done = [numbers for error, *numbers in requests if not error]
     if not done:
         raise GraftError(
             f"concurrency {concurrency}: every request failed, the first one with: {failures[0]}"
@@ -83,6 +87,7 @@ def _point(
         "seconds": found["duration"],
         "errors": len(failures),
         "failures": failures,
+        "answers": [(0, 0.0) if error else (n, whole) for error, n, _, whole in requests],
     }
 
 

@@ -15,6 +15,8 @@ from pydantic import TypeAdapter
 from mtp_graft.errors import GraftError, translated
 
 T = TypeVar("T")
+#: What `mtp-graft tune` found of the checkpoint that it lies in, on one machine: never copied.
+TUNED_NAME = "mtp-graft-tuned.json"
 
 
 def read_object(path: Path, what: str, cure: str = "") -> dict[str, Any]:
@@ -39,12 +41,12 @@ def fetched(data: bytes) -> bytes:
 
 
 def visible_files(folder: Path) -> dict[str, Path]:
-    """Return the files of a folder by relative name, without hidden ones and hidden folders'."""
+    """Return a folder's files by relative name, without TUNED_NAME and hidden files or folders."""
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*"))}
     return {
         name.as_posix(): path
         for name, path in found.items()
-        if path.is_file() and not any(part.startswith(".") for part in name.parts)
+        if path.is_file() and not any(part.startswith((".", TUNED_NAME)) for part in name.parts)
     }
 
 

@@ -17,6 +17,8 @@ from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
 from mtp_graft.errors import GraftError
 
 _PARTS: dict[str, str] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+#: Files that vLLM takes in place of the index's, wherever they are.
+CONSOLIDATED = "consolidated*.safetensors"
 PRUNED, _DEEPSEEK = "a pruned variant", _PARTS["scale"]
 _NUMBERED = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:(?:ffn|mlp)\.experts\.(\d+)\.)?")
 
@@ -73,9 +75,13 @@ def read_maker(folder: Path, part: str = "base") -> str | None:
 
 
 def expect_format(folder: Path, part: Literal["base", "head", "served"]) -> None:
-    """Raise GraftError, naming the maker, for a checkpoint of a format that is not read here."""
+    """Raise GraftError for a format that is not read here, or shards that vLLM would not read."""
     maker = read_maker(folder, part)
     no_dspark = part == "served" and "DSpark" in (maker or "")
     if maker and (part == "base" or no_dspark or not maker.startswith(_DEEPSEEK)):
         expected = "DeepSeek's own release" if part == "head" else "a W4A16-FP8 checkpoint"
         raise GraftError(f"{folder}: is {maker}; expected {expected}; name such a one instead")
+    for other in folder.rglob(CONSOLIDATED) if part == "served" else ():
+        if other.name not in read_weight_map(folder / INDEX_NAME).values():
+            found = f"vLLM reads it in place of the shards that {INDEX_NAME} names"
+            raise GraftError(f"{other}: {found}; remove it, or use doctor's --fix")

@@ -48,7 +48,11 @@ def add_head(
 
     groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or [])]
     ignore += patterns("ignore", linears) + patterns("ignore_experts", variant)
-    if fp8 := patterns("fp8", linears):
+    fp8, read = patterns("fp8", linears), read_quantization({"quantization_config": config})
+    attention = (f"model.layers.{head_layer}.attn.w{w}" for w in ("q_a", "q_b", "o_a", "o_b"))
+    if not stages and None in map(read.group_of, attention):  # targets may name layers
+        fp8 += patterns("fp8", "attention")
+    if fp8:
         groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
     if mxfp4 := patterns("experts", variant):  # the first match wins, so before the base's groups
         groups = {"mtp_experts": {"targets": mxfp4, **_DATA["schemes"]["mxfp4"]}, **groups}
@@ -116,6 +120,11 @@ class Arguments(BaseModel, extra="forbid"):
         if wrong := [name for name, is_right in fits.items() if not is_right]:
             raise ValueError(f"{wrong[0]} does not fit {self.type} numbers by {by}")
         return self
+
+    @property
+    def inputs_per_scale(self) -> int:
+        """Return how many inputs of a row share a scale; -1 for all."""
+        return self.group_size or (self.block_structure or (0, -1))[1]
 
 
 class Group(BaseModel):
@@ -223,14 +232,15 @@ class QuantizationConfig(BaseModel):
         return None
 
     def group_size(self, layers: Iterable[int], *kinds: str) -> int:
-        """Return the most inputs per scale, -1 for all, of the integers of some layers' experts.
+        """Return the most inputs per scale, -1 for all, of some layers' experts; 1 without scales.
 
-        Raises GraftError if none of these are of one of the `kinds`.
+        Raises GraftError if there are `kinds` and no experts are of one.
         """
         asked = (f"model.layers.{n}.ffn.experts.0.{w}" for n in layers for w in ("w1", "gate_proj"))
         groups = [self.config_groups[key] for key in map(self.group_of, asked) if key]
-        if sizes := [group.weights.group_size or -1 for group in groups if group.kind in kinds]:
-            return max(sizes)
+        sizes = [g.weights.inputs_per_scale for g in groups if not kinds or g.kind in kinds]
+        if sizes or not kinds:
+            return max(sizes, default=1)
         found = ", ".join(sorted({group.kind for group in groups})) or "not quantized"
         raise self._error(
             f"routed experts are {found}; expected {' or '.join(kinds)}. `mtp-graft graft` gives a "

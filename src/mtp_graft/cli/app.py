@@ -30,18 +30,19 @@ def with_options(command: Command) -> Command:
     """Let Typer parse the options of each `option_group` that a command takes."""
     groups: dict[str, Any] = {}
     parsed: list[Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
+    own = inspect.signature(command).parameters  # go before a group's of the same name
+    for name, parameter in own.items():
         if is_dataclass(parameter.annotation):
             groups[name] = parameter.annotation
-            parsed += groups[name].__declared__
+            parsed += [p for p in groups[name].__declared__ if p.name not in own]
         else:
             parsed.append(parameter.replace(kind=Parameter.KEYWORD_ONLY))
 
     @wraps(command)
     def flat(**given: Any) -> None:
         for name, group in groups.items():
-            given[name] = group(**{p.name: given.pop(p.name) for p in group.__declared__})
-        command(**given)
+            given[name] = group(**{p.name: given[p.name] for p in group.__declared__})
+        command(**{name: given[name] for name in own})
 
     # Where Typer looks for what a command takes.
     flat.__signature__ = inspect.Signature(parsed)  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
-"""`mtp-graft bench`: how fast a server is, and how good its answers are."""
+"""`mtp-graft bench`, how fast a server is and how good its answers are, and `mtp-graft tune`."""
 
 import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from datetime import date
 from functools import partial
 from hashlib import sha256
 from itertools import islice
@@ -14,11 +15,13 @@ import typer
 from rich.table import Table
 
 from mtp_graft.bench.page import as_html, percents, render
-from mtp_graft.cli.app import bench, with_options
+from mtp_graft.checkpoint.files import TUNED_NAME, write_json
+from mtp_graft.cli.app import DRY_RUN, NO_PROFILE, app, bench, with_options
 from mtp_graft.cli.output import check_writable, progress_bar, show, table
 from mtp_graft.cli.target import Result, Target, check_url
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, option, option_group
+from mtp_graft.serving import command as serving
+from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, argument, option, option_group
 
 if TYPE_CHECKING:  # `--help` need not wait for these
     from mtp_graft.bench.decode import DecodeConfig
@@ -173,6 +176,69 @@ def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
         expected = f"different numbers from {least} on, as in 1,2,3"
         raise typer.BadParameter(f"{flag} is {text!r}, expected {expected}")
     return numbers
+
+
+def _profile(name: str | None) -> str:
+    return name or (NO_PROFILE if serving.find_vllm().platform == "cpu" else "auto")
+
+
+@app.command()
+@with_options
+def tune(
+    *,
+    checkpoint: Path = argument("CHECKPOINT", "A checkpoint with a head."),
+    target: Target,
+    texts: Texts,
+    base_url: str | None = option(None, None, "", hidden=True),
+    profile: str = option(None, "NAME", "As `serve` has it.", callback=_profile),
+    ignore_eos: bool = option(False, None, "Go on after an end-of-sequence token."),
+    temperature: float = option(1.0, "T", "As clients ask; 0 is greedy.", min=0.0),
+    k: str | None = option(None, "N,N,...", "Beside 0. Default: 1,2,3,5; DSpark: 3, its block."),
+    concurrency: str = option("1,2,4,8,16", "N,N,...", "Numbers of requests at a time."),
+    rounds: int = option(2, "N", "Of all candidates; more narrow the intervals.", min=2),
+    dry_run: bool = DRY_RUN,
+) -> None:
+    """Measure which drafts pay on this machine, for `serve`.
+
+    Servers answer the same prompts in turn: the base and each k; at the best k, on GPUs, an FP8
+    draft LM head and greedy drafts; what was decided, if it mixes these. Drafts are taken where the
+    speed-up's 95 % interval lies above 1; where only some loads draft, k = 0 still runs the head.
+    """
+    from mtp_graft.bench import decode, sweep
+    from mtp_graft.bench import tune as bench_tune
+
+    block, on_gpu = serving.dspark_block(checkpoint), serving.find_vllm().platform == "cuda"
+    given = _numbers("--k", k, 0) if k else (min(3, block), block) if block else (1, 2, 3, 5)
+    ks = sorted({0, *map(target.num_drafts, given)})
+    loads = sorted(_numbers("--concurrency", concurrency, 1))
+    sampling = "probabilistic" if on_gpu else None
+    choices = {"default": {"draft_lm_head_quantization": None, "draft_sample_method": sampling}}
+    choices |= {"fp8": {"draft_lm_head_quantization": "fp8"}} if on_gpu and not block else {}
+    choices |= {"greedy": {"draft_sample_method": "greedy"}} if on_gpu and temperature else {}
+    if dry_run:
+        starts = [rounds * len(ks), rounds * (2 + len(choices) * (len(choices) > 1))]
+        plan = {"k": ks, "choices": [*choices], "starts": starts[0], "at_most_then": starts[1]}
+        return show(plan, target.json_file, table([plan], *plan))
+    check_writable(checkpoint / TUNED_NAME)
+    prompts, config = texts.asked(4)  # requests of a load at a time, in which few end it alone
+
+    def measure(folder: Path) -> Result:
+        with progress_bar() as report:
+
+            def serve(name: str, k: int, **drafts: Any) -> list[Result]:
+                held = partial(target.client, report, name, **drafts), prompts, [k], loads, config
+                points = sweep.measure_sweep(*held, report, folder / name, len(prompts))["points"]
+                return [point for point in points if point["concurrency"] in loads]
+
+            hold = partial(bench_tune.hold, serve, len(prompts), rounds)
+            found = bench_tune.tune(hold, loads, ks, choices)
+        return decode.measured(folder, f"date{rounds}", lambda: {"date": f"{date.today()}"}) | found
+
+    claim = {"tune": asdict(config), "prompts": _hash(prompts)}
+    kept = replace(target, run=target.run or Path("runs", f"tune-{checkpoint.resolve().name}"))
+    found = target.identity() | kept.finish("tune", claim, measure)
+    write_json(found, checkpoint / TUNED_NAME)
+    show(found, target.json_file, table(found["table"], "concurrency", "base_tok_s", "k", "tuned"))
 
 
 @bench.command("workload")

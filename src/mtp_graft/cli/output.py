@@ -60,6 +60,8 @@ def _cell(value: Any) -> str:
             return f"{value:,.1f}" if abs(value) >= 1 else f"{value:.3f}"
         case {"median": middle, "min": low, "max": high}:
             return f"{_cell(middle)} ({_cell(low)} to {_cell(high)})"
+        case {"estimate": middle, "interval": [low, high]}:
+            return f"{middle:.2f} ({low:.2f} to {high:.2f})"
         case dict():
             return ", ".join(f"{_cell(count)} {name}" for name, count in value.items()) or "–"
         case list():

@@ -54,7 +54,10 @@ def serve(
     dry_run: bool = DRY_RUN,
     json_file: Path | None = JSON_FILE,
 ) -> None:
-    """Serve a checkpoint with vLLM, drafting with its head."""
+    """Serve a checkpoint with vLLM, drafting with its head: --k, or as `mtp-graft tune` found."""
+    from mtp_graft.serving.tuned import with_tuned
+    from mtp_graft.stages.parallel import device_name
+
     rules = {
         "give one of --dry-run and --check": not (dry_run and check),
         "--json needs --dry-run or --check": not json_file or dry_run or check,
@@ -70,6 +73,9 @@ def serve(
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
     vllm, plan = _plan(server, profile, asked, dry_run)
     options = server if plan is None else plan.options
+    if not check:
+        device = f"{asked.count or 1}x NVIDIA {asked.gpu}" if asked.gpu else device_name()
+        options = with_tuned(options, device, vllm)
     if dry_run:
         _print_command(options, vllm, plan, json_file)
     elif check:
@@ -77,7 +83,7 @@ def serve(
     else:
         from mtp_graft.serving.server import serve_foreground
 
-        for text in (f"{plan.hardware}", *plan.notes) if plan else ():
+        for text in (*((f"{plan.hardware}", *plan.notes) if plan else ()), *options.why):
             note(f"plan: {text}")
         raise typer.Exit(serve_foreground(options, lambda where: note(f"ready: {where}")))
 

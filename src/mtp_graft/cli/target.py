@@ -125,6 +125,7 @@ class Target:
         name: str = "",
         k: int | None = None,
         prefix_caching: bool = False,  # off: a prompt that comes again is computed again
+        **drafts: Any,  # more of `ServeOptions`
     ) -> Iterator["ServerClient"]:
         """Give a client of the server; one of ours drafts `k`, and `name` is its log's."""
         from mtp_graft.serving.client import ServerClient
@@ -144,6 +145,7 @@ class Target:
             prefix_caching=prefix_caching,
             api_key=self.api_key,
             extra_args=self.extra,
+            **drafts,
         )
         if self.profile != NO_PROFILE:
             plan = make_plan(options, self.profile, hardware_for(find_vllm().platform))

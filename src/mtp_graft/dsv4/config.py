@@ -12,6 +12,9 @@ from mtp_graft.errors import GraftError
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Number = Annotated[int, Field(ge=1, le=2**9)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Dtype = Literal["bfloat16", "float16", "float32"]
+#: transformers' name of a layer -> its ratio, of those that vLLM has kernels for.
+_RATES = dict(sliding_attention=0, compressed_sparse_attention=4, heavily_compressed_attention=128)
 #: Keys that vLLM 0.32 has no value of its own for.
 _WITHOUT_DEFAULT = (
     *("n_shared_experts", "index_topk", "norm_topk_prob", "hc_sinkhorn_iters", "hc_eps"),
@@ -40,6 +43,7 @@ class Dimensions(BaseModel, strict=True):
     hc_mult: _Number
     sliding_window: _Size
     num_attention_heads: _Size
+    num_key_value_heads: _Number = 1
     head_dim: _Size
     q_lora_rank: _Size
     o_groups: _Number
@@ -61,10 +65,14 @@ class Dimensions(BaseModel, strict=True):
     layer_types: list[str] | None = None
     mlp_layer_types: list[str] | None = None
     compress_rates: dict[str, int] | None = None
-    rope_theta: _Positive | None = None
-    compress_rope_theta: _Positive | None = None
-    swiglu_limit: _Positive | None = None
-    routed_scaling_factor: _Positive | None = None
+    rope_theta: _Positive = 10000.0
+    compress_rope_theta: _Positive = 160000.0
+    swiglu_limit: _Positive = 10.0
+    routed_scaling_factor: _Positive = 1.5
+    scoring_func: Literal["sqrtsoftplus", "sigmoid", "softmax"] = "sqrtsoftplus"
+    qk_rope_head_dim: _Size = 64
+    torch_dtype: _Dtype | None = None
+    dtype: _Dtype | None = None
     rope_scaling: _Rope | None = None
 
 
@@ -107,11 +115,11 @@ def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:
     """Return each layer's and the head's compression ratio; None without a list that says them."""
     listed = config.get("compress_ratios")
     if listed is None and (kinds := config.get("layer_types")) is not None:
-        rates = {"sliding_attention": 0, **(config.get("compress_rates") or {})}
+        rates = _RATES | (config.get("compress_rates") or {})
         listed = [*map(rates.get, kinds[: config["num_hidden_layers"]]), 0]
     if not isinstance(listed, list) or len(listed) > 2**10:
         return None
-    return listed if all(type(r) is int and 0 <= r <= 2**16 for r in listed) else None
+    return listed if all(type(r) is int and r in _RATES.values() for r in listed) else None
 
 
 def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
@@ -121,6 +129,8 @@ def unread_keys(config: Mapping[str, Any], release: tuple[int, ...]) -> str:
     kinds = [key for key in ("layer_types", "mlp_layer_types") if config.get(key) is not None]
     own = all(config.get(key) is not None for key in ("compress_ratios", "num_hash_layers"))
     absent = [f"no {key}" for key in _WITHOUT_DEFAULT if key not in config]
+    if not kinds and config.get("num_hash_layers") is None:
+        absent.append("no num_hash_layers")
     return " and ".join([*(kinds if len(kinds) > 1 or not own else ()), *absent])
 
 

@@ -32,9 +32,17 @@ _RENAMED = re.compile("|".join(pattern for pattern, _ in _DATA["renames"]))
 
 def from_transformers(name: str) -> str:
     """Return DeepSeek's name for a transformers `deepseek_v4` parameter (fused experts apart)."""
-    if _RENAMED.search(name):  # most names of a base are DeepSeek's
-        for pattern, target in _DATA["renames"]:
-            name = re.sub(pattern, target, name)
+    return _renamed(name, "renames") if _RENAMED.search(name) else name  # most are DeepSeek's
+
+
+def from_vllm(name: str) -> str:
+    """Return DeepSeek's name for a tensor that vLLM reads by its own name as well."""
+    return _renamed(name, "from_vllm")
+
+
+def _renamed(name: str, table: str) -> str:
+    for pattern, target in _DATA[table]:
+        name = re.sub(pattern, target, name)
     return name
 
 
@@ -134,8 +142,8 @@ def base_shapes(config: Mapping[str, Any]) -> Shapes:
     sizes = _sizes(c := check_dimensions(config))
     shapes = _shapes("vocabulary", sizes) | _shapes("output", sizes)
     ratios, num_hashed, plain = compress_ratios(config) or [], c.num_hash_layers, _layer(sizes)
-    if num_hashed is None:
-        num_hashed = (c.mlp_layer_types or []).count("hash_moe")
+    if num_hashed is None:  # 3 is transformers' default
+        num_hashed = 3 if c.mlp_layer_types is None else c.mlp_layer_types.count("hash_moe")
     for n in range(c.num_hidden_layers):
         layer = plain | _compression(sizes, ratios[n] if n < len(ratios) else 0)
         if n < num_hashed:  # it routes by a table instead of a bias

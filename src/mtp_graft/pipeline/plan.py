@@ -26,7 +26,7 @@ from mtp_graft.stages.calibration import HUB, load_calibration
 from mtp_graft.stages.capture import prompts_by_source, step_tokens, with_taps
 from mtp_graft.stages.fetch import HubError, Source, headers_of
 from mtp_graft.stages.parallel import find_device, gpus
-from mtp_graft.stages.splice import open_base, plan_splice
+from mtp_graft.stages.splice import check_out, open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
 
@@ -74,6 +74,9 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
         check_readable(base.config, file, vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
         given, linears = (open_base(base_folder), upstream_folder), recipe.splice.linears
+        if missing := sorted({"embed.weight", "head.weight"} - given[0].index.keys()):
+            found = f"has no {missing[0]}, which a run reads by that name"
+            raise GraftError(f"{base.given}: {found}; `mtp-graft graft` needs none")
         kinds = dict.fromkeys(("mxfp4", "rtn", *recipe.served_variants))  # the least asked first
         heads: dict[Variant, Tensors] = {
             kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
@@ -137,6 +140,7 @@ def disk_needs(
     sources: Sequence[Source], out: Path, heads: Sequence[int], *, copy: bool
 ) -> tuple[Need, Need]:
     """Return what is downloaded, and what checkpoints with heads of these sizes take at `out`."""
+    check_out(out, *(source.folder for source in sources))
     base, written, what = sources[0], sum(heads), f"{len(heads)} heads; the base is linked"
     if copy or _device(base.folder) != _device(out):
         written += len(heads) * sum(base.sizes.values())

@@ -104,6 +104,8 @@ class ServeOptions:
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
     gpu_memory_utilization: float | None = option(None, "SHARE", "GPU memory.", min=0.01, max=1.0)
     num_speculative_tokens: int | None = NUM_SPECULATIVE_TOKENS
+    schedule: tuple[tuple[int, int, int], ...] = ()  # first, last, k by requests in a step
+    why: tuple[str, ...] = ()  # these drafts
     draft_lm_head_quantization: DraftLmHead | None = option(None, "TYPE", "fp8 or nvfp4, on GPUs.")
     draft_sample_method: DraftSampling | None = option(
         None, "METHOD", "greedy or probabilistic, on GPUs. Default: probabilistic."
@@ -134,6 +136,7 @@ class ServeCommand(NamedTuple):
     argv: tuple[str, ...]
     host: str
     port: int
+    why: tuple[str, ...]
 
     @property
     def base_url(self) -> str:
@@ -154,7 +157,7 @@ class ServeCommand(NamedTuple):
         """Return why each flag and each variable is there."""
         none = "no drafting: the checkpoint has no head, or 0 tokens were asked for"
         known = [f"{name}: {REASONS[name]}" for name in (*self.env, *self.argv) if name in REASONS]
-        return known if "--speculative-config" in self.argv else [none, *known]
+        return [*self.why, *(known if "--speculative-config" in self.argv else [none, *known])]
 
     def as_shell(self) -> str:
         """Return lines to paste into a shell: the exports, then the command."""
@@ -203,7 +206,7 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
         "--speculative-config": _speculative_config(options, on_cpu, num_draft),
     }
     argv = (*vllm.launcher, str(options.checkpoint), *as_words(flags), *options.extra_args)
-    return ServeCommand(_environment(options, on_cpu), argv, options.host, port)
+    return ServeCommand(_environment(options, on_cpu), argv, options.host, port, options.why)
 
 
 def as_words(flags: Mapping[str, object]) -> Iterator[str]:
@@ -260,6 +263,8 @@ def _speculative_config(options: ServeOptions, on_cpu: bool, num_draft: int) -> 
         return None
     method = "dspark" if dspark_block(options.checkpoint) else "mtp"
     config: dict[str, Any] = {"method": method, "num_speculative_tokens": num_draft}
+    if len(options.schedule) > 1:
+        config["num_speculative_tokens_per_batch_size"] = options.schedule
     if quantization:
         if method == "dspark":
             flag, found = f"--draft-lm-head-quantization {quantization}", "has a DSpark drafter"

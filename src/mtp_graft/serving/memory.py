@@ -33,8 +33,8 @@ _WINDOW_PAGE_TOKENS = 64
 #: Tensors of which each rank holds its share; all others are on every rank.
 _CUT = re.compile(
     r"\.ffn\.(experts\.\d+|shared_experts)\.w[123]\."
-    r"|^(layers|mtp)\.\d+\.attn\.(wq_b|wo_a|wo_b|attn_sink)(\.|$)"
-    r"|^(embed|head)\.weight$"
+    r"|^(model\.)?(layers|mtp)\.\d+\.attn\.(wq_b|wo_a|wo_b|attn_sink)(\.|$)"
+    r"|^(model\.)?(embed(_tokens)?|head)\.weight$"
 )
 _EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
 

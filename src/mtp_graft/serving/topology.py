@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from mtp_graft.checkpoint.quantization_config import INTEGERS, read_quantization
+from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.errors import GraftError, UsageError
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.profiles import GPUS, UNIFIED_MEMORY_UTILIZATION
@@ -158,6 +158,6 @@ def most_ranks(config: Mapping[str, Any], num_gpus: int) -> int:
 def undivided(config: Mapping[str, Any], ranks: int, group: int | None = None) -> dict[str, int]:
     """Return config key -> unit of what ranks cannot share; `group` is by the config by default."""
     layers = range(config["num_hidden_layers"] + 1)
-    group = group or max(1, read_quantization(config).group_size(layers, *INTEGERS))
+    group = group or max(1, read_quantization(config).group_size(layers))
     units = {"num_attention_heads": 1, "o_groups": 1, "moe_intermediate_size": group}
     return {key: unit for key, unit in units.items() if config[key] % (ranks * unit)}

@@ -7,13 +7,15 @@ cache: with all files there no network is needed, whether a commit or a branch i
 
 import json
 import logging
+import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -284,6 +286,16 @@ def hub_errors(what: str, instead: str = "a local folder") -> Iterator[None]:
         raise HubError(f"{what}: cannot be fetched from the hub ({first}); {cure}") from error
 
 
+def _asked_wait(headers: Mapping[str, str]) -> int:
+    """Return how long a busy hub wants to be left alone: seconds, a date, or its rate's window."""
+    asked = headers.get("Retry-After", "")
+    if not asked.isdecimal():
+        with suppress(ValueError, OverflowError):
+            return math.ceil(parsedate_to_datetime(asked).timestamp() - time.time())
+        asked = ("0", *re.findall(r"\bt=(\d+)", headers.get("RateLimit", "")))[-1]
+    return int(asked[:9])
+
+
 def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
     """Send a request until the hub has time for it; GraftError if it asks for a long wait."""
     for attempt in count():
@@ -291,8 +303,7 @@ def _send(send: Callable[..., Any], request: Any, **options: Any) -> Any:
         if response.status_code != 429 or request.method not in ("GET", "HEAD"):
             return response
         response.close()
-        asked = response.headers.get("Retry-After", "")
-        wait = max(4**attempt, int(asked) if asked.isdecimal() else 0)
+        wait = max(4**attempt, _asked_wait(response.headers))
         told = f"{request.url.host}: too many requests (429); {wait:,} s to wait"
         if wait > _PATIENCE_S:
             raise GraftError(f"{told}: run again after that, or log in, which allows more")

@@ -79,6 +79,7 @@ def splice(
     An `out` that the same inputs gave is left as it is. Raises GraftError, leaving nothing behind,
     for inputs that do not fit each other, another `out` that exists, and a full disk.
     """
+    check_out(out, base, upstream)
     plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
     manifest = _manifest(plan)
     if out.exists():
@@ -96,6 +97,12 @@ def splice(
             _link(upstream / HEAD_SHARD, folder / HEAD_SHARD, copy=copy)
         _write_texts(plan, manifest, folder)
     return plan
+
+
+def check_out(out: Path, *inputs: Path) -> None:
+    """Raise GraftError for an output in the folder of an input, to which nothing is written."""
+    if above := [folder for folder in inputs if out.resolve().is_relative_to(folder.resolve())]:
+        raise GraftError(f"{out}: is in {above[0]}; choose another folder")
 
 
 def open_base(folder: Path) -> Checkpoint:
@@ -140,7 +147,11 @@ def plan_splice(
     if group_size < 0:
         found = f"its INT4 experts have a scale a channel, which {variant} does not make"
         raise GraftError(f"{base.folder}: {found}; `mtp-graft graft` adds an mxfp4 or bf16 head")
-    check_head(upstream, head, config, group_size)
+    try:
+        check_head(upstream, head, config, group_size)
+    except GraftError:
+        _ask_doctor(base, base.config, {})  # whether config.json is not the base's either
+        raise
     report = None if quantized is None else quant_manifest.read_report(quantized)
     store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
     with head.named():
@@ -193,7 +204,8 @@ def _ask_doctor(base: Checkpoint, config: Mapping[str, Any], layout: Mapping[str
     first, *others = errors
     said = f"{first.where}: {first.found}; expected {first.expected}: {first.why}; {first.cure}"
     more = f" (also: {', '.join(each.id for each in others)})" if others else ""
-    raise GraftError(f"{base.folder}, with a head: {said}, or take another head{more}")
+    what, cure = (", with a head", ", or take another head") if layout else ("", "")
+    raise GraftError(f"{base.folder}{what}: {said}{cure}{more}")
 
 
 def _manifest(plan: SplicePlan) -> Manifest:

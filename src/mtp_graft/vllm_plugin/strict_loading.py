@@ -20,7 +20,8 @@ from mtp_graft.vllm_plugin.compressors import Weights, decode_compressors
 Load = Callable[[Weights], set[str]]
 _SHOWN = 5
 #: Set by the engine itself: the order of activation-ordered groups, which W4A16-FP8 never has.
-_ENGINE_OWNED = ("_weight_g_idx", "_g_idx_sort_indices")
+#: Packed matrices' shapes are read by nobody, and some checkpoints lack them.
+_ENGINE_OWNED = ("_weight_g_idx", "_g_idx_sort_indices", "weight_shape")
 
 
 def load_base(model: nn.Module, weights: Weights, load: Load) -> set[str]:

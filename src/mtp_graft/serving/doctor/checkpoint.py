@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mtp_graft.checkpoint.makers import foreign_maker
+from mtp_graft.checkpoint.makers import CONSOLIDATED, foreign_maker
 from mtp_graft.checkpoint.manifest import Json
 from mtp_graft.checkpoint.quantization_config import INTEGERS, QuantizationConfig, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_weight_map
+from mtp_graft.dsv4 import names as dsv4
 from mtp_graft.dsv4.config import compress_ratios, num_stages
-from mtp_graft.dsv4.names import EXPERT, QUANTIZED, base_shapes, from_transformers, head_shapes
+from mtp_graft.dsv4.names import EXPERT, QUANTIZED, base_shapes, head_shapes
 from mtp_graft.dsv4.variants import Parts, format_of, modules_of, weight_of
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.command import read_config
@@ -22,11 +23,6 @@ _LAYER = re.compile(r"^layers\.(\d{1,6})\.")
 _ROUTER = re.compile(r"layers\.\d+\.(ffn|mlp)\.gate\.weight$")
 _OTHER_BLOCK = re.compile(r"^mtp\.[1-9]\d*\.")
 _SCALE = re.compile(r"\.(weight_scale_inv|scale)$")
-#: vLLM's own name of a layer's router bias is transformers'.
-_READ_AS_IS = re.compile(r"layers\.\d+\.ffn\.gate\.e_score_correction_bias$")
-
-#: Files that vLLM takes in place of the index's, wherever they are.
-CONSOLIDATED = "consolidated*.safetensors"
 
 Names = Mapping[str, str]
 Shards = Mapping[str, Mapping[str, Tensor]]  # shard -> its tensors, meta
@@ -92,6 +88,8 @@ class Checkpoint:
     def _odd_format(self) -> str | None:
         """Return what many modules of the base are stored as that is not read here."""
         odd, linears = Counter[str](), ("plain", "fp8", None)
+        if not (self.config.get("quantization_config") or {*self.formats.values()} - {"plain"}):
+            return "a checkpoint without quantization"
         for name, kind in self.formats.items():
             is_expert = EXPERT.match(name)
             known = (*INTEGERS, "mxfp4", *linears) if is_expert else linears
@@ -120,7 +118,7 @@ class Checkpoint:
     def misnamed(self) -> dict[str, str]:
         """Return stored name -> right name, of tensors that vLLM has no rule for as they are."""
         names = {} if self.foreign_format else self.read_as
-        return {n: right for n, right in names.items() if right != n and not _READ_AS_IS.match(n)}
+        return {n: right for n, right in names.items() if right not in (n, dsv4.from_vllm(n))}
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -144,7 +142,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def canonical_name(name: str, num_layers: int) -> str:
     """Return the name that DeepSeek, vLLM and this project read for a tensor called `name`."""
-    name = from_transformers(name)
+    name = dsv4.from_transformers(name)
     if (match := _LAYER.match(name)) and int(match[1]) >= num_layers:
         block = int(match[1]) - num_layers
         name = f"mtp.{block}.{name[match.end() :]}"

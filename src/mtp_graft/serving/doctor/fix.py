@@ -66,8 +66,8 @@ def _fixed(checkpoint: Checkpoint, cures: set[str]) -> Checkpoint:
         for shard, held in checkpoint.shards.items()
     }
     held = {name: shard for shard, found in shards.items() for name in found}
-    listed = held | {right.get(name, name): shard for name, shard in checkpoint.index.items()}
-    index = dict(sorted(listed.items()))
+    listed = {right.get(name, name): shard for name, shard in checkpoint.index.items()}
+    index = dict(sorted((listed | held).items()))
     return Checkpoint(checkpoint.folder, config, index, shards, checkpoint.unreadable)
 
 

@@ -63,7 +63,7 @@ def _sizes(
             asked = _vllm_names(first := f"{experts}.experts.0.w1", checkpoint.num_layers)
             key = next(filter(None, map(quantization.group_of, asked.values())), None)
             if key and quantization.kind_of(key) == checkpoint.formats.get(first):
-                size = quantization.config_groups[key].weights.group_size or -1
+                size = quantization.config_groups[key].weights.inputs_per_scale
                 is_same = stored < 0 and size >= most
                 found.setdefault(key, (size, set()))[1].add(size if is_same else stored)
     return found

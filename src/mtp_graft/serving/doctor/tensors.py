@@ -12,12 +12,13 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import fetched, read_object
+from mtp_graft.checkpoint.makers import CONSOLIDATED
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.dsv4.config import num_stages, unread_keys
 from mtp_graft.dsv4.names import EXPERT, FLOAT32, HEAD_COPIES, NEVER_QUANTIZED, QUANTIZED
 from mtp_graft.dsv4.variants import part_name, stored_as, weight_of
 from mtp_graft.errors import in_words
-from mtp_graft.serving.doctor.checkpoint import CONSOLIDATED, Checkpoint
+from mtp_graft.serving.doctor.checkpoint import Checkpoint
 from mtp_graft.serving.doctor.findings import Defect, Finding, Severity, finding, listed, merged
 from mtp_graft.serving.doctor.hardware import Target
 
@@ -26,7 +27,6 @@ _COMPRESSION = re.compile(r"\.attn\.(compressor|indexer)\.")
 _ALSO_READ = {
     torch.bfloat16: (torch.float32,),
     torch.float32: (torch.bfloat16,),  # a finding of its own
-    torch.uint8: (torch.float8_e8m0fnu,),
     torch.int32: (torch.int64,),
 }
 #: Files besides that vLLM reads. It stops at one of the first that is damaged.
@@ -76,13 +76,15 @@ def files(checkpoint: Checkpoint, _target: Target) -> Iterator[Finding]:
 @merged
 def index(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find differences between the index and what the shards hold."""
-    for name, shard in checkpoint.index.items():
-        if name not in checkpoint.shards.get(shard, {name}):
-            yield "index-entry-without-tensor", name, f"not in {shard}", f"as in {INDEX_NAME}"
     held = [(name, shard) for shard, found in checkpoint.shards.items() for name in found]
+    there = {name for name, _ in held}
+    for name, shard in checkpoint.index.items():
+        if name not in there and shard in checkpoint.shards:
+            yield "index-entry-without-tensor", name, f"not in {shard}", f"as in {INDEX_NAME}"
     for name, shard in held:
-        if name not in checkpoint.index:
-            found = f"in {shard}, not in {INDEX_NAME}"
+        listed_in = checkpoint.index.get(name)
+        if listed_in is None or name not in checkpoint.shards.get(listed_in, {name}):
+            found = f"in {shard}, not in {listed_in or INDEX_NAME}"
             yield "tensor-without-index-entry", name, found, "an entry for every tensor"
     for name, count in Counter(checkpoint.read_as[name] for name, _ in held).items():
         if count > 1:
@@ -94,7 +96,7 @@ def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     if target.vllm and (keys := unread_keys(checkpoint.config, target.vllm.release)):
         yield finding("config-dialect", "config.json", keys, "all of DeepSeek's keys, no others")
     layers, ratios = checkpoint.num_layers, checkpoint.ratios
-    number, said = (checkpoint.config.get(k) for k in ("num_nextn_predict_layers", "is_causal"))
+    key, said = "num_nextn_predict_layers", checkpoint.config.get("is_causal")
     where = "config.json: compress_ratios"
     if len(ratios) < layers:
         given = f"{checkpoint.config.get('compress_ratios')!r:.200}"
@@ -110,16 +112,16 @@ def config(checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
         yield finding("dspark-causal", "config.json: is_causal", said, False)
     if not checkpoint.has_head:
         yield finding("head-absent", "mtp.*", "no tensor", "a base without its head serves")
-    elif number != 1:
-        where = "config.json: num_nextn_predict_layers"
-        yield finding("nextn-count", where, number, 1, "warning" if number is None else "error")
+    elif (number := checkpoint.config.get(key, "absent")) != 1:
+        level: Severity = "warning" if number == "absent" else "error"
+        yield finding("nextn-count", f"config.json: {key}", number, 1, level)
 
 
 @merged
 def names(checkpoint: Checkpoint, _target: Target) -> Iterator[Defect]:
     """Find tensors under another spelling of their name, and a drafter's of newer upstreams."""
     for old, new in checkpoint.misnamed.items():
-        kind = "scale" if old.rpartition(".")[0] == new.rpartition(".")[0] else "tensor"
+        kind = "scale" if new == f"{old.rpartition('.')[0]}.weight_scale" else "tensor"
         yield f"{kind}-name", old, old, f"{new}, the others alike"
     for name in checkpoint.unsaid:
         yield "dspark-drafter", name, "in config.json no dspark_block_size", "what upstream's has"
@@ -136,16 +138,19 @@ def contents(checkpoint: Checkpoint, target: Target) -> Iterator[Defect]:
     if len(checkpoint.ratios) < checkpoint.num_layers:  # a finding of its own
         known |= {name for name in tensors if _COMPRESSION.search(name)}
     for name in sorted(asked.keys() - tensors.keys() - checkpoint.unseen):
-        yield f"{_place(name)}-tensor-missing", name, "in no shard", "as config.json asks"
+        if not name.endswith("weight_shape"):  # of which vLLM makes nothing
+            yield f"{_place(name)}-tensor-missing", name, "in no shard", "as config.json asks"
     for name in sorted(tensors.keys() - asked.keys() - known):
         yield f"{_place(name)}-tensor-unknown", name, "of no module", "none"
     for name in sorted(asked.keys() & tensors.keys()):
         tensor, like = tensors[name], asked[name]
         kind = "scale" if name.endswith("weight_scale") else "tensor"
         is_half = tensor.dtype == torch.float16 and like.is_floating_point()
+        right = (like.dtype, *_ALSO_READ.get(like.dtype, ()))
+        right += (torch.float8_e8m0fnu,) * (kind == "scale")  # a power of two is exact in all
         if is_half and not half:
             yield f"{kind}-float16", name, tensor.dtype, like.dtype
-        elif not is_half and tensor.dtype not in (like.dtype, *_ALSO_READ.get(like.dtype, ())):
+        elif not is_half and tensor.dtype not in right:
             yield "tensor-dtype", name, tensor.dtype, like.dtype
         elif tensor.shape != like.shape:
             yield f"{kind}-shape", name, list(tensor.shape), f"{list(like.shape)} by config.json"
