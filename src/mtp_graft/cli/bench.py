@@ -271,9 +271,7 @@ def bench_workload(
 @with_options
 def bench_soak(
     target: Target,
-    reference: str | None = option(
-        None, "URL", "Asks alone. Default: the same.", callback=check_url
-    ),
+    reference: str | None = option(None, "URL", "Asked alone. Default: same.", callback=check_url),
     minutes: float = option(10.0, "N", "How long to hold the load.", min=0.01),
     concurrency: int = option(8, "N", "Requests at a time.", min=1),
     seed: int = option(0, "N", "Draws the requests."),
