@@ -190,26 +190,29 @@ def served(name: str, url: str, run: Path, concurrency: int) -> dict[str, Any]:
 
 
 def compare_served(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return by k the healed head's accepted length beside upstream's, DSpark's beside healed."""
+    """Return each server's accepted length; healed beside upstream's, DSpark beside healed."""
     of = {each["name"]: each["by_text"] for each in found if "by_text" in each}
+    drawn = {name: resampled(by_text) for name, by_text in of.items()}
     compared = {}
-    for name, after in of.items():
+    for name, lengths in drawn.items():
         _, drafter, k = name.split(" ")
-        other = "unhealed" if drafter == "healed" else "healed"
-        if (before := of.get(f"served {other} {k}")) is None or drafter == "unhealed":
-            continue
-        counts = np.array([[before[t], after[t]] for t in before], float)  # [texts, 2, counts]
-        size = (10_000, len(counts))
-        drawn = counts[np.random.default_rng(0).integers(len(counts), size=size)].sum(axis=1)
-        lengths = drawn[..., 0] / drawn[..., 1]  # [resamples, 2]
-        totals = counts.sum(axis=0)
-        compared[k if drafter == "healed" else f"{drafter} {k}"] = {
-            other: {"length": totals[0, 0] / totals[0, 1], "interval": ends(lengths[:, 0])},
-            drafter: {"length": totals[1, 0] / totals[1, 1], "interval": ends(lengths[:, 1])},
-            "ratio_interval": ends(lengths[:, 1] / lengths[:, 0]),
-            "difference_interval": ends(lengths[:, 1] - lengths[:, 0]),
-        }
+        tokens, steps = np.sum([*of[name].values()], axis=0)
+        entry = {"length": tokens / steps, "interval": ends(lengths)}
+        other = {"healed": "unhealed"}.get(drafter, "healed")
+        before = None if drafter == "unhealed" else drawn.get(f"served {other} {k}")
+        if before is not None:
+            entry |= {"against": other, "ratio_interval": ends(lengths / before)}
+            entry |= {"difference_interval": ends(lengths - before)}
+        compared[f"{drafter} {k}"] = entry
     return compared
+
+
+def resampled(by_text: Mapping[str, tuple[int, int]]) -> Any:
+    """Return accepted lengths [resamples] of texts drawn again, the same ones each time."""
+    counts = np.array([by_text[text] for text in sorted(by_text)], float)  # tokens, steps
+    at = np.random.default_rng(0).integers(len(counts), size=(10_000, len(counts)))
+    tokens, steps = counts[at].sum(axis=1).T
+    return tokens / steps
 
 
 def ends(values: Any) -> list[float]:

@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from mtp_graft.checkpoint.capture import RECORDINGS, FinishedText, read_recorded, read_sequences
 from mtp_graft.checkpoint.shards import load_tensors, read_meta
 from mtp_graft.dsv4.names import find_drafter, head_from_module, head_shapes
 from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.recipe import QuantizeSection, ScoreSection
 from mtp_graft.serving.metrics import count_steps, drafting_result
-from mtp_graft.stages.score import draft_steps
+from mtp_graft.stages.inputs import EVALUATION
+from mtp_graft.stages.score import draft_steps, score
 from synthetic_capture import random_sequences, write_capture
 
 # Benchmarks
@@ -207,6 +210,35 @@ def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.Mo
     log = map(json.loads, (out / "training-log.jsonl").read_text().splitlines())
     looks = [line["length"] for line in log if line["event"] in ("held_out", "exported")]
     assert len(looks) == 2 and looks[0] == looks[1]
+
+
+#: How the base goes on after its first two prompts.
+WRITTEN = (
+    "The bakery makes a total of 48 rolls * $2/bar = $<<48*2=96>>96.\nThe bak",
+    "There are 14 x 6 = <<14*6=84>>84 plants in each row.\nThere are 84 x 9 = <<",
+)
+
+
+def test_the_bundled_drafter_drafts_what_the_base_writes(tmp_path: Path) -> None:
+    forward, tiny = importlib.import_module("forward"), BENCHMARKS.parent / "models" / "tiny-dsv4"
+    tokenizer = Tokenizer.from_file(str(tiny / "base" / "tokenizer.json"))
+    prompts = (tiny / "prompts.jsonl").read_text().splitlines()
+    texts = [
+        FinishedText(n, f"{n}", EVALUATION, *(tuple(each.ids) for each in encoded))
+        for n, pair in enumerate(
+            zip((json.loads(p)["text"] for p in prompts), WRITTEN, strict=False)
+        )
+        if (encoded := tokenizer.encode_batch(pair, add_special_tokens=False))
+    ]
+    (tmp_path / RECORDINGS).mkdir()
+    base = forward.load_base(tiny / "base", "cpu")
+    forward.record(base, texts, [1, 2, 3], tmp_path, "1.safetensors")
+    for text, sequence in zip(texts, read_sequences(tmp_path), strict=True):
+        targets = read_recorded(tmp_path, sequence, 4).targets.tolist()
+        assert targets[len(text.prompt) - 1 : -1] == [*text.continuation]
+    given = tmp_path, tmp_path, tiny / "dspark", tiny / "base", tmp_path / "score"
+    heads, section = QuantizeSection(variants=("mxfp4",)), ScoreSection(k=3)
+    assert score(*given, heads, section, lambda *_: None)["acceptance"]["mxfp4"]["length"] > 2
 
 
 def test_accepted_lengths_are_those_of_score() -> None:
