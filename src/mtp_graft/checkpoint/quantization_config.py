@@ -10,7 +10,7 @@ import re
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -175,15 +175,10 @@ def _read_groups(groups: Any) -> Any:
 class _Patterns(dict[str, str]):
     """Patterns, as vLLM maps them, to their groups' keys, in the order in which it tries them."""
 
-    @cached_property
-    def places(self) -> dict[str, int]:
-        """Return each pattern's place: there may be a name for each of many thousand experts."""
-        return {pattern: place for place, pattern in enumerate(self)}
-
-    @cached_property
-    def regexes(self) -> list[tuple[int, str]]:
-        """Return the regular expressions and their places."""
-        return [(n, pattern) for pattern, n in self.places.items() if pattern.startswith("re:")]
+    def __init__(self, keys: dict[str, str]) -> None:
+        super().__init__(keys)
+        self.places = {pattern: place for place, pattern in enumerate(self)}
+        self.regexes = [pattern for pattern in self if pattern.startswith("re:")]
 
 
 class QuantizationConfig(BaseModel):
@@ -230,10 +225,8 @@ class QuantizationConfig(BaseModel):
         match = _CLASSES.search(own[0])
         of_class = str(match.lastgroup) if match else "ReplicatedLinear"
         if of_class not in self._of_class:
-            targets = self._targets.items()
-            keys = (
-                k for t, k in targets if t.lower() in of_class.lower() or self._matches(t, of_class)
-            )
+            of, targets = of_class.lower(), self._targets.items()
+            keys = (k for t, k in targets if t.lower() in of or self._matches(t, of_class))
             self._of_class[of_class] = next(keys, None)
         return self._of_class[of_class]
 
@@ -271,10 +264,9 @@ class QuantizationConfig(BaseModel):
         return "plain" if key is None else self.config_groups[key].kind
 
     def _first(self, patterns: _Patterns, name: str) -> str | None:
-        place = patterns.places.get(name, len(patterns))
-        earlier = (pattern for at, pattern in patterns.regexes if at < place)
-        found = (pattern for pattern in earlier if self._matches(pattern, name))
-        return next(found, name if name in patterns else None)
+        last, places = patterns.places.get(name, len(patterns)), patterns.places
+        found = (p for p in patterns.regexes if places[p] < last and self._matches(p, name))
+        return next(found, name if name in patterns else None)  # not searched among thousands
 
     def _matches(self, pattern: str, name: str) -> bool:
         if not pattern.startswith("re:"):
