@@ -163,6 +163,9 @@ def test_a_dry_run_tells_files_sizes_and_times_and_by_what(
     assert 20 < told["seconds"]["bench"]["seconds"] < 400
     assert "a demo" in told["seconds"]["bench"]["by"]
     assert not folder.exists()
+    copy = shutil.copy(recipe.capture.evaluation_prompts, folder.parent)
+    asked = load_recipe(find_bundled_recipe(), [f"capture.calibration_prompts={copy}"])
+    assert "48 of its prompts are in" in plan_run(asked, folder, STAGES)["inputs"]
     base, upstream = survey(recipe.model)
     large = replace(base, sizes={"model.safetensors": 143 * 10**9})
     times = plan.estimate_times(recipe, [large, upstream])

@@ -23,7 +23,7 @@ from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving import command, memory, topology
 from mtp_graft.stages import fetch
 from mtp_graft.stages.calibration import HUB, load_calibration
-from mtp_graft.stages.capture import prompts_by_source, step_tokens, with_taps
+from mtp_graft.stages.capture import prompts_by_source, read_prompts, step_tokens, with_taps
 from mtp_graft.stages.fetch import HubError, Source, headers_of
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import check_out, open_base, plan_splice
@@ -100,8 +100,11 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
 
 
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:
-    """Raise GraftError for too few prompts, or none; in a dry run the hub's are not downloaded."""
-    wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
+    """Raise GraftError for too few prompts, or in both sets; a dry run leaves the hub's out."""
+    wanted = Counter[str]()
+    if "capture" in run.stages:
+        read_prompts(run.recipe.capture, local=dry_run)
+        wanted = prompts_by_source(run.recipe.capture)
     if "bench" in run.stages:
         wanted[run.recipe.bench.prompts] += run.recipe.bench.count
     for source, count in wanted.items():
