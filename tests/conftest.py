@@ -67,6 +67,12 @@ def tiny_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    """The same by links, for changes, which replace files and never write to them."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
+
+
+@pytest.fixture
 def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A stand-in for the hub that has the bundled model as two repositories."""
     import hub_stand_in

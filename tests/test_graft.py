@@ -1,7 +1,6 @@
 """`mtp-graft graft`: from folders, hub ids and published heads to a verified checkpoint."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -24,12 +23,6 @@ from run_folder import write
 
 HEAD = "owner/that-head"
 Command = Callable[..., Any]
-
-
-@pytest.fixture
-def base(tiny_base: Path, tmp_path: Path) -> Path:
-    """A base of links, whose JSON files may be changed."""
-    return Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,8 @@ def read_json(path: Path) -> Any:
 
 
 @pytest.fixture
-def base(tiny_base: Path, tmp_path: Path) -> Path:
-    """A base of links that may be changed; with files in folders, and one that is hidden."""
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
+def base(base: Path) -> Path:
+    """A base that may be changed; with files in folders, and one that is hidden."""
     for name in ("encoding/chat.py", ".cache/huggingface/lock"):
         (base / name).parent.mkdir(parents=True)
         (base / name).write_text("x")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.serving import command
+from mtp_graft.serving import command, server
 
 from .flash import CONFIG, with_head
 
@@ -141,6 +141,7 @@ def site(tmp_path: Path) -> Path:
 def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """What starts the stand-in, the only vLLM that this process and its children see."""
     only_from(site, monkeypatch)
+    monkeypatch.setattr(server, "POLL_S", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     for name in ("OMP_NUM_THREADS", "FAKE_VLLM"):
         monkeypatch.delenv(name, raising=False)

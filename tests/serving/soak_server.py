@@ -76,7 +76,7 @@ def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
         def do_POST(self) -> None:
             body = self.body()
             if self.path == "/tokenize":
-                self.say(json.dumps({"count": len(body["prompt"]), "max_model_len": 4096}))
+                self.say({"count": len(body["prompt"]), "max_model_len": 4096})
                 return
             answer = sound(body)
             if fault and not body.get("logprobs") and next(under_load) % 3 == 0:
@@ -93,7 +93,7 @@ def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
             names = ("prompt_tokens", "completion_tokens", "total_tokens")
             usage = {"usage": dict(zip(names, [*counts, sum(counts)], strict=True))}
             if not answer["body"].get("stream"):
-                self.say(json.dumps({"choices": [*choices(answer, "message", 10**6)], **usage}))
+                self.say({"choices": [*choices(answer, "message", 10**6)], **usage})
                 return
             self.send_response(200)
             self.end_headers()
@@ -102,8 +102,8 @@ def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
                 with suppress(ConnectionError):  # the client hung up
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
-        def say(self, text: str) -> None:
+        def say(self, content: Any) -> None:
             with suppress(ConnectionError):  # the client does not wait any longer
-                self.reply(200, text.encode())
+                self.reply(200, content)
 
     return http_stand_in.serving(Handler)

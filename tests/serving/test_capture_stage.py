@@ -12,7 +12,6 @@ from mtp_graft.checkpoint import capture as files
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORDINGS, SWITCH_NAME, read_texts
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
-from mtp_graft.serving import server
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages import capture as stage
 from mtp_graft.stages.capture import capture, recording_options, with_taps
@@ -59,7 +58,6 @@ def take(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "POLL_S", 0.05)
     monkeypatch.setattr(stage, "WRITE_TIMEOUT_S", 0.3)
 
 

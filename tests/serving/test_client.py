@@ -19,7 +19,7 @@ def answering(text: str) -> Iterator[ServerClient]:
     class Handler(http_stand_in.Handler):
         def do_POST(self) -> None:
             self.body()
-            self.reply(200, text.encode())
+            self.reply(200, text)
 
     with http_stand_in.serving(Handler) as url, ServerClient(url) as client:
         yield client

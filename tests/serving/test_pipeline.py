@@ -145,7 +145,6 @@ def servers(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Serve
         finally:
             running.release()
 
-    monkeypatch.setattr(server, "POLL_S", 0.05)
     monkeypatch.setattr(pipeline.bench, "managed_server", managed)
     return servers
 

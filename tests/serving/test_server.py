@@ -30,11 +30,6 @@ Managed = Callable[..., AbstractContextManager[ServerClient]]
 Serve = Callable[..., AbstractContextManager[subprocess.Popen[str]]]
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "POLL_S", 0.05)
-
-
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
     return tmp_path / "record.json"
