@@ -75,13 +75,11 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A stand-in for the hub that has the bundled model as two repositories."""
-    import hub_stand_in
+    from hub_stand_in import BASE, UPSTREAM, as_repository, in_place_of_the_hub
 
-    folders = {hub_stand_in.BASE: "base", hub_stand_in.UPSTREAM: "upstream"}
-    repositories = {
-        repo: hub_stand_in.as_repository(tiny_model / name) for repo, name in folders.items()
-    }
-    with hub_stand_in.in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
+    folders = {BASE: tiny_model / "base", UPSTREAM: tiny_model / "upstream"}
+    repositories = {repo: as_repository(folder) for repo, folder in folders.items()}
+    with in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
         yield hub
 
 
@@ -166,6 +164,21 @@ def mtp_graft(run_command: Callable[..., tuple[int, str, str]]) -> Callable[...,
         return next(line for line in errors.splitlines() if line.startswith("error: "))
 
     return call
+
+
+@pytest.fixture
+def cuda_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CUDA build of torch, which must not be asked in this process."""
+    import torch
+
+    from mtp_graft.stages.parallel import gpus
+
+    gpus.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name in ("_lazy_init", "is_available", "device_count", "get_device_name", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked in this process"))
+    yield
+    gpus.cache_clear()
 
 
 @pytest.fixture(scope="session")

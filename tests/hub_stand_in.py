@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,12 @@ class StandInHub:
     def downloads(self, name: str) -> int:
         """Return how often a file was downloaded; a part of it does not count."""
         return sum(method == "GET" and path.endswith(name) for method, path in self.asked)
+
+    def change(self, repo: str, file: str, change: Callable[[Any], object]) -> None:
+        """Change a JSON file."""
+        content = json.loads(self.repositories[repo][file])
+        change(content)
+        self.repositories[repo][file] = json.dumps(content).encode()
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
         """Return status, body and headers."""

@@ -30,6 +30,12 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
+def write_rows(path: Path, *rows: Any) -> str:
+    """Write lines, of JSON where they are no text; return the file's name."""
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
 def recorded(name: str) -> Any:
     """Return what is kept for the tests: `bench decode`, `bench sweep`, or the stages' reports."""
     return json.loads((TESTS / f"bench_results/{name}.json").read_text())

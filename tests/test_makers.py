@@ -36,16 +36,8 @@ from mtp_graft.serving.topology import CPU, undivided
 from mtp_graft.stages.fetch import find_source
 from mtp_graft.stages.splice import open_base, splice
 from mtp_graft.stages.verify import verify
-from serving.doctor_defects import (
-    INDEX,
-    Plant,
-    Tensors,
-    edit_config,
-    edit_shard,
-    ignore,
-    retarget,
-    section,
-)
+from serving import doctor_defects as defects
+from serving.doctor_defects import INDEX, Tensors, edit_config, edit_shard, section
 from serving.flash import CONFIG as FLASH
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-dsv4"
@@ -151,9 +143,6 @@ def test_every_command_names_the_maker_first(tmp_path: Path, tiny_base: Path, ma
             command()
 
 
-# Spellings
-
-
 def transformers_config(config: dict[str, Any]) -> None:
     section = config.pop("quantization_config")
     saved = DeepseekV4Config(**config).to_dict() | {"quantization_config": section}
@@ -174,9 +163,6 @@ def test_transformers_config_is_read_as_vllm_reads_it(base: Path, tmp_path: Path
             build_command(ServeOptions(folder), vllm_elsewhere("cpu"))
 
 
-EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-
-
 @given(
     st.sampled_from([*base_shapes(CONFIG), *head_shapes(CONFIG)]), st.sampled_from(["", "model."]),
     st.sampled_from(["scale", "weight_scale_inv", "weight_scale"]), st.booleans(), st.booleans(),
@@ -187,7 +173,7 @@ def test_every_spelling_of_a_name_is_read_as_the_same(
     for right in (name, re.sub(r"weight$", "weight_scale", name)):
         other = re.sub(r"weight_scale$", scale, right)
         if experts_of_transformers:
-            other = re.sub(r"\bw[123]\b", lambda match: EXPERTS[match[0]], other)
+            other = re.sub(r"\bw[123]\b", lambda match: defects.OTHER_NAMES[match[0]], other)
         if head_as_layer:  # as vLLM's drafter calls it
             other = re.sub(r"^mtp\.0\.norm", "layers.4.shared_head.norm", other)
             other = re.sub(r"^mtp\.0\.(?=attn|ffn|hc_[af])", "layers.4.mtp_block.", other)
@@ -235,7 +221,7 @@ def without_shapes(tensors: Tensors) -> Tensors:
     return {n: t for n, t in tensors.items() if not n.endswith("weight_shape")}
 
 
-def in_every_shard(change: Callable[[Tensors], Tensors]) -> Plant:
+def in_every_shard(change: Callable[[Tensors], Tensors]) -> defects.Plant:
     def plant(base: Path) -> None:
         for name in {s: n for n, s in read_weight_map(base / INDEX).items()}.values():
             edit_shard(base, change, name)
@@ -243,10 +229,10 @@ def in_every_shard(change: Callable[[Tensors], Tensors]) -> Plant:
     return plant
 
 
-def name_layers(prefix: str) -> Plant:
+def name_layers(prefix: str) -> defects.Plant:
     matrices = product(range(4), ("wq_a", "wkv", "wq_b", "wo_a", "wo_b"))
     targets = [f"{prefix}layers.{n}.attn.{w}" for n, w in (*matrices, (2, "indexer.wq_b"))]
-    return retarget("group_0", targets)
+    return defects.retarget("group_0", targets)
 
 
 def spell_as_vllm(config: Any) -> None:
@@ -260,13 +246,11 @@ def spell_as_vllm(config: Any) -> None:
     [
         *((in_every_shard(c), "mxfp4") for c in (as_vllm, with_exponents, without_shapes)),
         *((name_layers(prefix), "bf16") for prefix in ("", "model.")),
-        *((ignore(pattern), "mxfp4") for pattern in ("re:.*mtp.*", "mtp.0.e_proj")),
+        *((defects.ignore(pattern), "mxfp4") for pattern in ("re:.*mtp.*", "mtp.0.e_proj")),
         (lambda base: edit_config(base, spell_as_vllm), "rtn"),
     ],
 )
-def test_what_vllm_reads_as_well_is_no_error_and_is_spliced(
-    base: Path, tiny_model: Path, plant: Plant, variant: Any
-) -> None:
+def test_what_vllm_reads_as_well(base: Path, plant: defects.Plant, variant: Any) -> None:
     """Names and dtypes: each was served on a CPU, at the acceptance of the original."""
     plant(base)
     for target in (ON_GPU, ON_CPU):
@@ -285,7 +269,8 @@ def test_a_base_with_vllms_names_has_not_what_a_run_reads(base: Path) -> None:
     splice(base, TINY / "upstream", out := base.parent / "out", "mxfp4")
     edit_shard(out, as_vllm)
     assert not errors(read_checkpoint(out))
-    found = [find_source(str(f), None, "base") for f in (base, TINY / "upstream")]
+    given = (base, "base"), (TINY / "upstream", "head")
+    found = [find_source(str(folder), None, part) for folder, part in given]
     with pytest.raises(GraftError, match=r"base: has no embed\.weight, which a run reads"):
         read_models(load_recipe(find_bundled_recipe()), *found)
 
@@ -299,8 +284,6 @@ def test_a_master_that_is_no_base_is_named(tmp_path: Path, blocks: int, maker: s
             expect_format(given, part)
     expect_format(given, "head")
 
-
-# Other experts than symmetric INT4
 
 ON_GPU, ON_CPU = find_target(gpu="H200"), find_target(gpu="cpu")
 
@@ -328,9 +311,7 @@ def by_channel(tensors: Tensors) -> Tensors:
         (None, {"actorder": "static"}, set(), set()),
     ],
 )
-def test_what_vllm_serves_passes_and_the_head_is_of_the_bases_kind_or_its_own(
-    base: Path, tiny_model: Path, change: Any, weights: Any, on_gpu: Any, on_cpu: Any
-) -> None:
+def test_what_vllm_serves(base: Path, change: Any, weights: Any, on_gpu: Any, on_cpu: Any) -> None:
     if change:
         in_every_shard(change)(base)
     section(lambda q: q["config_groups"]["group_1"]["weights"].update(weights))(base)
@@ -340,9 +321,9 @@ def test_what_vllm_serves_passes_and_the_head_is_of_the_bases_kind_or_its_own(
     if weights.get("actorder") == "static" or not weights:
         return
     with pytest.raises(GraftError, match=r"experts are .*; expected int4|actorder|a channel"):
-        splice(base, tiny_model / "upstream", base.parent / "rtn", "rtn")
+        splice(base, TINY / "upstream", base.parent / "rtn", "rtn")
     if not on_gpu:
-        splice(base, tiny_model / "upstream", base.parent / "mxfp4", "mxfp4")
+        splice(base, TINY / "upstream", base.parent / "mxfp4", "mxfp4")
         assert not [f.id for f in diagnose(base.parent / "mxfp4", ON_GPU) if f.severity == "error"]
 
 
@@ -436,9 +417,7 @@ INPUTS = {"input_activations": {"num_bits": 8, "type": "float", "strategy": "ten
          "a checkpoint with int8-asymmetric routed experts"),
     ],
 )  # fmt: skip
-def test_layers_have_their_own_schemes_as_vllm_finds_them(
-    tiny_base: Path, kinds: dict[str, str], edit: Any, expected: str | None
-) -> None:
+def test_schemes_of_layers(tiny_base: Path, kinds: Any, edit: Any, expected: str | None) -> None:
     checkpoint = changed(tiny_base, kinds, edit)
     assert (checkpoint.foreign_format or ", ".join(errors(checkpoint)) or None) == expected
 
@@ -450,26 +429,22 @@ def test_layers_have_their_own_schemes_as_vllm_finds_them(
         ({ATTENTION: "int4"}, f"is {INT4_ATTENTION}; expected a W4A16-FP8"),
     ],
 )
-def test_a_base_of_another_format_is_refused_by_its_name(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kinds: dict[str, str], why: str
-) -> None:
+def test_other_base(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kinds: Any, why: str) -> None:
     checkpoint = changed(tiny_base, kinds, lambda section: section.update(config_groups={}))
     monkeypatch.setattr("mtp_graft.stages.splice.read_checkpoint", lambda _folder: checkpoint)
     with pytest.raises(GraftError, match=why):
         open_base(tiny_base)
 
 
-def test_patterns_that_take_for_ever_are_a_finding_and_an_error(
-    base: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_patterns_that_take_for_ever(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = QuantizationConfig.__private_attributes__["_seconds"]
     monkeypatch.setattr(seconds, "default", 0.5)
-    ignore("re:(.*){1,30}[A-Z]")(base)
+    defects.ignore("re:(.*){1,30}[A-Z]")(base)
     start = time.process_time()
     (found,) = (f for f in diagnose(base, ON_GPU) if f.severity == "error")
     assert "takes more than" in found.found and time.process_time() - start < 5
     with pytest.raises(GraftError, match="takes more than"):
-        splice(base, tiny_model / "upstream", base.parent / "rtn", "rtn")
+        splice(base, TINY / "upstream", base.parent / "rtn", "rtn")
 
 
 VALUES = [

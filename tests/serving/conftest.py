@@ -171,12 +171,6 @@ def write_checkpoint(folder: Path, tensors: tuple[str, ...]) -> Path:
     return folder
 
 
-def edit_config(checkpoint: Path, **changes: Any) -> None:
-    """Change a checkpoint's config."""
-    file = checkpoint / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A checkpoint without a head."""

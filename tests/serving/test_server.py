@@ -61,7 +61,7 @@ def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
         ({"mode": "never_healthy"}, "is not ready after 2 s"),
     ],
 )
-def test_a_server_that_does_not_get_ready_is_explained(
+def test_never_ready(
     managed: Managed, base: Path, settings: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if settings.get("mode") == "never_healthy":
@@ -70,9 +70,7 @@ def test_a_server_that_does_not_get_ready_is_explained(
         pytest.fail("the block was entered")
 
 
-def test_a_server_may_take_the_time_that_its_weights_take_to_read(
-    vllm: object, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_for_the_weights(vllm: object, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.truncate(base / "model-1.safetensors", 150 * 10**9)  # sparse
     assert server.start_limit_s(base) > 1500
     assert build_command(ServeOptions(base)).env[START_LIMIT] == str(server.start_limit_s(base))
@@ -93,9 +91,7 @@ def hangup_ends() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_server_too_also_one_that_ignores_sigterm(
-    managed: Managed, base: Path, signum: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal(managed: Managed, base: Path, signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "GRACE_S", 0.3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, managed(base, mode="ignores_sigterm"):
@@ -162,9 +158,7 @@ def assert_goes_on(process: subprocess.Popen[str], seconds: float) -> None:
         ([signal.SIGINT, signal.SIGINT], "ignores_sigterm", 128 + signal.SIGINT),
     ],
 )
-def test_a_signal_to_serve_stops_the_server_and_a_second_one_kills_it(
-    serve: Serve, base: Path, signums: list[int], mode: str, status: int
-) -> None:
+def test_serve_signals(serve: Serve, base: Path, signums: Any, mode: str, status: int) -> None:
     with serve(base, exit_status=5, mode=mode) as process:
         wait_until_ready(process)
         for signum in signums[:-1]:
@@ -234,9 +228,7 @@ TEXT = st.text("abcdef ,.:'()[]{}=<>/0123456789", min_size=1).filter(str.strip)
     st.integers(0, 3),
     st.sampled_from(["", ENGINE_FAILED, "INFO:     Shutting down\n"]),
 )
-def test_every_line_of_a_reason_is_in_the_explanation(
-    kind: str, said: list[tuple[str, str]], ranks: int, after: str
-) -> None:
+def test_every_line_of_a_reason(kind: str, said: Any, ranks: int, after: str) -> None:
     message = f"{kind}: " + "\n".join(indent + text for indent, text in said)
     logged = of_ranks(*[FRAMES + message] * ranks) or f"{FRAMES}{message}\n"
     with TemporaryDirectory() as name:

@@ -80,14 +80,11 @@ def test_a_token_does_not_depend_on_its_neighbours(way: Any, num_tokens: int, th
         ((), 64, [(True, slice(0, 64))]),
     ],
 )
-def test_prompts_are_told_from_decoding_by_each_requests_tokens(
-    lengths: tuple[int, ...], num_tokens: int, expected: Any, monkeypatch: pytest.MonkeyPatch
+def test_prompts_and_decoding(
+    lengths: Any, num_tokens: int, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plugin, "request_bounds", lambda: [*accumulate((0, *lengths))])
     assert list(prompts_apart(num_tokens)) == expected
-
-
-# The stored formats, through vLLM's own layer: create, load, process, apply
 
 
 def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
