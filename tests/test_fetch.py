@@ -110,6 +110,30 @@ def test_a_busy_hub(
     assert caplog.text.count(f"(429); {seconds} s to wait") == len(slept)
 
 
+@pytest.mark.parametrize(
+    ("base", "upstream", "card", "releases"),
+    [
+        ("pasta-paul/DeepSeek-V4-Flash-W4A16-FP8", "deepseek-ai/DeepSeek-V4-Flash-0731", "", "v4"),
+        ("me/DeepSeek-V4-Flash-0731-W4A16", "deepseek-ai/DeepSeek-V4-Flash-DSpark", "", "0731"),
+        ("me/mine", "deepseek-ai/DeepSeek-V4-Flash", "base_model: a/DeepSeek-V4-Pro", "pro"),
+        ("me/mine", "a/DeepSeek-V4.1-Flash", "base_model: [a/DeepSeek-V4-Flash]", "v4.1"),
+        ("me/DeepSeek-V4-Flash-0731", "a/DeepSeek-V4-Flash", "base_model: a/DeepSeek-V4-Flash", ""),
+        ("pasta-paul/DeepSeek-V4-Flash-W4A16-FP8", "a/DeepSeek-V4-Flash-DSpark", "", ""),
+        ("me/mine", "deepseek-ai/DeepSeek-V4-Flash-0731", "base_model: [1, null]", ""),
+        ("me/mine", "deepseek-ai/DeepSeek-V4-Flash-0731", "base_model: [", ""),
+    ],
+)
+def test_another_release_is_warned_of_where_names_tell(
+    base: str, upstream: str, card: str, releases: str, tmp_path: Path, caplog: Any
+) -> None:
+    for name in ("base", "upstream"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "README.md").write_text(f"---\n{card}\n---\n")
+    given = ((base, tmp_path / "base"), (upstream, tmp_path / "upstream"))
+    stage.warn_of_releases(*(stage.Source(*each, None, {}, {}) for each in given))
+    assert releases in caplog.text and bool(caplog.text) == bool(releases)
+
+
 def test_a_date_to_wait_for_is_read() -> None:
     for wait in (0, 60):
         headers = {"Retry-After": formatdate(time.time() + wait, usegmt=True)}

@@ -18,11 +18,13 @@ from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, find_bundled_recipe, plan
 from mtp_graft.pipeline.folder import Run
 from mtp_graft.pipeline.plan import Need, check_room, check_run, plan_run, read_models
+from mtp_graft.pipeline.run import run_pipeline
 from mtp_graft.recipe import Recipe, load_recipe
 from mtp_graft.serving.memory import RESERVE_BYTES, kv_cache_bytes, weights_bytes
 from mtp_graft.serving.topology import named_hardware
 from mtp_graft.stages import fetch, parallel
 from mtp_graft.stages.fetch import survey
+from serving.bench_server import quiet
 from serving.flash import flash
 
 
@@ -140,6 +142,13 @@ def test_a_recipe_that_does_not_fit_the_base_is_refused(recipe: Recipe, folder: 
             check_run(Run(asked, folder))
         told = plan_run(asked, folder, STAGES)
         assert re.search(refusal, told["inputs"]) and told["needs"] is told["room"] is None
+
+
+def test_a_run_folder_in_a_checkpoint_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    asked = load_recipe(find_bundled_recipe(), [f'model.base="{tmp_path}"'])
+    with pytest.raises(GraftError, match=rf"run: is in {tmp_path}; choose"):
+        run_pipeline(asked, tmp_path / "run", quiet)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_dry_run_sizes(recipe: Recipe, folder: Path, tiny_model: Path, free_disk: Any) -> None:

@@ -2,6 +2,7 @@
 
 import random
 import re
+import time
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import product
@@ -200,6 +201,16 @@ def test_arguments_are_refused_as_compressed_tensors_and_vllm_refuse_them(group:
         assert (read_by(by_us, section) is None) == is_refused, (name, value)
         if read_by(QuantizationArgs.model_validate, arguments) is None:
             assert not read_by(by_us, tiny_quantization() | {"kv_cache_scheme": arguments}), name
+
+
+def test_names_of_every_expert_are_looked_up_and_not_searched_for() -> None:
+    names = [f"layers.{n}.ffn.experts.{e}.w1" for n in range(400) for e in range(256)]
+    section = tiny_quantization()
+    section["ignore"], section["config_groups"]["group_1"]["targets"] = names[1:], names[:1]
+    config, start = by_us(section), time.process_time()
+    found = {config.group_of(f"model.{name}") for name in names[:20_000]}
+    found |= {config.group_of(f"model.layers.{n}.ffn.experts.0.w2") for n in range(2000)}
+    assert found == {"group_1", None} and time.process_time() - start < 10
 
 
 DENSE, INTS = {"format": "dense"}, {"num_bits": 4}

@@ -1,6 +1,7 @@
 """Text with any Unicode line separator comes back whole from each reader of lines of JSON."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 import http_stand_in
 from mtp_graft.bench.evals.tasks import load_task
 from mtp_graft.checkpoint.capture import FinishedText, append_row, read_texts
+from mtp_graft.checkpoint.files import write_json
+from mtp_graft.cli.output import show
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.stages.calibration import load_calibration
 
@@ -60,3 +63,15 @@ def captured(text: str, folder: Path) -> str:
 @example(SEPARATORS)
 def test_texts_come_back_whole(read: Callable[[str, Path], str], tmp_path: Path, text: str) -> None:
     assert read(f"<{text}>", tmp_path) == f"<{text}>"
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary())
+def test_names_of_files_that_are_no_text_come_back_from_what_is_written(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: bytes
+) -> None:
+    given, files = os.fsdecode(name), (tmp_path / "shown.json", tmp_path / "written.json")
+    show({"name": given}, files[0], given)
+    write_json({"name": given}, files[1])
+    assert [json.loads(file.read_text("utf-8"))["name"] for file in files] == [given] * 2
+    capfd.readouterr().out.encode()

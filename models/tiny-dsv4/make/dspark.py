@@ -62,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--qat-part", type=float, default=0.3, help="share of --steps")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--look-every", type=int, default=500)
     parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens training")
     parser.add_argument("--seed", type=int, default=0)
@@ -183,6 +184,9 @@ class Trainer:
             for split in ("calibration", "evaluation")
         )
         self.drafting = self.build(initial_tensors(args.head, self.settings, args.seed))
+        for stage in self.drafting.drafter.stages:
+            for module in (stage.self_attn, stage.mlp):
+                module.register_forward_hook(self.drop)
         self.routers = [stage.mlp.gate for stage in self.drafting.drafter.stages]
         for router in self.routers:
             router.load = torch.zeros(router.num_experts, device=self.device)
@@ -202,6 +206,12 @@ class Trainer:
         )
         drafter = build_dspark(config, tensors, self.args.stages, device=str(self.device))
         return Drafting(drafter, BaseOutput(config, given), embed, self.args.block)
+
+    def drop(self, module: nn.Module, _: object, output: Any) -> Any:
+        """Leave some of what a layer adds out, in training."""
+        kept, *others = output if isinstance(output, tuple) else (output,)
+        kept = F.dropout(kept, self.args.dropout, training=module.training)
+        return (kept, *others) if isinstance(output, tuple) else kept
 
     def run(self, drafting: Drafting, quantize: bool, *arguments: Any) -> Any:
         """Call it in BF16 on a GPU, in float32 on a CPU, perhaps with weights as stored."""

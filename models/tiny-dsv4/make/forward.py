@@ -1,22 +1,22 @@
 """Record what the bundled base computes on given texts, with transformers instead of a server.
 
-    python models/tiny-dsv4/make/forward.py --texts CAPTURE [--gsm8k DATA] --out RUN/capture
+    python models/tiny-dsv4/make/forward.py --texts CAPTURE [--data DATA] --out RUN/capture
 
-What a capture with taps has, for the texts of other captures and GSM8K's training answers: a
+What a capture with taps has, for the texts of other captures and what the base was trained on: a
 million tokens take a GPU some seconds. The server rounds activations and keys to FP8, which this
 does not, so numbers about a server come from a capture of its own.
 """
 
 import argparse
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from data import END_OF_THINKING, chat, read_gsm8k
+from data import BOS, END_OF_THINKING, Corpus, repetition
 from model import positions_of, skip_selection
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
@@ -38,12 +38,13 @@ from mtp_graft.dsv4.variants import decode_head
 
 TINY = Path(__file__).parent.parent
 BATCH = 256  # texts
+REPEATED, VERSE = 600, 256  # sentences; tokens of a piece
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=Path, nargs="*", default=[], help="captures")
-    parser.add_argument("--gsm8k", type=Path, help="folder with gsm8k/train.jsonl")
+    parser.add_argument("--data", type=Path, help="as train.py takes it")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3], help="of the taps")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -69,15 +70,20 @@ def load_base(folder: Path, device: str) -> DeepseekV4ForCausalLM:
     return base
 
 
-def answers(data: Path, first: int) -> Iterator[FinishedText]:
-    """Yield GSM8K's training questions with their answers."""
-    tokenizer = Tokenizer.from_file(str(TINY / "base" / "tokenizer.json"))
-    end = tokenizer.token_to_id(END_OF_THINKING)
-    for number, row in enumerate(read_gsm8k(data, "train")):
-        text = chat(row["question"], row["answer"])
-        ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-        at = ids.index(end) + 1
-        yield FinishedText(first + number, f"gold-{number}", "calibration", ids[:at], ids[at:])
+def training_texts(data: Path, first: int) -> Iterator[FinishedText]:
+    """Yield what the base was trained on: GSM8K's chats, verse, sentences repeated."""
+    corpus, rng = Corpus(data, TINY / "base"), random.Random(0)
+    end, begin = (corpus.tokenizer.token_to_id(token) for token in (END_OF_THINKING, BOS))
+    repeated = [
+        repetition(rng.choice(corpus.sentences), rng.randint(2, 6)) for _ in range(REPEATED)
+    ]
+    chats = [*corpus.chats, *map(corpus.encode, repeated)]
+    texts = [(ids[: (at := ids.index(end) + 1)], ids[at:]) for ids in chats]
+    verse = corpus.shakespeare
+    texts += [([begin], verse[at : at + VERSE]) for at in range(0, len(verse), VERSE)]
+    for number, (prompt, written) in enumerate(texts):
+        own = f"gold-{number}", "calibration", tuple(prompt), tuple(written)
+        yield FinishedText(first + number, *own)
 
 
 @torch.no_grad()
@@ -115,7 +121,7 @@ def main() -> None:
     args = parse_arguments()
     texts = [text for folder in args.texts for text in read_texts(folder)]
     texts = [FinishedText(n, t.id, t.split, t.prompt, t.continuation) for n, t in enumerate(texts)]
-    texts += answers(args.gsm8k, len(texts)) if args.gsm8k else []
+    texts += training_texts(args.data, len(texts)) if args.data else []
     base = load_base(TINY / "base", args.device)
     (args.out / RECORDINGS).mkdir(parents=True)
     for first in range(0, len(texts), BATCH):

@@ -64,7 +64,7 @@ def write_json(value: object, path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Write a text file under a temporary name, sync it and rename it into place."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # as JSON escapes a name's bytes
 
 
 @contextmanager

@@ -172,6 +172,15 @@ def _read_groups(groups: Any) -> Any:
     return {key: group for key, group in groups.items() if key not in unread}
 
 
+class _Patterns(dict[str, str]):
+    """Patterns, as vLLM maps them, to their groups' keys, in the order in which it tries them."""
+
+    def __init__(self, keys: dict[str, str]) -> None:
+        super().__init__(keys)
+        self.places = {pattern: place for place, pattern in enumerate(self)}
+        self.regexes = [pattern for pattern in self if pattern.startswith("re:")]
+
+
 class QuantizationConfig(BaseModel):
     """The section as vLLM reads it: which group, if any, has the scheme of a module."""
 
@@ -184,8 +193,9 @@ class QuantizationConfig(BaseModel):
     ignore: Annotated[list[Pattern], BeforeValidator(lambda v: [] if v is None else v)] = []
     _seconds: float = _MATCHING_SECONDS
     _path: Path | str = "config.json"
-    _ignored: list[str]
-    _targets: dict[str, str]  # target -> its group's key, in the order in which vLLM tries them
+    _ignored: _Patterns
+    _targets: _Patterns
+    _of_class: dict[str, str | None]  # as far as asked for
 
     def model_post_init(self, _context: Any) -> None:
         """Give groups without a format the section's, and map the patterns."""
@@ -194,8 +204,9 @@ class QuantizationConfig(BaseModel):
         keys = {t: key for key, group in self.config_groups.items() for t in group.targets}
         if "Linear" in keys:
             keys.setdefault("RoutedExperts", keys["Linear"])
-        self._targets = {_mapped(target): key for target, key in keys.items()}
-        self._ignored = [_mapped(pattern) for pattern in self.ignore]
+        self._targets = _Patterns({_mapped(target): key for target, key in keys.items()})
+        self._ignored = _Patterns(dict.fromkeys(map(_mapped, self.ignore), ""))
+        self._of_class = {}
 
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.
@@ -213,10 +224,11 @@ class QuantizationConfig(BaseModel):
                 return self._targets[found[0]]
         match = _CLASSES.search(own[0])
         of_class = str(match.lastgroup) if match else "ReplicatedLinear"
-        for target, key in self._targets.items():
-            if target.lower() in of_class.lower() or self._matches(target, of_class):
-                return key
-        return None
+        if of_class not in self._of_class:
+            of, targets = of_class.lower(), self._targets.items()
+            keys = (k for t, k in targets if t.lower() in of or self._matches(t, of_class))
+            self._of_class[of_class] = next(keys, None)
+        return self._of_class[of_class]
 
     def ignored_by(self, module: str) -> str | None:
         """Return the ignore pattern that leaves a module without a scheme; raises likewise."""
@@ -251,8 +263,10 @@ class QuantizationConfig(BaseModel):
         """Return the kind of a group by its key; `plain` for None."""
         return "plain" if key is None else self.config_groups[key].kind
 
-    def _first(self, patterns: Iterable[str], name: str) -> str | None:
-        return next((pattern for pattern in patterns if self._matches(pattern, name)), None)
+    def _first(self, patterns: _Patterns, name: str) -> str | None:
+        last, places = patterns.places.get(name, len(patterns)), patterns.places
+        found = (p for p in patterns.regexes if places[p] < last and self._matches(p, name))
+        return next(found, name if name in patterns else None)  # not searched among thousands
 
     def _matches(self, pattern: str, name: str) -> bool:
         if not pattern.startswith("re:"):

@@ -34,7 +34,9 @@ THINKING = option(False, None, "Let the model think before it answers.")
 class Texts:
     """The options of `decode` and `sweep`: what is asked."""
 
-    prompt_file: Path | None = option(None, "FILE", '{"id", "text"} lines, or ours.', "--prompts")
+    prompt_file: Path | None = option(
+        None, "FILE", 'JSON Lines of {"id", "text"}. Default: bundled ones.', "--prompts"
+    )
     limit: int | None = option(None, "N", "Use the first prompts only.", min=1)
     max_tokens: int = option(128, "N", "Tokens to continue each prompt by.", min=2)
     ignore_eos: bool = option(True, None, "Go on after an end-of-sequence token.")
@@ -271,9 +273,7 @@ def bench_workload(
 @with_options
 def bench_soak(
     target: Target,
-    reference: str | None = option(
-        None, "URL", "Asks alone. Default: the same.", callback=check_url
-    ),
+    reference: str | None = option(None, "URL", "Asked alone. Default: same.", callback=check_url),
     minutes: float = option(10.0, "N", "How long to hold the load.", min=0.01),
     concurrency: int = option(8, "N", "Requests at a time.", min=1),
     seed: int = option(0, "N", "Draws the requests."),

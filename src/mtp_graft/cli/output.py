@@ -35,11 +35,17 @@ def show(result: dict[str, Any], json_file: Path | None, *parts: str | Table) ->
     """Write a command's result to `json_file`; print parts for people, beside `-` to stderr."""
     in_place = str(json_file) == "-"
     if json_file is not None:
-        text = json.dumps(result, indent=2, ensure_ascii=False)
-        print(text) if in_place else json_file.write_text(text + "\n")
+        text = _printable(json.dumps(result, indent=2, ensure_ascii=False))
+        print(text) if in_place else json_file.write_text(text + "\n", "utf-8")
     console = Console(stderr=in_place)
     for part in parts:
-        console.print(part, soft_wrap=True, markup=False, highlight=False)
+        said = _printable(part) if isinstance(part, str) else part
+        console.print(said, soft_wrap=True, markup=False, highlight=False)
+
+
+def _printable(text: str) -> str:
+    """Escape what is no text, such as a byte of a file's name, as JSON does."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def table(records: Iterable[Mapping[str, Any]], *keys: str) -> Table:

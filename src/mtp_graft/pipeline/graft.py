@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.plan import as_json, check_room, disk_needs
 from mtp_graft.recipe import Variant
-from mtp_graft.stages.fetch import Source, download, find_source, headers_of
+from mtp_graft.stages.fetch import Source, download, find_source, headers_of, warn_of_releases
 from mtp_graft.stages.inputs import Progress
 from mtp_graft.stages.splice import open_base, plan_splice, splice
 
@@ -41,6 +41,7 @@ def graft(
     if out.exists():
         raise GraftError(f"{out}: already exists; remove it or choose another folder")
     sources = _find(base, "base"), _find(upstream, "head")
+    warn_of_releases(*sources)
     with headers_of(sources[0]) as base_folder, headers_of(sources[1]) as upstream_folder:
         planned = plan_splice(open_base(base_folder), upstream_folder, head)
     needs = disk_needs(sources, out, [planned.bytes], copy=copy)

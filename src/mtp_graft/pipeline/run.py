@@ -26,7 +26,7 @@ from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import device_name, find_device, run_in_process
 from mtp_graft.stages.quantize import quantize
 from mtp_graft.stages.score import score
-from mtp_graft.stages.splice import splice
+from mtp_graft.stages.splice import check_out, splice
 from mtp_graft.stages.verify import require_sound, verify
 
 _OF_HEAD = ("acceptance", "acceptance_by_position", "acceptance_length")
@@ -45,6 +45,8 @@ def run_pipeline(
     What finished earlier is kept, unless `again` asks to remove the named stages' folders first.
     Raises GraftError if a stage fails, needs an earlier one, or if another process works there.
     """
+    local = (g for g in (recipe.model.base, recipe.model.upstream) if g.startswith(("/", ".", "~")))
+    check_out(folder, *(Path(given).expanduser() for given in local))
     with locked(folder):
         run = Run(recipe, folder, stages, report)
         if again:

@@ -102,7 +102,9 @@ class ServeOptions:
     max_num_seqs: int | None = option(None, "N", "Requests at once.", min=1)
     max_num_batched_tokens: int | None = option(None, "N", "Tokens of one step.", min=1)
     chunked_prefill: bool = True  # off: a prompt is computed in one step or not yet
-    gpu_memory_utilization: float | None = option(None, "SHARE", "GPU memory.", min=0.01, max=1.0)
+    gpu_memory_utilization: float | None = option(
+        None, "SHARE", "Share of a GPU's memory to use.", min=0.01, max=1.0
+    )
     num_speculative_tokens: int | None = NUM_SPECULATIVE_TOKENS
     schedule: tuple[tuple[int, int, int], ...] = ()  # first, last, k by requests in a step
     why: tuple[str, ...] = ()  # these drafts
@@ -117,7 +119,9 @@ class ServeOptions:
     kv_cache_gib: float | None = option(None, "GIB", "KV cache. Default: 1 on a CPU.", min=0.01)
     prefix_caching: bool = option(True, None, "Reuse shared prompt prefixes.")
     enforce_eager: bool | None = option(None, None, "Do not compile. Default: eager on a CPU.")
-    api_key: str | None = option(None, "KEY", "For /v1.", envvar="VLLM_API_KEY", parser=_word)
+    api_key: str | None = option(
+        None, "KEY", "Key that clients must show.", envvar="VLLM_API_KEY", parser=_word
+    )
     record: Path | None = None  # capture folder that the target can record its prompts into
     taps: tuple[int, ...] = ()  # layers that it also records the streams' mean after
     environment: Mapping[str, str] = field(default_factory=dict)  # besides what vLLM always gets

@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import huggingface_hub as hub
+import yaml  # type: ignore[import-untyped]
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr-defined]
 
@@ -50,6 +51,10 @@ _BESIDE_SHARDS = {
     "head": [INDEX_NAME, "config.json", MANIFEST_NAME],
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: A release's version, size and date; the first one's name has no date.
+_RELEASE = re.compile(
+    r"deepseek-(v4[\d.]*)-(flash|pro)(?:-dspark)?(?:-(\d{4})(?!\d))?", re.IGNORECASE
+)
 _AT_ONCE = 4
 #: How long a request waits, a few times, for a hub that is asked too often: three of its windows.
 _PATIENCE_S = 900
@@ -115,7 +120,30 @@ def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
 def survey(model: ModelSection) -> tuple[Source, Source]:
     """Return what is needed of both, fetching small files; GraftError for what is no checkpoint."""
     base = find_source(model.base, model.base_revision, "base")
-    return base, find_source(model.upstream, model.upstream_revision, "head")
+    upstream = find_source(model.upstream, model.upstream_revision, "head")
+    warn_of_releases(base, upstream)
+    return base, upstream
+
+
+def warn_of_releases(base: Source, upstream: Source) -> None:
+    """Warn of a drafter of another release than the base's, where names or cards say so."""
+    ours, theirs = _release(base), _release(upstream)
+    if None not in (ours, theirs) and ours != theirs:
+        pair = f"{base.given} is of {ours}, {upstream.given} of {theirs}"
+        logger.warning(
+            "%s: a drafter reads what its own release computes; expect few accepted drafts", pair
+        )
+
+
+def _release(source: Source) -> str | None:
+    """Return the release that a card's base_model names, else the checkpoint's own name."""
+    said, card = None, source.folder / "README.md"
+    with suppress(yaml.YAMLError, OSError, ValueError):  # one that cannot be read says nothing
+        said = hub.ModelCard.load(card, ignore_metadata_errors=True).data.get("base_model")
+    own = source.given.rstrip("/").rpartition("/")[2]
+    names = [*(said if isinstance(said, list) else [said]), own]
+    found = next(filter(None, (_RELEASE.search(f"{name}") for name in names)), None)
+    return found and "-".join(filter(None, ("DeepSeek", *found.groups()))).lower()
 
 
 def find_source(given: str, revision: str | None, part: Literal["base", "head"]) -> Source:
