@@ -48,7 +48,6 @@ def root_logger_level() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The checkout."""
     return ROOT
 
 

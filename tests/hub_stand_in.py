@@ -33,13 +33,11 @@ class StandInHub:
         return sum(method == "GET" and path.endswith(name) for method, path in self.asked)
 
     def change(self, repo: str, file: str, change: Callable[[Any], object]) -> None:
-        """Change a JSON file."""
         content = json.loads(self.repositories[repo][file])
         change(content)
         self.repositories[repo][file] = json.dumps(content).encode()
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        """Return status, body and headers."""
         parts = path.strip("/").removeprefix("datasets/").split("/")
         is_api = parts[0] == "api"
         repo = "/".join(parts[2:4] if is_api else parts[:2])

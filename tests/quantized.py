@@ -39,12 +39,10 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a folder."""
     return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
 def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write one shard and its index."""
     save_shard(tensors, folder / "model.safetensors")
     size = sum(tensor.nbytes for tensor in tensors.values())
     write_index(dict.fromkeys(tensors, "model.safetensors"), size, folder)

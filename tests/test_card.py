@@ -218,7 +218,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 @pytest.fixture
 def publish(mtp_graft: Callable[..., Any]) -> Publish:
-    """Return a function that runs the command: its JSON, or the error that it printed."""
     return lambda run, *options: mtp_graft("publish", run, "--repo", REPO, *options)
 
 

@@ -56,7 +56,6 @@ def environment(variables: dict[str, str]) -> dict[str, str]:
 
 
 def enter(docker: Path, variables: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """Return the entrypoint's exit status and what it wrote."""
     words, both = [docker / "entrypoint.sh", *arguments], subprocess.PIPE
     streams: dict[str, Any] = {"stdout": both, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(words, env=environment(variables), check=False, timeout=300, **streams)

@@ -40,7 +40,6 @@ def run(spliced: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def published(run: Path, tmp_path: Path) -> Path:
-    """A folder with what `publish --head-only` uploads."""
     folder = tmp_path / "published"
     folder.mkdir()
     for name, file in find_files(run, HEAD, run / "card", head_only=True).items():

@@ -41,7 +41,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def free_disk(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """How many bytes are free on every disk."""
     disk = SimpleNamespace(free=10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: disk)
     return disk

@@ -44,8 +44,6 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(capture: Path) -> Run:
-    """Run the stage on the tiny model; inputs and settings can be changed."""
-
     def run_quantize(
         out: Path, capture: Any = capture, upstream: Any = UPSTREAM, report: Any = quiet, **how: Any
     ) -> dict[str, Any]:
@@ -56,7 +54,6 @@ def run(capture: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def done(run: Run, capture: Path) -> Path:
-    """The folder of an uninterrupted run."""
     run(capture.parent / "quantize")
     return capture.parent / "quantize"
 

@@ -112,7 +112,6 @@ def test_a_stream_has_the_same_text_and_count(client: openai.OpenAI, thinking: b
 
 
 def said(message: Any) -> tuple[str, str]:
-    """Return the reasoning and the content of a message, or of a part of it."""
     return (message.model_extra or {}).get("reasoning") or "", message.content or ""
 
 

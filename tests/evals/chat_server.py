@@ -35,8 +35,6 @@ class ChatServer:
 
 @contextmanager
 def serving(say: Say) -> Iterator[ChatServer]:
-    """Serve on a free port inside the block."""
-
     class Handler(http_stand_in.Handler):
         protocol_version = "HTTP/1.1"
 

@@ -28,7 +28,6 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def right(text: str) -> str:
-    """Answer a question of ours."""
     if found := re.search(r"Ten times (\d+)", text):
         return f"#### {10 * int(found[1])}"
     if found := re.search(r"def times_(\d+)", text):

@@ -152,8 +152,6 @@ def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 @pytest.fixture
 def fake(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set how the stand-in behaves."""
-
     def configure(**settings: Any) -> None:
         monkeypatch.setenv("FAKE_VLLM", json.dumps(settings))
 
@@ -173,13 +171,11 @@ def write_checkpoint(folder: Path, tensors: tuple[str, ...]) -> Path:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A checkpoint without a head."""
     return write_checkpoint(tmp_path / "base", BASE_TENSORS)
 
 
 @pytest.fixture
 def grafted(tmp_path: Path) -> Path:
-    """A checkpoint with a head."""
     return write_checkpoint(tmp_path / "grafted", BASE_TENSORS + HEAD_TENSORS)
 
 
@@ -199,7 +195,6 @@ def read_record(file: Path, timeout_s: float = 20.0) -> Any:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process exists and is no zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -208,7 +203,6 @@ def is_running(pid: int) -> bool:
 
 
 def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
-    """Return the processes that are still there after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)

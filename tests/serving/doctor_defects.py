@@ -94,7 +94,6 @@ def list_what_is_not_there(folder: Path) -> None:
 
 
 def forget(pattern: str) -> Plant:
-    """Return what removes names from the index."""
     return lambda folder: edit_index(
         folder, lambda listed: {n: s for n, s in listed.items() if not re.match(pattern, n)}
     )

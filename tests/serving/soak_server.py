@@ -64,7 +64,6 @@ def logprobs(token: int) -> Json:
 
 
 def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
-    """Serve on a free port inside the block; give the address."""
     answered, under_load = count(1), count()
 
     class Handler(http_stand_in.Handler):

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.usefixtures("vllm")
 
 @pytest.fixture
 def run(run_command: Run) -> Run:
-    """Run `bench`; return exit status, output and errors."""
     return partial(run_command, "bench")
 
 

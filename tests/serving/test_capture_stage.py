@@ -36,7 +36,6 @@ ENDS = {str(ord("a")): 0, str(ord("a") + ord("b")): 1}
 
 
 def wanted(folder: Path) -> CaptureSection:
-    """Return settings that ask for all of PROMPTS."""
     sources = [write_rows(folder / f"{s}.jsonl", *prompts) for s, prompts in PROMPTS.items()]
     counts = {f"{split}_count": len(prompts) for split, prompts in PROMPTS.items()}
     limits = {"max_prompt_tokens": 8, "new_tokens": NEW_TOKENS, "max_model_len": 64}
@@ -44,7 +43,6 @@ def wanted(folder: Path) -> CaptureSection:
 
 
 def take(base: Path, out: Path, settings: CaptureSection, report: Any = quiet) -> Any:
-    """Capture `out` from a server of its own."""
     log = out / "vllm.log"
     serving = managed_server(recording_options(base, out, settings), log)
     return capture(serving, base, out, settings, report, log)

@@ -26,7 +26,6 @@ TINY = RECIPE.parents[1] / "models" / "tiny-dsv4" / "base"
 
 @pytest.fixture
 def run(vllm: object, run_command: Run) -> Run:
-    """Run the command line in this process; return exit status, output and errors."""
     return run_command
 
 

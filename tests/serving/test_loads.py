@@ -52,7 +52,6 @@ FOUND = {
 
 @pytest.fixture
 def client(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Stands for vLLM's client, whose answer is `FOUND`."""
     client = Mock(return_value=FOUND)
     monkeypatch.setattr(sweep, "run_load", client)
     monkeypatch.setattr(ServerClient, "encode", lambda _self, prompt: list(prompt.content.encode()))

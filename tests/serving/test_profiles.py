@@ -156,7 +156,6 @@ def two_gpus(checkpoint: Path, tokens: int, utilization: float) -> Hardware:
 
 @pytest.fixture
 def tiny(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny base, to be changed."""
     return shutil.copytree(tiny_model / "base", tmp_path / "tiny")
 
 

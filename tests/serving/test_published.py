@@ -51,7 +51,6 @@ Folders = Callable[[str, int], Path]
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Return a function that gives a checkpoint with so many experts as files."""
     top = tmp_path_factory.mktemp("published")
 
     def write(name: str, experts: int) -> Path:

@@ -27,27 +27,23 @@ from .conftest import left_behind, read_record
 
 Configure = Callable[..., None]
 Managed = Callable[..., AbstractContextManager[ServerClient]]
+RECORD = Path("record.json")
 Serve = Callable[..., AbstractContextManager[subprocess.Popen[str]]]
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
-    return tmp_path / "record.json"
-
-
-@pytest.fixture
-def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
+def managed(fake: Configure, tmp_path: Path) -> Managed:
     """Return `managed_server` with the stand-in, of which nothing may be left afterwards."""
 
     @contextmanager
     def start(checkpoint: Path, port: int = 0, **settings: object) -> Iterator[ServerClient]:
-        fake(record=str(record), **settings)
+        fake(record=str(RECORD), **settings)
         options = ServeOptions(checkpoint, port=port)
         try:
             with managed_server(options, tmp_path / "log" / "vllm.log") as client:
                 yield client
         finally:
-            assert not record.exists() or left_behind(record) == []
+            assert not RECORD.exists() or left_behind(RECORD) == []
 
     return start
 
@@ -101,12 +97,12 @@ def test_signal(managed: Managed, base: Path, signum: int, monkeypatch: pytest.M
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_taken_port_is_an_error_at_once(managed: Managed, base: Path, record: Path) -> None:
+def test_a_taken_port_is_an_error_at_once(managed: Managed, base: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(GraftError, match="cannot listen"), managed(base, port=port):
             pytest.fail("the block was entered")
-    assert not record.exists()
+    assert not RECORD.exists()
 
 
 def test_the_check_reads_its_own_drafts_alone(managed: Managed, grafted: Path, base: Path) -> None:
@@ -120,19 +116,19 @@ def test_the_check_reads_its_own_drafts_alone(managed: Managed, grafted: Path, b
 
 
 @pytest.fixture
-def serve(fake: Configure, record: Path, hangup_ends: None) -> Serve:
+def serve(fake: Configure, hangup_ends: None) -> Serve:
     """Return `mtp-graft serve` on a free port as a user runs it; nothing of it may be left."""
 
     @contextmanager
     def run(checkpoint: Path, *words: str, **settings: object) -> Iterator[subprocess.Popen[str]]:
         command = [sys.executable, "-m", "mtp_graft.cli", "serve", str(checkpoint), "--port", "0"]
-        fake(record=str(record), **settings)
+        fake(record=str(RECORD), **settings)
         with subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True) as process:
             try:
                 yield process
             finally:
                 process.kill()
-        assert left_behind(record) == []
+        assert left_behind(RECORD) == []
 
     return run
 
@@ -198,11 +194,11 @@ def test_serve_waits_for_a_completion(serve: Serve, base: Path, mode: str, statu
     assert ("error: http://127.0.0.1:" in errors) is (mode == "refuses")
 
 
-def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path, record: Path) -> None:
+def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path) -> None:
     """A further machine of several has no endpoint to ask."""
     with serve(grafted, "--", "--headless", mode="never_healthy") as process:
         wait_until_ready(process, "headless; the first machine answers")
-        read_record(record)
+        read_record(RECORD)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, 143)  # 143: vLLM ended before it minded signals
 

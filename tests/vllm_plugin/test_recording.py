@@ -85,7 +85,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Which rank this is."""
     place = SimpleNamespace(is_last_rank=True, rank=0)
     monkeypatch.setattr(recording, "get_pp_group", lambda: place)
     monkeypatch.setattr(recording, "get_tensor_model_parallel_rank", lambda: place.rank)
@@ -145,7 +144,6 @@ def prompt(*tokens: int) -> Request:
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Return every recording by its name."""
     return {p.name: load_file(p) for p in sorted((folder / RECORDINGS).glob("*.safetensors"))}
 
 
