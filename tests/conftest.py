@@ -17,6 +17,7 @@ import pytest
 from workers import keep_to_own_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., tuple[int, str, str]]
 MEASURED = "measured"  # the user property of a test that measures something
 
 #: Variables that change what the code under test does. A user may have set them for their own runs.
@@ -132,9 +133,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_command(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs a command in this process: exit status, output and errors."""
     from mtp_graft import cli
 
@@ -152,7 +151,7 @@ def run_command(
 
 
 @pytest.fixture
-def mtp_graft(run_command: Callable[..., tuple[int, str, str]]) -> Callable[..., Any]:
+def mtp_graft(run_command: Run) -> Callable[..., Any]:
     """Return a function that runs a command in this process: its JSON, or the error's line."""
 
     def call(*words: object) -> Any:

@@ -19,7 +19,6 @@ from vllm.tokenizers import get_tokenizer
 from mtp_graft.serving.profiles import ALWAYS, split
 
 pytestmark = pytest.mark.vllm
-
 FLAGS: Any = split(ALWAYS)[0]
 QUESTION = {"role": "user", "content": "Where are 4 boats, and where is the cow?"}
 PROPERTIES = {"what": {"type": "string"}, "count": {"type": "integer"}}
@@ -42,10 +41,8 @@ class Chat:
 
     def rendered(self, *messages: dict[str, Any]) -> str:
         tools = [tool.model_dump() for tool in self.request.tools or ()] or None
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, **self.kwargs
-        )
-        return text
+        how = {"tools": tools, "tokenize": False, **self.kwargs}
+        return str(self.tokenizer.apply_chat_template([*messages], **how))
 
     def calls(self) -> str:
         """Return CALLS as the chat encoding writes them."""

@@ -85,9 +85,8 @@ def test_it_ends_with_its_parent(signum: signal.Signals, tmp_path: Path, repo_ro
     (tmp_path / "parent.py").write_text(PARENT)
     command, pid = [sys.executable, tmp_path / "parent.py", tmp_path / "pid"], tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": f"{repo_root}/src:{repo_root}/tests"}
-    with subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    ) as parent:
+    how: Any = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **how) as parent:
         while not (pid.exists() and pid.read_text()):
             assert parent.poll() is None
             time.sleep(0.05)

@@ -20,7 +20,6 @@ from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.capture import capture, recording_options
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
-
 NEW_TOKENS = 56
 STREAMS = 4
 TAPS = (1, 3)  # the last one is behind the last layer

@@ -16,7 +16,6 @@ from engine.conftest import MAX_MARGIN, Batches, Checkpoints, RunEngine
 from workers import CORES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
-
 LENGTHS = (3, 5, 17, 40, 64, 90, 130, 200, 256, 400)
 NUM_PROMPTS, NEW_TOKENS = 20, 24
 LONG = 2100  # beyond 512 compressed entries of four tokens the indexer has to choose

@@ -28,7 +28,6 @@ from mtp_graft.stages.score import draft_steps
 from quantized import hashes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
-
 SETTINGS = """capture.calibration_count=6 capture.evaluation_count=6 capture.new_tokens=64
 capture.concurrency=6 quantize.experts_per_batch=4 bench.count=2 bench.max_tokens=24 bench.rounds=1
 bench.k=3 score.k=3 bench.served_variants=["gptq"]"""

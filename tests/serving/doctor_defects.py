@@ -153,7 +153,6 @@ MTP_PROJECTIONS = r"re:^mtp\.0\.(e_proj|h_proj)$"
 SIZE = re.compile(rb'"total_size": ?')
 OTHER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
-
 #: name -> (id that doctor reports, what plants it)
 DEFECTS: dict[str, tuple[str, Plant]] = {
     "truncated-shard": ("shard-unreadable", change_file(HEAD, lambda data: data[: len(data) // 2])),

@@ -17,7 +17,6 @@ BOS, EOS = 0, 1
 WORDS = ["lamp", "boat", "crate", "river", "morning", "garden", "letter", "market", "stone"]
 READING = '{"colour": "red", "count": 7}'
 PREFIX = "vllm:spec_decode_num"
-
 Json = dict[str, Any]
 #: Changes an answer, as `sound` makes it, in place.
 Fault = Callable[[Json], object]

@@ -101,8 +101,6 @@ RESULT: dict[str, Any] = {
     "intervals_served": {"gptq": [0.73, 0.77], "rtn": [0.48, 0.52]},
     **{"decode_tok_s": {"base": 20.0, "mtp": 30.0}, "seconds": {"bench": 1.0}},
 }
-
-
 Asked = list[dict[str, Any]]
 
 

@@ -37,16 +37,11 @@ def test_machines_like_this_one_count_too(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(find_gpus(num_nodes=2)) == "4x NVIDIA H200, 140.4 GiB, 2 nodes"
 
 
-GB10: dict[str, Any] = {"unified_memory": True, "capability": (12, 1)}
+GB10 = Hardware("NVIDIA GB10", 1, 124610 * MIB, unified_memory=True, capability=(12, 1))
+GH200 = Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)
 
 
-@pytest.mark.parametrize(
-    ("memory_mib", "expected"),
-    [
-        (None, Hardware("NVIDIA GB10", 1, 124610 * MIB, **GB10)),
-        (97871, Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)),
-    ],
-)
+@pytest.mark.parametrize(("memory_mib", "expected"), [(None, GB10), (97871, GH200)])
 def test_known_gpus(monkeypatch: pytest.MonkeyPatch, memory_mib: Any, expected: Hardware) -> None:
     install_gpus(monkeypatch, str(expected.gpu), memory_mib=memory_mib)
     assert find_gpus() == expected

@@ -25,9 +25,7 @@ from mtp_graft.vllm_plugin.cpu import attention_metadata
 from mtp_graft.vllm_plugin.replacing import replace
 
 pytestmark = pytest.mark.vllm
-
 attention_metadata.fill_gaps()
-
 STALE = -77
 PAD = -1
 MAX_CONTEXT = 700

@@ -12,7 +12,6 @@ from vllm import ModelRegistry
 from mtp_graft import vllm_plugin
 
 pytestmark = pytest.mark.vllm
-
 NAMES = {"DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM", "DeepSeekV4MTPModel": "DeepSeekV4MTP"}
 DSPARK = {"DSparkDraftModel": "DSparkDeepseekV4ForCausalLM"}
 

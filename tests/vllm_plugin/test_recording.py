@@ -27,7 +27,6 @@ from mtp_graft.vllm_plugin.cpu import recording as v1
 from mtp_graft.vllm_plugin.recording import make_recorder
 
 pytestmark = pytest.mark.vllm
-
 MAX_TOKENS, STREAMS, HC_DIM, VOCAB = 16, 2, 6, 11
 
 
