@@ -180,7 +180,7 @@ def test_misfits(mtp_graft: Any, base: Path, published: Path, damage: Damage, me
     assert isinstance(said, str) and re.search(message, said), said
 
 
-def test_mistakes(
+def test_usage(
     mtp_graft: Any, base: Path, published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream, new = TINY / "upstream", Path("new")
