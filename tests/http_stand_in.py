@@ -16,10 +16,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, status: int, content: Any, headers: Any = (), missing: int = 0) -> None:
         """Answer with fewer bytes than are announced, if any are missing."""
-        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        is_json = not isinstance(content, str | bytes)
+        text = json.dumps(content) if is_json else content
         data = text.encode() if isinstance(text, str) else text
+        kind = ("Content-Type", "application/json" if is_json else "text/plain")
         self.send_response(status)
-        for name, value in (*headers, ("Content-Length", str(len(data) + missing))):
+        for name, value in (*headers, kind, ("Content-Length", str(len(data) + missing))):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
