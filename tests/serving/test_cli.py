@@ -83,8 +83,10 @@ def test_serve_check(
     run: Run, fake: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch, border: float
 ) -> None:
     monkeypatch.setattr(server, "MIN_ACCEPTANCE", border)  # the stand-in's head has 0.5
-    fake(record=str(Path("record")))
-    status, out, errors = run("serve", grafted, "--check", "--port", 0, "--json", "-")
+    fake(record="record")
+    words = ("serve", grafted, "--check", "--port", 0, "--json", "-", "--log", "check.log")
+    status, out, errors = run(*words)
+    assert Path("check.log").is_file()
     result = json.loads(out)
     assert result["ok"] is (status == 0) is (border < 0.5)
     assert result["threshold"] == border
@@ -219,6 +221,9 @@ def test_a_stage_has_its_command(run: Run, tmp_path: Path, monkeypatch: pytest.M
         ("serve MODEL --check --dry-run", "give one of"),
         ("serve MODEL --profile none --nnodes 2", "need a profile"),
         ("serve MODEL --profile 524k --count 2", "--count needs --gpu"),
+        ("serve MODEL --vllm 0.33.0", "--vllm needs --dry-run"),
+        ("serve MODEL --log x", "--log needs --check"),
+        ("doctor MODEL --vllm newest", "newest"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message: str) -> None:
