@@ -86,7 +86,9 @@ def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_mode
 ) -> None:  # fmt: skip
     monkeypatch.setattr(server, "MIN_ACCEPTANCE", border)  # the stand-in's head has 0.5
     fake(record=str(tmp_path / "record"))
-    status, out, errors = run("serve", grafted, "--check", "--port", 0, "--json", "-")
+    log = tmp_path / "check.log"
+    status, out, errors = run("serve", grafted, "--check", "--port", 0, "--json", "-", "--log", log)
+    assert log.is_file()
     result = json.loads(out)
     assert result["ok"] is (status == 0) is (border < 0.5)
     assert result["threshold"] == border
@@ -227,6 +229,9 @@ def test_a_stage_has_its_command(run: Run, tmp_path: Path, monkeypatch: pytest.M
         ("serve MODEL --check --dry-run", "give one of"),
         ("serve MODEL --profile none --nnodes 2", "need a profile"),
         ("serve MODEL --profile 524k --count 2", "--count needs --gpu"),
+        ("serve MODEL --vllm 0.33.0", "--vllm needs --dry-run"),
+        ("serve MODEL --log x", "--log needs --check"),
+        ("doctor MODEL --vllm newest", "newest"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message: str) -> None:

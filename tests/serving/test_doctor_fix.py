@@ -121,8 +121,9 @@ def test_an_error_that_fix_does_not_cure_is_named_before_a_copy_is_asked_for(
 
 
 def test_the_status_tells_if_anything_is_wrong(good: Path, planted: Plant, tmp_path: Path) -> None:
-    status, result = run(good, "--gpu", "H200")
+    status, result = run(good, "--gpu", "H200", "--vllm", "0.32.1")
     assert (status, result["ok"], result["tp"], result["fixed"]) == (0, True, 1, None)
+    assert result["vllm"] == "0.32.1"
     status, result = run(planted("wrong-group"), "--gpu", "cpu")
     (finding,) = result["findings"]
     keys = {"id", "severity", "where", "found", "expected", "why", "cure", "fixable", "evidence"}
