@@ -29,7 +29,7 @@ def test_vllms_own_client(fake: Any, grafted: Path, monkeypatch: pytest.MonkeyPa
     with serving(grafted, 2) as client:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the engine's client
         served = nullcontext(client)
-        found = measure_sweep(lambda _k: served, PROMPTS, [2], [3], config, quiet, Path("run"))
+        found = measure_sweep(lambda _k: served, (PROMPTS, config), [2], [3], quiet, Path("run"))
     [point] = found["points"]
     # Of nine requests; warm-ups are not counted, and one fails.
     assert (point["requests"], point["errors"], point["tokens"]) == (8, 1, 8 * 20)
@@ -61,7 +61,7 @@ def client(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
 def measure(folder: Path, k: int) -> Any:
     server = nullcontext(ServerClient("http://127.0.0.1:9", "key"))
     config = DecodeConfig(max_tokens=11, rounds=1, temperature=0.5)
-    return measure_sweep(lambda _k: server, PROMPTS, [k], [2], config, quiet, folder)["points"]
+    return measure_sweep(lambda _k: server, (PROMPTS, config), [k], [2], quiet, folder)["points"]
 
 
 def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock, tmp_path: Path) -> None:
