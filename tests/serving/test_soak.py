@@ -147,9 +147,7 @@ def test_errors_and_hangs_are_counted_and_the_end_of_the_server_ends_the_soak() 
 
 
 @pytest.mark.parametrize("fault", [None, is_empty])
-def test_the_command_says_what_it_found_and_fails_if_anything_is_bad(
-    run_command: Run, tmp_path: Path, fault: Fault | None
-) -> None:
+def test_the_soak_command(run_command: Run, tmp_path: Path, fault: Fault | None) -> None:
     page, file = tmp_path / "soak.html", tmp_path / "soak.json"
     with serving(fault) as url:
         words = ("bench", "soak", "--base-url", url, "--reference", url, "--minutes", 0.01)
