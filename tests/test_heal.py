@@ -107,7 +107,7 @@ def test_a_head_learns_its_base(run: Heal, healed: Path, tiny_model: Path, tmp_p
     assert verify(tmp_path / "out", base, upstream, None)["ok"]
     manifest = json.loads((tmp_path / "out" / "MTP_QUANT_MANIFEST.json").read_text())
     said = manifest["provenance"]["healed"]
-    assert said == said | asdict(SETTINGS) | {"tokens": 8 * 24, "linears": "base"}
+    assert said == said | asdict(HOW) | {"tokens": 8 * 24, "linears": "base"}
     assert said["upstream"] == hashes(read_master(tiny_model / "upstream").files.values())
     assert said["capture"] == hashes([run.capture / "index.jsonl"])  # type: ignore[attr-defined]
     assert not {"seconds", "curve"} & said.keys() and str(tmp_path) not in str(said)

@@ -124,7 +124,7 @@ def test_prompts_in_both_sets_are_refused(
 ) -> None:
     """Also where one takes the place of a longer one, which only the server's tokens tell."""
     rows = [{"id": f"e{n}", "text": text} for n, text in enumerate((longer or "z", "abc"))]
-    held_out = {"evaluation_prompts": write(tmp_path / "e.jsonl", rows)}
+    held_out = {"evaluation_prompts": write_rows(tmp_path / "e.jsonl", *rows)}
     settings = replace(wanted(tmp_path), **held_out, evaluation_count=1 if longer else 2)
     with pytest.raises(
         GraftError, match=r"e\.jsonl: 1 of its prompts are in .*/calibration\.jsonl,"
