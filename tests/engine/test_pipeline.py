@@ -34,7 +34,7 @@ capture.concurrency=6 quantize.experts_per_batch=4 bench.count=2 bench.max_token
 bench.k=3 score.k=3 bench.served_variants=["gptq"]"""
 ORDER = [stage for stage in STAGES if stage != "heal"]  # which the recipe has not
 #: The stages that are killed, at most so many seconds after they have begun.
-WORKS_FOR_S = {"capture": 20, "quantize": 4, "splice": 0.3, "bench": 12, "score": 3, "verify": 0.5}
+WORKS_FOR_S = {"capture": 40, "quantize": 4, "splice": 0.3, "bench": 30, "score": 3, "verify": 0.5}
 WORKS_FOR_S |= {"report": 0.15}
 SEED = 3
 #: What nobody writes again once it is there.
