@@ -60,11 +60,8 @@ def unpack_int4(words: Tensor) -> Tensor:
 def decode_int4(words: Tensor, scale: Tensor, group_size: int) -> Tensor:
     """Return float64 [O, I] of packed INT4 codes and one scale per `group_size` inputs."""
     codes, scales = unpack_int4(words).tolist(), scale.double().tolist()
-    rows = [
-        [code * scales[r][c // group_size] for c, code in enumerate(row)]
-        for r, row in enumerate(codes)
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    w = [[q * scales[r][c // group_size] for c, q in enumerate(row)] for r, row in enumerate(codes)]
+    return torch.tensor(w, dtype=torch.float64)
 
 
 def clamped_experts(

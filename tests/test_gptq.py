@@ -14,7 +14,7 @@ from mtp_graft.recipe import QuantizeSection
 
 
 def problem(
-    batch: int, outputs: int, inputs: int, *, seed: int, shared: float = 1
+    batch: int, outputs: int, inputs: int, seed: int, shared: float = 1
 ) -> tuple[Tensor, Tensor]:
     """Return weights and the Hessians of correlated inputs, with a direction that all share."""
     generator = torch.Generator().manual_seed(seed)
@@ -132,8 +132,6 @@ def test_gptq_agrees_with_the_cpu(scale: Scale) -> None:
     ]
     assert errors[1].item() == pytest.approx(errors[0].item(), rel=1e-3)
 
-
-# Experts whose capture says little or nonsense
 
 INPUTS, INNER, EXPERTS = 128, 128, ["experts.8", "experts.9"]
 SETTINGS = QuantizeSection()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mtp_graft.checkpoint.quant_manifest import hashes
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance
 from mtp_graft.dsv4.replay import build_head, model_config, unroll
@@ -20,15 +21,13 @@ from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import HealSection, Loss, QuantizeSection, ScoreSection
 from mtp_graft.stages.heal import _best, heal
-from mtp_graft.stages.inputs import HEALED
+from mtp_graft.stages.inputs import HEALED, read_master
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 from synthetic_capture import Played, write_capture
 
-SETTINGS = HealSection(
-    steps=20, look_every=10, batch_tokens=60, lr=2e-3, loss={"ce": 1.0}, device="cpu"
-)
+HOW = HealSection(steps=20, look_every=10, batch_tokens=60, lr=2e-3, loss={"ce": 1.0}, device="cpu")
 Heal = Callable[..., dict[str, Any]]
 
 
@@ -51,7 +50,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Heal:
     models = tiny_model / "upstream", tiny_model / "base"
 
     def run_heal(out: Path, report: Any = lambda *_: None) -> dict[str, Any]:
-        return heal(capture, capture, *models, out, "mxfp4", "base", 128, SETTINGS, report)
+        return heal(capture, capture, *models, out, "mxfp4", "base", 128, HOW, report)
 
     run_heal.capture = capture  # type: ignore[attr-defined]
     return run_heal
@@ -106,11 +105,23 @@ def test_a_head_learns_its_base(run: Heal, healed: Path, tiny_model: Path, tmp_p
     splice(base, upstream, tmp_path / "out", "mxfp4")
     assert verify(tmp_path / "out", base, upstream, None)["ok"]
     manifest = json.loads((tmp_path / "out" / "MTP_QUANT_MANIFEST.json").read_text())
-    assert manifest["provenance"]["healed"]["steps"] == 20
+    said = manifest["provenance"]["healed"]
+    assert {
+        key: said[key] for key in ("steps", "k", "loss", "decay", "lr", "router", "tokens")
+    } == {
+        **{"steps": 20, "k": 3, "loss": {"ce": 1.0}, "decay": 0.6, "lr": 2e-3},
+        **{"router": False, "tokens": 8 * 24},
+    }
+    assert said["upstream"] == hashes(read_master(tiny_model / "upstream").files.values())
+    assert said["capture"] == hashes([run.capture / "index.jsonl"])  # type: ignore[attr-defined]
+    assert not {"seconds", "curve"} & said.keys() and str(tmp_path) not in str(said)
     stored = load_tensors(upstream)
     original = load_tensors(tiny_model / "upstream", [*stored])
     changed = {n for n in stored if stored[n].float().ne(original[n].float()).any()}
     assert changed and not any(".ffn.experts." in n or ".gate." in n for n in changed)
+    assert said["trained"].keys() == {n for n in changed if not n.endswith(".scale")}
+    kinds = {str(stored[n].dtype) for n in said["trained"]}
+    assert {f"torch.{kind}" for kind in said["trained"].values()} == kinds
 
 
 def test_a_killed_training_goes_on_where_it_was(run: Heal, healed: Path, tmp_path: Path) -> None:
@@ -141,6 +152,6 @@ def test_texts_that_are_too_short_are_no_texts(tiny_model: Path, tmp_path: Path)
     short = [Played("calibration", 4, torch.arange(7), torch.ones(7, 4, 256))]
     write_capture(tmp_path / "capture", short)
     models = tmp_path, tiny_model / "upstream", tiny_model / "base"
-    more = tmp_path, "mxfp4", "base", 128, SETTINGS, lambda *_: None
+    more = tmp_path, "mxfp4", "base", 128, HOW, lambda *_: None
     with pytest.raises(GraftError, match="no text of split 'calibration' has more than 3 tokens"):
         heal(tmp_path / "capture", *models, *more)

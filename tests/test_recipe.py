@@ -100,6 +100,10 @@ def test_a_mistake_in_the_recipe_is_not_blamed_on_an_override(minimal: Path) -> 
         (MINIMAL + "[models]\n", r"unknown section 'models'; there are bench, capture, heal"),
         (MINIMAL.replace('name = "m"', ""), r"\[model\] name is missing"),
         (MINIMAL + "num_prompts = 8\n", r"\[bench\]: unknown key 'num_prompts'"),
+        (MINIMAL + "[heal]\nloss = {}\n", r"\[heal\] loss is {}, expected at least one weight"),
+        (MINIMAL + "[heal]\nloss = {tv = 0}\n", r"loss is {'tv': 0}, expected at least one weight"),
+        (MINIMAL + "[heal]\nloss = {tv = -1}\n", r"\[heal\] loss is -1, expected greater .* 0"),
+        (MINIMAL + "[heal]\nloss = {tv = inf}\n", r"\[heal\] loss is inf, expected a finite"),
     ],
 )
 def test_a_broken_recipe_is_named_once(tmp_path: Path, text: str | None, message: str) -> None:

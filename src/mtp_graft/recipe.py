@@ -56,6 +56,11 @@ Layers = Annotated[
     tuple[Annotated[int, Field(ge=0, strict=True)], ...],
     _check(lambda layers: list(layers) == sorted(set(layers)), "layers in ascending order"),
 ]
+#: The parts of a loss, with their weights.
+Losses = Annotated[
+    dict[Loss, Annotated[float, Field(ge=0, strict=True)]],
+    _check(lambda loss: any(loss.values()), "at least one weight above 0"),
+]
 
 
 @dataclass(frozen=True, config=_exact)
@@ -110,7 +115,7 @@ class HealSection:
 
     steps: Annotated[Count, Field(ge=10)] = 400
     k: Annotated[Count, Field(le=16)] = 3  # drafts a step that are trained and judged
-    loss: dict[Loss, float] = field(default_factory=lambda: {"tv": 1.0, "kl": 0.1})  # its parts
+    loss: Losses = field(default_factory=lambda: {"tv": 1.0, "kl": 0.1})
     decay: Annotated[float, Field(gt=0, le=1)] = 0.6  # of a draft's weight, to the next one's
     lr: Annotated[float, Field(gt=0, strict=True)] = 4e-4
     batch_tokens: Count = 8192  # of a step, about

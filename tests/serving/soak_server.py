@@ -17,7 +17,6 @@ BOS, EOS = 0, 1
 WORDS = ["lamp", "boat", "crate", "river", "morning", "garden", "letter", "market", "stone"]
 READING = '{"colour": "red", "count": 7}'
 PREFIX = "vllm:spec_decode_num"
-
 Json = dict[str, Any]
 #: Changes an answer, as `sound` makes it, in place.
 Fault = Callable[[Json], object]
@@ -64,7 +63,6 @@ def logprobs(token: int) -> Json:
 
 
 def serving(fault: Fault | None = None, *, always: bool = False) -> AbstractContextManager[str]:
-    """Serve on a free port inside the block; give the address."""
     answered, under_load = count(1), count()
 
     class Handler(http_stand_in.Handler):
@@ -76,7 +74,7 @@ def serving(fault: Fault | None = None, *, always: bool = False) -> AbstractCont
         def do_POST(self) -> None:
             body = self.body()
             if self.path == "/tokenize":
-                self.say(json.dumps({"count": len(body["prompt"]), "max_model_len": 4096}))
+                self.say({"count": len(body["prompt"]), "max_model_len": 4096})
                 return
             answer = sound(body)
             third = not body.get("logprobs") and next(under_load) % 3 == 0
@@ -94,7 +92,7 @@ def serving(fault: Fault | None = None, *, always: bool = False) -> AbstractCont
             names = ("prompt_tokens", "completion_tokens", "total_tokens")
             usage = {"usage": dict(zip(names, [*counts, sum(counts)], strict=True))}
             if not answer["body"].get("stream"):
-                self.say(json.dumps({"choices": [*choices(answer, "message", 10**6)], **usage}))
+                self.say({"choices": [*choices(answer, "message", 10**6)], **usage})
                 return
             self.send_response(200)
             self.end_headers()
@@ -103,8 +101,8 @@ def serving(fault: Fault | None = None, *, always: bool = False) -> AbstractCont
                 with suppress(ConnectionError):  # the client hung up
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
-        def say(self, text: str) -> None:
+        def say(self, content: Any) -> None:
             with suppress(ConnectionError):  # the client does not wait any longer
-                self.reply(200, text.encode())
+                self.reply(200, content)
 
     return http_stand_in.serving(Handler)

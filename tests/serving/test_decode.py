@@ -37,7 +37,7 @@ def measure(vllm: object, base: Path, grafted: Path, tmp_path: Path) -> Measure:
             return serving(checkpoint)
 
         servers = {"base": partial(serve, base), "mtp": partial(serve, grafted)}
-        found = decode.measure_alternating(servers, PROMPTS, pairs, config, quiet, tmp_path / "run")
+        found = decode.measure_alternating(servers, (PROMPTS, config), pairs, quiet, tmp_path)
         return found | {"names": names}
 
     return call
@@ -79,7 +79,7 @@ def test_sampled_texts_are_only_timed(fake: Fake, measure: Measure, tmp_path: Pa
     result = measure(2, DecodeConfig(20, rounds=2, temperature=1.0))
     assert result["greedy_identical"] is result["divergences"] is None
     assert result["ratio"]["decode_tok_s"]["pairs"] == 2 and result["acceptance_length"] > 1
-    first, second = json.loads((tmp_path / "run/mtp-1.json").read_text())["rounds"]
+    first, second = json.loads((tmp_path / "mtp-1.json").read_text())["rounds"]
     assert first[0]["token_ids"] != second[0]["token_ids"], "the stand-in samples if told to"
     # Only the four that show that a server is up: no margins are asked for.
     assert len((tmp_path / "requests").read_text().split()) == 4
@@ -174,8 +174,6 @@ def last(**usage: int) -> dict[str, Any]:
 
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    """Return what reads the events of a server that drafts nothing."""
-
     def read(*events: Any) -> Answer:
         monkeypatch.setattr(ServerClient, "events", lambda *_: (each for each in events))
         return time_answer(ServerClient("http://127.0.0.1:9"), "/v1/x", {})

@@ -139,9 +139,7 @@ def test_a_planted_fault_is_found_and_named(fault: Fault, kinds: set[str]) -> No
         (says("la ", greedy=False), set()),
     ],
 )
-def test_a_fault_of_every_answer_is_found_alone_and_told_once(
-    fault: Fault, kinds: set[str]
-) -> None:
+def test_a_fault_of_every_answer_counts_once(fault: Fault, kinds: set[str]) -> None:
     result = soaked(fault, always=True)
     told = [(each["id"], each["kind"]) for each in result["corrupted"]]
     assert {kind for _, kind in told} == kinds and len(told) == len({*told})
@@ -158,7 +156,7 @@ def test_a_fault_of_every_answer_is_found_alone_and_told_once(
         ("\ufffd and on it goes ", "U+FFFD"),
     ],
 )
-def test_answers_that_cannot_be_compared_may_not_often_be_odd(text: str, kind: str) -> None:
+def test_uncompared_answers_are_odd_seldom(text: str, kind: str) -> None:
     result = soaked(says(text, greedy=False, tie=True), minutes=0.03)
     [found] = result["corrupted"]
     assert found["kind"] == kind and "cannot be compared" in found["where"]
@@ -188,7 +186,7 @@ def test_errors_and_hangs_are_counted_and_the_end_of_the_server_ends_the_soak() 
 
 
 @pytest.mark.parametrize(("fault", "always"), [(None, False), (is_empty, False), (is_empty, True)])
-def test_the_command_says_what_it_found_and_fails_if_anything_is_bad(
+def test_the_soak_command(
     run_command: Run, tmp_path: Path, fault: Fault | None, always: bool
 ) -> None:
     page, file = tmp_path / "soak.html", tmp_path / "soak.json"

@@ -3,6 +3,7 @@
 All of it is from the run's result files, without dates and paths: the same give the same bytes.
 """
 
+import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,23 +23,8 @@ from mtp_graft.serving.profiles import PROFILES
 
 Json = Mapping[str, Any]
 
-_SPEED = {"decode": "decode speed", "sweep": "speed under load", "workload": "everyday requests"}
-_EVALS = {"gsm8k": "GSM8K", "humaneval": "HumanEval", "mmlu": "MMLU", "capability": "Capability"}
-_STAGES = ("fetch", "capture", "quantize", "heal", "score", "splice", "verify", "bench")
-#: Modules that stand for the base's components, as the engine names them.
-_BASE_PARTS = {
-    "routed experts": "model.layers.0.ffn.experts.0.w1",
-    "attention projections": "model.layers.0.attn.wq_a",
-    "shared experts": "model.layers.0.ffn.shared_experts.w1",
-    "LM head": "lm_head",
-}
-#: By evaluation: hub id, config and metric. Our own tasks are no dataset of the hub.
-_DATASETS = {
-    "gsm8k": ("openai/gsm8k", "main", "exact_match"),
-    "humaneval": ("openai/openai_humaneval", None, "pass@1"),
-    "mmlu": ("cais/mmlu", "all", "accuracy"),
-}
-_TAGS = ("deepseek-v4", "speculative-decoding", "compressed-tensors", "mtp-graft")
+_DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+_SPEED, _EVALS = _DATA["speed"], _DATA["evals"]
 
 
 def write_card(run: Path, out: Path) -> dict[str, Any]:
@@ -101,28 +87,26 @@ _ROW_CHARTS: Mapping[str, tuple[str, Callable[[str, Json], list[report.Row]]]] =
 def _metadata(card: Json) -> ModelCardData:
     """Return the card's header, as the hub reads it."""
     name, base = card["checkpoint"]["name"], card["origins"]["base"]["id"]
-    results = [_eval_result(m) for m in card["scores"] if m["benchmark"] in _DATASETS]
+    results = [_eval_result(m) for m in card["scores"] if m["benchmark"] in _DATA["datasets"]]
     return ModelCardData(
         **card["license"],
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         library_name="vllm",
         pipeline_tag="text-generation",
-        tags=[*_TAGS, card["head"].get("drafter", "mtp"), card["checkpoint"]["variant"]],
+        tags=[*_DATA["tags"], card["head"].get("drafter", "mtp"), card["checkpoint"]["variant"]],
         **({"model_name": name, "eval_results": results} if results else {}),
     )
 
 
 def _eval_result(measurement: Json) -> EvalResult:
-    dataset, config, metric = _DATASETS[measurement["benchmark"]]
+    dataset, result = _DATA["datasets"][measurement["benchmark"]], measurement["result"]
     return EvalResult(
+        **dataset,
         task_type="text-generation",
-        dataset_type=dataset,
         dataset_name=measurement["label"],
-        dataset_config=config,
         dataset_split="test",
-        metric_type=metric,
-        metric_name=f"{metric}, % of {measurement['result']['total']:,} questions",
-        metric_value=round(100 * measurement["result"]["score"], 1),
+        metric_name=f"{dataset['metric_type']}, % of {result['total']:,} questions",
+        metric_value=round(100 * result["score"], 1),
     )
 
 
@@ -136,8 +120,8 @@ def collect_results(run: Path) -> dict[str, Any]:
         read_object(spliced.folder / name, "a checkpoint's", "splice again")
         for name in ("config.json", quant_manifest.MANIFEST_NAME)
     )
-    reports = {stage: read_result(run / stage / "report.json") or {} for stage in _STAGES}
-    manifests = {stage: read_result(run / stage / "manifest.json") for stage in _STAGES}
+    reports = {stage: read_result(run / stage / "report.json") or {} for stage in _DATA["stages"]}
+    manifests = {stage: read_result(run / stage / "manifest.json") for stage in _DATA["stages"]}
     served = {head: read_result(run / f"bench/served-{head}.json") for head in report.HEAD_COLOURS}
     card = {
         "checkpoint": spliced.identity(),
@@ -214,7 +198,7 @@ def _license(checkpoint: Path) -> Json:
 def _formats(config: Json, num_experts: int) -> dict[str, str]:
     """Return the number format of the base's components and of the head's experts."""
     quantization, layer = read_quantization(config), config["num_hidden_layers"]
-    parts = {f"base: {part}": module for part, module in _BASE_PARTS.items()}
+    parts = {f"base: {part}": module for part, module in _DATA["base_parts"].items()}
     parts[f"head: {num_experts} routed experts"] = f"model.layers.{layer}.ffn.experts.0.w1"
     for part, module in parts.items():
         key = quantization.group_of(module)

@@ -33,6 +33,8 @@ WHOLE_REASONS = ("stop", "length", "tool_calls")
 Answer = dict[str, Any]  # streamed; JSON as `time_answer` returns it
 Round = Sequence[Answer]  # every prompt continued once, one after the other
 Turn = Mapping[str, Any]  # JSON as `measure_turn` returns it
+#: What is asked of every server, and how.
+Asked = tuple[Sequence[Prompt], "DecodeConfig"]
 #: Starts a server, or finds one that runs, for a turn of this name.
 Serve = Callable[[str], AbstractContextManager[ServerClient]]
 
@@ -82,12 +84,7 @@ def measure_turn(
 
 
 def measure_alternating(
-    serve: Mapping[str, Serve],
-    prompts: Sequence[Prompt],
-    pairs: int,
-    config: DecodeConfig,
-    report: Report,
-    folder: Path,
+    serve: Mapping[str, Serve], asked: Asked, pairs: int, report: Report, folder: Path
 ) -> dict[str, Any]:
     """Measure turns in the order base, MTP, MTP, base, base, ...; return as `compare`.
 
@@ -96,19 +93,14 @@ def measure_alternating(
     turns: dict[str, list[Turn]] = {"base": [], "mtp": []}
     for pair in range(1, pairs + 1):
         for side in ("base", "mtp") if pair % 2 else ("mtp", "base"):
-            measure = partial(serve_turn, serve[side], prompts, config, report, f"{side}-{pair}")
+            measure = partial(serve_turn, serve[side], asked, report, f"{side}-{pair}")
             turns[side].append(measured(folder, f"{side}-{pair}", measure))
-    return compare(turns["base"], turns["mtp"], config) | {"pairs": pairs}
+    return compare(turns["base"], turns["mtp"], asked[1]) | {"pairs": pairs}
 
 
-def serve_turn(
-    serve: Serve,
-    prompts: Sequence[Prompt],
-    config: DecodeConfig,
-    report: Report,
-    name: str = "decode",
-) -> dict[str, Any]:
+def serve_turn(serve: Serve, asked: Asked, report: Report, name: str = "decode") -> dict[str, Any]:
     """Serve for one turn and measure it."""
+    prompts, config = asked
     with serve(name) as client:
         token_ids = {prompt.id: client.encode(prompt) for prompt in prompts}
         with_margins = name == "base-1" and config.temperature == 0

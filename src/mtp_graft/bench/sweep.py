@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
-from mtp_graft.bench.decode import DecodeConfig, measured
+from mtp_graft.bench.decode import Asked, DecodeConfig, measured
 from mtp_graft.errors import GraftError
-from mtp_graft.serving.client import Prompt, ServerClient
+from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 from mtp_graft.serving.server import Report
@@ -26,41 +26,37 @@ ServeK = Callable[[int], AbstractContextManager[ServerClient]]
 
 def measure_sweep(
     serve: ServeK,
-    prompts: Sequence[Prompt],
+    asked: Asked,
     ks: Sequence[int],
     concurrencies: Sequence[int],
-    config: DecodeConfig,
     report: Report,
     folder: Path,
     least: int = 0,
 ) -> dict[str, Any]:
     """Hold every load on one server for each k; points that `folder` has are not measured again.
 
-    A point has `config.rounds` requests for each that runs at a time, and `least` in all. Returns
+    A point has `rounds` requests for each that runs at a time, and `least` in all. Returns
     `points`, with all that `folder` has. Raises GraftError without vLLM, or if all of a point fail.
     """
     find_vllm()
+    prompts, config = asked
     for k in sorted(ks):
         with ExitStack() as stack:
             connect = cache(partial(stack.enter_context, serve(k)))
             for done, concurrency in enumerate(sorted(concurrencies)):
                 report(f"sweep: k = {k}, concurrency {concurrency}", done, len(concurrencies))
                 of_load = replace(config, rounds=max(config.rounds, -(-least // concurrency)))
-                measure = partial(_point, connect, prompts, of_load, k, concurrency)
+                measure = partial(_point, connect, (prompts, of_load), k, concurrency)
                 measured(folder, f"k{k}-concurrency{concurrency}", measure)
     points = [json.loads(path.read_text()) for path in folder.glob("k*-concurrency*.json")]
     return {"points": sorted(points, key=lambda point: (point["k"], point["concurrency"]))}
 
 
 def _point(
-    connect: Callable[[], ServerClient],
-    prompts: Sequence[Prompt],
-    config: DecodeConfig,
-    k: int,
-    concurrency: int,
+    connect: Callable[[], ServerClient], asked: Asked, k: int, concurrency: int
 ) -> dict[str, Any]:
     """Measure one point; return its JSON. The speed of one request is of tokens after the first."""
-    client = connect()
+    client, (prompts, config) = connect(), asked
     load = {"prompts": [*map(client.encode, prompts)], "max_tokens": config.max_tokens}
     load["arguments"] = _arguments(client, concurrency, config)
     found = run_load(client.base_url, load)

@@ -134,19 +134,20 @@ def _rel_error(variant: Variant, report: QuantizeReport) -> dict[str, Any] | Non
 def base_provenance(base: Path, shards: Iterable[str]) -> dict[str, Any]:
     """Return the hashes of a base's index and config, and its shards' fingerprints."""
     return {
-        INDEX_NAME: sha256(base / INDEX_NAME),
-        "config.json": sha256(base / "config.json"),
+        **hashes([base / INDEX_NAME, base / "config.json"]),
         "shard_fingerprints": fingerprints([base / name for name in sorted(set(shards))]),
     }
+
+
+def hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """Return file name -> SHA-256 of the whole file."""
+    return {path.name: sha256(path) for path in sorted(set(paths))}
 
 
 def quantize_provenance(report: QuantizeReport, expert_files: Iterable[Path]) -> dict[str, Any]:
     """Return the hashes of the quantize stage's output, the report's as canonical JSON."""
     text = json.dumps(report, sort_keys=True, separators=(",", ":"))
-    return {
-        "report": hashlib.sha256(text.encode()).hexdigest(),
-        "experts": {path.name: sha256(path) for path in sorted(set(expert_files))},
-    }
+    return {"report": hashlib.sha256(text.encode()).hexdigest(), "experts": hashes(expert_files)}
 
 
 def manifest_text(content: Manifest) -> str:

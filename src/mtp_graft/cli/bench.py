@@ -24,8 +24,7 @@ from mtp_graft.serving import command as serving
 from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, argument, option, option_group
 
 if TYPE_CHECKING:  # `--help` need not wait for these
-    from mtp_graft.bench.decode import DecodeConfig
-    from mtp_graft.serving.client import Prompt
+    from mtp_graft.bench.decode import Asked
 
 THINKING = option(False, None, "Let the model think before it answers.")
 
@@ -42,7 +41,7 @@ class Texts:
     ignore_eos: bool = option(True, None, "Go on after an end-of-sequence token.")
     temperature: float = option(0.0, "T", "0 is greedy; above, texts are not compared.", min=0.0)
 
-    def asked(self, rounds: int) -> "tuple[list[Prompt], DecodeConfig]":
+    def asked(self, rounds: int) -> "Asked":
         """Return the prompts of the file, or the tiny recipe's, and how they are asked."""
         from mtp_graft.bench.decode import DecodeConfig
         from mtp_graft.pipeline import find_bundled_recipe
@@ -74,16 +73,17 @@ def bench_decode(
     if against is None and pairs is not None:
         raise typer.BadParameter("--pairs needs --against")
     other = None if against is None else _other(target, against)
-    (prompts, config), k = texts.asked(rounds), target.num_drafts(k)
+    prompts, config = asked = texts.asked(rounds)
+    k = target.num_drafts(k)
 
     def measure(folder: Path) -> Result:
         with progress_bar() as report:
             ours = partial(target.client, report, k=k)
             if other is None:
-                turn = partial(serve_turn, ours, prompts, config, report)
+                turn = partial(serve_turn, ours, asked, report)
                 return decode_result([measured(folder, "decode", turn)], config)
             serve = {"mtp": ours, "base": partial(other.client, report, k=0)}
-            return measure_alternating(serve, prompts, pairs or 6, config, report, folder)
+            return measure_alternating(serve, asked, pairs or 6, report, folder)
 
     # More pairs may be added to a folder later: each stands by itself.
     claim = {"decode": asdict(config), "k": k, "prompts": _hash(prompts)}
@@ -156,12 +156,12 @@ def bench_sweep(
 
     given: Sequence[int | None] = [None] if k is None else _numbers("--k", k, 0)
     loads, ks = _numbers("--concurrency", concurrency, 1), [*map(target.num_drafts, given)]
-    prompts, config = texts.asked(requests)
+    prompts, config = asked = texts.asked(requests)
 
     def measure(folder: Path) -> Result:
         with progress_bar() as report:
             serve = partial(target.client, report, "sweep")
-            return measure_sweep(serve, prompts, ks, loads, config, report, folder)
+            return measure_sweep(serve, asked, ks, loads, report, folder)
 
     # More loads or another k may be added to a folder later: each point stands by itself.
     claim = {"sweep": asdict(config), "prompts": _hash(prompts)}
@@ -222,14 +222,14 @@ def tune(
         plan = {"k": ks, "choices": [*choices], "starts": starts[0], "at_most_then": starts[1]}
         return show(plan, target.json_file, table([plan], *plan))
     check_writable(checkpoint / TUNED_NAME)
-    prompts, config = texts.asked(4)  # requests of a load at a time, in which few end it alone
+    prompts, config = asked = texts.asked(4)  # times a load's size: few of them end it alone
 
     def measure(folder: Path) -> Result:
         with progress_bar() as report:
 
             def serve(name: str, k: int, **drafts: Any) -> list[Result]:
-                held = partial(target.client, report, name, **drafts), prompts, [k], loads, config
-                points = sweep.measure_sweep(*held, report, folder / name, len(prompts))["points"]
+                held = partial(target.client, report, name, **drafts), asked, [k], loads, report
+                points = sweep.measure_sweep(*held, folder / name, len(prompts))["points"]
                 return [point for point in points if point["concurrency"] in loads]
 
             hold = partial(bench_tune.hold, serve, len(prompts), rounds)

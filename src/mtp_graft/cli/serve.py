@@ -11,7 +11,7 @@ import typer
 from mtp_graft.bench.page import counted
 from mtp_graft.cli.app import DRY_RUN, JSON_FILE, NO_PROFILE, app, refuse, with_options
 from mtp_graft.cli.output import note, progress_bar, show
-from mtp_graft.cli.target import started
+from mtp_graft.cli.target import LOG, started
 from mtp_graft.errors import GraftError
 from mtp_graft.serving import command
 from mtp_graft.serving.command import InstalledVllm, ServeOptions, argument, option
@@ -52,6 +52,8 @@ def serve(
     profile: str | None = option(None, "NAME", _PROFILES),
     check: bool = option(False, None, "Start, test the head, stop; 1 if it fails.", "--check"),
     dry_run: bool = DRY_RUN,
+    version: str | None = command.VLLM_VERSION,
+    log: Path | None = LOG,
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Serve a checkpoint with vLLM, drafting with its head: --k, or as `mtp-graft tune` found."""
@@ -63,6 +65,8 @@ def serve(
         "--json needs --dry-run or --check": not json_file or dry_run or check,
         "hardware options need a profile": profile != NO_PROFILE or asked == HardwareOptions(),
         "--count needs --gpu": not asked.count or asked.gpu,
+        "--vllm needs --dry-run": not version or dry_run,
+        "--log needs --check": not log or check,
     }
     if broken := next((rule for rule, holds in rules.items() if not holds), None):
         raise typer.BadParameter(broken)
@@ -71,7 +75,7 @@ def serve(
     is_loopback = server.host.startswith("127.") or server.host in ("::1", "localhost")
     if server.api_key is None and not is_loopback:
         note(f"warning: {server.host} is not loopback and there is no --api-key: anyone may use it")
-    vllm, plan = _plan(server, profile, asked, dry_run)
+    vllm, plan = _plan(server, profile, asked, version, dry_run)
     options = server if plan is None else plan.options
     if not check:
         device = f"{asked.count or 1}x NVIDIA {asked.gpu}" if asked.gpu else device_name()
@@ -79,7 +83,7 @@ def serve(
     if dry_run:
         _print_command(options, vllm, plan, json_file)
     elif check:
-        _check(options, vllm, json_file)
+        _check(options, vllm, log, json_file)
     else:
         from mtp_graft.serving.server import serve_foreground
 
@@ -89,7 +93,11 @@ def serve(
 
 
 def _plan(
-    options: ServeOptions, profile: str | None, asked: HardwareOptions, dry_run: bool
+    options: ServeOptions,
+    profile: str | None,
+    asked: HardwareOptions,
+    version: str | None,
+    dry_run: bool,
 ) -> "tuple[InstalledVllm, Plan | None]":
     """Return the vLLM to serve with, and the profile fitted to the hardware; None: vLLM's own."""
     from mtp_graft.serving.plan import AUTO, make_plan
@@ -97,8 +105,9 @@ def _plan(
 
     named = named_hardware(asked.gpu, asked.count or 1, asked.nnodes) if asked.gpu else None
     here = command.installed_vllm()
-    if dry_run and named and (here is None or here.platform != named.platform):
-        vllm = command.vllm_elsewhere(named.platform)
+    of = named or here
+    if version or (dry_run and named and (here is None or here.platform != named.platform)):
+        vllm = command.vllm_elsewhere(of.platform if of else "cuda", version)
     else:
         vllm = command.find_vllm()
     on_cpu = vllm.platform == "cpu"
@@ -132,14 +141,16 @@ def _print_command(
     show(result, json_file, *about, *map(_COMMENT.fill, notes), built.as_shell())
 
 
-def _check(options: ServeOptions, vllm: InstalledVllm, json_file: Path | None) -> None:
+def _check(
+    options: ServeOptions, vllm: InstalledVllm, log: Path | None, json_file: Path | None
+) -> None:
     """Start the server, test its head, stop it; a head that is not alive is an error."""
     from mtp_graft.serving.server import MIN_ACCEPTANCE, check_drafter
 
     if command.num_speculative_tokens(options, vllm.platform) == 0:
         expected = "expected a checkpoint with a head and at least one speculative token"
         raise GraftError(f"{options.checkpoint}: --check without drafts; {expected}")
-    with progress_bar() as report, started(options, report, "check") as client:
+    with progress_bar() as report, started(options, report, "check", log) as client:
         found = check_drafter(client)
     acceptance, drafted = found.acceptance or 0.0, found.num_draft_tokens
     result = {"ok": acceptance >= MIN_ACCEPTANCE, "acceptance": acceptance}
@@ -160,6 +171,7 @@ def doctor(
     gpu: str | None = option(None, "NAME", "GPU to serve on, or cpu. Default: ours."),
     count: int | None = option(None, "N", "How many of that GPU.", min=1),
     fix: Path | None = option(None, "OUT", "Write a copy with config and names corrected."),
+    version: str | None = command.VLLM_VERSION,
     yes: bool = option(False, None, "Let --fix copy shards without asking.", "--yes"),
     json_file: Path | None = JSON_FILE,
 ) -> None:
@@ -171,7 +183,7 @@ def doctor(
 
     if count is not None and gpu is None:
         raise typer.BadParameter("needs --gpu", param_hint="--count")
-    target = find_target(gpu, count, tp, max_model_len, checkpoint)
+    target = find_target(gpu, count, tp, max_model_len, checkpoint, version)
     findings = remaining = diagnose(checkpoint, target)
     lines, fixed = list(map(_as_text, findings)), None
     if fix is not None:

@@ -31,11 +31,16 @@ def check_url(url: str | None) -> str | None:
     return url
 
 
-def started(options: ServeOptions, report: Report, name: str) -> AbstractContextManager[Any]:
-    """Serve inside the block; `name` is the log's."""
+LOG = option(None, "FILE", "Log of a server started here. Default: a temporary one.")
+
+
+def started(
+    options: ServeOptions, report: Report, name: str, log: Path | None = None
+) -> AbstractContextManager[Any]:
+    """Serve inside the block; `name` is the log's if it has none."""
     from mtp_graft.serving.server import managed_server
 
-    log = Path(tempfile.mkdtemp(prefix="mtp-graft-")) / f"vllm-{name}.log"
+    log = log or Path(tempfile.mkdtemp(prefix="mtp-graft-")) / f"vllm-{name}.log"
     note(f"server log: {log}")
     return managed_server(options, log, report)
 
@@ -51,6 +56,7 @@ class Target:
     max_model_len: int | None = command.MAX_MODEL_LEN
     api_key: str | None = option(None, "KEY", "The server's key.", envvar="VLLM_API_KEY")
     run: Path | None = option(None, "DIR", "Keep the result here, and go on from what there is.")
+    log: Path | None = LOG
     json_file: Path | None = JSON_FILE
     extra: tuple[str, ...] = SERVE_ARGUMENTS
 
@@ -152,5 +158,5 @@ class Target:
             for text in plan.notes:
                 note(f"plan: {text}")
             options = plan.options
-        with started(options, report, name) as client:
+        with started(options, report, name, self.log) as client:
             yield client

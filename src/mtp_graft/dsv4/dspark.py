@@ -61,9 +61,8 @@ class DSpark(nn.Module):
         w1, w2 = nn.Embedding(config.vocab_size, rank), nn.Linear(rank, config.vocab_size, False)
         self.markov_head = nn.ModuleDict({"markov_w1": w1, "markov_w2": w2})
         self.confidence_head = nn.ModuleDict({"proj": nn.Linear(size + rank, 1, bias=False)})
-        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(
-            config
-        )  # buffers only, none in state_dict
+        # It has buffers only, none in state_dict.
+        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(config)
 
     def context(self, taps: Tensor, positions: Tensor) -> list[Tensor]:
         """Return each stage's latents [T, d], keys and values at once, of taps [T, L, D]."""
@@ -89,8 +88,7 @@ class DSpark(nn.Module):
         given["seen"] = positions[:, None] + before >= 0
         for stage, latents in zip(self.stages, context, strict=True):
             streams = stage(streams, **given, attention_mask=None, context=latents[rows])
-        hidden: Tensor = self.hc_head(streams)
-        return hidden
+        return self.hc_head(streams)
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines in float32."""
@@ -104,15 +102,13 @@ class DSpark(nn.Module):
         return F.linear(self.norm(hidden), lm_head_weight) + self._bias(previous)
 
     def _bias(self, previous: Tensor) -> Tensor:
-        bias: Tensor = self.markov_head["markov_w2"](self.markov_head["markov_w1"](previous))
-        return bias
+        return self.markov_head["markov_w2"](self.markov_head["markov_w1"](previous))
 
     def confidence(self, hidden: Tensor, previous: Tensor) -> Tensor:
         """Return the logits [A, B] of a draft's acceptance, given that those before it were."""
         known = torch.cat((hidden, self.markov_head["markov_w1"](previous)), dim=-1)
         with _float32:
-            logits: Tensor = self.confidence_head["proj"](known.float())
-        return logits.squeeze(-1)
+            return self.confidence_head["proj"](known.float()).squeeze(-1)
 
     def draft(self, hidden: Tensor, anchors: Tensor, lm_head_weight: Tensor) -> Tensor:
         """Return the drafts int64 [A, B] after anchors [A], token ids: each the likeliest."""

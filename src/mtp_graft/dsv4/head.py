@@ -52,9 +52,8 @@ class MTPHead(nn.Module):
         self.layer = modeling.DeepseekV4DecoderLayer(config, layer_idx=0)
         self.hc_head = modeling.DeepseekV4HyperHead(config)
         self.norm = modeling.DeepseekV4RMSNorm(size, eps=eps)
-        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(
-            config
-        )  # buffers only, none in state_dict
+        # It has buffers only, none in state_dict.
+        self.rotary_emb = modeling.DeepseekV4RotaryEmbedding(config)
 
     def forward(
         self, residual: Tensor, embeds: Tensor, positions: Tensor, keys: list[Tensor] | None = None
@@ -73,8 +72,7 @@ class MTPHead(nn.Module):
         streams = streams + self.e_proj(self.enorm(embeds)).unsqueeze(2)
         rotary = self.rotary_emb(embeds, position_ids=positions, layer_type="main")
         given = {"position_embeddings": {"main": rotary}, "position_ids": positions}
-        residual_out: Tensor = self.layer(streams, **given, attention_mask=None, keys=keys)
-        return residual_out
+        return self.layer(streams, **given, attention_mask=None, keys=keys)
 
     def logits(self, residual_out: Tensor, lm_head_weight: Tensor) -> Tensor:
         """Return the logits [B, T, V] of tokens i+2, with the base's LM head [V, D]."""

@@ -111,8 +111,7 @@ def replay_routing(
     tokens themselves. Raises GraftError if the head gives values that are not finite.
     """
     next(unroll(head, residual[None], embeds[None], 1))
-    routed: tuple[Tensor, Tensor, Tensor] = head.layer.mlp.experts.routed
-    return routed
+    return head.layer.mlp.experts.routed
 
 
 @torch.inference_mode()

@@ -87,6 +87,13 @@ TENSOR_PARALLEL_SIZE = option(
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
 K_HELP = "Tokens to draft a step; 0: no head. Default: 3 on GPUs, else 1; DSpark: its block."
+VLLM_VERSION = option(
+    None,
+    "VERSION",
+    "Judge for this vLLM. Default: ours.",
+    "--vllm",
+    parser=lambda v: f"{Version(v)}",
+)
 NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, "--k", "-k", "--num-speculative-tokens", min=0)
 
 
@@ -389,10 +396,10 @@ def installed_vllm() -> InstalledVllm | None:
     return None
 
 
-def vllm_elsewhere(platform: Platform = "cuda") -> InstalledVllm:
-    """Return the newest vLLM that was tried on `platform`, to print commands for it."""
+def vllm_elsewhere(platform: Platform = "cuda", version: str | None = None) -> InstalledVllm:
+    """Return this vLLM, or the newest that was tried on `platform`, to print commands for it."""
     launcher = ("vllm", "serve") if platform == "cuda" else ("python3", "-m", *_MODULES["cpu"])
-    return InstalledVllm(Version(TRIED_VLLM[platform]), platform, launcher)
+    return InstalledVllm(Version(version or TRIED_VLLM[platform]), platform, launcher)
 
 
 def is_supported(version: Version) -> bool:

@@ -70,10 +70,10 @@ def take_fitting(
     return taken, dropped
 
 
-def load_calibration(source: str, count: int) -> list[Prompt]:
-    """Return the first `count` prompts; GraftError as `iterate_prompts`, and for too few rows."""
+def load_calibration(source: str, count: int | None = None) -> list[Prompt]:
+    """Return the first `count` prompts, or all; GraftError as `iterate_prompts`, or for too few."""
     prompts = list(islice(iterate_prompts(source), count))
-    if len(prompts) < count:
+    if len(prompts) < (count or 0):
         raise GraftError(f"{source}: {len(prompts)} prompts, expected {count}; ask for fewer")
     return prompts
 

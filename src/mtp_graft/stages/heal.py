@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 
-from mtp_graft.checkpoint.capture import CapturedSequence
+from mtp_graft.checkpoint.capture import INDEX_NAME, TEXTS_NAME, CapturedSequence
 from mtp_graft.checkpoint.files import replacing, write_json
-from mtp_graft.checkpoint.quant_manifest import HEALED_NAME
+from mtp_graft.checkpoint.quant_manifest import HEALED_NAME, hashes
 from mtp_graft.checkpoint.shards import load_tensors, save_shard, write_index
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.heal import EXPERTS, OUTPUT, ROUTER, BaseOutput, Batch, distance, trained_parts
@@ -76,8 +76,8 @@ def heal(
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
     if device != "cpu":
         head.layer.mlp.experts.bfloat16()  # as the server computes with them
-    read = load_tensors(inputs.base, ["embed.weight", *OUTPUT])
-    given = {name: tensor.to(device) for name, tensor in read.items()}
+    read = load_tensors(inputs.base, ["embed.weight", *OUTPUT]).items()
+    given = {name: tensor.to(device) for name, tensor in read}
     fp8 = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
     parts = trained_parts(head, fp8, (EXPERTS,) if settings.router else (EXPERTS, ROUTER))
     state = _train(head, parts, given, inputs, held_out, settings, out / _STATE, report)
@@ -87,7 +87,9 @@ def heal(
         "seconds": time.perf_counter() - started,
     }
     master = inputs.read_upstream([*inputs.head.files])
-    _write_master(head_from_module(state["best"]), master, fp8, out / HEALED, result)
+    about = {**decisive, **result, "upstream": hashes(inputs.head.files.values())}
+    about["capture"] = hashes(p for n in (INDEX_NAME, TEXTS_NAME) if (p := capture / n).exists())
+    _write_master(head_from_module(state["best"]), master, fp8, out / HEALED, about)
     inputs.finish(out, "heal", decisive, result, result["seconds"])
     return result
 
@@ -255,7 +257,7 @@ def _judge(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _write_master(
     parts: _Named, master: _Named, fp8: Container[str], out: Path, about: Mapping[str, Any]
 ) -> None:
-    """Write the master with the trained parts, those named in `fp8` in FP8 blocks."""
+    """Write the master with the trained parts, those named in `fp8` in FP8 blocks, and `about`."""
     head = dict(master)
     for name, value in parts.items():
         scale = name.removesuffix("weight") + "scale"
@@ -266,5 +268,7 @@ def _write_master(
             head[name] = value.cpu().to(torch.bfloat16 if was_quantized else master[name].dtype)
     out.mkdir(exist_ok=True)
     save_shard(head, out / _SHARD)
-    write_json({k: v for k, v in about.items() if k not in ("seconds", "curve")}, out / HEALED_NAME)
+    said = {k: v for k, v in about.items() if k not in ("seconds", "curve")}
+    said["trained"] = {name: str(head[name].dtype).removeprefix("torch.") for name in sorted(parts)}
+    write_json(said, out / HEALED_NAME)
     write_index(dict.fromkeys(head, _SHARD), sum(t.nbytes for t in head.values()), out)

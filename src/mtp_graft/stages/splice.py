@@ -216,7 +216,7 @@ def _manifest(plan: SplicePlan) -> Manifest:
         if (made_for := origin.get("base")) != base:
             origin.setdefault("made_for", made_for)
         return {**plan.published, "provenance": {**origin, "base": base}}
-    upstream = {path.name: files.sha256(path) for path in sorted(set(plan.head.files.values()))}
+    upstream = quant_manifest.hashes(plan.head.files.values())
     provenance: dict[str, Any] = {"base": base, "upstream": upstream}
     about = next(iter(plan.head.files.values())).parent / quant_manifest.HEALED_NAME
     if about.exists():

@@ -40,13 +40,8 @@ Judge = Callable[[ModelOutput, Mapping[str, Any]], Failure | None]
 NO_ANSWER, WRONG = "no answer found", "wrong answer"
 CUT_OFF = f"{NO_ANSWER}, cut off"  # the token limit ended it
 UNREADABLE = "unreadable answer"  # too deep or too many digits for Python
-#: Benchmark -> its files in --data-dir; its dataset on the hub, and the file there.
-SOURCES = {
-    "gsm8k": ("gsm8k/test.jsonl", "openai/gsm8k", "main"),
-    "humaneval": ("human_eval/HumanEval.jsonl.gz", "openai/openai_humaneval", "openai_humaneval"),
-    "mmlu": ("mmlu/test/*_test.csv", "cais/mmlu", "all"),
-}
-_PROMPTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+#: Benchmark -> where its questions are, and what they are asked with.
+SOURCES: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 #: No other number may follow on the line: `12/5` is not 12.
 _NUMBER = re.compile(r"#### (-?[0-9][0-9.,]*)(?!.*[0-9])")
 #: A letter in brackets, or one that ends the line: `Boyle's law` and `B cells` are no letters.
@@ -62,9 +57,8 @@ def load_task(name: str, data_dir: Path | None, limit: int | None, seed: int) ->
     """
     if name == "humaneval":
         find_python()
-    pattern, dataset, config = SOURCES[name]
-    to_sample, judge = _ASKED[name]
-    files = [_fetch(dataset, config)] if data_dir is None else sorted(data_dir.glob(pattern))
+    (to_sample, judge), pattern = _ASKED[name], SOURCES[name]["files"]
+    files = [_fetch(**SOURCES[name])] if data_dir is None else sorted(data_dir.glob(pattern))
     if not files:
         raise GraftError(
             f"{data_dir}: has no {pattern}; expected the folder of the benchmark data as "
@@ -94,7 +88,7 @@ def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
     return sorted(Random(seed).sample(samples, len(samples)), key=turn)[:limit]
 
 
-def _fetch(dataset: str, config: str) -> Path:
+def _fetch(dataset: str, config: str, **_: str) -> Path:
     file = f"{config}/test-00000-of-00001.parquet"
     what, cure = f"{dataset}: {file} cannot be fetched", "; give the data as --data-dir"
     with translated(what, HfHubHTTPError, OSError, then=cure):
@@ -237,7 +231,7 @@ def find_letter(text: str) -> str | None:
 
 
 def _gsm8k(row: Row, number: int) -> Sample:
-    text, target = row["question"].strip() + _PROMPTS["gsm8k"], find_number(row["answer"])
+    text, target = row["question"].strip() + SOURCES["gsm8k"]["prompt"], find_number(row["answer"])
     if target is None:
         raise ValueError("no '#### N' in the reference answer")
     return Sample(id=f"gsm8k/{number}", input=text, metadata={"target": target})
@@ -245,12 +239,13 @@ def _gsm8k(row: Row, number: int) -> Sample:
 
 def _humaneval(row: Row, _number: int) -> Sample:
     data = {key: row[key] + "" for key in ("prompt", "entry_point", "test")}
-    return Sample(id=row["task_id"] + "", input=_PROMPTS["humaneval"].format(**data), metadata=data)
+    text = SOURCES["humaneval"]["prompt"].format(**data)
+    return Sample(id=row["task_id"] + "", input=text, metadata=data)
 
 
 def _mmlu(row: Row, number: int) -> Sample:
     choices = "\n".join(f"({x}) " + c for x, c in zip("ABCD", row["choices"], strict=True))
-    text = f"{row['question'].strip()}\n\n{choices}\n\n{_PROMPTS['mmlu']}"
+    text = f"{row['question'].strip()}\n\n{choices}\n\n{SOURCES['mmlu']['prompt']}"
     data = {"category": row["subject"] + "", "target": "ABCD"[row["answer"]]}
     return Sample(id=f"mmlu/{row['subject']}/{number}", input=text, metadata=data)
 

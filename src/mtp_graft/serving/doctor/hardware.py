@@ -40,10 +40,12 @@ def find_target(
     tp: int | None = None,
     max_model_len: int | None = None,
     checkpoint: Path | None = None,
+    version: str | None = None,
 ) -> Target:
     """Return what the options name, and for the rest what is installed and present.
 
-    `gpu` may be `cpu`; where the installed vLLM is not for it, the one that was tried on it counts.
+    `gpu` may be `cpu`; where the installed vLLM is not for it, the one that was tried on it counts,
+    unless `version` is given.
     `tp` defaults to the ranks of `serve`, or to the GPUs. Raises UsageError for a GPU that is none.
     """
     vllm = here = command.installed_vllm()
@@ -60,15 +62,18 @@ def find_target(
             kind = "gpus-hidden" if topology.visible_devices() == [] else "gpus-unknown"
             if here is not None:
                 findings.append(finding(kind, "this machine", error, "GPUs of one kind"))
+    if version is not None:
+        of = hardware or here
+        vllm = command.vllm_elsewhere(of.platform if of else "cuda", version)
     findings += _plugin_findings() if vllm and vllm is here else ()
     num_gpus = hardware.num_gpus if hardware else 0
     ranks = tp or 1 << max(num_gpus.bit_length() - 1, 0)
     if tp is None and checkpoint is not None:
         with suppress(GraftError):  # a config that is damaged has findings of its own
             ranks = topology.most_ranks(command.read_config(checkpoint), num_gpus)
-    version, built_for = (vllm.version, vllm.platform) if vllm else (None, None)
-    platform = hardware.platform if hardware else built_for
-    return Target(version, platform, hardware, ranks, max_model_len, tuple(findings))
+    platform = hardware.platform if hardware else vllm.platform if vllm else None
+    said = vllm.version if vllm else None
+    return Target(said, platform, hardware, ranks, max_model_len, tuple(findings))
 
 
 def _plugin_findings() -> Iterator[Finding]:
