@@ -17,6 +17,7 @@ import pytest
 from workers import keep_to_own_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+Run = Callable[..., tuple[int, str, str]]
 MEASURED = "measured"  # the user property of a test that measures something
 
 #: Variables that change what the code under test does. A user may have set them for their own runs.
@@ -48,7 +49,6 @@ def root_logger_level() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
-    """The checkout."""
     return ROOT
 
 
@@ -67,15 +67,19 @@ def tiny_base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    """The same by links, for changes, which replace files and never write to them."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
+
+
+@pytest.fixture
 def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A stand-in for the hub that has the bundled model as two repositories."""
-    import hub_stand_in
+    from hub_stand_in import BASE, UPSTREAM, as_repository, in_place_of_the_hub
 
-    folders = {hub_stand_in.BASE: "base", hub_stand_in.UPSTREAM: "upstream"}
-    repositories = {
-        repo: hub_stand_in.as_repository(tiny_model / name) for repo, name in folders.items()
-    }
-    with hub_stand_in.in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
+    folders = {BASE: tiny_model / "base", UPSTREAM: tiny_model / "upstream"}
+    repositories = {repo: as_repository(folder) for repo, folder in folders.items()}
+    with in_place_of_the_hub(repositories, tmp_path / "hub", monkeypatch) as hub:
         yield hub
 
 
@@ -129,9 +133,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_command(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
+def run_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs a command in this process: exit status, output and errors."""
     from mtp_graft import cli
 
@@ -149,7 +151,7 @@ def run_command(
 
 
 @pytest.fixture
-def mtp_graft(run_command: Callable[..., tuple[int, str, str]]) -> Callable[..., Any]:
+def mtp_graft(run_command: Run) -> Callable[..., Any]:
     """Return a function that runs a command in this process: its JSON, or the error's line."""
 
     def call(*words: object) -> Any:
@@ -160,6 +162,21 @@ def mtp_graft(run_command: Callable[..., tuple[int, str, str]]) -> Callable[...,
         return next(line for line in errors.splitlines() if line.startswith("error: "))
 
     return call
+
+
+@pytest.fixture
+def cuda_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CUDA build of torch, which must not be asked in this process."""
+    import torch
+
+    from mtp_graft.stages.parallel import gpus
+
+    gpus.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name in ("_lazy_init", "is_available", "device_count", "get_device_name", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked in this process"))
+    yield
+    gpus.cache_clear()
 
 
 @pytest.fixture(scope="session")

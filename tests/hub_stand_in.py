@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,12 @@ class StandInHub:
         """Return how often a file was downloaded; a part of it does not count."""
         return sum(method == "GET" and path.endswith(name) for method, path in self.asked)
 
+    def change(self, repo: str, file: str, change: Callable[[Any], object]) -> None:
+        content = json.loads(self.repositories[repo][file])
+        change(content)
+        self.repositories[repo][file] = json.dumps(content).encode()
+
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        """Return status, body and headers."""
         parts = path.strip("/").removeprefix("datasets/").split("/")
         is_api = parts[0] == "api"
         repo = "/".join(parts[2:4] if is_api else parts[:2])

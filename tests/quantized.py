@@ -18,30 +18,31 @@ from mtp_graft.dsv4 import variants
 from mtp_graft.quant import int4
 from run_folder import recorded
 
-TINY_CONFIG = Path(__file__).resolve().parents[1] / "models" / "tiny-dsv4" / "base" / "config.json"
+TINY = Path(__file__).resolve().parents[1] / "models" / "tiny-dsv4"
+UPSTREAM = TINY / "upstream"
 
 
-def tiny_quantization() -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def tiny_quantization() -> Any:
     """Return the bundled base's section, as those of W4A16-FP8 bases are."""
-    section: dict[str, Any] = json.loads(TINY_CONFIG.read_text())["quantization_config"]
-    return section
+    return read_json(TINY / "base" / "config.json")["quantization_config"]
 
 
 def edit_json(path: Path, change: Callable[[Any], object]) -> None:
     """Change a JSON file, which may be a link to one that has to stay."""
-    content = json.loads(path.read_text())
-    change(content)
+    change(content := read_json(path))
     path.unlink()
     path.write_text(json.dumps(content))
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file in a folder."""
     return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file()}
 
 
 def write_checkpoint(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write one shard and its index."""
     save_shard(tensors, folder / "model.safetensors")
     size = sum(tensor.nbytes for tensor in tensors.values())
     write_index(dict.fromkeys(tensors, "model.safetensors"), size, folder)

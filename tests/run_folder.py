@@ -30,6 +30,12 @@ def write(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
+def write_rows(path: Path, *rows: Any) -> str:
+    """Write lines, of JSON where they are no text; return the file's name."""
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
 def recorded(name: str) -> Any:
     """Return what is kept for the tests: `bench decode`, `bench sweep`, or the stages' reports."""
     return json.loads((TESTS / f"bench_results/{name}.json").read_text())
@@ -43,7 +49,6 @@ def manifest(stage: str, device: str = GPU, vllm: str = "0.33.0") -> dict[str, A
 
 
 def scored() -> dict[str, Any]:
-    """Return the score stage's acceptance."""
     found = {}
     for variant, accepted in ACCEPTED.items():
         interval = wilson_interval(accepted - 20, DRAFTED)
@@ -97,7 +102,6 @@ def stages(run: Path, variant: str = "gptq") -> Path:
 
 
 def pipeline_bench(run: Path) -> None:
-    """Write the pipeline's own measurements."""
     write(run / "bench/decode.json", decoded())
     for variant, counted in served().items():
         write(run / f"bench/served-{variant}.json", counted)
@@ -118,7 +122,6 @@ def bench(
 
 
 def everyday() -> dict[str, Any]:
-    """Return a result of `bench workload`."""
     found = {"decode_tok_s": 90.8, "ttft_ms": 154.0, "acceptance": 0.718, "requests": 3}
     categories = {"chat": found | {"decode_tok_s": 88.8}, "coding": found}
     return found | {"requests": 6, "categories": categories, "tasks": [{"id": "chat-kettle"}]}

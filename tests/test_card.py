@@ -17,6 +17,7 @@ from mtp_graft.bench import report
 from mtp_graft.bench.card import write_card
 from mtp_graft.errors import GraftError
 from mtp_graft.stages import publish as stage
+from quantized import edit_json
 from run_folder import GPU, HEAD, NAME, OTHER_GPU, bench, evaluated, recorded, write
 
 
@@ -32,10 +33,6 @@ def card(run: Path) -> str:
     """Write a run's card and return it, with single spaces in its lines."""
     write_card(run, run / "card")
     return re.sub(r"\n  +", " ", (run / "card/README.md").read_text())
-
-
-def change(file: Path, **values: Any) -> None:
-    folder.write(file, json.loads(file.read_text()) | values)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +155,7 @@ def test_licence_and_base_are_what_the_run_states_and_never_a_guess(run: Path) -
     [readme] = run.glob("splice/gptq/*/README.md")
     readme.write_text("license: mit\n")
     model = {"base": "/home/someone/base", "upstream": "/home/someone/up", "name": NAME}
-    change(run / "fetch/report.json", model=model)
+    edit_json(run / "fetch/report.json", lambda found: found.update(model=model))
     page = card(run)
     assert "license: unknown" in page and "Licence: not stated" in page
     assert "base_model" not in page and "/home/someone" not in page
@@ -166,7 +163,8 @@ def test_licence_and_base_are_what_the_run_states_and_never_a_guess(run: Path) -
 
 
 def test_a_failed_verification_and_scores_of_0_are_not_hidden(run: Path) -> None:
-    change(run / "verify/gptq.json", ok=False, missing=["mtp.0.a", "mtp.0.b"])
+    failed = {"ok": False, "missing": ["mtp.0.a", "mtp.0.b"]}
+    edit_json(run / "verify/gptq.json", lambda found: found.update(failed))
     bench(run, "gsm8k", evaluated(0, 50))
     page = card(run)
     assert "| result | **failed** |" in page and "| missing tensors | 2 |" in page
@@ -192,9 +190,7 @@ def test_charts_of_an_earlier_card_go_and_other_files_stay(run: Path) -> None:
         (f"splice/gptq/{NAME}/config.json", None, "config.json"),
     ],
 )
-def test_what_cannot_be_read_is_one_error_and_leaves_no_card(
-    file: str, content: str | None, message: str, run: Path
-) -> None:
+def test_what_cannot_be_read(file: str, content: str | None, message: str, run: Path) -> None:
     bench(run, "gsm8k", evaluated(93, 100))
     (run / file).unlink() if content is None else (run / file).write_text(content)
     with pytest.raises(GraftError, match=re.escape(message)):
@@ -222,7 +218,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 @pytest.fixture
 def publish(mtp_graft: Callable[..., Any]) -> Publish:
-    """Return a function that runs the command: its JSON, or the error that it printed."""
     return lambda run, *options: mtp_graft("publish", run, "--repo", REPO, *options)
 
 
@@ -237,9 +232,7 @@ def test_dry_run_lists_the_uploads_without_a_token(finished: Path, publish: Publ
     assert (result["repo"], result["private"], result["dry_run"]) == (REPO, True, True)
 
 
-def test_upload_is_one_commit_of_every_byte_and_the_cards_readme_wins(
-    finished: Path, hub: Mock, publish: Publish
-) -> None:
+def test_upload_is_one_commit_of_every_byte(finished: Path, hub: Mock, publish: Publish) -> None:
     result = publish(finished)
     hub.create_commit.assert_called_once()
     repo, added = hub.create_commit.call_args.args
@@ -260,9 +253,7 @@ def test_private_files_need_a_private_hub_repo(finished: Path, hub: Mock, publis
     hub.create_repo.assert_called_with(REPO, private=True, exist_ok=True)
 
 
-def test_what_ends_the_upload_is_one_error(
-    finished: Path, hub: Mock, publish: Publish, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uploads(finished: Path, hub: Any, publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.create_commit.side_effect = RuntimeError("xet")
     assert f"{REPO}: the upload stopped (xet)" in publish(finished)
     for repo in ("noowner", "some one/x"):
@@ -285,9 +276,7 @@ def test_what_ends_the_upload_is_one_error(
         (lambda run: write(run / "MTP_QUANT_MANIFEST.json", {}), "a grafted one can be uploaded"),
     ],
 )
-def test_what_is_not_finished_is_not_published(
-    damage: Callable[[Path], object], message: str, finished: Path, publish: Publish, tmp_path: Path
-) -> None:
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
+def test_not_finished(damage: Any, message: str, finished: Path, publish: Publish) -> None:
+    run = Path(shutil.copytree(finished, Path("run")))
     damage(run)
     assert message in publish(run, "--dry-run")

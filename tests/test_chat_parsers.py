@@ -19,7 +19,6 @@ from vllm.tokenizers import get_tokenizer
 from mtp_graft.serving.profiles import ALWAYS, split
 
 pytestmark = pytest.mark.vllm
-
 FLAGS: Any = split(ALWAYS)[0]
 QUESTION = {"role": "user", "content": "Where are 4 boats, and where is the cow?"}
 PROPERTIES = {"what": {"type": "string"}, "count": {"type": "integer"}}
@@ -42,10 +41,8 @@ class Chat:
 
     def rendered(self, *messages: dict[str, Any]) -> str:
         tools = [tool.model_dump() for tool in self.request.tools or ()] or None
-        text: str = self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, **self.kwargs
-        )
-        return text
+        how = {"tools": tools, "tokenize": False, **self.kwargs}
+        return str(self.tokenizer.apply_chat_template([*messages], **how))
 
     def calls(self) -> str:
         """Return CALLS as the chat encoding writes them."""
@@ -100,9 +97,7 @@ class Chat:
         (True, True, f"{THOUGHT}</think>{SAID}\n\nCALLS", (THOUGHT, f"{SAID}\n\n", CALLS)),
     ],
 )
-def test_thought_words_and_calls_of_a_stream_are_told_apart(
-    tiny_model: Path, thinking: bool, tools: bool, answer: str, expected: Message
-) -> None:
+def test_streams(tiny_model: Path, thinking: bool, tools: bool, answer: Any, expected: Any) -> None:
     tokenizer = get_tokenizer(tiny_model / "base", tokenizer_mode=FLAGS["--tokenizer-mode"])
     chat = Chat(tokenizer, thinking, tools)
     answer = answer.replace("CALLS", chat.calls())

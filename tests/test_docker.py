@@ -56,7 +56,6 @@ def environment(variables: dict[str, str]) -> dict[str, str]:
 
 
 def enter(docker: Path, variables: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """Return the entrypoint's exit status and what it wrote."""
     words, both = [docker / "entrypoint.sh", *arguments], subprocess.PIPE
     streams: dict[str, Any] = {"stdout": both, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(words, env=environment(variables), check=False, timeout=300, **streams)
@@ -105,9 +104,7 @@ def healthcheck(docker: Path, port: str, host: str = "0.0.0.0") -> subprocess.Co
     return subprocess.run(command, env=variables, check=False, capture_output=True, text=True)
 
 
-def test_the_container_is_healthy_when_vllm_is_and_ends_with_sigterm(
-    docker: Path, image: dict[str, str], tmp_path: Path
-) -> None:
+def test_health_and_sigterm(docker: Path, image: dict[str, str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     record = tmp_path / "record"

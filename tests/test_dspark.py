@@ -122,9 +122,6 @@ def block(w: Weights, taps: Tensor, embeds: Tensor) -> Tensor:
     return torch.stack([share @ x for share, x in zip(pre, streams, strict=True)])
 
 
-# The module
-
-
 class Case:
     """Two texts, one after the other, and anchors near their starts and far beyond a window."""
 
@@ -180,9 +177,6 @@ def test_row_0_sees_all_and_a_window(drafter: DSpark, part: str, row: int, is_se
     changed = case.embeds[6] if part == "embeds" else case.taps
     changed[row] += 1
     assert torch.equal(before, case.hidden()[6, 0]) != is_seen
-
-
-# Its tensors
 
 
 def test_tensors_have_upstreams_names_and_places(drafter: DSpark, settings: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """A DSpark drafter through the stages: replayed as served, quantized stage by stage, scored."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +58,7 @@ def drafter_of(inputs: Inputs, *files: Path) -> DSpark:
 
 
 @torch.inference_mode()
-def test_a_stages_experts_get_what_the_quantized_ones_before_leave(
-    capture: Path, quantized: Path, dspark: Path, tiny_base: Path
-) -> None:
+def test_a_stages_experts(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
     inputs = open_inputs(capture, dspark, tiny_base, CALIBRATION, "embed.weight")
     files = sorted((quantized / "gptq").glob("experts-0-*.safetensors"))
     routed = replay_capture(inputs, Clock("cpu"), lambda *_: None, 1, files)
@@ -87,19 +84,15 @@ def test_a_stages_experts_get_what_the_quantized_ones_before_leave(
             torch.testing.assert_close(torch.cat([w for _, w in parts]), weights[row, column])
 
 
-def test_its_quantized_experts_are_spliced_and_verified(
-    quantized: Path, dspark: Path, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_they_are_spliced(quantized: Path, dspark: Path, tiny_base: Path, tmp_path: Path) -> None:
     splice(tiny_base, dspark, tmp_path / "out", "gptq", quantized=quantized)
     found = verify(tmp_path / "out", tiny_base, dspark, quantized)
     assert found["ok"] and 0.05 < found["rel_error_max"] < 0.35
 
 
 @torch.inference_mode()
-def test_score_drafts_a_block_as_wide_as_the_server_asks_for(
-    capture: Path, quantized: Path, dspark: Path, tiny_base: Path, tmp_path: Path
-) -> None:
-    given = capture, quantized, dspark, tiny_base, tmp_path / "score"
+def test_scores_by_width(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
+    given = capture, quantized, dspark, tiny_base, Path("score")
     found = score(*given, SETTINGS, ScoreSection(k=3, device="cpu"), lambda *_: None)
     inputs = open_inputs(capture, dspark, tiny_base, EVALUATION, "embed.weight", "head.weight")
     drafter = drafter_of(inputs)
@@ -124,31 +117,22 @@ def test_score_drafts_a_block_as_wide_as_the_server_asks_for(
         assert (by_k["steps"], sum(by_k["accepted_by_position"])) == (steps, accepted)
 
 
-def test_what_a_dspark_drafter_lacks_or_does_not_need_is_said(
-    capture: Path, quantized: Path, dspark: Path, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_what_drafters_lack(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
     models, none = (quantized, dspark, tiny_base), lambda *_: None
     with pytest.raises(GraftError, match="a DSpark drafter, which was trained for blocks already"):
-        heal(capture, *models, tmp_path / "heal", "mxfp4", "base", 128, HealSection(), none)
+        heal(capture, *models, Path("heal"), "mxfp4", "base", 128, HealSection(), none)
     text = played(CALIBRATION, 30, 0)
     without = Played(text.split, 6, text.token_ids, text.residual)
-    write_capture(tmp_path / "capture", [without])
+    write_capture(Path("capture"), [without])
     with pytest.raises(GraftError, match="has not the taps of 3 layers"):
-        quantize(tmp_path / "capture", dspark, tiny_base, tmp_path / "out", SETTINGS, none)
+        quantize(Path("capture"), dspark, tiny_base, Path("out"), SETTINGS, none)
 
 
 @pytest.mark.parametrize(
     ("change", "message"), [((), "on GPUs only"), (("heal.k=3",), r"\[heal\]")]
 )
-def test_a_run_that_would_end_in_an_error_is_refused_at_once(
-    change: tuple[str, ...],
-    message: str,
-    run_command: Callable[..., tuple[int, str, str]],
-    repo_root: Path,
-    dspark: Path,
-    tmp_path: Path,
-) -> None:
+def test_runs(change: Any, message: str, run_command: Any, repo_root: Path, dspark: Path) -> None:
     sets = [f"--set={each}" for each in (f'model.upstream="{dspark}"', *change)]
     recipe = repo_root / "recipes" / "tiny.toml"
-    status, _, said = run_command("run", recipe, "--dry-run", f"--run={tmp_path / 'run'}", *sets)
+    status, _, said = run_command("run", recipe, "--dry-run", "--run=run", *sets)
     assert status == 1 and re.search(f"has a DSpark drafter, .*{message}", said)

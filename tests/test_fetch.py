@@ -32,15 +32,9 @@ MODEL = ModelSection(name="grafted", base=BASE, upstream=UPSTREAM)
 SHARDS = [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
 
 
-def change_json(hub: StandInHub, repo: str, file: str, change: Callable[[Any], object]) -> None:
-    content = json.loads(hub.repositories[repo][file])
-    change(content)
-    hub.repositories[repo][file] = json.dumps(content).encode()
-
-
 def test_only_what_is_needed_and_announced_is_fetched(hub: StandInHub, tmp_path: Path) -> None:
     other = {"layers.0.mtp.weight": "layers.safetensors"}  # the head's letters, elsewhere
-    change_json(hub, UPSTREAM, INDEX_NAME, lambda index: index["weight_map"].update(other))
+    hub.change(UPSTREAM, INDEX_NAME, lambda index: index["weight_map"].update(other))
     needed = {repo: {**hub.repositories[repo]} for repo in (BASE, UPSTREAM)}
     hub.repositories[BASE] |= {"consolidated.safetensors": b"in no index", "model.bin": b"other"}
     hub.repositories[UPSTREAM] |= {"layers.safetensors": b"no head", "tokenizer.json": b"{}"}
@@ -63,25 +57,22 @@ def test_only_what_is_needed_and_announced_is_fetched(hub: StandInHub, tmp_path:
 @pytest.mark.parametrize(
     ("revision", "offline"), [(None, True), ("v2", False), ("v2", True), (COMMIT, True)]
 )
-def test_a_full_cache_needs_no_network_by_branch_or_commit(
-    hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    revision: str | None, offline: bool,
-) -> None:  # fmt: skip
+def test_cache(hub: Any, monkeypatch: pytest.MonkeyPatch, revision: Any, offline: bool) -> None:
     model = ModelSection(name="m", base=BASE, upstream=UPSTREAM, base_revision=revision)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's attempts
-    first = fetch(model, tmp_path / "out", quiet)
+    first = fetch(model, Path("out"), quiet)
     if revision == "v2":  # a branch
         assert ("GET", f"/api/models/{BASE}/revision/v2") in hub.asked
     hub.asked.clear()
-    assert fetch(model, tmp_path / "out", quiet) == first
+    assert fetch(model, Path("out"), quiet) == first
     assert hub.asked == [], "it was fetched before"
     for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):  # where nobody listens
         monkeypatch.setattr(constants, name, "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    assert fetch(model, tmp_path / "another run", quiet) == first
+    assert fetch(model, Path("another run"), quiet) == first
     (first.base / SHARDS[1]).unlink()
     with pytest.raises(GraftError, match=rf"{BASE}: cannot be fetched from the hub"):
-        fetch(model, tmp_path / "third run", quiet)
+        fetch(model, Path("third run"), quiet)
     assert hub.asked == []
 
 
@@ -95,22 +86,25 @@ def test_a_full_cache_needs_no_network_by_branch_or_commit(
         ({"Retry-After": "Wed, 21 Oct 2150 07:28:00 GMT"}, None),
     ],
 )
-def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
-    busy: dict[str, str], seconds: int | None, hub: StandInHub, recipe: Recipe, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_a_busy_hub(
+    busy: Any,
+    seconds: Any,
+    hub: StandInHub,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     hub.busy = busy
     if seconds is None:
-        with pytest.raises(
-            GraftError, match=r"too many requests \(429\); [\d,]{6,} s to wait: run"
-        ):
-            fetch(MODEL, tmp_path / "out", quiet)
+        said = r"too many requests \(429\); [\d,]{6,} s to wait: run"
+        with pytest.raises(GraftError, match=said):
+            fetch(MODEL, Path("out"), quiet)
         assert slept == []
         return
-    assert plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"] == "fit"
-    first = fetch(MODEL, tmp_path / "out", quiet)
+    assert plan_run(recipe, Path("run"), ["fetch", "splice"])["inputs"] == "fit"
+    first = fetch(MODEL, Path("out"), quiet)
     assert (first.base / SHARDS[1]).read_bytes() == hub.repositories[BASE][SHARDS[1]]
     assert set(slept) == {seconds} and len(slept) > 20, "every kind of request, once"
     assert caplog.text.count(f"(429); {seconds} s to wait") == len(slept)
@@ -178,9 +172,6 @@ def test_bytes_not_as_announced_are_removed(where: str, hub: StandInHub, tmp_pat
     assert (again.base / SHARDS[0]).read_bytes() == hub.repositories[BASE][SHARDS[0]]
 
 
-# What is refused, before a shard is downloaded
-
-
 def lose(repo: str, file: str) -> Callable[[StandInHub], object]:
     return lambda hub: hub.repositories[repo].pop(file)
 
@@ -189,7 +180,7 @@ def lose(repo: str, file: str) -> Callable[[StandInHub], object]:
     ("damage", "message"),
     [
         (
-            lambda hub: change_json(hub, UPSTREAM, INDEX_NAME, lambda i: i["weight_map"].clear()),
+            lambda hub: hub.change(UPSTREAM, INDEX_NAME, lambda i: i["weight_map"].clear()),
             rf"{UPSTREAM}: its index lists no mtp\.\* tensor; expected the upstream",
         ),
         (lose(BASE, SHARDS[1]), rf"{BASE}: has no {SHARDS[1]}, .* another revision"),
@@ -197,21 +188,17 @@ def lose(repo: str, file: str) -> Callable[[StandInHub], object]:
         (lambda hub: hub.repositories.pop(BASE), rf"{BASE}: cannot be fetched .*check the id"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(
-    damage: Callable[[StandInHub], object], message: str, hub: StandInHub, tmp_path: Path
-) -> None:
+def test_no_checkpoint(damage: Any, message: str, hub: StandInHub, tmp_path: Path) -> None:
     damage(hub)
     with pytest.raises(GraftError, match=message):
         fetch(MODEL, tmp_path / "out", quiet)
     assert hub.downloads(".safetensors") == 0
 
 
-def test_too_little_room(
-    hub: StandInHub, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_room(hub: StandInHub, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(GraftError, match=r"hub: 1,000 bytes free, .*still to be downloaded"):
-        run_stage(recipe, tmp_path / "run", "fetch", quiet)
+        run_stage(recipe, Path("run"), "fetch", quiet)
     assert hub.downloads(".safetensors") == 0
 
 
@@ -222,12 +209,10 @@ def test_too_little_room(
         (OSError(28, "No space left"), r"the disk of .*hub is full; make room or set HF_HOME"),
     ],
 )
-def test_whatever_the_hubs_client_raises_is_one_error(
-    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_errors(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage.hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(GraftError, match=message):
-        fetch(MODEL, tmp_path / "out", quiet)
+        fetch(MODEL, Path("out"), quiet)
 
 
 @pytest.fixture
@@ -235,7 +220,7 @@ def recipe() -> Recipe:
     return load_recipe(find_bundled_recipe(), [f"model.base={BASE}", f"model.upstream={UPSTREAM}"])
 
 
-ANOTHER = {"layers.0.x": SHARDS[0]}
+MORE = {"layers.0.x": SHARDS[0]}
 
 
 @pytest.mark.parametrize(
@@ -243,23 +228,16 @@ ANOTHER = {"layers.0.x": SHARDS[0]}
     [
         ("config.json", lambda c: c.update(model_type="llama"), "model_type is 'llama', expe"),
         ("config.json", lambda c: c.update(vocab_size=7), r"embed.weight.*\[7, "),
-        (
-            INDEX_NAME,
-            lambda i: i["weight_map"].update(ANOTHER),
-            r"layers\.0\.x: not in .*index.json",
-        ),
+        (INDEX_NAME, lambda i: i["weight_map"].update(MORE), r"layers\.0\.x: not in .*index.json"),
     ],
 )
-def test_what_the_headers_tell_is_refused(
-    file: str, change: Callable[[Any], object], refusal: str,
-    hub: StandInHub, recipe: Recipe, tmp_path: Path,
-) -> None:  # fmt: skip
-    assert plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"] == "fit"
-    change_json(hub, BASE, file, change)
+def test_headers(file: str, change: Any, refusal: str, hub: StandInHub, recipe: Recipe) -> None:
+    assert plan_run(recipe, Path("run"), ["fetch", "splice"])["inputs"] == "fit"
+    hub.change(BASE, file, change)
     shutil.rmtree(constants.HF_HUB_CACHE)
-    told = plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"]
+    told = plan_run(recipe, Path("run"), ["fetch", "splice"])["inputs"]
     with pytest.raises(GraftError, match=refusal) as raised:
-        run_stage(recipe, tmp_path / "run", "fetch", quiet)
+        run_stage(recipe, Path("run"), "fetch", quiet)
     assert str(raised.value) == told
     assert re.match(f"{BASE}|{UPSTREAM}", told), "by its id, not by where the header is"
     assert hub.downloads(".safetensors") == 0
@@ -281,15 +259,13 @@ def test_a_shard_that_is_none_is_refused(hub: StandInHub, recipe: Recipe, tmp_pa
     ],
 )
 @pytest.mark.parametrize("key", ["capture.calibration_prompts", "bench.prompts"])
-def test_a_dry_run_looks_at_the_prompts_of_the_stages_to_do(
-    key: str, prompts: str, message: str | None, hub: StandInHub, tmp_path: Path
-) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "one.jsonl").write_text('{"id": "a", "text": "b"}\n')
-    (tmp_path / "cut.jsonl").write_text('{"id": "a", "text')
-    value = prompts if prompts.startswith("hub:") else tmp_path / prompts
+def test_prompts_in_a_dry_run(key: str, prompts: str, message: str | None, hub: StandInHub) -> None:
+    os.mkfifo(Path("pipe.jsonl"))
+    Path("one.jsonl").write_text('{"id": "a", "text": "b"}\n')
+    Path("cut.jsonl").write_text('{"id": "a", "text')
+    value = prompts if prompts.startswith("hub:") else Path() / prompts
     asked, stage = load_recipe(find_bundled_recipe(), [f"{key}={value}"]), key.partition(".")[0]
-    told = plan_run(asked, tmp_path / "run", [stage])["inputs"]
+    told = plan_run(asked, Path("run"), [stage])["inputs"]
     assert told == "fit" if message is None else re.search(message, told), told
-    assert plan_run(asked, tmp_path / "run", ["splice"])["inputs"] == "fit"
+    assert plan_run(asked, Path("run"), ["splice"])["inputs"] == "fit"
     assert hub.asked == []

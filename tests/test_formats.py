@@ -1,7 +1,6 @@
 """Number formats against bit-by-bit loops and compressed-tensors, and the head stored in them."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,6 @@ def normal(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(*shape, generator=generator)
     return values * torch.exp2(torch.randint(-8, 9, shape[-1:], generator=generator))
-
-
-# INT4
 
 
 @quick
@@ -82,9 +78,6 @@ def test_int4_group_scale_is_the_symmetric_rule_of_compressed_tensors(seed: int)
     assert torch.equal(int4.group_scale(weight, 128), theirs.bfloat16())
 
 
-# FP8 in blocks, MXFP4
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("shape", [(128, 128), (130, 257), (1, 1)])
 def test_fp8_decodes_as_the_loop_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -104,8 +97,6 @@ def test_mxfp4_decodes_every_code_exactly(exponent: int) -> None:
     assert torch.equal(decoded.double(), decode_mxfp4(codes, scale))
     assert torch.equal(decoded.bfloat16().float(), decoded), "exact in BF16 as well"
 
-
-# Upstream's head; `test_verify.py` has the variants
 
 MATRICES = tuple(f"mtp.0.ffn.experts.7.{w}" for w in ("w1", "w2", "w3"))
 EXPERT = MATRICES[0]
@@ -165,9 +156,7 @@ def not_finite(scale: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("use", [lambda head: store_head(head, "rtn"), variants.decode_head])
-def test_parts_that_do_not_fit_are_an_error_that_names_the_module(
-    upstream: Head, name: str, damage: Any, message: str, use: Callable[[Head], object]
-) -> None:
+def test_wrong_parts(upstream: Head, name: str, damage: Any, message: str, use: Any) -> None:
     head = dict(upstream)
     tensor = head.pop(name)
     if damage is not None:

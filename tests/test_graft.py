@@ -1,7 +1,6 @@
 """`mtp-graft graft`: from folders, hub ids and published heads to a verified checkpoint."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,17 +18,11 @@ from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.pipeline.plan import plan_run
 from mtp_graft.recipe import load_recipe
 from mtp_graft.stages.publish import find_files
-from quantized import edit_json, tiny_quantization
+from quantized import TINY, edit_json, tiny_quantization
 from run_folder import write
 
 HEAD = "owner/that-head"
 Command = Callable[..., Any]
-
-
-@pytest.fixture
-def base(tiny_base: Path, tmp_path: Path) -> Path:
-    """A base of links, whose JSON files may be changed."""
-    return Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +40,6 @@ def run(spliced: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def published(run: Path, tmp_path: Path) -> Path:
-    """A folder with what `publish --head-only` uploads."""
     folder = tmp_path / "published"
     folder.mkdir()
     for name, file in find_files(run, HEAD, run / "card", head_only=True).items():
@@ -58,12 +50,9 @@ def published(run: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "head"), [((), "mxfp4"), (("--head", "bf16", "--copy"), "bf16")]
 )
-def test_folders_become_a_verified_checkpoint_with_an_exact_head(
-    mtp_graft: Command, base: Path, tiny_model: Path, tmp_path: Path, spliced: dict[str, Path],
-    options: tuple[str, ...], head: str,
-) -> None:  # fmt: skip
-    out = tmp_path / "out"
-    result = mtp_graft("graft", base, tiny_model / "upstream", out, *options)
+def test_folders(mtp_graft: Command, base: Path, spliced: Any, options: Any, head: str) -> None:
+    out = Path("out")
+    result = mtp_graft("graft", base, TINY / "upstream", out, *options)
     assert (result["checkpoint"], result["head"], result["verified"]) == (str(out), head, True)
     assert result["base_files_linked"] == ("--copy" not in options) and result["seconds"] > 0
     written = (out / HEAD_SHARD).read_bytes()
@@ -81,35 +70,30 @@ def test_a_head_alone_is_published_with_manifest_and_card(run: Path, published: 
 
 
 @pytest.mark.parametrize("place", ["hub", "whole checkpoint"])
-def test_a_published_head_is_taken_as_it_is(
-    mtp_graft: Command, hub: StandInHub, base: Path, published: Path, run: Path, tmp_path: Path,
-    place: str,
-) -> None:  # fmt: skip
+def test_a_published_head(
+    mtp_graft: Command, hub: StandInHub, base: Path, published: Path, run: Path, place: str
+) -> None:
     hub.repositories[HEAD] = as_repository(published)
-    original, out = run / "splice/gptq/grafted", tmp_path / "out"
+    original, out = run / "splice/gptq/grafted", Path("out")
     result = mtp_graft("graft", base, HEAD if place == "hub" else original, out)
     assert (result["head"], result["verified"]) == ("gptq", True)
     for path in original.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_head_on_another_base_says_which_it_was_made_for(
-    mtp_graft: Command, base: Path, published: Path, tmp_path: Path
-) -> None:
+def test_a_head_on_another_base(mtp_graft: Command, base: Path, published: Path) -> None:
     edit_json(base / "config.json", lambda config: config.update(rope_theta=5))
-    assert mtp_graft("graft", base, published, tmp_path / "out")["verified"]
-    files = (folder / MANIFEST_NAME for folder in (published, tmp_path / "out"))
+    assert mtp_graft("graft", base, published, Path("out"))["verified"]
+    files = (folder / MANIFEST_NAME for folder in (published, Path("out")))
     before, after = (json.loads(file.read_text())["provenance"] for file in files)
     assert after["made_for"] == before["base"] != after["base"]
 
 
 @pytest.mark.parametrize("options", [(), ("--head", "bf16", "--copy")])
-def test_a_dry_run_tells_what_the_graft_takes_and_does_nothing(
-    mtp_graft: Command, hub: StandInHub, tmp_path: Path, options: tuple[str, ...]
-) -> None:
-    command = ("graft", BASE, UPSTREAM, tmp_path / "out", "--base-revision", "main", *options)
+def test_a_dry_run_of_a_graft(mtp_graft: Command, hub: StandInHub, options: Any) -> None:
+    command = ("graft", BASE, UPSTREAM, Path("out"), "--base-revision", "main", *options)
     planned = mtp_graft(*command, "--dry-run")
-    assert hub.downloads(".safetensors") == 0 and not (tmp_path / "out").exists()
+    assert hub.downloads(".safetensors") == 0 and not Path("out").exists()
     needed = {need["stage"]: need["bytes"] for need in planned["needs"]}
     assert needed["fetch"] == sum(s["bytes_to_download"] for s in planned["sources"].values()) > 0
     base = sum(map(len, hub.repositories[BASE].values())) if options else 0
@@ -132,31 +116,25 @@ def group(config: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", BAD_BASES)
-def test_what_doctor_would_refuse_is_refused_before_a_shard_is_downloaded(
-    mtp_graft: Command, hub: StandInHub, tmp_path: Path, name: str
-) -> None:
+def test_bad_bases_are_refused(mtp_graft: Command, hub: StandInHub, name: str) -> None:
     change, message = BAD_BASES[name]
-    config = json.loads(hub.repositories[BASE]["config.json"])
-    change(config)
-    hub.repositories[BASE]["config.json"] = json.dumps(config).encode()
-    said = mtp_graft("graft", BASE, UPSTREAM, tmp_path / "out")
+    hub.change(BASE, "config.json", change)
+    said = mtp_graft("graft", BASE, UPSTREAM, Path("out"))
     assert re.search(rf"error: {BASE}(, with a head: |/config).*{message}", str(said)), said
     models = [f"model.base={BASE}", f"model.upstream={UPSTREAM}"]
     recipe = load_recipe(find_bundled_recipe(), models)
-    told = plan_run(recipe, tmp_path / "run", ["fetch", "splice"])["inputs"]
+    told = plan_run(recipe, Path("run"), ["fetch", "splice"])["inputs"]
     assert re.search(message, told), told
     assert hub.downloads(".safetensors") == 0
 
 
-def test_what_a_splice_cures_and_what_other_hardware_finds_is_no_reason_to_refuse(
-    mtp_graft: Command, base: Path, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_what_a_splice_cures(mtp_graft: Command, base: Path, tiny_model: Path) -> None:
     def for_gpus_alone(config: Any) -> None:
         config["quantization_config"].update(ignore=None)
         group(config)["targets"] = [r"re:.*\.ffn\.experts\.\d+\.w[123]$"]
 
     edit_json(base / "config.json", for_gpus_alone)
-    assert mtp_graft("graft", base, tiny_model / "upstream", tmp_path / "out", "--dry-run")["head"]
+    assert mtp_graft("graft", base, tiny_model / "upstream", Path("out"), "--dry-run")["head"]
 
 
 Damage = Callable[[Path, Path], object]
@@ -196,21 +174,18 @@ def spoil(_base: Path, published: Path) -> None:
         (lose(HEAD_SHARD), f"has no {HEAD_SHARD}, which is needed"),
     ],
 )
-def test_a_head_that_does_not_fit_is_one_error(
-    mtp_graft: Command, base: Path, published: Path, tmp_path: Path, damage: Damage, message: str
-) -> None:
+def test_misfits(mtp_graft: Any, base: Path, published: Path, damage: Damage, message: str) -> None:
     damage(base, published)
-    said = mtp_graft("graft", base, published, tmp_path / "out")
+    said = mtp_graft("graft", base, published, Path("out"))
     assert isinstance(said, str) and re.search(message, said), said
 
 
-def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
-    mtp_graft: Command, base: Path, tiny_model: Path, published: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    upstream, new = tiny_model / "upstream", tmp_path / "new"
-    (tmp_path / "out").mkdir()
-    assert "out: already exists; remove it" in mtp_graft("graft", base, upstream, tmp_path / "out")
+def test_usage(
+    mtp_graft: Any, base: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream, new = TINY / "upstream", Path("new")
+    Path("out").mkdir()
+    assert "out: already exists; remove it" in mtp_graft("graft", base, upstream, Path("out"))
     for inside in (base / "a" / "out", upstream / "out"):
         assert "out: is in " in mtp_graft("graft", base, upstream, inside)
         assert not inside.exists()

@@ -27,9 +27,7 @@ from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 from synthetic_capture import Played, write_capture
 
-SETTINGS = HealSection(
-    steps=20, look_every=10, batch_tokens=60, lr=2e-3, loss={"ce": 1.0}, device="cpu"
-)
+HOW = HealSection(steps=20, look_every=10, batch_tokens=60, lr=2e-3, loss={"ce": 1.0}, device="cpu")
 Heal = Callable[..., dict[str, Any]]
 
 
@@ -52,7 +50,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Heal:
     models = tiny_model / "upstream", tiny_model / "base"
 
     def run_heal(out: Path, report: Any = lambda *_: None) -> dict[str, Any]:
-        return heal(capture, capture, *models, out, "mxfp4", "base", 128, SETTINGS, report)
+        return heal(capture, capture, *models, out, "mxfp4", "base", 128, HOW, report)
 
     run_heal.capture = capture  # type: ignore[attr-defined]
     return run_heal
@@ -154,6 +152,6 @@ def test_texts_that_are_too_short_are_no_texts(tiny_model: Path, tmp_path: Path)
     short = [Played("calibration", 4, torch.arange(7), torch.ones(7, 4, 256))]
     write_capture(tmp_path / "capture", short)
     models = tmp_path, tiny_model / "upstream", tiny_model / "base"
-    more = tmp_path, "mxfp4", "base", 128, SETTINGS, lambda *_: None
+    more = tmp_path, "mxfp4", "base", 128, HOW, lambda *_: None
     with pytest.raises(GraftError, match="no text of split 'calibration' has more than 3 tokens"):
         heal(tmp_path / "capture", *models, *more)

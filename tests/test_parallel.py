@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from mtp_graft.stages.parallel import device_name, find_device, gpus, run_in_pro
 from serving.bench_server import quiet
 from serving.conftest import NoDriver, install_gpus, is_running, wait_gone
 
-# Reading ahead and writing behind
+pytestmark = pytest.mark.usefixtures("cuda_build")
 
 
 def test_results_come_in_order_no_more_is_read_than_asked_for_and_no_error_is_lost() -> None:
@@ -34,9 +34,6 @@ def test_results_come_in_order_no_more_is_read_than_asked_for_and_no_error_is_lo
     assert len(seen) <= 12 + 4
     with pytest.raises(ZeroDivisionError), parallel.write_behind() as write:
         write(lambda: 1 // 0)
-
-
-# A process of its own
 
 
 def test_result_and_progress_come_from_a_process_that_is_gone(tmp_path: Path) -> None:
@@ -57,9 +54,7 @@ def test_result_and_progress_come_from_a_process_that_is_gone(tmp_path: Path) ->
         ("bug", GraftError, "^fails: its process ended with status 1; what it pr", "KeyError: 'c1"),
     ],
 )
-def test_what_went_wrong_there_is_raised_here(
-    kind: str, error: type[Exception], message: str, printed: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_there(kind: str, error: Any, message: str, printed: str, capfd: Any) -> None:
     with pytest.raises(error, match=message):
         run_in_process(apart.fails, kind, report=quiet)
     errors = capfd.readouterr().err
@@ -90,9 +85,8 @@ def test_it_ends_with_its_parent(signum: signal.Signals, tmp_path: Path, repo_ro
     (tmp_path / "parent.py").write_text(PARENT)
     command, pid = [sys.executable, tmp_path / "parent.py", tmp_path / "pid"], tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": f"{repo_root}/src:{repo_root}/tests"}
-    with subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    ) as parent:
+    how: Any = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **how) as parent:
         while not (pid.exists() and pid.read_text()):
             assert parent.poll() is None
             time.sleep(0.05)
@@ -112,20 +106,6 @@ def test_gpu_memory_that_was_taken_is_free_again() -> None:
     before = pynvml.nvmlDeviceGetMemoryInfo(gpu).free
     assert run_in_process(apart.takes_gpu_memory, 8, report=quiet) == 8
     assert before - pynvml.nvmlDeviceGetMemoryInfo(gpu).free < 2**30
-
-
-# The device's name
-
-
-@pytest.fixture(autouse=True)
-def cuda_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A CUDA build of torch, which must not be asked in this process."""
-    gpus.cache_clear()
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for name in ("is_available", "device_count", "get_device_name", "mem_get_info"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("asked in this process"))
-    yield
-    gpus.cache_clear()
 
 
 def test_the_driver_names_the_gpus_or_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,9 @@ from mtp_graft.stages import quantize as stage
 from mtp_graft.stages.inputs import open_inputs
 from mtp_graft.stages.parallel import Clock
 from mtp_graft.stages.quantize import quantize, replay_capture
-from quantized import hashes, write_checkpoint
+from quantized import TINY, UPSTREAM, hashes, read_json, write_checkpoint
 from references import unpack_int4
+from serving.bench_server import quiet
 from synthetic_capture import random_sequences, write_capture
 
 NUM_EXPERTS, HIDDEN = 64, 256
@@ -42,26 +43,17 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model: Path, capture: Path) -> Run:
-    """Run the stage on the tiny model; inputs and settings can be changed."""
-
+def run(capture: Path) -> Run:
     def run_quantize(
-        out: Path,
-        *,
-        capture: Path = capture,
-        upstream: Path = tiny_model / "upstream",
-        report: Callable[[str, int, int], None] = lambda *_: None,
-        **settings: Any,
+        out: Path, capture: Any = capture, upstream: Any = UPSTREAM, report: Any = quiet, **how: Any
     ) -> dict[str, Any]:
-        wanted = replace(SETTINGS, **settings)
-        return quantize(capture, upstream, tiny_model / "base", out, wanted, report)
+        return quantize(capture, upstream, TINY / "base", out, replace(SETTINGS, **how), report)
 
     return run_quantize
 
 
 @pytest.fixture(scope="module")
 def done(run: Run, capture: Path) -> Path:
-    """The folder of an uninterrupted run."""
     run(capture.parent / "quantize")
     return capture.parent / "quantize"
 
@@ -76,21 +68,15 @@ def stored_experts(out: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def read_report(out: Path) -> Any:
-    return json.loads((out / "report.json").read_text())
-
-
-def test_experts_are_gptq_of_the_tokens_that_reach_them(
-    done: Path, capture: Path, upstream: dict[str, Tensor], tiny_model: Path
-) -> None:
+def test_experts_are_gptq(done: Path, capture: Path, upstream: dict[str, Tensor]) -> None:
     """Everything again, one expert and one token at a time, Hessians in float64.
 
     The tokens are those whose draft the text has: after its last two there is nothing to draft.
     """
-    config = model_config(json.loads((tiny_model / "base" / "config.json").read_text()))
+    config = model_config(json.loads((TINY / "base" / "config.json").read_text()))
     others = {name: tensor for name, tensor in upstream.items() if ".experts." not in name}
     head = build_head(config, decode_head(others), with_experts=False)
-    embed = load_tensors(tiny_model / "base", ["embed.weight"])["embed.weight"]
+    embed = load_tensors(TINY / "base", ["embed.weight"])["embed.weight"]
     tokens: dict[int, list[Tensor]] = {3: [], 17: []}
     for sequence in read_sequences(capture)[: len(LENGTHS)]:
         recorded = read_recorded(capture, sequence, 4)
@@ -121,7 +107,7 @@ def test_experts_are_gptq_of_the_tokens_that_reach_them(
 
 
 def test_report_has_sizes_token_counts_and_errors(done: Path, upstream: dict[str, Tensor]) -> None:
-    report = read_report(done)
+    report = read_json(done / "report.json")
     variants, tokens = report["variants"], report["tokens_per_expert"]
     assert [variants[v]["bits_per_weight"] for v in ALL_VARIANTS] == [4.125, 4.125, 4.25, 16.0]
     assert variants["gptq"]["rel_error"] < variants["rtn"]["rel_error"] < 0.2
@@ -158,7 +144,7 @@ def test_a_run_that_stopped_ends_with_the_same_bytes(run: Run, done: Path, tmp_p
 
 
 def test_a_finished_stage_refuses_other_inputs(run: Run, done: Path, tmp_path: Path) -> None:
-    assert run(done, report=lambda *_: pytest.fail("it was run")) == read_report(done)
+    assert run(done, report=lambda *_: pytest.fail("it was run")) == read_json(done / "report.json")
     with pytest.raises(GraftError, match=r"begun with damp = 0\.01, now it is 0\.1"):
         run(done, damp=0.1)
     write_capture(tmp_path, random_sequences(LENGTHS, seed=9))
@@ -174,23 +160,21 @@ def one_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_experts_without_tokens_share_all_tokens(
-    run: Run, one_token: Path, tiny_model: Path, tmp_path: Path, upstream: dict[str, Tensor]
-) -> None:
+def test_experts_without_tokens(run: Run, one_token: Path, upstream: dict[str, Tensor]) -> None:
     """Hessians have rank one; damping by tokens makes them regular."""
-    report = run(tmp_path, capture=one_token)
+    report = run(Path(), capture=one_token)
     empty, errors = report["experts_without_tokens"], report["rel_errors"]
     assert len(empty) >= NUM_EXPERTS - 12
     for e in set(range(NUM_EXPERTS)) - set(empty):
         assert errors["gptq"]["w1"][e] < errors["rtn"]["w1"][e]
-    models = tiny_model / "upstream", tiny_model / "base"
+    models = TINY / "upstream", TINY / "base"
     inputs = open_inputs(one_token, *models, "calibration", "embed.weight")
     x = replay_capture(inputs, Clock("cpu"), lambda *_: None).x.float()  # all that was seen
     module = f"{EXPERT}{empty[0]}.w1"
     weight = decode_head(upstream)[f"{module}.weight"]
     damp = HIDDEN / len(x)  # as many as all experts together saw
     expected = gptq(weight[None], (x.T @ x)[None], damp, scale="mse")
-    codes = unpack_int4(stored_experts(tmp_path)[f"{module}.weight_packed"])
+    codes = unpack_int4(stored_experts(Path())[f"{module}.weight_packed"])
     assert (codes == expected.codes[0]).float().mean() > 0.99
 
 
@@ -221,9 +205,7 @@ def test_another_upstream_is_refused(run: Run, upstream: dict[str, Tensor], tmp_
 
 
 @pytest.mark.gpu
-def test_tokens_that_a_gpu_has_no_room_for_are_kept_in_host_memory(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_in_host_memory(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "gpu", device="cuda")
     monkeypatch.setattr(stage, "RESIDENT_BYTES", 0)
     run(tmp_path / "host", device="cuda")

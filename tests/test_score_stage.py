@@ -16,8 +16,9 @@ from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.replay import build_head, model_config, replay_drafts
 from mtp_graft.dsv4.variants import decode_head, store_head
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, ScoreSection, Variant
+from mtp_graft.recipe import QuantizeSection, ScoreSection
 from mtp_graft.stages.score import draft_steps, score
+from serving.bench_server import quiet
 from synthetic_capture import Played, random_sequences, write_capture
 
 TOKENS = st.integers(0, 2)  # few, so that drafts are hit by chance
@@ -48,23 +49,16 @@ def test_drafts_are_counted_as_a_server_makes_them(k: int, data: st.DataObject) 
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, quantized: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    captured = tmp_path_factory.mktemp("run") / "capture"
+    texts = tmp_path_factory.mktemp("run") / "capture"
     sequences = random_sequences((20, 30))
     sequences += random_sequences((40, 25, 31), split="evaluation", seed=1)
-    write_capture(captured, sequences)
+    write_capture(texts, sequences)
 
     def run_score(
-        out: Path,
-        *,
-        capture: Path = captured,
-        quantized: Path = quantized,
-        variants: tuple[Variant, ...] = ALL_VARIANTS,
-        group_size: int = 128,
-        report: Callable[[str, int, int], None] = lambda *_: None,
+        out: Any, capture: Any = texts, quantized: Any = quantized, report: Any = quiet, **how: Any
     ) -> dict[str, Any]:
-        models = (capture, quantized, tiny_model / "upstream", tiny_model / "base")
-        heads = QuantizeSection(variants=variants, group_size=group_size)
-        return score(*models, out, heads, ScoreSection(device="cpu"), report)
+        given = capture, quantized, tiny_model / "upstream", tiny_model / "base", out
+        return score(*given, QuantizeSection(**how), ScoreSection(device="cpu"), report)
 
     return run_score
 

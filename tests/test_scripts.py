@@ -25,8 +25,6 @@ from mtp_graft.stages.inputs import EVALUATION
 from mtp_graft.stages.score import draft_steps, score
 from synthetic_capture import random_sequences, write_capture
 
-# Benchmarks
-
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -102,8 +100,6 @@ def test_pages_are_what_the_result_files_say() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# The bundled model
-
 TINY = Path(__file__).parents[1] / "models" / "tiny-dsv4"
 TOKENIZER_FILE = TINY / "base" / "tokenizer.json"
 CHAT_TOKENS = ("begin▁of▁sentence", "end▁of▁sentence", "User", "Assistant", "latest_reminder")
@@ -113,9 +109,6 @@ CHAT_TOKENS += ("action", "query", "authority", "domain", "title", "read_url")
 @pytest.fixture(autouse=True)
 def scripts_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(TINY / "make")
-
-
-# The tokenizer
 
 
 @settings(max_examples=100, deadline=None)
@@ -154,9 +147,6 @@ def test_script_reproduces_the_shipped_tokenizer(shared_data: Path) -> None:
     assert made == json.loads(TOKENIZER_FILE.read_text(encoding="utf-8"))
 
 
-# The weights
-
-
 @pytest.mark.parametrize(
     ("stored_by", "name", "rule"),
     [
@@ -167,9 +157,7 @@ def test_script_reproduces_the_shipped_tokenizer(shared_data: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["normal", "ties", "magnitudes"])
-def test_fake_quantization_is_what_the_stored_tensors_decode_to(
-    stored_by: str, name: str, rule: str, kind: str
-) -> None:
+def test_fake_quantization_is_the_stored(stored_by: str, name: str, rule: str, kind: str) -> None:
     export, fake_quant = map(importlib.import_module, ("export", "fake_quant"))
     weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
     weight[0, :128] = 0
@@ -180,9 +168,6 @@ def test_fake_quantization_is_what_the_stored_tensors_decode_to(
     fake = getattr(fake_quant, rule)(weight)
     assert 0 < (fake - weight).norm() / weight.norm() < 0.2
     assert torch.equal(decode_head(getattr(export, stored_by)(name, weight))[name], fake)
-
-
-# Its DSpark drafter
 
 
 def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,12 +207,10 @@ WRITTEN = (
 def test_the_bundled_drafter_drafts_what_the_base_writes(tmp_path: Path) -> None:
     forward, tiny = importlib.import_module("forward"), BENCHMARKS.parent / "models" / "tiny-dsv4"
     tokenizer = Tokenizer.from_file(str(tiny / "base" / "tokenizer.json"))
-    prompts = (tiny / "prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(p)["text"] for p in (tiny / "prompts.jsonl").read_text().splitlines()]
     texts = [
         FinishedText(n, f"{n}", EVALUATION, *(tuple(each.ids) for each in encoded))
-        for n, pair in enumerate(
-            zip((json.loads(p)["text"] for p in prompts), WRITTEN, strict=False)
-        )
+        for n, pair in enumerate(zip(prompts, WRITTEN, strict=False))
         if (encoded := tokenizer.encode_batch(pair, add_special_tokens=False))
     ]
     (tmp_path / RECORDINGS).mkdir()

@@ -51,9 +51,8 @@ def test_tensors_read_back_as_they_were(checkpoint: Path, tensors: dict[str, Ten
     assert list(loaded) == list(tensors)
     assert_close(loaded, tensors, rtol=0, atol=0)
     meta = shards.read_meta(checkpoint, complete=True)
-    assert {n: (t.shape, t.dtype) for n, t in meta.items()} == {
-        n: (t.shape, t.dtype) for n, t in tensors.items()
-    }
+    found, stored = ({n: (t.shape, t.dtype) for n, t in of.items()} for of in (meta, tensors))
+    assert found == stored
     assert len(list(checkpoint.iterdir())) == 4, "no temporary file is left"
     # Only the tensors asked for are read, in that order.
     (checkpoint / SECOND).write_bytes(b"unreadable")
@@ -107,9 +106,6 @@ def test_the_header_of_a_shard_larger_than_memory_is_read(tmp_path: Path) -> Non
     with shards.Shard(tmp_path / FIRST) as shard:
         last = shard.read(["a"], slice(size - 4, size))["a"]
     assert bytes(last.tolist()) == b"\0end"
-
-
-# Damage
 
 
 def entry(**other: object) -> Callable[[Path], object]:
@@ -188,8 +184,6 @@ def test_a_failed_write_leaves_the_old_file(checkpoint: Path) -> None:
     assert (checkpoint / FIRST).read_bytes() == before
     assert len(list(checkpoint.iterdir())) == 4
 
-
-# The capture's files
 
 STREAMS, HIDDEN = 2, 3
 RECORDING = "000001.safetensors"

@@ -25,7 +25,7 @@ from mtp_graft.serving.doctor import diagnose
 from mtp_graft.serving.doctor.hardware import find_target
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
-from quantized import edit_json, hashes, tiny_quantization, write_checkpoint
+from quantized import TINY, edit_json, hashes, read_json, tiny_quantization, write_checkpoint
 from serving.doctor_defects import LFS_POINTER
 
 WRITTEN = {HEAD_SHARD, "MTP_QUANT_MANIFEST.json", "MTP_QUANT_MANIFEST.md", "recipe.yaml"}
@@ -35,14 +35,9 @@ ON_CPU = find_target(gpu="cpu")
 Damage = Callable[[Path], object]
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 @pytest.fixture
-def base(tiny_base: Path, tmp_path: Path) -> Path:
-    """A base of links that may be changed; with files in folders, and one that is hidden."""
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base", copy_function=os.link))
+def base(base: Path) -> Path:
+    """A base that may be changed; with files in folders, and one that is hidden."""
     for name in ("encoding/chat.py", ".cache/huggingface/lock"):
         (base / name).parent.mkdir(parents=True)
         (base / name).write_text("x")
@@ -72,9 +67,7 @@ def test_files_not_in_the_index_are_left_out(base: Path, tiny_model: Path, tmp_p
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_checkpoint_is_the_linked_base_a_head_and_files_that_list_both(
-    tiny_base: Path, spliced: dict[str, Path], variant: Variant
-) -> None:
+def test_base_and_head(tiny_base: Path, spliced: dict[str, Path], variant: Variant) -> None:
     out = spliced[variant]
     assert {p.name for p in out.iterdir()} == {p.name for p in tiny_base.iterdir()} | WRITTEN
     for source in tiny_base.iterdir():
@@ -92,10 +85,8 @@ def test_a_checkpoint_is_the_linked_base_a_head_and_files_that_list_both(
 @pytest.mark.parametrize(
     ("variant", "linears"), [("rtn", "base"), ("mxfp4", "fp8"), ("bf16", "bf16")]
 )
-def test_a_dspark_drafter_is_spliced_like_a_head(
-    tiny_base: Path, dspark: Path, tmp_path: Path, variant: Variant, linears: Linears
-) -> None:
-    out = tmp_path / "out"
+def test_dspark(tiny_base: Path, dspark: Path, variant: Variant, linears: Linears) -> None:
+    out = Path("out")
     splice(tiny_base, dspark, out, variant, linears=linears)
     assert verify(out, tiny_base, dspark)["ok"] and not diagnose(out, ON_CPU)
     config, manifest = (read_json(out / n) for n in ("config.json", "MTP_QUANT_MANIFEST.json"))
@@ -118,16 +109,14 @@ def test_a_dspark_drafter_is_spliced_like_a_head(
 
 
 @pytest.mark.parametrize("how", ["linked", "copied", "another file system", "symbolic links"])
-def test_files_come_along_as_links_or_copies(
-    how: str, base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given, out = base, tmp_path / "elsewhere" / "deep" / "out"
+def test_links_and_copies(how: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, out = base, Path("elsewhere/deep/out")
     if how == "another file system":
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EXDEV, "Invalid link")))
     if how == "symbolic links":  # as in the hub's cache, whose snapshots are links to blobs
-        given = tmp_path / "snapshot"
+        given = Path("snapshot")
         shutil.copytree(base, given, copy_function=link_relatively)
-    splice(given, tiny_model / "upstream", out, copy=how == "copied")
+    splice(given, TINY / "upstream", out, copy=how == "copied")
     for name in (SHARD, "encoding/chat.py"):
         assert not (out / name).is_symlink()
         linked = os.path.samefile(base / name, out / name)
@@ -137,13 +126,11 @@ def test_files_come_along_as_links_or_copies(
     assert read_json(out / INDEX_NAME)["metadata"]["note"] == "kept"
 
 
-def test_the_same_inputs_give_the_same_bytes_and_others_are_refused(
-    tiny_base: Path, tiny_model: Path, quantized: Path, spliced: dict[str, Path], tmp_path: Path
-) -> None:
-    slower, out = shutil.copytree(quantized, tmp_path / "quantize"), tmp_path / "out"
+def test_the_same_bytes(tiny_base: Path, quantized: Path, spliced: dict[str, Path]) -> None:
+    slower, out = shutil.copytree(quantized, Path("quantize")), Path("out")
     report = read_json(slower / "report.json") | {"seconds": {"gptq": 99}, "peak_host_bytes": 5}
     (slower / "report.json").write_text(json.dumps(report))
-    upstream = shutil.copytree(tiny_model / "upstream", tmp_path / "upstream")
+    upstream = shutil.copytree(TINY / "upstream", Path("upstream"))
     not_fetched = {"layers.0.x": "none"}
     edit_json(upstream / INDEX_NAME, lambda index: index["weight_map"].update(not_fetched))
 
@@ -160,9 +147,6 @@ def test_the_same_inputs_give_the_same_bytes_and_others_are_refused(
     (out / HEAD_SHARD).write_bytes((out / HEAD_SHARD).read_bytes()[:-1])
     with pytest.raises(GraftError, match=r"model-mtp-w4a16\.safetensors: not a readable"):
         splice(tiny_base, upstream, out, "gptq", quantized=quantized)
-
-
-# What it refuses: (which folder, damage, message)
 
 
 def set_config(**values: Any) -> Damage:
@@ -224,11 +208,9 @@ REPACKED: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("name", REPACKED)
-def test_a_master_that_others_repacked_gives_the_same_head(
-    spliced: dict[str, Path], tiny_base: Path, tiny_model: Path, tmp_path: Path, name: str
-) -> None:
-    upstream, out = tmp_path / "upstream", tmp_path / "out"
-    shutil.copytree(tiny_model / "upstream", upstream)
+def test_repacked_masters(spliced: dict[str, Path], tiny_base: Path, name: str) -> None:
+    upstream, out = Path("upstream"), Path("out")
+    shutil.copytree(TINY / "upstream", upstream)
     REPACKED[name](upstream)
     splice(tiny_base, upstream, out)
     assert (out / HEAD_SHARD).read_bytes() == (spliced["mxfp4"] / HEAD_SHARD).read_bytes()
@@ -262,10 +244,8 @@ ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
         ("upstream", ROUNDED, r"hc_attn_fn is torch\.float16, expected torch\.float32"),
     ],
 )
-def test_broken_inputs_are_one_error_and_nothing_is_left(
-    base: Path, tiny_model: Path, tmp_path: Path, which: str, damage: Damage, message: str
-) -> None:
-    shutil.copytree(tiny_model / "upstream", tmp_path / "upstream")
+def test_broken_input(base: Path, tmp_path: Path, which: str, damage: Damage, message: str) -> None:
+    shutil.copytree(TINY / "upstream", tmp_path / "upstream")
     damage(tmp_path / which)
     with pytest.raises(GraftError, match=message):
         splice(base, tmp_path / "upstream", tmp_path / "out", "rtn")
@@ -273,25 +253,20 @@ def test_broken_inputs_are_one_error_and_nothing_is_left(
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
+    ("call", "said"),
     [("fsync", r"model-mtp-w4a16\.safetensors: the disk is full"), ("link", "out: the disk is f")],
 )
-def test_a_full_disk_is_one_error_and_nothing_is_left(
-    tiny_base: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    function: str, message: str,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(os, function, Mock(side_effect=OSError(errno.ENOSPC, "No space")))
-    with pytest.raises(GraftError, match=message):
-        splice(tiny_base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
-    assert list(tmp_path.iterdir()) == []
+def test_full_disk(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, call: str, said: str) -> None:
+    monkeypatch.setattr(os, call, Mock(side_effect=OSError(errno.ENOSPC, "No space")))
+    with pytest.raises(GraftError, match=said):
+        splice(tiny_base, TINY / "upstream", Path("out"), "mxfp4")
+    assert list(Path().iterdir()) == []
 
 
-def test_what_a_killed_splice_left_is_replaced(
-    tiny_base: Path, spliced: dict[str, Path], tiny_model: Path, tmp_path: Path
-) -> None:
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "half-written").write_text("x")
+def test_after_a_killed_splice(tiny_base: Path, spliced: dict[str, Path]) -> None:
+    Path(".out.tmp").mkdir()
+    Path(".out.tmp/half-written").write_text("x")
     before = hashes(tiny_base)
-    splice(tiny_base, tiny_model / "upstream", tmp_path / "out", "mxfp4")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert hashes(tmp_path / "out") == hashes(spliced["mxfp4"]) and hashes(tiny_base) == before
+    splice(tiny_base, TINY / "upstream", Path("out"), "mxfp4")
+    assert [path.name for path in Path().iterdir()] == ["out"]
+    assert hashes(Path("out")) == hashes(spliced["mxfp4"]) and hashes(tiny_base) == before

@@ -14,10 +14,10 @@ from torch import Tensor
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
-from mtp_graft.recipe import Linears, Variant
+from mtp_graft.recipe import Variant
 from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
-from quantized import edit_json
+from quantized import UPSTREAM, edit_json
 
 EXPERT = "mtp.0.ffn.experts.9"
 W1_CODES, W1_SCALE = f"{EXPERT}.w1.weight_packed", f"{EXPERT}.w1.weight_scale"
@@ -25,11 +25,6 @@ H_SCALE, SHARED = "mtp.0.h_proj.weight_scale", "mtp.0.ffn.shared_experts.w2.weig
 Head = dict[str, Tensor]
 Damage = Callable[[Head], object]
 Sabotage = Callable[[Variant, Damage], Path]
-
-
-@pytest.fixture
-def upstream(tiny_model: Path) -> Path:
-    return tiny_model / "upstream"
 
 
 @pytest.fixture
@@ -54,10 +49,8 @@ def sabotaged(spliced: dict[str, Path], tmp_path: Path) -> Sabotage:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_sound_checkpoint_is_found_so(
-    spliced: dict[str, Path], tiny_base: Path, upstream: Path, quantized: Path, variant: Variant
-) -> None:
-    result = verify(spliced[variant], tiny_base, upstream, quantized)
+def test_soundness(spliced: Any, tiny_base: Path, quantized: Path, variant: Any) -> None:
+    result = verify(spliced[variant], tiny_base, UPSTREAM, quantized)
     assert result["ok"] and result["tensors"] == len(load_file(spliced[variant] / HEAD_SHARD))
     assert [result[key] for key in ("missing", "unexpected", "mismatched")] == [[], [], []]
     assert result["base_files_linked"] and result["base_unchanged"]
@@ -67,21 +60,15 @@ def test_a_sound_checkpoint_is_found_so(
 
 
 @pytest.mark.parametrize(("linears", "fp8"), [("fp8", 10), ("base", 7), ("bf16", 5)])
-def test_every_choice_of_linears_is_sound_and_keeps_as_many_in_fp8(
-    spliced: dict[str, Path], tiny_base: Path, upstream: Path, tmp_path: Path,
-    linears: Linears, fp8: int,
-) -> None:  # fmt: skip
-    out = tmp_path / "out"
-    splice(tiny_base, upstream, out, "mxfp4", linears=linears)
-    assert verify(out, tiny_base, upstream)["ok"]
+def test_linears(spliced: Any, tiny_base: Path, linears: Any, fp8: int) -> None:
+    out = Path("out")
+    splice(tiny_base, UPSTREAM, out, "mxfp4", linears=linears)
+    assert verify(out, tiny_base, UPSTREAM)["ok"]
     head = load_file(out / HEAD_SHARD)
     assert sum(t.dtype == torch.float8_e4m3fn for t in head.values()) == fp8
     if linears == "bf16":  # with a config that takes its decoded linears for FP8
         shutil.copy(spliced["mxfp4"] / "config.json", out)
-        assert "mtp.0.e_proj.weight_scale" in verify(out, tiny_base, upstream)["missing"]
-
-
-# Sabotage: (variant, what is done to the head, what is found, in which tensor)
+        assert "mtp.0.e_proj.weight_scale" in verify(out, tiny_base, UPSTREAM)["missing"]
 
 
 def rename_w1(head: Head) -> None:
@@ -116,6 +103,7 @@ def set_first(name: str, change: Callable[[Tensor], Any]) -> Damage:
 
 
 STRANGER = {"mtp.0.head.weight": torch.zeros(2)}
+#: Variant, what is done to its head, what is found, in which tensor.
 SABOTAGE: list[tuple[Variant, Damage, str, str]] = [
     ("gptq", rename_w1, "missing", W1_CODES),
     ("bf16", rename_w1, "unexpected", f"{EXPERT}.gate_proj.weight"),
@@ -137,58 +125,47 @@ SABOTAGE: list[tuple[Variant, Damage, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "damage", "kind", "tensor"), SABOTAGE)
-def test_sabotage_is_found_and_named(
-    sabotaged: Sabotage, tiny_base: Path, upstream: Path, quantized: Path,
-    variant: Variant, damage: Damage, kind: str, tensor: str,
-) -> None:  # fmt: skip
-    result = verify(sabotaged(variant, damage), tiny_base, upstream, quantized)
+@pytest.mark.parametrize(("head", "damage", "kind", "name"), SABOTAGE)
+def test_sabotage(
+    sabotaged: Any, tiny_base: Path, quantized: Path, head: Any, damage: Any, kind: str, name: str
+) -> None:
+    result = verify(sabotaged(head, damage), tiny_base, UPSTREAM, quantized)
     assert not result["ok"] and result["base_unchanged"]
     found = result[kind]
-    assert tensor in ([each["tensor"] for each in found] if kind == "mismatched" else found)
+    assert name in ([each["tensor"] for each in found] if kind == "mismatched" else found)
 
 
-def test_a_wrong_gptq_expert_is_found_without_the_quantize_stages_files(
-    sabotaged: Sabotage, tiny_base: Path, upstream: Path
-) -> None:
+def test_a_wrong_expert_without_files(sabotaged: Sabotage, tiny_base: Path) -> None:
     checkpoint = sabotaged("gptq", put(W1_SCALE, lambda t: 2 * t))
-    assert verify(checkpoint, tiny_base, upstream)["mismatched"]
-
-
-# Index, config and base
+    assert verify(checkpoint, tiny_base, UPSTREAM)["mismatched"]
 
 
 @pytest.mark.parametrize("name", [W1_SCALE, "layers.0.attn_norm.weight"])
-def test_an_index_that_is_not_what_the_shards_hold_is_found(
-    sabotaged: Sabotage, tiny_base: Path, upstream: Path, name: str
-) -> None:
+def test_a_wrong_index(sabotaged: Sabotage, tiny_base: Path, name: str) -> None:
     checkpoint = sabotaged("rtn", lambda _: None)
     stranger = {"layers.0.stranger": HEAD_SHARD}
     edit_json(checkpoint / INDEX_NAME, lambda index: index["weight_map"].pop(name))
     edit_json(checkpoint / INDEX_NAME, lambda index: index["weight_map"].update(stranger))
-    result = verify(checkpoint, tiny_base, upstream)
+    result = verify(checkpoint, tiny_base, UPSTREAM)
     assert result["missing"] == sorted([name, *stranger]) and not result["ok"]
     assert result["unexpected"] == [name]
 
 
-def test_files_and_a_base_other_than_those_that_were_spliced_are_found(
-    tiny_base: Path, upstream: Path, tmp_path: Path
-) -> None:
-    base, out = tmp_path / "base", tmp_path / "out"
-    shutil.copytree(tiny_base, base, copy_function=os.link)
+def test_other_files_and_bases(tiny_base: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     (base / "inference").mkdir()
     (base / "inference" / "note.txt").write_text("one")
-    splice(base, upstream, out, "mxfp4", copy=True)
-    assert verify(out, base, upstream)["ok"]
+    splice(base, UPSTREAM, out, "mxfp4", copy=True)
+    assert verify(out, base, UPSTREAM)["ok"]
     edit_json(base / "config.json", lambda config: config.update({"rope_theta": 1}))
-    assert not verify(out, base, upstream)["base_unchanged"]
+    assert not verify(out, base, UPSTREAM)["base_unchanged"]
     shutil.copy(tiny_base / "config.json", base)
     shard = out / "model-00001-of-00003.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (out / "inference" / "note.txt").write_text("two")
     (out / "tokenizer.json").unlink()
-    result = verify(out, base, upstream)
+    result = verify(out, base, UPSTREAM)
     assert not (result["ok"] or result["base_unchanged"] or result["base_files_linked"])
     files = result["base_files"]
     assert files[shard.name] == files["inference/note.txt"] == "differs"
@@ -205,11 +182,9 @@ def test_files_and_a_base_other_than_those_that_were_spliced_are_found(
         ("quantization_config", lambda c: c["quantization_config"]["ignore"].append("re:.*attn.*")),
     ],
 )
-def test_a_config_that_is_not_what_splice_wrote_is_found(
-    sabotaged: Sabotage, tiny_base: Path, upstream: Path, key: str, change: Callable[[Any], object]
-) -> None:
+def test_configs(sabotaged: Any, tiny_base: Path, key: str, change: Any) -> None:
     checkpoint = sabotaged("mxfp4", lambda _: None)
     edit_json(checkpoint / "config.json", change)
-    found = verify(checkpoint, tiny_base, upstream)
+    found = verify(checkpoint, tiny_base, UPSTREAM)
     assert f"config.json: {key}" in [each["tensor"] for each in found["mismatched"]]
     assert found["base_unchanged"] and not found["ok"]

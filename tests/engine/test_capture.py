@@ -20,7 +20,6 @@ from mtp_graft.serving.server import managed_server
 from mtp_graft.stages.capture import capture, recording_options
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
-
 NEW_TOKENS = 56
 STREAMS = 4
 TAPS = (1, 3)  # the last one is behind the last layer
@@ -82,9 +81,7 @@ def test_what_is_recorded_does_not_depend_on_what_else_was_computed(captures: Ca
         assert torch.equal(ours.taps[:, 1], ours.residual.mean(dim=1))
 
 
-def test_targets_are_the_tokens_that_were_generated_but_for_rounding(
-    captures: Captures, measured: dict[str, Any]
-) -> None:
+def test_targets_are_the_tokens_generated(captures: Captures, measured: dict[str, Any]) -> None:
     """A prompt's pass has other kernels than a token's, which shows where the base hesitates."""
     same = []
     for sequence, recorded in captured(captures.alone):
@@ -123,9 +120,7 @@ def load_oracle(folder: Path) -> Any:
     return model
 
 
-def test_residuals_taps_and_targets_are_those_of_transformers_in_float32(
-    captures: Captures, tiny_model: Path, measured: dict[str, Any]
-) -> None:
+def test_as_in_transformers(captures: Captures, tiny_model: Path, measured: dict[str, Any]) -> None:
     """Within what BF16 and the FP8 KV cache cost: a few percent of a token's norm.
 
     Tokens at which a router hesitates get another expert, and are further away: hence the quantile.

@@ -6,7 +6,7 @@ says. Greedy answers are reproducible, and sampled ones with a seed, so they can
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -112,7 +112,6 @@ def test_a_stream_has_the_same_text_and_count(client: openai.OpenAI, thinking: b
 
 
 def said(message: Any) -> tuple[str, str]:
-    """Return the reasoning and the content of a message, or of a part of it."""
     return (message.model_extra or {}).get("reasoning") or "", message.content or ""
 
 
@@ -196,9 +195,7 @@ LOGPROBS = {"logprobs": True, "top_logprobs": 10, "return_tokens_as_token_ids": 
 
 
 @pytest.mark.usefixtures("sandbox")
-def test_every_benchmark_runs_to_its_end(
-    mtp_graft: Callable[..., Any], server: ServerClient, shared_data: Path, tmp_path: Path
-) -> None:
+def test_every_benchmark(mtp_graft: Any, server: ServerClient, shared_data: Path) -> None:
     pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
     limited = ("--data-dir", shared_data, "--limit", 3)
     asked = {name: ("--max-tokens", 24, *limited) for name in EVALS[:3]}
@@ -206,7 +203,7 @@ def test_every_benchmark_runs_to_its_end(
     asked |= {"decode": ("--max-tokens", 16, "--limit", 2, "--rounds", 1)}
     load = ("--concurrency", "1,3", "--max-tokens", 8, "--limit", 3, "--requests", 1)
     asked |= {"sweep": load}
-    where = ("--base-url", server.base_url, "--api-key", API_KEY, "--run", tmp_path / "run")
+    where = ("--base-url", server.base_url, "--api-key", API_KEY, "--run", Path("run"))
     results = {name: mtp_graft("bench", name, *where, *more) for name, more in asked.items()}
     assert [results[name]["total"] for name in EVALS] == [3, 3, 3, 14]
 

@@ -16,7 +16,6 @@ from mtp_graft.serving.command import ServeOptions, build_command
 from mtp_graft.serving.server import explain
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
 #: Servers that are forks of one process, and their engines, too: importing vLLM takes ten seconds.
 START = """
 import json, multiprocessing, os, runpy, sys

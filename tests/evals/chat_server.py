@@ -1,6 +1,5 @@
 """A stand-in chat server: it says what a function of the question says, or fails as told."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,13 +35,11 @@ class ChatServer:
 
 @contextmanager
 def serving(say: Say) -> Iterator[ChatServer]:
-    """Serve on a free port inside the block."""
-
     class Handler(http_stand_in.Handler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.reply_json(200, {"object": "list", "data": [{"id": "stand-in"}]})
+            self.reply(200, {"object": "list", "data": [{"id": "stand-in"}]})
 
         def do_POST(self) -> None:
             body = self.body()
@@ -50,16 +47,13 @@ def serving(say: Say) -> Iterator[ChatServer]:
             said = say(body["messages"][0]["content"])
             if isinstance(said, str) and said in FAILURES:
                 self.close_connection = True
-                self.reply_json(*FAILURES[said], missing=100 if said == "closes" else 0)
+                self.reply(*FAILURES[said], missing=100 if said == "closes" else 0)
                 return
             message = {"content": said} if isinstance(said, str) else said
             reason = message.get("finish_reason", "stop")
             choice = {"index": 0, "message": {"role": "assistant", **message}}
             choices = [choice | {"finish_reason": reason}]
-            self.reply_json(200, {"model": "stand-in", "choices": choices})
-
-        def reply_json(self, status: int, content: Any, missing: int = 0) -> None:
-            self.reply(status, json.dumps(content).encode(), missing=missing)
+            self.reply(200, {"model": "stand-in", "choices": choices})
 
     with http_stand_in.serving(Handler) as url:
         state = ChatServer(url)

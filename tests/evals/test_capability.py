@@ -15,7 +15,6 @@ from mtp_graft.bench.evals.capability import capability, judge
 from .chat_server import serving
 
 pytestmark = [pytest.mark.usefixtures("sandbox"), pytest.mark.timeout(600)]
-
 PARTS = ("Evaporation", "Condensation", "Precipitation", "Collection")
 TEXTS = {part: " ".join(f"{part}{number}" for number in range(78)) for part in PARTS}
 SECTIONS = "\n\n".join(f"## {part}\n\n{text}" for part, text in TEXTS.items())

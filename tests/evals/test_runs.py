@@ -28,7 +28,6 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def right(text: str) -> str:
-    """Answer a question of ours."""
     if found := re.search(r"Ten times (\d+)", text):
         return f"#### {10 * int(found[1])}"
     if found := re.search(r"def times_(\d+)", text):
@@ -111,9 +110,7 @@ def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(mtp_graft: Run, 
 
 
 @pytest.mark.parametrize(("failure", "times"), [("500", 3), ("400", 1)])
-def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_what_is_left(
-    mtp_graft: Run, data: Path, tmp_path: Path, failure: str, times: int
-) -> None:
+def test_what_is_left_is_asked(mtp_graft: Run, data: Path, failure: str, times: int) -> None:
     broken = True
 
     def say(text: str) -> str:
@@ -123,7 +120,7 @@ def test_a_question_without_an_answer_ends_the_run_and_a_second_one_asks_only_wh
         words = command("gsm8k", server, data, "--run", "run", "--concurrency", 1)
         error = mtp_graft(*words)
         assert re.search(r"error: gsm8k: \d+ of 12 questions left: .*(out of luck|64 tok)", error)
-        assert not (tmp_path / "run/bench/gsm8k/result.json").exists()
+        assert not Path("run/bench/gsm8k/result.json").exists()
         asked = server.asked()
         assert asked[-times:] == ["Ten times 3?"] * times == [q for q in asked if "3?" in q]
 

@@ -26,9 +26,7 @@ def make_task(name: str, data: Path | None, limit: int | None = None, seed: int 
     return TASKS[name](data, limit, seed)
 
 
-def test_the_hubs_files_give_the_same_questions_as_the_folder(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_and_folder_agree(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     files = {"openai/gsm8k": "gsm8k/test.jsonl", "cais/mmlu": "mmlu/test/*.csv"}
@@ -79,9 +77,7 @@ CUT_OFF = gzip.compress(b'{"task_id": "?"}\n' * 99, mtime=0)[:-9]
     ],
 )
 @pytest.mark.usefixtures("sandbox")
-def test_a_file_that_is_something_else_is_an_error(
-    tmp_path: Path, name: str, file: str, content: bytes, message: str
-) -> None:
+def test_a_wrong_file(tmp_path: Path, name: str, file: str, content: bytes, message: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(GraftError, match=message):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mtp_graft.serving import command
+from mtp_graft.serving import command, server
 
 from .flash import CONFIG, with_head
 
@@ -141,6 +141,7 @@ def site(tmp_path: Path) -> Path:
 def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     """What starts the stand-in, the only vLLM that this process and its children see."""
     only_from(site, monkeypatch)
+    monkeypatch.setattr(server, "POLL_S", 0.02)
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     for name in ("OMP_NUM_THREADS", "FAKE_VLLM"):
         monkeypatch.delenv(name, raising=False)
@@ -151,8 +152,6 @@ def vllm(site: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
 
 @pytest.fixture
 def fake(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set how the stand-in behaves."""
-
     def configure(**settings: Any) -> None:
         monkeypatch.setenv("FAKE_VLLM", json.dumps(settings))
 
@@ -170,21 +169,13 @@ def write_checkpoint(folder: Path, tensors: tuple[str, ...]) -> Path:
     return folder
 
 
-def edit_config(checkpoint: Path, **changes: Any) -> None:
-    """Change a checkpoint's config."""
-    file = checkpoint / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A checkpoint without a head."""
     return write_checkpoint(tmp_path / "base", BASE_TENSORS)
 
 
 @pytest.fixture
 def grafted(tmp_path: Path) -> Path:
-    """A checkpoint with a head."""
     return write_checkpoint(tmp_path / "grafted", BASE_TENSORS + HEAD_TENSORS)
 
 
@@ -204,7 +195,6 @@ def read_record(file: Path, timeout_s: float = 20.0) -> Any:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process exists and is no zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -213,7 +203,6 @@ def is_running(pid: int) -> bool:
 
 
 def wait_gone(pids: list[int], timeout_s: float = 10.0) -> list[int]:
-    """Return the processes that are still there after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -4,7 +4,6 @@ Files are replaced and never written to: a checkpoint may share them with anothe
 `benchmarks/` and the docs say what vLLM does with some of the defects.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, read_weight_map, save_shard
+from quantized import edit_json
 
 INDEX = "model.safetensors.index.json"
 HEAD = "model-mtp-w4a16.safetensors"
@@ -25,9 +25,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%b\nsize 
 
 
 def edit_config(folder: Path, change: Callable[[Json], object]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    write_json(config, folder / "config.json")
+    edit_json(folder / "config.json", change)
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
@@ -96,7 +94,6 @@ def list_what_is_not_there(folder: Path) -> None:
 
 
 def forget(pattern: str) -> Plant:
-    """Return what removes names from the index."""
     return lambda folder: edit_index(
         folder, lambda listed: {n: s for n, s in listed.items() if not re.match(pattern, n)}
     )
@@ -156,7 +153,6 @@ MTP_PROJECTIONS = r"re:^mtp\.0\.(e_proj|h_proj)$"
 SIZE = re.compile(rb'"total_size": ?')
 OTHER_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NATIVE_EXPERTS = r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3)$"
-
 #: name -> (id that doctor reports, what plants it)
 DEFECTS: dict[str, tuple[str, Plant]] = {
     "truncated-shard": ("shard-unreadable", change_file(HEAD, lambda data: data[: len(data) // 2])),

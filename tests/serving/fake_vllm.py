@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from struct import pack
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # as a process of its own
+import http_stand_in
 
 SETTINGS: dict[str, Any] = {
     # ok, dies, never_healthy, refuses, ignores_sigterm, drains: no completion comes back, and
@@ -168,26 +170,26 @@ def as_safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
     return pack("<Q", len(head)) + head + data
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(http_stand_in.Handler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         if self.path == "/health":
             self.reply(503 if SETTINGS["mode"] == "never_healthy" else 200, "")
         elif self.path == "/v1/models":
-            self.reply(200, json.dumps({"data": [{"id": "m", "root": "m"}]}))
+            self.reply(200, {"data": [{"id": "m", "root": "m"}]})
         else:
             self.reply(200, metrics())
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.body()
         if self.path == "/tokenize":
             text = body.get("prompt") or "".join(m["content"] for m in body["messages"])
             start = [0] if body.get("add_special_tokens", "messages" in body) else []
-            self.reply(200, json.dumps({"tokens": [*start, *text.encode()]}))
+            self.reply(200, {"tokens": [*start, *text.encode()]})
         elif SETTINGS["mode"] == "refuses":
             print("ERROR 11-23 20:00:00 [serving.py:1] ValueError: no such kernel", flush=True)
-            self.reply(500, '{"error": {"message": "engine is broken"}}')
+            self.reply(500, {"error": {"message": "engine is broken"}})
         elif SETTINGS["mode"] == "drains":
             note(ASKED, "requests", body["max_tokens"])
             self.connection.recv(1)
@@ -203,7 +205,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(SETTINGS["step_s"])
             choice = self.choice(body)
             found = {"choices": [choice], "metrics": counted(len(choice["token_ids"]))}
-            self.reply(200, json.dumps(found))
+            self.reply(200, found)
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
         tokens = answer(body, body["prompt"], body["max_tokens"])
@@ -219,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("temperature"):  # another text every time
             prompt = [*prompt, len(STREAMED)]
         if number in SETTINGS["fails"]:
-            self.reply(500, '{"error": {"message": "out of luck"}}')
+            self.reply(500, {"error": {"message": "out of luck"}})
             return
         self.send_response(200)
         self.send_header("Connection", "close")
@@ -245,16 +247,6 @@ class Handler(BaseHTTPRequestHandler):
     def event(self, content: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(content)}\n\n".encode())
 
-    def reply(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Stay quiet."""
-
 
 def stop(_signum: int, _frame: object) -> None:
     if SETTINGS["mode"] not in ("ignores_sigterm", "drains"):
@@ -278,11 +270,9 @@ def main() -> None:
         print("RuntimeError: Engine core initialization failed. See root cause above.", flush=True)
         sys.exit(3)
     host, port = argument("--host", "127.0.0.1"), int(argument("--port", "8000"))
-    server = ThreadingHTTPServer((host, port), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    while True:  # `signal.pause` would miss a signal that comes just before it
-        time.sleep(0.1)
+    with http_stand_in.serving(Handler, host, port):
+        while True:  # `signal.pause` would miss a signal that comes just before it
+            time.sleep(0.1)
 
 
 if __name__ == "__main__":

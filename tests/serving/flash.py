@@ -59,7 +59,6 @@ class Published(NamedTuple):
         return Published({**self.config, "n_routed_experts": number}, shards)
 
     def write(self, folder: Path) -> Path:
-        """Write sparse files and return their folder."""
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(self.config))
         (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')  # not public
@@ -160,7 +159,6 @@ def with_head() -> Published:
 
 @cache
 def flash() -> Checkpoint:
-    """Return the same as doctor reads it."""
     return with_head().read()
 
 

@@ -1,7 +1,7 @@
 """A stand-in server for soaks: a sound one, but for a fault that is planted in some answers.
 
-A character is a token. Every third answer under load, which is what comes without logprobs, is
-given to the fault. It drafts three tokens a step and accepts two.
+A character is a token. The fault is given every answer, or of those under load, which are asked
+for without logprobs, every third. It drafts three tokens a step and accepts two.
 """
 
 import json
@@ -17,7 +17,6 @@ BOS, EOS = 0, 1
 WORDS = ["lamp", "boat", "crate", "river", "morning", "garden", "letter", "market", "stone"]
 READING = '{"colour": "red", "count": 7}'
 PREFIX = "vllm:spec_decode_num"
-
 Json = dict[str, Any]
 #: Changes an answer, as `sound` makes it, in place.
 Fault = Callable[[Json], object]
@@ -63,8 +62,7 @@ def logprobs(token: int) -> Json:
     return {**own, "top_logprobs": tops}
 
 
-def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
-    """Serve on a free port inside the block; give the address."""
+def serving(fault: Fault | None = None, *, always: bool = False) -> AbstractContextManager[str]:
     answered, under_load = count(1), count()
 
     class Handler(http_stand_in.Handler):
@@ -76,10 +74,11 @@ def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
         def do_POST(self) -> None:
             body = self.body()
             if self.path == "/tokenize":
-                self.say(json.dumps({"count": len(body["prompt"]), "max_model_len": 4096}))
+                self.say({"count": len(body["prompt"]), "max_model_len": 4096})
                 return
             answer = sound(body)
-            if fault and not body.get("logprobs") and next(under_load) % 3 == 0:
+            third = not body.get("logprobs") and next(under_load) % 3 == 0
+            if fault and (always or third):
                 fault(answer)
             if answer["reason"] == "refuse":
                 self.send_error(500)
@@ -93,7 +92,7 @@ def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
             names = ("prompt_tokens", "completion_tokens", "total_tokens")
             usage = {"usage": dict(zip(names, [*counts, sum(counts)], strict=True))}
             if not answer["body"].get("stream"):
-                self.say(json.dumps({"choices": [*choices(answer, "message", 10**6)], **usage}))
+                self.say({"choices": [*choices(answer, "message", 10**6)], **usage})
                 return
             self.send_response(200)
             self.end_headers()
@@ -102,8 +101,8 @@ def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
                 with suppress(ConnectionError):  # the client hung up
                     self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
-        def say(self, text: str) -> None:
+        def say(self, content: Any) -> None:
             with suppress(ConnectionError):  # the client does not wait any longer
-                self.reply(200, text.encode())
+                self.reply(200, content)
 
     return http_stand_in.serving(Handler)

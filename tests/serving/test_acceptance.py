@@ -67,8 +67,6 @@ def test_a_server_that_drafts_nothing(fake: Callable[..., None], base: Path, gra
     fake(ends=ENDS)
     said = r"127\.0\.0\.1:\d+: tells of no drafts; serve a head with k >= 1 and --per-request"
     for checkpoint, texts in ((base, TEXTS), (grafted, [known("at once", (6,))])):
-        with (
-            serving(checkpoint, None, *COUNT_DRAFTS) as client,
-            pytest.raises(GraftError, match=said),
-        ):
+        served = serving(checkpoint, None, *COUNT_DRAFTS)
+        with served as client, pytest.raises(GraftError, match=said):
             measure_acceptance(client, texts, LIMIT, 1, quiet)

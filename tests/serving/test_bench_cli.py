@@ -22,7 +22,6 @@ pytestmark = pytest.mark.usefixtures("vllm")
 
 @pytest.fixture
 def run(run_command: Run) -> Run:
-    """Run `bench`; return exit status, output and errors."""
     return partial(run_command, "bench")
 
 
@@ -34,22 +33,18 @@ def asked(tmp_path: Path) -> tuple[object, ...]:
     return ("--prompts", file, "--max-tokens", 20, "--run", tmp_path / "run")
 
 
-def done(result: tuple[int, str, str]) -> dict[str, Any]:
+def done(result: tuple[int, str, str]) -> Any:
     """Return the JSON of a command that wrote it to standard output."""
-    status, out, errors = result
-    assert status == 0, errors
-    found: dict[str, Any] = json.loads(out)
-    return found
+    assert result[0] == 0, result[2]
+    return json.loads(result[1])
 
 
-def test_decode_against_a_base_prints_the_ratio_and_keeps_the_pairs(
-    run: Run, fake: Callable[..., None], base: Path, grafted: Path, asked: Any, tmp_path: Path
-) -> None:
+def test_decode_against_a_base(run: Run, fake: Any, base: Path, grafted: Path, asked: Any) -> None:
     fake(accepts=[2, 0])
     words = ("decode", "--checkpoint", grafted, "--against", base, *asked, "--rounds", 1, "-k", 3)
-    status, out, errors = run(*words, "--pairs", 2, "--json", tmp_path / "decode.json")
+    status, out, errors = run(*words, "--pairs", 2, "--json", Path("decode.json"))
     assert status == 0, errors
-    result = json.loads((tmp_path / "decode.json").read_text())
+    result = json.loads(Path("decode.json").read_text())
     for key in ("decode_tok_s", "ttft_ms", "tpot_ms", "acceptance"):
         assert {"median", "min", "max", "runs"} <= result[key].keys()
     assert (result["k"], result["against"]["k"]) == (3, None)
@@ -57,16 +52,14 @@ def test_decode_against_a_base_prints_the_ratio_and_keeps_the_pairs(
     assert "greedy text: identical on every prompt" in out
     # 20 tokens: 1, 3, 1, ..., 3
     assert "k = 3: accepted by position 55.6, 100.0, 0.0 % (each given the ones before" in out
-    assert json.loads((tmp_path / "run" / "bench" / "decode" / "result.json").read_text()) == result
+    assert json.loads(Path("run/bench/decode/result.json").read_text()) == result
     # Pairs that are added join those of the run folder.
     more = done(run(*words, "--pairs", 3, "--json", "-"))
     per_pair = [found["ratio"]["decode_tok_s"]["per_pair"] for found in (result, more)]
     assert per_pair[1][:2] == per_pair[0] and more["decode_tok_s"]["runs"] == 3
 
 
-def test_a_profile_is_served_as_serve_does_and_kept_apart(
-    run: Run, fake: Callable[..., None], tiny_model: Path, asked: Any, tmp_path: Path
-) -> None:
+def test_profile_served(run: Run, fake: Any, tiny_model: Path, asked: Any, tmp_path: Path) -> None:
     fake(record=str(tmp_path / "record.json"))
     words = ("decode", "--checkpoint", tiny_model / "base", "--profile", "524k", "--rounds", 1)
     status, _, errors = run(*words, "--max-model-len", 2048, *asked, "--", "--seed", 7)
@@ -82,9 +75,7 @@ def test_a_profile_is_served_as_serve_does_and_kept_apart(
     assert manifest["device"] == device_name()
 
 
-def test_a_running_server_is_known_by_its_address_and_by_what_it_drafts(
-    run: Run, grafted: Path, asked: Any, tmp_path: Path
-) -> None:
+def test_a_running_server(run: Run, grafted: Path, asked: Any, tmp_path: Path) -> None:
     path = tmp_path / "run" / "bench" / "decode" / "manifest.json"
     with serving(grafted, 2) as client:
         call = ("decode", "--base-url", client.base_url, *asked, "--rounds", 1, "--json", "-")
@@ -96,12 +87,10 @@ def test_a_running_server_is_known_by_its_address_and_by_what_it_drafts(
     assert json.loads(path.read_text()) == manifest, "nothing was measured again"
 
 
-def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
-    run: Run, grafted: Path, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_gpu(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("decode", "--checkpoint", grafted, "-k", 1, "--rounds", 1, *asked)
     assert run(*words)[0] == 0
-    manifest = tmp_path / "run" / "bench" / "decode" / "manifest.json"
+    manifest = Path("run/bench/decode/manifest.json")
     before = manifest.read_bytes()
     for what, other, key in (
         ("stages.parallel.device_name", "1x another", "device"),
@@ -114,9 +103,7 @@ def test_another_device_or_vllm_does_not_measure_into_the_same_folder(
     assert manifest.read_bytes() == before
 
 
-def test_sweep_prints_a_row_a_point_and_measures_each_once(
-    run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_sweeps(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"output_lens": [20], "ttfts": [0.5], "latencies": [2.5], "duration": 3.0}
     found = {**times, "errors": [""], "total_output_tokens": 20, "output_throughput": 6.7}
     client = Mock(return_value=found)

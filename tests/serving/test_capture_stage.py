@@ -1,7 +1,7 @@
 """The capture stage against a stand-in server: resume, speeds, and what can go wrong."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from mtp_graft.checkpoint import capture as files
 from mtp_graft.checkpoint.capture import INTACT_NAME, RECORDINGS, SWITCH_NAME, read_texts
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import CaptureSection
-from mtp_graft.serving import server
 from mtp_graft.serving.server import managed_server
 from mtp_graft.stages import capture as stage
 from mtp_graft.stages.capture import capture, recording_options, with_taps
+from run_folder import write_rows
 
+from .bench_server import quiet
 from .fake_vllm import EOS
 
 NEW_TOKENS = 3
@@ -34,24 +35,14 @@ NUM_PROMPTS = sum(map(len, PROMPTS.values()))
 ENDS = {str(ord("a")): 0, str(ord("a") + ord("b")): 1}
 
 
-def write(file: Path, rows: Sequence[Row]) -> str:
-    """Write a source of prompts; return its name."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 def wanted(folder: Path) -> CaptureSection:
-    """Return settings that ask for all of PROMPTS."""
-    sources = [write(folder / f"{s}.jsonl", prompts) for s, prompts in PROMPTS.items()]
+    sources = [write_rows(folder / f"{s}.jsonl", *prompts) for s, prompts in PROMPTS.items()]
     counts = {f"{split}_count": len(prompts) for split, prompts in PROMPTS.items()}
     limits = {"max_prompt_tokens": 8, "new_tokens": NEW_TOKENS, "max_model_len": 64}
     return CaptureSection(*sources, **counts, **limits, concurrency=2)
 
 
-def take(
-    base: Path, out: Path, settings: CaptureSection, report: Callable[..., None] = lambda *_: None
-) -> dict[str, Any]:
-    """Capture `out` from a server of its own."""
+def take(base: Path, out: Path, settings: CaptureSection, report: Any = quiet) -> Any:
     log = out / "vllm.log"
     serving = managed_server(recording_options(base, out, settings), log)
     return capture(serving, base, out, settings, report, log)
@@ -59,7 +50,6 @@ def take(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "POLL_S", 0.05)
     monkeypatch.setattr(stage, "WRITE_TIMEOUT_S", 0.3)
 
 
@@ -151,12 +141,11 @@ def test_every_prompt_is_continued_and_recorded(base: Path, requests: Path, tmp_
     assert not requests.exists()
 
 
-def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
-    base: Path, requests: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_long_prompts(base: Path, requests: Any, tmp_path: Path, caplog: Any) -> None:
     """Both splits draw from one source, each from where the one before it stopped."""
     texts = ["ab", "x" * 9, "cd", "y" * 10, "ef", "x" * 8, "gh"]
-    source = write(tmp_path / "p.jsonl", [{"id": f"p{n}", "text": t} for n, t in enumerate(texts)])
+    rows = ({"id": f"p{n}", "text": t} for n, t in enumerate(texts))
+    source = write_rows(tmp_path / "p.jsonl", *rows)
     changes = {f"{split}_prompts": source for split in PROMPTS}
     changes |= {f"{split}_count": 2 for split in PROMPTS}
     settings = replace(wanted(tmp_path), **changes)
@@ -175,9 +164,7 @@ def test_prompts_that_are_too_long_are_left_out_by_name_and_replaced(
 
 
 @pytest.mark.parametrize("dies_at", [5, 1 + NUM_PROMPTS + 8])
-def test_a_server_that_dies_keeps_what_is_finished_and_says_why(
-    dies_at: int, base: Path, fake: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_server_that_dies(dies_at: int, base: Path, fake: Any, tmp_path: Path) -> None:
     """At the fifth completion it generates; after all texts, it records."""
     out, log = tmp_path / "capture", tmp_path / "requests"
     fake(dies_at=dies_at, requests=str(log), ends=ENDS)
@@ -219,9 +206,7 @@ def test_what_a_killed_client_left_is_used(base: Path, requests: Path, tmp_path:
         ("full disk", r"could not write what it recorded; make room .*log: OSError: .* No space"),
     ],
 )
-def test_a_server_that_does_not_record_whole_prompts_is_an_error_that_keeps_all_texts(
-    records: str | None, message: str, base: Path, fake: Callable[..., None], tmp_path: Path
-) -> None:
+def test_no_recording(records: Any, message: str, base: Path, fake: Any, tmp_path: Path) -> None:
     out = tmp_path / "capture"
     fake(records=records, ends=ENDS)
     with pytest.raises(GraftError, match=message):

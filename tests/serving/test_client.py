@@ -14,12 +14,10 @@ from mtp_graft.serving.client import READ_ERRORS, Prompt, ServerClient
 
 @contextmanager
 def answering(text: str) -> Iterator[ServerClient]:
-    """Serve one text for every request, and give a client."""
-
     class Handler(http_stand_in.Handler):
         def do_POST(self) -> None:
             self.body()
-            self.reply(200, text.encode())
+            self.reply(200, text)
 
     with http_stand_in.serving(Handler) as url, ServerClient(url) as client:
         yield client

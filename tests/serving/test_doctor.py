@@ -55,9 +55,6 @@ def warnings(*ids: str) -> dict[str, str]:
     return dict.fromkeys(ids, "warning")
 
 
-# Good checkpoints, published ones and those of others
-
-
 @pytest.mark.parametrize("variant", ["rtn", "mxfp4", "bf16"])
 def test_a_good_checkpoint_has_no_errors(spliced: dict[str, Path], variant: str) -> None:
     for gpu in ("cpu", "H200", "RTX PRO 6000 Server"):
@@ -73,9 +70,6 @@ def test_the_published_base_has_notes_alone_and_nothing_to_fix() -> None:
     notes = {f.id: f.found for f in found}
     assert levels(found) == {} and not any(f.fixable for f in found)
     assert "(108 in all)" in notes["float32-rounded"] and "(145 in all)" in notes["compressor-fp8"]
-
-
-# Planted defects
 
 
 @pytest.mark.parametrize("name", DEFECTS)
@@ -134,9 +128,7 @@ def test_an_unusable_config_or_index_is_a_finding(copy: Path, file: str, text: s
         ("num_nextn_predict_layers", 1.5, "num_nextn_predict_layers is 1.5"),
     ],
 )
-def test_a_bad_dimension_is_the_one_finding_of_doctor_and_an_error_of_serve(
-    copy: Path, name: str, value: Any, found: str
-) -> None:
+def test_a_bad_dimension(copy: Path, name: str, value: Any, found: str) -> None:
     set_config(name, value)(copy)
     (finding,) = diagnose(copy, on("H200"))
     assert finding.id == "config-unusable" and found in finding.found
@@ -150,9 +142,6 @@ def test_ratios_that_are_none_are_an_error(copy: Path, value: Any) -> None:
     (finding,) = (f for f in diagnose(copy, ON_CPU) if f.id == "compress-ratios")
     assert (finding.severity, finding.fixable) == ("error", False)
     assert finding.found in (repr(value), "3 entries")
-
-
-# vLLM and hardware
 
 
 @pytest.mark.parametrize(
@@ -235,9 +224,7 @@ def test_without_vllm_doctor_says_so(good: Path, monkeypatch: pytest.MonkeyPatch
         ((12, 0), "0.22.0", {"vllm-unsupported", "vllm-40923", "vllm-51593"}),
     ],
 )
-def test_what_is_known_of_a_compute_capability_by_version(
-    good: Path, gpu: tuple[int, int], vllm: str, errors: set[str]
-) -> None:
+def test_known_capabilities(good: Path, gpu: tuple[int, int], vllm: str, errors: set[str]) -> None:
     hardware = Hardware("GPU", 1, 80 * 2**30, capability=gpu)
     found = diagnose(good, Target(Version(vllm), "cuda", hardware))
     assert set(ids(found, "error")) == errors

@@ -73,9 +73,7 @@ def test_of_several_defects_none_is_left(good: Path, names: list[str]) -> None:
             assert diagnose(out, ON_CPU) == []
 
 
-def test_shards_are_copied_only_if_the_user_says_so(
-    planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_copied(planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = planted("scale-inv"), tmp_path / "fixed"
     size = f"copies {(folder / HEAD).stat().st_size:,} bytes, 1 of 4 shards"
     with pytest.raises(GraftError, match=rf"{size}.*--yes allows it"):
@@ -92,9 +90,7 @@ def test_shards_are_copied_only_if_the_user_says_so(
     assert (status, errors) == (1, {"gpu-count"}), "what the hardware lacks keeps nothing from it"
 
 
-def test_fix_refuses_what_it_does_not_know_and_leaves_nothing(
-    planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fix_refuses(planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out, said = planted("scale-inv"), tmp_path / "fixed", list[str]()
     found = diagnose(folder, ON_CPU)
     for place in (folder, folder / "fixed"):
@@ -111,9 +107,7 @@ def test_fix_refuses_what_it_does_not_know_and_leaves_nothing(
     ("defect", "where"),
     [("truncated-shard", HEAD), ("missing-parameter", "mtp.0.hn"), ("no-tokenizer", "tokenizer")],
 )
-def test_an_error_that_fix_does_not_cure_is_named_before_a_copy_is_asked_for(
-    planted: Plant, tmp_path: Path, defect: str, where: str
-) -> None:
+def test_other_errors(planted: Plant, tmp_path: Path, defect: str, where: str) -> None:
     planted("head-count-0"), planted("scale-inv")
     with pytest.raises(GraftError, match=rf"{where}.*: .*; --fix corrects config and names only"):
         run(planted(defect), "--gpu", "cpu", "--fix", tmp_path / "fixed")

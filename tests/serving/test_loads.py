@@ -23,15 +23,13 @@ from .bench_server import PROMPTS, quiet, serving
 
 
 @pytest.mark.vllm
-def test_vllms_own_client_holds_the_load(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake(step_s=0.002, accepts=[2, 0], streams=str(tmp_path / "streams"), fails=[5])
+def test_vllms_own_client(fake: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(step_s=0.002, accepts=[2, 0], streams=str(Path("streams")), fails=[5])
     config = DecodeConfig(max_tokens=20, rounds=3)
     with serving(grafted, 2) as client:
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the engine's client
         served = nullcontext(client)
-        found = measure_sweep(lambda _k: served, (PROMPTS, config), [2], [3], quiet, tmp_path)
+        found = measure_sweep(lambda _k: served, (PROMPTS, config), [2], [3], quiet, Path("run"))
     [point] = found["points"]
     # Of nine requests; warm-ups are not counted, and one fails.
     assert (point["requests"], point["errors"], point["tokens"]) == (8, 1, 8 * 20)
@@ -41,7 +39,7 @@ def test_vllms_own_client_holds_the_load(
     assert point["acceptance_by_position"] == pytest.approx([5 / 9, 1.0])
     assert point["per_stream_tok_s"] < point["aggregate_tok_s"] < 3 * 19 / 9 / 0.002
     assert point["ttft_ms"] >= 2
-    asked = {int(line) for line in (tmp_path / "streams").read_text().split()}
+    asked = {int(line) for line in Path("streams").read_text().split()}
     assert asked == {sum(b"ab"), sum(b"hello")}, "the prompts are the server's own tokens"
 
 
@@ -54,7 +52,6 @@ FOUND = {
 
 @pytest.fixture
 def client(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
-    """Stands for vLLM's client, whose answer is `FOUND`."""
     client = Mock(return_value=FOUND)
     monkeypatch.setattr(sweep, "run_load", client)
     monkeypatch.setattr(ServerClient, "encode", lambda _self, prompt: list(prompt.content.encode()))
@@ -84,9 +81,7 @@ def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock, tmp_pa
         measure(tmp_path, 1)
 
 
-def test_without_vllm_or_its_client_nothing_is_measured(
-    vllm: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_client(vllm: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GraftError, match=r"vllm bench serve failed against http://127\.0\.0\.1:9"):
         run_load("http://127.0.0.1:9", {})
@@ -94,8 +89,6 @@ def test_without_vllm_or_its_client_nothing_is_measured(
     with pytest.raises(GraftError, match=r"vLLM is not installed .* pip install"):
         measure(tmp_path, 1)
 
-
-# The workload
 
 WORKLOAD = load_workload()
 THREE = [*WORKLOAD[:2], WORKLOAD[6]]
@@ -111,9 +104,7 @@ def test_there_are_three_requests_of_each_category_and_retrieval_has_documents()
     assert {name for name, text in asked.items() if len(text.split()) > 500} == retrieval
 
 
-def test_every_request_is_timed_and_summed_up_by_category(
-    fake: Callable[..., None], grafted: Path, tmp_path: Path
-) -> None:
+def test_every_request_is_timed(fake: Any, grafted: Path, tmp_path: Path) -> None:
     fake()
     with serving(grafted) as client:
         result = measure_workload(lambda: client, THREE, quiet, tmp_path / "run")

@@ -12,7 +12,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 from mtp_graft import pipeline
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
@@ -24,9 +23,9 @@ from mtp_graft.recipe import load_recipe
 from mtp_graft.serving import server
 from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
-from mtp_graft.stages.parallel import gpus
 from mtp_graft.stages.splice import HEAD_SHARD
-from run_folder import HEAL, recorded
+from quantized import read_json as read
+from run_folder import HEAL, recorded, write_rows
 
 from .bench_server import quiet
 from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, only_from, write_checkpoint
@@ -49,7 +48,7 @@ MEASURED = ("capture", "quantize", "score", "splice", "verify", "bench")  # all 
 
 def write_prompts(path: Path, prefix: str, lengths: Sequence[int]) -> None:
     rows = [{"id": f"{prefix}{n}", "text": f"{n}{prefix * (m - 1)}"} for n, m in enumerate(lengths)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(path, *rows)
 
 
 @pytest.fixture
@@ -145,7 +144,6 @@ def servers(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Serve
         finally:
             running.release()
 
-    monkeypatch.setattr(server, "POLL_S", 0.05)
     monkeypatch.setattr(pipeline.bench, "managed_server", managed)
     return servers
 
@@ -174,17 +172,11 @@ def run(recipe: Path, folder: Path, stages: StandIns, servers: Servers) -> Run:
     return call
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
 def written(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_base_is_captured_and_measured_and_then_every_variant(
-    run: Run, stages: StandIns, servers: Servers, recipe: Path, folder: Path
-) -> None:
+def test_a_run(run: Run, stages: StandIns, servers: Servers, recipe: Path, folder: Path) -> None:
     result = run()
     assert servers.started == [CAPTURE, GPTQ, RTN]
     check_that_only_the_head_differs(servers.options[CAPTURE], servers.options[GPTQ])
@@ -213,7 +205,7 @@ def test_the_base_is_captured_and_measured_and_then_every_variant(
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_healed_head_is_spliced_if_it_drafts_better(
+def test_healed_heads(
     run: Run, stages: StandIns, folder: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     upstreams: set[str] = set()
@@ -238,9 +230,7 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
         run(only="fetch")
 
 
-def test_the_time_of_a_killed_call_counts_once_progress_was_reported(
-    recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_of_a_killed_call(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter((0, 5, 5, 7, 20, 21))
     monkeypatch.setattr(pipeline.folder.time, "perf_counter", lambda: float(next(now)))
     work = pipeline.folder.Run(load_recipe(recipe), folder)
@@ -262,7 +252,7 @@ def check_that_only_the_head_differs(base: ServeOptions, head: ServeOptions) -> 
 
 
 @pytest.fixture
-def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_gpus(site: Path, cuda_build: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two GPUs without NVLink; CUDA builds of vLLM and torch, which this process leaves alone."""
     for name in [name for name in os.environ if name.startswith(("NCCL_", "VLLM_USE_"))]:
         monkeypatch.delenv(name)
@@ -271,18 +261,10 @@ def on_gpus(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     install(site, version="0.33.0")
     gpu = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"
     install_gpus(monkeypatch, gpu, gpu, memory_mib=97887)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for name in ("_lazy_init", "is_available", "device_count", "mem_get_info", "get_device_name"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was used here"))
-    gpus.cache_clear()
-    yield
-    gpus.cache_clear()
 
 
 @pytest.mark.usefixtures("on_gpus")
-def test_on_gpus_the_base_has_a_server_of_its_own_and_all_get_the_hardwares_settings(
-    run: Run, stages: StandIns, servers: Servers, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_on_gpus(run: Run, stages: StandIns, servers: Servers, folder: Path, capsys: Any) -> None:
     run("bench.k=2", "serve.tensor_parallel_size=2")
     assert stages.apart == ["quantize", "score"], "their GPU memory is free for vLLM afterwards"
     assert servers.started == [CAPTURE, BASE, GPTQ, RTN]
@@ -308,9 +290,7 @@ def test_on_gpus_the_base_has_a_server_of_its_own_and_all_get_the_hardwares_sett
         ("others", (), "p0"),  # another file's prompts are others, whatever they are called
     ],
 )
-def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answer(
-    file: str, settings: tuple[str, ...], timed: str, run: Run, recipe: Path, folder: Path
-) -> None:
+def test_timing(file: str, settings: Any, timed: str, run: Run, recipe: Path, folder: Path) -> None:
     """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
     for path in (source, source.with_stem("others")):
@@ -322,9 +302,7 @@ def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answe
     assert len(served["sequences"]) == 1, "as many evaluation texts as the recipe says"
 
 
-def test_a_finished_run_is_told_again_and_only_a_new_head_is_measured_again(
-    run: Run, stages: StandIns, servers: Servers, folder: Path
-) -> None:
+def test_a_finished_run(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
     first = run()
     kept = [written(folder / stage) for stage in ("capture", "quantize", "score")]
     second = run()
@@ -341,14 +319,12 @@ def test_a_finished_run_is_told_again_and_only_a_new_head_is_measured_again(
     assert (servers.started, stages.done) == ([RTN], [f"verify {RTN}"])
 
 
-def test_stages_apart_give_what_the_whole_run_gives_and_each_its_own_result(
-    run: Run, recipe: Path, servers: Servers, folder: Path, tmp_path: Path
-) -> None:
+def test_stages_apart(run: Run, recipe: Path, servers: Servers, folder: Path) -> None:
     whole, loaded = run(), load_recipe(recipe)
     shutil.rmtree(folder)
     results = {stage: run_stage(loaded, folder, stage, quiet) for stage in ("fetch", "capture")}
     with pytest.MonkeyPatch.context() as without_vllm:
-        only_from(tmp_path / "nothing", without_vllm)
+        only_from(Path("nothing"), without_vllm)
         for stage in ("quantize", "score", "splice", "verify"):
             results[stage] = run_stage(loaded, folder, stage, quiet)
         with pytest.raises(GraftError, match=r"[Vv]LLM"):
@@ -363,9 +339,7 @@ def test_stages_apart_give_what_the_whole_run_gives_and_each_its_own_result(
     assert results["splice"]["checkpoint"] == str(folder / "splice" / "gptq" / "tiny-mtp")
 
 
-def test_from_a_stage_on_everything_is_removed_and_done_anew(
-    run: Run, stages: StandIns, servers: Servers, folder: Path
-) -> None:
+def test_from_a_stage_anew(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
     first = run()
     kept = [written(folder / stage) for stage in ("capture", "quantize")]
     for stage in ("score", "splice", "verify", "bench"):
@@ -400,9 +374,7 @@ def test_a_stage_before_its_time_names_the_one_to_run_first(run: Run, servers: S
         refused(stage, "splice")
 
 
-def test_inputs_that_do_not_fit_are_refused_before_anything_is_served(
-    run: Run, servers: Servers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inputs_that_misfit(run: Run, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = Mock(side_effect=GraftError("has a head already"))
     monkeypatch.setattr(pipeline.run, "check_run", refusal)
     for stage in ("fetch", "capture"):
@@ -411,9 +383,7 @@ def test_inputs_that_do_not_fit_are_refused_before_anything_is_served(
     assert servers.started == []
 
 
-def test_what_was_measured_is_neither_mixed_with_other_settings_nor_read_when_damaged(
-    run: Run, servers: Servers, folder: Path
-) -> None:
+def test_what_was_measured_is_not_mixed(run: Run, servers: Servers, folder: Path) -> None:
     run()
     with pytest.raises(GraftError, match=r"bench: was begun with bench\.max_tokens = 8, now it is"):
         run("bench.max_tokens=16")
@@ -436,9 +406,7 @@ def test_a_server_that_dies_loses_nothing_done(run: Run, servers: Servers, folde
     assert result["acceptance_served"].keys() == {GPTQ, RTN}
 
 
-def test_a_failed_verification_ends_the_run_with_the_tensors_name(
-    run: Run, stages: StandIns, servers: Servers, folder: Path
-) -> None:
+def test_a_failed_verification(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
     stages.missing = ["mtp.0.norm.weight"]
     message = r"gptq/tiny-mtp: mtp\.0\.norm\.weight: wrong \(1 in all\); remove it"
     with pytest.raises(GraftError, match=message):

@@ -24,7 +24,8 @@ from mtp_graft.serving.plan import Plan, make_plan
 from mtp_graft.serving.topology import CPU, Hardware, find_gpus, named_hardware
 
 from . import flash as published
-from .conftest import edit_config, install, install_gpus, only_from
+from .conftest import install, install_gpus, only_from
+from .doctor_defects import set_config
 from .flash import CONFIG
 
 MIB = 2**20
@@ -36,19 +37,12 @@ def test_machines_like_this_one_count_too(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(find_gpus(num_nodes=2)) == "4x NVIDIA H200, 140.4 GiB, 2 nodes"
 
 
-GB10: dict[str, Any] = {"unified_memory": True, "capability": (12, 1)}
+GB10 = Hardware("NVIDIA GB10", 1, 124610 * MIB, unified_memory=True, capability=(12, 1))
+GH200 = Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)
 
 
-@pytest.mark.parametrize(
-    ("memory_mib", "expected"),
-    [
-        (None, Hardware("NVIDIA GB10", 1, 124610 * MIB, **GB10)),
-        (97871, Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)),
-    ],
-)
-def test_what_a_driver_does_not_say_is_known_of_some_gpus(
-    monkeypatch: pytest.MonkeyPatch, memory_mib: int | None, expected: Hardware
-) -> None:
+@pytest.mark.parametrize(("memory_mib", "expected"), [(None, GB10), (97871, GH200)])
+def test_known_gpus(monkeypatch: pytest.MonkeyPatch, memory_mib: Any, expected: Hardware) -> None:
     install_gpus(monkeypatch, str(expected.gpu), memory_mib=memory_mib)
     assert find_gpus() == expected
 
@@ -125,8 +119,6 @@ def test_hardware_that_is_elsewhere_has_a_name() -> None:
         named_hardware("H200", 3, 2)
 
 
-# Profiles
-
 GIB = 2**30
 MAX_Q = named_hardware("RTX PRO 6000 Max-Q", 2)
 BIG = Hardware("big", 16, 400 * GIB, has_nvlink=True)
@@ -147,9 +139,7 @@ def on_flash(flash: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return flash
 
 
-def fitted(
-    checkpoint: Path, profile: str, hardware: Hardware = MAX_Q, *node: Any, **options: Any
-) -> Plan:
+def fit(checkpoint: Path, profile: str, hardware: Any = MAX_Q, *node: Any, **options: Any) -> Plan:
     return make_plan(ServeOptions(checkpoint, **options), profile, hardware, *node)
 
 
@@ -161,7 +151,6 @@ def two_gpus(checkpoint: Path, tokens: int, utilization: float) -> Hardware:
 
 @pytest.fixture
 def tiny(tiny_model: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny base, to be changed."""
     return shutil.copytree(tiny_model / "base", tmp_path / "tiny")
 
 
@@ -172,7 +161,7 @@ def test_what_the_user_says_wins(on_flash: Path, monkeypatch: pytest.MonkeyPatch
     asked |= {"served_model_names": ("mine",)}
     hardware = replace(MAX_Q, memory_bytes=400 * GIB)
     variables = {"environment": {"NCCL_PROTO": "Simple"}, "extra_args": ("--seed", "7")}
-    chosen = fitted(on_flash, "524k", hardware, **asked, **variables)
+    chosen = fit(on_flash, "524k", hardware, **asked, **variables)
     assert {name: getattr(chosen.options, name) for name in asked} == asked
     assert chosen.options.extra_args == ("--disable-custom-all-reduce", "--seed", "7")
     assert chosen.options.environment["NCCL_PROTO"] == "Simple"
@@ -183,7 +172,7 @@ def test_what_the_user_says_wins(on_flash: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (2, 2), (3, 2), (8, 8), (16, 8)])
 def test_as_many_ranks_as_gpus_and_model_allow(on_flash: Path, count: int, ranks: int) -> None:
     """16 ranks would have half an output group each; one needs no settings for many."""
-    chosen = fitted(on_flash, "524k", replace(BIG, num_gpus=count)).options
+    chosen = fit(on_flash, "524k", replace(BIG, num_gpus=count)).options
     assert chosen.num_ranks == ranks
     assert "--disable-custom-all-reduce" not in chosen.extra_args
     assert not any(name.startswith("NCCL") for name in chosen.environment)
@@ -194,11 +183,11 @@ def test_ranks_asked_for_have_to_divide_the_model(flash: Path, tiny: Path) -> No
     wrong = {3: "num_attention_heads", 16: "o_groups", 32: "32 on 16x big.*at most 16"}
     for ranks, message in wrong.items():
         with pytest.raises(GraftError, match=message):
-            fitted(flash, "524k", BIG, tensor_parallel_size=ranks)
-    edit_config(tiny, o_groups=4)
+            fit(flash, "524k", BIG, tensor_parallel_size=ranks)
+    set_config("o_groups", 4)(tiny)
     with pytest.raises(GraftError, match="moe_intermediate_size"):
-        fitted(tiny, "auto", CPU, tensor_parallel_size=4)
-    assert fitted(tiny, "auto", CPU, tensor_parallel_size=2).options.num_ranks == 2
+        fit(tiny, "auto", CPU, tensor_parallel_size=4)
+    assert fit(tiny, "auto", CPU, tensor_parallel_size=2).options.num_ranks == 2
 
 
 def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(on_flash: Path) -> None:
@@ -206,7 +195,7 @@ def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(on_fl
     lengths = (700160, 0.93, "1m"), (655360, 0.93, "640k"), (4096, 0.95, "256k")
     for length, share, profile in lengths:
         hardware = two_gpus(on_flash, length, share)
-        chosen = fitted(on_flash, "auto", hardware)
+        chosen = fit(on_flash, "auto", hardware)
         assert (chosen.profile, chosen.options.gpu_memory_utilization) == (profile, share)
         assert chosen.options.max_model_len == length
         assert chosen.options.max_num_seqs == 8
@@ -214,8 +203,8 @@ def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(on_fl
     for profile in ("524k", "auto"):
         asked = {"gpu_memory_utilization": 0.95, "max_model_len": 4608}
         with pytest.raises(GraftError, match=r"4608 tokens has no room.*--max-model-len 4096"):
-            fitted(on_flash, profile, hardware, **asked)
-        fitting = fitted(on_flash, profile, hardware, **asked | {"max_model_len": 4096})
+            fit(on_flash, profile, hardware, **asked)
+        fitting = fit(on_flash, profile, hardware, **asked | {"max_model_len": 4096})
         assert fitting.options.max_model_len == 4096
 
 
@@ -223,25 +212,23 @@ def test_auto_takes_the_profile_that_reaches_furthest_and_cuts_its_context(on_fl
 def test_a_context_beyond_the_models_positions_is_refused(tiny_model: Path, profile: str) -> None:
     base = tiny_model / "base"
     with pytest.raises(GraftError, match="the model has 8192 positions"):
-        fitted(base, profile, CPU, max_model_len=8193)
-    assert fitted(base, profile, CPU, max_model_len=8192).options.max_model_len == 8192
+        fit(base, profile, CPU, max_model_len=8193)
+    assert fit(base, profile, CPU, max_model_len=8192).options.max_model_len == 8192
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "o_groups", "compress_ratios"])
 def test_a_config_that_lacks_what_is_needed_is_an_error(tiny: Path, key: str) -> None:
-    edit_config(tiny, **{key: None})
+    set_config(key, None)(tiny)
     with pytest.raises(GraftError, match=f"config.*{key}"):
-        fitted(tiny, "auto")
+        fit(tiny, "auto")
 
 
 def test_several_machines_need_the_address_of_the_first(on_flash: Path) -> None:
     sparks = named_hardware("GB10", 2)
     for hardware, *node in ((sparks,), (sparks, 2, "192.0.2.1"), (MAX_Q, 1, "192.0.2.1")):
         with pytest.raises(GraftError, match="a rank below their number, and the address"):
-            fitted(on_flash, "524k", hardware, *node)
+            fit(on_flash, "524k", hardware, *node)
 
-
-# What is printed
 
 GOLDEN = Path(__file__).parent / "golden"
 ON_MAX_Q = "--gpu 'RTX PRO 6000 Max-Q' --count 2"
@@ -293,11 +280,9 @@ def test_the_dry_run_on_a_cpu_is_the_golden_file(dry_run: Print, spliced: dict[s
     assert {f.stem for f in GOLDEN.iterdir()} == FLASH_CASES.keys() | {"cpu-tiny-auto"}
 
 
-def test_gpus_that_are_found_give_the_same_as_their_name_and_auto_is_the_default(
-    dry_run: Print, on_flash: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpus_that_exist(dry_run: Print, on_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vLLM is a CUDA build, and the driver tells of two cards on PCIe."""
-    site = tmp_path / "cuda" / "site-packages"
+    site = Path("cuda/site-packages")
     install(site, "vllm", "0.33.0")
     only_from(site, monkeypatch)
     card = "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"

@@ -27,32 +27,23 @@ from .conftest import left_behind, read_record
 
 Configure = Callable[..., None]
 Managed = Callable[..., AbstractContextManager[ServerClient]]
+RECORD = Path("record.json")
 Serve = Callable[..., AbstractContextManager[subprocess.Popen[str]]]
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "POLL_S", 0.05)
-
-
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
-    return tmp_path / "record.json"
-
-
-@pytest.fixture
-def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
+def managed(fake: Configure, tmp_path: Path) -> Managed:
     """Return `managed_server` with the stand-in, of which nothing may be left afterwards."""
 
     @contextmanager
     def start(checkpoint: Path, port: int = 0, **settings: object) -> Iterator[ServerClient]:
-        fake(record=str(record), **settings)
+        fake(record=str(RECORD), **settings)
         options = ServeOptions(checkpoint, port=port)
         try:
             with managed_server(options, tmp_path / "log" / "vllm.log") as client:
                 yield client
         finally:
-            assert not record.exists() or left_behind(record) == []
+            assert not RECORD.exists() or left_behind(RECORD) == []
 
     return start
 
@@ -66,7 +57,7 @@ def managed(fake: Configure, tmp_path: Path, record: Path) -> Managed:
         ({"mode": "never_healthy"}, "is not ready after 2 s"),
     ],
 )
-def test_a_server_that_does_not_get_ready_is_explained(
+def test_never_ready(
     managed: Managed, base: Path, settings: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if settings.get("mode") == "never_healthy":
@@ -75,9 +66,7 @@ def test_a_server_that_does_not_get_ready_is_explained(
         pytest.fail("the block was entered")
 
 
-def test_a_server_may_take_the_time_that_its_weights_take_to_read(
-    vllm: object, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_time_for_the_weights(vllm: object, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.truncate(base / "model-1.safetensors", 150 * 10**9)  # sparse
     assert server.start_limit_s(base) > 1500
     assert build_command(ServeOptions(base)).env[START_LIMIT] == str(server.start_limit_s(base))
@@ -98,9 +87,7 @@ def hangup_ends() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_server_too_also_one_that_ignores_sigterm(
-    managed: Managed, base: Path, signum: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_signal(managed: Managed, base: Path, signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "GRACE_S", 0.3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, managed(base, mode="ignores_sigterm"):
@@ -110,12 +97,12 @@ def test_a_signal_ends_the_server_too_also_one_that_ignores_sigterm(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_taken_port_is_an_error_at_once(managed: Managed, base: Path, record: Path) -> None:
+def test_a_taken_port_is_an_error_at_once(managed: Managed, base: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(GraftError, match="cannot listen"), managed(base, port=port):
             pytest.fail("the block was entered")
-    assert not record.exists()
+    assert not RECORD.exists()
 
 
 def test_the_check_reads_its_own_drafts_alone(managed: Managed, grafted: Path, base: Path) -> None:
@@ -129,19 +116,19 @@ def test_the_check_reads_its_own_drafts_alone(managed: Managed, grafted: Path, b
 
 
 @pytest.fixture
-def serve(fake: Configure, record: Path, hangup_ends: None) -> Serve:
+def serve(fake: Configure, hangup_ends: None) -> Serve:
     """Return `mtp-graft serve` on a free port as a user runs it; nothing of it may be left."""
 
     @contextmanager
     def run(checkpoint: Path, *words: str, **settings: object) -> Iterator[subprocess.Popen[str]]:
         command = [sys.executable, "-m", "mtp_graft.cli", "serve", str(checkpoint), "--port", "0"]
-        fake(record=str(record), **settings)
+        fake(record=str(RECORD), **settings)
         with subprocess.Popen([*command, *words], stderr=subprocess.PIPE, text=True) as process:
             try:
                 yield process
             finally:
                 process.kill()
-        assert left_behind(record) == []
+        assert left_behind(RECORD) == []
 
     return run
 
@@ -167,9 +154,7 @@ def assert_goes_on(process: subprocess.Popen[str], seconds: float) -> None:
         ([signal.SIGINT, signal.SIGINT], "ignores_sigterm", 128 + signal.SIGINT),
     ],
 )
-def test_a_signal_to_serve_stops_the_server_and_a_second_one_kills_it(
-    serve: Serve, base: Path, signums: list[int], mode: str, status: int
-) -> None:
+def test_serve_signals(serve: Serve, base: Path, signums: Any, mode: str, status: int) -> None:
     with serve(base, exit_status=5, mode=mode) as process:
         wait_until_ready(process)
         for signum in signums[:-1]:
@@ -209,11 +194,11 @@ def test_serve_waits_for_a_completion(serve: Serve, base: Path, mode: str, statu
     assert ("error: http://127.0.0.1:" in errors) is (mode == "refuses")
 
 
-def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path, record: Path) -> None:
+def test_a_headless_node_is_ready_when_it_runs(serve: Serve, grafted: Path) -> None:
     """A further machine of several has no endpoint to ask."""
     with serve(grafted, "--", "--headless", mode="never_healthy") as process:
         wait_until_ready(process, "headless; the first machine answers")
-        read_record(record)
+        read_record(RECORD)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, 143)  # 143: vLLM ended before it minded signals
 
@@ -239,9 +224,7 @@ TEXT = st.text("abcdef ,.:'()[]{}=<>/0123456789", min_size=1).filter(str.strip)
     st.integers(0, 3),
     st.sampled_from(["", ENGINE_FAILED, "INFO:     Shutting down\n"]),
 )
-def test_every_line_of_a_reason_is_in_the_explanation(
-    kind: str, said: list[tuple[str, str]], ranks: int, after: str
-) -> None:
+def test_every_line_of_a_reason(kind: str, said: Any, ranks: int, after: str) -> None:
     message = f"{kind}: " + "\n".join(indent + text for indent, text in said)
     logged = of_ranks(*[FRAMES + message] * ranks) or f"{FRAMES}{message}\n"
     with TemporaryDirectory() as name:

@@ -62,9 +62,7 @@ def test_each_load_gets_the_k_that_pays_most_and_the_mix_is_held_against_the_bas
     ("fp8", "greedy", "taken", "servers"),
     [(1.0, 0.8, {}, 12), (1.1, 0.8, FP8, 16), (1.1, 1.2, FP8 | GREEDY, 16)],
 )
-def test_the_lm_head_and_sampling_change_only_where_that_pays(
-    fp8: float, greedy: float, taken: dict[str, Any], servers: int
-) -> None:
+def test_choices_that_pay(fp8: float, greedy: float, taken: dict[str, Any], servers: int) -> None:
     def gain(_load: int, k: int, **drafts: Any) -> float:
         factor = fp8 if drafts.get("draft_lm_head_quantization") else 1.0
         return (1 + k / 3) * factor * (greedy if drafts.get("draft_sample_method") else 1.0)
@@ -116,14 +114,8 @@ def load(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
     return client
 
 
-def test_tune_measures_once_and_serve_takes_what_it_found(
-    run_command: Callable[..., tuple[int, str, str]],
-    load: Mock,
-    grafted: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    prompts, file = tmp_path / "prompts.jsonl", grafted / TUNED_NAME
+def test_tune(run_command: Any, load: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, file = Path("prompts.jsonl"), grafted / TUNED_NAME
     prompts.write_text('{"id": "a", "text": "ab"}\n{"id": "b", "text": "hello"}\n')
     words = ("tune", grafted, "--k", "1,2", "--concurrency", "1,2", "--prompts", prompts)
     plan = json.loads(run_command(*words, "--dry-run", "--json", "-")[1])
@@ -154,25 +146,19 @@ def test_tune_measures_once_and_serve_takes_what_it_found(
     assert f"{file}: not what mtp-graft tune writes (schedule" in dry_run()
 
 
-MIXED = [[1, 4, 3], [5, 16, 1]]
+MIXED, THREE = [[1, 4, 3], [5, 16, 1]], {"num_speculative_tokens": 3, **FP8}
+BY_LOAD: Any = THREE | {"num_speculative_tokens_per_batch_size": MIXED}
 
 
 @pytest.mark.parametrize(
     ("schedule", "sampling", "drafts"),
     [
-        ([[1, 4, 3]], None, {"num_speculative_tokens": 3, **FP8}),
+        ([[1, 4, 3]], None, THREE),
         ([[1, 4, 0]], None, None),
-        (
-            MIXED,
-            "probabilistic",
-            {"num_speculative_tokens": 3, "num_speculative_tokens_per_batch_size": MIXED, **FP8}
-            | {"draft_sample_method": "probabilistic"},
-        ),
+        (MIXED, "probabilistic", BY_LOAD | {"draft_sample_method": "probabilistic"}),
     ],
 )
-def test_a_gpu_server_drafts_as_tuned_but_for_what_is_said(
-    grafted: Path, schedule: Any, sampling: Any, drafts: dict[str, Any] | None
-) -> None:
+def test_gpus_draft_as_tuned(grafted: Path, schedule: Any, sampling: Any, drafts: Any) -> None:
     where = {"device": "1x G", "vllm": "0.33.0 (cuda)", "serve": "as it was", "date": "2026-12-01"}
     tuned = {"schedule": schedule, **FP8, **GREEDY, **where}
     (grafted / TUNED_NAME).write_text(json.dumps(tuned))

@@ -42,6 +42,5 @@ def load_expert(layer: RoutedExperts, expert: int, matrix: str, part: str, value
     """Load one tensor (`matrix` w1, w2 or w3; `part` weight, weight_scale, ...) as vLLM does."""
     name = f"{'w2' if matrix == 'w2' else 'w13'}_{part}"
     parameter = getattr(layer, name)
-    assert parameter.weight_loader(
-        parameter, value, name, shard_id=matrix, expert_id=expert, return_success=True
-    )
+    where = {"shard_id": matrix, "expert_id": expert, "return_success": True}
+    assert parameter.weight_loader(parameter, value, name, **where)

@@ -25,9 +25,7 @@ from mtp_graft.vllm_plugin.cpu import attention_metadata
 from mtp_graft.vllm_plugin.replacing import replace
 
 pytestmark = pytest.mark.vllm
-
 attention_metadata.fill_gaps()
-
 STALE = -77
 PAD = -1
 MAX_CONTEXT = 700
@@ -86,9 +84,7 @@ def test_each_token_maps_to_the_request_that_owns_it() -> None:
 
 @exhaustive
 @given(batches(), st.sampled_from([1, 2, 7, 128]), st.data())
-def test_window_slots_are_those_of_the_positions_a_token_may_read(
-    batch: Batch, window_size: int, data: st.DataObject
-) -> None:
+def test_window_slots_of_a_token(batch: Batch, window_size: int, data: st.DataObject) -> None:
     num_tokens = len(batch.tokens)
     offset = data.draw(st.integers(0, num_tokens - 1), label="token_offset")
     num_rows = data.draw(st.integers(1, num_tokens - offset), label="num_tokens")

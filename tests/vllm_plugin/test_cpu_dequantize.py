@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 from vllm.model_executor.layers.linear import ReplicatedLinear
-from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
-    CompressedTensorsConfig,
-)
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 from mtp_graft.errors import GraftError
@@ -15,7 +12,7 @@ from mtp_graft.vllm_plugin.cpu import dequantize
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.order_free import OrderFreeLinear
 from quantized import tiny_quantization
-from vllm_plugin.layers import config_for, routed_experts
+from vllm_plugin.layers import CompressedTensorsConfig, config_for, routed_experts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
 

@@ -17,13 +17,11 @@ from mtp_graft.vllm_plugin.cpu.experts import clamped_experts, clamped_pairs, pr
 from vllm_plugin.layers import LIMIT, config_for, load_expert, routed_experts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
-
 NUM_EXPERTS, CHOICES, HIDDEN, INTERMEDIATE = 8, 6, 256, 128
 RANDOM = torch.Generator().manual_seed(0)
 #: [E, 2M, D] and [E, D, M]; gate and up reach about +-40.
 W13 = torch.randn(NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=RANDOM)
 W2 = torch.randn(NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=RANDOM) / 16
-
 Tokens = tuple[Tensor, Tensor, Tensor]
 both_ways = pytest.mark.parametrize("way", [clamped_pairs, clamped_experts])
 
@@ -70,7 +68,7 @@ def test_a_token_does_not_depend_on_its_neighbours(way: Any, num_tokens: int, th
 
 
 @pytest.mark.parametrize(
-    ("lengths", "num_tokens", "expected"),
+    ("lengths", "total", "expected"),
     [
         ((1,) * 48, 48, [(False, slice(0, 48))]),  # many requests are no prompt
         ((2, 8, 1), 11, [(False, slice(0, 11))]),
@@ -80,14 +78,9 @@ def test_a_token_does_not_depend_on_its_neighbours(way: Any, num_tokens: int, th
         ((), 64, [(True, slice(0, 64))]),
     ],
 )
-def test_prompts_are_told_from_decoding_by_each_requests_tokens(
-    lengths: tuple[int, ...], num_tokens: int, expected: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoding(lengths: Any, total: int, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "request_bounds", lambda: [*accumulate((0, *lengths))])
-    assert list(prompts_apart(num_tokens)) == expected
-
-
-# The stored formats, through vLLM's own layer: create, load, process, apply
+    assert list(prompts_apart(total)) == expected
 
 
 def stored_parts(variant: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:

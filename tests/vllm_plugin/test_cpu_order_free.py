@@ -22,7 +22,6 @@ from mtp_graft.vllm_plugin.cpu import order_free
 from mtp_graft.vllm_plugin.cpu.order_free import MAX_ROWS, MIN_ROWS, free_from_order
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
-
 STREAMS, HIDDEN, MIXES = 4, 256, 24
 BF16 = torch.bfloat16
 Result = tuple[Tensor, ...]
@@ -77,8 +76,6 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "LM head": lambda: product(embedding.ParallelLMHead(128, HIDDEN, params_dtype=BF16)),
     "hyper-connection": hyper_connection,
 }
-
-
 _KERNELS = [pytest.mark.serves]  # of DeepSeek-V4 alone
 
 

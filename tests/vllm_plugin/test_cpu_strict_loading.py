@@ -19,7 +19,6 @@ from mtp_graft.vllm_plugin.strict_loading import load_base, load_head, load_stri
 from vllm_plugin.layers import config_for, load_expert, routed_experts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
-
 Weights = Iterable[tuple[str, Tensor]]
 Load = Callable[[Weights], set[str]]
 

@@ -12,8 +12,8 @@ from vllm import ModelRegistry
 from mtp_graft import vllm_plugin
 
 pytestmark = pytest.mark.vllm
-
 NAMES = {"DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM", "DeepSeekV4MTPModel": "DeepSeekV4MTP"}
+DSPARK = {"DSparkDraftModel": "DSparkDeepseekV4ForCausalLM"}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm"])
@@ -26,8 +26,6 @@ def test_models_are_replaced_by_ours(platform: str, monkeypatch: pytest.MonkeyPa
     vllm_plugin.register()
     changed = {k: m for k, m in ModelRegistry.models.items() if m is not before.get(k)}
     found = {name: f"{model.module_name}:{model.class_name}" for name, model in changed.items()}
-    names = NAMES | (
-        {"DSparkDraftModel": "DSparkDeepseekV4ForCausalLM"} if platform == "cuda" else {}
-    )
+    names = NAMES | (DSPARK if platform == "cuda" else {})
     ours = {name: f"mtp_graft.vllm_plugin.{platform}:{cls}" for name, cls in names.items()}
     assert found == ({} if platform == "rocm" else ours)

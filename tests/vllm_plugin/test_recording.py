@@ -27,7 +27,6 @@ from mtp_graft.vllm_plugin.cpu import recording as v1
 from mtp_graft.vllm_plugin.recording import make_recorder
 
 pytestmark = pytest.mark.vllm
-
 MAX_TOKENS, STREAMS, HC_DIM, VOCAB = 16, 2, 6, 11
 
 
@@ -85,7 +84,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def place(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Which rank this is."""
     place = SimpleNamespace(is_last_rank=True, rank=0)
     monkeypatch.setattr(recording, "get_pp_group", lambda: place)
     monkeypatch.setattr(recording, "get_tensor_model_parallel_rank", lambda: place.rank)
@@ -145,7 +143,6 @@ def prompt(*tokens: int) -> Request:
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Return every recording by its name."""
     return {p.name: load_file(p) for p in sorted((folder / RECORDINGS).glob("*.safetensors"))}
 
 
@@ -185,10 +182,9 @@ def test_earlier_recordings_are_kept(runner: Runner, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
-def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
-    error: Exception, runner: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_a_failed_write(
+    error: Any, runner: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     runner.step(prompt(4))
     assert (folder / INTACT_NAME).exists()
@@ -221,9 +217,7 @@ def test_a_residual_that_no_graph_wrote_is_not_finite(runner: Runner, folder: Pa
     assert first["residual"].isfinite().all() and second["residual"].isnan().all()
 
 
-def test_only_the_first_rank_of_the_last_stage_writes(
-    folder: Path, place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks(folder: Path, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place.rank = 1
     helping = Runner()
     helping.step(prompt(4, 5))

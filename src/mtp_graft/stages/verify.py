@@ -20,7 +20,7 @@ from torch import Tensor
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.quant_manifest import HEAD_SHARD
-from mtp_graft.checkpoint.quantization_config import read_quantization
+from mtp_graft.checkpoint.quantization_config import read_quantization, with_section
 from mtp_graft.checkpoint.shards import read_index
 from mtp_graft.dsv4.names import EXPERT, QUANTIZED, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
@@ -77,7 +77,8 @@ def verify(
     files = {name: _compare(path, checkpoint / name) for name, path in base_files(base).items()}
     is_same = quant_manifest.base_provenance(base, base_map.values()) == recorded
     if is_same:
-        config, found = (read_object(f / "config.json", "a config") for f in (base, checkpoint))
+        read = (read_object(f / "config.json", "a config") for f in (base, checkpoint))
+        config, found = map(with_section, read)
         drafter = drafter_config(upstream, master.files or exact.files)
         expected = config_with_head(config, drafter, variant, linears_of(listed))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
