@@ -30,12 +30,9 @@ def e8m0(byte: int) -> float:
 
 def decode_fp8_blocks(codes: Tensor, scale: Tensor) -> Tensor:
     """Return float64 [O, I] of E4M3 codes and one scale per 128 x 128 block."""
-    scales = scale.double().tolist()
-    rows = [
-        [e4m3(byte) * scales[r // 128][c // 128] for c, byte in enumerate(row)]
-        for r, row in enumerate(codes.view(torch.uint8).tolist())
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    scales, rows = scale.double().tolist(), enumerate(codes.view(torch.uint8).tolist())
+    w = [[e4m3(b) * scales[r // 128][c // 128] for c, b in enumerate(row)] for r, row in rows]
+    return torch.tensor(w, dtype=torch.float64)
 
 
 def decode_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:

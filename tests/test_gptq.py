@@ -126,10 +126,8 @@ def test_gptq_agrees_with_the_cpu(scale: Scale) -> None:
     on_cpu = gptq(weight, hessian, scale=scale)
     on_gpu = gptq(weight.cuda(), hessian.cuda(), scale=scale)
     assert (on_gpu.codes.cpu() == on_cpu.codes).float().mean() > 0.99
-    errors = [
-        relative_error(weight, int4.decode(q.codes.cpu(), q.scale.cpu()), hessian).mean()
-        for q in (on_cpu, on_gpu)
-    ]
+    decoded = [int4.decode(q.codes.cpu(), q.scale.cpu()) for q in (on_cpu, on_gpu)]
+    errors = [relative_error(weight, each, hessian).mean() for each in decoded]
     assert errors[1].item() == pytest.approx(errors[0].item(), rel=1e-3)
 
 

@@ -90,7 +90,7 @@ def write(folder: Path, makers: Iterable[str], *, index: bool = True, experts: i
     for maker in makers:
         MAKERS[maker](folder, config, found)
     tensors = {n: torch.zeros(64 if n.endswith("gate.weight") else 1) for n in found}
-    save_shard(tensors, folder / "model.safetensors", sync=False)
+    save_shard(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     if index:
         write_index(dict.fromkeys(found, "model.safetensors"), 0, folder)

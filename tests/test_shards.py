@@ -70,7 +70,7 @@ def test_a_shard_is_as_safetensors_writes_it(tensors: dict[str, Tensor], tmp_pat
     items = list(reversed(tensors.items()))
     expected = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(expected, tmp_path / "theirs", metadata={"format": "pt"})
-    shards.save_shard(dict(items), tmp_path / "saved", sync=False)
+    shards.save_shard(dict(items), tmp_path / "saved")
     layout = {name: tensor.to("meta") for name, tensor in tensors.items()}
     shards.stream_shard(layout, iter(items), tmp_path / "streamed")
     for name in ("saved", "streamed"):

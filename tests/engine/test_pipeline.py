@@ -33,7 +33,12 @@ capture.concurrency=6 quantize.experts_per_batch=4 bench.count=2 bench.max_token
 bench.k=3 score.k=3 bench.served_variants=["gptq"]"""
 ORDER = [stage for stage in STAGES if stage != "heal"]  # which the recipe has not
 #: The stages that are killed, at most so many seconds after they have begun.
-WORKS_FOR_S = {"capture": 20, "quantize": 4, "splice": 0.3, "bench": 12, "score": 3, "verify": 0.5}
+WORKS_FOR_S = {"capture": 40, "quantize": 4, "splice": 0.3, "bench": 30, "score": 3, "verify": 0.5}
+WORKS_FOR_S |= {"report": 0.15}
+SEED = 3
+#: What nobody writes again once it is there.
+KEPT = ["capture/manifest.json", "quantize/*/experts-*.safetensors", "score/*.json"]
+KEPT += ["bench/mtp.json", "bench/[!dm]*.json"]
 CHANGES = [f"--set={setting}" for setting in SETTINGS.split()]
 
 
@@ -43,7 +48,7 @@ def demo(run: Path) -> list[str]:
 
 def moments(number: int) -> list[tuple[str, float]]:
     """Draw stages, in their order, and how many seconds into each a run is killed."""
-    random, stages = Random(3), [*islice(cycle(WORKS_FOR_S), number)]
+    random, stages = Random(SEED), [*islice(cycle(WORKS_FOR_S), number)]
     return [(s, random.uniform(0, WORKS_FOR_S[s])) for s in sorted(stages, key=ORDER.index)]
 
 
@@ -99,16 +104,20 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> It
     before = hashes(tiny_model / "base")
     (run.parent / "tmp").mkdir()
     kept: dict[Path, int] = {}
+    kills: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(run.parent / "tmp"))  # and so all its processes name the run
         for stage, after_s in moments(int(os.environ.get("MTP_GRAFT_KILLS", "2"))):
-            wait_until_gone(run, kill_in(stage, after_s, run))
-            kept |= {p: p.stat().st_mtime_ns for p in run.glob("quantize/*/experts-*.safetensors")}
-            kept |= {p: p.stat().st_mtime_ns for p in run.glob("bench/*.json")}
+            memory, killed_at = kill_in(stage, after_s, run), time.monotonic()
+            wait_until_gone(run, memory)
+            kept |= {p: p.stat().st_mtime_ns for files in KEPT for p in run.glob(files)}
+            *_, said = run.with_name("errors").read_text().splitlines()
+            gone_s = time.monotonic() - killed_at
+            kills.append({"stage": stage, "after_s": after_s, "said": said, "gone_s": gone_s})
         result = run / "result.json"
         subprocess.run([*demo(run), "--json", str(result)], check=True, timeout=600)
     found = json.loads(result.read_text())
-    yield {"run": run, "result": found, "kept": kept, "base_hashes": before}
+    yield {"run": run, "result": found, "kept": kept, "kills": kills, "base_hashes": before}
     for pid in processes_of(run):
         os.kill(pid, signal.SIGKILL)
 
@@ -122,11 +131,14 @@ def wait_until_gone(run: Path, memory: Collection[Path] = ()) -> None:
         time.sleep(0.2)
 
 
-def test_a_killed_run_leaves_no_server_and_redoes_nothing_finished(killed_run: Any) -> None:
+def test_a_killed_run_leaves_no_server_and_redoes_nothing_finished(
+    killed_run: Any, measured: dict[str, Any]
+) -> None:
     wait_until_gone(killed_run["run"])
-    assert killed_run["kept"]
-    for path, written in killed_run["kept"].items():
-        assert path.stat().st_mtime_ns == written
+    kept, kills = killed_run["kept"], killed_run["kills"]
+    redone = [path.name for path, written in kept.items() if path.stat().st_mtime_ns != written]
+    measured |= {"seed": SEED, "kills": kills, "finished_files": len(kept), "redone": redone}
+    assert kept and not redone
 
 
 def test_the_result_has_the_contracts_keys_and_a_card(killed_run: Any) -> None:
@@ -205,10 +217,14 @@ def test_the_checkpoint_is_verified_and_the_base_linked(killed_run: Any, tiny_mo
         assert all(name.startswith("mtp.0.") for name in head.keys())  # noqa: SIM118
 
 
-def test_the_same_without_a_kill(killed_run: Any, repo_root: Path, mtp_graft: Any) -> None:
+def test_the_same_without_a_kill(
+    killed_run: Any, repo_root: Path, mtp_graft: Any, measured: dict[str, Any]
+) -> None:
     killed, other = killed_run["run"], Path("run")
     shutil.copytree(killed / "capture", other / "capture")
     shutil.copy(killed / "run.json", other)
     for stage in ("quantize", "splice"):
         mtp_graft(stage, repo_root / "recipes" / "tiny.toml", "--run", other, *CHANGES)
-    assert hashes(other / "splice" / "gptq") == hashes(killed / "splice" / "gptq")
+    files = hashes(killed / "splice" / "gptq")
+    measured |= {"files": len(files), "bytes_equal": hashes(other / "splice" / "gptq") == files}
+    assert measured["bytes_equal"]

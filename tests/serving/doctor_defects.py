@@ -37,7 +37,7 @@ def edit_shard(folder: Path, change: Callable[[Tensors], Tensors], holding: str 
     name = read_weight_map(folder / INDEX)[holding] if holding else HEAD
     with Shard(folder / name) as shard:
         tensors = change(shard.read(shard.meta))
-    save_shard(tensors, folder / name, sync=False)
+    save_shard(tensors, folder / name)
     others = {n: s for n, s in read_weight_map(folder / INDEX).items() if s != name}
     edit_index(folder, lambda _listed: others | dict.fromkeys(tensors, name))
 
@@ -83,7 +83,7 @@ def leave(name: str, data: bytes | None = None) -> Plant:
         (folder / name).write_bytes(data or b"")
         if data is None:
             tensors = {"layers.0.attention.wq.weight": torch.zeros(2), NORM: torch.zeros(2)}
-            save_shard(tensors, folder / name, sync=False)
+            save_shard(tensors, folder / name)
 
     return plant
 

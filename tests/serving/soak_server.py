@@ -1,7 +1,7 @@
 """A stand-in server for soaks: a sound one, but for a fault that is planted in some answers.
 
-A character is a token. Every third answer under load, which is what comes without logprobs, is
-given to the fault. It drafts three tokens a step and accepts two.
+A character is a token. The fault is given every answer, or of those under load, which are asked
+for without logprobs, every third. It drafts three tokens a step and accepts two.
 """
 
 import json
@@ -62,7 +62,7 @@ def logprobs(token: int) -> Json:
     return {**own, "top_logprobs": tops}
 
 
-def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
+def serving(fault: Fault | None = None, *, always: bool = False) -> AbstractContextManager[str]:
     answered, under_load = count(1), count()
 
     class Handler(http_stand_in.Handler):
@@ -77,7 +77,8 @@ def serving(fault: Fault | None = None) -> AbstractContextManager[str]:
                 self.say({"count": len(body["prompt"]), "max_model_len": 4096})
                 return
             answer = sound(body)
-            if fault and not body.get("logprobs") and next(under_load) % 3 == 0:
+            third = not body.get("logprobs") and next(under_load) % 3 == 0
+            if fault and (always or third):
                 fault(answer)
             if answer["reason"] == "refuse":
                 self.send_error(500)

@@ -43,7 +43,10 @@ def test_dry_run_prints_command_and_json(run: Run, vllm: tuple[str, ...], grafte
     assert result["env"]["VLLM_API_KEY"] == "***" and "s3cret" not in text
 
 
-def test_listening_beyond_loopback_without_a_key_warns(run: Run, base: Path) -> None:
+def test_no_drafting_and_listening_beyond_loopback_are_told(run: Run, base: Path) -> None:
+    status, out, _ = run("serve", base, "--dry-run", "--profile", "none")
+    assert status == 0 and out.startswith("# - no drafting: the checkpoint has no head")
+
     def errors(*words: str) -> str:
         return run("serve", base, "--dry-run", "--host", *words)[2]
 
@@ -58,12 +61,6 @@ def test_a_flag_of_serves_is_refused_after_the_dashes(run: Run, base: Path, flag
     assert (status, out) == (2, "")
     name = flag.partition("=")[0].replace("_", "-")
     assert f"{name} after --: mtp-graft decides it" in errors
-
-
-def test_a_server_that_will_not_draft_says_so(run: Run, base: Path) -> None:
-    status, out, _ = run("serve", base, "--dry-run", "--profile", "none")
-    assert status == 0
-    assert out.startswith("# - no drafting: the checkpoint has no head")
 
 
 def test_a_command_for_a_cpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

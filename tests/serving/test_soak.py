@@ -18,9 +18,11 @@ from .soak_server import BOS, Fault, Json, serving
 Run = Callable[..., tuple[int, str, str]]
 
 
-def soaked(fault: Fault | None = None, minutes: float = 0.01, silence_s: float = 5.0) -> Any:
+def soaked(
+    fault: Fault | None = None, minutes: float = 0.01, silence_s: float = 5.0, always: bool = False
+) -> Any:
     config = SoakConfig(minutes, concurrency=4, pool=16, silence_s=silence_s)
-    with serving(fault) as url, ServerClient(url) as client:
+    with serving(fault, always=always) as url, ServerClient(url) as client:
         return soak(client, client, config, quiet)
 
 
@@ -57,13 +59,14 @@ def is_free(answer: Json, greedy: bool = False) -> bool:
     return not form and not (greedy and answer["body"]["temperature"])
 
 
-def says(text: str, *, greedy: bool = True) -> Fault:
-    """Let long free texts go on with something else, as long as they were."""
+def says(text: str, *, greedy: bool = True, tie: bool = False) -> Fault:
+    """Let long free texts go on with something else, as long as they were; after a near tie."""
 
     def fault(answer: Json) -> None:
         for key, whole in answer["said"].items():
             if is_free(answer, greedy) and len(whole) > 90:
-                other = whole[:10] + (text * 90)[: len(whole) - 10]
+                begin = whole.partition("a")[0] + "b" if tie else whole[:10]
+                other = (begin + text * 90)[: len(whole)]
                 answer["said"][key] = other
                 answer["tokens"][: len(other)] = map(ord, other)
 
@@ -124,6 +127,42 @@ def test_a_planted_fault_is_found_and_named(fault: Fault, kinds: set[str]) -> No
     assert result["errors"] == result["hangs"] == 0 < result["equal"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "kinds"),
+    [
+        (lambda answer: answer["tokens"].__setitem__(2, BOS), {"control tokens"}),
+        (breaks_form, {"broken JSON", "broken tool call"}),
+        (lambda answer: answer.update(reason="abort"), {"finish reason"}),
+        (lambda answer: answer.update(completion=1), {"usage"}),
+        (passes_stop, {"stop string"}),
+        (is_empty, {"empty"}),
+        (says("la ", greedy=False), set()),
+    ],
+)
+def test_a_fault_of_every_answer_counts_once(fault: Fault, kinds: set[str]) -> None:
+    result = soaked(fault, always=True)
+    told = [(each["id"], each["kind"]) for each in result["corrupted"]]
+    assert {kind for _, kind in told} == kinds and len(told) == len({*told})
+    assert {each["where"] for each in result["corrupted"]} <= {"alone"}
+    assert {*told} <= {(name, kind) for name, found in result["alone"].items() for kind in found}
+    assert result["alone"] and (kinds or result["odd"]["loop"] > 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("la ", "loop"),
+        ("<｜User｜> and so on ", "control tokens"),
+        ("\ufffd and on it goes ", "U+FFFD"),
+    ],
+)
+def test_uncompared_answers_are_odd_seldom(text: str, kind: str) -> None:
+    result = soaked(says(text, greedy=False, tie=True), minutes=0.03)
+    [found] = result["corrupted"]
+    assert found["kind"] == kind and "cannot be compared" in found["where"]
+    assert result["odd"][kind] > 3 and result["near_ties"] > 0
+
+
 def test_a_text_that_parts_at_a_near_tie_is_no_fault() -> None:
     def ties(answer: Json) -> None:
         for key, text in answer["said"].items():
@@ -146,10 +185,12 @@ def test_errors_and_hangs_are_counted_and_the_end_of_the_server_ends_the_soak() 
     assert time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("fault", [None, is_empty])
-def test_the_soak_command(run_command: Run, tmp_path: Path, fault: Fault | None) -> None:
+@pytest.mark.parametrize(("fault", "always"), [(None, False), (is_empty, False), (is_empty, True)])
+def test_the_soak_command(
+    run_command: Run, tmp_path: Path, fault: Fault | None, always: bool
+) -> None:
     page, file = tmp_path / "soak.html", tmp_path / "soak.json"
-    with serving(fault) as url:
+    with serving(fault, always=always) as url:
         words = ("bench", "soak", "--base-url", url, "--reference", url, "--minutes", 0.01)
         status, out, errors = run_command(*words, "--json", file, "--page", page)
     result = json.loads(file.read_text())
@@ -158,3 +199,4 @@ def test_the_soak_command(run_command: Run, tmp_path: Path, fault: Fault | None)
     is_bad = fault is not None
     assert (status, "answers are bad" in errors) == (int(is_bad), is_bad)
     assert ("<h3>" in page.read_text()) == is_bad
+    assert ("(empty, alone, of the reference)" in errors and "short-0: empty" in out) == always

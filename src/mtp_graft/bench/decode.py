@@ -170,10 +170,8 @@ def decode_tok_s(answers: Round) -> float:
     """Return tokens after the first chunks over the time they took, all prompts pooled."""
     _, seconds, tokens = map(sum, zip(*map(timing, answers), strict=True))
     if not seconds:
-        raise GraftError(
-            "every answer of a round came in a single chunk, so there is no decode time to "
-            "measure; ask for more tokens or longer answers"
-        )
+        problem = "every answer of a round came in a single chunk, so there is no decode time"
+        raise GraftError(f"{problem} to measure; ask for more tokens or longer answers")
     return tokens / seconds
 
 
@@ -225,12 +223,10 @@ def time_answer(client: ServerClient, path: str, body: Mapping[str, Any]) -> Ans
     before = client.spec_decode_counters()
     answer = read_answer(client, path, {**body, **STREAM, "return_token_ids": True})
     arrived, counted = len(answer["token_ids"]), answer.get("completion_tokens")
-    if answer["finish_reason"] not in WHOLE_REASONS or not arrived or arrived != counted:
-        raise GraftError(
-            f"{client.base_url}: the stream ended after {arrived} tokens (reason "
-            f"{answer['finish_reason']!r}, {counted} by the server's count); expected all "
-            f"tokens, at least one, and a reason out of {', '.join(WHOLE_REASONS)}"
-        )
+    if (reason := answer["finish_reason"]) not in WHOLE_REASONS or not 0 < arrived == counted:
+        ended = f"{arrived} tokens (reason {reason!r}, {counted} by the server's count)"
+        expected = f"all tokens, at least one, and a reason out of {', '.join(WHOLE_REASONS)}"
+        raise GraftError(f"{client.base_url}: the stream ended after {ended}; expected {expected}")
     after = client.spec_decode_counters()
     counters = None if before is None or after is None else asdict(after - before)
     return answer | {"counters": counters}

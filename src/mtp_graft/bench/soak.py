@@ -1,7 +1,4 @@
-"""Does a server write under load what it writes alone?
-
-A load of many kinds of requests is held, and each answer is compared with the one given alone.
-"""
+"""Does a server write under a load of many kinds of requests what it writes alone?"""
 
 import json
 import re
@@ -10,8 +7,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from importlib.resources import files
-from itertools import count, pairwise
+from itertools import chain, count, pairwise
 from random import Random
 from statistics import median
 from threading import Event, Lock
@@ -45,6 +43,8 @@ _ENDS = {0, 1}
 _CONTROL = re.compile(r"<[｜|][^｜|<>\n]{1,40}[｜|]>|</?think>|｜DSML｜")
 #: A loop: so many tokens before the last, which repeat at most so many.
 _LOOP_TOKENS, _LOOP_PERIOD = 64, 12
+#: Of answers that cannot be compared, this share may be odd; more count if of several requests.
+_MAX_ODD, _MIN_ODD = 0.02, 3
 #: Letters, and their share, from which on a new script counts; tokens that must have some text.
 _MIN_LETTERS, _MIN_SHARE, _MIN_TOKENS = 20, 0.3, 8
 Record = dict[str, Any]
@@ -90,15 +90,15 @@ def soak(
             answer = read_answer(asked, _PATH, request.body, request.hang_up_after)
             if request.hang_up_after and "total_tokens" not in answer:
                 return {"kind": "hung up"}
-            expected, is_streamed = alone[request.name], "stream" in request.body
-            times = [at_s for at_s, _ in answer["chunks"] if is_streamed]
-            record = {"said": said(answer), "alone": said(expected), "body": request.body}
-            return {"kind": judge(request, answer, expected), **record, "times": times}
+            expected, found = alone[request.name], {"odd": oddities(answer), "body": request.body}
+            found["times"] = [at_s for at_s, _ in answer["chunks"] if "stream" in request.body]
+            kind = judge(request, answer, expected)
+            return {"kind": kind, "said": said(answer), "alone": said(expected), **found}
 
         records = _hold(ask, watch.look, pool, config, report)
-    kinds = {r.name: faults(r, alone[r.name]) + oddities(alone[r.name]) for r in pool}
-    odd = {"alone": {name: found for name, found in kinds.items() if found}}
-    return {**_summary(records), **odd, **watch.result(), "config": config._asdict()}
+    where = "alone" if reference is client else "alone, of the reference"
+    found = _summary(records) | _find_corrupted(records, pool, alone, where) | watch.result()
+    return {**found, "config": config._asdict()}
 
 
 def _hold(
@@ -124,7 +124,7 @@ def _hold(
                 record = {"kind": "hang" if silent else "error", "message": str(error)}
                 if isinstance(error.__cause__, httpx.ConnectError):
                     stop.set()
-            records.append({"id": f"{number}-{request.name}", **record})
+            records.append({"id": f"{number}-{request.name}", "where": "under load", **record})
 
     look()
     with ThreadPoolExecutor(config.concurrency) as executor:
@@ -171,12 +171,10 @@ class _Watch:
         known = [size for size in memory if size]
         quarter = len(known) // 4
         late, early = known[-quarter:], known[quarter : 2 * quarter]
+        alone, load = _rate(self._seen[0][1], counters[0]), _rate(counters[0], counters[-1])
         return {
             "seconds": time.perf_counter() - self._started,
-            "acceptance": {
-                "alone": _rate(self._seen[0][1], counters[0]),
-                "load": _rate(counters[0], counters[-1]),
-            },
+            "acceptance": {"alone": alone, "load": load},
             "memory_growth": median(late) / median(early) - 1 if early else None,
             "over_time": [
                 {"at_s": at_s, "acceptance": _rate(before, after), "memory_bytes": size}
@@ -190,9 +188,8 @@ def _rate(earlier: SpecDecodeCounters | None, later: SpecDecodeCounters | None) 
 
 
 def _summary(records: Sequence[Record]) -> dict[str, Any]:
-    num, failed = Counter(record["kind"] for record in records), _FAILED.values()
-    bad = [{k: r[k] for k in r if k != "times"} for r in records if r["kind"] not in _FINE.values()]
-    times = [record["times"] for record in records if record.get("times")]
+    num = Counter(record["kind"] for record in records)
+    times = [times for record in records if (times := record.pop("times", None))]
     gaps = [later - earlier for each in times for earlier, later in pairwise(each)]
 
     def percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -201,11 +198,29 @@ def _summary(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "requests": len(records),
         **{key: num[kind] for key, kind in (_FINE | _FAILED).items()},
-        "corrupted": [record for record in bad if record["kind"] not in failed],
-        "failures": [record for record in bad if record["kind"] in failed],
+        "failures": [record for record in records if record["kind"] in _FAILED.values()],
         "ttft_ms": percentiles([each[0] for each in times]),
         "gap_ms": percentiles(gaps),
     }
+
+
+def _find_corrupted(
+    records: Sequence[Record], pool: Sequence[Request], alone: dict[str, Answer], where: str
+) -> dict[str, Any]:
+    """Return the faults of the answers alone and under load, and what is odd in either."""
+    hard = {r.name: faults(r, alone[r.name]) for r in pool}
+    kinds = {name: found + oddities(alone[name]) for name, found in hard.items()}
+    about = {r.name: {"said": said(alone[r.name]), "where": where, "body": r.body} for r in pool}
+    corrupted = [{"id": n, "kind": k, **about[n]} for n, found in hard.items() for k in found]
+    corrupted += [r for r in records if r["kind"] not in (_FINE | _FAILED).values()]
+    free = [record for record in records if record["kind"] in (NEAR_TIE, SOUND)]
+    odd = Counter(kind for record in free for kind in record["odd"])
+    for kind in odd.keys() - {*chain(*kinds.values())}:
+        found = {r["id"].partition("-")[2]: r for r in free if kind in r["odd"]}
+        if odd[kind] > _MAX_ODD * len(free) and len(found) >= _MIN_ODD:
+            where = f"{odd[kind]} of {len(free)} that cannot be compared"
+            corrupted.append({**found.popitem()[1], "kind": kind, "where": where})
+    return {"corrupted": corrupted, "alone": {n: k for n, k in kinds.items() if k}, "odd": odd}
 
 
 # The requests, as data: the same seed gives the same ones
@@ -275,8 +290,7 @@ def judge(request: Request, answer: Answer, reference: Answer) -> str:
         return SOUND
     if margin(answer, reference) <= _NEAR_TIE_NATS:
         return NEAR_TIE
-    odd = [kind for kind in oddities(answer) if kind not in oddities(reference)]
-    return odd[0] if odd else "other text"
+    return next((k for k in oddities(answer) if k not in oddities(reference)), "other text")
 
 
 def said(answer: Answer) -> tuple[str, str, list[list[str]]]:
@@ -312,8 +326,9 @@ def oddities(answer: Answer) -> list[str]:
     """Return what a large model does not write, and a small one may."""
     end, periods = answer["token_ids"][:-1][-_LOOP_TOKENS:], range(1, _LOOP_PERIOD + 1)
     loops = len(end) == _LOOP_TOKENS and any(end[n:] == end[:-n] for n in periods)
-    names = bool(_CONTROL.search("".join(map(str, said(answer)))))
-    return ["control tokens"] * names + ["loop"] * loops
+    text = "".join(map(str, said(answer)))
+    found = ["loop"] * loops + ["U+FFFD"] * ("\ufffd" in text)
+    return ["control tokens"] * bool(_CONTROL.search(text)) + found
 
 
 def margin(answer: Answer, reference: Answer) -> float:
@@ -329,21 +344,15 @@ def margin(answer: Answer, reference: Answer) -> float:
 
 def _fits(text: str) -> bool:
     """Return whether a text is what the schema in soak.json asks for."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return False
     colours = ("red", "green", "blue")
-    return found in [{"colour": colour, "count": n} for colour in colours for n in range(100)]
+    with suppress(ValueError):
+        return json.loads(text) in [{"colour": c, "count": n} for c in colours for n in range(100)]
+    return False
 
 
 def _has_new_script(answer: Answer, reference: Answer) -> bool:
-    ours, theirs = (_scripts("".join(said(a)[:2])) for a in (answer, reference))
+    letters = (filter(str.isalpha, "".join(said(a)[:2])) for a in (answer, reference))
+    ours, theirs = (Counter(unicodedata.name(c, "").split(" ")[0] for c in x) for x in letters)
     new = sum(count for script, count in ours.items() if script not in theirs)
     enough = min(ours.total(), theirs.total()) >= _MIN_LETTERS
     return enough and new >= _MIN_SHARE * ours.total()
-
-
-def _scripts(text: str) -> Counter[str]:
-    """Count the letters of each script."""
-    return Counter(unicodedata.name(c, "").partition(" ")[0] for c in text if c.isalpha())

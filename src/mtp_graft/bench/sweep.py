@@ -65,9 +65,8 @@ def _point(
     requests = [*zip(*columns, strict=True)]
     done = [numbers for error, *numbers in requests if not error]
     if not done:
-        raise GraftError(
-            f"concurrency {concurrency}: every request failed, the first one with: {failures[0]}"
-        )
+        found_first = f"every request failed, the first one with: {failures[0]}"
+        raise GraftError(f"concurrency {concurrency}: {found_first}")
     speeds = [(n - 1) / (latency - ttft) for n, ttft, latency in done if n > 1]
     counters = _counters(found)
     return {

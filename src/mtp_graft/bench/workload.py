@@ -26,10 +26,7 @@ class Request(NamedTuple):
 
 
 def load_workload(thinking: bool = False, max_tokens: int | None = None) -> list[Request]:
-    """Return the requests that come with the package; all of them were written for it.
-
-    Without `max_tokens` an answer goes on until the model ends it, or the context is full.
-    """
+    """Return the package's own requests; without `max_tokens` the context alone ends an answer."""
     found = json.loads((files("mtp_graft.bench") / "workload.json").read_text("utf-8"))
     options = {"tools": found["tools"], "temperature": 0.0}
     options["chat_template_kwargs"] = {"thinking": thinking}
@@ -39,9 +36,8 @@ def load_workload(thinking: bool = False, max_tokens: int | None = None) -> list
     for task in found["tasks"]:
         document = found["documents"].get(task.get("document"), [])
         user = {"role": "user", "content": "\n\n".join([*document, task["text"]])}
-        requests.append(
-            Request(task["id"], task["category"], {"messages": [system, user], **options})
-        )
+        body = {"messages": [system, user], **options}
+        requests.append(Request(task["id"], task["category"], body))
     return requests
 
 

@@ -68,18 +68,14 @@ def write_text(text: str, path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Give a temporary file that becomes `path` when the body is done; leave nothing otherwise.
-
-    Without `sync` it may not outlive a power cut. Raises GraftError if the disk is full.
-    """
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file, synced and renamed to `path` after the body; nothing if that fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with full_disk_is_an_error(path), temporary.open("wb") as file:
             yield file
             file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,11 +35,9 @@ def claim_folder(folder: Path, config: Json) -> None:
     found = leaves(read_object(path, "a stage's configuration", f"remove {folder}"))
     wanted = leaves(json.loads(json.dumps(config)))
     if differing := [key for key in wanted | found if wanted.get(key) != found.get(key)]:
-        key = differing[0]
-        raise GraftError(
-            f"{folder}: was begun with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r} "
-            f"({len(differing)} differ in all); remove the folder or use another --run"
-        )
+        key, cure = differing[0], "remove the folder or use another --run"
+        said = f"was begun with {key} = {found.get(key)!r}, now it is {wanted.get(key)!r}"
+        raise GraftError(f"{folder}: {said} ({len(differing)} differ in all); {cure}")
 
 
 def leaves(nested: Json, prefix: str = "") -> dict[str, Any]:
@@ -102,12 +101,11 @@ def write_manifest(
 def _git_commit() -> str | None:
     """Return the checkout's commit, or None for an installed package."""
     root = Path(__file__).parents[3]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
     command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
-    with suppress(FileNotFoundError):  # a machine without git
-        if (root / ".git").exists():
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            return result.stdout.strip() or None
-    return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def package_versions() -> dict[str, str]:

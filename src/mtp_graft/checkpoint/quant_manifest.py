@@ -201,8 +201,6 @@ def find_spliced(run: Path) -> Spliced:
     found = sorted(m.parent for m in manifests if not m.parent.name.startswith("."))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise GraftError(
-            f"{stage / variant}: {names} found, expected one checkpoint; remove the others, or run "
-            "`mtp-graft splice` again"
-        )
+        cure = "remove the others, or run `mtp-graft splice` again"
+        raise GraftError(f"{stage / variant}: {names} found, expected one checkpoint; {cure}")
     return Spliced(variant, found[0])

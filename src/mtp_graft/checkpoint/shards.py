@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from io import FileIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +21,8 @@ from mtp_graft.errors import GraftError, in_words
 
 INDEX_NAME = "model.safetensors.index.json"
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
-_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, dtype) for name, dtype in _TABLE["dtypes"].items()
-}
+_NAMES: dict[str, str] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own) for name, own in _NAMES.items()}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 #: Bytes of one read, and how many of them are in flight: one alone does not keep a disk busy.
 _READ_BYTES, _READS = 2**24, 8
@@ -63,10 +62,8 @@ class Shard(AbstractContextManager["Shard"]):
             self._read_header()
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:  # of torch
             self._file.close()
-            raise GraftError(
-                f"{path}: not a readable safetensors file ({in_words(error)}); if it was cut off, "
-                "fetch or capture again"
-            ) from error
+            found = f"{path}: not a readable safetensors file ({in_words(error)})"
+            raise GraftError(f"{found}; if it was cut off, fetch or capture again") from error
 
     def _read_header(self) -> None:
         first = fetched(self._file.read(32))
@@ -145,12 +142,10 @@ def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
     return weight_map
 
 
-def _by_shard(weight_map: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return shard -> names, shards in alphabetical order."""
-    names: dict[str, list[str]] = {shard: [] for shard in sorted(set(weight_map.values()))}
-    for name, shard in weight_map.items():
-        names[shard].append(name)
-    return names
+def _by_shard(names: Iterable[str], shard_of: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return shard -> those names that it has, shards in alphabetical order."""
+    located = groupby(sorted(names, key=shard_of.__getitem__), shard_of.__getitem__)
+    return {shard: [*of_shard] for shard, of_shard in located}
 
 
 def read_meta(folder: Path, prefix: str = "", *, complete: bool = False) -> dict[str, Tensor]:
@@ -160,20 +155,16 @@ def read_meta(folder: Path, prefix: str = "", *, complete: bool = False) -> dict
     `complete`, for one that is there and not listed.
     """
     weight_map, found = read_index(folder, prefix), dict[str, Tensor]()
-    for shard, listed in _by_shard(weight_map).items():
+    for shard, listed in _by_shard(weight_map, weight_map).items():
         with Shard(folder / shard) as file:
             held = {name for name in file.meta if name.startswith(prefix)}
             found |= file.meta
         if missing := sorted(set(listed) - held):
-            raise GraftError(
-                f"{folder / shard}: has no {missing[0]} ({len(missing)} missing in all), but "
-                f"{INDEX_NAME} lists it; fetch again"
-            )
+            lacks = f"has no {missing[0]} ({len(missing)} missing in all)"
+            raise GraftError(f"{folder / shard}: {lacks}, but {INDEX_NAME} lists it; fetch again")
         if complete and (unlisted := sorted(held - set(listed))):
-            raise GraftError(
-                f"{folder / INDEX_NAME}: does not list {unlisted[0]} ({len(unlisted)} in all), "
-                f"which {shard} holds; fetch the index again"
-            )
+            lacks = f"does not list {unlisted[0]} ({len(unlisted)} in all), which {shard} holds"
+            raise GraftError(f"{folder / INDEX_NAME}: {lacks}; fetch the index again")
     return {name: found[name] for name in weight_map}
 
 
@@ -186,22 +177,20 @@ def load_tensors(
     if missing := [name for name in wanted if name not in weight_map]:
         raise GraftError(f"{folder}: no tensor {missing[0]} ({len(missing)} missing in all)")
     loaded: dict[str, Tensor] = {}
-    for shard, held in _by_shard({name: weight_map[name] for name in wanted}).items():
+    for shard, held in _by_shard(wanted, weight_map).items():
         with Shard(folder / shard) as file:
             loaded |= file.read(held, pinned=pinned)
     return {name: loaded[name] for name in wanted}
 
 
-def save_shard(tensors: Tensors, path: Path, *, sync: bool = True) -> None:
+def save_shard(tensors: Tensors, path: Path) -> None:
     """Write one file with the bytes that safetensors writes, as `files.replacing` does."""
-    stream_shard(tensors, tensors.items(), path, sync=sync)
+    stream_shard(tensors, tensors.items(), path)
 
 
-def stream_shard(
-    layout: Tensors, tensors: Iterable[tuple[str, Tensor]], path: Path, *, sync: bool = True
-) -> None:
+def stream_shard(layout: Tensors, tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
     """Write the same one tensor at a time, in any order: those of `layout`, which may be meta."""
-    with replacing(path, sync=sync) as file:
+    with replacing(path) as file:
         starts = _write_header(layout, file)
         for name, tensor in tensors:
             expected = layout[name]

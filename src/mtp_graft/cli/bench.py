@@ -298,10 +298,11 @@ def bench_soak(
     if page:
         page.write_text(render("soak.html", as_html, result), "utf-8")
     columns = ("requests", "equal", "near_ties", "sound", "hung_up", "errors", "hangs")
-    show(result, target.json_file, table([result], *columns))
+    alone = [f"alone, {name}: {', '.join(kinds)}" for name, kinds in result["alone"].items()]
+    show(result, target.json_file, table([result], *columns, "odd"), *alone)
     if bad := result["corrupted"] + result["failures"]:
-        found = f"{len(bad)} of {result['requests']} answers are bad, not those given alone"
-        raise GraftError(f"{found}: {bad[0]['id']} ({bad[0]['kind']}), ...; --json has them all")
+        first = "{id} ({kind}, {where})".format_map(bad[0])
+        raise GraftError(f"{len(bad)} answers are bad: {first}, ...; --json has them all")
 
 
 def _add_command(name: str, num_questions: int | None, num_tokens: int, purpose: str) -> None:

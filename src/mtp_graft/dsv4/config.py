@@ -105,10 +105,9 @@ def check_dimensions(
             else f"{'.'.join(map(str, each['loc']))} is {reprlib.repr(each['input'])}"
             for each in error.errors()
         ]
-        raise GraftError(
-            f"{file}: {', '.join(wrong)}; expected a DeepSeek-V4 config, its dimensions whole "
-            "numbers above 0, as large as a model's"
-        ) from error
+        sizes = "its dimensions whole numbers above 0, as large as a model's"
+        problem = f"{', '.join(wrong)}; expected a DeepSeek-V4 config, {sizes}"
+        raise GraftError(f"{file}: {problem}") from error
 
 
 def compress_ratios(config: Mapping[str, Any]) -> list[int] | None:

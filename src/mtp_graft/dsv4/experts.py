@@ -129,10 +129,9 @@ def expert_errors(
     errors: dict[Variant, dict[str, list[float]]] = {"rtn": {}, "gptq": {}, "mxfp4": {}, "bf16": {}}
     for matrix, original in weights.items():
         scale = int4.group_scale(original, group_size)
-        nearest = int4.decode(int4.encode(original, scale), scale)
-        by_gptq = int4.decode(quantized[matrix].codes, quantized[matrix].scale)
-        hessian = hessians[matrix]
-        errors["rtn"][matrix] = relative_error(original, nearest, hessian).tolist()
-        errors["gptq"][matrix] = relative_error(original, by_gptq, hessian).tolist()
+        nearest = Quantized(int4.encode(original, scale), scale)
+        for of_variant, rounded in (errors["rtn"], nearest), (errors["gptq"], quantized[matrix]):
+            decoded = int4.decode(rounded.codes, rounded.scale)
+            of_variant[matrix] = relative_error(original, decoded, hessians[matrix]).tolist()
         errors["mxfp4"][matrix] = errors["bf16"][matrix] = [0.0] * len(original)
     return errors

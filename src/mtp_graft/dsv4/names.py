@@ -97,10 +97,9 @@ def find_drafter(found: Iterable[str], where: object) -> Drafter:
     is_dspark = any(name.startswith(f"{HEAD_PREFIX}main_proj.") for name in names)
     if blocks != {str(n) for n in range(len(blocks) if is_dspark else 1)}:
         listed = ",".join(sorted(blocks))
-        raise GraftError(
-            f"{where}: has blocks mtp.{{{listed}}}; expected mtp.0 alone, or a DSpark drafter's "
-            "from mtp.0 on, with mtp.0.main_proj; a shard may be missing from the index"
-        )
+        expected = "mtp.0 alone, or a DSpark drafter's from mtp.0 on, with mtp.0.main_proj"
+        cure = "a shard may be missing from the index"
+        raise GraftError(f"{where}: has blocks mtp.{{{listed}}}; expected {expected}; {cure}")
     return Drafter("dspark" if is_dspark else "mtp", len(blocks), names)
 
 

@@ -80,15 +80,6 @@ def build_dspark(
     return _fill(drafter, tensors, stages, device, experts=recorded is None)
 
 
-def build_drafter(
-    config: DeepseekV4Config, tensors: Weights, stages: int, *, device: str = "cpu"
-) -> MTPHead | DSpark:
-    """Return whichever it is: a head for no `stages`."""
-    if stages:
-        return build_dspark(config, tensors, stages, device=device)
-    return build_head(config, tensors, device=device)
-
-
 def _fill(
     module: Module, tensors: Weights, stages: int, device: str, *, experts: bool = True
 ) -> Module:
@@ -156,10 +147,8 @@ def unroll(
 
 def _expect_finite(found: Tensor, who: str, given: str, what: str) -> None:
     if not torch.isfinite(found).all():
-        raise GraftError(
-            f"{who} values that are not finite on {given}; check that upstream and base are of the "
-            f"same model, or fetch {what} again"
-        )
+        cure = f"check that upstream and base are of the same model, or fetch {what} again"
+        raise GraftError(f"{who} values that are not finite on {given}; {cure}")
 
 
 # DSpark: a block of rows after each anchor

@@ -121,9 +121,8 @@ def _store_expert(
         case "gptq":
             names = {part: part_name(module, part) for part in layout}
             if missing := [name for name in names.values() if name not in gptq_experts]:
-                raise GraftError(
-                    f"{missing[0]}: not among the quantized experts; run `quantize` to its end"
-                )
+                problem = "not among the quantized experts; run `quantize` to its end"
+                raise GraftError(f"{missing[0]}: {problem}")
             found = {part: gptq_experts[name] for part, name in names.items()}
             _check_matrix(f"quantized {module}", "int4", found, shape, group_size)
             _expect_finite(module, found)
@@ -136,10 +135,8 @@ def _check_matrix(
     """Raise GraftError for parts that are not those of a matrix of `shape`."""
     group = MXFP4_GROUP if kind == "mxfp4" else group_size
     if kind != "fp8" and shape[1] % group:
-        raise GraftError(
-            f"{module}: {shape[1]} inputs are no multiple of the group size {group}; choose one "
-            "that divides them"
-        )
+        problem = f"{shape[1]} inputs are no multiple of the group size {group}"
+        raise GraftError(f"{module}: {problem}; choose one that divides them")
     found, expected = _said(parts), _said(stored_as("weight", shape, kind, group))
     if found != expected:
         raise GraftError(

@@ -129,8 +129,7 @@ def _damped(hessian: Tensor, damp: float | Tensor) -> Tensor:
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)  # [B, I]
     share = torch.as_tensor(damp, dtype=hessian.dtype, device=hessian.device).reshape(-1, 1)
-    added = share * diagonal.mean(dim=-1, keepdim=True)  # [B, 1]
-    added = torch.where(diagonal == 0, torch.ones_like(diagonal), added)
+    added = torch.where(diagonal == 0, 1.0, share * diagonal.mean(dim=-1, keepdim=True))
     result = hessian.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(added)
     return result

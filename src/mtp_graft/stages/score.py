@@ -17,7 +17,7 @@ from mtp_graft.checkpoint.manifest import read_result
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark
 from mtp_graft.dsv4.head import MTPHead
-from mtp_graft.dsv4.replay import build_drafter, replay_blocks, replay_drafts
+from mtp_graft.dsv4.replay import build_dspark, build_head, replay_blocks, replay_drafts
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection, ScoreSection, Variant
@@ -79,7 +79,9 @@ def _load(
 ) -> MTPHead | DSpark:
     stored = inputs.store(variant, experts, group_size=group_size)
     decoded = decode_head(stored, group_size=group_size)
-    return build_drafter(inputs.model, decoded, inputs.stages, device=device)
+    if inputs.stages:
+        return build_dspark(inputs.model, decoded, inputs.stages, device=device)
+    return build_head(inputs.model, decoded, device=device)
 
 
 @single_thread()

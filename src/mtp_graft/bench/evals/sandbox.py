@@ -89,10 +89,8 @@ def find_python() -> str:
     Raises GraftError, saying what to install, if generated code cannot be confined here.
     """
     if shutil.which(_BUBBLEWRAP) is None:
-        raise GraftError(
-            "generated code is run in bubblewrap, which is not installed: "
-            "`apt-get install bubblewrap` (Linux only)"
-        )
+        cure = "`apt-get install bubblewrap` (Linux only)"
+        raise GraftError(f"generated code is run in bubblewrap, which is not installed: {cure}")
     probe = {"program": "f = int", "entry_point": "f", "prompt": "", "test": "check = callable"}
     said = []
     for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):

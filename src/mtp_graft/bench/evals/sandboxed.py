@@ -116,17 +116,10 @@ def run_tests(task: dict[str, Any], requests: IO[bytes], answers: IO[bytes]) -> 
 
 def main(role: str, cpu_s: int) -> None:
     """Limit this process, then play `role`: program or tests."""
-    for limit, value in {
-        resource.RLIMIT_CPU: cpu_s,
-        resource.RLIMIT_AS: 2**30,
-        resource.RLIMIT_FSIZE: 0,  # files in memory, too
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_NPROC: 1,  # neither processes nor threads
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
-    }.items():
-        resource.setrlimit(limit, (value, value))
+    limits = {"CPU": cpu_s, "AS": 2**30, "NOFILE": 64, "NPROC": 1}  # no other process or thread
+    limits |= dict.fromkeys(("FSIZE", "CORE", "MEMLOCK", "MSGQUEUE"), 0)  # FSIZE in memory, too
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     sys.set_int_max_str_digits(0)
     inward, outward = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)

@@ -60,10 +60,8 @@ def load_task(name: str, data_dir: Path | None, limit: int | None, seed: int) ->
     (to_sample, judge), pattern = _ASKED[name], SOURCES[name]["files"]
     files = [_fetch(**SOURCES[name])] if data_dir is None else sorted(data_dir.glob(pattern))
     if not files:
-        raise GraftError(
-            f"{data_dir}: has no {pattern}; expected the folder of the benchmark data as "
-            "--data-dir, or none to load it from the hub"
-        )
+        expected = "the folder of the benchmark data as --data-dir, or none to load it from the hub"
+        raise GraftError(f"{data_dir}: has no {pattern}; expected {expected}")
     samples: list[Sample] = []
     for path in files:
         first = len(samples)
