@@ -69,6 +69,11 @@ def test_what_is_needed(recipe: Recipe, folder: Path, tiny_model: Path, tmp_path
     assert memory.of == "memory", "on a CPU, as doctor estimates it"
     assert memory.bytes == weights_bytes(read_meta(tiny_model / "base"), 1, decoded=True)
 
+    fewer = replace(recipe, capture=replace(capture, calibration_tokens=3000))
+    needed, _ = plan.find_needs(Run(fewer, folder, ["capture"]), models)
+    each = capture.max_prompt_tokens + capture.new_tokens
+    assert needed.bytes * tokens == before.bytes * (3000 + (1 + capture.evaluation_count) * each)
+
     recordings = folder / "capture" / "recordings"
     recordings.mkdir(parents=True)
     (recordings / "000001.safetensors").write_bytes(bytes(1000))
@@ -160,11 +165,25 @@ def test_dry_run_sizes(recipe: Recipe, folder: Path, tiny_model: Path, free_disk
     assert 20 < told["seconds"]["bench"]["seconds"] < 400
     assert "a demo" in told["seconds"]["bench"]["by"]
     assert not folder.exists()
+    copy = shutil.copy(recipe.capture.evaluation_prompts, folder.parent)
+    asked = load_recipe(find_bundled_recipe(), [f"capture.calibration_prompts={copy}"])
+    assert "48 of its prompts are in" in plan_run(asked, folder, STAGES)["inputs"]
     base, upstream = survey(recipe.model)
     large = replace(base, sizes={"model.safetensors": 143 * 10**9})
     times = plan.estimate_times(recipe, [large, upstream])
     assert "score" not in times, "which was never timed at this size"
     assert "Acti card" in times["capture"]["by"]
+
+
+def test_what_healing_needs_is_told(repo_root: Path, folder: Path, recipe: Recipe) -> None:
+    """By the recipe's measured step, of 3.0 GB, and time, of 221 s."""
+    path = repo_root / "recipes" / "tiny-heal.toml"
+    told = plan_run(load_recipe(path), folder, STAGES)
+    disk, memory = (need["bytes"] for need in told["needs"] if need["stage"] == "heal")
+    assert disk > 2e7 and memory == pytest.approx(3.0e9, rel=0.2)
+    assert told["seconds"]["heal"]["seconds"] == pytest.approx(221)
+    told = plan_run(load_recipe(path, ["heal.batch_tokens=1000000000"]), folder, STAGES)
+    assert re.search(r"memory of .*needed \(heal: ", told["room"])
 
 
 def test_no_sizes_are_known(repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

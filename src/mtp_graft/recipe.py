@@ -89,6 +89,11 @@ class CaptureSection:
     max_model_len: Count = 2048
     taps: Layers | None = None  # record what is behind them, too; None: as upstream's DSpark needs
 
+    def most_tokens(self, per_text: int) -> int:
+        """Return how many tokens all texts have if each has so many."""
+        enough = (self.calibration_tokens or 2**40) + per_text
+        return min(self.calibration_count * per_text, enough) + self.evaluation_count * per_text
+
     def __post_init__(self) -> None:
         longest = self.max_prompt_tokens + self.new_tokens + 1  # one when they are recorded
         if longest > self.max_model_len:

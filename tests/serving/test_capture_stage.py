@@ -118,6 +118,21 @@ def test_prompts_are_taken_up_to_enough_tokens(base: Path, requests: Path, tmp_p
         take(base, tmp_path / "out", replace(settings, calibration_tokens=13))
 
 
+@pytest.mark.parametrize("longer", ["", "x" * 9])
+def test_prompts_in_both_sets_are_refused(
+    longer: str, base: Path, requests: Path, tmp_path: Path
+) -> None:
+    """Also where one takes the place of a longer one, which only the server's tokens tell."""
+    rows = [{"id": f"e{n}", "text": text} for n, text in enumerate((longer or "z", "abc"))]
+    held_out = {"evaluation_prompts": write_rows(tmp_path / "e.jsonl", *rows)}
+    settings = replace(wanted(tmp_path), **held_out, evaluation_count=1 if longer else 2)
+    with pytest.raises(
+        GraftError, match=r"e\.jsonl: 1 of its prompts are in .*/calibration\.jsonl,"
+    ):
+        take(base, tmp_path / "out", settings)
+    assert not read_texts(tmp_path / "out") and requests.exists() == bool(longer)
+
+
 def test_every_prompt_is_continued_and_recorded(base: Path, requests: Path, tmp_path: Path) -> None:
     out = tmp_path / "capture"
     seen: list[tuple[str, int, int]] = []

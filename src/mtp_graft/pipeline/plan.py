@@ -16,19 +16,23 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
+from mtp_graft.dsv4.names import EXPERT
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline.folder import Run
-from mtp_graft.recipe import Device, Recipe, Variant
+from mtp_graft.recipe import Device, HealSection, Recipe, Variant
 from mtp_graft.serving import command, memory, topology
 from mtp_graft.stages import fetch
 from mtp_graft.stages.calibration import HUB, load_calibration
-from mtp_graft.stages.capture import prompts_by_source, step_tokens, with_taps
+from mtp_graft.stages.capture import prompts_by_source, read_prompts, step_tokens, with_taps
 from mtp_graft.stages.fetch import HubError, Source, headers_of
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import check_out, open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
+#: Activations of heal for each value that a draft reads: by heal_full_h200.json, whose texts are
+#: equally long, 40 and 10; 2.5 times that, for others are padded (tiny-heal.toml's: 94 and 33).
+_ACTIVATIONS, _RECOMPUTED = 100, 33
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,11 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
 
 
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:
-    """Raise GraftError for too few prompts, or none; in a dry run the hub's are not downloaded."""
-    wanted = prompts_by_source(run.recipe.capture) if "capture" in run.stages else Counter[str]()
+    """Raise GraftError for too few prompts, or in both sets; a dry run leaves the hub's out."""
+    wanted = Counter[str]()
+    if "capture" in run.stages:
+        read_prompts(run.recipe.capture, local=dry_run)
+        wanted = prompts_by_source(run.recipe.capture)
     if "bench" in run.stages:
         wanted[run.recipe.bench.prompts] += run.recipe.bench.count
     for source, count in wanted.items():
@@ -114,21 +121,24 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     recipe, config = run.recipe, models.base.config
     capture = with_taps(recipe.capture, models.upstream.folder)
     sizes = {v: sum(t.nbytes for t in head.values()) for v, head in models.heads.items()}
-    texts = capture.calibration_count + capture.evaluation_count
-    tokens = texts * (capture.max_prompt_tokens + capture.new_tokens)
+    tokens = capture.most_tokens(capture.max_prompt_tokens + capture.new_tokens)
     taps = capture.taps or ()
     residuals = 2 * tokens * config["hidden_size"] * (config["hc_mult"] + len(taps))
     if (layers := config["num_hidden_layers"]) <= max(taps, default=0):
         raise GraftError(f"capture.taps is {list(taps)}, expected layers below the base's {layers}")
     sources, spliced = (models.base, models.upstream), [sizes[v] for v in recipe.served_variants]
     download, splice = disk_needs(sources, run.path, spliced, copy=recipe.splice.copy)
-    parameters = sum(t.numel() for t in decode_head(models.heads["mxfp4"]).values())
+    weights = {n: t.numel() for n, t in decode_head(models.heads["mxfp4"]).items()}
+    dense = sum(number for name, number in weights.items() if not EXPERT.match(name))
+    experts = sum(weights.values()) - dense
     needs = [
         download,
         _disk("capture", run.path, residuals, "residuals, BF16"),
         _disk("quantize", run.path, sizes["gptq"], "GPTQ's experts"),
         splice,
-        _memory("score", recipe.score.device, 1, 4 * parameters, "the head in float32"),
+        _disk("heal", run.path, sizes["mxfp4"] + 40 * dense, "its state, and the head"),
+        _healing_memory(recipe.heal or HealSection(), config, dense, experts),
+        _memory("score", recipe.score.device, 1, 4 * (dense + experts), "the head in float32"),
         *_serving_needs(recipe, models),
     ]
     open_stages = [s for s in run.stages if not (run.path / s / "manifest.json").exists()]
@@ -173,6 +183,17 @@ def _memory(
         raise GraftError(f"{stage}: {found.num_gpus if found else 0} GPUs found, {wanted}")
     share_bytes = int(share * found.memory_bytes) * ranks or None
     return Need(stage, "GPU memory", f"{ranks}x {found.gpu}", size, share_bytes, what_for)
+
+
+def _healing_memory(heal: HealSection, config: Any, dense: int, experts: int) -> Need:
+    """Return the memory of training a head with so many dense weights, and of its experts."""
+    drafted = heal.k * heal.batch_tokens * config["hc_mult"] * config["hidden_size"]
+    activations = drafted * (_RECOMPUTED if heal.recompute else _ACTIVATIONS)
+    embeddings = 2 * config["vocab_size"] * config["hidden_size"]
+    logits = 8 * 2048 * config["vocab_size"]
+    size = 4 if find_device(heal.device) == "cpu" else 2  # bytes of what is not trained
+    step = size * (experts + embeddings + activations) + 4 * (5 * dense + logits)
+    return _memory("heal", heal.device, 1, step, "a step of batch_tokens; less with recompute")
 
 
 def _serving_needs(recipe: Recipe, models: Models) -> list[Need]:
@@ -220,6 +241,9 @@ def check_room(needs: Sequence[Need]) -> None:
             raise GraftError(f"{found}; make room, ask for less, or use a larger machine")
 
 
+#: Of heal: which run, and how many tokens of text it trained on a second, for three drafts.
+_HEAL_DEMO = ("tiny-heal.toml on two CPU cores", 60 * 2048 / 221)
+_HEAL_FLASH = ("random weights of Flash's size, one H200", 8192 / 0.9)
 #: Of a run: which one, a server's start in seconds, tokens a second of many requests and of one.
 _DEMO = ("a demo of 288 s on two CPU cores", 23, 330, 120, {"quantize": 3.1, "score": 8.8})
 #: Its 25 minutes were for 256 prompts x 256 tokens, its start that of a cold H100.
@@ -232,7 +256,7 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
     by, start, tok_s, single_tok_s, stages = _ACTI if is_large else _DEMO
     capture, bench, heads = recipe.capture, recipe.bench, len(recipe.served_variants)
     texts = min(bench.acceptance_count or capture.evaluation_count, capture.evaluation_count)
-    captured = (capture.calibration_count + capture.evaluation_count) * capture.new_tokens
+    captured = capture.most_tokens(capture.new_tokens)
     answered = heads * texts * capture.new_tokens
     decoded = bench.count * bench.max_tokens * (2 * bench.rounds + 1)
     seconds = {
@@ -242,6 +266,9 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
     }
     download = {"seconds": sum(source.bytes_to_download for source in sources) / 10**8}
     times = {stage: {"seconds": s, "by": by} for stage, s in seconds.items()}
+    by, tok_s = _HEAL_FLASH if is_large else _HEAL_DEMO
+    heal = recipe.heal or HealSection()
+    times["heal"] = {"seconds": heal.steps * heal.batch_tokens * heal.k / 3 / tok_s, "by": by}
     return {"fetch": download | {"by": "100 MB a second: a guess"}} | times
 
 
@@ -260,7 +287,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
         sources = survey_models(run)
         times = estimate_times(recipe, sources)
         plan["sources"] = dict(zip(("base", "upstream"), map(as_json, sources), strict=True))
-        plan["seconds"] = {stage: times[stage] for stage in times if stage in stages}
+        plan["seconds"] = {stage: times[stage] for stage in run.stages if stage in times}
         needs = find_needs(run, read_models(recipe, *sources))
         check_prompts(run, dry_run=True)
         plan |= {"inputs": "fit", "needs": [asdict(need) for need in needs], "room": "enough"}

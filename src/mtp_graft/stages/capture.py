@@ -28,10 +28,10 @@ from mtp_graft.checkpoint.files import read_object, write_json
 from mtp_graft.checkpoint.shards import INDEX_NAME, Shard, read_index
 from mtp_graft.errors import GraftError, translated
 from mtp_graft.recipe import CaptureSection
-from mtp_graft.serving.client import ServerClient
+from mtp_graft.serving.client import Prompt, ServerClient
 from mtp_graft.serving.command import CPU_STEP, ServeOptions
 from mtp_graft.serving.server import explain
-from mtp_graft.stages.calibration import iterate_prompts, load_calibration, take_fitting
+from mtp_graft.stages.calibration import HUB, iterate_prompts, load_calibration, take_fitting
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, REPORT_NAME, Progress
 from mtp_graft.stages.parallel import device_name
 
@@ -128,10 +128,24 @@ def prompts_by_source(settings: CaptureSection) -> Counter[str]:
     return sum((Counter({source: count}) for source, count in wanted), Counter[str]())
 
 
+def read_prompts(settings: CaptureSection, *, local: bool = False) -> list[Prompt]:
+    """Return so many prompts of each source, or file if `local`; GraftError if two share some."""
+    wanted = prompts_by_source(settings).items()
+    found = [load_calibration(s, n) for s, n in wanted if not (local and s.startswith(HUB))]
+    _expect_held_out(settings, *({str(p.content) for p in prompts} for prompts in found))
+    return [prompt for prompts in found for prompt in prompts]
+
+
+def _expect_held_out(settings: CaptureSection, *splits: set[Any]) -> None:
+    if len(splits) == 2 and (shared := set.intersection(*splits)):
+        found = f"{len(shared)} of its prompts are in {settings.calibration_prompts}, too"
+        cure = "remove them from one of the two: scores have to be of prompts held out"
+        raise GraftError(f"{settings.evaluation_prompts}: {found}; {cure}")
+
+
 def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any] | None:
     """Claim `out` for this capture; return its report if it is complete already, else None."""
-    totals = prompts_by_source(settings)
-    prompts = [asdict(p) for source, n in totals.items() for p in load_calibration(source, n)]
+    prompts = [asdict(prompt) for prompt in read_prompts(settings)]
     asked = json.dumps([prompts, {split: n for split, (_, n) in wanted_prompts(settings).items()}])
     files = [base / name for name in ("config.json", INDEX_NAME, *set(read_index(base).values()))]
     files += [p for p in (*base.glob("tokenizer*"), *base.glob("chat_template*")) if p.is_file()]
@@ -169,6 +183,7 @@ def _choose(client: ServerClient, settings: CaptureSection) -> tuple[_Texts, lis
         for name, token_ids in fit.items():
             asked.append(FinishedText(len(asked), name, split, token_ids, ()))
         dropped += [{"id": n, "split": split, "tokens": len(ids)} for n, ids in rest.items()]
+    _expect_held_out(settings, *({t.prompt for t in asked if t.split == split} for split in wanted))
     return asked, dropped
 
 
