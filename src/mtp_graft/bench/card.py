@@ -17,6 +17,7 @@ from mtp_graft.bench.page import as_markdown, number, percent, render
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object, write_json, write_text
 from mtp_graft.checkpoint.manifest import fingerprints, read_result
+from mtp_graft.checkpoint.quant_manifest import CARD_NAME, HEAD_SHARD, TRACE_NAME, Spliced
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.serving.profiles import PROFILES
 
@@ -36,20 +37,16 @@ def write_card(run: Path, out: Path) -> dict[str, Any]:
     text = render("card.md.jinja", as_markdown, {**card, "vllm": mtp_graft.SUPPORTED_VLLM})
     drawn = dict(_draw(card))  # of numbers that the page has, too
     card["charts"] = sorted(drawn)
-    earlier = read_result(out / quant_manifest.TRACE_NAME) or {}
+    earlier = read_result(out / TRACE_NAME) or {}
     for name in {*earlier.get("charts", ())} - {*drawn}:
         (out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     for name, png in drawn.items():
         (out / name).write_bytes(png)
-    write_json(card, out / quant_manifest.TRACE_NAME)
-    write_text(f"---\n{_metadata(card).to_yaml()}\n---\n\n{text}", out / quant_manifest.CARD_NAME)
+    write_json(card, out / TRACE_NAME)
+    write_text(f"---\n{_metadata(card).to_yaml()}\n---\n\n{text}", out / CARD_NAME)
     told = {key: card[key] for key in ("charts", "not_measured", "left_out")}
-    return {
-        "card": str(out / quant_manifest.CARD_NAME),
-        "data": str(out / quant_manifest.TRACE_NAME),
-        **told,
-    }
+    return {"card": str(out / CARD_NAME), "data": str(out / TRACE_NAME), **told}
 
 
 def _draw(card: Json) -> Iterator[tuple[str, bytes]]:
@@ -119,10 +116,9 @@ def _eval_result(measurement: Json) -> EvalResult:
 def collect_results(run: Path) -> dict[str, Any]:
     """Return what `card.json` has, all of it from the run's files."""
     spliced = quant_manifest.find_spliced(run)
-    config, head = (
-        read_object(spliced.folder / name, "a checkpoint's", "splice again")
-        for name in ("config.json", quant_manifest.MANIFEST_NAME)
-    )
+    expected = "a checkpoint's", "splice again"
+    config = read_object(spliced.folder / "config.json", *expected)
+    head = read_object(spliced.folder / quant_manifest.MANIFEST_NAME, *expected)
     reports = {stage: read_result(run / stage / "report.json") or {} for stage in _DATA["stages"]}
     manifests = {stage: read_result(run / stage / "manifest.json") for stage in _DATA["stages"]}
     served = {head: read_result(run / f"bench/served-{head}.json") for head in report.HEAD_COLOURS}
@@ -133,15 +129,12 @@ def collect_results(run: Path) -> dict[str, Any]:
         "config": {key: value for key, value in config.items() if isinstance(value, int)},
         "formats": _formats(config, head["routed_experts"]["count"]),
         "head": {key: v for key, v in head.items() if key not in ("provenance", "rel_error")},
-        "head_bytes": (spliced.folder / quant_manifest.HEAD_SHARD).stat().st_size,
+        "head_bytes": (spliced.folder / HEAD_SHARD).stat().st_size,
         "bytes": sum(path.stat().st_size for path in spliced.folder.rglob("*") if path.is_file()),
         "captured": {key: reports["capture"].get(key) for key in ("sequences", "tokens")},
         "variants": reports["quantize"].get("variants", {}),
         "verify": read_result(run / "verify" / f"{spliced.variant}.json"),
-        "acceptance": report.head_acceptance(
-            {head: result for head, result in served.items() if result},
-            reports["score"].get("acceptance", {}),
-        ),
+        "acceptance": report.head_acceptance(served, reports["score"].get("acceptance", {})),
         "served_on": _where(manifests["bench"]),
         **_measured(run, spliced, manifests.values()),
     }
@@ -157,11 +150,9 @@ def _where(manifest: Json | None) -> str:
     return ", ".join([manifest["device"], *engine[:1]])
 
 
-def _measured(
-    run: Path, spliced: quant_manifest.Spliced, manifests: Iterable[Json | None]
-) -> dict[str, Any]:
+def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> dict[str, Any]:
     """Return the benchmarks' part of the data, and how all of it came about."""
-    head, ours, left_out = fingerprints([spliced.folder / quant_manifest.HEAD_SHARD]), [], []
+    head, ours, left_out = fingerprints([spliced.folder / HEAD_SHARD]), [], []
     made, servers = [manifest for manifest in manifests if manifest], []
     for shown, manifest in _measurements(run):
         server = manifest["config"].get("server", {}) if manifest else {}

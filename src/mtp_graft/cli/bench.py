@@ -123,13 +123,11 @@ def _decode_parts(result: Result) -> list[str | Table]:
 
 def same_text(result: Result) -> str:
     """Say whether a comparison's greedy texts are the same, and if not, where they differ."""
-    match result["greedy_identical"]:
-        case None:
-            return "not compared, since texts are sampled"
-        case True:
-            return "identical on every prompt"
+    if (identical := result["greedy_identical"]) is None:
+        return "not compared, since texts are sampled"
     places = [f"{each['prompt']} at {each['position']}" for each in result["divergences"]]
-    return f"differs ({', '.join(places) or 'between rounds'})"
+    differs = f"differs ({', '.join(places) or 'between rounds'})"
+    return "identical on every prompt" if identical else differs
 
 
 def drafting_lines(result: Result) -> list[str]:

@@ -40,10 +40,7 @@ class RoutedTokens:
         self._weights = weighed.expand(len(by_expert)).split(self.counts)
 
     def of_expert(self, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the tokens [T, D] that reach an expert, or all if none does, with weights [T].
-
-        They come in their order, a few thousand at a time.
-        """
+        """Yield an expert's tokens [T, D] in order, or all if it has none, with weights [T]."""
         if not self.counts[expert]:
             yield from ((some, torch.ones(len(some))) for some in self.x.split(_TOKENS))
         tokens, weights = self._tokens[expert], self._weights[expert]

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens of the longest, N drafts that count, S streams, D 
 vocabulary.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,7 +111,7 @@ def distance(
     """
     total = torch.zeros((), device=batch.residual.device)
     drafts = _drafts(head, batch, len(weights), recompute)
-    for stream, target, weight in zip(*drafts, weights, strict=True):
+    for (stream, target), weight in zip(drafts, weights, strict=True):
         parts = zip(stream.split(_DRAFTS), target.split(_DRAFTS), strict=True)
         of_draft = [checkpoint(_loss, head, base, losses, *p, use_reentrant=False) for p in parts]
         total = total + weight * torch.stack(of_draft).sum() / len(stream)
@@ -120,17 +120,14 @@ def distance(
 
 def _drafts(
     head: MTPHead, batch: Batch, k: int, recompute: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return streams and targets [N, S, D] of each of k drafts, of those that the text has."""
-    streams, targets = [], []
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield stream and target [N, S, D] of each of k drafts, of those that the text has."""
     at = torch.arange(batch.residual.shape[1], device=batch.lengths.device)
     unrolled = unroll(head, batch.residual, batch.embeds, k, recompute=recompute)
     for draft, stream in enumerate(unrolled):
         target = batch.residual[:, 1 + draft :]  # token i + 1 + draft says what comes next
         known = at[1 + draft :] < batch.lengths[:, None]
-        streams.append(stream[:, : target.shape[1]][known])
-        targets.append(target[known])
-    return streams, targets
+        yield stream[:, : target.shape[1]][known], target[known]
 
 
 def _loss(

@@ -86,10 +86,7 @@ class Drafter(NamedTuple):
 
 
 def find_drafter(found: Iterable[str], where: object) -> Drafter:
-    """Return the drafter among `found`, the names of the tensors of the checkpoint at `where`.
-
-    Raises GraftError if there are none, and for blocks that are no drafter's.
-    """
+    """Return the drafter among the names `found` at `where`; GraftError for none or a part."""
     names = sorted(name for name in found if name.startswith("mtp."))
     if not names:
         raise GraftError(f"{where}: has no mtp.* tensors; expected an upstream with one")
@@ -124,10 +121,7 @@ def storage_dtype(name: str) -> torch.dtype:
 
 
 def head_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Return the shape of every decoded tensor of the drafter that config.json describes.
-
-    MTP's has 797 for Flash, DSpark's 2,376. Raises GraftError if the config lacks a dimension.
-    """
+    """Return the shapes of the drafter's decoded tensors; GraftError if config.json lacks a key."""
     stages = num_stages(config)
     sizes = _sizes(check_dimensions(config, dspark=stages > 0))
     blocks = [_layer(sizes) for _ in range(stages or 1)]

@@ -47,10 +47,7 @@ def model_config(settings: Mapping[str, Any]) -> DeepseekV4Config:
 def build_head(
     config: DeepseekV4Config, tensors: Weights, *, with_experts: bool = True, device: str = "cpu"
 ) -> MTPHead:
-    """Return the head with all decoded `mtp.*` weights, as `variants.decode_head` gives them.
-
-    Without experts, a `RoutingRecorder` takes their place.
-    """
+    """Return the head with `variants.decode_head`'s weights; a `RoutingRecorder` for no experts."""
     with torch.device("meta"):  # the weights are given: none is initialized
         head = MTPHead(config).eval()
     if not with_experts:

@@ -84,10 +84,7 @@ def _sandboxed(
 
 @cache
 def find_python() -> str:
-    """Return a Python that runs in the sandbox: this one, or where nobody can read it Debian's.
-
-    Raises GraftError, saying what to install, if generated code cannot be confined here.
-    """
+    """Return a Python that runs in the sandbox: this or Debian's; GraftError if there is none."""
     if shutil.which(_BUBBLEWRAP) is None:
         cure = "`apt-get install bubblewrap` (Linux only)"
         raise GraftError(f"generated code is run in bubblewrap, which is not installed: {cure}")

@@ -79,11 +79,9 @@ def deal(samples: list[Sample], limit: int | None, seed: int) -> list[Sample]:
     if limit is not None and limit > len(samples):
         raise GraftError(f"there are {len(samples)} questions, --limit asks for {limit}: lower it")
     turns = defaultdict[str, Iterator[int]](count)  # by category
-
-    def turn(sample: Sample) -> int:
-        return next(turns[(sample.metadata or {}).get("category", "")])
-
-    return sorted(Random(seed).sample(samples, len(samples)), key=turn)[:limit]
+    drawn = Random(seed).sample(samples, len(samples))
+    drawn.sort(key=lambda each: next(turns[(each.metadata or {}).get("category", "")]))
+    return drawn[:limit]
 
 
 def _fetch(dataset: str, config: str, **_: str) -> Path:
