@@ -180,8 +180,8 @@ def test_misfits(mtp_graft: Any, base: Path, published: Path, damage: Damage, me
     assert isinstance(said, str) and re.search(message, said), said
 
 
-def test_usage(
-    mtp_graft: Any, base: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+def test_refused(
+    mtp_graft: Any, base: Any, published: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream, new = TINY / "upstream", Path("new")
     Path("out").mkdir()

@@ -181,7 +181,7 @@ def test_what_healing_needs_is_told(repo_root: Path, folder: Path, recipe: Recip
     told = plan_run(load_recipe(path), folder, STAGES)
     disk, memory = (need["bytes"] for need in told["needs"] if need["stage"] == "heal")
     assert disk > 2e7 and memory == pytest.approx(3.0e9, rel=0.2)
-    assert told["seconds"]["heal"]["seconds"] == pytest.approx(221)
+    assert told["seconds"]["heal"]["seconds"] == pytest.approx(221, rel=0.01)
     told = plan_run(load_recipe(path, ["heal.batch_tokens=1000000000"]), folder, STAGES)
     assert re.search(r"memory of .*needed \(heal: ", told["room"])
 

@@ -119,9 +119,7 @@ def test_prompts_are_taken_up_to_enough_tokens(base: Path, requests: Path, tmp_p
 
 
 @pytest.mark.parametrize("longer", ["", "x" * 9])
-def test_prompts_in_both_sets_are_refused(
-    longer: str, base: Path, requests: Path, tmp_path: Path
-) -> None:
+def test_prompts_in_both_sets(longer: str, base: Path, requests: Path, tmp_path: Path) -> None:
     """Also where one takes the place of a longer one, which only the server's tokens tell."""
     rows = [{"id": f"e{n}", "text": text} for n, text in enumerate((longer or "z", "abc"))]
     held_out = {"evaluation_prompts": write_rows(tmp_path / "e.jsonl", *rows)}

@@ -4,7 +4,6 @@ Sizes follow from the checkpoints' headers and configs and are upper bounds. Tim
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,15 +23,12 @@ from mtp_graft.recipe import Device, HealSection, Recipe, Variant
 from mtp_graft.serving import command, memory, topology
 from mtp_graft.stages import fetch
 from mtp_graft.stages.calibration import HUB, load_calibration
-from mtp_graft.stages.capture import prompts_by_source, read_prompts, step_tokens, with_taps
+from mtp_graft.stages.capture import read_prompts, step_tokens, wanted_prompts, with_taps
 from mtp_graft.stages.fetch import HubError, Source, headers_of
 from mtp_graft.stages.parallel import find_device, gpus
 from mtp_graft.stages.splice import check_out, open_base, plan_splice
 
 Tensors = Mapping[str, Tensor]  # on the meta device
-#: Activations of heal for each value that a draft reads: by heal_full_h200.json, whose texts are
-#: equally long, 40 and 10; 2.5 times that, for others are padded (tiny-heal.toml's: 94 and 33).
-_ACTIVATIONS, _RECOMPUTED = 100, 33
 
 
 @dataclass(frozen=True)
@@ -105,15 +101,12 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
 
 def check_prompts(run: Run, *, dry_run: bool = False) -> None:
     """Raise GraftError for too few prompts, or in both sets; a dry run leaves the hub's out."""
-    wanted = Counter[str]()
+    capture, bench = run.recipe.capture, run.recipe.bench
     if "capture" in run.stages:
-        read_prompts(run.recipe.capture, local=dry_run)
-        wanted = prompts_by_source(run.recipe.capture)
-    if "bench" in run.stages:
-        wanted[run.recipe.bench.prompts] += run.recipe.bench.count
-    for source, count in wanted.items():
-        if not (dry_run and source.startswith(HUB)):
-            load_calibration(source, count)
+        read_prompts(capture, local=dry_run)
+    if "bench" in run.stages and not (dry_run and bench.prompts.startswith(HUB)):
+        taken = sum(n for source, n in wanted_prompts(capture).values() if source == bench.prompts)
+        load_calibration(bench.prompts, taken + bench.count)
 
 
 def find_needs(run: Run, models: Models) -> list[Need]:
@@ -187,12 +180,13 @@ def _memory(
 
 def _healing_memory(heal: HealSection, config: Any, dense: int, experts: int) -> Need:
     """Return the memory of training a head with so many dense weights, and of its experts."""
-    drafted = heal.k * heal.batch_tokens * config["hc_mult"] * config["hidden_size"]
-    activations = drafted * (_RECOMPUTED if heal.recompute else _ACTIVATIONS)
-    embeddings = 2 * config["vocab_size"] * config["hidden_size"]
-    logits = 8 * 2048 * config["vocab_size"]
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    drafted = heal.k * heal.batch_tokens * config["hc_mult"] * hidden
+    # As measured in tiny-heal.toml; 2.5 times heal_full_h200.json's, whose texts need no padding.
+    activations = drafted * (33 if heal.recompute else 100)
     size = 4 if find_device(heal.device) == "cpu" else 2  # bytes of what is not trained
-    step = size * (experts + embeddings + activations) + 4 * (5 * dense + logits)
+    step = size * (experts + 2 * vocab * hidden + activations)
+    step += 4 * (5 * dense + 8 * 2048 * vocab)  # with AdamW's state; logits of 2,048 drafts
     return _memory("heal", heal.device, 1, step, "a step of batch_tokens; less with recompute")
 
 
@@ -241,20 +235,18 @@ def check_room(needs: Sequence[Need]) -> None:
             raise GraftError(f"{found}; make room, ask for less, or use a larger machine")
 
 
-#: Of heal: which run, and how many tokens of text it trained on a second, for three drafts.
-_HEAL_DEMO = ("tiny-heal.toml on two CPU cores", 60 * 2048 / 221)
-_HEAL_FLASH = ("random weights of Flash's size, one H200", 8192 / 0.9)
-#: Of a run: which one, a server's start in seconds, tokens a second of many requests and of one.
-_DEMO = ("a demo of 288 s on two CPU cores", 23, 330, 120, {"quantize": 3.1, "score": 8.8})
+#: Of runs: which, a server's start in seconds, tokens a second of many requests, of one, of heal.
+_DEMO = ("a demo of 288 s on two CPU cores", 23, 330, 120, 556, {"quantize": 3.1, "score": 8.8})
 #: Its 25 minutes were for 256 prompts x 256 tokens, its start that of a cold H100.
-_ACTI = ("the Acti card, 2x RTX PRO 6000", 244, 256**2 / 1500, 52.8, {"quantize": 180})
+_ACTI = ("the Acti card, 2x RTX PRO 6000", 244, 256**2 / 1500, 52.8, 9075, {"quantize": 180})
 
 
 def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
     """Return `seconds` of every stage that was timed and takes long, and `by` which run."""
     is_large = sum(sources[0].sizes.values()) > 10 * 10**9
-    by, start, tok_s, single_tok_s, stages = _ACTI if is_large else _DEMO
+    by, start, tok_s, single_tok_s, heal_tok_s, stages = _ACTI if is_large else _DEMO
     capture, bench, heads = recipe.capture, recipe.bench, len(recipe.served_variants)
+    heal = recipe.heal or HealSection()
     texts = min(bench.acceptance_count or capture.evaluation_count, capture.evaluation_count)
     captured = capture.most_tokens(capture.new_tokens)
     answered = heads * texts * capture.new_tokens
@@ -262,13 +254,12 @@ def estimate_times(recipe: Recipe, sources: Sequence[Source]) -> dict[str, dict[
     seconds = {
         "capture": start + captured / tok_s,
         **stages,
+        "heal": heal.steps * heal.batch_tokens * heal.k / 3 / heal_tok_s,
         "bench": (1 + heads) * start + answered / tok_s + decoded / single_tok_s,
     }
     download = {"seconds": sum(source.bytes_to_download for source in sources) / 10**8}
     times = {stage: {"seconds": s, "by": by} for stage, s in seconds.items()}
-    by, tok_s = _HEAL_FLASH if is_large else _HEAL_DEMO
-    heal = recipe.heal or HealSection()
-    times["heal"] = {"seconds": heal.steps * heal.batch_tokens * heal.k / 3 / tok_s, "by": by}
+    times["heal"]["by"] = "random weights, one H200" if is_large else "tiny-heal.toml, two cores"
     return {"fetch": download | {"by": "100 MB a second: a guess"}} | times
 
 

@@ -122,16 +122,12 @@ def wanted_prompts(settings: CaptureSection) -> dict[str, tuple[str, int]]:
     }
 
 
-def prompts_by_source(settings: CaptureSection) -> Counter[str]:
-    """Return source -> how many prompts are wanted of it; splits of one source share none."""
-    wanted = wanted_prompts(settings).values()
-    return sum((Counter({source: count}) for source, count in wanted), Counter[str]())
-
-
 def read_prompts(settings: CaptureSection, *, local: bool = False) -> list[Prompt]:
     """Return so many prompts of each source, or file if `local`; GraftError if two share some."""
-    wanted = prompts_by_source(settings).items()
-    found = [load_calibration(s, n) for s, n in wanted if not (local and s.startswith(HUB))]
+    wanted = Counter[str]()  # splits of one source share none
+    for source, count in wanted_prompts(settings).values():
+        wanted[source] += 0 if local and source.startswith(HUB) else count
+    found = [load_calibration(source, count) for source, count in wanted.items() if count]
     _expect_held_out(settings, *({str(p.content) for p in prompts} for prompts in found))
     return [prompt for prompts in found for prompt in prompts]
 
@@ -139,8 +135,7 @@ def read_prompts(settings: CaptureSection, *, local: bool = False) -> list[Promp
 def _expect_held_out(settings: CaptureSection, *splits: set[Any]) -> None:
     if len(splits) == 2 and (shared := set.intersection(*splits)):
         found = f"{len(shared)} of its prompts are in {settings.calibration_prompts}, too"
-        cure = "remove them from one of the two: scores have to be of prompts held out"
-        raise GraftError(f"{settings.evaluation_prompts}: {found}; {cure}")
+        raise GraftError(f"{settings.evaluation_prompts}: {found}; remove them from either")
 
 
 def _finished(base: Path, out: Path, settings: CaptureSection) -> dict[str, Any] | None:

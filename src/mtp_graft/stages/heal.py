@@ -119,7 +119,6 @@ def _train(
 ) -> dict[str, Any]:
     """Return the state after the last step, with the `best` parts; it is kept in `path`."""
     base, embed = BaseOutput(inputs.model, given), given["embed.weight"]
-    device = embed.device
     optimizer = torch.optim.AdamW(parts.values(), settings.lr, (0.9, 0.95), weight_decay=0.0)
     warm_up = min(50 / settings.steps, 0.5)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -140,7 +139,7 @@ def _train(
             torch.save(saved, file)
 
     if path.exists():
-        saved = torch.load(path, map_location=device)
+        saved = torch.load(path, map_location=embed.device)
         for name, o in kept.items():
             o.load_state_dict(saved[name])
         for name, part in parts.items():
@@ -155,7 +154,7 @@ def _train(
         report(f"heal: {length:.3f} tokens a step on held-out texts", step, settings.steps)
         batch = _read_batch(inputs, chosen, embed)
         optimizer.zero_grad()
-        with parametrize.cached(), _precision(device):
+        with parametrize.cached(), _precision(embed.device):
             loss = distance(head, base, batch, settings.loss, weights, recompute=settings.recompute)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parts.values(), 1.0)

@@ -1,9 +1,5 @@
 """Splice: a base without its head, plus a head, gives a new checkpoint.
 
-    open_base     config, index and headers of the base
-    plan_splice   headers of base, head and quantized experts, checked against each other
-    splice        the base's files hard-linked, the head in one new shard, manifest, config, index
-
 The base is never written to. A temporary folder gets its name when it is complete; a killed splice
 leaves only that, which the next one removes.
 """
