@@ -12,7 +12,7 @@ from itertools import product, zip_longest
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -149,7 +149,7 @@ def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]
     rates = [c.acceptance for c in by_round if c and c.acceptance is not None]
     return {
         "decode_tok_s": _spread([decode_tok_s(answers) for answers in rounds]),
-        "ttft_ms": _spread([1e3 * median(timing(a).ttft_s for a in answers) for answers in rounds]),
+        "ttft_ms": _spread([1e3 * median(timing(a)[0] for a in answers) for answers in rounds]),
         "tpot_ms": _spread([_tpot_ms(answers) for answers in rounds]),
         "acceptance": _spread(rates) if rates else None,
         **metrics.drafting_result(_drafts(rounds if config.temperature else rounds[:1])),
@@ -176,7 +176,7 @@ def decode_tok_s(answers: Round) -> float:
 
 
 def _tpot_ms(answers: Round) -> float:
-    return 1e3 * median(t.decode_s / t.num_decoded for t in map(timing, answers) if t.num_decoded)
+    return 1e3 * median(seconds / tokens for _, seconds, tokens in map(timing, answers) if tokens)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
@@ -277,18 +277,10 @@ def _add_event(answer: Answer, event: Mapping[str, Any], arrived_s: float) -> No
         answer["finish_reason"] = choice.get("finish_reason") or answer["finish_reason"]
 
 
-class Timing(NamedTuple):
-    """When an answer's tokens came."""
-
-    ttft_s: float  # from the request to the first chunk
-    decode_s: float  # from the first chunk to the last
-    num_decoded: int  # tokens after the first chunk: all but one, as a rule
-
-
-def timing(answer: Answer) -> Timing:
-    """Return when an answer's tokens came."""
+def timing(answer: Answer) -> tuple[float, float, int]:
+    """Return seconds to the first chunk, from there to the last, and the tokens that came after."""
     (first_s, first_size), (last_s, _) = answer["chunks"][0], answer["chunks"][-1]
-    return Timing(first_s, last_s - first_s, len(answer["token_ids"]) - first_size)
+    return first_s, last_s - first_s, len(answer["token_ids"]) - first_size
 
 
 # Acceptance, on texts whose ending is known

@@ -69,13 +69,13 @@ def measure_workload(
 
 def _result(request: Request, answer: Answer) -> dict[str, Any]:
     """Return a request's JSON; an answer in one chunk has no decode speed."""
-    time, counters = timing(answer), answer["counters"] or {}
+    (ttft_s, decode_s, num_decoded), counters = timing(answer), answer["counters"] or {}
     return {
         "id": request.id,
         "category": request.category,
         **{key: answer[key] for key in ("prompt_tokens", "completion_tokens", "finish_reason")},
-        "decode_tok_s": time.num_decoded / time.decode_s if time.num_decoded else None,
-        "ttft_ms": 1e3 * time.ttft_s,
+        "decode_tok_s": num_decoded / decode_s if num_decoded else None,
+        "ttft_ms": 1e3 * ttft_s,
         "drafted": counters.get("num_draft_tokens", 0),
         "accepted": counters.get("num_accepted_tokens", 0),
     }

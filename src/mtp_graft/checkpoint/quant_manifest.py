@@ -7,10 +7,9 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NotRequired
+from typing import Any, NamedTuple, NotRequired
 
 import yaml  # type: ignore[import-untyped]
 from typing_extensions import TypedDict
@@ -174,8 +173,7 @@ def recipe_text(content: Manifest, base_recipe: str | None) -> str:
     return before + yaml.safe_dump({"mtp_head_stage": stage}, sort_keys=False, width=100)
 
 
-@dataclass(frozen=True)
-class Spliced:
+class Spliced(NamedTuple):
     """A run's checkpoint."""
 
     variant: str
@@ -190,10 +188,9 @@ class Spliced:
 def find_spliced(run: Path) -> Spliced:
     """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
     if (run / MANIFEST_NAME).is_file():
-        raise GraftError(
-            f"{run}: is a checkpoint with a head; expected the folder of a `mtp-graft run`, which "
-            "measured one: a grafted one can be uploaded with `hf upload OWNER/NAME FOLDER`"
-        )
+        expected = "the folder of a `mtp-graft run`, which measured one"
+        cure = "a grafted one can be uploaded with `hf upload OWNER/NAME FOLDER`"
+        raise GraftError(f"{run}: is a checkpoint with a head; expected {expected}: {cure}")
     stage, cure = run / "splice", "run `mtp-graft splice` first"
     done = read_object(stage / "manifest.json", "the splice stage's manifest", cure)
     variant = done["config"]["variant"]

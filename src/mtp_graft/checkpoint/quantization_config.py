@@ -237,10 +237,8 @@ class QuantizationConfig(BaseModel):
             if all(found):
                 return found[0]
             if pattern := next(filter(None, found), None):
-                raise self._error(
-                    f"ignore has a part of {module} ({pattern}) and not the other; vLLM wants one "
-                    "scheme for both"
-                )
+                problem = f"ignore has a part of {module} ({pattern}) and not the other"
+                raise self._error(f"{problem}; vLLM wants one scheme for both")
         return None
 
     def group_size(self, layers: Iterable[int], *kinds: str) -> int:
@@ -254,10 +252,8 @@ class QuantizationConfig(BaseModel):
         if sizes or not kinds:
             return max(sizes, default=1)
         found = ", ".join(sorted({group.kind for group in groups})) or "not quantized"
-        raise self._error(
-            f"routed experts are {found}; expected {' or '.join(kinds)}. `mtp-graft graft` gives a "
-            "base of other experts an mxfp4 or bf16 head"
-        )
+        cure = "`mtp-graft graft` gives a base of other experts an mxfp4 or bf16 head"
+        raise self._error(f"routed experts are {found}; expected {' or '.join(kinds)}. {cure}")
 
     def kind_of(self, key: str | None) -> str:
         """Return the kind of a group by its key; `plain` for None."""
@@ -275,10 +271,9 @@ class QuantizationConfig(BaseModel):
         try:
             return _compiled(pattern[3:]).match(name, timeout=max(self._seconds, 0.001)) is not None
         except TimeoutError as error:
-            raise self._error(
-                f"{pattern!r} takes more than {_MATCHING_SECONDS} s to match; expected a pattern "
-                "without repeats of repeats: simplify it"
-            ) from error
+            problem = f"{pattern!r} takes more than {_MATCHING_SECONDS} s to match"
+            expected = "a pattern without repeats of repeats: simplify it"
+            raise self._error(f"{problem}; expected {expected}") from error
         finally:
             self._seconds -= time.process_time() - start
 

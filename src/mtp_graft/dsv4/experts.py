@@ -102,7 +102,7 @@ def quantize_experts(
                 problem = "not finite; capture again, and check the upstream shard"
             name = f"{experts[error.index]}.{matrices[0]}"
             raise GraftError(f"{name}: its Hessian is {problem}") from error
-        codes, scales = (t.chunk(len(matrices), dim=1) for t in (result.codes, result.scale))
+        codes, scales = (t.chunk(len(matrices), dim=1) for t in result)
         found |= zip(matrices, map(Quantized, codes, scales), strict=True)
     return found
 
@@ -111,7 +111,7 @@ def pack_experts(quantized: Mapping[str, Quantized], experts: Sequence[str]) -> 
     """Return INT4 experts as the checkpoint stores them, under its names of their modules."""
     stored: dict[str, Tensor] = {}
     for matrix, weights in quantized.items():
-        for e, codes, scale in zip(experts, weights.codes, weights.scale, strict=True):
+        for e, codes, scale in zip(experts, *weights, strict=True):
             stored |= {f"{e}.{matrix}.{part}": t for part, t in int4_parts(codes, scale).items()}
     return stored
 
@@ -128,7 +128,7 @@ def expert_errors(
         scale = int4.group_scale(original, group_size)
         nearest = Quantized(int4.encode(original, scale), scale)
         for of_variant, rounded in (errors["rtn"], nearest), (errors["gptq"], quantized[matrix]):
-            decoded = int4.decode(rounded.codes, rounded.scale)
+            decoded = int4.decode(*rounded)
             of_variant[matrix] = relative_error(original, decoded, hessians[matrix]).tolist()
         errors["mxfp4"][matrix] = errors["bf16"][matrix] = [0.0] * len(original)
     return errors

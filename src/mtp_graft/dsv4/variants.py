@@ -75,10 +75,9 @@ def _modules(tensors: Weights, group_size: int) -> Iterator[tuple[str, Format, P
         is_plain = weight is not None and len(parts) == 1 and weight.is_floating_point()
         is_matrix = weight is not None and weight.dim() == 2
         if kind is None or not (is_plain if kind == "plain" else is_matrix):
-            raise GraftError(
-                f"{module}: has {_said(parts)}; expected a weight with its scale, packed codes "
-                "with theirs, or an unquantized weight; a tensor is missing or belongs elsewhere"
-            )
+            expected = "a weight with its scale, packed codes with theirs, or an unquantized weight"
+            problem = f"has {_said(parts)}; expected {expected}"
+            raise GraftError(f"{module}: {problem}; a tensor is missing or belongs elsewhere")
         if kind != "plain":
             _check_matrix(module, kind, parts, shape_of(parts), group_size)
         _expect_finite(module, parts)
@@ -139,10 +138,9 @@ def _check_matrix(
         raise GraftError(f"{module}: {problem}; choose one that divides them")
     found, expected = _said(parts), _said(stored_as("weight", shape, kind, group))
     if found != expected:
-        raise GraftError(
-            f"{module}: has {found}, expected {expected} (out {shape[0]}, in {shape[1]}, group "
-            f"{group}); recipe and checkpoint disagree, or a shard is damaged: fetch it again"
-        )
+        sizes = f"out {shape[0]}, in {shape[1]}, group {group}"
+        cure = "recipe and checkpoint disagree, or a shard is damaged: fetch it again"
+        raise GraftError(f"{module}: has {found}, expected {expected} ({sizes}); {cure}")
     said = parts.get("weight_shape")
     if said is not None and not said.is_meta and tuple(said.tolist()) != shape:
         raise GraftError(f"{module}: weight_shape is {said.tolist()}, expected {shape}")

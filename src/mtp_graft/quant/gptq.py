@@ -13,8 +13,7 @@ Shape legend: B matrices (experts, independent of each other), O outputs, I inpu
 inputs, N inputs of one group.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +31,7 @@ class NotPositiveDefiniteError(Exception):
         self.index = index
 
 
-@dataclass(frozen=True)
-class Quantized:
+class Quantized(NamedTuple):
     """INT4 weights: `quant.int4.decode(codes, scale)` are the values."""
 
     codes: Tensor  # int8 [B, O, I], -8 to 7
