@@ -75,7 +75,7 @@ decode() { # NAME PORT AGAINST
 }
 
 sweep() { # NAME PORT: twice, for the first one compiles what it needs
-    local asked=(mtp bench sweep --base-url "$(url "$2")" --concurrency 1,4,16 --prompts "$scratch/held.jsonl"
+    local asked=(mtp bench sweep --base-url "$(url "$2")" --concurrency "1,4,16" --prompts "$scratch/held.jsonl"
         --limit 32 --max-tokens 128 --no-ignore-eos)
     step "$1_warm" "${asked[@]}"
     step "$1" "${asked[@]}" --run "$out/$1" --json "$out/$1.json"
@@ -86,17 +86,18 @@ served() { # the base, upstream's head and the healed one
     spliced unhealed $tiny/upstream
     spliced healed "$run/ablations/default/heal/upstream"
     serve 8000 $tiny/base
-    serve 8003 "$scratch/unhealed" --k 3 "${METRICS[@]}"
     local k
+    for k in 3 5; do serve 800$k "$scratch/unhealed" --k $k "${METRICS[@]}"; done
     for k in 1 3 5; do serve 801$k "$scratch/healed" --k $k "${METRICS[@]}"; done
-    ready 8000 8003 8011 8013 8015
+    ready 8000 8003 8005 8011 8013 8015
 }
 
 asked() { # in turn, then several requests at a time
     decode healed_k5 8015 8000
     decode unhealed_k3 8003 8000
     decode healed_k3 8013 8000
-    decode healed_against_unhealed_k3 8013 8003
+    decode unhealed_k5 8005 8000
+    decode healed_against_unhealed_k5 8015 8005
     sweep sweep_base 8000
     sweep sweep_healed_k3 8013
     sweep sweep_unhealed_k3 8003
@@ -127,7 +128,8 @@ loaded() { # not timed: soaks, and what is accepted
     done
     ready 8012 8014
     for k in 1 2 4 5; do healed+=(--served "healed k=$k" "$(url 801$k)"); done
-    accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" "${healed[@]}"
+    accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" \
+        --served "unhealed k=5" "$(url 8005)" "${healed[@]}"
     ready 8023 8025 8033 8035
     accepted dspark_acceptance "$dspark" "${each[@]}"
     wait "${soaks[@]}"

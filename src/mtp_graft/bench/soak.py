@@ -327,7 +327,7 @@ def oddities(answer: Answer) -> list[str]:
     end, periods = answer["token_ids"][:-1][-_LOOP_TOKENS:], range(1, _LOOP_PERIOD + 1)
     loops = len(end) == _LOOP_TOKENS and any(end[n:] == end[:-n] for n in periods)
     text = "".join(map(str, said(answer)))
-    found = ["loop"] * loops + ["U+FFFD"] * ("\ufffd" in text)
+    found = ["loop"] * loops + ["U+FFFD"] * ("\ufffd" in text.rstrip("\ufffd"))  # a cut character
     return ["control tokens"] * bool(_CONTROL.search(text)) + found
 
 
