@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from packaging.version import Version
 
 from mtp_graft.bench.page import counted
 from mtp_graft.cli.app import DRY_RUN, JSON_FILE, NO_PROFILE, app, refuse, with_options
@@ -27,6 +28,9 @@ _OTHER_NAMES = {
 }
 #: How --dry-run prints a reason.
 _COMMENT = textwrap.TextWrapper(96, "# - ", "#   ", break_on_hyphens=False, break_long_words=False)
+_VLLM_VERSION = option(
+    None, "VERSION", "Judge for this vLLM.", "--vllm", parser=lambda given: f"{Version(given)}"
+)
 _PROFILES = (
     "128k, 256k, 256k-2, 524k, 640k, 1m; auto: the longest context that fits; none: vLLM's own "
     "defaults. Other options replace its values. Default: auto on GPUs, none on a CPU."
@@ -52,7 +56,7 @@ def serve(
     profile: str | None = option(None, "NAME", _PROFILES),
     check: bool = option(False, None, "Start, test the head, stop; 1 if it fails.", "--check"),
     dry_run: bool = DRY_RUN,
-    version: str | None = command.VLLM_VERSION,
+    version: str | None = _VLLM_VERSION,
     log: Path | None = LOG,
     json_file: Path | None = JSON_FILE,
 ) -> None:
@@ -171,7 +175,7 @@ def doctor(
     gpu: str | None = option(None, "NAME", "GPU to serve on, or cpu. Default: ours."),
     count: int | None = option(None, "N", "How many of that GPU.", min=1),
     fix: Path | None = option(None, "OUT", "Write a copy with config and names corrected."),
-    version: str | None = command.VLLM_VERSION,
+    version: str | None = _VLLM_VERSION,
     yes: bool = option(False, None, "Let --fix copy shards without asking.", "--yes"),
     json_file: Path | None = JSON_FILE,
 ) -> None:

@@ -87,13 +87,6 @@ TENSOR_PARALLEL_SIZE = option(
 )
 MAX_MODEL_LEN = option(None, "N", "Longest sequence. Default: the model's.", min=1)
 K_HELP = "Tokens to draft a step; 0: no head. Default: 3 on GPUs, else 1; DSpark: its block."
-VLLM_VERSION = option(
-    None,
-    "VERSION",
-    "Judge for this vLLM. Default: ours.",
-    "--vllm",
-    parser=lambda v: f"{Version(v)}",
-)
 NUM_SPECULATIVE_TOKENS = option(None, "N", K_HELP, "--k", "-k", "--num-speculative-tokens", min=0)
 
 
