@@ -44,7 +44,7 @@ _CONTROL = re.compile(r"<[｜|][^｜|<>\n]{1,40}[｜|]>|</?think>|｜DSML｜")
 #: A loop: so many tokens before the last, which repeat at most so many.
 _LOOP_TOKENS, _LOOP_PERIOD = 64, 12
 #: Of answers that cannot be compared, this share may be odd; more count if of several requests.
-_MAX_ODD, _MIN_ODD = 0.02, 3
+_MAX_ODD, _MIN_ODD = 0.1, 3
 #: Letters, and their share, from which on a new script counts; tokens that must have some text.
 _MIN_LETTERS, _MIN_SHARE, _MIN_TOKENS = 20, 0.3, 8
 Record = dict[str, Any]
