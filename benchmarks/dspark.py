@@ -30,6 +30,10 @@ def measure(run: Path, drafter: Path) -> list[dict[str, Any]]:
     began = time.perf_counter()
     done = quantize(calibration, drafter, base, out / "quantize", heads, progress("quantize"))
     seconds = time.perf_counter() - began
+    for variant in SCORED:  # servers need not wait for the scores
+        given = out / "quantize" if variant == "gptq" else None
+        splice(base, drafter, out / variant, variant, quantized=given)
+        require_sound(out / variant, verify(out / variant, base, drafter, given))
     scored = {
         kind: score(
             *(part_of(run / "capture", out / f"capture-{kind}", "-", kind), out / "quantize"),
@@ -39,10 +43,6 @@ def measure(run: Path, drafter: Path) -> list[dict[str, Any]]:
     }
     found = []
     for variant in SCORED:
-        given = out / "quantize" if variant == "gptq" else None
-        splice(base, drafter, out / variant, variant, quantized=given)
-        checked = verify(out / variant, base, drafter, given)
-        require_sound(out / variant, checked)
         by_kind = {kind: each[variant]["by_k"] for kind, each in scored.items()}
         error = done["variants"][variant]["rel_error"]
         found.append({"name": f"dspark {variant}", "rel_error": error, "scored": by_kind})

@@ -5,11 +5,12 @@
     mtp-graft quantize recipes/tiny.toml --run RUN ...          # see heal_gpu.sh
     python benchmarks/heal.py --run RUN --out result.json [--only NAME ...]
 
-The prompts are GSM8K's questions and pieces of tinyshakespeare. Heads are trained on what the base
-says to GSM8K's training questions (the model was trained on them, too) unless their name says
-otherwise, and chosen on the first 192 test questions. Then every head is scored, drafting 1 to 5
-tokens a step, on these, on further questions (`held`) that nothing was chosen by, and on the
-verse that the base continues from the part of Shakespeare that it has never seen.
+The prompts are GSM8K's questions and pieces of tinyshakespeare; with `--varied N` also N of these
+questions with other numbers, for a DSpark drafter: the model was trained on the questions. Heads
+are trained on what the base says to GSM8K's training questions unless their name says otherwise,
+and chosen on the first 192 test questions. Then every head is scored, drafting 1 to 5 tokens a
+step, on these, on further questions (`held`) that nothing was chosen by, and on the verse that the
+base continues from the part of Shakespeare that it has never seen.
 
 Several of these programs, each with its own names, may share a run folder and a result. With
 `--served` servers of the heads, started to tell what they draft, write the held-out texts again.
@@ -17,6 +18,8 @@ Several of these programs, each with its own names, may share a run folder and a
 
 import json
 import os
+import random
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -52,7 +55,7 @@ class Ablation:
 
     settings: Mapping[str, Any] = field(default_factory=dict)  # changes to the default
     tokens: int = 270_000  # of text to train on, at most
-    text: str = "gsm8k"  # what the ids of its prompts begin with
+    text: str | tuple[str, ...] = "gsm8k"  # what the ids of its prompts begin with
     variant: Variant = "gptq"
     linears: Linears = "base"
     experts: bool = False  # train them as well, unrounded: what rounding them costs is left out
@@ -77,7 +80,7 @@ ABLATIONS = {
     "router too": Ablation({"router": True}),
     "experts too": Ablation(experts=True),
     "verse": Ablation(text="verse"),
-    "gsm8k and verse": Ablation(text=""),
+    "gsm8k and verse": Ablation(text=("gsm8k", "verse")),
     "1000 steps": Ablation({"steps": 1000}),
     "100 steps": Ablation({"steps": 100}),
     "lr 1e-3": Ablation({"lr": 1e-3}),
@@ -85,8 +88,8 @@ ABLATIONS = {
 }
 
 
-def write_prompts(run: Path, data: Path, count: int) -> None:
-    """Write `count` questions and verse to train on, and what to judge by, to the run folder."""
+def write_prompts(run: Path, data: Path, count: int, other: int) -> None:
+    """Write what to train on, `count` questions and verse and `other`, and what to judge by."""
     questions = {
         split: [json.loads(row)["question"] for row in (data / f"gsm8k/{split}.jsonl").open()]
         for split in ("train", "test")
@@ -94,7 +97,9 @@ def write_prompts(run: Path, data: Path, count: int) -> None:
     verse = (data / "text" / "tinyshakespeare.txt").read_text()
     seen, unseen = verse[: int(0.9 * len(verse))], verse[int(0.9 * len(verse)) :]
     asked = {
-        CALIBRATION: chats("gsm8k", questions["train"], count) | pieces(seen, VERSES),
+        CALIBRATION: chats("gsm8k", questions["train"], count)
+        | pieces(seen, VERSES)
+        | chats("varied", varied(questions["train"]), other),
         EVALUATION: chats("choose", questions["test"], JUDGED["choose"])
         | chats("held", questions["test"][JUDGED["choose"] :], JUDGED["held"])
         | pieces(unseen, JUDGED["verse"]),
@@ -109,6 +114,17 @@ def chats(name: str, questions: list[str], count: int) -> dict[str, str]:
     return {f"{name}-{i}": CHAT.format(question) for i, question in enumerate(questions[:count])}
 
 
+def varied(questions: list[str]) -> list[str]:
+    """Return the questions with other numbers, half to twice as large; 0, 1 and 2 stay."""
+    rng = random.Random(0)
+
+    def number(old: re.Match[str]) -> str:
+        value = int(old[0])
+        return old[0] if value < 3 else str(rng.randint(max(2, value // 2), 2 * value))
+
+    return [re.sub(r"\d+", number, question) for question in questions]
+
+
 def pieces(text: str, count: int) -> dict[str, str]:
     """Return beginnings of speeches, evenly spaced."""
     at = [i * (len(text) // (count + 1)) for i in range(count)]
@@ -119,7 +135,9 @@ def pieces(text: str, count: int) -> dict[str, str]:
     }
 
 
-def part_of(capture: Path, out: Path, train: str, judge: str, tokens: int = 10**9) -> Path:
+def part_of(
+    capture: Path, out: Path, train: str | tuple[str, ...], judge: str, tokens: int = 10**9
+) -> Path:
     """Make a capture of those texts whose ids begin so, at most so many tokens to train on."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -247,12 +265,14 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--prompts", action="store_true", help="write them")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="with --prompts")
+    parser.add_argument("--varied", type=int, default=0, help="likewise, with other numbers")
     parser.add_argument("--served", nargs=2, action="append", default=[], metavar=("NAME", "URL"))
     parser.add_argument("--concurrency", type=int, default=1, help="with --served")
     parser.add_argument("--only", nargs="+", default=["unhealed", *ABLATIONS])
     options = parser.parse_args()
     if options.prompts:
-        write_prompts(options.run, Path(os.environ["MTP_GRAFT_DATA"]), options.questions)
+        data = Path(os.environ["MTP_GRAFT_DATA"])
+        write_prompts(options.run, data, options.questions, options.varied)
         return
     for name, url in options.served:
         found = served(name, url, options.run, options.concurrency)

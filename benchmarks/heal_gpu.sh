@@ -4,10 +4,10 @@
 #
 #     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [PART]...
 #
-# PART is captured, healed, choices, flash, dspark_trained, served, asked, loaded or timed. OUT gets
-# result files and logs/; what they have is not measured again. After `captured` and `healed`,
-# `served` starts the head that is healed by default beside others, `asked` times them while nothing
-# else runs, `loaded` holds five minutes of load and starts DSpark's servers, `timed` times these.
+# PART is captured, healed, choices, flash, served, healed_served, soaked, dspark_trained,
+# dspark_scored, drafters or asked, best in this order. OUT gets result files and logs/; what they
+# have is not measured again. `asked` times all servers, and wants nothing else to compute. KS are
+# the healed head's k; VARIED prompts more are captured, for DSpark.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4
@@ -27,7 +27,7 @@ heal() { # NAMES...: five at a time
 }
 
 captured() { # the base's own texts, and the experts calibrated on some of them
-    python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts
+    python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts --varied "${VARIED:-0}"
     local set=(--run "$run" --set "capture.calibration_prompts=$run/calibration.jsonl"
         --set "capture.evaluation_prompts=$run/evaluation.jsonl" --set capture.concurrency=64
         --set "capture.calibration_count=$(($(wc -l <"$run/calibration.jsonl") - 20))" # repeated ones are left out
@@ -37,21 +37,22 @@ captured() { # the base's own texts, and the experts calibrated on some of them
     grep '"held-' "$run/evaluation.jsonl" >"$scratch/held.jsonl" # which nothing is chosen by
 }
 
-healed() { step healed heal default unhealed; }
+healed() { step healed heal default rtn unhealed; }
 
 choices() {
-    step choices heal rtn "mxfp4, gptq after" "k = 5" "30k tokens" "100k tokens" "loss kl" "loss tv" "loss ce" \
+    step choices heal "mxfp4, gptq after" "k = 5" "30k tokens" "100k tokens" "loss kl" "loss tv" "loss ce" \
         "loss tv + 0.1 ce" "decay 1" "decay 0.3" "bf16 linears" "router too" "experts too" verse "gsm8k and verse" \
         "1000 steps" "100 steps" "lr 1e-3" "lr 1.5e-4" "k = 1"
 }
 
 flash() { step flash python3 benchmarks/heal_full.py --input "$scratch/heal_full" --out "$out/heal_full.json"; }
 
-spliced() { # NAME UPSTREAM: with the calibrated experts
+spliced() { # NAME UPSTREAM VARIANT: experts calibrated if by GPTQ
     python3 -c "
 from pathlib import Path
 from mtp_graft.stages.splice import splice
-splice(Path('$tiny/base'), Path('$2'), Path('$scratch/$1'), 'gptq', quantized=Path('$run/quantize'))"
+quantized = Path('$run/quantize') if '$3' == 'gptq' else None
+splice(Path('$tiny/base'), Path('$2'), Path('$scratch/$1'), '$3', quantized=quantized)"
 }
 
 url() { echo "http://127.0.0.1:$1"; }
@@ -82,30 +83,20 @@ sweep() { # NAME PORT: twice, for the first one compiles what it needs
 }
 
 METRICS=(-- --per-request-spec-decode-metrics detailed)
-served() { # the base, upstream's head and the healed one
-    spliced unhealed $tiny/upstream
-    spliced healed "$run/ablations/default/heal/upstream"
+served() { # the base and upstream's head
+    spliced unhealed $tiny/upstream gptq
     serve 8000 $tiny/base
     local k
     for k in 3 5; do serve 800$k "$scratch/unhealed" --k $k "${METRICS[@]}"; done
-    for k in 1 3 5; do serve 801$k "$scratch/healed" --k $k "${METRICS[@]}"; done
-    ready 8000 8003 8005 8011 8013 8015
 }
 
-asked() { # in turn, then several requests at a time
-    decode healed_k5 8015 8000
-    decode unhealed_k3 8003 8000
-    decode healed_k3 8013 8000
-    decode unhealed_k5 8005 8000
-    decode healed_against_unhealed_k5 8015 8005
-    sweep sweep_base 8000
-    sweep sweep_healed_k3 8013
-    sweep sweep_unhealed_k3 8003
-    sweep sweep_healed_k5 8015
-}
-
-accepted() { # NAME RUN WORDS...: what servers accept, by `--served NAME URL`
-    step "$1" python3 benchmarks/heal.py --run "$2" --out "$out/heal.json" --concurrency 4 "${@:3}"
+healed_served() {
+    spliced healed "$run/ablations/default/heal/upstream" gptq
+    spliced rtn "$run/ablations/rtn/heal/upstream" rtn
+    local k
+    for k in ${KS:-1 2 3 4 5}; do serve "801$k" "$scratch/healed" --k "$k" "${METRICS[@]}"; done
+    serve 8023 "$scratch/rtn" --k 3 "${METRICS[@]}"
+    ready 8000 8003 8005 8013 8015 8023
 }
 
 soak() { # NAME PORT
@@ -113,33 +104,47 @@ soak() { # NAME PORT
         --json "$out/$1.json"
 }
 
-loaded() { # not timed: soaks, and what is accepted
-    local name k port soaks=() each=() healed=()
+soaks=()
+soaked() { # five minutes, in the background
     soak soak_base 8000 & soaks+=($!)
     soak soak_k3 8013 & soaks+=($!)
-    for k in 2 4; do serve 801$k "$scratch/healed" --k $k "${METRICS[@]}"; done
-    dspark_scored
+}
+
+asked() { # in turn, then several requests at a time
+    local pid
+    for pid in "${soaks[@]}"; do wait "$pid"; done
+    decode healed_against_unhealed_k5 8015 8005
+    decode unhealed_k5 8005 8000
+    decode dspark_k5 8035 8000
+    sweep sweep_base 8000
+    sweep sweep_healed_k3 8013
+    decode healed_k5 8015 8000
+    decode unhealed_k3 8003 8000
+    decode healed_k3 8013 8000
+    decode dspark_k3 8033 8000
+    sweep sweep_healed_k5 8015
+    sweep sweep_unhealed_k3 8003
+    sweep sweep_dspark_k5 8035
+}
+
+accepted() { # NAME RUN WORDS...: what servers accept, by `--served NAME URL`
+    step "$1" python3 benchmarks/heal.py --run "$2" --out "$out/heal.json" --concurrency 4 "${@:3}"
+}
+
+drafters() { # DSpark's servers; what is accepted, not timed
+    local name k port each=() healed=()
     for name in mxfp4 gptq; do
         for k in 3 5; do
-            port=80$([ $name = mxfp4 ] && echo 2 || echo 3)$k
+            port=80$([ $name = mxfp4 ] && echo 3 || echo 4)$k
             serve "$port" "$dspark/dspark/$name" --k $k "${METRICS[@]}"
             each+=(--served "dspark-$name k=$k" "$(url "$port")")
         done
     done
-    ready 8012 8014
-    for k in 1 2 4 5; do healed+=(--served "healed k=$k" "$(url 801$k)"); done
+    for k in ${KS:-1 2 3 4 5}; do healed+=(--served "healed k=$k" "$(url "801$k")"); done
     accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" \
-        --served "unhealed k=5" "$(url 8005)" "${healed[@]}"
-    ready 8023 8025 8033 8035
+        --served "unhealed k=5" "$(url 8005)" --served "rtn k=3" "$(url 8023)" "${healed[@]}"
+    ready 8033 8035 8043 8045
     accepted dspark_acceptance "$dspark" "${each[@]}"
-    wait "${soaks[@]}"
-    accepted acceptance "$run" --served "healed k=3" "$(url 8013)"
-}
-
-timed() { # DSpark beside the base
-    decode dspark_k5 8025 8000
-    decode dspark_k3 8023 8000
-    sweep sweep_dspark_k5 8025
 }
 
 # DSpark: trained on the base's training texts and the captured ones, whose states transformers computes
@@ -162,6 +167,6 @@ dspark_scored() {
 
 trap 'jobs -p | xargs -r kill; wait' EXIT
 shift 2
-for part in "${@:-captured healed choices flash dspark_trained served asked loaded timed}"; do
+for part in "${@:-captured healed choices flash served healed_served soaked dspark_trained dspark_scored drafters asked}"; do
     for each in $part; do "$each"; done
 done

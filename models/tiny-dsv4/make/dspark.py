@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=5)
     parser.add_argument("--rank", type=int, default=32, help="of the Markov head")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--anchors", type=int, default=512, help="a step")
+    parser.add_argument("--anchors", type=int, default=2048, help="a step")
+    parser.add_argument("--run-length", type=int, default=32, help="of anchors in a row")
     parser.add_argument("--qat-part", type=float, default=0.3, help="share of --steps")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -77,8 +77,8 @@ class Texts:
 
     ids: Tensor  # int64 [N]
     positions: Tensor  # int64 [N]
-    left: Tensor  # int64 [N], tokens that follow in the same text
-    anchors: Tensor  # int64, the places of all tokens of answers that something follows
+    left: Tensor  # int64 [N], tokens that follow in the same text, in an answer; else 0
+    anchors: Tensor  # int64, the places where that is not 0
     residual: Tensor  # [N, S, D]
     taps: Tensor  # [N, L, D]
 
@@ -92,11 +92,8 @@ def read_texts(capture: Path, split: str, settings: dict[str, Any], device: torc
             recorded = read_recorded(capture, sequence, settings["hc_mult"])
             assert recorded.taps is not None, f"{capture}: was captured without taps"
             at = torch.arange(sequence.tokens)
-            left = sequence.tokens - 1 - at
-            is_anchor = (at >= sequence.prompt_tokens) & (left > 0)
-            parts.append(
-                (recorded.token_ids, at, left, is_anchor, recorded.residual, recorded.taps)
-            )
+            left = (sequence.tokens - 1 - at) * (at >= sequence.prompt_tokens)
+            parts.append((recorded.token_ids, at, left, left, recorded.residual, recorded.taps))
     if not parts:
         raise SystemExit(f"{capture}: has no texts of split {split!r}")
     joined = [torch.cat(part).to(device) for part in zip(*parts, strict=True)]
@@ -111,18 +108,23 @@ class Drafting(nn.Module):
         super().__init__()
         self.drafter, self.base, self.embed, self.block = drafter, base, embed, block
 
-    def forward(self, texts: Texts, anchors: Tensor, drafts: int | None = None) -> Any:
-        """Return the loss's parts at anchors [A], or with `drafts` so many drafts int64 [A, k]."""
+    def forward(
+        self, texts: Texts, first: Tensor, length: int = 1, drafts: int | None = None
+    ) -> Any:
+        """Return the loss's parts at runs of `length` anchors, A in all, or int64 [A, drafts].
+
+        A run begins at each of the places `first`; its anchors share their context.
+        """
         rows = self.block if drafts is None else drafts
-        window = self.drafter.window
-        before = anchors[:, None] + torch.arange(-window, 0, device=anchors.device)
-        positions = texts.positions[anchors]
-        at = positions[:, None] + before - anchors[:, None]
-        taps = texts.taps[before.clamp(min=0).flatten()].to(self.embed.dtype)
-        context = self.drafter.context(taps, at.clamp(min=0).flatten())
+        count = self.drafter.window + length
+        at = torch.arange(count, device=first.device) - self.drafter.window
+        places = (first[:, None] + at).clamp(0, len(texts.ids) - 1)  # [runs, W + length]
+        seen = places.flatten()
+        context = self.drafter.context(texts.taps[seen].to(self.embed.dtype), texts.positions[seen])
+        anchors = places[:, -length:].flatten()
+        within = torch.arange(len(seen), device=first.device).view_as(places)[:, -length:].flatten()
         embeds = self.embed[block_tokens(texts.ids[anchors], NOISE, rows)]
-        ends = window * torch.arange(1, len(anchors) + 1, device=anchors.device)
-        hidden = self.drafter(embeds, context, ends, positions)  # [A, B, D]
+        hidden = self.drafter(embeds, context, within, texts.positions[anchors])  # [A, B, D]
         if drafts is None:
             return self.loss(texts, anchors, hidden)
         return self.drafter.draft(hidden, texts.ids[anchors], self.base.lm_head.to(self.embed))
@@ -148,7 +150,8 @@ class Drafting(nn.Module):
         parts = {"ce": ce, "distance": distance, "bce": bce}
         means = {name: (weights * part).sum() for name, part in parts.items()}
         loss = CE * means["ce"] + TOTAL_VARIATION * means["distance"] + CONFIDENCE * means["bce"]
-        return {"loss": loss, **means, "first": accepted[:, 0].mean()}
+        first = (weights[:, 0] * accepted[:, 0]).sum() / weights[:, 0].sum()
+        return {"loss": loss, **means, "first": first}
 
 
 def initial_tensors(head: Path, settings: dict[str, Any], seed: int) -> Weights:
@@ -225,7 +228,7 @@ class Trainer:
         args, drafter = self.args, self.drafting.drafter.train()
         optimizer = make_optimizer(drafter, args.weight_decay, self.device.type == "cuda")
         generator = torch.Generator(self.device).manual_seed(args.seed)
-        size, device = (args.anchors,), self.device
+        size, device = (args.anchors // args.run_length,), self.device
         gradients, quantize = None, False
         began = time.monotonic()
         for step in range(args.steps):
@@ -234,12 +237,12 @@ class Trainer:
                 break
             count = len(self.texts.anchors)
             chosen = torch.randint(count, size, generator=generator, device=device)
-            anchors = self.texts.anchors[chosen]
+            first = self.texts.anchors[chosen]
             if gradients is None or quantize != (progress >= 1 - args.qat_part):
                 quantize = progress >= 1 - args.qat_part
                 gradients = None  # frees the first graph's memory before the second is captured
-                gradients = self.gradients(quantize, anchors)
-            metrics = gradients(anchors)
+                gradients = self.gradients(quantize, first)
+            metrics = gradients(first)
             update(optimizer, learning_rate(args.lr, progress, warmup=0.04))
             loads = self.balance(BALANCE * (1 - progress))
             if step % 50 == 0:
@@ -251,10 +254,13 @@ class Trainer:
                 self.look("held_out", self.drafting, quantize, step=step + 1)
 
     def gradients(self, quantize: bool, example: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
-        """Return what fills the gradients at anchors [A]; on a GPU a CUDA graph."""
+        """Return what fills the gradients at runs from `first`; on a GPU a CUDA graph."""
         parameters = list(self.drafting.drafter.parameters())
         on_gpu = self.device.type == "cuda"
-        loss = partial(self.run, self.drafting, quantize, self.texts)
+
+        def loss(first: Tensor) -> dict[str, Tensor]:
+            return self.run(self.drafting, quantize, self.texts, first, self.args.run_length)
+
         return gradient_function(loss, parameters, example, on_gpu and self.args.cuda_graph)
 
     def balance(self, rate: float) -> Callable[[], list[float]]:
@@ -274,7 +280,7 @@ class Trainer:
         lengths = {}
         for k in range(1, self.args.block + 1):
             made = [
-                self.run(drafting, quantize, self.held_out, anchors, k)
+                self.run(drafting, quantize, self.held_out, anchors, 1, k)
                 for anchors in self.held_out.anchors.split(1024)
             ]
             lengths[str(k)] = accepted_length(self.held_out, torch.cat(made))
