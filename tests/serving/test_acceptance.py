@@ -63,7 +63,7 @@ def test_drafts_past_a_texts_end_do_not_count(fake: Callable[..., None], grafted
     assert result["identical"] == 3
 
 
-def test_a_server_that_drafts_nothing(fake: Callable[..., None], base: Path, grafted: Path) -> None:
+def test_drafting_nothing_is_an_error(fake: Callable[..., None], base: Path, grafted: Path) -> None:
     fake(ends=ENDS)
     said = r"127\.0\.0\.1:\d+: tells of no drafts; serve a head with k >= 1 and --per-request"
     for checkpoint, texts in ((base, TEXTS), (grafted, [known("at once", (6,))])):

@@ -39,7 +39,7 @@ def done(result: tuple[int, str, str]) -> Any:
     return json.loads(result[1])
 
 
-def test_decode_against_a_base(run: Run, fake: Any, base: Path, grafted: Path, asked: Any) -> None:
+def test_decode_gives_the_ratio(run: Run, fake: Any, base: Path, grafted: Path, asked: Any) -> None:
     fake(accepts=[2, 0])
     words = ("decode", "--checkpoint", grafted, "--against", base, *asked, "--rounds", 1, "-k", 3)
     status, out, errors = run(*words, "--pairs", 2, "--json", Path("decode.json"))
@@ -59,7 +59,7 @@ def test_decode_against_a_base(run: Run, fake: Any, base: Path, grafted: Path, a
     assert per_pair[1][:2] == per_pair[0] and more["decode_tok_s"]["runs"] == 3
 
 
-def test_profile_served(run: Run, fake: Any, tiny_model: Path, asked: Any, tmp_path: Path) -> None:
+def test_profile_is_used(run: Run, fake: Any, tiny_model: Path, asked: Any, tmp_path: Path) -> None:
     fake(record=str(tmp_path / "record.json"))
     words = ("decode", "--checkpoint", tiny_model / "base", "--profile", "524k", "--rounds", 1)
     status, _, errors = run(*words, "--max-model-len", 2048, *asked, "--", "--seed", 7)
@@ -75,7 +75,7 @@ def test_profile_served(run: Run, fake: Any, tiny_model: Path, asked: Any, tmp_p
     assert manifest["device"] == device_name()
 
 
-def test_a_running_server(run: Run, grafted: Path, asked: Any, tmp_path: Path) -> None:
+def test_a_running_server_is_measured(run: Run, grafted: Path, asked: Any, tmp_path: Path) -> None:
     path = tmp_path / "run" / "bench" / "decode" / "manifest.json"
     with serving(grafted, 2) as client:
         call = ("decode", "--base-url", client.base_url, *asked, "--rounds", 1, "--json", "-")
@@ -87,7 +87,7 @@ def test_a_running_server(run: Run, grafted: Path, asked: Any, tmp_path: Path) -
     assert json.loads(path.read_text()) == manifest, "nothing was measured again"
 
 
-def test_other_gpu(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_only(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("decode", "--checkpoint", grafted, "-k", 1, "--rounds", 1, *asked)
     assert run(*words)[0] == 0
     manifest = Path("run/bench/decode/manifest.json")
@@ -103,7 +103,7 @@ def test_other_gpu(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.Monk
     assert manifest.read_bytes() == before
 
 
-def test_two_sweeps(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_kept(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"output_lens": [20], "ttfts": [0.5], "latencies": [2.5], "duration": 3.0}
     found = {**times, "errors": [""], "total_output_tokens": 20, "output_throughput": 6.7}
     client = Mock(return_value=found)

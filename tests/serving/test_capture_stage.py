@@ -119,7 +119,7 @@ def test_prompts_are_taken_up_to_enough_tokens(base: Path, requests: Path, tmp_p
 
 
 @pytest.mark.parametrize("longer", ["", "x" * 9])
-def test_prompts_in_both_sets(longer: str, base: Path, requests: Path, tmp_path: Path) -> None:
+def test_sets_may_share_no_prompt(longer: str, base: Path, requests: Path, tmp_path: Path) -> None:
     """Also where one takes the place of a longer one, which only the server's tokens tell."""
     rows = [{"id": f"e{n}", "text": text} for n, text in enumerate((longer or "z", "abc"))]
     held_out = {"evaluation_prompts": write_rows(tmp_path / "e.jsonl", *rows)}
@@ -154,7 +154,7 @@ def test_every_prompt_is_continued_and_recorded(base: Path, requests: Path, tmp_
     assert not requests.exists()
 
 
-def test_long_prompts(base: Path, requests: Any, tmp_path: Path, caplog: Any) -> None:
+def test_long_prompts_are_left_out(base: Path, requests: Any, tmp_path: Path, caplog: Any) -> None:
     """Both splits draw from one source, each from where the one before it stopped."""
     texts = ["ab", "x" * 9, "cd", "y" * 10, "ef", "x" * 8, "gh"]
     rows = ({"id": f"p{n}", "text": t} for n, t in enumerate(texts))
@@ -177,7 +177,7 @@ def test_long_prompts(base: Path, requests: Any, tmp_path: Path, caplog: Any) ->
 
 
 @pytest.mark.parametrize("dies_at", [5, 1 + NUM_PROMPTS + 8])
-def test_a_server_that_dies(dies_at: int, base: Path, fake: Any, tmp_path: Path) -> None:
+def test_a_dying_server_loses_no_texts(dies_at: int, base: Path, fake: Any, tmp_path: Path) -> None:
     """At the fifth completion it generates; after all texts, it records."""
     out, log = tmp_path / "capture", tmp_path / "requests"
     fake(dies_at=dies_at, requests=str(log), ends=ENDS)
@@ -219,7 +219,7 @@ def test_what_a_killed_client_left_is_used(base: Path, requests: Path, tmp_path:
         ("full disk", r"could not write what it recorded; make room .*log: OSError: .* No space"),
     ],
 )
-def test_no_recording(records: Any, message: str, base: Path, fake: Any, tmp_path: Path) -> None:
+def test_needs_recording(records: Any, message: str, base: Path, fake: Any, tmp_path: Path) -> None:
     out = tmp_path / "capture"
     fake(records=records, ends=ENDS)
     with pytest.raises(GraftError, match=message):

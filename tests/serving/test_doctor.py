@@ -128,7 +128,7 @@ def test_an_unusable_config_or_index_is_a_finding(copy: Path, file: str, text: s
         ("num_nextn_predict_layers", 1.5, "num_nextn_predict_layers is 1.5"),
     ],
 )
-def test_a_bad_dimension(copy: Path, name: str, value: Any, found: str) -> None:
+def test_a_bad_dimension_is_the_one_finding(copy: Path, name: str, value: Any, found: str) -> None:
     set_config(name, value)(copy)
     (finding,) = diagnose(copy, on("H200"))
     assert finding.id == "config-unusable" and found in finding.found
@@ -137,7 +137,7 @@ def test_a_bad_dimension(copy: Path, name: str, value: Any, found: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, {}, [0, 0, 4], [0, "a", 4, 128, 0], [0, 0, 4, -1, 0]])
-def test_ratios_that_are_none_are_an_error(copy: Path, value: Any) -> None:
+def test_wrong_compress_ratios_are_an_error(copy: Path, value: Any) -> None:
     set_config("compress_ratios", value)(copy)
     (finding,) = (f for f in diagnose(copy, ON_CPU) if f.id == "compress-ratios")
     assert (finding.severity, finding.fixable) == ("error", False)
@@ -224,7 +224,7 @@ def test_without_vllm_doctor_says_so(good: Path, monkeypatch: pytest.MonkeyPatch
         ((12, 0), "0.22.0", {"vllm-unsupported", "vllm-40923", "vllm-51593"}),
     ],
 )
-def test_known_capabilities(good: Path, gpu: tuple[int, int], vllm: str, errors: set[str]) -> None:
+def test_finds_known_issues(good: Path, gpu: tuple[int, int], vllm: str, errors: set[str]) -> None:
     hardware = Hardware("GPU", 1, 80 * 2**30, capability=gpu)
     found = diagnose(good, Target(Version(vllm), "cuda", hardware))
     assert set(ids(found, "error")) == errors
@@ -271,6 +271,6 @@ def test_a_small_file_is_an_object_or_a_finding(good: Path, name: str, data: byt
     assert found == ([] if is_right else ["file-unreadable"])
 
 
-def test_a_small_file_that_is_none_is_a_finding(copy: Path) -> None:
+def test_a_device_in_place_of_a_small_file_is_a_finding(copy: Path) -> None:
     (copy / "added_tokens.json").symlink_to("/dev/zero")
     assert ids(diagnose(copy, ON_CPU)) == ["file-unreadable"]

@@ -73,7 +73,7 @@ def test_of_several_defects_none_is_left(good: Path, names: list[str]) -> None:
             assert diagnose(out, ON_CPU) == []
 
 
-def test_shards_are_copied(planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_if_allowed(planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = planted("scale-inv"), tmp_path / "fixed"
     size = f"copies {(folder / HEAD).stat().st_size:,} bytes, 1 of 4 shards"
     with pytest.raises(GraftError, match=rf"{size}.*--yes allows it"):
@@ -90,7 +90,7 @@ def test_shards_are_copied(planted: Plant, tmp_path: Path, monkeypatch: pytest.M
     assert (status, errors) == (1, {"gpu-count"}), "what the hardware lacks keeps nothing from it"
 
 
-def test_fix_refuses(planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_half_done_fix(planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out, said = planted("scale-inv"), tmp_path / "fixed", list[str]()
     found = diagnose(folder, ON_CPU)
     for place in (folder, folder / "fixed"):
@@ -107,7 +107,7 @@ def test_fix_refuses(planted: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("defect", "where"),
     [("truncated-shard", HEAD), ("missing-parameter", "mtp.0.hn"), ("no-tokenizer", "tokenizer")],
 )
-def test_other_errors(planted: Plant, tmp_path: Path, defect: str, where: str) -> None:
+def test_fix_refuses_other_errors(planted: Plant, tmp_path: Path, defect: str, where: str) -> None:
     planted("head-count-0"), planted("scale-inv")
     with pytest.raises(GraftError, match=rf"{where}.*: .*; --fix corrects config and names only"):
         run(planted(defect), "--gpu", "cpu", "--fix", tmp_path / "fixed")

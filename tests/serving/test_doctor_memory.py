@@ -22,7 +22,7 @@ PRO_LIKE = {**FLASH, "num_hidden_layers": 61, "compress_ratios": [128] * 2 + [4,
 @pytest.mark.parametrize("config", [FLASH, WITHOUT_HEAD, PRO_LIKE], ids=["flash", "base", "61"])
 @pytest.mark.parametrize("length", [1000, 131072, 2**20])
 @pytest.mark.parametrize("in_flight", [512, 16384])
-def test_a_sequence_takes_as_in_vllm(config: dict[str, Any], length: int, in_flight: int) -> None:
+def test_kv_bytes_are_those_of_vllm(config: dict[str, Any], length: int, in_flight: int) -> None:
     assert kv_cache_bytes(config, length, in_flight) == by_vllm(config, length, in_flight)
 
 

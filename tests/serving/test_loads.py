@@ -23,7 +23,7 @@ from .bench_server import PROMPTS, quiet, serving
 
 
 @pytest.mark.vllm
-def test_vllms_own_client(fake: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllms_client_holds_load(fake: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(step_s=0.002, accepts=[2, 0], streams=str(Path("streams")), fails=[5])
     config = DecodeConfig(max_tokens=20, rounds=3)
     with serving(grafted, 2) as client:
@@ -81,7 +81,7 @@ def test_a_point_is_made_of_the_requests_that_were_answered(client: Mock, tmp_pa
         measure(tmp_path, 1)
 
 
-def test_a_missing_client(vllm: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_needs_vllms_client(vllm: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(GraftError, match=r"vllm bench serve failed against http://127\.0\.0\.1:9"):
         run_load("http://127.0.0.1:9", {})

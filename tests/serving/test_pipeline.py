@@ -176,7 +176,9 @@ def written(folder: Path) -> dict[Path, int]:
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_run(run: Run, stages: StandIns, servers: Servers, recipe: Path, folder: Path) -> None:
+def test_the_base_is_captured_and_measured_and_then_every_variant(
+    run: Run, stages: StandIns, servers: Servers, recipe: Path, folder: Path
+) -> None:
     result = run()
     assert servers.started == [CAPTURE, GPTQ, RTN]
     check_that_only_the_head_differs(servers.options[CAPTURE], servers.options[GPTQ])
@@ -205,7 +207,7 @@ def test_a_run(run: Run, stages: StandIns, servers: Servers, recipe: Path, folde
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_healed_heads(
+def test_a_healed_head_is_spliced_if_it_drafts_better(
     run: Run, stages: StandIns, folder: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
     upstreams: set[str] = set()
@@ -230,7 +232,7 @@ def test_healed_heads(
         run(only="fetch")
 
 
-def test_time_of_a_killed_call(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_call_is_timed(recipe: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter((0, 5, 5, 7, 20, 21))
     monkeypatch.setattr(pipeline.folder.time, "perf_counter", lambda: float(next(now)))
     work = pipeline.folder.Run(load_recipe(recipe), folder)
@@ -264,7 +266,9 @@ def on_gpus(site: Path, cuda_build: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("on_gpus")
-def test_on_gpus(run: Run, stages: StandIns, servers: Servers, folder: Path, capsys: Any) -> None:
+def test_on_gpus_the_base_has_a_server_of_its_own_and_all_get_the_hardwares_settings(
+    run: Run, stages: StandIns, servers: Servers, folder: Path, capsys: Any
+) -> None:
     run("bench.k=2", "serve.tensor_parallel_size=2")
     assert stages.apart == ["quantize", "score"], "their GPU memory is free for vLLM afterwards"
     assert servers.started == [CAPTURE, BASE, GPTQ, RTN]
@@ -290,7 +294,9 @@ def test_on_gpus(run: Run, stages: StandIns, servers: Servers, folder: Path, cap
         ("others", (), "p0"),  # another file's prompts are others, whatever they are called
     ],
 )
-def test_timing(file: str, settings: Any, timed: str, run: Run, recipe: Path, folder: Path) -> None:
+def test_prompts_to_time_are_none_of_those_captured_and_leave_room_for_the_answer(
+    file: str, settings: Any, timed: str, run: Run, recipe: Path, folder: Path
+) -> None:
     """Five are captured: p0 to p4, or where 7 tokens are too long, p1 to p4 and p6."""
     source = recipe.parent / "prompts.jsonl"
     for path in (source, source.with_stem("others")):
@@ -302,7 +308,7 @@ def test_timing(file: str, settings: Any, timed: str, run: Run, recipe: Path, fo
     assert len(served["sequences"]) == 1, "as many evaluation texts as the recipe says"
 
 
-def test_a_finished_run(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
+def test_nothing_is_done_twice(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
     first = run()
     kept = [written(folder / stage) for stage in ("capture", "quantize", "score")]
     second = run()
@@ -319,7 +325,7 @@ def test_a_finished_run(run: Run, stages: StandIns, servers: Servers, folder: Pa
     assert (servers.started, stages.done) == ([RTN], [f"verify {RTN}"])
 
 
-def test_stages_apart(run: Run, recipe: Path, servers: Servers, folder: Path) -> None:
+def test_stages_apart_give_the_same(run: Run, recipe: Path, servers: Servers, folder: Path) -> None:
     whole, loaded = run(), load_recipe(recipe)
     shutil.rmtree(folder)
     results = {stage: run_stage(loaded, folder, stage, quiet) for stage in ("fetch", "capture")}
@@ -339,7 +345,7 @@ def test_stages_apart(run: Run, recipe: Path, servers: Servers, folder: Path) ->
     assert results["splice"]["checkpoint"] == str(folder / "splice" / "gptq" / "tiny-mtp")
 
 
-def test_from_a_stage_anew(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
+def test_from_redoes_the_rest(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
     first = run()
     kept = [written(folder / stage) for stage in ("capture", "quantize")]
     for stage in ("score", "splice", "verify", "bench"):
@@ -374,7 +380,7 @@ def test_a_stage_before_its_time_names_the_one_to_run_first(run: Run, servers: S
         refused(stage, "splice")
 
 
-def test_inputs_that_misfit(run: Run, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misfits_start_nothing(run: Run, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
     refusal = Mock(side_effect=GraftError("has a head already"))
     monkeypatch.setattr(pipeline.run, "check_run", refusal)
     for stage in ("fetch", "capture"):
@@ -406,7 +412,7 @@ def test_a_server_that_dies_loses_nothing_done(run: Run, servers: Servers, folde
     assert result["acceptance_served"].keys() == {GPTQ, RTN}
 
 
-def test_a_failed_verification(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
+def test_failed_verify_ends_run(run: Run, stages: StandIns, servers: Servers, folder: Path) -> None:
     stages.missing = ["mtp.0.norm.weight"]
     message = r"gptq/tiny-mtp: mtp\.0\.norm\.weight: wrong \(1 in all\); remove it"
     with pytest.raises(GraftError, match=message):

@@ -42,7 +42,7 @@ GH200 = Hardware("NVIDIA GH200 480GB", 1, 97871 * MIB)
 
 
 @pytest.mark.parametrize(("memory_mib", "expected"), [(None, GB10), (97871, GH200)])
-def test_known_gpus(monkeypatch: pytest.MonkeyPatch, memory_mib: Any, expected: Hardware) -> None:
+def test_gaps_filled(monkeypatch: pytest.MonkeyPatch, memory_mib: Any, expected: Hardware) -> None:
     install_gpus(monkeypatch, str(expected.gpu), memory_mib=memory_mib)
     assert find_gpus() == expected
 
@@ -280,7 +280,7 @@ def test_the_dry_run_on_a_cpu_is_the_golden_file(dry_run: Print, spliced: dict[s
     assert {f.stem for f in GOLDEN.iterdir()} == FLASH_CASES.keys() | {"cpu-tiny-auto"}
 
 
-def test_gpus_that_exist(dry_run: Print, on_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_gpus_as_named(dry_run: Print, on_flash: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where vLLM is a CUDA build, and the driver tells of two cards on PCIe."""
     site = Path("cuda/site-packages")
     install(site, "vllm", "0.33.0")

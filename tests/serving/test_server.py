@@ -57,7 +57,7 @@ def managed(fake: Configure, tmp_path: Path) -> Managed:
         ({"mode": "never_healthy"}, "is not ready after 2 s"),
     ],
 )
-def test_never_ready(
+def test_a_server_that_does_not_get_ready_is_explained(
     managed: Managed, base: Path, settings: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if settings.get("mode") == "never_healthy":
@@ -66,7 +66,7 @@ def test_never_ready(
         pytest.fail("the block was entered")
 
 
-def test_time_for_the_weights(vllm: object, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_get_their_time(vllm: object, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.truncate(base / "model-1.safetensors", 150 * 10**9)  # sparse
     assert server.start_limit_s(base) > 1500
     assert build_command(ServeOptions(base)).env[START_LIMIT] == str(server.start_limit_s(base))
@@ -87,7 +87,9 @@ def hangup_ends() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_signal(managed: Managed, base: Path, signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_ends_the_server_too_also_one_that_ignores_sigterm(
+    managed: Managed, base: Path, signum: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "GRACE_S", 0.3)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, managed(base, mode="ignores_sigterm"):
@@ -154,7 +156,7 @@ def assert_goes_on(process: subprocess.Popen[str], seconds: float) -> None:
         ([signal.SIGINT, signal.SIGINT], "ignores_sigterm", 128 + signal.SIGINT),
     ],
 )
-def test_serve_signals(serve: Serve, base: Path, signums: Any, mode: str, status: int) -> None:
+def test_signals_stop_serve(serve: Serve, base: Path, signums: Any, mode: str, status: int) -> None:
     with serve(base, exit_status=5, mode=mode) as process:
         wait_until_ready(process)
         for signum in signums[:-1]:
@@ -224,7 +226,7 @@ TEXT = st.text("abcdef ,.:'()[]{}=<>/0123456789", min_size=1).filter(str.strip)
     st.integers(0, 3),
     st.sampled_from(["", ENGINE_FAILED, "INFO:     Shutting down\n"]),
 )
-def test_every_line_of_a_reason(kind: str, said: Any, ranks: int, after: str) -> None:
+def test_every_line_of_a_reason_is_told(kind: str, said: Any, ranks: int, after: str) -> None:
     message = f"{kind}: " + "\n".join(indent + text for indent, text in said)
     logged = of_ranks(*[FRAMES + message] * ranks) or f"{FRAMES}{message}\n"
     with TemporaryDirectory() as name:

@@ -152,7 +152,7 @@ ODD = {"la ": "loop", "<｜User｜> and so on ": "control tokens", "\ufffd and o
 
 
 @pytest.mark.parametrize(("text", "kind"), ODD.items())
-def test_uncompared_answers_are_odd_seldom(text: str, kind: str) -> None:
+def test_answers_that_cannot_be_compared_may_be_odd_only_seldom(text: str, kind: str) -> None:
     result = soaked(says(text, greedy=False, tie=True), minutes=0.03)
     [found] = result["corrupted"]
     assert found["kind"] == kind and "cannot be compared" in found["where"]
@@ -182,7 +182,7 @@ def test_errors_and_hangs_are_counted_and_the_end_of_the_server_ends_the_soak() 
 
 
 @pytest.mark.parametrize(("fault", "always"), [(None, False), (is_empty, False), (is_empty, True)])
-def test_the_soak_command(run_command: Run, tmp_path: Path, fault: Any, always: bool) -> None:
+def test_soak_tells_bad_answers(run_command: Run, tmp_path: Path, fault: Any, always: bool) -> None:
     page, file = tmp_path / "soak.html", tmp_path / "soak.json"
     with serving(fault, always=always) as url:
         words = ("bench", "soak", "--base-url", url, "--reference", url, "--minutes", 0.01)

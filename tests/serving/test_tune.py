@@ -62,7 +62,7 @@ def test_each_load_gets_the_k_that_pays_most_and_the_mix_is_held_against_the_bas
     ("fp8", "greedy", "taken", "servers"),
     [(1.0, 0.8, {}, 12), (1.1, 0.8, FP8, 16), (1.1, 1.2, FP8 | GREEDY, 16)],
 )
-def test_choices_that_pay(fp8: float, greedy: float, taken: dict[str, Any], servers: int) -> None:
+def test_choices_must_pay(fp8: float, greedy: float, taken: dict[str, Any], servers: int) -> None:
     def gain(_load: int, k: int, **drafts: Any) -> float:
         factor = fp8 if drafts.get("draft_lm_head_quantization") else 1.0
         return (1 + k / 3) * factor * (greedy if drafts.get("draft_sample_method") else 1.0)
@@ -114,7 +114,9 @@ def load(vllm: object, monkeypatch: pytest.MonkeyPatch) -> Mock:
     return client
 
 
-def test_tune(run_command: Any, load: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_measures_once_and_serve_takes_what_it_found(
+    run_command: Any, load: Any, grafted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts, file = Path("prompts.jsonl"), grafted / TUNED_NAME
     prompts.write_text('{"id": "a", "text": "ab"}\n{"id": "b", "text": "hello"}\n')
     words = ("tune", grafted, "--k", "1,2", "--concurrency", "1,2", "--prompts", prompts)
