@@ -195,7 +195,7 @@ LOGPROBS = {"logprobs": True, "top_logprobs": 10, "return_tokens_as_token_ids": 
 
 
 @pytest.mark.usefixtures("sandbox")
-def test_every_benchmark(mtp_graft: Any, server: ServerClient, shared_data: Path) -> None:
+def test_every_benchmark_completes(mtp_graft: Any, server: ServerClient, shared_data: Path) -> None:
     pytest.importorskip("inspect_ai", reason="Inspect is not installed (extra `evals`)")
     limited = ("--data-dir", shared_data, "--limit", 3)
     asked = {name: ("--max-tokens", 24, *limited) for name in EVALS[:3]}

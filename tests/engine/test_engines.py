@@ -85,7 +85,7 @@ def tokens_of(batch: Any) -> list[list[int]]:
 
 @both_k
 @pytest.mark.parametrize("name", ["eight", "mixed", "eight together", "long"])
-def test_greedy_tokens(name: str, k: int, base: Batches, speculative: dict[int, Batches]) -> None:
+def test_greedy_lossless(name: str, k: int, base: Batches, speculative: dict[int, Batches]) -> None:
     assert speculative[k][name]["results"] == base[name]["results"]
 
 
@@ -103,7 +103,7 @@ def test_requests_together_are_as_if_alone(base: Batches, speculative: dict[int,
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
-def test_greedy_beside_sampled(k: int, base: Batches, speculative: dict[int, Batches]) -> None:
+def test_greedy_same_beside_sampled(k: int, base: Batches, speculative: dict[int, Batches]) -> None:
     run = speculative[k] if k else base
     beside = tokens_of(run["sampled beside decided"])[1::2]
     assert beside[:4] == tokens_of(base["eight"])[:4]
@@ -129,7 +129,7 @@ def sampled_logprobs(run: Batches) -> list[float]:
 
 
 @both_k
-def test_sampling(k: int, base: Batches, speculative: dict[int, Batches], measured: Any) -> None:
+def test_as_probable(k: int, base: Batches, speculative: dict[int, Batches], measured: Any) -> None:
     """Five deviations of the difference of two means; noise is twenty nats away.
 
     As a prompt, tokens are computed in another order of sums.

@@ -131,7 +131,7 @@ def wait_until_gone(run: Path, memory: Collection[Path] = ()) -> None:
         time.sleep(0.2)
 
 
-def test_a_killed_run(killed_run: Any, measured: dict[str, Any]) -> None:
+def test_a_killed_run_redoes_nothing_finished(killed_run: Any, measured: dict[str, Any]) -> None:
     wait_until_gone(killed_run["run"])
     kept, kills = killed_run["kept"], killed_run["kills"]
     redone = [path.name for path, written in kept.items() if path.stat().st_mtime_ns != written]
@@ -215,7 +215,7 @@ def test_the_checkpoint_is_verified_and_the_base_linked(killed_run: Any, tiny_mo
         assert all(name.startswith("mtp.0.") for name in head.keys())  # noqa: SIM118
 
 
-def test_without_a_kill(killed_run: Any, repo_root: Path, mtp_graft: Any, measured: Any) -> None:
+def test_same_without_kill(killed_run: Any, repo_root: Path, mtp_graft: Any, measured: Any) -> None:
     killed, other = killed_run["run"], Path("run")
     shutil.copytree(killed / "capture", other / "capture")
     shutil.copy(killed / "run.json", other)

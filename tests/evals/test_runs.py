@@ -110,7 +110,7 @@ def test_a_failed_request_is_asked_again_and_is_no_wrong_answer(mtp_graft: Run, 
 
 
 @pytest.mark.parametrize(("failure", "times"), [("500", 3), ("400", 1)])
-def test_what_is_left_is_asked(mtp_graft: Run, data: Path, failure: str, times: int) -> None:
+def test_a_rerun_asks_what_is_left(mtp_graft: Run, data: Path, failure: str, times: int) -> None:
     broken = True
 
     def say(text: str) -> str:

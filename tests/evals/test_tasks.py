@@ -77,7 +77,7 @@ CUT_OFF = gzip.compress(b'{"task_id": "?"}\n' * 99, mtime=0)[:-9]
     ],
 )
 @pytest.mark.usefixtures("sandbox")
-def test_a_wrong_file(tmp_path: Path, name: str, file: str, content: bytes, message: str) -> None:
+def test_bad_file_named(tmp_path: Path, name: str, file: str, content: bytes, message: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(GraftError, match=message):
@@ -130,7 +130,7 @@ def test_code_is_found_in_an_answer(content: str, code: str) -> None:
     st.sampled_from(["", "\n", "\nDone.", "\n\n```\nf(1)\n```\n"]),
     st.sampled_from([WHOLE, DOCUMENTED, f"import os\n\n\n{WHOLE}", f"{WHOLE}\n\nprint(f(1))\n"]),
 )
-def test_code_in_any_fence(mark: str, language: str, before: str, after: str, code: str) -> None:
+def test_any_fence_gives_code(mark: str, language: str, before: str, after: str, code: str) -> None:
     indent = " " * len(before.rpartition("\n")[2])
     block = f"{mark}{language}\n{code}{mark}".replace("\n", f"\n{indent}")
     assert find_code(before + block + after, "f") == code

@@ -66,7 +66,7 @@ def test_a_weight_is_given_as_soon_as_its_pair_is_whole(weight_first: bool) -> N
         (CODES, torch.ones(130, 1), r"its scale is \[130, 1\], expected \[2, 3\]"),
     ],
 )
-def test_half_a_pair_or_other_groups(weight: Tensor, scale: Tensor | None, message: str) -> None:
+def test_pairs_that_misfit_are_refused(weight: Tensor, scale: Tensor | None, message: str) -> None:
     stored = {f"{MODULES[3]}.weight": weight, f"{MODULES[3]}.weight_scale": scale}
     given = [(name, tensor) for name, tensor in stored.items() if tensor is not None]
     with pytest.raises(GraftError, match=rf"^{MODULES[3]}: {message}"):

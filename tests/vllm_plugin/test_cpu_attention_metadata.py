@@ -84,7 +84,7 @@ def test_each_token_maps_to_the_request_that_owns_it() -> None:
 
 @exhaustive
 @given(batches(), st.sampled_from([1, 2, 7, 128]), st.data())
-def test_window_slots_of_a_token(batch: Batch, window_size: int, data: st.DataObject) -> None:
+def test_a_token_sees_its_window_slots(batch: Batch, window_size: int, data: st.DataObject) -> None:
     num_tokens = len(batch.tokens)
     offset = data.draw(st.integers(0, num_tokens - 1), label="token_offset")
     num_rows = data.draw(st.integers(1, num_tokens - offset), label="num_tokens")

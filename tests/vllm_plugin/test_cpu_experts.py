@@ -78,7 +78,9 @@ def test_a_token_does_not_depend_on_its_neighbours(way: Any, num_tokens: int, th
         ((), 64, [(True, slice(0, 64))]),
     ],
 )
-def test_decoding(lengths: Any, total: int, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_told_from_decoding_by_each_requests_tokens(
+    lengths: Any, total: int, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plugin, "request_bounds", lambda: [*accumulate((0, *lengths))])
     assert list(prompts_apart(total)) == expected
 

@@ -182,7 +182,7 @@ def test_earlier_recordings_are_kept(runner: Runner, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), GraftError("the disk is full")])
-def test_a_failed_write(
+def test_a_failed_write_is_told_the_client_and_does_not_end_the_server(
     error: Any, runner: Runner, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
@@ -217,7 +217,7 @@ def test_a_residual_that_no_graph_wrote_is_not_finite(runner: Runner, folder: Pa
     assert first["residual"].isfinite().all() and second["residual"].isnan().all()
 
 
-def test_ranks(folder: Path, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_rank_writes(folder: Path, place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     place.rank = 1
     helping = Runner()
     helping.step(prompt(4, 5))
