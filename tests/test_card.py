@@ -190,7 +190,7 @@ def test_charts_of_an_earlier_card_go_and_other_files_stay(run: Path) -> None:
         (f"splice/gptq/{NAME}/config.json", None, "config.json"),
     ],
 )
-def test_what_cannot_be_read(file: str, content: str | None, message: str, run: Path) -> None:
+def test_bad_results_give_no_card(file: str, content: str | None, message: str, run: Path) -> None:
     bench(run, "gsm8k", evaluated(93, 100))
     (run / file).unlink() if content is None else (run / file).write_text(content)
     with pytest.raises(GraftError, match=re.escape(message)):
@@ -253,7 +253,7 @@ def test_private_files_need_a_private_hub_repo(finished: Path, hub: Mock, publis
     hub.create_repo.assert_called_with(REPO, private=True, exist_ok=True)
 
 
-def test_uploads(finished: Path, hub: Any, publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_upload(finished: Path, hub: Any, publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.create_commit.side_effect = RuntimeError("xet")
     assert f"{REPO}: the upload stopped (xet)" in publish(finished)
     for repo in ("noowner", "some one/x"):
@@ -276,7 +276,7 @@ def test_uploads(finished: Path, hub: Any, publish: Any, monkeypatch: pytest.Mon
         (lambda run: write(run / "MTP_QUANT_MANIFEST.json", {}), "a grafted one can be uploaded"),
     ],
 )
-def test_not_finished(damage: Any, message: str, finished: Path, publish: Publish) -> None:
+def test_unfinished_is_refused(damage: Any, message: str, finished: Path, publish: Publish) -> None:
     run = Path(shutil.copytree(finished, Path("run")))
     damage(run)
     assert message in publish(run, "--dry-run")

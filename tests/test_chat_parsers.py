@@ -97,7 +97,9 @@ class Chat:
         (True, True, f"{THOUGHT}</think>{SAID}\n\nCALLS", (THOUGHT, f"{SAID}\n\n", CALLS)),
     ],
 )
-def test_streams(tiny_model: Path, thinking: bool, tools: bool, answer: Any, expected: Any) -> None:
+def test_thought_words_and_calls_of_a_stream_are_told_apart(
+    tiny_model: Path, thinking: bool, tools: bool, answer: Any, expected: Any
+) -> None:
     tokenizer = get_tokenizer(tiny_model / "base", tokenizer_mode=FLAGS["--tokenizer-mode"])
     chat = Chat(tokenizer, thinking, tools)
     answer = answer.replace("CALLS", chat.calls())

@@ -104,7 +104,7 @@ def healthcheck(docker: Path, port: str, host: str = "0.0.0.0") -> subprocess.Co
     return subprocess.run(command, env=variables, check=False, capture_output=True, text=True)
 
 
-def test_health_and_sigterm(docker: Path, image: dict[str, str], tmp_path: Path) -> None:
+def test_healthy_until_sigterm_ends_it(docker: Path, image: dict[str, str], tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     record = tmp_path / "record"

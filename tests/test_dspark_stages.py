@@ -58,7 +58,7 @@ def drafter_of(inputs: Inputs, *files: Path) -> DSpark:
 
 
 @torch.inference_mode()
-def test_a_stages_experts(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
+def test_one_stage_at_a_time(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
     inputs = open_inputs(capture, dspark, tiny_base, CALIBRATION, "embed.weight")
     files = sorted((quantized / "gptq").glob("experts-0-*.safetensors"))
     routed = replay_capture(inputs, Clock("cpu"), lambda *_: None, 1, files)
@@ -84,14 +84,14 @@ def test_a_stages_experts(capture: Path, quantized: Path, dspark: Path, tiny_bas
             torch.testing.assert_close(torch.cat([w for _, w in parts]), weights[row, column])
 
 
-def test_they_are_spliced(quantized: Path, dspark: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_dspark_is_spliced(quantized: Path, dspark: Path, tiny_base: Path, tmp_path: Path) -> None:
     splice(tiny_base, dspark, tmp_path / "out", "gptq", quantized=quantized)
     found = verify(tmp_path / "out", tiny_base, dspark, quantized)
     assert found["ok"] and 0.05 < found["rel_error_max"] < 0.35
 
 
 @torch.inference_mode()
-def test_scores_by_width(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
+def test_each_k_is_as_served(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
     given = capture, quantized, dspark, tiny_base, Path("score")
     found = score(*given, SETTINGS, ScoreSection(k=3, device="cpu"), lambda *_: None)
     inputs = open_inputs(capture, dspark, tiny_base, EVALUATION, "embed.weight", "head.weight")
@@ -117,7 +117,7 @@ def test_scores_by_width(capture: Path, quantized: Path, dspark: Path, tiny_base
         assert (by_k["steps"], sum(by_k["accepted_by_position"])) == (steps, accepted)
 
 
-def test_what_drafters_lack(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
+def test_needs_taps_not_heal(capture: Path, quantized: Path, dspark: Path, tiny_base: Path) -> None:
     models, none = (quantized, dspark, tiny_base), lambda *_: None
     with pytest.raises(GraftError, match="a DSpark drafter, which was trained for blocks already"):
         heal(capture, *models, Path("heal"), "mxfp4", "base", 128, HealSection(), none)
@@ -131,7 +131,9 @@ def test_what_drafters_lack(capture: Path, quantized: Path, dspark: Path, tiny_b
 @pytest.mark.parametrize(
     ("change", "message"), [((), "on GPUs only"), (("heal.k=3",), r"\[heal\]")]
 )
-def test_runs(change: Any, message: str, run_command: Any, repo_root: Path, dspark: Path) -> None:
+def test_a_run_that_would_end_in_an_error_is_refused_at_once(
+    change: Any, message: str, run_command: Any, repo_root: Path, dspark: Path
+) -> None:
     sets = [f"--set={each}" for each in (f'model.upstream="{dspark}"', *change)]
     recipe = repo_root / "recipes" / "tiny.toml"
     status, _, said = run_command("run", recipe, "--dry-run", "--run=run", *sets)

@@ -57,7 +57,9 @@ def test_only_what_is_needed_and_announced_is_fetched(hub: StandInHub, tmp_path:
 @pytest.mark.parametrize(
     ("revision", "offline"), [(None, True), ("v2", False), ("v2", True), (COMMIT, True)]
 )
-def test_cache(hub: Any, monkeypatch: pytest.MonkeyPatch, revision: Any, offline: bool) -> None:
+def test_a_full_cache_needs_no_network_by_branch_or_commit(
+    hub: Any, monkeypatch: pytest.MonkeyPatch, revision: Any, offline: bool
+) -> None:
     model = ModelSection(name="m", base=BASE, upstream=UPSTREAM, base_revision=revision)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's attempts
     first = fetch(model, Path("out"), quiet)
@@ -86,14 +88,10 @@ def test_cache(hub: Any, monkeypatch: pytest.MonkeyPatch, revision: Any, offline
         ({"Retry-After": "Wed, 21 Oct 2150 07:28:00 GMT"}, None),
     ],
 )
-def test_a_busy_hub(
-    busy: Any,
-    seconds: Any,
-    hub: StandInHub,
-    recipe: Recipe,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_hub_that_is_asked_too_often_is_waited_for_and_that_is_said(
+    busy: Any, seconds: Any, hub: StandInHub, recipe: Recipe, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:
+) -> None:  # fmt: skip
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     hub.busy = busy
@@ -188,14 +186,14 @@ def lose(repo: str, file: str) -> Callable[[StandInHub], object]:
         (lambda hub: hub.repositories.pop(BASE), rf"{BASE}: cannot be fetched .*check the id"),
     ],
 )
-def test_no_checkpoint(damage: Any, message: str, hub: StandInHub, tmp_path: Path) -> None:
+def test_incomplete_is_refused(damage: Any, message: str, hub: StandInHub, tmp_path: Path) -> None:
     damage(hub)
     with pytest.raises(GraftError, match=message):
         fetch(MODEL, tmp_path / "out", quiet)
     assert hub.downloads(".safetensors") == 0
 
 
-def test_too_little_room(hub: StandInHub, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_needs_disk_room(hub: StandInHub, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(GraftError, match=r"hub: 1,000 bytes free, .*still to be downloaded"):
         run_stage(recipe, Path("run"), "fetch", quiet)
@@ -209,7 +207,7 @@ def test_too_little_room(hub: StandInHub, recipe: Recipe, monkeypatch: pytest.Mo
         (OSError(28, "No space left"), r"the disk of .*hub is full; make room or set HF_HOME"),
     ],
 )
-def test_client_errors(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_is_told(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage.hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(GraftError, match=message):
         fetch(MODEL, Path("out"), quiet)
@@ -231,7 +229,7 @@ MORE = {"layers.0.x": SHARDS[0]}
         (INDEX_NAME, lambda i: i["weight_map"].update(MORE), r"layers\.0\.x: not in .*index.json"),
     ],
 )
-def test_headers(file: str, change: Any, refusal: str, hub: StandInHub, recipe: Recipe) -> None:
+def test_fails_early(file: str, change: Any, refusal: str, hub: StandInHub, recipe: Recipe) -> None:
     assert plan_run(recipe, Path("run"), ["fetch", "splice"])["inputs"] == "fit"
     hub.change(BASE, file, change)
     shutil.rmtree(constants.HF_HUB_CACHE)
@@ -243,7 +241,7 @@ def test_headers(file: str, change: Any, refusal: str, hub: StandInHub, recipe: 
     assert hub.downloads(".safetensors") == 0
 
 
-def test_a_shard_that_is_none_is_refused(hub: StandInHub, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_web_page_as_a_shard_is_refused(hub: StandInHub, recipe: Recipe, tmp_path: Path) -> None:
     hub.repositories[BASE][SHARDS[0]] = b"<html>" + hub.repositories[BASE][SHARDS[0]]
     with pytest.raises(GraftError, match=f"{BASE}/{SHARDS[0]}: .*safetensors"):
         run_stage(recipe, tmp_path / "run", "fetch", quiet)
@@ -259,7 +257,7 @@ def test_a_shard_that_is_none_is_refused(hub: StandInHub, recipe: Recipe, tmp_pa
     ],
 )
 @pytest.mark.parametrize("key", ["capture.calibration_prompts", "bench.prompts"])
-def test_prompts_in_a_dry_run(key: str, prompts: str, message: str | None, hub: StandInHub) -> None:
+def test_dry_run_sees_prompts(key: str, prompts: str, message: str | None, hub: StandInHub) -> None:
     os.mkfifo(Path("pipe.jsonl"))
     Path("one.jsonl").write_text('{"id": "a", "text": "b"}\n')
     Path("cut.jsonl").write_text('{"id": "a", "text')

@@ -156,7 +156,7 @@ def not_finite(scale: Tensor) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("use", [lambda head: store_head(head, "rtn"), variants.decode_head])
-def test_wrong_parts(upstream: Head, name: str, damage: Any, message: str, use: Any) -> None:
+def test_misfits_are_named(upstream: Head, name: str, damage: Any, message: str, use: Any) -> None:
     head = dict(upstream)
     tensor = head.pop(name)
     if damage is not None:

@@ -50,7 +50,9 @@ def published(run: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "head"), [((), "mxfp4"), (("--head", "bf16", "--copy"), "bf16")]
 )
-def test_folders(mtp_graft: Command, base: Path, spliced: Any, options: Any, head: str) -> None:
+def test_folders_become_a_verified_checkpoint_with_an_exact_head(
+    mtp_graft: Command, base: Path, spliced: Any, options: Any, head: str
+) -> None:
     out = Path("out")
     result = mtp_graft("graft", base, TINY / "upstream", out, *options)
     assert (result["checkpoint"], result["head"], result["verified"]) == (str(out), head, True)
@@ -70,7 +72,7 @@ def test_a_head_alone_is_published_with_manifest_and_card(run: Path, published: 
 
 
 @pytest.mark.parametrize("place", ["hub", "whole checkpoint"])
-def test_a_published_head(
+def test_a_published_head_is_taken_as_it_is(
     mtp_graft: Command, hub: StandInHub, base: Path, published: Path, run: Path, place: str
 ) -> None:
     hub.repositories[HEAD] = as_repository(published)
@@ -81,7 +83,7 @@ def test_a_published_head(
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_head_on_another_base(mtp_graft: Command, base: Path, published: Path) -> None:
+def test_a_head_tells_what_it_was_made_for(mtp_graft: Command, base: Path, published: Path) -> None:
     edit_json(base / "config.json", lambda config: config.update(rope_theta=5))
     assert mtp_graft("graft", base, published, Path("out"))["verified"]
     files = (folder / MANIFEST_NAME for folder in (published, Path("out")))
@@ -90,7 +92,7 @@ def test_a_head_on_another_base(mtp_graft: Command, base: Path, published: Path)
 
 
 @pytest.mark.parametrize("options", [(), ("--head", "bf16", "--copy")])
-def test_a_dry_run_of_a_graft(mtp_graft: Command, hub: StandInHub, options: Any) -> None:
+def test_a_dry_run_tells_what_a_run_does(mtp_graft: Command, hub: StandInHub, options: Any) -> None:
     command = ("graft", BASE, UPSTREAM, Path("out"), "--base-revision", "main", *options)
     planned = mtp_graft(*command, "--dry-run")
     assert hub.downloads(".safetensors") == 0 and not Path("out").exists()
@@ -128,7 +130,7 @@ def test_bad_bases_are_refused(mtp_graft: Command, hub: StandInHub, name: str) -
     assert hub.downloads(".safetensors") == 0
 
 
-def test_what_a_splice_cures(mtp_graft: Command, base: Path, tiny_model: Path) -> None:
+def test_what_a_splice_cures_is_accepted(mtp_graft: Command, base: Path, tiny_model: Path) -> None:
     def for_gpus_alone(config: Any) -> None:
         config["quantization_config"].update(ignore=None)
         group(config)["targets"] = [r"re:.*\.ffn\.experts\.\d+\.w[123]$"]
@@ -174,13 +176,15 @@ def spoil(_base: Path, published: Path) -> None:
         (lose(HEAD_SHARD), f"has no {HEAD_SHARD}, which is needed"),
     ],
 )
-def test_misfits(mtp_graft: Any, base: Path, published: Path, damage: Damage, message: str) -> None:
+def test_a_head_that_does_not_fit_is_one_error(
+    mtp_graft: Any, base: Path, published: Path, damage: Damage, message: str
+) -> None:
     damage(base, published)
     said = mtp_graft("graft", base, published, Path("out"))
     assert isinstance(said, str) and re.search(message, said), said
 
 
-def test_refused(
+def test_a_full_disk_an_out_that_exists_and_inputs_that_do_not_are_refused(
     mtp_graft: Any, base: Any, published: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream, new = TINY / "upstream", Path("new")

@@ -34,7 +34,7 @@ def simulate(pairs: int, start_sd: float, prompt_sd: float, noise_sd: float) -> 
     ("start_sd", "prompt_sd", "noise_sd"),
     [(0.0, 0.0, 0.05), (0.03, 0.0, 0.02), (0.0, 0.1, 0.02), (0.03, 0.05, 0.03)],
 )
-def test_intervals_hold(pairs: int, start_sd: float, prompt_sd: float, noise_sd: float) -> None:
+def test_covers_95_percent(pairs: int, start_sd: float, prompt_sd: float, noise_sd: float) -> None:
     held = 0
     for _ in range(SIMULATIONS):
         measured = simulate(pairs, start_sd, prompt_sd, noise_sd)

@@ -250,7 +250,7 @@ def spell_as_vllm(config: Any) -> None:
         (lambda base: edit_config(base, spell_as_vllm), "rtn"),
     ],
 )
-def test_what_vllm_reads_as_well(base: Path, plant: defects.Plant, variant: Any) -> None:
+def test_what_vllm_reads_as_well_is_spliced(base: Path, plant: defects.Plant, variant: Any) -> None:
     """Names and dtypes: each was served on a CPU, at the acceptance of the original."""
     plant(base)
     for target in (ON_GPU, ON_CPU):
@@ -311,7 +311,7 @@ def by_channel(tensors: Tensors) -> Tensors:
         (None, {"actorder": "static"}, set(), set()),
     ],
 )
-def test_what_vllm_serves(base: Path, change: Any, weights: Any, on_gpu: Any, on_cpu: Any) -> None:
+def test_errors_as_in_vllm(base: Path, change: Any, weights: Any, on_gpu: Any, on_cpu: Any) -> None:
     if change:
         in_every_shard(change)(base)
     section(lambda q: q["config_groups"]["group_1"]["weights"].update(weights))(base)
@@ -417,7 +417,7 @@ INPUTS = {"input_activations": {"num_bits": 8, "type": "float", "strategy": "ten
          "a checkpoint with int8-asymmetric routed experts"),
     ],
 )  # fmt: skip
-def test_schemes_of_layers(tiny_base: Path, kinds: Any, edit: Any, expected: str | None) -> None:
+def test_schemes_as_in_vllm(tiny_base: Path, kinds: Any, edit: Any, expected: str | None) -> None:
     checkpoint = changed(tiny_base, kinds, edit)
     assert (checkpoint.foreign_format or ", ".join(errors(checkpoint)) or None) == expected
 
@@ -429,14 +429,14 @@ def test_schemes_of_layers(tiny_base: Path, kinds: Any, edit: Any, expected: str
         ({ATTENTION: "int4"}, f"is {INT4_ATTENTION}; expected a W4A16-FP8"),
     ],
 )
-def test_other_base(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kinds: Any, why: str) -> None:
+def test_base_named(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kinds: Any, why: str) -> None:
     checkpoint = changed(tiny_base, kinds, lambda section: section.update(config_groups={}))
     monkeypatch.setattr("mtp_graft.stages.splice.read_checkpoint", lambda _folder: checkpoint)
     with pytest.raises(GraftError, match=why):
         open_base(tiny_base)
 
 
-def test_patterns_that_take_for_ever(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_patterns_are_an_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = QuantizationConfig.__private_attributes__["_seconds"]
     monkeypatch.setattr(seconds, "default", 0.5)
     defects.ignore("re:(.*){1,30}[A-Z]")(base)

@@ -66,14 +66,14 @@ def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_setup_refuses_a_python(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_refuses_old_pythons(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_venv, "OLDEST", (3, 99))
     monkeypatch.setattr(setup_venv, "FIRST_UNSUPPORTED", (3, 101))
     with pytest.raises(setup_venv.SetupError, match=r"needs one of 3\.99, 3\.100: install one"):
         setup_venv.check_python()
 
 
-def test_a_setup_that_dies(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_setup_is_not_done(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = Path("stamp.json")
     stamp.write_text('{"key": "of an older pyproject", "extras": ["cpu", "dev"]}')
 

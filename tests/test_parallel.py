@@ -54,7 +54,7 @@ def test_result_and_progress_come_from_a_process_that_is_gone(tmp_path: Path) ->
         ("bug", GraftError, "^fails: its process ended with status 1; what it pr", "KeyError: 'c1"),
     ],
 )
-def test_errors_there(kind: str, error: Any, message: str, printed: str, capfd: Any) -> None:
+def test_errors_reach_caller(kind: str, error: Any, message: str, printed: str, capfd: Any) -> None:
     with pytest.raises(error, match=message):
         run_in_process(apart.fails, kind, report=quiet)
     errors = capfd.readouterr().err
@@ -81,7 +81,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_it_ends_with_its_parent(signum: signal.Signals, tmp_path: Path, repo_root: Path) -> None:
+def test_child_ends_with_parent(signum: signal.Signals, tmp_path: Path, repo_root: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
     command, pid = [sys.executable, tmp_path / "parent.py", tmp_path / "pid"], tmp_path / "pid"
     environment = {**os.environ, "PYTHONPATH": f"{repo_root}/src:{repo_root}/tests"}

@@ -46,7 +46,7 @@ def free_disk(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return disk
 
 
-def test_what_is_needed(recipe: Recipe, folder: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_needs_what_is_left(recipe: Recipe, folder: Path, tiny_model: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_model / "base" / "config.json").read_text())
     models = read_models(recipe, *survey(recipe.model))
 
@@ -84,7 +84,7 @@ def test_what_is_needed(recipe: Recipe, folder: Path, tiny_model: Path, tmp_path
     assert find("capture") == []
 
 
-def test_a_small_disk(recipe: Recipe, folder: Path, tmp_path: Path, free_disk: Any) -> None:
+def test_too_small_is_refused(recipe: Recipe, folder: Path, tmp_path: Path, free_disk: Any) -> None:
     free_disk.free = 1000
     with pytest.raises(GraftError, match=r"disk of .*: 1,000 bytes free, .*capture: .*splice: "):
         check_run(Run(recipe, folder))
@@ -110,16 +110,10 @@ def test_a_small_disk(recipe: Recipe, folder: Path, tmp_path: Path, free_disk: A
         ("H100", 2, 2, "GPU memory of 2x H100: "),
     ],
 )
-def test_the_real_model(
-    gpu: str,
-    found: int,
-    asked: int,
-    message: Any,
-    recipe: Recipe,
-    folder: Path,
-    repo_root: Path,
+def test_the_real_model_is_judged_by_doctors_estimate(
+    gpu: str, found: int, asked: int, message: Any, recipe: Recipe, folder: Path, repo_root: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     full_size = flash()
     for module in (parallel, plan):
         monkeypatch.setattr(module, "gpus", lambda: named_hardware(gpu, found))
@@ -155,7 +149,7 @@ def test_a_run_folder_in_a_checkpoint_is_refused_before_it_is_made(tmp_path: Pat
     assert [*tmp_path.iterdir()] == []
 
 
-def test_dry_run_sizes(recipe: Recipe, folder: Path, tiny_model: Path, free_disk: Any) -> None:
+def test_dry_run_tells_all(recipe: Recipe, folder: Path, tiny_model: Path, free_disk: Any) -> None:
     told = plan_run(recipe, folder, STAGES)
     files = [p for p in (tiny_model / "base").iterdir() if p.suffix in (".safetensors", ".json")]
     assert told["sources"]["base"]["files"] == {p.name: p.stat().st_size for p in files}
@@ -186,7 +180,7 @@ def test_what_healing_needs_is_told(repo_root: Path, folder: Path, recipe: Recip
     assert re.search(r"memory of .*needed \(heal: ", told["room"])
 
 
-def test_no_sizes_are_known(repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_if_offline(repo_root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unreachable = Mock(side_effect=ConnectionError("Name or service not known"))
     monkeypatch.setattr(fetch.hub, "snapshot_download", unreachable)
     real = load_recipe(repo_root / "recipes" / "dsv4-flash.toml")

@@ -68,7 +68,7 @@ def stored_experts(out: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_experts_are_gptq(done: Path, capture: Path, upstream: dict[str, Tensor]) -> None:
+def test_gptq_uses_own_tokens_alone(done: Path, capture: Path, upstream: dict[str, Tensor]) -> None:
     """Everything again, one expert and one token at a time, Hessians in float64.
 
     The tokens are those whose draft the text has: after its last two there is nothing to draft.
@@ -160,7 +160,7 @@ def one_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_experts_without_tokens(run: Run, one_token: Path, upstream: dict[str, Tensor]) -> None:
+def test_unreached_share_all_tokens(run: Run, one_token: Path, upstream: dict[str, Tensor]) -> None:
     """Hessians have rank one; damping by tokens makes them regular."""
     report = run(Path(), capture=one_token)
     empty, errors = report["experts_without_tokens"], report["rel_errors"]
@@ -205,7 +205,7 @@ def test_another_upstream_is_refused(run: Run, upstream: dict[str, Tensor], tmp_
 
 
 @pytest.mark.gpu
-def test_tokens_in_host_memory(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_may_stay_on_host(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "gpu", device="cuda")
     monkeypatch.setattr(stage, "RESIDENT_BYTES", 0)
     run(tmp_path / "host", device="cuda")

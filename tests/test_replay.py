@@ -85,7 +85,7 @@ def test_further_drafts_are_those_of_a_server(config: DeepseekV4Config, head: MT
     assert torch.equal(drafts, torch.stack(guesses, dim=-1))
 
 
-def test_routing(config: DeepseekV4Config, decoded: dict[str, Tensor], head: MTPHead) -> None:
+def test_same_routing(config: DeepseekV4Config, decoded: dict[str, Tensor], head: MTPHead) -> None:
     residual, embeds, _ = sequence(config, seed=1)
     seen: list[Tensor] = []
     hook = head.layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.extend(args[:2]))

@@ -157,7 +157,7 @@ def test_script_reproduces_the_shipped_tokenizer(shared_data: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["normal", "ties", "magnitudes"])
-def test_fake_quantization_is_the_stored(stored_by: str, name: str, rule: str, kind: str) -> None:
+def test_fake_quantization_is_as_stored(stored_by: str, name: str, rule: str, kind: str) -> None:
     export, fake_quant = map(importlib.import_module, ("export", "fake_quant"))
     weight = torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
     weight[0, :128] = 0

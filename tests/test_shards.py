@@ -126,7 +126,7 @@ def entry(**other: object) -> Callable[[Path], object]:
         (lambda path: path.unlink(), "not found; expected a safetensors file"),
     ],
 )
-def test_a_broken_shard(checkpoint: Path, damage: Callable[[Path], object], message: str) -> None:
+def test_damage_is_named(checkpoint: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(checkpoint / FIRST)
     with pytest.raises(GraftError, match=rf"{FIRST}: .*{message}"):
         shards.load_tensors(checkpoint)

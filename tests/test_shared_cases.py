@@ -88,7 +88,7 @@ def test_a_reported_checkpoint_has_these_findings_and_is_spliced_or_refused(
         ("20", "text-null.jsonl", "text: input should be a valid string"),
     ],
 )
-def test_reported_prompts(make: Make, case: str, file: str, found: list[object] | str) -> None:
+def test_read_whole_or_refused(make: Make, case: str, file: str, found: list[object] | str) -> None:
     make(case)
     if isinstance(found, list):
         assert [prompt.content for prompt in iterate_prompts(file)] == found

@@ -67,7 +67,7 @@ def test_files_not_in_the_index_are_left_out(base: Path, tiny_model: Path, tmp_p
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_base_and_head(tiny_base: Path, spliced: dict[str, Path], variant: Variant) -> None:
+def test_linked_base_plus_head(tiny_base: Path, spliced: dict[str, Path], variant: Variant) -> None:
     out = spliced[variant]
     assert {p.name for p in out.iterdir()} == {p.name for p in tiny_base.iterdir()} | WRITTEN
     for source in tiny_base.iterdir():
@@ -85,7 +85,7 @@ def test_base_and_head(tiny_base: Path, spliced: dict[str, Path], variant: Varia
 @pytest.mark.parametrize(
     ("variant", "linears"), [("rtn", "base"), ("mxfp4", "fp8"), ("bf16", "bf16")]
 )
-def test_dspark(tiny_base: Path, dspark: Path, variant: Variant, linears: Linears) -> None:
+def test_dspark_spliced(tiny_base: Path, dspark: Path, variant: Variant, linears: Linears) -> None:
     out = Path("out")
     splice(tiny_base, dspark, out, variant, linears=linears)
     assert verify(out, tiny_base, dspark)["ok"] and not diagnose(out, ON_CPU)
@@ -109,7 +109,7 @@ def test_dspark(tiny_base: Path, dspark: Path, variant: Variant, linears: Linear
 
 
 @pytest.mark.parametrize("how", ["linked", "copied", "another file system", "symbolic links"])
-def test_links_and_copies(how: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_linked_or_copied(how: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, out = base, Path("elsewhere/deep/out")
     if how == "another file system":
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EXDEV, "Invalid link")))
@@ -126,7 +126,7 @@ def test_links_and_copies(how: str, base: Path, monkeypatch: pytest.MonkeyPatch)
     assert read_json(out / INDEX_NAME)["metadata"]["note"] == "kept"
 
 
-def test_the_same_bytes(tiny_base: Path, quantized: Path, spliced: dict[str, Path]) -> None:
+def test_same_inputs_same_bytes(tiny_base: Path, quantized: Path, spliced: dict[str, Path]) -> None:
     slower, out = shutil.copytree(quantized, Path("quantize")), Path("out")
     report = read_json(slower / "report.json") | {"seconds": {"gptq": 99}, "peak_host_bytes": 5}
     (slower / "report.json").write_text(json.dumps(report))
@@ -208,7 +208,7 @@ REPACKED: dict[str, Damage] = {
 
 
 @pytest.mark.parametrize("name", REPACKED)
-def test_repacked_masters(spliced: dict[str, Path], tiny_base: Path, name: str) -> None:
+def test_repacked_gives_the_same_head(spliced: dict[str, Path], tiny_base: Path, name: str) -> None:
     upstream, out = Path("upstream"), Path("out")
     shutil.copytree(TINY / "upstream", upstream)
     REPACKED[name](upstream)
@@ -244,7 +244,7 @@ ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
         ("upstream", ROUNDED, r"hc_attn_fn is torch\.float16, expected torch\.float32"),
     ],
 )
-def test_broken_input(base: Path, tmp_path: Path, which: str, damage: Damage, message: str) -> None:
+def test_damage_named(base: Path, tmp_path: Path, which: str, damage: Damage, message: str) -> None:
     shutil.copytree(TINY / "upstream", tmp_path / "upstream")
     damage(tmp_path / which)
     with pytest.raises(GraftError, match=message):
@@ -263,7 +263,7 @@ def test_full_disk(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, call: str, 
     assert list(Path().iterdir()) == []
 
 
-def test_after_a_killed_splice(tiny_base: Path, spliced: dict[str, Path]) -> None:
+def test_what_a_killed_splice_left_is_replaced(tiny_base: Path, spliced: dict[str, Path]) -> None:
     Path(".out.tmp").mkdir()
     Path(".out.tmp/half-written").write_text("x")
     before = hashes(tiny_base)

@@ -49,7 +49,7 @@ def sabotaged(spliced: dict[str, Path], tmp_path: Path) -> Sabotage:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_soundness(spliced: Any, tiny_base: Path, quantized: Path, variant: Any) -> None:
+def test_sound_is_found_sound(spliced: Any, tiny_base: Path, quantized: Path, variant: Any) -> None:
     result = verify(spliced[variant], tiny_base, UPSTREAM, quantized)
     assert result["ok"] and result["tensors"] == len(load_file(spliced[variant] / HEAD_SHARD))
     assert [result[key] for key in ("missing", "unexpected", "mismatched")] == [[], [], []]
@@ -60,7 +60,7 @@ def test_soundness(spliced: Any, tiny_base: Path, quantized: Path, variant: Any)
 
 
 @pytest.mark.parametrize(("linears", "fp8"), [("fp8", 10), ("base", 7), ("bf16", 5)])
-def test_linears(spliced: Any, tiny_base: Path, linears: Any, fp8: int) -> None:
+def test_any_linears_are_found_sound(spliced: Any, tiny_base: Path, linears: Any, fp8: int) -> None:
     out = Path("out")
     splice(tiny_base, UPSTREAM, out, "mxfp4", linears=linears)
     assert verify(out, tiny_base, UPSTREAM)["ok"]
@@ -126,7 +126,7 @@ SABOTAGE: list[tuple[Variant, Damage, str, str]] = [
 
 
 @pytest.mark.parametrize(("head", "damage", "kind", "name"), SABOTAGE)
-def test_sabotage(
+def test_sabotage_is_found_and_named(
     sabotaged: Any, tiny_base: Path, quantized: Path, head: Any, damage: Any, kind: str, name: str
 ) -> None:
     result = verify(sabotaged(head, damage), tiny_base, UPSTREAM, quantized)
@@ -135,13 +135,13 @@ def test_sabotage(
     assert name in ([each["tensor"] for each in found] if kind == "mismatched" else found)
 
 
-def test_a_wrong_expert_without_files(sabotaged: Sabotage, tiny_base: Path) -> None:
+def test_a_wrong_expert_is_found_without_gptq_files(sabotaged: Sabotage, tiny_base: Path) -> None:
     checkpoint = sabotaged("gptq", put(W1_SCALE, lambda t: 2 * t))
     assert verify(checkpoint, tiny_base, UPSTREAM)["mismatched"]
 
 
 @pytest.mark.parametrize("name", [W1_SCALE, "layers.0.attn_norm.weight"])
-def test_a_wrong_index(sabotaged: Sabotage, tiny_base: Path, name: str) -> None:
+def test_a_wrong_index_is_found(sabotaged: Sabotage, tiny_base: Path, name: str) -> None:
     checkpoint = sabotaged("rtn", lambda _: None)
     stranger = {"layers.0.stranger": HEAD_SHARD}
     edit_json(checkpoint / INDEX_NAME, lambda index: index["weight_map"].pop(name))
@@ -151,7 +151,7 @@ def test_a_wrong_index(sabotaged: Sabotage, tiny_base: Path, name: str) -> None:
     assert result["unexpected"] == [name]
 
 
-def test_other_files_and_bases(tiny_base: Path, base: Path, tmp_path: Path) -> None:
+def test_other_files_and_bases_are_found(tiny_base: Path, base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (base / "inference").mkdir()
     (base / "inference" / "note.txt").write_text("one")
@@ -182,7 +182,7 @@ def test_other_files_and_bases(tiny_base: Path, base: Path, tmp_path: Path) -> N
         ("quantization_config", lambda c: c["quantization_config"]["ignore"].append("re:.*attn.*")),
     ],
 )
-def test_configs(sabotaged: Any, tiny_base: Path, key: str, change: Any) -> None:
+def test_a_changed_config_is_found(sabotaged: Any, tiny_base: Path, key: str, change: Any) -> None:
     checkpoint = sabotaged("mxfp4", lambda _: None)
     edit_json(checkpoint / "config.json", change)
     found = verify(checkpoint, tiny_base, UPSTREAM)
