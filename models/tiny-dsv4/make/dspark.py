@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capture", type=Path, required=True, help="with taps of --layers")
     parser.add_argument("--base", type=Path, default=tiny / "base")
-    parser.add_argument("--head", type=Path, default=tiny / "upstream", help="MTP, to start from")
+    parser.add_argument("--head", type=Path, default=tiny / "upstream", help="start from this")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--stages", type=int, default=2)
@@ -155,12 +155,13 @@ class Drafting(nn.Module):
 
 
 def initial_tensors(head: Path, settings: dict[str, Any], seed: int) -> Weights:
-    """Return `mtp.*` tensors: in every stage those of an MTP head where it has them, else noise."""
+    """Return `mtp.*` tensors: a drafter's; in every stage an MTP head's where it has them; noise."""
     found = decode_head(load_tensors(head))
+    drafter = f"{HEAD_PREFIX}main_proj.weight" in found
     generator = torch.Generator().manual_seed(seed)
     tensors: Weights = {}
     for name, shape in head_shapes(settings).items():
-        known = found.get(HEAD_PREFIX + name.split(".", 2)[2])
+        known = found.get(name if drafter else HEAD_PREFIX + name.split(".", 2)[2])
         noise = initial_value(name, torch.Size(shape), generator)
         tensors[name] = noise if known is None else known
     return tensors
