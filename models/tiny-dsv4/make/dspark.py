@@ -155,7 +155,7 @@ class Drafting(nn.Module):
 
 
 def initial_tensors(head: Path, settings: dict[str, Any], seed: int) -> Weights:
-    """Return `mtp.*` tensors: a drafter's; in every stage an MTP head's where it has them; noise."""
+    """Return `mtp.*` tensors: of a drafter; or of an MTP head, in each stage, where it has them."""
     found = decode_head(load_tensors(head))
     drafter = f"{HEAD_PREFIX}main_proj.weight" in found
     generator = torch.Generator().manual_seed(seed)
