@@ -110,27 +110,23 @@ def run(
     `stacked`: w1 and w3, which have the same inputs, go as one matrix.
     """
     seconds, errors = 0.0, dict[str, list[float]]()
+    synchronize = torch.cuda.synchronize if weights["w1"].is_cuda else lambda: None
     for together in (("w1", "w3"), ("w2",)) if stacked else (("w1",), ("w3",), ("w2",)):
         for first in range(0, len(hessians["w1"]), BATCH):
             experts = slice(first, first + BATCH)
             weight = torch.cat([weights[m][experts] for m in together], dim=1)
             hessian = hessians[together[0]][experts]
             given = weight.clone(), hessian if stacked else hessian.clone()
-            synchronize(weight)
+            synchronize()
             started = time.perf_counter()
             found = quantize(*given)
-            synchronize(weight)
+            synchronize()
             seconds += time.perf_counter() - started
             values = found if torch.is_tensor(found) else int4.decode(found.codes, found.scale)
             chunks = [each.chunk(len(together), 1) for each in (weight, values)]
             for matrix, part, value in zip(together, *chunks, strict=True):
                 errors.setdefault(matrix, []).extend(relative_error(part, value, hessian).tolist())
     return seconds, {matrix: statistics.fmean(each) for matrix, each in errors.items()}
-
-
-def synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 def summary(matrices: int, found: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from record import MODEL, add_measurements, arguments, measurements
 from safetensors.torch import load_file
 from texts import bundled_prompts, compare_forced, divergences, forced, greedy, tokens_of
 
-from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS, SWITCH_NAME
+from mtp_graft.checkpoint.capture import INTACT_NAME, RECORD_VARIABLE, RECORDINGS
 from mtp_graft.serving.metrics import drafting_result
+from mtp_graft.stages import capture
 from mtp_graft.stages.parallel import run_in_process
 from mtp_graft.stages.splice import splice
 
@@ -100,17 +101,13 @@ def observe(
 
 def record(llm: Any, prompts: list[list[int]], folder: Path) -> list[Entry]:
     """Have the engine record each prompt; return targets and projected residuals."""
-    (folder / INTACT_NAME).touch()
-    (folder / SWITCH_NAME).touch()
-    greedy(llm, prompts, 1)
-    (folder / SWITCH_NAME).unlink()
-    deadline = time.monotonic() + 30
-    while len(files := sorted((folder / RECORDINGS).glob("*.safetensors"))) < len(prompts):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{len(files)} of {len(prompts)} prompts recorded")
-        time.sleep(0.2)
-    if not (folder / INTACT_NAME).exists():
-        raise OSError("a recording could not be written; see the engine's log")
+    with capture._recording(folder):
+        greedy(llm, prompts, 1)
+        deadline = time.monotonic() + 30
+        while len(files := sorted((folder / RECORDINGS).glob("*.safetensors"))) < len(prompts):
+            if time.monotonic() > deadline or not (folder / INTACT_NAME).exists():
+                raise TimeoutError(f"{len(files)} of {len(prompts)} prompts recorded; see the log")
+            time.sleep(0.2)
     return [_projected(load_file(file)) for file in files]
 
 

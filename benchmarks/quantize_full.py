@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -36,15 +35,9 @@ def main() -> None:
     for _ in range(options.rounds):
         rounds.append(one_round(options.input))
         print(json.dumps(rounds[-1]), flush=True)
-        seconds, peaks = rounds[0]["seconds"], ("peak_gpu_bytes", "peak_host_bytes")
-        found = {
-            "tokens": rounds[0]["calibration_tokens"],
-            "seconds": {p: median(r["seconds"][p] for r in rounds) for p in seconds},
-            **{peak: max(r[peak] for r in rounds) for peak in peaks},
-            "rounds": rounds,
-            "warm_up_s": warm_up_s,
-        }
-        write_result(options.out, "quantize_full", found)
+        found = {p: max(r[p] for r in rounds) for p in ("peak_gpu_bytes", "peak_host_bytes")}
+        found |= {"tokens": rounds[0]["calibration_tokens"], "rounds": rounds}
+        write_result(options.out, "quantize_full", found | {"warm_up_s": warm_up_s})
 
 
 def one_round(folder: Path) -> dict[str, Any]:
@@ -53,10 +46,9 @@ def one_round(folder: Path) -> dict[str, Any]:
     drop_from_cache(folder)
     began = time.perf_counter()
     run_in_process(run_stage, folder, run, report=print)
-    process_s = time.perf_counter() - began
-    report = json.loads((run / "report.json").read_text())
+    process_s, report = time.perf_counter() - began, json.loads((run / "report.json").read_text())
     keys = ("variants", "seconds", "peak_gpu_bytes", "peak_host_bytes", "calibration_tokens")
-    return {**{key: report[key] for key in keys}, "process_s": process_s}
+    return {key: report[key] for key in keys} | {"process_s": process_s}
 
 
 def warm_up(_report: Any) -> None:

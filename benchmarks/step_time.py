@@ -28,9 +28,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engines import CHOSEN_K, EngineOptions, decode, random_prompts, started, summarize_steps
+import engines
+from engines import EngineOptions, counters, decode, random_prompts, started, summarize_steps
 from record import add_measurements, arguments, measurements
 
+from mtp_graft.serving.metrics import drafting_result
 from mtp_graft.serving.profiles import ON_PCIE, PROFILES, split
 from mtp_graft.stages.parallel import gpus, run_in_process
 
@@ -103,7 +105,7 @@ def measure(job: Job, options: argparse.Namespace, _report: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         chosen = Path(scratch) / "k"
         chosen.write_text(str(engine.k))
-        os.environ[CHOSEN_K] = str(chosen)
+        os.environ[engines.CHOSEN_K] = str(chosen)
         with started(engine) as llm:
             start_s = time.perf_counter() - began
             for point in missing(job, options):
@@ -161,8 +163,13 @@ def time_steps(
     prompts = random_prompts(requests, context, vocabulary)
     for _ in decode(llm, prompts, 16):
         pass  # compiles what this load needs
-    wanted = int(options.steps * tokens_per_step(point["k"], engine.rate or 0.0))
+    wanted, before = (
+        int(options.steps * tokens_per_step(point["k"], engine.rate or 0.0)),
+        counters(llm),
+    )
     found = summarize_steps(list(decode(llm, prompts, wanted)), requests)
+    drafted = drafting_result(counters(llm) - before)["acceptance_by_position"]
+    found["acceptance_by_position"] = drafted[: point["k"]]
     if requests == 1 and context == min(options.context):
         alone = random_prompts(8, context, vocabulary, seed=1)
         steps = [list(decode(llm, [prompt], 1)) for prompt in alone]

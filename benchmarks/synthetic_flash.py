@@ -28,16 +28,16 @@ from export import upstream_tensors
 
 from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_row
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.shards import save_shard, stream_shard, write_index
+from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.names import head_shapes
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
 from mtp_graft.dsv4.variants import decode_head
-from mtp_graft.quant import MXFP4_GROUP
 from mtp_graft.stages.parallel import write_behind
 
+Config = dict[str, Any]
 #: What the head needs of Flash's config.json (`design` facts of the model card and its config).
-FLASH: dict[str, Any] = {
+FLASH: Config = {
     "architectures": ["DeepseekV4ForCausalLM"],
     **{"model_type": "deepseek_v4", "hidden_size": 4096, "vocab_size": 129280},
     **{"num_hidden_layers": 43, "num_nextn_predict_layers": 1, "num_hash_layers": 3},
@@ -83,13 +83,13 @@ def main() -> None:
     generate(options.folder, config, options.tokens)
 
 
-def with_dspark(config: dict[str, Any], layers: int) -> dict[str, Any]:
+def with_dspark(config: Config, layers: int) -> Config:
     """Return the config of a DSpark checkpoint whose base has so many layers."""
     read = {"dspark_target_layer_ids": [*range(layers - 3, layers)]}
     return config | DSPARK | read | {"dspark_noise_token_id": config["vocab_size"] - 1}
 
 
-def generate(folder: Path, config: dict[str, Any], tokens: int, sequence: int = SEQUENCE) -> None:
+def generate(folder: Path, config: Config, tokens: int, sequence: int = SEQUENCE) -> None:
     """Write `base/`, `upstream/` and `capture/` for `config` under `folder`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
@@ -100,7 +100,7 @@ def generate(folder: Path, config: dict[str, Any], tokens: int, sequence: int = 
     write_upstream(folder / "upstream", config, fitted, generator)
 
 
-def write_base(folder: Path, config: dict[str, Any], generator: torch.Generator) -> None:
+def write_base(folder: Path, config: Config, generator: torch.Generator) -> None:
     folder.mkdir(parents=True)
     write_json(config, folder / "config.json")
     shape = (config["vocab_size"], config["hidden_size"])
@@ -118,7 +118,7 @@ def write_base(folder: Path, config: dict[str, Any], generator: torch.Generator)
 class Activations:
     """Residual streams with a common low-rank part, heavy tails and outlier channels."""
 
-    def __init__(self, config: dict[str, Any], generator: torch.Generator) -> None:
+    def __init__(self, config: Config, generator: torch.Generator) -> None:
         self.config, self.generator = config, generator
         size, streams, rank = config["hidden_size"], config["hc_mult"], 64
         self.common = self._randn(rank, size)
@@ -166,41 +166,19 @@ def write_capture(folder: Path, activations: Activations, tokens: int, sequence:
 
 
 def write_upstream(
-    folder: Path,
-    config: dict[str, Any],
-    activations: Activations | None,
-    generator: torch.Generator,
+    folder: Path, config: Config, activations: Activations | None, generator: torch.Generator
 ) -> None:
     """Write the head in upstream's format; without activations to fit it on, a router of zero."""
     folder.mkdir(parents=True)
     shard = "model-00046-of-00046.safetensors"
-    shapes = head_shapes(config)
-    others = {n: s for n, s in shapes.items() if not names.EXPERT.match(n)}
-    stored = dict(part for n, s in others.items() for part in upstream_parts(n, s, generator))
+    shapes = head_shapes(config).items()
+    stored = dict(part for n, s in shapes for part in upstream_parts(n, s, generator))
     for bias in (name for name in stored if name.endswith(".ffn.gate.bias")):
         fitted = activations and fit_bias(config, stored, activations).cpu()
         stored[bias] = torch.zeros_like(stored[bias]) if fitted is None else fitted
-    layout = {name: torch.empty_like(t, device="meta") for name, t in stored.items()}
-    experts = [n for n in shapes if n not in others]
-    for name in experts:
-        layout.update(expert_layout(name, shapes[name]))
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from stored.items()
-        for name in experts:
-            yield from upstream_parts(name, shapes[name], generator)
-
-    stream_shard(layout, tensors(), folder / shard)
-    size = sum(t.numel() * t.element_size() for t in layout.values())
-    write_index(dict.fromkeys(layout, shard), size, folder)
+    save_shard(stored, folder / shard)
+    write_index(dict.fromkeys(stored, shard), sum(t.nbytes for t in stored.values()), folder)
     write_json(config, folder / "config.json")
-
-
-def expert_layout(name: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    stem, (outputs, inputs) = name.removesuffix(".weight"), shape
-    scale = torch.empty(outputs, inputs // MXFP4_GROUP, dtype=torch.float8_e8m0fnu, device="meta")
-    codes = torch.empty(outputs, inputs // 2, dtype=torch.int8, device="meta")
-    return {f"{stem}.weight": codes, f"{stem}.scale": scale}
 
 
 def upstream_parts(
@@ -225,11 +203,12 @@ def plain(name: str, values: Tensor) -> Tensor:
     return 0.1 * values + (1.0 if name.endswith("_scale") else 0.0)
 
 
-def fit_bias(config: dict[str, Any], stored: dict[str, Tensor], activations: Activations) -> Tensor:
+def fit_bias(config: Config, stored: dict[str, Tensor], activations: Activations) -> Tensor:
     """Return the router's bias f32 [E] under which experts are as popular as wanted."""
     experts, top = config["n_routed_experts"], config["num_experts_per_tok"]
     wanted = wanted_popularity(experts, top, activations.generator)
-    decoded, device = decode_head(stored), activations.generator.device
+    dense = {name: tensor for name, tensor in stored.items() if ".ffn.experts." not in name}
+    decoded, device = decode_head(dense), activations.generator.device
     head = build_head(model_config(config), decoded, with_experts=False, device=device)
     embed = torch.randn(2048, config["hidden_size"], device=wanted.device)
     sample = [activations.residual(2048) for _ in range(8)]

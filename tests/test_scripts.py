@@ -86,6 +86,20 @@ def test_flash_width_has_the_tensors_of_the_bundled_base(tiny_model: Path) -> No
     assert made == {name: (tuple(t.shape), t.dtype) for name, t in meta}
 
 
+def test_a_base_stored_in_part_gets_the_head_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"flash_width.py {tmp_path} --width tiny --layers 7 --variants dspark"
+    monkeypatch.setattr(sys, "argv", words.split())
+    load("flash_width").main()
+    whole, part = tmp_path / "dspark-5", tmp_path / "dspark-7"
+    assert read_meta(part).keys() == read_meta(whole).keys()
+    config = json.loads((part / "config.json").read_text())
+    assert config["dspark_target_layer_ids"] == [4, 5, 6]
+    targets = str(config["quantization_config"]["config_groups"])
+    assert "(7|8|9)" in targets and "(5|6|7)" not in targets
+
+
 def test_flips_count_against_the_margin_of_the_text() -> None:
     texts = load("texts")
     text = [{"tokens": [1, 2, 3], "margins": [0.1, 0.9, 2.0]}]
