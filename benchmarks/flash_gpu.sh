@@ -76,14 +76,14 @@ kv_cache_gib = $cache
 END
 }
 
-# Peaks are of all processes' anonymous memory and of the whole GPU's, seen twice a second.
+# Peaks are those of the host's anonymous memory and of the GPU's, looked at twice a second.
 stage() { # NAME: of the run
     grep -qs "\"$1\"" "$out/stages.jsonl" && return
     local began=$EPOCHREALTIME pid status now host=0 gpu=0
     mtp run "$recipe" --run "$run" --only "$1" --json "$out/run.json" >>"$out/logs/$1.log" 2>&1 &
     pid=$!
     while kill -0 $pid 2>/dev/null; do
-        now=$(cat /proc/[0-9]*/status 2>/dev/null | awk '/^RssAnon/ { kib += $2 } END { printf "%d", kib / 1024 }')
+        now=$(awk '/^AnonPages/ { printf "%d", $2 / 1024 }' /proc/meminfo)
         host=$((now > host ? now : host))
         now=$(nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits 2>/dev/null || echo 0)
         gpu=$((now > gpu ? now : gpu))
@@ -164,9 +164,13 @@ context() { # the base, then the head
     width mxfp4 && timed --variants base mxfp4 --k 3 5
 }
 
-dspark() { width dspark && timed --variants dspark --k 3 5 --fixed; }
+alone() { # VARIANT: an engine for each k, as a server has it
+    width "$1" && timed --variants "$1" --k 3 5 --fixed --context "${contexts[0]}" "${contexts[-1]}"
+}
 
-fixed() { width mxfp4 && timed --variants mxfp4 --k 3 5 --fixed; }
+dspark() { alone dspark; }
+
+fixed() { alone mxfp4; }
 
 quantized() { # a drafter's 2,304 matrices
     [ -e "$scratch/quantize/upstream/config.json" ] || step input python3 benchmarks/synthetic_flash.py \
