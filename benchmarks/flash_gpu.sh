@@ -14,8 +14,8 @@ out=$(realpath -m "$1") scratch=$(realpath -m "$2") width=${WIDTH:-flash}
 run=$scratch/run recipe=$scratch/flash.toml
 mkdir -p "$out/logs" "$scratch"
 export VLLM_DEEP_GEMM_WARMUP=skip # minutes for a cold host; each measurement warms up by itself
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 mtp() { python3 -m mtp_graft.cli "$@"; }
+write() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} python3 "benchmarks/$1.py" "${@:2}"; }
 url() { echo "http://127.0.0.1:$1"; }
 
 # calibration and evaluation texts, tokens that they get, requests at once; cache; contexts
@@ -36,7 +36,7 @@ step() { # NAME COMMAND...: skip it if NAME.json is there
 }
 
 made() { # a base with all layers in files, an upstream of the full size, and what is asked
-    step made python3 benchmarks/flash_width.py "$scratch/flash" --width "$width" --layers $whole --stored $whole --variants
+    step made write flash_width "$scratch/flash" --width "$width" --layers $whole --stored $whole --variants
     python3 - "$scratch" $texts $judged <<'END'
 import json
 import random
@@ -151,8 +151,7 @@ benched() { # the run's own last stages; of random drafts hardly one is accepted
 }
 
 width() { # VARIANT
-    python3 benchmarks/flash_width.py "$scratch/steps" --width "$width" --layers "${layers[@]}" --variants "$1" \
-        >>"$out/logs/width.log" 2>&1
+    write flash_width "$scratch/steps" --width "$width" --layers "${layers[@]}" --variants "$1" >>"$out/logs/width.log" 2>&1
 }
 
 timed() { # OPTIONS...: all into one result
@@ -173,7 +172,7 @@ dspark() { alone dspark; }
 fixed() { alone mxfp4; }
 
 quantized() { # a drafter's 2,304 matrices
-    [ -e "$scratch/quantize/upstream/config.json" ] || step input python3 benchmarks/synthetic_flash.py \
+    [ -e "$scratch/quantize/upstream/config.json" ] || step input write synthetic_flash \
         "$scratch/quantize" --tokens $kept --dspark-layers 43 "${small[@]}"
     step quantize_dspark python3 benchmarks/quantize_full.py --input "$scratch/quantize" --rounds 2 \
         --out "$out/quantize_dspark.json"
