@@ -12,6 +12,7 @@ upstream is a DSpark drafter for a base of so many layers, and its experts are e
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -37,34 +38,9 @@ from mtp_graft.stages.parallel import write_behind
 
 Config = dict[str, Any]
 #: What the head needs of Flash's config.json (`design` facts of the model card and its config).
-FLASH: Config = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    **{"model_type": "deepseek_v4", "hidden_size": 4096, "vocab_size": 129280},
-    **{"num_hidden_layers": 43, "num_nextn_predict_layers": 1, "num_hash_layers": 3},
-    **{"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512},
-    **{"qk_rope_head_dim": 64, "q_lora_rank": 1024, "o_groups": 8, "o_lora_rank": 1024},
-    **{"n_routed_experts": 256, "num_experts_per_tok": 6, "n_shared_experts": 1},
-    **{"moe_intermediate_size": 2048, "scoring_func": "sqrtsoftplus", "norm_topk_prob": True},
-    **{"routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "topk_method": "noaux_tc"},
-    **{"hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "sliding_window": 128},
-    **{"index_head_dim": 128, "index_n_heads": 64, "index_topk": 512},
-    **{"rope_theta": 10000, "compress_rope_theta": 160000, "rms_norm_eps": 1e-6},
-    **{"max_position_embeddings": 1048576, "hidden_act": "silu", "tie_word_embeddings": False},
-    "rope_scaling": {
-        **{"type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1},
-        "original_max_position_embeddings": 65536,
-    },
-    "compress_ratios": [0, 0, *([4, 128] * 21)[:41], 0],
-}
-#: What Flash-DSpark's config.json says besides; it reads the last three layers.
-DSPARK = {"dspark_block_size": 5, "dspark_markov_rank": 256, "n_mtp_layers": 3}
-#: The dimensions of the bundled tiny model, in Flash's pattern of layers.
-TINY = FLASH | {
-    **{"hidden_size": 256, "vocab_size": 4096, "num_attention_heads": 4, "q_lora_rank": 128},
-    **{"o_groups": 2, "o_lora_rank": 128, "n_routed_experts": 64, "moe_intermediate_size": 256},
-    "max_position_embeddings": 8192,
-    "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 512},
-}
+#: What Flash-DSpark's says besides (it reads the last three layers), and the bundled tiny model.
+FLASH, DSPARK, TINY = json.loads((Path(__file__).parent / "flash.json").read_text()).values()
+TINY = FLASH | TINY  # in Flash's pattern of layers
 #: Tokens of an expert over the mean: least and most.
 RAREST, MOST_FREQUENT = 430 / 11_094, 175_375 / 11_094
 SEQUENCE, PER_RECORDING = 1848, 4  # tokens; sequences
