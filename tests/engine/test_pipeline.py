@@ -174,7 +174,7 @@ def test_offline_and_served_acceptance_count_to_the_texts_end(killed_run: Any) -
 
 
 def test_each_step_of_three_drafts_is_the_servers(killed_run: Any, tiny_model: Path) -> None:
-    """The server's keys are rounded to FP8, ours are not."""
+    """The server rounds values to BF16 and cached keys to FP8, the replay nothing."""
     run, checkpoint = killed_run["run"], Path(killed_run["result"]["checkpoint"])
     models = run / "capture", tiny_model / "upstream", tiny_model / "base"
     inputs = open_inputs(*models, EVALUATION)

@@ -1,6 +1,6 @@
 """Replay: what a drafter does on sequences that the base has already computed.
 
-All that the server computes is there, but for the KV cache's FP8 rounding.
+All that the server computes is there, but for its rounding: values to BF16, cached keys to FP8.
 
 Shapes: B sequences, T tokens of each, R = T - 1 that the head reads (the last has no successor
 whose embedding it could read), S streams, D hidden size, K experts a token, V vocabulary.
