@@ -251,15 +251,3 @@ def test_accepted_lengths_are_those_of_score() -> None:
     ]
     expected = drafting_result(count_steps(steps))["acceptance_length"]
     assert dspark.accepted_length(texts, drafts) == pytest.approx(expected)
-
-
-def test_a_step_in_which_a_server_differs_is_listed(tmp_path: Path, monkeypatch: Any) -> None:
-    write_capture(tmp_path / "capture", random_sequences((40,), split=EVALUATION))
-    for k in (1, 2, 3):  # random tokens: offline none of 26 first drafts is right
-        told = {"id": "prompt-0", "steps": [(k, 1), *((min(k, n), 0) for n in range(24, 0, -1))]}
-        (tmp_path / f"served-{k}.json").write_text(json.dumps({"sequences": [told]}))
-    monkeypatch.setattr(sys, "argv", f"_ --run {tmp_path} --out {tmp_path}/out.json".split())
-    load("score_ties").main()
-    found = json.loads((tmp_path / "out.json").read_text())["results"]
-    listed = [(r["compared"], [d["token"] for d in r["differences"]]) for r in found.values()]
-    assert listed == [(25, [0])] * 3

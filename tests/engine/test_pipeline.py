@@ -15,17 +15,17 @@ from random import Random
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from mtp_graft.bench.card import write_card
 from mtp_graft.checkpoint.shards import load_tensors, read_index
-from mtp_graft.dsv4.replay import build_head, unroll
+from mtp_graft.dsv4.replay import build_head
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.pipeline import STAGES
 from mtp_graft.stages.inputs import EVALUATION, open_inputs
 from mtp_graft.stages.score import draft_steps
 from quantized import hashes
+from test_scripts import load
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
 SETTINGS = """capture.calibration_count=6 capture.evaluation_count=6 capture.new_tokens=64
@@ -176,31 +176,22 @@ def test_offline_and_served_acceptance_count_to_the_texts_end(killed_run: Any) -
 def test_each_step_of_three_drafts_is_the_servers(killed_run: Any, tiny_model: Path) -> None:
     """The server rounds values to BF16 and cached keys to FP8, the replay nothing."""
     run, checkpoint = killed_run["run"], Path(killed_run["result"]["checkpoint"])
-    models = run / "capture", tiny_model / "upstream", tiny_model / "base"
-    inputs = open_inputs(*models, EVALUATION)
+    models, ties = (tiny_model / "upstream", tiny_model / "base"), load("score_ties")
+    inputs = open_inputs(run / "capture", *models, EVALUATION)
     stored = load_tensors(checkpoint, [n for n in read_index(checkpoint) if n.startswith("mtp.")])
     head = build_head(inputs.model, decode_head(stored))
-    base = load_tensors(tiny_model / "base", ["embed.weight", "head.weight"])
+    base = load_tensors(tiny_model / "base", ["embed.weight", "head.weight"]).values()
     served = json.loads((run / "bench" / "served-gptq.json").read_text())["sequences"]
-    ties = []
+    found = []
     for sequence, told in zip(inputs.sequences, served, strict=True):
-        recorded, first = inputs.read_sequence(sequence), sequence.prompt_tokens
-        embeds = base["embed.weight"][recorded.token_ids]
-        with torch.inference_mode():
-            unrolled = unroll(head, recorded.residual[None], embeds[None], 3)
-            behind, lm_head = (s[:, first - 1 :] for s in unrolled), base["head.weight"].float()
-            logits = torch.stack([head.logits(s, lm_head)[0] for s in behind])  # [K, R, V]
-        drafts, best = logits.argmax(-1).T, logits.topk(2).values
-        steps = draft_steps(drafts.tolist(), recorded.token_ids[first:].tolist())
-        at = 0
-        for ours, theirs in zip(map(list, steps), told["steps"], strict=False):
-            if ours != theirs:
-                place = min(ours[1], theirs[1]), at
-                ties.append((sequence.id, *place, float(best[place][0] - best[place][1])))
-                break
-            at += ours[1] + 1
-    assert len(ties) <= len(served) // 2, ties
-    assert all(margin < 0.3 for *_, margin in ties), ties
+        text, drafts, margins, _gaps = ties.replay(inputs, head, *base, sequence)
+        ours, theirs = ties.begun(draft_steps(drafts, text)), ties.begun(told["steps"])
+        at = next((at for at, step in ours.items() if step != theirs[at]), None)
+        if at is not None:
+            place = min(ours[at].accepted, theirs[at].accepted)
+            found.append((sequence.id, at, place, margins[at][place]))
+    assert len(found) <= len(served) // 2, found
+    assert all(margin < 0.3 for *_, margin in found), found
 
 
 def test_the_checkpoint_is_verified_and_the_base_linked(killed_run: Any, tiny_model: Path) -> None:
