@@ -5,9 +5,9 @@
     mtp-graft quantize recipes/tiny.toml --run RUN ...          # see heal_gpu.sh
     python benchmarks/heal.py --run RUN --out result.json [--only NAME ...]
 
-The prompts are GSM8K's questions and pieces of tinyshakespeare; with `--varied N` also N of these
-questions with other numbers, for a DSpark drafter: the model was trained on the questions. Heads
-are trained on what the base says to GSM8K's training questions unless their name says otherwise,
+The prompts are GSM8K's questions and pieces of tinyshakespeare; with `--mixed N` also N mixed
+from their sentences, for a DSpark drafter: the model was trained on the questions. Heads are
+trained on what the base says to GSM8K's training questions unless their name says otherwise,
 and chosen on the first 192 test questions. Then every head is scored, drafting 1 to 5 tokens a
 step, on these, on further questions (`held`) that nothing was chosen by, and on the verse that the
 base continues from the part of Shakespeare that it has never seen.
@@ -88,8 +88,8 @@ ABLATIONS = {
 }
 
 
-def write_prompts(run: Path, data: Path, count: int, other: int) -> None:
-    """Write what to train on, `count` questions and verse and `other`, and what to judge by."""
+def write_prompts(run: Path, data: Path, count: int, more: int) -> None:
+    """Write what to train on (`count` questions, verse, `more` mixed questions) and to judge by."""
     questions = {
         split: [json.loads(row)["question"] for row in (data / f"gsm8k/{split}.jsonl").open()]
         for split in ("train", "test")
@@ -99,7 +99,7 @@ def write_prompts(run: Path, data: Path, count: int, other: int) -> None:
     asked = {
         CALIBRATION: chats("gsm8k", questions["train"], count)
         | pieces(seen, VERSES)
-        | chats("varied", varied(questions["train"]), other),
+        | chats("mixed", mixed(questions["train"], more), more),
         EVALUATION: chats("choose", questions["test"], JUDGED["choose"])
         | chats("held", questions["test"][JUDGED["choose"] :], JUDGED["held"])
         | pieces(unseen, JUDGED["verse"]),
@@ -114,15 +114,19 @@ def chats(name: str, questions: list[str], count: int) -> dict[str, str]:
     return {f"{name}-{i}": CHAT.format(question) for i, question in enumerate(questions[:count])}
 
 
-def varied(questions: list[str]) -> list[str]:
-    """Return the questions with other numbers, half to twice as large; 0, 1 and 2 stay."""
+def mixed(questions: list[str], count: int) -> list[str]:
+    """Return new questions: the first sentence of one, up to three of others, the last of another.
+
+    What the base says to them is as hard to draft as what it says to questions it has never seen.
+    """
     rng = random.Random(0)
-
-    def number(old: re.Match[str]) -> str:
-        value = int(old[0])
-        return old[0] if value < 3 else str(rng.randint(max(2, value // 2), 2 * value))
-
-    return [re.sub(r"\d+", number, question) for question in questions]
+    sentences = [re.split(r"(?<=[.!?])\s+", question.strip()) for question in questions]
+    first, last = zip(*((each[0], each[-1]) for each in sentences if len(each) > 1), strict=True)
+    middle = [sentence for each in sentences for sentence in each[1:-1]]
+    return [
+        " ".join([rng.choice(first), *rng.choices(middle, k=rng.randint(0, 3)), rng.choice(last)])
+        for _ in range(count)
+    ]
 
 
 def pieces(text: str, count: int) -> dict[str, str]:
@@ -265,14 +269,14 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--prompts", action="store_true", help="write them")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="with --prompts")
-    parser.add_argument("--varied", type=int, default=0, help="likewise, with other numbers")
+    parser.add_argument("--mixed", type=int, default=0, help="likewise: how many")
     parser.add_argument("--served", nargs=2, action="append", default=[], metavar=("NAME", "URL"))
     parser.add_argument("--concurrency", type=int, default=1, help="with --served")
     parser.add_argument("--only", nargs="+", default=["unhealed", *ABLATIONS])
     options = parser.parse_args()
     if options.prompts:
         data = Path(os.environ["MTP_GRAFT_DATA"])
-        write_prompts(options.run, data, options.questions, options.varied)
+        write_prompts(options.run, data, options.questions, options.mixed)
         return
     for name, url in options.served:
         found = served(name, url, options.run, options.concurrency)

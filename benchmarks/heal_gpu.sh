@@ -7,7 +7,7 @@
 # PART is captured, healed, choices, flash, served, healed_served, soaked, dspark_trained,
 # dspark_scored, drafters or asked, best in this order. OUT gets result files and logs/; what they
 # have is not measured again. `asked` times all servers, and wants nothing else to compute. KS are
-# the healed head's k; VARIED prompts more are captured, for DSpark.
+# the healed head's k; MIXED prompts more are captured, for DSpark.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4
@@ -27,7 +27,7 @@ heal() { # NAMES...: five at a time
 }
 
 captured() { # the base's own texts, and the experts calibrated on some of them
-    python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts --varied "${VARIED:-0}"
+    python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts --mixed "${MIXED:-0}"
     local set=(--run "$run" --set "capture.calibration_prompts=$run/calibration.jsonl"
         --set "capture.evaluation_prompts=$run/evaluation.jsonl" --set capture.concurrency=64
         --set "capture.calibration_count=$(($(wc -l <"$run/calibration.jsonl") - 20))" # repeated ones are left out
