@@ -169,18 +169,22 @@ def _train(
 def _batches(sequences: Sequence[CapturedSequence], tokens: int) -> Iterator[list[Any]]:
     """Yield the batches of one epoch after the other, for ever; each has its own order."""
     for epoch in count():
-        shuffled = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(epoch))
-        yield from _in_batches([sequences[number] for number in shuffled.tolist()], tokens)
+        generator = torch.Generator().manual_seed(epoch)
+        shuffled = torch.randperm(len(sequences), generator=generator).tolist()
+        batches = [*_in_batches([sequences[number] for number in shuffled], tokens)]
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[number]
 
 
 def _in_batches(sequences: Sequence[CapturedSequence], tokens: int) -> Iterator[list[Any]]:
-    """Yield sequences of about so many tokens together."""
+    """Yield sequences of like lengths: padded, so many tokens at most, or one that is longer."""
     chosen: list[CapturedSequence] = []
-    for sequence in sequences:
-        chosen.append(sequence)
-        if sum(s.tokens for s in chosen) >= tokens or sequence is sequences[-1]:
+    for sequence in sorted(sequences, key=lambda each: each.tokens):
+        if chosen and (len(chosen) + 1) * sequence.tokens > tokens:
             yield chosen
             chosen = []
+        chosen.append(sequence)
+    yield chosen
 
 
 def _precision(device: torch.device) -> AbstractContextManager[Any]:
