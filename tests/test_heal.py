@@ -1,7 +1,6 @@
 """Healing: what it is trained towards, that it learns, resumes, and what comes out.
 
-The texts are cycles of tokens whose next one the base knows by heart: its residual is the LM head's
-row of that token. Upstream's head has never seen such a base.
+The texts are cycles of tokens: the base's residual is the LM head's row of the next one.
 """
 
 import json
@@ -12,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from mtp_graft.checkpoint.capture import CapturedSequence
 from mtp_graft.checkpoint.quant_manifest import hashes
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput, Batch, distance
@@ -21,7 +23,7 @@ from mtp_graft.dsv4.replay import build_head, model_config, unroll
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import HealSection, Loss, QuantizeSection, ScoreSection
-from mtp_graft.stages.heal import _best, heal
+from mtp_graft.stages.heal import _best, _in_batches, heal
 from mtp_graft.stages.inputs import HEALED, read_master
 from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import splice
@@ -90,6 +92,14 @@ def test_the_distance_is_that_of_every_draft_that_the_text_has(tiny_model: Path)
                     each.append((p - q).abs().sum() / 2 + 0.1 * kl - 0.2 * q[p.argmax()].log())
             expected += weight * torch.stack(each).mean()
     torch.testing.assert_close(found, expected / sum(weights), rtol=1e-3, atol=1e-3)
+
+
+@given(st.lists(st.integers(5, 120), min_size=1))
+def test_each_text_is_in_one_batch_of_bounded_size(lengths: list[int]) -> None:
+    texts = [CapturedSequence(n, "", "", 2, tokens, "", 0) for n, tokens in enumerate(lengths)]
+    batches = [*_in_batches(texts, 100)]
+    assert sorted(text.number for batch in batches for text in batch) == [*range(len(texts))]
+    assert all(len(b) == 1 or len(b) * max(t.tokens for t in b) <= 100 for b in batches)
 
 
 def test_a_head_learns_its_base(run: Heal, healed: Path, tiny_model: Path, tmp_path: Path) -> None:

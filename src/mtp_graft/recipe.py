@@ -123,7 +123,7 @@ class HealSection:
     loss: Losses = field(default_factory=lambda: {"tv": 1.0, "kl": 0.1})
     decay: Annotated[float, Field(gt=0, le=1)] = 0.6  # of a draft's weight, to the next one's
     lr: Annotated[float, Field(gt=0, strict=True)] = 4e-4
-    batch_tokens: Count = 8192  # of a step at most, padding included
+    batch_tokens: Count = 8192  # of a step, with padding; a longer text alone
     router: Bool = False  # train it, too
     recompute: Bool = False  # activations, in the backward pass: a third of the memory
     look_every: Count = 50  # steps between looks at the held-out texts, which are kept

@@ -114,7 +114,8 @@ def find_needs(run: Run, models: Models) -> list[Need]:
     recipe, config = run.recipe, models.base.config
     capture = with_taps(recipe.capture, models.upstream.folder)
     sizes = {v: sum(t.nbytes for t in head.values()) for v, head in models.heads.items()}
-    tokens = capture.most_tokens(capture.max_prompt_tokens + capture.new_tokens)
+    longest = capture.max_prompt_tokens + capture.new_tokens
+    tokens = capture.most_tokens(longest)
     taps = capture.taps or ()
     residuals = 2 * tokens * config["hidden_size"] * (config["hc_mult"] + len(taps))
     if (layers := config["num_hidden_layers"]) <= max(taps, default=0):
@@ -130,7 +131,7 @@ def find_needs(run: Run, models: Models) -> list[Need]:
         _disk("quantize", run.path, sizes["gptq"], "GPTQ's experts"),
         splice,
         _disk("heal", run.path, sizes["mxfp4"] + 40 * dense, "its state, and the head"),
-        _healing_memory(recipe.heal or HealSection(), config, dense, experts),
+        _healing_memory(recipe.heal or HealSection(), longest, config, dense, experts),
         _memory("score", recipe.score.device, 1, 4 * (dense + experts), "the head in float32"),
         *_serving_needs(recipe, models),
     ]
@@ -178,14 +179,14 @@ def _memory(
     return Need(stage, "GPU memory", f"{ranks}x {found.gpu}", size, share_bytes, what_for)
 
 
-def _healing_memory(heal: HealSection, config: Any, dense: int, experts: int) -> Need:
+def _healing_memory(heal: HealSection, longest: int, config: Any, dense: int, experts: int) -> Need:
     """Return the memory of training a head with so many dense weights, and of its experts."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    drafted = heal.k * heal.batch_tokens * config["hc_mult"] * hidden
-    on_cpu = find_device(heal.device) == "cpu"  # as measured in tiny_heal_cpu, heal_full_h200
-    activations = drafted * (13 if heal.recompute else 40) * (3 if on_cpu else 1)
-    size = 4 if on_cpu else 2  # bytes of what is not trained
-    step = size * (experts + 2 * vocab * hidden + activations)
+    drafted = heal.k * max(heal.batch_tokens, longest) * config["hc_mult"] * hidden
+    on_cpu = find_device(heal.device) == "cpu"
+    # Bytes: a fifth more than in heal_full_h200; on a CPU all of tiny_heal_cpu's process.
+    activations = drafted * (32 if heal.recompute else 96) * (5 if on_cpu else 1)
+    step = (4 if on_cpu else 2) * (experts + 2 * vocab * hidden) + activations
     step += 4 * (5 * dense + 8 * 2048 * vocab)  # with AdamW's state; logits of 2,048 drafts
     return _memory("heal", heal.device, 1, step, "a step of batch_tokens; less with recompute")
 
