@@ -117,7 +117,7 @@ def chats(name: str, questions: list[str], count: int) -> dict[str, str]:
 def mixed(questions: list[str], count: int) -> list[str]:
     """Return new questions: the first sentence of one, up to three of others, the last of another.
 
-    What the base says to them is as hard to draft as what it says to questions it has never seen.
+    The model knows the questions by heart, so its answers to them are easy to draft; not to these.
     """
     rng = random.Random(0)
     sentences = [re.split(r"(?<=[.!?])\s+", question.strip()) for question in questions]

@@ -70,7 +70,7 @@ def heal(
     inputs, held_out = (_open(*models, split, settings.k) for split in (CALIBRATION, EVALUATION))
     experts = stage_inputs.expert_files(quantized) if variant == "gptq" else []
     decisive = asdict(settings) | {"variant": variant, "linears": linears, "device": device}
-    decisive["batches"] = "of like lengths"  # states of before go on with other ones
+    decisive["batches"] = "of like lengths"  # a state with other ones is not gone on from
     if (finished := inputs.claim(out, decisive, *held_out.files, *experts)) is not None:
         return finished
     stored = inputs.store(variant, experts, group_size=group_size, linears=linears)
