@@ -5,12 +5,11 @@
     mtp-graft quantize recipes/tiny.toml --run RUN ...          # see heal_gpu.sh
     python benchmarks/heal.py --run RUN --out result.json [--only NAME ...]
 
-The prompts are GSM8K's questions and pieces of tinyshakespeare; with `--mixed N` also N mixed
-from their sentences, for a DSpark drafter: the model was trained on the questions. Heads are
-trained on what the base says to GSM8K's training questions unless their name says otherwise,
-and chosen on the first 192 test questions. Then every head is scored, drafting 1 to 5 tokens a
-step, on these, on further questions (`held`) that nothing was chosen by, and on the verse that the
-base continues from the part of Shakespeare that it has never seen.
+The prompts are GSM8K's questions and pieces of tinyshakespeare. Heads are trained on what the base
+says to GSM8K's training questions unless their name says otherwise, and chosen on the first 192
+test questions. Then every head is scored, drafting 1 to 5 tokens a step, on these, on further
+questions (`held`) that nothing was chosen by, and on the verse that the base continues from the
+part of Shakespeare that it has never seen.
 
 Several of these programs, each with its own names, may share a run folder and a result. With
 `--served` servers of the heads, started to tell what they draft, write the held-out texts again.
@@ -18,8 +17,6 @@ Several of these programs, each with its own names, may share a run folder and a
 
 import json
 import os
-import random
-import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -88,8 +85,8 @@ ABLATIONS = {
 }
 
 
-def write_prompts(run: Path, data: Path, count: int, more: int) -> None:
-    """Write what to train on (`count` questions, verse, `more` mixed questions) and to judge by."""
+def write_prompts(run: Path, data: Path, count: int) -> None:
+    """Write what to train on (`count` questions, and verse) and to judge by."""
     questions = {
         split: [json.loads(row)["question"] for row in (data / f"gsm8k/{split}.jsonl").open()]
         for split in ("train", "test")
@@ -97,9 +94,7 @@ def write_prompts(run: Path, data: Path, count: int, more: int) -> None:
     verse = (data / "text" / "tinyshakespeare.txt").read_text()
     seen, unseen = verse[: int(0.9 * len(verse))], verse[int(0.9 * len(verse)) :]
     asked = {
-        CALIBRATION: chats("gsm8k", questions["train"], count)
-        | pieces(seen, VERSES)
-        | chats("mixed", mixed(questions["train"], more), more),
+        CALIBRATION: chats("gsm8k", questions["train"], count) | pieces(seen, VERSES),
         EVALUATION: chats("choose", questions["test"], JUDGED["choose"])
         | chats("held", questions["test"][JUDGED["choose"] :], JUDGED["held"])
         | pieces(unseen, JUDGED["verse"]),
@@ -112,21 +107,6 @@ def write_prompts(run: Path, data: Path, count: int, more: int) -> None:
 
 def chats(name: str, questions: list[str], count: int) -> dict[str, str]:
     return {f"{name}-{i}": CHAT.format(question) for i, question in enumerate(questions[:count])}
-
-
-def mixed(questions: list[str], count: int) -> list[str]:
-    """Return new questions: the first sentence of one, up to three of others, the last of another.
-
-    The model knows the questions by heart, so its answers to them are easy to draft; not to these.
-    """
-    rng = random.Random(0)
-    sentences = [re.split(r"(?<=[.!?])\s+", question.strip()) for question in questions]
-    first, last = zip(*((each[0], each[-1]) for each in sentences if len(each) > 1), strict=True)
-    middle = [sentence for each in sentences for sentence in each[1:-1]]
-    return [
-        " ".join([rng.choice(first), *rng.choices(middle, k=rng.randint(0, 3)), rng.choice(last)])
-        for _ in range(count)
-    ]
 
 
 def pieces(text: str, count: int) -> dict[str, str]:
@@ -269,14 +249,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--prompts", action="store_true", help="write them")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="with --prompts")
-    parser.add_argument("--mixed", type=int, default=0, help="likewise: how many")
     parser.add_argument("--served", nargs=2, action="append", default=[], metavar=("NAME", "URL"))
     parser.add_argument("--concurrency", type=int, default=1, help="with --served")
     parser.add_argument("--only", nargs="+", default=["unhealed", *ABLATIONS])
     options = parser.parse_args()
     if options.prompts:
         data = Path(os.environ["MTP_GRAFT_DATA"])
-        write_prompts(options.run, data, options.questions, options.mixed)
+        write_prompts(options.run, data, options.questions)
         return
     for name, url in options.served:
         found = served(name, url, options.run, options.concurrency)

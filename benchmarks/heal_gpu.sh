@@ -4,10 +4,10 @@
 #
 #     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [PART]...
 #
-# PART is captured, healed, choices, flash, served, healed_served, soaked, dspark_trained,
+# PART is captured, healed, choices, flash, served, soaked, healed_served, dspark_trained,
 # dspark_scored, drafters or asked, best in this order. OUT gets result files and logs/; what they
 # have is not measured again. `asked` times all servers, and wants nothing else to compute. KS are
-# the healed head's k; MIXED prompts more are captured, for DSpark.
+# the healed head's k.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4
@@ -27,7 +27,7 @@ heal() { # NAMES...: five at a time
 }
 
 captured() { # the base's own texts, and the experts calibrated on some of them
-    python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts --mixed "${MIXED:-0}"
+    python3 benchmarks/heal.py --run "$run" --out "$out/heal.json" --prompts
     local set=(--run "$run" --set "capture.calibration_prompts=$run/calibration.jsonl"
         --set "capture.evaluation_prompts=$run/evaluation.jsonl" --set capture.concurrency=64
         --set "capture.calibration_count=$(($(wc -l <"$run/calibration.jsonl") - 20))" # repeated ones are left out
@@ -72,7 +72,7 @@ ready() { # PORTS...
 
 decode() { # NAME PORT AGAINST
     step "$1" mtp bench decode --base-url "$(url "$2")" --against "$(url "$3")" --prompts "$scratch/held.jsonl" \
-        --rounds 1 --limit 12 --max-tokens 128 --no-ignore-eos --pairs 6 --run "$out/$1" --json "$out/$1.json"
+        --rounds 1 --limit 32 --max-tokens 128 --no-ignore-eos --pairs 4 --run "$out/$1" --json "$out/$1.json"
 }
 
 sweep() { # NAME PORT: twice, for the first one compiles what it needs
@@ -106,8 +106,9 @@ soak() { # NAME PORT
 
 soaks=()
 soaked() { # five minutes, in the background
+    ready 8000 8003
     soak soak_base 8000 & soaks+=($!)
-    soak soak_k3 8013 & soaks+=($!)
+    soak soak_k3 8003 & soaks+=($!)
 }
 
 asked() { # in turn, then several requests at a time
@@ -115,9 +116,10 @@ asked() { # in turn, then several requests at a time
     for pid in "${soaks[@]}"; do wait "$pid"; done
     decode healed_against_unhealed_k5 8015 8005
     decode unhealed_k5 8005 8000
-    decode dspark_k5 8035 8000
     sweep sweep_base 8000
     sweep sweep_healed_k3 8013
+    decode dspark_against_healed_k5 8035 8015
+    decode dspark_k5 8035 8000
     decode healed_k5 8015 8000
     decode unhealed_k3 8003 8000
     decode healed_k3 8013 8000
@@ -147,7 +149,7 @@ drafters() { # DSpark's servers; what is accepted, not timed
     accepted dspark_acceptance "$dspark" "${each[@]}"
 }
 
-# DSpark: trained on the base's training texts and the captured ones, whose states transformers computes
+# DSpark: trained on the captured texts and on more that transformers writes; it computes all states
 
 dspark_trained() { # with the options of make/dspark.py in DSPARK
     local make=$tiny/make
@@ -167,6 +169,6 @@ dspark_scored() {
 
 trap 'jobs -p | xargs -r kill; wait' EXIT
 shift 2
-for part in "${@:-captured healed choices flash served healed_served soaked dspark_trained dspark_scored drafters asked}"; do
+for part in "${@:-captured healed choices flash served soaked healed_served dspark_trained dspark_scored drafters asked}"; do
     for each in $part; do "$each"; done
 done

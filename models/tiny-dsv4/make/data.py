@@ -137,6 +137,12 @@ class Corpus:
         tails = [bos + self.shakespeare_tail[i * stride :][:48] for i in range(count)]
         return {"gsm8k-test": chats, "shakespeare-tail": tails}
 
+    def mixed_question(self, rng: random.Random) -> str:
+        """Return a prompt: one question's first sentence, up to three of others, another's last."""
+        first, last, *others = (sentences_of(rng.choice(self.questions)) for _ in range(5))
+        middle = [rng.choice(each) for each in others[: rng.randint(0, 3)]]
+        return chat_prompt(" ".join([first[0], *middle, last[-1]]))
+
     def training_prompts(self, rng: random.Random, count: int) -> list[list[int]]:
         """Return prompts of training text with other numbers: the base knows its answers."""
         prompts = []
@@ -148,6 +154,10 @@ class Corpus:
                 question = change_numbers(rng.choice(self.questions), rng)
                 prompts.append(self.encode(chat_prompt(question)))
         return prompts
+
+
+def sentences_of(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def change_numbers(text: str, rng: random.Random) -> str:

@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block", type=int, default=5)
     parser.add_argument("--rank", type=int, default=32, help="of the Markov head")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--anchors", type=int, default=2048, help="a step")
+    parser.add_argument("--anchors", type=int, default=4096, help="a step")
     parser.add_argument("--run-length", type=int, default=32, help="of anchors in a row")
     parser.add_argument("--qat-part", type=float, default=0.3, help="share of --steps")
     parser.add_argument("--lr", type=float, default=1e-3)
