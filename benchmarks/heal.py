@@ -257,12 +257,15 @@ def main() -> None:
         data = Path(os.environ["MTP_GRAFT_DATA"])
         write_prompts(options.run, data, options.questions)
         return
+    known = {entry["name"] for entry in measurements(options.out)}
     for name, url in options.served:
+        if f"served {name}" in known:
+            continue
         found = served(name, url, options.run, options.concurrency)
         add_measurements(options.out, "heal", [found], summarize, NOTE)
     for name in () if options.served else options.only:
         first = "unhealed gptq" if name == "unhealed" else name
-        if any(entry["name"] == first for entry in measurements(options.out)):
+        if first in known:
             continue
         new = unhealed(options.run) if name == "unhealed" else [measure(name, options.run)]
         add_measurements(options.out, "heal", new, summarize, NOTE)

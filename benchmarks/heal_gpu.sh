@@ -4,9 +4,9 @@
 #
 #     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [PART]...
 #
-# PART is captured, healed, choices, flash, served, soaked, healed_served, dspark_trained,
-# dspark_scored, drafters or asked, best in this order. OUT gets result files and logs/; what they
-# have is not measured again. `asked` times all servers, and wants nothing else to compute. KS are
+# PART is captured, healed, choices, flash, served, soaked, healed_served, rtn_served,
+# dspark_trained, dspark_scored, drafters or asked, best in this order. OUT gets result files and
+# logs/; what they have is not measured again. `asked` times all servers, and wants nothing else to compute. KS are
 # the healed head's k.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -92,11 +92,15 @@ served() { # the base and upstream's head
 
 healed_served() {
     spliced healed "$run/ablations/default/heal/upstream" gptq
-    spliced rtn "$run/ablations/rtn/heal/upstream" rtn
     local k
     for k in ${KS:-1 2 3 4 5}; do serve "801$k" "$scratch/healed" --k "$k" "${METRICS[@]}"; done
+    ready 8000 8003 8005 8013 8015
+}
+
+rtn_served() {
+    spliced rtn "$run/ablations/rtn/heal/upstream" rtn
     serve 8023 "$scratch/rtn" --k 3 "${METRICS[@]}"
-    ready 8000 8003 8005 8013 8015 8023
+    ready 8023
 }
 
 soak() { # NAME PORT
@@ -169,6 +173,6 @@ dspark_scored() {
 
 trap 'jobs -p | xargs -r kill; wait' EXIT
 shift 2
-for part in "${@:-captured healed choices flash served soaked healed_served dspark_trained dspark_scored drafters asked}"; do
+for part in "${@:-captured healed choices flash served soaked healed_served rtn_served dspark_trained dspark_scored drafters asked}"; do
     for each in $part; do "$each"; done
 done

@@ -37,16 +37,16 @@ from mtp_graft.dsv4.replay import model_config
 from mtp_graft.dsv4.variants import decode_head
 
 TINY = Path(__file__).parent.parent
-BATCH = 256  # texts; they are written four times as many at once
+BATCH = 256  # texts; eight times as many are written at once
 REPEATED, VERSE = 600, 256  # sentences; tokens of a piece
-NEW_TOKENS, LENGTH_STEP = 96, 4  # prompts of a batch have one length, so there is no padding
+NEW_TOKENS, LENGTH_STEP = 96, 8  # prompts of a batch have one length, so there is no padding
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=Path, nargs="*", default=[], help="captures")
     parser.add_argument("--data", type=Path, help="as train.py takes it")
-    parser.add_argument("--questions", type=int, default=30_000, help="new ones")
+    parser.add_argument("--questions", type=int, default=20_000, help="new ones")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3], help="of the taps")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,7 @@ def new_answers(base: Any, corpus: Corpus, questions: int) -> Iterator[list[int]
     options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": end, "pad_token_id": end}
     for length in rng.sample(sorted(by_length), len(by_length)):
         prompts = torch.tensor(by_length[length], device=base.device)
-        for some in prompts.split(4 * BATCH):
+        for some in prompts.split(8 * BATCH):
             written = base.generate(
                 some, attention_mask=torch.ones_like(some), do_sample=False, **options
             )
