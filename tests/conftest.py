@@ -73,6 +73,12 @@ def base(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's folder, which is not there yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
 def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A stand-in for the hub that has the bundled model as two repositories."""
     from hub_stand_in import BASE, UPSTREAM, as_repository, in_place_of_the_hub

@@ -1,6 +1,8 @@
-"""A run folder made by hand, of result files kept in `bench_results`."""
+"""A run folder made by hand, of result files kept in `bench_results`; stages that write one."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,6 @@ HEAD = "model-mtp-w4a16.safetensors"
 GPU, OTHER_GPU = "2x NVIDIA RTX PRO 6000", "8x NVIDIA H200"
 ACCEPTED = {"rtn": 1938, "gptq": 2041, "mxfp4": 2055, "bf16": 2057}
 DRAFTED = 2543
-#: What the heal stage reports.
-HEAL = {
-    **{"kept": True, "steps": 50, "tokens": 12_345, "gain": [0.05, 0.19]},
-    "before": {"by_position": [0.8, 0.7], "length": 2.36},
-    "after": {"by_position": [0.8, 0.85], "length": 2.48},
-    "curve": [{"step": 0, "length": 2.36}, {"step": 50, "length": 2.48}],
-}
 
 
 def write(path: Path, value: object) -> None:
@@ -39,6 +34,9 @@ def write_rows(path: Path, *rows: Any) -> str:
 def recorded(name: str) -> Any:
     """Return what is kept for the tests: `bench decode`, `bench sweep`, or the stages' reports."""
     return json.loads((TESTS / f"bench_results/{name}.json").read_text())
+
+
+HEAL = recorded("heal")
 
 
 def manifest(stage: str, device: str = GPU, vllm: str = "0.33.0") -> dict[str, Any]:
@@ -152,3 +150,49 @@ def whole_run(run: Path) -> Path:
     bench(run, "mmlu", evaluated(53, 100, wrong=41, unreadable=6))
     bench(run, "capability", evaluated(13, 14, repetition=1))
     return folder
+
+
+@dataclass
+class StandIns:
+    """Stages that write what the pipeline reads, once; and what was done, in order."""
+
+    done: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # what verify says is missing
+    apart: list[str] = field(default_factory=list)  # stages in processes of their own
+
+    def quantize(self, *inputs: Any) -> None:
+        *_, out, _settings, _report = inputs
+        self.finish("quantize", out, recorded("stages")["quantize/report.json"])
+
+    def score(self, *inputs: Any) -> None:
+        *_, out, heads, _settings, _report = inputs
+        texts = [{"id": "p3", "drafts": 4, "accepted": 3}, {"id": "p4", "drafts": 4, "accepted": 1}]
+        each = {"top1": 0.5, "tokens": 8, "accepted": 4, "interval": [0.2, 0.8], "sequences": texts}
+        self.finish("score", out, {"acceptance": dict.fromkeys(heads.variants, each)})
+
+    def run_in_process(self, stage: Callable[..., Any], *inputs: Any, report: Any) -> None:
+        self.apart.append(stage.__name__)
+        stage(*inputs, report)
+
+    def finish(self, stage: str, out: Path, result: dict[str, Any]) -> None:
+        if not (out / "manifest.json").exists():
+            self.done.append(stage)
+            write(out / "report.json", result)
+            write(out / "manifest.json", {})
+
+    def splice(
+        self, _base: Path, _upstream: Path, out: Path, variant: str, *, quantized: Path, **_: Any
+    ) -> None:
+        from serving.conftest import BASE_TENSORS, HEAD_TENSORS, write_checkpoint
+
+        if out.exists():
+            return
+        self.done.append(f"splice {variant}")
+        write_checkpoint(out, BASE_TENSORS + HEAD_TENSORS)
+        (out / HEAD).write_text(variant)
+        write(out / quant_manifest.MANIFEST_NAME, {"variant": variant})
+
+    def verify(self, checkpoint: Path, _base: Path, _up: Path, _quantized: Path) -> dict[str, Any]:
+        self.done.append(f"verify {checkpoint.parent.name}")
+        wrong = {"missing": self.missing, "unexpected": [], "mismatched": [], "rel_error_max": 0.1}
+        return {"ok": not self.missing, "variant": checkpoint.parent.name, "tensors": 7} | wrong

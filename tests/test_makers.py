@@ -20,25 +20,22 @@ from mtp_graft.checkpoint.files import read_object
 from mtp_graft.checkpoint.makers import expect_format
 from mtp_graft.checkpoint.quantization_config import QuantizationConfig
 from mtp_graft.checkpoint.shards import INDEX_NAME, read_weight_map, save_shard, write_index
-from mtp_graft.dsv4.config import check_dimensions, compress_ratios, unread_keys
 from mtp_graft.dsv4.names import base_shapes, from_vllm, head_shapes
-from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import find_bundled_recipe
 from mtp_graft.pipeline.plan import read_models
 from mtp_graft.recipe import load_recipe
-from mtp_graft.serving.command import ServeOptions, build_command, read_config, vllm_elsewhere
-from mtp_graft.serving.doctor import diagnose, examine
-from mtp_graft.serving.doctor.checkpoint import Checkpoint, canonical_name, read_checkpoint
-from mtp_graft.serving.doctor.hardware import Target, find_target
+from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
+from mtp_graft.serving.doctor import diagnose
+from mtp_graft.serving.doctor.checkpoint import canonical_name, read_checkpoint
+from mtp_graft.serving.doctor.hardware import Target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import CPU, undivided
 from mtp_graft.stages.fetch import find_source
-from mtp_graft.stages.splice import open_base, splice
+from mtp_graft.stages.splice import splice
 from mtp_graft.stages.verify import verify
 from serving import doctor_defects as defects
-from serving.doctor_defects import INDEX, Tensors, edit_config, edit_shard, section
-from serving.flash import CONFIG as FLASH
+from serving.doctor_defects import ON_GPU, Tensors, edit_config, edit_shard, errors
 
 TINY = Path(__file__).parents[1] / "models" / "tiny-dsv4"
 CONFIG: dict[str, Any] = json.loads((TINY / "base" / "config.json").read_text())
@@ -223,7 +220,7 @@ def without_shapes(tensors: Tensors) -> Tensors:
 
 def in_every_shard(change: Callable[[Tensors], Tensors]) -> defects.Plant:
     def plant(base: Path) -> None:
-        for name in {s: n for n, s in read_weight_map(base / INDEX).items()}.values():
+        for name in {s: n for n, s in read_weight_map(base / defects.INDEX).items()}.values():
             edit_shard(base, change, name)
 
     return plant
@@ -253,7 +250,7 @@ def spell_as_vllm(config: Any) -> None:
 def test_what_vllm_reads_as_well_is_spliced(base: Path, plant: defects.Plant, variant: Any) -> None:
     """Names and dtypes: each was served on a CPU, at the acceptance of the original."""
     plant(base)
-    for target in (ON_GPU, ON_CPU):
+    for target in (ON_GPU, defects.ON_CPU):
         assert not [f.id for f in diagnose(base, target) if f.severity != "note"]
     linears: Any = "bf16" if variant == "bf16" else "base"
     splice(base, TINY / "upstream", out := base.parent / "out", variant, linears=linears)
@@ -285,9 +282,6 @@ def test_a_master_that_is_no_base_is_named(tmp_path: Path, blocks: int, maker: s
     expect_format(given, "head")
 
 
-ON_GPU, ON_CPU = find_target(gpu="H200"), find_target(gpu="cpu")
-
-
 def with_zero_points(tensors: Tensors) -> Tensors:
     packed = {n.removesuffix("packed"): t for n, t in tensors.items() if n.endswith("_packed")}
     points = {n: torch.zeros(t.shape[0] // 8, t.shape[1] // 16).int() for n, t in packed.items()}
@@ -314,8 +308,8 @@ def by_channel(tensors: Tensors) -> Tensors:
 def test_errors_as_in_vllm(base: Path, change: Any, weights: Any, on_gpu: Any, on_cpu: Any) -> None:
     if change:
         in_every_shard(change)(base)
-    section(lambda q: q["config_groups"]["group_1"]["weights"].update(weights))(base)
-    for target, expected in ((ON_GPU, on_gpu), (ON_CPU, on_cpu)):
+    defects.section(lambda q: q["config_groups"]["group_1"]["weights"].update(weights))(base)
+    for target, expected in ((ON_GPU, on_gpu), (defects.ON_CPU, on_cpu)):
         found = {f.id for f in diagnose(base, target) if f.severity == "error"}
         assert expected is None or found == expected
     if weights.get("actorder") == "static" or not weights:
@@ -325,115 +319,6 @@ def test_errors_as_in_vllm(base: Path, change: Any, weights: Any, on_gpu: Any, o
     if not on_gpu:
         splice(base, TINY / "upstream", base.parent / "mxfp4", "mxfp4")
         assert not [f.id for f in diagnose(base.parent / "mxfp4", ON_GPU) if f.severity == "error"]
-
-
-def changed(base: Path, kinds: dict[str, str], edit: Callable[[Any], object]) -> Checkpoint:
-    """Return a base with some modules, by pattern, stored as another kind; no values."""
-    found, config = read_checkpoint(base), read_config(base)
-    shapes = base_shapes(config)
-    shards = {shard: dict(held) for shard, held in found.shards.items()}
-    for name, (pattern, kind) in product(shapes, kinds.items()):
-        if re.fullmatch(pattern, name.removesuffix(".weight")):
-            held = next(h for h in shards.values() if any(n.startswith(name) for n in h))
-            for part in ("", "_packed", "_scale", "_shape"):
-                held.pop(f"{name}{part}", None)
-            size = 64 if kind.endswith("/64") else 128
-            held |= stored_as(name, shapes[name], kind.removesuffix("/64"), size)
-    edit(config["quantization_config"])
-    index = {name: shard for shard, held in shards.items() for name in held}
-    return Checkpoint(base, config, index, shards, {})
-
-
-def errors(checkpoint: Checkpoint, target: Target = ON_GPU) -> dict[str, str]:
-    return {f.id: f.where for f in examine(checkpoint, target) if f.severity == "error"}
-
-
-OTHER_MODULES = ("head", "embed", "layers.3.ffn.gate", "layers.2.attn.wo_a", "layers.1.attn.wkv")
-PLACES = st.integers(0, 3), st.integers(0, 63), st.integers(1, 3)
-
-
-@given(
-    st.sampled_from(OTHER_MODULES) | st.builds("layers.{}.ffn.experts.{}.w{}".format, *PLACES),
-    st.sampled_from(("plain", "fp8", "mxfp4", "int4", "int8", "int4-asymmetric", "int6")),
-)
-@settings(max_examples=20, deadline=None, derandomize=True)
-def test_a_module_that_vllm_cannot_build_is_named(tiny_base: Path, module: str, kind: str) -> None:
-    found = errors(changed(tiny_base, {module: kind}, lambda _section: None))
-    usual = "int4" if "experts" in module else "fp8" if "attn" in module else "plain"
-    wrong = "never-quantized" if usual == "plain" else "scheme-mismatch"
-    assert found.keys() == ({wrong} if kind != usual else set())
-    assert all(module in where for where in found.values())
-
-
-LAYER_1, OTHERS = (rf"re:.*layers\.{n}\.ffn\.experts\..*" for n in ("1", "[^1]"))
-INT = {"num_bits": 4, "strategy": "group", "group_size": 32}
-INT4_ATTENTION = "a checkpoint with int4 attention or shared experts"
-ATTENTION = r"layers\.\d\.attn\.(w.*|indexer\.wq_b)"
-
-
-def other_group(targets: list[str], **weights: int) -> Callable[[Any], None]:
-    """Return what gives `targets` integers of another kind, and layer 1's to no other group."""
-
-    def edit(section: Any) -> None:
-        group = section["config_groups"]["group_1"]
-        more = {"targets": targets, "weights": group["weights"] | weights}
-        section["config_groups"] |= {"group_1": group | {"targets": [OTHERS]}, "more": group | more}
-
-    return edit
-
-
-def split_matrices(section: Any) -> None:
-    group = section["config_groups"]["group_1"]
-    weights = group["weights"] | {"actorder": "weight"}
-    first = group | {"targets": [r"re:.*\.(w2|down_proj)$"], "weights": weights}
-    section["config_groups"] = {"first": first, **section["config_groups"]}
-
-
-def add_target(target: str) -> Callable[[Any], None]:
-    return lambda section: section["config_groups"]["group_0"]["targets"].append(target)
-
-
-INPUTS = {"input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
-
-
-@pytest.mark.parametrize(
-    ("kinds", "edit", "expected"),
-    [
-        ({r"layers\.1\.ffn\.experts.*": "int4/64"}, other_group([LAYER_1], group_size=64), None),
-        ({r"layers\.1\.ffn\.experts.*": "int8"}, other_group([LAYER_1]), "scheme-mismatch"),
-        ({r"layers\.1\.ffn\.experts.*": "int4/64"}, lambda _: None, "group-size"),
-        ({}, other_group([LAYER_1, "re:nothing"], group_size=32), "group-size"),
-        ({}, lambda s: s["config_groups"].update(a={"targets": ["x"], "weights": INT}), None),
-        ({}, split_matrices, "pattern-too-wide"),
-        ({}, other_group([LAYER_1], actorder="weight"), None),
-        ({}, add_target(r"re:.*\.embed_tokens$"), "scheme-mismatch"),
-        ({}, add_target(r"re:(lm_head|.*\.ffn\.gate)$"), None),
-        ({}, lambda s: s["config_groups"]["group_0"].update(INPUTS), "scheme-mismatch"),
-        ({ATTENTION: "plain"}, lambda s: s["config_groups"].pop("group_0"), None),
-        ({".*": "plain"}, lambda s: s.clear(), "a checkpoint without quantization"),
-        ({ATTENTION: "int4"}, lambda s: s["config_groups"].pop("group_0"), INT4_ATTENTION),
-        ({r".*\.experts.*": "int3"}, lambda _: None, "a checkpoint with int3 routed experts"),
-        ({r".*\.experts.*": "int8-asymmetric"}, lambda _: None,
-         "a checkpoint with int8-asymmetric routed experts"),
-    ],
-)  # fmt: skip
-def test_schemes_as_in_vllm(tiny_base: Path, kinds: Any, edit: Any, expected: str | None) -> None:
-    checkpoint = changed(tiny_base, kinds, edit)
-    assert (checkpoint.foreign_format or ", ".join(errors(checkpoint)) or None) == expected
-
-
-@pytest.mark.parametrize(
-    ("kinds", "why"),
-    [
-        ({ATTENTION: "plain"}, "its attention is not quantized; expected FP8"),
-        ({ATTENTION: "int4"}, f"is {INT4_ATTENTION}; expected a W4A16-FP8"),
-    ],
-)
-def test_base_named(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kinds: Any, why: str) -> None:
-    checkpoint = changed(tiny_base, kinds, lambda section: section.update(config_groups={}))
-    monkeypatch.setattr("mtp_graft.stages.splice.read_checkpoint", lambda _folder: checkpoint)
-    with pytest.raises(GraftError, match=why):
-        open_base(tiny_base)
 
 
 def test_endless_patterns_are_an_error(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,54 +332,6 @@ def test_endless_patterns_are_an_error(base: Path, monkeypatch: pytest.MonkeyPat
         splice(base, TINY / "upstream", base.parent / "rtn", "rtn")
 
 
-VALUES = [
-    *((name, None) for name in ("qk_rope_head_dim", "scoring_func", "rope_theta", "swiglu_limit")),
-    *((name, None) for name in ("num_key_value_heads", "routed_scaling_factor")),
-    *(("architectures", value) for value in (["LlamaForCausalLM"], "DeepseekV4ForCausalLM", [])),
-    *((name, None) for name in ("topk_method", "n_shared_experts", "norm_topk_prob")),
-    *(("index_topk", 0), ("hc_sinkhorn_iters", 2.5), ("hidden_act", "gelu"), ("rope_theta", -1)),
-    *(("vision_n_layers", 2), ("rms_norm_eps", float("nan")), ("hc_eps", "1e-6")),
-    *(("rope_scaling", value) for value in (["yarn"], {"factor": "16"})),
-    *(("hidden_size", 10**9), ("num_hidden_layers", 4096), ("vocab_size", "9" * 10**6)),
-    *(("torch_dtype", "foo"), ("dtype", 16)),
-]
-
-
-@pytest.mark.parametrize(("name", "value"), VALUES)
-def test_values_that_no_model_has_are_one_short_error(name: str, value: Any) -> None:
-    with pytest.raises(GraftError, match=rf"config\.json: {name}.* is .*; expected") as error:
-        check_dimensions(FLASH | {name: value})
-    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("key", ["index_topk", "hc_eps", "hc_sinkhorn_iters", "norm_topk_prob"])
-def test_a_key_without_a_value_in_vllm_0_32_may_be_absent_for_0_33_alone(key: str) -> None:
-    check_dimensions(config := {k: v for k, v in FLASH.items() if k != key})
-    assert [unread_keys(config, release) for release in ((0, 32), (0, 33))] == [f"no {key}", ""]
-    for needed in ("architectures", "topk_method"):
-        with pytest.raises(GraftError, match=f"has no '{needed}'"):
-            check_dimensions({k: v for k, v in FLASH.items() if k != needed})
-
-
-def test_what_transformers_takes_for_absent_keys_is_read_so() -> None:
-    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention"}
-    kinds[128] = "heavily_compressed_attention"
-    absent = ("compress_ratios", "compress_rates", "num_hash_layers", "mlp_layer_types")
-    types = [kinds[ratio] for ratio in FLASH["compress_ratios"][: FLASH["num_hidden_layers"]]]
-    config = {k: v for k, v in FLASH.items() if k not in absent} | {"layer_types": types}
-    for same in (config, config | {"compress_rates": None}):
-        assert base_shapes(same) == base_shapes(FLASH)
-    hashed = {k: v for k, v in FLASH.items() if k not in (*absent[2:], "layer_types")}
-    assert [unread_keys(hashed, r) for r in ((0, 32), (0, 33))] == ["no num_hash_layers", ""]
-
-
-def test_a_config_that_is_not_the_bases_is_named(base: Path, tiny_model: Path) -> None:
-    for key, value in (("hidden_size", 128), ("num_attention_heads", 8), ("hc_mult", 2)):
-        edit_config(base, lambda config, key=key, value=value: config.update({key: value}))
-        with pytest.raises(GraftError, match=rf"^{base}: .*\(\d+ in all\); expected .* by config"):
-            splice(base, tiny_model / "upstream", base.parent / "out")
-
-
 @pytest.mark.parametrize("kind", ["fp8", "plain"])
 def test_serve_shares_experts_of_other_kinds_too(tiny_base: Path, kind: str) -> None:
     def edit(section: Any) -> None:
@@ -502,19 +339,8 @@ def test_serve_shares_experts_of_other_kinds_too(tiny_base: Path, kind: str) -> 
         targets = groups.pop("group_1")["targets"]
         groups["group_0"]["targets"] += targets if kind == "fp8" else []
 
-    checkpoint = changed(tiny_base, {r".*\.experts\..*": kind}, edit)
+    checkpoint = defects.changed(tiny_base, {r".*\.experts\..*": kind}, edit)
     assert not errors(checkpoint)
     expected = {} if kind == "plain" else {"moe_intermediate_size": 128}
     uneven = undivided(checkpoint.config, 4)
     assert {k: v for k, v in uneven.items() if k.startswith("moe")} == expected
-
-
-def test_the_largest_dimensions_that_pass_have_shapes_that_torch_can_hold() -> None:
-    bounds = {"head_dim", "hidden_size", "vocab_size", "o_lora_rank", "q_lora_rank"}
-    bounds |= {"num_attention_heads", "moe_intermediate_size", "index_head_dim", "index_n_heads"}
-    config = FLASH | dict.fromkeys(bounds, 2**20) | {"num_hidden_layers": 1}
-    config |= {"compress_ratios": [128], "o_groups": 1, "n_routed_experts": 1, "hc_mult": 512}
-    for name, shape in (base_shapes(config) | head_shapes(config)).items():
-        assert torch.empty(shape, device="meta").nbytes > 0, name
-    for ratio in (10**9, 1, 8, -4, True, 4.0):
-        assert compress_ratios({"compress_ratios": [ratio]}) is None

@@ -35,11 +35,6 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def free_disk(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     disk = SimpleNamespace(free=10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: disk)

@@ -1,4 +1,4 @@
-"""Which scheme an engine finds for each module, and what a manifest says of a checkpoint's head."""
+"""The scheme an engine finds for a module, what a manifest says, and the values of a config."""
 
 import random
 import re
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import sha256
 from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
+from mtp_graft.dsv4.config import check_dimensions, compress_ratios, unread_keys
+from mtp_graft.dsv4.names import base_shapes, head_shapes
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Variant
 from quantized import tiny_quantization
@@ -311,3 +314,55 @@ def test_origins_are_hashes(tiny_model: Path, tiny_base: Path, spliced: dict[str
     (head_shard,) = (tiny_model / "upstream").glob("*.safetensors")
     assert found["upstream"] == {head_shard.name: sha256(head_shard)}
     assert len(found["quantize"]["experts"]) == 2
+
+
+VALUES = [
+    *((name, None) for name in ("qk_rope_head_dim", "scoring_func", "rope_theta", "swiglu_limit")),
+    *((name, None) for name in ("num_key_value_heads", "routed_scaling_factor")),
+    *(("architectures", value) for value in (["LlamaForCausalLM"], "DeepseekV4ForCausalLM", [])),
+    *((name, None) for name in ("topk_method", "n_shared_experts", "norm_topk_prob")),
+    *(("index_topk", 0), ("hc_sinkhorn_iters", 2.5), ("hidden_act", "gelu"), ("rope_theta", -1)),
+    *(("vision_n_layers", 2), ("rms_norm_eps", float("nan")), ("hc_eps", "1e-6")),
+    *(("rope_scaling", value) for value in (["yarn"], {"factor": "16"})),
+    *(("hidden_size", 10**9), ("num_hidden_layers", 4096), ("vocab_size", "9" * 10**6)),
+    *(("torch_dtype", "foo"), ("dtype", 16)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), VALUES)
+def test_values_that_no_model_has_are_one_short_error(name: str, value: Any) -> None:
+    with pytest.raises(GraftError, match=rf"config\.json: {name}.* is .*; expected") as error:
+        check_dimensions(CONFIG | {name: value})
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["index_topk", "hc_eps", "hc_sinkhorn_iters", "norm_topk_prob"])
+def test_a_key_without_a_value_in_vllm_0_32_may_be_absent_for_0_33_alone(key: str) -> None:
+    check_dimensions(config := {k: v for k, v in CONFIG.items() if k != key})
+    assert [unread_keys(config, release) for release in ((0, 32), (0, 33))] == [f"no {key}", ""]
+    for needed in ("architectures", "topk_method"):
+        with pytest.raises(GraftError, match=f"has no '{needed}'"):
+            check_dimensions({k: v for k, v in CONFIG.items() if k != needed})
+
+
+def test_what_transformers_takes_for_absent_keys_is_read_so() -> None:
+    kinds = {0: "sliding_attention", 4: "compressed_sparse_attention"}
+    kinds[128] = "heavily_compressed_attention"
+    absent = ("compress_ratios", "compress_rates", "num_hash_layers", "mlp_layer_types")
+    types = [kinds[ratio] for ratio in CONFIG["compress_ratios"][: CONFIG["num_hidden_layers"]]]
+    config = {k: v for k, v in CONFIG.items() if k not in absent} | {"layer_types": types}
+    for same in (config, config | {"compress_rates": None}):
+        assert base_shapes(same) == base_shapes(CONFIG)
+    hashed = {k: v for k, v in CONFIG.items() if k not in (*absent[2:], "layer_types")}
+    assert [unread_keys(hashed, r) for r in ((0, 32), (0, 33))] == ["no num_hash_layers", ""]
+
+
+def test_the_largest_dimensions_that_pass_have_shapes_that_torch_can_hold() -> None:
+    bounds = {"head_dim", "hidden_size", "vocab_size", "o_lora_rank", "q_lora_rank"}
+    bounds |= {"num_attention_heads", "moe_intermediate_size", "index_head_dim", "index_n_heads"}
+    config = CONFIG | dict.fromkeys(bounds, 2**20) | {"num_hidden_layers": 1}
+    config |= {"compress_ratios": [128], "o_groups": 1, "n_routed_experts": 1, "hc_mult": 512}
+    for name, shape in (base_shapes(config) | head_shapes(config)).items():
+        assert torch.empty(shape, device="meta").nbytes > 0, name
+    for ratio in (10**9, 1, 8, -4, True, 4.0):
+        assert compress_ratios({"compress_ratios": [ratio]}) is None

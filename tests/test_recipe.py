@@ -1,6 +1,7 @@
 """Recipes: read exactly, or refused with the name of what is wrong."""
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import load_recipe
 
+MISTAKES = tomllib.loads(Path(__file__).with_name("mistakes.toml").read_text())["overrides"]
+MISTAKES |= {f"model.name={'x' * 300}": "expected up to 60 letters"}
 MINIMAL = """
 [model]
 name = "m"
@@ -51,30 +54,7 @@ def test_overrides_are_toml_values_or_bare_strings_and_the_last_wins(
     assert recipe.bench.prompts == str(tmp_path / "here.jsonl")  # typed in this folder
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("splice.varient=rtn", r"\[splice\]: unknown key 'varient'; there are .*variant"),
-        ("splise.variant=rtn", r"--set splise.*unknown section 'splise'; there are .*splice"),
-        ("splice.variant=int4", r"\[splice\] variant is 'int4', expected 'rtn', 'gptq'"),
-        ("splice.copy=1", r"\[splice\] copy is 1, expected a valid boolean"),
-        ("bench.count=true", r"\[bench\] count is True, expected a valid integer"),
-        ("bench.count=0", r"\[bench\] count is 0, expected greater than or equal to 1"),
-        ("quantize.damp=-0.1", r"damp is -0.1, expected greater"),
-        ("quantize.variants=rtn", r"variants is 'rtn', expected a valid list"),
-        ('quantize.variants=["rtn"]', r"variant 'gptq' is to be spliced"),
-        ("model.base=base", r"base is 'base', expected a hub id.*or a folder"),
-        ("model.name=../x", r"name is '\.\./x'"),
-        (f"model.name={'x' * 300}", r"expected up to 60 letters"),
-        (r'serve.extra_args=["a\u0000"]', r"extra_args is .*, expected text without a NUL"),
-        ("bench.prompts=hub:../x:y", r"'hub:\.\./x:y', expected a file or hub:owner"),
-        ("variant=rtn", r"--set variant=rtn: expected section\.key=value"),
-        ("bench.max_tokens=4000", r"\[bench\] max_tokens is 4000, expected less"),
-        ("capture.new_tokens=2000", r"\[capture\] max_model_len is 2048, expected at least 2513"),
-        ("quantize.damp=nan", r"damp is nan, expected a finite number"),
-        ("capture.taps=[41, 40]", r"taps is \[41, 40\], expected layers in ascending order"),
-    ],
-)
+@pytest.mark.parametrize(("override", "message"), MISTAKES.items())
 def test_a_bad_override_is_refused_by_its_name(minimal: Path, override: str, message: str) -> None:
     with pytest.raises(GraftError, match=message) as raised:
         load_recipe(minimal, ["bench.rounds=2", override])
@@ -112,11 +92,6 @@ def test_a_broken_recipe_is_named_once(tmp_path: Path, text: str | None, message
         path.write_text(text)
     with pytest.raises(GraftError, match=rf"broken\.toml.*{message}"):
         load_recipe(path)
-
-
-def test_bundled_recipes_are_valid(repo_root: Path) -> None:
-    tiny, _ = (load_recipe(repo_root / f"recipes/{name}.toml") for name in ("tiny", "dsv4-flash"))
-    assert Path(tiny.model.base) == repo_root / "models" / "tiny-dsv4" / "base"
 
 
 def test_what_is_no_file_or_no_path_is_an_error(tmp_path: Path, minimal: Path) -> None:

@@ -231,6 +231,9 @@ ROUNDED = put({"mtp.0.hc_attn_fn": torch.zeros(24, 1024).half()})
     [
         ("base", unlist("norm.weight"), r"norm\.weight: in .*, not in model.saf"),
         ("base", set_config(moe_intermediate_size=512), r"base: .* expected .512, 32. by config"),
+        ("base", set_config(hidden_size=128), r"base: .*\(\d+ in all\); expected .* by config"),
+        ("base", set_config(num_attention_heads=8), r"base: .*\(\d+ in all\); expected .* by con"),
+        ("base", set_config(hc_mult=2), r"base: .*\(\d+ in all\); expected .* by config"),
         ("base", set_config(quantization_config=None), r"base/config\.json: .*_config.*instead"),
         ("base", lose_the_heads_experts, r"base/config\.json: .* experts are not quantized; exp"),
         ("upstream", unlist(f"{EXPERT}.scale"), rf"does not list {EXPERT}\.scale"),

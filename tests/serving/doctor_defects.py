@@ -6,6 +6,7 @@ Files are replaced and never written to: a checkpoint may share them with anothe
 
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from torch import Tensor
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.shards import Shard, read_weight_map, save_shard
+from mtp_graft.dsv4.names import base_shapes
+from mtp_graft.dsv4.variants import stored_as
+from mtp_graft.serving.command import read_config
+from mtp_graft.serving.doctor import examine
+from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
+from mtp_graft.serving.doctor.hardware import Target, find_target
 from quantized import edit_json
 
 INDEX = "model.safetensors.index.json"
@@ -144,6 +151,30 @@ def set_config(key: str, value: object) -> Plant:
 
 def drop_config(key: str) -> Plant:
     return lambda folder: edit_config(folder, lambda config: config.pop(key))
+
+
+ON_GPU, ON_CPU = find_target(gpu="H200"), find_target(gpu="cpu")
+
+
+def changed(base: Path, kinds: dict[str, str], edit: Callable[[Any], object]) -> Checkpoint:
+    """Return a base with some modules, by pattern, stored as another kind; no values."""
+    found, config = read_checkpoint(base), read_config(base)
+    shapes = base_shapes(config)
+    shards = {shard: dict(held) for shard, held in found.shards.items()}
+    for name, (pattern, kind) in product(shapes, kinds.items()):
+        if re.fullmatch(pattern, name.removesuffix(".weight")):
+            held = next(h for h in shards.values() if any(n.startswith(name) for n in h))
+            for part in ("", "_packed", "_scale", "_shape"):
+                held.pop(f"{name}{part}", None)
+            size = 64 if kind.endswith("/64") else 128
+            held |= stored_as(name, shapes[name], kind.removesuffix("/64"), size)
+    edit(config["quantization_config"])
+    index = {name: shard for shard, held in shards.items() for name in held}
+    return Checkpoint(base, config, index, shards, {})
+
+
+def errors(checkpoint: Checkpoint, target: Target = ON_GPU) -> dict[str, str]:
+    return {f.id: f.where for f in examine(checkpoint, target) if f.severity == "error"}
 
 
 NORM = "layers.1.ffn_norm.weight"

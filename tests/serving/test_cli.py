@@ -1,5 +1,6 @@
 import json
 import shlex
+import tomllib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from .conftest import install, only_from, read_record, wait_gone
 Run = Callable[..., tuple[int, str, str]]
 RECIPE = find_bundled_recipe()
 TINY = RECIPE.parents[1] / "models" / "tiny-dsv4" / "base"
+MISTAKES = tomllib.loads((Path(__file__).parents[1] / "mistakes.toml").read_text())
 
 
 @pytest.fixture
@@ -191,38 +193,7 @@ def test_a_stage_has_its_command(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert calls == [(folder, stage) for stage in STAGES]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("serve MODEL --json -", "--json needs --dry-run or --check"),
-        ("serve MODEL --api-key=", "--api-key"),
-        ("serve MODEL --served-model-name=", "--served-model-name"),
-        ("serve MODEL --profile 9k --dry-run --gpu H200", "--profile 9k: unknown; expected one"),
-        ("serve MODEL --draft-sample-method best", "'best' is not one of 'greedy', 'probabilistic"),
-        ("run RECIPE --only train", "'train' is not one of 'fetch', "),
-        ("run RECIPE --only score --from score", "expected one of them"),
-        ("score RECIPE --set bench.count=0", "--set bench.count=0: [bench] count is 0"),
-        ("demo --set bench.round=2", "there are acceptance_count, count, k, "),
-        ("train", "No such command"),
-        ("bench decode --against b --base-url http://u", "a --base-url with an address"),
-        ("bench decode --against http://v --checkpoint c", "compare a --checkpoint with a"),
-        ("bench decode --base-url http://u --against http://v:x", "expected http://HOST:PORT"),
-        ("bench decode --base-url http://u --against http://v --pairs 1", "--pairs"),
-        ("bench decode --base-url http://u --pairs 2", "--pairs needs --against"),
-        ("bench sweep", "give one of --base-url and --checkpoint"),
-        ("bench sweep --base-url http://u --k 1,2", "--k needs --checkpoint"),
-        ("bench sweep --checkpoint c --concurrency 1,0", "--concurrency is '1,0'"),
-        ("bench sweep --checkpoint c --k 1,1", "--k is '1,1'"),
-        ("bench workload --base-url http://u -- --seed 9", "need --checkpoint"),
-        ("bench sweep --base-url http://u --profile 128k", "need --checkpoint"),
-        ("serve MODEL --check --dry-run", "give one of"),
-        ("serve MODEL --profile none --nnodes 2", "need a profile"),
-        ("serve MODEL --profile 524k --count 2", "--count needs --gpu"),
-        ("serve MODEL --vllm 0.33.0", "--vllm needs --dry-run"),
-        ("serve MODEL --log x", "--log needs --check"),
-        ("doctor MODEL --vllm newest", "newest"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES["usage"].items())
 def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message: str) -> None:
     named = {"RECIPE": RECIPE, "MODEL": TINY}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
@@ -230,21 +201,7 @@ def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message:
     assert message in " ".join(errors.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("serve nowhere --dry-run", "nowhere: not a folder"),
-        ("run RECIPE --only quantize", "run `mtp-graft capture` first"),
-        ("splice RECIPE", "run `mtp-graft quantize` first"),
-        ("run nowhere.toml", "nowhere.toml: not a TOML file"),
-        ("fetch RECIPE --set model.base=./gone", "gone: not a folder"),
-        ("capture RECIPE --set bench.prompts=x --run FILE", "use another --run"),
-        ("capture RECIPE --set capture.evaluation_count=999", "ask for fewer"),
-        ("serve GRAFTED --check --k 0", "--check without drafts"),
-        ("serve GRAFTED --gpu H200", "a CPU build"),
-        ("serve GRAFTED --profile 524k --nnodes 2 --dry-run", "a CPU build"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES["commands"].items())
 def test_a_mistake_is_one_message(run: Run, grafted: Path, arguments: str, message: str) -> None:
     Path("file").touch()
     named = {"RECIPE": RECIPE, "FILE": Path("file"), "GRAFTED": grafted}

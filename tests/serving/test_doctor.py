@@ -25,8 +25,9 @@ from mtp_graft.serving.doctor.findings import KINDS, Finding
 from mtp_graft.serving.doctor.hardware import Target, find_target
 from mtp_graft.serving.plan import make_plan
 from mtp_graft.serving.topology import Hardware, named_hardware
+from mtp_graft.stages.splice import open_base
 from serving.conftest import install_gpus
-from serving.doctor_defects import DEFECTS, INDEX, LFS_POINTER, set_config
+from serving.doctor_defects import DEFECTS, INDEX, LFS_POINTER, changed, errors, set_config
 from serving.flash import flash
 
 ON_CPU = Target(Version("0.32.0"), "cpu", find_target(gpu="cpu").hardware)
@@ -274,3 +275,91 @@ def test_a_small_file_is_an_object_or_a_finding(good: Path, name: str, data: byt
 def test_a_device_in_place_of_a_small_file_is_a_finding(copy: Path) -> None:
     (copy / "added_tokens.json").symlink_to("/dev/zero")
     assert ids(diagnose(copy, ON_CPU)) == ["file-unreadable"]
+
+
+OTHER_MODULES = ("head", "embed", "layers.3.ffn.gate", "layers.2.attn.wo_a", "layers.1.attn.wkv")
+PLACES = st.integers(0, 3), st.integers(0, 63), st.integers(1, 3)
+
+
+@given(
+    st.sampled_from(OTHER_MODULES) | st.builds("layers.{}.ffn.experts.{}.w{}".format, *PLACES),
+    st.sampled_from(("plain", "fp8", "mxfp4", "int4", "int8", "int4-asymmetric", "int6")),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_module_that_vllm_cannot_build_is_named(tiny_base: Path, module: str, kind: str) -> None:
+    found = errors(changed(tiny_base, {module: kind}, lambda _section: None))
+    usual = "int4" if "experts" in module else "fp8" if "attn" in module else "plain"
+    wrong = "never-quantized" if usual == "plain" else "scheme-mismatch"
+    assert found.keys() == ({wrong} if kind != usual else set())
+    assert all(module in where for where in found.values())
+
+
+LAYER_1, OTHERS = (rf"re:.*layers\.{n}\.ffn\.experts\..*" for n in ("1", "[^1]"))
+INT = {"num_bits": 4, "strategy": "group", "group_size": 32}
+INT4_ATTENTION = "a checkpoint with int4 attention or shared experts"
+ATTENTION = r"layers\.\d\.attn\.(w.*|indexer\.wq_b)"
+
+
+def other_group(targets: list[str], **weights: int) -> Callable[[Any], None]:
+    """Return what gives `targets` integers of another kind, and layer 1's to no other group."""
+
+    def edit(section: Any) -> None:
+        group = section["config_groups"]["group_1"]
+        more = {"targets": targets, "weights": group["weights"] | weights}
+        section["config_groups"] |= {"group_1": group | {"targets": [OTHERS]}, "more": group | more}
+
+    return edit
+
+
+def split_matrices(section: Any) -> None:
+    group = section["config_groups"]["group_1"]
+    weights = group["weights"] | {"actorder": "weight"}
+    first = group | {"targets": [r"re:.*\.(w2|down_proj)$"], "weights": weights}
+    section["config_groups"] = {"first": first, **section["config_groups"]}
+
+
+def add_target(target: str) -> Callable[[Any], None]:
+    return lambda section: section["config_groups"]["group_0"]["targets"].append(target)
+
+
+INPUTS = {"input_activations": {"num_bits": 8, "type": "float", "strategy": "tensor"}}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "edit", "expected"),
+    [
+        ({r"layers\.1\.ffn\.experts.*": "int4/64"}, other_group([LAYER_1], group_size=64), None),
+        ({r"layers\.1\.ffn\.experts.*": "int8"}, other_group([LAYER_1]), "scheme-mismatch"),
+        ({r"layers\.1\.ffn\.experts.*": "int4/64"}, lambda _: None, "group-size"),
+        ({}, other_group([LAYER_1, "re:nothing"], group_size=32), "group-size"),
+        ({}, lambda s: s["config_groups"].update(a={"targets": ["x"], "weights": INT}), None),
+        ({}, split_matrices, "pattern-too-wide"),
+        ({}, other_group([LAYER_1], actorder="weight"), None),
+        ({}, add_target(r"re:.*\.embed_tokens$"), "scheme-mismatch"),
+        ({}, add_target(r"re:(lm_head|.*\.ffn\.gate)$"), None),
+        ({}, lambda s: s["config_groups"]["group_0"].update(INPUTS), "scheme-mismatch"),
+        ({ATTENTION: "plain"}, lambda s: s["config_groups"].pop("group_0"), None),
+        ({".*": "plain"}, lambda s: s.clear(), "a checkpoint without quantization"),
+        ({ATTENTION: "int4"}, lambda s: s["config_groups"].pop("group_0"), INT4_ATTENTION),
+        ({r".*\.experts.*": "int3"}, lambda _: None, "a checkpoint with int3 routed experts"),
+        ({r".*\.experts.*": "int8-asymmetric"}, lambda _: None,
+         "a checkpoint with int8-asymmetric routed experts"),
+    ],
+)  # fmt: skip
+def test_schemes_as_in_vllm(tiny_base: Path, kinds: Any, edit: Any, expected: str | None) -> None:
+    checkpoint = changed(tiny_base, kinds, edit)
+    assert (checkpoint.foreign_format or ", ".join(errors(checkpoint)) or None) == expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "why"),
+    [
+        ({ATTENTION: "plain"}, "its attention is not quantized; expected FP8"),
+        ({ATTENTION: "int4"}, f"is {INT4_ATTENTION}; expected a W4A16-FP8"),
+    ],
+)
+def test_base_named(tiny_base: Path, monkeypatch: pytest.MonkeyPatch, kinds: Any, why: str) -> None:
+    checkpoint = changed(tiny_base, kinds, lambda section: section.update(config_groups={}))
+    monkeypatch.setattr("mtp_graft.stages.splice.read_checkpoint", lambda _folder: checkpoint)
+    with pytest.raises(GraftError, match=why):
+        open_base(tiny_base)

@@ -14,7 +14,6 @@ from unittest.mock import Mock
 import pytest
 
 from mtp_graft import pipeline
-from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.pipeline import STAGES, Stage
 from mtp_graft.pipeline.folder import locked
@@ -25,10 +24,10 @@ from mtp_graft.serving.client import COUNT_DRAFTS, ServerClient
 from mtp_graft.serving.command import ServeOptions
 from mtp_graft.stages.splice import HEAD_SHARD
 from quantized import read_json as read
-from run_folder import HEAL, recorded, write_rows
+from run_folder import HEAL, StandIns, write_rows
 
 from .bench_server import quiet
-from .conftest import BASE_TENSORS, HEAD_TENSORS, install, install_gpus, only_from, write_checkpoint
+from .conftest import HEAD_TENSORS, install, install_gpus, only_from, write_checkpoint
 
 RECIPE = """
 model = {name = "tiny-mtp", base = "./base", upstream = "./upstream"}
@@ -59,51 +58,6 @@ def recipe(tmp_path: Path, base: Path) -> Path:
     file = tmp_path / "recipe.toml"
     file.write_text(RECIPE + LIMITS)
     return file
-
-
-@dataclass
-class StandIns:
-    """Stages that write what the pipeline reads, once; and what was done, in order."""
-
-    done: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # what verify says is missing
-    apart: list[str] = field(default_factory=list)  # stages in processes of their own
-
-    def quantize(self, *inputs: Any) -> None:
-        *_, out, _settings, _report = inputs
-        self._finish("quantize", out, recorded("stages")["quantize/report.json"])
-
-    def score(self, *inputs: Any) -> None:
-        *_, out, heads, _settings, _report = inputs
-        texts = [{"id": "p3", "drafts": 4, "accepted": 3}, {"id": "p4", "drafts": 4, "accepted": 1}]
-        each = {"top1": 0.5, "tokens": 8, "accepted": 4, "interval": [0.2, 0.8], "sequences": texts}
-        self._finish("score", out, {"acceptance": dict.fromkeys(heads.variants, each)})
-
-    def run_in_process(self, stage: Callable[..., Any], *inputs: Any, report: Any) -> None:
-        self.apart.append(stage.__name__)
-        stage(*inputs, report)
-
-    def _finish(self, stage: str, out: Path, result: dict[str, Any]) -> None:
-        if not (out / "manifest.json").exists():
-            self.done.append(stage)
-            out.mkdir(exist_ok=True)
-            (out / "report.json").write_text(json.dumps(result))
-            (out / "manifest.json").write_text("{}")
-
-    def splice(
-        self, _base: Path, _upstream: Path, out: Path, variant: str, *, quantized: Path, **_: Any
-    ) -> None:
-        if out.exists():
-            return
-        self.done.append(f"splice {variant}")
-        write_checkpoint(out, BASE_TENSORS + HEAD_TENSORS)
-        (out / HEAD_SHARD).write_text(variant)
-        (out / MANIFEST_NAME).write_text(json.dumps({"variant": variant}))
-
-    def verify(self, checkpoint: Path, _base: Path, _up: Path, _quantized: Path) -> dict[str, Any]:
-        self.done.append(f"verify {checkpoint.parent.name}")
-        wrong = {"missing": self.missing, "unexpected": [], "mismatched": [], "rel_error_max": 0.1}
-        return {"ok": not self.missing, "variant": checkpoint.parent.name, "tensors": 7} | wrong
 
 
 @pytest.fixture
@@ -149,11 +103,6 @@ def servers(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Serve
 
 
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -215,7 +164,7 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
     def heal(*inputs: Any) -> None:
         *_, out, variant, _linears, _size, settings, _report = inputs
         assert (variant, settings.steps) == (GPTQ, 20)
-        stages._finish("heal", out, HEAL | {"kept": kept})
+        stages.finish("heal", out, HEAL | {"kept": kept})
 
     def splice(base: Path, upstream: Path, *rest: Any, **how: Any) -> None:
         upstreams.add(str(upstream.relative_to(folder.parent)))
@@ -226,6 +175,8 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
     run("heal.steps=20", start="fetch")
     assert stages.done[:3] == ["quantize", "heal", "score"]
     assert upstreams == {"run/heal/upstream" if kept else "upstream"}
+    page = (folder / "report" / "report.html").read_text()
+    assert ("not kept: what was spliced is the head as upstream has it" in page) is not kept
     with pytest.raises(GraftError, match=r"no section \[heal\]"):
         run(only="heal")
     with locked(folder), pytest.raises(GraftError, match="another mtp-graft works in this run fol"):
@@ -364,10 +315,10 @@ def test_from_redoes_the_rest(run: Run, stages: StandIns, servers: Servers, fold
 
 
 def test_a_stage_before_its_time_names_the_one_to_run_first(run: Run, servers: Servers) -> None:
-    def refused(stage: str, needed: str) -> None:
+    def refused(stage: str, needed: str, *overrides: str) -> None:
         message = rf"/{needed}: not finished; run `mtp-graft {needed}` f"
         with pytest.raises(GraftError, match=message):
-            run(only=stage)
+            run(*overrides, only=stage)
         assert servers.started == [], "it is said before anything is served"
 
     for stage in ("quantize", "score", "bench"):
@@ -376,6 +327,8 @@ def test_a_stage_before_its_time_names_the_one_to_run_first(run: Run, servers: S
     for stage in ("score", "splice"):
         refused(stage, "quantize")
     run(only="quantize")
+    for stage in ("score", "splice"):
+        refused(stage, "heal", "heal.k=1")
     for stage in ("verify", "bench"):
         refused(stage, "splice")
 

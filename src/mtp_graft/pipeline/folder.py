@@ -71,8 +71,11 @@ class Run:
 
     @property
     def upstream(self) -> Path:
-        """The master that the head comes from: a healed one that is kept, else the fetched one."""
-        healed = self.result("heal/report") if self.recipe.heal else None
+        """The master that the head comes from: a healed one that is kept, else the fetched one.
+
+        GraftError if the recipe has it healed and that is not finished.
+        """
+        healed = self.result("heal/report") if self.recipe.heal and self.finished("heal") else None
         return self.path / "heal" / HEALED if healed and healed["kept"] else self.models.upstream
 
     def finished(self, stage: str) -> Path:
