@@ -204,12 +204,15 @@ def test_wrong_usage_is_status_2_and_says_why(run: Run, arguments: str, message:
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES["commands"].items())
 def test_a_mistake_is_one_message(run: Run, grafted: Path, arguments: str, message: str) -> None:
     Path("file").touch()
-    named = {"RECIPE": RECIPE, "FILE": Path("file"), "GRAFTED": grafted}
+    (claim := Path("old/capture/config.json")).parent.mkdir(parents=True)
+    claim.write_text('{"max_prompt_tokens": 512, "new_tokens": 256}')  # as 0.1 wrote it
+    named = {"RECIPE": RECIPE, "FILE": Path("file"), "OLD": Path("old"), "GRAFTED": grafted}
     status, out, errors = run(*(named.get(word, word) for word in arguments.split()))
     assert (status, out) == (1, "")
     lines = errors.splitlines()
     assert [line for line in lines if line.startswith("error: ")] == [lines[-1]]
     assert message in errors and "Traceback" not in errors
+    assert [*Path("old").rglob("*")] == [claim.parent, claim]
 
 
 ROOT: Any = typer.main.get_command(app)

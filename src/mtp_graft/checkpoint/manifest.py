@@ -40,6 +40,15 @@ def claim_folder(folder: Path, config: Json) -> None:
         raise GraftError(f"{folder}: {said} ({len(differing)} differ in all); {cure}")
 
 
+def expect_this_version(run: Path) -> None:
+    """Raise GraftError for a run folder of 0.1: files of the same names have other meanings."""
+    # Written before anything is captured, so an unfinished capture has it; 0.1 had no such key.
+    claim = read_result(run / "capture" / CONFIG_NAME)
+    if claim is not None and "calibration_tokens" not in claim:
+        found = "is a run folder of mtp-graft 0.1, whose files have other meanings"
+        raise GraftError(f"{run}: {found}; use a new folder and run again")
+
+
 def leaves(nested: Json, prefix: str = "") -> dict[str, Any]:
     """Return nested keys in one dictionary: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat: dict[str, Any] = {}

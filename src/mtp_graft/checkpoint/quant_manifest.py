@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]
 from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import read_as, read_object, sha256
-from mtp_graft.checkpoint.manifest import fingerprints, leaves
+from mtp_graft.checkpoint.manifest import expect_this_version, fingerprints, leaves
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
@@ -186,11 +186,12 @@ class Spliced(NamedTuple):
 
 
 def find_spliced(run: Path) -> Spliced:
-    """Return the checkpoint of the run's chosen variant; GraftError if there is none, or two."""
+    """Return the checkpoint of the run's chosen variant; GraftError if none, two or of 0.1."""
     if (run / MANIFEST_NAME).is_file():
         expected = "the folder of a `mtp-graft run`, which measured one"
         cure = "a grafted one can be uploaded with `hf upload OWNER/NAME FOLDER`"
         raise GraftError(f"{run}: is a checkpoint with a head; expected {expected}: {cure}")
+    expect_this_version(run)
     stage, cure = run / "splice", "run `mtp-graft splice` first"
     done = read_object(stage / "manifest.json", "the splice stage's manifest", cure)
     variant = done["config"]["variant"]

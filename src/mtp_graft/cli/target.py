@@ -108,20 +108,22 @@ class Target:
         if self.run is None:
             with tempfile.TemporaryDirectory() as folder_name:
                 return measure(Path(folder_name))
+        from mtp_graft.checkpoint import manifest
         from mtp_graft.checkpoint.files import write_json
-        from mtp_graft.checkpoint.manifest import claim_folder, finished_result, write_manifest
         from mtp_graft.stages.parallel import device_name
 
+        manifest.expect_this_version(self.run)
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
         folder, began = self.run / "bench" / name, time.perf_counter()
         claim = claim | {"server": self.identity(claim.get("k"))}
-        claim_folder(folder, claim)
+        manifest.claim_folder(folder, claim)
         result = measure(folder)
-        if result != finished_result(folder, "result.json"):
+        if result != manifest.finished_result(folder, "result.json"):
             write_json(result, folder / "result.json")
             # A running server's device is not known here.
             device = device_name() if self.checkpoint else f"server at {self.base_url}"
-            write_manifest(folder, f"bench {name}", claim, (), device, time.perf_counter() - began)
+            took = time.perf_counter() - began
+            manifest.write_manifest(folder, f"bench {name}", claim, (), device, took)
         return result
 
     @contextmanager

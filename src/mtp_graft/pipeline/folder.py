@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.manifest import read_result
+from mtp_graft.checkpoint.manifest import expect_this_version, read_result
 from mtp_graft.checkpoint.quant_manifest import MANIFEST_NAME
 from mtp_graft.errors import GraftError, translated
 from mtp_graft.pipeline import STAGES
@@ -26,6 +26,7 @@ from mtp_graft.stages.inputs import HEALED, Progress
 def locked(path: Path) -> Iterator[None]:
     """Make the run folder and keep others out of it inside the block; GraftError if it cannot."""
     with translated(f"{path}: cannot be a run folder", OSError, then="; use another --run"):
+        expect_this_version(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
     with lock:

@@ -13,6 +13,7 @@ import psutil
 from huggingface_hub import constants
 from torch import Tensor
 
+from mtp_graft.checkpoint.manifest import expect_this_version
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.dsv4.config import check_dimensions, check_readable
 from mtp_graft.dsv4.names import EXPERT
@@ -271,6 +272,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     """
     if path.exists() and not path.is_dir():
         raise GraftError(f"{path}: cannot be a run folder (it is a file); use another --run")
+    expect_this_version(path)
     run = Run(recipe, path, stages)
     plan: dict[str, Any] = {"run": str(path), "stages": list(run.stages), "recipe": asdict(recipe)}
     plan |= dict.fromkeys(("sources", "needs", "seconds", "inputs", "room", "unknown"))
