@@ -25,7 +25,7 @@ from mtp_graft.pipeline.plan import plan_run
 from mtp_graft.pipeline.run import run_stage
 from mtp_graft.recipe import ModelSection, Recipe, load_recipe
 from mtp_graft.stages import fetch as stage
-from mtp_graft.stages.fetch import fetch, survey
+from mtp_graft.stages.fetch import fetch, find_sources
 from serving.bench_server import quiet
 
 MODEL = ModelSection(name="grafted", base=BASE, upstream=UPSTREAM)
@@ -38,7 +38,7 @@ def test_only_what_is_needed_and_announced_is_fetched(hub: StandInHub, tmp_path:
     needed = {repo: {**hub.repositories[repo]} for repo in (BASE, UPSTREAM)}
     hub.repositories[BASE] |= {"consolidated.safetensors": b"in no index", "model.bin": b"other"}
     hub.repositories[UPSTREAM] |= {"layers.safetensors": b"no head", "tokenizer.json": b"{}"}
-    sources = dict(zip((BASE, UPSTREAM), survey(MODEL), strict=True))
+    sources = dict(zip((BASE, UPSTREAM), find_sources(MODEL), strict=True))
     assert hub.downloads(".safetensors") == 0
     total = sum(len(c) for n, c in needed[UPSTREAM].items() if n.endswith(".safetensors"))
     assert sources[UPSTREAM].bytes_to_download == total

@@ -42,7 +42,7 @@ def free_disk(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_needs_what_is_left(recipe: Recipe, folder: Path, tiny_model: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_model / "base" / "config.json").read_text())
-    models = read_models(recipe, *fetch.survey(recipe.model))
+    models = read_models(recipe, *fetch.find_sources(recipe.model))
 
     def find(*stages: str) -> list[Need]:
         return plan.find_needs(Run(recipe, folder, stages or STAGES), models)
@@ -114,7 +114,7 @@ def test_the_real_model_is_judged_by_doctors_estimate(
     settings = [f"serve.tensor_parallel_size={asked}"]
     wanted = load_recipe(repo_root / "recipes" / "dsv4-flash.toml", settings)
     base = {n: t for n, t in full_size.tensors.items() if not n.startswith(HEAD_PREFIX)}
-    models = read_models(recipe, *fetch.survey(recipe.model))
+    models = read_models(recipe, *fetch.find_sources(recipe.model))
     large = replace(models, base=replace(models.base, config=full_size.config), tensors=base)
     cache = kv_cache_bytes(full_size.config, 4096, 2 * 4096)
     with pytest.raises(GraftError, match=message) if message else nullcontext():
@@ -156,7 +156,7 @@ def test_dry_run_tells_all(recipe: Recipe, folder: Path, tiny_model: Path, free_
     copy = shutil.copy(recipe.capture.evaluation_prompts, folder.parent)
     asked = load_recipe(find_bundled_recipe(), [f"capture.calibration_prompts={copy}"])
     assert "48 of its prompts are in" in plan_run(asked, folder, STAGES)["inputs"]
-    base, upstream = fetch.survey(recipe.model)
+    base, upstream = fetch.find_sources(recipe.model)
     large = replace(base, sizes={"model.safetensors": 143 * 10**9})
     times = plan.estimate_times(recipe, [large, upstream])
     assert "score" not in times, "which was never timed at this size"

@@ -57,14 +57,14 @@ QUANTIZATION = {
 
 def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     """Return the W4A16-FP8 storage of one base tensor."""
-    stem = name.removesuffix(".weight")
+    module = name.removesuffix(".weight")
     if names.EXPERT.match(name):
         scale = int4.group_scale(weight, group_size=128)
         parts = int4_parts(int4.encode(weight, scale), scale)
-        return {f"{stem}.{part}": tensor for part, tensor in parts.items()}
+        return {f"{module}.{part}": tensor for part, tensor in parts.items()}
     if FP8_LINEAR.search(name):
         codes, scale = fp8_parts(weight, bf16_scale)
-        return {name: codes, f"{stem}.weight_scale": scale.bfloat16()}
+        return {name: codes, f"{module}.weight_scale": scale.bfloat16()}
     return {name: weight.to(names.storage_dtype(name))}
 
 

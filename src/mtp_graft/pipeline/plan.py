@@ -56,15 +56,15 @@ class Need:
 
 def check_run(run: Run) -> None:
     """Raise GraftError for models that no stage can read, and for disk or memory too small."""
-    check_room(find_needs(run, read_models(run.recipe, *survey_models(run))))
+    check_room(find_needs(run, read_models(run.recipe, *find_run_sources(run))))
 
 
-def survey_models(run: Run) -> tuple[Source, Source]:
+def find_run_sources(run: Run) -> tuple[Source, Source]:
     """Return what is needed of base and upstream; of fetched ones, without asking the hub."""
     model = run.recipe.model
     if (fetched := fetch.already_fetched(run.path / "fetch", model)) is not None:
         model = replace(model, base=str(fetched.base), upstream=str(fetched.upstream))
-    return fetch.survey(model)
+    return fetch.find_sources(model)
 
 
 def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
@@ -278,7 +278,7 @@ def plan_run(recipe: Recipe, path: Path, stages: Sequence[str]) -> dict[str, Any
     plan |= dict.fromkeys(("sources", "needs", "seconds", "inputs", "room", "unknown"))
     problem = "inputs"  # what the next error is put down to
     try:
-        sources = survey_models(run)
+        sources = find_run_sources(run)
         times = estimate_times(recipe, sources)
         plan["sources"] = dict(zip(("base", "upstream"), map(as_json, sources), strict=True))
         plan["seconds"] = {stage: times[stage] for stage in run.stages if stage in times}

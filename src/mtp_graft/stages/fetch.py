@@ -100,7 +100,7 @@ def fetch(model: ModelSection, out: Path, report: Progress) -> FetchedModels:
     """
     if (known := already_fetched(out, model)) is not None:
         return known
-    base, upstream = sources = survey(model)
+    base, upstream = sources = find_sources(model)
     folders = FetchedModels(*download(sources, report))
     out.mkdir(parents=True, exist_ok=True)
     found = {"base": str(folders.base), "upstream": str(folders.upstream), "model": asdict(model)}
@@ -117,7 +117,7 @@ def already_fetched(out: Path, model: ModelSection) -> FetchedModels | None:
     return folders if all(folder.is_dir() for folder in folders) else None
 
 
-def survey(model: ModelSection) -> tuple[Source, Source]:
+def find_sources(model: ModelSection) -> tuple[Source, Source]:
     """Return what is needed of both, fetching small files; GraftError for what is no checkpoint."""
     base = find_source(model.base, model.base_revision, "base")
     upstream = find_source(model.upstream, model.upstream_revision, "head")
@@ -147,7 +147,7 @@ def _release(source: Source) -> str | None:
 
 
 def find_source(given: str, revision: str | None, part: Literal["base", "head"]) -> Source:
-    """Return what is needed of a folder or a hub id; raises GraftError as `survey` does."""
+    """Return what is needed of a folder or a hub id; raises GraftError as `find_sources` does."""
     folder, commit = Path(given).expanduser(), None
     if folder.suffix.lower() == ".gguf":
         expect_format(folder, part)
