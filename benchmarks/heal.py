@@ -31,7 +31,7 @@ from record import MODEL, add_measurements, arguments, measurements
 from mtp_graft.bench.decode import measure_acceptance
 from mtp_graft.checkpoint.capture import RECORDINGS, append_row, read_sequences, read_texts
 from mtp_graft.dsv4.heal import EXPERTS
-from mtp_graft.recipe import HealSection, Linears, QuantizeSection, ScoreSection, Variant
+from mtp_graft.recipe import HealSection, LinearDtype, QuantizeSection, ScoreSection, Variant
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.stages import heal as stage
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, HEALED
@@ -54,7 +54,7 @@ class Ablation:
     tokens: int = 270_000  # of text to train on, at most
     text: str | tuple[str, ...] = "gsm8k"  # what the ids of its prompts begin with
     variant: Variant = "gptq"
-    linears: Linears = "base"
+    linear_dtype: LinearDtype = "base"
     experts: bool = False  # train them as well, unrounded: what rounding them costs is left out
     before_gptq: bool = False  # heal beside exact experts, which are calibrated afterwards
 
@@ -73,7 +73,7 @@ ABLATIONS = {
     "loss tv + 0.1 ce": Ablation({"loss": {"tv": 1.0, "ce": 0.1}}),
     "decay 1": Ablation({"decay": 1.0}),
     "decay 0.3": Ablation({"decay": 0.3}),
-    "bf16 linears": Ablation(linears="bf16"),
+    "bf16 linears": Ablation(linear_dtype="bf16"),
     "router too": Ablation({"router": True}),
     "experts too": Ablation(experts=True),
     "verse": Ablation(text="verse"),
@@ -145,7 +145,7 @@ def measure(name: str, run: Path) -> dict[str, Any]:
     beside: Variant = "mxfp4" if how.before_gptq else how.variant
     given = (capture, run / "quantize", MODEL / "upstream", MODEL / "base", folder / "heal")
     began = time.perf_counter()
-    report = stage.heal(*given, beside, how.linears, 128, settings, progress(name))
+    report = stage.heal(*given, beside, how.linear_dtype, 128, settings, progress(name))
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     found = {"name": name, **asdict(how), "settings": asdict(settings), **report}

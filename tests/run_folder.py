@@ -94,7 +94,7 @@ def stages(run: Path, variant: str = "gptq") -> Path:
     write(run / "score/report.json", {"acceptance": scored()})
     for stage in ("capture", "quantize", "verify"):
         write(run / f"{stage}/manifest.json", manifest(stage))
-    splice = manifest("splice") | {"config": {"variant": variant, "linears": "base"}}
+    splice = manifest("splice") | {"config": {"variant": variant, "linear_dtype": "base"}}
     write(run / "splice/manifest.json", splice)
     return folder
 

@@ -39,7 +39,7 @@ HOW = ("heal.steps=20", "heal.k=3", "heal.batch_tokens=60", "heal.lr=2e-3", "hea
 HOW += ("heal.look_every=10", "heal.device=cpu", "score.device=cpu", "splice.variant=mxfp4")
 HOW += ("quantize.variants=['mxfp4']", "bench.served_variants=['mxfp4']")
 QUICK = ("heal.steps=10", "heal.k=1", "score.k=1")
-TRAINED = (*QUICK, "splice.linears=bf16", "heal.router=true")
+TRAINED = (*QUICK, "splice.linear_dtype=bf16", "heal.router=true")
 SPLICED = Path("splice/mxfp4/tiny-dsv4-healed")
 Run = Callable[..., Path]
 
@@ -138,7 +138,7 @@ def test_a_head_learns_its_base(run: Run, tiny_model: Path) -> None:
     scored = reported(folder, "score")["acceptance"]["mxfp4"]
     assert scored["length"] == pytest.approx(found["after"]["length"], abs=0.1)
     said = read_json(folder / SPLICED / MANIFEST_NAME)["provenance"]["healed"]
-    assert said == said | {"lr": 2e-3, "loss": {"ce": 1}, "tokens": 8 * 24, "linears": "base"}
+    assert said == said | {"lr": 2e-3, "loss": {"ce": 1}, "tokens": 8 * 24, "linear_dtype": "base"}
     assert said["upstream"] == hashes(read_master(tiny_model / "upstream").files.values())
     assert said["capture"] == hashes([folder / "capture" / "index.jsonl"])
     assert not {"seconds", "curve"} & said.keys() and str(folder) not in str(said)

@@ -252,8 +252,8 @@ def test_what_vllm_reads_as_well_is_spliced(base: Path, plant: defects.Plant, va
     plant(base)
     for target in (ON_GPU, defects.ON_CPU):
         assert not [f.id for f in diagnose(base, target) if f.severity != "note"]
-    linears: Any = "bf16" if variant == "bf16" else "base"
-    splice(base, TINY / "upstream", out := base.parent / "out", variant, linears=linears)
+    linear_dtype: Any = "bf16" if variant == "bf16" else "base"
+    splice(base, TINY / "upstream", out := base.parent / "out", variant, linear_dtype=linear_dtype)
     assert not errors(read_checkpoint(out)) and verify(out, base, TINY / "upstream")["ok"]
     written = read_object(out / "config.json", "a config")
     assert written["quantization_config"]["quant_method"] == "compressed-tensors"

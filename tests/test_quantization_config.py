@@ -32,8 +32,8 @@ FUSED |= {"fused_wkv_wgate": ["wkv", "wgate"]}
 
 def test_the_heads_groups_match_no_other_layer_and_the_bases_section_stays() -> None:
     base = tiny_quantization()
-    for variant, linears in product(VARIANTS, ("fp8", "base", "bf16")):
-        config = add_head(base, 4, variant, linears)
+    for variant, linear_dtype in product(VARIANTS, ("fp8", "base", "bf16")):
+        config = add_head(base, 4, variant, linear_dtype)
         for layer, name in product((0, 14, 40, 44), CLASSES):  # some contain the head's number
             module = f"model.layers.{layer}.{name}"
             assert by_us(config).group_of(module) == by_us(base).group_of(module), module
@@ -167,9 +167,9 @@ def test_vllm_finds_the_same_schemes_in_2000_sections_and_the_published_ones() -
     rng = random.Random(21)
     found = [compare(random_section(rng)) for _ in range(2000)]
     assert found.count(-1) > 100 and sum(n > 0 for n in found) > 500
-    for linears, variant in product(("fp8", "base"), VARIANTS):
+    for linear_dtype, variant in product(("fp8", "base"), VARIANTS):
         for base in (tiny_quantization(), CONFIG["quantization_config"]):
-            assert compare(add_head(base, 4, variant, linears)) > 10
+            assert compare(add_head(base, 4, variant, linear_dtype)) > 10
 
 
 @pytest.mark.vllm

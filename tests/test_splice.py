@@ -19,7 +19,7 @@ from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME, load_tensors
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS as VARIANTS
-from mtp_graft.recipe import Linears, Variant
+from mtp_graft.recipe import Variant
 from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
 from mtp_graft.serving.doctor import diagnose
 from mtp_graft.serving.doctor.hardware import find_target
@@ -83,11 +83,11 @@ def test_linked_base_plus_head(tiny_base: Path, spliced: dict[str, Path], varian
 
 
 @pytest.mark.parametrize(
-    ("variant", "linears"), [("rtn", "base"), ("mxfp4", "fp8"), ("bf16", "bf16")]
+    ("variant", "dtype"), [("rtn", "base"), ("mxfp4", "fp8"), ("bf16", "bf16")]
 )
-def test_dspark_spliced(tiny_base: Path, dspark: Path, variant: Variant, linears: Linears) -> None:
+def test_dspark_spliced(tiny_base: Path, dspark: Path, variant: Variant, dtype: Any) -> None:
     out = Path("out")
-    splice(tiny_base, dspark, out, variant, linears=linears)
+    splice(tiny_base, dspark, out, variant, linear_dtype=dtype)
     assert verify(out, tiny_base, dspark)["ok"] and not diagnose(out, ON_CPU)
     config, manifest = (read_json(out / n) for n in ("config.json", "MTP_QUANT_MANIFEST.json"))
     told = manifest["drafter"], manifest["tensors"]
@@ -97,10 +97,10 @@ def test_dspark_spliced(tiny_base: Path, dspark: Path, variant: Variant, linears
     quantization = read_quantization(config)
     # What vLLM asks for without parts' names: a scheme under the fused names, or none at all.
     fp8 = ["layers.5.attn.fused_wqa_wkv", "layers.6.attn.wo_b", "context_wkv_proj"]
-    fp8 += ["main_proj"] * (linears != "bf16")
-    fp8 += ["layers.4.ffn.shared_experts.gate_up_proj"] * (linears == "fp8")
-    plain = ["layers.6.ffn.shared_experts.down_proj"] * (linears != "fp8")
-    plain += ["main_proj"] * (linears == "bf16")
+    fp8 += ["main_proj"] * (dtype != "bf16")
+    fp8 += ["layers.4.ffn.shared_experts.gate_up_proj"] * (dtype == "fp8")
+    plain = ["layers.6.ffn.shared_experts.down_proj"] * (dtype != "fp8")
+    plain += ["main_proj"] * (dtype == "bf16")
     for names, kind in (fp8, "fp8"), (plain, "plain"):
         for name in names:
             assert quantization.kind_of(quantization.group_of(f"model.{name}")) == kind, name

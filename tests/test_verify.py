@@ -59,14 +59,14 @@ def test_sound_is_found_sound(spliced: Any, tiny_base: Path, quantized: Path, va
     assert low <= result["rel_error_max"] <= high
 
 
-@pytest.mark.parametrize(("linears", "fp8"), [("fp8", 10), ("base", 7), ("bf16", 5)])
-def test_any_linears_are_found_sound(spliced: Any, tiny_base: Path, linears: Any, fp8: int) -> None:
+@pytest.mark.parametrize(("dtype", "fp8"), [("fp8", 10), ("base", 7), ("bf16", 5)])
+def test_any_dtype_of_linears_is_sound(spliced: Any, tiny_base: Path, dtype: Any, fp8: int) -> None:
     out = Path("out")
-    splice(tiny_base, UPSTREAM, out, "mxfp4", linears=linears)
+    splice(tiny_base, UPSTREAM, out, "mxfp4", linear_dtype=dtype)
     assert verify(out, tiny_base, UPSTREAM)["ok"]
     head = load_file(out / HEAD_SHARD)
     assert sum(t.dtype == torch.float8_e4m3fn for t in head.values()) == fp8
-    if linears == "bf16":  # with a config that takes its decoded linears for FP8
+    if dtype == "bf16":  # with a config that takes its decoded linears for FP8
         shutil.copy(spliced["mxfp4"] / "config.json", out)
         assert "mtp.0.e_proj.weight_scale" in verify(out, tiny_base, UPSTREAM)["missing"]
 

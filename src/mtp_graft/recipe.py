@@ -18,7 +18,7 @@ from mtp_graft.errors import GraftError, UsageError, translated
 
 #: How the routed experts are stored: rounded to INT4, INT4 by GPTQ, upstream's codes, decoded.
 Variant = Literal["rtn", "gptq", "mxfp4", "bf16"]
-Linears = Literal["fp8", "base", "bf16"]
+LinearDtype = Literal["fp8", "base", "bf16"]
 ALL_VARIANTS: tuple[Variant, ...] = get_args(Variant)
 #: How a draft's distribution differs from the base's: total variation, KL, cross-entropy.
 Loss = Literal["tv", "kl", "ce"]
@@ -143,7 +143,7 @@ class SpliceSection:
     """Which variant the final checkpoint carries."""
 
     variant: Variant = "gptq"
-    linears: Linears = "base"  # what the head's FP8 linears become
+    linear_dtype: LinearDtype = "base"  # what the head's FP8 linears become
     copy: Bool = False  # copy the base's files instead of hard-linking them
 
 

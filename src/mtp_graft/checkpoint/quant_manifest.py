@@ -19,7 +19,7 @@ from mtp_graft.checkpoint.manifest import expect_this_version, fingerprints, lea
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.checkpoint.shards import INDEX_NAME
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import Linears, Variant
+from mtp_graft.recipe import LinearDtype, Variant
 
 #: The shard with the head, whatever its variant.
 HEAD_SHARD = "model-mtp-w4a16.safetensors"
@@ -79,7 +79,7 @@ def read_report(quantized: Path) -> QuantizeReport:
 
 def manifest(
     variant: Variant,
-    linears: Linears,
+    dtype: LinearDtype,
     config: Mapping[str, Any],
     report: QuantizeReport | None,
     provenance: dict[str, Any],
@@ -107,8 +107,8 @@ def manifest(
         },
         "other_tensors": {
             "attn.{wq_a,wq_b,wkv,wo_a,wo_b}": _FP8,
-            "main_proj" if is_dspark else "e_proj, h_proj": _BF16 if linears == "bf16" else _FP8,
-            "ffn.shared_experts.{w1,w2,w3}": _FP8 if linears == "fp8" else _BF16,
+            "main_proj" if is_dspark else "e_proj, h_proj": _BF16 if dtype == "bf16" else _FP8,
+            "ffn.shared_experts.{w1,w2,w3}": _FP8 if dtype == "fp8" else _BF16,
             others + ", markov_head, confidence_head" * is_dspark: "as upstream, F32 kept F32",
         },
         "tensors": num_tensors,

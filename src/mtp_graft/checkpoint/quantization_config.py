@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 from pydantic.functional_validators import model_validator
 
 from mtp_graft.errors import GraftError, translated
-from mtp_graft.recipe import Linears, Variant
+from mtp_graft.recipe import LinearDtype, Variant
 
 #: Kinds of routed experts that are packed integers with scales of groups.
 INTEGERS = ("int4", "int4-asymmetric", "int8")
@@ -32,12 +32,12 @@ _MATCHING_SECONDS = 3
 
 
 def add_head(
-    config: dict[str, Any], head_layer: int, variant: Variant, linears: Linears, stages: int = 0
+    config: dict[str, Any], head_layer: int, variant: Variant, dtype: LinearDtype, stages: int = 0
 ) -> dict[str, Any]:
     """Return `config` extended by the head's modules, which vLLM names layer `head_layer`.
 
     A DSpark drafter has `stages`, and as many layers from there on. The base's groups cover INT4
-    experts; `linears` says what the other linears are (`dsv4.variants` explains it).
+    experts; `dtype` says what the other linears are (`dsv4.variants` explains it).
     """
     numbers = "|".join(str(head_layer + stage) for stage in range(stages))
     layer = f"({numbers})" if stages else str(head_layer)
@@ -47,8 +47,8 @@ def add_head(
         return [pattern.replace("LAYER", layer) for pattern in table[kind].get(name, ())]
 
     groups, ignore = dict(config["config_groups"]), [*(config.get("ignore") or [])]
-    ignore += patterns("ignore", linears) + patterns("ignore_experts", variant)
-    fp8, read = patterns("fp8", linears), read_quantization({"quantization_config": config})
+    ignore += patterns("ignore", dtype) + patterns("ignore_experts", variant)
+    fp8, read = patterns("fp8", dtype), read_quantization({"quantization_config": config})
     attention = (f"model.layers.{head_layer}.attn.w{w}" for w in ("q_a", "q_b", "o_a", "o_b"))
     if not stages and None in map(read.group_of, attention):  # targets may name layers
         fp8 += patterns("fp8", "attention")

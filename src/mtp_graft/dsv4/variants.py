@@ -16,7 +16,7 @@ from torch import Tensor
 from mtp_graft.dsv4.names import EXPERT, Weights, storage_dtype
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, decode_mxfp4, int4
-from mtp_graft.recipe import Linears, Variant
+from mtp_graft.recipe import LinearDtype, Variant
 
 #: `plain`, `fp8`, `mxfp4`, or integers of so many bits: `int4`, `int4-asymmetric`, `int8`, ...
 Format = str
@@ -24,7 +24,7 @@ Parts = Weights
 _PARTS = ("weight", "scale", "weight_scale", "weight_packed", "weight_shape", "weight_zero_point")
 #: Which of the head's FP8 modules are decoded to BF16 (exact); the others keep their codes. "base"
 #: is as in the base, "bf16" as in the published checkpoint.
-_DECODED: dict[Linears, re.Pattern[str]] = {
+_DECODED: dict[LinearDtype, re.Pattern[str]] = {
     "fp8": re.compile("$^"),
     "base": re.compile(r"mtp\.\d+\.ffn\.shared_experts\."),
     "bf16": re.compile(r"mtp\.\d+\.(ffn\.shared_experts\.|(e_proj|h_proj|main_proj)$)"),
@@ -37,13 +37,13 @@ def store_head(
     gptq_experts: Weights | None = None,
     *,
     group_size: int = 128,
-    linears: Linears = "base",
+    linear_dtype: LinearDtype = "base",
 ) -> dict[str, Tensor]:
     """Return the stored `mtp.*` tensors of `variant`, from upstream's or some modules of them.
 
     Routed experts become what `variant` says. FP8 modules keep their codes or are decoded to BF16,
-    as `linears` says. All else stays as it is. Raises GraftError for parts that are missing or do
-    not fit each other, and for a gptq expert that is not in `gptq_experts`.
+    as `linear_dtype` says. All else stays as it is. Raises GraftError for parts that are missing or
+    do not fit each other, and for a gptq expert that is not in `gptq_experts`.
     """
     stored: dict[str, Tensor] = {}
     for module, kind, parts in _modules(upstream, group_size):
@@ -53,7 +53,7 @@ def store_head(
         kept = parts
         if kind == "mxfp4":
             kept = _store_expert(module, parts, variant, gptq_experts or {}, group_size)
-        elif kind == "fp8" and _DECODED[linears].match(module):
+        elif kind == "fp8" and _DECODED[linear_dtype].match(module):
             kept = {"weight": decode(kind, parts).to(torch.bfloat16)}
         stored |= {part_name(module, part): tensor for part, tensor in kept.items()}
     return stored

@@ -74,13 +74,13 @@ def read_models(recipe: Recipe, base: Source, upstream: Source) -> Models:
     if vllm := command.installed_vllm():
         check_readable(base.config, file, vllm.version.release)
     with headers_of(base) as base_folder, headers_of(upstream) as upstream_folder:
-        given, linears = (open_base(base_folder), upstream_folder), recipe.splice.linears
+        given, dtype = (open_base(base_folder), upstream_folder), recipe.splice.linear_dtype
         if missing := sorted({"embed.weight", "head.weight"} - given[0].index.keys()):
             found = f"has no {missing[0]}, which a run reads by that name"
             raise GraftError(f"{base.given}: {found}; `mtp-graft graft` needs none")
         kinds = dict.fromkeys(("mxfp4", "rtn", *recipe.served_variants))  # the least asked first
         heads: dict[Variant, Tensors] = {
-            kind: plan_splice(*given, kind, linears).layout for kind in kinds if kind != "gptq"
+            kind: plan_splice(*given, kind, dtype).layout for kind in kinds if kind != "gptq"
         }
     if command.DSPARK_TENSOR in heads["mxfp4"]:
         found = f"{upstream.given}: has a DSpark drafter"

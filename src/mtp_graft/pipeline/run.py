@@ -111,7 +111,7 @@ def _heal(run: Run) -> None:
     settings, asked = run.recipe.heal, run.recipe.splice
     assert settings is not None  # or the stage is not among those to do
     inputs = run.finished("capture"), run.finished("quantize"), *reversed(run.models)
-    how = asked.variant, asked.linears, run.recipe.quantize.group_size, settings
+    how = asked.variant, asked.linear_dtype, run.recipe.quantize.group_size, settings
     _compute(run, settings.device, heal, *inputs, run.path / "heal", *how)
 
 
@@ -131,10 +131,10 @@ def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: An
 
 def _splice(run: Run) -> list[Path]:
     quantized, asked = run.finished("quantize"), run.recipe.splice
-    how: dict[str, Any] = {"linears": asked.linears, "quantized": quantized, "copy": asked.copy}
+    how: dict[str, Any] = {"linear_dtype": asked.linear_dtype, "copy": asked.copy}
     for variant, out in _checkpoints(run, "splice"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        splice(run.models.base, run.upstream, out, variant, **how)
+        splice(run.models.base, run.upstream, out, variant, quantized=quantized, **how)
     return [quantized / REPORT_NAME]
 
 

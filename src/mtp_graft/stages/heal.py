@@ -32,7 +32,7 @@ from mtp_graft.dsv4.replay import build_head, replay_drafts
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import encode_fp8
-from mtp_graft.recipe import HealSection, Linears, Variant
+from mtp_graft.recipe import HealSection, LinearDtype, Variant
 from mtp_graft.serving.metrics import Step, count_steps, drafting_result
 from mtp_graft.stages import inputs as stage_inputs
 from mtp_graft.stages.inputs import CALIBRATION, EVALUATION, HEALED, Inputs, Progress
@@ -53,14 +53,14 @@ def heal(
     base: Path,
     out: Path,
     variant: Variant,
-    linears: Linears,
+    linear_dtype: LinearDtype,
     group_size: int,
     settings: HealSection,
     report: Progress,
 ) -> dict[str, Any]:
     """Train the head, write it to `out/upstream`, and return the report; GraftError as `score`.
 
-    What `splice` will store in FP8, of `variant` and `linears`, is rounded while it is trained.
+    What `splice` will store in FP8, by `variant` and `linear_dtype`, is rounded while trained.
     `kept` says whether the accepted length of `settings.k` drafts rose beyond its 95 % interval
     (texts resampled, in pairs) while the first draft's acceptance fell by half a point at most.
     `before` and `after` have `by_position`, `length` and its `interval`, `curve` the same by step.
@@ -69,11 +69,12 @@ def heal(
     models = capture, upstream, base
     inputs, held_out = (_open(*models, split, settings.k) for split in (CALIBRATION, EVALUATION))
     experts = stage_inputs.expert_files(quantized) if variant == "gptq" else []
-    decisive = asdict(settings) | {"variant": variant, "linears": linears, "device": device}
+    decisive = asdict(settings) | {"variant": variant, "device": device}
+    decisive["linear_dtype"] = linear_dtype
     decisive["batches"] = "of like lengths"  # a state with other ones is not gone on from
     if (finished := inputs.claim(out, decisive, *held_out.files, *experts)) is not None:
         return finished
-    stored = inputs.store(variant, experts, group_size=group_size, linears=linears)
+    stored = inputs.store(variant, experts, group_size=group_size, linear_dtype=linear_dtype)
     head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
     if device != "cpu":
         head.layer.mlp.experts.bfloat16()  # as the server computes with them

@@ -22,7 +22,7 @@ from mtp_graft.checkpoint.quantization_config import add_head, read_quantization
 from mtp_graft.dsv4.config import num_stages
 from mtp_graft.dsv4.variants import modules_of, part_name, store_head
 from mtp_graft.errors import GraftError
-from mtp_graft.recipe import Linears, Variant
+from mtp_graft.recipe import LinearDtype, Variant
 from mtp_graft.serving.command import Platform
 from mtp_graft.serving.doctor import examine
 from mtp_graft.serving.doctor.checkpoint import Checkpoint, read_checkpoint
@@ -40,7 +40,7 @@ class SplicePlan:
 
     base: Checkpoint  # without a head
     variant: Variant
-    linears: Linears
+    linear_dtype: LinearDtype
     head: Tensors  # upstream's, or those of a head that is taken as it is
     experts: Tensors  # GPTQ's; none for other variants
     store: Callable[..., dict[str, Tensor]]  # `store_head` of upstream's and `experts`
@@ -61,22 +61,22 @@ def splice(
     out: Path,
     variant: Variant | None = None,
     *,
-    linears: Linears = "base",
+    linear_dtype: LinearDtype = "base",
     quantized: Path | None = None,
     copy: bool = False,
 ) -> SplicePlan:
     """Write `out`: the base's files linked, the head as `variant` in a shard of its own.
 
     `rtn` rounds the routed experts to INT4, `gptq` takes them from the quantize stage's folder
-    `quantized`, `mxfp4` (the default) keeps their codes, `bf16` decodes them (exact). `linears`
-    says which FP8 linears keep their codes (exact either way). A head in `upstream` that was
-    spliced before is taken as it is. Memory holds one module at a time.
+    `quantized`, `mxfp4` (the default) keeps their codes, `bf16` decodes them (exact).
+    `linear_dtype` says which FP8 linears keep their codes (exact either way). A head in `upstream`
+    that was spliced before is taken as it is. Memory holds one module at a time.
 
     An `out` that the same inputs gave is left as it is. Raises GraftError, leaving nothing behind,
     for inputs that do not fit each other, another `out` that exists, and a full disk.
     """
     check_out(out, base, upstream)
-    plan = plan_splice(open_base(base), upstream, variant, linears, quantized)
+    plan = plan_splice(open_base(base), upstream, variant, linear_dtype, quantized)
     manifest = _manifest(plan)
     if out.exists():
         path = out / quant_manifest.MANIFEST_NAME
@@ -122,7 +122,7 @@ def plan_splice(
     base: Checkpoint,
     upstream: Path,
     variant: Variant | None,
-    linears: Linears = "base",
+    dtype: LinearDtype = "base",
     quantized: Path | None = None,
 ) -> SplicePlan:
     """Return what a splice of these inputs writes, by headers; GraftError where they do not fit."""
@@ -130,13 +130,13 @@ def plan_splice(
     if (upstream / quant_manifest.MANIFEST_NAME).is_file():  # spliced before: it says what it is
         given = quant_manifest.read_manifest(upstream)
         head = Tensors.in_files([upstream / HEAD_SHARD])
-        variant, linears = _describe(upstream, given, head.meta, variant)
+        variant, dtype = _describe(upstream, given, head.meta, variant)
     else:
         expect_format(upstream, "head")
         head, variant = read_master(upstream), variant or "mxfp4"
         if variant == "gptq":
             experts = Tensors.in_files(expert_files(quantized))
-    config = config_with_head(base.config, drafter_config(upstream, head.meta), variant, linears)
+    config = config_with_head(base.config, drafter_config(upstream, head.meta), variant, dtype)
     quantization = read_quantization(config, base.folder / "config.json")
     is_int4 = variant in ("rtn", "gptq")
     group_size = quantization.group_size([base.num_layers], "int4") if is_int4 else 128
@@ -149,16 +149,16 @@ def plan_splice(
         _ask_doctor(base, base.config, {})  # whether config.json is not the base's either
         raise
     report = None if quantized is None else quant_manifest.read_report(quantized)
-    store = partial(store_head, variant=variant, group_size=group_size, linears=linears)
+    store = partial(store_head, variant=variant, group_size=group_size, linear_dtype=dtype)
     with head.named():
         layout = store(head.meta, gptq_experts=experts.meta) if given is None else head.meta
     _ask_doctor(base, config, layout)
-    return SplicePlan(base, variant, linears, head, experts, store, layout, config, report, given)
+    return SplicePlan(base, variant, dtype, head, experts, store, layout, config, report, given)
 
 
 def _describe(
     folder: Path, manifest: Manifest, head: Mapping[str, Tensor], wanted: str | None
-) -> tuple[Variant, Linears]:
+) -> tuple[Variant, LinearDtype]:
     """Return what a spliced head is; GraftError for a damaged one, or if another is wanted."""
     expected, size = manifest["tensors"], sum(tensor.nbytes for tensor in head.values())
     if (len(head), size) != (expected, manifest["bytes"]):
@@ -169,11 +169,11 @@ def _describe(
     if wanted not in (None, variant):
         found = f"is a {variant} head, which is taken as it is; {wanted} was asked for"
         raise GraftError(f"{folder}: {found}: leave that out, or graft from upstream")
-    return variant, linears_of(head)
+    return variant, linear_dtype_of(head)
 
 
-def linears_of(head: Container[str]) -> Linears:
-    """Return which linears a spliced head, by its names, keeps in FP8."""
+def linear_dtype_of(head: Container[str]) -> LinearDtype:
+    """Return what a spliced head's linears are stored as, by their names."""
     if "mtp.0.ffn.shared_experts.w1.weight_scale" in head:
         return "fp8"
     projections = (f"mtp.0.{name}.weight_scale" for name in ("e_proj", "main_proj"))
@@ -181,11 +181,11 @@ def linears_of(head: Container[str]) -> Linears:
 
 
 def config_with_head(
-    config: Mapping[str, Any], drafter: Mapping[str, Any], variant: Variant, linears: Linears
+    config: Mapping[str, Any], drafter: Mapping[str, Any], variant: Variant, dtype: LinearDtype
 ) -> dict[str, Any]:
     """Return config.json of a base with a head; `drafter` is what `drafter_config` says of it."""
     section, layer = config["quantization_config"], config["num_hidden_layers"]
-    section = add_head(section, layer, variant, linears, num_stages(drafter))
+    section = add_head(section, layer, variant, dtype, num_stages(drafter))
     return {**config, "num_nextn_predict_layers": 1, **drafter, "quantization_config": section}
 
 
@@ -220,7 +220,7 @@ def _manifest(plan: SplicePlan) -> Manifest:
     if plan.report is not None:
         experts = plan.experts.files.values()
         provenance["quantize"] = quant_manifest.quantize_provenance(plan.report, experts)
-    said = plan.variant, plan.linears, plan.config, plan.report, provenance
+    said = plan.variant, plan.linear_dtype, plan.config, plan.report, provenance
     return quant_manifest.manifest(*said, num_tensors=len(plan.layout), num_bytes=plan.bytes)
 
 

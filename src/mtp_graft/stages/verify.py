@@ -26,7 +26,7 @@ from mtp_graft.dsv4.names import EXPERT, QUANTIZED, head_shapes, served_as
 from mtp_graft.dsv4.variants import stored_as
 from mtp_graft.errors import GraftError
 from mtp_graft.stages.inputs import Tensors, Values, drafter_config, expert_files, read_master
-from mtp_graft.stages.splice import base_files, config_with_head, linears_of
+from mtp_graft.stages.splice import base_files, config_with_head, linear_dtype_of
 
 #: Most that an INT4 matrix may have (Frobenius): nearest gives 0.11, GPTQ more, a swapped one 1.
 INT4_REL_ERROR = 0.35
@@ -80,7 +80,7 @@ def verify(
         read = (read_object(f / "config.json", "a config") for f in (base, checkpoint))
         config, found = map(with_section, read)
         drafter = drafter_config(upstream, master.files or exact.files)
-        expected = config_with_head(config, drafter, variant, linears_of(listed))
+        expected = config_with_head(config, drafter, variant, linear_dtype_of(listed))
         wrong = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
         head.mismatched |= {f"config.json: {k}": "is not what splice wrote" for k in wrong}
     unchanged = is_same and set(files.values()) <= {"same inode", "same bytes"}

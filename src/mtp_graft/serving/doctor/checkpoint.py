@@ -87,12 +87,12 @@ class Checkpoint:
 
     def _odd_format(self) -> str | None:
         """Return what many modules of the base are stored as that is not read here."""
-        odd, linears = Counter[str](), ("plain", "fp8", None)
+        odd, dtypes = Counter[str](), ("plain", "fp8", None)
         if not (self.config.get("quantization_config") or {*self.formats.values()} - {"plain"}):
             return "a checkpoint without quantization"
         for name, kind in self.formats.items():
             is_expert = EXPERT.match(name)
-            known = (*INTEGERS, "mxfp4", *linears) if is_expert else linears
+            known = (*INTEGERS, "mxfp4", *dtypes) if is_expert else dtypes
             if QUANTIZED.match(name) and kind not in known:
                 odd[f"{kind} {'routed' if is_expert else 'attention or shared'} experts"] += 1
         many = [what for what, number in odd.items() if number >= self.num_layers]
