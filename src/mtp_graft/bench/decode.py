@@ -43,8 +43,8 @@ Serve = Callable[[str], AbstractContextManager[ServerClient]]
 class DecodeConfig:
     """How long and how often each prompt is continued."""
 
-    max_tokens: int = 128
-    rounds: int = 3  # of all prompts, or of requests at a time
+    max_tokens: int
+    rounds: int  # of all prompts, or of requests at a time
     ignore_eos: bool = True  # the same number of tokens from every prompt
     temperature: float = 0.0  # 0: greedy; above, texts are not compared
 

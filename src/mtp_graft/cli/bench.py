@@ -20,6 +20,7 @@ from mtp_graft.cli.app import DRY_RUN, NO_PROFILE, app, bench, with_options
 from mtp_graft.cli.output import check_writable, progress_bar, show, table
 from mtp_graft.cli.target import Result, Target, check_url
 from mtp_graft.errors import GraftError
+from mtp_graft.recipe import BenchSection, load_recipe
 from mtp_graft.serving import command as serving
 from mtp_graft.serving.command import K_HELP, NUM_SPECULATIVE_TOKENS, argument, option, option_group
 
@@ -37,7 +38,7 @@ class Texts:
         None, "FILE", 'JSON Lines of {"id", "text"}. Default: bundled ones.', "--prompts"
     )
     limit: int | None = option(None, "N", "Use the first prompts only.", min=1)
-    max_tokens: int = option(128, "N", "Tokens to continue each prompt by.", min=2)
+    max_tokens: int = option(BenchSection.max_tokens, "N", "Tokens to write per prompt.", min=2)
     ignore_eos: bool = option(True, None, "Go on after an end-of-sequence token.")
     temperature: float = option(0.0, "T", "0 is greedy; above, texts are not compared.", min=0.0)
 
@@ -45,7 +46,6 @@ class Texts:
         """Return the prompts of the file, or the tiny recipe's, and how they are asked."""
         from mtp_graft.bench.decode import DecodeConfig
         from mtp_graft.pipeline import find_bundled_recipe
-        from mtp_graft.recipe import load_recipe
         from mtp_graft.stages.calibration import iterate_prompts
 
         source = self.prompt_file or load_recipe(find_bundled_recipe()).bench.prompts
@@ -60,7 +60,7 @@ def bench_decode(
     texts: Texts,
     against: str | None = option(None, "DIR|URL", "Take turns with this checkpoint, or server."),
     pairs: int | None = option(None, "N", "Turns with --against, even. Default: 6.", min=2),
-    rounds: int = option(3, "N", "How often every prompt is continued, in each turn.", min=1),
+    rounds: int = option(BenchSection.rounds, "N", "How often each turn asks all prompts.", min=1),
     k: int | None = NUM_SPECULATIVE_TOKENS,
 ) -> None:
     """Measure the decode speed of one request at a time, time to first token and acceptance.
