@@ -1,4 +1,4 @@
-"""The quantize stage on the tiny head: what it writes, resuming, ranks, and what it refuses."""
+"""The quantize stage on the tiny head: what it writes, resuming, and what it refuses."""
 
 import json
 from collections.abc import Callable
