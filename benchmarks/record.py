@@ -1,7 +1,7 @@
 """What every result file says beside its numbers; see "Measurements" in CONTRIBUTING.md.
 
     mtp-graft bench sweep ... --json sweep.json
-    python benchmarks/record.py sweep.json benchmarks/results/sweep_cpu.json "bench sweep ..."
+    python benchmarks/record.py sweep.json benchmarks/results/sweep_h200.json "bench sweep ..."
 
 keeps a command's result as a result file.
 """
