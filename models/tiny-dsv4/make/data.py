@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -137,11 +138,20 @@ class Corpus:
         tails = [bos + self.shakespeare_tail[i * stride :][:48] for i in range(count)]
         return {"gsm8k-test": chats, "shakespeare-tail": tails}
 
-    def mixed_question(self, rng: random.Random) -> str:
-        """Return a prompt: one question's first sentence, up to three of others, another's last."""
-        first, last, *others = (sentences_of(rng.choice(self.questions)) for _ in range(5))
-        middle = [rng.choice(each) for each in others[: rng.randint(0, 3)]]
-        return chat_prompt(" ".join([first[0], *middle, last[-1]]))
+    def mixed_questions(self, rng: random.Random) -> Iterator[list[int]]:
+        """Yield prompts without end: a question's first sentence, up to three of others, a last.
+
+        The base knows GSM8K's questions by heart, so its answers to them are easy to draft.
+        """
+        questions = [re.split(r"(?<=[.!?])\s+", text.strip()) for text in self.questions]
+        questions = [sentences for sentences in questions if len(sentences) > 1]
+        first = self._encode_all([sentences[0] for sentences in questions])
+        others = self._encode_all([f" {s}" for sentences in questions for s in sentences[1:-1]])
+        last = self._encode_all([f" {sentences[-1]}" for sentences in questions])
+        begin, end = map(self.encode, chat_prompt("\0").split("\0"))
+        while True:
+            middle = rng.choices(others, k=rng.randint(0, 3))
+            yield [*begin, *chain(rng.choice(first), *middle, rng.choice(last)), *end]
 
     def training_prompts(self, rng: random.Random, count: int) -> list[list[int]]:
         """Return prompts of training text with other numbers: the base knows its answers."""
@@ -154,10 +164,6 @@ class Corpus:
                 question = change_numbers(rng.choice(self.questions), rng)
                 prompts.append(self.encode(chat_prompt(question)))
         return prompts
-
-
-def sentences_of(text: str) -> list[str]:
-    return re.split(r"(?<=[.!?])\s+", text.strip())
 
 
 def change_numbers(text: str, rng: random.Random) -> str:

@@ -1,9 +1,11 @@
 """Train a small DSpark drafter for the bundled base and write it in upstream's format.
 
-    python models/tiny-dsv4/make/dspark.py --capture CAPTURE --out models/tiny-dsv4/dspark
+    python models/tiny-dsv4/make/dspark.py --capture CAPTURE --data DATA \\
+        --out models/tiny-dsv4/dspark
 
-CAPTURE has the taps of `--layers`. Its calibration texts are trained on, its evaluation texts are
-drafted greedily to judge by. The stages start as the MTP head's layer. The loss is that of the
+CAPTURE has the taps of `--layers`. Its calibration texts are trained on, and those that the base
+writes first, since few texts are soon known by heart. Its evaluation texts are drafted greedily to
+judge by. The stages start as the MTP head's layer. The loss is that of the
 DSpark paper (arXiv 2607.05147); the targets follow from the captured residual, so no base runs.
 The last part of the steps is computed with weights as they will be stored.
 
@@ -15,16 +17,19 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from data import Corpus
 from evaluate import autocast
 from export import write_upstream
 from fake_quant import head_format
+from forward import batches, load_base, new_texts, states
 from model import Weights, compute_weights, count_load, initial_value
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -49,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     tiny = Path(__file__).parent.parent
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capture", type=Path, required=True, help="with taps of --layers")
+    parser.add_argument("--data", type=Path, required=True, help="as train.py takes it")
+    parser.add_argument("--questions", type=int, default=60_000, help="that the base answers first")
     parser.add_argument("--base", type=Path, default=tiny / "base")
     parser.add_argument("--head", type=Path, default=tiny / "upstream", help="start from this")
     parser.add_argument("--out", type=Path, required=True)
@@ -83,20 +90,42 @@ class Texts:
     taps: Tensor  # [N, L, D]
 
 
+#: A text: its ids [T], the length of its prompt, its residual [T, S, D] and taps [T, L, D].
+Recorded = tuple[Tensor, int, Tensor, Tensor]
+
+
 @single_thread()  # or threads wait for each other at every small tensor
-def read_texts(capture: Path, split: str, settings: dict[str, Any], device: torch.device) -> Texts:
-    """Return all texts of a split."""
-    parts: list[tuple[Tensor, ...]] = []
+def captured(capture: Path, split: str, settings: dict[str, Any]) -> list[Recorded]:
+    """Return the texts of one split."""
+    found: list[Recorded] = []
     for sequence in read_sequences(capture):
         if sequence.split == split:
-            recorded = read_recorded(capture, sequence, settings["hc_mult"])
-            assert recorded.taps is not None, f"{capture}: was captured without taps"
-            at = torch.arange(sequence.tokens)
-            left = (sequence.tokens - 1 - at) * (at >= sequence.prompt_tokens)
-            parts.append((recorded.token_ids, at, left, left, recorded.residual, recorded.taps))
-    if not parts:
+            own = read_recorded(capture, sequence, settings["hc_mult"])
+            assert own.taps is not None, f"{capture}: was captured without taps"
+            found.append((own.token_ids, sequence.prompt_tokens, own.residual, own.taps))
+    if not found:
         raise SystemExit(f"{capture}: has no texts of split {split!r}")
-    joined = [torch.cat(part).to(device) for part in zip(*parts, strict=True)]
+    return found
+
+
+def written(args: argparse.Namespace, streams: int) -> Iterator[Recorded]:
+    """Yield what the base writes, with what it computes there."""
+    base = load_base(args.base, args.device)
+    texts = new_texts(base, Corpus(args.data, args.base), args.questions)
+    for some in batches(texts):
+        for text, (residual, taps, _) in zip(some, states(base, some, args.layers), strict=True):
+            wide = residual.unflatten(1, (streams, -1)), taps.unflatten(1, (len(args.layers), -1))
+            yield torch.tensor(text.token_ids), len(text.prompt), *wide
+
+
+def join(texts: Iterable[Recorded], device: torch.device) -> Texts:
+    """Put texts one after the other."""
+    parts: list[tuple[Tensor, ...]] = []
+    for ids, prompt, residual, taps in texts:
+        at = torch.arange(len(ids))
+        left = (len(ids) - 1 - at) * (at >= prompt)
+        parts.append(tuple(t.to(device) for t in (ids, at, left, left, residual, taps)))
+    joined = [torch.cat(part) for part in zip(*parts, strict=True)]
     joined[3] = joined[3].nonzero()[:, 0]
     return Texts(*joined)
 
@@ -183,9 +212,13 @@ class Trainer:
             "dspark_target_layer_ids": args.layers,
             "n_mtp_layers": args.stages,
         }
+        trained, judged = (
+            captured(args.capture, split, self.settings) for split in ("calibration", "evaluation")
+        )
+        own = written(args, self.settings["hc_mult"])
         self.texts, self.held_out = (
-            read_texts(args.capture, split, self.settings, self.device)
-            for split in ("calibration", "evaluation")
+            join(chain(trained, own), self.device),
+            join(judged, self.device),
         )
         self.drafting = self.build(initial_tensors(args.head, self.settings, args.seed))
         for stage in self.drafting.drafter.stages:
