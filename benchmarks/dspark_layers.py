@@ -1,0 +1,247 @@
+"""Is the DSpark drafter that vLLM serves the one of `dsv4.dspark`? Layer by layer, on one GPU.
+
+    python benchmarks/dspark_layers.py --out result.json
+
+Hooks keep what the bundled drafter (experts MXFP4) computes in each step of an eager engine: one
+request at a time, greedy, five drafts. The reference computes the same in float32 from the same
+taps, tokens and stored weights. An error is ||reference - vLLM|| / ||vLLM||: `alone` if each
+module gets what vLLM's module before it gave, `in_all` if the reference goes on from its own
+values, where a router's near tie may fall otherwise. vLLM rounds values to BF16, and to E4M3 what
+FP8 matrices multiply and cached keys: an error of 2 to 4 % of each context and attention. What was
+kept stays beside the result and is compared again if it is there.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines import EngineOptions, started
+from record import MODEL, arguments, write_result
+from texts import bundled_prompts, greedy, tokens_of
+from torch import Tensor
+
+from mtp_graft.checkpoint.manifest import package_versions
+from mtp_graft.checkpoint.shards import load_tensors, read_index
+from mtp_graft.dsv4.dspark import DSpark, block_tokens
+from mtp_graft.dsv4.names import find_drafter
+from mtp_graft.dsv4.replay import build_dspark, model_config
+from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.stages.parallel import device_name
+from mtp_graft.stages.splice import splice
+
+K = 5
+#: What nine in ten rows' errors of a module alone are within, by the last word of the point.
+BOUNDS = {"context": 0.05, "attention": 0.08, "experts": 0.02, "streams": 0.02, "taps": 0.02}
+BOUNDS |= {"hidden": 0.02, "logits": 0.02, "confidence": 0.02}
+EQUAL = 0.95  # the smallest share of equal drafts: rounding decides near ties
+
+
+class Watching:
+    """Methods of vLLM's worker, which `collective_rpc` calls."""
+
+    model_runner: Any
+
+    def watch_drafter(self) -> None:
+        self.watched = watch(self.model_runner.speculator, self.model_runner.model)
+
+    def save_steps(self, path: str, texts: list[list[int]]) -> None:
+        where = {"device": device_name(), "versions": package_versions()}
+        torch.save({**self.watched, "texts": texts, "where": where}, path)
+
+
+def watch(speculator: Any, target: Any) -> dict[str, Any]:
+    """Return where further steps will be found, each with its points, and by point what failed."""
+    from vllm.model_executor.kernels.mhc.tilelang import mhc_post_tilelang
+    from vllm.model_executor.kernels.mhc.torch import mhc_post_torch
+
+    drafter, stock = speculator.model, speculator.propose
+    steps, failed, seen = list[Any](), dict[str, str](), dict[str, list[Tensor]]()
+
+    def attempt(point: str, value: Callable[[], Tensor]) -> None:
+        try:
+            seen.setdefault(point, []).append(value().clone())
+        except Exception as error:  # the other points are compared all the same
+            failed[point] = repr(error)
+
+    def keep(point: str, module: Any, value: Callable[[Any, Any], Tensor]) -> None:
+        module.register_forward_hook(lambda _, args, out: attempt(point, lambda: value(args, out)))
+
+    @torch.inference_mode()
+    def propose(batch: Any, *args: Any, **more: Any) -> Tensor:
+        drafts = stock(batch, *args, **more)
+        try:
+            tokens, positions = (
+                getattr(speculator.input_buffers, n)[:K] for n in ("input_ids", "positions")
+            )
+            (row,), context = drafts, batch.num_tokens - int(args[5][0])  # less num_rejected
+            markov = drafter.markov_embed(torch.cat((tokens[:1], row[:-1])))
+            attempt("confidence", lambda: drafter.compute_confidence(seen["hidden"][0][:K], markov))
+            step = {"tokens": tokens, "positions": positions, "drafts": row}
+            step["at"] = speculator.context_positions[:context]
+            for point, (first, *biases) in seen.items():  # without padding and rejected drafts
+                step[point] = first[: context if point.endswith(("taps", "context")) else K]
+                if biases:  # of the Markov head, a row each
+                    step[point] = step[point].float() + torch.cat(biases).float()
+            steps.append({name: each.to("cpu", copy=True) for name, each in step.items()})
+        except Exception as error:
+            failed[f"step {len(steps)}"] = repr(error)
+        seen.clear()
+        return drafts
+
+    for n, layer in enumerate(drafter.model.target_layer_ids):
+        means = lambda _, out: mhc_post_torch(*out).float().mean(1)  # noqa: E731
+        keep(f"{n} taps", target.model.layers[layer], means)
+    keep("taps", drafter.model.main_proj, lambda args, _: args[0])
+    keep("context", drafter.model.main_norm, lambda _, out: out)
+    for s, layer in enumerate(drafter.model.layers):
+        keep(f"{s} context", layer.attn.kv_norm, lambda _, out: out)
+        keep(f"{s} attention", layer.attn, lambda _, out: out)
+        keep(f"{s} experts", layer.ffn, lambda _, out: out)
+        keep(f"{s} streams", layer, lambda _, out: mhc_post_tilelang(*out))
+    keep("hidden", drafter.model, lambda _, out: out)
+    keep("logits", drafter.logits_processor, lambda _, out: out)
+    speculator.propose = propose
+    return {"steps": steps, "failed": failed}
+
+
+def read_reference(checkpoint: Path) -> tuple[DSpark, Tensor, Tensor]:
+    """Return the drafter that `checkpoint` stores, and the base's embedding and LM head."""
+    _, stages, names = find_drafter(read_index(checkpoint), checkpoint)
+    stored = load_tensors(checkpoint, [*names, "embed.weight", "head.weight"])
+    embed, lm_head = (stored.pop(name).float() for name in ("embed.weight", "head.weight"))
+    config = model_config(json.loads((checkpoint / "config.json").read_text()))
+    return build_dspark(config, decode_head(stored), stages), embed, lm_head
+
+
+@torch.inference_mode()
+def recompute(
+    drafter: DSpark, embed: Tensor, lm_head: Tensor, theirs: dict[str, Tensor], *, alone: bool
+) -> dict[str, Tensor]:
+    """Return the points of all steps; `alone`: what a module gives is then replaced by vLLM's."""
+    found: dict[str, Tensor] = {}
+
+    def keep(point: str, module: Any) -> Any:
+        def hook(_module: Any, _args: Any, out: Any) -> Any:
+            if point in found:  # kv_norm, which has done the context, does the block
+                return out
+            ours, *rest = out if type(out) is tuple else (out,)
+            found[point] = ours
+            ours = theirs[point].to(ours).view_as(ours) if alone and point in theirs else ours
+            return (ours, *rest) if rest else ours
+
+        return module.register_forward_hook(hook)
+
+    hooks = [keep("context", drafter.main_norm), keep("hidden", drafter)]
+    for s, stage in enumerate(drafter.stages):
+        parts = {"context": stage.self_attn.kv_norm, "attention": stage.self_attn}
+        parts |= {"experts": stage.mlp, "streams": stage}
+        hooks += [keep(f"{s} {part}", module) for part, module in parts.items()]
+    taps = theirs["taps"].float()  # [T, L * D]
+    tokens, drafts = (theirs[name].long().view(-1, K) for name in ("tokens", "drafts"))
+    first = theirs["positions"].view(-1, K)[:, 0]
+    context = drafter.context(taps.unflatten(1, (-1, embed.shape[1])), theirs["at"])
+    hidden = drafter(embed[tokens], context, theirs["anchors"], first)
+    for hook in hooks:
+        hook.remove()
+    previous = torch.cat((tokens[:, :1], drafts[:, :-1]), dim=1)
+    found |= {f"{n} taps": tap for n, tap in enumerate(taps.split(embed.shape[1], dim=1))}
+    found["logits"] = drafter.logits(hidden, previous, lm_head)
+    found["confidence"] = drafter.confidence(hidden, previous).sigmoid()
+    return found | {"drafts": drafter.draft(hidden, tokens[:, 0], lm_head)}
+
+
+def compare(saved: dict[str, Any], drafter: DSpark, embed: Tensor, lm_head: Tensor) -> Any:
+    """Return errors by point, how many drafts are equal, what failed, and if all is as expected."""
+    steps, failed = saved["steps"], dict(saved["failed"])
+    theirs = {n: torch.cat([step[n] for step in steps]) for n in set(steps[0]).intersection(*steps)}
+    theirs["anchors"] = torch.tensor([len(step["at"]) for step in steps]).cumsum(0)
+    given = drafter, embed, lm_head, theirs
+    ours = {"alone": recompute(*given, alone=True), "in_all": recompute(*given, alone=False)}
+    same = {kind: each.pop("drafts").flatten() == theirs["drafts"] for kind, each in ours.items()}
+    points: dict[str, Any] = {}
+    for point in ours["alone"]:
+        if point not in theirs:
+            failed.setdefault(point, "not in every step")
+            continue
+        points[point] = {k: relative_error(each[point], theirs[point]) for k, each in ours.items()}
+        points[point]["bound"] = BOUNDS[point.split()[-1]]
+    beyond = [name for name, point in points.items() if point["alone"]["p90"] > point["bound"]]
+    equal = {kind: each.float().mean().item() for kind, each in same.items()}
+    wrong = unexpected_blocks(saved, drafter.noise)
+    return {
+        "within": not (failed or wrong or beyond) and equal["alone"] >= EQUAL,
+        "beyond": beyond,
+        "failed": failed,
+        "unexpected_blocks": wrong,
+        "equal_drafts": {**equal, "bound": EQUAL},
+        "points": points,
+        "steps": len(steps),
+        "tokens_of_context": len(theirs["at"]),
+    }
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """Return the error over all rows, what nine in ten rows' are within, and the worst row's."""
+    theirs = theirs.float().reshape(len(theirs), -1)
+    off, size = (ours.float().reshape(theirs.shape) - theirs).norm(dim=1), theirs.norm(dim=1)
+    rows = off / size
+    found = {"all": off.norm() / size.norm(), "p90": rows.quantile(0.9), "worst": rows.max()}
+    return {name: float(f"{value.item():.3g}") for name, value in found.items()}
+
+
+def unexpected_blocks(saved: dict[str, Any], noise: int) -> list[int]:
+    """Return the steps whose tokens or positions do not follow from the texts as ours would."""
+    wrong, texts, end = [], iter(saved["texts"]), 0
+    for number, step in enumerate(saved["steps"]):
+        if step["at"][0] == 0:
+            text, end = next(texts), 0
+        start, end = end, end + len(step["at"])
+        anchor = step["tokens"][:1].long()
+        is_next = end >= len(text) or anchor.item() == text[end]  # the engine drafts past the end
+        tokens = block_tokens(anchor, noise, K)[0].equal(step["tokens"].long())
+        places = torch.cat((step["at"], step["positions"])).equal(torch.arange(start, end + K))
+        wrong += [] if is_next and tokens and places else [number]
+    return wrong
+
+
+def record(checkpoint: Path, options: Any, path: Path) -> None:
+    """Write what vLLM's drafter computes on bundled prompts, one of them longer than the window."""
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 2048, "kv_cache_bytes": 2**31}
+    limits["gpu_memory_utilization"] = options.gpu_memory_utilization
+    more = {"enforce_eager": True, "worker_extension_cls": "dspark_layers.Watching"}
+    engine = EngineOptions(checkpoint, K, drafting={"method": "dspark"}, more=more, **limits)
+    prompts = bundled_prompts(MODEL, options.prompts, 400)
+    with started(engine) as llm:
+        llm.collective_rpc("watch_drafter")
+        written = tokens_of(greedy(llm, prompts, options.max_tokens))
+        texts = [prompt + text for prompt, text in zip(prompts, written, strict=True)]
+        llm.collective_rpc("save_steps", args=(str(path.resolve()), texts))
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.08)
+    options = parser.parse_args()
+    kept = options.out.with_suffix(".pt")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        checkpoint = Path(scratch) / "spliced"
+        splice(MODEL / "base", MODEL / "dspark", checkpoint, "mxfp4")
+        if not kept.exists():
+            record(checkpoint, options, kept)
+        saved, reference = torch.load(kept), read_reference(checkpoint)
+    print(len(saved["steps"]), "steps; failed:", saved["failed"])
+    results = compare(saved, *reference)
+    write_result(options.out, "dspark_layers", results, **saved["where"])
+    print(json.dumps(results, indent=1))
+    sys.exit(not results["within"])
+
+
+if __name__ == "__main__":
+    main()
