@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from engines import EngineOptions, started
 from record import MODEL, arguments, write_result
-from texts import bundled_prompts, greedy, tokens_of
+from texts import bundled_prompts, greedy
 from torch import Tensor
 
 from mtp_graft.checkpoint.manifest import package_versions
@@ -34,9 +34,8 @@ from mtp_graft.stages.parallel import device_name
 from mtp_graft.stages.splice import splice
 
 K = 5
-#: What nine in ten rows' errors of a module alone are within, by the last word of the point.
-BOUNDS = {"context": 0.05, "attention": 0.08, "experts": 0.02, "streams": 0.02, "taps": 0.02}
-BOUNDS |= {"hidden": 0.02, "logits": 0.02, "confidence": 0.02}
+#: What nine in ten rows' errors of a module alone are within: with E4M3 inputs, and without.
+ROUNDED, BOUND = {"context": 0.05, "attention": 0.08}, 0.02
 EQUAL = 0.95  # the smallest share of equal drafts: rounding decides near ties
 
 
@@ -48,9 +47,9 @@ class Watching:
     def watch_drafter(self) -> None:
         self.watched = watch(self.model_runner.speculator, self.model_runner.model)
 
-    def save_steps(self, path: str, texts: list[list[int]]) -> None:
+    def save_steps(self, path: str) -> None:
         where = {"device": device_name(), "versions": package_versions()}
-        torch.save({**self.watched, "texts": texts, "where": where}, path)
+        torch.save({**self.watched, "where": where}, path)
 
 
 def watch(speculator: Any, target: Any) -> dict[str, Any]:
@@ -168,15 +167,20 @@ def compare(saved: dict[str, Any], drafter: DSpark, embed: Tensor, lm_head: Tens
             failed.setdefault(point, "not in every step")
             continue
         points[point] = {k: relative_error(each[point], theirs[point]) for k, each in ours.items()}
-        points[point]["bound"] = BOUNDS[point.split()[-1]]
+        points[point]["bound"] = ROUNDED.get(point.split()[-1], BOUND)
     beyond = [name for name, point in points.items() if point["alone"]["p90"] > point["bound"]]
     equal = {kind: each.float().mean().item() for kind, each in same.items()}
-    wrong = unexpected_blocks(saved, drafter.noise)
+    end = torch.stack([step["at"][-1] for step in steps]) + 1  # each block's first position
+    blocks = {
+        "tokens": block_tokens(theirs["tokens"][::K], drafter.noise, K).flatten(),
+        "positions": (end[:, None] + torch.arange(K)).flatten(),
+    }
+    wrong = [name for name, expected in blocks.items() if not expected.equal(theirs[name])]
     return {
         "within": not (failed or wrong or beyond) and equal["alone"] >= EQUAL,
         "beyond": beyond,
         "failed": failed,
-        "unexpected_blocks": wrong,
+        "unlike_ours": wrong,
         "equal_drafts": {**equal, "bound": EQUAL},
         "points": points,
         "steps": len(steps),
@@ -193,39 +197,19 @@ def relative_error(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     return {name: float(f"{value.item():.3g}") for name, value in found.items()}
 
 
-def unexpected_blocks(saved: dict[str, Any], noise: int) -> list[int]:
-    """Return the steps whose tokens or positions do not follow from the texts as ours would."""
-    wrong, texts, end = [], iter(saved["texts"]), 0
-    for number, step in enumerate(saved["steps"]):
-        if step["at"][0] == 0:
-            text, end = next(texts), 0
-        start, end = end, end + len(step["at"])
-        anchor = step["tokens"][:1].long()
-        is_next = end >= len(text) or anchor.item() == text[end]  # the engine drafts past the end
-        tokens = block_tokens(anchor, noise, K)[0].equal(step["tokens"].long())
-        places = torch.cat((step["at"], step["positions"])).equal(torch.arange(start, end + K))
-        wrong += [] if is_next and tokens and places else [number]
-    return wrong
-
-
-def record(checkpoint: Path, options: Any, path: Path) -> None:
+def record(checkpoint: Path, share: float, path: Path) -> None:
     """Write what vLLM's drafter computes on bundled prompts, one of them longer than the window."""
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 2048, "kv_cache_bytes": 2**31}
-    limits["gpu_memory_utilization"] = options.gpu_memory_utilization
+    limits = {"gpu_memory_utilization": share, "kv_cache_bytes": 2**31, "max_num_seqs": 4}
     more = {"enforce_eager": True, "worker_extension_cls": "dspark_layers.Watching"}
     engine = EngineOptions(checkpoint, K, drafting={"method": "dspark"}, more=more, **limits)
-    prompts = bundled_prompts(MODEL, options.prompts, 400)
     with started(engine) as llm:
         llm.collective_rpc("watch_drafter")
-        written = tokens_of(greedy(llm, prompts, options.max_tokens))
-        texts = [prompt + text for prompt, text in zip(prompts, written, strict=True)]
-        llm.collective_rpc("save_steps", args=(str(path.resolve()), texts))
+        greedy(llm, bundled_prompts(MODEL, 8, 400), 48)
+        llm.collective_rpc("save_steps", args=(str(path.resolve()),))
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.08)
     options = parser.parse_args()
     kept = options.out.with_suffix(".pt")
@@ -234,7 +218,7 @@ def main() -> None:
         checkpoint = Path(scratch) / "spliced"
         splice(MODEL / "base", MODEL / "dspark", checkpoint, "mxfp4")
         if not kept.exists():
-            record(checkpoint, options, kept)
+            record(checkpoint, options.gpu_memory_utilization, kept)
         saved, reference = torch.load(kept), read_reference(checkpoint)
     print(len(saved["steps"]), "steps; failed:", saved["failed"])
     results = compare(saved, *reference)
