@@ -37,6 +37,23 @@ K = 5
 #: What nine in ten rows' errors of a module alone are within: with E4M3 inputs, and without.
 ROUNDED, BOUND = {"context": 0.05, "attention": 0.08}, 0.02
 EQUAL = 0.95  # the smallest share of equal drafts: rounding decides near ties
+#: Point -> module of vLLM's drafter, and of ours; the latter of each stage.
+ONCE = {"context": ("model.main_norm", "main_norm"), "hidden": ("model", "")}
+STAGE = {
+    "context": ("attn.kv_norm", "self_attn.kv_norm"),  # of the context alone
+    "attention": ("attn", "self_attn"),
+    "experts": ("ffn", "mlp"),
+    "streams": ("", ""),
+}
+
+
+def modules(stages: int) -> dict[str, tuple[str, str]]:
+    """Return the names of both modules by point."""
+    return ONCE | {
+        f"{s} {point}": (f"model.layers.{s}.{theirs}".strip("."), f"stages.{s}.{ours}".strip("."))
+        for s in range(stages)
+        for point, (theirs, ours) in STAGE.items()
+    }
 
 
 class Watching:
@@ -69,18 +86,19 @@ def watch(speculator: Any, target: Any) -> dict[str, Any]:
     def keep(point: str, module: Any, value: Callable[[Any, Any], Tensor]) -> None:
         module.register_forward_hook(lambda _, args, out: attempt(point, lambda: value(args, out)))
 
+    def output(_args: Any, out: Any) -> Tensor:  # a layer leaves it to the next to mix its streams
+        return mhc_post_tilelang(*out) if type(out) is tuple else out
+
     @torch.inference_mode()
     def propose(batch: Any, *args: Any, **more: Any) -> Tensor:
         drafts = stock(batch, *args, **more)
         try:
-            tokens, positions = (
-                getattr(speculator.input_buffers, n)[:K] for n in ("input_ids", "positions")
-            )
-            (row,), context = drafts, batch.num_tokens - int(args[5][0])  # less num_rejected
-            markov = drafter.markov_embed(torch.cat((tokens[:1], row[:-1])))
+            buffers, (row,) = speculator.input_buffers, drafts
+            step = {"tokens": buffers.input_ids[:K], "positions": buffers.positions[:K]}
+            markov = drafter.markov_embed(torch.cat((step["tokens"][:1], row[:-1])))
             attempt("confidence", lambda: drafter.compute_confidence(seen["hidden"][0][:K], markov))
-            step = {"tokens": tokens, "positions": positions, "drafts": row}
-            step["at"] = speculator.context_positions[:context]
+            context = batch.num_tokens - int(args[5][0])  # less num_rejected
+            step |= {"drafts": row, "at": speculator.context_positions[:context]}
             for point, (first, *biases) in seen.items():  # without padding and rejected drafts
                 step[point] = first[: context if point.endswith(("taps", "context")) else K]
                 if biases:  # of the Markov head, a row each
@@ -95,14 +113,9 @@ def watch(speculator: Any, target: Any) -> dict[str, Any]:
         means = lambda _, out: mhc_post_torch(*out).float().mean(1)  # noqa: E731
         keep(f"{n} taps", target.model.layers[layer], means)
     keep("taps", drafter.model.main_proj, lambda args, _: args[0])
-    keep("context", drafter.model.main_norm, lambda _, out: out)
-    for s, layer in enumerate(drafter.model.layers):
-        keep(f"{s} context", layer.attn.kv_norm, lambda _, out: out)
-        keep(f"{s} attention", layer.attn, lambda _, out: out)
-        keep(f"{s} experts", layer.ffn, lambda _, out: out)
-        keep(f"{s} streams", layer, lambda _, out: mhc_post_tilelang(*out))
-    keep("hidden", drafter.model, lambda _, out: out)
-    keep("logits", drafter.logits_processor, lambda _, out: out)
+    for point, (name, _) in modules(len(drafter.model.layers)).items():
+        keep(point, drafter.get_submodule(name), output)
+    keep("logits", drafter.logits_processor, output)
     speculator.propose = propose
     return {"steps": steps, "failed": failed}
 
@@ -134,11 +147,8 @@ def recompute(
 
         return module.register_forward_hook(hook)
 
-    hooks = [keep("context", drafter.main_norm), keep("hidden", drafter)]
-    for s, stage in enumerate(drafter.stages):
-        parts = {"context": stage.self_attn.kv_norm, "attention": stage.self_attn}
-        parts |= {"experts": stage.mlp, "streams": stage}
-        hooks += [keep(f"{s} {part}", module) for part, module in parts.items()]
+    pairs = modules(len(drafter.stages)).items()
+    hooks = [keep(point, drafter.get_submodule(name)) for point, (_, name) in pairs]
     taps = theirs["taps"].float()  # [T, L * D]
     tokens, drafts = (theirs[name].long().view(-1, K) for name in ("tokens", "drafts"))
     first = theirs["positions"].view(-1, K)[:, 0]
@@ -161,30 +171,23 @@ def compare(saved: dict[str, Any], drafter: DSpark, embed: Tensor, lm_head: Tens
     given = drafter, embed, lm_head, theirs
     ours = {"alone": recompute(*given, alone=True), "in_all": recompute(*given, alone=False)}
     same = {kind: each.pop("drafts").flatten() == theirs["drafts"] for kind, each in ours.items()}
+    failed |= dict.fromkeys(ours["alone"].keys() - theirs.keys(), "not kept in every step")
     points: dict[str, Any] = {}
-    for point in ours["alone"]:
-        if point not in theirs:
-            failed.setdefault(point, "not in every step")
-            continue
+    for point in [point for point in ours["alone"] if point in theirs]:
         points[point] = {k: relative_error(each[point], theirs[point]) for k, each in ours.items()}
         points[point]["bound"] = ROUNDED.get(point.split()[-1], BOUND)
     beyond = [name for name, point in points.items() if point["alone"]["p90"] > point["bound"]]
     equal = {kind: each.float().mean().item() for kind, each in same.items()}
     end = torch.stack([step["at"][-1] for step in steps]) + 1  # each block's first position
-    blocks = {
-        "tokens": block_tokens(theirs["tokens"][::K], drafter.noise, K).flatten(),
-        "positions": (end[:, None] + torch.arange(K)).flatten(),
-    }
-    wrong = [name for name, expected in blocks.items() if not expected.equal(theirs[name])]
+    blocks = {"tokens": block_tokens(theirs["tokens"][::K], drafter.noise, K)}
+    blocks["positions"] = end[:, None] + torch.arange(K)
+    unlike = [name for name, ours in blocks.items() if not ours.flatten().equal(theirs[name])]
     return {
-        "within": not (failed or wrong or beyond) and equal["alone"] >= EQUAL,
-        "beyond": beyond,
-        "failed": failed,
-        "unlike_ours": wrong,
+        "within": not (failed or unlike or beyond) and equal["alone"] >= EQUAL,
+        **{"beyond": beyond, "failed": failed, "blocks_unlike_ours": unlike},
         "equal_drafts": {**equal, "bound": EQUAL},
         "points": points,
-        "steps": len(steps),
-        "tokens_of_context": len(theirs["at"]),
+        **{"steps": len(steps), "tokens_of_context": len(theirs["at"])},
     }
 
 
