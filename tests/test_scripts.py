@@ -36,26 +36,19 @@ def load(name: str) -> Any:
 
 
 def entry(layers: int, variant: str, k: int, step_ms: float) -> dict[str, Any]:
-    place = {"layers": layers, "variant": variant, "k": k, "draft_lm_head": None, "requests": 1}
-    place |= {"context": 1000, "fixed": False, "tensor_parallel_size": 1, "profile": None}
-    return {**place, "all_reduce": "vllm", "step_ms": {"median": step_ms}}
+    place = {"layers": layers, "variant": variant, "k": k, "requests": 1, "context": 1000}
+    place |= {"fixed": False, "tensor_parallel_size": 1, "profile": None, "all_reduce": "vllm"}
+    return {**place, "step_ms": {"median": step_ms}}
 
 
-def test_steps_are_carried_on_through_two_numbers_of_layers() -> None:
-    # base: 1 + 0.5 a layer; with the head: 2 + 0.6 a layer
-    found = [entry(n, "base", 0, 1 + 0.5 * n) for n in (17, 35)]
-    found += [entry(n, "int4", 1, 2 + 0.6 * n) for n in (17, 35)]
-    (line,) = load("step_time").extrapolate(found, 43)
-    assert (line["step_ms_base"], line["step_ms_mtp"]) == pytest.approx((22.5, 27.8))
-    assert line["speed_up"]["0.7"] == pytest.approx(1.7 * 22.5 / 27.8)
-    (measured,) = load("step_time").extrapolate([e for e in found if e["layers"] == 35], 35)
-    assert (measured["step_ms_base"], measured["step_ms_mtp"]) == (18.5, 23.0)
-    # One number of layers, or no base, is not.
-    step_time = load("step_time")
-    base, mtp = entry(17, "base", 0, 4.0), entry(17, "int4", 1, 5.0)
-    assert step_time.extrapolate([base, mtp], 43) == [] == step_time.pairs([mtp])
-    [pair] = step_time.pairs([base, mtp])
-    assert (pair["step_ms_base"], pair["step_ms_mtp"]) == (4.0, 5.0)
+def test_the_speed_up_to_expect_is_that_of_all_layers_and_their_own_base() -> None:
+    found = [entry(43, "int4", 3, 5.0), entry(43, "base", 0, 4.0), entry(17, "base", 0, 1.0)]
+    found += [entry(17, "int4", 3, 2.0), entry(8, "int4", 3, 9.0)]  # the last has no base
+    summary = load("step_time").summarize(found)
+    steps = [(line["step_ms_base"], line["step_ms_mtp"]) for line in summary["results"]]
+    assert steps == [(4.0, 5.0), (1.0, 2.0)]
+    (line,) = summary["all_layers"]
+    assert line["published"] == pytest.approx({"thinking": 2.49 * 0.8, "not thinking": 2.97 * 0.8})
 
 
 def test_only_steps_in_which_every_request_decodes_are_timed() -> None:
