@@ -5,29 +5,19 @@ holds the head alone in DeepSeek's own format: MXFP4 experts, FP8 linears with E
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from fake_quant import (
-    FP8_LINEAR,
-    FP8_UPSTREAM_ONLY,
-    bf16_scale,
-    fp8_parts,
-    mxfp4_parts,
-    power_of_two_scale,
-)
+from fake_quant import FP8_LINEAR, FP8_UPSTREAM_ONLY, fp8_parts, mxfp4_parts
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 
 from mtp_graft.checkpoint.files import write_json
 from mtp_graft.checkpoint.quantization_config import FP8_BLOCK
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.variants import int4_parts
-from mtp_graft.quant import int4
+from mtp_graft.quant import encode_fp8, int4
 
 MAX_SHARD_BYTES = 15 * 2**20
 UPSTREAM_SHARD = "model-00002-of-00002.safetensors"
@@ -63,8 +53,8 @@ def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
         parts = int4_parts(int4.encode(weight, scale), scale)
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
     if FP8_LINEAR.search(name):
-        codes, scale = fp8_parts(weight, bf16_scale)
-        return {name: codes, f"{module}.weight_scale": scale.bfloat16()}
+        codes, scale = fp8_parts(weight)
+        return {name: codes, f"{module}.weight_scale": scale}
     return {name: weight.to(names.storage_dtype(name))}
 
 
@@ -82,7 +72,7 @@ def upstream_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
         values, scale = mxfp4_parts(weight)
         codes = pack_e2m1(values)
     elif FP8_LINEAR.search(name) or FP8_UPSTREAM_ONLY.search(name):
-        codes, scale = fp8_parts(weight, power_of_two_scale)
+        codes, scale = encode_fp8(weight)
     else:
         return {name: weight.to(names.storage_dtype(name))}
     return {name: codes, f"{name.removesuffix('.weight')}.scale": scale.to(torch.float8_e8m0fnu)}

@@ -1,24 +1,20 @@
 """Straight-through fake quantization: what a weight is worth after storage, gradient passed on.
 
-`export.py` stores what is rounded here; a test decodes it again with `mtp_graft.quant`. Here is
-arithmetic alone (no tables, no packing), so that it runs inside a CUDA graph.
+`export.py` stores what is rounded here; a test decodes it again. Here is arithmetic alone (no
+tables, no packing), so that it runs inside a CUDA graph.
 """
 
 import re
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
-
 from mtp_graft.dsv4 import names
-from mtp_graft.quant import decode_fp8
+from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, encode_fp8
+from mtp_graft.quant import int4 as int4_codes
 
-INT4_GROUP, MXFP4_GROUP, FP8_BLOCK = 128, 32, 128
 FP8_MAX = 448.0
 #: Linears that are FP8 in 128 x 128 blocks, in base layers and head alike.
 FP8_LINEAR = re.compile(r"\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)\.weight$")
@@ -30,10 +26,8 @@ FP8_UPSTREAM_ONLY = re.compile(
 
 def int4(weight: Tensor) -> Tensor:
     """Round [..., I] to symmetric INT4 with one BF16 scale per 128 inputs."""
-    groups = weight.unflatten(-1, (-1, INT4_GROUP))
-    scale = (groups.abs().amax(dim=-1, keepdim=True) / 7.5).bfloat16().float()
-    scale = torch.where(scale > 0, scale, 1.0)
-    return ((groups / scale).round().clamp(-8, 7) * scale).flatten(-2)
+    scale = int4_codes.group_scale(weight, 128)
+    return int4_codes.decode(int4_codes.encode(weight, scale), scale)
 
 
 def mxfp4_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,38 +49,25 @@ def mxfp4(weight: Tensor) -> Tensor:
     return (values.unflatten(-1, (-1, MXFP4_GROUP)) * scale.unsqueeze(-1)).flatten(-2)
 
 
-def fp8_parts(weight: Tensor, scale_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Round [O, I] to E4M3 codes, and one scale per 128 x 128 block by the block's absmax."""
+def fp8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round [O, I] to E4M3 codes; the BF16 scale of 128 x 128 maps the block's absmax to 448."""
     rows, columns = weight.shape
     padded = F.pad(weight, (0, -columns % FP8_BLOCK, 0, -rows % FP8_BLOCK))
     blocks = padded.unflatten(1, (-1, FP8_BLOCK)).unflatten(0, (-1, FP8_BLOCK))
-    absmax = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    scale = scale_of(absmax)
+    scale = (blocks.abs().amax(dim=(1, 3), keepdim=True) / FP8_MAX).bfloat16()
     scale = torch.where(scale > 0, scale, 1.0)
-    codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    codes = (blocks / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return codes.flatten(2, 3).flatten(0, 1)[:rows, :columns], scale[:, 0, :, 0]
-
-
-def bf16_scale(absmax: Tensor) -> Tensor:
-    """Return the BF16 scale that maps a block's absmax to 448."""
-    return (absmax / FP8_MAX).bfloat16().float()
-
-
-def power_of_two_scale(absmax: Tensor) -> Tensor:
-    """Return the least power of two by which a block fits."""
-    # 448 is 0.875 * 2**9. Comparing mantissas is exact; a rounded log2 would miss by one there.
-    mantissa, exponent = torch.frexp(absmax)
-    return torch.ldexp(torch.ones_like(absmax), exponent - 9 + (mantissa > 0.875))
 
 
 def fp8_bf16_scale(weight: Tensor) -> Tensor:
     """Round to FP8 blocks with BF16 scales, the base's format."""
-    return decode_fp8(*fp8_parts(weight, bf16_scale))
+    return decode_fp8(*fp8_parts(weight))
 
 
 def fp8_power_of_two_scale(weight: Tensor) -> Tensor:
     """Round to FP8 blocks with E8M0 scales, the upstream head's format."""
-    return decode_fp8(*fp8_parts(weight, power_of_two_scale))
+    return decode_fp8(*encode_fp8(weight))
 
 
 def bf16(weight: Tensor) -> Tensor:

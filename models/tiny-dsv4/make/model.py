@@ -5,10 +5,10 @@ Shape legend: B batch, T tokens, H hyper-connection streams, D hidden size, V vo
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fake_quant
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +19,6 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4Indexer,
     DeepseekV4TopKRouter,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
-
-import fake_quant
 
 from mtp_graft.dsv4.head import MTPHead
 
