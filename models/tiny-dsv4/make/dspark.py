@@ -15,7 +15,6 @@ size, V vocabulary.
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +29,15 @@ from evaluate import autocast
 from export import write_upstream
 from fake_quant import head_format
 from forward import batches, load_base, new_texts, states
-from model import Weights, compute_weights, count_load, initial_value
+from model import (
+    Weights,
+    compute_weights,
+    count_load,
+    drop,
+    expert_load,
+    initial_value,
+    update_router_biases,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 from train import Log, gradient_function, learning_rate, make_optimizer, update
@@ -44,6 +51,7 @@ from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.stages.parallel import single_thread
 
+TINY = Path(__file__).parent.parent
 CE, TOTAL_VARIATION, CONFIDENCE = 0.1, 0.9, 1.0  # weights in the loss
 DECAY = 4.0  # row i of a block counts exp(-i / DECAY)
 NOISE = 4033  # <｜fim▁hole｜>, which is in no text
@@ -51,13 +59,10 @@ BALANCE = 1e-3  # of the routers' biases, at first
 
 
 def parse_arguments() -> argparse.Namespace:
-    tiny = Path(__file__).parent.parent
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capture", type=Path, required=True, help="with taps of --layers")
     parser.add_argument("--data", type=Path, required=True, help="as train.py takes it")
     parser.add_argument("--questions", type=int, default=60_000, help="that the base answers first")
-    parser.add_argument("--base", type=Path, default=tiny / "base")
-    parser.add_argument("--head", type=Path, default=tiny / "upstream", help="start from this")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--stages", type=int, default=2)
@@ -74,7 +79,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
 
@@ -163,9 +167,8 @@ class Drafting(nn.Module):
         row = torch.arange(self.block, device=anchors.device)
         weights = (row / -DECAY).exp() * (row < texts.left[anchors][:, None])  # [A, B]
         weights = weights / weights.sum()
-        known = (anchors[:, None] + row).clamp(
-            max=len(texts.ids) - 2
-        )  # what the row's draft follows
+        last = len(texts.ids) - 2
+        known = (anchors[:, None] + row).clamp(max=last)  # what the row's draft follows
         lm_head = self.base.lm_head.to(self.embed)
         logits = self.drafter.logits(hidden, texts.ids[known], lm_head)
         draft = logits.float().log_softmax(-1)  # [A, B, V]
@@ -183,14 +186,13 @@ class Drafting(nn.Module):
         return {"loss": loss, **means, "first": first}
 
 
-def initial_tensors(head: Path, settings: dict[str, Any], seed: int) -> Weights:
-    """Return `mtp.*` tensors: of a drafter; or of an MTP head, in each stage, where it has them."""
-    found = decode_head(load_tensors(head))
-    drafter = f"{HEAD_PREFIX}main_proj.weight" in found
+def initial_tensors(settings: dict[str, Any], seed: int) -> Weights:
+    """Return `mtp.*` tensors: in each stage those that the MTP head has, else noise."""
+    found = decode_head(load_tensors(TINY / "upstream"))
     generator = torch.Generator().manual_seed(seed)
     tensors: Weights = {}
     for name, shape in head_shapes(settings).items():
-        known = found.get(name if drafter else HEAD_PREFIX + name.split(".", 2)[2])
+        known = found.get(HEAD_PREFIX + name.split(".", 2)[2])
         noise = initial_value(name, torch.Size(shape), generator)
         tensors[name] = noise if known is None else known
     return tensors
@@ -202,7 +204,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.device = args, torch.device(args.device)
         self.log = Log(args.out / "training-log.jsonl")
-        self.settings = json.loads((args.base / "config.json").read_text())
+        self.settings = json.loads((TINY / "base" / "config.json").read_text())
         del self.settings["quantization_config"]
         self.settings |= {
             "compress_ratios": [*self.settings["compress_ratios"][:-1], *[0] * args.stages],
@@ -220,10 +222,10 @@ class Trainer:
             join(chain(trained, own), self.device),
             join(judged, self.device),
         )
-        self.drafting = self.build(initial_tensors(args.head, self.settings, args.seed))
+        self.drafting = self.build(initial_tensors(self.settings, args.seed))
         for stage in self.drafting.drafter.stages:
             for module in (stage.self_attn, stage.mlp):
-                module.register_forward_hook(self.drop)
+                module.register_forward_hook(lambda m, _, out: drop(m, out, args.dropout))
         self.routers = [stage.mlp.gate for stage in self.drafting.drafter.stages]
         for router in self.routers:
             router.load = torch.zeros(router.num_experts, device=self.device)
@@ -234,21 +236,13 @@ class Trainer:
 
     def build(self, tensors: Weights) -> Drafting:
         """Return a drafter with these `mtp.*` tensors, and what it drafts with."""
-        base, config = self.args.base, model_config(self.settings)
-        given = load_tensors(base, ["embed.weight", *OUTPUT])
-        given = {name: tensor.to(self.device) for name, tensor in given.items()}
-        # As the server has it on a GPU, where the streams are of the embedding's type.
-        embed = (
-            given["embed.weight"] if self.device.type == "cuda" else given["embed.weight"].float()
-        )
+        config = model_config(self.settings)
+        read = load_tensors(TINY / "base", ["embed.weight", *OUTPUT])
+        given = {name: tensor.to(self.device) for name, tensor in read.items()}
+        embed = given["embed.weight"]  # on a GPU the streams are of its type, as in the server
+        embed = embed if embed.is_cuda else embed.float()
         drafter = build_dspark(config, tensors, self.args.stages, device=str(self.device))
         return Drafting(drafter, BaseOutput(config, given), embed, self.args.block)
-
-    def drop(self, module: nn.Module, _: object, output: Any) -> Any:
-        """Leave some of what a layer adds out, in training."""
-        kept, *others = output if isinstance(output, tuple) else (output,)
-        kept = F.dropout(kept, self.args.dropout, training=module.training)
-        return (kept, *others) if isinstance(output, tuple) else kept
 
     def run(self, drafting: Drafting, quantize: bool, *arguments: Any) -> Any:
         """Call it in BF16 on a GPU, in float32 on a CPU, perhaps with weights as stored."""
@@ -278,34 +272,19 @@ class Trainer:
                 gradients = self.gradients(quantize, first)
             metrics = gradients(first)
             update(optimizer, learning_rate(args.lr, progress, warmup=0.04))
-            loads = self.balance(BALANCE * (1 - progress))
             if step % 50 == 0:
-                values = {name: value.item() for name, value in metrics.items()}
-                if not math.isfinite(values["loss"]):
-                    raise SystemExit(f"step {step}: the loss is {values['loss']}; lower --lr")
-                self.log.write("train", step=step, quantized=quantize, **values, load=loads())
+                self.log.train(step, metrics, quantized=quantize, load=expert_load(self.routers))
+            update_router_biases(self.routers, BALANCE * (1 - progress))
             if (step + 1) % args.look_every == 0:
                 self.look("held_out", self.drafting, quantize, step=step + 1)
 
     def gradients(self, quantize: bool, example: Tensor) -> Callable[[Tensor], dict[str, Tensor]]:
         """Return what fills the gradients at runs from `first`; on a GPU a CUDA graph."""
-        parameters = list(self.drafting.drafter.parameters())
-        on_gpu = self.device.type == "cuda"
 
         def loss(first: Tensor) -> dict[str, Tensor]:
             return self.run(self.drafting, quantize, self.texts, first, self.args.run_length)
 
-        return gradient_function(loss, parameters, example, on_gpu and self.args.cuda_graph)
-
-    def balance(self, rate: float) -> Callable[[], list[float]]:
-        """Nudge the experts' biases against their load; the busiest's over the mean is returned."""
-        loads = []
-        for router in self.routers:
-            load = router.load.clone()
-            router.load.zero_()
-            router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
-            loads.append(load.max() / load.mean())
-        return lambda: [round(load.item(), 2) for load in loads]
+        return gradient_function(loss, [*self.drafting.drafter.parameters()], example)
 
     @torch.no_grad()
     def look(self, event: str, drafting: Drafting, quantize: bool, **values: int) -> None:

@@ -46,20 +46,13 @@ class TinyModel(nn.Module):
             if isinstance(module, DeepseekV4Indexer):
                 skip_selection(module)
         for layer in [*self.base.model.layers, self.head.layer]:
-            layer.self_attn.register_forward_hook(self._drop)
-            layer.mlp.register_forward_hook(self._drop)
+            for module in (layer.self_attn, layer.mlp):
+                module.register_forward_hook(lambda m, _, out: drop(m, out, self.dropout))
         for router in self.routers:
             router.register_forward_hook(count_load)
 
     def _keep_residual(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._residual = args[0]
-
-    def _drop(self, module: nn.Module, args: object, output: Tensor | tuple) -> Tensor | tuple:
-        if not module.training or self.dropout == 0:
-            return output
-        if isinstance(output, tuple):
-            return F.dropout(output[0], self.dropout), *output[1:]
-        return F.dropout(output, self.dropout)
 
     def base_weights(self, quantize: bool) -> Weights:
         """Return the compute weights of the base, as shipped if `quantize`."""
@@ -97,18 +90,6 @@ class TinyModel(nn.Module):
         arguments = (residual, embeds, positions_of(next_ids), lm)
         return functional_call(_HeadLogits(self.head), substituted, arguments)
 
-    def update_router_biases(self, rate: float) -> None:
-        """Nudge every expert's selection bias against its load (noaux_tc), then forget the load."""
-        for router in self.routers:
-            load = router.load
-            router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
-            load.zero_()
-
-    def expert_load(self) -> list[float]:
-        """Return, per scored router, the busiest expert's load over the mean since the update."""
-        loads = [router.load.max() / router.load.mean().clamp(min=1) for router in self.routers]
-        return [round(load.item(), 2) for load in loads]
-
 
 class _HeadLogits(nn.Module):
     """The head up to its logits in one call, which is what functional_call can substitute in."""
@@ -139,6 +120,27 @@ def compute_weights(module: nn.Module, format_of: FormatOf | None) -> Weights:
         low = ".mlp.experts." in name or "norm." in name or name == EMBEDDING
         weights[name] = used.bfloat16() if low and weight.is_cuda else used
     return weights
+
+
+def drop(module: nn.Module, output: Tensor | tuple, share: float) -> Tensor | tuple:
+    """Return what a layer adds with a share of it left out, in training."""
+    kept, *others = output if isinstance(output, tuple) else (output,)
+    kept = F.dropout(kept, share, training=module.training)
+    return (kept, *others) if isinstance(output, tuple) else kept
+
+
+def update_router_biases(routers: list[nn.Module], rate: float) -> None:
+    """Nudge every expert's selection bias against its load (noaux_tc), then forget the load."""
+    for router in routers:
+        load = router.load
+        router.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+        load.zero_()
+
+
+def expert_load(routers: list[nn.Module]) -> list[float]:
+    """Return, per scored router, the busiest expert's load over the mean since the update."""
+    loads = [router.load.max() / router.load.mean().clamp(min=1) for router in routers]
+    return [round(load.item(), 2) for load in loads]
 
 
 def count_load(router: nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:

