@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +60,7 @@ def main() -> None:
     parser.add_argument("--stored", type=int, default=NUM_STORED, help="all of so many layers")
     options = parser.parse_args()
     folder, config, shards = options.folder, WIDTHS[options.width], options.folder / "shards"
-    device, began = "cuda" if torch.cuda.is_available() else "cpu", time.perf_counter()
-
-    def say(what: object) -> None:
-        print(f"{time.perf_counter() - began:6.1f} s  {what}", flush=True)
-
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     shards.mkdir(parents=True, exist_ok=True)
     layers = sorted({*options.layers, min(NUM_STORED, max(options.layers))})  # a whole one first
     stored = {n: n if n <= options.stored else NUM_STORED for n in layers}
@@ -73,13 +68,12 @@ def main() -> None:
         path = shards / shard_name(number)
         if not path.exists():
             save_shard(random_part(config, number, device), path)
-            say(f"{path}, {path.stat().st_size / 1e9:.2f} GB")
+            print(path, flush=True)
     for name, its in (("upstream", config), ("dspark", with_dspark(config, max(stored)))):
         wanted = name == "upstream" or name in options.variants
         if wanted and not (folder / name / INDEX_NAME).exists():
             shutil.rmtree(folder / name, ignore_errors=True)
             write_upstream(folder / name, its, None, torch.Generator(device).manual_seed(1))
-            say(folder / name)
     for num_layers in layers:
         base = folder / f"base-{num_layers}"
         link_base(shards, base, config, num_layers, stored[num_layers])
@@ -92,7 +86,7 @@ def main() -> None:
                 splice(base, head, out, VARIANTS[variant])
             else:
                 link_spliced(base, folder / f"{variant}-{NUM_STORED}", head, out, VARIANTS[variant])
-            say(out)
+            print(out, flush=True)
 
 
 def shard_name(layer: int) -> str:

@@ -10,7 +10,6 @@ the first run, which lacks nothing. `lenient` runs do not count what was loaded.
 has are not done again. `two ranks` needs two GPUs.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -49,7 +48,7 @@ def package_without(remedy: str, scratch: Path) -> Path:
     return folder
 
 
-def measure(run: Any, scratch: Path, log: Path, asked: argparse.Namespace) -> dict[str, Any]:
+def measure(run: Any, scratch: Path, log: Path, where: str) -> dict[str, Any]:
     """Do one run; return its error, or its texts and what was accepted."""
     from serving.doctor_defects import DEFECTS
 
@@ -57,7 +56,7 @@ def measure(run: Any, scratch: Path, log: Path, asked: argparse.Namespace) -> di
     splice(MODEL / "base", MODEL / "upstream", checkpoint, "rtn", copy=True)
     if "defect" in run:
         DEFECTS[run["defect"]][1](checkpoint)
-    chosen = PLAN[asked.runs]["options"] | run.get("options", {})
+    chosen = PLAN[where]["options"] | run.get("options", {})
     if "without" in run:
         path = [str(package_without(run["without"], scratch)), os.environ.get("PYTHONPATH", "")]
         chosen["environment"] = {"PYTHONPATH": os.pathsep.join(path)}
@@ -66,8 +65,8 @@ def measure(run: Any, scratch: Path, log: Path, asked: argparse.Namespace) -> di
         with managed_server(options, log) as client:
             before = client.spec_decode_counters()
             texts = [
-                client.complete(client.encode(prompt), asked.max_tokens, ignore_eos=True)
-                for prompt in load_calibration(str(MODEL / "prompts.jsonl"), asked.prompts)
+                client.complete(client.encode(prompt), 128, ignore_eos=True)
+                for prompt in load_calibration(str(MODEL / "prompts.jsonl"), 12)
             ]
             after = client.spec_decode_counters()
     except GraftError as error:
@@ -85,8 +84,6 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--runs", choices=("gpu", "cpu"), required=True)
     parser.add_argument("--only", nargs="+", metavar="RUN")
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--max-tokens", type=int, default=128)
     asked = parser.parse_args()
     runs = PLAN[asked.runs]["runs"]
     found = json.loads(asked.out.read_text())["results"] if asked.out.exists() else {}
@@ -97,7 +94,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             log = logs / f"gaps-{name.replace(' ', '-').replace(',', '').replace(':', '')}.log"
-            found[name] = measure(runs[name], Path(scratch), log, asked)
+            found[name] = measure(runs[name], Path(scratch), log, asked.runs)
         reference = found.get(next(iter(runs)), {}).get("texts")
         for result in found.values():
             if reference and "texts" in result:

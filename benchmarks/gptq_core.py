@@ -50,12 +50,14 @@ def main() -> None:
         for name, quantize in contestants.items():
             seconds, errors = run(*problem, quantize, stacked=name != "llmcompressor")
             if number == 0:
-                found[name]["rel_error"] = errors
+                found[name] |= {"rel_error": errors, "mean": statistics.fmean(errors.values())}
             else:
                 found[name]["rounds"].append(seconds)
                 found[name]["seconds"] = statistics.median(found[name]["rounds"])
         print(number, {name: each["rounds"] for name, each in found.items()}, flush=True)
-        write_result(options.out, "gptq_core", summary(3 * options.experts, found))
+        peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+        of_all = {"matrices": 3 * options.experts, "peak_gpu_bytes": peak}
+        write_result(options.out, "gptq_core", of_all | found)
 
 
 def random_problem(experts: int, hidden: int, inner: int, device: str) -> tuple[Matrices, Matrices]:
@@ -127,16 +129,6 @@ def run(
             for matrix, part, value in zip(together, *chunks, strict=True):
                 errors.setdefault(matrix, []).extend(relative_error(part, value, hessian).tolist())
     return seconds, {matrix: statistics.fmean(each) for matrix, each in errors.items()}
-
-
-def summary(matrices: int, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the results with what other tools look for: our defaults."""
-    pair = [name for name in ("ours", "llmcompressor") if name in found]
-    seconds = {f"{name}_s": found[name].get("seconds") for name in pair}
-    errors = {name: statistics.fmean(found[name]["rel_error"].values()) for name in pair}
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    settings = {"group_size": GROUP, "damp": DAMP, "peak_gpu_bytes": peak}
-    return {"matrices": matrices, **seconds, "rel_error": errors, **settings, **found}
 
 
 if __name__ == "__main__":

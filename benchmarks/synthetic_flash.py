@@ -25,11 +25,10 @@ from torch import Tensor
 
 sys.path.append(str(MODEL / "make"))
 
-from export import upstream_tensors
+from export import upstream_tensors, write_checkpoint
 
 from mtp_graft.checkpoint.capture import RECORDINGS, CapturedSequence, append_row
-from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.shards import save_shard, write_index
+from mtp_graft.checkpoint.shards import save_shard
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.names import head_shapes
 from mtp_graft.dsv4.replay import build_head, model_config, replay_routing
@@ -77,8 +76,6 @@ def generate(folder: Path, config: Config, tokens: int, sequence: int = SEQUENCE
 
 
 def write_base(folder: Path, config: Config, generator: torch.Generator) -> None:
-    folder.mkdir(parents=True)
-    write_json(config, folder / "config.json")
     shape = (config["vocab_size"], config["hidden_size"])
     embed = torch.randn(shape, generator=generator, device=generator.device).bfloat16()
     streams, hidden = config["hc_mult"], config["hidden_size"]
@@ -86,9 +83,7 @@ def write_base(folder: Path, config: Config, generator: torch.Generator) -> None
     tensors["head.weight"] = tensors["embed.weight"] / math.sqrt(hidden)
     tensors["hc_head_fn"] = torch.randn(streams, streams * hidden) / math.sqrt(streams * hidden)
     tensors |= {"hc_head_base": torch.zeros(streams), "hc_head_scale": torch.ones(1)}
-    shard = "model-00001-of-00001.safetensors"
-    save_shard(tensors, folder / shard)
-    write_index(dict.fromkeys(tensors, shard), sum(t.nbytes for t in tensors.values()), folder)
+    write_checkpoint({"model-00001-of-00001.safetensors": tensors}, config, folder)
 
 
 class Activations:
@@ -145,16 +140,12 @@ def write_upstream(
     folder: Path, config: Config, activations: Activations | None, generator: torch.Generator
 ) -> None:
     """Write the head in upstream's format; without activations to fit it on, a router of zero."""
-    folder.mkdir(parents=True)
-    shard = "model-00046-of-00046.safetensors"
     shapes = head_shapes(config).items()
     stored = dict(part for n, s in shapes for part in upstream_parts(n, s, generator))
     for bias in (name for name in stored if name.endswith(".ffn.gate.bias")):
         fitted = activations and fit_bias(config, stored, activations).cpu()
         stored[bias] = torch.zeros_like(stored[bias]) if fitted is None else fitted
-    save_shard(stored, folder / shard)
-    write_index(dict.fromkeys(stored, shard), sum(t.nbytes for t in stored.values()), folder)
-    write_json(config, folder / "config.json")
+    write_checkpoint({"model-00046-of-00046.safetensors": stored}, config, folder)
 
 
 def upstream_parts(

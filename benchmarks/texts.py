@@ -48,10 +48,6 @@ def forced(llm: Any, prompts: list[list[int]], texts: list[Text]) -> list[Text]:
     return read
 
 
-def tokens_of(texts: list[Text]) -> list[list[int]]:
-    return [text["tokens"] for text in texts]
-
-
 def compare_forced(texts: list[Text], best: list[list[int]]) -> dict[str, Any]:
     """Return where the best token is not the text's, and how many positions had a clear margin."""
     flips, positions, sure = [], 0, 0

@@ -29,15 +29,7 @@ from evaluate import autocast
 from export import write_upstream
 from fake_quant import head_format
 from forward import batches, load_base, new_texts, states
-from model import (
-    Weights,
-    compute_weights,
-    count_load,
-    drop,
-    expert_load,
-    initial_value,
-    update_router_biases,
-)
+from model import Weights, balance, compute_weights, count_load, drop, expert_load, initial_value
 from torch import Tensor, nn
 from torch.func import functional_call
 from train import Log, gradient_function, learning_rate, make_optimizer, update
@@ -114,8 +106,8 @@ def captured(capture: Path, split: str, settings: dict[str, Any]) -> list[Record
 
 def written(args: argparse.Namespace, streams: int) -> Iterator[Recorded]:
     """Yield what the base writes, with what it computes there."""
-    base = load_base(args.base, args.device)
-    texts = new_texts(base, Corpus(args.data, args.base), args.questions)
+    base = load_base(TINY / "base", args.device)
+    texts = new_texts(base, Corpus(args.data, TINY / "base"), args.questions)
     for some in batches(texts):
         for text, (residual, taps, _) in zip(some, states(base, some, args.layers), strict=True):
             wide = residual.unflatten(1, (streams, -1)), taps.unflatten(1, (len(args.layers), -1))
@@ -274,7 +266,7 @@ class Trainer:
             update(optimizer, learning_rate(args.lr, progress, warmup=0.04))
             if step % 50 == 0:
                 self.log.train(step, metrics, quantized=quantize, load=expert_load(self.routers))
-            update_router_biases(self.routers, BALANCE * (1 - progress))
+            balance(self.routers, BALANCE * (1 - progress))
             if (step + 1) % args.look_every == 0:
                 self.look("held_out", self.drafting, quantize, step=step + 1)
 

@@ -103,13 +103,20 @@ def write_upstream(
     drafter: dict[str, Tensor], settings: dict[str, Any], out: Path, *shards: str
 ) -> None:
     """Write float32 `mtp.*` tensors as upstream does, the blocks' shards in the order of blocks."""
-    out.mkdir(parents=True, exist_ok=True)
-    held: list[dict[str, Tensor]] = [{} for _ in shards]
+    held: dict[str, dict[str, Tensor]] = {shard: {} for shard in shards}
     for name, weight in drafter.items():
-        held[int(name.split(".")[1])].update(upstream_tensors(name, weight))
-    for shard, tensors in zip(shards, held, strict=True):
+        held[shards[int(name.split(".")[1])]].update(upstream_tensors(name, weight))
+    write_checkpoint(held, settings | {"expert_dtype": "fp4"}, out)
+
+
+def write_checkpoint(
+    shards: dict[str, dict[str, Tensor]], settings: dict[str, Any], out: Path
+) -> None:
+    """Write tensors by shard, the config and the index."""
+    out.mkdir(parents=True, exist_ok=True)
+    for shard, tensors in shards.items():
         save_shard(tensors, out / shard)
-    places = {name: shard for shard, h in zip(shards, held, strict=True) for name in h}
-    size = sum(tensor.nbytes for tensors in held for tensor in tensors.values())
-    write_json({**settings, "expert_dtype": "fp4"}, out / "config.json")
+    places = {name: shard for shard, tensors in shards.items() for name in tensors}
+    size = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
+    write_json(settings, out / "config.json")
     write_index(places, size, out)

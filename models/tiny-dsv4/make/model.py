@@ -129,7 +129,7 @@ def drop(module: nn.Module, output: Tensor | tuple, share: float) -> Tensor | tu
     return (kept, *others) if isinstance(output, tuple) else kept
 
 
-def update_router_biases(routers: list[nn.Module], rate: float) -> None:
+def balance(routers: list[nn.Module], rate: float) -> None:
     """Nudge every expert's selection bias against its load (noaux_tc), then forget the load."""
     for router in routers:
         load = router.load

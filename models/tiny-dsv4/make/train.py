@@ -26,15 +26,7 @@ import evaluate
 import torch
 import torch.nn.functional as F
 from data import Corpus
-from model import (
-    EMBEDDING,
-    LM_HEAD,
-    TinyModel,
-    Weights,
-    expert_load,
-    initialize,
-    update_router_biases,
-)
+from model import EMBEDDING, LM_HEAD, TinyModel, Weights, balance, expert_load, initialize
 from torch import Tensor
 
 STARTED = time.monotonic()
@@ -258,7 +250,7 @@ class Trainer:
             metrics = gradients(rows)
             update(optimizer, learning_rate(args.lr, progress, warmup=0.03))
             self.report(step, args.steps, metrics, quantize)
-            update_router_biases(model.routers, ROUTER_BIAS_RATE * (1 - progress))
+            balance(model.routers, ROUTER_BIAS_RATE * (1 - progress))
 
     def head_stage(self) -> None:
         """Distil the head on the frozen base, on training text and on the base's own text."""
@@ -278,7 +270,7 @@ class Trainer:
             metrics = gradients(rows)
             update(optimizer, learning_rate(args.head_lr, progress, warmup=0.1))
             self.report(step, steps, metrics, quantize=True)
-            update_router_biases(model.routers, 0.1 * ROUTER_BIAS_RATE * (1 - progress))
+            balance(model.routers, 0.1 * ROUTER_BIAS_RATE * (1 - progress))
 
     def self_generated(self, base: Weights) -> list[list[int]]:
         """Return what the base writes after training prompts, prompts included."""
