@@ -37,11 +37,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda")
     parser.add_argument("--without-llmcompressor", action="store_true")
     options = parser.parse_args()
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    problem = random_problem(options.experts, options.hidden, options.inner, options.device)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = random_problem(options.experts, options.hidden, options.inner, device)
     contestants = {"ours": ours("mse"), "ours_absmax": ours("absmax")}
     if not options.without_llmcompressor:
         contestants["llmcompressor"] = theirs()
@@ -55,7 +55,7 @@ def main() -> None:
                 found[name]["rounds"].append(seconds)
                 found[name]["seconds"] = statistics.median(found[name]["rounds"])
         print(number, {name: each["rounds"] for name, each in found.items()}, flush=True)
-        peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 0
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
         of_all = {"matrices": 3 * options.experts, "peak_gpu_bytes": peak}
         write_result(options.out, "gptq_core", of_all | found)
 

@@ -47,7 +47,6 @@ def main() -> None:
             of = {m: relative_error(weights[m], values[m], hessians[m]).tolist() for m in MATRICES}
             mean = fmean(error for each in of.values() for error in each)
             entry[split] = {"mean": mean, **{m: fmean(each) for m, each in of.items()}}
-            print(f"{option}: {split} {mean:.2%}")
         return entry
 
     scales = {m: int4.group_scale(w, 128) for m, w in weights.items()}

@@ -85,7 +85,6 @@ def observe(
         texts = greedy(llm, prompts, options.max_tokens)
         counted = counters(llm)
         entry = {"part": f"texts-k{k}", "texts": texts, "start_s": start_s}
-        entry |= {"drafted": counted.num_draft_tokens, "accepted": counted.num_accepted_tokens}
         found = [entry | {"acceptance": counted.acceptance, **drafting_result(counted)}]
         if k == 0:
             found.append({"part": "own", "read": forced(llm, prompts, texts)})

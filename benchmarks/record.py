@@ -86,12 +86,10 @@ def main() -> None:
     parser.add_argument("result", type=Path, help="what --json wrote")
     parser.add_argument("out", type=Path)
     parser.add_argument("command", help="the command that made it")
-    parser.add_argument("--note", help="what a reader has to know of the run")
     options = parser.parse_args()
-    more = {"note": options.note} if options.note else {}
     results = json.loads(options.result.read_text())
     name = options.out.stem.rpartition("_")[0] or options.out.stem
-    write_result(options.out, name, results, command=options.command, **more)
+    write_result(options.out, name, results, command=options.command)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -163,16 +164,12 @@ def time_steps(
     return found
 
 
-def identity(job: Job, k: int, options: argparse.Namespace) -> Entry:
-    """Return what tells a measurement from others, but for the load."""
-    entry = {"layers": job.layers, "variant": job.variant, "k": k, "fixed": len(job.ks) == 1}
-    return entry | {name: getattr(options, name) for name in SETTING}
-
-
 def missing(job: Job, options: argparse.Namespace) -> list[Entry]:
     """Return each point that the result file does not have."""
+    what = {"layers": job.layers, "variant": job.variant, "fixed": len(job.ks) == 1}
+    what |= {name: getattr(options, name) for name in SETTING}
     points = [
-        identity(job, k, options) | {"requests": requests, "context": context}
+        what | {"k": k, "requests": requests, "context": context}
         for context in options.context
         for k in job.ks or (0,)
         for requests in options.requests
@@ -193,20 +190,16 @@ def summarize(found: list[Entry]) -> dict[str, Any]:
 
 def pairs(found: list[Entry]) -> list[Entry]:
     """Return a line for each measurement with a head that has its base beside it."""
-    place = ("layers", *SETTING, "requests", "context")
-    base = {key(e, *place): e for e in found if e["variant"] == "base"}
+    place = itemgetter("layers", *SETTING, "requests", "context")
+    base = {place(e): e for e in found if e["variant"] == "base"}
     return [
         {name: e[name] for name in ("layers", *SETTING, "variant", "k", "fixed")}
         | {"streams": e["requests"], "context": e["context"]}
-        | {"step_ms_base": base[key(e, *place)]["step_ms"]["median"]}
+        | {"step_ms_base": base[place(e)]["step_ms"]["median"]}
         | {"step_ms_mtp": e["step_ms"]["median"]}
         for e in found
-        if e["k"] and key(e, *place) in base
+        if e["k"] and place(e) in base
     ]
-
-
-def key(entry: Entry, *names: str) -> tuple[Any, ...]:
-    return tuple(entry[name] for name in names)
 
 
 def speed_ups(line: Entry) -> dict[str, float]:

@@ -13,7 +13,6 @@ from fake_quant import FP8_LINEAR, FP8_UPSTREAM_ONLY, fp8_parts, mxfp4_parts
 from torch import Tensor
 
 from mtp_graft.checkpoint.files import write_json
-from mtp_graft.checkpoint.quantization_config import FP8_BLOCK
 from mtp_graft.checkpoint.shards import save_shard, write_index
 from mtp_graft.dsv4 import names
 from mtp_graft.dsv4.variants import int4_parts
@@ -21,28 +20,9 @@ from mtp_graft.quant import encode_fp8, int4
 
 MAX_SHARD_BYTES = 15 * 2**20
 UPSTREAM_SHARD = "model-00002-of-00002.safetensors"
-INT4_WEIGHTS = {
-    **{"num_bits": 4, "type": "int", "strategy": "group", "symmetric": True, "dynamic": False},
-    "group_size": 128,
-}
-#: FP8 attention linears, INT4 routed experts.
-QUANTIZATION = {
-    "quant_method": "compressed-tensors",
-    "format": "mixed-precision",
-    "quantization_status": "compressed",
-    "config_groups": {
-        "group_0": {
-            "targets": [r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)$", r"re:.*\.indexer\.wq_b$"],
-            **FP8_BLOCK,
-        },
-        "group_1": {
-            "targets": [r"re:.*\.ffn\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"],
-            "format": "pack-quantized",
-            "weights": INT4_WEIGHTS,
-        },
-    },
-    "ignore": ["lm_head", "head"],
-}
+#: FP8 attention linears, INT4 routed experts: as the bundled base says.
+CONFIG = Path(__file__).parent.parent / "base" / "config.json"
+QUANTIZATION = json.loads(CONFIG.read_text())["quantization_config"]
 
 
 def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:

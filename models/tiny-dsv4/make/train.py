@@ -30,11 +30,14 @@ from model import EMBEDDING, LM_HEAD, TinyModel, Weights, balance, expert_load, 
 from torch import Tensor
 
 STARTED = time.monotonic()
+CONFIG = Path(__file__).parent / "config.json"
 Metrics = dict[str, Tensor]
 LossFunction = Callable[[Tensor], Metrics]
 
 # Shares of --minutes by which a stage has to be over; the rest is for evaluation and writing.
 MAIN_UNTIL, HEAD_UNTIL = 0.62, 0.85
+LR, HEAD_LR, WEIGHT_DECAY = 1.5e-3, 1e-3, 0.1  # peaks; of the decay, not in the head stage
+QAT_PART = 0.35  # of --steps
 EVAL_ROWS, EVAL_PROMPTS, EVAL_TOKENS = 64, 32, 96  # of each held-out split; new tokens
 SELF_PROMPTS, SELF_TOKENS = 1024, 128  # which the base continues itself; new tokens
 HEAD_LOSS_WEIGHT = 0.3  # in the float stage, where it also shapes the base
@@ -42,21 +45,15 @@ ROUTER_BIAS_RATE = 1e-2  # at first, when all tokens look alike to the routers; 
 
 
 def parse_arguments() -> argparse.Namespace:
-    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and text/")
-    parser.add_argument("--tokenizer", type=Path, default=here.parent / "base")
-    parser.add_argument("--config", type=Path, default=here / "config.json")
+    parser.add_argument("--tokenizer", type=Path, default=CONFIG.parents[1] / "base")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2400, help="of the float and qat stages")
-    parser.add_argument("--qat-part", type=float, default=0.35, help="share of --steps")
     parser.add_argument("--head-steps", type=int, default=500, help="of the head stage")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--head-lr", type=float, default=1e-3, help="peak in the head stage")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=200)
     parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens stages")
@@ -83,7 +80,7 @@ class Log:
         """Log a training step's metrics, or end if the loss is not finite."""
         found = {name: value.item() for name, value in metrics.items()}
         if not math.isfinite(found["loss"]):
-            raise SystemExit(f"step {step}: the loss is {found['loss']}; lower --lr")
+            raise SystemExit(f"step {step}: the loss is {found['loss']}; lower the rate")
         self.write("train", step=step, **found, **values)
 
 
@@ -196,7 +193,7 @@ class Trainer:
         self.log = Log(args.out / "log.jsonl")
         torch.manual_seed(args.seed)
         self.corpus = Corpus(args.data, args.tokenizer)
-        self.model = TinyModel(args.config, "grouped_mm", args.dropout)
+        self.model = TinyModel(CONFIG, "grouped_mm", args.dropout)
         initialize(self.model, self._token_counts(), args.seed)
         self.model.to(self.device)
         for router in self.model.routers:
@@ -237,18 +234,18 @@ class Trainer:
     def main_stages(self) -> None:
         """Train base and head together, first in full precision, then as they will be shipped."""
         args, model = self.args, self.model
-        optimizer = make_optimizer(model, args.weight_decay, self.device.type == "cuda")
+        optimizer = make_optimizer(model, WEIGHT_DECAY, self.device.type == "cuda")
         model.train()
         gradients, quantize = None, False
         for step, progress, rows in self.steps(args.steps, MAIN_UNTIL, args.seed):
-            if gradients is None or (not quantize and progress >= 1 - args.qat_part):
-                quantize = progress >= 1 - args.qat_part
+            if gradients is None or (not quantize and progress >= 1 - QAT_PART):
+                quantize = progress >= 1 - QAT_PART
                 gradients = None  # frees the first graph's memory before the second is captured
                 loss = partial(joint_loss, model, quantize)
                 gradients = gradient_function(loss, [*model.parameters()], rows)
                 self.log.write("stage", name="qat" if quantize else "float", step=step)
             metrics = gradients(rows)
-            update(optimizer, learning_rate(args.lr, progress, warmup=0.03))
+            update(optimizer, learning_rate(LR, progress, warmup=0.03))
             self.report(step, args.steps, metrics, quantize)
             balance(model.routers, ROUTER_BIAS_RATE * (1 - progress))
 
@@ -268,7 +265,7 @@ class Trainer:
                 gradients = gradient_function(loss, [*model.parameters()], rows)
                 self.log.write("stage", name="head", step=step)
             metrics = gradients(rows)
-            update(optimizer, learning_rate(args.head_lr, progress, warmup=0.1))
+            update(optimizer, learning_rate(HEAD_LR, progress, warmup=0.1))
             self.report(step, steps, metrics, quantize=True)
             balance(model.routers, 0.1 * ROUTER_BIAS_RATE * (1 - progress))
 
@@ -337,7 +334,7 @@ class Trainer:
             {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
             for module in (self.model.base, self.model.head)
         )
-        export(base, head, self.args.config, self.args.out)
+        export(base, head, CONFIG, self.args.out)
         self.log.write("saved")
 
 
