@@ -185,7 +185,8 @@ def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.Mo
     write_capture(tmp_path / "capture", texts)
     out = tmp_path / "out"
     words = f"dspark.py --capture {tmp_path / 'capture'} --out {out} --device cpu --steps 2"
-    words += " --anchors 8 --run-length 4 --look-every 2 --qat-part 0.6"
+    words += f" --anchors 8 --run-length 4 --look-every 2 --qat-part 0.6 --data {tmp_path}"
+    monkeypatch.setattr(dspark, "written", lambda *_: ())  # of the base: a GPU's work
     monkeypatch.setattr(sys, "argv", words.split())
     trainer = dspark.Trainer(dspark.parse_arguments())
     trainer.train()
