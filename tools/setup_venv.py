@@ -47,6 +47,7 @@ def set_up(extras):
     if not VENV_PYTHON.exists():
         say(f"creating {VENV} with Python {platform.python_version()}")
         run([sys.executable, "-m", "venv", str(VENV)])
+        pip("install", "--quiet", "--upgrade", "pip")  # 3.11's takes three times as long to resolve
     key, done = stamp_key(), read_stamp()
     if done.get("key") == key and extras <= set(done.get("extras", [])):
         return
@@ -154,8 +155,7 @@ def remove_broken_companions():
     listed = venv_answer(
         "from importlib import metadata; print(*[d.name for d in metadata.distributions()])"
     )
-    installed = [name for name in COMPANIONS if name in listed.split()]
-    broken = [name for name in installed if not imports(f"import torch, {name}")]
+    broken = [n for n in COMPANIONS if n in listed.split() and not imports(f"import torch, {n}")]
     if broken:
         say(f"removing {', '.join(broken)}: not importable beside CPU torch")
         pip("uninstall", "--quiet", "--yes", *broken)
@@ -174,9 +174,9 @@ def check_imports():
 PIP = (str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check")
 
 
-def pip(*arguments):
-    """Run the virtual environment's pip."""
-    run([*PIP, *arguments])
+def pip(command, *arguments):
+    """Run the virtual environment's pip; only what is imported is compiled, when it is."""
+    run([*PIP, command, *["--no-compile"] * (command == "install"), *arguments])
 
 
 def imports(code):
