@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 
 from mtp_graft.stages.splice import splice
 
-HERE = Path(__file__).parent
 MAX_MARGIN = 0.5  # nats; above it a different token is no rounding matter
 
 Batches = dict[str, Any]  # by name; prompts, and what came of them
@@ -45,8 +44,7 @@ def prompts_of(tiny_model: Path) -> Callable[..., list[int]]:
     endless = text * (4096 // len(text) + 1)
 
     def prompt(length: int, start: int = 0) -> list[int]:
-        start %= len(text)
-        return endless[start : start + length]
+        return endless[start % len(text) :][:length]
 
     return prompt
 
@@ -59,7 +57,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunEngine]:
     """
     folder = tmp_path_factory.mktemp("engine")
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [sys.executable, str(HERE / "engine_job.py")]
+    command = [sys.executable, str(Path(__file__).with_name("engine_job.py"))]
     with (
         (folder / "log").open("w") as log,
         subprocess.Popen(command, cwd=folder, stderr=log, **streams) as process,
@@ -69,8 +67,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunEngine]:
             job = {"checkpoint": str(checkpoint), "k": k, "batches": [*batches.values()], **more}
             print(json.dumps(job), file=process.stdin, flush=True)
             answer = process.stdout.readline()
-            tail = "\n".join((folder / "log").read_text().splitlines()[-30:])
-            assert answer, f"the engine failed; the end of its log:\n{tail}"
+            assert answer, f"the engine failed: {(folder / 'log').read_text()[-4000:]}"
             return dict(zip(batches, json.loads(answer), strict=True))
 
         yield run

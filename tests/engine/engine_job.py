@@ -8,6 +8,7 @@ prompt position; and the engine's own counts of drafted and accepted tokens.
 """
 
 import json
+import multiprocessing
 import os
 import sys
 from itertools import chain
@@ -15,16 +16,18 @@ from typing import Any
 
 os.environ.setdefault("VLLM_PLUGINS", "mtp_graft")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# All engines in this process, and on one rank their workers too: each process of its own would
-# import vLLM anew, ten seconds of a core. The tests that start servers have the usual processes.
+# All engines and single ranks in this process: each of its own would import vLLM anew, ten seconds
+# of a core. The tests that start servers have the usual processes.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
 def start(job: dict[str, Any]) -> Any:
     from vllm import LLM
+    from vllm.v1.executor import multiproc_executor
 
     tensor_parallel_size = job.get("tensor_parallel_size", 1)
-    if tensor_parallel_size > 1:
+    if tensor_parallel_size > 1:  # workers are forks, for the same reason
+        multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
         os.sched_setaffinity(0, job["cores"])
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, job["cores"]))
     speculation = {"method": "mtp", "num_speculative_tokens": job["k"]} if job["k"] else None
