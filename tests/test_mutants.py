@@ -236,7 +236,6 @@ def call(*words: str, limit_s: int = 10) -> tuple[int, str]:
     status, errors = 0, io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
         patch.setattr(sys, "argv", ["mtp-graft", *words])
-        patch.setattr(os, "fsync", lambda _file: None)
         patch.setattr(cli, "app", COMMAND)
         signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"not done after {limit_s} s"))
         signal.alarm(limit_s)
