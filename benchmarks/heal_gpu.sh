@@ -153,18 +153,16 @@ drafters() { # DSpark's servers; what is accepted, not timed
     accepted dspark_acceptance "$dspark" "${each[@]}"
 }
 
-# DSpark: trained on the captured texts, whose states transformers computes, and on more
+# DSpark: trained on the captured texts and on more, scored on those whose taps forward.py records
 
 dspark_trained() { # with the options of make/dspark.py in DSPARK
     local make=$tiny/make
     [ -e "$dspark/capture" ] || step dspark_texts python3 $make/forward.py --texts "$run/capture" \
         --out "$dspark/capture"
-    PYTHONPATH=benchmarks:${PYTHONPATH:-} python3 -c "
-from pathlib import Path
-from heal import part_of
-part_of(Path('$dspark/capture'), Path('$dspark/train'), '', 'choose')"
+    mkdir -p "$dspark/train" && grep -v '"held-\|"verse-[0-9]*", "split": "eval' \
+        "$run/capture/texts.jsonl" >"$dspark/train/texts.jsonl"
     # shellcheck disable=SC2086
-    step dspark_trained python3 $make/dspark.py --capture "$dspark/train" \
+    step dspark_trained python3 $make/dspark.py --texts "$dspark/train" \
         --data "$MTP_GRAFT_DATA" --out "$out/dspark" ${DSPARK:-}
 }
 

@@ -1,17 +1,19 @@
 """Time decode steps with and without the head at Flash's width, and say what speed-up to expect.
 
+    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 17 35
     python benchmarks/step_time.py --folder FOLDER --out result.json --layers 43 \\
         --tensor-parallel-size 2 --profile 128k
 
-FOLDER is `flash_width.py`'s. One engine for each number of layers and head; on it one decode for
-each k, number of requests and tokens before: `ChosenK` tells the engine how many to draft. Loads of
-more than 2^17 tokens are left out. With `--fixed` each k has an engine of its own.
+FOLDER is `flash_width.py`'s. One engine for each number of layers, head and draft LM head; on it
+one decode for each k, number of requests and tokens before: `ChosenK` tells the engine how many to
+draft. Loads of more than 2^17 tokens are left out. With `--fixed` each k has an engine of its own.
 A point that the result has is not measured again. Several of these programs, each with its own
 jobs, GPUs and cores, may share one result. Weights are random, so on a GPU vLLM accepts drafts at a
 given rate (`synthetic`); text is sampled, because greedy text of random weights repeats one token.
 Time to the first token is the median of seven prompts of the shortest context, each alone.
 
-The speed-up to expect of 43 layers is tokens per step x base step time / MTP step time.
+The speed-up to expect of 43 layers is tokens per step x base step time / MTP step time. Steps of 43
+layers are measured, or on a line through two other numbers.
 """
 
 import argparse
@@ -52,6 +54,7 @@ class Job:
     layers: int
     variant: str  # base, int4 or mxfp4
     ks: tuple[int, ...] = ()
+    draft_lm_head: str | None = None  # vLLM's draft_lm_head_quantization
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -61,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=["base", "int4", "mxfp4"])
     parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3, 5])
     parser.add_argument("--fixed", action="store_true", help="one engine for each k")
+    parser.add_argument("--draft-lm-head", help="fp8 or nvfp4, else the base's own")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[1000], help="tokens before")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
@@ -79,7 +83,7 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     ks = [(k,) for k in options.k] if options.fixed else [tuple(options.k)]
     bases = [Job(layers, "base") for layers in options.layers if "base" in options.variants]
     return bases + [
-        Job(layers, variant, together)
+        Job(layers, variant, together, options.draft_lm_head)
         for together in ks
         for variant in options.variants
         if variant != "base"
@@ -115,6 +119,8 @@ def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
     drafting = {"draft_sample_method": "probabilistic"} if gpus() else {}  # as `serve` starts it
     if job.variant == "dspark":
         drafting["method"] = "dspark"
+    if job.draft_lm_head:
+        drafting["draft_lm_head_quantization"] = job.draft_lm_head
     if len(job.ks) > 1:
         last = len(job.ks)  # k by number of requests, which ChosenK overrules
         schedule = [[n, n, k] for n, k in enumerate(job.ks, start=1)]
@@ -182,10 +188,25 @@ def missing(job: Job, options: argparse.Namespace) -> list[Entry]:
 def summarize(found: list[Entry]) -> dict[str, Any]:
     """Return lines of step times; those of all layers say what speed-up to expect, too."""
     lines = pairs(found)
-    whole = [
-        line | {"published": speed_ups(line)} for line in lines if line["layers"] == ALL_LAYERS
+    whole = [line for line in lines if line["layers"] == ALL_LAYERS] or carried_on(lines)
+    return {
+        "results": lines,
+        "all_layers": [line | {"published": speed_ups(line)} for line in whole],
+    }
+
+
+def carried_on(lines: list[Entry]) -> list[Entry]:
+    """Return what all layers take, by a line through the fewest and the most."""
+    few, many = (choose((line["layers"] for line in lines), default=0) for choose in (min, max))
+    reach = (ALL_LAYERS - many) / max(many - few, 1)
+    times = "step_ms_base", "step_ms_mtp"
+    return [
+        last | {"layers": ALL_LAYERS} | {t: last[t] + reach * (last[t] - first[t]) for t in times}
+        for first in lines
+        for last in lines
+        if (first["layers"], last["layers"]) == (few, many) != (many, few)
+        and all(first[n] == last[n] for n in first if n not in ("layers", *times))
     ]
-    return {"results": lines, "all_layers": whole}
 
 
 def pairs(found: list[Entry]) -> list[Entry]:
@@ -193,7 +214,7 @@ def pairs(found: list[Entry]) -> list[Entry]:
     place = itemgetter("layers", *SETTING, "requests", "context")
     base = {place(e): e for e in found if e["variant"] == "base"}
     return [
-        {name: e[name] for name in ("layers", *SETTING, "variant", "k", "fixed")}
+        {name: e[name] for name in ("layers", *SETTING, "variant", "k", "draft_lm_head", "fixed")}
         | {"streams": e["requests"], "context": e["context"]}
         | {"step_ms_base": base[place(e)]["step_ms"]["median"]}
         | {"step_ms_mtp": e["step_ms"]["median"]}

@@ -63,6 +63,7 @@ more() { # the most valuable first
     timed 524k --profile 524k --variants base int4 --requests 1 3
     timed long --profile 128k --variants int4 --requests 1 8 --k 1 3 --context 1000 16000 64000
     timed mxfp4 --profile 128k --variants mxfp4 --requests 1 8
+    timed fp8-lm-head --profile 128k --variants int4 --draft-lm-head fp8 --requests 1 8
     timed 256k --profile 256k --variants base int4 --requests 1 4
     timed acti --profile 128k --variants base int4 --requests 1 --k 1 3 --all-reduce acti
 }

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from collections import ChainMap
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ from mtp_graft.dsv4.names import find_drafter, head_from_module, head_shapes
 from mtp_graft.dsv4.variants import decode_head
 from mtp_graft.recipe import QuantizeSection, ScoreSection
 from mtp_graft.serving.metrics import count_steps, drafting_result
-from mtp_graft.stages.inputs import EVALUATION
+from mtp_graft.stages.inputs import CALIBRATION, EVALUATION
 from mtp_graft.stages.score import draft_steps, score
-from synthetic_capture import random_sequences, write_capture
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -38,7 +36,7 @@ def load(name: str) -> Any:
 def entry(layers: int, variant: str, k: int, step_ms: float) -> dict[str, Any]:
     place = {"layers": layers, "variant": variant, "k": k, "requests": 1, "context": 1000}
     place |= {"fixed": False, "tensor_parallel_size": 1, "profile": None, "all_reduce": "vllm"}
-    return {**place, "step_ms": {"median": step_ms}}
+    return {**place, "draft_lm_head": None, "step_ms": {"median": step_ms}}
 
 
 def test_the_speed_up_to_expect_is_that_of_all_layers_and_their_own_base() -> None:
@@ -49,6 +47,11 @@ def test_the_speed_up_to_expect_is_that_of_all_layers_and_their_own_base() -> No
     assert steps == [(4.0, 5.0), (1.0, 2.0)]
     (line,) = summary["all_layers"]
     assert line["published"] == pytest.approx({"thinking": 2.49 * 0.8, "not thinking": 2.97 * 0.8})
+    # or by a line: base 1 + 0.5 a layer, with the head 2 + 0.6
+    kinds = ("base", 0), ("int4", 1)
+    found = [entry(n, v, k, 1 + k + (0.5 + k / 10) * n) for n in (17, 35) for v, k in kinds]
+    (line,) = load("step_time").summarize(found)["all_layers"]
+    assert (line["step_ms_base"], line["step_ms_mtp"]) == pytest.approx((22.5, 27.8))
 
 
 def test_only_steps_in_which_every_request_decodes_are_timed() -> None:
@@ -179,14 +182,16 @@ def test_fake_quantization_is_as_stored(stored_by: str, name: str, rule: str, ki
 
 def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dspark, fake_quant = map(importlib.import_module, ("dspark", "fake_quant"))
-    texts = random_sequences([12, 9], vocab=4000)
-    texts += [replace(text, split="evaluation") for text in texts]
-    texts = [replace(text, taps=text.residual[:, :3]) for text in texts]
-    write_capture(tmp_path / "capture", texts)
+    texts = [
+        FinishedText(n, f"{n}", split, (0, 7, 8), tuple(range(9, 18 + n)))
+        for n, split in enumerate((CALIBRATION, CALIBRATION, EVALUATION, EVALUATION))
+    ]
+    monkeypatch.setattr(dspark, "read_texts", lambda _: texts)
     out = tmp_path / "out"
-    words = f"dspark.py --capture {tmp_path / 'capture'} --out {out} --device cpu --steps 2"
+    words = f"dspark.py --texts {tmp_path} --out {out} --device cpu --steps 2"
     words += f" --anchors 8 --run-length 4 --look-every 2 --qat-part 0.6 --data {tmp_path}"
-    monkeypatch.setattr(dspark, "written", lambda *_: ())  # of the base: a GPU's work
+    monkeypatch.setattr(dspark, "new_texts", lambda *_: ())  # of the base: a GPU's work
+    monkeypatch.setattr(dspark, "Corpus", lambda *_: None)
     monkeypatch.setattr(sys, "argv", words.split())
     trainer = dspark.Trainer(dspark.parse_arguments())
     trainer.train()

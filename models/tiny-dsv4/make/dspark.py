@@ -1,13 +1,11 @@
 """Train a small DSpark drafter for the bundled base and write it in upstream's format.
 
-    python models/tiny-dsv4/make/dspark.py --capture CAPTURE --data DATA \\
-        --out models/tiny-dsv4/dspark
+    python models/tiny-dsv4/make/dspark.py --texts CAPTURE --data DATA --out models/tiny-dsv4/dspark
 
-CAPTURE has the taps of `--layers`. Its calibration texts are trained on, and those that the base
-writes first, since few texts are soon known by heart. Its evaluation texts are drafted greedily to
-judge by. The stages start as the MTP head's layer. The loss is that of the
-DSpark paper (arXiv 2607.05147); the targets follow from the captured residual, so no base runs.
-The last part of the steps is computed with weights as they will be stored.
+CAPTURE's calibration texts are trained on, and many that the base writes first: few are soon known
+by heart. Its evaluation texts are drafted greedily to judge by. The stages start as the MTP head's
+layer. The loss is that of the DSpark paper (arXiv 2607.05147); targets follow from the residual,
+which is computed once. The last part of the steps has weights as they will be stored.
 
 Shapes: N tokens of all texts together, A anchors, B rows of a block, S streams, L taps, D hidden
 size, V vocabulary.
@@ -16,7 +14,7 @@ size, V vocabulary.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -34,14 +32,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from train import Log, gradient_function, learning_rate, make_optimizer, update
 
-from mtp_graft.checkpoint.capture import read_recorded, read_sequences
+from mtp_graft.checkpoint.capture import FinishedText, read_texts
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
 from mtp_graft.dsv4.heal import OUTPUT, BaseOutput
 from mtp_graft.dsv4.names import HEAD_PREFIX, head_from_module, head_shapes
 from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.dsv4.variants import decode_head
-from mtp_graft.stages.parallel import single_thread
+from mtp_graft.stages.inputs import CALIBRATION, EVALUATION
 
 TINY = Path(__file__).parent.parent
 CE, TOTAL_VARIATION, CONFIDENCE = 0.1, 0.9, 1.0  # weights in the loss
@@ -52,11 +50,11 @@ BALANCE = 1e-3  # of the routers' biases, at first
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--capture", type=Path, required=True, help="with taps of --layers")
+    parser.add_argument("--texts", type=Path, required=True, help="a capture")
     parser.add_argument("--data", type=Path, required=True, help="as train.py takes it")
     parser.add_argument("--questions", type=int, default=60_000, help="that the base answers first")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3], help="of taps")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--block", type=int, default=5)
     parser.add_argument("--rank", type=int, default=32, help="of the Markov head")
@@ -86,41 +84,17 @@ class Texts:
     taps: Tensor  # [N, L, D]
 
 
-#: A text: its ids [T], the length of its prompt, its residual [T, S, D] and taps [T, L, D].
-Recorded = tuple[Tensor, int, Tensor, Tensor]
-
-
-@single_thread()  # or threads wait for each other at every small tensor
-def captured(capture: Path, split: str, settings: dict[str, Any]) -> list[Recorded]:
-    """Return the texts of one split."""
-    found: list[Recorded] = []
-    for sequence in read_sequences(capture):
-        if sequence.split == split:
-            own = read_recorded(capture, sequence, settings["hc_mult"])
-            assert own.taps is not None, f"{capture}: was captured without taps"
-            found.append((own.token_ids, sequence.prompt_tokens, own.residual, own.taps))
-    if not found:
-        raise SystemExit(f"{capture}: has no texts of split {split!r}")
-    return found
-
-
-def written(args: argparse.Namespace, streams: int) -> Iterator[Recorded]:
-    """Yield what the base writes, with what it computes there."""
-    base = load_base(TINY / "base", args.device)
-    texts = new_texts(base, Corpus(args.data, TINY / "base"), args.questions)
-    for some in batches(texts):
-        for text, (residual, taps, _) in zip(some, states(base, some, args.layers), strict=True):
-            wide = residual.unflatten(1, (streams, -1)), taps.unflatten(1, (len(args.layers), -1))
-            yield torch.tensor(text.token_ids), len(text.prompt), *wide
-
-
-def join(texts: Iterable[Recorded], device: torch.device) -> Texts:
-    """Put texts one after the other."""
+def computed(base: Any, texts: Iterable[FinishedText], layers: list[int]) -> Texts:
+    """Return texts with what the base computes on them."""
     parts: list[tuple[Tensor, ...]] = []
-    for ids, prompt, residual, taps in texts:
-        at = torch.arange(len(ids))
-        left = (len(ids) - 1 - at) * (at >= prompt)
-        parts.append(tuple(t.to(device) for t in (ids, at, left, left, residual, taps)))
+    for some in batches(texts):
+        for text, (residual, taps, _) in zip(some, states(base, some, layers), strict=True):
+            ids = torch.tensor(text.token_ids)
+            at = torch.arange(len(ids))
+            left = (len(ids) - 1 - at) * (at >= len(text.prompt))
+            streams = residual.unflatten(1, (base.config.hc_mult, -1))
+            own = ids, at, left, left, streams, taps.unflatten(1, (len(layers), -1))
+            parts.append(tuple(tensor.to(base.device) for tensor in own))
     joined = [torch.cat(part) for part in zip(*parts, strict=True)]
     joined[3] = joined[3].nonzero()[:, 0]
     return Texts(*joined)
@@ -206,14 +180,12 @@ class Trainer:
             "dspark_target_layer_ids": args.layers,
             "n_mtp_layers": args.stages,
         }
-        trained, judged = (
-            captured(args.capture, split, self.settings) for split in ("calibration", "evaluation")
-        )
-        own = written(args, self.settings["hc_mult"])
-        self.texts, self.held_out = (
-            join(chain(trained, own), self.device),
-            join(judged, self.device),
-        )
+        base = load_base(TINY / "base", args.device)
+        texts = read_texts(args.texts)
+        trained, judged = ([t for t in texts if t.split == s] for s in (CALIBRATION, EVALUATION))
+        more = new_texts(base, Corpus(args.data, TINY / "base"), args.questions)
+        self.texts = computed(base, chain(trained, more), args.layers)
+        self.held_out = computed(base, judged, args.layers)
         self.drafting = self.build(initial_tensors(self.settings, args.seed))
         for stage in self.drafting.drafter.stages:
             for module in (stage.self_attn, stage.mlp):
