@@ -6,8 +6,8 @@
 #
 # PART is captured, healed, choices, flash, served, soaked, healed_served, rtn_served,
 # dspark_trained, dspark_scored, drafters or asked, best in this order. OUT gets result files and
-# logs/; what they have is not measured again. `asked` times all servers, and wants nothing else to compute. KS are
-# the healed head's k.
+# logs/; what they have is not measured again. `asked` times all servers, and wants nothing else to
+# compute. KS are the healed head's k.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4

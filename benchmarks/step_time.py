@@ -172,8 +172,8 @@ def time_steps(
 
 def missing(job: Job, options: argparse.Namespace) -> list[Entry]:
     """Return each point that the result file does not have."""
-    what = {"layers": job.layers, "variant": job.variant, "fixed": len(job.ks) == 1}
-    what |= {name: getattr(options, name) for name in SETTING}
+    what = {"layers": job.layers, "variant": job.variant, "draft_lm_head": job.draft_lm_head}
+    what |= {"fixed": len(job.ks) == 1} | {name: getattr(options, name) for name in SETTING}
     points = [
         what | {"k": k, "requests": requests, "context": context}
         for context in options.context

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from collections import ChainMap
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,23 @@ def load(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def entry(layers: int, variant: str, k: int, step_ms: float) -> dict[str, Any]:
-    place = {"layers": layers, "variant": variant, "k": k, "requests": 1, "context": 1000}
-    place |= {"fixed": False, "tensor_parallel_size": 1, "profile": None, "all_reduce": "vllm"}
-    return {**place, "draft_lm_head": None, "step_ms": {"median": step_ms}}
+def entry(layers: int, k: int, step_ms: float) -> dict[str, Any]:
+    step_time = load("step_time")
+    asked = dict.fromkeys(step_time.SETTING) | {"requests": [1], "context": [1000]}
+    job = step_time.Job(layers, "int4" if k else "base", (k,) if k else ())
+    (point,) = step_time.missing(job, Namespace(out=Path("nowhere"), **asked))
+    return {**point, "step_ms": {"median": step_ms}}
 
 
 def test_the_speed_up_to_expect_is_that_of_all_layers_and_their_own_base() -> None:
-    found = [entry(43, "int4", 3, 5.0), entry(43, "base", 0, 4.0), entry(17, "base", 0, 1.0)]
-    found += [entry(17, "int4", 3, 2.0), entry(8, "int4", 3, 9.0)]  # the last has no base
-    summary = load("step_time").summarize(found)
+    found = [entry(43, 3, 5.0), entry(43, 0, 4.0), entry(17, 0, 1.0), entry(17, 3, 2.0)]
+    summary = load("step_time").summarize([*found, entry(8, 3, 9.0)])  # which has no base
     steps = [(line["step_ms_base"], line["step_ms_mtp"]) for line in summary["results"]]
     assert steps == [(4.0, 5.0), (1.0, 2.0)]
     (line,) = summary["all_layers"]
     assert line["published"] == pytest.approx({"thinking": 2.49 * 0.8, "not thinking": 2.97 * 0.8})
     # or by a line: base 1 + 0.5 a layer, with the head 2 + 0.6
-    kinds = ("base", 0), ("int4", 1)
-    found = [entry(n, v, k, 1 + k + (0.5 + k / 10) * n) for n in (17, 35) for v, k in kinds]
+    found = [entry(n, k, 1 + k + (0.5 + k / 10) * n) for n in (17, 35) for k in (0, 1)]
     (line,) = load("step_time").summarize(found)["all_layers"]
     assert (line["step_ms_base"], line["step_ms_mtp"]) == pytest.approx((22.5, 27.8))
 
