@@ -4,10 +4,10 @@
 #
 #     MTP_GRAFT_DATA=... benchmarks/heal_gpu.sh OUT SCRATCH [PART]...
 #
-# PART is captured, healed, choices, flash, served, soaked, healed_served, rtn_served,
-# dspark_trained, dspark_scored, drafters or asked, best in this order. OUT gets result files and
-# logs/; what they have is not measured again. `asked` times all servers, and wants nothing else to
-# compute. KS are the healed head's k.
+# PART is captured, healed, choices, flash, served, soaked, healed_served, rtn_served, heads,
+# dspark_trained, dspark_scored, drafters, asked or dspark_asked, best in this order. OUT gets
+# result files and logs/; what they have is not measured again. The last two time servers, and want
+# nothing else to compute. KS are the healed head's k, UPSTREAM_KS those of upstream's.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$2 tiny=models/tiny-dsv4
@@ -87,20 +87,18 @@ served() { # the base and upstream's head
     spliced unhealed $tiny/upstream gptq
     serve 8000 $tiny/base
     local k
-    for k in 3 5; do serve 800$k "$scratch/unhealed" --k $k "${METRICS[@]}"; done
+    for k in ${UPSTREAM_KS-3 5}; do serve "800$k" "$scratch/unhealed" --k "$k" "${METRICS[@]}"; done
 }
 
 healed_served() {
     spliced healed "$run/ablations/default/heal/upstream" gptq
     local k
     for k in ${KS:-1 2 3 4 5}; do serve "801$k" "$scratch/healed" --k "$k" "${METRICS[@]}"; done
-    ready 8000 8003 8005 8013 8015
 }
 
 rtn_served() {
     spliced rtn "$run/ablations/rtn/heal/upstream" rtn
     serve 8023 "$scratch/rtn" --k 3 "${METRICS[@]}"
-    ready 8023
 }
 
 soak() { # NAME PORT
@@ -118,18 +116,22 @@ soaked() { # five minutes, in the background
 asked() { # in turn, then several requests at a time
     local pid
     for pid in "${soaks[@]}"; do wait "$pid"; done
+    ready 8000 8003 8005 8013 8015
     decode healed_against_unhealed_k5 8015 8005
     decode unhealed_k5 8005 8000
     sweep sweep_base 8000
     sweep sweep_healed_k3 8013
-    decode dspark_against_healed_k5 8035 8015
-    decode dspark_k5 8035 8000
     decode healed_k5 8015 8000
     decode unhealed_k3 8003 8000
     decode healed_k3 8013 8000
-    decode dspark_k3 8033 8000
     sweep sweep_healed_k5 8015
     sweep sweep_unhealed_k3 8003
+}
+
+dspark_asked() {
+    decode dspark_against_healed_k5 8035 8015
+    decode dspark_k5 8035 8000
+    decode dspark_k3 8033 8000
     sweep sweep_dspark_k5 8035
 }
 
@@ -137,8 +139,16 @@ accepted() { # NAME RUN WORDS...: what servers accept, by `--served NAME URL`
     step "$1" python3 benchmarks/heal.py --run "$2" --out "$out/heal.json" --concurrency 4 "${@:3}"
 }
 
-drafters() { # DSpark's servers; what is accepted, not timed
-    local name k port each=() healed=()
+heads() {
+    local k each=()
+    for k in ${KS:-1 2 3 4 5}; do each+=(--served "healed k=$k" "$(url "801$k")"); done
+    ready 8003 8005 8013 8015 8023
+    accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" --served "unhealed k=5" "$(url 8005)" \
+        --served "rtn k=3" "$(url 8023)" "${each[@]}"
+}
+
+drafters() { # DSpark's servers beside the healed head's; what is accepted, not timed
+    local name k port each=()
     for name in mxfp4 gptq; do
         for k in 3 5; do
             port=80$([ $name = mxfp4 ] && echo 3 || echo 4)$k
@@ -146,10 +156,8 @@ drafters() { # DSpark's servers; what is accepted, not timed
             each+=(--served "dspark-$name k=$k" "$(url "$port")")
         done
     done
-    for k in ${KS:-1 2 3 4 5}; do healed+=(--served "healed k=$k" "$(url "801$k")"); done
-    accepted acceptance "$run" --served "unhealed k=3" "$(url 8003)" \
-        --served "unhealed k=5" "$(url 8005)" --served "rtn k=3" "$(url 8023)" "${healed[@]}"
-    ready 8033 8035 8043 8045
+    for k in 3 5; do each+=(--served "healed k=$k" "$(url "801$k")"); done
+    ready 8000 8013 8015 8033 8035 8043 8045
     accepted dspark_acceptance "$dspark" "${each[@]}"
 }
 
@@ -172,6 +180,6 @@ dspark_scored() {
 
 trap 'jobs -p | xargs -r kill; wait' EXIT
 shift 2
-for part in "${@:-captured healed choices flash served soaked healed_served rtn_served dspark_trained dspark_scored drafters asked}"; do
+for part in "${@:-captured healed choices flash served soaked healed_served rtn_served heads dspark_trained dspark_scored drafters asked dspark_asked}"; do
     for each in $part; do "$each"; done
 done

@@ -4,11 +4,11 @@
 
 CAPTURE's calibration texts are trained on, and many that the base writes first: few are soon known
 by heart. Its evaluation texts are drafted greedily to judge by. The stages start as the MTP head's
-layer. The loss is that of the DSpark paper (arXiv 2607.05147); targets follow from the residual,
-which is computed once. The last part of the steps has weights as they will be stored.
+layer. The loss is that of the DSpark paper (arXiv 2607.05147). What the base computes on the texts
+is computed once. The last part of the steps has weights as they will be stored.
 
-Shapes: N tokens of all texts together, A anchors, B rows of a block, S streams, L taps, D hidden
-size, V vocabulary.
+Shapes: N tokens of all texts together, A anchors, B rows of a block, L taps, D hidden size, V
+vocabulary.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from evaluate import autocast
 from export import write_upstream
 from fake_quant import head_format
 from forward import batches, load_base, new_texts, states
-from model import Weights, balance, compute_weights, count_load, drop, expert_load, initial_value
+from model import Weights, balance, compute_weights, count_load, expert_load, initial_value
 from torch import Tensor, nn
 from torch.func import functional_call
 from train import Log, gradient_function, learning_rate, make_optimizer, update
@@ -35,7 +35,6 @@ from train import Log, gradient_function, learning_rate, make_optimizer, update
 from mtp_graft.checkpoint.capture import FinishedText, read_texts
 from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark, block_tokens
-from mtp_graft.dsv4.heal import OUTPUT, BaseOutput
 from mtp_graft.dsv4.names import HEAD_PREFIX, head_from_module, head_shapes
 from mtp_graft.dsv4.replay import build_dspark, model_config
 from mtp_graft.dsv4.variants import decode_head
@@ -45,29 +44,21 @@ TINY = Path(__file__).parent.parent
 CE, TOTAL_VARIATION, CONFIDENCE = 0.1, 0.9, 1.0  # weights in the loss
 DECAY = 4.0  # row i of a block counts exp(-i / DECAY)
 NOISE = 4033  # <｜fim▁hole｜>, which is in no text
-BALANCE = 1e-3  # of the routers' biases, at first
+LAYERS, STAGES, BLOCK, RANK = [1, 2, 3], 2, 5, 32  # of taps; rows; of the Markov head
+LR, BALANCE, QAT_PART, RUN_LENGTH = 1e-3, 1e-3, 0.3, 32  # routers' biases; anchors in a row
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=Path, required=True, help="a capture")
     parser.add_argument("--data", type=Path, required=True, help="as train.py takes it")
-    parser.add_argument("--questions", type=int, default=60_000, help="that the base answers first")
+    parser.add_argument("--questions", type=int, default=100_000, help="the base answers first")
+    parser.add_argument("--writing-minutes", type=float, default=6.0, help="hard limit of that")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3], help="of taps")
-    parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--block", type=int, default=5)
-    parser.add_argument("--rank", type=int, default=32, help="of the Markov head")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--anchors", type=int, default=4096, help="a step")
-    parser.add_argument("--run-length", type=int, default=32, help="of anchors in a row")
-    parser.add_argument("--qat-part", type=float, default=0.3, help="share of --steps")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--look-every", type=int, default=500)
     parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens training")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 
@@ -80,32 +71,31 @@ class Texts:
     positions: Tensor  # int64 [N]
     left: Tensor  # int64 [N], tokens that follow in the same text, in an answer; else 0
     anchors: Tensor  # int64, the places where that is not 0
-    residual: Tensor  # [N, S, D]
+    hidden: Tensor  # [N, D], what the base's LM head reads
     taps: Tensor  # [N, L, D]
 
 
-def computed(base: Any, texts: Iterable[FinishedText], layers: list[int]) -> Texts:
+def computed(base: Any, texts: Iterable[FinishedText]) -> Texts:
     """Return texts with what the base computes on them."""
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[list[Tensor]] = [[] for _ in range(5)]
     for some in batches(texts):
-        for text, (residual, taps, _) in zip(some, states(base, some, layers), strict=True):
+        for text, found in zip(some, states(base, some, LAYERS), strict=True):
             ids = torch.tensor(text.token_ids)
             at = torch.arange(len(ids))
             left = (len(ids) - 1 - at) * (at >= len(text.prompt))
-            streams = residual.unflatten(1, (base.config.hc_mult, -1))
-            own = ids, at, left, left, streams, taps.unflatten(1, (len(layers), -1))
-            parts.append(tuple(tensor.to(base.device) for tensor in own))
-    joined = [torch.cat(part) for part in zip(*parts, strict=True)]
-    joined[3] = joined[3].nonzero()[:, 0]
-    return Texts(*joined)
+            taps = found["taps"].unflatten(1, (len(LAYERS), -1))
+            for part, own in zip(parts, (ids, at, left, found["hidden"], taps), strict=True):
+                part.append(own)
+    ids, at, left, hidden, taps = (torch.cat(parts.pop(0)).to(base.device) for _ in range(5))
+    return Texts(ids, at, left, left.nonzero()[:, 0], hidden, taps)
 
 
 class Drafting(nn.Module):
     """The drafter on captured texts, in one call, which is what functional_call substitutes in."""
 
-    def __init__(self, drafter: DSpark, base: BaseOutput, embed: Tensor, block: int) -> None:
+    def __init__(self, drafter: DSpark, embed: Tensor, lm_head: Tensor) -> None:
         super().__init__()
-        self.drafter, self.base, self.embed, self.block = drafter, base, embed, block
+        self.drafter, self.embed, self.lm_head = drafter, embed, lm_head
 
     def forward(
         self, texts: Texts, first: Tensor, length: int = 1, drafts: int | None = None
@@ -114,7 +104,7 @@ class Drafting(nn.Module):
 
         A run begins at each of the places `first`; its anchors share their context.
         """
-        rows = self.block if drafts is None else drafts
+        rows = BLOCK if drafts is None else drafts
         count = self.drafter.window + length
         at = torch.arange(count, device=first.device) - self.drafter.window
         places = (first[:, None] + at).clamp(0, len(texts.ids) - 1)  # [runs, W + length]
@@ -126,20 +116,19 @@ class Drafting(nn.Module):
         hidden = self.drafter(embeds, context, within, texts.positions[anchors])  # [A, B, D]
         if drafts is None:
             return self.loss(texts, anchors, hidden)
-        return self.drafter.draft(hidden, texts.ids[anchors], self.base.lm_head.to(self.embed))
+        return self.drafter.draft(hidden, texts.ids[anchors], self.lm_head)
 
     def loss(self, texts: Texts, anchors: Tensor, hidden: Tensor) -> dict[str, Tensor]:
         """Return the loss and its parts, of the rows whose token the text has."""
-        row = torch.arange(self.block, device=anchors.device)
+        row = torch.arange(BLOCK, device=anchors.device)
         weights = (row / -DECAY).exp() * (row < texts.left[anchors][:, None])  # [A, B]
         weights = weights / weights.sum()
         last = len(texts.ids) - 2
         known = (anchors[:, None] + row).clamp(max=last)  # what the row's draft follows
-        lm_head = self.base.lm_head.to(self.embed)
-        logits = self.drafter.logits(hidden, texts.ids[known], lm_head)
+        logits = self.drafter.logits(hidden, texts.ids[known], self.lm_head)
         draft = logits.float().log_softmax(-1)  # [A, B, V]
-        with torch.no_grad(), torch.autocast(draft.device.type, enabled=False):
-            target = self.base(texts.residual[known.flatten()]).view_as(draft)
+        target = F.linear(texts.hidden[known].to(self.lm_head), self.lm_head)
+        target = target.float().log_softmax(-1)
         distance = (draft.exp() - target.exp()).abs().sum(-1)  # [A, B]
         accepted = 1 - distance.detach() / 2
         ce = -draft.gather(-1, texts.ids[known + 1][..., None])[..., 0]
@@ -148,14 +137,13 @@ class Drafting(nn.Module):
         parts = {"ce": ce, "distance": distance, "bce": bce}
         means = {name: (weights * part).sum() for name, part in parts.items()}
         loss = CE * means["ce"] + TOTAL_VARIATION * means["distance"] + CONFIDENCE * means["bce"]
-        first = (weights[:, 0] * accepted[:, 0]).sum() / weights[:, 0].sum()
-        return {"loss": loss, **means, "first": first}
+        return {"loss": loss, **means}
 
 
-def initial_tensors(settings: dict[str, Any], seed: int) -> Weights:
+def initial_tensors(settings: dict[str, Any]) -> Weights:
     """Return `mtp.*` tensors: in each stage those that the MTP head has, else noise."""
     found = decode_head(load_tensors(TINY / "upstream"))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     tensors: Weights = {}
     for name, shape in head_shapes(settings).items():
         known = found.get(HEAD_PREFIX + name.split(".", 2)[2])
@@ -173,23 +161,23 @@ class Trainer:
         self.settings = json.loads((TINY / "base" / "config.json").read_text())
         del self.settings["quantization_config"]
         self.settings |= {
-            "compress_ratios": [*self.settings["compress_ratios"][:-1], *[0] * args.stages],
-            "dspark_block_size": args.block,
-            "dspark_markov_rank": args.rank,
+            "compress_ratios": [*self.settings["compress_ratios"][:-1], *[0] * STAGES],
+            "dspark_block_size": BLOCK,
+            "dspark_markov_rank": RANK,
             "dspark_noise_token_id": NOISE,
-            "dspark_target_layer_ids": args.layers,
-            "n_mtp_layers": args.stages,
+            "dspark_target_layer_ids": LAYERS,
+            "n_mtp_layers": STAGES,
         }
         base = load_base(TINY / "base", args.device)
+        if args.device == "cuda":  # as in the server; grouped_mm is slow otherwise
+            base.bfloat16()
         texts = read_texts(args.texts)
         trained, judged = ([t for t in texts if t.split == s] for s in (CALIBRATION, EVALUATION))
+        end = time.monotonic() + 60 * args.writing_minutes
         more = new_texts(base, Corpus(args.data, TINY / "base"), args.questions)
-        self.texts = computed(base, chain(trained, more), args.layers)
-        self.held_out = computed(base, judged, args.layers)
-        self.drafting = self.build(initial_tensors(self.settings, args.seed))
-        for stage in self.drafting.drafter.stages:
-            for module in (stage.self_attn, stage.mlp):
-                module.register_forward_hook(lambda m, _, out: drop(m, out, args.dropout))
+        self.texts = computed(base, chain(trained, takewhile(lambda _: time.monotonic() < end, more)))
+        self.held_out = computed(base, judged)
+        self.drafting = self.build(initial_tensors(self.settings))
         self.routers = [stage.mlp.gate for stage in self.drafting.drafter.stages]
         for router in self.routers:
             router.load = torch.zeros(router.num_experts, device=self.device)
@@ -200,13 +188,12 @@ class Trainer:
 
     def build(self, tensors: Weights) -> Drafting:
         """Return a drafter with these `mtp.*` tensors, and what it drafts with."""
+        # On a GPU streams and logits are of these types, as in the server.
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        read = load_tensors(TINY / "base", ["embed.weight", "head.weight"])
+        given = [read[name].to(self.device, dtype) for name in ("embed.weight", "head.weight")]
         config = model_config(self.settings)
-        read = load_tensors(TINY / "base", ["embed.weight", *OUTPUT])
-        given = {name: tensor.to(self.device) for name, tensor in read.items()}
-        embed = given["embed.weight"]  # on a GPU the streams are of its type, as in the server
-        embed = embed if embed.is_cuda else embed.float()
-        drafter = build_dspark(config, tensors, self.args.stages, device=str(self.device))
-        return Drafting(drafter, BaseOutput(config, given), embed, self.args.block)
+        return Drafting(build_dspark(config, tensors, STAGES, device=str(self.device)), *given)
 
     def run(self, drafting: Drafting, quantize: bool, *arguments: Any) -> Any:
         """Call it in BF16 on a GPU, in float32 on a CPU, perhaps with weights as stored."""
@@ -218,9 +205,9 @@ class Trainer:
     def train(self) -> None:
         """Train to the last step or to the time limit."""
         args, drafter = self.args, self.drafting.drafter.train()
-        optimizer = make_optimizer(drafter, args.weight_decay, self.device.type == "cuda")
-        generator = torch.Generator(self.device).manual_seed(args.seed)
-        size, device = (args.anchors // args.run_length,), self.device
+        optimizer = make_optimizer(drafter, 0.1, self.device.type == "cuda")
+        generator = torch.Generator(self.device).manual_seed(0)
+        size, device = (args.anchors // RUN_LENGTH,), self.device
         gradients, quantize = None, False
         began = time.monotonic()
         for step in range(args.steps):
@@ -230,12 +217,12 @@ class Trainer:
             count = len(self.texts.anchors)
             chosen = torch.randint(count, size, generator=generator, device=device)
             first = self.texts.anchors[chosen]
-            if gradients is None or quantize != (progress >= 1 - args.qat_part):
-                quantize = progress >= 1 - args.qat_part
+            if gradients is None or quantize != (progress >= 1 - QAT_PART):
+                quantize = progress >= 1 - QAT_PART
                 gradients = None  # frees the first graph's memory before the second is captured
                 gradients = self.gradients(quantize, first)
             metrics = gradients(first)
-            update(optimizer, learning_rate(args.lr, progress, warmup=0.04))
+            update(optimizer, learning_rate(LR, progress, warmup=0.04))
             if step % 50 == 0:
                 self.log.train(step, metrics, quantized=quantize, load=expert_load(self.routers))
             balance(self.routers, BALANCE * (1 - progress))
@@ -246,7 +233,7 @@ class Trainer:
         """Return what fills the gradients at runs from `first`; on a GPU a CUDA graph."""
 
         def loss(first: Tensor) -> dict[str, Tensor]:
-            return self.run(self.drafting, quantize, self.texts, first, self.args.run_length)
+            return self.run(self.drafting, quantize, self.texts, first, RUN_LENGTH)
 
         return gradient_function(loss, [*self.drafting.drafter.parameters()], example)
 
@@ -255,7 +242,7 @@ class Trainer:
         """Log the accepted length, the base's own token included, of k = 1, 2, ... drafts."""
         drafting.eval()
         lengths = {}
-        for k in range(1, self.args.block + 1):
+        for k in range(1, BLOCK + 1):
             made = [
                 self.run(drafting, quantize, self.held_out, anchors, 1, k)
                 for anchors in self.held_out.anchors.split(1024)
@@ -267,9 +254,9 @@ class Trainer:
     def save(self) -> None:
         """Write the drafter, and judge what was written."""
         state = {name: t.detach().cpu() for name, t in self.drafting.drafter.state_dict().items()}
-        stages, out = self.args.stages, self.args.out
-        shards = [f"model-{n + 2:05}-of-{stages + 1:05}.safetensors" for n in range(stages)]
-        write_upstream(head_from_module(state, stages), self.settings, out, *shards)
+        out = self.args.out
+        shards = [f"model-{n + 2:05}-of-{STAGES + 1:05}.safetensors" for n in range(STAGES)]
+        write_upstream(head_from_module(state, STAGES), self.settings, out, *shards)
         size = sum((out / shard).stat().st_size for shard in shards)
         self.log.write("saved", mebibytes=size / 2**20)
         self.look("exported", self.build(decode_head(load_tensors(out))), quantize=False)

@@ -22,6 +22,8 @@ from data import BOS, END_OF_THINKING, EOS, Corpus, repetition
 from model import positions_of
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4ForCausalLM
 
 from mtp_graft.checkpoint.capture import (
@@ -36,11 +38,13 @@ from mtp_graft.dsv4.names import split_experts
 from mtp_graft.dsv4.replay import model_config
 from mtp_graft.dsv4.variants import decode_head
 
-States = tuple[Tensor, ...]
+States = dict[str, Tensor]
 TINY = Path(__file__).parent.parent
-BATCH, WRITTEN = 256, 4096  # texts at once
+BATCH, WRITTEN = 256, 400_000  # texts at once; tokens of prompts answered at once
+SHARED_KEY = "shared_key"  # name of `shared_key_attention`
 REPEATED, VERSE = 600, 256  # sentences; tokens of a piece
-NEW_TOKENS, LENGTH_STEP = 96, 16  # prompts written to at once have one length: no padding
+NEW_TOKENS, LENGTH_STEP = 128, 16  # prompts written to at once have one length: no padding
+ROUND = 40_000  # questions of all lengths
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,7 +61,7 @@ def load_base(folder: Path, device: str) -> DeepseekV4ForCausalLM:
     config = model_config(json.loads((folder / "config.json").read_text()))
     with torch.device(device):
         base = DeepseekV4ForCausalLM._from_config(
-            config, dtype=torch.float32, attn_implementation="eager"
+            config, dtype=torch.float32, attn_implementation=SHARED_KEY
         ).eval()
     stored = load_tensors(folder)
     tables = {name: stored.pop(name) for name in list(stored) if name.endswith(".tid2eid")}
@@ -66,6 +70,21 @@ def load_base(folder: Path, device: str) -> DeepseekV4ForCausalLM:
         for native, part in split_experts(name, tensor).items():  # parts are views
             part.copy_(weights[native])
     return base
+
+
+def shared_key_attention(
+    module: Any, query: Tensor, key: Tensor, _: Tensor, mask: Tensor, scaling: float, **__: Any
+) -> tuple[Tensor, None]:
+    """Return what transformers' eager attention does, without a copy of the key for each head."""
+    scores = (query.flatten(1, 2) @ key[:, 0].mT * scaling).unflatten(1, query.shape[1:3]) + mask
+    sinks = module.sinks.to(scores).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    shares = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]  # [B, H, T, keys]
+    out = (shares.flatten(1, 2) @ key[:, 0]).view(query.shape)
+    return out.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(SHARED_KEY, shared_key_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(SHARED_KEY, eager_mask)
 
 
 def new_texts(base: Any, corpus: Corpus, questions: int) -> Iterator[FinishedText]:
@@ -88,17 +107,19 @@ def _answers(base: Any, corpus: Corpus, questions: int) -> Iterator[list[int]]:
     """Yield mixed questions, each with the base's greedy answer."""
     drawn = corpus.mixed_questions(random.Random(0))
     even = (prompt for prompt in drawn if len(prompt) % LENGTH_STEP == 0)
-    by_length = defaultdict[int, list[list[int]]](list)
-    for prompt in islice(even, questions):
-        by_length[len(prompt)].append(prompt)
     end = corpus.encode(EOS)[0]
-    options = {"max_new_tokens": NEW_TOKENS, "eos_token_id": end, "pad_token_id": end}
-    for length, prompts in by_length.items():
-        for some in torch.tensor(prompts, device=base.device).split(WRITTEN):
-            kept = torch.ones_like(some)
-            written = base.generate(some, attention_mask=kept, do_sample=False, **options)
-            for ids in written.tolist():
-                yield ids[: ids.index(end, length) + 1] if end in ids[length:] else ids
+    how = {"max_new_tokens": NEW_TOKENS, "eos_token_id": end, "pad_token_id": end}
+    while some := list(islice(even, min(ROUND, questions))):
+        questions -= len(some)
+        by_length = defaultdict[int, list[list[int]]](list)
+        for prompt in some:
+            by_length[len(prompt)].append(prompt)
+        for length, prompts in by_length.items():
+            for given in torch.tensor(prompts, device=base.device).split(WRITTEN // length):
+                kept = torch.ones_like(given)
+                written = base.generate(given, attention_mask=kept, do_sample=False, **how)
+                for ids in written.tolist():
+                    yield ids[: ids.index(end, length) + 1] if end in ids[length:] else ids
 
 
 def batches(texts: Iterable[FinishedText]) -> Iterator[list[FinishedText]]:
@@ -109,31 +130,32 @@ def batches(texts: Iterable[FinishedText]) -> Iterator[list[FinishedText]]:
 
 @torch.no_grad()
 def states(base: Any, texts: Sequence[FinishedText], layers: Sequence[int]) -> list[States]:
-    """Return the residual [T, S * D], the taps [T, L * D] and the best tokens [T] of each text."""
+    """Return each text's residual [T, S * D], taps [T, L * D], best tokens [T], LM head's input."""
     seen: dict[int, Tensor] = {}
     hooks = [
         base.model.layers[n].register_forward_hook(lambda _, __, x, n=n: seen.update({n: x}))
-        for n in layers
+        for n in {*layers, -1}
     ]
-    hooks.append(base.model.hc_head.register_forward_pre_hook(lambda _, x: seen.update({-1: x[0]})))
     ids = [torch.tensor(text.token_ids, device=base.device) for text in texts]
     padded = pad_sequence(ids, batch_first=True, padding_value=2)
-    output = base(input_ids=padded, position_ids=positions_of(padded), use_cache=False)
+    positions = positions_of(padded)
+    hidden = base.model(padded, position_ids=positions, use_cache=False).last_hidden_state
     for hook in hooks:
         hook.remove()
     taps = torch.stack([seen[n].mean(dim=2) for n in layers], dim=2).flatten(2)  # [B, T, L * D]
-    rows = seen[-1].flatten(2).bfloat16(), taps.bfloat16(), output.logits.argmax(-1).int()
+    rows = {"residual": seen[-1].flatten(2).bfloat16(), "taps": taps.bfloat16()}
+    rows |= {"targets": base.lm_head(hidden).argmax(-1).int(), "hidden": hidden.bfloat16()}
     return [
-        tuple(row[: len(own)].clone() for row in of_text)
-        for own, *of_text in zip(ids, *rows, strict=True)
+        {name: of_all[n, : len(own)].clone() for name, of_all in rows.items()}
+        for n, own in enumerate(ids)
     ]
 
 
 def record(base: Any, texts: list[FinishedText], layers: list[int], out: Path, name: str) -> None:
     """Write one recording of some texts, and their lines."""
-    found = zip(*states(base, texts, layers), strict=True)
+    found = states(base, texts, layers)
     names = ("residual", "taps", "targets")
-    tensors = {key: torch.cat(of_texts).cpu() for key, of_texts in zip(names, found, strict=True)}
+    tensors = {key: torch.cat([each[key] for each in found]).cpu() for key in names}
     ids = [torch.tensor(text.token_ids) for text in texts]
     starts = torch.tensor([0, *map(len, ids)]).cumsum(0)[:-1]
     tensors |= {"token_ids": torch.cat(ids).int(), "starts": starts.int()}
