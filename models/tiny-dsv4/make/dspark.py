@@ -175,16 +175,17 @@ class Trainer:
         trained, judged = ([t for t in texts if t.split == s] for s in (CALIBRATION, EVALUATION))
         end = time.monotonic() + 60 * args.writing_minutes
         more = new_texts(base, Corpus(args.data, TINY / "base"), args.questions)
-        self.texts = computed(base, chain(trained, takewhile(lambda _: time.monotonic() < end, more)))
+        kept = takewhile(lambda _: time.monotonic() < end, more)
+        self.texts = computed(base, chain(trained, kept))
         self.held_out = computed(base, judged)
         self.drafting = self.build(initial_tensors(self.settings))
         self.routers = [stage.mlp.gate for stage in self.drafting.drafter.stages]
         for router in self.routers:
             router.load = torch.zeros(router.num_experts, device=self.device)
             router.register_forward_hook(count_load)
-        arguments = {name: str(value) for name, value in vars(args).items()}
         counts = {"tokens": len(self.texts.ids), "anchors": len(self.texts.anchors)}
-        self.log.write("start", **counts, settings=arguments, torch=torch.__version__)
+        given = {name: str(value) for name, value in vars(args).items()}
+        self.log.write("start", **counts, settings=given, torch=torch.__version__)
 
     def build(self, tensors: Weights) -> Drafting:
         """Return a drafter with these `mtp.*` tensors, and what it drafts with."""
