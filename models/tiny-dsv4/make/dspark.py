@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--anchors", type=int, default=4096, help="a step")
     parser.add_argument("--look-every", type=int, default=500)
-    parser.add_argument("--minutes", type=float, default=6.0, help="hard limit; shortens training")
+    parser.add_argument("--minutes", type=float, default=10.0, help="hard limit; shortens training")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 
