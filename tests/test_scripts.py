@@ -187,12 +187,12 @@ def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.Mo
         FinishedText(n, f"{n}", split, (0, 7, 8), tuple(range(9, 18 + n)))
         for n, split in enumerate((CALIBRATION, CALIBRATION, EVALUATION, EVALUATION))
     ]
-    monkeypatch.setattr(dspark, "read_texts", lambda _: texts)
     out = tmp_path / "out"
     words = f"dspark.py --texts {tmp_path} --out {out} --device cpu --steps 2"
-    words += f" --anchors 8 --run-length 4 --look-every 2 --qat-part 0.6 --data {tmp_path}"
-    monkeypatch.setattr(dspark, "new_texts", lambda *_: ())  # of the base: a GPU's work
-    monkeypatch.setattr(dspark, "Corpus", lambda *_: None)
+    words += f" --anchors 8 --look-every 2 --data {tmp_path}"
+    fakes = {"read_texts": lambda _: texts, "Corpus": lambda *_: None, "new_texts": lambda *_: ()}
+    for name, value in {**fakes, "RUN_LENGTH": 4, "QAT_PART": 0.6}.items():
+        monkeypatch.setattr(dspark, name, value)
     monkeypatch.setattr(sys, "argv", words.split())
     trainer = dspark.Trainer(dspark.parse_arguments())
     trainer.train()
