@@ -105,8 +105,7 @@ class Drafting(nn.Module):
         A run begins at each of the places `first`; its anchors share their context.
         """
         rows = BLOCK if drafts is None else drafts
-        count = self.drafter.window + length
-        at = torch.arange(count, device=first.device) - self.drafter.window
+        at = torch.arange(-self.drafter.window, length, device=first.device)
         places = (first[:, None] + at).clamp(0, len(texts.ids) - 1)  # [runs, W + length]
         seen = places.flatten()
         context = self.drafter.context(texts.taps[seen].to(self.embed.dtype), texts.positions[seen])
