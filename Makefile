@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 export TORCH_INDEX
+# Compiled modules are kept: vLLM's, compiled anew, cost each of its processes 15 seconds of a core.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test setup setup-dev check lint types imports container format clean
 

@@ -35,6 +35,7 @@ def main():
     parser = argparse.ArgumentParser(description="Set up .venv for the CPU.")
     parser.add_argument("--dev", action="store_true", help="also install the test and lint tools")
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is compiled to be checked is kept
     try:
         set_up({"cpu", "dev", "evals"} if options.dev else {"cpu"})
     except SetupError as error:
