@@ -16,12 +16,11 @@ from mtp_graft.serving.command import ServeOptions, build_command
 from mtp_graft.serving.server import explain
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-#: Servers that are forks of one process, and their engines, too: importing vLLM takes ten seconds.
+#: Servers that are forks of one process: importing vLLM takes ten seconds.
 START = """
-import json, multiprocessing, os, runpy, sys
+import json, os, runpy, sys
 import vllm.entrypoints.openai.api_server as module
-import vllm.v1.engine.core, vllm.v1.engine.utils
-vllm.v1.engine.utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+import vllm.v1.engine.core
 for log, arguments in json.loads(sys.argv[1]):
     if not os.fork():
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 1), os.dup2(1, 2)

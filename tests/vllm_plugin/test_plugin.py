@@ -1,5 +1,6 @@
 """What `register` does to vLLM: two or three names, on two platforms, once or often."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ pytest.importorskip("vllm", reason="the registry is vLLM's: install an extra")
 
 import vllm.platforms
 from vllm import ModelRegistry
+from vllm.model_executor.models import registry
+from vllm.v1.engine import utils
 
 from mtp_graft import vllm_plugin
 
@@ -29,3 +32,16 @@ def test_models_are_replaced_by_ours(platform: str, monkeypatch: pytest.MonkeyPa
     names = NAMES | (DSPARK if platform == "cuda" else {})
     ours = {name: f"mtp_graft.vllm_plugin.{platform}:{cls}" for name, cls in names.items()}
     assert found == ({} if platform == "rocm" else ours)
+
+
+@pytest.mark.parametrize("has_workers", [False, True])
+def test_a_cpu_server_imports_vllm_once(has_workers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_run_in_subprocess", stock := registry._run_in_subprocess)
+    monkeypatch.setattr(utils, "get_mp_context", utils.get_mp_context)  # put back afterwards
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as servers have it
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(has_workers)))
+    monkeypatch.setattr(vllm.platforms.current_platform, "is_cpu", lambda: True)
+    vllm_plugin.register()
+    assert utils.get_mp_context().get_start_method() == ("spawn" if has_workers else "fork")
+    assert (registry._run_in_subprocess is stock) is has_workers
+    assert has_workers or registry._run_in_subprocess(os.getpid) == os.getpid()

@@ -5,14 +5,18 @@ DeepSeek-V4 classes in vLLM's model registry, by path: they are imported, and th
 when such a model is built. Other models never reach this package.
 """
 
+from mtp_graft.vllm_plugin import one_import
+
 
 def register() -> None:
     """Name our DeepSeek-V4 target and drafters in vLLM's registry; safe to call twice."""
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, envs
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         platform = "cpu"
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            one_import.import_once()
     elif current_platform.is_cuda():
         platform = "cuda"
     else:
