@@ -16,6 +16,7 @@ from typing import Any
 
 os.environ.setdefault("VLLM_PLUGINS", "mtp_graft")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # as servers have it
 # All engines and single ranks in this process: each of its own would import vLLM anew, ten seconds
 # of a core. The tests that start servers have the usual processes.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

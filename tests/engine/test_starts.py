@@ -18,13 +18,15 @@ from mtp_graft.serving.server import explain
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 #: Servers that are forks of one process: importing vLLM takes ten seconds.
 START = """
-import json, os, runpy, sys
+import atexit, gc, json, os, runpy, sys
 import vllm.entrypoints.openai.api_server as module
 import vllm.v1.engine.core
+gc.freeze()
 for log, arguments in json.loads(sys.argv[1]):
     if not os.fork():
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY), 1), os.dup2(1, 2)
         sys.argv = ["vllm", *arguments]
+        atexit.register(lambda: (sys.stdout.flush(), os._exit(1)))  # not three seconds later
         sys.exit(runpy.run_module(module.__name__, run_name="__main__"))
 for _ in json.loads(sys.argv[1]):
     os.wait()

@@ -95,7 +95,9 @@ def test_the_environment_is_kept(vllm: object, base: Path, monkeypatch: pytest.M
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     env = build_command(ServeOptions(base)).env
     assert env["VLLM_PLUGINS"] == "other,mtp_graft"
-    assert "OMP_NUM_THREADS" not in env
+    assert "OMP_NUM_THREADS" not in env and env["TORCH_COMPILE_DISABLE"] == "1"
+    compiled = build_command(ServeOptions(base, enforce_eager=False)).env
+    assert compiled.keys() == env.keys() - {"TORCH_COMPILE_DISABLE"}
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-2")  # only vLLM's worker binds its threads
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in build_command(ServeOptions(base)).env
 

@@ -34,14 +34,13 @@ def test_models_are_replaced_by_ours(platform: str, monkeypatch: pytest.MonkeyPa
     assert found == ({} if platform == "rocm" else ours)
 
 
-@pytest.mark.parametrize("has_workers", [False, True])
-def test_a_cpu_server_imports_vllm_once(has_workers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_run_in_subprocess", stock := registry._run_in_subprocess)
-    monkeypatch.setattr(utils, "get_mp_context", utils.get_mp_context)  # put back afterwards
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as servers have it
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(has_workers)))
+def test_a_cpu_server_imports_vllm_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((registry, "_run_in_subprocess"), (utils, "get_mp_context")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
     monkeypatch.setattr(vllm.platforms.current_platform, "is_cpu", lambda: True)
-    vllm_plugin.register()
-    assert utils.get_mp_context().get_start_method() == ("spawn" if has_workers else "fork")
-    assert (registry._run_in_subprocess is stock) is has_workers
-    assert has_workers or registry._run_in_subprocess(os.getpid) == os.getpid()
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as servers have it
+    for workers, method in (("1", "spawn"), ("0", "fork")):
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", workers)
+        vllm_plugin.register()
+        assert utils.get_mp_context().get_start_method() == method
+    assert registry._run_in_subprocess(os.getpid) == os.getpid()

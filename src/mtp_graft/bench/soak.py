@@ -112,6 +112,7 @@ def _hold(
     records: list[Record] = []
     random, numbers, lock, stop = Random(config.seed), count(), Lock(), Event()
     started, seconds = time.monotonic(), 60 * config.minutes
+    every_s = max(0.5, seconds / 120)
 
     def ask_on() -> None:
         while not stop.is_set():
@@ -130,7 +131,8 @@ def _hold(
     with ThreadPoolExecutor(config.concurrency) as executor:
         clients = [executor.submit(ask_on) for _ in range(config.concurrency)]
         try:
-            while wait(clients, max(0.5, seconds / 120)).not_done:
+            now = 0.0
+            while wait(clients, min(every_s, seconds - now) or every_s).not_done:
                 now = min(time.monotonic() - started, seconds)
                 if now == seconds:
                     stop.set()

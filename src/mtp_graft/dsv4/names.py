@@ -4,6 +4,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +36,7 @@ def from_transformers(name: str) -> str:
     return _renamed(name, "renames") if _RENAMED.search(name) else name  # most are DeepSeek's
 
 
+@cache  # of a checkpoint's names, which are asked for over and over
 def from_vllm(name: str) -> str:
     """Return DeepSeek's name for a tensor that vLLM reads by its own name as well."""
     return _renamed(name, "from_vllm")

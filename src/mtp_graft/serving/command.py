@@ -191,11 +191,10 @@ def build_command(options: ServeOptions, vllm: InstalledVllm | None = None) -> S
     check_readable(config, options.checkpoint / "config.json", vllm.version.release)
     # Without a size, vLLM on a CPU reserves 92 % of the machine's memory.
     kv_cache_gib = options.kv_cache_gib or (1.0 if on_cpu else None)
-    always, _ = split(ALWAYS)
     flags: dict[str, object] = {
         "--host": options.host,
         "--port": port,
-        **always,
+        **split(ALWAYS)[0],
         "--kv-cache-dtype": options.kv_cache_dtype,
         "--tensor-parallel-size": options.num_ranks,
         "--max-model-len": options.max_model_len,
@@ -306,7 +305,7 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
         START_LIMIT: str(start_limit_s(options.checkpoint)),
         "VLLM_PLUGINS": ",".join(dict.fromkeys([*others, PLUGIN_NAME])),
         **split(ALWAYS)[1],
-        **(_cpu_environment(options.num_ranks) if on_cpu else {}),
+        **(_cpu_environment(options) if on_cpu else {}),
         **options.environment,
     }
     if options.record is not None:
@@ -316,24 +315,25 @@ def _environment(options: ServeOptions, on_cpu: bool) -> dict[str, str]:
     return env | ({} if options.api_key is None else {"VLLM_API_KEY": options.api_key})
 
 
-def _cpu_environment(num_ranks: int) -> dict[str, str]:
+def _cpu_environment(options: ServeOptions) -> dict[str, str]:
     """Return variables for vLLM on this machine's CPU, without those that are set already.
 
     One rank computes in the engine's process: with a worker, two would wait for each other in
     loops that keep a core busy. vLLM counts threads for workers only. To several ranks it gives a
     NUMA node each, and fails where there are fewer.
     """
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus, num_ranks = sorted(os.sched_getaffinity(0)), options.num_ranks
     if (share := len(cpus) // num_ranks) == 0:
         raise GraftError(f"--tensor-parallel-size {num_ranks} on {len(cpus)} CPUs: expected 1 each")
+    wanted = {"TORCH_COMPILE_DISABLE": "1"} if options.enforce_eager is not False else {}
+    if num_ranks == 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:  # only for workers
+        wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        wanted["OMP_NUM_THREADS"] = str(max(1, len(cpus) // 2))
+    found = {name: value for name, value in wanted.items() if name not in os.environ}
     if num_ranks > 1:
         ranks = [cpus[rank * share : (rank + 1) * share] for rank in range(num_ranks)]
-        return {"VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, r)) for r in ranks)}
-    if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:  # which only workers follow
-        return {}
-    threads = str(max(1, len(cpus) // 2))
-    wanted = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads}
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+        found["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, r)) for r in ranks)
+    return found
 
 
 def start_limit_s(checkpoint: Path) -> int:

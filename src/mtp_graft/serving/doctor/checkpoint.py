@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Set
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -140,6 +141,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, index, shards, unreadable)
 
 
+@cache
 def canonical_name(name: str, num_layers: int) -> str:
     """Return the name that DeepSeek, vLLM and this project read for a tensor called `name`."""
     name = dsv4.from_transformers(name)
