@@ -1,8 +1,8 @@
 """What stock vLLM lacks to serve a W4A16-FP8 DeepSeek-V4 with its MTP head, by kind of gap.
 
-vLLM calls `register` in each of its processes. All it does is name our variants of the
-DeepSeek-V4 classes in vLLM's model registry, by path: they are imported, and the gaps filled,
-when such a model is built. Other models never reach this package.
+vLLM calls `register` in each of its processes. It names our variants of the DeepSeek-V4 classes in
+vLLM's model registry, by path: they are imported, and the gaps filled, when such a model is built.
+Other models never reach this package, but for `one_import` on a CPU.
 """
 
 from mtp_graft.vllm_plugin import one_import
