@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -56,8 +57,7 @@ def test_entry_points_import_neither_vllm_nor_torch(module: str) -> None:
 
 def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    built = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
+    subprocess.run(command, cwd=repo_root, check=True)
     [wheel] = tmp_path.glob("*.whl")
     source = repo_root / "src"
     files = [f for f in source.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
@@ -66,23 +66,26 @@ def test_wheel_has_what_is_not_code(repo_root: Path, tmp_path: Path) -> None:
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_setup_refuses_old_pythons(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_venv, "OLDEST", (3, 99))
-    monkeypatch.setattr(setup_venv, "FIRST_UNSUPPORTED", (3, 101))
+def test_setup_refuses_old_pythons(setup_venv: ModuleType) -> None:
+    vars(setup_venv).update(OLDEST=(3, 99), FIRST_UNSUPPORTED=(3, 101))
     with pytest.raises(setup_venv.SetupError, match=r"needs one of 3\.99, 3\.100: install one"):
         setup_venv.check_python()
 
 
-def test_failed_setup_is_not_done(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_setup_is_not_done(setup_venv: ModuleType) -> None:
     stamp = Path("stamp.json")
     stamp.write_text('{"key": "of an older pyproject", "extras": ["cpu", "dev"]}')
-
-    def fail() -> None:
-        raise setup_venv.SetupError("no torch")
-
-    monkeypatch.setattr(setup_venv, "STAMP", stamp)
-    monkeypatch.setattr(setup_venv, "VENV_PYTHON", Path(sys.executable))
-    monkeypatch.setattr(setup_venv, "install_torch", fail)
+    failing = Mock(side_effect=setup_venv.SetupError("no torch"))
+    vars(setup_venv).update(STAMP=stamp, VENV_PYTHON=Path(sys.executable), install=failing)
     with pytest.raises(setup_venv.SetupError, match="no torch"):
         setup_venv.set_up({"cpu"})
     assert not stamp.exists()
+
+
+def test_uv_looks_where_pip_does(setup_venv: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    vars(setup_venv).update(VENV_PYTHON=sys.executable)
+    pips = {"PIP_FIND_LINKS": "/a /b", "PIP_EXTRA_INDEX_URL": "https://pips"}
+    for name, value in {**pips, "UV_INDEX": "https://own"}.items():
+        monkeypatch.setenv(name, value)
+    found = setup_venv.uv_settings()
+    assert [found["UV_FIND_LINKS"], found["UV_INDEX"]] == ["/a,/b", "https://own"]

