@@ -3,8 +3,8 @@
 Usage: python3 tools/setup_venv.py [--dev]
 
 Needs only the standard library, and is written so that an old Python can still run it far enough
-to say that it is too old. A second run with nothing changed returns at once. uv installs, in a
-fifth of the time of pip. What `pip install -e .[cpu]` cannot do alone is in docs/install.md.
+to say that it is too old. A second run with nothing changed returns at once. uv installs. What
+`pip install -e .[cpu]` cannot do alone is in docs/install.md.
 """
 
 import argparse
@@ -147,9 +147,12 @@ def uv_settings():
 
 
 def offered(torch, settings):
-    """Say whether this version of torch is found without naming a source."""
+    """Say whether this version of torch is found without naming a source; raise if nobody knows."""
     command = [*map(str, UV), "install", "--dry-run", "--no-deps", f"torch=={torch}"]
-    return subprocess.run(command, env=settings, capture_output=True, check=False).returncode == 0
+    tried = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    if tried.returncode not in (0, 1):  # uv's status 1: no such version
+        raise SetupError(f"uv could not look for torch {torch}:\n{tried.stderr.strip()}")
+    return tried.returncode == 0
 
 
 def check_imports():
