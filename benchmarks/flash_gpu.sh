@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Flash's width on one GPU, random weights: a whole run on a base of eight stored layers with
-# capture and decode over HTTP, steps after long contexts, and DSpark beside the head.
+# capture and decode over HTTP; steps of 35 layers with MTP, DSpark and without; DSpark quantized.
 #
 #     benchmarks/flash_gpu.sh OUT SCRATCH [PART]...
 #
-# PART is made, ran, served, benched, context, dspark, quantized or fixed, best in this order;
+# PART is made, ran, served, benched; quantized; based, dspark, headed, dspark3, lm_head or int4.
 # `removed` makes room in between. OUT gets result files and logs/; what they have is not
-# measured again. In SCRATCH the parts up to `benched` need 50 GB, `context` 27, with `dspark` 48,
-# `quantized` 32. LAYERS are those of the steps. WIDTH=tiny is for a CPU, which has no DSpark.
+# measured again. In SCRATCH the parts up to `benched` need 50 GB, `quantized` 40, those after it
+# 58. LAYERS are those of the steps. WIDTH=tiny is for a CPU, which has no DSpark.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$(realpath -m "$2") width=${WIDTH:-flash}
@@ -20,7 +20,7 @@ url() { echo "http://127.0.0.1:$1"; }
 
 # calibration and evaluation texts, tokens that they get, requests at once; cache; contexts
 if [ "$width" = flash ]; then
-    whole=8 deep=17 texts=256 judged=64 new=192 many=64 cache=8 contexts=(1000 16000 64000)
+    whole=8 deep=35 texts=256 judged=64 new=192 many=64 cache=8 contexts=(1000 16000 64000)
     small=() kept=120000
 else
     whole=6 deep=7 texts=12 judged=4 new=16 many=8 cache=0.5 contexts=(64 256)
@@ -150,26 +150,28 @@ benched() { # the run's own last stages; of random drafts hardly one is accepted
     stage report
 }
 
-width() { # VARIANT
-    write flash_width "$scratch/steps" --width "$width" --layers "${layers[@]}" --variants "$1" >>"$out/logs/width.log" 2>&1
+width() { # VARIANT...
+    write flash_width "$scratch/steps" --width "$width" --layers "${layers[@]}" --variants "$@" >>"$out/logs/width.log" 2>&1
 }
 
 timed() { # OPTIONS...: all into one result
     python3 benchmarks/step_time.py --folder "$scratch/steps" --out "$out/step_time.json" --layers "${layers[@]}" \
-        --requests 1 8 --context "${contexts[@]}" --kv-cache-gib 16 "$@" >>"$out/logs/steps.log" 2>&1
+        --batched-tokens 4096 "$@" >>"$out/logs/steps.log" 2>&1
 }
 
-context() { # the base, then the head
-    width mxfp4 && timed --variants base mxfp4 --k 3 5
+based() { width && timed --variants base --context "${contexts[@]}"; }
+
+dspark() { # an engine for each k, as a server has it
+    width dspark && timed --variants dspark --k "${1:-5}" --fixed --context "${contexts[0]}" "${contexts[-1]}"
 }
 
-alone() { # VARIANT: an engine for each k, as a server has it
-    width "$1" && timed --variants "$1" --k 3 5 --fixed --context "${contexts[0]}" "${contexts[-1]}"
-}
+dspark3() { dspark 3; }
 
-dspark() { alone dspark; }
+headed() { width mxfp4 && timed --variants mxfp4 --context "${contexts[@]}"; }
 
-fixed() { alone mxfp4; }
+lm_head() { width mxfp4 && timed --variants mxfp4 --draft-lm-head fp8; }
+
+int4() { width int4 && timed --variants int4; }
 
 quantized() { # a drafter's 2,304 matrices
     [ -e "$scratch/quantize/upstream/config.json" ] || step input write synthetic_flash \
@@ -183,6 +185,6 @@ removed() { rm -rf "$run" "$scratch"/{flash,steps,quantize,recording}; }
 stop() { jobs -p | xargs -r kill; wait; }
 trap stop EXIT
 shift 2
-for part in "${@:-made ran served benched removed context dspark removed quantized}"; do
+for part in "${@:-made ran served benched removed quantized removed based dspark headed dspark3 lm_head int4}"; do
     for each in $part; do "$each"; done
 done

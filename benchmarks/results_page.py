@@ -83,7 +83,7 @@ def draw_speed(path: Path) -> None:
     tiny.set_xticks(range(len(counts)), [f"{n} request{'s' * (n > 1)}" for n in counts])
     tiny.set_ylabel("tokens per second, all requests")
     tiny.set_title("Tiny model, real drafts, one H200, HTTP", fontsize=10)
-    lines = result("step_time_two_h200")["all_layers"]
+    lines = result("step_time_two_h200")["results"]
     for k in (1, 2, 3):
         of_k = sorted((e for e in lines if e["k"] == k), key=lambda e: e["streams"])
         published = [sorted(e["published"].values()) for e in of_k]

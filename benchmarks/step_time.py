@@ -1,19 +1,19 @@
 """Time decode steps with and without the head at Flash's width, and say what speed-up to expect.
 
-    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 17 35
+    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 35
     python benchmarks/step_time.py --folder FOLDER --out result.json --layers 43 \\
         --tensor-parallel-size 2 --profile 128k
 
 FOLDER is `flash_width.py`'s. One engine for each number of layers, head and draft LM head; on it
 one decode for each k, number of requests and tokens before: `ChosenK` tells the engine how many to
-draft. Loads of more than 2^17 tokens are left out. With `--fixed` each k has an engine of its own.
-A point that the result has is not measured again. Several of these programs, each with its own
-jobs, GPUs and cores, may share one result. Weights are random, so on a GPU vLLM accepts drafts at a
-given rate (`synthetic`); text is sampled, because greedy text of random weights repeats one token.
-Time to the first token is the median of seven prompts of the shortest context, each alone.
+draft. With `--fixed` each k has an engine of its own, as DSpark's has to. Loads of more than 2^16
+tokens are left out, and so is a point that the result has. Several of these programs, each with its
+own jobs, GPUs and cores, may share one result. Weights are random, so on a GPU vLLM accepts drafts
+at a given rate (`synthetic`); text is sampled, because greedy text of random weights repeats one
+token. Time to the first token is the median of seven prompts of the shortest context, each alone.
 
-The speed-up to expect of 43 layers is tokens per step x base step time / MTP step time. Steps of 43
-layers are measured, or on a line through two other numbers.
+The speed-up to expect is tokens per step x base step time / step time with drafts. A drafter costs
+the same behind 35 layers as behind all 43, so fewer layers give too low a speed-up.
 """
 
 import argparse
@@ -37,8 +37,9 @@ from mtp_graft.stages.parallel import gpus, run_in_process
 
 ALL_LAYERS = 43
 STEPS, RATE = 128, 0.7  # of a decode; of synthetic acceptance, on a GPU
-#: Tokens a step by k of V4-Pro's own head: InferenceX, coding at temperature 1.
-PUBLISHED = {"thinking": {1: 1.79, 2: 2.27, 3: 2.49}, "not thinking": {1: 1.92, 2: 2.61, 3: 2.97}}
+#: Tokens a step by k of V4-Pro's own drafters: InferenceX, coding at temperature 1.
+MTP = {"thinking": {1: 1.79, 2: 2.27, 3: 2.49}, "not thinking": {1: 1.92, 2: 2.61, 3: 2.97}}
+DSPARK = {"thinking": {3: 3.08, 5: 3.74}, "not thinking": {3: 3.47, 5: 4.52}}
 NOTE = (
     "Random weights of Flash's width, offline engine, no HTTP, temperature 1. step_ms is the time "
     "between two outputs of the engine while all requests decode."
@@ -52,7 +53,7 @@ class Job:
     """One engine; `ks` are what it drafts in turn, empty without a head."""
 
     layers: int
-    variant: str  # base, int4 or mxfp4
+    variant: str  # base, int4, mxfp4 or dspark
     ks: tuple[int, ...] = ()
     draft_lm_head: str | None = None  # vLLM's draft_lm_head_quantization
 
@@ -71,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", choices=PROFILES, help="its length and number of requests")
     parser.add_argument("--all-reduce", choices=["vllm", "acti"], default="vllm")
     parser.add_argument("--kv-cache-gib", type=float, default=4, help="leaves room to warm up")
+    parser.add_argument("--batched-tokens", type=int, default=8192, help="of a step, at most")
     options = parser.parse_args()
     if options.profile:
         most = PROFILES[options.profile].max_num_seqs
@@ -137,6 +139,7 @@ def engine_options(job: Job, options: argparse.Namespace) -> EngineOptions:
         most,
         max_model_len=length,
         max_num_seqs=max(len(job.ks), *options.requests),
+        max_num_batched_tokens=options.batched_tokens,
         gpu_memory_utilization=0.92,
         kv_cache_bytes=int(options.kv_cache_gib * 2**30),
         tensor_parallel_size=options.tensor_parallel_size,
@@ -179,34 +182,15 @@ def missing(job: Job, options: argparse.Namespace) -> list[Entry]:
         for context in options.context
         for k in job.ks or (0,)
         for requests in options.requests
-        if requests * context <= 2**17
+        if requests * context <= 2**16
     ]
     found = measurements(options.out)
     return [p for p in points if not any(p.items() <= entry.items() for entry in found)]
 
 
-def summarize(found: list[Entry]) -> dict[str, Any]:
-    """Return lines of step times; those of all layers say what speed-up to expect, too."""
-    lines = pairs(found)
-    whole = [line for line in lines if line["layers"] == ALL_LAYERS] or carried_on(lines)
-    return {
-        "results": lines,
-        "all_layers": [line | {"published": speed_ups(line)} for line in whole],
-    }
-
-
-def carried_on(lines: list[Entry]) -> list[Entry]:
-    """Return what all layers take, by a line through the fewest and the most."""
-    few, many = (choose((line["layers"] for line in lines), default=0) for choose in (min, max))
-    reach = (ALL_LAYERS - many) / max(many - few, 1)
-    times = "step_ms_base", "step_ms_mtp"
-    return [
-        last | {"layers": ALL_LAYERS} | {t: last[t] + reach * (last[t] - first[t]) for t in times}
-        for first in lines
-        for last in lines
-        if (first["layers"], last["layers"]) == (few, many) != (many, few)
-        and all(first[n] == last[n] for n in first if n not in ("layers", *times))
-    ]
+def summarize(found: list[Entry]) -> dict[str, list[Entry]]:
+    """Return a line for each step with drafts, and what speed-up to expect of it."""
+    return {"results": [line | {"published": speed_ups(line)} for line in pairs(found)]}
 
 
 def pairs(found: list[Entry]) -> list[Entry]:
@@ -226,7 +210,8 @@ def pairs(found: list[Entry]) -> list[Entry]:
 def speed_ups(line: Entry) -> dict[str, float]:
     """Return the speed-up to expect at each of the published tokens a step."""
     ratio, k = line["step_ms_base"] / line["step_ms_mtp"], line["k"]
-    return {name: tokens[k] * ratio for name, tokens in PUBLISHED.items() if k in tokens}
+    published = DSPARK if line["variant"] == "dspark" else MTP
+    return {name: tokens[k] * ratio for name, tokens in published.items() if k in tokens}
 
 
 def main() -> None:

@@ -42,17 +42,14 @@ def entry(layers: int, k: int, step_ms: float) -> dict[str, Any]:
     return {**point, "step_ms": {"median": step_ms}}
 
 
-def test_the_speed_up_to_expect_is_that_of_all_layers_and_their_own_base() -> None:
-    found = [entry(43, 3, 5.0), entry(43, 0, 4.0), entry(17, 0, 1.0), entry(17, 3, 2.0)]
-    summary = load("step_time").summarize([*found, entry(8, 3, 9.0)])  # which has no base
-    steps = [(line["step_ms_base"], line["step_ms_mtp"]) for line in summary["results"]]
-    assert steps == [(4.0, 5.0), (1.0, 2.0)]
-    (line,) = summary["all_layers"]
-    assert line["published"] == pytest.approx({"thinking": 2.49 * 0.8, "not thinking": 2.97 * 0.8})
-    # or by a line: base 1 + 0.5 a layer, with the head 2 + 0.6
-    found = [entry(n, k, 1 + k + (0.5 + k / 10) * n) for n in (17, 35) for k in (0, 1)]
-    (line,) = load("step_time").summarize(found)["all_layers"]
-    assert (line["step_ms_base"], line["step_ms_mtp"]) == pytest.approx((22.5, 27.8))
+def test_the_speed_up_to_expect_is_by_their_own_base() -> None:
+    found = [entry(43, 3, 5.0), entry(43, 0, 4.0), entry(17, 0, 1.0), entry(17, 5, 2.0)]
+    whole, part = load("step_time").summarize([*found, entry(8, 3, 9.0)])["results"]
+    assert (whole["step_ms_base"], whole["step_ms_mtp"]) == (4.0, 5.0)
+    assert whole["published"] == pytest.approx({"thinking": 2.49 * 0.8, "not thinking": 2.97 * 0.8})
+    assert (part["step_ms_base"], part["published"]) == (1.0, {})  # none for k = 5
+    speed_ups = load("step_time").speed_ups(part | {"variant": "dspark"})
+    assert speed_ups == pytest.approx({"thinking": 3.74 / 2, "not thinking": 4.52 / 2})
 
 
 def test_only_steps_in_which_every_request_decodes_are_timed() -> None:
