@@ -4,34 +4,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from mtp_graft.stages.splice import splice
-
 MAX_MARGIN = 0.5  # nats; above it a different token is no rounding matter
 
 Batches = dict[str, Any]  # by name; prompts, and what came of them
 RunEngine = Callable[..., Batches]
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """The bundled base, and the same with its head in BF16."""
-
-    base: Path
-    spliced: Path
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    spliced = tmp_path_factory.mktemp("checkpoint") / "tiny-bf16"
-    splice(tiny_model / "base", tiny_model / "upstream", spliced, "bf16")
-    return Checkpoints(tiny_model / "base", spliced)
 
 
 @pytest.fixture(scope="session")

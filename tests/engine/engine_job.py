@@ -33,7 +33,7 @@ def start(job: dict[str, Any]) -> Any:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, job["cores"]))
     speculation = {"method": "mtp", "num_speculative_tokens": job["k"]} if job["k"] else None
     options = {"kv_cache_dtype": "fp8", "kv_cache_memory_bytes": 2**29, "block_size": 256}
-    options |= {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 4}
+    options |= {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 8}
     options |= {"max_logprobs": 3, "enforce_eager": True, "enable_prefix_caching": False}
     options |= {"skip_tokenizer_init": True, "disable_log_stats": False}
     options |= {"tensor_parallel_size": tensor_parallel_size, "speculative_config": speculation}

@@ -17,7 +17,6 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletion
 
-from engine.conftest import Checkpoints
 from mtp_graft.bench.decode import STREAM, read_answer
 from mtp_graft.bench.soak import SoakConfig, make_pool, margin, soak
 from mtp_graft.serving.client import ServerClient
@@ -46,11 +45,11 @@ def running() -> Iterator[ExitStack]:
 
 @pytest.fixture(scope="module")
 def server(
-    running: ExitStack, checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
+    running: ExitStack, spliced: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> ServerClient:
     named: dict[str, Any] = {"served_model_names": (NAME,), "api_key": API_KEY, "port": 0}
     limits = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4, "num_speculative_tokens": 3}
-    options = ServeOptions(checkpoints.spliced, **named, **limits)
+    options = ServeOptions(spliced["bf16"], **named, **limits)
     log = tmp_path_factory.mktemp("endpoint") / "vllm.log"
     return running.enter_context(managed_server(options, log))
 
@@ -229,7 +228,7 @@ def test_every_benchmark_completes(mtp_graft: Any, server: ServerClient, shared_
 
 
 def test_a_sound_server_soaks_well(server: ServerClient, measured: dict[str, Any]) -> None:
-    config = SoakConfig(minutes=0.1, concurrency=4, pool=8)
+    config = SoakConfig(minutes=0.02, concurrency=4, pool=8)
     result = soak(server, server, config, lambda *_: None)
     measured |= {key: result[key] for key in ("requests", "equal", "sound", "acceptance")}
     assert result["corrupted"] == result["failures"] == []

@@ -7,12 +7,13 @@ compared. With a seed they must not depend on other requests either.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from statistics import mean, pvariance
 from typing import Any
 
 import pytest
 
-from engine.conftest import MAX_MARGIN, Batches, Checkpoints, RunEngine
+from engine.conftest import MAX_MARGIN, Batches, RunEngine
 from workers import CORES
 
 pytestmark = [pytest.mark.vllm, pytest.mark.serves, pytest.mark.slow]
@@ -58,8 +59,8 @@ def batches(prompts_of: Callable[..., list[int]]) -> Batches:
 
 
 @pytest.fixture(scope="module")
-def speculative(run_engine: Any, checkpoints: Checkpoints, batches: Batches) -> dict[int, Batches]:
-    return {k: run_engine(checkpoints.spliced, batches, k) for k in (1, 2)}
+def speculative(run_engine: Any, spliced: Any, batches: Batches) -> dict[int, Batches]:
+    return {k: run_engine(spliced["bf16"], batches, k) for k in (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,9 @@ def scored(batches: Batches, speculative: dict[int, Batches], prompts_of: Any) -
 
 
 @pytest.fixture(scope="module")
-def base(run_engine: Any, checkpoints: Checkpoints, batches: Batches, scored: Batches) -> Batches:
-    """The same batches without the head; then what is scored."""
-    return run_engine(checkpoints.base, batches | scored)
+def base(run_engine: Any, tiny_base: Path, batches: Batches, scored: Batches) -> Batches:
+    """The same batches without the head, but for the sampled ones alone; then what is scored."""
+    return run_engine(tiny_base, {n: batches[n] for n in batches if n != "sampled"} | scored)
 
 
 def tokens_of(batch: Any) -> list[list[int]]:
@@ -124,8 +125,8 @@ def test_a_seed_gives_the_same_beside_others(k: int, speculative: dict[int, Batc
     assert tokens_of(speculative[k]["sampled beside decided"])[::2] == alone
 
 
-def sampled_logprobs(run: Batches) -> list[float]:
-    return [step["own"] for result in run["sampled"]["results"] for step in result["steps"]]
+def sampled_logprobs(results: list[Any]) -> list[float]:
+    return [step["own"] for result in results for step in result["steps"]]
 
 
 @both_k
@@ -134,7 +135,8 @@ def test_as_probable(k: int, base: Batches, speculative: dict[int, Batches], mea
 
     As a prompt, tokens are computed in another order of sums.
     """
-    expected, found = sampled_logprobs(base), sampled_logprobs(speculative[k])
+    expected = sampled_logprobs(base["sampled beside decided"]["results"][::2])
+    found = sampled_logprobs(speculative[k]["sampled"]["results"])
     bound = 5 * math.sqrt(2 * pvariance(expected) / len(expected))
     assert abs(mean(found) - mean(expected)) < bound < 1
     results = base[f"k = {k}"]["results"]
@@ -147,13 +149,13 @@ def test_as_probable(k: int, base: Batches, speculative: dict[int, Batches], mea
 
 @pytest.mark.skipif(len(CORES) < 2, reason="needs two cores, one a rank")
 def test_two_ranks_choose_the_same_token_wherever_one_rank_is_sure(
-    run_engine: RunEngine, checkpoints: Checkpoints, batches: Batches, scored: Batches,
+    run_engine: RunEngine, spliced: dict[str, Path], batches: Batches, scored: Batches,
     base: Batches, measured: dict[str, Any],
 ) -> None:  # fmt: skip
     """Prompts, whose sums are in float64; a text may part where a router hesitates."""
     asked = {"eight": batches["eight together"], "texts": scored["texts"]}
     cores = CORES[:2]  # beyond this worker's own
-    two = run_engine(checkpoints.spliced, asked, k=1, tensor_parallel_size=2, cores=cores)
+    two = run_engine(spliced["bf16"], asked, k=1, tensor_parallel_size=2, cores=cores)
     pairs = [
         (alone, shared)
         for one, other in zip(base["texts"]["results"], two["texts"]["results"], strict=True)

@@ -64,7 +64,9 @@ def recipe(tmp_path: Path, base: Path) -> Path:
 def stages(vllm: Path, monkeypatch: pytest.MonkeyPatch) -> StandIns:
     stand_ins = StandIns()
     monkeypatch.setattr(pipeline.run, "check_run", lambda *_: None)
-    for name in ("quantize", "score", "splice", "verify", "run_in_process"):
+    for name in ("quantize", "score", "verify"):
+        monkeypatch.setattr(f"mtp_graft.stages.{name}.{name}", getattr(stand_ins, name))
+    for name in ("splice", "run_in_process"):
         monkeypatch.setattr(pipeline.run, name, getattr(stand_ins, name))
     return stand_ins
 
@@ -170,7 +172,7 @@ def test_a_healed_head_is_spliced_if_it_drafts_better(
         upstreams.add(str(upstream.relative_to(folder.parent)))
         stages.splice(base, upstream, *rest, **how)
 
-    monkeypatch.setattr(pipeline.run, "heal", heal)
+    monkeypatch.setattr("mtp_graft.stages.heal.heal", heal)
     monkeypatch.setattr(pipeline.run, "splice", splice)
     run("heal.steps=20", start="fetch")
     assert stages.done[:3] == ["quantize", "heal", "score"]

@@ -150,7 +150,9 @@ def decode_result(turns: Sequence[Turn], config: DecodeConfig) -> dict[str, Any]
     return {
         "decode_tok_s": _spread([decode_tok_s(answers) for answers in rounds]),
         "ttft_ms": _spread([1e3 * median(timing(a)[0] for a in answers) for answers in rounds]),
-        "tpot_ms": _spread([_tpot_ms(answers) for answers in rounds]),
+        "tpot_ms": _spread(
+            [median(1e3 * s / n for _, s, n in map(timing, a) if n) for a in rounds]
+        ),
         "acceptance": _spread(rates) if rates else None,
         **metrics.drafting_result(_drafts(rounds if config.temperature else rounds[:1])),
         "num_prompts": len(rounds[0]),
@@ -175,10 +177,6 @@ def decode_tok_s(answers: Round) -> float:
     return tokens / seconds
 
 
-def _tpot_ms(answers: Round) -> float:
-    return 1e3 * median(seconds / tokens for _, seconds, tokens in map(timing, answers) if tokens)
-
-
 def _spread(values: list[float]) -> dict[str, Any]:
     ends = {"median": median(values), "min": min(values), "max": max(values)}
     return {**ends, "runs": len(values), "values": values}
@@ -187,8 +185,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 def _divergences(reference: Mapping[str, Any], answers: Round) -> Iterator[dict[str, Any]]:
     """Yield where greedy texts leave the base's; past its end there is no margin."""
     for (prompt, scored), answer in zip(reference.items(), answers, strict=True):
-        position = first_difference(scored["token_ids"], answer["token_ids"])
-        if position is not None:
+        if (position := first_difference(scored["token_ids"], answer["token_ids"])) is not None:
             margin = [*scored["margins"], None][position]
             yield {"prompt": prompt, "position": position, "margin": margin}
 

@@ -20,7 +20,7 @@ _PARTS: dict[str, str] = tomllib.loads(Path(__file__).with_suffix(".toml").read_
 #: Files that vLLM takes in place of the index's, wherever they are.
 CONSOLIDATED = "consolidated*.safetensors"
 PRUNED, _DEEPSEEK = "a pruned variant", _PARTS["scale"]
-_NUMBERED = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:(?:ffn|mlp)\.experts\.(\d+)\.)?")
+_NUMBERED = re.compile(r"(?:model\.)?layers\.(\d+)(?:\.(?:ffn|mlp)\.experts\.(\d+))?\b")
 
 
 def foreign_maker(folder: Path, config: Mapping[str, Any], names: Collection[str]) -> str | None:
@@ -48,7 +48,8 @@ def foreign_maker(folder: Path, config: Mapping[str, Any], names: Collection[str
 
 def _pruned(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """Return what the tensors have less of than the config says, in every layer."""
-    found = {match.groups() for match in map(_NUMBERED.match, names) if match}
+    modules = {name.rpartition(".")[0].rpartition(".")[0] for name in names}  # far fewer
+    found = {match.groups() for match in map(_NUMBERED.match, modules) if match}
     experts = Counter(layer for layer, expert in found if expert is not None)
     layers, most = len({layer for layer, _ in found}), max(experts.values(), default=0)
     for key, number in (("n_routed_experts", most), ("num_hidden_layers", layers)):

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing_extensions import TypedDict
 
 from mtp_graft.checkpoint.files import fetched, read_as, replacing, write_json
 from mtp_graft.errors import GraftError, in_words
+from mtp_graft.quant import meta
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -73,15 +75,15 @@ class Shard(AbstractContextManager["Shard"]):
         text, start = os.pread(self._file.fileno(), begin - 8, 8), 0
         entries: dict[str, Any] = _HEADER.validate_json(text, strict=True)
         entries.pop("__metadata__", None)
-        for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
-            if (dtype := entries[name]["dtype"]) not in _DTYPES:
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            if (dtype := entry["dtype"]) not in _DTYPES:
                 raise ValueError(f"{name} is {dtype}, expected one of {', '.join(_DTYPES)}")
-            tensor = torch.empty(entries[name]["shape"], dtype=_DTYPES[dtype], device="meta")
+            tensor = meta(tuple(entry["shape"]), dtype=_DTYPES[dtype])
             self.meta[name], self._starts[name] = tensor, begin + start
             expected = start, start + tensor.nbytes
-            if (found := entries[name]["data_offsets"]) != expected:
+            if (found := entry["data_offsets"]) != expected:
                 raise ValueError(f"{name} is at {found}, expected {expected} by its shape")
-            start += tensor.nbytes
+            start = expected[1]
         if begin + start != size:
             raise ValueError(f"{size:,} bytes, expected {begin + start:,} by its header")
 
@@ -125,6 +127,12 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
     Raises GraftError for a missing or damaged index, and a shard that is no file of the folder.
     """
+    at = path.stat() if path.is_file() else None
+    return _weight_map(path, at and (at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns))
+
+
+@lru_cache(maxsize=4)  # a command asks a checkpoint of 100,000 tensors several times
+def _weight_map(path: Path, _state: tuple[int, ...] | None) -> dict[str, str]:
     index = read_as(_Index, path, "a safetensors index", "fetch it again")
     for shard, name in {shard: name for name, shard in index.weight_map.items()}.items():
         if Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
@@ -135,7 +143,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
 def read_index(folder: Path, prefix: str = "") -> dict[str, str]:
     """Return the same of names that start with `prefix`; GraftError also for an absent shard."""
     listed = read_weight_map(folder / INDEX_NAME)
-    weight_map = {name: shard for name, shard in listed.items() if name.startswith(prefix)}
+    weight_map = {n: listed[n] for n in listed if n.startswith(prefix)} if prefix else listed
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
             raise GraftError(f"{folder / shard}: not found, but {INDEX_NAME} lists it; fetch again")

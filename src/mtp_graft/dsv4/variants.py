@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtp_graft.dsv4.names import EXPERT, Weights, storage_dtype
 from mtp_graft.errors import GraftError
-from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, decode_mxfp4, int4
+from mtp_graft.quant import FP8_BLOCK, MXFP4_GROUP, decode_fp8, decode_mxfp4, int4, meta
 from mtp_graft.recipe import LinearDtype, Variant
 
 #: `plain`, `fp8`, `mxfp4`, or integers of so many bits: `int4`, `int4-asymmetric`, `int8`, ...
@@ -234,8 +234,7 @@ def stored_as(name: str, shape: tuple[int, ...], kind: str, group_size: int) -> 
         parts["_shape"] = (torch.int64, (2,))
         if kind.endswith("-asymmetric"):
             parts["_zero_point"] = (torch.int32, (-(-outputs * bits // 32), groups))
-    meta = {part: torch.empty(size, dtype=t, device="meta") for part, (t, size) in parts.items()}
-    return {f"{name}{part}": tensor for part, tensor in meta.items()}
+    return {f"{name}{part}": meta(size, dtype=dtype) for part, (dtype, size) in parts.items()}
 
 
 def decode(kind: Format, parts: Parts) -> Tensor:

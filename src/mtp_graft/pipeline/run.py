@@ -7,7 +7,9 @@ a variant was served in the bench stage is also verify's proof that vLLM loads i
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from mtp_graft.bench.intervals import paired_differences
@@ -21,13 +23,9 @@ from mtp_graft.recipe import Device, Recipe, Variant
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import find_vllm
 from mtp_graft.stages.capture import capture, recording_options
-from mtp_graft.stages.heal import heal
 from mtp_graft.stages.inputs import REPORT_NAME, Progress
 from mtp_graft.stages.parallel import device_name, find_device, run_in_process
-from mtp_graft.stages.quantize import quantize
-from mtp_graft.stages.score import score
 from mtp_graft.stages.splice import check_out, splice
-from mtp_graft.stages.verify import require_sound, verify
 
 _OF_HEAD = ("acceptance", "acceptance_by_position", "acceptance_length")
 
@@ -91,6 +89,8 @@ def _capture(run: Run) -> None:
 
         @contextmanager
         def start() -> Iterator[ServerClient]:
+            for stage in ("quantize", "verify"):  # takes seconds, and a server starts on one core
+                Thread(target=import_module, args=[f"mtp_graft.stages.{stage}"]).start()
             started.append(stack.enter_context(bench.serving(run, options, "capture")))
             yield started[0]
 
@@ -104,7 +104,7 @@ def _capture(run: Run) -> None:
 def _quantize(run: Run) -> None:
     inputs = run.finished("capture"), run.models.upstream, run.models.base
     settings, out = run.recipe.quantize, run.path / "quantize"
-    _compute(run, settings.device, quantize, *inputs, out, settings)
+    _compute(run, "quantize", settings.device, *inputs, out, settings)
 
 
 def _heal(run: Run) -> None:
@@ -112,21 +112,22 @@ def _heal(run: Run) -> None:
     assert settings is not None  # or the stage is not among those to do
     inputs = run.finished("capture"), run.finished("quantize"), *reversed(run.models)
     how = asked.variant, asked.linear_dtype, run.recipe.quantize.group_size, settings
-    _compute(run, settings.device, heal, *inputs, run.path / "heal", *how)
+    _compute(run, "heal", settings.device, *inputs, run.path / "heal", *how)
 
 
 def _score(run: Run) -> None:
     inputs = run.finished("capture"), run.finished("quantize"), run.upstream, run.models.base
     settings, out = run.recipe.score, run.path / "score"
-    _compute(run, settings.device, score, *inputs, out, run.recipe.quantize, settings)
+    _compute(run, "score", settings.device, *inputs, out, run.recipe.quantize, settings)
 
 
-def _compute(run: Run, device: Device, stage: Callable[..., Any], *arguments: Any) -> None:
+def _compute(run: Run, stage: str, device: Device, *arguments: Any) -> None:
     """Call a stage; on a GPU in a process of its own, so that it is empty when vLLM starts."""
+    call = getattr(import_module(f"mtp_graft.stages.{stage}"), stage)
     if find_device(device) == "cpu":
-        stage(*arguments, run.progress)
+        call(*arguments, run.progress)
     else:
-        run_in_process(stage, *arguments, report=run.progress)
+        run_in_process(call, *arguments, report=run.progress)
 
 
 def _splice(run: Run) -> list[Path]:
@@ -145,6 +146,8 @@ def _checkpoints(run: Run, stage: str) -> Iterator[tuple[Variant, Path]]:
 
 
 def _verify(run: Run) -> list[Path]:
+    from mtp_graft.stages.verify import require_sound, verify
+
     quantized, base = run.finished("quantize"), run.models.base
     run.finished("splice")
     for variant, checkpoint in _checkpoints(run, "verify"):

@@ -6,6 +6,8 @@ Shape legend of this package: O outputs, I inputs, G groups along the inputs. Le
 dimensions (experts, say) pass through every function unchanged.
 """
 
+from functools import cache, partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 FP8_BLOCK = 128
 #: Inputs that share an MXFP4 scale.
 MXFP4_GROUP = 32
+#: Tensors without values, not to be changed: of a model's thousands of matrices only a few differ.
+meta = cache(partial(torch.empty, device="meta"))
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1
 
 

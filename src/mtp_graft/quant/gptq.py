@@ -151,10 +151,6 @@ def relative_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> Tensor:
 
     It is that of the outputs' root mean squares, and 0 for zeros; `hessian` [B, I, I] is undamped.
     """
-    lost, whole = (_output_energy(w, hessian) for w in (weight.float() - decoded, weight.float()))
+    parts = (weight.float() - decoded, weight.float())
+    lost, whole = (((p @ hessian.float()) * p).sum((-2, -1), dtype=torch.float64) for p in parts)
     return torch.where(whole > 0, lost / whole, 0.0).clamp(min=0).sqrt()
-
-
-def _output_energy(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return ||W H^1/2||_F^2 [B]; products in float32, their sum in float64."""
-    return ((weight @ hessian.float()) * weight).sum(dim=(-2, -1), dtype=torch.float64)

@@ -28,6 +28,7 @@ from mtp_graft.errors import GraftError, UsageError, translated
 from mtp_graft.serving.profiles import ALWAYS, REASONS, split
 
 PLUGIN_NAME = "mtp_graft"
+SUPPORTED = SpecifierSet(SUPPORTED_VLLM, prereleases=True)
 #: Of the drafts' heads, only DSpark's has it.
 DSPARK_TENSOR = "mtp.0.main_proj.weight"
 #: vLLM's own step of a server on a CPU, in tokens.
@@ -370,7 +371,7 @@ def check_port(host: str, port: int) -> int:
 def find_vllm() -> InstalledVllm:
     """Return the installed vLLM; raises GraftError if there is none, or an older one."""
     vllm = installed_vllm()
-    if vllm is None or not is_supported(vllm.version):
+    if vllm is None or vllm.version not in SUPPORTED:
         found = f"vLLM {vllm.version} is installed" if vllm else "vLLM is not installed"
         extra = "'mtp-graft[gpu]'" if vllm and vllm.platform == "cuda" else "'mtp-graft[cpu]'"
         expected = f"expected vllm{SUPPORTED_VLLM}: pip install {extra}"
@@ -393,8 +394,3 @@ def vllm_elsewhere(platform: Platform = "cuda", version: str | None = None) -> I
     """Return this vLLM, or the newest that was tried on `platform`, to print commands for it."""
     launcher = ("vllm", "serve") if platform == "cuda" else ("python3", "-m", *_MODULES["cpu"])
     return InstalledVllm(Version(version or TRIED_VLLM[platform]), platform, launcher)
-
-
-def is_supported(version: Version) -> bool:
-    """Return whether a vLLM version is in the supported range."""
-    return SpecifierSet(SUPPORTED_VLLM).contains(version, prereleases=True)

@@ -4,7 +4,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, starmap
+from itertools import starmap
 from typing import Any, NamedTuple, Self
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -55,13 +55,6 @@ class SpecDecodeCounters:
     def k(self) -> int:
         """Return how many tokens a step drafts."""
         return len(self.accepted_per_position)
-
-    @property
-    def reached(self) -> list[tuple[int, int]]:
-        """Return (tried, accepted) for each position: tried is where all before were accepted."""
-        if self.tried_per_position is not None:
-            return list(zip(self.tried_per_position, self.accepted_per_position, strict=True))
-        return list(pairwise((self.num_drafts, *self.accepted_per_position)))
 
 
 def total(counters: Sequence[SpecDecodeCounters]) -> SpecDecodeCounters:
@@ -119,11 +112,12 @@ def drafting_result(counters: SpecDecodeCounters | None) -> dict[str, Any]:
     """
     if counters is None:
         return dict.fromkeys(drafting_result(SpecDecodeCounters(0, 0, 0, ())))
-    reached, steps = counters.reached, counters.num_drafts
+    steps, accepted = counters.num_drafts, counters.accepted_per_position
+    reached = [*zip(counters.tried_per_position or (steps, *accepted), accepted, strict=False)]
     return {
         "k": counters.k,
         "steps": steps,
-        "accepted_by_position": list(counters.accepted_per_position),
+        "accepted_by_position": list(accepted),
         "acceptance_by_position": [a / tried if tried else None for tried, a in reached],
         "acceptance_by_position_interval": [
             list(wilson_interval(a, tried)) if tried else None for tried, a in reached

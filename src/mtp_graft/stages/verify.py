@@ -134,7 +134,7 @@ def _check_head(head: _Head, checkpoint: Path) -> None:
             continue
         layout = stored_as(name, shape, kind, group_size)
         head.accounted |= layout.keys()
-        if layout.keys() - head.stored.keys():
+        if any(part not in head.stored for part in layout):
             continue  # they are missing
         parts = {part: head.stored[part] for part in layout}
         if (why := _wrong(name, parts, layout, kind, head)) is not None:

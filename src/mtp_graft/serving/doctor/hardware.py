@@ -92,7 +92,7 @@ def vllm(_checkpoint: Checkpoint, target: Target) -> Iterator[Finding]:
     """Find a vLLM that is missing, unsupported or untried."""
     if target.vllm is None:
         yield finding("vllm-unknown", "this Python environment", "no vLLM", f"vllm{SUPPORTED_VLLM}")
-    elif not command.is_supported(target.vllm):
+    elif target.vllm not in command.SUPPORTED:
         yield finding("vllm-unsupported", "vLLM", target.vllm, SUPPORTED_VLLM)
     elif target.platform is not None:
         tried = Version(TRIED_VLLM[target.platform])

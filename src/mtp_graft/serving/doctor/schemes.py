@@ -141,13 +141,17 @@ def _mismatches(checkpoint: Checkpoint, section: dict[str, Any]) -> Iterator[_Mi
     group_of, ignored_by = cache(quantization.group_of), cache(quantization.ignored_by)
     schemes = {k: g.model_dump(exclude={"targets"}) for k, g in quantization.config_groups.items()}
     of_layer: dict[tuple[str, str], str | None] = {}
+    fine: set[tuple[str, str | None]] = set()  # experts, of which one speaks for all
     for module, stored in checkpoint.formats.items():
+        if (alike := (_EXPERT_NUMBER.sub("0", module), stored)) in fine:
+            continue
         is_odd = stored is None or (module == "embed" and stored != "plain")  # found elsewhere
         asked = {} if is_odd else _vllm_names(module, checkpoint.num_layers)
         first = {p: _EXPERT_NUMBER.sub("0", name) for p, name in asked.items()}  # speaks for all
         groups = {platform: group_of(name) for platform, name in first.items()}
         loads = {platform: quantization.kind_of(key) for platform, key in groups.items()}
         wrong = [platform for platform in asked if loads[platform] != stored]
+        fine |= set() if wrong else {alike}
         for p, key in groups.items():
             if p in wrong:
                 by = f".config_groups.{key}" if key else ""
