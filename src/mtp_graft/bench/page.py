@@ -61,14 +61,10 @@ def render(template: str, escape: Callable[[str], str], data: Mapping[str, Any])
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
     from markupsafe import Markup
 
-    def finalize(value: Any) -> Any:
-        is_text = isinstance(value, str) and not isinstance(value, Markup)
-        return Markup(escape(value)) if is_text else value
-
     environment = Environment(
         loader=PackageLoader("mtp_graft.bench"),
         autoescape=True,  # what `finalize` returns is escaped already
-        finalize=finalize,
+        finalize=lambda value: Markup(escape(value)) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -16,13 +16,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import Device
 from mtp_graft.serving.topology import Hardware, find_gpus, visible_devices
-from mtp_graft.stages.inputs import Progress
 
+Progress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -71,6 +69,8 @@ def write_behind(writers: int = 1) -> Iterator[Callable[..., None]]:
 @cache
 def gpus() -> Hardware | None:
     """Return the GPUs that torch will see, None without; GraftError as `find_gpus` raises it."""
+    import torch
+
     if torch.version.cuda is None or visible_devices() == []:
         return None
     # The driver is asked: a CUDA context in this process would take memory from what it starts.
@@ -103,6 +103,8 @@ def device_name() -> str:
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Let torch use one CPU thread inside, so that no byte depends on the number of cores."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -115,15 +117,17 @@ class Clock:
     """The seconds that each part of the stage takes on a device."""
 
     def __init__(self, device: str) -> None:
-        self.device = device
+        import torch
+
+        self.device, self._torch = device, torch
         self.seconds = dict.fromkeys(("replay", "hessian", "gptq", "pack", "errors", "io"), 0.0)
         if device != "cpu":
-            torch.cuda.reset_peak_memory_stats(device)
+            self._torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def timed(self, part: str, *, tf32: bool = False) -> Iterator[None]:
         """Count the time inside as `part`'s; on a GPU, let float32 products take TF32 inputs."""
-        matmul, started = torch.backends.cuda.matmul, time.perf_counter()
+        matmul, started = self._torch.backends.cuda.matmul, time.perf_counter()
         before = matmul.fp32_precision
         matmul.fp32_precision = "tf32" if tf32 and self.device != "cpu" else before
         try:
@@ -131,7 +135,7 @@ class Clock:
         finally:
             matmul.fp32_precision = before
         if self.device != "cpu":
-            torch.cuda.synchronize(self.device)
+            self._torch.cuda.synchronize(self.device)
         self.seconds[part] += time.perf_counter() - started
 
 
