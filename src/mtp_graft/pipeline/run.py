@@ -5,11 +5,11 @@ a variant was served in the bench stage is also verify's proof that vLLM loads i
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from mtp_graft.bench.intervals import paired_differences
@@ -89,9 +89,9 @@ def _capture(run: Run) -> None:
 
         @contextmanager
         def start() -> Iterator[ServerClient]:
-            for stage in ("quantize", "verify"):  # takes seconds, and a server starts on one core
-                Thread(target=import_module, args=[f"mtp_graft.stages.{stage}"]).start()
-            started.append(stack.enter_context(bench.serving(run, options, "capture")))
+            with ThreadPoolExecutor(1) as pool:  # one by one, while a server starts on one core
+                pool.map(import_module, ("mtp_graft.stages.quantize", "mtp_graft.stages.verify"))
+                started.append(stack.enter_context(bench.serving(run, options, "capture")))
             yield started[0]
 
         capture(start(), base, out, settings, run.progress, bench.server_log(run, "capture"))
