@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import decode_fp8
-from mtp_graft.vllm_plugin.strict_loading import load_base, load_head, load_strictly
+from mtp_graft.vllm_plugin.strict_loading import StrictDrafter, StrictTarget, load_strictly
 from vllm_plugin.layers import config_for, load_expert, routed_experts
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("one_rank")]
@@ -23,7 +23,20 @@ Weights = Iterable[tuple[str, Tensor]]
 Load = Callable[[Weights], set[str]]
 
 
-class Small(nn.Module):
+class Lenient(nn.Module):
+    """Loads as vLLM's models do: names are taken without `mtp.`, unknown ones passed over."""
+
+    def load_weights(self, weights: Weights) -> set[str]:
+        loaded, parameters = set(), dict(self.named_parameters())
+        for stored, tensor in weights:
+            if (name := stored.removeprefix("mtp.")) in parameters:
+                parameter = parameters[name]
+                getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
+                loaded.add(name)
+        return loaded
+
+
+class Small(Lenient):
     """Two parameters, one of them in a submodule, and such as are named."""
 
     def __init__(self, *names: str) -> None:
@@ -34,27 +47,12 @@ class Small(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(2)))
 
 
-def load_by_name(model: nn.Module) -> Load:
-    """Return a lenient `load_weights`, as vLLM's are: unknown names are passed over."""
-
-    def load(weights: Weights) -> set[str]:
-        loaded, parameters = set(), dict(model.named_parameters())
-        for name, tensor in weights:
-            if name in parameters:
-                parameter = parameters[name]
-                getattr(parameter, "weight_loader", default_weight_loader)(parameter, tensor)
-                loaded.add(name)
-        return loaded
-
-    return load
-
-
 def checkpoint_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: torch.rand(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def strictly(model: nn.Module, checkpoint: dict[str, Tensor], load: Load | None = None) -> set[str]:
-    return load_strictly(model, checkpoint.items(), load or load_by_name(model))
+    return load_strictly(model, checkpoint.items(), load or model.load_weights)
 
 
 def test_a_complete_checkpoint_is_loaded_and_reported() -> None:
@@ -73,7 +71,7 @@ UNREAD, UNWRITTEN = "checkpoint tensors that no parameter takes", "that no check
 
 def test_what_is_left_over_or_left_empty_is_named() -> None:
     model = Small()
-    load, whole = load_by_name(model), checkpoint_of(model)
+    load, whole = model.load_weights, checkpoint_of(model)
     strangers = {name: torch.zeros(1) for name in "abcdefghi"}
     with pytest.raises(GraftError, match=re.escape(f"9 {UNREAD}: a, b, c, d, e, ...; ")):
         strictly(model, strangers | whole)
@@ -88,16 +86,13 @@ def test_what_is_left_over_or_left_empty_is_named() -> None:
 def test_parameters_of_the_engine_and_of_the_target_may_stay_unwritten() -> None:
     engines = ("w13_weight_g_idx", "w2_g_idx_sort_indices")
     unwritten = (*engines, "embed_tokens.weight", "lm_head.weight")
-    model = Small(*engines, "x_embed_tokens")
+    model = type("Drafter", (StrictDrafter, Small), {})(*engines, "x_embed_tokens")
     model.embed_tokens, model.lm_head = nn.Embedding(2, 2), nn.Linear(2, 2, bias=False)
     stored = {n: tensor for n, tensor in checkpoint_of(model).items() if n not in unwritten}
 
-    def load(weights: Weights) -> set[str]:
-        return load_by_name(model)((name.removeprefix("mtp."), tensor) for name, tensor in weights)
-
     # The base's `scale` is passed over.
     checkpoint = {"scale": torch.ones(3), **{f"mtp.{name}": stored[name] for name in stored}}
-    assert load_head(model, checkpoint.items(), load) == stored.keys()
+    assert model.load_weights(checkpoint.items()) == stored.keys()
     assert torch.equal(model.scale.data, stored["scale"])
 
 
@@ -114,13 +109,15 @@ def test_a_module_that_vllm_built_unquantized_is_named() -> None:
 
 
 def test_a_base_is_loaded_with_decoded_compressors_and_without_its_head() -> None:
-    model = wkv = nn.Linear(256, 128, bias=False)
-    for name in ("wkv", "compressor", "attn", "2"):
-        model = nn.ModuleDict({name: model})
+    module = wkv = nn.Linear(256, 128, bias=False)
+    for name in ("wkv", "compressor", "attn"):
+        module = nn.ModuleDict({name: module})
+    model = type("Target", (StrictTarget, Lenient), {})()
+    model.add_module("2", module)
     codes, scale = torch.ones(128, 256).to(torch.float8_e4m3fn), torch.tensor([[2.0, 3]])
-    module = "2.attn.compressor.wkv"
-    pair = {f"{module}.weight": codes, f"{module}.weight_scale": scale}
-    load_base(model, {**pair, "mtp.0.enorm.weight": torch.ones(1)}.items(), load_by_name(model))
+    name = "2.attn.compressor.wkv"
+    pair = {f"{name}.weight": codes, f"{name}.weight_scale": scale}
+    model.load_weights({**pair, "mtp.0.enorm.weight": torch.ones(1)}.items())
     assert torch.equal(wkv.weight.data, decode_fp8(codes, scale))
 
 
@@ -133,7 +130,7 @@ def test_attention_sinks_have_to_be_reported_loaded(missing: str | None, message
     model = Small("attn_sink")
     checkpoint = checkpoint_of(model)
     checkpoint.pop(missing, None)
-    load = load_by_name(model)
+    load = model.load_weights
     with pytest.raises(GraftError, match=message):
         strictly(model, checkpoint, lambda weights: load(w for w in weights if w[0] != "attn_sink"))
 

@@ -5,49 +5,40 @@ inputs and hidden states until it samples, whether the step was a graph, in piec
 target's residual buffer still holds the step's rows. So they are read there, just before sampling.
 """
 
-from collections.abc import Iterable
 from functools import wraps
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.models import deepseek_v4 as stock
 
 from mtp_graft.errors import GraftError
+from mtp_graft.vllm_plugin.compressors import Weights
 from mtp_graft.vllm_plugin.recording import Recorder, Span, make_recorder
-from mtp_graft.vllm_plugin.strict_loading import load_base, load_head
+from mtp_graft.vllm_plugin.strict_loading import StrictDrafter, StrictTarget
 
 
-class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
-    """The target; unread checkpoint tensors and unwritten parameters are errors."""
+class DeepseekV4ForCausalLM(StrictTarget, stock.DeepseekV4ForCausalLM):
+    """The target, recorded on demand."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         record_on_demand(self, vllm_config)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the base's tensors."""
-        return load_base(self, weights, super().load_weights)
+
+class DeepSeekV4MTP(StrictDrafter, stock.DeepSeekV4MTP):
+    """The MTP drafter."""
 
 
-class DeepSeekV4MTP(stock.DeepSeekV4MTP):
-    """The drafter; unread checkpoint tensors and unwritten parameters are errors."""
+class DSparkDeepseekV4ForCausalLM(StrictDrafter, stock.DSparkDeepseekV4ForCausalLM):
+    """The DSpark drafter."""
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the head's tensors."""
-        return load_head(self, weights, super().load_weights)
-
-
-class DSparkDeepseekV4ForCausalLM(stock.DSparkDeepseekV4ForCausalLM):
-    """The DSpark drafter; unread checkpoint tensors and unwritten parameters are errors."""
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    def load_weights(self, weights: Weights) -> set[str]:
         """Load the stages' tensors, but for those of a confidence head that is switched off."""
         if self.model.confidence_head is None:
             weights = ((n, t) for n, t in weights if ".confidence_head." not in n)
-        return load_head(self, weights, super().load_weights)
+        return super().load_weights(weights)
 
 
 def record_on_demand(target: Any, vllm_config: VllmConfig) -> None:

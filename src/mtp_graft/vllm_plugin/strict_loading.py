@@ -7,6 +7,7 @@ that was written fewer times than it has parts has not been filled.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,21 +25,27 @@ _SHOWN = 5
 _ENGINE_OWNED = ("_weight_g_idx", "_g_idx_sort_indices", "weight_shape")
 
 
-def load_base(model: nn.Module, weights: Weights, load: Load) -> set[str]:
-    """Load the base's tensors strictly; the head's (`mtp.*`) belong to the drafter."""
-    base = ((name, tensor) for name, tensor in weights if not name.startswith("mtp."))
-    return load_strictly(model, decode_compressors(base), load)
+class StrictTarget:
+    """A target; unread checkpoint tensors and unwritten parameters are errors."""
+
+    def load_weights(self: Any, weights: Weights) -> set[str]:
+        """Load the base's tensors; the head's (`mtp.*`) belong to the drafter."""
+        base = ((name, tensor) for name, tensor in weights if not name.startswith("mtp."))
+        return load_strictly(self, decode_compressors(base), super().load_weights)  # type: ignore[misc]
 
 
-def load_head(model: nn.Module, weights: Weights, load: Load) -> set[str]:
-    """Load `mtp.*` strictly; embedding and LM head are the target's."""
-    head = ((name, tensor) for name, tensor in weights if name.startswith("mtp."))
-    shared = {
-        name
-        for name, _ in model.named_parameters()
-        if name.endswith((".shared_head.head.weight", "embed_tokens.weight", "lm_head.weight"))
-    }
-    return load_strictly(model, head, load, shared)
+class StrictDrafter:
+    """A drafter; unread checkpoint tensors and unwritten parameters are errors."""
+
+    def load_weights(self: Any, weights: Weights) -> set[str]:
+        """Load `mtp.*`; embedding and LM head are the target's."""
+        head = ((name, tensor) for name, tensor in weights if name.startswith("mtp."))
+        shared = {
+            name
+            for name, _ in self.named_parameters()
+            if name.endswith((".shared_head.head.weight", "embed_tokens.weight", "lm_head.weight"))
+        }
+        return load_strictly(self, head, super().load_weights, shared)  # type: ignore[misc]
 
 
 def load_strictly(
@@ -95,18 +102,16 @@ def _count(model: nn.Module) -> tuple[set[str], Counter[str]]:
     offered: set[str] = set()
     writes: Counter[str] = Counter()
 
-    def counting(name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
-        def count_and_load(*args: Any, **kwargs: Any) -> Any:
-            result = loader(*args, **kwargs)
-            offered.add(name)
-            writes[name] += result is not False
-            return result
-
-        return count_and_load
+    def count_and_load(name: str, loader: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = loader(*args, **kwargs)
+        offered.add(name)
+        writes[name] += result is not False
+        return result
 
     for name, parameter in model.named_parameters():
         loader = getattr(parameter, "weight_loader", default_weight_loader)
-        parameter.weight_loader = counting(name, loader)  # type: ignore[attr-defined]
+        counting = partial(count_and_load, name, loader)
+        parameter.weight_loader = counting  # type: ignore[attr-defined]
     return offered, writes
 
 

@@ -1,10 +1,8 @@
 """DeepSeek-V4 on a CPU: vLLM's own target with the gaps around it filled, and its MTP drafter."""
 
 import dataclasses
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.models.deepseek_v4.cpu import model as stock
@@ -12,12 +10,12 @@ from vllm.models.deepseek_v4.cpu import model as stock
 from mtp_graft.errors import GraftError
 from mtp_graft.vllm_plugin.cpu import attention_metadata, dequantize, order_free, recording
 from mtp_graft.vllm_plugin.cpu.drafter import DeepSeekV4MTP
-from mtp_graft.vllm_plugin.strict_loading import load_base
+from mtp_graft.vllm_plugin.strict_loading import StrictTarget
 
 __all__ = ["DeepSeekV4MTP", "DeepseekV4ForCausalLM"]
 
 
-class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
+class DeepseekV4ForCausalLM(StrictTarget, stock.DeepseekV4ForCausalLM):
     """vLLM's CPU DeepSeek-V4 that also loads compressed-tensors W4A16-FP8, strictly."""
 
     hf_to_vllm_mapper: WeightsMapper
@@ -33,7 +31,3 @@ class DeepseekV4ForCausalLM(stock.DeepseekV4ForCausalLM):
         # Gap: its patterns rename scales for DeepSeek's own FP8 layers, to `weight_scale_inv`.
         # Ours have `weight_scale`, as the checkpoint. Seen in 0.32, read in 0.33.
         self.hf_to_vllm_mapper = dataclasses.replace(self.hf_to_vllm_mapper, orig_to_new_regex={})
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load the base's tensors."""
-        return load_base(self, weights, super().load_weights)

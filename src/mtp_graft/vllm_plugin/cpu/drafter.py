@@ -14,7 +14,6 @@ Seen in 0.32 (`_expand_kernel_impl` of `vllm/utils/cpu_triton_utils.py`, `apply_
 Shapes: T tokens, S hyper-connection streams (4), D hidden size.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from mtp_graft.vllm_plugin.cpu.dequantize import dequantize_on_load
 from mtp_graft.vllm_plugin.cpu.order_free import free_from_order
 from mtp_graft.vllm_plugin.replacing import replace
-from mtp_graft.vllm_plugin.strict_loading import load_head
+from mtp_graft.vllm_plugin.strict_loading import StrictDrafter
 
 
 class DecoderLayer(cpu.DeepseekV4DecoderLayer):
@@ -95,7 +94,7 @@ def cut(logits: Tensor, k: Tensor | None, p: Tensor | None) -> Tensor:
     return apply_top_k_top_p(logits, k, p) if len(logits) else logits
 
 
-class DeepSeekV4MTP(xpu.DeepSeekV4MTP):
+class DeepSeekV4MTP(StrictDrafter, xpu.DeepSeekV4MTP):
     """The MTP drafter of DeepSeek-V4 on a CPU."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -107,10 +106,6 @@ class DeepSeekV4MTP(xpu.DeepSeekV4MTP):
         vllm_config.quant_config = dequantize_on_load(vllm_config.quant_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         free_from_order(self)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load `mtp.0.*`; GraftError names any tensor left over and any parameter left empty."""
-        return load_head(self, weights, super().load_weights)
 
     def finalize_mega_moe_weights(self) -> None:
         """Do nothing: there is no such MoE on a CPU."""
