@@ -16,12 +16,10 @@ from mtp_graft.bench import report
 from mtp_graft.bench.page import as_markdown, number, percent, render
 from mtp_graft.checkpoint import quant_manifest
 from mtp_graft.checkpoint.files import read_object, write_json, write_text
-from mtp_graft.checkpoint.manifest import fingerprints, read_result
+from mtp_graft.checkpoint.manifest import Json, fingerprints, read_result
 from mtp_graft.checkpoint.quant_manifest import CARD_NAME, HEAD_SHARD, TRACE_NAME, Spliced
 from mtp_graft.checkpoint.quantization_config import read_quantization
 from mtp_graft.serving.profiles import PROFILES
-
-Json = Mapping[str, Any]
 
 _DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _SPEED, _EVALS = _DATA["speed"], _DATA["evals"]
@@ -153,7 +151,7 @@ def _where(manifest: Json | None) -> str:
 def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> dict[str, Any]:
     """Return the benchmarks' part of the data, and how all of it came about."""
     head, ours, left_out = fingerprints([spliced.folder / HEAD_SHARD]), [], []
-    made, servers = [manifest for manifest in manifests if manifest], []
+    made = [manifest for manifest in manifests if manifest]
     for shown, manifest in _measurements(run):
         server = manifest["config"].get("server", {}) if manifest else {}
         if not head.items() <= server.get("files", head).items():  # not recorded: taken as ours
@@ -162,15 +160,15 @@ def _measured(run: Path, spliced: Spliced, manifests: Iterable[Json | None]) -> 
         ours.append(shown)
         if manifest and server:
             made.append(manifest)
-            servers.append(server)
     kept = ("stage", "git_commit", "seconds")
     spent = (read_result(run / "run.json") or {}).get("seconds", {})  # by all calls of a stage
+    served = [m["config"].get("server", {}).get("serve") for m in made]
     made = [{**m, "seconds": spent.get(m["stage"], m["seconds"])} for m in made]
     return {
         **{name: _labelled(ours, [name]) for name in _SPEED},
         "scores": _labelled(ours, _EVALS),
         "ran": [{**{key: m[key] for key in kept}, "on": _where(m)} for m in made],
-        "serve_commands": list(dict.fromkeys(s["serve"] for s in servers if "serve" in s)),
+        "serve_commands": list(dict.fromkeys(filter(None, served))),
         "left_out": left_out,
     }
 

@@ -20,12 +20,9 @@ from mtp_graft.serving.command import find_vllm
 from mtp_graft.serving.metrics import SpecDecodeCounters, drafting_result
 from mtp_graft.serving.server import Report
 
-#: Starts a server that drafts this many tokens, or finds one that runs.
-ServeK = Callable[[int], AbstractContextManager[ServerClient]]
-
 
 def measure_sweep(
-    serve: ServeK,
+    serve: Callable[[int], AbstractContextManager[ServerClient]],
     asked: Asked,
     ks: Sequence[int],
     concurrencies: Sequence[int],
@@ -33,7 +30,7 @@ def measure_sweep(
     folder: Path,
     least: int = 0,
 ) -> dict[str, Any]:
-    """Hold every load on one server for each k; points that `folder` has are not measured again.
+    """Hold every load on what `serve` gives for each k, but for points that `folder` has already.
 
     A point has `rounds` requests for each that runs at a time, and `least` in all. Returns
     `points`, with all that `folder` has. Raises GraftError without vLLM, or if all of a point fail.

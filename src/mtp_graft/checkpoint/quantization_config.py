@@ -25,7 +25,6 @@ from mtp_graft.recipe import LinearDtype, Variant
 INTEGERS = ("int4", "int4-asymmetric", "int8")
 _DATA: dict[str, Any] = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 _CLASSES = re.compile("|".join(f"(?P<{name}>{each})" for name, each in _DATA["classes"].items()))
-FP8_BLOCK: dict[str, Any] = _DATA["schemes"]["fp8"]
 _FP8_FORMATS = ("float-quantized", "naive-quantized", "int-quantized")
 #: For all patterns of a section and the names of a model, which take some hundredths.
 _MATCHING_SECONDS = 3
@@ -53,7 +52,7 @@ def add_head(
     if not stages and None in map(read.group_of, attention):  # targets may name layers
         fp8 += patterns("fp8", "attention")
     if fp8:
-        groups["mtp_projections"] = {"targets": fp8, **FP8_BLOCK}
+        groups["mtp_projections"] = {"targets": fp8, **_DATA["schemes"]["fp8"]}
     if mxfp4 := patterns("experts", variant):  # the first match wins, so before the base's groups
         groups = {"mtp_experts": {"targets": mxfp4, **_DATA["schemes"]["mxfp4"]}, **groups}
     return {**config, "config_groups": groups, "ignore": ignore}

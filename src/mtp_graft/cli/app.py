@@ -23,10 +23,8 @@ NO_PROFILE = "none"
 #: Options of vLLM with which it would listen, or ask for a key, behind our back.
 ADDRESS_FLAGS = {"--host", "--port", "--uds", "--api-key"}
 
-Command = Callable[..., Any]
 
-
-def with_options(command: Command) -> Command:
+def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Let Typer parse the options of each `option_group` that a command takes."""
     groups: dict[str, Any] = {}
     parsed: list[Parameter] = []
@@ -75,8 +73,6 @@ def _show_versions(wanted: bool) -> None:
 
 
 _VERSION_HELP = "Show the versions of mtp-graft, vLLM and what else decides a result."
-
-
 _VERSION = option(False, None, _VERSION_HELP, "--version", callback=_show_versions, is_eager=True)
 
 

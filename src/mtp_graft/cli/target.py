@@ -110,7 +110,6 @@ class Target:
                 return measure(Path(folder_name))
         from mtp_graft.checkpoint import manifest
         from mtp_graft.checkpoint.files import write_json
-        from mtp_graft.stages.parallel import device_name
 
         manifest.expect_this_version(self.run)
         name = benchmark if self.profile == NO_PROFILE else f"{benchmark}-{self.profile}"
@@ -121,7 +120,7 @@ class Target:
         if result != manifest.finished_result(folder, "result.json"):
             write_json(result, folder / "result.json")
             # A running server's device is not known here.
-            device = device_name() if self.checkpoint else f"server at {self.base_url}"
+            device = claim["server"].get("device", f"server at {self.base_url}")
             took = time.perf_counter() - began
             manifest.write_manifest(folder, f"bench {name}", claim, (), device, took)
         return result

@@ -36,7 +36,6 @@ _CUT = re.compile(
     r"|^(model\.)?(layers|mtp)\.\d+\.attn\.(wq_b|wo_a|wo_b|attn_sink)(\.|$)"
     r"|^(model\.)?(embed(_tokens)?|head)\.weight$"
 )
-_EXPERT = re.compile(r"\.ffn\.experts\.\d+\.w[123]\.weight_packed$")
 
 
 def weights_bytes(tensors: Mapping[str, Tensor], tp: int, *, decoded: bool = False) -> int:
@@ -53,9 +52,8 @@ def _decoded_bytes(name: str, tensor: Tensor) -> int:
     """Return a tensor's size in the CPU's memory: experts in float32, FP8 linears in BF16."""
     if name.endswith((".weight_scale", ".weight_shape")):
         return 0
-    if _EXPERT.search(name):
-        codes_per_word = 2 * tensor.element_size()
-        return 4 * codes_per_word * tensor.numel()
+    if name.endswith(".weight_packed"):
+        return 8 * tensor.nbytes  # half a byte a code
     if tensor.element_size() == 1 and tensor.is_floating_point():
         return 2 * tensor.numel()
     return tensor.nbytes
