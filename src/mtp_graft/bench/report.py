@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from mtp_graft.bench.page import as_html, number, percent, render
 from mtp_graft.checkpoint.files import write_text
@@ -28,9 +28,6 @@ BASE_COLOUR, MTP_COLOUR, BAR_COLOUR = "#bdbdbd", "#56b4e9", "#7aa6c2"
 #: By number of drafts a step.
 _K_COLOURS = {0: BASE_COLOUR, 1: "#0072b2", 2: "#d55e00", 3: "#009e73"}
 _OTHER_COLOUR = "#cc79a7"
-
-_PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g} %")
-_STYLE = Path(__file__).parent / "templates/charts.mplstyle"
 
 
 class Row(NamedTuple):
@@ -105,7 +102,7 @@ def row_chart(title: str, rows: Sequence[Row], *, shares: bool = False) -> bytes
         axes.margins(x=0.15 if shares else 0.03)
         axes.set(yticks=range(len(rows)), yticklabels=[row.name for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.xaxis.set_major_formatter(_PERCENT)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
         axes.xaxis.set_major_locator(MaxNLocator(6) if shares else NullLocator())
         axes.grid(shares, axis="x")
         return _png(figure)
@@ -148,7 +145,7 @@ def sweep_chart(points: Sequence[Json]) -> bytes:
 @contextmanager
 def _figure(title: str, height: float) -> Iterator[Figure]:
     """Give a figure in our style, whatever the user's matplotlibrc says; restore that after."""
-    with style.context(["default", str(_STYLE)]):
+    with style.context(["default", Path(__file__).parent / "templates/charts.mplstyle"]):
         figure = Figure(figsize=(6.0, height), dpi=200)
         figure.suptitle(title, x=0.012, ha="left", fontsize=10.0, fontweight="bold")
         yield figure

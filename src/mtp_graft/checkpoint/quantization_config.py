@@ -194,7 +194,7 @@ class QuantizationConfig(BaseModel):
     _path: Path | str = "config.json"
     _ignored: _Patterns
     _targets: _Patterns
-    _of_class: dict[str, str | None]  # as far as asked for
+    _of_class: dict[str, str | None] = {}  # as far as asked for
 
     def model_post_init(self, _context: Any) -> None:
         """Give groups without a format the section's, and map the patterns."""
@@ -205,7 +205,6 @@ class QuantizationConfig(BaseModel):
             keys.setdefault("RoutedExperts", keys["Linear"])
         self._targets = _Patterns({_mapped(target): key for target, key in keys.items()})
         self._ignored = _Patterns(dict.fromkeys(map(_mapped, self.ignore), ""))
-        self._of_class = {}
 
     def group_of(self, module: str) -> str | None:
         """Return the key of the group whose scheme loads a module; None if it is not quantized.

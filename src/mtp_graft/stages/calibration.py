@@ -20,7 +20,6 @@ from mtp_graft.errors import GraftError, translated
 from mtp_graft.serving.client import Prompt, ServerClient
 
 HUB = "hub:"
-DEFAULT_SPLIT = "train_sft"  # ultrachat_200k's, for supervised fine-tuning
 _EXPECTED = 'expected {"id", "text"} or {"prompt_id", "messages"}'
 EncodedPrompts = dict[str, tuple[int, ...]]  # a prompt's id -> the server's tokens of it
 
@@ -131,7 +130,7 @@ def _hub_rows(source: str) -> Rows:
     from mtp_graft.stages.fetch import hub_errors
 
     repo, _, split = source.removeprefix(HUB).partition(":")
-    split = split or DEFAULT_SPLIT
+    split = split or "train_sft"  # ultrachat_200k's, for supervised fine-tuning
     with hub_errors(source, "a JSON Lines file"):
         commit = Path(snapshot_download(repo, repo_type="dataset", allow_patterns="README.md")).name
         at: Any = {"repo_type": "dataset", "revision": commit}

@@ -50,7 +50,6 @@ _BESIDE_SHARDS = {
     "base": ["*.json", "*.txt", "*.jinja", "*.yaml", "*.md", "*.py", "LICENSE*", "NOTICE*"],
     "head": [INDEX_NAME, "config.json", MANIFEST_NAME],
 }
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 #: A release's version, size and date; the first one's name has no date.
 _RELEASE = re.compile(
     r"deepseek-(v4[\d.]*)-(flash|pro)(?:-dspark)?(?:-(\d{4})(?!\d))?", re.IGNORECASE
@@ -284,7 +283,7 @@ def _check_hashes(source: Source, report: Progress) -> None:
     removes that file, so that it can be fetched anew.
     """
     blobs = {name: (source.folder / name).resolve() for name in source.sizes}
-    large = {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob.name)}
+    large = {name: blob for name, blob in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", blob.name)}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         hashes = zip(large.items(), pool.map(sha256, large.values()), strict=True)
         for number, ((name, blob), found) in enumerate(hashes, start=1):

@@ -94,8 +94,7 @@ def device_name() -> str:
     """Return the GPUs' or the processor's model and how many, for manifests and the report."""
     if found := gpus():
         return f"{found.num_gpus}x {found.gpu}"
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux `platform` knows the architecture only
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()  # `platform` knows no model on Linux
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{next(models, platform.machine())}, {os.cpu_count()} cores"
 

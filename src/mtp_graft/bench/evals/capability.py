@@ -39,8 +39,7 @@ def capability(data_dir: Path | None, limit: int | None, seed: int) -> Task:
         if "answer" in data:
             text += f" End with a line that says 'Answer: ' and then {data['answer']} alone."
         data |= {"category": data["id"].partition("/")[0], "prompt": ""}
-        sample = {"id": f"capability/{data['id']}", "input": text, "metadata": data}
-        samples.append(Sample.model_validate(sample))
+        samples.append(Sample(id=f"capability/{data['id']}", input=text, metadata=data))
     tools = [ToolInfo.model_validate(tool) for tool in found["tool"]]
     return make_task("capability", deal(samples, limit, seed), judge, tools)
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from mtp_graft.errors import GraftError
 
 _BUBBLEWRAP = "bwrap"
-_NOBODY = {"user": 65534, "group": 65534, "extra_groups": ()}
 #: Where Python and its shared libraries lie; everything else is out of sight.
 _READABLE = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache")
 _SOURCE = Path(__file__).with_name("sandboxed.py").read_text(encoding="utf-8")
@@ -74,7 +73,7 @@ def _sandboxed(
     command += [python, "-I", "-S", "-B", "-X", "utf8", "-c", _SOURCE, role, str(int(seconds) + 1)]
     options: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     if os.geteuid() == 0:  # root is exempt from the limit on processes, in any namespace
-        options |= _NOBODY
+        options |= {"user": 65534, "group": 65534, "extra_groups": ()}
     with subprocess.Popen(command, pass_fds=pass_fds, **options) as process:
         try:
             yield process
