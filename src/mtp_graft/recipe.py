@@ -197,7 +197,8 @@ class Recipe:
             raise ValueError(f"variant {missing[0]!r} is to be spliced, but {there}")
 
 
-_SECTIONS = get_type_hints(Recipe)
+#: Of the optional one, too.
+_SECTIONS = {name: (*get_args(hint), hint)[0] for name, hint in get_type_hints(Recipe).items()}
 #: Keys whose value is a path or a hub id, and what a hub id begins with.
 _PATHS = dict.fromkeys(("model.base", "model.upstream"), r"[^./~]")
 for _key in ("capture.calibration_prompts", "capture.evaluation_prompts", "bench.prompts"):
