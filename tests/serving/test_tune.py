@@ -16,7 +16,7 @@ from mtp_graft.checkpoint.files import TUNED_NAME
 from mtp_graft.errors import GraftError
 from mtp_graft.serving.client import ServerClient
 from mtp_graft.serving.command import ServeOptions, build_command, vllm_elsewhere
-from mtp_graft.serving.tuned import with_tuned
+from mtp_graft.serving.plan import with_tuned
 from mtp_graft.stages.parallel import device_name
 from mtp_graft.stages.splice import base_files
 

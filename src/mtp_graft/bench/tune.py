@@ -17,7 +17,7 @@ from mtp_graft.errors import GraftError
 def tune(
     hold: Callable[..., dict[str, Array]], loads: list[int], ks: list[int], choices: dict[str, Any]
 ) -> dict[str, Any]:
-    """Measure, decide and return what `serving.tuned.Tuned` reads, but for where it was measured.
+    """Measure, decide and return what `serving.plan.Tuned` reads, but for where it was measured.
 
     `hold` has a stage and candidates left; `loads` ascend, `ks` begin with 0, the base, `choices`
     with `default`. Any other is taken only if its interval lies above 1. A decision that is none of

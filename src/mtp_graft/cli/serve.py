@@ -61,7 +61,7 @@ def serve(
     json_file: Path | None = JSON_FILE,
 ) -> None:
     """Serve a checkpoint with vLLM, drafting with its head: --k, or as `mtp-graft tune` found."""
-    from mtp_graft.serving.tuned import with_tuned
+    from mtp_graft.serving.plan import with_tuned
     from mtp_graft.stages.parallel import device_name
 
     rules = {

@@ -95,8 +95,7 @@ def _read_rows(path: Path) -> Iterable[Row]:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-        return rows
+        return parquet.read_table(path).to_pylist()
     if path.suffix == ".csv":
         subject, text = path.stem.removesuffix("_test"), io.StringIO(path.read_text("utf-8"))
         keys = ("subject", "question", "choices", "answer")

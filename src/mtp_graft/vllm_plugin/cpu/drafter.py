@@ -47,8 +47,7 @@ class DecoderLayer(cpu.DeepseekV4DecoderLayer):
 
     def hc_post(self, x: Tensor, residual: Tensor | None, *mixing: Any) -> Tensor:
         """Return the streams [T, S, D]; without a residual, `x` is what `forward` has made them."""
-        streams: Tensor = x if residual is None else super().hc_post(x, residual, *mixing)
-        return streams
+        return x if residual is None else super().hc_post(x, residual, *mixing)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

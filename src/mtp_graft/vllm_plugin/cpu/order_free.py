@@ -99,8 +99,7 @@ class OrderFreeAttention(DeepseekV4CPUAttention):
 
     def _o_proj(self, o: Tensor, positions: Tensor) -> Tensor:
         """Return the projection [T, D] of the heads' outputs `o` [T, heads, head_dim]."""
-        projected: Tensor = super()._o_proj(at_least(MIN_ROWS, o), at_least(MIN_ROWS, positions))
-        return projected[: len(o)]
+        return super()._o_proj(at_least(MIN_ROWS, o), at_least(MIN_ROWS, positions))[: len(o)]
 
 
 def free_from_order(model: nn.Module) -> None:
