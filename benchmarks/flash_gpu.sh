@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Flash's width on one GPU, random weights: a whole run on a base of eight stored layers with
-# capture and decode over HTTP; steps of 35 layers with MTP, DSpark and without; DSpark quantized.
+# capture and decode over HTTP; steps of 31 layers with MTP, DSpark and without; DSpark quantized.
 #
 #     benchmarks/flash_gpu.sh OUT SCRATCH [PART]...
 #
 # PART is made, ran, served, benched; quantized; based, dspark, headed, dspark3, lm_head or int4.
 # `removed` makes room in between. OUT gets result files and logs/; what they have is not
 # measured again. In SCRATCH the parts up to `benched` need 50 GB, `quantized` 40, those after it
-# 58. LAYERS are those of the steps. WIDTH=tiny is for a CPU, which has no DSpark.
+# 58. LAYERS are those of the steps: with DSpark's 31 fit one H200, since vLLM repacks experts in
+# 20 GiB. WIDTH=tiny is for a CPU, which has no DSpark.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$(realpath -m "$2") width=${WIDTH:-flash}
@@ -20,7 +21,7 @@ url() { echo "http://127.0.0.1:$1"; }
 
 # calibration and evaluation texts, tokens that they get, requests at once; cache; contexts
 if [ "$width" = flash ]; then
-    whole=8 deep=35 texts=256 judged=64 new=192 many=64 cache=8 contexts=(1000 16000 64000)
+    whole=8 deep=31 texts=256 judged=64 new=192 many=64 cache=8 contexts=(1000 16000 64000)
     small=() kept=120000
 else
     whole=6 deep=7 texts=12 judged=4 new=16 many=8 cache=0.5 contexts=(64 256)

@@ -1,6 +1,6 @@
 """Time decode steps with and without the head at Flash's width, and say what speed-up to expect.
 
-    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 35
+    python benchmarks/step_time.py --folder FOLDER --out result.json --layers 31
     python benchmarks/step_time.py --folder FOLDER --out result.json --layers 43 \\
         --tensor-parallel-size 2 --profile 128k
 
@@ -13,7 +13,7 @@ at a given rate (`synthetic`); text is sampled, because greedy text of random we
 token. Time to the first token is the median of seven prompts of the shortest context, each alone.
 
 The speed-up to expect is tokens per step x base step time / step time with drafts. A drafter costs
-the same behind 35 layers as behind all 43, so fewer layers give too low a speed-up.
+the same behind 31 layers as behind all 43, so fewer layers give too low a speed-up.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,15 @@ def test_row_0_sees_all_and_a_window(drafter: DSpark, part: str, row: int, is_se
     changed = case.embeds[6] if part == "embeds" else case.taps
     changed[row] += 1
     assert torch.equal(before, case.hidden()[6, 0]) != is_seen
+
+
+@torch.inference_mode()
+def test_experts_may_be_bf16_as_on_a_gpu(drafter: DSpark) -> None:
+    rounded, exact = deepcopy(drafter), Case(drafter, BLOCK).hidden()
+    for stage in rounded.stages:
+        stage.mlp.experts.bfloat16()  # type: ignore[union-attr, operator]
+    error = Case(rounded, BLOCK).hidden() - exact
+    assert error.dtype == torch.float32 and 0 < error.norm() < 0.01 * exact.norm()
 
 
 def test_tensors_have_upstreams_names_and_places(drafter: DSpark, settings: dict[str, Any]) -> None:

@@ -193,7 +193,7 @@ class Trainer:
         read = load_tensors(TINY / "base", ["embed.weight", "head.weight"])
         given = [read[name].to(self.device, dtype) for name in ("embed.weight", "head.weight")]
         config = model_config(self.settings)
-        return Drafting(build_dspark(config, tensors, STAGES, device=str(self.device)), *given)
+        return Drafting(build_dspark(config, tensors, STAGES).to(self.device), *given)
 
     def run(self, drafting: Drafting, quantize: bool, *arguments: Any) -> Any:
         """Call it in BF16 on a GPU, in float32 on a CPU, perhaps with weights as stored."""

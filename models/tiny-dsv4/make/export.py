@@ -41,7 +41,7 @@ def base_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
 def pack_e2m1(values: Tensor) -> Tensor:
     """Return E2M1 values [O, I] as int8 [O, I/2], the lower-indexed input in the low nibble."""
     magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    codes = torch.searchsorted(magnitudes, values.abs()) + 8 * values.signbit()
+    codes = torch.searchsorted(magnitudes.to(values.device), values.abs()) + 8 * values.signbit()
     low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
     return (low + 16 * high).to(torch.uint8).view(torch.int8)
 

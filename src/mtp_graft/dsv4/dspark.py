@@ -40,6 +40,12 @@ class _Router(modeling.DeepseekV4TopKRouter):  # type: ignore[misc]
     forward = _float32(lambda self, x: modeling.DeepseekV4TopKRouter.forward(self, x.float()))
 
 
+class _Experts(modeling.DeepseekV4Experts):  # type: ignore[misc]
+    def forward(self, x: Tensor, *routing: Tensor) -> Tensor:
+        """Compute in the weights' dtype."""
+        return super().forward(x.to(self.down_proj.dtype), *routing).to(x.dtype)
+
+
 class DSpark(nn.Module):
     """Predict the B tokens after an anchor from the base's taps at the tokens before it.
 
@@ -126,7 +132,7 @@ def block_tokens(anchors: Tensor, noise: int, rows: int) -> Tensor:
 def _stage(config: DeepseekV4Config) -> modeling.DeepseekV4DecoderLayer:
     layer = modeling.DeepseekV4DecoderLayer(config, layer_idx=0)
     layer.attn_hc, layer.ffn_hc = _HyperConnection(config), _HyperConnection(config)
-    layer.mlp.gate = _Router(config)
+    layer.mlp.gate, layer.mlp.experts = _Router(config), _Experts(config)
     return layer
 
 

@@ -8,7 +8,9 @@ Shapes: O outputs, I inputs.
 """
 
 import re
+from collections import UserDict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +63,26 @@ def store_head(
 
 def decode_head(stored: Weights, *, group_size: int = 128) -> dict[str, Tensor]:
     """Return float32 tensors under plain names, from upstream's or any variant's, or raise so."""
-    return {
-        module if "" in parts else f"{module}.weight": decode(kind, parts)
-        for module, kind, parts in _modules(stored, group_size)
-    }
+    return dict(Decoded(stored, group_size=group_size))
+
+
+class Decoded(UserDict[str, Any]):
+    """What `decode_head` returns, each tensor decoded when it is asked for: on `device`, if any."""
+
+    def __init__(
+        self, stored: Weights, *, group_size: int = 128, device: str | None = None
+    ) -> None:
+        super().__init__(
+            {
+                module if "" in parts else f"{module}.weight": (kind, parts)
+                for module, kind, parts in _modules(stored, group_size)
+            }
+        )
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        kind, parts = self.data[name]
+        return decode(kind, {n: part.to(self._device or part.device) for n, part in parts.items()})
 
 
 def _modules(tensors: Weights, group_size: int) -> Iterator[tuple[str, Format, Parts]]:

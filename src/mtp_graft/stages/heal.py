@@ -29,7 +29,7 @@ from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.heal import EXPERTS, OUTPUT, ROUTER, BaseOutput, Batch, distance, trained_parts
 from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.dsv4.replay import build_head, replay_drafts
-from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.dsv4.variants import Decoded
 from mtp_graft.errors import GraftError
 from mtp_graft.quant import encode_fp8
 from mtp_graft.recipe import HealSection, LinearDtype, Variant
@@ -75,7 +75,8 @@ def heal(
     if (finished := inputs.claim(out, decisive, *held_out.files, *experts)) is not None:
         return finished
     stored = inputs.store(variant, experts, group_size=group_size, linear_dtype=linear_dtype)
-    head = build_head(inputs.model, decode_head(stored, group_size=group_size), device=device)
+    decoded = Decoded(stored, group_size=group_size, device=device)
+    head = build_head(inputs.model, decoded, device=device)
     if device != "cpu":
         head.layer.mlp.experts.bfloat16()  # as the server computes with them
     read = load_tensors(inputs.base, ["embed.weight", *OUTPUT]).items()

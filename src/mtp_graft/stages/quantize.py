@@ -33,7 +33,7 @@ from mtp_graft.dsv4 import experts as head_experts
 from mtp_graft.dsv4.experts import MATRICES, RoutedTokens
 from mtp_graft.dsv4.names import head_from_module
 from mtp_graft.dsv4.replay import build_dspark, build_head, replay_block_routing, replay_routing
-from mtp_graft.dsv4.variants import decode_head, store_head
+from mtp_graft.dsv4.variants import Decoded, decode_head, store_head
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import ALL_VARIANTS, QuantizeSection, Variant
 from mtp_graft.stages import parallel
@@ -153,7 +153,7 @@ def _load_drafter(
 ) -> Callable[[CapturedSequence, Recorded], _Routed]:
     """Return what says what a stage's experts are given; those of stages before are quantized."""
     others = [name for name in inputs.head.files if ".ffn.experts." not in name]
-    decoded = decode_head(inputs.read_upstream(others, device))
+    decoded = Decoded(inputs.read_upstream(others, device))
     embed = load_tensors(inputs.base, ["embed.weight"])["embed.weight"].to(device)
     if not inputs.stages:
         head = build_head(inputs.model, decoded, with_experts=False, device=device)
@@ -168,8 +168,9 @@ def _load_drafter(
     views = head_from_module(drafter.state_dict(), inputs.stages)
     for file in quantized:
         with Shard(file) as shard:
-            for name, tensor in decode_head(shard.read([*shard.meta])).items():
-                views[name].copy_(tensor)
+            decoded = Decoded(shard.read([*shard.meta]), device=device)
+        for name, tensor in decoded.items():
+            views[name].copy_(tensor)
 
     def route_blocks(sequence: CapturedSequence, recorded: Recorded) -> _Routed:
         assert recorded.taps is not None

@@ -18,7 +18,7 @@ from mtp_graft.checkpoint.shards import load_tensors
 from mtp_graft.dsv4.dspark import DSpark
 from mtp_graft.dsv4.head import MTPHead
 from mtp_graft.dsv4.replay import build_dspark, build_head, replay_blocks, replay_drafts
-from mtp_graft.dsv4.variants import decode_head
+from mtp_graft.dsv4.variants import Decoded
 from mtp_graft.errors import GraftError
 from mtp_graft.recipe import QuantizeSection, ScoreSection, Variant
 from mtp_graft.serving.metrics import Step, count_steps, drafting_result, wilson_interval
@@ -78,7 +78,7 @@ def _load(
     inputs: Inputs, variant: Variant, experts: Sequence[Path], group_size: int, device: str
 ) -> MTPHead | DSpark:
     stored = inputs.store(variant, experts, group_size=group_size)
-    decoded = decode_head(stored, group_size=group_size)
+    decoded = Decoded(stored, group_size=group_size, device=device)
     if inputs.stages:
         return build_dspark(inputs.model, decoded, inputs.stages, device=device)
     return build_head(inputs.model, decoded, device=device)
