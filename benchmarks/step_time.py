@@ -8,9 +8,10 @@ FOLDER is `flash_width.py`'s. One engine for each number of layers, head and dra
 one decode for each k, number of requests and tokens before: `ChosenK` tells the engine how many to
 draft. With `--fixed` each k has an engine of its own, as DSpark's has to. Loads of more than 2^16
 tokens are left out, and so is a point that the result has. Several of these programs, each with its
-own jobs, GPUs and cores, may share one result. Weights are random, so on a GPU vLLM accepts drafts
-at a given rate (`synthetic`); text is sampled, because greedy text of random weights repeats one
-token. Time to the first token is the median of seven prompts of the shortest context, each alone.
+own jobs, GPUs and cores, may share one result. Ranks on a CPU need VLLM_CPU_OMP_THREADS_BIND='0|1'.
+Weights are random, so on a GPU vLLM accepts drafts at a given rate (`synthetic`); text is sampled,
+because greedy text of random weights repeats one token. Time to the first token is the median of
+seven prompts of the shortest context, each alone.
 
 The speed-up to expect is tokens per step x base step time / step time with drafts. A drafter costs
 the same behind 31 layers as behind all 43, so fewer layers give too low a speed-up.
