@@ -180,7 +180,6 @@ def test_row_0_sees_all_and_a_window(drafter: DSpark, part: str, row: int, is_se
     assert torch.equal(before, case.hidden()[6, 0]) != is_seen
 
 
-@torch.inference_mode()
 def test_experts_may_be_bf16_as_on_a_gpu(drafter: DSpark) -> None:
     rounded, exact = deepcopy(drafter), Case(drafter, BLOCK).hidden()
     for stage in rounded.stages:

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 
 from mtp_graft.bench import sweep
+from mtp_graft.cli.target import Target
 from mtp_graft.serving import command
 from mtp_graft.stages.parallel import device_name
 
@@ -88,7 +89,7 @@ def test_a_running_server_is_measured(run: Run, grafted: Path, asked: Any, tmp_p
 
 
 def test_one_gpu_only(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("decode", "--checkpoint", grafted, "-k", 1, "--rounds", 1, *asked)
+    words = ("decode", "--checkpoint", grafted, "-k", 1, "--rounds", 1, "--profile", "none", *asked)
     assert run(*words)[0] == 0
     manifest = Path("run/bench/decode/manifest.json")
     before = manifest.read_bytes()
@@ -101,13 +102,15 @@ def test_one_gpu_only(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.M
             status, _, errors = run(*words)
         assert status == 1 and f"was begun with server.{key} = " in errors
     assert manifest.read_bytes() == before
+    assert Target(checkpoint=grafted).profile == "none"  # on a CPU
+    monkeypatch.setattr("mtp_graft.cli.target.find_vllm", command.vllm_elsewhere)
+    assert Target(checkpoint=grafted).profile == "auto" != Target(base_url="http://u").profile
 
 
 def test_points_kept(run: Run, grafted: Path, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {"output_lens": [20], "ttfts": [0.5], "latencies": [2.5], "duration": 3.0}
     found = {**times, "errors": [""], "total_output_tokens": 20, "output_throughput": 6.7}
-    client = Mock(return_value=found)
-    monkeypatch.setattr(sweep, "run_load", client)
+    monkeypatch.setattr(sweep, "run_load", client := Mock(return_value=found))
     words = ("sweep", "--checkpoint", grafted, "-k", "0,1", *asked)
     points = done(run(*words, "--concurrency", "1,3", "--json", "-"))["points"]
     assert [(p["k"], p["concurrency"]) for p in points] == [(0, 1), (0, 3), (1, 1), (1, 3)]

@@ -42,9 +42,8 @@ def test_each_load_gets_the_k_that_pays_most_and_the_mix_is_held_against_the_bas
     speeds = {1: {0: 1, 1: 1.3, 3: 1.8}, 4: {0: 1, 1: 1.2, 3: 1.1}, 16: {0: 1, 1: 1, 3: 0.8}}
 
     def gain(load: int, k: int, schedule: Any = ()) -> float:
-        if schedule:
-            k = next(k for first, last, k in schedule if first <= load <= last)
-            return speeds[load][k] - 0.1  # at k = 0 the head runs, too
+        if schedule:  # at k = 0 the head runs, too
+            return speeds[load][next(k for a, b, k in schedule if a <= load <= b)] - 0.1
         return speeds[load][k]
 
     found, names = decide(gain, {"default": {}})

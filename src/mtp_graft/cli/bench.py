@@ -16,7 +16,7 @@ from rich.table import Table
 
 from mtp_graft.bench.page import as_html, percents, render
 from mtp_graft.checkpoint.files import TUNED_NAME, write_json
-from mtp_graft.cli.app import DRY_RUN, NO_PROFILE, app, bench, with_options
+from mtp_graft.cli.app import DRY_RUN, app, bench, with_options
 from mtp_graft.cli.output import check_writable, progress_bar, show, table
 from mtp_graft.cli.target import Result, Target, check_url
 from mtp_graft.errors import GraftError
@@ -178,10 +178,6 @@ def _numbers(flag: str, text: str, least: int) -> tuple[int, ...]:
     return numbers
 
 
-def _profile(name: str | None) -> str:
-    return name or (NO_PROFILE if serving.find_vllm().platform == "cpu" else "auto")
-
-
 @app.command()
 @with_options
 def tune(
@@ -190,7 +186,6 @@ def tune(
     target: Target,
     texts: Texts,
     base_url: str | None = option(None, None, "", hidden=True),
-    profile: str = option(None, "NAME", "As `serve` has it.", callback=_profile),
     ignore_eos: bool = option(False, None, "Go on after an end-of-sequence token."),
     temperature: float = option(1.0, "T", "As clients ask; 0 is greedy.", min=0.0),
     k: str | None = option(None, "N,N,...", "Beside 0. Default: 1,2,3,5; DSpark: 3, its block."),

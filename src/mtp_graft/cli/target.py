@@ -51,7 +51,7 @@ class Target:
 
     base_url: str | None = option(None, "URL", "A running server's address.", callback=check_url)
     checkpoint: Path | None = option(None, "DIR", "Serve this checkpoint meanwhile.")
-    profile: str = option(NO_PROFILE, "NAME", "As `mtp-graft serve` has it.")
+    profile: str | None = option(None, "NAME", "As `serve` has it. Default on GPUs: auto.")
     tensor_parallel_size: int | None = command.TENSOR_PARALLEL_SIZE
     max_model_len: int | None = command.MAX_MODEL_LEN
     api_key: str | None = option(None, "KEY", "The server's key.", envvar="VLLM_API_KEY")
@@ -64,9 +64,12 @@ class Target:
         if (self.base_url is None) == (self.checkpoint is None):
             raise typer.BadParameter("give one of --base-url and --checkpoint")
         decided = (self.tensor_parallel_size, self.max_model_len, self.extra)
-        if self.checkpoint is None and (self.profile != NO_PROFILE or any(decided)):
+        if self.checkpoint is None and (self.profile not in (None, NO_PROFILE) or any(decided)):
             flags = "--profile, --tensor-parallel-size, --max-model-len and arguments after --"
             raise typer.BadParameter(f"{flags} need --checkpoint: a running server is as it is")
+        if self.profile is None:
+            on_gpus = self.checkpoint and find_vllm().platform != "cpu"
+            object.__setattr__(self, "profile", "auto" if on_gpus else NO_PROFILE)
 
     def num_drafts(self, k: int | None) -> int:
         """Return how many tokens the server drafts a step: `k`, its default, or what it says."""
@@ -155,7 +158,7 @@ class Target:
             **drafts,
         )
         if self.profile != NO_PROFILE:
-            plan = make_plan(options, self.profile, hardware_for(find_vllm().platform))
+            plan = make_plan(options, str(self.profile), hardware_for(find_vllm().platform))
             for text in plan.notes:
                 note(f"plan: {text}")
             options = plan.options
