@@ -14,7 +14,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$(realpath -m "$2") width=${WIDTH:-flash}
 run=$scratch/run recipe=$scratch/flash.toml
 mkdir -p "$out/logs" "$scratch"
-export VLLM_DEEP_GEMM_WARMUP=skip # minutes for a cold host; each measurement warms up by itself
+# Warming up takes a cold host ten minutes; each measurement does so by itself.
+export VLLM_DEEP_GEMM_WARMUP=skip
+lazy=--kernel-config.enable_jit_warmup=False
 mtp() { python3 -m mtp_graft.cli "$@"; }
 write() { OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} python3 "benchmarks/$1.py" "${@:2}"; }
 url() { echo "http://127.0.0.1:$1"; }
@@ -74,6 +76,7 @@ served_variants = ["gptq"]
 
 [serve]
 kv_cache_gib = $cache
+extra_args = ["$lazy"]
 END
 }
 
@@ -119,7 +122,7 @@ ready() { # PORT
 
 base() { # as it is captured
     MTP_GRAFT_RECORD=$scratch/recording serve 8000 "$scratch/flash/base-$whole" --no-prefix-caching \
-        --max-num-batched-tokens 2048 -- --no-enable-chunked-prefill
+        --max-num-batched-tokens 2048 -- $lazy --no-enable-chunked-prefill
 }
 
 served() { # capture's second pass with and without recording; decode, drafts accepted at a rate of 0.7
@@ -130,7 +133,7 @@ served() { # capture's second pass with and without recording; decode, drafts ac
     if [ "$width" = tiny ]; then # one server at a time, and real drafts
         drafts='{"method":"mtp","num_speculative_tokens":1}' against=()
     else
-        serve 8003 "$run/splice/gptq/flash" -- --speculative-config "$drafts"
+        serve 8003 "$run/splice/gptq/flash" -- $lazy --speculative-config "$drafts"
         ready 8003
     fi
     ready 8000
