@@ -7,8 +7,8 @@
 # PART is made, ran, served, benched; quantized; based, dspark, headed, dspark3, lm_head or int4.
 # `removed` makes room in between. OUT gets result files and logs/; what they have is not
 # measured again. In SCRATCH the parts up to `benched` need 50 GB, `quantized` 40, those after it
-# 58. LAYERS are those of the steps: with DSpark's 31 fit one H200, since vLLM repacks experts in
-# 20 GiB. WIDTH=tiny is for a CPU, which has no DSpark.
+# 58. LAYERS are those of the steps: 31 leave one H200 room for DSpark's three and for 20 GiB in which
+# vLLM repacks experts. WIDTH=tiny is for a CPU, which has no DSpark.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$(realpath -m "$2") width=${WIDTH:-flash}
