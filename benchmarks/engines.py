@@ -95,7 +95,7 @@ def settings(options: EngineOptions, *, cpu: bool) -> dict[str, Any]:
         "enforce_eager": cpu,
         "disable_log_stats": False,
         "max_logprobs": 3,
-        "kernel_config": {"enable_jit_warmup": False},  # seven minutes on a cold host
+        "kernel_config": {"enable_jit_warmup": False},  # over four minutes on a cold host
         "worker_extension_cls": "worker_extension.WorkerExtension",
     }
     if is_partial(options.checkpoint):

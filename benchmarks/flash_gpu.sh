@@ -14,7 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 out=$(realpath -m "$1") scratch=$(realpath -m "$2") width=${WIDTH:-flash}
 run=$scratch/run recipe=$scratch/flash.toml
 mkdir -p "$out/logs" "$scratch"
-# Warming up takes a cold host ten minutes; each measurement does so by itself.
+# Warming up takes a cold host minutes; each measurement does so by itself.
 export VLLM_DEEP_GEMM_WARMUP=skip
 lazy=--kernel-config.enable_jit_warmup=False
 mtp() { python3 -m mtp_graft.cli "$@"; }
